@@ -1,0 +1,125 @@
+"""Records: schema, atomic appends, torn lines, newer schemas, keys."""
+import json
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lab.errors import LabError
+from lab.harness import records
+from lab.harness.records import Ceiling, Env, LedgerRow, ModelRow, OpRow, Writer, key, read, to_line
+
+EXAMPLES = [
+    Env("r1", "before", "cuda", gpu="H100", throttle=[], settings={"quick": True}),
+    Ceiling("r1", "read", "cuda", 1 << 32, us=1404.0, us_p10=1.0, us_p90=2.0, n=3, gbps=3059.0, best=True),
+    OpRow("r1", "linear", "cuda", "bf16", 1, {"n": 8, "k": 4}, us=8.0, us_p10=7.0, us_p90=9.0, n=20),
+    ModelRow("r1", "m", "cuda", "basic", "graph", "bf16", 1, 1024, us=1000.0),
+    LedgerRow("r1", "m", "cuda", "basic", "bf16", 1, 1024, "kernel", op="linear", kernel="k", us=1.0),
+]
+
+
+def test_every_kind_survives_a_round_trip(tmp_path):
+    with Writer(tmp_path) as w:
+        w.append(*EXAMPLES)
+    got = read(tmp_path)
+    assert got.rows == EXAMPLES and got.notices == [] and got.runs() == ["r1"]
+    assert {r.kind for r in got.rows} == set(records.KINDS)
+    assert [r.op for r in got.of_kind("op", "r1")] == ["linear"] and got.of_kind("op", "r2") == []
+
+
+def test_the_examples_of_the_docstring_are_valid_records():
+    found = re.findall(r"^  (\{.*?\})\n(?! {3})", records.__doc__, re.S | re.M)
+    rows = [records.from_dict(json.loads(text)) for text in found]
+    assert {r.kind for r in rows} == set(records.KINDS)
+
+
+def test_null_fields_are_left_out_and_nan_is_refused():
+    assert "gbps" not in json.loads(to_line(EXAMPLES[2]))
+    with pytest.raises(ValueError):
+        to_line(OpRow("r", "o", "cuda", "bf16", 1, {}, us=float("nan")))
+
+
+def test_torn_last_line_is_a_notice_and_is_cut_on_append(tmp_path):
+    path = tmp_path / records.FILE
+    path.write_text(to_line(EXAMPLES[1]) + to_line(EXAMPLES[2])[:40])
+    got = read(path)
+    assert got.rows == [EXAMPLES[1]] and "torn" in got.notices[0]
+    with Writer(path) as w:
+        assert "torn" in w.notices[0]
+        w.append(EXAMPLES[3])
+    again = read(path)
+    assert again.rows == [EXAMPLES[1], EXAMPLES[3]] and again.notices == []
+
+
+@pytest.mark.parametrize("line, what", [
+    ("{broken\n", "not JSON"),
+    ("[1]\n", "not a record"),
+    ('{"kind":"op"}\n', "no schema"),
+    ('{"schema":1,"kind":"song"}\n', "unknown kind"),
+    ('{"schema":1,"kind":"ceiling","run":"r","direction":"read","backend":"cuda","bytes":1,"speed":3}\n', "unknown speed"),
+    ('{"schema":1,"kind":"ceiling","run":"r","direction":"read"}\n', "no backend, bytes"),
+])
+def test_a_bad_line_is_named(tmp_path, line, what):
+    (tmp_path / records.FILE).write_text(to_line(EXAMPLES[0]) + line)
+    with pytest.raises(LabError, match=rf"records\.jsonl:2: .*{what}"):
+        read(tmp_path)
+
+
+def test_a_newer_schema_is_an_error_or_skipped_with_a_notice(tmp_path):
+    newer = json.loads(to_line(EXAMPLES[1])) | {"schema": records.SCHEMA + 1, "colour": "red"}
+    (tmp_path / records.FILE).write_text(to_line(EXAMPLES[1]) + json.dumps(newer) + "\n")
+    with pytest.raises(LabError, match="newer"):
+        read(tmp_path)
+    got = read(tmp_path, newer="skip")
+    assert got.rows == [EXAMPLES[1]] and "skipped 1" in got.notices[0]
+
+
+def test_a_missing_file_says_what_writes_it(tmp_path):
+    with pytest.raises(LabError, match="lab bench"):
+        read(tmp_path / "nowhere")
+
+
+def test_keys_ignore_run_time_and_member_order_but_not_identity():
+    a = OpRow("r1", "linear", "cuda", "bf16", 1, {"n": 8, "k": 4}, us=8.0)
+    b = OpRow("r2", "linear", "cuda", "bf16", 1, {"k": 4, "n": 8}, us=9.0, config={"splits": 4}, models=["m"])
+    assert key(a) == key(b)
+    for change in (dict(backend="triton"), dict(batch=2), dict(cache="warm"), dict(timer="event"), dict(dtype="fp16")):
+        assert key(a) != key(OpRow(**{**a.__dict__, **change})), change
+    assert len({key(r) for r in EXAMPLES}) == len(EXAMPLES)
+
+
+def _append_many(path, name, count):
+    with Writer(path) as w:
+        for i in range(count):
+            w.append(OpRow(name, "linear", "cuda", "bf16", i + 1, {"n": i}))
+
+
+def test_two_writers_never_mix_their_lines(tmp_path):
+    context = multiprocessing.get_context("fork")
+    jobs = [context.Process(target=_append_many, args=(tmp_path, name, 200)) for name in "ab"]
+    for j in jobs:
+        j.start()
+    for j in jobs:
+        j.join()
+    got = read(tmp_path)
+    assert len(got.of_run("a")) == len(got.of_run("b")) == 200
+
+
+def test_a_killed_run_leaves_whole_lines(tmp_path):
+    code = ("import sys; from lab.harness.records import *\n"
+            "w = Writer(sys.argv[1])\n"
+            "while True: w.append(*[OpRow('r', 'linear', 'cuda', 'bf16', 1, {'n': 1}, note='x' * 3000)] * 8)")
+    child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
+    path = tmp_path / records.FILE
+    deadline = time.time() + 30
+    while not (path.exists() and path.stat().st_size > 200_000) and time.time() < deadline:
+        time.sleep(0.01)
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    got = read(path)
+    assert got.notices == [] and len(got.rows) >= 8 and len(got.rows) % 8 == 0
