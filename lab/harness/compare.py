@@ -1,0 +1,185 @@
+"""`lab compare A B`: were the rows of run B slower than those of run A? Reads records, never imports torch.
+
+A and B are a folder, a records file, or either with `@RUN` for one run of it (the last run otherwise). Rows are matched
+by records.key. Exit status: 0 same or faster, 1 slower beyond --fail-on-slower, 2 not comparable.
+"""
+import json
+import math
+import os
+import sys
+from collections import Counter
+from dataclasses import dataclass
+
+from lab.errors import LabError
+from lab.harness import records
+
+FASTER, SLOWER, SAME, AMBIGUOUS, FAILED = "faster", "slower", "same", "ambiguous", "failed"
+VERDICTS = (SLOWER, FAILED, AMBIGUOUS, FASTER, SAME)      # the order of the table: what needs a look comes first
+WITHIN_RUN = 0.01       # smallest relative effect called real between interleaved measurements of one process
+BETWEEN_RUNS = 0.03     # and between two processes: memory layout, clocks and temperature differ
+RESOLUTION_US = 0.1     # differences below this are the grain of launching graph nodes, not of the kernel
+# What must be equal for two runs to be compared: a field of the env row and what to call it.
+SAME_ON_BOTH = {"device": "device", "gpu": "GPU", "driver": "driver", "cuda": "CUDA", "torch": "torch",
+                "triton": "triton", "nvcc": "nvcc", "power_limit_w": "power limit"}
+
+
+def verdict(a, b, min_effect=WITHIN_RUN):
+    """faster | slower | same | ambiguous: what b is next to a, each with us, us_p10, us_p90 and n.
+
+    A difference of medians above the smallest effect counts when the p10..p90 intervals are disjoint and is ambiguous
+    when they overlap. Below it the two are the same, unless the medians are known too badly (standard error of a
+    median, 1.2533 sigma / sqrt(n), with sigma = (p90 - p10) / 2.563 as for a normal distribution) to say so.
+    """
+    if None in (a.us_p10, a.us_p90, a.n, b.us_p10, b.us_p90, b.n) or min(a.n, b.n) < 3:
+        return AMBIGUOUS
+    smallest = max(min_effect * a.us, RESOLUTION_US)
+    difference = b.us - a.us
+    if abs(difference) > smallest:
+        if b.us_p10 > a.us_p90 or b.us_p90 < a.us_p10:
+            return SLOWER if difference > 0 else FASTER
+        return AMBIGUOUS
+    error = math.hypot(*(1.2533 * (r.us_p90 - r.us_p10) / 2.563 / math.sqrt(r.n) for r in (a, b)))
+    return SAME if abs(difference) + 2 * error <= 2 * smallest else AMBIGUOUS
+
+
+@dataclass
+class Pair:
+    """One row of both runs. `change` is B's time over A's, minus one."""
+    a: object
+    b: object
+    verdict: str
+
+    @property
+    def change(self):
+        return self.b.us / self.a.us - 1 if self.a.us and self.b.us else None
+
+
+def open_run(where):
+    """(rows of one run, its env row, notices) of "path" or "path@run"."""
+    path, at, run = str(where).rpartition("@")
+    if not at or os.path.exists(str(where)):
+        path, run = str(where), ""
+    found = records.read(path)
+    if not found.rows:
+        raise LabError(f"{found.path} holds no records")
+    runs = found.runs()
+    if run and run not in runs:
+        raise LabError(f"{found.path} has no run {run!r}: it has {', '.join(runs)}")
+    rows = found.of_run(run or runs[-1])
+    env = next((r for r in rows if r.kind == "env"), None)
+    if env is None:
+        raise LabError(f"{found.path}: run {rows[0].run} has no env row, so it cannot be compared")
+    return rows, env, found.notices
+
+
+def differences(a, b):
+    """What keeps two env rows from being compared: [(name, A's value, B's value)]."""
+    return [(name, getattr(a, f), getattr(b, f)) for f, name in SAME_ON_BOTH.items() if getattr(a, f) != getattr(b, f)]
+
+
+def timed(rows):
+    """{key: row} of what has a time to compare (or an error); the later of two equal keys counts."""
+    wanted = {"op", "model", "ledger"}
+    return {records.key(r): r for r in rows
+            if r.kind in wanted and not (r.kind == "ledger" and r.row in ("gap", "unexplained"))
+            and (r.us is not None or r.error)}
+
+
+def match(rows_a, rows_b, min_effect=BETWEEN_RUNS):
+    """(pairs, rows only in A, rows only in B). A row that A measured and B could not is `failed`."""
+    a, b = timed(rows_a), timed(rows_b)
+    pairs = []
+    for k in a.keys() & b.keys():
+        if a[k].error:
+            continue
+        pairs.append(Pair(a[k], b[k], FAILED if b[k].error else verdict(a[k], b[k], min_effect)))
+    pairs.sort(key=lambda p: (VERDICTS.index(p.verdict), -abs(p.change or 0), label(p.a)))
+    return pairs, [a[k] for k in a.keys() - b.keys()], [b[k] for k in b.keys() - a.keys()]
+
+
+def label(row):
+    """One line that tells a row from the others."""
+    if row.kind == "op":
+        words = [row.op, row.role, row.backend, row.dtype, f"b{row.batch}", row.context and f"ctx{row.context}",
+                 " ".join(f"{k}={v}" for k, v in row.shape.items()), row.cache, row.timer]
+    else:
+        words = [row.model, row.backend, row.plan, getattr(row, "mode", None), row.dtype, f"b{row.batch}",
+                 f"ctx{row.context}", getattr(row, "row", None), getattr(row, "op", None),
+                 getattr(row, "kernel", None), " ".join(f"{k}={v}" for k, v in row.overrides.items())]
+    return " ".join(str(w) for w in words if w)
+
+
+def parse_share(text):
+    """"5%" or "0.05" -> 0.05."""
+    try:
+        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise LabError(f"{text!r} is not a share: write 5% or 0.05")
+    return value
+
+
+def add_arguments(parser):
+    parser.add_argument("a", metavar="A", help="the run before: a folder or records file, FILE@RUN for one run of it")
+    parser.add_argument("b", metavar="B", help="the run after")
+    parser.add_argument("--fail-on-slower", metavar="SHARE", default="5%",
+                        help="exit 1 when a row with verdict slower lost more than this (default 5%%)")
+    parser.add_argument("--min-us", type=float, default=1.0, metavar="US",
+                        help="... and more than this many microseconds (default 1)")
+    parser.add_argument("--min-effect", metavar="SHARE", default=f"{BETWEEN_RUNS:.0%}",
+                        help="the smallest change called faster or slower (default 3%%)")
+    parser.add_argument("--anyway", action="store_true", help="compare even though GPU or versions differ, and say so")
+    parser.add_argument("--all", action="store_true", help="list the rows that are the same, too")
+    parser.add_argument("--json", metavar="FILE", help="also write the verdicts to FILE")
+
+
+def main(args):
+    """Prints the comparison and returns the exit status. Raises LabError (status 2) where none is possible."""
+    rows_a, env_a, notices_a = open_run(args.a)
+    rows_b, env_b, notices_b = open_run(args.b)
+    threshold, min_effect = parse_share(args.fail_on_slower), parse_share(args.min_effect)
+    for line in notices_a + notices_b:
+        print(line, file=sys.stderr)
+    differ = differences(env_a, env_b)
+    if differ:
+        text = " / ".join(name for name, _, _ in differ) + (" differs" if len(differ) == 1 else " differ")
+        text += " (" + "; ".join(f"{name}: {a} and {b}" for name, a, b in differ) + ")"
+        if not args.anyway:
+            raise LabError(f"not comparable: {text}; --anyway compares all the same")
+        print(f"warning: {text}: differences may come from there", file=sys.stderr)
+    pairs, only_a, only_b = match(rows_a, rows_b, min_effect)
+    if not pairs:
+        raise LabError(f"not comparable: no row of {args.a} and {args.b} measures the same thing")
+    failing = [p for p in pairs if p.verdict == FAILED or p.verdict == SLOWER
+               and p.change > threshold and p.b.us - p.a.us > args.min_us]
+    print(text_of(pairs, only_a, only_b, env_a, env_b, args.all))
+    if args.json:
+        write_json(args.json, pairs, env_a, env_b)
+    if failing:
+        print(f"slower: {len(failing)} of {len(pairs)} rows by more than {threshold:.0%} and {args.min_us:g} us")
+    return 1 if failing else 0
+
+
+def text_of(pairs, only_a, only_b, env_a, env_b, everything=False):
+    counts = Counter(p.verdict for p in pairs)
+    lines = [f"A {env_a.run} commit {env_a.commit}   B {env_b.run} commit {env_b.commit}   {env_a.gpu or env_a.device}"]
+    shown = [p for p in pairs if everything or p.verdict != SAME]
+    if shown:
+        lines.append(f"{'A us':>10} {'B us':>10} {'change':>8}  {'verdict':<10} row")
+    for p in shown:
+        us_b, change = ("-", "-") if p.b.us is None else (f"{p.b.us:.2f}", f"{p.change:+.1%}")
+        emulated = " (emulated)" if getattr(p.a, "emulated", False) else ""
+        lines.append(f"{p.a.us:>10.2f} {us_b:>10} {change:>8}  {p.verdict:<10} {label(p.a)}{emulated}")
+    lines.append(f"{len(pairs)} rows: " + ", ".join(f"{counts[v]} {v} ({counts[v] / len(pairs):.1%})"
+                                                   for v in VERDICTS if counts[v]))
+    if only_a or only_b:
+        lines.append(f"not matched: {len(only_a)} rows only in A, {len(only_b)} only in B")
+    return "\n".join(lines)
+
+
+def write_json(path, pairs, env_a, env_b):
+    body = {"a": env_a.run, "b": env_b.run,
+            "rows": [{"row": label(p.a), "a_us": p.a.us, "b_us": p.b.us, "change": p.change, "verdict": p.verdict}
+                     for p in pairs]}
+    records.write_beside(path, json.dumps(body, indent=1) + "\n")
