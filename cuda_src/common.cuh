@@ -1,0 +1,442 @@
+// The names that kernels use, the same on a GPU (nvcc) and on a CPU (g++ or clang++, no CUDA toolkit needed).
+//
+// A kernel includes this file alone. On the GPU side each name is a thin wrapper over one PTX instruction or one
+// CUDA intrinsic, and all inline PTX of the project is here. On the CPU side the same names come from
+// host/cuda_on_cpu.h, which also supplies the raw CUDA names (threadIdx, __syncthreads, __shfl_xor_sync, float4 ...).
+//
+// Three rules make a kernel run on both:
+//   - shared memory only through smem<Struct>(), never __shared__;
+//   - launches only through launch(), never <<<>>>;
+//   - wrap the body of a kernel that uses mbarriers, bulk copies or clusters in `#if LAB_SM90 ... #endif`;
+//     these exist for sm_90 and later, and on the CPU.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "trace.h"
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#define LAB_DEVICE __device__ __forceinline__
+#define LAB_HOST_DEVICE __host__ __device__ __forceinline__
+#define LAB_UNROLL _Pragma("unroll")
+#else
+#include "host/cuda_on_cpu.h"
+#define LAB_DEVICE inline
+#define LAB_HOST_DEVICE inline
+#define LAB_UNROLL
+#endif
+
+// 1 where Hopper's instructions exist: code for sm_90 and later, nvcc's pass over host code, and the CPU build.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define LAB_SM90 1
+#else
+#define LAB_SM90 0
+#endif
+
+namespace lab {
+
+using half = __half;
+using bf16 = __nv_bfloat16;
+using Ptr = std::uintptr_t;  // a device address (or a stream) as bindings pass it
+
+// How to launch a kernel. Sizes are in bytes. cluster: blocks per cluster along x.
+// pdl: allow programmatic dependent launch, so the kernel may start before its predecessor in the stream has ended;
+// it must then call pdl_wait() before it touches anything that the predecessor writes.
+struct Config {
+  dim3 grid;
+  dim3 block;
+  size_t smem_bytes = 0;
+  Ptr stream = 0;
+  bool pdl = false;
+  unsigned cluster = 1;
+};
+
+// ---- bits, vectors, dtypes (both sides) -----------------------------------------------------------------------------
+
+template <typename To, typename From>
+LAB_HOST_DEVICE To bit_cast(From from) {  // by value: through a reference nvcc loads byte by byte
+  static_assert(sizeof(To) == sizeof(From), "bit_cast needs equal sizes");
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// N elements loaded or stored as one access; 16 bytes (128 bits, the widest a thread can do) unless told otherwise.
+template <typename T, int N = 16 / int(sizeof(T))>
+struct alignas(N * sizeof(T)) Vec {
+  static constexpr int size = N;
+  T v[N];
+};
+
+namespace detail {
+template <int Bytes> struct Word;
+template <> struct Word<2> { using type = uint16_t; };
+template <> struct Word<4> { using type = uint32_t; };
+template <> struct Word<8> { using type = uint2; };
+template <> struct Word<16> { using type = uint4; };
+}  // namespace detail
+
+// load(p): 16 bytes; load<N>(p): N elements. p must be aligned to the access.
+template <int N, typename T>
+LAB_DEVICE Vec<T, N> load(const T* p) {
+  using Word = typename detail::Word<N * int(sizeof(T))>::type;
+#ifdef __CUDACC__
+  return bit_cast<Vec<T, N>>(*reinterpret_cast<const Word*>(p));
+#else
+  (void)sizeof(Word);
+  return *reinterpret_cast<const Vec<T, N>*>(p);
+#endif
+}
+template <typename T>
+LAB_DEVICE Vec<T> load(const T* p) {
+  return load<Vec<T>::size>(p);
+}
+
+template <typename T, int N>
+LAB_DEVICE void store(T* p, const Vec<T, N>& value) {
+#ifdef __CUDACC__
+  using Word = typename detail::Word<N * int(sizeof(T))>::type;
+  *reinterpret_cast<Word*>(p) = bit_cast<Word>(value);
+#else
+  *reinterpret_cast<Vec<T, N>*>(p) = value;
+#endif
+}
+
+LAB_DEVICE float to_float(float x) { return x; }
+LAB_DEVICE float to_float(half x) { return __half2float(x); }
+LAB_DEVICE float to_float(bf16 x) { return __bfloat162float(x); }
+
+// from_float<T>(x): rounds to nearest even.
+template <typename T> LAB_DEVICE T from_float(float x);
+template <> LAB_DEVICE float from_float<float>(float x) { return x; }
+template <> LAB_DEVICE half from_float<half>(float x) { return __float2half_rn(x); }
+template <> LAB_DEVICE bf16 from_float<bf16>(float x) { return __float2bfloat16_rn(x); }
+
+// a * b + c: one instruction wherever the target has one (fmaf without such an instruction is a slow library call).
+LAB_DEVICE float fmadd(float a, float b, float c) {
+#if defined(__CUDACC__) || defined(__FP_FAST_FMAF)
+  return fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+template <typename T>
+inline T* as(Ptr p) {
+  return reinterpret_cast<T*>(p);
+}
+
+// Calls f with a value of the element type that a dtype code stands for: f32 = 0, f16 = 1, bf16 = 2.
+// In f: `using T = decltype(tag);`
+template <typename F>
+inline void by_dtype(int code, F&& f) {
+  switch (code) {
+    case 0: f(float{}); break;
+    case 1: f(half{}); break;
+    case 2: f(bf16{}); break;
+    default:
+      throw std::invalid_argument("unknown dtype code " + std::to_string(code) + " (f32 = 0, f16 = 1, bf16 = 2)");
+  }
+}
+
+#ifdef __CUDACC__
+// ===================================================================================================== the GPU side
+
+constexpr bool kHost = false;
+
+// ---- shared memory and loads ----------------------------------------------------------------------------------------
+
+extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
+
+// The block's dynamic shared memory seen as S. Launch with smem_bytes = sizeof(S), or more for a tail sized at run time.
+template <typename S>
+LAB_DEVICE S& smem() {
+  return *reinterpret_cast<S*>(dynamic_shared_memory);
+}
+
+LAB_DEVICE uint32_t smem_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+// Read-only data used once (weights): does not displace what L1 holds. 16 bytes.
+template <typename T>
+LAB_DEVICE Vec<T> load_stream(const T* p) {
+  uint4 r;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
+               : "l"(p));
+  return bit_cast<Vec<T>>(r);
+}
+
+// Asks for the cache line of p in L2. A hint: p may be any valid global address.
+LAB_DEVICE void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+// Asynchronous 16-byte copy from global to shared memory, past L1. Zero-fills when !valid (src is then not read, but
+// must still be a legal address). Visible to this thread after cp_async_wait, to others after a barrier as well.
+LAB_DEVICE void cp_async16(void* dst, const void* src, bool valid = true) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem_address(dst)), "l"(src), "r"(valid ? 16 : 0)
+               : "memory");
+}
+LAB_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most N of this thread's committed groups are still in flight.
+template <int N>
+LAB_DEVICE void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// ---- barriers and reductions ----------------------------------------------------------------------------------------
+
+// Barrier `id` (1 to 15; 0 is __syncthreads) of `threads` threads, a multiple of 32.
+LAB_DEVICE void named_barrier(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Sum (or maximum) over groups of W consecutive lanes, W a power of two up to 32; every lane gets the result. All 32
+// lanes of the warp must call it. The order is the butterfly's, lane distance W/2 first, on both sides.
+template <int W>
+LAB_DEVICE float group_sum(float v) {
+  LAB_UNROLL
+  for (int s = W / 2; s > 0; s >>= 1) v += __shfl_xor_sync(0xffffffffu, v, s);
+  return v;
+}
+// N independent sums in one call: one rendezvous on the CPU, N chains that overlap on the GPU.
+template <int W, int N>
+LAB_DEVICE void group_sum(float (&v)[N]) {
+  LAB_UNROLL
+  for (int s = W / 2; s > 0; s >>= 1) {
+    LAB_UNROLL
+    for (int i = 0; i < N; ++i) v[i] += __shfl_xor_sync(0xffffffffu, v[i], s);
+  }
+}
+template <int W>
+LAB_DEVICE float group_max(float v) {
+  LAB_UNROLL
+  for (int s = W / 2; s > 0; s >>= 1) v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, s));
+  return v;
+}
+template <int W, int N>
+LAB_DEVICE void group_max(float (&v)[N]) {
+  LAB_UNROLL
+  for (int s = W / 2; s > 0; s >>= 1) {
+    LAB_UNROLL
+    for (int i = 0; i < N; ++i) v[i] = fmaxf(v[i], __shfl_xor_sync(0xffffffffu, v[i], s));
+  }
+}
+
+// ---- tensor cores ---------------------------------------------------------------------------------------------------
+
+// d += a b for one warp: A 16 x 16 row-major, B 16 x 8 column-major, D 16 x 8 float32. With g = lane / 4, t = lane % 4:
+//   a[0] = A[g][2t..], a[1] = A[g+8][2t..], a[2] = A[g][2t+8..], a[3] = A[g+8][2t+8..]   (two elements each)
+//   b[0] = B[2t..][g], b[1] = B[2t+8..][g];   d[0..1] = D[g][2t..], d[2..3] = D[g+8][2t..]
+LAB_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], half) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+LAB_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bf16) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Four 8 x 8 tiles of 16-bit elements from shared memory: lane l passes the address of row l % 8 of tile l / 8
+// (16 bytes, 16-byte aligned); r[i] holds elements 2t, 2t+1 of row g of tile i. _trans: of the transposed tile.
+LAB_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(smem_address(row))
+               : "memory");
+}
+LAB_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(smem_address(row))
+               : "memory");
+}
+
+// ---- programmatic dependent launch: nothing below sm_90 -------------------------------------------------------------
+
+// Waits until the preceding kernel of the stream has ended and its writes are visible.
+LAB_DEVICE void pdl_wait() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// Lets the following kernel start its prologue once every block has called this or ended.
+LAB_DEVICE void pdl_launch_dependents() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// ---- Hopper: mbarriers, bulk copies, clusters -----------------------------------------------------------------------
+
+#if LAB_SM90
+using mbarrier = uint64_t;  // lives in shared memory, 8-byte aligned
+
+// A phase completes when `arrivals` arrivals were made and all expected bytes have landed. One thread initialises,
+// then calls mbarrier_fence_init(), then the block synchronises.
+LAB_DEVICE void mbarrier_init(mbarrier* bar, unsigned arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(bar)), "r"(arrivals) : "memory");
+}
+// Makes initialised barriers visible to the cluster and to the unit that performs bulk copies.
+LAB_DEVICE void mbarrier_fence_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+LAB_DEVICE void mbarrier_arrive(mbarrier* bar) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(bar)) : "memory");
+}
+// Arrives, and adds `bytes` to what the current phase waits for.
+LAB_DEVICE void mbarrier_arrive_expect_tx(mbarrier* bar, unsigned bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(bar)), "r"(bytes)
+               : "memory");
+}
+// Waits until the phase of this parity has completed: 0 for the first phase, then 1, 0, ... On a fresh barrier,
+// parity 1 passes at once, as if a phase had preceded the first.
+LAB_DEVICE void mbarrier_wait(mbarrier* bar, unsigned parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "LAB_WAIT:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra LAB_DONE;\n"
+      "bra LAB_WAIT;\n"
+      "LAB_DONE:\n"
+      "}" ::"r"(smem_address(bar)),
+      "r"(parity)
+      : "memory");
+}
+
+// Copies `bytes` contiguous bytes from global to this block's shared memory and credits them to bar. One thread issues
+// it. Addresses and size are multiples of 16.
+LAB_DEVICE void bulk_copy_g2s(void* dst, const void* src, unsigned bytes, mbarrier* bar) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   smem_address(dst)),
+               "l"(src), "r"(bytes), "r"(smem_address(bar))
+               : "memory");
+}
+// Asks for a whole range in L2; address and size are multiples of 16.
+LAB_DEVICE void bulk_prefetch_l2(const void* p, unsigned bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
+}
+
+// Barrier of all threads of all blocks of the cluster; orders shared memory of peers.
+LAB_DEVICE void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+LAB_DEVICE unsigned cluster_rank() {
+  unsigned rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+// The same place in the shared memory of block `rank` of the cluster.
+template <typename T>
+LAB_DEVICE T* cluster_peer(T* p, unsigned rank) {
+  uint64_t peer;
+  asm volatile("mapa.u64 %0, %1, %2;" : "=l"(peer) : "l"(reinterpret_cast<uint64_t>(p)), "r"(rank));
+  return reinterpret_cast<T*>(peer);
+}
+#endif  // LAB_SM90
+
+// ---- launch ---------------------------------------------------------------------------------------------------------
+
+namespace detail {
+inline void check(cudaError_t status, const char* kernel) {
+  if (status != cudaSuccess) {
+    cudaGetLastError();  // clears an error that is not sticky, so that the next launch is judged on its own
+    throw std::runtime_error("kernel " + std::string(kernel) + ": " + cudaGetErrorString(status));
+  }
+}
+
+// Major compute capability of the current device.
+inline int device_major() {
+  static std::atomic<int> cached[64];
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= 64) return 0;
+  int major = cached[device].load(std::memory_order_relaxed);
+  if (major == 0) {
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cached[device].store(major, std::memory_order_relaxed);
+  }
+  return major;
+}
+}  // namespace detail
+
+// Launches kernel(args...) and records its name. Throws std::runtime_error naming the kernel when the launch is refused;
+// errors inside the kernel surface at the next synchronisation, as everywhere in CUDA.
+template <typename... Params, typename... Args>
+inline void launch(const Config& config, const char* name, void (*kernel)(Params...), Args&&... args) {
+  if (config.smem_bytes > 48 * 1024) {
+    detail::check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                       cudaFuncAttributeMaxDynamicSharedMemorySize, int(config.smem_bytes)),
+                  name);
+  }
+  cudaLaunchAttribute attributes[2];
+  unsigned count = 0;
+  if (config.pdl && detail::device_major() >= 9) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (config.cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count].val.clusterDim.x = config.cluster;
+    attributes[count].val.clusterDim.y = 1;
+    attributes[count++].val.clusterDim.z = 1;
+  }
+  cudaLaunchConfig_t launch_config = {};
+  launch_config.gridDim = config.grid;
+  launch_config.blockDim = config.block;
+  launch_config.dynamicSmemBytes = config.smem_bytes;
+  launch_config.stream = reinterpret_cast<cudaStream_t>(config.stream);
+  launch_config.attrs = attributes;
+  launch_config.numAttrs = count;
+  trace::record(name);
+  detail::check(cudaLaunchKernelEx(&launch_config, kernel, static_cast<Params>(args)...), name);
+}
+#endif  // __CUDACC__
+
+// ---- built from the above (both sides) ------------------------------------------------------------------------------
+
+// Sum (or maximum) over a block of Threads threads (a multiple of 32); every thread gets it, in a fixed order.
+// scratch: Threads / 32 floats of shared memory, which may be reused by the next call. All threads must call it.
+template <int Threads>
+LAB_DEVICE float block_sum(float v, float* scratch) {
+  static_assert(Threads % 32 == 0 && Threads <= 1024, "whole warps only");
+  v = group_sum<32>(v);
+  if constexpr (Threads > 32) {
+    __syncthreads();  // a previous call's readers are done with scratch
+    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = v;
+    __syncthreads();
+    v = scratch[0];
+    LAB_UNROLL
+    for (int warp = 1; warp < Threads / 32; ++warp) v += scratch[warp];
+  }
+  return v;
+}
+template <int Threads>
+LAB_DEVICE float block_max(float v, float* scratch) {
+  static_assert(Threads % 32 == 0 && Threads <= 1024, "whole warps only");
+  v = group_max<32>(v);
+  if constexpr (Threads > 32) {
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = v;
+    __syncthreads();
+    v = scratch[0];
+    LAB_UNROLL
+    for (int warp = 1; warp < Threads / 32; ++warp) v = fmaxf(v, scratch[warp]);
+  }
+  return v;
+}
+
+}  // namespace lab
