@@ -1,0 +1,73 @@
+// stream: reads, copies or writes a buffer, nothing else. Its speed is the ceiling that every other kernel is held to.
+//
+//   mapping   a block takes tiles of kUnroll * blockDim vectors of 16 bytes, grid-stride; every thread has several
+//             independent accesses in flight, which on an H100 (4 blocks of 512 threads an SM) hides the latency of HBM
+//   traffic   read: bytes. copy: bytes read + bytes written. write: bytes. Times `passes`
+//   used by   lab/harness/ceiling.py          twin  triton_kernels/stream.py
+#include "common.cuh"
+#include "launchers.h"
+
+namespace lab {
+namespace {
+
+constexpr int kUnroll = 8;
+enum Mode { kRead = 0, kCopy = 1, kWrite = 2 };
+
+template <int M>
+LAB_DEVICE Vec<uint32_t> take(const uint32_t* src, int64_t at) {
+  if constexpr (M == kWrite) {
+    return {{uint32_t(at), uint32_t(at) * 2654435761u, ~uint32_t(at), 0x9e3779b9u}};  // varied: compressible data is cheaper
+  } else {
+    return load_stream(src + at * 4);
+  }
+}
+
+// A second pass goes over the buffer again: a kernel half as fast as it should be, to test the harness with.
+template <int M>
+__global__ void stream_kernel(const uint32_t* src, uint32_t* dst, int64_t vectors, int passes) {
+  const int64_t tile = int64_t(kUnroll) * blockDim.x;
+  uint32_t folded = 0;
+  const auto put = [&](int64_t at, const Vec<uint32_t>& v) {
+    if constexpr (M == kRead) {
+      folded ^= v.v[0] ^ v.v[1] ^ v.v[2] ^ v.v[3];
+    } else {
+      store(dst + at * 4, v);
+    }
+  };
+  for (int pass = 0; pass < passes; ++pass) {
+    // 1. Locate: block b takes the tiles b, b + gridDim, ...; neighbouring threads take neighbouring vectors.
+    for (int64_t first = blockIdx.x * tile; first < vectors; first += gridDim.x * tile) {
+      const int64_t mine = first + threadIdx.x;
+      if (first + tile <= vectors) {
+        // 2. Load: a whole tile needs no bounds checks, so its loads are issued before the first is used.
+        Vec<uint32_t> v[kUnroll];
+        LAB_UNROLL
+        for (int i = 0; i < kUnroll; ++i) v[i] = take<M>(src, mine + i * int64_t(blockDim.x));
+        // 3. Use: fold into a register or store.
+        LAB_UNROLL
+        for (int i = 0; i < kUnroll; ++i) put(mine + i * int64_t(blockDim.x), v[i]);
+      } else {  // the tail
+        for (int64_t at = mine; at < vectors; at += blockDim.x) put(at, take<M>(src, at));
+      }
+    }
+  }
+  // Keeps the loads alive; on random data one thread in 2^32 stores.
+  if (M == kRead && folded == 0x5bd1e995u) dst[0] = folded;
+}
+
+}  // namespace
+}  // namespace lab
+
+void stream(Ptr src, Ptr dst, int64_t bytes, int mode, int passes, int blocks, int threads, Ptr stream) {
+  using namespace lab;
+  const auto run = [&](const char* name, auto* kernel) {
+    launch(Config{dim3(blocks), dim3(threads), 0, stream}, name, kernel, as<const uint32_t>(src), as<uint32_t>(dst), bytes / 16,
+           passes);
+  };
+  switch (mode) {
+    case kRead: return run("stream_read", &stream_kernel<kRead>);
+    case kCopy: return run("stream_copy", &stream_kernel<kCopy>);
+    case kWrite: return run("stream_write", &stream_kernel<kWrite>);
+    default: throw std::invalid_argument("stream: mode is 0 (read), 1 (copy) or 2 (write)");
+  }
+}
