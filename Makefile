@@ -1,0 +1,51 @@
+# `make` lists the targets. PYTHON=... picks the interpreter; one that already has a CUDA build of torch lends it.
+PYTHON ?= python3
+PY := .venv/bin/python
+READY := .venv/ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build demo test oracle gpu-check gpu-bench report clean clean-all
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: build  ## .venv and the kernels; on a machine with nvcc the GPU build, too
+	@$(PY) -m lab doctor
+
+$(READY): pyproject.toml lab/setup_env.py
+	@$(PYTHON) -m lab.setup_env
+	@touch $@
+
+build: $(READY)
+	@$(PY) setup.py --quiet build_ext --inplace
+
+.venv/model: $(READY)
+	@$(PY) -m lab.setup_env --model
+	@touch $@
+
+demo: build .venv/model  ## a real model speaks under CUDA and under Triton, compared; report in out/demo (OUT=...)
+	@$(PY) -m lab.demo --out $(or $(OUT),out/demo)
+
+test: build  ## the tests (ARGS="-k rope" picks some)
+	@$(PY) -m pytest -m "not oracle" $(ARGS)
+
+oracle: build .venv/model  ## the model's logits against Hugging Face transformers (installs it)
+	@$(PY) -m lab.setup_env --test
+	@$(PY) -m pytest -m oracle $(ARGS)
+
+gpu-check: build  ## needs a GPU: GPU tests, compute-sanitizer on every op, greedy text under both backends (OUT=..., MODEL=...)
+	@$(PY) -m lab.gpu_check --out $(or $(OUT),out/gpu-check) $(if $(MODEL),--model $(MODEL))
+
+gpu-bench: build  ## needs a GPU: ops, models and ledger measured into OUT=... (QUICK=1: a few shapes)
+	@$(PY) -m lab bench ops --out $(or $(OUT),out/gpu-bench) $(if $(QUICK),--quick)
+	@$(PY) -m lab bench model --out $(or $(OUT),out/gpu-bench) $(if $(QUICK),--quick)
+	@$(PY) -m lab report $(or $(OUT),out/gpu-bench)
+
+report:  ## draws reports/h100 again from its committed records
+	@$(PY) -m lab report reports/h100
+
+clean:  ## removes what was built and what was written to out/
+	rm -rf build out lab/*.so .pytest_cache
+
+clean-all: clean  ## removes .venv, too
+	rm -rf .venv

@@ -1,0 +1,95 @@
+"""The command line: one subcommand per verb. The work of a verb lives in its room, imported only when it is called.
+
+A room has `add_arguments(parser)` and `main(args) -> exit status`. What a user did wrong is one line on standard error
+and exit status 2; anything else that escapes is a fault of the lab and keeps its traceback.
+"""
+import argparse
+import difflib
+import importlib
+import os
+import sys
+import traceback
+
+from lab.errors import LabError
+
+VERBS = {       # verb: (room, what it does)
+    "doctor": ("lab.doctor", "what this machine can run and what is missing"),
+    "compare": ("lab.harness.compare", "did rows of run B get slower than those of run A?"),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse prints a usage text before its error; here a mistake is one line, like every other."""
+
+    def error(self, message):
+        raise LabError(f"{message} (see `{self.prog} --help`)")
+
+
+def build_parser(verb):
+    """The parser of `lab`; only the room of `verb` is imported."""
+    parser = Parser(prog="lab", description="Decode kernels of a language model, in CUDA and in Triton, on one bench.",
+                    epilog="`lab VERB --help` lists the options of a verb.")
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
+    for name, (room, summary) in VERBS.items():
+        sub = verbs.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        sub.add_argument("--traceback", action="store_true", default=argparse.SUPPRESS,
+                         help="show where an error came from")
+        if name == verb:
+            module = importlib.import_module(room)
+            module.add_arguments(sub)
+            sub.set_defaults(main=module.main)
+    return parser
+
+
+def run(argv):
+    words = [word for word in argv if word != "--traceback"]
+    if not words:
+        build_parser(None).print_help()
+        return 0
+    verb = words[0]
+    if verb not in VERBS and not verb.startswith("-"):
+        near = difflib.get_close_matches(verb, VERBS, 1)
+        raise LabError(f"unknown verb {verb!r}: {f'did you mean {near[0]}? ' if near else ''}"
+                       f"choose from {', '.join(VERBS)}")
+    args = build_parser(verb).parse_args(argv)
+    return args.main(args)
+
+
+def explain(error):
+    """One line for an error that a user can mend; None for a fault of the lab."""
+    if isinstance(error, LabError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith(("lab", "triton_kernels")):
+        return f"the package {error.name} is not installed: run `make setup`, then use .venv/bin/lab"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if type(error).__name__ == "OutOfMemoryError":          # torch's; its first sentence says how much and where
+        return f"{str(error).split('. ')[0]}: try a smaller model, batch or context"
+    return None
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        status = run(argv)
+        sys.stdout.flush()
+        return status or 0
+    except BrokenPipeError:                                 # the reader went away, as in `lab ops | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        print("lab: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        line = explain(error)
+        if line is None:
+            raise
+        if "--traceback" in argv:
+            traceback.print_exc()
+        print("lab: error: " + " ".join(line.split()), file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

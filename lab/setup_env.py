@@ -1,0 +1,101 @@
+"""`make setup` and `make demo` call this: it makes .venv ready. Standard library only, run by the python PYTHON names.
+
+Where that python has a CUDA build of torch, .venv borrows its packages: torch and triton stay what they are, only what
+is missing is added, and when nothing is missing no network is needed. Elsewhere .venv gets the versions pinned in
+pyproject.toml; TORCH_INDEX may name another index for torch (https://download.pytorch.org/whl/cpu spares a laptop
+without a GPU the CUDA build).
+
+    python -m lab.setup_env           packages
+    python -m lab.setup_env --model   the default model's package, without what it depends on
+    python -m lab.setup_env --test    transformers and accelerate, for the oracle tests
+"""
+import importlib.util
+import os
+import runpy
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+PYTHON = VENV / "bin" / "python"
+
+
+def project():
+    """pyproject.toml; tomllib is missing from Python 3.10, whose pip carries the same parser."""
+    try:
+        import tomllib
+    except ImportError:
+        from pip._vendor import tomli as tomllib
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def cuda_torch():
+    """("2.11.0+cu130", "13.0") if this python has torch built for CUDA, else None; read without importing torch."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None:
+        return None
+    version = runpy.run_path(str(Path(spec.origin).with_name("version.py")))
+    return (version["__version__"], version["cuda"]) if version.get("cuda") else None
+
+
+def create_venv(borrow):
+    """.venv of this python; with `borrow` it also sees this python's packages, also where this is a venv itself."""
+    if not PYTHON.exists():
+        options = ["--system-site-packages"] if borrow else []
+        if importlib.util.find_spec("ensurepip") is None:       # Debian without python3-venv: pip is borrowed too, or
+            options.append("--without-pip")                     # the check below says what to install
+        run([sys.executable, "-m", "venv", *options, str(VENV)])
+    if borrow and sys.prefix != sys.base_prefix:
+        here = sysconfig.get_paths()["purelib"]
+        target = VENV / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
+        (target / "borrowed.pth").write_text(f"import site; site.addsitedir({here!r})\n")
+    if subprocess.run([str(PYTHON), "-m", "pip", "--version"], capture_output=True).returncode != 0:
+        sys.exit(f"setup: {PYTHON} has no pip: install it (Debian: apt install python3-venv), `make clean-all`, again")
+
+
+def pip_install(*arguments):
+    run([str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-build-isolation",
+         *arguments])
+
+
+def run(command):
+    if subprocess.run(command, cwd=ROOT).returncode != 0:
+        sys.exit(f"setup: failed: {' '.join(command)}")
+
+
+def keep(borrowed):
+    """Constraints that hold torch and triton at the borrowed versions, whatever another package would like."""
+    if not borrowed:
+        return []
+    probe = "from importlib.metadata import version as v; [print(f'{n}=={v(n)}') for n in ('torch', 'triton')]"
+    versions = subprocess.run([str(PYTHON), "-c", probe], capture_output=True, text=True, check=True).stdout
+    path = VENV / "keep.txt"
+    path.write_text(versions)
+    return ["--constraint", str(path)]
+
+
+def main(arguments):
+    if sys.version_info < (3, 10):
+        sys.exit(f"setup: Python {sys.version.split()[0]} is too old: make setup PYTHON=python3.12 (3.10 or newer)")
+    meta = project()
+    if "--model" in arguments:
+        return pip_install("--no-deps", meta["tool"]["lab"]["model"])
+    borrowed = cuda_torch()
+    extras = meta["project"]["optional-dependencies"]
+    if "--test" in arguments:
+        return pip_install(*keep(borrowed), *extras["test"])
+    create_venv(borrowed)
+    if borrowed:
+        print(f"setup: using torch {borrowed[0]} (CUDA {borrowed[1]}) of {sys.executable}; adding what is missing")
+        return pip_install(*keep(borrowed), *meta["project"]["dependencies"], *meta["build-system"]["requires"])
+    print(f"setup: installing the versions pinned in pyproject.toml into {VENV.relative_to(ROOT)}")
+    index = os.environ.get("TORCH_INDEX")
+    if index:
+        pip_install("--index-url", index, *[pin for pin in extras["pinned"] if pin.startswith("torch==")])
+    pip_install(*extras["pinned"])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
