@@ -1,0 +1,197 @@
+"""What every picture has in common: its conditions, its table, its command, and how it becomes a PNG.
+
+Pictures are 5.2 inches wide, so that their text can be read on a phone, and are drawn twice: for the light page and
+for the dark one. Error bars are p10 and p90 of the samples.
+"""
+import io
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure as Canvas
+from PIL import Image
+
+from lab.report import style
+
+WIDTH = 5.2         # inches
+WRAP = 99           # characters of the subtitle that fit on a line
+
+
+@dataclass
+class Figure:
+    """One picture and what stands around it. `draw(canvas, theme)` fills an empty matplotlib figure."""
+    name: str                   # file name without ending; unique in a run
+    title: str
+    conditions: str             # device, dtype, cache, ceiling, n
+    reading: str                # what it shows and how to read it
+    alt: str
+    table: pd.DataFrame
+    command: str                # reproduces the records behind it
+    height: float               # inches, without the title
+    draw: Callable
+    wide: bool = False
+
+
+def png(figure, theme, emulated=False):
+    """The picture as PNG bytes in the theme's colours, 1040 pixels wide."""
+    title = textwrap.wrap(figure.title, 56)
+    lines = textwrap.wrap(figure.conditions, WRAP)
+    head = 0.10 + 0.19 * len(title) + 0.135 * len(lines) + 0.08
+    height = figure.height + head
+    with matplotlib.rc_context(style.rc(theme)):
+        canvas = Canvas(figsize=(WIDTH, height), layout="constrained")
+        canvas.get_layout_engine().set(rect=(0.005, 0.005, 0.985, 1 - head / height - 0.005))
+        canvas.text(0.015, 1 - 0.08 / height, "\n".join(title), fontsize=10.5, fontweight="bold", va="top", linespacing=1.1)
+        canvas.text(0.015, 1 - (0.12 + 0.19 * len(title)) / height, "\n".join(lines), fontsize=7, va="top",
+                    color=theme.muted, linespacing=1.2)
+        figure.draw(canvas, theme)
+        if emulated:
+            for ax in canvas.axes:
+                ax.text(0.5, 0.5, "emulated", transform=ax.transAxes, ha="center", va="center", fontsize=26,
+                        color=theme.muted, alpha=0.16, rotation=20, zorder=0)
+        raw = io.BytesIO()
+        canvas.savefig(raw, format="png")
+    small = io.BytesIO()
+    Image.open(raw).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(small, "png", optimize=True)
+    return small.getvalue()
+
+
+# The words of a picture
+
+def conditions(run, rows, *extra):
+    """Device, dtype, cache state, timer, ceiling and sample count of the rows a picture shows, one line."""
+    words = [f"EMULATED on {run.device}: says nothing about a GPU" if run.emulated else run.device]
+    for column in ("dtype", "cache"):
+        if column in rows and len(rows):
+            values = [v for v in dict.fromkeys(rows[column]) if v]
+            words.append(", ".join(values) + (" cache" if column == "cache" else "") if values else f"{column} not recorded")
+    words += [e for e in extra if e]
+    if not run.emulated:
+        words.append(ceiling_words(run))
+    counts = rows["n"].dropna() if "n" in rows else pd.Series(dtype=float)
+    if len(counts):
+        low, high = int(counts.min()), int(counts.max())
+        words.append(f"n {low}" if low == high else f"n {low} to {high}")
+    else:
+        words.append("n not recorded")
+    timed = rows[rows["n"].notna()] if "n" in rows else rows
+    spread = {"us_p10", "us_p90"} <= set(rows) and timed[["us_p10", "us_p90"]].notna().all(axis=None)
+    words.append("bars p10 to p90" if spread and len(timed) else "p10 and p90 not recorded for all")
+    return " · ".join(words)
+
+
+def ceiling_words(run):
+    best = run.best_ceiling()
+    if best is None:
+        return "no ceiling measured"
+    direction = run.ceiling.loc[run.ceiling["gbps"].idxmax(), "direction"]
+    return f"ceiling {best:,.0f} GB/s ({direction}, measured in this run)"
+
+
+def names(backends):
+    labels = [style.backend(b).label for b in style.backend_order(backends)]
+    return " and ".join(filter(None, [", ".join(labels[:-1]), labels[-1] if labels else ""]))
+
+
+def amount(value):
+    """1024 -> 1k, 1048576 -> 1M; other numbers as they are."""
+    value = float(value)
+    for size, unit in ((1 << 30, "G"), (1 << 20, "M"), (1 << 10, "k")):
+        if value >= size and value % size == 0:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"
+
+
+def unit(us):
+    """(divisor, name) of the unit in which times of this many microseconds read best."""
+    top = np.nanmax(np.asarray(us, float))
+    return (1e6, "s") if top >= 2e6 else (1e3, "ms") if top >= 2e4 else (1.0, "us")
+
+
+def times(rows, divisor):
+    """us, us_p10 and us_p90 divided by a unit's divisor."""
+    return rows.assign(**{c: rows[c] / divisor for c in ("us", "us_p10", "us_p90")})
+
+
+def short(text, width=34):
+    text = str(text)
+    return text if len(text) <= width else text[:width - 1] + "…"
+
+
+# The marks of a picture
+
+def spread(rows, y, low, high):
+    """Asymmetric error bars of y, zero where an end is absent."""
+    down = np.nan_to_num((rows[y] - rows[low]).to_numpy(float)).clip(0)
+    up = np.nan_to_num((rows[high] - rows[y]).to_numpy(float)).clip(0)
+    return np.vstack([down, up])
+
+
+def with_share(rows):
+    """Adds share, share_low, share_high in per cent of the ceiling; the spread is that of the time."""
+    share = 100 * rows["of_ceiling"]
+    return rows.assign(share=share, share_low=share * rows["us"] / rows["us_p90"], share_high=share * rows["us"] / rows["us_p10"])
+
+
+def line(ax, rows, x, y, low, high, look, label, dashed=False):
+    rows = rows.dropna(subset=[x, y]).sort_values(x)
+    if len(rows):
+        ax.errorbar(rows[x], rows[y], yerr=spread(rows, y, low, high), color=look.color, marker=look.marker, label=label,
+                    linestyle="--" if dashed else "-")
+
+
+def log_ticks(axis, values, base=2):
+    """A log axis whose ticks are the measured values, as long as they do not collide."""
+    ticks = sorted(set(float(v) for v in values if v > 0))
+    set_scale = axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale
+    set_scale("log", base=base)
+    if len(ticks) > 7:
+        ticks = ticks[:: -(-len(ticks) // 7)]
+    axis.set_ticks(ticks, [amount(t) for t in ticks])
+    axis.set_ticks([], minor=True)
+    if len(ticks) == 1:
+        axis.axes.set(**{f"{axis.axis_name}lim": (ticks[0] / base, ticks[0] * base)})
+
+
+def plain_log(axis):
+    """A log axis labelled with plain numbers, a few per decade."""
+    set_scale = axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale
+    set_scale("log")
+    low, high = axis.get_view_interval()
+    subs = (1, 2, 5) if high < 300 * low else (1,)
+    axis.set_major_locator(matplotlib.ticker.LogLocator(subs=subs, numticks=9))
+    axis.set_minor_locator(matplotlib.ticker.NullLocator())
+    axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f"{v:,.10g}"))
+
+
+def from_zero_or_log(axis, values):
+    """A linear axis from zero, or a log axis where the values span more than a factor of eight."""
+    if values.max() > 8 * values.min():
+        plain_log(axis)
+    else:
+        (axis.axes.set_xlim if axis.axis_name == "x" else axis.axes.set_ylim)(0, values.max() * 1.12)
+
+
+def legend(canvas, axes, columns=4):
+    """One legend under all axes, in the backends' order."""
+    found = {}
+    for ax in axes:
+        for handle, label in zip(*ax.get_legend_handles_labels()):
+            found.setdefault(label, handle)
+    if found:
+        canvas.legend(found.values(), found.keys(), loc="outside lower center", ncols=min(columns, len(found)),
+                      handlelength=1.6, columnspacing=1.2)
+
+
+def grid_of(canvas, count, xlabel, columns=2, **options):
+    """`count` axes in rows of `columns`, as a flat list; the lowest of each column carries `xlabel`."""
+    columns = min(columns, count)
+    axes = list(canvas.subplots(-(-count // columns), columns, squeeze=False, **options).ravel())
+    for ax in axes[count:]:
+        ax.remove()
+    for ax in axes[max(0, count - columns):count]:
+        ax.set_xlabel(xlabel)
+    return axes[:count]

@@ -1,0 +1,231 @@
+"""Records to tidy pandas frames, one set per run, with everything a reader must be warned of.
+
+A line is left out of the frames, and a notice says so, when it failed or holds no usable number. Rows above
+102% of the measured ceiling, or flagged by the harness, stay in the frames with `suspect` set: they are listed, and no
+bandwidth picture shows them. Emulated rows lose any bandwidth they claim.
+"""
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+
+from lab.errors import LabError
+from lab.harness import records
+
+ABOVE = 1.02        # of the ceiling; more is a fault of the measurement, not a fast kernel
+NUMBERS = {"batch", "context", "us", "us_p10", "us_p90", "us_p99", "n", "bytes", "flops", "gbps", "of_ceiling",
+           "of_stream", "of_token", "calls", "order", "tokens_per_s", "ttft_ms", "weight_bytes", "kv_bytes",
+           "workspace_bytes", "steady_bytes", "peak_bytes", "page_utilisation", "linearity"}
+OBJECTS = {"shape": dict, "config": dict, "verdict": dict, "overrides": dict, "models": list}
+BANDWIDTH = ("gbps", "of_ceiling", "of_stream")
+
+
+@dataclass(frozen=True)
+class Notice:
+    level: str          # warning: changes how the figures may be read | note
+    text: str
+
+
+@dataclass
+class Run:
+    """One bench run. Frames have every field of the record's dataclass as a column, also when they are empty.
+
+    Numbers are floats with NaN where absent, texts are "" where absent; `suspect` marks what no win may rest on.
+    """
+    id: str
+    path: Path
+    envs: list
+    ceiling: pd.DataFrame
+    op: pd.DataFrame
+    model: pd.DataFrame
+    ledger: pd.DataFrame
+    fairness: pd.DataFrame
+    failures: pd.DataFrame
+    notices: list = field(default_factory=list)
+
+    @property
+    def env(self):
+        """The env row from before the measurements, or the first there is, or None."""
+        return next((e for e in self.envs if e.when == "before"), self.envs[0] if self.envs else None)
+
+    @property
+    def emulated(self):
+        """True when nothing in the run was timed on a GPU."""
+        rows = pd.concat([f["emulated"] for f in (self.op, self.model, self.ledger) if len(f)] or [pd.Series(dtype=bool)])
+        if len(rows):
+            return bool(rows.all())
+        return self.env is not None and self.env.device != "cuda"
+
+    @property
+    def device(self):
+        env = self.env
+        if env is None:
+            return "unknown device"
+        return str(env.gpu or env.cpu or "unnamed CPU" if env.device != "cuda" else env.gpu or "unnamed GPU")
+
+    def best_ceiling(self, direction=None):
+        """The best bandwidth in GB/s of a direction (None: of all), or None."""
+        rows = self.ceiling if direction is None else self.ceiling[self.ceiling["direction"] == direction]
+        return float(rows["gbps"].max()) if rows["gbps"].notna().any() else None
+
+    @property
+    def suspects(self):
+        return pd.concat([f[f["suspect"]].assign(kind=kind) for kind, f in
+                          (("op", self.op), ("model", self.model), ("ledger", self.ledger))], ignore_index=True)
+
+
+def load(where):
+    """Every run found in records.jsonl of a folder and of its subfolders, newest first.
+
+    Raises LabError when there is no file, no readable line, or a damaged one.
+    """
+    where = Path(where)
+    if not where.exists():
+        raise LabError(f"no such folder: {where}")
+    paths = [where] if where.is_file() else sorted(where.rglob(records.FILE))
+    if not paths:
+        raise LabError(f"no {records.FILE} in {where} or its subfolders; `lab bench all --out {where}` writes one")
+    runs, skipped = [], []
+    for path in paths:
+        found = records.read(path, newer="skip")
+        skipped += found.notices
+        for run in found.runs():
+            runs.append(_run(str(run), path, found.of_run(run), found.notices))
+    if not runs:
+        raise LabError("; ".join(skipped) or f"no records in {', '.join(map(str, paths))}")
+    return sorted(runs, key=lambda r: (str(r.env.time or "") if r.env else "", r.id), reverse=True)
+
+
+def _run(run, path, rows, notices):
+    run = Run(run, path, [r for r in rows if r.kind == "env"],
+              *(_frame([r for r in rows if r.kind == kind], kind)
+                for kind in ("ceiling", "op", "model", "ledger", "fairness")),
+              failures=pd.DataFrame(), notices=[Notice("warning", n) for n in notices])
+    _drop_failures(run)
+    _drop_unusable(run)
+    _check_bandwidth(run)
+    run.notices = _about_machine(run) + run.notices + _about_gaps(run)
+    return run
+
+
+def _frame(rows, kind):
+    cls = records.KINDS.get(kind)
+    columns = [f.name for f in dataclasses.fields(cls)] if cls else []
+    data = {}
+    for column in columns:
+        values = [getattr(r, column) for r in rows]
+        if column in NUMBERS:
+            data[column] = pd.to_numeric(pd.Series(values, dtype=object), errors="coerce").astype(float)
+        elif column in OBJECTS:
+            kind_of = OBJECTS[column]
+            data[column] = pd.Series([v if isinstance(v, kind_of) else kind_of() for v in values], dtype=object)
+        elif column in ("emulated", "best"):
+            data[column] = pd.Series([v is True for v in values], dtype=bool)
+        else:
+            data[column] = pd.Series(["" if v is None else str(v) for v in values], dtype=object)
+    frame = pd.DataFrame(data, columns=columns)
+    # A resumed bench may have measured a key again: the last line counts.
+    if cls and len(frame):
+        keys = [(r.kind, *(repr(records.freeze(getattr(r, f))) for f in cls.key_fields)) for r in rows]
+        frame = frame[~pd.Series(keys).duplicated(keep="last").to_numpy()].reset_index(drop=True)
+    frame["suspect"] = False
+    return frame
+
+
+def _drop_failures(run):
+    failed = []
+    for kind in ("ceiling", "op", "model", "ledger"):
+        frame = getattr(run, kind)
+        bad = frame["error"] != ""
+        failed.append(frame[bad].assign(kind=kind))
+        setattr(run, kind, frame[~bad].reset_index(drop=True))
+    run.failures = pd.concat(failed, ignore_index=True)
+    if len(run.failures):
+        run.notices.append(Notice("warning", f"{len(run.failures)} measurements failed and are in no picture; "
+                                             "they are listed under Failures."))
+
+
+def _drop_unusable(run):
+    """Times must be finite and positive; a batch must be a number."""
+    for kind in ("ceiling", "op", "model", "ledger"):
+        frame = getattr(run, kind)
+        ok = frame["us"].map(math.isfinite) & (frame["us"] > 0)
+        if kind == "ledger":            # a gap may be nothing, unexplained time may be negative
+            ok = frame["us"].map(math.isfinite) & ((frame["us"] > 0) | frame["row"].isin(["gap", "unexplained"]))
+        if "batch" in frame:
+            ok &= frame["batch"] > 0
+        if kind == "model":
+            ok &= frame["context"] >= 0
+        if (~ok).any():
+            run.notices.append(Notice("warning", f"{int((~ok).sum())} {kind} records hold no usable time "
+                                                 "(missing, not a number, or not positive) and were left out."))
+        setattr(run, kind, frame[ok].reset_index(drop=True))
+
+
+def _check_bandwidth(run):
+    for kind in ("op", "model", "ledger"):
+        frame = getattr(run, kind)
+        emulated = frame["emulated"] | (frame["timer"] == "wall")
+        frame["emulated"] = emulated
+        columns = [c for c in BANDWIDTH if c in frame]
+        if frame.loc[emulated, columns].notna().any(axis=None):
+            run.notices.append(Notice("warning", f"Emulated {kind} records claim a bandwidth; it was ignored."))
+        frame.loc[emulated, columns] = float("nan")
+        # Warm figures come from the caches: they may exceed the ceiling and no bandwidth picture shows them.
+        warm = frame.get("cache", pd.Series("", index=frame.index)) == "warm"
+        frame.loc[(frame["of_ceiling"] > ABOVE) & (frame["flag"] == "") & ~warm, "flag"] = "above the ceiling"
+        frame["suspect"] = (frame["flag"] != "") & ~warm
+    suspects = run.suspects
+    if len(suspects):
+        why = suspects["flag"].value_counts()
+        run.notices.append(Notice("warning", f"{len(suspects)} measurements are flagged ("
+                                  + ", ".join(f"{count} {flag}" for flag, count in why.items())
+                                  + f"); no bandwidth picture shows them and they count as no win. More than "
+                                    f"{ABOVE:.0%} of the ceiling means that the measurement is wrong or was "
+                                    "served by a cache."))
+
+
+def _about_machine(run):
+    if not run.envs:
+        return [Notice("warning", "No env record: the machine, the versions and the clocks are unknown.")]
+    found = []
+    env = run.env
+    if run.emulated:
+        found.append(Notice("warning", "Emulated on a CPU: the CUDA half ran through its host build, the Triton half "
+                                       "through the interpreter. Times say nothing about a GPU and no bandwidth is claimed."))
+    for e in run.envs:
+        if e.throttle:
+            found.append(Notice("warning", f"The card was throttled {e.when} the run: {', '.join(map(str, e.throttle))}."))
+        found += [Notice("warning" if "synthetic" in str(n).lower() else "note", str(n)) for n in e.notes or []]
+    after = next((e for e in run.envs if e.when == "after"), None)
+    if after is None and not run.emulated:
+        found.append(Notice("warning", "No env record from after the run: it was stopped early, or is still running."))
+    elif after and _number(env.sm_mhz) and _number(after.sm_mhz) and abs(after.sm_mhz / env.sm_mhz - 1) > 0.05:
+        found.append(Notice("warning", f"The SM clock moved from {env.sm_mhz:.0f} to {after.sm_mhz:.0f} MHz."))
+    if "+" in str(env.commit or ""):
+        found.append(Notice("note", f"The source tree had uncommitted edits ({env.commit})."))
+    peers = env.peers if isinstance(env.peers, dict) else {}
+    absent = [f"{name} ({why})" for name, why in peers.items() if not str(why)[:1].isdigit()]
+    if absent:
+        found.append(Notice("note", "Peers left out: " + "; ".join(absent) + "."))
+    return list(dict.fromkeys(found))
+
+
+def _about_gaps(run):
+    found = []
+    measured = set(run.op["backend"]) | set(run.model["backend"])
+    for name in ("cuda", "triton"):
+        if name not in measured and measured:
+            found.append(Notice("warning", f"No usable measurement of the {name} backend: the pictures show what there "
+                                           "is, and comparisons that need it are left out."))
+    if not measured and not len(run.ledger):
+        found.append(Notice("warning", "No op, model or ledger measurement in this run yet."))
+    if not run.emulated and run.best_ceiling() is None:
+        found.append(Notice("warning", "No ceiling was measured in this run: shares rest on what the rows themselves say."))
+    return found
+
+
+def _number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0

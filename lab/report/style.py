@@ -1,0 +1,83 @@
+"""How a backend, an op and a page look: one colour and one marker each, the same in every picture.
+
+The backends' colours keep a contrast of at least 3:1 on the light and on the dark page, and CUDA, Triton and torch
+stay apart under protanopia, deuteranopia and tritanopia (tests/test_report.py computes both). Markers differ as well,
+so that no picture depends on colour alone.
+"""
+from dataclasses import dataclass
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+
+@dataclass(frozen=True)
+class Look:
+    label: str
+    color: str
+    marker: str
+
+
+BACKENDS = {
+    "cuda": Look("CUDA", "#2d7dd2", "o"),
+    "triton": Look("Triton", "#d9730d", "s"),
+    "torch": Look("torch", "#7d868f", "D"),
+    "cublas": Look("cuBLAS", "#1a9c74", "^"),
+    "sdpa_flash": Look("SDPA flash", "#c65f9c", "v"),
+    "cudnn": Look("cuDNN", "#9a8a1f", "P"),
+    "flashinfer": Look("FlashInfer", "#8a63d2", "X"),
+    "liger": Look("Liger", "#3f9aa8", "<"),
+    "compile": Look("torch.compile", "#a5654b", ">"),
+}
+# Paul Tol's "muted" scheme and a few neighbours: what a token's time is made of. Not used for backends.
+PARTS = ("#5f55c4", "#88ccee", "#44aa99", "#117733", "#999933", "#ddcc77", "#cc6677", "#882255", "#aa4499", "#5f6b7a")
+PART_ORDER = ("embedding", "rmsnorm", "linear", "rope", "kv_append", "decode_attention", "silu_mul", "sample")
+
+
+def backend(name):
+    """The look of a backend; one that the table does not know gets grey and its own name."""
+    return BACKENDS.get(name, Look(str(name), "#7d868f", "*"))
+
+
+def backend_order(names):
+    """Known backends in the table's order, then the others by name."""
+    known = list(BACKENDS)
+    return sorted(set(names), key=lambda n: (known.index(n) if n in known else len(known), str(n)))
+
+
+def part_colors(parts):
+    """part -> colour; the textbook ops always get the same one, others take what is left, in order."""
+    fixed = {p: PARTS[i] for i, p in enumerate(PART_ORDER)}
+    rest = [p for p in parts if p not in fixed]
+    return {p: fixed.get(p) or PARTS[(len(PART_ORDER) + rest.index(p)) % len(PARTS)] for p in parts}
+
+
+@dataclass(frozen=True)
+class Theme:
+    name: str
+    page: str         # background
+    ink: str          # text
+    muted: str        # secondary text
+    grid: str
+
+
+LIGHT = Theme("light", "#ffffff", "#1b1f23", "#59636e", "#e3e6ea")
+DARK = Theme("dark", "#171b20", "#e8eaed", "#a2abb5", "#31373e")
+
+
+def rc(theme):
+    """matplotlib settings of a theme, for matplotlib.rc_context."""
+    return {
+        "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 8.5,
+        "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8, "legend.frameon": False,
+        "figure.facecolor": theme.page, "savefig.facecolor": theme.page, "axes.facecolor": theme.page,
+        "text.color": theme.ink, "axes.labelcolor": theme.ink, "axes.titlecolor": theme.ink,
+        "xtick.color": theme.muted, "ytick.color": theme.muted, "axes.edgecolor": theme.muted,
+        "xtick.labelcolor": theme.ink, "ytick.labelcolor": theme.ink,
+        "grid.color": theme.grid, "grid.linewidth": 0.8, "axes.grid": True, "axes.axisbelow": True,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8,
+        "lines.linewidth": 1.6, "lines.markersize": 5, "errorbar.capsize": 2.5,
+        "hatch.linewidth": 0.6, "figure.dpi": 200, "text.parse_math": False,
+        # matplotlib warns on a glyph that the font lacks; a record may hold any text.
+        "axes.unicode_minus": False,
+    }
