@@ -1,0 +1,1 @@
+"""A Llama-family decoder: config, weights, tokenizer, paged KV cache, the decode step and generation."""

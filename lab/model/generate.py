@@ -1,0 +1,124 @@
+"""Generation on a Decoder: prompts in, tokens and text out as they come, with the time of each step."""
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from lab.errors import LabError
+from lab.model.decoder import GREEDY, Decoder, Sampling
+
+
+@dataclass
+class Generation:
+    """What one prompt gave. output_ids include the stop token; times are wall time in ms, device work included."""
+    prompt_ids: list[int]
+    output_ids: list[int] = field(default_factory=list)
+    text: str | None = None             # None without a tokenizer
+    prefill_ms: float = 0.0             # the prompt but for its last token
+    decode_ms: list[float] = field(default_factory=list)    # one per output id; a batch shares each step's time
+    stopped_by: str = "length"          # "stop" or "length"
+    kernels: list[dict] = field(default_factory=list)       # rows of the trace: op, backend, kernel, calls
+
+
+def generate(decoder: Decoder, prompt_ids: Sequence[int], max_new_tokens: int = 64, sampling: Sampling = GREEDY,
+             stop_ids: Collection[int] = (), tokenizer=None, on_text: Callable[[str], None] | None = None,
+             on_token: Callable[[int], None] | None = None) -> Generation:
+    """One prompt. on_text gets whole characters as they complete, on_token each id. See generate_batch."""
+    return generate_batch(decoder, [prompt_ids], max_new_tokens, sampling, stop_ids, tokenizer,
+                          on_text and (lambda _, text: on_text(text)), on_token and (lambda _, token: on_token(token)))[0]
+
+
+def generate_batch(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int = 64,
+                   sampling: Sampling = GREEDY, stop_ids: Collection[int] = (), tokenizer=None,
+                   on_text: Callable[[int, str], None] | None = None,
+                   on_token: Callable[[int, int], None] | None = None) -> list[Generation]:
+    """Prompts of any lengths, at most decoder.batch of them, decoded together; the callbacks get the row first.
+
+    Every output token comes from a decode step: prefill stops one short of the prompt's end. A row ends at an id of
+    `stop_ids` or after max_new_tokens. Raises LabError for a prompt that the model or the cache cannot take (before any
+    work), for a cache that fills up on the way, and for logits that are not numbers. The rows are idle afterwards.
+    """
+    if not 1 <= len(prompts) <= decoder.batch:
+        raise LabError(f"{len(prompts)} prompts for a batch of {decoder.batch}")
+    if max_new_tokens < 1:
+        raise LabError(f"max_new_tokens {max_new_tokens}: it must be at least 1")
+    results = [Generation(list(prompt)) for prompt in prompts]
+    for result in results:
+        decoder.check(result.prompt_ids)
+    streams = [tokenizer.stream() if tokenizer else None for _ in results]
+    trace = decoder.ops.trace
+    texts = [[] for _ in results]
+
+    def emit(row: int, text: str) -> None:
+        texts[row].append(text)
+        if text and on_text:
+            on_text(row, text)
+
+    decoder.prepare(sampling)
+    try:
+        for row, result in enumerate(results):
+            started = _now(decoder)
+            decoder.admit(row, result.prompt_ids)
+            result.prefill_ms = _now(decoder) - started
+        while decoder.live_rows:
+            started = _now(decoder)
+            tokens = decoder.step(sampling).tolist()        # waits for the device
+            elapsed = _now(decoder) - started
+            for row in sorted(decoder.live_rows):
+                result, token = results[row], tokens[row]
+                if token < 0:
+                    raise LabError(f"the logits after token {len(result.prompt_ids) + len(result.output_ids)} are not "
+                                   f"numbers ({decoder.weights.dtype}); try another --dtype, or check the weights")
+                result.output_ids.append(token)
+                result.decode_ms.append(elapsed)
+                if on_token:
+                    on_token(row, token)
+                if streams[row]:
+                    emit(row, streams[row].push(token))
+                stopped = token in stop_ids
+                if stopped or len(result.output_ids) == max_new_tokens:
+                    result.stopped_by = "stop" if stopped else "length"
+                    decoder.finish(row)
+                    if streams[row]:
+                        emit(row, streams[row].finish())
+    finally:
+        for row in range(len(results)):
+            decoder.finish(row)
+    for row, result in enumerate(results):
+        result.text = "".join(texts[row]) if tokenizer else None
+        result.kernels = trace.rows() if trace is not None else []
+    return results
+
+
+def teacher_forced_logits(decoder: Decoder, ids: Sequence[int], prefilled: int = 0) -> torch.Tensor:
+    """Logits of the decode path over given ids: float32 [len(ids) - prefilled, vocab] on the CPU.
+
+    Row t holds the logits after reading ids[prefilled + t]; the first `prefilled` ids go through prefill. What the
+    model would have sampled is ignored. Uses row 0 of the batch.
+    """
+    ids = list(ids)
+    if not 0 <= prefilled < len(ids):
+        raise LabError(f"prefilled {prefilled}: it must be 0 or more and below the {len(ids)} ids")
+    decoder.check(ids)
+    decoder.prepare()
+    rows = []
+    try:
+        decoder.admit(0, ids[:prefilled + 1])
+        for following in [*ids[prefilled + 1:], None]:
+            decoder.step()
+            rows.append(decoder.logits[0].cpu().clone())
+            if following is not None:
+                decoder.ids[0] = following
+    finally:
+        decoder.finish(0)
+    return torch.stack(rows)
+
+
+def _now(decoder: Decoder) -> float:
+    """Wall time in ms, after the device has finished what it was given."""
+    if decoder.device.type == "cuda":
+        torch.cuda.synchronize(decoder.device)
+    return time.perf_counter() * 1e3

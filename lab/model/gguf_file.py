@@ -1,0 +1,111 @@
+"""Weights, shape and tokenizer from a GGUF file (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md)."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lab.errors import LabError, Unavailable
+from lab.model.config import from_gguf
+from lab.model.weights import store
+
+try:
+    from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
+    from gguf.quants import dequantize
+except ImportError as error:
+    raise Unavailable(f"reading GGUF files needs the package gguf ({error}): run `pip install gguf`") from None
+
+LAYER_NAMES = {
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+}
+OTHER_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+def gguf_name(name: str) -> str:
+    """The GGUF name of a tensor named as Hugging Face names it."""
+    stem, _, kind = name.rpartition(".")
+    if stem in OTHER_NAMES:
+        return f"{OTHER_NAMES[stem]}.{kind}"
+    _, _, index, stem = stem.split(".", 3)
+    return f"blk.{index}.{LAYER_NAMES[stem]}.{kind}"
+
+
+class _Reader(GGUFReader):
+    """GGUFReader that refuses to read past the end; the stock one gives short arrays, or loops over a mangled count."""
+
+    def _get(self, offset, dtype, count=1, override_order=None):
+        if offset + np.dtype(dtype).itemsize * int(count) > self.data.nbytes:
+            raise ValueError("it ends too early")
+        return super()._get(offset, dtype, count, override_order)
+
+
+class GGUFSource:
+    """A source (see lab.model.weights) backed by one GGUF file. Raises LabError for a file it cannot read."""
+
+    def __init__(self, path: Path):
+        self.path, self.name, self.where = Path(path), Path(path).stem, f"GGUF file {path}"
+        try:
+            self.reader = _Reader(self.path)
+            scalars = {key: field.contents() for key, field in self.reader.fields.items()
+                       if field.types and field.types[0] != GGUFValueType.ARRAY}
+            self.tensors = {tensor.name: tensor for tensor in self.reader.tensors}
+            shapes = {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in self.tensors.items()}
+        except Exception as error:      # the parser raises whatever it trips over: all of it means a bad file
+            raise LabError(f"{self.where} is truncated or mangled: {_first_line(error)}") from error
+        if self.reader.byte_order != "I":
+            raise LabError(f"{self.where} is of the other byte order; convert it on a machine of that order")
+        if scalars.get("split.count", 1) > 1:
+            raise LabError(f"{self.where} is one part of a split model; merge the parts with llama-gguf-split --merge")
+        self.scalars = scalars
+        freqs = tuple(self._dequantize("rope_freqs.weight").tolist()) if "rope_freqs.weight" in self.tensors else None
+        self.config = from_gguf(scalars, shapes, freqs, self.name, self.where)
+
+    def array(self, key: str) -> list | None:
+        """The values of an array in the metadata."""
+        field = self.reader.fields.get(key)
+        try:
+            return None if field is None else field.contents()
+        except Exception as error:
+            raise LabError(f"{self.where}: {key} is mangled: {_first_line(error)}") from error
+
+    def fill(self, name: str, out: torch.Tensor) -> None:
+        stored = gguf_name(name)
+        if stored not in self.tensors:
+            raise LabError(f"{self.where}: tensor {stored} is missing")
+        values = torch.from_numpy(self._dequantize(stored))
+        if self.config.architecture == "llama" and ("q_proj" in name or "k_proj" in name):
+            heads = self.config.q_heads if "q_proj" in name else self.config.kv_heads
+            values = rotate_half_order(values, heads)
+        store(values, out, stored, self.where)
+
+    def tokenizer(self):
+        from lab.model.tokenizer import from_gguf as tokenizer_from_gguf
+        return tokenizer_from_gguf(self.scalars, self.array, self.where)
+
+    def _dequantize(self, name: str) -> np.ndarray:
+        tensor = self.tensors[name]
+        try:
+            return np.require(dequantize(tensor.data, tensor.tensor_type), np.float32, "CW")
+        except NotImplementedError:
+            kind = GGMLQuantizationType(tensor.tensor_type).name
+            raise LabError(f"{self.where}: tensor {name} is {kind}, which the gguf package cannot dequantize") from None
+        except Exception as error:
+            raise LabError(f"{self.where}: tensor {name} is mangled: {_first_line(error)}") from error
+
+
+def rotate_half_order(values: torch.Tensor, heads: int) -> torch.Tensor:
+    """Undoes GGUF's reordering of the rows of Llama's q and k, so that RoPE pairs are (i, i + head_dim/2).
+
+    llama.cpp stores pair i as rows 2i and 2i + 1 of a head.
+    """
+    if values.shape[0] % (2 * heads):
+        return values                   # a wrong shape; store() says so
+    return values.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(values.shape)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0] or type(error).__name__

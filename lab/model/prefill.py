@@ -1,0 +1,77 @@
+"""Prefill by torch: the prompt's tokens in chunks through every layer, their keys and values into the paged cache.
+
+The lab is about decode kernels; here torch's own kernels (matrix products, scaled_dot_product_attention) do the work,
+with the same weights and the same rounding points as the decode step.
+"""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from lab.model.kv_cache import PagedKVCache
+from lab.model.weights import Layer, Weights
+
+CHUNK = 2048        # tokens at a time: bounds the activations and the attention mask
+
+
+@torch.inference_mode()
+def prefill(weights: Weights, cache: PagedKVCache, cos_sin: torch.Tensor, sequence: int, ids: list[int]) -> torch.Tensor:
+    """Appends `ids` to a sequence of the cache. Returns the last hidden states, normed: [len(ids), hidden].
+
+    ids are checked by the caller. Raises LabError when the cache is full.
+    """
+    start = cache.lengths[sequence]
+    cache.extend(sequence, len(ids))
+    hidden = [_chunk(weights, cache, cos_sin, sequence, ids[at:at + CHUNK], start + at)
+              for at in range(0, len(ids), CHUNK)]
+    return torch.cat(hidden)
+
+
+def _chunk(weights: Weights, cache: PagedKVCache, cos_sin: torch.Tensor, sequence: int, ids: list[int],
+           start: int) -> torch.Tensor:
+    config, tokens = weights.config, len(ids)
+    h = F.embedding(torch.tensor(ids, device=weights.device), weights.embed)
+    rope = cos_sin[start:start + tokens, None]
+    here, seen = cache.slots(sequence, start, start + tokens), cache.slots(sequence, 0, start + tokens)
+    for index, w in enumerate(weights.layers):
+        q, k, v = _qkv(config, w, rms_norm(h, w.attn_norm, config.rms_eps), rope)
+        cache.write(index, here, k, v)
+        if start:
+            k, v = cache.read(index, seen)
+        h = h + F.linear(attend(q, k, v), w.wo, w.bo)
+        gate, up = F.linear(rms_norm(h, w.mlp_norm, config.rms_eps), w.w_gate_up).chunk(2, dim=-1)
+        h = h + F.linear(F.silu(gate) * up, w.w_down)
+    return rms_norm(h, weights.final_norm, config.rms_eps)
+
+
+def _qkv(config, w: Layer, x: torch.Tensor, rope: torch.Tensor):
+    """q, k, v: [tokens, heads, head_dim], q and k normed (where the model does) and rotated."""
+    qkv = F.linear(x, w.wqkv, w.bqkv).unflatten(-1, (-1, config.head_dim))
+    q, k, v = qkv.split([config.q_heads, config.kv_heads, config.kv_heads], dim=1)
+    if config.qk_norm:
+        q, k = rms_norm(q, w.q_norm, config.rms_eps), rms_norm(k, w.k_norm, config.rms_eps)
+    return rotate(q, rope), rotate(k, rope), v
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """In float32, rounded to x's dtype before the weight, as the rmsnorm op rounds."""
+    v = x.float()
+    return (v * torch.rsqrt(v.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+    """x [tokens, heads, head_dim], rope [tokens, 1, head_dim] (cos, sin); pairs are (i, i + head_dim/2)."""
+    (a, b), (cos, sin) = x.float().chunk(2, dim=-1), rope.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Causal attention of the last len(q) tokens over all len(k): [len(q), q_heads * head_dim]."""
+    queries, keys, group = q.shape[0], k.shape[0], q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    mask = None
+    if queries != keys:         # is_causal would align the mask to the first key, not to the last
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+    return out[0].transpose(0, 1).flatten(1)

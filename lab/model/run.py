@@ -1,0 +1,141 @@
+"""`lab run`: a prompt in, the model's text out as it comes, and what was measured as JSON."""
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+from lab.errors import LabError
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("model", metavar="MODEL", nargs="?", default="smollm2-135m",
+                        help="a preset, a GGUF file or a Hugging Face folder (default: smollm2-135m)")
+    parser.add_argument("--backend", metavar="NAME", help="cuda, triton or torch (default: LAB_BACKEND)")
+    parser.add_argument("--override", metavar="OP=BACKEND", action="append", default=[],
+                        help="another backend for one op; may be repeated")
+    parser.add_argument("--plan", default="basic", help="basic: one kernel per op; fused: few per layer")
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="text; goes through the model's chat template if it has one")
+    prompt.add_argument("--ids", metavar="1,2,3", help="token ids instead of text")
+    parser.add_argument("--raw", action="store_true", help="feed --prompt as it is, without the chat template")
+    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=64)
+    parser.add_argument("--ignore-eos", action="store_true", help="do not stop at the end-of-text token")
+    parser.add_argument("--temperature", metavar="T", type=float, default=0.0, help="0 is greedy (the default)")
+    parser.add_argument("--top-k", metavar="K", type=int, default=0, help="0 keeps every token")
+    parser.add_argument("--top-p", metavar="P", type=float, default=1.0, help="1 keeps every token")
+    parser.add_argument("--seed", metavar="N", type=int, default=0)
+    parser.add_argument("--device", help="cuda or cpu (default: cuda where there is a GPU)")
+    parser.add_argument("--dtype", help="fp32, fp16 or bf16 (default: fp32 on the CPU, bf16 on a GPU)")
+    parser.add_argument("--weights", metavar="SOURCE", default="auto", help="auto, or random for the shape alone")
+    parser.add_argument("--max-context", metavar="N", type=int, help="tokens the KV cache holds (default: as many as needed)")
+    parser.add_argument("--page-size", metavar="N", type=int, default=16, help="tokens of a KV-cache page, 16 to 256")
+    parser.add_argument("--eager", action="store_true", help="on a GPU, launch op by op instead of a CUDA graph")
+    parser.add_argument("--no-stream", action="store_true", help="print the text at the end only")
+    parser.add_argument("--trace", action="store_true", help="list the kernels that ran, on standard error")
+    parser.add_argument("--json", metavar="FILE", help="write ids, text, kernels and times to a file")
+
+
+def main(args) -> int:
+    import torch
+
+    from lab.dispatch import DTYPES, Trace, known, select
+    from lab.model.decoder import Decoder, Sampling, find_plan
+    from lab.model.generate import generate
+    from lab.model.weights import load, open_source
+
+    # What costs nothing to check comes before what takes seconds.
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if torch_device_type(device) not in ("cuda", "cpu"):
+        raise LabError(f"unknown device {device!r}: choose cuda or cpu")
+    dtype_name = args.dtype or ("bf16" if device != "cpu" else "fp32")
+    dtype = DTYPES[known(dtype_name, tuple(DTYPES), "dtype")]
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    if args.max_new_tokens < 1:
+        raise LabError(f"--max-new-tokens {args.max_new_tokens}: it must be at least 1")
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        raise LabError(f"--json {args.json}: its folder does not exist")
+    find_plan(args.plan)
+    trace = Trace() if args.trace or args.json else None
+    ops = select(args.backend, device, args.override, trace)
+
+    source = open_source(args.model, args.weights)
+    tokenizer = source.tokenizer()
+    prompt_ids = parse_ids(args.ids) if args.ids is not None else encode(tokenizer, source, args.prompt, args.raw)
+    wrong = [token for token in prompt_ids if not 0 <= token < source.config.vocab]
+    if wrong:
+        raise LabError(f"token id {wrong[0]} is outside the vocabulary of {source.config.vocab}")
+    limit = source.config.max_positions
+    max_context = args.max_context if args.max_context is not None else min(len(prompt_ids) + args.max_new_tokens, limit)
+    if len(prompt_ids) > max_context:
+        raise LabError(f"the prompt has {len(prompt_ids)} tokens and the cache holds {max_context}" +
+                       (f", all that model {source.name} was made for" if max_context == limit else
+                        "; raise --max-context or shorten the prompt"))
+    source.config.check_context(max_context)
+
+    decoder = Decoder(load(source, dtype, device), ops, max_context=max_context, page_size=args.page_size,
+                      plan=args.plan, eager=args.eager)
+    streaming = tokenizer is not None and not args.no_stream
+    result = generate(decoder, prompt_ids, args.max_new_tokens, sampling,
+                      tokenizer.eos if tokenizer and not args.ignore_eos else (), tokenizer,
+                      on_text=(lambda text: print(text, end="", flush=True)) if streaming else None)
+    shown = result.text if tokenizer else ",".join(map(str, result.output_ids))
+    print("" if streaming else shown, flush=True)
+
+    backend = args.backend or os.environ["LAB_BACKEND"]
+    overrides = {op: chosen for op, chosen in ops.chosen.items() if chosen != backend}
+    print(summary(result, backend, overrides, args.plan, device, dtype_name), file=sys.stderr)
+    if args.trace:
+        for row in result.kernels:
+            print(f"  {row['op']:<17} {row['backend']:<7} {row['kernel']:<40} {row['calls']:>8}", file=sys.stderr)
+    if args.json:
+        write_json(args.json, {
+            "prompt_ids": result.prompt_ids, "output_ids": result.output_ids, "text": result.text,
+            "backend": backend, "overrides": overrides, "plan": args.plan, "device": device, "dtype": dtype_name,
+            "kernels": result.kernels, "prefill_ms": result.prefill_ms, "decode_ms": result.decode_ms})
+    return 0
+
+
+def torch_device_type(device: str) -> str:
+    return device.partition(":")[0]
+
+
+def parse_ids(text: str) -> list[int]:
+    try:
+        return [int(item) for item in text.split(",")]
+    except ValueError:
+        raise LabError(f"--ids {text!r}: write token ids with commas between, as in 1,2,3") from None
+
+
+def encode(tokenizer, source, text: str, raw: bool) -> list[int]:
+    if tokenizer is None:
+        raise LabError(f"model {source.name} has no tokenizer here; pass token ids with --ids")
+    if raw or tokenizer.chat_template is None:
+        return tokenizer.encode(text)
+    return tokenizer.encode_chat([{"role": "user", "content": text}])
+
+
+def summary(result, backend, overrides, plan, device, dtype) -> str:
+    median = statistics.median(result.decode_ms)
+    mix = "".join(f", {op}={other}" for op, other in overrides.items())
+    return (f"[{backend}{mix}, plan {plan}, {dtype} on {device}{' (emulated)' if device == 'cpu' else ''}] "
+            f"prompt {len(result.prompt_ids)} tokens, prefill {result.prefill_ms:.1f} ms; "
+            f"{len(result.output_ids)} new tokens ({result.stopped_by}), median {median:.2f} ms a token, "
+            f"{1e3 / median:.1f} tokens/s")
+
+
+def write_json(path: str, record: dict) -> None:
+    """Written beside and renamed, so that a reader never sees half a file."""
+    handle, beside = tempfile.mkstemp(dir=Path(path).absolute().parent, prefix=".lab-run-")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(record, file, indent=1)
+            file.write("\n")
+        os.chmod(beside, 0o644)
+        os.replace(beside, path)
+    except BaseException:
+        os.unlink(beside)
+        raise
