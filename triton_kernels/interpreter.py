@@ -1,0 +1,323 @@
+"""Run a Triton kernel on the CPU, one launch at a time, in a process that can also compile.
+
+Triton ships an interpreter (NumPy arrays instead of registers), but TRITON_INTERPRET=1 switches the whole process over
+before `import triton`, and its bfloat16 is wrong. Here the interpreter is chosen per launch, and repaired:
+
+  bfloat16   NumPy has no such type: the values are uint16 bit patterns. The stock interpreter truncates where the
+             hardware rounds to nearest even, and its arithmetic, comparisons, reductions and dots work on the patterns
+             as integers. Here each of them widens to float32, computes, and rounds once.
+  NumPy 2.4  refuses int() of a one-element array, which Triton 3.6 relies on for `range(tensor)`.
+  overflow   the check that Triton adds to each integer operation only reports in debug builds on a GPU; it is off here
+             too, or one address would cost ten operations.
+  memory     a load is one NumPy gather (the stock one walks the elements at 16 ns each), and an address outside every
+             tensor of the launch is an error that says so, instead of a crash or of silent garbage.
+
+`tl` is one module for both worlds, so it is patched for the length of one launch, under a lock; nothing is changed for
+good. Do not compile a kernel in one thread while another one interprets.
+
+Programs run one after another, so races stay invisible and a program that waits for a later one hangs. A `tl` operation
+costs tens of microseconds per program whatever its size: launch few programs with large blocks.
+"""
+import ast
+import contextlib
+import functools
+import inspect
+import itertools
+import textwrap
+import threading
+
+import numpy as np
+import triton
+import triton.language as tl
+from triton.language.semantic import TritonSemantic
+from triton.runtime import interpreter as stock
+from triton.runtime.interpreter import InterpretedFunction, TensorHandle
+from triton.runtime.jit import JITFunction
+
+
+# ---- bfloat16 as uint16 bit patterns --------------------------------------------------------------------------------
+
+def bf16_to_f32(bits):
+    """uint16 bit patterns -> float32, exact."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def f32_to_bf16(values):
+    """float32 -> uint16 bit patterns, round to nearest even; every NaN becomes the quiet NaN 0x7FC0."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+    nan = (bits & 0x7FFFFFFF) > 0x7F800000
+    if nan.any():
+        rounded[nan] = 0x7FC0
+    return rounded.reshape(np.shape(values))
+
+
+def _is_bf16(handle):
+    return handle.dtype.scalar is tl.bfloat16 and handle.data.dtype == np.uint16
+
+
+def _widen(handle):
+    return TensorHandle(bf16_to_f32(handle.data), tl.float32) if _is_bf16(handle) else handle
+
+
+def _narrow(handle):
+    return TensorHandle(f32_to_bf16(handle.data), tl.bfloat16)
+
+
+class Builder(stock.InterpreterBuilder):
+    """The stock operations, with those that go wrong on bfloat16 replaced."""
+
+    def __init__(self):
+        super().__init__()
+        self.options = stock.InterpreterOptions(sanitize_overflow=False)
+
+    def get_bf16(self, value):
+        return TensorHandle(f32_to_bf16(np.array([value], dtype=np.float32)), tl.bfloat16)
+
+    def cast_impl(self, src, dst_type):
+        if dst_type.scalar is tl.bfloat16:
+            return src if _is_bf16(src) else _narrow(src)
+        src = _widen(src)
+        return src if src.dtype.scalar is dst_type.scalar else super().cast_impl(src, dst_type)
+
+    def create_fp_to_fp(self, src, dst_type, rounding_mode):
+        if tl.bfloat16 in (src.dtype.scalar, dst_type.scalar) and dst_type.scalar.primitive_bitwidth > 8:
+            return self.cast_impl(src, dst_type)
+        return super().create_fp_to_fp(src, dst_type, rounding_mode)
+
+    def binary_op(self, lhs, rhs, op):
+        if not (_is_bf16(lhs) and _is_bf16(rhs)):
+            return super().binary_op(lhs, rhs, op)
+        out = op(bf16_to_f32(lhs.data), bf16_to_f32(rhs.data))
+        return TensorHandle(out, tl.int1) if out.dtype == np.bool_ else TensorHandle(f32_to_bf16(out), tl.bfloat16)
+
+    def unary_op(self, arg, op):
+        return _narrow(super().unary_op(_widen(arg), op)) if _is_bf16(arg) else super().unary_op(arg, op)
+
+    def ternary_op(self, lhs, rhs, other, op):
+        if op is np.where or not _is_bf16(other):               # a select moves patterns: nothing to repair
+            return super().ternary_op(lhs, rhs, other, op)
+        return _narrow(super().ternary_op(_widen(lhs), _widen(rhs), _widen(other), op))
+
+    def create_fma(self, x, y, z):
+        return _narrow(super().create_fma(_widen(x), _widen(y), _widen(z))) if _is_bf16(z) else super().create_fma(x, y, z)
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        return super().create_dot(_widen(a), _widen(b), d, input_precision, max_num_imprecise_acc)
+
+    def create_rsqrt(self, arg):
+        return TensorHandle(np.reciprocal(np.sqrt(arg.data)), arg.dtype.scalar)
+
+    # -- memory --
+
+    def set_tensors(self, tensors):
+        """The launch's arguments: what the programs may touch."""
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        self.starts = np.array(sorted(storages), dtype=np.uint64)
+        self.ends = np.array([start + storages[start] for start in sorted(storages)], dtype=np.uint64)
+
+    def check_addresses(self, addresses, size, verb):
+        first, last = addresses.min(), addresses.max()
+        for start, end in zip(self.starts, self.ends):
+            if start <= first and last + np.uint64(size) <= end:
+                return
+        owner = np.searchsorted(self.starts, addresses, side="right") - 1
+        inside = (owner >= 0) & (addresses + np.uint64(size) <= self.ends[owner])
+        if not inside.all():
+            raise IndexError(f"{(~inside).sum()} of {addresses.size} elements {verb} lie outside every tensor of the launch")
+
+    def create_addptr(self, ptr, offset):
+        # Broadcast axes (stride 0) of the offset are multiplied once, not once per element.
+        step = max(1, ptr.get_element_ty().primitive_bitwidth // 8)
+        offset = offset.data[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in offset.data.strides)]
+        return TensorHandle(ptr.data + (offset.astype(np.int64) * step).view(np.uint64), ptr.dtype)
+
+    def create_load(self, ptr, cache_modifier, eviction_policy, is_volatile):
+        return self.create_masked_load(ptr, None, None, cache_modifier, eviction_policy, is_volatile)
+
+    def create_store(self, ptr, value, cache_modifier, eviction_policy):
+        mask = TensorHandle(np.broadcast_to(np.True_, ptr.data.shape), tl.int1)
+        return self.create_masked_store(ptr, value, mask, cache_modifier, eviction_policy)
+
+    def create_masked_load(self, ptrs, mask, other, cache_modifier, eviction_policy, is_volatile):
+        element = ptrs.get_element_ty()
+        dtype = stock._get_np_dtype(element)
+        live = None if mask is None or mask.data.all() else mask.data
+        addresses = ptrs.data
+        if live is not None:                                    # a masked lane reads what the first live lane reads
+            if not live.any():
+                return TensorHandle(np.array(_fill(other, live.shape, dtype)), element)
+            addresses = np.where(live, addresses, addresses.flat[live.argmax()])
+        self.check_addresses(addresses, dtype.itemsize, "read")
+        values = _gather(addresses, dtype)
+        return TensorHandle(values if live is None else np.where(live, values, _fill(other, live.shape, dtype)), element)
+
+    def create_masked_store(self, ptrs, value, mask, cache_modifier, eviction_policy):
+        live = mask.data if mask.data.all() else ptrs.data[mask.data]
+        if live.size:
+            self.check_addresses(ptrs.data if live is mask.data else live, value.data.itemsize, "written")
+            super().create_masked_store(ptrs, value, mask, cache_modifier, eviction_policy)
+
+    def create_atomic_rmw(self, rmw_op, ptr, value, mask, sem, scope):
+        live = ptr.data[mask.data]
+        if live.size:
+            self.check_addresses(live, value.data.itemsize, "updated")
+        return super().create_atomic_rmw(rmw_op, ptr, value, mask, sem, scope)
+
+
+def _fill(other, shape, dtype):
+    return np.broadcast_to(np.zeros((), dtype) if other is None else other.data, shape)
+
+
+class _Memory:
+    """The process's memory from an address on, as a NumPy array."""
+
+    def __init__(self, address, count, dtype):
+        self.__array_interface__ = dict(version=3, data=(int(address), True), shape=(count,), typestr=dtype.str)
+
+
+def _gather(addresses, dtype):
+    first, shift = addresses.min(), np.uint64(dtype.itemsize.bit_length() - 1)
+    index = ((addresses - first) >> shift).view(np.int64)
+    return np.asarray(_Memory(first, int(index.max()) + 1, dtype)).take(index)
+
+
+BUILDER = Builder()
+SEMANTIC = TritonSemantic(BUILDER)
+
+
+# ---- the language, patched for the length of a launch ---------------------------------------------------------------
+
+def _interpreted_builtin(member):
+    """A tl builtin needs to be told who builds its operations; the compiler does it with `_semantic`."""
+    @functools.wraps(member)
+    def call(*args, **kwargs):
+        kwargs["_semantic"] = SEMANTIC
+        return member(*args, **kwargs)
+    return call
+
+
+def _reduction(apply):
+    """bfloat16 operands of a reduction or scan are widened, and the results rounded once."""
+    def run(input, axis, combine_fn, option=False, **kwargs):
+        option = kwargs.get("keep_dims", kwargs.get("reverse", option))
+        operands = input if isinstance(input, tuple) else (input,)
+        narrow = [t.dtype is tl.bfloat16 for t in operands]
+        wide = tuple(SEMANTIC.cast(t, tl.float32) if n else t for t, n in zip(operands, narrow))
+        out = apply(axis, combine_fn, option).apply(wide)
+        out = tuple(SEMANTIC.cast(t, tl.bfloat16) if n else t for t, n in zip(out, narrow))
+        return out if isinstance(input, tuple) else out[0]
+    return run
+
+
+class _Patches:
+    """What the stock interpreter would set on `tl`, collected once instead of at each launch."""
+
+    def __init__(self):
+        self.values = {}
+
+    def set_attr(self, owner, name, value):             # the name that the stock patchers call
+        self.values[(owner, name)] = value
+
+    def builtins(self, owner):
+        for name, member in inspect.getmembers(owner):
+            if tl.core.is_builtin(member):
+                self.set_attr(owner, name, _interpreted_builtin(member))
+
+
+@functools.lru_cache(maxsize=None)
+def _patches():
+    patches = _Patches()
+    for module in (tl, tl.core):
+        patches.builtins(module)
+        patches.builtins(module.tensor)
+        stock._patch_lang_tensor(module.tensor, patches)
+        stock._patch_lang_core(module, patches)
+        patches.set_attr(module, "reduce", _reduction(stock.ReduceOps))
+        patches.set_attr(module, "associative_scan", _reduction(stock.ScanOps))
+    patches.builtins(tl.math)
+    patches.builtins(tl.core.tensor_descriptor_base)
+    patches.set_attr(tl.core.tensor, "__index__", lambda t: int(t.handle.data.item()))
+    for jitted in (JITFunction, InterpretedFunction):   # a kernel calls another jit function
+        patches.set_attr(jitted, "__call__", lambda self, *args, **kwargs: _rewritten(self.fn)(*args, **kwargs))
+    return [(owner, name, value, owner.__dict__.get(name, _patches)) for (owner, name), value in patches.values.items()]
+
+
+_lock = threading.RLock()
+
+
+@contextlib.contextmanager
+def interpreting():
+    """Inside, calling `tl` functions computes with NumPy. Restores the language on the way out."""
+    with _lock, np.errstate(all="ignore"):              # overflow and 0/0 are defined results on a GPU, not mistakes
+        knob = triton.knobs.runtime.interpret
+        try:
+            triton.knobs.runtime.interpret = True
+            for owner, name, value, _ in _patches():
+                setattr(owner, name, value)
+            yield
+        finally:
+            for owner, name, _, original in _patches():
+                if original is _patches:                # it was inherited, or absent
+                    delattr(owner, name)
+                else:
+                    setattr(owner, name, original)
+            triton.knobs.runtime.interpret = knob
+
+
+# ---- the kernel's source, rewritten once -----------------------------------------------------------------------------
+
+class _TensorAssignments(ast.NodeTransformer):
+    """`x = value` becomes `x = to_tensor(value)`: in a kernel a number is a tensor too."""
+
+    def visit_Assign(self, node):
+        self.generic_visit(node)
+        node.value = ast.Call(ast.Name("__to_tensor", ast.Load()), [node.value], [])
+        return node
+
+
+@functools.lru_cache(maxsize=None)
+def _rewritten(fn):
+    lines, first = inspect.getsourcelines(fn)
+    start = next(i for i, line in enumerate(lines) if line.lstrip().startswith("def "))
+    tree = ast.parse(textwrap.dedent("".join(lines[start:])))
+    tree = ast.increment_lineno(ast.fix_missing_locations(_TensorAssignments().visit(tree)), first + start - 1)
+    names = {**fn.__globals__, "__to_tensor": lambda value: SEMANTIC.to_tensor(value, False)}
+    exec(compile(tree, inspect.getsourcefile(fn), "exec"), names)
+    return names[fn.__name__]
+
+
+@functools.lru_cache(maxsize=None)
+def _parameters(fn):
+    """name -> (default, is it a tl.constexpr?)"""
+    return {p.name: (p.default, "constexpr" in str(p.annotation)) for p in inspect.signature(fn).parameters.values()}
+
+
+def run(kernel, grid, args, meta):
+    """Interpret `kernel` (a triton.jit function) over `grid` (up to three ints) on CPU tensors and numbers.
+
+    Keywords in `meta` that are no parameters of the kernel (num_warps, launch_pdl ...) are for the compiler only.
+    Raises RuntimeError naming the kernel and the program for whatever goes wrong inside.
+    """
+    parameters = _parameters(kernel.fn)
+    values = dict(zip(parameters, args, strict=False))
+    if len(args) > len(parameters):
+        raise TypeError(f"{kernel.fn.__name__} takes {len(parameters)} arguments, got {len(args)}")
+    values.update((k, v) for k, v in meta.items() if k in parameters)
+    for name, (default, constant) in parameters.items():
+        value = values.get(name, default)
+        if value is inspect.Parameter.empty:
+            raise TypeError(f"{kernel.fn.__name__}: argument {name!r} is missing")
+        values[name] = value if constant else stock._implicit_cvt(value)
+    tensors = [value for value in (*args, *meta.values()) if hasattr(value, "untyped_storage")]
+    grid = tuple(grid) + (1,) * (3 - len(grid))
+    with interpreting():
+        function = _rewritten(kernel.fn)
+        BUILDER.set_grid_dim(*grid)
+        BUILDER.set_tensors(tensors)
+        for program in itertools.product(*map(range, grid)):
+            BUILDER.set_grid_idx(*program)
+            try:
+                function(**values)
+            except Exception as error:
+                raise RuntimeError(f"{kernel.fn.__name__}, program {program}: {type(error).__name__}: {error}") from error

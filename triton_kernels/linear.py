@@ -1,0 +1,103 @@
+"""linear: y[b,n] = sum_k x[b,k] * w[n,k] (+ bias[n]), accumulated in float32, rounded once
+
+  x [rows, k], rows 1..64   w [n, k]   bias [n] or None   y [rows, n] of x's dtype or float32     row-major, contiguous
+  mapping   a program owns BLOCK_N rows of w for every row of x, and walks along k
+  traffic   w once whatever the batch (it is everything: 2nk bytes in bfloat16); x from L2, once per program; y once
+  contract  lab/ops/linear.py          twin  cuda_src/linear.cu
+
+Two ways to multiply, chosen by the launcher: up to a few rows, plain float32 arithmetic on the loaded weights; above, where
+the arithmetic would outlast the memory, the tensor cores with w as the left operand (its rows fill the tile that a small
+batch cannot) and x transposed as the right one, padded to BLOCK_B columns.
+"""
+import functools
+
+import triton
+import triton.language as tl
+
+from triton_kernels.common import architecture, config, launch
+
+# "sum": the most rows that the plain path takes; below it per path a list of (largest n, settings), the first that fits.
+# Small n wants small tiles, so that every SM has a program; large n wants fewer, longer streams.
+ANY = 1 << 31
+SM_90 = {
+    "sum_rows": 4,
+    "sum": [(ANY, dict(BLOCK_N=2, vectors=1, num_warps=4, num_stages=1))],
+    "dot": [(4096, dict(BLOCK_N=16, BLOCK_K=256, num_warps=4, num_stages=5)),
+            (8192, dict(BLOCK_N=32, BLOCK_K=256, num_warps=4, num_stages=5)),
+            (ANY, dict(BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=5))],
+    # float32 on CUDA cores: the tensor cores would round the operands to TF32.
+    "dot_f32": [(ANY, dict(BLOCK_N=32, BLOCK_K=32, num_warps=4, num_stages=4))],
+}
+CONFIGS = {"sm_90": SM_90, "sm_80": SM_90, "interpreter": {"sum_rows": 4}}
+
+
+@triton.jit
+def linear_kernel(x, w, bias, y, rows, n, k,
+                  DOT: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+                  BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    # 1. Locate: BLOCK_N rows of w; rows past the end read row 0 again, which is cheaper than a mask, and store nothing.
+    b = tl.arange(0, BLOCK_B)
+    out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    col = tl.arange(0, BLOCK_K)
+    w_row = w + tl.where(out < n, out, 0).to(tl.int64)[:, None] * k
+    x_row = x + tl.where(b < rows, b, 0)[:, None] * k
+
+    # 2. Stream: w is read once and never again (evict_first), x by every program (evict_last).
+    if DOT:
+        acc = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
+    else:
+        acc = tl.zeros([BLOCK_B, BLOCK_N, BLOCK_K], tl.float32)
+    for k0 in tl.range(0, k, BLOCK_K):
+        if EVEN_K:
+            wv = tl.load(w_row + (k0 + col)[None, :], eviction_policy="evict_first")
+            xv = tl.load(x_row + (k0 + col)[None, :], eviction_policy="evict_last")
+        else:
+            live = (k0 + col < k)[None, :]
+            wv = tl.load(w_row + (k0 + col)[None, :], mask=live, other=0.0, eviction_policy="evict_first")
+            xv = tl.load(x_row + (k0 + col)[None, :], mask=live, other=0.0, eviction_policy="evict_last")
+        if DOT:
+            acc = tl.dot(wv, tl.trans(xv), acc, input_precision=PRECISION)
+        else:
+            acc += wv.to(tl.float32)[None, :, :] * xv.to(tl.float32)[:, None, :]
+
+    # 3. Reduce: a lane has summed its own columns; one reduction at the end adds the lanes. (A dot has done it already.)
+    if DOT:
+        total = tl.trans(acc)
+    else:
+        total = tl.sum(acc, axis=2)
+
+    # 4. Store: bias in float32, one rounding.
+    if HAS_BIAS:
+        total += tl.load(bias + out, mask=out < n, other=0.0).to(tl.float32)[None, :]
+    where = y + b.to(tl.int64)[:, None] * n + out[None, :]
+    tl.store(where, total.to(y.dtype.element_ty), mask=(b < rows)[:, None] & (out < n)[None, :])
+
+
+@functools.lru_cache(maxsize=None)
+def _interpreter_tile(depth, n, k):
+    """BLOCK_N, BLOCK_K with the least interpreted time: about 0.6 ms an iteration and 4 ns an element."""
+    def cost(tile):
+        block_n, block_k = tile
+        return triton.cdiv(n, block_n) * triton.cdiv(k, block_k) * (600e-6 + 4e-9 * block_n * block_k)
+    sizes = [1 << i for i in range(4, 21)]
+    return min(((bn, bk) for bn in sizes for bk in sizes if depth * bn * bk <= 1 << 20), key=cost)
+
+
+def linear(x, w, bias, y):
+    """Launch y = x @ w.T + bias; bias None or [n], y of x's dtype or float32."""
+    cfg = config(CONFIGS, x)
+    (rows, k), n = x.shape, w.shape[0]
+    dot = rows > cfg["sum_rows"]
+    block_b = triton.next_power_of_2(rows)
+    if architecture(x) == "interpreter":
+        block_n, block_k = _interpreter_tile(1 if dot else block_b, n, k)
+        meta = dict(BLOCK_N=block_n, BLOCK_K=block_k)
+    elif dot:
+        meta = next(m for limit, m in cfg["dot_f32" if x.itemsize == 4 else "dot"] if n <= limit)
+        block_b = max(block_b, 16)
+    else:
+        meta = dict(next(m for limit, m in cfg["sum"] if n <= limit))
+        # A thread loads `vectors` times 16 bytes of each row of w.
+        meta["BLOCK_K"] = meta.pop("vectors") * 16 // x.itemsize * 32 * meta["num_warps"]
+    launch(linear_kernel, (triton.cdiv(n, meta["BLOCK_N"]),), x, w, bias, y, rows, n, k,
+           DOT=dot, HAS_BIAS=bias is not None, EVEN_K=k % meta["BLOCK_K"] == 0, PRECISION="ieee", BLOCK_B=block_b, **meta)

@@ -1,0 +1,58 @@
+"""rmsnorm: y[b,g,:] = T(x[b,g,:] * rsqrt(mean(x[b,g,:]^2) + eps)) * w
+
+  x [batch, (groups,) cols]   w [cols]   y like x   residual [batch, cols] or None: residual += x, then y = norm(residual)
+  mapping   a program owns ROWS whole rows (one on a GPU), so a row is read once and stays in registers
+  traffic   x once, y once (residual twice), w once per row (from L2 after the first row)
+  contract  lab/ops/rmsnorm.py          twin  cuda_src/rmsnorm.cu
+"""
+import triton
+import triton.language as tl
+
+from triton_kernels.common import config, launch
+
+CONFIGS = {
+    "sm_90": dict(elements=1, per_warp=512, max_warps=16),
+    "sm_80": dict(elements=1, per_warp=512, max_warps=16),
+    "interpreter": dict(elements=1 << 19, per_warp=512, max_warps=4),      # as many rows as fit: few programs
+}
+
+
+@triton.jit
+def rmsnorm_kernel(x, w, residual, y, rows, groups, cols, x_stride, y_stride, eps,
+                   HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    # 1. Locate: row r is group r % groups of batch entry r // groups; lanes past the end are masked.
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    col = tl.arange(0, BLOCK)[None, :]
+    live = (row < rows) & (col < cols)
+    batch = (row // groups).to(tl.int64)
+    inner = (row % groups) * cols + col
+
+    # 2. Load: the row now lives in registers, so x is never read again.
+    v = tl.load(x + batch * x_stride + inner, mask=live, other=0.0)
+    if HAS_RESIDUAL:
+        # The sum is rounded to T before it is used: it is what the next layer will read.
+        into = residual + row.to(tl.int64) * cols + col
+        v = (v.to(tl.float32) + tl.load(into, mask=live, other=0.0).to(tl.float32)).to(v.dtype)
+        tl.store(into, v, mask=live)
+
+    # 3. Reduce: sum of squares in float32; masked lanes add zero. The compiler writes the shuffles and the shared memory.
+    v32 = v.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(v32 * v32, axis=1) / cols + eps)
+
+    # 4. Scale and store: round to T before the weight, as Hugging Face Llama does.
+    g = tl.load(w + col, mask=col < cols, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    out = (v32 * scale[:, None]).to(v.dtype).to(tl.float32) * g
+    tl.store(y + batch * y_stride + inner, out.to(v.dtype), mask=live)
+
+
+def rmsnorm(x, w, eps, residual, y):
+    """Launch on x, y [batch, cols] or [batch, groups, cols] (stride(0) free); residual [batch, cols] or None."""
+    cfg = config(CONFIGS, x)
+    cols = x.shape[-1]
+    groups = x.shape[1] if x.ndim == 3 else 1
+    rows = x.shape[0] * groups
+    block = triton.next_power_of_2(cols)
+    tile = min(triton.next_power_of_2(rows), max(cfg["elements"] // block, 1))
+    launch(rmsnorm_kernel, (triton.cdiv(rows, tile),), x, w, residual, y, rows, groups, cols, x.stride(0), y.stride(0), eps,
+           HAS_RESIDUAL=residual is not None, ROWS=tile, BLOCK=block,
+           num_warps=min(max(block // cfg["per_warp"], 1), cfg["max_warps"]))
