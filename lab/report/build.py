@@ -1,0 +1,86 @@
+"""`lab report DIR`: PNG pictures, one self-contained index.html and a README.md from the records below DIR."""
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from lab.errors import LabError
+
+DRAWN = ".drawn-by-lab-report"      # what the last report wrote into figures/, so that the next can clear it away
+
+
+def add_arguments(parser):
+    parser.add_argument("dir", metavar="DIR", help="a folder with records.jsonl, in itself or in subfolders")
+    parser.add_argument("--out", metavar="DIR", help="where to write index.html, README.md and figures/ (default: DIR)")
+    parser.add_argument("--run", metavar="ID", help="draw only this run (default: all, newest first)")
+
+
+def main(args):
+    """Writes the report and prints where it is. Returns 0; raises LabError (exit status 2) for unusable input."""
+    from lab.report import load, page
+
+    source = Path(args.dir)
+    runs = load.load(source)
+    if args.run:
+        ids = [r.id for r in runs]
+        runs = [r for r in runs if r.id == args.run]
+        if not runs:
+            raise LabError(f"no run {args.run!r} in {source}: it has {', '.join(ids)}")
+    out = Path(args.out) if args.out else source if source.is_dir() else source.parent
+    if out.exists() and not out.is_dir():
+        raise LabError(f"--out {out}: is a file; name a folder")
+
+    count = 0
+    taken, views = set(), []
+    for i, run in enumerate(runs):
+        slug = page.slug_of(run.id, taken)
+        folder = "figures" if len(runs) == 1 else f"figures/{slug}"
+
+        def progress(name):
+            nonlocal count
+            count += 1
+            if sys.stderr.isatty():
+                print(f"\r\x1b[Kdrawing {count}: {name}", end="", file=sys.stderr, flush=True)
+
+        views.append(page.view(run, slug, folder, i == 0, progress))
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr)
+    devices = list(dict.fromkeys(r.device for r in runs))
+    title = "Decode kernels on " + (devices[0] if len(devices) == 1 else f"{len(devices)} machines")
+    if all(r.emulated for r in runs):
+        title += " (emulated)"
+    files = {p.file: p.light for v in views for p in v.pictures}
+    files |= {"README.md": page.markdown(views, title).encode(), "index.html": page.html(views, title).encode()}
+    write(out, files)
+    warnings = sum(n.level == "warning" for r in runs for n in r.notices)
+    print(f"{out / 'index.html'}: {len(files) - 2} pictures of {len(runs)} run{'s' * (len(runs) > 1)}"
+          + (f", {warnings} warning{'s' * (warnings > 1)} on the page" if warnings else ""))
+    return 0
+
+
+def write(out, files):
+    """Writes {path below out: bytes}, each beside and renamed, and removes pictures that only an earlier report had."""
+    try:
+        listing = out / "figures" / DRAWN
+        before = set(listing.read_text().split("\n")) if listing.exists() else set()
+        pictures = sorted(name for name in files if name.startswith("figures/"))
+        for name, data in {**files, f"figures/{DRAWN}": "\n".join(pictures).encode()}.items():
+            _write_one(out / name, data)
+        for name in before - set(pictures):
+            if name.startswith("figures/") and name.endswith(".png") and ".." not in name:
+                (out / name).unlink(missing_ok=True)
+    except OSError as e:
+        raise LabError(f"cannot write {e.filename or out}: {e.strerror}") from None
+
+
+def _write_one(path, data):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(beside, 0o644)
+        os.replace(beside, path)
+    except BaseException:
+        Path(beside).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,300 @@
+"""One self-contained HTML page and one Markdown summary from the runs of a folder.
+
+Every picture is embedded twice (light and dark page) as a data URI; jinja2 escapes every string of a record. The page
+loads nothing from anywhere: its Content-Security-Policy forbids it.
+"""
+import base64
+import json
+import math
+import re
+import textwrap
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+
+import jinja2
+import pandas as pd
+
+from lab.errors import LabError
+from lab.report import figures, model_figures, op_figures, style, twins
+
+HERE = Path(__file__).parent
+
+
+@dataclass
+class Picture:
+    figure: figures.Figure
+    file: str               # path below the output folder
+    light: bytes
+    dark: bytes
+
+    @property
+    def light_uri(self):
+        return _uri(self.light)
+
+    @property
+    def dark_uri(self):
+        return _uri(self.dark)
+
+    @property
+    def size(self):
+        """(width, height) in CSS pixels; a PNG's header holds them at bytes 16 to 24."""
+        return tuple(int.from_bytes(self.light[at:at + 4], "big") // 2 for at in (16, 20))
+
+
+@dataclass
+class Section:
+    id: str
+    title: str
+    intro: str = ""
+    pictures: list = field(default_factory=list)
+    tables: list = field(default_factory=list)          # (title, frame, open)
+    twin: dict | None = None
+    level: int = 2
+
+
+@dataclass
+class View:
+    """One run as the template sees it."""
+    run: object
+    slug: str
+    tiles: list
+    facts: list
+    sections: list
+
+    @property
+    def pictures(self):
+        return [p for s in self.sections for p in s.pictures]
+
+
+def view(run, slug, folder, with_twins, progress):
+    """Draws all pictures of a run. `folder` is where their files will lie, `progress(name)` is called before each."""
+    taken = set()
+
+    def drawn(found):
+        pictures = []
+        for figure in filter(None, found):
+            name = slug_of(figure.name, taken)
+            progress(name)
+            pictures.append(Picture(figure, f"{folder}/{name}.png", *(figures.png(figure, theme, run.emulated)
+                                                                      for theme in (style.LIGHT, style.DARK))))
+        return pictures
+
+    f = op_figures.focus(run)
+    sections = [Section("machine", "What was run, on what", pictures=drawn([model_figures.ceiling(run)]))]
+    if f:
+        sections.append(Section("ops", "The ops at a glance", _focus_words(run, f), drawn(
+            [op_figures.utilisation(run, f), op_figures.roofline(run, f), op_figures.crossover(run, f)])))
+    for model in model_figures.models(run):
+        pictures = drawn(model_figures.of_model(run, model))
+        rows = model_figures.series(run, model)
+        tables = [(f"All measurements of {model}", model_figures._model_table(rows), not pictures)] if len(rows) else []
+        sections.append(Section(f"model-{slug_of(model)}", f"Model: {model}", "", pictures, tables))
+    if len(run.fairness):
+        sections.append(Section("fairness", "Fairness cards", "What was spent on each side before the two were compared.",
+                                tables=[("Fairness cards", run.fairness.drop(columns=["run", "suspect"], errors="ignore"), True)]))
+    sections += _op_sections(run, f, drawn, with_twins)
+    if len(run.suspects):
+        columns = [c for c in ("kind", "flag", "op", "role", "model", "backend", "dtype", "batch", "context", "cache", "us",
+                               "gbps", "of_ceiling") if c in run.suspects]
+        sections.append(Section("flagged", "Flagged measurements", "Listed so that nothing is hidden; in no bandwidth picture.",
+                                tables=[("Flagged measurements", run.suspects[columns], False)]))
+    if len(run.failures):
+        columns = [c for c in ("kind", "error", "op", "role", "model", "backend", "dtype", "batch", "context")
+                   if c in run.failures]
+        sections.append(Section("failures", "Failures", tables=[("Failures", run.failures[columns], True)]))
+    return View(run, slug, _tiles(run, f), _facts(run), sections)
+
+
+def _op_sections(run, f, drawn, with_twins):
+    names = list(dict.fromkeys(run.op["op"]))
+    if with_twins:
+        names += [op for op in twins.known_ops() if op not in names]
+    order = style.PART_ORDER
+    names.sort(key=lambda n: (order.index(n) if n in order else len(order), n))
+    static = _static(run)
+    made = []
+    for op in names:
+        rows = run.op[run.op["op"] == op]
+        section = Section(f"op-{slug_of(op)}", f"Op: {op}", pictures=drawn(op_figures.of_op(run, f, op)) if len(rows) else [],
+                          twin=twin_view(op) if with_twins else None)
+        if op in static:
+            section.tables.append(("What the compilers made of it", static[op], False))
+        if len(rows):
+            shown = op_figures.labelled(rows)
+            columns = ["case", "backend", "dtype", "batch", "context", "cache", "timer", "us", "us_p10", "us_p90", "n",
+                       "bytes", "gbps", "share", "flag"]
+            shown = shown.assign(flag=shown["flag"].replace({"": None}),
+                                 shape=[" ".join(f"{k}={v}" for k, v in s.items()) for s in shown["shape"]])
+            section.tables.append((f"All {len(rows)} measurements of {op}",
+                                   op_figures.table(shown, *columns[:5], "shape", *columns[5:]), False))
+        made.append(section)
+    if made:
+        made[0].intro = ("The sources shown are those of the folder that the report was built in"
+                         + (f"; the run was made at commit {run.env.commit}." if run.env and run.env.commit else ".")
+                         if with_twins else "")
+    return made
+
+
+def _static(run):
+    """inspect.json beside the records, if there: a list of flat objects with an `op`; {op: frame}."""
+    try:
+        rows = json.loads((run.path.parent / "inspect.json").read_text())
+        frame = pd.DataFrame(rows)
+        return {str(op): group.drop(columns="op").dropna(axis="columns", how="all") for op, group in frame.groupby("op")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def twin_view(op):
+    """The two halves of an op as HTML, step by step; {"missing": text} where a file is absent."""
+    try:
+        cuda, triton = twins.pair(op)
+    except LabError as e:
+        return {"missing": str(e).replace(str(twins.ROOT) + "/", "")}
+    show = lambda half, chunks: [{"first": c.first, "last": c.first + len(c.lines) - 1, "kernel": c.kernel,
+                                  "html": twins.highlight(half.language, textwrap.dedent(c.code))} for c in chunks if c.lines]
+    steps = [{"title": f"{number}. {title}",
+              "halves": [{"label": style.backend(half.language).label, "texts": [t for t in (step.texts if step else []) if t],
+                          "chunks": show(half, step.chunks if step else [])}
+                         for half, step in ((cuda, left), (triton, right))]}
+             for number, title, left, right in twins.rows(cuda, triton)]
+    return {"op": op, "halves": [{"label": style.backend(h.language).label, "name": h.name, "header": h.header,
+                                  "lines": h.code_lines, "around": show(h, h.around)} for h in (cuda, triton)],
+            "steps": steps}
+
+
+# Words and numbers above the pictures
+
+def _focus_words(run, f):
+    how = {"graph": "device time inside a graph", "wall": "host clock, emulated", "event": "time with the host's launches"}
+    return (f"Shown: {f.dtype}, {f.cache.replace('_', ' ')} caches, {how.get(f.timer, f.timer)}"
+            + (f", the shapes of {f.model}" if f.model else "") + ". Everything else is in the sections of the ops.")
+
+
+def _tiles(run, f):
+    """[(figure, what it is, detail)]: the few numbers that a reader wants first."""
+    tiles = []
+    best = run.best_ceiling()
+    if best and not run.emulated:
+        tiles.append((f"{best:,.0f} GB/s", "measured ceiling", figures.ceiling_words(run).split("(")[-1].rstrip(")")))
+    for model in model_figures.models(run):
+        rows = model_figures.series(run, model)
+        if not len(rows):
+            continue
+        at = rows[(rows["batch"] == rows["batch"].min())]
+        at = at[at["context"] == at["context"].min()].sort_values("us")
+        at = at[~at["suspect"]] if (~at["suspect"]).any() else at
+        first = at.iloc[0]
+        words = []
+        for row in at.head(3).itertuples():
+            share = f", {row.of_ceiling:.0%} of the ceiling" if row.of_ceiling == row.of_ceiling and not row.suspect else ""
+            words.append(f"{row.series} {row.us / 1e3:,.3g} ms{share}")
+        tiles.append((f"{first['us'] / 1e3:,.3g} ms", f"a token of {model}, batch {figures.amount(first['batch'])} "
+                      f"@{figures.amount(first['context'])}" + (", emulated" if run.emulated else ""), "; ".join(words)))
+    if f and not run.emulated:
+        counts = op_figures.score(op_figures.chosen(run.op, f))
+        if sum(counts.values()):
+            tiles.append((f"{counts['faster']} : {counts['slower']}", "ops won, CUDA to Triton",
+                          op_figures.score_words(counts)))
+    return tiles
+
+
+def _facts(run):
+    env = run.env
+    if env is None:
+        return [("run", run.id)]
+    number = lambda v, unit, scale=1: f"{v / scale:,.0f} {unit}" if isinstance(v, (int, float)) and v == v else None
+    after = next((e for e in run.envs if e.when == "after"), None)
+    clock = number(env.sm_mhz, "MHz")
+    if clock and after and number(after.sm_mhz, "MHz"):
+        clock = f"{clock} before, {number(after.sm_mhz, 'MHz')} after"
+    facts = [("run", run.id), ("time", env.time), ("device", run.device), ("capability", env.capability),
+             ("multiprocessors", env.sms), ("memory", number(env.memory_bytes, "GiB", 2 ** 30)),
+             ("L2 cache", number(env.l2_bytes, "MiB", 2 ** 20)), ("SM clock", clock), ("memory clock", number(env.mem_mhz, "MHz")),
+             ("power", number(env.power_w, "W")), ("power limit", number(env.power_limit_w, "W")),
+             ("temperature", number(env.temperature_c, "°C")), ("throttle reasons", ", ".join(map(str, env.throttle))
+              if isinstance(env.throttle, list) and env.throttle else "none" if env.throttle == [] else None),
+             ("ECC", env.ecc), ("driver", env.driver), ("CUDA", env.cuda), ("nvcc", env.nvcc), ("torch", env.torch),
+             ("triton", env.triton), ("python", env.python), ("CPU", env.cpu), ("commit", env.commit)]
+    return [(name, value) for name, value in facts if value not in (None, "")]
+
+
+# Rendering
+
+def cell(value):
+    """A value of a table as text: thousands separated, four significant digits, a dash for nothing."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if math.isinf(value):
+            return str(value)
+        if value == int(value):
+            return f"{int(value):,}"
+        digits = max(0, 3 - math.floor(math.log10(abs(value)))) if value else 0
+        return f"{value:,.{min(digits, 6)}f}"
+    if isinstance(value, (dict, list)):
+        return json.dumps(value, default=str)
+    return str(value)
+
+
+def numeric(frame, column):
+    return pd.api.types.is_numeric_dtype(frame[column])
+
+
+def html(views, title):
+    """The page as text."""
+    env = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+                             undefined=jinja2.StrictUndefined)
+    env.filters["cell"] = cell
+    env.globals["numeric"] = numeric
+    light, dark = twins.highlight_css()
+    return env.get_template("page.html.j2").render(views=views, title=title, code_light=light, code_dark=dark,
+                                                   backends={n: style.BACKENDS[n] for n in ("cuda", "triton")})
+
+
+def markdown(views, title):
+    """The summary for a code host: warnings, machine, headline numbers, every picture with its text."""
+    out = [f"# {md(title)}", "", "Drawn by `lab report` from records.jsonl; [index.html](index.html) is the full report with the "
+           "tables behind the pictures and the sources side by side.", ""]
+    for view in views:
+        run = view.run
+        if len(views) > 1:
+            out += [f"## Run {md(run.id)}", ""]
+        out += [f"> **{'Warning' if n.level == 'warning' else 'Note'}**: {md(n.text)}\n>" for n in run.notices]
+        out += ["", "| | |", "|---|---|"]
+        out += [f"| **{md(value)}** | {md(what)}: {md(detail)} |" for value, what, detail in view.tiles]
+        out += [f"| {md(name)} | {md(value)} |" for name, value in view.facts]
+        out.append("")
+        for section in view.sections:
+            if section.pictures:
+                out += [f"##{'#' if len(views) > 1 else ''} {md(section.title)}", ""]
+            for p in section.pictures:
+                out += [f"![{md(p.figure.alt)}]({p.file})", "", md(p.figure.reading), "", f"`{_code(p.figure.command)}`", ""]
+    return "\n".join(out).rstrip() + "\n"
+
+
+def md(text):
+    """Text that Markdown shows as it is, on one line."""
+    return re.sub(r"([\\`*_\[\]|~#!])", r"\\\1", escape(" ".join(str(text).split()), quote=False))
+
+
+def _code(text):
+    return " ".join(str(text).replace("`", "'").split())
+
+
+def slug_of(text, taken=None):
+    """A file name or fragment from any text; unique among `taken`, which grows."""
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", str(text)).strip("-.")[:80] or "x"
+    if taken is not None:
+        base, count = slug, 2
+        while slug in taken:
+            slug, count = f"{base}-{count}", count + 1
+        taken.add(slug)
+    return slug
+
+
+def _uri(data):
+    return "data:image/png;base64," + base64.b64encode(data).decode()

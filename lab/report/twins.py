@@ -1,0 +1,184 @@
+"""The two halves of an op, cut at their numbered steps, so that they can stand side by side.
+
+A step begins with a comment `// 2. Load: text` (CUDA) or `# 2. Load: text` (Triton); the comment lines right below belong
+to its text. A file with several kernels repeats the steps: a step then has a chunk of code for each of them.
+"""
+import re
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+
+from lab.errors import LabError
+from lab.report import style
+
+ROOT = Path(__file__).resolve().parents[2]
+STEP = re.compile(r"^\s*(?://|#) (\d+)\. ([\w ,+\-/]+):\s*(.*)$")
+COMMENT = re.compile(r"^\s*(?://|#) ?(.*)$")
+KERNEL = re.compile(r"\b(\w+_kernel)\s*\(")
+FOLDERS = {"cuda": ("cuda_src", ".cu"), "triton": ("triton_kernels", ".py")}
+
+
+@dataclass
+class Chunk:
+    """Consecutive lines of a file. `first` is the number of the first line, counted from 1."""
+    first: int
+    lines: list
+    kernel: str = ""
+
+    @property
+    def code(self):
+        return "\n".join(self.lines)
+
+    def trimmed(self):
+        """The chunk without blank lines at its ends."""
+        lines, first = list(self.lines), self.first
+        while lines and not lines[0].strip():
+            lines.pop(0)
+            first += 1
+        while lines and not lines[-1].strip():
+            lines.pop()
+        return Chunk(first, lines, self.kernel)
+
+
+@dataclass
+class Step:
+    number: int
+    title: str
+    texts: list = field(default_factory=list)       # one paragraph a kernel
+    chunks: list = field(default_factory=list)
+
+
+@dataclass
+class Half:
+    """One language's file: what it says at its top, its steps by number, and the code around them."""
+    language: str               # cuda | triton
+    path: Path
+    header: str
+    steps: dict
+    around: list
+
+    @property
+    def titles(self):
+        return [f"{s.number}. {s.title}" for s in self.steps.values()]
+
+    @property
+    def name(self):
+        return f"{FOLDERS[self.language][0]}/{self.path.name}"
+
+    @property
+    def code_lines(self):
+        """Lines that hold code: neither blank nor only a comment. The docstring at the top is not counted."""
+        chunks = [*self.around, *(c for s in self.steps.values() for c in s.chunks)]
+        return sum(bool(line.strip()) and not COMMENT.match(line) for c in chunks for line in c.lines)
+
+
+def known_ops(root=ROOT):
+    """Ops that have a file in either language and a contract, in the order a decode step runs them."""
+    found = {p.stem for folder, ending in FOLDERS.values() for p in (root / folder).glob("*" + ending)}
+    found &= {p.stem for p in (root / "lab" / "ops").glob("[!_]*.py")}
+    order = style.PART_ORDER
+    return sorted(found, key=lambda n: (order.index(n) if n in order else len(order), n))
+
+
+def half(language, op, root=ROOT):
+    """Reads one half of an op. Raises LabError when its file is not there."""
+    folder, ending = FOLDERS[language]
+    path = root / folder / (op + ending)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise LabError(f"{op} has no {language} half: {path} does not exist") from None
+    return cut(language, path, lines)
+
+
+def cut(language, path, lines):
+    """A Half from the lines of a file."""
+    header, begin = _header(language, lines)
+    steps, around, kernel = {}, [Chunk(begin + 1, [])], ""
+    chunk, ended, i = around[0], False, begin
+    while i < len(lines):
+        line = lines[i]
+        found = STEP.match(line)
+        if found:
+            number, title, text = int(found[1]), found[2].strip(), [found[3]]
+            i += 1
+            while i < len(lines) and COMMENT.match(lines[i]) and not STEP.match(lines[i]):
+                text.append(COMMENT.match(lines[i])[1])
+                i += 1
+            step = steps.setdefault(number, Step(number, title))
+            if step.title != title:
+                raise LabError(f"{path}:{i}: step {number} is called {title!r} here and {step.title!r} before")
+            step.texts.append(" ".join(t.strip() for t in text if t.strip()))
+            chunk = Chunk(i + 1, [], kernel)
+            step.chunks.append(chunk)
+            ended = False
+            continue
+        if not ended and chunk not in around and _leaves(language, line):
+            closing = line.startswith("}")
+            if closing:
+                chunk.lines.append(line)
+            chunk, ended = Chunk(i + 1 + closing, []), True
+            around.append(chunk)
+            if closing:
+                i += 1
+                continue
+        defined = KERNEL.search(line)
+        if defined and chunk in around:
+            kernel = defined[1]
+        chunk.lines.append(line)
+        i += 1
+    around = [c.trimmed() for c in around if any(line.strip() for line in c.lines)]
+    for step in steps.values():
+        step.chunks = [c.trimmed() for c in step.chunks]
+    return Half(language, path, header, dict(sorted(steps.items())), around)
+
+
+def _leaves(language, line):
+    """Does this line end the function that a step stands in?"""
+    if language == "cuda":
+        return line.startswith("}")
+    return bool(line.strip()) and not line[0].isspace() and line[0] not in ")#"
+
+
+def _header(language, lines):
+    """(text of the comment or docstring at the top, number of lines it takes)."""
+    if language == "cuda":
+        count = next((i for i, line in enumerate(lines) if not line.startswith("//")), len(lines))
+        return "\n".join(line[2:].removeprefix(" ") for line in lines[:count]), count
+    text = "\n".join(lines)
+    found = re.match(r'\s*"""(.*?)"""', text, re.S)
+    return (found[1].strip("\n"), text[:found.end()].count("\n") + 1) if found else ("", 0)
+
+
+def pair(op, root=ROOT):
+    """(CUDA half, Triton half) of an op. Raises LabError naming the file that is missing."""
+    return half("cuda", op, root), half("triton", op, root)
+
+
+def rows(cuda, triton):
+    """[(number, title, CUDA step or None, Triton step or None)] in order of the numbers."""
+    return [(n, (cuda.steps.get(n) or triton.steps[n]).title, cuda.steps.get(n), triton.steps.get(n))
+            for n in sorted(cuda.steps.keys() | triton.steps.keys())]
+
+
+def highlight(language, code):
+    """Code as HTML with pygments' classes, or escaped plain text where pygments is not installed."""
+    try:
+        from pygments import highlight as color
+        from pygments.formatters import HtmlFormatter
+        from pygments.lexers import CppLexer, PythonLexer
+    except ImportError:
+        return escape(code)
+    lexer = CppLexer(stripnl=False) if language == "cuda" else PythonLexer(stripnl=False)
+    return color(code, lexer, HtmlFormatter(nowrap=True)).rstrip("\n")
+
+
+def highlight_css():
+    """(rules for the light page, rules for the dark page) of `highlight`'s classes; empty without pygments."""
+    try:
+        from pygments.formatters import HtmlFormatter
+    except ImportError:
+        return "", ""
+    keep = lambda name: "\n".join(rule for rule in HtmlFormatter(style=name).get_style_defs("pre.code").splitlines()
+                                  if rule.startswith("pre.code .") and "linenos" not in rule)
+    return keep("default"), keep("github-dark")
