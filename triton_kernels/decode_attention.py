@@ -1,0 +1,121 @@
+"""decode_attention: out[b,h,:] = sum_t softmax_t(scale * q[b,h,:] . k[t,:]) * v[t,:] over the context_lens[b] cached tokens
+
+  q [batch, q_heads, head_dim]   a view of a packed qkv row: stride(0) free   out [batch, q_heads, head_dim]   contiguous
+  k_cache, v_cache [pages, kv_heads, page_size, head_dim]   block_table [batch, max_pages] int32   context_lens [batch] int32
+  partial [batch, kv_heads, splits, group, head_dim + 2] float32 (sum, maximum, mass)   tickets [batch, kv_heads], zero
+  mapping   a program owns one split of one KV head's tokens, for all the query heads that share it
+  traffic   every cached key and value once; q, partial and out are small
+  contract  lab/ops/decode_attention.py          twin  cuda_src/decode_attention.cu
+
+Softmax is computed online (Milakov and Gimelshein 2018) and the splits are merged as in Flash-Decoding, here by whichever
+program of a KV head finishes last. Maxima are kept in units of log2, so that exp2, which the hardware has, is enough.
+"""
+import math
+
+import triton
+import triton.language as tl
+
+from triton_kernels.common import config, launch
+
+# tile: tokens per step; min_rows: the query heads of a group are padded to the 16 rows of a tensor-core tile.
+CONFIGS = {
+    "sm_90": {2: dict(tile=64, min_rows=16, num_warps=4, num_stages=3), 4: dict(tile=32, min_rows=16, num_warps=4, num_stages=2)},
+    "sm_80": {2: dict(tile=64, min_rows=16, num_warps=4, num_stages=3), 4: dict(tile=32, min_rows=16, num_warps=4, num_stages=2)},
+    "interpreter": {2: dict(tile=128, min_rows=1), 4: dict(tile=128, min_rows=1)},
+}
+
+
+@triton.jit
+def decode_attention_kernel(q, k_cache, v_cache, block_table, context_lens, out, partial, tickets,
+                            kv_heads, max_pages, splits, q_stride, scale_log2,
+                            GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+                            PAGE: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, SPLITS: tl.constexpr,
+                            PRECISION: tl.constexpr):
+    # 1. Locate: the length is read on the device, so one captured graph serves a growing context. Split s owns `chunk`
+    # tokens from s * chunk; short contexts leave the last splits empty, and they contribute nothing.
+    split = tl.program_id(0)
+    kv = tl.program_id(1)
+    b = tl.program_id(2)
+    length = tl.load(context_lens + b)
+    chunk = tl.cdiv(tl.cdiv(length, splits), TILE) * TILE
+    begin = split * chunk
+    end = tl.minimum(begin + chunk, length)
+
+    # 2. Load the query: the heads of the group become the rows of one tile; rows past the group are zero.
+    g = tl.arange(0, ROWS)
+    d = tl.arange(0, BLOCK_D)
+    head = kv * GROUP + g
+    live_out = (g < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
+    qv = tl.load(q + b.to(tl.int64) * q_stride + head[:, None] * HEAD_DIM + d[None, :], mask=live_out, other=0.0)
+
+    # 3. Stream the tiles: a token finds its page in the block table. Loads run num_stages - 1 tiles ahead through shared
+    # memory (cp.async); the compiler writes that pipeline. Nobody else reads these tokens: evict_first.
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    mass = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for t0 in tl.range(begin, end, TILE):
+        token = t0 + tl.arange(0, TILE)
+        live = token < end
+        page = tl.load(block_table + b.to(tl.int64) * max_pages + token // PAGE, mask=live, other=0).to(tl.int64)
+        where = (((page * kv_heads + kv) * PAGE + token % PAGE) * HEAD_DIM)[:, None] + d[None, :]
+        live_kv = live[:, None] & (d < HEAD_DIM)[None, :]
+        kt = tl.load(k_cache + where, mask=live_kv, other=0.0, eviction_policy="evict_first")
+        vt = tl.load(v_cache + where, mask=live_kv, other=0.0, eviction_policy="evict_first")
+        score = tl.dot(qv, tl.trans(kt), input_precision=PRECISION) * scale_log2
+        score = tl.where(live[None, :], score, float("-inf"))
+
+        # 4. Online softmax: a new maximum shrinks what has been summed so far. The weights are rounded to T for the
+        # second product, as the tensor cores take them; their sum is not.
+        new_top = tl.maximum(top, tl.max(score, axis=1))
+        weight = tl.exp2(score - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        mass = mass * shrink + tl.sum(weight, axis=1)
+        acc = tl.dot(weight.to(vt.dtype), vt, acc * shrink[:, None], input_precision=PRECISION)
+        top = new_top
+
+    # 5. Publish the split: alone, it is the result. A length of zero has no mass, and its result is zero.
+    out_head = out + (b.to(tl.int64) * kv_heads + kv) * (GROUP * HEAD_DIM)
+    if not SPLIT:
+        result = acc / tl.where(mass == 0.0, 1.0, mass)[:, None]
+        tl.store(out_head + g[:, None] * HEAD_DIM + d[None, :], result.to(out.dtype.element_ty), mask=live_out)
+    else:
+        STRIDE: tl.constexpr = HEAD_DIM + 2
+        first = partial + (b.to(tl.int64) * kv_heads + kv) * splits * (GROUP * STRIDE)
+        mine = first + (split * GROUP + g) * STRIDE
+        tl.store(mine[:, None] + d[None, :], acc, mask=live_out)
+        tl.store(mine + HEAD_DIM, top, mask=g < GROUP)
+        tl.store(mine + HEAD_DIM + 1, mass, mask=g < GROUP)
+        # Every thread's stores come before the ticket (the barrier), and the ticket orders them for whoever draws the
+        # last one (acq_rel at GPU scope).
+        tl.debug_barrier()
+        ticket = tl.atomic_add(tickets + b * kv_heads + kv, 1, sem="acq_rel", scope="gpu")
+
+        # 6. Merge in the last block: split by split in a fixed order, so the result does not depend on who came last.
+        if ticket == splits - 1:
+            s = tl.arange(0, SPLITS)
+            for h in range(GROUP):
+                row = first + (s * GROUP + h) * STRIDE
+                tops = tl.load(row + HEAD_DIM, mask=s < splits, other=float("-inf"), cache_modifier=".cg")
+                masses = tl.load(row + HEAD_DIM + 1, mask=s < splits, other=0.0, cache_modifier=".cg")
+                peak = tl.max(tops, axis=0)
+                factor = tl.exp2(tops - tl.where(peak == float("-inf"), 0.0, peak))
+                total = tl.sum(masses * factor, axis=0)
+                parts = tl.load(row[:, None] + d[None, :], mask=(s < splits)[:, None] & (d < HEAD_DIM)[None, :], other=0.0,
+                                cache_modifier=".cg")
+                result = tl.sum(parts * factor[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
+                tl.store(out_head + h * HEAD_DIM + d, result.to(out.dtype.element_ty), mask=d < HEAD_DIM)
+            tl.store(tickets + b * kv_heads + kv, 0)            # ready for the next launch
+
+
+def decode_attention(q, k_cache, v_cache, block_table, context_lens, scale, splits, partial, tickets, out):
+    """Launch over splits x kv_heads x batch; partial and tickets are read only if splits > 1 (else they may be None)."""
+    cfg = config(CONFIGS, q)[q.itemsize]
+    batch, q_heads, head_dim = q.shape
+    kv_heads, page_size = k_cache.shape[1:3]
+    group = q_heads // kv_heads
+    meta = {key: value for key, value in cfg.items() if key.startswith("num_")}
+    launch(decode_attention_kernel, (splits, kv_heads, batch), q, k_cache, v_cache, block_table, context_lens, out,
+           partial, tickets, kv_heads, block_table.shape[1], splits, q.stride(0), scale * math.log2(math.e),
+           GROUP=group, ROWS=max(triton.next_power_of_2(group), cfg["min_rows"]), HEAD_DIM=head_dim,
+           BLOCK_D=triton.next_power_of_2(head_dim), PAGE=page_size, TILE=cfg["tile"], SPLIT=splits > 1,
+           SPLITS=triton.next_power_of_2(splits), PRECISION="ieee", **meta)
