@@ -155,7 +155,7 @@ constexpr bool kHost = false;
 
 extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
 
-// The block's dynamic shared memory seen as S. Launch with smem_bytes = sizeof(S), or more for a tail sized at run time.
+// The block's dynamic shared memory seen as S. Launch with smem_bytes = sizeof(S), or more for a tail sized later.
 template <typename S>
 LAB_DEVICE S& smem() {
   return *reinterpret_cast<S*>(dynamic_shared_memory);
@@ -373,7 +373,7 @@ inline int device_major() {
 }
 }  // namespace detail
 
-// Launches kernel(args...) and records its name. Throws std::runtime_error naming the kernel when the launch is refused;
+// Launches kernel(args...) and records its name. Throws std::runtime_error naming the kernel if the launch is refused;
 // errors inside the kernel surface at the next synchronisation, as everywhere in CUDA.
 template <typename... Params, typename... Args>
 inline void launch(const Config& config, const char* name, void (*kernel)(Params...), Args&&... args) {
@@ -403,6 +403,22 @@ inline void launch(const Config& config, const char* name, void (*kernel)(Params
   launch_config.numAttrs = count;
   trace::record(name);
   detail::check(cudaLaunchKernelEx(&launch_config, kernel, static_cast<Params>(args)...), name);
+}
+#else
+// ===================================================================================================== the CPU side
+// The rest is in host/gpu_features.h; these two need what is above.
+
+template <typename T>
+inline Vec<T> load_stream(const T* p) {
+  return load(p);
+}
+
+template <typename... Params, typename... Args>
+inline void launch(const Config& config, const char* name, void (*kernel)(Params...), Args&&... args) {
+  auto run_thread = [&] { kernel(static_cast<Params>(args)...); };
+  trace::record(name);
+  host::run({name, config.grid, config.block, config.smem_bytes, config.cluster,
+             [](const void* call) { (*static_cast<const decltype(run_thread)*>(call))(); }, &run_thread});
 }
 #endif  // __CUDACC__
 

@@ -1,0 +1,57 @@
+// CUDA kernels on a machine with no GPU: what common.cuh includes when the compiler is not nvcc.
+//
+// Every CUDA thread runs as a fiber, a stack of its own that the scheduler switches to and from in a few nanoseconds.
+// A fiber runs until it must wait: at a barrier, a shuffle, an mbarrier. The blocks of a grid are spread over OS
+// threads; the threads of one block (or cluster) share one OS thread, so nothing in a block runs truly in parallel.
+// Threads that never wait run one after the other on one stack, as a plain loop.
+//
+// The layer is strict where a GPU is forgiving, so that wrong kernels fail here and not by luck later:
+//   - shared memory starts as NaN (all bits set) and ends at a page that cannot be touched;
+//   - cp.async and bulk copies land when they are waited for, not before;
+//   - a barrier that some threads never reach is an error that names who waits where;
+//   - LAB_HOST_SEED varies the order of threads and blocks; builds with -fsanitize=thread report data races.
+// It says nothing about speed on a GPU, nor about weak memory order, tensor-core rounding or approximate math.
+//
+// The files, in reading order:
+//   vector_types.h, float16.h    float4, uint4 ...; __half, __nv_bfloat16
+//   runtime.h                    what kernels and the scheduler share: Thread, Warp, the entry points
+//   intrinsics.h                 __syncthreads, shuffles, votes, atomics, math
+//   gpu_features.h               the host half of common.cuh: reductions, cp.async, mma, mbarriers, clusters
+//   fiber.h, .cpp                stacks and the context switch
+//   scheduler.h, .cpp            who runs next; barriers, collectives, launches, deadlock reports
+//   async_copy.cpp               cp.async, mbarriers, bulk copies
+//   fault.h, .cpp                turns a bad access in a kernel into an error of the launch
+//   sanitizer.h                  ThreadSanitizer and AddressSanitizer
+//
+// Flags this layer wants:
+//   kernels (*.cu)   -x c++ -std=c++17 -O3 -fno-strict-aliasing -fno-math-errno -fno-trapping-math -fvisibility=hidden
+//                    and -mavx2 -mfma -mf16c where the CPU has them (four times the speed; nothing depends on them)
+//   host/*.cpp       -std=c++17 -O2 -fvisibility=hidden, linked with -pthread
+//   race detector    kernels: add -g -O1 -fsanitize=thread; host/*.cpp: add -DLAB_HOST_TSAN and NOT -fsanitize=thread;
+//                    link with -fsanitize=thread
+//   address checks   everything: add -g -O1 -fsanitize=address
+//
+// Options, read once from the environment and changed by lab::host::set_options:
+//   LAB_HOST_THREADS=n   OS threads (default: the cores this process may use)
+//   LAB_HOST_SEED=n      a random but repeatable schedule (default: a fixed order)
+//   LAB_HOST_POISON=0    shared memory starts zeroed instead of NaN (default: 1)
+//   LAB_HOST_STACK=n     bytes of stack per thread (default: 65536)
+#pragma once
+
+#define __global__
+#define __device__
+#define __host__
+#define __constant__
+#define __shared__ _Pragma("GCC error \"use lab::smem<Struct>() instead of __shared__\"")
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __align__(n) __attribute__((aligned(n)))
+#define __grid_constant__
+
+#include "vector_types.h"
+
+#include "float16.h"
+#include "runtime.h"
+
+#include "gpu_features.h"
+#include "intrinsics.h"

@@ -1,0 +1,168 @@
+// What kernels and the scheduler share: the thread that is running, its warp, and the calls at which a thread waits.
+//
+// Included by every kernel, so it holds declarations and the few inline paths that must be fast.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "vector_types.h"
+
+// The race detector checks kernels, not this layer.
+#define LAB_NO_TSAN __attribute__((no_sanitize("thread")))
+
+namespace lab {
+namespace host {
+
+// Where in a kernel something was called. As a default argument, `Site site = Site::here()` is the caller's own place.
+struct Site {
+  const char* file;
+  int line;
+  static constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
+};
+
+// What one lane hands to a warp collective, and what it gets back.
+struct alignas(64) Slot {
+  unsigned char bytes[64];
+};
+
+// A warp collective (shuffle, vote, reduction, mma) that some lanes have reached and others have not yet.
+struct Collective {
+  uint32_t mask = 0;     // lanes that take part
+  uint32_t arrived = 0;  // lanes that are here; 0 when this entry is free
+  uint32_t phase = 0;    // completions so far
+  const char* op = "";
+  Site site{"", 0};
+  char order[2];  // addresses that stand for "memory is ordered here", one per parity of phase
+};
+
+struct Warp {
+  uint32_t lanes = 0;    // lanes that exist: the last warp of a block may be partial
+  uint32_t alive = 0;    // have not returned from the kernel
+  uint32_t started = 0;  // have begun
+  uint32_t ready = 0;    // could run now
+  Collective pending[4];
+  Slot in[32], out[32];
+};
+
+struct AsyncCopy {
+  void* dst;
+  const void* src;
+  uint32_t bytes;  // written; those past `valid` become zero
+  uint32_t valid;  // read from src
+};
+
+// What a kernel can ask about its block.
+struct BlockInfo {
+  uint3 index;
+  dim3 grid_dim, block_dim;
+  unsigned char* smem;
+  size_t smem_bytes;
+  unsigned cluster_rank, cluster_size;
+};
+
+class Fiber;
+
+// One CUDA thread.
+struct Thread {
+  uint3 index;
+  const BlockInfo* block;
+  Warp* warp;
+  uint16_t linear;  // number in the block, x fastest
+  uint8_t lane, warp_index;
+  Fiber* fiber = nullptr;
+  const char* op = "";  // what it waits for
+  Site site{"", 0};
+  std::vector<AsyncCopy> copies;      // cp.async: issued, not yet landed
+  std::vector<uint32_t> copy_groups;  // cp.async: for each committed group, the end of its copies
+};
+
+#ifdef __APPLE__
+#define LAB_THREAD_LOCAL __thread
+#else
+#define LAB_THREAD_LOCAL __thread __attribute__((tls_model("initial-exec")))
+#endif
+extern LAB_THREAD_LOCAL Thread* current;  // null outside kernels
+
+// ---- options --------------------------------------------------------------------------------------------------------
+
+struct Options {
+  int threads = 0;      // OS threads; 0: the cores this process may use
+  bool random = false;  // random schedule
+  uint64_t seed = 0;
+  bool poison = true;
+  size_t stack_bytes = 64 * 1024;
+};
+Options get_options();
+void set_options(const Options& options);  // applies to later launches
+
+// ---- launch ---------------------------------------------------------------------------------------------------------
+
+struct Launch {
+  const char* name;
+  dim3 grid, block;
+  size_t smem_bytes;
+  unsigned cluster;
+  void (*run_thread)(const void* arguments);  // calls the kernel once, as `current`
+  const void* arguments;
+};
+
+// Runs the grid and returns when it has finished. Throws std::runtime_error, naming the kernel, when the configuration
+// is refused or a thread fails; the next launch starts afresh. Safe to call from several OS threads (one grid at a time).
+void run(const Launch& launch);
+
+// Ends the launch from inside a kernel; run() throws the message, with the kernel, block and thread added.
+[[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
+// ---- where threads wait ---------------------------------------------------------------------------------------------
+
+// Barrier `id` of the block for `count` threads (0: all of them). Returns the sum of `value` over those who arrived.
+int barrier(int id, int count, int value, const char* op, Site site);
+void cluster_barrier(Site site);
+
+// Waits for every lane of `mask`. The last to arrive calls combine(warp, mask), which reads warp.in and writes warp.out.
+// orders_memory: what lanes wrote before is visible to the others after (__syncwarp; shuffles promise no such thing).
+using Combine = void (*)(Warp& warp, uint32_t mask);
+void collective(uint32_t mask, const char* op, Combine combine, bool orders_memory, Site site);
+
+void spin_yield(Site site);  // lets others run; the caller is polling global memory
+void thread_fence();
+
+// One warp collective: hand in a value, get one back. Both at most 64 bytes.
+template <typename Out, typename In>
+LAB_NO_TSAN inline Out exchange(uint32_t mask, const In& in, Combine combine, const char* op, Site site) {
+  static_assert(sizeof(In) <= sizeof(Slot) && sizeof(Out) <= sizeof(Slot), "a slot has 64 bytes");
+  Thread* thread = current;
+  memcpy(thread->warp->in[thread->lane].bytes, &in, sizeof(In));
+  collective(mask, op, combine, false, site);
+  Out out;
+  memcpy(&out, thread->warp->out[thread->lane].bytes, sizeof(Out));
+  return out;
+}
+template <typename T>
+LAB_NO_TSAN inline T get(const Slot& slot) {
+  T value;
+  memcpy(&value, slot.bytes, sizeof value);
+  return value;
+}
+template <typename T>
+LAB_NO_TSAN inline void put(Slot& slot, const T& value) {
+  memcpy(slot.bytes, &value, sizeof value);
+}
+
+// ---- asynchronous copies (async_copy.cpp) ---------------------------------------------------------------------------
+
+void cp_async(void* dst, const void* src, unsigned bytes, unsigned valid, Site site);
+void cp_async_commit();
+void cp_async_wait(unsigned groups_in_flight);
+
+void mbarrier_init(uint64_t* bar, unsigned arrivals, Site site);
+void mbarrier_arrive(uint64_t* bar, unsigned bytes, Site site);
+void mbarrier_wait(uint64_t* bar, unsigned parity, Site site);
+void bulk_copy(void* dst, const void* src, unsigned bytes, uint64_t* bar, Site site);
+void* cluster_peer(void* p, unsigned rank);
+void read_shared(const void* p, size_t bytes);  // tells the race detector of a read made on the kernel's behalf
+
+}  // namespace host
+}  // namespace lab

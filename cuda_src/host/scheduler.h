@@ -1,0 +1,119 @@
+// The scheduler's own data: blocks at work, and the worker that runs them. One worker per OS thread.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "fiber.h"
+#include "runtime.h"
+
+namespace lab {
+namespace host {
+
+// Small and seeded per block, so that a block's schedule does not depend on which OS thread runs it (splitmix64).
+struct Random {
+  uint64_t state = 0;
+  uint64_t next() {
+    uint64_t z = (state += 0x9e3779b97f4a7c15ull);
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+    return z ^ (z >> 31);
+  }
+  unsigned below(unsigned n) { return unsigned(next() % n); }
+};
+
+struct Barrier {
+  uint32_t waiting[32];  // lanes per warp
+  int arrived;           // threads, of `count`
+  int count;
+  int sum, result;  // of the values brought, now and at the latest completion
+  uint32_t phase;   // completions so far
+  const char* op;
+  Site site;
+  char order[2];  // as in Collective
+};
+
+struct BulkCopy {
+  void* dst;
+  const void* src;
+  uint32_t bytes;
+  uint64_t* bar;
+};
+
+struct Block : BlockInfo {
+  unsigned char* memory = nullptr;  // shared memory's pages; smem ends where they end, before the forbidden page
+  size_t memory_bytes = 0;
+  unsigned size = 0;         // threads
+  unsigned alive = 0;        // of them, not yet returned
+  uint32_t ready_warps = 0;  // warps with a lane that could run
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  Barrier barriers[16];
+  std::vector<BulkCopy> bulk_copies;  // issued, not yet landed
+
+  ~Block();
+};
+
+class Worker {
+ public:
+  static Worker& here();  // the calling OS thread's
+
+  // Runs the blocks of cluster number `cluster` to their end. Returns an empty string, or why the launch failed.
+  std::string run_cluster(const Launch& launch, const Options& options, size_t cluster, uint64_t launch_number);
+  void end_launch();
+
+  // For the running thread:
+  void wait(const char* op, Site site);  // until someone makes it ready
+  void yield();                          // others first
+  void maybe_yield();                    // in a random schedule: others first, perhaps
+  void poll(const char* op, Site site, uint64_t patience);  // yields; a deadlock after `patience` calls with no progress
+  [[noreturn]] void abandon(std::string message);
+  [[noreturn]] void deadlock();
+
+  bool release(Block& block, Barrier& barrier);  // lets the waiting go, if all have arrived
+  bool release_cluster();
+  void progress() { idle_ = 0; }
+  static void make_ready(Thread* thread);
+
+  std::vector<Block*> blocks;  // of the cluster at work
+  Barrier cluster_barrier;
+  Options options;
+  Random random;
+  const Launch* launch = nullptr;
+  std::string fault;  // what a signal handler found
+
+  bool guards_stack(const void* address) const;
+
+ private:
+  static void fiber_entry();
+  [[noreturn]] void run_threads();
+  void finish(Thread* thread);
+  void prepare(Block& block, size_t index, unsigned rank);
+  void place_memory(Block& block);
+  Thread* take(Block& block, unsigned warp, unsigned lane);
+  Thread* pick();                    // the next to run: the same warp first
+  Thread* pick_after(Thread* thread);  // the next in turn, so that a polling thread does not keep others out
+  void start(Thread* thread, Fiber* fiber);
+  void change_to(Fiber& from, Thread* next);
+  Fiber* free_fiber();
+  void forget_tsan_fibers();
+
+  std::vector<std::unique_ptr<Block>> pool_;  // blocks, reused
+  std::vector<std::unique_ptr<Fiber>> fibers_;
+  std::vector<Fiber*> free_;
+  std::vector<Fiber*> used_;  // race detector: not to be reused before the block has ended
+  size_t fiber_stack_bytes_ = 0;
+  std::vector<void*> tsan_fibers_, tsan_dead_;
+  Fiber main_;
+  unsigned alive_ = 0;       // threads of the cluster
+  unsigned block_turn_ = 0;  // block that ran last
+  uint64_t idle_ = 0;        // polls since something last moved
+  std::string failure_;
+  char done_;
+};
+
+extern LAB_THREAD_LOCAL Worker* worker;  // null until this OS thread has run a block
+
+}  // namespace host
+}  // namespace lab
