@@ -14,7 +14,9 @@ from lab.errors import LabError
 
 VERBS = {       # verb: (room, what it does)
     "doctor": ("lab.doctor", "what this machine can run and what is missing"),
+    "run": ("lab.model.run", "answer a prompt with a model, under the backend of your choice"),
     "compare": ("lab.harness.compare", "did rows of run B get slower than those of run A?"),
+    "report": ("lab.report.build", "draw records: pictures, a web page, a summary"),
 }
 
 

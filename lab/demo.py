@@ -1,0 +1,113 @@
+"""`make demo`: a real model answers one prompt under CUDA, under Triton and under torch, and the answers are compared.
+
+All three share weights, prompt, prefill and plan in fp32; what differs is the kernels of the decode step. Exit status 1
+if a single token differs. The measurements go to OUT/records.jsonl and are drawn as a report beside it.
+"""
+import argparse
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+
+MODEL = "smollm2-135m"
+PROMPT = "What is the capital of France?"
+TOKENS = 32             # at most; the model usually ends its answer before
+LEAST = 4               # tokens that every backend decodes, however slow the machine
+
+
+@dataclass
+class Answer:
+    """What one backend said. ids end with the stop token unless the time ran out; ms is one entry per token."""
+    backend: str
+    ids: list = field(default_factory=list)
+    ms: list = field(default_factory=list)
+    launches: int = 0       # kernels that the trace counted
+    complete: bool = False  # ended by itself, or at TOKENS
+
+
+def decode(backend, weights, prompt, stop_ids, seconds, on_token):
+    """Greedy decoding of `prompt` under one backend, for about `seconds` and at least LEAST tokens."""
+    from lab import dispatch, ops
+    from lab.model.decoder import Decoder
+
+    trace = dispatch.Trace()
+    everywhere = {op.name: backend for op in ops.OPS}       # whatever LAB_OVERRIDE says
+    bound = dispatch.select(backend, weights.device, everywhere, trace)
+    decoder = Decoder(weights, bound, max_context=len(prompt) + TOKENS)
+    decoder.prepare()
+    decoder.admit(0, prompt)
+    answer, began = Answer(backend), time.perf_counter()
+    while len(answer.ids) < TOKENS:
+        started = time.perf_counter()
+        token = int(decoder.step()[0])                      # waits for the device
+        answer.ms.append((time.perf_counter() - started) * 1e3)
+        answer.ids.append(token)
+        on_token(token)
+        answer.complete = token in stop_ids or len(answer.ids) == TOKENS
+        late = time.perf_counter() - began + answer.ms[-1] / 1e3 > seconds
+        if answer.complete or late and len(answer.ids) >= LEAST:
+            break
+    foreign = {name for _, name, _ in trace.counts if name != backend}
+    assert not foreign, f"kernels of {foreign} ran under {backend}"
+    answer.launches = sum(trace.counts.values())
+    return answer
+
+
+def first_difference(a, b):
+    """The index of the first token that differs, over what both decoded; None if they agree."""
+    return next((i for i, (x, y) in enumerate(zip(a.ids, b.ids)) if x != y), None)
+
+
+def show(answers, tokenizer):
+    """Prints the comparison; returns whether every pair agrees."""
+    print(f"\n{'backend':<8} {'tokens':>6} {'median ms':>10} {'kernels run':>12}  ids")
+    for a in answers:
+        print(f"{a.backend:<8} {len(a.ids):>6} {statistics.median(a.ms):>10.1f} {a.launches:>12}  "
+              f"{' '.join(map(str, a.ids))}{'' if a.complete else ' ... (out of time)'}")
+    agree = True
+    for i, a in enumerate(answers):
+        for b in answers[i + 1:]:
+            at, common = first_difference(a, b), min(len(a.ids), len(b.ids))
+            if at is None:
+                print(f"{a.backend} and {b.backend}: the same {common} tokens")
+            else:
+                agree = False
+                print(f"{a.backend} and {b.backend}: DIFFER at token {at + 1}: {tokenizer.decode([a.ids[at]])!r} "
+                      f"against {tokenizer.decode([b.ids[at]])!r}")
+    return agree
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="make demo", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", default="out/demo", help="folder of the records and the report")
+    parser.add_argument("--prompt", default=PROMPT)
+    parser.add_argument("--seconds", type=float, default=90, help="time limit of the slowest backend (default 90)")
+    args = parser.parse_args(argv)
+
+    import torch
+
+    from lab.model import weights as models
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    source = models.open_source(MODEL)
+    tokenizer = source.tokenizer()
+    loaded = models.load(source, torch.float32, device)
+    prompt = tokenizer.encode_chat([{"role": "user", "content": args.prompt}])
+    where = f"the GPU {torch.cuda.get_device_name()}" if device == "cuda" else "the CPU"
+    print(f"{MODEL}, fp32, on {where}; prompt of {len(prompt)} tokens: {args.prompt}")
+    how = {"cpu": {"cuda": "our CUDA kernels, compiled by g++ and emulated", "triton": "our Triton kernels, interpreted: "
+                   "seconds a token", "torch": "the reference"}}.get(device, {"torch": "the reference"})
+    answers = []
+    for backend in ("torch", "cuda", "triton"):
+        print(f"\n[{backend}] {how.get(backend, 'our kernels, compiled')}\n  ", end="", flush=True)
+        stream = tokenizer.stream()
+        answers.append(decode(backend, loaded, prompt, tokenizer.eos, args.seconds,
+                              lambda token: print(stream.push(token), end="", flush=True)))
+        print(stream.finish())
+    agree = show(answers, tokenizer)
+    print("All three agree token for token." if agree else "The backends DISAGREE: a fault; `lab check` narrows it down.")
+    return 0 if agree else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""The command line as a user meets it: every mistake is one line on standard error, exit status 2, no traceback."""
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lab import cli
+from lab.errors import LabError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def lab(*words, env=None, **options):
+    return subprocess.run([sys.executable, "-m", "lab", *words], cwd=ROOT, capture_output=True, text=True, timeout=120,
+                          env={**os.environ, **(env or {})}, **options)
+
+
+def refused(capfd, *words):
+    """The one line that `lab words...` prints when it exits with 2."""
+    assert cli.main(list(words)) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith("lab: error: ") and err.count("\n") == 1, err
+    return err
+
+
+@pytest.fixture(scope="module")
+def broken_gguf(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "broken.gguf"
+    path.write_bytes(b"GGUF" + bytes(40))
+    return path
+
+
+RUN = ("run", "--prompt", "hi", "--weights", "random", "smollm2-135m", "--backend")
+
+MISTAKES = {
+    "unknown verb": (("ruin",), "did you mean run"),
+    "unknown option": (("run", "--promt", "hi"), "--help"),
+    "no prompt": (("run", "--backend", "torch"), "--prompt"),
+    "prompt twice": (("run", "--prompt", "a", "--ids", "1"), "not allowed with"),
+    "no number": ((*RUN, "torch", "--max-new-tokens", "ten"), "invalid int value: 'ten'"),
+    "no tokens": ((*RUN, "torch", "--max-new-tokens", "0"), "at least 1"),
+    "no backend": (("run", "--prompt", "hi"), "cuda, triton, torch"),
+    "unknown backend": ((*RUN, "cudaa"), "did you mean cuda? choose from cuda, triton, torch"),
+    "unknown dtype": ((*RUN, "torch", "--dtype", "fp8"), "fp32, fp16, bf16"),
+    "unknown device": ((*RUN, "torch", "--device", "tpu"), "cuda or cpu"),
+    "unknown plan": ((*RUN, "torch", "--plan", "quick"), "basic"),
+    "unknown op": ((*RUN, "torch", "--override", "rmsnrm=cuda"), "did you mean rmsnorm? choose from"),
+    "unknown override": ((*RUN, "torch", "--override", "rope=opencl"), "cuda, triton, torch"),
+    "override without =": ((*RUN, "torch", "--override", "rope"), "OP=BACKEND"),
+    "temperature": ((*RUN, "torch", "--temperature", "-1"), "0 or more"),
+    "top-p": ((*RUN, "torch", "--top-p", "0"), "above 0"),
+    "json folder": ((*RUN, "torch", "--json", "/nowhere/x.json"), "/nowhere/x.json"),
+    "unknown model": (("run", "smolm2-135m", "--prompt", "hi", "--backend", "torch"), "did you mean smollm2-135m"),
+    "model without weights": (("run", "llama-3.2-1b", "--prompt", "hi", "--backend", "torch"), "--weights random"),
+    "text without tokenizer": ((*RUN, "torch"), "--ids"),
+    "ids": (("run", "--ids", "1,two", "--backend", "torch", "--weights", "random"), "1,2,3"),
+    "ids outside": (("run", "--ids", "1,999999", "--backend", "torch", "--weights", "random"), "vocabulary of 49152"),
+    "prompt too long": (("run", "--ids", "1,2,3", "--max-context", "2", "--backend", "torch", "--weights", "random"),
+                        "cache holds 2"),
+    "page size": (("run", "--ids", "1", "--page-size", "17", "--backend", "torch", "--weights", "random"), "choose from 16"),
+    "no records": (("compare", "/nowhere/a", "/nowhere/b"), "does not exist"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_status_2(mistake, capfd, monkeypatch):
+    monkeypatch.delenv("LAB_BACKEND", raising=False)
+    monkeypatch.delenv("LAB_OVERRIDE", raising=False)
+    words, said = MISTAKES[mistake]
+    assert said in refused(capfd, *words)
+
+
+def test_a_mangled_model_file(capfd, broken_gguf):
+    assert str(broken_gguf) in refused(capfd, "run", str(broken_gguf), "--prompt", "hi", "--backend", "torch")
+
+
+def test_an_override_that_is_not_built(capfd, monkeypatch):
+    from lab import backends
+    monkeypatch.setitem(sys.modules, "lab._host", None)             # as if it had never been built
+    backends.load.cache_clear()
+    said = refused(capfd, "run", "--ids", "1", "--weights", "random", "--backend", "torch", "--override", "rope=cuda",
+                   "--device", "cpu")
+    backends.load.cache_clear()
+    assert "lab._host is not built" in said and "make setup" in said
+
+
+def test_no_gpu(capfd, monkeypatch):
+    import torch
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no usable NVIDIA GPU" in refused(capfd, "run", "--prompt", "hi", "--backend", "torch", "--device", "cuda")
+
+
+def test_the_mistake_in_a_real_process():
+    done = lab("run", "--prompt", "hi", "--backend", "cudaa")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "Traceback" not in done.stderr
+
+
+def test_traceback_shows_where_an_error_came_from():
+    for words in (("--traceback", "compare", "a", "b"), ("compare", "a", "b", "--traceback")):
+        done = lab(*words)
+        assert done.returncode == 2
+        assert "Traceback" in done.stderr and done.stderr.splitlines()[-1].startswith("lab: error: ")
+
+
+def test_a_fault_of_the_lab_is_not_dressed_up_as_a_mistake(monkeypatch):
+    def broken(argv):
+        raise ZeroDivisionError("a fault")
+    monkeypatch.setattr(cli, "run", broken)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["doctor"])
+
+
+@pytest.mark.parametrize("error, status, said", [
+    (KeyboardInterrupt(), 130, "interrupted"),
+    (LabError("two\nlines"), 2, "lab: error: two lines\n"),
+    (FileNotFoundError(2, "No such file or directory", "a.json"), 2, "a.json: No such file or directory"),
+    (ModuleNotFoundError("No module named 'gguf'", name="gguf"), 2, "make setup"),
+])
+def test_what_escapes_from_a_verb(monkeypatch, capfd, error, status, said):
+    def verb(argv):
+        raise error
+    monkeypatch.setattr(cli, "run", verb)
+    assert cli.main([]) == status
+    assert said in capfd.readouterr().err
+
+
+def test_a_reader_that_goes_away():
+    done = subprocess.run(f"{sys.executable} -m lab run --help | head -c 1; exit ${{PIPESTATUS[0]}}", shell=True, cwd=ROOT,
+                          executable="/bin/bash", capture_output=True, text=True, timeout=60)
+    assert done.stderr == ""
+    assert done.returncode in (0, 141)                              # 0: everything fitted into the pipe before
+
+
+def test_help_is_instant_and_names_every_verb():
+    began = time.perf_counter()
+    done = lab("--help")
+    seconds = time.perf_counter() - began
+    assert done.returncode == 0 and all(verb in done.stdout for verb in cli.VERBS)
+    assert seconds < 2, "lab --help must not import torch"
+    probe = "import sys; from lab import cli; cli.main(['--help']); assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_verb_has_help(verb, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([verb, "--help"])
+    assert stopped.value.code == 0
+    assert f"usage: lab {verb}" in capsys.readouterr().out
+
+
+def test_doctor_proves_what_it_calls_ok():
+    done = lab("doctor", "--json")
+    found = json.loads(done.stdout)
+    assert done.returncode == (0 if found["usable"] else 1)
+    by_name = {f["name"]: f for f in found["findings"]}
+    for backend in ("cuda", "triton"):
+        assert by_name[f"{backend} on cpu"]["state"] == "ok", by_name[f"{backend} on cpu"]
+    assert "cpu" in found["usable"]
+    assert all(f["todo"] for f in found["findings"] if f["state"] == "missing")
