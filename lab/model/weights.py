@@ -66,7 +66,8 @@ class RandomSource:
         self.name, self.config, self.seed = config.name, config, seed
 
     def fill(self, name: str, out: torch.Tensor) -> None:
-        generator = torch.Generator(out.device).manual_seed(zlib.crc32(name.encode()) + self.seed * 2**32)
+        stream = zlib.crc32(f"{self.seed} {name}".encode())      # 32 bits: all that torch's CPU generator takes
+        generator = torch.Generator(out.device).manual_seed(stream)
         if "norm" in name:
             out.normal_(1.0, 0.1, generator=generator)
         elif name.endswith("bias"):
