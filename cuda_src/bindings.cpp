@@ -1,0 +1,35 @@
+// Python sees one function per launcher, of the same name and argument order. Addresses are integers, so torch is not
+// needed to build this; the callers in lab/ops/ have checked them.
+//
+// One source, two modules: LAB_MODULE is _cuda (nvcc's kernels) or _host (the same kernels, by a C++ compiler).
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "launchers.h"
+#include "trace.h"
+
+namespace lab {
+const char* build_facts();                        // JSON, written by setup.py
+}
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(LAB_MODULE, m) {
+  const auto op = [&](const char* name, auto* launcher) {
+    m.def(name, launcher, py::call_guard<py::gil_scoped_release>());
+  };
+  op("embedding", &embedding);
+  op("rmsnorm", &rmsnorm);
+  op("linear", &linear);
+  op("rope", &rope);
+  op("kv_append", &kv_append);
+  op("decode_attention", &decode_attention);
+  op("silu_mul", &silu_mul);
+  op("sample", &sample);
+  op("stream", &stream);
+
+  m.def("set_trace", &lab::set_trace, "Starts or stops recording the names of launched kernels.");
+  m.def("take_trace", &lab::take_trace, "The names of the kernels launched since the last call, oldest first.");
+  m.def("build_info", [] { return py::module_::import("json").attr("loads")(lab::build_facts()); },
+        "dict: compiler, archs, flags, sanitizer; for the GPU build also nvcc and host_compiler.");
+}

@@ -1,0 +1,44 @@
+// embedding: out[r, :] = table[ids[r], :]
+//
+//   ids [rows] int32   table [vocab, cols]   out [rows, cols]     row-major
+//   mapping   one block per row; thread i copies vectors i, i + threads, ... of it
+//   traffic   rows * cols elements read and written, and the ids
+//   contract  lab/ops/embedding.py          twin  triton_kernels/embedding.py
+#include "common.cuh"
+#include "launchers.h"
+#include "sizes.h"
+
+using namespace lab;
+
+template <typename T, int N>
+__global__ void embedding_kernel(const int* ids, const T* table, T* out, int cols, int vocab) {
+  // 1. Locate: block r owns row r; an id outside the vocabulary must not become an address.
+  pdl_wait();
+  const int id = ids[blockIdx.x];
+  const bool known = 0 <= id && id < vocab;
+  const T* from = table + size_t(known ? id : 0) * cols;
+  T* to = out + size_t(blockIdx.x) * cols;
+
+  // 2. Copy: N elements an access; an unknown id gives NaN, which no later kernel can hide.
+  for (int col = threadIdx.x * N; col < cols; col += blockDim.x * N) {
+    Vec<T, N> v = load<N>(from + col);
+    if (!known) {
+      for (int e = 0; e < N; ++e) v.v[e] = from_float<T>(NAN);
+    }
+    store(to + col, v);
+  }
+  pdl_launch_dependents();
+}
+
+void embedding(Ptr ids, Ptr table, Ptr out, int rows, int cols, int vocab, int dtype, Ptr stream) {
+  if (rows == 0) return;
+  by_dtype(dtype, [&](auto tag) {
+    using T = decltype(tag);
+    by_width<T>([&](auto width) {
+      constexpr int N = decltype(width)::value;
+      const int threads = kHost ? 32 : cols / N > 128 ? 256 : 128;
+      launch({dim3(rows), dim3(threads), 0, stream}, "embedding_kernel", embedding_kernel<T, N>, as<const int>(ids),
+             as<const T>(table), as<T>(out), cols, vocab);
+    }, cols);
+  });
+}

@@ -1,0 +1,53 @@
+// kv_append: k_cache[page, h, slot, :] = k[b, h, :], page and slot from positions[b]; v likewise
+//
+//   k, v [batch, kv_heads, D], stride of batch free   block_table [batch, max_pages] int32   positions [batch] int32
+//   k_cache, v_cache [pages, kv_heads, page_size, D]
+//   mapping   one thread per vector of k and the same vector of v
+//   traffic   2 * batch * kv_heads * D elements read and written
+//   contract  lab/ops/kv_append.py          twin  triton_kernels/kv_append.py
+#include "common.cuh"
+#include "launchers.h"
+#include "sizes.h"
+
+using namespace lab;
+
+template <typename T, int N>
+__global__ void kv_append_kernel(const T* k, const T* v, T* k_cache, T* v_cache, const int* block_table,
+                                 const int* positions, int batch, int kv_heads, int head_dim, int page_size,
+                                 int max_pages, int64_t k_stride, int64_t v_stride) {
+  // 1. Locate: thread -> (sequence b, head h, elements i to i + N); an idle sequence has position -1.
+  const int threads_per_head = head_dim / N;
+  const int index = blockIdx.x * blockDim.x + threadIdx.x;
+  const int i = index % threads_per_head * N, h = index / threads_per_head % kv_heads;
+  const int b = index / threads_per_head / kv_heads;
+  if (b >= batch) return;
+  pdl_wait();
+  const int position = positions[b];
+  if (position < 0) return;
+
+  // 2. Find the slot: page position / page_size of this sequence, row position % page_size of the page.
+  const int page = block_table[size_t(b) * max_pages + position / page_size];
+  const size_t slot = (size_t(page) * kv_heads + h) * page_size + position % page_size;
+
+  // 3. Copy: no arithmetic, so the cache holds exactly what the projection and rope left.
+  const Vec<T, N> key = load<N>(k + b * k_stride + h * head_dim + i);
+  const Vec<T, N> value = load<N>(v + b * v_stride + h * head_dim + i);
+  pdl_launch_dependents();
+  store(k_cache + slot * head_dim + i, key);
+  store(v_cache + slot * head_dim + i, value);
+}
+
+void kv_append(Ptr k, Ptr v, Ptr k_cache, Ptr v_cache, Ptr block_table, Ptr positions, int batch, int kv_heads,
+               int head_dim, int page_size, int max_pages, int64_t k_stride, int64_t v_stride, int dtype, Ptr stream) {
+  if (batch == 0) return;
+  by_dtype(dtype, [&](auto tag) {
+    using T = decltype(tag);
+    by_width<T>([&](auto width) {
+      constexpr int N = decltype(width)::value;
+      const int64_t items = int64_t(batch) * kv_heads * (head_dim / N);
+      launch({dim3(blocks_for(items, 128)), dim3(128), 0, stream}, "kv_append_kernel", kv_append_kernel<T, N>,
+             as<const T>(k), as<const T>(v), as<T>(k_cache), as<T>(v_cache), as<const int>(block_table),
+             as<const int>(positions), batch, kv_heads, head_dim, page_size, max_pages, k_stride, v_stride);
+    }, head_dim, k_stride, v_stride);
+  });
+}

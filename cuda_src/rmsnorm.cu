@@ -1,0 +1,115 @@
+// rmsnorm: y[b,g,:] = T(x[b,g,:] * rsqrt(mean(x[b,g,:]^2) + eps)) * w, after residual += x where a residual is given
+//
+//   x, y [rows, groups, cols], stride of rows free   w [cols]   residual [rows, cols] (optional, groups = 1)
+//   mapping   one block per row, one warp for short rows; a thread keeps up to 4 vectors of the row in registers
+//   traffic   x once, y once, w once per row (from L2 after the first); with a residual, that twice more
+//   contract  lab/ops/rmsnorm.py          twin  triton_kernels/rmsnorm.py
+#include "common.cuh"
+#include "launchers.h"
+#include "sizes.h"
+
+using namespace lab;
+
+constexpr int kKeep = 4;                          // vectors of a row that one thread holds
+
+struct RmsnormSmem {
+  float scratch[32];
+};
+
+template <typename T, int N, int Threads>
+__global__ void __launch_bounds__(Threads)
+    rmsnorm_kernel(const T* x, const T* w, T* residual, T* y, int groups, int cols, int64_t x_stride, int64_t y_stride,
+                   float eps) {
+  // 1. Locate: block r owns row (b, g); the row is walked in panels of kKeep vectors a thread, nearly always one panel.
+  constexpr int kPanel = kKeep * Threads * N;
+  const int b = blockIdx.x / groups, g = blockIdx.x % groups;
+  const int first = threadIdx.x * N;
+  x += b * x_stride + int64_t(g) * cols;
+  y += b * y_stride + int64_t(g) * cols;
+  if (residual) residual += size_t(b) * cols;     // groups = 1 here
+  const T* source = residual ? residual : x;      // what is normalised, once the sum is in place
+  Vec<T, N> v[kKeep], weight[kKeep];
+  float squares = 0.f;
+
+  // 2. Load: the weight depends on no earlier kernel, so it leaves first; all vectors of a panel are in flight before
+  // one is used; the residual takes the sum, rounded to T.
+  LAB_UNROLL
+  for (int i = 0; i < kKeep; ++i) {
+    const int col = first + i * Threads * N;
+    if (col < cols) weight[i] = load<N>(w + col);
+  }
+  pdl_wait();
+  for (int panel = 0; panel < cols; panel += kPanel) {
+    LAB_UNROLL
+    for (int i = 0; i < kKeep; ++i) {
+      const int col = panel + first + i * Threads * N;
+      if (col < cols) v[i] = load<N>(x + col);
+    }
+    if (residual) {
+      Vec<T, N> old[kKeep];
+      LAB_UNROLL
+      for (int i = 0; i < kKeep; ++i) {
+        const int col = panel + first + i * Threads * N;
+        if (col < cols) old[i] = load<N>(residual + col);
+      }
+      LAB_UNROLL
+      for (int i = 0; i < kKeep; ++i) {
+        const int col = panel + first + i * Threads * N;
+        if (col >= cols) continue;
+        LAB_UNROLL
+        for (int e = 0; e < N; ++e) v[i].v[e] = from_float<T>(to_float(old[i].v[e]) + to_float(v[i].v[e]));
+        store(residual + col, v[i]);
+      }
+    }
+    LAB_UNROLL
+    for (int i = 0; i < kKeep; ++i) {
+      if (panel + first + i * Threads * N >= cols) continue;
+      LAB_UNROLL
+      for (int e = 0; e < N; ++e) squares = fmadd(to_float(v[i].v[e]), to_float(v[i].v[e]), squares);
+    }
+  }
+  pdl_launch_dependents();
+
+  // 3. Reduce: the sum of squares in float32, over the warp and then over the block.
+  const float scale = rsqrtf(block_sum<Threads>(squares, smem<RmsnormSmem>().scratch) / cols + eps);
+
+  // 4. Scale and store: round to T before the weight, as Hugging Face Llama does. Rows of one panel never left registers.
+  for (int panel = 0; panel < cols; panel += kPanel) {
+    LAB_UNROLL
+    for (int i = 0; i < kKeep; ++i) {
+      const int col = panel + first + i * Threads * N;
+      if (col >= cols) continue;
+      if (cols > kPanel) {
+        v[i] = load<N>(source + col);
+        weight[i] = load<N>(w + col);
+      }
+      LAB_UNROLL
+      for (int e = 0; e < N; ++e) {
+        const float normed = to_float(from_float<T>(to_float(v[i].v[e]) * scale));
+        v[i].v[e] = from_float<T>(normed * to_float(weight[i].v[e]));
+      }
+      store(y + col, v[i]);
+    }
+  }
+}
+
+void rmsnorm(Ptr x, Ptr w, Ptr residual, Ptr y, int rows, int groups, int cols, int64_t x_stride, int64_t y_stride,
+             float eps, int dtype, Ptr stream) {
+  if (rows == 0) return;
+  by_dtype(dtype, [&](auto tag) {
+    using T = decltype(tag);
+    by_width<T>([&](auto width) {
+      constexpr int N = decltype(width)::value;
+      const auto start = [&](auto threads, auto kernel) {
+        launch({dim3(rows * groups), dim3(threads), sizeof(RmsnormSmem), stream}, "rmsnorm_kernel", kernel,
+               as<const T>(x), as<const T>(w), as<T>(residual), as<T>(y), groups, cols, x_stride, y_stride, eps);
+      };
+      // A warp needs no barrier; the CPU, which runs threads one after the other, always prefers it.
+      if (kHost || cols <= kKeep * 32 * N) {
+        start(32, rmsnorm_kernel<T, N, 32>);
+      } else {
+        start(256, rmsnorm_kernel<T, N, 256>);
+      }
+    }, cols, x_stride, y_stride);
+  });
+}

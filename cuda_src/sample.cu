@@ -1,0 +1,220 @@
+// sample: the next token of each row: the argmax, or a seeded draw after temperature, top-k and top-p
+//
+//   logits [rows, vocab] float32   positions [rows] int32   out [rows] int32
+//   mapping   one block per row; thread i takes vectors i, i + threads, ... of it
+//   traffic   logits once when greedy; again for each digit of a threshold and for the draw, then mostly from L2
+//   contract  lab/ops/sample.py          twin  triton_kernels/sample.py
+//
+// Draw: l = logit / temperature; top-k keeps l >= the k-th largest; top-p keeps of those l >= t, the largest t whose kept
+// mass reaches top_p of theirs; the token is the argmax over the kept of l + g, g = -log(-log(u)) (the Gumbel-max trick).
+// Noise: Philox4x32-10 (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011).
+//
+// Thresholds are found digit by digit on integers that are ordered as the floats are, with sums in integers: exact, and
+// the same in every order of additions.
+#include "common.cuh"
+#include "launchers.h"
+#include "sizes.h"
+
+using namespace lab;
+
+constexpr int kThreads = kHost ? 128 : 512;
+constexpr int kDigits = 256;                      // a key is four digits of 8 bits
+constexpr int kCopies = 8;                        // of each counter, so that a warp's lanes seldom meet in one
+
+struct SampleSmem {
+  uint32_t low[kCopies][kDigits], high[kCopies][kDigits];  // 64-bit counters in halves: shared atomics are 32 bits wide
+  uint64_t best[kThreads / 32];
+  uint64_t above;                                 // weight of all keys above the digit that was found
+  uint64_t target;
+  uint32_t prefix;                                // digits found so far
+};
+
+// An integer that is ordered as x is; every NaN becomes the largest.
+LAB_DEVICE uint32_t order_key(float x) {
+  if (x != x) return 0xffffffffu;
+  const uint32_t bits = bit_cast<uint32_t>(x == 0.f ? 0.f : x);  // -0 and +0 tie
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+LAB_DEVICE float key_value(uint32_t key) { return bit_cast<float>(key >> 31 ? key & 0x7fffffffu : ~key); }
+
+// The largest of the threads' values, for every thread.
+LAB_DEVICE uint64_t block_largest(uint64_t v, SampleSmem& s) {
+  for (int distance = 16; distance > 0; distance >>= 1) {
+    const uint64_t other = __shfl_xor_sync(0xffffffffu, v, distance);
+    v = other > v ? other : v;
+  }
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) s.best[threadIdx.x / 32] = v;
+  __syncthreads();
+  for (int warp = 0; warp < kThreads / 32; ++warp) v = s.best[warp] > v ? s.best[warp] : v;
+  return v;
+}
+
+// Key and index of a candidate in one integer: the larger value wins, then the lower index.
+LAB_DEVICE uint64_t candidate(float value, int index) { return uint64_t(order_key(value)) << 32 | uint32_t(~index); }
+
+LAB_DEVICE void add_weight(SampleSmem& s, uint32_t digit, uint64_t weight) {
+  const int copy = threadIdx.x % kCopies;
+  const uint32_t low = uint32_t(weight), before = atomicAdd(&s.low[copy][digit], low);
+  const uint32_t high = uint32_t(weight >> 32) + (before + low < before);  // with the carry
+  if (high != 0) atomicAdd(&s.high[copy][digit], high);
+}
+
+// The largest key t for which the weights of all keys >= t add up to at least target(total weight). visit(add) must call
+// add(key, weight) for every element of this thread. All threads call it and get t.
+template <typename Visit, typename Target>
+LAB_DEVICE uint32_t select_threshold(SampleSmem& s, Visit visit, Target target) {
+  if (threadIdx.x == 0) {
+    s.prefix = 0;
+    s.above = 0;
+  }
+  for (int shift = 24; shift >= 0; shift -= 8) {
+    for (int i = threadIdx.x; i < kCopies * kDigits; i += kThreads) s.low[0][i] = s.high[0][i] = 0;
+    __syncthreads();
+    const uint32_t prefix = s.prefix;
+    visit([&](uint32_t key, uint64_t weight) {
+      if (shift == 24 || key >> (shift + 8) == prefix) add_weight(s, key >> shift & 255, weight);
+    });
+    __syncthreads();
+    // One warp finds the digit: lane i owns 8 digits, and learns the weight above them from a sum over higher lanes.
+    if (threadIdx.x < 32) {
+      constexpr int kOwn = kDigits / 32;
+      const int lane = threadIdx.x;
+      uint64_t weights[kOwn], own = 0;
+      for (int i = 0; i < kOwn; ++i) {
+        weights[i] = 0;
+        for (int copy = 0; copy < kCopies; ++copy) {
+          weights[i] += uint64_t(s.high[copy][lane * kOwn + i]) << 32;
+          weights[i] += s.low[copy][lane * kOwn + i];
+        }
+        own += weights[i];
+      }
+      uint64_t from_here = own;                   // the weight of this lane and of all higher ones
+      for (int distance = 1; distance < 32; distance <<= 1) {
+        const uint64_t other = __shfl_down_sync(0xffffffffu, from_here, distance);
+        if (lane + distance < 32) from_here += other;
+      }
+      const uint64_t total = __shfl_sync(0xffffffffu, from_here, 0);
+      const uint64_t wanted = shift == 24 ? target(total) : s.target;
+      uint64_t above = (shift == 24 ? 0 : s.above) + from_here - own;
+      __syncwarp();                               // all lanes have read what one of them now replaces
+      if (lane == 0) s.target = wanted;
+      bool found = false;
+      for (int i = kOwn - 1; i >= 0; --i) {
+        if (!found && above < wanted && above + weights[i] >= wanted) {
+          s.prefix = prefix << 8 | uint32_t(lane * kOwn + i);
+          s.above = above;
+          found = true;
+        }
+        above += weights[i];
+      }
+    }
+    __syncthreads();
+  }
+  const uint32_t found = s.prefix;
+  __syncthreads();                                // all have read it
+  return found;
+}
+
+// Word 0 of Philox4x32-10.
+LAB_DEVICE uint32_t philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
+  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+  LAB_UNROLL
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t a = uint64_t(0xD2511F53u) * c0, b = uint64_t(0xCD9E8D57u) * c2;
+    c0 = uint32_t(b >> 32) ^ c1 ^ k0;
+    c1 = uint32_t(b);
+    c2 = uint32_t(a >> 32) ^ c3 ^ k1;
+    c3 = uint32_t(a);
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return c0;
+}
+
+// -log(-log(u)), u = ((r >> 8) + 0.5) / 2^24. Above a half, u has no exact float32, but 1 - u has.
+LAB_DEVICE float gumbel(uint32_t r) {
+  const uint32_t m = r >> 8;
+  const float inner = m < (1u << 23) ? -logf((float(m) + 0.5f) * 0x1p-24f)
+                                     : -log1pf(-(float((1u << 24) - m) - 0.5f) * 0x1p-24f);
+  return -logf(inner);
+}
+
+template <int N>
+__global__ void __launch_bounds__(kThreads, 1)
+    sample_kernel(const float* logits, const int* positions, int* out, int vocab, float temperature, int top_k,
+                  float top_p, uint64_t seed) {
+  // 1. Locate: block r owns row r. A pass over it gives f each token of this thread with its scaled logit l.
+  auto& s = smem<SampleSmem>();
+  const int row = blockIdx.x;
+  logits += size_t(row) * vocab;
+  const auto pass = [&](auto f) {
+    for (int i = threadIdx.x * N; i < vocab; i += kThreads * N) {
+      const Vec<float, N> v = load<N>(logits + i);
+      LAB_UNROLL
+      for (int e = 0; e < N; ++e) f(i + e, temperature > 0.f ? v.v[e] / temperature : v.v[e]);
+    }
+  };
+  pdl_wait();
+
+  // 2. Greedy: the largest value, of equals the lowest index; a NaN is the largest of all, and no token.
+  uint64_t best = 0;
+  pass([&](int token, float l) {
+    const uint64_t mine = candidate(l, token);
+    best = mine > best ? mine : best;
+  });
+  best = block_largest(best, s);
+  const uint32_t top = uint32_t(best >> 32);
+  if (temperature == 0.f || top == 0xffffffffu) {
+    if (threadIdx.x == 0) out[row] = top == 0xffffffffu ? -1 : int(~uint32_t(best));
+    return;
+  }
+
+  // 3. Top-k threshold: each token weighs 1, and k of them are wanted; ties at the k-th value all stay.
+  uint32_t lowest = 0;
+  if (0 < top_k && top_k < vocab) {
+    lowest = select_threshold(
+        s,
+        [&](auto add) { pass([&](int, float l) { add(order_key(l), 1); }); },
+        [&](uint64_t) { return uint64_t(top_k); });
+  }
+
+  // 4. Top-p threshold: a token weighs exp(l - max) in units of 2^-40, and top_p of the weight that top-k left is wanted.
+  if (top_p < 1.f) {
+    const float maximum = key_value(top);
+    lowest = select_threshold(
+        s,
+        [&](auto add) {
+          pass([&](int, float l) {
+            const uint32_t key = order_key(l);
+            const float mass = key < lowest ? 0.f : key == top ? 1.f : expf(l - maximum);
+            if (mass > 0x1p-41f) add(key, uint64_t(mass * 0x1p40f + 0.5f));
+          });
+        },
+        [&](uint64_t total) {
+          const uint64_t wanted = uint64_t(ceil(double(top_p) * double(total)));
+          return wanted < 1 ? uint64_t(1) : wanted > total ? total : wanted;
+        });
+  }
+
+  // 5. Draw: the largest l + gumbel noise of the kept tokens is distributed as their softmax.
+  best = 0;
+  const uint32_t position = uint32_t(positions[row]);
+  pass([&](int token, float l) {
+    if (order_key(l) < lowest) return;
+    const uint64_t mine = candidate(l + gumbel(philox(seed, token, position, row, 0)), token);
+    best = mine > best ? mine : best;
+  });
+  best = block_largest(best, s);
+  if (threadIdx.x == 0) out[row] = int(~uint32_t(best));
+}
+
+void sample(Ptr logits, Ptr positions, Ptr out, int rows, int vocab, float temperature, int top_k, float top_p,
+            uint64_t seed, Ptr stream) {
+  if (rows == 0) return;
+  by_width<float>([&](auto width) {
+    launch({dim3(rows), dim3(kThreads), sizeof(SampleSmem), stream}, "sample_kernel",
+           sample_kernel<decltype(width)::value>, as<const float>(logits), as<const int>(positions), as<int>(out), vocab,
+           temperature, top_k, top_p, seed);
+  }, vocab);
+}

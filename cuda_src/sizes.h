@@ -1,0 +1,27 @@
+// Sizes: how a launcher cuts a problem into blocks, and the width of the accesses that a row's alignment allows.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+namespace lab {
+
+constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
+
+// Blocks of `threads` threads for `items` items, one thread each.
+inline unsigned blocks_for(int64_t items, int threads) { return unsigned((items + threads - 1) / threads); }
+
+// Calls f with the elements per access as a compile-time constant: 16 bytes if every stride (in elements) is a multiple
+// of that, else one element. In f: `constexpr int N = decltype(width)::value;`
+template <typename T, typename F, typename... Strides>
+inline void by_width(F&& f, Strides... strides) {
+  constexpr int kVector = 16 / int(sizeof(T));
+  if (((strides % kVector == 0) && ...)) {
+    f(std::integral_constant<int, kVector>{});
+  } else {
+    f(std::integral_constant<int, 1>{});
+  }
+}
+
+}  // namespace lab

@@ -1,0 +1,321 @@
+"""Builds the kernels' two extensions; the project's metadata is in pyproject.toml.
+
+lab._host   the CUDA kernels for the CPU: cuda_src/*.cu and cuda_src/host/*.cpp by a C++ compiler. Always built.
+lab._cuda   the same kernels for the GPU, by nvcc. Built where nvcc is found: on PATH, in CUDA_HOME or CUDA_PATH, in
+            /usr/local/cuda, or in the pip packages of CUDA's compiler (site-packages/nvidia/*/bin).
+
+    python3 setup.py build_ext --inplace          pip install -e . --no-build-isolation --no-deps
+
+Environment:
+    LAB_CUDA=0|1                        skip lab._cuda | fail when nvcc is missing
+    LAB_CUDA_ARCH="80;90a;90+ptx"       GPU architectures; +ptx embeds PTX, for GPUs newer than the list
+    LAB_HOST_SANITIZE=thread|address    build lab._host with a sanitizer (default: none)
+    LAB_BUILD_JOBS=n                    compilers at a time (default: the cores this process may use)
+    CXX                                 the C++ compiler (default: g++, else clang++, else c++)
+
+Objects are kept in build/ and reused while neither their command nor a file they include has changed. There, too:
+build/cuda/ptxas.log (what ptxas said) and build/cuda/resources.json (registers and spills of every kernel).
+"""
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from dataclasses import dataclass, field
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, SetupError
+
+ROOT = Path(__file__).resolve().parent
+SOURCES = ROOT / "cuda_src"
+BUILD = ROOT / "build"
+DEFAULT_ARCHS = "80;90a;90+ptx"     # A100; H100 and H200 with their own instructions; PTX for what comes after
+SANITIZERS = ("none", "thread", "address")
+
+
+@dataclass
+class Unit:
+    """One source file and the command that compiles it; the object's path and the dependency file are added to it."""
+    source: Path
+    command: list[str]
+    name: str = ""
+
+    def __post_init__(self):
+        self.name = self.name or self.source.name
+
+
+@dataclass
+class Module:
+    """One extension: what to compile, how to link it, and what build_info() will say about it."""
+    name: str
+    directory: Path
+    units: list[Unit]
+    link: list[str]                 # everything but the objects and the output
+    facts: dict = field(default_factory=dict)
+
+
+# ---- what is on this machine -----------------------------------------------------------------------------------------
+
+def find_compiler() -> list[str]:
+    """The C++ compiler as a command; CXX may hold flags too."""
+    chosen = shlex.split(os.environ.get("CXX", ""))
+    for name in [chosen[0]] if chosen else ["g++", "clang++", "c++"]:
+        if shutil.which(name):
+            return [name, *chosen[1:]]
+    raise SetupError("no C++ compiler: install g++ (Debian: apt-get install g++) or set CXX")
+
+
+def find_nvcc() -> Path | None:
+    """The first nvcc of: PATH, CUDA_HOME, CUDA_PATH, /usr/local/cuda, the pip packages."""
+    on_path = shutil.which("nvcc")
+    candidates = [Path(on_path)] if on_path else []
+    roots = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    candidates += [Path(root, "bin/nvcc") for root in roots if root]
+    for entry in sys.path:
+        candidates += sorted(Path(entry or ".", "nvidia").glob("*/bin/nvcc"))
+    return next((path for path in candidates if os.access(path, os.X_OK)), None)
+
+
+def cuda_directories(nvcc: Path) -> tuple[list[Path], list[Path]]:
+    """(include, library) directories that this nvcc may not know by itself: pip splits CUDA over several packages."""
+    packages = nvcc.parent.parent.parent
+    if packages.name != "nvidia":
+        return [], []
+    roots = sorted(path for path in packages.iterdir() if path.is_dir())
+    return [r / "include" for r in roots if (r / "include").is_dir()], [r / "lib" for r in roots if (r / "lib").is_dir()]
+
+
+def first_line(command: list[str], pattern: str = ".*") -> str:
+    """The first line that `command` prints and that matches."""
+    text = subprocess.run(command, capture_output=True, text=True).stdout
+    return next((match[0] for line in text.splitlines() if (match := re.search(pattern, line))), "unknown")
+
+
+def vector_flags() -> list[str]:
+    """x86-64 vector instructions of this CPU: the emulated kernels run four times faster with them."""
+    try:
+        flags = set(re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)[1].split())
+    except (OSError, TypeError):
+        return []
+    return ["-mavx2", "-mfma", "-mf16c"] if {"avx2", "fma", "f16c"} <= flags else []
+
+
+def jobs() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    text = os.environ.get("LAB_BUILD_JOBS", str(cores))
+    if not text.isdigit() or int(text) < 1:
+        raise SetupError(f"LAB_BUILD_JOBS={text!r}: give a number from 1 up")
+    return int(text)
+
+
+def choice(name: str, choices: tuple[str, ...], default: str) -> str:
+    value = os.environ.get(name, default)
+    if value not in choices:
+        raise SetupError(f"{name}={value!r}: choose from {', '.join(choices)}")
+    return value
+
+
+# ---- the two modules -------------------------------------------------------------------------------------------------
+
+def kernels() -> list[Path]:
+    """The largest first: it takes longest, and the others fill the other cores meanwhile."""
+    return sorted(SOURCES.glob("*.cu"), key=lambda path: -path.stat().st_size)
+
+
+def bindings(cxx: list[str], name: str, flags: list[str]) -> Unit:
+    """The pybind11 half, which is the same for both modules but for their name; one object per Python."""
+    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+    command = [*cxx, "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", f"-DLAB_MODULE={name}", *includes, *flags]
+    return Unit(SOURCES / "bindings.cpp", command, f"bindings.{sysconfig.get_config_var('SOABI')}")
+
+
+def shared_library(cxx: list[str]) -> list[str]:
+    if platform.system() == "Darwin":
+        return [*cxx, "-bundle", "-undefined", "dynamic_lookup"]
+    return [*cxx, "-shared"]
+
+
+def host_module() -> Module:
+    cxx = find_compiler()
+    sanitizer = choice("LAB_HOST_SANITIZE", SANITIZERS, "none")
+    instrument = [] if sanitizer == "none" else ["-g", "-O1", "-fno-omit-frame-pointer", f"-fsanitize={sanitizer}"]
+    # The race detector must not see the scheduler's own switching: that half is told about it instead.
+    scheduler = ["-g", "-DLAB_HOST_TSAN"] if sanitizer == "thread" else instrument
+    common = [*cxx, "-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread"]
+    kernel_flags = ["-O3", "-fno-strict-aliasing", "-fno-math-errno", "-fno-trapping-math", *vector_flags(), *instrument]
+    if sanitizer == "thread":
+        kernel_flags.append("-DLAB_HOST_TSAN")
+    units = [bindings(cxx, "_host", instrument)]
+    units += [Unit(path, [*common, *kernel_flags, "-x", "c++"]) for path in kernels()]
+    units += [Unit(path, [*common, "-O2", *scheduler]) for path in sorted((SOURCES / "host").glob("*.cpp"))]
+    link = [*shared_library(cxx), "-pthread", *([] if sanitizer == "none" else [f"-fsanitize={sanitizer}"])]
+    facts = {"compiler": first_line([*cxx, "--version"]), "archs": [platform.machine()], "flags": kernel_flags,
+             "sanitizer": sanitizer}
+    directory = BUILD / ("host" if sanitizer == "none" else f"host-{sanitizer}")
+    return Module("lab._host", directory, units, link, facts)
+
+
+def gencode(arch: str) -> str:
+    """80 or 90a: machine code; 90+ptx: PTX."""
+    match = re.fullmatch(r"(\d{2,3}[af]?)(\+ptx)?", arch.strip().lower())
+    if not match:
+        raise SetupError(f"LAB_CUDA_ARCH: {arch!r} is no architecture; write for example {DEFAULT_ARCHS!r}")
+    number, ptx = match.groups()
+    return f"-gencode=arch=compute_{number},code={'compute' if ptx else 'sm'}_{number}"
+
+
+def cuda_module(nvcc: Path) -> Module:
+    archs = [arch for arch in os.environ.get("LAB_CUDA_ARCH", DEFAULT_ARCHS).replace(",", ";").split(";") if arch.strip()]
+    includes, libraries = cuda_directories(nvcc)
+    flags = ["-std=c++17", "-O3", "-lineinfo", *map(gencode, archs)]
+    command = [str(nvcc), *flags, "-Xptxas=-v", "-Xcompiler=-fPIC,-fvisibility=hidden", *(f"-I{path}" for path in includes)]
+    units = [bindings(find_compiler(), "_cuda", [])]
+    units += [Unit(path, [*command, "-x", "cu"]) for path in kernels()]
+    # The static runtime loads the driver when the first call needs it, so that importing needs no GPU.
+    link = [str(nvcc), "-shared", "-cudart=static", *(f"-L{path}" for path in libraries)]
+    facts = {"compiler": first_line([str(nvcc), "--version"], r"release.*"), "nvcc": str(nvcc), "archs": archs,
+             "flags": flags, "host_compiler": first_line([*find_compiler(), "--version"]), "sanitizer": "none"}
+    return Module("lab._cuda", BUILD / "cuda", units, link, facts)
+
+
+def modules() -> dict[str, Module]:
+    found = {"lab._host": host_module()}
+    wanted = choice("LAB_CUDA", ("0", "1", "auto"), "auto")
+    nvcc = None if wanted == "0" else find_nvcc()
+    if nvcc:
+        found["lab._cuda"] = cuda_module(nvcc)
+    elif wanted == "1":
+        raise SetupError("LAB_CUDA=1, but there is no nvcc on PATH, in CUDA_HOME, CUDA_PATH, /usr/local/cuda or "
+                         "site-packages/nvidia/*/bin: install the CUDA toolkit, or unset LAB_CUDA")
+    return found
+
+
+# ---- compiling what has changed --------------------------------------------------------------------------------------
+
+def current(target: Path, command: list[str]) -> bool:
+    """True if `target` was made by this command and is newer than all that its dependency file names."""
+    record, depfile = target.with_suffix(".cmd"), target.with_suffix(".d")
+    try:
+        if record.read_text() != shlex.join(command):
+            return False
+        made = target.stat().st_mtime_ns
+        files = depfile.read_text().replace("\\\n", " ").partition(": ")[2]
+        return all(Path(name).stat().st_mtime_ns <= made for name in shlex.split(files))
+    except OSError:
+        return False
+
+
+def write(path: Path, text: str) -> None:
+    """Writes beside and renames; a file that already says this keeps its time."""
+    if path.exists() and path.read_text() == text:
+        return
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(text)
+    beside.replace(path)
+
+
+def run(command: list[str], what: str) -> str:
+    """Runs a compiler and returns what it printed; a failure shows that and then one line."""
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    except OSError as error:
+        raise CompileError(f"{what}: cannot run {command[0]}: {error}") from None
+    if done.returncode:
+        sys.stderr.write(f"{shlex.join(command)}\n{done.stdout}")
+        raise CompileError(f"{what}: {Path(command[0]).name} failed with exit code {done.returncode}; its output is above")
+    return done.stdout
+
+
+def compile_unit(unit: Unit, directory: Path) -> tuple[Path, bool]:
+    """(object, whether it had to be compiled)."""
+    target = directory / f"{unit.name}.o"
+    if current(target, unit.command):
+        return target, False
+    beside = target.with_suffix(".new.o")
+    start = time.perf_counter()
+    shown = unit.source.relative_to(ROOT) if unit.source.is_relative_to(ROOT) else unit.source
+    output = run([*unit.command, "-c", str(unit.source), "-MMD", "-MF", str(target.with_suffix(".d")), "-o", str(beside)],
+                 str(shown))
+    write(target.with_suffix(".log"), output)
+    write(target.with_suffix(".cmd"), shlex.join(unit.command))
+    beside.replace(target)
+    print(f"  {Path(unit.command[0]).name} {shown}  {time.perf_counter() - start:.1f} s", flush=True)
+    return target, True
+
+
+def build(module: Module, output: Path) -> None:
+    """Compiles what has changed, and links if anything did."""
+    module.directory.mkdir(parents=True, exist_ok=True)
+    facts = module.directory / "build_facts.cpp"
+    write(facts, 'namespace lab {\nconst char* build_facts() { return R"json(' + json.dumps(module.facts) + ')json"; }\n}\n')
+    units = [*module.units, Unit(facts, [*find_compiler(), "-O1", "-fPIC", "-fvisibility=hidden"])]
+    with ThreadPool(jobs()) as pool:
+        made = pool.map(lambda unit: compile_unit(unit, module.directory), units, chunksize=1)
+    objects = [str(path) for path, _ in made]
+    compiled = sum(fresh for _, fresh in made)
+    library = module.directory / output.name
+    command = [*module.link, *objects]
+    record = library.with_suffix(".link")
+    if compiled or not library.exists() or not record.exists() or record.read_text() != shlex.join(command):
+        beside = library.with_name(f"new-{library.name}")
+        run([*command, "-o", str(beside)], module.name)
+        beside.replace(library)
+        write(record, shlex.join(command))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    beside = output.with_name(f".new-{output.name}")
+    shutil.copy2(library, beside)
+    beside.replace(output)
+    print(f"{module.name}: {compiled} of {len(units)} files compiled", flush=True)
+
+
+# ---- what ptxas said -------------------------------------------------------------------------------------------------
+
+PTXAS = re.compile(r"Compiling entry function '(?P<kernel>\w+)' for '(?P<arch>\w+)'.*?(?P<stack>\d+) bytes stack frame, "
+                   r"(?P<spill_stores>\d+) bytes spill stores, (?P<spill_loads>\d+) bytes spill loads.*?"
+                   r"Used (?P<registers>\d+) registers", re.S)
+
+
+def save_resources(module: Module) -> None:
+    """Registers and spills of every kernel, from the logs of all objects, those of earlier runs too."""
+    logs = {unit.source.name: module.directory / f"{unit.name}.log" for unit in module.units if unit.source.suffix == ".cu"}
+    rows, text = [], []
+    for source, log in sorted(logs.items()):
+        said = log.read_text()
+        text.append(f"==== {source}\n{said}")
+        for match in PTXAS.finditer(said):
+            row = {key: int(value) if value.isdigit() else value for key, value in match.groupdict().items()}
+            rows.append({"source": source, **row})
+    write(module.directory / "ptxas.log", "".join(text))
+    write(module.directory / "resources.json", json.dumps(rows, indent=1))
+    for row in rows:
+        if row["spill_stores"] or row["spill_loads"]:
+            print(f"  note: {row['source']}: {row['kernel']} spills {row['spill_stores']} bytes on {row['arch']}")
+
+
+class BuildKernels(build_ext):
+    def build_extension(self, ext):
+        module = MODULES[ext.name]
+        build(module, Path(self.get_ext_fullpath(ext.name)))
+        if ext.name == "lab._cuda":
+            save_resources(module)
+
+
+try:
+    MODULES = modules()
+except SetupError as error:
+    sys.exit(f"setup.py: {error}")
+if "lab._cuda" not in MODULES and "build_ext" in sys.argv:
+    print("lab._cuda: not built: " + ("LAB_CUDA=0" if os.environ.get("LAB_CUDA") == "0" else "no nvcc found"))
+
+setup(ext_modules=[Extension(name, [str(unit.source.relative_to(ROOT)) for unit in module.units])
+                   for name, module in MODULES.items()],
+      cmdclass={"build_ext": BuildKernels})
