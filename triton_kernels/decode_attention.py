@@ -30,13 +30,13 @@ def decode_attention_kernel(q, k_cache, v_cache, block_table, context_lens, out,
                             kv_heads, max_pages, splits, q_stride, scale_log2,
                             GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
                             PAGE: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, SPLITS: tl.constexpr,
-                            PRECISION: tl.constexpr):
+                            MERGE: tl.constexpr, PRECISION: tl.constexpr):
     # 1. Locate: the length is read on the device, so one captured graph serves a growing context. Split s owns `chunk`
     # tokens from s * chunk; short contexts leave the last splits empty, and they contribute nothing.
     split = tl.program_id(0)
     kv = tl.program_id(1)
     b = tl.program_id(2)
-    length = tl.load(context_lens + b)
+    length = tl.maximum(tl.load(context_lens + b), 0)
     chunk = tl.cdiv(tl.cdiv(length, splits), TILE) * TILE
     begin = split * chunk
     end = tl.minimum(begin + chunk, length)
@@ -92,17 +92,23 @@ def decode_attention_kernel(q, k_cache, v_cache, block_table, context_lens, out,
 
         # 6. Merge in the last block: split by split in a fixed order, so the result does not depend on who came last.
         if ticket == splits - 1:
-            s = tl.arange(0, SPLITS)
+            every = tl.arange(0, SPLITS)
             for h in range(GROUP):
-                row = first + (s * GROUP + h) * STRIDE
-                tops = tl.load(row + HEAD_DIM, mask=s < splits, other=float("-inf"), cache_modifier=".cg")
-                masses = tl.load(row + HEAD_DIM + 1, mask=s < splits, other=0.0, cache_modifier=".cg")
-                peak = tl.max(tops, axis=0)
-                factor = tl.exp2(tops - tl.where(peak == float("-inf"), 0.0, peak))
-                total = tl.sum(masses * factor, axis=0)
-                parts = tl.load(row[:, None] + d[None, :], mask=(s < splits)[:, None] & (d < HEAD_DIM)[None, :], other=0.0,
-                                cache_modifier=".cg")
-                result = tl.sum(parts * factor[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
+                row = first + (every * GROUP + h) * STRIDE
+                peak = tl.max(tl.load(row + HEAD_DIM, mask=every < splits, other=float("-inf"), cache_modifier=".cg"), axis=0)
+                peak = tl.where(peak == float("-inf"), 0.0, peak)       # nothing anywhere: no infinity minus infinity
+                total = tl.zeros([MERGE], tl.float32)
+                merged = tl.zeros([MERGE, BLOCK_D], tl.float32)
+                for s0 in range(0, splits, MERGE):
+                    s = s0 + tl.arange(0, MERGE)
+                    part = first + (s * GROUP + h) * STRIDE
+                    # .cg: other SMs wrote these; read them from L2, where they meet.
+                    factor = tl.exp2(tl.load(part + HEAD_DIM, mask=s < splits, other=float("-inf"), cache_modifier=".cg") - peak)
+                    total += factor * tl.load(part + HEAD_DIM + 1, mask=s < splits, other=0.0, cache_modifier=".cg")
+                    merged += factor[:, None] * tl.load(part[:, None] + d[None, :], other=0.0, cache_modifier=".cg",
+                                                        mask=(s < splits)[:, None] & (d < HEAD_DIM)[None, :])
+                total = tl.sum(total, axis=0)
+                result = tl.sum(merged, axis=0) / tl.where(total == 0.0, 1.0, total)
                 tl.store(out_head + h * HEAD_DIM + d, result.to(out.dtype.element_ty), mask=d < HEAD_DIM)
             tl.store(tickets + b * kv_heads + kv, 0)            # ready for the next launch
 
@@ -118,4 +124,5 @@ def decode_attention(q, k_cache, v_cache, block_table, context_lens, scale, spli
            partial, tickets, kv_heads, block_table.shape[1], splits, q.stride(0), scale * math.log2(math.e),
            GROUP=group, ROWS=max(triton.next_power_of_2(group), cfg["min_rows"]), HEAD_DIM=head_dim,
            BLOCK_D=triton.next_power_of_2(head_dim), PAGE=page_size, TILE=cfg["tile"], SPLIT=splits > 1,
-           SPLITS=triton.next_power_of_2(splits), PRECISION="ieee", **meta)
+           SPLITS=triton.next_power_of_2(splits), MERGE=min(triton.next_power_of_2(splits), 32),
+           PRECISION="ieee", **meta)
