@@ -12,8 +12,8 @@ import torch
 from lab.harness.records import Env
 
 PEERS = {"flashinfer": "flashinfer-python", "liger_kernel": "liger-kernel"}      # module -> distribution
-# nvidia-smi's bit mask of reasons why the clock is below its maximum (NVML's nvmlClocksEventReason...).
-THROTTLE = {0x1: "idle", 0x2: "application clocks", 0x4: "software power cap", 0x8: "hardware slowdown",
+# nvidia-smi's bit mask of reasons why the clock is below its maximum (NVML's nvmlClocksEventReason...), idle aside.
+THROTTLE = {0x2: "application clocks", 0x4: "software power cap", 0x8: "hardware slowdown",
             0x10: "sync boost", 0x20: "software thermal", 0x40: "hardware thermal", 0x80: "hardware power brake",
             0x100: "display clocks"}
 QUERY = {"driver": "driver_version", "sm_mhz": "clocks.sm", "mem_mhz": "clocks.mem", "sm_max_mhz": "clocks.max.sm",

@@ -186,6 +186,7 @@ class LedgerRow:
     row: str                              # kernel | chain | gap | unexplained | total | swap
     order: int = 0                        # the order of the lines
     op: str | None = None
+    role: str | None = None               # which use of the op, as in op records
     kernel: str | None = None
     overrides: dict = field(default_factory=dict)
     calls: int | None = None
@@ -203,7 +204,7 @@ class LedgerRow:
     note: str | None = None
     error: str | None = None
     kind = "ledger"
-    key_fields = ("model", "backend", "plan", "dtype", "batch", "context", "row", "op", "kernel", "overrides")
+    key_fields = ("model", "backend", "plan", "dtype", "batch", "context", "row", "op", "role", "kernel", "overrides")
 
 
 KINDS = {c.kind: c for c in (Env, Ceiling, OpRow, ModelRow, LedgerRow)}

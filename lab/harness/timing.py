@@ -98,26 +98,19 @@ class Flush:
 # What can be sampled
 
 class GraphTimed:
-    """`calls` (no arguments each) captured in order in one CUDA graph. `flush` runs untimed before every replay."""
-    timer = "graph"
+    """`calls` (no arguments each) captured in order in one CUDA graph.
 
-    def __init__(self, calls: Sequence[Callable], flush: Callable | None = None):
-        self.count, self.flush = len(calls), flush
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for call in dict.fromkeys(calls):       # compiles what compiles at first use, outside the capture
-                call()
-        stream.synchronize()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=stream):
-            for call in calls:
-                call()
-        torch.cuda.synchronize()
+    before: runs untimed before every replay (a flush, a state to restore). graph: one that exists already, instead.
+    """
+    timer, host = "graph", False
+
+    def __init__(self, calls: Sequence[Callable], before: Callable | None = None, graph=None):
+        self.count, self.before, self.owned = len(calls), before, graph is None
+        self.graph = graph or capture(calls)
 
     def sample(self):
-        if self.flush:
-            self.flush()
+        if self.before:
+            self.before()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         self.graph.replay()
@@ -128,19 +121,37 @@ class GraphTimed:
         return sample[0].elapsed_time(sample[1]) * 1e3 / self.count
 
     def close(self):
-        self.graph.reset()
+        if self.owned:
+            self.graph.reset()
+
+
+def capture(calls: Sequence[Callable]) -> torch.cuda.CUDAGraph:
+    """One CUDA graph of all calls in order."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        calls[0]()                                  # compiles what compiles at first use, outside the capture
+        calls[-1]()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    return graph
 
 
 class EagerTimed:
     """Calls made one by one from Python with the queue empty before: the time a caller waits, host included."""
-    timer = "event"
+    timer, host = "event", True
 
-    def __init__(self, calls: Sequence[Callable]):
-        self.calls = calls
-        for call in dict.fromkeys(calls):
-            call()
+    def __init__(self, calls: Sequence[Callable], before: Callable | None = None):
+        self.calls, self.before = calls, before
+        calls[0]()
 
     def sample(self):
+        if self.before:
+            self.before()
         torch.cuda.synchronize()                    # or the device's backlog would hide the host's time
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -158,17 +169,17 @@ class EagerTimed:
 
 class WallTimed:
     """The host's clock around a call on the CPU. Emulated: it says nothing about a GPU."""
-    timer = "wall"
+    timer, host = "wall", True
 
-    def __init__(self, calls: Sequence[Callable]):
-        self.calls = calls
-        calls[0]()
+    def __init__(self, call: Callable, before: Callable | None = None):
+        self.call, self.before = call, before
 
     def sample(self):
+        if self.before:
+            self.before()
         start = time.perf_counter()
-        for call in self.calls:
-            call()
-        return (time.perf_counter() - start) * 1e6 / len(self.calls)
+        self.call()
+        return (time.perf_counter() - start) * 1e6
 
     def read(self, sample) -> float:
         return sample
@@ -183,29 +194,26 @@ def measure(timed: dict, seconds: float = 0.15, least: int = 15, most: int = 200
     seconds: about how long the sampling of all entries together lasts; `least` and `most` bound the samples of each.
     """
     names = list(timed)
-    on_gpu = any(t.timer != "wall" for t in timed.values())
-    sync = torch.cuda.synchronize if on_gpu else lambda: None
+    sync = torch.cuda.synchronize if any(t.timer != "wall" for t in timed.values()) else lambda: None
     collecting = gc.isenabled()
     gc.disable()                                    # a collection in the middle of an eager sample would be timed
     try:
-        round_s = math.inf
-        for _ in range(2):                          # the second round is past first-use costs
-            start = time.perf_counter()
-            for name in names:
-                timed[name].sample()
-            sync()
-            round_s = min(round_s, time.perf_counter() - start)
-        rounds = int(min(max(seconds / max(round_s, 1e-6), least), most))
+        start = time.perf_counter()
+        for name in names:                          # warms up, and says how many rounds fit
+            timed[name].sample()
+        sync()
+        rounds = int(min(max(seconds / max(time.perf_counter() - start, 1e-6), least), most))
         samples = {name: [] for name in names}
         for i in range(rounds + 1):
             for name in names if i % 2 == 0 else reversed(names):
-                samples[name].append(timed[name].sample())
+                # The first replay after an idle queue would hold the host's launch time, so graphs take one more.
+                if i or not timed[name].host:
+                    samples[name].append(timed[name].sample())
         sync()
     finally:
         if collecting:
             gc.enable()
-    # The first round found an empty queue, so the host's launch time is in it.
-    return {name: summarize([timed[name].read(s) for s in samples[name][1:]]) for name in names}
+    return {name: summarize([timed[name].read(s) for s in samples[name][0 if timed[name].host else 1:]]) for name in names}
 
 
 def settle(timed, window_s: float = 0.1, tolerance: float = 0.005, limit_s: float = 4.0) -> dict:

@@ -1,0 +1,94 @@
+"""Who wins where: from op records, the faster backend for every op, batch and context; as a table for `lab run --dispatch`.
+
+An op that a model uses at several shapes (linear) is judged by the sum of its times in one decode step. A cell is
+ambiguous where the spreads overlap; there the table keeps the backend with the smaller median and says so.
+"""
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+from lab.errors import LabError
+from lab.harness import compare, records
+from lab.model.config import preset
+
+BACKENDS = ("cuda", "triton", "torch")      # what `lab run` can dispatch to; vendors' kernels are in the torch backend
+
+
+@dataclass
+class Cell:
+    """One op at one batch and context. us: backend -> microseconds a decode step spends in the op."""
+    op: str
+    batch: int
+    context: int | None
+    us: dict
+    winner: str
+    verdict: str            # what the winner is next to the runner-up: faster, same or ambiguous; "alone" with no other
+
+
+def calls(config, role):
+    """How often one decode step of a model makes this use of an op."""
+    per_layer = {"hidden": 2}.get(role, 1) * config.layers
+    return {"lm_head": 1, "greedy": 1}.get(role, per_layer)
+
+
+def cells(rows, model, dtype="bf16", cache=None):
+    """The cells of one run's op rows for a model's shapes, device times only (wall times where there are no others)."""
+    config = preset(model)
+    mine = [r for r in rows if r.kind == "op" and r.us and model in r.models and r.backend in BACKENDS
+            and r.timer in ("graph", "wall") and (r.dtype == dtype or r.op == "sample")]
+    wished = [cache] if cache else ["in_model", "cold", "warm"]
+    found = defaultdict(dict)                        # (op, batch, context) -> role -> backend -> row
+    for wish in reversed(wished):                    # the most wished for comes last and replaces the others
+        for r in mine:
+            if r.cache == wish:
+                found[r.op, r.batch, r.context].setdefault(r.role, {})[r.backend] = r
+    result = []
+    for (op, batch, context), roles in found.items():
+        common = [b for b in BACKENDS if all(b in by_backend for by_backend in roles.values())]
+        if not common:
+            continue
+        sums = {b: total([(calls(config, role) if op != "embedding" else 1, by[b]) for role, by in roles.items()])
+                for b in common}
+        order = sorted(common, key=lambda b: sums[b].us)
+        said = compare.verdict(sums[order[1]], sums[order[0]]) if len(order) > 1 else "alone"
+        result.append(Cell(op, batch, context, {b: sums[b].us for b in common}, order[0], said))
+    return sorted(result, key=lambda c: (c.op, c.batch, c.context or 0))
+
+
+def total(parts):
+    """Times of several shapes as one: medians and spreads add up (the spread so errs on the wide side)."""
+    return SimpleNamespace(**{f: sum(n * getattr(r, f) for n, r in parts) for f in ("us", "us_p10", "us_p90")},
+                           n=min(r.n for _, r in parts))
+
+
+def table(found):
+    """{"op": [{"batch", "context", "backend"}]}: what `lab run --dispatch` takes. context: null fits any."""
+    out = defaultdict(list)
+    for c in found:
+        out[c.op].append({"batch": c.batch, "context": c.context, "backend": c.winner,
+                          "ambiguous": c.verdict in (compare.AMBIGUOUS, compare.SAME)})
+    return dict(out)
+
+
+def main(args):
+    """`lab bench crossover [MODEL ...] --out DIR [--export FILE]`: prints the cells of the last run in DIR."""
+    rows, env, _ = compare.open_run(args.out)
+    models = args.names or sorted({m for r in rows if r.kind == "op" for m in r.models})
+    if args.export and len(models) != 1:
+        raise LabError(f"--export writes the table of one model: name it ({', '.join(models) or 'none recorded'})")
+    dtypes = {r.dtype for r in rows if r.kind == "op"}
+    dtype = args.dtype or next((d for d in ("bf16", "fp16", "fp32") if d in dtypes), "bf16")
+    if env.device != "cuda":
+        print("emulated: these winners are a CPU's and say nothing about a GPU")
+    for model in models:
+        found = cells(rows, model, dtype)
+        if not found:
+            raise LabError(f"{args.out} has no op records of {model} in {dtype}; run `lab bench ops --model {model}` first")
+        print(f"{model} {dtype}, us of one decode step by op")
+        for c in found:
+            times = "  ".join(f"{b} {us:.1f}" for b, us in c.us.items())
+            print(f"  {c.op:<18} b{c.batch:<3} {c.context or '-':>6}  {c.winner:<7} {c.verdict:<10} {times}")
+        if args.export:
+            records.write_beside(args.export, json.dumps(table(found), indent=1) + "\n")
+    return 0

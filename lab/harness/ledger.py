@@ -1,0 +1,350 @@
+"""`lab ledger MODEL`: one decode step, kernel by kernel, and where the rest of the token's time went.
+
+Three measurements make an account:
+  1. The token: the decoder's CUDA graph, replayed between two events. No profiler.
+  2. Kernels: device time stamps (torch's profiler, CUPTI) of the same graph's kernels. Which op launched which comes from
+     one eager step in which a marker kernel precedes every op; the order of kernels in the graph is the same.
+  3. Gaps: for every op a graph of its calls alone (the step's own, in place, each layer's own weights and KV, L2 emptied
+     before), again without the profiler. What such a graph takes beyond its kernels' time stamps is launch gaps.
+The token minus the graphs of (3) is `unexplained`: what ops cost each other in company. Kernels + gap + unexplained are
+the token; unexplained above 3% of it is flagged. Gaps cannot be read off the profiler's time stamps: it widens them.
+"""
+import functools
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+
+import torch
+
+from lab.dispatch import BACKENDS, DTYPES, select
+from lab.errors import LabError
+from lab.harness import model_bench, shapes, timing
+from lab.harness.ceiling import one_line
+from lab.harness.ops_bench import alive
+from lab.harness.records import LedgerRow
+from lab.model.decoder import GREEDY, Decoder
+from lab.model.weights import load, open_source
+from lab.ops import find
+
+MARKER = "spin_kernel"          # torch.cuda._sleep's kernel: nothing else in a decode step is called so
+REPLAYS = 20                    # replays under the profiler
+TOLERANCE = 0.03                # of the token, for what is unexplained
+
+
+@dataclass
+class Call:
+    """One op call of a step: what it is, the bytes it must move, and how to make it again."""
+    op: str
+    role: str | None
+    nbytes: int
+    again: object
+    kernels: list = field(default_factory=list)     # names, in order
+
+
+class Recorder:
+    """Stands in for a decoder's ops: notes every call; with mark=True a marker kernel runs before and after each."""
+
+    def __init__(self, ops, config, mark=False):
+        self.ops, self.trace, self.mark, self.calls = ops, None, mark, []
+        self.roles = {(op, _signature(op, shape)): role for op, role, shape in shapes.uses(config)}
+
+    def __getattr__(self, name):
+        op, run = find(name), getattr(self.ops, name)
+
+        def call(*args, **options):
+            given = {k: v for k, v in options.items() if k != "out"}
+            self.calls.append(Call(name, self._role(name, args, given), int(op.nbytes(*args, **given)),
+                                   functools.partial(run, *args, **options)))
+            if self.mark:
+                torch.cuda._sleep(1)
+            result = run(*args, **options)
+            if self.mark:
+                torch.cuda._sleep(1)
+            return result
+        return call
+
+    def _role(self, name, args, options):
+        if name == "linear":
+            return self.roles.get((name, tuple(args[1].shape)))
+        if name == "rmsnorm":
+            return self.roles.get((name, args[0].shape[1] if args[0].dim() == 3 else 1), "hidden")
+        return None
+
+
+def _signature(op, shape):
+    """What tells the uses of one op apart by the arguments alone."""
+    if op == "linear":
+        return shape["n"], shape["k"]
+    return shape.get("groups", 1)
+
+
+def record_step(decoder, mark=False):
+    """The op calls of one eager step; the decoder's state is as before."""
+    real, state, ids = decoder.ops, decoder.state.clone(), decoder.ids.clone()
+    recorder = decoder.ops = Recorder(real, decoder.config, mark)
+    try:
+        with torch.inference_mode():
+            decoder.run_plan(decoder, GREEDY)
+    finally:
+        decoder.ops = real
+        decoder.state.copy_(state)
+        decoder.ids.copy_(ids)
+    return recorder.calls
+
+
+def device_events(run):
+    """[(name, start ns, duration ns)] of what the device did during run(), in order of start."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiled:
+        run()
+        torch.cuda.synchronize()
+    events = [(e.name(), e.start_ns(), e.duration_ns()) for e in profiled.profiler.kineto_results.events()
+              if e.device_type() == DeviceType.CUDA]
+    return sorted(events, key=lambda e: e[1])
+
+
+def split_by_marks(events, calls):
+    """Assigns device events of a marked eager step to its calls (their .kernels); returns the names outside all calls.
+
+    Events are m K.. m (other) m K.. m ...: one marker before and one after every call.
+    """
+    inside, index, outside = False, -1, []
+    for name, *_ in events:
+        if MARKER in name:
+            inside = not inside
+            index += inside
+        elif inside:
+            calls[index].kernels.append(name)
+        else:
+            outside.append((index, name))
+    if inside or index + 1 != len(calls):
+        raise LabError(f"the profiler saw {index + 1} marked calls of {len(calls)}: no ledger can be made of that")
+    return outside
+
+
+def sequence(calls, outside):
+    """[(call index or None, kernel name)] of one step in launch order."""
+    by_index = defaultdict(list)
+    for index, name in outside:
+        by_index[index].append(name)
+    order = [(None, name) for name in by_index[-1]]
+    for i, call in enumerate(calls):
+        order += [(i, name) for name in call.kernels] + [(None, name) for name in by_index[i]]
+    return order
+
+
+def kernel_times(events, order, replays):
+    """Microseconds of every place of `order`, median over replays. Raises LabError when the kernels are not the same."""
+    names = [name for _, name in order]
+    if len(events) != replays * len(names):
+        raise LabError(f"the graph ran {len(events) / replays:.1f} kernels a step and the eager step {len(names)}: "
+                       "they cannot be matched")
+    samples = [[] for _ in names]
+    for i, (name, _, duration) in enumerate(events):
+        if name != names[i % len(names)]:
+            raise LabError(f"kernel {i % len(names)} of the graph is {name}, of the eager step {names[i % len(names)]}")
+        samples[i % len(names)].append(duration / 1e3)
+    return [timing.summarize(s) for s in samples]
+
+
+def account(base, calls, order, times, token, alone, ceilings):
+    """The ledger's rows. base: LedgerRow fields common to all. times: Stats per place of `order`. token: Stats.
+    alone: op -> Stats of a graph of that op's calls only."""
+    groups = defaultdict(list)                       # (op, role, kernel) -> places; ordered by first appearance
+    for place, (index, name) in enumerate(order):
+        call = calls[index] if index is not None else None
+        groups[call and call.op, call and call.role, short(name)].append(place)
+    heaviest = {}                                    # (op, role) -> its longest kernel, which gets the op's bytes
+    for (op, role, name), places in groups.items():
+        us = sum(times[p].us for p in places)
+        if us > heaviest.get((op, role), ("", -1.0))[1]:
+            heaviest[op, role] = name, us
+    nbytes = Counter()
+    for call in calls:
+        nbytes[call.op, call.role] += call.nbytes
+    rows = []
+    for (op, role, name), places in groups.items():
+        us = sum(times[p].us for p in places)
+        row = LedgerRow(**base, row="kernel", op=op or "other", role=role, kernel=name, calls=len(places), us=us,
+                        us_p10=sum(times[p].us_p10 for p in places), us_p90=sum(times[p].us_p90 for p in places),
+                        n=min(times[p].n for p in places), of_token=us / token.us, timer="kineto")
+        if heaviest[op, role][0] == name and nbytes[op, role]:
+            row.bytes = nbytes[op, role]
+            given = ceilings.fields(shapes.DIRECTION.get(op, "read"), row.bytes, us)
+            row.gbps, row.of_ceiling, row.flag = given.get("gbps"), given.get("of_ceiling"), given.get("flag")
+            if op not in shapes.COLD:                # activations come from L2: no share of DRAM's bandwidth
+                row.of_ceiling = row.flag = None
+        rows.append(row)
+    kernels = sum(r.us for r in rows)
+    other = sum(r.us for r in rows if r.op == "other")
+    together = sum(s.us for s in alone.values()) + other
+    gap, unexplained = together - kernels, token.us - together
+    rows.append(LedgerRow(**base, row="gap", us=gap, of_token=gap / token.us, timer="graph", calls=len(order),
+                          note="graphs of each op alone, minus their kernels' time stamps"))
+    rows.append(LedgerRow(**base, row="unexplained", us=unexplained, of_token=unexplained / token.us, timer="graph",
+                          flag="above 3% of the token" if abs(unexplained) > TOLERANCE * token.us else None))
+    return rows + [total_row(base, token, calls, ceilings)]
+
+
+def total_row(base, token, calls, ceilings):
+    moved = sum(c.nbytes for c in calls if c.op in shapes.COLD)
+    given = ceilings.fields("read", moved, token.us)
+    return LedgerRow(**base, row="total", **token.fields(), bytes=moved, gbps=given.get("gbps"),
+                     of_ceiling=given.get("of_ceiling"), of_token=1.0, timer="graph", calls=len(calls))
+
+
+def short(name):
+    """A kernel's name without template arguments, return type and parameters."""
+    depth, kept = 0, []
+    for c in name.replace("(anonymous namespace)::", ""):
+        if c in "<(":
+            depth += 1
+        elif c in ">)":
+            depth -= 1
+        elif depth == 0:
+            kept.append(c)
+    words = "".join(kept).split()
+    return words[-1].split("::")[-1] if words else name
+
+
+def measure(session, rig, name, dtype_name, batch, context, weights_kind, swap, progress=None):
+    """Records the ledger of one model under every backend, and with `swap` a token per op swapped."""
+    weights = load(open_source(name, weights_kind), DTYPES[dtype_name], rig.device)
+    for backend, ops in rig.backends.items():
+        if progress:
+            progress(f"ledger {name} {backend}")
+        base = dict(run=session.run, model=name, backend=backend, plan=model_bench.PLAN, dtype=dtype_name, batch=batch,
+                    context=context)
+        if any(r.kind == "ledger" and r.row != "swap" and all(getattr(r, f) == v for f, v in base.items())
+               for r in session.rows):
+            continue
+        try:
+            rows = measure_backend(base, rig, weights, ops, batch, context)
+        except Exception as e:
+            rows = [LedgerRow(**base, row="total", error=one_line(e))]
+        for order, row in enumerate(rows):
+            row.order = order
+        session.add(*rows)
+        alive(f"the ledger of {name} under {backend}")
+    if swap and not any(r.kind == "ledger" and r.row == "swap" and r.model == name for r in session.rows):
+        session.add(*measure_swaps(session.run, rig, weights, name, dtype_name, batch, context))
+        alive(f"the swaps of {name}")
+
+
+def measure_backend(base, rig, weights, ops, batch, context):
+    decoder = Decoder(weights, ops, batch, context + 1, plan=base["plan"])
+    model_bench.fill(decoder, batch, context)
+    decoder.prepare()
+    step = model_bench.timed_step(decoder, "graph")
+    calls = record_step(decoder)
+    entries = {"token": step}
+    for op in dict.fromkeys(c.op for c in calls):
+        entries[op] = timing.GraphTimed([_all([c.again for c in calls if c.op == op])], rig.flush)
+    stats = timing.measure(entries, rig.seconds * len(entries), 20, 200)
+    token = stats.pop("token")
+    marked = []
+    outside = split_by_marks(device_events(lambda: marked.extend(record_step(decoder, mark=True))), marked)
+    # Restoring the state copies two small tensors after the step; they are not part of it.
+    order = sequence(marked, [(i, n) for i, n in outside if "Memcpy" not in n])
+    graph = decoder.graphs[GREEDY][0]
+    events = device_events(lambda: [graph.replay() for _ in range(REPLAYS)])
+    rows = account(base, calls, order, kernel_times(events, order, REPLAYS), token, stats, rig.ceilings)
+    for entry in entries.values():
+        entry.close()
+    return rows
+
+
+def _all(calls):
+    @torch.inference_mode()
+    def run():
+        for call in calls:
+            call()
+    return run
+
+
+def measure_swaps(run, rig, weights, name, dtype_name, batch, context):
+    """Tokens of all-Triton, all-CUDA, and Triton with each op in turn swapped to CUDA, interleaved."""
+    rows, timed = [], {}
+    plans = [("triton", None), ("cuda", None)] + [("triton", op) for op in dict.fromkeys(_ops_of_step(weights))]
+    for order, (backend, op) in enumerate(plans, 100):
+        overrides = {op: "cuda"} if op else {}
+        row = LedgerRow(run, name, backend, model_bench.PLAN, dtype_name, batch, context, "swap", order=order, op=op,
+                        overrides=overrides, timer="graph")
+        rows.append(row)
+        try:
+            decoder = Decoder(weights, select(backend, rig.device, overrides), batch, context + 1, plan=row.plan)
+            model_bench.fill(decoder, batch, context)
+            timed[len(rows) - 1] = model_bench.timed_step(decoder, "graph")
+        except Exception as e:
+            row.error = one_line(e)
+    nbytes = model_bench.step_bytes(weights, batch, context + 1)
+    for i, stats in (timing.measure(timed, 1.0, 15, 100) if timed else {}).items():
+        for field_name, value in stats.fields().items():
+            setattr(rows[i], field_name, value)
+        given = rig.ceilings.fields("read", nbytes, stats.us)
+        rows[i].bytes, rows[i].gbps, rows[i].of_ceiling = nbytes, given.get("gbps"), given.get("of_ceiling")
+    return rows
+
+
+def _ops_of_step(weights):
+    """Names of the ops that the model's step uses, in its order."""
+    return [op for op, _, _ in shapes.uses(weights.config)]
+
+
+# The verb `lab ledger`: a bench of one model's ledger, and its account on the terminal.
+
+def add_arguments(parser):
+    parser.add_argument("model", metavar="MODEL", help="a preset")
+    parser.add_argument("--backend", metavar="A,B", default="cuda,triton,torch", help="default: cuda,triton,torch")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--context", type=int, default=1024, help="tokens in the KV cache (default 1024)")
+    parser.add_argument("--weights", choices=("random", "auto"), default="random")
+    parser.add_argument("--swap", action="store_true", help="also all-triton, all-cuda and each op swapped alone")
+    parser.add_argument("--out", metavar="DIR", default="out/ledger", help="where records.jsonl goes (default out/ledger)")
+
+
+def main(args):
+    """Measures (ceilings first) into a new run of --out and prints the account. Raises LabError without a GPU."""
+    from lab.harness import bench
+    if not torch.cuda.is_available():
+        raise LabError("a ledger needs an NVIDIA GPU: its rows are device time stamps (lab bench works on a CPU)")
+    known = [name for name in bench.names(args.backend) if name in BACKENDS]
+    if len(known) != len(bench.names(args.backend)):
+        raise LabError(f"--backend {args.backend}: choose from {', '.join(BACKENDS)}")
+    import argparse
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    words = ["ledger", args.model, "--out", args.out, "--backend", args.backend, "--dtype", args.dtype, "--batch",
+             str(args.batch), "--context", str(args.context), "--weights", args.weights, "--fresh", "--quick"]
+    status = bench.main(parser.parse_args(words + ["--swap"] * args.swap))
+    from lab.harness import compare
+    rows, _, _ = compare.open_run(args.out)
+    print(text_of([r for r in rows if r.kind == "ledger"]))
+    return status
+
+
+def text_of(rows):
+    """The ledgers of a run as text."""
+    lines = []
+    for backend in dict.fromkeys(r.backend for r in rows if r.row != "swap"):
+        mine = sorted((r for r in rows if r.backend == backend and r.row != "swap"), key=lambda r: r.order)
+        first = mine[0]
+        lines.append(f"\n{first.model} {backend} {first.plan} {first.dtype} batch {first.batch} context {first.context}")
+        lines.append(f"  {'op':<26} {'kernel':<36} {'calls':>5} {'us':>9} {'MB':>9} {'GB/s':>7} {'ceiling':>8} {'token':>7}")
+        for r in mine:
+            if r.error:
+                lines.append(f"  failed: {r.error}")
+                continue
+            name = " ".join(w for w in (r.op, r.role) if w) if r.row == "kernel" else r.row
+            mb, gbps = ("" if v is None else f"{v:.{d}f}" for v, d in ((r.bytes and r.bytes / 1e6, 1), (r.gbps, 0)))
+            share = "" if r.of_ceiling is None else f"{r.of_ceiling:.1%}"
+            lines.append(f"  {name[:26]:<26} {(r.kernel or '')[:36]:<36} {r.calls or '':>5} {r.us:>9.1f} {mb:>9} {gbps:>7} "
+                         f"{share:>8} {r.of_token:>7.1%}" + (f"  {r.flag}" if r.flag else ""))
+    swaps = [r for r in rows if r.row == "swap" and r.us]
+    if swaps:
+        lines.append("\nswap: one token, us")
+        lines += [f"  {r.backend if not r.op else f'{r.backend}, {r.op} by ' + r.overrides[r.op]:<40} {r.us:>9.1f}"
+                  for r in sorted(swaps, key=lambda r: r.order)]
+    return "\n".join(lines)

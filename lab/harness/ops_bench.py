@@ -1,0 +1,190 @@
+"""`lab bench ops`: every op, backend, dtype and size: cold, in-model, warm and host-inclusive times, A B B A.
+
+cache=cold: all arguments rotate over distinct buffers. in_model: weights and KV rotate, activations stay. warm: one
+buffer set. These are device times (timer=graph). timer=event: eager calls, the host's time included. On a CPU one wall
+time is recorded instead, marked emulated.
+"""
+import dataclasses
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from lab.dispatch import BACKENDS, DTYPES, Rand, select
+from lab.errors import LabError, Unavailable
+from lab.harness import compare, timing
+from lab.harness.ceiling import one_line
+from lab.harness.peers import peers
+from lab.harness.records import OpRow
+from lab.harness.shapes import COLD, DIRECTION, arguments
+from lab.ops import find
+
+MODES = (("cold", "graph"), ("in_model", "graph"), ("warm", "graph"), ("cold", "event"))
+QUICK_MODES = (("cold", "graph"), ("cold", "event"))
+EMULATED = (("warm", "wall"),)
+EAGER_US = 1500.0               # one eager sample lasts about this long
+FREE_SHARE = 0.6                # of the free memory, what the buffer sets may take
+
+
+@dataclass
+class Rig:
+    """What measuring a point needs: backends bound to the device, the ceilings, how long to sample."""
+    device: str
+    backends: dict              # name -> lab.dispatch.Ops
+    ceilings: object
+    multiprocessors: int = 1
+    l2_bytes: int = 0
+    flush: object = None
+    seconds: float = 0.12
+    vendor: bool = True
+    modes: tuple = MODES
+
+
+def load_backends(names, device, asked):
+    """({name: Ops}, notes). A backend that this machine lacks is an error when asked for by name, else a note."""
+    found, notes = {}, []
+    for name in names or BACKENDS:
+        try:
+            found[name] = select(name, device)
+        except Unavailable as e:
+            if asked:
+                raise
+            notes.append(f"{name} left out: {e}")
+    if not found:
+        raise LabError("no backend can run on this machine: " + "; ".join(notes))
+    return found, notes
+
+
+def make_rig(backends, device, ceilings, quick=False, seconds=None):
+    if device != "cuda":
+        return Rig(device, backends, ceilings, modes=EMULATED, vendor=False, seconds=seconds or 0.3)
+    p = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return Rig(device, backends, ceilings, p.multi_processor_count, p.L2_cache_size,
+               timing.Flush(p.L2_cache_size, device), seconds or (0.06 if quick else 0.12),
+               modes=QUICK_MODES if quick else MODES)
+
+
+def measure_point(session, rig, point, dtype_name, progress=None):
+    """Measures one point in every mode and records the rows that the session lacks. Failures become error rows."""
+    op = find(point.op)
+    dtype = DTYPES[dtype_name]
+    if dtype not in op.dtypes:                      # sample takes float32 logits whatever the model's dtype
+        dtype = op.dtypes[0]
+        dtype_name = next(name for name, d in DTYPES.items() if d == dtype)
+
+    def row(backend, cache, timer):
+        return OpRow(session.run, op.name, backend, dtype_name, point.batch, point.shape, point.context, cache, timer,
+                     role=point.role, models=list(point.models), emulated=timer == "wall")
+
+    modes = [(c, t) for c, t in rig.modes if c != "in_model" or op.name in COLD]
+    todo = [m for m in modes if not all(session.has(row(b, *m)) for b in rig.backends)]
+    if progress:
+        progress(f"{op.name} {point.role or ''} b{point.batch} {point.context or ''} {dtype_name}")
+    if not todo:
+        return
+    try:
+        bound = _Bound(op, point, dtype, rig)
+    except (RuntimeError, LabError) as e:           # out of memory, a size that the op does not take
+        session.add(*(dataclasses.replace(row(b, *m), error=one_line(e)) for m in todo for b in rig.backends))
+        return
+    cold_us = {}
+    for cache, timer in todo:
+        rows, timed = {}, {}
+        for name in bound.names(cache, timer):
+            rows[name] = row(name, cache, timer)
+            rows[name].bytes, rows[name].flops, rows[name].config = bound.nbytes, bound.flops, bound.config
+            try:
+                timed[name] = bound.timed(name, cache, timer, cold_us.get(name))
+            except Exception as e:                  # one backend that cannot run must not cost the others
+                rows[name].error = one_line(e)
+        stats = _measured(timed, rig, timer, rows)
+        for name, s in stats.items():
+            for field, value in {**s.fields(), **rig.ceilings.fields(DIRECTION.get(op.name, "read"), bound.nbytes, s.us,
+                                                                   cache, rig.l2_bytes)}.items():
+                setattr(rows[name], field, value)
+            if timer == "event":                    # the host's time says nothing about a share of the ceiling
+                rows[name].of_ceiling = rows[name].of_stream = rows[name].flag = None
+            rows[name].verdict = {other: compare.verdict(stats[other], s) for other in stats if other != name}
+            if (cache, timer) == ("cold", "graph"):
+                cold_us[name] = s.us
+        for t in timed.values():
+            t.close()
+        session.add(*rows.values())
+        if rig.device == "cuda":
+            alive(op.name)
+
+
+def _measured(timed, rig, timer, rows):
+    """The statistics of all entries; on a failure, which no entry can be blamed for, every row gets the error."""
+    if not timed:
+        return {}
+    try:
+        least, most = (2, 10) if timer == "wall" else (15, 200)
+        seconds = rig.seconds * (0.5 if timer == "event" else 1.0)
+        return timing.measure(timed, seconds, least, most)
+    except Exception as e:
+        for name in timed:
+            rows[name].error = one_line(e)
+        return {}
+
+
+def alive(what):
+    """Raises LabError when the CUDA context is lost (an illegal access, say): nothing after it can be measured."""
+    try:
+        torch.cuda.synchronize()
+    except Exception as e:
+        raise LabError(f"the CUDA context is lost after {what} ({one_line(e)}); what was measured is recorded: run the "
+                       "same command again to go on behind it") from None
+
+
+class _Bound:
+    """The buffers of one point, and calls over them by backend."""
+
+    def __init__(self, op, point, dtype, rig):
+        self.op, self.rig, self.made = op, rig, {}
+        args, self.config = arguments(op, point, Rand(rig.device, dtype), rig.multiprocessors)
+        self.nbytes, self.flops = int(op.nbytes(*args)), int(op.flops(*args))
+        self.peers = {p.name: p for p in (peers(op.name, args) if rig.vendor else ())}
+        count, self.calls, self.flushed = 1, 1, False
+        if rig.device == "cuda":
+            storages = {t.untyped_storage().data_ptr(): t.nbytes for t in args if isinstance(t, torch.Tensor)}
+            set_bytes = sum(storages.values()) * (1 + sum(p.own for p in self.peers.values()))
+            count, self.calls, self.flushed = timing.plan_sets(self.nbytes, rig.l2_bytes, set_bytes,
+                                                               FREE_SHARE * torch.cuda.mem_get_info()[0])
+        self.sets = [args] + [timing.clone_args(args) for _ in range(count - 1)]
+        self.outs = [op.outputs(*a) for a in self.sets]
+
+    def names(self, cache, timer):
+        """Backends and peers that have such a time (see Peer.own)."""
+        return [*self.rig.backends, *(name for name, p in self.peers.items()
+                                      if not p.own or (timer == "graph" and cache != "in_model"))]
+
+    def bind(self, name, in_model=False):
+        """One call per buffer set. in_model: activations and output of the first set, weights and KV of each."""
+        if (name, in_model) in self.made:
+            return self.made[name, in_model]
+        sets, outs = self.sets, self.outs
+        if in_model:
+            cold = COLD[self.op.name]
+            sets = [tuple(a if j in cold else first for j, (a, first) in enumerate(zip(args, sets[0]))) for args in sets]
+            outs = outs[:1] * len(sets)
+        if name in self.peers:
+            calls = self.peers[name].make(sets)
+        else:
+            run = getattr(self.rig.backends[name], self.op.name)
+            calls = [functools.partial(run, *args, out=out) for args, out in zip(sets, outs)]
+        self.made[name, in_model] = calls
+        return calls
+
+    def timed(self, name, cache, timer, cold_us):
+        distinct = self.bind(name, cache == "in_model")
+        if timer == "wall":
+            return timing.WallTimed(distinct[0])
+        if timer == "event":
+            n = int(min(64, max(2, EAGER_US / (cold_us or 20.0))))
+            return timing.EagerTimed([distinct[i % len(distinct)] for i in range(n)])
+        if cache == "warm":
+            n = int(min(256, max(4, timing.GRAPH_US / (cold_us or timing.LAUNCH_US))))
+            return timing.GraphTimed([distinct[0]] * n)
+        return timing.GraphTimed([distinct[i % len(distinct)] for i in range(self.calls)],
+                                 self.rig.flush if self.flushed else None)
