@@ -43,11 +43,12 @@ LAB_THREAD_LOCAL int fault_signal = 0;
   auto* p = static_cast<unsigned char*>(fault_address);
   if (fault_signal == SIGFPE) fail("integer division by zero");
   if (worker->guards_stack(p)) {
-    fail("stack overflow: more than LAB_HOST_STACK=%zu bytes of local variables and calls", worker->options.stack_bytes);
+    fail("stack overflow: local variables and calls need more than LAB_HOST_STACK=%zu bytes",
+         worker->options.stack_bytes);
   }
   for (Block* block : worker->blocks) {
     if (p >= block->smem + block->smem_bytes && p < block->memory + block->memory_bytes + page_bytes()) {
-      fail("access past the end of shared memory: byte %zu of %zu (a build with LAB_HOST_SANITIZE=address names the line)",
+      fail("access past the end of shared memory: byte %zu of %zu (LAB_HOST_SANITIZE=address builds name the line)",
            size_t(p - block->smem), block->smem_bytes);
     }
   }

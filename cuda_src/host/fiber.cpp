@@ -149,7 +149,7 @@ bool Fiber::guards(const void* address) const {
 }
 
 #ifdef LAB_HOST_ASAN
-static thread_local Fiber* left = nullptr;  // whom the latest switch suspended; AddressSanitizer tells its extent on arrival
+static thread_local Fiber* left = nullptr;  // whom the latest switch suspended: its extent is told on arrival
 
 void Fiber::begin() { __sanitizer_finish_switch_fiber(nullptr, &left->asan_bottom_, &left->asan_bytes_); }
 #else

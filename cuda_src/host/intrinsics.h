@@ -269,14 +269,21 @@ template <typename T> inline void __stwb(T* p, typename lab::host::Same<T>::type
 
 // ---- math -----------------------------------------------------------------------------------------------------------
 
-template <typename A, typename B, typename = std::enable_if_t<std::is_arithmetic<A>::value && std::is_arithmetic<B>::value>>
-constexpr std::common_type_t<A, B> min(A a, B b) {
-  using T = std::common_type_t<A, B>;
+namespace lab {
+namespace host {
+template <typename A, typename B>
+using Common = std::enable_if_t<std::is_arithmetic<A>::value && std::is_arithmetic<B>::value, std::common_type_t<A, B>>;
+}  // namespace host
+}  // namespace lab
+
+template <typename A, typename B>
+constexpr lab::host::Common<A, B> min(A a, B b) {
+  using T = lab::host::Common<A, B>;
   return T(b) < T(a) ? T(b) : T(a);
 }
-template <typename A, typename B, typename = std::enable_if_t<std::is_arithmetic<A>::value && std::is_arithmetic<B>::value>>
-constexpr std::common_type_t<A, B> max(A a, B b) {
-  using T = std::common_type_t<A, B>;
+template <typename A, typename B>
+constexpr lab::host::Common<A, B> max(A a, B b) {
+  using T = lab::host::Common<A, B>;
   return T(a) < T(b) ? T(b) : T(a);
 }
 

@@ -109,7 +109,7 @@ struct Launch {
 };
 
 // Runs the grid and returns when it has finished. Throws std::runtime_error, naming the kernel, when the configuration
-// is refused or a thread fails; the next launch starts afresh. Safe to call from several OS threads (one grid at a time).
+// is refused or a thread fails; the next launch starts afresh. May be called from several OS threads: grids take turns.
 void run(const Launch& launch);
 
 // Ends the launch from inside a kernel; run() throws the message, with the kernel, block and thread added.
@@ -121,7 +121,7 @@ void run(const Launch& launch);
 int barrier(int id, int count, int value, const char* op, Site site);
 void cluster_barrier(Site site);
 
-// Waits for every lane of `mask`. The last to arrive calls combine(warp, mask), which reads warp.in and writes warp.out.
+// Waits for every lane of `mask`. The last to arrive calls combine(warp, mask), which turns warp.in into warp.out.
 // orders_memory: what lanes wrote before is visible to the others after (__syncwarp; shuffles promise no such thing).
 using Combine = void (*)(Warp& warp, uint32_t mask);
 void collective(uint32_t mask, const char* op, Combine combine, bool orders_memory, Site site);

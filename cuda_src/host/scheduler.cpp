@@ -1,4 +1,4 @@
-// Runs grids: hands clusters of blocks to OS threads, and inside a cluster decides which CUDA thread runs next.
+// Runs one cluster of blocks, and decides which CUDA thread goes next.
 //
 // A thread runs until it waits. Who could run is kept as bit masks, a mask of lanes per warp and a mask of warps per
 // block, so choosing costs a count of trailing zeros. In a fixed schedule the scheduler stays in one warp while it can,
@@ -9,23 +9,13 @@
 // memory (on a GPU they cannot either).
 #include "scheduler.h"
 
-#include <pthread.h>
-
 #include <algorithm>
-#include <atomic>
-#include <condition_variable>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
-#include <mutex>
-#include <numeric>
 #include <stdexcept>
 #include <thread>
-#ifdef __linux__
-#include <sched.h>
-#endif
 
-#include "fault.h"
 #include "sanitizer.h"
 
 namespace lab {
@@ -36,19 +26,13 @@ LAB_THREAD_LOCAL Worker* worker = nullptr;
 
 namespace {
 
-constexpr size_t kMaxSharedBytes = 227 * 1024;  // per block on Hopper
 constexpr size_t kSharedAlignment = 128;
 constexpr unsigned char kCanary = 0xa5;  // between the end of shared memory and the forbidden page
-constexpr const char* kClusterSync = "cluster_sync";
 
 std::string format_message(const char* format, va_list arguments) {
   char text[1024];
   vsnprintf(text, sizeof text, format, arguments);
   return text;
-}
-
-std::string index_text(unsigned x, unsigned y, unsigned z) {
-  return "(" + std::to_string(x) + "," + std::to_string(y) + "," + std::to_string(z) + ")";
 }
 
 uint32_t low_bits(unsigned n) { return n >= 32 ? ~0u : (1u << n) - 1; }
@@ -62,63 +46,11 @@ uint32_t bits_above(uint32_t mask, unsigned bit) { return bit >= 31 ? 0 : mask >
 
 }  // namespace
 
-// ---- options --------------------------------------------------------------------------------------------------------
-
-namespace {
-
-int available_cores() {
-#ifdef __linux__
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
-#endif
-  return std::max(1, int(std::thread::hardware_concurrency()));
-}
-
-// A whole number, or the program says which variable is wrong.
-bool environment_number(const char* name, uint64_t* value) {
-  const char* text = getenv(name);
-  if (text == nullptr || *text == '\0') return false;
-  char* end = nullptr;
-  *value = strtoull(text, &end, 10);
-  if (*end != '\0' || *text == '-') {
-    throw std::runtime_error(std::string(name) + "=" + text + ": a whole number is needed");
-  }
-  return true;
-}
-
-Options options_from_environment() {
-  Options options;
-  uint64_t value = 0;
-  if (environment_number("LAB_HOST_THREADS", &value)) options.threads = int(std::min<uint64_t>(value, 1024));
-  if (environment_number("LAB_HOST_SEED", &value)) {
-    options.random = true;
-    options.seed = value;
-  }
-  if (environment_number("LAB_HOST_POISON", &value)) options.poison = value != 0;
-  if (environment_number("LAB_HOST_STACK", &value)) options.stack_bytes = size_t(value);
-  return options;
-}
-
-std::mutex options_mutex;
-
-Options& the_options() {
-  static Options options = options_from_environment();
-  return options;
-}
-
-}  // namespace
-
-Options get_options() {
-  std::lock_guard<std::mutex> lock(options_mutex);
-  return the_options();
-}
-
-void set_options(const Options& options) {
-  std::lock_guard<std::mutex> lock(options_mutex);
-  the_options() = options;
-}
-
 // ---- failing --------------------------------------------------------------------------------------------------------
+
+std::string index_text(unsigned x, unsigned y, unsigned z) {
+  return "(" + std::to_string(x) + "," + std::to_string(y) + "," + std::to_string(z) + ")";
+}
 
 void fail(const char* format, ...) {
   va_list arguments;
@@ -157,7 +89,8 @@ std::string ranges_text(const std::vector<unsigned>& numbers) {
 }
 
 std::string count_text(const std::vector<unsigned>& threads) {
-  return std::to_string(threads.size()) + (threads.size() == 1 ? " thread (" : " threads (") + ranges_text(threads) + ")";
+  const char* noun = threads.size() == 1 ? " thread (" : " threads (";
+  return std::to_string(threads.size()) + noun + ranges_text(threads) + ")";
 }
 
 }  // namespace
@@ -359,145 +292,6 @@ void Worker::finish(Thread* thread) {
   if (alive_ > 0) release_cluster();
 }
 
-// ---- barriers and collectives ---------------------------------------------------------------------------------------
-
-bool Worker::release(Block& block, Barrier& barrier) {
-  if (barrier.arrived < barrier.count) return false;
-  barrier.result = barrier.sum;
-  barrier.sum = 0;
-  barrier.arrived = 0;
-  ++barrier.phase;
-  for (unsigned warp = 0; warp < block.warps.size(); ++warp) {
-    if (barrier.waiting[warp] == 0) continue;
-    block.warps[warp].ready |= barrier.waiting[warp];
-    block.ready_warps |= 1u << warp;
-    barrier.waiting[warp] = 0;
-  }
-  return true;
-}
-
-int barrier(int id, int count, int value, const char* op, Site site) {
-  TsanIgnore ignore;
-  Thread* self = current;
-  Block& block = *worker->blocks[self->block->cluster_rank];
-  if (id < 0 || id > 15) fail("%s at %s:%d: barrier %d does not exist (0 to 15)", op, site.file, site.line, id);
-  if (count < 0 || count % 32 != 0 || count > int(block.size + 31) / 32 * 32) {
-    fail("%s at %s:%d: %d threads (a multiple of 32, at most the block's %u)", op, site.file, site.line, count, block.size);
-  }
-  if (count == 0) count = int(block.size);  // threads that have exited never arrive: reported as a deadlock
-  Barrier& b = block.barriers[id];
-  if (b.arrived > 0 && b.count != count) {
-    fail("barrier %d: %s at %s:%d expects %d threads, %s at %s:%d expects %d", id, op, site.file, site.line, count, b.op,
-         b.site.file, b.site.line, b.count);
-  }
-  if (b.arrived > 0 && id == 0 && (b.site.line != site.line || strcmp(b.site.file, site.file) != 0)) {
-    fail("divergent barrier: %s at %s:%d while others wait in %s at %s:%d", op, site.file, site.line, b.op, b.site.file,
-         b.site.line);
-  }
-  b.op = op;
-  b.site = site;
-  b.count = count;
-  b.sum += value;
-  ++b.arrived;
-  char* order = &b.order[b.phase & 1];
-  tsan_release(order);
-  if (worker->release(block, b)) {
-    worker->maybe_yield();
-  } else {
-    b.waiting[self->warp_index] |= 1u << self->lane;
-    worker->wait(op, site);
-  }
-  tsan_acquire(order);
-  return b.result;
-}
-
-// As the PTX manual says of barrier.cluster, threads that have exited are not waited for.
-bool Worker::release_cluster() {
-  if (cluster_barrier.arrived == 0 || unsigned(cluster_barrier.arrived) < alive_) return false;
-  cluster_barrier.arrived = 0;
-  ++cluster_barrier.phase;
-  for (Block* block : blocks) {
-    for (Thread& thread : block->threads) {
-      if ((thread.warp->alive >> thread.lane & 1) && thread.op == kClusterSync && &thread != current) {
-        thread.op = "";
-        make_ready(&thread);
-      }
-    }
-  }
-  return true;
-}
-
-void cluster_barrier(Site site) {
-  TsanIgnore ignore;
-  Barrier& b = worker->cluster_barrier;
-  char* order = &b.order[b.phase & 1];
-  tsan_release(order);
-  ++b.arrived;
-  if (worker->release_cluster()) {
-    worker->maybe_yield();
-  } else {
-    worker->wait(kClusterSync, site);
-  }
-  tsan_acquire(order);
-}
-
-void collective(uint32_t mask, const char* op, Combine combine, bool orders_memory, Site site) {
-  TsanIgnore ignore;
-  Thread* self = current;
-  Warp& warp = *self->warp;
-  uint32_t bit = 1u << self->lane;
-  if (!(mask & bit)) {
-    fail("%s at %s:%d: the calling lane %d is not in the mask %08x", op, site.file, site.line, self->lane, mask);
-  }
-  Collective* entry = nullptr;
-  for (Collective& c : warp.pending) {
-    if (c.arrived != 0 && c.mask == mask) entry = &c;
-  }
-  if (entry == nullptr) {
-    for (Collective& c : warp.pending) {
-      if (c.arrived == 0) entry = &c;
-    }
-    if (entry == nullptr) fail("%s at %s:%d: more than four groups of a warp diverge", op, site.file, site.line);
-    if (mask & ~warp.alive) {
-      fail("%s at %s:%d: the mask %08x names lanes that have exited or do not exist (lanes there: %08x)", op, site.file,
-           site.line, mask, warp.alive);
-    }
-    entry->mask = mask;
-    entry->op = op;
-    entry->site = site;
-  } else if (strcmp(entry->op, op) != 0) {
-    fail("divergent warp: %s at %s:%d while others wait in %s at %s:%d", op, site.file, site.line, entry->op,
-         entry->site.file, entry->site.line);
-  }
-  entry->arrived |= bit;
-  char* order = &entry->order[entry->phase & 1];
-  if (orders_memory) tsan_release(order);
-  if (entry->arrived == mask) {
-    if (combine != nullptr) combine(warp, mask);
-    entry->arrived = 0;
-    ++entry->phase;
-    if (uint32_t others = mask & ~bit) {
-      warp.ready |= others;
-      worker->blocks[self->block->cluster_rank]->ready_warps |= 1u << self->warp_index;
-    }
-    worker->maybe_yield();
-  } else {
-    worker->wait(op, site);
-  }
-  if (orders_memory) tsan_acquire(order);
-}
-
-void spin_yield(Site site) { worker->poll("__nanosleep", site, uint64_t(1) << 26); }
-
-void thread_fence() {
-  __atomic_thread_fence(__ATOMIC_SEQ_CST);
-  static char order;  // fences order whatever the race detector saw before them
-  tsan_release(&order);
-  tsan_acquire(&order);
-}
-
-void read_shared(const void* p, size_t bytes) { tsan_read(p, bytes, __builtin_return_address(0)); }
-
 // ---- blocks ---------------------------------------------------------------------------------------------------------
 
 Block::~Block() {
@@ -658,139 +452,6 @@ void Worker::end_launch() {
 
 bool Worker::guards_stack(const void* address) const {
   return std::any_of(fibers_.begin(), fibers_.end(), [&](const auto& fiber) { return fiber->guards(address); });
-}
-
-// ---- launches -------------------------------------------------------------------------------------------------------
-
-namespace {
-
-// OS threads that stay; clusters are handed out by an atomic counter. Never destroyed: at exit the threads just end.
-class Pool {
- public:
-  static Pool& here() {
-    std::call_once(once_, [] { pthread_atfork(nullptr, nullptr, [] { pool_ = nullptr; }); });
-    if (pool_ == nullptr) pool_ = new Pool;  // at first, and in a forked child, which has none of the threads
-    return *pool_;
-  }
-
-  void run(const Launch& launch) {
-    launch_ = &launch;
-    options_ = get_options();
-    if (options_.threads <= 0) options_.threads = available_cores();
-    clusters_ = size_t(launch.grid.x) * launch.grid.y * launch.grid.z / launch.cluster;
-    chunk_ = options_.random ? 1 : std::max<size_t>(1, clusters_ / (size_t(options_.threads) * 8));
-    next_ = 0;
-    failure_.clear();
-    failed_ = false;
-    ++launch_number_;
-    if (options_.random) {
-      order_.resize(clusters_);
-      std::iota(order_.begin(), order_.end(), size_t(0));
-      Random random{options_.seed ^ launch_number_ << 32};
-      for (size_t i = clusters_; i > 1; --i) std::swap(order_[i - 1], order_[random.next() % i]);
-    }
-    unsigned helpers = unsigned(std::min<size_t>(size_t(options_.threads), clusters_)) - 1;
-    if (helpers > 0) {
-      std::lock_guard<std::mutex> lock(mutex_);
-      while (threads_ < helpers) {
-        std::thread(&Pool::help, this, threads_++).detach();
-      }
-      helpers_ = busy_ = helpers;
-      ++generation_;
-      wake_.notify_all();
-    }
-    work();
-    if (helpers > 0) {
-      std::unique_lock<std::mutex> lock(mutex_);
-      done_.wait(lock, [&] { return busy_ == 0; });
-    }
-    if (failed_) throw std::runtime_error("kernel " + std::string(launch.name) + ": " + failure_);
-  }
-
-  std::mutex one_launch;
-
- private:
-  void work() {
-    catch_faults_on_this_thread();
-    Worker& mine = Worker::here();
-    while (!failed_) {
-      size_t first = next_.fetch_add(chunk_);
-      if (first >= clusters_) break;
-      for (size_t i = first; i < std::min(clusters_, first + chunk_) && !failed_; ++i) {
-        std::string failure;
-        try {
-          failure = mine.run_cluster(*launch_, options_, options_.random ? order_[i] : i, launch_number_);
-        } catch (const std::exception& error) {
-          failure = error.what();
-        }
-        if (!failure.empty()) {
-          std::lock_guard<std::mutex> lock(mutex_);
-          if (!failed_) failure_ = failure;
-          failed_ = true;
-        }
-      }
-    }
-    mine.end_launch();
-  }
-
-  void help(unsigned number) {
-    uint64_t seen = 0;
-    for (;;) {
-      {
-        std::unique_lock<std::mutex> lock(mutex_);
-        wake_.wait(lock, [&] { return generation_ != seen; });
-        seen = generation_;
-        if (number >= helpers_) continue;
-      }
-      work();
-      std::lock_guard<std::mutex> lock(mutex_);
-      if (--busy_ == 0) done_.notify_one();
-    }
-  }
-
-  static std::once_flag once_;
-  static Pool* pool_;
-
-  std::mutex mutex_;
-  std::condition_variable wake_, done_;
-  unsigned threads_ = 0;  // helpers that exist
-  unsigned helpers_ = 0;  // that take part in this launch
-  unsigned busy_ = 0;
-  uint64_t generation_ = 0;
-
-  const Launch* launch_ = nullptr;
-  Options options_;
-  uint64_t launch_number_ = 0;
-  size_t clusters_ = 0, chunk_ = 1;
-  std::vector<size_t> order_;
-  std::atomic<size_t> next_{0};
-  std::atomic<bool> failed_{false};
-  std::string failure_;
-};
-
-std::once_flag Pool::once_;
-Pool* Pool::pool_ = nullptr;
-std::mutex launch_mutex;
-
-}  // namespace
-
-void run(const Launch& launch) {
-  auto refuse = [&](const std::string& why) { throw std::runtime_error("kernel " + std::string(launch.name) + ": " + why); };
-  const dim3 &grid = launch.grid, &block = launch.block;
-  size_t threads = size_t(block.x) * block.y * block.z;
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
-    refuse("invalid grid " + index_text(grid.x, grid.y, grid.z));
-  }
-  if (threads == 0 || threads > 1024 || block.z > 64) refuse("invalid block " + index_text(block.x, block.y, block.z));
-  if (launch.smem_bytes > kMaxSharedBytes) {
-    refuse(std::to_string(launch.smem_bytes) + " bytes of shared memory (at most " + std::to_string(kMaxSharedBytes) + ")");
-  }
-  if (launch.cluster == 0 || launch.cluster > 8 || grid.x % launch.cluster != 0) {
-    refuse("a cluster of " + std::to_string(launch.cluster) + " blocks does not fit a grid of " + std::to_string(grid.x));
-  }
-  if (current != nullptr) refuse("launched from inside a kernel");
-  std::lock_guard<std::mutex> lock(launch_mutex);
-  Pool::here().run(launch);
 }
 
 }  // namespace host

@@ -11,6 +11,8 @@
 namespace lab {
 namespace host {
 
+std::string index_text(unsigned x, unsigned y, unsigned z);  // "(x,y,z)"
+
 // Small and seeded per block, so that a block's schedule does not depend on which OS thread runs it (splitmix64).
 struct Random {
   uint64_t state = 0;
@@ -67,7 +69,7 @@ class Worker {
   void wait(const char* op, Site site);  // until someone makes it ready
   void yield();                          // others first
   void maybe_yield();                    // in a random schedule: others first, perhaps
-  void poll(const char* op, Site site, uint64_t patience);  // yields; a deadlock after `patience` calls with no progress
+  void poll(const char* op, Site site, uint64_t patience);  // yields; after `patience` calls with no progress: deadlock
   [[noreturn]] void abandon(std::string message);
   [[noreturn]] void deadlock();
 

@@ -1,0 +1,167 @@
+// Launches: checks the configuration, then hands the grid's clusters of blocks to OS threads.
+#include <pthread.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#ifdef __linux__
+#include <sched.h>
+#endif
+
+#include "fault.h"
+#include "scheduler.h"
+
+namespace lab {
+namespace host {
+namespace {
+
+constexpr size_t kMaxSharedBytes = 227 * 1024;  // per block on Hopper
+
+int available_cores() {
+#ifdef __linux__
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
+#endif
+  return std::max(1, int(std::thread::hardware_concurrency()));
+}
+
+// OS threads that stay; clusters are handed out by an atomic counter. Never destroyed: at exit the threads just end.
+class Pool {
+ public:
+  static Pool& here() {
+    std::call_once(once_, [] { pthread_atfork(nullptr, nullptr, [] { pool_ = nullptr; }); });
+    if (pool_ == nullptr) pool_ = new Pool;  // at first, and in a forked child, which has none of the threads
+    return *pool_;
+  }
+
+  void run(const Launch& launch) {
+    launch_ = &launch;
+    options_ = get_options();
+    if (options_.threads <= 0) options_.threads = available_cores();
+    clusters_ = size_t(launch.grid.x) * launch.grid.y * launch.grid.z / launch.cluster;
+    chunk_ = options_.random ? 1 : std::max<size_t>(1, clusters_ / (size_t(options_.threads) * 8));
+    next_ = 0;
+    failure_.clear();
+    failed_ = false;
+    ++launch_number_;
+    if (options_.random) {
+      order_.resize(clusters_);
+      std::iota(order_.begin(), order_.end(), size_t(0));
+      Random random{options_.seed ^ launch_number_ << 32};
+      for (size_t i = clusters_; i > 1; --i) std::swap(order_[i - 1], order_[random.next() % i]);
+    }
+    unsigned helpers = unsigned(std::min<size_t>(size_t(options_.threads), clusters_)) - 1;
+    if (helpers > 0) {
+      std::lock_guard<std::mutex> lock(mutex_);
+      while (threads_ < helpers) {
+        std::thread(&Pool::help, this, threads_++).detach();
+      }
+      helpers_ = busy_ = helpers;
+      ++generation_;
+      wake_.notify_all();
+    }
+    work();
+    if (helpers > 0) {
+      std::unique_lock<std::mutex> lock(mutex_);
+      done_.wait(lock, [&] { return busy_ == 0; });
+    }
+    if (failed_) throw std::runtime_error("kernel " + std::string(launch.name) + ": " + failure_);
+  }
+
+  std::mutex one_launch;
+
+ private:
+  void work() {
+    catch_faults_on_this_thread();
+    Worker& mine = Worker::here();
+    while (!failed_) {
+      size_t first = next_.fetch_add(chunk_);
+      if (first >= clusters_) break;
+      for (size_t i = first; i < std::min(clusters_, first + chunk_) && !failed_; ++i) {
+        std::string failure;
+        try {
+          failure = mine.run_cluster(*launch_, options_, options_.random ? order_[i] : i, launch_number_);
+        } catch (const std::exception& error) {
+          failure = error.what();
+        }
+        if (!failure.empty()) {
+          std::lock_guard<std::mutex> lock(mutex_);
+          if (!failed_) failure_ = failure;
+          failed_ = true;
+        }
+      }
+    }
+    mine.end_launch();
+  }
+
+  void help(unsigned number) {
+    uint64_t seen = 0;
+    for (;;) {
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        wake_.wait(lock, [&] { return generation_ != seen; });
+        seen = generation_;
+        if (number >= helpers_) continue;
+      }
+      work();
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (--busy_ == 0) done_.notify_one();
+    }
+  }
+
+  static std::once_flag once_;
+  static Pool* pool_;
+
+  std::mutex mutex_;
+  std::condition_variable wake_, done_;
+  unsigned threads_ = 0;  // helpers that exist
+  unsigned helpers_ = 0;  // that take part in this launch
+  unsigned busy_ = 0;
+  uint64_t generation_ = 0;
+
+  const Launch* launch_ = nullptr;
+  Options options_;
+  uint64_t launch_number_ = 0;
+  size_t clusters_ = 0, chunk_ = 1;
+  std::vector<size_t> order_;
+  std::atomic<size_t> next_{0};
+  std::atomic<bool> failed_{false};
+  std::string failure_;
+};
+
+std::once_flag Pool::once_;
+Pool* Pool::pool_ = nullptr;
+std::mutex launch_mutex;
+
+}  // namespace
+
+void run(const Launch& launch) {
+  auto refuse = [&](const std::string& why) {
+    throw std::runtime_error("kernel " + std::string(launch.name) + ": " + why);
+  };
+  const dim3 &grid = launch.grid, &block = launch.block;
+  size_t threads = size_t(block.x) * block.y * block.z;
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
+    refuse("invalid grid " + index_text(grid.x, grid.y, grid.z));
+  }
+  if (threads == 0 || threads > 1024 || block.z > 64) refuse("invalid block " + index_text(block.x, block.y, block.z));
+  if (launch.smem_bytes > kMaxSharedBytes) {
+    refuse(std::to_string(launch.smem_bytes) + " bytes of shared memory (at most " + std::to_string(kMaxSharedBytes) +
+           ")");
+  }
+  if (launch.cluster == 0 || launch.cluster > 8 || grid.x % launch.cluster != 0) {
+    refuse("a cluster of " + std::to_string(launch.cluster) + " blocks does not divide a grid of " +
+           std::to_string(grid.x));
+  }
+  if (current != nullptr) refuse("launched from inside a kernel");
+  std::lock_guard<std::mutex> lock(launch_mutex);
+  Pool::here().run(launch);
+}
+
+}  // namespace host
+}  // namespace lab

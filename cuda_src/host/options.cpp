@@ -1,0 +1,59 @@
+// The options, from the environment (see cuda_on_cpu.h) or set by the program.
+#include <algorithm>
+#include <cstdlib>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+
+#include "runtime.h"
+
+namespace lab {
+namespace host {
+namespace {
+
+// A whole number, or the program says which variable is wrong.
+bool environment_number(const char* name, uint64_t* value) {
+  const char* text = getenv(name);
+  if (text == nullptr || *text == '\0') return false;
+  char* end = nullptr;
+  *value = strtoull(text, &end, 10);
+  if (*end != '\0' || *text == '-') {
+    throw std::runtime_error(std::string(name) + "=" + text + ": a whole number is needed");
+  }
+  return true;
+}
+
+Options options_from_environment() {
+  Options options;
+  uint64_t value = 0;
+  if (environment_number("LAB_HOST_THREADS", &value)) options.threads = int(std::min<uint64_t>(value, 1024));
+  if (environment_number("LAB_HOST_SEED", &value)) {
+    options.random = true;
+    options.seed = value;
+  }
+  if (environment_number("LAB_HOST_POISON", &value)) options.poison = value != 0;
+  if (environment_number("LAB_HOST_STACK", &value)) options.stack_bytes = size_t(value);
+  return options;
+}
+
+std::mutex options_mutex;
+
+Options& the_options() {
+  static Options options = options_from_environment();
+  return options;
+}
+
+}  // namespace
+
+Options get_options() {
+  std::lock_guard<std::mutex> lock(options_mutex);
+  return the_options();
+}
+
+void set_options(const Options& options) {
+  std::lock_guard<std::mutex> lock(options_mutex);
+  the_options() = options;
+}
+
+}  // namespace host
+}  // namespace lab
