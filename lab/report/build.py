@@ -65,7 +65,7 @@ def write(out, files):
         before = set(listing.read_text().split("\n")) if listing.exists() else set()
         pictures = sorted(name for name in files if name.startswith("figures/"))
         for name, data in {**files, f"figures/{DRAWN}": "\n".join(pictures).encode()}.items():
-            _write_one(out / name, data)
+            write_one(out / name, data)
         for name in before - set(pictures):
             if name.startswith("figures/") and name.endswith(".png") and ".." not in name:
                 (out / name).unlink(missing_ok=True)
@@ -73,7 +73,8 @@ def write(out, files):
         raise LabError(f"cannot write {e.filename or out}: {e.strerror}") from None
 
 
-def _write_one(path, data):
+def write_one(path, data):
+    """Writes bytes beside `path` and renames them into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

@@ -35,25 +35,30 @@ class Figure:
     wide: bool = False
 
 
-def png(figure, theme, emulated=False):
-    """The picture as PNG bytes in the theme's colours, 1040 pixels wide."""
+def compose(figure, theme, emulated=False):
+    """The picture as a matplotlib figure in the theme's colours; call it inside rc_context(style.rc(theme))."""
     title = textwrap.wrap(figure.title, 56)
     lines = textwrap.wrap(figure.conditions, WRAP)
     head = 0.10 + 0.19 * len(title) + 0.135 * len(lines) + 0.08
     height = figure.height + head
+    canvas = Canvas(figsize=(WIDTH, height), layout="constrained")
+    canvas.get_layout_engine().set(rect=(0.005, 0.005, 0.985, 1 - head / height - 0.005))
+    canvas.text(0.015, 1 - 0.08 / height, "\n".join(title), fontsize=10.5, fontweight="bold", va="top", linespacing=1.1)
+    canvas.text(0.015, 1 - (0.12 + 0.19 * len(title)) / height, "\n".join(lines), fontsize=7, va="top",
+                color=theme.muted, linespacing=1.2)
+    figure.draw(canvas, theme)
+    if emulated:
+        for ax in canvas.axes:
+            ax.text(0.5, 0.5, "emulated", transform=ax.transAxes, ha="center", va="center", fontsize=26,
+                    color=theme.muted, alpha=0.16, rotation=20, zorder=0)
+    return canvas
+
+
+def png(figure, theme, emulated=False):
+    """The picture as PNG bytes, 1040 pixels wide."""
+    raw = io.BytesIO()
     with matplotlib.rc_context(style.rc(theme)):
-        canvas = Canvas(figsize=(WIDTH, height), layout="constrained")
-        canvas.get_layout_engine().set(rect=(0.005, 0.005, 0.985, 1 - head / height - 0.005))
-        canvas.text(0.015, 1 - 0.08 / height, "\n".join(title), fontsize=10.5, fontweight="bold", va="top", linespacing=1.1)
-        canvas.text(0.015, 1 - (0.12 + 0.19 * len(title)) / height, "\n".join(lines), fontsize=7, va="top",
-                    color=theme.muted, linespacing=1.2)
-        figure.draw(canvas, theme)
-        if emulated:
-            for ax in canvas.axes:
-                ax.text(0.5, 0.5, "emulated", transform=ax.transAxes, ha="center", va="center", fontsize=26,
-                        color=theme.muted, alpha=0.16, rotation=20, zorder=0)
-        raw = io.BytesIO()
-        canvas.savefig(raw, format="png")
+        compose(figure, theme, emulated).savefig(raw, format="png")
     small = io.BytesIO()
     Image.open(raw).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(small, "png", optimize=True)
     return small.getvalue()
@@ -136,11 +141,11 @@ def with_share(rows):
     return rows.assign(share=share, share_low=share * rows["us"] / rows["us_p90"], share_high=share * rows["us"] / rows["us_p10"])
 
 
-def line(ax, rows, x, y, low, high, look, label, dashed=False):
+def line(ax, rows, x, y, low, high, look, label, dash="-"):
     rows = rows.dropna(subset=[x, y]).sort_values(x)
     if len(rows):
         ax.errorbar(rows[x], rows[y], yerr=spread(rows, y, low, high), color=look.color, marker=look.marker, label=label,
-                    linestyle="--" if dashed else "-")
+                    linestyle=dash)
 
 
 def log_ticks(axis, values, base=2):

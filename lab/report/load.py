@@ -6,6 +6,7 @@ bandwidth picture shows them. Emulated rows lose any bandwidth they claim.
 """
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -196,9 +197,7 @@ def _about_machine(run):
         found.append(Notice("warning", "Emulated on a CPU: the CUDA half ran through its host build, the Triton half "
                                        "through the interpreter. Times say nothing about a GPU and no bandwidth is claimed."))
     for e in run.envs:
-        if e.throttle:
-            found.append(Notice("warning", f"The card was throttled {e.when} the run: {', '.join(map(str, e.throttle))}."))
-        found += [Notice("warning" if "synthetic" in str(n).lower() else "note", str(n)) for n in e.notes or []]
+        found += [Notice("warning" if re.search("throttled|synthetic|left out", str(n), re.I) else "note", str(n)) for n in e.notes or []]
     after = next((e for e in run.envs if e.when == "after"), None)
     if after is None and not run.emulated:
         found.append(Notice("warning", "No env record from after the run: it was stopped early, or is still running."))

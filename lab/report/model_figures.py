@@ -53,20 +53,18 @@ def series(run, model):
         return rows.assign(series=[])
     dtype = next((d for d in ("bf16", "fp16", "fp32") if (rows["dtype"] == d).any()), rows["dtype"].iloc[0])
     rows = rows[rows["dtype"] == dtype]
-    several = [c for c in ("plan", "mode") if rows[c].nunique() > 1]
+    several = [c for c in ("plan", "mode") if rows.loc[rows[c] != "-", c].nunique() > 1]
     return rows.assign(series=[" ".join([style.backend(r.backend).label] + [getattr(r, c) for c in several if getattr(r, c)
                                                                             not in ("-", "")]) for r in rows.itertuples()])
 
 
 def _lines(rows):
-    """(name, rows, look, dashed) of every line, in the backends' order; a second line of a backend is dashed."""
-    drawn = set()
+    """(name, rows, look, line style) of every line, in the backends' order: fused plans dashed, eager steps dotted."""
     for backend in style.backend_order(rows["backend"]):
         for name, group in rows[rows["backend"] == backend].groupby("series", sort=False):
-            compiled = (group["mode"] == "compile").all() and backend == "torch"
-            look = style.backend("compile" if compiled else backend)
-            yield name, group, look, look.color in drawn
-            drawn.add(look.color)
+            mode, plan = group["mode"].iloc[0], group["plan"].iloc[0]
+            look = style.backend("compile" if mode == "compile" and backend == "torch" else backend)
+            yield name, group, look, ":" if mode == "eager" and rows["mode"].nunique() > 1 else "--" if plan == "fused" else "-"
 
 
 def against(run, model, x):
@@ -86,13 +84,13 @@ def against(run, model, x):
 
     def draw(canvas, theme):
         axes = canvas.subplots(panels, 1, sharex=True, squeeze=False).ravel()
-        for name, group, look, dashed in _lines(rows):
-            line(axes[0], group, x, "ms", "ms_low", "ms_high", look, name, dashed)
+        for name, group, look, dash in _lines(rows):
+            line(axes[0], group, x, "ms", "ms_low", "ms_high", look, name, dash)
         from_zero_or_log(axes[0].yaxis, rows["ms"])
         axes[0].set_ylabel("ms per step" + (", emulated" if run.emulated else ""))
         if panels == 2:
-            for name, group, look, dashed in _lines(bandwidth):
-                line(axes[1], group, x, "share", "share_low", "share_high", look, name, dashed)
+            for name, group, look, dash in _lines(bandwidth):
+                line(axes[1], group, x, "share", "share_low", "share_high", look, name, dash)
             axes[1].set_ylim(0, 108)
             axes[1].axhline(100, color=theme.ink, linewidth=1, linestyle=":")
             axes[1].set_ylabel("of the ceiling (%)")
@@ -143,9 +141,9 @@ def throughput(run, model):
         top = rows["batch"].max()
         best = (first["tokens"] / first["batch"]).max()
         x = np.array([rows["batch"].min(), top])
-        for name, group, look, dashed in _lines(rows):
-            line(ax, group, "batch", "tokens", "low", "high", look, name, dashed)
-        ax.plot(x, best * x, color=theme.muted, linewidth=1, linestyle=":", label="ideal")
+        for name, group, look, dash in _lines(rows):
+            line(ax, group, "batch", "tokens", "low", "high", look, name, dash)
+        ax.plot(x, best * x, color=theme.muted, linewidth=1, linestyle="-.", label="ideal")
         ends = rows[rows["batch"] == top].sort_values("tokens")
         at = -np.inf
         for row in ends.itertuples():        # labels at the right end, pushed apart in the axis' log scale
@@ -163,7 +161,7 @@ def throughput(run, model):
     return Figure(
         f"{model}-throughput", f"{model}: throughput against batch, context {amount(fixed)}",
         conditions(run, rows, _modes(rows)),
-        "The dotted line is perfect scaling from the best first point. The figure at the end of each line is its linearity: "
+        "The dash-dotted line is perfect scaling from the best first point. The figure at the end of each line is its linearity: "
         "its throughput over that of perfect scaling from its own smallest batch.",
         f"Lines of tokens per second of {names(rows['backend'])} against batch, with the ideal line.",
         _model_table(rows), command(run), 2.9, draw)

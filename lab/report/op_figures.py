@@ -43,8 +43,9 @@ def focus(run):
 
 
 def chosen(rows, f, cache=True):
-    """The rows of a focus."""
-    keep = (rows["dtype"] == f.dtype) & (rows["timer"] == f.timer)
+    """The rows of a focus. An op that has none in its dtype (sample takes float32 logits) is shown in its own."""
+    other = ~rows["op"].isin(rows.loc[rows["dtype"] == f.dtype, "op"])
+    keep = ((rows["dtype"] == f.dtype) | other) & (rows["timer"] == f.timer)
     if cache:
         keep &= rows["cache"] == f.cache
     if f.model:
@@ -284,7 +285,8 @@ def against(run, f, op, y):
 
 def caches(run, f, op):
     """One op at the smallest batch and largest context: cold, warm, in the model, and with the host's time."""
-    rows = run.op[(run.op["op"] == op) & (run.op["dtype"] == f.dtype)]
+    rows = run.op[run.op["op"] == op]
+    rows = rows[rows["dtype"] == (f.dtype if (rows["dtype"] == f.dtype).any() else rows["dtype"].iloc[0])]
     if f.model:
         rows = rows[rows["models"].map(lambda m: not m or f.model in map(str, m))]
     rows = rows[(rows["batch"] == rows["batch"].min()) & ~rows["suspect"]]

@@ -152,11 +152,10 @@ def twin_view(op):
         cuda, triton = twins.pair(op)
     except LabError as e:
         return {"missing": str(e).replace(str(twins.ROOT) + "/", "")}
-    show = lambda half, chunks: [{"first": c.first, "last": c.first + len(c.lines) - 1, "kernel": c.kernel,
-                                  "html": twins.highlight(half.language, textwrap.dedent(c.code))} for c in chunks if c.lines]
+    show = lambda half, chunks: [{"first": c.first, "last": c.first + len(c.lines) - 1, "kernel": c.kernel, "text": c.text,
+                                  "html": twins.highlight(half.language, textwrap.dedent(c.code))} for c in chunks if c.lines or c.text]
     steps = [{"title": f"{number}. {title}",
-              "halves": [{"label": style.backend(half.language).label, "texts": [t for t in (step.texts if step else []) if t],
-                          "chunks": show(half, step.chunks if step else [])}
+              "halves": [{"label": style.backend(half.language).label, "chunks": show(half, step.chunks if step else [])}
                          for half, step in ((cuda, left), (triton, right))]}
              for number, title, left, right in twins.rows(cuda, triton)]
     return {"op": op, "halves": [{"label": style.backend(h.language).label, "name": h.name, "header": h.header,
@@ -245,14 +244,22 @@ def numeric(frame, column):
 
 
 def html(views, title):
-    """The page as text."""
+    """The report as one page."""
+    return _render(title, views=views, only=None)
+
+
+def twin_page(op, facts):
+    """The two halves of an op as one page; facts: [(what, text)] above them."""
+    return _render(f"{op} in CUDA and in Triton", views=[], only={"facts": facts, "twin": twin_view(op)})
+
+
+def _render(title, **context):
     env = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True,
                              undefined=jinja2.StrictUndefined)
     env.filters["cell"] = cell
     env.globals["numeric"] = numeric
     light, dark = twins.highlight_css()
-    return env.get_template("page.html.j2").render(views=views, title=title, code_light=light, code_dark=dark,
-                                                   backends={n: style.BACKENDS[n] for n in ("cuda", "triton")})
+    return env.get_template("page.html.j2").render(title=title, code_light=light, code_dark=dark, **context)
 
 
 def markdown(views, title):

@@ -24,6 +24,7 @@ class Chunk:
     first: int
     lines: list
     kernel: str = ""
+    text: str = ""          # the comment under the step's title
 
     @property
     def code(self):
@@ -37,15 +38,14 @@ class Chunk:
             first += 1
         while lines and not lines[-1].strip():
             lines.pop()
-        return Chunk(first, lines, self.kernel)
+        return Chunk(first, lines, self.kernel, self.text)
 
 
 @dataclass
 class Step:
     number: int
     title: str
-    texts: list = field(default_factory=list)       # one paragraph a kernel
-    chunks: list = field(default_factory=list)
+    chunks: list = field(default_factory=list)      # one for each kernel of the file
 
 
 @dataclass
@@ -108,8 +108,7 @@ def cut(language, path, lines):
             step = steps.setdefault(number, Step(number, title))
             if step.title != title:
                 raise LabError(f"{path}:{i}: step {number} is called {title!r} here and {step.title!r} before")
-            step.texts.append(" ".join(t.strip() for t in text if t.strip()))
-            chunk = Chunk(i + 1, [], kernel)
+            chunk = Chunk(i + 1, [], kernel, " ".join(t.strip() for t in text if t.strip()))
             step.chunks.append(chunk)
             ended = False
             continue
