@@ -4,6 +4,7 @@ Pictures are 5.2 inches wide, so that their text can be read on a phone, and are
 for the dark one. Error bars are p10 and p90 of the samples.
 """
 import io
+import shlex
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -94,6 +95,19 @@ def ceiling_words(run):
         return "no ceiling measured"
     direction = run.ceiling.loc[run.ceiling["gbps"].idxmax(), "direction"]
     return f"ceiling {best:,.0f} GB/s ({direction}, measured in this run)"
+
+
+def command(what, ops=(), rows=None, model=None, *flags):
+    """The command line that measures these rows again and draws them: `lab bench WHAT NAMES ... && lab report ...`."""
+    words = ["lab bench", what, *map(shlex.quote, ops)]
+    if model:
+        words += ["--model", shlex.quote(model)]
+    for option in ("dtype", "batch", "context"):
+        values = pd.Series(dtype=object) if rows is None or option not in rows else rows[option].dropna()
+        values = values.mode()[:1] if option == "dtype" else sorted(set(values))
+        if len(values):
+            words += [f"--{option}", shlex.quote(",".join(v if isinstance(v, str) else f"{v:.0f}" for v in values))]
+    return " ".join([*words, *flags, "--out out/again && lab report out/again"])
 
 
 def names(backends):

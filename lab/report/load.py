@@ -177,15 +177,17 @@ def _check_bandwidth(run):
         # Warm figures come from the caches: they may exceed the ceiling and no bandwidth picture shows them.
         warm = frame.get("cache", pd.Series("", index=frame.index)) == "warm"
         frame.loc[(frame["of_ceiling"] > ABOVE) & (frame["flag"] == "") & ~warm, "flag"] = "above the ceiling"
-        frame["suspect"] = (frame["flag"] != "") & ~warm
+        frame["suspect"] = (frame["flag"] != "") & ~warm & (frame["us"] > 0)
+        if kind == "ledger":            # its other flags say how well the account adds up; its table shows them
+            frame["suspect"] &= frame["flag"] == "above the ceiling"
     suspects = run.suspects
     if len(suspects):
         why = suspects["flag"].value_counts()
         run.notices.append(Notice("warning", f"{len(suspects)} measurements are flagged ("
                                   + ", ".join(f"{count} {flag}" for flag, count in why.items())
                                   + f"); no bandwidth picture shows them and they count as no win. More than "
-                                    f"{ABOVE:.0%} of the ceiling means that the measurement is wrong or was "
-                                    "served by a cache."))
+                                    f"{ABOVE:.0%} of the ceiling means that the measurement is wrong or that caches "
+                                    "served it."))
 
 
 def _about_machine(run):
@@ -196,8 +198,9 @@ def _about_machine(run):
     if run.emulated:
         found.append(Notice("warning", "Emulated on a CPU: the CUDA half ran through its host build, the Triton half "
                                        "through the interpreter. Times say nothing about a GPU and no bandwidth is claimed."))
-    for e in run.envs:
-        found += [Notice("warning" if re.search("throttled|synthetic|left out", str(n), re.I) else "note", str(n)) for n in e.notes or []]
+    for note in (str(n) for e in run.envs for n in e.notes or []):
+        if not (run.emulated and note.startswith("emulated")):          # said above
+            found.append(Notice("warning" if re.search("throttled|synthetic|left out", note, re.I) else "note", note))
     after = next((e for e in run.envs if e.when == "after"), None)
     if after is None and not run.emulated:
         found.append(Notice("warning", "No env record from after the run: it was stopped early, or is still running."))

@@ -3,9 +3,8 @@ import numpy as np
 import pandas as pd
 
 from lab.report import style
-from lab.report.figures import (Figure, amount, conditions, from_zero_or_log, legend, line, log_ticks, names, plain_log,
+from lab.report.figures import (Figure, amount, command, conditions, from_zero_or_log, legend, line, log_ticks, names, plain_log,
                                 short, spread, times, unit, with_share)
-from lab.report.op_figures import command
 
 DIRECTIONS = {"read": ("o", "-"), "copy": ("s", "--"), "write": ("^", ":")}
 
@@ -38,7 +37,7 @@ def ceiling(run):
         "cannot reach it, which bounds small kernels too.",
         f"Lines of GB/s against stream size for {', '.join(rows['direction'].unique())}; best {rows['gbps'].max():,.0f} GB/s.",
         rows[["direction", "bytes", "backend", "gbps", "us", "us_p10", "us_p90", "n"]].rename(
-            columns={"gbps": "GB/s", "us": "median (us)", "us_p10": "p10 (us)", "us_p90": "p90 (us)"}), command(run), 2.6, draw)
+            columns={"gbps": "GB/s", "us": "median (us)", "us_p10": "p10 (us)", "us_p90": "p90 (us)"}), command("ops", ["embedding"]), 2.6, draw)
 
 
 def models(run):
@@ -107,7 +106,7 @@ def against(run, model, x):
         "Below: bytes that a step must read (weights and KV) over its time, as share of the measured ceiling.") + flagged,
         f"Lines of {names(rows['backend'])}: milliseconds per step" + (" and share of the ceiling" if panels == 2 else "")
         + f" against {x}, from {amount(rows[x].min())} to {amount(rows[x].max())}.",
-        _model_table(rows), command(run), 0.8 + 1.55 * panels, draw)
+        _model_table(rows), command("model", [model], rows), 0.8 + 1.55 * panels, draw)
 
 
 def _modes(rows):
@@ -164,7 +163,7 @@ def throughput(run, model):
         "The dash-dotted line is perfect scaling from the best first point. The figure at the end of each line is its linearity: "
         "its throughput over that of perfect scaling from its own smallest batch.",
         f"Lines of tokens per second of {names(rows['backend'])} against batch, with the ideal line.",
-        _model_table(rows), command(run), 2.9, draw)
+        _model_table(rows), command("model", [model], rows), 2.9, draw)
 
 
 def memory(run, model):
@@ -209,7 +208,7 @@ def memory(run, model):
                "peak_bytes_gib", "page_utilisation"]].rename(columns={
                    "context": "context (tokens)", "weight_bytes_gib": "weights (GiB)", "kv_bytes_gib": "KV (GiB)",
                    "workspace_bytes_gib": "workspace (GiB)", "steady_bytes_gib": "steady (GiB)", "peak_bytes_gib": "peak (GiB)",
-                   "page_utilisation": "KV pages in use"}), command(run), 0.9 + 0.3 * len(rows), draw)
+                   "page_utilisation": "KV pages in use"}), command("model", [model], rows), 0.9 + 0.3 * len(rows), draw)
 
 
 # The ledger of a token
@@ -281,15 +280,16 @@ def ledger(run, model):
     lead = [f"{bar}: {sums[bar].idxmax()} takes {sums[bar].max() / sums[bar].sum():.0%}" for bar in bars
             if bar in sums.index.get_level_values(0)]
     shown = with_share(rows).assign(of_token=100 * rows["of_token"])
-    columns = {"bar": "backend", "part": "op", "kernel": "kernel", "calls": "calls", "us": "us", "us_p10": "p10 (us)",
-               "us_p90": "p90 (us)", "n": "n", "bytes": "bytes", "gbps": "GB/s", "share": "of ceiling (%)", "of_token": "of token (%)"}
-    shown = shown[list(columns)].replace({"kernel": {"": None}}).dropna(axis="columns", how="all").rename(columns=columns)
+    columns = {"bar": "backend", "part": "op", "role": "use", "kernel": "kernel", "calls": "calls", "us": "us", "us_p10": "p10 (us)",
+               "us_p90": "p90 (us)", "n": "n", "bytes": "bytes", "gbps": "GB/s", "share": "of ceiling (%)", "of_token": "of token (%)",
+               "flag": "flag"}
+    shown = shown[[c for c in columns if c in shown]].replace({c: {"": None} for c in ("kernel", "role", "flag") if c in shown}).dropna(axis="columns", how="all").rename(columns=columns)
     return Figure(
         f"{model}-ledger", f"{model}: where one token goes, batch {amount(first['batch'])} @{amount(first['context'])}",
         conditions(run, rows, first["timer"]), "; ".join(lead) + ". " + "; ".join(off) + (". " if off else "") +
         "The black mark is the whole token as replayed; gaps are the time between kernels.",
-        f"Stacked bars, one per backend, of microseconds by op. {'; '.join(lead)}.", shown, f"lab ledger {model} --backend "
-        + ",".join(dict.fromkeys(rows["backend"])), 1.15 + 0.5 * len(bars), draw)
+        f"Stacked bars, one per backend, of microseconds by op. {'; '.join(lead)}.", shown, command("ledger", [model], rows.iloc[:1]),
+        1.15 + 0.5 * len(bars), draw)
 
 
 def _dark(color):
@@ -367,7 +367,7 @@ def swap(run, model, start="triton", end="cuda"):
         pd.DataFrame([{"step": s[0], f"change ({unit_name})": s[1][1] if s[1] else None, f"token ({unit_name})": s[2],
                        f"p10 ({unit_name})": s[3]["us_p10"].iloc[0] if s[3] is not None else None,
                        f"p90 ({unit_name})": s[3]["us_p90"].iloc[0] if s[3] is not None else None} for s in steps]),
-        f"lab ledger {model} --swap", 0.75 + 0.3 * len(steps), draw)
+        command("ledger", [model], alone.iloc[:1], None, "--swap"), 0.75 + 0.3 * len(steps), draw)
 
 
 def _end(row, us):

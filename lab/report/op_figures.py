@@ -8,7 +8,7 @@ from matplotlib.patches import Rectangle
 
 from lab.harness import compare
 from lab.report import style
-from lab.report.figures import (Figure, amount, conditions, from_zero_or_log, grid_of, legend, line, log_ticks, names, plain_log, short,
+from lab.report.figures import (Figure, amount, command, conditions, from_zero_or_log, grid_of, legend, line, log_ticks, names, plain_log, short,
                                 spread, times, unit, with_share)
 
 AHEAD = {"faster": "ahead", "slower": "behind"}
@@ -62,14 +62,6 @@ def label_of(row, context=True):
 
 def labelled(rows, context=True):
     return rows.assign(case=[label_of(r, context) for r in rows.itertuples()] if len(rows) else [])
-
-
-def command(run, ops=()):
-    env = run.env
-    asked = (env.settings or {}).get("command") if env is not None and isinstance(env.settings, dict) else None
-    if asked:
-        return str(asked)
-    return "lab bench ops" + (" --op " + ",".join(ops) if ops else "") + f" --out {run.path.parent}"
 
 
 def table(rows, *columns):
@@ -166,7 +158,7 @@ def utilisation(run, f):
             "One row per op and shape; the dotted line is the bandwidth that a plain stream reached on this card. "
             "Ops that move little are bound by their launch, not by memory, and stay far from it.")).strip(),
         f"Dot plot, one row per op: {what.lower()} of {names(backends)}. {won} {top}".strip(),
-        table(rows), command(run), 0.9 + 0.30 * len(order), draw)
+        table(rows), command("ops", (), rows, f.model), 0.9 + 0.30 * len(order), draw)
 
 
 def _best_words(rows):
@@ -230,7 +222,7 @@ def roofline(run, f):
         f"{amount(rows['batch'].min())} to {amount(rows['batch'].max())}. The arithmetic peak was not measured and is not drawn; ops that only move data have no place here.",
         f"Roofline on log axes: {len(rows)} points of {names(rows['backend'])} below the line of the measured bandwidth.",
         table(rows, "case", "backend", "batch", "intensity", "tflops", "us", "us_p10", "us_p90", "n", "gbps", "share")
-        .rename(columns={"intensity": "flop/byte", "tflops": "Tflop/s"}), command(run), 3.6, draw)
+        .rename(columns={"intensity": "flop/byte", "tflops": "Tflop/s"}), command("ops", (), rows, f.model), 3.6, draw)
 
 
 def against(run, f, op, y):
@@ -280,7 +272,7 @@ def against(run, f, op, y):
         ("Higher is better; the dotted line is the measured ceiling." if share else
          "Lower is better. A flat stretch is launch cost or weights, a rising one is the bytes that each sequence adds."),
         f"Lines of {names(rows['backend'])}: {what} of {op} against {x}, {len(panels)} panels.",
-        table(rows.sort_values(["panel", "backend", x])), command(run, [op]), 0.9 + 1.55 * -(-len(panels) // 2), draw)
+        table(rows.sort_values(["panel", "backend", x])), command("ops", [op], rows, f.model), 0.9 + 1.55 * -(-len(panels) // 2), draw)
 
 
 def caches(run, f, op):
@@ -320,7 +312,7 @@ def caches(run, f, op):
         "Cold: every call reads memory that no cache holds. Warm: the same buffers again. In model: weights cold, activations "
         "warm. Eager: launched one by one, the host's time included; the others are device time inside one graph.",
         f"Dot plot: time of one call of {biggest} by cache state for {names(backends)}.",
-        table(rows, "state", "backend", "us", "us_p10", "us_p90", "n", "gbps"), command(run, [op]), 0.9 + 0.38 * len(states),
+        table(rows, "state", "backend", "us", "us_p10", "us_p90", "n", "gbps"), command("ops", [op], rows, f.model), 0.9 + 0.38 * len(states),
         draw)
 
 
@@ -370,7 +362,7 @@ def crossover(run, f, a="cuda", b="triton"):
         f"Heat map of ops by batch. {score_words(counts, a, b)}",
         cells[["case", "batch", "a_us", "b_us", "ratio", "verdict"]].rename(columns={
             "case": "op", "a_us": f"{look_a.label} (us)", "b_us": f"{look_b.label} (us)", "ratio": f"{look_b.label} / {look_a.label}",
-            "verdict": f"{look_a.label} is"}), command(run), 0.5 + 0.27 * len(order), draw)
+            "verdict": f"{look_a.label} is"}), command("ops", (), cells, f.model), 0.5 + 0.27 * len(order), draw)
 
 
 def winners(run, f, op):
@@ -422,7 +414,7 @@ def winners(run, f, op):
         f"Heat map of the fastest backend of {op} by batch. {words}",
         cells[["case", "batch", "winner", "us", "second", "second_us", "verdict"]].rename(
             columns={"case": "op", "us": "median (us)", "second_us": "second (us)"}),
-        command(run, [op]), 0.5 + 0.36 * len(order), draw)
+        command("ops", [op], cells, f.model), 0.5 + 0.36 * len(order), draw)
 
 
 def of_op(run, f, op):
