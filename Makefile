@@ -33,8 +33,8 @@ oracle: build .venv/model  ## the model's logits against Hugging Face transforme
 	@$(PY) -m lab.setup_env --test
 	@$(PY) -m pytest -m oracle $(ARGS)
 
-gpu-check: build  ## needs a GPU: GPU tests, compute-sanitizer on every op, greedy text under both backends (OUT=..., MODEL=...)
-	@$(PY) -m lab.gpu_check --out $(or $(OUT),out/gpu-check) $(if $(MODEL),--model $(MODEL))
+gpu-check: build  ## needs a GPU: GPU tests, compute-sanitizer on every op, greedy text (OUT=... MODEL=... STEPS=tests,text)
+	@$(PY) -m lab.gpu_check --out $(or $(OUT),out/gpu-check) $(if $(MODEL),--model $(MODEL)) $(if $(STEPS),--steps $(STEPS))
 
 gpu-bench: build  ## needs a GPU: ops, models and ledger measured into OUT=... (QUICK=1: a few shapes)
 	@$(PY) -m lab bench ops --out $(or $(OUT),out/gpu-bench) $(if $(QUICK),--quick)

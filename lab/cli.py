@@ -15,8 +15,11 @@ from lab.errors import LabError
 VERBS = {       # verb: (room, what it does)
     "doctor": ("lab.doctor", "what this machine can run and what is missing"),
     "run": ("lab.model.run", "answer a prompt with a model, under the backend of your choice"),
+    "bench": ("lab.harness.bench", "measure ops, models or a token's ledger into records"),
+    "ledger": ("lab.harness.ledger", "one token, kernel by kernel"),
     "compare": ("lab.harness.compare", "did rows of run B get slower than those of run A?"),
     "report": ("lab.report.build", "draw records: pictures, a web page, a summary"),
+    "explain": ("lab.explain", "the CUDA and the Triton half of an op side by side, step by step"),
 }
 
 

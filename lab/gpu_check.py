@@ -1,0 +1,127 @@
+"""`make gpu-check`: what only a machine with an NVIDIA GPU can show. Every step runs, each with its own log in OUT.
+
+tests       the tests marked gpu
+check       every op, both backends, all dtypes and cases, against the reference
+memcheck    the small cases again under compute-sanitizer: no access outside an allocation
+racecheck   the small cases again: no two threads race for shared memory
+text        the model under both backends: the same greedy tokens in fp32, tokens per second in fp32 and bf16
+"""
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from lab.errors import LabError, Unavailable
+
+STEPS = ("tests", "check", "memcheck", "racecheck", "text")
+LAB = [sys.executable, "-m", "lab"]
+# Kernels of torch and cuBLAS are not ours to judge: the sanitizer looks at those whose name ends like ours.
+SANITIZER = ["--error-exitcode", "9", "--print-limit", "20", "--kernel-regex", "kns=_kernel"]
+PROMPT = "What is the capital of France?"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="make gpu-check", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--out", default="out/gpu-check", help="folder of the logs")
+    parser.add_argument("--model", help="model of the step text (default: smollm2-135m; random weights where it is absent)")
+    parser.add_argument("--steps", default=",".join(STEPS), help="which steps to run, with commas between (default: all)")
+    args = parser.parse_args(argv)
+    steps = args.steps.split(",")
+    unknown = set(steps) - set(STEPS)
+    if unknown:
+        raise LabError(f"unknown step {', '.join(sorted(unknown))}: choose from {', '.join(STEPS)}")
+
+    import torch
+    if not torch.cuda.is_available():
+        raise Unavailable("gpu-check needs an NVIDIA GPU and a CUDA build of torch; `make test` is for machines without")
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    print(f"on {torch.cuda.get_device_name()}, torch {torch.__version__}; logs in {out}/", flush=True)
+    for step in steps:
+        (out / f"{step}.log").unlink(missing_ok=True)
+    results = {step: run_step(step, out, args.model) for step in steps}
+    failed = [step for step, ok in results.items() if not ok]
+    print(f"gpu-check: {len(results) - len(failed)} steps passed, {len(failed)} failed" +
+          (f": {', '.join(failed)}" if failed else ""))
+    return 1 if failed else 0
+
+
+def run_step(step, out, model):
+    print(f"[{step}] ...", flush=True)
+    began = time.monotonic()
+    try:
+        ok, said = text(out, model) if step == "text" else logged(command(step), out / f"{step}.log")
+    except LabError as error:
+        ok, said = False, str(error)
+    print(f"[{step}] {'ok' if ok else 'FAILED'} in {time.monotonic() - began:.0f} s: {said}", flush=True)
+    return ok
+
+
+def command(step):
+    if step == "tests":
+        return [sys.executable, "-m", "pytest", "-q", "-m", "gpu and not oracle"]
+    check = [*LAB, "check", "--device", "cuda"]
+    return check if step == "check" else [sanitizer(), "--tool", step, *SANITIZER, *check, "--quick"]
+
+
+def sanitizer():
+    """compute-sanitizer's path: on PATH, or in the toolkit that nvcc belongs to."""
+    nvcc = shutil.which("nvcc")
+    roots = [os.environ.get("CUDA_HOME"), nvcc and Path(os.path.realpath(nvcc)).parent.parent, "/usr/local/cuda"]
+    places = [shutil.which("compute-sanitizer"), *(f"{root}/bin/compute-sanitizer" for root in roots if root)]
+    found = next((place for place in places if place and os.access(place, os.X_OK)), None)
+    if not found:
+        raise Unavailable("compute-sanitizer not found: it comes with the CUDA toolkit; put its folder on PATH")
+    return found
+
+
+def logged(words, log):
+    """Runs a command, its output appended to a log file; (whether it exited with 0, its last line)."""
+    # Without torch's caching allocator every tensor is an allocation of its own, so memcheck sees a step beyond it.
+    env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if "--tool" in words else None
+    with open(log, "a") as file:
+        file.write(f"$ {' '.join(map(str, words))}\n")
+        file.flush()
+        status = subprocess.run(words, stdout=file, stderr=subprocess.STDOUT, env=env).returncode
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return status == 0, lines[-1].strip("= ") + ("" if status == 0 else f" (exit status {status}; see {log})")
+
+
+def text(out, model):
+    """The same greedy tokens under both backends in fp32; bf16 rounds differently and is reported, not judged."""
+    from lab.model.weights import DEFAULT_MODEL, default_model_file
+
+    words = [*LAB, "run", model or DEFAULT_MODEL, "--device", "cuda", "--max-new-tokens", "64", "--no-stream"]
+    what, note = ["--prompt", PROMPT], ""
+    if model is None:
+        try:
+            default_model_file()
+        except LabError:
+            words += ["--weights", "random"]
+            what, note = ["--ids", "1,2,3,4,5"], "RANDOM WEIGHTS, for the model is not installed; "
+    said, runs = [], {}
+    for dtype in ("fp32", "bf16"):
+        for backend in ("cuda", "triton"):
+            with tempfile.NamedTemporaryFile(suffix=".json") as file:
+                ok, line = logged([*words, *what, "--backend", backend, "--dtype", dtype, "--json", file.name], out / "text.log")
+                if not ok:
+                    return False, f"{backend} {dtype}: {line}"
+                run = runs[backend, dtype] = json.loads(Path(file.name).read_text())
+            said.append(f"{backend} {dtype} {1e3 / statistics.median(run['decode_ms']):.0f} tokens/s")
+        same = runs["cuda", dtype]["output_ids"] == runs["triton", dtype]["output_ids"]
+        said.append(f"{dtype} tokens {'identical' if same else 'DIFFER'}")
+    (out / "text.json").write_text(json.dumps(list(runs.values()), indent=1) + "\n")
+    return runs["cuda", "fp32"]["output_ids"] == runs["triton", "fp32"]["output_ids"], note + ", ".join(said)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except LabError as error:
+        sys.exit(f"gpu-check: error: {error}")
