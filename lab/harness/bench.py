@@ -11,7 +11,6 @@ from lab.dispatch import BACKENDS, DTYPES, known
 from lab.errors import LabError
 from lab.harness import ceiling, crossover, ledger, model_bench, ops_bench, shapes, timing
 from lab.harness.session import Progress, Session
-from lab.model.config import preset
 from lab.ops import OPS
 
 DEFAULTS = {        # (device, quick): models, op batches, op contexts, model batches, model contexts, dtypes
@@ -74,7 +73,7 @@ def settings_of(args):
             known(name, [op.name for op in OPS], "op")
     chosen = names(args.model) if args.model else args.names if args.what != "ops" and args.names else list(models)
     for name in chosen:
-        preset(name)
+        shapes.preset(name)
     backends = [known(name, BACKENDS, "backend") for name in names(args.backend)] if args.backend else list(BACKENDS)
     dtypes = [known(name, list(DTYPES), "dtype") for name in names(args.dtype)] if args.dtype else list(dtypes)
     picked = bool(args.model or args.names and args.what != "ops")

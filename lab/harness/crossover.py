@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 from lab.errors import LabError
 from lab.harness import compare, records
-from lab.model.config import preset
+from lab.harness.shapes import preset
 
 BACKENDS = ("cuda", "triton", "torch")      # what `lab run` can dispatch to; vendors' kernels are in the torch backend
 

@@ -27,6 +27,7 @@ from lab.ops import find
 
 MARKER = "spin_kernel"          # torch.cuda._sleep's kernel: nothing else in a decode step is called so
 REPLAYS = 20                    # replays under the profiler
+NULLS = 32                      # kernels that do nothing, to tell a graph's launch from a kernel's
 TOLERANCE = 0.03                # of the token, for what is unexplained
 
 
@@ -52,8 +53,8 @@ class Recorder:
 
         def call(*args, **options):
             given = {k: v for k, v in options.items() if k != "out"}
-            self.calls.append(Call(name, self._role(name, args, given), int(op.nbytes(*args, **given)),
-                                   functools.partial(run, *args, **options)))
+            nbytes = 0 if self.mark else int(op.nbytes(*args, **given))     # it may read the device: no kernels of its own here
+            self.calls.append(Call(name, self._role(name, args), nbytes, functools.partial(run, *args, **options)))
             if self.mark:
                 torch.cuda._sleep(1)
             result = run(*args, **options)
@@ -62,11 +63,11 @@ class Recorder:
             return result
         return call
 
-    def _role(self, name, args, options):
+    def _role(self, name, args):
         if name == "linear":
             return self.roles.get((name, tuple(args[1].shape)))
         if name == "rmsnorm":
-            return self.roles.get((name, args[0].shape[1] if args[0].dim() == 3 else 1), "hidden")
+            return self.roles.get((name, args[0].shape[1] if args[0].dim() == 3 else None))
         return None
 
 
@@ -74,7 +75,7 @@ def _signature(op, shape):
     """What tells the uses of one op apart by the arguments alone."""
     if op == "linear":
         return shape["n"], shape["k"]
-    return shape.get("groups", 1)
+    return shape.get("groups")
 
 
 def record_step(decoder, mark=False):
@@ -148,9 +149,12 @@ def kernel_times(events, order, replays):
     return [timing.summarize(s) for s in samples]
 
 
-def account(base, calls, order, times, token, alone, ceilings):
+def account(base, calls, order, times, token, alone, launch_us, ceilings):
     """The ledger's rows. base: LedgerRow fields common to all. times: Stats per place of `order`. token: Stats.
-    alone: op -> Stats of a graph of that op's calls only."""
+
+    alone: op -> Stats of a graph of that op's calls only. launch_us: what a graph's own launch adds to its kernels; the
+    token pays it once, and so must the graphs of the ops together.
+    """
     groups = defaultdict(list)                       # (op, role, kernel) -> places; ordered by first appearance
     for place, (index, name) in enumerate(order):
         call = calls[index] if index is not None else None
@@ -178,7 +182,7 @@ def account(base, calls, order, times, token, alone, ceilings):
         rows.append(row)
     kernels = sum(r.us for r in rows)
     other = sum(r.us for r in rows if r.op == "other")
-    together = sum(s.us for s in alone.values()) + other
+    together = sum(s.us - launch_us for s in alone.values()) + launch_us + other
     gap, unexplained = together - kernels, token.us - together
     rows.append(LedgerRow(**base, row="gap", us=gap, of_token=gap / token.us, timer="graph", calls=len(order),
                           note="graphs of each op alone, minus their kernels' time stamps"))
@@ -233,23 +237,32 @@ def measure(session, rig, name, dtype_name, batch, context, weights_kind, swap, 
 
 
 def measure_backend(base, rig, weights, ops, batch, context):
+    device_events(lambda: torch.zeros(1, device=rig.device))     # the profiler attaches before any graph is captured
     decoder = Decoder(weights, ops, batch, context + 1, plan=base["plan"])
     model_bench.fill(decoder, batch, context)
     decoder.prepare()
     step = model_bench.timed_step(decoder, "graph")
-    calls = record_step(decoder)
+    calls = record_step(decoder)                     # with bytes; the marked step below has the kernels
     entries = {"token": step}
     for op in dict.fromkeys(c.op for c in calls):
         entries[op] = timing.GraphTimed([_all([c.again for c in calls if c.op == op])], rig.flush)
+    one = torch.zeros(1, device=rig.device)
+    for count in (1, 1 + NULLS):                     # what a graph costs beyond its kernels: see account()
+        entries[f"{count} nulls"] = timing.GraphTimed([_all([functools.partial(one.add_, 1)] * count)])
     stats = timing.measure(entries, rig.seconds * len(entries), 20, 200)
-    token = stats.pop("token")
+    token, single, many = (stats.pop(key) for key in ("token", "1 nulls", f"{1 + NULLS} nulls"))
+    launch_us = max(0.0, single.us - (many.us - single.us) / NULLS)
     marked = []
-    outside = split_by_marks(device_events(lambda: marked.extend(record_step(decoder, mark=True))), marked)
+    split = device_events(lambda: marked.extend(record_step(decoder, mark=True)))
+    outside = split_by_marks(split, marked)
+    for call, seen in zip(calls, marked, strict=True):
+        call.kernels = seen.kernels
     # Restoring the state copies two small tensors after the step; they are not part of it.
-    order = sequence(marked, [(i, n) for i, n in outside if "Memcpy" not in n])
+    order = sequence(calls, [(i, n) for i, n in outside if "Memcpy" not in n])
     graph = decoder.graphs[GREEDY][0]
     events = device_events(lambda: [graph.replay() for _ in range(REPLAYS)])
-    rows = account(base, calls, order, kernel_times(events, order, REPLAYS), token, stats, rig.ceilings)
+    rows = account(base, calls, order, kernel_times(events, order, REPLAYS), token, stats, launch_us,
+                   rig.ceilings)
     for entry in entries.values():
         entry.close()
     return rows

@@ -144,7 +144,7 @@ def _measure(session, rig, weights, rows, batch, context, peer):
     for timer in ("graph", "event", "wall"):
         group = [(r, t) for r, t in entries if t.timer == timer and not r.error]
         try:
-            limits = (1, 5) if timer == "wall" else (20, 300)
+            limits = (2, 5) if timer == "wall" else (20, 300)
             stats = timing.measure({i: t for i, (_, t) in enumerate(group)}, rig.seconds * 4, *limits) if group else {}
         except Exception as e:
             stats = {}

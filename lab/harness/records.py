@@ -211,8 +211,9 @@ KINDS = {c.kind: c for c in (Env, Ceiling, OpRow, ModelRow, LedgerRow)}
 
 
 def to_line(record):
-    """The record as one line of JSON, newline included. Null fields are left out."""
-    body = {k: v for k, v in dataclasses.asdict(record).items() if v is not None}
+    """The record as one line of JSON, newline included. Null fields are left out; six digits are kept."""
+    body = {k: float(f"{v:.6g}") if isinstance(v, float) else v
+            for k, v in dataclasses.asdict(record).items() if v is not None}
     # Not a number is no JSON, and a record that holds one is a bug in whoever measured.
     return json.dumps({"schema": SCHEMA, "kind": record.kind, **body}, allow_nan=False, separators=(",", ":")) + "\n"
 

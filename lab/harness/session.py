@@ -1,6 +1,6 @@
 """One bench run: its id, what it has recorded, its deadline, its progress. A stopped run is resumed by asking again."""
 import datetime
-import os
+import secrets
 import sys
 import time
 
@@ -24,7 +24,7 @@ class Session:
         self.run, self.resumed = self._continue(found, now, fresh), True
         if self.run is None:
             stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%S")
-            self.run, self.resumed = f"{stamp}-{os.getpid():x}", False
+            self.run, self.resumed = f"{stamp}-{secrets.token_hex(2)}", False
         self.rows = found.of_run(self.run)
         self.done = {records.key(r) for r in self.rows}
         self.writer = records.Writer(self.path)

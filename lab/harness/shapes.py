@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lab.dispatch import DTYPES
+from lab.dispatch import DTYPES, known
 from lab.harness import records
-from lab.model.config import preset
+from lab.model.config import PRESETS
 from lab.ops import OPS
 from lab.ops.decode_attention import Workspace, choose_splits
 
@@ -37,6 +37,11 @@ class Point:
     @property
     def identity(self):
         return self.op, self.batch, self.context, records.freeze(self.shape)
+
+
+def preset(name):
+    """The configuration of a preset; raises LabError for an unknown name."""
+    return PRESETS[known(name, list(PRESETS), "model")]
 
 
 def uses(c):

@@ -1,0 +1,484 @@
+"""The harness: statistics, buffers, ceilings, shapes, resume, errors as rows, the ledger's account; on a GPU, known answers."""
+import argparse
+import dataclasses
+import itertools
+import json
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from lab.dispatch import Rand, select
+from lab.errors import LabError
+from lab.harness import bench, card, ceiling, crossover, ledger, model_bench, ops_bench, records, shapes, timing
+from lab.harness.ceiling import Ceilings
+from lab.harness.records import Ceiling, LedgerRow, OpRow
+from lab.model.config import PRESETS
+from lab.model.weights import RandomSource, load
+from lab.ops import OPS, find
+
+MIB = 1 << 20
+TINY = dataclasses.replace(PRESETS["smollm2-135m"], name="tiny", layers=2, hidden=64, intermediate=96, q_heads=2,
+                           kv_heads=1, vocab=257, max_positions=128)
+TINY_QK = dataclasses.replace(TINY, name="tiny-qk", architecture="qwen3", qk_norm=True)
+gpu = pytest.mark.gpu
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A preset small enough to bench on a CPU in milliseconds."""
+    monkeypatch.setitem(PRESETS, "tiny", TINY)
+    monkeypatch.setattr(card, "commit", lambda: "c0ffee")      # the tree may be edited while the tests run
+    return TINY
+
+
+def run_bench(*argv):
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    return bench.main(parser.parse_args([str(a) for a in argv]))
+
+
+# Statistics and sampling
+
+def test_percentiles_are_numpys():
+    rng = np.random.default_rng(0)
+    for n in (1, 2, 3, 10, 57):
+        s = rng.random(n).tolist()
+        got = timing.summarize(s)
+        want = np.percentile(s, [50, 10, 90, 99])
+        assert np.allclose([got.us, got.us_p10, got.us_p90, got.us_p99], want) and got.n == n
+
+
+class Fake:
+    """Something to sample that notes when it was sampled."""
+    host = True
+
+    def __init__(self, name, log, us, timer="wall"):
+        self.name, self.log, self.us, self.timer, self.first_us = name, log, itertools.cycle(us), timer, 1.0
+
+    def sample(self):
+        self.log.append(self.name)
+        return next(self.us)
+
+    def read(self, sample):
+        return sample
+
+
+def test_samples_are_interleaved_abba():
+    log = []
+    got = timing.measure({"a": Fake("a", log, [1.0]), "b": Fake("b", log, [2.0])}, 0.0, least=3, most=3)
+    # The host's entries sit the first round out: it is there for graphs, whose first replay finds an empty queue.
+    assert "".join(log) == "baabba"
+    assert got["a"].us == 1.0 and got["b"].us == 2.0 and got["a"].n == got["b"].n == 3
+
+
+def test_sampling_stops_by_time_between_its_bounds():
+    slow = timing.WallTimed(lambda: time.sleep(0.01))
+    start = time.perf_counter()
+    got = timing.measure({"slow": slow}, 0.1, least=2, most=1000)["slow"]
+    assert 5 <= got.n <= 10 and time.perf_counter() - start < 1.0
+    assert 10_000 <= got.us < 20_000
+
+
+# Buffers
+
+def test_clones_are_distinct_memory_with_the_same_views():
+    q, k, positions, table = find("rope").inputs(Rand("cpu", torch.float32), batch=3, q_heads=4, kv_heads=2, head_dim=64)
+    q2, k2, positions2, _ = timing.clone_args((q, k, positions, 1.5))
+    assert q2.stride() == q.stride() and torch.equal(q2, q) and torch.equal(k2, k) and torch.equal(positions, positions2)
+    assert q2.untyped_storage().data_ptr() == k2.untyped_storage().data_ptr() != q.untyped_storage().data_ptr()
+    q2.zero_()
+    assert q.abs().sum() > 0 and torch.equal(k2, k)
+
+
+@pytest.mark.parametrize("nbytes", [12 << 10, MIB, 7 * MIB, 50 * MIB, 300 * MIB, 2 << 30])
+def test_cold_sets_rotate_through_five_times_l2_or_are_flushed(nbytes):
+    l2 = 50 * MIB
+    sets, calls, flush = timing.plan_sets(nbytes, l2)
+    assert sets >= 2 and calls % sets == 0
+    assert flush or sets * nbytes >= 5 * l2
+    assert not flush or calls == sets               # between two flushes a set is used once
+    assert calls <= 1000
+
+
+def test_cold_sets_respect_the_memory():
+    assert timing.plan_sets(MIB, 50 * MIB, 10 * MIB, 100 * MIB) == (10, 10, True)
+
+
+# Ceilings
+
+def curve(direction="read", t0_ns=2000.0, gbps=3000.0):
+    """Rows of a card whose streams take a fixed time plus bytes over bandwidth."""
+    return [Ceiling("r", direction, "cuda", size, us=(t0_ns + size / gbps) / 1e3, gbps=size / (t0_ns + size / gbps))
+            for size in ceiling.SIZES]
+
+
+def test_ceiling_is_the_best_and_short_streams_are_held_to_what_they_can_reach():
+    slow = [dataclasses.replace(r, backend="triton", gbps=r.gbps * 0.9) for r in curve()]
+    c = Ceilings.of(curve() + slow)
+    assert c.best("read") == pytest.approx(3000, rel=0.01) and c.best("copy") is None
+    for nbytes in (100_000, 3 * MIB, 100 * MIB, 2 << 30):
+        assert c.at("read", nbytes) == pytest.approx(nbytes / (2000 + nbytes / 3000), rel=1e-3)
+    assert c.at("read", 16 << 30) == c.curves["read"][-1][1]
+
+
+def test_shares_and_flags():
+    c = Ceilings.of(curve())
+    half = c.fields("read", 300 * MIB, 300 * MIB / 1500 / 1e3)
+    assert half["gbps"] == pytest.approx(1500) and half["of_ceiling"] == pytest.approx(0.5, rel=0.01) and not half["flag"]
+    assert half["of_stream"] > half["of_ceiling"]
+    assert c.fields("read", 300 * MIB, 300 * MIB / 3300 / 1e3)["flag"] == "above the ceiling"
+    assert c.fields("read", MIB, 0.1, "warm", 50 * MIB)["flag"] == "fits in L2"
+    assert Ceilings().fields("read", MIB, 1.0) == {}            # no ceiling, no claim
+
+
+def test_pieces_of_the_arena_are_distinct():
+    arena, sink = torch.zeros(4096, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
+    reads = ceiling.pieces(arena, "read", 4096, sink)
+    copies = ceiling.pieces(arena, "copy", 4096, sink)
+    assert len(reads) == 4 and {p.data_ptr() for p, _ in reads} == {arena.data_ptr() + 4096 * i for i in range(4)}
+    assert all(src.nbytes == dst.nbytes == 2048 for src, dst in copies) and len(copies) == 4
+    assert not {s.data_ptr() for s, _ in copies} & {d.data_ptr() for _, d in copies}
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("words", [4, 1028, 40_000])
+def test_stream_kernels_copy_every_word(backend, words):
+    src = torch.randint(-2**31, 2**31 - 1, (words,), dtype=torch.int32)
+    dst = torch.zeros_like(src)
+    if backend == "cuda":
+        host = pytest.importorskip("lab._host")
+        ceiling.cuda_call(host, 1, src, dst, 2, 64)()
+    else:
+        ceiling.triton_call(1, src, dst, 3, 1024, 4)()
+    assert torch.equal(src, dst)
+
+
+# The card
+
+def test_nvidia_smi_is_parsed_and_gaps_are_none():
+    got = card.parse_query("580.1, 1980, 2619, [N/A], 120.5, 700.00, 35, Enabled, 0x0000000000000025", card.QUERY)
+    assert got["driver"] == "580.1" and got["sm_mhz"] == 1980 and got["sm_max_mhz"] is None
+    assert got["throttle"] == ["software power cap", "software thermal"]        # 0x1, idle, is none
+
+
+# Shapes
+
+@pytest.mark.parametrize("model", shapes.MODELS)
+def test_every_point_of_a_preset_has_its_uses(model):
+    c = PRESETS[model]
+    found = shapes.points([model], (1, 64), (1024, 8192))
+    assert {p.op for p in found} == {op.name for op in OPS}
+    linears = {p.role: p.shape for p in found if p.op == "linear"}
+    assert linears["qkv"]["n"] == (c.q_heads + 2 * c.kv_heads) * c.head_dim and linears["lm_head"]["n"] == c.vocab
+    assert {(p.batch, p.context) for p in found if p.op == "decode_attention"} <= {
+        (b, n) for b in (1, 64) for n in (1024, 8192)}
+    assert all(json.loads(json.dumps(p.shape)) == p.shape for p in found)
+
+
+def test_equal_shapes_of_two_models_are_one_point_of_both():
+    found = shapes.points(["llama-3.2-1b", "llama-3.1-8b"], (1,), (1024,))
+    sample = [p for p in found if p.op == "sample"]
+    assert len(sample) == 1 and sample[0].models == ("llama-3.2-1b", "llama-3.1-8b")
+    assert len({p.identity for p in found}) == len(found)
+
+
+def test_points_of_an_op_that_no_model_uses_come_from_its_contract(monkeypatch):
+    other = dataclasses.replace(find("silu_mul"), name="other")
+    monkeypatch.setattr(shapes, "OPS", (*OPS, other))
+    found = shapes.points(["smollm2-135m"], ops=["other"])
+    assert len(found) == len(other.cases)
+    args, _ = shapes.arguments(other, found[0], Rand("cpu", torch.float32), 1)
+    other.validate(*args)
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_QK])
+def test_arguments_pass_the_contract(config, monkeypatch):
+    monkeypatch.setitem(PRESETS, config.name, config)
+    for point in shapes.points([config.name], (1, 3), (5, 64)):
+        op = find(point.op)
+        dtype = torch.float32
+        args, used = shapes.arguments(op, point, Rand("cpu", dtype), 132)
+        op.validate(*args)
+        assert op.nbytes(*args) > 0
+        assert (point.op == "decode_attention") == ("splits" in used)
+        assert all(i < len(args) for i in shapes.COLD.get(point.op, ()))
+
+
+# The benches on a CPU
+
+def test_ops_bench_records_emulated_rows_and_nothing_it_did_not_measure(tiny, tmp_path, capsys):
+    assert run_bench("ops", "--model", "tiny", "--backend", "torch", "--device", "cpu", "--context", "16", "--out", tmp_path,
+                     "--seconds", "0.001") == 0
+    rows = records.read(tmp_path).rows
+    ops = [r for r in rows if r.kind == "op"]
+    assert {r.op for r in ops} == {op.name for op in OPS}
+    assert all(r.timer == "wall" and r.emulated and r.us > 0 and r.n >= 2 for r in ops)
+    assert all(r.gbps is None and r.of_ceiling is None and r.error is None for r in ops)
+    assert [r.when for r in rows if r.kind == "env"] == ["before", "after"]
+    assert not [r for r in rows if r.kind == "ceiling"]
+
+
+def test_a_failing_backend_is_an_error_row_and_the_others_are_measured(tiny, tmp_path, capsys, monkeypatch):
+    def broken(*args, **options):
+        raise RuntimeError("kernel silu_mul_kernel:\n too many resources")
+
+    ops = select("torch", "cpu")
+    other = select("torch", "cpu")
+    other.silu_mul = broken
+    monkeypatch.setattr(ops_bench, "select", lambda name, device: {"torch": ops, "triton": other}[name])
+    run_bench("ops", "silu_mul", "--model", "tiny", "--backend", "torch,triton", "--device", "cpu", "--out", tmp_path)
+    rows = {r.backend: r for r in records.read(tmp_path).of_kind("op")}
+    assert rows["torch"].us > 0 and rows["torch"].verdict == {}
+    assert rows["triton"].us is None and rows["triton"].error == "RuntimeError: kernel silu_mul_kernel: too many resources"
+    assert "too many resources" in capsys.readouterr().out
+
+
+def test_a_stopped_bench_goes_on_where_it_was(tiny, tmp_path, capsys):
+    ask = ["ops", "--model", "tiny", "--backend", "torch", "--device", "cpu", "--context", "16", "--seconds", "0.001",
+           "--out", tmp_path]
+    run_bench(*ask, "--budget-minutes", "0")
+    first = records.read(tmp_path)
+    assert [r.kind for r in first.rows] == ["env"] and "goes on from here" in capsys.readouterr().out
+    run_bench(*ask)
+    full = records.read(tmp_path)
+    assert full.runs() == first.runs() and "was stopped; going on" in capsys.readouterr().err
+    keys = [records.key(r) for r in full.rows]
+    assert len(keys) == len(set(keys)) > 10 and full.rows[-1].when == "after"
+
+    # Killed in the middle: only what is missing is measured again.
+    lines = full.path.read_text().splitlines(True)
+    full.path.write_text("".join(lines[:5]) + lines[5][:30])
+    run_bench(*ask)
+    again = records.read(tmp_path)
+    assert again.runs() == first.runs() and again.rows[:5] == full.rows[:5]
+    assert {records.key(r) for r in again.rows} == set(keys) and len(again.rows) == len(keys)
+
+    # A complete run, other settings or another commit: a new run.
+    run_bench(*ask)
+    run_bench(*ask, "--batch", "2", "--budget-minutes", "0")
+    run_bench(*ask, "--budget-minutes", "0")
+    assert len(records.read(tmp_path).runs()) == 4
+
+
+def test_model_bench_has_the_four_indicators(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(model_bench, "open_source", lambda name, kind: RandomSource(TINY))
+    run_bench("model", "tiny", "--backend", "torch", "--device", "cpu", "--batch", "1,2", "--context", "16", "--out", tmp_path)
+    rows = records.read(tmp_path).of_kind("model")
+    assert [(r.batch, r.context, r.mode, r.timer) for r in rows] == [(1, 16, "eager", "wall"), (2, 16, "eager", "wall")]
+    for r in rows:
+        assert r.error is None and r.emulated and r.gbps is None
+        assert r.tokens_per_s == pytest.approx(r.batch / r.us * 1e6, rel=1e-4)
+        assert r.us_p10 <= r.us <= r.us_p90 <= r.us_p99 and r.ttft_ms > 0
+        assert r.weight_bytes == TINY.parameters * 4 and r.page_utilisation == pytest.approx(16 / 32)
+        assert r.kv_bytes == 2 * TINY.layers * r.batch * 32 * TINY.kv_width * 4
+        assert r.bytes == r.weight_bytes + r.batch * 17 * 2 * TINY.layers * TINY.kv_width * 4
+    assert rows[0].linearity == 1.0
+    assert rows[1].linearity == pytest.approx(rows[1].tokens_per_s / rows[0].tokens_per_s / 2, rel=1e-3)
+
+
+def test_a_benchmarked_step_always_does_the_same_work(tiny):
+    weights = load(RandomSource(TINY), torch.float32, "cpu")
+    decoder = model_bench.Decoder(weights, select("torch", "cpu"), 2, 17)
+    model_bench.fill(decoder, 2, 16)
+    step = model_bench.timed_step(decoder, "eager")
+    step.sample()
+    assert decoder.positions.tolist() == [17, 17]           # one step after 16 tokens of context, however often
+    step.sample()
+    assert decoder.positions.tolist() == [17, 17] and decoder.context_lens.tolist() == [18, 18]
+
+
+@pytest.mark.parametrize("argv, said", [
+    (["ops", "rmsnorn"], "did you mean rmsnorm"),
+    (["model", "lama"], "unknown model"),
+    (["ops", "--backend", "cudnn"], "unknown backend"),
+    (["ops", "--dtype", "int3"], "unknown dtype"),
+    (["ops", "--batch", "1,x"], "positive integers"),
+    (["ops", "--context", "0"], "positive integers"),
+    (["ledger", "smollm2-135m", "--device", "cpu", "--backend", "torch"], "needs a GPU"),
+])
+def test_bad_input_is_one_line(argv, said, tmp_path):
+    with pytest.raises(LabError, match=said):
+        run_bench(*argv, "--out", tmp_path)
+
+
+# The ledger's arithmetic, on made-up device events
+
+def test_calls_of_a_step_have_roles_and_bytes(tiny):
+    weights = load(RandomSource(TINY_QK), torch.float32, "cpu")
+    decoder = model_bench.Decoder(weights, select("torch", "cpu"), 1, 17)
+    model_bench.fill(decoder, 1, 16)
+    before = decoder.positions.tolist()
+    calls = ledger.record_step(decoder)
+    assert decoder.positions.tolist() == before
+    names = [(c.op, c.role) for c in calls]
+    assert names[0] == ("embedding", None) and names[-2:] == [("linear", "lm_head"), ("sample", None)]
+    for role, count in (("qkv", 2), ("o", 2), ("gate_up", 2), ("down", 2), ("lm_head", 1)):
+        assert names.count(("linear", role)) == count
+    assert names.count(("rmsnorm", "hidden")) == 5 and names.count(("rmsnorm", "q_head")) == 2
+    # Weights but the norms, plus 17 tokens of KV: what the step must read at least.
+    moved = sum(c.nbytes for c in calls if c.op in ("linear", "decode_attention"))
+    least = model_bench.step_bytes(weights, 1, 17)
+    assert least * 0.98 < moved < least * 1.2
+    attention = [c for c in calls if c.op == "decode_attention"]
+    attention[0].again()                                    # a call can be made again, in place
+
+
+def events_of(*names):
+    return [(name, i * 10, 1000 * (i + 1)) for i, name in enumerate(names)]
+
+
+def two_calls():
+    return [ledger.Call("linear", "qkv", 3_000_000, None), ledger.Call("silu_mul", None, 500, None)]
+
+
+def test_kernels_are_given_to_the_calls_between_their_marks():
+    m, calls = "at::cuda::spin_kernel(long)", two_calls()
+    outside = ledger.split_by_marks(events_of("Memcpy DtoD", m, "gemv", "reduce", m, m, "silu", m, "add"), calls)
+    assert [c.kernels for c in calls] == [["gemv", "reduce"], ["silu"]]
+    assert outside == [(-1, "Memcpy DtoD"), (1, "add")]
+    order = ledger.sequence(calls, [o for o in outside if "Memcpy" not in o[1]])
+    assert order == [(0, "gemv"), (0, "reduce"), (1, "silu"), (None, "add")]
+    with pytest.raises(LabError, match="marked calls"):
+        ledger.split_by_marks(events_of(m, "gemv", m), two_calls())
+    with pytest.raises(LabError, match="kernels a step"):
+        ledger.kernel_times(events_of("gemv", "reduce", "silu"), order, 1)
+    with pytest.raises(LabError, match="kernel 1 of the graph is other"):
+        ledger.kernel_times(events_of("gemv", "other", "silu", "add"), order, 1)
+
+
+def stats(us, n=20):
+    return timing.Stats(us, us * 0.99, us * 1.01, us * 1.02, n)
+
+
+def test_the_account_adds_up_to_the_token():
+    base = dict(run="r", model="m", backend="cuda", plan="basic", dtype="bf16", batch=1, context=16)
+    calls, order = two_calls(), [(0, "void gemv<float>(int)"), (0, "reduce"), (1, "silu"), (None, "add")]
+    rows = ledger.account(base, calls, order, [stats(1.5), stats(0.5), stats(0.8), stats(0.7)], stats(8.0),
+                          {"linear": stats(5.0), "silu_mul": stats(3.5)}, 1.5, Ceilings.of(curve() + curve("copy")))
+    assert all(isinstance(r, LedgerRow) for r in rows)
+    by_kind = {r.row: r for r in rows if r.row != "kernel"}
+    parts = [r for r in rows if r.row != "total"]
+    assert sum(r.us for r in parts) == pytest.approx(8.0) and sum(r.of_token for r in parts) == pytest.approx(1.0)
+    # The ops' graphs less a launch each, one launch, and what no op launched: (5 - 1.5) + (3.5 - 1.5) + 1.5 + 0.7.
+    assert by_kind["gap"].us == pytest.approx(7.7 - 3.5) and by_kind["unexplained"].us == pytest.approx(0.3)
+    assert by_kind["unexplained"].flag == "above 3% of the token"
+    kernels = {r.kernel: r for r in rows if r.row == "kernel"}
+    assert kernels["gemv"].bytes == 3_000_000 and kernels["gemv"].gbps == pytest.approx(2000)
+    assert kernels["reduce"].bytes is None and kernels["silu"].of_ceiling is None and kernels["add"].op == "other"
+    text = ledger.text_of(rows)
+    assert "linear qkv" in text and "unexplained" in text and "total" in text
+
+
+def test_kernel_names_are_shortened():
+    assert ledger.short("void lab::(anonymous namespace)::gemv_kernel<__nv_bfloat16, 4>(float const*, int)") == "gemv_kernel"
+    assert ledger.short("rmsnorm_kernel") == "rmsnorm_kernel"
+
+
+# Crossover
+
+def op_row(op, backend, us, batch=1, context=None, role=None, spread=0.001):
+    return OpRow("r", op, backend, "bf16", batch, {"role": role or ""}, context, "cold", "graph", role=role,
+                 models=["llama-3.2-1b"], us=us, us_p10=us * (1 - spread), us_p90=us * (1 + spread), n=30)
+
+
+def test_crossover_weighs_shapes_by_their_calls_and_marks_what_is_ambiguous(tmp_path, capsys):
+    rows = [op_row("linear", "cuda", 10.0, role="qkv"), op_row("linear", "triton", 11.0, role="qkv"),
+            op_row("linear", "cuda", 150.0, role="lm_head"), op_row("linear", "triton", 140.0, role="lm_head"),
+            op_row("decode_attention", "cuda", 9.0, context=1024), op_row("decode_attention", "triton", 8.0, context=1024),
+            op_row("decode_attention", "cuda", 20.0, context=8192, spread=0.2),
+            op_row("decode_attention", "triton", 22.0, context=8192, spread=0.2),
+            op_row("rope", "cuda", 2.0)]
+    env = records.Env("r", "before", "cuda")
+    found = {(c.op, c.context): c for c in crossover.cells(rows, "llama-3.2-1b")}
+    linear = found["linear", None]
+    assert linear.us == {"cuda": 16 * 10 + 150, "triton": 16 * 11 + 140} and linear.winner == "cuda"
+    assert found["decode_attention", 1024].winner == "triton" and found["decode_attention", 1024].verdict == "faster"
+    assert found["decode_attention", 8192].verdict == "ambiguous" and found["rope", None].verdict == "alone"
+    with records.Writer(tmp_path) as w:
+        w.append(env, *rows)
+    run_bench("crossover", "llama-3.2-1b", "--out", tmp_path, "--export", tmp_path / "table.json")
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert {"batch": 1, "context": 1024, "backend": "triton", "ambiguous": False} in table["decode_attention"]
+    assert table["decode_attention"][1]["ambiguous"] is True
+    assert "linear" in capsys.readouterr().out
+    with pytest.raises(LabError, match="no op records of smollm2-135m"):
+        run_bench("crossover", "smollm2-135m", "--out", tmp_path)
+
+
+# Known answers on a GPU
+
+@pytest.fixture(scope="module")
+def measured():
+    """The quick ceilings of this card."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    rows = [r for rows in ceiling.measure("r", quick=True) for r in rows]
+    return rows, Ceilings.of(rows)
+
+
+@gpu
+def test_every_launch_shape_of_the_ceiling_ran(measured):
+    rows, ceilings = measured
+    assert [r.error for r in rows if r.error] == []
+    assert {r.backend for r in rows} >= {"triton", "torch"}
+    for direction in ceiling.DIRECTIONS:
+        speeds = [gbps for _, gbps in ceilings.curves[direction]]
+        assert speeds[-1] > 2 * speeds[0]                   # a short stream cannot reach the ceiling
+
+
+@gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_a_copy_is_the_ceiling_and_a_kernel_at_half_speed_is_half_of_it(measured, backend):
+    ceilings, size = measured[1], 1024 * MIB
+    p = torch.cuda.get_device_properties(0)
+    src = torch.empty(size // 8, dtype=torch.int32, device="cuda").random_()
+    dst = torch.empty_like(src)
+    timed = {}
+    for passes in (1, 2):
+        if backend == "cuda":
+            from lab import _cuda
+            call = min((ceiling.cuda_call(_cuda, 1, src, dst, s["blocks_per_sm"] * p.multi_processor_count, s["threads"], passes)
+                        for s in ceiling.CUDA_SHAPES), key=quickly)
+        else:
+            call = min((ceiling.triton_call(1, src, dst, s["programs_per_sm"] * p.multi_processor_count, s["block"],
+                                            s["warps"], passes) for s in ceiling.TRITON_SHAPES), key=quickly)
+        timed[passes] = timing.GraphTimed([call] * 2)
+    got = timing.measure(timed, 0.5)
+    reached = ceilings.at("copy", size)
+    assert size / got[1].us / 1e3 == pytest.approx(reached, rel=0.03)
+    assert size / got[2].us / 1e3 == pytest.approx(reached / 2, rel=0.03)
+
+
+def quickly(call):
+    return timing.measure({"c": timing.GraphTimed([call])}, 0.05, 5)["c"].us
+
+
+@gpu
+def test_what_fits_in_l2_is_not_above_the_ceiling_when_cold(measured, tmp_path):
+    from lab.harness.session import Session
+    session = Session(tmp_path, "cuda", {})
+    rig = ops_bench.make_rig({"torch": select("torch", "cuda")}, "cuda", measured[1])
+    for point in shapes.points(["smollm2-135m"], (1,), (1024,), ["linear"]):
+        ops_bench.measure_point(session, rig, point, "bf16")
+    rows = session.of_kind("op")
+    assert [r.error for r in rows if r.error] == []
+    cold = [r for r in rows if r.cache == "cold" and r.timer == "graph"]
+    assert len(cold) == 10 and all(r.of_ceiling < 1.0 and not r.flag for r in cold)     # five linears, torch and cuBLAS
+    warm = {(r.backend, r.role): r.us for r in rows if r.cache == "warm"}
+    assert all(warm[r.backend, r.role] < r.us for r in cold)
+
+
+@gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_the_ledger_adds_up_on_a_gpu(measured, backend):
+    rig = ops_bench.make_rig({}, "cuda", measured[1], quick=True)
+    weights = load(RandomSource(PRESETS["smollm2-135m"]), torch.bfloat16, "cuda")
+    base = dict(run="r", model="smollm2-135m", backend=backend, plan="basic", dtype="bf16", batch=1, context=1024)
+    rows = ledger.measure_backend(base, rig, weights, select(backend, "cuda"), 1, 1024)
+    total = next(r for r in rows if r.row == "total")
+    assert sum(r.us for r in rows if r.row != "total") == pytest.approx(total.us, rel=1e-6)
+    named = sum(r.us for r in rows if r.row in ("kernel", "gap"))
+    assert named == pytest.approx(total.us, rel=0.03)
+    assert {r.op for r in rows if r.row == "kernel"} >= {op.name for op in OPS}
