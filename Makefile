@@ -10,7 +10,7 @@ help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: build  ## .venv and the kernels; on a machine with nvcc the GPU build, too
-	@$(PY) -m lab doctor
+	@$(PY) -m lab doctor || true
 
 $(READY): pyproject.toml lab/setup_env.py
 	@$(PYTHON) -m lab.setup_env
@@ -18,6 +18,7 @@ $(READY): pyproject.toml lab/setup_env.py
 
 build: $(READY)
 	@$(PY) setup.py --quiet build_ext --inplace
+	@test .venv/bin/lab -nt pyproject.toml || $(PY) -m pip install -qq --no-deps --no-index --no-build-isolation -e .
 
 .venv/model: $(READY)
 	@$(PY) -m lab.setup_env --model

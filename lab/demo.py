@@ -63,7 +63,7 @@ def first_difference(a, b):
 
 def show(answers, tokenizer):
     """Prints the comparison; returns whether every pair agrees."""
-    print(f"\n{'backend':<8} {'tokens':>6} {'median ms':>10} {'kernels run':>12}  ids")
+    print(f"\n{'backend':<8} {'tokens':>6} {'median ms':>10} {'launches':>12}  ids")
     for a in answers:
         print(f"{a.backend:<8} {len(a.ids):>6} {statistics.median(a.ms):>10.1f} {a.launches:>12}  "
               f"{' '.join(map(str, a.ids))}{'' if a.complete else ' ... (out of time)'}")

@@ -155,6 +155,11 @@ def test_every_verb_has_help(verb, capsys):
     assert f"usage: lab {verb}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_the_readme_lists_every_verb(verb):
+    assert f"| `lab {verb}" in (ROOT / "README.md").read_text()
+
+
 def test_doctor_proves_what_it_calls_ok():
     done = lab("doctor", "--json")
     found = json.loads(done.stdout)
