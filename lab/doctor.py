@@ -69,7 +69,7 @@ def examine():
         for device in ("cpu", "cuda") if gpu else ("cpu",):
             for backend in ("cuda", "triton"):
                 found.append(prove(backend, device))
-    find_model(found)
+        find_model(found)
     for name, what in (("flashinfer-python", "attention of FlashInfer as a peer"),
                        ("liger-kernel", "Triton kernels of Liger as a peer"),
                        ("transformers", "the oracle tests: `make oracle`")):

@@ -41,13 +41,15 @@ def cuda_torch():
 
 
 def create_venv(borrow):
-    """.venv of this python; with `borrow` it also sees this python's packages, also where this is a venv itself."""
+    """.venv of this python; with `borrow` it sees this python's packages, also where this is a venv itself."""
+    in_venv = sys.prefix != sys.base_prefix
     if not PYTHON.exists():
-        options = ["--system-site-packages"] if borrow else []
-        if importlib.util.find_spec("ensurepip") is None:       # Debian without python3-venv: pip is borrowed too, or
-            options.append("--without-pip")                     # the check below says what to install
+        options = ["--system-site-packages"] if borrow and not in_venv else []
+        borrowed_pip = borrow and importlib.util.find_spec("pip")   # a pip of its own may bring an old setuptools,
+        if borrowed_pip or not importlib.util.find_spec("ensurepip"):           # which would hide the borrowed one
+            options.append("--without-pip")
         run([sys.executable, "-m", "venv", *options, str(VENV)])
-    if borrow and sys.prefix != sys.base_prefix:
+    if borrow and in_venv:
         here = sysconfig.get_paths()["purelib"]
         target = VENV / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
         (target / "borrowed.pth").write_text(f"import site; site.addsitedir({here!r})\n")
