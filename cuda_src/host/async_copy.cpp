@@ -53,7 +53,6 @@ bool in_shared(const void* p, size_t bytes) {
 bool aligned(const void* p, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
 void land(const BulkCopy& copy) {
-  TsanIgnore ignore;
   memcpy(copy.dst, copy.src, copy.bytes);
   MbarrierState state = load_state(copy.bar, "bulk_copy_g2s", {"", 0});
   state.pending_bytes -= copy.bytes;
@@ -102,6 +101,7 @@ void cp_async_wait(unsigned groups_in_flight) {
 // ---- mbarriers ------------------------------------------------------------------------------------------------------
 
 void mbarrier_init(uint64_t* bar, unsigned arrivals, Site site) {
+  TsanIgnore ignore;
   if (!in_shared(bar, 8) || !aligned(bar, 8)) {
     fail("mbarrier_init at %s:%d: an mbarrier lives in shared memory, 8-byte aligned", site.file, site.line);
   }
@@ -115,6 +115,7 @@ void mbarrier_init(uint64_t* bar, unsigned arrivals, Site site) {
 }
 
 void mbarrier_arrive(uint64_t* bar, unsigned bytes, Site site) {
+  TsanIgnore ignore;
   tsan_release(bar);
   MbarrierState state = load_state(bar, "mbarrier_arrive", site);
   if (state.pending == 0) fail("mbarrier_arrive at %s:%d: more arrivals than the phase expects", site.file, site.line);
@@ -125,6 +126,7 @@ void mbarrier_arrive(uint64_t* bar, unsigned bytes, Site site) {
 }
 
 void mbarrier_wait(uint64_t* bar, unsigned parity, Site site) {
+  TsanIgnore ignore;
   Block& block = *worker->blocks[current->block->cluster_rank];
   std::vector<BulkCopy>& copies = block.bulk_copies;
   bool random = worker->options.random;

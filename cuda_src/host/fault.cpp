@@ -47,9 +47,9 @@ LAB_THREAD_LOCAL int fault_signal = 0;
          worker->options.stack_bytes);
   }
   for (Block* block : worker->blocks) {
-    if (p >= block->smem + block->smem_bytes && p < block->memory + block->memory_bytes + page_bytes()) {
-      fail("access past the end of shared memory: byte %zu of %zu (LAB_HOST_SANITIZE=address builds name the line)",
-           size_t(p - block->smem), block->smem_bytes);
+    if (p >= block->memory - Block::kGuardBytes && p < block->memory + block->memory_bytes + Block::kGuardBytes) {
+      fail("access outside shared memory: byte %td of %zu (a build with LAB_HOST_SANITIZE=address names the line)",
+           p - block->smem, block->smem_bytes);
     }
   }
   fail("illegal memory access at address %p", fault_address);

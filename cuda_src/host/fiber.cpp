@@ -104,14 +104,14 @@ void forget_pages(void* p, size_t bytes) {
   mmap(p, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
 }
 
-void forbid_page(void* p) { mprotect(p, page_bytes(), PROT_NONE); }
+void forbid_pages(void* p, size_t bytes) { mprotect(p, bytes, PROT_NONE); }
 
 Fiber::Fiber(size_t stack_bytes, unsigned number, void (*entry)())
     : stack_bytes_((stack_bytes + page_bytes() - 1) / page_bytes() * page_bytes() + page_bytes()),
       number_(number),
       entry_(entry) {
   base_ = static_cast<unsigned char*>(map_pages(page_bytes() + stack_bytes_));
-  forbid_page(base_);
+  forbid_pages(base_, page_bytes());
   asan_bottom_ = base_ + page_bytes();
   asan_bytes_ = stack_bytes_;
   reset();

@@ -10,7 +10,7 @@ size_t page_bytes();
 void* map_pages(size_t bytes);                  // zeroed; throws std::runtime_error when memory is short
 void unmap_pages(void* p, size_t bytes);
 void forget_pages(void* p, size_t bytes);       // zeroed again; the race detector forgets who touched them
-void forbid_page(void* p);                      // any access to this page faults from now on
+void forbid_pages(void* p, size_t bytes);       // any access to these faults from now on
 
 class Fiber {
  public:

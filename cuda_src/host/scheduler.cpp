@@ -27,7 +27,7 @@ LAB_THREAD_LOCAL Worker* worker = nullptr;
 namespace {
 
 constexpr size_t kSharedAlignment = 128;
-constexpr unsigned char kCanary = 0xa5;  // between the end of shared memory and the forbidden page
+constexpr unsigned char kCanary = 0xa5;  // between the end of shared memory and the forbidden pages
 
 std::string format_message(const char* format, va_list arguments) {
   char text[1024];
@@ -53,18 +53,20 @@ std::string index_text(unsigned x, unsigned y, unsigned z) {
 }
 
 void fail(const char* format, ...) {
-  va_list arguments;
-  va_start(arguments, format);
-  std::string message = format_message(format, arguments);
-  va_end(arguments);
-  if (current == nullptr) throw std::runtime_error(message);
-  const uint3& b = current->block->index;
-  const uint3& t = current->index;
-  worker->abandon(message + "\n  in block " + index_text(b.x, b.y, b.z) + " thread " + index_text(t.x, t.y, t.z));
+  {  // abandon() never returns: nothing that owns memory may be alive then
+    va_list arguments;
+    va_start(arguments, format);
+    std::string message = format_message(format, arguments);
+    va_end(arguments);
+    if (current == nullptr) throw std::runtime_error(message);
+    const uint3& b = current->block->index;
+    const uint3& t = current->index;
+    worker->failure = message + "\n  in block " + index_text(b.x, b.y, b.z) + " thread " + index_text(t.x, t.y, t.z);
+  }
+  worker->abandon();
 }
 
-void Worker::abandon(std::string message) {
-  failure_ = std::move(message);
+void Worker::abandon() {
   Fiber* self = current->fiber;
   current = nullptr;
   Fiber::change(*self, main_);
@@ -96,8 +98,13 @@ std::string count_text(const std::vector<unsigned>& threads) {
 }  // namespace
 
 void Worker::deadlock() {
+  failure = deadlock_report();
+  abandon();
+}
+
+std::string Worker::deadlock_report() const {
   std::string report = "deadlock, no thread can go on";
-  for (Block* block : blocks) {
+  for (const Block* block : blocks) {
     std::string where = "\n  block " + index_text(block->index.x, block->index.y, block->index.z) + ": ";
     std::vector<std::pair<std::string, std::vector<unsigned>>> places;
     std::vector<unsigned> exited;
@@ -114,7 +121,7 @@ void Worker::deadlock() {
     for (const auto& place : places) report += where + count_text(place.second) + " wait in " + place.first;
     if (!exited.empty()) report += where + count_text(exited) + " have exited";
   }
-  abandon(std::move(report));
+  return report;
 }
 
 // ---- who runs next --------------------------------------------------------------------------------------------------
@@ -252,31 +259,32 @@ void Worker::run_threads() {
     } catch (...) {
       fail("exception in the kernel");
     }
-    finish(thread);
-    Thread* next = alive_ > 0 ? pick() : nullptr;
-    if (alive_ > 0 && next == nullptr) deadlock();
+    Thread* next = nullptr;
     Fiber* self = thread->fiber;
-    if (kTsan) {
-      tsan_release(&done_);
-      used_.push_back(self);  // its stack must not be reused by another thread of this block: false races
-    } else if (next != nullptr && !(next->warp->started >> next->lane & 1)) {
-      start(next, self);
+    {
+      TsanIgnore ignore;
+      finish(thread);
+      next = alive_ > 0 ? pick() : nullptr;
+      if (alive_ > 0 && next == nullptr) deadlock();
+      bool fresh = next != nullptr && !(next->warp->started >> next->lane & 1);
+      if (kTsan) {
+        tsan_release(&done_);
+        used_.push_back(self);  // its stack must not be reused by another thread of this block: false races
+        if (fresh) start(next, free_fiber());
+      } else if (fresh) {
+        start(next, self);
+        current = next;
+        continue;
+      } else {
+        free_.push_back(self);  // it stops here, ready to begin the thread that takes it
+      }
       current = next;
-      continue;
-    } else {
-      free_.push_back(self);  // it stops here, ready to begin the thread that takes it
     }
-    if (next != nullptr) {
-      change_to(*self, next);
-    } else {
-      current = nullptr;
-      Fiber::change(*self, main_);
-    }
+    Fiber::change(*self, next != nullptr ? *next->fiber : main_);
   }
 }
 
 void Worker::finish(Thread* thread) {
-  TsanIgnore ignore;
   for (const Collective& pending : thread->warp->pending) {
     if (pending.arrived != 0 && (pending.mask >> thread->lane & 1)) {
       fail("the thread exits while others of its warp wait for it in %s at %s:%d", pending.op, pending.site.file,
@@ -294,19 +302,23 @@ void Worker::finish(Thread* thread) {
 
 // ---- blocks ---------------------------------------------------------------------------------------------------------
 
-Block::~Block() {
-  if (memory != nullptr) unmap_pages(memory, memory_bytes + page_bytes());
+void Block::map_memory(size_t bytes) {
+  unmap_memory();
+  memory_bytes = std::max<size_t>(1, (bytes + page_bytes() - 1) / page_bytes()) * page_bytes();
+  memory = static_cast<unsigned char*>(map_pages(memory_bytes + 2 * kGuardBytes)) + kGuardBytes;
+  forbid_pages(memory - kGuardBytes, kGuardBytes);
+  forbid_pages(memory + memory_bytes, kGuardBytes);
 }
 
-// Shared memory ends at a page that faults, up to the slack that alignment needs; the slack is a canary.
+void Block::unmap_memory() {
+  if (memory != nullptr) unmap_pages(memory - kGuardBytes, memory_bytes + 2 * kGuardBytes);
+  memory = nullptr;
+}
+
+// Shared memory ends where forbidden pages begin, but for the slack that alignment needs; the slack is a canary.
 void Worker::place_memory(Block& block) {
   size_t padded = (launch->smem_bytes + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment;
-  if (block.memory_bytes < padded || block.memory == nullptr) {
-    if (block.memory != nullptr) unmap_pages(block.memory, block.memory_bytes + page_bytes());
-    block.memory_bytes = std::max<size_t>(1, (padded + page_bytes() - 1) / page_bytes()) * page_bytes();
-    block.memory = static_cast<unsigned char*>(map_pages(block.memory_bytes + page_bytes()));
-    forbid_page(block.memory + block.memory_bytes);
-  }
+  if (block.memory == nullptr || block.memory_bytes < padded) block.map_memory(padded);
   asan_unpoison(block.memory, block.memory_bytes);
   if (kTsan) forget_pages(block.memory, block.memory_bytes);
   block.smem_bytes = launch->smem_bytes;
@@ -314,6 +326,7 @@ void Worker::place_memory(Block& block) {
   memset(block.smem, options.poison ? 0xff : 0, launch->smem_bytes);
   memset(block.smem + launch->smem_bytes, kCanary, padded - launch->smem_bytes);
   asan_poison(block.smem + launch->smem_bytes, padded - launch->smem_bytes);
+  asan_poison(block.memory, size_t(block.smem - block.memory));
 }
 
 void Worker::prepare(Block& block, size_t index, unsigned rank) {
@@ -359,8 +372,14 @@ void Worker::prepare(Block& block, size_t index, unsigned rank) {
 }
 
 Worker& Worker::here() {
-  static thread_local std::unique_ptr<Worker> mine;
-  if (mine == nullptr) mine = std::make_unique<Worker>();
+  struct Destroy {
+    void operator()(Worker* w) const {
+      TsanIgnore ignore;
+      delete w;
+    }
+  };
+  static thread_local std::unique_ptr<Worker, Destroy> mine;
+  if (mine == nullptr) mine.reset(new Worker);
   worker = mine.get();
   return *mine;
 }
@@ -370,8 +389,7 @@ std::string Worker::run_cluster(const Launch& l, const Options& o, size_t cluste
   launch = &l;
   options = o;
   random.state = o.seed * 0x2545f4914f6cdd1dull + launch_number * 0x9e3779b97f4a7c15ull + cluster;
-  failure_.clear();
-  fault.clear();
+  failure.clear();
   current = nullptr;
   block_turn_ = 0;
   idle_ = 0;
@@ -405,20 +423,20 @@ std::string Worker::run_cluster(const Launch& l, const Options& o, size_t cluste
 
   free_.insert(free_.end(), used_.begin(), used_.end());
   used_.clear();
-  if (kTsan) forget_tsan_fibers();
-  if (failure_.empty()) {
+  if (kTsan) retire_tsan_fibers();
+  if (failure.empty()) {
     for (Block* block : blocks) {
       const unsigned char* end = block->memory + block->memory_bytes;
       asan_unpoison(block->smem, size_t(end - block->smem));
       if (std::any_of(static_cast<const unsigned char*>(block->smem) + block->smem_bytes, end,
                       [](unsigned char c) { return c != kCanary; })) {
-        failure_ = "written past the end of its " + std::to_string(block->smem_bytes) +
+        failure = "written past the end of its " + std::to_string(block->smem_bytes) +
                    " bytes of shared memory\n  in block " + index_text(block->index.x, block->index.y, block->index.z);
         break;
       }
     }
   }
-  if (!failure_.empty()) {  // every fiber stopped somewhere in a kernel
+  if (!failure.empty()) {  // every fiber stopped somewhere in a kernel
     free_.clear();
     for (auto& fiber : fibers_) {
       fiber->reset();
@@ -426,11 +444,23 @@ std::string Worker::run_cluster(const Launch& l, const Options& o, size_t cluste
     }
     for (Block* block : blocks) block->size = 0;  // rebuilt from nothing next time
   }
-  return failure_;
+  return failure;
 }
 
-void Worker::forget_tsan_fibers() {
+void Worker::retire_tsan_fibers() {
 #ifdef LAB_HOST_TSAN
+  if (!failure.empty()) {
+    // Abandoned fibers cannot be destroyed, for they stopped in the middle of this layer; but they are over, and what
+    // they did happened before what the caller does next.
+    void* self = __tsan_get_current_fiber();
+    for (void* fiber : tsan_fibers_) {
+      if (fiber == nullptr) continue;
+      __tsan_switch_to_fiber(fiber, 1);
+      tsan_release(&done_);
+    }
+    __tsan_switch_to_fiber(self, 1);
+    return;
+  }
   // The race detector forgets what a destroyed fiber did, so they are kept a while: blocks race with later blocks.
   for (void* fiber : tsan_fibers_) {
     if (fiber != nullptr) tsan_dead_.push_back(fiber);

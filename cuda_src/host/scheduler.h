@@ -44,7 +44,9 @@ struct BulkCopy {
 };
 
 struct Block : BlockInfo {
-  unsigned char* memory = nullptr;  // shared memory's pages; smem ends where they end, before the forbidden page
+  static constexpr size_t kGuardBytes = 64 * 1024;  // forbidden, before and after `memory`
+
+  unsigned char* memory = nullptr;  // shared memory's pages; smem ends where they end
   size_t memory_bytes = 0;
   unsigned size = 0;         // threads
   unsigned alive = 0;        // of them, not yet returned
@@ -54,7 +56,9 @@ struct Block : BlockInfo {
   Barrier barriers[16];
   std::vector<BulkCopy> bulk_copies;  // issued, not yet landed
 
-  ~Block();
+  void map_memory(size_t bytes);
+  void unmap_memory();
+  ~Block() { unmap_memory(); }
 };
 
 class Worker {
@@ -70,7 +74,7 @@ class Worker {
   void yield();                          // others first
   void maybe_yield();                    // in a random schedule: others first, perhaps
   void poll(const char* op, Site site, uint64_t patience);  // yields; after `patience` calls with no progress: deadlock
-  [[noreturn]] void abandon(std::string message);
+  [[noreturn]] void abandon();  // stops the cluster where it stands; `failure` says why
   [[noreturn]] void deadlock();
 
   bool release(Block& block, Barrier& barrier);  // lets the waiting go, if all have arrived
@@ -83,12 +87,13 @@ class Worker {
   Options options;
   Random random;
   const Launch* launch = nullptr;
-  std::string fault;  // what a signal handler found
+  std::string failure;  // empty while all is well
 
   bool guards_stack(const void* address) const;
 
  private:
   static void fiber_entry();
+  std::string deadlock_report() const;
   [[noreturn]] void run_threads();
   void finish(Thread* thread);
   void prepare(Block& block, size_t index, unsigned rank);
@@ -99,7 +104,7 @@ class Worker {
   void start(Thread* thread, Fiber* fiber);
   void change_to(Fiber& from, Thread* next);
   Fiber* free_fiber();
-  void forget_tsan_fibers();
+  void retire_tsan_fibers();
 
   std::vector<std::unique_ptr<Block>> pool_;  // blocks, reused
   std::vector<std::unique_ptr<Fiber>> fibers_;
@@ -111,7 +116,6 @@ class Worker {
   unsigned alive_ = 0;       // threads of the cluster
   unsigned block_turn_ = 0;  // block that ran last
   uint64_t idle_ = 0;        // polls since something last moved
-  std::string failure_;
   char done_;
 };
 

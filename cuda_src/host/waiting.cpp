@@ -143,7 +143,10 @@ void collective(uint32_t mask, const char* op, Combine combine, bool orders_memo
   if (orders_memory) tsan_acquire(order);
 }
 
-void spin_yield(Site site) { worker->poll("__nanosleep", site, uint64_t(1) << 26); }
+void spin_yield(Site site) {
+  TsanIgnore ignore;
+  worker->poll("__nanosleep", site, uint64_t(1) << 26);
+}
 
 void thread_fence() {
   __atomic_thread_fence(__ATOMIC_SEQ_CST);
