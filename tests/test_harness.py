@@ -342,10 +342,15 @@ def test_kernels_are_given_to_the_calls_between_their_marks():
     assert order == [(0, "gemv"), (0, "reduce"), (1, "silu"), (None, "add")]
     with pytest.raises(LabError, match="marked calls"):
         ledger.split_by_marks(events_of(m, "gemv", m), two_calls())
-    with pytest.raises(LabError, match="kernels a step"):
-        ledger.kernel_times(events_of("gemv", "reduce", "silu"), order, 1)
-    with pytest.raises(LabError, match="kernel 1 of the graph is other"):
-        ledger.kernel_times(events_of("gemv", "other", "silu", "add"), order, 1)
+    replay = (m, "gemv", "reduce", "silu", "add", "Memcpy DtoD")
+    times = ledger.kernel_times([(n, 0, d * 1000) for n, d in zip(replay * 2, (9, 1, 2, 3, 4, 9, 9, 3, 2, 5, 4, 9))], order)
+    assert [t.us for t in times] == [2.0, 2.0, 4.0, 4.0] and times[0].n == 2
+    with pytest.raises(LabError, match="no replay"):
+        ledger.kernel_times(events_of("gemv"), order)
+    with pytest.raises(LabError, match="ran 3 kernels and the eager step 4"):
+        ledger.kernel_times(events_of(m, "gemv", "reduce", "silu"), order)
+    with pytest.raises(LabError, match="number 1 is other, not reduce"):
+        ledger.kernel_times(events_of(m, "gemv", "other", "silu", "add"), order)
 
 
 def stats(us, n=20):

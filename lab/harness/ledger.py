@@ -135,18 +135,27 @@ def sequence(calls, outside):
     return order
 
 
-def kernel_times(events, order, replays):
-    """Microseconds of every place of `order`, median over replays. Raises LabError when the kernels are not the same."""
-    names = [name for _, name in order]
-    if len(events) != replays * len(names):
-        raise LabError(f"the graph ran {len(events) / replays:.1f} kernels a step and the eager step {len(names)}: "
-                       "they cannot be matched")
-    samples = [[] for _ in names]
-    for i, (name, _, duration) in enumerate(events):
-        if name != names[i % len(names)]:
-            raise LabError(f"kernel {i % len(names)} of the graph is {name}, of the eager step {names[i % len(names)]}")
-        samples[i % len(names)].append(duration / 1e3)
-    return [timing.summarize(s) for s in samples]
+def kernel_times(events, order):
+    """Microseconds of every place of `order`, summarized over replays, each of which a marker precedes.
+
+    What follows a replay's kernels are the copies that set the state back for the next one. Raises LabError when the
+    graph's kernels are not those of the eager step.
+    """
+    names, replays = [name for _, name in order], []
+    for name, _, duration in events:
+        if MARKER in name:
+            replays.append([])
+        elif replays:
+            replays[-1].append((name, duration / 1e3))
+    if not replays:
+        raise LabError("the profiler saw no replay of the graph: no ledger can be made of that")
+    for events_of_one in replays:
+        seen = [name for name, _ in events_of_one]
+        if seen[:len(names)] != names or any("Memcpy" not in name for name in seen[len(names):]):
+            wrong = next((f"{i} is {a}, not {b}" for i, (a, b) in enumerate(zip(seen, names)) if a != b), None)
+            raise LabError(f"the graph ran {len(seen)} kernels and the eager step {len(names)}"
+                           + (f": number {wrong}" if wrong else ""))
+    return [timing.summarize([one[place][1] for one in replays]) for place in range(len(names))]
 
 
 def account(base, calls, order, times, token, alone, launch_us, ceilings):
@@ -243,15 +252,21 @@ def measure_backend(base, rig, weights, ops, batch, context):
     decoder.prepare()
     step = model_bench.timed_step(decoder, "graph")
     calls = record_step(decoder)                     # with bytes; the marked step below has the kernels
+
+    def before():                                    # a replay of the whole step moved the state on
+        step.before()
+        rig.flush()
+
     entries = {"token": step}
     for op in dict.fromkeys(c.op for c in calls):
-        entries[op] = timing.GraphTimed([_all([c.again for c in calls if c.op == op])], rig.flush)
+        entries[op] = timing.GraphTimed([_all([c.again for c in calls if c.op == op])], before)
     one = torch.zeros(1, device=rig.device)
     for count in (1, 1 + NULLS):                     # what a graph costs beyond its kernels: see account()
         entries[f"{count} nulls"] = timing.GraphTimed([_all([functools.partial(one.add_, 1)] * count)])
     stats = timing.measure(entries, rig.seconds * len(entries), 20, 200)
     token, single, many = (stats.pop(key) for key in ("token", "1 nulls", f"{1 + NULLS} nulls"))
     launch_us = max(0.0, single.us - (many.us - single.us) / NULLS)
+    step.before()
     marked = []
     split = device_events(lambda: marked.extend(record_step(decoder, mark=True)))
     outside = split_by_marks(split, marked)
@@ -260,9 +275,15 @@ def measure_backend(base, rig, weights, ops, batch, context):
     # Restoring the state copies two small tensors after the step; they are not part of it.
     order = sequence(calls, [(i, n) for i, n in outside if "Memcpy" not in n])
     graph = decoder.graphs[GREEDY][0]
-    events = device_events(lambda: [graph.replay() for _ in range(REPLAYS)])
-    rows = account(base, calls, order, kernel_times(events, order, REPLAYS), token, stats, launch_us,
-                   rig.ceilings)
+
+    def replays():
+        for _ in range(REPLAYS):
+            step.before()
+            torch.cuda._sleep(1)
+            graph.replay()
+
+    times = kernel_times(device_events(replays), order)
+    rows = account(base, calls, order, times, token, stats, launch_us, rig.ceilings)
     for entry in entries.values():
         entry.close()
     return rows
