@@ -6,6 +6,7 @@ for the dark one. Error bars are p10 and p90 of the samples.
 import io
 import shlex
 import textwrap
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -58,7 +59,8 @@ def compose(figure, theme, emulated=False):
 def png(figure, theme, emulated=False):
     """The picture as PNG bytes, 1040 pixels wide."""
     raw = io.BytesIO()
-    with matplotlib.rc_context(style.rc(theme)):
+    with matplotlib.rc_context(style.rc(theme)), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")          # a record may hold any character; the font draws a box
         compose(figure, theme, emulated).savefig(raw, format="png")
     small = io.BytesIO()
     Image.open(raw).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(small, "png", optimize=True)

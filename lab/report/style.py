@@ -78,6 +78,5 @@ def rc(theme):
         "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8,
         "lines.linewidth": 1.6, "lines.markersize": 5, "errorbar.capsize": 2.5,
         "hatch.linewidth": 0.6, "figure.dpi": 200, "text.parse_math": False,
-        # matplotlib warns on a glyph that the font lacks; a record may hold any text.
         "axes.unicode_minus": False,
     }

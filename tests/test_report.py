@@ -1,0 +1,553 @@
+"""lab report: pictures and pages from synthetic records, whole and awkward, and the page in a headless Chromium."""
+import html as htmllib
+import io
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from html.parser import HTMLParser
+from types import SimpleNamespace
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+import synthetic_records as synthetic
+from PIL import Image
+
+from lab.errors import LabError
+from lab.harness.records import Env, LedgerRow, ModelRow, OpRow
+from lab.report import build, figures, load, model_figures, op_figures, page, style
+
+SMALL = dict(models=["llama-3.2-1b"], batches=(1, 16), contexts=(1024, 8192))
+WIDTHS = (1440, 390)
+EVIL = '<script>alert("x")</script>\'"&`|[a](b) $x_1^2$ \x07'
+
+
+def report(source, out=None, run=None):
+    return build.main(SimpleNamespace(dir=str(source), out=out and str(out), run=run))
+
+
+def env(run="r", **fields):
+    return Env(**{"run": run, "when": "before", "device": "cuda", "gpu": "Synthetic GPU", "commit": "0", "throttle": [],
+                  "notes": [synthetic.NOTE], **fields})
+
+
+def op_row(run="r", backend="cuda", **fields):
+    return OpRow(**{"run": run, "op": "linear", "backend": backend, "dtype": "bf16", "batch": 1, "role": "qkv",
+                    "shape": {"n": 8, "k": 8}, "us": 10.0, "us_p10": 9.0, "us_p90": 11.0, "n": 20, "bytes": 20000000,
+                    "flops": 20000000, "gbps": 2000.0, "of_ceiling": 0.66, **fields})
+
+
+class Page(HTMLParser):
+    """What the tests ask of a page: tags with their attributes, and the text outside script and style."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text, self._skip = [], [], 0
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self._skip += tag in ("script", "style")
+
+    def handle_endtag(self, tag):
+        self._skip -= tag in ("script", "style")
+
+    def handle_data(self, data):
+        if not self._skip:
+            self.text.append(data)
+
+    def of(self, tag):
+        return [attrs for name, attrs in self.tags if name == tag]
+
+
+@pytest.fixture
+def one_theme(monkeypatch):
+    """Draws the light picture only and takes it for the dark page as well: half the time, the same code."""
+    real, last = figures.png, {}
+
+    def png(figure, theme, emulated=False):
+        if theme is style.LIGHT:
+            last["png"] = real(figure, theme, emulated)
+        return last["png"]
+    monkeypatch.setattr(figures, "png", png)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Every picture is one pixel: for tests of what stands around the pictures."""
+    pixel = io.BytesIO()
+    Image.new("P", (1, 1)).save(pixel, "png")
+    monkeypatch.setattr(figures, "png", lambda *_: pixel.getvalue())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A GPU run and an emulated one (both synthetic) in two subfolders, and the report of them."""
+    where = tmp_path_factory.mktemp("records")
+    synthetic.write(where / "card", synthetic.make(**SMALL))
+    synthetic.write(where / "laptop", synthetic.make("20240101T000000-emul", emulated=True))
+    assert report(where) == 0
+    return where
+
+
+@pytest.fixture(scope="module")
+def text(folder):
+    return (folder / "index.html").read_text()
+
+
+# The page
+
+def test_every_picture_has_alt_text_a_table_and_a_command(folder, text):
+    found = Page(text)
+    pictures = found.of("img")
+    files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.png"))
+    assert len(pictures) == len(files) > 20
+    assert all(len(p["alt"]) > 20 and p["src"].startswith("data:image/png;base64,") for p in pictures)
+    assert all(s["media"] == "(prefers-color-scheme: dark)" and s["srcset"] for s in found.of("source"))
+    words = "".join(found.text)
+    assert words.count("Table behind this picture (") == words.count("Measured again by ") == len(pictures)
+    assert len(re.findall(r"Table behind this picture \([1-9]\d* rows\)", words)) == len(pictures)
+    assert words.count("lab bench ") >= len(pictures)
+
+
+def test_page_is_self_contained(text):
+    found = Page(text)
+    for tag, attrs in found.tags:
+        for name in ("src", "srcset", "href", "action", "data", "poster"):
+            assert re.match(r"data:image/png;base64,|#", attrs.get(name) or "#"), f"<{tag} {name}={attrs[name][:40]}>"
+    assert not found.of("link") and not found.of("iframe")
+    assert re.search(r"(?:https?:)?//[a-z]+\.", re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", text)) is None
+    assert "@import" not in text and "url(" not in text
+    assert any("default-src 'none'" in m.get("content", "") for m in found.of("meta"))
+
+
+def test_fragments_lead_somewhere(text):
+    found = Page(text)
+    ids = [attrs["id"] for _, attrs in found.tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    assert {a["href"][1:] for a in found.of("a")} <= set(ids)
+
+
+def test_runs_have_a_picker(text):
+    found = Page(text)
+    assert [o["value"] for o in found.of("option")] == ["20250101T120000-synt", "20240101T000000-emul"]
+    assert [a["data-run"] for a in found.of("article")] == ["20250101T120000-synt", "20240101T000000-emul"]
+
+
+def test_conditions_are_said_of_every_picture(folder, undrawn):
+    for run in load.load(folder):
+        drawn = page.view(run, "x", "figures", False, lambda name: None).pictures
+        for picture in drawn:
+            said = picture.figure.conditions
+            assert ("EMULATED on Synthetic CPU" if run.emulated else "Synthetic GPU (not measured)") in said
+            assert re.search(r"n \d+", said) and ("p10 to p90" in said or "no spread" in said)
+            if picture.figure.name != "ceiling":
+                assert "fp32" in said or "bf16" in said
+            if not run.emulated:
+                assert re.search(r"ceiling [\d,]+ GB/s", said)
+
+
+def test_markdown_shows_every_picture_and_the_warning(folder):
+    summary = (folder / "README.md").read_text()
+    shown = re.findall(r"^!\[.+\]\((figures/\S+\.png)\)$", summary, re.M)
+    assert sorted(shown) == sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.png"))
+    assert "> **Warning**: Synthetic records" in summary and "Emulated on a CPU" in summary
+
+
+def test_emulated_runs_claim_no_bandwidth(tmp_path, undrawn):
+    rows = synthetic.make("cpu", emulated=True)
+    for r in rows:
+        if r.kind in ("op", "model"):
+            r.gbps, r.of_ceiling = 123456.0, 41.0
+    synthetic.write(tmp_path, rows)
+    report(tmp_path)
+    words = "".join(Page((tmp_path / "index.html").read_text()).text)
+    assert "Emulated op records claim a bandwidth; it was ignored" in words
+    assert "123,456" not in words and "GB/s" not in words and "of the ceiling" not in words
+    names = {p.stem for p in (tmp_path / "figures").glob("*.png")}
+    assert "utilisation" in names and not names & {"roofline", "crossover", "ceiling"}
+    assert not any(n.endswith("-share") or n.endswith("-winner") for n in names)
+
+
+def test_twins_stand_in_the_sections_of_the_newest_run_only(text):
+    assert text.count("The twins side by side") == len(page.twins.known_ops())
+    assert "cuda_src/linear.cu" in text and "triton_kernels/linear.py" in text
+
+
+# Awkward records
+
+def draw(tmp_path, rows):
+    synthetic.write(tmp_path, rows)
+    assert report(tmp_path) == 0
+    return "".join(Page((tmp_path / "index.html").read_text()).text)
+
+
+def test_one_row(tmp_path, one_theme):
+    words = draw(tmp_path, [env(), op_row()])
+    assert "No usable measurement of the triton backend" in words and "No ceiling was measured" in words
+    assert (tmp_path / "figures" / "utilisation.png").exists()
+
+
+def test_only_an_env_row(tmp_path, one_theme):
+    assert "No op, model or ledger measurement" in draw(tmp_path, [env()])
+
+
+def test_no_env_row(tmp_path, one_theme):
+    assert "No env record" in draw(tmp_path, [op_row(), op_row(backend="triton")])
+
+
+def test_missing_backend(tmp_path, undrawn):
+    rows = [r for r in synthetic.make(**SMALL) if getattr(r, "backend", None) != "triton"]
+    words = draw(tmp_path, rows)
+    assert "No usable measurement of the triton backend" in words
+    names = {p.stem for p in (tmp_path / "figures").glob("*.png")}
+    assert "roofline" in names and "crossover" not in names and "llama-3.2-1b-swap" not in names
+
+
+def test_failures_are_listed(tmp_path, one_theme):
+    words = draw(tmp_path, [env(), op_row(), op_row(backend="triton", us=None, error="out of memory: try less")])
+    assert "1 measurements failed" in words and "out of memory: try less" in words
+
+
+def test_values_that_are_no_numbers_are_left_out(tmp_path, one_theme):
+    lines = [json.dumps({"schema": 1, "kind": "op", "run": "r", "op": "linear", "backend": "cuda", "dtype": "bf16",
+                         "batch": batch, "shape": {"n": i}, "us": us, "n": 3})
+             for i, (batch, us) in enumerate([(1, 5.0), (1, float("nan")), (1, float("inf")), (1, -3.0), (1, "fast"),
+                                              ([4], 5.0), (None, 5.0)])]
+    (tmp_path / "records.jsonl").write_text("\n".join(lines) + "\n")
+    report(tmp_path)
+    words = "".join(Page((tmp_path / "index.html").read_text()).text)
+    assert "6 op records hold no usable time" in words
+    assert (tmp_path / "figures" / "linear-time.png").exists()
+
+
+def test_missing_spread_and_wrong_types_are_drawn(tmp_path, one_theme):
+    rows = [env(throttle="none", peers="none", settings=3, sm_mhz="fast"),
+            op_row(us_p10=None, us_p90=None, n=None, models="all", verdict="faster", shape=7),
+            op_row(backend="triton", us_p10=None, us_p90=None, n=None, bytes=None, flops=None, of_ceiling=None),
+            ModelRow("r", "m", "cuda", "basic", "graph", "bf16", 1, 64, us=5.0),
+            LedgerRow("r", "m", "cuda", "basic", "bf16", 1, 64, "total", us=5.0),
+            LedgerRow("r", "m", "cuda", "basic", "bf16", 1, 64, "kernel", op="linear", us=4.0),
+            LedgerRow("r", "m", "cuda", "basic", "bf16", 1, 64, "unexplained", us=-1.0)]
+    assert "p10 and p90 not recorded for all" in draw(tmp_path, rows)
+
+
+def test_newer_schema_among_others_is_a_notice(tmp_path, one_theme):
+    synthetic.write(tmp_path, [env(), op_row()])
+    with open(tmp_path / "records.jsonl", "a") as file:
+        file.write('{"schema": 99, "kind": "op", "run": "r", "wonder": 1}\n')
+    report(tmp_path)
+    assert "skipped 1 lines of a newer schema" in (tmp_path / "index.html").read_text()
+
+
+@pytest.mark.parametrize("content, message", [
+    ("", "no records in"), ('{"schema": 99, "kind": "op"}\n', "newer schema"), ("{not json}\n", "not JSON"),
+    ('{"schema": 1, "kind": "poem", "run": "r"}\n', "unknown kind 'poem'")])
+def test_unusable_records_are_one_clear_error(tmp_path, content, message):
+    (tmp_path / "records.jsonl").write_text(content)
+    with pytest.raises(LabError, match=message) as error:
+        report(tmp_path)
+    assert "\n" not in str(error.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["records.jsonl"]
+
+
+def test_no_records_at_all(tmp_path):
+    with pytest.raises(LabError, match="no records.jsonl in"):
+        report(tmp_path)
+    with pytest.raises(LabError, match="no such folder"):
+        report(tmp_path / "absent")
+
+
+def test_above_the_ceiling_is_flagged_and_no_win(tmp_path, one_theme):
+    fast = dict(us=1.0, us_p10=0.9, us_p90=1.1, gbps=20000.0, of_ceiling=6.6)
+    words = draw(tmp_path, [*synthetic.make("r", **SMALL)[:43], op_row(**fast), op_row(backend="triton")])
+    run, = load.load(tmp_path)
+    f = op_figures.focus(run)
+    assert run.suspects["flag"].tolist() == ["above the ceiling"]
+    assert "1 measurements are flagged (1 above the ceiling)" in words and "Flagged measurements" in words
+    assert set(op_figures.utilisation(run, f).table["backend"]) == {"triton"}
+    assert set(op_figures.roofline(run, f).table["backend"]) == {"triton"}
+    assert op_figures.crossover(run, f) is None and op_figures.winners(run, f, "linear") is None
+    assert sum(op_figures.score(op_figures.chosen(run.op, f)).values()) == 0
+
+
+def test_a_warm_figure_above_the_ceiling_is_no_fault(tmp_path):
+    synthetic.write(tmp_path, [env(), op_row(cache="warm", of_ceiling=1.4), op_row()])
+    assert len(load.load(tmp_path)[0].suspects) == 0
+
+
+def test_texts_of_records_are_escaped(tmp_path, one_theme):
+    evil = dict(op=EVIL, role=EVIL, dtype=EVIL, models=[EVIL], note=EVIL, shape={EVIL: EVIL})
+    rows = [env(EVIL, gpu=EVIL, notes=[EVIL], driver=EVIL, settings={"command": EVIL}, peers={EVIL: EVIL}),
+            op_row(EVIL, **evil), op_row(EVIL, "triton", **evil), op_row(EVIL, EVIL, **evil),
+            op_row(EVIL, "torch", us=None, error=EVIL),
+            ModelRow(EVIL, EVIL, "cuda", EVIL, EVIL, EVIL, 1, 64, us=5.0), ModelRow(EVIL, EVIL, "cuda", EVIL, EVIL, EVIL, 2, 64, us=6.0),
+            LedgerRow(EVIL, EVIL, "cuda", EVIL, EVIL, 1, 64, "kernel", op=EVIL, kernel=EVIL, us=5.0)]
+    synthetic.write(tmp_path / "in", rows)
+    report(tmp_path / "in", tmp_path / "out")
+    text = (tmp_path / "out" / "index.html").read_text()
+    found = Page(text)
+    assert len(found.of("script")) == 1 and 'alert("x")' not in re.sub(r"(?s)<(pre|td|p|dd).*?</\1>", "", text)
+    assert "<script>alert" not in text and htmllib.escape("<script>alert") in text
+    summary = (tmp_path / "out" / "README.md").read_text()
+    outside_code = "\n".join(line for line in summary.splitlines() if not line.startswith("`"))
+    assert "<script" not in outside_code and "](b)" not in outside_code
+    # Names from records stay inside the output folder.
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+\.png", p.name) for p in tmp_path.rglob("*.png"))
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"index.html", "README.md", "figures"}
+
+
+def test_a_remeasured_key_counts_once(tmp_path):
+    synthetic.write(tmp_path, [env(), op_row(us=50.0), op_row(us=10.0)])
+    assert load.load(tmp_path)[0].op["us"].tolist() == [10.0]
+
+
+def test_choosing_a_run(tmp_path, undrawn):
+    synthetic.write(tmp_path, [env("a"), op_row("a"), env("b"), op_row("b")])
+    report(tmp_path, tmp_path / "out", run="b")
+    assert "/b/" not in "".join(str(p) for p in (tmp_path / "out").rglob("*.png"))
+    with pytest.raises(LabError, match="no run 'c' in .*: it has"):
+        report(tmp_path, tmp_path / "out", run="c")
+
+
+def test_old_pictures_are_cleared_and_foreign_files_left(tmp_path, undrawn):
+    synthetic.write(tmp_path, [env(), op_row(), ModelRow("r", "m", "cuda", "basic", "graph", "bf16", 1, 64, us=5.0),
+                               ModelRow("r", "m", "cuda", "basic", "graph", "bf16", 2, 64, us=6.0)])
+    report(tmp_path)
+    (tmp_path / "figures" / "mine.png").write_bytes(b"mine")
+    assert (tmp_path / "figures" / "m-throughput.png").exists()
+    (tmp_path / "records.jsonl").unlink()
+    synthetic.write(tmp_path, [env(), op_row()])
+    report(tmp_path)
+    assert not (tmp_path / "figures" / "m-throughput.png").exists()
+    assert (tmp_path / "figures" / "mine.png").read_bytes() == b"mine"
+    assert not [p for p in tmp_path.rglob(".*") if p.name not in (build.DRAWN,)]
+
+
+def test_an_output_that_cannot_be_written_is_one_line(tmp_path, undrawn):
+    synthetic.write(tmp_path, [env(), op_row()])
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(LabError, match="is a file; name a folder"):
+        report(tmp_path, tmp_path / "file")
+    with pytest.raises(LabError, match="cannot write .*Not a directory"):
+        report(tmp_path, tmp_path / "file" / "below")
+
+
+def test_report_never_imports_torch(tmp_path):
+    synthetic.write(tmp_path, [env()])
+    code = ("import sys; sys.modules['torch'] = sys.modules['triton'] = None\n"
+            "from types import SimpleNamespace as N; from lab.report import build\n"
+            f"sys.exit(build.main(N(dir={str(tmp_path)!r}, out=None, run=None)))")
+    assert subprocess.run([sys.executable, "-c", code], cwd=build.Path(build.__file__).parents[2]).returncode == 0
+
+
+# Numbers behind the pictures
+
+def test_verdicts_follow_the_spread():
+    frame = lambda us, low, high: dict(us=us, us_p10=low, us_p90=high, n=30.0, backend="x", verdict={})
+    rows = lambda *all_: list(pd.DataFrame(all_).itertuples())
+    fast, slow, wide = rows(frame(10.0, 9.9, 10.1), frame(20.0, 19.8, 20.2), frame(14.0, 8.0, 22.0))
+    assert op_figures.verdict(fast, slow) == "faster" and op_figures.verdict(slow, fast) == "slower"
+    assert op_figures.verdict(fast, wide) == "ambiguous" and op_figures.verdict(fast, fast) == "same"
+
+
+def test_the_harness_has_the_last_word_on_a_verdict():
+    frame = pd.DataFrame([dict(us=10.0, us_p10=9.9, us_p90=10.1, n=30.0, backend="cuda", verdict={"triton": "ambiguous"}),
+                          dict(us=20.0, us_p10=19.9, us_p90=20.1, n=30.0, backend="triton", verdict={})])
+    assert op_figures.verdict(*frame.itertuples()) == "ambiguous"
+
+
+def test_throughput_and_linearity(tmp_path):
+    rows = [ModelRow("r", "m", "cuda", "basic", "graph", "bf16", b, 64, us=us, us_p10=us, us_p90=us, n=9)
+            for b, us in ((1, 100.0), (4, 200.0))]
+    synthetic.write(tmp_path, [env(), *rows])
+    table = model_figures.throughput(load.load(tmp_path)[0], "m").table
+    assert table["linearity"].tolist() == [1.0, 0.5]        # 20,000 tokens/s against an ideal of 40,000
+
+
+def test_ledger_sums_and_waterfall(tmp_path):
+    base = dict(run="r", model="m", plan="basic", dtype="bf16", batch=1, context=64)
+    synthetic.write(tmp_path, [
+        env(), LedgerRow(**base, backend="cuda", row="kernel", op="linear", kernel="k", us=70.0),
+        LedgerRow(**base, backend="cuda", row="gap", us=20.0), LedgerRow(**base, backend="cuda", row="unexplained", us=10.0),
+        LedgerRow(**base, backend="cuda", row="total", us=100.0, us_p10=99.0, us_p90=101.0, n=5),
+        LedgerRow(**base, backend="triton", row="swap", us=150.0), LedgerRow(**base, backend="cuda", row="swap", us=100.0),
+        LedgerRow(**base, backend="triton", row="swap", op="linear", us=110.0, overrides={"linear": "cuda"}),
+        LedgerRow(**base, backend="triton", row="swap", op="rope", us=155.0, overrides={"rope": "cuda"})])
+    run, = load.load(tmp_path)
+    assert "the rows add up to 100.0% of the replayed token" in model_figures.ledger(run, "m").reading
+    table = model_figures.swap(run, "m").table
+    assert table["step"].tolist() == ["all Triton", "linear", "rope", "together, not alone", "all CUDA"]
+    assert table["change (us)"].tolist()[1:4] == [-40.0, 5.0, -15.0]
+
+
+def test_error_bars_of_a_share_are_those_of_its_time():
+    rows = figures.with_share(pd.DataFrame([dict(of_ceiling=0.5, us=10.0, us_p10=8.0, us_p90=20.0)]))
+    assert rows[["share", "share_low", "share_high"]].iloc[0].tolist() == [50.0, 25.0, 62.5]
+
+
+@pytest.mark.parametrize("value, shown", [(None, "–"), (float("nan"), "–"), (1234567.0, "1,234,567"), (0.66666, "0.6667"),
+                                          (12.3456, "12.35"), (float("inf"), "inf"), (True, "yes"), ("a<b", "a<b"), (0.0, "0")])
+def test_cells(value, shown):
+    assert page.cell(value) == shown
+
+
+# How it looks
+
+def luminance(color):
+    channel = np.array([int(color[i:i + 2], 16) / 255 for i in (1, 3, 5)])
+    linear = np.where(channel <= 0.04045, channel / 12.92, ((channel + 0.055) / 1.055) ** 2.4)
+    return linear
+
+
+def contrast(a, b):
+    """WCAG 2.1 contrast ratio."""
+    x, y = sorted((float(luminance(c) @ [0.2126, 0.7152, 0.0722]) for c in (a, b)), reverse=True)
+    return (x + 0.05) / (y + 0.05)
+
+
+# Machado, Oliveira and Fernandes 2009, severity 1.0, on linear RGB.
+BLIND = {"protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+         "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+         "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]]}
+
+
+def lab_of(linear):
+    """CIELAB of linear sRGB, D65."""
+    xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]) @ linear
+    f = np.cbrt(np.clip(xyz / [0.9505, 1.0, 1.089], 1e-6, None))
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+def test_backends_are_readable_on_both_pages_and_stay_apart():
+    for look in style.BACKENDS.values():
+        for theme in (style.LIGHT, style.DARK):
+            assert contrast(look.color, theme.page) >= 3, f"{look.label} on {theme.name}"
+    for kind, matrix in BLIND.items():
+        for a, b in itertools.combinations(("cuda", "triton", "torch"), 2):
+            seen = [lab_of(np.clip(np.array(matrix) @ luminance(style.BACKENDS[n].color), 0, 1)) for n in (a, b)]
+            assert np.linalg.norm(seen[0] - seen[1]) > 20, f"{a} and {b} under {kind}"
+    looks = [(look.color, look.marker) for look in style.BACKENDS.values()]
+    assert len({c for c, _ in looks}) == len({m for _, m in looks}) == len(looks)
+
+
+def test_text_in_pictures_does_not_overlap_or_leave_the_canvas(folder):
+    """Tick labels of one axis keep apart; titles, tick labels and legends stay inside."""
+    for run in load.load(folder):
+        f = op_figures.focus(run)
+        made = [model_figures.ceiling(run), op_figures.utilisation(run, f), op_figures.roofline(run, f),
+                op_figures.crossover(run, f), *op_figures.of_op(run, f, "linear"), *op_figures.of_op(run, f, "decode_attention"),
+                *model_figures.of_model(run, model_figures.models(run)[0])]
+        for figure in filter(None, made):
+            with matplotlib.rc_context(style.rc(style.LIGHT)):
+                canvas = figures.compose(figure, style.LIGHT, run.emulated)
+                canvas.draw_without_rendering()
+                inside = canvas.bbox.padded(1)
+                texts = [*canvas.texts, *(t for legend in canvas.legends for t in legend.get_texts())]
+                for axis in itertools.chain.from_iterable((ax.xaxis, ax.yaxis) for ax in canvas.axes):
+                    low, high = sorted(axis.get_view_interval())
+                    labels = [t for at, t in zip(axis.get_majorticklocs(), axis.get_ticklabels())
+                              if t.get_text() and low <= at <= high]
+                    texts += labels + [axis.label] * bool(axis.label.get_text())
+                    for a, b in itertools.combinations([t.get_window_extent() for t in labels], 2):
+                        assert not a.overlaps(b), f"{figure.name}: tick labels overlap"
+                for t in texts:
+                    box = t.get_window_extent()
+                    assert inside.contains(box.x0, box.y0) and inside.contains(box.x1, box.y1), f"{figure.name}: {t.get_text()}"
+
+
+PROBE = """<script>
+"use strict";
+const faults = [];
+addEventListener("error", e => faults.push("error: " + e.message));
+addEventListener("unhandledrejection", e => faults.push("rejection: " + e.reason));
+addEventListener("securitypolicyviolation", e => faults.push("blocked: " + e.violatedDirective));
+for (const level of ["error", "warn"]) console[level] = (...words) => faults.push(level + ": " + words.join(" "));
+addEventListener("load", () => {
+  const look = state => {
+    if (document.documentElement.scrollWidth > innerWidth) faults.push(state + ": the page is wider than the window");
+    for (const e of document.querySelectorAll("h1,h2,h3,h4,p,li,dt,dd,summary,label,select,a,caption")) {
+      if (e.closest(".scroll,.skip,[hidden]") || !e.getClientRects().length) continue;
+      const box = e.getBoundingClientRect();
+      if (box.right > innerWidth + 1 || box.left < -1 || e.scrollWidth > e.clientWidth + 1 && e.clientWidth)
+        faults.push(state + ": cut off: " + e.tagName + " " + e.textContent.trim().slice(0, 60));
+    }
+    const boxes = [...document.querySelectorAll(".card,.tile,.notice,.twin,h1,h2,.facts")].filter(e => e.getClientRects().length)
+      .map(e => [e, e.getBoundingClientRect()]);
+    for (const [i, [a, x]] of boxes.entries()) for (const [b, y] of boxes.slice(i + 1)) {
+      const wide = Math.min(x.right, y.right) - Math.max(x.left, y.left), high = Math.min(x.bottom, y.bottom) - Math.max(x.top, y.top);
+      if (wide > 1 && high > 1 && !a.contains(b) && !b.contains(a)) faults.push(state + ": overlap: " + a.className + " and " + b.className);
+    }
+  };
+  look("as opened");
+  for (const d of document.querySelectorAll("details")) d.open = true;
+  look("all open");
+  const images = [...document.querySelectorAll(".run:not([hidden]) img")];
+  for (const i of images) if (!i.complete || !i.naturalWidth || !i.alt) faults.push("picture: " + i.alt);
+  const pick = document.getElementById("run");
+  const runs = pick ? [...pick.options].map(o => {
+    pick.value = o.value;
+    pick.dispatchEvent(new Event("change"));
+    look("run " + o.value);
+    return [...document.querySelectorAll(".run")].filter(r => !r.hidden).map(r => r.dataset.run).join();
+  }) : [];
+  parent.postMessage({width: innerWidth, faults, images: images.length, runs, dark: matchMedia("(prefers-color-scheme: dark)").matches}, "*");
+});
+</script>"""
+FRAMES = """<!doctype html><body>{frames}<pre id="found"></pre><script>
+const found = [];
+addEventListener("message", e => {{ found.push(e.data); document.getElementById("found").textContent = JSON.stringify(found); }});
+</script>{frames_after}"""
+
+
+def chromium():
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+    return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
+
+
+needs_chromium = pytest.mark.skipif(chromium() is None, reason="needs Chromium or Chrome (apt-get install chromium), or "
+                                    "CHROMIUM=path")
+
+
+def probe(text, tmp_path, dark=False):
+    """What PROBE reports of a page in a frame of each width; Chromium's own windows are never narrower than 500 px."""
+    (tmp_path / "probed.html").write_text(text.replace("<title>", PROBE + "<title>", 1))
+    frames = "".join(f'<iframe src="probed.html" width="{w}" height="900"></iframe>' for w in WIDTHS)
+    (tmp_path / "frames.html").write_text(FRAMES.format(frames="", frames_after=frames))
+    with tempfile.TemporaryDirectory() as profile:
+        command = [chromium(), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}", "--window-size=1600,1000",
+                   "--virtual-time-budget=20000", f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--dump-dom",
+                   (tmp_path / "frames.html").as_uri()]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    found = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.S)
+    assert found and found[1], f"Chromium printed no result: {done.stderr[-500:]}"
+    seen = json.loads(htmllib.unescape(found[1]))
+    assert sorted(s["width"] for s in seen) == sorted(WIDTHS)
+    return seen
+
+
+@needs_chromium
+@pytest.mark.parametrize("dark", [False, True])
+def test_in_chromium(text, tmp_path, dark):
+    """No console message, nothing wider than the window, nothing cut off or overlapping, every picture decoded."""
+    for seen in probe(text, tmp_path, dark):
+        assert seen["faults"] == [], f"at {seen['width']} px"
+        assert seen["images"] > 10 and seen["dark"] == dark
+        assert seen["runs"] == ["20250101T120000-synt", "20240101T000000-emul"]
+
+
+@needs_chromium
+def test_the_probe_finds_planted_faults(tmp_path):
+    planted = """<!doctype html><title>x</title><img src="http://127.0.0.1:9/x.png"><div class="card" style="height:50px">a</div>
+<div class="card" style="margin-top:-20px">b</div><div style="width:2000px">wide</div><p style="width:20px;overflow:hidden">Incomprehensibly</p>
+<script>console.error("planted"); missing()</script>"""
+    for seen in probe(planted, tmp_path):
+        faults = "\n".join(seen["faults"])
+        for word in ("error: planted", "missing is not defined", "wider than the window", "overlap: card and card", "cut off: P Incomp"):
+            assert word in faults

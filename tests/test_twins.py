@@ -1,0 +1,92 @@
+"""The two halves of every op have the same numbered steps, and point at each other and at their contract."""
+import re
+
+import pytest
+
+from lab.errors import LabError
+from lab.report import twins
+
+OPS = twins.known_ops()
+TITLE = re.compile(r"^\s*(?://|#) (\d+\. [\w ,+\-/]+):", re.M)
+
+
+def test_every_op_of_the_lab_has_both_halves():
+    from lab.ops import OPS as contracts
+    assert sorted(OPS) == sorted(op.name for op in contracts)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_steps_have_the_same_titles(op):
+    cuda, triton = twins.pair(op)
+    assert cuda.titles == triton.titles
+    assert len(cuda.titles) >= 2
+    assert [step.number for step in cuda.steps.values()] == list(range(1, len(cuda.titles) + 1))
+    # The parser sees what a plain search of the file sees.
+    for half in (cuda, triton):
+        assert set(half.titles) == set(TITLE.findall(half.path.read_text()))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_step_says_something_and_has_code(op):
+    for half in twins.pair(op):
+        for step in half.steps.values():
+            assert step.chunks and all(c.text for c in step.chunks), f"{half.name}: step {step.number} has no text"
+            assert any(c.lines for c in step.chunks), f"{half.name}: step {step.number} has no code"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_header_names_formula_traffic_contract_and_twin(op):
+    cuda, triton = twins.pair(op)
+    for half, other in ((cuda, triton), (triton, cuda)):
+        assert half.header.startswith(f"{op}:")
+        for word in ("mapping", "traffic", f"lab/ops/{op}.py", other.name):
+            assert word in half.header, f"{half.name} does not say {word!r} at its top"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_no_line_of_a_file_is_lost(op):
+    """Header, chunks and step comments together are the file."""
+    for half in twins.pair(op):
+        lines = half.path.read_text().splitlines()
+        for chunk in [*half.around, *(c for s in half.steps.values() for c in s.chunks)]:
+            assert lines[chunk.first - 1:chunk.first - 1 + len(chunk.lines)] == chunk.lines
+        shown = {n for c in [*half.around, *(c for s in half.steps.values() for c in s.chunks)]
+                 for n in range(c.first, c.first + len(c.lines))}
+        code = [n for n, line in enumerate(lines, 1) if line.strip() and not twins.COMMENT.match(line)]
+        header = twins._header(half.language, lines)[1]
+        assert [n for n in code if n not in shown and n > header] == []
+
+
+def test_a_file_with_two_kernels_gives_a_chunk_for_each():
+    text = """// x: y = x
+#include "common.cuh"
+
+__global__ void a_kernel(int n) {
+  // 1. Locate: here
+  // and there.
+  int i = 0;
+}
+
+__global__ void b_kernel(int n) {
+  // 1. Locate: elsewhere.
+  int j = 0;
+}
+
+void x() { launch(a_kernel); }
+"""
+    half = twins.cut("cuda", twins.Path("x.cu"), text.splitlines())
+    assert [(c.kernel, c.text, c.lines) for c in half.steps[1].chunks] == [
+        ("a_kernel", "here and there.", ["  int i = 0;", "}"]), ("b_kernel", "elsewhere.", ["  int j = 0;", "}"])]
+    assert half.around[-1].lines == ["void x() { launch(a_kernel); }"]
+
+
+def test_one_number_with_two_titles_is_an_error():
+    with pytest.raises(LabError, match="step 1 is called 'Load' here and 'Locate' before"):
+        twins.cut("triton", twins.Path("x.py"), ["    # 1. Locate: a", "    i = 0", "    # 1. Load: b"])
+
+
+def test_a_missing_half_is_one_line(tmp_path):
+    (tmp_path / "cuda_src").mkdir()
+    (tmp_path / "cuda_src" / "x.cu").write_text("// x: y\n")
+    with pytest.raises(LabError, match="x has no triton half"):
+        twins.pair("x", tmp_path)
