@@ -38,8 +38,7 @@ gpu-check: build  ## needs a GPU: GPU tests, compute-sanitizer on every op, gree
 	@$(PY) -m lab.gpu_check --out $(or $(OUT),out/gpu-check) $(if $(MODEL),--model $(MODEL)) $(if $(STEPS),--steps $(STEPS))
 
 gpu-bench: build  ## needs a GPU: ops, models and ledger measured into OUT=... (QUICK=1: a few shapes)
-	@$(PY) -m lab bench ops --out $(or $(OUT),out/gpu-bench) $(if $(QUICK),--quick)
-	@$(PY) -m lab bench model --out $(or $(OUT),out/gpu-bench) $(if $(QUICK),--quick)
+	@$(PY) -m lab bench all --out $(or $(OUT),out/gpu-bench) $(if $(QUICK),--quick)
 	@$(PY) -m lab report $(or $(OUT),out/gpu-bench)
 
 report:  ## draws reports/h100 again from its committed records
