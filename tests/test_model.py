@@ -1,4 +1,4 @@
-"""The model: the decode step against a plain float64 recomputation, the paged cache, tokenizers, generation, `lab run`."""
+"""The decode step against a plain float64 recomputation, the paged cache, tokenizers, generation, `lab run`."""
 import argparse
 import json
 import random
@@ -16,7 +16,8 @@ from lab.model.generate import generate, generate_batch, teacher_forced_logits
 from lab.model.kv_cache import PagedKVCache
 from lab.model.tokenizer import TextStream, Tokenizer, render_chat
 from lab.model.weights import RandomSource, load, open_source
-from tiny_models import CHAT_TEMPLATE, CONFIGS, byte_level_vocabulary, reference_logits, tensors, write_folder, write_gguf
+from tiny_models import (CHAT_TEMPLATE, CONFIGS, byte_level_vocabulary, reference_logits, tensors, write_folder,
+                         write_gguf)
 
 IDS = random.Random(0).choices(range(272), k=40)        # crosses two page boundaries
 TOLERANCE = 2e-5    # float32 over two layers and sums of up to 256 terms; the logits are of size 1 to 4
@@ -227,8 +228,9 @@ def test_cache_fills_up_on_the_way(device):
     assert len(generate(decoder, IDS[:18], 3).output_ids) == 3       # and the decoder still works
 
 
-@pytest.mark.parametrize("prompt, says", [([], "prompt is empty"), ([3, 272], "id 272 is outside the vocabulary of 272"),
-                                          ([-1], "id -1 is outside"), ([1] * 65, "has 65 tokens and the cache holds 64")])
+@pytest.mark.parametrize("prompt, says", [
+    ([], "prompt is empty"), ([3, 272], "id 272 is outside the vocabulary of 272"), ([-1], "id -1 is outside"),
+    ([1] * 65, "has 65 tokens and the cache holds 64")])
 def test_bad_prompts(prompt, says):
     with pytest.raises(LabError, match=says):
         generate(make(), prompt, 4)
@@ -467,6 +469,17 @@ def test_run_variants_agree(tiny_gguf, tmp_path, capsys):
     assert len({tuple(record["output_ids"]) for record, _ in outputs}) == 1
     assert outputs[1][1] == outputs[2][1] == outputs[0][0]["text"] + "\n"
     assert outputs[3][0]["text"] is None and outputs[3][1] == ",".join(map(str, outputs[3][0]["output_ids"])) + "\n"
+
+
+def test_run_with_a_tokenizer_that_is_not_supported(tmp_path, capsys):
+    """Text is refused; ids work, and what is missing is said."""
+    path = write_gguf(tmp_path / "tiny.gguf", CONFIGS["llama"], pre="tekken")
+    common = (path, "--backend", "torch", "--device", "cpu", "--max-new-tokens", 2)
+    with pytest.raises(LabError, match="pre-tokenizer 'tekken' is not supported .*; use --ids"):
+        lab_run(*common, "--prompt", "hello")
+    assert lab_run(*common, "--ids", "5,6") == 0
+    printed = capsys.readouterr()
+    assert len(printed.out.split(",")) == 2 and "tekken" in printed.err and "no text is shown" in printed.err
 
 
 @pytest.mark.parametrize("words, says", [

@@ -115,7 +115,7 @@ GGUF_NAMES = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_n
               "model.norm": "output_norm", "lm_head": "output"}
 
 
-def write_gguf(path, config: ModelConfig, weights=None, kind: str = "F32", tokenizer=True, extra=()):
+def write_gguf(path, config: ModelConfig, weights=None, kind: str = "F32", tokenizer=True, extra=(), pre="smollm"):
     """As llama.cpp's converter writes it: matrices of type `kind`, the rest F32, Llama's q and k rows reordered."""
     arch = "llama" if config.architecture == "mistral" else config.architecture
     writer = gguf.GGUFWriter(path, arch)
@@ -134,7 +134,7 @@ def write_gguf(path, config: ModelConfig, weights=None, kind: str = "F32", token
     if tokenizer:
         tokens, merges = byte_level_vocabulary(config.vocab)
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre("smollm")
+        writer.add_tokenizer_pre(pre)
         writer.add_token_list(tokens)
         writer.add_token_types([3 if token in ("<|start|>", "<|end|>") else 1 for token in tokens])
         writer.add_token_merges(merges)

@@ -136,7 +136,7 @@ def from_huggingface(source: Mapping, name: str, where: str) -> ModelConfig:
     if architecture not in ARCHITECTURES:
         raise LabError(f"{where}: model_type {architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
     if source.get("quantization_config"):
-        raise LabError(f"{where}: quantized Hugging Face checkpoints are not supported; use float weights or a GGUF file")
+        raise LabError(f"{where}: quantized checkpoints are not supported; use float weights or a GGUF file")
     if source.get("mlp_bias"):
         raise LabError(f"{where}: mlp_bias is not supported")
     if source.get("hidden_act", "silu") not in ("silu", "swish"):
@@ -202,7 +202,7 @@ def from_gguf(fields: Mapping, tensors: Mapping[str, tuple[int, ...]], rope_freq
 
     hidden, q_heads = get("embedding_length", int), get("attention.head_count", int)
     head_dim = get("attention.key_length", int, hidden // max(q_heads, 1))
-    if get("attention.value_length", int, head_dim) != head_dim or get("rope.dimension_count", int, head_dim) != head_dim:
+    if {get("attention.value_length", int, head_dim), get("rope.dimension_count", int, head_dim)} != {head_dim}:
         raise LabError(f"{where}: key, value and rotary dimensions of a head differ; that is not supported")
     if get("expert_count", int, 0):
         raise LabError(f"{where}: mixture-of-experts models are not supported")

@@ -1,7 +1,7 @@
 """The decode step of a Llama-family model: one new token for every sequence of a batch, through the dispatcher's ops.
 
 `basic_step` is the model; the rest keeps its state. All buffers are allocated once, so on a GPU the whole step is
-captured as one CUDA graph and replayed: positions, context lengths and sampled ids live on the device and advance there.
+captured as one CUDA graph and replayed: positions, context lengths and sampled ids live and advance on the device.
 """
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lab.model.weights import Weights
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen (lab/ops/sample.py). temperature 0 is greedy; top_k 0 and top_p 1 keep every token."""
+    """How the next token is chosen (lab/ops/sample.py). temperature 0 is greedy; top_k 0 and top_p 1 keep all."""
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0

@@ -28,7 +28,8 @@ def generate(decoder: Decoder, prompt_ids: Sequence[int], max_new_tokens: int = 
              on_token: Callable[[int], None] | None = None) -> Generation:
     """One prompt. on_text gets whole characters as they complete, on_token each id. See generate_batch."""
     return generate_batch(decoder, [prompt_ids], max_new_tokens, sampling, stop_ids, tokenizer,
-                          on_text and (lambda _, text: on_text(text)), on_token and (lambda _, token: on_token(token)))[0]
+                          on_text and (lambda _, text: on_text(text)),
+                          on_token and (lambda _, token: on_token(token)))[0]
 
 
 def generate_batch(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int = 64,

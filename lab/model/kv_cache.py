@@ -42,7 +42,8 @@ class PagedKVCache:
         self.max_pages = pages_for(max_context, page_size)
         self.pages = self.max_pages * sequences if pages is None else pages
         shape = (config.layers, self.pages, config.kv_heads, page_size, config.head_dim)
-        require_memory(2 * math.prod(shape) * dtype.itemsize, device, f"a KV cache of {sequences} x {max_context} tokens",
+        require_memory(2 * math.prod(shape) * dtype.itemsize, device,
+                       f"a KV cache of {sequences} x {max_context} tokens",
                        "use a shorter --max-context or fewer sequences")
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
@@ -61,8 +62,8 @@ class PagedKVCache:
                            f"{self.max_context}; raise --max-context")
         missing = pages_for(length, self.page_size) - len(held)
         if missing > len(self.free):
-            raise LabError(f"the KV cache is full: sequence {sequence} needs {missing} more page(s) of {self.page_size} "
-                           f"tokens and {len(self.free)} of {self.pages} are free")
+            raise LabError(f"the KV cache is full: sequence {sequence} needs {missing} more page(s) of "
+                           f"{self.page_size} tokens and {len(self.free)} of {self.pages} are free")
         if missing > 0:
             new = [self.free.pop() for _ in range(missing)]
             row = torch.tensor(new, dtype=torch.int32)

@@ -20,4 +20,5 @@ def require_memory(nbytes: int, device: str | torch.device, what: str, remedy: s
     """Raises LabError when `nbytes` are not free on the device."""
     free = free_bytes(torch.device(device))
     if free is not None and nbytes > free:
-        raise LabError(f"{what} needs {nbytes / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free on {device}; {remedy}")
+        raise LabError(f"{what} needs {nbytes / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free on {device}; "
+                       f"{remedy}")

@@ -15,7 +15,8 @@ CHUNK = 2048        # tokens at a time: bounds the activations and the attention
 
 
 @torch.inference_mode()
-def prefill(weights: Weights, cache: PagedKVCache, cos_sin: torch.Tensor, sequence: int, ids: list[int]) -> torch.Tensor:
+def prefill(weights: Weights, cache: PagedKVCache, cos_sin: torch.Tensor, sequence: int,
+            ids: list[int]) -> torch.Tensor:
     """Appends `ids` to a sequence of the cache. Returns the last hidden states, normed: [len(ids), hidden].
 
     ids are checked by the caller. Raises LabError when the cache is full.

@@ -31,7 +31,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--device", help="cuda or cpu (default: cuda where there is a GPU)")
     parser.add_argument("--dtype", help="fp32, fp16 or bf16 (default: fp32 on the CPU, bf16 on a GPU)")
     parser.add_argument("--weights", metavar="SOURCE", default="auto", help="auto, or random for the shape alone")
-    parser.add_argument("--max-context", metavar="N", type=int, help="tokens the KV cache holds (default: as many as needed)")
+    parser.add_argument("--max-context", metavar="N", type=int, help="size of the KV cache in tokens (default: as needed)")
     parser.add_argument("--page-size", metavar="N", type=int, default=16, help="tokens of a KV-cache page, 16 to 256")
     parser.add_argument("--eager", action="store_true", help="on a GPU, launch op by op instead of a CUDA graph")
     parser.add_argument("--no-stream", action="store_true", help="print the text at the end only")
@@ -63,13 +63,13 @@ def main(args) -> int:
     ops = select(args.backend, device, args.override, trace)
 
     source = open_source(args.model, args.weights)
-    tokenizer = source.tokenizer()
-    prompt_ids = parse_ids(args.ids) if args.ids is not None else encode(tokenizer, source, args.prompt, args.raw)
+    tokenizer = find_tokenizer(source, needed=args.ids is None)
+    prompt_ids = parse_ids(args.ids) if args.ids is not None else encode(tokenizer, args.prompt, args.raw)
     wrong = [token for token in prompt_ids if not 0 <= token < source.config.vocab]
     if wrong:
         raise LabError(f"token id {wrong[0]} is outside the vocabulary of {source.config.vocab}")
-    limit = source.config.max_positions
-    max_context = args.max_context if args.max_context is not None else min(len(prompt_ids) + args.max_new_tokens, limit)
+    limit, wanted = source.config.max_positions, len(prompt_ids) + args.max_new_tokens
+    max_context = min(wanted, limit) if args.max_context is None else args.max_context
     if len(prompt_ids) > max_context:
         raise LabError(f"the prompt has {len(prompt_ids)} tokens and the cache holds {max_context}" +
                        (f", all that model {source.name} was made for" if max_context == limit else
@@ -103,6 +103,19 @@ def torch_device_type(device: str) -> str:
     return device.partition(":")[0]
 
 
+def find_tokenizer(source, needed: bool):
+    """The source's tokenizer. With ids it is not needed: that it is missing is said, and None returned."""
+    try:
+        tokenizer, why = source.tokenizer(), f"model {source.name} has no tokenizer here"
+    except LabError as error:
+        tokenizer, why = None, str(error)
+    if tokenizer is None and needed:
+        raise LabError(why if "--ids" in why else f"{why}; pass token ids with --ids")
+    if tokenizer is None:
+        print(f"lab: {why}: no text is shown and no end token is known", file=sys.stderr)
+    return tokenizer
+
+
 def parse_ids(text: str) -> list[int]:
     try:
         return [int(item) for item in text.split(",")]
@@ -110,9 +123,7 @@ def parse_ids(text: str) -> list[int]:
         raise LabError(f"--ids {text!r}: write token ids with commas between, as in 1,2,3") from None
 
 
-def encode(tokenizer, source, text: str, raw: bool) -> list[int]:
-    if tokenizer is None:
-        raise LabError(f"model {source.name} has no tokenizer here; pass token ids with --ids")
+def encode(tokenizer, text: str, raw: bool) -> list[int]:
     if raw or tokenizer.chat_template is None:
         return tokenizer.encode(text)
     return tokenizer.encode_chat([{"role": "user", "content": text}])

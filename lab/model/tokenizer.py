@@ -155,7 +155,8 @@ def from_gguf(scalars: Mapping, array: Callable[[str], list | None], where: str)
 
     bos, eos = token_id("bos"), token_id("eos")
     ends = {eos, token_id("eot"), token_id("eom")} - {None}
-    ends |= {index for index, (token, kind) in enumerate(zip(tokens, kinds)) if kind == CONTROL and token in END_OF_TURN}
+    ends |= {index for index, (token, kind) in enumerate(zip(tokens, kinds))
+             if kind == CONTROL and token in END_OF_TURN}
     special = {f"{name}_token": tokens[index] for name, index in (("bos", bos), ("eos", eos)) if index is not None}
     add_bos = scalars.get(key + "add_bos_token", model == "llama")
     return Tokenizer(backend, frozenset(ends), bos if add_bos else None,

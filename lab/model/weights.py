@@ -110,7 +110,8 @@ def _real_source(model: str):
         return GGUFSource(path)
     near = difflib.get_close_matches(model, PRESETS, 1)
     hint = f"did you mean {near[0]}? " if near else ""
-    raise LabError(f"unknown model {model!r}: {hint}it is no file or folder and no preset; presets: {', '.join(PRESETS)}")
+    raise LabError(f"unknown model {model!r}: {hint}it is no file or folder and no preset; "
+                   f"presets: {', '.join(PRESETS)}")
 
 
 def default_model_file() -> Path:
