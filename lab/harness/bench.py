@@ -1,6 +1,6 @@
 """`lab bench ops|model|ledger|all|crossover`: measurements into DIR/records.jsonl.
 
-The full set (`all`) is budgeted at under 12 minutes of GPU time, `--quick` at under 2; `--budget-minutes` stops cleanly,
+The full set (`all`) is made to take under 12 minutes of GPU time, `--quick` under 2; `--budget-minutes` stops cleanly,
 and the same command again goes on where it stopped. On a CPU only emulated latencies are recorded.
 """
 import sys
@@ -11,10 +11,12 @@ from lab.dispatch import BACKENDS, DTYPES, known
 from lab.errors import LabError
 from lab.harness import ceiling, crossover, ledger, model_bench, ops_bench, shapes, timing
 from lab.harness.session import Progress, Session
+from lab.model.decoder import find_plan
 from lab.ops import OPS
 
 DEFAULTS = {        # (device, quick): models, op batches, op contexts, model batches, model contexts, dtypes
-    ("cuda", False): (shapes.MODELS, (1, 4, 16, 64), (1024, 8192, 32768), (1, 4, 16, 64), (1024, 8192), ("bf16", "fp16", "fp32")),
+    ("cuda", False): (shapes.MODELS, (1, 4, 16, 64), (1024, 8192, 32768), (1, 4, 16, 64), (1024, 8192),
+                      ("bf16", "fp16", "fp32")),
     ("cuda", True): (("smollm2-135m", "llama-3.2-1b"), (1, 16), (1024, 8192), (1, 16), (1024,), ("bf16",)),
     ("cpu", False): (("smollm2-135m",), (1, 4), (64, 256), (1,), (32,), ("fp32",)),
     ("cpu", True): (("smollm2-135m",), (1,), (64,), (1,), (16,), ("fp32",)),
@@ -40,26 +42,30 @@ def numbers(text):
 
 
 def add_arguments(parser):
-    parser.add_argument("what", choices=("ops", "model", "ledger", "all", "crossover"), help="what to measure; crossover: who "
-                        "wins where, from the records in --out")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="ops (for ops) or models (for model, ledger, crossover); "
-                        "default: all ops, the presets of this machine")
+    parser.add_argument("what", choices=("ops", "model", "ledger", "all", "crossover"),
+                        help="what to measure; crossover: who wins where, from the records in --out")
+    parser.add_argument("names", nargs="*", metavar="NAME",
+                        help="ops (for ops) or presets (for model, ledger, crossover); default: all ops, four presets")
     parser.add_argument("--out", metavar="DIR", default="out/bench", help="where records.jsonl is (default out/bench)")
     parser.add_argument("--backend", metavar="A,B", help="default: every one that this machine has")
-    parser.add_argument("--dtype", metavar="A,B", help="fp32, fp16, bf16 (default: bf16, and fewer sizes of the others)")
+    parser.add_argument("--dtype", metavar="A,B", help="fp32, fp16, bf16 (default: bf16, fewer sizes of the others)")
     parser.add_argument("--model", metavar="A,B", help="presets whose shapes the ops take")
     parser.add_argument("--batch", metavar="N,N", help="batch sizes")
     parser.add_argument("--context", metavar="N,N", help="tokens in the KV cache")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
-    parser.add_argument("--weights", choices=("random", "auto"), default="random", help="for model: auto reads real ones")
+    parser.add_argument("--plan", metavar="A,B", default="basic", help="decode plans of the models (default: basic)")
+    parser.add_argument("--weights", choices=("random", "auto"), default="random",
+                        help="of the models; auto reads real ones")
     parser.add_argument("--quick", action="store_true", help="a small set in under 2 minutes of GPU time")
     parser.add_argument("--seconds", type=float, metavar="S", help="sampling time per configuration and timer")
-    parser.add_argument("--budget-minutes", type=float, metavar="M", help="stop cleanly after M minutes; run again to resume")
+    parser.add_argument("--budget-minutes", type=float, metavar="M",
+                        help="stop cleanly after M minutes; run again to resume")
     parser.add_argument("--fresh", action="store_true", help="begin a new run even where a stopped one could go on")
     parser.add_argument("--no-vendor", action="store_true", help="leave cuBLAS, SDPA, cuDNN and other peers out")
-    parser.add_argument("--no-compile", action="store_true", help="leave the torch.compile peer out of model benchmarks")
+    parser.add_argument("--no-compile", action="store_true", help="leave the torch.compile peer of the models out")
     parser.add_argument("--swap", action="store_true", help="for ledger: also a token per op swapped (always in `all`)")
-    parser.add_argument("--export", metavar="FILE", help="for crossover: write the winners as a table for lab run --dispatch")
+    parser.add_argument("--export", metavar="FILE",
+                        help="for crossover: write the winners as a table for lab run --dispatch")
 
 
 def settings_of(args):
@@ -75,6 +81,8 @@ def settings_of(args):
     for name in chosen:
         shapes.preset(name)
     backends = [known(name, BACKENDS, "backend") for name in names(args.backend)] if args.backend else list(BACKENDS)
+    for name in names(args.plan):
+        find_plan(name)
     dtypes = [known(name, list(DTYPES), "dtype") for name in names(args.dtype)] if args.dtype else list(dtypes)
     picked = bool(args.model or args.names and args.what != "ops")
     return {"what": args.what, "device": device, "quick": args.quick, "ops": args.names if args.what == "ops" else [],
@@ -85,7 +93,8 @@ def settings_of(args):
             "model_batches": numbers(args.batch) if args.batch else list(model_batches),
             "model_contexts": numbers(args.context) if args.context else list(model_contexts),
             "all_dtypes_everywhere": bool(args.dtype), "weights": args.weights, "seconds": args.seconds,
-            "vendor": not args.no_vendor, "compile": not (args.no_compile or args.quick), "swap": args.swap or args.what == "all"}
+            "vendor": not args.no_vendor, "compile": not (args.no_compile or args.quick),
+            "swap": args.swap or args.what == "all", "plans": names(args.plan)}
 
 
 def _ledger_models(device, quick):
@@ -111,24 +120,27 @@ def main(args):
     device = settings["device"]
     backends, notes = ops_bench.load_backends(settings["backends"], device, asked=bool(args.backend))
     settings["backends"] = list(backends)
-    with_notes = notes + (["emulated: times are the host's and say nothing about a GPU"] if device == "cpu" else [])
-    session = Session(args.out, device, settings, args.budget_minutes, args.fresh, with_notes)
+    of_device = ["emulated: times are the host's and say nothing about a GPU"] if device == "cpu" else settle_clocks()
+    session = Session(args.out, device, settings, args.budget_minutes, args.fresh, notes + of_device)
     for line in [*session.notices, *notes]:
         print(f"lab bench: {line}", file=sys.stderr)
     if session.resumed:
-        print(f"lab bench: run {session.run} was stopped; going on after its {len(session.rows)} lines", file=sys.stderr)
+        print(f"lab bench: run {session.run} was stopped; going on after its {len(session.rows)} lines",
+              file=sys.stderr)
     try:
         complete = run_all(session, settings, backends)
     except KeyboardInterrupt:
         complete = False
-    finally_state(session, complete)
+    session.finish(complete)
+    say(session, complete)
     return 0
 
 
-def finally_state(session, complete):
-    session.finish(complete)
+def say(session, complete):
+    """How the run ended, on the terminal."""
     errors = [r for r in session.rows if getattr(r, "error", None)]
-    print(f"run {session.run}: {session.new} new lines in {session.path}" + (f", {len(errors)} failed" if errors else ""))
+    failed = f", {len(errors)} failed" if errors else ""
+    print(f"run {session.run}: {session.new} new lines in {session.path}{failed}")
     for r in errors[:5]:
         print(f"  failed: {r.kind} {getattr(r, 'op', None) or getattr(r, 'model', '')} {r.backend}: {r.error}")
     if not complete:
@@ -147,20 +159,23 @@ def run_all(session, settings, backends):
             raise LabError("a ledger needs a GPU: its rows are device time stamps (lab bench ops|model run on a CPU)")
     per_model = len(settings["model_batches"]) * len(settings["model_contexts"])
     sizes = ceiling.QUICK_SIZES if quick else ceiling.SIZES
-    total = (len(sizes) * 3 if device == "cuda" else 0) + len(points) + len(models) * per_model + len(ledgers) * len(backends)
+    total = len(points) + len(models) * per_model + len(ledgers) * len(backends)
+    total += len(sizes) * len(ceiling.DIRECTIONS) if device == "cuda" else 0
     with Progress(total) as progress:
         ceilings = ceiling.Ceilings()
         if device == "cuda":
             ceilings = measure_ceilings(session, settings, progress)
         rig = ops_bench.make_rig(backends, device, ceilings, quick, settings["seconds"])
-        rig.vendor = rig.vendor and settings["vendor"]
+        rig.vendor, rig.plans = rig.vendor and settings["vendor"], tuple(settings["plans"])
         for dtype, point in points:
             if session.over():
                 return False
-            ops_bench.measure_point(session, rig, point, dtype, progress.step)
+            few = dtype != settings["dtypes"][0] and not settings["all_dtypes_everywhere"]
+            ops_bench.measure_point(session, rig, point, dtype, ops_bench.QUICK_MODES if few else None, progress.step)
         for name in models:
             model_bench.measure_model(session, rig, name, settings["dtypes"][0], settings["model_batches"],
-                                      settings["model_contexts"], settings["weights"], settings["compile"], progress.step)
+                                      settings["model_contexts"], settings["weights"], settings["compile"],
+                                      progress.step)
         for name in ledgers:
             if session.over():
                 return False
@@ -169,16 +184,16 @@ def run_all(session, settings, backends):
     return not session.over()
 
 
-def measure_ceilings(session, settings, progress):
-    """The run's ceilings, from its records where they are complete. Waits for the clocks to settle first."""
-    known_ones = {(r.direction, r.bytes) for r in session.of_kind("ceiling")}
-    device = torch.cuda.current_device()
-    load = torch.randn(1 << 28, device=device)      # 1 GiB, read over and over: the load that the clocks settle under
+def settle_clocks():
+    """Loads the card until its clocks have settled, so that the env row and the rest see them; notes, if any."""
+    load = torch.randn(1 << 28, device="cuda")      # 1 GiB, read over and over
     settled = timing.settle(timing.GraphTimed([load.sum] * 4))
-    if not settled["settled"]:
-        print(f"lab bench: the clock had not settled after {settled['seconds']} s; the spread of the samples will show it",
-              file=sys.stderr)
-    del load
+    return [] if settled["settled"] else [f"the clocks had not settled after {settled['seconds']} s of load"]
+
+
+def measure_ceilings(session, settings, progress):
+    """The run's ceilings; what its records already hold is not measured again."""
+    known_ones = {(r.direction, r.bytes) for r in session.of_kind("ceiling")}
     torch.cuda.empty_cache()
     for rows in ceiling.measure(session.run, settings["quick"], progress=progress.step, known=known_ones):
         session.add(*rows)

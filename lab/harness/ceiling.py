@@ -73,7 +73,7 @@ class Ceilings:
 
 
 def cuda_call(extension, mode, src, dst, blocks, threads, passes=1):
-    """A call of the CUDA stream kernel over torch tensors; src and dst of equal size (read: dst is 16 bytes of sink)."""
+    """A call of the CUDA stream kernel over torch tensors of equal size (for a read, dst is 16 bytes of sink)."""
     nbytes = (dst if mode == MODES["write"] else src).nbytes
 
     def call():
@@ -98,7 +98,8 @@ def implementations(direction, sms, payload):
         for shape in CUDA_SHAPES:
             tiles = math.ceil(payload / (16 * 8 * shape["threads"]))    # 8 vectors of 16 bytes a thread
             blocks = max(1, min(shape["blocks_per_sm"] * sms, tiles))
-            found.append(("cuda", shape, lambda src, dst, b=blocks, t=shape["threads"]: cuda_call(_cuda, mode, src, dst, b, t)))
+            found.append(("cuda", shape, lambda src, dst, b=blocks, t=shape["threads"]: cuda_call(
+                _cuda, mode, src, dst, b, t)))
     for shape in TRITON_SHAPES:
         programs = max(1, min(shape["programs_per_sm"] * sms, math.ceil(payload / (4 * shape["block"]))))
         found.append(("triton", shape, lambda src, dst, p=programs, s=shape: triton_call(
@@ -146,7 +147,8 @@ def measure_one(run, direction, size, arena, sink, flush, properties, seconds):
     sets = min(sets, len(parts))
     payload = size // 2 if direction == "copy" else size
     rows, timed = [], {}
-    for number, (backend, config, make) in enumerate(implementations(direction, properties.multi_processor_count, payload)):
+    ways = implementations(direction, properties.multi_processor_count, payload)
+    for number, (backend, config, make) in enumerate(ways):
         row = Ceiling(run, direction, backend, size, config=dict(config))
         rows.append(row)
         try:

@@ -30,7 +30,7 @@ def compiled_step(weights, batch, context):
     caches = [tuple(torch.randn(shape, dtype=weights.dtype, device=device) for _ in range(2)) for _ in weights.layers]
     ids = torch.randint(0, config.vocab, (batch,), dtype=torch.int32, device=device)
 
-    def layer(h, attn_norm, wqkv, bqkv, q_norm, k_norm, wo, bo, mlp_norm, w_gate_up, w_down, k_cache, v_cache, cos, sin):
+    def layer(h, attn_norm, wqkv, bqkv, q_norm, k_norm, wo, bo, mlp_norm, w_gate_up, w_down, k_cache, v_cache):
         qkv = F.linear(norm(h, attn_norm, eps), wqkv, bqkv).view(batch, -1, dim)
         q, k, v = qkv.split((q_heads, kv_heads, kv_heads), dim=1)
         if q_norm is not None:
@@ -47,14 +47,14 @@ def compiled_step(weights, batch, context):
 
     torch._dynamo.reset()                           # the last configuration's code is of no more use
     layer, head = (torch.compile(f, fullgraph=True, dynamic=False) for f in (layer, head))
-    fixed = [tuple(getattr(w, name) for name in ("attn_norm", "wqkv", "bqkv", "q_norm", "k_norm", "wo", "bo", "mlp_norm",
-                                                 "w_gate_up", "w_down")) for w in weights.layers]
+    parts = ("attn_norm", "wqkv", "bqkv", "q_norm", "k_norm", "wo", "bo", "mlp_norm", "w_gate_up", "w_down")
+    fixed = [tuple(getattr(w, name) for name in parts) for w in weights.layers]
 
     @torch.inference_mode()
     def step():
         h = F.embedding(ids, weights.embed)
-        for parts, (k_cache, v_cache) in zip(fixed, caches):
-            h = layer(h, *parts, k_cache, v_cache, cos, sin)
+        for layer_weights, (k_cache, v_cache) in zip(fixed, caches):
+            h = layer(h, *layer_weights, k_cache, v_cache)
         ids.copy_(head(h, weights.final_norm, weights.lm_head))
 
     return step

@@ -1,4 +1,4 @@
-"""Who wins where: from op records, the faster backend for every op, batch and context; as a table for `lab run --dispatch`.
+"""Who wins where: the faster backend for every op, batch and context, from op records; and as a table for `lab run`.
 
 An op that a model uses at several shapes (linear) is judged by the sum of its times in one decode step. A cell is
 ambiguous where the spreads overlap; there the table keeps the backend with the smaller median and says so.
@@ -84,7 +84,8 @@ def main(args):
     for model in models:
         found = cells(rows, model, dtype)
         if not found:
-            raise LabError(f"{args.out} has no op records of {model} in {dtype}; run `lab bench ops --model {model}` first")
+            raise LabError(f"{args.out} has no op records of {model} in {dtype}: "
+                           f"run `lab bench ops --model {model}` first")
         print(f"{model} {dtype}, us of one decode step by op")
         for c in found:
             times = "  ".join(f"{b} {us:.1f}" for b, us in c.us.items())

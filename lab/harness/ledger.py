@@ -2,14 +2,15 @@
 
 Three measurements make an account:
   1. The token: the decoder's CUDA graph, replayed between two events. No profiler.
-  2. Kernels: device time stamps (torch's profiler, CUPTI) of the same graph's kernels. Which op launched which comes from
-     one eager step in which a marker kernel precedes every op; the order of kernels in the graph is the same.
-  3. Gaps: for every op a graph of its calls alone (the step's own, in place, each layer's own weights and KV, L2 emptied
-     before), again without the profiler. What such a graph takes beyond its kernels' time stamps is launch gaps.
+  2. Kernels: device time stamps (torch's profiler, CUPTI) of the same graph's kernels. Which op launched which comes
+     from one eager step with a marker kernel around every op; the order of kernels in the graph is the same.
+  3. Gaps: for every op a graph of its calls alone (the step's own, in place, each layer's own weights and KV, L2
+     emptied before), again with no profiler. What such a graph takes beyond its kernels' time stamps is launch gaps.
 The token minus the graphs of (3) is `unexplained`: what ops cost each other in company. Kernels + gap + unexplained are
 the token; unexplained above 3% of it is flagged. Gaps cannot be read off the profiler's time stamps: it widens them.
 """
 import functools
+import itertools
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
@@ -53,7 +54,8 @@ class Recorder:
 
         def call(*args, **options):
             given = {k: v for k, v in options.items() if k != "out"}
-            nbytes = 0 if self.mark else int(op.nbytes(*args, **given))     # it may read the device: no kernels of its own here
+            # nbytes may read the device, and its kernels must not stand between the marks.
+            nbytes = 0 if self.mark else int(op.nbytes(*args, **given))
             self.calls.append(Call(name, self._role(name, args), nbytes, functools.partial(run, *args, **options)))
             if self.mark:
                 torch.cuda._sleep(1)
@@ -224,16 +226,16 @@ def short(name):
 def measure(session, rig, name, dtype_name, batch, context, weights_kind, swap, progress=None):
     """Records the ledger of one model under every backend, and with `swap` a token per op swapped."""
     weights = load(open_source(name, weights_kind), DTYPES[dtype_name], rig.device)
-    for backend, ops in rig.backends.items():
+    for backend, plan in itertools.product(rig.backends, rig.plans):
         if progress:
-            progress(f"ledger {name} {backend}")
-        base = dict(run=session.run, model=name, backend=backend, plan=model_bench.PLAN, dtype=dtype_name, batch=batch,
+            progress(f"ledger {name} {backend} {plan}")
+        base = dict(run=session.run, model=name, backend=backend, plan=plan, dtype=dtype_name, batch=batch,
                     context=context)
         if any(r.kind == "ledger" and r.row != "swap" and all(getattr(r, f) == v for f, v in base.items())
                for r in session.rows):
             continue
         try:
-            rows = measure_backend(base, rig, weights, ops, batch, context)
+            rows = measure_backend(base, rig, weights, rig.backends[backend], batch, context)
         except Exception as e:
             rows = [LedgerRow(**base, row="total", error=one_line(e))]
         for order, row in enumerate(rows):
@@ -303,7 +305,7 @@ def measure_swaps(run, rig, weights, name, dtype_name, batch, context):
     plans = [("triton", None), ("cuda", None)] + [("triton", op) for op in dict.fromkeys(_ops_of_step(weights))]
     for order, (backend, op) in enumerate(plans, 100):
         overrides = {op: "cuda"} if op else {}
-        row = LedgerRow(run, name, backend, model_bench.PLAN, dtype_name, batch, context, "swap", order=order, op=op,
+        row = LedgerRow(run, name, backend, rig.plans[0], dtype_name, batch, context, "swap", order=order, op=op,
                         overrides=overrides, timer="graph")
         rows.append(row)
         try:
@@ -336,7 +338,8 @@ def add_arguments(parser):
     parser.add_argument("--context", type=int, default=1024, help="tokens in the KV cache (default 1024)")
     parser.add_argument("--weights", choices=("random", "auto"), default="random")
     parser.add_argument("--swap", action="store_true", help="also all-triton, all-cuda and each op swapped alone")
-    parser.add_argument("--out", metavar="DIR", default="out/ledger", help="where records.jsonl goes (default out/ledger)")
+    parser.add_argument("--plan", metavar="A,B", default="basic", help="basic, fused (default: basic)")
+    parser.add_argument("--out", metavar="DIR", default="out/ledger", help="where records.jsonl is (default out/ledger)")
 
 
 def main(args):
@@ -351,7 +354,7 @@ def main(args):
     parser = argparse.ArgumentParser()
     bench.add_arguments(parser)
     words = ["ledger", args.model, "--out", args.out, "--backend", args.backend, "--dtype", args.dtype, "--batch",
-             str(args.batch), "--context", str(args.context), "--weights", args.weights, "--fresh", "--quick"]
+             str(args.batch), "--context", str(args.context), "--weights", args.weights, "--plan", args.plan, "--fresh", "--quick"]
     status = bench.main(parser.parse_args(words + ["--swap"] * args.swap))
     from lab.harness import compare
     rows, _, _ = compare.open_run(args.out)
@@ -362,23 +365,25 @@ def main(args):
 def text_of(rows):
     """The ledgers of a run as text."""
     lines = []
-    for backend in dict.fromkeys(r.backend for r in rows if r.row != "swap"):
-        mine = sorted((r for r in rows if r.backend == backend and r.row != "swap"), key=lambda r: r.order)
-        first = mine[0]
-        lines.append(f"\n{first.model} {backend} {first.plan} {first.dtype} batch {first.batch} context {first.context}")
-        lines.append(f"  {'op':<26} {'kernel':<36} {'calls':>5} {'us':>9} {'MB':>9} {'GB/s':>7} {'ceiling':>8} {'token':>7}")
-        for r in mine:
+    for backend, plan in dict.fromkeys((r.backend, r.plan) for r in rows if r.row != "swap"):
+        mine = [r for r in rows if (r.backend, r.plan) == (backend, plan) and r.row != "swap"]
+        one = mine[0]
+        lines.append(f"\n{one.model} {backend} {plan} {one.dtype} batch {one.batch} context {one.context}")
+        lines.append(f"  {'op':<24} {'kernel':<34} {'calls':>5} {'us':>9} {'MB':>9} {'GB/s':>6} {'ceiling':>7} {'token':>6}")
+        for r in sorted(mine, key=lambda r: r.order):
             if r.error:
                 lines.append(f"  failed: {r.error}")
                 continue
             name = " ".join(w for w in (r.op, r.role) if w) if r.row == "kernel" else r.row
-            mb, gbps = ("" if v is None else f"{v:.{d}f}" for v, d in ((r.bytes and r.bytes / 1e6, 1), (r.gbps, 0)))
+            mb = "" if r.bytes is None else f"{r.bytes / 1e6:.1f}"
+            gbps = "" if r.gbps is None else f"{r.gbps:.0f}"
             share = "" if r.of_ceiling is None else f"{r.of_ceiling:.1%}"
-            lines.append(f"  {name[:26]:<26} {(r.kernel or '')[:36]:<36} {r.calls or '':>5} {r.us:>9.1f} {mb:>9} {gbps:>7} "
-                         f"{share:>8} {r.of_token:>7.1%}" + (f"  {r.flag}" if r.flag else ""))
+            lines.append(f"  {name[:24]:<24} {(r.kernel or '')[:34]:<34} {r.calls or '':>5} {r.us:>9.1f} {mb:>9} {gbps:>6} "
+                         f"{share:>7} {r.of_token:>6.1%}" + (f"  {r.flag}" if r.flag else ""))
     swaps = [r for r in rows if r.row == "swap" and r.us]
     if swaps:
         lines.append("\nswap: one token, us")
-        lines += [f"  {r.backend if not r.op else f'{r.backend}, {r.op} by ' + r.overrides[r.op]:<40} {r.us:>9.1f}"
-                  for r in sorted(swaps, key=lambda r: r.order)]
+        for r in sorted(swaps, key=lambda r: r.order):
+            what = f"{r.backend}, {r.op} by {r.overrides[r.op]}" if r.op else f"all {r.backend}"
+            lines.append(f"  {what:<40} {r.us:>9.1f}")
     return "\n".join(lines)

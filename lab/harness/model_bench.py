@@ -4,8 +4,10 @@ Every configuration is measured for all backends side by side. mode=graph replay
 time); mode=eager launches op by op (host included); mode=compile is the peer in lab/harness/compiled.py. The KV cache
 holds random data at the asked context, and the context is set back before every step, so all samples do the same work.
 """
+import itertools
 import random
 import time
+from dataclasses import replace
 
 import torch
 
@@ -15,10 +17,10 @@ from lab.harness import compare, timing
 from lab.harness.ceiling import one_line
 from lab.harness.ops_bench import alive
 from lab.harness.records import ModelRow
+from lab.harness.shapes import preset
 from lab.model.decoder import GREEDY, Decoder
 from lab.model.weights import load, open_source
 
-PLAN = "basic"
 KV_SHARE = 0.75             # of the free memory, what the KV caches of all backends together may take
 
 
@@ -76,23 +78,26 @@ def timed_step(decoder, mode):
     return timing.GraphTimed([step], restore, graph=decoder.graphs[GREEDY][0])
 
 
-def measure_model(session, rig, name, dtype_name, batches, contexts, weights_kind="random", compiled=True, progress=None):
+def measure_model(session, rig, name, dtype_name, batches, contexts, weights_kind="random", compiled=True,
+                  progress=None):
     """All rows of one model. Loads its weights once; a configuration that fails becomes rows with `error`."""
-    plan = [(batch, context) for context in contexts for batch in sorted(batches)]
-    missing = [p for p in plan if not all(session.has(r) for r in _rows(session, rig, name, dtype_name, *p))]
-    if not missing:
+    sizes = [(batch, context) for context in contexts for batch in sorted(batches)
+             if context < preset(name).max_positions]
+    todo = [s for s in sizes if not all(session.has(r) for r in _rows(session, rig, name, dtype_name, *s))]
+    if not todo:
         return
-    weights = load(open_source(name, weights_kind), DTYPES[dtype_name], rig.device)
-    for batch, context in plan:
+    try:
+        weights = load(open_source(name, weights_kind), DTYPES[dtype_name], rig.device)
+    except LabError as e:                           # too large for this card, or no real weights of this preset
+        for size in todo:
+            session.add(*(replace(r, error=one_line(e)) for r in _rows(session, rig, name, dtype_name, *size)))
+        return
+    for batch, context in todo:
         if session.over():
             return
         if progress:
             progress(f"{name} b{batch} {context}")
-        if context + 1 > weights.config.max_positions:
-            continue
         rows = _rows(session, rig, name, dtype_name, batch, context)
-        if all(session.has(r) for r in rows):
-            continue
         for r in rows:
             r.weights = weights_kind
         peer = compiled and rig.device == "cuda" and batch == min(batches) and context == min(contexts)
@@ -108,22 +113,24 @@ def _modes(rig):
 
 def _rows(session, rig, name, dtype_name, batch, context):
     timer = {"graph": "graph", "eager": "event" if rig.device == "cuda" else "wall"}
-    return [ModelRow(session.run, name, backend, PLAN, mode, dtype_name, batch, context, timer[mode],
-                     emulated=rig.device != "cuda") for mode in _modes(rig) for backend in rig.backends]
+    return [ModelRow(session.run, name, backend, plan, mode, dtype_name, batch, context, timer[mode],
+                     emulated=rig.device != "cuda")
+            for mode in _modes(rig) for plan in rig.plans for backend in rig.backends]
 
 
 def _measure(session, rig, weights, rows, batch, context, peer):
-    """Fills in `rows` (one a backend and mode) and returns them, with the compiled peer's row where asked for."""
-    needed = batch * (context + 1) * kv_bytes_per_token(weights) * len(rig.backends)
+    """Fills in `rows` (backend x plan x mode) and returns them, with the compiled peer's row where asked for."""
+    decoders = len(rig.backends) * len(rig.plans)
+    needed = batch * (context + 1) * kv_bytes_per_token(weights) * decoders
     if rig.device == "cuda" and needed > KV_SHARE * torch.cuda.mem_get_info()[0]:
         for r in rows:
-            r.error = f"does not fit: the KV caches of {len(rig.backends)} backends need {needed / 2**30:.1f} GiB"
+            r.error = f"does not fit: the KV caches of {decoders} decoders side by side need {needed / 2**30:.1f} GiB"
         return rows
     entries = []                                    # (row, what to sample)
-    for backend, ops in rig.backends.items():
-        mine = [r for r in rows if r.backend == backend]
+    for backend, plan in itertools.product(rig.backends, rig.plans):
+        mine = [r for r in rows if (r.backend, r.plan) == (backend, plan)]
         try:
-            decoder, memory = _build(weights, ops, batch, context)
+            decoder, memory = _build(weights, rig.backends[backend], plan, batch, context)
             for r in mine:
                 for field, value in memory.items():
                     setattr(r, field, value)
@@ -132,9 +139,9 @@ def _measure(session, rig, weights, rows, batch, context, peer):
             for r in mine:
                 r.error = one_line(e)
     if peer:
+        note = "torch.compile layer by layer, one CUDA graph; contiguous KV of this length, no mask"
         rows.append(ModelRow(session.run, rows[0].model, "torch", "-", "compile", rows[0].dtype, batch, context, "graph",
-                             weights=rows[0].weights,
-                             note="torch.compile layer by layer, one CUDA graph; contiguous KV of this length, no mask"))
+                             weights=rows[0].weights, note=note))
         try:
             from lab.harness.compiled import compiled_step
             entries.append((rows[-1], timing.GraphTimed([compiled_step(weights, batch, context)])))
@@ -156,10 +163,15 @@ def _measure(session, rig, weights, rows, batch, context, peer):
                 if hasattr(r, field):
                     setattr(r, field, value)
             r.bytes, r.tokens_per_s = nbytes, batch / s.us * 1e6
-            r.verdict = {f"{group[j][0].backend} {group[j][0].mode}": compare.verdict(other, s)
-                         for j, other in stats.items() if j != i}
+            r.verdict = {_name(group[j][0], rig): compare.verdict(other, s) for j, other in stats.items() if j != i}
             r.linearity = _linearity(r, [*session.of_kind("model"), *rows])
     return rows
+
+
+def _name(row, rig):
+    """How a verdict names the other side: the backend, with what else tells it apart."""
+    words = [row.backend, row.plan if len(rig.plans) > 1 else "", "compile" if row.mode == "compile" else ""]
+    return " ".join(w for w in words if w)
 
 
 def _linearity(row, others):
@@ -170,7 +182,7 @@ def _linearity(row, others):
     return row.tokens_per_s / (base.tokens_per_s * row.batch / base.batch)
 
 
-def _build(weights, ops, batch, context):
+def _build(weights, ops, plan, batch, context):
     """(decoder, fields): a decoder ready to step, its time to first token and the memory that it takes."""
     cuda = weights.device.type == "cuda"
     base = 0
@@ -178,7 +190,7 @@ def _build(weights, ops, batch, context):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         base = torch.cuda.memory_allocated()
-    decoder = Decoder(weights, ops, batch, context + 1, plan=PLAN)
+    decoder = Decoder(weights, ops, batch, context + 1, plan=plan)
     decoder.prepare()
     fields = {"ttft_ms": time_to_first_token(decoder, context, 2 if cuda else 1)}
     fill(decoder, batch, context)

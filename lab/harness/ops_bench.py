@@ -38,6 +38,7 @@ class Rig:
     seconds: float = 0.12
     vendor: bool = True
     modes: tuple = MODES
+    plans: tuple = ("basic",)   # of the decoder, for models and ledgers
 
 
 def load_backends(names, device, asked):
@@ -64,8 +65,11 @@ def make_rig(backends, device, ceilings, quick=False, seconds=None):
                modes=QUICK_MODES if quick else MODES)
 
 
-def measure_point(session, rig, point, dtype_name, progress=None):
-    """Measures one point in every mode and records the rows that the session lacks. Failures become error rows."""
+def measure_point(session, rig, point, dtype_name, modes=None, progress=None):
+    """Measures one point in every mode of the rig (or in `modes`) and records the rows that the session lacks.
+
+    What fails is recorded as rows with `error`. Raises LabError when the CUDA context is lost.
+    """
     op = find(point.op)
     dtype = DTYPES[dtype_name]
     if dtype not in op.dtypes:                      # sample takes float32 logits whatever the model's dtype
@@ -76,7 +80,8 @@ def measure_point(session, rig, point, dtype_name, progress=None):
         return OpRow(session.run, op.name, backend, dtype_name, point.batch, point.shape, point.context, cache, timer,
                      role=point.role, models=list(point.models), emulated=timer == "wall")
 
-    modes = [(c, t) for c, t in rig.modes if c != "in_model" or op.name in COLD]
+    wanted = rig.modes if modes is None or rig.device != "cuda" else modes
+    modes = [(c, t) for c, t in wanted if c != "in_model" or op.name in COLD]
     todo = [m for m in modes if not all(session.has(row(b, *m)) for b in rig.backends)]
     if progress:
         progress(f"{op.name} {point.role or ''} b{point.batch} {point.context or ''} {dtype_name}")
@@ -147,6 +152,7 @@ class _Bound:
         self.peers = {p.name: p for p in (peers(op.name, args) if rig.vendor else ())}
         count, self.calls, self.flushed = 1, 1, False
         if rig.device == "cuda":
+            torch.cuda.empty_cache()                # what is free is about to be asked
             storages = {t.untyped_storage().data_ptr(): t.nbytes for t in args if isinstance(t, torch.Tensor)}
             set_bytes = sum(storages.values()) * (1 + sum(p.own for p in self.peers.values()))
             count, self.calls, self.flushed = timing.plan_sets(self.nbytes, rig.l2_bytes, set_bytes,
@@ -166,7 +172,8 @@ class _Bound:
         sets, outs = self.sets, self.outs
         if in_model:
             cold = COLD[self.op.name]
-            sets = [tuple(a if j in cold else first for j, (a, first) in enumerate(zip(args, sets[0]))) for args in sets]
+            sets = [tuple(a if j in cold else first for j, (a, first) in enumerate(zip(args, sets[0])))
+                    for args in sets]
             outs = outs[:1] * len(sets)
         if name in self.peers:
             calls = self.peers[name].make(sets)

@@ -1,8 +1,8 @@
 """The vendor's and other projects' kernels for the same work, as calls on the arguments of an op's contract.
 
 `peers(op, args)` lists Peer objects. `make(sets)` takes a list of argument tuples of one shape, prepares whatever the
-peer needs outside the timing (its own KV layout, its plan) and returns one call per set. A peer that is not installed is
-not listed; the env record says so. Peers run on a GPU only.
+peer needs outside the timing (its own KV layout, its plan) and returns one call per set. A peer that is not installed
+is not listed; the env record says so. Peers run on a GPU only.
 """
 import functools
 import importlib.util
@@ -24,7 +24,8 @@ class Peer:
 
 
 def peers(op: str, args) -> list[Peer]:
-    return [p for p in TABLE if p.op == op and (p.module is None or importlib.util.find_spec(p.module)) and fits(p, args)]
+    return [p for p in TABLE if p.op == op and fits(p, args)
+            and (p.module is None or importlib.util.find_spec(p.module))]
 
 
 def fits(peer, args):
@@ -78,7 +79,7 @@ def uniform(context_lens):
 
 
 def flashinfer(sets):
-    """FlashInfer's paged decode on the very same cache (its layout "HND"), planned once: the sets share a block table."""
+    """FlashInfer's paged decode on the very same cache (layout "HND"), planned once: the sets share a block table."""
     from flashinfer import BatchDecodeWithPagedKVCacheWrapper
     q, k_cache, _, block_table, context_lens, scale = sets[0][:6]
     page_size = k_cache.shape[2]
@@ -86,7 +87,8 @@ def flashinfer(sets):
     indptr = torch.arange(0, q.shape[0] * pages + 1, pages, dtype=torch.int32, device=q.device)
     wrapper = BatchDecodeWithPagedKVCacheWrapper(torch.empty(128 << 20, dtype=torch.uint8, device=q.device), "HND")
     wrapper.plan(indptr, block_table[:, :pages].contiguous().view(-1), (context_lens - 1) % page_size + 1, q.shape[1],
-                 k_cache.shape[1], q.shape[2], page_size, q_data_type=q.dtype, kv_data_type=k_cache.dtype, sm_scale=scale)
+                 k_cache.shape[1], q.shape[2], page_size, q_data_type=q.dtype, kv_data_type=k_cache.dtype,
+                 sm_scale=scale)
 
     def bind(q, k_cache, v_cache):
         query, out = q.contiguous(), torch.empty(q.shape, dtype=q.dtype, device=q.device)

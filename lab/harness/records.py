@@ -302,7 +302,8 @@ def read(where, newer="error"):
             body = json.loads(line)
         except ValueError:
             raise LabError(f"{path}:{number}: not JSON; remove the line to read the rest") from None
-        if newer == "skip" and isinstance(body, dict) and isinstance(body.get("schema"), int) and body["schema"] > SCHEMA:
+        schema = body.get("schema") if isinstance(body, dict) else None
+        if newer == "skip" and isinstance(schema, int) and schema > SCHEMA:
             skipped += 1
             continue
         try:

@@ -1,9 +1,9 @@
 """Which sizes of every op to measure: the ops of one decode step of the model presets, in one place.
 
-A new op gets a line in `uses` (and in COLD and DIRECTION where the defaults do not fit); until then it is measured at the
-cases of its own contract.
+A new op gets a line in `uses` (and in COLD and DIRECTION where the defaults do not fit); until then it is measured at
+the cases of its own contract.
 """
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -77,17 +77,17 @@ def points(models=MODELS, batches=(1,), contexts=(1024,), ops=None):
                     if context and (context > config.max_positions or batch * context > MOST_TOKENS):
                         continue
                     point = Point(op, role, batch, context, shape, (name,))
-                    same = found.get(point.identity)
-                    if same is not None:
-                        point = Point(op, same.role, batch, context, shape, same.models + (name,) * (name not in same.models))
-                    found[point.identity] = point
+                    same = found.setdefault(point.identity, point)
+                    if name not in same.models:
+                        found[point.identity] = replace(same, models=(*same.models, name))
     covered = {op for op, _, _ in uses(preset(models[0]))}
     for op in OPS:
         if op.name not in covered and (ops is None or op.name in ops):
             for case in op.cases:
                 sizes = {k: v for k, v in case.sizes.items() if k not in ("batch", "rows")}
                 batch = case.sizes.get("batch", case.sizes.get("rows", 1))
-                point = Point(op.name, None, batch, None, {k: plain(v) for k, v in sizes.items()}, case=dict(case.sizes))
+                shape = {k: plain(v) for k, v in sizes.items()}
+                point = Point(op.name, None, batch, None, shape, case=dict(case.sizes))
                 found[point.identity] = point
     order = {op.name: i for i, op in enumerate(OPS)}
     return sorted(found.values(), key=lambda p: order[p.op])

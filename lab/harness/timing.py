@@ -216,7 +216,8 @@ def measure(timed: dict, seconds: float = 0.15, least: int = 15, most: int = 200
     finally:
         if collecting:
             gc.enable()
-    return {name: summarize([timed[name].read(s) for s in samples[name][0 if timed[name].host else 1:]]) for name in names}
+    kept = {name: samples[name][0 if timed[name].host else 1:] for name in names}
+    return {name: summarize([timed[name].read(s) for s in kept[name]]) for name in names}
 
 
 def settle(timed, window_s: float = 0.1, tolerance: float = 0.005, limit_s: float = 4.0) -> dict:
