@@ -19,8 +19,8 @@ from triton_kernels.common import config, launch
 
 # tile: tokens per step; min_rows: the query heads of a group are padded to the 16 rows of a tensor-core tile.
 CONFIGS = {
-    "sm_90": {2: dict(tile=64, min_rows=16, num_warps=4, num_stages=3), 4: dict(tile=32, min_rows=16, num_warps=4, num_stages=2)},
-    "sm_80": {2: dict(tile=64, min_rows=16, num_warps=4, num_stages=3), 4: dict(tile=32, min_rows=16, num_warps=4, num_stages=2)},
+    "sm_90": {2: dict(tile=64, min_rows=16, num_warps=2, num_stages=5), 4: dict(tile=32, min_rows=16, num_warps=8, num_stages=4)},
+    "sm_80": {2: dict(tile=64, min_rows=16, num_warps=2, num_stages=5), 4: dict(tile=32, min_rows=16, num_warps=8, num_stages=4)},
     "interpreter": {2: dict(tile=128, min_rows=1), 4: dict(tile=128, min_rows=1)},
 }
 
@@ -124,5 +124,5 @@ def decode_attention(q, k_cache, v_cache, block_table, context_lens, scale, spli
            partial, tickets, kv_heads, block_table.shape[1], splits, q.stride(0), scale * math.log2(math.e),
            GROUP=group, ROWS=max(triton.next_power_of_2(group), cfg["min_rows"]), HEAD_DIM=head_dim,
            BLOCK_D=triton.next_power_of_2(head_dim), PAGE=page_size, TILE=cfg["tile"], SPLIT=splits > 1,
-           SPLITS=triton.next_power_of_2(splits), MERGE=min(triton.next_power_of_2(splits), 32),
+           SPLITS=triton.next_power_of_2(splits), MERGE=min(triton.next_power_of_2(splits), 16),
            PRECISION="ieee", **meta)

@@ -6,7 +6,8 @@ before `import triton`, and its bfloat16 is wrong. Here the interpreter is chose
   bfloat16   NumPy has no such type: the values are uint16 bit patterns. The stock interpreter truncates where the
              hardware rounds to nearest even, and its arithmetic, comparisons, reductions and dots work on the patterns
              as integers. Here each of them widens to float32, computes, and rounds once.
-  NumPy 2.4  refuses int() of a one-element array, which Triton 3.6 relies on for `range(tensor)`.
+  NumPy 2    refuses int() of a one-element array, which Triton 3.6 relies on for `range(tensor)`, and -1 as an unsigned
+             number, which `~x` relies on.
   overflow   the check that Triton adds to each integer operation only reports in debug builds on a GPU; it is off here
              too, or one address would cost ten operations.
   memory     a load is one NumPy gather (the stock one walks the elements at 16 ns each), and an address outside every
@@ -52,6 +53,18 @@ def f32_to_bf16(values):
     return rounded.reshape(np.shape(values))
 
 
+_NP_DTYPES = {t.name: np.dtype(n) for t, n in (
+    (tl.int1, bool), (tl.int8, "i1"), (tl.uint8, "u1"), (tl.int16, "i2"), (tl.uint16, "u2"), (tl.int32, "i4"),
+    (tl.uint32, "u4"), (tl.int64, "i8"), (tl.uint64, "u8"), (tl.float16, "f2"), (tl.bfloat16, "u2"), (tl.float32, "f4"),
+    (tl.float64, "f8"), (tl.float8e5, "u1"), (tl.float8e4nv, "u1"), (tl.float8e4b8, "u1"), (tl.float8e4b15, "u1"),
+    (tl.float8e5b16, "u1"))}
+
+
+def _np_dtype(type):
+    """What holds a value of a Triton type; pointers are uint64, bfloat16 and the 8-bit floats are bit patterns."""
+    return _NP_DTYPES.get(type.scalar.name) or _NP_DTYPES["uint64"]
+
+
 def _is_bf16(handle):
     return handle.dtype.scalar is tl.bfloat16 and handle.data.dtype == np.uint16
 
@@ -73,6 +86,12 @@ class Builder(stock.InterpreterBuilder):
 
     def get_bf16(self, value):
         return TensorHandle(f32_to_bf16(np.array([value], dtype=np.float32)), tl.bfloat16)
+
+    def get_all_ones_value(self, type):
+        dtype = _np_dtype(type)
+        if dtype.kind == "u":                                   # ~x of an unsigned x: NumPy refuses -1 as one
+            return TensorHandle(np.full(1, np.iinfo(dtype).max, dtype), type.scalar)
+        return super().get_all_ones_value(type)
 
     def cast_impl(self, src, dst_type):
         if dst_type.scalar is tl.bfloat16:
@@ -104,6 +123,9 @@ class Builder(stock.InterpreterBuilder):
 
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
         return super().create_dot(_widen(a), _widen(b), d, input_precision, max_num_imprecise_acc)
+
+    def create_splat(self, ret_ty, arg):
+        return TensorHandle(np.broadcast_to(arg.data, ret_ty.shape), arg.dtype.scalar)      # a view, not a copy
 
     def create_rsqrt(self, arg):
         return TensorHandle(np.reciprocal(np.sqrt(arg.data)), arg.dtype.scalar)
@@ -141,7 +163,7 @@ class Builder(stock.InterpreterBuilder):
 
     def create_masked_load(self, ptrs, mask, other, cache_modifier, eviction_policy, is_volatile):
         element = ptrs.get_element_ty()
-        dtype = stock._get_np_dtype(element)
+        dtype = _np_dtype(element)
         live = None if mask is None or mask.data.all() else mask.data
         addresses = ptrs.data
         if live is not None:                                    # a masked lane reads what the first live lane reads
@@ -182,8 +204,16 @@ def _gather(addresses, dtype):
     return np.asarray(_Memory(first, int(index.max()) + 1, dtype)).take(index)
 
 
+class Semantic(TritonSemantic):
+
+    def broadcast_impl_value(self, lhs, rhs):
+        if lhs.type == rhs.type or not (lhs.type.is_block() or rhs.type.is_block()):
+            return lhs, rhs                                     # most operations, and much quicker than finding out
+        return super().broadcast_impl_value(lhs, rhs)
+
+
 BUILDER = Builder()
-SEMANTIC = TritonSemantic(BUILDER)
+SEMANTIC = Semantic(BUILDER)
 
 
 # ---- the language, patched for the length of a launch ---------------------------------------------------------------
@@ -236,6 +266,7 @@ def _patches():
         patches.set_attr(module, "reduce", _reduction(stock.ReduceOps))
         patches.set_attr(module, "associative_scan", _reduction(stock.ScanOps))
     patches.builtins(tl.math)
+    patches.set_attr(stock, "_get_np_dtype", _np_dtype)         # the stock one builds a dict at each call
     patches.builtins(tl.core.tensor_descriptor_base)
     patches.set_attr(tl.core.tensor, "__index__", lambda t: int(t.handle.data.item()))
     for jitted in (JITFunction, InterpretedFunction):   # a kernel calls another jit function

@@ -16,49 +16,56 @@ import triton.language as tl
 
 from triton_kernels.common import architecture, config, launch
 
-# "sum": the most rows that the plain path takes; below it per path a list of (largest n, settings), the first that fits.
-# Small n wants small tiles, so that every SM has a program; large n wants fewer, longer streams.
+# sum_rows: the most rows of x that the plain path takes. Per path a list of (most rows, largest n, settings); the first that
+# fits is taken. Small n wants small tiles, so that every SM has a program; more rows want wider ones, because each program
+# reads all of x. STAGES tiles are in flight through shared memory (1: loads go straight to registers); a warp of the plain
+# path reads 512 bytes of a row at a time.
 ANY = 1 << 31
-SM_90 = {
+SM_80 = {
     "sum_rows": 4,
-    "sum": [(ANY, dict(BLOCK_N=2, vectors=1, num_warps=4, num_stages=1))],
-    "dot": [(4096, dict(BLOCK_N=16, BLOCK_K=256, num_warps=4, num_stages=5)),
-            (8192, dict(BLOCK_N=32, BLOCK_K=256, num_warps=4, num_stages=5)),
-            (ANY, dict(BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=5))],
+    "sum": [(1, ANY, dict(BLOCK_N=2, num_warps=4, STAGES=1, UNROLL=1)),
+            (4, ANY, dict(BLOCK_N=4, num_warps=1, STAGES=1, UNROLL=2))],
+    "dot": [(16, 4096, dict(BLOCK_N=16, BLOCK_K=256, num_warps=2, STAGES=5, UNROLL=1)),
+            (64, ANY, dict(BLOCK_N=64, BLOCK_K=128, num_warps=4, STAGES=5, UNROLL=1))],
     # float32 on CUDA cores: the tensor cores would round the operands to TF32.
-    "dot_f32": [(ANY, dict(BLOCK_N=32, BLOCK_K=32, num_warps=4, num_stages=4))],
+    "dot_f32": [(64, ANY, dict(BLOCK_N=32, BLOCK_K=32, num_warps=4, STAGES=4, UNROLL=1))],
 }
-CONFIGS = {"sm_90": SM_90, "sm_80": SM_90, "interpreter": {"sum_rows": 4}}
+CONFIGS = {"sm_90": SM_80, "sm_80": SM_80, "interpreter": {"sum_rows": 4}}
 
 
 @triton.jit
 def linear_kernel(x, w, bias, y, rows, n, k,
                   DOT: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
-                  BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+                  BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                  STAGES: tl.constexpr, UNROLL: tl.constexpr):
     # 1. Locate: BLOCK_N rows of w; rows past the end read row 0 again, which is cheaper than a mask, and store nothing.
+    # The plain path's addresses are three-dimensional [batch, n, k], so that both loads and the sum share one layout and
+    # nothing moves between threads inside the loop.
     b = tl.arange(0, BLOCK_B)
     out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     col = tl.arange(0, BLOCK_K)
-    w_row = w + tl.where(out < n, out, 0).to(tl.int64)[:, None] * k
-    x_row = x + tl.where(b < rows, b, 0)[:, None] * k
-
-    # 2. Stream: w is read once and never again (evict_first), x by every program (evict_last).
+    w_row = w + tl.where(out < n, out, 0).to(tl.int64) * k
+    x_row = x + tl.where(b < rows, b, 0) * k
     if DOT:
+        w_at, x_at, col = w_row[:, None], x_row[:, None], col[None, :]
         acc = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
     else:
+        w_at, x_at, col = w_row[None, :, None], x_row[:, None, None], col[None, None, :]
         acc = tl.zeros([BLOCK_B, BLOCK_N, BLOCK_K], tl.float32)
-    for k0 in tl.range(0, k, BLOCK_K):
+
+    # 2. Stream: w is read once and never again (evict_first), x by every program (evict_last).
+    for k0 in tl.range(0, k, BLOCK_K, num_stages=STAGES, loop_unroll_factor=UNROLL):
+        at = k0 + col
         if EVEN_K:
-            wv = tl.load(w_row + (k0 + col)[None, :], eviction_policy="evict_first")
-            xv = tl.load(x_row + (k0 + col)[None, :], eviction_policy="evict_last")
+            wv = tl.load(w_at + at, eviction_policy="evict_first")
+            xv = tl.load(x_at + at, eviction_policy="evict_last")
         else:
-            live = (k0 + col < k)[None, :]
-            wv = tl.load(w_row + (k0 + col)[None, :], mask=live, other=0.0, eviction_policy="evict_first")
-            xv = tl.load(x_row + (k0 + col)[None, :], mask=live, other=0.0, eviction_policy="evict_last")
+            wv = tl.load(w_at + at, mask=at < k, other=0.0, eviction_policy="evict_first")
+            xv = tl.load(x_at + at, mask=at < k, other=0.0, eviction_policy="evict_last")
         if DOT:
             acc = tl.dot(wv, tl.trans(xv), acc, input_precision=PRECISION)
         else:
-            acc += wv.to(tl.float32)[None, :, :] * xv.to(tl.float32)[:, None, :]
+            acc += wv.to(tl.float32) * xv.to(tl.float32)
 
     # 3. Reduce: a lane has summed its own columns; one reduction at the end adds the lanes. (A dot has done it already.)
     if DOT:
@@ -76,14 +83,14 @@ def linear_kernel(x, w, bias, y, rows, n, k,
 @functools.lru_cache(maxsize=None)
 def _interpreter_tile(depth, n, k):
     """BLOCK_N, BLOCK_K with the least interpreted time for `depth` rows of x in one tile, from measured costs:
-    1.5 ms a program, 0.5 ms an iteration, 5 ns an element (8 when masked), up to 2^18 elements, which stay in the cache."""
+    1.5 ms a program, 0.5 ms an iteration, 5 ns an element (8 when masked), up to 2^17 elements, which stay in the cache."""
     def cost(tile):
         block_n, block_k = tile
         programs, steps = triton.cdiv(n, block_n), triton.cdiv(k, block_k)
         element = 8e-9 if k % block_k else 5e-9
         return programs * (1.5e-3 + steps * (0.5e-3 + element * depth * block_n * block_k))
-    sizes = [1 << i for i in range(4, 19)]
-    return min(((bn, bk) for bn in sizes for bk in sizes if depth * bn * bk <= 1 << 18), key=cost)
+    sizes = [1 << i for i in range(4, 18)]
+    return min(((bn, bk) for bn in sizes for bk in sizes if depth * bn * bk <= 1 << 17), key=cost)
 
 
 def linear(x, w, bias, y):
@@ -94,13 +101,11 @@ def linear(x, w, bias, y):
     block_b = triton.next_power_of_2(rows)
     if architecture(x) == "interpreter":
         block_n, block_k = _interpreter_tile(1 if dot else block_b, n, k)
-        meta = dict(BLOCK_N=block_n, BLOCK_K=block_k)
-    elif dot:
-        meta = next(m for limit, m in cfg["dot_f32" if x.itemsize == 4 else "dot"] if n <= limit)
-        block_b = max(block_b, 16)
+        meta = dict(BLOCK_N=block_n, BLOCK_K=block_k, STAGES=1, UNROLL=1)
     else:
-        meta = dict(next(m for limit, m in cfg["sum"] if n <= limit))
-        # A thread loads `vectors` times 16 bytes of each row of w.
-        meta["BLOCK_K"] = meta.pop("vectors") * 16 // x.itemsize * 32 * meta["num_warps"]
+        path = "sum" if not dot else "dot_f32" if x.itemsize == 4 else "dot"
+        meta = next(dict(m) for most_rows, most_n, m in cfg[path] if rows <= most_rows and n <= most_n)
+        meta.setdefault("BLOCK_K", 512 // x.itemsize * meta["num_warps"])
+        block_b = max(block_b, 16) if dot else block_b
     launch(linear_kernel, (triton.cdiv(n, meta["BLOCK_N"]),), x, w, bias, y, rows, n, k,
            DOT=dot, HAS_BIAS=bias is not None, EVEN_K=k % meta["BLOCK_K"] == 0, PRECISION="ieee", BLOCK_B=block_b, **meta)

@@ -1,7 +1,7 @@
 """rmsnorm: y[b,g,:] = T(x[b,g,:] * rsqrt(mean(x[b,g,:]^2) + eps)) * w
 
   x [batch, (groups,) cols]   w [cols]   y like x   residual [batch, cols] or None: residual += x, then y = norm(residual)
-  mapping   a program owns ROWS whole rows (one on a GPU), so a row is read once and stays in registers
+  mapping   a program owns ROWS whole rows (one, unless they are short), so a row is read once and stays in registers
   traffic   x once, y once (residual twice), w once per row (from L2 after the first row)
   contract  lab/ops/rmsnorm.py          twin  cuda_src/rmsnorm.cu
 """
@@ -10,10 +10,12 @@ import triton.language as tl
 
 from triton_kernels.common import config, launch
 
+# elements: what a program takes at least, in whole rows: a warp of short rows (the heads of q and k) still reads 16 bytes a
+# lane. The interpreter takes as many rows as fit, because its cost is per program.
 CONFIGS = {
-    "sm_90": dict(elements=1, per_warp=512, max_warps=16),
-    "sm_80": dict(elements=1, per_warp=512, max_warps=16),
-    "interpreter": dict(elements=1 << 19, per_warp=512, max_warps=4),      # as many rows as fit: few programs
+    "sm_90": dict(elements=512, per_warp=512, max_warps=16),
+    "sm_80": dict(elements=512, per_warp=512, max_warps=16),
+    "interpreter": dict(elements=1 << 19, per_warp=512, max_warps=4),
 }
 
 
@@ -55,4 +57,4 @@ def rmsnorm(x, w, eps, residual, y):
     tile = min(triton.next_power_of_2(rows), max(cfg["elements"] // block, 1))
     launch(rmsnorm_kernel, (triton.cdiv(rows, tile),), x, w, residual, y, rows, groups, cols, x.stride(0), y.stride(0), eps,
            HAS_RESIDUAL=residual is not None, ROWS=tile, BLOCK=block,
-           num_warps=min(max(block // cfg["per_warp"], 1), cfg["max_warps"]))
+           num_warps=min(max(tile * block // cfg["per_warp"], 1), cfg["max_warps"]))

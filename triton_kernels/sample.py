@@ -2,12 +2,12 @@
 
   logits [rows, vocab] float32   positions [rows] int32   out [rows] int32     row-major, contiguous
   mapping   one program per row, which walks over the row in chunks
-  traffic   the row once from DRAM; each further pass (about 30 per threshold) from L2
+  traffic   the row once from DRAM; each further pass (16 per threshold, one to draw) from L2
   contract  lab/ops/sample.py          twin  cuda_src/sample.cu
 
-Thresholds are found by bisection on integer keys that sort as the floats do: it is exact, ties included, needs no sort
-and no memory. The draw is the argmax of l + gumbel (Gumbel-max), with noise from Philox4x32-10 counted by (token, position,
-row), so it depends on nothing else: not on the batch, the hardware or the order of the programs.
+Thresholds are found two bits at a time on integer keys that sort as the floats do: exact, ties included, with no sort and
+no memory. The draw is the argmax of l + gumbel (the Gumbel-max trick), with noise from Philox4x32-10 counted by (token,
+position, row), so it does not depend on the batch, the hardware or the order of the programs.
 """
 import triton
 import triton.language as tl
@@ -15,32 +15,51 @@ import triton.language as tl
 from triton_kernels.common import config, launch
 
 CONFIGS = {
-    "sm_90": dict(block=8192, num_warps=16),
-    "sm_80": dict(block=8192, num_warps=16),
+    "sm_90": dict(block=8192, num_warps=32),
+    "sm_80": dict(block=4096, num_warps=16),
     "interpreter": dict(block=1 << 18, num_warps=1),
 }
 
 
 @triton.jit
-def _key(value):
-    """An int32 that sorts as the float32 does."""
-    bits = value.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def _chunk(row, start, vocab, temperature, BLOCK: tl.constexpr):
-    """The scaled logits of a chunk (-inf past the end), their keys (the smallest int past the end) and their indices."""
+def _load_chunk(row, start, vocab, BLOCK: tl.constexpr):
+    """Logits (-inf past the end), uint32 keys that sort as they do (0 past the end), and token ids of one chunk."""
     token = start + tl.arange(0, BLOCK)
-    live = token < vocab
-    value = tl.div_rn(tl.load(row + token, mask=live, other=float("-inf")), temperature)
-    return value, tl.where(live, _key(value), -2147483648), token
+    value = tl.load(row + token, mask=token < vocab, other=float("-inf"))
+    value = tl.where(value == 0.0, 0.0, value)                                  # -0 and +0 tie
+    bits = value.to(tl.uint32, bitcast=True)
+    key = tl.where(bits >= 0x80000000, ~bits, bits | 0x80000000)
+    return value, tl.where(token < vocab, key, 0), token
 
 
 @triton.jit
-def _weight(value, top):
-    """exp(value - top), and 1 at the top even if it is infinite."""
-    return tl.where(value == top, 1.0, tl.exp(value - top))
+def _weight(value, top, scale):
+    """exp((value - top) / temperature), for scale = log2(e) / temperature; 1 at the top even if that is infinite."""
+    return tl.where(value == top, 1.0, tl.exp2((value - top) * scale))
+
+
+@triton.jit
+def _threshold(row, vocab, lowest, wanted, top, scale, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
+    """The largest key t for which the tokens with key >= t and >= lowest count, or weigh, at least `wanted`."""
+    cut = tl.full([], 0, tl.uint32)
+    for digit in range(16):
+        step = tl.full([], 1, tl.uint32) << (30 - 2 * digit)
+        n1 = tl.zeros([BLOCK], tl.float32)
+        n2 = tl.zeros([BLOCK], tl.float32)
+        n3 = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, vocab, BLOCK):
+            value, key, token = _load_chunk(row, start, vocab, BLOCK)
+            weight = (key >= lowest).to(tl.float32)
+            if WEIGHTED:
+                weight *= _weight(value, top, scale)
+            n1 += tl.where(key >= cut + step, weight, 0.0)
+            n2 += tl.where(key >= cut + 2 * step, weight, 0.0)
+            n3 += tl.where(key >= cut + 3 * step, weight, 0.0)
+        # Sums of the same order are monotone, so the candidates that hold enough are the lowest ones.
+        passed = ((tl.sum(n1, axis=0) >= wanted).to(tl.uint32) + (tl.sum(n2, axis=0) >= wanted).to(tl.uint32)
+                  + (tl.sum(n3, axis=0) >= wanted).to(tl.uint32))
+        cut += passed * step
+    return cut
 
 
 @triton.jit
@@ -64,40 +83,23 @@ def sample_kernel(logits, positions, out, vocab, temperature, top_k, top_p, seed
     bad = tl.max(nan, axis=0)
 
     if not GREEDY:
-        top = tl.div_rn(top, temperature)
-        above = _key(top).to(tl.int64) + 1
-        cut = tl.full([], -2147483648, tl.int64)
+        # The division by the temperature keeps the order, so the thresholds are found on the logits themselves.
+        scale = 1.4426950408889634 / temperature
+        cut = tl.full([], 0, tl.uint32)
 
-        # 3. Top-k threshold: the largest key that at least top_k keys reach.
+        # 3. Top-k threshold: the largest key that at least top_k keys reach. (Counts are exact in float32 up to 2^24.)
         if TOP_K:
-            high = above
-            while high - cut > 1:
-                middle = (cut + high) >> 1
-                count = tl.zeros([BLOCK], tl.int32)
-                for start in range(0, vocab, BLOCK):
-                    value, key, token = _chunk(row, start, vocab, temperature, BLOCK)
-                    count += (key >= middle).to(tl.int32)
-                enough = tl.sum(count, axis=0) >= top_k
-                cut = tl.where(enough, middle, cut)
-                high = tl.where(enough, high, middle)
+            cut = _threshold(row, vocab, cut, top_k, top, scale, False, BLOCK)
 
-        # 4. Top-p threshold: the largest key whose keys hold at least top_p of the mass above the first cut.
+        # 4. Top-p threshold: the largest key that leaves at least top_p of the weight that top-k left.
         if TOP_P:
             mass = tl.zeros([BLOCK], tl.float32)
             for start in range(0, vocab, BLOCK):
-                value, key, token = _chunk(row, start, vocab, temperature, BLOCK)
-                mass += tl.where(key >= cut, _weight(value, top), 0.0)
-            wanted = top_p * tl.sum(mass, axis=0)
-            high = above
-            while high - cut > 1:
-                middle = (cut + high) >> 1
-                mass = tl.zeros([BLOCK], tl.float32)
-                for start in range(0, vocab, BLOCK):
-                    value, key, token = _chunk(row, start, vocab, temperature, BLOCK)
-                    mass += tl.where(key >= middle, _weight(value, top), 0.0)
-                enough = tl.sum(mass, axis=0) >= wanted
-                cut = tl.where(enough, middle, cut)
-                high = tl.where(enough, high, middle)
+                value, key, token = _load_chunk(row, start, vocab, BLOCK)
+                mass += tl.where(key >= cut, _weight(value, top, scale), 0.0)
+            # A threshold above every key would hold a wanted mass of zero: want a little, and the top itself has it.
+            wanted = tl.maximum(top_p * tl.sum(mass, axis=0), 1e-30)
+            cut = _threshold(row, vocab, cut, wanted, top, scale, True, BLOCK)
 
         # 5. Draw: -log(u) comes from the series in 1 - u where u is close to 1: there log(u) has lost its digits (float32
         # cannot hold u, and the GPU's log is only accurate to 2^-22), and it is there that the winners are.
@@ -105,13 +107,13 @@ def sample_kernel(logits, positions, out, vocab, temperature, top_k, top_p, seed
         best = tl.full([BLOCK], float("-inf"), tl.float32)
         index = tl.arange(0, BLOCK)
         for start in range(0, vocab, BLOCK):
-            value, key, token = _chunk(row, start, vocab, temperature, BLOCK)
+            value, key, token = _load_chunk(row, start, vocab, BLOCK)
             word, w1, w2, w3 = tl.philox(seed, token, position, r, 0)
             word = (word >> 8).to(tl.int32)
             u = (word.to(tl.float32) + 0.5) * 5.9604644775390625e-08                    # 2^-24
             v = ((16777215 - word).to(tl.float32) + 0.5) * 5.9604644775390625e-08       # 1 - u
             series = v * (1.0 + v * (0.5 + v * (1.0 / 3 + v * (0.25 + v * (0.2 + v * (1.0 / 6))))))
-            noisy = value - tl.log(tl.where(v < 0.0625, series, -tl.log(u)))
+            noisy = tl.div_rn(value, temperature) - tl.log(tl.where(v < 0.0625, series, -tl.log(u)))
             noisy = tl.where((key >= cut) & (token < vocab), noisy, float("-inf"))
             index = tl.where(noisy > best, token, index)
             best = tl.where(noisy > best, noisy, best)
