@@ -1,0 +1,15 @@
+"""The three ways to run an op. `load(name, device)` gives a backend object, or says what to install.
+
+A backend has `name`, `launcher(op)` (a callable that takes the op's arguments and `out=`), and `set_trace(on)` and
+`take_trace()`, the names of the kernels launched since the last call.
+"""
+import importlib
+from functools import cache
+
+import torch
+
+
+@cache
+def load(name: str, device: torch.device):
+    """The backend `name` on `device`; raises Unavailable where this machine cannot run it."""
+    return importlib.import_module(f"lab.backends.{name}").Backend(device)

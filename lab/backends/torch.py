@@ -1,0 +1,29 @@
+"""Torch's own kernels (cuBLAS, SDPA and friends on a GPU): the reference backend and the vendor's side of a race.
+
+Torch picks its device kernels itself, so the trace names the torch path of the op, not a device kernel.
+"""
+import torch
+
+
+class Backend:
+    name = "torch"
+
+    def __init__(self, device: torch.device):
+        self.tracing, self.launched = False, []
+
+    def launcher(self, op):
+        launch, label = op.torch, f"torch:{op.name}"
+
+        def run(*args, **options):
+            launch(*args, **options)
+            if self.tracing:
+                self.launched.append(label)
+
+        return run
+
+    def set_trace(self, on: bool) -> None:
+        self.tracing = on
+
+    def take_trace(self) -> list[str]:
+        names, self.launched = self.launched, []
+        return names

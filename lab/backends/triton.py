@@ -1,0 +1,18 @@
+"""The Triton kernels: compiled for tensors on a GPU, interpreted for tensors on the CPU."""
+import torch
+
+from lab.errors import Unavailable
+
+
+class Backend:
+    name = "triton"
+
+    def __init__(self, device: torch.device):
+        try:
+            from triton_kernels import common
+        except ImportError as error:
+            raise Unavailable(f"backend triton: {error}; install it with `pip install triton`") from None
+        self.set_trace, self.take_trace = common.set_trace, common.take_trace
+
+    def launcher(self, op):
+        return op.triton

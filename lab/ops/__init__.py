@@ -1,0 +1,11 @@
+"""Every op, in the order a decode step runs them. Adding an op here adds it to checks, benchmarks and reports."""
+from lab.ops import decode_attention, embedding, kv_append, linear, rmsnorm, rope, sample, silu_mul
+
+OPS = (embedding.op, rmsnorm.op, linear.op, rope.op, kv_append.op, decode_attention.op, silu_mul.op, sample.op)
+
+
+def find(name: str):
+    """The op called `name`; raises LabError with the list of ops for any other name."""
+    from lab.dispatch import known
+    names = [op.name for op in OPS]
+    return OPS[names.index(known(name, names, "op"))]

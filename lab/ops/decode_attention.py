@@ -1,0 +1,159 @@
+"""decode_attention: out[b, h] = softmax(scale * q[b, h] . K[b, h / group]) V[b, h / group], one new token a sequence
+
+  q [batch, q_heads, head_dim]   views of the packed qkv
+  k_cache, v_cache [pages, kv_heads, page_size, head_dim]   block_table [batch, max_pages] int32   context_lens [batch] int32
+  out [batch, q_heads, head_dim]
+Split-KV: `splits` blocks share a sequence's context and the last to finish merges them (the online softmax of Milakov
+and Gimelshein, arXiv 1805.02867; FlashDecoding's split). The context is read on the device, so a captured graph serves
+a growing one. A context of 0 gives zeros. Rounding: float32 throughout, one rounding at the end.
+Halves: cuda_src/decode_attention.cu, triton_kernels/decode_attention.py
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from lab.dispatch import EPS32, FLOATS, Op, case, dense, require, rows_of_heads
+from lab.backends.cuda import DTYPE_CODES
+from lab.ops.kv_append import check_cache, paged_cache
+from lab.ops.rope import packed_qkv
+
+HEAD_DIMS = (64, 96, 128)
+MAX_GROUP = 16
+MIN_TOKENS_PER_SPLIT = 64       # below one tile a split costs a merge and saves no bandwidth
+BLOCKS_PER_MULTIPROCESSOR = 2   # enough 16-byte loads in flight to hide DRAM latency on sm_80 and sm_90
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Where splits publish: partial float32 [batch, kv_heads, splits, group, head_dim + 2], tickets int32, zero."""
+    partial: torch.Tensor
+    tickets: torch.Tensor
+
+    @classmethod
+    def empty(cls, batch, q_heads, kv_heads, head_dim, splits, device):
+        return cls(torch.empty(batch, kv_heads, splits, q_heads // kv_heads, head_dim + 2, device=device),
+                   torch.zeros(batch, kv_heads, dtype=torch.int32, device=device))
+
+
+def choose_splits(batch: int, kv_heads: int, max_context: int, multiprocessors: int) -> int:
+    """How many blocks share one KV head's context: enough to fill the card, none under MIN_TOKENS_PER_SPLIT tokens."""
+    fill = math.ceil(BLOCKS_PER_MULTIPROCESSOR * multiprocessors / (batch * kv_heads))
+    return max(1, min(fill, math.ceil(max_context / MIN_TOKENS_PER_SPLIT)))
+
+
+def validate(q, k_cache, v_cache, block_table, context_lens, scale, splits=1, workspace=None, out=None):
+    name = "decode_attention"
+    require(q.dim() == 3, name, "q must be [batch, q_heads, head_dim]")
+    batch, q_heads, head_dim = q.shape
+    check_cache(name, k_cache, v_cache, block_table, batch, q.dtype)
+    kv_heads = k_cache.shape[1]
+    require(head_dim in HEAD_DIMS and k_cache.shape[3] == head_dim, name,
+            f"head_dim {head_dim} must be 64, 96 or 128, and the cache's")
+    require(q_heads % kv_heads == 0 and q_heads // kv_heads <= MAX_GROUP, name,
+            f"{q_heads} query heads must be 1 to {MAX_GROUP} times the {kv_heads} KV heads")
+    require(context_lens.shape == (batch,) and context_lens.dtype == torch.int32, name, "context_lens: int32 [batch]")
+    require(splits >= 1, name, f"splits must be at least 1, not {splits}")
+    device = k_cache.get_device()
+    rows_of_heads(name, device, q)
+    dense(name, device, context_lens)
+    if workspace is not None:
+        partial = workspace.partial
+        require(partial.shape == (batch, kv_heads, splits, q_heads // kv_heads, head_dim + 2)
+                and workspace.tickets.shape == (batch, kv_heads), name, "the workspace is of another size")
+        dense(name, device, partial, workspace.tickets)
+    if out is not None:
+        require(out.shape == q.shape and out.dtype == q.dtype, name, "out must look like q")
+        dense(name, device, out)
+
+
+def outputs(q, *args, **options):
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+def _workspace(q, k_cache, splits):
+    return Workspace.empty(q.shape[0], q.shape[1], k_cache.shape[1], q.shape[2], splits, q.device)
+
+
+def reference(q, k_cache, v_cache, block_table, context_lens, scale, splits=1, workspace=None):
+    out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
+    group, page = q.shape[1] // k_cache.shape[1], k_cache.shape[2]
+    for b, length in enumerate(context_lens.tolist()):
+        if length <= 0:
+            continue
+        pages = block_table[b, :-(-length // page)].long()
+        keys, values = (cache[pages].double().transpose(1, 2).flatten(0, 1)[:length].repeat_interleave(group, dim=1)
+                        for cache in (k_cache, v_cache))                 # [length, q_heads, head_dim]
+        weight = torch.softmax(torch.einsum("hd,lhd->hl", q[b].double(), keys) * scale, dim=-1)
+        out[b] = torch.einsum("hl,lhd->hd", weight, values)
+    return (out,)
+
+
+def cuda(kernels, q, k_cache, v_cache, block_table, context_lens, scale, splits=1, workspace=None, out=None):
+    workspace = workspace or _workspace(q, k_cache, splits)
+    batch, q_heads, head_dim = q.shape
+    kernels.decode_attention(
+        q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), block_table.data_ptr(), context_lens.data_ptr(),
+        out.data_ptr(), workspace.partial.data_ptr(), workspace.tickets.data_ptr(), batch, q_heads, k_cache.shape[1],
+        head_dim, k_cache.shape[2], block_table.shape[1], splits, q.stride(0), scale, DTYPE_CODES[q.dtype],
+        kernels.stream())
+
+
+def triton(q, k_cache, v_cache, block_table, context_lens, scale, splits=1, workspace=None, out=None):
+    from triton_kernels.decode_attention import decode_attention
+    workspace = workspace or _workspace(q, k_cache, splits)
+    decode_attention(q, k_cache, v_cache, block_table, context_lens, scale, splits, workspace.partial,
+                     workspace.tickets, out)
+
+
+def torch_(q, k_cache, v_cache, block_table, context_lens, scale, splits=1, workspace=None, out=None):
+    pages = block_table.clamp(0, k_cache.shape[0] - 1).long()    # entries past the context are never attended to
+    keys, values = (cache[pages].transpose(1, 2).flatten(2, 3) for cache in (k_cache, v_cache))
+    live = torch.arange(keys.shape[2], device=q.device) < context_lens[:, None]
+    attended = F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=live[:, None, None],
+                                              scale=scale, enable_gqa=True)[:, :, 0]
+    out.copy_(torch.where(context_lens[:, None, None] > 0, attended, 0))
+
+
+def inputs(rand, lengths, q_heads, kv_heads, head_dim, page_size=16, splits=1):
+    q, _, _ = packed_qkv(rand, len(lengths), q_heads, kv_heads, head_dim)
+    k_cache, v_cache, block_table = paged_cache(rand, lengths, kv_heads, head_dim, page_size)
+    context_lens = torch.tensor(lengths, dtype=torch.int32, device=rand.device)
+    return q, k_cache, v_cache, block_table, context_lens, head_dim ** -0.5, splits
+
+
+def nbytes(q, k_cache, v_cache, block_table, context_lens, scale, splits=1, workspace=None):
+    """K and V of every token once, q, out, and the block-table entries that name the pages. Reads context_lens."""
+    tokens = int(context_lens.clamp(min=0).sum())
+    kv = 2 * tokens * k_cache.shape[1] * k_cache.shape[3] * k_cache.itemsize
+    return kv + 2 * q.nbytes + 4 * math.ceil(tokens / k_cache.shape[2]) + context_lens.nbytes
+
+
+def tolerance(q, k_cache, v_cache, block_table, context_lens, scale, splits=1, workspace=None):
+    """One rounding to T. A score's float32 error is a few eps of |q||k|, and moves a weight by that share; the output
+    is an average of v, so its error is that share of the largest v. Half-precision tensor cores round the weights
+    themselves to T before the product with V (as FlashAttention does): half an eps of the largest average of |v|."""
+    eps = torch.finfo(q.dtype).eps
+    score = scale * float(q.double().norm(dim=-1).max()) * float(k_cache.double().norm(dim=-1).max())
+    v_max = float(v_cache.double().abs().max())
+    return eps, 4 * EPS32 * (1 + score) * v_max + (eps / 2 if q.dtype != torch.float32 else 0.0)
+
+
+op = Op(
+    name="decode_attention", summary="out = softmax(scale * q K^T) V over a paged KV cache", dtypes=FLOATS,
+    validate=validate, outputs=outputs, reference=reference, cuda=cuda, triton=triton, torch=torch_, inputs=inputs,
+    nbytes=nbytes,
+    flops=lambda q, k_cache, v_cache, block_table, context_lens, scale, splits=1, workspace=None:
+        4 * q.shape[1] * q.shape[2] * int(context_lens.clamp(min=0).sum()),
+    tolerance=tolerance,
+    cases=(case("context 1, page boundary minus and plus one, an idle row, a tile's boundary; GQA group 3",
+                lengths=(1, 15, 16, 17, 0, 64, 65, 130), q_heads=9, kv_heads=3, head_dim=64, splits=2),
+           case("more splits than tiles: empty splits", lengths=(5, 200, 70), q_heads=8, kv_heads=2, head_dim=128,
+                splits=7),
+           case("one sequence, one split, MHA, head 96", lengths=(97,), q_heads=2, kv_heads=2, head_dim=96),
+           case("MQA with the largest group, a larger page", lengths=(31, 129), q_heads=16, kv_heads=1, head_dim=64,
+                page_size=64, splits=3),
+           case("a group of 5, no power of two; head 96", lengths=(33,), q_heads=10, kv_heads=2, head_dim=96, splits=2),
+           case("64 sequences of different lengths", lengths=tuple(range(1, 65)), q_heads=4, kv_heads=1, head_dim=64,
+                splits=2)))

@@ -1,0 +1,57 @@
+"""embedding: out[b, :] = table[ids[b], :]
+
+  ids [batch] int32   table [vocab, hidden]   out [batch, hidden]
+An id outside the vocabulary gives a row of NaN: loud, and no fault. (The model checks the ids that users pass.)
+Halves: cuda_src/embedding.cu, triton_kernels/embedding.py
+"""
+import torch
+
+from lab.dispatch import FLOATS, Op, case, dense, require
+from lab.backends.cuda import DTYPE_CODES
+
+
+def validate(ids, table, out=None):
+    require(ids.dim() == 1 and table.dim() == 2 and ids.dtype == torch.int32, "embedding",
+            "ids must be int32 [batch] and the table [vocab, hidden]")
+    require(out is None or (out.shape == (ids.shape[0], table.shape[1]) and out.dtype == table.dtype), "embedding",
+            "out must be [batch, hidden] in the table's dtype")
+    dense("embedding", table.get_device(), ids, table, *(() if out is None else (out,)))
+
+
+def outputs(ids, table):
+    return torch.empty(ids.shape[0], table.shape[1], dtype=table.dtype, device=table.device)
+
+
+def reference(ids, table):
+    inside = (ids >= 0) & (ids < table.shape[0])
+    rows = table.double()[torch.where(inside, ids, 0).long()]
+    return (torch.where(inside[:, None], rows, torch.nan),)
+
+
+def cuda(k, ids, table, out):
+    k.embedding(ids.data_ptr(), table.data_ptr(), out.data_ptr(), ids.shape[0], table.shape[1], table.shape[0],
+                DTYPE_CODES[table.dtype], k.stream())
+
+
+def triton(ids, table, out):
+    from triton_kernels.embedding import embedding
+    embedding(ids, table, out)
+
+
+def torch_(ids, table, out):
+    torch.index_select(table, 0, ids, out=out)
+
+
+def inputs(rand, batch, vocab, hidden):
+    return rand.integers(0, vocab, batch), rand(vocab, hidden)
+
+
+op = Op(
+    name="embedding", summary="out[b] = table[ids[b]]", dtypes=FLOATS,
+    validate=validate, outputs=outputs, reference=reference, cuda=cuda, triton=triton, torch=torch_, inputs=inputs,
+    nbytes=lambda ids, table: ids.nbytes + 2 * ids.shape[0] * table.shape[1] * table.itemsize,
+    flops=lambda ids, table: 0,
+    tolerance=lambda ids, table: (0.0, 0.0),                     # a copy is exact
+    cases=(case("one row, SmolLM2's width", batch=1, vocab=1000, hidden=576),
+           case("a width that is no multiple of the 16-byte vector", batch=3, vocab=17, hidden=101),
+           case("the largest batch", batch=64, vocab=300, hidden=136)))

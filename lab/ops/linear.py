@@ -1,0 +1,87 @@
+"""linear: y[b, n] = sum_k x[b, k] * w[n, k] (+ bias[n])
+
+  x [batch, k]   w [n, k]   bias [n] or None   y [batch, n] in x's dtype, or float32 with out_dtype (logits)
+Rounding: float32 accumulation, one rounding at the end. Batch 1 to 64; the weights stream from DRAM once for all of it.
+Halves: cuda_src/linear.cu, triton_kernels/linear.py
+"""
+import torch
+from torch.nn import functional as F
+
+from lab.dispatch import EPS32, FLOATS, Op, case, dense, require
+from lab.backends.cuda import DTYPE_CODES
+
+MAX_BATCH = 64
+
+
+def validate(x, w, bias=None, out_dtype=None, out=None):
+    require(x.dim() == 2 and w.dim() == 2 and x.shape[1] == w.shape[1] and x.dtype == w.dtype, "linear",
+            "x [batch, k] and w [n, k] must agree in k and dtype")
+    require(1 <= x.shape[0] <= MAX_BATCH, "linear", f"takes 1 to {MAX_BATCH} rows of x; split larger batches")
+    require(out_dtype is None or out_dtype == torch.float32 or out_dtype == x.dtype, "linear",
+            "out_dtype must be float32 or x's dtype")
+    dense("linear", w.get_device(), x, w)
+    if bias is not None:
+        require(bias.shape == w.shape[:1] and bias.dtype == x.dtype, "linear", "bias must be [n] in x's dtype")
+        dense("linear", w.get_device(), bias)
+    if out is not None:
+        require(out.shape == (x.shape[0], w.shape[0]) and out.dtype == (out_dtype or x.dtype), "linear",
+                "out must be [batch, n] in out_dtype")
+        dense("linear", w.get_device(), out)
+
+
+def outputs(x, w, bias=None, out_dtype=None):
+    return torch.empty(x.shape[0], w.shape[0], dtype=out_dtype or x.dtype, device=x.device)
+
+
+def reference(x, w, bias=None, out_dtype=None):
+    y = x.double() @ w.double().T
+    return (y if bias is None else y + bias.double(),)
+
+
+def cuda(k, x, w, bias=None, out_dtype=None, out=None):
+    k.linear(x.data_ptr(), w.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr(),
+             x.shape[0], w.shape[0], x.shape[1], DTYPE_CODES[x.dtype], DTYPE_CODES[out.dtype], k.stream())
+
+
+def triton(x, w, bias=None, out_dtype=None, out=None):
+    from triton_kernels.linear import linear
+    linear(x, w, bias, out)
+
+
+def torch_(x, w, bias=None, out_dtype=None, out=None):
+    if out.dtype == x.dtype:
+        out.copy_(F.linear(x, w, bias)) if bias is not None else torch.mm(x, w.T, out=out)
+    elif x.is_cuda:                                              # cuBLAS keeps its float32 accumulator
+        out.copy_(torch.mm(x, w.T, out_dtype=out.dtype))
+        if bias is not None:
+            out.add_(bias)
+    else:
+        out.copy_(F.linear(x.float(), w.float(), None if bias is None else bias.float()))
+
+
+def tolerance(x, w, bias=None, out_dtype=None):
+    """One rounding to y's dtype, and the float32 sum: a few eps of |x||w| (the norm bounds a sum of k products)."""
+    size = float(x.double().norm(dim=1).max() * w.double().norm(dim=1).max())
+    return torch.finfo(out_dtype or x.dtype).eps, 4 * EPS32 * size
+
+
+def inputs(rand, batch, n, k, bias=False, out_dtype=None):
+    return (rand(batch, k), rand(n, k), rand(n) if bias else None, out_dtype)
+
+
+op = Op(
+    name="linear", summary="y = x w^T (+ bias)", dtypes=FLOATS,
+    validate=validate, outputs=outputs, reference=reference, cuda=cuda, triton=triton, torch=torch_, inputs=inputs,
+    nbytes=lambda x, w, bias=None, out_dtype=None: (x.nbytes + w.nbytes + (0 if bias is None else bias.nbytes)
+                                                    + x.shape[0] * w.shape[0] * (out_dtype or x.dtype).itemsize),
+    flops=lambda x, w, bias=None, out_dtype=None: 2 * x.shape[0] * w.numel(),
+    tolerance=tolerance,
+    cases=(case("SmolLM2's qkv, one row", batch=1, n=960, k=576),
+           case("rows and columns that are no multiple of a tile or vector, with bias", batch=1, n=37, k=101, bias=True),
+           case("k a multiple of the vector but not of the tile", batch=3, n=50, k=1096),
+           case("one output column", batch=2, n=1, k=64),
+           case("shorter than one vector", batch=1, n=9, k=5),
+           case("logits in float32", batch=2, n=130, k=576, out_dtype=torch.float32),
+           case("one past the widest batch of the GEMV path", batch=9, n=72, k=328, bias=True),
+           case("a batch that fills no tensor-core tile, odd n", batch=17, n=83, k=200),
+           case("the largest batch", batch=64, n=96, k=264, out_dtype=torch.float32)))

@@ -1,0 +1,83 @@
+"""rope: rotates q and k in place: (a, b) -> (a cos - b sin, b cos + a sin), a and b half a head apart
+
+  q [batch, q_heads, head_dim]   k [batch, kv_heads, head_dim]   views of the packed qkv, rotated in place
+  positions [batch] int32        cos_sin [max_positions, head_dim] float32: cosines, then sines
+The table holds the model's frequencies (plain or Llama-3 scaled: lab/model/rope.py), so both halves share them.
+Source: Su et al., RoFormer (arXiv 2104.09864), in the rotate-half order of Hugging Face's Llama.
+Rounding: float32 arithmetic, one rounding at the end. A position outside the table leaves its row as it is.
+Halves: cuda_src/rope.cu, triton_kernels/rope.py
+"""
+import torch
+
+from lab.dispatch import EPS32, FLOATS, Op, case, dense, require, rows_of_heads
+from lab.backends.cuda import DTYPE_CODES
+
+
+def validate(q, k, positions, cos_sin, out=None):
+    require(out is None, "rope", "works in place; out= is not taken")
+    require(q.dim() == 3 and k.dim() == 3 and q.shape[0] == k.shape[0] and q.shape[2] == k.shape[2]
+            and q.dtype == k.dtype, "rope", "q and k must be [batch, heads, head_dim] of one dtype")
+    require(q.shape[2] in (64, 96, 128), "rope", f"head_dim {q.shape[2]} is not 64, 96 or 128")
+    require(positions.shape == q.shape[:1] and positions.dtype == torch.int32, "rope", "positions must be int32 [batch]")
+    require(cos_sin.dim() == 2 and cos_sin.shape[1] == q.shape[2] and cos_sin.dtype == torch.float32, "rope",
+            "cos_sin must be float32 [max_positions, head_dim]")
+    device = cos_sin.get_device()
+    rows_of_heads("rope", device, q, k)
+    dense("rope", device, positions, cos_sin)
+
+
+def reference(q, k, positions, cos_sin):
+    cos, sin = cos_sin.double()[positions.long()].chunk(2, dim=-1)
+
+    def rotate(x):
+        a, b = x.double().chunk(2, dim=-1)
+        return torch.cat((a * cos[:, None] - b * sin[:, None], b * cos[:, None] + a * sin[:, None]), dim=-1)
+
+    return rotate(q), rotate(k)
+
+
+def cuda(kernels, q, k, positions, cos_sin, out=None):
+    kernels.rope(q.data_ptr(), k.data_ptr(), positions.data_ptr(), cos_sin.data_ptr(), q.shape[0], q.shape[1],
+                 k.shape[1], q.shape[2], cos_sin.shape[0], q.stride(0), k.stride(0), DTYPE_CODES[q.dtype],
+                 kernels.stream())
+
+
+def triton(q, k, positions, cos_sin, out=None):
+    from triton_kernels.rope import rope
+    rope(q, k, positions, cos_sin)
+
+
+def torch_(q, k, positions, cos_sin, out=None):
+    cos, sin = cos_sin[positions.long()].chunk(2, dim=-1)
+    for x in (q, k):
+        a, b = x.float().chunk(2, dim=-1)
+        x.copy_(torch.cat((a * cos[:, None] - b * sin[:, None], b * cos[:, None] + a * sin[:, None]), dim=-1))
+
+
+def inputs(rand, batch, q_heads, kv_heads, head_dim, max_positions=512):
+    q, k, _ = packed_qkv(rand, batch, q_heads, kv_heads, head_dim)
+    angle = torch.outer(torch.arange(max_positions, dtype=torch.float64),
+                        10000.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim))
+    table = torch.cat((angle.cos(), angle.sin()), dim=1).float().to(rand.device)
+    return q, k, rand.integers(0, max_positions, batch), table
+
+
+def packed_qkv(rand, batch, q_heads, kv_heads, head_dim):
+    """q, k and v as a model has them: views of one packed row."""
+    packed = rand(batch, (q_heads + 2 * kv_heads) * head_dim)
+    heads = packed.view(batch, q_heads + 2 * kv_heads, head_dim)
+    return heads.split((q_heads, kv_heads, kv_heads), dim=1)
+
+
+op = Op(
+    name="rope", summary="(a, b) -> (a cos - b sin, b cos + a sin), in place", dtypes=FLOATS,
+    validate=validate, outputs=lambda *args: None, reference=reference, cuda=cuda, triton=triton, torch=torch_,
+    inputs=inputs,
+    nbytes=lambda q, k, positions, cos_sin: 2 * (q.nbytes + k.nbytes) + positions.nbytes + 4 * q.shape[0] * q.shape[2],
+    flops=lambda q, k, positions, cos_sin: 3 * (q.numel() + k.numel()),
+    # One rounding to T, and two products that may cancel: a few float32 steps of the operands (N(0, 1), so below 8).
+    tolerance=lambda q, k, positions, cos_sin: (torch.finfo(q.dtype).eps, 8 * EPS32),
+    mutates=(0, 1),
+    cases=(case("SmolLM2's heads, one row", batch=1, q_heads=9, kv_heads=3, head_dim=64),
+           case("head 96, several positions", batch=5, q_heads=4, kv_heads=2, head_dim=96),
+           case("head 128, one KV head, the largest batch", batch=64, q_heads=3, kv_heads=1, head_dim=128)))

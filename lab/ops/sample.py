@@ -1,0 +1,150 @@
+"""sample: the next token of each row: greedy, or a draw after temperature, top-k and top-p
+
+  logits float32 [batch, vocab]   positions [batch] int32   out [batch] int32
+Greedy (temperature 0): the largest logit; the lowest index wins a tie. A row with NaN gives -1.
+Draw: l = logit / temperature; keep the top_k largest (0 keeps all, ties at the k-th stay); of those keep l >= t for the
+largest t whose kept mass reaches top_p of what top-k left; then token = argmax over the kept of l + g (the Gumbel-max
+trick), g = -log(-log(u)), u = ((r >> 8) + 0.5) / 2^24, r = word 0 of Philox4x32-10 with key = seed and
+counter = (token, position, row, 0). The draw so depends on nothing but the seed, the position, the row and the logits.
+Source of Philox: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (SC 2011).
+Halves: cuda_src/sample.cu, triton_kernels/sample.py
+"""
+import torch
+
+from lab.dispatch import Op, case, dense, require
+
+SLACK = 1e-4    # how far in logits a float32 draw may lie from the float64 best: log, exp and mass sums differ by less
+
+
+def validate(logits, positions, temperature=0.0, top_k=0, top_p=1.0, seed=0, out=None):
+    require(logits.dim() == 2 and logits.dtype == torch.float32, "sample", "logits must be float32 [batch, vocab]")
+    require(positions.shape == logits.shape[:1] and positions.dtype == torch.int32, "sample", "positions: int32 [batch]")
+    require(temperature >= 0, "sample", f"temperature {temperature} is negative")
+    require(top_k >= 0, "sample", f"top_k {top_k} is negative; 0 keeps every token")
+    require(0 < top_p <= 1, "sample", f"top_p {top_p} is not above 0 and at most 1")
+    require(0 <= seed < 1 << 64, "sample", f"seed {seed} does not fit 64 bits")
+    require(out is None or (out.shape == positions.shape and out.dtype == torch.int32), "sample", "out: int32 [batch]")
+    dense("sample", logits.get_device(), logits, positions, *(() if out is None else (out,)))
+
+
+def outputs(logits, *args, **options):
+    return torch.empty(logits.shape[0], dtype=torch.int32, device=logits.device)
+
+
+def philox(seed: int, token: torch.Tensor, position: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    """Word 0 of Philox4x32-10 as int64 in [0, 2^32), for counter (token, position, row, 0); the arguments broadcast."""
+    low = 0xFFFFFFFF
+    token, position, row = torch.broadcast_tensors(token.long(), position.long() & low, row.long())
+    c = [token, position, row, torch.zeros_like(token)]
+    key = [seed & low, seed >> 32]
+    for _ in range(10):
+        # 32 x 32-bit products do not fit a signed 64-bit integer: multiply by halves of the constant.
+        (hi0, lo0), (hi1, lo1) = (_mul32(c[0], 0xD2511F53), _mul32(c[2], 0xCD9E8D57))
+        c = [hi1 ^ c[1] ^ key[0], lo1, hi0 ^ c[3] ^ key[1], lo0]
+        key = [(key[0] + 0x9E3779B9) & low, (key[1] + 0xBB67AE85) & low]
+    return c[0]
+
+
+def _mul32(a: torch.Tensor, constant: int) -> tuple[torch.Tensor, torch.Tensor]:
+    upper, lower = a * (constant >> 16), a * (constant & 0xFFFF)         # each below 2^48
+    total = (upper & 0xFFFF) * 65536 + lower                             # below 2^49: the low part with its carry
+    return (upper >> 16) + (total >> 32), total & 0xFFFFFFFF
+
+
+def gumbel(logits, positions, seed):
+    """float64 [batch, vocab]: the noise that the draw adds."""
+    batch, vocab = logits.shape
+    device = logits.device
+    r = philox(seed, torch.arange(vocab, device=device)[None], positions[:, None],
+               torch.arange(batch, device=device)[:, None])
+    return -torch.log(-torch.log(((r >> 8).double() + 0.5) / (1 << 24)))
+
+
+def thresholds(scaled, top_k, top_p):
+    """[batch, 1]: the smallest scaled logit that top-k and top-p keep. Works in the dtype of `scaled`."""
+    lowest = torch.full_like(scaled[:, :1], -torch.inf)
+    if 0 < top_k < scaled.shape[1]:
+        lowest = scaled.topk(top_k, dim=-1).values[:, -1:]
+    if top_p < 1:
+        ordered = scaled.sort(dim=-1, descending=True).values
+        mass = torch.where(ordered >= lowest, (ordered - ordered[:, :1]).exp(), 0).cumsum(-1)
+        reached = mass >= top_p * mass[:, -1:]
+        lowest = torch.maximum(lowest, ordered.gather(1, reached.int().argmax(-1, keepdim=True)))
+    return lowest
+
+
+def greedy(logits):
+    best = logits.amax(-1, keepdim=True)
+    index = torch.arange(logits.shape[1], device=logits.device)
+    first = torch.where(logits == best, index, logits.shape[1]).amin(-1)
+    return torch.where(best[:, 0].isnan(), -1, first).to(torch.int32)
+
+
+def reference(logits, positions, temperature=0.0, top_k=0, top_p=1.0, seed=0):
+    if temperature == 0:
+        return (greedy(logits.double()),)
+    scaled = logits.double() / temperature
+    kept = scaled >= thresholds(scaled, top_k, top_p)
+    drawn = torch.where(kept, scaled + gumbel(logits, positions, seed), -torch.inf).argmax(-1)
+    return (torch.where(logits.isnan().any(-1), -1, drawn).to(torch.int32),)
+
+
+def verify(got, logits, positions, temperature=0.0, top_k=0, top_p=1.0, seed=0):
+    """A greedy token must be the token. A drawn one may differ from the float64 draw only where float32 ties."""
+    want = reference(logits, positions, temperature, top_k, top_p, seed)[0]
+    if torch.equal(got, want):
+        return None
+    bad = int((got != want).nonzero()[0])
+    message = f"row {bad}: token {int(got[bad])}, not {int(want[bad])}"
+    if temperature == 0 or bool(((got < 0) | (got >= logits.shape[1])).any()):
+        return message
+    scaled = logits.double() / temperature
+    score = scaled + gumbel(logits, positions, seed)
+    chosen, best = (t.gather(1, got[:, None].long()) for t in (scaled, score))
+    allowed = chosen >= thresholds(scaled, top_k, top_p) - SLACK
+    near = best >= score.gather(1, want[:, None].long()) - SLACK
+    return None if bool((allowed & near).all()) else message
+
+
+def cuda(k, logits, positions, temperature=0.0, top_k=0, top_p=1.0, seed=0, out=None):
+    k.sample(logits.data_ptr(), positions.data_ptr(), out.data_ptr(), *logits.shape, temperature, top_k, top_p, seed,
+             k.stream())
+
+
+def triton(logits, positions, temperature=0.0, top_k=0, top_p=1.0, seed=0, out=None):
+    from triton_kernels.sample import sample
+    sample(logits, positions, temperature, top_k, top_p, seed, out)
+
+
+def torch_(logits, positions, temperature=0.0, top_k=0, top_p=1.0, seed=0, out=None):
+    if temperature == 0:
+        out.copy_(greedy(logits))
+    else:
+        scaled = logits / temperature
+        kept = scaled >= thresholds(scaled, top_k, top_p)
+        drawn = torch.where(kept, scaled + gumbel(logits, positions, seed).float(), -torch.inf).argmax(-1)
+        out.copy_(torch.where(logits.isnan().any(-1), -1, drawn))
+
+
+def inputs(rand, batch, vocab, temperature=0.0, top_k=0, top_p=1.0, seed=0, tie=False):
+    logits = rand(batch, vocab, dtype=torch.float32, scale=3.0)
+    if tie:                                                      # the maximum stands twice; the lower index must win
+        logits[:, [vocab // 2, vocab - 1]] = 99.0
+    return logits, rand.integers(0, 1000, batch), temperature, top_k, top_p, seed
+
+
+op = Op(
+    name="sample", summary="next token: argmax, or a seeded draw after temperature, top-k, top-p",
+    dtypes=(torch.float32,),
+    validate=validate, outputs=outputs, reference=reference, cuda=cuda, triton=triton, torch=torch_, inputs=inputs,
+    nbytes=lambda logits, *args, **options: logits.nbytes + 4 * logits.shape[0],
+    flops=lambda logits, *args, **options: logits.numel(),
+    tolerance=lambda *args, **options: (0.0, 0.0),
+    verify=verify,
+    cases=(case("greedy, one row", batch=1, vocab=1000),
+           case("greedy, ties, a vocabulary that is no multiple of a vector", batch=5, vocab=4099, tie=True),
+           case("temperature alone", batch=3, vocab=1001, temperature=0.8, seed=1),
+           case("top-k", batch=4, vocab=777, temperature=1.0, top_k=7, seed=2),
+           case("top-p with a seed past 32 bits", batch=4, vocab=1030, temperature=1.3, top_p=0.8, seed=(1 << 40) + 3),
+           case("top-k and top-p; a vocabulary smaller than a warp", batch=64, vocab=19, temperature=0.7, top_k=11,
+                top_p=0.6, seed=4)))
