@@ -164,6 +164,22 @@ def line(ax, rows, x, y, low, high, look, label, dash="-"):
                     linestyle=dash)
 
 
+def dots(ax, rows, column, order, x, low, high, theme):
+    """One row of the axis per value of `column`, top down in `order`; one mark with its spread per backend in each."""
+    backends = style.backend_order(rows["backend"])
+    apart = 0.7 / len(backends) if rows[column].duplicated().any() else 0
+    for i, name in enumerate(backends):
+        mine, look = rows[rows["backend"] == name], style.backend(name)
+        at = np.array([order.index(v) for v in mine[column]]) + (i - (len(backends) - 1) / 2) * apart
+        ax.errorbar(mine[x], at, xerr=spread(mine, x, low, high), linestyle="none", color=look.color, marker=look.marker,
+                    label=look.label)
+    for i in range(0, len(order), 2):
+        ax.axhspan(i - 0.5, i + 0.5, color=theme.grid, alpha=0.35, zorder=0, linewidth=0)
+    ax.set_yticks(range(len(order)), [short(v) for v in order])
+    ax.set_ylim(len(order) - 0.5, -0.5)
+    ax.grid(axis="y", visible=False)
+
+
 def log_ticks(axis, values, base=2):
     """A log axis whose ticks are the measured values, as long as they do not collide."""
     ticks = sorted(set(float(v) for v in values if v > 0))
@@ -188,12 +204,12 @@ def plain_log(axis):
     axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f"{v:,.10g}"))
 
 
-def from_zero_or_log(axis, values):
-    """A linear axis from zero, or a log axis where the values span more than a factor of eight."""
+def from_zero_or_log(axis, values, ends):
+    """A linear axis from zero, or a log axis where the values span more than a factor of eight. ends: upper error bars."""
     if values.max() > 8 * values.min():
         plain_log(axis)
     else:
-        (axis.axes.set_xlim if axis.axis_name == "x" else axis.axes.set_ylim)(0, values.max() * 1.12)
+        (axis.axes.set_xlim if axis.axis_name == "x" else axis.axes.set_ylim)(0, max(values.max(), ends.max()) * 1.08)
 
 
 def legend(canvas, axes, columns=4):

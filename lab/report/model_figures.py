@@ -3,7 +3,7 @@ import numpy as np
 import pandas as pd
 
 from lab.report import style
-from lab.report.figures import (Figure, amount, command, conditions, from_zero_or_log, legend, line, log_ticks, names, plain_log,
+from lab.report.figures import (Figure, amount, command, conditions, dots, from_zero_or_log, legend, line, log_ticks, names, plain_log,
                                 short, spread, times, unit, with_share)
 
 DIRECTIONS = {"read": ("o", "-"), "copy": ("s", "--"), "write": ("^", ":")}
@@ -85,7 +85,7 @@ def against(run, model, x):
         axes = canvas.subplots(panels, 1, sharex=True, squeeze=False).ravel()
         for name, group, look, dash in _lines(rows):
             line(axes[0], group, x, "ms", "ms_low", "ms_high", look, name, dash)
-        from_zero_or_log(axes[0].yaxis, rows["ms"])
+        from_zero_or_log(axes[0].yaxis, rows["ms"], rows["ms_high"])
         axes[0].set_ylabel("ms per step" + (", emulated" if run.emulated else ""))
         if panels == 2:
             for name, group, look, dash in _lines(bandwidth):
@@ -107,6 +107,29 @@ def against(run, model, x):
         f"Lines of {names(rows['backend'])}: milliseconds per step" + (" and share of the ceiling" if panels == 2 else "")
         + f" against {x}, from {amount(rows[x].min())} to {amount(rows[x].max())}.",
         _model_table(rows), command("model", [model], rows), 0.8 + 1.55 * panels, draw)
+
+
+def latency(run, model):
+    """Latency of a decode step for models measured at one batch and one context: one row for every kind of step."""
+    rows = series(run, model)
+    if not len(rows):
+        return None
+    rows = rows[(rows["batch"] == rows["batch"].iloc[0]) & (rows["context"] == rows["context"].iloc[0])]
+    divisor, unit_name = unit(rows["us"])
+    order, scaled = list(dict.fromkeys(rows.sort_values("us")["series"])), times(rows, divisor)
+
+    def draw(canvas, theme):
+        ax = canvas.subplots()
+        dots(ax, scaled, "series", order, "us", "us_p10", "us_p90", theme)
+        from_zero_or_log(ax.xaxis, scaled["us"], scaled["us_p90"])
+        ax.set_xlabel(f"{unit_name} per step" + (", emulated" if run.emulated else ""))
+
+    first = rows.iloc[0]
+    return Figure(
+        f"{model}-latency", f"{model}: latency of a decode step, batch {amount(first['batch'])} @{amount(first['context'])}",
+        conditions(run, rows, _modes(rows)), "A step makes one token for every sequence of the batch; further left is faster.",
+        f"Dot plot: time of a decode step of {model} for {names(rows['backend'])}.", _model_table(rows),
+        command("model", [model], rows), 0.6 + 0.36 * len(order), draw)
 
 
 def _modes(rows):
@@ -378,6 +401,6 @@ def _end(row, us):
 
 def of_model(run, model):
     """The pictures of one model's section."""
-    made = [against(run, model, "context"), against(run, model, "batch"), throughput(run, model), memory(run, model),
-            ledger(run, model), swap(run, model)]
+    curves = [m for m in (against(run, model, "context"), against(run, model, "batch")) if m] or [latency(run, model)]
+    made = [*curves, throughput(run, model), memory(run, model), ledger(run, model), swap(run, model)]
     return [m for m in made if m]

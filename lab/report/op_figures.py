@@ -8,7 +8,7 @@ from matplotlib.patches import Rectangle
 
 from lab.harness import compare
 from lab.report import style
-from lab.report.figures import (Figure, amount, command, conditions, from_zero_or_log, grid_of, legend, line, log_ticks, names, plain_log, short,
+from lab.report.figures import (Figure, amount, command, conditions, dots, from_zero_or_log, grid_of, legend, line, log_ticks, names, plain_log, short,
                                 spread, times, unit, with_share)
 
 AHEAD = {"faster": "ahead", "slower": "behind"}
@@ -127,17 +127,7 @@ def utilisation(run, f):
 
     def draw(canvas, theme):
         ax = canvas.subplots()
-        for i, name in enumerate(backends):
-            mine = scaled[scaled["backend"] == name]
-            look = style.backend(name)
-            at = np.array([order.index(c) for c in mine["case"]]) + (i - (len(backends) - 1) / 2) * 0.7 / len(backends)
-            ax.errorbar(mine[x], at, xerr=spread(mine, x, low, high), linestyle="none", color=look.color,
-                        marker=look.marker, label=look.label)
-        for i in range(0, len(order), 2):
-            ax.axhspan(i - 0.5, i + 0.5, color=theme.grid, alpha=0.35, zorder=0, linewidth=0)
-        ax.set_yticks(range(len(order)), [short(c) for c in order])
-        ax.set_ylim(len(order) - 0.5, -0.5)
-        ax.grid(axis="y", visible=False)
+        dots(ax, scaled, "case", order, x, low, high, theme)
         if run.emulated:
             plain_log(ax.xaxis)
             ax.set_xlabel(f"time of a call ({unit_name}, log scale), emulated")
@@ -235,6 +225,8 @@ def against(run, f, op, y):
         return None
     by_context = rows["context"].nunique() > 1
     x = "context" if by_context else "batch"
+    if rows[x].nunique() == 1:
+        return None if y == "share" else _once(run, f, op, labelled(rows))
     panel = rows["role"].where(rows["role"] != "", op)
     if by_context:
         panel = "batch " + rows["batch"].map(amount)
@@ -261,7 +253,7 @@ def against(run, f, op, y):
                 ax.set_ylim(0, 108)
                 ax.axhline(100, color=theme.ink, linewidth=1, linestyle=":")
             else:
-                from_zero_or_log(ax.yaxis, here["us"])
+                from_zero_or_log(ax.yaxis, here["us"], here["us_p90"])
         canvas.supylabel("share of the ceiling (%)" if share else f"time of a call ({unit_name})", fontsize=8.5)
         legend(canvas, axes)
 
@@ -273,6 +265,24 @@ def against(run, f, op, y):
          "Lower is better. A flat stretch is launch cost or weights, a rising one is the bytes that each sequence adds."),
         f"Lines of {names(rows['backend'])}: {what} of {op} against {x}, {len(panels)} panels.",
         table(rows.sort_values(["panel", "backend", x])), command("ops", [op], rows, f.model), 0.9 + 1.55 * -(-len(panels) // 2), draw)
+
+
+def _once(run, f, op, rows):
+    """The time of an op that was measured at one size of each use only."""
+    divisor, unit_name = unit(rows["us"])
+    order, scaled = list(dict.fromkeys(rows["case"])), times(rows, divisor)
+
+    def draw(canvas, theme):
+        ax = canvas.subplots()
+        dots(ax, scaled, "case", order, "us", "us_p10", "us_p90", theme)
+        from_zero_or_log(ax.xaxis, scaled["us"], scaled["us_p90"])
+        ax.set_xlabel(f"time of a call ({unit_name})")
+        legend(canvas, [ax])
+
+    return Figure(
+        f"{op}-time", f"{op}: time of a call, batch {amount(rows['batch'].iloc[0])}" + (f", {f.model}" if f.model else ""),
+        conditions(run, rows, f.timer), "Further left is faster.", f"Dot plot: time of one call of {op} for {names(rows['backend'])}.",
+        table(rows), command("ops", [op], rows, f.model), 0.9 + 0.34 * len(order), draw)
 
 
 def caches(run, f, op):
@@ -291,19 +301,14 @@ def caches(run, f, op):
     biggest = rows.loc[rows["bytes"].fillna(0).idxmax(), "case"]
     rows = rows[rows["case"] == biggest]
     states = [s for s in ("cold", "warm", "in model", "eager, host included", "wall") if (rows["state"] == s).any()]
-    backends = style.backend_order(rows["backend"])
+    divisor, unit_name = unit(rows["us"])
+    scaled = times(rows, divisor)
 
     def draw(canvas, theme):
         ax = canvas.subplots()
-        for i, name in enumerate(backends):
-            mine, look = rows[rows["backend"] == name], style.backend(name)
-            at = np.array([states.index(s) for s in mine["state"]]) + (i - (len(backends) - 1) / 2) * 0.7 / len(backends)
-            ax.errorbar(mine["us"], at, xerr=spread(mine, "us", "us_p10", "us_p90"), linestyle="none", color=look.color,
-                        marker=look.marker, label=look.label)
-        ax.set_yticks(range(len(states)), states)
-        ax.set_ylim(len(states) - 0.5, -0.5)
-        ax.set_xlim(0, rows["us_p90"].fillna(rows["us"]).max() * 1.08)
-        ax.set_xlabel("time of a call (us)")
+        dots(ax, scaled, "state", states, "us", "us_p10", "us_p90", theme)
+        ax.set_xlim(0, scaled["us_p90"].fillna(scaled["us"]).max() * 1.08)
+        ax.set_xlabel(f"time of a call ({unit_name})")
         legend(canvas, [ax])
 
     return Figure(
@@ -311,7 +316,7 @@ def caches(run, f, op):
         conditions(run, rows),
         "Cold: every call reads memory that no cache holds. Warm: the same buffers again. In model: weights cold, activations "
         "warm. Eager: launched one by one, the host's time included; the others are device time inside one graph.",
-        f"Dot plot: time of one call of {biggest} by cache state for {names(backends)}.",
+        f"Dot plot: time of one call of {biggest} by cache state for {names(rows['backend'])}.",
         table(rows, "state", "backend", "us", "us_p10", "us_p90", "n", "gbps"), command("ops", [op], rows, f.model), 0.9 + 0.38 * len(states),
         draw)
 

@@ -188,8 +188,8 @@ def _tiles(run, f):
         words = []
         for row in at.head(3).itertuples():
             share = f", {row.of_ceiling:.0%} of the ceiling" if row.of_ceiling == row.of_ceiling and not row.suspect else ""
-            words.append(f"{row.series} {row.us / 1e3:,.3g} ms{share}")
-        tiles.append((f"{first['us'] / 1e3:,.3g} ms", f"a token of {model}, batch {figures.amount(first['batch'])} "
+            words.append(f"{row.series} {duration(row.us)}{share}")
+        tiles.append((duration(first["us"]), f"a step of of {model}, batch {figures.amount(first['batch'])} "
                       f"@{figures.amount(first['context'])}" + (", emulated" if run.emulated else ""), "; ".join(words)))
     if f and not run.emulated:
         counts = op_figures.score(op_figures.chosen(run.op, f))
@@ -237,6 +237,13 @@ def cell(value):
     if isinstance(value, (dict, list)):
         return json.dumps(value, default=str)
     return str(value)
+
+
+def duration(us):
+    """123.456 -> "123 us", 1234.5 -> "1.23 ms", 1.64e6 -> "1.64 s"."""
+    divisor, name = (1e6, "s") if us >= 1e6 else (1e3, "ms") if us >= 1e3 else (1.0, "us")
+    value = us / divisor
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {name}"
 
 
 def numeric(frame, column):
