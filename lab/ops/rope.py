@@ -4,7 +4,8 @@
   positions [batch] int32        cos_sin [max_positions, head_dim] float32: cosines, then sines
 The table holds the model's frequencies (plain or Llama-3 scaled: lab/model/rope.py), so both halves share them.
 Source: Su et al., RoFormer (arXiv 2104.09864), in the rotate-half order of Hugging Face's Llama.
-Rounding: float32 arithmetic, one rounding at the end. A position outside the table leaves its row as it is.
+Rounding: float32 arithmetic, one rounding at the end. A negative position marks an idle row, which stays as it is; the
+caller's table reaches to its last position (a kernel sees no table's end).
 Halves: cuda_src/rope.cu, triton_kernels/rope.py
 """
 import torch
@@ -38,8 +39,7 @@ def reference(q, k, positions, cos_sin):
 
 def cuda(kernels, q, k, positions, cos_sin, out=None):
     kernels.rope(q.data_ptr(), k.data_ptr(), positions.data_ptr(), cos_sin.data_ptr(), q.shape[0], q.shape[1],
-                 k.shape[1], q.shape[2], cos_sin.shape[0], q.stride(0), k.stride(0), DTYPE_CODES[q.dtype],
-                 kernels.stream())
+                 k.shape[1], q.shape[2], q.stride(0), k.stride(0), DTYPE_CODES[q.dtype], kernels.stream())
 
 
 def triton(q, k, positions, cos_sin, out=None):
