@@ -56,7 +56,8 @@ def test_two_samples_of_one_distribution_rarely_raise_an_alarm():
         r.us_p10, r.us_p90, r.n = s[4], s[36], 40
         return r
 
-    said = [compare.verdict(measured(50), measured(50 * rand.gauss(1, 0.005)), compare.BETWEEN_RUNS) for _ in range(500)]
+    said = [compare.verdict(measured(50), measured(50 * rand.gauss(1, 0.005)), compare.BETWEEN_RUNS)
+            for _ in range(500)]
     assert said.count("same") > 0.9 * len(said)
     assert said.count("slower") + said.count("faster") < 0.01 * len(said)
     said = [compare.verdict(measured(50), measured(55), compare.BETWEEN_RUNS) for _ in range(500)]
@@ -65,8 +66,8 @@ def test_two_samples_of_one_distribution_rarely_raise_an_alarm():
 
 def test_rows_are_matched_by_key_and_sorted_by_what_needs_a_look():
     a = [row(100), row(50, backend="triton"), row(7, batch=2), row(9, cache="warm")]
-    b = [row(120), row(50, backend="triton"), row(7, batch=4), OpRow("r", "linear", "cuda", "bf16", 1,
-                                                                    {"k": 4, "n": 4}, cache="warm", error="out of memory")]
+    failed = OpRow("r", "linear", "cuda", "bf16", 1, {"k": 4, "n": 4}, cache="warm", error="out of memory")
+    b = [row(120), row(50, backend="triton"), row(7, batch=4), failed]
     pairs, only_a, only_b = compare.match(a, b)
     assert [(p.verdict, p.a.backend, p.a.cache) for p in pairs] == [
         ("slower", "cuda", "cold"), ("failed", "cuda", "warm"), ("same", "triton", "cold")]

@@ -14,7 +14,7 @@ from lab.harness.records import Ceiling
 
 MIB = 1 << 20
 SIZES = (MIB // 4, MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB, 1024 * MIB, 4096 * MIB)
-QUICK_SIZES = (MIB, 16 * MIB, 64 * MIB, 256 * MIB, 1024 * MIB)
+QUICK_SIZES = (MIB, 16 * MIB, 64 * MIB, 256 * MIB, 1024 * MIB, 4096 * MIB)
 DIRECTIONS = ("read", "copy", "write")          # write last: it replaces the random data
 MODES = {"read": 0, "copy": 1, "write": 2}
 CUDA_SHAPES = ({"blocks_per_sm": 4, "threads": 512}, {"blocks_per_sm": 2, "threads": 1024},

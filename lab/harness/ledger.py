@@ -9,6 +9,7 @@ Three measurements make an account:
 The token minus the graphs of (3) is `unexplained`: what ops cost each other in company. Kernels + gap + unexplained are
 the token; unexplained above 3% of it is flagged. Gaps cannot be read off the profiler's time stamps: it widens them.
 """
+import argparse
 import functools
 import itertools
 from collections import Counter, defaultdict
@@ -16,9 +17,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lab.dispatch import BACKENDS, DTYPES, select
+from lab.dispatch import BACKENDS, DTYPES, known, select
 from lab.errors import LabError
-from lab.harness import model_bench, shapes, timing
+from lab.harness import compare, model_bench, shapes, timing
 from lab.harness.ceiling import one_line
 from lab.harness.ops_bench import alive
 from lab.harness.records import LedgerRow
@@ -339,24 +340,23 @@ def add_arguments(parser):
     parser.add_argument("--weights", choices=("random", "auto"), default="random")
     parser.add_argument("--swap", action="store_true", help="also all-triton, all-cuda and each op swapped alone")
     parser.add_argument("--plan", metavar="A,B", default="basic", help="basic, fused (default: basic)")
-    parser.add_argument("--out", metavar="DIR", default="out/ledger", help="where records.jsonl is (default out/ledger)")
+    parser.add_argument("--out", metavar="DIR", default="out/ledger", help="for records.jsonl (default out/ledger)")
 
 
 def main(args):
     """Measures (ceilings first) into a new run of --out and prints the account. Raises LabError without a GPU."""
-    from lab.harness import bench
+    from lab.harness import bench                    # which imports this module
+    shapes.preset(args.model)
+    for name in bench.names(args.backend):
+        known(name, BACKENDS, "backend")
     if not torch.cuda.is_available():
         raise LabError("a ledger needs an NVIDIA GPU: its rows are device time stamps (lab bench works on a CPU)")
-    known = [name for name in bench.names(args.backend) if name in BACKENDS]
-    if len(known) != len(bench.names(args.backend)):
-        raise LabError(f"--backend {args.backend}: choose from {', '.join(BACKENDS)}")
-    import argparse
     parser = argparse.ArgumentParser()
     bench.add_arguments(parser)
-    words = ["ledger", args.model, "--out", args.out, "--backend", args.backend, "--dtype", args.dtype, "--batch",
-             str(args.batch), "--context", str(args.context), "--weights", args.weights, "--plan", args.plan, "--fresh", "--quick"]
-    status = bench.main(parser.parse_args(words + ["--swap"] * args.swap))
-    from lab.harness import compare
+    words = ["ledger", args.model, "--quick", "--fresh"] + ["--swap"] * args.swap
+    for option in ("out", "backend", "dtype", "batch", "context", "weights", "plan"):
+        words += [f"--{option}", str(getattr(args, option))]
+    status = bench.main(parser.parse_args(words))
     rows, _, _ = compare.open_run(args.out)
     print(text_of([r for r in rows if r.kind == "ledger"]))
     return status
@@ -369,7 +369,8 @@ def text_of(rows):
         mine = [r for r in rows if (r.backend, r.plan) == (backend, plan) and r.row != "swap"]
         one = mine[0]
         lines.append(f"\n{one.model} {backend} {plan} {one.dtype} batch {one.batch} context {one.context}")
-        lines.append(f"  {'op':<24} {'kernel':<34} {'calls':>5} {'us':>9} {'MB':>9} {'GB/s':>6} {'ceiling':>7} {'token':>6}")
+        lines.append(f"  {'op':<24} {'kernel':<34} {'calls':>5} {'us':>9} {'MB':>9} {'GB/s':>6} {'ceiling':>7} "
+                     f"{'token':>6}")
         for r in sorted(mine, key=lambda r: r.order):
             if r.error:
                 lines.append(f"  failed: {r.error}")
@@ -378,8 +379,8 @@ def text_of(rows):
             mb = "" if r.bytes is None else f"{r.bytes / 1e6:.1f}"
             gbps = "" if r.gbps is None else f"{r.gbps:.0f}"
             share = "" if r.of_ceiling is None else f"{r.of_ceiling:.1%}"
-            lines.append(f"  {name[:24]:<24} {(r.kernel or '')[:34]:<34} {r.calls or '':>5} {r.us:>9.1f} {mb:>9} {gbps:>6} "
-                         f"{share:>7} {r.of_token:>6.1%}" + (f"  {r.flag}" if r.flag else ""))
+            lines.append(f"  {name[:24]:<24} {(r.kernel or '')[:34]:<34} {r.calls or '':>5} {r.us:>9.1f} {mb:>9} "
+                         f"{gbps:>6} {share:>7} {r.of_token:>6.1%}" + (f"  {r.flag}" if r.flag else ""))
     swaps = [r for r in rows if r.row == "swap" and r.us]
     if swaps:
         lines.append("\nswap: one token, us")

@@ -140,8 +140,9 @@ def _measure(session, rig, weights, rows, batch, context, peer):
                 r.error = one_line(e)
     if peer:
         note = "torch.compile layer by layer, one CUDA graph; contiguous KV of this length, no mask"
-        rows.append(ModelRow(session.run, rows[0].model, "torch", "-", "compile", rows[0].dtype, batch, context, "graph",
-                             weights=rows[0].weights, note=note))
+        one = rows[0]
+        rows.append(ModelRow(one.run, one.model, "torch", "-", "compile", one.dtype, batch, context, "graph",
+                             weights=one.weights, note=note))
         try:
             from lab.harness.compiled import compiled_step
             entries.append((rows[-1], timing.GraphTimed([compiled_step(weights, batch, context)])))
