@@ -1,0 +1,109 @@
+"""Every Triton kernel, as its launcher configures it, compiles for the GPUs that this machine need not have.
+
+A load of weights or cache that is not 16 bytes wide, or a register that spills, is a mistake in a kernel or a configuration;
+both show in the machine code. Shared memory must fit the smallest GPU of the architecture."""
+import re
+
+import pytest
+import torch
+
+from triton_kernels import offline
+from triton_kernels.common import recording
+from triton_kernels.decode_attention import decode_attention
+from triton_kernels.embedding import embedding
+from triton_kernels.kv_append import kv_append
+from triton_kernels.linear import linear
+from triton_kernels.rmsnorm import rmsnorm
+from triton_kernels.rope import rope
+from triton_kernels.sample import sample
+from triton_kernels.silu_mul import silu_mul
+
+TENSOR_CORE = r"\bHG?MMA\b"
+MAX_SHARED = {"sm_90": 227 << 10, "sm_80": 163 << 10}
+F32, F16, BF16, I32 = torch.float32, torch.float16, torch.bfloat16, torch.int32
+
+
+def empty(*shape, dtype):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def run_linear(t, ints, rows, n=6144, k=4096):
+    linear(t(rows, k), t(n, k), None, t(rows, n))
+
+
+def run_rmsnorm(t, ints, rows, cols, heads=None):
+    x = t(rows, cols) if heads is None else t(rows, 3 * heads, cols)[:, :heads]
+    rmsnorm(x, t(cols), 1e-5, t(rows, cols) if heads is None else None, x)
+
+
+def run_rope(t, ints, head_dim):
+    q, k, _ = t(4, 48 * head_dim).unflatten(1, (48, head_dim)).split((32, 8, 8), dim=1)
+    rope(q, k, ints(4), empty(4096, head_dim, dtype=F32))
+
+
+def run_append(t, ints, head_dim):
+    cache = t(64, 8, 16, head_dim)
+    kv_append(t(4, 8, head_dim), t(4, 8, head_dim), cache, cache, ints(4, 16), ints(4))
+
+
+def run_attention(t, ints, head_dim, splits):
+    cache, partial = t(64, 8, 16, head_dim), empty(4, 8, splits, 4, head_dim + 2, dtype=F32)
+    q = t(4, 32, head_dim)
+    decode_attention(q, cache, cache, ints(4, 16), ints(4), 0.1, splits, partial, ints(4, 8), q)
+
+
+LAUNCHES = {
+    "linear-1": (run_linear, dict(rows=1)), "linear-4": (run_linear, dict(rows=4)), "linear-16": (run_linear, dict(rows=16)),
+    "linear-16-small": (run_linear, dict(rows=16, n=2048)), "linear-64": (run_linear, dict(rows=64)),
+    "rmsnorm": (run_rmsnorm, dict(rows=1, cols=4096)), "rmsnorm-heads": (run_rmsnorm, dict(rows=4, cols=128, heads=32)),
+    "rope": (run_rope, dict(head_dim=128)), "kv_append": (run_append, dict(head_dim=128)),
+    "embedding": (lambda t, ints: embedding(ints(4), t(128256, 4096), t(4, 4096)), {}),
+    "silu_mul": (lambda t, ints: silu_mul(t(4, 28672), t(4, 14336)), {}),
+    "attention-64": (run_attention, dict(head_dim=64, splits=1)), "attention-96": (run_attention, dict(head_dim=96, splits=1)),
+    "attention-128": (run_attention, dict(head_dim=128, splits=1)),
+    "attention-64-split": (run_attention, dict(head_dim=64, splits=64)),
+    "attention-128-split": (run_attention, dict(head_dim=128, splits=264)),
+}
+SAMPLING = {"greedy": (0.0, 0, 1.0), "drawn": (0.8, 50, 0.9)}
+
+
+def compiled(architecture, run):
+    """Records what `run` launches, compiles it, and checks the resources; returns the machine code."""
+    with recording(architecture) as launches:
+        run()
+    assert len(launches) == 1
+    code = offline.compile(launches[0], architecture)
+    usage = offline.usage(code)
+    assert usage["local"] == usage["stack"] == 0, f"spills: {usage}"
+    assert usage["shared"] <= MAX_SHARED[architecture], usage
+    return offline.sass(code)
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+@pytest.mark.parametrize("architecture, dtype", [("sm_90", BF16), ("sm_90", F32), ("sm_80", BF16)], ids=str)
+def test_compiles_with_wide_loads_and_no_spills(architecture, dtype, name):
+    run, sizes = LAUNCHES[name]
+    code = compiled(architecture, lambda: run(lambda *s: empty(*s, dtype=dtype), lambda *s: empty(*s, dtype=I32), **sizes))
+    copies = re.findall(r"\bLDGSTS\S*\.128", code)               # to shared memory, past the registers
+    wide = copies + re.findall(r"\bLDG\S*\.128", code)
+    assert wide, "no 16-byte load"
+    if name.startswith("attention") or name in ("linear-16", "linear-64"):
+        assert copies, "no cp.async: the loads do not run ahead of the arithmetic"
+        assert dtype == F32 or re.search(TENSOR_CORE, code), "no tensor core instruction"
+    if dtype == F32:
+        assert not re.search(TENSOR_CORE, code), "float32 went through tensor cores, which round it to TF32"
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+@pytest.mark.parametrize("architecture", ["sm_90", "sm_80"])
+def test_sampling_compiles(architecture, name):
+    code = compiled(architecture, lambda: sample(empty(4, 128256, dtype=F32), empty(4, dtype=I32), *SAMPLING[name], 7,
+                                                 empty(4, dtype=I32)))
+    assert re.search(r"\bLDG\S*\.128", code)
+
+
+@pytest.mark.parametrize("name", ["linear-16", "attention-128"])
+def test_float16_uses_tensor_cores(name):
+    run, sizes = LAUNCHES[name]
+    code = compiled("sm_90", lambda: run(lambda *s: empty(*s, dtype=F16), lambda *s: empty(*s, dtype=I32), **sizes))
+    assert re.search(TENSOR_CORE, code)
