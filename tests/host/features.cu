@@ -1,12 +1,16 @@
 // Every name of common.cuh at work, against plain C++ on the CPU. `features NAME` runs one check: exit code 0 when all
 // values are right, 1 and a line on stderr when not.
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <functional>
 #include <map>
 #include <random>
+#include <string>
+#include <thread>
 #include <vector>
 
 #include "common.cuh"
@@ -534,9 +538,35 @@ void check_launches() {
     options.threads = threads;
     host::set_options(options);
     out = 0;
-    launch(blocks_of(1000, 33), "add_kernel", add_kernel, &out, 1);
-    expect_equal("threads", out, 33000);
+    launch(blocks_of(100, 33), "add_kernel", add_kernel, &out, 1);
+    expect_equal("threads", out, 3300);
   }
+}
+
+void check_callers() {  // launches from several OS threads take turns
+  std::vector<int> sums(4, 0);
+  std::vector<std::thread> callers;
+  for (int& sum : sums) {
+    callers.emplace_back([&sum] {
+      for (int i = 0; i < 20; ++i) launch(blocks_of(5, 40), "add_kernel", add_kernel, &sum, 1);
+    });
+  }
+  for (std::thread& caller : callers) caller.join();
+  for (int sum : sums) expect_equal("callers", sum, 20 * 200);
+}
+
+void check_fork() {  // a forked child has none of the parent's OS threads and must not wait for them
+  int out = 0;
+  launch(blocks_of(50, 64), "add_kernel", add_kernel, &out, 1);
+  pid_t child = fork();
+  if (child == 0) {
+    alarm(20);
+    launch(blocks_of(50, 64), "add_kernel", add_kernel, &out, 1);
+    _exit(out == 6400 ? 0 : 1);
+  }
+  int status = -1;
+  waitpid(child, &status, 0);
+  expect_equal("status of the child", status, 0);
 }
 
 }  // namespace
@@ -547,6 +577,7 @@ int main(int argc, char** argv) {
       {"atomics", check_atomics},   {"mma", check_mma},           {"pipeline", check_pipeline},
       {"clusters", check_clusters}, {"copies", check_copies},     {"named_barriers", check_named_barriers},
       {"float16", check_float16},   {"math", check_math},         {"launches", check_launches},
+      {"callers", check_callers},   {"fork", check_fork},
   };
   if (argc == 1) {
     for (const auto& check : checks) puts(check.first.c_str());

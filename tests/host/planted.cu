@@ -20,10 +20,12 @@ enum class Bug {
   no_wait,           // cp.async is never waited for
   short_wait,        // one group fewer than needed
   no_last_barrier,   // the next tile overwrites one that is still being read
+  lower_neighbour,   // no barrier either, but whoever runs in order finds what it needs
   exits_early,       // half of the block returns before a barrier
   waits_elsewhere,   // half of the block waits at another barrier
   two_places,        // both branches of an if have a barrier
   small_overrun,     // one float past the end of shared memory
+  slack_overrun,     // the same, where the size is no multiple of the alignment
   read_overrun,      // far past the end, reading
   wild_pointer,      // an index into global memory gone wrong
   deep_recursion,
@@ -39,6 +41,12 @@ enum class Bug {
 };
 
 constexpr int kThreads = 128;
+
+// Whose values a thread reads.
+template <Bug bug>
+LAB_HOST_DEVICE int partner(int tid) {
+  return bug == Bug::lower_neighbour ? (tid > 0 ? tid - 1 : 0) : (tid + 37) % kThreads;
+}
 
 struct TileShared {
   alignas(16) float tile[2][kThreads][4];
@@ -64,10 +72,10 @@ __global__ void store_kernel(const float* x, float* out, int tiles) {
       } else {
         __syncthreads();
       }
-    } else if constexpr (bug != Bug::no_barrier) {
+    } else if constexpr (bug != Bug::no_barrier && bug != Bug::lower_neighbour) {
       __syncthreads();  // line: barrier
     }
-    sum += s.tile[0][(tid + 37) % kThreads][0];  // line: load
+    sum += s.tile[0][partner<bug>(tid)][0];  // line: load
     if constexpr (bug != Bug::no_last_barrier) __syncthreads();
   }
   out[tid] = sum;
@@ -79,7 +87,7 @@ __global__ void copy_kernel(const float* x, float* out, int tiles) {
   auto& s = smem<TileShared>();
   int tid = threadIdx.x;
   auto fetch = [&](int t) {
-    float* to = bug == Bug::outside_copy ? s.tile[2][tid] : s.tile[t % 2][tid];
+    float* to = &s.tile[0][0][0] + ((bug == Bug::outside_copy ? 2 : t % 2) * kThreads + tid) * 4;
     cp_async16(to, x + (t * kThreads + tid) * 4);
     cp_async_commit();
   };
@@ -97,7 +105,7 @@ __global__ void copy_kernel(const float* x, float* out, int tiles) {
       }
     }
     if constexpr (bug != Bug::no_barrier) __syncthreads();
-    for (int i = 0; i < 4; ++i) sum += s.tile[t % 2][(tid + 37) % kThreads][i];
+    for (int i = 0; i < 4; ++i) sum += s.tile[t % 2][partner<bug>(tid)][i];
     if constexpr (bug != Bug::no_last_barrier) __syncthreads();
   }
   out[tid] = sum;
@@ -116,6 +124,7 @@ __global__ void fault_kernel(const float* x, float* out, int tiles) {
   volatile float* tile = &s.tile[0][0][0];
   constexpr int size = 2 * kThreads * 4;
   if (bug == Bug::small_overrun && threadIdx.x == 5) tile[size] = 1;  // line: overrun
+  if (bug == Bug::slack_overrun && threadIdx.x == 5) tile[size + 1] = 1;
   if (bug == Bug::read_overrun && threadIdx.x == 5) out[0] = tile[size + 2000];
   if (bug == Bug::wild_pointer && threadIdx.x == 5) out[0] = x[size_t(1) << 40];
   if (bug == Bug::deep_recursion && threadIdx.x == 5) out[0] = float(recursion(100000, reinterpret_cast<int*>(out)));
@@ -188,15 +197,15 @@ Config config_of(unsigned blocks, unsigned threads, size_t smem_bytes) {
   return config;
 }
 
-template <typename Kernel>
-bool run_tiles(const char* name, Kernel kernel, int width, size_t smem_bytes = sizeof(TileShared)) {
-  Buffer x(kTiles * kThreads * width), out(kThreads);
-  for (int i = 0; i < kTiles * kThreads * width; ++i) x.data[i] = float(i % 17 + 1);
-  launch(config_of(1, kThreads, smem_bytes), name, kernel, x.data, out.data, kTiles);
+template <Bug bug, typename Kernel>
+bool run_tiles(const char* name, Kernel kernel, int width, int tiles = kTiles, size_t smem_bytes = sizeof(TileShared)) {
+  Buffer x(tiles * kThreads * width), out(kThreads);
+  for (int i = 0; i < tiles * kThreads * width; ++i) x.data[i] = float(i % 17 + 1);
+  launch(config_of(1, kThreads, smem_bytes), name, kernel, x.data, out.data, tiles);
   for (int tid = 0; tid < kThreads; ++tid) {
     float sum = 0;
-    for (int t = 0; t < kTiles; ++t) {
-      for (int i = 0; i < width; ++i) sum += x.data[(t * kThreads + (tid + 37) % kThreads) * width + i];
+    for (int t = 0; t < tiles; ++t) {
+      for (int i = 0; i < width; ++i) sum += x.data[(t * kThreads + partner<bug>(tid)) * width + i];
     }
     if (!(out.data[tid] == sum)) return false;
   }
@@ -204,18 +213,27 @@ bool run_tiles(const char* name, Kernel kernel, int width, size_t smem_bytes = s
 }
 
 template <Bug bug>
-bool run_store() { return run_tiles("store_kernel", store_kernel<bug>, 1); }
+bool run_store() {
+  return run_tiles<bug>("store_kernel", store_kernel<bug>, 1, bug == Bug::lower_neighbour ? 1 : kTiles);
+}
+
 template <Bug bug>
-bool run_copy() { return run_tiles("copy_kernel", copy_kernel<bug>, 4); }
+bool run_copy() {
+  return run_tiles<bug>("copy_kernel", copy_kernel<bug>, 4);
+}
+
 template <Bug bug>
 bool run_fault() {
-  run_tiles("fault_kernel", fault_kernel<bug>, 4, bug == Bug::too_little_smem ? 1000 : sizeof(TileShared));
-  return true;
+  size_t smem_bytes = sizeof(TileShared);
+  if (bug == Bug::too_little_smem) smem_bytes = 1000;
+  if (bug == Bug::slack_overrun) smem_bytes += 4;
+  run_tiles<bug>("fault_kernel", fault_kernel<bug>, 4, kTiles, smem_bytes);
+  return true;  // its output means nothing
 }
 
 template <Bug bug>
 bool run_ticket() {
-  const int blocks = 40;
+  const int blocks = 20;
   Buffer x(blocks * 64), partial(64), out(2);
   unsigned ticket = 0;
   float sum = 0;
@@ -239,6 +257,7 @@ const std::map<std::string, bool (*)()> cases = {
     {"store.none", run_store<Bug::none>},
     {"store.no_barrier", run_store<Bug::no_barrier>},
     {"store.no_last_barrier", run_store<Bug::no_last_barrier>},
+    {"store.lower_neighbour", run_store<Bug::lower_neighbour>},
     {"store.exits_early", run_store<Bug::exits_early>},
     {"store.waits_elsewhere", run_store<Bug::waits_elsewhere>},
     {"store.two_places", run_store<Bug::two_places>},
@@ -250,6 +269,7 @@ const std::map<std::string, bool (*)()> cases = {
     {"copy.outside_copy", run_copy<Bug::outside_copy>},
     {"fault.none", run_fault<Bug::none>},
     {"fault.small_overrun", run_fault<Bug::small_overrun>},
+    {"fault.slack_overrun", run_fault<Bug::slack_overrun>},
     {"fault.read_overrun", run_fault<Bug::read_overrun>},
     {"fault.wild_pointer", run_fault<Bug::wild_pointer>},
     {"fault.deep_recursion", run_fault<Bug::deep_recursion>},
