@@ -14,6 +14,8 @@ from lab.errors import LabError
 
 VERBS = {       # verb: (room, what it does)
     "doctor": ("lab.doctor", "what this machine can run and what is missing"),
+    "ops": ("lab.ops.table", "the table of ops"),
+    "check": ("lab.check", "every op of a backend against its reference, at awkward sizes"),
     "run": ("lab.model.run", "answer a prompt with a model, under the backend of your choice"),
     "bench": ("lab.harness.bench", "measure ops, models or a token's ledger into records"),
     "ledger": ("lab.harness.ledger", "one token, kernel by kernel"),

@@ -65,7 +65,7 @@ def run_step(step, out, model):
 def command(step):
     if step == "tests":
         return [sys.executable, "-m", "pytest", "-q", "-m", "gpu and not oracle"]
-    check = [*LAB, "check", "--device", "cuda"]
+    check = [*LAB, "check", "--device", "cuda", "--backend", "cuda,triton"]     # named, so a missing one is an error
     return check if step == "check" else [sanitizer(), "--tool", step, *SANITIZER, *check, "--quick"]
 
 

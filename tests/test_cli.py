@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tiny_models import CONFIGS, write_gguf
 
 from lab import cli
 from lab.errors import LabError
@@ -29,12 +30,18 @@ def refused(capfd, *words):
 
 
 @pytest.fixture(scope="module")
+def tiny_gguf(tmp_path_factory):
+    return write_gguf(tmp_path_factory.mktemp("models") / "tiny.gguf", CONFIGS["llama"])
+
+
+@pytest.fixture(scope="module")
 def broken_gguf(tmp_path_factory):
     path = tmp_path_factory.mktemp("models") / "broken.gguf"
     path.write_bytes(b"GGUF" + bytes(40))
     return path
 
 
+TINY = ("run", "TINY", "--backend", "torch", "--device", "cpu")     # TINY: a small model with a tokenizer
 RUN = ("run", "--prompt", "hi", "--weights", "random", "smollm2-135m", "--backend")
 
 MISTAKES = {
@@ -58,21 +65,31 @@ MISTAKES = {
     "unknown model": (("run", "smolm2-135m", "--prompt", "hi", "--backend", "torch"), "did you mean smollm2-135m"),
     "model without weights": (("run", "llama-3.2-1b", "--prompt", "hi", "--backend", "torch"), "--weights random"),
     "text without tokenizer": ((*RUN, "torch"), "--ids"),
-    "ids": (("run", "--ids", "1,two", "--backend", "torch", "--weights", "random"), "1,2,3"),
-    "ids outside": (("run", "--ids", "1,999999", "--backend", "torch", "--weights", "random"), "vocabulary of 49152"),
-    "prompt too long": (("run", "--ids", "1,2,3", "--max-context", "2", "--backend", "torch", "--weights", "random"),
-                        "cache holds 2"),
-    "page size": (("run", "--ids", "1", "--page-size", "17", "--backend", "torch", "--weights", "random"), "choose from 16"),
+    "ids": ((*TINY, "--ids", "1,two"), "1,2,3"),
+    "ids outside": ((*TINY, "--ids", "1,999999"), "outside the vocabulary"),
+    "prompt too long": ((*TINY, "--ids", "1,2,3", "--max-context", "2"), "cache holds 2"),
+    "page size": ((*TINY, "--ids", "1", "--page-size", "17"), "choose from 16"),
+    "check: op": (("check", "--op", "rmsnrm"), "did you mean rmsnorm? choose from"),
+    "check: backend": (("check", "--backend", "opencl"), "choose from cuda, triton, torch"),
+    "check: dtype": (("check", "--dtype", "fp8"), "choose from fp32, fp16, bf16"),
+    "check: device": (("check", "--device", "tpu"), "choose cuda or cpu"),
+    "bench: op": (("bench", "ops", "rmsnrm"), "did you mean rmsnorm"),
+    "bench: model": (("bench", "model", "llama-9"), "llama"),
+    "bench: what": (("bench", "everything"), "'ops', 'model'"),
+    "bench: sizes": (("bench", "ops", "--batch", "0"), "positive integers"),
+    "explain: op": (("explain", "rmsnrm"), "did you mean rmsnorm"),
+    "report: folder": (("report", "/nowhere"), "/nowhere"),
+    "ledger: model": (("ledger", "llama-9"), "llama"),
     "no records": (("compare", "/nowhere/a", "/nowhere/b"), "does not exist"),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_and_status_2(mistake, capfd, monkeypatch):
+def test_a_mistake_is_one_line_and_status_2(mistake, tiny_gguf, capfd, monkeypatch):
     monkeypatch.delenv("LAB_BACKEND", raising=False)
     monkeypatch.delenv("LAB_OVERRIDE", raising=False)
     words, said = MISTAKES[mistake]
-    assert said in refused(capfd, *words)
+    assert said in refused(capfd, *(str(tiny_gguf) if word == "TINY" else word for word in words))
 
 
 def test_a_mangled_model_file(capfd, broken_gguf):
