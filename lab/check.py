@@ -1,0 +1,117 @@
+"""`lab check` and `lab ops`: every op of a backend against its reference, at sizes chosen to be awkward.
+
+A case runs on outputs poisoned with NaN and on fresh random inputs, and every element must lie within the contract's
+tolerance of a float64 reference. So zeros, NaN, an output left unwritten and a dropped tail all fail
+(tests/test_check.py plants each and sees it caught). Inputs that an op may not change must come back unchanged.
+"""
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from lab.dispatch import BACKENDS, DTYPES, Op, Rand, known, select
+from lab.errors import LabError, Unavailable
+
+POISON = -77777777          # for integer outputs, which have no NaN
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a case showed: `error` says what is wrong, or is None; `used` is the largest share of the tolerance used."""
+    error: str | None
+    used: float
+
+
+def check_case(op: Op, function, rand: Rand, sizes) -> Outcome:
+    """Runs `function` (ops.<name>, or any callable with the op's arguments and `out=`) on one random case of `op`."""
+    args = op.inputs(rand, **sizes)
+    before = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+    want = op.reference(*before)
+    limits = op.tolerance(*before)
+    out = op.outputs(*args)
+    if out is None:
+        function(*args)
+    else:
+        out.fill_(torch.nan if out.is_floating_point() else POISON)
+        if function(*args, out=out) is not out:
+            return Outcome("did not return the tensor given as out=", torch.inf)
+    for i, (now, then) in enumerate(zip(args, before, strict=True)):
+        if isinstance(now, torch.Tensor) and i not in op.mutates and not same_bits(now, then):
+            return Outcome(f"argument {i} was changed, which the contract does not allow", torch.inf)
+    changed = [args[i] for i in op.mutates if i < len(args) and args[i] is not None]
+    got = ([] if out is None else [out]) + changed
+    if op.verify is not None:
+        error = op.verify(out, *before)
+        return Outcome(error, 0.0 if error is None else torch.inf)
+    outcomes = [compare(g, w, *limits) for g, w in zip(got, want, strict=True)]
+    return max(outcomes, key=lambda outcome: outcome.used)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.nan_to_num(), b.nan_to_num()) if a.is_floating_point() else torch.equal(a, b)
+
+
+def compare(got: torch.Tensor, want: torch.Tensor, rtol: float, atol: float) -> Outcome:
+    """Every element of `got` within rtol * |want| + atol of `want`; NaN only where `want` is NaN."""
+    if got.shape != want.shape:
+        return Outcome(f"shape {list(got.shape)}, not {list(want.shape)}", torch.inf)
+    got, want = got.double(), want.double()
+    limit = rtol * want.abs() + atol
+    off = (got - want).abs()
+    off = torch.where(got.isnan() & want.isnan() | (got == want), 0.0, off)
+    bad = ~(off <= limit)                                        # also true where off is NaN
+    if not bad.any():
+        return Outcome(None, float((off / limit.clamp(min=1e-300)).max()) if off.numel() else 0.0)
+    first = tuple(int(i) for i in bad.nonzero()[0])
+    return Outcome(f"{int(bad.sum())} of {got.numel()} elements are off, first at {list(first)}: {float(got[first]):.6g}, "
+                   f"not {float(want[first]):.6g} within {float(limit[first]):.1e}", torch.inf)
+
+
+def add_arguments(parser):
+    parser.add_argument("--op", action="append", help="only this op (repeatable); default: all")
+    parser.add_argument("--backend", help="backends with commas between; default: all that this machine can run")
+    parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}, with commas between; default: all that the op takes")
+    parser.add_argument("--device", default=None, help="cuda or cpu; default: cuda where there is a GPU")
+    parser.add_argument("--quick", action="store_true", help="the first two cases of every op")
+    parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
+
+
+def main(args) -> int:
+    from lab.ops import OPS, find
+    chosen = [find(name) for name in args.op] if args.op else OPS
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device not in ("cpu", "cuda"):
+        raise LabError(f"unknown device {device!r}: choose cuda or cpu")
+    names = [known(name, BACKENDS, "backend") for name in args.backend.split(",")] if args.backend else None
+    wanted = [known(name, list(DTYPES), "dtype") for name in args.dtype.split(",")] if args.dtype else list(DTYPES)
+    backends = {}
+    for name in names or BACKENDS:
+        try:
+            backends[name] = select(name, device, {op.name: name for op in OPS})
+        except Unavailable as missing:
+            if names:
+                raise
+            print(f"{name}: not checked: {missing}", file=sys.stderr)
+    failed = ran = 0
+    for op in chosen:
+        cases = op.cases[:2] if args.quick else op.cases
+        for dtype_name in wanted:
+            if DTYPES[dtype_name] not in op.dtypes:
+                continue
+            for name, ops in backends.items():
+                outcomes = [(c, check_case(op, getattr(ops, op.name), Rand(device, DTYPES[dtype_name], args.seed), c.sizes))
+                            for c in cases]
+                wrong = [(c, outcome) for c, outcome in outcomes if outcome.error]
+                ran += len(outcomes)
+                failed += len(wrong)
+                used = max(outcome.used for _, outcome in outcomes)
+                say = "FAILED" if wrong else "exact" if used == 0 else f"{used:.0%} of the tolerance used"
+                print(f"{op.name:18} {dtype_name} {name:6} {len(outcomes) - len(wrong)}/{len(outcomes)} cases  {say}", flush=True)
+                for c, outcome in wrong:
+                    print(f"    {c.why} {dict(c.sizes)}: {outcome.error}")
+    if not ran:
+        raise LabError("nothing to check: the ops chosen take none of the dtypes chosen")
+    print(f"{ran} cases on {device}, {failed} failed")
+    return 1 if failed else 0

@@ -1,0 +1,34 @@
+"""Every op on every backend against its reference: an op is tested by being listed in lab.ops.OPS.
+
+On a machine with no GPU `cuda` is the host build and `triton` the interpreter, on the same cases.
+"""
+import pytest
+import torch
+
+from lab.check import check_case
+from lab.dispatch import BACKENDS, DTYPES, select
+from lab.ops import OPS
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+CASES = [pytest.param(op, dtype, c, id=f"{op.name}-{NAMES[dtype]}-{i}")
+         for op in OPS for dtype in op.dtypes for i, c in enumerate(op.cases)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op, dtype, case", CASES)
+def test_meets_its_contract(op, dtype, case, backend, rand, device):
+    function = getattr(select(backend, device, {op.name: backend}), op.name)
+    outcome = check_case(op, function, rand(dtype), case.sizes)
+    assert outcome.error is None, f"{case.why}: {outcome.error}"
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("name", ["linear", "decode_attention", "sample"])
+def test_runs_repeat_bit_for_bit(name, backend, rand, device):
+    """Reductions have a fixed order: splits merge in order whichever block comes last."""
+    op = next(op for op in OPS if op.name == name)
+    function = getattr(select(backend, device, {name: backend}), name)
+    dtype = op.dtypes[-1]
+    args = op.inputs(rand(dtype), **op.cases[1].sizes)
+    first = function(*args)
+    assert all(torch.equal(function(*args), first) for _ in range(3))
