@@ -177,9 +177,10 @@ def _bind(op: Op, backend, trace: Trace | None) -> Callable:
 
 # What validation is made of. A raw pointer carries no shape, stride, device or alignment: each is checked here, once.
 
-def require(ok: bool, op: str, what: str) -> None:
-    if not ok:
-        raise LabError(f"{op}: {what}")
+# Conditions stand in the callers' own `if`, so that a message is formatted only when it is needed.
+
+def refuse(op: str, what: str) -> None:
+    raise LabError(f"{op}: {what}")
 
 
 def dense(op: str, device: int, *tensors: torch.Tensor) -> None:
@@ -192,10 +193,11 @@ def dense(op: str, device: int, *tensors: torch.Tensor) -> None:
 def rows_of_heads(op: str, device: int, *tensors: torch.Tensor) -> None:
     """Views [batch, heads, head_dim] of a packed buffer: the two last dimensions contiguous, the first free."""
     for t in tensors:
-        batch, _, dim = t.shape
-        stride = t.stride()
-        if (t.get_device() != device or stride[2] != 1 or stride[1] != dim or t.data_ptr() & 15
-                or (batch > 1 and stride[0] * t.element_size() & 15)):
+        ok = t.get_device() == device and not t.data_ptr() & 15
+        if ok and not t.is_contiguous():                         # one sequence's view of a packed row is contiguous
+            (batch, _, dim), stride = t.shape, t.stride()
+            ok = stride[2] == 1 and stride[1] == dim and (batch == 1 or not stride[0] * t.element_size() & 15)
+        if not ok:
             raise LabError(f"{op}: {describe(t)} must be on the device of the others, with contiguous heads and rows "
                            "that begin at multiples of 16 bytes")
 

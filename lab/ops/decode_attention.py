@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from lab.dispatch import EPS32, FLOATS, Op, case, dense, require, rows_of_heads
+from lab.dispatch import EPS32, FLOATS, Op, case, dense, refuse, rows_of_heads
 from lab.backends.cuda import DTYPE_CODES
 from lab.ops.kv_append import check_cache, paged_cache
 from lab.ops.rope import packed_qkv
@@ -44,27 +44,32 @@ def choose_splits(batch: int, kv_heads: int, max_context: int, multiprocessors: 
 
 
 def validate(q, k_cache, v_cache, block_table, context_lens, scale, splits=1, workspace=None, out=None):
-    name = "decode_attention"
-    require(q.dim() == 3, name, "q must be [batch, q_heads, head_dim]")
-    batch, q_heads, head_dim = q.shape
-    check_cache(name, k_cache, v_cache, block_table, batch, q.dtype)
+    name, shape, dtype = "decode_attention", q.shape, q.dtype
+    if len(shape) != 3:
+        refuse(name, "q must be [batch, q_heads, head_dim]")
+    batch, q_heads, head_dim = shape
+    if head_dim not in HEAD_DIMS:
+        refuse(name, f"head_dim {head_dim} is not 64, 96 or 128")
+    check_cache(name, k_cache, v_cache, block_table, batch, None, head_dim, dtype)
     kv_heads = k_cache.shape[1]
-    require(head_dim in HEAD_DIMS and k_cache.shape[3] == head_dim, name,
-            f"head_dim {head_dim} must be 64, 96 or 128, and the cache's")
-    require(q_heads % kv_heads == 0 and q_heads // kv_heads <= MAX_GROUP, name,
-            f"{q_heads} query heads must be 1 to {MAX_GROUP} times the {kv_heads} KV heads")
-    require(context_lens.shape == (batch,) and context_lens.dtype == torch.int32, name, "context_lens: int32 [batch]")
-    require(splits >= 1, name, f"splits must be at least 1, not {splits}")
+    if q_heads % kv_heads or q_heads > kv_heads * MAX_GROUP:
+        refuse(name, f"{q_heads} query heads must be 1 to {MAX_GROUP} times the {kv_heads} KV heads")
+    if not (context_lens.shape == (batch,) and context_lens.dtype == torch.int32):
+        refuse(name, "context_lens must be int32 [batch]")
+    if splits < 1:
+        refuse(name, f"splits must be at least 1, not {splits}")
     device = k_cache.get_device()
     rows_of_heads(name, device, q)
     dense(name, device, context_lens)
     if workspace is not None:
-        partial = workspace.partial
-        require(partial.shape == (batch, kv_heads, splits, q_heads // kv_heads, head_dim + 2)
-                and workspace.tickets.shape == (batch, kv_heads), name, "the workspace is of another size")
-        dense(name, device, partial, workspace.tickets)
+        partial, tickets = workspace.partial, workspace.tickets
+        if not (partial.shape == (batch, kv_heads, splits, q_heads // kv_heads, head_dim + 2)
+                and tickets.shape == (batch, kv_heads)):
+            refuse(name, "the workspace is of another size")
+        dense(name, device, partial, tickets)
     if out is not None:
-        require(out.shape == q.shape and out.dtype == q.dtype, name, "out must look like q")
+        if not (out.shape == shape and out.dtype == dtype):
+            refuse(name, "out must look like q")
         dense(name, device, out)
 
 

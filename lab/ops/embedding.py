@@ -6,15 +6,15 @@ Halves: cuda_src/embedding.cu, triton_kernels/embedding.py
 """
 import torch
 
-from lab.dispatch import FLOATS, Op, case, dense, require
+from lab.dispatch import FLOATS, Op, case, dense, refuse
 from lab.backends.cuda import DTYPE_CODES
 
 
 def validate(ids, table, out=None):
-    require(ids.dim() == 1 and table.dim() == 2 and ids.dtype == torch.int32, "embedding",
-            "ids must be int32 [batch] and the table [vocab, hidden]")
-    require(out is None or (out.shape == (ids.shape[0], table.shape[1]) and out.dtype == table.dtype), "embedding",
-            "out must be [batch, hidden] in the table's dtype")
+    if not (ids.dim() == 1 and table.dim() == 2 and ids.dtype == torch.int32):
+        refuse("embedding", "ids must be int32 [batch] and the table [vocab, hidden]")
+    if not (out is None or (out.shape == (ids.shape[0], table.shape[1]) and out.dtype == table.dtype)):
+        refuse("embedding", "out must be [batch, hidden] in the table's dtype")
     dense("embedding", table.get_device(), ids, table, *(() if out is None else (out,)))
 
 

@@ -8,31 +8,39 @@ Halves: cuda_src/kv_append.cu, triton_kernels/kv_append.py
 """
 import torch
 
-from lab.dispatch import FLOATS, Op, case, dense, require, rows_of_heads
+from lab.dispatch import FLOATS, Op, case, dense, refuse, rows_of_heads
 from lab.backends.cuda import DTYPE_CODES
 from lab.ops.rope import packed_qkv
 
+PAGE_SIZES = (16, 32, 64, 128, 256)
 
-def check_cache(op, k_cache, v_cache, block_table, batch, dtype):
-    """Conditions that kv_append and decode_attention share."""
-    require(k_cache.dim() == 4 and k_cache.shape == v_cache.shape and k_cache.dtype == v_cache.dtype == dtype, op,
-            "k_cache and v_cache must be [pages, kv_heads, page_size, head_dim] in the dtype of the heads")
-    page = k_cache.shape[2]
-    require(16 <= page <= 256 and page & (page - 1) == 0, op, f"page_size {page} is not a power of two from 16 to 256")
-    require(block_table.dim() == 2 and block_table.shape[0] == batch and block_table.dtype == torch.int32, op,
-            "block_table must be int32 [batch, max_pages]")
+
+def check_cache(op, k_cache, v_cache, block_table, batch, heads, head_dim, dtype):
+    """Conditions that kv_append and decode_attention share. heads: the cache's, or None where it may choose."""
+    shape = k_cache.shape
+    if not (len(shape) == 4 and shape == v_cache.shape and k_cache.dtype == v_cache.dtype == dtype):
+        refuse(op, "k_cache and v_cache must be [pages, kv_heads, page_size, head_dim] in the dtype of the heads")
+    _, cached_heads, page, cached_dim = shape
+    if cached_dim != head_dim or (heads is not None and cached_heads != heads):
+        refuse(op, f"the cache has {cached_heads} heads of {cached_dim}, which is not what the call has")
+    if page not in PAGE_SIZES:
+        refuse(op, f"page_size {page} is not a power of two from 16 to 256")
+    table = block_table.shape
+    if not (len(table) == 2 and table[0] == batch and block_table.dtype == torch.int32):
+        refuse(op, "block_table must be int32 [batch, max_pages]")
     dense(op, k_cache.get_device(), k_cache, v_cache, block_table)
 
 
 def validate(k, v, k_cache, v_cache, block_table, positions, out=None):
-    require(out is None, "kv_append", "writes into the cache; out= is not taken")
-    require(k.dim() == 3 and k.shape == v.shape and k.dtype == v.dtype, "kv_append",
-            "k and v must be [batch, kv_heads, head_dim] of one dtype")
-    check_cache("kv_append", k_cache, v_cache, block_table, k.shape[0], k.dtype)
-    require(k_cache.shape[1] == k.shape[1] and k_cache.shape[3] == k.shape[2], "kv_append",
-            "the cache must have the heads and head_dim of k")
-    require(positions.shape == k.shape[:1] and positions.dtype == torch.int32, "kv_append",
-            "positions must be int32 [batch]")
+    if out is not None:
+        refuse("kv_append", "writes into the cache; out= is not taken")
+    shape, dtype = k.shape, k.dtype
+    if not (len(shape) == 3 and shape == v.shape and dtype == v.dtype):
+        refuse("kv_append", "k and v must be [batch, kv_heads, head_dim] of one dtype")
+    batch, heads, head_dim = shape
+    check_cache("kv_append", k_cache, v_cache, block_table, batch, heads, head_dim, dtype)
+    if not (positions.shape == (batch,) and positions.dtype == torch.int32):
+        refuse("kv_append", "positions must be int32 [batch]")
     device = k_cache.get_device()
     rows_of_heads("kv_append", device, k, v)
     dense("kv_append", device, positions)

@@ -7,25 +7,27 @@ Halves: cuda_src/linear.cu, triton_kernels/linear.py
 import torch
 from torch.nn import functional as F
 
-from lab.dispatch import EPS32, FLOATS, Op, case, dense, require
+from lab.dispatch import EPS32, FLOATS, Op, case, dense, refuse
 from lab.backends.cuda import DTYPE_CODES
 
 MAX_BATCH = 64
 
 
 def validate(x, w, bias=None, out_dtype=None, out=None):
-    require(x.dim() == 2 and w.dim() == 2 and x.shape[1] == w.shape[1] and x.dtype == w.dtype, "linear",
-            "x [batch, k] and w [n, k] must agree in k and dtype")
-    require(1 <= x.shape[0] <= MAX_BATCH, "linear", f"takes 1 to {MAX_BATCH} rows of x; split larger batches")
-    require(out_dtype is None or out_dtype == torch.float32 or out_dtype == x.dtype, "linear",
-            "out_dtype must be float32 or x's dtype")
+    if not (x.dim() == 2 and w.dim() == 2 and x.shape[1] == w.shape[1] and x.dtype == w.dtype):
+        refuse("linear", "x [batch, k] and w [n, k] must agree in k and dtype")
+    if not (1 <= x.shape[0] <= MAX_BATCH):
+        refuse("linear", f"takes 1 to {MAX_BATCH} rows of x; split larger batches")
+    if not (out_dtype is None or out_dtype == torch.float32 or out_dtype == x.dtype):
+        refuse("linear", "out_dtype must be float32 or x's dtype")
     dense("linear", w.get_device(), x, w)
     if bias is not None:
-        require(bias.shape == w.shape[:1] and bias.dtype == x.dtype, "linear", "bias must be [n] in x's dtype")
+        if not (bias.shape == w.shape[:1] and bias.dtype == x.dtype):
+            refuse("linear", "bias must be [n] in x's dtype")
         dense("linear", w.get_device(), bias)
     if out is not None:
-        require(out.shape == (x.shape[0], w.shape[0]) and out.dtype == (out_dtype or x.dtype), "linear",
-                "out must be [batch, n] in out_dtype")
+        if not (out.shape == (x.shape[0], w.shape[0]) and out.dtype == (out_dtype or x.dtype)):
+            refuse("linear", "out must be [batch, n] in out_dtype")
         dense("linear", w.get_device(), out)
 
 

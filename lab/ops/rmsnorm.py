@@ -7,25 +7,29 @@ Halves: cuda_src/rmsnorm.cu, triton_kernels/rmsnorm.py
 """
 import torch
 
-from lab.dispatch import EPS32, FLOATS, Op, case, dense, require, rows_of_heads
+from lab.dispatch import EPS32, FLOATS, Op, case, dense, refuse, rows_of_heads
 from lab.backends.cuda import DTYPE_CODES
 
 
 def validate(x, w, eps, residual=None, out=None):
-    require(w.dim() == 1 and x.shape[-1] == w.shape[0] and x.dtype == w.dtype, "rmsnorm",
-            "x [..., cols] and w [cols] must agree in cols and dtype")
+    if not (w.dim() == 1 and x.shape[-1] == w.shape[0] and x.dtype == w.dtype):
+        refuse("rmsnorm", "x [..., cols] and w [cols] must agree in cols and dtype")
     device = w.get_device()
     dense("rmsnorm", device, w)
     strided = (x,) if out is None else (x, out)
-    require(out is None or (out.shape == x.shape and out.dtype == x.dtype), "rmsnorm", "out must look like x")
+    if not (out is None or (out.shape == x.shape and out.dtype == x.dtype)):
+        refuse("rmsnorm", "out must look like x")
     if x.dim() == 3:
-        require(residual is None, "rmsnorm", "a residual needs a 2-D x")
+        if not (residual is None):
+            refuse("rmsnorm", "a residual needs a 2-D x")
         rows_of_heads("rmsnorm", device, *strided)
     else:
-        require(x.dim() == 2, "rmsnorm", "x must have two or three dimensions")
+        if not (x.dim() == 2):
+            refuse("rmsnorm", "x must have two or three dimensions")
         dense("rmsnorm", device, *strided)
     if residual is not None:
-        require(residual.shape == x.shape and residual.dtype == x.dtype, "rmsnorm", "residual must look like x")
+        if not (residual.shape == x.shape and residual.dtype == x.dtype):
+            refuse("rmsnorm", "residual must look like x")
         dense("rmsnorm", device, residual)
 
 

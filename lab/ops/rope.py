@@ -10,18 +10,24 @@ Halves: cuda_src/rope.cu, triton_kernels/rope.py
 """
 import torch
 
-from lab.dispatch import EPS32, FLOATS, Op, case, dense, require, rows_of_heads
+from lab.dispatch import EPS32, FLOATS, Op, case, dense, refuse, rows_of_heads
 from lab.backends.cuda import DTYPE_CODES
 
 
 def validate(q, k, positions, cos_sin, out=None):
-    require(out is None, "rope", "works in place; out= is not taken")
-    require(q.dim() == 3 and k.dim() == 3 and q.shape[0] == k.shape[0] and q.shape[2] == k.shape[2]
-            and q.dtype == k.dtype, "rope", "q and k must be [batch, heads, head_dim] of one dtype")
-    require(q.shape[2] in (64, 96, 128), "rope", f"head_dim {q.shape[2]} is not 64, 96 or 128")
-    require(positions.shape == q.shape[:1] and positions.dtype == torch.int32, "rope", "positions must be int32 [batch]")
-    require(cos_sin.dim() == 2 and cos_sin.shape[1] == q.shape[2] and cos_sin.dtype == torch.float32, "rope",
-            "cos_sin must be float32 [max_positions, head_dim]")
+    if out is not None:
+        refuse("rope", "works in place; out= is not taken")
+    q_shape, k_shape, dtype = q.shape, k.shape, q.dtype
+    if not (len(q_shape) == len(k_shape) == 3 and q_shape[0] == k_shape[0] and q_shape[2] == k_shape[2]
+            and dtype == k.dtype):
+        refuse("rope", "q and k must be [batch, heads, head_dim] of one dtype")
+    batch, _, head_dim = q_shape
+    if head_dim not in (64, 96, 128):
+        refuse("rope", f"head_dim {head_dim} is not 64, 96 or 128")
+    if not (positions.shape == (batch,) and positions.dtype == torch.int32):
+        refuse("rope", "positions must be int32 [batch]")
+    if not (cos_sin.dim() == 2 and cos_sin.shape[1] == head_dim and cos_sin.dtype == torch.float32):
+        refuse("rope", "cos_sin must be float32 [max_positions, head_dim]")
     device = cos_sin.get_device()
     rows_of_heads("rope", device, q, k)
     dense("rope", device, positions, cos_sin)

@@ -11,19 +11,26 @@ Halves: cuda_src/sample.cu, triton_kernels/sample.py
 """
 import torch
 
-from lab.dispatch import Op, case, dense, require
+from lab.dispatch import Op, case, dense, refuse
 
 SLACK = 1e-4    # how far in logits a float32 draw may lie from the float64 best: log, exp and mass sums differ by less
 
 
 def validate(logits, positions, temperature=0.0, top_k=0, top_p=1.0, seed=0, out=None):
-    require(logits.dim() == 2 and logits.dtype == torch.float32, "sample", "logits must be float32 [batch, vocab]")
-    require(positions.shape == logits.shape[:1] and positions.dtype == torch.int32, "sample", "positions: int32 [batch]")
-    require(temperature >= 0, "sample", f"temperature {temperature} is negative")
-    require(top_k >= 0, "sample", f"top_k {top_k} is negative; 0 keeps every token")
-    require(0 < top_p <= 1, "sample", f"top_p {top_p} is not above 0 and at most 1")
-    require(0 <= seed < 1 << 64, "sample", f"seed {seed} does not fit 64 bits")
-    require(out is None or (out.shape == positions.shape and out.dtype == torch.int32), "sample", "out: int32 [batch]")
+    if not (logits.dim() == 2 and logits.dtype == torch.float32):
+        refuse("sample", "logits must be float32 [batch, vocab]")
+    if not (positions.shape == logits.shape[:1] and positions.dtype == torch.int32):
+        refuse("sample", "positions: int32 [batch]")
+    if not (temperature >= 0):
+        refuse("sample", f"temperature {temperature} is negative")
+    if not (top_k >= 0):
+        refuse("sample", f"top_k {top_k} is negative; 0 keeps every token")
+    if not (0 < top_p <= 1):
+        refuse("sample", f"top_p {top_p} is not above 0 and at most 1")
+    if not (0 <= seed < 1 << 64):
+        refuse("sample", f"seed {seed} does not fit 64 bits")
+    if not (out is None or (out.shape == positions.shape and out.dtype == torch.int32)):
+        refuse("sample", "out: int32 [batch]")
     dense("sample", logits.get_device(), logits, positions, *(() if out is None else (out,)))
 
 

@@ -7,14 +7,15 @@ Halves: cuda_src/silu_mul.cu, triton_kernels/silu_mul.py
 import torch
 from torch.nn import functional as F
 
-from lab.dispatch import EPS32, FLOATS, Op, case, dense, require
+from lab.dispatch import EPS32, FLOATS, Op, case, dense, refuse
 from lab.backends.cuda import DTYPE_CODES
 
 
 def validate(gate_up, out=None):
-    require(gate_up.dim() == 2 and gate_up.shape[1] % 2 == 0, "silu_mul", "gate_up must be [rows, 2 * cols]")
-    require(out is None or (out.shape == (gate_up.shape[0], gate_up.shape[1] // 2) and out.dtype == gate_up.dtype),
-            "silu_mul", "out must be [rows, cols] in gate_up's dtype")
+    if not (gate_up.dim() == 2 and gate_up.shape[1] % 2 == 0):
+        refuse("silu_mul", "gate_up must be [rows, 2 * cols]")
+    if not (out is None or (out.shape == (gate_up.shape[0], gate_up.shape[1] // 2) and out.dtype == gate_up.dtype)):
+        refuse("silu_mul", "out must be [rows, cols] in gate_up's dtype")
     dense("silu_mul", gate_up.get_device(), gate_up, *(() if out is None else (out,)))
 
 
