@@ -1,7 +1,9 @@
-"""Every op, in the order a decode step runs them. Adding an op here adds it to checks, benchmarks and reports."""
+"""Every op. Adding one to its plan's list adds it to checks, benchmarks and reports."""
 from lab.ops import decode_attention, embedding, kv_append, linear, rmsnorm, rope, sample, silu_mul
 
-OPS = (embedding.op, rmsnorm.op, linear.op, rope.op, kv_append.op, decode_attention.op, silu_mul.op, sample.op)
+# One op per textbook step, in the order a decode step runs them.
+BASIC = (embedding.op, rmsnorm.op, linear.op, rope.op, kv_append.op, decode_attention.op, silu_mul.op, sample.op)
+OPS = BASIC
 
 
 def find(name: str):

@@ -1,0 +1,67 @@
+"""linear_add: residual += x w^T (+ bias), in place
+
+  x [batch, k]   w [n, k]   residual [batch, n]   bias [n] or None
+Rounding: float32 accumulation, the residual added in float32, one rounding at the end. Batch 1 to 64.
+Halves: cuda_src/linear_add.cu, triton_kernels/linear_add.py
+"""
+import torch
+
+from lab.backends.cuda import DTYPE_CODES
+from lab.dispatch import FLOATS, Op, case, dense, refuse
+from lab.ops import linear
+
+
+def validate(x, w, residual, bias=None, out=None):
+    if out is not None:
+        refuse("linear_add", "adds into the residual; out= is not taken")
+    linear.validate(x, w, bias)
+    if not (residual.shape == (x.shape[0], w.shape[0]) and residual.dtype == x.dtype):
+        refuse("linear_add", "residual must be [batch, n] in x's dtype")
+    dense("linear_add", x.get_device(), residual)
+
+
+def reference(x, w, residual, bias=None):
+    return (linear.reference(x, w, bias)[0] + residual.double(),)
+
+
+def cuda(k, x, w, residual, bias=None, out=None):
+    k.linear_add(x.data_ptr(), w.data_ptr(), 0 if bias is None else bias.data_ptr(), residual.data_ptr(), x.shape[0],
+                 w.shape[0], x.shape[1], DTYPE_CODES[x.dtype], k.stream())
+
+
+def triton(x, w, residual, bias=None, out=None):
+    from triton_kernels.linear_add import linear_add
+    linear_add(x, w, bias, residual)
+
+
+def torch_(x, w, residual, bias=None, out=None):
+    torch.addmm(residual, x, w.T, out=residual)
+    if bias is not None:
+        residual.add_(bias)
+
+
+def tolerance(x, w, residual, bias=None):
+    """linear's; the torch backend rounds twice where there is a bias: two steps of T of the largest sum."""
+    rtol, atol = linear.tolerance(x, w, bias)
+    if bias is not None:
+        atol += rtol * float(reference(x, w, residual)[0].abs().max())
+    return rtol, atol
+
+
+def inputs(rand, batch, n, k, bias=False):
+    return rand(batch, k), rand(n, k, scale=k ** -0.5), rand(batch, n), rand(n) if bias else None
+
+
+op = Op(
+    name="linear_add", summary="residual += x w^T (+ bias), in place", dtypes=FLOATS,
+    validate=validate, outputs=lambda *args: None, reference=reference, cuda=cuda, triton=triton, torch=torch_,
+    inputs=inputs,
+    nbytes=lambda x, w, residual, bias=None: (x.nbytes + w.nbytes + 2 * residual.nbytes
+                                              + (0 if bias is None else bias.nbytes)),
+    flops=lambda x, w, residual, bias=None: 2 * x.shape[0] * w.numel() + residual.numel(),
+    tolerance=tolerance,
+    mutates=(2,),
+    cases=(case("SmolLM2's down projection, one row", batch=1, n=576, k=1536),
+           case("no multiple of a tile or vector, with bias", batch=3, n=37, k=101, bias=True),
+           case("the widest batch of the GEMV path", batch=8, n=40, k=520),
+           case("a tensor-core batch, odd n", batch=17, n=83, k=200)))

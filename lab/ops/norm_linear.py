@@ -1,0 +1,85 @@
+"""norm_linear: y = rmsnorm(x, norm_w) w^T (+ bias), and what the fused plan makes of it
+
+  x [batch, k]   norm_w [k]   w [n, k]   bias [n] or None   y [batch, n] in x's dtype, or float32 with out_dtype
+The norm of rmsnorm.py (same rounding points), recomputed by each block from L2 rather than passed through memory, then
+the linear of linear.py. Batch 1 to 64.
+Halves: cuda_src/norm_linear.cu, triton_kernels/norm_linear.py
+"""
+import torch
+
+from lab.backends.cuda import DTYPE_CODES
+from lab.dispatch import EPS32, FLOATS, Op, case, dense, refuse
+from lab.ops import linear, rmsnorm
+
+
+def check_norm(op, x, norm_w):
+    """The condition that the ops with a norm in front share."""
+    if not (norm_w.dim() == 1 and x.dim() == 2 and norm_w.shape[0] == x.shape[1] and norm_w.dtype == x.dtype):
+        refuse(op, "norm_w must be [k] in the dtype of x [batch, k]")
+    dense(op, x.get_device(), norm_w)
+
+
+def validate(x, norm_w, eps, w, bias=None, out_dtype=None, out=None):
+    check_norm("norm_linear", x, norm_w)
+    linear.validate(x, w, bias, out_dtype, out)
+
+
+def outputs(x, norm_w, eps, w, bias=None, out_dtype=None):
+    return linear.outputs(x, w, bias, out_dtype)
+
+
+def normed(x, norm_w, eps):
+    """rmsnorm's reference, rounded to x's dtype: what the linear multiplies."""
+    return rmsnorm.reference(x, norm_w, eps)[0].to(x.dtype)
+
+
+def reference(x, norm_w, eps, w, bias=None, out_dtype=None):
+    return linear.reference(normed(x, norm_w, eps), w, bias)
+
+
+def tolerance(x, norm_w, eps, w, bias=None, out_dtype=None):
+    """linear's, and each normed value may round to a neighbour (2 steps of T): random signs, so sqrt of k of them."""
+    rtol, atol = linear.tolerance(normed(x, norm_w, eps), w, bias, out_dtype)
+    return rtol, atol + norm_slack(x, norm_w, eps, w)
+
+
+def norm_slack(x, norm_w, eps, w):
+    """How far a sum of k products moves when normed values fall on the other side of a rounding tie. Only those whose
+    float32 scale differs from the float64 one near a tie move, about 8 EPS32 / eps(T) of them; 3 standard deviations."""
+    step = torch.finfo(x.dtype).eps
+    share = min(1.0, 8 * EPS32 / step)
+    size = float((normed(x, norm_w, eps).double().abs().amax()) * w.double().norm(dim=1).max())
+    return 3 * step * size * max(share, 1.0 / x.shape[1]) ** 0.5
+
+
+def cuda(k, x, norm_w, eps, w, bias=None, out_dtype=None, out=None):
+    k.norm_linear(x.data_ptr(), norm_w.data_ptr(), w.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr(),
+                  x.shape[0], w.shape[0], x.shape[1], eps, DTYPE_CODES[x.dtype], DTYPE_CODES[out.dtype], k.stream())
+
+
+def triton(x, norm_w, eps, w, bias=None, out_dtype=None, out=None):
+    from triton_kernels.norm_linear import norm_linear
+    norm_linear(x, norm_w, eps, w, bias, out)
+
+
+def torch_(x, norm_w, eps, w, bias=None, out_dtype=None, out=None):
+    y = torch.empty_like(x)
+    rmsnorm.torch_(x, norm_w, eps, out=y)
+    linear.torch_(y, w, bias, out_dtype, out)
+
+
+def inputs(rand, batch, n, k, bias=False, out_dtype=None):
+    x, w, b, out_dtype = linear.inputs(rand, batch, n, k, bias, out_dtype)
+    return x, rand(k), 1e-5, w, b, out_dtype
+
+
+op = Op(
+    name="norm_linear", summary="y = rmsnorm(x) w^T (+ bias)", dtypes=FLOATS,
+    validate=validate, outputs=outputs, reference=reference, cuda=cuda, triton=triton, torch=torch_, inputs=inputs,
+    nbytes=lambda x, norm_w, eps, w, bias=None, out_dtype=None: linear.op.nbytes(x, w, bias, out_dtype) + norm_w.nbytes,
+    flops=lambda x, norm_w, eps, w, bias=None, out_dtype=None: linear.op.flops(x, w) + 4 * x.numel(),
+    tolerance=tolerance,
+    cases=(case("SmolLM2's qkv, one row", batch=1, n=960, k=576),
+           case("no multiple of a tile or vector, with bias", batch=3, n=37, k=101, bias=True),
+           case("logits in float32; wider than a block holds at once", batch=2, n=40, k=4104, out_dtype=torch.float32),
+           case("a tensor-core batch, odd n", batch=17, n=83, k=200)))

@@ -1,0 +1,91 @@
+"""norm_linear_argmax: ids[b] = argmax over n of logits[b, n], logits = rmsnorm(x, norm_w) w^T: a greedy step's end
+
+  x [batch, k]   norm_w [k]   w [n, k] (lm_head)   logits float32 [batch, n], written   out [batch] int32
+The lowest index wins a tie and a row with NaN gives -1, as in sample.py. The last block to finish compares the blocks'
+candidates: `scratch` int32 [batch, SCRATCH] holds them and the tickets, zero before the first call and left ready for
+the next. Batch 1 to 64.
+Halves: cuda_src/norm_linear_argmax.cu, triton_kernels/norm_linear_argmax.py
+"""
+import torch
+
+from lab.backends.cuda import DTYPE_CODES
+from lab.dispatch import FLOATS, Op, case, dense, refuse
+from lab.ops import linear, norm_linear, sample
+from lab.ops.norm_linear import check_norm, normed
+
+MAX_BLOCKS = 4096                   # most candidates of a row that a kernel may leave
+SCRATCH = 2 * MAX_BLOCKS + 4        # a value (float32 bits) and an index for each, then the row's ticket and padding
+
+
+def validate(x, norm_w, eps, w, logits, scratch, out=None):
+    check_norm("norm_linear_argmax", x, norm_w)
+    linear.validate(x, w, None, torch.float32, logits)
+    if not (scratch.shape == (x.shape[0], SCRATCH) and scratch.dtype == torch.int32):
+        refuse("norm_linear_argmax", f"scratch must be int32 [batch, {SCRATCH}], zero before its first use")
+    dense("norm_linear_argmax", x.get_device(), scratch)
+    if out is not None:
+        if not (out.shape == x.shape[:1] and out.dtype == torch.int32):
+            refuse("norm_linear_argmax", "out must be int32 [batch]")
+        dense("norm_linear_argmax", x.get_device(), out)
+
+
+def new_scratch(batch, device):
+    return torch.zeros(batch, SCRATCH, dtype=torch.int32, device=device)
+
+
+def outputs(x, *args, **options):
+    return torch.empty(x.shape[0], dtype=torch.int32, device=x.device)
+
+
+def reference(x, norm_w, eps, w, logits, scratch):
+    want = linear.reference(normed(x, norm_w, eps), w)[0]
+    return sample.greedy(want), want
+
+
+def tolerance(x, norm_w, eps, w, logits, scratch):
+    return norm_linear.tolerance(x, norm_w, eps, w, None, torch.float32)
+
+
+def verify(got, x, norm_w, eps, w, logits, scratch):
+    """The token must be the best in float64, or one that the logits' tolerance cannot tell from it."""
+    want, exact = reference(x, norm_w, eps, w, logits, scratch)
+    if bool(((got < 0) | (got >= w.shape[0])).any()):
+        return f"a token outside the vocabulary: {got.tolist()}"
+    rtol, atol = tolerance(x, norm_w, eps, w, logits, scratch)
+    best = exact.gather(1, want[:, None].long())
+    short = best - exact.gather(1, got[:, None].long()) - 2 * (rtol * best.abs() + atol)
+    worst = int(short.argmax())
+    return None if bool((short <= 0).all()) else f"row {worst}: token {int(got[worst])}, not {int(want[worst])}"
+
+
+def cuda(k, x, norm_w, eps, w, logits, scratch, out):
+    k.norm_linear_argmax(x.data_ptr(), norm_w.data_ptr(), w.data_ptr(), logits.data_ptr(), scratch.data_ptr(),
+                         out.data_ptr(), x.shape[0], w.shape[0], x.shape[1], eps, DTYPE_CODES[x.dtype], k.stream())
+
+
+def triton(x, norm_w, eps, w, logits, scratch, out):
+    from triton_kernels.norm_linear_argmax import norm_linear_argmax
+    norm_linear_argmax(x, norm_w, eps, w, logits, scratch, out)
+
+
+def torch_(x, norm_w, eps, w, logits, scratch, out):
+    norm_linear.torch_(x, norm_w, eps, w, None, torch.float32, out=logits)
+    out.copy_(sample.greedy(logits))
+
+
+def inputs(rand, batch, n, k):
+    x, norm_w, eps, w, _, _ = norm_linear.inputs(rand, batch, n, k)
+    return x, norm_w, eps, w, torch.full((batch, n), torch.nan, device=rand.device), new_scratch(batch, rand.device)
+
+
+op = Op(
+    name="norm_linear_argmax", summary="ids = argmax of rmsnorm(x) w^T", dtypes=FLOATS,
+    validate=validate, outputs=outputs, reference=reference, cuda=cuda, triton=triton, torch=torch_, inputs=inputs,
+    nbytes=lambda x, norm_w, eps, w, logits, scratch: x.nbytes + norm_w.nbytes + w.nbytes + logits.nbytes,
+    flops=lambda x, norm_w, eps, w, logits, scratch: 2 * x.shape[0] * w.numel() + 4 * x.numel(),
+    tolerance=tolerance, verify=verify,
+    mutates=(4, 5),
+    cases=(case("SmolLM2's width, one row", batch=1, n=1000, k=576),
+           case("no multiple of a tile or vector", batch=3, n=37, k=101),
+           case("the widest batch of the GEMV path", batch=8, n=1041, k=520),
+           case("a tensor-core batch, odd n", batch=17, n=83, k=200)))

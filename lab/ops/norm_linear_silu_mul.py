@@ -1,0 +1,74 @@
+"""norm_linear_silu_mul: y = silu(g) * u, with (g, u) the halves of rmsnorm(x, norm_w) w^T
+
+  x [batch, k]   norm_w [k]   w [2 n, k], the gate's rows first   y [batch, n]
+Rounding: the norm as in rmsnorm.py; g and u stay in float32; one rounding at the end. Batch 1 to 64.
+Halves: cuda_src/norm_linear_silu_mul.cu, triton_kernels/norm_linear_silu_mul.py
+"""
+import torch
+from torch.nn import functional as F
+
+from lab.backends.cuda import DTYPE_CODES
+from lab.dispatch import FLOATS, Op, case, dense, refuse
+from lab.ops import linear, silu_mul
+from lab.ops.norm_linear import check_norm, norm_slack, normed
+from lab.ops import norm_linear
+
+
+def validate(x, norm_w, eps, w, out=None):
+    check_norm("norm_linear_silu_mul", x, norm_w)
+    linear.validate(x, w)
+    if w.shape[0] % 2:
+        refuse("norm_linear_silu_mul", "w must be [2 n, k], the gate's rows first")
+    if out is not None:
+        if not (out.shape == (x.shape[0], w.shape[0] // 2) and out.dtype == x.dtype):
+            refuse("norm_linear_silu_mul", "out must be [batch, n] in x's dtype")
+        dense("norm_linear_silu_mul", x.get_device(), out)
+
+
+def outputs(x, norm_w, eps, w):
+    return torch.empty(x.shape[0], w.shape[0] // 2, dtype=x.dtype, device=x.device)
+
+
+def reference(x, norm_w, eps, w):
+    gate, up = linear.reference(normed(x, norm_w, eps), w)[0].chunk(2, dim=-1)
+    return (F.silu(gate) * up,)
+
+
+def tolerance(x, norm_w, eps, w):
+    """Each factor's error times the largest of the other: silu's slope is at most 1.1 and |silu(g)| at most |g|."""
+    y = normed(x, norm_w, eps)
+    largest = float(linear.reference(y, w)[0].abs().max())
+    error = linear.tolerance(y, w)[1] + norm_slack(x, norm_w, eps, w)
+    return silu_mul.op.tolerance(x)[0], 2.1 * largest * error
+
+
+def cuda(k, x, norm_w, eps, w, out):
+    k.norm_linear_silu_mul(x.data_ptr(), norm_w.data_ptr(), w.data_ptr(), out.data_ptr(), x.shape[0], out.shape[1],
+                           x.shape[1], eps, DTYPE_CODES[x.dtype], k.stream())
+
+
+def triton(x, norm_w, eps, w, out):
+    from triton_kernels.norm_linear_silu_mul import norm_linear_silu_mul
+    norm_linear_silu_mul(x, norm_w, eps, w, out)
+
+
+def torch_(x, norm_w, eps, w, out):
+    gate_up = torch.empty(x.shape[0], w.shape[0], dtype=x.dtype, device=x.device)
+    norm_linear.torch_(x, norm_w, eps, w, out=gate_up)
+    silu_mul.torch_(gate_up, out)
+
+
+def inputs(rand, batch, n, k):
+    return rand(batch, k), rand(k), 1e-5, rand(2 * n, k, scale=k ** -0.5)
+
+
+op = Op(
+    name="norm_linear_silu_mul", summary="y = silu(g) * u, (g, u) = rmsnorm(x) w^T", dtypes=FLOATS,
+    validate=validate, outputs=outputs, reference=reference, cuda=cuda, triton=triton, torch=torch_, inputs=inputs,
+    nbytes=lambda x, norm_w, eps, w: x.nbytes + norm_w.nbytes + w.nbytes + x.shape[0] * w.shape[0] // 2 * x.itemsize,
+    flops=lambda x, norm_w, eps, w: 2 * x.shape[0] * w.numel() + 4 * x.numel(),
+    tolerance=tolerance,
+    cases=(case("SmolLM2's gate and up, one row", batch=1, n=1536, k=576),
+           case("no multiple of a tile or vector", batch=3, n=37, k=101),
+           case("the widest batch of the GEMV path", batch=8, n=40, k=520),
+           case("a tensor-core batch, odd n", batch=17, n=83, k=200)))

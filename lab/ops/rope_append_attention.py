@@ -1,0 +1,133 @@
+"""rope_append_attention: per-head norm (Qwen3), rope, kv_append and decode_attention of one token, in one kernel
+
+  q [batch, q_heads, head_dim], k, v [batch, kv_heads, head_dim]   views of the packed qkv, left as they are
+  q_norm, k_norm [head_dim] or None   positions [batch] int32   cos_sin [max_positions, head_dim] float32
+  caches, block_table, scale, splits, workspace and out as in decode_attention.py; the context is positions + 1
+The new token's key and value are written to their page by the block that owns the token, and attended to by it.
+A negative position marks an idle row: nothing is appended and its output is zeros.
+Rounding: as the single ops do: after the norm, after rope (both to T), once at the end.
+Halves: cuda_src/rope_append_attention.cu, triton_kernels/rope_append_attention.py
+"""
+import torch
+
+from lab.backends.cuda import DTYPE_CODES
+from lab.dispatch import FLOATS, Op, case, dense, refuse, rows_of_heads
+from lab.ops import decode_attention, kv_append, rmsnorm, rope
+from lab.ops.kv_append import paged_cache
+from lab.ops.rope import packed_qkv
+
+
+def validate(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, block_table, scale, splits=1,
+             workspace=None, out=None):
+    name = "rope_append_attention"
+    decode_attention.validate(q, k_cache, v_cache, block_table, positions, scale, splits, workspace, out)
+    shape = (q.shape[0], k_cache.shape[1], q.shape[2])
+    if not (k.shape == shape and v.shape == shape and k.dtype == v.dtype == q.dtype):
+        refuse(name, "k and v must be [batch, kv_heads, head_dim] in q's dtype")
+    device = q.get_device()
+    rows_of_heads(name, device, k, v)
+    if not (cos_sin.dim() == 2 and cos_sin.shape[1] == shape[2] and cos_sin.dtype == torch.float32):
+        refuse(name, "cos_sin must be float32 [max_positions, head_dim]")
+    dense(name, device, cos_sin)
+    if (q_norm is None) != (k_norm is None):
+        refuse(name, "q_norm and k_norm come together")
+    if q_norm is not None:
+        if not (q_norm.shape == k_norm.shape == shape[2:] and q_norm.dtype == k_norm.dtype == q.dtype):
+            refuse(name, "q_norm and k_norm must be [head_dim] in q's dtype")
+        dense(name, device, q_norm, k_norm)
+
+
+def outputs(q, *args, **options):
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+def rotated(q, k, q_norm, k_norm, eps, positions, cos_sin):
+    """q and k after norm and rope, rounded to their dtype after each, as float64 arithmetic gives them."""
+    if q_norm is not None:
+        q, k = (rmsnorm.reference(x, w, eps)[0].to(x.dtype) for x, w in ((q, q_norm), (k, k_norm)))
+    q_rotated, k_rotated = rope.reference(q, k, positions, cos_sin)
+    return q_rotated.to(q.dtype), k_rotated.to(k.dtype)
+
+
+def reference(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, block_table, scale, splits=1,
+              workspace=None):
+    q, k = rotated(q, k, q_norm, k_norm, eps, positions, cos_sin)
+    caches = kv_append.reference(k, v, k_cache, v_cache, block_table, positions)
+    out = decode_attention.reference(q, *(c.to(q.dtype) for c in caches), block_table, positions + 1, scale)[0]
+    return out, *caches
+
+
+def cuda(kernels, q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, block_table, scale, splits=1,
+         workspace=None, out=None):
+    workspace = workspace or decode_attention._workspace(q, k_cache, splits)
+    batch, q_heads, head_dim = q.shape
+    kernels.rope_append_attention(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), 0 if q_norm is None else q_norm.data_ptr(),
+        0 if k_norm is None else k_norm.data_ptr(), eps, positions.data_ptr(), cos_sin.data_ptr(), k_cache.data_ptr(),
+        v_cache.data_ptr(), block_table.data_ptr(), out.data_ptr(), workspace.partial.data_ptr(),
+        workspace.tickets.data_ptr(), batch, q_heads, k_cache.shape[1], head_dim, k_cache.shape[2],
+        block_table.shape[1], splits, q.stride(0), k.stride(0), v.stride(0), scale, DTYPE_CODES[q.dtype],
+        kernels.stream())
+
+
+def triton(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, block_table, scale, splits=1,
+           workspace=None, out=None):
+    from triton_kernels.rope_append_attention import rope_append_attention
+    workspace = workspace or decode_attention._workspace(q, k_cache, splits)
+    rope_append_attention(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, block_table, scale,
+                          splits, workspace.partial, workspace.tickets, out)
+
+
+def torch_(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, block_table, scale, splits=1,
+           workspace=None, out=None):
+    q, k = q.clone(), k.clone()
+    if q_norm is not None:
+        rmsnorm.torch_(q, q_norm, eps, out=q)
+        rmsnorm.torch_(k, k_norm, eps, out=k)
+    rope.torch_(q, k, positions, cos_sin)
+    kv_append.torch_(k, v, k_cache, v_cache, block_table, positions)
+    decode_attention.torch_(q, k_cache, v_cache, block_table, positions + 1, scale, out=out)
+
+
+def inputs(rand, positions, q_heads, kv_heads, head_dim, page_size=16, splits=1, qk_norm=False):
+    lengths = [p + 1 for p in positions]
+    q, k, v = packed_qkv(rand, len(lengths), q_heads, kv_heads, head_dim)
+    k_cache, v_cache, block_table = paged_cache(rand, lengths, kv_heads, head_dim, page_size)
+    norms = (rand(head_dim), rand(head_dim)) if qk_norm else (None, None)
+    _, _, _, cos_sin = rope.inputs(rand, 1, 1, 1, head_dim)
+    return (q, k, v, *norms, 1e-6, torch.tensor(positions, dtype=torch.int32, device=rand.device), cos_sin, k_cache,
+            v_cache, block_table, head_dim ** -0.5, splits)
+
+
+def nbytes(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, block_table, scale, splits=1,
+           workspace=None):
+    rest = 3 * (k.nbytes + v.nbytes) // 2 + 4 * q.shape[0] * q.shape[2] - (k.nbytes + v.nbytes) // 2   # read, append
+    return rest + decode_attention.nbytes(q, k_cache, v_cache, block_table, positions, scale)
+
+
+def tolerance(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, block_table, scale, splits=1,
+              workspace=None):
+    """The appended key may round to a neighbour (one step of T after norm, rope: 3 in all); attention's own beside it,
+    with scores that such steps of q and of the new key move."""
+    q_r, k_r = rotated(q, k, q_norm, k_norm, eps, positions, cos_sin)
+    rtol, atol = decode_attention.tolerance(q_r, k_cache, v_cache, block_table, positions, scale)
+    step = torch.finfo(q.dtype).eps
+    moved = step * scale * float(q_r.double().norm(dim=-1).max() * k_cache.double().norm(dim=-1).max()) * 0.25
+    return 3 * rtol, atol + moved * float(v_cache.double().abs().max()) * 0.25 + 1e-6
+
+
+op = Op(
+    name="rope_append_attention", summary="norm and rope of q and k, append k and v, attend", dtypes=FLOATS,
+    validate=validate, outputs=outputs, reference=reference, cuda=cuda, triton=triton, torch=torch_, inputs=inputs,
+    nbytes=nbytes,
+    flops=lambda q, k, v, q_norm, k_norm, eps, positions, *args, **options:
+        4 * q.shape[1] * q.shape[2] * int((positions + 1).clamp(min=0).sum()),
+    tolerance=tolerance,
+    mutates=(8, 9),
+    cases=(case("first token, page boundaries, an idle row; GQA group 3", positions=(0, 15, 16, -1, 63, 64, 130),
+                q_heads=9, kv_heads=3, head_dim=64, splits=2),
+           case("Qwen3's per-head norm, empty splits, head 128", positions=(4, 199, 69), q_heads=8, kv_heads=2,
+                head_dim=128, splits=7, qk_norm=True),
+           case("one sequence, one split, MHA, head 96", positions=(96,), q_heads=2, kv_heads=2, head_dim=96),
+           case("the largest group, a larger page", positions=(31, 128), q_heads=16, kv_heads=1, head_dim=64,
+                page_size=64, splits=3, qk_norm=True)))
