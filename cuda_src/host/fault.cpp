@@ -3,7 +3,11 @@
 #include "fault.h"
 
 #include <signal.h>
+#ifdef __APPLE__
+#include <sys/ucontext.h>  // <ucontext.h> refuses to be included without _XOPEN_SOURCE
+#else
 #include <ucontext.h>
+#endif
 
 #include <mutex>
 
@@ -58,7 +62,7 @@ LAB_THREAD_LOCAL int fault_signal = 0;
 // Lets the interrupted code continue at `entry` with the stack at `stack`, as if entry had just been called.
 bool redirect(void* context, void (*entry)(), unsigned char* stack) {
   auto* uc = static_cast<ucontext_t*>(context);
-  auto pc = reinterpret_cast<uintptr_t>(entry);
+  [[maybe_unused]] auto pc = reinterpret_cast<uintptr_t>(entry);
   auto sp = reinterpret_cast<uintptr_t>(stack);
 #if defined(__linux__) && defined(__x86_64__)
   uc->uc_mcontext.gregs[REG_RIP] = greg_t(pc);
@@ -73,7 +77,7 @@ bool redirect(void* context, void (*entry)(), unsigned char* stack) {
   __darwin_arm_thread_state64_set_pc_fptr(uc->uc_mcontext->__ss, entry);
   __darwin_arm_thread_state64_set_sp(uc->uc_mcontext->__ss, sp);
 #else
-  (void)uc, (void)pc, (void)sp;
+  (void)uc, (void)sp;
   return false;
 #endif
   return true;
