@@ -10,6 +10,9 @@ class Backend:
 
     def __init__(self, device: torch.device):
         self.tracing, self.launched = False, []
+        # The contracts ask for float32 accumulation: without this cuBLAS may add the parts of a split k in half precision.
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
     def launcher(self, op):
         launch, label = op.torch, f"torch:{op.name}"

@@ -156,6 +156,8 @@ op = Op(
                 lengths=(1, 15, 16, 17, 0, 64, 65, 130), q_heads=9, kv_heads=3, head_dim=64, splits=2),
            case("more splits than tiles: empty splits", lengths=(5, 200, 70), q_heads=8, kv_heads=2, head_dim=128,
                 splits=7),
+           case("more splits than one merging step takes", lengths=(1100, 40), q_heads=4, kv_heads=2, head_dim=64,
+                splits=18),
            case("one sequence, one split, MHA, head 96", lengths=(97,), q_heads=2, kv_heads=2, head_dim=96),
            case("MQA with the largest group, a larger page", lengths=(31, 129), q_heads=16, kv_heads=1, head_dim=64,
                 page_size=64, splits=3),
