@@ -25,8 +25,9 @@ BUILDS = {
     "thread": (["-O1", "-g", "-fsanitize=thread"], ["-O1", "-g", "-DLAB_HOST_TSAN"], ["-fsanitize=thread"]),
     "address": (["-O0", "-g", "-fsanitize=address"], ["-O1", "-g", "-fsanitize=address"], ["-fsanitize=address"]),
 }
-FEATURES = ["indices", "shuffles", "reductions", "atomics", "mma", "pipeline", "clusters", "copies", "named_barriers",
-            "float16", "math", "launches", "callers", "fork"]
+GPU_FEATURES = ["indices", "shuffles", "reductions", "atomics", "mma", "copies", "named_barriers", "float16", "math",
+                "launches", "pipeline", "clusters"]
+FEATURES = [*GPU_FEATURES, "threads", "callers", "fork"]
 CLEAN = ["store.none", "copy.none", "fault.none", "ticket.none", "bulk.none"]
 
 
@@ -128,6 +129,18 @@ def test_clean_kernel_passes_under_every_schedule(plain, case):
     for seed in (None, *range(10)):
         done = plain.run("planted", case, seed=seed)
         assert done.returncode == 0, f"seed {seed}: {done.stderr}"
+
+
+@pytest.mark.gpu
+def test_gpu_agrees_with_the_same_program(tmp_path):
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if nvcc is None:
+        pytest.skip("no nvcc on PATH or in /usr/local/cuda/bin")
+    program = str(tmp_path / "features")
+    compile_all([[nvcc, "-std=c++17", "-O2", "-arch=native", f"-I{ROOT / 'cuda_src'}", "-x", "cu",
+                  str(SOURCES / "features.cu"), "-o", program]])
+    done = subprocess.run([program, *GPU_FEATURES], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_no_cuda_toolkit_is_needed():

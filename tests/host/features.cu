@@ -1,5 +1,6 @@
-// Every name of common.cuh at work, against plain C++ on the CPU. `features NAME` runs one check: exit code 0 when all
-// values are right, 1 and a line on stderr when not.
+// Every name of common.cuh at work, against plain C++. `features NAME ...` runs checks: exit code 0 when all values
+// are right, 1 and a line on stderr when not. Built by g++ it tests the host layer; built by nvcc, the same kernels test
+// the GPU side, which must agree.
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -30,14 +31,40 @@ void expect_close(const char* what, double got, double expected, double toleranc
   expect(std::fabs(got - expected) <= tolerance, what, got, expected);  // false for NaN
 }
 
+// n elements, zero at first, which kernels can read and write: pass device(), then call fetch().
 template <typename T>
-struct Aligned {  // 128-byte aligned storage
-  std::vector<unsigned char> bytes;
-  T* data;
-  explicit Aligned(size_t n) : bytes(n * sizeof(T) + 128) {
-    data = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(bytes.data()) + 127) / 128 * 128);
+class Array {
+ public:
+  explicit Array(size_t n) : bytes_(n * sizeof(T)), memory_(bytes_ + 128, 0) {
+    data_ = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory_.data()) + 127) / 128 * 128);
   }
-  T& operator[](size_t i) { return data[i]; }
+  T& operator[](size_t i) { return data_[i]; }
+  T* begin() { return data_; }
+  T* end() { return data_ + bytes_ / sizeof(T); }
+
+#ifdef __CUDACC__
+  ~Array() { cudaFree(device_); }
+  T* device() {
+    if (device_ == nullptr) check(cudaMalloc(&device_, bytes_));
+    check(cudaMemcpy(device_, data_, bytes_, cudaMemcpyHostToDevice));
+    return device_;
+  }
+  void fetch() { check(cudaMemcpy(data_, device_, bytes_, cudaMemcpyDeviceToHost)); }
+
+ private:
+  static void check(cudaError_t status) {
+    if (status != cudaSuccess) throw std::runtime_error(cudaGetErrorString(status));
+  }
+  T* device_ = nullptr;
+#else
+  T* device() { return data_; }
+  void fetch() {}
+
+ private:
+#endif
+  size_t bytes_;
+  std::vector<unsigned char> memory_;
+  T* data_;
 };
 
 Config blocks_of(unsigned blocks, unsigned threads, size_t smem_bytes = 0, unsigned cluster = 1) {
@@ -58,12 +85,14 @@ __global__ void index_kernel(int* out) {
 }
 
 void check_indices() {
-  std::vector<int> out(2 * 3 * 4 * 5 * 6 * 7, 0);
+  const int n = 2 * 3 * 4 * 5 * 6 * 7;
+  Array<int> out(n);
   Config config;
   config.grid = dim3(2, 3, 4);
   config.block = dim3(5, 6, 7);
-  launch(config, "index_kernel", index_kernel, out.data());
-  for (int i = 0; i < int(out.size()); ++i) expect_equal("index", out[i], i / 210 * 1000 + i % 210);
+  launch(config, "index_kernel", index_kernel, out.device());
+  out.fetch();
+  for (int i = 0; i < n; ++i) expect_equal("index", out[i], i / 210 * 1000 + i % 210);
 }
 
 // ---- shuffles, votes, reductions ------------------------------------------------------------------------------------
@@ -93,8 +122,9 @@ __global__ void shuffle_kernel(int* out) {
 }
 
 void check_shuffles() {
-  std::vector<int> out(64 * 16);
-  launch(blocks_of(1, 64), "shuffle_kernel", shuffle_kernel, out.data());
+  Array<int> out(64 * 16);
+  launch(blocks_of(1, 64), "shuffle_kernel", shuffle_kernel, out.device());
+  out.fetch();
   for (int t = 0; t < 64; ++t) {
     int lane = t % 32;
     const int* mine = &out[t * 16];
@@ -138,10 +168,12 @@ __global__ void reduce_kernel(const float* x, float* out, float* out_max) {
 
 template <int W>
 void check_reduction() {
-  std::vector<float> x(128), out(128 * 24), out_max(128 * 8);
+  Array<float> x(128), out(128 * 24), out_max(128 * 8);
   std::mt19937 random(W);
   for (float& v : x) v = float(int(random() % 1000)) - 500.0f;  // sums are exact
-  launch(blocks_of(1, 128, 16), "reduce_kernel", reduce_kernel<W>, x.data(), out.data(), out_max.data());
+  launch(blocks_of(1, 128, 16), "reduce_kernel", reduce_kernel<W>, x.device(), out.device(), out_max.device());
+  out.fetch();
+  out_max.fetch();
   double total = 0;
   for (float v : x) total += v;
   for (int t = 0; t < 128; ++t) {
@@ -204,18 +236,23 @@ __global__ void atomic_kernel(int* counters, float* sum, unsigned* ticket, float
 
 void check_atomics() {
   const int blocks = 37, n = blocks * 64;
-  int counters[5] = {0, 0, 0, 0, 0};
-  float sum = 0, total = -1, partial[64];
-  unsigned ticket = 0;
-  launch(blocks_of(blocks, 64, 16), "atomic_kernel", atomic_kernel, counters, &sum, &ticket, partial, &total);
+  Array<int> counters(5);
+  Array<float> sum(1), total(1), partial(64);
+  Array<unsigned> ticket(1);
+  launch(blocks_of(blocks, 64, 16), "atomic_kernel", atomic_kernel, counters.device(), sum.device(), ticket.device(),
+         partial.device(), total.device());
+  counters.fetch();
+  sum.fetch();
+  total.fetch();
+  ticket.fetch();
   expect_equal("atomicAdd", counters[0], n);
   expect_equal("atomicMax", counters[1], n - 1);
   expect_equal("atomicMin", counters[2], 1 - n);
   expect_equal("atomicOr", counters[3], (1 << 20) - 1);
-  expect("atomicCAS" && counters[4] >= 1, "atomicCAS", counters[4], 1);
-  expect_equal("atomicAdd of floats", sum, n * 0.5);
-  expect_equal("last block's sum", total, double(n) * (n - 1) / 2);
-  expect_equal("ticket", ticket, 0);
+  expect(counters[4] >= 1, "atomicCAS", counters[4], 1);
+  expect_equal("atomicAdd of floats", sum[0], n * 0.5);
+  expect_equal("last block's sum", total[0], double(n) * (n - 1) / 2);
+  expect_equal("ticket", ticket[0], 0);
 }
 
 // ---- tensor cores ---------------------------------------------------------------------------------------------------
@@ -258,16 +295,19 @@ __global__ void mma_kernel(const T* a, const T* b, const T* bt, float* c, float*
 template <typename T>
 void check_mma_of(const char* what) {
   const int k = 64;
-  Aligned<T> a(16 * k), b(8 * k), bt(k * 8);
-  std::vector<float> c(128), c_trans(128);
+  Array<T> a(16 * k), b(8 * k), bt(k * 8);
+  Array<float> c(128), c_trans(128);
   std::mt19937 random(7);
   std::normal_distribution<float> normal;
-  for (int i = 0; i < 16 * k; ++i) a[i] = from_float<T>(normal(random));
-  for (int i = 0; i < 8 * k; ++i) bt[i % k * 8 + i / k] = b[i] = from_float<T>(normal(random));
-  launch(blocks_of(1, 32, 2048), "mma_kernel", mma_kernel<T>, a.data, b.data, bt.data, c.data(), c_trans.data(), k);
+  for (int i = 0; i < 16 * k; ++i) a[i] = T(normal(random));
+  for (int i = 0; i < 8 * k; ++i) bt[i % k * 8 + i / k] = b[i] = T(normal(random));
+  launch(blocks_of(1, 32, 2048), "mma_kernel", mma_kernel<T>, a.device(), b.device(), bt.device(), c.device(),
+         c_trans.device(), k);
+  c.fetch();
+  c_trans.fetch();
   for (int i = 0; i < 128; ++i) {
     double sum = 0;
-    for (int j = 0; j < k; ++j) sum += double(to_float(a[i / 8 * k + j])) * to_float(b[i % 8 * k + j]);
+    for (int j = 0; j < k; ++j) sum += double(float(a[i / 8 * k + j])) * float(b[i % 8 * k + j]);
     expect_close(what, c[i], sum, 1e-4);
     expect_close(what, c_trans[i], sum, 1e-4);
   }
@@ -283,6 +323,7 @@ void check_mma() {
 // One producer warp streams tiles through a ring of bulk copies; four warps add them up.
 template <int Stages, int Tile>
 __global__ void pipeline_kernel(const float* x, float* out, int tiles) {
+#if LAB_SM90
   struct Shared {
     alignas(128) float tile[Stages][Tile];
     mbarrier full[Stages], empty[Stages];
@@ -321,14 +362,15 @@ __global__ void pipeline_kernel(const float* x, float* out, int tiles) {
   if (lane == 0) s.sums[warp] = sum;
   named_barrier(1, 128);
   if (threadIdx.x == 0) out[blockIdx.x] = s.sums[0] + s.sums[1] + s.sums[2] + s.sums[3];
+#endif
 }
 
 void check_pipeline() {
   const int tile = 256, tiles = 11, blocks = 3;
-  Aligned<float> x(blocks * tiles * tile);
+  Array<float> x(blocks * tiles * tile), out(blocks);
   for (int i = 0; i < blocks * tiles * tile; ++i) x[i] = float(i % 7);
-  float out[blocks] = {-1, -1, -1};
-  launch(blocks_of(blocks, 160, 3200), "pipeline_kernel", pipeline_kernel<3, tile>, x.data, out, tiles);
+  launch(blocks_of(blocks, 160, 3200), "pipeline_kernel", pipeline_kernel<3, tile>, x.device(), out.device(), tiles);
+  out.fetch();
   for (int b = 0; b < blocks; ++b) {
     double sum = 0;
     for (int i = 0; i < tiles * tile; ++i) sum += x[b * tiles * tile + i];
@@ -337,6 +379,7 @@ void check_pipeline() {
 }
 
 __global__ void cluster_kernel(const float* x, float* out, int n) {
+#if LAB_SM90
   struct Shared {
     float part;
   };
@@ -352,13 +395,14 @@ __global__ void cluster_kernel(const float* x, float* out, int n) {
     out[blockIdx.x / 4] = total;
   }
   cluster_sync();  // a block that left would take its shared memory with it
+#endif
 }
 
 void check_clusters() {
-  std::vector<float> x(12 * 100);
-  for (size_t i = 0; i < x.size(); ++i) x[i] = float(i % 11);
-  float out[3] = {-1, -1, -1};
-  launch(blocks_of(12, 32, 4, 4), "cluster_kernel", cluster_kernel, x.data(), out, 100);
+  Array<float> x(12 * 100), out(3);
+  for (int i = 0; i < 1200; ++i) x[i] = float(i % 11);
+  launch(blocks_of(12, 32, 4, 4), "cluster_kernel", cluster_kernel, x.device(), out.device(), 100);
+  out.fetch();
   for (int c = 0; c < 3; ++c) {
     double sum = 0;
     for (int i = 0; i < 400; ++i) sum += x[c * 400 + i];
@@ -383,8 +427,9 @@ __global__ void named_barrier_kernel(int* out) {
 }
 
 void check_named_barriers() {
-  int out[128];
-  launch(blocks_of(1, 128, 8), "named_barrier_kernel", named_barrier_kernel, out);
+  Array<int> out(128);
+  launch(blocks_of(1, 128, 8), "named_barrier_kernel", named_barrier_kernel, out.device());
+  out.fetch();
   for (int t = 0; t < 128; ++t) expect_equal("named_barrier", out[t], t < 64 ? 64 : 164);
 }
 
@@ -414,10 +459,10 @@ __global__ void copy_kernel(const float* x, float* out, int tiles) {
 
 void check_copies() {
   const int tiles = 7;
-  Aligned<float> x(tiles * 128);
+  Array<float> x(tiles * 128), out(32);
   for (int i = 0; i < tiles * 128; ++i) x[i] = float(i % 13);
-  float out[32];
-  launch(blocks_of(1, 32, 3 * 512), "copy_kernel", copy_kernel, x.data, out, tiles);
+  launch(blocks_of(1, 32, 3 * 512), "copy_kernel", copy_kernel, x.device(), out.device(), tiles);
+  out.fetch();
   for (int lane = 0; lane < 32; ++lane) {
     double sum = 0;
     int from = (lane + 1) % 32;
@@ -430,68 +475,123 @@ void check_copies() {
 
 // ---- 16-bit floats, vectors, math -----------------------------------------------------------------------------------
 
-void check_float16() {
-  for (unsigned i = 0; i < 65536; ++i) {
-    bf16 b = __ushort_as_bfloat16(uint16_t(i));
-    half h = __ushort_as_half(uint16_t(i));
-    float fb = to_float(b), fh = to_float(h);
-    if (fb == fb) expect_equal("bf16 round trip", from_float<bf16>(fb).bits, i);
-    if (fb != fb) expect_equal("bf16 NaN", from_float<bf16>(fb).bits, 0x7fff);
-    if (fh == fh) expect_equal("half round trip", from_float<half>(fh).bits, i);
-    if (fh != fh) expect_equal("half NaN", from_float<half>(fh).bits, 0x7fff);
-    double exponent = i >> 10 & 31, mantissa = i & 1023, sign = i & 0x8000 ? -1 : 1;
-    if (exponent < 31) {
-      double value = exponent > 0 ? std::ldexp(1 + mantissa / 1024, int(exponent) - 15) : std::ldexp(mantissa, -24);
-      expect_equal("half value", fh, sign * value);
+template <typename T>
+__global__ void decode_kernel(float* out) {
+  unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
+  out[i] = to_float(bit_cast<T>(uint16_t(i)));
+}
+template <typename T>
+__global__ void encode_kernel(const float* x, uint16_t* out) {
+  unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
+  out[i] = bit_cast<uint16_t>(from_float<T>(x[i]));
+}
+
+// All 65536 values there and back; between two neighbours, rounding to the nearest and halfway to the even one.
+template <typename T>
+void check_float16_of(const char* what, int mantissa_bits, int bias) {
+  const unsigned n = 65536, infinity = 0x8000u - (1u << mantissa_bits);
+  Array<float> value(n), x(n), below(n), above(n);
+  Array<uint16_t> same(n), tie(n), under(n), over(n);
+  launch(blocks_of(n / 256, 256), "decode_kernel", decode_kernel<T>, value.device());
+  value.fetch();
+  for (unsigned i = 0; i < n; ++i) {
+    double mantissa = i % (1u << mantissa_bits), scale = std::ldexp(1.0, -mantissa_bits), sign = i & 0x8000u ? -1 : 1;
+    int exponent = int((i & 0x7fffu) >> mantissa_bits);
+    if ((i & 0x7fffu) > infinity) {
+      expect(value[i] != value[i], what, value[i], NAN);
+    } else if ((i & 0x7fffu) == infinity) {
+      expect_equal(what, value[i], sign * INFINITY);
     } else {
-      expect("half infinity" && (mantissa > 0) == (fh != fh), "half infinity or NaN", fh, 0);
-    }
-    // Between two neighbours: nearest, and halfway to the even one.
-    if (fh == fh && (i & 0x7fff) < 0x7bff) {
-      float next = to_float(__ushort_as_half(uint16_t(i + 1))), middle = (fh + next) / 2;
-      expect_equal("half tie", from_float<half>(middle).bits, i + (i & 1));
-      expect_equal("half below tie", from_float<half>(std::nextafterf(middle, fh)).bits, i);
-      expect_equal("half above tie", from_float<half>(std::nextafterf(middle, next)).bits, i + 1);
-    }
-    if (fb == fb && (i & 0x7fff) < 0x7f7f) {
-      float next = to_float(__ushort_as_bfloat16(uint16_t(i + 1)));
-      float middle = __uint_as_float(i << 16 | 0x8000u);
-      expect_equal("bf16 tie", from_float<bf16>(middle).bits, i + (i & 1));
-      expect_equal("bf16 below tie", from_float<bf16>(std::nextafterf(middle, fb)).bits, i);
-      expect_equal("bf16 above tie", from_float<bf16>(std::nextafterf(middle, next)).bits, i + 1);
+      double fraction = exponent > 0 ? 1 + mantissa * scale : 2 * mantissa * scale;
+      expect_equal(what, value[i], sign * std::ldexp(fraction, exponent - bias));
     }
   }
-  expect_equal("half overflow", from_float<half>(65520.0f).bits, 0x7c00);
-  expect_equal("half largest", from_float<half>(65519.9f).bits, 0x7bff);
-  expect_equal("half -overflow", from_float<half>(-1e30f).bits, 0xfc00);
+  for (unsigned i = 0; i < n; ++i) {
+    x[i] = value[i];
+    if ((i & 0x7fffu) >= infinity - 1) continue;
+    x[i] = float((double(value[i]) + value[i + 1]) / 2);
+    below[i] = std::nextafterf(x[i], value[i]);
+    above[i] = std::nextafterf(x[i], value[i + 1]);
+  }
+  launch(blocks_of(n / 256, 256), "encode_kernel", encode_kernel<T>, value.device(), same.device());
+  launch(blocks_of(n / 256, 256), "encode_kernel", encode_kernel<T>, x.device(), tie.device());
+  launch(blocks_of(n / 256, 256), "encode_kernel", encode_kernel<T>, below.device(), under.device());
+  launch(blocks_of(n / 256, 256), "encode_kernel", encode_kernel<T>, above.device(), over.device());
+  for (auto* array : {&same, &tie, &under, &over}) array->fetch();
+  for (unsigned i = 0; i < n; ++i) {
+    expect_equal(what, same[i], (i & 0x7fffu) > infinity ? 0x7fff : i);
+    if ((i & 0x7fffu) >= infinity - 1) continue;
+    expect_equal(what, tie[i], i + (i & 1));
+    expect_equal(what, under[i], i);
+    expect_equal(what, over[i], i + 1);
+  }
+}
+
+__global__ void float16_kernel(const float* x, uint16_t* encoded, float* out) {
+  for (int i = 0; i < 3; ++i) encoded[i] = bit_cast<uint16_t>(from_float<half>(x[i]));
   half h = 1.5f;
   h += half(2);
-  expect_equal("half arithmetic", h * half(2.0f), 7);
+  out[0] = to_float(h * half(2.0f));
   __nv_bfloat162 pair = __floats2bfloat162_rn(1.0f, -2.0f);
-  expect_equal("__nv_bfloat162", __low2float(pair) + __high2float(pair + pair), -3);
-  expect_equal("__half22float2", __half22float2(__hfma2(half2(2, 3), half2(4, 5), half2(1, 1))).y, 16);
+  out[1] = __low2float(pair) + __high2float(pair + pair);
+  out[2] = __half22float2(__hfma2(half2(2, 3), half2(4, 5), half2(1, 1))).y;
+  out[3] = to_float(__hmax(half(1.0f), __ushort_as_half(0x7e00)));
+}
+
+void check_float16() {
+  check_float16_of<half>("half", 10, 15);
+  check_float16_of<bf16>("bf16", 7, 127);
+  Array<float> x(3), out(4);
+  Array<uint16_t> encoded(3);
+  x[0] = 65520.0f, x[1] = 65519.9f, x[2] = -1e30f;
+  launch(blocks_of(1, 1), "float16_kernel", float16_kernel, x.device(), encoded.device(), out.device());
+  encoded.fetch();
+  out.fetch();
+  expect_equal("half overflow", encoded[0], 0x7c00);
+  expect_equal("half largest", encoded[1], 0x7bff);
+  expect_equal("half -overflow", encoded[2], 0xfc00);
+  expect_equal("half arithmetic", out[0], 7);
+  expect_equal("__nv_bfloat162", out[1], -3);
+  expect_equal("__hfma2", out[2], 16);
+  expect_equal("__hmax with NaN", out[3], 1);
+}
+
+__global__ void math_kernel(unsigned* bits, float* out, bf16* x) {
+  bits[0] = __popc(0xf0f0u);
+  bits[1] = __clz(1);
+  bits[2] = __ffs(8);
+  bits[3] = __brev(1u);
+  bits[4] = __umulhi(0xffffffffu, 0xffffffffu);
+  bits[5] = __byte_perm(0x33221100u, 0x77665544u, 0x7520u);
+  bits[6] = unsigned(__dp4a(0x01ff02fe, 0x04030201, 10));
+  bits[7] = __funnelshift_l(0x80000000u, 1u, 1);
+  out[0] = fmaxf(NAN, 1.0f) + fmaxf(2.0f, NAN);
+  out[1] = float(min(3, 5)) + max(2.5f, 1.0f);
+  out[2] = rsqrtf(4.0f);
+  out[3] = fmadd(2.0f, 3.0f, 4.0f);
+  Vec<bf16> v = load(x + 8);
+  store(x, v);
+  store(x + 9, load<1>(x + 2));
+  store(x + 12, load<2>(x + 14));
+  out[4] = to_float(load_stream(x + 16).v[3]);
+  out[5] = v.size;
 }
 
 void check_math() {
-  expect_equal("__popc", __popc(0xf0f0u), 8);
-  expect_equal("__clz", __clz(1), 31);
-  expect_equal("__ffs", __ffs(8), 4);
-  expect_equal("__brev", __brev(1u), 0x80000000u);
-  expect_equal("__umulhi", __umulhi(0xffffffffu, 0xffffffffu), 0xfffffffeu);
-  expect_equal("__byte_perm", __byte_perm(0x33221100u, 0x77665544u, 0x7520u), 0x77552200u);
-  expect_equal("__dp4a", __dp4a(0x01ff02fe, 0x04030201, 10), 10 + 4 - 3 + 4 - 2);
-  expect_equal("__funnelshift_l", __funnelshift_l(0x80000000u, 1u, 1), 3);
-  expect_equal("fmaxf with NaN", fmaxf(NAN, 1.0f) + fmaxf(2.0f, NAN), 3);
-  expect_equal("min, max", min(3, 5u) + max(2.5f, 1.0f), 5.5);
-  expect_equal("rsqrtf", rsqrtf(4.0f), 0.5);
-  Aligned<bf16> x(16);
-  for (int i = 0; i < 16; ++i) x[i] = float(i);
-  Vec<bf16> v = load(x.data + 8);
-  store(x.data, v);
-  store(x.data + 9, load<1>(x.data + 2));
-  expect_equal("Vec size", v.size, 8);
-  expect_equal("load, store", to_float(x[0]) + to_float(x[7]) + to_float(x[9]), 8 + 15 + 10);
-  expect_equal("load_stream", to_float(load_stream(x.data).v[3]), 11);
+  Array<unsigned> bits(8);
+  Array<float> out(6);
+  Array<bf16> x(24);
+  for (int i = 0; i < 24; ++i) x[i] = bf16(float(i));
+  launch(blocks_of(1, 1), "math_kernel", math_kernel, bits.device(), out.device(), x.device());
+  bits.fetch();
+  out.fetch();
+  x.fetch();
+  const unsigned want_bits[8] = {8, 31, 4, 0x80000000u, 0xfffffffeu, 0x77552200u, 10 + 4 - 3 + 4 - 2, 3};
+  for (int i = 0; i < 8; ++i) expect_equal("integer intrinsics", bits[i], want_bits[i]);
+  const float want[6] = {3, 5.5f, 0.5f, 10, 19, 8};
+  for (int i = 0; i < 6; ++i) expect_equal("math", out[i], want[i]);
+  const int want_x[16] = {8, 9, 10, 11, 12, 13, 14, 15, 8, 10, 10, 11, 14, 15, 14, 15};
+  for (int i = 0; i < 16; ++i) expect_equal("load, store", float(x[i]), want_x[i]);
 }
 
 // ---- launches -------------------------------------------------------------------------------------------------------
@@ -514,32 +614,50 @@ void expect_throw(const char* what, const char* part, F f) {
 }
 
 void check_launches() {
-  int out = 0;
+  Array<int> out(1);
+  int* sum = out.device();
   set_trace(true);
-  launch(blocks_of(10, 100), "first", add_kernel, &out, 1);
-  launch(blocks_of(3, 1), "second", add_kernel, &out, 2);
-  expect_equal("sum", out, 1006);
+  launch(blocks_of(10, 100), "first", add_kernel, sum, 1);
+  launch(blocks_of(3, 1), "second", add_kernel, sum, 2);
+  out.fetch();
+  expect_equal("sum", out[0], 1006);
   std::vector<std::string> names = take_trace();
   expect_equal("trace", names.size() == 2 && names[0] == "first" && names[1] == "second", 1);
   set_trace(false);
-  launch(blocks_of(1, 1), "third", add_kernel, &out, 1);
+  launch(blocks_of(1, 1), "third", add_kernel, sum, 1);
   expect_equal("trace off", double(take_trace().size()), 0);
-  expect_throw("no blocks", "kernel add_kernel: invalid grid (0,1,1)",
-               [&] { launch(blocks_of(0, 32), "add_kernel", add_kernel, &out, 1); });
-  expect_throw("big block", "invalid block", [&] { launch(blocks_of(1, 1025), "add_kernel", add_kernel, &out, 1); });
-  expect_throw("shared", "shared memory", [&] { launch(blocks_of(1, 1, 1 << 20), "add_kernel", add_kernel, &out, 1); });
-  expect_throw("cluster", "cluster of 4", [&] { launch(blocks_of(6, 1, 0, 4), "add_kernel", add_kernel, &out, 1); });
+  // Messages beyond the kernel's name are this layer's on the CPU and CUDA's on the GPU.
+  auto refused = [&](const char* what, const char* host_part, const Config& config) {
+    std::string part = std::string("kernel add_kernel: ") + (kHost ? host_part : "");
+    expect_throw(what, part.c_str(), [&] { launch(config, "add_kernel", add_kernel, sum, 1); });
+  };
+  refused("no blocks", "invalid grid (0,1,1)", blocks_of(0, 32));
+  refused("big block", "invalid block (1025,1,1)", blocks_of(1, 1025));
+  refused("shared memory", "1048576 bytes of shared memory", blocks_of(1, 1, 1 << 20));
+  refused("cluster", "a cluster of 4", blocks_of(6, 1, 0, 4));
+  launch(blocks_of(1, 1, 150 * 1024), "big_smem", add_kernel, sum, 1);  // above 48 KiB a GPU must be asked first
+  Config dependent = blocks_of(2, 1);
+  dependent.pdl = true;
+  launch(dependent, "dependent", add_kernel, sum, 1);
+  out.fetch();
+  expect_equal("sum", out[0], 1010);
   expect_throw("dtype", "unknown dtype code 3", [] { by_dtype(3, [](auto) {}); });
   int codes = 0;
   for (int code : {0, 1, 2}) by_dtype(code, [&](auto tag) { codes = codes * 10 + int(sizeof(tag)); });
   expect_equal("by_dtype", codes, 422);
+}
+
+// ---- the host layer alone -------------------------------------------------------------------------------------------
+
+#ifndef __CUDACC__
+void check_threads() {  // more and fewer OS threads, from one launch to the next
   host::Options options = host::get_options();
-  for (int threads : {1, 2, 3}) {
+  for (int threads : {1, 2, 5, 3}) {
     options.threads = threads;
     host::set_options(options);
-    out = 0;
-    launch(blocks_of(100, 33), "add_kernel", add_kernel, &out, 1);
-    expect_equal("threads", out, 3300);
+    int sum = 0;
+    launch(blocks_of(100, 33), "add_kernel", add_kernel, &sum, 1);
+    expect_equal("threads", sum, 3300);
   }
 }
 
@@ -568,16 +686,19 @@ void check_fork() {  // a forked child has none of the parent's OS threads and m
   waitpid(child, &status, 0);
   expect_equal("status of the child", status, 0);
 }
+#endif
 
 }  // namespace
 
 int main(int argc, char** argv) {
   const std::map<std::string, void (*)()> checks = {
       {"indices", check_indices},   {"shuffles", check_shuffles}, {"reductions", check_reductions},
-      {"atomics", check_atomics},   {"mma", check_mma},           {"pipeline", check_pipeline},
-      {"clusters", check_clusters}, {"copies", check_copies},     {"named_barriers", check_named_barriers},
-      {"float16", check_float16},   {"math", check_math},         {"launches", check_launches},
-      {"callers", check_callers},   {"fork", check_fork},
+      {"atomics", check_atomics},   {"mma", check_mma},           {"named_barriers", check_named_barriers},
+      {"copies", check_copies},     {"float16", check_float16},   {"math", check_math},
+      {"pipeline", check_pipeline}, {"clusters", check_clusters}, {"launches", check_launches},
+#ifndef __CUDACC__
+      {"threads", check_threads},   {"callers", check_callers},   {"fork", check_fork},
+#endif
   };
   if (argc == 1) {
     for (const auto& check : checks) puts(check.first.c_str());

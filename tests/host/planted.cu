@@ -1,6 +1,6 @@
 // Kernels with a planted bug each, and their clean versions. `planted CASE` runs one: exit code 0 when the result is
-// right, 1 when it is wrong, 2 when the launch failed (its message goes to stderr), 3 when a clean kernel run after that
-// did not work. Comments `line:` mark the places that a report must name.
+// right, 1 when it is wrong, 2 when the launch failed (its message goes to stderr), 3 when a clean kernel run after
+// that did not work. Comments `line:` mark the places that a report must name.
 #include <cmath>
 #include <cstdio>
 #include <map>
