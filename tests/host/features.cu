@@ -1,5 +1,5 @@
-// Every name of common.cuh at work, against plain C++. `features NAME ...` runs checks: exit code 0 when all values
-// are right, 1 and a line on stderr when not. Built by g++ it tests the host layer; built by nvcc, the same kernels test
+// Every name of common.cuh at work, against plain C++. `features NAME ...` runs checks: exit code 0 when all values are
+// right, 1 and a line on stderr when not. Built by g++ it tests the host layer; built by nvcc, the same kernels test
 // the GPU side, which must agree.
 #include <sys/wait.h>
 #include <unistd.h>
