@@ -34,8 +34,8 @@ oracle: build .venv/model  ## the model's logits against Hugging Face transforme
 	@$(PY) -m lab.setup_env --test
 	@$(PY) -m pytest -m oracle $(ARGS)
 
-gpu-check: build  ## needs a GPU: GPU tests, compute-sanitizer on every op, greedy text (OUT=... MODEL=... STEPS=tests,text)
-	@$(PY) -m lab.gpu_check --out $(or $(OUT),out/gpu-check) $(if $(MODEL),--model $(MODEL)) $(if $(STEPS),--steps $(STEPS))
+gpu-check: build  ## needs a GPU: GPU tests, compute-sanitizer on every op, greedy text (OUT=... MODEL=... STEPS=...)
+	@$(PY) -m lab.gpu_check --out $(or $(OUT),out/gpu-check) $(MODEL:%=--model %) $(STEPS:%=--steps %)
 
 gpu-bench: build  ## needs a GPU: ops, models and ledger measured into OUT=... (QUICK=1: a few shapes)
 	@$(PY) -m lab bench all --out $(or $(OUT),out/gpu-bench) $(if $(QUICK),--quick)

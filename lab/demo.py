@@ -98,17 +98,19 @@ def main(argv):
     prompt = tokenizer.encode_chat([{"role": "user", "content": args.prompt}])
     where = f"the GPU {torch.cuda.get_device_name()}" if device == "cuda" else "the CPU"
     print(f"{MODEL}, fp32, on {where}; prompt of {len(prompt)} tokens: {args.prompt}")
-    how = {"cpu": {"cuda": "our CUDA kernels, compiled by g++ and emulated", "triton": "our Triton kernels, interpreted: "
-                   "seconds a token", "torch": "the reference"}}.get(device, {"torch": "the reference"})
+    how = {"torch": "the reference", "cuda": "our CUDA kernels", "triton": "our Triton kernels"}
+    if device == "cpu":
+        how["cuda"] += ", compiled by g++ and emulated"
+        how["triton"] += ", interpreted: seconds a token"
     answers = []
     for backend in ("torch", "cuda", "triton"):
-        print(f"\n[{backend}] {how.get(backend, 'our kernels, compiled')}\n  ", end="", flush=True)
+        print(f"\n[{backend}] {how[backend]}\n  ", end="", flush=True)
         stream = tokenizer.stream()
         answers.append(decode(backend, loaded, prompt, tokenizer.eos, args.seconds,
                               lambda token: print(stream.push(token), end="", flush=True)))
         print(stream.finish())
     agree = show(answers, tokenizer)
-    print("All three agree token for token." if agree else "The backends DISAGREE: a fault; `lab check` narrows it down.")
+    print("All three agree token for token." if agree else "The backends DISAGREE: a fault; `lab check` narrows it.")
     return max(report(args.out), 0 if agree else 1)
 
 

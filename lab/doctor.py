@@ -24,7 +24,7 @@ OK, MISSING, OPTIONAL = "ok", "missing", "optional"
 
 @dataclass
 class Finding:
-    """One line of the report. `state`: ok | missing (something to do) | optional (absent, and nothing depends on it)."""
+    """One line of the report. `state`: ok | missing (something to do) | optional (absent, not needed)."""
     name: str
     state: str
     text: str
@@ -48,8 +48,8 @@ def main(args):
         if f.todo:
             print(f"{'':<8}  {'':<{width}}  -> {f.todo}")
     for device in usable:
-        print(f"\nBoth backends run on {'this GPU' if device == 'cuda' else 'the CPU (emulated; times say nothing about a GPU)'}:"
-              f" lab run smollm2-135m --backend cuda --device {device}")
+        where = "this GPU" if device == "cuda" else "the CPU (emulated: times say nothing about a GPU)"
+        print(f"\nBoth backends run on {where}: lab run --backend cuda --device {device} --prompt Hello")
     if not usable:
         print("\nNo device runs both backends yet: see the lines marked missing.")
     return 0 if usable else 1
@@ -73,7 +73,8 @@ def examine():
     for name, what in (("flashinfer-python", "attention of FlashInfer as a peer"),
                        ("liger-kernel", "Triton kernels of Liger as a peer"),
                        ("transformers", "the oracle tests: `make oracle`")):
-        found.append(Finding(name, OK, installed(name)) if installed(name) else Finding(name, OPTIONAL, f"absent: {what}"))
+        have = installed(name)
+        found.append(Finding(name, OK, have) if have else Finding(name, OPTIONAL, f"absent: {what}"))
     return found
 
 
@@ -129,8 +130,8 @@ def find_compiler(found):
         release = re.search(r"release [\d.]+", said(nvcc, "--version") or "")
         found.append(Finding("nvcc", OK, f"{release[0] if release else 'unknown release'} at {nvcc}"))
     else:
-        found.append(Finding("nvcc", OPTIONAL, "not found on PATH, in CUDA_HOME, CUDA_PATH, /usr/local/cuda or pip's nvidia "
-                                               "packages: the GPU build is left out"))
+        found.append(Finding("nvcc", OPTIONAL, "not on PATH, in CUDA_HOME, CUDA_PATH, /usr/local/cuda or pip's packages: "
+                                               "the GPU build is left out"))
 
 
 def find_model(found):

@@ -26,10 +26,11 @@ PROMPT = "What is the capital of France?"
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="make gpu-check", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(prog="make gpu-check", description=__doc__,
+                                     formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", default="out/gpu-check", help="folder of the logs")
-    parser.add_argument("--model", help="model of the step text (default: smollm2-135m; random weights where it is absent)")
-    parser.add_argument("--steps", default=",".join(STEPS), help="which steps to run, with commas between (default: all)")
+    parser.add_argument("--model", help="model of the step text (default: smollm2-135m, or its shape if absent)")
+    parser.add_argument("--steps", default=",".join(STEPS), help="steps to run, with commas between (default: all)")
     args = parser.parse_args(argv)
     steps = args.steps.split(",")
     unknown = set(steps) - set(STEPS)
@@ -38,7 +39,7 @@ def main(argv=None):
 
     import torch
     if not torch.cuda.is_available():
-        raise Unavailable("gpu-check needs an NVIDIA GPU and a CUDA build of torch; `make test` is for machines without")
+        raise Unavailable("gpu-check needs an NVIDIA GPU and a CUDA build of torch; `make test` needs neither")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     print(f"on {torch.cuda.get_device_name()}, torch {torch.__version__}; logs in {out}/", flush=True)
@@ -108,7 +109,8 @@ def text(out, model):
     for dtype in ("fp32", "bf16"):
         for backend in ("cuda", "triton"):
             with tempfile.NamedTemporaryFile(suffix=".json") as file:
-                ok, line = logged([*words, *what, "--backend", backend, "--dtype", dtype, "--json", file.name], out / "text.log")
+                options = ["--backend", backend, "--dtype", dtype, "--json", file.name]
+                ok, line = logged([*words, *what, *options], out / "text.log")
                 if not ok:
                     return False, f"{backend} {dtype}: {line}"
                 run = runs[backend, dtype] = json.loads(Path(file.name).read_text())

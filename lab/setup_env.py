@@ -54,12 +54,13 @@ def create_venv(borrow):
         target = VENV / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
         (target / "borrowed.pth").write_text(f"import site; site.addsitedir({here!r})\n")
     if subprocess.run([str(PYTHON), "-m", "pip", "--version"], capture_output=True).returncode != 0:
-        sys.exit(f"setup: {PYTHON} has no pip: install it (Debian: apt install python3-venv), `make clean-all`, then again")
+        sys.exit(f"setup: {PYTHON} has no pip: install it (Debian: python3-venv), `make clean-all`, then again")
 
 
 def pip_install(*arguments):
     quiet = [] if sys.stdout.isatty() else ["-qq"]              # progress bars are for people
-    run([str(PYTHON), "-m", "pip", "install", *quiet, "--disable-pip-version-check", "--no-build-isolation", *arguments])
+    options = [*quiet, "--disable-pip-version-check", "--no-build-isolation"]
+    run([str(PYTHON), "-m", "pip", "install", *options, *arguments])
 
 
 def run(command):

@@ -148,8 +148,8 @@ def test_what_escapes_from_a_verb(monkeypatch, capfd, error, status, said):
 
 
 def test_a_reader_that_goes_away():
-    done = subprocess.run(f"{sys.executable} -m lab run --help | head -c 1; exit ${{PIPESTATUS[0]}}", shell=True, cwd=ROOT,
-                          executable="/bin/bash", capture_output=True, text=True, timeout=60)
+    script = f"{sys.executable} -m lab run --help | head -c 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stderr == ""
     assert done.returncode in (0, 141)                              # 0: everything fitted into the pipe before
 
