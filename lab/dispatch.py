@@ -10,10 +10,13 @@ The cost of a call is bounded by a test (tests/test_dispatch.py), so that eager 
 from __future__ import annotations
 
 import difflib
+import json
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -141,6 +144,35 @@ def parse_overrides(overrides: Mapping[str, str] | Sequence[str]) -> dict[str, s
         if not (name and equals and other):
             raise LabError(f"override {name + equals + other!r}: write OP=BACKEND, as in rope=triton")
     return {name.strip(): other.strip() for name, _, other in pairs}
+
+
+def read_table(path: str) -> dict[str, list[dict]]:
+    """A dispatch table as `lab bench crossover --export` writes it: {"op": [{"batch", "context", "backend"}]}.
+
+    context null fits any. Raises LabError for a file that is no such table, an unknown op or an unknown backend.
+    """
+    from lab.ops import find
+    try:
+        table = json.loads(Path(path).read_text())
+        for name, cells in table.items():
+            find(name)
+            for cell in cells:
+                known(cell["backend"], BACKENDS, "backend")
+                if not (cell["batch"] >= 1 and (cell["context"] is None or cell["context"] >= 1)):
+                    raise ValueError(f"batch {cell['batch']}, context {cell['context']}")
+    except LabError as error:
+        raise LabError(f"{path}: {error}") from None
+    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LabError(f"{path} is no dispatch table ({error}); `lab bench crossover --export FILE` writes one") from None
+    return table
+
+
+def from_table(table: Mapping[str, list[dict]], batch: int, context: int) -> dict[str, str]:
+    """The overrides that a dispatch table asks for: for each op the backend of its nearest cell, by ratio of sizes."""
+    def distance(cell):
+        return (abs(math.log(cell["batch"] / batch)), abs(math.log((cell["context"] or context) / context)))
+
+    return {name: min(cells, key=distance)["backend"] for name, cells in table.items() if cells}
 
 
 def known(name: str, choices: Sequence[str], what: str) -> str:

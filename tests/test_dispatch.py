@@ -1,4 +1,5 @@
 """The dispatcher: who is chosen, what is refused, what is counted, and what a call costs."""
+import json
 import time
 
 import pytest
@@ -112,6 +113,36 @@ def test_limits_are_refused_by_name(rand):
     for call, said in refused:
         with pytest.raises(LabError, match=said):
             call()
+
+
+TABLE = {"rope": [{"batch": 1, "context": None, "backend": "triton"}, {"batch": 16, "context": None, "backend": "cuda"}],
+         "decode_attention": [{"batch": 1, "context": 1024, "backend": "cuda"},
+                              {"batch": 1, "context": 8192, "backend": "triton"}]}
+
+
+def test_a_dispatch_table_gives_each_op_its_nearest_cell(tmp_path):
+    from lab.dispatch import from_table, read_table
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps(TABLE))
+    table = read_table(str(path))
+    assert from_table(table, 1, 2000) == {"rope": "triton", "decode_attention": "cuda"}
+    assert from_table(table, 12, 7000) == {"rope": "cuda", "decode_attention": "triton"}
+
+
+@pytest.mark.parametrize("content, said", [
+    ("{", "is no dispatch table"), ("[]", "is no dispatch table"), ('{"rope": [{"batch": 1}]}', "is no dispatch table"),
+    ('{"gemm": []}', "unknown op 'gemm'"),
+    ('{"rope": [{"batch": 1, "context": null, "backend": "vulkan"}]}', "unknown backend 'vulkan'"),
+    ('{"rope": [{"batch": 0, "context": null, "backend": "cuda"}]}', "batch 0"),
+])
+def test_what_is_no_dispatch_table_is_refused(tmp_path, content, said):
+    from lab.dispatch import read_table
+    path = tmp_path / "table.json"
+    path.write_text(content)
+    with pytest.raises(LabError, match=said):
+        read_table(str(path))
+    with pytest.raises(LabError, match="is no dispatch table"):
+        read_table(str(tmp_path / "absent.json"))
 
 
 class Nothing:

@@ -17,6 +17,8 @@ def add_arguments(parser) -> None:
     parser.add_argument("--backend", metavar="NAME", help="cuda, triton or torch (default: LAB_BACKEND)")
     parser.add_argument("--override", metavar="OP=BACKEND", action="append", default=[],
                         help="another backend for one op; may be repeated")
+    parser.add_argument("--dispatch", metavar="FILE", help="a backend for each op by batch and context, as "
+                        "`lab bench crossover --export` writes it; --override goes first")
     parser.add_argument("--plan", default="basic", help="basic: one kernel per op; fused: few per layer")
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="text; goes through the model's chat template if it has one")
@@ -42,7 +44,7 @@ def add_arguments(parser) -> None:
 def main(args) -> int:
     import torch
 
-    from lab.dispatch import DTYPES, Trace, known, select
+    from lab.dispatch import DTYPES, Trace, from_table, known, parse_overrides, read_table, select
     from lab.model.decoder import Decoder, Sampling, find_plan
     from lab.model.generate import generate
     from lab.model.weights import load, open_source
@@ -60,6 +62,7 @@ def main(args) -> int:
         raise LabError(f"--json {args.json}: its folder does not exist")
     find_plan(args.plan)
     trace = Trace() if args.trace or args.json else None
+    table = read_table(args.dispatch) if args.dispatch else None
     ops = select(args.backend, device, args.override, trace)
 
     source = open_source(args.model, args.weights)
@@ -75,6 +78,9 @@ def main(args) -> int:
                        (f", all that model {source.name} was made for" if max_context == limit else
                         "; raise --max-context or shorten the prompt"))
     source.config.check_context(max_context)
+    if table is not None:
+        mixed = {**from_table(table, 1, max_context), **parse_overrides(args.override)}
+        ops = select(args.backend, device, mixed, trace)
 
     decoder = Decoder(load(source, dtype, device), ops, max_context=max_context, page_size=args.page_size,
                       plan=args.plan, eager=args.eager)
