@@ -26,6 +26,11 @@ PYBIND11_MODULE(LAB_MODULE, m) {
   op("decode_attention", &decode_attention);
   op("silu_mul", &silu_mul);
   op("sample", &sample);
+  op("norm_linear", &norm_linear);
+  op("norm_linear_silu_mul", &norm_linear_silu_mul);
+  op("linear_add", &linear_add);
+  op("rope_append_attention", &rope_append_attention);
+  op("norm_linear_argmax", &norm_linear_argmax);
   op("stream", &stream);
 
   m.def("set_trace", &lab::set_trace, "Starts or stops recording the names of launched kernels.");

@@ -1,13 +1,24 @@
 // Sizes: how a launcher cuts a problem into blocks, and the width of the accesses that a row's alignment allows.
 #pragma once
-#include <cstddef>
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 #include <type_traits>
+
+#include "common.cuh"
 
 namespace lab {
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
+
+// True where a launcher should take the shapes that suit a CPU. LAB_HOST_SHAPES=gpu makes the host build take the GPU's,
+// so that tests and the race detector reach them without a GPU.
+inline bool cpu_shapes() {
+  if constexpr (!kHost) return false;
+  const char* shapes = std::getenv("LAB_HOST_SHAPES");
+  return !(shapes && std::strcmp(shapes, "gpu") == 0);
+}
 
 // Blocks of `threads` threads for `items` items, one thread each.
 inline unsigned blocks_for(int64_t items, int threads) { return unsigned((items + threads - 1) / threads); }

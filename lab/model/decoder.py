@@ -1,7 +1,8 @@
 """The decode step of a Llama-family model: one new token for every sequence of a batch, through the dispatcher's ops.
 
-`basic_step` is the model; the rest keeps its state. All buffers are allocated once, so on a GPU the whole step is
-captured as one CUDA graph and replayed: positions, context lengths and sampled ids live and advance on the device.
+`basic_step` is the model (fused.py: the same in fewer kernels); the rest keeps its state. All buffers are allocated once,
+so on a GPU the whole step is captured as one CUDA graph and replayed: positions, context lengths and sampled ids live and
+advance on the device.
 """
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import torch
 
 from lab.dispatch import Ops
 from lab.errors import LabError
+from lab.model.fused import fused_step
 from lab.model.kv_cache import PagedKVCache
 from lab.model.prefill import prefill
 from lab.model.rope import cos_sin_table
@@ -63,14 +65,15 @@ def basic_step(d: Decoder, sampling: Sampling) -> None:
     d.state.add_(d.live)                                                    # positions and context_lens of live rows
 
 
-PLANS = {"basic": basic_step}
+PLANS = {"basic": basic_step, "fused": fused_step}
 
 
 def find_plan(name: str):
-    if name == "fused" and name not in PLANS:
-        raise LabError("plan fused is not built yet; use --plan basic")
+    from lab.ops import FUSED, OPS
     if name not in PLANS:
-        raise LabError(f"unknown plan {name!r}: choose from basic, fused")
+        raise LabError(f"unknown plan {name!r}: choose from {', '.join(PLANS)}")
+    if name == "fused" and not all(op in OPS for op in FUSED):
+        raise LabError("plan fused is not built yet; use --plan basic")
     return PLANS[name]
 
 
@@ -86,6 +89,7 @@ class Decoder:
     def __init__(self, weights: Weights, ops: Ops, batch: int = 1, max_context: int = 1024, page_size: int = 16,
                  plan: str = "basic", eager: bool = False, splits: int | None = None, pages: int | None = None):
         from lab.ops.decode_attention import Workspace, choose_splits
+        from lab.ops.norm_linear_argmax import new_scratch
         self.plan, self.run_plan = plan, find_plan(plan)
         self.weights, self.ops, self.batch, self.config = weights, ops, batch, weights.config
         config, device, dtype = weights.config, weights.device, weights.dtype
@@ -108,6 +112,7 @@ class Decoder:
         self.attention_rows = self.attention.view(batch, -1)
         self.gate_up, self.act = buffer(batch, 2 * config.intermediate), buffer(batch, config.intermediate)
         self.logits = buffer(batch, config.vocab, dtype=torch.float32)
+        self.argmax_scratch = new_scratch(batch, device)
         self.ids = buffer(batch, dtype=torch.int32)
         # positions and context_lens are rows of one tensor, padded so that both begin at 16 bytes: one add moves both.
         self.state = buffer(2, -(-batch // 4) * 4, dtype=torch.int32)

@@ -1,0 +1,90 @@
+// linear_add: residual[b, n] += sum over k of x[b, k] * w[n, k] (+ bias[n]), float32 arithmetic, rounded once
+//
+//   x [rows, k]   w [n, k]   bias [n] (optional)   residual [rows, n]     row-major, rows <= 64
+//   mapping   as linear: CUDA cores up to 8 rows and for float32, tensor cores for more
+//   traffic   w once (the only traffic that counts), x once per block from L2, residual read and written once
+//   contract  lab/ops/linear_add.py          twin  triton_kernels/linear_add.py
+#include "common.cuh"
+#include "launchers.h"
+#include "mma_rows.cuh"
+#include "stream_rows.cuh"
+
+using namespace lab;
+
+template <typename T, typename C>
+__global__ void __launch_bounds__(C::kThreads, C::kResident)
+    linear_add_stream_kernel(const T* x, const T* w, const T* bias, T* residual, int rows, int n, int k) {
+  // 1. Locate: R rows of w per lane group, a slice of k per lane.
+  RowStream<T, C> stream(w, n, k);
+  for (int b0 = 0; b0 < rows; b0 += C::B) {
+    // 2. Stream: the first weights leave before the wait; what they are added to is loaded after it and long before its use.
+    stream.start();
+    pdl_wait();
+    pdl_launch_dependents();
+    for (; stream.more(); stream.next()) {
+      float base[C::kMine] = {}, acc[C::R][C::B][C::kLanes] = {}, sums[C::R * C::B];
+      stream.each_output(b0, rows, [&](int j, int output, int b) {
+        base[j] = to_float(residual[size_t(b) * n + output]) + (bias ? to_float(bias[output]) : 0.f);
+      });
+      stream.multiply(acc, [&](int b, int col) {
+        return load_packed<C::N>(x + size_t(min(b0 + b, rows - 1)) * k + col);
+      });
+
+      // 3. Reduce: over the lanes and warps that share k, in a fixed order.
+      stream.reduce(sums, acc, smem<StreamSmem<C>>());
+
+      // 4. Add and store: each output is read and written by one thread.
+      stream.each_output(b0, rows, [&](int j, int output, int b) {
+        residual[size_t(b) * n + output] = from_float<T>(sums[j] + base[j]);
+      });
+    }
+  }
+}
+
+template <typename T, typename C>
+__global__ void __launch_bounds__(C::kThreads)
+    linear_add_mma_kernel(const T* x, const T* w, const T* bias, T* residual, int rows, int n, int k) {
+  // 1. Locate: the block owns kRows rows of w; its warps share k.
+  MmaRows<T, C> product(smem<MmaSmem<T, C>>(), x, w, rows, n, k);
+
+  // 2. Stream: the first stages of w leave before the wait.
+  product.start_w();
+  pdl_wait();
+  pdl_launch_dependents();
+  product.start_x();
+  product.multiply();
+
+  // 3. Reduce: the warps' sums meet in shared memory, where the tiles were.
+  product.reduce();
+
+  // 4. Add and store: each output is read and written by one thread, neighbours by neighbouring threads.
+  product.each_output([&](int r, int output, int b) {
+    T& sum = residual[size_t(b) * n + output];
+    sum = from_float<T>(to_float(sum) + product.product(r, b) + (bias ? to_float(bias[output]) : 0.f));
+  });
+}
+
+void linear_add(Ptr x, Ptr w, Ptr bias, Ptr residual, int rows, int n, int k, int dtype, Ptr stream_) {
+  if (rows == 0 || n == 0) return;
+  by_dtype(dtype, [&](auto tag) {
+    using T = decltype(tag);
+    const auto start = [&](const char* name, unsigned blocks, unsigned threads, size_t smem_bytes, auto kernel) {
+      launch({dim3(blocks), dim3(threads), smem_bytes, stream_, true}, name, kernel, as<const T>(x), as<const T>(w),
+             as<const T>(bias), as<T>(residual), rows, n, k);
+    };
+    if constexpr (sizeof(T) == 2) {
+      if (rows > 8) {
+        return by_mma_shape<T, 1>(rows, n, k, [&](auto shape) {
+          using C = typename decltype(shape)::type;
+          start("linear_add_mma_kernel", ceil_div(n, C::kOutputs), C::kThreads, sizeof(MmaSmem<T, C>),
+                linear_add_mma_kernel<T, C>);
+        });
+      }
+    }
+    by_stream_shape<T, 1, 8>(rows, n, k, rows, [&](auto shape) {
+      using C = typename decltype(shape)::type;
+      start("linear_add_stream_kernel", stream_blocks<C>(n), C::kThreads, sizeof(StreamSmem<C>),
+            linear_add_stream_kernel<T, C>);
+    });
+  });
+}

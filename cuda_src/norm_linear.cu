@@ -1,0 +1,61 @@
+// norm_linear: y[b, n] = sum over k of xn[b, k] * w[n, k] (+ bias[n]), xn = rmsnorm(x, norm_w)
+//
+//   x [rows, k]   norm_w [k]   w [n, k]   bias [n] (optional)   y [rows, n] in the dtype of x or float32     rows <= 64
+//   mapping   up to 8 rows, and float32: as linear; each block normalises the rows for itself, into shared memory
+//             more rows in float16 or bfloat16: rmsnorm's kernel, then linear's for tensor cores
+//   traffic   w once (the only traffic that counts), x and norm_w once per block from L2, y once
+//   contract  lab/ops/norm_linear.py          twin  triton_kernels/norm_linear.py
+#include "common.cuh"
+#include "launchers.h"
+#include "norm_rows.cuh"
+#include "normed_scratch.h"
+
+using namespace lab;
+
+template <typename T, typename C>
+__global__ void __launch_bounds__(C::kThreads, C::kResident)
+    norm_linear_kernel(const T* x, const T* norm_w, const T* w, const T* bias, void* y, int rows, int n, int k, float eps,
+                       bool out_f32) {
+  // 1. Locate: R rows of w per lane group, a slice of k per lane.
+  auto& shared = smem<NormSmem<T, C>>();
+  RowStream<T, C> stream(w, n, k);
+
+  for (int b0 = 0; b0 < rows; b0 += C::B) {
+    // 2. Norm: the first weights are in flight meanwhile. Rounded to T before and after norm_w.
+    start_normed(stream, shared, x, norm_w, b0, rows, eps);
+
+    for (; stream.more(); stream.next()) {
+      // 3. Stream: weights from DRAM into registers, x from shared memory.
+      float base[C::kMine] = {}, acc[C::R][C::B][C::kLanes] = {}, sums[C::R * C::B];
+      if (bias) stream.each_output(b0, rows, [&](int j, int output, int) { base[j] = to_float(bias[output]); });
+      stream.multiply(acc, [&](int b, int col) { return load_packed<C::N>(shared.x + b * k + col); });
+
+      // 4. Reduce: over the lanes and warps that share k, in a fixed order.
+      stream.reduce(sums, acc, shared.stream);
+
+      // 5. Store: neighbouring lanes store neighbouring outputs.
+      stream.each_output(b0, rows, [&](int j, int output, int b) {
+        store_as<T>(y, size_t(b) * n + output, sums[j] + base[j], out_f32);
+      });
+    }
+  }
+}
+
+void norm_linear(Ptr x, Ptr norm_w, Ptr w, Ptr bias, Ptr y, int rows, int n, int k, float eps, int dtype, int out_dtype,
+                 Ptr stream_) {
+  if (rows == 0 || n == 0) return;
+  by_dtype(dtype, [&](auto tag) {
+    using T = decltype(tag);
+    if (sizeof(T) == 2 && rows > 8) {
+      const Ptr normed = normed_scratch(size_t(rows) * k * sizeof(T), stream_);
+      rmsnorm(x, norm_w, 0, normed, rows, 1, k, k, k, eps, dtype, stream_);
+      return linear(normed, w, bias, y, rows, n, k, dtype, out_dtype, stream_);
+    }
+    by_normed_shape<T, 1>(rows, n, k, [&](auto shape) {
+      using C = typename decltype(shape)::type;
+      launch({dim3(stream_blocks<C>(n)), dim3(C::kThreads), norm_smem_bytes<T, C>(k), stream_, true}, "norm_linear_kernel",
+             norm_linear_kernel<T, C>, as<const T>(x), as<const T>(norm_w), as<const T>(w), as<const T>(bias), as<void>(y),
+             rows, n, k, eps, out_dtype == int(DType::f32));
+    });
+  });
+}

@@ -1,0 +1,92 @@
+// norm_linear_silu_mul: y[b, j] = silu(g) * u, g = xn[b] . w[j], u = xn[b] . w[n + j], xn = rmsnorm(x, norm_w)
+//
+//   x [rows, k]   norm_w [k]   w [2 n, k], the gate's rows first   y [rows, n]     silu(g) = g / (1 + exp(-g)), rows <= 64
+//   mapping   as norm_linear; whoever sums row j of the gate sums row j of up as well
+//   traffic   w once (the only traffic that counts), x and norm_w once per block from L2, y once
+//   contract  lab/ops/norm_linear_silu_mul.py          twin  triton_kernels/norm_linear_silu_mul.py
+#include "common.cuh"
+#include "launchers.h"
+#include "mma_rows.cuh"
+#include "norm_rows.cuh"
+#include "normed_scratch.h"
+
+using namespace lab;
+
+LAB_DEVICE float activate(float gate, float up) { return gate / (1.f + expf(-gate)) * up; }
+
+template <typename T, typename C>
+__global__ void __launch_bounds__(C::kThreads, C::kResident)
+    norm_linear_silu_mul_stream_kernel(const T* x, const T* norm_w, const T* w, T* y, int rows, int n, int k, float eps) {
+  // 1. Locate: a lane group takes R / 2 rows of the gate and the same rows of up, a lane a slice of k.
+  auto& shared = smem<NormSmem<T, C>>();
+  RowStream<T, C> stream(w, n, k);
+
+  for (int b0 = 0; b0 < rows; b0 += C::B) {
+    // 2. Norm: the first weights are in flight meanwhile. Rounded to T before and after norm_w.
+    start_normed(stream, shared, x, norm_w, b0, rows, eps);
+
+    for (; stream.more(); stream.next()) {
+      // 3. Stream: weights from DRAM into registers, x from shared memory.
+      float acc[C::R][C::B][C::kLanes] = {}, gates[C::R * C::B], ups[C::R * C::B];
+      stream.multiply(acc, [&](int b, int col) { return load_packed<C::N>(shared.x + b * k + col); });
+
+      // 4. Reduce: over the lanes and warps that share k, in a fixed order; then up's sum moves to the gate's thread.
+      stream.reduce(gates, acc, shared.stream);
+      stream.second_part(ups, gates);
+
+      // 5. Activate and store: from the float32 sums, rounded once.
+      stream.each_output(b0, rows, [&](int j, int output, int b) {
+        y[size_t(b) * n + output] = from_float<T>(activate(gates[j], ups[j]));
+      });
+    }
+  }
+}
+
+template <typename T, typename C>
+__global__ void __launch_bounds__(C::kThreads)
+    norm_linear_silu_mul_mma_kernel(const T* xn, const T* w, T* y, int rows, int n, int k) {
+  // 1. Locate: the block owns kOutputs rows of the gate and the same rows of up; its warps share k.
+  MmaRows<T, C> product(smem<MmaSmem<T, C>>(), xn, w, rows, n, k);
+
+  // 2. Norm: rmsnorm's kernel has done it. The first stages of w leave before the wait for it.
+  product.start_w();
+  pdl_wait();
+  pdl_launch_dependents();
+
+  // 3. Stream: w and x through shared memory into tensor cores.
+  product.start_x();
+  product.multiply();
+
+  // 4. Reduce: the warps' sums meet in shared memory, where the tiles were.
+  product.reduce();
+
+  // 5. Activate and store: from the float32 sums, rounded once; neighbouring threads store neighbouring outputs.
+  product.each_output([&](int r, int output, int b) {
+    y[size_t(b) * n + output] = from_float<T>(activate(product.product(r, b), product.product(r + C::kOutputs, b)));
+  });
+}
+
+void norm_linear_silu_mul(Ptr x, Ptr norm_w, Ptr w, Ptr y, int rows, int n, int k, float eps, int dtype, Ptr stream_) {
+  if (rows == 0 || n == 0) return;
+  by_dtype(dtype, [&](auto tag) {
+    using T = decltype(tag);
+    if constexpr (sizeof(T) == 2) {
+      if (rows > 8) {
+        const Ptr normed = normed_scratch(size_t(rows) * k * sizeof(T), stream_);
+        rmsnorm(x, norm_w, 0, normed, rows, 1, k, k, k, eps, dtype, stream_);
+        return by_mma_shape<T, 2>(rows, n, k, [&](auto shape) {
+          using C = typename decltype(shape)::type;
+          launch({dim3(ceil_div(n, C::kOutputs)), dim3(C::kThreads), sizeof(MmaSmem<T, C>), stream_, true},
+                 "norm_linear_silu_mul_mma_kernel", norm_linear_silu_mul_mma_kernel<T, C>, as<const T>(normed),
+                 as<const T>(w), as<T>(y), rows, n, k);
+        });
+      }
+    }
+    by_normed_shape<T, 2>(rows, n, k, [&](auto shape) {
+      using C = typename decltype(shape)::type;
+      launch({dim3(stream_blocks<C>(n)), dim3(C::kThreads), norm_smem_bytes<T, C>(k), stream_, true},
+             "norm_linear_silu_mul_stream_kernel", norm_linear_silu_mul_stream_kernel<T, C>, as<const T>(x),
+             as<const T>(norm_w), as<const T>(w), as<T>(y), rows, n, k, eps);
+    });
+  });
+}

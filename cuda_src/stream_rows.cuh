@@ -1,0 +1,256 @@
+// Few rows of x times many rows of w on CUDA cores: the weights stream from DRAM straight into registers.
+//
+// The core of linear and of the fused ops. An output is the product of a row of x with a row of w, or with Parts rows of w
+// that lie n rows apart (gate and up). Lane groups take R rows of w each and walk k together; a block of a small grid walks
+// over several sets of rows, and the loads run on from one set into the next.
+#pragma once
+#include <atomic>
+
+#include "common.cuh"
+#include "sizes.h"
+#include "unpack.cuh"
+
+namespace lab {
+
+// The shape of a launch. N: elements per access. B: rows of x at a time. R: rows of w per lane group. L: lanes in a group
+// that share k: 32, or 1 on a CPU. S: lane groups that share k as well. U: accesses to each row of w in flight, so
+// R * U * 16 bytes a thread.
+template <int N_, int B_, int R_, int L_, int S_, int U_, int Threads, int Parts = 1>
+struct Stream {
+  static constexpr int N = N_, B = B_, R = R_, L = L_, S = S_, U = U_, kThreads = Threads, kParts = Parts;
+  // Blocks of 128 threads that a multiprocessor must have registers for: 128 registers a thread hold what B = 1 and, with
+  // U = 2, B = 4 need; the others take 168.
+  static constexpr int kResident = B == 1 || B == 4 ? 4 : 3;
+  static constexpr int kGroups = kThreads / L;
+  static constexpr int kOutputs = R / Parts;      // of a lane group, for each row of x
+  static constexpr int kOutputsPerBlock = kGroups / S * kOutputs;
+  static constexpr int kStep = S * L * N;         // elements of k that one access of all cooperating lanes covers
+  // Partial sums per product: the vector unit of a CPU wants independent lanes, a thread of a GPU is one lane.
+  static constexpr int kLanes = L == 1 ? N : 1;
+  static constexpr int kMine = L == 1 ? R * B : 1;  // sums that one thread holds after the reduction
+  static_assert(L == 1 || (L == 32 && R * B <= 32), "a warp has a lane for each of its sums");
+};
+
+template <typename C>
+struct StreamSmem {
+  float partial[C::kGroups][C::R * C::B];
+};
+
+// Sums Count values (a power of two up to 32) over the warp; v[0] of lane i becomes sum i % Count. While there are several,
+// each half of the lanes keeps one half of them: Count - 1 shuffles, and log2(32 / Count) more, where summing each alone
+// takes 5 * Count. Recursive, because only a constant index keeps an array in registers.
+template <int Count, int N>
+LAB_DEVICE void scatter_sum(float (&v)[N], int lane) {
+  if constexpr (Count > 1) {
+    constexpr int kHalf = Count / 2;
+    const bool upper = lane & kHalf;
+    LAB_UNROLL
+    for (int i = 0; i < kHalf; ++i) {
+      const float kept = upper ? v[i + kHalf] : v[i], sent = upper ? v[i] : v[i + kHalf];
+      v[i] = kept + __shfl_xor_sync(0xffffffffu, sent, kHalf);
+    }
+    scatter_sum<kHalf>(v, lane);
+  } else {
+    LAB_UNROLL
+    for (int distance = N; distance < 32; distance *= 2) v[0] += __shfl_xor_sync(0xffffffffu, v[0], distance);
+  }
+}
+
+template <typename T, typename C>
+struct RowStream {
+  static constexpr int N = C::N, B = C::B, R = C::R;
+  const T* w;
+  int n, k, lane, group, slice, first;            // first: this lane's first column
+  int output;                                     // first of the outputs that are summed now
+  int fetch_output, fetch_col;                    // where the next loads come from
+  const T* rows_of_w[R];
+  Packed<T, N> tiles[C::U][R];
+
+  // w has Parts * n rows of k.
+  LAB_DEVICE RowStream(const T* w_, int n_, int k_) : w(w_), n(n_), k(k_) {
+    lane = threadIdx.x % C::L;
+    group = threadIdx.x / C::L;
+    slice = group % C::S;
+    first = (slice * C::L + lane) * N;
+  }
+
+  // Issues the first loads of this block. Weights depend on no earlier kernel: call it before pdl_wait().
+  LAB_DEVICE void start() {
+    output = blockIdx.x * C::kOutputsPerBlock + group / C::S * C::kOutputs;
+    aim(output);
+    LAB_UNROLL
+    for (int u = 0; u < C::U; ++u) fetch(u);
+    advance();
+  }
+
+  // False once the block's outputs are done; the same for all threads. next() steps to the block's next set of outputs.
+  LAB_DEVICE bool more() const { return output - group / C::S * C::kOutputs < n; }
+  LAB_DEVICE void next() { output += stride(); }
+  LAB_DEVICE int stride() const { return gridDim.x * C::kOutputsPerBlock; }
+
+  // acc[r][b] += w[row r] . x[row b] for the present outputs. x(b, col) returns N elements of x, packed. U * R loads are in
+  // flight; each is replaced as soon as it is used, at the end of the rows by one of the next outputs.
+  template <typename X>
+  LAB_DEVICE void multiply(float (&acc)[R][B][C::kLanes], X x) {
+    for (int panel = first; panel - first < k; panel += C::U * C::kStep) {
+      LAB_UNROLL
+      for (int u = 0; u < C::U; ++u) {
+        const int col = panel + u * C::kStep;
+        if (col < k) {
+          float wf[R][N];
+          LAB_UNROLL
+          for (int r = 0; r < R; ++r) unpack<T>(wf[r], tiles[u][r]);
+          LAB_UNROLL
+          for (int b = 0; b < B; ++b) {
+            float xf[N];
+            unpack<T>(xf, x(b, col));
+            LAB_UNROLL
+            for (int r = 0; r < R; ++r) {
+              LAB_UNROLL
+              for (int e = 0; e < N; ++e) acc[r][b][e % C::kLanes] = fmadd(wf[r][e], xf[e], acc[r][b][e % C::kLanes]);
+            }
+          }
+        }
+        fetch(u);
+      }
+      advance();
+    }
+  }
+
+  // Sums over the lanes of a group, then over the groups that shared the rows, in a fixed order. Sum i belongs to row i % R
+  // of w and row i / R of x; lane i of slice 0 has it, or a CPU thread all of them.
+  LAB_DEVICE void reduce(float (&sums)[R * B], const float (&acc)[R][B][C::kLanes], StreamSmem<C>& shared) {
+    LAB_UNROLL
+    for (int i = 0; i < R * B; ++i) {
+      sums[i] = 0.f;
+      LAB_UNROLL
+      for (int e = 0; e < C::kLanes; ++e) sums[i] += acc[i % R][i / R][e];
+    }
+    if constexpr (C::L == 32) scatter_sum<R * B>(sums, lane);
+    if constexpr (C::S > 1) {
+      __syncthreads();                            // the sums before these have been read
+      if (lane < R * B) shared.partial[group][lane] = sums[0];
+      __syncthreads();
+      if (slice == 0 && lane < R * B) {
+        LAB_UNROLL
+        for (int s = 1; s < C::S; ++s) sums[0] += shared.partial[group + s][lane];
+      }
+    }
+  }
+
+  // With two parts: second[j] = the sum of an output's second part, where sums[j] is that of its first. All lanes call it.
+  LAB_DEVICE void second_part(float (&second)[R * B], const float (&sums)[R * B]) const {
+    if constexpr (C::L == 32) {
+      second[0] = __shfl_down_sync(0xffffffffu, sums[0], C::kOutputs);
+    } else {
+      for (int j = 0; j + C::kOutputs < R * B; ++j) second[j] = sums[j + C::kOutputs];
+    }
+  }
+
+  // Calls f(j, output, b) for each output that this thread stores, where sums[j] belongs to it (to its first part).
+  template <typename F>
+  LAB_DEVICE void each_output(int b0, int rows, F f) const {
+    LAB_UNROLL
+    for (int j = 0; j < C::kMine; ++j) {
+      const int i = lane + j, r = i % R, b = b0 + i / R;
+      if (slice == 0 && i < R * B && r < C::kOutputs && output + r < n && b < rows) f(j, output + r, b);
+    }
+  }
+
+ private:
+  // Rows past the end repeat the last one; their sums are never stored.
+  LAB_DEVICE void aim(int to) {
+    fetch_output = to;
+    const bool beyond = to - group / C::S * C::kOutputs >= n;
+    fetch_col = beyond ? k : first;
+    LAB_UNROLL
+    for (int r = 0; r < R; ++r) {
+      rows_of_w[r] = w + (size_t(r / C::kOutputs) * n + min(to + r % C::kOutputs, n - 1)) * k;
+    }
+  }
+  LAB_DEVICE void advance() {
+    fetch_col += C::U * C::kStep;
+    if (fetch_col - first >= k) aim(fetch_output + stride());
+  }
+  LAB_DEVICE void fetch(int u) {
+    const int col = fetch_col + u * C::kStep;
+    if (col >= k) return;
+    LAB_UNROLL
+    for (int r = 0; r < R; ++r) tiles[u][r] = load_packed_stream<N>(rows_of_w[r] + col);
+  }
+};
+
+// y[i] = sum in y's dtype: T or float32.
+template <typename T>
+LAB_DEVICE void store_as(void* y, size_t i, float sum, bool f32) {
+  if (f32) {
+    static_cast<float*>(y)[i] = sum;
+  } else {
+    static_cast<T*>(y)[i] = from_float<T>(sum);
+  }
+}
+
+// ---- shapes of a launch ----------------------------------------------------------------------------------------------
+
+// Multiprocessors of the current device; on a CPU few, so that blocks get several sets of rows there too.
+inline int multiprocessors() {
+#ifdef __CUDACC__
+  static std::atomic<int> cached[64];
+  int device = 0, count = 132;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= 64) return count;
+  count = cached[device].load(std::memory_order_relaxed);
+  if (count == 0) {
+    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    cached[device].store(count, std::memory_order_relaxed);
+  }
+  return count;
+#else
+  return 4;
+#endif
+}
+
+// Blocks for `outputs` outputs. Large matrices get few blocks of a long life: what a block does once is paid seldom, and
+// registers stay free for the blocks of the next kernel, which load their first weights while this one ends.
+template <typename C>
+inline int stream_blocks(int outputs) {
+  constexpr int kResident = C::R * C::U >= 16 ? 2 : 3;  // blocks for each multiprocessor: 64 or 48 KiB in flight
+  const int all = ceil_div(outputs, C::kOutputsPerBlock), few = kResident * multiprocessors();
+  return all < 2 * few ? all : few;
+}
+
+// Calls f with the shape for `outputs` outputs of Parts rows of w, k long, and `rows` rows of x, of which at most
+// max_batch are taken at a time: `using C = typename decltype(shape)::type;`. HostThreads: a CPU's threads in a block.
+template <typename C>
+struct StreamShape {
+  using type = C;
+};
+template <typename T, int Parts, int HostThreads, typename F>
+inline void by_stream_shape(int rows, int outputs, int k, int max_batch, F&& f) {
+  const int batch = rows < max_batch ? rows : max_batch;
+  by_width<T>([&](auto width) {
+    constexpr int N = decltype(width)::value;
+    const auto with_batch = [&](auto b) {
+      constexpr int B = decltype(b)::value, U = B <= 2 ? 4 : 2;
+      if constexpr (kHost) {                      // a CPU thread per 4 rows: nothing to reduce across threads
+        if (cpu_shapes()) return f(StreamShape<Stream<N, B, 4, 1, 1, 1, HostThreads, Parts>>{});
+      }
+      if constexpr (N > 1) {                      // too few rows to fill the device: 2 or 4 warps share each
+        const int warps = ceil_div(outputs * Parts, 4), enough = 6 * multiprocessors();
+        if (2 * warps < enough) return f(StreamShape<Stream<N, B, 4, 32, 4, U, 128, Parts>>{});
+        if (warps < enough) return f(StreamShape<Stream<N, B, 4, 32, 2, U, 128, Parts>>{});
+      }
+      f(StreamShape<Stream<N, B, 4, 32, 1, U, 128, Parts>>{});
+    };
+    // More rows than B: w is read again, from L2, for each B of them.
+    if (batch == 1) return with_batch(std::integral_constant<int, 1>{});
+    if constexpr (N > 1) {
+      if (batch == 2) return with_batch(std::integral_constant<int, 2>{});
+    }
+    if constexpr (N > 1 && sizeof(T) == 2) {
+      if (batch > 4) return with_batch(std::integral_constant<int, 8>{});
+    }
+    with_batch(std::integral_constant<int, 4>{});
+  }, k);
+}
+
+}  // namespace lab

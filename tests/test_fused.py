@@ -1,0 +1,104 @@
+"""The fused plan against the basic plan: the same tokens and, within rounding, the same logits."""
+import random
+from collections import Counter
+
+import pytest
+import torch
+
+from lab.backends import load as load_backend
+from lab.dispatch import Trace, select
+from lab.errors import Unavailable
+from lab.model.decoder import GREEDY, Decoder, Sampling
+from lab.model.weights import RandomSource, load
+from lab.ops import FUSED, OPS
+from tiny_models import CONFIGS
+
+NAMES = ["llama", "qwen2", "qwen3"]                     # plain, with qkv bias, with per-head norms of q and k
+BACKENDS = ["torch", "cuda", "triton"]
+STEPS = 3
+TOLERANCE = 2e-5        # float32 over two layers, as in test_model.py
+pytestmark = pytest.mark.skipif(not all(op in OPS for op in FUSED), reason="the fused ops are not registered")
+
+
+def prompts(batch: int) -> dict[int, list[int]]:
+    """One per live row; the second row stays idle. Lengths on both sides of a page's end."""
+    draw = random.Random(batch)
+    return {row: draw.choices(range(272), k=(15, 16, 17, 1, 33)[row % 5]) for row in range(batch) if row != 1}
+
+
+def decode(name, plan, backend, device, batch=1, dtype=torch.float32, sampling=GREEDY, o_bias=False, trace=None, steps=STEPS):
+    """(tokens, logits) of each step, a list of [batch] and of [batch, vocab], the idle row left out."""
+    weights = load(RandomSource(CONFIGS[name], seed=1), dtype, device)
+    if o_bias:
+        for layer in weights.layers:
+            layer.bo = torch.linspace(-1, 1, CONFIGS[name].hidden, device=device).to(dtype)
+    decoder = Decoder(weights, select(backend, device, trace=trace), batch, max_context=64, plan=plan, splits=2)
+    rows = prompts(batch)
+    for row, ids in rows.items():
+        decoder.admit(row, ids)
+    tokens, logits = [], []
+    for _ in range(steps):
+        tokens.append(decoder.step(sampling)[list(rows)].tolist())
+        logits.append(decoder.logits[list(rows)].clone())
+    return tokens, torch.stack(logits)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request, device):
+    try:
+        load_backend(request.param, torch.device(device))
+    except Unavailable as missing:
+        pytest.skip(str(missing))
+    return request.param
+
+
+@pytest.mark.parametrize("batch", [1, 3, 9])
+@pytest.mark.parametrize("name", NAMES)
+def test_plans_agree(name, batch, backend, device):
+    tokens, logits = decode(name, "fused", backend, device, batch)
+    want_tokens, want_logits = decode(name, "basic", "torch", device, batch)
+    assert tokens == want_tokens
+    torch.testing.assert_close(logits, want_logits, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("batch", [1, 9])
+def test_plans_agree_in_half_precision(batch, dtype, backend, device):
+    """Each of about 16 roundings a layer moves the residual stream by up to half an epsilon of its size, in both plans."""
+    if batch > 1 and backend == "triton" and device == "cpu":
+        pytest.skip("slow when interpreted; the ops' own cases have this batch")
+    _, logits = decode("qwen3", "fused", backend, device, batch, dtype, steps=1)
+    _, want = decode("qwen3", "basic", "torch", device, batch, steps=1)
+    assert (logits - want).abs().max() < 2 * 16 * torch.finfo(dtype).eps / 2 * want.abs().max()
+
+
+def test_the_bias_of_the_output_projection(backend, device):
+    _, logits = decode("llama", "fused", backend, device, o_bias=True)
+    _, want = decode("llama", "basic", "torch", device, o_bias=True)
+    _, without = decode("llama", "basic", "torch", device)
+    torch.testing.assert_close(logits, want, rtol=0, atol=TOLERANCE)
+    assert (want - without).abs().max() > 0.1
+
+
+def test_sampling_draws_from_the_same_logits(backend, device):
+    sampling = Sampling(temperature=0.8, top_k=20, top_p=0.9, seed=3)
+    assert (decode("llama", "fused", backend, device, 3, sampling=sampling)[0]
+            == decode("llama", "basic", backend, device, 3, sampling=sampling)[0])
+
+
+def test_five_kernels_a_layer(device):
+    trace = Trace()
+    decode("llama", "fused", "cuda", device, trace=trace, steps=1)
+    layers = CONFIGS["llama"].layers
+    calls = Counter()
+    for (op, backend, _), count in trace.counts.items():
+        assert backend == "cuda"
+        calls[op] += count
+    assert calls == {"embedding": 1, "norm_linear": layers, "rope_append_attention": layers, "linear_add": 2 * layers,
+                     "norm_linear_silu_mul": layers, "norm_linear_argmax": 1}
+
+
+def test_runs_repeat_bit_for_bit(backend, device):
+    first = decode("qwen3", "fused", backend, device, 3)
+    second = decode("qwen3", "fused", backend, device, 3)
+    assert first[0] == second[0] and torch.equal(first[1], second[1])
