@@ -78,9 +78,10 @@ def overrun_kernel(src, dst, n, BLOCK: tl.constexpr, STORE: tl.constexpr):
 
 
 def awkward_floats():
-    """Ties, carries into the exponent, the largest finite value, subnormals, infinities, NaN; and 4000 random patterns."""
-    special = torch.tensor([0x3F808000, 0x3F818000, 0x3F807FFF, 0x3F808001, 0x3FFFFFFF, 0x7F7FFFFF, 0x7F7F8000, 0x7F7F7FFF,
-                            0x00000001, 0x00008000, 0x00018000, 0x007FFFFF, 0x7F800000, 0x7FC00000, 0x7F800001, 0, 0x477FE000])
+    """Ties, carries into the exponent, the largest finite value, subnormals, infinities, NaN; 4000 random patterns."""
+    special = torch.tensor([0x3F808000, 0x3F818000, 0x3F807FFF, 0x3F808001, 0x3FFFFFFF, 0x7F7FFFFF, 0x7F7F8000,
+                            0x7F7F7FFF, 0x00000001, 0x00008000, 0x00018000, 0x007FFFFF, 0x7F800000, 0x7FC00000,
+                            0x7F800001, 0, 0x477FE000])
     bits = torch.cat([special, torch.randint(0, 1 << 31, (4096 - 2 * len(special),)), special - (1 << 31)])
     return bits.to(torch.int32).view(torch.float32)
 
@@ -98,7 +99,7 @@ def test_cast_to_bf16_rounds_to_nearest_even():
     got = torch.empty(4096, dtype=BF16)
     launch(cast_kernel, (1,), x, got, BLOCK=4096)
     assert same_bits(got, x.to(BF16))
-    assert not same_bits(got, (x.view(torch.int32) & ~0xFFFF).view(torch.float32))         # truncation would pass nothing
+    assert not same_bits((x.view(torch.int32) & ~0xFFFF).view(torch.float32), x.to(BF16))    # truncation would fail
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int32])
@@ -237,7 +238,7 @@ def test_config_takes_the_nearest_lower_architecture():
 
 def test_works_with_triton_interpret_set():
     """A user may have set the variable; triton.jit then returns other objects, and the result must be the same."""
-    code = ("import torch; from triton_kernels.rmsnorm import rmsnorm; x = torch.ones(2, 64, dtype=torch.bfloat16) * 3; "
+    code = ("import torch; from triton_kernels.rmsnorm import rmsnorm; x = torch.full((2, 64), 3.0).bfloat16(); "
             "y = torch.empty_like(x); rmsnorm(x, x[0], 0.0, None, y); assert (y == 3).all(), y")
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=ROOT)

@@ -1,7 +1,7 @@
 """Every Triton kernel, as its launcher configures it, compiles for the GPUs that this machine need not have.
 
-A load of weights or cache that is not 16 bytes wide, or a register that spills, is a mistake in a kernel or a configuration;
-both show in the machine code. Shared memory must fit the smallest GPU of the architecture."""
+Narrow loads and spilled registers are mistakes in a kernel or a configuration, and show in the machine code. Shared
+memory must fit what one block may have on the architecture."""
 import re
 
 import pytest
@@ -53,13 +53,15 @@ def run_attention(t, ints, head_dim, splits):
 
 
 LAUNCHES = {
-    "linear-1": (run_linear, dict(rows=1)), "linear-4": (run_linear, dict(rows=4)), "linear-16": (run_linear, dict(rows=16)),
-    "linear-16-small": (run_linear, dict(rows=16, n=2048)), "linear-64": (run_linear, dict(rows=64)),
+    "linear-1": (run_linear, dict(rows=1)), "linear-4": (run_linear, dict(rows=4)),
+    "linear-16": (run_linear, dict(rows=16)), "linear-16-small": (run_linear, dict(rows=16, n=2048)),
+    "linear-64": (run_linear, dict(rows=64)),
     "rmsnorm": (run_rmsnorm, dict(rows=1, cols=4096)), "rmsnorm-heads": (run_rmsnorm, dict(rows=4, cols=128, heads=32)),
     "rope": (run_rope, dict(head_dim=128)), "kv_append": (run_append, dict(head_dim=128)),
     "embedding": (lambda t, ints: embedding(ints(4), t(128256, 4096), t(4, 4096)), {}),
     "silu_mul": (lambda t, ints: silu_mul(t(4, 28672), t(4, 14336)), {}),
-    "attention-64": (run_attention, dict(head_dim=64, splits=1)), "attention-96": (run_attention, dict(head_dim=96, splits=1)),
+    "attention-64": (run_attention, dict(head_dim=64, splits=1)),
+    "attention-96": (run_attention, dict(head_dim=96, splits=1)),
     "attention-128": (run_attention, dict(head_dim=128, splits=1)),
     "attention-64-split": (run_attention, dict(head_dim=64, splits=64)),
     "attention-128-split": (run_attention, dict(head_dim=128, splits=264)),
@@ -83,7 +85,8 @@ def compiled(architecture, run):
 @pytest.mark.parametrize("architecture, dtype", [("sm_90", BF16), ("sm_90", F32), ("sm_80", BF16)], ids=str)
 def test_compiles_with_wide_loads_and_no_spills(architecture, dtype, name):
     run, sizes = LAUNCHES[name]
-    code = compiled(architecture, lambda: run(lambda *s: empty(*s, dtype=dtype), lambda *s: empty(*s, dtype=I32), **sizes))
+    tensors, ints = lambda *s: empty(*s, dtype=dtype), lambda *s: empty(*s, dtype=I32)
+    code = compiled(architecture, lambda: run(tensors, ints, **sizes))
     copies = re.findall(r"\bLDGSTS\S*\.128", code)               # to shared memory, past the registers
     wide = copies + re.findall(r"\bLDG\S*\.128", code)
     assert wide, "no 16-byte load"

@@ -26,6 +26,7 @@ def launch(kernel, grid, *args, **meta):
     args[0] is a tensor and decides; the CUDA stream is torch's current one, so a launch can be captured in a graph.
     `meta` is the kernel's constexprs and the compiler's options (num_warps, num_stages, launch_pdl ...).
     """
+    meta["enable_fp_fusion"] = True             # a * b + c in one instruction: not the default of every Triton release
     if _recording is not None:
         _recording[1].append(Launch(kernel, grid, args, meta))
         return

@@ -119,7 +119,9 @@ class Builder(stock.InterpreterBuilder):
         return _narrow(super().ternary_op(_widen(lhs), _widen(rhs), _widen(other), op))
 
     def create_fma(self, x, y, z):
-        return _narrow(super().create_fma(_widen(x), _widen(y), _widen(z))) if _is_bf16(z) else super().create_fma(x, y, z)
+        if not _is_bf16(z):
+            return super().create_fma(x, y, z)
+        return _narrow(super().create_fma(_widen(x), _widen(y), _widen(z)))
 
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
         return super().create_dot(_widen(a), _widen(b), d, input_precision, max_num_imprecise_acc)
@@ -146,7 +148,8 @@ class Builder(stock.InterpreterBuilder):
         owner = np.searchsorted(self.starts, addresses, side="right") - 1
         inside = (owner >= 0) & (addresses + np.uint64(size) <= self.ends[owner])
         if not inside.all():
-            raise IndexError(f"{(~inside).sum()} of {addresses.size} elements {verb} lie outside every tensor of the launch")
+            count = f"{(~inside).sum()} of {addresses.size}"
+            raise IndexError(f"{count} elements {verb} lie outside every tensor of the launch")
 
     def create_addptr(self, ptr, offset):
         # Broadcast axes (stride 0) of the offset are multiplied once, not once per element.
@@ -172,12 +175,14 @@ class Builder(stock.InterpreterBuilder):
             addresses = np.where(live, addresses, addresses.flat[live.argmax()])
         self.check_addresses(addresses, dtype.itemsize, "read")
         values = _gather(addresses, dtype)
-        return TensorHandle(values if live is None else np.where(live, values, _fill(other, live.shape, dtype)), element)
+        if live is not None:
+            values = np.where(live, values, _fill(other, live.shape, dtype))
+        return TensorHandle(values, element)
 
     def create_masked_store(self, ptrs, value, mask, cache_modifier, eviction_policy):
-        live = mask.data if mask.data.all() else ptrs.data[mask.data]
-        if live.size:
-            self.check_addresses(ptrs.data if live is mask.data else live, value.data.itemsize, "written")
+        addresses = ptrs.data if mask.data.all() else ptrs.data[mask.data]
+        if addresses.size:
+            self.check_addresses(addresses, value.data.itemsize, "written")
             super().create_masked_store(ptrs, value, mask, cache_modifier, eviction_policy)
 
     def create_atomic_rmw(self, rmw_op, ptr, value, mask, sem, scope):
@@ -351,4 +356,5 @@ def run(kernel, grid, args, meta):
             try:
                 function(**values)
             except Exception as error:
-                raise RuntimeError(f"{kernel.fn.__name__}, program {program}: {type(error).__name__}: {error}") from error
+                where = f"{kernel.fn.__name__}, program {program}"
+                raise RuntimeError(f"{where}: {type(error).__name__}: {error}") from error

@@ -1,7 +1,8 @@
-"""kv_append: cache[block_table[b, p // page_size], h, p % page_size, :] = new[b, h, :] for k and for v, p = positions[b]
+"""kv_append: k_cache[block_table[b, p // page_size], h, p % page_size, :] = k[b,h,:], p = positions[b]; v likewise
 
-  k, v [batch, kv_heads, head_dim]   views of a packed qkv row: stride(0) free
-  k_cache, v_cache [pages, kv_heads, page_size, head_dim]   block_table [batch, max_pages] int32   positions [batch] int32
+  k, v [batch, kv_heads, head_dim], views of packed qkv rows: stride(0) free
+  k_cache, v_cache [pages, kv_heads, page_size, head_dim]
+  block_table [batch, max_pages] int32   positions [batch] int32
   mapping   a program owns ROWS heads, counted through the heads of every batch entry
   traffic   k and v read once and written once
   contract  lab/ops/kv_append.py          twin  cuda_src/kv_append.cu
@@ -28,15 +29,15 @@ def kv_append_kernel(k, v, k_cache, v_cache, block_table, positions, rows, kv_he
     d = tl.arange(0, BLOCK)[None, :]
     source = (head * HEAD_DIM)[:, None] + d
 
-    # 2. Find the slot: a negative position marks an idle row, which is skipped; so is one past the block table.
+    # 2. Find the slot: row p % page_size of page p / page_size. A negative position marks an idle row: skipped.
     position = tl.load(positions + b, mask=row < rows, other=-1)
-    live = (position >= 0) & (position < max_pages * PAGE)
+    live = position >= 0
     page = tl.load(block_table + b * max_pages + position // PAGE, mask=live, other=0).to(tl.int64)
     slot = ((page * kv_heads + head) * PAGE + position % PAGE) * HEAD_DIM
     target = slot[:, None] + d
     live = live[:, None] & (d < HEAD_DIM)
 
-    # 3. Copy: k, then v.
+    # 3. Copy: k, then v, unchanged, so that the cache holds exactly what the projection and rope left.
     tl.store(k_cache + target, tl.load(k + b[:, None] * k_stride + source, mask=live, other=0.0), mask=live)
     tl.store(v_cache + target, tl.load(v + b[:, None] * v_stride + source, mask=live, other=0.0), mask=live)
 

@@ -5,9 +5,9 @@
   traffic   w once whatever the batch (it is everything: 2nk bytes in bfloat16); x from L2, once per program; y once
   contract  lab/ops/linear.py          twin  cuda_src/linear.cu
 
-Two ways to multiply, chosen by the launcher: up to a few rows, plain float32 arithmetic on the loaded weights; above, where
-the arithmetic would outlast the memory, the tensor cores with w as the left operand (its rows fill the tile that a small
-batch cannot) and x transposed as the right one, padded to BLOCK_B columns.
+Two ways to multiply, chosen by the launcher: up to a few rows, plain float32 arithmetic on the loaded weights; above,
+where the arithmetic would outlast the memory, the tensor cores, with w as the left operand (its rows fill the tile that
+a small batch cannot) and x transposed as the right one, padded to BLOCK_B columns.
 """
 import functools
 
@@ -16,10 +16,10 @@ import triton.language as tl
 
 from triton_kernels.common import architecture, config, launch
 
-# sum_rows: the most rows of x that the plain path takes. Per path a list of (most rows, largest n, settings); the first that
-# fits is taken. Small n wants small tiles, so that every SM has a program; more rows want wider ones, because each program
-# reads all of x. STAGES tiles are in flight through shared memory (1: loads go straight to registers); a warp of the plain
-# path reads 512 bytes of a row at a time.
+# sum_rows: the most rows of x that the plain path takes. Per path a list of (most rows, largest n, settings); the first
+# that fits is taken. Small n wants small tiles, so that every SM has a program; more rows want wider ones, because each
+# program reads all of x. STAGES tiles are in flight through shared memory; with 1, loads go straight to registers. A
+# warp of the plain path reads 512 bytes of a row at a time.
 ANY = 1 << 31
 SM_80 = {
     "sum_rows": 4,
@@ -39,7 +39,7 @@ def linear_kernel(x, w, bias, y, rows, n, k,
                   BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
                   STAGES: tl.constexpr, UNROLL: tl.constexpr):
     # 1. Locate: BLOCK_N rows of w; rows past the end read row 0 again, which is cheaper than a mask, and store nothing.
-    # The plain path's addresses are three-dimensional [batch, n, k], so that both loads and the sum share one layout and
+    # The plain path has three-dimensional addresses [batch, n, k]: so both loads and the sum share one layout, and
     # nothing moves between threads inside the loop.
     b = tl.arange(0, BLOCK_B)
     out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -53,7 +53,8 @@ def linear_kernel(x, w, bias, y, rows, n, k,
         w_at, x_at, col = w_row[None, :, None], x_row[:, None, None], col[None, None, :]
         acc = tl.zeros([BLOCK_B, BLOCK_N, BLOCK_K], tl.float32)
 
-    # 2. Stream: w is read once and never again (evict_first), x by every program (evict_last).
+    # 2. Stream: w is read once and never again (evict_first), x by every program (evict_last). The twin has a kernel
+    # for each path, with its own cp.async ring for the tensor cores; here the compiler makes the ring from num_stages.
     for k0 in tl.range(0, k, BLOCK_K, num_stages=STAGES, loop_unroll_factor=UNROLL):
         at = k0 + col
         if EVEN_K:
@@ -67,7 +68,7 @@ def linear_kernel(x, w, bias, y, rows, n, k,
         else:
             acc += wv.to(tl.float32) * xv.to(tl.float32)
 
-    # 3. Reduce: a lane has summed its own columns; one reduction at the end adds the lanes. (A dot has done it already.)
+    # 3. Reduce: a lane has summed its own columns; one reduction at the end adds the lanes. A dot has done so already.
     if DOT:
         total = tl.trans(acc)
     else:
@@ -82,8 +83,8 @@ def linear_kernel(x, w, bias, y, rows, n, k,
 
 @functools.lru_cache(maxsize=None)
 def _interpreter_tile(depth, n, k):
-    """BLOCK_N, BLOCK_K with the least interpreted time for `depth` rows of x in one tile, from measured costs:
-    1.5 ms a program, 0.5 ms an iteration, 5 ns an element (8 when masked), up to 2^17 elements, which stay in the cache."""
+    """BLOCK_N, BLOCK_K with the least interpreted time for `depth` rows of x in a tile. Costs as measured: 1.5 ms a
+    program, 0.5 ms an iteration, 5 ns an element (8 when masked), for up to 2^17 elements, which stay in the cache."""
     def cost(tile):
         block_n, block_k = tile
         programs, steps = triton.cdiv(n, block_n), triton.cdiv(k, block_k)
@@ -107,5 +108,5 @@ def linear(x, w, bias, y):
         meta = next(dict(m) for most_rows, most_n, m in cfg[path] if rows <= most_rows and n <= most_n)
         meta.setdefault("BLOCK_K", 512 // x.itemsize * meta["num_warps"])
         block_b = max(block_b, 16) if dot else block_b
-    launch(linear_kernel, (triton.cdiv(n, meta["BLOCK_N"]),), x, w, bias, y, rows, n, k,
-           DOT=dot, HAS_BIAS=bias is not None, EVEN_K=k % meta["BLOCK_K"] == 0, PRECISION="ieee", BLOCK_B=block_b, **meta)
+    launch(linear_kernel, (triton.cdiv(n, meta["BLOCK_N"]),), x, w, bias, y, rows, n, k, DOT=dot,
+           HAS_BIAS=bias is not None, EVEN_K=k % meta["BLOCK_K"] == 0, PRECISION="ieee", BLOCK_B=block_b, **meta)

@@ -1,6 +1,7 @@
 """rmsnorm: y[b,g,:] = T(x[b,g,:] * rsqrt(mean(x[b,g,:]^2) + eps)) * w
 
-  x [batch, (groups,) cols]   w [cols]   y like x   residual [batch, cols] or None: residual += x, then y = norm(residual)
+  x [batch, (groups,) cols], stride(0) free   w [cols]   y like x
+  residual [batch, cols] or None: residual += x, rounded to T, then y = norm(residual)
   mapping   a program owns ROWS whole rows (one, unless they are short), so a row is read once and stays in registers
   traffic   x once, y once (residual twice), w once per row (from L2 after the first row)
   contract  lab/ops/rmsnorm.py          twin  cuda_src/rmsnorm.cu
@@ -10,8 +11,8 @@ import triton.language as tl
 
 from triton_kernels.common import config, launch
 
-# elements: what a program takes at least, in whole rows: a warp of short rows (the heads of q and k) still reads 16 bytes a
-# lane. The interpreter takes as many rows as fit, because its cost is per program.
+# elements: what a program takes at least, in whole rows, so that a warp reads 16 bytes a lane of short rows too (the
+# heads of q and k). The interpreter takes as many rows as fit, because its cost is per program.
 CONFIGS = {
     "sm_90": dict(elements=512, per_warp=512, max_warps=16),
     "sm_80": dict(elements=512, per_warp=512, max_warps=16),
@@ -37,7 +38,7 @@ def rmsnorm_kernel(x, w, residual, y, rows, groups, cols, x_stride, y_stride, ep
         v = (v.to(tl.float32) + tl.load(into, mask=live, other=0.0).to(tl.float32)).to(v.dtype)
         tl.store(into, v, mask=live)
 
-    # 3. Reduce: sum of squares in float32; masked lanes add zero. The compiler writes the shuffles and the shared memory.
+    # 3. Reduce: sum of squares in float32; masked lanes add zero. The twin spells out shuffles and shared memory.
     v32 = v.to(tl.float32)
     scale = tl.rsqrt(tl.sum(v32 * v32, axis=1) / cols + eps)
 
@@ -55,6 +56,6 @@ def rmsnorm(x, w, eps, residual, y):
     rows = x.shape[0] * groups
     block = triton.next_power_of_2(cols)
     tile = min(triton.next_power_of_2(rows), max(cfg["elements"] // block, 1))
-    launch(rmsnorm_kernel, (triton.cdiv(rows, tile),), x, w, residual, y, rows, groups, cols, x.stride(0), y.stride(0), eps,
-           HAS_RESIDUAL=residual is not None, ROWS=tile, BLOCK=block,
+    launch(rmsnorm_kernel, (triton.cdiv(rows, tile),), x, w, residual, y, rows, groups, cols, x.stride(0), y.stride(0),
+           eps, HAS_RESIDUAL=residual is not None, ROWS=tile, BLOCK=block,
            num_warps=min(max(tile * block // cfg["per_warp"], 1), cfg["max_warps"]))

@@ -1,6 +1,6 @@
 """rope: (a, b) -> (a * cos - b * sin, b * cos + a * sin) for each pair (i, i + head_dim / 2) of every head, in place
 
-  q [batch, q_heads, head_dim]   k [batch, kv_heads, head_dim]   views of a packed qkv row: stride(0) free
+  q [batch, q_heads, head_dim]   k [batch, kv_heads, head_dim], views of packed qkv rows: stride(0) free
   positions [batch] int32   cos_sin [max_positions, head_dim] float32: first half cos, second half sin
   mapping   a program owns ROWS heads, counted through q's and k's heads of every batch entry
   traffic   q and k read once and written once; a table row per head, from L2
@@ -30,7 +30,7 @@ def rope_kernel(q, k, positions, cos_sin, batch, q_heads, kv_heads, q_stride, k_
     i = tl.arange(0, BLOCK)[None, :]
     position = tl.load(positions + b, mask=b < batch, other=-1)
     live = (position >= 0)[:, None] & (i < HALF)
-    # One pointer per row, into q or into k: a lane that took the wrong one would be a mask and a second load otherwise.
+    # One pointer per row, into q or into k; the twin's threads branch instead.
     first = tl.where(head < q_heads, q + b.to(tl.int64) * q_stride + head * (2 * HALF),
                      k + b.to(tl.int64) * k_stride + (head - q_heads) * (2 * HALF))[:, None] + i
 

@@ -5,9 +5,11 @@
   traffic   the row once from DRAM; each further pass (16 per threshold, one to draw) from L2
   contract  lab/ops/sample.py          twin  cuda_src/sample.cu
 
-Thresholds are found two bits at a time on integer keys that sort as the floats do: exact, ties included, with no sort and
-no memory. The draw is the argmax of l + gumbel (the Gumbel-max trick), with noise from Philox4x32-10 counted by (token,
-position, row), so it does not depend on the batch, the hardware or the order of the programs.
+Draw: l = logit / temperature; top-k keeps l >= the k-th largest; top-p keeps of those l >= t, the largest t whose kept
+mass reaches top_p of theirs; the token is the argmax over the kept of l + g, g = -log(-log(u)) (the Gumbel-max trick).
+Noise: Philox4x32-10 (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011), from tl.philox.
+
+Thresholds are found bit by bit on integers that are ordered as the floats are: exact, ties included, and no sort.
 """
 import triton
 import triton.language as tl
@@ -40,10 +42,14 @@ def _weight(value, top, scale):
 
 @triton.jit
 def _threshold(row, vocab, lowest, wanted, top, scale, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest key t for which the tokens with key >= t and >= lowest count, or weigh, at least `wanted`."""
+    """The largest key t for which the tokens with key >= t and >= lowest count, or weigh, at least `wanted`.
+    Counts are exact in float32, up to 2^24."""
     cut = tl.full([], 0, tl.uint32)
     for digit in range(16):
         step = tl.full([], 1, tl.uint32) << (30 - 2 * digit)
+        cut1 = cut + step
+        cut2 = cut1 + step
+        cut3 = cut2 + step
         n1 = tl.zeros([BLOCK], tl.float32)
         n2 = tl.zeros([BLOCK], tl.float32)
         n3 = tl.zeros([BLOCK], tl.float32)
@@ -52,17 +58,17 @@ def _threshold(row, vocab, lowest, wanted, top, scale, WEIGHTED: tl.constexpr, B
             weight = (key >= lowest).to(tl.float32)
             if WEIGHTED:
                 weight *= _weight(value, top, scale)
-            n1 += tl.where(key >= cut + step, weight, 0.0)
-            n2 += tl.where(key >= cut + 2 * step, weight, 0.0)
-            n3 += tl.where(key >= cut + 3 * step, weight, 0.0)
-        # Sums of the same order are monotone, so the candidates that hold enough are the lowest ones.
+            n1 += tl.where(key >= cut1, weight, 0.0)
+            n2 += tl.where(key >= cut2, weight, 0.0)
+            n3 += tl.where(key >= cut3, weight, 0.0)
+        # Sums in one order are monotone, so the candidates that hold enough are the lowest ones.
         passed = ((tl.sum(n1, axis=0) >= wanted).to(tl.uint32) + (tl.sum(n2, axis=0) >= wanted).to(tl.uint32)
                   + (tl.sum(n3, axis=0) >= wanted).to(tl.uint32))
         cut += passed * step
     return cut
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["top_k", "seed"])
 def sample_kernel(logits, positions, out, vocab, temperature, top_k, top_p, seed,
                   GREEDY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, BLOCK: tl.constexpr):
     # 1. Locate: program r owns row r.
@@ -87,7 +93,8 @@ def sample_kernel(logits, positions, out, vocab, temperature, top_k, top_p, seed
         scale = 1.4426950408889634 / temperature
         cut = tl.full([], 0, tl.uint32)
 
-        # 3. Top-k threshold: the largest key that at least top_k keys reach. (Counts are exact in float32 up to 2^24.)
+        # 3. Top-k threshold: the largest key that at least top_k keys reach. The twin counts digits of 8 bits in shared
+        # memory; Triton has no such scatter, so each pass counts the three candidates for the next two bits.
         if TOP_K:
             cut = _threshold(row, vocab, cut, top_k, top, scale, False, BLOCK)
 
@@ -101,8 +108,8 @@ def sample_kernel(logits, positions, out, vocab, temperature, top_k, top_p, seed
             wanted = tl.maximum(top_p * tl.sum(mass, axis=0), 1e-30)
             cut = _threshold(row, vocab, cut, wanted, top, scale, True, BLOCK)
 
-        # 5. Draw: -log(u) comes from the series in 1 - u where u is close to 1: there log(u) has lost its digits (float32
-        # cannot hold u, and the GPU's log is only accurate to 2^-22), and it is there that the winners are.
+        # 5. Draw: near u = 1, where the winners are, float32 cannot hold u and tl.log is only good to 2^-22; the series
+        # in 1 - u, which float32 does hold, replaces them there. (The twin has log1p.)
         position = tl.load(positions + r)
         best = tl.full([BLOCK], float("-inf"), tl.float32)
         index = tl.arange(0, BLOCK)
