@@ -154,7 +154,7 @@ def host_module() -> Module:
     kernel_flags = ["-O3", "-fno-strict-aliasing", "-fno-math-errno", "-fno-trapping-math", *vector_flags(), *instrument]
     if sanitizer == "thread":
         kernel_flags.append("-DLAB_HOST_TSAN")
-    units = [bindings(cxx, "_host", instrument)]
+    units = [bindings(cxx, "_host", [])]
     units += [Unit(path, [*common, *kernel_flags, "-x", "c++"]) for path in kernels()]
     units += [Unit(path, [*common, "-O2", *scheduler]) for path in sorted((SOURCES / "host").glob("*.cpp"))]
     link = [*shared_library(cxx), "-pthread", *([] if sanitizer == "none" else [f"-fsanitize={sanitizer}"])]
@@ -214,13 +214,18 @@ def current(target: Path, command: list[str]) -> bool:
         return False
 
 
+def beside(path: Path) -> Path:
+    """Where to write what will be renamed to `path`; builds that run at the same time do not meet there."""
+    return path.with_name(f"new-{os.getpid()}-{path.name}")
+
+
 def write(path: Path, text: str) -> None:
     """Writes beside and renames; a file that already says this keeps its time."""
     if path.exists() and path.read_text() == text:
         return
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(text)
-    beside.replace(path)
+    new = beside(path)
+    new.write_text(text)
+    new.replace(path)
 
 
 def run(command: list[str], what: str) -> str:
@@ -240,14 +245,14 @@ def compile_unit(unit: Unit, directory: Path) -> tuple[Path, bool]:
     target = directory / f"{unit.name}.o"
     if current(target, unit.command):
         return target, False
-    beside = target.with_suffix(".new.o")
+    new = beside(target)
     start = time.perf_counter()
     shown = unit.source.relative_to(ROOT) if unit.source.is_relative_to(ROOT) else unit.source
-    output = run([*unit.command, "-c", str(unit.source), "-MMD", "-MF", str(target.with_suffix(".d")), "-o", str(beside)],
+    output = run([*unit.command, "-c", str(unit.source), "-MMD", "-MF", str(target.with_suffix(".d")), "-o", str(new)],
                  str(shown))
     write(target.with_suffix(".log"), output)
     write(target.with_suffix(".cmd"), shlex.join(unit.command))
-    beside.replace(target)
+    new.replace(target)
     print(f"  {Path(unit.command[0]).name} {shown}  {time.perf_counter() - start:.1f} s", flush=True)
     return target, True
 
@@ -266,14 +271,14 @@ def build(module: Module, output: Path) -> None:
     command = [*module.link, *objects]
     record = library.with_suffix(".link")
     if compiled or not library.exists() or not record.exists() or record.read_text() != shlex.join(command):
-        beside = library.with_name(f"new-{library.name}")
-        run([*command, "-o", str(beside)], module.name)
-        beside.replace(library)
+        new = beside(library)
+        run([*command, "-o", str(new)], module.name)
+        new.replace(library)
         write(record, shlex.join(command))
     output.parent.mkdir(parents=True, exist_ok=True)
-    beside = output.with_name(f".new-{output.name}")
-    shutil.copy2(library, beside)
-    beside.replace(output)
+    new = beside(output)
+    shutil.copy2(library, new)
+    new.replace(output)
     print(f"{module.name}: {compiled} of {len(units)} files compiled", flush=True)
 
 

@@ -14,6 +14,7 @@
 #include "common.cuh"
 #include "launchers.h"
 #include "sizes.h"
+#include "unpack.cuh"
 
 using namespace lab;
 
@@ -85,10 +86,13 @@ __global__ void __launch_bounds__(kMaxThreads)
   float query[Heads][N];
   LAB_UNROLL
   for (int h = 0; h < Heads; ++h) {
-    Vec<T> v{};
-    if (live && head0 + h < group) v = load(q + b * q_stride + (kv_head * group + head0 + h) * D + c * N);
+    Packed<T, N> packed{};
+    if (live && head0 + h < group) {
+      packed = load_packed<N>(q + b * q_stride + (kv_head * group + head0 + h) * D + c * N);
+    }
+    unpack<T>(query[h], packed);
     LAB_UNROLL
-    for (int e = 0; e < N; ++e) query[h][e] = to_float(v.v[e]) * scale_log2;
+    for (int e = 0; e < N; ++e) query[h][e] *= scale_log2;
   }
 
   // 3. Stream the tiles: cp.async fills a ring of kStages tiles. A page number is looked up one tile ahead, so that no copy
@@ -133,11 +137,12 @@ __global__ void __launch_bounds__(kMaxThreads)
     if (live) {
       LAB_UNROLL
       for (int j = 0; j < kPerLane; ++j) {
-        const Vec<T> key = load(&tiles.k[t % kStages][j * Tile::kParts + part][c * N]);
+        float key[N];
+        unpack<T>(key, load_packed<N>(&tiles.k[t % kStages][j * Tile::kParts + part][c * N]));
         LAB_UNROLL
         for (int h = 0; h < Heads; ++h) {
           LAB_UNROLL
-          for (int e = 0; e < N; ++e) scores[j * Heads + h] = fmadd(query[h][e], to_float(key.v[e]), scores[j * Heads + h]);
+          for (int e = 0; e < N; ++e) scores[j * Heads + h] = fmadd(query[h][e], key[e], scores[j * Heads + h]);
         }
       }
     }
@@ -166,11 +171,12 @@ __global__ void __launch_bounds__(kMaxThreads)
     if (live) {
       LAB_UNROLL
       for (int j = 0; j < kPerLane; ++j) {
-        const Vec<T> value = load(&tiles.v[t % kStages][j * Tile::kParts + part][c * N]);
+        float value[N];
+        unpack<T>(value, load_packed<N>(&tiles.v[t % kStages][j * Tile::kParts + part][c * N]));
         LAB_UNROLL
         for (int h = 0; h < Heads; ++h) {
           LAB_UNROLL
-          for (int e = 0; e < N; ++e) acc[h][e] = fmadd(scores[j * Heads + h], to_float(value.v[e]), acc[h][e]);
+          for (int e = 0; e < N; ++e) acc[h][e] = fmadd(scores[j * Heads + h], value[e], acc[h][e]);
         }
       }
     }
@@ -222,7 +228,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   for (int i = threadIdx.x; i < group * D; i += blockDim.x) {
     out_head[i] = normalised<T>(merge<D>(published + i / D * (D + 2), splits, stride, i % D));
   }
-  if (threadIdx.x == 0) tickets[b * kv_heads + kv_head] = 0;
+  if (threadIdx.x == 0) atomicExch(&tickets[b * kv_heads + kv_head], 0u);
 }
 
 namespace {

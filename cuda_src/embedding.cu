@@ -36,7 +36,7 @@ void embedding(Ptr ids, Ptr table, Ptr out, int rows, int cols, int vocab, int d
     using T = decltype(tag);
     by_width<T>([&](auto width) {
       constexpr int N = decltype(width)::value;
-      const int threads = kHost ? 32 : cols / N > 128 ? 256 : 128;
+      const int threads = cpu_shapes() ? 32 : cols / N > 128 ? 256 : 128;
       launch({dim3(rows), dim3(threads), 0, stream}, "embedding_kernel", embedding_kernel<T, N>, as<const int>(ids),
              as<const T>(table), as<T>(out), cols, vocab);
     }, cols);

@@ -8,6 +8,7 @@
 #include "common.cuh"
 #include "launchers.h"
 #include "sizes.h"
+#include "unpack.cuh"
 
 using namespace lab;
 
@@ -25,15 +26,14 @@ LAB_DEVICE void store_output(void* y, size_t i, float sum, const T* bias, int ro
 
 // The shape of a launch. N: elements per access. B: rows of x at a time. R: rows of w per lane group. L: lanes in a group
 // that share k. S: lane groups that share k as well. U: accesses to each row of w in flight; R * U * 16 bytes a thread.
-template <int N_, int B_, int R_, int L_, int S_, int U_>
+template <int N_, int B_, int R_, int L_, int S_, int U_, int Threads>
 struct Stream {
-  static constexpr int N = N_, B = B_, R = R_, L = L_, S = S_, U = U_;
-  static constexpr int kThreads = kHost ? 8 : 128;
+  static constexpr int N = N_, B = B_, R = R_, L = L_, S = S_, U = U_, kThreads = Threads;
   static constexpr int kGroups = kThreads / L;
   static constexpr int kRowsPerBlock = kGroups / S * R;
   static constexpr int kStep = S * L * N;         // elements of k that one access of all cooperating lanes covers
-  // Partial sums per output: a CPU's vector unit needs independent lanes, a GPU thread is one lane.
-  static constexpr int kLanes = kHost ? N : 1;
+  // Partial sums per output: the vector unit of a CPU wants independent lanes, a thread of a GPU is one lane.
+  static constexpr int kLanes = L == 1 ? N : 1;
 };
 
 template <typename C>
@@ -41,12 +41,23 @@ struct StreamSmem {
   float partial[C::kGroups][C::R * C::B];
 };
 
-template <int N, typename T>
-LAB_DEVICE Vec<T, N> load_weights(const T* p) {
-  if constexpr (N * sizeof(T) == 16) {
-    return load_stream(p);
+// Sums Count values (a power of two up to 32) over the warp; v[0] of lane i becomes sum i % Count. While there are several,
+// each half of the lanes keeps one half of them: Count - 1 shuffles, and log2(32 / Count) more, where summing each alone
+// takes 5 * Count. Recursive, because only a constant index keeps an array in registers.
+template <int Count, int N>
+LAB_DEVICE void scatter_sum(float (&v)[N], int lane) {
+  if constexpr (Count > 1) {
+    constexpr int kHalf = Count / 2;
+    const bool upper = lane & kHalf;
+    LAB_UNROLL
+    for (int i = 0; i < kHalf; ++i) {
+      const float kept = upper ? v[i + kHalf] : v[i], sent = upper ? v[i] : v[i + kHalf];
+      v[i] = kept + __shfl_xor_sync(0xffffffffu, sent, kHalf);
+    }
+    scatter_sum<kHalf>(v, lane);
   } else {
-    return load<N>(p);
+    LAB_UNROLL
+    for (int distance = N; distance < 32; distance *= 2) v[0] += __shfl_xor_sync(0xffffffffu, v[0], distance);
   }
 }
 
@@ -65,11 +76,11 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   for (int b0 = 0; b0 < rows; b0 += B) {
     // 2. Stream: U * R independent 16-byte loads are in flight; each is replaced as soon as it is used. The first leave
     // before the wait, for weights depend on no earlier kernel. x is small and comes from L1.
-    Vec<T, N> weights[C::U][R];
-    const auto fetch = [&](Vec<T, N>(&into)[R], int col) {
+    Packed<T, N> weights[C::U][R];
+    const auto fetch = [&](Packed<T, N>(&into)[R], int col) {
       if (col >= k) return;
       LAB_UNROLL
-      for (int r = 0; r < R; ++r) into[r] = load_weights<N>(w_rows[r] + col);
+      for (int r = 0; r < R; ++r) into[r] = load_packed_stream<N>(w_rows[r] + col);
     };
     LAB_UNROLL
     for (int u = 0; u < C::U; ++u) fetch(weights[u], first + u * C::kStep);
@@ -84,16 +95,17 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       for (int u = 0; u < C::U; ++u) {
         const int col = panel + u * C::kStep;
         if (col < k) {
+          float wf[R][N];
+          LAB_UNROLL
+          for (int r = 0; r < R; ++r) unpack<T>(wf[r], weights[u][r]);
           LAB_UNROLL
           for (int b = 0; b < B; ++b) {
-            const Vec<T, N> xv = load<N>(x_rows[b] + col);
+            float xf[N];
+            unpack<T>(xf, load_packed<N>(x_rows[b] + col));
             LAB_UNROLL
             for (int r = 0; r < R; ++r) {
               LAB_UNROLL
-              for (int e = 0; e < N; ++e) {
-                float& a = acc[r][b][e % C::kLanes];
-                a = fmadd(to_float(weights[u][r].v[e]), to_float(xv.v[e]), a);
-              }
+              for (int e = 0; e < N; ++e) acc[r][b][e % C::kLanes] = fmadd(wf[r][e], xf[e], acc[r][b][e % C::kLanes]);
             }
           }
         }
@@ -102,7 +114,9 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     }
     pdl_launch_dependents();
 
-    // 3. Reduce: over the lanes of a group, then over the groups that shared the row, in a fixed order.
+    // 3. Reduce: over the lanes of a group, then over the groups that shared the row, in a fixed order. Sum i belongs to
+    // row i % R of w and row i / R of x; lane i of a warp has it, or a CPU thread all of them.
+    constexpr int kMine = C::L == 1 ? R * B : 1;
     float sums[R * B];
     LAB_UNROLL
     for (int i = 0; i < R * B; ++i) {
@@ -110,29 +124,24 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       LAB_UNROLL
       for (int e = 0; e < C::kLanes; ++e) sums[i] += acc[i % R][i / R][e];
     }
-    if constexpr (C::L > 1) group_sum<C::L>(sums);
+    if constexpr (C::L == 32) scatter_sum<R * B>(sums, lane);
     if constexpr (C::S > 1) {
       auto& shared = smem<StreamSmem<C>>();
       if (b0 > 0) __syncthreads();                // the previous rows' sums have been read
-      LAB_UNROLL
-      for (int i = 0; i < R * B; ++i) {
-        if (lane == i % C::L) shared.partial[group][i] = sums[i];
-      }
+      if (lane < R * B) shared.partial[group][lane] = sums[0];
       __syncthreads();
-      LAB_UNROLL
-      for (int i = 0; i < R * B; ++i) {
-        if (slice != 0 || lane != i % C::L) continue;
+      if (slice == 0 && lane < R * B) {
         LAB_UNROLL
-        for (int s = 1; s < C::S; ++s) sums[i] += shared.partial[group + s][i];
+        for (int s = 1; s < C::S; ++s) sums[0] += shared.partial[group + s][lane];
       }
     }
 
-    // 4. Store: lane i stores sum i, so R neighbouring outputs leave together.
+    // 4. Store: neighbouring lanes store neighbouring outputs, R of them per row of x.
     LAB_UNROLL
-    for (int i = 0; i < R * B; ++i) {
-      const int out_row = row + i % R, b = b0 + i / R;
-      if (slice == 0 && lane == i % C::L && out_row < n && b < rows) {
-        store_output(y, size_t(b) * n + out_row, sums[i], bias, out_row, out_f32);
+    for (int j = 0; j < kMine; ++j) {
+      const int i = lane + j, out_row = row + i % R, b = b0 + i / R;
+      if (slice == 0 && i < R * B && out_row < n && b < rows) {
+        store_output(y, size_t(b) * n + out_row, sums[j], bias, out_row, out_f32);
       }
     }
   }
@@ -172,19 +181,22 @@ __global__ void __launch_bounds__(C::kWarps * 32)
   const int chunks = (k + kDepth - 1) / kDepth;
   float acc[C::M][C::B][4] = {};
 
-  // 2. Stream: kStages - 1 stages are in flight while one is multiplied; whatever lies outside w or x becomes zero.
+  // 2. Stream: kStages - 1 stages are in flight while one is multiplied; whatever lies outside w or x becomes zero. A lane
+  // copies chunk c of every fourth row, so its place in the swizzle never changes.
+  const int c = lane % 8, copy_row = lane / 8;
   const auto copy = [&](T(*tile)[kDepth], const T* from, int count, int limit, int chunk) {
-    const int c = lane % 8, col = chunk * kDepth + c * N;
+    const int col = chunk * kDepth + c * N;
+    const T* source = from + size_t(copy_row) * k + col;
+    T* target = &tile[copy_row][swizzle(copy_row, c) * N];
+    const int valid_rows = col < k ? limit - copy_row : 0;
     LAB_UNROLL
-    for (int i = 0; i < count / 4; ++i) {
-      const int row = i * 4 + lane / 8;
-      const bool valid = row < limit && col < k;
-      const T* source = from + (valid ? size_t(row) * k + col : 0);
-      T* target = &tile[row][swizzle(row, c) * N];
+    for (int i = 0; i < count; i += 4, source += 4 * size_t(k), target += 4 * kDepth) {
+      const bool valid = i < valid_rows;
       if constexpr (kAligned) {
         cp_async16(target, source, valid);
       } else {
         Vec<T> v{};
+        LAB_UNROLL
         for (int e = 0; e < N; ++e) {
           if (valid && col + e < k) v.v[e] = source[e];
         }
@@ -283,12 +295,13 @@ void launch_stream(const Arguments& a) {
 
 template <typename T, int N, int B>
 void few_rows(const Arguments& a) {
-  if constexpr (kHost) {
-    launch_stream<T, Stream<N, B, 4, 1, 1, 1>>(a);         // a CPU thread per 4 rows: nothing to reduce across threads
-  } else if (N == 1 || a.n >= 4 * 16 * 132) {
-    launch_stream<T, Stream<N, B, 4, 32, 1, 2>>(a);        // at least 16 warps on each of 132 multiprocessors
-  } else if constexpr (N > 1) {
-    launch_stream<T, Stream<N, B, 4, 32, 4, 2>>(a);        // few rows: 4 warps share each, to have as many loads in flight
+  if constexpr (kHost) {                          // a CPU thread per 4 rows: nothing to reduce across threads
+    if (cpu_shapes()) return launch_stream<T, Stream<N, B, 4, 1, 1, 1, 8>>(a);
+  }
+  if (N > 1 && a.n < 4 * 16 * 132) {              // less than 16 warps for each of 132 multiprocessors: 4 share each row
+    if constexpr (N > 1) launch_stream<T, Stream<N, B, 4, 32, 4, 2, 128>>(a);
+  } else {
+    launch_stream<T, Stream<N, B, 4, 32, 1, 2, 128>>(a);
   }
 }
 

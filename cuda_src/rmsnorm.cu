@@ -105,7 +105,7 @@ void rmsnorm(Ptr x, Ptr w, Ptr residual, Ptr y, int rows, int groups, int cols, 
                as<const T>(x), as<const T>(w), as<T>(residual), as<T>(y), groups, cols, x_stride, y_stride, eps);
       };
       // A warp needs no barrier; the CPU, which runs threads one after the other, always prefers it.
-      if (kHost || cols <= kKeep * 32 * N) {
+      if (cpu_shapes() || cols <= kKeep * 32 * N) {
         start(32, rmsnorm_kernel<T, N, 32>);
       } else {
         start(256, rmsnorm_kernel<T, N, 256>);

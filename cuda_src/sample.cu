@@ -22,7 +22,7 @@ constexpr int kDigits = 256;                      // a key is four digits of 8 b
 constexpr int kCopies = 8;                        // of each counter, so that a warp's lanes seldom meet in one
 
 struct SampleSmem {
-  uint32_t low[kCopies][kDigits], high[kCopies][kDigits];  // 64-bit counters in halves: shared atomics are 32 bits wide
+  uint32_t low[kCopies * kDigits], high[kCopies * kDigits];  // 64-bit counters in halves: shared atomics are 32 bits wide
   uint64_t best[kThreads / 32];
   uint64_t above;                                 // weight of all keys above the digit that was found
   uint64_t target;
@@ -54,10 +54,10 @@ LAB_DEVICE uint64_t block_largest(uint64_t v, SampleSmem& s) {
 LAB_DEVICE uint64_t candidate(float value, int index) { return uint64_t(order_key(value)) << 32 | uint32_t(~index); }
 
 LAB_DEVICE void add_weight(SampleSmem& s, uint32_t digit, uint64_t weight) {
-  const int copy = threadIdx.x % kCopies;
-  const uint32_t low = uint32_t(weight), before = atomicAdd(&s.low[copy][digit], low);
+  const uint32_t counter = threadIdx.x % kCopies * kDigits + digit;
+  const uint32_t low = uint32_t(weight), before = atomicAdd(&s.low[counter], low);
   const uint32_t high = uint32_t(weight >> 32) + (before + low < before);  // with the carry
-  if (high != 0) atomicAdd(&s.high[copy][digit], high);
+  if (high != 0) atomicAdd(&s.high[counter], high);
 }
 
 // The largest key t for which the weights of all keys >= t add up to at least target(total weight). visit(add) must call
@@ -69,7 +69,7 @@ LAB_DEVICE uint32_t select_threshold(SampleSmem& s, Visit visit, Target target) 
     s.above = 0;
   }
   for (int shift = 24; shift >= 0; shift -= 8) {
-    for (int i = threadIdx.x; i < kCopies * kDigits; i += kThreads) s.low[0][i] = s.high[0][i] = 0;
+    for (int i = threadIdx.x; i < kCopies * kDigits; i += kThreads) s.low[i] = s.high[i] = 0;
     __syncthreads();
     const uint32_t prefix = s.prefix;
     visit([&](uint32_t key, uint64_t weight) {
@@ -84,8 +84,8 @@ LAB_DEVICE uint32_t select_threshold(SampleSmem& s, Visit visit, Target target) 
       for (int i = 0; i < kOwn; ++i) {
         weights[i] = 0;
         for (int copy = 0; copy < kCopies; ++copy) {
-          weights[i] += uint64_t(s.high[copy][lane * kOwn + i]) << 32;
-          weights[i] += s.low[copy][lane * kOwn + i];
+          const int counter = copy * kDigits + lane * kOwn + i;
+          weights[i] += (uint64_t(s.high[counter]) << 32) + s.low[counter];
         }
         own += weights[i];
       }
