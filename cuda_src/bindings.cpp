@@ -2,6 +2,7 @@
 // needed to build this; the callers in lab/ops/ have checked them.
 //
 // One source, two modules: LAB_MODULE is _cuda (nvcc's kernels) or _host (the same kernels, by a C++ compiler).
+#include <dlfcn.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -13,6 +14,25 @@ const char* build_facts();                        // JSON, written by setup.py
 }
 
 namespace py = pybind11;
+
+// The recorded launches as dicts. offset: where in this module's file the kernel's host half is; `nm` names it there.
+static py::list take_launches() {
+  py::list rows;
+  for (const lab::trace::Launch& launch : lab::take_launches()) {
+    Dl_info module{};
+    dladdr(reinterpret_cast<void*>(launch.function), &module);
+    py::dict row;
+    row["kernel"] = launch.kernel;
+    row["offset"] = launch.function - reinterpret_cast<std::uintptr_t>(module.dli_fbase);
+    row["grid"] = launch.grid;
+    row["block"] = launch.block;
+    row["smem_bytes"] = launch.smem_bytes;
+    row["cluster"] = launch.cluster;
+    row["pdl"] = launch.pdl;
+    rows.append(row);
+  }
+  return rows;
+}
 
 PYBIND11_MODULE(LAB_MODULE, m) {
   const auto op = [&](const char* name, auto* launcher) {
@@ -35,6 +55,10 @@ PYBIND11_MODULE(LAB_MODULE, m) {
 
   m.def("set_trace", &lab::set_trace, "Starts or stops recording the names of launched kernels.");
   m.def("take_trace", &lab::take_trace, "The names of the kernels launched since the last call, oldest first.");
+  m.def("record_launches", &lab::record_launches,
+        "From now on launches are noted and not run, as on a GPU of so many multiprocessors; 0 ends that.");
+  m.def("take_launches", &take_launches,
+        "list of dict: kernel, offset (of its host half in this file), grid, block, smem_bytes, cluster, pdl.");
   m.def("build_info", [] { return py::module_::import("json").attr("loads")(lab::build_facts()); },
         "dict: compiler, archs, flags, sanitizer; for the GPU build also nvcc and host_compiler.");
 }

@@ -373,10 +373,13 @@ inline int device_major() {
 }
 }  // namespace detail
 
-// Launches kernel(args...) and records its name. Throws std::runtime_error naming the kernel if the launch is refused;
+// Launches kernel(args...) and traces its name; while launches are recorded (trace.h), notes them instead. Throws std::runtime_error naming the kernel if the launch is refused;
 // errors inside the kernel surface at the next synchronisation, as everywhere in CUDA.
 template <typename... Params, typename... Args>
 inline void launch(const Config& config, const char* name, void (*kernel)(Params...), Args&&... args) {
+  if (trace::recorded_multiprocessors()) {        // noted, not run: there may be no GPU
+    return trace::record_launch(name, reinterpret_cast<std::uintptr_t>(kernel), config);
+  }
   if (config.smem_bytes > 48 * 1024) {
     detail::check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                        cudaFuncAttributeMaxDynamicSharedMemorySize, int(config.smem_bytes)),
@@ -415,6 +418,9 @@ inline Vec<T> load_stream(const T* p) {
 
 template <typename... Params, typename... Args>
 inline void launch(const Config& config, const char* name, void (*kernel)(Params...), Args&&... args) {
+  if (trace::recorded_multiprocessors()) {        // noted, not run: there may be no GPU
+    return trace::record_launch(name, reinterpret_cast<std::uintptr_t>(kernel), config);
+  }
   auto run_thread = [&] { kernel(static_cast<Params>(args)...); };
   trace::record(name);
   host::run({name, config.grid, config.block, config.smem_bytes, config.cluster,

@@ -40,6 +40,7 @@ int current_device() { return 0; }
 }  // namespace
 
 Ptr normed_scratch(size_t bytes, Ptr stream) {
+  if (trace::recorded_multiprocessors()) return 256;  // an aligned address that no kernel will see
   static std::mutex mutex;
   static std::vector<Buffer> buffers;             // by device
   const std::lock_guard<std::mutex> lock(mutex);

@@ -1,9 +1,13 @@
-// Which kernels were launched: a list of names, kept only while tracing is on.
+// Which kernels were launched: a list of names, kept only while tracing is on. And recording: launches noted in full
+// instead of run, so that a machine with no GPU can tell which instantiation a call takes, and with what shape.
 //
 // Plain C++, so that bindings.cpp can include it too. Hidden visibility keeps the GPU extension's list and the
 // host extension's list apart when both are loaded in one process.
 #pragma once
+#include <array>
 #include <atomic>
+#include <cstddef>
+#include <cstdint>
 #include <mutex>
 #include <string>
 #include <utility>
@@ -22,6 +26,29 @@ inline void record(const char* kernel) {
   names.emplace_back(kernel);
 }
 
+// A launch that was asked for while recording. function: the kernel's address in this module (its host half).
+struct Launch {
+  std::string kernel;
+  std::uintptr_t function;
+  std::array<unsigned, 3> grid, block;
+  size_t smem_bytes;
+  unsigned cluster;
+  bool pdl;
+};
+
+inline std::atomic<int> recording{0};             // multiprocessors of the GPU that is pretended; 0: launches run
+inline std::vector<Launch> launches;
+
+// Multiprocessors to plan for while launches are recorded, else 0.
+inline int recorded_multiprocessors() { return recording.load(std::memory_order_relaxed); }
+
+template <typename Config>
+inline void record_launch(const char* kernel, std::uintptr_t function, const Config& c) {
+  std::lock_guard<std::mutex> lock(mutex);
+  launches.push_back({kernel, function, {c.grid.x, c.grid.y, c.grid.z}, {c.block.x, c.block.y, c.block.z}, c.smem_bytes,
+                      c.cluster, c.pdl});
+}
+
 }  // namespace trace
 
 // Starts or stops recording; either way the list is emptied.
@@ -35,6 +62,19 @@ inline void set_trace(bool on) {
 inline std::vector<std::string> take_trace() {
   std::lock_guard<std::mutex> lock(trace::mutex);
   return std::exchange(trace::names, {});
+}
+
+// From now on launches are noted and not run, as they would be on a GPU of so many multiprocessors; 0 ends that.
+inline void record_launches(int multiprocessors) {
+  std::lock_guard<std::mutex> lock(trace::mutex);
+  trace::launches.clear();
+  trace::recording = multiprocessors;
+}
+
+// Returns the launches noted since the last call, in order, and empties the list.
+inline std::vector<trace::Launch> take_launches() {
+  std::lock_guard<std::mutex> lock(trace::mutex);
+  return std::exchange(trace::launches, {});
 }
 
 }  // namespace lab
