@@ -24,6 +24,8 @@ build: $(READY)
 	@$(PY) -m lab.setup_env --model
 	@touch $@
 
+# Without a GPU the demo needs the host build alone, and nvcc would take minutes.
+demo: export LAB_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),auto,0)
 demo: build .venv/model  ## a real model speaks under CUDA and under Triton, compared; report in out/demo (OUT=...)
 	@$(PY) -m lab.demo --out $(or $(OUT),out/demo)
 
