@@ -1,4 +1,4 @@
-"""`lab explain OP`: the CUDA and the Triton half of an op side by side, step by step, with bytes and measured figures."""
+"""`lab explain OP`: the two halves of an op side by side, step by step, with its bytes and its last measured times."""
 from pathlib import Path
 
 from lab.errors import LabError
@@ -9,7 +9,8 @@ SIDE_BY_SIDE = 110          # columns; on a narrower terminal the halves stand o
 def add_arguments(parser):
     parser.add_argument("op", metavar="OP", help="an op of `lab ops`, as in rmsnorm")
     parser.add_argument("--html", metavar="FILE", help="write a page instead of printing")
-    parser.add_argument("--reports", metavar="DIR", default="reports", help="where measured records lie (default: reports)")
+    parser.add_argument("--reports", metavar="DIR", default="reports",
+                        help="where measured records lie (default: reports)")
 
 
 def main(args):
@@ -20,7 +21,8 @@ def main(args):
     if args.op not in known:
         import difflib
         near = difflib.get_close_matches(args.op, known, 1)
-        raise LabError(f"unknown op {args.op!r}: {f'did you mean {near[0]}? ' if near else ''}choose from {', '.join(known)}")
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise LabError(f"unknown op {args.op!r}: {hint}choose from {', '.join(known)}")
     cuda, triton = twins.pair(args.op)
     facts = bytes_of(args.op) + measured(args.op, Path(args.reports))
     if args.html:
@@ -32,7 +34,7 @@ def main(args):
 
 
 def bytes_of(op):
-    """[(what, text)]: the least traffic and the arithmetic of the contract's first case, in bf16 where the op takes it."""
+    """[(what, text)]: least traffic and arithmetic of the contract's first case, in bf16 where the op takes it."""
     import torch
 
     from lab.dispatch import DTYPES, Rand
@@ -53,7 +55,7 @@ def bytes_of(op):
 def measured(op, reports):
     """[(where, text)]: the last GPU figures of each folder below `reports`, one line a backend; [] without records."""
     from lab.harness import records
-    from lab.report import load, op_figures, style
+    from lab.report import load, ops, style
 
     if not reports.is_dir() or not any(reports.rglob(records.FILE)):
         return []
@@ -63,12 +65,12 @@ def measured(op, reports):
         return [("measured", f"not shown: {e}")]
     found, seen = [], set()
     for run in runs:
-        f = op_figures.focus(run)
+        f = ops.focus(run)
         rows = run.op[run.op["op"] == op]
         if f is None or run.emulated or run.path in seen or not len(rows):
             continue
         seen.add(run.path)
-        rows = op_figures.labelled(op_figures.chosen(rows, f))
+        rows = ops.labelled(ops.chosen(rows, f))
         rows = rows[~rows["suspect"] & rows["of_ceiling"].notna()]
         if not len(rows):
             continue
@@ -77,8 +79,9 @@ def measured(op, reports):
         for backend in style.backend_order(rows["backend"]):
             row = rows[rows["backend"] == backend].iloc[0]
             found.append((f"{run.device}, run {run.id}",
-                          f"{style.backend(backend).label}: {row['us']:,.1f} us, {row['of_ceiling']:.0%} of the ceiling "
-                          f"({row['case']}, batch {row['batch']:.0f}, {row['dtype']}, {row['cache']} cache, n {row['n']:.0f})"))
+                          f"{style.backend(backend).label}: {row['us']:,.1f} us, {row['of_ceiling']:.0%} of the "
+                          f"ceiling ({row['case']}, batch {row['batch']:.0f}, {row['dtype']}, {row['cache']} cache, "
+                          f"n {row['n']:.0f})"))
     return found
 
 
@@ -133,8 +136,10 @@ def show(op, cuda, triton, facts):
         console.rule(f"{number}. {escape(title)}", align="left")
         both(*(side(h, look, step) for h, look, step in zip(halves, looks, steps)))
     console.rule("Around the steps", align="left")
-    console.print(Text("; ".join(f"{h.name}: {h.code_lines} lines of code, {sum(len(c.lines) for c in h.around)} of its lines "
-                                 "outside the steps (declarations and launch)" for h in halves), style="dim"))
+    for h in halves:
+        outside = sum(len(c.lines) for c in h.around)
+        console.print(Text(f"{h.name}: {h.code_lines} lines of code; {outside} lines outside the steps (declarations "
+                           "and launch)", style="dim"))
 
 
 def write_page(path, op, facts):

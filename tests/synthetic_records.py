@@ -96,8 +96,8 @@ def model_rows(run, rng, models, batches, contexts, emulated):
                 for batch in batches:
                     kv = 4 * batch * context * hkv * dim * layers
                     us = sum(us for _, _, us, _ in step_us(model, backend, batch, context, emulated)) + 25
-                    row = ModelRow(run=run, model=model, backend=backend, plan="basic", dtype="fp32" if emulated else "bf16",
-                                   mode="eager" if emulated else "graph", batch=batch, context=context,
+                    row = ModelRow(run=run, model=model, backend=backend, plan="basic", batch=batch, context=context,
+                                   dtype="fp32" if emulated else "bf16", mode="eager" if emulated else "graph",
                                    timer="wall" if emulated else "graph", bytes=weights + kv, weight_bytes=weights,
                                    kv_bytes=int(kv * 1.1), workspace_bytes=30 << 20, emulated=emulated,
                                    page_utilisation=0.91, ttft_ms=us / 1e3 * (4 + context / 500), **timing(rng, us))
@@ -124,8 +124,9 @@ def ledger_rows(run, rng, models, context, emulated):
             total = parts * 1.06
             totals[backend] = total
             for order, (op, role, us, nbytes) in enumerate(rows):
-                yield LedgerRow(**common, row="kernel", order=order, op=op, kernel=f"{op}_{role or 'any'}_kernel", calls=1,
-                                bytes=nbytes, of_token=us / total, **timing(rng, us))
+                kernel = f"{op}_{role or 'any'}_kernel"
+                yield LedgerRow(**common, row="kernel", order=order, op=op, kernel=kernel, calls=1, bytes=nbytes,
+                                of_token=us / total, **timing(rng, us))
             yield LedgerRow(**common, row="gap", order=90, us=parts * 0.05, of_token=0.05 / 1.06)
             yield LedgerRow(**common, row="unexplained", order=91, us=total - parts * 1.05, of_token=0.01 / 1.06)
             yield LedgerRow(**common, row="total", order=92, of_token=1.0, **timing(rng, total))
@@ -133,8 +134,8 @@ def ledger_rows(run, rng, models, context, emulated):
         for (op, _, us, _), (_, _, other, _) in zip(step_us(model, "cuda", 1, context, emulated),
                                                     step_us(model, "triton", 1, context, emulated)):
             swaps[op] += us - other
-        common = dict(run=run, model=model, plan="basic", dtype="fp32" if emulated else "bf16", batch=1, context=context,
-                      row="swap", emulated=emulated, timer="wall" if emulated else "graph")
+        common = dict(run=run, model=model, plan="basic", dtype="fp32" if emulated else "bf16", batch=1, row="swap",
+                      context=context, emulated=emulated, timer="wall" if emulated else "graph")
         yield LedgerRow(**common, backend="triton", order=100, **timing(rng, totals["triton"]))
         for order, (op, gain) in enumerate(swaps.items(), 101):
             yield LedgerRow(**common, backend="triton", order=order, op=op, overrides={op: "cuda"},
@@ -149,13 +150,13 @@ def make(run="20250101T120000-synt", emulated=False, models=None, batches=(1, 4,
     models = models or (["smollm2-135m"] if emulated else list(MODELS))
     if emulated:
         batches, contexts = (1, 2), (64, 256)
-    state = dict(run=run, device="cpu" if emulated else "cuda", gpu=None if emulated else "Synthetic GPU (not measured)",
-                 cpu="Synthetic CPU (not measured)", torch="2.11.0", triton="3.6.0", python="3.12.1", commit="0000000",
-                 throttle=[], notes=[NOTE], time=f"2025-01-01T12:00:0{seed % 10}Z",
-                 settings={"command": f"lab bench all --out reports/{run}"})
+    state = dict(run=run, device="cpu" if emulated else "cuda", cpu="Synthetic CPU (not measured)", torch="2.11.0",
+                 triton="3.6.0", python="3.12.1", commit="0000000", throttle=[], notes=[NOTE],
+                 time=f"2025-01-01T12:00:0{seed % 10}Z")
     if not emulated:
-        state |= dict(capability="9.0", sms=132, driver="580.1", cuda="13.0", nvcc="13.0", sm_mhz=1980.0, mem_mhz=2619.0,
-                      power_w=410.0, power_limit_w=700.0, temperature_c=48.0, l2_bytes=50 << 20, memory_bytes=80 << 30,
+        state |= dict(gpu="Synthetic GPU (not measured)", capability="9.0", sms=132, driver="580.1", cuda="13.0",
+                      nvcc="13.0", sm_mhz=1980.0, mem_mhz=2619.0, power_w=410.0, power_limit_w=700.0,
+                      temperature_c=48.0, l2_bytes=50 << 20, memory_bytes=80 << 30,
                       peers={"flashinfer": "not installed"})
     rows = [Env(when="before", **state)]
     if not emulated:

@@ -75,7 +75,8 @@ def conditions(run, rows, *extra):
     for column in ("dtype", "cache"):
         if column in rows and len(rows):
             values = [v for v in dict.fromkeys(rows[column]) if v]
-            words.append(", ".join(values) + (" cache" if column == "cache" else "") if values else f"{column} not recorded")
+            what = " cache" if column == "cache" else ""
+            words.append(", ".join(v.replace("_", " ") for v in values) + what if values else f"{column} not recorded")
     words += [e for e in extra if e]
     if not run.emulated:
         words.append(ceiling_words(run))
@@ -92,11 +93,10 @@ def conditions(run, rows, *extra):
 
 
 def ceiling_words(run):
-    best = run.best_ceiling()
-    if best is None:
-        return "no ceiling measured"
-    direction = run.ceiling.loc[run.ceiling["gbps"].idxmax(), "direction"]
-    return f"ceiling {best:,.0f} GB/s ({direction}, measured in this run)"
+    """The denominators of all shares: ops that read are held to the read ceiling, ops that copy to the copy ceiling."""
+    best = {direction: run.best_ceiling(direction) for direction in dict.fromkeys(run.ceiling["direction"])}
+    words = ", ".join(f"{direction} {best[direction]:,.0f}" for direction in ("read", "copy") if best.get(direction))
+    return f"ceiling of this run {words} GB/s" if words else "no ceiling measured"
 
 
 def command(what, ops=(), rows=None, model=None, *flags):
@@ -142,6 +142,23 @@ def short(text, width=34):
     return text if len(text) <= width else text[:width - 1] + "…"
 
 
+HEADS = {       # column of a frame: head of a table
+    "case": "op", "series": "backend", "bar": "backend", "part": "op", "role": "use", "context": "context (tokens)",
+    "us": "median (us)", "us_p10": "p10 (us)", "us_p90": "p90 (us)", "us_p99": "p99 (us)", "gbps": "GB/s",
+    "share": "of ceiling (%)", "of_token": "of token (%)", "flops": "flop", "intensity": "flop/byte",
+    "tflops": "Tflop/s", "tokens_per_s": "tokens/s", "ttft_ms": "first token (ms)",
+    "page_utilisation": "KV pages in use"}
+
+
+def table(rows, columns, **heads):
+    """The numbers behind a picture: these columns, as far as they hold anything, with units in their heads."""
+    if "of_ceiling" in rows:
+        rows = with_share(rows)
+    shown = rows[[c for c in columns.split() if c in rows]]
+    empty = [c for c in shown if shown[c].isna().all() or (shown[c] == "").all()]
+    return shown.drop(columns=empty).rename(columns={**HEADS, **heads})
+
+
 # The marks of a picture
 
 def spread(rows, y, low, high):
@@ -154,14 +171,15 @@ def spread(rows, y, low, high):
 def with_share(rows):
     """Adds share, share_low, share_high in per cent of the ceiling; the spread is that of the time."""
     share = 100 * rows["of_ceiling"]
-    return rows.assign(share=share, share_low=share * rows["us"] / rows["us_p90"], share_high=share * rows["us"] / rows["us_p10"])
+    return rows.assign(share=share, share_low=share * rows["us"] / rows["us_p90"],
+                       share_high=share * rows["us"] / rows["us_p10"])
 
 
 def line(ax, rows, x, y, low, high, look, label, dash="-"):
     rows = rows.dropna(subset=[x, y]).sort_values(x)
     if len(rows):
-        ax.errorbar(rows[x], rows[y], yerr=spread(rows, y, low, high), color=look.color, marker=look.marker, label=label,
-                    linestyle=dash)
+        ax.errorbar(rows[x], rows[y], yerr=spread(rows, y, low, high), color=look.color, marker=look.marker,
+                    label=label, linestyle=dash)
 
 
 def dots(ax, rows, column, order, x, low, high, theme):
@@ -171,8 +189,8 @@ def dots(ax, rows, column, order, x, low, high, theme):
     for i, name in enumerate(backends):
         mine, look = rows[rows["backend"] == name], style.backend(name)
         at = np.array([order.index(v) for v in mine[column]]) + (i - (len(backends) - 1) / 2) * apart
-        ax.errorbar(mine[x], at, xerr=spread(mine, x, low, high), linestyle="none", color=look.color, marker=look.marker,
-                    label=look.label)
+        ax.errorbar(mine[x], at, xerr=spread(mine, x, low, high), linestyle="none", color=look.color,
+                    marker=look.marker, label=look.label)
     for i in range(0, len(order), 2):
         ax.axhspan(i - 0.5, i + 0.5, color=theme.grid, alpha=0.35, zorder=0, linewidth=0)
     ax.set_yticks(range(len(order)), [short(v) for v in order])
@@ -205,7 +223,10 @@ def plain_log(axis):
 
 
 def from_zero_or_log(axis, values, ends):
-    """A linear axis from zero, or a log axis where the values span more than a factor of eight. ends: upper error bars."""
+    """A linear axis from zero, or a log axis where the values span more than a factor of eight.
+
+    ends: upper ends of the error bars, which must fit as well.
+    """
     if values.max() > 8 * values.min():
         plain_log(axis)
     else:

@@ -54,9 +54,9 @@ class Run:
     @property
     def emulated(self):
         """True when nothing in the run was timed on a GPU."""
-        rows = pd.concat([f["emulated"] for f in (self.op, self.model, self.ledger) if len(f)] or [pd.Series(dtype=bool)])
-        if len(rows):
-            return bool(rows.all())
+        rows = [emulated for f in (self.op, self.model, self.ledger) for emulated in f["emulated"]]
+        if rows:
+            return all(rows)
         return self.env is not None and self.env.device != "cuda"
 
     @property
@@ -197,7 +197,8 @@ def _about_machine(run):
     env = run.env
     if run.emulated:
         found.append(Notice("warning", "Emulated on a CPU: the CUDA half ran through its host build, the Triton half "
-                                       "through the interpreter. Times say nothing about a GPU and no bandwidth is claimed."))
+                                       "through the interpreter. Times say nothing about a GPU and no bandwidth is "
+                                       "claimed."))
     for note in (str(n) for e in run.envs for n in e.notes or []):
         if not (run.emulated and note.startswith("emulated")):          # said above
             found.append(Notice("warning" if re.search("throttled|synthetic|left out", note, re.I) else "note", note))
@@ -225,7 +226,7 @@ def _about_gaps(run):
     if not measured and not len(run.ledger):
         found.append(Notice("warning", "No op, model or ledger measurement in this run yet."))
     if not run.emulated and run.best_ceiling() is None:
-        found.append(Notice("warning", "No ceiling was measured in this run: shares rest on what the rows themselves say."))
+        found.append(Notice("warning", "No ceiling was measured in this run: shares are those that the rows state."))
     return found
 
 

@@ -16,7 +16,7 @@ import jinja2
 import pandas as pd
 
 from lab.errors import LabError
-from lab.report import figures, model_figures, op_figures, style, twins
+from lab.report import figures, heatmaps, model_figures, op_figures, ops, style, twins
 
 HERE = Path(__file__).parent
 
@@ -80,29 +80,28 @@ def view(run, slug, folder, with_twins, progress):
                                                                       for theme in (style.LIGHT, style.DARK))))
         return pictures
 
-    f = op_figures.focus(run)
+    f = ops.focus(run)
     sections = [Section("machine", "What was run, on what", pictures=drawn([model_figures.ceiling(run)]))]
     if f:
         sections.append(Section("ops", "The ops at a glance", _focus_words(run, f), drawn(
-            [op_figures.utilisation(run, f), op_figures.roofline(run, f), op_figures.crossover(run, f)])))
+            [op_figures.utilisation(run, f), op_figures.roofline(run, f), heatmaps.crossover(run, f)])))
     for model in model_figures.models(run):
         pictures = drawn(model_figures.of_model(run, model))
         rows = model_figures.series(run, model)
-        tables = [(f"All measurements of {model}", model_figures._model_table(rows), not pictures)] if len(rows) else []
+        tables = [(f"All measurements of {model}", model_figures.model_table(rows), not pictures)] if len(rows) else []
         sections.append(Section(f"model-{slug_of(model)}", f"Model: {model}", "", pictures, tables))
     if len(run.fairness):
-        sections.append(Section("fairness", "Fairness cards", "What was spent on each side before the two were compared.",
-                                tables=[("Fairness cards", run.fairness.drop(columns=["run", "suspect"], errors="ignore"), True)]))
+        cards = run.fairness.drop(columns=["run", "suspect"], errors="ignore")
+        sections.append(Section("fairness", "Fairness cards", "What was spent on each side before they were compared.",
+                                tables=[("Fairness cards", cards, True)]))
     sections += _op_sections(run, f, drawn, with_twins)
     if len(run.suspects):
-        columns = [c for c in ("kind", "flag", "op", "role", "model", "backend", "dtype", "batch", "context", "cache", "us",
-                               "gbps", "of_ceiling") if c in run.suspects]
-        sections.append(Section("flagged", "Flagged measurements", "Listed so that nothing is hidden; in no bandwidth picture.",
-                                tables=[("Flagged measurements", run.suspects[columns], False)]))
+        listed = figures.table(run.suspects, "kind flag op role model backend dtype batch context cache us gbps share")
+        sections.append(Section("flagged", "Flagged measurements", "Listed so that nothing is hidden; no bandwidth "
+                                "picture shows them.", tables=[("Flagged measurements", listed, False)]))
     if len(run.failures):
-        columns = [c for c in ("kind", "error", "op", "role", "model", "backend", "dtype", "batch", "context")
-                   if c in run.failures]
-        sections.append(Section("failures", "Failures", tables=[("Failures", run.failures[columns], True)]))
+        listed = figures.table(run.failures, "kind error op role model backend dtype batch context")
+        sections.append(Section("failures", "Failures", tables=[("Failures", listed, True)]))
     return View(run, slug, _tiles(run, f), _facts(run), sections)
 
 
@@ -110,29 +109,24 @@ def _op_sections(run, f, drawn, with_twins):
     names = list(dict.fromkeys(run.op["op"]))
     if with_twins:
         names += [op for op in twins.known_ops() if op not in names]
-    order = style.PART_ORDER
-    names.sort(key=lambda n: (order.index(n) if n in order else len(order), n))
+    names.sort(key=lambda n: (style.part_order(n), n))
     static = _static(run)
     made = []
     for op in names:
         rows = run.op[run.op["op"] == op]
-        section = Section(f"op-{slug_of(op)}", f"Op: {op}", pictures=drawn(op_figures.of_op(run, f, op)) if len(rows) else [],
-                          twin=twin_view(op) if with_twins else None)
+        section = Section(f"op-{slug_of(op)}", f"Op: {op}", twin=twin_view(op) if with_twins else None)
         if op in static:
             section.tables.append(("What the compilers made of it", static[op], False))
         if len(rows):
-            shown = op_figures.labelled(rows)
-            columns = ["case", "backend", "dtype", "batch", "context", "cache", "timer", "us", "us_p10", "us_p90", "n",
-                       "bytes", "gbps", "share", "flag"]
-            shown = shown.assign(flag=shown["flag"].replace({"": None}),
-                                 shape=[" ".join(f"{k}={v}" for k, v in s.items()) for s in shown["shape"]])
-            section.tables.append((f"All {len(rows)} measurements of {op}",
-                                   op_figures.table(shown, *columns[:5], "shape", *columns[5:]), False))
+            section.pictures = drawn(op_figures.of_op(run, f, op))
+            listed = ops.labelled(rows).assign(shape=rows["shape"].map(ops.shape_text))
+            listed = figures.table(listed, "case backend dtype batch context shape cache timer us us_p10 us_p90 n "
+                                           "bytes gbps share flag")
+            section.tables.append((f"All {len(rows)} measurements of {op}", listed, False))
         made.append(section)
-    if made:
-        made[0].intro = ("The sources shown are those of the folder that the report was built in"
-                         + (f"; the run was made at commit {run.env.commit}." if run.env and run.env.commit else ".")
-                         if with_twins else "")
+    if made and with_twins:
+        made[0].intro = "The sources shown are those of the folder that the report was built in" + (
+            f"; the run was made at commit {run.env.commit}." if run.env and run.env.commit else ".")
     return made
 
 
@@ -141,7 +135,8 @@ def _static(run):
     try:
         rows = json.loads((run.path.parent / "inspect.json").read_text())
         frame = pd.DataFrame(rows)
-        return {str(op): group.drop(columns="op").dropna(axis="columns", how="all") for op, group in frame.groupby("op")}
+        return {str(op): group.drop(columns="op").dropna(axis="columns", how="all")
+                for op, group in frame.groupby("op")}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
@@ -152,21 +147,26 @@ def twin_view(op):
         cuda, triton = twins.pair(op)
     except LabError as e:
         return {"missing": str(e).replace(str(twins.ROOT) + "/", "")}
-    show = lambda half, chunks: [{"first": c.first, "last": c.first + len(c.lines) - 1, "kernel": c.kernel, "text": c.text,
-                                  "html": twins.highlight(half.language, textwrap.dedent(c.code))} for c in chunks if c.lines or c.text]
-    steps = [{"title": f"{number}. {title}",
-              "halves": [{"label": style.backend(half.language).label, "chunks": show(half, step.chunks if step else [])}
-                         for half, step in ((cuda, left), (triton, right))]}
-             for number, title, left, right in twins.rows(cuda, triton)]
-    return {"op": op, "halves": [{"label": style.backend(h.language).label, "name": h.name, "header": h.header,
-                                  "lines": h.code_lines, "around": show(h, h.around)} for h in (cuda, triton)],
-            "steps": steps}
+
+    def side(half, step):
+        return {"label": style.backend(half.language).label, "chunks": _chunks(half, step.chunks if step else [])}
+
+    return {"halves": [{"label": style.backend(h.language).label, "name": h.name, "header": h.header,
+                        "lines": h.code_lines, "around": _chunks(h, h.around)} for h in (cuda, triton)],
+            "steps": [{"title": f"{number}. {title}", "halves": [side(cuda, left), side(triton, right)]}
+                      for number, title, left, right in twins.rows(cuda, triton)]}
+
+
+def _chunks(half, chunks):
+    return [{"first": c.first, "last": c.first + len(c.lines) - 1, "kernel": c.kernel, "text": c.text,
+             "html": twins.highlight(half.language, textwrap.dedent(c.code))} for c in chunks if c.lines or c.text]
 
 
 # Words and numbers above the pictures
 
 def _focus_words(run, f):
-    how = {"graph": "device time inside a graph", "wall": "host clock, emulated", "event": "time with the host's launches"}
+    how = {"graph": "device time inside a graph", "wall": "host clock, emulated",
+           "event": "time with the host's launches"}
     return (f"Shown: {f.dtype}, {f.cache.replace('_', ' ')} caches, {how.get(f.timer, f.timer)}"
             + (f", the shapes of {f.model}" if f.model else "") + ". Everything else is in the sections of the ops.")
 
@@ -174,28 +174,28 @@ def _focus_words(run, f):
 def _tiles(run, f):
     """[(figure, what it is, detail)]: the few numbers that a reader wants first."""
     tiles = []
-    best = run.best_ceiling()
-    if best and not run.emulated:
-        tiles.append((f"{best:,.0f} GB/s", "measured ceiling", figures.ceiling_words(run).split("(")[-1].rstrip(")")))
+    if run.best_ceiling() and not run.emulated:
+        tiles.append((f"{run.best_ceiling():,.0f} GB/s", "measured ceiling", "the best plain stream of this run"))
     for model in model_figures.models(run):
         rows = model_figures.series(run, model)
         if not len(rows):
             continue
-        at = rows[(rows["batch"] == rows["batch"].min())]
-        at = at[at["context"] == at["context"].min()].sort_values("us")
-        at = at[~at["suspect"]] if (~at["suspect"]).any() else at
-        first = at.iloc[0]
+        rows = rows[rows["batch"] == rows["batch"].min()]
+        rows = rows[rows["context"] == rows["context"].min()].sort_values("us")
+        first = rows.iloc[0]
         words = []
-        for row in at.head(3).itertuples():
-            share = f", {row.of_ceiling:.0%} of the ceiling" if row.of_ceiling == row.of_ceiling and not row.suspect else ""
+        for row in rows.head(3).itertuples():
+            known = row.of_ceiling == row.of_ceiling and not row.suspect
+            share = f", {row.of_ceiling:.0%} of the ceiling" if known else ""
             words.append(f"{row.series} {duration(row.us)}{share}")
-        tiles.append((duration(first["us"]), f"a step of of {model}, batch {figures.amount(first['batch'])} "
-                      f"@{figures.amount(first['context'])}" + (", emulated" if run.emulated else ""), "; ".join(words)))
+        at = f"batch {figures.amount(first['batch'])} @{figures.amount(first['context'])}"
+        tiles.append((duration(first["us"]), f"a step of {model}, {at}" + (", emulated" if run.emulated else ""),
+                      "; ".join(words)))
     if f and not run.emulated:
-        counts = op_figures.score(op_figures.chosen(run.op, f))
+        counts = ops.score(ops.chosen(run.op, f))
         if sum(counts.values()):
-            tiles.append((f"{counts['faster']} : {counts['slower']}", "ops won, CUDA to Triton",
-                          op_figures.score_words(counts)))
+            tiles.append((f"{counts['faster']} : {counts['slower']}", "cases won, CUDA to Triton",
+                          ops.score_words(counts)))
     return tiles
 
 
@@ -203,19 +203,24 @@ def _facts(run):
     env = run.env
     if env is None:
         return [("run", run.id)]
-    number = lambda v, unit, scale=1: f"{v / scale:,.0f} {unit}" if isinstance(v, (int, float)) and v == v else None
+
+    def number(value, unit, scale=1):
+        return f"{value / scale:,.0f} {unit}" if isinstance(value, (int, float)) and value == value else None
+
     after = next((e for e in run.envs if e.when == "after"), None)
     clock = number(env.sm_mhz, "MHz")
     if clock and after and number(after.sm_mhz, "MHz"):
         clock = f"{clock} before, {number(after.sm_mhz, 'MHz')} after"
-    facts = [("run", run.id), ("time", env.time), ("device", run.device), ("capability", env.capability),
-             ("multiprocessors", env.sms), ("memory", number(env.memory_bytes, "GiB", 2 ** 30)),
-             ("L2 cache", number(env.l2_bytes, "MiB", 2 ** 20)), ("SM clock", clock), ("memory clock", number(env.mem_mhz, "MHz")),
-             ("power", number(env.power_w, "W")), ("power limit", number(env.power_limit_w, "W")),
-             ("temperature", number(env.temperature_c, "°C")), ("throttle reasons", ", ".join(map(str, env.throttle))
-              if isinstance(env.throttle, list) and env.throttle else "none" if env.throttle == [] else None),
-             ("ECC", env.ecc), ("driver", env.driver), ("CUDA", env.cuda), ("nvcc", env.nvcc), ("torch", env.torch),
-             ("triton", env.triton), ("python", env.python), ("CPU", env.cpu), ("commit", env.commit)]
+    throttle = env.throttle if isinstance(env.throttle, list) else None
+    facts = [
+        ("run", run.id), ("time", env.time), ("device", run.device), ("capability", env.capability),
+        ("multiprocessors", env.sms), ("memory", number(env.memory_bytes, "GiB", 2 ** 30)),
+        ("L2 cache", number(env.l2_bytes, "MiB", 2 ** 20)), ("SM clock", clock),
+        ("memory clock", number(env.mem_mhz, "MHz")), ("power", number(env.power_w, "W")),
+        ("power limit", number(env.power_limit_w, "W")), ("temperature", number(env.temperature_c, "°C")),
+        ("throttle reasons", None if throttle is None else ", ".join(map(str, throttle)) or "none"), ("ECC", env.ecc),
+        ("driver", env.driver), ("CUDA", env.cuda), ("nvcc", env.nvcc), ("torch", env.torch), ("triton", env.triton),
+        ("python", env.python), ("CPU", env.cpu), ("commit", env.commit)]
     return [(name, value) for name, value in facts if value not in (None, "")]
 
 
@@ -261,8 +266,8 @@ def twin_page(op, facts):
 
 
 def _render(title, **context):
-    env = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True,
-                             undefined=jinja2.StrictUndefined)
+    env = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined,
+                             trim_blocks=True, lstrip_blocks=True)
     env.filters["cell"] = cell
     env.globals["numeric"] = numeric
     light, dark = twins.highlight_css()
@@ -271,8 +276,8 @@ def _render(title, **context):
 
 def markdown(views, title):
     """The summary for a code host: warnings, machine, headline numbers, every picture with its text."""
-    out = [f"# {md(title)}", "", "Drawn by `lab report` from records.jsonl; [index.html](index.html) is the full report with the "
-           "tables behind the pictures and the sources side by side.", ""]
+    out = [f"# {md(title)}", "", "Drawn by `lab report` from records.jsonl; [index.html](index.html) is the full "
+           "report, with the tables behind the pictures and the sources side by side.", ""]
     for view in views:
         run = view.run
         if len(views) > 1:
@@ -286,7 +291,8 @@ def markdown(views, title):
             if section.pictures:
                 out += [f"##{'#' if len(views) > 1 else ''} {md(section.title)}", ""]
             for p in section.pictures:
-                out += [f"![{md(p.figure.alt)}]({p.file})", "", md(p.figure.reading), "", f"`{_code(p.figure.command)}`", ""]
+                out += [f"![{md(p.figure.alt)}]({p.file})", "", md(p.figure.reading), "",
+                        f"`{_code(p.figure.command)}`", ""]
     return "\n".join(out).rstrip() + "\n"
 
 

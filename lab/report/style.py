@@ -45,6 +45,17 @@ def backend_order(names):
     return sorted(set(names), key=lambda n: (known.index(n) if n in known else len(known), str(n)))
 
 
+def part_order(op):
+    """Sorts ops as a decode step runs them; the others come last."""
+    return PART_ORDER.index(op) if op in PART_ORDER else len(PART_ORDER)
+
+
+def text_on(color):
+    """White or near-black, whichever can be read on a colour."""
+    red, green, blue = (int(color[i:i + 2], 16) / 255 for i in (1, 3, 5))
+    return "#ffffff" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.55 else "#1b1f23"
+
+
 def part_colors(parts):
     """part -> colour; the textbook ops always get the same one, others take what is left, in order."""
     fixed = {p: PARTS[i] for i, p in enumerate(PART_ORDER)}

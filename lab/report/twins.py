@@ -1,7 +1,7 @@
 """The two halves of an op, cut at their numbered steps, so that they can stand side by side.
 
-A step begins with a comment `// 2. Load: text` (CUDA) or `# 2. Load: text` (Triton); the comment lines right below belong
-to its text. A file with several kernels repeats the steps: a step then has a chunk of code for each of them.
+A step begins with a comment `// 2. Load: text` (CUDA) or `# 2. Load: text` (Triton); the comment lines right below
+belong to its text. A file with several kernels repeats the steps: a step then has a chunk of code for each of them.
 """
 import re
 from dataclasses import dataclass, field
@@ -76,8 +76,7 @@ def known_ops(root=ROOT):
     """Ops that have a file in either language and a contract, in the order a decode step runs them."""
     found = {p.stem for folder, ending in FOLDERS.values() for p in (root / folder).glob("*" + ending)}
     found &= {p.stem for p in (root / "lab" / "ops").glob("[!_]*.py")}
-    order = style.PART_ORDER
-    return sorted(found, key=lambda n: (order.index(n) if n in order else len(order), n))
+    return sorted(found, key=lambda n: (style.part_order(n), n))
 
 
 def half(language, op, root=ROOT):
@@ -178,6 +177,5 @@ def highlight_css():
         from pygments.formatters import HtmlFormatter
     except ImportError:
         return "", ""
-    keep = lambda name: "\n".join(rule for rule in HtmlFormatter(style=name).get_style_defs("pre.code").splitlines()
-                                  if rule.startswith("pre.code .") and "linenos" not in rule)
-    return keep("default"), keep("github-dark")
+    rules = (HtmlFormatter(style=name).get_style_defs("pre.code").splitlines() for name in ("default", "github-dark"))
+    return tuple("\n".join(r for r in one if r.startswith("pre.code .") and "linenos" not in r) for one in rules)

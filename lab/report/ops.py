@@ -1,0 +1,114 @@
+"""Which op rows a picture shows, what they are called, and which of two is faster."""
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+from lab.harness import compare
+from lab.report import style
+from lab.report.figures import amount
+
+VERDICTS = ("faster", "slower", "same", "ambiguous")
+
+
+@dataclass(frozen=True)
+class Focus:
+    """The rows that the overview shows: one dtype, one timer, one cache state, and the shapes of one model."""
+    dtype: str
+    timer: str
+    cache: str
+    model: str | None
+
+    @property
+    def of_model(self):
+        return f", {self.model}" if self.model else ""
+
+
+def focus(run):
+    """bf16, graph time and cold caches where the run has them; the model with the most rows, the larger of two such.
+
+    None for a run without op rows.
+    """
+    rows = run.op
+    if not len(rows):
+        return None
+
+    def pick(column, wishes):
+        return next((w for w in wishes if (rows[column] == w).any()), rows[column].mode()[0])
+
+    timer = pick("timer", ("graph", "wall", "event"))
+    rows = rows[rows["timer"] == timer]
+    dtype = pick("dtype", ("bf16", "fp16", "fp32"))
+    rows = rows[rows["dtype"] == dtype]
+    cache = pick("cache", ("cold", "in_model", "warm"))
+    sizes = {}
+    for models, nbytes in zip(rows["models"], rows["bytes"].fillna(0)):
+        for model in map(str, models):
+            count, most = sizes.get(model, (0, 0))
+            sizes[model] = (count + 1, max(most, nbytes))
+    return Focus(dtype, timer, cache, max(sizes, key=sizes.get) if sizes else None)
+
+
+def of_model(rows, f):
+    """The rows whose shapes the focus' model has; rows that name no model stay."""
+    return rows[rows["models"].map(lambda m: not f.model or not m or f.model in map(str, m)).astype(bool)]
+
+
+def chosen(rows, f):
+    """The rows of a focus. An op that has none in its dtype (sample takes float32 logits) is shown in its own."""
+    right = rows["dtype"] == f.dtype
+    right |= ~rows["op"].isin(rows.loc[right, "op"])
+    return of_model(rows[right & (rows["timer"] == f.timer) & (rows["cache"] == f.cache)], f)
+
+
+def labelled(rows):
+    """Adds `case`, what a row is called: op, use, context; and the sizes where two rows would be called the same."""
+    plain = []
+    for row in rows.itertuples():
+        at = f"@{amount(row.context)}" if row.context == row.context else ""
+        plain.append(" ".join(filter(None, (row.op, row.role, row.plan.removeprefix("basic"), at))))
+    sizes = [shape_text(s) for s in rows["shape"]]
+    called = {}
+    for name, size in zip(plain, sizes):
+        called.setdefault(name, set()).add(size)
+    return rows.assign(case=[f"{name} {size}" if len(called[name]) > 1 else name for name, size in zip(plain, sizes)])
+
+
+def shape_text(shape):
+    return " ".join(f"{k}={v}" for k, v in shape.items())
+
+
+def in_order(cases):
+    """Names of cases without repeats, in the order in which a decode step runs their ops."""
+    return list(dict.fromkeys(sorted(cases, key=lambda case: style.part_order(case.split(" ")[0]))))
+
+
+def verdict(row, other):
+    """faster | slower | same | ambiguous: `row` next to `other`; the harness's own word where it left one."""
+    if row.verdict.get(other.backend) in VERDICTS:
+        return row.verdict[other.backend]
+    return compare.verdict(*(SimpleNamespace(**{name: None if (value := getattr(r, name)) != value else value
+                                                for name in ("us", "us_p10", "us_p90", "n")}) for r in (other, row)))
+
+
+def pairs(rows, a, b):
+    """(case, batch, row of a, row of b) wherever both backends have a row; suspects take no part. rows: labelled."""
+    for (case, batch), group in rows[~rows["suspect"]].groupby(["case", "batch"], sort=False):
+        found = {r.backend: r for r in group.itertuples()}
+        if a in found and b in found:
+            yield case, batch, found[a], found[b]
+
+
+def score(rows, a="cuda", b="triton"):
+    """{verdict: how often a has it next to b}."""
+    counts = dict.fromkeys(VERDICTS, 0)
+    for _, _, one, other in pairs(labelled(rows), a, b):
+        counts[verdict(one, other)] += 1
+    return counts
+
+
+def score_words(counts, a="cuda", b="triton"):
+    total = sum(counts.values())
+    if not total:
+        return ""
+    a, b = style.backend(a).label, style.backend(b).label
+    return (f"{a} is faster in {counts['faster']} of {total} cases, {b} in {counts['slower']}; "
+            f"{counts['same']} are the same and {counts['ambiguous']} too close to call.")
