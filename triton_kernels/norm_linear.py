@@ -1,0 +1,102 @@
+"""norm_linear: y[b,n] = sum_k xn[b,k] * w[n,k] (+ bias[n]), xn = rmsnorm(x, norm_w), accumulated in float32
+
+  x [rows, k], rows 1..64   norm_w [k]   w [n, k]   bias [n] or None   y [rows, n] of x's dtype or float32
+  mapping   a program takes BLOCK_N rows of w for every row of x, then the next tile of rows; it normalises x for itself
+  traffic   w once whatever the batch (it is everything); x and norm_w once per program from L2; y once
+  contract  lab/ops/norm_linear.py          twin  cuda_src/norm_linear.cu
+
+Two kernels: up to a few rows, float32 arithmetic on the loaded weights, with the whole normalised x in registers; above,
+where the arithmetic would outlast the memory, tensor cores, and x is normalised tile by tile on its way to them.
+"""
+import triton
+import triton.language as tl
+
+from triton_kernels import settings
+from triton_kernels.common import launch
+from triton_kernels.settings import ANY
+from triton_kernels.stream_rows import dot_rows, load_rows, normed_rows, row_scales, wait_for_inputs
+
+# See settings.by_hand. per_multiprocessor: programs, each of which takes tile after tile; 0 is a program a tile.
+SM_80 = {
+    "sum_rows": 4,
+    "sum": [(1, 4096, dict(BLOCK_N=2, lane=16)), (1, ANY, dict(BLOCK_N=4, lane=16, per_multiprocessor=8)),
+            (4, ANY, dict(BLOCK_N=2, lane=32))],
+    "dot": [(64, 4096, dict(BLOCK_N=16, BLOCK_K=128, num_warps=2, STAGES=4)),
+            (64, ANY, dict(BLOCK_N=64, BLOCK_K=128, num_warps=4, STAGES=4))],
+    "dot_f32": [(64, ANY, dict(BLOCK_N=32, BLOCK_K=32, num_warps=4, STAGES=3))],
+}
+CONFIGS = {"sm_90": SM_80, "sm_80": SM_80, "interpreter": {"sum_rows": 4}}
+
+
+@triton.jit
+def norm_linear_kernel(x, norm_w, w, bias, y, rows, n, k, eps, PDL: tl.constexpr, HAS_BIAS: tl.constexpr,
+                       EVEN_K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    # 1. Locate: tiles p, p + programs, ... of BLOCK_N rows. Addresses are [batch, n, k], so that all loads and the sum share
+    # one layout, and nothing moves between threads inside the loop. A lane group of the twin is a whole program here.
+    b = tl.arange(0, BLOCK_B)[:, None, None]
+    i = tl.arange(0, BLOCK_N)[None, :, None]
+    col = tl.arange(0, BLOCK_K)[None, None, :]
+    programs = tl.num_programs(0)
+
+    # 2. Norm: the first weights are on their way meanwhile, into registers. The twin keeps the normalised rows in shared
+    # memory; here they stay in the registers of the threads that multiply them.
+    out = tl.program_id(0) * BLOCK_N + i
+    tile = load_rows(w, out, out < n, col, k, EVEN_K)
+    weight = tl.load(norm_w + col, mask=col < k, other=0.0, eviction_policy="evict_last")
+    wait_for_inputs(PDL)
+    xn = normed_rows(x, weight, rows, k, eps, b, col)
+
+    # 3. Stream: the next tile is loaded before this one is used.
+    for _ in range(tl.program_id(0), tl.cdiv(n, BLOCK_N), programs):
+        ahead = out + programs * BLOCK_N
+        following = load_rows(w, ahead, ahead < n, col, k, EVEN_K)
+
+        # 4. Reduce: over the lanes and warps that share k.
+        total = tl.sum(tile.to(tl.float32) * xn.to(tl.float32), axis=2, keep_dims=True)
+
+        # 5. Store: bias in float32, one rounding.
+        if HAS_BIAS:
+            total += tl.load(bias + out, mask=out < n, other=0.0).to(tl.float32)
+        tl.store(y + b.to(tl.int64) * n + out, total.to(y.dtype.element_ty), mask=(b < rows) & (out < n))
+        tile = following
+        out = ahead
+
+
+@triton.jit
+def norm_linear_dot_kernel(x, norm_w, w, bias, y, rows, n, k, eps, PDL: tl.constexpr, HAS_BIAS: tl.constexpr,
+                           EVEN_K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                           STAGES: tl.constexpr):
+    # 1. Locate: tiles as above; w is the left operand [n, k], and x will be the right one [k, batch].
+    b = tl.arange(0, BLOCK_B)[:, None]
+    i = tl.arange(0, BLOCK_N)[:, None]
+    col = tl.arange(0, BLOCK_K)[None, :]
+    programs = tl.num_programs(0)
+
+    # 2. Norm: a first pass over x, from L2, gives the scales. The twin runs rmsnorm's kernel before this one.
+    out = tl.program_id(0) * BLOCK_N + i
+    tile = load_rows(w, out, out < n, col, k, EVEN_K)
+    wait_for_inputs(PDL)
+    scale = row_scales(x, rows, k, eps, b, col, BLOCK_B, BLOCK_K)
+
+    for _ in range(tl.program_id(0), tl.cdiv(n, BLOCK_N), programs):
+        # 3. Stream: the twin writes the cp.async ring by hand; here the compiler makes it from STAGES.
+        acc = dot_rows(tile, w, out, out < n, x, norm_w, scale, rows, k, b, col, True, EVEN_K, BLOCK_K, STAGES)
+
+        # 4. Reduce: the dot has done it, and its result is transposed.
+        total = tl.trans(acc)
+        column = tl.trans(out)
+
+        # 5. Store: bias in float32, one rounding.
+        if HAS_BIAS:
+            total += tl.load(bias + column, mask=column < n, other=0.0).to(tl.float32)
+        tl.store(y + b.to(tl.int64) * n + column, total.to(y.dtype.element_ty), mask=(b < rows) & (column < n))
+        out += programs * BLOCK_N
+        tile = load_rows(w, out, out < n, col, k, EVEN_K)
+
+
+def norm_linear(x, norm_w, eps, w, bias, y):
+    """Launch y = rmsnorm(x, norm_w) @ w.T + bias; bias None or [n], y of x's dtype or float32."""
+    (rows, k), n = x.shape, w.shape[0]
+    path, programs, meta = settings.product("norm_linear", CONFIGS, x, n, k, whole_rows=True)
+    kernel = norm_linear_kernel if path == "sum" else norm_linear_dot_kernel
+    launch(kernel, (programs,), x, norm_w, w, bias, y, rows, n, k, eps, HAS_BIAS=bias is not None, **meta)

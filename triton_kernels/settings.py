@@ -1,0 +1,144 @@
+"""Launch settings of the fused matrix products: by shape from the tuner's table, else from the op's own table by hand.
+
+triton_kernels/tuned/sm_90.json is what `lab tune OP` wrote on a GPU of that architecture: a list of entries
+{"op", "itemsize", "rows", "shape", "settings", ...}. Nothing is tuned while a model runs.
+"""
+import contextlib
+import functools
+import json
+import pathlib
+
+import torch
+import triton
+
+from lab.errors import LabError
+from triton_kernels.common import architecture, config
+
+TUNED = pathlib.Path(__file__).parent / "tuned"
+ANY = 1 << 31
+_cache = {}             # what was chosen for (op, architecture, itemsize, rows, shape)
+_forced = {}            # op -> settings, while the tuner tries them
+
+
+@functools.lru_cache(maxsize=None)
+def _multiprocessors(device):
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def multiprocessors(tensor):
+    """Of the tensor's GPU; 108 (A100) where launches are only recorded, without one."""
+    return _multiprocessors(tensor.device) if tensor.is_cuda else 108
+
+
+def dependent_launch(tensor):
+    """The keywords of programmatic dependent launch, which sm_90 brought: a constexpr, and the launch attribute."""
+    name = architecture(tensor)
+    on = name != "interpreter" and int(name[3:]) >= 90
+    return dict(PDL=True, launch_pdl=True) if on else dict(PDL=False)
+
+
+def read_tuned(path):
+    """The tuner's table in a file; {} entries where there is none. Raises LabError for a file that is no such table."""
+    try:
+        table = json.loads(pathlib.Path(path).read_text())
+        for entry in table["entries"]:
+            entry["op"], entry["itemsize"], entry["rows"], entry["shape"].items(), entry["settings"].items()
+        return table
+    except FileNotFoundError:
+        return {"entries": []}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LabError(f"{path} is no table of `lab tune` ({error!r}); delete it or tune again") from None
+
+
+@functools.lru_cache(maxsize=None)
+def _tuned(name):
+    return read_tuned(TUNED / f"{name}.json")["entries"]
+
+
+def tuned(op, name, itemsize, rows, shape):
+    """The settings that the tuner found for this shape, at the least number of rows that holds `rows`; or None."""
+    found = [entry for entry in _tuned(name) if entry["op"] == op and entry["itemsize"] == itemsize
+             and entry["shape"] == shape and entry["rows"] >= rows]
+    return dict(min(found, key=lambda entry: entry["rows"])["settings"]) if found else None
+
+
+def forget():
+    """After the tuned tables changed on disk."""
+    _cache.clear()
+    _tuned.cache_clear()
+
+
+@contextlib.contextmanager
+def forced(op, settings):
+    """Every launch of `op` takes `settings`, whatever the tables say: how the tuner tries them."""
+    _forced[op] = settings
+    forget()
+    try:
+        yield
+    finally:
+        del _forced[op]
+        forget()
+
+
+def product(op, table, x, n, k, whole_rows=False, parts=1):
+    """(path, programs, meta) to multiply x [rows, k] with w [parts * n, k], `parts` rows of which make one output.
+
+    path is "sum" or "dot", `programs` the grid, and meta the kernel's constexprs and the compiler's options. With
+    whole_rows the sum path keeps rows of x in registers: BLOCK_K covers k.
+    """
+    key = op, architecture(x), x.itemsize, x.shape[0], n, k
+    if key not in _cache:
+        _cache[key] = _product(op, table, x, n, k, whole_rows, parts)
+    path, programs, meta = _cache[key]
+    return path, programs, dict(meta)
+
+
+def _product(op, table, x, n, k, whole_rows, parts):
+    rows, name = x.shape[0], architecture(x)
+    chosen = _forced.get(op)
+    if chosen is None and name != "interpreter":
+        chosen = tuned(op, name, x.itemsize, rows, dict(n=n, k=k))
+    if chosen is None:
+        chosen = by_hand(config(table, x), x.itemsize, rows, n, k, whole_rows, parts)
+    meta = dict(chosen)
+    path, per_multiprocessor = meta.pop("path"), meta.pop("per_multiprocessor", 0)
+    tiles = triton.cdiv(n, meta["BLOCK_N"])
+    programs = tiles
+    if name == "interpreter":
+        programs = 1
+    elif per_multiprocessor:
+        programs = min(tiles, per_multiprocessor * multiprocessors(x))
+    meta.update(EVEN_K=k % meta["BLOCK_K"] == 0, **dependent_launch(x))
+    return path, programs, meta
+
+
+def by_hand(table, itemsize, rows, n, k, whole_rows, parts):
+    """Settings from an op's entry for an architecture.
+
+    sum_rows: the most rows that the sum path takes. sum, dot, dot_f32: lists of (most rows, largest n, settings), of
+    which the first that fits is taken. lane: elements of a tile's row, over all rows of x, that a thread holds.
+    """
+    block_b = triton.next_power_of_2(rows)
+    path = "sum" if rows <= table["sum_rows"] else "dot"
+    if "sum" not in table:
+        return _interpreted(path, block_b, n, k, parts)
+    meta = next(dict(m) for most_rows, most_n, m in table["dot_f32" if path == "dot" and itemsize == 4 else path]
+                if rows <= most_rows and n <= most_n)
+    if path == "dot":
+        return dict(meta, path=path, BLOCK_B=max(block_b, 16))
+    lane = meta.pop("lane") * 2 // itemsize
+    if whole_rows:
+        meta["BLOCK_K"] = triton.next_power_of_2(k)
+        meta["num_warps"] = min(max(block_b * meta["BLOCK_K"] // (32 * lane), 1), 16)
+    else:
+        meta["BLOCK_K"] = min(32 * lane * meta["num_warps"], triton.next_power_of_2(k))
+    return dict(meta, path=path, BLOCK_B=block_b)
+
+
+def _interpreted(path, block_b, n, k, parts):
+    """One program, and tiles of up to 2^17 elements, which stay in a CPU's cache: interpreting costs by the operation."""
+    block_k = triton.next_power_of_2(k)
+    depth = 1 if path == "dot" else block_b
+    block_n = min(max((1 << 17) // (depth * parts * block_k), 1), triton.next_power_of_2(n))
+    meta = dict(path=path, BLOCK_B=block_b, BLOCK_N=block_n, BLOCK_K=block_k)
+    return dict(meta, STAGES=1) if path == "dot" else meta

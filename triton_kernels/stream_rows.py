@@ -1,0 +1,81 @@
+"""Device code that the fused matrix products share: the wait for the kernel before, the norm, the product on tensor cores.
+
+Programmatic dependent launch (sm_90): a kernel starts while the one before it still runs, loads the first tile of its
+weights, which no kernel writes, into registers, and waits before it touches an activation. Elsewhere PDL is False.
+"""
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def wait_for_inputs(PDL: tl.constexpr):
+    """What earlier kernels wrote may be read from here on; and the next kernel may start, to wait in its turn."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def load_rows(w, row, live, col, k, EVEN_K: tl.constexpr):
+    """w[row, col], zero past k: read once and never again, so evict_first. Dead rows hold anything; nothing uses them."""
+    at = w + row.to(tl.int64) * k + col
+    if EVEN_K:
+        values = tl.load(at, mask=live, eviction_policy="evict_first")
+    else:
+        values = tl.load(at, mask=live & (col < k), other=0.0, eviction_policy="evict_first")
+    return values
+
+
+@triton.jit
+def normed(v, scale, weight):
+    """rmsnorm's rounding points: to T before the weight and after it."""
+    return ((v.to(tl.float32) * scale).to(v.dtype).to(tl.float32) * weight.to(tl.float32)).to(v.dtype)
+
+
+@triton.jit
+def normed_rows(x, weight, rows, k, eps, b, col):
+    """Whole rows of x, normalised, as [BLOCK_B, 1, BLOCK_K]: b [BLOCK_B, 1, 1], col and weight [1, 1, BLOCK_K >= k]."""
+    v = tl.load(x + b * k + col, mask=(b < rows) & (col < k), other=0.0, eviction_policy="evict_last")
+    wide = v.to(tl.float32)
+    return normed(v, tl.rsqrt(tl.sum(wide * wide, axis=2, keep_dims=True) / k + eps), weight)
+
+
+@triton.jit
+def row_scales(x, rows, k, eps, b, col, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr):
+    """rsqrt(mean(x[b]^2) + eps) as [BLOCK_B, 1]: b [BLOCK_B, 1], col [1, BLOCK_K]."""
+    squares = tl.zeros([BLOCK_B, BLOCK_K], tl.float32)
+    for k0 in tl.range(0, k, BLOCK_K):
+        v = tl.load(x + b * k + k0 + col, mask=(b < rows) & (k0 + col < k), other=0.0, eviction_policy="evict_last")
+        wide = v.to(tl.float32)
+        squares += wide * wide
+    return tl.rsqrt(tl.sum(squares, axis=1, keep_dims=True) / k + eps)
+
+
+@triton.jit
+def dot_rows(first, w, row, live, x, norm_w, scale, rows, k, b, col, NORM: tl.constexpr, EVEN_K: tl.constexpr,
+             BLOCK_K: tl.constexpr, STAGES: tl.constexpr):
+    """[BLOCK_N, BLOCK_B]: rows of w times the rows of x, float32 sums; `first` is w's tile at column 0, loaded before.
+
+    On tensor cores w is the left operand: its rows fill the tile that a small batch cannot. With NORM, x is normalised on
+    its way there. float32 stays on CUDA cores (ieee): the tensor cores would round it to TF32.
+    """
+    acc = tl.dot(first, _columns(x, norm_w, scale, rows, k, b, col, NORM, EVEN_K), input_precision="ieee")
+    for k0 in tl.range(BLOCK_K, k, BLOCK_K, num_stages=STAGES):
+        tile = load_rows(w, row, live, k0 + col, k, EVEN_K)
+        acc = tl.dot(tile, _columns(x, norm_w, scale, rows, k, b, k0 + col, NORM, EVEN_K), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def _columns(x, norm_w, scale, rows, k, b, col, NORM: tl.constexpr, EVEN_K: tl.constexpr):
+    """x[b, col] transposed; rows past the end repeat row 0 and are not stored."""
+    at = x + tl.where(b < rows, b, 0) * k + col
+    if EVEN_K:
+        v = tl.load(at, eviction_policy="evict_last")
+        if NORM:
+            v = normed(v, scale, tl.load(norm_w + col, eviction_policy="evict_last"))
+    else:
+        v = tl.load(at, mask=col < k, other=0.0, eviction_policy="evict_last")
+        if NORM:
+            v = normed(v, scale, tl.load(norm_w + col, mask=col < k, other=0.0, eviction_policy="evict_last"))
+    return tl.trans(v)
