@@ -21,8 +21,8 @@ SM_80 = {
     "sum_rows": 4,
     "sum": [(1, 4096, dict(BLOCK_N=2, lane=16)), (1, ANY, dict(BLOCK_N=4, lane=16, per_multiprocessor=8)),
             (4, ANY, dict(BLOCK_N=2, lane=32))],
-    "dot": [(64, 4096, dict(BLOCK_N=16, BLOCK_K=128, num_warps=2, STAGES=4)),
-            (64, ANY, dict(BLOCK_N=64, BLOCK_K=128, num_warps=4, STAGES=4))],
+    "dot": [(64, 4096, dict(BLOCK_N=16, BLOCK_K=128, num_warps=4, STAGES=4)),
+            (64, ANY, dict(BLOCK_N=64, BLOCK_K=64, num_warps=4, STAGES=6))],
     "dot_f32": [(64, ANY, dict(BLOCK_N=32, BLOCK_K=32, num_warps=4, STAGES=3))],
 }
 CONFIGS = {"sm_90": SM_80, "sm_80": SM_80, "interpreter": {"sum_rows": 4}}

@@ -26,8 +26,10 @@ def _multiprocessors(device):
 
 
 def multiprocessors(tensor):
-    """Of the tensor's GPU; 108 (A100) where launches are only recorded, without one."""
-    return _multiprocessors(tensor.device) if tensor.is_cuda else 108
+    """Of the tensor's GPU; 1 for a CPU; 108, an A100's, where launches are only recorded."""
+    if tensor.is_cuda:
+        return _multiprocessors(tensor.device)
+    return 1 if architecture(tensor) == "interpreter" else 108
 
 
 def dependent_launch(tensor):
@@ -103,11 +105,7 @@ def _product(op, table, x, n, k, whole_rows, parts):
     meta = dict(chosen)
     path, per_multiprocessor = meta.pop("path"), meta.pop("per_multiprocessor", 0)
     tiles = triton.cdiv(n, meta["BLOCK_N"])
-    programs = tiles
-    if name == "interpreter":
-        programs = 1
-    elif per_multiprocessor:
-        programs = min(tiles, per_multiprocessor * multiprocessors(x))
+    programs = min(tiles, per_multiprocessor * multiprocessors(x)) if per_multiprocessor else tiles
     meta.update(EVEN_K=k % meta["BLOCK_K"] == 0, **dependent_launch(x))
     return path, programs, meta
 
@@ -121,7 +119,7 @@ def by_hand(table, itemsize, rows, n, k, whole_rows, parts):
     block_b = triton.next_power_of_2(rows)
     path = "sum" if rows <= table["sum_rows"] else "dot"
     if "sum" not in table:
-        return _interpreted(path, block_b, n, k, parts)
+        return _interpreted(path, block_b, n, k, whole_rows, parts)
     meta = next(dict(m) for most_rows, most_n, m in table["dot_f32" if path == "dot" and itemsize == 4 else path]
                 if rows <= most_rows and n <= most_n)
     if path == "dot":
@@ -135,10 +133,12 @@ def by_hand(table, itemsize, rows, n, k, whole_rows, parts):
     return dict(meta, path=path, BLOCK_B=block_b)
 
 
-def _interpreted(path, block_b, n, k, parts):
-    """One program, and tiles of up to 2^17 elements, which stay in a CPU's cache: interpreting costs by the operation."""
+def _interpreted(path, block_b, n, k, whole_rows, parts):
+    """Few programs, and tiles of up to 2^17 elements, which stay in a CPU's cache: interpreting costs by the operation."""
     block_k = triton.next_power_of_2(k)
     depth = 1 if path == "dot" else block_b
     block_n = min(max((1 << 17) // (depth * parts * block_k), 1), triton.next_power_of_2(n))
     meta = dict(path=path, BLOCK_B=block_b, BLOCK_N=block_n, BLOCK_K=block_k)
-    return dict(meta, STAGES=1) if path == "dot" else meta
+    if whole_rows:
+        meta["per_multiprocessor"] = 1
+    return dict(meta, STAGES=1) if path == "dot" else meta if whole_rows else dict(meta, UNROLL=1)

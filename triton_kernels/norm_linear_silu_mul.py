@@ -1,0 +1,110 @@
+"""norm_linear_silu_mul: y[b,j] = g / (1 + exp(-g)) * u, g = xn[b] . w[j], u = xn[b] . w[n + j], xn = rmsnorm(x, norm_w)
+
+  x [rows, k], rows 1..64   norm_w [k]   w [2 * n, k], the gate's rows first   y [rows, n]     row-major, contiguous
+  mapping   as norm_linear; a program that takes row j of the gate takes row j of up as well
+  traffic   w once whatever the batch (it is everything); x and norm_w once per program from L2; y once
+  contract  lab/ops/norm_linear_silu_mul.py          twin  cuda_src/norm_linear_silu_mul.cu
+"""
+import triton
+import triton.language as tl
+
+from triton_kernels import settings
+from triton_kernels.common import launch
+from triton_kernels.settings import ANY
+from triton_kernels.stream_rows import dot_rows, load_rows, normed_rows, row_scales, wait_for_inputs
+
+# See settings.by_hand. BLOCK_N counts outputs, which have two rows of w each.
+SM_80 = {
+    "sum_rows": 4,
+    "sum": [(1, ANY, dict(BLOCK_N=2, lane=16, per_multiprocessor=8)), (4, ANY, dict(BLOCK_N=1, lane=32))],
+    "dot": [(64, ANY, dict(BLOCK_N=32, BLOCK_K=64, num_warps=4, STAGES=6))],
+    "dot_f32": [(64, ANY, dict(BLOCK_N=16, BLOCK_K=32, num_warps=4, STAGES=3))],
+}
+CONFIGS = {"sm_90": SM_80, "sm_80": SM_80, "interpreter": {"sum_rows": 4}}
+
+
+@triton.jit
+def activate(pairs, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
+    """silu(gate) * up as [BLOCK_B, BLOCK_N], from sums [BLOCK_B, 2 * BLOCK_N] in which gate and up alternate."""
+    gate, up = tl.split(tl.reshape(pairs, [BLOCK_B, BLOCK_N, 2]))
+    return gate / (1.0 + tl.exp(-gate)) * up
+
+
+@triton.jit
+def norm_linear_silu_mul_kernel(x, norm_w, w, y, rows, n, k, eps, PDL: tl.constexpr, EVEN_K: tl.constexpr,
+                                BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    # 1. Locate: tiles p, p + programs, ... of BLOCK_N outputs. Row i of a tile of w belongs to output i / 2: even rows are
+    # the gate's and odd ones up's, so that a pair ends up side by side. (The twin gives both to one lane group.)
+    b = tl.arange(0, BLOCK_B)[:, None, None]
+    i = tl.arange(0, 2 * BLOCK_N)[None, :, None]
+    col = tl.arange(0, BLOCK_K)[None, None, :]
+    programs = tl.num_programs(0)
+    first = tl.program_id(0) * BLOCK_N
+    part = (i % 2) * n
+
+    # 2. Norm: the first weights are on their way meanwhile, into registers. The twin keeps the normalised rows in shared
+    # memory; here they stay in the registers of the threads that multiply them.
+    out = first + i // 2
+    tile = load_rows(w, out + part, out < n, col, k, EVEN_K)
+    weight = tl.load(norm_w + col, mask=col < k, other=0.0, eviction_policy="evict_last")
+    wait_for_inputs(PDL)
+    xn = normed_rows(x, weight, rows, k, eps, b, col)
+
+    # 3. Stream: the next tile is loaded before this one is used.
+    for _ in range(tl.program_id(0), tl.cdiv(n, BLOCK_N), programs):
+        ahead = out + programs * BLOCK_N
+        following = load_rows(w, ahead + part, ahead < n, col, k, EVEN_K)
+
+        # 4. Reduce: over the lanes and warps that share k.
+        total = tl.sum(tile.to(tl.float32) * xn.to(tl.float32), axis=2)
+
+        # 5. Activate and store: from the float32 sums, rounded once.
+        result = activate(total, BLOCK_B, BLOCK_N)
+        column = first + tl.arange(0, BLOCK_N)[None, :]
+        row = tl.arange(0, BLOCK_B)[:, None]
+        tl.store(y + row.to(tl.int64) * n + column, result.to(y.dtype.element_ty), mask=(row < rows) & (column < n))
+        tile = following
+        out = ahead
+        first += programs * BLOCK_N
+
+
+@triton.jit
+def norm_linear_silu_mul_dot_kernel(x, norm_w, w, y, rows, n, k, eps, PDL: tl.constexpr, EVEN_K: tl.constexpr,
+                                    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                                    STAGES: tl.constexpr):
+    # 1. Locate: tiles as above; w is the left operand [n, k], and x will be the right one [k, batch].
+    b = tl.arange(0, BLOCK_B)[:, None]
+    i = tl.arange(0, 2 * BLOCK_N)[:, None]
+    col = tl.arange(0, BLOCK_K)[None, :]
+    programs = tl.num_programs(0)
+    first = tl.program_id(0) * BLOCK_N
+    part = (i % 2) * n
+
+    # 2. Norm: a first pass over x, from L2, gives the scales. The twin runs rmsnorm's kernel before this one.
+    out = first + i // 2
+    tile = load_rows(w, out + part, out < n, col, k, EVEN_K)
+    wait_for_inputs(PDL)
+    scale = row_scales(x, rows, k, eps, b, col, BLOCK_B, BLOCK_K)
+
+    for _ in range(tl.program_id(0), tl.cdiv(n, BLOCK_N), programs):
+        # 3. Stream: the twin writes the cp.async ring by hand; here the compiler makes it from STAGES.
+        acc = dot_rows(tile, w, out + part, out < n, x, norm_w, scale, rows, k, b, col, True, EVEN_K, BLOCK_K, STAGES)
+
+        # 4. Reduce: the dot has done it, and its result is transposed.
+        total = tl.trans(acc)
+
+        # 5. Activate and store: from the float32 sums, rounded once.
+        result = activate(total, BLOCK_B, BLOCK_N)
+        column = first + tl.arange(0, BLOCK_N)[None, :]
+        tl.store(y + b.to(tl.int64) * n + column, result.to(y.dtype.element_ty), mask=(b < rows) & (column < n))
+        out += programs * BLOCK_N
+        first += programs * BLOCK_N
+        tile = load_rows(w, out + part, out < n, col, k, EVEN_K)
+
+
+def norm_linear_silu_mul(x, norm_w, eps, w, y):
+    """Launch y = silu(gate) * up, (gate, up) = rmsnorm(x, norm_w) @ w.T."""
+    (rows, k), n = x.shape, y.shape[1]
+    path, programs, meta = settings.product("norm_linear_silu_mul", CONFIGS, x, n, k, whole_rows=True, parts=2)
+    kernel = norm_linear_silu_mul_kernel if path == "sum" else norm_linear_silu_mul_dot_kernel
+    launch(kernel, (programs,), x, norm_w, w, y, rows, n, k, eps, **meta)
