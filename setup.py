@@ -14,7 +14,8 @@ Environment:
     CXX                                 the C++ compiler (default: g++, else clang++, else c++)
 
 Objects are kept in build/ and reused while neither their command nor a file they include has changed. There, too:
-build/cuda/ptxas.log (what ptxas said) and build/cuda/resources.json (registers and spills of every kernel).
+build/cuda/ptxas.log (what ptxas said), build/cuda/resources.json (registers and spills of every kernel), and the seconds
+that each file took (*.seconds).
 """
 import json
 import os
@@ -253,7 +254,9 @@ def compile_unit(unit: Unit, directory: Path) -> tuple[Path, bool]:
     write(target.with_suffix(".log"), output)
     write(target.with_suffix(".cmd"), shlex.join(unit.command))
     new.replace(target)
-    print(f"  {Path(unit.command[0]).name} {shown}  {time.perf_counter() - start:.1f} s", flush=True)
+    seconds = f"{time.perf_counter() - start:.1f}"
+    write(target.with_suffix(".seconds"), seconds)
+    print(f"  {Path(unit.command[0]).name} {shown}  {seconds} s", flush=True)
     return target, True
 
 

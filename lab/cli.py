@@ -21,6 +21,7 @@ VERBS = {       # verb: (room, what it does)
     "ledger": ("lab.harness.ledger", "one token, kernel by kernel"),
     "compare": ("lab.harness.compare", "did rows of run B get slower than those of run A?"),
     "report": ("lab.report.build", "draw records: pictures, a web page, a summary"),
+    "inspect": ("lab.inspect.command", "what the compilers made of both halves: registers, occupancy, code; no GPU needed"),
     "explain": ("lab.explain", "the CUDA and the Triton half of an op side by side, step by step"),
 }
 

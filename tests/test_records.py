@@ -12,7 +12,7 @@ import pytest
 
 from lab.errors import LabError
 from lab.harness import records
-from lab.harness.records import Ceiling, Env, LedgerRow, ModelRow, OpRow, Writer, key, read, to_line
+from lab.harness.records import Ceiling, Env, Fairness, LedgerRow, ModelRow, OpRow, Writer, key, read, to_line
 
 EXAMPLES = [
     Env("r1", "before", "cuda", gpu="H100", throttle=[], settings={"quick": True}),
@@ -20,6 +20,7 @@ EXAMPLES = [
     OpRow("r1", "linear", "cuda", "bf16", 1, {"n": 8, "k": 4}, us=8.0, us_p10=7.0, us_p90=9.0, n=20),
     ModelRow("r1", "m", "cuda", "basic", "graph", "bf16", 1, 1024, us=1000.0),
     LedgerRow("r1", "m", "cuda", "basic", "bf16", 1, 1024, "kernel", op="linear", kernel="k", us=1.0),
+    Fairness("r1", "linear", "cuda", "bf16", "sm_90a", {"n": 8, "k": 4}, "k", registers=40, occupancy=0.5),
 ]
 
 

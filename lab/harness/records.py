@@ -28,6 +28,11 @@ graph-replayed token; the others add up to it) | swap (a whole token with `overr
   {"schema":1,"kind":"ledger","run":"...","model":"llama-3.2-1b","backend":"cuda","plan":"basic","dtype":"bf16",
    "batch":1,"context":1024,"row":"kernel","order":3,"op":"linear","kernel":"linear_kernel","calls":65,"us":830.0,
    "bytes":2471000000,"gbps":2977.0,"of_ceiling":0.973,"of_token":0.755,"timer":"kineto"}
+`fairness`: what was spent on one side of a comparison (`lab inspect --all`), one line for each kernel of the call.
+  {"schema":1,"kind":"fairness","run":"...","op":"linear","backend":"cuda","dtype":"bf16","arch":"sm_90a",
+   "shape":{"batch":1,"n":28672,"k":4096},"kernel":"linear_stream_kernel","configurations":12,"registers":96,
+   "spill_bytes":0,"shared_bytes":0,"threads":128,"occupancy":0.3125,"instructions":700,"code_lines":210,
+   "shared_lines":160,"compile_s":41.5}
 
 A measurement that failed is a line with `error` (one line of text) and no time. `emulated` lines have timer wall and
 neither gbps nor of_ceiling. `flag` says why a line must not be read as a win ("above the ceiling", "fits in L2").
@@ -207,7 +212,31 @@ class LedgerRow:
     key_fields = ("model", "backend", "plan", "dtype", "batch", "context", "row", "op", "role", "kernel", "overrides")
 
 
-KINDS = {c.kind: c for c in (Env, Ceiling, OpRow, ModelRow, LedgerRow)}
+@dataclass
+class Fairness:
+    """One kernel of one side of a comparison, as it was compiled for `arch`; see lab/inspect/fairness.py."""
+    run: str
+    op: str
+    backend: str                          # cuda | triton
+    dtype: str
+    arch: str                             # sm_90a | sm_80
+    shape: dict                           # the sizes of the call that took this kernel
+    kernel: str
+    configurations: int | None = None     # CUDA: instantiations compiled in for the dtype; Triton: entries of the table
+    registers: int | None = None          # per thread
+    spill_bytes: int | None = None        # per thread
+    shared_bytes: int | None = None       # per block, static and dynamic
+    threads: int | None = None            # per block
+    occupancy: float | None = None        # theoretical, of a multiprocessor's warps
+    instructions: int | None = None       # of machine code
+    code_lines: int | None = None         # of the twin's file, no blanks, comments, docstrings
+    shared_lines: int | None = None       # of the files it shares with other ops; the base of all ops not counted
+    compile_s: float | None = None        # nvcc: the whole file, every instantiation and architecture; Triton: this kernel
+    kind = "fairness"
+    key_fields = ("op", "backend", "dtype", "arch", "shape", "kernel")
+
+
+KINDS = {c.kind: c for c in (Env, Ceiling, OpRow, ModelRow, LedgerRow, Fairness)}
 
 
 def to_line(record):

@@ -1,0 +1,74 @@
+"""The call that is looked at: an op's arguments of given sizes and dtype, whose values nobody reads."""
+import ast
+import inspect
+
+import torch
+
+from lab.dispatch import DTYPES, Rand, known
+from lab.errors import LabError
+
+
+class Blank(Rand):
+    """Tensors of the right shape that take no time to make and, until they are written, no memory."""
+
+    def __init__(self, dtype):
+        self.device, self.dtype = torch.device("cpu"), dtype
+
+    def __call__(self, *shape, dtype=None, scale=1.0):
+        return torch.empty(shape, dtype=dtype or self.dtype)
+
+    def integers(self, low, high, *shape):
+        return torch.full(shape, low, dtype=torch.int32)
+
+    def permutation(self, n):
+        return torch.arange(n, dtype=torch.int32)
+
+
+def arguments(op, dtype, sizes):
+    """The op's public arguments. Raises LabError for a dtype, a size's name or a shape that the op does not take."""
+    names = [name for name, value in DTYPES.items() if value in op.dtypes]
+    known(dtype, names, f"dtype of {op.name}")
+    takes = list(inspect.signature(op.inputs).parameters.values())[1:]
+    for name in sizes:
+        known(name, [p.name for p in takes], f"size of {op.name}")
+    missing = [p.name for p in takes if p.default is p.empty and p.name not in sizes]
+    if missing:
+        raise LabError(f"{op.name} needs {', '.join(missing)} too, as in --sizes "
+                       + " ".join(f"{k}={_shown(v)}" for k, v in op.cases[0].sizes.items()))
+    try:
+        args = op.inputs(Blank(DTYPES[dtype]), **sizes)
+    except (TypeError, RuntimeError) as error:
+        raise LabError(f"{op.name} cannot be called with these sizes: {str(error).splitlines()[0]}") from None
+    op.validate(*args)
+    return args
+
+
+def parse(words):
+    """{"batch": 16, "lengths": (1024, 2048)} from ["batch=16", "lengths=1024,2048"]; dtypes by name."""
+    sizes = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not value:
+            raise LabError(f"size {word!r}: write NAME=NUMBER, as in batch=16 or lengths=1024,2048")
+        try:
+            sizes[name] = DTYPES[value] if value in DTYPES else ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            raise LabError(f"size {word!r}: {value!r} is neither a number, True, False nor a dtype") from None
+        if name in ("lengths", "positions") and isinstance(sizes[name], int):
+            sizes[name] = (sizes[name],)
+    return sizes
+
+
+def as_json(sizes):
+    names = {value: name for name, value in DTYPES.items()}
+    return {k: names[v] if isinstance(v, torch.dtype) else list(v) if isinstance(v, tuple) else v for k, v in sizes.items()}
+
+
+def _shown(value):
+    value = as_json({"": value})[""]
+    return ",".join(map(str, value)) if isinstance(value, list) else value
+
+
+def words(sizes):
+    """Sizes as the command line takes them."""
+    return " ".join(f"{name}={_shown(value)}" for name, value in sizes.items())

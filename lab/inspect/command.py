@@ -1,0 +1,157 @@
+"""`lab inspect OP`: what the compilers made of both twins for one call of an op, side by side. Needs no GPU.
+
+Counts are static: an instruction in a loop counts once. Occupancy is theoretical: how full a multiprocessor can be.
+"""
+import json
+import sys
+from pathlib import Path
+
+from lab.dispatch import DTYPES, known
+from lab.errors import LabError
+from lab.inspect import call, cuda_half, gpu as gpus, listing, triton_half
+
+HALVES = {"cuda": cuda_half, "triton": triton_half}
+
+# What a decode step of Llama 3.1 8B asks of an op, one sequence at 8192 tokens: the call where no sizes are given. An op
+# that is not here takes the first case of its contract.
+HEADS = dict(q_heads=32, kv_heads=8, head_dim=128)
+DEFAULTS = {
+    "embedding": dict(batch=1, vocab=128256, hidden=4096), "rmsnorm": dict(rows=1, cols=4096, residual=True),
+    "linear": dict(batch=1, n=28672, k=4096), "rope": dict(batch=1, **HEADS),
+    "kv_append": dict(positions=(15,), **HEADS), "decode_attention": dict(lengths=(8192,), splits=33, **HEADS),
+    "silu_mul": dict(rows=1, cols=14336), "sample": dict(batch=1, vocab=128256),
+    "norm_linear": dict(batch=1, n=6144, k=4096), "norm_linear_silu_mul": dict(batch=1, n=14336, k=4096),
+    "linear_add": dict(batch=1, n=4096, k=14336), "norm_linear_argmax": dict(batch=1, n=128256, k=4096),
+    "rope_append_attention": dict(positions=(8191,), splits=33, **HEADS),
+}
+
+
+def add_arguments(parser):
+    parser.add_argument("op", nargs="?", help="an op, as `lab ops` lists them")
+    parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}; default: bf16, or what the op takes")
+    parser.add_argument("--arch", default="sm_90a", help=f"{', '.join(gpus.GPUS)}; default: sm_90a")
+    parser.add_argument("--case", type=int, metavar="N", help="sizes of the contract's case N, from 0")
+    parser.add_argument("--sizes", nargs="+", metavar="NAME=N", help="sizes of the call, as in batch=16 n=6144 k=4096 or "
+                        "lengths=1024,2048; default: a decode step of Llama 3.1 8B, batch 1")
+    parser.add_argument("--backend", help="cuda or triton; default: both")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--sass", action="store_const", dest="listing", const="sass", help="the machine code, source beside")
+    form.add_argument("--ptx", action="store_const", dest="listing", const="ptx", help="the PTX, source beside")
+    form.add_argument("--ttgir", action="store_const", dest="listing", const="ttgir", help="Triton's GPU dialect, likewise")
+    form.add_argument("--json", action="store_true", help="the table as JSON")
+    parser.add_argument("--all", action="store_true", help="every op and dtype: fairness cards into --out DIR")
+    parser.add_argument("--out", metavar="DIR", help="with --all: append the cards to DIR/records.jsonl")
+
+
+def main(args) -> int:
+    from lab.ops import OPS, find
+    gpu = gpus.find(args.arch)
+    if args.all != bool(args.out) or args.all == bool(args.op):
+        raise LabError("name an op, as in `lab inspect linear`, or ask for every fairness card with --all --out DIR"
+                       + ("" if args.op else f"; ops: {', '.join(op.name for op in OPS)}"))
+    if args.all:
+        return write_cards(OPS, args, gpu)
+    op = find(args.op)
+    backends = [known(args.backend, list(HALVES), "backend")] if args.backend else list(HALVES)
+    dtype, sizes = args.dtype or default_dtype(op), sizes_of(op, args)
+    found, errors = look(op, dtype, sizes, gpu, ["triton"] if args.listing == "ttgir" and not args.backend else backends)
+    if not found:
+        raise LabError("; ".join(errors.values()))
+    if args.json:
+        print(json.dumps(as_json(op, dtype, sizes, gpu, found, errors), indent=1))
+    elif args.listing:
+        for kernels in found.values():
+            for kernel in kernels:
+                for line in listing.lines(kernel, args.listing):
+                    print(line)
+    else:
+        print("\n".join(table(op, dtype, sizes, gpu, found)))
+    for backend, error in errors.items():
+        print(f"lab: {backend}: {error}", file=sys.stderr)
+    return 0
+
+
+def default_dtype(op):
+    names = [name for name, dtype in DTYPES.items() if dtype in op.dtypes]
+    return "bf16" if "bf16" in names else names[0]
+
+
+def sizes_of(op, args):
+    if args.case is not None and args.sizes:
+        raise LabError("give --case or --sizes, not both")
+    if args.sizes:
+        return call.parse(args.sizes)
+    if args.case is None:
+        return DEFAULTS.get(op.name, dict(op.cases[0].sizes))
+    if not 0 <= args.case < len(op.cases):
+        raise LabError(f"{op.name} has no case {args.case}; choose from "
+                       + ", ".join(f"{i} ({c.why})" for i, c in enumerate(op.cases)))
+    return dict(op.cases[args.case].sizes)
+
+
+def look(op, dtype, sizes, gpu, backends=tuple(HALVES)):
+    """({backend: its Kernels}, {backend: why there are none})."""
+    arguments = call.arguments(op, dtype, sizes)
+    found, errors = {}, {}
+    for backend in backends:
+        try:
+            found[backend] = HALVES[backend].kernels(op, arguments, gpu)
+        except LabError as error:
+            errors[backend] = str(error)
+    return found, errors
+
+
+def as_json(op, dtype, sizes, gpu, found, errors):
+    return {"op": op.name, "dtype": dtype, "arch": gpu.arch, "sizes": call.as_json(sizes),
+            "kernels": [kernel.facts() for kernels in found.values() for kernel in kernels], "errors": errors}
+
+
+def table(op, dtype, sizes, gpu, found):
+    """The lines of the comparison: one column for each kernel that the call launches."""
+    kernels = [kernel for one in found.values() for kernel in one]
+    launch = [("", [k.backend for k in kernels]), ("kernel", [k.name for k in kernels]),
+              ("grid", [" x ".join(map(str, k.grid)) for k in kernels]), ("threads of a block", [k.threads for k in kernels]),
+              ("registers of a thread", [k.registers for k in kernels]),
+              ("spilled bytes of a thread", [k.spills for k in kernels]),
+              ("shared memory, static", [k.shared_static for k in kernels]),
+              ("shared memory, dynamic", [k.shared_dynamic for k in kernels]),
+              ("blocks on a multiprocessor", [k.blocks for k in kernels]),
+              ("occupancy", [f"{k.occupancy:.0%}" for k in kernels]), ("limited by", [k.limit for k in kernels])]
+    counts = [(name, [k.mix[name] for k in kernels]) for name in kernels[0].mix if any(k.mix[name] for k in kernels)]
+    first = max(len(name) for name, _ in launch + counts)
+    widths = [max(len(str(values[i])) for _, values in launch + counts) for i in range(len(kernels))]
+    yield f"{op.name} {dtype} for {gpu.arch} ({gpu.card}): {call.words(sizes)}"
+    for title, rows in ("", launch), ("instructions, each counted once", counts):
+        if title:
+            yield title
+        for name, values in rows:
+            yield "  ".join([f"{name:{first}}", *(f"{value!s:>{width}}" for value, width in zip(values, widths))])
+    for kernel in kernels:
+        yield f"{kernel.backend}: {kernel.instance}"
+
+
+def write_cards(ops, args, gpu):
+    from lab.harness import records
+    from lab.inspect.fairness import fairness, new_run
+    path, failed = Path(args.out), 0
+    try:
+        run = str(records.read(path).runs()[-1])                 # the cards belong to the run that was measured last
+    except LabError:
+        if records.path_of(path).exists():
+            raise
+        run = new_run()
+    with records.Writer(path) as writer:
+        for op in ops:
+            for dtype in [name for name, value in DTYPES.items() if value in op.dtypes]:
+                if args.dtype and args.dtype != dtype:
+                    continue
+                rows, errors = fairness(op, dtype, DEFAULTS.get(op.name, dict(op.cases[0].sizes)), gpu.arch, run)
+                writer.append(*rows)
+                for row in rows:
+                    print(f"{row.op:20} {row.dtype} {row.backend:6} {row.kernel}: {row.registers} registers, "
+                          f"{row.occupancy:.0%} occupancy, {row.configurations} configurations, {row.code_lines} lines", flush=True)
+                for error in errors:
+                    failed += 1
+                    print(f"lab: {error}", file=sys.stderr)
+    print(f"fairness cards of run {run} in {records.path_of(path)}")
+    return 1 if failed else 0

@@ -1,0 +1,121 @@
+"""The CUDA half: what a call launches, asked of lab._cuda itself, and the code of it, taken out of lab._cuda's file.
+
+The extension notes launches instead of running them (cuda_src/trace.h), so no GPU and no driver are needed. It gives the
+place of the kernel's host half in its file; the symbol there has the name that the machine code has too.
+"""
+import functools
+import importlib
+import math
+import re
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+from lab.errors import LabError, Unavailable
+from lab.inspect import binary
+from lab.inspect.kernel import measured
+
+
+def extension():
+    """lab._cuda; Unavailable where nvcc was not there to build it, or the build is too old to record launches."""
+    try:
+        module = importlib.import_module("lab._cuda")
+    except ImportError as error:
+        raise Unavailable(f"the cuda half needs lab._cuda, which is not built ({error}); it needs nvcc, no GPU: run "
+                          "`make setup` or `python setup.py build_ext --inplace`") from None
+    if not hasattr(module, "record_launches"):
+        raise Unavailable("lab._cuda is older than its sources: run `python setup.py build_ext --inplace`")
+    return module
+
+
+def launches(op, args, gpu):
+    """What ops.<op>(*args) on the CUDA backend launches on such a GPU: a list of dicts as bindings.cpp describes them."""
+    module = extension()
+    if not hasattr(module, op.name):
+        raise Unavailable(f"lab._cuda has no {op.name}: run `python setup.py build_ext --inplace`")
+    kernels = SimpleNamespace(**{name: getattr(module, name) for name in dir(module) if not name.startswith("_")})
+    kernels.stream = lambda: 0
+    module.record_launches(gpu.multiprocessors)
+    try:
+        op.cuda(kernels, *args, out=op.outputs(*args))
+        return module.take_launches()
+    finally:
+        module.record_launches(0)
+
+
+@functools.lru_cache(maxsize=1)
+def _host_symbols(path):
+    return {s.value: s.name for s in binary.symbols(Path(path).read_bytes()) if s.function}
+
+
+@functools.lru_cache(maxsize=1)
+def _folder(path):
+    """Where all that is embedded in the extension lies as files, for as long as this process lives."""
+    folder = tempfile.TemporaryDirectory(prefix="lab-inspect-")
+    binary.run("cuobjdump", "-xelf", "all", path, cwd=folder.name)
+    binary.run("cuobjdump", "-xptx", "all", path, cwd=folder.name)
+    return folder
+
+
+def _embedded(module, ending, symbol):
+    """The embedded file of this ending that has the function."""
+    for path in sorted(Path(_folder(module.__file__).name).glob(f"*{ending}")):
+        if symbol.encode() in path.read_bytes():
+            return path
+    return None
+
+
+def cubin(module, symbol, gpu):
+    path = _embedded(module, f".{gpu.arch}.cubin", symbol)
+    if path is None:
+        raise LabError(f"lab._cuda has no machine code of {symbol} for {gpu.arch}; it was built for "
+                       f"{', '.join(module.build_info()['archs'])}: choose another --arch or set LAB_CUDA_ARCH and rebuild")
+    return path
+
+
+def kernels(op, args, gpu):
+    """The Kernels that a call launches, in order."""
+    module = extension()
+    return [_kernel(module, launch, gpu) for launch in launches(op, args, gpu)]
+
+
+def _symbol(module, launch):
+    symbol = _host_symbols(module.__file__).get(launch["offset"])
+    if symbol is None:
+        raise Unavailable(f"lab._cuda has no symbols, so {launch['kernel']}'s instantiation is not known; do not strip it")
+    return symbol
+
+
+def _kernel(module, launch, gpu):
+    symbol = _symbol(module, launch)
+    path = cubin(module, symbol, gpu)
+    kernel = measured(gpu, path, symbol, math.prod(launch["block"]), launch["smem_bytes"], backend="cuda",
+                      name=launch["kernel"], instance=binary.demangled(symbol), grid=tuple(launch["grid"]),
+                      cluster=launch["cluster"], dependent_launch=launch["pdl"])
+    ptx = _embedded(module, ".ptx", f".entry {symbol}(")
+    kernel.texts["ptx"] = entry(ptx.read_text(), symbol) if ptx else LabError(
+        "no PTX in lab._cuda: build it with LAB_CUDA_ARCH=\"...;90+ptx\"")
+    kernel.texts["ttgir"] = LabError("TTGIR is Triton's own: add --backend triton, or look at --ptx or --sass")
+    return kernel
+
+
+def entry(ptx, symbol):
+    """One kernel's code out of a PTX file, with the file's table of source names."""
+    start = re.search(rf"^.*\.entry {re.escape(symbol)}\(", ptx, re.M).start()
+    end = ptx.index("\n}", start) + 2
+    return ptx[start:end] + "\n" + "\n".join(re.findall(r"^\s*\.file\s.*$", ptx, re.M)) + "\n"
+
+
+def instantiations(op, launch, dtype, gpu):
+    """How many instantiations of the launched kernel for this dtype are compiled in: what the launcher can choose from."""
+    module = extension()
+    symbol = _symbol(module, launch)
+    head = symbol.partition("I" + MANGLED[dtype])[0]
+    names = {s.name for s in binary.symbols(cubin(module, symbol, gpu).read_bytes()) if s.function}
+    if head == symbol:                                           # not templated on the dtype
+        base = re.match(r"_ZN?(?:\d+lab)?\d+" + launch["kernel"], symbol)
+        return sum(name.startswith(base[0]) for name in names) if base else 1
+    return sum(name.startswith(head + "I" + MANGLED[dtype]) for name in names)
+
+
+MANGLED = {"fp32": "f", "fp16": "6__half", "bf16": "13__nv_bfloat16"}

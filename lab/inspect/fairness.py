@@ -1,0 +1,109 @@
+"""The fairness card of a comparison: what was spent on each side, and what came of it.
+
+A race says little if one side was tuned for a week and the other written in an hour. The card counts, for one call of an
+op: the configurations that each launcher can choose from, the resources of the kernel it took, the lines of the twin,
+and the seconds its compiler needs.
+"""
+import ast
+import datetime
+import re
+import secrets
+import tokenize
+from pathlib import Path
+
+from lab.errors import LabError
+from lab.harness import records
+from lab.inspect import cuda_half, gpu as gpus, triton_half
+from lab.inspect.call import arguments, as_json
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARED = {"common.cuh", "sizes.h", "trace.h", "launchers.h", "common.py", "interpreter.py"}     # every op stands on these
+
+
+def fairness(op, dtype, sizes, arch, run=None):
+    """(records, errors): a Fairness record for each kernel of each half, and a line for each half that cannot be had.
+
+    op: a contract of lab.ops. dtype: "bf16" ... sizes: keyword arguments of its `inputs`. arch: "sm_90a" or "sm_80".
+    run: the id of the bench run that the card belongs to; None makes one.
+    """
+    gpu, run = gpus.find(arch), run or new_run()
+    args = arguments(op, dtype, sizes)
+    rows, errors = [], []
+    for backend, half in (("cuda", cuda_half), ("triton", triton_half)):
+        try:
+            kernels, launches = half.kernels(op, args, gpu), half.launches(op, args, gpu)
+            path = ROOT / ("cuda_src" if backend == "cuda" else "triton_kernels") / (op.name + SUFFIX[backend])
+            own, shared = code_lines(path)
+            for kernel, launch in zip(kernels, launches, strict=True):
+                if backend == "cuda":
+                    choices, seconds = cuda_half.instantiations(op, launch, dtype, gpu), built_in(path)
+                else:
+                    choices, seconds = triton_half.configurations(op, gpu), triton_half.compile_seconds(launch, gpu)
+                rows.append(records.Fairness(
+                    run=run, op=op.name, backend=backend, dtype=dtype, arch=gpu.arch, shape=as_json(sizes),
+                    kernel=kernel.name, configurations=choices, registers=kernel.registers, spill_bytes=kernel.spills,
+                    shared_bytes=kernel.shared_static + kernel.shared_dynamic, threads=kernel.threads,
+                    occupancy=kernel.occupancy, instructions=kernel.mix["all"], code_lines=own, shared_lines=shared,
+                    compile_s=seconds))
+        except LabError as error:
+            errors.append(f"{op.name} {dtype} {backend}: {error}")
+    return rows, errors
+
+
+SUFFIX = {"cuda": ".cu", "triton": ".py"}
+
+
+def new_run():
+    stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%S")
+    return f"{stamp}-{secrets.token_hex(2)}"
+
+
+def built_in(source):
+    """Seconds that nvcc took for the whole file at its last build, all instantiations and architectures; None if unknown."""
+    try:
+        return float((ROOT / "build/cuda" / f"{source.name}.seconds").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def code_lines(path):
+    """(lines of code of the file, lines of the project's other files that it takes in), blanks, comments, docstrings left
+    out. What every op stands on (common.cuh, common.py ...) is in neither."""
+    files, todo = [], [path]
+    while todo:
+        file = todo.pop()
+        if file not in files and file.is_file():
+            files.append(file)
+            todo += _taken_in(file)
+    own, *others = [len(_python(f) if f.suffix == ".py" else _cpp(f)) for f in files]
+    return own, sum(others)
+
+
+def _taken_in(file):
+    text = file.read_text()
+    if file.suffix == ".py":
+        names = re.findall(r"^\s*from triton_kernels\.(\w+) import", text, re.M)
+        names += [n.strip() for line in re.findall(r"^\s*from triton_kernels import (.+)$", text, re.M) for n in line.split(",")]
+        found = [f"{name}.py" for name in names]
+    else:
+        found = re.findall(r'^#include "([^"/]+)"', text, re.M)
+    return [file.parent / name for name in found if name not in SHARED]
+
+
+def _cpp(file):
+    """Line numbers that hold C++ code."""
+    blank = lambda m: "\n" * m[0].count("\n") if m[0].startswith("/") else m[0]       # strings stay
+    text = re.sub(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/\*.*?\*/', blank, file.read_text(), flags=re.S)
+    return [i for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+
+
+def _python(file):
+    """Line numbers that hold Python code."""
+    skip = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING,
+            tokenize.ENDMARKER)
+    with open(file, "rb") as f:
+        held = {n for t in tokenize.tokenize(f.readline) if t.type not in skip for n in range(t.start[0], t.end[0] + 1)}
+    for node in ast.walk(ast.parse(file.read_text())):           # docstrings
+        if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
+            held -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return sorted(held)

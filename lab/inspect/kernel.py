@@ -1,0 +1,95 @@
+"""One compiled kernel and the launch it was recorded with: the facts that are compared."""
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+
+from lab.inspect import binary, gpu as gpus
+
+# Opcodes of NVIDIA's machine code by what they do; the first that fits counts. Each instruction counts once, however
+# often a loop runs it. The order is the order of the table.
+MIX = {
+    "global load, 128 bit": r"LDG\.\S*128",
+    "global load, 64 bit": r"LDG\.\S*64",
+    "global load, 32 bit or less": r"LDG\b|LD\.",
+    "cp.async": r"LDGSTS",
+    "bulk copy": r"UBLKCP|UTMALDG|UTMASTG",
+    "prefetch to L2": r"CCTL\S*PF2|UBLKPF|UTMAPF",
+    "global store, 128 bit": r"STG\.\S*128",
+    "global store, 64 bit": r"STG\.\S*64",
+    "global store, 32 bit or less": r"STG\b|ST\.",
+    "local memory (spills)": r"LDL|STL",
+    "shared load": r"LDS\b",
+    "shared store": r"STS\b",
+    "shared matrix load": r"LDSM",
+    "tensor core": r"[HIQDB]G?MMA",
+    "fused multiply-add": r"FFMA|HFMA2|DFMA",
+    "other float arithmetic": r"FADD|FMUL|FMNMX|FSETP|FSEL|HADD2|HMUL2|HMNMX2|HSETP2|FCHK|DADD|DMUL|FSET",
+    "conversion": r"F2F|F2I|I2F|F2FP|I2FP|FRND",
+    "special function": r"MUFU",
+    "shuffle": r"SHFL|REDUX|VOTE|MATCH",
+    "block barrier": r"BAR\b",
+    "mbarrier": r"SYNCS",
+    "atomic": r"ATOM|RED\b|REDG",
+    "dependent launch": r"ACQBULK|PREEXIT",
+    "integer and address": r"U?IMAD|U?IADD|U?LEA|VIADD|U?ISETP|U?SHF|U?LOP3|U?PRMT|IABS|U?IMNMX|VIMNMX|U?BREV|U?FLO|U?POPC"
+                           r"|U?BMSK|U?SGXT|PLOP3|UPLOP3|U?SEL\b|IDP|U?ISCADD|U?LOP",
+    "constant and register move": r"LDC|ULDC|U?MOV|S2U?R|CS2R|R2UR?|R2P|P2R|UP2UR|UR2UP",
+    "control flow": r"BRA|EXIT|BSSY|BSYNC|CALL|RET|WARPSYNC|NANOSLEEP|YIELD|BREAK|JMP|BRX|NOP|DEPBAR|LDGDEPBAR|MEMBAR|ERRBAR"
+                    r"|FENCE|CCTL|LEPC|BMOV|BPT|KILL|UCGABAR|ELECT|ACQ",
+}
+PATTERNS = {name: re.compile(pattern) for name, pattern in MIX.items()}
+INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[\w.]+)?)")
+
+
+def opcodes(sass):
+    """The opcodes of a disassembly, in order, without the padding at its end."""
+    found = [m[1] for m in map(INSTRUCTION.match, sass.splitlines()) if m]
+    while found and found[-1] == "NOP":
+        found.pop()
+    return found
+
+
+def mix(sass):
+    """{class of instruction: how many stand in the code}, every class of MIX, then "other" and "all"."""
+    counts = Counter(next((name for name, p in PATTERNS.items() if p.match(code)), "other") for code in opcodes(sass))
+    return {name: counts[name] for name in (*MIX, "other")} | {"all": counts.total()}
+
+
+@dataclass
+class Kernel:
+    """`spills`: bytes of local memory a thread (stack included). `shared_*`: bytes a block; `blocks`: per multiprocessor."""
+    backend: str
+    name: str                   # as the source calls it
+    instance: str               # the instantiation (CUDA), or the configuration (Triton)
+    arch: str
+    grid: tuple
+    threads: int
+    registers: int
+    spills: int
+    shared_static: int
+    shared_dynamic: int
+    blocks: int
+    occupancy: float
+    limit: str
+    mix: dict
+    cluster: int = 1
+    dependent_launch: bool = False
+    texts: dict = field(default_factory=dict, repr=False)       # sass | ptx | ttgir -> text, or why there is none
+
+    def facts(self):
+        """Everything but the code, as JSON has it."""
+        return {key: value for key, value in vars(self).items() if key != "texts"}
+
+
+def measured(gpu, cubin, function, threads, shared_dynamic, **rest):
+    """A Kernel from a cubin's file and the launch."""
+    used = binary.usage(cubin, function)
+    # From sm_90 on the number includes what the driver reserves, in kernels that use shared memory.
+    static = max(0, used["SHARED"] - gpu.reserved) if gpu.arch != "sm_80" else used["SHARED"]
+    fits = gpus.occupancy(gpu, used["REG"], static + shared_dynamic, threads)
+    sass = binary.disassembly(cubin, function)
+    kernel = Kernel(arch=gpu.arch, threads=threads, registers=used["REG"], spills=used["STACK"] + used["LOCAL"],
+                    shared_static=static, shared_dynamic=shared_dynamic, blocks=fits.blocks, occupancy=fits.share,
+                    limit=fits.limit, mix=mix(sass), **rest)
+    kernel.texts["sass"] = sass
+    return kernel

@@ -1,0 +1,127 @@
+"""Compiled code with the source lines it came from beside it.
+
+Each of `sass`, `ptx` and `ttgir` yields (code, place or None): a place is the line of the kernel's own file, and, where
+that line called an inlined function, the place in there as well. None: this line of code says nothing of its own.
+"""
+import functools
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from lab.errors import LabError
+
+ROOT = Path(__file__).resolve().parents[2]
+CODE_COLUMNS = 72
+
+
+class Place(NamedTuple):
+    file: str
+    line: int
+    inner: str = ""             # file:line of the inlined function
+
+
+@functools.lru_cache(maxsize=None)
+def _lines(file):
+    # A cubin names the file where it was compiled; a moved checkout has it under the same folder.
+    for path in (Path(file), ROOT.joinpath(*Path(file).parts[-2:])):
+        if path.is_file():
+            return path.read_text(errors="replace").splitlines()
+    return []
+
+
+def source_of(place):
+    """The text of a place's line, "" where the file is not here."""
+    lines = _lines(place.file)
+    return lines[place.line - 1].strip() if 0 < place.line <= len(lines) else ""
+
+
+def _short(file, line):
+    return f"{Path(file).name}:{line}"
+
+
+def sass(text):
+    noted = re.compile(r'\s*//## File "([^"]+)", line (\d+)( inlined at)?')
+    chain, wanted = [], True
+    for line in text.splitlines():
+        found = noted.match(line)
+        if found:                                                # the frames of one instruction, innermost first
+            chain = [] if wanted else chain
+            wanted = False
+            chain.append((found[1], int(found[2])))
+        elif re.match(r"\s*/\*[0-9a-f]{4,}\*/", line):
+            first, wanted = not wanted, True
+            yield line.strip(), _place(chain) if first else None
+        elif re.match(r"\s*\.L_\w+:", line):
+            yield line.strip(), None
+
+
+def _place(chain):
+    if not chain:
+        return None
+    file, line = chain[-1]
+    return Place(file, line, _short(*chain[0]) if len(chain) > 1 else "")
+
+
+def ptx(text):
+    files = {int(n): name for n, name in re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', text, re.M)}
+    noted = re.compile(r"\s*\.loc\s+(\d+) (\d+) (\d+)(?:.*inlined_at (\d+) (\d+) (\d+))?")
+    callers, place = {}, None
+    for line in text.splitlines():
+        found = noted.match(line)
+        if found:
+            numbers = [int(n) for n in found.groups() if n]
+            inner = outer = tuple(numbers[:3])
+            callers[inner] = tuple(numbers[3:])
+            seen = set()
+            while callers.get(outer) and outer not in seen:
+                seen.add(outer)
+                outer = callers[outer]
+            place = Place(files.get(outer[0], "?"), outer[1],
+                          _short(files.get(inner[0], "?"), inner[1]) if inner != outer else "")
+        elif re.match(r"\s*\.(file|section)\b", line):
+            if ".section" in line:                               # debugging tables to the end
+                return
+        elif line.strip() and not re.match(r"\s*(//|\$L__tmp)", line):
+            yield line.rstrip(), place
+            place = None
+
+
+def ttgir(text):
+    known = dict(re.findall(r"^(#loc\d*) = loc\((.*)\)$", text, re.M))
+
+    def resolve(what, depth=0):
+        """The outermost file and line of a location: a name, a fusion and a call site refer to others."""
+        found = re.match(r'"([^"]+)":(\d+):\d+', what)
+        if found:
+            return Place(found[1], int(found[2]))
+        callsite = re.match(r"callsite\((#loc\d*) at (#loc\d*)\)", what)
+        refers = [callsite[2]] if callsite else re.findall(r"#loc\d*", what)
+        if not refers or depth > 50:
+            return None
+        return resolve(known.get(refers[0], ""), depth + 1)
+
+    before = None
+    for line in text.splitlines():
+        if re.match(r"#loc\d* = ", line) or not line.strip():
+            continue
+        found = re.search(r" loc\((#loc\d*)\)$", line)
+        place = resolve(known.get(found[1], "")) if found else None
+        yield re.sub(r" loc\((?:\"[^\"]*\"\()?#loc\d*\)?\)", "", line), place if place != before else None
+        before = place or before
+
+
+KINDS = {"sass": sass, "ptx": ptx, "ttgir": ttgir}
+
+
+def lines(kernel, kind):
+    """The listing of a Kernel, line by line. Raises LabError where its compiler has no such text."""
+    text = kernel.texts[kind]
+    if isinstance(text, LabError):
+        raise text
+    yield f"---- {kernel.backend}: {kernel.instance if kernel.backend == 'cuda' else kernel.name} for {kernel.arch}, {kind}"
+    for code, place in KINDS[kind](text):
+        if place is None:
+            yield code
+        else:
+            inner = f" ({place.inner})" if place.inner else ""
+            yield f"{code:{CODE_COLUMNS}} | {_short(place.file, place.line)}{inner}  {source_of(place)}"

@@ -1,0 +1,76 @@
+"""The Triton half: what a call launches, recorded by triton_kernels.common, and compiled for the GPU asked for."""
+import importlib
+import tempfile
+import time
+from pathlib import Path
+
+from lab.errors import Unavailable
+from lab.inspect.gpu import WARP
+from lab.inspect.kernel import measured
+
+
+def launches(op, args, gpu):
+    """What ops.<op>(*args) on the Triton backend launches on such a GPU: a list of triton_kernels.common.Launch."""
+    try:
+        from triton_kernels import common
+        with common.recording(gpu.triton) as found:
+            op.triton(*args, out=op.outputs(*args))
+    except ModuleNotFoundError as error:
+        if error.name == f"triton_kernels.{op.name}":
+            raise Unavailable(f"{op.name} has no Triton half: triton_kernels/{op.name}.py does not exist") from None
+        raise Unavailable(f"the triton half: {error}; install it with `pip install triton`") from None
+    return found
+
+
+def kernels(op, args, gpu):
+    """The Kernels that a call launches, in order."""
+    return [_kernel(launch, gpu) for launch in launches(op, args, gpu)]
+
+
+def _kernel(launch, gpu):
+    from triton_kernels import offline
+    code = offline.compile(launch, gpu.triton)
+    name = code.metadata.name
+    settings = {k: v for k, v in launch.meta.items() if k.isupper() or k.startswith("num_")}
+    with tempfile.TemporaryDirectory(prefix="lab-inspect-") as folder:
+        path = Path(folder, f"{name}.cubin")
+        path.write_bytes(code.asm["cubin"])
+        kernel = measured(gpu, path, name, code.metadata.num_warps * WARP, code.metadata.shared, backend="triton",
+                          name=name, instance=" ".join(f"{k}={v}" for k, v in settings.items()),
+                          grid=_grid(launch), dependent_launch=bool(launch.meta.get("launch_pdl")))
+    kernel.texts |= {"ptx": code.asm["ptx"], "ttgir": code.asm["ttgir"]}
+    return kernel
+
+
+def _grid(launch):
+    grid = launch.grid(launch.meta) if callable(launch.grid) else tuple(launch.grid)
+    return (*grid, 1, 1)[:3]
+
+
+def compile_seconds(launch, gpu):
+    """Seconds Triton takes for one launch's kernel, past its cache. Call it after kernels(): the first compile of a
+    process also starts the compiler."""
+    from triton import knobs
+    from triton_kernels import offline
+    with knobs.compilation.scope():
+        knobs.compilation.always_compile = True
+        start = time.perf_counter()
+        offline.compile(launch, gpu.triton)
+        return time.perf_counter() - start
+
+
+def configurations(op, gpu):
+    """How many settings the op's table holds for this architecture: what the launcher can choose from."""
+    from triton_kernels import common
+    table = getattr(importlib.import_module(f"triton_kernels.{op.name}"), "CONFIGS", None)
+    with common.recording(gpu.triton):
+        return 1 if table is None else len(_leaves(common.config(table, None)))
+
+
+def _leaves(entry):
+    """The distinct innermost dicts of settings in a table's entry."""
+    inner = entry.values() if isinstance(entry, dict) else entry
+    deeper = [v for v in inner if isinstance(v, (dict, list, tuple))]
+    if isinstance(entry, dict) and not deeper:
+        return {repr(sorted(entry.items(), key=str))}
+    return set().union(*map(_leaves, deeper)) if deeper else set()
