@@ -29,7 +29,8 @@ CONFIGS = {"sm_90": SM_80, "sm_80": SM_80, "interpreter": {"sum_rows": 4}}
 
 @triton.jit
 def linear_add_kernel(x, w, bias, residual, rows, n, k, PDL: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr,
-                      BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, UNROLL: tl.constexpr):
+                      WHOLE_ROW: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                      UNROLL: tl.constexpr):
     # 1. Locate: BLOCK_N rows of w. Addresses are [batch, n, k], so that all loads and the sum share one layout, and nothing
     # moves between threads inside the loop.
     b = tl.arange(0, BLOCK_B)[:, None, None]
@@ -45,14 +46,15 @@ def linear_add_kernel(x, w, bias, residual, rows, n, k, PDL: tl.constexpr, HAS_B
     base = tl.load(target, mask=live, other=0.0).to(tl.float32)
     xv = tl.load(x_row + col, mask=col < k, other=0.0, eviction_policy="evict_last")
     acc = tile.to(tl.float32) * xv.to(tl.float32)
-    for k0 in tl.range(BLOCK_K, k, BLOCK_K, loop_unroll_factor=UNROLL):
-        at = k0 + col
-        tile = load_rows(w, out, out < n, at, k, EVEN_K)
-        if EVEN_K:
-            xv = tl.load(x_row + at, eviction_policy="evict_last")
-        else:
-            xv = tl.load(x_row + at, mask=at < k, other=0.0, eviction_policy="evict_last")
-        acc += tile.to(tl.float32) * xv.to(tl.float32)
+    if not WHOLE_ROW:
+        for k0 in tl.range(BLOCK_K, k, BLOCK_K, loop_unroll_factor=UNROLL):
+            at = k0 + col
+            tile = load_rows(w, out, out < n, at, k, EVEN_K)
+            if EVEN_K:
+                xv = tl.load(x_row + at, eviction_policy="evict_last")
+            else:
+                xv = tl.load(x_row + at, mask=at < k, other=0.0, eviction_policy="evict_last")
+            acc += tile.to(tl.float32) * xv.to(tl.float32)
 
     # 3. Reduce: a lane has summed its own columns; one reduction at the end adds the lanes and warps.
     total = tl.sum(acc, axis=2, keep_dims=True)
@@ -96,4 +98,6 @@ def linear_add(x, w, bias, residual):
     (rows, k), n = x.shape, w.shape[0]
     path, programs, meta = settings.product("linear_add", CONFIGS, x, n, k)
     kernel = linear_add_kernel if path == "sum" else linear_add_dot_kernel
+    if path == "sum":
+        meta["WHOLE_ROW"] = meta["BLOCK_K"] >= k
     launch(kernel, (programs,), x, w, bias, residual, rows, n, k, HAS_BIAS=bias is not None, **meta)

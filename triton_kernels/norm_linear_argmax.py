@@ -1,0 +1,164 @@
+"""norm_linear_argmax: ids[b] = argmax over n of logits[b,n], logits[b,n] = sum_k xn[b,k] * w[n,k], xn = rmsnorm(x, norm_w)
+
+  x [rows, k], rows 1..64   norm_w [k]   w [n, k]   logits [rows, n] float32   ids [rows] int32     row-major, contiguous
+  scratch [rows, 2 * 4096 + 4] int32: of each program the value (float32 bits) of its best, then the indices, then a ticket
+  mapping   as norm_linear; a program keeps its best of every row, and the last to finish compares the programs'
+  traffic   w once whatever the batch (it is everything); x and norm_w once per program from L2; logits written once
+  contract  lab/ops/norm_linear_argmax.py          twin  cuda_src/norm_linear_argmax.cu
+
+The lowest index wins a tie. A row with NaN gives -1.
+"""
+import triton
+import triton.language as tl
+
+from triton_kernels import settings
+from triton_kernels.common import launch
+from triton_kernels.settings import ANY
+from triton_kernels.stream_rows import dot_rows, load_rows, normed_rows, row_scales, wait_for_inputs
+
+MAX_PROGRAMS = tl.constexpr(4096)           # MAX_BLOCKS of the contract
+NO_INDEX = tl.constexpr(2147483647)
+
+# See settings.by_hand.
+SM_80 = {
+    "sum_rows": 4,
+    "sum": [(1, ANY, dict(BLOCK_N=4, lane=16, per_multiprocessor=8)), (4, ANY, dict(BLOCK_N=2, lane=32, per_multiprocessor=4))],
+    "dot": [(64, ANY, dict(BLOCK_N=64, BLOCK_K=64, num_warps=4, STAGES=6, per_multiprocessor=2))],
+    "dot_f32": [(64, ANY, dict(BLOCK_N=32, BLOCK_K=32, num_warps=4, STAGES=3, per_multiprocessor=4))],
+}
+CONFIGS = {"sm_90": SM_80, "sm_80": SM_80, "interpreter": {"sum_rows": 4}}
+
+
+@triton.jit
+def keep_best(best, index, value, candidate):
+    """The larger of (best, index) and (value, candidate), element by element. Candidates come in rising order, so the
+    first of equals stays. A NaN, once seen, stays as (inf, -1): no value is larger, and no index lower."""
+    nan = value != value
+    value = tl.where(nan, float("inf"), value)
+    candidate = tl.where(nan, -1, candidate)
+    better = (value > best) | ((value == best) & (candidate < index))
+    return tl.where(better, value, best), tl.where(better, candidate, index)
+
+
+@triton.jit
+def first_best(best, index, axis: tl.constexpr):
+    """The largest along an axis and its lowest index."""
+    top = tl.max(best, axis=axis, keep_dims=True)
+    lowest = tl.min(tl.where(best == top, index, NO_INDEX), axis=axis, keep_dims=True)
+    return top, lowest
+
+
+@triton.jit
+def publish_best(scratch, ids, rows, b, best, index, BLOCK_B: tl.constexpr, SLOTS: tl.constexpr):
+    """Leaves the program's best of each row in its slot; the program that draws the last ticket compares all of them."""
+    STRIDE: tl.constexpr = 2 * MAX_PROGRAMS + 4
+    mine = scratch + b * STRIDE + tl.program_id(0)
+    tl.store(mine, best.to(tl.int32, bitcast=True), mask=b < rows)
+    tl.store(mine + MAX_PROGRAMS, index, mask=b < rows)
+    # Every thread's stores come before the ticket (the barrier), and the ticket orders them for whoever draws the last one
+    # (acq_rel at GPU scope).
+    tl.debug_barrier()
+    ticket = tl.atomic_add(scratch + 2 * MAX_PROGRAMS, 1, sem="acq_rel", scope="gpu")
+    programs = tl.num_programs(0)
+    if ticket == programs - 1:
+        row = tl.arange(0, BLOCK_B)[:, None]
+        best_all = tl.full([BLOCK_B, SLOTS], float("-inf"), tl.float32)
+        index_all = tl.full([BLOCK_B, SLOTS], NO_INDEX, tl.int32)
+        for s0 in range(0, programs, SLOTS):
+            slot = s0 + tl.arange(0, SLOTS)[None, :]
+            live = (row < rows) & (slot < programs)
+            # .cg: other SMs wrote these; read them from L2, where they meet.
+            bits = tl.load(scratch + row * STRIDE + slot, mask=live, other=0, cache_modifier=".cg")
+            found = tl.load(scratch + row * STRIDE + MAX_PROGRAMS + slot, mask=live, other=NO_INDEX, cache_modifier=".cg")
+            value = tl.where(live, bits.to(tl.float32, bitcast=True), float("-inf"))
+            best_all, index_all = keep_best(best_all, index_all, value, found)
+        top, lowest = first_best(best_all, index_all, 1)
+        tl.store(ids + row, lowest, mask=row < rows)
+        tl.store(scratch + 2 * MAX_PROGRAMS, 0)             # ready for the next launch
+
+
+@triton.jit
+def norm_linear_argmax_kernel(x, norm_w, w, logits, scratch, ids, rows, n, k, eps, PDL: tl.constexpr, EVEN_K: tl.constexpr,
+                              BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SLOTS: tl.constexpr):
+    # 1. Locate: tiles p, p + programs, ... of BLOCK_N rows. Addresses are [batch, n, k], so that all loads and the sum share
+    # one layout, and nothing moves between threads inside the loop. A lane group of the twin is a whole program here.
+    b = tl.arange(0, BLOCK_B)[:, None, None]
+    i = tl.arange(0, BLOCK_N)[None, :, None]
+    col = tl.arange(0, BLOCK_K)[None, None, :]
+    programs = tl.num_programs(0)
+
+    # 2. Norm: the first weights are on their way meanwhile, into registers. The twin keeps the normalised rows in shared
+    # memory; here they stay in the registers of the threads that multiply them.
+    out = tl.program_id(0) * BLOCK_N + i
+    tile = load_rows(w, out, out < n, col, k, EVEN_K)
+    weight = tl.load(norm_w + col, mask=col < k, other=0.0, eviction_policy="evict_last")
+    wait_for_inputs(PDL)
+    xn = normed_rows(x, weight, rows, k, eps, b, col)
+
+    # 3. Stream: the next tile is loaded before this one is used.
+    best = tl.full([BLOCK_B, BLOCK_N, 1], float("-inf"), tl.float32)
+    index = tl.full([BLOCK_B, BLOCK_N, 1], NO_INDEX, tl.int32)
+    for _ in range(tl.program_id(0), tl.cdiv(n, BLOCK_N), programs):
+        ahead = out + programs * BLOCK_N
+        following = load_rows(w, ahead, ahead < n, col, k, EVEN_K)
+
+        # 4. Reduce: over the lanes and warps that share k.
+        total = tl.sum(tile.to(tl.float32) * xn.to(tl.float32), axis=2, keep_dims=True)
+
+        # 5. Store: the logits; the best so far stays in a register.
+        tl.store(logits + b.to(tl.int64) * n + out, total, mask=(b < rows) & (out < n))
+        best, index = keep_best(best, index, tl.where(out < n, total, float("-inf")), out)
+        tile = following
+        out = ahead
+
+    # 6. Argmax in the last block: first of each program, then of all; a maximum is the same in every order.
+    top, lowest = first_best(best, index, 1)
+    row = tl.arange(0, BLOCK_B)[:, None]
+    publish_best(scratch, ids, rows, row, tl.reshape(top, [BLOCK_B, 1]), tl.reshape(lowest, [BLOCK_B, 1]), BLOCK_B, SLOTS)
+
+
+@triton.jit
+def norm_linear_argmax_dot_kernel(x, norm_w, w, logits, scratch, ids, rows, n, k, eps, PDL: tl.constexpr,
+                                  EVEN_K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                                  STAGES: tl.constexpr, SLOTS: tl.constexpr):
+    # 1. Locate: tiles as above; w is the left operand [n, k], and x will be the right one [k, batch].
+    b = tl.arange(0, BLOCK_B)[:, None]
+    i = tl.arange(0, BLOCK_N)[:, None]
+    col = tl.arange(0, BLOCK_K)[None, :]
+    programs = tl.num_programs(0)
+
+    # 2. Norm: a first pass over x, from L2, gives the scales. The twin runs rmsnorm's kernel before this one.
+    out = tl.program_id(0) * BLOCK_N + i
+    tile = load_rows(w, out, out < n, col, k, EVEN_K)
+    wait_for_inputs(PDL)
+    scale = row_scales(x, rows, k, eps, b, col, BLOCK_B, BLOCK_K)
+
+    best = tl.full([BLOCK_B, BLOCK_N], float("-inf"), tl.float32)
+    index = tl.full([BLOCK_B, BLOCK_N], NO_INDEX, tl.int32)
+    for _ in range(tl.program_id(0), tl.cdiv(n, BLOCK_N), programs):
+        # 3. Stream: the twin writes the cp.async ring by hand; here the compiler makes it from STAGES.
+        acc = dot_rows(tile, w, out, out < n, x, norm_w, scale, rows, k, b, col, True, EVEN_K, BLOCK_K, STAGES)
+
+        # 4. Reduce: the dot has done it, and its result is transposed.
+        total = tl.trans(acc)
+        column = tl.trans(out)
+
+        # 5. Store: the logits; the best so far stays in registers.
+        tl.store(logits + b.to(tl.int64) * n + column, total, mask=(b < rows) & (column < n))
+        best, index = keep_best(best, index, tl.where(column < n, total, float("-inf")), column)
+        out += programs * BLOCK_N
+        tile = load_rows(w, out, out < n, col, k, EVEN_K)
+
+    # 6. Argmax in the last block: first of each program, then of all. The twin runs the sampling kernel after this one.
+    top, lowest = first_best(best, index, 1)
+    publish_best(scratch, ids, rows, b, top, lowest, BLOCK_B, SLOTS)
+
+
+def norm_linear_argmax(x, norm_w, eps, w, logits, scratch, out):
+    """Launch logits = rmsnorm(x, norm_w) @ w.T and out = argmax; scratch is zero before its first use and left ready."""
+    (rows, k), n = x.shape, w.shape[0]
+    path, programs, meta = settings.product("norm_linear_argmax", CONFIGS, x, n, k, whole_rows=True)
+    kernel = norm_linear_argmax_kernel if path == "sum" else norm_linear_argmax_dot_kernel
+    programs = min(programs, MAX_PROGRAMS.value)
+    slots = min(triton.next_power_of_2(programs), 2048 // meta["BLOCK_B"])
+    launch(kernel, (programs,), x, norm_w, w, logits, scratch, out, rows, n, k, eps, SLOTS=slots, **meta)
