@@ -1,0 +1,237 @@
+"""lab inspect: facts of kernels that are known, the occupancy formula, the listings, the fairness cards. No GPU."""
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lab.errors import LabError, Unavailable
+from lab.harness import records
+from lab.inspect import binary, call, command, cuda_half, gpu as gpus, kernel as kernels, listing
+from lab.inspect.fairness import code_lines, fairness
+from lab.ops import OPS, find
+
+def cuda_missing():
+    """Why the CUDA half cannot be looked at here, or None."""
+    try:
+        cuda_half.extension()
+    except Unavailable as error:
+        return str(error)
+
+
+needs_cuda = pytest.mark.skipif(cuda_missing() is not None, reason=str(cuda_missing()))
+BOTH = [pytest.param("cuda", marks=needs_cuda), "triton"]
+
+
+def look(name, backend, dtype="bf16", arch="sm_90a", **sizes):
+    found, errors = command.look(find(name), dtype, sizes or command.DEFAULTS[name], gpus.find(arch), [backend])
+    assert not errors
+    return found[backend]
+
+
+# ---- occupancy -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("arch, registers, shared, threads, blocks, limit", [
+    ("sm_90a", 32, 0, 256, 8, "warps"),                  # 64 warps / 8
+    ("sm_90a", 32, 0, 32, 32, "blocks"),
+    ("sm_90a", 255, 0, 128, 2, "registers"),             # 255 * 32 -> 8192 a warp; 2 warps in each of 4 partitions
+    ("sm_90a", 168, 0, 128, 3, "registers"),             # 168 * 32 = 5376 a warp; 3 in each partition
+    ("sm_90a", 96, 0, 96, 6, "registers"),               # 3072 a warp; 5 in each partition = 20 warps; 20 / 3
+    ("sm_90a", 64, 72192, 64, 3, "shared memory"),       # (228 KiB) / (72192 + 1024) = 3.2
+    ("sm_80", 64, 72192, 64, 2, "shared memory"),        # (164 KiB) / (72192 + 1024) = 2.3
+    ("sm_90a", 64, 227 << 10, 256, 1, "shared memory"),  # the most that a block may have
+    ("sm_90a", 64, 228 << 10, 256, 0, "shared memory")])
+def test_occupancy_by_hand(arch, registers, shared, threads, blocks, limit):
+    found = gpus.occupancy(gpus.find(arch), registers, shared, threads)
+    assert (found.blocks, found.limit) == (blocks, limit)
+    assert found.share == blocks * (threads // 32) / 64
+
+
+# ---- instructions ----------------------------------------------------------------------------------------------------
+
+def test_mix_tells_instructions_apart():
+    code = """
+        /*0000*/              @!P0 LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;
+        /*0010*/                   LDG.E.64 R4, [R2.64] ;
+        /*0020*/                   LDG.E R4, desc[UR10][R2.64] ;
+        /*0030*/                   LDGSTS.E.BYPASS.128 [R5], [R2.64] ;
+        /*0040*/              @P2  STG.E.U16 desc[UR4][R2.64], R0 ;
+        /*0050*/                   HMMA.16816.F32.BF16 R4, R8, R2, R4 ;
+        /*0060*/                   HFMA2.MMA.BF16_V2 R4, R8, R2, R4 ;
+        /*0070*/                   UBLKCP [UR8], [UR4], UR6 ;
+        /*0080*/                   SYNCS.ARRIVE.TRANS64.A1T0 RZ, [R2], RZ ;
+        /*0090*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*00a0*/                   LDL R3, [R1] ;
+        /*00b0*/              @!PT EXIT ;
+        /*00c0*/                   NOP;
+    """
+    found = {name: n for name, n in kernels.mix(code).items() if n}
+    assert found == {"global load, 128 bit": 1, "global load, 64 bit": 1, "global load, 32 bit or less": 1, "cp.async": 1,
+                     "global store, 32 bit or less": 1, "tensor core": 1, "fused multiply-add": 1, "bulk copy": 1,
+                     "mbarrier": 1, "block barrier": 1, "local memory (spills)": 1, "control flow": 1, "all": 12}
+
+
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_80"])
+@pytest.mark.parametrize("backend", BOTH)
+def test_known_kernels(backend, arch):
+    """What must be in the machine code of these, whoever compiled them."""
+    embedding, = look("embedding", backend, arch=arch)
+    attention, = look("decode_attention", backend, arch=arch)
+    linear, = look("linear", backend, arch=arch, batch=16, n=6144, k=4096)
+    exact, = look("linear", backend, "fp32", arch, batch=16, n=6144, k=4096)
+    drawn, = look("sample", backend, "fp32", arch, batch=1, vocab=32000, temperature=0.8, top_k=50)
+    assert embedding.mix["global load, 128 bit"] and embedding.mix["global store, 128 bit"]
+    assert attention.mix["cp.async"] and attention.mix["special function"] and attention.mix["atomic"]
+    assert attention.shared_dynamic > 16 << 10 and attention.grid[0] * attention.grid[1] * attention.grid[2] == 8 * 33
+    assert linear.mix["tensor core"] and linear.mix["cp.async"] and not exact.mix["tensor core"]
+    assert exact.mix["fused multiply-add"] and drawn.mix["special function"]
+    for kernel in (embedding, attention, linear, exact, drawn):
+        assert kernel.spills == 0 == kernel.mix["local memory (spills)"]
+        assert 0 < kernel.registers <= 255 and 0 < kernel.occupancy <= 1 and kernel.blocks >= 1
+        assert kernel.mix["other"] < 0.02 * kernel.mix["all"]
+        assert (kernel.backend, kernel.arch) == (backend, arch) and kernel.threads % 32 == 0
+
+
+@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("op", [op.name for op in OPS])
+def test_every_op_can_be_looked_at(op, backend):
+    try:
+        found = look(op, backend, "fp32" if op == "sample" else "bf16")
+    except ModuleNotFoundError:
+        pytest.skip(f"{op} has no {backend} half yet")
+    assert found and all(k.mix["all"] > 10 and k.spills == 0 for k in found)
+
+
+@needs_cuda
+def test_the_sizes_choose_the_instantiation():
+    wide, = look("rmsnorm", "cuda", rows=1, cols=4096)
+    narrow, = look("rmsnorm", "cuda", rows=1, cols=4097)
+    assert wide.mix["global load, 128 bit"] and not narrow.mix["global load, 128 bit"]
+    assert wide.instance != narrow.instance
+
+
+@needs_cuda
+def test_recording_runs_nothing_and_ends():
+    module, op = cuda_half.extension(), find("silu_mul")
+    first = cuda_half.launches(op, call.arguments(op, "bf16", {"rows": 2, "cols": 64}), gpus.find("sm_90a"))
+    assert [launch["kernel"] for launch in first] == ["silu_mul_kernel"] and module.take_launches() == []
+
+
+def test_the_host_build_records_too():
+    host = pytest.importorskip("lab._host")
+    if not hasattr(host, "record_launches"):
+        pytest.skip("lab._host is older than its sources")
+    table, ids, out = torch.ones(4, 64), torch.zeros(3, dtype=torch.int32), torch.full((3, 64), 7.0)
+    call_it = lambda: host.embedding(ids.data_ptr(), table.data_ptr(), out.data_ptr(), 3, 64, 4, 0, 0)  # noqa: E731
+    host.record_launches(132)
+    try:
+        call_it()
+        launch, = host.take_launches()
+    finally:
+        host.record_launches(0)
+    assert launch["kernel"] == "embedding_kernel" and launch["grid"][0] > 0 and bool((out == 7).all())
+    call_it()
+    assert bool((out == 1).all()) and host.take_launches() == []
+
+
+# ---- listings --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", ["sass", "ptx", "ttgir"])
+@pytest.mark.parametrize("backend", BOTH)
+def test_code_stands_beside_the_source(backend, kind):
+    kernel, = look("silu_mul", backend)
+    if (backend, kind) == ("cuda", "ttgir"):
+        with pytest.raises(LabError, match="Triton's own"):
+            list(listing.lines(kernel, kind))
+        return
+    text = list(listing.lines(kernel, kind))
+    name = "silu_mul.cu" if backend == "cuda" else "silu_mul.py"
+    beside = [line.split(" | ")[-1] for line in text if f" | {name}:" in line]
+    source = (listing.ROOT / ("cuda_src" if backend == "cuda" else "triton_kernels") / name).read_text().splitlines()
+    for line in beside:
+        place, _, said = line.partition("  ")
+        number = int(place.split()[0].rpartition(":")[2])
+        assert source[number - 1].strip() == said
+    assert len({line.partition("  ")[0] for line in beside}) > 3
+    code = "\n".join(line.partition(" | ")[0] for line in text)
+    assert {"sass": "EXIT", "ptx": "ret;", "ttgir": "tt.return"}[kind] in code and ".section" not in code
+
+
+# ---- the fairness card -----------------------------------------------------------------------------------------------
+
+def test_lines_of_code(tmp_path):
+    (tmp_path / "part.h").write_text("int x;\n")
+    (tmp_path / "common.cuh").write_text("int y;\n" * 9)
+    (tmp_path / "a.cu").write_text('// text\n#include "common.cuh"\n#include "part.h"\n\nint f() {  // why\n  /* long\n\n */\n'
+                                   '  return puts("// no comment");\n}\n')
+    assert code_lines(tmp_path / "a.cu") == (5, 1)
+    (tmp_path / "a.py").write_text('"""Doc\n\nstring."""\nimport os\n\n# why\ndef f():\n    """More."""\n    return (1,\n'
+                                   '            2)\n')
+    assert code_lines(tmp_path / "a.py") == (4, 0)
+
+
+@pytest.mark.parametrize("backend", BOTH)
+def test_fairness_records_survive_a_round_trip(tmp_path, backend):
+    rows, errors = fairness(find("linear"), "bf16", {"batch": 16, "n": 6144, "k": 4096}, "sm_90a")
+    card = next(row for row in rows if row.backend == backend)
+    assert card.configurations > 1 and card.spill_bytes == 0 and 50 < card.code_lines < 1000
+    assert backend == "cuda" or card.compile_s > 0.01
+    with records.Writer(tmp_path) as writer:
+        writer.append(*rows)
+    assert records.read(tmp_path).rows == [records.from_dict(json.loads(records.to_line(row))) for row in rows]
+    assert len({records.key(row) for row in rows}) == len(rows)
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+def lab(*words):
+    return subprocess.run([sys.executable, "-m", "lab", "inspect", *words], capture_output=True, text=True,
+                          cwd=listing.ROOT)
+
+
+def test_json_schema():
+    done = lab("rmsnorm", "--json", "--sizes", "rows=2", "cols=576", "--dtype", "fp16")
+    body = json.loads(done.stdout)
+    assert (body["op"], body["dtype"], body["arch"], body["sizes"]) == ("rmsnorm", "fp16", "sm_90a", {"rows": 2, "cols": 576})
+    assert {k["backend"] for k in body["kernels"]} | set(body["errors"]) == {"cuda", "triton"}
+    for kernel in body["kernels"]:
+        assert set(kernel) == {"backend", "name", "instance", "arch", "grid", "threads", "registers", "spills", "blocks",
+                               "shared_static", "shared_dynamic", "occupancy", "limit", "mix", "cluster", "dependent_launch"}
+        assert set(kernel["mix"]) == {*kernels.MIX, "other", "all"}
+        assert sum(n for name, n in kernel["mix"].items() if name != "all") == kernel["mix"]["all"]
+
+
+def main(*words):
+    from lab import cli
+    return cli.run(["inspect", *words])
+
+
+@pytest.mark.parametrize("words, says", [
+    (["linaer"], "did you mean linear"),
+    (["linear", "--arch", "sm_75"], "choose from sm_90a, sm_80"),
+    (["linear", "--dtype", "fp8"], "choose from fp32, fp16, bf16"),
+    (["linear", "--backend", "torch"], "choose from cuda, triton"),
+    (["linear", "--case", "99"], "has no case 99; choose from 0"),
+    (["linear", "--sizes", "batch=1", "m=3"], "unknown size of linear 'm'"),
+    (["linear", "--sizes", "batch=1"], "needs n, k too"),
+    (["linear", "--sizes", "batch"], "write NAME=NUMBER"),
+    (["linear", "--sizes", "batch=65", "n=1", "k=8"], "1 to 64 rows"),
+    (["linear", "--ttgir", "--backend", "cuda"], "Triton's own|lab._cuda"),
+    ([], "name an op"), (["--all"], "--all --out DIR")])
+def test_mistakes_are_one_line_that_lists_the_choices(words, says):
+    with pytest.raises(LabError, match=says):
+        main(*words)
+
+
+def test_without_nvcc_the_triton_half_still_shows(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lab._cuda", None)
+    assert main("silu_mul") == 0
+    shown = capsys.readouterr()
+    assert "silu_mul_kernel" in shown.out and "lab._cuda, which is not built" in shown.err and shown.err.count("\n") == 1
+    with pytest.raises(LabError, match="it needs nvcc, no GPU"):
+        main("silu_mul", "--backend", "cuda")
+
+
+def test_symbols_of_what_is_no_elf_file():
+    assert binary.symbols(b"text") == []
