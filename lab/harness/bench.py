@@ -53,7 +53,7 @@ def add_arguments(parser):
     parser.add_argument("--batch", metavar="N,N", help="batch sizes")
     parser.add_argument("--context", metavar="N,N", help="tokens in the KV cache")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
-    parser.add_argument("--plan", metavar="A,B", default="basic", help="decode plans of the models (default: basic)")
+    parser.add_argument("--plan", metavar="A,B", help="decode plans of the models (default: both; on a CPU basic)")
     parser.add_argument("--weights", choices=("random", "auto"), default="random",
                         help="of the models; auto reads real ones")
     parser.add_argument("--quick", action="store_true", help="a small set in under 2 minutes of GPU time")
@@ -81,7 +81,8 @@ def settings_of(args):
     for name in chosen:
         shapes.preset(name)
     backends = [known(name, BACKENDS, "backend") for name in names(args.backend)] if args.backend else list(BACKENDS)
-    for name in names(args.plan):
+    plans = names(args.plan or ("basic,fused" if device == "cuda" else "basic"))
+    for name in plans:
         find_plan(name)
     dtypes = [known(name, list(DTYPES), "dtype") for name in names(args.dtype)] if args.dtype else list(dtypes)
     picked = bool(args.model or args.names and args.what != "ops")
@@ -94,7 +95,7 @@ def settings_of(args):
             "model_contexts": numbers(args.context) if args.context else list(model_contexts),
             "all_dtypes_everywhere": bool(args.dtype), "weights": args.weights, "seconds": args.seconds,
             "vendor": not args.no_vendor, "compile": not (args.no_compile or args.quick),
-            "swap": args.swap or args.what == "all", "plans": names(args.plan)}
+            "swap": args.swap or args.what == "all", "plans": plans}
 
 
 def _ledger_models(device, quick):

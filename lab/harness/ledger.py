@@ -29,6 +29,7 @@ from lab.ops import find
 
 MARKER = "spin_kernel"          # torch.cuda._sleep's kernel: nothing else in a decode step is called so
 REPLAYS = 20                    # replays under the profiler
+WEIGHT = {"linear": 1, "norm_linear": 3, "linear_add": 1, "norm_linear_silu_mul": 3, "norm_linear_argmax": 3}   # argument
 NULLS = 32                      # kernels that do nothing, to tell a graph's launch from a kernel's
 TOLERANCE = 0.03                # of the token, for what is unexplained
 
@@ -48,7 +49,8 @@ class Recorder:
 
     def __init__(self, ops, config, mark=False):
         self.ops, self.trace, self.mark, self.calls = ops, None, mark, []
-        self.roles = {(op, _signature(op, shape)): role for op, role, shape in shapes.uses(config)}
+        self.roles = {(op, _signature(op, shape)): role for plan in shapes.PLANS
+                      for op, role, shape in shapes.uses(config, plan)}
 
     def __getattr__(self, name):
         op, run = find(name), getattr(self.ops, name)
@@ -67,8 +69,9 @@ class Recorder:
         return call
 
     def _role(self, name, args):
-        if name == "linear":
-            return self.roles.get((name, tuple(args[1].shape)))
+        if name in WEIGHT:
+            rows, k = args[WEIGHT[name]].shape
+            return self.roles.get((name, (rows // 2 if name == "norm_linear_silu_mul" else rows, k)))
         if name == "rmsnorm":
             return self.roles.get((name, args[0].shape[1] if args[0].dim() == 3 else None))
         return None
@@ -76,7 +79,7 @@ class Recorder:
 
 def _signature(op, shape):
     """What tells the uses of one op apart by the arguments alone."""
-    if op == "linear":
+    if op in WEIGHT:
         return shape["n"], shape["k"]
     return shape.get("groups")
 
@@ -303,7 +306,7 @@ def _all(calls):
 def measure_swaps(run, rig, weights, name, dtype_name, batch, context):
     """Tokens of all-Triton, all-CUDA, and Triton with each op in turn swapped to CUDA, interleaved."""
     rows, timed = [], {}
-    plans = [("triton", None), ("cuda", None)] + [("triton", op) for op in dict.fromkeys(_ops_of_step(weights))]
+    plans = [("triton", None), ("cuda", None)] + [("triton", op) for op in dict.fromkeys(_ops_of_step(weights, rig.plans[0]))]
     for order, (backend, op) in enumerate(plans, 100):
         overrides = {op: "cuda"} if op else {}
         row = LedgerRow(run, name, backend, rig.plans[0], dtype_name, batch, context, "swap", order=order, op=op,
@@ -324,9 +327,9 @@ def measure_swaps(run, rig, weights, name, dtype_name, batch, context):
     return rows
 
 
-def _ops_of_step(weights):
+def _ops_of_step(weights, plan):
     """Names of the ops that the model's step uses, in its order."""
-    return [op for op, _, _ in shapes.uses(weights.config)]
+    return [op for op, _, _ in shapes.uses(weights.config, plan)]
 
 
 # The verb `lab ledger`: a bench of one model's ledger, and its account on the terminal.
@@ -339,7 +342,7 @@ def add_arguments(parser):
     parser.add_argument("--context", type=int, default=1024, help="tokens in the KV cache (default 1024)")
     parser.add_argument("--weights", choices=("random", "auto"), default="random")
     parser.add_argument("--swap", action="store_true", help="also all-triton, all-cuda and each op swapped alone")
-    parser.add_argument("--plan", metavar="A,B", default="basic", help="basic, fused (default: basic)")
+    parser.add_argument("--plan", metavar="A,B", default="basic,fused", help="decode plans (default: basic,fused)")
     parser.add_argument("--out", metavar="DIR", default="out/ledger", help="for records.jsonl (default out/ledger)")
 
 

@@ -18,7 +18,11 @@ PAGE_SIZE = 16
 MOST_TOKENS = 1 << 19           # batch * context of an attention point: two sets of an 8B layer's KV are then 4 GiB
 # What a model reads from DRAM when it runs the op, by argument position: weights and the KV cache. Everything else is
 # an activation that the kernel before has just written. Ops that are not named here work on activations alone.
-COLD = {"embedding": (1,), "linear": (1, 2), "kv_append": (2, 3), "decode_attention": (1, 2)}
+COLD = {"embedding": (1,), "linear": (1, 2), "kv_append": (2, 3), "decode_attention": (1, 2),
+        "norm_linear": (3, 4), "rope_append_attention": (8, 9), "linear_add": (1, 3), "norm_linear_silu_mul": (3,),
+        "norm_linear_argmax": (3,)}
+ATTENTION = ("decode_attention", "rope_append_attention")       # the ops that have a context
+PLANS = ("basic", "fused")
 # The stream an op is held to; ops that are not named here mostly read.
 DIRECTION = {"embedding": "copy", "rmsnorm": "copy", "rope": "copy", "kv_append": "copy", "silu_mul": "copy"}
 
@@ -44,10 +48,18 @@ def preset(name):
     return PRESETS[known(name, list(PRESETS), "model")]
 
 
-def uses(c):
+def uses(c, plan="basic"):
     """(op, role, shape) of every distinct use in one decode step of model config c."""
     heads = {"q_heads": c.q_heads, "kv_heads": c.kv_heads, "head_dim": c.head_dim}
     yield "embedding", None, {"vocab": c.vocab, "hidden": c.hidden}
+    if plan == "fused":
+        yield "norm_linear", "qkv", {"n": c.q_width + 2 * c.kv_width, "k": c.hidden}
+        yield "rope_append_attention", None, heads | {"page_size": PAGE_SIZE, "qk_norm": c.qk_norm}
+        yield "linear_add", "o", {"n": c.hidden, "k": c.q_width}
+        yield "norm_linear_silu_mul", "gate_up", {"n": c.intermediate, "k": c.hidden}
+        yield "linear_add", "down", {"n": c.hidden, "k": c.intermediate}
+        yield "norm_linear_argmax", "lm_head", {"n": c.vocab, "k": c.hidden}
+        return
     yield "rmsnorm", "hidden", {"cols": c.hidden, "residual": True}
     if c.qk_norm:
         yield "rmsnorm", "q_head", {"cols": c.head_dim, "groups": c.q_heads}
@@ -69,18 +81,18 @@ def points(models=MODELS, batches=(1,), contexts=(1024,), ops=None):
     found = {}
     for name in models:
         config = preset(name)
-        for op, role, shape in uses(config):
+        for op, role, shape in (use for plan in PLANS for use in uses(config, plan)):
             if ops is not None and op not in ops:
                 continue
             for batch in batches:
-                for context in contexts if op == "decode_attention" else (None,):
+                for context in contexts if op in ATTENTION else (None,):
                     if context and (context > config.max_positions or batch * context > MOST_TOKENS):
                         continue
                     point = Point(op, role, batch, context, shape, (name,))
                     same = found.setdefault(point.identity, point)
                     if name not in same.models:
                         found[point.identity] = replace(same, models=(*same.models, name))
-    covered = {op for op, _, _ in uses(preset(models[0]))}
+    covered = {op for plan in PLANS for op, _, _ in uses(preset(models[0]), plan)}
     for op in OPS:
         if op.name not in covered and (ops is None or op.name in ops):
             for case in op.cases:
@@ -109,9 +121,11 @@ def arguments(op, point, rand, multiprocessors):
         return op.inputs(rand, rows=batch, **shape), {}
     if op.name == "kv_append":      # the last slot of a page; the rest of a long cache would only take memory
         return op.inputs(rand, positions=(PAGE_SIZE - 1,) * batch, **shape), {}
-    if op.name == "decode_attention":
+    if op.name in ATTENTION:
         splits = choose_splits(batch, shape["kv_heads"], point.context, multiprocessors)
-        args = op.inputs(rand, lengths=(point.context,) * batch, splits=splits, **shape)
+        sizes = ({"lengths": (point.context,) * batch} if op.name == "decode_attention" else
+                 {"positions": (point.context - 1,) * batch})
+        args = op.inputs(rand, splits=splits, **sizes, **shape)
         workspace = Workspace.empty(batch, shape["q_heads"], shape["kv_heads"], shape["head_dim"], splits, rand.device)
         return (*args, workspace), {"splits": splits}
     if "out_dtype" in shape:

@@ -6,7 +6,7 @@ from lab.ops import (decode_attention, embedding, kv_append, linear, linear_add,
 BASIC = (embedding.op, rmsnorm.op, linear.op, rope.op, kv_append.op, decode_attention.op, silu_mul.op, sample.op)
 # What takes their place in the fused plan.
 FUSED = (norm_linear.op, rope_append_attention.op, linear_add.op, norm_linear_silu_mul.op, norm_linear_argmax.op)
-OPS = BASIC
+OPS = BASIC + FUSED
 
 
 def find(name: str):

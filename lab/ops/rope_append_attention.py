@@ -94,7 +94,7 @@ def inputs(rand, positions, q_heads, kv_heads, head_dim, page_size=16, splits=1,
     q, k, v = packed_qkv(rand, len(lengths), q_heads, kv_heads, head_dim)
     k_cache, v_cache, block_table = paged_cache(rand, lengths, kv_heads, head_dim, page_size)
     norms = (rand(head_dim), rand(head_dim)) if qk_norm else (None, None)
-    _, _, _, cos_sin = rope.inputs(rand, 1, 1, 1, head_dim)
+    cos_sin = rope.inputs(rand, 1, 1, 1, head_dim, max_positions=max(512, *lengths))[3]
     return (q, k, v, *norms, 1e-6, torch.tensor(positions, dtype=torch.int32, device=rand.device), cos_sin, k_cache,
             v_cache, block_table, head_dim ** -0.5, splits)
 
