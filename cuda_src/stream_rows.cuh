@@ -194,6 +194,7 @@ LAB_DEVICE void store_as(void* y, size_t i, float sum, bool f32) {
 
 // Multiprocessors of the current device; on a CPU few, so that blocks get several sets of rows there too.
 inline int multiprocessors() {
+  if (const int recorded = trace::recorded_multiprocessors()) return recorded;
 #ifdef __CUDACC__
   static std::atomic<int> cached[64];
   int device = 0, count = 132;
