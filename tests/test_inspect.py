@@ -12,6 +12,7 @@ from lab.inspect import binary, call, command, cuda_half, gpu as gpus, kernel as
 from lab.inspect.fairness import code_lines, fairness
 from lab.ops import OPS, find
 
+
 def cuda_missing():
     """Why the CUDA half cannot be looked at here, or None."""
     try:
@@ -116,6 +117,14 @@ def test_recording_runs_nothing_and_ends():
     module, op = cuda_half.extension(), find("silu_mul")
     first = cuda_half.launches(op, call.arguments(op, "bf16", {"rows": 2, "cols": 64}), gpus.find("sm_90a"))
     assert [launch["kernel"] for launch in first] == ["silu_mul_kernel"] and module.take_launches() == []
+
+
+@needs_cuda
+def test_a_launch_is_planned_for_the_card_that_is_asked_for():
+    op = find("norm_linear")                                     # its grid depends on the number of multiprocessors
+    args = call.arguments(op, "bf16", command.DEFAULTS[op.name])
+    h100, a100 = (cuda_half.launches(op, args, gpus.find(arch))[-1]["grid"][0] for arch in ("sm_90a", "sm_80"))
+    assert h100 * 108 == a100 * 132
 
 
 def test_the_host_build_records_too():
