@@ -86,19 +86,35 @@ def step_us(model, backend, batch, context, emulated):
     return rows
 
 
+FUSED = {"norm_linear": ("rmsnorm", "qkv"), "rope_append_attention": ("rope", "kv_append", "decode_attention"),
+         "linear_add": ("o", "down"), "norm_linear_silu_mul": ("gate_up", "silu_mul"),
+         "norm_linear_argmax": ("lm_head", "sample"), "embedding": ("embedding",)}
+
+
+def fused(rows):
+    """The rows of step_us as a fused plan would have them, at 0.9 of the time."""
+    return [(op, None, 0.9 * sum(us for name, role, us, _ in rows if name in parts or role in parts),
+             sum(b for name, role, _, b in rows if name in parts or role in parts)) for op, parts in FUSED.items()]
+
+
 def model_rows(run, rng, models, batches, contexts, emulated):
     for model in models:
         layers, hidden, hq, hkv, dim, mlp, vocab = MODELS[model]
         weights = 2 * (layers * (hidden * (hq + 2 * hkv) * dim + hq * dim * hidden + 3 * hidden * mlp) + vocab * hidden)
-        for backend in ("cuda", "triton", "torch"):
+        kinds = [("basic", "eager", 0)] if emulated else [("basic", "graph", 0), ("basic", "eager", 900)]
+        sides = [(b, *kind) for b in ("cuda", "triton", "torch") for kind in kinds]
+        if not emulated:
+            sides += [("cuda", "fused", "graph", -60), ("triton", "fused", "graph", -50)]
+        for backend, plan, mode, extra in sides:
             for context in contexts:
                 base = None
                 for batch in batches:
                     kv = 4 * batch * context * hkv * dim * layers
-                    us = sum(us for _, _, us, _ in step_us(model, backend, batch, context, emulated)) + 25
-                    row = ModelRow(run=run, model=model, backend=backend, plan="basic", batch=batch, context=context,
-                                   dtype="fp32" if emulated else "bf16", mode="eager" if emulated else "graph",
-                                   timer="wall" if emulated else "graph", bytes=weights + kv, weight_bytes=weights,
+                    us = sum(us for _, _, us, _ in step_us(model, backend, batch, context, emulated)) + 85 + extra
+                    row = ModelRow(run=run, model=model, backend=backend, plan=plan, batch=batch, context=context,
+                                   dtype="fp32" if emulated else "bf16", mode=mode, bytes=weights + kv,
+                                   timer="wall" if emulated else "graph" if mode == "graph" else "event",
+                                   weight_bytes=weights,
                                    kv_bytes=int(kv * 1.1), workspace_bytes=30 << 20, emulated=emulated,
                                    page_utilisation=0.91, ttft_ms=us / 1e3 * (4 + context / 500), **timing(rng, us))
                     row.us_p99 = row.us_p90 * 1.01
@@ -116,13 +132,14 @@ def model_rows(run, rng, models, batches, contexts, emulated):
 def ledger_rows(run, rng, models, context, emulated):
     for model in models:
         totals = {}
-        for backend in ("cuda", "triton"):
-            common = dict(run=run, model=model, backend=backend, plan="basic", dtype="fp32" if emulated else "bf16",
+        for backend, plan in (("cuda", "basic"), ("triton", "basic"), ("cuda", "fused"), ("triton", "fused")):
+            common = dict(run=run, model=model, backend=backend, plan=plan, dtype="fp32" if emulated else "bf16",
                           batch=1, context=context, emulated=emulated, timer="wall" if emulated else "kineto")
             rows = step_us(model, backend, 1, context, emulated)
+            rows = fused(rows) if plan == "fused" else rows
             parts = sum(us for _, _, us, _ in rows)
             total = parts * 1.06
-            totals[backend] = total
+            totals.setdefault(backend, total)
             for order, (op, role, us, nbytes) in enumerate(rows):
                 kernel = f"{op}_{role or 'any'}_kernel"
                 yield LedgerRow(**common, row="kernel", order=order, op=op, kernel=kernel, calls=1, bytes=nbytes,

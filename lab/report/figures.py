@@ -32,23 +32,25 @@ class Figure:
     alt: str
     table: pd.DataFrame
     command: str                # reproduces the records behind it
-    height: float               # inches, without the title
+    height: float               # inches, without the title; a legend of one row included
     draw: Callable
     wide: bool = False
 
 
 def compose(figure, theme, emulated=False):
     """The picture as a matplotlib figure in the theme's colours; call it inside rc_context(style.rc(theme))."""
-    title = textwrap.wrap(figure.title, 56)
-    lines = textwrap.wrap(figure.conditions, WRAP)
-    head = 0.10 + 0.19 * len(title) + 0.135 * len(lines) + 0.08
-    height = figure.height + head
-    canvas = Canvas(figsize=(WIDTH, height), layout="constrained")
+    title, lines = textwrap.wrap(figure.title, 56), textwrap.wrap(figure.conditions, WRAP)
+    canvas = Canvas(figsize=(WIDTH, figure.height), layout="constrained")
+    figure.draw(canvas, theme)
+    legend_rows = sum(-(-len(found.get_texts()) // found._ncols) for found in canvas.legends)
+    head = 0.18 + 0.19 * len(title) + 0.135 * len(lines)
+    height = head + figure.height + 0.17 * max(0, legend_rows - 1)
+    canvas.set_size_inches(WIDTH, height)
     canvas.get_layout_engine().set(rect=(0.005, 0.005, 0.985, 1 - head / height - 0.005))
-    canvas.text(0.015, 1 - 0.08 / height, "\n".join(title), fontsize=10.5, fontweight="bold", va="top", linespacing=1.1)
+    canvas.text(0.015, 1 - 0.08 / height, "\n".join(title), fontsize=10.5, fontweight="bold", va="top",
+                linespacing=1.1)
     canvas.text(0.015, 1 - (0.12 + 0.19 * len(title)) / height, "\n".join(lines), fontsize=7, va="top",
                 color=theme.muted, linespacing=1.2)
-    figure.draw(canvas, theme)
     if emulated:
         for ax in canvas.axes:
             ax.text(0.5, 0.5, "emulated", transform=ax.transAxes, ha="center", va="center", fontsize=26,
@@ -233,15 +235,16 @@ def from_zero_or_log(axis, values, ends):
         (axis.axes.set_xlim if axis.axis_name == "x" else axis.axes.set_ylim)(0, max(values.max(), ends.max()) * 1.08)
 
 
-def legend(canvas, axes, columns=4):
-    """One legend under all axes, in the backends' order."""
+def legend(canvas, axes):
+    """One legend under all axes, in as many columns as its longest label leaves room for."""
     found = {}
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels()):
             found.setdefault(label, handle)
     if found:
-        canvas.legend(found.values(), found.keys(), loc="outside lower center", ncols=min(columns, len(found)),
-                      handlelength=1.6, columnspacing=1.2)
+        column = 0.6 + 0.068 * max(map(len, found))         # inches: handle and gap, and 8-point letters
+        canvas.legend(found.values(), found.keys(), loc="outside lower center", handlelength=1.8, columnspacing=1.2,
+                      ncols=max(1, min(len(found), int(WIDTH / column))))
 
 
 def grid_of(canvas, count, xlabel, columns=2, **options):

@@ -39,7 +39,7 @@ def ledger(run, model):
     kernels = sorted((p for p in pieces if p not in IDLE), key=style.part_order)
     pieces = pieces[[*kernels, *(p for p in IDLE if p in pieces)]]
     totals = scaled[scaled["part"] == "total"].drop_duplicates("bar").set_index("bar")
-    colors = style.part_colors(kernels)
+    looks = {**style.part_looks(kernels), **{part: (None, hatch) for part, hatch in IDLE.items()}}
 
     def draw(canvas, theme):
         ax = canvas.subplots()
@@ -49,9 +49,9 @@ def ledger(run, model):
             width = pieces[part].clip(lower=0)
             if width.max() == 0:
                 continue
-            color = theme.grid if part in IDLE else colors[part]
+            color, hatch = looks[part][0] or theme.grid, looks[part][1]
             ax.barh(range(len(bars)), width, left=left, height=0.6, color=color, edgecolor=theme.page, linewidth=0.5,
-                    hatch=IDLE.get(part, ""), label=short(part))
+                    hatch=hatch, label=short(part))
             for y, bar in enumerate(bars):
                 if width[bar] > 0.09 * widest:
                     ax.text(left[bar] + width[bar] / 2, y, f"{width[bar] / pieces.loc[bar].sum():.0%}", ha="center",
@@ -69,7 +69,7 @@ def ledger(run, model):
         ax.set_xlim(0, widest * 1.04)
         ax.grid(axis="y", visible=False)
         ax.set_xlabel(f"{unit_name} of one decode step" + (", emulated" if run.emulated else ""))
-        legend(canvas, [ax], 3)
+        legend(canvas, [ax])
 
     sums = pieces.sum(axis=1)
     most = [f"{bar}: {pieces.loc[bar].idxmax()} takes {pieces.loc[bar].max() / sums[bar]:.0%}"
@@ -112,6 +112,10 @@ class Step:
 def steps(rows, start, end):
     """The waterfall's steps, largest gain first; [] where the all-`start` token or the swaps are missing."""
     swaps = rows[rows["row"] == "swap"]
+    if not len(swaps):
+        return []
+    rows = rows[rows["plan"] == swaps["plan"].iloc[0]]
+    swaps = swaps[swaps["plan"] == swaps["plan"].iloc[0]]
 
     def whole(backend):
         mine = rows[rows["backend"] == backend]

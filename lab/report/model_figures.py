@@ -6,8 +6,8 @@ from lab.report.figures import (Figure, amount, command, conditions, dots, from_
                                 names, plain_log, spread, table, times, unit, with_share)
 
 DIRECTIONS = {"read": ("o", "-"), "copy": ("s", "--"), "write": ("^", ":")}
-PARTS = (("weights", "weight_bytes", style.PARTS[0], ""), ("KV cache", "kv_bytes", style.PARTS[1], ""),
-         ("workspace", "workspace_bytes", style.PARTS[5], "///"))
+HELD = (("weights", "weight_bytes", "#5f55c4", ""), ("KV cache", "kv_bytes", "#88ccee", ""),
+        ("workspace", "workspace_bytes", "#ddcc77", "///"))
 COLUMNS = ("series batch context us us_p10 us_p90 us_p99 n tokens_per_s ttft_ms gbps share linearity flag")
 
 
@@ -22,7 +22,7 @@ def ceiling(run):
 
     def draw(canvas, theme):
         ax = canvas.subplots()
-        colors = (theme.ink, theme.muted, style.PARTS[6], style.PARTS[4])
+        colors = (theme.ink, theme.muted, "#cc6677", "#999933")
         for i, (direction, group) in enumerate(groups):
             marker, dash = DIRECTIONS.get(direction, ("D", "-."))
             group = group.sort_values("bytes")
@@ -173,13 +173,15 @@ def throughput(run, model):
         for name, group, look, dash in _lines(rows):
             line(ax, group, "batch", "tokens_per_s", "low", "high", look, name, dash)
         ax.plot([low, top], [ideal * low, ideal * top], color=theme.muted, linewidth=1, linestyle="-.", label="ideal")
-        # The linearity at the right end of each line, pushed apart upwards.
-        at, step = -np.inf, 0.07 * np.log10(max(ideal * top / rows["tokens_per_s"].min(), 2))
-        for row in rows[rows["batch"] == top].sort_values("tokens_per_s").itertuples():
+        # The linearity at the right end of each line, pushed apart upwards; eager steps have theirs in the table only.
+        ends = rows[(rows["batch"] == top) & ((rows["mode"] != "eager") | (rows["mode"] == "eager").all())]
+        at, step = -np.inf, 0.08 * np.log10(max(ideal * top / rows["tokens_per_s"].min(), 2))
+        for row in ends.sort_values("tokens_per_s").itertuples():
             at = max(np.log10(row.tokens_per_s), at + step)
             ax.annotate(f"{row.linearity:.0%}", (top, row.tokens_per_s), xytext=(top * 1.16, 10 ** at), fontsize=7.5,
                         va="center", arrowprops={"arrowstyle": "-", "color": theme.muted, "linewidth": 0.5})
         plain_log(ax.yaxis)
+        ax.set_ylim(top=max(ax.get_ylim()[1], 10 ** (at + step)))
         log_ticks(ax.xaxis, rows["batch"])
         ax.set_xlim(right=top * 1.7)
         ax.set_xlabel("batch (sequences)")
@@ -189,8 +191,8 @@ def throughput(run, model):
     return Figure(
         name=f"{model}-throughput", title=f"{model}: throughput against batch, context {amount(fixed)}",
         conditions=conditions(run, rows, _modes(rows)),
-        reading="The dash-dotted line is perfect scaling from the best first point. The figure at the end of each line "
-                "is its linearity: its throughput over that of perfect scaling from its own smallest batch.",
+        reading="The dash-dotted line is perfect scaling from the best first point. The figure at the end of a line is "
+                "its linearity: its throughput over that of perfect scaling from its own smallest batch.",
         alt=f"Lines of tokens per second of {names(rows['backend'])} against batch, with the ideal line.",
         table=model_table(rows), command=command("model", [model], rows), height=2.9, draw=draw)
 
@@ -207,12 +209,12 @@ def memory(run, model):
     rows = rows.sort_values(["batch", "context"]).drop_duplicates(["batch", "context"])
     rows = rows.iloc[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), 9)).astype(int))]
     gib = {c: rows[c] / 2 ** 30 for c in ("weight_bytes", "kv_bytes", "workspace_bytes", "steady_bytes", "peak_bytes")}
-    top = np.nanmax([*sum(gib[column].fillna(0) for _, column, *_ in PARTS), *gib["peak_bytes"].fillna(0)])
+    top = np.nanmax([*sum(gib[column].fillna(0) for _, column, *_ in HELD), *gib["peak_bytes"].fillna(0)])
 
     def draw(canvas, theme):
         ax = canvas.subplots()
         left = np.zeros(len(rows))
-        for name, column, color, hatch in PARTS:
+        for name, column, color, hatch in HELD:
             width = gib[column].fillna(0).to_numpy()
             ax.barh(range(len(rows)), width, left=left, color=color, label=name, height=0.68, hatch=hatch,
                     edgecolor=theme.page, linewidth=0.6)

@@ -29,9 +29,13 @@ BACKENDS = {
     "liger": Look("Liger", "#3f9aa8", "<"),
     "compile": Look("torch.compile", "#a5654b", ">"),
 }
-# Paul Tol's "muted" scheme and a few neighbours: what a token's time is made of. Not used for backends.
-PARTS = ("#5f55c4", "#88ccee", "#44aa99", "#117733", "#999933", "#ddcc77", "#cc6677", "#882255", "#aa4499", "#5f6b7a")
-PART_ORDER = ("embedding", "rmsnorm", "linear", "rope", "kv_append", "decode_attention", "silu_mul", "sample")
+# What a token's time is made of, in the order of a decode step: Paul Tol's "muted" scheme. Not used for backends.
+PARTS = {"embedding": "#5f55c4", "rmsnorm": "#88ccee", "linear": "#44aa99", "rope": "#117733", "kv_append": "#999933",
+         "decode_attention": "#ddcc77", "silu_mul": "#cc6677", "sample": "#882255"}
+# A fused op has the colour of what it does most, hatched.
+FUSED = {"norm_linear": "#44aa99", "rope_append_attention": "#ddcc77", "linear_add": "#88ccee",
+         "norm_linear_silu_mul": "#cc6677", "norm_linear_argmax": "#882255"}
+OTHERS = ("#aa4499", "#5f6b7a", "#a5654b", "#3f9aa8")
 
 
 def backend(name):
@@ -47,7 +51,8 @@ def backend_order(names):
 
 def part_order(op):
     """Sorts ops as a decode step runs them; the others come last."""
-    return PART_ORDER.index(op) if op in PART_ORDER else len(PART_ORDER)
+    order = [*PARTS, *FUSED]
+    return order.index(op) if op in order else len(order)
 
 
 def text_on(color):
@@ -56,11 +61,18 @@ def text_on(color):
     return "#ffffff" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.55 else "#1b1f23"
 
 
-def part_colors(parts):
-    """part -> colour; the textbook ops always get the same one, others take what is left, in order."""
-    fixed = {p: PARTS[i] for i, p in enumerate(PART_ORDER)}
-    rest = [p for p in parts if p not in fixed]
-    return {p: fixed.get(p) or PARTS[(len(PART_ORDER) + rest.index(p)) % len(PARTS)] for p in parts}
+def part_looks(parts):
+    """part -> (colour, hatch); the lab's ops always have the same one, others take what is left, in order."""
+    looks, others = {}, 0
+    for part in parts:
+        if part in PARTS:
+            looks[part] = PARTS[part], ""
+        elif part in FUSED:
+            looks[part] = FUSED[part], "\\\\"
+        else:
+            looks[part] = OTHERS[others % len(OTHERS)], ""
+            others += 1
+    return looks
 
 
 @dataclass(frozen=True)
