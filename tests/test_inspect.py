@@ -70,7 +70,7 @@ def test_mix_tells_instructions_apart():
     found = {name: n for name, n in kernels.mix(code).items() if n}
     assert found == {"global load, 128 bit": 1, "global load, 64 bit": 1, "global load, 32 bit or less": 1, "cp.async": 1,
                      "global store, 32 bit or less": 1, "tensor core": 1, "fused multiply-add": 1, "bulk copy": 1,
-                     "mbarrier": 1, "block barrier": 1, "local memory (spills)": 1, "control flow": 1, "all": 12}
+                     "mbarrier": 1, "block barrier": 1, "local memory (spills)": 1, "control flow and fence": 1, "all": 12}
 
 
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_80"])

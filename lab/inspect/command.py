@@ -96,7 +96,10 @@ def look(op, dtype, sizes, gpu, backends=tuple(HALVES)):
     for backend in backends:
         try:
             found[backend] = HALVES[backend].kernels(op, arguments, gpu)
+            if not found[backend]:
+                raise LabError(f"{op.name} launches nothing for {call.words(sizes)}")
         except LabError as error:
+            found.pop(backend, None)
             errors[backend] = str(error)
     return found, errors
 

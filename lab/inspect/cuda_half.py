@@ -57,16 +57,16 @@ def _folder(path):
     return folder
 
 
-def _embedded(module, ending, symbol):
-    """The embedded file of this ending that has the function."""
+def _embedded(module, ending, text):
+    """The embedded file of this ending that has the text."""
     for path in sorted(Path(_folder(module.__file__).name).glob(f"*{ending}")):
-        if symbol.encode() in path.read_bytes():
+        if text.encode() in path.read_bytes():
             return path
     return None
 
 
 def cubin(module, symbol, gpu):
-    path = _embedded(module, f".{gpu.arch}.cubin", symbol)
+    path = _embedded(module, f".{gpu.arch}.cubin", symbol + "\0")
     if path is None:
         raise LabError(f"lab._cuda has no machine code of {symbol} for {gpu.arch}; it was built for "
                        f"{', '.join(module.build_info()['archs'])}: choose another --arch or set LAB_CUDA_ARCH and rebuild")

@@ -20,7 +20,7 @@ MIX = {
     "local memory (spills)": r"LDL|STL",
     "shared load": r"LDS\b",
     "shared store": r"STS\b",
-    "shared matrix load": r"LDSM",
+    "shared matrix load or store": r"LDSM|STSM",
     "tensor core": r"[HIQDB]G?MMA",
     "fused multiply-add": r"FFMA|HFMA2|DFMA",
     "other float arithmetic": r"FADD|FMUL|FMNMX|FSETP|FSEL|HADD2|HMUL2|HMNMX2|HSETP2|FCHK|DADD|DMUL|FSET",
@@ -34,8 +34,8 @@ MIX = {
     "integer and address": r"U?IMAD|U?IADD|U?LEA|VIADD|U?ISETP|U?SHF|U?LOP3|U?PRMT|IABS|U?IMNMX|VIMNMX|U?BREV|U?FLO|U?POPC"
                            r"|U?BMSK|U?SGXT|PLOP3|UPLOP3|U?SEL\b|IDP|U?ISCADD|U?LOP",
     "constant and register move": r"LDC|ULDC|U?MOV|S2U?R|CS2R|R2UR?|R2P|P2R|UP2UR|UR2UP",
-    "control flow": r"BRA|EXIT|BSSY|BSYNC|CALL|RET|WARPSYNC|NANOSLEEP|YIELD|BREAK|JMP|BRX|NOP|DEPBAR|LDGDEPBAR|MEMBAR|ERRBAR"
-                    r"|FENCE|CCTL|LEPC|BMOV|BPT|KILL|UCGABAR|ELECT|ACQ",
+    "control flow and fence": r"BRA|EXIT|BSSY|BSYNC|CALL|RET|WARPSYNC|NANOSLEEP|YIELD|BREAK|JMP|BRX|NOP|DEPBAR|LDGDEPBAR|MEMBAR"
+                              r"|ERRBAR|FENCE|CCTL|LEPC|ENDCOLLECTIVE|CGAERRBAR|BMOV|BPT|KILL|UCGABAR|ELECT",
 }
 PATTERNS = {name: re.compile(pattern) for name, pattern in MIX.items()}
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[\w.]+)?)")

@@ -76,8 +76,8 @@ def ptx(text):
             while callers.get(outer) and outer not in seen:
                 seen.add(outer)
                 outer = callers[outer]
-            place = Place(files.get(outer[0], "?"), outer[1],
-                          _short(files.get(inner[0], "?"), inner[1]) if inner != outer else "")
+            place = None if outer[1] == 0 else Place(files.get(outer[0], "?"), outer[1],
+                                                     _short(files.get(inner[0], "?"), inner[1]) if inner != outer else "")
         elif re.match(r"\s*\.(file|section)\b", line):
             if ".section" in line:                               # debugging tables to the end
                 return
