@@ -1,0 +1,136 @@
+"""rope_append_attention: q = rope(norm(q)), k = rope(norm(k)); k and v join the cache at positions[b];
+out[b,h,:] = sum over tokens t <= positions[b] of softmax_t(scale * q[b,h,:] . k[t,:]) * v[t,:]
+
+  q [batch, q_heads, head_dim], k, v [batch, kv_heads, head_dim], views of packed qkv rows: stride(0) free
+  q_norm, k_norm [head_dim] or None   positions [batch] int32   cos_sin [max_positions, head_dim] float32
+  caches, block_table, partial, tickets and out as in decode_attention
+  mapping   as decode_attention; the program whose split holds the new token writes it and attends to it
+  traffic   every cached key and value once for all query heads of its group; the rest is small
+  contract  lab/ops/rope_append_attention.py          twin  cuda_src/rope_append_attention.cu
+"""
+import math
+
+import triton
+import triton.language as tl
+
+from triton_kernels.common import config, launch
+from triton_kernels.settings import dependent_launch
+from triton_kernels.split_attention import attend, cache_rows, merge, merge_step, publish, split_bounds
+from triton_kernels.stream_rows import normed, prefetch, wait_for_inputs
+
+# As in decode_attention.
+HALF = dict(tile=64, min_rows=16, num_warps=2, num_stages=5)
+FLOAT = dict(tile=32, min_rows=16, num_warps=8, num_stages=4)
+CPU = dict(tile=128, min_rows=1, num_warps=1)
+CONFIGS = {"sm_90": {2: HALF, 4: FLOAT}, "sm_80": {2: HALF, 4: FLOAT}, "interpreter": {2: CPU, 4: CPU}}   # by item size
+
+
+@triton.jit
+def turned(head, norm, cosine, sine, eps, d, live, HALF_DIM: tl.constexpr, HAS_NORM: tl.constexpr):
+    """Heads at the pointers `head` [rows, 1], normed, rounded to T, rotated, rounded to T, as [rows, BLOCK_D].
+
+    Element d turns with its partner half a head away, which is a second load: from L1, and cheaper than moving it.
+    """
+    partner = tl.where(d < HALF_DIM, d + HALF_DIM, d - HALF_DIM)
+    x = tl.load(head + d, mask=live, other=0.0)
+    y = tl.load(head + partner, mask=live, other=0.0)
+    if HAS_NORM:
+        wide = x.to(tl.float32)
+        scale = tl.rsqrt(tl.sum(wide * wide, axis=1, keep_dims=True) / (2 * HALF_DIM) + eps)
+        in_head = d < 2 * HALF_DIM
+        x = normed(x, scale, tl.load(norm + d, mask=in_head, other=0.0))
+        y = normed(y, scale, tl.load(norm + partner, mask=in_head, other=0.0))
+    return (x.to(tl.float32) * cosine + y.to(tl.float32) * sine).to(x.dtype)
+
+
+@triton.jit
+def rope_append_attention_kernel(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, block_table, out,
+                                 partial, tickets, kv_heads, max_pages, splits, q_stride, k_stride, v_stride, scale_log2,
+                                 PDL: tl.constexpr, HAS_NORM: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+                                 HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
+                                 LINES: tl.constexpr, SPLIT: tl.constexpr, HEADS: tl.constexpr,
+                                 MERGE: tl.constexpr):
+    # 1. Locate: as decode_attention; a negative position, of an idle row, leaves every split empty. What is older than the
+    # preceding kernel may be read before the wait: the position, the table, and the cache. The twin starts its cp.async ring
+    # here; the compiler's ring cannot start before its loop, so the first tile is only brought to L2.
+    kv = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    position = tl.load(positions + b)
+    begin, end = split_bounds(tl.maximum(position + 1, 0), splits, TILE)
+    g = tl.arange(0, ROWS)
+    d = tl.arange(0, BLOCK_D)
+    table = cos_sin + tl.maximum(position, 0).to(tl.int64) * HEAD_DIM + (d % (HEAD_DIM // 2))[None, :]
+    in_head = (d < HEAD_DIM)[None, :]
+    cosine = tl.load(table, mask=in_head, other=0.0)
+    sine = tl.load(table + HEAD_DIM // 2, mask=in_head, other=0.0)
+    sine = tl.where((d < HEAD_DIM // 2)[None, :], -sine, sine)
+    if PDL:
+        if begin < end:
+            token = tl.minimum(begin + tl.arange(0, TILE), end - 1)
+            row = cache_rows(block_table, token, token >= 0, b, kv, kv_heads, max_pages, PAGE, HEAD_DIM)
+            line = tl.arange(0, LINES)[None, :] * (BLOCK_D // LINES)
+            prefetch(k_cache + row[:, None] + tl.minimum(line, HEAD_DIM - 1))
+            prefetch(v_cache + row[:, None] + tl.minimum(line, HEAD_DIM - 1))
+    wait_for_inputs(PDL)
+
+    # 2. Norm and rotate the query: the heads of the group become the rows of one tile; rows past the group are zero.
+    live_out = (g < GROUP)[:, None] & in_head
+    qv = turned(q + b * q_stride + ((kv * GROUP + g) * HEAD_DIM)[:, None], q_norm, cosine, sine, eps, d[None, :], live_out,
+                HEAD_DIM // 2, HAS_NORM)
+
+    # 3. Append the new token: the program that owns it writes it to the cache, and its softmax starts from it. The twin puts
+    # it into its tile in shared memory instead.
+    owner = (position >= begin) & (position < end)
+    live_new = in_head & owner
+    key = turned(k + b * k_stride + kv * HEAD_DIM + tl.zeros([1, 1], tl.int32), k_norm, cosine, sine, eps, d[None, :],
+                 live_new, HEAD_DIM // 2, HAS_NORM)
+    value = tl.load(v + b * v_stride + kv * HEAD_DIM + d[None, :], mask=live_new, other=0.0)
+    slot = cache_rows(block_table, position, owner, b, kv, kv_heads, max_pages, PAGE, HEAD_DIM) + d[None, :]
+    tl.store(k_cache + slot, key, mask=live_new)
+    tl.store(v_cache + slot, value, mask=live_new)
+    top = tl.sum(qv.to(tl.float32) * key.to(tl.float32), axis=1) * scale_log2
+    top = tl.where(owner, top, float("-inf"))
+    mass = tl.where(owner, 1.0, tl.zeros([ROWS], tl.float32))
+    acc = value.to(tl.float32) + tl.zeros([ROWS, BLOCK_D], tl.float32)
+
+    # 4. Stream the tiles: as in decode_attention, the tokens before the new one.
+    end = tl.minimum(end, position)
+    for t0 in tl.range(begin, end, TILE):
+        token = t0 + tl.arange(0, TILE)
+        live = token < end
+        where = cache_rows(block_table, token, live, b, kv, kv_heads, max_pages, PAGE, HEAD_DIM)[:, None] + d[None, :]
+        kt = tl.load(k_cache + where, mask=live[:, None] & in_head, other=0.0, eviction_policy="evict_first")
+        vt = tl.load(v_cache + where, mask=live[:, None] & in_head, other=0.0, eviction_policy="evict_first")
+
+        # 5. Online softmax: as in decode_attention.
+        top, mass, acc = attend(qv, kt, vt, live, top, mass, acc, scale_log2)
+
+    # 6. Publish the split: alone, it is the result. An idle row has no mass, and its result is zero.
+    out_head = out + (b * kv_heads + kv) * (GROUP * HEAD_DIM)
+    if not SPLIT:
+        result = acc / tl.where(mass == 0.0, 1.0, mass)[:, None]
+        tl.store(out_head + g[:, None] * HEAD_DIM + d[None, :], result.to(out.dtype.element_ty), mask=live_out)
+    else:
+        ticket = publish(partial, tickets, b, kv, kv_heads, splits, top, mass, acc, GROUP, ROWS, HEAD_DIM, BLOCK_D)
+
+        # 7. Merge in the last block: in the order of the splits, so the result does not depend on who came last.
+        if ticket == splits - 1:
+            merge(partial, tickets, out_head, b, kv, kv_heads, splits, GROUP, HEADS, HEAD_DIM, BLOCK_D, MERGE)
+
+
+def rope_append_attention(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, block_table, scale, splits,
+                          partial, tickets, out):
+    """Launch splits x kv_heads x batch programs; partial and tickets are touched only if splits > 1, else may be None."""
+    cfg = config(CONFIGS, q)[q.itemsize]
+    batch, q_heads, head_dim = q.shape
+    kv_heads, page_size = k_cache.shape[1:3]
+    group = q_heads // kv_heads
+    options = {key: value for key, value in cfg.items() if key.startswith("num_")}
+    heads, block_d = triton.next_power_of_2(group), triton.next_power_of_2(head_dim)
+    launch(rope_append_attention_kernel, (splits, kv_heads, batch), q, k, v, q_norm, k_norm, eps, positions, cos_sin,
+           k_cache, v_cache, block_table, out, partial, tickets, kv_heads, block_table.shape[1], splits, q.stride(0),
+           k.stride(0), v.stride(0), scale * math.log2(math.e), HAS_NORM=q_norm is not None, GROUP=group,
+           ROWS=max(heads, cfg["min_rows"]), HEAD_DIM=head_dim,
+           BLOCK_D=block_d, PAGE=page_size, TILE=cfg["tile"],
+           LINES=block_d * q.itemsize // 128, SPLIT=splits > 1, HEADS=heads,
+           MERGE=merge_step(splits, heads, block_d), **options, **dependent_launch(q))

@@ -1,0 +1,92 @@
+"""Device code that both attention kernels share: a tile's place in the paged cache, the online softmax, and the merge.
+
+Softmax is computed online (Milakov and Gimelshein, arXiv 1805.02867), and splits are merged as in Flash-Decoding.
+A running softmax over ROWS query heads is top [ROWS] (the largest score so far, in base 2: exp2 is what the hardware has),
+mass [ROWS] (the sum of weights) and acc [ROWS, BLOCK_D] (the weighted sum of values).
+"""
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def split_bounds(length, splits, TILE: tl.constexpr):
+    """[begin, end) of this program's split: whole tiles, of which a short context leaves the last splits empty."""
+    chunk = tl.cdiv(tl.cdiv(length, splits), TILE) * TILE
+    begin = tl.program_id(0) * chunk
+    return begin, tl.minimum(begin + chunk, length)
+
+
+@triton.jit
+def cache_rows(block_table, token, live, b, kv, kv_heads, max_pages, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Offset of each token's row of KV head `kv` in a cache."""
+    page = tl.load(block_table + b * max_pages + token // PAGE, mask=live, other=0).to(tl.int64)
+    return ((page * kv_heads + kv) * PAGE + token % PAGE) * HEAD_DIM
+
+
+@triton.jit
+def attend(qv, kt, vt, live, top, mass, acc, scale_log2):
+    """The running softmax with a tile of keys and values [TILE, BLOCK_D] added; tokens that are not live are left out."""
+    score = tl.dot(qv, tl.trans(kt), input_precision="ieee") * scale_log2
+    score = tl.where(live[None, :], score, float("-inf"))
+    new_top = tl.maximum(top, tl.max(score, axis=1))
+    weight = tl.exp2(score - new_top[:, None])
+    shrink = tl.exp2(top - new_top)
+    mass = mass * shrink + tl.sum(weight, axis=1)
+    acc = tl.dot(weight.to(vt.dtype), vt, acc * shrink[:, None], input_precision="ieee")
+    return new_top, mass, acc
+
+
+@triton.jit
+def publish(partial, tickets, b, kv, kv_heads, splits, top, mass, acc, GROUP: tl.constexpr, ROWS: tl.constexpr,
+            HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Leaves this split's running softmax in `partial`, and returns the ticket that it drew: the last is splits - 1."""
+    STRIDE: tl.constexpr = HEAD_DIM + 2
+    g = tl.arange(0, ROWS)
+    d = tl.arange(0, BLOCK_D)
+    mine = partial + (((b * kv_heads + kv) * splits + tl.program_id(0)) * GROUP + g) * STRIDE
+    tl.store(mine[:, None] + d[None, :], acc, mask=(g < GROUP)[:, None] & (d < HEAD_DIM)[None, :])
+    tl.store(mine + HEAD_DIM, top, mask=g < GROUP)
+    tl.store(mine + HEAD_DIM + 1, mass, mask=g < GROUP)
+    # Every thread's stores come before the ticket (the barrier), and the ticket orders them for whoever draws the last one
+    # (acq_rel at GPU scope).
+    tl.debug_barrier()
+    return tl.atomic_add(tickets + b * kv_heads + kv, 1, sem="acq_rel", scope="gpu")
+
+
+@triton.jit
+def merge(partial, tickets, out_head, b, kv, kv_heads, splits, GROUP: tl.constexpr, HEADS: tl.constexpr,
+          HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MERGE: tl.constexpr):
+    """Every split of one KV head into out_head [GROUP, HEAD_DIM], MERGE splits of all heads at a time, so that the loads do
+    not wait for each other; the ticket is left at zero. HEADS is GROUP rounded up to a power of two."""
+    STRIDE: tl.constexpr = HEAD_DIM + 2
+    first = partial + (b * kv_heads + kv) * splits * (GROUP * STRIDE)
+    g = tl.arange(0, HEADS)
+    d = tl.arange(0, BLOCK_D)
+    live_head = (g < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
+    top = tl.full([HEADS], float("-inf"), tl.float32)
+    mass = tl.zeros([HEADS], tl.float32)
+    acc = tl.zeros([HEADS, BLOCK_D], tl.float32)
+    for s0 in tl.range(0, splits, MERGE, loop_unroll_factor=2):
+        s = s0 + tl.arange(0, MERGE)
+        live = (s < splits)[:, None] & (g < GROUP)[None, :]
+        part = first + (s[:, None] * GROUP + g[None, :]) * STRIDE
+        # .cg: other SMs wrote these; read them from L2, where they meet.
+        tops = tl.load(part + HEAD_DIM, mask=live, other=float("-inf"), cache_modifier=".cg")
+        masses = tl.load(part + HEAD_DIM + 1, mask=live, other=0.0, cache_modifier=".cg")
+        sums = tl.load(part[:, :, None] + d[None, None, :], mask=live[:, :, None] & (d < HEAD_DIM)[None, None, :],
+                       other=0.0, cache_modifier=".cg")
+        new_top = tl.maximum(top, tl.max(tops, axis=0))
+        peak = tl.where(new_top == float("-inf"), 0.0, new_top)         # no token yet: no infinity minus infinity
+        factor = tl.exp2(tops - peak[None, :])
+        shrink = tl.exp2(top - peak)
+        mass = mass * shrink + tl.sum(factor * masses, axis=0)
+        acc = acc * shrink[:, None] + tl.sum(factor[:, :, None] * sums, axis=0)
+        top = new_top
+    result = acc / tl.where(mass == 0.0, 1.0, mass)[:, None]
+    tl.store(out_head + g[:, None] * HEAD_DIM + d[None, :], result.to(out_head.dtype.element_ty), mask=live_head)
+    tl.store(tickets + b * kv_heads + kv, 0)                    # ready for the next launch
+
+
+def merge_step(splits, heads, block_d):
+    """MERGE: a step's splits; 4096 numbers of all heads, 64 registers a thread of two warps."""
+    return max(min(triton.next_power_of_2(splits), 16, 4096 // (heads * block_d)), 1)
