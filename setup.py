@@ -14,8 +14,8 @@ Environment:
     CXX                                 the C++ compiler (default: g++, else clang++, else c++)
 
 Objects are kept in build/ and reused while neither their command nor a file they include has changed. There, too:
-build/cuda/ptxas.log (what ptxas said), build/cuda/resources.json (registers and spills of every kernel), and the seconds
-that each file took (*.seconds).
+build/cuda/ptxas.log (what ptxas said), build/cuda/resources.json (registers and spills of every kernel), and the
+seconds that each file took (*.seconds).
 """
 import json
 import os
@@ -294,7 +294,8 @@ def build(module: Module, output: Path) -> None:
 # ---- what ptxas said -------------------------------------------------------------------------------------------------
 
 PTXAS = re.compile(r"Compiling entry function '(?P<kernel>\w+)' for '(?P<arch>\w+)'.*?"
-                   r"(?P<stack>\d+) bytes stack frame, (?P<spill_stores>\d+) bytes spill stores, (?P<spill_loads>\d+) bytes spill loads.*?"
+                   r"(?P<stack>\d+) bytes stack frame, (?P<spill_stores>\d+) bytes spill stores, "
+                   r"(?P<spill_loads>\d+) bytes spill loads.*?"
                    r"Used (?P<registers>\d+) registers", re.S)
 
 
