@@ -26,10 +26,10 @@ def _multiprocessors(device):
 
 
 def multiprocessors(tensor):
-    """Of the tensor's GPU; 1 for a CPU; 108, an A100's, where launches are only recorded."""
+    """Of the tensor's GPU; 1 for a CPU; an H100's 132 or an A100's 108 where launches are only recorded."""
     if tensor.is_cuda:
         return _multiprocessors(tensor.device)
-    return 1 if architecture(tensor) == "interpreter" else 108
+    return {"interpreter": 1, "sm_90": 132}.get(architecture(tensor), 108)
 
 
 def dependent_launch(tensor):

@@ -60,8 +60,13 @@ def parse(words):
 
 
 def as_json(sizes):
+    """Sizes as JSON has them: dtypes by name, tuples as lists."""
     names = {value: name for name, value in DTYPES.items()}
-    return {k: names[v] if isinstance(v, torch.dtype) else list(v) if isinstance(v, tuple) else v for k, v in sizes.items()}
+
+    def plain(value):
+        return names[value] if isinstance(value, torch.dtype) else list(value) if isinstance(value, tuple) else value
+
+    return {name: plain(value) for name, value in sizes.items()}
 
 
 def _shown(value):

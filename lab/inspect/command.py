@@ -12,8 +12,8 @@ from lab.inspect import call, cuda_half, gpu as gpus, listing, triton_half
 
 HALVES = {"cuda": cuda_half, "triton": triton_half}
 
-# What a decode step of Llama 3.1 8B asks of an op, one sequence at 8192 tokens: the call where no sizes are given. An op
-# that is not here takes the first case of its contract.
+# What a decode step of Llama 3.1 8B asks of an op, one sequence at 8192 tokens: the call where no sizes are given.
+# An op that is not here takes the first case of its contract.
 HEADS = dict(q_heads=32, kv_heads=8, head_dim=128)
 DEFAULTS = {
     "embedding": dict(batch=1, vocab=128256, hidden=4096), "rmsnorm": dict(rows=1, cols=4096, residual=True),
@@ -31,13 +31,13 @@ def add_arguments(parser):
     parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}; default: bf16, or what the op takes")
     parser.add_argument("--arch", default="sm_90a", help=f"{', '.join(gpus.GPUS)}; default: sm_90a")
     parser.add_argument("--case", type=int, metavar="N", help="sizes of the contract's case N, from 0")
-    parser.add_argument("--sizes", nargs="+", metavar="NAME=N", help="sizes of the call, as in batch=16 n=6144 k=4096 or "
-                        "lengths=1024,2048; default: a decode step of Llama 3.1 8B, batch 1")
+    parser.add_argument("--sizes", nargs="+", metavar="NAME=N", help="sizes of the call, as in batch=16 n=6144 k=4096 "
+                        "or lengths=1024,2048; default: a decode step of Llama 3.1 8B, batch 1")
     parser.add_argument("--backend", help="cuda or triton; default: both")
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--sass", action="store_const", dest="listing", const="sass", help="the machine code, source beside")
-    form.add_argument("--ptx", action="store_const", dest="listing", const="ptx", help="the PTX, source beside")
-    form.add_argument("--ttgir", action="store_const", dest="listing", const="ttgir", help="Triton's GPU dialect, likewise")
+    form.add_argument("--sass", action="store_const", dest="listing", const="sass", help="machine code, source beside")
+    form.add_argument("--ptx", action="store_const", dest="listing", const="ptx", help="PTX, source beside")
+    form.add_argument("--ttgir", action="store_const", dest="listing", const="ttgir", help="Triton's GPU dialect, too")
     form.add_argument("--json", action="store_true", help="the table as JSON")
     parser.add_argument("--all", action="store_true", help="every op and dtype: fairness cards into --out DIR")
     parser.add_argument("--out", metavar="DIR", help="with --all: append the cards to DIR/records.jsonl")
@@ -54,7 +54,9 @@ def main(args) -> int:
     op = find(args.op)
     backends = [known(args.backend, list(HALVES), "backend")] if args.backend else list(HALVES)
     dtype, sizes = args.dtype or default_dtype(op), sizes_of(op, args)
-    found, errors = look(op, dtype, sizes, gpu, ["triton"] if args.listing == "ttgir" and not args.backend else backends)
+    if args.listing == "ttgir" and not args.backend:
+        backends = ["triton"]
+    found, errors = look(op, dtype, sizes, gpu, backends)
     if not found:
         raise LabError("; ".join(errors.values()))
     if args.json:
@@ -113,7 +115,8 @@ def table(op, dtype, sizes, gpu, found):
     """The lines of the comparison: one column for each kernel that the call launches."""
     kernels = [kernel for one in found.values() for kernel in one]
     launch = [("", [k.backend for k in kernels]), ("kernel", [k.name for k in kernels]),
-              ("grid", [" x ".join(map(str, k.grid)) for k in kernels]), ("threads of a block", [k.threads for k in kernels]),
+              ("grid", [" x ".join(map(str, k.grid)) for k in kernels]),
+              ("threads of a block", [k.threads for k in kernels]),
               ("registers of a thread", [k.registers for k in kernels]),
               ("spilled bytes of a thread", [k.spills for k in kernels]),
               ("shared memory, static", [k.shared_static for k in kernels]),
@@ -152,7 +155,8 @@ def write_cards(ops, args, gpu):
                 writer.append(*rows)
                 for row in rows:
                     print(f"{row.op:20} {row.dtype} {row.backend:6} {row.kernel}: {row.registers} registers, "
-                          f"{row.occupancy:.0%} occupancy, {row.configurations} configurations, {row.code_lines} lines", flush=True)
+                          f"{row.occupancy:.0%} occupancy, {row.configurations} configurations, {row.code_lines} lines",
+                          flush=True)
                 for error in errors:
                     failed += 1
                     print(f"lab: {error}", file=sys.stderr)

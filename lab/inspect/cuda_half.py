@@ -1,7 +1,7 @@
 """The CUDA half: what a call launches, asked of lab._cuda itself, and the code of it, taken out of lab._cuda's file.
 
-The extension notes launches instead of running them (cuda_src/trace.h), so no GPU and no driver are needed. It gives the
-place of the kernel's host half in its file; the symbol there has the name that the machine code has too.
+The extension notes launches instead of running them (cuda_src/trace.h), so no GPU and no driver are needed. It gives
+the place of the kernel's host half in its file; the symbol there has the name that the machine code has too.
 """
 import functools
 import importlib
@@ -29,7 +29,7 @@ def extension():
 
 
 def launches(op, args, gpu):
-    """What ops.<op>(*args) on the CUDA backend launches on such a GPU: a list of dicts as bindings.cpp describes them."""
+    """What ops.<op>(*args) on the CUDA backend launches on such a GPU: a list of dicts, described in bindings.cpp."""
     module = extension()
     if not hasattr(module, op.name):
         raise Unavailable(f"lab._cuda has no {op.name}: run `python setup.py build_ext --inplace`")
@@ -69,7 +69,7 @@ def cubin(module, symbol, gpu):
     path = _embedded(module, f".{gpu.arch}.cubin", symbol + "\0")
     if path is None:
         raise LabError(f"lab._cuda has no machine code of {symbol} for {gpu.arch}; it was built for "
-                       f"{', '.join(module.build_info()['archs'])}: choose another --arch or set LAB_CUDA_ARCH and rebuild")
+                       f"{', '.join(module.build_info()['archs'])}: choose one, or rebuild with LAB_CUDA_ARCH")
     return path
 
 
@@ -82,7 +82,7 @@ def kernels(op, args, gpu):
 def _symbol(module, launch):
     symbol = _host_symbols(module.__file__).get(launch["offset"])
     if symbol is None:
-        raise Unavailable(f"lab._cuda has no symbols, so {launch['kernel']}'s instantiation is not known; do not strip it")
+        raise Unavailable(f"lab._cuda was stripped of its symbols: which {launch['kernel']} it is, is not known")
     return symbol
 
 
@@ -107,7 +107,7 @@ def entry(ptx, symbol):
 
 
 def instantiations(op, launch, dtype, gpu):
-    """How many instantiations of the launched kernel for this dtype are compiled in: what the launcher can choose from."""
+    """How many instantiations of the launched kernel are compiled in for this dtype: the launcher's choices."""
     module = extension()
     symbol = _symbol(module, launch)
     head = symbol.partition("I" + MANGLED[dtype])[0]

@@ -1,8 +1,8 @@
 """The fairness card of a comparison: what was spent on each side, and what came of it.
 
-A race says little if one side was tuned for a week and the other written in an hour. The card counts, for one call of an
-op: the configurations that each launcher can choose from, the resources of the kernel it took, the lines of the twin,
-and the seconds its compiler needs.
+A race says little if one side was tuned for a week and the other written in an hour. The card counts, for one call of
+an op: the configurations that each launcher can choose from, the resources of the kernel it took, the lines of the
+twin, and the seconds its compiler needs.
 """
 import ast
 import datetime
@@ -17,7 +17,7 @@ from lab.inspect import cuda_half, gpu as gpus, triton_half
 from lab.inspect.call import arguments, as_json
 
 ROOT = Path(__file__).resolve().parents[2]
-SHARED = {"common.cuh", "sizes.h", "trace.h", "launchers.h", "common.py", "interpreter.py"}     # every op stands on these
+BASE = {"common.cuh", "sizes.h", "trace.h", "launchers.h", "common.py", "interpreter.py"}    # every op stands on these
 
 
 def fairness(op, dtype, sizes, arch, run=None):
@@ -59,7 +59,7 @@ def new_run():
 
 
 def built_in(source):
-    """Seconds that nvcc took for the whole file at its last build, all instantiations and architectures; None if unknown."""
+    """Seconds nvcc took for the file at its last build: all instantiations and architectures. None if unknown."""
     try:
         return float((ROOT / "build/cuda" / f"{source.name}.seconds").read_text())
     except (OSError, ValueError):
@@ -67,8 +67,9 @@ def built_in(source):
 
 
 def code_lines(path):
-    """(lines of code of the file, lines of the project's other files that it takes in), blanks, comments, docstrings left
-    out. What every op stands on (common.cuh, common.py ...) is in neither."""
+    """(lines of code of the file, of the project's other files that it takes in): no blanks, comments, docstrings.
+
+    What every op stands on (common.cuh, common.py ...) is in neither."""
     files, todo = [], [path]
     while todo:
         file = todo.pop()
@@ -83,11 +84,12 @@ def _taken_in(file):
     text = file.read_text()
     if file.suffix == ".py":
         names = re.findall(r"^\s*from triton_kernels\.(\w+) import", text, re.M)
-        names += [n.strip() for line in re.findall(r"^\s*from triton_kernels import (.+)$", text, re.M) for n in line.split(",")]
+        for line in re.findall(r"^\s*from triton_kernels import (.+)$", text, re.M):
+            names += [name.strip() for name in line.split(",")]
         found = [f"{name}.py" for name in names]
     else:
         found = re.findall(r'^#include "([^"/]+)"', text, re.M)
-    return [file.parent / name for name in found if name not in SHARED]
+    return [file.parent / name for name in found if name not in BASE]
 
 
 def _cpp(file):

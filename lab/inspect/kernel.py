@@ -31,11 +31,11 @@ MIX = {
     "mbarrier": r"SYNCS",
     "atomic": r"ATOM|RED\b|REDG",
     "dependent launch": r"ACQBULK|PREEXIT",
-    "integer and address": r"U?IMAD|U?IADD|U?LEA|VIADD|U?ISETP|U?SHF|U?LOP3|U?PRMT|IABS|U?IMNMX|VIMNMX|U?BREV|U?FLO|U?POPC"
-                           r"|U?BMSK|U?SGXT|PLOP3|UPLOP3|U?SEL\b|IDP|U?ISCADD|U?LOP",
+    "integer and address": r"U?IMAD|U?IADD|U?LEA|VIADD|U?ISETP|U?SHF|U?LOP3|U?PRMT|IABS|U?IMNMX|VIMNMX|U?BREV|U?FLO"
+                           r"|U?POPC|U?BMSK|U?SGXT|PLOP3|UPLOP3|U?SEL\b|IDP|U?ISCADD|U?LOP",
     "constant and register move": r"LDC|ULDC|U?MOV|S2U?R|CS2R|R2UR?|R2P|P2R|UP2UR|UR2UP",
-    "control flow and fence": r"BRA|EXIT|BSSY|BSYNC|CALL|RET|WARPSYNC|NANOSLEEP|YIELD|BREAK|JMP|BRX|NOP|DEPBAR|LDGDEPBAR|MEMBAR"
-                              r"|ERRBAR|FENCE|CCTL|LEPC|ENDCOLLECTIVE|CGAERRBAR|BMOV|BPT|KILL|UCGABAR|ELECT",
+    "control flow and fence": r"BRA|EXIT|BSSY|BSYNC|CALL|RET|WARPSYNC|NANOSLEEP|YIELD|BREAK|JMP|BRX|NOP|DEPBAR"
+                              r"|LDGDEPBAR|MEMBAR|ERRBAR|FENCE|CCTL|LEPC|ENDCOLLECTIVE|CGAERRBAR|BMOV|BPT|KILL|UCGABAR|ELECT",
 }
 PATTERNS = {name: re.compile(pattern) for name, pattern in MIX.items()}
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[\w.]+)?)")
@@ -57,7 +57,9 @@ def mix(sass):
 
 @dataclass
 class Kernel:
-    """`spills`: bytes of local memory a thread (stack included). `shared_*`: bytes a block; `blocks`: per multiprocessor."""
+    """Of a thread: `registers`, `spills` (bytes of local memory, stack included). Of a block: `threads`, `shared_*` bytes.
+
+    `blocks`: resident on one multiprocessor; `occupancy`: the share of its warps that they are; see gpu.Occupancy."""
     backend: str
     name: str                   # as the source calls it
     instance: str               # the instantiation (CUDA), or the configuration (Triton)

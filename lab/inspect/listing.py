@@ -76,8 +76,8 @@ def ptx(text):
             while callers.get(outer) and outer not in seen:
                 seen.add(outer)
                 outer = callers[outer]
-            place = None if outer[1] == 0 else Place(files.get(outer[0], "?"), outer[1],
-                                                     _short(files.get(inner[0], "?"), inner[1]) if inner != outer else "")
+            within = _short(files.get(inner[0], "?"), inner[1]) if inner != outer else ""
+            place = Place(files.get(outer[0], "?"), outer[1], within) if outer[1] else None   # line 0: no line
         elif re.match(r"\s*\.(file|section)\b", line):
             if ".section" in line:                               # debugging tables to the end
                 return
@@ -118,7 +118,8 @@ def lines(kernel, kind):
     text = kernel.texts[kind]
     if isinstance(text, LabError):
         raise text
-    yield f"---- {kernel.backend}: {kernel.instance if kernel.backend == 'cuda' else kernel.name} for {kernel.arch}, {kind}"
+    name = kernel.instance if kernel.backend == "cuda" else kernel.name
+    yield f"---- {kernel.backend}: {name} for {kernel.arch}, {kind}"
     for code, place in KINDS[kind](text):
         if place is None:
             yield code

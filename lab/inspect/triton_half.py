@@ -60,11 +60,14 @@ def compile_seconds(launch, gpu):
 
 
 def configurations(op, gpu):
-    """How many settings the op's table holds for this architecture: what the launcher can choose from."""
-    from triton_kernels import common
+    """How many settings the op's tables, by hand and tuned, hold for this architecture: the launcher's choices."""
+    from triton_kernels import common, settings
     table = getattr(importlib.import_module(f"triton_kernels.{op.name}"), "CONFIGS", None)
+    tuned = settings.read_tuned(settings.TUNED / f"{gpu.triton}.json")["entries"]
+    found = {repr(sorted(entry["settings"].items())) for entry in tuned if entry["op"] == op.name}
     with common.recording(gpu.triton):
-        return 1 if table is None else len(_leaves(common.config(table, None)))
+        found |= _leaves(common.config(table, None)) if table else set()
+    return max(1, len(found))
 
 
 def _leaves(entry):
