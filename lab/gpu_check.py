@@ -4,9 +4,10 @@ tests       the tests marked gpu
 check       every op, both backends, all dtypes and cases, against the reference
 memcheck    the small cases again under compute-sanitizer: no access outside an allocation
 racecheck   the small cases again: no two threads race for shared memory
-text        the model under both backends: the same greedy tokens in fp32, tokens per second in fp32 and bf16
+text        the model under both backends and plans: the same greedy tokens in fp32; tokens per second in fp32 and bf16
 """
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -94,7 +95,7 @@ def logged(words, log):
 
 
 def text(out, model):
-    """The same greedy tokens under both backends in fp32; bf16 rounds differently and is reported, not judged."""
+    """The same greedy tokens by both backends and plans in fp32; bf16 rounds differently: reported, not judged."""
     from lab.model.weights import DEFAULT_MODEL, default_model_file
 
     words = [*LAB, "run", model or DEFAULT_MODEL, "--device", "cuda", "--max-new-tokens", "64", "--no-stream"]
@@ -106,19 +107,20 @@ def text(out, model):
             words += ["--weights", "random"]
             what, note = ["--ids", "1,2,3,4,5"], "RANDOM WEIGHTS, for the model is not installed; "
     said, runs = [], {}
-    for dtype in ("fp32", "bf16"):
-        for backend in ("cuda", "triton"):
-            with tempfile.NamedTemporaryFile(suffix=".json") as file:
-                options = ["--backend", backend, "--dtype", dtype, "--json", file.name]
-                ok, line = logged([*words, *what, *options], out / "text.log")
-                if not ok:
-                    return False, f"{backend} {dtype}: {line}"
-                run = runs[backend, dtype] = json.loads(Path(file.name).read_text())
-            said.append(f"{backend} {dtype} {1e3 / statistics.median(run['decode_ms']):.0f} tokens/s")
-        same = runs["cuda", dtype]["output_ids"] == runs["triton", dtype]["output_ids"]
-        said.append(f"{dtype} tokens {'identical' if same else 'DIFFER'}")
-    (out / "text.json").write_text(json.dumps(list(runs.values()), indent=1) + "\n")
-    return runs["cuda", "fp32"]["output_ids"] == runs["triton", "fp32"]["output_ids"], note + ", ".join(said)
+    for dtype, plan, backend in itertools.product(("fp32", "bf16"), ("basic", "fused"), ("cuda", "triton")):
+        name = f"{backend} {plan} {dtype}"
+        with tempfile.NamedTemporaryFile(suffix=".json") as file:
+            options = ["--backend", backend, "--plan", plan, "--dtype", dtype, "--json", file.name]
+            ok, line = logged([*words, *what, *options], out / "text.log")
+            if not ok:
+                return False, f"{name}: {line}"
+            run = json.loads(Path(file.name).read_text())
+        runs.setdefault(dtype, []).append(run)
+        said.append(f"{name} {1e3 / statistics.median(run['decode_ms']):.0f} tokens/s")
+    same = {dtype: all(run["output_ids"] == those[0]["output_ids"] for run in those) for dtype, those in runs.items()}
+    said += [f"{dtype} tokens {'identical' if ok else 'DIFFER'}" for dtype, ok in same.items()]
+    (out / "text.json").write_text(json.dumps(runs, indent=1) + "\n")
+    return same["fp32"], note + ", ".join(said)
 
 
 if __name__ == "__main__":
