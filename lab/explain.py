@@ -138,8 +138,8 @@ def show(op, cuda, triton, facts):
     console.rule("Around the steps", align="left")
     for h in halves:
         outside = sum(len(c.lines) for c in h.around)
-        console.print(Text(f"{h.name}: {h.code_lines} lines of code; {outside} lines outside the steps (declarations "
-                           "and launch)", style="dim"))
+        console.print(Text(f"{h.name}: {h.count} lines, {outside} of them outside the steps (declarations and launch)",
+                           style="dim"))
 
 
 def write_page(path, op, facts):

@@ -20,7 +20,7 @@ import synthetic_records as synthetic
 from PIL import Image
 
 from lab.errors import LabError
-from lab.harness.records import Env, LedgerRow, ModelRow, OpRow
+from lab.harness.records import Env, Fairness, LedgerRow, ModelRow, OpRow
 from lab.report import build, figures, heatmaps, ledger_figures, load, model_figures, op_figures, ops, page, style
 
 SMALL = dict(models=["llama-3.2-1b"], batches=(1, 16), contexts=(1024, 8192))
@@ -181,6 +181,26 @@ def test_twins_stand_in_the_sections_of_the_newest_run_only(text):
     shown = [op for op in page.twins.known_ops() if "missing" not in page.twin_view(op)]
     assert text.count("The twins side by side") == len(shown) >= 8
     assert "cuda_src/linear.cu" in text and "triton_kernels/linear.py" in text
+
+
+def test_fairness_cards_put_the_sides_beside_each_other(tmp_path, undrawn):
+    side = dict(run="r", op="linear", dtype="bf16", arch="sm_90a", shape={"batch": 1, "n": 8}, occupancy=0.3125)
+    cards = [Fairness(**side, backend="cuda", kernel="linear_stream_kernel", registers=96),
+             Fairness(**side, backend="triton", kernel="linear_kernel", configurations=12)]
+    synthetic.write(tmp_path, [env(), op_row(), *cards])
+    caption, frame = page.card(load.load(tmp_path)[0].fairness, "bf16")
+    assert caption == "Fairness card: bf16, sm_90a, batch=1 n=8"
+    assert list(frame) == ["", "CUDA: linear_stream_kernel", "Triton: linear_kernel"]
+    rows = {row[0]: row[1:] for row in frame.itertuples(index=False, name=None)}
+    assert rows["registers of a thread"] == ("96", "–") and rows["configurations to choose from"] == ("–", "12")
+    assert rows["theoretical occupancy"] == ("31%", "31%")
+    report(tmp_path)
+    assert (tmp_path / "index.html").read_text().count("Fairness card: bf16") == 3       # summary, label, caption
+
+
+def test_fairness_cards_alone(tmp_path, undrawn):
+    card = Fairness(run="r", op="linear", backend="cuda", dtype="bf16", arch="sm_90a", shape={}, kernel="linear_kernel")
+    assert "Fairness card: bf16, sm_90a" in draw(tmp_path, [card])
 
 
 # Awkward records

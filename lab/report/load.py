@@ -18,7 +18,9 @@ from lab.harness import records
 ABOVE = 1.02        # of the ceiling; more is a fault of the measurement, not a fast kernel
 NUMBERS = {"batch", "context", "us", "us_p10", "us_p90", "us_p99", "n", "bytes", "flops", "gbps", "of_ceiling",
            "of_stream", "of_token", "calls", "order", "tokens_per_s", "ttft_ms", "weight_bytes", "kv_bytes",
-           "workspace_bytes", "steady_bytes", "peak_bytes", "page_utilisation", "linearity"}
+           "workspace_bytes", "steady_bytes", "peak_bytes", "page_utilisation", "linearity", "configurations",
+           "registers", "spill_bytes", "shared_bytes", "threads", "occupancy", "instructions", "code_lines",
+           "shared_lines", "compile_s"}
 OBJECTS = {"shape": dict, "config": dict, "verdict": dict, "overrides": dict, "models": list}
 BANDWIDTH = ("gbps", "of_ceiling", "of_stream")
 
@@ -112,8 +114,8 @@ def _run(run, path, rows, notices):
 
 
 def _frame(rows, kind):
-    cls = records.KINDS.get(kind)
-    columns = [f.name for f in dataclasses.fields(cls)] if cls else []
+    cls = records.KINDS[kind]
+    columns = [f.name for f in dataclasses.fields(cls)]
     data = {}
     for column in columns:
         values = [getattr(r, column) for r in rows]
@@ -128,7 +130,7 @@ def _frame(rows, kind):
             data[column] = pd.Series(["" if v is None else str(v) for v in values], dtype=object)
     frame = pd.DataFrame(data, columns=columns)
     # A resumed bench may have measured a key again: the last line counts.
-    if cls and len(frame):
+    if len(frame):
         keys = [(r.kind, *(repr(records.freeze(getattr(r, f))) for f in cls.key_fields)) for r in rows]
         frame = frame[~pd.Series(keys).duplicated(keep="last").to_numpy()].reset_index(drop=True)
     frame["suspect"] = False

@@ -19,6 +19,12 @@ from lab.errors import LabError
 from lab.report import figures, heatmaps, model_figures, op_figures, ops, style, twins
 
 HERE = Path(__file__).parent
+FAIRNESS = ("op backend dtype arch kernel configurations registers spill_bytes shared_bytes threads occupancy "
+            "instructions code_lines shared_lines compile_s")
+CARD = {"configurations": "configurations to choose from", "registers": "registers of a thread",
+        "spill_bytes": "spilled bytes of a thread", "shared_bytes": "shared memory of a block (bytes)",
+        "threads": "threads of a block", "occupancy": "theoretical occupancy", "instructions": "machine instructions",
+        "code_lines": "lines of code", "shared_lines": "lines shared with other ops", "compile_s": "compile time (s)"}
 
 
 @dataclass
@@ -91,9 +97,9 @@ def view(run, slug, folder, with_twins, progress):
         tables = [(f"All measurements of {model}", model_figures.model_table(rows), not pictures)] if len(rows) else []
         sections.append(Section(f"model-{slug_of(model)}", f"Model: {model}", "", pictures, tables))
     if len(run.fairness):
-        cards = run.fairness.drop(columns=["run", "suspect"], errors="ignore")
-        sections.append(Section("fairness", "Fairness cards", "What was spent on each side before they were compared.",
-                                tables=[("Fairness cards", cards, True)]))
+        sections.append(Section("fairness", "Fairness cards", "What was spent on each side, and what came of it: a "
+                                "race says little if one side was tuned for longer. Every op's card is in its section.",
+                                tables=[("All fairness cards", figures.table(run.fairness, FAIRNESS), False)]))
     sections += _op_sections(run, f, drawn, with_twins)
     if len(run.suspects):
         listed = figures.table(run.suspects, "kind flag op role model backend dtype batch context cache us gbps share")
@@ -106,17 +112,16 @@ def view(run, slug, folder, with_twins, progress):
 
 
 def _op_sections(run, f, drawn, with_twins):
-    names = list(dict.fromkeys(run.op["op"]))
+    names = list(dict.fromkeys([*run.op["op"], *run.fairness["op"]]))
     if with_twins:
         names += [op for op in twins.known_ops() if op not in names]
     names.sort(key=lambda n: (style.part_order(n), n))
-    static = _static(run)
     made = []
     for op in names:
         rows = run.op[run.op["op"] == op]
         section = Section(f"op-{slug_of(op)}", f"Op: {op}", twin=twin_view(op) if with_twins else None)
-        if op in static:
-            section.tables.append(("What the compilers made of it", static[op], False))
+        if (run.fairness["op"] == op).any():
+            section.tables.append((*card(run.fairness[run.fairness["op"] == op], f.dtype if f else ""), True))
         if len(rows):
             section.pictures = drawn(op_figures.of_op(run, f, op))
             listed = ops.labelled(rows).assign(shape=rows["shape"].map(ops.shape_text))
@@ -130,15 +135,17 @@ def _op_sections(run, f, drawn, with_twins):
     return made
 
 
-def _static(run):
-    """inspect.json beside the records, if there: a list of flat objects with an `op`; {op: frame}."""
-    try:
-        rows = json.loads((run.path.parent / "inspect.json").read_text())
-        frame = pd.DataFrame(rows)
-        return {str(op): group.drop(columns="op").dropna(axis="columns", how="all")
-                for op, group in frame.groupby("op")}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+def card(rows, dtype):
+    """One op's fairness records of a dtype (its first, where it has none of that) as (caption, frame); sides across."""
+    rows = rows[rows["dtype"] == (dtype if (rows["dtype"] == dtype).any() else rows["dtype"].iloc[0])]
+    rows = rows[rows["arch"] == rows["arch"].iloc[0]]
+    sides = {"": list(CARD.values())}
+    for row in rows.itertuples():
+        sides[f"{style.backend(row.backend).label}: {row.kernel}"] = [
+            f"{row.occupancy:.0%}" if field == "occupancy" and row.occupancy == row.occupancy else
+            cell(getattr(row, field)) for field in CARD]
+    first = rows.iloc[0]
+    return (f"Fairness card: {first['dtype']}, {first['arch']}, {ops.shape_text(first['shape'])}", pd.DataFrame(sides))
 
 
 def twin_view(op):
@@ -152,7 +159,7 @@ def twin_view(op):
         return {"label": style.backend(half.language).label, "chunks": _chunks(half, step.chunks if step else [])}
 
     return {"halves": [{"label": style.backend(h.language).label, "name": h.name, "header": h.header,
-                        "lines": h.code_lines, "around": _chunks(h, h.around)} for h in (cuda, triton)],
+                        "lines": h.count, "around": _chunks(h, h.around)} for h in (cuda, triton)],
             "steps": [{"title": f"{number}. {title}", "halves": [side(cuda, left), side(triton, right)]}
                       for number, title, left, right in twins.rows(cuda, triton)]}
 

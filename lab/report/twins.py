@@ -56,6 +56,7 @@ class Half:
     header: str
     steps: dict
     around: list
+    count: int                  # lines of the file
 
     @property
     def titles(self):
@@ -64,12 +65,6 @@ class Half:
     @property
     def name(self):
         return f"{FOLDERS[self.language][0]}/{self.path.name}"
-
-    @property
-    def code_lines(self):
-        """Lines that hold code: neither blank nor only a comment. The docstring at the top is not counted."""
-        chunks = [*self.around, *(c for s in self.steps.values() for c in s.chunks)]
-        return sum(bool(line.strip()) and not COMMENT.match(line) for c in chunks for line in c.lines)
 
 
 def known_ops(root=ROOT):
@@ -128,7 +123,7 @@ def cut(language, path, lines):
     around = [c.trimmed() for c in around if any(line.strip() for line in c.lines)]
     for step in steps.values():
         step.chunks = [c.trimmed() for c in step.chunks]
-    return Half(language, path, header, dict(sorted(steps.items())), around)
+    return Half(language, path, header, dict(sorted(steps.items())), around, len(lines))
 
 
 def _leaves(language, line):
