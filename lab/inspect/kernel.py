@@ -35,7 +35,8 @@ MIX = {
                            r"|U?POPC|U?BMSK|U?SGXT|PLOP3|UPLOP3|U?SEL\b|IDP|U?ISCADD|U?LOP",
     "constant and register move": r"LDC|ULDC|U?MOV|S2U?R|CS2R|R2UR?|R2P|P2R|UP2UR|UR2UP",
     "control flow and fence": r"BRA|EXIT|BSSY|BSYNC|CALL|RET|WARPSYNC|NANOSLEEP|YIELD|BREAK|JMP|BRX|NOP|DEPBAR"
-                              r"|LDGDEPBAR|MEMBAR|ERRBAR|FENCE|CCTL|LEPC|ENDCOLLECTIVE|CGAERRBAR|BMOV|BPT|KILL|UCGABAR|ELECT",
+                              r"|LDGDEPBAR|MEMBAR|ERRBAR|FENCE|CCTL|LEPC|ENDCOLLECTIVE|CGAERRBAR|BMOV|BPT|KILL"
+                              r"|UCGABAR|ELECT",
 }
 PATTERNS = {name: re.compile(pattern) for name, pattern in MIX.items()}
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[\w.]+)?)")
@@ -57,7 +58,7 @@ def mix(sass):
 
 @dataclass
 class Kernel:
-    """Of a thread: `registers`, `spills` (bytes of local memory, stack included). Of a block: `threads`, `shared_*` bytes.
+    """Of a thread: `registers`, `spills` (bytes of local memory, stack too). Of a block: `threads`, `shared_*` bytes.
 
     `blocks`: resident on one multiprocessor; `occupancy`: the share of its warps that they are; see gpu.Occupancy."""
     backend: str
