@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from triton_kernels.common import config, launch
+from triton_kernels.settings import measured
 from triton_kernels.split_attention import attend, cache_rows, merge, merge_step, publish, split_bounds
 
 # tile: tokens per step. min_rows: a group's query heads are padded to the 16 rows of a tensor-core tile. Two of the
@@ -79,10 +80,11 @@ def decode_attention_kernel(q, k_cache, v_cache, block_table, context_lens, out,
 
 def decode_attention(q, k_cache, v_cache, block_table, context_lens, scale, splits, partial, tickets, out):
     """Launch splits x kv_heads x batch programs; partial and tickets are used only if splits > 1."""
-    cfg = config(CONFIGS, q)[q.itemsize]
     batch, q_heads, head_dim = q.shape
     kv_heads, page_size = k_cache.shape[1:3]
     group = q_heads // kv_heads
+    cfg = (measured("decode_attention", q, batch, q_heads=q_heads, kv_heads=kv_heads, head_dim=head_dim, page_size=page_size)
+           or config(CONFIGS, q)[q.itemsize])
     options = {key: value for key, value in cfg.items() if key.startswith("num_")}
     heads, block_d = triton.next_power_of_2(group), triton.next_power_of_2(head_dim)
     launch(decode_attention_kernel, (splits, kv_heads, batch), q, k_cache, v_cache, block_table, context_lens, out,

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from triton_kernels.common import architecture, config, launch
+from triton_kernels.settings import measured
 
 # sum_rows: the most rows of x that the plain path takes. Per path a list of (most rows, largest n, settings); the first
 # that fits is taken. Small n wants small tiles, so that every SM has a program; more rows want wider ones, because each
@@ -98,15 +99,17 @@ def linear(x, w, bias, y):
     """Launch y = x @ w.T + bias; bias None or [n], y of x's dtype or float32."""
     cfg = config(CONFIGS, x)
     (rows, k), n = x.shape, w.shape[0]
-    dot = rows > cfg["sum_rows"]
     block_b = triton.next_power_of_2(rows)
+    meta = measured("linear", x, rows, n=n, k=k)
+    dot = meta.pop("path") == "dot" if meta else rows > cfg["sum_rows"]
     if architecture(x) == "interpreter":
         block_n, block_k = _interpreter_tile(1 if dot else block_b, n, k)
         meta = dict(BLOCK_N=block_n, BLOCK_K=block_k, STAGES=1, UNROLL=1)
-    else:
+    elif meta is None:
         path = "sum" if not dot else "dot_f32" if x.itemsize == 4 else "dot"
         meta = next(dict(m) for most_rows, most_n, m in cfg[path] if rows <= most_rows and n <= most_n)
         meta.setdefault("BLOCK_K", 512 // x.itemsize * meta["num_warps"])
-        block_b = max(block_b, 16) if dot else block_b
+    if dot and architecture(x) != "interpreter":
+        block_b = max(block_b, 16)
     launch(linear_kernel, (triton.cdiv(n, meta["BLOCK_N"]),), x, w, bias, y, rows, n, k, DOT=dot,
            HAS_BIAS=bias is not None, EVEN_K=k % meta["BLOCK_K"] == 0, PRECISION="ieee", BLOCK_B=block_b, **meta)

@@ -159,6 +159,5 @@ def norm_linear_argmax(x, norm_w, eps, w, logits, scratch, out):
     (rows, k), n = x.shape, w.shape[0]
     path, programs, meta = settings.product("norm_linear_argmax", CONFIGS, x, n, k, whole_rows=True)
     kernel = norm_linear_argmax_kernel if path == "sum" else norm_linear_argmax_dot_kernel
-    programs = min(programs, MAX_PROGRAMS.value)
-    slots = min(triton.next_power_of_2(programs), 2048 // meta["BLOCK_B"])
-    launch(kernel, (programs,), x, norm_w, w, logits, scratch, out, rows, n, k, eps, SLOTS=slots, **meta)
+    launch(kernel, (min(programs, MAX_PROGRAMS.value),), x, norm_w, w, logits, scratch, out, rows, n, k, eps,
+           SLOTS=1024 // meta["BLOCK_B"], **meta)

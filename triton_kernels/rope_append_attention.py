@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from triton_kernels.common import config, launch
-from triton_kernels.settings import dependent_launch
+from triton_kernels.settings import dependent_launch, measured
 from triton_kernels.split_attention import attend, cache_rows, merge, merge_step, publish, split_bounds
 from triton_kernels.stream_rows import normed, prefetch, wait_for_inputs
 
@@ -121,10 +121,11 @@ def rope_append_attention_kernel(q, k, v, q_norm, k_norm, eps, positions, cos_si
 def rope_append_attention(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, block_table, scale, splits,
                           partial, tickets, out):
     """Launch splits x kv_heads x batch programs; partial and tickets are touched only if splits > 1, else may be None."""
-    cfg = config(CONFIGS, q)[q.itemsize]
     batch, q_heads, head_dim = q.shape
     kv_heads, page_size = k_cache.shape[1:3]
     group = q_heads // kv_heads
+    cfg = (measured("rope_append_attention", q, batch, q_heads=q_heads, kv_heads=kv_heads, head_dim=head_dim, page_size=page_size)
+           or config(CONFIGS, q)[q.itemsize])
     options = {key: value for key, value in cfg.items() if key.startswith("num_")}
     heads, block_d = triton.next_power_of_2(group), triton.next_power_of_2(head_dim)
     launch(rope_append_attention_kernel, (splits, kv_heads, batch), q, k, v, q_norm, k_norm, eps, positions, cos_sin,

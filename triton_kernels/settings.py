@@ -1,7 +1,7 @@
-"""Launch settings of the fused matrix products: by shape from the tuner's table, else from the op's own table by hand.
+"""Launch settings by shape: what the tuner measured on this architecture, else the op's own table, written by hand.
 
-triton_kernels/tuned/sm_90.json is what `lab tune OP` wrote on a GPU of that architecture: a list of entries
-{"op", "itemsize", "rows", "shape", "settings", ...}. Nothing is tuned while a model runs.
+triton_kernels/tuned/sm_90.json is what `lab tune OP` wrote on such a GPU: a list of entries {"op", "itemsize", "rows",
+"shape", "settings", "gpu", "triton", ...}. Nothing is tuned while a model runs.
 """
 import contextlib
 import functools
@@ -16,7 +16,9 @@ from triton_kernels.common import architecture, config
 
 TUNED = pathlib.Path(__file__).parent / "tuned"
 ANY = 1 << 31
-_cache = {}             # what was chosen for (op, architecture, itemsize, rows, shape)
+BY_HAND = {}            # for `forced`: whatever the tuner measured is left out
+_measured = {}          # (op, architecture, itemsize, rows, shape) -> what `measured` found
+_products = {}          # the same -> what `product` chose
 _forced = {}            # op -> settings, while the tuner tries them
 
 
@@ -57,28 +59,37 @@ def _tuned(name):
     return read_tuned(TUNED / f"{name}.json")["entries"]
 
 
-def tuned(op, name, itemsize, rows, shape):
-    """The settings that the tuner found for this shape, at the least number of rows that holds `rows`; or None."""
-    found = [entry for entry in _tuned(name) if entry["op"] == op and entry["itemsize"] == itemsize
-             and entry["shape"] == shape and entry["rows"] >= rows]
-    return dict(min(found, key=lambda entry: entry["rows"])["settings"]) if found else None
+def measured(op, tensor, rows, **shape):
+    """The settings to take before the op's own table, or None: found by the tuner for this architecture and shape, at the
+    least number of rows that holds `rows`."""
+    if op in _forced:
+        return dict(_forced[op]) or None
+    key = op, architecture(tensor), tensor.itemsize, rows, *shape.values()
+    if key not in _measured:
+        found = [entry for entry in _tuned(key[1]) if entry["op"] == op and entry["itemsize"] == tensor.itemsize
+                 and entry["shape"] == shape and entry["rows"] >= rows]
+        _measured[key] = min(found, key=lambda entry: entry["rows"])["settings"] if found else None
+    return dict(_measured[key]) if _measured[key] else None
 
 
 def forget():
-    """After the tuned tables changed on disk."""
-    _cache.clear()
+    """What was read and chosen, after the tables changed."""
+    _measured.clear()
+    _products.clear()
     _tuned.cache_clear()
 
 
 @contextlib.contextmanager
 def forced(op, settings):
-    """Every launch of `op` takes `settings`, whatever the tables say: how the tuner tries them."""
+    """Every launch of `op` takes `settings`, or those BY_HAND: how the tuner tries them."""
+    before = dict(_forced)
     _forced[op] = settings
     forget()
     try:
         yield
     finally:
-        del _forced[op]
+        _forced.clear()
+        _forced.update(before)
         forget()
 
 
@@ -89,21 +100,18 @@ def product(op, table, x, n, k, whole_rows=False, parts=1):
     whole_rows the sum path keeps rows of x in registers: BLOCK_K covers k.
     """
     key = op, architecture(x), x.itemsize, x.shape[0], n, k
-    if key not in _cache:
-        _cache[key] = _product(op, table, x, n, k, whole_rows, parts)
-    path, programs, meta = _cache[key]
+    if key not in _products:
+        _products[key] = _product(op, table, x, n, k, whole_rows, parts)
+    path, programs, meta = _products[key]
     return path, programs, dict(meta)
 
 
 def _product(op, table, x, n, k, whole_rows, parts):
-    rows, name = x.shape[0], architecture(x)
-    chosen = _forced.get(op)
-    if chosen is None and name != "interpreter":
-        chosen = tuned(op, name, x.itemsize, rows, dict(n=n, k=k))
-    if chosen is None:
-        chosen = by_hand(config(table, x), x.itemsize, rows, n, k, whole_rows, parts)
-    meta = dict(chosen)
+    rows = x.shape[0]
+    meta = (measured(op, x, rows, n=n, k=k)
+            or by_hand(config(table, x), x.itemsize, rows, n, k, whole_rows, parts))
     path, per_multiprocessor = meta.pop("path"), meta.pop("per_multiprocessor", 0)
+    meta["BLOCK_B"] = max(triton.next_power_of_2(rows), 16 if path == "dot" else 1)     # a tensor core's least
     tiles = triton.cdiv(n, meta["BLOCK_N"])
     programs = min(tiles, per_multiprocessor * multiprocessors(x)) if per_multiprocessor else tiles
     meta.update(EVEN_K=k % meta["BLOCK_K"] == 0, **dependent_launch(x))
@@ -123,14 +131,14 @@ def by_hand(table, itemsize, rows, n, k, whole_rows, parts):
     meta = next(dict(m) for most_rows, most_n, m in table["dot_f32" if path == "dot" and itemsize == 4 else path]
                 if rows <= most_rows and n <= most_n)
     if path == "dot":
-        return dict(meta, path=path, BLOCK_B=max(block_b, 16))
+        return dict(meta, path=path)
     lane = meta.pop("lane") * 2 // itemsize
     if whole_rows:
         meta["BLOCK_K"] = triton.next_power_of_2(k)
         meta["num_warps"] = min(max(block_b * meta["BLOCK_K"] // (32 * lane), 1), 16)
     else:
         meta["BLOCK_K"] = min(32 * lane * meta["num_warps"], triton.next_power_of_2(k))
-    return dict(meta, path=path, BLOCK_B=block_b)
+    return dict(meta, path=path)
 
 
 def _interpreted(path, block_b, n, k, whole_rows, parts):
@@ -138,7 +146,7 @@ def _interpreted(path, block_b, n, k, whole_rows, parts):
     block_k = triton.next_power_of_2(k)
     depth = 1 if path == "dot" else block_b
     block_n = min(max((1 << 17) // (depth * parts * block_k), 1), triton.next_power_of_2(n))
-    meta = dict(path=path, BLOCK_B=block_b, BLOCK_N=block_n, BLOCK_K=block_k)
+    meta = dict(path=path, BLOCK_N=block_n, BLOCK_K=block_k)
     if whole_rows:
         meta["per_multiprocessor"] = 1
     return dict(meta, STAGES=1) if path == "dot" else meta if whole_rows else dict(meta, UNROLL=1)
