@@ -47,8 +47,9 @@ def compile(launch, architecture):
         signature[parameter.name] = kind
         if kind == "constexpr":
             constants[parameter.name] = constant
-        if divisible:
-            attributes[(i,)] = [["tt.divisibility", 16]]
+        if not (isinstance(values[parameter.name], float) or parameter.do_not_specialize):
+            # Empty ones too, as a launch has them: so a launch finds this kernel in Triton's cache.
+            attributes[(i,)] = [["tt.divisibility", 16]] if divisible else []
     source = ASTSource(fn=jit, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", int(architecture[3:]), 32), options=options)
 
