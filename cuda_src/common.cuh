@@ -388,6 +388,10 @@ inline void launch(const Config& config, const char* name, void (*kernel)(Params
   cudaLaunchAttribute attributes[2];
   unsigned count = 0;
   if (config.pdl && detail::device_major() >= 9) {
+    // Kernels that overlap must agree on how a multiprocessor divides its memory: it cannot change while it is in use.
+    detail::check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                       cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+                  name);
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[count++].val.programmaticStreamSerializationAllowed = 1;
   }

@@ -14,6 +14,7 @@ template <typename T, int N>
 __global__ void embedding_kernel(const int* ids, const T* table, T* out, int cols, int vocab) {
   // 1. Locate: block r owns row r; an id outside the vocabulary must not become an address.
   pdl_wait();
+  pdl_launch_dependents();
   const int id = ids[blockIdx.x];
   const bool known = 0 <= id && id < vocab;
   const T* from = table + size_t(known ? id : 0) * cols;
@@ -27,7 +28,6 @@ __global__ void embedding_kernel(const int* ids, const T* table, T* out, int col
     }
     store(to + col, v);
   }
-  pdl_launch_dependents();
 }
 
 void embedding(Ptr ids, Ptr table, Ptr out, int rows, int cols, int vocab, int dtype, Ptr stream) {
@@ -37,7 +37,7 @@ void embedding(Ptr ids, Ptr table, Ptr out, int rows, int cols, int vocab, int d
     by_width<T>([&](auto width) {
       constexpr int N = decltype(width)::value;
       const int threads = cpu_shapes() ? 32 : cols / N > 128 ? 256 : 128;
-      launch({dim3(rows), dim3(threads), 0, stream}, "embedding_kernel", embedding_kernel<T, N>, as<const int>(ids),
+      launch({dim3(rows), dim3(threads), 0, stream, true}, "embedding_kernel", embedding_kernel<T, N>, as<const int>(ids),
              as<const T>(table), as<T>(out), cols, vocab);
     }, cols);
   });

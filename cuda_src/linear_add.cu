@@ -19,14 +19,12 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
   for (int b0 = 0; b0 < rows; b0 += C::B) {
     // 2. Stream: the first weights leave before the wait; what they are added to is loaded after it and long before its use.
     stream.start();
-    pdl_wait();
-    pdl_launch_dependents();
     for (; stream.more(); stream.next()) {
       float base[C::kMine] = {}, acc[C::R][C::B][C::kLanes] = {}, sums[C::R * C::B];
       stream.each_output(b0, rows, [&](int j, int output, int b) {
         base[j] = to_float(residual[size_t(b) * n + output]) + (bias ? to_float(bias[output]) : 0.f);
       });
-      stream.multiply(acc, [&](int b, int col) {
+      stream.template multiply<C::B == 1>(acc, [&](int b, int col) {
         return load_packed<C::N>(x + size_t(min(b0 + b, rows - 1)) * k + col);
       });
 
@@ -50,7 +48,6 @@ __global__ void __launch_bounds__(C::kThreads)
   // 2. Stream: the first stages of w leave before the wait.
   product.start_w();
   pdl_wait();
-  pdl_launch_dependents();
   product.start_x();
   product.multiply();
 

@@ -70,6 +70,8 @@ struct MmaRows {
       copy_w(i + kAhead);
       copy_x(i + kAhead);
       cp_async_commit();
+      // The next kernel may come once this warp has sent for its last chunk: see RowStream::release.
+      if (warp + (i + kAhead + 1) * C::kWarps >= chunks) pdl_launch_dependents();
       const auto* tile = shared.tile[warp][i % C::kStages];
       // A lane takes 8 neighbouring elements of k from each row, enough for two multiplies: which column of the multiply an
       // element plays is free, as long as w and x agree.
@@ -175,8 +177,9 @@ struct MmaShape {
 };
 template <typename T, int Parts, typename F>
 inline void by_mma_shape(int rows, int n, int k, F&& f) {
-  // More rows of w per block read x less often from L2; fewer give more blocks. Shared memory: 64, 96, 144, 96 KiB.
+  // More rows of w per block read x less often from L2; fewer give more blocks. Shared memory: 72, 64, 96, 144, 96 KiB.
   const bool aligned = k % Vec<T>::size == 0;
+  if (rows <= 16 && aligned && n * Parts >= 32 * 2 * 132) return f(MmaShape<Mma<2, 2, 4, 3, true, Parts>>{});
   if (rows <= 16 && aligned) return f(MmaShape<Mma<1, 2, 4, 4, true, Parts>>{});
   if (rows <= 32 && aligned) return f(MmaShape<Mma<2, 4, 4, 3, true, Parts>>{});
   if (!aligned) return f(MmaShape<Mma<2, 8, 4, 3, false, Parts>>{});

@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
     const bool nan = top >> 32 == 0xffffffffu;
     if (threadIdx.x % 32 == 0) ids[b] = nan ? -1 : candidate_index(top);
   }
-  if (threadIdx.x == 0) *ticket = 0;              // for the next launch
+  if (threadIdx.x == 0) atomicExch(ticket, 0u);   // for the next launch
 }
 
 void norm_linear_argmax(Ptr x, Ptr norm_w, Ptr w, Ptr logits, Ptr scratch, Ptr out, int rows, int n, int k, float eps,

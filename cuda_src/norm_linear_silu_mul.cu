@@ -51,7 +51,6 @@ __global__ void __launch_bounds__(C::kThreads)
   // 2. Norm: rmsnorm's kernel has done it. The first stages of w leave before the wait for it.
   product.start_w();
   pdl_wait();
-  pdl_launch_dependents();
 
   // 3. Stream: w and x through shared memory into tensor cores.
   product.start_x();

@@ -29,8 +29,9 @@ inline void by_normed_shape(int rows, int outputs, int k, F&& f) {
 template <typename T, typename C>
 struct NormRows {
   static constexpr int N = C::N, B = C::B, kStep = C::kThreads * N;
-  static constexpr int kKeep = 4;                 // vectors of the norm's weight that a thread loads before the wait
-  static constexpr int kAhead = B == 1 && sizeof(T) == 2 ? 2 : 1;  // columns whose B vectors are loaded before the first is used
+  // Vectors of the norm's weight that a thread loads before the wait, and steps of x that it loads before it uses the first:
+  // as many as registers allow beside the first weights.
+  static constexpr int kKeep = B < 4 ? 4 : 2, kAhead = B == 1 && sizeof(T) == 2 ? 2 : 1;
   Packed<T, N> weight[kKeep];
 
   // Issues the loads of the weight, which depends on no earlier kernel: call it before pdl_wait().
@@ -104,16 +105,13 @@ struct NormRows {
   }
 };
 
-// One round of B rows of x: the norm before anything is multiplied, and the first weights and the norm's weight before the
-// wait. The wait lets the next kernel start its own.
+// One round of B rows of x: the first weights, and the weight of the norm, before the wait; after it the norm.
 template <typename T, typename C>
 LAB_DEVICE void start_normed(RowStream<T, C>& stream, NormSmem<T, C>& shared, const T* x, const T* norm_w, int b0, int rows,
                              float eps) {
   NormRows<T, C> norm;
-  stream.start();
   norm.start(norm_w, stream.k);
-  pdl_wait();
-  pdl_launch_dependents();
+  stream.start();
   if (b0 > 0) __syncthreads();                    // the rows before these have been multiplied
   norm.run(shared, x, norm_w, b0, rows, stream.k, eps);
 }

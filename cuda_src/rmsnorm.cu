@@ -101,7 +101,7 @@ void rmsnorm(Ptr x, Ptr w, Ptr residual, Ptr y, int rows, int groups, int cols, 
     by_width<T>([&](auto width) {
       constexpr int N = decltype(width)::value;
       const auto start = [&](auto threads, auto kernel) {
-        launch({dim3(rows * groups), dim3(threads), sizeof(RmsnormSmem), stream}, "rmsnorm_kernel", kernel,
+        launch({dim3(rows * groups), dim3(threads), sizeof(RmsnormSmem), stream, true}, "rmsnorm_kernel", kernel,
                as<const T>(x), as<const T>(w), as<T>(residual), as<T>(y), groups, cols, x_stride, y_stride, eps);
       };
       // A warp needs no barrier; the CPU, which runs threads one after the other, always prefers it.

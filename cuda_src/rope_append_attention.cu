@@ -13,107 +13,102 @@
 
 using namespace lab;
 
-// What turns a head: its norm's weight (or none), its row of the table, and which lanes hold the halves of a pair.
+// Norm and rope of a head by L lanes, D / N of which hold N elements each: the row of the table, and who has the other
+// half of a pair.
 template <typename T, int D>
 struct Rotation {
-  static constexpr int N = Tiles<T, D>::N, L = Tiles<T, D>::L, kHalf = D / 2 / N;
-  int c, partner;                                 // lane of the token, and the lane of the warp that has the other half
-  bool live;
+  static constexpr int N = Vec<T>::size, L = lanes_per_token(D / N), kHalf = D / 2 / N;
+  int c, partner;                                 // lane of the head, and the lane of the warp that has the other half
+  bool live;                                      // this lane has elements: c * N to c * N + N
   float cosine[N], sine[N];
 
-  LAB_DEVICE Rotation(int c_, bool live_, const float* row) : c(c_), live(live_) {
-    const int lane = threadIdx.x % 32, i = (c < kHalf ? c : c - kHalf) * N;
+  LAB_DEVICE explicit Rotation(const float* row) {
+    const int lane = threadIdx.x % 32;
+    c = lane % L;
+    live = c * N < D;
     partner = !live ? lane : c < kHalf ? lane + kHalf : lane - kHalf;
+    const int i = c % kHalf * N;
     LAB_UNROLL
     for (int e = 0; e < N; e += 4) {
-      const Vec<float> cos4 = live ? load(row + i + e) : Vec<float>{}, sin4 = live ? load(row + D / 2 + i + e) : Vec<float>{};
+      const Vec<float> cosines = load(row + i + e), sines = load(row + D / 2 + i + e);
       LAB_UNROLL
       for (int f = 0; f < 4; ++f) {
-        cosine[e + f] = cos4.v[f];
-        sine[e + f] = c < kHalf ? -sin4.v[f] : sin4.v[f];
+        cosine[e + f] = cosines.v[f];
+        sine[e + f] = c < kHalf ? -sines.v[f] : sines.v[f];
       }
     }
   }
 
-  // x: this lane's elements of a head; normed, rounded to T, rotated and rounded to T. All lanes of the warp call it.
-  LAB_DEVICE void turn(float (&x)[N], const T* norm, float eps) const {
+  // This lane's elements of the head at `from` (zeros if not valid): normed and rounded to T, rotated and rounded to T.
+  // All lanes of the warp call it.
+  LAB_DEVICE Vec<T> turn(const T* from, bool valid, const T* norm, float eps) const {
+    float x[N];
+    unpack<T>(x, valid ? load_packed<N>(from + c * N) : Packed<T, N>{});
     if (norm) {
       float squares = 0.f, factor[N];
       LAB_UNROLL
       for (int e = 0; e < N; ++e) squares = fmadd(x[e], x[e], squares);
       const float scale = rsqrtf(group_sum<L>(squares) / D + eps);
-      unpack<T>(factor, live ? load_packed<N>(norm + c * N) : Packed<T, N>{});
+      unpack<T>(factor, valid ? load_packed<N>(norm + c * N) : Packed<T, N>{});
       LAB_UNROLL
       for (int e = 0; e < N; ++e) x[e] = to_float(from_float<T>(to_float(from_float<T>(x[e] * scale)) * factor[e]));
     }
+    Vec<T> turned;
     LAB_UNROLL
     for (int e = 0; e < N; ++e) {
       const float other = __shfl_sync(0xffffffffu, x[e], partner);
-      x[e] = to_float(from_float<T>(x[e] * cosine[e] + other * sine[e]));
+      turned.v[e] = from_float<T>(x[e] * cosine[e] + other * sine[e]);
     }
+    return turned;
   }
 };
 
-template <typename T, int D, int Heads>
-__global__ void __launch_bounds__(kMaxThreads)
+template <typename A, typename T = typename A::T>
+__global__ void __launch_bounds__(A::kMaxThreads, 1)
     rope_append_attention_kernel(const T* q, const T* k, const T* v, const T* q_norm, const T* k_norm, float eps,
                                  const int* positions, const float* cos_sin, PagedCache<T> cache, T* out, float* partial,
                                  unsigned* tickets, int group, int64_t q_stride, int64_t k_stride, int64_t v_stride,
                                  float scale_log2) {
   // 1. Locate: as decode_attention. What is older than the preceding kernel may be read before the wait: the position, the
   // table and the cache, so the first tiles leave here.
-  using Tile = Tiles<T, D>;
-  constexpr int N = Tile::N;
-  auto& tiles = smem<Tile>();
+  constexpr int D = A::D;
   const int position = positions[blockIdx.z];     // negative: an idle row, which has no token at all
-  SplitAttention<T, D, Heads> attention(cache, group, position + 1, position);
+  A attention(cache, group, position + 1, position);
   attention.start();
-  const int b = attention.b, kv_head = attention.kv_head, c = attention.c;
-  const bool live = attention.live;
-  const Rotation<T, D> rotation(c, live, cos_sin + size_t(max(position, 0)) * D);
+  auto& inputs = attention.shared.inputs;
+  const int b = attention.b, kv_head = attention.kv_head;
+  const Rotation<T, D> rotation(cos_sin + size_t(max(position, 0)) * D);
   pdl_wait();
-  pdl_launch_dependents();
 
-  // 2. Norm and rotate the query: each running softmax does it for itself; then times scale * log2(e), in float32.
-  LAB_UNROLL
-  for (int h = 0; h < Heads; ++h) {
-    const bool valid = live && attention.head0 + h < group;  // heads beyond the group are zero
-    const T* head = q + b * q_stride + (kv_head * group + attention.head0 + h) * D;
-    float(&query)[N] = attention.query[h];
-    unpack<T>(query, valid ? load_packed<N>(head + c * N) : Packed<T, N>{});
-    rotation.turn(query, q_norm, eps);
-    LAB_UNROLL
-    for (int e = 0; e < N; ++e) query[e] *= scale_log2;
+  // 2. Norm and rotate the query: L lanes take a head, into shared memory for all warps; rows beyond the group are zero.
+  constexpr int L = Rotation<T, D>::L, N = Rotation<T, D>::N;
+  const T* heads = q + b * q_stride + kv_head * group * D;
+  for (int first = 0; first < attention.query_rows(); first += blockDim.x / L) {
+    const int head = first + threadIdx.x / L;
+    const Vec<T> turned = rotation.turn(heads + head * D, rotation.live && head < group, q_norm, eps);
+    if (rotation.live && head < attention.query_rows()) store(&inputs.q[head][rotation.c * N], turned);
   }
 
-  // 3. Append the new token: the first lanes of the block that owns it write it to the cache, and keep it for its tile.
-  const bool owner = position >= attention.begin && position < attention.end;
-  Vec<T> key{}, value{};
-  if (owner && threadIdx.x < 32) {
-    float x[N];
-    unpack<T>(x, live ? load_packed<N>(k + b * k_stride + kv_head * D + c * N) : Packed<T, N>{});
-    rotation.turn(x, k_norm, eps);
-    if (live && threadIdx.x < Tile::L) {
-      LAB_UNROLL
-      for (int e = 0; e < N; ++e) key.v[e] = from_float<T>(x[e]);
-      value = load(v + b * v_stride + kv_head * D + c * N);
-      const size_t to = attention.place(attention.page_of(position), position);
+  // 3. Append the new token: the last lanes of the block that owns it write it to the cache, and keep it for its tile.
+  if (attention.owns(position) && threadIdx.x >= blockDim.x - 32) {
+    const bool valid = rotation.live && threadIdx.x >= blockDim.x - L;
+    const Vec<T> key = rotation.turn(k + b * k_stride + kv_head * D, valid, k_norm, eps);
+    if (valid) {
+      const int i = rotation.c * N;
+      const Vec<T> value = load(v + b * v_stride + kv_head * D + i);
+      const size_t to = attention.place(attention.page_of(position), position) + i;
+      store(&inputs.new_k[i], key);
+      store(&inputs.new_v[i], value);
       store(cache.k + to, key);
       store(cache.v + to, value);
     }
   }
+  __syncthreads();
+  attention.load_query(scale_log2);
 
-  // 4. Stream the tiles: the new token is in the split's last tile, in a row that the copies left zero.
+  // 4. Stream the tiles: cp.async fills a ring of tiles in shared memory; the new token comes from there.
   for (int t = 0; t < attention.count; ++t) {
     attention.wait_for(t);
-    if (owner && t == attention.count - 1) {
-      if (live && threadIdx.x < Tile::L) {
-        const int row = position - attention.begin - t * Tile::kTokens;
-        store(&tiles.k[t % kStages][row][c * N], key);
-        store(&tiles.v[t % kStages][row][c * N], value);
-      }
-      __syncthreads();
-    }
 
     // 5. Online softmax: in registers, each part of the block for its own tokens.
     attention.attend(t);
@@ -134,15 +129,14 @@ void rope_append_attention(Ptr q, Ptr k, Ptr v, Ptr q_norm, Ptr k_norm, float ep
   const int group = q_heads / kv_heads;
   by_dtype(dtype, [&](auto tag) {
     using T = decltype(tag);
-    by_attention_shape("rope_append_attention", head_dim, group, [&](auto dim, auto heads, int threads) {
-      constexpr int D = decltype(dim)::value, Heads = decltype(heads)::value;
-      launch({dim3(splits, kv_heads, batch), dim3(threads), attention_smem_bytes<T, D>(group), stream, true},
-             "rope_append_attention_kernel", rope_append_attention_kernel<T, D, Heads>, as<const T>(q), as<const T>(k),
+    const PagedCache<T> cache{as<T>(k_cache), as<T>(v_cache), as<const int>(block_table), log2_of(page_size), max_pages};
+    by_attention_core<T>("rope_append_attention", head_dim, group, [&](auto core) {
+      using A = typename decltype(core)::type;
+      launch({dim3(splits, kv_heads, batch), dim3(A::threads(group)), attention_smem_bytes<A>(group, splits), stream, true},
+             "rope_append_attention_kernel", rope_append_attention_kernel<A>, as<const T>(q), as<const T>(k),
              as<const T>(v), as<const T>(q_norm), as<const T>(k_norm), eps, as<const int>(positions),
-             as<const float>(cos_sin),
-             PagedCache<T>{as<T>(k_cache), as<T>(v_cache), as<const int>(block_table), log2_of(page_size), max_pages},
-             as<T>(out), as<float>(partial), as<unsigned>(tickets), group, q_stride, k_stride, v_stride,
-             scale * 1.4426950408889634f);
+             as<const float>(cos_sin), cache, as<T>(out), as<float>(partial), as<unsigned>(tickets), group, q_stride,
+             k_stride, v_stride, scale * 1.4426950408889634f);
     });
   });
 }

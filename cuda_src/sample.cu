@@ -11,6 +11,7 @@
 //
 // Thresholds are found digit by digit on integers that are ordered as the floats are, with sums in integers: exact, and
 // the same in every order of additions.
+#include "candidate.cuh"
 #include "common.cuh"
 #include "launchers.h"
 #include "sizes.h"
@@ -29,29 +30,15 @@ struct SampleSmem {
   uint32_t prefix;                                // digits found so far
 };
 
-// An integer that is ordered as x is; every NaN becomes the largest.
-LAB_DEVICE uint32_t order_key(float x) {
-  if (x != x) return 0xffffffffu;
-  const uint32_t bits = bit_cast<uint32_t>(x == 0.f ? 0.f : x);  // -0 and +0 tie
-  return bits >> 31 ? ~bits : bits | 0x80000000u;
-}
-LAB_DEVICE float key_value(uint32_t key) { return bit_cast<float>(key >> 31 ? key & 0x7fffffffu : ~key); }
-
 // The largest of the threads' values, for every thread.
 LAB_DEVICE uint64_t block_largest(uint64_t v, SampleSmem& s) {
-  for (int distance = 16; distance > 0; distance >>= 1) {
-    const uint64_t other = __shfl_xor_sync(0xffffffffu, v, distance);
-    v = other > v ? other : v;
-  }
+  v = warp_best(v);
   __syncthreads();
   if (threadIdx.x % 32 == 0) s.best[threadIdx.x / 32] = v;
   __syncthreads();
   for (int warp = 0; warp < kThreads / 32; ++warp) v = s.best[warp] > v ? s.best[warp] : v;
   return v;
 }
-
-// Key and index of a candidate in one integer: the larger value wins, then the lower index.
-LAB_DEVICE uint64_t candidate(float value, int index) { return uint64_t(order_key(value)) << 32 | uint32_t(~index); }
 
 LAB_DEVICE void add_weight(SampleSmem& s, uint32_t digit, uint64_t weight) {
   const uint32_t counter = threadIdx.x % kCopies * kDigits + digit;
@@ -166,7 +153,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   best = block_largest(best, s);
   const uint32_t top = uint32_t(best >> 32);
   if (temperature == 0.f || top == 0xffffffffu) {
-    if (threadIdx.x == 0) out[row] = top == 0xffffffffu ? -1 : int(~uint32_t(best));
+    if (threadIdx.x == 0) out[row] = top == 0xffffffffu ? -1 : candidate_index(best);
     return;
   }
 
@@ -206,14 +193,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     best = mine > best ? mine : best;
   });
   best = block_largest(best, s);
-  if (threadIdx.x == 0) out[row] = int(~uint32_t(best));
+  if (threadIdx.x == 0) out[row] = candidate_index(best);
 }
 
 void sample(Ptr logits, Ptr positions, Ptr out, int rows, int vocab, float temperature, int top_k, float top_p,
             uint64_t seed, Ptr stream) {
   if (rows == 0) return;
   by_width<float>([&](auto width) {
-    launch({dim3(rows), dim3(kThreads), sizeof(SampleSmem), stream}, "sample_kernel",
+    launch({dim3(rows), dim3(kThreads), sizeof(SampleSmem), stream, true}, "sample_kernel",
            sample_kernel<decltype(width)::value>, as<const float>(logits), as<const int>(positions), as<int>(out), vocab,
            temperature, top_k, top_p, seed);
   }, vocab);

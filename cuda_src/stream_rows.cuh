@@ -21,6 +21,7 @@ struct Stream {
   // Blocks of 128 threads that a multiprocessor must have registers for: 128 registers a thread hold what B = 1 and, with
   // U = 2, B = 4 need; the others take 168.
   static constexpr int kResident = B == 1 || B == 4 ? 4 : 3;
+  static constexpr int kPrefetch = 1024;          // elements of each row that L2 is asked for beyond those loaded first
   static constexpr int kGroups = kThreads / L;
   static constexpr int kOutputs = R / Parts;      // of a lane group, for each row of x
   static constexpr int kOutputsPerBlock = kGroups / S * kOutputs;
@@ -74,13 +75,17 @@ struct RowStream {
     first = (slice * C::L + lane) * N;
   }
 
-  // Issues the first loads of this block. Weights depend on no earlier kernel: call it before pdl_wait().
+  // Issues the first loads of this block and waits for the kernel before this one: weights depend on no earlier kernel.
+  // What registers cannot hold of these rows, L2 is asked for, so that DRAM stays busy while the block waits.
   LAB_DEVICE void start() {
     output = blockIdx.x * C::kOutputsPerBlock + group / C::S * C::kOutputs;
     aim(output);
     LAB_UNROLL
     for (int u = 0; u < C::U; ++u) fetch(u);
+    prefetch(C::U * C::kStep, C::kPrefetch);
     advance();
+    pdl_wait();
+    release();
   }
 
   // False once the block's outputs are done; the same for all threads. next() steps to the block's next set of outputs.
@@ -89,10 +94,19 @@ struct RowStream {
   LAB_DEVICE int stride() const { return gridDim.x * C::kOutputsPerBlock; }
 
   // acc[r][b] += w[row r] . x[row b] for the present outputs. x(b, col) returns N elements of x, packed. U * R loads are in
-  // flight; each is replaced as soon as it is used, at the end of the rows by one of the next outputs.
-  template <typename X>
+  // flight; each is replaced as soon as it is used, at the end of the rows by one of the next outputs. XAhead: x comes from
+  // far as well, so the loads of U steps go together.
+  template <bool XAhead = false, typename X>
   LAB_DEVICE void multiply(float (&acc)[R][B][C::kLanes], X x) {
     for (int panel = first; panel - first < k; panel += C::U * C::kStep) {
+      Packed<T, N> ahead[XAhead ? C::U : 1][B];
+      LAB_UNROLL
+      for (int u = 0; XAhead && u < C::U; ++u) {
+        LAB_UNROLL
+        for (int b = 0; b < B; ++b) {
+          if (panel + u * C::kStep < k) ahead[u][b] = x(b, panel + u * C::kStep);
+        }
+      }
       LAB_UNROLL
       for (int u = 0; u < C::U; ++u) {
         const int col = panel + u * C::kStep;
@@ -103,7 +117,7 @@ struct RowStream {
           LAB_UNROLL
           for (int b = 0; b < B; ++b) {
             float xf[N];
-            unpack<T>(xf, x(b, col));
+            unpack<T>(xf, XAhead ? ahead[XAhead ? u : 0][b] : x(b, col));
             LAB_UNROLL
             for (int r = 0; r < R; ++r) {
               LAB_UNROLL
@@ -114,6 +128,7 @@ struct RowStream {
         fetch(u);
       }
       advance();
+      release();
     }
   }
 
@@ -171,6 +186,21 @@ struct RowStream {
   LAB_DEVICE void advance() {
     fetch_col += C::U * C::kStep;
     if (fetch_col - first >= k) aim(fetch_output + stride());
+  }
+  // The next kernel may come once this block has sent for the last of its weights: its own first loads then follow at the
+  // heels of these. Earlier they would only be in their way, and later DRAM would fall idle in between.
+  LAB_DEVICE void release() const {
+    if (fetch_col >= k) pdl_launch_dependents();
+  }
+  // Asks for up to `count` elements of each row, from column `col` on; a lane for each row.
+  LAB_DEVICE void prefetch(int col, int count) const {
+#if LAB_SM90
+    if (N * sizeof(T) != 16 || slice != 0 || col >= k || output >= n) return;
+    LAB_UNROLL
+    for (int r = 0; r < R; ++r) {
+      if (lane == r % C::L) bulk_prefetch_l2(rows_of_w[r] + col, min(count, k - col) * unsigned(sizeof(T)));
+    }
+#endif
   }
   LAB_DEVICE void fetch(int u) {
     const int col = fetch_col + u * C::kStep;
