@@ -1,0 +1,164 @@
+"""The tuner's choices, by a made-up clock; its candidates, by the compiler; the table that launchers read."""
+import concurrent.futures
+import json
+
+import pytest
+import torch
+
+from lab import cli
+from lab.dispatch import Rand
+from lab.errors import LabError
+from lab.harness import shapes, tune
+from lab.ops import linear, norm_linear
+from triton_kernels import settings
+from triton_kernels.common import recording
+
+GOOD = dict(regs=40, stack=0, local=0, shared=0)
+POINT = shapes.Point("norm_linear", "qkv", 1, None, {"n": 3072, "k": 2048}, ("llama-3.2-1b",))
+
+
+class FakeRace:
+    """Microseconds by label of the first race and of the final; errors by settings' number."""
+
+    def __init__(self, first, final=None, wrong=()):
+        self.rounds, self.wrong, self.seen, self.checked = [first, final or first], wrong, [], []
+
+    def times(self, entrants, seconds):
+        self.seen.append(set(entrants))
+        return {label: us for label, us in self.rounds[len(self.seen) - 1].items() if label in entrants}
+
+    def error(self, chosen):
+        self.checked.append(chosen["i"])
+        return "zeros" if chosen["i"] in self.wrong else None
+
+
+def chosen(count):
+    return [dict(i=i) for i in range(count)]
+
+
+def test_the_fastest_of_the_final_wins_not_of_the_first_race():
+    race = FakeRace({tune.BY_HAND: 9.0, 0: 5.0, 1: 6.0, 2: 7.0, 3: 8.0, 4: 8.5}, {tune.BY_HAND: 9.0, 0: 7.0, 1: 6.0, 2: 7.0, 3: 8.0})
+    winner, times, dropped = tune.tune_point(race, chosen(5), [GOOD] * 5)
+    assert winner == dict(i=1) and times[0] == 7.0 and not dropped
+    assert race.seen[1] == {tune.BY_HAND, 0, 1, 2, 3}               # the four fastest, and the settings by hand
+
+
+def test_what_spills_does_not_compile_or_cannot_be_launched_is_not_raced():
+    usages = [dict(GOOD, local=8), {"error": "no"}, GOOD, GOOD]
+    race = FakeRace({tune.BY_HAND: 9.0, 0: 1.0, 1: 1.0, 3: 5.0})    # 2 fails to launch
+    winner, times, dropped = tune.tune_point(race, chosen(4), usages)
+    assert winner == dict(i=3) and race.seen[0] == {tune.BY_HAND, 2, 3}
+    assert [(c["i"], why) for c, why in dropped] == [(0, "spills 8 bytes a thread"), (1, "no"), (2, "cannot be launched")]
+
+
+def test_a_wrong_result_never_wins():
+    race = FakeRace({tune.BY_HAND: 9.0, 0: 1.0, 1: 2.0, 2: 3.0}, wrong=(0, 1))
+    winner, _, dropped = tune.tune_point(race, chosen(3), [GOOD] * 3)
+    assert winner == dict(i=2) and race.checked == [0, 1, 2] and [why for _, why in dropped] == ["wrong: zeros"] * 2
+
+
+def test_settings_by_hand_stay_unless_beaten_by_more_than_noise():
+    race = FakeRace({tune.BY_HAND: 9.0, 0: 8.95})
+    assert tune.tune_point(race, chosen(1), [GOOD])[0] is None
+    entry = tune.entry_of(POINT, 2, None, {tune.BY_HAND: 9.0, 0: 8.95}, 1, "a GPU", "3.7")
+    assert entry["settings"] == {} and entry["us"] == entry["us_by_hand"] == 9.0
+
+
+def entry(rows, chosen, shape=None):
+    return tune.entry_of(shapes.Point("norm_linear", "qkv", rows, None, shape or {"n": 3072, "k": 2048}), 2, chosen,
+                         {tune.BY_HAND: 2.0, 0: 1.0}, 1, "a GPU", "3.7")
+
+
+def launched(rows, n=3072, k=2048):
+    x, w = torch.empty(rows, k, dtype=torch.float16), torch.empty(n, k, dtype=torch.float16)
+    with recording("sm_90") as launches:
+        norm_linear.triton(x, w[0], 1e-5, w, out=torch.empty(rows, n, dtype=torch.float16))
+    return launches[0].meta
+
+
+def test_launches_read_the_table(tmp_path, monkeypatch):
+    by_hand = launched(1)
+    won = dict(path="sum", BLOCK_N=8, BLOCK_K=2048, num_warps=8, per_multiprocessor=2)
+    tune.write(tmp_path / "tuned" / "sm_90.json", [entry(2, won), entry(16, dict(won, path="dot", STAGES=3, BLOCK_K=64)),
+                                                   entry(1, {}, {"n": 960, "k": 576})])
+    monkeypatch.setattr(settings, "TUNED", tmp_path / "tuned")
+    settings.forget()
+    try:
+        assert by_hand["BLOCK_N"] != 8
+        assert (launched(1)["BLOCK_N"], launched(1)["num_warps"], launched(1)["BLOCK_B"]) == (8, 8, 1)
+        assert launched(2)["BLOCK_B"] == 2 and launched(3)["STAGES"] == 3       # the least number of rows that holds 3
+        assert launched(17)["num_warps"] != 8 and launched(1, 960, 576)["BLOCK_N"] != 8
+        with settings.forced("norm_linear", settings.BY_HAND):
+            assert launched(1) == by_hand
+        # Beside the tuned table the interpreter keeps its own settings.
+        args = norm_linear.inputs(Rand("cpu", torch.float16), batch=1, n=16, k=64)
+        norm_linear.triton(*args, out=norm_linear.outputs(*args))
+    finally:
+        monkeypatch.undo()
+        settings.forget()
+
+
+def test_the_table_is_written_so_that_it_can_be_read(tmp_path):
+    path = tmp_path / "sm_90.json"
+    tune.write(path, [entry(16, dict(BLOCK_N=1)), entry(1, dict(BLOCK_N=2))])
+    assert [e["rows"] for e in settings.read_tuned(path)["entries"]] == [1, 16]
+    assert len(path.read_text().splitlines()) == 4 and list(tmp_path.iterdir()) == [path]
+    for bad in ("{", "[]", json.dumps({"entries": [{"op": "linear"}]})):
+        path.write_text(bad)
+        with pytest.raises(LabError, match="is no table of `lab tune`"):
+            settings.read_tuned(path)
+
+
+@pytest.mark.parametrize("point", shapes.points(("smollm2-135m", "llama-3.1-8b"), (1, 4, 64), (1024,), list(tune.SPACES)),
+                         ids=lambda p: f"{p.op}-{p.batch}-{'-'.join(map(str, tune.key_shape(p).values()))}")
+def test_every_shape_has_candidates_and_no_more_than_asked(point):
+    found = tune.candidates(point.op, point.batch, 2, tune.key_shape(point), 30)
+    assert 10 <= len(found) <= 30 and found == tune.candidates(point.op, point.batch, 2, tune.key_shape(point), 30)
+    assert len({json.dumps(c) for c in found}) == len(found)
+
+
+@pytest.mark.parametrize("op, batch", [("norm_linear", 1), ("linear_add", 4), ("norm_linear_silu_mul", 16), ("linear", 1),
+                                       ("rope_append_attention", 1)])
+def test_a_candidate_compiles_without_a_gpu(op, batch):
+    point = next(p for p in shapes.points(("llama-3.2-1b",), (batch,), (1024,), [op]))
+    found = tune.candidates(op, batch, 2, tune.key_shape(point), 2)
+    usage = tune.compile_candidate(point, "bf16", "sm_90", 132, found[0])
+    assert usage.get("error") is None and usage["regs"] > 16
+    assert "error" in tune.compile_candidate(point, "bf16", "sm_90", 132, dict(found[0], num_warps=3))
+
+
+def test_compilers_are_processes_and_stop(monkeypatch):
+    monkeypatch.setattr(tune, "WORKERS", 1)
+    with tune.compilers() as pool:
+        future = pool.submit(tune.compile_candidate, POINT, "bf16", "sm_90", 132,
+                             dict(path="sum", BLOCK_N=2, BLOCK_K=2048, num_warps=4))
+        assert future.result(120)["local"] == 0
+    with pytest.raises((RuntimeError, concurrent.futures.CancelledError)):
+        pool.submit(int).result(5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_there_is_nothing_to_tune(capsys):
+    assert cli.main(["tune", "norm_linear"]) == 2
+    assert capsys.readouterr().err.startswith("lab: error: lab tune needs a GPU")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: settings are chosen by time")
+def test_a_small_run(tmp_path, capsys):
+    out = tmp_path / "table.json"
+    command = ["tune", "linear_add", "--model", "smollm2-135m", "--batch", "1", "--tries", "4", "--budget-seconds", "120",
+               "--out", str(out)]
+    assert cli.main(command) == 0
+    entries = settings.read_tuned(out)["entries"]
+    assert len(entries) == 2 and all(e["us"] > 0 and e["us_by_hand"] > 0 for e in entries)
+    assert cli.main(command) == 0
+    assert "0 shapes tuned" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_basic_linear_reads_its_forced_settings():
+    args = linear.inputs(Rand("cpu", torch.float16), batch=1, n=64, k=2048)
+    with recording("sm_90") as launches, settings.forced("linear", dict(path="sum", BLOCK_N=8, BLOCK_K=512, num_warps=2,
+                                                                        STAGES=1, UNROLL=4)):
+        linear.triton(*args, out=linear.outputs(*args))
+    assert (launches[0].meta["UNROLL"], launches[0].grid) == (4, (8,))
