@@ -23,7 +23,7 @@ class Focus:
 
 
 def focus(run):
-    """bf16, graph time and cold caches where the run has them; the model with the most rows, the larger of two such.
+    """bf16, graph time and cold caches where the run has them; the model with the most ops, the largest of several such.
 
     None for a run without op rows.
     """
@@ -39,12 +39,12 @@ def focus(run):
     dtype = pick("dtype", ("bf16", "fp16", "fp32"))
     rows = rows[rows["dtype"] == dtype]
     cache = pick("cache", ("cold", "in_model", "warm"))
-    sizes = {}
-    for models, nbytes in zip(rows["models"], rows["bytes"].fillna(0)):
+    ops, largest = {}, {}
+    for models, op, nbytes in zip(rows["models"], rows["op"], rows["bytes"].fillna(0)):
         for model in map(str, models):
-            count, most = sizes.get(model, (0, 0))
-            sizes[model] = (count + 1, max(most, nbytes))
-    return Focus(dtype, timer, cache, max(sizes, key=sizes.get) if sizes else None)
+            ops.setdefault(model, set()).add(op)
+            largest[model] = max(largest.get(model, 0), nbytes)
+    return Focus(dtype, timer, cache, max(ops, key=lambda model: (len(ops[model]), largest[model]), default=None))
 
 
 def of_model(rows, f):
