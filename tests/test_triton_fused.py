@@ -22,7 +22,8 @@ DOT = dict(path="dot", BLOCK_N=16, BLOCK_K=32, STAGES=1)
 
 # Programs that take several tiles, one after the other, and programs that take one each.
 
-@pytest.mark.parametrize("chosen", [SUM, dict(SUM, per_multiprocessor=3), DOT, dict(DOT, per_multiprocessor=2)], ids=str)
+@pytest.mark.parametrize("chosen", [SUM, dict(SUM, per_multiprocessor=3), DOT, dict(DOT, per_multiprocessor=2)],
+                         ids=str)
 @pytest.mark.parametrize("op", [norm_linear, norm_linear_silu_mul], ids=lambda op: op.op.name)
 def test_tiles_are_shared_out_without_loss(op, chosen):
     args = op.inputs(Rand("cpu", F16), batch=3, n=37, k=101)
@@ -88,12 +89,13 @@ def test_a_row_with_nan_or_infinity(chosen):
 def attention(t, rows, n, k):
     q, key, v = t(rows, 48 * 128).unflatten(1, (48, 128)).split((32, 8, 8), dim=1)
     ints, cache, norm = (lambda *s: empty(*s, dtype=I32)), t(64, 8, 16, 128), t(128)
-    run_attention(q, key, v, norm, norm, 1e-6, ints(rows), empty(4096, 128, dtype=F32), cache, cache, ints(rows, 64), 0.1,
-                  16, empty(rows, 8, 16, 4, 130, dtype=F32), ints(rows, 8), t(rows, 32, 128))
+    run_attention(q, key, v, norm, norm, 1e-6, ints(rows), empty(4096, 128, dtype=F32), cache, cache, ints(rows, 64),
+                  0.1, 16, empty(rows, 8, 16, 4, 130, dtype=F32), ints(rows, 8), t(rows, 32, 128))
 
 
 RUNS = {
-    "norm_linear": (lambda t, rows, n, k: run_norm_linear(t(rows, k), t(k), 1e-5, t(n, k), None, t(rows, n)), 6144, 4096),
+    "norm_linear": (lambda t, rows, n, k: run_norm_linear(t(rows, k), t(k), 1e-5, t(n, k), None, t(rows, n)),
+                    6144, 4096),
     "norm_linear_silu_mul": (lambda t, rows, n, k: run_silu_mul(t(rows, k), t(k), 1e-5, t(2 * n, k), t(rows, n)),
                              14336, 4096),
     "linear_add": (lambda t, rows, n, k: run_linear_add(t(rows, k), t(n, k), None, t(rows, n)), 4096, 14336),

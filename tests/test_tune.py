@@ -37,7 +37,8 @@ def chosen(count):
 
 
 def test_the_fastest_of_the_final_wins_not_of_the_first_race():
-    race = FakeRace({tune.BY_HAND: 9.0, 0: 5.0, 1: 6.0, 2: 7.0, 3: 8.0, 4: 8.5}, {tune.BY_HAND: 9.0, 0: 7.0, 1: 6.0, 2: 7.0, 3: 8.0})
+    race = FakeRace({tune.BY_HAND: 9.0, 0: 5.0, 1: 6.0, 2: 7.0, 3: 8.0, 4: 8.5},
+                    {tune.BY_HAND: 9.0, 0: 7.0, 1: 6.0, 2: 7.0, 3: 8.0})
     winner, times, dropped = tune.tune_point(race, chosen(5), [GOOD] * 5)
     assert winner == dict(i=1) and times[0] == 7.0 and not dropped
     assert race.seen[1] == {tune.BY_HAND, 0, 1, 2, 3}               # the four fastest, and the settings by hand
@@ -48,7 +49,8 @@ def test_what_spills_does_not_compile_or_cannot_be_launched_is_not_raced():
     race = FakeRace({tune.BY_HAND: 9.0, 0: 1.0, 1: 1.0, 3: 5.0})    # 2 fails to launch
     winner, times, dropped = tune.tune_point(race, chosen(4), usages)
     assert winner == dict(i=3) and race.seen[0] == {tune.BY_HAND, 2, 3}
-    assert [(c["i"], why) for c, why in dropped] == [(0, "spills 8 bytes a thread"), (1, "no"), (2, "cannot be launched")]
+    assert [(c["i"], why) for c, why in dropped] == [(0, "spills 8 bytes a thread"), (1, "no"),
+                                                     (2, "cannot be launched")]
 
 
 def test_a_wrong_result_never_wins():
@@ -79,8 +81,8 @@ def launched(rows, n=3072, k=2048):
 def test_launches_read_the_table(tmp_path, monkeypatch):
     by_hand = launched(1)
     won = dict(path="sum", BLOCK_N=8, BLOCK_K=2048, num_warps=8, per_multiprocessor=2)
-    tune.write(tmp_path / "tuned" / "sm_90.json", [entry(2, won), entry(16, dict(won, path="dot", STAGES=3, BLOCK_K=64)),
-                                                   entry(1, {}, {"n": 960, "k": 576})])
+    tune.write(tmp_path / "tuned" / "sm_90.json", [
+        entry(2, won), entry(16, dict(won, path="dot", STAGES=3, BLOCK_K=64)), entry(1, {}, {"n": 960, "k": 576})])
     monkeypatch.setattr(settings, "TUNED", tmp_path / "tuned")
     settings.forget()
     try:
@@ -109,7 +111,10 @@ def test_the_table_is_written_so_that_it_can_be_read(tmp_path):
             settings.read_tuned(path)
 
 
-@pytest.mark.parametrize("point", shapes.points(("smollm2-135m", "llama-3.1-8b"), (1, 4, 64), (1024,), list(tune.SPACES)),
+POINTS = shapes.points(("smollm2-135m", "llama-3.1-8b"), (1, 4, 64), (1024,), list(tune.SPACES))
+
+
+@pytest.mark.parametrize("point", POINTS,
                          ids=lambda p: f"{p.op}-{p.batch}-{'-'.join(map(str, tune.key_shape(p).values()))}")
 def test_every_shape_has_candidates_and_no_more_than_asked(point):
     found = tune.candidates(point.op, point.batch, 2, tune.key_shape(point), 30)
@@ -117,8 +122,8 @@ def test_every_shape_has_candidates_and_no_more_than_asked(point):
     assert len({json.dumps(c) for c in found}) == len(found)
 
 
-@pytest.mark.parametrize("op, batch", [("norm_linear", 1), ("linear_add", 4), ("norm_linear_silu_mul", 16), ("linear", 1),
-                                       ("rope_append_attention", 1)])
+@pytest.mark.parametrize("op, batch", [("norm_linear", 1), ("linear_add", 4), ("norm_linear_silu_mul", 16),
+                                       ("linear", 1), ("rope_append_attention", 1)])
 def test_a_candidate_compiles_without_a_gpu(op, batch):
     point = next(p for p in shapes.points(("llama-3.2-1b",), (batch,), (1024,), [op]))
     found = tune.candidates(op, batch, 2, tune.key_shape(point), 2)
@@ -147,8 +152,8 @@ def test_without_a_gpu_there_is_nothing_to_tune(capsys):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: settings are chosen by time")
 def test_a_small_run(tmp_path, capsys):
     out = tmp_path / "table.json"
-    command = ["tune", "linear_add", "--model", "smollm2-135m", "--batch", "1", "--tries", "4", "--budget-seconds", "120",
-               "--out", str(out)]
+    command = ["tune", "linear_add", "--model", "smollm2-135m", "--batch", "1", "--tries", "4",
+               "--budget-seconds", "120", "--out", str(out)]
     assert cli.main(command) == 0
     entries = settings.read_tuned(out)["entries"]
     assert len(entries) == 2 and all(e["us"] > 0 and e["us_by_hand"] > 0 for e in entries)

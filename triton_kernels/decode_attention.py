@@ -83,8 +83,8 @@ def decode_attention(q, k_cache, v_cache, block_table, context_lens, scale, spli
     batch, q_heads, head_dim = q.shape
     kv_heads, page_size = k_cache.shape[1:3]
     group = q_heads // kv_heads
-    cfg = (measured("decode_attention", q, batch, q_heads=q_heads, kv_heads=kv_heads, head_dim=head_dim, page_size=page_size)
-           or config(CONFIGS, q)[q.itemsize])
+    cfg = (measured("decode_attention", q, batch, q_heads=q_heads, kv_heads=kv_heads, head_dim=head_dim,
+                    page_size=page_size) or config(CONFIGS, q)[q.itemsize])
     options = {key: value for key, value in cfg.items() if key.startswith("num_")}
     heads, block_d = triton.next_power_of_2(group), triton.next_power_of_2(head_dim)
     launch(decode_attention_kernel, (splits, kv_heads, batch), q, k_cache, v_cache, block_table, context_lens, out,

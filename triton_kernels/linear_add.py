@@ -5,8 +5,8 @@
   traffic   w once whatever the batch (it is everything); x from L2, once per program; residual read and written once
   contract  lab/ops/linear_add.py          twin  cuda_src/linear_add.cu
 
-Two kernels, as in norm_linear: float32 arithmetic for a few rows, tensor cores for more. These products have few outputs
-and long rows, so where BLOCK_K covers k, all of a program's weights are in registers before the wait.
+Two kernels, as in norm_linear: float32 arithmetic for a few rows, tensor cores for more. These products have few
+outputs and long rows, so where BLOCK_K covers k, all of a program's weights are in registers before the wait.
 """
 import triton
 import triton.language as tl
@@ -19,7 +19,8 @@ from triton_kernels.stream_rows import dot_rows, load_rows, wait_for_inputs
 # See settings.by_hand. UNROLL tiles of the sum path are in flight.
 SM_80 = {
     "sum_rows": 4,
-    "sum": [(1, ANY, dict(BLOCK_N=2, lane=16, num_warps=4, UNROLL=2)), (4, ANY, dict(BLOCK_N=2, lane=8, num_warps=4, UNROLL=2))],
+    "sum": [(1, ANY, dict(BLOCK_N=2, lane=16, num_warps=4, UNROLL=1)),
+            (4, ANY, dict(BLOCK_N=2, lane=8, num_warps=4, UNROLL=2))],
     "dot": [(64, 4096, dict(BLOCK_N=16, BLOCK_K=128, num_warps=4, STAGES=6)),
             (64, ANY, dict(BLOCK_N=64, BLOCK_K=64, num_warps=4, STAGES=6))],
     "dot_f32": [(64, ANY, dict(BLOCK_N=32, BLOCK_K=32, num_warps=4, STAGES=3))],
@@ -31,15 +32,16 @@ CONFIGS = {"sm_90": SM_80, "sm_80": SM_80, "interpreter": {"sum_rows": 4}}
 def linear_add_kernel(x, w, bias, residual, rows, n, k, PDL: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr,
                       WHOLE_ROW: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
                       UNROLL: tl.constexpr):
-    # 1. Locate: BLOCK_N rows of w. Addresses are [batch, n, k], so that all loads and the sum share one layout, and nothing
-    # moves between threads inside the loop.
+    # 1. Locate: BLOCK_N rows of w. Addresses are [batch, n, k], so that all loads and the sum share one layout, and
+    # nothing moves between threads inside the loop.
     b = tl.arange(0, BLOCK_B)[:, None, None]
     out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :, None]
     col = tl.arange(0, BLOCK_K)[None, None, :]
     live = (b < rows) & (out < n)
     x_row = x + tl.where(b < rows, b, 0) * k
 
-    # 2. Stream: the first weights leave before the wait; what they are added to is loaded after it and long before its use.
+    # 2. Stream: the first weights leave before the wait; what they are added to is loaded after it and long before its
+    # use.
     tile = load_rows(w, out, out < n, col, k, EVEN_K)
     wait_for_inputs(PDL)
     target = residual + b.to(tl.int64) * n + out
@@ -74,8 +76,8 @@ def linear_add_dot_kernel(x, w, bias, residual, rows, n, k, PDL: tl.constexpr, H
     out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     col = tl.arange(0, BLOCK_K)[None, :]
 
-    # 2. Stream: the first tile leaves before the wait. The twin writes the cp.async ring by hand; here the compiler makes it
-    # from STAGES.
+    # 2. Stream: the first tile leaves before the wait. The twin writes the cp.async ring by hand; here the compiler
+    # makes it from STAGES.
     tile = load_rows(w, out, out < n, col, k, EVEN_K)
     wait_for_inputs(PDL)
     acc = dot_rows(tile, w, out, out < n, x, None, None, rows, k, b, col, False, EVEN_K, BLOCK_K, STAGES)

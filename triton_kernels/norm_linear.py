@@ -5,8 +5,8 @@
   traffic   w once whatever the batch (it is everything); x and norm_w once per program from L2; y once
   contract  lab/ops/norm_linear.py          twin  cuda_src/norm_linear.cu
 
-Two kernels: up to a few rows, float32 arithmetic on the loaded weights, with the whole normalised x in registers; above,
-where the arithmetic would outlast the memory, tensor cores, and x is normalised tile by tile on its way to them.
+Two kernels: up to a few rows, float32 arithmetic on the loaded weights, with the whole normalised x in registers;
+above, where the arithmetic would outlast the memory, tensor cores, and x is normalised tile by tile on its way there.
 """
 import triton
 import triton.language as tl
@@ -16,12 +16,14 @@ from triton_kernels.common import launch
 from triton_kernels.settings import ANY
 from triton_kernels.stream_rows import dot_rows, load_rows, normed_rows, row_scales, wait_for_inputs
 
-# See settings.by_hand. per_multiprocessor: programs, each of which takes tile after tile; 0 is a program a tile.
+# See settings.by_hand. 32 warps of 64 registers a thread are all the registers of a multiprocessor. Small n wants small
+# tiles, so that every multiprocessor has a program.
 SM_80 = {
     "sum_rows": 4,
-    "sum": [(1, 4096, dict(BLOCK_N=2, lane=16)), (1, ANY, dict(BLOCK_N=4, lane=16, per_multiprocessor=8)),
-            (4, ANY, dict(BLOCK_N=2, lane=32))],
+    "sum": [(1, 4096, dict(BLOCK_N=2, lane=16)), (1, ANY, dict(BLOCK_N=2, lane=16, warps=32)),
+            (4, ANY, dict(BLOCK_N=2, lane=32, warps=32))],
     "dot": [(64, 4096, dict(BLOCK_N=16, BLOCK_K=128, num_warps=4, STAGES=4)),
+            (64, 8192, dict(BLOCK_N=32, BLOCK_K=128, num_warps=4, STAGES=4)),
             (64, ANY, dict(BLOCK_N=64, BLOCK_K=64, num_warps=4, STAGES=6))],
     "dot_f32": [(64, ANY, dict(BLOCK_N=32, BLOCK_K=32, num_warps=4, STAGES=3))],
 }
@@ -29,27 +31,30 @@ CONFIGS = {"sm_90": SM_80, "sm_80": SM_80, "interpreter": {"sum_rows": 4}}
 
 
 @triton.jit
-def norm_linear_kernel(x, norm_w, w, bias, y, rows, n, k, eps, PDL: tl.constexpr, HAS_BIAS: tl.constexpr,
-                       EVEN_K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    # 1. Locate: tiles p, p + programs, ... of BLOCK_N rows. Addresses are [batch, n, k], so that all loads and the sum share
-    # one layout, and nothing moves between threads inside the loop. A lane group of the twin is a whole program here.
+def norm_linear_kernel(x, norm_w, w, bias, y, rows, n, k, eps,
+                       PDL: tl.constexpr, LOOP: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr,
+                       BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    # 1. Locate: tiles p, p + programs, ... of BLOCK_N rows. Addresses are [batch, n, k], so that all loads and the sum
+    # share one layout, and nothing moves between threads inside the loop. A lane group of the twin is a whole program
+    # here.
     b = tl.arange(0, BLOCK_B)[:, None, None]
     i = tl.arange(0, BLOCK_N)[None, :, None]
     col = tl.arange(0, BLOCK_K)[None, None, :]
     programs = tl.num_programs(0)
 
-    # 2. Norm: the first weights are on their way meanwhile, into registers. The twin keeps the normalised rows in shared
-    # memory; here they stay in the registers of the threads that multiply them.
+    # 2. Norm: the first weights are on their way meanwhile, into registers. The twin keeps the normalised rows in
+    # shared memory; here they stay in the registers of the threads that multiply them.
     out = tl.program_id(0) * BLOCK_N + i
     tile = load_rows(w, out, out < n, col, k, EVEN_K)
     weight = tl.load(norm_w + col, mask=col < k, other=0.0, eviction_policy="evict_last")
     wait_for_inputs(PDL)
     xn = normed_rows(x, weight, rows, k, eps, b, col)
 
-    # 3. Stream: the next tile is loaded before this one is used.
+    # 3. Stream: the next tile, if a program has more than one (LOOP), is loaded before this one is used.
     for _ in range(tl.program_id(0), tl.cdiv(n, BLOCK_N), programs):
         ahead = out + programs * BLOCK_N
-        following = load_rows(w, ahead, ahead < n, col, k, EVEN_K)
+        if LOOP:
+            following = load_rows(w, ahead, ahead < n, col, k, EVEN_K)
 
         # 4. Reduce: over the lanes and warps that share k.
         total = tl.sum(tile.to(tl.float32) * xn.to(tl.float32), axis=2, keep_dims=True)
@@ -58,14 +63,15 @@ def norm_linear_kernel(x, norm_w, w, bias, y, rows, n, k, eps, PDL: tl.constexpr
         if HAS_BIAS:
             total += tl.load(bias + out, mask=out < n, other=0.0).to(tl.float32)
         tl.store(y + b.to(tl.int64) * n + out, total.to(y.dtype.element_ty), mask=(b < rows) & (out < n))
-        tile = following
+        if LOOP:
+            tile = following
         out = ahead
 
 
 @triton.jit
-def norm_linear_dot_kernel(x, norm_w, w, bias, y, rows, n, k, eps, PDL: tl.constexpr, HAS_BIAS: tl.constexpr,
-                           EVEN_K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                           STAGES: tl.constexpr):
+def norm_linear_dot_kernel(x, norm_w, w, bias, y, rows, n, k, eps,
+                           PDL: tl.constexpr, LOOP: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr,
+                           BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr):
     # 1. Locate: tiles as above; w is the left operand [n, k], and x will be the right one [k, batch].
     b = tl.arange(0, BLOCK_B)[:, None]
     i = tl.arange(0, BLOCK_N)[:, None]
@@ -91,7 +97,8 @@ def norm_linear_dot_kernel(x, norm_w, w, bias, y, rows, n, k, eps, PDL: tl.const
             total += tl.load(bias + column, mask=column < n, other=0.0).to(tl.float32)
         tl.store(y + b.to(tl.int64) * n + column, total.to(y.dtype.element_ty), mask=(b < rows) & (column < n))
         out += programs * BLOCK_N
-        tile = load_rows(w, out, out < n, col, k, EVEN_K)
+        if LOOP:
+            tile = load_rows(w, out, out < n, col, k, EVEN_K)
 
 
 def norm_linear(x, norm_w, eps, w, bias, y):

@@ -1,7 +1,8 @@
-"""norm_linear_argmax: ids[b] = argmax over n of logits[b,n], logits[b,n] = sum_k xn[b,k] * w[n,k], xn = rmsnorm(x, norm_w)
+"""norm_linear_argmax: ids[b] = argmax over n of logits[b,n], logits[b,n] = sum_k xn[b,k] * w[n,k],
+xn = rmsnorm(x, norm_w)
 
-  x [rows, k], rows 1..64   norm_w [k]   w [n, k]   logits [rows, n] float32   ids [rows] int32     row-major, contiguous
-  scratch [rows, 2 * 4096 + 4] int32: of each program the value (float32 bits) of its best, then the indices, then a ticket
+  x [rows, k], rows 1..64   norm_w [k]   w [n, k]   logits [rows, n] float32   ids [rows] int32   row-major, contiguous
+  scratch [rows, 2 * 4096 + 4] int32: each program's best value (float32 bits), then their indices, then a ticket
   mapping   as norm_linear; a program keeps its best of every row, and the last to finish compares the programs'
   traffic   w once whatever the batch (it is everything); x and norm_w once per program from L2; logits written once
   contract  lab/ops/norm_linear_argmax.py          twin  cuda_src/norm_linear_argmax.cu
@@ -22,7 +23,7 @@ NO_INDEX = tl.constexpr(2147483647)
 # See settings.by_hand.
 SM_80 = {
     "sum_rows": 4,
-    "sum": [(1, ANY, dict(BLOCK_N=4, lane=16, per_multiprocessor=8)), (4, ANY, dict(BLOCK_N=2, lane=32, per_multiprocessor=4))],
+    "sum": [(1, ANY, dict(BLOCK_N=2, lane=16, warps=32)), (4, ANY, dict(BLOCK_N=2, lane=32, warps=32))],
     "dot": [(64, ANY, dict(BLOCK_N=64, BLOCK_K=64, num_warps=4, STAGES=6, per_multiprocessor=2))],
     "dot_f32": [(64, ANY, dict(BLOCK_N=32, BLOCK_K=32, num_warps=4, STAGES=3, per_multiprocessor=4))],
 }
@@ -50,13 +51,13 @@ def first_best(best, index, axis: tl.constexpr):
 
 @triton.jit
 def publish_best(scratch, ids, rows, b, best, index, BLOCK_B: tl.constexpr, SLOTS: tl.constexpr):
-    """Leaves the program's best of each row in its slot; the program that draws the last ticket compares all of them."""
+    """Leaves the program's best of each row in its slot; the program that draws the last ticket compares them all."""
     STRIDE: tl.constexpr = 2 * MAX_PROGRAMS + 4
     mine = scratch + b * STRIDE + tl.program_id(0)
     tl.store(mine, best.to(tl.int32, bitcast=True), mask=b < rows)
     tl.store(mine + MAX_PROGRAMS, index, mask=b < rows)
-    # Every thread's stores come before the ticket (the barrier), and the ticket orders them for whoever draws the last one
-    # (acq_rel at GPU scope).
+    # Every thread's stores come before the ticket (the barrier), and the ticket orders them for whoever draws the last
+    # one (acq_rel at GPU scope).
     tl.debug_barrier()
     ticket = tl.atomic_add(scratch + 2 * MAX_PROGRAMS, 1, sem="acq_rel", scope="gpu")
     programs = tl.num_programs(0)
@@ -68,8 +69,9 @@ def publish_best(scratch, ids, rows, b, best, index, BLOCK_B: tl.constexpr, SLOT
             slot = s0 + tl.arange(0, SLOTS)[None, :]
             live = (row < rows) & (slot < programs)
             # .cg: other SMs wrote these; read them from L2, where they meet.
-            bits = tl.load(scratch + row * STRIDE + slot, mask=live, other=0, cache_modifier=".cg")
-            found = tl.load(scratch + row * STRIDE + MAX_PROGRAMS + slot, mask=live, other=NO_INDEX, cache_modifier=".cg")
+            at = scratch + row * STRIDE + slot
+            bits = tl.load(at, mask=live, other=0, cache_modifier=".cg")
+            found = tl.load(at + MAX_PROGRAMS, mask=live, other=NO_INDEX, cache_modifier=".cg")
             value = tl.where(live, bits.to(tl.float32, bitcast=True), float("-inf"))
             best_all, index_all = keep_best(best_all, index_all, value, found)
         top, lowest = first_best(best_all, index_all, 1)
@@ -78,29 +80,32 @@ def publish_best(scratch, ids, rows, b, best, index, BLOCK_B: tl.constexpr, SLOT
 
 
 @triton.jit
-def norm_linear_argmax_kernel(x, norm_w, w, logits, scratch, ids, rows, n, k, eps, PDL: tl.constexpr, EVEN_K: tl.constexpr,
-                              BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SLOTS: tl.constexpr):
-    # 1. Locate: tiles p, p + programs, ... of BLOCK_N rows. Addresses are [batch, n, k], so that all loads and the sum share
-    # one layout, and nothing moves between threads inside the loop. A lane group of the twin is a whole program here.
+def norm_linear_argmax_kernel(x, norm_w, w, logits, scratch, ids, rows, n, k, eps,
+                              PDL: tl.constexpr, LOOP: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_B: tl.constexpr,
+                              BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SLOTS: tl.constexpr):
+    # 1. Locate: tiles p, p + programs, ... of BLOCK_N rows. Addresses are [batch, n, k], so that all loads and the sum
+    # share one layout, and nothing moves between threads inside the loop. A lane group of the twin is a whole program
+    # here.
     b = tl.arange(0, BLOCK_B)[:, None, None]
     i = tl.arange(0, BLOCK_N)[None, :, None]
     col = tl.arange(0, BLOCK_K)[None, None, :]
     programs = tl.num_programs(0)
 
-    # 2. Norm: the first weights are on their way meanwhile, into registers. The twin keeps the normalised rows in shared
-    # memory; here they stay in the registers of the threads that multiply them.
+    # 2. Norm: the first weights are on their way meanwhile, into registers. The twin keeps the normalised rows in
+    # shared memory; here they stay in the registers of the threads that multiply them.
     out = tl.program_id(0) * BLOCK_N + i
     tile = load_rows(w, out, out < n, col, k, EVEN_K)
     weight = tl.load(norm_w + col, mask=col < k, other=0.0, eviction_policy="evict_last")
     wait_for_inputs(PDL)
     xn = normed_rows(x, weight, rows, k, eps, b, col)
 
-    # 3. Stream: the next tile is loaded before this one is used.
+    # 3. Stream: the next tile, if a program has more than one (LOOP), is loaded before this one is used.
     best = tl.full([BLOCK_B, BLOCK_N, 1], float("-inf"), tl.float32)
     index = tl.full([BLOCK_B, BLOCK_N, 1], NO_INDEX, tl.int32)
     for _ in range(tl.program_id(0), tl.cdiv(n, BLOCK_N), programs):
         ahead = out + programs * BLOCK_N
-        following = load_rows(w, ahead, ahead < n, col, k, EVEN_K)
+        if LOOP:
+            following = load_rows(w, ahead, ahead < n, col, k, EVEN_K)
 
         # 4. Reduce: over the lanes and warps that share k.
         total = tl.sum(tile.to(tl.float32) * xn.to(tl.float32), axis=2, keep_dims=True)
@@ -108,19 +113,20 @@ def norm_linear_argmax_kernel(x, norm_w, w, logits, scratch, ids, rows, n, k, ep
         # 5. Store: the logits; the best so far stays in a register.
         tl.store(logits + b.to(tl.int64) * n + out, total, mask=(b < rows) & (out < n))
         best, index = keep_best(best, index, tl.where(out < n, total, float("-inf")), out)
-        tile = following
+        if LOOP:
+            tile = following
         out = ahead
 
     # 6. Argmax in the last block: first of each program, then of all; a maximum is the same in every order.
-    top, lowest = first_best(best, index, 1)
-    row = tl.arange(0, BLOCK_B)[:, None]
-    publish_best(scratch, ids, rows, row, tl.reshape(top, [BLOCK_B, 1]), tl.reshape(lowest, [BLOCK_B, 1]), BLOCK_B, SLOTS)
+    top, lowest = first_best(tl.reshape(best, [BLOCK_B, BLOCK_N]), tl.reshape(index, [BLOCK_B, BLOCK_N]), 1)
+    publish_best(scratch, ids, rows, tl.arange(0, BLOCK_B)[:, None], top, lowest, BLOCK_B, SLOTS)
 
 
 @triton.jit
-def norm_linear_argmax_dot_kernel(x, norm_w, w, logits, scratch, ids, rows, n, k, eps, PDL: tl.constexpr,
-                                  EVEN_K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                                  STAGES: tl.constexpr, SLOTS: tl.constexpr):
+def norm_linear_argmax_dot_kernel(x, norm_w, w, logits, scratch, ids, rows, n, k, eps,
+                                  PDL: tl.constexpr, LOOP: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_B: tl.constexpr,
+                                  BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+                                  SLOTS: tl.constexpr):
     # 1. Locate: tiles as above; w is the left operand [n, k], and x will be the right one [k, batch].
     b = tl.arange(0, BLOCK_B)[:, None]
     i = tl.arange(0, BLOCK_N)[:, None]
@@ -147,7 +153,8 @@ def norm_linear_argmax_dot_kernel(x, norm_w, w, logits, scratch, ids, rows, n, k
         tl.store(logits + b.to(tl.int64) * n + column, total, mask=(b < rows) & (column < n))
         best, index = keep_best(best, index, tl.where(column < n, total, float("-inf")), column)
         out += programs * BLOCK_N
-        tile = load_rows(w, out, out < n, col, k, EVEN_K)
+        if LOOP:
+            tile = load_rows(w, out, out < n, col, k, EVEN_K)
 
     # 6. Argmax in the last block: first of each program, then of all. The twin runs the sampling kernel after this one.
     top, lowest = first_best(best, index, 1)
@@ -155,9 +162,10 @@ def norm_linear_argmax_dot_kernel(x, norm_w, w, logits, scratch, ids, rows, n, k
 
 
 def norm_linear_argmax(x, norm_w, eps, w, logits, scratch, out):
-    """Launch logits = rmsnorm(x, norm_w) @ w.T and out = argmax; scratch is zero before its first use and left ready."""
+    """Launch logits = rmsnorm(x, norm_w) @ w.T, out = argmax; scratch is zero before its first use and left ready."""
     (rows, k), n = x.shape, w.shape[0]
-    path, programs, meta = settings.product("norm_linear_argmax", CONFIGS, x, n, k, whole_rows=True)
+    path, programs, meta = settings.product("norm_linear_argmax", CONFIGS, x, n, k, whole_rows=True,
+                                            most_programs=MAX_PROGRAMS.value)
     kernel = norm_linear_argmax_kernel if path == "sum" else norm_linear_argmax_dot_kernel
-    launch(kernel, (min(programs, MAX_PROGRAMS.value),), x, norm_w, w, logits, scratch, out, rows, n, k, eps,
+    launch(kernel, (programs,), x, norm_w, w, logits, scratch, out, rows, n, k, eps,
            SLOTS=1024 // meta["BLOCK_B"], **meta)

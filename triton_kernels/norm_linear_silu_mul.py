@@ -16,7 +16,7 @@ from triton_kernels.stream_rows import dot_rows, load_rows, normed_rows, row_sca
 # See settings.by_hand. BLOCK_N counts outputs, which have two rows of w each.
 SM_80 = {
     "sum_rows": 4,
-    "sum": [(1, ANY, dict(BLOCK_N=2, lane=16, per_multiprocessor=8)), (4, ANY, dict(BLOCK_N=1, lane=32))],
+    "sum": [(1, ANY, dict(BLOCK_N=1, lane=16, warps=32)), (4, ANY, dict(BLOCK_N=1, lane=32, warps=32))],
     "dot": [(64, ANY, dict(BLOCK_N=32, BLOCK_K=64, num_warps=4, STAGES=6))],
     "dot_f32": [(64, ANY, dict(BLOCK_N=16, BLOCK_K=32, num_warps=4, STAGES=3))],
 }
@@ -31,10 +31,11 @@ def activate(pairs, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def norm_linear_silu_mul_kernel(x, norm_w, w, y, rows, n, k, eps, PDL: tl.constexpr, EVEN_K: tl.constexpr,
+def norm_linear_silu_mul_kernel(x, norm_w, w, y, rows, n, k, eps,
+                                PDL: tl.constexpr, LOOP: tl.constexpr, EVEN_K: tl.constexpr,
                                 BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    # 1. Locate: tiles p, p + programs, ... of BLOCK_N outputs. Row i of a tile of w belongs to output i / 2: even rows are
-    # the gate's and odd ones up's, so that a pair ends up side by side. (The twin gives both to one lane group.)
+    # 1. Locate: tiles p, p + programs, ... of BLOCK_N outputs. Row i of a tile of w belongs to output i / 2: even rows
+    # are the gate's and odd ones up's, so that a pair ends up side by side. (The twin gives both to one lane group.)
     b = tl.arange(0, BLOCK_B)[:, None, None]
     i = tl.arange(0, 2 * BLOCK_N)[None, :, None]
     col = tl.arange(0, BLOCK_K)[None, None, :]
@@ -42,18 +43,19 @@ def norm_linear_silu_mul_kernel(x, norm_w, w, y, rows, n, k, eps, PDL: tl.conste
     first = tl.program_id(0) * BLOCK_N
     part = (i % 2) * n
 
-    # 2. Norm: the first weights are on their way meanwhile, into registers. The twin keeps the normalised rows in shared
-    # memory; here they stay in the registers of the threads that multiply them.
+    # 2. Norm: the first weights are on their way meanwhile, into registers. The twin keeps the normalised rows in
+    # shared memory; here they stay in the registers of the threads that multiply them.
     out = first + i // 2
     tile = load_rows(w, out + part, out < n, col, k, EVEN_K)
     weight = tl.load(norm_w + col, mask=col < k, other=0.0, eviction_policy="evict_last")
     wait_for_inputs(PDL)
     xn = normed_rows(x, weight, rows, k, eps, b, col)
 
-    # 3. Stream: the next tile is loaded before this one is used.
+    # 3. Stream: the next tile, if a program has more than one (LOOP), is loaded before this one is used.
     for _ in range(tl.program_id(0), tl.cdiv(n, BLOCK_N), programs):
         ahead = out + programs * BLOCK_N
-        following = load_rows(w, ahead + part, ahead < n, col, k, EVEN_K)
+        if LOOP:
+            following = load_rows(w, ahead + part, ahead < n, col, k, EVEN_K)
 
         # 4. Reduce: over the lanes and warps that share k.
         total = tl.sum(tile.to(tl.float32) * xn.to(tl.float32), axis=2)
@@ -63,13 +65,15 @@ def norm_linear_silu_mul_kernel(x, norm_w, w, y, rows, n, k, eps, PDL: tl.conste
         column = first + tl.arange(0, BLOCK_N)[None, :]
         row = tl.arange(0, BLOCK_B)[:, None]
         tl.store(y + row.to(tl.int64) * n + column, result.to(y.dtype.element_ty), mask=(row < rows) & (column < n))
-        tile = following
+        if LOOP:
+            tile = following
         out = ahead
         first += programs * BLOCK_N
 
 
 @triton.jit
-def norm_linear_silu_mul_dot_kernel(x, norm_w, w, y, rows, n, k, eps, PDL: tl.constexpr, EVEN_K: tl.constexpr,
+def norm_linear_silu_mul_dot_kernel(x, norm_w, w, y, rows, n, k, eps,
+                                    PDL: tl.constexpr, LOOP: tl.constexpr, EVEN_K: tl.constexpr,
                                     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
                                     STAGES: tl.constexpr):
     # 1. Locate: tiles as above; w is the left operand [n, k], and x will be the right one [k, batch].
@@ -99,7 +103,8 @@ def norm_linear_silu_mul_dot_kernel(x, norm_w, w, y, rows, n, k, eps, PDL: tl.co
         tl.store(y + b.to(tl.int64) * n + column, result.to(y.dtype.element_ty), mask=(b < rows) & (column < n))
         out += programs * BLOCK_N
         first += programs * BLOCK_N
-        tile = load_rows(w, out + part, out < n, col, k, EVEN_K)
+        if LOOP:
+            tile = load_rows(w, out + part, out < n, col, k, EVEN_K)
 
 
 def norm_linear_silu_mul(x, norm_w, eps, w, y):

@@ -45,14 +45,14 @@ def turned(head, norm, cosine, sine, eps, d, live, HALF_DIM: tl.constexpr, HAS_N
 
 @triton.jit
 def rope_append_attention_kernel(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, block_table, out,
-                                 partial, tickets, kv_heads, max_pages, splits, q_stride, k_stride, v_stride, scale_log2,
-                                 PDL: tl.constexpr, HAS_NORM: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-                                 HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
-                                 LINES: tl.constexpr, SPLIT: tl.constexpr, HEADS: tl.constexpr,
+                                 partial, tickets, kv_heads, max_pages, splits, q_stride, k_stride, v_stride,
+                                 scale_log2, PDL: tl.constexpr, HAS_NORM: tl.constexpr, GROUP: tl.constexpr,
+                                 ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
+                                 TILE: tl.constexpr, LINES: tl.constexpr, SPLIT: tl.constexpr, HEADS: tl.constexpr,
                                  MERGE: tl.constexpr):
-    # 1. Locate: as decode_attention; a negative position, of an idle row, leaves every split empty. What is older than the
-    # preceding kernel may be read before the wait: the position, the table, and the cache. The twin starts its cp.async ring
-    # here; the compiler's ring cannot start before its loop, so the first tile is only brought to L2.
+    # 1. Locate: as decode_attention; a negative position, of an idle row, leaves every split empty. What is older than
+    # the preceding kernel may be read before the wait: the position, the table, and the cache. The twin starts its
+    # cp.async ring here; the compiler's ring cannot start before its loop, so the first tile is only brought to L2.
     kv = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
     position = tl.load(positions + b)
@@ -75,11 +75,11 @@ def rope_append_attention_kernel(q, k, v, q_norm, k_norm, eps, positions, cos_si
 
     # 2. Norm and rotate the query: the heads of the group become the rows of one tile; rows past the group are zero.
     live_out = (g < GROUP)[:, None] & in_head
-    qv = turned(q + b * q_stride + ((kv * GROUP + g) * HEAD_DIM)[:, None], q_norm, cosine, sine, eps, d[None, :], live_out,
-                HEAD_DIM // 2, HAS_NORM)
+    qv = turned(q + b * q_stride + ((kv * GROUP + g) * HEAD_DIM)[:, None], q_norm, cosine, sine, eps, d[None, :],
+                live_out, HEAD_DIM // 2, HAS_NORM)
 
-    # 3. Append the new token: the program that owns it writes it to the cache, and its softmax starts from it. The twin puts
-    # it into its tile in shared memory instead.
+    # 3. Append the new token: the program that owns it writes it to the cache, and its softmax starts from it. The twin
+    # puts it into its tile in shared memory instead.
     owner = (position >= begin) & (position < end)
     live_new = in_head & owner
     key = turned(k + b * k_stride + kv * HEAD_DIM + tl.zeros([1, 1], tl.int32), k_norm, cosine, sine, eps, d[None, :],
@@ -118,14 +118,14 @@ def rope_append_attention_kernel(q, k, v, q_norm, k_norm, eps, positions, cos_si
             merge(partial, tickets, out_head, b, kv, kv_heads, splits, GROUP, HEADS, HEAD_DIM, BLOCK_D, MERGE)
 
 
-def rope_append_attention(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, block_table, scale, splits,
-                          partial, tickets, out):
-    """Launch splits x kv_heads x batch programs; partial and tickets are touched only if splits > 1, else may be None."""
+def rope_append_attention(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, block_table, scale,
+                          splits, partial, tickets, out):
+    """Launch splits x kv_heads x batch programs; partial and tickets may be None where splits is 1."""
     batch, q_heads, head_dim = q.shape
     kv_heads, page_size = k_cache.shape[1:3]
     group = q_heads // kv_heads
-    cfg = (measured("rope_append_attention", q, batch, q_heads=q_heads, kv_heads=kv_heads, head_dim=head_dim, page_size=page_size)
-           or config(CONFIGS, q)[q.itemsize])
+    cfg = (measured("rope_append_attention", q, batch, q_heads=q_heads, kv_heads=kv_heads, head_dim=head_dim,
+                    page_size=page_size) or config(CONFIGS, q)[q.itemsize])
     options = {key: value for key, value in cfg.items() if key.startswith("num_")}
     heads, block_d = triton.next_power_of_2(group), triton.next_power_of_2(head_dim)
     launch(rope_append_attention_kernel, (splits, kv_heads, batch), q, k, v, q_norm, k_norm, eps, positions, cos_sin,

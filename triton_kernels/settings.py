@@ -60,8 +60,8 @@ def _tuned(name):
 
 
 def measured(op, tensor, rows, **shape):
-    """The settings to take before the op's own table, or None: found by the tuner for this architecture and shape, at the
-    least number of rows that holds `rows`."""
+    """The settings to take before the op's own table, or None: found by the tuner for this architecture and shape, at
+    the least number of rows that holds `rows`."""
     if op in _forced:
         return dict(_forced[op]) or None
     key = op, architecture(tensor), tensor.itemsize, rows, *shape.values()
@@ -93,28 +93,31 @@ def forced(op, settings):
         forget()
 
 
-def product(op, table, x, n, k, whole_rows=False, parts=1):
+def product(op, table, x, n, k, whole_rows=False, parts=1, most_programs=ANY):
     """(path, programs, meta) to multiply x [rows, k] with w [parts * n, k], `parts` rows of which make one output.
 
     path is "sum" or "dot", `programs` the grid, and meta the kernel's constexprs and the compiler's options. With
-    whole_rows the sum path keeps rows of x in registers: BLOCK_K covers k.
+    whole_rows the sum path keeps rows of x in registers, so BLOCK_K covers k, and a program may take several tiles
+    (LOOP).
     """
     key = op, architecture(x), x.itemsize, x.shape[0], n, k
     if key not in _products:
-        _products[key] = _product(op, table, x, n, k, whole_rows, parts)
+        _products[key] = _product(op, table, x, n, k, whole_rows, parts, most_programs)
     path, programs, meta = _products[key]
     return path, programs, dict(meta)
 
 
-def _product(op, table, x, n, k, whole_rows, parts):
+def _product(op, table, x, n, k, whole_rows, parts, most_programs):
     rows = x.shape[0]
     meta = (measured(op, x, rows, n=n, k=k)
             or by_hand(config(table, x), x.itemsize, rows, n, k, whole_rows, parts))
     path, per_multiprocessor = meta.pop("path"), meta.pop("per_multiprocessor", 0)
     meta["BLOCK_B"] = max(triton.next_power_of_2(rows), 16 if path == "dot" else 1)     # a tensor core's least
     tiles = triton.cdiv(n, meta["BLOCK_N"])
-    programs = min(tiles, per_multiprocessor * multiprocessors(x)) if per_multiprocessor else tiles
+    programs = min(tiles, per_multiprocessor * multiprocessors(x) if per_multiprocessor else tiles, most_programs)
     meta.update(EVEN_K=k % meta["BLOCK_K"] == 0, **dependent_launch(x))
+    if whole_rows:
+        meta["LOOP"] = programs < tiles
     return path, programs, meta
 
 
@@ -122,7 +125,9 @@ def by_hand(table, itemsize, rows, n, k, whole_rows, parts):
     """Settings from an op's entry for an architecture.
 
     sum_rows: the most rows that the sum path takes. sum, dot, dot_f32: lists of (most rows, largest n, settings), of
-    which the first that fits is taken. lane: elements of a tile's row, over all rows of x, that a thread holds.
+    which the first that fits is taken. lane: elements of a tile's row, over all rows of x, that a thread holds (twice
+    the bytes in float32). warps: of all programs of a multiprocessor, which then take tile after tile; without it each
+    program has one tile.
     """
     block_b = triton.next_power_of_2(rows)
     path = "sum" if rows <= table["sum_rows"] else "dot"
@@ -136,13 +141,15 @@ def by_hand(table, itemsize, rows, n, k, whole_rows, parts):
     if whole_rows:
         meta["BLOCK_K"] = triton.next_power_of_2(k)
         meta["num_warps"] = min(max(block_b * meta["BLOCK_K"] // (32 * lane), 1), 16)
+        if "warps" in meta:
+            meta["per_multiprocessor"] = max(meta.pop("warps") // meta["num_warps"], 1)
     else:
         meta["BLOCK_K"] = min(32 * lane * meta["num_warps"], triton.next_power_of_2(k))
     return dict(meta, path=path)
 
 
 def _interpreted(path, block_b, n, k, whole_rows, parts):
-    """Few programs, and tiles of up to 2^17 elements, which stay in a CPU's cache: interpreting costs by the operation."""
+    """Few programs, for interpreting costs by the operation; tiles of up to 2^17 elements, which stay in the cache."""
     block_k = triton.next_power_of_2(k)
     depth = 1 if path == "dot" else block_b
     block_n = min(max((1 << 17) // (depth * parts * block_k), 1), triton.next_power_of_2(n))

@@ -1,8 +1,8 @@
 """Device code that both attention kernels share: a tile's place in the paged cache, the online softmax, and the merge.
 
 Softmax is computed online (Milakov and Gimelshein, arXiv 1805.02867), and splits are merged as in Flash-Decoding.
-A running softmax over ROWS query heads is top [ROWS] (the largest score so far, in base 2: exp2 is what the hardware has),
-mass [ROWS] (the sum of weights) and acc [ROWS, BLOCK_D] (the weighted sum of values).
+A running softmax over ROWS query heads is top [ROWS] (the largest score so far, in base 2: exp2 is what the hardware
+has), mass [ROWS] (the sum of weights) and acc [ROWS, BLOCK_D] (the weighted sum of values).
 """
 import triton
 import triton.language as tl
@@ -25,7 +25,7 @@ def cache_rows(block_table, token, live, b, kv, kv_heads, max_pages, PAGE: tl.co
 
 @triton.jit
 def attend(qv, kt, vt, live, top, mass, acc, scale_log2):
-    """The running softmax with a tile of keys and values [TILE, BLOCK_D] added; tokens that are not live are left out."""
+    """The running softmax with a tile of keys and values [TILE, BLOCK_D] added; tokens not live are left out."""
     score = tl.dot(qv, tl.trans(kt), input_precision="ieee") * scale_log2
     score = tl.where(live[None, :], score, float("-inf"))
     new_top = tl.maximum(top, tl.max(score, axis=1))
@@ -47,8 +47,8 @@ def publish(partial, tickets, b, kv, kv_heads, splits, top, mass, acc, GROUP: tl
     tl.store(mine[:, None] + d[None, :], acc, mask=(g < GROUP)[:, None] & (d < HEAD_DIM)[None, :])
     tl.store(mine + HEAD_DIM, top, mask=g < GROUP)
     tl.store(mine + HEAD_DIM + 1, mass, mask=g < GROUP)
-    # Every thread's stores come before the ticket (the barrier), and the ticket orders them for whoever draws the last one
-    # (acq_rel at GPU scope).
+    # Every thread's stores come before the ticket (the barrier), and the ticket orders them for whoever draws the last
+    # one (acq_rel at GPU scope).
     tl.debug_barrier()
     return tl.atomic_add(tickets + b * kv_heads + kv, 1, sem="acq_rel", scope="gpu")
 
@@ -56,7 +56,7 @@ def publish(partial, tickets, b, kv, kv_heads, splits, top, mass, acc, GROUP: tl
 @triton.jit
 def merge(partial, tickets, out_head, b, kv, kv_heads, splits, GROUP: tl.constexpr, HEADS: tl.constexpr,
           HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MERGE: tl.constexpr):
-    """Every split of one KV head into out_head [GROUP, HEAD_DIM], MERGE splits of all heads at a time, so that the loads do
+    """Every split of one KV head into out_head [GROUP, HEAD_DIM], MERGE splits of all heads at a time, so that loads do
     not wait for each other; the ticket is left at zero. HEADS is GROUP rounded up to a power of two."""
     STRIDE: tl.constexpr = HEAD_DIM + 2
     first = partial + (b * kv_heads + kv) * splits * (GROUP * STRIDE)

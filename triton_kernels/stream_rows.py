@@ -1,4 +1,4 @@
-"""Device code that the fused matrix products share: the wait for the kernel before, the norm, the product on tensor cores.
+"""Device code of the fused matrix products: the wait for the kernel before, the norm, the product on tensor cores.
 
 Programmatic dependent launch (sm_90): a kernel starts while the one before it still runs, loads the first tile of its
 weights, which no kernel writes, into registers, and waits before it touches an activation. Elsewhere PDL is False.
@@ -17,13 +17,14 @@ def wait_for_inputs(PDL: tl.constexpr):
 
 @triton.jit
 def prefetch(at):
-    """Asks for the 128-byte lines at these addresses to be brought to L2; only where PDL is on: the CPU has no such thing."""
-    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; // dummy $0", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1)
+    """Asks for the 128-byte lines at these addresses to be brought to L2. On a GPU only."""
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; // dummy $0", "=r,l", [at], dtype=tl.int32, is_pure=False,
+                              pack=1)
 
 
 @triton.jit
 def load_rows(w, row, live, col, k, EVEN_K: tl.constexpr):
-    """w[row, col], zero past k: read once and never again, so evict_first. Dead rows hold anything; nothing uses them."""
+    """w[row, col], zero past k: read once and never again, so evict_first. What dead rows hold is not to be used."""
     at = w + row.to(tl.int64) * k + col
     if EVEN_K:
         values = tl.load(at, mask=live, eviction_policy="evict_first")
@@ -62,8 +63,8 @@ def dot_rows(first, w, row, live, x, norm_w, scale, rows, k, b, col, NORM: tl.co
              BLOCK_K: tl.constexpr, STAGES: tl.constexpr):
     """[BLOCK_N, BLOCK_B]: rows of w times the rows of x, float32 sums; `first` is w's tile at column 0, loaded before.
 
-    On tensor cores w is the left operand: its rows fill the tile that a small batch cannot. With NORM, x is normalised on
-    its way there. float32 stays on CUDA cores (ieee): the tensor cores would round it to TF32.
+    On tensor cores w is the left operand: its rows fill the tile that a small batch cannot. With NORM, x is normalised
+    on its way there. float32 stays on CUDA cores (ieee): the tensor cores would round it to TF32.
     """
     acc = tl.dot(first, _columns(x, norm_w, scale, rows, k, b, col, NORM, EVEN_K), input_precision="ieee")
     for k0 in tl.range(BLOCK_K, k, BLOCK_K, num_stages=STAGES):

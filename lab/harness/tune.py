@@ -224,7 +224,7 @@ def tune_point(race, settings, usages):
         else:
             entrants[i] = candidate
     first = race.times(entrants, RACE_S)
-    dropped += [(entrants[label], "cannot be launched") for label in entrants if label not in first and label != BY_HAND]
+    dropped += [(entrants[label], "cannot be launched") for label in entrants if label not in [*first, BY_HAND]]
     best = sorted((label for label in first if label != BY_HAND), key=first.get)[:FINALISTS]
     final = race.times({label: entrants[label] for label in [BY_HAND, *best] if label in first}, FINAL_S)
     times = {**first, **final}
@@ -270,8 +270,10 @@ def add_arguments(parser):
     parser.add_argument("--context", type=int, default=8192, metavar="N", help="of the attention ops (default 8192)")
     parser.add_argument("--dtype", default="bf16", help="bf16 (default; fp16 shares its settings) or fp32")
     parser.add_argument("--tries", type=int, default=40, metavar="N", help="most candidates of a shape (default 40)")
-    parser.add_argument("--budget-seconds", type=float, default=600.0, metavar="S", help="stop after this (default 600)")
-    parser.add_argument("--again", action="store_true", help="also the shapes that the table has from this GPU and Triton")
+    parser.add_argument("--budget-seconds", type=float, default=600.0, metavar="S",
+                        help="stop cleanly after S seconds; run again to go on (default 600)")
+    parser.add_argument("--again", action="store_true",
+                        help="also the shapes that the table has from this GPU and Triton")
     parser.add_argument("--out", metavar="FILE", help="the table (default triton_kernels/tuned/sm_NN.json)")
 
 
@@ -319,8 +321,8 @@ def main(args) -> int:
                 raise LabError(f"a compiler process died over {point.op} {point.shape}, batch {point.batch}; what was "
                                "found is kept: tune the other shapes, or this one with fewer --tries") from None
             if finished is None:
-                print(f"stopped by the budget of {args.budget_seconds:.0f} s after {done} of {len(todo)} shapes; the same "
-                      "command goes on from here")
+                print(f"stopped by the budget of {args.budget_seconds:.0f} s after {done} of {len(todo)} shapes; the "
+                      "same command goes on from here")
                 break
             race = Race(rig, point, args.dtype)
             winner, times, dropped = tune_point(race, chosen, finished)
@@ -340,5 +342,7 @@ def report(point, entry, dropped):
     shape = " ".join(f"{k}={v}" for k, v in point.shape.items())
     won = " ".join(f"{k}={v}" for k, v in entry["settings"].items()) or "the settings by hand"
     wrong = [why for _, why in dropped if why.startswith("wrong")]
-    return (f"{point.op} {point.role or ''} batch {point.batch} {shape}: {entry['us']} us (by hand {entry['us_by_hand']}): "
-            f"{won}; {entry['tried']} raced, {len(dropped)} dropped" + (f"; {len(wrong)} {wrong[0]}" if wrong else ""))
+    line = f"{point.op} {point.role or ''} batch {point.batch} {shape}: {entry['us']} us "
+    line += f"(by hand {entry['us_by_hand']}): "
+    line += f"{won}; {entry['tried']} raced, {len(dropped)} dropped"
+    return line + (f", {len(wrong)} of them {wrong[0]}" if wrong else "")
