@@ -130,7 +130,12 @@ def choice(name: str, choices: tuple[str, ...], default: str) -> str:
 
 def kernels() -> list[Path]:
     """The largest first: it takes longest, and the others fill the other cores meanwhile."""
-    return sorted(SOURCES.glob("*.cu"), key=lambda path: -path.stat().st_size)
+    return sorted([*SOURCES.glob("*.cu"), *SOURCES.glob("ladder/*.cu")], key=lambda path: -path.stat().st_size)
+
+
+def unit_name(path: Path) -> str:
+    """ladder/linear.cu and linear.cu have objects of different names."""
+    return "_".join(path.relative_to(SOURCES).parts)
 
 
 def bindings(cxx: list[str], name: str, flags: list[str]) -> Unit:
@@ -159,7 +164,7 @@ def host_module() -> Module:
     if sanitizer == "thread":
         kernel_flags.append("-DLAB_HOST_TSAN")
     units = [bindings(cxx, "_host", [])]
-    units += [Unit(path, [*common, *kernel_flags, "-x", "c++"]) for path in kernels()]
+    units += [Unit(path, [*common, *kernel_flags, "-x", "c++"], unit_name(path)) for path in kernels()]
     units += [Unit(path, [*common, "-O2", *scheduler]) for path in sorted((SOURCES / "host").glob("*.cpp"))]
     link = [*shared_library(cxx), "-pthread", *([] if sanitizer == "none" else [f"-fsanitize={sanitizer}"])]
     facts = {"compiler": first_line([*cxx, "--version"]), "archs": [platform.machine()], "flags": kernel_flags,
@@ -184,7 +189,7 @@ def cuda_module(nvcc: Path) -> Module:
     command = [str(nvcc), *flags, "-Xptxas=-v", "-Xcompiler=-fPIC,-fvisibility=hidden"]
     command += [f"-I{path}" for path in includes]
     units = [bindings(find_compiler(), "_cuda", [])]
-    units += [Unit(path, [*command, "-x", "cu"]) for path in kernels()]
+    units += [Unit(path, [*command, "-x", "cu"], unit_name(path)) for path in kernels()]
     # The static runtime loads the driver when the first call needs it, so that importing needs no GPU.
     link = [str(nvcc), "-shared", "-cudart=static", *(f"-L{path}" for path in libraries)]
     facts = {"compiler": first_line([str(nvcc), "--version"], r"release.*"), "nvcc": str(nvcc), "archs": archs,
@@ -301,7 +306,7 @@ PTXAS = re.compile(r"Compiling entry function '(?P<kernel>\w+)' for '(?P<arch>\w
 
 def save_resources(module: Module) -> None:
     """Registers and spills of every kernel, from the logs of all objects, those of earlier runs too."""
-    logs = {unit.source.name: module.directory / f"{unit.name}.log" for unit in module.units if unit.source.suffix == ".cu"}
+    logs = {unit.name: module.directory / f"{unit.name}.log" for unit in module.units if unit.source.suffix == ".cu"}
     rows, text = [], []
     for source, log in sorted(logs.items()):
         said = log.read_text()

@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "ladder/launchers.h"
 #include "launchers.h"
 #include "trace.h"
 
@@ -52,6 +53,9 @@ PYBIND11_MODULE(LAB_MODULE, m) {
   op("rope_append_attention", &rope_append_attention);
   op("norm_linear_argmax", &norm_linear_argmax);
   op("stream", &stream);
+  op("linear_ladder", &linear_ladder);
+  op("rmsnorm_ladder", &rmsnorm_ladder);
+  op("decode_attention_ladder", &decode_attention_ladder);
 
   m.def("set_trace", &lab::set_trace, "Starts or stops recording the names of launched kernels.");
   m.def("take_trace", &lab::take_trace, "The names of the kernels launched since the last call, oldest first.");

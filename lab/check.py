@@ -79,10 +79,15 @@ def add_arguments(parser):
     parser.add_argument("--device", default=None, help="cuda or cpu; default: cuda where there is a GPU")
     parser.add_argument("--quick", action="store_true", help="the first two cases of every op")
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
+    parser.add_argument("--exercise", metavar="NAME", help="is the fault of this exercise mended? `list` names them")
+    parser.add_argument("--ladder", action="store_true", help="the rungs of the ladders instead of the ops")
 
 
 def main(args) -> int:
     from lab.ops import OPS, find
+    if args.exercise:
+        from lab import exercises
+        return exercises.main(args.exercise)
     chosen = [find(name) for name in args.op] if args.op else OPS
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device not in ("cpu", "cuda"):
@@ -97,6 +102,10 @@ def main(args) -> int:
             if names:
                 raise
             print(f"{name}: not checked: {missing}", file=sys.stderr)
+    if args.ladder:
+        from lab import ladder
+        return 1 if ladder.check(args.op or ladder.OPS, [n for n in backends if n in ladder.BACKENDS], wanted, device,
+                                 args.seed) else 0
     failed = ran = 0
     for op in chosen:
         cases = op.cases[:2] if args.quick else op.cases

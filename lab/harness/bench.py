@@ -9,7 +9,7 @@ import torch
 
 from lab.dispatch import BACKENDS, DTYPES, known
 from lab.errors import LabError
-from lab.harness import ceiling, crossover, ledger, model_bench, ops_bench, shapes, timing
+from lab.harness import ceiling, crossover, ladder_bench, ledger, model_bench, ops_bench, shapes, timing
 from lab.harness.session import Progress, Session
 from lab.model.decoder import find_plan
 from lab.ops import OPS
@@ -64,6 +64,7 @@ def add_arguments(parser):
     parser.add_argument("--no-vendor", action="store_true", help="leave cuBLAS, SDPA, cuDNN and other peers out")
     parser.add_argument("--no-compile", action="store_true", help="leave the torch.compile peer of the models out")
     parser.add_argument("--swap", action="store_true", help="for ledger: also a token per op swapped (always in `all`)")
+    parser.add_argument("--ladder", action="store_true", help="for ops: the rungs of the ladders, at one size each")
     parser.add_argument("--export", metavar="FILE",
                         help="for crossover: write the winners as a table for lab run --dispatch")
 
@@ -74,6 +75,8 @@ def settings_of(args):
     if device == "cuda" and not torch.cuda.is_available():
         raise LabError("device cuda: this machine has no usable NVIDIA GPU; use --device cpu")
     models, batches, contexts, model_batches, model_contexts, dtypes = DEFAULTS[device, args.quick]
+    if args.ladder and args.what != "ops":
+        raise LabError("--ladder measures ops: lab bench ops --ladder")
     if args.what == "ops":
         for name in args.names:
             known(name, [op.name for op in OPS], "op")
@@ -86,7 +89,8 @@ def settings_of(args):
         find_plan(name)
     dtypes = [known(name, list(DTYPES), "dtype") for name in names(args.dtype)] if args.dtype else list(dtypes)
     picked = bool(args.model or args.names and args.what != "ops")
-    return {"what": args.what, "device": device, "quick": args.quick, "ops": args.names if args.what == "ops" else [],
+    return {"what": args.what, "device": device, "quick": args.quick or args.ladder,
+            "ops": args.names if args.what == "ops" else [],
             "models": chosen, "backends": backends, "dtypes": dtypes,
             "ledger_models": chosen if picked else _ledger_models(device, args.quick),
             "batches": numbers(args.batch) if args.batch else list(batches),
@@ -95,7 +99,7 @@ def settings_of(args):
             "model_contexts": numbers(args.context) if args.context else list(model_contexts),
             "all_dtypes_everywhere": bool(args.dtype), "weights": args.weights, "seconds": args.seconds,
             "vendor": not args.no_vendor, "compile": not (args.no_compile or args.quick),
-            "swap": args.swap or args.what == "all", "plans": plans}
+            "swap": args.swap or args.what == "all", "plans": plans, "ladder": args.ladder}
 
 
 def _ledger_models(device, quick):
@@ -151,7 +155,8 @@ def say(session, complete):
 def run_all(session, settings, backends):
     """Measures everything that the settings ask for; True when nothing is missing."""
     what, device, quick = settings["what"], settings["device"], settings["quick"]
-    points = op_points(settings) if what in ("ops", "all") else []
+    rungs = ladder_bench.points(device, settings["ops"]) if settings["ladder"] else []
+    points = op_points(settings) if what in ("ops", "all") and not rungs else []
     models = settings["models"] if what in ("model", "all") else []
     ledgers = settings["ledger_models"] if what in ("ledger", "all") else []
     if device == "cpu":
@@ -160,7 +165,7 @@ def run_all(session, settings, backends):
             raise LabError("a ledger needs a GPU: its rows are device time stamps (lab bench ops|model run on a CPU)")
     per_model = len(settings["model_batches"]) * len(settings["model_contexts"])
     sizes = ceiling.QUICK_SIZES if quick else ceiling.SIZES
-    total = len(points) + len(models) * per_model + len(ledgers) * len(backends)
+    total = len(points) + len(rungs) + len(models) * per_model + len(ledgers) * len(backends)
     total += len(sizes) * len(ceiling.DIRECTIONS) if device == "cuda" else 0
     with Progress(total) as progress:
         ceilings = ceiling.Ceilings()
@@ -168,6 +173,8 @@ def run_all(session, settings, backends):
             ceilings = measure_ceilings(session, settings, progress)
         rig = ops_bench.make_rig(backends, device, ceilings, quick, settings["seconds"])
         rig.vendor, rig.plans = rig.vendor and settings["vendor"], tuple(settings["plans"])
+        for point in rungs:
+            ladder_bench.measure(session, rig, point, settings["dtypes"][0], progress.step)
         for dtype, point in points:
             if session.over():
                 return False

@@ -119,6 +119,7 @@ class OpRow:
     role: str | None = None               # which use of the op: qkv, o, gate_up, down, lm_head, hidden, head ...
     models: list = field(default_factory=list)      # presets with this shape
     plan: str | None = None               # basic | fused, where the op belongs to one plan only
+    rung: int | None = None               # of the op's ladder (lab bench ops --ladder); config then has its name
     us: float | None = None
     us_p10: float | None = None
     us_p90: float | None = None
@@ -135,7 +136,7 @@ class OpRow:
     note: str | None = None
     error: str | None = None
     kind = "op"
-    key_fields = ("op", "backend", "dtype", "batch", "context", "shape", "cache", "timer", "plan")
+    key_fields = ("op", "backend", "dtype", "batch", "context", "shape", "cache", "timer", "plan", "rung")
 
 
 @dataclass

@@ -17,7 +17,7 @@ from lab.harness import records
 
 ABOVE = 1.02        # of the ceiling; more is a fault of the measurement, not a fast kernel
 NUMBERS = {"batch", "context", "us", "us_p10", "us_p90", "us_p99", "n", "bytes", "flops", "gbps", "of_ceiling",
-           "of_stream", "of_token", "calls", "order", "tokens_per_s", "ttft_ms", "weight_bytes", "kv_bytes",
+           "of_stream", "of_token", "rung", "calls", "order", "tokens_per_s", "ttft_ms", "weight_bytes", "kv_bytes",
            "workspace_bytes", "steady_bytes", "peak_bytes", "page_utilisation", "linearity", "configurations",
            "registers", "spill_bytes", "shared_bytes", "threads", "occupancy", "instructions", "code_lines",
            "shared_lines", "compile_s"}
@@ -47,6 +47,7 @@ class Run:
     fairness: pd.DataFrame
     failures: pd.DataFrame
     notices: list = field(default_factory=list)
+    ladder: pd.DataFrame = field(default_factory=pd.DataFrame)      # op rows that are rungs; `op` holds the others
 
     @property
     def env(self):
@@ -76,7 +77,8 @@ class Run:
     @property
     def suspects(self):
         return pd.concat([f[f["suspect"]].assign(kind=kind) for kind, f in
-                          (("op", self.op), ("model", self.model), ("ledger", self.ledger))], ignore_index=True)
+                          (("op", self.op), ("op", self.ladder), ("model", self.model), ("ledger", self.ledger))],
+                         ignore_index=True)
 
 
 def load(where):
@@ -105,10 +107,12 @@ def _run(run, path, rows, notices):
     run = Run(run, path, [r for r in rows if r.kind == "env"],
               *(_frame([r for r in rows if r.kind == kind], kind)
                 for kind in ("ceiling", "op", "model", "ledger", "fairness")),
-              failures=pd.DataFrame(), notices=[Notice("warning", n) for n in notices])
+              failures=pd.DataFrame(), ladder=_frame([], "op"), notices=[Notice("warning", n) for n in notices])
     _drop_failures(run)
     _drop_unusable(run)
     _check_bandwidth(run)
+    rung = run.op["rung"].notna()
+    run.ladder, run.op = run.op[rung].reset_index(drop=True), run.op[~rung].reset_index(drop=True)
     run.notices = _about_machine(run) + run.notices + _about_gaps(run)
     return run
 
@@ -220,7 +224,7 @@ def _about_machine(run):
 
 def _about_gaps(run):
     found = []
-    measured = set(run.op["backend"]) | set(run.model["backend"])
+    measured = set(run.op["backend"]) | set(run.ladder["backend"]) | set(run.model["backend"])
     for name in ("cuda", "triton"):
         if name not in measured and measured:
             found.append(Notice("warning", f"No usable measurement of the {name} backend: the pictures show what there "

@@ -16,7 +16,7 @@ import jinja2
 import pandas as pd
 
 from lab.errors import LabError
-from lab.report import figures, heatmaps, model_figures, op_figures, ops, style, twins
+from lab.report import figures, heatmaps, ladder_figures, model_figures, op_figures, ops, style, twins
 
 HERE = Path(__file__).parent
 FAIRNESS = ("op backend dtype arch kernel configurations registers spill_bytes shared_bytes threads occupancy "
@@ -100,6 +100,10 @@ def view(run, slug, folder, with_twins, progress):
         sections.append(Section("fairness", "Fairness cards", "What was spent on each side, and what came of it: a "
                                 "race says little if one side was tuned for longer. Every op's card is in its section.",
                                 tables=[("All fairness cards", figures.table(run.fairness, FAIRNESS), False)]))
+    if len(run.ladder):
+        sections.append(Section("ladders", "Ladders: from a naive kernel to the product's", "One idea a rung, in both "
+                                "languages; sources in cuda_src/ladder and triton_kernels/ladder, and what each should "
+                                "gain in `lab check --ladder`.", drawn(ladder_figures.of_run(run))))
     sections += _op_sections(run, f, drawn, with_twins)
     if len(run.suspects):
         listed = figures.table(run.suspects, "kind flag op role model backend dtype batch context cache us gbps share")

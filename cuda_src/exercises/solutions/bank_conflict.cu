@@ -1,0 +1,21 @@
+// Solution of bank_conflict: a warp transposes a 32 x 32 tile of floats through shared memory.
+//
+// With rows of 32 floats all elements of a column lie on one bank: 32 steps. One float more a row puts each on its own
+// bank.
+#include "watch.cuh"
+
+using namespace lab;
+
+constexpr int kSide = 32;
+
+struct TransposeSmem {
+  float tile[kSide][kSide + 1];                   // 33: from row to row one bank further
+};
+
+__global__ void transpose_kernel(const float* x, float* y) {
+  auto& tile = smem<TransposeSmem>().tile;
+  const int lane = threadIdx.x;
+  for (int row = 0; row < kSide; ++row) watched_store(&tile[row][lane], x[row * kSide + lane]);
+  __syncwarp();
+  for (int row = 0; row < kSide; ++row) y[row * kSide + lane] = watched_load(&tile[lane][row]);
+}

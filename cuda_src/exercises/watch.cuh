@@ -1,0 +1,91 @@
+// Loads and stores that are watched: on a GPU plain ones, on a CPU also noted, so that an exercise can count what a
+// warp touches. The lanes of a warp access together when they come to one line of the source for the same time: sound
+// for kernels whose warps do not diverge there, as in the exercises.
+#pragma once
+#include "common.cuh"
+
+#ifndef __CUDACC__
+#include <algorithm>
+#include <cstdio>
+#include <map>
+#include <mutex>
+#include <set>
+#include <tuple>
+#include <vector>
+#endif
+
+namespace lab {
+
+#ifdef __CUDACC__
+template <typename T>
+LAB_DEVICE T watched_load(const T* p) { return *p; }
+template <typename T>
+LAB_DEVICE void watched_store(T* p, T value) { *p = value; }
+#else
+namespace watch {
+
+using Access = std::tuple<int, unsigned, unsigned, int>;           // line of the source, block, warp, how many before
+inline std::map<Access, std::vector<uintptr_t>> accesses;          // the lanes' addresses
+inline std::map<std::tuple<int, unsigned, unsigned>, int> times;   // line, block, thread: how often so far
+inline std::mutex mutex;
+
+inline void note(const void* p, int line) {
+  std::lock_guard<std::mutex> lock(mutex);
+  const unsigned block = blockIdx.x + gridDim.x * blockIdx.y;
+  const unsigned thread = threadIdx.x + blockDim.x * threadIdx.y;
+  const int before = times[{line, block, thread}]++;
+  accesses[{line, block, thread / 32, before}].push_back(reinterpret_cast<uintptr_t>(p));
+}
+
+// Distinct units of `bytes` bytes that one access touches.
+inline size_t distinct(const std::vector<uintptr_t>& addresses, uintptr_t bytes) {
+  std::set<uintptr_t> units;
+  for (uintptr_t a : addresses) units.insert(a / bytes);
+  return units.size();
+}
+
+// Steps that shared memory needs for one access: the most distinct words of 4 bytes that lie on one of its 32 banks.
+inline size_t bank_steps(const std::vector<uintptr_t>& addresses) {
+  std::map<uintptr_t, std::set<uintptr_t>> words;
+  for (uintptr_t a : addresses) words[a / 4 % 32].insert(a / 4);
+  size_t most = 0;
+  for (const auto& bank : words) most = std::max(most, bank.second.size());
+  return most;
+}
+
+// Accesses within [begin, end), in lanes; and the worst of cost(addresses) / fewest(addresses) over them, with its
+// line.
+struct Worst {
+  size_t lanes = 0, cost = 0, fewest = 1;
+  int line = 0;
+};
+template <typename Cost, typename Fewest>
+Worst worst(const void* begin, const void* end, Cost cost, Fewest fewest) {
+  Worst found;
+  for (const auto& [access, addresses] : accesses) {
+    const uintptr_t first = addresses[0];
+    if (first < reinterpret_cast<uintptr_t>(begin) || first >= reinterpret_cast<uintptr_t>(end)) continue;
+    found.lanes += addresses.size();
+    const size_t now = cost(addresses), least = fewest(addresses);
+    if (found.line == 0 || now * found.fewest > found.cost * least) {
+      found.cost = now, found.fewest = least, found.line = std::get<0>(access);
+    }
+  }
+  return found;
+}
+
+}  // namespace watch
+
+template <typename T>
+inline T watched_load(const T* p, int line = __builtin_LINE()) {
+  watch::note(p, line);
+  return *p;
+}
+template <typename T>
+inline void watched_store(T* p, T value, int line = __builtin_LINE()) {
+  watch::note(p, line);
+  *p = value;
+}
+#endif
+
+}  // namespace lab

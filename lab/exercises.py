@@ -1,0 +1,196 @@
+"""`lab check --exercise NAME`: is the fault that was planted in a small kernel found and mended?
+
+The kernels are cuda_src/exercises/NAME.cu and triton_kernels/exercises/NAME.py, with the question at their top and a
+solution in the folder solutions beside them. CUDA kernels are compiled by the C++ compiler for the CPU, where shared
+memory starts as NaN, and run in a fixed and in random orders of their threads; their checks are in
+cuda_src/exercises/check. Triton kernels run in the interpreter, with NaN behind what they may read. What performance
+exercises count (lines and banks that a warp touches) is counted exactly; nothing is timed.
+"""
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lab.dispatch import known
+from lab.errors import LabError, Unavailable
+
+ROOT = Path(__file__).resolve().parent.parent
+SEEDS = (None, 1, 2, 3, 4)              # LAB_HOST_SEED: the fixed order of threads, then random ones
+FLAGS = ["-std=c++17", "-O1", "-pthread", "-fno-strict-aliasing", "-fno-math-errno", "-fno-trapping-math"]
+
+
+@dataclass(frozen=True)
+class Exercise:
+    name: str
+    summary: str
+    path: Path                          # the file that the learner mends
+    run: Callable                       # (path) -> what is wrong, or None
+
+    @property
+    def solution(self) -> Path:
+        return self.path.parent / "solutions" / self.path.name
+
+
+def check(name: str, path: Path | None = None) -> str | None:
+    """What is wrong with the exercise (or with the file `path` in its place), or None if it is mended.
+
+    Raises LabError for an unknown name and for a file that does not compile.
+    """
+    exercise = EXERCISES[known(name, list(EXERCISES), "exercise")]
+    path = path or exercise.path
+    if not path.exists():
+        raise LabError(f"exercise {name}: {path} is not there")
+    return exercise.run(path)
+
+
+def main(name: str) -> int:
+    """Prints whether the exercise is mended; `list` names all. Returns the exit status."""
+    if name == "list":
+        for exercise in EXERCISES.values():
+            print(f"{exercise.name:14} {exercise.summary}  ({exercise.path.relative_to(ROOT)})")
+        return 0
+    wrong = check(name)
+    shown = EXERCISES[name].path.relative_to(ROOT)
+    if wrong is None:
+        print(f"{name}: mended")
+        return 0
+    print(f"{name}: not mended yet: {wrong}\n    the question is at the top of {shown}")
+    return 1
+
+
+# ---- CUDA: compiled for the CPU --------------------------------------------------------------------------------------
+
+def _cuda(path: Path) -> str | None:
+    program = _build(path)
+    try:
+        for seed in SEEDS:
+            environment = {k: v for k, v in os.environ.items() if not k.startswith("LAB_HOST_")}
+            if seed is not None:
+                environment["LAB_HOST_SEED"] = str(seed)
+            done = subprocess.run([program], env=environment, capture_output=True, text=True, timeout=60)
+            if done.returncode:
+                said = (done.stdout + done.stderr).strip() or f"the program ended with exit code {done.returncode}"
+                order = "the fixed order" if seed is None else f"random order {seed}"
+                return f"{said} (threads in {order})"
+    except subprocess.TimeoutExpired:
+        return "the kernel does not end"
+    finally:
+        program.unlink(missing_ok=True)
+    return None
+
+
+def _build(path: Path) -> Path:
+    """The check of an exercise with the kernel of `path`, as a program of its own for this process."""
+    cxx, folder, source = _compiler(), ROOT / "build" / "exercises", ROOT / "cuda_src"
+    folder.mkdir(parents=True, exist_ok=True)
+    objects = [_host_object(cxx, file, folder) for file in sorted((source / "host").glob("*.cpp"))]
+    program = folder / f"{path.stem}-{os.getpid()}"
+    _compile([*cxx, *FLAGS, f"-I{source}", f"-I{source / 'exercises'}", f'-DEXERCISE="{path.resolve()}"', "-x", "c++",
+              str(source / "exercises" / "check" / path.name), "-x", "none", *map(str, objects), "-o",
+              str(program)], path)
+    return program
+
+
+def _host_object(cxx, source: Path, folder: Path) -> Path:
+    """The host layer's half of every program, compiled once until a file of that layer changes."""
+    target = folder / f"{source.stem}.o"
+    newest = max(file.stat().st_mtime for file in source.parent.iterdir())
+    if not target.exists() or target.stat().st_mtime < newest:
+        new = target.with_name(f"new-{os.getpid()}-{target.name}")
+        _compile([*cxx, *FLAGS, "-c", str(source), "-o", str(new)], source)
+        new.replace(target)
+    return target
+
+
+def _compile(command, path) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.stderr.write(done.stderr)
+        raise LabError(f"{path} does not compile; what the compiler says is above")
+
+
+def _compiler() -> list[str]:
+    chosen = shlex.split(os.environ.get("CXX", ""))
+    for name in [chosen[0]] if chosen else ["g++", "clang++", "c++"]:
+        if shutil.which(name):
+            return [name, *chosen[1:]]
+    raise Unavailable("exercises in CUDA need a C++ compiler: install g++ or set CXX")
+
+
+# ---- Triton: interpreted ---------------------------------------------------------------------------------------------
+
+def _module(path: Path):
+    spec = importlib.util.spec_from_file_location(f"exercise_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise LabError(f"{path}: {type(error).__name__}: {error}") from None
+    return module
+
+
+def _tail_mask(path: Path) -> str | None:
+    function = _module(path).row_mean
+    for rows, cols in ((3, 64), (4, 40), (2, 7)):
+        memory = torch.full((rows * cols + 64,), torch.nan)
+        x, y = memory[:rows * cols].view(rows, cols), torch.full((rows,), torch.nan)
+        x.copy_(torch.arange(rows * cols).view(rows, cols) % 13)
+        wrong = _differs(y, x.double().mean(1), function, x, y)
+        if wrong:
+            return f"{rows} rows of {cols}: {wrong}"
+    return None
+
+
+def _split_merge(path: Path) -> str | None:
+    function = _module(path).merge
+    generator = torch.Generator().manual_seed(0)
+    for lengths, spread in (((8, 8), 0.0), ((8, 5, 3), 2.0), ((1, 16), 9.0)):
+        scores = torch.randn(sum(lengths), generator=generator).double() * spread
+        values = torch.randn(sum(lengths), 16, generator=generator).double()
+        splits = list(zip(scores.split(lengths), values.split(lengths)))
+        tops = torch.stack([s.max() for s, _ in splits])
+        weights = [torch.exp(s - s.max()) for s, _ in splits]
+        sums = torch.stack([w @ v for w, (_, v) in zip(weights, splits)])
+        masses = torch.stack([w.sum() for w in weights])
+        out = torch.full((16,), torch.nan)
+        want = torch.softmax(scores, 0) @ values
+        wrong = _differs(out, want, function, sums.float(), tops.float(), masses.float(), out)
+        if wrong:
+            return f"splits of {', '.join(map(str, lengths))} tokens, largest scores " \
+                   f"{', '.join(f'{float(t):.2f}' for t in tops)}: {wrong}"
+    return None
+
+
+def _differs(out, want, function, *args) -> str | None:
+    """Calls function(*args), which fills `out`, and says where it is not `want`; a kernel that raises is wrong too."""
+    try:
+        function(*args)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    bad = ~((out.double() - want).abs() <= 1e-4 * (1 + want.abs()))     # true for NaN as well
+    if not bad.any():
+        return None
+    i = int(bad.nonzero()[0])
+    return f"element {i} is {float(out[i]):.6g}, not {float(want[i]):.6g}"
+
+
+def _exercises():
+    cuda, triton = ROOT / "cuda_src" / "exercises", ROOT / "triton_kernels" / "exercises"
+    return [Exercise("tail_mask", "a row whose end is no multiple of the block", triton / "tail_mask.py", _tail_mask),
+            Exercise("barrier", "a tile in shared memory that is used again", cuda / "barrier.cu", _cuda),
+            Exercise("split_merge", "the shares of a split softmax", triton / "split_merge.py", _split_merge),
+            Exercise("empty_split", "a split without a token", cuda / "empty_split.cu", _cuda),
+            Exercise("coalescing", "which thread takes which numbers", cuda / "coalescing.cu", _cuda),
+            Exercise("bank_conflict", "a column of a tile in shared memory", cuda / "bank_conflict.cu", _cuda)]
+
+
+EXERCISES = {exercise.name: exercise for exercise in _exercises()}

@@ -1,0 +1,83 @@
+"""The ladders: share of the ceiling rung by rung, from the naive kernel to the product's."""
+import textwrap
+
+from lab.report import style
+from lab.report.figures import (Figure, amount, command, conditions, from_zero_or_log, legend, line, names, table,
+                                times, unit, with_share)
+from lab.report.ops import shape_text
+
+
+def of_run(run):
+    """A picture for each op whose ladder was measured, in the order of a decode step."""
+    return [climb(run, op) for op in sorted(set(run.ladder["op"]), key=lambda n: (style.part_order(n), n))]
+
+
+def climb(run, op):
+    """Share of the ceiling (emulated runs: time) against the rung, a line for each language."""
+    rows = with_share(run.ladder[run.ladder["op"] == op])
+    rows = rows.assign(name=rows["config"].map(lambda c: str(c.get("name", ""))),
+                       idea=rows["config"].map(lambda c: str(c.get("idea", "")))).sort_values(["rung", "backend"])
+    rows = rows.assign(gain=[gain(rows, row) for row in rows.itertuples()])
+    y, low, high = ("us", "us_p10", "us_p90") if run.emulated else ("share", "share_low", "share_high")
+    rungs = rows.drop_duplicates("rung")
+    divisor, unit_name = unit(rows["us"])
+
+    def draw(canvas, theme):
+        ax, shown = canvas.subplots(), times(rows, divisor)
+        for backend in style.backend_order(rows["backend"]):
+            look = style.backend(backend)
+            line(ax, shown[shown["backend"] == backend], "rung", y, low, high, look, look.label)
+        labels = [f"{r.rung:.0f}\n" + textwrap.fill(r.name, 10) for r in rungs.itertuples()]
+        ax.set_xticks(rungs["rung"], labels, fontsize=7)
+        ax.set_xlabel("rung")
+        if run.emulated:
+            from_zero_or_log(ax.yaxis, shown["us"], shown["us_p90"])
+            ax.set_ylabel(f"time of a call ({unit_name}), emulated")
+        else:
+            ax.set_ylim(0, 108)
+            ax.axhline(100, color=theme.ink, linewidth=1, linestyle=":")
+            ax.text(rungs["rung"].min(), 100, "ceiling", va="bottom", fontsize=7, color=theme.muted)
+            ax.set_ylabel("share of the ceiling (%)")
+        legend(canvas, [ax])
+
+    first = rows.iloc[0]
+    at = f"{shape_text(first['shape'])}, batch {amount(first['batch'])}"
+    if first["context"] == first["context"]:
+        at += f", context {amount(first['context'])}"
+    return Figure(
+        name=f"ladder-{op}", title=f"The ladder of {op} ({at})", conditions=conditions(run, rows, *set(rows["timer"])),
+        reading=f"{climbed(rows)} {shortfalls(run, rows)}".strip(),
+        alt=f"Lines of {names(rows['backend'])} over {len(rungs)} rungs of {op}: "
+            + ("time of a call." if run.emulated else "share of the bandwidth ceiling."),
+        table=table(rows, "rung name idea backend us us_p10 us_p90 n gbps share gain",
+                    gain="times faster than the rung before"),
+        command=command("ops", [op], None, None, "--ladder"), height=3.4, draw=draw)
+
+
+def gain(rows, row):
+    """How many times faster a rung is than the one below it in the same language; NaN for the lowest."""
+    below = rows[(rows["backend"] == row.backend) & (rows["rung"] < row.rung)]
+    return below.loc[below["rung"].idxmax(), "us"] / row.us if len(below) else float("nan")
+
+
+def climbed(rows):
+    words = []
+    for backend in style.backend_order(rows["backend"]):
+        mine = rows[rows["backend"] == backend].sort_values("rung")
+        low, top = mine.iloc[0], mine.iloc[-1]
+        words.append(f"{style.backend(backend).label}: {low['name']} to {top['name']} is {low['us'] / top['us']:.3g} "
+                     f"times faster in {len(mine)} rungs.")
+    return " ".join(words)
+
+
+def shortfalls(run, rows):
+    """Where a rung gained less than it promised over the one below it, and why that can be."""
+    if run.emulated:
+        return "Emulated times say nothing of what a rung gains on a GPU."
+    words = []
+    for row in rows.itertuples():
+        promised = row.config.get("promised", 1.0)
+        if row.gain == row.gain and isinstance(promised, (int, float)) and promised > 1 and row.gain < promised:
+            words.append(f"{style.backend(row.backend).label} {row.rung:.0f}. {row.name} gained {row.gain:.2f}x where "
+                         f"{promised:g}x was promised. {row.note}".strip())
+    return " ".join(words) or "Every rung gained what it promised."

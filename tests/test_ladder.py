@@ -1,0 +1,154 @@
+"""The ladders: every rung in both languages against the reference, the table against the files, and the records."""
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from lab import ladder
+from lab.check import check_case
+from lab.cli import main
+from lab.dispatch import Rand
+from lab.errors import LabError
+from lab.harness import records
+from lab.ops import find
+from lab.report import ladder_figures, load
+
+ROOT = Path(__file__).resolve().parent.parent
+TITLE = re.compile(r"^\s*(?://|#) (\d+\. [\w ,+\-/]+):", re.M)
+SOURCES = {"cuda": "cuda_src/ladder/{}.cu", "triton": "triton_kernels/ladder/{}.py"}
+RUNGS = [pytest.param(rung, backend, id=f"{rung.op}-{rung.number}-{backend}")
+         for rung in ladder.RUNGS for backend in ladder.BACKENDS if backend not in rung.absent and not rung.product]
+
+
+def fitting(rung, dtype):
+    """Cases that the rung takes in this dtype, and those that it must refuse."""
+    op = find(rung.op)
+    split = {True: [], False: []}
+    for c in ladder.CASES[rung.op]:
+        split[ladder.fits(rung, op.inputs(Rand("cpu", dtype), **c.sizes))].append(c)
+    return split[True], split[False]
+
+
+@pytest.mark.parametrize("rung, backend", RUNGS)
+def test_rung_agrees_with_the_reference_and_refuses_the_rest(rung, backend):
+    op, function = find(rung.op), ladder.bind(rung, backend)
+    # bfloat16 in all cases; float32 in one, since interpreted kernels are slow
+    for dtype in (torch.bfloat16, torch.float32):
+        taken, refused = fitting(rung, dtype)
+        assert taken or dtype == torch.float32, "a rung that is never run"
+        for c in taken if dtype == torch.bfloat16 else taken[:1]:
+            assert check_case(op, function, Rand("cpu", dtype), c.sizes).error is None, c.why
+        for c in refused:
+            with pytest.raises(LabError, match=re.escape(rung.needs)):
+                function(*op.inputs(Rand("cpu", dtype), **c.sizes))
+
+
+@pytest.mark.parametrize("op", ladder.OPS)
+def test_table_and_files_name_the_same_rungs(op):
+    rungs = ladder.rungs(op)
+    assert [rung.number for rung in rungs] == list(range(1, len(rungs) + 1))
+    assert [rung.product for rung in rungs] == [False] * (len(rungs) - 1) + [True]
+    for backend, path in SOURCES.items():
+        titles = TITLE.findall((ROOT / path.format(op)).read_text())
+        assert titles == [rung.title for rung in rungs if backend not in rung.absent and not rung.product]
+    for rung in rungs:
+        assert rung.idea and rung.gain and all(rung.absent.values())
+        assert (rung.fits is None) == (not rung.needs)
+
+
+def test_the_last_rung_is_the_op_itself():
+    from triton_kernels import common
+    rung = ladder.rungs("linear")[-1]
+    args = find("linear").inputs(Rand("cpu", torch.float32), batch=1, n=8, k=16)
+    common.set_trace(True)
+    try:
+        ladder.bind(rung, "triton")(*args)
+        assert common.take_trace() == ["linear_kernel"]
+    finally:
+        common.set_trace(False)
+
+
+def test_what_is_not_there_is_one_line():
+    with pytest.raises(LabError, match="rope has no ladder"):
+        ladder.rungs("rope")
+    absent = next(rung for rung in ladder.RUNGS if "triton" in rung.absent)
+    with pytest.raises(LabError, match="in triton"):
+        ladder.bind(absent, "triton")
+    with pytest.raises(LabError, match="no ladder"):
+        ladder.bind(ladder.RUNGS[0], "torch")
+
+
+def test_check_runs_a_ladder(capsys):
+    words = "check --ladder --op rmsnorm --backend cuda --dtype bf16 --device cpu"
+    assert main(words.split()) == 0
+    shown = capsys.readouterr().out
+    assert "rmsnorm 1. Naive" in shown and "(1 refused)" in shown and "0 failed" in shown
+
+
+def test_a_wrong_rung_fails_the_check(capsys, monkeypatch):
+    monkeypatch.setitem(ladder._TRITON, "rmsnorm", lambda rung, x, w, eps, residual=None, out=None: out.zero_())
+    assert ladder.check(["rmsnorm"], ["triton"], ["fp32"], "cpu", 0) > 0
+    assert "elements are off" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("architecture", ["sm_90", "sm_80"])
+def test_triton_rungs_compile(architecture):
+    """With the loads that the rung is about: wide ones from Vectorised on, cp.async from Pipeline on."""
+    from lab.ops.decode_attention import Workspace
+    from triton_kernels import offline
+    from triton_kernels.common import recording
+    from triton_kernels.ladder import decode_attention, linear, rmsnorm
+    bf16 = dict(dtype=torch.bfloat16, device="meta")
+    ints = dict(dtype=torch.int32, device="meta")
+    cache = torch.empty(64, 8, 16, 128, **bf16)
+    q, table, w = torch.empty(8, 32, 128, **bf16), torch.empty(8, 99, **ints), Workspace.empty(8, 32, 8, 128, 5, "meta")
+    run = {"linear": lambda n: linear.linear(n, torch.empty(1, 14336, **bf16), torch.empty(4096, 14336, **bf16), None,
+                                             torch.empty(1, 4096, **bf16)),
+           "rmsnorm": lambda n: rmsnorm.rmsnorm(n, torch.empty(64, 8192, **bf16), torch.empty(8192, **bf16), 1e-5, None,
+                                                torch.empty(64, 8192, **bf16)),
+           "decode_attention": lambda n: decode_attention.decode_attention(
+               n, q, cache, cache, table, torch.empty(8, **ints), 0.1, 5, w.partial, w.tickets, torch.empty_like(q))}
+    for rung in ladder.RUNGS:
+        if rung.product or "triton" in rung.absent:
+            continue
+        with recording(architecture) as launches:
+            run[rung.op](rung.number)
+        assert len(launches) == (2 if rung.op == "decode_attention" and rung.number >= 4 else 1)
+        code = offline.compile(launches[0], architecture)
+        assert offline.usage(code)["local"] == 0, rung.title
+        shown, names = offline.sass(code), [r.name for r in ladder.rungs(rung.op) if r.number <= rung.number]
+        assert bool(re.search(r"\b(LDG|LDGSTS)\S*\.128", shown)) == ("Vectorised" in names), rung.title
+        if "Pipeline" in names:
+            assert "LDGSTS" in shown, rung.title
+        if rung.name in ("Tensor cores", "Group"):
+            assert re.search(r"\bHG?MMA\b", shown), rung.title
+
+
+def test_bench_records_every_rung_and_the_report_shows_them(tmp_path, capsys):
+    assert main(["bench", "ops", "rmsnorm", "--ladder", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    rows = records.read(tmp_path).of_kind("op")
+    assert {(r.backend, r.rung) for r in rows} == {(b, r.number) for r in ladder.rungs("rmsnorm")
+                                                   for b in ladder.BACKENDS if b not in r.absent}
+    assert all(r.us > 0 and r.emulated and r.of_ceiling is None for r in rows)
+    assert {(r.config["rung"], r.config["name"]) for r in rows} == {(r.number, r.name) for r in ladder.rungs("rmsnorm")}
+    run = load.load(tmp_path)[0]
+    assert not len(run.op) and len(run.ladder) == len(rows)
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "page")]) == 0
+    assert (tmp_path / "page/figures/ladder-rmsnorm.png").stat().st_size > 1000
+    assert main(["bench", "model", "--ladder", "--out", str(tmp_path)]) == 2
+    assert "--ladder measures ops" in capsys.readouterr().err
+
+
+def test_a_rung_that_fell_short_is_named(tmp_path):
+    """A run with a GPU's figures made up for the purpose: rung 2 keeps its promise, rung 3 does not."""
+    def row(number, us):
+        return records.OpRow("r", "linear", "cuda", "bf16", 1, {"n": 8, "k": 8}, us=us, us_p10=us, us_p90=us, n=9,
+                             bytes=128, rung=number, gbps=1.0, of_ceiling=1.0 / us, note=f"Because {number}.",
+                             config={"rung": number, "name": f"Name {number}", "promised": 2.0})
+    with records.Writer(tmp_path) as writer:
+        writer.append(records.Env("r", "before", "cuda", gpu="made up"), row(1, 8.0), row(2, 4.0), row(3, 3.0))
+    figure, = ladder_figures.of_run(load.load(tmp_path)[0])
+    assert "3. Name 3 gained 1.33x where 2x was promised. Because 3." in figure.reading
+    assert "2. Name 2 gained" not in figure.reading
+    assert "Name 1 to Name 3 is 2.67 times faster" in figure.reading
