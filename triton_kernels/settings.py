@@ -112,7 +112,8 @@ def _product(op, table, x, n, k, whole_rows, parts, most_programs):
     meta = (measured(op, x, rows, n=n, k=k)
             or by_hand(config(table, x), x.itemsize, rows, n, k, whole_rows, parts))
     path, per_multiprocessor = meta.pop("path"), meta.pop("per_multiprocessor", 0)
-    meta["BLOCK_B"] = max(triton.next_power_of_2(rows), 16 if path == "dot" else 1)     # a tensor core's least
+    least = 16 if path == "dot" and architecture(x) != "interpreter" else 1         # of a tensor core
+    meta["BLOCK_B"] = max(triton.next_power_of_2(rows), least)
     tiles = triton.cdiv(n, meta["BLOCK_N"])
     programs = min(tiles, per_multiprocessor * multiprocessors(x) if per_multiprocessor else tiles, most_programs)
     meta.update(EVEN_K=k % meta["BLOCK_K"] == 0, **dependent_launch(x))
@@ -132,6 +133,8 @@ def by_hand(table, itemsize, rows, n, k, whole_rows, parts):
     block_b = triton.next_power_of_2(rows)
     path = "sum" if rows <= table["sum_rows"] else "dot"
     if "sum" not in table:
+        if n * k >= 1 << 22:
+            path = "dot"                                    # an lm_head: NumPy's matrix product is quicker there
         return _interpreted(path, block_b, n, k, whole_rows, parts)
     meta = next(dict(m) for most_rows, most_n, m in table["dot_f32" if path == "dot" and itemsize == 4 else path]
                 if rows <= most_rows and n <= most_n)
@@ -151,6 +154,8 @@ def by_hand(table, itemsize, rows, n, k, whole_rows, parts):
 def _interpreted(path, block_b, n, k, whole_rows, parts):
     """Few programs, for interpreting costs by the operation; tiles of up to 2^17 elements, which stay in the cache."""
     block_k = triton.next_power_of_2(k)
+    if path == "dot" and k % 64 == 0:
+        block_k = k & -k                                    # divides k: a mask costs as much as the product
     depth = 1 if path == "dot" else block_b
     block_n = min(max((1 << 17) // (depth * parts * block_k), 1), triton.next_power_of_2(n))
     meta = dict(path=path, BLOCK_N=block_n, BLOCK_K=block_k)
