@@ -176,12 +176,13 @@ class Race:
     def times(self, entrants, seconds):
         """{label: microseconds} of each entry of {label: settings or None}, None standing for those by hand.
         What cannot be launched is left out."""
-        from lab.harness import timing
+        from lab.harness import ops_bench, timing
         from triton_kernels.settings import forced
         timed = {}
         for label, settings in entrants.items():
             with forced(self.op.name, settings or {}), contextlib.suppress(RuntimeError):
                 timed[label] = self.bound.timed("triton", "in_model", "graph", None)
+        ops_bench.alive(self.op.name)               # one that broke the CUDA context must not pass as one that lost
         stats = timing.measure(timed, seconds * len(timed), 5, 100) if timed else {}
         for one in timed.values():
             one.close()
