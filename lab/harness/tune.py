@@ -167,20 +167,22 @@ class Race:
     """Times settings of one point against each other, and checks what they compute."""
 
     def __init__(self, rig, point, dtype_name):
-        from lab.harness import ops_bench
+        from lab.harness import ops_bench, timing
         from lab.ops import find
         self.op, self.rig = find(point.op), rig
         self.bound = ops_bench._Bound(self.op, point, DTYPES[dtype_name], rig)
-        self.want = None
+        self.fresh = timing.clone_args(self.bound.sets[0])      # a residual that a race has added to thousands of times
+        self.want = None                                        # would hide what the last addition did
 
     def times(self, entrants, seconds):
         """{label: microseconds} of each entry of {label: settings or None}, None standing for those by hand.
         What cannot be launched is left out."""
+        from triton.runtime.errors import OutOfResources
         from lab.harness import ops_bench, timing
         from triton_kernels.settings import forced
         timed = {}
         for label, settings in entrants.items():
-            with forced(self.op.name, settings or {}), contextlib.suppress(RuntimeError):
+            with forced(self.op.name, settings or {}), contextlib.suppress(RuntimeError, OutOfResources):
                 timed[label] = self.bound.timed("triton", "in_model", "graph", None)
         ops_bench.alive(self.op.name)               # one that broke the CUDA context must not pass as one that lost
         stats = timing.measure(timed, seconds * len(timed), 5, 100) if timed else {}
@@ -190,16 +192,16 @@ class Race:
 
     def error(self, settings):
         """What is wrong with the output under `settings`, or None."""
-        from lab.check import compare
+        from lab.check import POISON, compare
         from lab.harness import timing
         from triton_kernels.settings import forced
-        op = self.op
-        args = timing.clone_args(self.bound.sets[0])
-        before = timing.clone_args(args)
+        op, before, args = self.op, self.fresh, timing.clone_args(self.fresh)
         if self.want is None:
             self.want = op.reference(*before), op.tolerance(*before)
         want, limits = self.want
         out = op.outputs(*args)
+        if out is not None:
+            out.fill_(torch.nan if out.is_floating_point() else POISON)
         with forced(op.name, settings or {}):
             op.triton(*args, out=out)
         got = ([] if out is None else [out]) + [args[i] for i in op.mutates if i < len(args)]
@@ -304,38 +306,49 @@ def main(args) -> int:
         return e is not None and e["gpu"] == gpu.name and e["triton"] == triton.__version__
 
     todo = [p for p in points if args.again or not known_already(p)]
+
+    def keep(point, winner, times, dropped):
+        e = entry_of(point, itemsize, winner, times, len(times) - (BY_HAND in times), gpu.name, triton.__version__)
+        table[identity(e)] = e
+        write(path, table.values())
+        print(report(point, e, dropped), flush=True)
+
     with compilers() as pool:
         jobs = []
         for point in todo:
             chosen = candidates(point.op, point.batch, itemsize, key_shape(point), args.tries)
             jobs.append((point, chosen, [pool.submit(compile_candidate, point, args.dtype, arch,
                                                      gpu.multi_processor_count, c) for c in chosen]))
-        done = 0
-        for point, chosen, futures in jobs:
-            left = args.budget_seconds - (time.monotonic() - started)
+        done = tune(jobs, lambda point: Race(rig, point, args.dtype), keep, started + args.budget_seconds)
+    settings.forget()
+    if done < len(todo):
+        print(f"stopped by the budget of {args.budget_seconds:.0f} s after {done} of {len(todo)} shapes; the same "
+              "command goes on from here")
+    print(f"{done} shapes tuned in {time.monotonic() - started:.0f} s; {path} has {len(table)}")
+    return 0
+
+
+def tune(jobs, race_of, keep, deadline):
+    """Tunes the points in order until the clock passes the deadline; returns how many.
+
+    jobs: (point, candidates, the future of each one's usage). race_of(point) makes a race, keep(point, winner, times,
+    dropped) records what came of it.
+    """
+    for done, (point, chosen, futures) in enumerate(jobs):
+        usages = []
+        for future in futures:
+            left = deadline - time.monotonic()
             try:
-                finished = [future.result(max(0.0, args.budget_seconds - (time.monotonic() - started)))
-                            for future in futures] if left > 0 else None
+                usages.append(future.result(max(left, 0.0)))
             except concurrent.futures.TimeoutError:
-                finished = None
+                return done
             except concurrent.futures.process.BrokenProcessPool:
                 raise LabError(f"a compiler process died over {point.op} {point.shape}, batch {point.batch}; what was "
                                "found is kept: tune the other shapes, or this one with fewer --tries") from None
-            if finished is None:
-                print(f"stopped by the budget of {args.budget_seconds:.0f} s after {done} of {len(todo)} shapes; the "
-                      "same command goes on from here")
-                break
-            race = Race(rig, point, args.dtype)
-            winner, times, dropped = tune_point(race, chosen, finished)
-            del race
-            e = entry_of(point, itemsize, winner, times, len(times) - (BY_HAND in times), gpu.name, triton.__version__)
-            table[identity(e)] = e
-            write(path, table.values())
-            done += 1
-            print(report(point, e, dropped), flush=True)
-    settings.forget()
-    print(f"{done} shapes tuned in {time.monotonic() - started:.0f} s; {path} has {len(table)}")
-    return 0
+        if time.monotonic() > deadline:
+            return done
+        keep(point, *tune_point(race_of(point), chosen, usages))
+    return len(jobs)
 
 
 def report(point, entry, dropped):
