@@ -61,8 +61,8 @@ def decode_attention_kernel(q, k_cache, v_cache, block_table, context_lens, out,
         kt = tl.load(k_cache + where, mask=live[:, None] & in_head, other=0.0, eviction_policy="evict_first")
         vt = tl.load(v_cache + where, mask=live[:, None] & in_head, other=0.0, eviction_policy="evict_first")
 
-        # 4. Online softmax: a new maximum shrinks what has been summed so far. Both products run on tensor cores, so
-        # the weights are rounded to T for the second one (their sum is not); the twin multiplies in float32.
+        # 4. Online softmax: a new maximum shrinks what has been summed so far. Both products run on tensor cores in both
+        # languages, so the weights are rounded to T for the second one; their sum is not.
         top, mass, acc = attend(qv, kt, vt, live, top, mass, acc, scale_log2)
 
     # 5. Publish the split: alone, it is the result. A length of zero has no mass, and its result is zero.
