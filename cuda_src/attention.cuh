@@ -35,14 +35,14 @@ template <typename T_, int D_>
 struct SplitAttention {
   using T = T_;
   static constexpr int D = D_;
-  static constexpr int kRow = D + 4;              // floats of a head's sums in shared memory; 4 spare the stores conflicts
+  static constexpr int kRow = D + 4;              // floats of a head's sums in shared memory; the 4 spare bank conflicts
   PagedCache<T> cache;
   int split, splits, kv_head, kv_heads, b, group;
   int begin, end;                                 // tokens of this split
   int stored;                                     // of these, the ones in the cache end here; at most one follows
 
-  // Split s owns tokens [begin, end) of `length`, a multiple of `unit` each. Tokens from `in_cache` on are not read from
-  // the cache: a new one is put in its place from AttentionInputs.
+  // Split s owns tokens [begin, end) of `length`, a multiple of `unit` each. Tokens from `in_cache` on are not read
+  // from the cache: a new one is put in its place from AttentionInputs.
   LAB_DEVICE SplitAttention(const PagedCache<T>& cache_, int group_, int length, int in_cache, int unit)
       : cache(cache_), group(group_) {
     split = blockIdx.x, splits = gridDim.x, kv_head = blockIdx.y, kv_heads = gridDim.y, b = blockIdx.z;
@@ -158,12 +158,12 @@ struct SplitAttention {
   LAB_DEVICE float* published_stats(float* partial) const { return published(partial) + size_t(splits) * group * D; }
 };
 
-// ---- CUDA cores: float32, and every dtype on a CPU -------------------------------------------------------------------
+// ---- CUDA cores: float32, and every dtype on a CPU ------------------------------------------------------------------
 
 constexpr int lanes_per_token(int vectors) { return vectors <= 8 ? 8 : vectors <= 16 ? 16 : 32; }
 
-// Four warps share the tokens of a tile, L lanes share a token, a lane keeps 16 bytes of it; four more warps on the same
-// tile for every four more query heads of the group. A warp serves Heads heads.
+// Four warps share the tokens of a tile, L lanes share a token, a lane keeps 16 bytes of it; four more warps on the
+// same tile for every four more query heads of the group. A warp serves Heads heads.
 template <typename T, int D, int Heads>
 struct LaneAttention : SplitAttention<T, D> {
   static constexpr int N = Vec<T>::size, L = lanes_per_token(D / N);  // D / N lanes have elements: 12 of 16 for D = 96
@@ -330,11 +330,12 @@ struct LaneAttention : SplitAttention<T, D> {
   }
 };
 
-// ---- tensor cores: float16 and bfloat16 ------------------------------------------------------------------------------
+// ---- tensor cores: float16 and bfloat16 -----------------------------------------------------------------------------
 
 // Every warp streams tiles of 16 tokens of its own, with a cp.async ring of its own and no barrier before the end. All
-// heads of the group share a multiply: scores [heads, tokens] = Q K^T with the heads as its 16 rows; then sums [D, heads] =
-// V^T P^T with D as the rows, so that 8 heads fill its columns. HeadTiles: multiples of 8 heads. P is rounded to T.
+// heads of the group share a multiply: scores [heads, tokens] = Q K^T with the heads as its 16 rows; then sums
+// [D, heads] = V^T P^T with D as the rows, so that 8 heads fill its columns. HeadTiles: multiples of 8 heads. P is
+// rounded to T.
 template <typename T, int D, int HeadTiles>
 struct MmaAttention : SplitAttention<T, D> {
   static constexpr int kWarps = 4, kStages = 3, kTokens = 16, kChunks = D / 8, kSteps = D / 16;
@@ -346,7 +347,7 @@ struct MmaAttention : SplitAttention<T, D> {
   using Base = SplitAttention<T, D>;
   using Base::begin, Base::end, Base::stored, Base::group;
   Smem& shared;
-  int lane, warp, count;                          // count: tiles of this warp, which takes tiles warp, warp + kWarps, ...
+  int lane, warp, count;                          // count: this warp's tiles, which are warp, warp + kWarps, ...
   int page;                                       // of the tile to copy next: 16 tokens share one
   float scale;
   uint32_t query[kSteps][4];
@@ -403,7 +404,7 @@ struct MmaAttention : SplitAttention<T, D> {
     const int row = lane / 16 * 8 + lane % 8, side = lane / 8 % 2;
     T(*k)[D] = shared.k[warp][t % kStages];
     T(*v)[D] = shared.v[warp][t % kStages];
-    float scores[2][4] = {};                      // tokens 0-7 and 8-15: head g, tokens 2t, 2t + 1; head g + 8, the same
+    float scores[2][4] = {};                      // tokens 0-7, 8-15: head g, tokens 2t, 2t + 1; head g + 8, the same
     LAB_UNROLL
     for (int s = 0; s < kSteps; ++s) {
       uint32_t key[4];
@@ -476,8 +477,8 @@ struct MmaAttention : SplitAttention<T, D> {
 
  private:
   LAB_DEVICE int token0(int t) const { return begin + (warp + t * kWarps) * kTokens; }
-  // Chunk c (16 bytes) of a row, its place mixed with the row's number, so that the 8 rows that an ldmatrix reads at one
-  // time meet every bank once. D = 96: neighbouring rows are half the banks apart already.
+  // Chunk c (16 bytes) of a row, its place mixed with the row's number, so that the 8 rows that an ldmatrix reads at
+  // one time meet every bank once. D = 96: neighbouring rows are half the banks apart already.
   LAB_DEVICE static T* at(T (*tile)[D], int row, int c) {
     return &tile[row][(c ^ (D == 96 ? row / 2 % 4 : row % 8)) * 8];
   }
@@ -502,7 +503,7 @@ struct MmaAttention : SplitAttention<T, D> {
   }
 };
 
-// ---- launch ----------------------------------------------------------------------------------------------------------
+// ---- launch ---------------------------------------------------------------------------------------------------------
 
 // Shared memory of a block: the tiles, then in their place what the block's parts, and at last the splits, merge.
 template <typename A>

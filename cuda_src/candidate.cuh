@@ -1,5 +1,5 @@
-// The largest of many values and its index, in one integer: the larger value wins, of equals the lower index. NaN is the
-// largest of all, so that none goes unnoticed.
+// The largest of many values and its index, in one integer: the larger value wins, of equals the lower index. NaN is
+// the largest of all, so that none goes unnoticed.
 #pragma once
 #include "common.cuh"
 

@@ -16,8 +16,8 @@ template <typename A, typename T = typename A::T>
 __global__ void __launch_bounds__(A::kMaxThreads, 1)
     decode_attention_kernel(const T* q, PagedCache<T> cache, const int* context_lens, T* out, float* partial,
                             unsigned* tickets, int group, int64_t q_stride, float scale_log2) {
-  // 1. Locate: split s owns tokens [begin, end) of one sequence; the length is read here, so that a captured graph serves
-  // every length. The first tiles leave at once.
+  // 1. Locate: split s owns tokens [begin, end) of one sequence; the length is read here, so that a captured graph
+  // serves every length. The first tiles leave at once.
   constexpr int D = A::D, N = Vec<T>::size;
   pdl_wait();
   const int length = context_lens[blockIdx.z];
@@ -55,7 +55,8 @@ void decode_attention(Ptr q, Ptr k_cache, Ptr v_cache, Ptr block_table, Ptr cont
   const int group = q_heads / kv_heads;
   by_dtype(dtype, [&](auto tag) {
     using T = decltype(tag);
-    const PagedCache<T> cache{as<T>(k_cache), as<T>(v_cache), as<const int>(block_table), log2_of(page_size), max_pages};
+    const PagedCache<T> cache{as<T>(k_cache), as<T>(v_cache), as<const int>(block_table), log2_of(page_size),
+                              max_pages};
     by_attention_core<T>("decode_attention", head_dim, group, [&](auto core) {
       using A = typename decltype(core)::type;
       launch({dim3(splits, kv_heads, batch), dim3(A::threads(group)), attention_smem_bytes<A>(group, splits), stream},

@@ -1,7 +1,7 @@
 // linear: y[b, n] = sum over k of x[b, k] * w[n, k] (+ bias[n]), float32 accumulation, rounded once
 //
 //   x [rows, k]   w [n, k]   bias [n] (optional)   y [rows, n] in the dtype of x or float32     row-major, rows <= 64
-//   mapping   up to 8 rows, and float32: a warp streams 4 rows of w, its lanes share k; for narrow w, 2 or 4 warps share k
+//   mapping   up to 8 rows, and float32: a warp streams 4 rows of w, its lanes share k; 2 or 4 warps do for narrow w
 //             more rows in float16 or bfloat16: tensor cores; a block owns 16 to 64 rows of w, its warps share k
 //             the two cores are in stream_rows.cuh and mma_rows.cuh
 //   traffic   w once (the only traffic that counts), x once per block from L2, y once
@@ -20,17 +20,16 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
   RowStream<T, C> stream(w, n, k);
   for (int b0 = 0; b0 < rows; b0 += C::B) {
     // 2. Stream: U * R independent 16-byte loads are in flight; each is replaced as soon as it is used. The first leave
-    // before the wait, for weights depend on no earlier kernel. x is small and comes from L1.
+    // before the wait, for weights depend on no earlier kernel. x comes from shared memory.
     stream.start();
+    StagedRows<T, C> x_rows(x, b0, rows, k);
     for (; stream.more(); stream.next()) {
       float base[C::kMine] = {}, acc[C::R][C::B][C::kLanes] = {}, sums[C::R * C::B];
       if (bias) stream.each_output(b0, rows, [&](int j, int output, int) { base[j] = to_float(bias[output]); });
-      stream.template multiply<C::B == 1>(acc, [&](int b, int col) {
-        return load_packed<C::N>(x + size_t(min(b0 + b, rows - 1)) * k + col);
-      });
+      x_rows.multiply(stream, acc);
 
       // 3. Reduce: over the lanes and warps that share k, in a fixed order.
-      stream.reduce(sums, acc, smem<StreamSmem<C>>());
+      stream.reduce(sums, acc, x_rows.shared.stream);
 
       // 4. Store: neighbouring lanes store neighbouring outputs.
       stream.each_output(b0, rows, [&](int j, int output, int b) {
@@ -80,7 +79,7 @@ void linear(Ptr x, Ptr w, Ptr bias, Ptr y, int rows, int n, int k, int dtype, in
     }
     by_stream_shape<T, 1, 8>(rows, n, k, rows, [&](auto shape) {
       using C = typename decltype(shape)::type;
-      start("linear_stream_kernel", stream_blocks<C>(n), C::kThreads, sizeof(StreamSmem<C>),
+      start("linear_stream_kernel", stream_blocks<C>(n), C::kThreads, staged_smem_bytes<T, C>(k),
             linear_stream_kernel<T, C>);
     });
   });

@@ -17,19 +17,19 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
   // 1. Locate: R rows of w per lane group, a slice of k per lane.
   RowStream<T, C> stream(w, n, k);
   for (int b0 = 0; b0 < rows; b0 += C::B) {
-    // 2. Stream: the first weights leave before the wait; what they are added to is loaded after it and long before its use.
+    // 2. Stream: the first weights leave before the wait; x comes from shared memory. What the sums are added to is loaded
+    // long before its use.
     stream.start();
+    StagedRows<T, C> x_rows(x, b0, rows, k);
     for (; stream.more(); stream.next()) {
       float base[C::kMine] = {}, acc[C::R][C::B][C::kLanes] = {}, sums[C::R * C::B];
       stream.each_output(b0, rows, [&](int j, int output, int b) {
         base[j] = to_float(residual[size_t(b) * n + output]) + (bias ? to_float(bias[output]) : 0.f);
       });
-      stream.template multiply<C::B == 1>(acc, [&](int b, int col) {
-        return load_packed<C::N>(x + size_t(min(b0 + b, rows - 1)) * k + col);
-      });
+      x_rows.multiply(stream, acc);
 
       // 3. Reduce: over the lanes and warps that share k, in a fixed order.
-      stream.reduce(sums, acc, smem<StreamSmem<C>>());
+      stream.reduce(sums, acc, x_rows.shared.stream);
 
       // 4. Add and store: each output is read and written by one thread.
       stream.each_output(b0, rows, [&](int j, int output, int b) {
@@ -80,7 +80,7 @@ void linear_add(Ptr x, Ptr w, Ptr bias, Ptr residual, int rows, int n, int k, in
     }
     by_stream_shape<T, 1, 8>(rows, n, k, rows, [&](auto shape) {
       using C = typename decltype(shape)::type;
-      start("linear_add_stream_kernel", stream_blocks<C>(n), C::kThreads, sizeof(StreamSmem<C>),
+      start("linear_add_stream_kernel", stream_blocks<C>(n), C::kThreads, staged_smem_bytes<T, C>(k),
             linear_add_stream_kernel<T, C>);
     });
   });

@@ -1,17 +1,17 @@
-// Up to 64 rows of x times many rows of w on tensor cores, both operands through shared memory: the core of linear and of
-// the fused ops for larger batches of float16 and bfloat16.
+// Up to 64 rows of x times many rows of w on tensor cores, both operands through shared memory: the core of linear and
+// of the fused ops for larger batches of float16 and bfloat16.
 //
-// The 16-row operand of the multiply is w, and x the 8-column one ("swap AB"), so that few rows of x waste little. Warps
-// share k, each with a cp.async pipeline of its own and no barrier before the end. An output is the product of a row of x
-// with a row of w, or with Parts rows of w that lie n rows apart (gate and up).
+// The 16-row operand of the multiply is w, and x the 8-column one ("swap AB"), so that few rows of x waste little.
+// Warps share k, each with a cp.async pipeline of its own and no barrier before the end. An output is the product of a
+// row of x with a row of w, or with Parts rows of w that lie n rows apart (gate and up).
 #pragma once
 #include "common.cuh"
 #include "sizes.h"
 
 namespace lab {
 
-// M: tiles of 16 rows of w. B: tiles of 8 rows of x. A stage holds 64 elements (128 bytes) of each row. Aligned: rows begin
-// at multiples of 16 bytes.
+// M: tiles of 16 rows of w. B: tiles of 8 rows of x. A stage holds 64 elements (128 bytes) of each row. Aligned: rows
+// begin at multiples of 16 bytes.
 template <int M_, int B_, int Warps, int Stages, bool Aligned, int Parts = 1>
 struct Mma {
   static constexpr int M = M_, B = B_, kWarps = Warps, kStages = Stages, kParts = Parts, kThreads = Warps * 32;
@@ -28,8 +28,8 @@ struct MmaSmem {
   };
 };
 
-// Place of the 16-byte chunk c of a row: odd rows swap their halves, so that the 8 lanes of a phase, which read 64 bytes
-// of two neighbouring rows, meet every bank once.
+// Place of the 16-byte chunk c of a row: odd rows swap their halves, so that the 8 lanes of a phase, which read 64
+// bytes of two neighbouring rows, meet every bank once.
 LAB_DEVICE int swizzle(int row, int c) { return c ^ (row % 2 * 4); }
 
 template <typename T, typename C>
@@ -73,8 +73,8 @@ struct MmaRows {
       // The next kernel may come once this warp has sent for its last chunk: see RowStream::release.
       if (warp + (i + kAhead + 1) * C::kWarps >= chunks) pdl_launch_dependents();
       const auto* tile = shared.tile[warp][i % C::kStages];
-      // A lane takes 8 neighbouring elements of k from each row, enough for two multiplies: which column of the multiply an
-      // element plays is free, as long as w and x agree.
+      // A lane takes 8 neighbouring elements of k from each row, enough for two multiplies: which column of the
+      // multiply an element plays is free, as long as w and x agree.
       const auto fragment = [&](int row, int half) {
         return bit_cast<uint4>(load(&tile[row][swizzle(row, half * 4 + t) * N]));
       };
@@ -123,7 +123,7 @@ struct MmaRows {
     return sum;
   }
 
-  // Calls f(r, output, b) for each output that this thread stores; its parts are the products of rows r, r + kOutputs, ...
+  // Calls f(r, output, b) for each output that this thread stores; its parts are products of rows r, r + kOutputs.
   template <typename F>
   LAB_DEVICE void each_output(F f) const {
     for (int i = threadIdx.x; i < C::kOutputs * C::kBatch; i += C::kThreads) {

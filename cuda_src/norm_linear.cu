@@ -14,8 +14,8 @@ using namespace lab;
 
 template <typename T, typename C>
 __global__ void __launch_bounds__(C::kThreads, C::kResident)
-    norm_linear_kernel(const T* x, const T* norm_w, const T* w, const T* bias, void* y, int rows, int n, int k, float eps,
-                       bool out_f32) {
+    norm_linear_kernel(const T* x, const T* norm_w, const T* w, const T* bias, void* y, int rows, int n, int k,
+                       float eps, bool out_f32) {
   // 1. Locate: R rows of w per lane group, a slice of k per lane.
   auto& shared = smem<NormSmem<T, C>>();
   RowStream<T, C> stream(w, n, k);
@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
       // 3. Stream: weights from DRAM into registers, x from shared memory.
       float base[C::kMine] = {}, acc[C::R][C::B][C::kLanes] = {}, sums[C::R * C::B];
       if (bias) stream.each_output(b0, rows, [&](int j, int output, int) { base[j] = to_float(bias[output]); });
-      stream.multiply(acc, [&](int b, int col) { return load_packed<C::N>(shared.x + b * k + col); });
+      stream.multiply(acc, 0, k, [&](int b, int col) { return load_packed<C::N>(shared.x + b * k + col); });
 
       // 4. Reduce: over the lanes and warps that share k, in a fixed order.
       stream.reduce(sums, acc, shared.stream);
@@ -53,9 +53,9 @@ void norm_linear(Ptr x, Ptr norm_w, Ptr w, Ptr bias, Ptr y, int rows, int n, int
     }
     by_normed_shape<T, 1>(rows, n, k, [&](auto shape) {
       using C = typename decltype(shape)::type;
-      launch({dim3(stream_blocks<C>(n)), dim3(C::kThreads), norm_smem_bytes<T, C>(k), stream_, true}, "norm_linear_kernel",
-             norm_linear_kernel<T, C>, as<const T>(x), as<const T>(norm_w), as<const T>(w), as<const T>(bias), as<void>(y),
-             rows, n, k, eps, out_dtype == int(DType::f32));
+      launch({dim3(stream_blocks<C>(n)), dim3(C::kThreads), norm_smem_bytes<T, C>(k), stream_, true},
+             "norm_linear_kernel", norm_linear_kernel<T, C>, as<const T>(x), as<const T>(norm_w), as<const T>(w),
+             as<const T>(bias), as<void>(y), rows, n, k, eps, out_dtype == int(DType::f32));
     });
   });
 }

@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
     for (; stream.more(); stream.next()) {
       // 3. Stream: weights from DRAM into registers, x from shared memory.
       float acc[C::R][C::B][C::kLanes] = {}, sums[C::R * C::B];
-      stream.multiply(acc, [&](int b, int col) { return load_packed<C::N>(shared.norm.x + b * k + col); });
+      stream.multiply(acc, 0, k, [&](int b, int col) { return load_packed<C::N>(shared.norm.x + b * k + col); });
 
       // 4. Reduce: over the lanes and warps that share k, in a fixed order.
       stream.reduce(sums, acc, shared.norm.stream);

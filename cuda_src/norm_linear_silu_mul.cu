@@ -1,6 +1,7 @@
 // norm_linear_silu_mul: y[b, j] = silu(g) * u, g = xn[b] . w[j], u = xn[b] . w[n + j], xn = rmsnorm(x, norm_w)
 //
-//   x [rows, k]   norm_w [k]   w [2 n, k], the gate's rows first   y [rows, n]     silu(g) = g / (1 + exp(-g)), rows <= 64
+//   x [rows, k]   norm_w [k]   w [2 n, k], the gate's rows first   y [rows, n]     rows <= 64
+//   silu(g) = g / (1 + exp(-g))
 //   mapping   as norm_linear; whoever sums row j of the gate sums row j of up as well
 //   traffic   w once (the only traffic that counts), x and norm_w once per block from L2, y once
 //   contract  lab/ops/norm_linear_silu_mul.py          twin  triton_kernels/norm_linear_silu_mul.py
@@ -16,7 +17,8 @@ LAB_DEVICE float activate(float gate, float up) { return gate / (1.f + expf(-gat
 
 template <typename T, typename C>
 __global__ void __launch_bounds__(C::kThreads, C::kResident)
-    norm_linear_silu_mul_stream_kernel(const T* x, const T* norm_w, const T* w, T* y, int rows, int n, int k, float eps) {
+    norm_linear_silu_mul_stream_kernel(const T* x, const T* norm_w, const T* w, T* y, int rows, int n, int k,
+                                       float eps) {
   // 1. Locate: a lane group takes R / 2 rows of the gate and the same rows of up, a lane a slice of k.
   auto& shared = smem<NormSmem<T, C>>();
   RowStream<T, C> stream(w, n, k);
@@ -28,7 +30,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
     for (; stream.more(); stream.next()) {
       // 3. Stream: weights from DRAM into registers, x from shared memory.
       float acc[C::R][C::B][C::kLanes] = {}, gates[C::R * C::B], ups[C::R * C::B];
-      stream.multiply(acc, [&](int b, int col) { return load_packed<C::N>(shared.x + b * k + col); });
+      stream.multiply(acc, 0, k, [&](int b, int col) { return load_packed<C::N>(shared.x + b * k + col); });
 
       // 4. Reduce: over the lanes and warps that share k, in a fixed order; then up's sum moves to the gate's thread.
       stream.reduce(gates, acc, shared.stream);

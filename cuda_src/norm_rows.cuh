@@ -1,5 +1,5 @@
-// The prologue of the ops that normalise x before they multiply: each block normalises the rows again, from L2, and keeps
-// them in shared memory. That costs less than a kernel of its own, which would pass them through memory.
+// The prologue of the ops that normalise x before they multiply: each block normalises the rows again, from L2, and
+// keeps them in shared memory. That costs less than a kernel of its own, which would pass them through memory.
 #pragma once
 #include "stream_rows.cuh"
 
@@ -22,15 +22,15 @@ template <typename T, int Parts, typename F>
 inline void by_normed_shape(int rows, int outputs, int k, F&& f) {
   constexpr int kLimit = 64 * 1024;               // a third of a multiprocessor's, so that blocks share it
   const int64_t row = int64_t(k) * sizeof(T);
-  by_stream_shape<T, Parts, 32>(rows, outputs, k, 8 * row <= kLimit ? 8 : 4 * row <= kLimit ? 4 : 2 * row <= kLimit ? 2 : 1,
-                                f);
+  const int batch = 8 * row <= kLimit ? 8 : 4 * row <= kLimit ? 4 : 2 * row <= kLimit ? 2 : 1;
+  by_stream_shape<T, Parts, 32>(rows, outputs, k, batch, f);
 }
 
 template <typename T, typename C>
 struct NormRows {
   static constexpr int N = C::N, B = C::B, kStep = C::kThreads * N;
-  // Vectors of the norm's weight that a thread loads before the wait, and steps of x that it loads before it uses the first:
-  // as many as registers allow beside the first weights.
+  // Vectors of the norm's weight that a thread loads before the wait, and steps of x that it loads before it uses the
+  // first: as many as registers allow beside the first weights.
   static constexpr int kKeep = B < 4 ? 4 : 2, kAhead = B == 1 && sizeof(T) == 2 ? 2 : 1;
   Packed<T, N> weight[kKeep];
 
@@ -43,8 +43,8 @@ struct NormRows {
     }
   }
 
-  // shared.x[b] = T(x[b0 + b] * rsqrt(mean(x[b0 + b]^2) + eps)) * norm_w, the rounding points of rmsnorm; for all threads
-  // when it returns. Rows past the end repeat the last.
+  // shared.x[b] = T(x[b0 + b] * rsqrt(mean(x[b0 + b]^2) + eps)) * norm_w, the rounding points of rmsnorm; for all
+  // threads when it returns. Rows past the end repeat the last.
   LAB_DEVICE void run(NormSmem<T, C>& shared, const T* x, const T* norm_w, int b0, int rows, int k, float eps) {
     const int first = threadIdx.x * N;
     float squares[B] = {};
@@ -107,8 +107,8 @@ struct NormRows {
 
 // One round of B rows of x: the first weights, and the weight of the norm, before the wait; after it the norm.
 template <typename T, typename C>
-LAB_DEVICE void start_normed(RowStream<T, C>& stream, NormSmem<T, C>& shared, const T* x, const T* norm_w, int b0, int rows,
-                             float eps) {
+LAB_DEVICE void start_normed(RowStream<T, C>& stream, NormSmem<T, C>& shared, const T* x, const T* norm_w, int b0,
+                             int rows, float eps) {
   NormRows<T, C> norm;
   norm.start(norm_w, stream.k);
   stream.start();

@@ -21,7 +21,7 @@ Ptr allocate(size_t bytes, Ptr stream) {
   cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
   detail::check(cudaStreamIsCapturing(reinterpret_cast<cudaStream_t>(stream), &capturing), "normed_scratch");
   if (capturing != cudaStreamCaptureStatusNone) {
-    throw std::runtime_error("normed_scratch: memory cannot be taken while a graph is captured; run the op once before");
+    throw std::runtime_error("normed_scratch: no memory can be taken while a graph is captured; run the op before");
   }
   void* p = nullptr;
   detail::check(cudaMalloc(&p, bytes), "normed_scratch");

@@ -66,11 +66,11 @@ struct Rotation {
 template <typename A, typename T = typename A::T>
 __global__ void __launch_bounds__(A::kMaxThreads, 1)
     rope_append_attention_kernel(const T* q, const T* k, const T* v, const T* q_norm, const T* k_norm, float eps,
-                                 const int* positions, const float* cos_sin, PagedCache<T> cache, T* out, float* partial,
-                                 unsigned* tickets, int group, int64_t q_stride, int64_t k_stride, int64_t v_stride,
-                                 float scale_log2) {
-  // 1. Locate: as decode_attention. What is older than the preceding kernel may be read before the wait: the position, the
-  // table and the cache, so the first tiles leave here.
+                                 const int* positions, const float* cos_sin, PagedCache<T> cache, T* out,
+                                 float* partial, unsigned* tickets, int group, int64_t q_stride, int64_t k_stride,
+                                 int64_t v_stride, float scale_log2) {
+  // 1. Locate: as decode_attention. What is older than the preceding kernel may be read before the wait: the position,
+  // the table and the cache, so the first tiles leave here.
   constexpr int D = A::D;
   const int position = positions[blockIdx.z];     // negative: an idle row, which has no token at all
   A attention(cache, group, position + 1, position);
@@ -80,7 +80,8 @@ __global__ void __launch_bounds__(A::kMaxThreads, 1)
   const Rotation<T, D> rotation(cos_sin + size_t(max(position, 0)) * D);
   pdl_wait();
 
-  // 2. Norm and rotate the query: L lanes take a head, into shared memory for all warps; rows beyond the group are zero.
+  // 2. Norm and rotate the query: L lanes take a head, into shared memory for all warps; rows beyond the group are
+  // zero.
   constexpr int L = Rotation<T, D>::L, N = Rotation<T, D>::N;
   const T* heads = q + b * q_stride + kv_head * group * D;
   for (int first = 0; first < attention.query_rows(); first += blockDim.x / L) {
@@ -121,18 +122,20 @@ __global__ void __launch_bounds__(A::kMaxThreads, 1)
   if (attention.splits > 1) attention.merge_in_last_block(out, partial, tickets);
 }
 
-void rope_append_attention(Ptr q, Ptr k, Ptr v, Ptr q_norm, Ptr k_norm, float eps, Ptr positions, Ptr cos_sin, Ptr k_cache,
-                           Ptr v_cache, Ptr block_table, Ptr out, Ptr partial, Ptr tickets, int batch, int q_heads,
-                           int kv_heads, int head_dim, int page_size, int max_pages, int splits, int64_t q_stride,
-                           int64_t k_stride, int64_t v_stride, float scale, int dtype, Ptr stream) {
+void rope_append_attention(Ptr q, Ptr k, Ptr v, Ptr q_norm, Ptr k_norm, float eps, Ptr positions, Ptr cos_sin,
+                           Ptr k_cache, Ptr v_cache, Ptr block_table, Ptr out, Ptr partial, Ptr tickets, int batch,
+                           int q_heads, int kv_heads, int head_dim, int page_size, int max_pages, int splits,
+                           int64_t q_stride, int64_t k_stride, int64_t v_stride, float scale, int dtype, Ptr stream) {
   if (batch == 0) return;
   const int group = q_heads / kv_heads;
   by_dtype(dtype, [&](auto tag) {
     using T = decltype(tag);
-    const PagedCache<T> cache{as<T>(k_cache), as<T>(v_cache), as<const int>(block_table), log2_of(page_size), max_pages};
+    const PagedCache<T> cache{as<T>(k_cache), as<T>(v_cache), as<const int>(block_table), log2_of(page_size),
+                              max_pages};
     by_attention_core<T>("rope_append_attention", head_dim, group, [&](auto core) {
       using A = typename decltype(core)::type;
-      launch({dim3(splits, kv_heads, batch), dim3(A::threads(group)), attention_smem_bytes<A>(group, splits), stream, true},
+      launch({dim3(splits, kv_heads, batch), dim3(A::threads(group)), attention_smem_bytes<A>(group, splits), stream,
+              true},
              "rope_append_attention_kernel", rope_append_attention_kernel<A>, as<const T>(q), as<const T>(k),
              as<const T>(v), as<const T>(q_norm), as<const T>(k_norm), eps, as<const int>(positions),
              as<const float>(cos_sin), cache, as<T>(out), as<float>(partial), as<unsigned>(tickets), group, q_stride,

@@ -1,8 +1,8 @@
 // Few rows of x times many rows of w on CUDA cores: the weights stream from DRAM straight into registers.
 //
-// The core of linear and of the fused ops. An output is the product of a row of x with a row of w, or with Parts rows of w
-// that lie n rows apart (gate and up). Lane groups take R rows of w each and walk k together; a block of a small grid walks
-// over several sets of rows, and the loads run on from one set into the next.
+// The core of linear and of the fused ops. An output is the product of a row of x with a row of w, or with Parts rows
+// of w that lie n rows apart (gate and up). Lane groups take R rows of w each and walk k together; a block of a small
+// grid walks over several sets of rows, and the loads run on from one set into the next.
 #pragma once
 #include <atomic>
 
@@ -12,14 +12,14 @@
 
 namespace lab {
 
-// The shape of a launch. N: elements per access. B: rows of x at a time. R: rows of w per lane group. L: lanes in a group
-// that share k: 32, or 1 on a CPU. S: lane groups that share k as well. U: accesses to each row of w in flight, so
-// R * U * 16 bytes a thread.
+// The shape of a launch. N: elements per access. B: rows of x at a time. R: rows of w per lane group. L: lanes in a
+// group that share k: 32, or 1 on a CPU. S: lane groups that share k as well. U: accesses to each row of w in flight,
+// so R * U * 16 bytes a thread.
 template <int N_, int B_, int R_, int L_, int S_, int U_, int Threads, int Parts = 1>
 struct Stream {
   static constexpr int N = N_, B = B_, R = R_, L = L_, S = S_, U = U_, kThreads = Threads, kParts = Parts;
-  // Blocks of 128 threads that a multiprocessor must have registers for: 128 registers a thread hold what B = 1 and, with
-  // U = 2, B = 4 need; the others take 168.
+  // Blocks of 128 threads that a multiprocessor must have registers for: 128 registers a thread hold what B = 1 and,
+  // with U = 2, B = 4 need; the others take 168.
   static constexpr int kResident = B == 1 || B == 4 ? 4 : 3;
   static constexpr int kPrefetch = 1024;          // elements of each row that L2 is asked for beyond those loaded first
   static constexpr int kGroups = kThreads / L;
@@ -34,12 +34,12 @@ struct Stream {
 
 template <typename C>
 struct StreamSmem {
-  float partial[C::kGroups][C::R * C::B];
+  float partial[2][C::kGroups][C::R * C::B];      // of two sets of outputs in turn, so that one barrier each is enough
 };
 
-// Sums Count values (a power of two up to 32) over the warp; v[0] of lane i becomes sum i % Count. While there are several,
-// each half of the lanes keeps one half of them: Count - 1 shuffles, and log2(32 / Count) more, where summing each alone
-// takes 5 * Count. Recursive, because only a constant index keeps an array in registers.
+// Sums Count values (a power of two up to 32) over the warp; v[0] of lane i becomes sum i % Count. While there are
+// several, each half of the lanes keeps one half of them: Count - 1 shuffles, and log2(32 / Count) more, where summing
+// each alone takes 5 * Count. Recursive, because only a constant index keeps an array in registers.
 template <int Count, int N>
 LAB_DEVICE void scatter_sum(float (&v)[N], int lane) {
   if constexpr (Count > 1) {
@@ -63,6 +63,7 @@ struct RowStream {
   const T* w;
   int n, k, lane, group, slice, first;            // first: this lane's first column
   int output;                                     // first of the outputs that are summed now
+  int turn = 0;                                   // which of the two places their partial sums take
   int fetch_output, fetch_col;                    // where the next loads come from
   const T* rows_of_w[R];
   Packed<T, N> tiles[C::U][R];
@@ -93,20 +94,12 @@ struct RowStream {
   LAB_DEVICE void next() { output += stride(); }
   LAB_DEVICE int stride() const { return gridDim.x * C::kOutputsPerBlock; }
 
-  // acc[r][b] += w[row r] . x[row b] for the present outputs. x(b, col) returns N elements of x, packed. U * R loads are in
-  // flight; each is replaced as soon as it is used, at the end of the rows by one of the next outputs. XAhead: x comes from
-  // far as well, so the loads of U steps go together.
-  template <bool XAhead = false, typename X>
-  LAB_DEVICE void multiply(float (&acc)[R][B][C::kLanes], X x) {
-    for (int panel = first; panel - first < k; panel += C::U * C::kStep) {
-      Packed<T, N> ahead[XAhead ? C::U : 1][B];
-      LAB_UNROLL
-      for (int u = 0; XAhead && u < C::U; ++u) {
-        LAB_UNROLL
-        for (int b = 0; b < B; ++b) {
-          if (panel + u * C::kStep < k) ahead[u][b] = x(b, panel + u * C::kStep);
-        }
-      }
+  // acc[r][b] += w[row r] . x[row b] over columns [begin, end) for the present outputs; begin is a multiple of
+  // U * kStep, and so is end or it is k. x(b, col) returns N elements of x, packed. U * R loads are in flight; each is
+  // replaced as soon as it is used, at the end of the rows by one of the next outputs.
+  template <typename X>
+  LAB_DEVICE void multiply(float (&acc)[R][B][C::kLanes], int begin, int end, X x) {
+    for (int panel = begin + first; panel - first < end; panel += C::U * C::kStep) {
       LAB_UNROLL
       for (int u = 0; u < C::U; ++u) {
         const int col = panel + u * C::kStep;
@@ -117,7 +110,7 @@ struct RowStream {
           LAB_UNROLL
           for (int b = 0; b < B; ++b) {
             float xf[N];
-            unpack<T>(xf, XAhead ? ahead[XAhead ? u : 0][b] : x(b, col));
+            unpack<T>(xf, x(b, col));
             LAB_UNROLL
             for (int r = 0; r < R; ++r) {
               LAB_UNROLL
@@ -132,8 +125,8 @@ struct RowStream {
     }
   }
 
-  // Sums over the lanes of a group, then over the groups that shared the rows, in a fixed order. Sum i belongs to row i % R
-  // of w and row i / R of x; lane i of slice 0 has it, or a CPU thread all of them.
+  // Sums over the lanes of a group, then over the groups that shared the rows, in a fixed order. Sum i belongs to row
+  // i % R of w and row i / R of x; lane i of slice 0 has it, or a CPU thread all of them.
   LAB_DEVICE void reduce(float (&sums)[R * B], const float (&acc)[R][B][C::kLanes], StreamSmem<C>& shared) {
     LAB_UNROLL
     for (int i = 0; i < R * B; ++i) {
@@ -143,17 +136,18 @@ struct RowStream {
     }
     if constexpr (C::L == 32) scatter_sum<R * B>(sums, lane);
     if constexpr (C::S > 1) {
-      __syncthreads();                            // the sums before these have been read
-      if (lane < R * B) shared.partial[group][lane] = sums[0];
+      auto& partial = shared.partial[turn];
+      turn ^= 1;
+      if (lane < R * B) partial[group][lane] = sums[0];
       __syncthreads();
       if (slice == 0 && lane < R * B) {
         LAB_UNROLL
-        for (int s = 1; s < C::S; ++s) sums[0] += shared.partial[group + s][lane];
+        for (int s = 1; s < C::S; ++s) sums[0] += partial[group + s][lane];
       }
     }
   }
 
-  // With two parts: second[j] = the sum of an output's second part, where sums[j] is that of its first. All lanes call it.
+  // With two parts: second[j] is the sum of an output's second part, and sums[j] that of its first. For all lanes.
   LAB_DEVICE void second_part(float (&second)[R * B], const float (&sums)[R * B]) const {
     if constexpr (C::L == 32) {
       second[0] = __shfl_down_sync(0xffffffffu, sums[0], C::kOutputs);
@@ -187,8 +181,8 @@ struct RowStream {
     fetch_col += C::U * C::kStep;
     if (fetch_col - first >= k) aim(fetch_output + stride());
   }
-  // The next kernel may come once this block has sent for the last of its weights: its own first loads then follow at the
-  // heels of these. Earlier they would only be in their way, and later DRAM would fall idle in between.
+  // The next kernel may come once this block has sent for the last of its weights: its own first loads then follow at
+  // the heels of these. Earlier they would only be in their way, and later DRAM would fall idle in between.
   LAB_DEVICE void release() const {
     if (fetch_col >= k) pdl_launch_dependents();
   }
@@ -210,6 +204,69 @@ struct RowStream {
   }
 };
 
+// ---- x in shared memory ---------------------------------------------------------------------------------------------
+
+template <typename T, typename C>
+struct alignas(16) StagedSmem {
+  StreamSmem<C> stream;
+  alignas(16) T x[Vec<T>::size];                  // in fact B rows of staged_columns(k): see staged_smem_bytes
+};
+
+// Columns of x that a block holds at a time: all, unless B rows of k take more than 48 KiB.
+template <typename T, typename C>
+LAB_HOST_DEVICE int staged_columns(int k) {
+  constexpr int kPanel = C::U * C::kStep, kMost = 48 * 1024 / (C::B * int(sizeof(T))) / kPanel * kPanel;
+  static_assert(kMost > 0, "a panel of x fits");
+  return k < kMost ? k : kMost;
+}
+template <typename T, typename C>
+inline size_t staged_smem_bytes(int k) {
+  return sizeof(StagedSmem<T, C>) + size_t(C::B) * staged_columns<T, C>(k) * sizeof(T);
+}
+
+// B rows of x, from row b0 on, for RowStream. Through shared memory each element crosses from L2 once per block, and all
+// of them at once; a CPU's threads read x where it is.
+template <typename T, typename C>
+struct StagedRows {
+  static constexpr bool kStaged = C::L > 1;
+  StagedSmem<T, C>& shared;
+  const T* x;
+  int b0, rows, k, columns, staged = -1;          // staged: the first column of what is in shared memory
+
+  LAB_DEVICE StagedRows(const T* x_, int b0_, int rows_, int k_)
+      : shared(smem<StagedSmem<T, C>>()), x(x_), b0(b0_), rows(rows_), k(k_), columns(staged_columns<T, C>(k_)) {}
+
+  // acc += w x^T over all columns, for the present outputs of the stream. All threads call it.
+  LAB_DEVICE void multiply(RowStream<T, C>& stream, float (&acc)[C::R][C::B][C::kLanes]) {
+    for (int begin = 0; begin < k; begin += columns) {
+      if (kStaged && staged != begin) stage(begin);
+      stream.multiply(acc, begin, min(k, begin + columns), [&](int b, int col) {
+        return load_packed<C::N>(kStaged ? shared.x + b * columns + col - begin : row(b) + col);
+      });
+    }
+  }
+
+ private:
+  LAB_DEVICE const T* row(int b) const { return x + size_t(min(b0 + b, rows - 1)) * k; }
+  LAB_DEVICE void stage(int begin) {
+    __syncthreads();                              // what was there has been multiplied
+    LAB_UNROLL
+    for (int b = 0; b < C::B; ++b) {
+      for (int i = threadIdx.x * C::N; i < columns && begin + i < k; i += C::kThreads * C::N) {
+        if constexpr (C::N * sizeof(T) == 16) {
+          cp_async16(shared.x + b * columns + i, row(b) + begin + i);
+        } else {
+          shared.x[b * columns + i] = row(b)[begin + i];
+        }
+      }
+    }
+    cp_async_commit();
+    cp_async_wait<0>();
+    __syncthreads();
+    staged = begin;
+  }
+};
+
 // y[i] = sum in y's dtype: T or float32.
 template <typename T>
 LAB_DEVICE void store_as(void* y, size_t i, float sum, bool f32) {
@@ -220,7 +277,7 @@ LAB_DEVICE void store_as(void* y, size_t i, float sum, bool f32) {
   }
 }
 
-// ---- shapes of a launch ----------------------------------------------------------------------------------------------
+// ---- shapes of a launch ---------------------------------------------------------------------------------------------
 
 // Multiprocessors of the current device; on a CPU few, so that blocks get several sets of rows there too.
 inline int multiprocessors() {
@@ -240,8 +297,8 @@ inline int multiprocessors() {
 #endif
 }
 
-// Blocks for `outputs` outputs. Large matrices get few blocks of a long life: what a block does once is paid seldom, and
-// registers stay free for the blocks of the next kernel, which load their first weights while this one ends.
+// Blocks for `outputs` outputs. Large matrices get few blocks of a long life: what a block does once is paid seldom,
+// and registers stay free for the blocks of the next kernel, which load their first weights while this one ends.
 template <typename C>
 inline int stream_blocks(int outputs) {
   constexpr int kResident = C::R * C::U >= 16 ? 2 : 3;  // blocks for each multiprocessor: 64 or 48 KiB in flight

@@ -4,8 +4,8 @@
 
 namespace lab {
 
-// N elements as one load leaves them. On a GPU pairs of 16-bit elements stay in their 32-bit word until they are unpacked:
-// an array of halves would be cut into registers of its own at the load.
+// N elements as one load leaves them. On a GPU pairs of 16-bit elements stay in their 32-bit word until they are
+// unpacked: an array of halves would be cut into registers of its own at the load.
 template <typename T, int N>
 struct PackedType {
   static constexpr bool kWords = !kHost && sizeof(T) == 2 && N % 2 == 0;

@@ -26,7 +26,8 @@ def prompts(batch: int) -> dict[int, list[int]]:
     return {row: draw.choices(range(272), k=(15, 16, 17, 1, 33)[row % 5]) for row in range(batch) if row != 1}
 
 
-def decode(name, plan, backend, device, batch=1, dtype=torch.float32, sampling=GREEDY, o_bias=False, trace=None, steps=STEPS):
+def decode(name, plan, backend, device, batch=1, dtype=torch.float32, sampling=GREEDY, o_bias=False, trace=None,
+           steps=STEPS):
     """(tokens, logits) of each step, a list of [batch] and of [batch, vocab], the idle row left out."""
     weights = load(RandomSource(CONFIGS[name], seed=1), dtype, device)
     if o_bias:
@@ -64,7 +65,7 @@ def test_plans_agree(name, batch, backend, device):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("batch", [1, 9])
 def test_plans_agree_in_half_precision(batch, dtype, backend, device):
-    """Each of about 16 roundings a layer moves the residual stream by up to half an epsilon of its size, in both plans."""
+    """Each of about 16 roundings a layer moves the residual stream by up to half an epsilon of its size."""
     if batch > 1 and backend == "triton" and device == "cpu":
         pytest.skip("slow when interpreted; the ops' own cases have this batch")
     _, logits = decode("qwen3", "fused", backend, device, batch, dtype, steps=1)

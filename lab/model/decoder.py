@@ -1,8 +1,8 @@
 """The decode step of a Llama-family model: one new token for every sequence of a batch, through the dispatcher's ops.
 
-`basic_step` is the model (fused.py: the same in fewer kernels); the rest keeps its state. All buffers are allocated once,
-so on a GPU the whole step is captured as one CUDA graph and replayed: positions, context lengths and sampled ids live and
-advance on the device.
+`basic_step` is the model (fused.py: the same in fewer kernels); the rest keeps its state. All buffers are allocated
+once, so on a GPU the whole step is captured as one CUDA graph and replayed: positions, context lengths and sampled ids
+live and advance on the device.
 """
 from __future__ import annotations
 

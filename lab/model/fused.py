@@ -25,5 +25,6 @@ def fused_step(d: Decoder, sampling: Sampling) -> None:
         ops.norm_linear_argmax(*head, d.logits, d.argmax_scratch, out=d.ids)
     else:
         ops.norm_linear(*head, None, torch.float32, out=d.logits)
-        ops.sample(d.logits, d.positions, sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed, out=d.ids)
+        ops.sample(d.logits, d.positions, sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed,
+                   out=d.ids)
     d.state.add_(d.live)                                                    # positions and context_lens of live rows
