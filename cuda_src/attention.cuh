@@ -37,18 +37,24 @@ struct SplitAttention {
   static constexpr int D = D_;
   static constexpr int kRow = D + 4;              // floats of a head's sums in shared memory; the 4 spare bank conflicts
   PagedCache<T> cache;
-  int split, splits, kv_head, kv_heads, b, group;
+  int split, kv_head, kv_heads, b, group;
+  int splits, used;                               // the grid's splits, and those that a context of this length takes
   int begin, end;                                 // tokens of this split
   int stored;                                     // of these, the ones in the cache end here; at most one follows
 
-  // Split s owns tokens [begin, end) of `length`, a multiple of `unit` each. Tokens from `in_cache` on are not read
-  // from the cache: a new one is put in its place from AttentionInputs.
-  LAB_DEVICE SplitAttention(const PagedCache<T>& cache_, int group_, int length, int in_cache, int unit)
+  // Split s owns tokens [begin, end) of `length`, a multiple of `unit` each. A context of up to `alone` tokens is not
+  // split, for a merge would cost more than it saves, and no split gets less than `least`. Tokens from `in_cache` on
+  // are not read from the cache: a new one is put in its place from AttentionInputs.
+  LAB_DEVICE SplitAttention(const PagedCache<T>& cache_, int group_, int length, int in_cache, int unit, int least,
+                            int alone)
       : cache(cache_), group(group_) {
     split = blockIdx.x, splits = gridDim.x, kv_head = blockIdx.y, kv_heads = gridDim.y, b = blockIdx.z;
-    const int chunk = ((length + splits - 1) / splits + unit - 1) / unit * unit;
+    const int wanted = length <= alone ? length : max(least, (length + splits - 1) / splits);
+    const int chunk = max(unit, (wanted + unit - 1) / unit * unit);
+    used = length > 0 ? (length + chunk - 1) / chunk : 1;  // no token at all: the first block writes zeros
     begin = split * chunk, end = min(length, begin + chunk), stored = min(end, in_cache);
   }
+  LAB_DEVICE bool unused() const { return split >= used; }
   LAB_DEVICE bool owns(int token) const { return begin <= token && token < end; }
 
   LAB_DEVICE int page_of(int token) const {
@@ -61,8 +67,9 @@ struct SplitAttention {
   }
 
   // Merges the block's running softmaxes: sums [parts][group][kRow] and then maxima and weights [parts][group][2], in
-  // shared memory. With one split the result is final: out [batch, q_heads, D]. Else it goes to partial, whose part for
-  // this sequence and KV head holds the sums [splits][group][D] and then maxima and weights [splits][group][2].
+  // shared memory. If only one split is used the result is final: out [batch, q_heads, D]. Else it goes to partial,
+  // whose part for this sequence and KV head holds the sums [splits][group][D] and then maxima and weights
+  // [splits][group][2].
   template <int Parts>
   LAB_DEVICE void publish(const float* sums, T* out, float* partial) const {
     const float* stats = sums + Parts * group * kRow;
@@ -79,7 +86,7 @@ struct SplitAttention {
         add(sum, load(sums + row * kRow + d), factor);
         total = fmadd(stats[row * 2 + 1], factor, total);
       }
-      if (splits == 1) {
+      if (used == 1) {
         store_normalised(out, i, sum, total);
       } else {
         float* mine = published(partial) + size_t(split) * group * D + i;
@@ -95,22 +102,24 @@ struct SplitAttention {
   LAB_DEVICE void merge_in_last_block(T* out, float* partial, unsigned* tickets) const {
     int& last = smem<int>();
     unsigned* ticket = tickets + b * kv_heads + kv_head;
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) last = atomicAdd(ticket, 1u) == unsigned(splits - 1);
+    __syncthreads();                              // the block has stored; thread 0's fence covers what it now sees
+    if (threadIdx.x == 0) {
+      __threadfence();
+      last = atomicAdd(ticket, 1u) == unsigned(used - 1);
+      __threadfence();
+    }
     __syncthreads();
     if (!last) return;
-    __threadfence();
     __syncthreads();                              // all have read `last`, whose place is used again
-    float* stats = &smem<float>();                // [splits][group][2], then the factors that bring each to one maximum
-    float* factors = stats + splits * group * 2;
-    for (int i = threadIdx.x; i < splits * group; i += blockDim.x) {
+    float* stats = &smem<float>();                // [used][group][2], then the factors that bring each to one maximum
+    float* factors = stats + used * group * 2;
+    for (int i = threadIdx.x; i < used * group; i += blockDim.x) {
       store(stats + i * 2, load<2>(published_stats(partial) + i * 2));
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < splits * group; i += blockDim.x) {
+    for (int i = threadIdx.x; i < used * group; i += blockDim.x) {
       float top = -FLT_MAX;
-      for (int j = i % group; j < splits * group; j += group) top = fmaxf(top, stats[j * 2]);
+      for (int j = i % group; j < used * group; j += group) top = fmaxf(top, stats[j * 2]);
       factors[i] = exp2f(stats[i * 2] - top);
     }
     __syncthreads();
@@ -119,17 +128,17 @@ struct SplitAttention {
       const float* sums = published(partial) + i;
       float total = 0.f;
       Vec<float> sum{};
-      for (int s0 = 0; s0 < splits; s0 += kAhead) {
+      for (int s0 = 0; s0 < used; s0 += kAhead) {
         Vec<float, 2> low[kAhead], high[kAhead];  // a row of partial begins at a multiple of 8 bytes only
         LAB_UNROLL
         for (int s = 0; s < kAhead; ++s) {
-          if (s0 + s >= splits) continue;
+          if (s0 + s >= used) continue;
           low[s] = load<2>(sums + size_t(s0 + s) * group * D);
           high[s] = load<2>(sums + size_t(s0 + s) * group * D + 2);
         }
         LAB_UNROLL
         for (int s = 0; s < kAhead; ++s) {
-          if (s0 + s >= splits) continue;
+          if (s0 + s >= used) continue;
           const int row = (s0 + s) * group + i / D;
           add(sum, Vec<float>{{low[s].v[0], low[s].v[1], high[s].v[0], high[s].v[1]}}, factors[row]);
           total = fmadd(stats[row * 2 + 1], factors[row], total);
@@ -187,7 +196,7 @@ struct LaneAttention : SplitAttention<T, D> {
   LAB_DEVICE int query_rows() const { return group; }
 
   LAB_DEVICE LaneAttention(const PagedCache<T>& cache, int group_, int length, int in_cache)
-      : Base(cache, group_, length, in_cache, kTokens), shared(smem<Smem>()) {
+      : Base(cache, group_, length, in_cache, kTokens, kTokens, 0), shared(smem<Smem>()) {
     const int warp = threadIdx.x / 32;
     c = threadIdx.x % L;
     part = warp % kTokenWarps * kTokensPerWarp + threadIdx.x % 32 / L;
@@ -340,6 +349,8 @@ template <typename T, int D, int HeadTiles>
 struct MmaAttention : SplitAttention<T, D> {
   static constexpr int kWarps = 4, kStages = 3, kTokens = 16, kChunks = D / 8, kSteps = D / 16;
   static constexpr int kMaxThreads = kWarps * 32;
+  // A split of 128 tokens has all of them in flight at once; up to 256 are done sooner than two splits merge (H100).
+  static constexpr int kLeast = kWarps * kTokens * (kStages - 1), kAlone = 2 * kLeast;
   struct Smem {
     T k[kWarps][kStages][kTokens][D], v[kWarps][kStages][kTokens][D];
     AttentionInputs<T, D> inputs;
@@ -357,7 +368,7 @@ struct MmaAttention : SplitAttention<T, D> {
   LAB_DEVICE int query_rows() const { return HeadTiles * 8; }
 
   LAB_DEVICE MmaAttention(const PagedCache<T>& cache, int group_, int length, int in_cache)
-      : Base(cache, group_, length, in_cache, kTokens), shared(smem<Smem>()) {
+      : Base(cache, group_, length, in_cache, kTokens, kLeast, kAlone), shared(smem<Smem>()) {
     lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int tiles = end > begin ? (end - begin + kTokens - 1) / kTokens : 0;
     count = (tiles - warp + kWarps - 1) / kWarps;

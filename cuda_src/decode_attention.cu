@@ -22,6 +22,7 @@ __global__ void __launch_bounds__(A::kMaxThreads, 1)
   pdl_wait();
   const int length = context_lens[blockIdx.z];
   A attention(cache, group, length, length);
+  if (attention.unused()) return;
   attention.start();
 
   // 2. Load the query: through shared memory, for all warps; heads beyond the group are zero.
@@ -41,11 +42,11 @@ __global__ void __launch_bounds__(A::kMaxThreads, 1)
     attention.attend(t);
   }
 
-  // 5. Publish the split: merged over the block; with one split the result is final.
+  // 5. Publish the split: merged over the block; if it is the only one the result is final.
   attention.publish(out, partial);
 
   // 6. Merge in the last block: in the order of the splits.
-  if (attention.splits > 1) attention.merge_in_last_block(out, partial, tickets);
+  if (attention.used > 1) attention.merge_in_last_block(out, partial, tickets);
 }
 
 void decode_attention(Ptr q, Ptr k_cache, Ptr v_cache, Ptr block_table, Ptr context_lens, Ptr out, Ptr partial,

@@ -74,6 +74,7 @@ __global__ void __launch_bounds__(A::kMaxThreads, 1)
   constexpr int D = A::D;
   const int position = positions[blockIdx.z];     // negative: an idle row, which has no token at all
   A attention(cache, group, position + 1, position);
+  if (attention.unused()) return;
   attention.start();
   auto& inputs = attention.shared.inputs;
   const int b = attention.b, kv_head = attention.kv_head;
@@ -115,11 +116,11 @@ __global__ void __launch_bounds__(A::kMaxThreads, 1)
     attention.attend(t);
   }
 
-  // 6. Publish the split: merged over the block; with one split the result is final.
+  // 6. Publish the split: merged over the block; if it is the only one the result is final.
   attention.publish(out, partial);
 
   // 7. Merge in the last block: in the order of the splits.
-  if (attention.splits > 1) attention.merge_in_last_block(out, partial, tickets);
+  if (attention.used > 1) attention.merge_in_last_block(out, partial, tickets);
 }
 
 void rope_append_attention(Ptr q, Ptr k, Ptr v, Ptr q_norm, Ptr k_norm, float eps, Ptr positions, Ptr cos_sin,

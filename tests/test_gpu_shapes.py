@@ -1,0 +1,61 @@
+"""The CUDA kernels in the shapes of a GPU, on a CPU too: what CPU shapes leave out (tensor cores, warps that share k,
+x staged in parts, blocks with several sets of outputs, contexts that are long enough to be split)."""
+import pytest
+import torch
+
+from lab.check import check_case
+from lab.dispatch import DTYPES, select
+from lab.model.decoder import Sampling
+from lab.ops import OPS, find
+from test_fused import decode
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+CASES = [pytest.param(op, dtype, c.sizes, id=f"{op.name}-{NAMES[dtype]}-{i}")
+         for op in OPS for dtype in op.dtypes for i, c in enumerate(op.cases)]
+# Sizes that the ops' own cases leave out.
+SIZES = {"x in several parts": dict(batch=8, n=40, k=4104), "an uneven last part": dict(batch=3, n=33, k=7000),
+         "several sets of outputs per block": dict(batch=1, n=9000, k=128),
+         "wide tensor-core blocks": dict(batch=12, n=8456, k=72)}
+LONG = {"a merge of several splits": dict(q_heads=8, kv_heads=2, head_dim=128, splits=4),
+        "more splits than are used": dict(q_heads=3, kv_heads=3, head_dim=96, splits=16),
+        "two tiles of heads": dict(q_heads=12, kv_heads=1, head_dim=64, splits=3, page_size=64)}
+STREAMS = ("linear", "linear_add", "norm_linear", "norm_linear_silu_mul", "norm_linear_argmax")
+
+
+@pytest.fixture(autouse=True)
+def gpu_shapes(monkeypatch):
+    monkeypatch.setenv("LAB_HOST_SHAPES", "gpu")
+
+
+@pytest.fixture
+def check(rand, device):
+    def check(op, dtype, sizes):
+        outcome = check_case(op, getattr(select("cuda", device, {op.name: "cuda"}), op.name), rand(dtype), sizes)
+        assert outcome.error is None, outcome.error
+    return check
+
+
+@pytest.mark.parametrize("op, dtype, sizes", CASES)
+def test_meets_its_contract(op, dtype, sizes, check):
+    check(op, dtype, sizes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("why", SIZES)
+@pytest.mark.parametrize("name", STREAMS)
+def test_sizes_that_only_streams_notice(name, why, dtype, check):
+    check(find(name), dtype, SIZES[why])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("why", LONG)
+def test_long_contexts(why, dtype, check):
+    check(find("rope_append_attention"), dtype, dict(positions=(699, 255, -1, 256), qk_norm=True, **LONG[why]))
+    check(find("decode_attention"), dtype, dict(lengths=(700, 256, 0, 257), **LONG[why]))
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.8, seed=3)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("batch", [1, 9])
+def test_plans_agree(batch, sampling, device):
+    assert (decode("qwen3", "fused", "cuda", device, batch, sampling=sampling)[0]
+            == decode("qwen3", "basic", "torch", device, batch, sampling=sampling)[0])
