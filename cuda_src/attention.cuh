@@ -102,12 +102,8 @@ struct SplitAttention {
   LAB_DEVICE void merge_in_last_block(T* out, float* partial, unsigned* tickets) const {
     int& last = smem<int>();
     unsigned* ticket = tickets + b * kv_heads + kv_head;
-    __syncthreads();                              // the block has stored; thread 0's fence covers what it now sees
-    if (threadIdx.x == 0) {
-      __threadfence();
-      last = atomicAdd(ticket, 1u) == unsigned(used - 1);
-      __threadfence();
-    }
+    __syncthreads();
+    if (threadIdx.x == 0) last = take_ticket(ticket) == unsigned(used - 1);
     __syncthreads();
     if (!last) return;
     __syncthreads();                              // all have read `last`, whose place is used again
@@ -156,9 +152,10 @@ struct SplitAttention {
   }
   // Elements i to i + 4 of this group's part of out; no token at all gives zeros.
   LAB_DEVICE void store_normalised(T* out, int i, const Vec<float>& sum, float total) const {
+    const float factor = total == 0.f ? 0.f : 1.f / total;
     Vec<T, 4> v;
     LAB_UNROLL
-    for (int e = 0; e < 4; ++e) v.v[e] = from_float<T>(total == 0.f ? 0.f : sum.v[e] / total);
+    for (int e = 0; e < 4; ++e) v.v[e] = from_float<T>(sum.v[e] * factor);
     store(out + (size_t(b) * kv_heads + kv_head) * group * D + i, v);
   }
   LAB_DEVICE float* published(float* partial) const {

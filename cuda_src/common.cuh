@@ -434,6 +434,21 @@ inline void launch(const Config& config, const char* name, void (*kernel)(Params
 
 // ---- built from the above (both sides) ------------------------------------------------------------------------------
 
+// Adds 1 to *counter and returns what it was. Whatever this thread has seen before, stores of its block before a barrier
+// too, is visible to whoever takes a later ticket, after a barrier to that block. One thread of a block calls it.
+LAB_DEVICE unsigned take_ticket(unsigned* counter) {
+#ifdef __CUDACC__
+  unsigned before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+#else
+  __threadfence();
+  const unsigned before = atomicAdd(counter, 1u);
+  __threadfence();
+  return before;
+#endif
+}
+
 // Sum (or maximum) over a block of Threads threads (a multiple of 32); every thread gets it, in a fixed order.
 // scratch: Threads / 32 floats of shared memory, which may be reused by the next call. All threads must call it.
 template <int Threads>

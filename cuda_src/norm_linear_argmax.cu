@@ -71,12 +71,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
     }
   }
   unsigned* ticket = reinterpret_cast<unsigned*>(scratch + 2 * kMaxBlocks);
-  __syncthreads();                                // the block has stored; thread 0's fence covers what it now sees
-  if (threadIdx.x == 0) {
-    __threadfence();
-    shared.last = atomicAdd(ticket, 1u) == gridDim.x - 1;
-    __threadfence();
-  }
+  __syncthreads();
+  if (threadIdx.x == 0) shared.last = take_ticket(ticket) == gridDim.x - 1;
   __syncthreads();
   if (!shared.last) return;
   for (int b = threadIdx.x / 32; b < rows; b += C::kThreads / 32) {

@@ -78,6 +78,7 @@ __global__ void __launch_bounds__(A::kMaxThreads, 1)
   attention.start();
   auto& inputs = attention.shared.inputs;
   const int b = attention.b, kv_head = attention.kv_head;
+  const int new_page = attention.owns(position) ? attention.page_of(position) : 0;
   const Rotation<T, D> rotation(cos_sin + size_t(max(position, 0)) * D);
   pdl_wait();
 
@@ -94,11 +95,11 @@ __global__ void __launch_bounds__(A::kMaxThreads, 1)
   // 3. Append the new token: the last lanes of the block that owns it write it to the cache, and keep it for its tile.
   if (attention.owns(position) && threadIdx.x >= blockDim.x - 32) {
     const bool valid = rotation.live && threadIdx.x >= blockDim.x - L;
+    const int i = rotation.c * N;
+    const Vec<T> value = valid ? load(v + b * v_stride + kv_head * D + i) : Vec<T>{};
     const Vec<T> key = rotation.turn(k + b * k_stride + kv_head * D, valid, k_norm, eps);
     if (valid) {
-      const int i = rotation.c * N;
-      const Vec<T> value = load(v + b * v_stride + kv_head * D + i);
-      const size_t to = attention.place(attention.page_of(position), position) + i;
+      const size_t to = attention.place(new_page, position) + i;
       store(&inputs.new_k[i], key);
       store(&inputs.new_v[i], value);
       store(cache.k + to, key);
