@@ -39,6 +39,7 @@ __global__ void __launch_bounds__(Threads)
     if (col < cols) weight[i] = load<N>(w + col);
   }
   pdl_wait();
+  pdl_launch_dependents();
   for (int panel = 0; panel < cols; panel += kPanel) {
     LAB_UNROLL
     for (int i = 0; i < kKeep; ++i) {
@@ -68,7 +69,6 @@ __global__ void __launch_bounds__(Threads)
       for (int e = 0; e < N; ++e) squares = fmadd(to_float(v[i].v[e]), to_float(v[i].v[e]), squares);
     }
   }
-  pdl_launch_dependents();
 
   // 3. Reduce: the sum of squares in float32, over the warp and then over the block.
   const float scale = rsqrtf(block_sum<Threads>(squares, smem<RmsnormSmem>().scratch) / cols + eps);
