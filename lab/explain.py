@@ -2,6 +2,7 @@
 from pathlib import Path
 
 from lab.errors import LabError
+from lab.files import write_whole
 
 SIDE_BY_SIDE = 110          # columns; on a narrower terminal the halves stand one below the other
 
@@ -144,9 +145,10 @@ def show(op, cuda, triton, facts):
 
 def write_page(path, op, facts):
     """Writes the twins as one self-contained page."""
-    from lab.report import build, page
+    from lab.report import page
 
     try:
-        build.write_one(path, page.twin_page(op, facts).encode())
+        path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise LabError(f"cannot write {path}: {e.strerror}") from None
+    write_whole(path, page.twin_page(op, facts))

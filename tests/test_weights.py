@@ -1,5 +1,4 @@
 """Model files: what is read equals what was written, and what is broken is one clear error."""
-import json
 import random
 from dataclasses import replace
 

@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from lab.errors import LabError
+from lab.files import write_whole
 from lab.harness import records
 
 FASTER, SLOWER, SAME, AMBIGUOUS, FAILED = "faster", "slower", "same", "ambiguous", "failed"
@@ -182,4 +183,4 @@ def write_json(path, pairs, env_a, env_b):
     body = {"a": env_a.run, "b": env_b.run,
             "rows": [{"row": label(p.a), "a_us": p.a.us, "b_us": p.b.us, "change": p.change, "verdict": p.verdict}
                      for p in pairs]}
-    records.write_beside(path, json.dumps(body, indent=1) + "\n")
+    write_whole(path, json.dumps(body, indent=1) + "\n")

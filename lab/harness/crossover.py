@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 from lab.errors import LabError
-from lab.harness import compare, records
+from lab.files import write_whole
+from lab.harness import compare
 from lab.harness.shapes import preset
 
 BACKENDS = ("cuda", "triton", "torch")      # what `lab run` can dispatch to; vendors' kernels are in the torch backend
@@ -91,5 +92,5 @@ def main(args):
             times = "  ".join(f"{b} {us:.1f}" for b, us in c.us.items())
             print(f"  {c.op:<18} b{c.batch:<3} {c.context or '-':>6}  {c.winner:<7} {c.verdict:<10} {times}")
         if args.export:
-            records.write_beside(args.export, json.dumps(table(found), indent=1) + "\n")
+            write_whole(args.export, json.dumps(table(found), indent=1) + "\n")
     return 0

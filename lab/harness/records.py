@@ -385,13 +385,3 @@ class Writer:
 
     def __exit__(self, *_):
         self.close()
-
-def write_beside(path, text):
-    """Writes a file whole or not at all: beside it first, then renamed."""
-    beside = f"{path}.{os.getpid()}.part"
-    try:
-        with open(beside, "w") as f:
-            f.write(text)
-        os.replace(beside, path)
-    except OSError as e:
-        raise LabError(f"cannot write {path}: {e.strerror}") from None

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import torch
 
-from lab.dispatch import DTYPES, Rand, known
+from lab.dispatch import DTYPES, known
 from lab.errors import LabError
+from lab.files import write_whole
 from lab.harness import shapes
 
 FINALISTS = 4
@@ -261,9 +262,7 @@ def write(path, entries):
     ordered = sorted(entries, key=lambda e: (e["op"], tuple(e["shape"].values()), e["itemsize"], e["rows"]))
     text = '{"entries": [\n' + ",\n".join(json.dumps(e) for e in ordered) + "\n]}\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".json.part")
-    beside.write_text(text)
-    beside.replace(path)
+    write_whole(path, text)
 
 
 def add_arguments(parser):

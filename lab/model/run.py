@@ -5,10 +5,10 @@ import json
 import os
 import statistics
 import sys
-import tempfile
 from pathlib import Path
 
 from lab.errors import LabError
+from lab.files import write_whole
 
 
 def add_arguments(parser) -> None:
@@ -98,10 +98,11 @@ def main(args) -> int:
         for row in result.kernels:
             print(f"  {row['op']:<17} {row['backend']:<7} {row['kernel']:<40} {row['calls']:>8}", file=sys.stderr)
     if args.json:
-        write_json(args.json, {
+        record = {
             "prompt_ids": result.prompt_ids, "output_ids": result.output_ids, "text": result.text,
             "backend": backend, "overrides": overrides, "plan": args.plan, "device": device, "dtype": dtype_name,
-            "kernels": result.kernels, "prefill_ms": result.prefill_ms, "decode_ms": result.decode_ms})
+            "kernels": result.kernels, "prefill_ms": result.prefill_ms, "decode_ms": result.decode_ms}
+        write_whole(args.json, json.dumps(record, indent=1) + "\n")
     return 0
 
 
@@ -142,17 +143,3 @@ def summary(result, backend, overrides, plan, device, dtype) -> str:
             f"prompt {len(result.prompt_ids)} tokens, prefill {result.prefill_ms:.1f} ms; "
             f"{len(result.output_ids)} new tokens ({result.stopped_by}), median {median:.2f} ms a token, "
             f"{1e3 / median:.1f} tokens/s")
-
-
-def write_json(path: str, record: dict) -> None:
-    """Written beside and renamed, so that a reader never sees half a file."""
-    handle, beside = tempfile.mkstemp(dir=Path(path).absolute().parent, prefix=".lab-run-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(record, file, indent=1)
-            file.write("\n")
-        os.chmod(beside, 0o644)
-        os.replace(beside, path)
-    except BaseException:
-        os.unlink(beside)
-        raise

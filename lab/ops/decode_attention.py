@@ -77,7 +77,8 @@ def outputs(q, *args, **options):
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
-def _workspace(q, k_cache, splits):
+def new_workspace(q, k_cache, splits):
+    """For a call that brings none; a decode step brings its own, so that nothing is allocated in it."""
     return Workspace.empty(q.shape[0], q.shape[1], k_cache.shape[1], q.shape[2], splits, q.device)
 
 
@@ -96,7 +97,7 @@ def reference(q, k_cache, v_cache, block_table, context_lens, scale, splits=1, w
 
 
 def cuda(kernels, q, k_cache, v_cache, block_table, context_lens, scale, splits=1, workspace=None, out=None):
-    workspace = workspace or _workspace(q, k_cache, splits)
+    workspace = workspace or new_workspace(q, k_cache, splits)
     batch, q_heads, head_dim = q.shape
     kernels.decode_attention(
         q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), block_table.data_ptr(), context_lens.data_ptr(),
@@ -107,7 +108,7 @@ def cuda(kernels, q, k_cache, v_cache, block_table, context_lens, scale, splits=
 
 def triton(q, k_cache, v_cache, block_table, context_lens, scale, splits=1, workspace=None, out=None):
     from triton_kernels.decode_attention import decode_attention
-    workspace = workspace or _workspace(q, k_cache, splits)
+    workspace = workspace or new_workspace(q, k_cache, splits)
     decode_attention(q, k_cache, v_cache, block_table, context_lens, scale, splits, workspace.partial,
                      workspace.tickets, out)
 

@@ -59,7 +59,7 @@ def reference(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache
 
 def cuda(kernels, q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, block_table, scale, splits=1,
          workspace=None, out=None):
-    workspace = workspace or decode_attention._workspace(q, k_cache, splits)
+    workspace = workspace or decode_attention.new_workspace(q, k_cache, splits)
     batch, q_heads, head_dim = q.shape
     kernels.rope_append_attention(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), 0 if q_norm is None else q_norm.data_ptr(),
@@ -73,7 +73,7 @@ def cuda(kernels, q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_c
 def triton(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, block_table, scale, splits=1,
            workspace=None, out=None):
     from triton_kernels.rope_append_attention import rope_append_attention
-    workspace = workspace or decode_attention._workspace(q, k_cache, splits)
+    workspace = workspace or decode_attention.new_workspace(q, k_cache, splits)
     rope_append_attention(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, block_table, scale,
                           splits, workspace.partial, workspace.tickets, out)
 

@@ -1,10 +1,9 @@
 """`lab report DIR`: PNG pictures, one self-contained index.html and a README.md from the records below DIR."""
-import os
 import sys
-import tempfile
 from pathlib import Path
 
 from lab.errors import LabError
+from lab.files import write_whole
 
 DRAWN = ".drawn-by-lab-report"      # what the last report wrote into figures/, so that the next can clear it away
 
@@ -65,23 +64,10 @@ def write(out, files):
         before = set(listing.read_text().split("\n")) if listing.exists() else set()
         pictures = sorted(name for name in files if name.startswith("figures/"))
         for name, data in {**files, f"figures/{DRAWN}": "\n".join(pictures).encode()}.items():
-            write_one(out / name, data)
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            write_whole(out / name, data)
         for name in before - set(pictures):
             if name.startswith("figures/") and name.endswith(".png") and ".." not in name:
                 (out / name).unlink(missing_ok=True)
     except OSError as e:
         raise LabError(f"cannot write {e.filename or out}: {e.strerror}") from None
-
-
-def write_one(path, data):
-    """Writes bytes beside `path` and renames them into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(beside, 0o644)
-        os.replace(beside, path)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise

@@ -1,0 +1,33 @@
+"""Files are written whole or not at all."""
+import os
+
+import pytest
+
+from lab.errors import LabError
+from lab.files import write_whole
+
+
+def test_text_and_bytes_replace_what_was_there(tmp_path):
+    path = tmp_path / "a.txt"
+    for content, bytes_ in (("old", b"old"), ("n\u00e9w\n", "n\u00e9w\n".encode()), (b"\x00\xff", b"\x00\xff")):
+        write_whole(path, content)
+        assert path.read_bytes() == bytes_
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    write_whole(path, "old")
+
+    def interrupted(self, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pathlib.Path.replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(path, "new")
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_folder_that_is_not_there_is_one_line(tmp_path):
+    with pytest.raises(LabError, match="cannot write .*absent/a.txt: No such file"):
+        write_whole(tmp_path / "absent" / "a.txt", "new")
