@@ -101,8 +101,9 @@ def inputs(rand, positions, q_heads, kv_heads, head_dim, page_size=16, splits=1,
 
 def nbytes(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, block_table, scale, splits=1,
            workspace=None):
-    rest = 3 * (k.nbytes + v.nbytes) // 2 + 4 * q.shape[0] * q.shape[2] - (k.nbytes + v.nbytes) // 2   # read, append
-    return rest + decode_attention.nbytes(q, k_cache, v_cache, block_table, positions, scale)
+    """The attention over the cached tokens; the new k and v read and appended; a row of the table for each sequence."""
+    appended = 2 * (k.nbytes + v.nbytes) + cos_sin.itemsize * q.shape[0] * q.shape[2]
+    return appended + decode_attention.nbytes(q, k_cache, v_cache, block_table, positions, scale)
 
 
 def tolerance(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, block_table, scale, splits=1,
