@@ -41,14 +41,16 @@ void silu_mul(Ptr gate_up, Ptr y, int rows, int cols, int dtype, Ptr stream);
 void sample(Ptr logits, Ptr positions, Ptr out, int rows, int vocab, float temperature, int top_k, float top_p,
             uint64_t seed, Ptr stream);
 
-// The fused ops: what a step of the fused plan launches. Above 8 rows in half precision some launch several kernels.
+// The fused ops: what a step of the fused plan launches. Above 8 rows in half precision some launch several kernels, and
+// those with a norm need room for its rows: normed [rows, k] in x's dtype, else 0.
 
 // y[b, n] = sum over k of xn[b, k] * w[n, k] (+ bias[n]), xn = rmsnorm(x, norm_w).
-void norm_linear(Ptr x, Ptr norm_w, Ptr w, Ptr bias, Ptr y, int rows, int n, int k, float eps, int dtype, int out_dtype,
-                 Ptr stream);
+void norm_linear(Ptr x, Ptr norm_w, Ptr w, Ptr bias, Ptr y, Ptr normed, int rows, int n, int k, float eps, int dtype,
+                 int out_dtype, Ptr stream);
 
 // y[b, j] = silu(xn[b] . w[j]) * (xn[b] . w[n + j]), w [2 n, k].
-void norm_linear_silu_mul(Ptr x, Ptr norm_w, Ptr w, Ptr y, int rows, int n, int k, float eps, int dtype, Ptr stream);
+void norm_linear_silu_mul(Ptr x, Ptr norm_w, Ptr w, Ptr y, Ptr normed, int rows, int n, int k, float eps, int dtype,
+                          Ptr stream);
 
 // residual[b, n] += sum over k of x[b, k] * w[n, k] (+ bias[n]).
 void linear_add(Ptr x, Ptr w, Ptr bias, Ptr residual, int rows, int n, int k, int dtype, Ptr stream);
@@ -60,8 +62,8 @@ void rope_append_attention(Ptr q, Ptr k, Ptr v, Ptr q_norm, Ptr k_norm, float ep
                            int64_t q_stride, int64_t k_stride, int64_t v_stride, float scale, int dtype, Ptr stream);
 
 // out[b] = argmax over n of logits[b, n] = xn[b] . w[n]; scratch int32 [rows, 8196], zero on entry, left ready.
-void norm_linear_argmax(Ptr x, Ptr norm_w, Ptr w, Ptr logits, Ptr scratch, Ptr out, int rows, int n, int k, float eps,
-                        int dtype, Ptr stream);
+void norm_linear_argmax(Ptr x, Ptr norm_w, Ptr w, Ptr logits, Ptr scratch, Ptr normed, Ptr out, int rows, int n, int k,
+                        float eps, int dtype, Ptr stream);
 
 // Measurement, not an op: reads (mode 0), copies (1) or writes (2) `bytes` (a multiple of 16), `passes` times over.
 void stream(Ptr src, Ptr dst, int64_t bytes, int mode, int passes, int blocks, int threads, Ptr stream);

@@ -1,6 +1,7 @@
 // norm_linear: y[b, n] = sum over k of xn[b, k] * w[n, k] (+ bias[n]), xn = rmsnorm(x, norm_w)
 //
 //   x [rows, k]   norm_w [k]   w [n, k]   bias [n] (optional)   y [rows, n] in the dtype of x or float32     rows <= 64
+//   normed [rows, k]: workspace of the tensor-core path
 //   mapping   up to 8 rows, and float32: as linear; each block normalises the rows for itself, into shared memory
 //             more rows in float16 or bfloat16: rmsnorm's kernel, then linear's for tensor cores
 //   traffic   w once (the only traffic that counts), x and norm_w once per block from L2, y once
@@ -8,7 +9,6 @@
 #include "common.cuh"
 #include "launchers.h"
 #include "norm_rows.cuh"
-#include "normed_scratch.h"
 
 using namespace lab;
 
@@ -41,13 +41,13 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
   }
 }
 
-void norm_linear(Ptr x, Ptr norm_w, Ptr w, Ptr bias, Ptr y, int rows, int n, int k, float eps, int dtype, int out_dtype,
-                 Ptr stream_) {
+void norm_linear(Ptr x, Ptr norm_w, Ptr w, Ptr bias, Ptr y, Ptr normed, int rows, int n, int k, float eps, int dtype,
+                 int out_dtype, Ptr stream_) {
   if (rows == 0 || n == 0) return;
   by_dtype(dtype, [&](auto tag) {
     using T = decltype(tag);
     if (sizeof(T) == 2 && rows > 8) {
-      const Ptr normed = normed_scratch(size_t(rows) * k * sizeof(T), stream_);
+      need_normed("norm_linear", normed);
       rmsnorm(x, norm_w, 0, normed, rows, 1, k, k, k, eps, dtype, stream_);
       return linear(normed, w, bias, y, rows, n, k, dtype, out_dtype, stream_);
     }

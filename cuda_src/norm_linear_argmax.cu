@@ -3,6 +3,7 @@
 //
 //   x [rows, k]   norm_w [k]   w [n, k]   logits [rows, n] float32   ids [rows] int32     rows <= 64
 //   scratch [rows, 2 * 4096 + 4] int32: of each block the value (float32 bits) and the index of its best, then a ticket
+//   normed [rows, k]: workspace of the tensor-core path
 //   mapping   up to 8 rows, and float32: as norm_linear; a block keeps its best, the last to finish compares them
 //             more rows in float16 or bfloat16: the kernels of rmsnorm, linear and sample, one after the other
 //   traffic   w once (the only traffic that counts), logits written once
@@ -11,7 +12,6 @@
 #include "common.cuh"
 #include "launchers.h"
 #include "norm_rows.cuh"
-#include "normed_scratch.h"
 
 using namespace lab;
 
@@ -89,13 +89,13 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
   if (threadIdx.x == 0) atomicExch(ticket, 0u);   // for the next launch
 }
 
-void norm_linear_argmax(Ptr x, Ptr norm_w, Ptr w, Ptr logits, Ptr scratch, Ptr out, int rows, int n, int k, float eps,
-                        int dtype, Ptr stream_) {
+void norm_linear_argmax(Ptr x, Ptr norm_w, Ptr w, Ptr logits, Ptr scratch, Ptr normed, Ptr out, int rows, int n, int k,
+                        float eps, int dtype, Ptr stream_) {
   if (rows == 0 || n == 0) return;
   by_dtype(dtype, [&](auto tag) {
     using T = decltype(tag);
     if (sizeof(T) == 2 && rows > 8) {
-      const Ptr normed = normed_scratch(size_t(rows) * k * sizeof(T), stream_);
+      need_normed("norm_linear_argmax", normed);
       rmsnorm(x, norm_w, 0, normed, rows, 1, k, k, k, eps, dtype, stream_);
       linear(normed, w, 0, logits, rows, n, k, dtype, int(DType::f32), stream_);
       return sample(logits, 0, out, rows, n, 0.f, 0, 1.f, 0, stream_);

@@ -1,6 +1,7 @@
 // norm_linear_silu_mul: y[b, j] = silu(g) * u, g = xn[b] . w[j], u = xn[b] . w[n + j], xn = rmsnorm(x, norm_w)
 //
 //   x [rows, k]   norm_w [k]   w [2 n, k], the gate's rows first   y [rows, n]     rows <= 64
+//   normed [rows, k]: workspace of the tensor-core path
 //   silu(g) = g / (1 + exp(-g))
 //   mapping   as norm_linear; whoever sums row j of the gate sums row j of up as well
 //   traffic   w once (the only traffic that counts), x and norm_w once per block from L2, y once
@@ -9,7 +10,6 @@
 #include "launchers.h"
 #include "mma_rows.cuh"
 #include "norm_rows.cuh"
-#include "normed_scratch.h"
 
 using namespace lab;
 
@@ -67,13 +67,14 @@ __global__ void __launch_bounds__(C::kThreads)
   });
 }
 
-void norm_linear_silu_mul(Ptr x, Ptr norm_w, Ptr w, Ptr y, int rows, int n, int k, float eps, int dtype, Ptr stream_) {
+void norm_linear_silu_mul(Ptr x, Ptr norm_w, Ptr w, Ptr y, Ptr normed, int rows, int n, int k, float eps, int dtype,
+                          Ptr stream_) {
   if (rows == 0 || n == 0) return;
   by_dtype(dtype, [&](auto tag) {
     using T = decltype(tag);
     if constexpr (sizeof(T) == 2) {
       if (rows > 8) {
-        const Ptr normed = normed_scratch(size_t(rows) * k * sizeof(T), stream_);
+        need_normed("norm_linear_silu_mul", normed);
         rmsnorm(x, norm_w, 0, normed, rows, 1, k, k, k, eps, dtype, stream_);
         return by_mma_shape<T, 2>(rows, n, k, [&](auto shape) {
           using C = typename decltype(shape)::type;

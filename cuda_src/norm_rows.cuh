@@ -1,6 +1,7 @@
 // The prologue of the ops that normalise x before they multiply: each block normalises the rows again, from L2, and
 // keeps them in shared memory. That costs less than a kernel of its own, which would pass them through memory.
 #pragma once
+#include "launchers.h"
 #include "stream_rows.cuh"
 
 namespace lab {
@@ -15,6 +16,11 @@ struct alignas(16) NormSmem {
 template <typename T, typename C>
 size_t norm_smem_bytes(int k) {
   return sizeof(NormSmem<T, C>) + size_t(C::B) * k * sizeof(T);
+}
+
+// More than 8 rows of half precision pass through memory on their way to the tensor cores: the caller gives the room.
+inline void need_normed(const char* op, Ptr normed) {
+  if (!normed) throw std::invalid_argument(std::string(op) + ": more than 8 rows of half precision need `normed`");
 }
 
 // Calls f with the shape of a launch whose blocks keep the normalised rows in shared memory; see by_stream_shape.

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lab.backends import load as load_backend
+from lab.backends.cuda import DTYPE_CODES
 from lab.dispatch import Trace, select
 from lab.errors import Unavailable
 from lab.model.decoder import GREEDY, Decoder, Sampling
@@ -103,3 +104,11 @@ def test_runs_repeat_bit_for_bit(backend, device):
     first = decode("qwen3", "fused", backend, device, 3)
     second = decode("qwen3", "fused", backend, device, 3)
     assert first[0] == second[0] and torch.equal(first[1], second[1])
+
+
+def test_a_tensor_core_batch_needs_room_for_its_normed_rows():
+    host = load_backend("cuda", torch.device("cpu")).extension
+    x, w = torch.zeros(9, 8, dtype=torch.bfloat16), torch.zeros(4, 8, dtype=torch.bfloat16)
+    y, code = torch.empty(9, 4, dtype=torch.bfloat16), DTYPE_CODES[torch.bfloat16]
+    with pytest.raises(ValueError, match="norm_linear: more than 8 rows of half precision need `normed`"):
+        host.norm_linear(x.data_ptr(), x.data_ptr(), w.data_ptr(), 0, y.data_ptr(), 0, 9, 4, 8, 1e-5, code, code, 0)
