@@ -1,0 +1,179 @@
+// Split attention on CUDA cores: float32, and every dtype on a CPU.
+#pragma once
+#include "sizes.h"
+#include "split_attention.cuh"
+#include "unpack.cuh"
+
+namespace lab {
+
+constexpr int lanes_per_token(int vectors) { return vectors <= 8 ? 8 : vectors <= 16 ? 16 : 32; }
+
+// Four warps share the tokens of a tile, L lanes share a token, a lane keeps 16 bytes of it; four more warps on the
+// same tile for every four more query heads of the group. A warp serves Heads heads.
+template <typename T, int D, int Heads>
+struct LaneAttention : SplitAttention<T, D> {
+  static constexpr int N = Vec<T>::size, L = lanes_per_token(D / N);  // D / N lanes have elements: 12 of 16 for D = 96
+  static constexpr int kTokenWarps = 4, kPerLane = 4, kStages = 3, kTokensPerWarp = 32 / L;
+  static constexpr int kParts = kTokenWarps * kTokensPerWarp;         // running softmaxes of one head
+  static constexpr int kTokens = kParts * kPerLane;                   // of a tile
+  static constexpr int kMaxThreads = kTokenWarps * 32 * 4;            // for a group of 16
+  struct Smem {
+    T k[kStages][kTokens][D], v[kStages][kTokens][D];
+    AttentionInputs<T, D> inputs;
+  };
+  using Base = SplitAttention<T, D>;
+  using Base::begin, Base::end, Base::stored, Base::group;
+  Smem& shared;
+  int c, part, head0, count;                      // lane of a token, running softmax, first head of this warp, tiles
+  bool live;                                      // this lane has elements: c * N to c * N + N
+  int pages[kPerLane];                            // of the tile to copy next
+  float query[Heads][N], acc[Heads][N] = {}, maximum[Heads], weight[Heads] = {};
+
+  static int threads(int group) { return kTokenWarps * 32 * ceil_div(group, 4); }
+  LAB_DEVICE int query_rows() const { return group; }
+
+  LAB_DEVICE LaneAttention(const PagedCache<T>& cache, int group_, int length, int in_cache)
+      : Base(cache, group_, length, in_cache, kTokens, kTokens, 0), shared(smem<Smem>()) {
+    const int warp = threadIdx.x / 32;
+    c = threadIdx.x % L;
+    part = warp % kTokenWarps * kTokensPerWarp + threadIdx.x % 32 / L;
+    head0 = warp / kTokenWarps * Heads;
+    live = c * N < D;
+    count = end > begin ? (end - begin + kTokens - 1) / kTokens : 0;
+    LAB_UNROLL
+    for (int h = 0; h < Heads; ++h) maximum[h] = -FLT_MAX;
+  }
+
+  // Two tiles are in flight while one is used. A page number is looked up one tile ahead, so that no copy waits for it.
+  LAB_DEVICE void start() {
+    look_up(0);
+    for (int t = 0; t < kStages - 1; ++t) copy(t);
+  }
+  // Heads beyond the group are zero.
+  LAB_DEVICE void load_query(float scale_log2) {
+    LAB_UNROLL
+    for (int h = 0; h < Heads; ++h) {
+      const bool valid = live && head0 + h < group;
+      unpack<T>(query[h], valid ? load_packed<N>(&shared.inputs.q[head0 + h][c * N]) : Packed<T, N>{});
+      LAB_UNROLL
+      for (int e = 0; e < N; ++e) query[h][e] *= scale_log2;
+    }
+    release(-1);
+  }
+  // Waits for tile t, sends for the next to come, and puts a new token where the copies left zeros.
+  LAB_DEVICE void wait_for(int t) {
+    cp_async_wait<kStages - 2>();
+    __syncthreads();                              // tile t has landed for all, and all are done with tile t - 1
+    copy(t + kStages - 1);
+    release(t);
+    if (stored < end && t == count - 1) {
+      if (live && threadIdx.x < L) {
+        const int row = stored - begin - t * kTokens;
+        store(&shared.k[t % kStages][row][c * N], load(&shared.inputs.new_k[c * N]));
+        store(&shared.v[t % kStages][row][c * N], load(&shared.inputs.new_v[c * N]));
+      }
+      __syncthreads();
+    }
+  }
+
+  // A lane's share of each dot product, summed over the token's lanes; then the sums so far shrink to the new maximum
+  // and the tile's values join them.
+  LAB_DEVICE void attend(int t) {
+    float scores[kPerLane * Heads] = {};
+    if (live) {
+      LAB_UNROLL
+      for (int j = 0; j < kPerLane; ++j) {
+        float key[N];
+        unpack<T>(key, load_packed<N>(&shared.k[t % kStages][j * kParts + part][c * N]));
+        LAB_UNROLL
+        for (int h = 0; h < Heads; ++h) {
+          LAB_UNROLL
+          for (int e = 0; e < N; ++e) scores[j * Heads + h] = fmadd(query[h][e], key[e], scores[j * Heads + h]);
+        }
+      }
+    }
+    group_sum<L>(scores);
+    LAB_UNROLL
+    for (int h = 0; h < Heads; ++h) {
+      float top = maximum[h];
+      LAB_UNROLL
+      for (int j = 0; j < kPerLane; ++j) {
+        float& score = scores[j * Heads + h];
+        if (begin + t * kTokens + j * kParts + part >= end) score = -INFINITY;
+        top = fmaxf(top, score);
+      }
+      const float shrink = exp2f(maximum[h] - top);
+      maximum[h] = top;
+      weight[h] *= shrink;
+      LAB_UNROLL
+      for (int e = 0; e < N; ++e) acc[h][e] *= shrink;
+      LAB_UNROLL
+      for (int j = 0; j < kPerLane; ++j) {
+        float& score = scores[j * Heads + h];
+        score = exp2f(score - top);
+        weight[h] += score;
+      }
+    }
+    if (live) {
+      LAB_UNROLL
+      for (int j = 0; j < kPerLane; ++j) {
+        float value[N];
+        unpack<T>(value, load_packed<N>(&shared.v[t % kStages][j * kParts + part][c * N]));
+        LAB_UNROLL
+        for (int h = 0; h < Heads; ++h) {
+          LAB_UNROLL
+          for (int e = 0; e < N; ++e) acc[h][e] = fmadd(scores[j * Heads + h], value[e], acc[h][e]);
+        }
+      }
+    }
+  }
+
+  LAB_DEVICE void publish(T* out, float* partial) const {
+    float* sums = &smem<float>();                 // where the tiles were
+    cp_async_wait<0>();
+    __syncthreads();
+    LAB_UNROLL
+    for (int h = 0; h < Heads; ++h) {
+      if (!live || head0 + h >= group) continue;
+      const int row = part * group + head0 + h;
+      LAB_UNROLL
+      for (int e = 0; e < N; e += 4) {
+        const Vec<float> v{{acc[h][e], acc[h][e + 1], acc[h][e + 2], acc[h][e + 3]}};
+        store(sums + row * Base::kRow + c * N + e, v);
+      }
+      if (c == 0) store(sums + kParts * group * Base::kRow + row * 2, Vec<float, 2>{{maximum[h], weight[h]}});
+    }
+    __syncthreads();
+    Base::template publish<kParts>(sums, out, partial);
+  }
+
+ private:
+  // Lets the next kernel come once the block has sent for its last tile: its own loads then follow at the heels.
+  LAB_DEVICE void release(int t) const {
+    if (t + kStages >= count) pdl_launch_dependents();
+  }
+  LAB_DEVICE void look_up(int t) {
+    const int row0 = threadIdx.x / L, row_step = blockDim.x / L;
+    LAB_UNROLL
+    for (int j = 0; j < kPerLane; ++j) {
+      const int row = row0 + j * row_step, token = begin + t * kTokens + row;
+      pages[j] = row < kTokens && token < stored ? Base::page_of(token) : -1;
+    }
+  }
+  LAB_DEVICE void copy(int t) {
+    const int row0 = threadIdx.x / L, row_step = blockDim.x / L;
+    LAB_UNROLL
+    for (int j = 0; j < kPerLane; ++j) {
+      const int row = row0 + j * row_step, token = begin + t * kTokens + row;
+      if (!live || row >= kTokens) continue;
+      const bool valid = pages[j] >= 0;           // past the end: zeros
+      const size_t from = valid ? Base::place(pages[j], token) + c * N : 0;
+      cp_async16(&shared.k[t % kStages][row][c * N], Base::cache.k + from, valid);
+      cp_async16(&shared.v[t % kStages][row][c * N], Base::cache.v + from, valid);
+    }
+    cp_async_commit();
+    look_up(t + 1);
+  }
+};
+
+}  // namespace lab

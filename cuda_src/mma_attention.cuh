@@ -1,0 +1,180 @@
+// Split attention on tensor cores: float16 and bfloat16.
+#pragma once
+#include "split_attention.cuh"
+
+namespace lab {
+
+// Every warp streams tiles of 16 tokens of its own, with a cp.async ring of its own and no barrier before the end. All
+// heads of the group share a multiply: scores [heads, tokens] = Q K^T with the heads as its 16 rows; then sums
+// [D, heads] = V^T P^T with D as the rows, so that 8 heads fill its columns. HeadTiles: multiples of 8 heads. P is
+// rounded to T.
+template <typename T, int D, int HeadTiles>
+struct MmaAttention : SplitAttention<T, D> {
+  static constexpr int kWarps = 4, kStages = 3, kTokens = 16, kChunks = D / 8, kSteps = D / 16;
+  static constexpr int kMaxThreads = kWarps * 32;
+  // A split of 128 tokens has all of them in flight at once; up to 256 are done sooner than two splits merge (H100).
+  static constexpr int kLeast = kWarps * kTokens * (kStages - 1), kAlone = 2 * kLeast;
+  struct Smem {
+    T k[kWarps][kStages][kTokens][D], v[kWarps][kStages][kTokens][D];
+    AttentionInputs<T, D> inputs;
+  };
+  using Base = SplitAttention<T, D>;
+  using Base::begin, Base::end, Base::stored, Base::group;
+  Smem& shared;
+  int lane, warp, count;                          // count: this warp's tiles, which are warp, warp + kWarps, ...
+  int page;                                       // of the tile to copy next: 16 tokens share one
+  float scale;
+  uint32_t query[kSteps][4];
+  float acc[kSteps][HeadTiles][4] = {}, maximum[HeadTiles], weight[HeadTiles] = {};
+
+  static int threads(int) { return kMaxThreads; }
+  LAB_DEVICE int query_rows() const { return HeadTiles * 8; }
+
+  LAB_DEVICE MmaAttention(const PagedCache<T>& cache, int group_, int length, int in_cache)
+      : Base(cache, group_, length, in_cache, kTokens, kLeast, kAlone), shared(smem<Smem>()) {
+    lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int tiles = end > begin ? (end - begin + kTokens - 1) / kTokens : 0;
+    count = (tiles - warp + kWarps - 1) / kWarps;
+    LAB_UNROLL
+    for (int h = 0; h < HeadTiles; ++h) maximum[h] = -FLT_MAX;
+  }
+
+  LAB_DEVICE void start() {
+    look_up(0);
+    for (int t = 0; t < kStages - 1; ++t) copy(t);
+  }
+  // The queries as the multiply's left operand; rows beyond HeadTiles * 8 are zero.
+  LAB_DEVICE void load_query(float scale_log2) {
+    const int g = lane / 4, t = lane % 4;
+    scale = scale_log2;
+    LAB_UNROLL
+    for (int s = 0; s < kSteps; ++s) {
+      LAB_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int head = g + i % 2 * 8, d = s * 16 + i / 2 * 8 + 2 * t;
+        query[s][i] = i % 2 < HeadTiles ? bit_cast<uint32_t>(load<2>(&shared.inputs.q[head][d])) : 0;
+      }
+    }
+    release(-1);
+  }
+  // Waits for tile t, sends for the next to come, and puts a new token where the copies left zeros.
+  LAB_DEVICE void wait_for(int t) {
+    cp_async_wait<kStages - 2>();
+    __syncwarp();                                 // tile t has landed for all lanes, and all are done with tile t - 1
+    copy(t + kStages - 1);
+    release(t);
+    const int row = stored - token0(t);
+    if (stored < end && 0 <= row && row < kTokens) {
+      if (lane < kChunks) {
+        store(at(shared.k[warp][t % kStages], row, lane), load(&shared.inputs.new_k[lane * 8]));
+        store(at(shared.v[warp][t % kStages], row, lane), load(&shared.inputs.new_v[lane * 8]));
+      }
+      __syncwarp();
+    }
+  }
+
+  LAB_DEVICE void attend(int t) {
+    // A lane's address in four 8 x 8 tiles: tokens 0-7 and 8-15 by two neighbouring chunks of D.
+    const int row = lane / 16 * 8 + lane % 8, side = lane / 8 % 2;
+    T(*k)[D] = shared.k[warp][t % kStages];
+    T(*v)[D] = shared.v[warp][t % kStages];
+    float scores[2][4] = {};                      // tokens 0-7, 8-15: head g, tokens 2t, 2t + 1; head g + 8, the same
+    LAB_UNROLL
+    for (int s = 0; s < kSteps; ++s) {
+      uint32_t key[4];
+      ldmatrix_x4(key, at(k, row, 2 * s + side));
+      mma_m16n8k16(scores[0], query[s], {key[0], key[1]}, T{});
+      mma_m16n8k16(scores[1], query[s], {key[2], key[3]}, T{});
+    }
+    const int token = token0(t) + lane % 4 * 2;
+    uint32_t p[HeadTiles][2];
+    float shrink[HeadTiles][2];                   // of the two heads whose sums this lane holds
+    LAB_UNROLL
+    for (int h = 0; h < HeadTiles; ++h) {
+      float top = maximum[h];
+      LAB_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        float& score = scores[i / 2][2 * h + i % 2];
+        score = token + i / 2 * 8 + i % 2 < end ? score * scale : -INFINITY;
+        top = fmaxf(top, score);
+      }
+      top = group_max<4>(top);                    // the lanes that hold this head's other tokens
+      const float mine = exp2f(maximum[h] - top);
+      maximum[h] = top;
+      weight[h] *= mine;
+      LAB_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const float low = exp2f(scores[i][2 * h] - top), high = exp2f(scores[i][2 * h + 1] - top);
+        weight[h] += low + high;
+        p[h][i] = bit_cast<uint32_t>(Vec<T, 2>{{from_float<T>(low), from_float<T>(high)}});
+        shrink[h][i] = __shfl_sync(0xffffffffu, mine, lane % 4 * 8 + i * 4);
+      }
+    }
+    LAB_UNROLL
+    for (int s = 0; s < kSteps; ++s) {
+      uint32_t value[4];
+      ldmatrix_x4_trans(value, at(v, row, 2 * s + side));
+      LAB_UNROLL
+      for (int h = 0; h < HeadTiles; ++h) {
+        LAB_UNROLL
+        for (int i = 0; i < 4; ++i) acc[s][h][i] *= shrink[h][i % 2];
+        mma_m16n8k16(acc[s][h], value, p[h], T{});
+      }
+    }
+  }
+
+  LAB_DEVICE void publish(T* out, float* partial) {
+    float* sums = &smem<float>();                 // where the tiles were
+    cp_async_wait<0>();
+    __syncthreads();
+    const int g = lane / 4, t = lane % 4;
+    group_sum<4>(weight);
+    LAB_UNROLL
+    for (int h = 0; h < HeadTiles; ++h) {
+      LAB_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int head = h * 8 + 2 * t + i % 2;
+        if (head >= group) continue;
+        LAB_UNROLL
+        for (int s = 0; s < kSteps; ++s) {
+          sums[(warp * group + head) * Base::kRow + s * 16 + g + i / 2 * 8] = acc[s][h][i];
+        }
+      }
+      if (t == 0 && h * 8 + g < group) {
+        float* stat = sums + kWarps * group * Base::kRow + (warp * group + h * 8 + g) * 2;
+        store(stat, Vec<float, 2>{{maximum[h], weight[h]}});
+      }
+    }
+    __syncthreads();
+    Base::template publish<kWarps>(sums, out, partial);
+  }
+
+ private:
+  LAB_DEVICE int token0(int t) const { return begin + (warp + t * kWarps) * kTokens; }
+  // Chunk c (16 bytes) of a row, its place mixed with the row's number, so that the 8 rows that an ldmatrix reads at
+  // one time meet every bank once. D = 96: neighbouring rows are half the banks apart already.
+  LAB_DEVICE static T* at(T (*tile)[D], int row, int c) {
+    return &tile[row][(c ^ (D == 96 ? row / 2 % 4 : row % 8)) * 8];
+  }
+  LAB_DEVICE void release(int t) const {
+    if (t + kStages >= count) pdl_launch_dependents();
+  }
+  LAB_DEVICE void look_up(int t) { page = token0(t) < stored ? Base::page_of(token0(t)) : 0; }
+  LAB_DEVICE void copy(int t) {
+    if (t < count) {
+      const size_t tile = Base::place(page, token0(t));
+      LAB_UNROLL
+      for (int j = 0; j < kChunks / 2; ++j) {
+        const int item = lane + j * 32, row = item / kChunks, c = item % kChunks;
+        const bool valid = token0(t) + row < stored;  // past the end: zeros
+        const size_t from = valid ? tile + row * D + c * 8 : 0;
+        cp_async16(at(shared.k[warp][t % kStages], row, c), Base::cache.k + from, valid);
+        cp_async16(at(shared.v[warp][t % kStages], row, c), Base::cache.v + from, valid);
+      }
+    }
+    cp_async_commit();
+    look_up(t + 1);
+  }
+};
+
+}  // namespace lab

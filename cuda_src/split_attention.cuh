@@ -1,0 +1,166 @@
+// Decode attention over a paged cache, one split of one sequence and KV head per block: which tokens a block owns, and
+// how the results of splits meet. The core of decode_attention and rope_append_attention; what a block does with its
+// tokens is in lane_attention.cuh (CUDA cores) and mma_attention.cuh (tensor cores), the launch in attention.cuh.
+//
+// A block keeps the group's queries in shared memory, streams the split's K and V through a ring of tiles (cp.async),
+// and merges the running softmaxes of its parts. Scores are kept in base 2: exp(x) = exp2(x * log2(e)), and log2(e) is
+// folded into the scale.
+#pragma once
+#include <cfloat>
+
+#include "common.cuh"
+
+namespace lab {
+
+constexpr int kMaxGroup = 16;                     // query heads of one KV head
+
+// k, v [pages, kv_heads, page_size, D]; table [batch, max_pages]; a page holds 2^page_shift tokens, 16 at least.
+template <typename T>
+struct PagedCache {
+  T *k, *v;
+  const int* table;
+  int page_shift, max_pages;
+};
+
+// What a block reads before its tiles: the queries, and a new token that is not in the cache yet.
+template <typename T, int D>
+struct AttentionInputs {
+  alignas(16) T q[kMaxGroup][D];
+  T new_k[D], new_v[D];
+};
+
+// One block of the grid (splits, kv_heads, batch): which tokens are its own, and how its results meet the others'.
+template <typename T_, int D_>
+struct SplitAttention {
+  using T = T_;
+  static constexpr int D = D_;
+  static constexpr int kRow = D + 4;              // floats of a head's sums in shared memory; the 4 spare bank conflicts
+  PagedCache<T> cache;
+  int split, kv_head, kv_heads, b, group;
+  int splits, used;                               // the grid's splits, and those that a context of this length takes
+  int begin, end;                                 // tokens of this split
+  int stored;                                     // of these, the ones in the cache end here; at most one follows
+
+  // Split s owns tokens [begin, end) of `length`, a multiple of `unit` each. A context of up to `alone` tokens is not
+  // split, for a merge would cost more than it saves, and no split gets less than `least`. Tokens from `in_cache` on
+  // are not read from the cache: a new one is put in its place from AttentionInputs.
+  LAB_DEVICE SplitAttention(const PagedCache<T>& cache_, int group_, int length, int in_cache, int unit, int least,
+                            int alone)
+      : cache(cache_), group(group_) {
+    split = blockIdx.x, splits = gridDim.x, kv_head = blockIdx.y, kv_heads = gridDim.y, b = blockIdx.z;
+    const int wanted = length <= alone ? length : max(least, (length + splits - 1) / splits);
+    const int chunk = max(unit, (wanted + unit - 1) / unit * unit);
+    used = length > 0 ? (length + chunk - 1) / chunk : 1;  // no token at all: the first block writes zeros
+    begin = split * chunk, end = min(length, begin + chunk), stored = min(end, in_cache);
+  }
+  LAB_DEVICE bool unused() const { return split >= used; }
+  LAB_DEVICE bool owns(int token) const { return begin <= token && token < end; }
+
+  LAB_DEVICE int page_of(int token) const {
+    return cache.table[size_t(b) * cache.max_pages + (token >> cache.page_shift)];
+  }
+  // Where the first element of this KV head's token is, in a page.
+  LAB_DEVICE size_t place(int page, int token) const {
+    const int slot = token & ((1 << cache.page_shift) - 1);
+    return (((size_t(page) * kv_heads + kv_head) << cache.page_shift) + slot) * D;
+  }
+
+  // Merges the block's running softmaxes: sums [parts][group][kRow] and then maxima and weights [parts][group][2], in
+  // shared memory. If only one split is used the result is final: out [batch, q_heads, D]. Else it goes to partial,
+  // whose part for this sequence and KV head holds the sums [splits][group][D] and then maxima and weights
+  // [splits][group][2].
+  template <int Parts>
+  LAB_DEVICE void publish(const float* sums, T* out, float* partial) const {
+    const float* stats = sums + Parts * group * kRow;
+    for (int i = threadIdx.x * 4; i < group * D; i += blockDim.x * 4) {
+      const int h = i / D, d = i % D;
+      float top = -FLT_MAX, total = 0.f;
+      Vec<float> sum{};
+      LAB_UNROLL
+      for (int p = 0; p < Parts; ++p) top = fmaxf(top, stats[(p * group + h) * 2]);
+      LAB_UNROLL
+      for (int p = 0; p < Parts; ++p) {
+        const int row = p * group + h;
+        const float factor = exp2f(stats[row * 2] - top);
+        add(sum, load(sums + row * kRow + d), factor);
+        total = fmadd(stats[row * 2 + 1], factor, total);
+      }
+      if (used == 1) {
+        store_normalised(out, i, sum, total);
+      } else {
+        float* mine = published(partial) + size_t(split) * group * D + i;
+        store(mine, Vec<float, 2>{{sum.v[0], sum.v[1]}});
+        store(mine + 2, Vec<float, 2>{{sum.v[2], sum.v[3]}});
+        if (d == 0) store(published_stats(partial) + (split * group + h) * 2, Vec<float, 2>{{top, total}});
+      }
+    }
+  }
+
+  // Each block takes a ticket after its results are visible; whoever takes the last one sees them all, merges them in
+  // the order of the splits, so that a run repeats bit for bit, and leaves the counter at zero for the next launch.
+  LAB_DEVICE void merge_in_last_block(T* out, float* partial, unsigned* tickets) const {
+    int& last = smem<int>();
+    unsigned* ticket = tickets + b * kv_heads + kv_head;
+    __syncthreads();
+    if (threadIdx.x == 0) last = take_ticket(ticket) == unsigned(used - 1);
+    __syncthreads();
+    if (!last) return;
+    __syncthreads();                              // all have read `last`, whose place is used again
+    float* stats = &smem<float>();                // [used][group][2], then the factors that bring each to one maximum
+    float* factors = stats + used * group * 2;
+    for (int i = threadIdx.x; i < used * group; i += blockDim.x) {
+      store(stats + i * 2, load<2>(published_stats(partial) + i * 2));
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < used * group; i += blockDim.x) {
+      float top = -FLT_MAX;
+      for (int j = i % group; j < used * group; j += group) top = fmaxf(top, stats[j * 2]);
+      factors[i] = exp2f(stats[i * 2] - top);
+    }
+    __syncthreads();
+    constexpr int kAhead = 8;                     // splits whose loads are in flight together
+    for (int i = threadIdx.x * 4; i < group * D; i += blockDim.x * 4) {
+      const float* sums = published(partial) + i;
+      float total = 0.f;
+      Vec<float> sum{};
+      for (int s0 = 0; s0 < used; s0 += kAhead) {
+        Vec<float, 2> low[kAhead], high[kAhead];  // a row of partial begins at a multiple of 8 bytes only
+        LAB_UNROLL
+        for (int s = 0; s < kAhead; ++s) {
+          if (s0 + s >= used) continue;
+          low[s] = load<2>(sums + size_t(s0 + s) * group * D);
+          high[s] = load<2>(sums + size_t(s0 + s) * group * D + 2);
+        }
+        LAB_UNROLL
+        for (int s = 0; s < kAhead; ++s) {
+          if (s0 + s >= used) continue;
+          const int row = (s0 + s) * group + i / D;
+          add(sum, Vec<float>{{low[s].v[0], low[s].v[1], high[s].v[0], high[s].v[1]}}, factors[row]);
+          total = fmadd(stats[row * 2 + 1], factors[row], total);
+        }
+      }
+      store_normalised(out, i, sum, total);
+    }
+    if (threadIdx.x == 0) atomicExch(ticket, 0u);
+  }
+
+ private:
+  LAB_DEVICE static void add(Vec<float>& sum, const Vec<float>& v, float factor) {
+    LAB_UNROLL
+    for (int e = 0; e < 4; ++e) sum.v[e] = fmadd(v.v[e], factor, sum.v[e]);
+  }
+  // Elements i to i + 4 of this group's part of out; no token at all gives zeros.
+  LAB_DEVICE void store_normalised(T* out, int i, const Vec<float>& sum, float total) const {
+    const float factor = total == 0.f ? 0.f : 1.f / total;
+    Vec<T, 4> v;
+    LAB_UNROLL
+    for (int e = 0; e < 4; ++e) v.v[e] = from_float<T>(sum.v[e] * factor);
+    store(out + (size_t(b) * kv_heads + kv_head) * group * D + i, v);
+  }
+  LAB_DEVICE float* published(float* partial) const {
+    return partial + (size_t(b) * kv_heads + kv_head) * splits * group * (D + 2);
+  }
+  LAB_DEVICE float* published_stats(float* partial) const { return published(partial) + size_t(splits) * group * D; }
+};
+
+}  // namespace lab
