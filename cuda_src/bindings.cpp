@@ -6,8 +6,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
+
 #include "ladder/launchers.h"
 #include "launchers.h"
+#include "settings.h"
 #include "trace.h"
 
 namespace lab {
@@ -35,6 +38,25 @@ static py::list take_launches() {
   return rows;
 }
 
+using Named = std::map<std::string, int>;
+
+// op, bytes of an element, rows, shape, settings by name
+static void set_settings(const std::vector<std::tuple<std::string, int, int, lab::settings::Shape, Named>>& entries) {
+  decltype(lab::settings::measured) table;
+  for (const auto& [op, itemsize, rows, shape, values] : entries) {
+    table[{op, itemsize, shape}][rows] = lab::settings::parse(values);
+  }
+  std::lock_guard<std::mutex> lock(lab::settings::mutex);
+  lab::settings::measured.swap(table);
+}
+
+static void force_settings(const std::string& op, const std::optional<Named>& values) {
+  const lab::Settings parsed = values ? lab::settings::parse(*values) : lab::Settings{};
+  std::lock_guard<std::mutex> lock(lab::settings::mutex);
+  lab::settings::forced.erase(op);
+  if (values) lab::settings::forced[op] = parsed;
+}
+
 PYBIND11_MODULE(LAB_MODULE, m) {
   const auto op = [&](const char* name, auto* launcher) {
     m.def(name, launcher, py::call_guard<py::gil_scoped_release>());
@@ -57,6 +79,10 @@ PYBIND11_MODULE(LAB_MODULE, m) {
   op("rmsnorm_ladder", &rmsnorm_ladder);
   op("decode_attention_ladder", &decode_attention_ladder);
 
+  m.def("set_settings", &set_settings,
+        "The launch settings to take from now on: a list of (op, bytes of an element, rows, shape, settings by name).");
+  m.def("force_settings", &force_settings,
+        "Every launch of an op takes these settings, {} those by rule; None ends that. For the tuner.");
   m.def("set_trace", &lab::set_trace, "Starts or stops recording the names of launched kernels.");
   m.def("take_trace", &lab::take_trace, "The names of the kernels launched since the last call, oldest first.");
   m.def("record_launches", &lab::record_launches,

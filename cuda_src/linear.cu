@@ -64,22 +64,23 @@ void linear(Ptr x, Ptr w, Ptr bias, Ptr y, int rows, int n, int k, int dtype, in
   if (rows == 0 || n == 0) return;
   by_dtype(dtype, [&](auto tag) {
     using T = decltype(tag);
+    const Settings tuned = settings::find("linear", sizeof(T), rows, n, k);
     const auto start = [&](const char* name, unsigned blocks, unsigned threads, size_t smem_bytes, auto kernel) {
       launch({dim3(blocks), dim3(threads), smem_bytes, stream_, true}, name, kernel, as<const T>(x), as<const T>(w),
              as<const T>(bias), as<void>(y), rows, n, k, out_dtype == int(DType::f32));
     };
     if constexpr (sizeof(T) == 2) {
       if (rows > 8) {
-        return by_mma_shape<T, 1>(rows, n, k, [&](auto shape) {
+        return by_mma_shape<T, 1>(rows, n, k, tuned, [&](auto shape) {
           using C = typename decltype(shape)::type;
           start("linear_mma_kernel", ceil_div(n, C::kOutputs), C::kThreads, sizeof(MmaSmem<T, C>),
                 linear_mma_kernel<T, C>);
         });
       }
     }
-    by_stream_shape<T, 1, 8>(rows, n, k, rows, [&](auto shape) {
+    by_stream_shape<T, 1, 8>(rows, n, k, rows, tuned, [&](auto shape) {
       using C = typename decltype(shape)::type;
-      start("linear_stream_kernel", stream_blocks<C>(n), C::kThreads, staged_smem_bytes<T, C>(k),
+      start("linear_stream_kernel", stream_blocks<C>(n, tuned), C::kThreads, staged_smem_bytes<T, C>(k),
             linear_stream_kernel<T, C>);
     });
   });

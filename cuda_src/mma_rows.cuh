@@ -6,6 +6,7 @@
 // row of x with a row of w, or with Parts rows of w that lie n rows apart (gate and up).
 #pragma once
 #include "common.cuh"
+#include "settings.h"
 #include "sizes.h"
 
 namespace lab {
@@ -176,15 +177,19 @@ struct MmaShape {
   using type = C;
 };
 template <typename T, int Parts, typename F>
-inline void by_mma_shape(int rows, int n, int k, F&& f) {
+inline void by_mma_shape(int rows, int n, int k, const Settings& tuned, F&& f) {
   // More rows of w per block read x less often from L2; fewer give more blocks. Shared memory: 72, 64, 96, 144, 96 KiB.
   const bool aligned = k % Vec<T>::size == 0;
-  if (rows <= 16 && aligned && n * Parts >= 32 * 2 * 132) return f(MmaShape<Mma<2, 2, 4, 3, true, Parts>>{});
-  if (rows <= 16 && aligned) return f(MmaShape<Mma<1, 2, 4, 4, true, Parts>>{});
-  if (rows <= 32 && aligned) return f(MmaShape<Mma<2, 4, 4, 3, true, Parts>>{});
   if (!aligned) return f(MmaShape<Mma<2, 8, 4, 3, false, Parts>>{});
-  if (n * Parts < 64 * 2 * 132) return f(MmaShape<Mma<2, 8, 4, 3, true, Parts>>{});
-  f(MmaShape<Mma<4, 8, 2, 3, true, Parts>>{});
+  if (rows <= 16) {
+    const int tiles = tuned.tiles ? tuned.tiles : n * Parts >= 32 * 2 * 132 ? 2 : 1;
+    if (tiles == 1) return f(MmaShape<Mma<1, 2, 4, 4, true, Parts>>{});
+    return f(MmaShape<Mma<2, 2, 4, 3, true, Parts>>{});
+  }
+  if (rows <= 32) return f(MmaShape<Mma<2, 4, 4, 3, true, Parts>>{});
+  const int tiles = tuned.tiles ? tuned.tiles : n * Parts >= 64 * 2 * 132 ? 4 : 2;
+  if (tiles == 4) return f(MmaShape<Mma<4, 8, 2, 3, true, Parts>>{});
+  f(MmaShape<Mma<2, 8, 4, 3, true, Parts>>{});
 }
 
 }  // namespace lab

@@ -46,14 +46,15 @@ void norm_linear(Ptr x, Ptr norm_w, Ptr w, Ptr bias, Ptr y, Ptr normed, int rows
   if (rows == 0 || n == 0) return;
   by_dtype(dtype, [&](auto tag) {
     using T = decltype(tag);
+    const Settings tuned = settings::find("norm_linear", sizeof(T), rows, n, k);
     if (sizeof(T) == 2 && rows > 8) {
       need_normed("norm_linear", normed);
       rmsnorm(x, norm_w, 0, normed, rows, 1, k, k, k, eps, dtype, stream_);
       return linear(normed, w, bias, y, rows, n, k, dtype, out_dtype, stream_);
     }
-    by_normed_shape<T, 1>(rows, n, k, [&](auto shape) {
+    by_normed_shape<T, 1>(rows, n, k, tuned, [&](auto shape) {
       using C = typename decltype(shape)::type;
-      launch({dim3(stream_blocks<C>(n)), dim3(C::kThreads), norm_smem_bytes<T, C>(k), stream_, true},
+      launch({dim3(stream_blocks<C>(n, tuned)), dim3(C::kThreads), norm_smem_bytes<T, C>(k), stream_, true},
              "norm_linear_kernel", norm_linear_kernel<T, C>, as<const T>(x), as<const T>(norm_w), as<const T>(w),
              as<const T>(bias), as<void>(y), rows, n, k, eps, out_dtype == int(DType::f32));
     });

@@ -94,15 +94,16 @@ void norm_linear_argmax(Ptr x, Ptr norm_w, Ptr w, Ptr logits, Ptr scratch, Ptr n
   if (rows == 0 || n == 0) return;
   by_dtype(dtype, [&](auto tag) {
     using T = decltype(tag);
+    const Settings tuned = settings::find("norm_linear_argmax", sizeof(T), rows, n, k);
     if (sizeof(T) == 2 && rows > 8) {
       need_normed("norm_linear_argmax", normed);
       rmsnorm(x, norm_w, 0, normed, rows, 1, k, k, k, eps, dtype, stream_);
       linear(normed, w, 0, logits, rows, n, k, dtype, int(DType::f32), stream_);
       return sample(logits, 0, out, rows, n, 0.f, 0, 1.f, 0, stream_);
     }
-    by_normed_shape<T, 1>(rows, n, k, [&](auto shape) {
+    by_normed_shape<T, 1>(rows, n, k, tuned, [&](auto shape) {
       using C = typename decltype(shape)::type;
-      const int all = stream_blocks<C>(n), blocks = all < kMaxBlocks ? all : kMaxBlocks;
+      const int all = stream_blocks<C>(n, tuned), blocks = all < kMaxBlocks ? all : kMaxBlocks;
       const size_t bytes = sizeof(ArgmaxSmem<T, C>) + size_t(C::B) * k * sizeof(T);
       launch({dim3(blocks), dim3(C::kThreads), bytes, stream_, true}, "norm_linear_argmax_kernel",
              norm_linear_argmax_kernel<T, C>, as<const T>(x), as<const T>(norm_w), as<const T>(w), as<float>(logits),

@@ -72,11 +72,12 @@ void norm_linear_silu_mul(Ptr x, Ptr norm_w, Ptr w, Ptr y, Ptr normed, int rows,
   if (rows == 0 || n == 0) return;
   by_dtype(dtype, [&](auto tag) {
     using T = decltype(tag);
+    const Settings tuned = settings::find("norm_linear_silu_mul", sizeof(T), rows, n, k);
     if constexpr (sizeof(T) == 2) {
       if (rows > 8) {
         need_normed("norm_linear_silu_mul", normed);
         rmsnorm(x, norm_w, 0, normed, rows, 1, k, k, k, eps, dtype, stream_);
-        return by_mma_shape<T, 2>(rows, n, k, [&](auto shape) {
+        return by_mma_shape<T, 2>(rows, n, k, tuned, [&](auto shape) {
           using C = typename decltype(shape)::type;
           launch({dim3(ceil_div(n, C::kOutputs)), dim3(C::kThreads), sizeof(MmaSmem<T, C>), stream_, true},
                  "norm_linear_silu_mul_mma_kernel", norm_linear_silu_mul_mma_kernel<T, C>, as<const T>(normed),
@@ -84,9 +85,9 @@ void norm_linear_silu_mul(Ptr x, Ptr norm_w, Ptr w, Ptr y, Ptr normed, int rows,
         });
       }
     }
-    by_normed_shape<T, 2>(rows, n, k, [&](auto shape) {
+    by_normed_shape<T, 2>(rows, n, k, tuned, [&](auto shape) {
       using C = typename decltype(shape)::type;
-      launch({dim3(stream_blocks<C>(n)), dim3(C::kThreads), norm_smem_bytes<T, C>(k), stream_, true},
+      launch({dim3(stream_blocks<C>(n, tuned)), dim3(C::kThreads), norm_smem_bytes<T, C>(k), stream_, true},
              "norm_linear_silu_mul_stream_kernel", norm_linear_silu_mul_stream_kernel<T, C>, as<const T>(x),
              as<const T>(norm_w), as<const T>(w), as<T>(y), rows, n, k, eps);
     });

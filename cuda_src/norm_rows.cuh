@@ -25,11 +25,11 @@ inline void need_normed(const char* op, Ptr normed) {
 
 // Calls f with the shape of a launch whose blocks keep the normalised rows in shared memory; see by_stream_shape.
 template <typename T, int Parts, typename F>
-inline void by_normed_shape(int rows, int outputs, int k, F&& f) {
+inline void by_normed_shape(int rows, int outputs, int k, const Settings& tuned, F&& f) {
   constexpr int kLimit = 64 * 1024;               // a third of a multiprocessor's, so that blocks share it
   const int64_t row = int64_t(k) * sizeof(T);
   const int batch = 8 * row <= kLimit ? 8 : 4 * row <= kLimit ? 4 : 2 * row <= kLimit ? 2 : 1;
-  by_stream_shape<T, Parts, 32>(rows, outputs, k, batch, f);
+  by_stream_shape<T, Parts, 32>(rows, outputs, k, batch, tuned, f);
 }
 
 template <typename T, typename C>

@@ -7,6 +7,7 @@
 #include <atomic>
 
 #include "common.cuh"
+#include "settings.h"
 #include "sizes.h"
 #include "unpack.cuh"
 
@@ -300,9 +301,11 @@ inline int multiprocessors() {
 // Blocks for `outputs` outputs. Large matrices get few blocks of a long life: what a block does once is paid seldom,
 // and registers stay free for the blocks of the next kernel, which load their first weights while this one ends.
 template <typename C>
-inline int stream_blocks(int outputs) {
+inline int stream_blocks(int outputs, const Settings& tuned) {
   constexpr int kResident = C::R * C::U >= 16 ? 2 : 3;  // blocks for each multiprocessor: 64 or 48 KiB in flight
-  const int all = ceil_div(outputs, C::kOutputsPerBlock), few = kResident * multiprocessors();
+  const int all = ceil_div(outputs, C::kOutputsPerBlock);
+  if (tuned.resident) return all < tuned.resident * multiprocessors() ? all : tuned.resident * multiprocessors();
+  const int few = kResident * multiprocessors();
   return all < 2 * few ? all : few;
 }
 
@@ -313,7 +316,7 @@ struct StreamShape {
   using type = C;
 };
 template <typename T, int Parts, int HostThreads, typename F>
-inline void by_stream_shape(int rows, int outputs, int k, int max_batch, F&& f) {
+inline void by_stream_shape(int rows, int outputs, int k, int max_batch, const Settings& tuned, F&& f) {
   const int batch = rows < max_batch ? rows : max_batch;
   by_width<T>([&](auto width) {
     constexpr int N = decltype(width)::value;
@@ -324,8 +327,9 @@ inline void by_stream_shape(int rows, int outputs, int k, int max_batch, F&& f) 
       }
       if constexpr (N > 1) {                      // too few rows to fill the device: 2 or 4 warps share each
         const int warps = ceil_div(outputs * Parts, 4), enough = 6 * multiprocessors();
-        if (2 * warps < enough) return f(StreamShape<Stream<N, B, 4, 32, 4, U, 128, Parts>>{});
-        if (warps < enough) return f(StreamShape<Stream<N, B, 4, 32, 2, U, 128, Parts>>{});
+        const int share = tuned.share ? tuned.share : 2 * warps < enough ? 4 : warps < enough ? 2 : 1;
+        if (share == 4) return f(StreamShape<Stream<N, B, 4, 32, 4, U, 128, Parts>>{});
+        if (share == 2) return f(StreamShape<Stream<N, B, 4, 32, 2, U, 128, Parts>>{});
       }
       f(StreamShape<Stream<N, B, 4, 32, 1, U, 128, Parts>>{});
     };

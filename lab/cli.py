@@ -20,7 +20,7 @@ VERBS = {       # verb: (room, what it does)
     "bench": ("lab.harness.bench", "measure ops, models or a token's ledger into records"),
     "ledger": ("lab.harness.ledger", "one token, kernel by kernel"),
     "compare": ("lab.harness.compare", "did rows of run B get slower than those of run A?"),
-    "tune": ("lab.harness.tune", "find the fastest Triton launch settings on this GPU, shape by shape"),
+    "tune": ("lab.harness.tune", "find the fastest launch settings of both halves on this GPU, shape by shape"),
     "report": ("lab.report.build", "draw records: pictures, a web page, a summary"),
     "inspect": ("lab.inspect.command", "what the compilers made of both halves: registers, occupancy, code; no GPU needed"),
     "explain": ("lab.explain", "the CUDA and the Triton half of an op side by side, step by step"),

@@ -8,10 +8,11 @@ import types
 import pytest
 import torch
 
-from lab import cli
+from lab import cli, tuned
 from lab.dispatch import Rand
 from lab.errors import LabError
 from lab.harness import ops_bench, shapes, tune
+from lab.harness.spaces import SPACES, candidates
 from lab.ops import linear, norm_linear
 from triton_kernels import settings
 from triton_kernels.common import recording
@@ -62,10 +63,10 @@ def test_a_wrong_result_never_wins():
     assert winner == dict(i=2) and race.checked == [0, 1, 2] and [why for _, why in dropped] == ["wrong: zeros"] * 2
 
 
-def test_settings_by_hand_stay_unless_beaten_by_more_than_noise():
+def test_settings_by_hand_stay_unless_beaten_by_more_than_noise(tmp_path):
     race = FakeRace({tune.BY_HAND: 9.0, 0: 8.95})
     assert tune.tune_point(race, chosen(1), [GOOD])[0] is None
-    entry = tune.entry_of(POINT, 2, None, {tune.BY_HAND: 9.0, 0: 8.95}, 1, "a GPU", "3.7")
+    entry = tune.Table(tmp_path / "t.json", "a GPU", "3.7").add(POINT, 2, None, {tune.BY_HAND: 9.0, 0: 8.95})
     assert entry["settings"] == {} and entry["us"] == entry["us_by_hand"] == 9.0
 
 
@@ -79,12 +80,13 @@ def future(usage=None):
 def test_points_are_tuned_in_order_until_the_budget_is_spent():
     kept = []
     points = [shapes.Point("norm_linear", None, rows, None, POINT.shape) for rows in (1, 4, 16)]
-    jobs = [(p, chosen(2), [future(GOOD), future(GOOD)]) for p in points[:2]] + [(points[2], chosen(1), [future()])]
+    jobs = [("triton", p, chosen(2), [future(GOOD), future(GOOD)]) for p in points[:2]]
+    jobs += [("triton", points[2], chosen(1), [future()])]
 
-    def keep(point, winner, times, dropped):
+    def keep(backend, point, winner, times, dropped):
         kept.append((point.batch, winner))
 
-    def race(point):
+    def race(backend, point):
         return FakeRace({tune.BY_HAND: 9.0, 0: 5.0, 1: float(point.batch)})
 
     assert tune.tune(jobs, race, keep, time.monotonic() + 0.3) == 2         # the third never finishes to compile
@@ -96,7 +98,7 @@ def test_a_compiler_that_dies_is_an_error():
     broken = concurrent.futures.Future()
     broken.set_exception(concurrent.futures.process.BrokenProcessPool())
     with pytest.raises(LabError, match="a compiler process died over norm_linear"):
-        tune.tune([(POINT, chosen(1), [broken])], FakeRace, None, time.monotonic() + 5)
+        tune.tune([("triton", POINT, chosen(1), [broken])], FakeRace, None, time.monotonic() + 5)
 
 
 @pytest.mark.parametrize("op, right", [
@@ -106,16 +108,34 @@ def test_a_race_sees_what_is_wrong(op, right):
     """Here on the interpreter. Whole rows in tiles that are too narrow for them lose their tail."""
     rig = ops_bench.make_rig(ops_bench.load_backends(["triton"], "cpu", True)[0], "cpu", None)
     point = next(p for p in shapes.points(("smollm2-135m",), (2,), (1024,), [op]))
-    race = tune.Race(rig, point, "fp32")
+    race = tune.Race(rig, "triton", point, "fp32")
     race.bound.sets[0][0].fill_(torch.nan)                          # what the races leave behind is not what is checked
     assert race.error(right) is None and race.error(None) is None
     if op == "norm_linear":
         assert "elements are off" in race.error(dict(right, BLOCK_K=512))
 
 
-def entry(rows, chosen, shape=None):
-    return tune.entry_of(shapes.Point("norm_linear", "qkv", rows, None, shape or {"n": 3072, "k": 2048}), 2, chosen,
-                         {tune.BY_HAND: 2.0, 0: 1.0}, 1, "a GPU", "3.7")
+@pytest.mark.parametrize("op", list(SPACES["cuda"]))
+@pytest.mark.parametrize("rows", [2, 16, 64])
+def test_every_candidate_of_cuda_is_right(op, rows, monkeypatch):
+    """Here in the host build, which takes the GPU's shapes; Mma's tiles and how the blocks walk differ."""
+    monkeypatch.setenv("LAB_HOST_SHAPES", "gpu")
+    rig = ops_bench.make_rig(ops_bench.load_backends(["cuda"], "cpu", True)[0], "cpu", None)
+    point = shapes.Point(op, None, rows, None, {"n": 83 if op == "norm_linear_argmax" else 200, "k": 72}, ("made up",))
+    race = tune.Race(rig, "cuda", point, "bf16")
+    for settings in candidates("cuda", op, rows, 2, point.shape, 40) + [dict(resident=1)]:
+        assert race.error(settings) is None, settings
+
+
+def new_table(path, entries):
+    """entries: (rows, settings, shape) of norm_linear, on an imaginary GPU."""
+    table = tune.Table(path, "a GPU", "3.7")
+    for rows, won, shape in entries:
+        point = shapes.Point("norm_linear", "qkv", rows, None, shape)
+        table.add(point, 2, won, {tune.BY_HAND: 2.0, 0: 1.0})
+
+
+QKV = {"n": 3072, "k": 2048}
 
 
 def launched(rows, n=3072, k=2048):
@@ -128,9 +148,9 @@ def launched(rows, n=3072, k=2048):
 def test_launches_read_the_table(tmp_path, monkeypatch):
     by_hand = launched(1)
     won = dict(path="sum", BLOCK_N=8, BLOCK_K=2048, num_warps=8, per_multiprocessor=2)
-    tune.write(tmp_path / "tuned" / "sm_90.json", [
-        entry(2, won), entry(16, dict(won, path="dot", STAGES=3, BLOCK_K=64)), entry(1, {}, {"n": 960, "k": 576})])
-    monkeypatch.setattr(settings, "TUNED", tmp_path / "tuned")
+    new_table(tmp_path / "sm_90.json", [(2, won, QKV), (16, dict(won, path="dot", STAGES=3, BLOCK_K=64), QKV),
+                                        (1, {}, {"n": 960, "k": 576})])
+    monkeypatch.setitem(tuned.FOLDERS, "triton", tmp_path)
     settings.forget()
     try:
         assert by_hand["BLOCK_N"] != 8
@@ -147,33 +167,66 @@ def test_launches_read_the_table(tmp_path, monkeypatch):
         settings.forget()
 
 
+def test_cuda_launches_read_the_table(tmp_path, monkeypatch):
+    """The host build records what it would launch on a GPU of 132 multiprocessors."""
+    from lab.backends import cuda, load
+    backend = load("cuda", torch.device("cpu"))
+    monkeypatch.setenv("LAB_HOST_SHAPES", "gpu")
+    monkeypatch.setitem(tuned.FOLDERS, "cuda", tmp_path)
+    new_table(tuned.path_of("cuda", "sm_90"), [(1, dict(share=4, resident=1), QKV), (8, dict(share=1, resident=64), QKV)])
+
+    def grid(rows):
+        x, w = torch.empty(rows, 2048, dtype=torch.float16), torch.empty(3072, 2048, dtype=torch.float16)
+        backend.extension.record_launches(132)
+        try:
+            norm_linear.cuda(backend.kernels, x, w[0], 1e-5, w, out=torch.empty(rows, 3072, dtype=torch.float16))
+            return backend.extension.take_launches()[-1]["grid"][0]
+        finally:
+            backend.extension.record_launches(0)
+
+    by_rule = grid(1)
+    backend.extension.set_settings(cuda.measured_settings("sm_90"))
+    try:
+        assert by_rule == 384 and grid(1) == 132 and grid(2) == grid(8) == 192
+        with backend.forced("norm_linear", {}):
+            assert grid(1) == by_rule
+    finally:
+        backend.forget()
+    assert grid(1) == by_rule
+    with pytest.raises(ValueError, match="no launch setting is called warps"):
+        backend.extension.force_settings("norm_linear", {"warps": 4})
+
+
 def test_the_table_is_written_so_that_it_can_be_read(tmp_path):
     path = tmp_path / "sm_90.json"
-    tune.write(path, [entry(16, dict(BLOCK_N=1)), entry(1, dict(BLOCK_N=2))])
-    assert [e["rows"] for e in settings.read_tuned(path)["entries"]] == [1, 16]
+    new_table(path, [(16, dict(BLOCK_N=1), QKV), (1, dict(BLOCK_N=2), QKV)])
+    assert [e["rows"] for e in tuned.read(path)] == [1, 16]
     assert len(path.read_text().splitlines()) == 4 and list(tmp_path.iterdir()) == [path]
     for bad in ("{", "[]", json.dumps({"entries": [{"op": "linear"}]})):
         path.write_text(bad)
         with pytest.raises(LabError, match="is no table of `lab tune`"):
-            settings.read_tuned(path)
+            tuned.read(path)
 
 
-POINTS = shapes.points(("smollm2-135m", "llama-3.1-8b"), (1, 4, 64), (1024,), list(tune.SPACES))
+POINTS = shapes.points(("smollm2-135m", "llama-3.1-8b"), (1, 4, 64), (1024,), list(SPACES["triton"]))
 
 
 @pytest.mark.parametrize("point", POINTS,
                          ids=lambda p: f"{p.op}-{p.batch}-{'-'.join(map(str, tune.key_shape(p).values()))}")
 def test_every_shape_has_candidates_and_no_more_than_asked(point):
-    found = tune.candidates(point.op, point.batch, 2, tune.key_shape(point), 30)
-    assert 10 <= len(found) <= 30 and found == tune.candidates(point.op, point.batch, 2, tune.key_shape(point), 30)
+    found = candidates("triton", point.op, point.batch, 2, tune.key_shape(point), 30)
+    assert 10 <= len(found) <= 30 and found == candidates("triton", point.op, point.batch, 2, tune.key_shape(point), 30)
     assert len({json.dumps(c) for c in found}) == len(found)
+    of_cuda = candidates("cuda", point.op, point.batch, 2, tune.key_shape(point), 30)
+    assert len(of_cuda) == len({json.dumps(c) for c in of_cuda}) and (len(of_cuda) > 1) == (
+        point.op in SPACES["cuda"] and (point.batch <= 8 or point.op in ("linear", "linear_add", "norm_linear_silu_mul")))
 
 
 @pytest.mark.parametrize("op, batch", [("norm_linear", 1), ("linear_add", 4), ("norm_linear_silu_mul", 16),
                                        ("linear", 1), ("rope_append_attention", 1)])
 def test_a_candidate_compiles_without_a_gpu(op, batch):
     point = next(p for p in shapes.points(("llama-3.2-1b",), (batch,), (1024,), [op]))
-    found = tune.candidates(op, batch, 2, tune.key_shape(point), 2)
+    found = candidates("triton", op, batch, 2, tune.key_shape(point), 2)
     usage = tune.compile_candidate(point, "bf16", "sm_90", 132, found[0])
     assert usage.get("error") is None and usage["regs"] > 16
     assert "error" in tune.compile_candidate(point, "bf16", "sm_90", 132, dict(found[0], num_warps=3))
@@ -207,13 +260,13 @@ def test_a_whole_run_with_a_made_up_gpu_and_clock(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(race, "times", lambda entrants, seconds: {l: race.rounds[0][l] for l in entrants})
     monkeypatch.setattr(tune, "Race", lambda *_: race)
     monkeypatch.setattr(tune, "WORKERS", 1)
-    out = tmp_path / "tuned" / "sm_90.json"
-    command = ["tune", "linear_add", "--model", "smollm2-135m", "--batch", "1", "--tries", "2", "--out", str(out)]
+    out = tmp_path / "tuned"
+    command = ["tune", "linear_add", "--backend", "triton", "--model", "smollm2-135m", "--batch", "1", "--tries", "2", "--out", str(out)]
     assert cli.main(command) == 0
-    entries = settings.read_tuned(out)["entries"]
+    entries = tuned.read(out / "triton/sm_90.json")
     assert [(e["shape"], e["us"], e["us_by_hand"], e["tried"], e["gpu"]) for e in entries] == [
         ({"n": 576, "k": k}, 5.0, 9.0, 2, "Card") for k in (576, 1536)]
-    assert entries[0]["settings"] == tune.candidates("linear_add", 1, 2, {"n": 576, "k": 576}, 2)[0]
+    assert entries[0]["settings"] == candidates("triton", "linear_add", 1, 2, {"n": 576, "k": 576}, 2)[0]
     assert "linear_add o batch 1 n=576 k=576: 5.0 us (by hand 9.0): path=sum" in capsys.readouterr().out
     assert cli.main(command) == 0
     assert "0 shapes tuned" in capsys.readouterr().out              # the table has them
@@ -222,12 +275,13 @@ def test_a_whole_run_with_a_made_up_gpu_and_clock(tmp_path, monkeypatch, capsys)
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: settings are chosen by time")
 def test_a_small_run(tmp_path, capsys):
-    out = tmp_path / "table.json"
+    out = tmp_path / "tuned"
     command = ["tune", "linear_add", "--model", "smollm2-135m", "--batch", "1", "--tries", "4",
                "--budget-seconds", "120", "--out", str(out)]
     assert cli.main(command) == 0
-    entries = settings.read_tuned(out)["entries"]
-    assert len(entries) == 2 and all(e["us"] > 0 and e["us_by_hand"] > 0 for e in entries)
+    for backend in SPACES:
+        entries, = (tuned.read(path) for path in (out / backend).iterdir())
+        assert len(entries) == 2 and all(e["us"] > 0 and e["us_by_hand"] > 0 for e in entries)
     assert cli.main(command) == 0
     assert "0 shapes tuned" in capsys.readouterr().out.splitlines()[-1]
 

@@ -1,20 +1,16 @@
 """Launch settings by shape: what the tuner measured on this architecture, else the op's own table, written by hand.
 
-triton_kernels/tuned/sm_90.json is what `lab tune OP` wrote on such a GPU: a list of entries {"op", "itemsize", "rows",
-"shape", "settings", "gpu", "triton", ...}. Nothing is tuned while a model runs.
+triton_kernels/tuned/sm_90.json is what `lab tune OP` wrote on such a GPU: see lab/tuned.py.
 """
 import contextlib
 import functools
-import json
-import pathlib
 
 import torch
 import triton
 
-from lab.errors import LabError
+from lab import tuned
 from triton_kernels.common import architecture, config
 
-TUNED = pathlib.Path(__file__).parent / "tuned"
 ANY = 1 << 31
 BY_HAND = {}            # for `forced`: whatever the tuner measured is left out
 _measured = {}          # (op, architecture, itemsize, rows, shape) -> what `measured` found
@@ -41,22 +37,9 @@ def dependent_launch(tensor):
     return dict(PDL=True, launch_pdl=True) if on else dict(PDL=False)
 
 
-def read_tuned(path):
-    """The tuner's table in a file; {} entries where there is none. Raises LabError for a file that is no such table."""
-    try:
-        table = json.loads(pathlib.Path(path).read_text())
-        for entry in table["entries"]:
-            entry["op"], entry["itemsize"], entry["rows"], entry["shape"].items(), entry["settings"].items()
-        return table
-    except FileNotFoundError:
-        return {"entries": []}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise LabError(f"{path} is no table of `lab tune` ({error!r}); delete it or tune again") from None
-
-
 @functools.lru_cache(maxsize=None)
 def _tuned(name):
-    return read_tuned(TUNED / f"{name}.json")["entries"]
+    return tuned.read(tuned.path_of("triton", name))
 
 
 def measured(op, tensor, rows, **shape):

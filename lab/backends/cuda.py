@@ -2,12 +2,14 @@
 
 The extension takes raw addresses, sizes and a stream as integers, so it depends on no torch ABI.
 """
+from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from types import SimpleNamespace
 
 import torch
 
+from lab import tuned
 from lab.errors import Unavailable
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}   # mirrors DType in cuda_src/launchers.h
@@ -23,9 +25,29 @@ class Backend:
         except ImportError as error:
             raise Unavailable(f"backend cuda on {device.type}: lab.{module} is not built ({error}); it needs {built_by}: "
                               "run `make setup` or `python setup.py build_ext --inplace`") from None
+        if not hasattr(self.extension, "set_settings"):
+            raise Unavailable(f"lab.{module} is older than its sources: run `python setup.py build_ext --inplace`")
+        self.device = device
+        self.forget()
         launchers = {name: getattr(self.extension, name) for name in dir(self.extension) if not name.startswith("_")}
         launchers["stream"] = stream_of(device)
         self.kernels = SimpleNamespace(**launchers)
+
+    @property
+    def compiler(self):
+        info = self.extension.build_info()
+        return info.get("nvcc") or info["compiler"]
+
+    def forget(self):
+        self.extension.set_settings(measured_settings(architecture(self.device)))
+
+    @contextmanager
+    def forced(self, op, settings):
+        self.extension.force_settings(op, settings)
+        try:
+            yield
+        finally:
+            self.extension.force_settings(op, None)
 
     def launcher(self, op):
         return partial(op.cuda, self.kernels)
@@ -35,6 +57,17 @@ class Backend:
 
     def take_trace(self) -> list[str]:
         return self.extension.take_trace()
+
+
+def architecture(device):
+    """ "sm_90" for an H100; None for a CPU."""
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else None
+
+
+def measured_settings(arch):
+    """What `lab tune` measured on an architecture, as the extension's set_settings() takes it; [] for None."""
+    entries = tuned.read(tuned.path_of("cuda", arch)) if arch else []
+    return [(e["op"], e["itemsize"], e["rows"], list(e["shape"].values()), e["settings"]) for e in entries]
 
 
 def stream_of(device: torch.device):

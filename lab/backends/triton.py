@@ -1,4 +1,6 @@
 """The Triton kernels: compiled for tensors on a GPU, interpreted for tensors on the CPU."""
+from importlib.metadata import version
+
 import torch
 
 from lab.errors import Unavailable
@@ -12,7 +14,9 @@ class Backend:
             from triton_kernels import common
         except ImportError as error:
             raise Unavailable(f"backend triton: {error}; install it with `pip install triton`") from None
+        from triton_kernels import settings
         self.set_trace, self.take_trace = common.set_trace, common.take_trace
+        self.forced, self.forget, self.compiler = settings.forced, settings.forget, version("triton")
 
     def launcher(self, op):
         return op.triton

@@ -1,130 +1,34 @@
-"""`lab tune OP ...`: tries Triton launch settings on this GPU, shape by shape, and keeps the fastest that is right.
+"""`lab tune OP ...`: tries launch settings of both halves on this GPU, shape by shape; keeps the fastest that is right.
 
-For each shape of the presets a bounded list of candidates is compiled in parallel without the GPU; those that spill are
-dropped. The rest race over rotating cold weights inside CUDA graphs, the four fastest again with more samples, and the
-fastest whose output is right joins triton_kernels/tuned/sm_NN.json, with GPU and Triton version. Launchers read that
-table before their own. A run that the budget stops keeps what it found; the same command again goes on after it.
+For each shape of the presets a bounded list of candidates (lab/harness/spaces.py) races over rotating cold weights
+inside CUDA graphs, the four fastest again with more samples, and the fastest whose output is right joins the backend's
+tuned/sm_NN.json, with GPU and compiler version. Triton's are first compiled, in parallel and without the GPU, and those
+that spill are dropped. Launchers read that table before their own rules. A run that the budget stops keeps what it
+found; the same command again goes on after it.
 """
 import concurrent.futures
 import concurrent.futures.process
 import contextlib
-import itertools
 import json
 import multiprocessing
 import os
-import random
 import time
 from pathlib import Path
 
 import torch
 
+from lab import tuned
 from lab.dispatch import DTYPES, known
 from lab.errors import LabError
 from lab.files import write_whole
 from lab.harness import shapes
+from lab.harness.spaces import SPACES, candidates
 
 FINALISTS = 4
 RACE_S, FINAL_S = 0.02, 0.1         # seconds of samples of each candidate in the first race, and of each finalist
 GAIN = 0.01                         # a candidate must beat the settings by hand by more than that
-SHARED_BYTES = 200 << 10            # a program's tiles in flight must fit in a multiprocessor's shared memory
 WORKERS = 16
 BY_HAND = "by hand"
-
-
-# Candidates: a list of settings for one shape. Registers are counted a thread, in 32-bit words.
-
-def products(rows, itemsize, n, k, parts=1, whole_rows=True):
-    """For the fused matrix products: the path with float32 arithmetic up to 8 rows, the one with dots from 4 on."""
-    found = []
-    if rows <= 8:
-        found += sums(rows, itemsize, n, k, parts, whole_rows)
-    if rows >= 4:
-        found += dots(rows, itemsize, n, k, parts)
-    return found
-
-
-def sums(rows, itemsize, n, k, parts, whole_rows):
-    found = []
-    block_b = power_of_two(rows)
-    for warps, block_n in itertools.product((1, 2, 4, 8, 16), (1, 2, 4, 8)):
-        vector = 16 // itemsize * 32 * warps                    # columns that the threads load at once
-        widths = [power_of_two(k)] if whole_rows else sorted({min(vector * i, power_of_two(k)) for i in (1, 2, 4, 8)})
-        for block_k in widths:
-            lane = block_k * itemsize / (4 * 32 * warps)
-            weights, x = block_n * parts * lane, block_b * lane
-            if not (4 <= weights <= 64 and x <= 64 and weights + 2 * x <= 128):
-                continue
-            base = dict(path="sum", BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps)
-            tiles = -(-n // block_n)
-            if whole_rows:
-                resident = {0} | {p for p in (16 // warps, 32 // warps) if p and tiles > 108 * p}
-                found += [dict(base, per_multiprocessor=p) for p in sorted(resident)]
-            else:
-                found += [dict(base, UNROLL=u) for u in ((1,) if block_k >= k else (2, 4))]
-    return found
-
-
-def dots(rows, itemsize, n, k, parts):
-    found = []
-    block_b = max(power_of_two(rows), 16)
-    narrow = itemsize == 2
-    for block_n, block_k, warps, stages in itertools.product(
-            (16, 32, 64, 128), (64, 128, 256) if narrow else (16, 32, 64), (2, 4, 8), (3, 4, 6)):
-        rows_of_w = block_n * parts
-        tile = (rows_of_w + block_b) * block_k * itemsize
-        if not 16 << 10 <= tile * (stages - 1) <= SHARED_BYTES or rows_of_w > 128 or block_k > power_of_two(k):
-            continue
-        held = (2 * tile / 4 + rows_of_w * block_b) / (32 * warps)          # the first tile, x on its way, the sums
-        if held > 160 or rows_of_w * block_k < 512 * warps:
-            continue
-        base = dict(path="dot", BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, STAGES=stages)
-        found += [base] + [dict(base, per_multiprocessor=p) for p in (2,) if -(-n // block_n) > 2 * 108 * p]
-    return found
-
-
-def basic_linear(rows, itemsize, n, k):
-    found = []
-    block_b = power_of_two(rows)
-    if rows <= 8:
-        for warps, block_n, wide, unroll in itertools.product((1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4), (1, 2, 4)):
-            block_k = 512 // itemsize * warps * wide
-            lane = block_k * itemsize / (4 * 32 * warps)
-            if block_k <= power_of_two(k) and 4 <= block_n * lane <= 32 and block_b * block_n * lane <= 128:
-                found.append(dict(path="sum", BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, STAGES=1,
-                                  UNROLL=unroll))
-    if rows >= 4:
-        found += [dict({key: v for key, v in c.items() if key != "per_multiprocessor"}, UNROLL=1)
-                  for c in dots(rows, itemsize, n, k, 1) if "per_multiprocessor" not in c]
-    return found
-
-
-def attention(rows, itemsize, head_dim):
-    return [dict(tile=tile, min_rows=16, num_warps=warps, num_stages=stages)
-            for tile, warps, stages in itertools.product((32, 64, 128), (1, 2, 4, 8), (3, 4, 5, 6))
-            if 2 * tile * power_of_two(head_dim) * itemsize * (stages - 2) <= SHARED_BYTES
-            and tile * power_of_two(head_dim) >= 1024 * warps]
-
-
-SPACES = {
-    "linear": lambda rows, itemsize, s: basic_linear(rows, itemsize, s["n"], s["k"]),
-    "norm_linear": lambda rows, itemsize, s: products(rows, itemsize, s["n"], s["k"]),
-    "norm_linear_silu_mul": lambda rows, itemsize, s: products(rows, itemsize, s["n"], s["k"], parts=2),
-    "linear_add": lambda rows, itemsize, s: products(rows, itemsize, s["n"], s["k"], whole_rows=False),
-    "norm_linear_argmax": lambda rows, itemsize, s: products(rows, itemsize, s["n"], s["k"]),
-    "decode_attention": lambda rows, itemsize, s: attention(rows, itemsize, s["head_dim"]),
-    "rope_append_attention": lambda rows, itemsize, s: attention(rows, itemsize, s["head_dim"]),
-}
-
-
-def power_of_two(n):
-    """The least power of two that is at least n."""
-    return 1 << max(n - 1, 0).bit_length()
-
-
-def candidates(op, rows, itemsize, shape, tries):
-    """At most `tries` settings of an op's space: all, or the same random choice every time."""
-    space = SPACES[op](rows, itemsize, shape)
-    return space if len(space) <= tries else random.Random(0).sample(space, tries)
 
 
 def key_shape(point):
@@ -165,12 +69,13 @@ def compilers():
 # Timing, on the GPU.
 
 class Race:
-    """Times settings of one point against each other, and checks what they compute."""
+    """Times settings of one point on one backend against each other, and checks what they compute."""
 
-    def __init__(self, rig, point, dtype_name):
+    def __init__(self, rig, backend, point, dtype_name):
+        from lab.backends import load
         from lab.harness import ops_bench, timing
         from lab.ops import find
-        self.op, self.rig = find(point.op), rig
+        self.op, self.backend, self.run = find(point.op), load(backend, torch.device(rig.device)), rig.backends[backend]
         self.bound = ops_bench._Bound(self.op, point, DTYPES[dtype_name], rig)
         self.fresh = timing.clone_args(self.bound.sets[0])      # a residual that a race has added to thousands of times
         self.want = None                                        # would hide what the last addition did
@@ -180,11 +85,10 @@ class Race:
         What cannot be launched is left out."""
         from triton.runtime.errors import OutOfResources
         from lab.harness import ops_bench, timing
-        from triton_kernels.settings import forced
         timed = {}
         for label, settings in entrants.items():
-            with forced(self.op.name, settings or {}), contextlib.suppress(RuntimeError, OutOfResources):
-                timed[label] = self.bound.timed("triton", "in_model", "graph", None)
+            with self.backend.forced(self.op.name, settings or {}), contextlib.suppress(RuntimeError, OutOfResources):
+                timed[label] = self.bound.timed(self.backend.name, "in_model", "graph", None)
         ops_bench.alive(self.op.name)               # one that broke the CUDA context must not pass as one that lost
         stats = timing.measure(timed, seconds * len(timed), 5, 100) if timed else {}
         for one in timed.values():
@@ -195,7 +99,6 @@ class Race:
         """What is wrong with the output under `settings`, or None."""
         from lab.check import POISON, compare
         from lab.harness import timing
-        from triton_kernels.settings import forced
         op, before, args = self.op, self.fresh, timing.clone_args(self.fresh)
         if self.want is None:
             self.want = op.reference(*before), op.tolerance(*before)
@@ -203,8 +106,8 @@ class Race:
         out = op.outputs(*args)
         if out is not None:
             out.fill_(torch.nan if out.is_floating_point() else POISON)
-        with forced(op.name, settings or {}):
-            op.triton(*args, out=out)
+        with self.backend.forced(op.name, settings or {}):
+            getattr(self.run, op.name)(*args, out=out)
         got = ([] if out is None else [out]) + [args[i] for i in op.mutates if i < len(args)]
         if op.verify is not None:
             wrong = op.verify(out, *before)
@@ -244,29 +147,45 @@ def tune_point(race, settings, usages):
 
 # The table.
 
-def entry_of(point, itemsize, settings, times, tried, gpu, triton_version):
-    """What the table says of a tuned point; settings None: those by hand were the fastest, and {} records it."""
-    us = min(times.values()) if settings is not None else times.get(BY_HAND)
-    return {"op": point.op, "itemsize": itemsize, "rows": point.batch, "shape": key_shape(point),
-            "settings": settings or {}, "us": round(us, 3) if us else None,
-            "us_by_hand": round(times[BY_HAND], 3) if BY_HAND in times else None, "tried": tried,
-            "context": point.context, "gpu": gpu, "triton": triton_version}
+class Table:
+    """A table in a file, to which what this GPU and this compiler gave is added; written whole at each addition."""
 
+    def __init__(self, path, gpu, compiler):
+        self.path, self.gpu, self.compiler = Path(path), gpu, compiler
+        self.entries = {self._key(e["op"], e["itemsize"], e["rows"], e["shape"]): e for e in tuned.read(path)}
 
-def identity(entry):
-    return entry["op"], entry["itemsize"], entry["rows"], tuple(entry["shape"].items())
+    @staticmethod
+    def _key(op, itemsize, rows, shape):
+        return op, itemsize, rows, tuple(shape.items())
 
+    def has(self, point, itemsize):
+        e = self.entries.get(self._key(point.op, itemsize, point.batch, key_shape(point)))
+        return e is not None and (e["gpu"], e["compiler"]) == (self.gpu, self.compiler)
 
-def write(path, entries):
-    """One entry a line, so that a difference can be read; beside and renamed."""
-    ordered = sorted(entries, key=lambda e: (e["op"], tuple(e["shape"].values()), e["itemsize"], e["rows"]))
-    text = '{"entries": [\n' + ",\n".join(json.dumps(e) for e in ordered) + "\n]}\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, text)
+    def add(self, point, itemsize, winner, times):
+        """winner None: the settings by hand were the fastest, and {} records it. Returns the entry."""
+        us = min(times.values()) if winner is not None else times.get(BY_HAND)
+        entry = {"op": point.op, "itemsize": itemsize, "rows": point.batch, "shape": key_shape(point),
+                 "settings": winner or {}, "us": round(us, 3) if us else None,
+                 "us_by_hand": round(times[BY_HAND], 3) if BY_HAND in times else None,
+                 "tried": len(times) - (BY_HAND in times), "context": point.context, "gpu": self.gpu,
+                 "compiler": self.compiler}
+        self.entries[self._key(point.op, itemsize, point.batch, entry["shape"])] = entry
+        self._write()
+        return entry
+
+    def _write(self):
+        """One entry a line, so that a difference can be read."""
+        ordered = sorted(self.entries.values(), key=lambda e: (e["op"], *e["shape"].values(), e["itemsize"], e["rows"]))
+        text = '{"entries": [\n' + ",\n".join(json.dumps(e) for e in ordered) + "\n]}\n"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(self.path, text)
 
 
 def add_arguments(parser):
-    parser.add_argument("op", nargs="+", help=f"{', '.join(SPACES)}, or all")
+    parser.add_argument("op", nargs="+", help=f"{', '.join(SPACES['triton'])}, or all")
+    parser.add_argument("--backend", default=",".join(SPACES), metavar="A,B",
+                        help="halves to tune (default cuda,triton); CUDA's attention has no settings")
     parser.add_argument("--model", default=",".join(shapes.MODELS), metavar="A,B", help="presets whose shapes to tune")
     parser.add_argument("--batch", default="1,4,16,64", metavar="N,N", help="batch sizes (default 1,4,16,64)")
     parser.add_argument("--context", type=int, default=8192, metavar="N", help="of the attention ops (default 8192)")
@@ -275,8 +194,9 @@ def add_arguments(parser):
     parser.add_argument("--budget-seconds", type=float, default=600.0, metavar="S",
                         help="stop cleanly after S seconds; run again to go on (default 600)")
     parser.add_argument("--again", action="store_true",
-                        help="also the shapes that the table has from this GPU and Triton")
-    parser.add_argument("--out", metavar="FILE", help="the table (default triton_kernels/tuned/sm_NN.json)")
+                        help="also the shapes that the table has from this GPU and compiler")
+    parser.add_argument("--out", metavar="DIR", help="write DIR/cuda/sm_NN.json and DIR/triton/sm_NN.json (default: the "
+                        "tables that launchers read, cuda_src/tuned/ and triton_kernels/tuned/)")
 
 
 def main(args) -> int:
@@ -284,56 +204,65 @@ def main(args) -> int:
     from lab.harness.bench import names, numbers
     if not torch.cuda.is_available():
         raise LabError("lab tune needs a GPU: settings are chosen by time")
-    import triton
+    from lab.backends import load
     from lab.harness import ops_bench
-    from triton_kernels import settings
-    ops = list(SPACES) if args.op == ["all"] else [known(name, list(SPACES), "op to tune") for name in args.op]
+    every = list(SPACES["triton"])
+    ops = every if args.op == ["all"] else [known(name, every, "op to tune") for name in args.op]
+    backends = [known(name, list(SPACES), "backend to tune") for name in names(args.backend)]
     known(args.dtype, list(DTYPES), "dtype")
     if args.tries < 1 or args.budget_seconds <= 0 or args.context < 1:
         raise LabError("--tries, --context and --budget-seconds must be positive")
-    itemsize = DTYPES[args.dtype].itemsize
+    rig = ops_bench.make_rig(ops_bench.load_backends(backends, "cuda", True)[0], "cuda", None)
+    rig.vendor = False
     gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
     arch = f"sm_{gpu.major}{gpu.minor}"
-    path = Path(args.out) if args.out else settings.TUNED / f"{arch}.json"
-    table = {identity(e): e for e in settings.read_tuned(path)["entries"]}
+    tables = {b: Table(Path(args.out, b, f"{arch}.json") if args.out else tuned.path_of(b, arch), gpu.name,
+                       load(b, torch.device("cuda")).compiler) for b in backends}
     points = [p for p in shapes.points(names(args.model), numbers(args.batch), (args.context,), ops) if p.case is None]
-    rig = ops_bench.make_rig(ops_bench.load_backends(["triton"], "cuda", True)[0], "cuda", None)
-    rig.vendor = False
+    todo = [(backend, point) for point in points for backend in backends
+            if args.again or not tables[backend].has(point, DTYPES[args.dtype].itemsize)]
 
-    def known_already(point):
-        e = table.get((point.op, itemsize, point.batch, tuple(key_shape(point).items())))
-        return e is not None and e["gpu"] == gpu.name and e["triton"] == triton.__version__
-
-    todo = [p for p in points if args.again or not known_already(p)]
-
-    def keep(point, winner, times, dropped):
-        e = entry_of(point, itemsize, winner, times, len(times) - (BY_HAND in times), gpu.name, triton.__version__)
-        table[identity(e)] = e
-        write(path, table.values())
-        print(report(point, e, dropped), flush=True)
+    def keep(backend, point, winner, times, dropped):
+        entry = tables[backend].add(point, DTYPES[args.dtype].itemsize, winner, times)
+        print(report(backend, point, entry, dropped), flush=True)
 
     with compilers() as pool:
         jobs = []
-        for point in todo:
-            chosen = candidates(point.op, point.batch, itemsize, key_shape(point), args.tries)
-            jobs.append((point, chosen, [pool.submit(compile_candidate, point, args.dtype, arch,
-                                                     gpu.multi_processor_count, c) for c in chosen]))
-        done = tune(jobs, lambda point: Race(rig, point, args.dtype), keep, started + args.budget_seconds)
-    settings.forget()
-    if done < len(todo):
-        print(f"stopped by the budget of {args.budget_seconds:.0f} s after {done} of {len(todo)} shapes; the same "
+        for backend, point in todo:
+            chosen = candidates(backend, point.op, point.batch, DTYPES[args.dtype].itemsize, key_shape(point), args.tries)
+            if backend == "triton":
+                usages = [pool.submit(compile_candidate, point, args.dtype, arch, gpu.multi_processor_count, c)
+                          for c in chosen]
+            else:
+                usages = [compiled() for _ in chosen]
+            if chosen:
+                jobs.append((backend, point, chosen, usages))
+        done = tune(jobs, lambda backend, point: Race(rig, backend, point, args.dtype), keep,
+                    started + args.budget_seconds)
+    for backend in backends:
+        load(backend, torch.device("cuda")).forget()
+    if done < len(jobs):
+        print(f"stopped by the budget of {args.budget_seconds:.0f} s after {done} of {len(jobs)} shapes; the same "
               "command goes on from here")
-    print(f"{done} shapes tuned in {time.monotonic() - started:.0f} s; {path} has {len(table)}")
+    print(f"{done} shapes tuned in {time.monotonic() - started:.0f} s; "
+          + ", ".join(f"{t.path} has {len(t.entries)}" for t in tables.values()))
     return 0
+
+
+def compiled():
+    """The usage, at hand already, of a kernel that was compiled with the extension."""
+    future = concurrent.futures.Future()
+    future.set_result({"stack": 0, "local": 0})
+    return future
 
 
 def tune(jobs, race_of, keep, deadline):
     """Tunes the points in order until the clock passes the deadline; returns how many.
 
-    jobs: (point, candidates, the future of each one's usage). race_of(point) makes a race, keep(point, winner, times,
-    dropped) records what came of it.
+    jobs: (backend, point, candidates, the future of each one's usage). race_of(backend, point) makes a race,
+    keep(backend, point, winner, times, dropped) records what came of it.
     """
-    for done, (point, chosen, futures) in enumerate(jobs):
+    for done, (backend, point, chosen, futures) in enumerate(jobs):
         usages = []
         for future in futures:
             left = deadline - time.monotonic()
@@ -346,16 +275,16 @@ def tune(jobs, race_of, keep, deadline):
                                "found is kept: tune the other shapes, or this one with fewer --tries") from None
         if time.monotonic() > deadline:
             return done
-        keep(point, *tune_point(race_of(point), chosen, usages))
+        keep(backend, point, *tune_point(race_of(backend, point), chosen, usages))
     return len(jobs)
 
 
-def report(point, entry, dropped):
+def report(backend, point, entry, dropped):
     """One line on a tuned point."""
     shape = " ".join(f"{k}={v}" for k, v in point.shape.items())
     won = " ".join(f"{k}={v}" for k, v in entry["settings"].items()) or "the settings by hand"
     wrong = [why for _, why in dropped if why.startswith("wrong")]
-    line = f"{point.op} {point.role or ''} batch {point.batch} {shape}: {entry['us']} us "
+    line = f"{backend} {point.op} {point.role or ''} batch {point.batch} {shape}: {entry['us']} us "
     line += f"(by hand {entry['us_by_hand']}): "
     line += f"{won}; {entry['tried']} raced, {len(dropped)} dropped"
     return line + (f", {len(wrong)} of them {wrong[0]}" if wrong else "")

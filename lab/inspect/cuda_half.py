@@ -11,6 +11,9 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
+
+from lab.backends.cuda import architecture, measured_settings
 from lab.errors import LabError, Unavailable
 from lab.inspect import binary
 from lab.inspect.kernel import measured
@@ -23,7 +26,7 @@ def extension():
     except ImportError as error:
         raise Unavailable(f"the cuda half needs lab._cuda, which is not built ({error}); it needs nvcc, no GPU: run "
                           "`make setup` or `python setup.py build_ext --inplace`") from None
-    if not hasattr(module, "record_launches"):
+    if not hasattr(module, "set_settings"):
         raise Unavailable("lab._cuda is older than its sources: run `python setup.py build_ext --inplace`")
     return module
 
@@ -36,11 +39,13 @@ def launches(op, args, gpu):
     kernels = SimpleNamespace(**{name: getattr(module, name) for name in dir(module) if not name.startswith("_")})
     kernels.stream = lambda: 0
     module.record_launches(gpu.multiprocessors)
+    module.set_settings(measured_settings(gpu.triton))
     try:
         op.cuda(kernels, *args, out=op.outputs(*args))
         return module.take_launches()
     finally:
         module.record_launches(0)
+        module.set_settings(measured_settings(architecture(torch.device("cuda")) if torch.cuda.is_available() else None))
 
 
 @functools.lru_cache(maxsize=1)

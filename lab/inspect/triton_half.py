@@ -4,6 +4,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from lab import tuned
 from lab.errors import Unavailable
 from lab.inspect.gpu import WARP
 from lab.inspect.kernel import measured
@@ -61,10 +62,10 @@ def compile_seconds(launch, gpu):
 
 def configurations(op, gpu):
     """How many settings the op's tables, by hand and tuned, hold for this architecture: the launcher's choices."""
-    from triton_kernels import common, settings
+    from triton_kernels import common
     table = getattr(importlib.import_module(f"triton_kernels.{op.name}"), "CONFIGS", None)
-    tuned = settings.read_tuned(settings.TUNED / f"{gpu.triton}.json")["entries"]
-    found = {repr(sorted(entry["settings"].items())) for entry in tuned if entry["op"] == op.name}
+    entries = tuned.read(tuned.path_of("triton", gpu.triton))
+    found = {repr(sorted(entry["settings"].items())) for entry in entries if entry["op"] == op.name}
     with common.recording(gpu.triton):
         found |= _leaves(common.config(table, None)) if table else set()
     return max(1, len(found))

@@ -1,0 +1,57 @@
+// Launch settings that `lab tune` measured for an op and a shape; where it measured none, a launcher goes by its rule.
+//
+// Plain C++, so that bindings.cpp can fill the table from cuda_src/tuned/<arch>.json. Hidden visibility keeps the GPU
+// extension's table and the host extension's apart.
+#pragma once
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+namespace lab {
+
+// 0 leaves a choice to the rule.
+struct Settings {
+  int share = 0;                                  // warps that share rows of w: 1, 2 or 4 (stream_rows.cuh)
+  int resident = 0;                               // blocks for each multiprocessor, which then walk over the outputs;
+                                                  // a number that is too large to fit gives each set of outputs its own
+  int tiles = 0;                                  // 16-row tiles of w that a block owns: 1, 2 or 4 (mma_rows.cuh)
+};
+
+namespace settings __attribute__((visibility("hidden"))) {
+
+using Shape = std::vector<int>;                   // n, k
+using Key = std::tuple<std::string, int, Shape>;  // op, bytes of an element, shape
+
+inline std::mutex mutex;
+inline std::map<Key, std::map<int, Settings>> measured;  // by the number of rows
+inline std::map<std::string, Settings> forced;    // by op: what the tuner tries just now
+
+// The settings of the least number of rows that holds `rows`.
+inline Settings find(const char* op, int itemsize, int rows, int n, int k) {
+  std::lock_guard<std::mutex> lock(mutex);
+  if (const auto tried = forced.find(op); tried != forced.end()) return tried->second;
+  if (measured.empty()) return {};
+  const auto shape = measured.find({op, itemsize, {n, k}});
+  if (shape == measured.end()) return {};
+  const auto entry = shape->second.lower_bound(rows);
+  return entry == shape->second.end() ? Settings{} : entry->second;
+}
+
+inline Settings parse(const std::map<std::string, int>& values) {
+  Settings s;
+  for (const auto& [name, value] : values) {
+    if (value < 0) throw std::invalid_argument("launch setting " + name + ": negative");
+    if (name == "share") s.share = value;
+    else if (name == "resident") s.resident = value;
+    else if (name == "tiles") s.tiles = value;
+    else throw std::invalid_argument("no launch setting is called " + name);
+  }
+  return s;
+}
+
+}  // namespace settings
+}  // namespace lab

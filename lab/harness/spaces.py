@@ -1,0 +1,136 @@
+"""What `lab tune` may try: for each op and shape a list of launch settings, by hand pruned to those that can be fast.
+
+Registers are counted a thread, in 32-bit words. CUDA's settings are explained in cuda_src/settings.h: its kernels are
+compiled ahead, so they are few; Triton's are constexprs and compiler options.
+"""
+import itertools
+import random
+
+SHARED_BYTES = 200 << 10            # a program's tiles in flight must fit in a multiprocessor's shared memory
+ALL = 64                            # blocks for each multiprocessor that no shape needs: every set of outputs its own
+
+
+def candidates(backend, op, rows, itemsize, shape, tries):
+    """At most `tries` settings of an op's space: all, or the same random choice every time; [] where there is no choice."""
+    space = SPACES[backend][op](rows, itemsize, shape) if op in SPACES[backend] else []
+    return space if len(space) <= tries else random.Random(0).sample(space, tries)
+
+
+def power_of_two(n):
+    """The least power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+# ---- CUDA ------------------------------------------------------------------------------------------------------------
+
+def streams(rows, itemsize, n, k, parts=1):
+    """Warps that share a row, and blocks of a multiprocessor, of stream_rows.cuh."""
+    found = []
+    for share in (1, 2, 4) if k * itemsize % 16 == 0 else (0,):
+        blocks = -(-n * parts * max(share, 1) // 16)
+        found += [dict(share=share, resident=p) for p in (1, 2, 3, 4, 6) if p * 108 < blocks]
+        found.append(dict(share=share, resident=ALL))
+    return found
+
+
+def cuda_product(rows, itemsize, n, k, parts=1, mma=True):
+    """mma: the op has a tensor-core kernel of its own; else more rows go by rmsnorm's and linear's settings."""
+    if rows <= 8 or itemsize == 4:
+        return streams(rows, itemsize, n, k, parts)
+    if not mma or k * itemsize % 16 or 16 < rows <= 32:
+        return []
+    return [dict(tiles=tiles) for tiles in ((1, 2) if rows <= 16 else (2, 4))]
+
+
+# ---- Triton ----------------------------------------------------------------------------------------------------------
+
+def products(rows, itemsize, n, k, parts=1, whole_rows=True):
+    """For the fused matrix products: the path with float32 arithmetic up to 8 rows, the one with dots from 4 on."""
+    found = []
+    if rows <= 8:
+        found += sums(rows, itemsize, n, k, parts, whole_rows)
+    if rows >= 4:
+        found += dots(rows, itemsize, n, k, parts)
+    return found
+
+
+def sums(rows, itemsize, n, k, parts, whole_rows):
+    found = []
+    block_b = power_of_two(rows)
+    for warps, block_n in itertools.product((1, 2, 4, 8, 16), (1, 2, 4, 8)):
+        vector = 16 // itemsize * 32 * warps                    # columns that the threads load at once
+        widths = [power_of_two(k)] if whole_rows else sorted({min(vector * i, power_of_two(k)) for i in (1, 2, 4, 8)})
+        for block_k in widths:
+            lane = block_k * itemsize / (4 * 32 * warps)
+            weights, x = block_n * parts * lane, block_b * lane
+            if not (4 <= weights <= 64 and x <= 64 and weights + 2 * x <= 128):
+                continue
+            base = dict(path="sum", BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps)
+            tiles = -(-n // block_n)
+            if whole_rows:
+                resident = {0} | {p for p in (16 // warps, 32 // warps) if p and tiles > 108 * p}
+                found += [dict(base, per_multiprocessor=p) for p in sorted(resident)]
+            else:
+                found += [dict(base, UNROLL=u) for u in ((1,) if block_k >= k else (2, 4))]
+    return found
+
+
+def dots(rows, itemsize, n, k, parts):
+    found = []
+    block_b = max(power_of_two(rows), 16)
+    narrow = itemsize == 2
+    for block_n, block_k, warps, stages in itertools.product(
+            (16, 32, 64, 128), (64, 128, 256) if narrow else (16, 32, 64), (2, 4, 8), (3, 4, 6)):
+        rows_of_w = block_n * parts
+        tile = (rows_of_w + block_b) * block_k * itemsize
+        if not 16 << 10 <= tile * (stages - 1) <= SHARED_BYTES or rows_of_w > 128 or block_k > power_of_two(k):
+            continue
+        held = (2 * tile / 4 + rows_of_w * block_b) / (32 * warps)          # the first tile, x on its way, the sums
+        if held > 160 or rows_of_w * block_k < 512 * warps:
+            continue
+        base = dict(path="dot", BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, STAGES=stages)
+        found += [base] + [dict(base, per_multiprocessor=p) for p in (2,) if -(-n // block_n) > 2 * 108 * p]
+    return found
+
+
+def basic_linear(rows, itemsize, n, k):
+    found = []
+    block_b = power_of_two(rows)
+    if rows <= 8:
+        for warps, block_n, wide, unroll in itertools.product((1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4), (1, 2, 4)):
+            block_k = 512 // itemsize * warps * wide
+            lane = block_k * itemsize / (4 * 32 * warps)
+            if block_k <= power_of_two(k) and 4 <= block_n * lane <= 32 and block_b * block_n * lane <= 128:
+                found.append(dict(path="sum", BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, STAGES=1,
+                                  UNROLL=unroll))
+    if rows >= 4:
+        found += [dict({key: v for key, v in c.items() if key != "per_multiprocessor"}, UNROLL=1)
+                  for c in dots(rows, itemsize, n, k, 1) if "per_multiprocessor" not in c]
+    return found
+
+
+def attention(rows, itemsize, head_dim):
+    return [dict(tile=tile, min_rows=16, num_warps=warps, num_stages=stages)
+            for tile, warps, stages in itertools.product((32, 64, 128), (1, 2, 4, 8), (3, 4, 5, 6))
+            if 2 * tile * power_of_two(head_dim) * itemsize * (stages - 2) <= SHARED_BYTES
+            and tile * power_of_two(head_dim) >= 1024 * warps]
+
+
+SPACES = {
+    "cuda": {
+        "linear": lambda rows, itemsize, s: cuda_product(rows, itemsize, s["n"], s["k"]),
+        "norm_linear": lambda rows, itemsize, s: cuda_product(rows, itemsize, s["n"], s["k"], mma=False),
+        "norm_linear_silu_mul": lambda rows, itemsize, s: cuda_product(rows, itemsize, s["n"], s["k"], parts=2),
+        "linear_add": lambda rows, itemsize, s: cuda_product(rows, itemsize, s["n"], s["k"]),
+        "norm_linear_argmax": lambda rows, itemsize, s: cuda_product(rows, itemsize, s["n"], s["k"], mma=False),
+    },
+    "triton": {
+        "linear": lambda rows, itemsize, s: basic_linear(rows, itemsize, s["n"], s["k"]),
+        "norm_linear": lambda rows, itemsize, s: products(rows, itemsize, s["n"], s["k"]),
+        "norm_linear_silu_mul": lambda rows, itemsize, s: products(rows, itemsize, s["n"], s["k"], parts=2),
+        "linear_add": lambda rows, itemsize, s: products(rows, itemsize, s["n"], s["k"], whole_rows=False),
+        "norm_linear_argmax": lambda rows, itemsize, s: products(rows, itemsize, s["n"], s["k"]),
+        "decode_attention": lambda rows, itemsize, s: attention(rows, itemsize, s["head_dim"]),
+        "rope_append_attention": lambda rows, itemsize, s: attention(rows, itemsize, s["head_dim"]),
+    },
+}

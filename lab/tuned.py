@@ -1,0 +1,30 @@
+"""The tables that `lab tune` writes: launch settings by op, bytes of an element, rows and shape, for one architecture.
+
+cuda_src/tuned/sm_90.json and triton_kernels/tuned/sm_90.json hold what was measured on such a GPU: a list of entries
+{"op", "itemsize", "rows", "shape", "settings", "gpu", "compiler", ...}. Nothing is tuned while a model runs.
+"""
+import json
+from pathlib import Path
+
+from lab.errors import LabError
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = {"cuda": ROOT / "cuda_src/tuned", "triton": ROOT / "triton_kernels/tuned"}
+
+
+def path_of(backend, arch):
+    """Of the table of a backend on an architecture, as in "sm_90"; it need not exist."""
+    return FOLDERS[backend] / f"{arch}.json"
+
+
+def read(path):
+    """The entries of a table; [] where there is none. Raises LabError for a file that is no such table."""
+    try:
+        entries = json.loads(Path(path).read_text())["entries"]
+        for entry in entries:
+            entry["op"], entry["itemsize"], entry["rows"], entry["shape"].items(), entry["settings"].items()
+        return entries
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LabError(f"{path} is no table of `lab tune` ({error!r}); delete it or tune again") from None
