@@ -1,0 +1,55 @@
+"""What `make gpu-check` makes of its steps; commands of no GPU stand in for them."""
+import sys
+import time
+
+import pytest
+import torch
+
+from lab import gpu_check
+from lab.errors import LabError
+
+
+def script(step, status=0):
+    """Writes when it began and ended, then a last line."""
+    return [sys.executable, "-c", f"import time; print(time.time()); time.sleep(0.4); print(time.time()); "
+                                  f"print('== {step} is done =='); raise SystemExit({status})"]
+
+
+@pytest.fixture
+def pretend(monkeypatch):
+    def steps(failing=()):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+        monkeypatch.setattr(gpu_check, "command", lambda step: script(step, 3 if step in failing else 0))
+        monkeypatch.setattr(gpu_check, "text", lambda out, model: (time.sleep(0.1) or True, f"{model} said the same"))
+    return steps
+
+
+def spans(out):
+    return {step: tuple(map(float, (out / f"{step}.log").read_text().splitlines()[1:3]))
+            for step in gpu_check.STEPS if step != "text"}
+
+
+def test_all_steps_run_and_only_what_measures_runs_alone(pretend, tmp_path, capsys):
+    pretend()
+    assert gpu_check.main(["--out", str(tmp_path), "--model", "m"]) == 0
+    said = capsys.readouterr().out
+    assert said.splitlines()[-1] == "gpu-check: 5 steps passed, 0 failed"
+    assert "check is done" in said and "m said the same" in said
+    when = spans(tmp_path)
+    together = [when[step] for step in gpu_check.TOGETHER]
+    assert max(begin for begin, _ in together) < min(end for _, end in together)
+    assert when["tests"][0] > max(end for _, end in together)
+
+
+def test_a_failed_step_is_named_and_the_others_still_run(pretend, tmp_path, capsys):
+    pretend(failing=["racecheck"])
+    assert gpu_check.main(["--out", str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    assert said.splitlines()[-1] == "gpu-check: 4 steps passed, 1 failed: racecheck"
+    assert f"racecheck is done (exit status 3; see {tmp_path / 'racecheck.log'})" in said and len(spans(tmp_path)) == 4
+
+
+def test_an_unknown_step(tmp_path):
+    with pytest.raises(LabError, match="unknown step memchek: choose from check, memcheck, racecheck, tests, text"):
+        gpu_check.main(["--out", str(tmp_path), "--steps", "memchek,tests"])
