@@ -142,7 +142,7 @@ def ledger_rows(run, rng, models, context, emulated):
             totals.setdefault(backend, total)
             for order, (op, role, us, nbytes) in enumerate(rows):
                 kernel = f"{op}_{role or 'any'}_kernel"
-                yield LedgerRow(**common, row="kernel", order=order, op=op, kernel=kernel, calls=1, bytes=nbytes,
+                yield LedgerRow(**common, row="chain" if plan == "fused" else "kernel", order=order, op=op, kernel=kernel, calls=1, bytes=nbytes,
                                 of_token=us / total, **timing(rng, us))
             yield LedgerRow(**common, row="gap", order=90, us=parts * 0.05, of_token=0.05 / 1.06)
             yield LedgerRow(**common, row="unexplained", order=91, us=total - parts * 1.05, of_token=0.01 / 1.06)

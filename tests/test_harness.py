@@ -347,37 +347,154 @@ def test_kernels_are_given_to_the_calls_between_their_marks():
         ledger.split_by_marks(events_of(m, "gemv", m), two_calls())
     replay = (m, "gemv", "reduce", "silu", "add", "Memcpy DtoD")
     took = (9, 1, 2, 3, 4, 9, 9, 3, 2, 5, 4, 9)
-    times = ledger.kernel_times([(name, 0, us * 1000) for name, us in zip(replay * 2, took)], order)
+    begins = (0, 0, 1, 3, 6, 10)                                # "silu" begins before "reduce" has ended
+    events = [(name, at * 1000, us * 1000) for name, at, us in zip(replay * 2, begins * 2, took)]
+    replays = ledger.replays_of(events)
+    times = ledger.kernel_times(replays, order)
     assert [t.us for t in times] == [2.0, 2.0, 4.0, 4.0] and times[0].n == 2
+    # First replay: none. Second: gemv ends 2 us after reduce begins, and silu 2 us after add does.
+    assert ledger.overlap_us(replays, len(order)) == pytest.approx((0 + 2 + 2) / 2)
     with pytest.raises(LabError, match="no replay"):
-        ledger.kernel_times(events_of("gemv"), order)
+        ledger.replays_of(events_of("gemv"))
     with pytest.raises(LabError, match="ran 3 kernels and the eager step 4"):
-        ledger.kernel_times(events_of(m, "gemv", "reduce", "silu"), order)
+        ledger.kernel_times(ledger.replays_of(events_of(m, "gemv", "reduce", "silu")), order)
     with pytest.raises(LabError, match="number 1 is other, not reduce"):
-        ledger.kernel_times(events_of(m, "gemv", "other", "silu", "add"), order)
+        ledger.kernel_times(ledger.replays_of(events_of(m, "gemv", "other", "silu", "add")), order)
 
 
 def stats(us, n=20):
     return timing.Stats(us, us * 0.99, us * 1.01, us * 1.02, n)
 
 
-def test_the_account_adds_up_to_the_token():
-    base = dict(run="r", model="m", backend="cuda", plan="basic", dtype="bf16", batch=1, context=16)
-    calls, order = two_calls(), [(0, "void gemv<float>(int)"), (0, "reduce"), (1, "silu"), (None, "add")]
-    rows = ledger.account(base, calls, order, [stats(1.5), stats(0.5), stats(0.8), stats(0.7)], stats(8.0),
-                          {"linear": stats(5.0), "silu_mul": stats(3.5)}, 1.5, Ceilings.of(curve() + curve("copy")))
+BASE = dict(run="r", model="m", backend="cuda", plan="basic", dtype="bf16", batch=1, context=16)
+
+
+def account(calls, times, token, chained, overlap):
+    order = [(0, "void gemv<float>(int)"), (0, "reduce"), (1, "silu"), (None, "add")]
+    chained = dict(zip(ledger.uses_of(calls), map(stats, chained), strict=True))
+    rows = ledger.account(BASE, calls, order, list(map(stats, times)), stats(token), chained, 1.5,
+                          Ceilings.of(curve() + curve("copy")), overlap)
     assert all(isinstance(r, LedgerRow) for r in rows)
-    by_kind = {r.row: r for r in rows if r.row != "kernel"}
     parts = [r for r in rows if r.row != "total"]
-    assert sum(r.us for r in parts) == pytest.approx(8.0) and sum(r.of_token for r in parts) == pytest.approx(1.0)
-    # The ops' graphs less a launch each, one launch, and what no op launched: (5 - 1.5) + (3.5 - 1.5) + 1.5 + 0.7.
+    assert sum(r.us for r in parts) == pytest.approx(token) and sum(r.of_token for r in parts) == pytest.approx(1.0)
+    return rows, {r.row: r for r in rows}
+
+
+def test_an_account_of_kernels_adds_up_to_the_token():
+    rows, by_kind = account(two_calls(), (1.5, 0.5, 0.8, 0.7), 8.0, (5.0, 6.5, 7.7), overlap=False)
     assert by_kind["gap"].us == pytest.approx(7.7 - 3.5) and by_kind["unexplained"].us == pytest.approx(0.3)
     assert by_kind["unexplained"].flag == "above 3% of the token"
     kernels = {r.kernel: r for r in rows if r.row == "kernel"}
     assert kernels["gemv"].bytes == 3_000_000 and kernels["gemv"].gbps == pytest.approx(2000)
     assert kernels["reduce"].bytes is None and kernels["silu"].of_ceiling is None and kernels["add"].op == "other"
     text = ledger.text_of(rows)
-    assert "linear qkv" in text and "unexplained" in text and "total" in text
+    assert "linear qkv" in text and "unexplained" in text and "total" in text and "overlap" not in text
+
+
+def test_an_account_of_chains_adds_up_to_the_token():
+    # Time stamps that overlap so much that they exceed the token; the chains do not care.
+    rows, by_kind = account(two_calls(), (6.5, 0.5, 5.8, 0.7), 7.8, (5.0, 6.5, 7.7), overlap=True)
+    assert [(r.row, r.op, r.kernel, r.us) for r in rows[:3]] == [
+        ("chain", "linear", "gemv + reduce", pytest.approx(3.5)), ("chain", "silu_mul", "silu", pytest.approx(1.5)),
+        ("chain", "other", "add", pytest.approx(1.2))]
+    assert by_kind["gap"].us == 1.5 and by_kind["unexplained"].us == pytest.approx(0.1)
+    assert by_kind["unexplained"].flag is None
+    linear = rows[0]
+    assert linear.bytes == 3_000_000 and linear.gbps == pytest.approx(3e3 / 3.5) and "isolated" in linear.note
+    assert rows[1].us_p10 == pytest.approx(1.5 - np.hypot(0.065, 0.05)) and rows[1].n == 20
+    assert "not an isolated kernel" in ledger.text_of(rows)
+
+
+def test_a_use_that_is_hidden_claims_no_bandwidth():
+    rows, _ = account(two_calls(), (1, 1, 1, 1), 7.8, (1.4, 6.5, 7.7), overlap=True)
+    assert rows[0].us < 0 and rows[0].bytes == 3_000_000 and rows[0].gbps is None
+
+
+def test_chains_hold_the_calls_of_more_and_more_uses_in_the_steps_order():
+    uses = [("a", None), ("b", "x"), ("a", None), ("b", "y"), ("b", "x")]
+    calls = [ledger.Call(op, role, 0, f"{op}{i}") for i, (op, role) in enumerate(uses)]
+    assert ledger.chains(calls, "last") == {
+        ("a", None): ["a0", "a2"], ("b", "x"): ["a0", "b1", "a2", "b4"],
+        ("b", "y"): ["a0", "b1", "a2", "b3", "b4"], ledger.OTHER: ["a0", "b1", "a2", "b3", "b4", "last"]}
+
+
+@pytest.mark.parametrize("plan", shapes.PLANS)
+def test_the_longest_chain_is_the_step(tiny, plan):
+    decoder = model_bench.Decoder(load(RandomSource(TINY_QK), torch.float32, "cpu"), select("torch", "cpu"), 1, 17,
+                                  plan=plan)
+    model_bench.fill(decoder, 1, 16)
+    saved = decoder.state.clone(), decoder.ids.clone()
+    longest = list(ledger.chains(ledger.record_step(decoder), lambda: None).values())[-1]
+    want = decoder.step().tolist()
+    decoder.state.copy_(saved[0]), decoder.ids.copy_(saved[1])
+    ledger._all(longest)()
+    assert decoder.ids.tolist() == want != saved[1].tolist()
+    assert decoder.state.equal(saved[0])
+
+
+class Replayed(timing.WallTimed):
+    """A graph that is no graph: its calls one by one, by the wall clock."""
+
+    def __init__(self, calls, before=None, graph=None):
+        self.graph = self
+        self.replay = graph.replay if graph else lambda: [call() for call in calls]
+        super().__init__(self.replay, before)
+        before()                                                # capturing moves nothing on
+
+
+@pytest.mark.parametrize("backend, row", [("cuda", "chain"), ("torch", "kernel")])
+def test_a_ledger_is_made_on_a_made_up_gpu(tiny, monkeypatch, backend, row):
+    seen, ops = [], select("torch", "cpu")                      # the names of the kernels that "ran"
+
+    def logged(name, run):
+        return lambda *args, **options: (seen.append(f"{name}_kernel"), run(*args, **options))[1]
+
+    def device_events(run):
+        seen.clear()
+        run()
+        return [(name, i * 1000, 900) for i, name in enumerate(seen)]
+
+    def timed_step(decoder, mode):
+        state, ids = decoder.state.clone(), decoder.ids.clone()
+        return Replayed([torch.inference_mode()(lambda: decoder.run_plan(decoder, model_bench.GREEDY))],
+                        lambda: (decoder.state.copy_(state), decoder.ids.copy_(ids)))
+
+    for op in OPS:
+        setattr(ops, op.name, logged(op.name, getattr(ops, op.name)))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: seen.append(ledger.MARKER))
+    monkeypatch.setattr(ledger, "device_events", device_events)
+    monkeypatch.setattr(timing, "GraphTimed", Replayed)
+    monkeypatch.setattr(model_bench, "timed_step", timed_step)
+    measure = timing.measure
+    monkeypatch.setattr(timing, "measure", lambda timed, *_: measure(timed, 0.0, 3, 3))
+    rig = ops_bench.Rig("cpu", {}, Ceilings(), seconds=0.01)
+    weights = load(RandomSource(TINY), torch.float32, "cpu")
+    base = BASE | {"backend": backend, "plan": "fused"}
+    rows = ledger.measure_backend(base, rig, weights, ops, 1, 16)
+    total, parts = rows[-1], rows[:-1]
+    assert total.row == "total" and sum(r.us for r in parts) == pytest.approx(total.us)
+    named = {(r.op, r.role): (r.kernel, r.calls) for r in rows if r.row == row}
+    assert named["linear_add", "down"] == ("linear_add_kernel", TINY.layers)
+    assert named["norm_linear_argmax", "lm_head"] == ("norm_linear_argmax_kernel", 1)
+    assert {r.row for r in rows} == {row, "gap", "unexplained", "total"}
+
+
+def test_swaps_cover_each_op_of_the_plan_asked(tiny, monkeypatch):
+    timed = []
+    monkeypatch.setattr(ledger, "select", lambda backend, device, overrides=(): timed.append((backend, dict(overrides)))
+                        or select("torch", device))
+    monkeypatch.setattr(ledger, "SWAP_SECONDS", 0.01)
+    rig = ops_bench.Rig("cpu", {}, Ceilings())
+    weights = load(RandomSource(TINY), torch.float32, "cpu")
+    for plan, ops in (("basic", 8), ("fused", 6)):
+        timed.clear()
+        rows = ledger.measure_swaps("r", rig, weights, "tiny", plan, "fp32", 1, 16)
+        swapped = [r.op for r in rows if r.op]
+        assert swapped == list(dict.fromkeys(op for op, _, _ in shapes.uses(TINY, plan))) and len(swapped) == ops
+        assert timed == [("triton", {}), ("cuda", {}), *(("triton", {op: "cuda"}) for op in swapped)]
+        assert all(r.plan == plan and r.us > 0 and not r.error for r in rows)
+    text = ledger.text_of(rows)
+    assert "swap, plan fused" in text and "triton, norm_linear_argmax by cuda" in text and "all cuda" in text
 
 
 def test_kernel_names_are_shortened():
@@ -482,14 +599,19 @@ def test_what_fits_in_l2_is_not_above_the_ceiling_when_cold(measured, tmp_path):
 
 
 @gpu
-@pytest.mark.parametrize("backend", ["cuda", "triton"])
-def test_the_ledger_adds_up_on_a_gpu(measured, backend):
+@pytest.mark.parametrize("model", ["smollm2-135m", "llama-3.2-1b"])
+@pytest.mark.parametrize("plan", shapes.PLANS)
+@pytest.mark.parametrize("backend", ["cuda", "triton", "torch"])
+def test_the_ledger_adds_up_on_a_gpu(measured, model, backend, plan):
     rig = ops_bench.make_rig({}, "cuda", measured[1], quick=True)
-    weights = load(RandomSource(PRESETS["llama-3.2-1b"]), torch.bfloat16, "cuda")
-    base = dict(run="r", model="llama-3.2-1b", backend=backend, plan="basic", dtype="bf16", batch=1, context=1024)
+    weights = load(RandomSource(PRESETS[model]), torch.bfloat16, "cuda")
+    base = dict(run="r", model=model, backend=backend, plan=plan, dtype="bf16", batch=1, context=1024)
     rows = ledger.measure_backend(base, rig, weights, select(backend, "cuda"), 1, 1024)
     total = next(r for r in rows if r.row == "total")
     assert sum(r.us for r in rows if r.row != "total") == pytest.approx(total.us, rel=1e-6)
-    named = sum(r.us for r in rows if r.row in ("kernel", "gap"))
-    assert named == pytest.approx(total.us, rel=0.03)
-    assert {r.op for r in rows if r.row == "kernel"} >= {op for op, _, _ in shapes.uses(weights.config)}
+    named = [r for r in rows if r.row in ("kernel", "chain")]
+    gap = next(r for r in rows if r.row == "gap")
+    assert sum(r.us for r in named) + gap.us == pytest.approx(total.us, rel=0.03)
+    assert (backend, plan) not in ledger.DEPENDENT or {r.row for r in named} == {"chain"}
+    assert {r.op for r in named} >= {op for op, _, _ in shapes.uses(weights.config, plan)}
+    assert gap.us >= 0 and all(r.us > -0.01 * total.us for r in named)

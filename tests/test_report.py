@@ -409,9 +409,32 @@ def test_ledger_sums_and_waterfall(tmp_path):
         LedgerRow(**base, backend="triton", row="swap", op="rope", us=155.0, overrides={"rope": "cuda"})])
     run, = load.load(tmp_path)
     assert "the rows add up to 100.0% of the replayed token" in ledger_figures.ledger(run, "m").reading
-    table = ledger_figures.swap(run, "m").table
+    table = ledger_figures.swap(run, "m", "basic").table
     assert table["step"].tolist() == ["all Triton", "linear", "rope", "together, not alone", "all CUDA"]
     assert table["change (us)"].tolist()[1:4] == [-40.0, 5.0, -15.0]
+
+
+def test_chains_are_labelled_and_every_plan_has_its_waterfall(tmp_path):
+    base = dict(run="r", model="m", dtype="bf16", batch=1, context=64)
+    rows = [env()]
+    for plan, row in (("basic", "kernel"), ("fused", "chain")):
+        rows += [LedgerRow(**base, plan=plan, backend="cuda", row=row, op="linear", kernel="k", us=92.0),
+                 LedgerRow(**base, plan=plan, backend="cuda", row=row, op="rope", kernel="r",
+                           us=-1.0 if row == "chain" else 1.0),       # hidden, but for the noise of two times
+                 LedgerRow(**base, plan=plan, backend="cuda", row="total", us=100.0),
+                 LedgerRow(**base, plan=plan, backend="triton", row="swap", us=150.0),
+                 LedgerRow(**base, plan=plan, backend="triton", row="swap", op="linear", us=110.0)]
+    synthetic.write(tmp_path, rows)
+    run, = load.load(tmp_path)
+    assert not [n for n in run.notices if "no usable time" in n.text]
+    figure = ledger_figures.ledger(run, "m")
+    assert figure.table.iloc[:, 0].drop_duplicates().tolist() == ["CUDA basic", "CUDA fused, chains"]
+    assert set(figure.table["row"]) == {"kernel", "chain", "total"}
+    assert "CUDA fused, chains: the rows add up to 91.0%" in figure.reading and "do not add up" in figure.reading
+    assert [f.name for f in ledger_figures.swaps(run, "m")] == ["m-swap", "m-swap-fused"]
+    only_kernels = [r for r in rows if getattr(r, "plan", "") != "fused"]
+    synthetic.write(tmp_path / "kernels", only_kernels)
+    assert "do not add up" not in ledger_figures.ledger(load.load(tmp_path / "kernels")[0], "m").reading
 
 
 def test_error_bars_of_a_share_are_those_of_its_time():

@@ -1,17 +1,24 @@
-"""`lab ledger MODEL`: one decode step, kernel by kernel, and where the rest of the token's time went.
+"""`lab ledger MODEL`: one decode step, use by use, and where the rest of the token's time went.
 
-Three measurements make an account:
+Four measurements make an account:
   1. The token: the decoder's CUDA graph, replayed between two events. No profiler.
-  2. Kernels: device time stamps (torch's profiler, CUPTI) of the same graph's kernels. Which op launched which comes
-     from one eager step with a marker kernel around every op; the order of kernels in the graph is the same.
-  3. Gaps: for every op a graph of its calls alone (the step's own, in place, each layer's own weights and KV, L2
-     emptied before), again with no profiler. What such a graph takes beyond its kernels' time stamps is launch gaps.
-The token minus the graphs of (3) is `unexplained`: what ops cost each other in company. Kernels + gap + unexplained are
-the token; unexplained above 3% of it is flagged. Gaps cannot be read off the profiler's time stamps: it widens them.
+  2. Chains: the step's uses (an op in its role, as `linear o`) in order of first appearance; T(k) is a graph of all the
+     step's calls of the first k uses, in the step's order, in place, on every layer's own weights and KV. The time of
+     use k is T(k) - T(k-1): what the token grows by when its calls join those before. The sum is T(all) exactly. What
+     a kernel hides behind another is a gain of the later use. Each sample follows a whole token, so L2 holds what it
+     holds when tokens follow each other.
+  3. Kernels: device time stamps (torch's profiler, CUPTI) of the token's kernels. Which op launched which comes from
+     one eager step with a marker kernel around every op; the order of kernels in the graph is the same.
+  4. A graph of nothing: what launching a graph costs, which the token pays once.
+Where kernels overlap (programmatic dependent launch), time stamps do not add up: rows are `chain`, the time of a use,
+and `gap` is the graph's launch. Elsewhere rows are `kernel` and `gap` is T(all) minus the time stamps: the device's
+idle time. In both, `unexplained` is the token minus T(all): above 3% of it, the chains are not the token, and a flag
+says so. Gaps cannot be read off the time stamps: the profiler widens them.
 """
 import argparse
 import functools
 import itertools
+import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
@@ -31,7 +38,11 @@ MARKER = "spin_kernel"          # torch.cuda._sleep's kernel: nothing else in a 
 REPLAYS = 20                    # replays under the profiler
 WEIGHT = {"linear": 1, "norm_linear": 3, "linear_add": 1, "norm_linear_silu_mul": 3, "norm_linear_argmax": 3}   # argument
 NULLS = 32                      # kernels that do nothing, to tell a graph's launch from a kernel's
+SWAP_SECONDS = 1.0              # of sampling all tokens of a plan's swaps together
 TOLERANCE = 0.03                # of the token, for what is unexplained
+OVERLAP = 0.01                  # of the token; time stamps that overlap by more do not add up
+DEPENDENT = {("cuda", "basic"), ("cuda", "fused"), ("triton", "fused")}    # plans whose kernels let the next one begin
+OTHER = ("other", None)         # the use of what no op launches: moving the positions on
 
 
 @dataclass
@@ -141,39 +152,102 @@ def sequence(calls, outside):
     return order
 
 
-def kernel_times(events, order):
-    """Microseconds of every place of `order`, summarized over replays, each of which a marker precedes.
+def replays_of(events):
+    """The events of every replay, each of which a marker precedes: [[(name, start ns, duration ns), ...], ...]."""
+    replays = []
+    for event in events:
+        if MARKER in event[0]:
+            replays.append([])
+        elif replays:
+            replays[-1].append(event)
+    if not replays:
+        raise LabError("the profiler saw no replay of the graph: no ledger can be made of that")
+    return replays
+
+
+def kernel_times(replays, order):
+    """Microseconds of every place of `order`, summarized over replays.
 
     What follows a replay's kernels are the copies that set the state back for the next one. Raises LabError when the
     graph's kernels are not those of the eager step.
     """
-    names, replays = [name for _, name in order], []
-    for name, _, duration in events:
-        if MARKER in name:
-            replays.append([])
-        elif replays:
-            replays[-1].append((name, duration / 1e3))
-    if not replays:
-        raise LabError("the profiler saw no replay of the graph: no ledger can be made of that")
-    for events_of_one in replays:
-        seen = [name for name, _ in events_of_one]
+    names = [name for _, name in order]
+    for replay in replays:
+        seen = [name for name, *_ in replay]
         if seen[:len(names)] != names or any("Memcpy" not in name for name in seen[len(names):]):
             wrong = next((f"{i} is {a}, not {b}" for i, (a, b) in enumerate(zip(seen, names)) if a != b), None)
             raise LabError(f"the graph ran {len(seen)} kernels and the eager step {len(names)}"
                            + (f": number {wrong}" if wrong else ""))
-    return [timing.summarize([one[place][1] for one in replays]) for place in range(len(names))]
+    return [timing.summarize([replay[place][2] / 1e3 for replay in replays]) for place in range(len(names))]
 
 
-def account(base, calls, order, times, token, alone, launch_us, ceilings):
+def overlap_us(replays, count):
+    """Microseconds of a replay, on average, in which one of its `count` kernels had begun and the one before not ended."""
+    total = sum(max(0, start + duration - after) for replay in replays
+                for (_, start, duration), (_, after, _) in itertools.pairwise(replay[:count]))
+    return total / len(replays) / 1e3
+
+
+def uses_of(calls):
+    """The step's uses in order of first appearance, last the decoder's own kernels."""
+    return [*dict.fromkeys((c.op, c.role) for c in calls), OTHER]
+
+
+def chains(calls, last):
+    """{use: calls of a graph}: each the step's calls of all uses up to this one. last: the decoder's own kernels."""
+    uses = uses_of(calls)
+    made = {use: [c.again for c in calls if (c.op, c.role) in uses[:k]] for k, use in enumerate(uses, 1)}
+    made[OTHER].append(last)
+    return made
+
+
+def account(base, calls, order, times, token, chained, launch_us, ceilings, overlap):
     """The ledger's rows. base: LedgerRow fields common to all. times: Stats per place of `order`. token: Stats.
 
-    alone: op -> Stats of a graph of that op's calls only. launch_us: what a graph's own launch adds to its kernels; the
-    token pays it once, and so must the graphs of the ops together.
+    chained: {use: Stats of its chain} in the chains' order. launch_us: what a graph's own launch adds. overlap: whether
+    kernels overlap, so that the rows are chains and not kernels.
     """
+    together = list(chained.values())[-1].us
+    if overlap:
+        rows = chain_rows(base, calls, order, token, chained, launch_us, ceilings)
+        gap, note = launch_us, "the graph's launch; kernels overlap, so the gaps between them are in the chains"
+    else:
+        rows = kernel_rows(base, calls, order, times, token, ceilings)
+        gap, note = together - sum(r.us for r in rows), "the longest chain minus its kernels' time stamps"
+    unexplained = token.us - together
+    rows.append(LedgerRow(**base, row="gap", us=gap, of_token=gap / token.us, timer="graph", calls=len(order),
+                          note=note))
+    rows.append(LedgerRow(**base, row="unexplained", us=unexplained, of_token=unexplained / token.us, timer="graph",
+                          flag="above 3% of the token" if abs(unexplained) > TOLERANCE * token.us else None))
+    return rows + [total_row(base, token, calls, ceilings)]
+
+
+def chain_rows(base, calls, order, token, chained, launch_us, ceilings):
+    """A row per use: its chain's time minus that of the chain before."""
+    names = defaultdict(dict)                        # use -> its kernels, each once
+    for index, name in order:
+        names[OTHER if index is None else (calls[index].op, calls[index].role)][short(name)] = None
+    rows, before = [], timing.Stats(launch_us, launch_us, launch_us, launch_us, token.n)
+    for k, (use, stats) in enumerate(chained.items(), 1):
+        op, role = use
+        us, mine = stats.us - before.us, [c for c in calls if (c.op, c.role) == use]
+        low = math.hypot(stats.us - stats.us_p10, before.us_p90 - before.us)
+        high = math.hypot(stats.us_p90 - stats.us, before.us - before.us_p10)
+        rows.append(LedgerRow(
+            **base, row="chain", op=op, role=role, kernel=" + ".join(names[use]), calls=len(mine) or 1, us=us,
+            us_p10=us - low, us_p90=us + high, n=min(stats.n, before.n), of_token=us / token.us, timer="graph",
+            note=f"chain difference: the first {k} uses minus the first {k - 1}, not an isolated kernel"))
+        _bandwidth(rows[-1], sum(c.nbytes for c in mine), ceilings)
+        before = stats
+    return rows
+
+
+def kernel_rows(base, calls, order, times, token, ceilings):
+    """A row per use and kernel: the sum of its time stamps."""
     groups = defaultdict(list)                       # (op, role, kernel) -> places; ordered by first appearance
     for place, (index, name) in enumerate(order):
-        call = calls[index] if index is not None else None
-        groups[call and call.op, call and call.role, short(name)].append(place)
+        op, role = OTHER if index is None else (calls[index].op, calls[index].role)
+        groups[op, role, short(name)].append(place)
     heaviest = {}                                    # (op, role) -> its longest kernel, which gets the op's bytes
     for (op, role, name), places in groups.items():
         us = sum(times[p].us for p in places)
@@ -185,25 +259,24 @@ def account(base, calls, order, times, token, alone, launch_us, ceilings):
     rows = []
     for (op, role, name), places in groups.items():
         us = sum(times[p].us for p in places)
-        row = LedgerRow(**base, row="kernel", op=op or "other", role=role, kernel=name, calls=len(places), us=us,
-                        us_p10=sum(times[p].us_p10 for p in places), us_p90=sum(times[p].us_p90 for p in places),
-                        n=min(times[p].n for p in places), of_token=us / token.us, timer="kineto")
-        if heaviest[op, role][0] == name and nbytes[op, role]:
-            row.bytes = nbytes[op, role]
-            given = ceilings.fields(shapes.DIRECTION.get(op, "read"), row.bytes, us)
-            row.gbps, row.of_ceiling, row.flag = given.get("gbps"), given.get("of_ceiling"), given.get("flag")
-            if op not in shapes.COLD:                # activations come from L2: no share of DRAM's bandwidth
-                row.of_ceiling = row.flag = None
-        rows.append(row)
-    kernels = sum(r.us for r in rows)
-    other = sum(r.us for r in rows if r.op == "other")
-    together = sum(s.us - launch_us for s in alone.values()) + launch_us + other
-    gap, unexplained = together - kernels, token.us - together
-    rows.append(LedgerRow(**base, row="gap", us=gap, of_token=gap / token.us, timer="graph", calls=len(order),
-                          note="graphs of each op alone, minus their kernels' time stamps"))
-    rows.append(LedgerRow(**base, row="unexplained", us=unexplained, of_token=unexplained / token.us, timer="graph",
-                          flag="above 3% of the token" if abs(unexplained) > TOLERANCE * token.us else None))
-    return rows + [total_row(base, token, calls, ceilings)]
+        rows.append(LedgerRow(
+            **base, row="kernel", op=op, role=role, kernel=name, calls=len(places), us=us,
+            us_p10=sum(times[p].us_p10 for p in places), us_p90=sum(times[p].us_p90 for p in places),
+            n=min(times[p].n for p in places), of_token=us / token.us, timer="kineto"))
+        if heaviest[op, role][0] == name:
+            _bandwidth(rows[-1], nbytes[op, role], ceilings)
+    return rows
+
+
+def _bandwidth(row, nbytes, ceilings):
+    """Gives a row its op's bytes and what follows from them."""
+    if not nbytes:
+        return
+    row.bytes = nbytes
+    given = ceilings.fields(shapes.DIRECTION.get(row.op, "read"), nbytes, row.us) if row.us > 0 else {}
+    row.gbps = given.get("gbps")
+    if row.op in shapes.COLD:                        # activations come from L2: no share of DRAM's bandwidth
+        row.of_ceiling, row.flag = given.get("of_ceiling"), given.get("flag")
 
 
 def total_row(base, token, calls, ceilings):
@@ -228,16 +301,27 @@ def short(name):
 
 
 def measure(session, rig, name, dtype_name, batch, context, weights_kind, swap, progress=None):
-    """Records the ledger of one model under every backend, and with `swap` a token per op swapped."""
+    """Records the ledger of one model under every backend and plan, and with `swap` a token per op swapped, per plan.
+
+    What is recorded already is not measured again; what does not fit the session's budget is left for the next run.
+    """
+    mine = dict(run=session.run, model=name, dtype=dtype_name, batch=batch, context=context)
+
+    def recorded(swapped, **more):
+        return any(r.kind == "ledger" and (r.row == "swap") == swapped
+                   and all(getattr(r, f) == v for f, v in {**mine, **more}.items()) for r in session.rows)
+
+    todo = [(b, p) for b, p in itertools.product(rig.backends, rig.plans) if not recorded(False, backend=b, plan=p)]
+    swaps = [p for p in rig.plans if swap and not recorded(True, plan=p)]
+    if not todo and not swaps:
+        return
     weights = load(open_source(name, weights_kind), DTYPES[dtype_name], rig.device)
-    for backend, plan in itertools.product(rig.backends, rig.plans):
+    for backend, plan in todo:
+        if session.over():
+            return
         if progress:
             progress(f"ledger {name} {backend} {plan}")
-        base = dict(run=session.run, model=name, backend=backend, plan=plan, dtype=dtype_name, batch=batch,
-                    context=context)
-        if any(r.kind == "ledger" and r.row != "swap" and all(getattr(r, f) == v for f, v in base.items())
-               for r in session.rows):
-            continue
+        base = dict(mine, backend=backend, plan=plan)
         try:
             rows = measure_backend(base, rig, weights, rig.backends[backend], batch, context)
         except Exception as e:
@@ -246,8 +330,10 @@ def measure(session, rig, name, dtype_name, batch, context, weights_kind, swap, 
             row.order = order
         session.add(*rows)
         alive(f"the ledger of {name} under {backend}")
-    if swap and not any(r.kind == "ledger" and r.row == "swap" and r.model == name for r in session.rows):
-        session.add(*measure_swaps(session.run, rig, weights, name, dtype_name, batch, context))
+    for plan in swaps:
+        if session.over():
+            return
+        session.add(*measure_swaps(session.run, rig, weights, name, plan, dtype_name, batch, context))
         alive(f"the swaps of {name}")
 
 
@@ -257,18 +343,20 @@ def measure_backend(base, rig, weights, ops, batch, context):
     model_bench.fill(decoder, batch, context)
     decoder.prepare()
     step = model_bench.timed_step(decoder, "graph")
+    graph = step.graph
     calls = record_step(decoder)                     # with bytes; the marked step below has the kernels
 
-    def before():                                    # a replay of the whole step moved the state on
+    def before():                                    # a whole token: see chains, above
         step.before()
-        rig.flush()
+        graph.replay()
+        step.before()
 
-    entries = {"token": step}
-    for op in dict.fromkeys(c.op for c in calls):
-        entries[op] = timing.GraphTimed([_all([c.again for c in calls if c.op == op])], before)
+    made = chains(calls, functools.partial(decoder.state.clone().add_, decoder.live))
+    entries = {use: timing.GraphTimed([_all(mine)], before) for use, mine in made.items()}
+    entries["token"] = timing.GraphTimed([step], before, graph=graph)
     one = torch.zeros(1, device=rig.device)
-    for count in (1, 1 + NULLS):                     # what a graph costs beyond its kernels: see account()
-        entries[f"{count} nulls"] = timing.GraphTimed([_all([functools.partial(one.add_, 1)] * count)])
+    for count in (1, 1 + NULLS):
+        entries[f"{count} nulls"] = timing.GraphTimed([_all([functools.partial(one.add_, 1)] * count)], before)
     stats = timing.measure(entries, rig.seconds * len(entries), 20, 200)
     token, single, many = (stats.pop(key) for key in ("token", "1 nulls", f"{1 + NULLS} nulls"))
     launch_us = max(0.0, single.us - (many.us - single.us) / NULLS)
@@ -280,16 +368,18 @@ def measure_backend(base, rig, weights, ops, batch, context):
         call.kernels = seen.kernels
     # Restoring the state copies two small tensors after the step; they are not part of it.
     order = sequence(calls, [(i, n) for i, n in outside if "Memcpy" not in n])
-    graph = decoder.graphs[GREEDY][0]
 
-    def replays():
+    def replay_all():
         for _ in range(REPLAYS):
             step.before()
             torch.cuda._sleep(1)
             graph.replay()
 
-    times = kernel_times(device_events(replays), order)
-    rows = account(base, calls, order, times, token, stats, launch_us, rig.ceilings)
+    replays = replays_of(device_events(replay_all))
+    times = kernel_times(replays, order)
+    overlap = ((base["backend"], base["plan"]) in DEPENDENT
+               or overlap_us(replays, len(order)) > OVERLAP * token.us)
+    rows = account(base, calls, order, times, token, stats, launch_us, rig.ceilings, overlap)
     for entry in entries.values():
         entry.close()
     return rows
@@ -303,23 +393,23 @@ def _all(calls):
     return run
 
 
-def measure_swaps(run, rig, weights, name, dtype_name, batch, context):
+def measure_swaps(run, rig, weights, name, plan, dtype_name, batch, context):
     """Tokens of all-Triton, all-CUDA, and Triton with each op in turn swapped to CUDA, interleaved."""
     rows, timed = [], {}
-    plans = [("triton", None), ("cuda", None)] + [("triton", op) for op in dict.fromkeys(_ops_of_step(weights, rig.plans[0]))]
-    for order, (backend, op) in enumerate(plans, 100):
+    sides = [("triton", None), ("cuda", None), *(("triton", op) for op in ops_of_step(weights.config, plan))]
+    for order, (backend, op) in enumerate(sides, 100):
         overrides = {op: "cuda"} if op else {}
-        row = LedgerRow(run, name, backend, rig.plans[0], dtype_name, batch, context, "swap", order=order, op=op,
+        row = LedgerRow(run, name, backend, plan, dtype_name, batch, context, "swap", order=order, op=op,
                         overrides=overrides, timer="graph")
         rows.append(row)
         try:
-            decoder = Decoder(weights, select(backend, rig.device, overrides), batch, context + 1, plan=row.plan)
+            decoder = Decoder(weights, select(backend, rig.device, overrides), batch, context + 1, plan=plan)
             model_bench.fill(decoder, batch, context)
             timed[len(rows) - 1] = model_bench.timed_step(decoder, "graph")
         except Exception as e:
             row.error = one_line(e)
     nbytes = model_bench.step_bytes(weights, batch, context + 1)
-    for i, stats in (timing.measure(timed, 1.0, 15, 100) if timed else {}).items():
+    for i, stats in (timing.measure(timed, SWAP_SECONDS, 15, 100) if timed else {}).items():
         for field_name, value in stats.fields().items():
             setattr(rows[i], field_name, value)
         given = rig.ceilings.fields("read", nbytes, stats.us)
@@ -327,9 +417,9 @@ def measure_swaps(run, rig, weights, name, dtype_name, batch, context):
     return rows
 
 
-def _ops_of_step(weights, plan):
-    """Names of the ops that the model's step uses, in its order."""
-    return [op for op, _, _ in shapes.uses(weights.config, plan)]
+def ops_of_step(config, plan):
+    """Names of the ops that the model's step uses, each once, in its order."""
+    return list(dict.fromkeys(op for op, _, _ in shapes.uses(config, plan)))
 
 
 # The verb `lab ledger`: a bench of one model's ledger, and its account on the terminal.
@@ -372,22 +462,26 @@ def text_of(rows):
         mine = [r for r in rows if (r.backend, r.plan) == (backend, plan) and r.row != "swap"]
         one = mine[0]
         lines.append(f"\n{one.model} {backend} {plan} {one.dtype} batch {one.batch} context {one.context}")
+        if any(r.row == "chain" for r in mine):
+            lines.append("  kernels overlap: each row is what the chain of rows above it grew by, not an isolated kernel")
         lines.append(f"  {'op':<24} {'kernel':<34} {'calls':>5} {'us':>9} {'MB':>9} {'GB/s':>6} {'ceiling':>7} "
                      f"{'token':>6}")
         for r in sorted(mine, key=lambda r: r.order):
             if r.error:
                 lines.append(f"  failed: {r.error}")
                 continue
-            name = " ".join(w for w in (r.op, r.role) if w) if r.row == "kernel" else r.row
+            name = " ".join(w for w in (r.op, r.role) if w) if r.row in ("kernel", "chain") else r.row
             mb = "" if r.bytes is None else f"{r.bytes / 1e6:.1f}"
             gbps = "" if r.gbps is None else f"{r.gbps:.0f}"
             share = "" if r.of_ceiling is None else f"{r.of_ceiling:.1%}"
             lines.append(f"  {name[:24]:<24} {(r.kernel or '')[:34]:<34} {r.calls or '':>5} {r.us:>9.1f} {mb:>9} "
                          f"{gbps:>6} {share:>7} {r.of_token:>6.1%}" + (f"  {r.flag}" if r.flag else ""))
-    swaps = [r for r in rows if r.row == "swap" and r.us]
-    if swaps:
-        lines.append("\nswap: one token, us")
-        for r in sorted(swaps, key=lambda r: r.order):
+    for plan in dict.fromkeys(r.plan for r in rows if r.row == "swap"):
+        lines.append(f"\nswap, plan {plan}: one token, us, and the change from all triton")
+        swaps = sorted((r for r in rows if r.row == "swap" and r.plan == plan), key=lambda r: r.order)
+        start = next((r.us for r in swaps if r.backend == "triton" and not r.op), None)
+        for r in swaps:
             what = f"{r.backend}, {r.op} by {r.overrides[r.op]}" if r.op else f"all {r.backend}"
-            lines.append(f"  {what:<40} {r.us:>9.1f}")
+            change = f" {r.us - start:>+9.1f}" if r.us and start else ""
+            lines.append(f"  {what:<40} " + (f"failed: {r.error}" if r.error else f"{r.us:>9.1f}{change}"))
     return "\n".join(lines)

@@ -23,8 +23,9 @@ between two events, the host's time included) | wall (host clock; emulated, says
    "n":64,"tokens_per_s":909.1,"ttft_ms":21.0,"bytes":2503000000,"gbps":2275.0,"of_ceiling":0.744,
    "weight_bytes":2471000000,"kv_bytes":33554432,"workspace_bytes":1000000,"steady_bytes":2600000000,
    "peak_bytes":2700000000,"page_utilisation":0.98,"linearity":1.0}
-`ledger`: one line of the account of one decode step. row: kernel | chain | gap | unexplained | total (the
-graph-replayed token; the others add up to it) | swap (a whole token with `overrides`; `op` names what was swapped).
+`ledger`: one line of the account of one decode step. row: kernel | chain (the time that a use adds to those before it,
+where kernels overlap: lab/harness/ledger.py) | gap | unexplained | total (the graph-replayed token; the others add up
+to it) | swap (a whole token with `overrides`; `op` names what was swapped).
   {"schema":1,"kind":"ledger","run":"...","model":"llama-3.2-1b","backend":"cuda","plan":"basic","dtype":"bf16",
    "batch":1,"context":1024,"row":"kernel","order":3,"op":"linear","kernel":"linear_kernel","calls":65,"us":830.0,
    "bytes":2471000000,"gbps":2977.0,"of_ceiling":0.973,"of_token":0.755,"timer":"kineto"}

@@ -6,6 +6,7 @@ import pandas as pd
 from lab.report import style
 from lab.report.figures import (Figure, amount, command, conditions, legend, short, spread, table, times, unit)
 
+CHAINS = ", chains"         # what the bar of a plan whose kernels overlap is called by
 IDLE = {"launch gaps": "....", "unexplained": "xxxx"}       # what is no kernel, and its hatch
 
 
@@ -17,8 +18,9 @@ def accounts(run, model):
     for column in ("batch", "context", "dtype"):
         rows = rows[rows[column] == rows[column].iloc[0]]
     several = rows["plan"].nunique() > 1
+    chained = set(rows.loc[rows["row"] == "chain", ["backend", "plan"]].itertuples(index=False, name=None))
     return rows.assign(bar=[style.backend(r.backend).label + (f" {r.plan}" if several and r.plan else "")
-                            for r in rows.itertuples()])
+                            + (CHAINS if (r.backend, r.plan) in chained else "") for r in rows.itertuples()])
 
 
 def ledger(run, model):
@@ -74,17 +76,21 @@ def ledger(run, model):
     sums = pieces.sum(axis=1)
     most = [f"{bar}: {pieces.loc[bar].idxmax()} takes {pieces.loc[bar].max() / sums[bar]:.0%}"
             for bar in bars if sums[bar] > 0]
+    chained = [bar for bar in bars if bar.endswith(CHAINS)]
     adds = [f"{bar}: the rows add up to {sums[bar] / totals.loc[bar, 'us']:.1%} of the replayed token"
             for bar in bars if bar in totals.index and sums[bar] > 0]
     first = rows.iloc[0]
     return Figure(
         name=f"{model}-ledger",
         title=f"{model}: where one token goes, batch {amount(first['batch'])} @{amount(first['context'])}",
-        conditions=conditions(run, rows, first["timer"]),
+        conditions=conditions(run, rows, ", ".join(filter(None, dict.fromkeys(rows["timer"])))),
         reading="".join(f"{'; '.join(words)}. " for words in (most, adds) if words)
-                + "The upright mark is the whole token as replayed; gaps are the time between kernels.",
+                + "The upright mark is the whole token as replayed; launch gaps are the time between kernels."
+                + (" Chains: where kernels overlap, times of single kernels do not add up; a part is what the token "
+                   "grows by when its calls join those before it, and the only gap is the graph's launch."
+                   if chained else ""),
         alt=f"Stacked bars, one per backend, of {unit_name} by op. {'; '.join(most)}",
-        table=table(rows.assign(of_token=100 * rows["of_token"]), "bar part role kernel calls us us_p10 us_p90 n bytes "
+        table=table(rows.assign(of_token=100 * rows["of_token"]), "bar row part role kernel calls us us_p10 us_p90 n bytes "
                     "gbps share of_token flag"),
         command=command("ledger", [model], rows.iloc[:1]), height=1.15 + 0.5 * len(bars), draw=draw)
 
@@ -110,12 +116,8 @@ class Step:
 
 
 def steps(rows, start, end):
-    """The waterfall's steps, largest gain first; [] where the all-`start` token or the swaps are missing."""
+    """The waterfall's steps of one plan's rows, largest gain first; [] where the all-`start` token or swaps are missing."""
     swaps = rows[rows["row"] == "swap"]
-    if not len(swaps):
-        return []
-    rows = rows[rows["plan"] == swaps["plan"].iloc[0]]
-    swaps = swaps[swaps["plan"] == swaps["plan"].iloc[0]]
 
     def whole(backend):
         mine = rows[rows["backend"] == backend]
@@ -139,10 +141,18 @@ def steps(rows, start, end):
     return made
 
 
-def swap(run, model, start="triton", end="cuda"):
+def swaps(run, model):
+    """A waterfall for each plan whose ops were swapped."""
+    rows = accounts(run, model)
+    plans = dict.fromkeys(rows.loc[rows["row"] == "swap", "plan"]) if len(rows) else ()
+    return [swap(run, model, plan) for plan in plans]
+
+
+def swap(run, model, plan, start="triton", end="cuda"):
     """From the all-Triton token to the all-CUDA one: what swapping each op alone gains, and what is left over."""
     rows = accounts(run, model)
-    divisor, unit_name = unit(rows["us"]) if len(rows) else (1.0, "us")
+    rows = rows[rows["plan"] == plan]
+    divisor, unit_name = unit(rows["us"])
     found = steps(times(rows, divisor), start, end)
     if not found:
         return None
@@ -179,7 +189,8 @@ def swap(run, model, start="triton", end="cuda"):
     values = [{"step": s.name, "change": None if s.kind == "whole" else s.change,
                **({} if s.row is None else s.row[["us", "us_p10", "us_p90", "n"]].iloc[0].to_dict())} for s in found]
     return Figure(
-        name=f"{model}-swap", title=f"{model}: from all {old.label} to all {new.label}, op by op",
+        name=f"{model}-swap" + (f"-{plan}" if plan not in ("", "basic") else ""),
+        title=f"{model}: from all {old.label} to all {new.label}, op by op" + (f", plan {plan}" if plan else ""),
         conditions=conditions(run, measured, measured["timer"].iloc[0]),
         reading=f"{words} Each step is one op swapped alone, measured as a whole token; in {new.label}'s colour where "
                 f"the swap gains, in {old.label}'s where it loses. “Together” is what swaps change only in company.",

@@ -159,8 +159,9 @@ def _drop_unusable(run):
     for kind in ("ceiling", "op", "model", "ledger"):
         frame = getattr(run, kind)
         ok = frame["us"].map(math.isfinite) & (frame["us"] > 0)
-        if kind == "ledger":            # a gap may be nothing, unexplained time may be negative
-            ok = frame["us"].map(math.isfinite) & ((frame["us"] > 0) | frame["row"].isin(["gap", "unexplained"]))
+        if kind == "ledger":            # these are differences: nothing, or below it by the noise of two times
+            ok = frame["us"].map(math.isfinite) & ((frame["us"] > 0)
+                                                   | frame["row"].isin(["chain", "gap", "unexplained"]))
         if "batch" in frame:
             ok &= frame["batch"] > 0
         if kind == "model":

@@ -244,5 +244,5 @@ def of_model(run, model):
     """The pictures of one model's section."""
     curves = [m for m in (against(run, model, "context"), against(run, model, "batch")) if m]
     made = [*(curves or [latency(run, model)]), throughput(run, model), memory(run, model),
-            ledger_figures.ledger(run, model), ledger_figures.swap(run, model)]
+            ledger_figures.ledger(run, model), *ledger_figures.swaps(run, model)]
     return [m for m in made if m]
