@@ -1,9 +1,15 @@
 """The harness: statistics, buffers, ceilings, shapes, resume, errors, the ledger's account; on a GPU, known answers."""
 import argparse
+import csv
 import dataclasses
 import itertools
 import json
+import os
+import shutil
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -577,6 +583,51 @@ def test_a_copy_is_the_ceiling_and_a_kernel_at_half_speed_is_half_of_it(measured
     reached = ceilings.at("copy", size)
     assert size / got[1].us / 1e3 == pytest.approx(reached, rel=0.03)
     assert size / got[2].us / 1e3 == pytest.approx(reached / 2, rel=0.03)
+
+
+READ_TWICE = """
+import torch
+from lab import _cuda
+from lab.harness import ceiling
+sms = torch.cuda.get_device_properties(0).multi_processor_count
+src = torch.empty(1 << 29, dtype=torch.int32, device="cuda").random_()      # 2 GiB: what L2 keeps of it hardly counts
+sink = torch.zeros(4, dtype=torch.int32, device="cuda")
+for passes in (1, 2):
+    ceiling.cuda_call(_cuda, 0, src, sink, 4 * sms, 512, passes)()
+torch.cuda.synchronize()
+"""
+
+
+def dram_bytes(text):
+    """The bytes that each kernel read, from `ncu --csv --print-units base --metrics dram__bytes_read.sum`."""
+    lines = text.splitlines()
+    table = lines[next(i for i, line in enumerate(lines) if line.startswith('"ID"')):]
+    return [float(row["Metric Value"].replace(",", "")) for row in csv.DictReader(table)
+            if row["Metric Name"] == "dram__bytes_read.sum"]
+
+
+def test_ncus_table_is_parsed():
+    assert dram_bytes('==PROF== Connected\n"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n'
+                      '"0","stream_kernel","dram__bytes_read.sum","byte","2,147,483,648"\n'
+                      '"1","stream_kernel","dram__bytes_read.sum","byte","12"\n') == [2 ** 31, 12.0]
+
+
+@gpu
+def test_a_kernel_that_reads_its_input_twice_shows_in_dram_bytes():
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    ncu = shutil.which("ncu") or "/usr/local/cuda/bin/ncu"
+    if not os.access(ncu, os.X_OK):
+        pytest.skip("needs ncu (Nsight Compute)")
+    # Clocks are left alone: they change no byte, and the card's settings are not ours.
+    ran = subprocess.run([ncu, "--metrics", "dram__bytes_read.sum", "--kernel-name", "stream_kernel", "--csv",
+                          "--print-units", "base", "--clock-control", "none", sys.executable, "-c", READ_TWICE],
+                         capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[1])
+    said = ran.stdout + ran.stderr
+    if "ERR_NVGPUCTRPERM" in said:
+        pytest.skip("ncu may not read the performance counters here (ERR_NVGPUCTRPERM)")
+    assert ran.returncode == 0, said
+    assert dram_bytes(ran.stdout) == [pytest.approx(2 ** 31, rel=0.03), pytest.approx(2 ** 32, rel=0.03)]
 
 
 def quickly(call):
