@@ -8,13 +8,18 @@ from lab.errors import LabError
 def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
     """Writes text (UTF-8) or bytes beside `path` and renames the file into place, so that a reader never sees half of it.
 
-    Raises LabError where the file cannot be written; nothing is left beside it then, nor when the write is interrupted.
+    A link is followed. A pipe or a device (/dev/stdout) is written to: a rename would put a file in its place. Raises
+    LabError where the file cannot be written; nothing is left beside it then, nor when the write is interrupted.
     """
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    data = content.encode() if isinstance(content, str) else content
+    target = Path(os.path.realpath(path))
+    beside = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        beside.write_bytes(content.encode() if isinstance(content, str) else content)
-        beside.replace(path)
+        if Path(path).exists() and not target.is_file():
+            Path(path).write_bytes(data)
+        else:
+            beside.write_bytes(data)
+            beside.replace(target)
     except OSError as error:
         raise LabError(f"cannot write {path}: {error.strerror}") from None
     finally:

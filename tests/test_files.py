@@ -31,3 +31,24 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path, 
 def test_a_folder_that_is_not_there_is_one_line(tmp_path):
     with pytest.raises(LabError, match="cannot write .*absent/a.txt: No such file"):
         write_whole(tmp_path / "absent" / "a.txt", "new")
+
+
+def test_a_link_keeps_pointing(tmp_path):
+    (tmp_path / "real.txt").write_text("old")
+    (tmp_path / "link.txt").symlink_to("real.txt")
+    write_whole(tmp_path / "link.txt", "new")
+    assert (tmp_path / "link.txt").is_symlink() and (tmp_path / "real.txt").read_text() == "new"
+
+
+def test_a_pipe_is_written_to_and_stays_a_pipe(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_whole(pipe, "new")
+    assert os.read(reader, 9) == b"new" and pipe.is_fifo()
+    os.close(reader)
+
+
+def test_a_folder_is_one_line(tmp_path):
+    with pytest.raises(LabError, match="cannot write .*: Is a directory"):
+        write_whole(tmp_path, "new")
