@@ -12,6 +12,8 @@ Environment:
     LAB_HOST_SANITIZE=thread|address    build lab._host with a sanitizer (default: none)
     LAB_BUILD_JOBS=n                    compilers at a time (default: the cores this process may use)
     CXX                                 the C++ compiler (default: g++, else clang++, else c++)
+    LAB_TRY="linear=/path/mine.cu"      build one module, lab._cuda with LAB_CUDA=1 and else lab._host, with this file in
+                                        the place of cuda_src/linear.cu (`lab try`; give it a --build-lib of its own)
 
 Objects are kept in build/ and reused while neither their command nor a file they include has changed. There, too:
 build/cuda/ptxas.log (what ptxas said), build/cuda/resources.json (registers and spills of every kernel), and the
@@ -133,9 +135,20 @@ def kernels() -> list[Path]:
     return sorted([*SOURCES.glob("*.cu"), *SOURCES.glob("ladder/*.cu")], key=lambda path: -path.stat().st_size)
 
 
-def unit_name(path: Path) -> str:
-    """ladder/linear.cu and linear.cu have objects of different names."""
-    return "_".join(path.relative_to(SOURCES).parts)
+def tried() -> tuple[Path, Path] | None:
+    """(the kernel's file, the file in its place) of LAB_TRY."""
+    op, _, path = os.environ.get("LAB_TRY", "").partition("=")
+    return (SOURCES / f"{op}.cu", Path(path).resolve()) if op else None
+
+
+def kernel_units(command: list[str]) -> list[Unit]:
+    """ladder/linear.cu and linear.cu have objects of different names, and so has the file that is tried."""
+    units = [Unit(path, command, "_".join(path.relative_to(SOURCES).parts)) for path in kernels()]
+    if tried():
+        kernel, own = tried()
+        command = [*command, f"-I{SOURCES}", f'-DLAB_TRIED="{own}"']        # another file is another command
+        units = [u for u in units if u.source != kernel] + [Unit(own, command, f"try_{kernel.name}")]
+    return units
 
 
 def bindings(cxx: list[str], name: str, flags: list[str]) -> Unit:
@@ -164,7 +177,7 @@ def host_module() -> Module:
     if sanitizer == "thread":
         kernel_flags.append("-DLAB_HOST_TSAN")
     units = [bindings(cxx, "_host", [])]
-    units += [Unit(path, [*common, *kernel_flags, "-x", "c++"], unit_name(path)) for path in kernels()]
+    units += kernel_units([*common, *kernel_flags, "-x", "c++"])
     units += [Unit(path, [*common, "-O2", *scheduler]) for path in sorted((SOURCES / "host").glob("*.cpp"))]
     link = [*shared_library(cxx), "-pthread", *([] if sanitizer == "none" else [f"-fsanitize={sanitizer}"])]
     facts = {"compiler": first_line([*cxx, "--version"]), "archs": [platform.machine()], "flags": kernel_flags,
@@ -189,7 +202,7 @@ def cuda_module(nvcc: Path) -> Module:
     command = [str(nvcc), *flags, "-Xptxas=-v", "-Xcompiler=-fPIC,-fvisibility=hidden"]
     command += [f"-I{path}" for path in includes]
     units = [bindings(find_compiler(), "_cuda", [])]
-    units += [Unit(path, [*command, "-x", "cu"], unit_name(path)) for path in kernels()]
+    units += kernel_units([*command, "-x", "cu"])
     # The static runtime loads the driver when the first call needs it, so that importing needs no GPU.
     link = [str(nvcc), "-shared", "-cudart=static", *(f"-L{path}" for path in libraries)]
     facts = {"compiler": first_line([str(nvcc), "--version"], r"release.*"), "nvcc": str(nvcc), "archs": archs,
@@ -206,6 +219,8 @@ def modules() -> dict[str, Module]:
     elif wanted == "1":
         raise SetupError("LAB_CUDA=1, but there is no nvcc on PATH, in CUDA_HOME, CUDA_PATH, /usr/local/cuda or "
                          "site-packages/nvidia/*/bin: install the CUDA toolkit, or unset LAB_CUDA")
+    if tried():
+        found = {name: found[name] for name in ("lab._cuda" if wanted == "1" else "lab._host",)}
     return found
 
 
@@ -281,7 +296,8 @@ def build(module: Module, output: Path) -> None:
         made = pool.map(lambda unit: compile_unit(unit, module.directory), units, chunksize=1)
     objects = [str(path) for path, _ in made]
     compiled = sum(fresh for _, fresh in made)
-    library = module.directory / output.name
+    library = output.with_name(f"linked-{output.name}") if tried() else module.directory / output.name
+    library.parent.mkdir(parents=True, exist_ok=True)
     command = [*module.link, *objects]
     record = library.with_suffix(".link")
     if compiled or not library.exists() or not record.exists() or record.read_text() != shlex.join(command):
@@ -325,7 +341,7 @@ class BuildKernels(build_ext):
     def build_extension(self, ext):
         module = MODULES[ext.name]
         build(module, Path(self.get_ext_fullpath(ext.name)))
-        if ext.name == "lab._cuda":
+        if ext.name == "lab._cuda" and not tried():
             save_resources(module)
 
 
@@ -333,9 +349,9 @@ try:
     MODULES = modules()
 except SetupError as error:
     sys.exit(f"setup.py: {error}")
-if "lab._cuda" not in MODULES and "build_ext" in sys.argv:
+if "lab._cuda" not in MODULES and "build_ext" in sys.argv and not tried():
     print("lab._cuda: not built: " + ("LAB_CUDA=0" if os.environ.get("LAB_CUDA") == "0" else "no nvcc found"))
 
-setup(ext_modules=[Extension(name, [str(unit.source.relative_to(ROOT)) for unit in module.units])
+setup(ext_modules=[Extension(name, [os.path.relpath(unit.source, ROOT) for unit in module.units])
                    for name, module in MODULES.items()],
       cmdclass={"build_ext": BuildKernels})

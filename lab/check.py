@@ -72,6 +72,18 @@ def compare(got: torch.Tensor, want: torch.Tensor, rtol: float, atol: float) -> 
                    f"not {float(want[first]):.6g} within {float(limit[first]):.1e}", torch.inf)
 
 
+def check_cases(op, name, function, dtype_name, cases, device, seed) -> int:
+    """Checks the cases, prints a line about them and one about each that failed; returns how many did."""
+    outcomes = [(c, check_case(op, function, Rand(device, DTYPES[dtype_name], seed), c.sizes)) for c in cases]
+    wrong = [(c, outcome) for c, outcome in outcomes if outcome.error]
+    used = max(outcome.used for _, outcome in outcomes)
+    say = "FAILED" if wrong else "exact" if used == 0 else f"{used:.0%} of the tolerance used"
+    print(f"{op.name:18} {dtype_name} {name:6} {len(cases) - len(wrong)}/{len(cases)} cases  {say}", flush=True)
+    for c, outcome in wrong:
+        print(f"    {c.why} {dict(c.sizes)}: {outcome.error}")
+    return len(wrong)
+
+
 def add_arguments(parser):
     parser.add_argument("--op", action="append", help="only this op (repeatable); default: all")
     parser.add_argument("--backend", help="backends with commas between; default: all that this machine can run")
@@ -113,16 +125,8 @@ def main(args) -> int:
             if DTYPES[dtype_name] not in op.dtypes:
                 continue
             for name, ops in backends.items():
-                outcomes = [(c, check_case(op, getattr(ops, op.name), Rand(device, DTYPES[dtype_name], args.seed), c.sizes))
-                            for c in cases]
-                wrong = [(c, outcome) for c, outcome in outcomes if outcome.error]
-                ran += len(outcomes)
-                failed += len(wrong)
-                used = max(outcome.used for _, outcome in outcomes)
-                say = "FAILED" if wrong else "exact" if used == 0 else f"{used:.0%} of the tolerance used"
-                print(f"{op.name:18} {dtype_name} {name:6} {len(outcomes) - len(wrong)}/{len(outcomes)} cases  {say}", flush=True)
-                for c, outcome in wrong:
-                    print(f"    {c.why} {dict(c.sizes)}: {outcome.error}")
+                failed += check_cases(op, name, getattr(ops, op.name), dtype_name, cases, device, args.seed)
+                ran += len(cases)
     if not ran:
         raise LabError("nothing to check: the ops chosen take none of the dtypes chosen")
     print(f"{ran} cases on {device}, {failed} failed")

@@ -23,6 +23,7 @@ VERBS = {       # verb: (room, what it does)
     "tune": ("lab.harness.tune", "find the fastest launch settings of both halves on this GPU, shape by shape"),
     "report": ("lab.report.build", "draw records: pictures, a web page, a summary"),
     "inspect": ("lab.inspect.command", "what the compilers made of both halves: registers, occupancy, code; no GPU needed"),
+    "try": ("lab.own_kernel", "your own kernel, from one file: checked, raced against both halves, drawn"),
     "explain": ("lab.explain", "the CUDA and the Triton half of an op side by side, step by step"),
 }
 

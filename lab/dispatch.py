@@ -132,7 +132,7 @@ def select(backend: str | None = None, device: str | torch.device = "cpu",
     loaded = {name: load(name, device) for name in sorted(set(chosen.values()))}
     for one in loaded.values():
         one.set_trace(trace is not None)
-    functions = {op.name: _bind(op, loaded[chosen[op.name]], trace) for op in rooms.OPS}
+    functions = {op.name: bind(op, loaded[chosen[op.name]], trace) for op in rooms.OPS}
     return Ops(chosen, functions, device, trace)
 
 
@@ -184,7 +184,7 @@ def known(name: str, choices: Sequence[str], what: str) -> str:
     raise LabError(f"unknown {what} {name!r}: {hint}choose from {', '.join(choices)}")
 
 
-def _bind(op: Op, backend, trace: Trace | None) -> Callable:
+def bind(op: Op, backend, trace: Trace | None = None) -> Callable:
     """The function behind ops.<name>: validate, allocate, launch; with a trace, count what was launched."""
     validate, outputs, launch = op.validate, op.outputs, backend.launcher(op)
 

@@ -156,8 +156,8 @@ class Nothing:
 
 def dispatch_us(name, args, options, rounds=100, repeats=200):
     """The least microseconds per dispatched call, without the launch; the least is what load from elsewhere spares."""
-    from lab.dispatch import _bind
-    call = _bind(find(name), Nothing(), None)
+    from lab.dispatch import bind
+    call = bind(find(name), Nothing(), None)
     best = float("inf")
     for _ in range(repeats):
         began = time.thread_time()

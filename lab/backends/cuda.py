@@ -18,10 +18,11 @@ DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}   # mirror
 class Backend:
     name = "cuda"
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, extension=None):
+        """extension: another build than the installed one."""
         module, built_by = ("_cuda", "nvcc") if device.type == "cuda" else ("_host", "g++")
         try:
-            self.extension = import_module(f"lab.{module}")
+            self.extension = extension or import_module(f"lab.{module}")
         except ImportError as error:
             raise Unavailable(f"backend cuda on {device.type}: lab.{module} is not built ({error}); it needs {built_by}: "
                               "run `make setup` or `python setup.py build_ext --inplace`") from None

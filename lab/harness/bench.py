@@ -118,12 +118,14 @@ def op_points(settings):
     return found
 
 
-def main(args):
+def main(args, own=None):
+    """own: more backends, {name: what has a function for each op that is measured} (`lab try`)."""
     if args.what == "crossover":
         return crossover.main(args)
     settings = settings_of(args)
     device = settings["device"]
     backends, notes = ops_bench.load_backends(settings["backends"], device, asked=bool(args.backend))
+    backends |= own or {}
     settings["backends"] = list(backends)
     of_device = ["emulated: times are the host's and say nothing about a GPU"] if device == "cpu" else settle_clocks()
     session = Session(args.out, device, settings, args.budget_minutes, args.fresh, notes + of_device)
