@@ -2,6 +2,7 @@
 #pragma once
 #include "lane_attention.cuh"
 #include "mma_attention.cuh"
+#include "settings.h"
 #include "sizes.h"
 
 namespace lab {

@@ -15,13 +15,13 @@ using namespace lab;
 template <typename A, typename T = typename A::T>
 __global__ void __launch_bounds__(A::kMaxThreads, 1)
     decode_attention_kernel(const T* q, PagedCache<T> cache, const int* context_lens, T* out, float* partial,
-                            unsigned* tickets, int group, int64_t q_stride, float scale_log2) {
+                            unsigned* tickets, int group, int64_t q_stride, float scale_log2, int least) {
   // 1. Locate: split s owns tokens [begin, end) of one sequence; the length is read here, so that a captured graph
   // serves every length. The first tiles leave at once.
   constexpr int D = A::D, N = Vec<T>::size;
   pdl_wait();
   const int length = context_lens[blockIdx.z];
-  A attention(cache, group, length, length);
+  A attention(cache, group, length, length, least);
   if (attention.unused()) return;
   attention.start();
 
@@ -56,13 +56,16 @@ void decode_attention(Ptr q, Ptr k_cache, Ptr v_cache, Ptr block_table, Ptr cont
   const int group = q_heads / kv_heads;
   by_dtype(dtype, [&](auto tag) {
     using T = decltype(tag);
+    const Settings tuned = settings::find("decode_attention", sizeof(T), batch,
+                                          {q_heads, kv_heads, head_dim, page_size});
     const PagedCache<T> cache{as<T>(k_cache), as<T>(v_cache), as<const int>(block_table), log2_of(page_size),
                               max_pages};
     by_attention_core<T>("decode_attention", head_dim, group, [&](auto core) {
       using A = typename decltype(core)::type;
       launch({dim3(splits, kv_heads, batch), dim3(A::threads(group)), attention_smem_bytes<A>(group, splits), stream},
              "decode_attention_kernel", decode_attention_kernel<A>, as<const T>(q), cache, as<const int>(context_lens),
-             as<T>(out), as<float>(partial), as<unsigned>(tickets), group, q_stride, scale * 1.4426950408889634f);
+             as<T>(out), as<float>(partial), as<unsigned>(tickets), group, q_stride, scale * 1.4426950408889634f,
+             tuned.least);
     });
   });
 }

@@ -32,7 +32,7 @@ struct LaneAttention : SplitAttention<T, D> {
   static int threads(int group) { return kTokenWarps * 32 * ceil_div(group, 4); }
   LAB_DEVICE int query_rows() const { return group; }
 
-  LAB_DEVICE LaneAttention(const PagedCache<T>& cache, int group_, int length, int in_cache)
+  LAB_DEVICE LaneAttention(const PagedCache<T>& cache, int group_, int length, int in_cache, int)
       : Base(cache, group_, length, in_cache, kTokens, kTokens, 0), shared(smem<Smem>()) {
     const int warp = threadIdx.x / 32;
     c = threadIdx.x % L;

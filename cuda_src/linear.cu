@@ -64,7 +64,7 @@ void linear(Ptr x, Ptr w, Ptr bias, Ptr y, int rows, int n, int k, int dtype, in
   if (rows == 0 || n == 0) return;
   by_dtype(dtype, [&](auto tag) {
     using T = decltype(tag);
-    const Settings tuned = settings::find("linear", sizeof(T), rows, n, k);
+    const Settings tuned = settings::find("linear", sizeof(T), rows, {n, k});
     const auto start = [&](const char* name, unsigned blocks, unsigned threads, size_t smem_bytes, auto kernel) {
       launch({dim3(blocks), dim3(threads), smem_bytes, stream_, true}, name, kernel, as<const T>(x), as<const T>(w),
              as<const T>(bias), as<void>(y), rows, n, k, out_dtype == int(DType::f32));

@@ -65,7 +65,7 @@ void linear_add(Ptr x, Ptr w, Ptr bias, Ptr residual, int rows, int n, int k, in
   if (rows == 0 || n == 0) return;
   by_dtype(dtype, [&](auto tag) {
     using T = decltype(tag);
-    const Settings tuned = settings::find("linear_add", sizeof(T), rows, n, k);
+    const Settings tuned = settings::find("linear_add", sizeof(T), rows, {n, k});
     const auto start = [&](const char* name, unsigned blocks, unsigned threads, size_t smem_bytes, auto kernel) {
       launch({dim3(blocks), dim3(threads), smem_bytes, stream_, true}, name, kernel, as<const T>(x), as<const T>(w),
              as<const T>(bias), as<T>(residual), rows, n, k);

@@ -30,8 +30,10 @@ struct MmaAttention : SplitAttention<T, D> {
   static int threads(int) { return kMaxThreads; }
   LAB_DEVICE int query_rows() const { return HeadTiles * 8; }
 
-  LAB_DEVICE MmaAttention(const PagedCache<T>& cache, int group_, int length, int in_cache)
-      : Base(cache, group_, length, in_cache, kTokens, kLeast, kAlone), shared(smem<Smem>()) {
+  // least: tokens of a split at least, where the tuner has measured that; 0: kLeast.
+  LAB_DEVICE MmaAttention(const PagedCache<T>& cache, int group_, int length, int in_cache, int least)
+      : Base(cache, group_, length, in_cache, kTokens, least ? least : kLeast, least ? least : kAlone),
+        shared(smem<Smem>()) {
     lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int tiles = end > begin ? (end - begin + kTokens - 1) / kTokens : 0;
     count = (tiles - warp + kWarps - 1) / kWarps;

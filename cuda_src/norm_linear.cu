@@ -46,7 +46,7 @@ void norm_linear(Ptr x, Ptr norm_w, Ptr w, Ptr bias, Ptr y, Ptr normed, int rows
   if (rows == 0 || n == 0) return;
   by_dtype(dtype, [&](auto tag) {
     using T = decltype(tag);
-    const Settings tuned = settings::find("norm_linear", sizeof(T), rows, n, k);
+    const Settings tuned = settings::find("norm_linear", sizeof(T), rows, {n, k});
     if (sizeof(T) == 2 && rows > 8) {
       need_normed("norm_linear", normed);
       rmsnorm(x, norm_w, 0, normed, rows, 1, k, k, k, eps, dtype, stream_);

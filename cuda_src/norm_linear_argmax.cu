@@ -94,7 +94,7 @@ void norm_linear_argmax(Ptr x, Ptr norm_w, Ptr w, Ptr logits, Ptr scratch, Ptr n
   if (rows == 0 || n == 0) return;
   by_dtype(dtype, [&](auto tag) {
     using T = decltype(tag);
-    const Settings tuned = settings::find("norm_linear_argmax", sizeof(T), rows, n, k);
+    const Settings tuned = settings::find("norm_linear_argmax", sizeof(T), rows, {n, k});
     if (sizeof(T) == 2 && rows > 8) {
       need_normed("norm_linear_argmax", normed);
       rmsnorm(x, norm_w, 0, normed, rows, 1, k, k, k, eps, dtype, stream_);

@@ -72,7 +72,7 @@ void norm_linear_silu_mul(Ptr x, Ptr norm_w, Ptr w, Ptr y, Ptr normed, int rows,
   if (rows == 0 || n == 0) return;
   by_dtype(dtype, [&](auto tag) {
     using T = decltype(tag);
-    const Settings tuned = settings::find("norm_linear_silu_mul", sizeof(T), rows, n, k);
+    const Settings tuned = settings::find("norm_linear_silu_mul", sizeof(T), rows, {n, k});
     if constexpr (sizeof(T) == 2) {
       if (rows > 8) {
         need_normed("norm_linear_silu_mul", normed);

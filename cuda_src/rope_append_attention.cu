@@ -68,12 +68,12 @@ __global__ void __launch_bounds__(A::kMaxThreads, 1)
     rope_append_attention_kernel(const T* q, const T* k, const T* v, const T* q_norm, const T* k_norm, float eps,
                                  const int* positions, const float* cos_sin, PagedCache<T> cache, T* out,
                                  float* partial, unsigned* tickets, int group, int64_t q_stride, int64_t k_stride,
-                                 int64_t v_stride, float scale_log2) {
+                                 int64_t v_stride, float scale_log2, int least) {
   // 1. Locate: as decode_attention. What is older than the preceding kernel may be read before the wait: the position,
   // the table and the cache, so the first tiles leave here.
   constexpr int D = A::D;
   const int position = positions[blockIdx.z];     // negative: an idle row, which has no token at all
-  A attention(cache, group, position + 1, position);
+  A attention(cache, group, position + 1, position, least);
   if (attention.unused()) return;
   attention.start();
   auto& inputs = attention.shared.inputs;
@@ -132,6 +132,8 @@ void rope_append_attention(Ptr q, Ptr k, Ptr v, Ptr q_norm, Ptr k_norm, float ep
   const int group = q_heads / kv_heads;
   by_dtype(dtype, [&](auto tag) {
     using T = decltype(tag);
+    const Settings tuned = settings::find("rope_append_attention", sizeof(T), batch,
+                                          {q_heads, kv_heads, head_dim, page_size});
     const PagedCache<T> cache{as<T>(k_cache), as<T>(v_cache), as<const int>(block_table), log2_of(page_size),
                               max_pages};
     by_attention_core<T>("rope_append_attention", head_dim, group, [&](auto core) {
@@ -141,7 +143,7 @@ void rope_append_attention(Ptr q, Ptr k, Ptr v, Ptr q_norm, Ptr k_norm, float ep
              "rope_append_attention_kernel", rope_append_attention_kernel<A>, as<const T>(q), as<const T>(k),
              as<const T>(v), as<const T>(q_norm), as<const T>(k_norm), eps, as<const int>(positions),
              as<const float>(cos_sin), cache, as<T>(out), as<float>(partial), as<unsigned>(tickets), group, q_stride,
-             k_stride, v_stride, scale * 1.4426950408889634f);
+             k_stride, v_stride, scale * 1.4426950408889634f, tuned.least);
     });
   });
 }

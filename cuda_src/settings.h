@@ -19,11 +19,12 @@ struct Settings {
   int resident = 0;                               // blocks for each multiprocessor, which then walk over the outputs;
                                                   // a number that is too large to fit gives each set of outputs its own
   int tiles = 0;                                  // 16-row tiles of w that a block owns: 1, 2 or 4 (mma_rows.cuh)
+  int least = 0;                                  // tokens that a split has at least (mma_attention.cuh)
 };
 
 namespace settings __attribute__((visibility("hidden"))) {
 
-using Shape = std::vector<int>;                   // n, k
+using Shape = std::vector<int>;                   // n, k; or q_heads, kv_heads, head_dim, page_size
 using Key = std::tuple<std::string, int, Shape>;  // op, bytes of an element, shape
 
 inline std::mutex mutex;
@@ -31,11 +32,11 @@ inline std::map<Key, std::map<int, Settings>> measured;  // by the number of row
 inline std::map<std::string, Settings> forced;    // by op: what the tuner tries just now
 
 // The settings of the least number of rows that holds `rows`.
-inline Settings find(const char* op, int itemsize, int rows, int n, int k) {
+inline Settings find(const char* op, int itemsize, int rows, const Shape& of) {
   std::lock_guard<std::mutex> lock(mutex);
   if (const auto tried = forced.find(op); tried != forced.end()) return tried->second;
   if (measured.empty()) return {};
-  const auto shape = measured.find({op, itemsize, {n, k}});
+  const auto shape = measured.find({op, itemsize, of});
   if (shape == measured.end()) return {};
   const auto entry = shape->second.lower_bound(rows);
   return entry == shape->second.end() ? Settings{} : entry->second;
@@ -48,6 +49,7 @@ inline Settings parse(const std::map<std::string, int>& values) {
     if (name == "share") s.share = value;
     else if (name == "resident") s.resident = value;
     else if (name == "tiles") s.tiles = value;
+    else if (name == "least") s.least = value;
     else throw std::invalid_argument("no launch setting is called " + name);
   }
   return s;

@@ -12,7 +12,7 @@ ALL = 64                            # blocks for each multiprocessor that no sha
 
 def candidates(backend, op, rows, itemsize, shape, tries):
     """At most `tries` settings of an op's space: all, or the same random choice every time; [] where there is no choice."""
-    space = SPACES[backend][op](rows, itemsize, shape) if op in SPACES[backend] else []
+    space = SPACES[backend][op](rows, itemsize, shape)
     return space if len(space) <= tries else random.Random(0).sample(space, tries)
 
 
@@ -40,6 +40,11 @@ def cuda_product(rows, itemsize, n, k, parts=1, mma=True):
     if not mma or k * itemsize % 16 or 16 < rows <= 32:
         return []
     return [dict(tiles=tiles) for tiles in ((1, 2) if rows <= 16 else (2, 4))]
+
+
+def splits(itemsize):
+    """Tokens of a split, for the tensor cores' attention."""
+    return [dict(least=tokens) for tokens in (64, 128, 192, 256, 512, 1024)] if itemsize == 2 else []
 
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------
@@ -123,6 +128,8 @@ SPACES = {
         "norm_linear_silu_mul": lambda rows, itemsize, s: cuda_product(rows, itemsize, s["n"], s["k"], parts=2),
         "linear_add": lambda rows, itemsize, s: cuda_product(rows, itemsize, s["n"], s["k"]),
         "norm_linear_argmax": lambda rows, itemsize, s: cuda_product(rows, itemsize, s["n"], s["k"], mma=False),
+        "decode_attention": lambda rows, itemsize, s: splits(itemsize),
+        "rope_append_attention": lambda rows, itemsize, s: splits(itemsize),
     },
     "triton": {
         "linear": lambda rows, itemsize, s: basic_linear(rows, itemsize, s["n"], s["k"]),

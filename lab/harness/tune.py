@@ -185,7 +185,7 @@ class Table:
 def add_arguments(parser):
     parser.add_argument("op", nargs="+", help=f"{', '.join(SPACES['triton'])}, or all")
     parser.add_argument("--backend", default=",".join(SPACES), metavar="A,B",
-                        help="halves to tune (default cuda,triton); CUDA's attention has no settings")
+                        help="halves to tune (default cuda,triton)")
     parser.add_argument("--model", default=",".join(shapes.MODELS), metavar="A,B", help="presets whose shapes to tune")
     parser.add_argument("--batch", default="1,4,16,64", metavar="N,N", help="batch sizes (default 1,4,16,64)")
     parser.add_argument("--context", type=int, default=8192, metavar="N", help="of the attention ops (default 8192)")
