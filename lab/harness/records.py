@@ -31,7 +31,7 @@ to it) | swap (a whole token with `overrides`; `op` names what was swapped).
    "bytes":2471000000,"gbps":2977.0,"of_ceiling":0.973,"of_token":0.755,"timer":"kineto"}
 `fairness`: what was spent on one side of a comparison (`lab inspect --all`), one line for each kernel of the call.
   {"schema":1,"kind":"fairness","run":"...","op":"linear","backend":"cuda","dtype":"bf16","arch":"sm_90a",
-   "shape":{"batch":1,"n":28672,"k":4096},"kernel":"linear_stream_kernel","configurations":12,"registers":96,
+   "shape":{"batch":1,"n":28672,"k":4096},"kernel":"linear_stream_kernel","configurations":12,"tried":40,"registers":96,
    "spill_bytes":0,"shared_bytes":0,"threads":128,"occupancy":0.3125,"instructions":700,"code_lines":210,
    "shared_lines":160,"compile_s":41.5}
 
@@ -225,6 +225,7 @@ class Fairness:
     shape: dict                           # the sizes of the call that took this kernel
     kernel: str
     configurations: int | None = None     # CUDA: instantiations compiled in for the dtype; Triton: entries of the table
+    tried: int | None = None              # settings that `lab tune` raced for the op on this architecture, all shapes
     registers: int | None = None          # per thread
     spill_bytes: int | None = None        # per thread
     shared_bytes: int | None = None       # per block, static and dynamic

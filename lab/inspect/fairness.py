@@ -1,8 +1,8 @@
 """The fairness card of a comparison: what was spent on each side, and what came of it.
 
 A race says little if one side was tuned for a week and the other written in an hour. The card counts, for one call of
-an op: the configurations that each launcher can choose from, the resources of the kernel it took, the lines of the
-twin, and the seconds its compiler needs.
+an op: the configurations that each launcher can choose from and those that the tuner raced, the resources of the kernel
+it took, the lines of the twin, and the seconds its compiler needs.
 """
 import ast
 import datetime
@@ -11,6 +11,7 @@ import secrets
 import tokenize
 from pathlib import Path
 
+from lab import tuned
 from lab.errors import LabError
 from lab.harness import records
 from lab.inspect import cuda_half, gpu as gpus, triton_half
@@ -41,13 +42,19 @@ def fairness(op, dtype, sizes, arch, run=None):
                     choices, seconds = triton_half.configurations(op, gpu), triton_half.compile_seconds(launch, gpu)
                 rows.append(records.Fairness(
                     run=run, op=op.name, backend=backend, dtype=dtype, arch=gpu.arch, shape=as_json(sizes),
-                    kernel=kernel.name, configurations=choices, registers=kernel.registers, spill_bytes=kernel.spills,
+                    kernel=kernel.name, configurations=choices, tried=tried(backend, op, gpu),
+                    registers=kernel.registers, spill_bytes=kernel.spills,
                     shared_bytes=kernel.shared_static + kernel.shared_dynamic, threads=kernel.threads,
                     occupancy=kernel.occupancy, instructions=kernel.mix["all"], code_lines=own, shared_lines=shared,
                     compile_s=seconds))
         except LabError as error:
             errors.append(f"{op.name} {dtype} {backend}: {error}")
     return rows, errors
+
+
+def tried(backend, op, gpu):
+    """How many settings `lab tune` raced for the op on this architecture, over all shapes and dtypes."""
+    return sum(e["tried"] for e in tuned.read(tuned.path_of(backend, gpu.triton)) if e["op"] == op.name)
 
 
 SUFFIX = {"cuda": ".cu", "triton": ".py"}

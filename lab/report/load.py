@@ -18,7 +18,7 @@ from lab.harness import records
 ABOVE = 1.02        # of the ceiling; more is a fault of the measurement, not a fast kernel
 NUMBERS = {"batch", "context", "us", "us_p10", "us_p90", "us_p99", "n", "bytes", "flops", "gbps", "of_ceiling",
            "of_stream", "of_token", "rung", "calls", "order", "tokens_per_s", "ttft_ms", "weight_bytes", "kv_bytes",
-           "workspace_bytes", "steady_bytes", "peak_bytes", "page_utilisation", "linearity", "configurations",
+           "workspace_bytes", "steady_bytes", "peak_bytes", "page_utilisation", "linearity", "configurations", "tried",
            "registers", "spill_bytes", "shared_bytes", "threads", "occupancy", "instructions", "code_lines",
            "shared_lines", "compile_s"}
 OBJECTS = {"shape": dict, "config": dict, "verdict": dict, "overrides": dict, "models": list}

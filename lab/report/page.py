@@ -19,9 +19,10 @@ from lab.errors import LabError
 from lab.report import figures, heatmaps, ladder_figures, model_figures, op_figures, ops, style, twins
 
 HERE = Path(__file__).parent
-FAIRNESS = ("op backend dtype arch kernel configurations registers spill_bytes shared_bytes threads occupancy "
+FAIRNESS = ("op backend dtype arch kernel configurations tried registers spill_bytes shared_bytes threads occupancy "
             "instructions code_lines shared_lines compile_s")
-CARD = {"configurations": "configurations to choose from", "registers": "registers of a thread",
+CARD = {"configurations": "configurations to choose from", "tried": "settings the tuner raced",
+        "registers": "registers of a thread",
         "spill_bytes": "spilled bytes of a thread", "shared_bytes": "shared memory of a block (bytes)",
         "threads": "threads of a block", "occupancy": "theoretical occupancy", "instructions": "machine instructions",
         "code_lines": "lines of code", "shared_lines": "lines shared with other ops", "compile_s": "compile time (s)"}
