@@ -120,8 +120,7 @@ def select(backend: str | None = None, device: str | torch.device = "cpu",
     if backend is None:
         raise LabError(f"no backend chosen: pass one of {', '.join(BACKENDS)} or set LAB_BACKEND")
     known(backend, BACKENDS, "backend")
-    if not overrides:
-        overrides = [item for item in os.environ.get("LAB_OVERRIDE", "").split(",") if item]
+    overrides = overrides or environment_overrides()
     names = [op.name for op in rooms.OPS]
     chosen = dict.fromkeys(names, backend)
     for name, other in parse_overrides(overrides).items():
@@ -134,6 +133,11 @@ def select(backend: str | None = None, device: str | torch.device = "cpu",
         one.set_trace(trace is not None)
     functions = {op.name: bind(op, loaded[chosen[op.name]], trace) for op in rooms.OPS}
     return Ops(chosen, functions, device, trace)
+
+
+def environment_overrides() -> list[str]:
+    """What LAB_OVERRIDE asks for, as parse_overrides() takes it."""
+    return [item for item in os.environ.get("LAB_OVERRIDE", "").split(",") if item]
 
 
 def parse_overrides(overrides: Mapping[str, str] | Sequence[str]) -> dict[str, str]:
@@ -162,7 +166,9 @@ def read_table(path: str) -> dict[str, list[dict]]:
                     raise ValueError(f"batch {cell['batch']}, context {cell['context']}")
     except LabError as error:
         raise LabError(f"{path}: {error}") from None
-    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise LabError(f"cannot read {path}: {error.strerror}") from None
+    except (UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise LabError(f"{path} is no dispatch table ({error}); `lab bench crossover --export FILE` writes one") from None
     return table
 

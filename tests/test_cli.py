@@ -59,7 +59,7 @@ MISTAKES = {
     "unknown op": ((*RUN, "torch", "--override", "rmsnrm=cuda"), "did you mean rmsnorm? choose from"),
     "unknown override": ((*RUN, "torch", "--override", "rope=opencl"), "cuda, triton, torch"),
     "override without =": ((*RUN, "torch", "--override", "rope"), "OP=BACKEND"),
-    "temperature": ((*RUN, "torch", "--temperature", "-1"), "0 or more"),
+    "temperature": ((*RUN, "torch", "--temperature", "-1"), "0 (greedy)"),
     "top-p": ((*RUN, "torch", "--top-p", "0"), "above 0"),
     "json folder": ((*RUN, "torch", "--json", "/nowhere/x.json"), "/nowhere/x.json"),
     "unknown model": (("run", "smolm2-135m", "--prompt", "hi", "--backend", "torch"), "did you mean smollm2-135m"),

@@ -52,3 +52,6 @@ def test_a_pipe_is_written_to_and_stays_a_pipe(tmp_path):
 def test_a_folder_is_one_line(tmp_path):
     with pytest.raises(LabError, match="cannot write .*: Is a directory"):
         write_whole(tmp_path, "new")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LabError, match="cannot write .*file/a.txt: Not a directory"):
+        write_whole(tmp_path / "file" / "a.txt", "new")

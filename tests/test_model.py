@@ -246,7 +246,8 @@ def test_nan_is_an_error_not_a_token(device):
 def test_plans_and_sampling_are_checked():
     with pytest.raises(LabError, match="unknown plan 'fast': choose from basic, fused"):
         find_plan("fast")
-    for wrong in ({"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"seed": -1}):
+    for wrong in ({"temperature": -1.0}, {"temperature": 1e-45}, {"temperature": float("inf")}, {"top_k": -1},
+                  {"top_k": 1 << 31}, {"top_p": 0.0}, {"top_p": 1.5}, {"seed": -1}):
         with pytest.raises(LabError, match=next(iter(wrong))):
             Sampling(**wrong)
 
@@ -494,6 +495,9 @@ def test_run_with_a_tokenizer_that_is_not_supported(tmp_path, capsys):
     (["--ids", "1", "--temperature", "-1"], "temperature -1.0"),
     (["--ids", "1", "--dtype", "fp8"], "unknown dtype 'fp8'"),
     (["--ids", "1", "--device", "tpu"], "unknown device 'tpu'"),
+    (["--ids", "1", "--device", "cpu:3"], "unknown device 'cpu:3'"),
+    (["--prompt", "a\udcff"], "not valid UTF-8"),                           # how Python passes on a stray byte
+    (["--ids", "1", "--json", "."], "'.' is a folder"),
     (["--ids", "1", "--plan", "quick"], "unknown plan"),
     (["--ids", "1", "--override", "rope=metal"], "unknown backend 'metal'"),
     (["--ids", "1", "--override", "rop=cuda"], "unknown op 'rop': did you mean rope"),
@@ -507,6 +511,22 @@ def test_run_refuses(tiny_gguf, tmp_path, monkeypatch, capsys, words, says):
         lab_run(tiny_gguf, "--backend", "torch", *([] if "--device" in words else ["--device", "cpu"]), *words, *extra)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir()) and capsys.readouterr().out == ""
+
+
+def test_an_error_after_streamed_text_begins_a_line(tiny_gguf, capsys):
+    with pytest.raises(LabError, match="cache is full"):
+        lab_run(tiny_gguf, "--backend", "torch", "--device", "cpu", "--ids", "32", "--ignore-eos", "--max-context", 9)
+    out = capsys.readouterr().out
+    assert len(out) > 1 and out.endswith("\n")
+
+
+def test_the_override_of_the_environment_goes_before_a_table(tiny_gguf, tmp_path, monkeypatch, capsys):
+    table = tmp_path / "table.json"
+    table.write_text(json.dumps({op: [{"batch": 1, "context": None, "backend": "cuda"}] for op in ("rope", "sample")}))
+    monkeypatch.setenv("LAB_OVERRIDE", "rope=triton")
+    assert lab_run(tiny_gguf, "--backend", "torch", "--device", "cpu", "--ids", "32", "--max-new-tokens", 1,
+                   "--dispatch", table) == 0
+    assert "[torch, rope=triton, sample=cuda, plan basic" in capsys.readouterr().err
 
 
 def test_chat_templates_of_both_files_are_one(two_tokenizers):

@@ -18,6 +18,7 @@ from lab.model.kv_cache import PagedKVCache
 from lab.model.prefill import prefill
 from lab.model.rope import cos_sin_table
 from lab.model.weights import Weights
+from lab.ops.sample import check_options
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,7 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        for name, ok, rule in (("temperature", self.temperature >= 0, "0 or more"),
-                               ("top_k", self.top_k >= 0, "0 (off) or more"),
-                               ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-                               ("seed", 0 <= self.seed < 2**64, "a 64-bit unsigned integer")):
-            if not ok:
-                raise LabError(f"{name} {getattr(self, name)}: it must be {rule}")
+        check_options(self.temperature, self.top_k, self.top_p, self.seed)
 
 
 GREEDY = Sampling()

@@ -44,26 +44,30 @@ def add_arguments(parser) -> None:
 def main(args) -> int:
     import torch
 
-    from lab.dispatch import DTYPES, Trace, from_table, known, parse_overrides, read_table, select
+    from lab.dispatch import (DTYPES, Trace, environment_overrides, from_table, known, parse_overrides, read_table,
+                              select)
     from lab.model.decoder import Decoder, Sampling, find_plan
     from lab.model.generate import generate
     from lab.model.weights import load, open_source
 
     # What costs nothing to check comes before what takes seconds.
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if torch_device_type(device) not in ("cuda", "cpu"):
+    if device not in ("cuda", "cpu"):
         raise LabError(f"unknown device {device!r}: choose cuda or cpu")
     dtype_name = args.dtype or ("bf16" if device != "cpu" else "fp32")
     dtype = DTYPES[known(dtype_name, tuple(DTYPES), "dtype")]
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     if args.max_new_tokens < 1:
         raise LabError(f"--max-new-tokens {args.max_new_tokens}: it must be at least 1")
-    if args.json and not Path(args.json).absolute().parent.is_dir():
+    if args.json is not None and not Path(args.json).absolute().parent.is_dir():
         raise LabError(f"--json {args.json}: its folder does not exist")
+    if args.json is not None and Path(args.json).is_dir():
+        raise LabError(f"--json {args.json!r} is a folder: give the name of a file")
     find_plan(args.plan)
     trace = Trace() if args.trace or args.json else None
     table = read_table(args.dispatch) if args.dispatch else None
-    ops = select(args.backend, device, args.override, trace)
+    overrides = args.override or environment_overrides()
+    ops = select(args.backend, device, overrides, trace)
 
     source = open_source(args.model, args.weights)
     tokenizer = find_tokenizer(source, needed=args.ids is None)
@@ -79,15 +83,20 @@ def main(args) -> int:
                         "; raise --max-context or shorten the prompt"))
     source.config.check_context(max_context)
     if table is not None:
-        mixed = {**from_table(table, 1, max_context), **parse_overrides(args.override)}
+        mixed = {**from_table(table, 1, max_context), **parse_overrides(overrides)}
         ops = select(args.backend, device, mixed, trace)
 
     decoder = Decoder(load(source, dtype, device), ops, max_context=max_context, page_size=args.page_size,
                       plan=args.plan, eager=args.eager)
     streaming = tokenizer is not None and not args.no_stream
-    result = generate(decoder, prompt_ids, args.max_new_tokens, sampling,
-                      tokenizer.eos if tokenizer and not args.ignore_eos else (), tokenizer,
-                      on_text=(lambda text: print(text, end="", flush=True)) if streaming else None)
+    try:
+        result = generate(decoder, prompt_ids, args.max_new_tokens, sampling,
+                          tokenizer.eos if tokenizer and not args.ignore_eos else (), tokenizer,
+                          on_text=(lambda text: print(text, end="", flush=True)) if streaming else None)
+    except (LabError, KeyboardInterrupt):
+        if streaming:
+            print(flush=True)               # what is said next begins a line
+        raise
     shown = result.text if tokenizer else ",".join(map(str, result.output_ids))
     print("" if streaming else shown, flush=True)
 
@@ -104,10 +113,6 @@ def main(args) -> int:
             "kernels": result.kernels, "prefill_ms": result.prefill_ms, "decode_ms": result.decode_ms}
         write_whole(args.json, json.dumps(record, indent=1) + "\n")
     return 0
-
-
-def torch_device_type(device: str) -> str:
-    return device.partition(":")[0]
 
 
 def find_tokenizer(source, needed: bool):
@@ -131,6 +136,10 @@ def parse_ids(text: str) -> list[int]:
 
 
 def encode(tokenizer, text: str, raw: bool) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError:              # bytes of the command line that were no UTF-8
+        raise LabError("--prompt is not valid UTF-8 text") from None
     if raw or tokenizer.chat_template is None:
         return tokenizer.encode(text)
     return tokenizer.encode_chat([{"role": "user", "content": text}])
@@ -139,7 +148,8 @@ def encode(tokenizer, text: str, raw: bool) -> list[int]:
 def summary(result, backend, overrides, plan, device, dtype) -> str:
     median = statistics.median(result.decode_ms)
     mix = "".join(f", {op}={other}" for op, other in overrides.items())
-    return (f"[{backend}{mix}, plan {plan}, {dtype} on {device}{' (emulated)' if device == 'cpu' else ''}] "
-            f"prompt {len(result.prompt_ids)} tokens, prefill {result.prefill_ms:.1f} ms; "
-            f"{len(result.output_ids)} new tokens ({result.stopped_by}), median {median:.2f} ms a token, "
+    emulated = " (emulated)" if device == "cpu" and {backend, *overrides.values()} != {"torch"} else ""
+    return (f"[{backend}{mix}, plan {plan}, {dtype} on {device}{emulated}]\n"
+            f"prompt: {len(result.prompt_ids)} tokens, prefill {result.prefill_ms:.1f} ms\n"
+            f"output: {len(result.output_ids)} new tokens ({result.stopped_by}), median {median:.2f} ms a token, "
             f"{1e3 / median:.1f} tokens/s")

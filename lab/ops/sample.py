@@ -16,19 +16,24 @@ from lab.dispatch import Op, case, dense, refuse
 SLACK = 1e-4    # how far in logits a float32 draw may lie from the float64 best: log, exp and mass sums differ by less
 
 
+def check_options(temperature, top_k, top_p, seed):
+    """Raises LabError for options that the kernels do not take; float32 logits overflow below 1e-6."""
+    if not (temperature == 0 or 1e-6 <= temperature <= 1e6):
+        refuse("sample", f"temperature {temperature}: it must be 0 (greedy) or from 1e-6 to 1e6")
+    if not (0 <= top_k < 1 << 31):
+        refuse("sample", f"top_k {top_k}: it must be 0 (keeps every token) or more, below 2^31")
+    if not (0 < top_p <= 1):
+        refuse("sample", f"top_p {top_p}: it must be above 0 and at most 1")
+    if not (0 <= seed < 1 << 64):
+        refuse("sample", f"seed {seed}: it must be a 64-bit unsigned integer")
+
+
 def validate(logits, positions, temperature=0.0, top_k=0, top_p=1.0, seed=0, out=None):
     if not (logits.dim() == 2 and logits.dtype == torch.float32):
         refuse("sample", "logits must be float32 [batch, vocab]")
     if not (positions.shape == logits.shape[:1] and positions.dtype == torch.int32):
         refuse("sample", "positions: int32 [batch]")
-    if not (temperature >= 0):
-        refuse("sample", f"temperature {temperature} is negative")
-    if not (top_k >= 0):
-        refuse("sample", f"top_k {top_k} is negative; 0 keeps every token")
-    if not (0 < top_p <= 1):
-        refuse("sample", f"top_p {top_p} is not above 0 and at most 1")
-    if not (0 <= seed < 1 << 64):
-        refuse("sample", f"seed {seed} does not fit 64 bits")
+    check_options(temperature, top_k, top_p, seed)
     if not (out is None or (out.shape == positions.shape and out.dtype == torch.int32)):
         refuse("sample", "out: int32 [batch]")
     dense("sample", logits.get_device(), logits, positions, *(() if out is None else (out,)))
