@@ -78,7 +78,7 @@ def check_cases(op, name, function, dtype_name, cases, device, seed) -> int:
     wrong = [(c, outcome) for c, outcome in outcomes if outcome.error]
     used = max(outcome.used for _, outcome in outcomes)
     say = "FAILED" if wrong else "exact" if used == 0 else f"{used:.0%} of the tolerance used"
-    print(f"{op.name:18} {dtype_name} {name:6} {len(cases) - len(wrong)}/{len(cases)} cases  {say}", flush=True)
+    print(f"{op.name:21} {dtype_name} {name:6} {len(cases) - len(wrong)}/{len(cases)} cases  {say}", flush=True)
     for c, outcome in wrong:
         print(f"    {c.why} {dict(c.sizes)}: {outcome.error}")
     return len(wrong)
@@ -104,8 +104,9 @@ def main(args) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device not in ("cpu", "cuda"):
         raise LabError(f"unknown device {device!r}: choose cuda or cpu")
-    names = [known(name, BACKENDS, "backend") for name in args.backend.split(",")] if args.backend else None
-    wanted = [known(name, list(DTYPES), "dtype") for name in args.dtype.split(",")] if args.dtype else list(DTYPES)
+    names = [known(name, BACKENDS, "backend") for name in args.backend.split(",")] if args.backend is not None else None
+    wanted = ([known(name, list(DTYPES), "dtype") for name in args.dtype.split(",")] if args.dtype is not None
+              else list(DTYPES))
     backends = {}
     for name in names or BACKENDS:
         try:
@@ -116,8 +117,10 @@ def main(args) -> int:
             print(f"{name}: not checked: {missing}", file=sys.stderr)
     if args.ladder:
         from lab import ladder
-        return 1 if ladder.check(args.op or ladder.OPS, [n for n in backends if n in ladder.BACKENDS], wanted, device,
-                                 args.seed) else 0
+        halves = [name for name in backends if name in ladder.BACKENDS]
+        if not halves:
+            raise LabError(f"nothing to check: ladders exist in {' and '.join(ladder.BACKENDS)}")
+        return 1 if ladder.check(args.op or ladder.OPS, halves, wanted, device, args.seed) else 0
     failed = ran = 0
     for op in chosen:
         cases = op.cases[:2] if args.quick else op.cases

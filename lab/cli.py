@@ -5,6 +5,7 @@ and exit status 2; anything else that escapes is a fault of the lab and keeps it
 """
 import argparse
 import difflib
+import errno
 import importlib
 import os
 import sys
@@ -42,7 +43,7 @@ def build_parser(verb):
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
     for name, (room, summary) in VERBS.items():
-        sub = verbs.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        sub = verbs.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}")
         sub.add_argument("--traceback", action="store_true", default=argparse.SUPPRESS,
                          help="show where an error came from")
         if name == verb:
@@ -74,6 +75,8 @@ def explain(error):
         return f"the package {error.name} is not installed: run `make setup`, then use .venv/bin/lab"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "the output cannot be written: no space left on device"
     if type(error).__name__ == "OutOfMemoryError":          # torch's; its first sentence says how much and where
         return f"{str(error).split('. ')[0]}: try a smaller model, batch or context"
     return None
@@ -83,10 +86,10 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         status = run(argv)
-        sys.stdout.flush()
+        print(end="", flush=True)                           # what cannot be written is an error here, not at exit
         return status or 0
     except BrokenPipeError:                                 # the reader went away, as in `lab ops | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         return 141
     except KeyboardInterrupt:
         print("lab: interrupted", file=sys.stderr)
@@ -97,8 +100,15 @@ def main(argv=None):
             raise
         if "--traceback" in argv:
             traceback.print_exc()
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            drop_output()
         print("lab: error: " + " ".join(line.split()), file=sys.stderr)
         return 2
+
+
+def drop_output():
+    """Lets Python's own flush at exit succeed: what standard output still holds goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

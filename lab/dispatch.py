@@ -68,6 +68,8 @@ class Rand:
     """Seeded random tensors on one device: rand(2, 3) is N(0, 1) in `dtype`; rand.integers(0, 9, 4) is int32."""
 
     def __init__(self, device: str | torch.device, dtype: torch.dtype, seed: int = 0):
+        if not -(1 << 63) <= seed < 1 << 64:
+            raise LabError(f"seed {seed} does not fit 64 bits")
         self.device, self.dtype = torch.device(device), dtype
         self.generator = torch.Generator(self.device).manual_seed(seed)
 

@@ -147,23 +147,24 @@ def find_model(found):
 def find_extension(found, module, gpu):
     """Is lab.<module> built, newer than its sources, and for this GPU?"""
     kind = "host build" if module == "_host" else "GPU build"
+    needed = module == "_host" or gpu
+    bad = MISSING if needed else OPTIONAL
     spec = importlib.util.find_spec(f"lab.{module}")
     if spec is None:
-        needed = module == "_host" or gpu
-        found.append(Finding(kind, MISSING if needed else OPTIONAL, f"lab.{module} is not built",
+        found.append(Finding(kind, bad, f"lab.{module} is not built",
                              "run `make setup`" + ("" if module == "_host" else " (needs nvcc)") if needed else ""))
         return
     try:
         info = importlib.import_module(f"lab.{module}").build_info()
     except ImportError as error:
-        found.append(Finding(kind, MISSING, f"lab.{module} does not load: {error}", "run `make clean setup`"))
+        found.append(Finding(kind, bad, f"lab.{module} does not load: {error}", "run `make clean setup`"))
         return
     text = f"{info['compiler']}, for {', '.join(info['archs'])}"
     if info["sanitizer"] != "none":
         text += f", sanitizer {info['sanitizer']}"
     newer = [path.name for path in sources(module) if path.stat().st_mtime > Path(spec.origin).stat().st_mtime]
     if newer:
-        found.append(Finding(kind, MISSING, f"older than {', '.join(sorted(newer)[:3])}; {text}", "run `make setup`"))
+        found.append(Finding(kind, bad, f"older than {', '.join(sorted(newer)[:3])}; {text}", "run `make setup`"))
     elif gpu and not covers(info["archs"], gpu):
         found.append(Finding(kind, MISSING, f"built for {', '.join(info['archs'])}, not for this sm_{gpu[0]}{gpu[1]}",
                              f"LAB_CUDA_ARCH={gpu[0]}{gpu[1]} make setup"))

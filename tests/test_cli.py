@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiny_models import CONFIGS, write_gguf
@@ -72,6 +73,9 @@ MISTAKES = {
     "check: op": (("check", "--op", "rmsnrm"), "did you mean rmsnorm? choose from"),
     "check: backend": (("check", "--backend", "opencl"), "choose from cuda, triton, torch"),
     "check: dtype": (("check", "--dtype", "fp8"), "choose from fp32, fp16, bf16"),
+    "check: no backend": (("check", "--backend", ""), "choose from cuda, triton, torch"),
+    "check: seed": (("check", "--op", "rmsnorm", "--backend", "torch", "--seed", "9" * 30), "64 bits"),
+    "check: ladder of torch": (("check", "--ladder", "--backend", "torch"), "cuda and triton"),
     "check: device": (("check", "--device", "tpu"), "choose cuda or cpu"),
     "bench: op": (("bench", "ops", "rmsnrm"), "did you mean rmsnorm"),
     "bench: model": (("bench", "model", "llama-9"), "llama"),
@@ -154,6 +158,14 @@ def test_a_reader_that_goes_away():
     assert done.returncode in (0, 141)                              # 0: everything fitted into the pipe before
 
 
+def test_a_full_disk_is_one_line():
+    for buffered in ("", "1"):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([sys.executable, "-m", "lab", "explain", "rmsnorm"], cwd=ROOT, stdout=full, text=True,
+                                  stderr=subprocess.PIPE, timeout=60, env={**os.environ, "PYTHONUNBUFFERED": buffered})
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "no space left" in done.stderr
+
+
 def test_help_is_instant_and_names_every_verb():
     began = time.perf_counter()
     done = lab("--help")
@@ -175,6 +187,22 @@ def test_every_verb_has_help(verb, capsys):
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_the_readme_lists_every_verb(verb):
     assert f"| `lab {verb}" in (ROOT / "README.md").read_text()
+
+
+def test_without_a_gpu_an_old_gpu_build_is_not_missing(monkeypatch, tmp_path):
+    from lab import doctor
+    built, source = tmp_path / "built.so", tmp_path / "source.cu"
+    for age, path in enumerate((source, built)):
+        path.touch()
+        os.utime(path, (1e9 - age, 1e9 - age))
+    info = {"compiler": "nvcc", "archs": ["90a"], "sanitizer": "none"}
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: SimpleNamespace(origin=built))
+    monkeypatch.setattr(doctor.importlib, "import_module", lambda name: SimpleNamespace(build_info=lambda: info))
+    monkeypatch.setattr(doctor, "sources", lambda module: [source])
+    for module, gpu, state in (("_cuda", None, "optional"), ("_cuda", (9, 0), "missing"), ("_host", None, "missing")):
+        found = []
+        doctor.find_extension(found, module, gpu)
+        assert [(f.state, f.text) for f in found] == [(state, "older than source.cu; nvcc, for 90a")]
 
 
 def test_doctor_proves_what_it_calls_ok():

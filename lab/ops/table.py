@@ -18,6 +18,7 @@ def main(args) -> int:
         return 0
     width = max(len(row["op"]) for row in rows)
     for row in rows:
-        print(f"{row['op']:{width}}  {','.join(row['dtypes']):14}  {row['cases']} cases  {row['formula']}")
-    print("\nHalves of op X: cuda_src/X.cu and triton_kernels/X.py; its contract: lab/ops/X.py; side by side: lab explain X")
+        print(f"{row['op']:{width}}  {','.join(row['dtypes']):14}  {row['formula']}")
+    print("\nOp X: its contract is lab/ops/X.py, its halves are cuda_src/X.cu and triton_kernels/X.py;\n"
+          "`lab explain X` shows them side by side.")
     return 0
