@@ -7,6 +7,7 @@ import sys
 
 import torch
 
+from lab import ladder
 from lab.dispatch import BACKENDS, DTYPES, known
 from lab.errors import LabError
 from lab.harness import ceiling, crossover, ladder_bench, ledger, model_bench, ops_bench, shapes, timing
@@ -41,6 +42,14 @@ def numbers(text):
     return found
 
 
+def duration(text):
+    """"0.5" -> 0.5; ValueError, which argparse turns into its message, for anything negative or not finite."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise ValueError(text)
+    return value
+
+
 def add_arguments(parser):
     parser.add_argument("what", choices=("ops", "model", "ledger", "all", "crossover"),
                         help="what to measure; crossover: who wins where, from the records in --out")
@@ -57,8 +66,8 @@ def add_arguments(parser):
     parser.add_argument("--weights", choices=("random", "auto"), default="random",
                         help="of the models; auto reads real ones")
     parser.add_argument("--quick", action="store_true", help="a small set in under 2 minutes of GPU time")
-    parser.add_argument("--seconds", type=float, metavar="S", help="sampling time per configuration and timer")
-    parser.add_argument("--budget-minutes", type=float, metavar="M",
+    parser.add_argument("--seconds", type=duration, metavar="S", help="sampling time per configuration and timer")
+    parser.add_argument("--budget-minutes", type=duration, metavar="M",
                         help="stop cleanly after M minutes; run again to resume")
     parser.add_argument("--fresh", action="store_true", help="begin a new run even where a stopped one could go on")
     parser.add_argument("--no-vendor", action="store_true", help="leave cuBLAS, SDPA, cuDNN and other peers out")
@@ -118,6 +127,21 @@ def op_points(settings):
     return found
 
 
+def require_work(settings):
+    """Raises LabError for settings that measure nothing: a context that no model takes, an op without a ladder."""
+    longest = max(shapes.preset(name).max_positions for name in settings["models"])
+    if settings["what"] == "ledger" and settings["device"] == "cpu":
+        raise LabError("a ledger needs a GPU: its rows are device time stamps (lab bench ops|model run on a CPU)")
+    if settings["ladder"]:
+        ladder_bench.points(settings["device"], settings["ops"])
+        if not set(settings["backends"]) & set(ladder.BACKENDS):
+            raise LabError(f"nothing to measure: ladders exist in {' and '.join(ladder.BACKENDS)}")
+    if settings["what"] == "model" and min(settings["model_contexts"]) >= longest:
+        raise LabError(f"nothing to measure: the models take contexts below {longest} tokens")
+    if settings["what"] == "ops" and not op_points(settings):
+        raise LabError("nothing to measure: no op takes these batches and contexts in these models")
+
+
 def main(args, own=None):
     """own: more backends, {name: what has a function for each op that is measured} (`lab try`)."""
     if args.what == "crossover":
@@ -127,6 +151,7 @@ def main(args, own=None):
     backends, notes = ops_bench.load_backends(settings["backends"], device, asked=bool(args.backend))
     backends |= own or {}
     settings["backends"] = list(backends)
+    require_work(settings)
     of_device = ["emulated: times are the host's and say nothing about a GPU"] if device == "cpu" else settle_clocks()
     session = Session(args.out, device, settings, args.budget_minutes, args.fresh, notes + of_device)
     for line in [*session.notices, *notes]:
@@ -163,8 +188,6 @@ def run_all(session, settings, backends):
     ledgers = settings["ledger_models"] if what in ("ledger", "all") else []
     if device == "cpu":
         ledgers = []                                # device time stamps are what a ledger is made of
-        if what == "ledger":
-            raise LabError("a ledger needs a GPU: its rows are device time stamps (lab bench ops|model run on a CPU)")
     per_model = len(settings["model_batches"]) * len(settings["model_contexts"])
     sizes = ceiling.QUICK_SIZES if quick else ceiling.SIZES
     total = len(points) + len(rungs) + len(models) * per_model + len(ledgers) * len(backends)

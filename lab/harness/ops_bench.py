@@ -58,10 +58,11 @@ def load_backends(names, device, asked):
 
 def make_rig(backends, device, ceilings, quick=False, seconds=None):
     if device != "cuda":
-        return Rig(device, backends, ceilings, modes=EMULATED, vendor=False, seconds=seconds or 0.3)
+        return Rig(device, backends, ceilings, modes=EMULATED, vendor=False, seconds=0.3 if seconds is None else seconds)
     p = torch.cuda.get_device_properties(torch.cuda.current_device())
     return Rig(device, backends, ceilings, p.multi_processor_count, p.L2_cache_size,
-               timing.Flush(p.L2_cache_size, device), seconds or (0.06 if quick else 0.12),
+               timing.Flush(p.L2_cache_size, device),
+               (0.06 if quick else 0.12) if seconds is None else seconds,
                modes=QUICK_MODES if quick else MODES)
 
 
