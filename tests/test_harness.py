@@ -227,6 +227,17 @@ def test_ops_bench_records_emulated_rows_and_nothing_it_did_not_measure(tiny, tm
     assert not [r for r in rows if r.kind == "ceiling"]
 
 
+def test_an_interrupted_bench_says_so_and_exits_as_interrupted(tiny, tmp_path, capsys, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ops_bench, "measure_point", interrupted)
+    assert run_bench("ops", "silu_mul", "--model", "tiny", "--backend", "torch", "--device", "cpu", "--out",
+                     tmp_path) == 130
+    assert "goes on from here" in capsys.readouterr().out
+    assert [r.kind for r in records.read(tmp_path).rows] == ["env"]
+
+
 def test_a_failing_backend_is_an_error_row_and_the_others_are_measured(tiny, tmp_path, capsys, monkeypatch):
     def broken(*args, **options):
         raise RuntimeError("kernel silu_mul_kernel:\n too many resources")

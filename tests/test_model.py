@@ -513,6 +513,22 @@ def test_run_refuses(tiny_gguf, tmp_path, monkeypatch, capsys, words, says):
     assert not list(tmp_path.iterdir()) and capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("file, content, says", [
+    ("generation_config.json", b'{"eos_token_id": [[1]]}', "eos_token_id is .*; expected token ids"),
+    ("generation_config.json", b'{"eos_token_id": "</s>"}', "eos_token_id is .*; expected token ids"),
+    ("chat_template.jinja", b"\xff\xfe", "chat_template.jinja cannot be read"),
+    ("tokenizer_config.json", b'{"chat_template": "{% for %}"}', "chat template cannot be rendered"),
+    ("tokenizer_config.json", b"[1", "tokenizer_config.json cannot be read"),
+    ("tokenizer.json", b"{}", "tokenizer.json is mangled"),
+])
+def test_run_refuses_a_mangled_file_beside_the_weights(tmp_path, capsys, file, content, says):
+    folder = write_folder(tmp_path / "tiny", CONFIGS["llama"])
+    (folder / file).write_bytes(content)
+    with pytest.raises(LabError, match=says):
+        lab_run(folder, "--backend", "torch", "--device", "cpu", "--prompt", "hello")
+    assert capsys.readouterr().out == ""
+
+
 def test_an_error_after_streamed_text_begins_a_line(tiny_gguf, capsys):
     with pytest.raises(LabError, match="cache is full"):
         lab_run(tiny_gguf, "--backend", "torch", "--device", "cpu", "--ids", "32", "--ignore-eos", "--max-context", 9)

@@ -159,13 +159,14 @@ def main(args, own=None):
     if session.resumed:
         print(f"lab bench: run {session.run} was stopped; going on after its {len(session.rows)} lines",
               file=sys.stderr)
+    status = 0
     try:
         complete = run_all(session, settings, backends)
     except KeyboardInterrupt:
-        complete = False
+        complete, status = False, 130
     session.finish(complete)
     say(session, complete)
-    return 0
+    return status
 
 
 def say(session, complete):

@@ -245,12 +245,20 @@ def from_huggingface(folder: Path) -> Tokenizer | None:
     ends = {backend.token_to_id(special["eos_token"])} if "eos_token" in special else set()
     for source in (generation, config):
         ids = source.get("eos_token_id")
-        ends |= set(ids) if isinstance(ids, list) else {ids}
+        ids = ids if isinstance(ids, list) else [ids]
+        if not all(token is None or isinstance(token, int) for token in ids):
+            raise LabError(f"{folder}: eos_token_id is {ids!r}; expected token ids")
+        ends |= set(ids)
     template = options.get("chat_template")
     if isinstance(template, list):          # several named templates
-        template = next((t.get("template") for t in template if t.get("name") == "default"), None)
-    if (folder / "chat_template.jinja").is_file():
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        template = next((t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"),
+                        None)
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            template = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise LabError(f"{path} cannot be read: {error}") from error
     return Tokenizer(backend, frozenset(ends - {None}), _leading_token(backend), template, special)
 
 
