@@ -1,4 +1,5 @@
 """Model files: what is read equals what was written, and what is broken is one clear error."""
+import io
 import random
 from dataclasses import replace
 
@@ -252,6 +253,23 @@ def test_damaged_folder(tmp_path, shards, damage, says):
     with pytest.raises(LabError, match=says) as caught:
         load(open_source(str(folder)))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["tiny.gguf", "folder/model.safetensors"])
+def test_a_file_that_may_not_be_read_is_not_called_mangled(tmp_path, monkeypatch, name):
+    write_gguf(tmp_path / "tiny.gguf", CONFIGS["llama"])
+    write_folder(tmp_path / "folder", CONFIGS["llama"])
+    really_open = io.open
+
+    def locked(path, *args, **options):             # as a mode of 000 does, which root would not notice
+        if str(path) == str(tmp_path / name):
+            raise PermissionError(13, "Permission denied", str(path))
+        return really_open(path, *args, **options)
+
+    monkeypatch.setattr("builtins.open", locked)
+    monkeypatch.setattr("io.open", locked)
+    with pytest.raises(LabError, match=f"{name} cannot be read: Permission denied"):
+        open_source(str(tmp_path / name.partition("/")[0]))
 
 
 def test_truncated_safetensors(tmp_path):

@@ -54,6 +54,8 @@ class GGUFSource:
                        if field.types and field.types[0] != GGUFValueType.ARRAY}
             self.tensors = {tensor.name: tensor for tensor in self.reader.tensors}
             shapes = {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in self.tensors.items()}
+        except OSError as error:
+            raise LabError(f"{self.where} cannot be read: {error.strerror}") from error
         except Exception as error:      # the parser raises whatever it trips over: all of it means a bad file
             raise LabError(f"{self.where} is truncated or mangled: {_first_line(error)}") from error
         if self.reader.byte_order != "I":

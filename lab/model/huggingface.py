@@ -66,7 +66,10 @@ class HuggingFaceSource:
     def _open(self, path: Path):
         if path.name not in self.shards:
             try:
+                path.open("rb").close()             # safetensors calls a file that may not be read a missing one
                 self.shards[path.name] = safe_open(path, framework="pt")
+            except OSError as error:
+                raise LabError(f"{path} cannot be read: {error.strerror or error}") from error
             except Exception as error:
                 raise LabError(f"{path} is truncated or mangled: {error}") from error
         return self.shards[path.name]
