@@ -8,6 +8,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from lab import cli
 from lab.errors import LabError
@@ -86,6 +87,7 @@ def main(argv):
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--seconds", type=float, default=90, help="time limit of the slowest backend (default 90)")
     args = parser.parse_args(argv)
+    Path(args.out).mkdir(parents=True, exist_ok=True)       # what cannot be written is said before minutes of work
 
     import torch
 
@@ -125,8 +127,8 @@ def run(argv):
     """main, with a user's mistake as one line."""
     try:
         return main(argv)
-    except LabError as error:
-        print(f"demo: error: {error}", file=sys.stderr)
+    except (LabError, OSError) as error:
+        print(f"demo: error: {cli.explain(error) or error}", file=sys.stderr)
         return 2
 
 

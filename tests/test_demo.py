@@ -44,3 +44,10 @@ def test_a_model_that_is_missing_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(demo, "MODEL", "/nowhere/model.gguf")
     assert demo.run([]) == 2
     assert capsys.readouterr().err.startswith("demo: error: unknown model")
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_any_work(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert demo.run(["--out", str(tmp_path / "file" / "demo")]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err == f"demo: error: {tmp_path}/file/demo: Not a directory\n"

@@ -183,7 +183,7 @@ class Table:
 
 
 def add_arguments(parser):
-    parser.add_argument("op", nargs="+", help=f"{', '.join(SPACES['triton'])}, or all")
+    parser.add_argument("op", metavar="OP", nargs="+", help=f"{', '.join(SPACES['triton'])}, or all")
     parser.add_argument("--backend", default=",".join(SPACES), metavar="A,B",
                         help="halves to tune (default cuda,triton)")
     parser.add_argument("--model", default=",".join(shapes.MODELS), metavar="A,B", help="presets whose shapes to tune")

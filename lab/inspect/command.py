@@ -27,7 +27,7 @@ DEFAULTS = {
 
 
 def add_arguments(parser):
-    parser.add_argument("op", nargs="?", help="an op, as `lab ops` lists them")
+    parser.add_argument("op", metavar="OP", nargs="?", help="an op, as `lab ops` lists them")
     parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}; default: bf16, or what the op takes")
     parser.add_argument("--arch", default="sm_90a", help=f"{', '.join(gpus.GPUS)}; default: sm_90a")
     parser.add_argument("--case", type=int, metavar="N", help="sizes of the contract's case N, from 0")
