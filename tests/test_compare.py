@@ -7,7 +7,7 @@ import pytest
 
 from lab.errors import LabError
 from lab.harness import compare
-from lab.harness.records import Env, LedgerRow, ModelRow, OpRow, Writer
+from lab.harness.records import Env, LedgerRow, ModelRow, OpRow, Writer, read
 
 
 def row(us, spread=0.005, n=50, run="r", **fields):
@@ -139,3 +139,38 @@ def test_json_and_shares(tmp_path):
     for bad in ("5", "fast", "-1%"):
         with pytest.raises(LabError, match="write 5%"):
             compare.parse_share(bad)
+
+
+def drawn(rand, centre, name, batch):
+    """A row of 40 samples of a time of `centre`, one run's offset from the next being half a per cent."""
+    centre *= rand.gauss(1, 0.005)
+    s = sorted(rand.gauss(centre, centre * 0.01) for _ in range(40))
+    r = row(s[20], run=name, batch=batch)
+    r.us_p10, r.us_p90, r.n = s[4], s[36], 40
+    return r
+
+
+def test_the_false_alarms_of_one_commit_are_printed_and_recorded(tmp_path, capsys):
+    rand = random.Random(0)
+    runs = {name: write(tmp_path / name, env(name, commit="c0ffee"),
+                        *(drawn(rand, us * (1.05 if name == "shifted" else 1), name, us) for us in range(20, 420)))
+            for name in ("a", "b", "shifted")}
+    home = write(tmp_path / "home", env("measured"))
+    assert run(runs["a"], runs["b"], "--record", home) == 0
+    assert "false alarms:" in capsys.readouterr().out
+    found, = (r for r in read(home).rows if r.kind == "repeat")
+    assert (found.run, found.a, found.b, found.commit, found.rows) == ("measured", "a", "b", "c0ffee", 400)
+    assert found.share == pytest.approx((found.faster + found.slower) / 400, rel=1e-4) and found.share <= 0.05
+    pairs, _, _ = compare.match(compare.open_run(runs["a"])[0], compare.open_run(runs["shifted"])[0])
+    assert sum(p.verdict == "slower" for p in pairs) > 0.8 * len(pairs)
+
+
+def test_other_commits_are_no_repeat(tmp_path, capsys):
+    a = write(tmp_path / "a", env("a", commit="one"), row(100, run="a"))
+    for name, commit in (("b", "two"), ("c", None)):
+        b = write(tmp_path / name, env(name, commit=commit), row(100, run=name))
+        assert run(a, b) == 0 and "false alarms" not in capsys.readouterr().out
+        with pytest.raises(LabError, match="not two runs of one commit"):
+            run(a, b, "--record", a)
+    with pytest.raises(LabError, match="not two runs"):
+        run(a, a, "--record", a)

@@ -12,7 +12,7 @@ import pytest
 
 from lab.errors import LabError
 from lab.harness import records
-from lab.harness.records import Ceiling, Env, Fairness, LedgerRow, ModelRow, OpRow, Writer, key, read, to_line
+from lab.harness.records import Ceiling, Env, Fairness, LedgerRow, ModelRow, OpRow, Repeat, Writer, key, read, to_line
 
 EXAMPLES = [
     Env("r1", "before", "cuda", gpu="H100", throttle=[], settings={"quick": True}),
@@ -21,6 +21,7 @@ EXAMPLES = [
     ModelRow("r1", "m", "cuda", "basic", "graph", "bf16", 1, 1024, us=1000.0),
     LedgerRow("r1", "m", "cuda", "basic", "bf16", 1, 1024, "kernel", op="linear", kernel="k", us=1.0),
     Fairness("r1", "linear", "cuda", "bf16", "sm_90a", {"n": 8, "k": 4}, "k", registers=40, occupancy=0.5),
+    Repeat("r1", "a", "b", "c0ffee", 200, 1, 2, 3, 0.015, 0.03),
 ]
 
 

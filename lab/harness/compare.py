@@ -2,6 +2,9 @@
 
 A and B are a folder, a records file, or either with `@RUN` for one run of it (the last run otherwise). Rows are matched
 by records.key. Exit status: 0 same or faster, 1 slower beyond --fail-on-slower, 2 not comparable.
+
+Two runs of one commit on one card measure the same thing: every faster or slower is then a false alarm, and their share
+is printed (and recorded, with --record). It should stay below 5%.
 """
 import json
 import math
@@ -98,6 +101,17 @@ def match(rows_a, rows_b, min_effect=BETWEEN_RUNS):
     return pairs, [a[k] for k in a.keys() - b.keys()], [b[k] for k in b.keys() - a.keys()]
 
 
+def repeat(pairs, env_a, env_b, min_effect, run):
+    """The Repeat record of two runs of one commit on one card, to stand beside `run`; None where they are not that."""
+    judged = [p for p in pairs if p.verdict != FAILED]
+    if not judged or not env_a.commit or env_a.commit != env_b.commit or env_a.run == env_b.run \
+            or differences(env_a, env_b):
+        return None
+    counts = Counter(p.verdict for p in judged)
+    return records.Repeat(run, env_a.run, env_b.run, env_a.commit, len(judged), counts[FASTER], counts[SLOWER],
+                          counts[AMBIGUOUS], (counts[FASTER] + counts[SLOWER]) / len(judged), min_effect)
+
+
 def label(row):
     """One line that tells a row from the others."""
     if row.kind == "op":
@@ -133,6 +147,8 @@ def add_arguments(parser):
     parser.add_argument("--anyway", action="store_true", help="compare even though GPU or versions differ, and say so")
     parser.add_argument("--all", action="store_true", help="list the rows that are the same, too")
     parser.add_argument("--json", metavar="FILE", help="also write the verdicts to FILE")
+    parser.add_argument("--record", metavar="DIR", help="two runs of one commit: add the rate of false alarms to the "
+                        "last run of DIR")
 
 
 def main(args):
@@ -157,9 +173,27 @@ def main(args):
     print(text_of(pairs, only_a, only_b, env_a, env_b, args.all))
     if args.json:
         write_json(args.json, pairs, env_a, env_b)
+    again = repeat(pairs, env_a, env_b, min_effect, env_b.run)
+    if again:
+        print(f"one commit on one card, so these are false alarms: {again.faster + again.slower} of {again.rows} rows "
+              f"({again.share:.1%}) faster or slower")
+    if args.record:
+        record(args.record, again)
     if failing:
         print(f"slower: {len(failing)} of {len(pairs)} rows by more than {threshold:.0%} and {args.min_us:g} us")
     return 1 if failing else 0
+
+
+def record(where, again):
+    """Adds a Repeat record to the last run of a records file. Raises LabError where the two runs are no repeat."""
+    if again is None:
+        raise LabError("--record: A and B are not two runs of one commit on one card, so verdicts are no false alarms")
+    found = records.read(where)
+    if not found.rows:
+        raise LabError(f"{found.path} holds no records")
+    again.run = found.runs()[-1]
+    with records.Writer(where) as writer:
+        writer.append(again)
 
 
 def text_of(pairs, only_a, only_b, env_a, env_b, everything=False):

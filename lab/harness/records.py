@@ -35,6 +35,11 @@ to it) | swap (a whole token with `overrides`; `op` names what was swapped).
    "spill_bytes":0,"shared_bytes":0,"threads":128,"occupancy":0.3125,"instructions":700,"code_lines":210,
    "shared_lines":160,"compile_s":41.5}
 
+`repeat`: two runs of one commit on one card, compared (`lab compare A B --record`): `share` of the `rows` were called
+faster or slower, each of them a false alarm.
+  {"schema":1,"kind":"repeat","run":"...","a":"...","b":"...","commit":"1a2b3c4","rows":480,"faster":2,"slower":3,
+   "ambiguous":9,"share":0.0104,"min_effect":0.03}
+
 A measurement that failed is a line with `error` (one line of text) and no time. `emulated` lines have timer wall and
 neither gbps nor of_ceiling. `flag` says why a line must not be read as a win ("above the ceiling", "fits in L2").
 """
@@ -239,7 +244,24 @@ class Fairness:
     key_fields = ("op", "backend", "dtype", "arch", "shape", "kernel")
 
 
-KINDS = {c.kind: c for c in (Env, Ceiling, OpRow, ModelRow, LedgerRow, Fairness)}
+@dataclass
+class Repeat:
+    """What comparing two runs that measured the same thing said: the false-alarm rate of `lab compare`."""
+    run: str                              # the run beside which it is recorded
+    a: str                                # the runs compared
+    b: str
+    commit: str
+    rows: int                             # rows of both runs, without those that failed
+    faster: int
+    slower: int
+    ambiguous: int
+    share: float                          # (faster + slower) / rows
+    min_effect: float                     # the smallest change called faster or slower
+    kind = "repeat"
+    key_fields = ("a", "b")
+
+
+KINDS = {c.kind: c for c in (Env, Ceiling, OpRow, ModelRow, LedgerRow, Fairness, Repeat)}
 
 
 def to_line(record):
