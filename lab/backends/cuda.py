@@ -36,8 +36,7 @@ class Backend:
 
     @property
     def compiler(self):
-        info = self.extension.build_info()
-        return info.get("nvcc") or info["compiler"]
+        return self.extension.build_info()["compiler"]
 
     def forget(self):
         self.extension.set_settings(measured_settings(architecture(self.device)))
