@@ -8,7 +8,6 @@ exercises count (lines and banks that a warp touches) is counted exactly; nothin
 """
 from __future__ import annotations
 
-import importlib.util
 import os
 import shlex
 import shutil
@@ -22,6 +21,7 @@ import torch
 
 from lab.dispatch import known
 from lab.errors import LabError, Unavailable
+from lab.files import python_module
 
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = (None, 1, 2, 3, 4)              # LAB_HOST_SEED: the fixed order of threads, then random ones
@@ -128,18 +128,8 @@ def _compiler() -> list[str]:
 
 # ---- Triton: interpreted ---------------------------------------------------------------------------------------------
 
-def _module(path: Path):
-    spec = importlib.util.spec_from_file_location(f"exercise_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise LabError(f"{path}: {type(error).__name__}: {error}") from None
-    return module
-
-
 def _tail_mask(path: Path) -> str | None:
-    function = _module(path).row_mean
+    function = python_module(path).row_mean
     for rows, cols in ((3, 64), (4, 40), (2, 7)):
         memory = torch.full((rows * cols + 64,), torch.nan)
         x, y = memory[:rows * cols].view(rows, cols), torch.full((rows,), torch.nan)
@@ -151,7 +141,7 @@ def _tail_mask(path: Path) -> str | None:
 
 
 def _split_merge(path: Path) -> str | None:
-    function = _module(path).merge
+    function = python_module(path).merge
     generator = torch.Generator().manual_seed(0)
     for lengths, spread in (((8, 8), 0.0), ((8, 5, 3), 2.0), ((1, 16), 9.0)):
         scores = torch.randn(sum(lengths), generator=generator).double() * spread

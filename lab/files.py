@@ -1,5 +1,6 @@
-"""Files that are written whole or not at all."""
+"""Files: written whole or not at all; and Python of somebody else's, loaded."""
 import contextlib
+import importlib.util
 import os
 from pathlib import Path
 
@@ -26,3 +27,14 @@ def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
     finally:
         with contextlib.suppress(OSError):              # in a folder that is not ours nothing was left
             beside.unlink()
+
+
+def python_module(path: Path):
+    """The module in a Python file that somebody else wrote. Raises LabError for whatever goes wrong in it."""
+    spec = importlib.util.spec_from_file_location(f"file_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise LabError(f"{path}: {type(error).__name__}: {error}") from error
+    return module

@@ -22,6 +22,7 @@ from lab.backends import load
 from lab.check import check_cases
 from lab.dispatch import BACKENDS, DTYPES, Op, bind, known
 from lab.errors import LabError, Unavailable
+from lab.files import python_module
 
 ROOT = Path(__file__).resolve().parent.parent
 SETUP = [sys.executable, str(ROOT / "setup.py"), "--quiet", "build_ext", "--build-lib"]
@@ -47,12 +48,7 @@ class TritonFile:
         load("triton", device)                      # Unavailable where there is no Triton
         self.name, self.place = path.name, f"triton_kernels.{op.name}"
         importlib.import_module(self.place)         # so that nothing else imports the stand-in
-        spec = importlib.util.spec_from_file_location(f"own_{path.stem}", path)
-        self.module = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(self.module)
-        except Exception as error:
-            raise LabError(f"{path}: {type(error).__name__}: {error}") from error
+        self.module = python_module(path)
         if not callable(getattr(self.module, op.name, None)):
             raise LabError(f"{path} has no function {op.name}: it needs one with the arguments of that in "
                            f"triton_kernels/{op.name}.py")

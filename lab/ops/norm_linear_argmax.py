@@ -61,7 +61,8 @@ def verify(got, x, norm_w, eps, w, logits, scratch):
 def cuda(k, x, norm_w, eps, w, logits, scratch, out):
     room = norm_linear.workspace(x)
     k.norm_linear_argmax(x.data_ptr(), norm_w.data_ptr(), w.data_ptr(), logits.data_ptr(), scratch.data_ptr(),
-                         0 if room is None else room.data_ptr(), out.data_ptr(), x.shape[0], w.shape[0], x.shape[1], eps, DTYPE_CODES[x.dtype], k.stream())
+                         0 if room is None else room.data_ptr(), out.data_ptr(), x.shape[0], w.shape[0], x.shape[1], eps,
+                         DTYPE_CODES[x.dtype], k.stream())
 
 
 def triton(x, norm_w, eps, w, logits, scratch, out):
