@@ -134,15 +134,15 @@ def main(args) -> int:
 
 def race(op: Op, name: str, function, args, dtypes) -> int:
     """Benchmarks the file beside the built-in backends and the vendor's kernels, says who won, and draws the report."""
+    from lab import cli
     from lab.harness import bench, records
-    from lab.report import build
     out = args.out or f"out/try/{args.file.stem}"
     words = ["ops", op.name, "--out", out, "--model", args.model, "--batch", args.batch, "--context", args.context,
              "--dtype", ",".join(dtypes), "--fresh"]
-    status = bench.main(_parsed(bench, words), own={name: SimpleNamespace(**{op.name: function})})
+    status = bench.main(bench.parse(words), own={name: SimpleNamespace(**{op.name: function})})
     for line in verdicts(records.read(out).rows, name):
         print(line)
-    return status or build.main(_parsed(build, [out]))
+    return status or cli.main(["report", out])
 
 
 def verdicts(rows, name):
@@ -160,10 +160,3 @@ def verdicts(rows, name):
         words = {"faster": "faster than", "slower": "slower than", "same": "the same as"}
         yield line + f"{row.us:.1f} us{share}; " + ", ".join(
             f"{words.get(verdict, 'too close to call against')} {other}" for other, verdict in (row.verdict or {}).items())
-
-
-def _parsed(room, words):
-    import argparse
-    parser = argparse.ArgumentParser()
-    room.add_arguments(parser)
-    return parser.parse_args(words)

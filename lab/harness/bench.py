@@ -3,6 +3,7 @@
 The full set (`all`) is made to take under 12 minutes of GPU time, `--quick` under 2; `--budget-minutes` stops cleanly,
 and the same command again goes on where it stopped. On a CPU only emulated latencies are recorded.
 """
+import argparse
 import sys
 
 import torch
@@ -76,6 +77,13 @@ def add_arguments(parser):
     parser.add_argument("--ladder", action="store_true", help="for ops: the rungs of the ladders, at one size each")
     parser.add_argument("--export", metavar="FILE",
                         help="for crossover: write the winners as a table for lab run --dispatch")
+
+
+def parse(words):
+    """The arguments of `lab bench` from its words, for the verbs that are a bench underneath."""
+    parser = argparse.ArgumentParser(prog="lab bench")
+    add_arguments(parser)
+    return parser.parse_args(words)
 
 
 def settings_of(args):

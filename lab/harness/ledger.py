@@ -15,7 +15,6 @@ and `gap` is the graph's launch. Elsewhere rows are `kernel` and `gap` is T(all)
 idle time. In both, `unexplained` is the token minus T(all): above 3% of it, the chains are not the token, and a flag
 says so. Gaps cannot be read off the time stamps: the profiler widens them.
 """
-import argparse
 import functools
 import itertools
 import math
@@ -444,12 +443,10 @@ def main(args):
         known(name, BACKENDS, "backend")
     if not torch.cuda.is_available():
         raise LabError("a ledger needs an NVIDIA GPU: its rows are device time stamps (lab bench works on a CPU)")
-    parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
     words = ["ledger", args.model, "--quick", "--fresh"] + ["--swap"] * args.swap
     for option in ("out", "backend", "dtype", "batch", "context", "weights", "plan"):
         words += [f"--{option}", str(getattr(args, option))]
-    status = bench.main(parser.parse_args(words))
+    status = bench.main(bench.parse(words))
     rows, _, _ = compare.open_run(args.out)
     print(text_of([r for r in rows if r.kind == "ledger"]))
     return status
