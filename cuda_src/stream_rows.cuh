@@ -298,15 +298,22 @@ inline int multiprocessors() {
 #endif
 }
 
-// Blocks for `outputs` outputs. Large matrices get few blocks of a long life: what a block does once is paid seldom,
-// and registers stay free for the blocks of the next kernel, which load their first weights while this one ends.
+// Blocks for `outputs` outputs: a set of outputs for each block, unless the tuner found fewer blocks faster, which then
+// walk over several sets. On an H100 short blocks win nearly everywhere: a multiprocessor always has some that have
+// just sent for all of their weights (8B gate and up, batch 1: 76.7 us, and 93.5 us with two long-lived blocks for each
+// multiprocessor), and the last ones make room for the next kernel's first.
 template <typename C>
 inline int stream_blocks(int outputs, const Settings& tuned) {
-  constexpr int kResident = C::R * C::U >= 16 ? 2 : 3;  // blocks for each multiprocessor: 64 or 48 KiB in flight
-  const int all = ceil_div(outputs, C::kOutputsPerBlock);
-  if (tuned.resident) return all < tuned.resident * multiprocessors() ? all : tuned.resident * multiprocessors();
-  const int few = kResident * multiprocessors();
-  return all < 2 * few ? all : few;
+  const int all = ceil_div(outputs, C::kOutputsPerBlock), few = tuned.resident * multiprocessors();
+  return 0 < few && few < all ? few : all;
+}
+
+// Warps that share their rows of w: as many as it takes to send for whole rows at once, `panel` elements a warp, for a
+// wait inside a row is a wait with less in flight; and more where there are too few rows to fill the device.
+inline int shared_by(int warps, int k, int panel) {
+  const int enough = 6 * multiprocessors();
+  if (2 * warps < enough || k > 2 * panel) return 4;
+  return warps < enough || k > panel ? 2 : 1;
 }
 
 // Calls f with the shape for `outputs` outputs of Parts rows of w, k long, and `rows` rows of x, of which at most
@@ -325,9 +332,8 @@ inline void by_stream_shape(int rows, int outputs, int k, int max_batch, const S
       if constexpr (kHost) {                      // a CPU thread per 4 rows: nothing to reduce across threads
         if (cpu_shapes()) return f(StreamShape<Stream<N, B, 4, 1, 1, 1, HostThreads, Parts>>{});
       }
-      if constexpr (N > 1) {                      // too few rows to fill the device: 2 or 4 warps share each
-        const int warps = ceil_div(outputs * Parts, 4), enough = 6 * multiprocessors();
-        const int share = tuned.share ? tuned.share : 2 * warps < enough ? 4 : warps < enough ? 2 : 1;
+      if constexpr (N > 1) {
+        const int share = tuned.share ? tuned.share : shared_by(ceil_div(outputs * Parts, 4), k, U * 32 * N);
         if (share == 4) return f(StreamShape<Stream<N, B, 4, 32, 4, U, 128, Parts>>{});
         if (share == 2) return f(StreamShape<Stream<N, B, 4, 32, 2, U, 128, Parts>>{});
       }

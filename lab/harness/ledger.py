@@ -36,6 +36,7 @@ from lab.ops import find
 MARKER = "spin_kernel"          # torch.cuda._sleep's kernel: nothing else in a decode step is called so
 REPLAYS = 20                    # replays under the profiler
 WEIGHT = {"linear": 1, "norm_linear": 3, "linear_add": 1, "norm_linear_silu_mul": 3, "norm_linear_argmax": 3}   # argument
+AHEAD = 1_000_000               # cycles, 0.6 ms: the host sends for two graphs meanwhile, so that neither waits for it
 NULLS = 32                      # kernels that do nothing, to tell a graph's launch from a kernel's
 SWAP_SECONDS = 1.0              # of sampling all tokens of a plan's swaps together
 TOLERANCE = 0.03                # of the token, for what is unexplained
@@ -346,6 +347,7 @@ def measure_backend(base, rig, weights, ops, batch, context):
     calls = record_step(decoder)                     # with bytes; the marked step below has the kernels
 
     def before():                                    # a whole token: see chains, above
+        torch.cuda._sleep(AHEAD)
         step.before()
         graph.replay()
         step.before()
