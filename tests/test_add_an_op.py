@@ -1,0 +1,81 @@
+"""README's section "Add an op", followed literally in a copy of the lab: the op it adds must work everywhere."""
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lab.harness import records
+
+ROOT = Path(__file__).resolve().parent.parent
+NAME = "scaled_add"
+# A line that begins with a file's name, and the fenced block below it.
+BLOCK = re.compile(r"^`([\w./]+)`[^\n]*\n\n```(\w+)\n(.*?)^```$", re.M | re.S)
+
+
+def section():
+    """The text of README's section."""
+    return re.search(r"^## Add an op\n(.*?)^## ", (ROOT / "README.md").read_text(), re.M | re.S)[1]
+
+
+def follow(folder):
+    """Writes every new file and makes every edit that the section asks for; the names of the files, in order."""
+    done = []
+    for name, language, text in BLOCK.findall(section()):
+        path = folder / name
+        if language == "diff":
+            old = "".join(line[1:] for line in text.splitlines(True) if line[0] in " -")
+            new = "".join(line[1:] for line in text.splitlines(True) if line[0] in " +")
+            before = path.read_text()
+            assert before.count(old) == 1, f"{name} does not hold what README changes there: {old}"
+            path.write_text(before.replace(old, new))
+        else:
+            assert not path.exists(), f"README writes over {name}"
+            path.write_text(text)
+        done.append(name)
+    return done
+
+
+def copy(folder):
+    """What building and running needs. Objects come along as if just made, so that only what is new is compiled; those
+    of bindings.cpp do not: their dependency files name this checkout's sources, which do not change."""
+    shutil.copytree(ROOT / "build/host", folder / "build/host", copy_function=shutil.copy,
+                    ignore=shutil.ignore_patterns("bindings.*", "*.so"))
+    for name in ("cuda_src", "triton_kernels", "lab", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, folder / name)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / "build/host").is_dir(), reason="needs the objects of the host build: make build")
+def test_readme_adds_an_op(tmp_path):
+    copy(tmp_path)
+    assert follow(tmp_path) == [f"lab/ops/{NAME}.py", f"cuda_src/{NAME}.cu", f"triton_kernels/{NAME}.py",
+                                "cuda_src/launchers.h", "cuda_src/bindings.cpp", "lab/ops/__init__.py"]
+    # No GPU: its build would take minutes.
+    settings = {"PYTHONPATH": str(tmp_path), "LAB_CUDA": "0", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
+
+    def run(*words):
+        done = subprocess.run([sys.executable, *words], cwd=tmp_path, env={**os.environ, **settings}, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}"
+        return done.stdout
+
+    build, *commands = re.search(r"^```sh\n(.*?)^```", section(), re.M | re.S)[1].splitlines()
+    assert build == "make build"
+    assert f"{NAME}.cu" in run("setup.py", "build_ext", "--inplace")
+    said = {words[1]: run("-m", *words) for words in map(str.split, commands)}
+
+    assert re.search(rf"^{NAME} .*out = x \+ scale \* y$", run("-m", "lab", "ops"), re.M)
+    for backend in ("cuda", "triton", "torch"):
+        assert len(re.findall(rf"^{NAME} +\w+ {backend} +2/2 cases", said["check"], re.M)) == 3      # dtypes
+    assert "1. Locate" in said["explain"] and "2. Add and store" in said["explain"]
+    assert "blockIdx.x" in said["explain"] and "tl.program_id(0)" in said["explain"]
+    rows = records.read(tmp_path / "out" / NAME).of_kind("op")
+    assert {(row.op, row.backend) for row in rows} == {(NAME, backend) for backend in ("cuda", "triton", "torch")}
+    assert all(row.us > 0 and not row.error for row in rows)
+    assert " passed" in run("-m", "pytest", "-q", "tests/test_ops.py", "tests/test_twins.py", "-k", NAME)
