@@ -1,4 +1,7 @@
-"""`lab explain OP`: the two halves of an op side by side, step by step, with its bytes and its last measured times."""
+"""`lab explain OP`: the two halves of an op side by side, step by step, with its bytes and its last measured times.
+
+With --rungs its ladder: what each rung changes, what that should gain and what it was measured to gain.
+"""
 from pathlib import Path
 
 from lab.errors import LabError
@@ -9,13 +12,17 @@ SIDE_BY_SIDE = 110          # columns; on a narrower terminal the halves stand o
 
 def add_arguments(parser):
     parser.add_argument("op", metavar="OP", help="an op of `lab ops`, as in rmsnorm")
+    parser.add_argument("--rungs", action="store_true", help="its ladder instead, from a naive kernel to the product's")
     parser.add_argument("--html", metavar="FILE", help="write a page instead of printing")
     parser.add_argument("--reports", metavar="DIR", default="reports",
                         help="where measured records lie (default: reports)")
 
 
 def main(args):
-    """Prints the twins, or writes them as a page. Returns 0; raises LabError for an unknown op or a missing half."""
+    """Prints the twins, or writes them as a page. Returns 0.
+
+    Raises LabError for an unknown op, a missing half, or an op without a ladder where that was asked for.
+    """
     from lab.report import twins
 
     known = twins.known_ops()
@@ -24,13 +31,19 @@ def main(args):
         near = difflib.get_close_matches(args.op, known, 1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise LabError(f"unknown op {args.op!r}: {hint}choose from {', '.join(known)}")
-    cuda, triton = twins.pair(args.op)
-    facts = bytes_of(args.op) + measured(args.op, Path(args.reports))
+    reports = Path(args.reports)
+    if args.rungs:
+        (cuda, triton, rows), title = twins.ladder(args.op), f"The ladder of {args.op}"
+        facts = measured_rungs(args.op, rows, reports)
+    else:
+        cuda, triton = twins.pair(args.op)
+        rows, title = twins.rows(cuda, triton), args.op
+        facts = bytes_of(args.op) + measured(args.op, reports)
     if args.html:
-        write_page(Path(args.html), args.op, facts)
+        write_page(Path(args.html), title, facts, cuda, triton, rows)
         print(args.html)
     else:
-        show(args.op, cuda, triton, facts)
+        show(title, cuda, triton, rows, facts)
     return 0
 
 
@@ -53,18 +66,51 @@ def bytes_of(op):
             ("arithmetic", f"{flops:,} flop, {flops / nbytes:.2f} a byte")]
 
 
-def measured(op, reports):
-    """[(where, text)]: the last GPU figures of each folder below `reports`, one line a backend; [] without records."""
+def runs_of(reports):
+    """(runs below `reports`, newest first, what to say of them): without records neither, with unreadable ones why."""
     from lab.harness import records
-    from lab.report import load, ops, style
+    from lab.report import load
 
     if not reports.is_dir() or not any(reports.rglob(records.FILE)):
-        return []
+        return [], []
     try:
-        runs = load.load(reports)
+        return load.load(reports), []
     except LabError as e:
-        return [("measured", f"not shown: {e}")]
-    found, seen = [], set()
+        return [], [("measured", f"not shown: {e}")]
+
+
+def measured_rungs(op, rows, reports):
+    """Adds to the rungs what the last run on a GPU measured of them; returns [(what, text)] about that run.
+
+    rows: the Rows of twins.ladder(op), which begin with rung 1.
+    """
+    from lab.report import ladder_figures, ops, style
+
+    runs, said = runs_of(reports)
+    run = next((r for r in runs if not r.emulated and (r.ladder["op"] == op).any()), None)
+    if run is None:
+        return said + [("measured", f"not yet: `lab bench ops {op} --ladder` measures it on a GPU")]
+    found = run.ladder[(run.ladder["op"] == op) & ~run.ladder["suspect"]]
+    for number, row in enumerate(rows, 1):
+        words = []
+        for backend in style.backend_order(found["backend"]):
+            for one in found[(found["rung"] == number) & (found["backend"] == backend)].itertuples():
+                gain = ladder_figures.gain(found, one)
+                words.append(f"{style.backend(backend).label} {one.us:,.1f} us"
+                             + (f", {one.of_ceiling:.0%} of the ceiling" if one.of_ceiling == one.of_ceiling else "")
+                             + (f", {gain:.2f} times faster than the rung before" if gain == gain else ""))
+        row.intro += (("measured", "; ".join(words) or "not in that run"),)
+    first = found.iloc[0]
+    return said + [("measured", f"{run.device}, run {run.id}: {ops.shape_text(first['shape'])}, batch "
+                                f"{first['batch']:.0f}, {first['dtype']}, {first['cache']} cache")]
+
+
+def measured(op, reports):
+    """[(where, text)]: the last GPU figures of each folder below `reports`, one line a backend; [] without records."""
+    from lab.report import ops, style
+
+    runs, said = runs_of(reports)
+    found, seen = said, set()
     for run in runs:
         f = ops.focus(run)
         rows = run.op[run.op["op"] == op]
@@ -86,15 +132,15 @@ def measured(op, reports):
     return found
 
 
-def show(op, cuda, triton, facts):
-    """Prints to the terminal: side by side where it is wide enough."""
+def show(title, cuda, triton, rows, facts):
+    """Prints to the terminal: side by side where it is wide enough. rows: of lab.report.twins."""
     from rich.console import Console, Group
     from rich.markup import escape
     from rich.syntax import Syntax
     from rich.table import Table
     from rich.text import Text
 
-    from lab.report import style, twins
+    from lab.report import style
 
     console = Console()
     wide = console.width >= SIDE_BY_SIDE
@@ -106,15 +152,17 @@ def show(op, cuda, triton, facts):
         return Syntax(chunk.code, lexer, theme="ansi_dark", line_numbers=True, start_line=chunk.first, word_wrap=True,
                       background_color="default", dedent=False)
 
-    def side(half, look, step):
+    def side(half, look, step, missing):
         if step is None:
-            return Text(f"{look.label} has no such step.", style="dim")
+            return Text(missing, style="dim")
         parts = []
         for chunk in step.chunks:
             which = f", {chunk.kernel}" if len(step.chunks) > 1 and chunk.kernel else ""
             parts.append(Text.assemble((f"{look.label}{which}: ", f"bold {look.color}"), chunk.text))
             if chunk.lines:
                 parts.append(code(half, chunk))
+            elif chunk.below:
+                parts.append(Text(f"The code is that of {chunk.below}, below.", style="dim"))
         return Group(*parts)
 
     def both(left, right):
@@ -128,14 +176,16 @@ def show(op, cuda, triton, facts):
         table.add_row(left, right)
         console.print(table)
 
-    console.rule(f"[bold]{escape(op)}[/bold]")
+    console.rule(f"[bold]{escape(title)}[/bold]")
     both(*(Group(Text(h.name, style=f"bold {look.color}"), Text(h.header)) for h, look in zip(halves, looks)))
     console.print()
     for what, text in facts:
         console.print(Text.assemble((what + ": ", "bold"), text))
-    for number, title, *steps in twins.rows(cuda, triton):
-        console.rule(f"{number}. {escape(title)}", align="left")
-        both(*(side(h, look, step) for h, look, step in zip(halves, looks, steps)))
+    for row in rows:
+        console.rule(escape(row.title), align="left")
+        for what, text in row.intro:
+            console.print(Text.assemble((what + ": ", "bold"), text))
+        both(*map(side, halves, looks, row.steps, row.missing))
     console.rule("Around the steps", align="left")
     for h in halves:
         outside = sum(len(c.lines) for c in h.around)
@@ -143,7 +193,7 @@ def show(op, cuda, triton, facts):
                            style="dim"))
 
 
-def write_page(path, op, facts):
+def write_page(path, title, facts, cuda, triton, rows):
     """Writes the twins as one self-contained page."""
     from lab.report import page
 
@@ -151,4 +201,4 @@ def write_page(path, op, facts):
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise LabError(f"cannot write {path}: {e.strerror}") from None
-    write_whole(path, page.twin_page(op, facts))
+    write_whole(path, page.twin_page(title, facts, cuda, triton, rows))

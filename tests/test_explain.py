@@ -5,13 +5,14 @@ from types import SimpleNamespace
 import pytest
 import synthetic_records
 
-from lab import explain
+from lab import explain, rungs
 from lab.errors import LabError
+from lab.harness import records
 from lab.report import twins
 
 
 def arguments(op, **options):
-    return SimpleNamespace(**{"op": op, "html": None, "reports": "no such folder", **options})
+    return SimpleNamespace(**{"op": op, "rungs": False, "html": None, "reports": "no such folder", **options})
 
 
 def run(capsys, monkeypatch, op, columns, **options):
@@ -70,6 +71,47 @@ def test_html(tmp_path, capsys):
     assert "rope in CUDA and in Triton" in text and "cuda_src/rope.cu" in text
     assert re.search(r"https?://", text) is None
     assert list(page.parent.iterdir()) == [page]
+
+
+@pytest.mark.parametrize("op", rungs.OPS)
+def test_rungs_side_by_side_with_why_one_is_absent(capsys, monkeypatch, op):
+    out = run(capsys, monkeypatch, op, 140, rungs=True)
+    flat = " ".join(out.split())
+    assert "measured: not yet" in flat
+    for rung in rungs.rungs(op):
+        assert f"{rung.title} ─" in out and f"changes: {rung.idea}" in flat and f"should gain: {rung.gain}" in flat
+    absent = sum(len(rung.absent) for rung in rungs.rungs(op))
+    assert flat.count("No such rung in Triton: ") == absent > 0
+    assert f"The op itself: cuda_src/{op}.cu." in flat and f"The op itself: triton_kernels/{op}.py." in flat
+    assert max(map(len, out.splitlines())) <= 140
+
+
+def test_what_a_rung_was_measured_to_gain(tmp_path):
+    """A run with a GPU's figures made up for the purpose."""
+    def row(number, us):
+        return records.OpRow("r", "rmsnorm", "cuda", "bf16", 64, {"cols": 8192}, us=us, us_p10=us, us_p90=us, n=9,
+                             bytes=1 << 21, rung=number, gbps=1.0, of_ceiling=2.0 / us)
+    synthetic_records.write(tmp_path, [records.Env("r", "before", "cuda", gpu="made up"), row(1, 80.0), row(2, 4.0)])
+    _, _, rows = twins.ladder("rmsnorm")
+    assert explain.measured_rungs("rmsnorm", rows, tmp_path) == [
+        ("measured", "made up, run r: cols=8192, batch 64, bf16, cold cache")]
+    said = [dict(row.intro)["measured"] for row in rows]
+    assert said[:3] == ["CUDA 80.0 us, 2% of the ceiling",
+                        "CUDA 4.0 us, 50% of the ceiling, 20.00 times faster than the rung before", "not in that run"]
+
+
+def test_rungs_as_a_page(tmp_path):
+    page = tmp_path / "ladder.html"
+    assert explain.main(arguments("linear", rungs=True, html=str(page))) == 0
+    text = page.read_text()
+    assert "The ladder of linear in CUDA and in Triton" in text and "triton_kernels/ladder/linear.py" in text
+    assert text.count("No such rung in Triton: ") == sum(len(rung.absent) for rung in rungs.rungs("linear"))
+    assert "The code is that of 7. Split-K, below." in text
+
+
+def test_an_op_without_a_ladder():
+    with pytest.raises(LabError, match="rope has no ladder: choose from linear, rmsnorm, decode_attention"):
+        explain.main(arguments("rope", rungs=True))
 
 
 def test_unknown_op():

@@ -136,6 +136,9 @@ def test_bench_records_every_rung_and_the_report_shows_them(tmp_path, capsys):
     assert not len(run.op) and len(run.ladder) == len(rows)
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "page")]) == 0
     assert (tmp_path / "page/figures/ladder-rmsnorm.png").stat().st_size > 1000
+    page = (tmp_path / "page/index.html").read_text()
+    assert page.count("The rungs of rmsnorm side by side") == 1 and "The rungs of linear" not in page
+    assert page.count("No such rung in Triton: ") == sum(len(rung.absent) for rung in ladder.rungs("rmsnorm"))
     assert main(["bench", "model", "--ladder", "--out", str(tmp_path)]) == 2
     assert "--ladder measures ops" in capsys.readouterr().err
 

@@ -3,6 +3,7 @@ import re
 
 import pytest
 
+from lab import rungs
 from lab.errors import LabError
 from lab.report import twins
 
@@ -55,6 +56,51 @@ def test_no_line_of_a_file_is_lost(op):
         code = [n for n, line in enumerate(lines, 1) if line.strip() and not twins.COMMENT.match(line)]
         header = twins._header(half.language, lines)[1]
         assert [n for n in code if n not in shown and n > header] == []
+
+
+@pytest.mark.parametrize("op", rungs.OPS)
+def test_rungs_have_the_same_titles_in_both_languages_and_in_the_table(op):
+    cuda, triton, rows = twins.ladder(op)
+    assert [row.title for row in rows] == [rung.title for rung in rungs.rungs(op)]
+    for rung, row in zip(rungs.rungs(op), rows):
+        for half, step, missing in zip((cuda, triton), row.steps, row.missing):
+            if rung.product or half.language in rung.absent:
+                assert step is None and missing.endswith(".")
+                continue
+            assert f"{step.number}. {step.title}" == rung.title
+            chunk, = step.chunks
+            assert chunk.text and (chunk.lines or chunk.below in cuda.titles), f"{half.name}: {rung.title}"
+
+
+def test_a_rung_ends_with_its_kernel_or_where_the_next_begins():
+    text = """// x: y = x
+#include "common.cuh"
+
+// 1. Tile: a type first
+// and a kernel.
+struct Tile {
+};
+
+__global__ void a_kernel(Tile t) {
+}
+
+// For rungs 2 and 3.
+int shared();
+
+// 2. Plain: in words.
+//
+// 3. Fast: one kernel for two rungs.
+__global__ void b_kernel(int n) {
+}
+"""
+    half = twins.cut("cuda", twins.Path("cuda_src/ladder/x.cu"), text.splitlines())
+    tile, plain, fast = (step.chunks[0] for step in half.steps.values())
+    assert half.name == "cuda_src/ladder/x.cu"
+    assert (tile.kernel, tile.text, tile.lines[0], tile.lines[-1]) == ("a_kernel", "a type first and a kernel.",
+                                                                       "struct Tile {", "}")
+    assert (plain.lines, plain.text, plain.below) == ([], "in words.", "3. Fast")
+    assert (fast.kernel, fast.below, len(fast.lines)) == ("b_kernel", "", 2)
+    assert half.around[1].lines == ["// For rungs 2 and 3.", "int shared();"]
 
 
 def test_a_file_with_two_kernels_gives_a_chunk_for_each():

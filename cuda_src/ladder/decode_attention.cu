@@ -1,7 +1,7 @@
 // The ladder of decode_attention: out[b, h, :] = softmax(scale * q[b, h, :] . K^T) V over the paged cache, from one
 // thread a query head to a cp.async ring.
 //
-//   Each rung changes one thing of the rung before it. What it should gain, and why: lab/ladder.py.
+//   Each rung changes one thing of the rung before it. What it should gain, and why: lab/rungs.py.
 //   head_dim 64 or 128. All rungs keep a running softmax: a new maximum shrinks what has been summed so far.
 //   twin  triton_kernels/ladder/decode_attention.py          the rung on top  cuda_src/decode_attention.cu
 #include <cfloat>

@@ -1,7 +1,7 @@
 // The ladder of rmsnorm: y[b, :] = T(x[b, :] * rsqrt(mean(x[b, :]^2) + eps)) * w, from one thread a row to one read of
 // it.
 //
-//   Each rung changes one thing of the rung before it. What it should gain, and why: lab/ladder.py.
+//   Each rung changes one thing of the rung before it. What it should gain, and why: lab/rungs.py.
 //   x, y [rows, cols] contiguous; a residual and the heads of q and k are the product's alone.
 //   twin  triton_kernels/ladder/rmsnorm.py          the rung on top  cuda_src/rmsnorm.cu
 #include "../common.cuh"

@@ -15,6 +15,7 @@ from pathlib import Path
 import jinja2
 import pandas as pd
 
+from lab import rungs
 from lab.errors import LabError
 from lab.report import figures, heatmaps, ladder_figures, model_figures, op_figures, ops, style, twins
 
@@ -56,8 +57,7 @@ class Section:
     intro: str = ""
     pictures: list = field(default_factory=list)
     tables: list = field(default_factory=list)          # (title, frame, open)
-    twin: dict | None = None
-    level: int = 2
+    twins: list = field(default_factory=list)           # of side_by_side()
 
 
 @dataclass
@@ -103,8 +103,10 @@ def view(run, slug, folder, with_twins, progress):
                                 tables=[("All fairness cards", figures.table(run.fairness, FAIRNESS), False)]))
     if len(run.ladder):
         sections.append(Section("ladders", "Ladders: from a naive kernel to the product's", "One idea a rung, in both "
-                                "languages; sources in cuda_src/ladder and triton_kernels/ladder, and what each should "
-                                "gain in `lab check --ladder`.", drawn(ladder_figures.of_run(run))))
+                                "languages; `lab explain OP --rungs` shows them in the terminal.",
+                                drawn(ladder_figures.of_run(run)), twins=[
+                                    ladder_view(op) for op in sorted(rungs.OPS, key=style.part_order)
+                                    if with_twins and (run.ladder["op"] == op).any()]))
     sections += _op_sections(run, f, drawn, with_twins)
     if len(run.suspects):
         listed = figures.table(run.suspects, "kind flag op role model backend dtype batch context cache us gbps share")
@@ -124,7 +126,7 @@ def _op_sections(run, f, drawn, with_twins):
     made = []
     for op in names:
         rows = run.op[run.op["op"] == op]
-        section = Section(f"op-{slug_of(op)}", f"Op: {op}", twin=twin_view(op) if with_twins else None)
+        section = Section(f"op-{slug_of(op)}", f"Op: {op}", twins=[twin_view(op)] if with_twins else [])
         if (run.fairness["op"] == op).any():
             section.tables.append((*card(run.fairness[run.fairness["op"] == op], f.dtype if f else ""), True))
         if len(rows):
@@ -155,22 +157,41 @@ def card(rows, dtype):
 
 def twin_view(op):
     """The two halves of an op as HTML, step by step; {"missing": text} where a file is absent."""
-    try:
+    def view():
         cuda, triton = twins.pair(op)
+        rows = twins.rows(cuda, triton)
+        return side_by_side(cuda, triton, rows, f"The twins side by side: {len(rows)} steps")
+    return _or_missing(view)
+
+
+def ladder_view(op):
+    """The two files of an op's ladder as HTML, rung by rung; {"missing": text} where a file is absent."""
+    return _or_missing(lambda: side_by_side(*twins.ladder(op), f"The rungs of {op} side by side"))
+
+
+def _or_missing(view):
+    try:
+        return view()
     except LabError as e:
         return {"missing": str(e).replace(str(twins.ROOT) + "/", "")}
 
-    def side(half, step):
-        return {"label": style.backend(half.language).label, "chunks": _chunks(half, step.chunks if step else [])}
 
-    return {"halves": [{"label": style.backend(h.language).label, "name": h.name, "header": h.header,
+def side_by_side(cuda, triton, rows, title):
+    """Rows of lab.report.twins as the template shows them."""
+    def side(half, step, missing):
+        return {"label": style.backend(half.language).label, "missing": missing,
+                "chunks": _chunks(half, step.chunks if step else [])}
+
+    return {"title": title,
+            "halves": [{"label": style.backend(h.language).label, "name": h.name, "header": h.header,
                         "lines": h.count, "around": _chunks(h, h.around)} for h in (cuda, triton)],
-            "steps": [{"title": f"{number}. {title}", "halves": [side(cuda, left), side(triton, right)]}
-                      for number, title, left, right in twins.rows(cuda, triton)]}
+            "steps": [{"title": row.title, "intro": row.intro, "halves": list(map(side, (cuda, triton), row.steps,
+                                                                                 row.missing))} for row in rows]}
 
 
 def _chunks(half, chunks):
     return [{"first": c.first, "last": c.first + len(c.lines) - 1, "kernel": c.kernel, "text": c.text,
+             "below": c.below,
              "html": twins.highlight(half.language, textwrap.dedent(c.code))} for c in chunks if c.lines or c.text]
 
 
@@ -272,9 +293,10 @@ def html(views, title):
     return _render(title, views=views, only=None)
 
 
-def twin_page(op, facts):
-    """The two halves of an op as one page; facts: [(what, text)] above them."""
-    return _render(f"{op} in CUDA and in Triton", views=[], only={"facts": facts, "twin": twin_view(op)})
+def twin_page(title, facts, cuda, triton, rows):
+    """Two halves as one page; facts: [(what, text)] above them, rows: of lab.report.twins."""
+    return _render(f"{title} in CUDA and in Triton", views=[],
+                   only={"facts": facts, "twin": side_by_side(cuda, triton, rows, "Side by side")})
 
 
 def _render(title, **context):

@@ -2,12 +2,14 @@
 
 A step begins with a comment `// 2. Load: text` (CUDA) or `# 2. Load: text` (Triton); the comment lines right below
 belong to its text. A file with several kernels repeats the steps: a step then has a chunk of code for each of them.
+In the file of a ladder the steps are its rungs (lab/rungs.py); several rungs may be one kernel in several shapes.
 """
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
 
+from lab import rungs
 from lab.errors import LabError
 from lab.report import style
 
@@ -25,6 +27,7 @@ class Chunk:
     lines: list
     kernel: str = ""
     text: str = ""          # the comment under the step's title
+    below: str = ""         # the step that has the code, where this one has none of its own
 
     @property
     def code(self):
@@ -38,7 +41,7 @@ class Chunk:
             first += 1
         while lines and not lines[-1].strip():
             lines.pop()
-        return Chunk(first, lines, self.kernel, self.text)
+        return replace(self, first=first, lines=lines)
 
 
 @dataclass
@@ -64,7 +67,17 @@ class Half:
 
     @property
     def name(self):
-        return f"{FOLDERS[self.language][0]}/{self.path.name}"
+        inner = "ladder/" if self.path.parent.name == "ladder" else ""
+        return f"{FOLDERS[self.language][0]}/{inner}{self.path.name}"
+
+
+@dataclass
+class Row:
+    """A step, or a rung, of both halves. `steps`: CUDA's and Triton's Step, or None where `missing` says why."""
+    title: str
+    steps: tuple
+    missing: tuple
+    intro: tuple = ()           # ((what, text), ...) to be said of both halves
 
 
 def known_ops(root=ROOT):
@@ -75,7 +88,7 @@ def known_ops(root=ROOT):
 
 
 def half(language, op, root=ROOT):
-    """Reads one half of an op. Raises LabError when its file is not there."""
+    """Reads one half of an op, or of a ladder ("ladder/linear"). Raises LabError when its file is not there."""
     folder, ending = FOLDERS[language]
     path = root / folder / (op + ending)
     try:
@@ -88,7 +101,7 @@ def half(language, op, root=ROOT):
 def cut(language, path, lines):
     """A Half from the lines of a file."""
     header, begin = _header(language, lines)
-    steps, around, kernel = {}, [Chunk(begin + 1, [])], ""
+    steps, around, kernel, order = {}, [Chunk(begin + 1, [])], "", []
     chunk, ended, i = around[0], False, begin
     while i < len(lines):
         line = lines[i]
@@ -102,11 +115,13 @@ def cut(language, path, lines):
             step = steps.setdefault(number, Step(number, title))
             if step.title != title:
                 raise LabError(f"{path}:{i}: step {number} is called {title!r} here and {step.title!r} before")
-            chunk = Chunk(i + 1, [], kernel, " ".join(t.strip() for t in text if t.strip()))
+            inside = line[0].isspace()      # else the step stands above its kernel, and ends with it
+            chunk = Chunk(i + 1, [], kernel if inside else "", " ".join(t.strip() for t in text if t.strip()))
             step.chunks.append(chunk)
+            order.append((f"{number}. {title}", chunk))
             ended = False
             continue
-        if not ended and chunk not in around and _leaves(language, line):
+        if not ended and chunk not in around and _leaves(language, line) and (inside or chunk.kernel):
             closing = line.startswith("}")
             if closing:
                 chunk.lines.append(line)
@@ -118,8 +133,13 @@ def cut(language, path, lines):
         defined = KERNEL.search(line)
         if defined and chunk in around:
             kernel = defined[1]
+        elif defined:
+            chunk.kernel = defined[1]
         chunk.lines.append(line)
         i += 1
+    for (_, empty), (title, below) in reversed(list(zip(order, order[1:]))):
+        if not any(line.strip() for line in empty.lines):
+            empty.below = below.below or title
     around = [c.trimmed() for c in around if any(line.strip() for line in c.lines)]
     for step in steps.values():
         step.chunks = [c.trimmed() for c in step.chunks]
@@ -149,9 +169,28 @@ def pair(op, root=ROOT):
 
 
 def rows(cuda, triton):
-    """[(number, title, CUDA step or None, Triton step or None)] in order of the numbers."""
-    return [(n, (cuda.steps.get(n) or triton.steps[n]).title, cuda.steps.get(n), triton.steps.get(n))
+    """[Row] in order of the steps' numbers."""
+    return [Row(f"{n}. {(cuda.steps.get(n) or triton.steps[n]).title}", (cuda.steps.get(n), triton.steps.get(n)),
+                tuple(f"{style.backend(h.language).label} has no such step." for h in (cuda, triton)))
             for n in sorted(cuda.steps.keys() | triton.steps.keys())]
+
+
+def ladder(op, root=ROOT):
+    """(CUDA half, Triton half, [Row]) of an op's ladder, the lowest rung first; LabError for an op without one."""
+    climbed = rungs.rungs(op)
+    cuda, triton = pair(f"ladder/{op}", root)
+
+    def missing(half, rung):
+        if rung.product:
+            return f"The op itself: {FOLDERS[half.language][0]}/{half.path.name}."
+        return f"No such rung in {style.backend(half.language).label}: {rung.absent.get(half.language, 'not written.')}"
+
+    def said(rung):
+        texts = {"changes": rung.idea, "should gain": rung.gain, "may fall short": rung.otherwise, "needs": rung.needs}
+        return tuple((what, text) for what, text in texts.items() if text)
+
+    return cuda, triton, [Row(rung.title, tuple(h.steps.get(rung.number) for h in (cuda, triton)),
+                              tuple(missing(h, rung) for h in (cuda, triton)), said(rung)) for rung in climbed]
 
 
 def highlight(language, code):

@@ -1,6 +1,6 @@
 """The ladder of decode_attention: out[b,h,:] = softmax(scale * q[b,h,:] . K^T) V, from a token at a time to a pipeline.
 
-  Each rung changes one thing of the rung before it. What it should gain, and why: lab/ladder.py.
+  Each rung changes one thing of the rung before it. What it should gain, and why: lab/rungs.py.
   head_dim 64 or 128. Numbers and names are those of the twin; rungs that Triton leaves to its compiler are absent.
   twin  cuda_src/ladder/decode_attention.cu          the rung on top  triton_kernels/decode_attention.py
 """

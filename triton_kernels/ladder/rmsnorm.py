@@ -1,6 +1,6 @@
 """The ladder of rmsnorm: y[b,:] = T(x[b,:] * rsqrt(mean(x[b,:]^2) + eps)) * w, from a sum in every step to wide loads.
 
-  Each rung changes one thing of the rung before it. What it should gain, and why: lab/ladder.py.
+  Each rung changes one thing of the rung before it. What it should gain, and why: lab/rungs.py.
   x, y [rows, cols] contiguous. Numbers and names are the twin's; rungs that Triton leaves to its compiler are absent.
   twin  cuda_src/ladder/rmsnorm.cu          the rung on top  triton_kernels/rmsnorm.py
 """
