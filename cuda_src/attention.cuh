@@ -11,10 +11,19 @@ namespace lab {
 template <typename A>
 inline size_t attention_smem_bytes(int group, int splits) {
   constexpr int kParts = sizeof(typename A::T) == 4 || kHost ? 16 : 4;  // at most
-  const size_t parts = size_t(kParts) * group * (A::kRow + 2) * sizeof(float);
+  const size_t parts = size_t(kParts + 1) * group * (A::kRow + 2) * sizeof(float);
   const size_t merging = size_t(splits) * group * 3 * sizeof(float);
   const size_t most = parts > merging ? parts : merging;
   return most > sizeof(typename A::Smem) ? most : sizeof(typename A::Smem);
+}
+
+// Blocks of a cluster, which merges its splits over shared memory: a power of two, at most 8. Only where all blocks run
+// at once: more work is better placed block by block, and merges cost it little.
+inline unsigned attention_cluster(int splits, int kv_heads, int batch) {
+  if (!has_clusters() || (!kHost && 4 * splits * kv_heads * batch > 9 * multiprocessors())) return 1;
+  unsigned blocks = 1;
+  while (int(blocks) < splits && blocks < kMaxCluster) blocks *= 2;
+  return blocks;
 }
 
 // Calls f with the attention core for these heads, a type in f's argument: `using A = typename decltype(core)::type;`

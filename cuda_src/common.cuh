@@ -331,9 +331,14 @@ LAB_DEVICE void bulk_prefetch_l2(const void* p, unsigned bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
 }
 
-// Barrier of all threads of all blocks of the cluster; orders shared memory of peers.
+// Barrier of all threads of all blocks of the cluster that have not ended; orders shared memory of peers.
 LAB_DEVICE void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
+}
+LAB_DEVICE unsigned cluster_size() {
+  unsigned size;
+  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return size;
 }
 LAB_DEVICE unsigned cluster_rank() {
   unsigned rank;
@@ -359,18 +364,20 @@ inline void check(cudaError_t status, const char* kernel) {
   }
 }
 
-// Major compute capability of the current device.
-inline int device_major() {
+// An attribute of the current device, asked for once; 0 where there is none.
+template <cudaDeviceAttr Attribute>
+inline int device_attribute() {
   static std::atomic<int> cached[64];
   int device = 0;
   if (cudaGetDevice(&device) != cudaSuccess || device >= 64) return 0;
-  int major = cached[device].load(std::memory_order_relaxed);
-  if (major == 0) {
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    cached[device].store(major, std::memory_order_relaxed);
+  int value = cached[device].load(std::memory_order_relaxed);
+  if (value == 0) {
+    cudaDeviceGetAttribute(&value, Attribute, device);
+    cached[device].store(value, std::memory_order_relaxed);
   }
-  return major;
+  return value;
 }
+inline int device_major() { return device_attribute<cudaDevAttrComputeCapabilityMajor>(); }
 }  // namespace detail
 
 // Launches kernel(args...) and traces its name; while launches are recorded (trace.h), notes them instead. Throws std::runtime_error naming the kernel if the launch is refused;
@@ -433,6 +440,26 @@ inline void launch(const Config& config, const char* name, void (*kernel)(Params
 #endif  // __CUDACC__
 
 // ---- built from the above (both sides) ------------------------------------------------------------------------------
+
+// Multiprocessors of the current device; on a CPU few, so that blocks get several sets of outputs there too.
+inline int multiprocessors() {
+  if (const int recorded = trace::recorded_multiprocessors()) return recorded;
+#ifdef __CUDACC__
+  const int count = detail::device_attribute<cudaDevAttrMultiProcessorCount>();
+  return count ? count : 132;
+#else
+  return 4;
+#endif
+}
+
+// Whether the current device has clusters of blocks: sm_90 and later, and the host build.
+inline bool has_clusters() {
+#ifdef __CUDACC__
+  return trace::recorded_multiprocessors() || detail::device_major() >= 9;
+#else
+  return true;
+#endif
+}
 
 // Adds 1 to *counter and returns what it was. Whatever this thread has seen before, stores of its block before a barrier
 // too, is visible to whoever takes a later ticket, after a barrier to that block. One thread of a block calls it.

@@ -15,13 +15,13 @@ using namespace lab;
 template <typename A, typename T = typename A::T>
 __global__ void __launch_bounds__(A::kMaxThreads, 1)
     decode_attention_kernel(const T* q, PagedCache<T> cache, const int* context_lens, T* out, float* partial,
-                            unsigned* tickets, int group, int64_t q_stride, float scale_log2, int least) {
+                            unsigned* tickets, int splits, int group, int64_t q_stride, float scale_log2, int least) {
   // 1. Locate: split s owns tokens [begin, end) of one sequence; the length is read here, so that a captured graph
   // serves every length. The first tiles leave at once.
   constexpr int D = A::D, N = Vec<T>::size;
   pdl_wait();
   const int length = context_lens[blockIdx.z];
-  A attention(cache, group, length, length, least);
+  A attention(cache, splits, group, length, length, least);
   if (attention.unused()) return;
   attention.start();
 
@@ -45,8 +45,8 @@ __global__ void __launch_bounds__(A::kMaxThreads, 1)
   // 5. Publish the split: merged over the block; if it is the only one the result is final.
   attention.publish(out, partial);
 
-  // 6. Merge in the last block: in the order of the splits.
-  if (attention.used > 1) attention.merge_in_last_block(out, partial, tickets);
+  // 6. Merge in the last block: in the order of the splits; a cluster's blocks share the work instead.
+  attention.merge(out, partial, tickets);
 }
 
 void decode_attention(Ptr q, Ptr k_cache, Ptr v_cache, Ptr block_table, Ptr context_lens, Ptr out, Ptr partial,
@@ -62,9 +62,11 @@ void decode_attention(Ptr q, Ptr k_cache, Ptr v_cache, Ptr block_table, Ptr cont
                               max_pages};
     by_attention_core<T>("decode_attention", head_dim, group, [&](auto core) {
       using A = typename decltype(core)::type;
-      launch({dim3(splits, kv_heads, batch), dim3(A::threads(group)), attention_smem_bytes<A>(group, splits), stream},
+      const unsigned cluster = attention_cluster(splits, kv_heads, batch);
+      launch({dim3(round_up(splits, cluster), kv_heads, batch), dim3(A::threads(group)),
+              attention_smem_bytes<A>(group, splits), stream, false, cluster},
              "decode_attention_kernel", decode_attention_kernel<A>, as<const T>(q), cache, as<const int>(context_lens),
-             as<T>(out), as<float>(partial), as<unsigned>(tickets), group, q_stride, scale * 1.4426950408889634f,
+             as<T>(out), as<float>(partial), as<unsigned>(tickets), splits, group, q_stride, scale * 1.4426950408889634f,
              tuned.least);
     });
   });

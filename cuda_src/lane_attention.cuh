@@ -32,8 +32,8 @@ struct LaneAttention : SplitAttention<T, D> {
   static int threads(int group) { return kTokenWarps * 32 * ceil_div(group, 4); }
   LAB_DEVICE int query_rows() const { return group; }
 
-  LAB_DEVICE LaneAttention(const PagedCache<T>& cache, int group_, int length, int in_cache, int)
-      : Base(cache, group_, length, in_cache, kTokens, kTokens, 0), shared(smem<Smem>()) {
+  LAB_DEVICE LaneAttention(const PagedCache<T>& cache, int splits_, int group_, int length, int in_cache, int)
+      : Base(cache, splits_, group_, length, in_cache, kTokens, kTokens, 0), shared(smem<Smem>()) {
     const int warp = threadIdx.x / 32;
     c = threadIdx.x % L;
     part = warp % kTokenWarps * kTokensPerWarp + threadIdx.x % 32 / L;
@@ -128,7 +128,7 @@ struct LaneAttention : SplitAttention<T, D> {
     }
   }
 
-  LAB_DEVICE void publish(T* out, float* partial) const {
+  LAB_DEVICE void publish(T* out, float* partial) {
     float* sums = &smem<float>();                 // where the tiles were
     cp_async_wait<0>();
     __syncthreads();

@@ -31,8 +31,8 @@ struct MmaAttention : SplitAttention<T, D> {
   LAB_DEVICE int query_rows() const { return HeadTiles * 8; }
 
   // least: tokens of a split at least, where the tuner has measured that; 0: kLeast.
-  LAB_DEVICE MmaAttention(const PagedCache<T>& cache, int group_, int length, int in_cache, int least)
-      : Base(cache, group_, length, in_cache, kTokens, least ? least : kLeast, least ? least : kAlone),
+  LAB_DEVICE MmaAttention(const PagedCache<T>& cache, int splits_, int group_, int length, int in_cache, int least)
+      : Base(cache, splits_, group_, length, in_cache, kTokens, least ? least : kLeast, least ? least : kAlone),
         shared(smem<Smem>()) {
     lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int tiles = end > begin ? (end - begin + kTokens - 1) / kTokens : 0;

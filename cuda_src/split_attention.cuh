@@ -13,6 +13,7 @@
 namespace lab {
 
 constexpr int kMaxGroup = 16;                     // query heads of one KV head
+constexpr int kMaxCluster = 8;                    // blocks of a cluster, on every GPU that has clusters
 
 // k, v [pages, kv_heads, page_size, D]; table [batch, max_pages]; a page holds 2^page_shift tokens, 16 at least.
 template <typename T>
@@ -40,15 +41,18 @@ struct SplitAttention {
   int splits, used;                               // the grid's splits, and those that a context of this length takes
   int begin, end;                                 // tokens of this split
   int stored;                                     // of these, the ones in the cache end here; at most one follows
+  float* merged = nullptr;                        // this block's result, in shared memory, where a cluster merges
 
   // Split s owns tokens [begin, end) of `length`, a multiple of `unit` each. A context of up to `alone` tokens is not
-  // split, for a merge would cost more than it saves, and no split gets less than `least`. Tokens from `in_cache` on
-  // are not read from the cache: a new one is put in its place from AttentionInputs.
-  LAB_DEVICE SplitAttention(const PagedCache<T>& cache_, int group_, int length, int in_cache, int unit, int least,
-                            int alone)
-      : cache(cache_), group(group_) {
-    split = blockIdx.x, splits = gridDim.x, kv_head = blockIdx.y, kv_heads = gridDim.y, b = blockIdx.z;
-    const int wanted = length <= alone ? length : max(least, (length + splits - 1) / splits);
+  // split, for a merge would cost more than it saves, and no split gets less than `least`; up to `alone` tokens each, a
+  // cluster's blocks take all, for they merge sooner than more blocks do. Tokens from `in_cache` on are not read from
+  // the cache: a new one is put in its place from AttentionInputs.
+  LAB_DEVICE SplitAttention(const PagedCache<T>& cache_, int splits_, int group_, int length, int in_cache, int unit,
+                            int least, int alone)
+      : cache(cache_), group(group_), splits(splits_) {
+    split = blockIdx.x, kv_head = blockIdx.y, kv_heads = gridDim.y, b = blockIdx.z;
+    const int most = length <= blocks_of_cluster() * alone ? min(splits, blocks_of_cluster()) : splits;
+    const int wanted = length <= alone ? length : max(least, (length + most - 1) / most);
     const int chunk = max(unit, (wanted + unit - 1) / unit * unit);
     used = length > 0 ? (length + chunk - 1) / chunk : 1;  // no token at all: the first block writes zeros
     begin = split * chunk, end = min(length, begin + chunk), stored = min(end, in_cache);
@@ -66,12 +70,13 @@ struct SplitAttention {
   }
 
   // Merges the block's running softmaxes: sums [parts][group][kRow] and then maxima and weights [parts][group][2], in
-  // shared memory. If only one split is used the result is final: out [batch, q_heads, D]. Else it goes to partial,
-  // whose part for this sequence and KV head holds the sums [splits][group][D] and then maxima and weights
-  // [splits][group][2].
+  // shared memory. If only one split is used the result is final: out [batch, q_heads, D]. Where a cluster merges, it
+  // stays in shared memory, behind what was merged. Else it goes to partial, whose part for this sequence and KV head
+  // holds the sums [splits][group][D] and then maxima and weights [splits][group][2].
   template <int Parts>
-  LAB_DEVICE void publish(const float* sums, T* out, float* partial) const {
+  LAB_DEVICE void publish(float* sums, T* out, float* partial) {
     const float* stats = sums + Parts * group * kRow;
+    merged = sums + Parts * group * (kRow + 2);
     for (int i = threadIdx.x * 4; i < group * D; i += blockDim.x * 4) {
       const int h = i / D, d = i % D;
       float top = -FLT_MAX, total = 0.f;
@@ -87,6 +92,9 @@ struct SplitAttention {
       }
       if (used == 1) {
         store_normalised(out, i, sum, total);
+      } else if (in_cluster()) {
+        store(merged + i, sum);
+        if (d == 0) store(merged + group * D + h * 2, Vec<float, 2>{{top, total}});
       } else {
         float* mine = published(partial) + size_t(split) * group * D + i;
         store(mine, Vec<float, 2>{{sum.v[0], sum.v[1]}});
@@ -94,6 +102,56 @@ struct SplitAttention {
         if (d == 0) store(published_stats(partial) + (split * group + h) * 2, Vec<float, 2>{{top, total}});
       }
     }
+  }
+
+  // Merges the splits: over shared memory where one cluster has them all, which saves two trips to L2 and back.
+  LAB_DEVICE void merge(T* out, float* partial, unsigned* tickets) const {
+    if (used == 1) return;
+    if (in_cluster()) return merge_in_cluster(out);
+    merge_in_last_block(out, partial, tickets);
+  }
+
+  LAB_DEVICE bool in_cluster() const { return used <= blocks_of_cluster(); }
+
+ private:
+  static LAB_DEVICE int blocks_of_cluster() {
+#if LAB_SM90
+    return int(cluster_size());
+#else
+    return 1;
+#endif
+  }
+
+  // Each block merges a part of the group's outputs, in the order of the splits.
+  LAB_DEVICE void merge_in_cluster(T* out) const {
+#if LAB_SM90
+    cluster_sync();                               // all have published; blocks without tokens have ended
+    for (int i = (split * blockDim.x + threadIdx.x) * 4; i < group * D; i += used * blockDim.x * 4) {
+      Vec<float, 2> stats[kMaxCluster];
+      Vec<float> sums[kMaxCluster], sum{};
+      float top = -FLT_MAX, total = 0.f;
+      LAB_UNROLL
+      for (int s = 0; s < kMaxCluster; ++s) {
+        if (s >= used) continue;
+        const float* theirs = cluster_peer(merged, s);
+        sums[s] = load(theirs + i);
+        stats[s] = load<2>(theirs + group * D + i / D * 2);
+      }
+      LAB_UNROLL
+      for (int s = 0; s < kMaxCluster; ++s) {
+        if (s < used) top = fmaxf(top, stats[s].v[0]);
+      }
+      LAB_UNROLL
+      for (int s = 0; s < kMaxCluster; ++s) {
+        if (s >= used) continue;
+        const float factor = exp2f(stats[s].v[0] - top);
+        add(sum, sums[s], factor);
+        total = fmadd(stats[s].v[1], factor, total);
+      }
+      store_normalised(out, i, sum, total);
+    }
+    cluster_sync();                               // and all have read: a block's shared memory ends with it
+#endif
   }
 
   // Each block takes a ticket after its results are visible; whoever takes the last one sees them all, merges them in
@@ -144,7 +202,6 @@ struct SplitAttention {
     if (threadIdx.x == 0) atomicExch(ticket, 0u);
   }
 
- private:
   LAB_DEVICE static void add(Vec<float>& sum, const Vec<float>& v, float factor) {
     LAB_UNROLL
     for (int e = 0; e < 4; ++e) sum.v[e] = fmadd(v.v[e], factor, sum.v[e]);

@@ -4,8 +4,6 @@
 // of w that lie n rows apart (gate and up). Lane groups take R rows of w each and walk k together; a block of a small
 // grid walks over several sets of rows, and the loads run on from one set into the next.
 #pragma once
-#include <atomic>
-
 #include "common.cuh"
 #include "settings.h"
 #include "sizes.h"
@@ -279,24 +277,6 @@ LAB_DEVICE void store_as(void* y, size_t i, float sum, bool f32) {
 }
 
 // ---- shapes of a launch ---------------------------------------------------------------------------------------------
-
-// Multiprocessors of the current device; on a CPU few, so that blocks get several sets of rows there too.
-inline int multiprocessors() {
-  if (const int recorded = trace::recorded_multiprocessors()) return recorded;
-#ifdef __CUDACC__
-  static std::atomic<int> cached[64];
-  int device = 0, count = 132;
-  if (cudaGetDevice(&device) != cudaSuccess || device >= 64) return count;
-  count = cached[device].load(std::memory_order_relaxed);
-  if (count == 0) {
-    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-    cached[device].store(count, std::memory_order_relaxed);
-  }
-  return count;
-#else
-  return 4;
-#endif
-}
 
 // Blocks for `outputs` outputs: a set of outputs for each block, unless the tuner found fewer blocks faster, which then
 // walk over several sets. On an H100 short blocks win nearly everywhere: a multiprocessor always has some that have

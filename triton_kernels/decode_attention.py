@@ -74,6 +74,7 @@ def decode_attention_kernel(q, k_cache, v_cache, block_table, context_lens, out,
         ticket = publish(partial, tickets, b, kv, kv_heads, splits, top, mass, acc, GROUP, ROWS, HEAD_DIM, BLOCK_D)
 
         # 6. Merge in the last block: split by split in a fixed order, so the result does not depend on who came last.
+        # The twin merges up to 8 splits over the shared memory of a cluster of blocks, which Triton does not lend.
         if ticket == splits - 1:
             merge(partial, tickets, out_head, b, kv, kv_heads, splits, GROUP, HEADS, HEAD_DIM, BLOCK_D, MERGE)
 

@@ -224,6 +224,7 @@ inline void bulk_copy_g2s(void* dst, const void* src, unsigned bytes, mbarrier* 
 inline void bulk_prefetch_l2(const void*, unsigned) {}
 
 inline void cluster_sync(host::Site site = host::Site::here()) { host::cluster_barrier(site); }
+inline unsigned cluster_size() { return host::current->block->cluster_size; }
 inline unsigned cluster_rank() { return host::current->block->cluster_rank; }
 template <typename T>
 inline T* cluster_peer(T* p, unsigned rank) {
