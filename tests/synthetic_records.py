@@ -166,8 +166,15 @@ def fairness_rows(run, rng):
             yield Fairness(run=run, op=op, backend=backend, dtype="bf16", arch="sm_90a", shape={"batch": 1},
                            kernel=f"{op}_kernel", configurations=rng.randrange(1, 20), registers=rng.randrange(32, 160),
                            spill_bytes=0, shared_bytes=rng.randrange(0, 65536), threads=128, occupancy=0.5,
-                           instructions=rng.randrange(100, 2000), code_lines=rng.randrange(20, 300), shared_lines=80,
-                           compile_s=rng.uniform(1, 40))
+                           instructions=rng.randrange(100, 2000), mix=mix(rng, backend),
+                           code_lines=rng.randrange(20, 300), shared_lines=80, compile_s=rng.uniform(1, 40))
+
+
+def mix(rng, backend):
+    """Instructions by class; each side lacks one that the other has."""
+    names = ["global load, 128 bit", "tensor core", "fused multiply-add", "special function", "shuffle", "block barrier",
+             "integer and address", "other", "cp.async" if backend == "cuda" else "bulk copy"]
+    return {name: rng.randrange(1, 300) for name in names}
 
 
 def make(run="20250101T120000-synt", emulated=False, models=None, batches=(1, 4, 16, 64), contexts=(1024, 8192, 32768),

@@ -191,6 +191,7 @@ def test_fairness_records_survive_a_round_trip(tmp_path, backend):
     card = next(row for row in rows if row.backend == backend)
     assert card.configurations > 1 and card.spill_bytes == 0 and 50 < card.code_lines < 1000
     assert backend == "cuda" or card.compile_s > 0.01
+    assert sum(card.mix.values()) == card.instructions and card.mix["tensor core"] > 0 and all(card.mix.values())
     with records.Writer(tmp_path) as writer:
         writer.append(*rows)
     assert records.read(tmp_path).rows == [records.from_dict(json.loads(records.to_line(row))) for row in rows]

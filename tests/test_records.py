@@ -20,7 +20,8 @@ EXAMPLES = [
     OpRow("r1", "linear", "cuda", "bf16", 1, {"n": 8, "k": 4}, us=8.0, us_p10=7.0, us_p90=9.0, n=20),
     ModelRow("r1", "m", "cuda", "basic", "graph", "bf16", 1, 1024, us=1000.0),
     LedgerRow("r1", "m", "cuda", "basic", "bf16", 1, 1024, "kernel", op="linear", kernel="k", us=1.0),
-    Fairness("r1", "linear", "cuda", "bf16", "sm_90a", {"n": 8, "k": 4}, "k", registers=40, occupancy=0.5),
+    Fairness("r1", "linear", "cuda", "bf16", "sm_90a", {"n": 8, "k": 4}, "k", registers=40, occupancy=0.5,
+             mix={"shuffle": 5}),
     Repeat("r1", "a", "b", "c0ffee", 200, 1, 2, 3, 0.015, 0.03),
 ]
 
@@ -38,6 +39,12 @@ def test_the_examples_of_the_docstring_are_valid_records():
     found = re.findall(r"^  (\{.*?\})\n(?! {3})", records.__doc__, re.S | re.M)
     rows = [records.from_dict(json.loads(text)) for text in found]
     assert {r.kind for r in rows} == set(records.KINDS)
+
+
+def test_a_fairness_record_from_before_the_mix_still_loads():
+    body = json.loads(to_line(EXAMPLES[5]))
+    del body["mix"]
+    assert records.from_dict(body).mix == {}
 
 
 def test_null_fields_are_left_out_and_nan_is_refused():

@@ -188,7 +188,7 @@ def test_fairness_cards_put_the_sides_beside_each_other(tmp_path, undrawn):
     cards = [Fairness(**side, backend="cuda", kernel="linear_stream_kernel", registers=96),
              Fairness(**side, backend="triton", kernel="linear_kernel", configurations=12)]
     synthetic.write(tmp_path, [env(), op_row(), *cards])
-    caption, frame = page.card(load.load(tmp_path)[0].fairness, "bf16")
+    caption, frame = page.card(page.one_call(load.load(tmp_path)[0].fairness, "bf16"))
     assert caption == "Fairness card: bf16, sm_90a, batch=1 n=8"
     assert list(frame) == ["", "CUDA: linear_stream_kernel", "Triton: linear_kernel"]
     rows = {row[0]: row[1:] for row in frame.itertuples(index=False, name=None)}
@@ -196,6 +196,33 @@ def test_fairness_cards_put_the_sides_beside_each_other(tmp_path, undrawn):
     assert rows["theoretical occupancy"] == ("31%", "31%")
     report(tmp_path)
     assert (tmp_path / "index.html").read_text().count("Fairness card: bf16") == 3       # summary, label, caption
+
+
+def test_the_instruction_mix_stands_below_the_card(tmp_path, undrawn):
+    side = dict(run="r", op="linear", dtype="bf16", arch="sm_90a", shape={"batch": 1, "n": 8})
+    cards = [Fairness(**side, backend="cuda", kernel="a_kernel", mix={"tensor core": 4, "integer and address": 50}),
+             Fairness(**side, backend="triton", kernel="b_kernel", mix={"global load, 128 bit": 1200, "other": 2,
+                                                                        "integer and address": 40, "new class": 1}),
+             Fairness(**side, backend="triton", kernel="old_kernel")]
+    synthetic.write(tmp_path, [env(), op_row(), *cards])
+    caption, frame = page.mix(page.one_call(load.load(tmp_path)[0].fairness, "bf16"))
+    assert caption == "Instructions of machine code, each counted once: bf16, sm_90a, batch=1 n=8"
+    assert list(frame) == ["", "CUDA: a_kernel", "Triton: b_kernel", "Triton: old_kernel"]
+    shown = {row[0]: row[1:3] for row in frame.itertuples(index=False, name=None)}
+    assert shown == {"global load, 128 bit": (0, 1200), "tensor core": (4, 0), "new class": (0, 1),
+                     "addresses, moves, control flow": (50, 42)}
+    assert frame["Triton: old_kernel"].isna().all()
+    report(tmp_path)
+    assert "1,200" in (tmp_path / "index.html").read_text()
+
+
+def test_fairness_cards_of_old_records_have_no_mix(tmp_path, undrawn):
+    words = draw(tmp_path, [env(), op_row(), Fairness("r", "linear", "cuda", "bf16", "sm_90a", {}, "k", instructions=9)])
+    assert "Fairness card: bf16" in words and "each counted once" not in words
+
+
+def test_without_fairness_cards_the_page_says_what_makes_them(tmp_path, undrawn):
+    assert "None in this run: `lab inspect --all --out DIR` adds them" in draw(tmp_path, [env(), op_row()])
 
 
 def test_fairness_cards_alone(tmp_path, undrawn):

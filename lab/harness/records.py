@@ -32,8 +32,9 @@ to it) | swap (a whole token with `overrides`; `op` names what was swapped).
 `fairness`: what was spent on one side of a comparison (`lab inspect --all`), one line for each kernel of the call.
   {"schema":1,"kind":"fairness","run":"...","op":"linear","backend":"cuda","dtype":"bf16","arch":"sm_90a",
    "shape":{"batch":1,"n":28672,"k":4096},"kernel":"linear_stream_kernel","configurations":12,"tried":40,"registers":96,
-   "spill_bytes":0,"shared_bytes":0,"threads":128,"occupancy":0.3125,"instructions":700,"code_lines":210,
-   "shared_lines":160,"compile_s":41.5}
+   "spill_bytes":0,"shared_bytes":0,"threads":128,"occupancy":0.3125,"instructions":700,
+   "mix":{"global load, 128 bit":48,"fused multiply-add":256,"shuffle":20},"code_lines":210,"shared_lines":160,
+   "compile_s":41.5}
 
 `repeat`: two runs of one commit on one card, compared (`lab compare A B --record`): `share` of the `rows` were called
 faster or slower, each of them a false alarm.
@@ -237,6 +238,7 @@ class Fairness:
     threads: int | None = None            # per block
     occupancy: float | None = None        # theoretical, of a multiprocessor's warps
     instructions: int | None = None       # of machine code
+    mix: dict = field(default_factory=dict)         # of them, by class (lab/inspect/kernel.py), zeros left out; {}: unknown
     code_lines: int | None = None         # of the twin's file, no blanks, comments, docstrings
     shared_lines: int | None = None       # of the files it shares with other ops; the base of all ops not counted
     compile_s: float | None = None        # nvcc: the whole file, every instantiation and architecture; Triton: this kernel

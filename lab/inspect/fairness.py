@@ -45,8 +45,9 @@ def fairness(op, dtype, sizes, arch, run=None):
                     kernel=kernel.name, configurations=choices, tried=tried(backend, op, gpu),
                     registers=kernel.registers, spill_bytes=kernel.spills,
                     shared_bytes=kernel.shared_static + kernel.shared_dynamic, threads=kernel.threads,
-                    occupancy=kernel.occupancy, instructions=kernel.mix["all"], code_lines=own, shared_lines=shared,
-                    compile_s=seconds))
+                    occupancy=kernel.occupancy, instructions=kernel.mix["all"],
+                    mix={name: count for name, count in kernel.mix.items() if count and name != "all"},
+                    code_lines=own, shared_lines=shared, compile_s=seconds))
         except LabError as error:
             errors.append(f"{op.name} {dtype} {backend}: {error}")
     return rows, errors

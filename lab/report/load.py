@@ -21,7 +21,7 @@ NUMBERS = {"batch", "context", "us", "us_p10", "us_p90", "us_p99", "n", "bytes",
            "workspace_bytes", "steady_bytes", "peak_bytes", "page_utilisation", "linearity", "configurations", "tried",
            "registers", "spill_bytes", "shared_bytes", "threads", "occupancy", "instructions", "code_lines",
            "shared_lines", "compile_s"}
-OBJECTS = {"shape": dict, "config": dict, "verdict": dict, "overrides": dict, "models": list}
+OBJECTS = {"shape": dict, "config": dict, "verdict": dict, "overrides": dict, "models": list, "mix": dict}
 BANDWIDTH = ("gbps", "of_ceiling", "of_stream")
 
 

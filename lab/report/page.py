@@ -4,6 +4,7 @@ Every picture is embedded twice (light and dark page) as a data URI; jinja2 esca
 loads nothing from anywhere: its Content-Security-Policy forbids it.
 """
 import base64
+import itertools
 import json
 import math
 import re
@@ -17,6 +18,7 @@ import pandas as pd
 
 from lab import rungs
 from lab.errors import LabError
+from lab.inspect.kernel import MIX
 from lab.report import figures, heatmaps, ladder_figures, model_figures, op_figures, ops, style, twins
 
 HERE = Path(__file__).parent
@@ -27,6 +29,8 @@ CARD = {"configurations": "configurations to choose from", "tried": "settings th
         "spill_bytes": "spilled bytes of a thread", "shared_bytes": "shared memory of a block (bytes)",
         "threads": "threads of a block", "occupancy": "theoretical occupancy", "instructions": "machine instructions",
         "code_lines": "lines of code", "shared_lines": "lines shared with other ops", "compile_s": "compile time (s)"}
+# Classes of instructions that say little of how a kernel treats memory: one row of the mix.
+UPKEEP = ("integer and address", "constant and register move", "control flow and fence", "other")
 
 
 @dataclass
@@ -99,8 +103,12 @@ def view(run, slug, folder, with_twins, progress):
         sections.append(Section(f"model-{slug_of(model)}", f"Model: {model}", "", pictures, tables))
     if len(run.fairness):
         sections.append(Section("fairness", "Fairness cards", "What was spent on each side, and what came of it: a "
-                                "race says little if one side was tuned for longer. Every op's card is in its section.",
+                                "race says little if one side was tuned for longer. Every op's card, and the mix of its "
+                                "instructions, is in its section.",
                                 tables=[("All fairness cards", figures.table(run.fairness, FAIRNESS), False)]))
+    else:
+        sections.append(Section("fairness", "Fairness cards", "None in this run: `lab inspect --all --out DIR` adds them "
+                                "to the records in DIR, without a GPU."))
     if len(run.ladder):
         sections.append(Section("ladders", "Ladders: from a naive kernel to the product's", "One idea a rung, in both "
                                 "languages; `lab explain OP --rungs` shows them in the terminal.",
@@ -128,7 +136,8 @@ def _op_sections(run, f, drawn, with_twins):
         rows = run.op[run.op["op"] == op]
         section = Section(f"op-{slug_of(op)}", f"Op: {op}", twins=[twin_view(op)] if with_twins else [])
         if (run.fairness["op"] == op).any():
-            section.tables.append((*card(run.fairness[run.fairness["op"] == op], f.dtype if f else ""), True))
+            sides = one_call(run.fairness[run.fairness["op"] == op], f.dtype if f else "")
+            section.tables += [(*made, True) for made in (card(sides), mix(sides)) if made]
         if len(rows):
             section.pictures = drawn(op_figures.of_op(run, f, op))
             listed = ops.labelled(rows).assign(shape=rows["shape"].map(ops.shape_text))
@@ -142,17 +151,43 @@ def _op_sections(run, f, drawn, with_twins):
     return made
 
 
-def card(rows, dtype):
-    """One op's fairness records of a dtype (its first, where it has none of that) as (caption, frame); sides across."""
+def one_call(rows, dtype):
+    """One op's fairness records of a dtype (its first, where it has none of that) and of one architecture."""
     rows = rows[rows["dtype"] == (dtype if (rows["dtype"] == dtype).any() else rows["dtype"].iloc[0])]
-    rows = rows[rows["arch"] == rows["arch"].iloc[0]]
+    return rows[rows["arch"] == rows["arch"].iloc[0]]
+
+
+def card(rows):
+    """(caption, frame) of what was spent on each side; a column for each kernel. rows: of one_call()."""
     sides = {"": list(CARD.values())}
     for row in rows.itertuples():
-        sides[f"{style.backend(row.backend).label}: {row.kernel}"] = [
-            f"{row.occupancy:.0%}" if field == "occupancy" and row.occupancy == row.occupancy else
-            cell(getattr(row, field)) for field in CARD]
+        sides[_kernel(row)] = [f"{row.occupancy:.0%}" if field == "occupancy" and row.occupancy == row.occupancy else
+                               cell(getattr(row, field)) for field in CARD]
+    return f"Fairness card: {_call(rows)}", pd.DataFrame(sides)
+
+
+def mix(rows):
+    """(caption, frame) of the instructions by what they do, as `card`; None for records that do not hold them."""
+    counts = {_kernel(row): {str(name): count for name, count in row.mix.items() if isinstance(count, int) and count > 0}
+              for row in rows.itertuples()}
+    found = [name for name in (*MIX, *itertools.chain(*counts.values())) if any(name in c for c in counts.values())]
+    if not found:
+        return None
+    named = [name for name in dict.fromkeys(found) if name not in UPKEEP]
+    sides = {"": [*named, "addresses, moves, control flow"]}
+    for kernel, count in counts.items():
+        upkeep = sum(count.get(name, 0) for name in UPKEEP)
+        sides[kernel] = [*(count.get(name, 0) for name in named), upkeep] if count else [math.nan] * (len(named) + 1)
+    return f"Instructions of machine code, each counted once: {_call(rows)}", pd.DataFrame(sides)
+
+
+def _kernel(row):
+    return f"{style.backend(row.backend).label}: {row.kernel}"
+
+
+def _call(rows):
     first = rows.iloc[0]
-    return (f"Fairness card: {first['dtype']}, {first['arch']}, {ops.shape_text(first['shape'])}", pd.DataFrame(sides))
+    return f"{first['dtype']}, {first['arch']}, {ops.shape_text(first['shape'])}"
 
 
 def twin_view(op):
