@@ -89,7 +89,7 @@ def add_arguments(parser):
     parser.add_argument("--backend", help="backends with commas between; default: all that this machine can run")
     parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}, with commas between; default: all that the op takes")
     parser.add_argument("--device", default=None, help="cuda or cpu; default: cuda where there is a GPU")
-    parser.add_argument("--quick", action="store_true", help="the first two cases of every op")
+    parser.add_argument("--quick", action="store_true", help="the first two cases of every op, or rung")
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
     parser.add_argument("--exercise", metavar="NAME", help="is the fault of this exercise mended? `list` names them")
     parser.add_argument("--ladder", action="store_true", help="the rungs of the ladders instead of the ops")
@@ -120,7 +120,7 @@ def main(args) -> int:
         halves = [name for name in backends if name in ladder.BACKENDS]
         if not halves:
             raise LabError(f"nothing to check: ladders exist in {' and '.join(ladder.BACKENDS)}")
-        return 1 if ladder.check(args.op or ladder.OPS, halves, wanted, device, args.seed) else 0
+        return 1 if ladder.check(args.op or ladder.OPS, halves, wanted, device, args.seed, args.quick) else 0
     failed = ran = 0
     for op in chosen:
         cases = op.cases[:2] if args.quick else op.cases

@@ -142,7 +142,11 @@ def show(title, cuda, triton, rows, facts):
 
     from lab.report import style
 
-    console = Console()
+    class Terminal(Console):
+        def on_broken_pipe(self):           # rich would exit with 1; lab.cli knows what to do
+            raise BrokenPipeError
+
+    console = Terminal()
     wide = console.width >= SIDE_BY_SIDE
     halves = (cuda, triton)
     looks = [style.backend(h.language) for h in halves]

@@ -169,6 +169,12 @@ def test_a_reader_that_goes_away():
     assert done.returncode in (0, 141)                              # 0: everything fitted into the pipe before
 
 
+def test_a_reader_that_goes_away_from_what_rich_prints():
+    script = f"{sys.executable} -m lab explain decode_attention | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.stderr, done.returncode) == ("", 141)
+
+
 def test_a_full_disk_is_one_line():
     for buffered in ("", "1"):
         with open("/dev/full", "w") as full:

@@ -84,6 +84,9 @@ def test_check_runs_a_ladder(capsys):
     assert main(words.split()) == 0
     shown = capsys.readouterr().out
     assert "rmsnorm 1. Naive" in shown and "(1 refused)" in shown and "0 failed" in shown
+    assert main([*words.split(), "--quick"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count(" bf16 2/2\n") == len(ladder.rungs("rmsnorm")) and "refused" not in shown
 
 
 def test_a_wrong_rung_fails_the_check(capsys, monkeypatch):

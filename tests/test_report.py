@@ -217,7 +217,8 @@ def test_the_instruction_mix_stands_below_the_card(tmp_path, undrawn):
 
 
 def test_fairness_cards_of_old_records_have_no_mix(tmp_path, undrawn):
-    words = draw(tmp_path, [env(), op_row(), Fairness("r", "linear", "cuda", "bf16", "sm_90a", {}, "k", instructions=9)])
+    card = Fairness("r", "linear", "cuda", "bf16", "sm_90a", {}, "k", instructions=9)
+    words = draw(tmp_path, [env(), op_row(), card])
     assert "Fairness card: bf16" in words and "each counted once" not in words
 
 

@@ -238,7 +238,7 @@ class Fairness:
     threads: int | None = None            # per block
     occupancy: float | None = None        # theoretical, of a multiprocessor's warps
     instructions: int | None = None       # of machine code
-    mix: dict = field(default_factory=dict)         # of them, by class (lab/inspect/kernel.py), zeros left out; {}: unknown
+    mix: dict = field(default_factory=dict)         # of them, by class (lab/inspect/kernel.py), no zeros; {}: unknown
     code_lines: int | None = None         # of the twin's file, no blanks, comments, docstrings
     shared_lines: int | None = None       # of the files it shares with other ops; the base of all ops not counted
     compile_s: float | None = None        # nvcc: the whole file, every instantiation and architecture; Triton: this kernel

@@ -103,12 +103,12 @@ def view(run, slug, folder, with_twins, progress):
         sections.append(Section(f"model-{slug_of(model)}", f"Model: {model}", "", pictures, tables))
     if len(run.fairness):
         sections.append(Section("fairness", "Fairness cards", "What was spent on each side, and what came of it: a "
-                                "race says little if one side was tuned for longer. Every op's card, and the mix of its "
-                                "instructions, is in its section.",
+                                "race says little if one side was tuned for longer. Every op's card, and the mix of "
+                                "its instructions, is in its section.",
                                 tables=[("All fairness cards", figures.table(run.fairness, FAIRNESS), False)]))
     else:
-        sections.append(Section("fairness", "Fairness cards", "None in this run: `lab inspect --all --out DIR` adds them "
-                                "to the records in DIR, without a GPU."))
+        sections.append(Section("fairness", "Fairness cards", "None in this run: `lab inspect --all --out DIR` adds "
+                                "them to the records in DIR, without a GPU."))
     if len(run.ladder):
         sections.append(Section("ladders", "Ladders: from a naive kernel to the product's", "One idea a rung, in both "
                                 "languages; `lab explain OP --rungs` shows them in the terminal.",
@@ -168,7 +168,7 @@ def card(rows):
 
 def mix(rows):
     """(caption, frame) of the instructions by what they do, as `card`; None for records that do not hold them."""
-    counts = {_kernel(row): {str(name): count for name, count in row.mix.items() if isinstance(count, int) and count > 0}
+    counts = {_kernel(row): {str(name): n for name, n in row.mix.items() if isinstance(n, int) and n > 0}
               for row in rows.itertuples()}
     found = [name for name in (*MIX, *itertools.chain(*counts.values())) if any(name in c for c in counts.values())]
     if not found:
