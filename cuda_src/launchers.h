@@ -56,12 +56,10 @@ void norm_linear_silu_mul(Ptr x, Ptr norm_w, Ptr w, Ptr y, Ptr normed, int rows,
 void linear_add(Ptr x, Ptr w, Ptr bias, Ptr residual, int rows, int n, int k, int dtype, Ptr stream);
 
 // Norm (0: none) and rope of q and the new k, k and v into the cache, then decode_attention over position + 1 tokens.
-// `ahead`: ahead_bytes that a later kernel reads, brought to L2 meanwhile.
 void rope_append_attention(Ptr q, Ptr k, Ptr v, Ptr q_norm, Ptr k_norm, float eps, Ptr positions, Ptr cos_sin,
                            Ptr k_cache, Ptr v_cache, Ptr block_table, Ptr out, Ptr partial, Ptr tickets, int batch,
                            int q_heads, int kv_heads, int head_dim, int page_size, int max_pages, int splits,
-                           int64_t q_stride, int64_t k_stride, int64_t v_stride, float scale, Ptr ahead,
-                           int64_t ahead_bytes, int dtype, Ptr stream);
+                           int64_t q_stride, int64_t k_stride, int64_t v_stride, float scale, int dtype, Ptr stream);
 
 // out[b] = argmax over n of logits[b, n] = xn[b] . w[n]; scratch int32 [rows, 8196], zero on entry, left ready.
 void norm_linear_argmax(Ptr x, Ptr norm_w, Ptr w, Ptr logits, Ptr scratch, Ptr normed, Ptr out, int rows, int n, int k,

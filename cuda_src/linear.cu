@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(C::kThreads)
   product.reduce();
 
   // 4. Store: neighbouring threads store neighbouring outputs.
-  product.each_output([&](int r, int output, int b) {
+  product.each_output([&](int, int r, int output, int b) {
     store_as<T>(y, size_t(b) * n + output, product.product(r, b) + (bias ? to_float(bias[output]) : 0.f), out_f32);
   });
 }
@@ -80,7 +80,7 @@ void linear(Ptr x, Ptr w, Ptr bias, Ptr y, int rows, int n, int k, int dtype, in
     }
     by_stream_shape<T, 1, 8>(rows, n, k, rows, tuned, [&](auto shape) {
       using C = typename decltype(shape)::type;
-      start("linear_stream_kernel", stream_blocks<C>(n, tuned), C::kThreads, staged_smem_bytes<T, C>(k),
+      start("linear_stream_kernel", stream_blocks<C>(n, false, tuned), C::kThreads, staged_smem_bytes<T, C>(k),
             linear_stream_kernel<T, C>);
     });
   });

@@ -46,18 +46,26 @@ __global__ void __launch_bounds__(C::kThreads)
   MmaRows<T, C> product(smem<MmaSmem<T, C>>(), x, w, rows, n, k);
 
   // 2. Stream: the first stages of w leave before the wait.
+  // What the sums are added to is loaded long before its use, where registers are free for it.
+  constexpr int kMine = MmaRows<T, C>::kMine;
+  constexpr bool kEarly = kMine <= 16;
+  T base[kEarly ? kMine : 1];
   product.start_w();
   pdl_wait();
   product.start_x();
+  if constexpr (kEarly) {
+    product.each_output([&](int j, int, int output, int b) { base[j] = residual[size_t(b) * n + output]; });
+  }
   product.multiply();
 
   // 3. Reduce: the warps' sums meet in shared memory, where the tiles were.
   product.reduce();
 
   // 4. Add and store: each output is read and written by one thread, neighbours by neighbouring threads.
-  product.each_output([&](int r, int output, int b) {
-    T& sum = residual[size_t(b) * n + output];
-    sum = from_float<T>(to_float(sum) + product.product(r, b) + (bias ? to_float(bias[output]) : 0.f));
+  product.each_output([&](int j, int r, int output, int b) {
+    T& target = residual[size_t(b) * n + output];
+    const float before = to_float(kEarly ? base[j] : target);
+    target = from_float<T>(before + product.product(r, b) + (bias ? to_float(bias[output]) : 0.f));
   });
 }
 
@@ -81,7 +89,7 @@ void linear_add(Ptr x, Ptr w, Ptr bias, Ptr residual, int rows, int n, int k, in
     }
     by_stream_shape<T, 1, 8>(rows, n, k, rows, tuned, [&](auto shape) {
       using C = typename decltype(shape)::type;
-      start("linear_add_stream_kernel", stream_blocks<C>(n, tuned), C::kThreads, staged_smem_bytes<T, C>(k),
+      start("linear_add_stream_kernel", stream_blocks<C>(n, false, tuned), C::kThreads, staged_smem_bytes<T, C>(k),
             linear_add_stream_kernel<T, C>);
     });
   });

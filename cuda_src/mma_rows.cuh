@@ -36,6 +36,8 @@ LAB_DEVICE int swizzle(int row, int c) { return c ^ (row % 2 * 4); }
 template <typename T, typename C>
 struct MmaRows {
   static constexpr int N = Vec<T>::size, kDepth = C::kDepth, kAhead = C::kStages - 1;
+  static constexpr int kMine = C::kOutputs * C::kBatch / C::kThreads;   // outputs of a thread
+  static_assert(kMine * C::kThreads == C::kOutputs * C::kBatch, "threads share the outputs evenly");
   MmaSmem<T, C>& shared;
   const T *w, *x;
   int n, k, rows, lane, warp, output0, chunks;
@@ -124,12 +126,14 @@ struct MmaRows {
     return sum;
   }
 
-  // Calls f(r, output, b) for each output that this thread stores; its parts are products of rows r, r + kOutputs.
+  // Calls f(j, r, output, b) for output j of kMine that this thread stores; its parts are products of rows r,
+  // r + kOutputs.
   template <typename F>
   LAB_DEVICE void each_output(F f) const {
-    for (int i = threadIdx.x; i < C::kOutputs * C::kBatch; i += C::kThreads) {
-      const int r = i % C::kOutputs, b = i / C::kOutputs;
-      if (output0 + r < n && b < rows) f(r, output0 + r, b);
+    LAB_UNROLL
+    for (int j = 0; j < kMine; ++j) {
+      const int i = threadIdx.x + j * C::kThreads, r = i % C::kOutputs, b = i / C::kOutputs;
+      if (output0 + r < n && b < rows) f(j, r, output0 + r, b);
     }
   }
 
@@ -187,7 +191,7 @@ inline void by_mma_shape(int rows, int n, int k, const Settings& tuned, F&& f) {
     return f(MmaShape<Mma<2, 2, 4, 3, true, Parts>>{});
   }
   if (rows <= 32) return f(MmaShape<Mma<2, 4, 4, 3, true, Parts>>{});
-  const int tiles = tuned.tiles ? tuned.tiles : n * Parts >= 64 * 2 * 132 ? 4 : 2;
+  const int tiles = tuned.tiles ? tuned.tiles : n * Parts >= 64 * 240 ? 4 : 2;
   if (tiles == 4) return f(MmaShape<Mma<4, 8, 2, 3, true, Parts>>{});
   f(MmaShape<Mma<2, 8, 4, 3, true, Parts>>{});
 }

@@ -54,7 +54,7 @@ void norm_linear(Ptr x, Ptr norm_w, Ptr w, Ptr bias, Ptr y, Ptr normed, int rows
     }
     by_normed_shape<T, 1>(rows, n, k, tuned, [&](auto shape) {
       using C = typename decltype(shape)::type;
-      launch({dim3(stream_blocks<C>(n, tuned)), dim3(C::kThreads), norm_smem_bytes<T, C>(k), stream_, true},
+      launch({dim3(stream_blocks<C>(n, true, tuned)), dim3(C::kThreads), norm_smem_bytes<T, C>(k), stream_, true},
              "norm_linear_kernel", norm_linear_kernel<T, C>, as<const T>(x), as<const T>(norm_w), as<const T>(w),
              as<const T>(bias), as<void>(y), rows, n, k, eps, out_dtype == int(DType::f32));
     });

@@ -103,7 +103,7 @@ void norm_linear_argmax(Ptr x, Ptr norm_w, Ptr w, Ptr logits, Ptr scratch, Ptr n
     }
     by_normed_shape<T, 1>(rows, n, k, tuned, [&](auto shape) {
       using C = typename decltype(shape)::type;
-      const int all = stream_blocks<C>(n, tuned), blocks = all < kMaxBlocks ? all : kMaxBlocks;
+      const int all = stream_blocks<C>(n, true, tuned), blocks = all < kMaxBlocks ? all : kMaxBlocks;
       const size_t bytes = sizeof(ArgmaxSmem<T, C>) + size_t(C::B) * k * sizeof(T);
       launch({dim3(blocks), dim3(C::kThreads), bytes, stream_, true}, "norm_linear_argmax_kernel",
              norm_linear_argmax_kernel<T, C>, as<const T>(x), as<const T>(norm_w), as<const T>(w), as<float>(logits),

@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(C::kThreads)
   product.reduce();
 
   // 5. Activate and store: from the float32 sums, rounded once; neighbouring threads store neighbouring outputs.
-  product.each_output([&](int r, int output, int b) {
+  product.each_output([&](int, int r, int output, int b) {
     y[size_t(b) * n + output] = from_float<T>(activate(product.product(r, b), product.product(r + C::kOutputs, b)));
   });
 }
@@ -87,7 +87,7 @@ void norm_linear_silu_mul(Ptr x, Ptr norm_w, Ptr w, Ptr y, Ptr normed, int rows,
     }
     by_normed_shape<T, 2>(rows, n, k, tuned, [&](auto shape) {
       using C = typename decltype(shape)::type;
-      launch({dim3(stream_blocks<C>(n, tuned)), dim3(C::kThreads), norm_smem_bytes<T, C>(k), stream_, true},
+      launch({dim3(stream_blocks<C>(n, true, tuned)), dim3(C::kThreads), norm_smem_bytes<T, C>(k), stream_, true},
              "norm_linear_silu_mul_stream_kernel", norm_linear_silu_mul_stream_kernel<T, C>, as<const T>(x),
              as<const T>(norm_w), as<const T>(w), as<T>(y), rows, n, k, eps);
     });

@@ -3,7 +3,7 @@
 //
 //   q [batch, q_heads, D], k, v [batch, kv_heads, D], stride of batch free   q_norm, k_norm [D] (optional)
 //   positions [batch] int32   cos_sin [max_positions, D] float32   out [batch, q_heads, D]
-//   caches, block_table, partial and tickets as in decode_attention   ahead: a later kernel's weights, for L2
+//   caches, block_table, partial and tickets as in decode_attention
 //   mapping   as decode_attention; the block whose split holds the new token writes it and attends to it
 //   traffic   K and V once for all query heads of their group; the rest is small
 //   contract  lab/ops/rope_append_attention.py          twin  triton_kernels/rope_append_attention.py
@@ -63,34 +63,19 @@ struct Rotation {
   }
 };
 
-// Asks L2 for a later kernel's weights, each block for a part: DRAM has little else to do while attention's steps wait
-// for each other. sm_80 has no such instruction, and no kernel that starts before the one before it has ended.
-LAB_DEVICE void bring_to_l2(const char* weights, int64_t bytes) {
-#if LAB_SM90
-  constexpr int64_t kPiece = 16 * 1024;
-  const int64_t blocks = int64_t(gridDim.x) * gridDim.y * gridDim.z;
-  const int64_t block = (int64_t(blockIdx.z) * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
-  for (int64_t at = (block + blocks * threadIdx.x) * kPiece; at < bytes; at += blocks * blockDim.x * kPiece) {
-    bulk_prefetch_l2(weights + at, unsigned(bytes - at < kPiece ? bytes - at : kPiece));
-  }
-#endif
-}
-
 template <typename A, typename T = typename A::T>
 __global__ void __launch_bounds__(A::kMaxThreads, 1)
     rope_append_attention_kernel(const T* q, const T* k, const T* v, const T* q_norm, const T* k_norm, float eps,
                                  const int* positions, const float* cos_sin, PagedCache<T> cache, T* out,
                                  float* partial, unsigned* tickets, int splits, int group, int64_t q_stride, int64_t k_stride,
-                                 int64_t v_stride, float scale_log2, const char* ahead, int64_t ahead_bytes,
-                                 int least) {
+                                 int64_t v_stride, float scale_log2, int least) {
   // 1. Locate: as decode_attention. What is older than the preceding kernel may be read before the wait: the position,
   // the table and the cache, so the first tiles leave here.
   constexpr int D = A::D;
   const int position = positions[blockIdx.z];     // negative: an idle row, which has no token at all
   A attention(cache, splits, group, position + 1, position, least);
-  if (!attention.unused()) attention.start();
-  bring_to_l2(ahead, ahead_bytes);
   if (attention.unused()) return;
+  attention.start();
   auto& inputs = attention.shared.inputs;
   const int b = attention.b, kv_head = attention.kv_head;
   const int new_page = attention.owns(position) ? attention.page_of(position) : 0;
@@ -142,8 +127,7 @@ __global__ void __launch_bounds__(A::kMaxThreads, 1)
 void rope_append_attention(Ptr q, Ptr k, Ptr v, Ptr q_norm, Ptr k_norm, float eps, Ptr positions, Ptr cos_sin,
                            Ptr k_cache, Ptr v_cache, Ptr block_table, Ptr out, Ptr partial, Ptr tickets, int batch,
                            int q_heads, int kv_heads, int head_dim, int page_size, int max_pages, int splits,
-                           int64_t q_stride, int64_t k_stride, int64_t v_stride, float scale, Ptr ahead,
-                           int64_t ahead_bytes, int dtype, Ptr stream) {
+                           int64_t q_stride, int64_t k_stride, int64_t v_stride, float scale, int dtype, Ptr stream) {
   if (batch == 0) return;
   const int group = q_heads / kv_heads;
   by_dtype(dtype, [&](auto tag) {
@@ -160,7 +144,7 @@ void rope_append_attention(Ptr q, Ptr k, Ptr v, Ptr q_norm, Ptr k_norm, float ep
              "rope_append_attention_kernel", rope_append_attention_kernel<A>, as<const T>(q), as<const T>(k),
              as<const T>(v), as<const T>(q_norm), as<const T>(k_norm), eps, as<const int>(positions),
              as<const float>(cos_sin), cache, as<T>(out), as<float>(partial), as<unsigned>(tickets), splits, group, q_stride,
-             k_stride, v_stride, scale * 1.4426950408889634f, as<const char>(ahead), ahead_bytes, tuned.least);
+             k_stride, v_stride, scale * 1.4426950408889634f, tuned.least);
     });
   });
 }

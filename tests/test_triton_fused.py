@@ -90,7 +90,7 @@ def attention(t, rows, n, k):
     q, key, v = t(rows, 48 * 128).unflatten(1, (48, 128)).split((32, 8, 8), dim=1)
     ints, cache, norm = (lambda *s: empty(*s, dtype=I32)), t(64, 8, 16, 128), t(128)
     run_attention(q, key, v, norm, norm, 1e-6, ints(rows), empty(4096, 128, dtype=F32), cache, cache, ints(rows, 64),
-                  0.1, 16, empty(rows, 8, 16, 4, 130, dtype=F32), ints(rows, 8), t(14336, 4096), t(rows, 32, 128))
+                  0.1, 16, empty(rows, 8, 16, 4, 130, dtype=F32), ints(rows, 8), t(rows, 32, 128))
 
 
 RUNS = {

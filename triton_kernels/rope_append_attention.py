@@ -3,14 +3,13 @@ out[b,h,:] = sum over tokens t <= positions[b] of softmax_t(scale * q[b,h,:] . k
 
   q [batch, q_heads, head_dim], k, v [batch, kv_heads, head_dim], views of packed qkv rows: stride(0) free
   q_norm, k_norm [head_dim] or None   positions [batch] int32   cos_sin [max_positions, head_dim] float32
-  caches, block_table, partial, tickets and out as in decode_attention   ahead: a later kernel's weights, for L2
+  caches, block_table, partial, tickets and out as in decode_attention
   mapping   as decode_attention; the program whose split holds the new token writes it and attends to it
   traffic   every cached key and value once for all query heads of its group; the rest is small
   contract  lab/ops/rope_append_attention.py          twin  cuda_src/rope_append_attention.cu
 """
 import math
 
-import torch
 import triton
 import triton.language as tl
 
@@ -24,7 +23,6 @@ HALF = dict(tile=64, min_rows=16, num_warps=2, num_stages=5)
 FLOAT = dict(tile=32, min_rows=16, num_warps=8, num_stages=4)
 CPU = dict(tile=128, min_rows=1, num_warps=1)
 CONFIGS = {"sm_90": {2: HALF, 4: FLOAT}, "sm_80": {2: HALF, 4: FLOAT}, "interpreter": {2: CPU, 4: CPU}}   # by item size
-LINE, LINES_AT_ONCE = 128, 512      # bytes that one prefetch brings to L2; prefetches of a program in a row
 
 
 @triton.jit
@@ -48,7 +46,7 @@ def turned(head, norm, cosine, sine, eps, d, live, HALF_DIM: tl.constexpr, HAS_N
 @triton.jit
 def rope_append_attention_kernel(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, block_table, out,
                                  partial, tickets, kv_heads, max_pages, splits, q_stride, k_stride, v_stride,
-                                 scale_log2, ahead, ahead_lines, PDL: tl.constexpr, AHEAD: tl.constexpr, HAS_NORM: tl.constexpr, GROUP: tl.constexpr,
+                                 scale_log2, PDL: tl.constexpr, HAS_NORM: tl.constexpr, GROUP: tl.constexpr,
                                  ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
                                  TILE: tl.constexpr, LINES: tl.constexpr, SPLIT: tl.constexpr, HEADS: tl.constexpr,
                                  MERGE: tl.constexpr):
@@ -73,11 +71,6 @@ def rope_append_attention_kernel(q, k, v, q_norm, k_norm, eps, positions, cos_si
             line = tl.arange(0, LINES)[None, :] * (BLOCK_D // LINES)
             prefetch(k_cache + row[:, None] + tl.minimum(line, HEAD_DIM - 1))
             prefetch(v_cache + row[:, None] + tl.minimum(line, HEAD_DIM - 1))
-        if AHEAD:                                   # a later kernel's weights, every program a part: see the twin
-            programs = splits * kv_heads * tl.num_programs(2)
-            program = (tl.program_id(2) * kv_heads + kv) * splits + tl.program_id(0)
-            for first in tl.range(program * AHEAD, ahead_lines, programs * AHEAD):
-                prefetch(ahead + tl.minimum(first + tl.arange(0, AHEAD), ahead_lines - 1) * 128)
     wait_for_inputs(PDL)
 
     # 2. Norm and rotate the query: the heads of the group become the rows of one tile; rows past the group are zero.
@@ -127,8 +120,8 @@ def rope_append_attention_kernel(q, k, v, q_norm, k_norm, eps, positions, cos_si
 
 
 def rope_append_attention(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, block_table, scale,
-                          splits, partial, tickets, ahead, out):
-    """Launch splits x kv_heads x batch programs; partial and tickets may be None where splits is 1, and ahead too."""
+                          splits, partial, tickets, out):
+    """Launch splits x kv_heads x batch programs; partial and tickets may be None where splits is 1."""
     batch, q_heads, head_dim = q.shape
     kv_heads, page_size = k_cache.shape[1:3]
     group = q_heads // kv_heads
@@ -136,11 +129,9 @@ def rope_append_attention(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_ca
                     page_size=page_size) or config(CONFIGS, q)[q.itemsize])
     options = {key: value for key, value in cfg.items() if key.startswith("num_")}
     heads, block_d = triton.next_power_of_2(group), triton.next_power_of_2(head_dim)
-    lines = 0 if ahead is None else ahead.nbytes // LINE
     launch(rope_append_attention_kernel, (splits, kv_heads, batch), q, k, v, q_norm, k_norm, eps, positions, cos_sin,
            k_cache, v_cache, block_table, out, partial, tickets, kv_heads, block_table.shape[1], splits, q.stride(0),
-           k.stride(0), v.stride(0), scale * math.log2(math.e), None if ahead is None else ahead.view(torch.uint8), lines,
-           AHEAD=LINES_AT_ONCE if lines else 0, HAS_NORM=q_norm is not None, GROUP=group,
+           k.stride(0), v.stride(0), scale * math.log2(math.e), HAS_NORM=q_norm is not None, GROUP=group,
            ROWS=max(heads, cfg["min_rows"]), HEAD_DIM=head_dim,
            BLOCK_D=block_d, PAGE=page_size, TILE=cfg["tile"],
            LINES=block_d * q.itemsize // 128, SPLIT=splits > 1, HEADS=heads,

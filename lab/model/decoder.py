@@ -34,7 +34,6 @@ class Sampling:
 
 
 GREEDY = Sampling()
-AHEAD_BYTES = 8 << 20       # what an H100's DRAM streams in 2.7 us, and a sixth of its L2
 
 
 def basic_step(d: Decoder, sampling: Sampling) -> None:
@@ -118,8 +117,6 @@ class Decoder:
         self.state[0] = -1                                                  # idle: see lab/ops/kv_append.py
         next_norms = [layer.attn_norm for layer in weights.layers[1:]] + [weights.final_norm]
         self.blocks = list(zip(weights.layers, self.cache.k.unbind(), self.cache.v.unbind(), next_norms))
-        # While attention waits, the fused plan brings the weights after the next ones to L2.
-        self.ahead = [layer.w_gate_up.view(-1)[:AHEAD_BYTES // dtype.itemsize] for layer in weights.layers]
         self.live_rows: set[int] = set()
         self.graphs: dict[Sampling, tuple[torch.cuda.CUDAGraph, Counter]] = {}
 

@@ -13,11 +13,10 @@ def fused_step(d: Decoder, sampling: Sampling) -> None:
     """Reads d.ids and d.positions, leaves d.logits and the sampled token in d.ids."""
     ops, eps = d.ops, d.config.rms_eps
     h = ops.embedding(d.ids, d.weights.embed, out=d.h)                      # the residual stream [batch, hidden]
-    for (layer, k_cache, v_cache, _), ahead in zip(d.blocks, d.ahead):
+    for layer, k_cache, v_cache, _ in d.blocks:
         ops.norm_linear(h, layer.attn_norm, eps, layer.wqkv, layer.bqkv, out=d.qkv)     # d.q, d.k, d.v are views of it
         ops.rope_append_attention(d.q, d.k, d.v, layer.q_norm, layer.k_norm, eps, d.positions, d.cos_sin, k_cache,
-                                  v_cache, d.cache.block_table, d.scale, d.splits, d.workspace, ahead=ahead,
-                                  out=d.attention)
+                                  v_cache, d.cache.block_table, d.scale, d.splits, d.workspace, out=d.attention)
         ops.linear_add(d.attention_rows, layer.wo, h, layer.bo)             # h += attention wo^T
         ops.norm_linear_silu_mul(h, layer.mlp_norm, eps, layer.w_gate_up, out=d.act)
         ops.linear_add(d.act, layer.w_down, h)

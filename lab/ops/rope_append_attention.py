@@ -3,8 +3,6 @@
   q [batch, q_heads, head_dim], k, v [batch, kv_heads, head_dim]   views of the packed qkv, left as they are
   q_norm, k_norm [head_dim] or None   positions [batch] int32   cos_sin [max_positions, head_dim] float32
   caches, block_table, scale, splits, workspace and out as in decode_attention.py; the context is positions + 1
-  ahead (optional): weights that a later kernel reads. No result depends on them; while this op waits for one small
-  load after the other, DRAM is idle, and they are brought to L2 meanwhile (sm_90).
 The new token's key and value are written to their page by the block that owns the token, and attended to by it.
 A negative position marks an idle row: nothing is appended and its output is zeros.
 Rounding: as the single ops do: after the norm, after rope (both to T), once at the end.
@@ -20,7 +18,7 @@ from lab.ops.rope import packed_qkv
 
 
 def validate(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, block_table, scale, splits=1,
-             workspace=None, ahead=None, out=None):
+             workspace=None, out=None):
     name = "rope_append_attention"
     decode_attention.validate(q, k_cache, v_cache, block_table, positions, scale, splits, workspace, out)
     shape = (q.shape[0], k_cache.shape[1], q.shape[2])
@@ -37,10 +35,6 @@ def validate(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache,
         if not (q_norm.shape == k_norm.shape == shape[2:] and q_norm.dtype == k_norm.dtype == q.dtype):
             refuse(name, "q_norm and k_norm must be [head_dim] in q's dtype")
         dense(name, device, q_norm, k_norm)
-    if ahead is not None:
-        dense(name, device, ahead)
-        if ahead.nbytes % 16 or ahead.data_ptr() % 16:
-            refuse(name, "ahead must begin at 16 bytes and fill a multiple of them")
 
 
 def outputs(q, *args, **options):
@@ -56,7 +50,7 @@ def rotated(q, k, q_norm, k_norm, eps, positions, cos_sin):
 
 
 def reference(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, block_table, scale, splits=1,
-              workspace=None, ahead=None):
+              workspace=None):
     q, k = rotated(q, k, q_norm, k_norm, eps, positions, cos_sin)
     caches = kv_append.reference(k, v, k_cache, v_cache, block_table, positions)
     out = decode_attention.reference(q, *(c.to(q.dtype) for c in caches), block_table, positions + 1, scale)[0]
@@ -64,7 +58,7 @@ def reference(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache
 
 
 def cuda(kernels, q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, block_table, scale, splits=1,
-         workspace=None, ahead=None, out=None):
+         workspace=None, out=None):
     workspace = workspace or decode_attention.new_workspace(q, k_cache, splits)
     batch, q_heads, head_dim = q.shape
     kernels.rope_append_attention(
@@ -72,21 +66,20 @@ def cuda(kernels, q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_c
         0 if k_norm is None else k_norm.data_ptr(), eps, positions.data_ptr(), cos_sin.data_ptr(), k_cache.data_ptr(),
         v_cache.data_ptr(), block_table.data_ptr(), out.data_ptr(), workspace.partial.data_ptr(),
         workspace.tickets.data_ptr(), batch, q_heads, k_cache.shape[1], head_dim, k_cache.shape[2],
-        block_table.shape[1], splits, q.stride(0), k.stride(0), v.stride(0), scale,
-        0 if ahead is None else ahead.data_ptr(), 0 if ahead is None else ahead.nbytes, DTYPE_CODES[q.dtype],
+        block_table.shape[1], splits, q.stride(0), k.stride(0), v.stride(0), scale, DTYPE_CODES[q.dtype],
         kernels.stream())
 
 
 def triton(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, block_table, scale, splits=1,
-           workspace=None, ahead=None, out=None):
+           workspace=None, out=None):
     from triton_kernels.rope_append_attention import rope_append_attention
     workspace = workspace or decode_attention.new_workspace(q, k_cache, splits)
     rope_append_attention(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, block_table, scale,
-                          splits, workspace.partial, workspace.tickets, ahead, out)
+                          splits, workspace.partial, workspace.tickets, out)
 
 
 def torch_(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, block_table, scale, splits=1,
-           workspace=None, ahead=None, out=None):
+           workspace=None, out=None):
     q, k = q.clone(), k.clone()
     if q_norm is not None:
         rmsnorm.torch_(q, q_norm, eps, out=q)
@@ -96,26 +89,25 @@ def torch_(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, b
     decode_attention.torch_(q, k_cache, v_cache, block_table, positions + 1, scale, out=out)
 
 
-def inputs(rand, positions, q_heads, kv_heads, head_dim, page_size=16, splits=1, qk_norm=False,
-           ahead=0):
+def inputs(rand, positions, q_heads, kv_heads, head_dim, page_size=16, splits=1, qk_norm=False):
     lengths = [p + 1 for p in positions]
     q, k, v = packed_qkv(rand, len(lengths), q_heads, kv_heads, head_dim)
     k_cache, v_cache, block_table = paged_cache(rand, lengths, kv_heads, head_dim, page_size)
     norms = (rand(head_dim), rand(head_dim)) if qk_norm else (None, None)
     cos_sin = rope.inputs(rand, 1, 1, 1, head_dim, max_positions=max(512, *lengths))[3]
     return (q, k, v, *norms, 1e-6, torch.tensor(positions, dtype=torch.int32, device=rand.device), cos_sin, k_cache,
-            v_cache, block_table, head_dim ** -0.5, splits, *((None, rand(ahead)) if ahead else ()))
+            v_cache, block_table, head_dim ** -0.5, splits)
 
 
 def nbytes(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, block_table, scale, splits=1,
-           workspace=None, ahead=None):
+           workspace=None):
     """The attention over the cached tokens; the new k and v read and appended; a row of the table for each sequence."""
     appended = 2 * (k.nbytes + v.nbytes) + cos_sin.itemsize * q.shape[0] * q.shape[2]
     return appended + decode_attention.nbytes(q, k_cache, v_cache, block_table, positions, scale)
 
 
 def tolerance(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, block_table, scale, splits=1,
-              workspace=None, ahead=None):
+              workspace=None):
     """The appended key may round to a neighbour (one step of T after norm, rope: 3 in all); attention's own beside it,
     with scores that such steps of q and of the new key move."""
     q_r, k_r = rotated(q, k, q_norm, k_norm, eps, positions, cos_sin)
@@ -137,7 +129,6 @@ op = Op(
                 q_heads=9, kv_heads=3, head_dim=64, splits=2),
            case("Qwen3's per-head norm, empty splits, head 128", positions=(4, 199, 69), q_heads=8, kv_heads=2,
                 head_dim=128, splits=7, qk_norm=True),
-           case("one sequence, one split, MHA, head 96; weights ahead, the last piece of them short", positions=(96,),
-                q_heads=2, kv_heads=2, head_dim=96, ahead=40_008),
+           case("one sequence, one split, MHA, head 96", positions=(96,), q_heads=2, kv_heads=2, head_dim=96),
            case("the largest group, a larger page", positions=(31, 128), q_heads=16, kv_heads=1, head_dim=64,
                 page_size=64, splits=3, qk_norm=True)))
