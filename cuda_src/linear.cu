@@ -17,7 +17,7 @@ template <typename T, typename C>
 __global__ void __launch_bounds__(C::kThreads, C::kResident)
     linear_stream_kernel(const T* x, const T* w, const T* bias, void* y, int rows, int n, int k, bool out_f32) {
   // 1. Locate: R rows of w per lane group, a slice of k per lane.
-  RowStream<T, C> stream(w, n, k);
+  RowStream<T, C> stream(smem<StagedSmem<T, C>>().stream, w, n, k);
   for (int b0 = 0; b0 < rows; b0 += C::B) {
     // 2. Stream: U * R independent 16-byte loads are in flight; each is replaced as soon as it is used. The first leave
     // before the wait, for weights depend on no earlier kernel. x comes from shared memory.
@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
       x_rows.multiply(stream, acc);
 
       // 3. Reduce: over the lanes and warps that share k, in a fixed order.
-      stream.reduce(sums, acc, x_rows.shared.stream);
+      stream.reduce(sums, acc);
 
       // 4. Store: neighbouring lanes store neighbouring outputs.
       stream.each_output(b0, rows, [&](int j, int output, int b) {

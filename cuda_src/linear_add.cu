@@ -15,7 +15,7 @@ template <typename T, typename C>
 __global__ void __launch_bounds__(C::kThreads, C::kResident)
     linear_add_stream_kernel(const T* x, const T* w, const T* bias, T* residual, int rows, int n, int k) {
   // 1. Locate: R rows of w per lane group, a slice of k per lane.
-  RowStream<T, C> stream(w, n, k);
+  RowStream<T, C> stream(smem<StagedSmem<T, C>>().stream, w, n, k);
   for (int b0 = 0; b0 < rows; b0 += C::B) {
     // 2. Stream: the first weights leave before the wait; x comes from shared memory. What the sums are added to is loaded
     // long before its use.
@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
       x_rows.multiply(stream, acc);
 
       // 3. Reduce: over the lanes and warps that share k, in a fixed order.
-      stream.reduce(sums, acc, x_rows.shared.stream);
+      stream.reduce(sums, acc);
 
       // 4. Add and store: each output is read and written by one thread.
       stream.each_output(b0, rows, [&](int j, int output, int b) {
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(C::kThreads)
   // What the sums are added to is loaded long before its use, where registers are free for it.
   constexpr int kMine = MmaRows<T, C>::kMine;
   constexpr bool kEarly = kMine <= 16;
-  T base[kEarly ? kMine : 1];
+  T base[kEarly ? kMine : 1] = {};
   product.start_w();
   pdl_wait();
   product.start_x();

@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
                        float eps, bool out_f32) {
   // 1. Locate: R rows of w per lane group, a slice of k per lane.
   auto& shared = smem<NormSmem<T, C>>();
-  RowStream<T, C> stream(w, n, k);
+  RowStream<T, C> stream(shared.stream, w, n, k);
 
   for (int b0 = 0; b0 < rows; b0 += C::B) {
     // 2. Norm: the first weights are in flight meanwhile. Rounded to T before and after norm_w.
@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
       stream.multiply(acc, 0, k, [&](int b, int col) { return load_packed<C::N>(shared.x + b * k + col); });
 
       // 4. Reduce: over the lanes and warps that share k, in a fixed order.
-      stream.reduce(sums, acc, shared.stream);
+      stream.reduce(sums, acc);
 
       // 5. Store: neighbouring lanes store neighbouring outputs.
       stream.each_output(b0, rows, [&](int j, int output, int b) {

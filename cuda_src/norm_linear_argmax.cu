@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
                               int n, int k, float eps) {
   // 1. Locate: R rows of w per lane group, a slice of k per lane.
   auto& shared = smem<ArgmaxSmem<T, C>>();
-  RowStream<T, C> stream(w, n, k);
+  RowStream<T, C> stream(shared.norm.stream, w, n, k);
 
   for (int b0 = 0; b0 < rows; b0 += C::B) {
     // 2. Norm: the first weights are in flight meanwhile. Rounded to T before and after norm_w.
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
       stream.multiply(acc, 0, k, [&](int b, int col) { return load_packed<C::N>(shared.norm.x + b * k + col); });
 
       // 4. Reduce: over the lanes and warps that share k, in a fixed order.
-      stream.reduce(sums, acc, shared.norm.stream);
+      stream.reduce(sums, acc);
 
       // 5. Store: the logits; the best so far stays in a register.
       stream.each_output(b0, rows, [&](int j, int output, int b) {

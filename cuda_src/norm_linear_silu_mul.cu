@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
                                        float eps) {
   // 1. Locate: a lane group takes R / 2 rows of the gate and the same rows of up, a lane a slice of k.
   auto& shared = smem<NormSmem<T, C>>();
-  RowStream<T, C> stream(w, n, k);
+  RowStream<T, C> stream(shared.stream, w, n, k);
 
   for (int b0 = 0; b0 < rows; b0 += C::B) {
     // 2. Norm: the first weights are in flight meanwhile. Rounded to T before and after norm_w.
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
       stream.multiply(acc, 0, k, [&](int b, int col) { return load_packed<C::N>(shared.x + b * k + col); });
 
       // 4. Reduce: over the lanes and warps that share k, in a fixed order; then up's sum moves to the gate's thread.
-      stream.reduce(gates, acc, shared.stream);
+      stream.reduce(gates, acc);
       stream.second_part(ups, gates);
 
       // 5. Activate and store: from the float32 sums, rounded once.

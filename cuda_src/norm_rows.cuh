@@ -8,7 +8,7 @@ namespace lab {
 
 template <typename T, typename C>
 struct alignas(16) NormSmem {
-  StreamSmem<C> stream;
+  StreamSmem<T, C> stream;
   float squares[C::kThreads / 32][C::B];
   alignas(16) T x[Vec<T>::size];                  // in fact B rows of k: size the launch by norm_smem_bytes
 };

@@ -1,4 +1,5 @@
-// Few rows of x times many rows of w on CUDA cores: the weights stream from DRAM straight into registers.
+// Few rows of x times many rows of w on CUDA cores: the weights stream from DRAM into registers, or by cp.async into
+// shared memory, each thread's into places of its own.
 //
 // The core of linear and of the fused ops. An output is the product of a row of x with a row of w, or with Parts rows
 // of w that lie n rows apart (gate and up). Lane groups take R rows of w each and walk k together; a block of a small
@@ -13,13 +14,16 @@ namespace lab {
 
 // The shape of a launch. N: elements per access. B: rows of x at a time. R: rows of w per lane group. L: lanes in a
 // group that share k: 32, or 1 on a CPU. S: lane groups that share k as well. U: accesses to each row of w in flight,
-// so R * U * 16 bytes a thread.
-template <int N_, int B_, int R_, int L_, int S_, int U_, int Threads, int Parts = 1>
+// so R * U * 16 bytes a thread. Ring: in shared memory.
+template <int N_, int B_, int R_, int L_, int S_, int U_, int Threads, int Parts = 1, bool Ring = false>
 struct Stream {
   static constexpr int N = N_, B = B_, R = R_, L = L_, S = S_, U = U_, kThreads = Threads, kParts = Parts;
+  static constexpr bool kRing = Ring;
   // Blocks of 128 threads that a multiprocessor must have registers for: 128 registers a thread hold what B = 1 and,
   // with U = 2, B = 4 need; the others take 168. (Five blocks of 102 registers spill weights on their way.)
-  static constexpr int kResident = B == 1 || B == 4 ? 4 : 3;
+  // With a ring no weights wait in registers: 80 are enough, and what four blocks leave of registers and shared memory
+  // is for the next kernel's first blocks, which send for their weights while these still work.
+  static constexpr int kResident = Ring ? 6 : B == 1 || B == 4 ? 4 : 3, kSlots = Ring ? 4 : kResident;
   static constexpr int kPrefetch = 1024;          // elements of each row that L2 is asked for beyond those loaded first
   static constexpr int kGroups = kThreads / L;
   static constexpr int kOutputs = R / Parts;      // of a lane group, for each row of x
@@ -31,8 +35,9 @@ struct Stream {
   static_assert(L == 1 || (L == 32 && R * B <= 32), "a warp has a lane for each of its sums");
 };
 
-template <typename C>
-struct StreamSmem {
+template <typename T, typename C>
+struct alignas(16) StreamSmem {
+  T ring[C::kRing ? C::U : 1][C::R][C::kRing ? C::kThreads : 1][C::N];
   float partial[2][C::kGroups][C::R * C::B];      // of two sets of outputs in turn, so that one barrier each is enough
 };
 
@@ -65,10 +70,11 @@ struct RowStream {
   int turn = 0;                                   // which of the two places their partial sums take
   int fetch_output, fetch_col;                    // where the next loads come from
   const T* rows_of_w[R];
-  Packed<T, N> tiles[C::U][R];
+  StreamSmem<T, C>& shared;
+  Packed<T, N> tiles[C::kRing ? 1 : C::U][R];
 
   // w has Parts * n rows of k.
-  LAB_DEVICE RowStream(const T* w_, int n_, int k_) : w(w_), n(n_), k(k_) {
+  LAB_DEVICE RowStream(StreamSmem<T, C>& shared_, const T* w_, int n_, int k_) : w(w_), n(n_), k(k_), shared(shared_) {
     lane = threadIdx.x % C::L;
     group = threadIdx.x / C::L;
     slice = group % C::S;
@@ -102,10 +108,11 @@ struct RowStream {
       LAB_UNROLL
       for (int u = 0; u < C::U; ++u) {
         const int col = panel + u * C::kStep;
+        if constexpr (C::kRing) cp_async_wait<C::U - 1>();      // a thread reads what it copied itself: no barrier
         if (col < k) {
           float wf[R][N];
           LAB_UNROLL
-          for (int r = 0; r < R; ++r) unpack<T>(wf[r], tiles[u][r]);
+          for (int r = 0; r < R; ++r) unpack<T>(wf[r], tile(u, r));
           LAB_UNROLL
           for (int b = 0; b < B; ++b) {
             float xf[N];
@@ -126,7 +133,7 @@ struct RowStream {
 
   // Sums over the lanes of a group, then over the groups that shared the rows, in a fixed order. Sum i belongs to row
   // i % R of w and row i / R of x; lane i of slice 0 has it, or a CPU thread all of them.
-  LAB_DEVICE void reduce(float (&sums)[R * B], const float (&acc)[R][B][C::kLanes], StreamSmem<C>& shared) {
+  LAB_DEVICE void reduce(float (&sums)[R * B], const float (&acc)[R][B][C::kLanes]) {
     LAB_UNROLL
     for (int i = 0; i < R * B; ++i) {
       sums[i] = 0.f;
@@ -197,9 +204,20 @@ struct RowStream {
   }
   LAB_DEVICE void fetch(int u) {
     const int col = fetch_col + u * C::kStep;
-    if (col >= k) return;
     LAB_UNROLL
-    for (int r = 0; r < R; ++r) tiles[u][r] = load_packed_stream<N>(rows_of_w[r] + col);
+    for (int r = 0; r < R; ++r) {
+      if (col >= k) continue;
+      if constexpr (C::kRing) {
+        cp_async16(shared.ring[u][r][threadIdx.x], rows_of_w[r] + col);
+      } else {
+        tiles[u][r] = load_packed_stream<N>(rows_of_w[r] + col);
+      }
+    }
+    if constexpr (C::kRing) cp_async_commit();    // also where nothing is left to load: the waits count groups
+  }
+  LAB_DEVICE Packed<T, N> tile(int u, int r) const {
+    if constexpr (C::kRing) return load_packed<N>(shared.ring[u][r][threadIdx.x]);
+    return tiles[C::kRing ? 0 : u][r];
   }
 };
 
@@ -207,7 +225,7 @@ struct RowStream {
 
 template <typename T, typename C>
 struct alignas(16) StagedSmem {
-  StreamSmem<C> stream;
+  StreamSmem<T, C> stream;
   alignas(16) T x[Vec<T>::size];                  // in fact B rows of staged_columns(k): see staged_smem_bytes
 };
 
@@ -284,7 +302,7 @@ LAB_DEVICE void store_as(void* y, size_t i, float sum, bool f32) {
 // weights. Measured on an H100, 8B at batch 1: gate and up 77 us in 14 waves and 79 at once; with the norm 90 and 79.
 template <typename C>
 inline int stream_blocks(int outputs, bool longer, const Settings& tuned) {
-  const int all = ceil_div(outputs, C::kOutputsPerBlock), slots = C::kResident * multiprocessors();
+  const int all = ceil_div(outputs, C::kOutputsPerBlock), slots = C::kSlots * multiprocessors();
   const int few = tuned.resident ? tuned.resident * multiprocessors() : slots;
   return few < all && (tuned.resident || longer || all < 8 * slots) ? few : all;
 }
@@ -312,6 +330,13 @@ inline void by_stream_shape(int rows, int outputs, int k, int max_batch, const S
       constexpr int B = decltype(b)::value, U = B <= 2 ? 4 : 2;
       if constexpr (kHost) {                      // a CPU thread per 4 rows: nothing to reduce across threads
         if (cpu_shapes()) return f(StreamShape<Stream<N, B, 4, 1, 1, 1, HostThreads, Parts>>{});
+      }
+      if constexpr (N > 1 && B == 1 && sizeof(T) == 2) {
+        if (tuned.ring) {
+          if (tuned.share == 4) return f(StreamShape<Stream<N, B, 4, 32, 4, U, 128, Parts, true>>{});
+          if (tuned.share == 2) return f(StreamShape<Stream<N, B, 4, 32, 2, U, 128, Parts, true>>{});
+          return f(StreamShape<Stream<N, B, 4, 32, 1, U, 128, Parts, true>>{});
+        }
       }
       if constexpr (N > 1) {
         const int share = tuned.share ? tuned.share : shared_by(ceil_div(outputs * Parts, 4), k, U * 32 * N);
