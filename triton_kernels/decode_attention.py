@@ -19,7 +19,7 @@ import triton.language as tl
 
 from triton_kernels.common import config, launch
 from triton_kernels.settings import measured
-from triton_kernels.split_attention import attend, cache_rows, merge, merge_step, publish, split_bounds
+from triton_kernels.split_attention import attend, load_tile, merge, merge_step, publish, split_bounds
 
 # tile: tokens per step. min_rows: a group's query heads are padded to the 16 rows of a tensor-core tile. Two of the
 # num_stages cover the page lookup, which the loads of K and V depend on. float32's dots run on CUDA cores.
@@ -36,10 +36,12 @@ def decode_attention_kernel(q, k_cache, v_cache, block_table, context_lens, out,
                             PAGE: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, HEADS: tl.constexpr,
                             MERGE: tl.constexpr):
     # 1. Locate: the length is read on the device, so one captured graph serves a growing context. Split s owns the
-    # tokens from s * chunk on; a short context leaves the last splits empty, and they contribute nothing.
+    # tokens from s * chunk on; a short context leaves the last splits empty, and their programs end here.
     kv = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
-    begin, end = split_bounds(tl.maximum(tl.load(context_lens + b), 0), splits, TILE)
+    begin, end, used = split_bounds(tl.maximum(tl.load(context_lens + b), 0), splits, TILE)
+    if tl.program_id(0) >= used:
+        return
 
     # 2. Load the query: the heads of the group become the rows of one tile; rows past the group are zero.
     g = tl.arange(0, ROWS)
@@ -57,9 +59,8 @@ def decode_attention_kernel(q, k_cache, v_cache, block_table, context_lens, out,
     for t0 in tl.range(begin, end, TILE):
         token = t0 + tl.arange(0, TILE)
         live = token < end
-        where = cache_rows(block_table, token, live, b, kv, kv_heads, max_pages, PAGE, HEAD_DIM)[:, None] + d[None, :]
-        kt = tl.load(k_cache + where, mask=live[:, None] & in_head, other=0.0, eviction_policy="evict_first")
-        vt = tl.load(v_cache + where, mask=live[:, None] & in_head, other=0.0, eviction_policy="evict_first")
+        kt, vt = load_tile(k_cache, v_cache, block_table, token, live, b, kv, kv_heads, max_pages, d, in_head, PAGE,
+                           HEAD_DIM)
 
         # 4. Online softmax: a new maximum shrinks what has been summed so far. Both products run on tensor cores in both
         # languages, so the weights are rounded to T for the second one; their sum is not.
@@ -75,8 +76,8 @@ def decode_attention_kernel(q, k_cache, v_cache, block_table, context_lens, out,
 
         # 6. Merge in the last block: split by split in a fixed order, so the result does not depend on who came last.
         # The twin merges up to 8 splits over the shared memory of a cluster of blocks, which Triton does not lend.
-        if ticket == splits - 1:
-            merge(partial, tickets, out_head, b, kv, kv_heads, splits, GROUP, HEADS, HEAD_DIM, BLOCK_D, MERGE)
+        if ticket == used - 1:
+            merge(partial, tickets, out_head, b, kv, kv_heads, splits, used, GROUP, HEADS, HEAD_DIM, BLOCK_D, MERGE)
 
 
 def decode_attention(q, k_cache, v_cache, block_table, context_lens, scale, splits, partial, tickets, out):

@@ -15,11 +15,11 @@ import triton.language as tl
 
 from triton_kernels.common import config, launch
 from triton_kernels.settings import dependent_launch, measured
-from triton_kernels.split_attention import attend, cache_rows, merge, merge_step, publish, split_bounds
-from triton_kernels.stream_rows import normed, prefetch, wait_for_inputs
+from triton_kernels.split_attention import attend, cache_rows, load_tile, merge, merge_step, publish, split_bounds
+from triton_kernels.stream_rows import normed, wait_for_inputs
 
-# As in decode_attention.
-HALF = dict(tile=64, min_rows=16, num_warps=2, num_stages=5)
+# As in decode_attention, but for the first tile's registers.
+HALF = dict(tile=64, min_rows=16, num_warps=4, num_stages=4)
 FLOAT = dict(tile=32, min_rows=16, num_warps=8, num_stages=4)
 CPU = dict(tile=128, min_rows=1, num_warps=1)
 CONFIGS = {"sm_90": {2: HALF, 4: FLOAT}, "sm_80": {2: HALF, 4: FLOAT}, "interpreter": {2: CPU, 4: CPU}}   # by item size
@@ -48,15 +48,17 @@ def rope_append_attention_kernel(q, k, v, q_norm, k_norm, eps, positions, cos_si
                                  partial, tickets, kv_heads, max_pages, splits, q_stride, k_stride, v_stride,
                                  scale_log2, PDL: tl.constexpr, HAS_NORM: tl.constexpr, GROUP: tl.constexpr,
                                  ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
-                                 TILE: tl.constexpr, LINES: tl.constexpr, SPLIT: tl.constexpr, HEADS: tl.constexpr,
+                                 TILE: tl.constexpr, SPLIT: tl.constexpr, HEADS: tl.constexpr,
                                  MERGE: tl.constexpr):
-    # 1. Locate: as decode_attention; a negative position, of an idle row, leaves every split empty. What is older than
+    # 1. Locate: as decode_attention; a negative position, of an idle row, leaves its one split empty. What is older than
     # the preceding kernel may be read before the wait: the position, the table, and the cache. The twin starts its
-    # cp.async ring here; the compiler's ring cannot start before its loop, so the first tile is only brought to L2.
+    # cp.async ring here; the compiler's ring cannot start before its loop, so the first tile goes to registers.
     kv = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
     position = tl.load(positions + b)
-    begin, end = split_bounds(tl.maximum(position + 1, 0), splits, TILE)
+    begin, end, used = split_bounds(tl.maximum(position + 1, 0), splits, TILE)
+    if tl.program_id(0) >= used:
+        return
     g = tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)
     table = cos_sin + tl.maximum(position, 0).to(tl.int64) * HEAD_DIM + (d % (HEAD_DIM // 2))[None, :]
@@ -64,13 +66,10 @@ def rope_append_attention_kernel(q, k, v, q_norm, k_norm, eps, positions, cos_si
     cosine = tl.load(table, mask=in_head, other=0.0)
     sine = tl.load(table + HEAD_DIM // 2, mask=in_head, other=0.0)
     sine = tl.where((d < HEAD_DIM // 2)[None, :], -sine, sine)
-    if PDL:
-        if begin < end:
-            token = tl.minimum(begin + tl.arange(0, TILE), end - 1)
-            row = cache_rows(block_table, token, token >= 0, b, kv, kv_heads, max_pages, PAGE, HEAD_DIM)
-            line = tl.arange(0, LINES)[None, :] * (BLOCK_D // LINES)
-            prefetch(k_cache + row[:, None] + tl.minimum(line, HEAD_DIM - 1))
-            prefetch(v_cache + row[:, None] + tl.minimum(line, HEAD_DIM - 1))
+    stored = tl.minimum(end, position)              # the tokens before the new one
+    token = begin + tl.arange(0, TILE)
+    kt, vt = load_tile(k_cache, v_cache, block_table, token, token < stored, b, kv, kv_heads, max_pages, d, in_head, PAGE,
+                       HEAD_DIM)
     wait_for_inputs(PDL)
 
     # 2. Norm and rotate the query: the heads of the group become the rows of one tile; rows past the group are zero.
@@ -93,14 +92,13 @@ def rope_append_attention_kernel(q, k, v, q_norm, k_norm, eps, positions, cos_si
     mass = tl.where(owner, 1.0, tl.zeros([ROWS], tl.float32))
     acc = value.to(tl.float32) + tl.zeros([ROWS, BLOCK_D], tl.float32)
 
-    # 4. Stream the tiles: as in decode_attention, the tokens before the new one.
-    end = tl.minimum(end, position)
-    for t0 in tl.range(begin, end, TILE):
+    # 4. Stream the tiles: the first is here already, the others as in decode_attention.
+    top, mass, acc = attend(qv, kt, vt, token < stored, top, mass, acc, scale_log2)
+    for t0 in tl.range(begin + TILE, stored, TILE):
         token = t0 + tl.arange(0, TILE)
-        live = token < end
-        where = cache_rows(block_table, token, live, b, kv, kv_heads, max_pages, PAGE, HEAD_DIM)[:, None] + d[None, :]
-        kt = tl.load(k_cache + where, mask=live[:, None] & in_head, other=0.0, eviction_policy="evict_first")
-        vt = tl.load(v_cache + where, mask=live[:, None] & in_head, other=0.0, eviction_policy="evict_first")
+        live = token < stored
+        kt, vt = load_tile(k_cache, v_cache, block_table, token, live, b, kv, kv_heads, max_pages, d, in_head, PAGE,
+                           HEAD_DIM)
 
         # 5. Online softmax: as in decode_attention.
         top, mass, acc = attend(qv, kt, vt, live, top, mass, acc, scale_log2)
@@ -115,8 +113,8 @@ def rope_append_attention_kernel(q, k, v, q_norm, k_norm, eps, positions, cos_si
 
         # 7. Merge in the last block: in the order of the splits, so the result does not depend on who came last. The
         # twin merges up to 8 splits over the shared memory of a cluster of blocks, which Triton does not lend.
-        if ticket == splits - 1:
-            merge(partial, tickets, out_head, b, kv, kv_heads, splits, GROUP, HEADS, HEAD_DIM, BLOCK_D, MERGE)
+        if ticket == used - 1:
+            merge(partial, tickets, out_head, b, kv, kv_heads, splits, used, GROUP, HEADS, HEAD_DIM, BLOCK_D, MERGE)
 
 
 def rope_append_attention(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, block_table, scale,
@@ -134,5 +132,5 @@ def rope_append_attention(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_ca
            k.stride(0), v.stride(0), scale * math.log2(math.e), HAS_NORM=q_norm is not None, GROUP=group,
            ROWS=max(heads, cfg["min_rows"]), HEAD_DIM=head_dim,
            BLOCK_D=block_d, PAGE=page_size, TILE=cfg["tile"],
-           LINES=block_d * q.itemsize // 128, SPLIT=splits > 1, HEADS=heads,
+           SPLIT=splits > 1, HEADS=heads,
            MERGE=merge_step(splits, heads, block_d), **options, **dependent_launch(q))

@@ -10,10 +10,10 @@ import triton.language as tl
 
 @triton.jit
 def split_bounds(length, splits, TILE: tl.constexpr):
-    """[begin, end) of this program's split: whole tiles, of which a short context leaves the last splits empty."""
-    chunk = tl.cdiv(tl.cdiv(length, splits), TILE) * TILE
+    """[begin, end) of this program's split, in whole tiles, and how many splits a context of this length uses."""
+    chunk = tl.maximum(tl.cdiv(tl.cdiv(length, splits), TILE), 1) * TILE
     begin = tl.program_id(0) * chunk
-    return begin, tl.minimum(begin + chunk, length)
+    return begin, tl.minimum(begin + chunk, length), tl.maximum(tl.cdiv(length, chunk), 1)
 
 
 @triton.jit
@@ -24,13 +24,24 @@ def cache_rows(block_table, token, live, b, kv, kv_heads, max_pages, PAGE: tl.co
 
 
 @triton.jit
+def load_tile(k_cache, v_cache, block_table, token, live, b, kv, kv_heads, max_pages, d, in_head, PAGE: tl.constexpr,
+              HEAD_DIM: tl.constexpr):
+    """Keys and values of the tokens, as [TILE, BLOCK_D]: read once and never again; zeros where not live."""
+    where = cache_rows(block_table, token, live, b, kv, kv_heads, max_pages, PAGE, HEAD_DIM)[:, None] + d[None, :]
+    kt = tl.load(k_cache + where, mask=live[:, None] & in_head, other=0.0, eviction_policy="evict_first")
+    vt = tl.load(v_cache + where, mask=live[:, None] & in_head, other=0.0, eviction_policy="evict_first")
+    return kt, vt
+
+
+@triton.jit
 def attend(qv, kt, vt, live, top, mass, acc, scale_log2):
     """The running softmax with a tile of keys and values [TILE, BLOCK_D] added; tokens not live are left out."""
     score = tl.dot(qv, tl.trans(kt), input_precision="ieee") * scale_log2
     score = tl.where(live[None, :], score, float("-inf"))
     new_top = tl.maximum(top, tl.max(score, axis=1))
-    weight = tl.exp2(score - new_top[:, None])
-    shrink = tl.exp2(top - new_top)
+    peak = tl.where(new_top == float("-inf"), 0.0, new_top)             # no token yet: no infinity minus infinity
+    weight = tl.exp2(score - peak[:, None])
+    shrink = tl.exp2(top - peak)
     mass = mass * shrink + tl.sum(weight, axis=1)
     acc = tl.dot(weight.to(vt.dtype), vt, acc * shrink[:, None], input_precision="ieee")
     return new_top, mass, acc
@@ -39,7 +50,7 @@ def attend(qv, kt, vt, live, top, mass, acc, scale_log2):
 @triton.jit
 def publish(partial, tickets, b, kv, kv_heads, splits, top, mass, acc, GROUP: tl.constexpr, ROWS: tl.constexpr,
             HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Leaves this split's running softmax in `partial`, and returns the ticket that it drew: the last is splits - 1."""
+    """Leaves this split's running softmax in `partial`, and returns the ticket that it drew: the first is 0."""
     STRIDE: tl.constexpr = HEAD_DIM + 2
     g = tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)
@@ -54,9 +65,9 @@ def publish(partial, tickets, b, kv, kv_heads, splits, top, mass, acc, GROUP: tl
 
 
 @triton.jit
-def merge(partial, tickets, out_head, b, kv, kv_heads, splits, GROUP: tl.constexpr, HEADS: tl.constexpr,
+def merge(partial, tickets, out_head, b, kv, kv_heads, splits, used, GROUP: tl.constexpr, HEADS: tl.constexpr,
           HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MERGE: tl.constexpr):
-    """Every split of one KV head into out_head [GROUP, HEAD_DIM], MERGE splits of all heads at a time, so that loads do
+    """The used splits of one KV head into out_head [GROUP, HEAD_DIM], MERGE splits of all heads at a time, so that loads do
     not wait for each other; the ticket is left at zero. HEADS is GROUP rounded up to a power of two."""
     STRIDE: tl.constexpr = HEAD_DIM + 2
     first = partial + (b * kv_heads + kv) * splits * (GROUP * STRIDE)
@@ -66,9 +77,9 @@ def merge(partial, tickets, out_head, b, kv, kv_heads, splits, GROUP: tl.constex
     top = tl.full([HEADS], float("-inf"), tl.float32)
     mass = tl.zeros([HEADS], tl.float32)
     acc = tl.zeros([HEADS, BLOCK_D], tl.float32)
-    for s0 in tl.range(0, splits, MERGE, loop_unroll_factor=2):
+    for s0 in tl.range(0, used, MERGE, loop_unroll_factor=2):
         s = s0 + tl.arange(0, MERGE)
-        live = (s < splits)[:, None] & (g < GROUP)[None, :]
+        live = (s < used)[:, None] & (g < GROUP)[None, :]
         part = first + (s[:, None] * GROUP + g[None, :]) * STRIDE
         # .cg: other SMs wrote these; read them from L2, where they meet.
         tops = tl.load(part + HEAD_DIM, mask=live, other=float("-inf"), cache_modifier=".cg")

@@ -16,13 +16,6 @@ def wait_for_inputs(PDL: tl.constexpr):
 
 
 @triton.jit
-def prefetch(at):
-    """Asks for the 128-byte lines at these addresses to be brought to L2. On a GPU only."""
-    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; // dummy $0", "=r,l", [at], dtype=tl.int32, is_pure=False,
-                              pack=1)
-
-
-@triton.jit
 def load_rows(w, row, live, col, k, EVEN_K: tl.constexpr):
     """w[row, col], zero past k: read once and never again, so evict_first. What dead rows hold is not to be used."""
     at = w + row.to(tl.int64) * k + col
