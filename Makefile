@@ -4,7 +4,7 @@ PY := .venv/bin/python
 READY := .venv/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test oracle gpu-check gpu-bench report clean clean-all
+.PHONY: help setup build demo test oracle gpu-check gpu-bench gpu-repeat report clean clean-all
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,9 +39,14 @@ oracle: build .venv/model  ## the model's logits against Hugging Face transforme
 gpu-check: build  ## needs a GPU: GPU tests, compute-sanitizer on every op, greedy text (OUT=... MODEL=... STEPS=...)
 	@$(PY) -m lab.gpu_check --out $(or $(OUT),out/gpu-check) $(MODEL:%=--model %) $(STEPS:%=--steps %)
 
-gpu-bench: build  ## needs a GPU: ops, models and ledger measured into OUT=... (QUICK=1: a few shapes)
-	@$(PY) -m lab bench all --out $(or $(OUT),out/gpu-bench) $(if $(QUICK),--quick)
+gpu-bench: build  ## needs a GPU: ops, models, ledgers and ladders measured into OUT=... (QUICK=1; BUDGET=minutes)
+	@$(PY) -m lab bench all --out $(or $(OUT),out/gpu-bench) --budget-minutes $(or $(BUDGET),10) $(if $(QUICK),--quick)
+	@$(PY) -m lab inspect --all --out $(or $(OUT),out/gpu-bench)
 	@$(PY) -m lab report $(or $(OUT),out/gpu-bench)
+
+gpu-repeat: build  ## needs a GPU: two quick runs compared; the rate of false alarms joins the last run in OUT=...
+	@for i in 1 2; do $(PY) -m lab bench all --quick --fresh --out out/repeat/$$i || exit 1; done
+	@$(PY) -m lab compare out/repeat/1 out/repeat/2 --fail-on-slower 99% --record $(or $(OUT),out/gpu-bench)
 
 report:  ## draws reports/h100 again from its committed records
 	@$(PY) -m lab report reports/h100

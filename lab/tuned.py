@@ -3,6 +3,7 @@
 cuda_src/tuned/sm_90.json and triton_kernels/tuned/sm_90.json hold what was measured on such a GPU: a list of entries
 {"op", "itemsize", "rows", "shape", "settings", "gpu", "compiler", ...}. Nothing is tuned while a model runs.
 """
+import hashlib
 import json
 from pathlib import Path
 
@@ -15,6 +16,12 @@ FOLDERS = {"cuda": ROOT / "cuda_src/tuned", "triton": ROOT / "triton_kernels/tun
 def path_of(backend, arch):
     """Of the table of a backend on an architecture, as in "sm_90"; it need not exist."""
     return FOLDERS[backend] / f"{arch}.json"
+
+
+def digests(arch):
+    """{backend: the first 8 hexadecimal digits of its table's SHA-256, None where there is no table}."""
+    return {b: hashlib.sha256(p.read_bytes()).hexdigest()[:8] if (p := path_of(b, arch)).exists() else None
+            for b in FOLDERS}
 
 
 def read(path):

@@ -9,17 +9,19 @@ import shutil
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from lab.dispatch import Rand, select
+from lab.dispatch import BACKENDS, Rand, select
 from lab.errors import LabError
 from lab.harness import bench, card, ceiling, crossover, ledger, model_bench, ops_bench, records, shapes, timing
 from lab.harness.ceiling import Ceilings
 from lab.harness.records import Ceiling, LedgerRow, OpRow
+from lab.harness.shapes import COLD
 from lab.model.config import PRESETS
 from lab.model.weights import RandomSource, load
 from lab.ops import OPS, find
@@ -236,6 +238,31 @@ def test_an_interrupted_bench_says_so_and_exits_as_interrupted(tiny, tmp_path, c
                      tmp_path) == 130
     assert "goes on from here" in capsys.readouterr().out
     assert [r.kind for r in records.read(tmp_path).rows] == ["env"]
+
+
+def test_when_every_row_fails_the_bench_fails(tiny, tmp_path, capsys, monkeypatch):
+    ops = select("torch", "cpu")
+    monkeypatch.setattr(ops_bench, "load_backends", lambda *_, **__: ({"torch": ops}, []))
+    monkeypatch.setattr(ops_bench._Bound, "timed", lambda *_: 1 / 0)
+    assert run_bench("ops", "silu_mul", "--model", "tiny", "--device", "cpu", "--out", tmp_path) == 1
+    assert capsys.readouterr().err.strip().endswith("lab bench: error: nothing could be measured: every row failed")
+
+
+def test_what_matters_most_is_measured_first(monkeypatch):
+    """The steps of the full set as on a GPU, none of them run."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    settings = bench.settings_of(bench.parse(["all"]))
+    rig = types.SimpleNamespace(device="cuda", plans=("basic", "fused"),
+                                sides=lambda: [(b, p) for p in ("basic", "fused") for b in BACKENDS])
+    labels = [label for label, _ in bench.steps_of(None, rig, settings)]
+    first = {"op": next(i for i, l in enumerate(labels) if " b4 " in l and l.endswith("bf16")),
+             "model": labels.index("smollm2-135m b4 1024"), "dtype": next(i for i, l in enumerate(labels) if "fp16" in l),
+             "compiled": labels.index("smollm2-135m compiled")}
+    head = labels[:min(first.values())]
+    assert {f"{name} b1 1024" for name in shapes.MODELS} < set(head)
+    assert {"ledger llama-3.1-8b cuda fused", "swaps llama-3.1-8b fused", "ladder of linear"} < set(head)
+    assert all(l.endswith("bf16") for l in labels if l.split()[0] in COLD and labels.index(l) < first["dtype"])
+    assert first["model"] < first["op"] < first["compiled"] < first["dtype"]
 
 
 def test_a_failing_backend_is_an_error_row_and_the_others_are_measured(tiny, tmp_path, capsys, monkeypatch):

@@ -253,6 +253,11 @@ def test_no_env_row(tmp_path, one_theme):
     assert "No env record" in draw(tmp_path, [op_row(), op_row(backend="triton")])
 
 
+def test_the_rate_of_false_alarms_is_said(tmp_path):
+    page = draw(tmp_path, [env(), records.Repeat(env().run, "a", "b", "c0ffee", 200, 1, 2, 3, 0.015, 0.03)])
+    assert "3 of 200 rows (1.5%) were called faster or slower" in page
+
+
 def test_missing_backend(tmp_path, undrawn):
     rows = [r for r in synthetic.make(**SMALL) if getattr(r, "backend", None) != "triton"]
     words = draw(tmp_path, rows)

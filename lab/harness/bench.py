@@ -1,9 +1,11 @@
 """`lab bench ops|model|ledger|all|crossover`: measurements into DIR/records.jsonl.
 
-The full set (`all`) is made to take under 12 minutes of GPU time, `--quick` under 2; `--budget-minutes` stops cleanly,
-and the same command again goes on where it stopped. On a CPU only emulated latencies are recorded.
+The full set (`all`) is made to take under 12 minutes of GPU time, `--quick` under 2; what matters most comes first,
+`--budget-minutes` stops cleanly, and the same command again goes on where it stopped. On a CPU only emulated latencies
+are recorded.
 """
 import argparse
+import functools
 import sys
 
 import torch
@@ -19,7 +21,7 @@ from lab.ops import OPS
 DEFAULTS = {        # (device, quick): models, op batches, op contexts, model batches, model contexts, dtypes
     ("cuda", False): (shapes.MODELS, (1, 4, 16, 64), (1024, 8192, 32768), (1, 4, 16, 64), (1024, 8192),
                       ("bf16", "fp16", "fp32")),
-    ("cuda", True): (("smollm2-135m", "llama-3.2-1b"), (1, 16), (1024, 8192), (1, 16), (1024,), ("bf16",)),
+    ("cuda", True): (("smollm2-135m", "llama-3.2-1b"), (1, 16), (1024,), (1, 16), (1024,), ("bf16",)),
     ("cpu", False): (("smollm2-135m",), (1, 4), (64, 256), (1,), (32,), ("fp32",)),
     ("cpu", True): (("smollm2-135m",), (1,), (64,), (1,), (16,), ("fp32",)),
 }
@@ -173,57 +175,89 @@ def main(args, own=None):
     except KeyboardInterrupt:
         complete, status = False, 130
     session.finish(complete)
-    say(session, complete)
-    return status
+    return max(status, say(session, complete))
 
 
 def say(session, complete):
-    """How the run ended, on the terminal."""
+    """How the run ended, on the terminal; 1 if rows failed and none has a time, else 0."""
     errors = [r for r in session.rows if getattr(r, "error", None)]
+    measured = any(r.kind in ("op", "model", "ledger") and r.us is not None for r in session.rows)
     failed = f", {len(errors)} failed" if errors else ""
     print(f"run {session.run}: {session.new} new lines in {session.path}{failed}")
     for r in errors[:5]:
         print(f"  failed: {r.kind} {getattr(r, 'op', None) or getattr(r, 'model', '')} {r.backend}: {r.error}")
     if not complete:
         print("stopped before the end: the same command goes on from here")
+    if errors and not measured:
+        print("lab bench: error: nothing could be measured: every row failed", file=sys.stderr)
+        return 1
+    return 0
 
 
 def run_all(session, settings, backends):
     """Measures everything that the settings ask for; True when nothing is missing."""
-    what, device, quick = settings["what"], settings["device"], settings["quick"]
-    rungs = ladder_bench.points(device, settings["ops"]) if settings["ladder"] else []
-    points = op_points(settings) if what in ("ops", "all") and not rungs else []
-    models = settings["models"] if what in ("model", "all") else []
-    ledgers = settings["ledger_models"] if what in ("ledger", "all") else []
-    if device == "cpu":
-        ledgers = []                                # device time stamps are what a ledger is made of
-    per_model = len(settings["model_batches"]) * len(settings["model_contexts"])
+    device, quick = settings["device"], settings["quick"]
     sizes = ceiling.QUICK_SIZES if quick else ceiling.SIZES
-    total = len(points) + len(rungs) + len(models) * per_model + len(ledgers) * len(backends)
-    total += len(sizes) * len(ceiling.DIRECTIONS) if device == "cuda" else 0
-    with Progress(total) as progress:
-        ceilings = ceiling.Ceilings()
+    rig = ops_bench.make_rig(backends, device, ceiling.Ceilings(), quick, settings["seconds"])
+    rig.vendor, rig.plans = rig.vendor and settings["vendor"], tuple(settings["plans"])
+    rig.lean = quick and settings["what"] == "all"
+    steps = steps_of(session, rig, settings)
+    with Progress(len(steps) + (len(sizes) * len(ceiling.DIRECTIONS) if device == "cuda" else 0)) as progress:
         if device == "cuda":
-            ceilings = measure_ceilings(session, settings, progress)
-        rig = ops_bench.make_rig(backends, device, ceilings, quick, settings["seconds"])
-        rig.vendor, rig.plans = rig.vendor and settings["vendor"], tuple(settings["plans"])
-        for point in rungs:
-            ladder_bench.measure(session, rig, point, settings["dtypes"][0], progress.step)
-        for dtype, point in points:
+            rig.ceilings = measure_ceilings(session, settings, progress)
+        for label, run in steps:
             if session.over():
                 return False
-            few = dtype != settings["dtypes"][0] and not settings["all_dtypes_everywhere"]
-            ops_bench.measure_point(session, rig, point, dtype, ops_bench.QUICK_MODES if few else None, progress.step)
-        for name in models:
-            model_bench.measure_model(session, rig, name, settings["dtypes"][0], settings["model_batches"],
-                                      settings["model_contexts"], settings["weights"], settings["compile"],
-                                      progress.step)
-        for name in ledgers:
-            if session.over():
-                return False
-            ledger.measure(session, rig, name, settings["dtypes"][0], settings["model_batches"][0],
-                           settings["model_contexts"][0], settings["weights"], settings["swap"], progress.step)
-    return not session.over()
+            progress.step(label)
+            run()
+    return True
+
+
+def steps_of(session, rig, settings):
+    """[(label, function)]: the measurements in order of importance, so that a run that is cut has the headline.
+
+    First the ops at the first dtype and batch, each model at its first size and its ledgers, and the ladders; then the
+    models' other sizes, the ops' other batches, the compiled peers (compiling is slow), and the other dtypes.
+    """
+    what, (first, *_), device = settings["what"], settings["dtypes"], settings["device"]
+    weights = model_bench.Weights(settings["weights"], first, device)
+    sizes = [(b, c) for c in settings["model_contexts"] for b in sorted(settings["model_batches"])]
+    models = [(name, b, c) for name in settings["models"] for b, c in sizes if c < shapes.preset(name).max_positions]
+    early_ops, late_ops, other_dtypes, early_models, late_models, compiled = [], [], [], [], [], []
+    if what in ("ops", "all") and not settings["ladder"]:
+        for dtype, point in op_points(settings):
+            few = dtype != first and not settings["all_dtypes_everywhere"]
+            run = functools.partial(measure_op, session, rig, weights, point, dtype, few)
+            label = f"{point.op} {point.role or ''} b{point.batch} {point.context or ''} {dtype}"
+            stage = other_dtypes if dtype != first else early_ops if point.batch == settings["batches"][0] else late_ops
+            stage.append((label, run))
+    if what in ("model", "all"):
+        for name, b, c in models:
+            run = functools.partial(model_bench.measure_model, session, rig, weights, name, first, b, c)
+            (early_models if (b, c) == sizes[0] else late_models).append((f"{name} b{b} {c}", run))
+            if settings["compile"] and device == "cuda" and (b, c) == sizes[0]:
+                run = functools.partial(model_bench.measure_compiled, session, rig, weights, name, first, b, c)
+                compiled.append((f"{name} compiled", run))
+    ledgers = []
+    if what in ("ledger", "all") and device == "cuda":      # device time stamps are what a ledger is made of
+        size = settings["model_batches"][0], settings["model_contexts"][0]
+        for name in settings["ledger_models"]:
+            ledgers += [(f"ledger {name} {backend} {plan}",
+                         functools.partial(ledger.measure, session, rig, weights, name, first, *size, backend, plan))
+                        for backend, plan in rig.sides()]
+            ledgers += [(f"swaps {name} {plan}",
+                         functools.partial(ledger.measure_swap, session, rig, weights, name, first, *size, plan))
+                        for plan in rig.plans if settings["swap"]]
+    rungs = ladder_bench.points(device, settings["ops"]) if settings["ladder"] or (
+        what == "all" and device == "cuda" and not settings["quick"]) else []
+    ladders = [(f"ladder of {point.op}", functools.partial(ladder_bench.measure, session, rig, point, first))
+               for point in rungs]
+    return [*early_ops, *early_models, *ledgers, *ladders, *late_models, *late_ops, *compiled, *other_dtypes]
+
+
+def measure_op(session, rig, weights, point, dtype, few):
+    weights.drop()                                  # the op's buffers take their place
+    ops_bench.measure_point(session, rig, point, dtype, ops_bench.QUICK_MODES if few else None)
 
 
 def settle_clocks():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from lab import tuned
 from lab.harness.records import Env
 
 PEERS = {"flashinfer": "flashinfer-python", "liger_kernel": "liger-kernel"}      # module -> distribution
@@ -109,6 +110,7 @@ def environment(run: str, when: str, device: str, settings: dict, notes=()) -> E
         p = torch.cuda.get_device_properties(index)
         row.gpu, row.capability = p.name, f"{p.major}.{p.minor}"
         row.sms, row.l2_bytes, row.memory_bytes = p.multi_processor_count, p.L2_cache_size, p.total_memory
+        row.tuned = tuned.digests(f"sm_{p.major}{p.minor}")
         for field, value in state(index).items():
             setattr(row, field, value)
         harmful = [reason for reason in row.throttle or () if reason in HARMFUL]

@@ -165,6 +165,8 @@ def main(args):
         if not args.anyway:
             raise LabError(f"not comparable: {text}; --anyway compares all the same")
         print(f"warning: {text}: differences may come from there", file=sys.stderr)
+    if env_a.tuned and env_b.tuned and env_a.tuned != env_b.tuned:
+        print(f"the tables of lab tune differ: {env_a.tuned} and {env_b.tuned}", file=sys.stderr)
     pairs, only_a, only_b = match(rows_a, rows_b, min_effect)
     if not pairs:
         raise LabError(f"not comparable: no row of {args.a} and {args.b} measures the same thing")

@@ -34,10 +34,9 @@ def points(device, ops):
     return [p for p in POINTS[device] if not ops or p.op in ops]
 
 
-def measure(session, rig, point, dtype_name, progress):
+def measure(session, rig, point, dtype_name):
     """Measures all rungs of one op that the session lacks; those that fail are recorded with `error`."""
     op, (cache, timer) = find(point.op), ("cold", "graph") if rig.device == "cuda" else ("warm", "wall")
-    progress(f"ladder of {op.name}")
     args, config = arguments(op, point, Rand(rig.device, DTYPES[dtype_name]), rig.multiprocessors)
     rows = {}
     for rung in ladder.rungs(op.name):

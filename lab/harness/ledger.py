@@ -30,7 +30,6 @@ from lab.harness.ceiling import one_line
 from lab.harness.ops_bench import alive
 from lab.harness.records import LedgerRow
 from lab.model.decoder import GREEDY, Decoder
-from lab.model.weights import load, open_source
 from lab.ops import find
 
 MARKER = "spin_kernel"          # torch.cuda._sleep's kernel: nothing else in a decode step is called so
@@ -300,41 +299,34 @@ def short(name):
     return words[-1].split("::")[-1] if words else name
 
 
-def measure(session, rig, name, dtype_name, batch, context, weights_kind, swap, progress=None):
-    """Records the ledger of one model under every backend and plan, and with `swap` a token per op swapped, per plan.
-
-    What is recorded already is not measured again; what does not fit the session's budget is left for the next run.
-    """
-    mine = dict(run=session.run, model=name, dtype=dtype_name, batch=batch, context=context)
-
-    def recorded(swapped, **more):
-        return any(r.kind == "ledger" and (r.row == "swap") == swapped
-                   and all(getattr(r, f) == v for f, v in {**mine, **more}.items()) for r in session.rows)
-
-    todo = [(b, p) for b, p in itertools.product(rig.backends, rig.plans) if not recorded(False, backend=b, plan=p)]
-    swaps = [p for p in rig.plans if swap and not recorded(True, plan=p)]
-    if not todo and not swaps:
+def measure(session, rig, weights, name, dtype_name, batch, context, backend, plan):
+    """Records the ledger of a model under a backend and plan, once. weights: model_bench.Weights."""
+    base = dict(run=session.run, model=name, backend=backend, plan=plan, dtype=dtype_name, batch=batch, context=context)
+    if any(r.row != "swap" and all(getattr(r, f) == v for f, v in base.items()) for r in session.of_kind("ledger")):
         return
-    weights = load(open_source(name, weights_kind), DTYPES[dtype_name], rig.device)
-    for backend, plan in todo:
-        if session.over():
-            return
-        if progress:
-            progress(f"ledger {name} {backend} {plan}")
-        base = dict(mine, backend=backend, plan=plan)
-        try:
-            rows = measure_backend(base, rig, weights, rig.backends[backend], batch, context)
-        except Exception as e:
-            rows = [LedgerRow(**base, row="total", error=one_line(e))]
-        for order, row in enumerate(rows):
-            row.order = order
-        session.add(*rows)
-        alive(f"the ledger of {name} under {backend}")
-    for plan in swaps:
-        if session.over():
-            return
-        session.add(*measure_swaps(session.run, rig, weights, name, plan, dtype_name, batch, context))
-        alive(f"the swaps of {name}")
+    try:
+        rows = measure_backend(base, rig, weights.of(name), rig.backends[backend], batch, context)
+    except Exception as e:                          # one ledger that cannot be made must not cost what comes after it
+        rows = [LedgerRow(**base, row="total", error=one_line(e))]
+    for order, row in enumerate(rows):
+        row.order = order
+    session.add(*rows)
+    model_bench.release(rig.device)
+    alive(f"the ledger of {name} under {backend}")
+
+
+def measure_swap(session, rig, weights, name, dtype_name, batch, context, plan):
+    """Records a token per op swapped of a model and plan, once; see measure_swaps."""
+    base = dict(run=session.run, model=name, plan=plan, dtype=dtype_name, batch=batch, context=context, row="swap")
+    if any(all(getattr(r, f) == v for f, v in base.items()) for r in session.of_kind("ledger")):
+        return
+    try:
+        rows = measure_swaps(session.run, rig, weights.of(name), name, plan, dtype_name, batch, context)
+    except Exception as e:
+        rows = [LedgerRow(**base, backend="triton", error=one_line(e))]
+    session.add(*rows)
+    model_bench.release(rig.device)
+    alive(f"the swaps of {name}")
 
 
 def measure_backend(base, rig, weights, ops, batch, context):

@@ -1,13 +1,13 @@
 """`lab bench model`: one decode step of a whole model: throughput, latency, memory, scaling with the batch.
 
-Every configuration is measured for all backends side by side. mode=graph replays the decoder's CUDA graph (device
-time); mode=eager launches op by op (host included); mode=compile is the peer in lab/harness/compiled.py. The KV cache
-holds random data at the asked context, and the context is set back before every step, so all samples do the same work.
+Every configuration is measured for all backends and plans side by side, or for as many as the memory takes. mode=graph
+replays the decoder's CUDA graph (device time); mode=eager launches op by op (host included); mode=compile is the peer in
+lab/harness/compiled.py. The KV cache holds random data at the asked context, and the context is set back before every
+step, so all samples do the same work.
 """
-import itertools
+import gc
 import random
 import time
-from dataclasses import replace
 
 import torch
 
@@ -17,11 +17,10 @@ from lab.harness import compare, timing
 from lab.harness.ceiling import one_line
 from lab.harness.ops_bench import alive
 from lab.harness.records import ModelRow
-from lab.harness.shapes import preset
 from lab.model.decoder import GREEDY, Decoder
 from lab.model.weights import load, open_source
 
-KV_SHARE = 0.75             # of the free memory, what the KV caches of all backends together may take
+KV_SHARE = 0.75             # of the free memory, what the KV caches of decoders side by side may take
 
 
 def tensors_of(weights):
@@ -78,33 +77,85 @@ def timed_step(decoder, mode):
     return timing.GraphTimed([step], restore, graph=decoder.graphs[GREEDY][0])
 
 
-def measure_model(session, rig, name, dtype_name, batches, contexts, weights_kind="random", compiled=True,
-                  progress=None):
-    """All rows of one model. Loads its weights once; a configuration that fails becomes rows with `error`."""
-    sizes = [(batch, context) for context in contexts for batch in sorted(batches)
-             if context < preset(name).max_positions]
-    todo = [s for s in sizes if not all(session.has(r) for r in _rows(session, rig, name, dtype_name, *s))]
-    if not todo:
-        return
+class Weights:
+    """The weights of one model at a time, on the rig's device: `of` loads them, `drop` frees the memory."""
+
+    def __init__(self, kind, dtype_name, device):
+        self.kind, self.dtype, self.device, self.name, self.held = kind, DTYPES[dtype_name], device, None, None
+
+    def of(self, name):
+        """Raises LabError for a model that is too large for this card or has no real weights here."""
+        if self.name != name:
+            self.drop()
+            self.held, self.name = load(open_source(name, self.kind), self.dtype, self.device), name
+        return self.held
+
+    def drop(self):
+        self.held = self.name = None
+        release(self.device)
+
+
+def release(device):
+    """Gives back what nothing needs any more, so that the free memory that is asked next is all there is."""
+    gc.collect()                                    # decoders and their graphs refer to each other
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def measure_model(session, rig, weights, name, dtype_name, batch, context):
+    """All rows of one model at one size; a configuration that fails becomes rows with `error`. weights: Weights."""
+    rows = _rows(session, rig, name, dtype_name, batch, context)
+    if not all(map(session.has, rows)):
+        session.add(*_filled(session, rig, weights, rows))
+
+
+def measure_compiled(session, rig, weights, name, dtype_name, batch, context):
+    """The row of the torch.compile peer, interleaved with the graphs of all decoders: a verdict on each is in it."""
+    peer = ModelRow(session.run, name, "torch", "-", "compile", dtype_name, batch, context, "graph",
+                    note="torch.compile layer by layer, one CUDA graph; contiguous KV of this length, no mask")
+    if not session.has(peer):
+        others = [r for r in _rows(session, rig, name, dtype_name, batch, context) if r.mode == "graph"]
+        _filled(session, rig, weights, [*others, peer])
+        session.add(peer)
+
+
+def _filled(session, rig, weights, rows):
+    """The rows, all of one model and size, with what was measured of them."""
+    name, batch, context = rows[0].model, rows[0].batch, rows[0].context
+    for r in rows:
+        r.weights = weights.kind
     try:
-        weights = load(open_source(name, weights_kind), DTYPES[dtype_name], rig.device)
-    except LabError as e:                           # too large for this card, or no real weights of this preset
-        for size in todo:
-            session.add(*(replace(r, error=one_line(e)) for r in _rows(session, rig, name, dtype_name, *size)))
-        return
-    for batch, context in todo:
-        if session.over():
-            return
-        if progress:
-            progress(f"{name} b{batch} {context}")
-        rows = _rows(session, rig, name, dtype_name, batch, context)
+        loaded = weights.of(name)
+    except LabError as e:
         for r in rows:
-            r.weights = weights_kind
-        peer = compiled and rig.device == "cuda" and batch == min(batches) and context == min(contexts)
-        session.add(*_measure(session, rig, weights, rows, batch, context, peer))
-        if rig.device == "cuda":
-            torch.cuda.empty_cache()
-            alive(f"{name} batch {batch} context {context}")
+            r.error = one_line(e)
+        return rows
+    groups = together(rig, batch * (context + 1) * kv_bytes_per_token(loaded))
+    if not groups:
+        for r in rows:
+            r.error = "does not fit: the KV cache is larger than the memory that is free"
+    for i, sides in enumerate(groups):
+        mine = [r for r in rows if (r.backend, r.plan) in sides or r.mode == "compile" and i == 0]
+        _measure(session, rig, loaded, mine, sides, batch, context)
+        release(rig.device)
+    if rig.device == "cuda":
+        alive(f"{name} batch {batch} context {context}")
+    return rows
+
+
+def together(rig, kv_bytes):
+    """The rig's (backend, plan) pairs, grouped by what is measured side by side: all, or a plan, or what fits of it.
+
+    kv_bytes: of one decoder's cache; [] when not even one fits beside the weights that are loaded.
+    """
+    sides = rig.sides()
+    if rig.device != "cuda":
+        return [sides]
+    fit = int(KV_SHARE * torch.cuda.mem_get_info()[0] // kv_bytes)
+    if not fit or fit >= len(sides):
+        return [sides] if fit else []
+    by_plan = [[side for side in sides if side[1] == plan] for plan in rig.plans]
+    return [one[i:i + fit] for one in by_plan for i in range(0, len(one), fit)]
 
 
 def _modes(rig):
@@ -115,19 +166,13 @@ def _rows(session, rig, name, dtype_name, batch, context):
     timer = {"graph": "graph", "eager": "event" if rig.device == "cuda" else "wall"}
     return [ModelRow(session.run, name, backend, plan, mode, dtype_name, batch, context, timer[mode],
                      emulated=rig.device != "cuda")
-            for mode in _modes(rig) for plan in rig.plans for backend in rig.backends]
+            for mode in _modes(rig) for backend, plan in rig.sides()]
 
 
-def _measure(session, rig, weights, rows, batch, context, peer):
-    """Fills in `rows` (backend x plan x mode) and returns them, with the compiled peer's row where asked for."""
-    decoders = len(rig.backends) * len(rig.plans)
-    needed = batch * (context + 1) * kv_bytes_per_token(weights) * decoders
-    if rig.device == "cuda" and needed > KV_SHARE * torch.cuda.mem_get_info()[0]:
-        for r in rows:
-            r.error = f"does not fit: the KV caches of {decoders} decoders side by side need {needed / 2**30:.1f} GiB"
-        return rows
+def _measure(session, rig, weights, rows, sides, batch, context):
+    """Fills in `rows`, those of the (backend, plan) pairs `sides` and perhaps the compiled peer's, side by side."""
     entries = []                                    # (row, what to sample)
-    for backend, plan in itertools.product(rig.backends, rig.plans):
+    for backend, plan in sides:
         mine = [r for r in rows if (r.backend, r.plan) == (backend, plan)]
         try:
             decoder, memory = _build(weights, rig.backends[backend], plan, batch, context)
@@ -138,16 +183,12 @@ def _measure(session, rig, weights, rows, batch, context, peer):
         except Exception as e:                      # one backend that cannot run must not cost the others
             for r in mine:
                 r.error = one_line(e)
-    if peer:
-        note = "torch.compile layer by layer, one CUDA graph; contiguous KV of this length, no mask"
-        one = rows[0]
-        rows.append(ModelRow(one.run, one.model, "torch", "-", "compile", one.dtype, batch, context, "graph",
-                             weights=one.weights, note=note))
+    for r in (r for r in rows if r.mode == "compile"):
         try:
             from lab.harness.compiled import compiled_step
-            entries.append((rows[-1], timing.GraphTimed([compiled_step(weights, batch, context)])))
+            entries.append((r, timing.GraphTimed([compiled_step(weights, batch, context)])))
         except Exception as e:
-            rows[-1].error = one_line(e)
+            r.error = one_line(e)
     nbytes = step_bytes(weights, batch, context + 1)
     for timer in ("graph", "event", "wall"):
         group = [(r, t) for r, t in entries if t.timer == timer and not r.error]
@@ -166,7 +207,6 @@ def _measure(session, rig, weights, rows, batch, context, peer):
             r.bytes, r.tokens_per_s = nbytes, batch / s.us * 1e6
             r.verdict = {_name(group[j][0], rig): compare.verdict(other, s) for j, other in stats.items() if j != i}
             r.linearity = _linearity(r, [*session.of_kind("model"), *rows])
-    return rows
 
 
 def _name(row, rig):

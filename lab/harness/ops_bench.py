@@ -39,6 +39,12 @@ class Rig:
     vendor: bool = True
     modes: tuple = MODES
     plans: tuple = ("basic",)   # of the decoder, for models and ledgers
+    lean: bool = False          # the torch reference under the first plan only
+
+    def sides(self):
+        """(backend, plan) of every decoder to measure."""
+        return [(backend, plan) for plan in self.plans for backend in self.backends
+                if not (self.lean and backend == "torch" and plan != self.plans[0])]
 
 
 def load_backends(names, device, asked):
@@ -66,7 +72,7 @@ def make_rig(backends, device, ceilings, quick=False, seconds=None):
                modes=QUICK_MODES if quick else MODES)
 
 
-def measure_point(session, rig, point, dtype_name, modes=None, progress=None):
+def measure_point(session, rig, point, dtype_name, modes=None):
     """Measures one point in every mode of the rig (or in `modes`) and records the rows that the session lacks.
 
     What fails is recorded as rows with `error`. Raises LabError when the CUDA context is lost.
@@ -84,8 +90,6 @@ def measure_point(session, rig, point, dtype_name, modes=None, progress=None):
     wanted = rig.modes if modes is None or rig.device != "cuda" else modes
     modes = [(c, t) for c, t in wanted if c != "in_model" or op.name in COLD]
     todo = [m for m in modes if not all(session.has(row(b, *m)) for b in rig.backends)]
-    if progress:
-        progress(f"{op.name} {point.role or ''} b{point.batch} {point.context or ''} {dtype_name}")
     if not todo:
         return
     try:

@@ -111,9 +111,10 @@ def _run(run, path, rows, notices):
     _drop_failures(run)
     _drop_unusable(run)
     _check_bandwidth(run)
+    repeats = [r for r in rows if r.kind == "repeat"]
     rung = run.op["rung"].notna()
     run.ladder, run.op = run.op[rung].reset_index(drop=True), run.op[~rung].reset_index(drop=True)
-    run.notices = _about_machine(run) + run.notices + _about_gaps(run)
+    run.notices = _about_machine(run) + run.notices + _about_gaps(run) + list(map(_about_repeat, repeats))
     return run
 
 
@@ -221,6 +222,12 @@ def _about_machine(run):
     if absent:
         found.append(Notice("note", "Peers left out: " + "; ".join(absent) + "."))
     return list(dict.fromkeys(found))
+
+
+def _about_repeat(r):
+    return Notice("note", f"Two runs of commit {r.commit} on one card, compared: {r.faster + r.slower} of {r.rows} rows "
+                          f"({r.share:.1%}) were called faster or slower, which is the rate of false alarms "
+                          f"(`lab compare {r.a} {r.b}`; a change below {r.min_effect:.0%} is called the same).")
 
 
 def _about_gaps(run):

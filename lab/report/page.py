@@ -288,7 +288,8 @@ def _facts(run):
         ("power limit", number(env.power_limit_w, "W")), ("temperature", number(env.temperature_c, "°C")),
         ("throttle reasons", None if throttle is None else ", ".join(map(str, throttle)) or "none"), ("ECC", env.ecc),
         ("driver", env.driver), ("CUDA", env.cuda), ("nvcc", env.nvcc), ("torch", env.torch), ("triton", env.triton),
-        ("python", env.python), ("CPU", env.cpu), ("commit", env.commit)]
+        ("python", env.python), ("CPU", env.cpu), ("commit", env.commit),
+        ("tables of lab tune", ", ".join(f"{k} {v or 'none'}" for k, v in (env.tuned or {}).items()))]
     return [(name, value) for name, value in facts if value not in (None, "")]
 
 
