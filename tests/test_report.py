@@ -20,7 +20,7 @@ import synthetic_records as synthetic
 from PIL import Image
 
 from lab.errors import LabError
-from lab.harness.records import Env, Fairness, LedgerRow, ModelRow, OpRow
+from lab.harness.records import Env, Fairness, LedgerRow, ModelRow, OpRow, Repeat
 from lab.report import build, figures, heatmaps, ledger_figures, load, model_figures, op_figures, ops, page, style
 
 SMALL = dict(models=["llama-3.2-1b"], batches=(1, 16), contexts=(1024, 8192))
@@ -254,7 +254,7 @@ def test_no_env_row(tmp_path, one_theme):
 
 
 def test_the_rate_of_false_alarms_is_said(tmp_path):
-    page = draw(tmp_path, [env(), records.Repeat(env().run, "a", "b", "c0ffee", 200, 1, 2, 3, 0.015, 0.03)])
+    page = draw(tmp_path, [env(), Repeat(env().run, "a", "b", "c0ffee", 200, 1, 2, 3, 0.015, 0.03)])
     assert "3 of 200 rows (1.5%) were called faster or slower" in page
 
 
