@@ -41,12 +41,14 @@ gpu-check: build  ## needs a GPU: GPU tests, compute-sanitizer on every op, gree
 
 gpu-bench: build  ## needs a GPU: ops, models, ledgers and ladders measured into OUT=... (QUICK=1; BUDGET=minutes)
 	@$(PY) -m lab bench all --out $(or $(OUT),out/gpu-bench) --budget-minutes $(or $(BUDGET),10) $(if $(QUICK),--quick)
-	@$(PY) -m lab inspect --all --out $(or $(OUT),out/gpu-bench)
+	-@$(PY) -m lab inspect --all --out $(or $(OUT),out/gpu-bench)
 	@$(PY) -m lab report $(or $(OUT),out/gpu-bench)
 
 gpu-repeat: build  ## needs a GPU: two quick runs compared; the rate of false alarms joins the last run in OUT=...
+	@test -e $(or $(OUT),out/gpu-bench)/records.jsonl || { echo "no records to join: make gpu-bench first"; exit 2; }
 	@for i in 1 2; do $(PY) -m lab bench all --quick --fresh --out out/repeat/$$i || exit 1; done
 	@$(PY) -m lab compare out/repeat/1 out/repeat/2 --fail-on-slower 99% --record $(or $(OUT),out/gpu-bench)
+	@$(PY) -m lab report $(or $(OUT),out/gpu-bench)
 
 report:  ## draws reports/h100 again from its committed records
 	@$(PY) -m lab report reports/h100

@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(C::kThreads)
   // 2. Stream: the first stages of w leave before the wait.
   // What the sums are added to is loaded long before its use, where registers are free for it.
   constexpr int kMine = MmaRows<T, C>::kMine;
-  constexpr bool kEarly = kMine <= 16;
+  constexpr bool kEarly = kMine <= 16 && C::kAligned;
   T base[kEarly ? kMine : 1] = {};
   product.start_w();
   pdl_wait();

@@ -165,6 +165,14 @@ def test_the_false_alarms_of_one_commit_are_printed_and_recorded(tmp_path, capsy
     assert sum(p.verdict == "slower" for p in pairs) > 0.8 * len(pairs)
 
 
+def test_other_tables_are_said_and_are_no_repeat(tmp_path, capsys):
+    a, b = (write(tmp_path / name, env(name, commit="c0ffee", tuned={"cuda": digest, "triton": None}),
+                  row(100, run=name)) for name, digest in (("a", "1a2b3c4d"), ("b", None)))
+    assert run(a, b) == 0
+    said = capsys.readouterr()
+    assert "tables of lab tune differ" in said.err and "1a2b3c4d" in said.err and "false alarms" not in said.out
+
+
 def test_other_commits_are_no_repeat(tmp_path, capsys):
     a = write(tmp_path / "a", env("a", commit="one"), row(100, run="a"))
     for name, commit in (("b", "two"), ("c", None)):

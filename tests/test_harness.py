@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import numpy as np
@@ -252,9 +251,9 @@ def test_what_matters_most_is_measured_first(monkeypatch):
     """The steps of the full set as on a GPU, none of them run."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     settings = bench.settings_of(bench.parse(["all"]))
-    rig = types.SimpleNamespace(device="cuda", plans=("basic", "fused"),
-                                sides=lambda: [(b, p) for p in ("basic", "fused") for b in BACKENDS])
-    labels = [label for label, _ in bench.steps_of(None, rig, settings)]
+    rig = ops_bench.Rig("cuda", dict.fromkeys(BACKENDS), None, plans=("basic", "fused"))
+    steps = bench.steps_of(None, rig, settings)
+    labels = [step.label for step in steps]
     first = {"op": next(i for i, l in enumerate(labels) if " b4 " in l and l.endswith("bf16")),
              "model": labels.index("smollm2-135m b4 1024"), "dtype": next(i for i, l in enumerate(labels) if "fp16" in l),
              "compiled": labels.index("smollm2-135m compiled")}
@@ -263,6 +262,43 @@ def test_what_matters_most_is_measured_first(monkeypatch):
     assert {"ledger llama-3.1-8b cuda fused", "swaps llama-3.1-8b fused", "ladder of linear"} < set(head)
     assert all(l.endswith("bf16") for l in labels if l.split()[0] in COLD and labels.index(l) < first["dtype"])
     assert first["model"] < first["op"] < first["compiled"] < first["dtype"]
+    modes = {(step.run.args[3].batch, step.run.args[4]): step.run.args[5] for step in steps
+             if step.run.func is bench.measure_op and step.run.args[3].op == "linear"}
+    assert modes[1, "bf16"] == ops_bench.MODES and modes[1, "fp16"] == ops_bench.QUICK_MODES
+    assert modes[64, "bf16"] == (("cold", "graph"), ("in_model", "graph"))
+
+
+def test_the_sets_are_expected_to_take_no_longer_than_promised(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for words, minutes in ((["all"], 12), (["all", "--quick"], 2)):
+        settings = bench.settings_of(bench.parse(words))
+        rig = ops_bench.Rig("cuda", dict.fromkeys(BACKENDS), None, plans=("basic", "fused"), lean=settings["quick"])
+        if settings["quick"]:
+            rig.seconds, rig.modes = ops_bench.QUICK_SECONDS, ops_bench.QUICK_MODES
+        steps = bench.steps_of(None, rig, settings)
+        assert 0.3 * minutes < sum(step.seconds for step in steps) / 60 < 0.9 * minutes
+        torch_plans = {step.label for step in steps if "torch" in step.label}
+        assert ("ledger llama-3.2-1b torch fused" in torch_plans) != settings["quick"]
+
+
+def test_models_that_do_not_fit_side_by_side_are_measured_plan_by_plan(monkeypatch):
+    rig = ops_bench.Rig("cuda", dict.fromkeys(BACKENDS), None, plans=("basic", "fused"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (800, 800))
+    basic, fused = ([(b, plan) for b in BACKENDS] for plan in ("basic", "fused"))
+    assert model_bench.together(rig, 100) == [basic + fused] and model_bench.together(rig, 601) == []
+    assert model_bench.together(rig, 150) == [basic, fused]
+    assert model_bench.together(rig, 250) == [basic[:2], basic[2:], fused[:2], fused[2:]]
+
+
+def test_a_stopped_run_is_not_continued_with_other_tables(tiny, tmp_path, monkeypatch):
+    ask = ["ops", "silu_mul", "--model", "tiny", "--backend", "torch", "--device", "cpu", "--seconds", "0.001", "--out",
+           tmp_path, "--budget-minutes", "0"]
+    environment = card.environment
+    for digest in ("1a2b3c4d", "1a2b3c4d", None):
+        monkeypatch.setattr(card, "environment", lambda *given: dataclasses.replace(
+            environment(*given), tuned={"cuda": digest, "triton": None}))
+        run_bench(*ask)
+    assert len(records.read(tmp_path).runs()) == 2
 
 
 def test_a_failing_backend_is_an_error_row_and_the_others_are_measured(tiny, tmp_path, capsys, monkeypatch):

@@ -7,6 +7,7 @@ are recorded.
 import argparse
 import functools
 import sys
+from typing import Callable, NamedTuple
 
 import torch
 
@@ -27,6 +28,17 @@ DEFAULTS = {        # (device, quick): models, op batches, op contexts, model ba
 }
 LEDGER_MODELS = ("llama-3.2-1b", "llama-3.1-8b")     # where a token goes: one that launches bound, one that bytes bound
 QUICK_LEDGER = ("llama-3.2-1b",)
+# About how many seconds a step takes on an H100 beside its sampling: buffers, graphs, warming up. Only the estimate of
+# the time left comes from these.
+PER_MODE, PER_DECODER, PER_COMPILATION, PER_LEDGER, PER_LADDER = 0.12, 0.6, 15.0, 1.5, 2.0
+PER_CEILING = 0.35      # all of one direction and size
+
+
+class Step(NamedTuple):
+    """One measurement of a run, about `seconds` long."""
+    label: str
+    seconds: float
+    run: Callable
 
 
 def names(text):
@@ -202,19 +214,24 @@ def run_all(session, settings, backends):
     rig.vendor, rig.plans = rig.vendor and settings["vendor"], tuple(settings["plans"])
     rig.lean = quick and settings["what"] == "all"
     steps = steps_of(session, rig, settings)
-    with Progress(len(steps) + (len(sizes) * len(ceiling.DIRECTIONS) if device == "cuda" else 0)) as progress:
+    total = sum(step.seconds for step in steps)
+    if device == "cuda":
+        total += PER_CEILING * len(sizes) * len(ceiling.DIRECTIONS)
+        print(f"lab bench: {len(steps)} steps, about {total / 60:.1f} minutes if no kernel must be compiled and "
+              "nothing is recorded yet", file=sys.stderr)
+    with Progress(total) as progress:
         if device == "cuda":
             rig.ceilings = measure_ceilings(session, settings, progress)
-        for label, run in steps:
+        for step in steps:
             if session.over():
                 return False
-            progress.step(label)
-            run()
+            progress.step(step.label, step.seconds)
+            step.run()
     return True
 
 
 def steps_of(session, rig, settings):
-    """[(label, function)]: the measurements in order of importance, so that a run that is cut has the headline.
+    """The measurements in order of importance, so that a run that is cut has the headline.
 
     First the ops at the first dtype and batch, each model at its first size and its ledgers, and the ladders; then the
     models' other sizes, the ops' other batches, the compiled peers (compiling is slow), and the other dtypes.
@@ -225,39 +242,50 @@ def steps_of(session, rig, settings):
     models = [(name, b, c) for name in settings["models"] for b, c in sizes if c < shapes.preset(name).max_positions]
     early_ops, late_ops, other_dtypes, early_models, late_models, compiled = [], [], [], [], [], []
     if what in ("ops", "all") and not settings["ladder"]:
-        for dtype, point in op_points(settings):
-            few = dtype != first and not settings["all_dtypes_everywhere"]
-            run = functools.partial(measure_op, session, rig, weights, point, dtype, few)
+        for dtype, point in sorted(op_points(settings), key=lambda found: found[1].batch):    # a cut leaves whole ones
+            modes = modes_of(rig, settings, dtype, point)
+            run = functools.partial(measure_op, session, rig, weights, point, dtype, modes)
             label = f"{point.op} {point.role or ''} b{point.batch} {point.context or ''} {dtype}"
             stage = other_dtypes if dtype != first else early_ops if point.batch == settings["batches"][0] else late_ops
-            stage.append((label, run))
+            stage.append(Step(label, len(modes) * (rig.seconds + PER_MODE), run))
     if what in ("model", "all"):
+        decoders = len(rig.sides()) * PER_DECODER + 8 * rig.seconds
         for name, b, c in models:
             run = functools.partial(model_bench.measure_model, session, rig, weights, name, first, b, c)
-            (early_models if (b, c) == sizes[0] else late_models).append((f"{name} b{b} {c}", run))
+            (early_models if (b, c) == sizes[0] else late_models).append(Step(f"{name} b{b} {c}", decoders, run))
             if settings["compile"] and device == "cuda" and (b, c) == sizes[0]:
                 run = functools.partial(model_bench.measure_compiled, session, rig, weights, name, first, b, c)
-                compiled.append((f"{name} compiled", run))
+                compiled.append(Step(f"{name} compiled", decoders + PER_COMPILATION, run))
     ledgers = []
     if what in ("ledger", "all") and device == "cuda":      # device time stamps are what a ledger is made of
         size = settings["model_batches"][0], settings["model_contexts"][0]
         for name in settings["ledger_models"]:
-            ledgers += [(f"ledger {name} {backend} {plan}",
-                         functools.partial(ledger.measure, session, rig, weights, name, first, *size, backend, plan))
-                        for backend, plan in rig.sides()]
-            ledgers += [(f"swaps {name} {plan}",
-                         functools.partial(ledger.measure_swap, session, rig, weights, name, first, *size, plan))
+            given = session, rig, weights, name, first, *size
+            ledgers += [Step(f"ledger {name} {backend} {plan}", PER_LEDGER + 12 * rig.seconds,
+                             functools.partial(ledger.measure, *given, backend, plan)) for backend, plan in rig.sides()]
+            ledgers += [Step(f"swaps {name} {plan}", ledger.SWAP_SECONDS + 10 * PER_DECODER,
+                             functools.partial(ledger.measure_swap, *given, plan))
                         for plan in rig.plans if settings["swap"]]
     rungs = ladder_bench.points(device, settings["ops"]) if settings["ladder"] or (
         what == "all" and device == "cuda" and not settings["quick"]) else []
-    ladders = [(f"ladder of {point.op}", functools.partial(ladder_bench.measure, session, rig, point, first))
-               for point in rungs]
+    ladders = [Step(f"ladder of {point.op}", ladder_bench.SECONDS + PER_LADDER,
+                    functools.partial(ladder_bench.measure, session, rig, point, first)) for point in rungs]
     return [*early_ops, *early_models, *ledgers, *ladders, *late_models, *late_ops, *compiled, *other_dtypes]
 
 
-def measure_op(session, rig, weights, point, dtype, few):
+def modes_of(rig, settings, dtype, point):
+    """The modes a point is measured in. `all` has warm caches and the host's time, which hardly depend on the batch, at
+    the first batch alone."""
+    if rig.device == "cuda" and dtype != settings["dtypes"][0] and not settings["all_dtypes_everywhere"]:
+        return ops_bench.QUICK_MODES
+    if rig.device == "cuda" and settings["what"] == "all" and point.batch != settings["batches"][0]:
+        return tuple((cache, timer) for cache, timer in rig.modes if timer == "graph" and cache != "warm")
+    return rig.modes
+
+
+def measure_op(session, rig, weights, point, dtype, modes):
     weights.drop()                                  # the op's buffers take their place
-    ops_bench.measure_point(session, rig, point, dtype, ops_bench.QUICK_MODES if few else None)
+    ops_bench.measure_point(session, rig, point, dtype, modes)
 
 
 def settle_clocks():
@@ -271,7 +299,10 @@ def measure_ceilings(session, settings, progress):
     """The run's ceilings; what its records already hold is not measured again."""
     known_ones = {(r.direction, r.bytes) for r in session.of_kind("ceiling")}
     torch.cuda.empty_cache()
-    for rows in ceiling.measure(session.run, settings["quick"], progress=progress.step, known=known_ones):
+    for rows in ceiling.measure(session.run, settings["quick"], progress=lambda text: progress.step(text, PER_CEILING),
+                                known=known_ones):
         session.add(*rows)
+        if session.over():
+            break
     torch.cuda.empty_cache()
     return ceiling.Ceilings.of(session.rows)

@@ -104,8 +104,8 @@ def match(rows_a, rows_b, min_effect=BETWEEN_RUNS):
 def repeat(pairs, env_a, env_b, min_effect, run):
     """The Repeat record of two runs of one commit on one card, to stand beside `run`; None where they are not that."""
     judged = [p for p in pairs if p.verdict != FAILED]
-    if not judged or not env_a.commit or env_a.commit != env_b.commit or env_a.run == env_b.run \
-            or differences(env_a, env_b):
+    if not judged or not env_a.commit or env_a.run == env_b.run or differences(env_a, env_b) \
+            or (env_a.commit, env_a.tuned) != (env_b.commit, env_b.tuned):
         return None
     counts = Counter(p.verdict for p in judged)
     return records.Repeat(run, env_a.run, env_b.run, env_a.commit, len(judged), counts[FASTER], counts[SLOWER],

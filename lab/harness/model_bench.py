@@ -91,8 +91,9 @@ class Weights:
         return self.held
 
     def drop(self):
-        self.held = self.name = None
-        release(self.device)
+        if self.name:                               # a collection takes a tenth of a second
+            self.held = self.name = None
+            release(self.device)
 
 
 def release(device):

@@ -22,6 +22,7 @@ from lab.ops import find
 MODES = (("cold", "graph"), ("in_model", "graph"), ("warm", "graph"), ("cold", "event"))
 QUICK_MODES = (("cold", "graph"), ("cold", "event"))
 EMULATED = (("warm", "wall"),)
+QUICK_SECONDS = 0.06
 EAGER_US = 1500.0               # one eager sample lasts about this long
 FREE_SHARE = 0.6                # of the free memory, what the buffer sets may take
 
@@ -68,7 +69,7 @@ def make_rig(backends, device, ceilings, quick=False, seconds=None):
     p = torch.cuda.get_device_properties(torch.cuda.current_device())
     return Rig(device, backends, ceilings, p.multi_processor_count, p.L2_cache_size,
                timing.Flush(p.L2_cache_size, device),
-               (0.06 if quick else 0.12) if seconds is None else seconds,
+               (QUICK_SECONDS if quick else Rig.seconds) if seconds is None else seconds,
                modes=QUICK_MODES if quick else MODES)
 
 
@@ -87,8 +88,7 @@ def measure_point(session, rig, point, dtype_name, modes=None):
         return OpRow(session.run, op.name, backend, dtype_name, point.batch, point.shape, point.context, cache, timer,
                      role=point.role, models=list(point.models), emulated=timer == "wall")
 
-    wanted = rig.modes if modes is None or rig.device != "cuda" else modes
-    modes = [(c, t) for c, t in wanted if c != "in_model" or op.name in COLD]
+    modes = [(c, t) for c, t in modes or rig.modes if c != "in_model" or op.name in COLD]
     todo = [m for m in modes if not all(session.has(row(b, *m)) for b in rig.backends)]
     if not todo:
         return

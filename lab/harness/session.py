@@ -10,8 +10,8 @@ from lab.harness import card, compare, records
 class Session:
     """Writes the records of one run to `out`.
 
-    Asked again with the same settings on the same card, software and commit, it continues the last run of the file if
-    that was stopped (it has no "after" env row): what `has` says is recorded need not be measured again.
+    Asked again with the same settings on the same card, software, tables and commit, it continues the last run of the
+    file if that was stopped (it has no "after" env row): what `has` says is recorded need not be measured again.
     fresh: never continue. budget_minutes: `over()` is true after that.
     """
 
@@ -41,7 +41,8 @@ class Session:
         last = next((e for e in reversed(envs) if e.when == "before"), None)
         if fresh or last is None or any(e.run == last.run and e.when == "after" for e in envs):
             return None
-        same = last.settings == now.settings and last.commit == now.commit and not compare.differences(last, now)
+        same = (last.settings, last.commit, last.tuned) == (now.settings, now.commit, now.tuned)
+        same = same and not compare.differences(last, now)
         return last.run if same else None
 
     def add(self, *rows):
@@ -68,25 +69,26 @@ class Session:
 
 
 class Progress:
-    """A bar with the time left on stderr, where that is a terminal; nothing elsewhere."""
+    """A bar with the time left on stderr, where that is a terminal; nothing elsewhere. total: in about seconds."""
 
     def __init__(self, total):
-        self.total, self.bar = total, None
+        self.total, self.bar, self.running = total, None, 0.0
 
     def __enter__(self):
         if sys.stderr.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TextColumn, TimeRemainingColumn
-            self.bar = Bar(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            from rich.progress import BarColumn, Progress as Bar, TaskProgressColumn, TextColumn, TimeRemainingColumn
+            self.bar = Bar(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(),
                            console=Console(stderr=True), transient=True)
             self.bar.start()
             self.task = self.bar.add_task("", total=self.total)
         return self
 
-    def step(self, text):
-        """One piece of work begins."""
+    def step(self, text, seconds):
+        """A piece of work that takes about so long begins; the one before it is over."""
         if self.bar:
-            self.bar.update(self.task, advance=1, description=text[:60])
+            self.bar.update(self.task, advance=self.running, description=text[:60])
+        self.running = seconds
 
     def __exit__(self, *_):
         if self.bar:

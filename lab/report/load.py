@@ -227,7 +227,8 @@ def _about_machine(run):
 def _about_repeat(r):
     return Notice("note", f"Two runs of commit {r.commit} on one card, compared: {r.faster + r.slower} of {r.rows} rows "
                           f"({r.share:.1%}) were called faster or slower, which is the rate of false alarms "
-                          f"(`lab compare {r.a} {r.b}`; a change below {r.min_effect:.0%} is called the same).")
+                          f"(runs {r.a} and {r.b}; a change below {r.min_effect:.0%} is called the same; `make gpu-repeat` "
+                          "measures it again).")
 
 
 def _about_gaps(run):
