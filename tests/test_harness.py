@@ -20,6 +20,7 @@ from lab.errors import LabError
 from lab.harness import bench, card, ceiling, crossover, ledger, model_bench, ops_bench, records, shapes, timing
 from lab.harness.ceiling import Ceilings
 from lab.harness.records import Ceiling, LedgerRow, OpRow
+from lab.harness.session import Session
 from lab.harness.shapes import COLD
 from lab.model.config import PRESETS
 from lab.model.weights import RandomSource, load
@@ -279,6 +280,48 @@ def test_the_sets_are_expected_to_take_no_longer_than_promised(monkeypatch):
         assert 0.3 * minutes < sum(step.seconds for step in steps) / 60 < 0.9 * minutes
         torch_plans = {step.label for step in steps if "torch" in step.label}
         assert ("ledger llama-3.2-1b torch fused" in torch_plans) != settings["quick"]
+
+
+def test_every_step_of_a_made_up_gpu_is_recorded_once_and_within_its_budget(tiny, tmp_path, monkeypatch):
+    ops, calls = select("torch", "cpu"), []
+    rig = ops_bench.Rig("cuda", {"cuda": ops, "torch": ops}, None, seconds=0.0)
+
+    def failing(*args):
+        calls.append(args)
+        raise RuntimeError("no kernel image")
+
+    def measured(session, rig, weights, rows, sides, batch, context):
+        calls.append(sides)
+        for r in rows:
+            r.us = 1.0
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 30, 1 << 30))
+    monkeypatch.setattr(ops_bench, "make_rig", lambda *_: rig)
+    monkeypatch.setattr(bench, "measure_ceilings", lambda *_: Ceilings())
+    monkeypatch.setattr(bench.ladder_bench, "points", lambda *_: [])
+    monkeypatch.setattr(ops_bench, "measure_point", lambda *_: None)
+    monkeypatch.setattr(model_bench, "load", lambda *_: load(RandomSource(TINY), torch.float32, "cpu"))
+    monkeypatch.setattr(model_bench, "open_source", lambda *_: None)
+    monkeypatch.setattr(model_bench, "_measure", measured)
+    monkeypatch.setattr(ledger, "measure_backend", failing)
+    monkeypatch.setattr(ledger, "measure_swaps", failing)
+    for module in (model_bench, ledger):
+        monkeypatch.setattr(module, "alive", lambda _: None)
+    settings = bench.settings_of(bench.parse(["all", "--model", "tiny", "--batch", "1,2", "--context", "16"]))
+    session = Session(tmp_path, "cpu", settings, budget_minutes=0)
+    assert not bench.run_all(session, settings, rig.backends) and not calls
+    session.deadline = None
+    assert bench.run_all(session, settings, rig.backends)
+    rows = {kind: session.of_kind(kind) for kind in ("model", "ledger")}
+    assert [(r.batch, r.mode) for r in rows["model"] if r.mode != "eager" and r.backend == "torch"] == [
+        (1, "graph"), (1, "graph"), (2, "graph"), (2, "graph"), (1, "compile")]
+    assert [(r.backend, r.plan, r.row) for r in rows["ledger"]] == [
+        ("cuda", "basic", "total"), ("torch", "basic", "total"), ("cuda", "fused", "total"), ("torch", "fused", "total"),
+        ("triton", "basic", "swap"), ("triton", "fused", "swap")]
+    assert all("no kernel image" in r.error for r in rows["ledger"])
+    calls.clear()
+    assert bench.run_all(session, settings, rig.backends) and not calls             # all is recorded
 
 
 def test_models_that_do_not_fit_side_by_side_are_measured_plan_by_plan(monkeypatch):
@@ -708,7 +751,6 @@ def quickly(call):
 
 @gpu
 def test_what_fits_in_l2_is_not_above_the_ceiling_when_cold(measured, tmp_path):
-    from lab.harness.session import Session
     session = Session(tmp_path, "cuda", {})
     rig = ops_bench.make_rig({"torch": select("torch", "cuda")}, "cuda", measured[1])
     for point in shapes.points(["smollm2-135m"], (1,), (1024,), ["linear"]):
