@@ -255,7 +255,7 @@ def test_no_env_row(tmp_path, one_theme):
 
 def test_the_rate_of_false_alarms_is_said(tmp_path):
     page = draw(tmp_path, [env(), Repeat(env().run, "a", "b", "c0ffee", 200, 1, 2, 3, 0.015, 0.03)])
-    assert "3 of 200 rows (1.5%) were called faster or slower" in page
+    assert "3 of 200 device times (1.5%) were called faster or slower" in page
 
 
 def test_missing_backend(tmp_path, undrawn):

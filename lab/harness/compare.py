@@ -23,6 +23,7 @@ WITHIN_RUN = 0.01       # smallest relative effect called real between interleav
 BETWEEN_RUNS = 0.03     # and between two processes: memory layout, clocks and temperature differ
 RESOLUTION_US = 0.1     # differences below this are the grain of launching graph nodes, not of the kernel
 # What must be equal for two runs to be compared: a field of the env row and what to call it.
+HOST_TIMERS = ("event", "wall")
 SAME_ON_BOTH = {"device": "device", "gpu": "GPU", "driver": "driver", "cuda": "CUDA", "torch": "torch",
                 "triton": "triton", "nvcc": "nvcc", "power_limit_w": "power limit"}
 
@@ -108,8 +109,18 @@ def repeat(pairs, env_a, env_b, min_effect, run):
             or (env_a.commit, env_a.tuned) != (env_b.commit, env_b.tuned):
         return None
     counts = Counter(p.verdict for p in judged)
+    host = [p for p in judged if p.a.timer in HOST_TIMERS]
     return records.Repeat(run, env_a.run, env_b.run, env_a.commit, len(judged), counts[FASTER], counts[SLOWER],
-                          counts[AMBIGUOUS], (counts[FASTER] + counts[SLOWER]) / len(judged), min_effect)
+                          counts[AMBIGUOUS], (counts[FASTER] + counts[SLOWER]) / len(judged), min_effect,
+                          len(host), sum(p.verdict in (FASTER, SLOWER) for p in host))
+
+
+def alarms(r):
+    """What a Repeat record says, device times and host-inclusive times apart: the host has other work, too."""
+    called, device = r.faster + r.slower, r.rows - r.host_rows
+    parts = [f"{called - r.host_called} of {device} device times ({(called - r.host_called) / device:.1%})"] if device else []
+    parts += [f"{r.host_called} of {r.host_rows} host-inclusive times ({r.host_called / r.host_rows:.1%})"] if r.host_rows else []
+    return " and ".join(parts) + " were called faster or slower"
 
 
 def label(row):
@@ -177,8 +188,7 @@ def main(args):
         write_json(args.json, pairs, env_a, env_b)
     again = repeat(pairs, env_a, env_b, min_effect, env_b.run)
     if again:
-        print(f"one commit on one card, so these are false alarms: {again.faster + again.slower} of {again.rows} rows "
-              f"({again.share:.1%}) faster or slower")
+        print(f"one commit on one card, so these are false alarms: {alarms(again)}")
     if args.record:
         record(args.record, again)
     if failing:

@@ -260,6 +260,8 @@ class Repeat:
     ambiguous: int
     share: float                          # (faster + slower) / rows
     min_effect: float                     # the smallest change called faster or slower
+    host_rows: int = 0                    # of `rows`, those whose times include the host's
+    host_called: int = 0                  # of those, called faster or slower
     kind = "repeat"
     key_fields = ("a", "b")
 

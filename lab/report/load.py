@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from lab.errors import LabError
-from lab.harness import records
+from lab.harness import compare, records
 
 ABOVE = 1.02        # of the ceiling; more is a fault of the measurement, not a fast kernel
 NUMBERS = {"batch", "context", "us", "us_p10", "us_p90", "us_p99", "n", "bytes", "flops", "gbps", "of_ceiling",
@@ -225,8 +225,7 @@ def _about_machine(run):
 
 
 def _about_repeat(r):
-    return Notice("note", f"Two runs of commit {r.commit} on one card, compared: {r.faster + r.slower} of {r.rows} rows "
-                          f"({r.share:.1%}) were called faster or slower, which is the rate of false alarms "
+    return Notice("note", f"Two runs of commit {r.commit} on one card, compared: {compare.alarms(r)}: false alarms "
                           f"(runs {r.a} and {r.b}; a change below {r.min_effect:.0%} is called the same; `make gpu-repeat` "
                           "measures it again).")
 
