@@ -41,7 +41,7 @@ void silu_mul(Ptr gate_up, Ptr y, int rows, int cols, int dtype, Ptr stream);
 void sample(Ptr logits, Ptr positions, Ptr out, int rows, int vocab, float temperature, int top_k, float top_p,
             uint64_t seed, Ptr stream);
 
-// The fused ops: what a step of the fused plan launches. Above 8 rows in half precision some launch several kernels, and
+// The fused ops: what a step of the fused plan launches. Above 2 rows in half precision some launch several kernels, and
 // those with a norm need room for its rows: normed [rows, k] in x's dtype, else 0.
 
 // y[b, n] = sum over k of xn[b, k] * w[n, k] (+ bias[n]), xn = rmsnorm(x, norm_w).

@@ -1,7 +1,7 @@
 // linear: y[b, n] = sum over k of x[b, k] * w[n, k] (+ bias[n]), float32 accumulation, rounded once
 //
 //   x [rows, k]   w [n, k]   bias [n] (optional)   y [rows, n] in the dtype of x or float32     row-major, rows <= 64
-//   mapping   up to 8 rows, and float32: a warp streams 4 rows of w, its lanes share k; 2 or 4 warps do for narrow w
+//   mapping   up to 2 rows, and float32: a warp streams 4 rows of w, its lanes share k; 2 or 4 warps do for narrow w
 //             more rows in float16 or bfloat16: tensor cores; a block owns 16 to 64 rows of w, its warps share k
 //             the two cores are in stream_rows.cuh and mma_rows.cuh
 //   traffic   w once (the only traffic that counts), x once per block from L2, y once
@@ -70,7 +70,7 @@ void linear(Ptr x, Ptr w, Ptr bias, Ptr y, int rows, int n, int k, int dtype, in
              as<const T>(bias), as<void>(y), rows, n, k, out_dtype == int(DType::f32));
     };
     if constexpr (sizeof(T) == 2) {
-      if (rows > 8) {
+      if (rows > most_stream_rows()) {
         return by_mma_shape<T, 1>(rows, n, k, tuned, [&](auto shape) {
           using C = typename decltype(shape)::type;
           start("linear_mma_kernel", ceil_div(n, C::kOutputs), C::kThreads, sizeof(MmaSmem<T, C>),
@@ -78,7 +78,7 @@ void linear(Ptr x, Ptr w, Ptr bias, Ptr y, int rows, int n, int k, int dtype, in
         });
       }
     }
-    by_stream_shape<T, 1, 8>(rows, n, k, rows, tuned, [&](auto shape) {
+    by_stream_shape<T, 1, 8, true>(rows, n, k, rows, tuned, [&](auto shape) {
       using C = typename decltype(shape)::type;
       start("linear_stream_kernel", stream_blocks<C>(n, false, tuned), C::kThreads, staged_smem_bytes<T, C>(k),
             linear_stream_kernel<T, C>);

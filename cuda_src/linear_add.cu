@@ -1,7 +1,7 @@
 // linear_add: residual[b, n] += sum over k of x[b, k] * w[n, k] (+ bias[n]), float32 arithmetic, rounded once
 //
 //   x [rows, k]   w [n, k]   bias [n] (optional)   residual [rows, n]     row-major, rows <= 64
-//   mapping   as linear: CUDA cores up to 8 rows and for float32, tensor cores for more
+//   mapping   as linear: CUDA cores up to 2 rows and for float32, tensor cores for more
 //   traffic   w once (the only traffic that counts), x once per block from L2, residual read and written once
 //   contract  lab/ops/linear_add.py          twin  triton_kernels/linear_add.py
 #include "common.cuh"
@@ -79,7 +79,7 @@ void linear_add(Ptr x, Ptr w, Ptr bias, Ptr residual, int rows, int n, int k, in
              as<const T>(bias), as<T>(residual), rows, n, k);
     };
     if constexpr (sizeof(T) == 2) {
-      if (rows > 8) {
+      if (rows > most_stream_rows()) {
         return by_mma_shape<T, 1>(rows, n, k, tuned, [&](auto shape) {
           using C = typename decltype(shape)::type;
           start("linear_add_mma_kernel", ceil_div(n, C::kOutputs), C::kThreads, sizeof(MmaSmem<T, C>),
@@ -87,7 +87,7 @@ void linear_add(Ptr x, Ptr w, Ptr bias, Ptr residual, int rows, int n, int k, in
         });
       }
     }
-    by_stream_shape<T, 1, 8>(rows, n, k, rows, tuned, [&](auto shape) {
+    by_stream_shape<T, 1, 8, true>(rows, n, k, rows, tuned, [&](auto shape) {
       using C = typename decltype(shape)::type;
       start("linear_add_stream_kernel", stream_blocks<C>(n, false, tuned), C::kThreads, staged_smem_bytes<T, C>(k),
             linear_add_stream_kernel<T, C>);

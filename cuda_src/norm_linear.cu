@@ -2,7 +2,7 @@
 //
 //   x [rows, k]   norm_w [k]   w [n, k]   bias [n] (optional)   y [rows, n] in the dtype of x or float32     rows <= 64
 //   normed [rows, k]: workspace of the tensor-core path
-//   mapping   up to 8 rows, and float32: as linear; each block normalises the rows for itself, into shared memory
+//   mapping   up to 2 rows, and float32: as linear; each block normalises the rows for itself, into shared memory
 //             more rows in float16 or bfloat16: rmsnorm's kernel, then linear's for tensor cores
 //   traffic   w once (the only traffic that counts), x and norm_w once per block from L2, y once
 //   contract  lab/ops/norm_linear.py          twin  triton_kernels/norm_linear.py
@@ -47,7 +47,7 @@ void norm_linear(Ptr x, Ptr norm_w, Ptr w, Ptr bias, Ptr y, Ptr normed, int rows
   by_dtype(dtype, [&](auto tag) {
     using T = decltype(tag);
     const Settings tuned = settings::find("norm_linear", sizeof(T), rows, {n, k});
-    if (sizeof(T) == 2 && rows > 8) {
+    if (sizeof(T) == 2 && rows > most_stream_rows()) {
       need_normed("norm_linear", normed);
       rmsnorm(x, norm_w, 0, normed, rows, 1, k, k, k, eps, dtype, stream_);
       return linear(normed, w, bias, y, rows, n, k, dtype, out_dtype, stream_);

@@ -4,7 +4,7 @@
 //   x [rows, k]   norm_w [k]   w [n, k]   logits [rows, n] float32   ids [rows] int32     rows <= 64
 //   scratch [rows, 2 * 4096 + 4] int32: of each block the value (float32 bits) and the index of its best, then a ticket
 //   normed [rows, k]: workspace of the tensor-core path
-//   mapping   up to 8 rows, and float32: as norm_linear; a block keeps its best, the last to finish compares them
+//   mapping   up to 2 rows, and float32: as norm_linear; a block keeps its best, the last to finish compares them
 //             more rows in float16 or bfloat16: the kernels of rmsnorm, linear and sample, one after the other
 //   traffic   w once (the only traffic that counts), logits written once
 //   contract  lab/ops/norm_linear_argmax.py          twin  triton_kernels/norm_linear_argmax.py
@@ -95,7 +95,7 @@ void norm_linear_argmax(Ptr x, Ptr norm_w, Ptr w, Ptr logits, Ptr scratch, Ptr n
   by_dtype(dtype, [&](auto tag) {
     using T = decltype(tag);
     const Settings tuned = settings::find("norm_linear_argmax", sizeof(T), rows, {n, k});
-    if (sizeof(T) == 2 && rows > 8) {
+    if (sizeof(T) == 2 && rows > most_stream_rows()) {
       need_normed("norm_linear_argmax", normed);
       rmsnorm(x, norm_w, 0, normed, rows, 1, k, k, k, eps, dtype, stream_);
       linear(normed, w, 0, logits, rows, n, k, dtype, int(DType::f32), stream_);

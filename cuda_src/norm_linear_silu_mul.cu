@@ -74,7 +74,7 @@ void norm_linear_silu_mul(Ptr x, Ptr norm_w, Ptr w, Ptr y, Ptr normed, int rows,
     using T = decltype(tag);
     const Settings tuned = settings::find("norm_linear_silu_mul", sizeof(T), rows, {n, k});
     if constexpr (sizeof(T) == 2) {
-      if (rows > 8) {
+      if (rows > most_stream_rows()) {
         need_normed("norm_linear_silu_mul", normed);
         rmsnorm(x, norm_w, 0, normed, rows, 1, k, k, k, eps, dtype, stream_);
         return by_mma_shape<T, 2>(rows, n, k, tuned, [&](auto shape) {

@@ -18,9 +18,9 @@ size_t norm_smem_bytes(int k) {
   return sizeof(NormSmem<T, C>) + size_t(C::B) * k * sizeof(T);
 }
 
-// More than 8 rows of half precision pass through memory on their way to the tensor cores: the caller gives the room.
+// More than 2 rows of half precision pass through memory on their way to the tensor cores: the caller gives the room.
 inline void need_normed(const char* op, Ptr normed) {
-  if (!normed) throw std::invalid_argument(std::string(op) + ": more than 8 rows of half precision need `normed`");
+  if (!normed) throw std::invalid_argument(std::string(op) + ": more than 2 rows of half precision need `normed`");
 }
 
 // Calls f with the shape of a launch whose blocks keep the normalised rows in shared memory; see by_stream_shape.
@@ -29,7 +29,7 @@ inline void by_normed_shape(int rows, int outputs, int k, const Settings& tuned,
   constexpr int kLimit = 64 * 1024;               // a third of a multiprocessor's, so that blocks share it
   const int64_t row = int64_t(k) * sizeof(T);
   const int batch = 8 * row <= kLimit ? 8 : 4 * row <= kLimit ? 4 : 2 * row <= kLimit ? 2 : 1;
-  by_stream_shape<T, Parts, 32>(rows, outputs, k, batch, tuned, f);
+  by_stream_shape<T, Parts, 32, false>(rows, outputs, k, batch, tuned, f);
 }
 
 template <typename T, typename C>

@@ -18,7 +18,6 @@ struct Settings {
   int share = 0;                                  // warps that share rows of w: 1, 2 or 4 (stream_rows.cuh)
   int resident = 0;                               // blocks for each multiprocessor, which then walk over the outputs;
                                                   // a number that is too large to fit gives each set of outputs its own
-  int ring = 0;                                   // 1: weights on their way wait in shared memory, not in registers
   int tiles = 0;                                  // 16-row tiles of w that a block owns: 1, 2 or 4 (mma_rows.cuh)
   int least = 0;                                  // tokens that a split has at least (mma_attention.cuh)
 };
@@ -49,7 +48,6 @@ inline Settings parse(const std::map<std::string, int>& values) {
     if (value < 0) throw std::invalid_argument("launch setting " + name + ": negative");
     if (name == "share") s.share = value;
     else if (name == "resident") s.resident = value;
-    else if (name == "ring") s.ring = value;
     else if (name == "tiles") s.tiles = value;
     else if (name == "least") s.least = value;
     else throw std::invalid_argument("no launch setting is called " + name);

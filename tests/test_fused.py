@@ -110,5 +110,5 @@ def test_a_tensor_core_batch_needs_room_for_its_normed_rows():
     host = load_backend("cuda", torch.device("cpu")).extension
     x, w = torch.zeros(9, 8, dtype=torch.bfloat16), torch.zeros(4, 8, dtype=torch.bfloat16)
     y, code = torch.empty(9, 4, dtype=torch.bfloat16), DTYPE_CODES[torch.bfloat16]
-    with pytest.raises(ValueError, match="norm_linear: more than 8 rows of half precision need `normed`"):
+    with pytest.raises(ValueError, match="norm_linear: more than 2 rows of half precision need `normed`"):
         host.norm_linear(x.data_ptr(), x.data_ptr(), w.data_ptr(), 0, y.data_ptr(), 0, 9, 4, 8, 1e-5, code, code, 0)

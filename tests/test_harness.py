@@ -562,7 +562,8 @@ class Replayed(timing.WallTimed):
         self.graph = self
         self.replay = graph.replay if graph else lambda: [call() for call in calls]
         super().__init__(self.replay, before)
-        before()                                                # capturing moves nothing on
+        if before:
+            before()                                            # capturing moves nothing on
 
 
 @pytest.mark.parametrize("backend, row", [("cuda", "chain"), ("torch", "kernel")])

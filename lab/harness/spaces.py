@@ -24,20 +24,18 @@ def power_of_two(n):
 # ---- CUDA ------------------------------------------------------------------------------------------------------------
 
 def streams(rows, itemsize, n, k, parts=1):
-    """Warps that share a row, blocks of a multiprocessor, and where weights wait, of stream_rows.cuh."""
-    found, aligned = [], k * itemsize % 16 == 0
-    for share in (1, 2, 4) if aligned else (0,):
+    """Warps that share a row, and blocks of a multiprocessor, of stream_rows.cuh."""
+    found = []
+    for share in (1, 2, 4) if k * itemsize % 16 == 0 else (0,):
         blocks = -(-n * parts * max(share, 1) // 16)
-        for ring in (0, 1) if aligned and rows == 1 and itemsize == 2 else (0,):
-            base = dict(share=share, ring=1) if ring else dict(share=share)
-            found += [dict(base, resident=p) for p in ((2, 3, 4, 6) if ring else (1, 2, 3, 4, 6)) if p * 108 < blocks]
-            found.append(dict(base, resident=ALL))
+        found += [dict(share=share, resident=p) for p in (1, 2, 3, 4, 6) if p * 108 < blocks]
+        found.append(dict(share=share, resident=ALL))
     return found
 
 
 def cuda_product(rows, itemsize, n, k, parts=1, mma=True):
     """mma: the op has a tensor-core kernel of its own; else more rows go by rmsnorm's and linear's settings."""
-    if rows <= 8 or itemsize == 4:
+    if rows <= 2 or itemsize == 4:
         return streams(rows, itemsize, n, k, parts)
     if not mma or k * itemsize % 16 or 16 < rows <= 32:
         return []
