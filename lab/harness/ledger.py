@@ -6,8 +6,9 @@ Four measurements make an account:
      step's calls of the first k uses, in the step's order, in place, on every layer's own weights and KV. The time of
      use k is T(k) - T(k-1): what the token grows by when its calls join those before. The sum is T(all) exactly. What
      a kernel hides behind another is a gain of the later use. Each sample follows a whole token, so L2 holds what it
-     holds when tokens follow each other, and that follows the chain itself: what the device keeps of a graph in order to
-     launch it is then as old as it is for a token after a token (without that, 0.15 us more for each of Triton's kernels).
+     holds when tokens follow each other. That token is a graph of its own, before the sample of the token, too: replays
+     of one graph in a row were faster than replays that alternate with another graph's (SmolLM2-135M, Triton, basic plan,
+     on an H100: 722 us, and the same calls in a graph that alternates 774).
   3. Kernels: device time stamps (torch's profiler, CUPTI) of the token's kernels. Which op launched which comes from
      one eager step with a marker kernel around every op; the order of kernels in the graph is the same.
   4. A graph of nothing: what launching a graph costs, which the token pays once.
@@ -339,25 +340,20 @@ def measure_backend(base, rig, weights, ops, batch, context):
     graph = step.graph
     calls = record_step(decoder)                     # with bytes; the marked step below has the kernels
 
-    def timed(mine, existing=None):
-        """A graph of these calls, to be sampled as tokens are: itself one token ago, then a whole token."""
-        entry = timing.GraphTimed([_all(mine)], graph=existing)
+    last = functools.partial(decoder.state.clone().add_, decoder.live)
+    whole = timing.GraphTimed([_all([functools.partial(decoder.run_plan, decoder, GREEDY)])], step.before)
 
-        def before():
-            torch.cuda._sleep(AHEAD)
-            for earlier in (entry.graph, graph):
-                step.before()
-                earlier.replay()
-            step.before()
-        entry.before = before
-        return entry
+    def before():                                    # a whole token, by a graph that is no entry: see chains, above
+        torch.cuda._sleep(AHEAD)
+        step.before()
+        whole.graph.replay()
+        step.before()
 
-    made = chains(calls, functools.partial(decoder.state.clone().add_, decoder.live))
-    entries = {use: timed(mine) for use, mine in made.items()}
-    entries["token"] = timed([], graph)
+    entries = {use: timing.GraphTimed([_all(mine)], before) for use, mine in chains(calls, last).items()}
+    entries["token"] = timing.GraphTimed([step], before, graph=graph)
     one = torch.zeros(1, device=rig.device)
     for count in (1, 1 + NULLS):
-        entries[f"{count} nulls"] = timed([functools.partial(one.add_, 1)] * count)
+        entries[f"{count} nulls"] = timing.GraphTimed([_all([functools.partial(one.add_, 1)] * count)], before)
     stats = timing.measure(entries, rig.seconds * len(entries), 20, 200)
     token, single, many = (stats.pop(key) for key in ("token", "1 nulls", f"{1 + NULLS} nulls"))
     launch_us = max(0.0, single.us - (many.us - single.us) / NULLS)
@@ -381,7 +377,7 @@ def measure_backend(base, rig, weights, ops, batch, context):
     overlap = ((base["backend"], base["plan"]) in DEPENDENT
                or overlap_us(replays, len(order)) > OVERLAP * token.us)
     rows = account(base, calls, order, times, token, stats, launch_us, rig.ceilings, overlap)
-    for entry in entries.values():
+    for entry in (whole, *entries.values()):
         entry.close()
     return rows
 
