@@ -101,7 +101,8 @@ RUNGS = (
          "With 4096 rows every SM already has its share of warps; narrow matrices gain more.", **VECTORS),
     Rung("linear", 8, "Tensor cores", "a warp multiplies 16 rows of w with 8 rows of x by one instruction",
          "nothing at one row of x, which memory binds; at 8 rows w is read once where rungs below read it 8 times", 1.0,
-         "", needs="float16 or bfloat16, rows of a multiple of 16 bytes", fits=_half_vectors),
+         "At one row of x the multiply's other seven columns are wasted, and what they cost is not hidden: w passes "
+         "through shared memory, and fewer warps send for it.", needs="float16 or bfloat16, rows of a multiple of 16 bytes", fits=_half_vectors),
     Rung("linear", 9, "Product", "4 rows of w a warp share each load of x, loads are replaced as they are used, the "
          "first leave before the kernel before this one has ended",
          "a quarter of the reads of x, and no start-up gap between kernels", 1.05,
@@ -138,16 +139,21 @@ RUNGS = (
          "half the lanes carry a token, a quarter of the loads carry its bytes", 1.5,
          "The chain from score to new maximum to sum is as long as before, and there are no more warps.", **HEADS),
     Rung("decode_attention", 4, "Split-KV", "blocks share a sequence's context, 4 warps a part; a second kernel merges",
-         "256 warps, one or two an SM, become thousands", 4.0, "", **HEADS),
+         "256 warps, one or two an SM, become thousands", 4.0,
+         "Each query head still reads the cache for itself: once there are warps enough, L2 is what they wait for, and the "
+         "next rung takes that away.", **HEADS),
     Rung("decode_attention", 5, "Group", "a block serves all query heads of a KV head",
          "each key and value is asked for once, not four times", 1.2,
          "L2 had caught the repeats, and a quarter of the blocks is left: what is saved in requests is lost in loads "
          "in flight. The next rung brings them back.", **HEADS),
     Rung("decode_attention", 6, "Pipeline", "a cp.async ring keeps three tokens of each lane in flight",
-         "three times the bytes in flight", 1.3, "", **HEADS),
+         "three times the bytes in flight", 1.3,
+         "Many small blocks had most of those bytes in flight already.", **HEADS),
     Rung("decode_attention", 7, "Product", "a tile serves all warps of a block, four tokens a lane share one step of "
          "the softmax, and the last block merges: no second kernel",
-         "fewer exponentials and shuffles a token, one launch", 1.2, ""),
+         "fewer exponentials and shuffles a token, one launch", 1.2,
+         "At this size DRAM is nearly busy before; the single launch and the merge by the last block pay where contexts "
+         "are short."),
 )
 OPS = tuple(dict.fromkeys(rung.op for rung in RUNGS))
 

@@ -2,9 +2,12 @@
 import textwrap
 
 from lab.report import style
+from lab.rungs import RUNGS
 from lab.report.figures import (Figure, amount, command, conditions, from_zero_or_log, legend, line, names, table,
                                 times, unit, with_share)
 from lab.report.ops import shape_text
+
+SAME = 0.01         # a shortfall by less is none
 
 
 def of_run(run):
@@ -77,7 +80,8 @@ def shortfalls(run, rows):
     words = []
     for row in rows.itertuples():
         promised = row.config.get("promised", 1.0)
-        if row.gain == row.gain and isinstance(promised, (int, float)) and promised > 1 and row.gain < promised:
+        if row.gain == row.gain and isinstance(promised, (int, float)) and row.gain < promised * (1 - SAME):
+            why = row.note or next((r.otherwise for r in RUNGS if (r.op, r.number) == (row.op, row.rung)), "")
             words.append(f"{style.backend(row.backend).label} {row.rung:.0f}. {row.name} gained {row.gain:.2f}x where "
-                         f"{promised:g}x was promised. {row.note}".strip())
+                         f"{promised:g}x was promised. {why}".strip())
     return " ".join(words) or "Every rung gained what it promised."

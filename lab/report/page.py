@@ -242,8 +242,8 @@ def _focus_words(run, f):
 def _tiles(run, f):
     """[(figure, what it is, detail)]: the few numbers that a reader wants first."""
     tiles = []
-    if run.best_ceiling() and not run.emulated:
-        tiles.append((f"{run.best_ceiling():,.0f} GB/s", "measured ceiling", "the best plain stream of this run"))
+    if run.best_ceiling("read") and not run.emulated:
+        tiles.append((f"{run.best_ceiling('read'):,.0f} GB/s", "measured ceiling", "the best plain read of this run"))
     for model in model_figures.models(run):
         rows = model_figures.series(run, model)
         if not len(rows):
