@@ -2,6 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/ready
+MEASURED := $(or $(OUT),out/gpu-bench)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build demo test oracle gpu-check gpu-bench gpu-repeat report clean clean-all
@@ -40,15 +41,15 @@ gpu-check: build  ## needs a GPU: GPU tests, compute-sanitizer on every op, gree
 	@$(PY) -m lab.gpu_check --out $(or $(OUT),out/gpu-check) $(MODEL:%=--model %) $(STEPS:%=--steps %)
 
 gpu-bench: build  ## needs a GPU: ops, models, ledgers and ladders measured into OUT=... (QUICK=1; BUDGET=minutes)
-	@$(PY) -m lab bench all --out $(or $(OUT),out/gpu-bench) --budget-minutes $(or $(BUDGET),10) $(if $(QUICK),--quick)
-	-@$(PY) -m lab inspect --all --out $(or $(OUT),out/gpu-bench)
-	@$(PY) -m lab report $(or $(OUT),out/gpu-bench)
+	@$(PY) -m lab bench all --out $(MEASURED) --budget-minutes $(or $(BUDGET),10) $(if $(QUICK),--quick)
+	-@$(PY) -m lab inspect --all --out $(MEASURED)
+	@$(PY) -m lab report $(MEASURED)
 
 gpu-repeat: build  ## needs a GPU: two quick runs compared; the rate of false alarms joins the last run in OUT=...
-	@test -e $(or $(OUT),out/gpu-bench)/records.jsonl || { echo "no records to join: make gpu-bench first"; exit 2; }
+	@test -e $(MEASURED)/records.jsonl || { echo "no records to join: make gpu-bench first"; exit 2; }
 	@for i in 1 2; do $(PY) -m lab bench all --quick --fresh --out out/repeat/$$i || exit 1; done
-	@$(PY) -m lab compare out/repeat/1 out/repeat/2 --fail-on-slower 99% --record $(or $(OUT),out/gpu-bench)
-	@$(PY) -m lab report $(or $(OUT),out/gpu-bench)
+	@$(PY) -m lab compare out/repeat/1 out/repeat/2 --fail-on-slower 99% --record $(MEASURED)
+	@$(PY) -m lab report $(MEASURED)
 
 report:  ## draws reports/h100 again from its committed records
 	@$(PY) -m lab report reports/h100

@@ -7,7 +7,8 @@
 
 namespace lab {
 
-// Shared memory of a block: the tiles, then in their place what the block's parts, and at last the splits, merge.
+// Shared memory of a block: the tiles; then in their place what the block's parts merge, with the result behind it for a
+// cluster; and at last what the splits merge.
 template <typename A>
 inline size_t attention_smem_bytes(int group, int splits) {
   constexpr int kParts = sizeof(typename A::T) == 4 || kHost ? 16 : 4;  // at most

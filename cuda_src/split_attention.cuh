@@ -111,9 +111,8 @@ struct SplitAttention {
     merge_in_last_block(out, partial, tickets);
   }
 
-  LAB_DEVICE bool in_cluster() const { return used <= blocks_of_cluster(); }
-
  private:
+  LAB_DEVICE bool in_cluster() const { return used <= blocks_of_cluster(); }
   static LAB_DEVICE int blocks_of_cluster() {
 #if LAB_SM90
     return int(cluster_size());

@@ -102,7 +102,8 @@ RUNGS = (
     Rung("linear", 8, "Tensor cores", "a warp multiplies 16 rows of w with 8 rows of x by one instruction",
          "nothing at one row of x, which memory binds; at 8 rows w is read once where rungs below read it 8 times", 1.0,
          "At one row of x the multiply's other seven columns are wasted, and what they cost is not hidden: w passes "
-         "through shared memory, and fewer warps send for it.", needs="float16 or bfloat16, rows of a multiple of 16 bytes", fits=_half_vectors),
+         "through shared memory, and fewer warps send for it.",
+         needs="float16 or bfloat16, rows of a multiple of 16 bytes", fits=_half_vectors),
     Rung("linear", 9, "Product", "4 rows of w a warp share each load of x, loads are replaced as they are used, the "
          "first leave before the kernel before this one has ended",
          "a quarter of the reads of x, and no start-up gap between kernels", 1.05,
@@ -140,8 +141,8 @@ RUNGS = (
          "The chain from score to new maximum to sum is as long as before, and there are no more warps.", **HEADS),
     Rung("decode_attention", 4, "Split-KV", "blocks share a sequence's context, 4 warps a part; a second kernel merges",
          "256 warps, one or two an SM, become thousands", 4.0,
-         "Each query head still reads the cache for itself: once there are warps enough, L2 is what they wait for, and the "
-         "next rung takes that away.", **HEADS),
+         "Each query head still reads the cache for itself: once there are warps enough, L2 is what they wait for, and "
+         "the next rung takes that away.", **HEADS),
     Rung("decode_attention", 5, "Group", "a block serves all query heads of a KV head",
          "each key and value is asked for once, not four times", 1.2,
          "L2 had caught the repeats, and a quarter of the blocks is left: what is saved in requests is lost in loads "

@@ -10,9 +10,9 @@ import torch
 from lab.errors import LabError
 from triton_kernels import interpreter
 
+SHARED_MEMORY_CARVEOUT = 9      # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+_shared_most = weakref.WeakSet()        # the compiled kernels that prefer_shared has seen to
 _trace = None           # kernel names launched since the last take_trace(), or None
-_shared_most = weakref.WeakSet()                # compiled kernels of which prefer_shared has seen to
-SHARED_MEMORY_CARVEOUT = 9                      # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
 _recording = None       # (architecture, list of Launch) while launches are recorded instead of run
 
 

@@ -22,8 +22,8 @@ VERDICTS = (SLOWER, FAILED, AMBIGUOUS, FASTER, SAME)      # the order of the tab
 WITHIN_RUN = 0.01       # smallest relative effect called real between interleaved measurements of one process
 BETWEEN_RUNS = 0.03     # and between two processes: memory layout, clocks and temperature differ
 RESOLUTION_US = 0.1     # differences below this are the grain of launching graph nodes, not of the kernel
+HOST_TIMERS = ("event", "wall")     # whose times include the host's
 # What must be equal for two runs to be compared: a field of the env row and what to call it.
-HOST_TIMERS = ("event", "wall")
 SAME_ON_BOTH = {"device": "device", "gpu": "GPU", "driver": "driver", "cuda": "CUDA", "torch": "torch",
                 "triton": "triton", "nvcc": "nvcc", "power_limit_w": "power limit"}
 
@@ -117,10 +117,10 @@ def repeat(pairs, env_a, env_b, min_effect, run):
 
 def alarms(r):
     """What a Repeat record says, device times and host-inclusive times apart: the host has other work, too."""
-    called, device = r.faster + r.slower, r.rows - r.host_rows
-    parts = [f"{called - r.host_called} of {device} device times ({(called - r.host_called) / device:.1%})"] if device else []
-    parts += [f"{r.host_called} of {r.host_rows} host-inclusive times ({r.host_called / r.host_rows:.1%})"] if r.host_rows else []
-    return " and ".join(parts) + " were called faster or slower"
+    kinds = (("device", r.faster + r.slower - r.host_called, r.rows - r.host_rows),
+             ("host-inclusive", r.host_called, r.host_rows))
+    return " and ".join(f"{called} of {rows} {kind} times ({called / rows:.1%})" for kind, called, rows in kinds if rows) \
+        + " were called faster or slower"
 
 
 def label(row):

@@ -304,31 +304,37 @@ def short(name):
 def measure(session, rig, weights, name, dtype_name, batch, context, backend, plan):
     """Records the ledger of a model under a backend and plan, once. weights: model_bench.Weights."""
     base = dict(run=session.run, model=name, backend=backend, plan=plan, dtype=dtype_name, batch=batch, context=context)
-    if any(r.row != "swap" and all(getattr(r, f) == v for f, v in base.items()) for r in session.of_kind("ledger")):
-        return
-    try:
+
+    def made():
         rows = measure_backend(base, rig, weights.of(name), rig.backends[backend], batch, context)
-    except Exception as e:                          # one ledger that cannot be made must not cost what comes after it
-        rows = [LedgerRow(**base, row="total", error=one_line(e))]
-    for order, row in enumerate(rows):
-        row.order = order
-    session.add(*rows)
-    model_bench.release(rig.device)
-    alive(f"the ledger of {name} under {backend}")
+        for order, row in enumerate(rows):
+            row.order = order
+        return rows
+    _record(session, rig, base, LedgerRow(**base, row="total"), made)
 
 
 def measure_swap(session, rig, weights, name, dtype_name, batch, context, plan):
     """Records a token per op swapped of a model and plan, once; see measure_swaps."""
-    base = dict(run=session.run, model=name, plan=plan, dtype=dtype_name, batch=batch, context=context, row="swap")
-    if any(all(getattr(r, f) == v for f, v in base.items()) for r in session.of_kind("ledger")):
+    base = dict(run=session.run, model=name, plan=plan, dtype=dtype_name, batch=batch, context=context)
+    _record(session, rig, base, LedgerRow(**base, backend="triton", row="swap"),
+            lambda: measure_swaps(session.run, rig, weights.of(name), name, plan, dtype_name, batch, context))
+
+
+def _record(session, rig, base, failed, made):
+    """Records the rows that made() returns, unless the session has rows of these fields; where it cannot make them, the
+    row `failed` with the error: one ledger must not cost what comes after it. Swaps and accounts are told apart."""
+    swap = failed.row == "swap"
+    if any((r.row == "swap") == swap and all(getattr(r, f) == v for f, v in base.items())
+           for r in session.of_kind("ledger")):
         return
     try:
-        rows = measure_swaps(session.run, rig, weights.of(name), name, plan, dtype_name, batch, context)
+        rows = made()
     except Exception as e:
-        rows = [LedgerRow(**base, backend="triton", error=one_line(e))]
+        failed.error = one_line(e)
+        rows = [failed]
     session.add(*rows)
     model_bench.release(rig.device)
-    alive(f"the swaps of {name}")
+    alive(f"the swaps of {failed.model}" if swap else f"the ledger of {failed.model} under {failed.backend}")
 
 
 def measure_backend(base, rig, weights, ops, batch, context):

@@ -53,7 +53,10 @@ def norm_slack(x, norm_w, eps, w):
 
 
 def workspace(x):
-    """Where CUDA passes the normed rows of a tensor-core batch through memory: its room, [batch, k]; else None."""
+    """Where CUDA passes the normed rows of a tensor-core batch through memory: its room, [batch, k]; else None.
+
+    Which batches those are: most_stream_rows() of cuda_src/sizes.h.
+    """
     return torch.empty_like(x) if x.shape[0] > 2 and x.element_size() == 2 else None
 
 
