@@ -179,7 +179,7 @@ LAB_DEVICE void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%
 // Asynchronous 16-byte copy from global to shared memory, past L1. Zero-fills when !valid (src is then not read, but
 // must still be a legal address). Visible to this thread after cp_async_wait, to others after a barrier as well.
 LAB_DEVICE void cp_async16(void* dst, const void* src, bool valid = true) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem_address(dst)), "l"(src), "r"(valid ? 16 : 0)
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(smem_address(dst)), "l"(src), "r"(valid ? 16 : 0)
                : "memory");
 }
 LAB_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -272,7 +272,8 @@ LAB_DEVICE void pdl_wait() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
-// Lets the following kernel start its prologue once every block has called this or ended.
+// Lets the following kernel start its prologue once every block has called this or ended. Called before pdl_wait(), it
+// lets that kernel come while others before this one still run: nothing but weights may then be read in its prologue.
 LAB_DEVICE void pdl_launch_dependents() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

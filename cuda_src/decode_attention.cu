@@ -64,7 +64,7 @@ void decode_attention(Ptr q, Ptr k_cache, Ptr v_cache, Ptr block_table, Ptr cont
       using A = typename decltype(core)::type;
       const unsigned cluster = attention_cluster(splits, kv_heads, batch);
       launch({dim3(round_up(splits, cluster), kv_heads, batch), dim3(A::threads(group)),
-              attention_smem_bytes<A>(group, splits), stream, false, cluster},
+              attention_smem_bytes<A>(group, splits), stream, true, cluster},
              "decode_attention_kernel", decode_attention_kernel<A>, as<const T>(q), cache, as<const int>(context_lens),
              as<T>(out), as<float>(partial), as<unsigned>(tickets), splits, group, q_stride, scale * 1.4426950408889634f,
              tuned.least);

@@ -48,6 +48,7 @@ struct LaneAttention : SplitAttention<T, D> {
   LAB_DEVICE void start() {
     look_up(0);
     for (int t = 0; t < kStages - 1; ++t) copy(t);
+    pdl_launch_dependents();
   }
   // Heads beyond the group are zero.
   LAB_DEVICE void load_query(float scale_log2) {
@@ -58,14 +59,12 @@ struct LaneAttention : SplitAttention<T, D> {
       LAB_UNROLL
       for (int e = 0; e < N; ++e) query[h][e] *= scale_log2;
     }
-    release(-1);
   }
   // Waits for tile t, sends for the next to come, and puts a new token where the copies left zeros.
   LAB_DEVICE void wait_for(int t) {
     cp_async_wait<kStages - 2>();
     __syncthreads();                              // tile t has landed for all, and all are done with tile t - 1
     copy(t + kStages - 1);
-    release(t);
     if (stored < end && t == count - 1) {
       if (live && threadIdx.x < L) {
         const int row = stored - begin - t * kTokens;
@@ -148,10 +147,6 @@ struct LaneAttention : SplitAttention<T, D> {
   }
 
  private:
-  // Lets the next kernel come once the block has sent for its last tile: its own loads then follow at the heels.
-  LAB_DEVICE void release(int t) const {
-    if (t + kStages >= count) pdl_launch_dependents();
-  }
   LAB_DEVICE void look_up(int t) {
     const int row0 = threadIdx.x / L, row_step = blockDim.x / L;
     LAB_UNROLL

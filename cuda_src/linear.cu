@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
   for (int b0 = 0; b0 < rows; b0 += C::B) {
     // 2. Stream: U * R independent 16-byte loads are in flight; each is replaced as soon as it is used. The first leave
     // before the wait, for weights depend on no earlier kernel. x comes from shared memory.
-    stream.start();
+    stream.start(true);
     StagedRows<T, C> x_rows(x, b0, rows, k);
     for (; stream.more(); stream.next()) {
       float base[C::kMine] = {}, acc[C::R][C::B][C::kLanes] = {}, sums[C::R * C::B];

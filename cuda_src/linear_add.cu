@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
   for (int b0 = 0; b0 < rows; b0 += C::B) {
     // 2. Stream: the first weights leave before the wait; x comes from shared memory. What the sums are added to is loaded
     // long before its use.
-    stream.start();
+    stream.start(true);
     StagedRows<T, C> x_rows(x, b0, rows, k);
     for (; stream.more(); stream.next()) {
       float base[C::kMine] = {}, acc[C::R][C::B][C::kLanes] = {}, sums[C::R * C::B];

@@ -117,7 +117,7 @@ LAB_DEVICE void start_normed(RowStream<T, C>& stream, NormSmem<T, C>& shared, co
                              int rows, float eps) {
   NormRows<T, C> norm;
   norm.start(norm_w, stream.k);
-  stream.start();
+  stream.start(false);                            // what comes next may be attention, whose prologue reads the cache
   if (b0 > 0) __syncthreads();                    // the rows before these have been multiplied
   norm.run(shared, x, norm_w, b0, rows, stream.k, eps);
 }

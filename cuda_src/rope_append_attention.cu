@@ -69,8 +69,8 @@ __global__ void __launch_bounds__(A::kMaxThreads, 1)
                                  const int* positions, const float* cos_sin, PagedCache<T> cache, T* out,
                                  float* partial, unsigned* tickets, int splits, int group, int64_t q_stride, int64_t k_stride,
                                  int64_t v_stride, float scale_log2, int least) {
-  // 1. Locate: as decode_attention. What is older than the preceding kernel may be read before the wait: the position,
-  // the table and the cache, so the first tiles leave here.
+  // 1. Locate: as decode_attention. What is older than the preceding kernel, which has itself waited, may be read before
+  // the wait: the position, the table and the cache, so the first tiles leave here.
   constexpr int D = A::D;
   const int position = positions[blockIdx.z];     // negative: an idle row, which has no token at all
   A attention(cache, splits, group, position + 1, position, least);

@@ -175,7 +175,7 @@ struct SplitAttention {
       factors[i] = exp2f(stats[i * 2] - top);
     }
     __syncthreads();
-    constexpr int kAhead = 8;                     // splits whose loads are in flight together
+    constexpr int kAhead = 11;                    // splits whose loads are in flight together: a third of an H100's 33
     for (int i = threadIdx.x * 4; i < group * D; i += blockDim.x * 4) {
       const float* sums = published(partial) + i;
       float total = 0.f;

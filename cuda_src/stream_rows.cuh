@@ -82,14 +82,16 @@ struct RowStream {
   }
 
   // Issues the first loads of this block and waits for the kernel before this one: weights depend on no earlier kernel.
-  // What registers cannot hold of these rows, L2 is asked for, so that DRAM stays busy while the block waits.
-  LAB_DEVICE void start() {
+  // What registers cannot hold of these rows, L2 is asked for, so that DRAM stays busy while the block waits. early: the
+  // next kernel may come before the wait is over, where all blocks have sent for all their weights.
+  LAB_DEVICE void start(bool early) {
     output = blockIdx.x * C::kOutputsPerBlock + group / C::S * C::kOutputs;
     aim(output);
     LAB_UNROLL
     for (int u = 0; u < C::U; ++u) fetch(u);
     prefetch(C::U * C::kStep, C::kPrefetch);
     advance();
+    if (early) release();
     pdl_wait();
     release();
   }
