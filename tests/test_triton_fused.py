@@ -1,15 +1,13 @@
 """The fused plan's Triton kernels beyond what every op's cases show: many programs, ties, NaN, and the machine code."""
 import re
-import types
 
 import pytest
 import torch
 
 from lab.dispatch import Rand
-from lab.errors import LabError
 from lab.ops import norm_linear, norm_linear_argmax, norm_linear_silu_mul
 from test_triton_compile import TENSOR_CORE, empty
-from triton_kernels import common, offline, settings
+from triton_kernels import offline, settings
 from triton_kernels.common import recording
 from triton_kernels.linear_add import linear_add as run_linear_add
 from triton_kernels.norm_linear import norm_linear as run_norm_linear
@@ -150,23 +148,3 @@ def test_compiles_for_sm_80(name, rows):
 @pytest.mark.parametrize("rows", [1, 64])
 def test_float32_stays_off_the_tensor_cores(name, rows):
     assert not re.search(TENSOR_CORE, compiled(name, rows, F32, "sm_90")[1])
-
-
-class Compiled:
-    name, function = "linear_add_kernel", 4096
-
-
-def test_overlapping_kernels_ask_for_one_division_of_memory(monkeypatch):
-    """With a made-up driver: each kernel of a dependent launch asks once; what the driver refuses is an error."""
-    asked, status, made = [], [0], Compiled()
-    driver = types.SimpleNamespace(
-        cuFuncSetAttribute=lambda f, what, value: asked.append((f.value, what, value)) or status[0])
-    monkeypatch.setattr(common, "_driver", lambda: driver)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    tensor, kernel = types.SimpleNamespace(device=torch.device("cuda", 0)), {(1,): lambda *args, **meta: made}
-    for options in ({}, {"launch_pdl": True}, {"launch_pdl": True}):
-        common.launch(kernel, (1,), tensor, **options)
-    assert asked == [(4096, 9, 100)]
-    status[0], made = 1, Compiled()
-    with pytest.raises(LabError, match="linear_add_kernel: CUDA driver error 1"):
-        common.launch(kernel, (1,), tensor, launch_pdl=True)

@@ -7,14 +7,17 @@ import types
 
 import pytest
 import torch
+import triton
+from triton.backends.compiler import GPUTarget
 
 from lab import cli, tuned
 from lab.dispatch import Rand
 from lab.errors import LabError
 from lab.harness import ops_bench, shapes, tune
 from lab.harness.spaces import SPACES, candidates
-from lab.ops import linear, norm_linear
-from triton_kernels import settings
+from lab.inspect.call import Blank
+from lab.ops import find, linear, norm_linear
+from triton_kernels import offline, settings
 from triton_kernels.common import recording
 
 GOOD = dict(regs=40, stack=0, local=0, shared=0)
@@ -239,6 +242,31 @@ def test_a_candidate_compiles_without_a_gpu(op, batch):
     usage = tune.compile_candidate(point, "bf16", "sm_90", 132, found[0])
     assert usage.get("error") is None and usage["regs"] > 16
     assert "error" in tune.compile_candidate(point, "bf16", "sm_90", 132, dict(found[0], num_warps=3))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU, whose launches would meet the made-up driver")
+@pytest.mark.parametrize("op", ["linear_add", "rope_append_attention"])
+def test_a_launch_finds_what_a_compiler_process_left_in_tritons_cache(op, monkeypatch):
+    class Driver:               # a GPU as far as compiling goes
+        def get_current_target(self):
+            return GPUTarget("cuda", 90, 32)
+
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device):
+            return 0
+
+    point = next(p for p in shapes.points(["smollm2-135m"], [1], (1024,), [op]) if p.case is None)
+    args, _ = shapes.arguments(find(op), point, Blank(torch.bfloat16), 132)
+    with recording("sm_90") as launches:
+        find(op).triton(*args, out=find(op).outputs(*args))
+    launch, = launches
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
+    launch.kernel.device_caches.clear()
+    launched = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.meta)
+    launch.kernel.device_caches.clear()
+    assert offline.compile(launch, "sm_90").hash == launched.hash
 
 
 def test_compilers_are_processes_and_stop(monkeypatch):

@@ -1,8 +1,6 @@
 """What every Triton launcher shares: launch, trace, and the choice of a configuration by architecture."""
 import contextlib
-import ctypes
 import functools
-import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -10,8 +8,6 @@ import torch
 from lab.errors import LabError
 from triton_kernels import interpreter
 
-SHARED_MEMORY_CARVEOUT = 9      # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
-_shared_most = weakref.WeakSet()        # the compiled kernels that prefer_shared has seen to
 _trace = None           # kernel names launched since the last take_trace(), or None
 _recording = None       # (architecture, list of Launch) while launches are recorded instead of run
 
@@ -40,34 +36,10 @@ def launch(kernel, grid, *args, **meta):
     if device.type == "cpu":
         interpreter.run(kernel, grid, args, meta)
     elif device.index == torch.cuda.current_device():
-        _launch_compiled(kernel, grid, args, meta)
+        kernel[grid](*args, **meta)
     else:
         with torch.cuda.device(device):
-            _launch_compiled(kernel, grid, args, meta)
-
-
-def _launch_compiled(kernel, grid, args, meta):
-    compiled = kernel[grid](*args, **meta)
-    if "launch_pdl" in meta and compiled not in _shared_most:
-        prefer_shared(compiled)
-
-
-def prefer_shared(compiled):
-    """Asks for all of a multiprocessor's memory as shared memory under a compiled kernel, from its next launch on.
-
-    Kernels that overlap must agree on that division: it cannot change while it is in use, so the next kernel would wait
-    until the multiprocessor is empty. Triton asks for it only where a program takes more than 48 KiB; the CUDA half
-    always does (cuda_src/common.cuh). Raises LabError with the driver's error.
-    """
-    status = _driver().cuFuncSetAttribute(ctypes.c_void_p(compiled.function), SHARED_MEMORY_CARVEOUT, 100)     # percent
-    if status:
-        raise LabError(f"cuFuncSetAttribute for the kernel {compiled.name}: CUDA driver error {status}")
-    _shared_most.add(compiled)
-
-
-@functools.lru_cache(maxsize=None)
-def _driver():
-    return ctypes.CDLL("libcuda.so.1")
+            kernel[grid](*args, **meta)
 
 
 def set_trace(on):

@@ -15,6 +15,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import mangle_type
 
+# Which arguments a launch's source lists: since 3.7 those without an attribute, too. What is compiled here must be listed
+# alike, or a launch would not find it in Triton's cache.
+LISTS_EMPTY = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
 TOOLS = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
@@ -47,9 +50,10 @@ def compile(launch, architecture):
         signature[parameter.name] = kind
         if kind == "constexpr":
             constants[parameter.name] = constant
-        if not (isinstance(values[parameter.name], float) or parameter.do_not_specialize):
-            # Empty ones too, as a launch has them: so a launch finds this kernel in Triton's cache.
-            attributes[(i,)] = [["tt.divisibility", 16]] if divisible else []
+        if divisible:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif LISTS_EMPTY and not (isinstance(values[parameter.name], float) or parameter.do_not_specialize):
+            attributes[(i,)] = []
     source = ASTSource(fn=jit, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", int(architecture[3:]), 32), options=options)
 
