@@ -41,7 +41,7 @@ gpu-check: build  ## needs a GPU: GPU tests, compute-sanitizer on every op, gree
 	@$(PY) -m lab.gpu_check --out $(or $(OUT),out/gpu-check) $(MODEL:%=--model %) $(STEPS:%=--steps %)
 
 gpu-bench: build  ## needs a GPU: ops, models, ledgers and ladders measured into OUT=... (QUICK=1; BUDGET=minutes)
-	@$(PY) -m lab bench all --out $(MEASURED) --budget-minutes $(or $(BUDGET),10) $(if $(QUICK),--quick)
+	@$(PY) -m lab bench all --out $(MEASURED) --budget-minutes $(or $(BUDGET),11.5) $(if $(QUICK),--quick)
 	-@$(PY) -m lab inspect --all --out $(MEASURED)
 	@$(PY) -m lab report $(MEASURED)
 

@@ -30,7 +30,7 @@ LEDGER_MODELS = ("llama-3.2-1b", "llama-3.1-8b")     # where a token goes: one t
 QUICK_LEDGER = ("llama-3.2-1b",)
 # About how many seconds a step takes on an H100 beside its sampling: buffers, graphs, warming up. Only the estimate of
 # the time left comes from these.
-PER_MODE, PER_DECODER, PER_COMPILATION, PER_LEDGER, PER_LADDER = 0.12, 0.6, 15.0, 1.5, 2.0
+PER_MODE, PER_DECODER, PER_COMPILATION, PER_LEDGER, PER_LADDER = 0.3, 0.6, 15.0, 1.5, 2.0
 PER_CEILING = 0.35      # all of one direction and size
 
 
@@ -274,13 +274,12 @@ def steps_of(session, rig, settings):
 
 
 def modes_of(rig, settings, dtype, point):
-    """The modes a point is measured in. `all` has warm caches and the host's time, which hardly depend on the batch, at
-    the first batch alone."""
-    if rig.device == "cuda" and dtype != settings["dtypes"][0] and not settings["all_dtypes_everywhere"]:
-        return ops_bench.QUICK_MODES
-    if rig.device == "cuda" and settings["what"] == "all" and point.batch != settings["batches"][0]:
-        return tuple((cache, timer) for cache, timer in rig.modes if timer == "graph" and cache != "warm")
-    return rig.modes
+    """The modes a point is measured in. `all` has cold device times everywhere, and what hardly depends on the size (warm
+    caches and activations, the host's time) at the first dtype and batch alone."""
+    other_dtype = dtype != settings["dtypes"][0] and not settings["all_dtypes_everywhere"]
+    if rig.device == "cuda" and settings["what"] == "all" and (other_dtype or point.batch != settings["batches"][0]):
+        return rig.modes[:1]
+    return ops_bench.QUICK_MODES if rig.device == "cuda" and other_dtype else rig.modes
 
 
 def measure_op(session, rig, weights, point, dtype, modes):

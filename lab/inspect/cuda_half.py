@@ -71,10 +71,13 @@ def _embedded(module, ending, text):
 
 
 def cubin(module, symbol, gpu):
+    built = module.build_info()["archs"]
     path = _embedded(module, f".{gpu.arch}.cubin", symbol + "\0")
+    if path is None and gpu.arch.removeprefix("sm_") in built:      # the tool of Triton 3.6 leaves the a of sm_90a out
+        path = _embedded(module, f".{gpu.arch.rstrip('a')}.cubin", symbol + "\0")
     if path is None:
-        raise LabError(f"lab._cuda has no machine code of {symbol} for {gpu.arch}; it was built for "
-                       f"{', '.join(module.build_info()['archs'])}: choose one, or rebuild with LAB_CUDA_ARCH")
+        raise LabError(f"lab._cuda has no machine code of {symbol} for {gpu.arch}; it was built for {', '.join(built)}: "
+                       "choose one, or rebuild with LAB_CUDA_ARCH")
     return path
 
 
