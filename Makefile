@@ -37,7 +37,7 @@ oracle: build .venv/model  ## the model's logits against Hugging Face transforme
 	@$(PY) -m lab.setup_env --test
 	@$(PY) -m pytest -m oracle $(ARGS)
 
-gpu-check: build  ## needs a GPU: GPU tests, compute-sanitizer on every op, greedy text (OUT=... MODEL=... STEPS=...)
+gpu-check: build  ## needs a GPU: GPU tests, compute-sanitizer on every op, oracle, greedy text (OUT=... MODEL=... STEPS=...)
 	@$(PY) -m lab.gpu_check --out $(or $(OUT),out/gpu-check) $(MODEL:%=--model %) $(STEPS:%=--steps %)
 
 gpu-bench: build  ## needs a GPU: ops, models, ledgers and ladders measured into OUT=... (QUICK=1; BUDGET=minutes)

@@ -4,11 +4,13 @@ check       every op, both backends, all dtypes and cases, against the reference
 memcheck    the small cases again under compute-sanitizer: no access outside an allocation
 racecheck   the small cases of the CUDA half again: no two threads race for shared memory
 tests       the tests marked gpu
+oracle      the model's logits and greedy tokens against Hugging Face transformers; left out where that is not installed
 text        the model under both backends and plans: the same greedy tokens in fp32; tokens per second in fp32 and bf16
 """
 import argparse
 import concurrent.futures
 import functools
+import importlib.util
 import itertools
 import json
 import os
@@ -23,7 +25,7 @@ from pathlib import Path
 from lab.errors import LabError, Unavailable
 
 TOGETHER = ("check", "memcheck", "racecheck")     # at the same time, for none of them measures; then the others alone
-STEPS = (*TOGETHER, "tests", "text")
+STEPS = (*TOGETHER, "tests", "oracle", "text")
 LAB = [sys.executable, "-m", "lab"]
 SANITIZER = ["--error-exitcode", "9", "--print-limit", "20"]
 PROMPT = "What is the capital of France?"
@@ -34,9 +36,9 @@ def main(argv=None):
                                      formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", default="out/gpu-check", help="folder of the logs")
     parser.add_argument("--model", help="model of the step text (default: smollm2-135m, or its shape if absent)")
-    parser.add_argument("--steps", default=",".join(STEPS), help="steps to run, with commas between (default: all)")
+    parser.add_argument("--steps", help="steps to run, with commas between (default: all that this machine can)")
     args = parser.parse_args(argv)
-    steps = args.steps.split(",")
+    steps = args.steps.split(",") if args.steps else list(STEPS)
     unknown = set(steps) - set(STEPS)
     if unknown:
         raise LabError(f"unknown step {', '.join(sorted(unknown))}: choose from {', '.join(STEPS)}")
@@ -47,6 +49,10 @@ def main(argv=None):
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     print(f"on {torch.cuda.get_device_name()}, torch {torch.__version__}; logs in {out}/", flush=True)
+    lacking = oracle_lacks()
+    if not args.steps and lacking:
+        print(f"[oracle] left out: needs {lacking} (make oracle installs both)", flush=True)
+        steps.remove("oracle")
     for step in steps:
         (out / f"{step}.log").unlink(missing_ok=True)
     run = functools.partial(run_step, out=out, model=args.model)
@@ -58,6 +64,18 @@ def main(argv=None):
     print(f"gpu-check: {len(results) - len(failed)} steps passed, {len(failed)} failed" +
           (f": {', '.join(failed)}" if failed else ""))
     return 1 if failed else 0
+
+
+def oracle_lacks():
+    """What the step oracle needs and this machine has not, or None."""
+    from lab.model.weights import default_model_file
+    if importlib.util.find_spec("transformers") is None:
+        return "transformers"
+    try:
+        default_model_file()
+    except LabError:
+        return "the model smollm2-135m"
+    return None
 
 
 def run_step(step, out, model):
@@ -72,8 +90,8 @@ def run_step(step, out, model):
 
 
 def command(step):
-    if step == "tests":
-        return [sys.executable, "-m", "pytest", "-q", "-m", "gpu and not oracle"]
+    if step in ("tests", "oracle"):
+        return [sys.executable, "-m", "pytest", "-q", "-m", "oracle" if step == "oracle" else "gpu and not oracle"]
     # Backends are named, so that a missing one is an error. Shared memory in a Triton kernel and the barriers round it
     # are its compiler's, which lets threads that hold copies of one value all store it: racecheck calls that a race.
     backends = "cuda" if step == "racecheck" else "cuda,triton"

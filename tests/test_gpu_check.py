@@ -17,9 +17,10 @@ def script(step, status=0):
 
 @pytest.fixture
 def pretend(monkeypatch):
-    def steps(failing=()):
+    def steps(failing=(), lacking=None):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+        monkeypatch.setattr(gpu_check, "oracle_lacks", lambda: lacking)
         monkeypatch.setattr(gpu_check, "command", lambda step: script(step, 3 if step in failing else 0))
         monkeypatch.setattr(gpu_check, "text", lambda out, model: (time.sleep(0.1) or True, f"{model} said the same"))
     return steps
@@ -34,7 +35,7 @@ def test_all_steps_run_and_only_what_measures_runs_alone(pretend, tmp_path, caps
     pretend()
     assert gpu_check.main(["--out", str(tmp_path), "--model", "m"]) == 0
     said = capsys.readouterr().out
-    assert said.splitlines()[-1] == "gpu-check: 5 steps passed, 0 failed"
+    assert said.splitlines()[-1] == "gpu-check: 6 steps passed, 0 failed"
     assert "check is done" in said and "m said the same" in said
     when = spans(tmp_path)
     together = [when[step] for step in gpu_check.TOGETHER]
@@ -46,10 +47,19 @@ def test_a_failed_step_is_named_and_the_others_still_run(pretend, tmp_path, caps
     pretend(failing=["racecheck"])
     assert gpu_check.main(["--out", str(tmp_path)]) == 1
     said = capsys.readouterr().out
-    assert said.splitlines()[-1] == "gpu-check: 4 steps passed, 1 failed: racecheck"
-    assert f"racecheck is done (exit status 3; see {tmp_path / 'racecheck.log'})" in said and len(spans(tmp_path)) == 4
+    assert said.splitlines()[-1] == "gpu-check: 5 steps passed, 1 failed: racecheck"
+    assert f"racecheck is done (exit status 3; see {tmp_path / 'racecheck.log'})" in said and len(spans(tmp_path)) == 5
+
+
+def test_the_oracle_is_left_out_with_a_word_unless_asked_for(pretend, tmp_path, capsys):
+    pretend(lacking="transformers")
+    assert gpu_check.main(["--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "[oracle] left out: needs transformers" in said and said.endswith("gpu-check: 5 steps passed, 0 failed\n")
+    assert gpu_check.main(["--out", str(tmp_path), "--steps", "oracle"]) == 0
+    assert "oracle is done" in capsys.readouterr().out
 
 
 def test_an_unknown_step(tmp_path):
-    with pytest.raises(LabError, match="unknown step memchek: choose from check, memcheck, racecheck, tests, text"):
+    with pytest.raises(LabError, match="unknown step memchek: choose from check, memcheck, racecheck, tests, oracle, text"):
         gpu_check.main(["--out", str(tmp_path), "--steps", "memchek,tests"])
