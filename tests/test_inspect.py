@@ -85,8 +85,11 @@ def test_known_kernels(backend, arch):
     drawn, = look("sample", backend, "fp32", arch, batch=1, vocab=32000, temperature=0.8, top_k=50)
     assert embedding.mix["global load, 128 bit"] and embedding.mix["global store, 128 bit"]
     assert attention.mix["cp.async"] and attention.mix["special function"] and attention.mix["atomic"]
-    splits = 40 if (backend, arch) == ("cuda", "sm_90a") else 33            # whole clusters of 8 blocks
-    assert attention.shared_dynamic > 16 << 10 and attention.grid[0] * attention.grid[1] * attention.grid[2] == 8 * splits
+    assert attention.shared_dynamic > 16 << 10 and attention.grid[0] * attention.grid[1] * attention.grid[2] == 8 * 33
+    if (backend, arch) == ("cuda", "sm_90a"):
+        short, = look("decode_attention", backend, arch=arch,
+                      **{**command.DEFAULTS["decode_attention"], "lengths": (1024,), "splits": 16})
+        assert attention.cluster == 1 and short.cluster == 8                # only few blocks merge in clusters
     assert linear.mix["tensor core"] and linear.mix["cp.async"] and not exact.mix["tensor core"]
     assert exact.mix["fused multiply-add"] and drawn.mix["special function"]
     for kernel in (embedding, attention, linear, exact, drawn):
