@@ -176,11 +176,12 @@ LAB_DEVICE Vec<T> load_stream(const T* p) {
 // Asks for the cache line of p in L2. A hint: p may be any valid global address.
 LAB_DEVICE void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
-// Asynchronous 16-byte copy from global to shared memory, past L1. Zero-fills when !valid (src is then not read, but
-// must still be a legal address). Visible to this thread after cp_async_wait, to others after a barrier as well.
+// Asynchronous 16-byte copy from global to shared memory, past L1; L2 fetches whole lines of 128 bytes. Zero-fills when
+// !valid (src is then not read, but must still be a legal address). Visible to this thread after cp_async_wait, to others
+// after a barrier as well.
 LAB_DEVICE void cp_async16(void* dst, const void* src, bool valid = true) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(smem_address(dst)), "l"(src), "r"(valid ? 16 : 0)
-               : "memory");
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(smem_address(dst)), "l"(src),
+               "r"(valid ? 16 : 0) : "memory");
 }
 LAB_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

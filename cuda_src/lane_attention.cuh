@@ -45,6 +45,7 @@ struct LaneAttention : SplitAttention<T, D> {
   }
 
   // Two tiles are in flight while one is used. A page number is looked up one tile ahead, so that no copy waits for it.
+  // The next kernel may come at once, as in MmaAttention.
   LAB_DEVICE void start() {
     look_up(0);
     for (int t = 0; t < kStages - 1; ++t) copy(t);

@@ -31,8 +31,8 @@ __global__ void __launch_bounds__(Threads)
   Vec<T, N> v[kKeep], weight[kKeep];
   float squares = 0.f;
 
-  // 2. Load: the weight depends on no earlier kernel, so it leaves first, and the next kernel may do the same; all vectors of a panel are in flight before
-  // one is used; the residual takes the sum, rounded to T.
+  // 2. Load: the weight depends on no earlier kernel, so it leaves first, and the next kernel may do the same; all
+  // vectors of a panel are in flight before one is used; the residual takes the sum, rounded to T.
   LAB_UNROLL
   for (int i = 0; i < kKeep; ++i) {
     const int col = first + i * Threads * N;

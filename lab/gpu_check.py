@@ -25,7 +25,8 @@ from pathlib import Path
 from lab.errors import LabError, Unavailable
 
 TOGETHER = ("check", "memcheck", "racecheck")     # at the same time, for none of them measures; then the others alone
-STEPS = (*TOGETHER, "tests", "oracle", "text")
+MARKED = {"tests": "gpu and not oracle", "oracle": "oracle"}       # which tests a step runs
+STEPS = (*TOGETHER, *MARKED, "text")
 LAB = [sys.executable, "-m", "lab"]
 SANITIZER = ["--error-exitcode", "9", "--print-limit", "20"]
 PROMPT = "What is the capital of France?"
@@ -49,8 +50,7 @@ def main(argv=None):
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     print(f"on {torch.cuda.get_device_name()}, torch {torch.__version__}; logs in {out}/", flush=True)
-    lacking = oracle_lacks()
-    if not args.steps and lacking:
+    if not args.steps and (lacking := oracle_lacks()):
         print(f"[oracle] left out: needs {lacking} (make oracle installs both)", flush=True)
         steps.remove("oracle")
     for step in steps:
@@ -68,14 +68,19 @@ def main(argv=None):
 
 def oracle_lacks():
     """What the step oracle needs and this machine has not, or None."""
-    from lab.model.weights import default_model_file
     if importlib.util.find_spec("transformers") is None:
         return "transformers"
+    return None if has_model() else "the model smollm2-135m"
+
+
+def has_model():
+    """Whether the real weights of the default model are installed."""
+    from lab.model.weights import default_model_file
     try:
         default_model_file()
     except LabError:
-        return "the model smollm2-135m"
-    return None
+        return False
+    return True
 
 
 def run_step(step, out, model):
@@ -90,8 +95,8 @@ def run_step(step, out, model):
 
 
 def command(step):
-    if step in ("tests", "oracle"):
-        return [sys.executable, "-m", "pytest", "-q", "-m", "oracle" if step == "oracle" else "gpu and not oracle"]
+    if step in MARKED:
+        return [sys.executable, "-m", "pytest", "-q", "-m", MARKED[step]]
     # Backends are named, so that a missing one is an error. Shared memory in a Triton kernel and the barriers round it
     # are its compiler's, which lets threads that hold copies of one value all store it: racecheck calls that a race.
     backends = "cuda" if step == "racecheck" else "cuda,triton"
@@ -124,16 +129,13 @@ def logged(words, log):
 
 def text(out, model):
     """The same greedy tokens by both backends and plans in fp32; bf16 rounds differently: reported, not judged."""
-    from lab.model.weights import DEFAULT_MODEL, default_model_file
+    from lab.model.weights import DEFAULT_MODEL
 
     words = [*LAB, "run", model or DEFAULT_MODEL, "--device", "cuda", "--max-new-tokens", "64", "--no-stream"]
     what, note = ["--prompt", PROMPT], ""
-    if model is None:
-        try:
-            default_model_file()
-        except LabError:
-            words += ["--weights", "random"]
-            what, note = ["--ids", "1,2,3,4,5"], "RANDOM WEIGHTS, for the model is not installed; "
+    if model is None and not has_model():
+        words += ["--weights", "random"]
+        what, note = ["--ids", "1,2,3,4,5"], "RANDOM WEIGHTS, for the model is not installed; "
     said, runs = [], {}
     for dtype, plan, backend in itertools.product(("fp32", "bf16"), ("basic", "fused"), ("cuda", "triton")):
         name = f"{backend} {plan} {dtype}"
