@@ -110,11 +110,12 @@ def compiled(name, rows, dtype, architecture):
     run, n, k = RUNS[name]
     with recording(architecture) as launches:
         run(lambda *s: empty(*s, dtype=dtype), rows, n, k)
-    assert len(launches) == 1
-    code = offline.compile(launches[0], architecture)
+    *before, product = launches             # on tensor cores rmsnorm's kernel comes first
+    assert [one.kernel.fn.__name__ for one in before] in ([], ["rmsnorm_kernel"])
+    code = offline.compile(product, architecture)
     usage = offline.usage(code)
     assert usage["local"] == usage["stack"] == 0, f"spills: {usage}"
-    return launches[0].meta, offline.sass(code)
+    return product.meta, offline.sass(code)
 
 
 @pytest.mark.parametrize("name", RUNS)

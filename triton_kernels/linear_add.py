@@ -80,7 +80,7 @@ def linear_add_dot_kernel(x, w, bias, residual, rows, n, k, PDL: tl.constexpr, H
     # makes it from STAGES.
     tile = load_rows(w, out, out < n, col, k, EVEN_K)
     wait_for_inputs(PDL)
-    acc = dot_rows(tile, w, out, out < n, x, None, None, rows, k, b, col, False, EVEN_K, BLOCK_K, STAGES)
+    acc = dot_rows(tile, w, out, out < n, x, rows, k, b, col, EVEN_K, BLOCK_K, STAGES)
 
     # 3. Reduce: the dot has done it, and its result is transposed.
     total = tl.trans(acc)

@@ -1,20 +1,21 @@
 """norm_linear: y[b,n] = sum_k xn[b,k] * w[n,k] (+ bias[n]), xn = rmsnorm(x, norm_w), accumulated in float32
 
   x [rows, k], rows 1..64   norm_w [k]   w [n, k]   bias [n] or None   y [rows, n] of x's dtype or float32
-  mapping   a program takes BLOCK_N rows of w for every row of x, then the next tile of rows; it normalises x for itself
+  mapping   a program takes BLOCK_N rows of w for every row of x, then the next tile of rows
   traffic   w once whatever the batch (it is everything); x and norm_w once per program from L2; y once
   contract  lab/ops/norm_linear.py          twin  cuda_src/norm_linear.cu
 
-Two kernels: up to a few rows, float32 arithmetic on the loaded weights, with the whole normalised x in registers;
-above, where the arithmetic would outlast the memory, tensor cores, and x is normalised tile by tile on its way there.
+Two kernels: up to a few rows, float32 arithmetic on the loaded weights, with the whole x in registers, normalised by
+each program for itself; above, where the arithmetic would outlast the memory, tensor cores, after rmsnorm's kernel.
 """
 import triton
 import triton.language as tl
 
 from triton_kernels import settings
 from triton_kernels.common import launch
+from triton_kernels.rmsnorm import normalised
 from triton_kernels.settings import ANY
-from triton_kernels.stream_rows import dot_rows, load_rows, normed_rows, row_scales, wait_for_inputs
+from triton_kernels.stream_rows import dot_rows, load_rows, normed_rows, wait_for_inputs
 
 # See settings.by_hand. 32 warps of 64 registers a thread are all the registers of a multiprocessor. Small n wants small
 # tiles, so that every multiprocessor has a program.
@@ -69,7 +70,7 @@ def norm_linear_kernel(x, norm_w, w, bias, y, rows, n, k, eps,
 
 
 @triton.jit
-def norm_linear_dot_kernel(x, norm_w, w, bias, y, rows, n, k, eps,
+def norm_linear_dot_kernel(xn, w, bias, y, rows, n, k,
                            PDL: tl.constexpr, LOOP: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr,
                            BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr):
     # 1. Locate: tiles as above; w is the left operand [n, k], and x will be the right one [k, batch].
@@ -78,15 +79,14 @@ def norm_linear_dot_kernel(x, norm_w, w, bias, y, rows, n, k, eps,
     col = tl.arange(0, BLOCK_K)[None, :]
     programs = tl.num_programs(0)
 
-    # 2. Norm: a first pass over x, from L2, gives the scales. The twin runs rmsnorm's kernel before this one.
+    # 2. Norm: rmsnorm's kernel has done it. The first tile of w leaves before the wait for it.
     out = tl.program_id(0) * BLOCK_N + i
     tile = load_rows(w, out, out < n, col, k, EVEN_K)
     wait_for_inputs(PDL)
-    scale = row_scales(x, rows, k, eps, b, col, BLOCK_B, BLOCK_K)
 
     for _ in range(tl.program_id(0), tl.cdiv(n, BLOCK_N), programs):
         # 3. Stream: the twin writes the cp.async ring by hand; here the compiler makes it from STAGES.
-        acc = dot_rows(tile, w, out, out < n, x, norm_w, scale, rows, k, b, col, True, EVEN_K, BLOCK_K, STAGES)
+        acc = dot_rows(tile, w, out, out < n, xn, rows, k, b, col, EVEN_K, BLOCK_K, STAGES)
 
         # 4. Reduce: the dot has done it, and its result is transposed.
         total = tl.trans(acc)
@@ -105,5 +105,8 @@ def norm_linear(x, norm_w, eps, w, bias, y):
     """Launch y = rmsnorm(x, norm_w) @ w.T + bias; bias None or [n], y of x's dtype or float32."""
     (rows, k), n = x.shape, w.shape[0]
     path, programs, meta = settings.product("norm_linear", CONFIGS, x, n, k, whole_rows=True)
-    kernel = norm_linear_kernel if path == "sum" else norm_linear_dot_kernel
-    launch(kernel, (programs,), x, norm_w, w, bias, y, rows, n, k, eps, HAS_BIAS=bias is not None, **meta)
+    if path == "sum":
+        return launch(norm_linear_kernel, (programs,), x, norm_w, w, bias, y, rows, n, k, eps, HAS_BIAS=bias is not None,
+                      **meta)
+    launch(norm_linear_dot_kernel, (programs,), normalised(x, norm_w, eps), w, bias, y, rows, n, k,
+           HAS_BIAS=bias is not None, **meta)

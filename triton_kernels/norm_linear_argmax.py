@@ -14,8 +14,9 @@ import triton.language as tl
 
 from triton_kernels import settings
 from triton_kernels.common import launch
+from triton_kernels.rmsnorm import normalised
 from triton_kernels.settings import ANY
-from triton_kernels.stream_rows import dot_rows, load_rows, normed_rows, row_scales, wait_for_inputs
+from triton_kernels.stream_rows import dot_rows, load_rows, normed_rows, wait_for_inputs
 
 MAX_PROGRAMS = tl.constexpr(4096)           # MAX_BLOCKS of the contract
 NO_INDEX = tl.constexpr(2147483647)
@@ -123,7 +124,7 @@ def norm_linear_argmax_kernel(x, norm_w, w, logits, scratch, ids, rows, n, k, ep
 
 
 @triton.jit
-def norm_linear_argmax_dot_kernel(x, norm_w, w, logits, scratch, ids, rows, n, k, eps,
+def norm_linear_argmax_dot_kernel(xn, w, logits, scratch, ids, rows, n, k,
                                   PDL: tl.constexpr, LOOP: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_B: tl.constexpr,
                                   BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
                                   SLOTS: tl.constexpr):
@@ -133,17 +134,16 @@ def norm_linear_argmax_dot_kernel(x, norm_w, w, logits, scratch, ids, rows, n, k
     col = tl.arange(0, BLOCK_K)[None, :]
     programs = tl.num_programs(0)
 
-    # 2. Norm: a first pass over x, from L2, gives the scales. The twin runs rmsnorm's kernel before this one.
+    # 2. Norm: rmsnorm's kernel has done it. The first tile of w leaves before the wait for it.
     out = tl.program_id(0) * BLOCK_N + i
     tile = load_rows(w, out, out < n, col, k, EVEN_K)
     wait_for_inputs(PDL)
-    scale = row_scales(x, rows, k, eps, b, col, BLOCK_B, BLOCK_K)
 
     best = tl.full([BLOCK_B, BLOCK_N], float("-inf"), tl.float32)
     index = tl.full([BLOCK_B, BLOCK_N], NO_INDEX, tl.int32)
     for _ in range(tl.program_id(0), tl.cdiv(n, BLOCK_N), programs):
         # 3. Stream: the twin writes the cp.async ring by hand; here the compiler makes it from STAGES.
-        acc = dot_rows(tile, w, out, out < n, x, norm_w, scale, rows, k, b, col, True, EVEN_K, BLOCK_K, STAGES)
+        acc = dot_rows(tile, w, out, out < n, xn, rows, k, b, col, EVEN_K, BLOCK_K, STAGES)
 
         # 4. Reduce: the dot has done it, and its result is transposed.
         total = tl.trans(acc)
@@ -166,6 +166,7 @@ def norm_linear_argmax(x, norm_w, eps, w, logits, scratch, out):
     (rows, k), n = x.shape, w.shape[0]
     path, programs, meta = settings.product("norm_linear_argmax", CONFIGS, x, n, k, whole_rows=True,
                                             most_programs=MAX_PROGRAMS.value)
-    kernel = norm_linear_argmax_kernel if path == "sum" else norm_linear_argmax_dot_kernel
-    launch(kernel, (programs,), x, norm_w, w, logits, scratch, out, rows, n, k, eps,
-           SLOTS=1024 // meta["BLOCK_B"], **meta)
+    meta["SLOTS"] = 1024 // meta["BLOCK_B"]
+    if path == "sum":
+        return launch(norm_linear_argmax_kernel, (programs,), x, norm_w, w, logits, scratch, out, rows, n, k, eps, **meta)
+    launch(norm_linear_argmax_dot_kernel, (programs,), normalised(x, norm_w, eps), w, logits, scratch, out, rows, n, k, **meta)

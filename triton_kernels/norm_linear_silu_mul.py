@@ -10,8 +10,9 @@ import triton.language as tl
 
 from triton_kernels import settings
 from triton_kernels.common import launch
+from triton_kernels.rmsnorm import normalised
 from triton_kernels.settings import ANY
-from triton_kernels.stream_rows import dot_rows, load_rows, normed_rows, row_scales, wait_for_inputs
+from triton_kernels.stream_rows import dot_rows, load_rows, normed_rows, wait_for_inputs
 
 # See settings.by_hand. BLOCK_N counts outputs, which have two rows of w each.
 SM_80 = {
@@ -72,7 +73,7 @@ def norm_linear_silu_mul_kernel(x, norm_w, w, y, rows, n, k, eps,
 
 
 @triton.jit
-def norm_linear_silu_mul_dot_kernel(x, norm_w, w, y, rows, n, k, eps,
+def norm_linear_silu_mul_dot_kernel(xn, w, y, rows, n, k,
                                     PDL: tl.constexpr, LOOP: tl.constexpr, EVEN_K: tl.constexpr,
                                     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
                                     STAGES: tl.constexpr):
@@ -84,15 +85,14 @@ def norm_linear_silu_mul_dot_kernel(x, norm_w, w, y, rows, n, k, eps,
     first = tl.program_id(0) * BLOCK_N
     part = (i % 2) * n
 
-    # 2. Norm: a first pass over x, from L2, gives the scales. The twin runs rmsnorm's kernel before this one.
+    # 2. Norm: rmsnorm's kernel has done it. The first tile of w leaves before the wait for it.
     out = first + i // 2
     tile = load_rows(w, out + part, out < n, col, k, EVEN_K)
     wait_for_inputs(PDL)
-    scale = row_scales(x, rows, k, eps, b, col, BLOCK_B, BLOCK_K)
 
     for _ in range(tl.program_id(0), tl.cdiv(n, BLOCK_N), programs):
         # 3. Stream: the twin writes the cp.async ring by hand; here the compiler makes it from STAGES.
-        acc = dot_rows(tile, w, out + part, out < n, x, norm_w, scale, rows, k, b, col, True, EVEN_K, BLOCK_K, STAGES)
+        acc = dot_rows(tile, w, out + part, out < n, xn, rows, k, b, col, EVEN_K, BLOCK_K, STAGES)
 
         # 4. Reduce: the dot has done it, and its result is transposed.
         total = tl.trans(acc)
@@ -111,5 +111,6 @@ def norm_linear_silu_mul(x, norm_w, eps, w, y):
     """Launch y = silu(gate) * up, (gate, up) = rmsnorm(x, norm_w) @ w.T."""
     (rows, k), n = x.shape, y.shape[1]
     path, programs, meta = settings.product("norm_linear_silu_mul", CONFIGS, x, n, k, whole_rows=True, parts=2)
-    kernel = norm_linear_silu_mul_kernel if path == "sum" else norm_linear_silu_mul_dot_kernel
-    launch(kernel, (programs,), x, norm_w, w, y, rows, n, k, eps, **meta)
+    if path == "sum":
+        return launch(norm_linear_silu_mul_kernel, (programs,), x, norm_w, w, y, rows, n, k, eps, **meta)
+    launch(norm_linear_silu_mul_dot_kernel, (programs,), normalised(x, norm_w, eps), w, y, rows, n, k, **meta)

@@ -6,10 +6,13 @@
   traffic   x once, y once (residual twice), w once per row (from L2 after the first row)
   contract  lab/ops/rmsnorm.py          twin  cuda_src/rmsnorm.cu
 """
+import torch
 import triton
 import triton.language as tl
 
 from triton_kernels.common import config, launch
+from triton_kernels.settings import dependent_launch
+from triton_kernels.stream_rows import wait_for_inputs
 
 # elements: what a program takes at least, in whole rows, so that a warp reads 16 bytes a lane of short rows too (the
 # heads of q and k). The interpreter takes as many rows as fit, because its cost is per program.
@@ -22,7 +25,7 @@ CONFIGS = {
 
 @triton.jit
 def rmsnorm_kernel(x, w, residual, y, rows, groups, cols, x_stride, y_stride, eps,
-                   HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+                   PDL: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     # 1. Locate: row r is group r % groups of batch entry r // groups; lanes past the end are masked.
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, BLOCK)[None, :]
@@ -30,7 +33,10 @@ def rmsnorm_kernel(x, w, residual, y, rows, groups, cols, x_stride, y_stride, ep
     batch = (row // groups).to(tl.int64)
     inner = (row % groups) * cols + col
 
-    # 2. Load: the row now lives in registers, so x is never read again.
+    # 2. Load: the row now lives in registers, so x is never read again. The weight, which depends on no earlier kernel,
+    # leaves before the wait.
+    g = tl.load(w + col, mask=col < cols, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    wait_for_inputs(PDL)
     v = tl.load(x + batch * x_stride + inner, mask=live, other=0.0)
     if HAS_RESIDUAL:
         # The sum is rounded to T before it is used: it is what the next layer will read.
@@ -43,7 +49,6 @@ def rmsnorm_kernel(x, w, residual, y, rows, groups, cols, x_stride, y_stride, ep
     scale = tl.rsqrt(tl.sum(v32 * v32, axis=1) / cols + eps)
 
     # 4. Scale and store: round to T before the weight, as Hugging Face Llama does.
-    g = tl.load(w + col, mask=col < cols, other=0.0, eviction_policy="evict_last").to(tl.float32)
     out = (v32 * scale[:, None]).to(v.dtype).to(tl.float32) * g
     tl.store(y + batch * y_stride + inner, out.to(v.dtype), mask=live)
 
@@ -58,4 +63,11 @@ def rmsnorm(x, w, eps, residual, y):
     tile = min(triton.next_power_of_2(rows), max(cfg["elements"] // block, 1))
     launch(rmsnorm_kernel, (triton.cdiv(rows, tile),), x, w, residual, y, rows, groups, cols, x.stride(0), y.stride(0),
            eps, HAS_RESIDUAL=residual is not None, ROWS=tile, BLOCK=block,
-           num_warps=min(max(tile * block // cfg["per_warp"], 1), cfg["max_warps"]))
+           num_warps=min(max(tile * block // cfg["per_warp"], 1), cfg["max_warps"]), **dependent_launch(x))
+
+
+def normalised(x, w, eps):
+    """rmsnorm of x [rows, k] in memory of its own, for the fused products on tensor cores: each program reads all of it."""
+    y = torch.empty_like(x)
+    rmsnorm(x, w, eps, None, y)
+    return y

@@ -41,41 +41,26 @@ def normed_rows(x, weight, rows, k, eps, b, col):
 
 
 @triton.jit
-def row_scales(x, rows, k, eps, b, col, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr):
-    """rsqrt(mean(x[b]^2) + eps) as [BLOCK_B, 1]: b [BLOCK_B, 1], col [1, BLOCK_K]."""
-    squares = tl.zeros([BLOCK_B, BLOCK_K], tl.float32)
-    for k0 in tl.range(0, k, BLOCK_K):
-        v = tl.load(x + b * k + k0 + col, mask=(b < rows) & (k0 + col < k), other=0.0, eviction_policy="evict_last")
-        wide = v.to(tl.float32)
-        squares += wide * wide
-    return tl.rsqrt(tl.sum(squares, axis=1, keep_dims=True) / k + eps)
-
-
-@triton.jit
-def dot_rows(first, w, row, live, x, norm_w, scale, rows, k, b, col, NORM: tl.constexpr, EVEN_K: tl.constexpr,
-             BLOCK_K: tl.constexpr, STAGES: tl.constexpr):
+def dot_rows(first, w, row, live, x, rows, k, b, col, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr,
+             STAGES: tl.constexpr):
     """[BLOCK_N, BLOCK_B]: rows of w times the rows of x, float32 sums; `first` is w's tile at column 0, loaded before.
 
-    On tensor cores w is the left operand: its rows fill the tile that a small batch cannot. With NORM, x is normalised
-    on its way there. float32 stays on CUDA cores (ieee): the tensor cores would round it to TF32.
+    On tensor cores w is the left operand: its rows fill the tile that a small batch cannot. float32 stays on CUDA cores
+    (ieee): the tensor cores would round it to TF32.
     """
-    acc = tl.dot(first, _columns(x, norm_w, scale, rows, k, b, col, NORM, EVEN_K), input_precision="ieee")
+    acc = tl.dot(first, _columns(x, rows, k, b, col, EVEN_K), input_precision="ieee")
     for k0 in tl.range(BLOCK_K, k, BLOCK_K, num_stages=STAGES):
         tile = load_rows(w, row, live, k0 + col, k, EVEN_K)
-        acc = tl.dot(tile, _columns(x, norm_w, scale, rows, k, b, k0 + col, NORM, EVEN_K), acc, input_precision="ieee")
+        acc = tl.dot(tile, _columns(x, rows, k, b, k0 + col, EVEN_K), acc, input_precision="ieee")
     return acc
 
 
 @triton.jit
-def _columns(x, norm_w, scale, rows, k, b, col, NORM: tl.constexpr, EVEN_K: tl.constexpr):
+def _columns(x, rows, k, b, col, EVEN_K: tl.constexpr):
     """x[b, col] transposed; rows past the end repeat row 0 and are not stored."""
     at = x + tl.where(b < rows, b, 0) * k + col
     if EVEN_K:
         v = tl.load(at, eviction_policy="evict_last")
-        if NORM:
-            v = normed(v, scale, tl.load(norm_w + col, eviction_policy="evict_last"))
     else:
         v = tl.load(at, mask=col < k, other=0.0, eviction_policy="evict_last")
-        if NORM:
-            v = normed(v, scale, tl.load(norm_w + col, mask=col < k, other=0.0, eviction_policy="evict_last"))
     return tl.trans(v)
