@@ -85,8 +85,9 @@ PYBIND11_MODULE(LAB_MODULE, m) {
         "Every launch of an op takes these settings, {} those by rule; None ends that. For the tuner.");
   m.def("set_trace", &lab::set_trace, "Starts or stops recording the names of launched kernels.");
   m.def("take_trace", &lab::take_trace, "The names of the kernels launched since the last call, oldest first.");
-  m.def("record_launches", &lab::record_launches,
-        "From now on launches are noted and not run, as on a GPU of so many multiprocessors; 0 ends that.");
+  m.def("record_launches", &lab::record_launches, py::arg("multiprocessors"), py::arg("major") = 9,
+        "From now on launches are noted and not run, as on a GPU of so many multiprocessors and this major compute\n"
+        "capability; 0 ends that.");
   m.def("take_launches", &take_launches,
         "list of dict: kernel, offset (of its host half in this file), grid, block, smem_bytes, cluster, pdl.");
   m.def("build_info", [] { return py::module_::import("json").attr("loads")(lab::build_facts()); },

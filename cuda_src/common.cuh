@@ -1,7 +1,7 @@
 // The names that kernels use, the same on a GPU (nvcc) and on a CPU (g++ or clang++, no CUDA toolkit needed).
 //
 // A kernel includes this file alone. On the GPU side each name is a thin wrapper over one PTX instruction or one
-// CUDA intrinsic, and all inline PTX of the project is here. On the CPU side the same names come from
+// CUDA intrinsic, and all inline PTX of the project is here, but for wgmma's (wgmma.cuh). On the CPU side the same names come from
 // host/cuda_on_cpu.h, which also supplies the raw CUDA names (threadIdx, __syncthreads, __shfl_xor_sync, float4 ...).
 //
 // Three rules make a kernel run on both:
@@ -454,10 +454,15 @@ inline int multiprocessors() {
 #endif
 }
 
+#ifdef __CUDACC__
+// The major compute capability of the current device, or of the one that launches are recorded for.
+inline int device_major() { return trace::recorded_multiprocessors() ? trace::recorded_major() : detail::device_major(); }
+#endif
+
 // Whether the current device has clusters of blocks: sm_90 and later, and the host build.
 inline bool has_clusters() {
 #ifdef __CUDACC__
-  return trace::recorded_multiprocessors() || detail::device_major() >= 9;
+  return device_major() >= 9;
 #else
   return true;
 #endif

@@ -58,6 +58,7 @@ __global__ void __launch_bounds__(C::kThreads)
   product.each_output([&](int, int r, int output, int b) {
     store_as<T>(y, size_t(b) * n + output, product.product(r, b) + (bias ? to_float(bias[output]) : 0.f), out_f32);
   });
+  product.finish();
 }
 
 void linear(Ptr x, Ptr w, Ptr bias, Ptr y, int rows, int n, int k, int dtype, int out_dtype, Ptr stream_) {
@@ -65,16 +66,17 @@ void linear(Ptr x, Ptr w, Ptr bias, Ptr y, int rows, int n, int k, int dtype, in
   by_dtype(dtype, [&](auto tag) {
     using T = decltype(tag);
     const Settings tuned = settings::find("linear", sizeof(T), rows, {n, k});
-    const auto start = [&](const char* name, unsigned blocks, unsigned threads, size_t smem_bytes, auto kernel) {
-      launch({dim3(blocks), dim3(threads), smem_bytes, stream_, true}, name, kernel, as<const T>(x), as<const T>(w),
-             as<const T>(bias), as<void>(y), rows, n, k, out_dtype == int(DType::f32));
+    const auto start = [&](const char* name, unsigned blocks, unsigned threads, size_t smem_bytes, auto kernel,
+                           unsigned cluster = 1) {
+      launch({dim3(blocks), dim3(threads), smem_bytes, stream_, true, cluster}, name, kernel, as<const T>(x),
+             as<const T>(w), as<const T>(bias), as<void>(y), rows, n, k, out_dtype == int(DType::f32));
     };
     if constexpr (sizeof(T) == 2) {
       if (rows > most_stream_rows()) {
-        return by_mma_shape<T, 1>(rows, n, k, tuned, [&](auto shape) {
+        return by_mma_shape<T, 1>(rows, n, k, tuned, [&](auto shape, unsigned cluster) {
           using C = typename decltype(shape)::type;
-          start("linear_mma_kernel", ceil_div(n, C::kOutputs), C::kThreads, sizeof(MmaSmem<T, C>),
-                linear_mma_kernel<T, C>);
+          start("linear_mma_kernel", ceil_div(n, C::kOutputs) * cluster, C::kThreads, sizeof(MmaSmem<T, C>),
+                linear_mma_kernel<T, C>, cluster);
         });
       }
     }

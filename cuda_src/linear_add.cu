@@ -67,6 +67,7 @@ __global__ void __launch_bounds__(C::kThreads)
     const float before = to_float(kEarly ? base[j] : target);
     target = from_float<T>(before + product.product(r, b) + (bias ? to_float(bias[output]) : 0.f));
   });
+  product.finish();
 }
 
 void linear_add(Ptr x, Ptr w, Ptr bias, Ptr residual, int rows, int n, int k, int dtype, Ptr stream_) {
@@ -74,16 +75,17 @@ void linear_add(Ptr x, Ptr w, Ptr bias, Ptr residual, int rows, int n, int k, in
   by_dtype(dtype, [&](auto tag) {
     using T = decltype(tag);
     const Settings tuned = settings::find("linear_add", sizeof(T), rows, {n, k});
-    const auto start = [&](const char* name, unsigned blocks, unsigned threads, size_t smem_bytes, auto kernel) {
-      launch({dim3(blocks), dim3(threads), smem_bytes, stream_, true}, name, kernel, as<const T>(x), as<const T>(w),
-             as<const T>(bias), as<T>(residual), rows, n, k);
+    const auto start = [&](const char* name, unsigned blocks, unsigned threads, size_t smem_bytes, auto kernel,
+                           unsigned cluster = 1) {
+      launch({dim3(blocks), dim3(threads), smem_bytes, stream_, true, cluster}, name, kernel, as<const T>(x),
+             as<const T>(w), as<const T>(bias), as<T>(residual), rows, n, k);
     };
     if constexpr (sizeof(T) == 2) {
       if (rows > most_stream_rows()) {
-        return by_mma_shape<T, 1>(rows, n, k, tuned, [&](auto shape) {
+        return by_mma_shape<T, 1>(rows, n, k, tuned, [&](auto shape, unsigned cluster) {
           using C = typename decltype(shape)::type;
-          start("linear_add_mma_kernel", ceil_div(n, C::kOutputs), C::kThreads, sizeof(MmaSmem<T, C>),
-                linear_add_mma_kernel<T, C>);
+          start("linear_add_mma_kernel", ceil_div(n, C::kOutputs) * cluster, C::kThreads, sizeof(MmaSmem<T, C>),
+                linear_add_mma_kernel<T, C>, cluster);
         });
       }
     }

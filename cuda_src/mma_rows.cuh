@@ -1,55 +1,63 @@
 // Up to 64 rows of x times many rows of w on tensor cores, both operands through shared memory: the core of linear and
 // of the fused ops for larger batches of float16 and bfloat16.
 //
-// The 16-row operand of the multiply is w, and x the 8-column one ("swap AB"), so that few rows of x waste little.
-// Warps share k, each with a cp.async pipeline of its own and no barrier before the end. An output is the product of a
-// row of x with a row of w, or with Parts rows of w that lie n rows apart (gate and up).
+// The operand of 16 or 64 rows of the multiply is w, and x the narrow one ("swap AB"), so that few rows of x waste
+// little. Teams of threads share k, each with a cp.async pipeline of its own and no barrier of the block before the end.
+// A team is a warp (mma.sync), or on Hopper a warpgroup, which multiplies out of shared memory (wgmma); then the blocks
+// of a cluster may share k, too. An output is the product of a row of x with a row of w, or with Parts rows of w that
+// lie n rows apart (gate and up).
 #pragma once
 #include "common.cuh"
 #include "settings.h"
 #include "sizes.h"
+#include "wgmma.cuh"
 
 namespace lab {
 
 // M: tiles of 16 rows of w. B: tiles of 8 rows of x. A stage holds 64 elements (128 bytes) of each row. Aligned: rows
-// begin at multiples of 16 bytes.
-template <int M_, int B_, int Warps, int Stages, bool Aligned, int Parts = 1>
+// begin at multiples of 16 bytes. Wgmma: teams are warpgroups, and M a multiple of 4.
+template <int M_, int B_, int Teams, int Stages, bool Aligned, int Parts = 1, bool Wgmma = false>
 struct Mma {
-  static constexpr int M = M_, B = B_, kWarps = Warps, kStages = Stages, kParts = Parts, kThreads = Warps * 32;
-  static constexpr bool kAligned = Aligned;
+  static constexpr int M = M_, B = B_, kTeams = Teams, kStages = Stages, kParts = Parts;
+  static constexpr int kTeam = Wgmma ? 128 : 32, kThreads = Teams * kTeam;
+  static constexpr bool kAligned = Aligned, kWgmma = Wgmma;
   static constexpr int kRows = M * 16, kBatch = B * 8, kDepth = 64;
   static constexpr int kOutputs = kRows / Parts;  // of a block, for each row of x
+  static constexpr int kSums = M * 32 / kTeam;    // 16-row tiles whose sums a thread has a part of
 };
 
 template <typename T, typename C>
 struct MmaSmem {
   union {
-    T tile[C::kWarps][C::kStages][C::kRows + C::kBatch][C::kDepth];  // rows of w, then rows of x
-    float partial[C::kWarps][C::kBatch][C::kRows + 4];               // 4 more: a warp's stores meet no bank twice
+    T tile[C::kTeams][C::kStages][C::kRows + C::kBatch][C::kDepth];  // rows of w, then rows of x
+    float partial[C::kTeams][C::kBatch][C::kRows + 4];               // 4 more: a warp's stores meet no bank twice
   };
 };
-
-// Place of the 16-byte chunk c of a row: odd rows swap their halves, so that the 8 lanes of a phase, which read 64
-// bytes of two neighbouring rows, meet every bank once.
-LAB_DEVICE int swizzle(int row, int c) { return c ^ (row % 2 * 4); }
 
 template <typename T, typename C>
 struct MmaRows {
   static constexpr int N = Vec<T>::size, kDepth = C::kDepth, kAhead = C::kStages - 1;
-  static constexpr int kMine = C::kOutputs * C::kBatch / C::kThreads;   // outputs of a thread
+  static constexpr int kMine = C::kOutputs * C::kBatch / C::kThreads;   // outputs of a thread, where no cluster shares
   static_assert(kMine * C::kThreads == C::kOutputs * C::kBatch, "threads share the outputs evenly");
   MmaSmem<T, C>& shared;
   const T *w, *x;
-  int n, k, rows, lane, warp, output0, chunks;
-  float acc[C::M][C::B][4] = {};
+  int n, k, rows, lane, warp, team, output0, chunks, rank = 0, ranks = 1;
+  float acc[C::kSums][C::B][4] = {};
 
-  // w has Parts * n rows of k; the block owns kOutputs outputs, from output0 on. Warp i takes the 64-element chunks i,
-  // i + kWarps, ... of k.
+  // w has Parts * n rows of k; the cluster's blocks (without one, the block) own kOutputs outputs, from output0 on. Of
+  // the 64-element chunks of k their teams take every (ranks * kTeams)th.
   LAB_DEVICE MmaRows(MmaSmem<T, C>& shared_, const T* x_, const T* w_, int rows_, int n_, int k_)
       : shared(shared_), w(w_), x(x_), n(n_), k(k_), rows(rows_) {
     lane = threadIdx.x % 32;
     warp = threadIdx.x / 32;
-    output0 = blockIdx.x * C::kOutputs;
+    team = threadIdx.x / C::kTeam;
+#if LAB_WGMMA
+    if constexpr (C::kWgmma) {
+      rank = cluster_rank();
+      ranks = cluster_size();
+    }
+#endif
+    output0 = blockIdx.x / ranks * C::kOutputs;
     chunks = (k + kDepth - 1) / kDepth;
   }
 
@@ -64,89 +72,161 @@ struct MmaRows {
     }
   }
 
-  // acc += w x^T over this warp's share of k. kAhead stages are in flight while one is multiplied.
+  // acc += w x^T over this team's share of k. kAhead stages are in flight while one is multiplied.
   LAB_DEVICE void multiply() {
-    const int g = lane / 4, t = lane % 4;
-    for (int i = 0; warp + i * C::kWarps < chunks; ++i) {
+    for (int i = 0; chunk(i) < chunks; ++i) {
+      const auto* tile = shared.tile[team][i % C::kStages];
       cp_async_wait<kAhead - 1>();
-      __syncwarp();                               // stage i has landed for all lanes, and all are done with stage i - 1
-      copy_w(i + kAhead);
-      copy_x(i + kAhead);
-      cp_async_commit();
-      // The next kernel may come once this warp has sent for its last chunk: see RowStream::release.
-      if (warp + (i + kAhead + 1) * C::kWarps >= chunks) pdl_launch_dependents();
-      const auto* tile = shared.tile[warp][i % C::kStages];
-      // A lane takes 8 neighbouring elements of k from each row, enough for two multiplies: which column of the
-      // multiply an element plays is free, as long as w and x agree.
-      const auto fragment = [&](int row, int half) {
-        return bit_cast<uint4>(load(&tile[row][swizzle(row, half * 4 + t) * N]));
-      };
-      LAB_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        uint4 low[C::M], high[C::M];
-        LAB_UNROLL
-        for (int m = 0; m < C::M; ++m) {
-          low[m] = fragment(m * 16 + g, half);
-          high[m] = fragment(m * 16 + 8 + g, half);
-        }
-        LAB_UNROLL
-        for (int b = 0; b < C::B; ++b) {
-          const uint4 v = fragment(C::kRows + b * 8 + g, half);
-          LAB_UNROLL
-          for (int m = 0; m < C::M; ++m) {
-            mma_m16n8k16(acc[m][b], {low[m].x, high[m].x, low[m].y, high[m].y}, {v.x, v.y}, T{});
-            mma_m16n8k16(acc[m][b], {low[m].z, high[m].z, low[m].w, high[m].w}, {v.z, v.w}, T{});
-          }
-        }
+      meet();                                     // stage i has landed for the team, and all are done with stage i - 1
+      if constexpr (C::kWgmma) {
+        start_wgmma(tile);                        // runs while the next copies are sent for
+        send(i + kAhead);
+        finish_wgmma();
+      } else {
+        send(i + kAhead);
+        multiply(tile);
       }
     }
   }
 
-  // Puts the warps' sums where the tiles were; product() may be called when it returns.
+  // Puts the teams' sums where the tiles were; product() may be called when it returns.
   LAB_DEVICE void reduce() {
     const int g = lane / 4, t = lane % 4;
     cp_async_wait<0>();
+    meet();
     __syncthreads();
     LAB_UNROLL
-    for (int m = 0; m < C::M; ++m) {
+    for (int m = 0; m < C::kSums; ++m) {
+      const int row = C::kWgmma ? m * 64 + warp % 4 * 16 : m * 16;
       LAB_UNROLL
       for (int b = 0; b < C::B; ++b) {
         LAB_UNROLL
-        for (int i = 0; i < 4; ++i) shared.partial[warp][b * 8 + 2 * t + i % 2][m * 16 + g + i / 2 * 8] = acc[m][b][i];
+        for (int i = 0; i < 4; ++i) shared.partial[team][b * 8 + 2 * t + i % 2][row + g + i / 2 * 8] = acc[m][b][i];
       }
     }
-    __syncthreads();
+    sync();
   }
 
-  // Row r of the block's rows of w times row b of x: the warps' sums, added in a fixed order.
+  // Row r of the block's rows of w times row b of x: the sums of all teams and blocks, added in a fixed order.
   LAB_DEVICE float product(int r, int b) const {
     float sum = 0.f;
     LAB_UNROLL
-    for (int s = 0; s < C::kWarps; ++s) sum += shared.partial[s][b][r];
+    for (int s = 0; s < C::kTeams; ++s) sum += shared.partial[s][b][r];
+#if LAB_WGMMA
+    if (ranks > 1) {
+      sum = 0.f;
+      for (int peer = 0; peer < ranks; ++peer) {
+        LAB_UNROLL
+        for (int s = 0; s < C::kTeams; ++s) sum += *cluster_peer(&shared.partial[s][b][r], peer);
+      }
+    }
+#endif
     return sum;
   }
 
-  // Calls f(j, r, output, b) for output j of kMine that this thread stores; its parts are products of rows r,
-  // r + kOutputs.
+  // Calls f(j, r, output, b) for output j of kMine that this thread stores, if it does; its parts are products of rows
+  // r, r + kOutputs.
   template <typename F>
   LAB_DEVICE void each_output(F f) const {
     LAB_UNROLL
     for (int j = 0; j < kMine; ++j) {
-      const int i = threadIdx.x + j * C::kThreads, r = i % C::kOutputs, b = i / C::kOutputs;
+      const int i = threadIdx.x + (j * ranks + rank) * C::kThreads, r = i % C::kOutputs, b = i / C::kOutputs;
       if (output0 + r < n && b < rows) f(j, r, output0 + r, b);
     }
   }
 
+  // Calls f(j, b, lanes) for each j of kMine, whatever the thread's output is: `lanes` neighbouring threads have outputs
+  // of the same row b of x.
+  template <typename F>
+  LAB_DEVICE void each_row(F f) const {
+    constexpr int kLanes = C::kOutputs < 32 ? C::kOutputs : 32;
+    LAB_UNROLL
+    for (int j = 0; j < kMine; ++j) f(j, (int(threadIdx.x) + (j * ranks + rank) * C::kThreads) / C::kOutputs, kLanes);
+  }
+
+  // Call it last: the other blocks of a cluster may still read this one's sums.
+  LAB_DEVICE void finish() const {
+    if (ranks > 1) sync();
+  }
+
  private:
-  // A lane copies chunk c of every fourth row, so its place in the swizzle never changes. Whatever lies outside the
-  // matrix becomes zero.
+  LAB_DEVICE int chunk(int i) const { return rank * C::kTeams + team + i * ranks * C::kTeams; }
+
+  // Barrier of the team; when it returns, what its threads have copied can be multiplied, and what was multiplied
+  // before can be overwritten.
+  LAB_DEVICE void meet() const {
+#if LAB_WGMMA
+    if constexpr (C::kWgmma) {
+      wgmma_publish();
+      return named_barrier(1 + team, C::kTeam);
+    }
+#endif
+    __syncwarp();
+  }
+  LAB_DEVICE void sync() const {
+#if LAB_WGMMA
+    if (ranks > 1) return cluster_sync();
+#endif
+    __syncthreads();
+  }
+
+  // Place of the 16-byte chunk c of a row: for wgmma as it wants it; for mma.sync odd rows swap their halves, so that
+  // the 8 lanes of a phase, which read 64 bytes of two neighbouring rows, meet every bank once.
+  LAB_DEVICE static int swizzle(int row, int c) { return C::kWgmma ? c ^ row % 8 : c ^ (row % 2 * 4); }
+
+  LAB_DEVICE void start_wgmma(const T (*tile)[kDepth]) {
+#if LAB_WGMMA
+    wgmma_begin();
+    LAB_UNROLL
+    for (int col = 0; col < kDepth; col += 16) {
+      LAB_UNROLL
+      for (int m = 0; m < C::kSums; ++m) wgmma(acc[m], &tile[m * 64][col], &tile[C::kRows][col]);
+    }
+    wgmma_commit();
+#endif
+  }
+  LAB_DEVICE void finish_wgmma() {
+#if LAB_WGMMA
+    wgmma_wait<0>();
+#endif
+  }
+  LAB_DEVICE void multiply(const T (*tile)[kDepth]) {
+    // A lane takes 8 neighbouring elements of k from each row, enough for two multiplies: which column of the
+    // multiply an element plays is free, as long as w and x agree.
+    const int g = lane / 4, t = lane % 4;
+    const auto fragment = [&](int row, int half) {
+      return bit_cast<uint4>(load(&tile[row][swizzle(row, half * 4 + t) * N]));
+    };
+    LAB_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      uint4 low[C::M], high[C::M];
+      LAB_UNROLL
+      for (int m = 0; m < C::M; ++m) {
+        low[m] = fragment(m * 16 + g, half);
+        high[m] = fragment(m * 16 + 8 + g, half);
+      }
+      LAB_UNROLL
+      for (int b = 0; b < C::B; ++b) {
+        const uint4 v = fragment(C::kRows + b * 8 + g, half);
+        LAB_UNROLL
+        for (int m = 0; m < C::M; ++m) {
+          mma_m16n8k16(acc[m][b], {low[m].x, high[m].x, low[m].y, high[m].y}, {v.x, v.y}, T{});
+          mma_m16n8k16(acc[m][b], {low[m].z, high[m].z, low[m].w, high[m].w}, {v.z, v.w}, T{});
+        }
+      }
+    }
+  }
+
+  // A thread copies chunk c of every (kTeam / 8)th row, so its place in the swizzle never changes. Whatever lies outside
+  // the matrix becomes zero.
   LAB_DEVICE void copy(T (*tile)[kDepth], const T* from, int count, int limit, int chunk) {
-    const int c = lane % 8, row = lane / 8, col = chunk * kDepth + c * N;
+    constexpr int kStep = C::kTeam / 8;
+    const int c = threadIdx.x % 8, row = threadIdx.x % C::kTeam / 8, col = chunk * kDepth + c * N;
     const T* source = from + size_t(row) * k + col;
     T* target = &tile[row][swizzle(row, c) * N];
     const int valid_rows = col < k ? limit - row : 0;
     LAB_UNROLL
-    for (int i = 0; i < count; i += 4, source += 4 * size_t(k), target += 4 * kDepth) {
+    for (int i = 0; i < count; i += kStep, source += kStep * size_t(k), target += kStep * kDepth) {
       const bool valid = i < valid_rows;
       if constexpr (C::kAligned) {
         cp_async16(target, source, valid);
@@ -160,40 +240,62 @@ struct MmaRows {
       }
     }
   }
+  LAB_DEVICE void send(int i) {
+    copy_w(i);
+    copy_x(i);
+    cp_async_commit();
+    // The next kernel may come once this team has sent for its last chunk: see RowStream::release.
+    if (chunk(i + 1) >= chunks) pdl_launch_dependents();
+  }
   LAB_DEVICE void copy_w(int i) {
-    const int chunk = warp + i * C::kWarps;
-    if (chunk >= chunks) return;
+    if (chunk(i) >= chunks) return;
     LAB_UNROLL
     for (int part = 0; part < C::kParts; ++part) {
-      copy(shared.tile[warp][i % C::kStages] + part * C::kOutputs, w + (size_t(part) * n + output0) * k, C::kOutputs,
-           n - output0, chunk);
+      copy(shared.tile[team][i % C::kStages] + part * C::kOutputs, w + (size_t(part) * n + output0) * k, C::kOutputs,
+           n - output0, chunk(i));
     }
   }
   LAB_DEVICE void copy_x(int i) {
-    const int chunk = warp + i * C::kWarps;
-    if (chunk < chunks) copy(shared.tile[warp][i % C::kStages] + C::kRows, x, C::kBatch, rows, chunk);
+    if (chunk(i) < chunks) copy(shared.tile[team][i % C::kStages] + C::kRows, x, C::kBatch, rows, chunk(i));
   }
 };
 
-// Calls f with the shape of a launch, a type in f's argument: `using C = typename decltype(shape)::type;`
+// Calls f with the shape of a launch, a type in f's argument, and the blocks of a cluster:
+// `using C = typename decltype(shape)::type;`
 template <typename C>
 struct MmaShape {
   using type = C;
 };
 template <typename T, int Parts, typename F>
 inline void by_mma_shape(int rows, int n, int k, const Settings& tuned, F&& f) {
-  // More rows of w per block read x less often from L2; fewer give more blocks. Shared memory: 72, 64, 96, 144, 96 KiB.
+  const auto alone = [&](auto shape) { f(shape, 1u); };
   const bool aligned = k % Vec<T>::size == 0;
-  if (!aligned) return f(MmaShape<Mma<2, 8, 4, 3, false, Parts>>{});
+  if (!aligned) return alone(MmaShape<Mma<2, 8, 4, 3, false, Parts>>{});
+
+  // wgmma where there are many rows of x and enough to do. Small blocks (96 KiB of shared memory, two a multiprocessor)
+  // where they are many, else large ones, which share long rows two by two. Measured on an H100, 8B at batch 64, without
+  // and with: gate and up 96.0 and 85.6 us, qkv 27.2 and 20.6, down 46.1 and 44.7, o 14.8 and 15.5.
+  const int blocks = ceil_div(n * Parts, 64);
+  if (rows > 16 && has_wgmma() && (3 * blocks > 2 * multiprocessors() || k >= 8192)) {
+    const bool many = blocks > multiprocessors();
+    const unsigned cluster = tuned.cluster ? tuned.cluster : 2 * blocks <= multiprocessors() && k >= 8192 ? 2 : 1;
+    const auto clustered = [&](auto shape) { f(shape, cluster); };
+    if (rows <= 32 && many) return clustered(MmaShape<Mma<4, 4, 2, 4, true, Parts, true>>{});
+    if (rows <= 32) return clustered(MmaShape<Mma<4, 4, 2, 6, true, Parts, true>>{});
+    if (many) return clustered(MmaShape<Mma<4, 8, 2, 3, true, Parts, true>>{});
+    return clustered(MmaShape<Mma<4, 8, 2, 5, true, Parts, true>>{});
+  }
+
+  // More rows of w per block read x less often from L2; fewer give more blocks. Shared memory: 112, 64, 72; 96, 144, 96 KiB.
   if (rows <= 16) {
     const int tiles = tuned.tiles ? tuned.tiles : n * Parts >= 32 * 2 * 132 ? 2 : 1;
-    if (tiles == 1) return f(MmaShape<Mma<1, 2, 4, 4, true, Parts>>{});
-    return f(MmaShape<Mma<2, 2, 4, 3, true, Parts>>{});
+    if (tiles == 1 && tuned.stages == 7) return alone(MmaShape<Mma<1, 2, 4, 7, true, Parts>>{});
+    if (tiles == 1) return alone(MmaShape<Mma<1, 2, 4, 4, true, Parts>>{});
+    return alone(MmaShape<Mma<2, 2, 4, 3, true, Parts>>{});
   }
-  if (rows <= 32) return f(MmaShape<Mma<2, 4, 4, 3, true, Parts>>{});
-  const int tiles = tuned.tiles ? tuned.tiles : n * Parts >= 64 * 240 ? 4 : 2;
-  if (tiles == 4) return f(MmaShape<Mma<4, 8, 2, 3, true, Parts>>{});
-  f(MmaShape<Mma<2, 8, 4, 3, true, Parts>>{});
+  if (rows <= 32) return alone(MmaShape<Mma<2, 4, 4, 3, true, Parts>>{});
+  if (n * Parts >= 64 * 240) return alone(MmaShape<Mma<4, 8, 2, 3, true, Parts>>{});
+  alone(MmaShape<Mma<2, 8, 4, 3, true, Parts>>{});
 }
 
 }  // namespace lab

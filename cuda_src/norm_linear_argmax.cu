@@ -2,21 +2,41 @@
 // xn = rmsnorm(x, norm_w)
 //
 //   x [rows, k]   norm_w [k]   w [n, k]   logits [rows, n] float32   ids [rows] int32     rows <= 64
-//   scratch [rows, 2 * 4096 + 4] int32: of each block the value (float32 bits) and the index of its best, then a ticket
+//   scratch [rows, 2 * 4096 + 4] int32: at 8192 a ticket (the first row's), at 8194 the best so far (candidate.cuh)
 //   normed [rows, k]: workspace of the tensor-core path
-//   mapping   up to 2 rows, and float32: as norm_linear; a block keeps its best, the last to finish compares them
-//             more rows in float16 or bfloat16: the kernels of rmsnorm, linear and sample, one after the other
+//   mapping   up to 2 rows, and float32: as norm_linear; more rows in float16 or bfloat16: rmsnorm's kernel, then as linear
+//             blocks raise each row's best by atomicMax (a maximum is the same in every order); the last one reads them
 //   traffic   w once (the only traffic that counts), logits written once
 //   contract  lab/ops/norm_linear_argmax.py          twin  triton_kernels/norm_linear_argmax.py
 #include "candidate.cuh"
 #include "common.cuh"
 #include "launchers.h"
+#include "mma_rows.cuh"
 #include "norm_rows.cuh"
 
 using namespace lab;
 
-constexpr int kMaxBlocks = 4096;                  // MAX_BLOCKS of the contract
-constexpr int kScratch = 2 * kMaxBlocks + 4;      // SCRATCH of the contract
+constexpr int kScratch = 2 * 4096 + 4;            // SCRATCH of the contract; the twin keeps candidates in all of it
+
+LAB_DEVICE unsigned* ticket_of(int* scratch) { return reinterpret_cast<unsigned*>(scratch + kScratch - 4); }
+LAB_DEVICE unsigned long long* best_of(int* scratch, int b) {
+  return reinterpret_cast<unsigned long long*>(scratch + size_t(b) * kScratch + kScratch - 2);
+}
+
+// The block's last step, for all threads, after their atomicMax: the last block to come stores the ids and leaves the
+// scratch as it was.
+LAB_DEVICE void finish_argmax(int* scratch, int* ids, int rows, int& last) {
+  __syncthreads();
+  if (threadIdx.x == 0) last = take_ticket(ticket_of(scratch)) == gridDim.x - 1;
+  __syncthreads();
+  if (!last) return;
+  for (int b = threadIdx.x; b < rows; b += blockDim.x) {
+    const uint64_t top = atomicExch(best_of(scratch, b), 0ull);
+    const bool nan = top >> 32 == 0xffffffffu;
+    ids[b] = nan ? -1 : candidate_index(top);
+  }
+  if (threadIdx.x == 0) atomicExch(ticket_of(scratch), 0u);
+}
 
 template <typename T, typename C>
 struct ArgmaxSmem {
@@ -54,7 +74,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
       });
     }
 
-    // 6. Argmax in the last block: first of each block, then of all; a maximum is the same in every order.
+    // 6. Argmax in the last block: it reads what all have raised, each by the best of its own.
     LAB_UNROLL
     for (int j = 0; j < C::kMine; ++j) {
       if (stream.lane + j < C::R * C::B) shared.best[stream.group][stream.lane + j] = best[j];
@@ -66,27 +86,54 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
         const uint64_t other = shared.best[i / C::R][b * C::R + i % C::R];
         top = other > top ? other : top;
       }
-      const int pair[2] = {bit_cast<int>(candidate_value(top)), candidate_index(top)};
-      store(scratch + size_t(b0 + b) * kScratch + 2 * blockIdx.x, Vec<int, 2>{{pair[0], pair[1]}});
+      atomicMax(best_of(scratch, b0 + b), static_cast<unsigned long long>(top));
     }
   }
-  unsigned* ticket = reinterpret_cast<unsigned*>(scratch + 2 * kMaxBlocks);
-  __syncthreads();
-  if (threadIdx.x == 0) shared.last = take_ticket(ticket) == gridDim.x - 1;
-  __syncthreads();
-  if (!shared.last) return;
-  for (int b = threadIdx.x / 32; b < rows; b += C::kThreads / 32) {
-    uint64_t top = 0;
-    for (int block = threadIdx.x % 32; block < int(gridDim.x); block += 32) {
-      const Vec<int, 2> pair = load<2>(scratch + size_t(b) * kScratch + 2 * block);
-      const uint64_t other = candidate(bit_cast<float>(pair.v[0]), pair.v[1]);
-      top = other > top ? other : top;
+  finish_argmax(scratch, ids, rows, shared.last);
+}
+
+template <typename T, typename C>
+struct ArgmaxMmaSmem {
+  MmaSmem<T, C> mma;
+  int last;
+};
+
+template <typename T, typename C>
+__global__ void __launch_bounds__(C::kThreads)
+    norm_linear_argmax_mma_kernel(const T* xn, const T* w, float* logits, int* scratch, int* ids, int rows, int n, int k) {
+  // 1. Locate: the block owns kRows rows of w; its teams share k.
+  auto& shared = smem<ArgmaxMmaSmem<T, C>>();
+  MmaRows<T, C> product(shared.mma, xn, w, rows, n, k);
+
+  // 2. Norm: rmsnorm's kernel has done it. The first stages of w leave before the wait for it.
+  product.start_w();
+  pdl_wait();
+
+  // 3. Stream: w and x through shared memory into tensor cores.
+  product.start_x();
+  product.multiply();
+
+  // 4. Reduce: the teams' sums meet in shared memory, where the tiles were.
+  product.reduce();
+
+  // 5. Store: the logits; their candidates stay in registers.
+  uint64_t best[MmaRows<T, C>::kMine] = {};
+  product.each_output([&](int j, int r, int output, int b) {
+    const float logit = product.product(r, b);
+    logits[size_t(b) * n + output] = logit;
+    best[j] = candidate(logit, output);
+  });
+
+  // 6. Argmax in the last block: it reads what all have raised, each by the best of its lanes that share a row of x.
+  product.each_row([&](int j, int b, int lanes) {
+    for (int distance = lanes / 2; distance > 0; distance /= 2) {
+      const uint64_t other = __shfl_xor_sync(0xffffffffu, best[j], distance);
+      best[j] = other > best[j] ? other : best[j];
     }
-    top = warp_best(top);
-    const bool nan = top >> 32 == 0xffffffffu;
-    if (threadIdx.x % 32 == 0) ids[b] = nan ? -1 : candidate_index(top);
-  }
-  if (threadIdx.x == 0) atomicExch(ticket, 0u);   // for the next launch
+    if (threadIdx.x % lanes == 0 && b < rows) atomicMax(best_of(scratch, b), static_cast<unsigned long long>(best[j]));
+  });
+  product.finish();
+  finish_argmax(scratch, ids, rows, shared.last);
 }
 
 void norm_linear_argmax(Ptr x, Ptr norm_w, Ptr w, Ptr logits, Ptr scratch, Ptr normed, Ptr out, int rows, int n, int k,
@@ -95,18 +142,24 @@ void norm_linear_argmax(Ptr x, Ptr norm_w, Ptr w, Ptr logits, Ptr scratch, Ptr n
   by_dtype(dtype, [&](auto tag) {
     using T = decltype(tag);
     const Settings tuned = settings::find("norm_linear_argmax", sizeof(T), rows, {n, k});
-    if (sizeof(T) == 2 && rows > most_stream_rows()) {
-      need_normed("norm_linear_argmax", normed);
-      rmsnorm(x, norm_w, 0, normed, rows, 1, k, k, k, eps, dtype, stream_);
-      linear(normed, w, 0, logits, rows, n, k, dtype, int(DType::f32), stream_);
-      return sample(logits, 0, out, rows, n, 0.f, 0, 1.f, 0, stream_);
+    if constexpr (sizeof(T) == 2) {
+      if (rows > most_stream_rows()) {
+        need_normed("norm_linear_argmax", normed);
+        rmsnorm(x, norm_w, 0, normed, rows, 1, k, k, k, eps, dtype, stream_);
+        return by_mma_shape<T, 1>(rows, n, k, tuned, [&](auto shape, unsigned cluster) {
+          using C = typename decltype(shape)::type;
+          launch({dim3(ceil_div(n, C::kOutputs) * cluster), dim3(C::kThreads), sizeof(ArgmaxMmaSmem<T, C>), stream_, true,
+                  cluster},
+                 "norm_linear_argmax_mma_kernel", norm_linear_argmax_mma_kernel<T, C>, as<const T>(normed),
+                 as<const T>(w), as<float>(logits), as<int>(scratch), as<int>(out), rows, n, k);
+        });
+      }
     }
     by_normed_shape<T, 1>(rows, n, k, tuned, [&](auto shape) {
       using C = typename decltype(shape)::type;
-      const int all = stream_blocks<C>(n, true, tuned), blocks = all < kMaxBlocks ? all : kMaxBlocks;
       const size_t bytes = sizeof(ArgmaxSmem<T, C>) + size_t(C::B) * k * sizeof(T);
-      launch({dim3(blocks), dim3(C::kThreads), bytes, stream_, true}, "norm_linear_argmax_kernel",
-             norm_linear_argmax_kernel<T, C>, as<const T>(x), as<const T>(norm_w), as<const T>(w), as<float>(logits),
+      launch({dim3(stream_blocks<C>(n, true, tuned)), dim3(C::kThreads), bytes, stream_, true},
+             "norm_linear_argmax_kernel", norm_linear_argmax_kernel<T, C>, as<const T>(x), as<const T>(norm_w), as<const T>(w), as<float>(logits),
              as<int>(scratch), as<int>(out), rows, n, k, eps);
     });
   });

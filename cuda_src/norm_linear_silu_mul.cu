@@ -65,6 +65,7 @@ __global__ void __launch_bounds__(C::kThreads)
   product.each_output([&](int, int r, int output, int b) {
     y[size_t(b) * n + output] = from_float<T>(activate(product.product(r, b), product.product(r + C::kOutputs, b)));
   });
+  product.finish();
 }
 
 void norm_linear_silu_mul(Ptr x, Ptr norm_w, Ptr w, Ptr y, Ptr normed, int rows, int n, int k, float eps, int dtype,
@@ -77,9 +78,10 @@ void norm_linear_silu_mul(Ptr x, Ptr norm_w, Ptr w, Ptr y, Ptr normed, int rows,
       if (rows > most_stream_rows()) {
         need_normed("norm_linear_silu_mul", normed);
         rmsnorm(x, norm_w, 0, normed, rows, 1, k, k, k, eps, dtype, stream_);
-        return by_mma_shape<T, 2>(rows, n, k, tuned, [&](auto shape) {
+        return by_mma_shape<T, 2>(rows, n, k, tuned, [&](auto shape, unsigned cluster) {
           using C = typename decltype(shape)::type;
-          launch({dim3(ceil_div(n, C::kOutputs)), dim3(C::kThreads), sizeof(MmaSmem<T, C>), stream_, true},
+          launch({dim3(ceil_div(n, C::kOutputs) * cluster), dim3(C::kThreads), sizeof(MmaSmem<T, C>), stream_, true,
+                  cluster},
                  "norm_linear_silu_mul_mma_kernel", norm_linear_silu_mul_mma_kernel<T, C>, as<const T>(normed),
                  as<const T>(w), as<T>(y), rows, n, k);
         });

@@ -12,12 +12,12 @@ namespace lab {
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
 
-// True where a launcher should take the shapes that suit a CPU. LAB_HOST_SHAPES=gpu makes the host build take the GPU's,
-// so that tests and the race detector reach them without a GPU.
+// True where a launcher should take the shapes that suit a CPU. LAB_HOST_SHAPES=gpu makes the host build take a Hopper
+// GPU's, and sm_80 those of the GPUs before, so that tests and the race detector reach them without a GPU.
 inline bool cpu_shapes() {
   if constexpr (!kHost) return false;
   const char* shapes = std::getenv("LAB_HOST_SHAPES");
-  return !(shapes && std::strcmp(shapes, "gpu") == 0);
+  return !(shapes && (std::strcmp(shapes, "gpu") == 0 || std::strcmp(shapes, "sm_80") == 0));
 }
 
 // Rows of half precision that matrix products take on CUDA cores; more go to tensor cores. On an H100 16 rows on tensor

@@ -37,10 +37,12 @@ struct Launch {
 };
 
 inline std::atomic<int> recording{0};             // multiprocessors of the GPU that is pretended; 0: launches run
+inline std::atomic<int> recording_major{0};       // its major compute capability
 inline std::vector<Launch> launches;
 
 // Multiprocessors to plan for while launches are recorded, else 0.
 inline int recorded_multiprocessors() { return recording.load(std::memory_order_relaxed); }
+inline int recorded_major() { return recording_major.load(std::memory_order_relaxed); }
 
 template <typename Config>
 inline void record_launch(const char* kernel, std::uintptr_t function, const Config& c) {
@@ -64,10 +66,12 @@ inline std::vector<std::string> take_trace() {
   return std::exchange(trace::names, {});
 }
 
-// From now on launches are noted and not run, as they would be on a GPU of so many multiprocessors; 0 ends that.
-inline void record_launches(int multiprocessors) {
+// From now on launches are noted and not run, as they would be on a GPU of so many multiprocessors and this major compute
+// capability; 0 ends that.
+inline void record_launches(int multiprocessors, int major) {
   std::lock_guard<std::mutex> lock(trace::mutex);
   trace::launches.clear();
+  trace::recording_major = major;
   trace::recording = multiprocessors;
 }
 

@@ -15,11 +15,18 @@ CASES = [pytest.param(op, dtype, c.sizes, id=f"{op.name}-{NAMES[dtype]}-{i}")
 # Sizes that the ops' own cases leave out.
 SIZES = {"x in several parts": dict(batch=8, n=40, k=4104), "an uneven last part": dict(batch=3, n=33, k=7000),
          "several sets of outputs per block": dict(batch=1, n=9000, k=128),
-         "wide tensor-core blocks": dict(batch=12, n=8456, k=72)}
+         "wide tensor-core blocks": dict(batch=12, n=8456, k=72),
+         "many blocks of warpgroups, stages used again": dict(batch=40, n=330, k=1000),
+         "few blocks of warpgroups, stages used again": dict(batch=33, n=150, k=1000),
+         "up to 32 rows, many blocks": dict(batch=20, n=330, k=840),
+         "up to 32 rows, long rows shared by a cluster": dict(batch=17, n=100, k=8200)}
 LONG = {"a merge of several splits": dict(q_heads=8, kv_heads=2, head_dim=128, splits=4),
         "more splits than are used": dict(q_heads=3, kv_heads=3, head_dim=96, splits=16),
         "two tiles of heads": dict(q_heads=12, kv_heads=1, head_dim=64, splits=3, page_size=64)}
 STREAMS = ("linear", "linear_add", "norm_linear", "norm_linear_silu_mul", "norm_linear_argmax")
+
+
+BATCHES = [why for why, sizes in SIZES.items() if sizes["batch"] > 2]
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +52,28 @@ def test_meets_its_contract(op, dtype, sizes, check):
 @pytest.mark.parametrize("name", STREAMS)
 def test_sizes_that_only_streams_notice(name, why, dtype, check):
     check(find(name), dtype, SIZES[why])
+
+
+@pytest.mark.parametrize("why", BATCHES)
+@pytest.mark.parametrize("name", ("linear", "linear_add", "norm_linear_silu_mul"))
+def test_tensor_cores_before_hopper(name, why, check, monkeypatch):
+    monkeypatch.setenv("LAB_HOST_SHAPES", "sm_80")
+    check(find(name), torch.bfloat16, SIZES[why])
+
+
+@pytest.mark.parametrize("batch, n, k", [(1, 300, 64), (3, 37, 101), (16, 1000, 64), (40, 700, 128), (64, 130, 8200)])
+def test_argmax_leaves_its_scratch_ready(batch, n, k, rand, device):
+    """One row, rows that are not aligned, narrow and wide blocks of tensor cores, a cluster that shares k."""
+    op = find("norm_linear_argmax")
+    run = select("cuda", device).norm_linear_argmax
+    x, norm_w, eps, w, logits, scratch = op.inputs(rand(torch.bfloat16), batch, n, k)
+    for _ in range(2):
+        assert run(x, norm_w, eps, w, logits, scratch).tolist() == logits.argmax(1).tolist()
+        assert not scratch[:, -4:].any()
+    w[7] = torch.nan
+    assert run(x, norm_w, eps, w, logits, scratch).tolist() == [-1] * batch
+    w.zero_()
+    assert run(x, norm_w, eps, w, logits, scratch).tolist() == [0] * batch
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])

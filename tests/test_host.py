@@ -26,7 +26,7 @@ BUILDS = {
     "address": (["-O0", "-g", "-fsanitize=address"], ["-O1", "-g", "-fsanitize=address"], ["-fsanitize=address"]),
 }
 GPU_FEATURES = ["indices", "shuffles", "reductions", "atomics", "mma", "copies", "named_barriers", "float16", "math",
-                "launches", "pipeline", "clusters"]
+                "launches", "pipeline", "clusters", "wgmma"]
 FEATURES = [*GPU_FEATURES, "threads", "callers", "fork"]
 CLEAN = ["store.none", "copy.none", "fault.none", "ticket.none", "bulk.none"]
 
@@ -136,8 +136,10 @@ def test_gpu_agrees_with_the_same_program(tmp_path):
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if nvcc is None:
         pytest.skip("no nvcc on PATH or in /usr/local/cuda/bin")
-    program = str(tmp_path / "features")
-    compile_all([[nvcc, "-std=c++17", "-O2", "-arch=native", f"-I{ROOT / 'cuda_src'}", "-x", "cu",
+    import torch
+    program, arch = str(tmp_path / "features"), "sm_%d%d" % torch.cuda.get_device_capability()
+    arch += "a" if arch == "sm_90" else ""          # which wgmma needs
+    compile_all([[nvcc, "-std=c++17", "-O2", f"-arch={arch}", f"-I{ROOT / 'cuda_src'}", "-x", "cu",
                   str(SOURCES / "features.cu"), "-o", program]])
     done = subprocess.run([program, *GPU_FEATURES], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -153,7 +153,7 @@ def launched(rows, n=3072, k=2048):
     x, w = torch.empty(rows, k, dtype=torch.float16), torch.empty(n, k, dtype=torch.float16)
     with recording("sm_90") as launches:
         norm_linear.triton(x, w[0], 1e-5, w, out=torch.empty(rows, n, dtype=torch.float16))
-    return launches[0].meta
+    return launches[-1].meta
 
 
 def test_launches_read_the_table(tmp_path, monkeypatch):
@@ -231,7 +231,7 @@ def test_every_shape_has_candidates_and_no_more_than_asked(point):
     assert len({json.dumps(c) for c in found}) == len(found)
     of_cuda = candidates("cuda", point.op, point.batch, 2, tune.key_shape(point), 30)
     assert len(of_cuda) == len({json.dumps(c) for c in of_cuda}) and (len(of_cuda) > 1) == (
-        point.batch <= 2 or point.op not in ("norm_linear", "norm_linear_argmax"))
+        point.batch <= 2 or point.op != "norm_linear")
 
 
 @pytest.mark.parametrize("op, batch", [("norm_linear", 1), ("linear_add", 4), ("norm_linear_silu_mul", 16),

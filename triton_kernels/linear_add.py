@@ -18,7 +18,7 @@ from triton_kernels.stream_rows import dot_rows, load_rows, wait_for_inputs
 
 # See settings.by_hand. UNROLL tiles of the sum path are in flight.
 SM_80 = {
-    "sum_rows": 4,
+    "sum_rows": 2, "sum_rows_f32": 4,
     "sum": [(1, ANY, dict(BLOCK_N=2, lane=16, num_warps=4, UNROLL=1)),
             (4, ANY, dict(BLOCK_N=2, lane=8, num_warps=4, UNROLL=2))],
     "dot": [(64, 4096, dict(BLOCK_N=16, BLOCK_K=128, num_warps=4, STAGES=6)),

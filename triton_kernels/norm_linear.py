@@ -20,7 +20,7 @@ from triton_kernels.stream_rows import dot_rows, load_rows, normed_rows, wait_fo
 # See settings.by_hand. 32 warps of 64 registers a thread are all the registers of a multiprocessor. Small n wants small
 # tiles, so that every multiprocessor has a program.
 SM_80 = {
-    "sum_rows": 4,
+    "sum_rows": 2, "sum_rows_f32": 4,
     "sum": [(1, 4096, dict(BLOCK_N=2, lane=16)), (1, ANY, dict(BLOCK_N=2, lane=16, warps=32)),
             (4, ANY, dict(BLOCK_N=2, lane=32, warps=32))],
     "dot": [(64, 4096, dict(BLOCK_N=16, BLOCK_K=128, num_warps=4, STAGES=4)),
@@ -106,7 +106,7 @@ def norm_linear(x, norm_w, eps, w, bias, y):
     (rows, k), n = x.shape, w.shape[0]
     path, programs, meta = settings.product("norm_linear", CONFIGS, x, n, k, whole_rows=True)
     if path == "sum":
-        return launch(norm_linear_kernel, (programs,), x, norm_w, w, bias, y, rows, n, k, eps, HAS_BIAS=bias is not None,
-                      **meta)
-    launch(norm_linear_dot_kernel, (programs,), normalised(x, norm_w, eps), w, bias, y, rows, n, k,
-           HAS_BIAS=bias is not None, **meta)
+        launch(norm_linear_kernel, (programs,), x, norm_w, w, bias, y, rows, n, k, eps, HAS_BIAS=bias is not None, **meta)
+    else:
+        xn = normalised(x, norm_w, eps)
+        launch(norm_linear_dot_kernel, (programs,), xn, w, bias, y, rows, n, k, HAS_BIAS=bias is not None, **meta)

@@ -23,7 +23,7 @@ NO_INDEX = tl.constexpr(2147483647)
 
 # See settings.by_hand.
 SM_80 = {
-    "sum_rows": 4,
+    "sum_rows": 2, "sum_rows_f32": 4,
     "sum": [(1, ANY, dict(BLOCK_N=2, lane=16, warps=32)), (4, ANY, dict(BLOCK_N=2, lane=32, warps=32))],
     "dot": [(64, ANY, dict(BLOCK_N=64, BLOCK_K=64, num_warps=4, STAGES=6, per_multiprocessor=2))],
     "dot_f32": [(64, ANY, dict(BLOCK_N=32, BLOCK_K=32, num_warps=4, STAGES=3, per_multiprocessor=4))],
@@ -156,7 +156,7 @@ def norm_linear_argmax_dot_kernel(xn, w, logits, scratch, ids, rows, n, k,
         if LOOP:
             tile = load_rows(w, out, out < n, col, k, EVEN_K)
 
-    # 6. Argmax in the last block: first of each program, then of all. The twin runs the sampling kernel after this one.
+    # 6. Argmax in the last block: first of each program, then of all. The twin raises each row's best by atomicMax.
     top, lowest = first_best(best, index, 1)
     publish_best(scratch, ids, rows, b, top, lowest, BLOCK_B, SLOTS)
 
@@ -168,5 +168,7 @@ def norm_linear_argmax(x, norm_w, eps, w, logits, scratch, out):
                                             most_programs=MAX_PROGRAMS.value)
     meta["SLOTS"] = 1024 // meta["BLOCK_B"]
     if path == "sum":
-        return launch(norm_linear_argmax_kernel, (programs,), x, norm_w, w, logits, scratch, out, rows, n, k, eps, **meta)
-    launch(norm_linear_argmax_dot_kernel, (programs,), normalised(x, norm_w, eps), w, logits, scratch, out, rows, n, k, **meta)
+        launch(norm_linear_argmax_kernel, (programs,), x, norm_w, w, logits, scratch, out, rows, n, k, eps, **meta)
+    else:
+        xn = normalised(x, norm_w, eps)
+        launch(norm_linear_argmax_dot_kernel, (programs,), xn, w, logits, scratch, out, rows, n, k, **meta)

@@ -16,7 +16,7 @@ from triton_kernels.stream_rows import dot_rows, load_rows, normed_rows, wait_fo
 
 # See settings.by_hand. BLOCK_N counts outputs, which have two rows of w each.
 SM_80 = {
-    "sum_rows": 4,
+    "sum_rows": 2, "sum_rows_f32": 4,
     "sum": [(1, ANY, dict(BLOCK_N=1, lane=16, warps=32)), (4, ANY, dict(BLOCK_N=1, lane=32, warps=32))],
     "dot": [(64, ANY, dict(BLOCK_N=32, BLOCK_K=64, num_warps=4, STAGES=6))],
     "dot_f32": [(64, ANY, dict(BLOCK_N=16, BLOCK_K=32, num_warps=4, STAGES=3))],
@@ -112,5 +112,6 @@ def norm_linear_silu_mul(x, norm_w, eps, w, y):
     (rows, k), n = x.shape, y.shape[1]
     path, programs, meta = settings.product("norm_linear_silu_mul", CONFIGS, x, n, k, whole_rows=True, parts=2)
     if path == "sum":
-        return launch(norm_linear_silu_mul_kernel, (programs,), x, norm_w, w, y, rows, n, k, eps, **meta)
-    launch(norm_linear_silu_mul_dot_kernel, (programs,), normalised(x, norm_w, eps), w, y, rows, n, k, **meta)
+        launch(norm_linear_silu_mul_kernel, (programs,), x, norm_w, w, y, rows, n, k, eps, **meta)
+    else:
+        launch(norm_linear_silu_mul_dot_kernel, (programs,), normalised(x, norm_w, eps), w, y, rows, n, k, **meta)

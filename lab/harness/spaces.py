@@ -37,9 +37,11 @@ def cuda_product(rows, itemsize, n, k, parts=1, mma=True):
     """mma: the op has a tensor-core kernel of its own; else more rows go by rmsnorm's and linear's settings."""
     if rows <= 2 or itemsize == 4:
         return streams(rows, itemsize, n, k, parts)
-    if not mma or k * itemsize % 16 or 16 < rows <= 32:
+    if not mma or k * itemsize % 16:
         return []
-    return [dict(tiles=tiles) for tiles in ((1, 2) if rows <= 16 else (2, 4))]
+    if rows <= 16:
+        return [dict(tiles=1, stages=4), dict(tiles=1, stages=7), dict(tiles=2)]
+    return [dict(cluster=blocks) for blocks in (1, 2, 4)]
 
 
 def splits(itemsize):
@@ -127,7 +129,7 @@ SPACES = {
         "norm_linear": lambda rows, itemsize, s: cuda_product(rows, itemsize, s["n"], s["k"], mma=False),
         "norm_linear_silu_mul": lambda rows, itemsize, s: cuda_product(rows, itemsize, s["n"], s["k"], parts=2),
         "linear_add": lambda rows, itemsize, s: cuda_product(rows, itemsize, s["n"], s["k"]),
-        "norm_linear_argmax": lambda rows, itemsize, s: cuda_product(rows, itemsize, s["n"], s["k"], mma=False),
+        "norm_linear_argmax": lambda rows, itemsize, s: cuda_product(rows, itemsize, s["n"], s["k"]),
         "decode_attention": lambda rows, itemsize, s: splits(itemsize),
         "rope_append_attention": lambda rows, itemsize, s: splits(itemsize),
     },

@@ -38,7 +38,7 @@ def launches(op, args, gpu):
         raise Unavailable(f"lab._cuda has no {op.name}: run `python setup.py build_ext --inplace`")
     kernels = SimpleNamespace(**{name: getattr(module, name) for name in dir(module) if not name.startswith("_")})
     kernels.stream = lambda: 0
-    module.record_launches(gpu.multiprocessors)
+    module.record_launches(gpu.multiprocessors, gpu.major)
     module.set_settings(measured_settings(gpu.triton))
     try:
         op.cuda(kernels, *args, out=op.outputs(*args))

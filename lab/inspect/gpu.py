@@ -22,6 +22,11 @@ class Gpu:
     register_unit: int = 256            # registers are given out to a warp in units of this
     partitions: int = 4                 # each has its own quarter of the registers and the warps
 
+    @property
+    def major(self):
+        """Of the compute capability: 9 for sm_90a."""
+        return int(self.triton.removeprefix("sm_")) // 10
+
 
 GPUS = {gpu.arch: gpu for gpu in (Gpu("sm_90a", "sm_90", 132, "H100 SXM", 228 << 10),
                                   Gpu("sm_80", "sm_80", 108, "A100", 164 << 10))}

@@ -1,9 +1,9 @@
 """norm_linear_argmax: ids[b] = argmax over n of logits[b, n], logits = rmsnorm(x, norm_w) w^T: a greedy step's end
 
   x [batch, k]   norm_w [k]   w [n, k] (lm_head)   logits float32 [batch, n], written   out [batch] int32
-The lowest index wins a tie and a row with NaN gives -1, as in sample.py. The last block to finish compares the blocks'
-candidates: `scratch` int32 [batch, SCRATCH] holds them and the tickets, zero before the first call and left ready for
-the next. Batch 1 to 64.
+The lowest index wins a tie and a row with NaN gives -1, as in sample.py. The last block to finish stores the ids:
+`scratch` int32 [batch, SCRATCH] holds the blocks' candidates, or each row's best so far, and the tickets; zero before the
+first call and left ready for the next. Batch 1 to 64.
 Halves: cuda_src/norm_linear_argmax.cu, triton_kernels/norm_linear_argmax.py
 """
 import torch

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "common.cuh"
+#include "wgmma.cuh"
 
 using namespace lab;
 
@@ -316,6 +317,67 @@ void check_mma_of(const char* what) {
 void check_mma() {
   check_mma_of<half>("mma of half");
   check_mma_of<bf16>("mma of bf16");
+}
+
+// C[64 warpgroups, 8 B] = A B^T, k long: each warpgroup has 64 rows of A; all of them share B's tile.
+template <typename T, int B>
+__global__ void wgmma_kernel(const T* a, const T* b, float* c, int k) {
+#if LAB_WGMMA
+  struct Shared {
+    T a[2][64][64], b[8 * B][64];
+  };
+  auto& s = smem<Shared>();
+  const int thread = threadIdx.x, group = thread / 128, lane = thread % 32, chunk = thread % 8;
+  float d[B][4] = {};
+  for (int k0 = 0; k0 < k; k0 += 64) {
+    const auto bring = [&](T (*tile)[64], const T* from, int row) {
+      cp_async16(&tile[row][(chunk ^ (row % 8)) * 8], from + row * k + k0 + chunk * 8);
+    };
+    for (int row = thread / 8; row < 128; row += 32) bring(s.a[0], a, row);
+    for (int row = thread / 8; row < 8 * B; row += 32) bring(s.b, b, row);
+    cp_async_commit();
+    cp_async_wait<0>();
+    wgmma_publish();
+    __syncthreads();
+    wgmma_begin();
+    for (int col = 0; col < 64; col += 16) wgmma(d, &s.a[group][0][col], &s.b[0][col]);
+    wgmma_commit();
+    wgmma_wait<0>();
+    __syncthreads();
+  }
+  for (int j = 0; j < B; ++j) {
+    for (int i = 0; i < 4; ++i) {
+      const int row = thread / 32 * 16 + lane / 4 + i / 2 * 8;
+      c[row * 8 * B + j * 8 + lane % 4 * 2 + i % 2] = d[j][i];
+    }
+  }
+#endif
+}
+
+template <typename T, int B>
+void check_wgmma_of(const char* what) {
+  const int k = 192, columns = 8 * B;
+  Array<T> a(128 * k), b(columns * k);
+  Array<float> c(128 * columns);
+  std::mt19937 random(7);
+  std::normal_distribution<float> normal;
+  for (auto& x : a) x = T(normal(random));
+  for (auto& x : b) x = T(normal(random));
+  launch(blocks_of(1, 256, 16384 + columns * 128), "wgmma_kernel", wgmma_kernel<T, B>, a.device(), b.device(),
+         c.device(), k);
+  c.fetch();
+  for (int i = 0; i < 128 * columns; ++i) {
+    double sum = 0;
+    for (int j = 0; j < k; ++j) sum += double(float(a[i / columns * k + j])) * float(b[i % columns * k + j]);
+    expect_close(what, c[i], sum, 1e-3);
+  }
+}
+
+void check_wgmma() {
+  check_wgmma_of<half, 2>("wgmma of half, 16 columns");
+  check_wgmma_of<half, 4>("wgmma of half, 32 columns");
+  check_wgmma_of<bf16, 4>("wgmma of bf16, 32 columns");
+  check_wgmma_of<bf16, 8>("wgmma of bf16, 64 columns");
 }
 
 // ---- Hopper ---------------------------------------------------------------------------------------------------------
@@ -696,6 +758,7 @@ int main(int argc, char** argv) {
       {"atomics", check_atomics},   {"mma", check_mma},           {"named_barriers", check_named_barriers},
       {"copies", check_copies},     {"float16", check_float16},   {"math", check_math},
       {"pipeline", check_pipeline}, {"clusters", check_clusters}, {"launches", check_launches},
+      {"wgmma", check_wgmma},
 #ifndef __CUDACC__
       {"threads", check_threads},   {"callers", check_callers},   {"fork", check_fork},
 #endif

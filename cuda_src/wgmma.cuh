@@ -1,0 +1,80 @@
+// What a Hopper warpgroup has beyond common.cuh, on sm_90a alone: multiplies whose operands lie in shared memory
+// (wgmma). The CPU's half is host/wgmma.h.
+//
+// An operand is a tile of rows of 64 elements of half precision (128 bytes). It begins at a multiple of 1024 bytes, and
+// the 16-byte chunk c of row r lies at place c ^ (r % 8): the "128-byte swizzle", which spreads a column of chunks over
+// all banks.
+#pragma once
+#include "common.cuh"
+
+// 1 where these exist: code for sm_90a, nvcc's pass over host code, and the CPU build.
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define LAB_WGMMA 1
+#else
+#define LAB_WGMMA 0
+#endif
+
+#ifdef __CUDACC__
+#ifndef LAB_SM90A
+#define LAB_SM90A 1                               // setup.py says 0 where it compiles no code for sm_90a
+#endif
+
+namespace lab {
+
+// Whether the current device has them, and this build their code.
+inline bool has_wgmma() { return LAB_SM90A && device_major() == 9; }
+
+#if LAB_WGMMA
+// Shows what this thread has written to shared memory, by cp.async too, to the wgmma of threads that it then meets at a
+// barrier: they read it past the caches of generic loads ("async proxy").
+LAB_DEVICE void wgmma_publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// Between other uses of d and the first wgmma on it.
+LAB_DEVICE void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+LAB_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Waits until at most N committed groups still run: of the others d is there, and their tiles are free.
+template <int N>
+LAB_DEVICE void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+
+namespace detail {
+// The matrix descriptor of a tile (PTX ISA, "Matrix descriptor"): eight rows are 1024 bytes, the swizzle is 128 bytes'.
+LAB_DEVICE uint64_t wgmma_tile(const void* p) {
+  return uint64_t(smem_address(p) >> 4 & 0x3fff) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+}
+}  // namespace detail
+
+// d += a b^T by a warpgroup (128 threads), not waiting: A 64 x 16, B N x 16, D 64 x N float32, N = 8 * the extent of d.
+// a and b point into tiles, at the first of their columns (a multiple of 16) in row 0 (of 8). Warp i holds rows 16 i to
+// 16 i + 15 of D, and in d[j] of them the columns from 8 j on, as mma_m16n8k16 does.
+#define LAB_D(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
+#define LAB_WGMMA_OP(TAG, TYPE, EXTENT, N, REGISTERS, A, B, ...)                                                       \
+  LAB_DEVICE void wgmma(float (&d)[EXTENT][4], const TAG* a, const TAG* b) {                                           \
+    asm volatile("{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"                                                        \
+                 "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, " A ", " B          \
+                 ", add, 1, 1, 0, 0;\n}"                                                                               \
+                 : __VA_ARGS__                                                                                         \
+                 : "l"(detail::wgmma_tile(a)), "l"(detail::wgmma_tile(b)));                                            \
+  }
+#define LAB_WGMMA_OPS(TAG, TYPE)                                                                                       \
+  LAB_WGMMA_OP(TAG, TYPE, 2, "16", LAB_R8, "%8", "%9", LAB_D(0), LAB_D(1))                                             \
+  LAB_WGMMA_OP(TAG, TYPE, 4, "32", LAB_R16, "%16", "%17", LAB_D(0), LAB_D(1), LAB_D(2), LAB_D(3))                      \
+  LAB_WGMMA_OP(TAG, TYPE, 8, "64", LAB_R32, "%32", "%33", LAB_D(0), LAB_D(1), LAB_D(2), LAB_D(3), LAB_D(4), LAB_D(5),  \
+               LAB_D(6), LAB_D(7))
+#define LAB_R8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define LAB_R16 LAB_R8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define LAB_R32 LAB_R16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+LAB_WGMMA_OPS(half, "f16")
+LAB_WGMMA_OPS(bf16, "bf16")
+#undef LAB_WGMMA_OPS
+#undef LAB_WGMMA_OP
+#undef LAB_D
+#undef LAB_R8
+#undef LAB_R16
+#undef LAB_R32
+#endif  // LAB_WGMMA
+
+}  // namespace lab
+#else
+#include "host/wgmma.h"
+#endif
