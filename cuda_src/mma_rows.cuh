@@ -41,7 +41,7 @@ struct MmaRows {
   static_assert(kMine * C::kThreads == C::kOutputs * C::kBatch, "threads share the outputs evenly");
   MmaSmem<T, C>& shared;
   const T *w, *x;
-  int n, k, rows, lane, warp, team, output0, chunks, rank = 0, ranks = 1;
+  int n, k, rows, lane, warp, team, output0, chunks, rank_, ranks_;
   float acc[C::kSums][C::B][4] = {};
 
   // w has Parts * n rows of k; the cluster's blocks (without one, the block) own kOutputs outputs, from output0 on. Of
@@ -53,11 +53,11 @@ struct MmaRows {
     team = threadIdx.x / C::kTeam;
 #if LAB_WGMMA
     if constexpr (C::kWgmma) {
-      rank = cluster_rank();
-      ranks = cluster_size();
+      rank_ = cluster_rank();
+      ranks_ = cluster_size();
     }
 #endif
-    output0 = blockIdx.x / ranks * C::kOutputs;
+    output0 = blockIdx.x / ranks() * C::kOutputs;
     chunks = (k + kDepth - 1) / kDepth;
   }
 
@@ -93,7 +93,6 @@ struct MmaRows {
   LAB_DEVICE void reduce() {
     const int g = lane / 4, t = lane % 4;
     cp_async_wait<0>();
-    meet();
     __syncthreads();
     LAB_UNROLL
     for (int m = 0; m < C::kSums; ++m) {
@@ -113,9 +112,9 @@ struct MmaRows {
     LAB_UNROLL
     for (int s = 0; s < C::kTeams; ++s) sum += shared.partial[s][b][r];
 #if LAB_WGMMA
-    if (ranks > 1) {
+    if (ranks() > 1) {
       sum = 0.f;
-      for (int peer = 0; peer < ranks; ++peer) {
+      for (int peer = 0; peer < ranks(); ++peer) {
         LAB_UNROLL
         for (int s = 0; s < C::kTeams; ++s) sum += *cluster_peer(&shared.partial[s][b][r], peer);
       }
@@ -130,7 +129,7 @@ struct MmaRows {
   LAB_DEVICE void each_output(F f) const {
     LAB_UNROLL
     for (int j = 0; j < kMine; ++j) {
-      const int i = threadIdx.x + (j * ranks + rank) * C::kThreads, r = i % C::kOutputs, b = i / C::kOutputs;
+      const int i = threadIdx.x + (j * ranks() + rank()) * C::kThreads, r = i % C::kOutputs, b = i / C::kOutputs;
       if (output0 + r < n && b < rows) f(j, r, output0 + r, b);
     }
   }
@@ -141,16 +140,19 @@ struct MmaRows {
   LAB_DEVICE void each_row(F f) const {
     constexpr int kLanes = C::kOutputs < 32 ? C::kOutputs : 32;
     LAB_UNROLL
-    for (int j = 0; j < kMine; ++j) f(j, (int(threadIdx.x) + (j * ranks + rank) * C::kThreads) / C::kOutputs, kLanes);
+    for (int j = 0; j < kMine; ++j) f(j, (int(threadIdx.x) + (j * ranks() + rank()) * C::kThreads) / C::kOutputs, kLanes);
   }
 
   // Call it last: the other blocks of a cluster may still read this one's sums.
   LAB_DEVICE void finish() const {
-    if (ranks > 1) sync();
+    if (ranks() > 1) sync();
   }
 
  private:
-  LAB_DEVICE int chunk(int i) const { return rank * C::kTeams + team + i * ranks * C::kTeams; }
+  // This block's number in its cluster, and the cluster's blocks: constants where there are no clusters.
+  LAB_DEVICE int rank() const { return C::kWgmma ? rank_ : 0; }
+  LAB_DEVICE int ranks() const { return C::kWgmma ? ranks_ : 1; }
+  LAB_DEVICE int chunk(int i) const { return rank() * C::kTeams + team + i * ranks() * C::kTeams; }
 
   // Barrier of the team; when it returns, what its threads have copied can be multiplied, and what was multiplied
   // before can be overwritten.
@@ -165,7 +167,7 @@ struct MmaRows {
   }
   LAB_DEVICE void sync() const {
 #if LAB_WGMMA
-    if (ranks > 1) return cluster_sync();
+    if (ranks() > 1) return cluster_sync();
 #endif
     __syncthreads();
   }

@@ -33,7 +33,8 @@ inline std::mutex mutex;
 inline std::map<Key, std::map<int, Settings>> measured;  // by the number of rows
 inline std::map<std::string, Settings> forced;    // by op: what the tuner tries just now
 
-// The settings of the least number of rows that holds `rows`.
+// The settings of the least number of rows that holds `rows` and is not 16 times as many: those of 64 rows say nothing
+// about one.
 inline Settings find(const char* op, int itemsize, int rows, const Shape& of) {
   std::lock_guard<std::mutex> lock(mutex);
   if (const auto tried = forced.find(op); tried != forced.end()) return tried->second;
@@ -41,7 +42,7 @@ inline Settings find(const char* op, int itemsize, int rows, const Shape& of) {
   const auto shape = measured.find({op, itemsize, of});
   if (shape == measured.end()) return {};
   const auto entry = shape->second.lower_bound(rows);
-  return entry == shape->second.end() ? Settings{} : entry->second;
+  return entry == shape->second.end() || entry->first >= 16 * rows ? Settings{} : entry->second;
 }
 
 inline Settings parse(const std::map<std::string, int>& values) {

@@ -160,8 +160,9 @@ def test_launches_read_the_table(tmp_path, monkeypatch):
     with settings.forced("norm_linear", settings.BY_HAND):
         by_hand = launched(1)
     won = dict(path="sum", BLOCK_N=8, BLOCK_K=2048, num_warps=8, per_multiprocessor=2)
+    narrow = {"n": 960, "k": 576}
     new_table(tmp_path / "sm_90.json", [(2, won, QKV), (16, dict(won, path="dot", STAGES=3, BLOCK_K=64), QKV),
-                                        (1, {}, {"n": 960, "k": 576})])
+                                        (1, {}, narrow), (64, dict(won, path="dot", STAGES=3, BLOCK_K=64), narrow)])
     monkeypatch.setitem(tuned.FOLDERS, "triton", tmp_path)
     settings.forget()
     try:
@@ -169,6 +170,7 @@ def test_launches_read_the_table(tmp_path, monkeypatch):
         assert (launched(1)["BLOCK_N"], launched(1)["num_warps"], launched(1)["BLOCK_B"]) == (8, 8, 1)
         assert launched(2)["BLOCK_B"] == 2 and launched(3)["STAGES"] == 3       # the least number of rows that holds 3
         assert launched(17)["num_warps"] != 8 and launched(1, 960, 576)["BLOCK_N"] != 8
+        assert launched(5, 960, 576)["BLOCK_N"] == 8 != launched(4, 960, 576)["BLOCK_N"]        # 64 rows say nothing of 4
         with settings.forced("norm_linear", settings.BY_HAND):
             assert launched(1) == by_hand
         # Beside the tuned table the interpreter keeps its own settings.
@@ -185,21 +187,23 @@ def test_cuda_launches_read_the_table(tmp_path, monkeypatch):
     backend = load("cuda", torch.device("cpu"))
     monkeypatch.setenv("LAB_HOST_SHAPES", "gpu")
     monkeypatch.setitem(tuned.FOLDERS, "cuda", tmp_path)
-    new_table(tuned.path_of("cuda", "sm_90"), [(1, dict(share=4, resident=1), QKV), (8, dict(share=1, resident=64), QKV)])
+    new_table(tuned.path_of("cuda", "sm_90"), [(1, dict(share=4, resident=1), QKV), (8, dict(share=1, resident=64), QKV),
+                                               (16, dict(share=4, resident=1), {"n": 960, "k": 576})])
 
-    def grid(rows):
-        x, w = torch.empty(rows, 2048, dtype=torch.float16), torch.empty(3072, 2048, dtype=torch.float16)
+    def grid(rows, n=3072, k=2048):
+        x, w = torch.empty(rows, k, dtype=torch.float16), torch.empty(n, k, dtype=torch.float16)
         backend.extension.record_launches(132)
         try:
-            norm_linear.cuda(backend.kernels, x, w[0], 1e-5, w, out=torch.empty(rows, 3072, dtype=torch.float16))
+            norm_linear.cuda(backend.kernels, x, w[0], 1e-5, w, out=torch.empty(rows, n, dtype=torch.float16))
             return backend.extension.take_launches()[-1]["grid"][0]
         finally:
             backend.extension.record_launches(0)
 
-    by_rule = grid(1)
+    by_rule, narrow = grid(1), grid(1, 960, 576)
     backend.extension.set_settings(cuda.measured_settings("sm_90"))
     try:
         assert by_rule == 384 and grid(1) == 132 and grid(2) == grid(8) == 192
+        assert grid(1, 960, 576) == narrow                                      # 16 rows say nothing of 1
         with backend.forced("norm_linear", {}):
             assert grid(1) == by_rule
     finally:

@@ -15,15 +15,15 @@ import triton
 import triton.language as tl
 
 from triton_kernels.common import architecture, config, launch
-from triton_kernels.settings import measured, sum_rows
+from triton_kernels.settings import measured
 
-# sum_rows: the most rows of x that the plain path takes (sum_rows_f32: in float32). Per path a list of (most rows,
-# largest n, settings); the first that fits is taken. Small n wants small tiles, so that every SM has a program; more rows want wider ones, because each
+# sum_rows: the most rows of x that the plain path takes. Per path a list of (most rows, largest n, settings); the first
+# that fits is taken. Small n wants small tiles, so that every SM has a program; more rows want wider ones, because each
 # program reads all of x. STAGES tiles are in flight through shared memory; with 1, loads go straight to registers. A
 # warp of the plain path reads 512 bytes of a row at a time.
 ANY = 1 << 31
 SM_80 = {
-    "sum_rows": 2, "sum_rows_f32": 4,
+    "sum_rows": 4,
     "sum": [(1, ANY, dict(BLOCK_N=2, num_warps=4, STAGES=1, UNROLL=1)),
             (4, ANY, dict(BLOCK_N=4, num_warps=1, STAGES=1, UNROLL=2))],
     "dot": [(16, 4096, dict(BLOCK_N=16, BLOCK_K=256, num_warps=2, STAGES=5, UNROLL=1)),
@@ -101,7 +101,7 @@ def linear(x, w, bias, y):
     (rows, k), n = x.shape, w.shape[0]
     block_b = triton.next_power_of_2(rows)
     meta = measured("linear", x, rows, n=n, k=k)
-    dot = meta.pop("path") == "dot" if meta else rows > sum_rows(cfg, x.itemsize)
+    dot = meta.pop("path") == "dot" if meta else rows > cfg["sum_rows"]
     if architecture(x) == "interpreter":
         block_n, block_k = _interpreter_tile(1 if dot else block_b, n, k)
         meta = dict(BLOCK_N=block_n, BLOCK_K=block_k, STAGES=1, UNROLL=1)
