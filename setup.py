@@ -198,7 +198,7 @@ def gencode(arch: str) -> str:
 def cuda_module(nvcc: Path) -> Module:
     archs = re.split("[;,]", os.environ.get("LAB_CUDA_ARCH", DEFAULT_ARCHS).strip(";,"))
     includes, libraries = cuda_directories(nvcc)
-    hopper = int("90a" in map(str.strip, archs))
+    hopper = int(any("arch=compute_90a," in gencode(arch) for arch in archs))       # wgmma exists there alone
     flags = ["-std=c++17", "-O3", "-lineinfo", f"-DLAB_SM90A={hopper}", *map(gencode, archs)]
     command = [str(nvcc), *flags, "-Xptxas=-v", "-Xcompiler=-fPIC,-fvisibility=hidden"]
     command += [f"-I{path}" for path in includes]

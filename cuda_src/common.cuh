@@ -1,14 +1,15 @@
 // The names that kernels use, the same on a GPU (nvcc) and on a CPU (g++ or clang++, no CUDA toolkit needed).
 //
 // A kernel includes this file alone. On the GPU side each name is a thin wrapper over one PTX instruction or one
-// CUDA intrinsic, and all inline PTX of the project is here, but for wgmma's (wgmma.cuh). On the CPU side the same names come from
-// host/cuda_on_cpu.h, which also supplies the raw CUDA names (threadIdx, __syncthreads, __shfl_xor_sync, float4 ...).
+// CUDA intrinsic, and all inline PTX of the project is here, but for wgmma's (wgmma.cuh). On the CPU side the same names
+// come from host/cuda_on_cpu.h, which also supplies the raw CUDA names (threadIdx, __syncthreads, __shfl_xor_sync,
+// float4 ...).
 //
 // Three rules make a kernel run on both:
 //   - shared memory only through smem<Struct>(), never __shared__;
 //   - launches only through launch(), never <<<>>>;
 //   - wrap the body of a kernel that uses mbarriers, bulk copies or clusters in `#if LAB_SM90 ... #endif`;
-//     these exist for sm_90 and later, and on the CPU.
+//     these exist for sm_90 and later, and on the CPU (wgmma.cuh has LAB_WGMMA for what sm_90a alone has).
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -382,8 +383,9 @@ inline int device_attribute() {
 inline int device_major() { return device_attribute<cudaDevAttrComputeCapabilityMajor>(); }
 }  // namespace detail
 
-// Launches kernel(args...) and traces its name; while launches are recorded (trace.h), notes them instead. Throws std::runtime_error naming the kernel if the launch is refused;
-// errors inside the kernel surface at the next synchronisation, as everywhere in CUDA.
+// Launches kernel(args...) and traces its name; while launches are recorded (trace.h), notes them instead. Throws
+// std::runtime_error naming the kernel if the launch is refused; errors inside the kernel surface at the next
+// synchronisation, as everywhere in CUDA.
 template <typename... Params, typename... Args>
 inline void launch(const Config& config, const char* name, void (*kernel)(Params...), Args&&... args) {
   if (trace::recorded_multiprocessors()) {        // noted, not run: there may be no GPU

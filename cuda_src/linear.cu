@@ -2,7 +2,8 @@
 //
 //   x [rows, k]   w [n, k]   bias [n] (optional)   y [rows, n] in the dtype of x or float32     row-major, rows <= 64
 //   mapping   up to 2 rows, and float32: a warp streams 4 rows of w, its lanes share k; 2 or 4 warps do for narrow w
-//             more rows in float16 or bfloat16: tensor cores; a block owns 16 to 64 rows of w, its warps share k
+//             more rows in float16 or bfloat16: tensor cores; a block owns 16 to 64 rows of w, and its warps share k; on
+//             Hopper from 17 rows on its warpgroups do, and for long rows the two blocks of a cluster
 //             the two cores are in stream_rows.cuh and mma_rows.cuh
 //   traffic   w once (the only traffic that counts), x once per block from L2, y once
 //   contract  lab/ops/linear.py          twin  triton_kernels/linear.py
@@ -42,16 +43,16 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
 template <typename T, typename C>
 __global__ void __launch_bounds__(C::kThreads)
     linear_mma_kernel(const T* x, const T* w, const T* bias, void* y, int rows, int n, int k, bool out_f32) {
-  // 1. Locate: the block owns kRows rows of w; its warps share k.
+  // 1. Locate: the block owns kRows rows of w; its teams, warps or warpgroups, share k.
   MmaRows<T, C> product(smem<MmaSmem<T, C>>(), x, w, rows, n, k);
 
-  // 2. Stream: a cp.async pipeline for each warp; the first stages of w leave before the wait.
+  // 2. Stream: a cp.async pipeline for each team; the first stages of w leave before the wait.
   product.start_w();
   pdl_wait();
   product.start_x();
   product.multiply();
 
-  // 3. Reduce: the warps' sums meet in shared memory, where the tiles were.
+  // 3. Reduce: the teams' sums meet in shared memory, where the tiles were.
   product.reduce();
 
   // 4. Store: neighbouring threads store neighbouring outputs.

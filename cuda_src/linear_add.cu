@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
 template <typename T, typename C>
 __global__ void __launch_bounds__(C::kThreads)
     linear_add_mma_kernel(const T* x, const T* w, const T* bias, T* residual, int rows, int n, int k) {
-  // 1. Locate: the block owns kRows rows of w; its warps share k.
+  // 1. Locate: the block owns kRows rows of w; its teams share k.
   MmaRows<T, C> product(smem<MmaSmem<T, C>>(), x, w, rows, n, k);
 
   // 2. Stream: the first stages of w leave before the wait.
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(C::kThreads)
   }
   product.multiply();
 
-  // 3. Reduce: the warps' sums meet in shared memory, where the tiles were.
+  // 3. Reduce: the teams' sums meet in shared memory, where the tiles were.
   product.reduce();
 
   // 4. Add and store: each output is read and written by one thread, neighbours by neighbouring threads.

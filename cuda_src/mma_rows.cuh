@@ -15,7 +15,7 @@
 namespace lab {
 
 // M: tiles of 16 rows of w. B: tiles of 8 rows of x. A stage holds 64 elements (128 bytes) of each row. Aligned: rows
-// begin at multiples of 16 bytes. Wgmma: teams are warpgroups, and M a multiple of 4.
+// begin at multiples of 16 bytes. Wgmma: teams are warpgroups, and M is 4.
 template <int M_, int B_, int Teams, int Stages, bool Aligned, int Parts = 1, bool Wgmma = false>
 struct Mma {
   static constexpr int M = M_, B = B_, kTeams = Teams, kStages = Stages, kParts = Parts;
@@ -23,7 +23,8 @@ struct Mma {
   static constexpr bool kAligned = Aligned, kWgmma = Wgmma;
   static constexpr int kRows = M * 16, kBatch = B * 8, kDepth = 64;
   static constexpr int kOutputs = kRows / Parts;  // of a block, for each row of x
-  static constexpr int kSums = M * 32 / kTeam;    // 16-row tiles whose sums a thread has a part of
+  static constexpr int kSums = Wgmma ? 1 : M;     // 16-row tiles whose sums a thread has a part of
+  static_assert(!Wgmma || M == 4, "a warpgroup multiplies 64 rows of w");
 };
 
 template <typename T, typename C>
@@ -51,12 +52,14 @@ struct MmaRows {
     lane = threadIdx.x % 32;
     warp = threadIdx.x / 32;
     team = threadIdx.x / C::kTeam;
-#if LAB_WGMMA
     if constexpr (C::kWgmma) {
+#if LAB_WGMMA
       rank_ = cluster_rank();
       ranks_ = cluster_size();
-    }
+#else
+      __trap();                                   // has_wgmma() says no where this is compiled
 #endif
+    }
     output0 = blockIdx.x / ranks() * C::kOutputs;
     chunks = (k + kDepth - 1) / kDepth;
   }
@@ -96,7 +99,7 @@ struct MmaRows {
     __syncthreads();
     LAB_UNROLL
     for (int m = 0; m < C::kSums; ++m) {
-      const int row = C::kWgmma ? m * 64 + warp % 4 * 16 : m * 16;
+      const int row = C::kWgmma ? warp % 4 * 16 : m * 16;
       LAB_UNROLL
       for (int b = 0; b < C::B; ++b) {
         LAB_UNROLL
@@ -109,17 +112,17 @@ struct MmaRows {
   // Row r of the block's rows of w times row b of x: the sums of all teams and blocks, added in a fixed order.
   LAB_DEVICE float product(int r, int b) const {
     float sum = 0.f;
-    LAB_UNROLL
-    for (int s = 0; s < C::kTeams; ++s) sum += shared.partial[s][b][r];
 #if LAB_WGMMA
     if (ranks() > 1) {
-      sum = 0.f;
       for (int peer = 0; peer < ranks(); ++peer) {
         LAB_UNROLL
         for (int s = 0; s < C::kTeams; ++s) sum += *cluster_peer(&shared.partial[s][b][r], peer);
       }
+      return sum;
     }
 #endif
+    LAB_UNROLL
+    for (int s = 0; s < C::kTeams; ++s) sum += shared.partial[s][b][r];
     return sum;
   }
 
@@ -140,7 +143,9 @@ struct MmaRows {
   LAB_DEVICE void each_row(F f) const {
     constexpr int kLanes = C::kOutputs < 32 ? C::kOutputs : 32;
     LAB_UNROLL
-    for (int j = 0; j < kMine; ++j) f(j, (int(threadIdx.x) + (j * ranks() + rank()) * C::kThreads) / C::kOutputs, kLanes);
+    for (int j = 0; j < kMine; ++j) {
+      f(j, (int(threadIdx.x) + (j * ranks() + rank()) * C::kThreads) / C::kOutputs, kLanes);
+    }
   }
 
   // Call it last: the other blocks of a cluster may still read this one's sums.
@@ -180,10 +185,7 @@ struct MmaRows {
 #if LAB_WGMMA
     wgmma_begin();
     LAB_UNROLL
-    for (int col = 0; col < kDepth; col += 16) {
-      LAB_UNROLL
-      for (int m = 0; m < C::kSums; ++m) wgmma(acc[m], &tile[m * 64][col], &tile[C::kRows][col]);
-    }
+    for (int col = 0; col < kDepth; col += 16) wgmma(acc[0], &tile[0][col], &tile[C::kRows][col]);
     wgmma_commit();
 #endif
   }
@@ -280,7 +282,7 @@ inline void by_mma_shape(int rows, int n, int k, const Settings& tuned, F&& f) {
   const int blocks = ceil_div(n * Parts, 64);
   if (rows > 16 && has_wgmma() && (3 * blocks > 2 * multiprocessors() || k >= 8192)) {
     const bool many = blocks > multiprocessors();
-    const unsigned cluster = tuned.cluster ? tuned.cluster : 2 * blocks <= multiprocessors() && k >= 8192 ? 2 : 1;
+    const unsigned cluster = 2 * blocks <= multiprocessors() && k >= 8192 ? 2 : 1;
     const auto clustered = [&](auto shape) { f(shape, cluster); };
     if (rows <= 32 && many) return clustered(MmaShape<Mma<4, 4, 2, 4, true, Parts, true>>{});
     if (rows <= 32) return clustered(MmaShape<Mma<4, 4, 2, 6, true, Parts, true>>{});
@@ -288,16 +290,19 @@ inline void by_mma_shape(int rows, int n, int k, const Settings& tuned, F&& f) {
     return clustered(MmaShape<Mma<4, 8, 2, 5, true, Parts, true>>{});
   }
 
-  // More rows of w per block read x less often from L2; fewer give more blocks. Shared memory: 112, 64, 72; 96, 144, 96 KiB.
+  // More rows of w per block read x less often from L2; fewer give more blocks. Shared memory: 112, 64, 72, 96, 144 and
+  // 96 KiB.
   if (rows <= 16) {
     const int tiles = tuned.tiles ? tuned.tiles : n * Parts >= 32 * 2 * 132 ? 2 : 1;
-    if (tiles == 1 && tuned.stages == 7) return alone(MmaShape<Mma<1, 2, 4, 7, true, Parts>>{});
+    // 24 KiB of long rows in flight are too few. Seven stages on an H100, 8B at batch 16: o 13.2 to 11.8 us.
+    const bool deep = tuned.stages ? tuned.stages == 7 : k >= 1536;
+    if (tiles == 1 && deep) return alone(MmaShape<Mma<1, 2, 4, 7, true, Parts>>{});
     if (tiles == 1) return alone(MmaShape<Mma<1, 2, 4, 4, true, Parts>>{});
     return alone(MmaShape<Mma<2, 2, 4, 3, true, Parts>>{});
   }
   if (rows <= 32) return alone(MmaShape<Mma<2, 4, 4, 3, true, Parts>>{});
-  if (n * Parts >= 64 * 240) return alone(MmaShape<Mma<4, 8, 2, 3, true, Parts>>{});
-  alone(MmaShape<Mma<2, 8, 4, 3, true, Parts>>{});
+  if (n * Parts < 64 * 240) return alone(MmaShape<Mma<2, 8, 4, 3, true, Parts>>{});
+  alone(MmaShape<Mma<4, 8, 2, 3, true, Parts>>{});
 }
 
 }  // namespace lab

@@ -4,7 +4,7 @@
 //   normed [rows, k]: workspace of the tensor-core path
 //   mapping   up to 2 rows, and float32: as linear; each block normalises the rows for itself, into shared memory
 //             more rows in float16 or bfloat16: rmsnorm's kernel, then linear's for tensor cores
-//   traffic   w once (the only traffic that counts), x and norm_w once per block from L2, y once
+//   traffic   w once (the only traffic that counts), x and norm_w (on tensor cores normed) once per block from L2, y once
 //   contract  lab/ops/norm_linear.py          twin  triton_kernels/norm_linear.py
 #include "common.cuh"
 #include "launchers.h"

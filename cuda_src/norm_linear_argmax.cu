@@ -4,7 +4,7 @@
 //   x [rows, k]   norm_w [k]   w [n, k]   logits [rows, n] float32   ids [rows] int32     rows <= 64
 //   scratch [rows, 2 * 4096 + 4] int32: at 8192 a ticket (the first row's), at 8194 the best so far (candidate.cuh)
 //   normed [rows, k]: workspace of the tensor-core path
-//   mapping   up to 2 rows, and float32: as norm_linear; more rows in float16 or bfloat16: rmsnorm's kernel, then as linear
+//   mapping   up to 2 rows, and float32: as norm_linear; more rows in half precision: rmsnorm's kernel, then as linear;
 //             blocks raise each row's best by atomicMax (a maximum is the same in every order); the last one reads them
 //   traffic   w once (the only traffic that counts), logits written once
 //   contract  lab/ops/norm_linear_argmax.py          twin  triton_kernels/norm_linear_argmax.py
@@ -100,7 +100,8 @@ struct ArgmaxMmaSmem {
 
 template <typename T, typename C>
 __global__ void __launch_bounds__(C::kThreads)
-    norm_linear_argmax_mma_kernel(const T* xn, const T* w, float* logits, int* scratch, int* ids, int rows, int n, int k) {
+    norm_linear_argmax_mma_kernel(const T* xn, const T* w, float* logits, int* scratch, int* ids, int rows, int n,
+                                  int k) {
   // 1. Locate: the block owns kRows rows of w; its teams share k.
   auto& shared = smem<ArgmaxMmaSmem<T, C>>();
   MmaRows<T, C> product(shared.mma, xn, w, rows, n, k);
@@ -159,7 +160,8 @@ void norm_linear_argmax(Ptr x, Ptr norm_w, Ptr w, Ptr logits, Ptr scratch, Ptr n
       using C = typename decltype(shape)::type;
       const size_t bytes = sizeof(ArgmaxSmem<T, C>) + size_t(C::B) * k * sizeof(T);
       launch({dim3(stream_blocks<C>(n, true, tuned)), dim3(C::kThreads), bytes, stream_, true},
-             "norm_linear_argmax_kernel", norm_linear_argmax_kernel<T, C>, as<const T>(x), as<const T>(norm_w), as<const T>(w), as<float>(logits),
+             "norm_linear_argmax_kernel", norm_linear_argmax_kernel<T, C>, as<const T>(x), as<const T>(norm_w),
+             as<const T>(w), as<float>(logits),
              as<int>(scratch), as<int>(out), rows, n, k, eps);
     });
   });

@@ -4,7 +4,7 @@
 //   normed [rows, k]: workspace of the tensor-core path
 //   silu(g) = g / (1 + exp(-g))
 //   mapping   as norm_linear; whoever sums row j of the gate sums row j of up as well
-//   traffic   w once (the only traffic that counts), x and norm_w once per block from L2, y once
+//   traffic   w once (the only traffic that counts), x and norm_w (on tensor cores normed) once per block from L2, y once
 //   contract  lab/ops/norm_linear_silu_mul.py          twin  triton_kernels/norm_linear_silu_mul.py
 #include "common.cuh"
 #include "launchers.h"
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
 template <typename T, typename C>
 __global__ void __launch_bounds__(C::kThreads)
     norm_linear_silu_mul_mma_kernel(const T* xn, const T* w, T* y, int rows, int n, int k) {
-  // 1. Locate: the block owns kOutputs rows of the gate and the same rows of up; its warps share k.
+  // 1. Locate: the block owns kOutputs rows of the gate and the same rows of up; its teams share k.
   MmaRows<T, C> product(smem<MmaSmem<T, C>>(), xn, w, rows, n, k);
 
   // 2. Norm: rmsnorm's kernel has done it. The first stages of w leave before the wait for it.
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(C::kThreads)
   product.start_x();
   product.multiply();
 
-  // 4. Reduce: the warps' sums meet in shared memory, where the tiles were.
+  // 4. Reduce: the teams' sums meet in shared memory, where the tiles were.
   product.reduce();
 
   // 5. Activate and store: from the float32 sums, rounded once; neighbouring threads store neighbouring outputs.

@@ -18,9 +18,9 @@ struct Settings {
   int share = 0;                                  // warps that share rows of w: 1, 2 or 4 (stream_rows.cuh)
   int resident = 0;                               // blocks for each multiprocessor, which then walk over the outputs;
                                                   // a number that is too large to fit gives each set of outputs its own
-  int tiles = 0;                                  // 16-row tiles of w that a block owns: 1 or 2 (mma_rows.cuh)
-  int stages = 0;                                 // of such a block with one tile: 4 or 7 (mma_rows.cuh)
-  int cluster = 0;                                // blocks of a cluster that share k: 1, 2, 4 or 8 (mma_rows.cuh)
+  int tiles = 0;                                  // 16-row tiles of w that a block owns, up to 16 rows: 1 or 2
+                                                  // (mma_rows.cuh)
+  int stages = 0;                                 // of such a block with one tile: 4 or 7
   int least = 0;                                  // tokens that a split has at least (mma_attention.cuh)
 };
 
@@ -53,7 +53,6 @@ inline Settings parse(const std::map<std::string, int>& values) {
     else if (name == "resident") s.resident = value;
     else if (name == "tiles") s.tiles = value;
     else if (name == "stages") s.stages = value;
-    else if (name == "cluster") s.cluster = value;
     else if (name == "least") s.least = value;
     else throw std::invalid_argument("no launch setting is called " + name);
   }

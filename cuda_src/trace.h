@@ -67,7 +67,7 @@ inline std::vector<std::string> take_trace() {
 }
 
 // From now on launches are noted and not run, as they would be on a GPU of so many multiprocessors and this major compute
-// capability; 0 ends that.
+// capability (which the host build ignores: LAB_HOST_SHAPES is what it goes by); 0 ends that.
 inline void record_launches(int multiprocessors, int major) {
   std::lock_guard<std::mutex> lock(trace::mutex);
   trace::launches.clear();

@@ -16,7 +16,7 @@
 
 #ifdef __CUDACC__
 #ifndef LAB_SM90A
-#define LAB_SM90A 1                               // setup.py says 0 where it compiles no code for sm_90a
+#define LAB_SM90A 0                               // setup.py says 1 where it compiles code for sm_90a
 #endif
 
 namespace lab {

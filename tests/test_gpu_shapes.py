@@ -61,7 +61,7 @@ def test_tensor_cores_before_hopper(name, why, check, monkeypatch):
     check(find(name), torch.bfloat16, SIZES[why])
 
 
-@pytest.mark.parametrize("batch, n, k", [(1, 300, 64), (3, 37, 101), (16, 1000, 64), (40, 700, 128), (64, 130, 8200)])
+@pytest.mark.parametrize("batch, n, k", [(1, 300, 64), (3, 37, 101), (16, 1000, 64), (40, 700, 128), (64, 128, 8200)])
 def test_argmax_leaves_its_scratch_ready(batch, n, k, rand, device):
     """One row, rows that are not aligned, narrow and wide blocks of tensor cores, a cluster that shares k."""
     op = find("norm_linear_argmax")

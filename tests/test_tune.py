@@ -235,7 +235,7 @@ def test_every_shape_has_candidates_and_no_more_than_asked(point):
     assert len({json.dumps(c) for c in found}) == len(found)
     of_cuda = candidates("cuda", point.op, point.batch, 2, tune.key_shape(point), 30)
     assert len(of_cuda) == len({json.dumps(c) for c in of_cuda}) and (len(of_cuda) > 1) == (
-        point.batch <= 2 or point.op != "norm_linear")
+        point.batch <= 2 or point.batch <= 16 and point.op != "norm_linear" or "attention" in point.op)
 
 
 @pytest.mark.parametrize("op, batch", [("norm_linear", 1), ("linear_add", 4), ("norm_linear_silu_mul", 16),

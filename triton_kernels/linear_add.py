@@ -69,8 +69,8 @@ def linear_add_kernel(x, w, bias, residual, rows, n, k, PDL: tl.constexpr, HAS_B
 
 @triton.jit
 def linear_add_dot_kernel(x, w, bias, residual, rows, n, k, PDL: tl.constexpr, HAS_BIAS: tl.constexpr,
-                          EVEN_K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                          STAGES: tl.constexpr):
+                          FULL: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
+                          BLOCK_K: tl.constexpr, STAGES: tl.constexpr):
     # 1. Locate: rows as above; w is the left operand [n, k], and x will be the right one [k, batch].
     b = tl.arange(0, BLOCK_B)[:, None]
     out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
@@ -80,7 +80,7 @@ def linear_add_dot_kernel(x, w, bias, residual, rows, n, k, PDL: tl.constexpr, H
     # makes it from STAGES.
     tile = load_rows(w, out, out < n, col, k, EVEN_K)
     wait_for_inputs(PDL)
-    acc = dot_rows(tile, w, out, out < n, x, rows, k, b, col, EVEN_K, BLOCK_K, STAGES)
+    acc = dot_rows(tile, w, out, out < n, x, rows, k, b, col, FULL, EVEN_K, BLOCK_K, STAGES)
 
     # 3. Reduce: the dot has done it, and its result is transposed.
     total = tl.trans(acc)
@@ -102,4 +102,6 @@ def linear_add(x, w, bias, residual):
     kernel = linear_add_kernel if path == "sum" else linear_add_dot_kernel
     if path == "sum":
         meta["WHOLE_ROW"] = meta["BLOCK_K"] >= k
+    else:
+        meta["FULL"] = rows == meta["BLOCK_B"]
     launch(kernel, (programs,), x, w, bias, residual, rows, n, k, HAS_BIAS=bias is not None, **meta)

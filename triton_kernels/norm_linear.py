@@ -2,7 +2,7 @@
 
   x [rows, k], rows 1..64   norm_w [k]   w [n, k]   bias [n] or None   y [rows, n] of x's dtype or float32
   mapping   a program takes BLOCK_N rows of w for every row of x, then the next tile of rows
-  traffic   w once whatever the batch (it is everything); x and norm_w once per program from L2; y once
+  traffic   w once whatever the batch (it is everything); x and norm_w, or the normed x, once per program; y once
   contract  lab/ops/norm_linear.py          twin  cuda_src/norm_linear.cu
 
 Two kernels: up to a few rows, float32 arithmetic on the loaded weights, with the whole x in registers, normalised by
@@ -71,8 +71,9 @@ def norm_linear_kernel(x, norm_w, w, bias, y, rows, n, k, eps,
 
 @triton.jit
 def norm_linear_dot_kernel(xn, w, bias, y, rows, n, k,
-                           PDL: tl.constexpr, LOOP: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr,
-                           BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr):
+                           PDL: tl.constexpr, LOOP: tl.constexpr, HAS_BIAS: tl.constexpr, FULL: tl.constexpr,
+                           EVEN_K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                           STAGES: tl.constexpr):
     # 1. Locate: tiles as above; w is the left operand [n, k], and x will be the right one [k, batch].
     b = tl.arange(0, BLOCK_B)[:, None]
     i = tl.arange(0, BLOCK_N)[:, None]
@@ -86,7 +87,7 @@ def norm_linear_dot_kernel(xn, w, bias, y, rows, n, k,
 
     for _ in range(tl.program_id(0), tl.cdiv(n, BLOCK_N), programs):
         # 3. Stream: the twin writes the cp.async ring by hand; here the compiler makes it from STAGES.
-        acc = dot_rows(tile, w, out, out < n, xn, rows, k, b, col, EVEN_K, BLOCK_K, STAGES)
+        acc = dot_rows(tile, w, out, out < n, xn, rows, k, b, col, FULL, EVEN_K, BLOCK_K, STAGES)
 
         # 4. Reduce: the dot has done it, and its result is transposed.
         total = tl.trans(acc)
@@ -105,8 +106,9 @@ def norm_linear(x, norm_w, eps, w, bias, y):
     """Launch y = rmsnorm(x, norm_w) @ w.T + bias; bias None or [n], y of x's dtype or float32."""
     (rows, k), n = x.shape, w.shape[0]
     path, programs, meta = settings.product("norm_linear", CONFIGS, x, n, k, whole_rows=True)
+    meta["HAS_BIAS"] = bias is not None
     if path == "sum":
-        launch(norm_linear_kernel, (programs,), x, norm_w, w, bias, y, rows, n, k, eps, HAS_BIAS=bias is not None, **meta)
+        launch(norm_linear_kernel, (programs,), x, norm_w, w, bias, y, rows, n, k, eps, **meta)
     else:
-        xn = normalised(x, norm_w, eps)
-        launch(norm_linear_dot_kernel, (programs,), xn, w, bias, y, rows, n, k, HAS_BIAS=bias is not None, **meta)
+        xn, meta["FULL"] = normalised(x, norm_w, eps), rows == meta["BLOCK_B"]
+        launch(norm_linear_dot_kernel, (programs,), xn, w, bias, y, rows, n, k, **meta)

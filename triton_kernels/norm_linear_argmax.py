@@ -4,7 +4,7 @@ xn = rmsnorm(x, norm_w)
   x [rows, k], rows 1..64   norm_w [k]   w [n, k]   logits [rows, n] float32   ids [rows] int32   row-major, contiguous
   scratch [rows, 2 * 4096 + 4] int32: each program's best value (float32 bits), then their indices, then a ticket
   mapping   as norm_linear; a program keeps its best of every row, and the last to finish compares the programs'
-  traffic   w once whatever the batch (it is everything); x and norm_w once per program from L2; logits written once
+  traffic   w once whatever the batch (it is everything); x and norm_w, or the normed x, once per program; logits once
   contract  lab/ops/norm_linear_argmax.py          twin  cuda_src/norm_linear_argmax.cu
 
 The lowest index wins a tie. A row with NaN gives -1.
@@ -125,9 +125,9 @@ def norm_linear_argmax_kernel(x, norm_w, w, logits, scratch, ids, rows, n, k, ep
 
 @triton.jit
 def norm_linear_argmax_dot_kernel(xn, w, logits, scratch, ids, rows, n, k,
-                                  PDL: tl.constexpr, LOOP: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_B: tl.constexpr,
-                                  BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-                                  SLOTS: tl.constexpr):
+                                  PDL: tl.constexpr, LOOP: tl.constexpr, FULL: tl.constexpr, EVEN_K: tl.constexpr,
+                                  BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                                  STAGES: tl.constexpr, SLOTS: tl.constexpr):
     # 1. Locate: tiles as above; w is the left operand [n, k], and x will be the right one [k, batch].
     b = tl.arange(0, BLOCK_B)[:, None]
     i = tl.arange(0, BLOCK_N)[:, None]
@@ -143,7 +143,7 @@ def norm_linear_argmax_dot_kernel(xn, w, logits, scratch, ids, rows, n, k,
     index = tl.full([BLOCK_B, BLOCK_N], NO_INDEX, tl.int32)
     for _ in range(tl.program_id(0), tl.cdiv(n, BLOCK_N), programs):
         # 3. Stream: the twin writes the cp.async ring by hand; here the compiler makes it from STAGES.
-        acc = dot_rows(tile, w, out, out < n, xn, rows, k, b, col, EVEN_K, BLOCK_K, STAGES)
+        acc = dot_rows(tile, w, out, out < n, xn, rows, k, b, col, FULL, EVEN_K, BLOCK_K, STAGES)
 
         # 4. Reduce: the dot has done it, and its result is transposed.
         total = tl.trans(acc)
@@ -170,5 +170,5 @@ def norm_linear_argmax(x, norm_w, eps, w, logits, scratch, out):
     if path == "sum":
         launch(norm_linear_argmax_kernel, (programs,), x, norm_w, w, logits, scratch, out, rows, n, k, eps, **meta)
     else:
-        xn = normalised(x, norm_w, eps)
+        xn, meta["FULL"] = normalised(x, norm_w, eps), rows == meta["BLOCK_B"]
         launch(norm_linear_argmax_dot_kernel, (programs,), xn, w, logits, scratch, out, rows, n, k, **meta)

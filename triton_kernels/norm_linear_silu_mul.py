@@ -2,7 +2,7 @@
 
   x [rows, k], rows 1..64   norm_w [k]   w [2 * n, k], the gate's rows first   y [rows, n]     row-major, contiguous
   mapping   as norm_linear; a program that takes row j of the gate takes row j of up as well
-  traffic   w once whatever the batch (it is everything); x and norm_w once per program from L2; y once
+  traffic   w once whatever the batch (it is everything); x and norm_w, or the normed x, once per program; y once
   contract  lab/ops/norm_linear_silu_mul.py          twin  cuda_src/norm_linear_silu_mul.cu
 """
 import triton
@@ -74,7 +74,7 @@ def norm_linear_silu_mul_kernel(x, norm_w, w, y, rows, n, k, eps,
 
 @triton.jit
 def norm_linear_silu_mul_dot_kernel(xn, w, y, rows, n, k,
-                                    PDL: tl.constexpr, LOOP: tl.constexpr, EVEN_K: tl.constexpr,
+                                    PDL: tl.constexpr, LOOP: tl.constexpr, FULL: tl.constexpr, EVEN_K: tl.constexpr,
                                     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
                                     STAGES: tl.constexpr):
     # 1. Locate: tiles as above; w is the left operand [n, k], and x will be the right one [k, batch].
@@ -92,7 +92,7 @@ def norm_linear_silu_mul_dot_kernel(xn, w, y, rows, n, k,
 
     for _ in range(tl.program_id(0), tl.cdiv(n, BLOCK_N), programs):
         # 3. Stream: the twin writes the cp.async ring by hand; here the compiler makes it from STAGES.
-        acc = dot_rows(tile, w, out + part, out < n, xn, rows, k, b, col, EVEN_K, BLOCK_K, STAGES)
+        acc = dot_rows(tile, w, out + part, out < n, xn, rows, k, b, col, FULL, EVEN_K, BLOCK_K, STAGES)
 
         # 4. Reduce: the dot has done it, and its result is transposed.
         total = tl.trans(acc)
@@ -114,4 +114,5 @@ def norm_linear_silu_mul(x, norm_w, eps, w, y):
     if path == "sum":
         launch(norm_linear_silu_mul_kernel, (programs,), x, norm_w, w, y, rows, n, k, eps, **meta)
     else:
-        launch(norm_linear_silu_mul_dot_kernel, (programs,), normalised(x, norm_w, eps), w, y, rows, n, k, **meta)
+        xn, meta["FULL"] = normalised(x, norm_w, eps), rows == meta["BLOCK_B"]
+        launch(norm_linear_silu_mul_dot_kernel, (programs,), xn, w, y, rows, n, k, **meta)

@@ -67,7 +67,7 @@ def rmsnorm(x, w, eps, residual, y):
 
 
 def normalised(x, w, eps):
-    """rmsnorm of x [rows, k] in memory of its own, for the products on tensor cores, whose programs each read all of x."""
+    """rmsnorm of x [rows, k] in memory of its own, for products on tensor cores, whose programs each read all of x."""
     y = torch.empty_like(x)
     rmsnorm(x, w, eps, None, y)
     return y

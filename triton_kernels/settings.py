@@ -105,21 +105,17 @@ def _product(op, table, x, n, k, whole_rows, parts, most_programs):
     return path, programs, meta
 
 
-def sum_rows(table, itemsize):
-    """The most rows of x that a table's entry for an architecture leaves off the tensor cores."""
-    return table.get("sum_rows_f32", table["sum_rows"]) if itemsize == 4 else table["sum_rows"]
-
-
 def by_hand(table, itemsize, rows, n, k, whole_rows, parts):
     """Settings from an op's entry for an architecture.
 
     sum_rows: the most rows that the sum path takes; sum_rows_f32: in float32, which has no tensor cores. sum, dot,
-    dot_f32: lists of (most rows, largest n, settings), of which the first that fits is taken. lane: elements of a tile's row, over all rows of x, that a thread holds (twice
-    the bytes in float32). warps: of all programs of a multiprocessor, which then take tile after tile; without it each
-    program has one tile.
+    dot_f32: lists of (most rows, largest n, settings), of which the first that fits is taken. lane: elements of a
+    tile's row, over all rows of x, that a thread holds (twice the bytes in float32). warps: of all programs of a
+    multiprocessor, which then take tile after tile; without it each program has one tile.
     """
     block_b = triton.next_power_of_2(rows)
-    path = "sum" if rows <= sum_rows(table, itemsize) else "dot"
+    most = table.get("sum_rows_f32", table["sum_rows"]) if itemsize == 4 else table["sum_rows"]
+    path = "sum" if rows <= most else "dot"
     if "sum" not in table:
         if n * k >= 1 << 22:
             path = "dot"                                    # an lm_head: NumPy's matrix product is quicker there

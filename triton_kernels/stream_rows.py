@@ -41,26 +41,26 @@ def normed_rows(x, weight, rows, k, eps, b, col):
 
 
 @triton.jit
-def dot_rows(first, w, row, live, x, rows, k, b, col, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr,
+def dot_rows(first, w, row, live, x, rows, k, b, col, FULL: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr,
              STAGES: tl.constexpr):
     """[BLOCK_N, BLOCK_B]: rows of w times the rows of x, float32 sums; `first` is w's tile at column 0, loaded before.
 
-    On tensor cores w is the left operand: its rows fill the tile that a small batch cannot. float32 stays on CUDA cores
-    (ieee): the tensor cores would round it to TF32.
+    On tensor cores w is the left operand: its rows fill the tile that a small batch cannot. FULL: x has BLOCK_B rows.
+    float32 stays on CUDA cores (ieee): the tensor cores would round it to TF32.
     """
-    acc = tl.dot(first, _columns(x, rows, k, b, col, EVEN_K), input_precision="ieee")
+    acc = tl.dot(first, _columns(x, rows, k, b, col, FULL, EVEN_K), input_precision="ieee")
     for k0 in tl.range(BLOCK_K, k, BLOCK_K, num_stages=STAGES):
         tile = load_rows(w, row, live, k0 + col, k, EVEN_K)
-        acc = tl.dot(tile, _columns(x, rows, k, b, k0 + col, EVEN_K), acc, input_precision="ieee")
+        acc = tl.dot(tile, _columns(x, rows, k, b, k0 + col, FULL, EVEN_K), acc, input_precision="ieee")
     return acc
 
 
 @triton.jit
-def _columns(x, rows, k, b, col, EVEN_K: tl.constexpr):
-    """x[b, col] transposed; rows past the end repeat row 0 and are not stored."""
-    at = x + tl.where(b < rows, b, 0) * k + col
-    if EVEN_K:
+def _columns(x, rows, k, b, col, FULL: tl.constexpr, EVEN_K: tl.constexpr):
+    """x[b, col] transposed, zero past the end. (Row 0 in its place would send all programs to the same lines of L2.)"""
+    at = x + b * k + col
+    if FULL and EVEN_K:
         v = tl.load(at, eviction_policy="evict_last")
     else:
-        v = tl.load(at, mask=col < k, other=0.0, eviction_policy="evict_last")
+        v = tl.load(at, mask=(b < rows) & (col < k), other=0.0, eviction_policy="evict_last")
     return tl.trans(v)

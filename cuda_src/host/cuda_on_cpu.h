@@ -7,7 +7,7 @@
 //
 // The layer is strict where a GPU is forgiving, so that wrong kernels fail here and not by luck later:
 //   - shared memory starts as NaN (all bits set) and ends at a page that cannot be touched;
-//   - cp.async and bulk copies land when they are waited for, not before;
+//   - cp.async and bulk copies land when they are waited for, not before, and wgmma multiplies then;
 //   - a barrier that some threads never reach, even by returning early, is an error that names who waits where;
 //   - LAB_HOST_SEED varies the order of threads and blocks; builds with -fsanitize=thread report data races.
 // It says nothing about speed on a GPU, nor about weak memory order, tensor-core rounding or approximate math.
@@ -17,6 +17,7 @@
 //   runtime.h                    what kernels and the scheduler share: Thread, Warp, the entry points
 //   intrinsics.h                 __syncthreads, shuffles, votes, atomics, math
 //   gpu_features.h               the host half of common.cuh: reductions, cp.async, mma, mbarriers, clusters
+//   wgmma.h                      the host half of wgmma.cuh
 //   fiber.h, .cpp                stacks and the context switch
 //   scheduler.h, .cpp            one cluster of blocks: who runs next, deadlock reports
 //   waiting.cpp                  barriers and warp collectives

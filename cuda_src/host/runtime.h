@@ -53,6 +53,13 @@ struct AsyncCopy {
   uint32_t valid;  // read from src
 };
 
+struct AsyncProduct {
+  void (*multiply)(float* d, const void* a, const void* b, Site site);
+  float* d;
+  const void *a, *b;
+  Site site;
+};
+
 // What a kernel can ask about its block.
 struct BlockInfo {
   uint3 index;
@@ -76,6 +83,8 @@ struct Thread {
   Site site{"", 0};
   std::vector<AsyncCopy> copies;      // cp.async: issued, not yet landed
   std::vector<uint32_t> copy_groups;  // cp.async: for each committed group, the end of its copies
+  std::vector<AsyncProduct> products;    // wgmma: issued, not yet waited for
+  std::vector<uint32_t> product_groups;  // wgmma: as copy_groups
 };
 
 #ifdef __APPLE__

@@ -1,4 +1,7 @@
 // The CPU's half of wgmma.cuh. What each name means, and its arguments, is said there.
+//
+// Products run when they are waited for: one that nobody waits for is missing from the sums, and a tile that is
+// overwritten before the wait gives NaN. What a missing wgmma_publish would hide is seen here.
 #pragma once
 #include <cstdlib>
 #include <cstring>
@@ -19,11 +22,11 @@ inline const void* tile_chunk(const void* tile, int row, int chunk, Site site) {
   return shared + ((at + size_t(row) * 128 + size_t(chunk) * 16) ^ size_t(row % 8 * 16));
 }
 
-// Each thread computes its own part of D, at once; there is nothing to exchange. What a missing wgmma_publish would hide
-// is seen here, and so is what a missing wgmma_wait would not have yet.
+// Each thread computes its own part of D; there is nothing to exchange.
 template <typename T, int Extent>
-LAB_NO_TSAN inline void wgmma(float (&d)[Extent][4], const T* a, const T* b, Site site) {
-  const auto row_of = [&](const T* tile, int row, float (&out)[16]) {
+LAB_NO_TSAN inline void multiply_tiles(float* sums, const void* a, const void* b, Site site) {
+  auto* d = reinterpret_cast<float(*)[4]>(sums);
+  const auto row_of = [&](const void* tile, int row, float (&out)[16]) {
     for (int chunk = 0; chunk < 2; ++chunk) {
       const void* place = tile_chunk(tile, row, chunk, site);
       read_shared(place, 16);
@@ -57,12 +60,26 @@ inline bool has_wgmma() {
 
 inline void wgmma_publish() {}
 inline void wgmma_begin() {}
-inline void wgmma_commit() {}
+inline void wgmma_commit() {
+  host::current->product_groups.push_back(uint32_t(host::current->products.size()));
+}
 template <int N>
-inline void wgmma_wait() {}
+inline void wgmma_wait() {
+  host::Thread* self = host::current;
+  if (self->product_groups.size() <= size_t(N)) return;
+  const size_t ending = self->product_groups.size() - size_t(N);
+  const uint32_t end = self->product_groups[ending - 1];
+  for (uint32_t i = 0; i < end; ++i) {
+    const host::AsyncProduct& p = self->products[i];
+    p.multiply(p.d, p.a, p.b, p.site);
+  }
+  self->products.erase(self->products.begin(), self->products.begin() + end);
+  self->product_groups.erase(self->product_groups.begin(), self->product_groups.begin() + long(ending));
+  for (uint32_t& group : self->product_groups) group -= end;
+}
 template <typename T, int Extent>
 inline void wgmma(float (&d)[Extent][4], const T* a, const T* b, host::Site site = host::Site::here()) {
-  host::wgmma<T>(d, a, b, site);
+  host::current->products.push_back({host::multiply_tiles<T, Extent>, &d[0][0], a, b, site});
 }
 
 }  // namespace lab

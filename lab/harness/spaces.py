@@ -37,11 +37,9 @@ def cuda_product(rows, itemsize, n, k, parts=1, mma=True):
     """mma: the op has a tensor-core kernel of its own; else more rows go by rmsnorm's and linear's settings."""
     if rows <= 2 or itemsize == 4:
         return streams(rows, itemsize, n, k, parts)
-    if not mma or k * itemsize % 16:
+    if not mma or rows > 16 or k * itemsize % 16:
         return []
-    if rows <= 16:
-        return [dict(tiles=1, stages=4), dict(tiles=1, stages=7), dict(tiles=2)]
-    return [dict(cluster=blocks) for blocks in (1, 2, 4)]
+    return [dict(tiles=1, stages=4), dict(tiles=1, stages=7), dict(tiles=2)]
 
 
 def splits(itemsize):

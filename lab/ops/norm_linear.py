@@ -1,8 +1,8 @@
 """norm_linear: y = rmsnorm(x, norm_w) w^T (+ bias), and what the fused plan makes of it
 
   x [batch, k]   norm_w [k]   w [n, k]   bias [n] or None   y [batch, n] in x's dtype, or float32 with out_dtype
-The norm of rmsnorm.py (same rounding points), recomputed by each block from L2 rather than passed through memory, then
-the linear of linear.py. Batch 1 to 64.
+The norm of rmsnorm.py (same rounding points), recomputed by each block from L2 rather than passed through memory, unless
+the batch is one for tensor cores; then the linear of linear.py. Batch 1 to 64.
 Halves: cuda_src/norm_linear.cu, triton_kernels/norm_linear.py
 """
 import torch

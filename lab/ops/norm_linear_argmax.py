@@ -14,7 +14,7 @@ from lab.ops import linear, norm_linear, sample
 from lab.ops.norm_linear import check_norm, normed
 
 MAX_BLOCKS = 4096                   # most candidates of a row that a kernel may leave
-SCRATCH = 2 * MAX_BLOCKS + 4        # a value (float32 bits) and an index for each, then the row's ticket and padding
+SCRATCH = 2 * MAX_BLOCKS + 4        # a value (float32 bits) and an index for each, then a ticket, padding, the best so far
 
 
 def validate(x, norm_w, eps, w, logits, scratch, out=None):

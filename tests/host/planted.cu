@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "common.cuh"
+#include "wgmma.cuh"
 
 using namespace lab;
 
@@ -38,6 +39,7 @@ enum class Bug {
   wrong_count,       // an mbarrier expects more arrivals than come
   no_init,           // an mbarrier is not initialised
   read_before_copy,  // a bulk copy is read without waiting on its mbarrier
+  early_copy,        // the next tile is sent for while wgmma still reads the one it replaces
 };
 
 constexpr int kThreads = 128;
@@ -212,6 +214,61 @@ bool run_tiles(const char* name, Kernel kernel, int width, int tiles = kTiles, s
   return true;
 }
 
+constexpr int kRows = 64, kColumns = 16, kDepth = 3 * 64;
+
+// out = a b^T by a warpgroup: tiles of 64 columns pass one after the other through one place.
+template <Bug bug>
+__global__ void product_kernel(const bf16* a, const bf16* b, float* out) {
+  struct Shared {
+    bf16 a[kRows][64], b[kColumns][64];
+  };
+  auto& s = smem<Shared>();
+  const int thread = threadIdx.x, lane = thread % 32, chunk = thread % 8;
+  float d[kColumns / 8][4] = {};
+  const auto send = [&](int k0) {
+    const auto bring = [&](bf16 (*tile)[64], const bf16* from, int row) {
+      if (k0 < kDepth) cp_async16(&tile[row][(chunk ^ (row % 8)) * 8], from + row * kDepth + k0 + chunk * 8);
+    };
+    for (int row = thread / 8; row < kRows; row += 16) bring(s.a, a, row);
+    for (int row = thread / 8; row < kColumns; row += 16) bring(s.b, b, row);
+    cp_async_commit();
+  };
+  send(0);
+  for (int k0 = 0; k0 < kDepth; k0 += 64) {
+    cp_async_wait<0>();
+    wgmma_publish();
+    if (bug != Bug::no_barrier) __syncthreads();
+    wgmma_begin();
+    for (int col = 0; col < 64; col += 16) wgmma(d, &s.a[0][col], &s.b[0][col]);
+    wgmma_commit();
+    if (bug == Bug::early_copy) send(k0 + 64);
+    if (bug != Bug::no_wait) wgmma_wait<0>();
+    if (bug != Bug::no_last_barrier) __syncthreads();
+    if (bug != Bug::early_copy) send(k0 + 64);
+  }
+  for (int j = 0; j < kColumns / 8; ++j) {
+    for (int i = 0; i < 4; ++i) {
+      out[(thread / 32 * 16 + lane / 4 + i / 2 * 8) * kColumns + j * 8 + lane % 4 * 2 + i % 2] = d[j][i];
+    }
+  }
+}
+
+template <Bug bug>
+bool run_product() {
+  std::vector<bf16> a(kRows * kDepth), b(kColumns * kDepth);
+  Buffer out(kRows * kColumns);
+  for (size_t i = 0; i < a.size(); ++i) a[i] = bf16(float(i % 7));
+  for (size_t i = 0; i < b.size(); ++i) b[i] = bf16(float(i % 5));
+  launch(config_of(1, 128, (kRows + kColumns) * 128), "product_kernel", product_kernel<bug>, a.data(), b.data(),
+         out.data);
+  for (int i = 0; i < kRows * kColumns; ++i) {
+    float sum = 0;
+    for (int k = 0; k < kDepth; ++k) sum += float(a[i / kColumns * kDepth + k]) * float(b[i % kColumns * kDepth + k]);
+    if (!(out.data[i] == sum)) return false;
+  }
+  return true;
+}
+
 template <Bug bug>
 bool run_store() {
   return run_tiles<bug>("store_kernel", store_kernel<bug>, 1, bug == Bug::lower_neighbour ? 1 : kTiles);
@@ -279,6 +336,11 @@ const std::map<std::string, bool (*)()> cases = {
     {"ticket.none", run_ticket<Bug::none>},
     {"ticket.no_fence", run_ticket<Bug::no_fence>},
     {"ticket.plain_store", run_ticket<Bug::plain_store>},
+    {"product.none", run_product<Bug::none>},
+    {"product.no_barrier", run_product<Bug::no_barrier>},
+    {"product.no_wait", run_product<Bug::no_wait>},
+    {"product.no_last_barrier", run_product<Bug::no_last_barrier>},
+    {"product.early_copy", run_product<Bug::early_copy>},
     {"bulk.none", run_bulk<Bug::none>},
     {"bulk.wrong_count", run_bulk<Bug::wrong_count>},
     {"bulk.no_init", run_bulk<Bug::no_init>},
