@@ -1,5 +1,6 @@
 """The dispatcher: who is chosen, what is refused, what is counted, and what a call costs."""
 import json
+import statistics
 import time
 import timeit
 
@@ -188,13 +189,25 @@ def test_no_call_costs_ten_microseconds(name, args, options):
     assert dispatch_us(name, args, options) < 10
 
 
+def validation_us(x):
+    """The least microseconds of a function of the kind that validation is made of."""
+    def check(a, b):
+        shape = a.shape
+        return (len(shape) == 2 and shape == b.shape and a.dtype == b.dtype and a.get_device() == b.get_device()
+                and a.is_contiguous() and not a.data_ptr() & 15)
+    return min(timeit.repeat(lambda: check(x, x), number=100, repeat=200)) / 100 * 1e6
+
+
 def test_a_decode_step_pays_under_three_microseconds_a_call(record_property):
-    costs = {name: dispatch_us(name, args, options) for name, args, options in decode_calls()}
-    record_property("dispatch_us", costs)
-    # The claim is of an idle core of 2025: one call of a tensor method, which validation is made of, took 0.06 us there.
-    x = torch.ones(2, 3)
-    slowdown = max(1.0, min(timeit.repeat(x.data_ptr, number=100, repeat=200)) / 100 / 60e-9)
+    """The claim is of an idle core of 2025, where validation_us is 0.58. A core that others share changes its pace by half
+    within seconds: both are measured five times, and the median of their ratios counts."""
     layer = {"rmsnorm": 2, "linear": 4, "rope": 1, "kv_append": 1, "decode_attention": 1, "silu_mul": 1}
-    mean = sum(costs[name] * calls for name, calls in layer.items()) / sum(layer.values())
-    print({name: round(us, 2) for name, us in costs.items()}, f"mean of a layer {mean:.2f} us, slowdown {slowdown:.2f}")
-    assert mean < 3 * slowdown, costs
+    x, calls, means = torch.ones(2, 3), list(decode_calls()), []
+    for _ in range(5):
+        costs = {name: dispatch_us(name, args, options) for name, args, options in calls}
+        mean = sum(costs[name] * times for name, times in layer.items()) / sum(layer.values())
+        slowdown = max(1.0, validation_us(x) / 0.58)
+        means.append(mean / slowdown)
+        print({name: round(us, 2) for name, us in costs.items()}, f"mean {mean:.2f} us, slowdown {slowdown:.2f}")
+    record_property("dispatch_us", means)
+    assert statistics.median(means) < 3, means
