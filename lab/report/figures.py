@@ -177,11 +177,11 @@ def with_share(rows):
                        share_high=share * rows["us"] / rows["us_p10"])
 
 
-def line(ax, rows, x, y, low, high, look, label, dash="-"):
+def line(ax, rows, x, y, low, high, look, label, dash="-", fill="full"):
     rows = rows.dropna(subset=[x, y]).sort_values(x)
     if len(rows):
         ax.errorbar(rows[x], rows[y], yerr=spread(rows, y, low, high), color=look.color, marker=look.marker,
-                    label=label, linestyle=dash)
+                    label=label, linestyle=dash, fillstyle=fill)
 
 
 def dots(ax, rows, column, order, x, low, high, theme):
@@ -242,8 +242,8 @@ def legend(canvas, axes):
         for handle, label in zip(*ax.get_legend_handles_labels()):
             found.setdefault(label, handle)
     if found:
-        column = 0.6 + 0.068 * max(map(len, found))         # inches: handle and gap, and 8-point letters
-        canvas.legend(found.values(), found.keys(), loc="outside lower center", handlelength=1.8, columnspacing=1.2,
+        column = 0.68 + 0.068 * max(map(len, found))         # inches: handle and gap, and 8-point letters
+        canvas.legend(found.values(), found.keys(), loc="outside lower center", handlelength=2.4, columnspacing=1.2,
                       ncols=max(1, min(len(found), int(WIDTH / column))))
 
 

@@ -65,13 +65,15 @@ def model_table(rows):
 
 
 def _lines(rows):
-    """(name, rows, look, line style) of every line, in the backends' order: fused plans dashed, eager steps dotted."""
-    several = rows["mode"].nunique() > 1
+    """(name, rows, look, (line style, markers)) of every line, in the backends' order: eager steps dotted, fused plans
+    dashed, and where there are several plans, basic ones with hollow markers."""
+    several, plans = rows["mode"].nunique() > 1, rows["plan"].nunique() > 1
     for backend in style.backend_order(rows["backend"]):
         for name, group in rows[rows["backend"] == backend].groupby("series", sort=False):
             mode, plan = group["mode"].iloc[0], group["plan"].iloc[0]
             look = style.backend("compile" if mode == "compile" and backend == "torch" else backend)
-            yield name, group, look, ":" if several and mode == "eager" else "--" if plan == "fused" else "-"
+            dash = ":" if several and mode == "eager" else "--" if plan == "fused" else "-"
+            yield name, group, look, (dash, "none" if plans and plan == "basic" else "full")
 
 
 def _modes(rows):
@@ -100,13 +102,13 @@ def against(run, model, x):
 
     def draw(canvas, theme):
         axes = canvas.subplots(panels, 1, sharex=True, squeeze=False).ravel()
-        for name, group, look, dash in _lines(scaled):
-            line(axes[0], group, x, "us", "us_p10", "us_p90", look, name, dash)
+        for name, group, look, drawn in _lines(scaled):
+            line(axes[0], group, x, "us", "us_p10", "us_p90", look, name, *drawn)
         from_zero_or_log(axes[0].yaxis, scaled["us"], scaled["us_p90"])
         axes[0].set_ylabel(f"{unit_name} per step" + (", emulated" if run.emulated else ""))
         if panels == 2:
-            for name, group, look, dash in _lines(bandwidth):
-                line(axes[1], group, x, "share", "share_low", "share_high", look, name, dash)
+            for name, group, look, drawn in _lines(bandwidth):
+                line(axes[1], group, x, "share", "share_low", "share_high", look, name, *drawn)
             axes[1].set_ylim(0, 108)
             axes[1].axhline(100, color=theme.ink, linewidth=1, linestyle=":")
             axes[1].set_ylabel("of the ceiling (%)")
@@ -170,8 +172,8 @@ def throughput(run, model):
         ax = canvas.subplots()
         low, top = rows["batch"].min(), rows["batch"].max()
         ideal = per_sequence.max()
-        for name, group, look, dash in _lines(rows):
-            line(ax, group, "batch", "tokens_per_s", "low", "high", look, name, dash)
+        for name, group, look, drawn in _lines(rows):
+            line(ax, group, "batch", "tokens_per_s", "low", "high", look, name, *drawn)
         ax.plot([low, top], [ideal * low, ideal * top], color=theme.muted, linewidth=1, linestyle="-.", label="ideal")
         # The linearity at the right end of each line, pushed apart upwards; eager steps have theirs in the table only.
         ends = rows[(rows["batch"] == top) & ((rows["mode"] != "eager") | (rows["mode"] == "eager").all())]
