@@ -75,23 +75,22 @@ void linear_add(Ptr x, Ptr w, Ptr bias, Ptr residual, int rows, int n, int k, in
   by_dtype(dtype, [&](auto tag) {
     using T = decltype(tag);
     const Settings tuned = settings::find("linear_add", sizeof(T), rows, {n, k});
-    const auto start = [&](const char* name, unsigned blocks, unsigned threads, size_t smem_bytes, auto kernel,
-                           unsigned cluster = 1) {
-      launch({dim3(blocks), dim3(threads), smem_bytes, stream_, true, cluster}, name, kernel, as<const T>(x),
-             as<const T>(w), as<const T>(bias), as<T>(residual), rows, n, k);
+    const auto start = [&](const char* name, const Config& config, auto kernel) {
+      launch(config, name, kernel, as<const T>(x), as<const T>(w), as<const T>(bias), as<T>(residual), rows, n, k);
     };
     if constexpr (sizeof(T) == 2) {
       if (rows > most_stream_rows()) {
         return by_mma_shape<T, 1>(rows, n, k, tuned, [&](auto shape, unsigned cluster) {
           using C = typename decltype(shape)::type;
-          start("linear_add_mma_kernel", ceil_div(n, C::kOutputs) * cluster, C::kThreads, sizeof(MmaSmem<T, C>),
-                linear_add_mma_kernel<T, C>, cluster);
+          start("linear_add_mma_kernel", mma_config<C>(n, cluster, sizeof(MmaSmem<T, C>), stream_),
+                linear_add_mma_kernel<T, C>);
         });
       }
     }
     by_stream_shape<T, 1, 8, true>(rows, n, k, rows, tuned, [&](auto shape) {
       using C = typename decltype(shape)::type;
-      start("linear_add_stream_kernel", stream_blocks<C>(n, false, tuned), C::kThreads, staged_smem_bytes<T, C>(k),
+      const dim3 blocks(stream_blocks<C>(n, false, tuned));
+      start("linear_add_stream_kernel", {blocks, dim3(C::kThreads), staged_smem_bytes<T, C>(k), stream_, true},
             linear_add_stream_kernel<T, C>);
     });
   });

@@ -132,7 +132,7 @@ struct MmaRows {
   LAB_DEVICE void each_output(F f) const {
     LAB_UNROLL
     for (int j = 0; j < kMine; ++j) {
-      const int i = threadIdx.x + (j * ranks() + rank()) * C::kThreads, r = i % C::kOutputs, b = i / C::kOutputs;
+      const int i = place(j), r = i % C::kOutputs, b = i / C::kOutputs;
       if (output0 + r < n && b < rows) f(j, r, output0 + r, b);
     }
   }
@@ -143,9 +143,7 @@ struct MmaRows {
   LAB_DEVICE void each_row(F f) const {
     constexpr int kLanes = C::kOutputs < 32 ? C::kOutputs : 32;
     LAB_UNROLL
-    for (int j = 0; j < kMine; ++j) {
-      f(j, (int(threadIdx.x) + (j * ranks() + rank()) * C::kThreads) / C::kOutputs, kLanes);
-    }
+    for (int j = 0; j < kMine; ++j) f(j, place(j) / C::kOutputs, kLanes);
   }
 
   // Call it last: the other blocks of a cluster may still read this one's sums.
@@ -157,6 +155,8 @@ struct MmaRows {
   // This block's number in its cluster, and the cluster's blocks: constants where there are no clusters.
   LAB_DEVICE int rank() const { return C::kWgmma ? rank_ : 0; }
   LAB_DEVICE int ranks() const { return C::kWgmma ? ranks_ : 1; }
+  // Of a thread's output j among the outputs of the block or cluster: all of the first row of x, then of the next.
+  LAB_DEVICE int place(int j) const { return threadIdx.x + (j * ranks() + rank()) * C::kThreads; }
   LAB_DEVICE int chunk(int i) const { return rank() * C::kTeams + team + i * ranks() * C::kTeams; }
 
   // Barrier of the team; when it returns, what its threads have copied can be multiplied, and what was multiplied
@@ -264,12 +264,16 @@ struct MmaRows {
   }
 };
 
-// Calls f with the shape of a launch, a type in f's argument, and the blocks of a cluster:
-// `using C = typename decltype(shape)::type;`
+// by_mma_shape calls f with the shape of a launch, a type in f's argument, and the blocks of a cluster:
+// `using C = typename decltype(shape)::type;`. mma_config makes the launch of them.
 template <typename C>
 struct MmaShape {
   using type = C;
 };
+template <typename C>
+inline Config mma_config(int n, unsigned cluster, size_t smem_bytes, Ptr stream) {
+  return {dim3(ceil_div(n, C::kOutputs) * cluster), dim3(C::kThreads), smem_bytes, stream, true, cluster};
+}
 template <typename T, int Parts, typename F>
 inline void by_mma_shape(int rows, int n, int k, const Settings& tuned, F&& f) {
   const auto alone = [&](auto shape) { f(shape, 1u); };

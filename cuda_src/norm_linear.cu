@@ -48,8 +48,7 @@ void norm_linear(Ptr x, Ptr norm_w, Ptr w, Ptr bias, Ptr y, Ptr normed, int rows
     using T = decltype(tag);
     const Settings tuned = settings::find("norm_linear", sizeof(T), rows, {n, k});
     if (sizeof(T) == 2 && rows > most_stream_rows()) {
-      need_normed("norm_linear", normed);
-      rmsnorm(x, norm_w, 0, normed, rows, 1, k, k, k, eps, dtype, stream_);
+      norm_into("norm_linear", normed, x, norm_w, rows, k, eps, dtype, stream_);
       return linear(normed, w, bias, y, rows, n, k, dtype, out_dtype, stream_);
     }
     by_normed_shape<T, 1>(rows, n, k, tuned, [&](auto shape) {

@@ -127,11 +127,8 @@ __global__ void __launch_bounds__(C::kThreads)
 
   // 6. Argmax in the last block: it reads what all have raised, each by the best of its lanes that share a row of x.
   product.each_row([&](int j, int b, int lanes) {
-    for (int distance = lanes / 2; distance > 0; distance /= 2) {
-      const uint64_t other = __shfl_xor_sync(0xffffffffu, best[j], distance);
-      best[j] = other > best[j] ? other : best[j];
-    }
-    if (threadIdx.x % lanes == 0 && b < rows) atomicMax(best_of(scratch, b), static_cast<unsigned long long>(best[j]));
+    const unsigned long long top = warp_best(best[j], lanes);
+    if (threadIdx.x % lanes == 0 && b < rows) atomicMax(best_of(scratch, b), top);
   });
   product.finish();
   finish_argmax(scratch, ids, rows, shared.last);
@@ -145,14 +142,12 @@ void norm_linear_argmax(Ptr x, Ptr norm_w, Ptr w, Ptr logits, Ptr scratch, Ptr n
     const Settings tuned = settings::find("norm_linear_argmax", sizeof(T), rows, {n, k});
     if constexpr (sizeof(T) == 2) {
       if (rows > most_stream_rows()) {
-        need_normed("norm_linear_argmax", normed);
-        rmsnorm(x, norm_w, 0, normed, rows, 1, k, k, k, eps, dtype, stream_);
+        norm_into("norm_linear_argmax", normed, x, norm_w, rows, k, eps, dtype, stream_);
         return by_mma_shape<T, 1>(rows, n, k, tuned, [&](auto shape, unsigned cluster) {
           using C = typename decltype(shape)::type;
-          launch({dim3(ceil_div(n, C::kOutputs) * cluster), dim3(C::kThreads), sizeof(ArgmaxMmaSmem<T, C>), stream_, true,
-                  cluster},
-                 "norm_linear_argmax_mma_kernel", norm_linear_argmax_mma_kernel<T, C>, as<const T>(normed),
-                 as<const T>(w), as<float>(logits), as<int>(scratch), as<int>(out), rows, n, k);
+          launch(mma_config<C>(n, cluster, sizeof(ArgmaxMmaSmem<T, C>), stream_), "norm_linear_argmax_mma_kernel",
+                 norm_linear_argmax_mma_kernel<T, C>, as<const T>(normed), as<const T>(w), as<float>(logits),
+                 as<int>(scratch), as<int>(out), rows, n, k);
         });
       }
     }
@@ -161,8 +156,7 @@ void norm_linear_argmax(Ptr x, Ptr norm_w, Ptr w, Ptr logits, Ptr scratch, Ptr n
       const size_t bytes = sizeof(ArgmaxSmem<T, C>) + size_t(C::B) * k * sizeof(T);
       launch({dim3(stream_blocks<C>(n, true, tuned)), dim3(C::kThreads), bytes, stream_, true},
              "norm_linear_argmax_kernel", norm_linear_argmax_kernel<T, C>, as<const T>(x), as<const T>(norm_w),
-             as<const T>(w), as<float>(logits),
-             as<int>(scratch), as<int>(out), rows, n, k, eps);
+             as<const T>(w), as<float>(logits), as<int>(scratch), as<int>(out), rows, n, k, eps);
     });
   });
 }

@@ -76,14 +76,11 @@ void norm_linear_silu_mul(Ptr x, Ptr norm_w, Ptr w, Ptr y, Ptr normed, int rows,
     const Settings tuned = settings::find("norm_linear_silu_mul", sizeof(T), rows, {n, k});
     if constexpr (sizeof(T) == 2) {
       if (rows > most_stream_rows()) {
-        need_normed("norm_linear_silu_mul", normed);
-        rmsnorm(x, norm_w, 0, normed, rows, 1, k, k, k, eps, dtype, stream_);
+        norm_into("norm_linear_silu_mul", normed, x, norm_w, rows, k, eps, dtype, stream_);
         return by_mma_shape<T, 2>(rows, n, k, tuned, [&](auto shape, unsigned cluster) {
           using C = typename decltype(shape)::type;
-          launch({dim3(ceil_div(n, C::kOutputs) * cluster), dim3(C::kThreads), sizeof(MmaSmem<T, C>), stream_, true,
-                  cluster},
-                 "norm_linear_silu_mul_mma_kernel", norm_linear_silu_mul_mma_kernel<T, C>, as<const T>(normed),
-                 as<const T>(w), as<T>(y), rows, n, k);
+          launch(mma_config<C>(n, cluster, sizeof(MmaSmem<T, C>), stream_), "norm_linear_silu_mul_mma_kernel",
+                 norm_linear_silu_mul_mma_kernel<T, C>, as<const T>(normed), as<const T>(w), as<T>(y), rows, n, k);
         });
       }
     }

@@ -18,9 +18,11 @@ size_t norm_smem_bytes(int k) {
   return sizeof(NormSmem<T, C>) + size_t(C::B) * k * sizeof(T);
 }
 
-// More than 2 rows of half precision pass through memory on their way to the tensor cores: the caller gives the room.
-inline void need_normed(const char* op, Ptr normed) {
+// normed = rmsnorm(x, norm_w): more than 2 rows of half precision pass through memory on their way to the tensor cores,
+// in room that the caller gives.
+inline void norm_into(const char* op, Ptr normed, Ptr x, Ptr norm_w, int rows, int k, float eps, int dtype, Ptr stream) {
   if (!normed) throw std::invalid_argument(std::string(op) + ": more than 2 rows of half precision need `normed`");
+  rmsnorm(x, norm_w, 0, normed, rows, 1, k, k, k, eps, dtype, stream);
 }
 
 // Calls f with the shape of a launch whose blocks keep the normalised rows in shared memory; see by_stream_shape.

@@ -7,17 +7,32 @@
 
 #include "common.cuh"
 
+#ifndef LAB_SM90A
+#define LAB_SM90A 0                               // setup.py says 1 where it compiles code for sm_90a
+#endif
+
 namespace lab {
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
 
-// True where a launcher should take the shapes that suit a CPU. LAB_HOST_SHAPES=gpu makes the host build take a Hopper
-// GPU's, and sm_80 those of the GPUs before, so that tests and the race detector reach them without a GPU.
-inline bool cpu_shapes() {
-  if constexpr (!kHost) return false;
+// LAB_HOST_SHAPES=gpu makes the host build take a Hopper GPU's shapes, and sm_80 those of the GPUs before, so that tests
+// and the race detector reach them without a GPU.
+inline bool host_takes_shapes_of(const char* gpu) {
   const char* shapes = std::getenv("LAB_HOST_SHAPES");
-  return !(shapes && (std::strcmp(shapes, "gpu") == 0 || std::strcmp(shapes, "sm_80") == 0));
+  return shapes && std::strcmp(shapes, gpu) == 0;
+}
+
+// True where a launcher should take the shapes that suit a CPU.
+inline bool cpu_shapes() { return kHost && !host_takes_shapes_of("gpu") && !host_takes_shapes_of("sm_80"); }
+
+// Whether the current device multiplies out of shared memory (wgmma.cuh), and this build has the code for it.
+inline bool has_wgmma() {
+#ifdef __CUDACC__
+  return LAB_SM90A && device_major() == 9;
+#else
+  return host_takes_shapes_of("gpu");
+#endif
 }
 
 // Rows of half precision that matrix products take on CUDA cores; more go to tensor cores. On an H100 16 rows on tensor

@@ -15,14 +15,7 @@
 #endif
 
 #ifdef __CUDACC__
-#ifndef LAB_SM90A
-#define LAB_SM90A 0                               // setup.py says 1 where it compiles code for sm_90a
-#endif
-
 namespace lab {
-
-// Whether the current device has them, and this build their code.
-inline bool has_wgmma() { return LAB_SM90A && device_major() == 9; }
 
 #if LAB_WGMMA
 // Shows what this thread has written to shared memory, by cp.async too, to the wgmma of threads that it then meets at a

@@ -102,6 +102,4 @@ def linear_add(x, w, bias, residual):
     kernel = linear_add_kernel if path == "sum" else linear_add_dot_kernel
     if path == "sum":
         meta["WHOLE_ROW"] = meta["BLOCK_K"] >= k
-    else:
-        meta["FULL"] = rows == meta["BLOCK_B"]
     launch(kernel, (programs,), x, w, bias, residual, rows, n, k, HAS_BIAS=bias is not None, **meta)

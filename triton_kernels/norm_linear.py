@@ -110,5 +110,5 @@ def norm_linear(x, norm_w, eps, w, bias, y):
     if path == "sum":
         launch(norm_linear_kernel, (programs,), x, norm_w, w, bias, y, rows, n, k, eps, **meta)
     else:
-        xn, meta["FULL"] = normalised(x, norm_w, eps), rows == meta["BLOCK_B"]
+        xn = normalised(x, norm_w, eps)
         launch(norm_linear_dot_kernel, (programs,), xn, w, bias, y, rows, n, k, **meta)

@@ -170,5 +170,5 @@ def norm_linear_argmax(x, norm_w, eps, w, logits, scratch, out):
     if path == "sum":
         launch(norm_linear_argmax_kernel, (programs,), x, norm_w, w, logits, scratch, out, rows, n, k, eps, **meta)
     else:
-        xn, meta["FULL"] = normalised(x, norm_w, eps), rows == meta["BLOCK_B"]
+        xn = normalised(x, norm_w, eps)
         launch(norm_linear_argmax_dot_kernel, (programs,), xn, w, logits, scratch, out, rows, n, k, **meta)

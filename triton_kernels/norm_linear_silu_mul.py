@@ -114,5 +114,5 @@ def norm_linear_silu_mul(x, norm_w, eps, w, y):
     if path == "sum":
         launch(norm_linear_silu_mul_kernel, (programs,), x, norm_w, w, y, rows, n, k, eps, **meta)
     else:
-        xn, meta["FULL"] = normalised(x, norm_w, eps), rows == meta["BLOCK_B"]
+        xn = normalised(x, norm_w, eps)
         launch(norm_linear_silu_mul_dot_kernel, (programs,), xn, w, y, rows, n, k, **meta)

@@ -102,6 +102,8 @@ def _product(op, table, x, n, k, whole_rows, parts, most_programs):
     meta.update(EVEN_K=k % meta["BLOCK_K"] == 0, **dependent_launch(x))
     if whole_rows:
         meta["LOOP"] = programs < tiles
+    if path == "dot":
+        meta["FULL"] = rows == meta["BLOCK_B"]
     return path, programs, meta
 
 

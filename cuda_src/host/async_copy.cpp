@@ -73,29 +73,20 @@ void cp_async(void* dst, const void* src, unsigned bytes, unsigned valid, Site s
   }
   if (!in_shared(dst, bytes)) fail("cp_async%u at %s:%d: writes outside shared memory", bytes, site.file, site.line);
   if (worker->options.poison) memset(dst, 0xff, bytes);
-  current->copies.push_back({dst, src, bytes, valid});
+  current->copies.issue({dst, src, bytes, valid});
 }
 
 void cp_async_commit() {
   TsanIgnore ignore;
-  current->copy_groups.push_back(uint32_t(current->copies.size()));
+  current->copies.commit();
 }
 
 void cp_async_wait(unsigned groups_in_flight) {
   TsanIgnore ignore;
-  Thread* self = current;
-  std::vector<uint32_t>& groups = self->copy_groups;
-  if (groups.size() <= groups_in_flight) return;
-  size_t landing = groups.size() - groups_in_flight;
-  uint32_t end = groups[landing - 1];
-  for (uint32_t i = 0; i < end; ++i) {
-    const AsyncCopy& copy = self->copies[i];
+  current->copies.wait(groups_in_flight, [](const AsyncCopy& copy) {
     memcpy(copy.dst, copy.src, copy.valid);
     memset(static_cast<char*>(copy.dst) + copy.valid, 0, copy.bytes - copy.valid);
-  }
-  self->copies.erase(self->copies.begin(), self->copies.begin() + end);
-  groups.erase(groups.begin(), groups.begin() + long(landing));
-  for (uint32_t& group : groups) group -= end;
+  });
 }
 
 // ---- mbarriers ------------------------------------------------------------------------------------------------------

@@ -60,6 +60,33 @@ struct AsyncProduct {
   Site site;
 };
 
+// What a thread has issued and not waited for, in the groups that it has committed.
+template <typename Item>
+class AsyncGroups {
+ public:
+  void issue(const Item& item) { items_.push_back(item); }
+  void commit() { ends_.push_back(uint32_t(items_.size())); }
+  // Calls finish(item), oldest first, until at most `in_flight` committed groups are left.
+  template <typename F>
+  void wait(unsigned in_flight, F finish) {
+    if (ends_.size() <= in_flight) return;
+    const size_t finishing = ends_.size() - in_flight;
+    const uint32_t end = ends_[finishing - 1];
+    for (uint32_t i = 0; i < end; ++i) finish(items_[i]);
+    items_.erase(items_.begin(), items_.begin() + end);
+    ends_.erase(ends_.begin(), ends_.begin() + long(finishing));
+    for (uint32_t& other : ends_) other -= end;
+  }
+  void clear() {
+    items_.clear();
+    ends_.clear();
+  }
+
+ private:
+  std::vector<Item> items_;
+  std::vector<uint32_t> ends_;  // of each committed group, in items_
+};
+
 // What a kernel can ask about its block.
 struct BlockInfo {
   uint3 index;
@@ -81,10 +108,8 @@ struct Thread {
   Fiber* fiber = nullptr;
   const char* op = "";  // what it waits for
   Site site{"", 0};
-  std::vector<AsyncCopy> copies;      // cp.async: issued, not yet landed
-  std::vector<uint32_t> copy_groups;  // cp.async: for each committed group, the end of its copies
-  std::vector<AsyncProduct> products;    // wgmma: issued, not yet waited for
-  std::vector<uint32_t> product_groups;  // wgmma: as copy_groups
+  AsyncGroups<AsyncCopy> copies;       // cp.async
+  AsyncGroups<AsyncProduct> products;  // wgmma
 };
 
 #ifdef __APPLE__

@@ -292,9 +292,7 @@ void Worker::finish(Thread* thread) {
     }
   }
   thread->copies.clear();  // never waited for, so nobody may look at them
-  thread->copy_groups.clear();
   thread->products.clear();
-  thread->product_groups.clear();
   thread->warp->alive &= ~(1u << thread->lane);
   --blocks[thread->block->cluster_rank]->alive;
   --alive_;

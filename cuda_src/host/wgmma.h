@@ -3,7 +3,6 @@
 // Products run when they are waited for: one that nobody waits for is missing from the sums, and a tile that is
 // overwritten before the wait gives NaN. What a missing wgmma_publish would hide is seen here.
 #pragma once
-#include <cstdlib>
 #include <cstring>
 
 #include "gpu_features.h"
@@ -52,34 +51,16 @@ LAB_NO_TSAN inline void multiply_tiles(float* sums, const void* a, const void* b
 
 }  // namespace host
 
-// As sizes.h has it: where the shapes of a Hopper GPU are asked for.
-inline bool has_wgmma() {
-  const char* shapes = std::getenv("LAB_HOST_SHAPES");
-  return shapes != nullptr && strcmp(shapes, "gpu") == 0;
-}
-
 inline void wgmma_publish() {}
 inline void wgmma_begin() {}
-inline void wgmma_commit() {
-  host::current->product_groups.push_back(uint32_t(host::current->products.size()));
-}
+inline void wgmma_commit() { host::current->products.commit(); }
 template <int N>
 inline void wgmma_wait() {
-  host::Thread* self = host::current;
-  if (self->product_groups.size() <= size_t(N)) return;
-  const size_t ending = self->product_groups.size() - size_t(N);
-  const uint32_t end = self->product_groups[ending - 1];
-  for (uint32_t i = 0; i < end; ++i) {
-    const host::AsyncProduct& p = self->products[i];
-    p.multiply(p.d, p.a, p.b, p.site);
-  }
-  self->products.erase(self->products.begin(), self->products.begin() + end);
-  self->product_groups.erase(self->product_groups.begin(), self->product_groups.begin() + long(ending));
-  for (uint32_t& group : self->product_groups) group -= end;
+  host::current->products.wait(N, [](const host::AsyncProduct& p) { p.multiply(p.d, p.a, p.b, p.site); });
 }
 template <typename T, int Extent>
 inline void wgmma(float (&d)[Extent][4], const T* a, const T* b, host::Site site = host::Site::here()) {
-  host::current->products.push_back({host::multiply_tiles<T, Extent>, &d[0][0], a, b, site});
+  host::current->products.issue({host::multiply_tiles<T, Extent>, &d[0][0], a, b, site});
 }
 
 }  // namespace lab
