@@ -1,4 +1,4 @@
-"""Every op by name. A name in one of the three lists is in checks, tests, benchmarks and reports."""
+"""Every op by name. A name in one of the four lists is in checks, tests, benchmarks and reports."""
 from importlib import import_module
 
 
@@ -11,9 +11,11 @@ def _ops(*names):
 BASIC = _ops("embedding", "rmsnorm", "linear", "rope", "kv_append", "decode_attention", "silu_mul", "sample")
 # What takes their place in the fused plan.
 FUSED = _ops("norm_linear", "rope_append_attention", "linear_add", "norm_linear_silu_mul", "norm_linear_argmax")
+# The persistent plan: all of a step in one launch.
+PERSISTENT = _ops("decode_step")
 # In no plan of the decoder: called by name, as select(...).<name>.
 OTHERS = _ops()
-OPS = BASIC + FUSED + OTHERS
+OPS = BASIC + FUSED + PERSISTENT + OTHERS
 
 
 def find(name: str):

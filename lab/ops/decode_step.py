@@ -1,0 +1,250 @@
+"""decode_step: the whole decode step of one sequence in one launch: embedding, every layer, lm_head and argmax
+
+  ids, positions int32 [1]   block_table int32 [1, max_pages]
+  k_cache, v_cache [layers, pages, kv_heads, page_size, head_dim]
+  logits float32 [1, vocab], written   out int32 [1]: the next token; it may be ids itself
+The fused plan's ops with the same rounding points (lab/model/fused.py), but between two of them stands a barrier of the
+whole grid where that plan has a new kernel: so what needs no activation, the weights, can stream on across it.
+A negative position marks an idle row: nothing is written. An id outside the vocabulary gives logits of NaN, and -1.
+Rows of every matrix begin at multiples of 16 bytes; a KV head has at most 8 query heads.
+Halves: cuda_src/decode_step.cu, triton_kernels/decode_step.py
+"""
+from dataclasses import dataclass
+
+import torch
+
+from lab.backends.cuda import DTYPE_CODES
+from lab.dispatch import EPS32, FLOATS, Op, case, dense, refuse
+from lab.ops import (decode_attention, embedding, linear_add, norm_linear, norm_linear_argmax, norm_linear_silu_mul,
+                     rope_append_attention)
+from lab.ops.kv_append import check_cache, paged_cache
+
+MAX_GROUP = 8                       # query heads of a KV head
+MAX_SPLITS = 64                     # blocks that share a KV head's context
+BARRIER, BEST, TICKET, TICKETS = 0, 2, 4, 8         # places in counters; BEST has 64 bits, each KV head a ticket
+# A layer's tensors, in the order of a row of StepModel.table.
+LAYER = ("attn_norm", "wqkv", "bqkv", "q_norm", "k_norm", "wo", "bo", "mlp_norm", "w_gate_up", "w_down")
+OPTIONAL = ("bqkv", "q_norm", "k_norm", "bo")
+
+
+@dataclass(frozen=True)
+class StepModel:
+    """A model's tensors as the kernels take them. table int64 [layers, len(LAYER)]: addresses, 0 for what is not there.
+
+    layers: objects with LAYER's attributes, as lab.model.weights.Layer; cos_sin float32 [max_positions, head_dim].
+    """
+    embed: torch.Tensor
+    layers: tuple
+    final_norm: torch.Tensor
+    lm_head: torch.Tensor
+    cos_sin: torch.Tensor
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    eps: float
+    scale: float
+    table: torch.Tensor
+
+    @classmethod
+    def of(cls, weights, cos_sin, q_heads, kv_heads, head_dim, eps):
+        """weights: an object with embed, layers, final_norm and lm_head. Raises LabError for sizes that neither takes."""
+        name, embed = "decode_step", weights.embed
+        device, item = embed.get_device(), embed.element_size()
+        hidden, q, kv = embed.shape[1], q_heads * head_dim, kv_heads * head_dim
+        if head_dim not in decode_attention.HEAD_DIMS or q_heads % kv_heads or q_heads > kv_heads * MAX_GROUP:
+            refuse(name, f"{q_heads} query and {kv_heads} KV heads of {head_dim}: head_dim must be 64, 96 or 128, and "
+                         f"a KV head have at most {MAX_GROUP} query heads")
+        middle = weights.layers[0].w_down.shape[1]
+        if hidden * item % 16 or middle * item % 16:
+            refuse(name, f"rows of {hidden} and {middle} elements must begin at multiples of 16 bytes")
+        shapes = dict(attn_norm=(hidden,), wqkv=(q + 2 * kv, hidden), bqkv=(q + 2 * kv,), q_norm=(head_dim,),
+                      k_norm=(head_dim,), wo=(hidden, q), bo=(hidden,), mlp_norm=(hidden,),
+                      w_gate_up=(2 * middle, hidden), w_down=(hidden, middle))
+        rows = []
+        for layer in weights.layers:
+            for part, shape in shapes.items():
+                tensor = getattr(layer, part)
+                if tensor is None and part in OPTIONAL:
+                    continue
+                if tensor is None or tensor.shape != shape or tensor.dtype != embed.dtype:
+                    refuse(name, f"{part} must be {list(shape)} in the dtype of embed")
+                dense(name, device, tensor)
+            rows.append([0 if getattr(layer, part) is None else getattr(layer, part).data_ptr() for part in LAYER])
+        dense(name, device, embed, weights.final_norm, weights.lm_head, cos_sin)
+        return cls(embed, tuple(weights.layers), weights.final_norm, weights.lm_head, cos_sin, q_heads, kv_heads,
+                   head_dim, eps, head_dim ** -0.5, torch.tensor(rows, dtype=torch.int64, device=embed.device))
+
+    @property
+    def group(self):
+        return self.q_heads // self.kv_heads
+
+    @property
+    def intermediate(self):
+        return self.layers[0].w_down.shape[1]
+
+
+@dataclass(frozen=True)
+class StepWorkspace:
+    """What passes between the step's phases: rows in the model's dtype, splits of attention, counters, zero at first."""
+    h: torch.Tensor                     # [hidden]: the residual stream
+    qkv: torch.Tensor                   # [(q_heads + 2 kv_heads) head_dim]
+    attention: torch.Tensor             # [q_heads head_dim]
+    act: torch.Tensor                   # [intermediate]
+    partial: torch.Tensor               # float32 [kv_heads, MAX_SPLITS, group, head_dim + 2]
+    counters: torch.Tensor              # int32 [TICKETS + kv_heads]
+
+    @classmethod
+    def of(cls, m):
+        def row(n):
+            return torch.empty(n, dtype=m.embed.dtype, device=m.embed.device)
+
+        return cls(row(m.embed.shape[1]), row((m.q_heads + 2 * m.kv_heads) * m.head_dim), row(m.q_heads * m.head_dim),
+                   row(m.intermediate),
+                   torch.empty(m.kv_heads, MAX_SPLITS, m.group, m.head_dim + 2, device=m.embed.device),
+                   torch.zeros(TICKETS + m.kv_heads, dtype=torch.int32, device=m.embed.device))
+
+
+def validate(ids, positions, model, k_cache, v_cache, block_table, logits, workspace, out=None):
+    name, device = "decode_step", model.embed.get_device()
+    for t in (ids, positions, *([] if out is None else [out])):
+        if not (t.shape == (1,) and t.dtype == torch.int32 and t.get_device() == device):
+            refuse(name, "one sequence only: ids, positions and out must be int32 [1] on the model's device (use "
+                         "--batch 1, or --plan fused)")
+    if not (k_cache.dim() == v_cache.dim() == 5 and k_cache.shape == v_cache.shape
+            and k_cache.shape[0] == len(model.layers)):
+        refuse(name, "k_cache and v_cache must be [layers, pages, kv_heads, page_size, head_dim]")
+    dense(name, device, k_cache, v_cache)
+    check_cache(name, k_cache[0], v_cache[0], block_table, 1, model.kv_heads, model.head_dim, model.embed.dtype)
+    if not (logits.shape == (1, model.lm_head.shape[0]) and logits.dtype == torch.float32):
+        refuse(name, "logits must be float32 [1, vocab]")
+    dense(name, device, logits)
+
+
+def outputs(ids, *args, **options):
+    return torch.empty(1, dtype=torch.int32, device=ids.device)
+
+
+def reference(ids, positions, model, k_cache, v_cache, block_table, logits, workspace):
+    """The references of the fused plan's ops, one after the other, each result rounded to the model's dtype."""
+    m, dtype = model, model.embed.dtype
+    k_cache, v_cache = k_cache.clone(), v_cache.clone()
+    h = embedding.reference(ids, m.embed)[0].to(dtype)
+    for i, layer in enumerate(m.layers):
+        qkv = norm_linear.reference(h, layer.attn_norm, m.eps, layer.wqkv, layer.bqkv)[0].to(dtype)
+        q, k, v = qkv.view(1, -1, m.head_dim).split([m.q_heads, m.kv_heads, m.kv_heads], dim=1)
+        a, k_new, v_new = rope_append_attention.reference(
+            q, k, v, layer.q_norm, layer.k_norm, m.eps, positions, m.cos_sin, k_cache[i], v_cache[i], block_table,
+            m.scale)
+        k_cache[i], v_cache[i] = k_new, v_new
+        h = linear_add.reference(a.to(dtype).view(1, -1), layer.wo, h, layer.bo)[0].to(dtype)
+        act = norm_linear_silu_mul.reference(h, layer.mlp_norm, m.eps, layer.w_gate_up)[0].to(dtype)
+        h = linear_add.reference(act, layer.w_down, h)[0].to(dtype)
+    token, want = norm_linear_argmax.reference(h, m.final_norm, m.eps, m.lm_head, logits, None)
+    return token, k_cache, v_cache, want
+
+
+def tolerance(ids, positions, model, k_cache, v_cache, block_table, logits, workspace):
+    """About 16 roundings a layer move the residual stream by half a step of T each, with random signs: 2 steps in all.
+    The sums are float32's. What moves is of the size of the largest logit, or of the largest key."""
+    want = reference(ids, positions, model, k_cache, v_cache, block_table, logits, workspace)
+    size = max(float(want[3].abs().max()), float(want[1].double().abs().max()))
+    return 0.0, (2 * torch.finfo(model.embed.dtype).eps + 16 * EPS32) * (len(model.layers) + 1) * size
+
+
+def verify(got, *args):
+    """The token must be the best in float64, or one that the logits' tolerance cannot tell from it."""
+    exact, (_, atol) = reference(*args)[3][0], tolerance(*args)
+    if not 0 <= int(got) < exact.numel():
+        return f"a token outside the vocabulary: {int(got)}"
+    short = float(exact.max() - exact[int(got)]) - 2 * atol
+    return None if short <= 0 else f"token {int(got)}, not {int(exact.argmax())}"
+
+
+def cuda(kernels, ids, positions, model, k_cache, v_cache, block_table, logits, workspace, out):
+    m, w = model, workspace
+    kernels.decode_step(
+        ids.data_ptr(), positions.data_ptr(), m.embed.data_ptr(), m.table.data_ptr(), m.final_norm.data_ptr(),
+        m.lm_head.data_ptr(), m.cos_sin.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), block_table.data_ptr(),
+        logits.data_ptr(), out.data_ptr(), w.h.data_ptr(), w.qkv.data_ptr(), w.attention.data_ptr(), w.act.data_ptr(),
+        w.partial.data_ptr(), w.counters.data_ptr(), len(m.layers), m.embed.shape[0], m.embed.shape[1], m.intermediate,
+        m.q_heads, m.kv_heads, m.head_dim, k_cache.shape[1], k_cache.shape[3], block_table.shape[1], m.eps, m.scale,
+        DTYPE_CODES[m.embed.dtype], kernels.stream())
+
+
+def triton(ids, positions, model, k_cache, v_cache, block_table, logits, workspace, out):
+    from triton_kernels.decode_step import decode_step
+    decode_step(ids, positions, model, k_cache, v_cache, block_table, logits, workspace, out)
+
+
+def torch_(ids, positions, model, k_cache, v_cache, block_table, logits, workspace, out):
+    """torch has no such kernel: the fused plan's ops by torch, one after the other."""
+    m, h, qkv, act = model, workspace.h[None], workspace.qkv[None], workspace.act[None]
+    attention = workspace.attention.view(1, m.q_heads, m.head_dim)
+    embedding.torch_(ids, m.embed, out=h)
+    for i, layer in enumerate(m.layers):
+        norm_linear.torch_(h, layer.attn_norm, m.eps, layer.wqkv, layer.bqkv, out=qkv)
+        q, k, v = qkv.view(1, -1, m.head_dim).split([m.q_heads, m.kv_heads, m.kv_heads], dim=1)
+        rope_append_attention.torch_(q, k, v, layer.q_norm, layer.k_norm, m.eps, positions, m.cos_sin, k_cache[i],
+                                     v_cache[i], block_table, m.scale, out=attention)
+        linear_add.torch_(attention.view(1, -1), layer.wo, h, layer.bo)
+        norm_linear_silu_mul.torch_(h, layer.mlp_norm, m.eps, layer.w_gate_up, out=act)
+        linear_add.torch_(act, layer.w_down, h)
+    norm_linear_argmax.torch_(h, m.final_norm, m.eps, m.lm_head, logits, None, out=out)
+
+
+def inputs(rand, layers, hidden, intermediate, vocab, q_heads, kv_heads, head_dim, position, page_size=16, bias=False,
+           qk_norm=False):
+    """Weights that keep activations near 1, as those of lab.model.weights.RandomSource."""
+    from lab.model.rope import cos_sin_table
+    from lab.model.weights import Layer, Weights
+    q, kv = q_heads * head_dim, kv_heads * head_dim
+
+    def matrix(n, k, scale=1.0):
+        return rand(n, k, scale=scale * k ** -0.5)
+
+    def norm(n):
+        return (rand(n, scale=0.1, dtype=torch.float32) + 1).to(rand.dtype)
+
+    def layer():
+        return Layer(norm(hidden), matrix(q + 2 * kv, hidden), rand(q + 2 * kv, scale=0.1) if bias else None,
+                     norm(head_dim) if qk_norm else None, norm(head_dim) if qk_norm else None,
+                     matrix(hidden, q, (2 * layers) ** -0.5), rand(hidden, scale=0.1) if bias else None, norm(hidden),
+                     matrix(2 * intermediate, hidden), matrix(hidden, intermediate, (2 * layers) ** -0.5))
+
+    weights = Weights(None, rand(vocab, hidden), [layer() for _ in range(layers)], norm(hidden), matrix(vocab, hidden))
+    cos_sin = cos_sin_table(head_dim, 10000.0, None, position + 1, rand.device)
+    model = StepModel.of(weights, cos_sin, q_heads, kv_heads, head_dim, 1e-5)
+    k, v, block_table = paged_cache(rand, [position + 1], kv_heads, head_dim, page_size)
+    k_cache, v_cache = (torch.stack([cache / (i + 1) for i in range(layers)]) for cache in (k, v))
+    ids = rand.integers(0, vocab, 1)
+    return (ids, torch.full_like(ids, position), model, k_cache, v_cache, block_table,
+            torch.full((1, vocab), torch.nan, device=rand.device), StepWorkspace.of(model))
+
+
+def nbytes(ids, positions, model, k_cache, v_cache, block_table, logits, workspace):
+    """Every weight once, the KV of the context, the new token's KV, one row of embed, the logits."""
+    m, kv = model, 2 * len(model.layers) * model.kv_heads * model.head_dim * k_cache.itemsize
+    held = [getattr(layer, part) for layer in m.layers for part in LAYER]
+    weights = sum(t.nbytes for t in (*held, m.final_norm, m.lm_head) if t is not None)
+    return weights + (int(positions) + 1) * kv + m.embed[0].nbytes + logits.nbytes
+
+
+def flops(ids, positions, model, *args):
+    m = model
+    matrices = sum(t.numel() for layer in m.layers for t in (layer.wqkv, layer.wo, layer.w_gate_up, layer.w_down))
+    return 2 * (matrices + m.lm_head.numel()) + 4 * len(m.layers) * m.q_heads * m.head_dim * (int(positions) + 1)
+
+
+op = Op(
+    name="decode_step", summary="a whole greedy decode step of one sequence", dtypes=FLOATS,
+    validate=validate, outputs=outputs, reference=reference, cuda=cuda, triton=triton, torch=torch_, inputs=inputs,
+    nbytes=nbytes, flops=flops, tolerance=tolerance, verify=verify,
+    mutates=(3, 4, 6),
+    cases=(case("first token; GQA group 3; sizes that are no multiple of a tile", layers=2, hidden=72, intermediate=136,
+                vocab=101, q_heads=3, kv_heads=1, head_dim=64, position=0),
+           case("Qwen3's per-head norm, Qwen2's biases, several splits, head 128", layers=2, hidden=264,
+                intermediate=520, vocab=300, q_heads=4, kv_heads=2, head_dim=128, position=130, bias=True, qk_norm=True),
+           case("MHA, head 96, a page's last slot", layers=1, hidden=96, intermediate=64, vocab=83, q_heads=2,
+                kv_heads=2, head_dim=96, position=63, page_size=64),
+           case("the largest group; rows longer than a tile's", layers=1, hidden=2112, intermediate=2056, vocab=40,
+                q_heads=8, kv_heads=1, head_dim=64, position=33)))
