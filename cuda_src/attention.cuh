@@ -61,10 +61,4 @@ inline void by_attention_core(const char* op, int head_dim, int group, F&& f) {
   throw std::invalid_argument(std::string(op) + ": head_dim " + std::to_string(head_dim) + " is not 64, 96 or 128");
 }
 
-inline int log2_of(int power_of_two) {
-  int shift = 0;
-  while (1 << shift < power_of_two) ++shift;
-  return shift;
-}
-
 }  // namespace lab

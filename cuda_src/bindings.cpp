@@ -74,6 +74,7 @@ PYBIND11_MODULE(LAB_MODULE, m) {
   op("linear_add", &linear_add);
   op("rope_append_attention", &rope_append_attention);
   op("norm_linear_argmax", &norm_linear_argmax);
+  op("decode_step", &decode_step);
   op("stream", &stream);
   op("linear_ladder", &linear_ladder);
   op("rmsnorm_ladder", &rmsnorm_ladder);

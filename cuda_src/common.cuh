@@ -50,6 +50,7 @@ using Ptr = std::uintptr_t;  // a device address (or a stream) as bindings pass 
 // How to launch a kernel. Sizes are in bytes. cluster: blocks per cluster along x.
 // pdl: allow programmatic dependent launch, so the kernel may start before its predecessor in the stream has ended;
 // it must then call pdl_wait() before it touches anything that the predecessor writes.
+// cooperative: all blocks run at the same time and may wait for each other, or the launch is refused.
 struct Config {
   dim3 grid;
   dim3 block;
@@ -57,6 +58,7 @@ struct Config {
   Ptr stream = 0;
   bool pdl = false;
   unsigned cluster = 1;
+  bool cooperative = false;
 };
 
 // ---- bits, vectors, dtypes (both sides) -----------------------------------------------------------------------------
@@ -396,7 +398,7 @@ inline void launch(const Config& config, const char* name, void (*kernel)(Params
                                        cudaFuncAttributeMaxDynamicSharedMemorySize, int(config.smem_bytes)),
                   name);
   }
-  cudaLaunchAttribute attributes[2];
+  cudaLaunchAttribute attributes[3];
   unsigned count = 0;
   if (config.pdl && detail::device_major() >= 9) {
     // Kernels that overlap must agree on how a multiprocessor divides its memory: it cannot change while it is in use.
@@ -411,6 +413,10 @@ inline void launch(const Config& config, const char* name, void (*kernel)(Params
     attributes[count].val.clusterDim.x = config.cluster;
     attributes[count].val.clusterDim.y = 1;
     attributes[count++].val.clusterDim.z = 1;
+  }
+  if (config.cooperative) {
+    attributes[count].id = cudaLaunchAttributeCooperative;
+    attributes[count++].val.cooperative = 1;
   }
   cudaLaunchConfig_t launch_config = {};
   launch_config.gridDim = config.grid;
@@ -438,7 +444,8 @@ inline void launch(const Config& config, const char* name, void (*kernel)(Params
   }
   auto run_thread = [&] { kernel(static_cast<Params>(args)...); };
   trace::record(name);
-  host::run({name, config.grid, config.block, config.smem_bytes, config.cluster,
+  // What runs at the same time is one cluster here: a worker has all its blocks in hand.
+  host::run({name, config.grid, config.block, config.smem_bytes, config.cooperative ? config.grid.x : config.cluster,
              [](const void* call) { (*static_cast<const decltype(run_thread)*>(call))(); }, &run_thread});
 }
 #endif  // __CUDACC__
@@ -482,6 +489,29 @@ LAB_DEVICE unsigned take_ticket(unsigned* counter) {
   const unsigned before = atomicAdd(counter, 1u);
   __threadfence();
   return before;
+#endif
+}
+
+// A barrier of blocks, by one thread of each: after wait_acquire() has returned, and a barrier of the block, all of the
+// block see what other blocks wrote before theirs called add_release().
+LAB_DEVICE void add_release(unsigned* counter) {
+#ifdef __CUDACC__
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+#else
+  __threadfence();
+  atomicAdd(counter, 1u);
+#endif
+}
+// Waits until *counter has reached `target`, at most 2^31 further on.
+LAB_DEVICE void wait_acquire(unsigned* counter, unsigned target) {
+#ifdef __CUDACC__
+  unsigned now;
+  do {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
+  } while (int(now - target) < 0);
+#else
+  while (int(atomicAdd(counter, 0u) - target) < 0) __nanosleep(0);
+  __threadfence();
 #endif
 }
 

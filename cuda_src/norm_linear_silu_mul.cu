@@ -13,8 +13,6 @@
 
 using namespace lab;
 
-LAB_DEVICE float activate(float gate, float up) { return gate / (1.f + expf(-gate)) * up; }
-
 template <typename T, typename C>
 __global__ void __launch_bounds__(C::kThreads, C::kResident)
     norm_linear_silu_mul_stream_kernel(const T* x, const T* norm_w, const T* w, T* y, int rows, int n, int k,

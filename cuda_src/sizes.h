@@ -39,6 +39,12 @@ inline bool has_wgmma() {
 // cores were faster than 4 on CUDA cores (8B's token: 6.34 and 6.51 ms); a CPU emulates tensor cores slowly.
 inline int most_stream_rows() { return cpu_shapes() ? 8 : 2; }
 
+inline int log2_of(int power_of_two) {
+  int shift = 0;
+  while (1 << shift < power_of_two) ++shift;
+  return shift;
+}
+
 // Blocks of `threads` threads for `items` items, one thread each.
 inline unsigned blocks_for(int64_t items, int threads) { return unsigned((items + threads - 1) / threads); }
 

@@ -1,0 +1,279 @@
+// decode_step: one token of one sequence in one launch: embedding; of every layer norm + qkv, norm + rope + append +
+// attention, o + residual, norm + gate and up + silu * mul, down + residual; norm + lm_head + argmax
+//
+//   ids, positions, out [1] int32   table [layers, 10] addresses (LAYER of the contract)   logits [1, vocab] float32
+//   caches [layers, pages, kv_heads, page_size, D]   block_table [1, max_pages]   cos_sin [max_positions, D] float32
+//   h, qkv, attention, act: a row each, which the phases pass on   counters: the grid's barrier, tickets, the best logit
+//   mapping   one block a multiprocessor, which stays; a block owns a share of every matrix's rows, and a split of one KV
+//             head's context; eight warps multiply what one thread sends for (weight_ring.cuh); between two phases a
+//             barrier of the whole grid, across which the weights stream on
+//   traffic   every weight and the context's K and V once; the rest is small
+//   contract  lab/ops/decode_step.py          twin  triton_kernels/decode_step.py
+#include <algorithm>
+
+#include "candidate.cuh"
+#include "common.cuh"
+#include "launchers.h"
+#include "step_attention.cuh"
+
+using namespace lab;
+
+// A row of `table`.
+template <typename T>
+struct StepLayer {
+  const T *attn_norm, *wqkv, *bqkv, *q_norm, *k_norm, *wo, *bo, *mlp_norm, *w_gate_up, *w_down;
+};
+
+template <typename T>
+struct StepArguments {
+  const int *ids, *positions;
+  const T* embed;
+  const StepLayer<T>* table;
+  const T *final_norm, *lm_head;
+  const float* cos_sin;
+  T *k_cache, *v_cache;
+  const int* block_table;
+  float* logits;
+  int* out;
+  T *h, *qkv, *attention, *act;
+  float* partial;
+  unsigned* counters;
+  int layers, vocab, hidden, intermediate, tiles;
+  int64_t layer_cache;                            // elements of a layer's K
+  StepHeads heads;
+};
+
+constexpr int kBarrier = 0, kBest = 2, kTicket = 4, kTickets = 8;     // places in counters, as in the contract
+
+template <typename T, int D>
+struct StepSmem {
+  RingSmem ring;
+  StepAttentionSmem<T, D> attention;
+  float squares[kRingWarps];
+  uint64_t best[kRingWarps];
+  int last;
+};
+
+// Where the tiles begin in a block's shared memory, and behind them x, whose place attention's sums take, too.
+template <typename T, int D>
+LAB_HOST_DEVICE constexpr size_t step_tiles_at() {
+  return (sizeof(StepSmem<T, D>) + 127) / 128 * 128;
+}
+
+#if LAB_SM90
+// A barrier of all blocks, in two halves: between arrive() and wait() a block does what needs no other block's results.
+// The counter grows from 0 and is set back at the launch's end.
+struct GridBarrier {
+  unsigned* counter;
+  unsigned target = 0;
+  LAB_DEVICE void arrive() {
+    ring_sync();
+    target += gridDim.x;
+    if (threadIdx.x == 0) add_release(counter);
+  }
+  LAB_DEVICE void wait() {
+    if (threadIdx.x == 0) wait_acquire(counter, target);
+    ring_sync();
+  }
+};
+
+// A row of x on its way into shared memory, as the products read it.
+template <typename T>
+struct StepRow {
+  static constexpr int N = Vec<T>::size, kStep = kRingThreads * N, kKeep = 2;
+  T* x;                                           // in shared memory
+  float* squares;
+  Packed<T, N> weight[kKeep];                     // of the norm
+
+  // Loads the norm's weight, which depends on no other block: call it before the wait.
+  LAB_DEVICE void start(const T* norm_w, int k) {
+    LAB_UNROLL
+    for (int i = 0; i < kKeep; ++i) {
+      const int col = threadIdx.x * N + i * kStep;
+      if (col < k) weight[i] = load_packed<N>(norm_w + col);
+    }
+  }
+  LAB_DEVICE void copy(const T* from, int k) {
+    for (int col = threadIdx.x * N; col < k; col += kStep) store_packed<N>(x + col, load_packed<N>(from + col));
+    ring_sync();
+  }
+  // x = T(T(from * rsqrt(mean(from^2) + eps)) * norm_w): the rounding points of rmsnorm.
+  LAB_DEVICE void norm(const T* from, const T* norm_w, int k, float eps) {
+    const int first = threadIdx.x * N;
+    float f[N], factor[N], sum = 0.f;
+    for (int col = first; col < k; col += kStep) {
+      const Packed<T, N> v = load_packed<N>(from + col);
+      unpack<T>(f, v);
+      LAB_UNROLL
+      for (int e = 0; e < N; ++e) sum = fmadd(f[e], f[e], sum);
+      store_packed<N>(x + col, v);
+    }
+    sum = group_sum<32>(sum);
+    if (threadIdx.x % 32 == 0) squares[threadIdx.x / 32] = sum;
+    ring_sync();
+    sum = 0.f;
+    LAB_UNROLL
+    for (int warp = 0; warp < kRingWarps; ++warp) sum += squares[warp];
+    const float scale = rsqrtf(sum / k + eps);
+    const auto scale_at = [&](int col, const Packed<T, N>& packed) {  // a thread scales the columns that it stored
+      unpack<T>(factor, packed);
+      unpack<T>(f, load_packed<N>(x + col));
+      Vec<T> v;
+      LAB_UNROLL
+      for (int e = 0; e < N; ++e) v.v[e] = from_float<T>(to_float(from_float<T>(f[e] * scale)) * factor[e]);
+      store(x + col, v);
+    };
+    LAB_UNROLL
+    for (int i = 0; i < kKeep; ++i) {
+      if (first + i * kStep < k) scale_at(first + i * kStep, weight[i]);
+    }
+    for (int col = first + kKeep * kStep; col < k; col += kStep) scale_at(col, load_packed<N>(norm_w + col));
+    ring_sync();
+  }
+};
+#endif  // LAB_SM90
+
+template <typename T, int D>
+__global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const StepArguments<T> a) {
+#if LAB_SM90
+  // 1. Locate: the token and its place; an idle row has none.
+  auto& shared = smem<StepSmem<T, D>>();
+  unsigned char* tiles = reinterpret_cast<unsigned char*>(&shared) + step_tiles_at<T, D>();
+  unsigned char* row = tiles + a.tiles * kTileBytes;
+  const int position = a.positions[0], id = a.ids[0], width = (a.heads.q_heads + 2 * a.heads.kv_heads) * D;
+  if (position < 0) return;
+  const T* token = a.embed + size_t(id >= 0 && id < a.vocab ? id : 0) * a.hidden;
+  const float poison = id >= 0 && id < a.vocab ? 0.f : NAN;             // for the logits of a token that is none
+  WeightRing<T> ring(shared.ring, tiles, a.tiles);
+  StepAttention<T, D> attention(shared.attention, reinterpret_cast<float*>(row), a.heads, a.block_table, position);
+  if (threadIdx.x == 0) ring.init();
+  __syncthreads();
+
+  const auto qkv_of = [&](const StepLayer<T>& l) { return Matrix<T>{l.wqkv, width, a.hidden, 1}; };
+  const auto o_of = [&](const StepLayer<T>& l) { return Matrix<T>{l.wo, a.hidden, a.heads.q_heads * D, 1}; };
+  const auto gate_up_of = [&](const StepLayer<T>& l) {
+    return Matrix<T>{l.w_gate_up, a.intermediate, a.hidden, 2};
+  };
+  const auto down_of = [&](const StepLayer<T>& l) { return Matrix<T>{l.w_down, a.hidden, a.intermediate, 1}; };
+  const Matrix<T> lm_head{a.lm_head, a.vocab, a.hidden, 1};
+
+  // 2. Send: one thread, for all weights of the step, as room comes free; L2 is asked for what attention will read.
+  if (threadIdx.x >= kRingThreads) {
+    if (threadIdx.x > kRingThreads) return;
+    for (int i = 0; i < a.layers; ++i) {
+      const StepLayer<T> layer = a.table[i];
+      attention.prefetch(a.k_cache + i * a.layer_cache, a.v_cache + i * a.layer_cache);
+      ring.send(qkv_of(layer));
+      ring.send(o_of(layer));
+      ring.send(gate_up_of(layer));
+      ring.send(down_of(layer));
+    }
+    ring.send(lm_head);
+    return;
+  }
+
+  // 3. The layers: what a phase writes, all blocks read after the next barrier.
+  GridBarrier grid{a.counters + kBarrier};
+  StepRow<T> x{reinterpret_cast<T*>(row), shared.squares};
+  const auto add_to_residual = [&](const T* bias, const T* before) {
+    return [=](int n, float sum, float) {
+      const float base = to_float(before[n]) + (bias ? to_float(bias[n]) : 0.f);
+      a.h[n] = from_float<T>(sum + base);
+    };
+  };
+  for (int i = 0; i < a.layers; ++i) {
+    const StepLayer<T> layer = a.table[i];
+    const T* h = i == 0 ? token : a.h;
+    x.start(layer.attn_norm, a.hidden);
+    if (i > 0) grid.wait();
+    x.norm(h, layer.attn_norm, a.hidden, a.heads.eps);
+    ring.multiply(qkv_of(layer), x.x, [&](int n, float sum, float) {
+      a.qkv[n] = from_float<T>(sum + (layer.bqkv ? to_float(layer.bqkv[n]) : 0.f));
+    });
+    grid.arrive();
+
+    attention.start(a.k_cache + i * a.layer_cache, a.v_cache + i * a.layer_cache);
+    grid.wait();
+    attention.run(a.qkv, layer.q_norm, layer.k_norm, a.cos_sin + size_t(position) * D,
+                  a.attention, a.partial, a.counters + kTickets);
+    grid.arrive();
+
+    grid.wait();
+    x.copy(a.attention, a.heads.q_heads * D);
+    ring.multiply(o_of(layer), x.x, add_to_residual(layer.bo, h));
+    grid.arrive();
+
+    x.start(layer.mlp_norm, a.hidden);
+    grid.wait();
+    x.norm(a.h, layer.mlp_norm, a.hidden, a.heads.eps);
+    ring.multiply(gate_up_of(layer), x.x, [&](int n, float gate, float up) {
+      a.act[n] = from_float<T>(activate(gate, up));
+    });
+    grid.arrive();
+
+    grid.wait();
+    x.copy(a.act, a.intermediate);
+    ring.multiply(down_of(layer), x.x, add_to_residual(nullptr, a.h));
+    grid.arrive();
+  }
+
+  // 4. The logits; each block raises the best so far by the best of its own (a maximum is the same in every order).
+  x.start(a.final_norm, a.hidden);
+  grid.wait();
+  x.norm(a.h, a.final_norm, a.hidden, a.heads.eps);
+  uint64_t best = 0;
+  ring.multiply(lm_head, x.x, [&](int n, float sum, float) {
+    const float logit = sum + poison;
+    a.logits[n] = logit;
+    const uint64_t mine = candidate(logit, n);
+    best = mine > best ? mine : best;
+  });
+  best = warp_best(best);
+  if (threadIdx.x % 32 == 0) shared.best[threadIdx.x / 32] = best;
+  ring_sync();
+  if (threadIdx.x > 0) return;
+
+  // 5. Argmax in the last block, which leaves the counters at zero.
+  for (int warp = 1; warp < kRingWarps; ++warp) best = shared.best[warp] > best ? shared.best[warp] : best;
+  auto* top = reinterpret_cast<unsigned long long*>(a.counters + kBest);
+  atomicMax(top, static_cast<unsigned long long>(best));
+  if (take_ticket(a.counters + kTicket) != gridDim.x - 1) return;
+  const uint64_t winner = atomicExch(top, 0ull);
+  a.out[0] = winner >> 32 == 0xffffffffu ? -1 : candidate_index(winner);
+  atomicExch(a.counters + kTicket, 0u);
+  atomicExch(a.counters + kBarrier, 0u);
+#endif
+}
+
+void decode_step(Ptr ids, Ptr positions, Ptr embed, Ptr table, Ptr final_norm, Ptr lm_head, Ptr cos_sin, Ptr k_cache,
+                 Ptr v_cache, Ptr block_table, Ptr logits, Ptr out, Ptr h, Ptr qkv, Ptr attention, Ptr act, Ptr partial,
+                 Ptr counters, int layers, int vocab, int hidden, int intermediate, int q_heads, int kv_heads,
+                 int head_dim, int pages, int page_size, int max_pages, float eps, float scale, int dtype, Ptr stream) {
+  if (!has_clusters()) throw std::runtime_error("decode_step needs bulk copies (sm_90): use --plan fused on this GPU");
+  by_dtype(dtype, [&](auto tag) {
+    using T = decltype(tag);
+    const auto with_dim = [&](auto dim) {
+      constexpr int D = decltype(dim)::value;
+      const int longest = std::max({hidden, intermediate, q_heads * D});
+      const size_t row = std::max<size_t>(longest * sizeof(T), StepAttention<T, D>::kSumsBytes);
+      const size_t fixed = step_tiles_at<T, D>() + (row + 15) / 16 * 16, most = 227 * 1024;
+      const int tiles = fixed > most ? 0 : std::min<int>(kMostTiles, (most - fixed) / kTileBytes);
+      if (tiles < 2) throw std::invalid_argument("decode_step: rows of " + std::to_string(longest) + " are too long");
+      StepArguments<T> a{as<const int>(ids), as<const int>(positions), as<const T>(embed), as<const StepLayer<T>>(table),
+                         as<const T>(final_norm), as<const T>(lm_head), as<const float>(cos_sin), as<T>(k_cache),
+                         as<T>(v_cache), as<const int>(block_table), as<float>(logits), as<int>(out), as<T>(h),
+                         as<T>(qkv), as<T>(attention), as<T>(act), as<float>(partial), as<unsigned>(counters), layers,
+                         vocab, hidden, intermediate, tiles, int64_t(pages) * kv_heads * page_size * D,
+                         {q_heads, kv_heads, log2_of(page_size), max_pages, eps, scale * 1.4426950408889634f}};
+      Config config{dim3(multiprocessors()), dim3(kRingThreads + 32), fixed + tiles * size_t(kTileBytes), stream};
+      config.cooperative = true;                  // all blocks run at once, or the launch is refused
+      launch(config, "decode_step_kernel", decode_step_kernel<T, D>, a);
+    };
+    switch (head_dim) {
+      case 64: return with_dim(std::integral_constant<int, 64>{});
+      case 96: return with_dim(std::integral_constant<int, 96>{});
+      case 128: return with_dim(std::integral_constant<int, 128>{});
+    }
+    throw std::invalid_argument("decode_step: head_dim " + std::to_string(head_dim) + " is not 64, 96 or 128");
+  });
+}
