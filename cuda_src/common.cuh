@@ -323,13 +323,17 @@ LAB_DEVICE void mbarrier_wait(mbarrier* bar, unsigned parity) {
       : "memory");
 }
 
-// Copies `bytes` contiguous bytes from global to this block's shared memory and credits them to bar. One thread issues
-// it. Addresses and size are multiples of 16.
+// Copies `bytes` contiguous bytes, which are read once, from global to this block's shared memory and credits them to bar.
+// One thread issues it. Addresses and size are multiples of 16. L2 evicts these bytes first.
 LAB_DEVICE void bulk_copy_g2s(void* dst, const void* src, unsigned bytes, mbarrier* bar) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   smem_address(dst)),
-               "l"(src), "r"(bytes), "r"(smem_address(bar))
-               : "memory");
+  asm volatile(
+      "{\n"
+      ".reg .b64 once;\n"
+      "createpolicy.fractional.L2::evict_first.b64 once, 1.0;\n"
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], once;\n"
+      "}" ::"r"(smem_address(dst)),
+      "l"(src), "r"(bytes), "r"(smem_address(bar))
+      : "memory");
 }
 // Asks for a whole range in L2; address and size are multiples of 16.
 LAB_DEVICE void bulk_prefetch_l2(const void* p, unsigned bytes) {
@@ -477,6 +481,9 @@ inline bool has_clusters() {
 #endif
 }
 
+// silu(gate) * up.
+LAB_DEVICE float activate(float gate, float up) { return gate / (1.f + expf(-gate)) * up; }
+
 // Adds 1 to *counter and returns what it was. Whatever this thread has seen before, stores of its block before a barrier
 // too, is visible to whoever takes a later ticket, after a barrier to that block. One thread of a block calls it.
 LAB_DEVICE unsigned take_ticket(unsigned* counter) {
@@ -492,8 +499,9 @@ LAB_DEVICE unsigned take_ticket(unsigned* counter) {
 #endif
 }
 
-// A barrier of blocks, by one thread of each: after wait_acquire() has returned, and a barrier of the block, all of the
-// block see what other blocks wrote before theirs called add_release().
+// One thread's half of a barrier of blocks: add_release() says that its block has arrived, wait_acquire() waits until the
+// counter has reached `target` (or passed it by less than 2^31). What was seen before the one, stores of its block before
+// a barrier too, is visible after the other, after a barrier to all of that block.
 LAB_DEVICE void add_release(unsigned* counter) {
 #ifdef __CUDACC__
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
@@ -502,13 +510,13 @@ LAB_DEVICE void add_release(unsigned* counter) {
   atomicAdd(counter, 1u);
 #endif
 }
-// Waits until *counter has reached `target`, at most 2^31 further on.
 LAB_DEVICE void wait_acquire(unsigned* counter, unsigned target) {
 #ifdef __CUDACC__
-  unsigned now;
+  unsigned now;                                   // each acquire empties L1, so that only the last load is one
   do {
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
   } while (int(now - target) < 0);
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
 #else
   while (int(atomicAdd(counter, 0u) - target) < 0) __nanosleep(0);
   __threadfence();

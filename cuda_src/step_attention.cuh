@@ -1,6 +1,6 @@
-// Attention of one sequence inside decode_step: a block takes a split of one KV head's context. Its warps share the
-// split's tokens and keep running softmaxes in registers (base 2, as in split_attention.cuh); K and V come straight from
-// global memory, the first of them before the barrier that the query waits for.
+// Attention of one sequence inside decode_step: a block takes a split of one KV head's context. K and V come through the
+// ring, as the weights do (weight_ring.cuh). The warps share a tile's tokens and keep running softmaxes in registers
+// (base 2, as in split_attention.cuh).
 #pragma once
 #include "rotation.cuh"
 #include "split_attention.cuh"
@@ -13,233 +13,260 @@ namespace lab {
 constexpr int kStepSplits = 64;                   // MAX_SPLITS of the contract
 constexpr int kStepGroup = 8;                     // MAX_GROUP
 
-template <typename T, int D>
-struct StepAttentionSmem {
-  alignas(16) T q[kStepGroup][D], new_k[D], new_v[D];
-  int last;
-};
-
-// The shape of a step's attention: what all its layers have in common.
+// What all layers have in common.
+template <typename T>
 struct StepHeads {
   int q_heads, kv_heads, page_shift, max_pages;
   float eps, scale_log2;
+  const int* table;                               // block_table
+  int64_t layer;                                  // elements of a layer's K
+  T *k_cache, *v_cache;
+};
+
+template <typename T, int D>
+struct StepAttentionSmem {
+  alignas(16) float cos_sin[D];
+  T q[kStepGroup][D], new_k[D], new_v[D];
+  int last;
 };
 
 template <typename T, int D>
 struct StepAttention {
   static constexpr int N = Vec<T>::size, L = lanes_per_token(D / N);  // D / N of L lanes have 16 bytes of a token each
   static constexpr int kSlots = 32 / L;           // tokens that a warp takes at once
-  static constexpr int kAhead = 4;                // such steps whose loads are in flight
-  static constexpr int kHeads = 4;                // query heads at a time
-  static constexpr int kTokens = kRingWarps * kSlots * kAhead;  // of the block in flight
+  static constexpr int kHeads = 4;                // query heads of a warp; a larger group takes two teams of warps
+  static constexpr int kTokens = 2 * kRingWarps * kSlots;             // of a tile: half K, half V
   static constexpr int kRow = D + 4;              // floats of a head's sums in shared memory; the 4 spare bank conflicts
   static constexpr int kSumsBytes = kRingWarps * kHeads * (kRow + 2) * int(sizeof(float));
+  static_assert(kRingThreads / L >= kStepGroup + 2, "a pass of all lanes takes a group's queries, key and value");
+  static_assert(2 * kTokens * D * sizeof(T) <= kTileBytes, "K and V of a tile's tokens fit");
 
   StepAttentionSmem<T, D>& shared;
   float* sums;                                    // [kRingWarps][kHeads][kRow], then maxima and weights [..][2]
-  const StepHeads heads;
-  const int* table;
+  const StepHeads<T>& heads;
   const int position, group, splits;
-  int kv_head, split, used, begin, end;           // of the present item; tokens [begin, end), the new one among them
-  T *k_cache, *v_cache;                           // of the present layer
-  Packed<T, N> k[kAhead], v[kAhead];
+  int kv_head, used, begin, end;                  // of an item; tokens [begin, end), the new one among them
 
-  LAB_DEVICE StepAttention(StepAttentionSmem<T, D>& shared_, float* sums_, const StepHeads& heads_, const int* table_,
-                           int position_)
-      : shared(shared_), sums(sums_), heads(heads_), table(table_), position(position_),
-        group(heads_.q_heads / heads_.kv_heads), splits(splits_of(heads_)) {}
-
-  // Item i is split i % splits of KV head i / splits; a block takes items blockIdx.x, + gridDim.x, ...
-  LAB_DEVICE static int splits_of(const StepHeads& h) {
-    return max(1, min(kStepSplits, int(gridDim.x) / h.kv_heads));
-  }
-  // Finds the tokens of an item; false if there are none. No split has fewer than a block takes at once by half: a merge
-  // would cost more than it saves.
-  LAB_DEVICE bool locate(int item) {
-    constexpr int kUnit = kTokens / 2;
-    kv_head = item / splits, split = item % splits;
-    const int length = position + 1, wanted = (length + splits - 1) / splits;
-    const int chunk = (wanted + kUnit - 1) / kUnit * kUnit;
-    used = (length + chunk - 1) / chunk;
-    begin = split * chunk, end = min(length, begin + chunk);
-    return kv_head < heads.kv_heads && begin < end;
-  }
-  LAB_DEVICE size_t place(int token) const {
-    const int page = table[token >> heads.page_shift], slot = token & ((1 << heads.page_shift) - 1);
-    return (((size_t(page) * heads.kv_heads + kv_head) << heads.page_shift) + slot) * D;
+  LAB_DEVICE StepAttention(StepAttentionSmem<T, D>& shared_, float* sums_, const StepHeads<T>& heads_, int position_)
+      : shared(shared_), sums(sums_), heads(heads_), position(position_), group(heads_.q_heads / heads_.kv_heads),
+        splits(max(1, min(kStepSplits, int(gridDim.x) / heads_.kv_heads))) {
+    locate(blockIdx.x);
   }
 
-  // Asks L2 for the first tokens of this block's item, in pages. For one thread.
-  LAB_DEVICE void prefetch(const T* k_layer, const T* v_layer) {
-    if (!locate(blockIdx.x)) return;
-    const int page = 1 << heads.page_shift;
-    for (int t = begin / page * page; t < min(position, min(end, begin + 512)); t += page) {
-      const size_t at = place(t);
-      bulk_prefetch_l2(k_layer + at, page * D * unsigned(sizeof(T)));
-      bulk_prefetch_l2(v_layer + at, page * D * unsigned(sizeof(T)));
-    }
-  }
-
-  // Sends for the first tokens of the block's first item: what is in the cache depends on no other block.
-  LAB_DEVICE void start(T* k_layer, T* v_layer) {
-    k_cache = k_layer, v_cache = v_layer;
-    if (locate(blockIdx.x)) fetch(begin);
-  }
-
-  // qkv [(q_heads + 2 kv_heads) D] -> out [q_heads D]; norms [D], which may be null.
-  LAB_DEVICE void run(const T* qkv, const T* q_norm, const T* k_norm, const float* cos_sin_row, T* out, float* partial,
-                      unsigned* tickets) {
-    for (int item = blockIdx.x; item < heads.kv_heads * splits; item += gridDim.x) {
-      if (!locate(item)) continue;
-      if (item != blockIdx.x) {
-        ring_sync();                              // all are done with the item before
-        fetch(begin);
+  // Sends for the context of this block's items, in one layer.
+  LAB_DEVICE void send(WeightRing<T>& ring, int layer) {
+    const T *k = heads.k_cache + layer * heads.layer, *v = heads.v_cache + layer * heads.layer;
+    each_item([&] {
+      const int last = min(end, position);        // the new token is not there yet
+      for (int first = begin; first < last; first += kTokens) {
+        const int tokens = min(kTokens, last - first);
+        ring.begin(tokens * 2 * kTokenBytes);
+        for (int t = 0; t < tokens;) {            // as far as a page goes
+          const int left = (1 << heads.page_shift) - ((first + t) & ((1 << heads.page_shift) - 1));
+          const int run = min(left, tokens - t);
+          const size_t from = place(first + t);
+          ring.copy(ring.tile() + t * D, k + from, run * kTokenBytes);
+          ring.copy(ring.tile() + (kTokens + t) * D, v + from, run * kTokenBytes);
+          t += run;
+        }
+        ring.advance();
       }
-      rotate(qkv, q_norm, k_norm, cos_sin_row);
+    });
+  }
+
+  // qkv [(q_heads + 2 kv_heads) D] -> out [q_heads D]; norms [D], which may be null. Back when all of the block have stored.
+  LAB_DEVICE void run(WeightRing<T>& ring, int layer, const T* qkv, const T* q_norm, const T* k_norm, T* out,
+                      float* partial, unsigned* tickets) {
+    each_item([&] {
+      rotate(layer, qkv, q_norm, k_norm);
       ring_sync();
-      for (int head0 = 0; head0 < group; head0 += kHeads) {
-        if (head0 > 0) fetch(begin);
-        attend(head0);
-        publish(head0, out, partial);
-      }
+      attend(ring);
+      ring_sync();
+      publish(out, partial);
+      ring_sync();
       if (used > 1) merge(out, partial, tickets + kv_head);
-    }
+    });
   }
 
  private:
+  static constexpr unsigned kTokenBytes = D * sizeof(T);
   LAB_DEVICE int lane() const { return threadIdx.x % 32; }
   LAB_DEVICE int warp() const { return threadIdx.x / 32; }
-  LAB_DEVICE int token_of(int first, int j) const {
-    return first + (j * kRingWarps + warp()) * kSlots + lane() / L;
-  }
-  LAB_DEVICE bool live() const { return lane() % L * N < D; }
+  LAB_DEVICE int teams() const { return group > kHeads ? 2 : 1; }
 
-  LAB_DEVICE void fetch(int first) {
-    LAB_UNROLL
-    for (int j = 0; j < kAhead; ++j) {
-      const int token = token_of(first, j);
-      k[j] = v[j] = Packed<T, N>{};
-      if (!live() || token >= min(end, position)) continue;
-      const size_t from = place(token) + lane() % L * N;
-      k[j] = load_packed<N>(k_cache + from);
-      v[j] = load_packed<N>(v_cache + from);
+  // Item i is split i % splits of KV head i / splits; a block takes items blockIdx.x, + gridDim.x, ... There is more than
+  // one only where there are more KV heads than blocks.
+  template <typename F>
+  LAB_DEVICE void each_item(F f) {
+    if (begin < end) f();
+    if (heads.kv_heads <= int(gridDim.x)) return;
+    for (int item = blockIdx.x + gridDim.x; item < heads.kv_heads; item += gridDim.x) {
+      locate(item);
+      f();
     }
+    locate(blockIdx.x);
+  }
+  // A context of up to kAlone tiles is not split, and no split has less than kLeast: a merge would cost more than it
+  // saves. Without tokens begin is not below end.
+  LAB_DEVICE void locate(int item) {
+    constexpr int kAlone = 4, kLeast = 2;
+    const int length = position + 1, tiles = (length + kTokens - 1) / kTokens;
+    const int chunk = (tiles <= kAlone ? tiles : max(kLeast, (tiles + splits - 1) / splits)) * kTokens;
+    kv_head = item / splits;
+    used = (length + chunk - 1) / chunk;
+    begin = item % splits * chunk, end = kv_head < heads.kv_heads ? min(length, begin + chunk) : begin;
+  }
+  LAB_DEVICE int split() const { return blockIdx.x % splits; }       // with several items there is one split only
+  LAB_DEVICE size_t place(int token) const {
+    const int page = heads.table[token >> heads.page_shift], slot = token & ((1 << heads.page_shift) - 1);
+    return (((size_t(page) * heads.kv_heads + kv_head) << heads.page_shift) + slot) * D;
   }
 
   // The group's queries into shared memory, normed and rotated; by the split that has it, the new token into shared
-  // memory and the cache. L lanes take a head; after the group's comes the new key.
-  LAB_DEVICE void rotate(const T* qkv, const T* q_norm, const T* k_norm, const float* cos_sin_row) {
-    const Rotation<T, D> rotation(cos_sin_row);
-    const bool owner = position < end;
+  // memory and the cache. L lanes take a head; after the group's come the new key and the new value.
+  LAB_DEVICE void rotate(int layer, const T* qkv, const T* q_norm, const T* k_norm) {
+    const int head = threadIdx.x / L;
+    const bool query = head < group, key = head == group, value = head == group + 1;
+    const T* from = qkv + (query ? kv_head * group + head : heads.q_heads + (value ? heads.kv_heads : 0) + kv_head) * D;
+    const Rotation<T, D> rotation(shared.cos_sin);
+    const bool valid = rotation.live && (query || ((key || value) && position < end));
     const int i = rotation.c * N;
-    for (int first = 0; first <= group; first += kRingThreads / L) {
-      const int head = first + threadIdx.x / L;
-      const bool query = head < group, valid = rotation.live && (query || (head == group && owner));
-      const T* from = qkv + (query ? kv_head * group + head : heads.q_heads + kv_head) * D;
-      const Vec<T> turned = rotation.turn(from, valid, query ? q_norm : k_norm, heads.eps);
-      if (!valid) continue;
-      if (query) {
-        store(&shared.q[head][i], turned);
-      } else {
-        const Vec<T> value = load(qkv + (heads.q_heads + heads.kv_heads + kv_head) * D + i);
-        const size_t to = place(position) + i;
-        store(&shared.new_k[i], turned);
-        store(&shared.new_v[i], value);
-        store(k_cache + to, turned);
-        store(v_cache + to, value);
+    const size_t to = valid && !query ? layer * heads.layer + place(position) + i : 0;
+    const Vec<T> plain = valid ? load(from + i) : Vec<T>{};
+    const Vec<T> turned = rotation.turn(from, valid, query ? q_norm : k_norm, heads.eps);
+    if (!valid) return;
+    store(query ? &shared.q[head][i] : key ? &shared.new_k[i] : &shared.new_v[i], value ? plain : turned);
+    if (key) store(heads.k_cache + to, turned);
+    if (value) store(heads.v_cache + to, plain);
+  }
+
+  // A warp's running softmaxes of kHeads heads.
+  struct Running {
+    float query[kHeads][N], acc[kHeads][N], top[kHeads], weight[kHeads];
+  };
+
+  // Over the split's tokens, a tile at a time; then the warp's are merged into its place in `sums`.
+  LAB_DEVICE void attend(WeightRing<T>& ring) {
+    const bool live = lane() % L * N < D;
+    const int head0 = warp() % teams() * kHeads;
+    Running r = {};
+    LAB_UNROLL
+    for (int h = 0; h < kHeads; ++h) {
+      const bool valid = live && head0 + h < group;
+      unpack<T>(r.query[h], valid ? load_packed<N>(&shared.q[head0 + h][lane() % L * N]) : Packed<T, N>{});
+      LAB_UNROLL
+      for (int e = 0; e < N; ++e) r.query[h][e] *= heads.scale_log2;
+      r.top[h] = -FLT_MAX;
+    }
+    for (int first = begin; first < end; first += kTokens) {
+      const int cached = position - first;        // the new token is not in the tile, which has no others perhaps
+      if (cached > 0) ring.wait();
+      add_tokens(r, ring.tile(), cached, end - first);
+      if (cached > 0) ring.release();
+    }
+
+    // Over the warp's slots: each keeps the sum of a part of the elements.
+    constexpr int kKept = N / kSlots;
+    LAB_UNROLL
+    for (int h = 0; h < kHeads; ++h) {
+      float most = r.top[h];
+      LAB_UNROLL
+      for (int s = L; s < 32; s *= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, s));
+      const float shrink = exp2f(r.top[h] - most);
+      float weight = r.weight[h] * shrink;
+      LAB_UNROLL
+      for (int s = L; s < 32; s *= 2) weight += __shfl_xor_sync(0xffffffffu, weight, s);
+      LAB_UNROLL
+      for (int e = 0; e < N; ++e) r.acc[h][e] *= shrink;
+      keep_part<N / 2, 16>(r.acc[h]);
+      const int row = warp() * kHeads + h;
+      if (live) {
+        Vec<float, kKept> kept;
+        LAB_UNROLL
+        for (int e = 0; e < kKept; ++e) kept.v[e] = r.acc[h][e];
+        store(sums + row * kRow + lane() % L * N + lane() / L * kKept, kept);
       }
+      if (lane() == 0) store(stats() + row * 2, Vec<float, 2>{{most, weight}});
+    }
+  }
+  // Lanes at `Distance` from each other keep a half each of their sum; the lower distances go on with it.
+  template <int Kept, int Distance>
+  LAB_DEVICE void keep_part(float (&v)[N]) const {
+    if constexpr (Distance >= L) {
+      const bool upper = lane() & Distance;
+      LAB_UNROLL
+      for (int e = 0; e < Kept; ++e) {
+        const float mine = upper ? v[e + Kept] : v[e], sent = upper ? v[e] : v[e + Kept];
+        v[e] = mine + __shfl_xor_sync(0xffffffffu, sent, Distance);
+      }
+      keep_part<Kept / 2, Distance / 2>(v);
     }
   }
 
-  // The running softmaxes of kHeads heads over the split's tokens; then the warp's are merged into its place in `sums`.
-  LAB_DEVICE void attend(int head0) {
-    float query[kHeads][N], acc[kHeads][N] = {}, top[kHeads], weight[kHeads] = {};
-    LAB_UNROLL
-    for (int h = 0; h < kHeads; ++h) {
-      const bool valid = live() && head0 + h < group;
-      unpack<T>(query[h], valid ? load_packed<N>(&shared.q[head0 + h][lane() % L * N]) : Packed<T, N>{});
+  // The first `count` of a tile's tokens, two for each slot at a time; token `cached` is the new one.
+  LAB_DEVICE void add_tokens(Running& r, const T* tile, int cached, int count) const {
+    const bool live = lane() % L * N < D;
+    const int step = kRingWarps / teams() * kSlots, c = lane() % L * N;
+    for (int first = warp() / teams() * kSlots + lane() / L; first - lane() / L < min(count, kTokens); first += 2 * step) {
+      float scores[2 * kHeads] = {}, key[N];
+      Packed<T, N> value[2];
       LAB_UNROLL
-      for (int e = 0; e < N; ++e) query[h][e] *= heads.scale_log2;
-      top[h] = -FLT_MAX;
-    }
-    for (int first = begin; first < end; first += kTokens) {
-      float scores[kAhead * kHeads] = {}, values[kAhead][N];
-      LAB_UNROLL
-      for (int j = 0; j < kAhead; ++j) {
-        if (token_of(first, j) == position && position < end && live()) {
-          k[j] = load_packed<N>(&shared.new_k[lane() % L * N]);
-          v[j] = load_packed<N>(&shared.new_v[lane() % L * N]);
-        }
-        float key[N];
-        unpack<T>(key, k[j]);
-        unpack<T>(values[j], v[j]);
+      for (int j = 0; j < 2; ++j) {
+        const int t = first + j * step;
+        const bool valid = live && t < min(count, kTokens);
+        const T* k_at = t == cached ? shared.new_k : tile + t * D;
+        const T* v_at = t == cached ? shared.new_v : tile + (kTokens + t) * D;
+        unpack<T>(key, valid ? load_packed<N>(k_at + c) : Packed<T, N>{});
+        value[j] = valid ? load_packed<N>(v_at + c) : Packed<T, N>{};
         LAB_UNROLL
         for (int h = 0; h < kHeads; ++h) {
           LAB_UNROLL
-          for (int e = 0; e < N; ++e) scores[j * kHeads + h] = fmadd(query[h][e], key[e], scores[j * kHeads + h]);
+          for (int e = 0; e < N; ++e) scores[j * kHeads + h] = fmadd(r.query[h][e], key[e], scores[j * kHeads + h]);
         }
       }
-      if (first + kTokens < end) fetch(first + kTokens);
       group_sum<L>(scores);
       LAB_UNROLL
       for (int h = 0; h < kHeads; ++h) {
-        float most = top[h];
         LAB_UNROLL
-        for (int j = 0; j < kAhead; ++j) {
-          float& score = scores[j * kHeads + h];
-          if (token_of(first, j) >= end) score = -INFINITY;
-          most = fmaxf(most, score);
+        for (int j = 0; j < 2; ++j) {
+          if (first + j * step >= min(count, kTokens)) scores[j * kHeads + h] = -INFINITY;
         }
-        const float shrink = exp2f(top[h] - most);
-        top[h] = most;
-        weight[h] *= shrink;
+        const float most = fmaxf(r.top[h], fmaxf(scores[h], scores[kHeads + h])), shrink = exp2f(r.top[h] - most);
+        r.top[h] = most;
+        r.weight[h] *= shrink;
         LAB_UNROLL
-        for (int e = 0; e < N; ++e) acc[h][e] *= shrink;
-        LAB_UNROLL
-        for (int j = 0; j < kAhead; ++j) {
-          const float p = exp2f(scores[j * kHeads + h] - most);
-          weight[h] += p;
-          LAB_UNROLL
-          for (int e = 0; e < N; ++e) acc[h][e] = fmadd(p, values[j][e], acc[h][e]);
-        }
+        for (int e = 0; e < N; ++e) r.acc[h][e] *= shrink;
       }
-    }
-    LAB_UNROLL
-    for (int h = 0; h < kHeads; ++h) {
-      float most = top[h];
-      for (int s = L; s < 32; s *= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, s));
-      const float shrink = exp2f(top[h] - most);
-      weight[h] *= shrink;
-      for (int s = L; s < 32; s *= 2) weight[h] += __shfl_xor_sync(0xffffffffu, weight[h], s);
       LAB_UNROLL
-      for (int e = 0; e < N; ++e) {
-        acc[h][e] *= shrink;
-        for (int s = L; s < 32; s *= 2) acc[h][e] += __shfl_xor_sync(0xffffffffu, acc[h][e], s);
-      }
-      const int row = warp() * kHeads + h;
-      if (lane() < L && live()) {
+      for (int j = 0; j < 2; ++j) {
+        unpack<T>(key, value[j]);
         LAB_UNROLL
-        for (int e = 0; e < N; e += 4) {
-          store(sums + row * kRow + lane() * N + e, Vec<float>{{acc[h][e], acc[h][e + 1], acc[h][e + 2], acc[h][e + 3]}});
+        for (int h = 0; h < kHeads; ++h) {
+          const float p = exp2f(scores[j * kHeads + h] - r.top[h]);
+          r.weight[h] += p;
+          LAB_UNROLL
+          for (int e = 0; e < N; ++e) r.acc[h][e] = fmadd(p, key[e], r.acc[h][e]);
         }
       }
-      if (lane() == 0) store(stats() + row * 2, Vec<float, 2>{{most, weight[h]}});
     }
-    ring_sync();
   }
   LAB_DEVICE float* stats() const { return sums + kRingWarps * kHeads * kRow; }
 
-  // Merges the warps' softmaxes of kHeads heads. If only one split is used the result is final, else it goes to partial,
-  // whose part for this KV head holds the sums [kStepSplits][group][D] and then maxima and weights [kStepSplits][group][2].
-  LAB_DEVICE void publish(int head0, T* out, float* partial) {
-    for (int i = threadIdx.x; i < min(kHeads, group - head0) * D; i += kRingThreads) {
-      const int h = i / D, d = i % D, head = head0 + h;
+  // Merges the warps' softmaxes. If only one split is used the result is final, else it goes to partial, whose part for
+  // this KV head holds the sums [kStepSplits][group][D] and then maxima and weights [kStepSplits][group][2].
+  LAB_DEVICE void publish(T* out, float* partial) {
+    for (int i = threadIdx.x; i < group * D; i += kRingThreads) {
+      const int head = i / D, d = i % D;
       float most = -FLT_MAX, total = 0.f, sum = 0.f;
       LAB_UNROLL
-      for (int w = 0; w < kRingWarps; ++w) most = fmaxf(most, stats()[(w * kHeads + h) * 2]);
+      for (int i = 0; i < kRingWarps; ++i) {
+        const int row = row_of(i, head);
+        if (row >= 0) most = fmaxf(most, stats()[row * 2]);
+      }
       LAB_UNROLL
-      for (int w = 0; w < kRingWarps; ++w) {
-        const int row = w * kHeads + h;
+      for (int i = 0; i < kRingWarps; ++i) {
+        const int row = row_of(i, head);
+        if (row < 0) continue;
         const float factor = exp2f(stats()[row * 2] - most);
         sum = fmadd(sums[row * kRow + d], factor, sum);
         total = fmadd(stats()[row * 2 + 1], factor, total);
@@ -248,11 +275,15 @@ struct StepAttention {
         out[(kv_head * group + head) * D + d] = from_float<T>(sum / total);
       } else {
         float* mine = published(partial);
-        mine[(split * group + head) * D + d] = sum;
-        if (d == 0) store(mine + kStepSplits * group * D + (split * group + head) * 2, Vec<float, 2>{{most, total}});
+        mine[(split() * group + head) * D + d] = sum;
+        if (d == 0) store(mine + kStepSplits * group * D + (split() * group + head) * 2, Vec<float, 2>{{most, total}});
       }
     }
-    ring_sync();                                  // `sums` may be written again, and all of the block has published
+  }
+  // Where warp i of the head's team left its part of the head; -1 if the team has no warp i.
+  LAB_DEVICE int row_of(int i, int head) const {
+    const int warp = i * teams() + head / kHeads;
+    return warp < kRingWarps ? warp * kHeads + head % kHeads : -1;
   }
   LAB_DEVICE float* published(float* partial) const { return partial + size_t(kv_head) * kStepSplits * group * (D + 2); }
 
@@ -272,7 +303,7 @@ struct StepAttention {
         LAB_UNROLL
         for (int j = 0; j < kTogether; ++j) {
           const int s = min(s0 + j, used - 1);
-          part[j] = mine[s * group * D + i];
+          part[j] = mine[(s * group) * D + i];
           stat[j] = load<2>(mine + kStepSplits * group * D + (s * group + head) * 2);
         }
         float next = most;
@@ -290,6 +321,7 @@ struct StepAttention {
       }
       out[kv_head * group * D + i] = from_float<T>(sum / total);
     }
+    ring_sync();
     if (threadIdx.x == 0) atomicExch(ticket, 0u);
   }
 };

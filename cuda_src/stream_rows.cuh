@@ -287,9 +287,6 @@ struct StagedRows {
   }
 };
 
-// silu(gate) * up.
-LAB_DEVICE float activate(float gate, float up) { return gate / (1.f + expf(-gate)) * up; }
-
 // y[i] = sum in y's dtype: T or float32.
 template <typename T>
 LAB_DEVICE void store_as(void* y, size_t i, float sum, bool f32) {

@@ -1,14 +1,14 @@
 // All matrices of a decode step as one stream through a ring of tiles in shared memory: one thread of the block sends
-// for them (bulk copies), in the order in which the other warps will multiply them. It waits for nothing but room, so
-// DRAM stays busy while the block waits for other blocks: 12 tiles of 16 KiB on each of an H100's 132 multiprocessors
-// are 26 MB, 8 us of its bandwidth.
+// for them (bulk copies), in the order in which the other warps multiply them. It waits for nothing but room, so DRAM
+// stays busy while the block waits for other blocks: 12 tiles of 16 KiB on each of an H100's 132 multiprocessors are
+// 26 MB, 8 us of its bandwidth.
 //
-// Each block owns a share of every matrix's rows. A tile is a few rows of it, as wide as the warps that share a row.
+// Each block owns a share of every matrix's rows, and tiles are a few of these rows. Tensor cores multiply them with x, for
+// their speed with what is already there: after a wait a block has to catch up. (On CUDA cores a tile took 700 cycles;
+// DRAM delivers one in 1,300.)
 #pragma once
 #include "common.cuh"
 #include "sizes.h"
-#include "stream_rows.cuh"
-#include "unpack.cuh"
 
 namespace lab {
 
@@ -22,35 +22,29 @@ struct Matrix {
 };
 
 constexpr int kRingWarps = 8, kRingThreads = kRingWarps * 32;   // that multiply; one warp more sends
-constexpr int kRingRows = 4;                      // rows of a tile that a warp multiplies at once
-constexpr int kTileBytes = kRingWarps * 32 * 16 * kRingRows;    // 16 bytes of each of these rows for every thread
+constexpr int kTileBytes = 16 * 1024;
 constexpr int kMostTiles = 16;
-constexpr int kBatchRows = 256;                   // rows whose sums meet in shared memory before they are stored
-
-// How a matrix is cut: warps that share a row, columns and rows of a tile; and the outputs of this block.
-template <typename T>
-struct TileShape {
-  static constexpr int N = Vec<T>::size;
-  int share, width, rows, first, last, batch;
-  LAB_DEVICE explicit TileShape(const Matrix<T>& m) {
-    share = 1;
-    while (share < kRingWarps && share * 32 * N < m.k) share *= 2;
-    width = share * 32 * N, rows = kRingWarps / share * kRingRows, batch = kBatchRows / m.parts;
-    first = int(int64_t(m.n) * blockIdx.x / gridDim.x), last = int(int64_t(m.n) * (blockIdx.x + 1) / gridDim.x);
-  }
-};
+constexpr int kBatchRows = 128;                   // rows whose sums meet in shared memory before they are stored
 
 struct RingSmem {
   mbarrier full[kMostTiles], empty[kMostTiles];
-  float partial[kBatchRows][kRingWarps];
+  alignas(16) float partial[kBatchRows][kRingWarps];
 };
 
 // Barrier of the warps that multiply.
 LAB_DEVICE void ring_sync() { named_barrier(1, kRingThreads); }
 
+// The rows and columns of a matrix's tile. A bulk copy should have 4 KiB or more: one takes about 100 cycles to issue.
+struct TileShape {
+  int rows, cols, stride;                         // stride: elements between the rows in shared memory
+  LAB_DEVICE explicit TileShape(int k) {
+    rows = k <= 1024 ? 8 : 4, cols = kTileBytes / 2 / rows, stride = min(k, cols);
+  }
+};
+
 template <typename T>
 struct WeightRing {
-  static constexpr int N = Vec<T>::size;
+  static_assert(sizeof(T) == 2, "tensor cores multiply 16-bit elements");
   RingSmem& shared;
   T* tiles;
   int count, stage = 0;                           // tiles of the ring, the next one
@@ -68,87 +62,131 @@ struct WeightRing {
     mbarrier_fence_init();
   }
 
-  // Sends for this block's share of a matrix, tile by tile as room comes free. For the one thread that sends.
-  LAB_DEVICE void send(const Matrix<T>& m) {
-    const TileShape<T> shape(m);
-    for (int o = shape.first; o < shape.last; o += shape.batch) {
-      const int outputs = min(shape.batch, shape.last - o);
-      for (int part = 0; part < m.parts; ++part) {
-        for (int r = 0; r < outputs; r += shape.rows) {
-          const T* from = m.w + (size_t(part) * m.n + o + r) * m.k;
-          const int rows = min(shape.rows, outputs - r);
-          for (int col = 0; col < m.k; col += shape.width) {
-            const unsigned bytes = min(shape.width, m.k - col) * unsigned(sizeof(T));
-            T* to = tile();
-            mbarrier_wait(&shared.empty[stage], parity ^ 1);
-            mbarrier_arrive_expect_tx(&shared.full[stage], rows * bytes);
-            if (m.k <= shape.width) {             // whole rows, which are neighbours
-              bulk_copy_g2s(to, from, rows * bytes, &shared.full[stage]);
-            } else {
-              for (int i = 0; i < rows; ++i) {
-                bulk_copy_g2s(to + i * shape.width, from + size_t(i) * m.k + col, bytes, &shared.full[stage]);
-              }
-            }
-            advance();
-          }
-        }
-      }
-    }
+  // The sending thread's half of a tile: begin() waits for room and says how many bytes will come, copy() sends for some.
+  LAB_DEVICE void begin(unsigned bytes) {
+    mbarrier_wait(&shared.empty[stage], parity ^ 1);
+    mbarrier_arrive_expect_tx(&shared.full[stage], bytes);
+  }
+  LAB_DEVICE void copy(T* to, const T* from, unsigned bytes) { bulk_copy_g2s(to, from, bytes, &shared.full[stage]); }
+
+  // The other warps' half: wait() for the tile, then each warp gives it back with release().
+  LAB_DEVICE void wait() { mbarrier_wait(&shared.full[stage], parity); }
+  LAB_DEVICE void release() {
+    __syncwarp();
+    if (lane() == 0) mbarrier_arrive(&shared.empty[stage]);
+    advance();
   }
 
-  // The products of this block's share with x [k], in shared memory; calls store(output, sum of the first part's row,
-  // sum of the second's) for each, on one thread. All warps that multiply call it. Sums have a fixed order.
-  template <typename F>
-  LAB_DEVICE void multiply(const Matrix<T>& m, const T* x, F store) {
-    const TileShape<T> shape(m);
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, slice = warp % shape.share;
-    const int row0 = warp / shape.share * kRingRows, first = (slice * 32 + lane) * N;
-    const int stride = min(shape.width, m.k);     // of a tile's rows
-    for (int o = shape.first; o < shape.last; o += shape.batch) {
-      const int outputs = min(shape.batch, shape.last - o);
-      for (int part = 0; part < m.parts; ++part) {
-        for (int r = 0; r < outputs; r += shape.rows) {
-          float acc[kRingRows] = {};
-          for (int col = first; col - first < m.k; col += shape.width) {
-            mbarrier_wait(&shared.full[stage], parity);
-            if (col < m.k && r + row0 < outputs) add_products(acc, tile() + row0 * stride + first, stride, x + col);
-            __syncwarp();
-            if (lane == 0) mbarrier_arrive(&shared.empty[stage]);
-            advance();
-          }
-          scatter_sum<kRingRows>(acc, lane);
-          const int row = r + row0 + lane;
-          if (lane < kRingRows && row < outputs) shared.partial[part * shape.batch + row][slice] = acc[0];
-        }
-      }
-      ring_sync();
-      for (int i = threadIdx.x; i < outputs; i += kRingThreads) {
-        store(o + i, total(i, shape.share), m.parts > 1 ? total(shape.batch + i, shape.share) : 0.f);
-      }
-      ring_sync();
-    }
-  }
-
- private:
   LAB_DEVICE T* tile() const { return tiles + stage * (kTileBytes / int(sizeof(T))); }
   LAB_DEVICE void advance() {
     if (++stage == count) stage = 0, parity ^= 1;
   }
-  // Rows past the block's last hold what was there before: their sums are never stored.
-  LAB_DEVICE static void add_products(float (&acc)[kRingRows], const T* w, int stride, const T* x) {
-    float xf[N], wf[N];
-    unpack<T>(xf, load_packed<N>(x));
-    LAB_UNROLL
-    for (int r = 0; r < kRingRows; ++r) {
-      unpack<T>(wf, load_packed<N>(w + r * stride));
-      LAB_UNROLL
-      for (int e = 0; e < N; ++e) acc[r] = fmadd(wf[e], xf[e], acc[r]);
+
+  // Sends for this block's share of a matrix.
+  LAB_DEVICE void send(const Matrix<T>& m) {
+    const TileShape shape(m.k);
+    each_group(m, [&](int output, int part, int, int rows) {
+      const T* from = m.w + (size_t(part) * m.n + output) * m.k;
+      for (int col = 0; col < m.k; col += shape.cols) {
+        const unsigned bytes = min(shape.cols, m.k - col) * unsigned(sizeof(T));
+        begin(rows * bytes);
+        if (m.k <= shape.cols) {                  // whole rows, which are neighbours
+          copy(tile(), from, rows * bytes);
+        } else {
+          for (int r = 0; r < rows; ++r) copy(tile() + r * shape.stride, from + size_t(r) * m.k + col, bytes);
+        }
+        advance();
+      }
+    }, [](int, int) {}, [](int, int) {});
+  }
+
+  // The products of this block's share with x [k], in shared memory: for each of its outputs one thread calls before(n),
+  // early, and store(n, its result, sum of the first part's row, of the second's). All warps that multiply call it, and
+  // come back when all have stored. Sums have a fixed order.
+  template <typename Before, typename Store>
+  LAB_DEVICE void multiply(const Matrix<T>& m, const T* x, Before before, Store store) {
+    const TileShape shape(m.k);
+    float base = 0.f;
+    each_group(m, [&](int, int part, int row, int) {
+      float sums[kSteps][4] = {};                 // chains of their own, for a product waits for the one before it
+      for (int col = 0; col < m.k; col += shape.cols) {
+        wait();
+        add_products(sums, shape, x, col, m.k);
+        release();
+      }
+      float(*place)[kRingWarps] = shared.partial + part * (kBatchRows / 2) + row;
+      const float even = (sums[0][0] + sums[1][0]) + (sums[2][0] + sums[3][0]);
+      const float odd = (sums[0][1] + sums[1][1]) + (sums[2][1] + sums[3][1]);
+      if (shape.rows == 8) {
+        if (lane() < 4) place[lane() * 2][warp()] = even, place[lane() * 2 + 1][warp()] = odd;
+      } else {
+        const float half = lane() & 4 ? odd : even, whole = half + __shfl_xor_sync(0xffffffffu, half, 4);
+        if (lane() < 4) place[lane()][warp()] = whole;
+      }
+    }, [&](int first, int outputs) {
+      if (int(threadIdx.x) < outputs) base = before(first + threadIdx.x);
+    }, [&](int first, int outputs) {
+      ring_sync();
+      if (int(threadIdx.x) < outputs) {
+        store(first + threadIdx.x, base, total(threadIdx.x),
+              m.parts > 1 ? total(kBatchRows / 2 + threadIdx.x) : 0.f);
+      }
+      ring_sync();
+    });
+  }
+
+ private:
+  LAB_DEVICE static int lane() { return threadIdx.x % 32; }
+  LAB_DEVICE static int warp() { return threadIdx.x / 32; }
+
+  // The order of the stream: batches of outputs; of each its parts; of these a tile's rows at a time.
+  template <typename Group, typename Begin, typename End>
+  LAB_DEVICE static void each_group(const Matrix<T>& m, Group group, Begin begin, End end) {
+    const int first = int(int64_t(m.n) * blockIdx.x / gridDim.x), last = int(int64_t(m.n) * (blockIdx.x + 1) / gridDim.x);
+    const int batch = kBatchRows / m.parts, tile_rows = TileShape(m.k).rows;
+    for (int output = first; output < last; output += batch) {
+      const int outputs = min(batch, last - output);
+      begin(output, outputs);
+      for (int part = 0; part < m.parts; ++part) {
+        for (int row = 0; row < outputs; row += tile_rows) {
+          group(output + row, part, row, min(tile_rows, outputs - row));
+        }
+      }
+      end(output, outputs);
     }
   }
-  LAB_DEVICE float total(int row, int share) const {
-    float sum = 0.f;
-    for (int s = 0; s < share; ++s) sum += shared.partial[row][s];
-    return sum;
+
+  // This warp's columns of a tile, for sums [step][row of A][column of B]. Rows of w are columns of B (16 x 8); A (16 x 16)
+  // is x in each of its first 8 rows. Which element is which k does not matter as long as A and B agree: so a lane loads 8
+  // elements that lie side by side, and they are its part of two products. Of 4 rows of w, B has each twice, with
+  // neighbouring halves of its columns; what is summed with the other half's x is left out: row r of w is column 2 r with
+  // even rows of A and column 2 r + 1 with odd ones. Rows past the block's last hold what was there before: their sums are
+  // never stored.
+  static constexpr int kSteps = 4;
+  LAB_DEVICE void add_products(float (&sums)[kSteps][4], const TileShape& shape, const T* x, int col, int k) const {
+    const int halves = 8 / shape.rows, g = lane() / 4, step = halves * 32;
+    const int first = warp() * kSteps * step + g % halves * 32 + lane() % 4 * 8;
+    const T *w_at = tile() + g / halves * shape.stride + first, *x_at = x + col + first;
+    uint4 rows[kSteps] = {}, column[kSteps] = {};
+    if (col + shape.cols <= k) {
+      LAB_UNROLL
+      for (int s = 0; s < kSteps; ++s) rows[s] = words(w_at + s * step), column[s] = words(x_at + s * step);
+    } else {
+      LAB_UNROLL
+      for (int s = 0; s < kSteps; ++s) {
+        if (col + first + s * step < k) rows[s] = words(w_at + s * step), column[s] = words(x_at + s * step);
+      }
+    }
+    LAB_UNROLL
+    for (int s = 0; s < kSteps; ++s) {
+      mma_m16n8k16(sums[s], {column[s].x, 0, column[s].y, 0}, {rows[s].x, rows[s].y}, T{});
+      mma_m16n8k16(sums[s], {column[s].z, 0, column[s].w, 0}, {rows[s].z, rows[s].w}, T{});
+    }
+  }
+  LAB_DEVICE static uint4 words(const T* p) { return bit_cast<uint4>(load(p)); }
+  LAB_DEVICE float total(int row) const {
+    const Vec<float> low = load(shared.partial[row]), high = load(shared.partial[row] + 4);
+    return ((low.v[0] + low.v[1]) + (low.v[2] + low.v[3])) + ((high.v[0] + high.v[1]) + (high.v[2] + high.v[3]));
   }
 };
 

@@ -5,7 +5,8 @@ memcheck    the small cases again under compute-sanitizer: no access outside an 
 racecheck   the small cases of the CUDA half again: no two threads race for shared memory
 tests       the tests marked gpu
 oracle      the model's logits and greedy tokens against Hugging Face transformers; left out where that is not installed
-text        the model under both backends and plans: the same greedy tokens in fp32; tokens per second in fp32 and bf16
+text        the model under both backends and every plan: the same greedy tokens in fp32, where the plan takes it;
+            tokens per second in fp32 and bf16
 """
 import argparse
 import concurrent.futures
@@ -128,7 +129,9 @@ def logged(words, log):
 
 
 def text(out, model):
-    """The same greedy tokens by both backends and plans in fp32; bf16 rounds differently: reported, not judged."""
+    """The same greedy tokens by both backends and all plans that take fp32; bf16 rounds differently: only reported."""
+    from lab.dispatch import DTYPES
+    from lab.model.decoder import PLANS, refusal
     from lab.model.weights import DEFAULT_MODEL
 
     words = [*LAB, "run", model or DEFAULT_MODEL, "--device", "cuda", "--max-new-tokens", "64", "--no-stream"]
@@ -137,7 +140,9 @@ def text(out, model):
         words += ["--weights", "random"]
         what, note = ["--ids", "1,2,3,4,5"], "RANDOM WEIGHTS, for the model is not installed; "
     said, runs = [], {}
-    for dtype, plan, backend in itertools.product(("fp32", "bf16"), ("basic", "fused"), ("cuda", "triton")):
+    for dtype, plan, backend in itertools.product(("fp32", "bf16"), PLANS, ("cuda", "triton")):
+        if refusal(plan, 1, DTYPES[dtype]):
+            continue
         name = f"{backend} {plan} {dtype}"
         with tempfile.NamedTemporaryFile(suffix=".json") as file:
             options = ["--backend", backend, "--plan", plan, "--dtype", dtype, "--json", file.name]

@@ -113,12 +113,15 @@ def add_arguments(parser):
 
 
 def main(args) -> int:
+    from lab.harness.shapes import STEPS
     from lab.ops import find
     op, device = find(args.op), args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise Unavailable("device cuda: this machine has no usable NVIDIA GPU; use --device cpu")
     taken = [name for name, dtype in DTYPES.items() if dtype in op.dtypes]
     dtypes = [known(name, taken, f"dtype of {op.name}") for name in args.dtype.split(",")] if args.dtype else taken
+    if op.name in STEPS and device == "cuda" and not args.check_only:
+        raise LabError(f"{op.name} is a whole step, which no race of ops has: use --check-only")
     function, name = function_of(args.file, op, device), args.file.name
     if name in BACKENDS:
         raise LabError(f"{name} is a backend's name: call the file something else")

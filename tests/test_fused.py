@@ -11,14 +11,12 @@ from lab.dispatch import Trace, select
 from lab.errors import Unavailable
 from lab.model.decoder import GREEDY, Decoder, Sampling
 from lab.model.weights import RandomSource, load
-from lab.ops import FUSED, OPS
 from tiny_models import CONFIGS
 
 NAMES = ["llama", "qwen2", "qwen3"]                     # plain, with qkv bias, with per-head norms of q and k
 BACKENDS = ["torch", "cuda", "triton"]
 STEPS = 3
 TOLERANCE = 2e-5        # float32 over two layers, as in test_model.py
-pytestmark = pytest.mark.skipif(not all(op in OPS for op in FUSED), reason="the fused ops are not registered")
 
 
 def prompts(batch: int) -> dict[int, list[int]]:

@@ -8,6 +8,7 @@ from lab.dispatch import DTYPES, select
 from lab.model.decoder import Sampling
 from lab.ops import OPS, find
 from test_fused import decode
+from test_persistent import agree
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CASES = [pytest.param(op, dtype, c.sizes, id=f"{op.name}-{NAMES[dtype]}-{i}")
@@ -88,3 +89,7 @@ def test_long_contexts(why, dtype, check):
 def test_plans_agree(batch, sampling, device):
     assert (decode("qwen3", "fused", "cuda", device, batch, sampling=sampling)[0]
             == decode("qwen3", "basic", "torch", device, batch, sampling=sampling)[0])
+
+
+def test_the_persistent_plan_agrees(device):
+    agree("qwen3", torch.bfloat16, "cuda", device)

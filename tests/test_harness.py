@@ -23,6 +23,7 @@ from lab.harness.records import Ceiling, LedgerRow, OpRow
 from lab.harness.session import Session
 from lab.harness.shapes import COLD
 from lab.model.config import PRESETS
+from lab.model.decoder import PLANS
 from lab.model.weights import RandomSource, load
 from lab.ops import OPS, find
 
@@ -178,7 +179,7 @@ def test_nvidia_smi_is_parsed_and_gaps_are_none():
 def test_every_point_of_a_preset_has_its_uses(model):
     c = PRESETS[model]
     found = shapes.points([model], (1, 64), (1024, 8192))
-    assert {p.op for p in found} == {op.name for op in OPS}
+    assert {p.op for p in found} == {op.name for op in OPS} - set(shapes.STEPS)
     linears = {p.role: p.shape for p in found if p.op == "linear"}
     assert linears["qkv"]["n"] == (c.q_heads + 2 * c.kv_heads) * c.head_dim and linears["lm_head"]["n"] == c.vocab
     assert {(p.batch, p.context) for p in found if p.op == "decode_attention"} <= {
@@ -222,11 +223,37 @@ def test_ops_bench_records_emulated_rows_and_nothing_it_did_not_measure(tiny, tm
                      "--seconds", "0.001", "--out", tmp_path) == 0
     rows = records.read(tmp_path).rows
     ops = [r for r in rows if r.kind == "op"]
-    assert {r.op for r in ops} == {op.name for op in OPS}
+    assert {r.op for r in ops} == {op.name for op in OPS} - set(shapes.STEPS)
     assert all(r.timer == "wall" and r.emulated and r.us > 0 and r.n >= 2 for r in ops)
     assert all(r.gbps is None and r.of_ceiling is None and r.error is None for r in ops)
     assert [r.when for r in rows if r.kind == "env"] == ["before", "after"]
     assert not [r for r in rows if r.kind == "ceiling"]
+
+
+def test_a_whole_step_is_measured_as_a_token(tiny, tmp_path):
+    ask = ["--model", "tiny", "--backend", "torch", "--device", "cpu", "--context", "16", "--seconds", "0.001", "--out",
+           tmp_path, "--dtype", "bf16"]
+    assert run_bench("model", "--batch", "2,1", "--plan", "basic,persistent", *ask) == 0
+    found = [(r.plan, r.batch, r.error) for r in records.read(tmp_path).rows if r.kind == "model"]
+    assert found == [("basic", 1, None), ("persistent", 1, None), ("basic", 2, None)]
+    assert shapes.points(["smollm2-135m"], ops=["decode_step"]) == []
+    with pytest.raises(LabError, match="decode_step is a whole step, measured as a token: lab bench model --plan pers"):
+        run_bench("ops", "decode_step", *ask)
+    with pytest.raises(LabError, match="plan persistent decodes one sequence, not a batch of 2: use --batch 1"):
+        run_bench("model", "--batch", "2", "--plan", "basic,persistent", *ask)
+
+
+def test_sides_that_a_batch_rules_out_or_that_say_nothing_new_are_left_out():
+    rig = ops_bench.Rig("cuda", dict.fromkeys(BACKENDS), None, plans=("basic", "fused", "persistent"))
+    both = [(backend, plan) for plan in ("basic", "fused") for backend in BACKENDS]
+    assert rig.sides(1, "bf16") == [*both, ("cuda", "persistent"), ("triton", "persistent")]
+    assert rig.sides(2, "bf16") == both
+    rig.lean = True
+    assert [plan for backend, plan in rig.sides(1, "bf16") if backend == "torch"] == ["basic"]
+    rig.lean, rig.plans = False, ("persistent",)
+    assert rig.sides(1, "bf16") == [(backend, "persistent") for backend in BACKENDS] and rig.sides(4, "bf16") == []
+    rig.plans, rig.backends = ("fused", "persistent"), {"torch": None}
+    assert rig.sides(1, "bf16") == [("torch", "fused"), ("torch", "persistent")]
 
 
 def test_an_interrupted_bench_says_so_and_exits_as_interrupted(tiny, tmp_path, capsys, monkeypatch):
@@ -252,7 +279,7 @@ def test_what_matters_most_is_measured_first(monkeypatch):
     """The steps of the full set as on a GPU, none of them run."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     settings = bench.settings_of(bench.parse(["all"]))
-    rig = ops_bench.Rig("cuda", dict.fromkeys(BACKENDS), None, plans=("basic", "fused"))
+    rig = ops_bench.Rig("cuda", dict.fromkeys(BACKENDS), None, plans=tuple(settings["plans"]))
     steps = bench.steps_of(None, rig, settings)
     labels = [step.label for step in steps]
     first = {"op": next(i for i, l in enumerate(labels) if " b4 " in l and l.endswith("bf16")),
@@ -260,7 +287,9 @@ def test_what_matters_most_is_measured_first(monkeypatch):
              "compiled": labels.index("smollm2-135m compiled")}
     head = labels[:min(first.values())]
     assert {f"{name} b1 1024" for name in shapes.MODELS} < set(head)
-    assert {"ledger llama-3.1-8b cuda fused", "swaps llama-3.1-8b fused", "ladder of linear"} < set(head)
+    assert {"ledger llama-3.1-8b cuda fused", "ledger llama-3.1-8b triton persistent", "swaps llama-3.1-8b fused",
+            "ladder of linear"} < set(head)
+    assert not [l for l in labels if l.startswith("swaps") and l.endswith("persistent")]
     assert all(l.endswith("bf16") for l in labels if l.split()[0] in COLD and labels.index(l) < first["dtype"])
     assert first["model"] < first["op"] < first["compiled"] < first["dtype"]
     modes = {(step.run.args[3].batch, step.run.args[4]): step.run.args[5] for step in steps
@@ -272,7 +301,8 @@ def test_the_sets_are_expected_to_take_no_longer_than_promised(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for words, minutes in ((["all"], 12), (["all", "--quick"], 2)):
         settings = bench.settings_of(bench.parse(words))
-        rig = ops_bench.Rig("cuda", dict.fromkeys(BACKENDS), None, plans=("basic", "fused"), lean=settings["quick"])
+        rig = ops_bench.Rig("cuda", dict.fromkeys(BACKENDS), None, plans=tuple(settings["plans"]),
+                            lean=settings["quick"])
         if settings["quick"]:
             rig.seconds, rig.modes = ops_bench.QUICK_SECONDS, ops_bench.QUICK_MODES
         steps = bench.steps_of(None, rig, settings)
@@ -317,7 +347,7 @@ def test_every_step_of_a_made_up_gpu_is_recorded_once_and_within_its_budget(tiny
         (1, "graph"), (1, "graph"), (2, "graph"), (2, "graph"), (1, "compile")]
     assert [(r.backend, r.plan, r.row) for r in rows["ledger"]] == [
         ("cuda", "basic", "total"), ("torch", "basic", "total"), ("cuda", "fused", "total"), ("torch", "fused", "total"),
-        ("triton", "basic", "swap"), ("triton", "fused", "swap")]
+        ("cuda", "persistent", "total"), ("triton", "basic", "swap"), ("triton", "fused", "swap")]
     assert all("no kernel image" in r.error for r in rows["ledger"])
     calls.clear()
     assert bench.run_all(session, settings, rig.backends) and not calls             # all is recorded
@@ -327,9 +357,10 @@ def test_models_that_do_not_fit_side_by_side_are_measured_plan_by_plan(monkeypat
     rig = ops_bench.Rig("cuda", dict.fromkeys(BACKENDS), None, plans=("basic", "fused"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (800, 800))
     basic, fused = ([(b, plan) for b in BACKENDS] for plan in ("basic", "fused"))
-    assert model_bench.together(rig, 100) == [basic + fused] and model_bench.together(rig, 601) == []
-    assert model_bench.together(rig, 150) == [basic, fused]
-    assert model_bench.together(rig, 250) == [basic[:2], basic[2:], fused[:2], fused[2:]]
+    sides = basic + fused
+    assert model_bench.together(rig, sides, 100) == [sides] and model_bench.together(rig, sides, 601) == []
+    assert model_bench.together(rig, sides, 150) == [basic, fused]
+    assert model_bench.together(rig, sides, 250) == [basic[:2], basic[2:], fused[:2], fused[2:]]
 
 
 def test_a_stopped_run_is_not_continued_with_other_tables(tiny, tmp_path, monkeypatch):
@@ -540,9 +571,9 @@ def test_chains_hold_the_calls_of_more_and_more_uses_in_the_steps_order():
         ("b", "y"): ["a0", "b1", "a2", "b3", "b4"], ledger.OTHER: ["a0", "b1", "a2", "b3", "b4", "last"]}
 
 
-@pytest.mark.parametrize("plan", shapes.PLANS)
+@pytest.mark.parametrize("plan", PLANS)
 def test_the_longest_chain_is_the_step(tiny, plan):
-    decoder = model_bench.Decoder(load(RandomSource(TINY_QK), torch.float32, "cpu"), select("torch", "cpu"), 1, 17,
+    decoder = model_bench.Decoder(load(RandomSource(TINY_QK), torch.bfloat16, "cpu"), select("torch", "cpu"), 1, 17,
                                   plan=plan)
     model_bench.fill(decoder, 1, 16)
     saved = decoder.state.clone(), decoder.ids.clone()
@@ -565,8 +596,9 @@ class Replayed(timing.WallTimed):
             before()                                            # capturing moves nothing on
 
 
-@pytest.mark.parametrize("backend, row", [("cuda", "chain"), ("torch", "kernel")])
-def test_a_ledger_is_made_on_a_made_up_gpu(tiny, monkeypatch, backend, row):
+@pytest.mark.parametrize("backend, plan, row", [("cuda", "fused", "chain"), ("torch", "fused", "kernel"),
+                                                ("cuda", "persistent", "kernel")])
+def test_a_ledger_is_made_on_a_made_up_gpu(tiny, monkeypatch, backend, plan, row):
     seen, ops = [], select("torch", "cpu")                      # the names of the kernels that "ran"
 
     def logged(name, run):
@@ -591,14 +623,19 @@ def test_a_ledger_is_made_on_a_made_up_gpu(tiny, monkeypatch, backend, row):
     measure = timing.measure
     monkeypatch.setattr(timing, "measure", lambda timed, *_: measure(timed, 0.0, 3, 3))
     rig = ops_bench.Rig("cpu", {}, Ceilings(), seconds=0.01)
-    weights = load(RandomSource(TINY), torch.float32, "cpu")
-    base = BASE | {"backend": backend, "plan": "fused"}
+    weights = load(RandomSource(TINY), torch.bfloat16, "cpu")
+    base = BASE | {"backend": backend, "plan": plan}
     rows = ledger.measure_backend(base, rig, weights, ops, 1, 16)
     total, parts = rows[-1], rows[:-1]
     assert total.row == "total" and sum(r.us for r in parts) == pytest.approx(total.us)
     named = {(r.op, r.role): (r.kernel, r.calls) for r in rows if r.row == row}
-    assert named["linear_add", "down"] == ("linear_add_kernel", TINY.layers)
-    assert named["norm_linear_argmax", "lm_head"] == ("norm_linear_argmax_kernel", 1)
+    if plan == "persistent":
+        assert named == {("decode_step", None): ("decode_step_kernel", 1)}
+        assert total.bytes == next(r.bytes for r in rows if r.row == row) > sum(
+            t.nbytes for t in model_bench.tensors_of(weights))
+    else:
+        assert named["linear_add", "down"] == ("linear_add_kernel", TINY.layers)
+        assert named["norm_linear_argmax", "lm_head"] == ("norm_linear_argmax_kernel", 1)
     assert {r.row for r in rows} == {row, "gap", "unexplained", "total"}
 
 
@@ -765,7 +802,7 @@ def test_what_fits_in_l2_is_not_above_the_ceiling_when_cold(measured, tmp_path):
 
 @gpu
 @pytest.mark.parametrize("model", ["smollm2-135m", "llama-3.2-1b"])
-@pytest.mark.parametrize("plan", shapes.PLANS)
+@pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("backend", ["cuda", "triton", "torch"])
 def test_the_ledger_adds_up_on_a_gpu(measured, model, backend, plan):
     rig = ops_bench.make_rig({}, "cuda", measured[1], quick=True)

@@ -77,6 +77,21 @@ def overrun_kernel(src, dst, n, BLOCK: tl.constexpr, STORE: tl.constexpr):
         tl.store(dst + i, tl.load(src + i), mask=i < n)
 
 
+@triton.jit
+def meet_kernel(counter, out, ALL: tl.constexpr):
+    """Each program waits until ALL have come, and writes how many have."""
+    tl.atomic_add(counter, 1)
+    while tl.atomic_add(counter, 0) < ALL:
+        pass
+    tl.store(out + tl.program_id(0), tl.load(counter))
+
+
+@triton.jit
+def indirect_kernel(addresses, out, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(out + i, tl.load(tl.load(addresses).to(out.dtype) + i))
+
+
 def awkward_floats():
     """Ties, carries into the exponent, the largest finite value, subnormals, infinities, NaN; 4000 random patterns."""
     special = torch.tensor([0x3F808000, 0x3F818000, 0x3F807FFF, 0x3F808001, 0x3FFFFFFF, 0x7F7FFFFF, 0x7F7F8000,
@@ -199,6 +214,23 @@ def test_an_address_outside_every_tensor_is_an_error(store):
     with pytest.raises(RuntimeError, match="overrun_kernel, program .*outside every tensor"):
         launch(overrun_kernel, (1,), src, dst, 64, BLOCK=1 << 20, STORE=store)
     assert dict(vars(tl)) == language                           # restored after an error too
+
+
+def test_programs_of_a_cooperative_launch_wait_for_each_other():
+    out = torch.zeros(5, dtype=torch.int32)
+    launch(meet_kernel, (5,), torch.zeros(1, dtype=torch.int32), out, ALL=5, launch_cooperative_grid=True)
+    assert out.tolist() == [5] * 5
+    with pytest.raises(RuntimeError, match=r"meet_kernel, program \(.*every program waits"):
+        launch(meet_kernel, (5,), torch.zeros(1, dtype=torch.int32), out, ALL=6, launch_cooperative_grid=True)
+
+
+def test_what_a_kernel_finds_by_address_has_to_be_named():
+    values = torch.arange(4, dtype=torch.float32)
+    addresses, out = torch.tensor([values.data_ptr()]), torch.empty(4)
+    launch(indirect_kernel, (1,), addresses, out, BLOCK=4, reads=(values,))
+    assert torch.equal(out, values)
+    with pytest.raises(RuntimeError, match="outside every tensor"):
+        launch(indirect_kernel, (1,), addresses, out, BLOCK=4)
 
 
 def test_missing_arguments_are_named():

@@ -245,7 +245,7 @@ def test_nan_is_an_error_not_a_token(device):
 
 def test_plans_and_sampling_are_checked():
     with pytest.raises(LabError, match="unknown plan 'fast': choose from basic, fused"):
-        find_plan("fast")
+        find_plan("fast", 1, torch.float32)
     for wrong in ({"temperature": -1.0}, {"temperature": 1e-45}, {"temperature": float("inf")}, {"top_k": -1},
                   {"top_k": 1 << 31}, {"top_p": 0.0}, {"top_p": 1.5}, {"seed": -1}):
         with pytest.raises(LabError, match=next(iter(wrong))):

@@ -21,6 +21,7 @@ from PIL import Image
 
 from lab.errors import LabError
 from lab.harness.records import Env, Fairness, LedgerRow, ModelRow, OpRow, Repeat
+from lab.model.decoder import PLANS
 from lab.report import build, figures, heatmaps, ledger_figures, load, model_figures, op_figures, ops, page, style
 
 SMALL = dict(models=["llama-3.2-1b"], batches=(1, 16), contexts=(1024, 8192))
@@ -520,6 +521,14 @@ def test_backends_are_readable_on_both_pages_and_stay_apart():
             assert np.linalg.norm(seen[0] - seen[1]) > 20, f"{a} and {b} under {kind}"
     looks = [(look.color, look.marker) for look in style.BACKENDS.values()]
     assert len({c for c, _ in looks}) == len({m for _, m in looks}) == len(looks)
+
+
+def test_every_plan_has_a_line_and_markers_of_its_own():
+    rows = pd.DataFrame([dict(backend="cuda", plan=plan, mode="graph", series=plan) for plan in PLANS])
+    drawn = {name: how for name, _, _, how in model_figures._lines(rows)}
+    assert {line for line, _ in drawn.values()} == {"-", "--", "-."}
+    assert [markers for _, markers in drawn.values()] == ["hollow", "full", "rimmed"]
+    assert [how for _, _, _, how in model_figures._lines(rows[rows["plan"] == "persistent"])] == [("-.", "full")]
 
 
 def test_text_in_pictures_does_not_overlap_or_leave_the_canvas(folder):

@@ -7,9 +7,12 @@ import re
 import pytest
 import torch
 
+from lab.model.weights import Layer, Weights
+from lab.ops.decode_step import StepModel, StepWorkspace
 from triton_kernels import offline
 from triton_kernels.common import recording
 from triton_kernels.decode_attention import decode_attention
+from triton_kernels.decode_step import decode_step
 from triton_kernels.embedding import embedding
 from triton_kernels.kv_append import kv_append
 from triton_kernels.linear import linear
@@ -52,6 +55,24 @@ def run_attention(t, ints, head_dim, splits):
     decode_attention(q, cache, cache, ints(4, 16), ints(4), 0.1, splits, partial, ints(4, 8), q)
 
 
+def run_step(t, ints, hidden, intermediate, q_heads, kv_heads, head_dim, vocab, qk_norm=False):
+    q, kv, norm = q_heads * head_dim, kv_heads * head_dim, t(head_dim) if qk_norm else None
+    layer = Layer(t(hidden), t(q + 2 * kv, hidden), None, norm, norm, t(hidden, q), None, t(hidden),
+                  t(2 * intermediate, hidden), t(hidden, intermediate))
+    weights = Weights(None, t(vocab, hidden), [layer], t(hidden), t(vocab, hidden))
+    cos_sin, cache = empty(4096, head_dim, dtype=F32), t(1, 256, kv_heads, 16, head_dim)
+    model = StepModel.of(weights, cos_sin, q_heads, kv_heads, head_dim, 1e-5)
+    decode_step(ints(1), ints(1), model, cache, cache, ints(1, 256), empty(1, vocab, dtype=F32),
+                StepWorkspace.of(model), ints(1))
+
+
+STEPS = {
+    "smollm2-135m": dict(hidden=576, intermediate=1536, q_heads=9, kv_heads=3, head_dim=64, vocab=49152),
+    "qwen3-0.6b": dict(hidden=1024, intermediate=3072, q_heads=16, kv_heads=8, head_dim=128, vocab=151936,
+                       qk_norm=True),
+    "llama-3.2-1b": dict(hidden=2048, intermediate=8192, q_heads=32, kv_heads=8, head_dim=64, vocab=128256),
+    "llama-3.1-8b": dict(hidden=4096, intermediate=14336, q_heads=32, kv_heads=8, head_dim=128, vocab=128256),
+}
 LAUNCHES = {
     "linear-1": (run_linear, dict(rows=1)), "linear-4": (run_linear, dict(rows=4)),
     "linear-16": (run_linear, dict(rows=16)), "linear-16-small": (run_linear, dict(rows=16, n=2048)),
@@ -65,6 +86,7 @@ LAUNCHES = {
     "attention-128": (run_attention, dict(head_dim=128, splits=1)),
     "attention-64-split": (run_attention, dict(head_dim=64, splits=64)),
     "attention-128-split": (run_attention, dict(head_dim=128, splits=264)),
+    **{f"step-{name}": (run_step, sizes) for name, sizes in STEPS.items()},
 }
 SAMPLING = {"greedy": (0.0, 0, 1.0), "drawn": (0.8, 50, 0.9)}
 

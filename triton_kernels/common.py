@@ -20,11 +20,12 @@ class Launch(NamedTuple):
     meta: dict
 
 
-def launch(kernel, grid, *args, **meta):
+def launch(kernel, grid, *args, reads=(), **meta):
     """Run a triton.jit `kernel` over `grid`: interpreted for CPU tensors, compiled for CUDA tensors.
 
     args[0] is a tensor and decides; the CUDA stream is torch's current one, so a launch can be captured in a graph.
-    `meta` is the kernel's constexprs and the compiler's options (num_warps, num_stages, launch_pdl ...).
+    `meta` is the kernel's constexprs and the compiler's options (num_warps, num_stages, launch_pdl ...). reads: tensors
+    that the kernel finds by addresses in memory; the interpreter lets it touch no others.
     """
     meta["enable_fp_fusion"] = True             # a * b + c in one instruction: not the default of every Triton release
     if _recording is not None:
@@ -34,7 +35,7 @@ def launch(kernel, grid, *args, **meta):
         _trace.append(kernel.fn.__name__)
     device = args[0].device
     if device.type == "cpu":
-        interpreter.run(kernel, grid, args, meta)
+        interpreter.run(kernel, grid, args, meta, reads)
     elif device.index == torch.cuda.current_device():
         kernel[grid](*args, **meta)
     else:

@@ -37,10 +37,11 @@ def decode_attention_kernel(q, k_cache, v_cache, block_table, context_lens, out,
                             MERGE: tl.constexpr):
     # 1. Locate: the length is read on the device, so one captured graph serves a growing context. Split s owns the
     # tokens from s * chunk on; a short context leaves the last splits empty, and their programs end here.
+    split = tl.program_id(0)
     kv = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
-    begin, end, used = split_bounds(tl.maximum(tl.load(context_lens + b), 0), splits, TILE)
-    if tl.program_id(0) >= used:
+    begin, end, used = split_bounds(tl.maximum(tl.load(context_lens + b), 0), split, splits, TILE)
+    if split >= used:
         return
 
     # 2. Load the query: the heads of the group become the rows of one tile; rows past the group are zero.
@@ -72,7 +73,8 @@ def decode_attention_kernel(q, k_cache, v_cache, block_table, context_lens, out,
         result = acc / tl.where(mass == 0.0, 1.0, mass)[:, None]
         tl.store(out_head + g[:, None] * HEAD_DIM + d[None, :], result.to(out.dtype.element_ty), mask=live_out)
     else:
-        ticket = publish(partial, tickets, b, kv, kv_heads, splits, top, mass, acc, GROUP, ROWS, HEAD_DIM, BLOCK_D)
+        ticket = publish(partial, tickets, b, kv, kv_heads, split, splits, top, mass, acc, GROUP, ROWS, HEAD_DIM,
+                         BLOCK_D)
 
         # 6. Merge in the last block: split by split in a fixed order, so the result does not depend on who came last.
         # The twin merges up to 8 splits over the shared memory of a cluster of blocks, which Triton does not lend.

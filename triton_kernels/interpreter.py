@@ -16,8 +16,9 @@ before `import triton`, and its bfloat16 is wrong. Here the interpreter is chose
 `tl` is one module for both worlds, so it is patched for the length of one launch, under a lock; nothing is changed for
 good. Do not compile a kernel in one thread while another one interprets.
 
-Programs run one after another, so races stay invisible and a program that waits for a later one hangs. A `tl` operation
-costs tens of microseconds per program whatever its size: launch few programs with large blocks.
+Programs run one after another, so races stay invisible and a program that waits for a later one hangs; but those of a
+cooperative launch take turns, and hand over where they wait. A `tl` operation costs tens of microseconds per program
+whatever its size: launch few programs with large blocks.
 """
 import ast
 import contextlib
@@ -83,6 +84,7 @@ class Builder(stock.InterpreterBuilder):
     def __init__(self):
         super().__init__()
         self.options = stock.InterpreterOptions(sanitize_overflow=False)
+        self.turns = None                                       # of a cooperative launch
 
     def get_bf16(self, value):
         return TensorHandle(f32_to_bf16(np.array([value], dtype=np.float32)), tl.bfloat16)
@@ -186,6 +188,8 @@ class Builder(stock.InterpreterBuilder):
             super().create_masked_store(ptrs, value, mask, cache_modifier, eviction_policy)
 
     def create_atomic_rmw(self, rmw_op, ptr, value, mask, sem, scope):
+        if self.turns:
+            self.turns.before_atomic(looks=rmw_op.name == "ADD" and not value.data.any())
         live = ptr.data[mask.data]
         if live.size:
             self.check_addresses(live, value.data.itemsize, "updated")
@@ -323,16 +327,62 @@ def _rewritten(fn):
     return names[fn.__name__]
 
 
+class _Turns:
+    """Runs programs that wait for each other, a thread each. One runs at a time, until it ends or looks at a counter
+    without changing it (an atomic addition of 0): then the next one has its turn."""
+
+    def __init__(self, call, programs):
+        self.call, self.error, self.looks = call, None, 0
+        self.may_run = {program: threading.Semaphore(0) for program in programs}
+        self.most_looks = 2 * len(self.may_run)
+        self.handed_over = threading.Semaphore(0)
+
+    def run(self):
+        threads = [threading.Thread(target=self._body, args=(program,), daemon=True) for program in self.may_run]
+        for thread in threads:
+            thread.start()
+        while self.may_run:
+            for program in tuple(self.may_run):                 # in an error's wake each ends at its turn
+                BUILDER.set_grid_idx(*program)
+                self.may_run[program].release()
+                self.handed_over.acquire()
+        for thread in threads:
+            thread.join()
+        if self.error:
+            raise self.error
+
+    def _body(self, program):
+        self.may_run[program].acquire()
+        try:
+            if not self.error:
+                with np.errstate(all="ignore"):                 # of this thread
+                    self.call(program)
+        except Exception as error:
+            self.error = self.error or error
+        del self.may_run[program]
+        self.handed_over.release()
+
+    def before_atomic(self, looks):
+        self.looks = self.looks + 1 if looks else 0
+        if looks:
+            mine = self.may_run[BUILDER.grid_idx]
+            self.handed_over.release()
+            mine.acquire()
+            if self.error or self.looks > self.most_looks:
+                raise RuntimeError("every program waits, and none can go on")
+
+
 @functools.lru_cache(maxsize=None)
 def _parameters(fn):
     """name -> (default, is it a tl.constexpr?)"""
     return {p.name: (p.default, "constexpr" in str(p.annotation)) for p in inspect.signature(fn).parameters.values()}
 
 
-def run(kernel, grid, args, meta):
+def run(kernel, grid, args, meta, reads=()):
     """Interpret `kernel` (a triton.jit function) over `grid` (up to three ints) on CPU tensors and numbers.
 
-    Keywords in `meta` that are no parameters of the kernel (num_warps, launch_pdl ...) are for the compiler only.
+    reads: tensors that it finds by addresses in memory. With launch_cooperative_grid programs may wait for each other;
+    other keywords in `meta` that are no parameters of the kernel (num_warps, launch_pdl ...) are for the compiler only.
     Raises RuntimeError naming the kernel and the program for whatever goes wrong inside.
     """
     parameters = _parameters(kernel.fn)
@@ -345,16 +395,28 @@ def run(kernel, grid, args, meta):
         if value is inspect.Parameter.empty:
             raise TypeError(f"{kernel.fn.__name__}: argument {name!r} is missing")
         values[name] = value if constant else stock._implicit_cvt(value)
-    tensors = [value for value in (*args, *meta.values()) if hasattr(value, "untyped_storage")]
+    tensors = [value for value in (*args, *meta.values(), *reads) if hasattr(value, "untyped_storage")]
     grid = tuple(grid) + (1,) * (3 - len(grid))
     with interpreting():
         function = _rewritten(kernel.fn)
         BUILDER.set_grid_dim(*grid)
         BUILDER.set_tensors(tensors)
-        for program in itertools.product(*map(range, grid)):
-            BUILDER.set_grid_idx(*program)
+
+        def call(program):
             try:
                 function(**values)
             except Exception as error:
                 where = f"{kernel.fn.__name__}, program {program}"
                 raise RuntimeError(f"{where}: {type(error).__name__}: {error}") from error
+
+        programs = itertools.product(*map(range, grid))
+        if meta.get("launch_cooperative_grid"):
+            BUILDER.turns = _Turns(call, programs)
+            try:
+                BUILDER.turns.run()
+            finally:
+                BUILDER.turns = None
+            return
+        for program in programs:
+            BUILDER.set_grid_idx(*program)
+            call(program)

@@ -44,6 +44,16 @@ def turned(head, norm, cosine, sine, eps, d, live, HALF_DIM: tl.constexpr, HAS_N
 
 
 @triton.jit
+def angles(cos_sin, position, d, HEAD_DIM: tl.constexpr):
+    """cos and the signed sin of a position as [1, BLOCK_D], the same for a head's two halves but for the sign."""
+    row = cos_sin + tl.maximum(position, 0).to(tl.int64) * HEAD_DIM + (d % (HEAD_DIM // 2))[None, :]
+    in_head = (d < HEAD_DIM)[None, :]
+    cosine = tl.load(row, mask=in_head, other=0.0)
+    sine = tl.load(row + HEAD_DIM // 2, mask=in_head, other=0.0)
+    return cosine, tl.where((d < HEAD_DIM // 2)[None, :], -sine, sine)
+
+
+@triton.jit
 def rope_append_attention_kernel(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, block_table, out,
                                  partial, tickets, kv_heads, max_pages, splits, q_stride, k_stride, v_stride,
                                  scale_log2, PDL: tl.constexpr, HAS_NORM: tl.constexpr, GROUP: tl.constexpr,
@@ -53,24 +63,36 @@ def rope_append_attention_kernel(q, k, v, q_norm, k_norm, eps, positions, cos_si
     # 1. Locate: as decode_attention; a negative position, of an idle row, leaves its one split empty. What is older than
     # the preceding kernel may be read before the wait: the position, the table, and the cache. The twin starts its
     # cp.async ring here; the compiler's ring cannot start before its loop, so the first tile goes to registers.
+    split = tl.program_id(0)
     kv = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
     position = tl.load(positions + b)
-    begin, end, used = split_bounds(tl.maximum(position + 1, 0), splits, TILE)
-    if tl.program_id(0) >= used:
+    begin, end, used = split_bounds(tl.maximum(position + 1, 0), split, splits, TILE)
+    if split >= used:
         return
+    d = tl.arange(0, BLOCK_D)
+    cosine, sine = angles(cos_sin, position, d, HEAD_DIM)
+    token = begin + tl.arange(0, TILE)
+    kt, vt = load_tile(k_cache, v_cache, block_table, token, token < tl.minimum(end, position), b, kv, kv_heads,
+                       max_pages, d, (d < HEAD_DIM)[None, :], PAGE, HEAD_DIM)
+    wait_for_inputs(PDL)
+    append_and_attend(q, k, v, q_norm, k_norm, eps, position, cosine, sine, kt, vt, k_cache, v_cache, block_table, out,
+                      partial, tickets, b, kv, split, begin, end, used, kv_heads, max_pages, splits, q_stride, k_stride,
+                      v_stride, scale_log2, HAS_NORM, GROUP, ROWS, HEAD_DIM, BLOCK_D, PAGE, TILE, SPLIT, HEADS, MERGE)
+
+
+@triton.jit
+def append_and_attend(q, k, v, q_norm, k_norm, eps, position, cosine, sine, kt, vt, k_cache, v_cache, block_table, out,
+                      partial, tickets, b, kv, split, begin, end, used, kv_heads, max_pages, splits, q_stride, k_stride,
+                      v_stride, scale_log2, HAS_NORM: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+                      HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
+                      SPLIT: tl.constexpr, HEADS: tl.constexpr, MERGE: tl.constexpr):
+    """One split of one KV head; kt and vt are its first tile. decode_step calls it, too."""
     g = tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)
-    table = cos_sin + tl.maximum(position, 0).to(tl.int64) * HEAD_DIM + (d % (HEAD_DIM // 2))[None, :]
     in_head = (d < HEAD_DIM)[None, :]
-    cosine = tl.load(table, mask=in_head, other=0.0)
-    sine = tl.load(table + HEAD_DIM // 2, mask=in_head, other=0.0)
-    sine = tl.where((d < HEAD_DIM // 2)[None, :], -sine, sine)
-    stored = tl.minimum(end, position)              # the tokens before the new one
     token = begin + tl.arange(0, TILE)
-    kt, vt = load_tile(k_cache, v_cache, block_table, token, token < stored, b, kv, kv_heads, max_pages, d, in_head, PAGE,
-                       HEAD_DIM)
-    wait_for_inputs(PDL)
+    stored = tl.minimum(end, position)              # the tokens before the new one
 
     # 2. Norm and rotate the query: the heads of the group become the rows of one tile; rows past the group are zero.
     live_out = (g < GROUP)[:, None] & in_head
@@ -109,7 +131,8 @@ def rope_append_attention_kernel(q, k, v, q_norm, k_norm, eps, positions, cos_si
         result = acc / tl.where(mass == 0.0, 1.0, mass)[:, None]
         tl.store(out_head + g[:, None] * HEAD_DIM + d[None, :], result.to(out.dtype.element_ty), mask=live_out)
     else:
-        ticket = publish(partial, tickets, b, kv, kv_heads, splits, top, mass, acc, GROUP, ROWS, HEAD_DIM, BLOCK_D)
+        ticket = publish(partial, tickets, b, kv, kv_heads, split, splits, top, mass, acc, GROUP, ROWS, HEAD_DIM,
+                         BLOCK_D)
 
         # 7. Merge in the last block: in the order of the splits, so the result does not depend on who came last. The
         # twin merges up to 8 splits over the shared memory of a cluster of blocks, which Triton does not lend.

@@ -9,10 +9,10 @@ import triton.language as tl
 
 
 @triton.jit
-def split_bounds(length, splits, TILE: tl.constexpr):
-    """[begin, end) of this program's split, in whole tiles, and how many splits a context of this length uses."""
+def split_bounds(length, split, splits, TILE: tl.constexpr):
+    """[begin, end) of a split, in whole tiles, and how many splits a context of this length uses."""
     chunk = tl.maximum(tl.cdiv(tl.cdiv(length, splits), TILE), 1) * TILE
-    begin = tl.program_id(0) * chunk
+    begin = split * chunk
     return begin, tl.minimum(begin + chunk, length), tl.maximum(tl.cdiv(length, chunk), 1)
 
 
@@ -48,13 +48,13 @@ def attend(qv, kt, vt, live, top, mass, acc, scale_log2):
 
 
 @triton.jit
-def publish(partial, tickets, b, kv, kv_heads, splits, top, mass, acc, GROUP: tl.constexpr, ROWS: tl.constexpr,
-            HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Leaves this split's running softmax in `partial`, and returns the ticket that it drew: the first is 0."""
+def publish(partial, tickets, b, kv, kv_heads, split, splits, top, mass, acc, GROUP: tl.constexpr,
+            ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Leaves a split's running softmax in `partial`, and returns the ticket that it drew: the first is 0."""
     STRIDE: tl.constexpr = HEAD_DIM + 2
     g = tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)
-    mine = partial + (((b * kv_heads + kv) * splits + tl.program_id(0)) * GROUP + g) * STRIDE
+    mine = partial + (((b * kv_heads + kv) * splits + split) * GROUP + g) * STRIDE
     tl.store(mine[:, None] + d[None, :], acc, mask=(g < GROUP)[:, None] & (d < HEAD_DIM)[None, :])
     tl.store(mine + HEAD_DIM, top, mask=g < GROUP)
     tl.store(mine + HEAD_DIM + 1, mass, mask=g < GROUP)

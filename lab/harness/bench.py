@@ -16,7 +16,7 @@ from lab.dispatch import BACKENDS, DTYPES, known
 from lab.errors import LabError
 from lab.harness import ceiling, crossover, ladder_bench, ledger, model_bench, ops_bench, shapes, timing
 from lab.harness.session import Progress, Session
-from lab.model.decoder import find_plan
+from lab.model.decoder import PLANS, find_plan, refusal
 from lab.ops import OPS
 
 DEFAULTS = {        # (device, quick): models, op batches, op contexts, model batches, model contexts, dtypes
@@ -77,7 +77,8 @@ def add_arguments(parser):
     parser.add_argument("--batch", metavar="N,N", help="batch sizes")
     parser.add_argument("--context", metavar="N,N", help="tokens in the KV cache")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
-    parser.add_argument("--plan", metavar="A,B", help="decode plans of the models (default: both; on a CPU basic)")
+    parser.add_argument("--plan", metavar="A,B", help="decode plans of the models (default: all, persistent at batch 1 "
+                        "alone; on a CPU basic)")
     parser.add_argument("--weights", choices=("random", "auto"), default="random",
                         help="of the models; auto reads real ones")
     parser.add_argument("--quick", action="store_true", help="a small set in under 2 minutes of GPU time")
@@ -110,15 +111,19 @@ def settings_of(args):
         raise LabError("--ladder measures ops: lab bench ops --ladder")
     if args.what == "ops":
         for name in args.names:
-            known(name, [op.name for op in OPS], "op")
+            if known(name, [op.name for op in OPS], "op") in shapes.STEPS:
+                raise LabError(f"{name} is a whole step, measured as a token: lab bench model --plan persistent")
     chosen = names(args.model) if args.model else args.names if args.what != "ops" and args.names else list(models)
     for name in chosen:
         shapes.preset(name)
     backends = [known(name, BACKENDS, "backend") for name in names(args.backend)] if args.backend else list(BACKENDS)
-    plans = names(args.plan or ("basic,fused" if device == "cuda" else "basic"))
-    for name in plans:
-        find_plan(name)
+    plans = names(args.plan) if args.plan else list(PLANS) if device == "cuda" else ["basic"]
+    model_batches = numbers(args.batch) if args.batch else list(model_batches)
     dtypes = [known(name, list(DTYPES), "dtype") for name in names(args.dtype)] if args.dtype else list(dtypes)
+    if args.plan:               # one that takes none of these batches is an error; by default it would be left out
+        tried, dtype = model_batches[:1] if args.what == "ledger" else model_batches, DTYPES[dtypes[0]]
+        for name in plans:
+            find_plan(name, next((b for b in tried if not refusal(name, b, dtype)), tried[0]), dtype)
     picked = bool(args.model or args.names and args.what != "ops")
     return {"what": args.what, "device": device, "quick": args.quick or args.ladder,
             "ops": args.names if args.what == "ops" else [],
@@ -126,7 +131,7 @@ def settings_of(args):
             "ledger_models": chosen if picked else _ledger_models(device, args.quick),
             "batches": numbers(args.batch) if args.batch else list(batches),
             "contexts": numbers(args.context) if args.context else list(contexts),
-            "model_batches": numbers(args.batch) if args.batch else list(model_batches),
+            "model_batches": model_batches,
             "model_contexts": numbers(args.context) if args.context else list(model_contexts),
             "all_dtypes_everywhere": bool(args.dtype), "weights": args.weights, "seconds": args.seconds,
             "vendor": not args.no_vendor, "compile": not (args.no_compile or args.quick),
@@ -249,8 +254,11 @@ def steps_of(session, rig, settings):
             stage = other_dtypes if dtype != first else early_ops if point.batch == settings["batches"][0] else late_ops
             stage.append(Step(label, len(modes) * (rig.seconds + PER_MODE), run))
     if what in ("model", "all"):
-        decoders = len(rig.sides()) * PER_DECODER + 8 * rig.seconds
         for name, b, c in models:
+            sides = rig.sides(b, first)
+            if not sides:
+                continue
+            decoders = len(sides) * PER_DECODER + 8 * rig.seconds
             run = functools.partial(model_bench.measure_model, session, rig, weights, name, first, b, c)
             (early_models if (b, c) == sizes[0] else late_models).append(Step(f"{name} b{b} {c}", decoders, run))
             if settings["compile"] and device == "cuda" and (b, c) == sizes[0]:
@@ -262,10 +270,11 @@ def steps_of(session, rig, settings):
         for name in settings["ledger_models"]:
             given = session, rig, weights, name, first, *size
             ledgers += [Step(f"ledger {name} {backend} {plan}", PER_LEDGER + 12 * rig.seconds,
-                             functools.partial(ledger.measure, *given, backend, plan)) for backend, plan in rig.sides()]
+                             functools.partial(ledger.measure, *given, backend, plan))
+                        for backend, plan in rig.sides(size[0], first)]
             ledgers += [Step(f"swaps {name} {plan}", ledger.SWAP_SECONDS + 10 * PER_DECODER,
                              functools.partial(ledger.measure_swap, *given, plan))
-                        for plan in rig.plans if settings["swap"]]
+                        for plan in rig.plans if settings["swap"] and plan != "persistent"]     # it has one op to swap
     rungs = ladder_bench.points(device, settings["ops"]) if settings["ladder"] or (
         what == "all" and device == "cuda" and not settings["quick"]) else []
     ladders = [Step(f"ladder of {point.op}", ladder_bench.SECONDS + PER_LADDER,

@@ -31,7 +31,7 @@ from lab.harness import compare, model_bench, shapes, timing
 from lab.harness.ceiling import one_line
 from lab.harness.ops_bench import alive
 from lab.harness.records import LedgerRow
-from lab.model.decoder import GREEDY, Decoder
+from lab.model.decoder import GREEDY, PLANS, Decoder
 from lab.ops import find
 
 MARKER = "spin_kernel"          # torch.cuda._sleep's kernel: nothing else in a decode step is called so
@@ -61,7 +61,7 @@ class Recorder:
 
     def __init__(self, ops, config, mark=False):
         self.ops, self.trace, self.mark, self.calls = ops, None, mark, []
-        self.roles = {(op, _signature(op, shape)): role for plan in shapes.PLANS
+        self.roles = {(op, _signature(op, shape)): role for plan in PLANS
                       for op, role, shape in shapes.uses(config, plan)}
 
     def __getattr__(self, name):
@@ -435,7 +435,7 @@ def add_arguments(parser):
     parser.add_argument("--context", type=int, default=1024, help="tokens in the KV cache (default 1024)")
     parser.add_argument("--weights", choices=("random", "auto"), default="random")
     parser.add_argument("--swap", action="store_true", help="also all-triton, all-cuda and each op swapped alone")
-    parser.add_argument("--plan", metavar="A,B", default="basic,fused", help="decode plans (default: basic,fused)")
+    parser.add_argument("--plan", metavar="A,B", help="decode plans (default: all, persistent at batch 1 alone)")
     parser.add_argument("--out", metavar="DIR", default="out/ledger", help="for records.jsonl (default out/ledger)")
 
 
@@ -449,7 +449,7 @@ def main(args):
         raise LabError("a ledger needs an NVIDIA GPU: its rows are device time stamps (lab bench works on a CPU)")
     words = ["ledger", args.model, "--quick", "--fresh"] + ["--swap"] * args.swap
     for option in ("out", "backend", "dtype", "batch", "context", "weights", "plan"):
-        words += [f"--{option}", str(getattr(args, option))]
+        words += [f"--{option}", str(getattr(args, option))] if getattr(args, option) is not None else []
     status = bench.main(bench.parse(words))
     rows, _, _ = compare.open_run(args.out)
     print(text_of([r for r in rows if r.kind == "ledger"]))

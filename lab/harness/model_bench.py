@@ -131,7 +131,8 @@ def _filled(session, rig, weights, rows):
         for r in rows:
             r.error = one_line(e)
         return rows
-    groups = together(rig, batch * (context + 1) * kv_bytes_per_token(loaded))
+    sides = list(dict.fromkeys((r.backend, r.plan) for r in rows if r.mode != "compile"))
+    groups = together(rig, sides, batch * (context + 1) * kv_bytes_per_token(loaded))
     if not groups:
         for r in rows:
             r.error = "does not fit: the KV cache is larger than the memory that is free"
@@ -144,12 +145,11 @@ def _filled(session, rig, weights, rows):
     return rows
 
 
-def together(rig, kv_bytes):
-    """The rig's (backend, plan) pairs, grouped by what is measured side by side: all, or a plan, or what fits of it.
+def together(rig, sides, kv_bytes):
+    """The (backend, plan) pairs `sides`, grouped by what is measured side by side: all, or a plan, or what fits of it.
 
     kv_bytes: of one decoder's cache; [] when not even one fits beside the weights that are loaded.
     """
-    sides = rig.sides()
     if rig.device != "cuda":
         return [sides]
     fit = int(KV_SHARE * torch.cuda.mem_get_info()[0] // kv_bytes)
@@ -167,7 +167,7 @@ def _rows(session, rig, name, dtype_name, batch, context):
     timer = {"graph": "graph", "eager": "event" if rig.device == "cuda" else "wall"}
     return [ModelRow(session.run, name, backend, plan, mode, dtype_name, batch, context, timer[mode],
                      emulated=rig.device != "cuda")
-            for mode in _modes(rig) for backend, plan in rig.sides()]
+            for mode in _modes(rig) for backend, plan in rig.sides(batch, dtype_name)]
 
 
 def _measure(session, rig, weights, rows, sides, batch, context):

@@ -17,6 +17,7 @@ from lab.harness.ceiling import one_line
 from lab.harness.peers import peers
 from lab.harness.records import OpRow
 from lab.harness.shapes import COLD, DIRECTION, arguments
+from lab.model.decoder import refusal
 from lab.ops import find
 
 MODES = (("cold", "graph"), ("in_model", "graph"), ("warm", "graph"), ("cold", "event"))
@@ -42,10 +43,16 @@ class Rig:
     plans: tuple = ("basic",)   # of the decoder, for models and ledgers
     lean: bool = False          # the torch reference under the first plan only
 
-    def sides(self):
-        """(backend, plan) of every decoder to measure."""
+    def sides(self, batch, dtype_name):
+        """(backend, plan) of every decoder to measure at a batch and dtype, which rule some plans out.
+
+        torch has no kernel of a whole step: under persistent it does what it does under fused. Beside other backends it
+        is measured once.
+        """
+        once = "fused" in self.plans and list(self.backends) != ["torch"]
+        again = self.plans[1:] if self.lean else ("persistent",) if once else ()
         return [(backend, plan) for plan in self.plans for backend in self.backends
-                if not (self.lean and backend == "torch" and plan != self.plans[0])]
+                if not refusal(plan, batch, DTYPES[dtype_name]) and not (backend == "torch" and plan in again)]
 
 
 def load_backends(names, device, asked):

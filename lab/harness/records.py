@@ -153,7 +153,7 @@ class ModelRow:
     run: str
     model: str
     backend: str
-    plan: str                             # basic | fused; "-" for a peer
+    plan: str                             # basic | fused | persistent; "-" for a peer
     mode: str                             # graph | eager | compile
     dtype: str
     batch: int

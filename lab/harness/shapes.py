@@ -10,7 +10,8 @@ import torch
 from lab.dispatch import DTYPES, known
 from lab.harness import records
 from lab.model.config import PRESETS
-from lab.ops import OPS
+from lab.model.decoder import PLANS
+from lab.ops import OPS, PERSISTENT
 from lab.ops.decode_attention import Workspace, choose_splits
 
 MODELS = ("smollm2-135m", "qwen3-0.6b", "llama-3.2-1b", "llama-3.1-8b")
@@ -20,9 +21,9 @@ MOST_TOKENS = 1 << 19           # batch * context of an attention point: two set
 # an activation that the kernel before has just written. Ops that are not named here work on activations alone.
 COLD = {"embedding": (1,), "linear": (1, 2), "kv_append": (2, 3), "decode_attention": (1, 2),
         "norm_linear": (3, 4), "rope_append_attention": (8, 9), "linear_add": (1, 3), "norm_linear_silu_mul": (3,),
-        "norm_linear_argmax": (3,)}
+        "norm_linear_argmax": (3,), "decode_step": (2, 3, 4)}
 ATTENTION = ("decode_attention", "rope_append_attention")       # the ops that have a context
-PLANS = ("basic", "fused")
+STEPS = tuple(op.name for op in PERSISTENT)                     # a whole step each: measured as a token, by model_bench
 # The stream an op is held to; ops that are not named here mostly read.
 DIRECTION = {"embedding": "copy", "rmsnorm": "copy", "rope": "copy", "kv_append": "copy", "silu_mul": "copy"}
 
@@ -50,6 +51,9 @@ def preset(name):
 
 def uses(c, plan="basic"):
     """(op, role, shape) of every distinct use in one decode step of model config c."""
+    if plan == "persistent":
+        yield "decode_step", None, {"layers": c.layers, "hidden": c.hidden, "vocab": c.vocab}
+        return
     heads = {"q_heads": c.q_heads, "kv_heads": c.kv_heads, "head_dim": c.head_dim}
     yield "embedding", None, {"vocab": c.vocab, "hidden": c.hidden}
     if plan == "fused":
@@ -77,12 +81,15 @@ def uses(c, plan="basic"):
 
 
 def points(models=MODELS, batches=(1,), contexts=(1024,), ops=None):
-    """Every distinct point of the models, in the order of OPS; equal shapes of two models are one point of both."""
+    """Every distinct point of the models, in the order of OPS; equal shapes of two models are one point of both.
+
+    A whole step is no point: at sizes of its own it would be a model that nobody has.
+    """
     found = {}
     for name in models:
         config = preset(name)
         for op, role, shape in (use for plan in PLANS for use in uses(config, plan)):
-            if ops is not None and op not in ops:
+            if op in STEPS or ops is not None and op not in ops:
                 continue
             for batch in batches:
                 for context in contexts if op in ATTENTION else (None,):

@@ -23,6 +23,8 @@ DEFAULTS = {
     "norm_linear": dict(batch=1, n=6144, k=4096), "norm_linear_silu_mul": dict(batch=1, n=14336, k=4096),
     "linear_add": dict(batch=1, n=4096, k=14336), "norm_linear_argmax": dict(batch=1, n=128256, k=4096),
     "rope_append_attention": dict(positions=(8191,), splits=33, **HEADS),
+    # One layer of them: the kernel of all is the same.
+    "decode_step": dict(layers=1, hidden=4096, intermediate=14336, vocab=128256, position=8191, **HEADS),
 }
 
 

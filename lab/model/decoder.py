@@ -1,8 +1,8 @@
 """The decode step of a Llama-family model: one new token for every sequence of a batch, through the dispatcher's ops.
 
-`basic_step` is the model (fused.py: the same in fewer kernels); the rest keeps its state. All buffers are allocated
-once, so on a GPU the whole step is captured as one CUDA graph and replayed: positions, context lengths and sampled ids
-live and advance on the device.
+`basic_step` is the model (fused.py: the same in fewer kernels, persistent.py: in one); the rest keeps its state. All
+buffers are allocated once, so on a GPU the whole step is captured as one CUDA graph and replayed: positions, context
+lengths and sampled ids live and advance on the device.
 """
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 import torch
 
-from lab.dispatch import Ops
+from lab.dispatch import DTYPES, Ops
 from lab.errors import LabError
 from lab.model.fused import fused_step
 from lab.model.kv_cache import PagedKVCache
+from lab.model.persistent import persistent_step
 from lab.model.prefill import prefill
 from lab.model.rope import cos_sin_table
 from lab.model.weights import Weights
@@ -61,15 +62,26 @@ def basic_step(d: Decoder, sampling: Sampling) -> None:
     d.state.add_(d.live)                                                    # positions and context_lens of live rows
 
 
-PLANS = {"basic": basic_step, "fused": fused_step}
+PLANS = {"basic": basic_step, "fused": fused_step, "persistent": persistent_step}
 
 
-def find_plan(name: str):
-    from lab.ops import FUSED, OPS
+def refusal(plan: str, batch: int, dtype: torch.dtype) -> str | None:
+    """Why a plan does not decode a batch of this size, or a model of this dtype; None where it does."""
+    from lab.ops.decode_step import op
+    if plan == "persistent" and batch != 1:
+        return f"plan persistent decodes one sequence, not a batch of {batch}: use --batch 1, or --plan fused"
+    if plan == "persistent" and dtype not in op.dtypes:
+        names = " or ".join(name for name, one in DTYPES.items() if one in op.dtypes)
+        return f"plan persistent takes models in {names} alone: use --dtype bf16, or --plan fused"
+    return None
+
+
+def find_plan(name: str, batch: int, dtype: torch.dtype):
+    """The plan's step. Raises LabError for an unknown plan and for one that takes no such batch or dtype."""
     if name not in PLANS:
         raise LabError(f"unknown plan {name!r}: choose from {', '.join(PLANS)}")
-    if name == "fused" and not all(op in OPS for op in FUSED):
-        raise LabError("plan fused is not built yet; use --plan basic")
+    if why := refusal(name, batch, dtype):
+        raise LabError(why)
     return PLANS[name]
 
 
@@ -79,14 +91,16 @@ class Decoder:
     batch: rows, each empty (idle) or one sequence; max_context: most tokens of one sequence, prompt included.
     eager: launch op by op on a GPU too, instead of replaying a CUDA graph. splits: blocks that share one KV head's
     context in decode_attention; None fills the device. Raises LabError for a plan, page size or context that is not
-    to be had; `Unavailable` comes earlier, from lab.dispatch.select.
+    to be had, and for a batch or a model that the plan does not take; `Unavailable` comes earlier, from
+    lab.dispatch.select.
     """
 
     def __init__(self, weights: Weights, ops: Ops, batch: int = 1, max_context: int = 1024, page_size: int = 16,
                  plan: str = "basic", eager: bool = False, splits: int | None = None, pages: int | None = None):
         from lab.ops.decode_attention import Workspace, choose_splits
+        from lab.ops.decode_step import StepModel, StepWorkspace
         from lab.ops.norm_linear_argmax import new_scratch
-        self.plan, self.run_plan = plan, find_plan(plan)
+        self.plan, self.run_plan = plan, find_plan(plan, batch, weights.dtype)
         self.weights, self.ops, self.batch, self.config = weights, ops, batch, weights.config
         config, device, dtype = weights.config, weights.device, weights.dtype
         self.device, self.eager = device, eager or device.type != "cuda"
@@ -117,6 +131,10 @@ class Decoder:
         self.state[0] = -1                                                  # idle: see lab/ops/kv_append.py
         next_norms = [layer.attn_norm for layer in weights.layers[1:]] + [weights.final_norm]
         self.blocks = list(zip(weights.layers, self.cache.k.unbind(), self.cache.v.unbind(), next_norms))
+        if plan == "persistent":
+            self.step_model = StepModel.of(weights, self.cos_sin, config.q_heads, config.kv_heads, config.head_dim,
+                                           config.rms_eps)
+            self.step_workspace = StepWorkspace.of(self.step_model)
         self.live_rows: set[int] = set()
         self.graphs: dict[Sampling, tuple[torch.cuda.CUDAGraph, Counter]] = {}
 

@@ -19,7 +19,8 @@ def add_arguments(parser) -> None:
                         help="another backend for one op; may be repeated")
     parser.add_argument("--dispatch", metavar="FILE", help="a backend for each op by batch and context, as "
                         "`lab bench crossover --export` writes it; --override goes first")
-    parser.add_argument("--plan", default="basic", help="basic: one kernel per op; fused: few per layer")
+    parser.add_argument("--plan", default="basic", help="basic: one kernel per op; fused: few per layer; persistent: "
+                        "one for the whole step")
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="text; goes through the model's chat template if it has one")
     prompt.add_argument("--ids", metavar="1,2,3", help="token ids instead of text")
@@ -63,7 +64,7 @@ def main(args) -> int:
         raise LabError(f"--json {args.json}: its folder does not exist")
     if args.json is not None and Path(args.json).is_dir():
         raise LabError(f"--json {args.json!r} is a folder: give the name of a file")
-    find_plan(args.plan)
+    find_plan(args.plan, 1, dtype)
     trace = Trace() if args.trace or args.json else None
     table = read_table(args.dispatch) if args.dispatch else None
     overrides = args.override or environment_overrides()

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import torch
 
 from lab.backends.cuda import DTYPE_CODES
-from lab.dispatch import EPS32, FLOATS, Op, case, dense, refuse
+from lab.dispatch import EPS32, Op, case, dense, refuse
 from lab.ops import (decode_attention, embedding, linear_add, norm_linear, norm_linear_argmax, norm_linear_silu_mul,
                      rope_append_attention)
 from lab.ops.kv_append import check_cache, paged_cache
 
 MAX_GROUP = 8                       # query heads of a KV head
 MAX_SPLITS = 64                     # blocks that share a KV head's context
-BARRIER, BEST, TICKET, TICKETS = 0, 2, 4, 8         # places in counters; BEST has 64 bits, each KV head a ticket
+BEST, TICKET, BARRIER, TICKETS = 0, 2, 4, 8         # places in counters: BEST has 64 bits, each KV head a ticket
 # A layer's tensors, in the order of a row of StepModel.table.
 LAYER = ("attn_norm", "wqkv", "bqkv", "q_norm", "k_norm", "wo", "bo", "mlp_norm", "w_gate_up", "w_down")
 OPTIONAL = ("bqkv", "q_norm", "k_norm", "bo")
@@ -236,7 +236,7 @@ def flops(ids, positions, model, *args):
 
 
 op = Op(
-    name="decode_step", summary="a whole greedy decode step of one sequence", dtypes=FLOATS,
+    name="decode_step", summary="a whole greedy decode step of one sequence", dtypes=(torch.float16, torch.bfloat16),
     validate=validate, outputs=outputs, reference=reference, cuda=cuda, triton=triton, torch=torch_, inputs=inputs,
     nbytes=nbytes, flops=flops, tolerance=tolerance, verify=verify,
     mutates=(3, 4, 6),

@@ -177,11 +177,14 @@ def with_share(rows):
                        share_high=share * rows["us"] / rows["us_p10"])
 
 
-def line(ax, rows, x, y, low, high, look, label, dash="-", fill="full"):
+def line(ax, rows, x, y, low, high, look, label, dash="-", markers="full"):
+    """markers: hollow, full or rimmed."""
     rows = rows.dropna(subset=[x, y]).sort_values(x)
     if len(rows):
+        rim = {"markeredgecolor": matplotlib.rcParams["text.color"], "markersize": 6} if markers == "rimmed" else {}
         ax.errorbar(rows[x], rows[y], yerr=spread(rows, y, low, high), color=look.color, marker=look.marker,
-                    label=label, linestyle=dash, fillstyle=fill)
+                    label=label, linestyle=dash,
+                    fillstyle="none" if markers == "hollow" else "full", **rim)
 
 
 def dots(ax, rows, column, order, x, low, high, theme):

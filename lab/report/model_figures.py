@@ -65,15 +65,15 @@ def model_table(rows):
 
 
 def _lines(rows):
-    """(name, rows, look, (line style, markers)) of every line, in the backends' order: eager steps dotted, fused plans
-    dashed, and where there are several plans, basic ones with hollow markers."""
+    """(name, rows, look, (line style, markers)) of every line, in the backends' order: eager steps dotted, the others
+    in their plan's style, and where there are several plans, with its markers."""
     several, plans = rows["mode"].nunique() > 1, rows["plan"].nunique() > 1
     for backend in style.backend_order(rows["backend"]):
         for name, group in rows[rows["backend"] == backend].groupby("series", sort=False):
             mode, plan = group["mode"].iloc[0], group["plan"].iloc[0]
             look = style.backend("compile" if mode == "compile" and backend == "torch" else backend)
-            dash = ":" if several and mode == "eager" else "--" if plan == "fused" else "-"
-            yield name, group, look, (dash, "none" if plans and plan == "basic" else "full")
+            dash, markers = style.PLANS.get(plan, ("-", "full"))
+            yield name, group, look, (":" if several and mode == "eager" else dash, markers if plans else "full")
 
 
 def _modes(rows):

@@ -135,6 +135,8 @@ def _op_sections(run, f, drawn, with_twins):
     for op in names:
         rows = run.op[run.op["op"] == op]
         section = Section(f"op-{slug_of(op)}", f"Op: {op}", twins=[twin_view(op)] if with_twins else [])
+        if op in style.STEPS:
+            section.intro = "A whole step: the models' sections have its times, as tokens of the plan persistent."
         if (run.fairness["op"] == op).any():
             sides = one_call(run.fairness[run.fairness["op"] == op], f.dtype if f else "")
             section.tables += [(*made, True) for made in (card(sides), mix(sides)) if made]

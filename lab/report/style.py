@@ -35,7 +35,13 @@ PARTS = {"embedding": "#5f55c4", "rmsnorm": "#88ccee", "linear": "#44aa99", "rop
 # A fused op has the colour of what it does most, hatched.
 FUSED = {"norm_linear": "#44aa99", "rope_append_attention": "#ddcc77", "linear_add": "#88ccee",
          "norm_linear_silu_mul": "#cc6677", "norm_linear_argmax": "#882255"}
+# A whole step in one op has the colour of its matrices, which take most of it, hatched the other way.
+STEPS = {"decode_step": "#44aa99"}
 OTHERS = ("#aa4499", "#5f6b7a", "#a5654b", "#3f9aa8")
+
+
+# plan: its line's style, and its markers': hollow, full, or full with a rim in the colour of the text.
+PLANS = {"basic": ("-", "hollow"), "fused": ("--", "full"), "persistent": ("-.", "rimmed")}
 
 
 def backend(name):
@@ -51,7 +57,7 @@ def backend_order(names):
 
 def part_order(op):
     """Sorts ops as a decode step runs them; the others come last."""
-    order = [*PARTS, *FUSED]
+    order = [*PARTS, *FUSED, *STEPS]
     return order.index(op) if op in order else len(order)
 
 
@@ -69,6 +75,8 @@ def part_looks(parts):
             looks[part] = PARTS[part], ""
         elif part in FUSED:
             looks[part] = FUSED[part], "\\\\"
+        elif part in STEPS:
+            looks[part] = STEPS[part], "//"
         else:
             looks[part] = OTHERS[others % len(OTHERS)], ""
             others += 1

@@ -1,0 +1,110 @@
+"""The persistent plan against the basic plan: within rounding the same logits, their best token, in one kernel."""
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lab.dispatch import Trace, select
+from lab.errors import LabError
+from lab.model import decoder as decoders
+from lab.model.decoder import GREEDY, Decoder, Sampling
+from lab.model.weights import RandomSource, load
+from test_fused import NAMES, STEPS, backend                        # noqa: F401 (backend is a fixture)
+from tiny_models import CONFIGS, LLAMA
+
+HALVES = pytest.mark.parametrize("backend", ["cuda", "triton"])     # torch checks no id and looks at no position
+BF16 = torch.bfloat16
+PROMPT = random.Random(1).choices(range(272), k=15)                 # the steps cross the end of a page
+
+
+def decoder(config, backend, device, plan="persistent", dtype=BF16, prompt=PROMPT, trace=None, o_bias=False, **options):
+    weights = load(RandomSource(config, seed=1), dtype, device)
+    if o_bias:
+        for layer in weights.layers:
+            layer.bo = torch.linspace(-1, 1, config.hidden, device=device).to(dtype)
+    d = Decoder(weights, select(backend, device, trace=trace), max_context=64, plan=plan, **options)
+    if prompt:
+        d.admit(0, prompt)
+    return d
+
+
+def agree(name, dtype, backend, device, o_bias=False):
+    """Steps both plans over the same tokens. Half precision's bound is test_fused.py's: the roundings are the same."""
+    d = decoder(CONFIGS[name], backend, device, dtype=dtype, o_bias=o_bias)
+    basic = decoder(CONFIGS[name], "torch", device, "basic", torch.float32, o_bias=o_bias)
+    for _ in range(STEPS):
+        assert d.step().tolist() == d.logits.argmax(1).tolist()
+        basic.step()
+        assert (d.logits - basic.logits).abs().max() < 16 * torch.finfo(dtype).eps * basic.logits.abs().max()
+        assert torch.equal(d.state, basic.state)
+        basic.ids.copy_(d.ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, BF16])
+@pytest.mark.parametrize("name", NAMES)
+def test_plans_agree(name, dtype, backend, device):
+    agree(name, dtype, backend, device)
+
+
+def test_the_bias_of_the_output_projection(backend, device):
+    agree("llama", torch.float16, backend, device, o_bias=True)
+
+
+def test_sampling_draws_from_the_logits(backend, device):
+    sampling = Sampling(temperature=0.8, top_k=20, top_p=0.9, seed=3)
+    d = decoder(CONFIGS["llama"], backend, device)
+    for _ in range(STEPS):
+        position = d.positions.clone()
+        token = d.step(sampling).tolist()
+        assert token == d.ops.sample(d.logits, position, 0.8, 20, 0.9, 3).tolist()
+
+
+def test_runs_repeat_bit_for_bit(backend, device):
+    first, second = (decoder(CONFIGS["qwen3"], backend, device) for _ in range(2))
+    for _ in range(STEPS):
+        assert first.step().tolist() == second.step().tolist() and torch.equal(first.logits, second.logits)
+
+
+@HALVES
+def test_one_kernel_a_step(backend, device):
+    trace = Trace()
+    d = decoder(CONFIGS["llama"], backend, device, trace=trace)
+    d.step(), d.step()
+    assert [(op, by, count) for (op, by, _), count in trace.counts.items()] == [("decode_step", backend, 2)]
+
+
+@HALVES
+def test_an_idle_row_writes_nothing_and_leaves_all_ready(backend, device):
+    d, fresh = (decoder(CONFIGS["qwen3"], backend, device, prompt=None) for _ in range(2))
+    held = (d.ids.fill_(5), d.logits.fill_(7), d.cache.k.normal_(), d.cache.v.normal_(), d.state)
+    before = [tensor.clone() for tensor in held]
+    with torch.inference_mode():
+        d.run_plan(d, GREEDY)
+    assert all(map(torch.equal, held, before))
+    for one in (d, fresh):
+        one.admit(0, PROMPT)
+    assert d.step().tolist() == fresh.step().tolist() and torch.equal(d.logits, fresh.logits)
+
+
+@HALVES
+@pytest.mark.parametrize("wrong", [-1, LLAMA.vocab])
+def test_an_id_outside_the_vocabulary_gives_no_token(wrong, backend, device):
+    d = decoder(CONFIGS["llama"], backend, device)
+    d.ids.fill_(wrong)
+    assert d.step().tolist() == [-1] and d.logits.isnan().all()
+    assert d.step().tolist() == [-1]                                # which -1 itself is
+
+
+@pytest.mark.parametrize("options, said", [
+    (dict(batch=2), "plan persistent decodes one sequence, not a batch of 2: use --batch 1, or --plan fused"),
+    (dict(dtype=torch.float64), "plan persistent takes models in .*bf16 alone: use --dtype bf16, or --plan fused")])
+def test_what_the_plan_does_not_take_is_refused_before_memory_is_taken(options, said, monkeypatch):
+    monkeypatch.setattr(decoders, "PagedKVCache", None)
+    with pytest.raises(LabError, match=said):
+        decoder(LLAMA, "torch", "cpu", **options)
+
+
+def test_a_model_with_too_many_query_heads_is_refused():
+    with pytest.raises(LabError, match="decode_step: 9 query and 1 KV heads of 64: .* at most 8 query heads"):
+        decoder(replace(LLAMA, q_heads=9, kv_heads=1), "torch", "cpu")

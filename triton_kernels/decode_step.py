@@ -1,0 +1,264 @@
+"""decode_step: the whole decode step of one sequence in one launch: embedding, every layer, lm_head and argmax
+
+  ids, positions, out [1] int32; out may be ids   logits [1, vocab] float32   table [layers, 10] int64: addresses
+  k_cache, v_cache [layers, pages, kv_heads, page_size, head_dim]   block_table [1, max_pages] int32
+  h, qkv, attention, act: rows that pass from one phase to the next   counters: zero, and left at zero
+  mapping   one program per multiprocessor, all resident. Of every matrix a program has an equal share of the rows, one
+            after the other; of attention, a split of a KV head. Between two phases all wait for each other
+  traffic   every weight and the context's KV once; the rows, from L2, once per program
+  contract  lab/ops/decode_step.py          twin  cuda_src/decode_step.cu
+
+What a phase multiplies depends on no other program, so its first two tiles of weights leave before the wait: the memory
+is busy while programs wait, and while they normalise. Every row is whole (BLOCK_K covers k), as is the row it is
+multiplied with; both stay in registers.
+"""
+import math
+
+import triton
+import triton.language as tl
+
+from lab.ops import decode_step as contract
+from triton_kernels.common import config, launch
+from triton_kernels.norm_linear_argmax import first_best, keep_best
+from triton_kernels.norm_linear_silu_mul import activate
+from triton_kernels.rope_append_attention import angles, append_and_attend
+from triton_kernels.settings import measured, multiprocessors
+from triton_kernels.split_attention import load_tile, merge_step, split_bounds
+from triton_kernels.stream_rows import load_rows, normed_rows
+
+BARRIER, BEST, TICKET, TICKETS = map(tl.constexpr, (contract.BARRIER, contract.BEST, contract.TICKET, contract.TICKETS))
+# Places in a row of the table: LAYER of the contract.
+(ATTN_NORM, WQKV, BQKV, Q_NORM, K_NORM, WO, BO, MLP_NORM, W_GATE_UP, W_DOWN) = map(tl.constexpr, range(10))
+LAYER = tl.constexpr(len(contract.LAYER))
+LOW_31_BITS = tl.constexpr(2147483647)
+
+# elements: of a tile of weights: 32 KiB, 32 registers a thread, and two tiles are on their way. An H100 wants about 32
+# KiB in flight from a multiprocessor, an A100 20; what is more lasts while programs wait. All of a multiprocessor's
+# registers are the one program's, of 8 warps: with 16, what every thread has to know would take twice the room, and
+# spill. tile, min_rows: as in rope_append_attention (float32 has no tensor core to fill). splits: of a KV head; without
+# it, what the programs allow.
+HALF = dict(elements=1 << 14, tile=64, min_rows=16, num_warps=8, num_stages=5)
+FLOAT = dict(elements=1 << 13, tile=32, min_rows=1, num_warps=8, num_stages=5)
+CPU = dict(elements=1 << 18, tile=32, min_rows=1, num_warps=1, programs=2, splits=4)
+CONFIGS = {"sm_90": {2: HALF, 4: FLOAT}, "sm_80": {2: dict(HALF, elements=1 << 13), 4: FLOAT},
+           "interpreter": {2: CPU, 4: CPU}}             # by item size
+
+
+@triton.jit
+def arrive(counters, target):
+    """Says that this program has stored what it had to store. Returns how many arrivals the next wait waits for."""
+    tl.debug_barrier()                                  # every thread's stores come before the arrival
+    # Nobody asks what the counter was, so this is a reduction, and no thread waits for its answer.
+    tl.atomic_add(counters + BARRIER, 1, sem="release", scope="gpu")
+    return target + tl.num_programs(0)
+
+
+@triton.jit
+def wait(counters, target):
+    """Until all have arrived. One thread asks and tells the others. Its acquire empties the L1, too: plain loads read
+    what other multiprocessors have written."""
+    while tl.atomic_add(counters + BARRIER, 0, sem="acquire", scope="gpu") < target:
+        pass
+
+
+@triton.jit
+def tensor_at(table, part: tl.constexpr, like):
+    """A layer's tensor, of the type of the pointer `like`."""
+    return tl.multiple_of(tl.load(table + part).to(like.dtype), 16)
+
+
+@triton.jit
+def load_added(bias, residual, column, end):
+    """What a tile's sums are added to. Nobody else writes these outputs, so they may be read before a wait."""
+    b = tl.zeros(column.shape, tl.float32)
+    r = tl.zeros(column.shape, tl.float32)
+    if bias is not None:
+        b = tl.load(bias + column, mask=column < end, other=0.0).to(tl.float32)
+    if residual is not None:
+        r = tl.load(residual + column, mask=column < end, other=0.0).to(tl.float32)
+    return b, r
+
+
+@triton.jit
+def product(counters, target, x, norm_w, eps, w, bias, residual, y, n, K: tl.constexpr, BLOCK_N: tl.constexpr,
+            BLOCK_K: tl.constexpr, PAIRS: tl.constexpr = False, ARGMAX: tl.constexpr = False):
+    """y[j] = xn . w[j] (+ bias[j]) (+ residual[j]), with PAIRS y[j] = silu(xn . w[j]) * (xn . w[n + j]), for this
+    program's share of n outputs; xn is x, or its norm. With ARGMAX it returns its best outputs and their indices, as
+    [1, BLOCK_N]. What is None is left out."""
+    PARTS: tl.constexpr = 2 if PAIRS else 1
+    EVEN_K: tl.constexpr = K == BLOCK_K
+    first = (tl.program_id(0) * n) // tl.num_programs(0)
+    end = ((tl.program_id(0) + 1) * n) // tl.num_programs(0)
+    column = first + tl.arange(0, BLOCK_N)[None, :]
+    i = tl.arange(0, PARTS * BLOCK_N)[None, :, None]
+    row = i // PARTS + (i % PARTS) * n                  # gate and up alternate, as in norm_linear_silu_mul
+    left = end - first
+    col = tl.arange(0, BLOCK_K)[None, None, :]
+
+    # A tile's rows are at constant distances from w, so that one register holds the address of all.
+    w += first.to(tl.int64) * K
+    tile = load_rows(w, row, i < PARTS * left, col, K, EVEN_K)
+    ahead = load_rows(w + BLOCK_N * K, row, i < PARTS * (left - BLOCK_N), col, K, EVEN_K)
+    b, r = load_added(bias, residual, column, end)
+    if norm_w is not None:
+        weight = tl.load(norm_w + col, mask=col < K, other=0.0, eviction_policy="evict_last")
+    wait(counters, target)
+    if norm_w is not None:
+        xn = normed_rows(x, weight, 1, K, eps, tl.zeros([1, 1, 1], tl.int32), col)
+    else:
+        xn = tl.load(x + col, mask=col < K, other=0.0, eviction_policy="evict_last")
+
+    best = tl.full([1, BLOCK_N], float("-inf"), tl.float32)
+    index = tl.full([1, BLOCK_N], LOW_31_BITS, tl.int32)
+    for _ in range(first, end, BLOCK_N):
+        total = tl.sum(tile.to(tl.float32) * xn.to(tl.float32), axis=2)
+        tile = ahead
+        w += BLOCK_N * K
+        left -= BLOCK_N
+        ahead = load_rows(w + BLOCK_N * K, row, i < PARTS * (left - BLOCK_N), col, K, EVEN_K)
+        if PAIRS:
+            total = activate(total, 1, BLOCK_N)
+        else:
+            total = r + (total + b)
+        tl.store(y + column, total.to(y.dtype.element_ty), mask=column < end)
+        if ARGMAX:
+            best, index = keep_best(best, index, tl.where(column < end, total, float("-inf")), column)
+        column += BLOCK_N
+        b, r = load_added(bias, residual, column, end)
+    return best, index
+
+
+@triton.jit
+def first_tile(k_cache, v_cache, block_table, position, item, splits, kv_heads, max_pages, HEAD_DIM: tl.constexpr,
+               BLOCK_D: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr):
+    """Bounds of split item % splits, and its first keys and values of KV head item / splits; zeros past the last."""
+    begin, end, used = split_bounds(position + 1, item % splits, splits, TILE)
+    d = tl.arange(0, BLOCK_D)
+    token = begin + tl.arange(0, TILE)
+    live = (token < tl.minimum(end, position)) & (item < kv_heads * splits)
+    kt, vt = load_tile(k_cache, v_cache, block_table, token, live, 0, item // splits, kv_heads, max_pages, d,
+                       (d < HEAD_DIM)[None, :], PAGE, HEAD_DIM)
+    return begin, end, used, kt, vt
+
+
+@triton.jit
+def decode_step_kernel(embed, ids, positions, table, final_norm, lm_head, cos_sin, k_cache, v_cache, block_table,
+                       logits, out, h, qkv, attention, act, partial, counters, layers, vocab, cache_stride, max_pages,
+                       splits, eps, scale_log2, HIDDEN: tl.constexpr, MIDDLE: tl.constexpr, GROUP: tl.constexpr,
+                       KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_BQKV: tl.constexpr, HAS_BO: tl.constexpr,
+                       HAS_QK_NORM: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
+                       BLOCK_D: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, MERGE: tl.constexpr,
+                       BLOCK_HIDDEN: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_MIDDLE: tl.constexpr,
+                       N_QKV: tl.constexpr, N_O: tl.constexpr, N_GATE: tl.constexpr, N_DOWN: tl.constexpr,
+                       N_HEAD: tl.constexpr):
+    # 1. Locate: the residual stream starts as a row of embed. An id outside the vocabulary turns everything to NaN, by
+    # the first norm.
+    position = tl.load(positions)
+    if position < 0:
+        return
+    token = tl.load(ids)
+    known = (token >= 0) & (token < vocab)
+    eps = tl.where(known, eps, float("nan"))
+    residual = embed + tl.where(known, token, 0).to(tl.int64) * HIDDEN
+    Q: tl.constexpr = GROUP * KV_HEADS * HEAD_DIM
+    KV: tl.constexpr = KV_HEADS * HEAD_DIM
+    cosine, sine = angles(cos_sin, position, tl.arange(0, BLOCK_D), HEAD_DIM)
+
+    # 2. Send: the twin has a thread that sends for the weights of all phases. Here each phase loads two tiles into
+    # registers, and then waits for `target` arrivals (see product); the first waits for none.
+    target = 0
+
+    # 3. The layers: norm and qkv, attention, o, norm and gate and up, down, each at an end when all have arrived.
+    for _ in range(layers):
+        product(counters, target, residual, tensor_at(table, ATTN_NORM, embed), eps, tensor_at(table, WQKV, embed),
+                tensor_at(table, BQKV, embed) if HAS_BQKV else None, None, qkv, Q + 2 * KV, HIDDEN, N_QKV, BLOCK_HIDDEN)
+        target = arrive(counters, target)
+
+        # A program has a split of a KV head, or none; where KV heads outnumber programs, several.
+        q_norm = tensor_at(table, Q_NORM, embed)
+        k_norm = tensor_at(table, K_NORM, embed)
+        item = tl.program_id(0)
+        begin, end, used, kt, vt = first_tile(k_cache, v_cache, block_table, position, item, splits, KV_HEADS,
+                                              max_pages, HEAD_DIM, BLOCK_D, PAGE, TILE)
+        wait(counters, target)
+        while item < KV_HEADS * splits:
+            if item % splits < used:
+                append_and_attend(qkv, qkv + Q, qkv + Q + KV, q_norm, k_norm, eps, position, cosine, sine, kt, vt,
+                                  k_cache, v_cache, block_table, attention, partial, counters + TICKETS, 0,
+                                  item // splits, item % splits, begin, end, used, KV_HEADS, max_pages, splits, 0, 0, 0,
+                                  scale_log2, HAS_QK_NORM, GROUP, ROWS, HEAD_DIM, BLOCK_D, PAGE, TILE, SPLIT, HEADS,
+                                  MERGE)
+            item += tl.num_programs(0)
+            begin, end, used, kt, vt = first_tile(k_cache, v_cache, block_table, position, item, splits, KV_HEADS,
+                                                  max_pages, HEAD_DIM, BLOCK_D, PAGE, TILE)
+        target = arrive(counters, target)
+
+        # The first layer adds to the row of embed, the others to h.
+        product(counters, target, attention, None, eps, tensor_at(table, WO, embed),
+                tensor_at(table, BO, embed) if HAS_BO else None, residual, h, HIDDEN, Q, N_O, BLOCK_HEADS)
+        target = arrive(counters, target)
+
+        product(counters, target, h, tensor_at(table, MLP_NORM, embed), eps, tensor_at(table, W_GATE_UP, embed), None,
+                None, act, MIDDLE, HIDDEN, N_GATE, BLOCK_HIDDEN, PAIRS=True)
+        target = arrive(counters, target)
+
+        product(counters, target, act, None, eps, tensor_at(table, W_DOWN, embed), None, h, h, HIDDEN, MIDDLE, N_DOWN,
+                BLOCK_MIDDLE)
+        target = arrive(counters, target)
+        residual = h
+        table += LAYER
+        k_cache += cache_stride
+        v_cache += cache_stride
+
+    # 4. The logits: a program keeps its best.
+    best, index = product(counters, target, residual, final_norm, eps, lm_head, None, None, logits, vocab, HIDDEN,
+                          N_HEAD, BLOCK_HIDDEN, ARGMAX=True)
+    best, index = first_best(best, index, 1)            # [1, 1], and a scalar for the atomic
+    best = tl.max(tl.reshape(best, [1]), axis=0)
+    index = tl.max(tl.reshape(index, [1]), axis=0)
+
+    # 5. Argmax in the last block: a logit and its index become one integer, larger for a larger logit, then for a lower
+    # index (keep_best makes NaN infinity at -1). The counters are left at zero: all programs are past the last wait.
+    bits = best.to(tl.int32, bitcast=True)
+    ordered = tl.where(bits < 0, ~bits, bits | (-2147483647 - 1)).to(tl.uint32, bitcast=True).to(tl.int64)
+    top = (counters + BEST).to(tl.pointer_type(tl.int64))
+    tl.atomic_max(top, (ordered << 31) | (~index + LOW_31_BITS).to(tl.int64), mask=index < vocab, sem="relaxed",
+                  scope="gpu")
+    if tl.atomic_add(counters + TICKET, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
+        lowest = (tl.atomic_max(top, 0, sem="relaxed", scope="gpu") & LOW_31_BITS).to(tl.int32)
+        tl.store(out, ~lowest + LOW_31_BITS)
+        tl.store(top, 0)
+        tl.store(counters + TICKET, 0)
+        tl.store(counters + BARRIER, 0)
+
+
+def decode_step(ids, positions, model, k_cache, v_cache, block_table, logits, workspace, out):
+    """Launch one program per multiprocessor; a settings' `per_multiprocessor` or `programs` changes it."""
+    m, w, embed = model, workspace, model.embed
+    (vocab, hidden), middle, kv_heads, head_dim, page_size = (m.lm_head.shape, m.intermediate, m.kv_heads, m.head_dim,
+                                                              k_cache.shape[3])
+    cfg = (measured("decode_step", embed, 1, hidden=hidden, intermediate=middle, q_heads=m.q_heads, kv_heads=kv_heads,
+                    head_dim=head_dim) or config(CONFIGS, embed)[embed.itemsize])
+    programs = cfg.get("programs") or cfg.get("per_multiprocessor", 1) * multiprocessors(embed)
+    splits = cfg.get("splits") or max(min(contract.MAX_SPLITS, programs // kv_heads), 1)
+    options = {key: value for key, value in cfg.items() if key.startswith("num_")}
+    heads, block_d, q = triton.next_power_of_2(m.group), triton.next_power_of_2(head_dim), m.q_heads * head_dim
+    layer = m.layers[0]
+
+    def rows(n, k, parts=1):
+        """BLOCK_N: what fits into a tile, and no more than a program's share."""
+        return min(max(cfg["elements"] // (parts * triton.next_power_of_2(k)), 1),
+                   triton.next_power_of_2(triton.cdiv(n, programs)))
+
+    held = (tensor for one in m.layers for part in contract.LAYER if (tensor := getattr(one, part)) is not None)
+    launch(decode_step_kernel, (programs,), embed, ids, positions, m.table, m.final_norm, m.lm_head, m.cos_sin, k_cache,
+           v_cache, block_table, logits, out, w.h, w.qkv, w.attention, w.act, w.partial, w.counters, len(m.layers),
+           vocab, k_cache.stride(0), block_table.shape[1], splits, m.eps, m.scale * math.log2(math.e), reads=held,
+           HIDDEN=hidden, MIDDLE=middle, GROUP=m.group, KV_HEADS=kv_heads, HEAD_DIM=head_dim,
+           HAS_BQKV=layer.bqkv is not None, HAS_BO=layer.bo is not None, HAS_QK_NORM=layer.q_norm is not None,
+           PAGE=page_size, ROWS=max(heads, cfg["min_rows"]), HEADS=heads, BLOCK_D=block_d, TILE=cfg["tile"],
+           SPLIT=splits > 1, MERGE=merge_step(splits, heads, block_d), BLOCK_HIDDEN=triton.next_power_of_2(hidden),
+           BLOCK_HEADS=triton.next_power_of_2(q), BLOCK_MIDDLE=triton.next_power_of_2(middle),
+           N_QKV=rows(q + 2 * kv_heads * head_dim, hidden), N_O=rows(hidden, q), N_GATE=rows(middle, hidden, 2),
+           N_DOWN=rows(hidden, middle), N_HEAD=rows(vocab, hidden), launch_cooperative_grid=True,
+           **options)
