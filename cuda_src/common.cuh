@@ -499,27 +499,35 @@ LAB_DEVICE unsigned take_ticket(unsigned* counter) {
 #endif
 }
 
-// One thread's half of a barrier of blocks: add_release() says that its block has arrived, wait_acquire() waits until the
-// counter has reached `target` (or passed it by less than 2^31). What was seen before the one, stores of its block before
-// a barrier too, is visible after the other, after a barrier to all of that block.
-LAB_DEVICE void add_release(unsigned* counter) {
+// Two 32-bit values as one 64-bit access, from block to block and past L1: if one of them tells that the other is the
+// expected one, no fence and no barrier is needed between the blocks.
+LAB_DEVICE void store_word(uint64_t* p, uint64_t word) {
 #ifdef __CUDACC__
-  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(word) : "memory");
 #else
-  __threadfence();
-  atomicAdd(counter, 1u);
+  __atomic_store_n(p, word, __ATOMIC_RELAXED);
 #endif
 }
-LAB_DEVICE void wait_acquire(unsigned* counter, unsigned target) {
+// N words that lie side by side, 16-byte aligned from two on; each is one access. spin_pause() between two tries.
+template <int N>
+LAB_DEVICE void load_words(uint64_t (&words)[N], const uint64_t* p) {
 #ifdef __CUDACC__
-  unsigned now;                                   // each acquire empties L1, so that only the last load is one
-  do {
-    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
-  } while (int(now - target) < 0);
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
+  if constexpr (N == 1) {
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(words[0]) : "l"(p) : "memory");
+  } else {
+    LAB_UNROLL
+    for (int i = 0; i < N; i += 2) {
+      asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];"
+                   : "=l"(words[i]), "=l"(words[i + 1]) : "l"(p + i) : "memory");
+    }
+  }
 #else
-  while (int(atomicAdd(counter, 0u) - target) < 0) __nanosleep(0);
-  __threadfence();
+  for (int i = 0; i < N; ++i) words[i] = __atomic_load_n(p + i, __ATOMIC_RELAXED);
+#endif
+}
+LAB_DEVICE void spin_pause() {
+#ifndef __CUDACC__
+  __nanosleep(0);                                 // a CPU thread runs until it lets others run
 #endif
 }
 

@@ -33,14 +33,13 @@ struct StepArguments {
   const float* cos_sin;
   float* logits;
   int* out;
-  T *h, *qkv, *attention, *act;
-  float* partial;
+  uint64_t *h, *qkv, *attention, *act, *partial;  // tagged_row.cuh
   unsigned* counters;
   int layers, vocab, hidden, intermediate, tiles, row_bytes;
   StepHeads<T> heads;
 };
 
-constexpr int kBest = 0, kTicket = 2, kBarrier = 4, kTickets = 8;     // places in counters, as in the contract
+constexpr int kBest = 0, kTicket = 2, kTag = 3;   // places in counters, as in the contract
 
 // In a block's shared memory this comes first; then the tiles; then a row of x, whose place attention's sums take, too;
 // then the table.
@@ -53,22 +52,6 @@ struct alignas(128) StepSmem {
 };
 
 #if LAB_SM90
-// A barrier of all blocks, in two halves: between arrive() and wait() a block does what needs no other block's results.
-// The counter grows from 0 and is set back at the launch's end. (On an H100: 0.9 us. With a flag for each block, watched
-// by a thread each, it took twice that.)
-struct GridBarrier {
-  unsigned* counter;
-  unsigned target = 0;
-  LAB_DEVICE void arrive() {                      // after a barrier of the block
-    target += gridDim.x;
-    if (threadIdx.x == 0) add_release(counter);
-  }
-  LAB_DEVICE void wait() {
-    if (threadIdx.x == 0) wait_acquire(counter, target);
-    ring_sync();
-  }
-};
-
 // A row of x on its way into shared memory, as the products read it.
 template <typename T>
 struct StepRow {
@@ -77,7 +60,7 @@ struct StepRow {
   float* squares;
   Packed<T, N> weight[kKeep];                     // of the norm
 
-  // Loads the norm's weight, which depends on no other block: call it before the wait.
+  // Loads the norm's weight, which depends on no other block, while others still work on the row.
   LAB_DEVICE void start(const T* norm_w, int k) {
     LAB_UNROLL
     for (int i = 0; i < kKeep; ++i) {
@@ -85,21 +68,38 @@ struct StepRow {
       if (col < k) weight[i] = load_packed<N>(norm_w + col);
     }
   }
-  LAB_DEVICE void copy(const T* from, int k) {
-    for (int col = threadIdx.x * N; col < k; col += kStep) store_packed<N>(x + col, load_packed<N>(from + col));
+  // Calls f(column, 8 elements) for this thread's columns of a row of k, when they are there.
+  template <typename F>
+  LAB_DEVICE static void each(const TaggedRow<T>& from, int k, F f) {
+    constexpr int kAhead = 4;
+    for (int first = threadIdx.x * N; first < k; first += kAhead * kStep) {
+      Vec<T> values[kAhead];
+      from.wait(values, first, kStep, k);
+      LAB_UNROLL
+      for (int i = 0; i < kAhead; ++i) {
+        if (first + i * kStep < k) f(first + i * kStep, values[i]);
+      }
+    }
+  }
+  template <typename F>
+  LAB_DEVICE static void each(const T* from, int k, F f) {
+    for (int col = threadIdx.x * N; col < k; col += kStep) f(col, load(from + col));
+  }
+  LAB_DEVICE void copy(const TaggedRow<T>& from, int k) {
+    each(from, k, [&](int col, const Vec<T>& v) { store(x + col, v); });
     ring_sync();
   }
   // x = T(T(from * rsqrt(mean(from^2) + eps)) * norm_w): the rounding points of rmsnorm.
-  LAB_DEVICE void norm(const T* from, const T* norm_w, int k, float eps) {
+  template <typename From>
+  LAB_DEVICE void norm(const From& from, const T* norm_w, int k, float eps) {
     const int first = threadIdx.x * N;
     float f[N], factor[N], sum = 0.f;
-    for (int col = first; col < k; col += kStep) {
-      const Packed<T, N> v = load_packed<N>(from + col);
-      unpack<T>(f, v);
+    each(from, k, [&](int col, const Vec<T>& v) {
+      unpack<T>(f, bit_cast<Packed<T, N>>(v));
       LAB_UNROLL
       for (int e = 0; e < N; ++e) sum = fmadd(f[e], f[e], sum);
-      store_packed<N>(x + col, v);
-    }
+      store(x + col, v);
+    });
     sum = group_sum<32>(sum);
     if (threadIdx.x % 32 == 0) squares[threadIdx.x / 32] = sum;
     ring_sync();
@@ -170,64 +170,72 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
     return;
   }
 
-  // 3. The layers: what a phase writes, all blocks read after the next barrier.
-  GridBarrier grid{a.counters + kBarrier};
+  // 3. Layers: what a phase writes, all blocks that take part in the next one wait for. A block without a share of a
+  // phase's outputs leaves it out, so that it is never left behind.
   StepRow<T> x{reinterpret_cast<T*>(row), shared.squares};
+  uint32_t tag = a.counters[kTag];                // the last one of the launch before
+  TaggedRow<T> h{a.h, tag}, qkv{a.qkv, tag}, heads{a.attention, tag}, act{a.act, tag};
   const auto none = [](int) { return 0.f; };
   const auto bias_of = [](const T* bias) { return [=](int n) { return bias ? to_float(bias[n]) : 0.f; }; };
-  const auto residual_of = [](const T* h, const T* bias) {
-    return [=](int n) { return to_float(h[n]) + (bias ? to_float(bias[n]) : 0.f); };
+  const auto add = [](float base, float sum, float) { return base + sum; };
+  const auto put = [](const TaggedRow<T>& y) {
+    return [=](int n, float mine, float next) {
+      if (n % 2 == 0) y.store(n, mine, next);
+    };
   };
-  const auto add_to = [](T* y) { return [=](int n, float base, float sum, float) { y[n] = from_float<T>(sum + base); }; };
   for (int i = 0; i < a.layers; ++i) {
     const StepLayer<T>& layer = layers[i];
-    const T* h = i == 0 ? token : a.h;
-    x.start(layer.attn_norm, a.hidden);
-    if (i > 0) grid.wait();
-    x.norm(h, layer.attn_norm, a.hidden, a.heads.eps);
-    ring.multiply(qkv_of(i), x.x, bias_of(layer.bqkv), add_to(a.qkv));
-    grid.arrive();
+    const auto residual_of = [&](const T* bias, bool first) {
+      return [=](int n) { return (first ? to_float(token[n]) : h.own(n)) + (bias ? to_float(bias[n]) : 0.f); };
+    };
+    qkv.tag = ++tag;
+    if (ring.has_share(width)) {
+      x.start(layer.attn_norm, a.hidden);
+      if (i == 0) x.norm(token, layer.attn_norm, a.hidden, a.heads.eps);
+      else x.norm(h, layer.attn_norm, a.hidden, a.heads.eps);
+      ring.multiply(qkv_of(i), x.x, bias_of(layer.bqkv), add, put(qkv));
+    }
 
-    grid.wait();
-    attention.run(ring, i, a.qkv, layer.q_norm, layer.k_norm, a.attention, a.partial, a.counters + kTickets);
-    grid.arrive();
+    heads.tag = ++tag;
+    attention.run(ring, i, qkv, layer.q_norm, layer.k_norm, heads, {a.partial, tag});
 
-    grid.wait();
-    x.copy(a.attention, a.heads.q_heads * D);
-    ring.multiply(o_of(i), x.x, residual_of(h, layer.bo), add_to(a.h));
-    grid.arrive();
+    h.tag = ++tag;
+    if (ring.has_share(a.hidden)) {
+      x.copy(heads, a.heads.q_heads * D);
+      ring.multiply(o_of(i), x.x, residual_of(layer.bo, i == 0), add, put(h));
+    }
 
-    x.start(layer.mlp_norm, a.hidden);
-    grid.wait();
-    x.norm(a.h, layer.mlp_norm, a.hidden, a.heads.eps);
-    ring.multiply(gate_up_of(i), x.x, none, [&](int n, float, float gate, float up) {
-      a.act[n] = from_float<T>(activate(gate, up));
-    });
-    grid.arrive();
+    act.tag = ++tag;
+    if (ring.has_share(a.intermediate)) {
+      x.start(layer.mlp_norm, a.hidden);
+      x.norm(h, layer.mlp_norm, a.hidden, a.heads.eps);
+      ring.multiply(gate_up_of(i), x.x, none, [](float, float gate, float up) { return activate(gate, up); }, put(act));
+    }
 
-    grid.wait();
-    x.copy(a.act, a.intermediate);
-    ring.multiply(down_of(i), x.x, residual_of(a.h, nullptr), add_to(a.h));
-    grid.arrive();
+    h.tag = ++tag;
+    if (ring.has_share(a.hidden)) {
+      x.copy(act, a.intermediate);
+      ring.multiply(down_of(i), x.x, residual_of(nullptr, false), add, put(h));
+    }
   }
 
-  // 4. The logits; each block raises the best so far by the best of its own (a maximum is the same in every order).
-  x.start(a.final_norm, a.hidden);
-  grid.wait();
-  x.norm(a.h, a.final_norm, a.hidden, a.heads.eps);
+  // 4. Logits: each block raises the best so far by the best of its own (a maximum is the same in every order).
   uint64_t best = 0;
-  ring.multiply(lm_head, x.x, none, [&](int n, float, float sum, float) {
-    const float logit = sum + poison;
-    a.logits[n] = logit;
-    const uint64_t mine = candidate(logit, n);
-    best = mine > best ? mine : best;
-  });
+  if (ring.has_share(a.vocab)) {
+    x.start(a.final_norm, a.hidden);
+    x.norm(h, a.final_norm, a.hidden, a.heads.eps);
+    ring.multiply(lm_head, x.x, none, [&](float, float sum, float) { return sum + poison; }, [&](int n, float mine, float) {
+      a.logits[n] = mine;
+      const uint64_t candidate_n = candidate(mine, n);
+      best = candidate_n > best ? candidate_n : best;
+    });
+  }
   best = warp_best(best);
   if (threadIdx.x % 32 == 0) shared.best[threadIdx.x / 32] = best;
   ring_sync();
   if (threadIdx.x > 0) return;
 
-  // 5. Argmax in the last block, which leaves the counters at zero.
+  // 5. Argmax in the last block: it leaves best and ticket at zero, and the tag from which the next launch counts on.
   for (int warp = 1; warp < kRingWarps; ++warp) best = shared.best[warp] > best ? shared.best[warp] : best;
   auto* top = reinterpret_cast<unsigned long long*>(a.counters + kBest);
   atomicMax(top, static_cast<unsigned long long>(best));
@@ -235,7 +243,7 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
   const uint64_t winner = atomicExch(top, 0ull);
   a.out[0] = winner >> 32 == 0xffffffffu ? -1 : candidate_index(winner);
   atomicExch(a.counters + kTicket, 0u);
-  atomicExch(a.counters + kBarrier, 0u);
+  a.counters[kTag] = tag;
 #endif
 }
 
@@ -247,9 +255,9 @@ static void by_half(int dtype, F f) {
 }
 
 void decode_step(Ptr ids, Ptr positions, Ptr embed, Ptr table, Ptr final_norm, Ptr lm_head, Ptr cos_sin, Ptr k_cache,
-                 Ptr v_cache, Ptr block_table, Ptr logits, Ptr out, Ptr h, Ptr qkv, Ptr attention, Ptr act, Ptr partial,
-                 Ptr counters, int layers, int vocab, int hidden, int intermediate, int q_heads, int kv_heads,
-                 int head_dim, int pages, int page_size, int max_pages, float eps, float scale, int dtype, Ptr stream) {
+                 Ptr v_cache, Ptr block_table, Ptr logits, Ptr out, Ptr words, Ptr counters, int layers, int vocab,
+                 int hidden, int intermediate, int q_heads, int kv_heads, int head_dim, int pages, int page_size,
+                 int max_pages, float eps, float scale, int dtype, Ptr stream) {
   if (!has_clusters()) throw std::runtime_error("decode_step needs bulk copies (sm_90): use --plan fused on this GPU");
   by_half(dtype, [&](auto tag) {
     using T = decltype(tag);
@@ -260,9 +268,11 @@ void decode_step(Ptr ids, Ptr positions, Ptr embed, Ptr table, Ptr final_norm, P
       const int fixed = int(sizeof(StepSmem<T, D>)) + row_bytes + layers * int(sizeof(StepLayer<T>)), most = 227 * 1024;
       const int tiles = std::min(kMostTiles, (most - fixed) / kTileBytes);
       if (tiles < 2) throw std::invalid_argument("decode_step: rows of " + std::to_string(longest) + " are too long");
+      uint64_t *h = as<uint64_t>(words), *qkv = h + hidden / 2, *attention = qkv + (q_heads + 2 * kv_heads) * D / 2;
+      uint64_t* act = attention + q_heads * D / 2;
       StepArguments<T> a{as<const int>(ids), as<const int>(positions), as<const T>(embed), as<const StepLayer<T>>(table),
                          as<const T>(final_norm), as<const T>(lm_head), as<const float>(cos_sin), as<float>(logits),
-                         as<int>(out), as<T>(h), as<T>(qkv), as<T>(attention), as<T>(act), as<float>(partial),
+                         as<int>(out), h, qkv, attention, act, act + intermediate / 2,
                          as<unsigned>(counters), layers, vocab, hidden, intermediate, tiles, row_bytes,
                          {q_heads, kv_heads, log2_of(page_size), max_pages, eps, scale * 1.4426950408889634f,
                           as<const int>(block_table), int64_t(pages) * kv_heads * page_size * D, as<T>(k_cache),

@@ -33,8 +33,11 @@ struct Rotation {
   // This lane's elements of the head at `from` (zeros if not valid): normed and rounded to T, rotated and rounded to T.
   // All lanes of the warp call it.
   LAB_DEVICE Vec<T> turn(const T* from, bool valid, const T* norm, float eps) const {
+    return turn(valid ? load(from + c * N) : Vec<T>{}, valid, norm, eps);
+  }
+  LAB_DEVICE Vec<T> turn(const Vec<T>& from, bool valid, const T* norm, float eps) const {
     float x[N];
-    unpack<T>(x, valid ? load_packed<N>(from + c * N) : Packed<T, N>{});
+    unpack<T>(x, bit_cast<Packed<T, N>>(from));
     if (norm) {
       float squares = 0.f, factor[N];
       LAB_UNROLL

@@ -2,8 +2,11 @@
 // ring, as the weights do (weight_ring.cuh). The warps share a tile's tokens and keep running softmaxes in registers
 // (base 2, as in split_attention.cuh).
 #pragma once
+#include <climits>
+
 #include "rotation.cuh"
 #include "split_attention.cuh"
+#include "tagged_row.cuh"
 #include "weight_ring.cuh"
 
 namespace lab {
@@ -27,7 +30,6 @@ template <typename T, int D>
 struct StepAttentionSmem {
   alignas(16) float cos_sin[D];
   T q[kStepGroup][D], new_k[D], new_v[D];
-  int last;
 };
 
 template <typename T, int D>
@@ -74,17 +76,20 @@ struct StepAttention {
     });
   }
 
-  // qkv [(q_heads + 2 kv_heads) D] -> out [q_heads D]; norms [D], which may be null. Back when all of the block have stored.
-  LAB_DEVICE void run(WeightRing<T>& ring, int layer, const T* qkv, const T* q_norm, const T* k_norm, T* out,
-                      float* partial, unsigned* tickets) {
+  // qkv [(q_heads + 2 kv_heads) D] -> out [q_heads D]; norms [D], which may be null. partial: of each KV head the sums
+  // [kStepSplits][group][D] and then maxima and weights [kStepSplits][group][2].
+  LAB_DEVICE void run(WeightRing<T>& ring, int layer, const TaggedRow<T>& qkv, const T* q_norm, const T* k_norm,
+                      const TaggedRow<T>& out, TaggedFloats partial) {
     each_item([&] {
       rotate(layer, qkv, q_norm, k_norm);
       ring_sync();
       attend(ring);
       ring_sync();
-      publish(out, partial);
-      ring_sync();
-      if (used > 1) merge(out, partial, tickets + kv_head);
+      TaggedFloats mine = partial;
+      mine.words += size_t(kv_head) * kStepSplits * group * (D + 2);
+      publish(out, mine);
+      if (used > 1) merge(out, mine);
+      ring_sync();                                // `sums` is free
     });
   }
 
@@ -124,20 +129,20 @@ struct StepAttention {
 
   // The group's queries into shared memory, normed and rotated; by the split that has it, the new token into shared
   // memory and the cache. L lanes take a head; after the group's come the new key and the new value.
-  LAB_DEVICE void rotate(int layer, const T* qkv, const T* q_norm, const T* k_norm) {
+  LAB_DEVICE void rotate(int layer, const TaggedRow<T>& qkv, const T* q_norm, const T* k_norm) {
     const int head = threadIdx.x / L;
     const bool query = head < group, key = head == group, value = head == group + 1;
-    const T* from = qkv + (query ? kv_head * group + head : heads.q_heads + (value ? heads.kv_heads : 0) + kv_head) * D;
     const Rotation<T, D> rotation(shared.cos_sin);
     const bool valid = rotation.live && (query || ((key || value) && position < end));
-    const int i = rotation.c * N;
+    const int i = rotation.c * N, of = query ? kv_head * group + head : heads.q_heads + (value ? heads.kv_heads : 0) + kv_head;
     const size_t to = valid && !query ? layer * heads.layer + place(position) + i : 0;
-    const Vec<T> plain = valid ? load(from + i) : Vec<T>{};
-    const Vec<T> turned = rotation.turn(from, valid, query ? q_norm : k_norm, heads.eps);
+    Vec<T> plain[1];
+    qkv.wait(plain, of * D + i, 0, valid ? INT_MAX : 0);
+    const Vec<T> turned = rotation.turn(plain[0], valid, query ? q_norm : k_norm, heads.eps);
     if (!valid) return;
-    store(query ? &shared.q[head][i] : key ? &shared.new_k[i] : &shared.new_v[i], value ? plain : turned);
+    store(query ? &shared.q[head][i] : key ? &shared.new_k[i] : &shared.new_v[i], value ? plain[0] : turned);
     if (key) store(heads.k_cache + to, turned);
-    if (value) store(heads.v_cache + to, plain);
+    if (value) store(heads.v_cache + to, plain[0]);
   }
 
   // A warp's running softmaxes of kHeads heads.
@@ -252,9 +257,8 @@ struct StepAttention {
   }
   LAB_DEVICE float* stats() const { return sums + kRingWarps * kHeads * kRow; }
 
-  // Merges the warps' softmaxes. If only one split is used the result is final, else it goes to partial, whose part for
-  // this KV head holds the sums [kStepSplits][group][D] and then maxima and weights [kStepSplits][group][2].
-  LAB_DEVICE void publish(T* out, float* partial) {
+  // Merges the warps' softmaxes. If only one split is used the result is final.
+  LAB_DEVICE void publish(const TaggedRow<T>& out, const TaggedFloats& partial) {
     for (int i = threadIdx.x; i < group * D; i += kRingThreads) {
       const int head = i / D, d = i % D;
       float most = -FLT_MAX, total = 0.f, sum = 0.f;
@@ -272,57 +276,57 @@ struct StepAttention {
         total = fmadd(stats()[row * 2 + 1], factor, total);
       }
       if (used == 1) {
-        out[(kv_head * group + head) * D + d] = from_float<T>(sum / total);
+        store_pair(out, i, sum / total);
       } else {
-        float* mine = published(partial);
-        mine[(split() * group + head) * D + d] = sum;
-        if (d == 0) store(mine + kStepSplits * group * D + (split() * group + head) * 2, Vec<float, 2>{{most, total}});
+        const int at = split() * group + head;
+        partial.store(at * D + d, sum);
+        if (d == 0) partial.store(stats_of(at), most);
+        if (d == 1) partial.store(stats_of(at) + 1, total);
       }
     }
+  }
+  LAB_DEVICE int stats_of(int row) const { return kStepSplits * group * D + row * 2; }
+  LAB_DEVICE void store_pair(const TaggedRow<T>& out, int i, float mine) const {      // i: of the group's outputs
+    const float next = __shfl_down_sync(0xffffffffu, mine, 1);
+    if (i % 2 == 0) out.store(kv_head * group * D + i, mine, next);
   }
   // Where warp i of the head's team left its part of the head; -1 if the team has no warp i.
   LAB_DEVICE int row_of(int i, int head) const {
     const int warp = i * teams() + head / kHeads;
     return warp < kRingWarps ? warp * kHeads + head % kHeads : -1;
   }
-  LAB_DEVICE float* published(float* partial) const { return partial + size_t(kv_head) * kStepSplits * group * (D + 2); }
 
-  // The last of the head's blocks merges the splits in their order and leaves the ticket at zero.
-  LAB_DEVICE void merge(T* out, float* partial, unsigned* ticket) {
-    if (threadIdx.x == 0) shared.last = take_ticket(ticket) == unsigned(used - 1);
-    ring_sync();
-    if (!shared.last) return;
-    constexpr int kTogether = 16;                 // splits whose loads are in flight
-    const float* mine = published(partial);
-    for (int i = threadIdx.x; i < group * D; i += kRingThreads) {
+  // Merges the splits in their order. A block's threads take an output each; the outputs of a group that are more than
+  // these go to the next blocks.
+  LAB_DEVICE void merge(const TaggedRow<T>& out, const TaggedFloats& partial) {
+    constexpr int kTogether = 8;                  // splits whose loads are in flight
+    for (int i = split() * kRingThreads + threadIdx.x; i < group * D; i += used * kRingThreads) {
       const int head = i / D;
       float most = -FLT_MAX, total = 0.f, sum = 0.f;
       for (int s0 = 0; s0 < used; s0 += kTogether) {
-        float part[kTogether];
-        Vec<float, 2> stat[kTogether];
+        int at[3 * kTogether];
+        float found[3 * kTogether];
         LAB_UNROLL
         for (int j = 0; j < kTogether; ++j) {
-          const int s = min(s0 + j, used - 1);
-          part[j] = mine[(s * group) * D + i];
-          stat[j] = load<2>(mine + kStepSplits * group * D + (s * group + head) * 2);
+          const int row = min(s0 + j, used - 1) * group + head;
+          at[j] = row * D + i % D, at[kTogether + j] = stats_of(row), at[2 * kTogether + j] = stats_of(row) + 1;
         }
+        partial.wait(found, at);
         float next = most;
         LAB_UNROLL
-        for (int j = 0; j < kTogether; ++j) next = fmaxf(next, stat[j].v[0]);
+        for (int j = 0; j < kTogether; ++j) next = fmaxf(next, found[kTogether + j]);
         const float shrink = exp2f(most - next);
         most = next, sum *= shrink, total *= shrink;
         LAB_UNROLL
         for (int j = 0; j < kTogether; ++j) {
           if (s0 + j >= used) continue;
-          const float factor = exp2f(stat[j].v[0] - most);
-          sum = fmadd(part[j], factor, sum);
-          total = fmadd(stat[j].v[1], factor, total);
+          const float factor = exp2f(found[kTogether + j] - most);
+          sum = fmadd(found[j], factor, sum);
+          total = fmadd(found[2 * kTogether + j], factor, total);
         }
       }
-      out[kv_head * group * D + i] = from_float<T>(sum / total);
+      store_pair(out, i, sum / total);
     }
-    ring_sync();
-    if (threadIdx.x == 0) atomicExch(ticket, 0u);
   }
 };
 

@@ -1,7 +1,8 @@
 // All matrices of a decode step as one stream through a ring of tiles in shared memory: one thread of the block sends
 // for them (bulk copies), in the order in which the other warps multiply them. It waits for nothing but room, so DRAM
 // stays busy while the block waits for other blocks: 12 tiles of 16 KiB on each of an H100's 132 multiprocessors are
-// 26 MB, 8 us of its bandwidth.
+// 26 MB, 8 us of its bandwidth. Only a few of them are under way at a time, enough for DRAM's full bandwidth: all other
+// loads and stores, L2 hits too, wait behind what is under way (with all 12 tiles for 5 us, measured on an H100).
 //
 // Each block owns a share of every matrix's rows, and tiles are a few of these rows. Tensor cores multiply them with x, for
 // their speed with what is already there: after a wait a block has to catch up. (On CUDA cores a tile took 700 cycles;
@@ -23,7 +24,7 @@ struct Matrix {
 
 constexpr int kRingWarps = 8, kRingThreads = kRingWarps * 32;   // that multiply; one warp more sends
 constexpr int kTileBytes = 16 * 1024;
-constexpr int kMostTiles = 16;
+constexpr int kMostTiles = 16, kUnderWay = 3;     // of the ring, at most; and of these on their way from DRAM
 constexpr int kBatchRows = 128;                   // rows whose sums meet in shared memory before they are stored
 
 struct RingSmem {
@@ -49,6 +50,8 @@ struct WeightRing {
   T* tiles;
   int count, stage = 0;                           // tiles of the ring, the next one
   unsigned parity = 0;                            // of the next tile's phase: flips with each round
+  int under_way = 0, oldest = 0;                  // the sending thread's tiles that may not have landed, the first of them
+  unsigned oldest_parity = 0;
 
   LAB_DEVICE WeightRing(RingSmem& shared_, unsigned char* tiles_, int count_)
       : shared(shared_), tiles(reinterpret_cast<T*>(tiles_)), count(count_) {}
@@ -64,6 +67,12 @@ struct WeightRing {
 
   // The sending thread's half of a tile: begin() waits for room and says how many bytes will come, copy() sends for some.
   LAB_DEVICE void begin(unsigned bytes) {
+    if (under_way == kUnderWay) {
+      mbarrier_wait(&shared.full[oldest], oldest_parity);
+      if (++oldest == count) oldest = 0, oldest_parity ^= 1;
+    } else {
+      ++under_way;
+    }
     mbarrier_wait(&shared.empty[stage], parity ^ 1);
     mbarrier_arrive_expect_tx(&shared.full[stage], bytes);
   }
@@ -81,6 +90,10 @@ struct WeightRing {
   LAB_DEVICE void advance() {
     if (++stage == count) stage = 0, parity ^= 1;
   }
+
+  // Where the share of a block begins among n outputs: at an even one.
+  LAB_DEVICE static int share(int n, unsigned block) { return min(n, int(int64_t((n + 1) / 2) * block / gridDim.x) * 2); }
+  LAB_DEVICE static bool has_share(int n) { return share(n, blockIdx.x) < share(n, blockIdx.x + 1); }
 
   // Sends for this block's share of a matrix.
   LAB_DEVICE void send(const Matrix<T>& m) {
@@ -100,11 +113,11 @@ struct WeightRing {
     }, [](int, int) {}, [](int, int) {});
   }
 
-  // The products of this block's share with x [k], in shared memory: for each of its outputs one thread calls before(n),
-  // early, and store(n, its result, sum of the first part's row, of the second's). All warps that multiply call it, and
-  // come back when all have stored. Sums have a fixed order.
-  template <typename Before, typename Store>
-  LAB_DEVICE void multiply(const Matrix<T>& m, const T* x, Before before, Store store) {
+  // The products of this block's share with x [k], in shared memory. For each of its outputs one thread calls before(n),
+  // early; then finish(that, sum of the first part's row, of the second's); then store(n, that, what the next output's
+  // thread has). All warps that multiply call it. Sums have a fixed order.
+  template <typename Before, typename Finish, typename Store>
+  LAB_DEVICE void multiply(const Matrix<T>& m, const T* x, Before before, Finish finish, Store store) {
     const TileShape shape(m.k);
     float base = 0.f;
     each_group(m, [&](int, int part, int row, int) {
@@ -127,11 +140,11 @@ struct WeightRing {
       if (int(threadIdx.x) < outputs) base = before(first + threadIdx.x);
     }, [&](int first, int outputs) {
       ring_sync();
-      if (int(threadIdx.x) < outputs) {
-        store(first + threadIdx.x, base, total(threadIdx.x),
-              m.parts > 1 ? total(kBatchRows / 2 + threadIdx.x) : 0.f);
-      }
-      ring_sync();
+      const int i = threadIdx.x;
+      const float mine = i < outputs ? finish(base, total(i), m.parts > 1 ? total(kBatchRows / 2 + i) : 0.f) : 0.f;
+      const float next = __shfl_down_sync(0xffffffffu, mine, 1);
+      if (i < outputs) store(first + i, mine, next);
+      ring_sync();                                // the sums' places are free
     });
   }
 
@@ -142,7 +155,7 @@ struct WeightRing {
   // The order of the stream: batches of outputs; of each its parts; of these a tile's rows at a time.
   template <typename Group, typename Begin, typename End>
   LAB_DEVICE static void each_group(const Matrix<T>& m, Group group, Begin begin, End end) {
-    const int first = int(int64_t(m.n) * blockIdx.x / gridDim.x), last = int(int64_t(m.n) * (blockIdx.x + 1) / gridDim.x);
+    const int first = share(m.n, blockIdx.x), last = share(m.n, blockIdx.x + 1);
     const int batch = kBatchRows / m.parts, tile_rows = TileShape(m.k).rows;
     for (int output = first; output < last; output += batch) {
       const int outputs = min(batch, last - output);

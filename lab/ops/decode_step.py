@@ -21,7 +21,8 @@ from lab.ops.kv_append import check_cache, paged_cache
 
 MAX_GROUP = 8                       # query heads of a KV head
 MAX_SPLITS = 64                     # blocks that share a KV head's context
-BEST, TICKET, BARRIER, TICKETS = 0, 2, 4, 8         # places in counters: BEST has 64 bits, each KV head a ticket
+# Places in counters: BEST has 64 bits, each KV head a ticket. TAG is CUDA's, BARRIER and TICKETS are Triton's.
+BEST, TICKET, TAG, BARRIER, TICKETS = 0, 2, 3, 4, 8
 # A layer's tensors, in the order of a row of StepModel.table.
 LAYER = ("attn_norm", "wqkv", "bqkv", "q_norm", "k_norm", "wo", "bo", "mlp_norm", "w_gate_up", "w_down")
 OPTIONAL = ("bqkv", "q_norm", "k_norm", "bo")
@@ -85,23 +86,27 @@ class StepModel:
 
 @dataclass(frozen=True)
 class StepWorkspace:
-    """What passes between the step's phases: rows in the model's dtype, splits of attention, counters, zero at first."""
+    """What passes between the step's phases, each half's in its own form; words and counters are zero at first.
+
+    Triton: a row of each result in the model's dtype, and float32 splits of attention. CUDA: the same values in words of
+    64 bits, two elements of a row or one of a split, and a tag.
+    """
     h: torch.Tensor                     # [hidden]: the residual stream
     qkv: torch.Tensor                   # [(q_heads + 2 kv_heads) head_dim]
     attention: torch.Tensor             # [q_heads head_dim]
     act: torch.Tensor                   # [intermediate]
     partial: torch.Tensor               # float32 [kv_heads, MAX_SPLITS, group, head_dim + 2]
+    words: torch.Tensor                 # int64 [a half of the rows' elements, and all of partial's]
     counters: torch.Tensor              # int32 [TICKETS + kv_heads]
 
     @classmethod
     def of(cls, m):
-        def row(n):
-            return torch.empty(n, dtype=m.embed.dtype, device=m.embed.device)
-
-        return cls(row(m.embed.shape[1]), row((m.q_heads + 2 * m.kv_heads) * m.head_dim), row(m.q_heads * m.head_dim),
-                   row(m.intermediate),
-                   torch.empty(m.kv_heads, MAX_SPLITS, m.group, m.head_dim + 2, device=m.embed.device),
-                   torch.zeros(TICKETS + m.kv_heads, dtype=torch.int32, device=m.embed.device))
+        device, sizes = m.embed.device, (m.embed.shape[1], (m.q_heads + 2 * m.kv_heads) * m.head_dim,
+                                         m.q_heads * m.head_dim, m.intermediate)
+        partial = torch.empty(m.kv_heads, MAX_SPLITS, m.group, m.head_dim + 2, device=device)
+        return cls(*(torch.empty(n, dtype=m.embed.dtype, device=device) for n in sizes), partial,
+                   torch.zeros(sum(sizes) // 2 + partial.numel(), dtype=torch.int64, device=device),
+                   torch.zeros(TICKETS + m.kv_heads, dtype=torch.int32, device=device))
 
 
 def validate(ids, positions, model, k_cache, v_cache, block_table, logits, workspace, out=None):
@@ -165,8 +170,7 @@ def cuda(kernels, ids, positions, model, k_cache, v_cache, block_table, logits, 
     kernels.decode_step(
         ids.data_ptr(), positions.data_ptr(), m.embed.data_ptr(), m.table.data_ptr(), m.final_norm.data_ptr(),
         m.lm_head.data_ptr(), m.cos_sin.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), block_table.data_ptr(),
-        logits.data_ptr(), out.data_ptr(), w.h.data_ptr(), w.qkv.data_ptr(), w.attention.data_ptr(), w.act.data_ptr(),
-        w.partial.data_ptr(), w.counters.data_ptr(), len(m.layers), m.embed.shape[0], m.embed.shape[1], m.intermediate,
+        logits.data_ptr(), out.data_ptr(), w.words.data_ptr(), w.counters.data_ptr(), len(m.layers), m.embed.shape[0], m.embed.shape[1], m.intermediate,
         m.q_heads, m.kv_heads, m.head_dim, k_cache.shape[1], k_cache.shape[3], block_table.shape[1], m.eps, m.scale,
         DTYPE_CODES[m.embed.dtype], kernels.stream())
 

@@ -1,0 +1,84 @@
+// Rows that pass from the blocks of a grid to all blocks of it, without a barrier: two elements and a tag are one 64-bit
+// word. A reader waits for the tag that it expects, so a row's data are their own signal. (A barrier of the grid needs a
+// release, and on an H100 that waits for the block's bulk copies under way, too: up to 8 us with a full ring.)
+//
+// A row may be written again once all who read it have written what depends on it; the tags are never the same.
+#pragma once
+#include "unpack.cuh"
+
+namespace lab {
+
+// [n / 2] words; T has 16 bits.
+template <typename T>
+struct TaggedRow {
+  uint64_t* words;
+  uint32_t tag;
+
+  LAB_DEVICE static uint64_t word(uint32_t value, uint32_t tag) { return uint64_t(tag) << 32 | value; }
+  LAB_DEVICE static uint32_t pack(float low, float high) {
+    return uint32_t(bit_cast<uint16_t>(from_float<T>(low))) | uint32_t(bit_cast<uint16_t>(from_float<T>(high))) << 16;
+  }
+
+  // Elements n (even) and n + 1.
+  LAB_DEVICE void store(int n, float low, float high) const { store_word(words + n / 2, word(pack(low, high), tag)); }
+
+  // Element n, which this block has written, whatever its tag.
+  LAB_DEVICE float own(int n) const {
+    uint64_t one[1];
+    load_words(one, words + n / 2);
+    return to_float(bit_cast<T>(uint16_t(one[0] >> n % 2 * 16)));
+  }
+
+  // Count times 8 elements, at n, n + step ...; those from `end` on are not waited for, and zero.
+  template <int Count>
+  LAB_DEVICE void wait(Vec<T> (&values)[Count], int n, int step, int end) const {
+    uint64_t found[Count][4] = {};
+    for (bool all = false; !all;) {
+      all = true;
+      LAB_UNROLL
+      for (int i = 0; i < Count; ++i) {
+        if (n + i * step < end) load_words(found[i], words + (n + i * step) / 2);
+      }
+      LAB_UNROLL
+      for (int i = 0; i < Count; ++i) {
+        if (n + i * step >= end) continue;
+        LAB_UNROLL
+        for (int j = 0; j < 4; ++j) all &= uint32_t(found[i][j] >> 32) == tag;
+      }
+      if (!all) spin_pause();
+    }
+    LAB_UNROLL
+    for (int i = 0; i < Count; ++i) {
+      Vec<uint32_t> pairs;
+      LAB_UNROLL
+      for (int j = 0; j < 4; ++j) pairs.v[j] = uint32_t(found[i][j]);
+      values[i] = bit_cast<Vec<T>>(pairs);
+    }
+  }
+};
+
+// The same for single float32 values.
+struct TaggedFloats {
+  uint64_t* words;
+  uint32_t tag;
+  LAB_DEVICE void store(int i, float value) const {
+    store_word(words + i, uint64_t(tag) << 32 | bit_cast<uint32_t>(value));
+  }
+  template <int Count>
+  LAB_DEVICE void wait(float (&values)[Count], const int (&at)[Count]) const {
+    for (bool all = false; !all;) {
+      all = true;
+      uint64_t found[Count][1];
+      LAB_UNROLL
+      for (int i = 0; i < Count; ++i) load_words(found[i], words + at[i]);
+      LAB_UNROLL
+      for (int i = 0; i < Count; ++i) {
+        all &= uint32_t(found[i][0] >> 32) == tag;
+        values[i] = bit_cast<float>(uint32_t(found[i][0]));
+      }
+      if (!all) spin_pause();
+    }
+  }
+};
+
+}  // namespace lab
