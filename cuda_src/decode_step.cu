@@ -175,9 +175,23 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
   StepRow<T> x{reinterpret_cast<T*>(row), shared.squares};
   uint32_t tag = a.counters[kTag];                // the last one of the launch before
   TaggedRow<T> h{a.h, tag}, qkv{a.qkv, tag}, heads{a.attention, tag}, act{a.act, tag};
-  const auto none = [](int) { return 0.f; };
-  const auto bias_of = [](const T* bias) { return [=](int n) { return bias ? to_float(bias[n]) : 0.f; }; };
-  const auto add = [](float base, float sum, float) { return base + sum; };
+  // What a product's result is added to is loaded before the product and unpacked after it.
+  struct Base {
+    uint64_t word;
+    T bias;
+  };
+  const auto base_of = [&](const T* from, const T* bias) {              // from: a row, or null for the block's part of h
+    return [=](int n) {
+      const uint64_t word = from ? bit_cast<uint32_t>(load<2>(from + n / 2 * 2)) : h.own(n);
+      return Base{word, bias ? bias[n] : from_float<T>(0.f)};
+    };
+  };
+  const auto bias_of = [](const T* bias) { return [=](int n) { return Base{0, bias ? bias[n] : from_float<T>(0.f)}; }; };
+  const auto none = [](int) { return 0; };
+  const auto add = [](int n, const Base& base, float sum, float) {
+    return sum + (TaggedRow<T>::element(base.word, n) + to_float(base.bias));
+  };
+  const auto activated = [](int, int, float gate, float up) { return activate(gate, up); };
   const auto put = [](const TaggedRow<T>& y) {
     return [=](int n, float mine, float next) {
       if (n % 2 == 0) y.store(n, mine, next);
@@ -185,9 +199,6 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
   };
   for (int i = 0; i < a.layers; ++i) {
     const StepLayer<T>& layer = layers[i];
-    const auto residual_of = [&](const T* bias, bool first) {
-      return [=](int n) { return (first ? to_float(token[n]) : h.own(n)) + (bias ? to_float(bias[n]) : 0.f); };
-    };
     qkv.tag = ++tag;
     if (ring.has_share(width)) {
       x.start(layer.attn_norm, a.hidden);
@@ -202,20 +213,20 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
     h.tag = ++tag;
     if (ring.has_share(a.hidden)) {
       x.copy(heads, a.heads.q_heads * D);
-      ring.multiply(o_of(i), x.x, residual_of(layer.bo, i == 0), add, put(h));
+      ring.multiply(o_of(i), x.x, base_of(i == 0 ? token : nullptr, layer.bo), add, put(h));
     }
 
     act.tag = ++tag;
     if (ring.has_share(a.intermediate)) {
       x.start(layer.mlp_norm, a.hidden);
       x.norm(h, layer.mlp_norm, a.hidden, a.heads.eps);
-      ring.multiply(gate_up_of(i), x.x, none, [](float, float gate, float up) { return activate(gate, up); }, put(act));
+      ring.multiply(gate_up_of(i), x.x, none, activated, put(act));
     }
 
     h.tag = ++tag;
     if (ring.has_share(a.hidden)) {
       x.copy(act, a.intermediate);
-      ring.multiply(down_of(i), x.x, residual_of(nullptr, false), add, put(h));
+      ring.multiply(down_of(i), x.x, base_of(nullptr, nullptr), add, put(h));
     }
   }
 
@@ -224,10 +235,11 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
   if (ring.has_share(a.vocab)) {
     x.start(a.final_norm, a.hidden);
     x.norm(h, a.final_norm, a.hidden, a.heads.eps);
-    ring.multiply(lm_head, x.x, none, [&](float, float sum, float) { return sum + poison; }, [&](int n, float mine, float) {
+    const auto logit = [&](int, int, float sum, float) { return sum + poison; };
+    ring.multiply(lm_head, x.x, none, logit, [&](int n, float mine, float) {
       a.logits[n] = mine;
-      const uint64_t candidate_n = candidate(mine, n);
-      best = candidate_n > best ? candidate_n : best;
+      const uint64_t other = candidate(mine, n);
+      best = other > best ? other : best;
     });
   }
   best = warp_best(best);
@@ -267,7 +279,9 @@ void decode_step(Ptr ids, Ptr positions, Ptr embed, Ptr table, Ptr final_norm, P
       const int row_bytes = std::max(round_up(longest * int(sizeof(T)), 16), StepAttention<T, D>::kSumsBytes);
       const int fixed = int(sizeof(StepSmem<T, D>)) + row_bytes + layers * int(sizeof(StepLayer<T>)), most = 227 * 1024;
       const int tiles = std::min(kMostTiles, (most - fixed) / kTileBytes);
-      if (tiles < 2) throw std::invalid_argument("decode_step: rows of " + std::to_string(longest) + " are too long");
+      if (tiles < kMoreUnderWay) {
+        throw std::invalid_argument("decode_step: rows of " + std::to_string(longest) + " elements are too long");
+      }
       uint64_t *h = as<uint64_t>(words), *qkv = h + hidden / 2, *attention = qkv + (q_heads + 2 * kv_heads) * D / 2;
       uint64_t* act = attention + q_heads * D / 2;
       StepArguments<T> a{as<const int>(ids), as<const int>(positions), as<const T>(embed), as<const StepLayer<T>>(table),

@@ -48,6 +48,7 @@ struct StepAttention {
   const StepHeads<T>& heads;
   const int position, group, splits;
   int kv_head, used, begin, end;                  // of an item; tokens [begin, end), the new one among them
+  size_t new_place = 0;                           // in a layer's cache, of the new token
 
   LAB_DEVICE StepAttention(StepAttentionSmem<T, D>& shared_, float* sums_, const StepHeads<T>& heads_, int position_)
       : shared(shared_), sums(sums_), heads(heads_), position(position_), group(heads_.q_heads / heads_.kv_heads),
@@ -62,7 +63,7 @@ struct StepAttention {
       const int last = min(end, position);        // the new token is not there yet
       for (int first = begin; first < last; first += kTokens) {
         const int tokens = min(kTokens, last - first);
-        ring.begin(tokens * 2 * kTokenBytes);
+        ring.begin(tokens * 2 * kTokenBytes, kFewUnderWay);
         for (int t = 0; t < tokens;) {            // as far as a page goes
           const int left = (1 << heads.page_shift) - ((first + t) & ((1 << heads.page_shift) - 1));
           const int run = min(left, tokens - t);
@@ -114,12 +115,13 @@ struct StepAttention {
   // A context of up to kAlone tiles is not split, and no split has less than kLeast: a merge would cost more than it
   // saves. Without tokens begin is not below end.
   LAB_DEVICE void locate(int item) {
-    constexpr int kAlone = 4, kLeast = 2;
+    constexpr int kAlone = 2, kLeast = 1;
     const int length = position + 1, tiles = (length + kTokens - 1) / kTokens;
     const int chunk = (tiles <= kAlone ? tiles : max(kLeast, (tiles + splits - 1) / splits)) * kTokens;
     kv_head = item / splits;
     used = (length + chunk - 1) / chunk;
     begin = item % splits * chunk, end = kv_head < heads.kv_heads ? min(length, begin + chunk) : begin;
+    if (begin <= position && position < end) new_place = place(position);
   }
   LAB_DEVICE int split() const { return blockIdx.x % splits; }       // with several items there is one split only
   LAB_DEVICE size_t place(int token) const {
@@ -135,7 +137,7 @@ struct StepAttention {
     const Rotation<T, D> rotation(shared.cos_sin);
     const bool valid = rotation.live && (query || ((key || value) && position < end));
     const int i = rotation.c * N, of = query ? kv_head * group + head : heads.q_heads + (value ? heads.kv_heads : 0) + kv_head;
-    const size_t to = valid && !query ? layer * heads.layer + place(position) + i : 0;
+    const size_t to = layer * heads.layer + new_place + i;
     Vec<T> plain[1];
     qkv.wait(plain, of * D + i, 0, valid ? INT_MAX : 0);
     const Vec<T> turned = rotation.turn(plain[0], valid, query ? q_norm : k_norm, heads.eps);
@@ -261,19 +263,18 @@ struct StepAttention {
   LAB_DEVICE void publish(const TaggedRow<T>& out, const TaggedFloats& partial) {
     for (int i = threadIdx.x; i < group * D; i += kRingThreads) {
       const int head = i / D, d = i % D;
-      float most = -FLT_MAX, total = 0.f, sum = 0.f;
+      const int team = head / kHeads, step = teams();
+      float top[kRingWarps], most = -FLT_MAX, total = 0.f, sum = 0.f;
       LAB_UNROLL
-      for (int i = 0; i < kRingWarps; ++i) {
-        const int row = row_of(i, head);
-        if (row >= 0) most = fmaxf(most, stats()[row * 2]);
+      for (int w = 0; w < kRingWarps; ++w) {      // warps of the other team count for nothing
+        top[w] = w % step == team ? stats()[row_of(w, head) * 2] : -INFINITY;
+        most = fmaxf(most, top[w]);
       }
       LAB_UNROLL
-      for (int i = 0; i < kRingWarps; ++i) {
-        const int row = row_of(i, head);
-        if (row < 0) continue;
-        const float factor = exp2f(stats()[row * 2] - most);
-        sum = fmadd(sums[row * kRow + d], factor, sum);
-        total = fmadd(stats()[row * 2 + 1], factor, total);
+      for (int w = 0; w < kRingWarps; ++w) {
+        const float factor = exp2f(top[w] - most);
+        sum = fmadd(sums[row_of(w, head) * kRow + d], factor, sum);
+        total = fmadd(stats()[row_of(w, head) * 2 + 1], factor, total);
       }
       if (used == 1) {
         store_pair(out, i, sum / total);
@@ -290,11 +291,7 @@ struct StepAttention {
     const float next = __shfl_down_sync(0xffffffffu, mine, 1);
     if (i % 2 == 0) out.store(kv_head * group * D + i, mine, next);
   }
-  // Where warp i of the head's team left its part of the head; -1 if the team has no warp i.
-  LAB_DEVICE int row_of(int i, int head) const {
-    const int warp = i * teams() + head / kHeads;
-    return warp < kRingWarps ? warp * kHeads + head % kHeads : -1;
-  }
+  LAB_DEVICE static int row_of(int warp, int head) { return warp * kHeads + head % kHeads; }
 
   // Merges the splits in their order. A block's threads take an output each; the outputs of a group that are more than
   // these go to the next blocks.

@@ -22,12 +22,13 @@ struct TaggedRow {
   // Elements n (even) and n + 1.
   LAB_DEVICE void store(int n, float low, float high) const { store_word(words + n / 2, word(pack(low, high), tag)); }
 
-  // Element n, which this block has written, whatever its tag.
-  LAB_DEVICE float own(int n) const {
+  // The word with element n, which this block has written, whatever its tag; and the element in it.
+  LAB_DEVICE uint64_t own(int n) const {
     uint64_t one[1];
     load_words(one, words + n / 2);
-    return to_float(bit_cast<T>(uint16_t(one[0] >> n % 2 * 16)));
+    return one[0];
   }
+  LAB_DEVICE static float element(uint64_t word, int n) { return to_float(bit_cast<T>(uint16_t(word >> n % 2 * 16))); }
 
   // Count times 8 elements, at n, n + step ...; those from `end` on are not waited for, and zero.
   template <int Count>

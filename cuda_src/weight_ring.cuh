@@ -24,7 +24,9 @@ struct Matrix {
 
 constexpr int kRingWarps = 8, kRingThreads = kRingWarps * 32;   // that multiply; one warp more sends
 constexpr int kTileBytes = 16 * 1024;
-constexpr int kMostTiles = 16, kUnderWay = 3;     // of the ring, at most; and of these on their way from DRAM
+constexpr int kMostTiles = 16;
+// Tiles on their way from DRAM, at most: while the block may wait for others, and when it is in the midst of a matrix.
+constexpr int kFewUnderWay = 2, kMoreUnderWay = 3;
 constexpr int kBatchRows = 128;                   // rows whose sums meet in shared memory before they are stored
 
 struct RingSmem {
@@ -66,19 +68,18 @@ struct WeightRing {
   }
 
   // The sending thread's half of a tile: begin() waits for room and says how many bytes will come, copy() sends for some.
-  LAB_DEVICE void begin(unsigned bytes) {
-    if (under_way == kUnderWay) {
+  LAB_DEVICE void begin(unsigned bytes, int most_under_way) {
+    for (; under_way >= most_under_way; --under_way) {
       mbarrier_wait(&shared.full[oldest], oldest_parity);
       if (++oldest == count) oldest = 0, oldest_parity ^= 1;
-    } else {
-      ++under_way;
     }
+    ++under_way;
     mbarrier_wait(&shared.empty[stage], parity ^ 1);
     mbarrier_arrive_expect_tx(&shared.full[stage], bytes);
   }
   LAB_DEVICE void copy(T* to, const T* from, unsigned bytes) { bulk_copy_g2s(to, from, bytes, &shared.full[stage]); }
 
-  // The other warps' half: wait() for the tile, then each warp gives it back with release().
+  // The other warps' half: wait() for the tile, then each of them gives it back with release().
   LAB_DEVICE void wait() { mbarrier_wait(&shared.full[stage], parity); }
   LAB_DEVICE void release() {
     __syncwarp();
@@ -98,11 +99,12 @@ struct WeightRing {
   // Sends for this block's share of a matrix.
   LAB_DEVICE void send(const Matrix<T>& m) {
     const TileShape shape(m.k);
+    int sent = 0;
     each_group(m, [&](int output, int part, int, int rows) {
       const T* from = m.w + (size_t(part) * m.n + output) * m.k;
       for (int col = 0; col < m.k; col += shape.cols) {
         const unsigned bytes = min(shape.cols, m.k - col) * unsigned(sizeof(T));
-        begin(rows * bytes);
+        begin(rows * bytes, sent++ < count ? kFewUnderWay : kMoreUnderWay);
         if (m.k <= shape.cols) {                  // whole rows, which are neighbours
           copy(tile(), from, rows * bytes);
         } else {
@@ -114,12 +116,13 @@ struct WeightRing {
   }
 
   // The products of this block's share with x [k], in shared memory. For each of its outputs one thread calls before(n),
-  // early; then finish(that, sum of the first part's row, of the second's); then store(n, that, what the next output's
+  // early; then finish(n, that, sum of the first part's row, of the second's); then store(n, that, what the next output's
   // thread has). All warps that multiply call it. Sums have a fixed order.
   template <typename Before, typename Finish, typename Store>
   LAB_DEVICE void multiply(const Matrix<T>& m, const T* x, Before before, Finish finish, Store store) {
     const TileShape shape(m.k);
-    float base = 0.f;
+    const int i = threadIdx.x;
+    decltype(before(0)) base{};
     each_group(m, [&](int, int part, int row, int) {
       float sums[kSteps][4] = {};                 // chains of their own, for a product waits for the one before it
       for (int col = 0; col < m.k; col += shape.cols) {
@@ -137,11 +140,11 @@ struct WeightRing {
         if (lane() < 4) place[lane()][warp()] = whole;
       }
     }, [&](int first, int outputs) {
-      if (int(threadIdx.x) < outputs) base = before(first + threadIdx.x);
+      if (i < outputs) base = before(first + i);
     }, [&](int first, int outputs) {
       ring_sync();
-      const int i = threadIdx.x;
-      const float mine = i < outputs ? finish(base, total(i), m.parts > 1 ? total(kBatchRows / 2 + i) : 0.f) : 0.f;
+      float mine = 0.f;
+      if (i < outputs) mine = finish(first + i, base, total(i), m.parts > 1 ? total(kBatchRows / 2 + i) : 0.f);
       const float next = __shfl_down_sync(0xffffffffu, mine, 1);
       if (i < outputs) store(first + i, mine, next);
       ring_sync();                                // the sums' places are free
@@ -169,12 +172,12 @@ struct WeightRing {
     }
   }
 
-  // This warp's columns of a tile, for sums [step][row of A][column of B]. Rows of w are columns of B (16 x 8); A (16 x 16)
-  // is x in each of its first 8 rows. Which element is which k does not matter as long as A and B agree: so a lane loads 8
-  // elements that lie side by side, and they are its part of two products. Of 4 rows of w, B has each twice, with
-  // neighbouring halves of its columns; what is summed with the other half's x is left out: row r of w is column 2 r with
-  // even rows of A and column 2 r + 1 with odd ones. Rows past the block's last hold what was there before: their sums are
-  // never stored.
+  // This warp's columns of a tile, for sums [step][a row of A][a column of B]. Rows of w are columns of B (16 x 8); A
+  // (16 x 16) is x in each of its first 8 rows. Which element is which k does not matter as long as A and B agree: so a
+  // lane loads 8 elements that lie side by side, and they are its part of two products. Of 4 rows of w, B has each twice,
+  // with neighbouring 32 columns; what is summed with the others' x is left out: row r of w is column 2 r with even rows
+  // of A and column 2 r + 1 with odd ones. Rows past the block's last hold what was there before: their sums are never
+  // stored.
   static constexpr int kSteps = 4;
   LAB_DEVICE void add_products(float (&sums)[kSteps][4], const TileShape& shape, const T* x, int col, int k) const {
     const int halves = 8 / shape.rows, g = lane() / 4, step = halves * 32;
