@@ -3,10 +3,10 @@
 //
 //   ids, positions, out [1] int32   table [layers, 10] addresses (LAYER of the contract)   logits [1, vocab] float32
 //   caches [layers, pages, kv_heads, page_size, D]   block_table [1, max_pages]   cos_sin [max_positions, D] float32
-//   h, qkv, attention, act: a row each, which the phases pass on   counters: the grid's barrier, tickets, the best logit
-//   mapping   one block a multiprocessor, which stays; a block owns a share of every matrix's rows, and a split of one KV
-//             head's context; eight warps multiply what one thread sends for (weight_ring.cuh); between two phases a
-//             barrier of the whole grid, across which the weights stream on
+//   words: a row each of h, qkv, attention and act, and attention's splits, as they pass from block to block
+//   mapping   one block a multiprocessor, which stays; it owns a share of every matrix's rows, and a split of one KV head's
+//             context; eight warps multiply what one thread sends for (weight_ring.cuh). Between two phases a block waits
+//             for the others' results (tagged_row.cuh); the weights stream on meanwhile
 //   traffic   every weight and the context's K and V once; the rest is small
 //   contract  lab/ops/decode_step.py          twin  triton_kernels/decode_step.py
 #include <algorithm>
@@ -39,6 +39,13 @@ struct StepArguments {
   StepHeads<T> heads;
 };
 
+// What a product's result is added to: the word with the residual's element, and a bias.
+template <typename T>
+struct Base {
+  uint64_t word;
+  T bias;
+};
+
 constexpr int kBest = 0, kTicket = 2, kTag = 3;   // places in counters, as in the contract
 
 // In a block's shared memory this comes first; then the tiles; then a row of x, whose place attention's sums take, too;
@@ -52,6 +59,9 @@ struct alignas(128) StepSmem {
 };
 
 #if LAB_SM90
+// The step's products in their order: four of each layer, then the last one.
+enum StepPhase { kQkv, kO, kGateUp, kDown, kLmHead };
+
 // A row of x on its way into shared memory, as the products read it.
 template <typename T>
 struct StepRow {
@@ -68,33 +78,29 @@ struct StepRow {
       if (col < k) weight[i] = load_packed<N>(norm_w + col);
     }
   }
-  // Calls f(column, 8 elements) for this thread's columns of a row of k, when they are there.
+  // Calls f(column, 8 elements) for this thread's columns of a row of k, when they are there; of `token`, unless it is null.
   template <typename F>
-  LAB_DEVICE static void each(const TaggedRow<T>& from, int k, F f) {
+  LAB_DEVICE static void each(const T* token, const TaggedRow<T>& from, int k, F f) {
     constexpr int kAhead = 4;
     for (int first = threadIdx.x * N; first < k; first += kAhead * kStep) {
-      Vec<T> values[kAhead];
-      from.wait(values, first, kStep, k);
+      Vec<T> values[kAhead] = {};
+      if (!token) from.wait(values, first, kStep, k);
       LAB_UNROLL
       for (int i = 0; i < kAhead; ++i) {
-        if (first + i * kStep < k) f(first + i * kStep, values[i]);
+        const int col = first + i * kStep;
+        if (col < k) f(col, token ? load(token + col) : values[i]);
       }
     }
   }
-  template <typename F>
-  LAB_DEVICE static void each(const T* from, int k, F f) {
-    for (int col = threadIdx.x * N; col < k; col += kStep) f(col, load(from + col));
-  }
   LAB_DEVICE void copy(const TaggedRow<T>& from, int k) {
-    each(from, k, [&](int col, const Vec<T>& v) { store(x + col, v); });
+    each(nullptr, from, k, [&](int col, const Vec<T>& v) { store(x + col, v); });
     ring_sync();
   }
   // x = T(T(from * rsqrt(mean(from^2) + eps)) * norm_w): the rounding points of rmsnorm.
-  template <typename From>
-  LAB_DEVICE void norm(const From& from, const T* norm_w, int k, float eps) {
+  LAB_DEVICE void norm(const T* token, const TaggedRow<T>& from, const T* norm_w, int k, float eps) {
     const int first = threadIdx.x * N;
     float f[N], factor[N], sum = 0.f;
-    each(from, k, [&](int col, const Vec<T>& v) {
+    each(token, from, k, [&](int col, const Vec<T>& v) {
       unpack<T>(f, bit_cast<Packed<T, N>>(v));
       LAB_UNROLL
       for (int e = 0; e < N; ++e) sum = fmadd(f[e], f[e], sum);
@@ -146,108 +152,91 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
   if (threadIdx.x == 0) ring.init();
   __syncthreads();
 
-  const auto qkv_of = [&](int i) { return Matrix<T>{layers[i].wqkv, width, a.hidden, 1}; };
-  const auto o_of = [&](int i) { return Matrix<T>{layers[i].wo, a.hidden, a.heads.q_heads * D, 1}; };
-  const auto gate_up_of = [&](int i) { return Matrix<T>{layers[i].w_gate_up, a.intermediate, a.hidden, 2}; };
-  const auto down_of = [&](int i) { return Matrix<T>{layers[i].w_down, a.hidden, a.intermediate, 1}; };
-  const Matrix<T> lm_head{a.lm_head, a.vocab, a.hidden, 1};
+  const auto matrix_of = [&](int i, StepPhase phase) -> Matrix<T> {
+    switch (phase) {
+      case kQkv: return {layers[i].wqkv, width, a.hidden, 1};
+      case kO: return {layers[i].wo, a.hidden, a.heads.q_heads * D, 1};
+      case kGateUp: return {layers[i].w_gate_up, a.intermediate, a.hidden, 2};
+      case kDown: return {layers[i].w_down, a.hidden, a.intermediate, 1};
+      default: return {a.lm_head, a.vocab, a.hidden, 1};
+    }
+  };
+  const auto phase_at = [&](int step) { return step == 4 * a.layers ? kLmHead : StepPhase(step % 4); };
 
   // 2. Send: one thread, for all that the step reads, as room comes free.
   if (threadIdx.x >= kRingThreads) {
     if (threadIdx.x > kRingThreads) return;
-    for (int i = 0; i < a.layers; ++i) {
-      if (blockIdx.x == 0 && i + 1 < a.layers) {  // small, but a wait for DRAM if L2 has them not
+    for (int step = 0; step <= 4 * a.layers; ++step) {
+      const int i = step / 4;
+      const StepPhase phase = phase_at(step);
+      if (phase == kO) attention.send(ring, i);
+      if (phase == kQkv && blockIdx.x == 0 && i + 1 < a.layers) {       // small, but a wait for DRAM if L2 has them not
         bulk_prefetch_l2(layers[i + 1].attn_norm, a.hidden * sizeof(T));
         bulk_prefetch_l2(layers[i + 1].mlp_norm, a.hidden * sizeof(T));
       }
-      ring.send(qkv_of(i));
-      attention.send(ring, i);
-      ring.send(o_of(i));
-      ring.send(gate_up_of(i));
-      ring.send(down_of(i));
+      ring.send(matrix_of(i, phase));
     }
-    ring.send(lm_head);
     return;
   }
 
   // 3. Layers: what a phase writes, all blocks that take part in the next one wait for. A block without a share of a
-  // phase's outputs leaves it out, so that it is never left behind.
+  // phase's outputs leaves it out, so that it is never left behind. There is one copy of the code for all products: in
+  // five, it would not fit in the instruction cache.
   StepRow<T> x{reinterpret_cast<T*>(row), shared.squares};
   uint32_t tag = a.counters[kTag];                // the last one of the launch before
   TaggedRow<T> h{a.h, tag}, qkv{a.qkv, tag}, heads{a.attention, tag}, act{a.act, tag};
-  // What a product's result is added to is loaded before the product and unpacked after it.
-  struct Base {
-    uint64_t word;
-    T bias;
-  };
-  const auto base_of = [&](const T* from, const T* bias) {              // from: a row, or null for the block's part of h
-    return [=](int n) {
-      const uint64_t word = from ? bit_cast<uint32_t>(load<2>(from + n / 2 * 2)) : h.own(n);
-      return Base{word, bias ? bias[n] : from_float<T>(0.f)};
-    };
-  };
-  const auto bias_of = [](const T* bias) { return [=](int n) { return Base{0, bias ? bias[n] : from_float<T>(0.f)}; }; };
-  const auto none = [](int) { return 0; };
-  const auto add = [](int n, const Base& base, float sum, float) {
-    return sum + (TaggedRow<T>::element(base.word, n) + to_float(base.bias));
-  };
-  const auto activated = [](int, int, float gate, float up) { return activate(gate, up); };
-  const auto put = [](const TaggedRow<T>& y) {
-    return [=](int n, float mine, float next) {
-      if (n % 2 == 0) y.store(n, mine, next);
-    };
-  };
-  for (int i = 0; i < a.layers; ++i) {
-    const StepLayer<T>& layer = layers[i];
-    qkv.tag = ++tag;
-    if (ring.has_share(width)) {
-      x.start(layer.attn_norm, a.hidden);
-      if (i == 0) x.norm(token, layer.attn_norm, a.hidden, a.heads.eps);
-      else x.norm(h, layer.attn_norm, a.hidden, a.heads.eps);
-      ring.multiply(qkv_of(i), x.x, bias_of(layer.bqkv), add, put(qkv));
-    }
-
-    heads.tag = ++tag;
-    attention.run(ring, i, qkv, layer.q_norm, layer.k_norm, heads, {a.partial, tag});
-
-    h.tag = ++tag;
-    if (ring.has_share(a.hidden)) {
-      x.copy(heads, a.heads.q_heads * D);
-      ring.multiply(o_of(i), x.x, base_of(i == 0 ? token : nullptr, layer.bo), add, put(h));
-    }
-
-    act.tag = ++tag;
-    if (ring.has_share(a.intermediate)) {
-      x.start(layer.mlp_norm, a.hidden);
-      x.norm(h, layer.mlp_norm, a.hidden, a.heads.eps);
-      ring.multiply(gate_up_of(i), x.x, none, activated, put(act));
-    }
-
-    h.tag = ++tag;
-    if (ring.has_share(a.hidden)) {
-      x.copy(act, a.intermediate);
-      ring.multiply(down_of(i), x.x, base_of(nullptr, nullptr), add, put(h));
-    }
-  }
-
-  // 4. Logits: each block raises the best so far by the best of its own (a maximum is the same in every order).
   uint64_t best = 0;
-  if (ring.has_share(a.vocab)) {
-    x.start(a.final_norm, a.hidden);
-    x.norm(h, a.final_norm, a.hidden, a.heads.eps);
-    const auto logit = [&](int, int, float sum, float) { return sum + poison; };
-    ring.multiply(lm_head, x.x, none, logit, [&](int n, float mine, float) {
-      a.logits[n] = mine;
-      const uint64_t other = candidate(mine, n);
-      best = other > best ? other : best;
-    });
+  for (int step = 0; step <= 4 * a.layers; ++step) {
+    const int i = step / 4;
+    const StepPhase phase = phase_at(step);
+    const StepLayer<T>& layer = layers[phase == kLmHead ? 0 : i];
+    if (phase == kO) {
+      heads.tag = ++tag;
+      attention.run(ring, i, qkv, layer.q_norm, layer.k_norm, heads, {a.partial, tag});
+    }
+    const Matrix<T> m = matrix_of(i, phase);
+    const TaggedRow<T> to{phase == kQkv ? a.qkv : phase == kGateUp ? a.act : a.h, ++tag};
+    if (ring.has_share(m.n)) {
+      const T* norm_w = phase == kQkv ? layer.attn_norm : phase == kGateUp ? layer.mlp_norm : a.final_norm;
+      if (phase == kO || phase == kDown) {
+        x.copy({phase == kO ? heads.words : act.words, phase == kO ? heads.tag : act.tag}, m.k);
+      } else {
+        x.start(norm_w, m.k);
+        x.norm(step == 0 ? token : nullptr, h, norm_w, m.k, a.heads.eps);
+      }
+      const T* bias = phase == kQkv ? layer.bqkv : phase == kO ? layer.bo : nullptr;
+      const auto base_of = [&](int n) {           // loaded before the product and unpacked after it
+        uint64_t word = 0;
+        if (phase == kO || phase == kDown) word = step == 1 ? bit_cast<uint32_t>(load<2>(token + n / 2 * 2)) : h.own(n);
+        return Base<T>{word, bias ? bias[n] : from_float<T>(0.f)};
+      };
+      const auto finish = [&](int n, const Base<T>& base, float sum, float second) {
+        if (phase == kGateUp) return activate(sum, second);
+        if (phase == kLmHead) return sum + poison;
+        return sum + (TaggedRow<T>::element(base.word, n) + to_float(base.bias));
+      };
+      ring.multiply(m, x.x, base_of, finish, [&](int n, float mine, float next) {
+        if (phase == kLmHead) {
+          a.logits[n] = mine;
+          const uint64_t other = candidate(mine, n);
+          best = other > best ? other : best;
+        } else if (n % 2 == 0) {
+          to.store(n, mine, next);
+        }
+      });
+    }
+    if (phase == kQkv) qkv = to;
+    if (phase == kO || phase == kDown) h = to;
+    if (phase == kGateUp) act = to;
   }
+
+  // 4. Argmax in the last block: each has raised the best so far by its own (a maximum is the same in every order); the
+  // last leaves best and ticket at zero, and the tag from which the next launch counts on.
   best = warp_best(best);
   if (threadIdx.x % 32 == 0) shared.best[threadIdx.x / 32] = best;
   ring_sync();
   if (threadIdx.x > 0) return;
 
-  // 5. Argmax in the last block: it leaves best and ticket at zero, and the tag from which the next launch counts on.
   for (int warp = 1; warp < kRingWarps; ++warp) best = shared.best[warp] > best ? shared.best[warp] : best;
   auto* top = reinterpret_cast<unsigned long long*>(a.counters + kBest);
   atomicMax(top, static_cast<unsigned long long>(best));

@@ -104,18 +104,17 @@ struct StepAttention {
   // one only where there are more KV heads than blocks.
   template <typename F>
   LAB_DEVICE void each_item(F f) {
-    if (begin < end) f();
-    if (heads.kv_heads <= int(gridDim.x)) return;
-    for (int item = blockIdx.x + gridDim.x; item < heads.kv_heads; item += gridDim.x) {
-      locate(item);
-      f();
+    const int items = heads.kv_heads * splits;
+    for (int item = blockIdx.x; item < items; item += gridDim.x) {
+      if (item != int(blockIdx.x)) locate(item);
+      if (begin < end) f();
     }
-    locate(blockIdx.x);
+    if (items > int(gridDim.x)) locate(blockIdx.x);
   }
   // A context of up to kAlone tiles is not split, and no split has less than kLeast: a merge would cost more than it
   // saves. Without tokens begin is not below end.
   LAB_DEVICE void locate(int item) {
-    constexpr int kAlone = 2, kLeast = 1;
+    constexpr int kAlone = 4, kLeast = 2;
     const int length = position + 1, tiles = (length + kTokens - 1) / kTokens;
     const int chunk = (tiles <= kAlone ? tiles : max(kLeast, (tiles + splits - 1) / splits)) * kTokens;
     kv_head = item / splits;

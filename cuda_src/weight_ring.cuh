@@ -26,7 +26,7 @@ constexpr int kRingWarps = 8, kRingThreads = kRingWarps * 32;   // that multiply
 constexpr int kTileBytes = 16 * 1024;
 constexpr int kMostTiles = 16;
 // Tiles on their way from DRAM, at most: while the block may wait for others, and when it is in the midst of a matrix.
-constexpr int kFewUnderWay = 2, kMoreUnderWay = 3;
+constexpr int kFewUnderWay = 2, kMoreUnderWay = 4;
 constexpr int kBatchRows = 128;                   // rows whose sums meet in shared memory before they are stored
 
 struct RingSmem {

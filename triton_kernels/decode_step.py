@@ -35,13 +35,10 @@ LOW_31_BITS = tl.constexpr(2147483647)
 # elements: of a tile of weights: 32 KiB, 32 registers a thread, and two tiles are on their way. An H100 wants about 32
 # KiB in flight from a multiprocessor, an A100 20; what is more lasts while programs wait. All of a multiprocessor's
 # registers are the one program's, of 8 warps: with 16, what every thread has to know would take twice the room, and
-# spill. tile, min_rows: as in rope_append_attention (float32 has no tensor core to fill). splits: of a KV head; without
-# it, what the programs allow.
+# spill. tile, min_rows: as in rope_append_attention. splits: of a KV head; without it, what the programs allow.
 HALF = dict(elements=1 << 14, tile=64, min_rows=16, num_warps=8, num_stages=5)
-FLOAT = dict(elements=1 << 13, tile=32, min_rows=1, num_warps=8, num_stages=5)
 CPU = dict(elements=1 << 18, tile=32, min_rows=1, num_warps=1, programs=2, splits=4)
-CONFIGS = {"sm_90": {2: HALF, 4: FLOAT}, "sm_80": {2: dict(HALF, elements=1 << 13), 4: FLOAT},
-           "interpreter": {2: CPU, 4: CPU}}             # by item size
+CONFIGS = {"sm_90": HALF, "sm_80": dict(HALF, elements=1 << 13), "interpreter": CPU}
 
 
 @triton.jit
@@ -168,7 +165,8 @@ def decode_step_kernel(embed, ids, positions, table, final_norm, lm_head, cos_si
     # registers, and then waits for `target` arrivals (see product); the first waits for none.
     target = 0
 
-    # 3. The layers: norm and qkv, attention, o, norm and gate and up, down, each at an end when all have arrived.
+    # 3. Layers: norm and qkv, attention, o, norm and gate and up, down, each at an end when all have arrived; then the
+    # logits, of which a program keeps its best.
     for _ in range(layers):
         product(counters, target, residual, tensor_at(table, ATTN_NORM, embed), eps, tensor_at(table, WQKV, embed),
                 tensor_at(table, BQKV, embed) if HAS_BQKV else None, None, qkv, Q + 2 * KV, HIDDEN, N_QKV, BLOCK_HIDDEN)
@@ -210,14 +208,13 @@ def decode_step_kernel(embed, ids, positions, table, final_norm, lm_head, cos_si
         k_cache += cache_stride
         v_cache += cache_stride
 
-    # 4. The logits: a program keeps its best.
     best, index = product(counters, target, residual, final_norm, eps, lm_head, None, None, logits, vocab, HIDDEN,
                           N_HEAD, BLOCK_HIDDEN, ARGMAX=True)
     best, index = first_best(best, index, 1)            # [1, 1], and a scalar for the atomic
     best = tl.max(tl.reshape(best, [1]), axis=0)
     index = tl.max(tl.reshape(index, [1]), axis=0)
 
-    # 5. Argmax in the last block: a logit and its index become one integer, larger for a larger logit, then for a lower
+    # 4. Argmax in the last block: a logit and its index become one integer, larger for a larger logit, then for a lower
     # index (keep_best makes NaN infinity at -1). The counters are left at zero: all programs are past the last wait.
     bits = best.to(tl.int32, bitcast=True)
     ordered = tl.where(bits < 0, ~bits, bits | (-2147483647 - 1)).to(tl.uint32, bitcast=True).to(tl.int64)
@@ -238,7 +235,7 @@ def decode_step(ids, positions, model, k_cache, v_cache, block_table, logits, wo
     (vocab, hidden), middle, kv_heads, head_dim, page_size = (m.lm_head.shape, m.intermediate, m.kv_heads, m.head_dim,
                                                               k_cache.shape[3])
     cfg = (measured("decode_step", embed, 1, hidden=hidden, intermediate=middle, q_heads=m.q_heads, kv_heads=kv_heads,
-                    head_dim=head_dim) or config(CONFIGS, embed)[embed.itemsize])
+                    head_dim=head_dim) or config(CONFIGS, embed))
     programs = cfg.get("programs") or cfg.get("per_multiprocessor", 1) * multiprocessors(embed)
     splits = cfg.get("splits") or max(min(contract.MAX_SPLITS, programs // kv_heads), 1)
     options = {key: value for key, value in cfg.items() if key.startswith("num_")}

@@ -3,9 +3,10 @@
   ids, positions int32 [1]   block_table int32 [1, max_pages]
   k_cache, v_cache [layers, pages, kv_heads, page_size, head_dim]
   logits float32 [1, vocab], written   out int32 [1]: the next token; it may be ids itself
-The fused plan's ops with the same rounding points (lab/model/fused.py), but between two of them stands a barrier of the
-whole grid where that plan has a new kernel: so what needs no activation, the weights, can stream on across it.
-A negative position marks an idle row: nothing is written. An id outside the vocabulary gives logits of NaN, and -1.
+The fused plan's ops with the same rounding points (lab/model/fused.py), but the blocks wait for each other's results
+where that plan has a new kernel: so what needs no activation, the weights, can stream on meanwhile.
+A negative position marks an idle row: the kernels write nothing. An id outside the vocabulary gives them logits of NaN,
+and the token -1. (The torch backend computes on in both cases.) CUDA needs sm_90.
 Rows of every matrix begin at multiples of 16 bytes; a KV head has at most 8 query heads.
 Halves: cuda_src/decode_step.cu, triton_kernels/decode_step.py
 """
@@ -15,6 +16,7 @@ import torch
 
 from lab.backends.cuda import DTYPE_CODES
 from lab.dispatch import EPS32, Op, case, dense, refuse
+from lab.errors import Unavailable
 from lab.ops import (decode_attention, embedding, linear_add, norm_linear, norm_linear_argmax, norm_linear_silu_mul,
                      rope_append_attention)
 from lab.ops.kv_append import check_cache, paged_cache
@@ -54,10 +56,12 @@ class StepModel:
         hidden, q, kv = embed.shape[1], q_heads * head_dim, kv_heads * head_dim
         if head_dim not in decode_attention.HEAD_DIMS or q_heads % kv_heads or q_heads > kv_heads * MAX_GROUP:
             refuse(name, f"{q_heads} query and {kv_heads} KV heads of {head_dim}: head_dim must be 64, 96 or 128, and "
-                         f"a KV head have at most {MAX_GROUP} query heads")
+                         f"a KV head have at most {MAX_GROUP} query heads (use --plan fused)")
         middle = weights.layers[0].w_down.shape[1]
+        if embed.dtype not in op.dtypes:
+            refuse(name, f"takes float16 and bfloat16, not {str(embed.dtype).removeprefix('torch.')} (use --plan fused)")
         if hidden * item % 16 or middle * item % 16:
-            refuse(name, f"rows of {hidden} and {middle} elements must begin at multiples of 16 bytes")
+            refuse(name, f"rows of {hidden} and {middle} elements must begin at multiples of 16 bytes (use --plan fused)")
         shapes = dict(attn_norm=(hidden,), wqkv=(q + 2 * kv, hidden), bqkv=(q + 2 * kv,), q_norm=(head_dim,),
                       k_norm=(head_dim,), wo=(hidden, q), bo=(hidden,), mlp_norm=(hidden,),
                       w_gate_up=(2 * middle, hidden), w_down=(hidden, middle))
@@ -167,11 +171,13 @@ def verify(got, *args):
 
 def cuda(kernels, ids, positions, model, k_cache, v_cache, block_table, logits, workspace, out):
     m, w = model, workspace
+    if m.embed.is_cuda and torch.cuda.get_device_capability(m.embed.device)[0] < 9:
+        raise Unavailable("decode_step by CUDA needs an sm_90 GPU (bulk copies): use --plan fused, or --backend triton")
     kernels.decode_step(
         ids.data_ptr(), positions.data_ptr(), m.embed.data_ptr(), m.table.data_ptr(), m.final_norm.data_ptr(),
         m.lm_head.data_ptr(), m.cos_sin.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), block_table.data_ptr(),
-        logits.data_ptr(), out.data_ptr(), w.words.data_ptr(), w.counters.data_ptr(), len(m.layers), m.embed.shape[0], m.embed.shape[1], m.intermediate,
-        m.q_heads, m.kv_heads, m.head_dim, k_cache.shape[1], k_cache.shape[3], block_table.shape[1], m.eps, m.scale,
+        logits.data_ptr(), out.data_ptr(), w.words.data_ptr(), w.counters.data_ptr(), len(m.layers), m.embed.shape[0],
+        m.embed.shape[1], m.intermediate, m.q_heads, m.kv_heads, m.head_dim, k_cache.shape[1], k_cache.shape[3], block_table.shape[1], m.eps, m.scale,
         DTYPE_CODES[m.embed.dtype], kernels.stream())
 
 
