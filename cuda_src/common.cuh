@@ -284,9 +284,8 @@ LAB_DEVICE void pdl_launch_dependents() {
 #endif
 }
 
-// ---- Hopper: mbarriers, bulk copies, clusters -----------------------------------------------------------------------
+// ---- Hopper: mbarriers, bulk copies, clusters: for the bodies of kernels in `#if LAB_SM90` --------------------------
 
-#if LAB_SM90
 using mbarrier = uint64_t;  // lives in shared memory, 8-byte aligned
 
 // A phase completes when `arrivals` arrivals were made and all expected bytes have landed. One thread initialises,
@@ -361,7 +360,6 @@ LAB_DEVICE T* cluster_peer(T* p, unsigned rank) {
   asm volatile("mapa.u64 %0, %1, %2;" : "=l"(peer) : "l"(reinterpret_cast<uint64_t>(p)), "r"(rank));
   return reinterpret_cast<T*>(peer);
 }
-#endif  // LAB_SM90
 
 // ---- launch ---------------------------------------------------------------------------------------------------------
 

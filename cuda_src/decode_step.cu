@@ -4,9 +4,9 @@
 //   ids, positions, out [1] int32   table [layers, 10] addresses (LAYER of the contract)   logits [1, vocab] float32
 //   caches [layers, pages, kv_heads, page_size, D]   block_table [1, max_pages]   cos_sin [max_positions, D] float32
 //   words: a row each of h, qkv, attention and act, and attention's splits, as they pass from block to block
-//   mapping   one block a multiprocessor, which stays; it owns a share of every matrix's rows, and a split of one KV head's
-//             context; eight warps multiply what one thread sends for (weight_ring.cuh). Between two phases a block waits
-//             for the others' results (tagged_row.cuh); the weights stream on meanwhile
+//   mapping   one block a multiprocessor, which stays; it owns a share of every matrix's rows, and a split of one KV
+//             head's context; eight warps multiply what one thread sends for (weight_ring.cuh). Between two phases a
+//             block waits for the others' results (tagged_row.cuh); the weights stream on meanwhile
 //   traffic   every weight and the context's K and V once; the rest is small
 //   contract  lab/ops/decode_step.py          twin  triton_kernels/decode_step.py
 #include <algorithm>
@@ -46,7 +46,7 @@ struct Base {
   T bias;
 };
 
-constexpr int kBest = 0, kTicket = 2, kTag = 3;   // places in counters, as in the contract
+enum Counter { kBest = 0, kTicket = 2, kTag = 3 };  // places in counters, as in the contract
 
 // In a block's shared memory this comes first; then the tiles; then a row of x, whose place attention's sums take, too;
 // then the table.
@@ -58,7 +58,6 @@ struct alignas(128) StepSmem {
   uint64_t best[kRingWarps];
 };
 
-#if LAB_SM90
 // The step's products in their order: four of each layer, then the last one.
 enum StepPhase { kQkv, kO, kGateUp, kDown, kLmHead };
 
@@ -78,7 +77,7 @@ struct StepRow {
       if (col < k) weight[i] = load_packed<N>(norm_w + col);
     }
   }
-  // Calls f(column, 8 elements) for this thread's columns of a row of k, when they are there; of `token`, unless it is null.
+  // Calls f(column, 8 elements) for this thread's columns of a row of k, when they are there; of `token` if there is one.
   template <typename F>
   LAB_DEVICE static void each(const T* token, const TaggedRow<T>& from, int k, F f) {
     constexpr int kAhead = 4;
@@ -129,7 +128,6 @@ struct StepRow {
     ring_sync();
   }
 };
-#endif  // LAB_SM90
 
 template <typename T, int D>
 __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const StepArguments<T> a) {
@@ -180,8 +178,8 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
   }
 
   // 3. Layers: what a phase writes, all blocks that take part in the next one wait for. A block without a share of a
-  // phase's outputs leaves it out, so that it is never left behind. There is one copy of the code for all products: in
-  // five, it would not fit in the instruction cache.
+  // phase's outputs leaves it out, so that it is never left behind. All products share one copy of the code, for five
+  // are more than the instruction cache holds.
   StepRow<T> x{reinterpret_cast<T*>(row), shared.squares};
   uint32_t tag = a.counters[kTag];                // the last one of the launch before
   TaggedRow<T> h{a.h, tag}, qkv{a.qkv, tag}, heads{a.attention, tag}, act{a.act, tag};

@@ -11,8 +11,6 @@
 
 namespace lab {
 
-#if LAB_SM90
-
 constexpr int kStepSplits = 64;                   // MAX_SPLITS of the contract
 constexpr int kStepGroup = 8;                     // MAX_GROUP
 
@@ -135,7 +133,8 @@ struct StepAttention {
     const bool query = head < group, key = head == group, value = head == group + 1;
     const Rotation<T, D> rotation(shared.cos_sin);
     const bool valid = rotation.live && (query || ((key || value) && position < end));
-    const int i = rotation.c * N, of = query ? kv_head * group + head : heads.q_heads + (value ? heads.kv_heads : 0) + kv_head;
+    const int i = rotation.c * N;
+    const int of = query ? kv_head * group + head : heads.q_heads + (value ? heads.kv_heads : 0) + kv_head;
     const size_t to = layer * heads.layer + new_place + i;
     Vec<T> plain[1];
     qkv.wait(plain, of * D + i, 0, valid ? INT_MAX : 0);
@@ -325,7 +324,5 @@ struct StepAttention {
     }
   }
 };
-
-#endif  // LAB_SM90
 
 }  // namespace lab

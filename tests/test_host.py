@@ -26,7 +26,7 @@ BUILDS = {
     "address": (["-O0", "-g", "-fsanitize=address"], ["-O1", "-g", "-fsanitize=address"], ["-fsanitize=address"]),
 }
 GPU_FEATURES = ["indices", "shuffles", "reductions", "atomics", "mma", "copies", "named_barriers", "float16", "math",
-                "launches", "pipeline", "clusters", "wgmma"]
+                "launches", "pipeline", "clusters", "wgmma", "exchange"]
 FEATURES = [*GPU_FEATURES, "threads", "callers", "fork"]
 WRONG = ["store.no_barrier", "store.no_last_barrier", "copy.no_barrier", "copy.no_wait", "copy.short_wait",
          "copy.no_last_barrier", "bulk.read_before_copy", "product.no_barrier", "product.no_wait",
@@ -268,7 +268,8 @@ def test_race_detector_passes_clean_kernels(race_detector, case):
         assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", ["shuffles", "reductions", "mma", "pipeline", "clusters", "copies", "named_barriers"])
+@pytest.mark.parametrize("name", ["shuffles", "reductions", "mma", "pipeline", "clusters", "copies", "named_barriers",
+                                  "exchange"])
 def test_race_detector_passes_features(race_detector, name):
     done = race_detector.run("features", name)
     assert done.returncode == 0, done.stderr

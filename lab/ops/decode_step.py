@@ -177,8 +177,8 @@ def cuda(kernels, ids, positions, model, k_cache, v_cache, block_table, logits, 
         ids.data_ptr(), positions.data_ptr(), m.embed.data_ptr(), m.table.data_ptr(), m.final_norm.data_ptr(),
         m.lm_head.data_ptr(), m.cos_sin.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), block_table.data_ptr(),
         logits.data_ptr(), out.data_ptr(), w.words.data_ptr(), w.counters.data_ptr(), len(m.layers), m.embed.shape[0],
-        m.embed.shape[1], m.intermediate, m.q_heads, m.kv_heads, m.head_dim, k_cache.shape[1], k_cache.shape[3], block_table.shape[1], m.eps, m.scale,
-        DTYPE_CODES[m.embed.dtype], kernels.stream())
+        m.embed.shape[1], m.intermediate, m.q_heads, m.kv_heads, m.head_dim, k_cache.shape[1], k_cache.shape[3],
+        block_table.shape[1], m.eps, m.scale, DTYPE_CODES[m.embed.dtype], kernels.stream())
 
 
 def triton(ids, positions, model, k_cache, v_cache, block_table, logits, workspace, out):

@@ -440,6 +440,43 @@ void check_pipeline() {
   }
 }
 
+// Blocks that run together pass values on in tagged words, round after round: each adds up what all have written. A round's
+// words are written again two rounds later, when all blocks have read them.
+__global__ void exchange_kernel(uint64_t* words, float* out, int rounds) {
+  float value = float(blockIdx.x + 1);
+  for (int round = 1; round <= rounds; ++round) {
+    uint64_t* mine = words + round % 2 * gridDim.x;
+    if (threadIdx.x == 0) store_word(mine + blockIdx.x, uint64_t(round) << 32 | bit_cast<uint32_t>(value));
+    float sum = 0;
+    for (unsigned block = 0; block < gridDim.x; block += 2) {
+      uint64_t found[2];
+      for (load_words(found, mine + block); found[0] >> 32 != unsigned(round) || found[1] >> 32 != unsigned(round);) {
+        spin_pause();
+        load_words(found, mine + block);
+      }
+      sum += bit_cast<float>(uint32_t(found[0])) + bit_cast<float>(uint32_t(found[1]));
+    }
+    value = sum - 2 * value;
+  }
+  if (threadIdx.x == 0) out[blockIdx.x] = value;
+}
+
+void check_exchange() {
+  const int blocks = 4, rounds = 5;
+  Array<uint64_t> words(2 * blocks);
+  Array<float> out(blocks);
+  Config config = blocks_of(blocks, 64);
+  config.cooperative = true;
+  launch(config, "exchange_kernel", exchange_kernel, words.device(), out.device(), rounds);
+  out.fetch();
+  float values[blocks] = {1, 2, 3, 4};
+  for (int round = 0; round < rounds; ++round) {
+    const float sum = values[0] + values[1] + values[2] + values[3];
+    for (float& value : values) value = sum - 2 * value;
+  }
+  for (int b = 0; b < blocks; ++b) expect_equal("exchange", out[b], values[b]);
+}
+
 __global__ void cluster_kernel(const float* x, float* out, int n) {
 #if LAB_SM90
   struct Shared {
@@ -758,7 +795,7 @@ int main(int argc, char** argv) {
       {"atomics", check_atomics},   {"mma", check_mma},           {"named_barriers", check_named_barriers},
       {"copies", check_copies},     {"float16", check_float16},   {"math", check_math},
       {"pipeline", check_pipeline}, {"clusters", check_clusters}, {"launches", check_launches},
-      {"wgmma", check_wgmma},
+      {"wgmma", check_wgmma},       {"exchange", check_exchange},
 #ifndef __CUDACC__
       {"threads", check_threads},   {"callers", check_callers},   {"fork", check_fork},
 #endif
