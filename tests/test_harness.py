@@ -797,7 +797,8 @@ def test_what_fits_in_l2_is_not_above_the_ceiling_when_cold(measured, tmp_path):
     cold = [r for r in rows if r.cache == "cold" and r.timer == "graph"]
     assert len(cold) == 10 and all(r.of_ceiling < 1.0 and not r.flag for r in cold)     # five linears, torch and cuBLAS
     warm = {(r.backend, r.role): r.us for r in rows if r.cache == "warm"}
-    assert all(warm[r.backend, r.role] < r.us for r in cold)
+    fits = [r for r in cold if r.bytes < rig.l2_bytes / 2]                              # the lm_head, 57 MB, does not
+    assert len(fits) == 8 and all(warm[r.backend, r.role] < r.us for r in fits)
 
 
 @gpu

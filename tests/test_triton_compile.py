@@ -103,8 +103,9 @@ def compiled(architecture, run):
     return offline.sass(code)
 
 
-@pytest.mark.parametrize("name", LAUNCHES)
-@pytest.mark.parametrize("architecture, dtype", [("sm_90", BF16), ("sm_90", F32), ("sm_80", BF16)], ids=str)
+@pytest.mark.parametrize("architecture, dtype, name", [
+    (arch, dtype, name) for arch, dtype in (("sm_90", BF16), ("sm_90", F32), ("sm_80", BF16)) for name in LAUNCHES
+    if dtype == BF16 or not name.startswith("step-")], ids=str)                 # a whole step takes no float32
 def test_compiles_with_wide_loads_and_no_spills(architecture, dtype, name):
     run, sizes = LAUNCHES[name]
     tensors, ints = lambda *s: empty(*s, dtype=dtype), lambda *s: empty(*s, dtype=I32)
