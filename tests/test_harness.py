@@ -817,4 +817,4 @@ def test_the_ledger_adds_up_on_a_gpu(measured, model, backend, plan):
     assert sum(r.us for r in named) + gap.us == pytest.approx(total.us, rel=0.03)
     assert (backend, plan) not in ledger.DEPENDENT or {r.row for r in named} == {"chain"}
     assert {r.op for r in named} >= {op for op, _, _ in shapes.uses(weights.config, plan)}
-    assert gap.us >= 0 and all(r.us > -0.01 * total.us for r in named)
+    assert all(r.us > -0.01 * total.us for r in (gap, *named))          # two measurements, each with its noise
