@@ -482,6 +482,15 @@ inline bool has_clusters() {
 // silu(gate) * up.
 LAB_DEVICE float activate(float gate, float up) { return gate / (1.f + expf(-gate)) * up; }
 
+// The most shared memory that a block of the current device may have, in bytes; while launches are recorded, and on a
+// CPU, a Hopper GPU's.
+inline int most_shared_bytes() {
+#ifdef __CUDACC__
+  if (!trace::recorded_multiprocessors()) return detail::device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>();
+#endif
+  return 227 * 1024;
+}
+
 // Adds 1 to *counter and returns what it was. Whatever this thread has seen before, stores of its block before a barrier
 // too, is visible to whoever takes a later ticket, after a barrier to that block. One thread of a block calls it.
 LAB_DEVICE unsigned take_ticket(unsigned* counter) {
@@ -510,6 +519,7 @@ LAB_DEVICE void store_word(uint64_t* p, uint64_t word) {
 template <int N>
 LAB_DEVICE void load_words(uint64_t (&words)[N], const uint64_t* p) {
 #ifdef __CUDACC__
+  static_assert(N == 1 || N % 2 == 0, "pairs are one access each");
   if constexpr (N == 1) {
     asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(words[0]) : "l"(p) : "memory");
   } else {

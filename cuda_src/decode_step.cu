@@ -14,6 +14,7 @@
 #include "candidate.cuh"
 #include "common.cuh"
 #include "launchers.h"
+#include "sizes.h"
 #include "step_attention.cuh"
 
 using namespace lab;
@@ -178,7 +179,7 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
   }
 
   // 3. Layers: what a phase writes, all blocks that take part in the next one wait for. A block without a share of a
-  // phase's outputs leaves it out, so that it is never left behind. All products share one copy of the code, for five
+  // phase's outputs does not read its input either: nobody would wait for it before that row is written again. All products share one copy of the code, for five
   // are more than the instruction cache holds.
   StepRow<T> x{reinterpret_cast<T*>(row), shared.squares};
   uint32_t tag = a.counters[kTag];                // the last one of the launch before
@@ -256,7 +257,7 @@ static void by_half(int dtype, F f) {
 void decode_step(Ptr ids, Ptr positions, Ptr embed, Ptr table, Ptr final_norm, Ptr lm_head, Ptr cos_sin, Ptr k_cache,
                  Ptr v_cache, Ptr block_table, Ptr logits, Ptr out, Ptr words, Ptr counters, int layers, int vocab,
                  int hidden, int intermediate, int q_heads, int kv_heads, int head_dim, int pages, int page_size,
-                 int max_pages, float eps, float scale, int dtype, Ptr stream) {
+                 float eps, float scale, int dtype, Ptr stream) {
   if (!has_clusters()) throw std::runtime_error("decode_step needs bulk copies (sm_90): use --plan fused on this GPU");
   by_half(dtype, [&](auto tag) {
     using T = decltype(tag);
@@ -264,10 +265,11 @@ void decode_step(Ptr ids, Ptr positions, Ptr embed, Ptr table, Ptr final_norm, P
       constexpr int D = decltype(dim)::value;
       const int longest = std::max({hidden, intermediate, q_heads * D});
       const int row_bytes = std::max(round_up(longest * int(sizeof(T)), 16), StepAttention<T, D>::kSumsBytes);
-      const int fixed = int(sizeof(StepSmem<T, D>)) + row_bytes + layers * int(sizeof(StepLayer<T>)), most = 227 * 1024;
-      const int tiles = std::min(kMostTiles, (most - fixed) / kTileBytes);
+      const int fixed = int(sizeof(StepSmem<T, D>)) + row_bytes + layers * int(sizeof(StepLayer<T>));
+      const int tiles = std::min(kMostTiles, (most_shared_bytes() - fixed) / kTileBytes);
       if (tiles < kMoreUnderWay) {
-        throw std::invalid_argument("decode_step: rows of " + std::to_string(longest) + " elements are too long");
+        throw std::invalid_argument("decode_step: rows of " + std::to_string(longest) +
+                                    " elements leave this GPU's shared memory no room for tiles (use --plan fused)");
       }
       uint64_t *h = as<uint64_t>(words), *qkv = h + hidden / 2, *attention = qkv + (q_heads + 2 * kv_heads) * D / 2;
       uint64_t* act = attention + q_heads * D / 2;
@@ -275,7 +277,7 @@ void decode_step(Ptr ids, Ptr positions, Ptr embed, Ptr table, Ptr final_norm, P
                          as<const T>(final_norm), as<const T>(lm_head), as<const float>(cos_sin), as<float>(logits),
                          as<int>(out), h, qkv, attention, act, act + intermediate / 2,
                          as<unsigned>(counters), layers, vocab, hidden, intermediate, tiles, row_bytes,
-                         {q_heads, kv_heads, log2_of(page_size), max_pages, eps, scale * 1.4426950408889634f,
+                         {q_heads, kv_heads, log2_of(page_size), eps, scale * 1.4426950408889634f,
                           as<const int>(block_table), int64_t(pages) * kv_heads * page_size * D, as<T>(k_cache),
                           as<T>(v_cache)}};
       Config config{dim3(multiprocessors()), dim3(kRingThreads + 32), size_t(fixed + tiles * kTileBytes), stream};

@@ -66,11 +66,11 @@ void norm_linear_argmax(Ptr x, Ptr norm_w, Ptr w, Ptr logits, Ptr scratch, Ptr n
                         float eps, int dtype, Ptr stream);
 
 // A whole decode step of one sequence in one launch. table: int64 [layers, 10], addresses of each layer's tensors; words:
-// int64, room for what passes between blocks (WORDS of the contract); counters: uint32. Both zero at first. Needs sm_90.
+// int64, room for what passes between blocks (StepWorkspace of the contract); counters: uint32. Both zero at first. Needs sm_90.
 void decode_step(Ptr ids, Ptr positions, Ptr embed, Ptr table, Ptr final_norm, Ptr lm_head, Ptr cos_sin, Ptr k_cache,
                  Ptr v_cache, Ptr block_table, Ptr logits, Ptr out, Ptr words, Ptr counters, int layers, int vocab,
                  int hidden, int intermediate, int q_heads, int kv_heads, int head_dim, int pages, int page_size,
-                 int max_pages, float eps, float scale, int dtype, Ptr stream);
+                 float eps, float scale, int dtype, Ptr stream);
 
 // Measurement, not an op: reads (mode 0), copies (1) or writes (2) `bytes` (a multiple of 16), `passes` times over.
 void stream(Ptr src, Ptr dst, int64_t bytes, int mode, int passes, int blocks, int threads, Ptr stream);

@@ -17,7 +17,7 @@ constexpr int kStepGroup = 8;                     // MAX_GROUP
 // What all layers have in common.
 template <typename T>
 struct StepHeads {
-  int q_heads, kv_heads, page_shift, max_pages;
+  int q_heads, kv_heads, page_shift;
   float eps, scale_log2;
   const int* table;                               // block_table
   int64_t layer;                                  // elements of a layer's K
@@ -109,7 +109,7 @@ struct StepAttention {
     }
     if (items > int(gridDim.x)) locate(blockIdx.x);
   }
-  // A context of up to kAlone tiles is not split, and no split has less than kLeast: a merge would cost more than it
+  // A context of up to kAlone tiles is not split, and no split but the last has less than kLeast: a merge would cost more than it
   // saves. Without tokens begin is not below end.
   LAB_DEVICE void locate(int item) {
     constexpr int kAlone = 4, kLeast = 2;

@@ -2,7 +2,7 @@
 // word. A reader waits for the tag that it expects, so a row's data are their own signal. (A barrier of the grid needs a
 // release, and on an H100 that waits for the block's bulk copies under way, too: up to 8 us with a full ring.)
 //
-// A row may be written again once all who read it have written what depends on it; the tags are never the same.
+// A row may be written again once all who read it have written what depends on it; a tag comes again after 2^32 phases only.
 #pragma once
 #include "unpack.cuh"
 

@@ -1,7 +1,7 @@
 // All matrices of a decode step as one stream through a ring of tiles in shared memory: one thread of the block sends
-// for them (bulk copies), in the order in which the other warps multiply them. It waits for nothing but room, so DRAM
-// stays busy while the block waits for other blocks: 12 tiles of 16 KiB on each of an H100's 132 multiprocessors are
-// 26 MB, 8 us of its bandwidth. Only a few of them are under way at a time, enough for DRAM's full bandwidth: all other
+// for them (bulk copies), in the order in which the other warps multiply them. It waits for room and for what is
+// under way, but for no other block, so DRAM stays busy while its block does: 12 tiles of 16 KiB (11 for an 8B's longer
+// rows) on each of an H100's 132 multiprocessors are 26 MB, 8 us of its bandwidth. Only a few of them are under way at a time, enough for DRAM's full bandwidth: all other
 // loads and stores, L2 hits too, wait behind what is under way (with all 12 tiles for 5 us, measured on an H100).
 //
 // Each block owns a share of every matrix's rows, and tiles are a few of these rows. Tensor cores multiply them with x, for
@@ -9,7 +9,7 @@
 // DRAM delivers one in 1,300.)
 #pragma once
 #include "common.cuh"
-#include "sizes.h"
+#include "unpack.cuh"
 
 namespace lab {
 
@@ -22,7 +22,7 @@ struct Matrix {
 
 constexpr int kRingWarps = 8, kRingThreads = kRingWarps * 32;   // that multiply; one warp more sends
 constexpr int kTileBytes = 16 * 1024;
-constexpr int kMostTiles = 16;
+constexpr int kMostTiles = 14;                     // what 227 KiB hold
 // Tiles on their way from DRAM, at most: while the block may wait for others, and when it is in the midst of a matrix.
 constexpr int kFewUnderWay = 2, kMoreUnderWay = 4;
 constexpr int kBatchRows = 128;                   // rows whose sums meet in shared memory before they are stored
@@ -65,7 +65,8 @@ struct WeightRing {
     mbarrier_fence_init();
   }
 
-  // The sending thread's half of a tile: begin() waits for room and says how many bytes will come, copy() sends for some.
+  // The sending thread's half of a tile: begin() waits until there is room and few enough tiles are
+  // under way, and says how many bytes will come; copy() sends for some.
   LAB_DEVICE void begin(unsigned bytes, int most_under_way) {
     for (; under_way >= most_under_way; --under_way) {
       mbarrier_wait(&shared.full[oldest], oldest_parity);

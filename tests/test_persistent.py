@@ -7,7 +7,9 @@ import torch
 
 from lab.dispatch import Trace, select
 from lab.errors import LabError
+from lab.harness import model_bench, shapes
 from lab.model import decoder as decoders
+from lab.model.config import PRESETS
 from lab.model.decoder import GREEDY, Decoder, Sampling
 from lab.model.weights import RandomSource, load
 from test_fused import NAMES, STEPS, backend                        # noqa: F401 (backend is a fixture)
@@ -108,3 +110,27 @@ def test_what_the_plan_does_not_take_is_refused_before_memory_is_taken(options, 
 def test_a_model_with_too_many_query_heads_is_refused():
     with pytest.raises(LabError, match="decode_step: 9 query and 1 KV heads of 64: .* at most 8 query heads"):
         decoder(replace(LLAMA, q_heads=9, kv_heads=1), "torch", "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("context", [40, 3000])                     # one split, and several of several tiles
+@pytest.mark.parametrize("name", shapes.MODELS)
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_full_widths_on_a_gpu(backend, name, context):
+    """Every block has rows, and the ring goes round many times: a tiny model's few rows leave that out."""
+    weights = load(RandomSource(replace(PRESETS[name], layers=2)), BF16, "cuda")
+
+    def logits(backend, plan):
+        d = Decoder(weights, select(backend, "cuda"), max_context=context + 4, plan=plan)
+        torch.manual_seed(0)
+        model_bench.fill(d, 1, context)
+        found = []
+        for _ in range(STEPS):
+            d.ids.fill_(7)                                          # the same tokens for all
+            d.step()
+            found.append(d.logits.clone())
+        return torch.stack(found)
+
+    got, want = logits(backend, "persistent"), logits("torch", "basic")
+    assert (got - want).abs().max() < 16 * torch.finfo(BF16).eps * want.abs().max()
+    assert torch.equal(got, logits(backend, "persistent"))

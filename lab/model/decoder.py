@@ -68,9 +68,11 @@ PLANS = {"basic": basic_step, "fused": fused_step, "persistent": persistent_step
 def refusal(plan: str, batch: int, dtype: torch.dtype) -> str | None:
     """Why a plan does not decode a batch of this size, or a model of this dtype; None where it does."""
     from lab.ops.decode_step import op
-    if plan == "persistent" and batch != 1:
+    if plan != "persistent":
+        return None
+    if batch != 1:
         return f"plan persistent decodes one sequence, not a batch of {batch}: use --batch 1, or --plan fused"
-    if plan == "persistent" and dtype not in op.dtypes:
+    if dtype not in op.dtypes:
         names = " or ".join(name for name, one in DTYPES.items() if one in op.dtypes)
         return f"plan persistent takes models in {names} alone: use --dtype bf16, or --plan fused"
     return None

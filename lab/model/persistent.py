@@ -1,4 +1,4 @@
-"""The persistent plan: the whole step of one sequence in one kernel, which never lets the stream of weights stop."""
+"""The persistent plan: the whole greedy step of one sequence in one kernel, which never lets the stream of weights stop."""
 from __future__ import annotations
 
 from typing import TYPE_CHECKING

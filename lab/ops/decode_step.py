@@ -6,7 +6,8 @@
 The fused plan's ops with the same rounding points (lab/model/fused.py), but the blocks wait for each other's results
 where that plan has a new kernel: so what needs no activation, the weights, can stream on meanwhile.
 A negative position marks an idle row: the kernels write nothing. An id outside the vocabulary gives them logits of NaN,
-and the token -1. (The torch backend computes on in both cases.) CUDA needs sm_90.
+and the token -1; what it leaves in the cache is undefined. (The torch backend computes on in both cases.) CUDA needs
+sm_90.
 Rows of every matrix begin at multiples of 16 bytes; a KV head has at most 8 query heads.
 Halves: cuda_src/decode_step.cu, triton_kernels/decode_step.py
 """
@@ -57,6 +58,8 @@ class StepModel:
         if head_dim not in decode_attention.HEAD_DIMS or q_heads % kv_heads or q_heads > kv_heads * MAX_GROUP:
             refuse(name, f"{q_heads} query and {kv_heads} KV heads of {head_dim}: head_dim must be 64, 96 or 128, and "
                          f"a KV head have at most {MAX_GROUP} query heads (use --plan fused)")
+        if not weights.layers:
+            refuse(name, "the model has no layers")
         middle = weights.layers[0].w_down.shape[1]
         if embed.dtype not in op.dtypes:
             refuse(name, f"takes float16 and bfloat16, not {str(embed.dtype).removeprefix('torch.')} (use --plan fused)")
@@ -69,12 +72,20 @@ class StepModel:
         for layer in weights.layers:
             for part, shape in shapes.items():
                 tensor = getattr(layer, part)
+                if (tensor is None) != (getattr(weights.layers[0], part) is None):
+                    refuse(name, f"{part} must be in all layers or in none")
                 if tensor is None and part in OPTIONAL:
                     continue
                 if tensor is None or tensor.shape != shape or tensor.dtype != embed.dtype:
                     refuse(name, f"{part} must be {list(shape)} in the dtype of embed")
                 dense(name, device, tensor)
             rows.append([0 if getattr(layer, part) is None else getattr(layer, part).data_ptr() for part in LAYER])
+        for part, shape in (("final_norm", (hidden,)), ("lm_head", tuple(embed.shape))):
+            tensor = getattr(weights, part)
+            if tensor.shape != shape or tensor.dtype != embed.dtype:
+                refuse(name, f"{part} must be {list(shape)} in the dtype of embed")
+        if cos_sin.dim() != 2 or cos_sin.shape[1] != head_dim or cos_sin.dtype != torch.float32:
+            refuse(name, f"cos_sin must be float32 [max_positions, {head_dim}]")
         dense(name, device, embed, weights.final_norm, weights.lm_head, cos_sin)
         return cls(embed, tuple(weights.layers), weights.final_norm, weights.lm_head, cos_sin, q_heads, kv_heads,
                    head_dim, eps, head_dim ** -0.5, torch.tensor(rows, dtype=torch.int64, device=embed.device))
@@ -124,6 +135,10 @@ def validate(ids, positions, model, k_cache, v_cache, block_table, logits, works
         refuse(name, "k_cache and v_cache must be [layers, pages, kv_heads, page_size, head_dim]")
     dense(name, device, k_cache, v_cache)
     check_cache(name, k_cache[0], v_cache[0], block_table, 1, model.kv_heads, model.head_dim, model.embed.dtype)
+    m, w = model, workspace
+    if not (w.partial.shape == (m.kv_heads, MAX_SPLITS, m.group, m.head_dim + 2) and w.h.shape == (m.embed.shape[1],)
+            and w.act.shape == (m.intermediate,)):
+        refuse(name, "the workspace is of another size: make it by StepWorkspace.of(model)")
     if not (logits.shape == (1, model.lm_head.shape[0]) and logits.dtype == torch.float32):
         refuse(name, "logits must be float32 [1, vocab]")
     dense(name, device, logits)
@@ -178,7 +193,7 @@ def cuda(kernels, ids, positions, model, k_cache, v_cache, block_table, logits, 
         m.lm_head.data_ptr(), m.cos_sin.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), block_table.data_ptr(),
         logits.data_ptr(), out.data_ptr(), w.words.data_ptr(), w.counters.data_ptr(), len(m.layers), m.embed.shape[0],
         m.embed.shape[1], m.intermediate, m.q_heads, m.kv_heads, m.head_dim, k_cache.shape[1], k_cache.shape[3],
-        block_table.shape[1], m.eps, m.scale, DTYPE_CODES[m.embed.dtype], kernels.stream())
+        m.eps, m.scale, DTYPE_CODES[m.embed.dtype], kernels.stream())
 
 
 def triton(ids, positions, model, k_cache, v_cache, block_table, logits, workspace, out):
@@ -254,7 +269,7 @@ op = Op(
                 vocab=101, q_heads=3, kv_heads=1, head_dim=64, position=0),
            case("Qwen3's per-head norm, Qwen2's biases, several splits, head 128", layers=2, hidden=264,
                 intermediate=520, vocab=300, q_heads=4, kv_heads=2, head_dim=128, position=130, bias=True, qk_norm=True),
-           case("MHA, head 96, a page's last slot", layers=1, hidden=96, intermediate=64, vocab=83, q_heads=2,
-                kv_heads=2, head_dim=96, position=63, page_size=64),
+           case("MHA, head 96, a page's last slot; more KV heads than the host build has blocks", layers=1, hidden=96,
+                intermediate=64, vocab=83, q_heads=5, kv_heads=5, head_dim=96, position=63, page_size=64),
            case("the largest group; rows longer than a tile's", layers=1, hidden=2112, intermediate=2056, vocab=40,
                 q_heads=8, kv_heads=1, head_dim=64, position=33)))

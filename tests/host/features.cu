@@ -457,6 +457,7 @@ __global__ void exchange_kernel(uint64_t* words, float* out, int rounds) {
       sum += bit_cast<float>(uint32_t(found[0])) + bit_cast<float>(uint32_t(found[1]));
     }
     value = sum - 2 * value;
+    __syncthreads();  // all of the block have read this round's words
   }
   if (threadIdx.x == 0) out[blockIdx.x] = value;
 }
