@@ -479,6 +479,12 @@ inline bool has_clusters() {
 #endif
 }
 
+// An element after rmsnorm: rounded to T before and after its weight, as the contract says. scale: 1 / rms of the row.
+template <typename T>
+LAB_DEVICE T normed_element(float x, float scale, float weight) {
+  return from_float<T>(to_float(from_float<T>(x * scale)) * weight);
+}
+
 // silu(gate) * up.
 LAB_DEVICE float activate(float gate, float up) { return gate / (1.f + expf(-gate)) * up; }
 

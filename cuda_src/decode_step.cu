@@ -118,7 +118,7 @@ struct StepRow {
       unpack<T>(f, load_packed<N>(x + col));
       Vec<T> v;
       LAB_UNROLL
-      for (int e = 0; e < N; ++e) v.v[e] = from_float<T>(to_float(from_float<T>(f[e] * scale)) * factor[e]);
+      for (int e = 0; e < N; ++e) v.v[e] = normed_element<T>(f[e], scale, factor[e]);
       store(x + col, v);
     };
     LAB_UNROLL

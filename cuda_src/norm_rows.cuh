@@ -100,7 +100,7 @@ struct NormRows {
         unpack<T>(f, load_packed<N>(shared.x + b * k + col));
         Vec<T, N> v;
         LAB_UNROLL
-        for (int e = 0; e < N; ++e) v.v[e] = from_float<T>(to_float(from_float<T>(f[e] * scale[b])) * factor[e]);
+        for (int e = 0; e < N; ++e) v.v[e] = normed_element<T>(f[e], scale[b], factor[e]);
         store(shared.x + b * k + col, v);
       }
     };

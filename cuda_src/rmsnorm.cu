@@ -85,8 +85,7 @@ __global__ void __launch_bounds__(Threads)
       }
       LAB_UNROLL
       for (int e = 0; e < N; ++e) {
-        const float normed = to_float(from_float<T>(to_float(v[i].v[e]) * scale));
-        v[i].v[e] = from_float<T>(normed * to_float(weight[i].v[e]));
+        v[i].v[e] = normed_element<T>(to_float(v[i].v[e]), scale, to_float(weight[i].v[e]));
       }
       store(y + col, v[i]);
     }

@@ -45,7 +45,7 @@ struct Rotation {
       const float scale = rsqrtf(group_sum<L>(squares) / D + eps);
       unpack<T>(factor, valid ? load_packed<N>(norm + c * N) : Packed<T, N>{});
       LAB_UNROLL
-      for (int e = 0; e < N; ++e) x[e] = to_float(from_float<T>(to_float(from_float<T>(x[e] * scale)) * factor[e]));
+      for (int e = 0; e < N; ++e) x[e] = to_float(normed_element<T>(x[e], scale, factor[e]));
     }
     Vec<T> turned;
     LAB_UNROLL

@@ -1,8 +1,9 @@
 // All matrices of a decode step as one stream through a ring of tiles in shared memory: one thread of the block sends
-// for them (bulk copies), in the order in which the other warps multiply them. It waits for room and for what is
-// under way, but for no other block, so DRAM stays busy while its block does: 12 tiles of 16 KiB (11 for an 8B's longer
-// rows) on each of an H100's 132 multiprocessors are 26 MB, 8 us of its bandwidth. Only a few of them are under way at a time, enough for DRAM's full bandwidth: all other
-// loads and stores, L2 hits too, wait behind what is under way (with all 12 tiles for 5 us, measured on an H100).
+// for them (bulk copies), in the order in which the other warps multiply them. It waits for room and for what is under
+// way, but for no other block, so DRAM stays busy while its block does: 12 tiles of 16 KiB (11 for an 8B's longer rows)
+// on each of an H100's 132 multiprocessors are 26 MB, 8 us of its bandwidth. Only a few of them are under way at a time,
+// enough for DRAM's full bandwidth: all other loads and stores, L2 hits too, wait behind what is under way (with all 12
+// tiles for 5 us, measured on an H100).
 //
 // Each block owns a share of every matrix's rows, and tiles are a few of these rows. Tensor cores multiply them with x, for
 // their speed with what is already there: after a wait a block has to catch up. (On CUDA cores a tile took 700 cycles;
