@@ -49,13 +49,13 @@ struct Base {
 
 enum Counter { kBest = 0, kTicket = 2, kTag = 3 };  // places in counters, as in the contract
 
-// In a block's shared memory this comes first; then the tiles; then a row of x, whose place attention's sums take, too;
-// then the table.
+// In a block's shared memory this comes first; then the tiles; then a norm's weight; then a row of x, whose place
+// attention's sums take, too; then the table.
 template <typename T, int D>
 struct alignas(128) StepSmem {
   RingSmem ring;
   StepAttentionSmem<T, D> attention;
-  float squares[kRingWarps];
+  alignas(16) float squares[kRingWarps];
   uint64_t best[kRingWarps];
 };
 
@@ -65,42 +65,52 @@ enum StepPhase { kQkv, kO, kGateUp, kDown, kLmHead };
 // A row of x on its way into shared memory, as the products read it.
 template <typename T>
 struct StepRow {
-  static constexpr int N = 8, kStep = kRingThreads * N, kKeep = 2;
-  T* x;                                           // in shared memory
+  static constexpr int N = 8, kStep = kRingThreads * N, kMore = 3;
+  T *x, *weight;                                  // [k] in shared memory; weight: of the next norm
   float* squares;
-  Packed<T, N> weight[kKeep];                     // of the norm
+  float mean;                                     // 1 / k of the norms
+  TaggedRow<T> from;                              // the row, [k]
+  int k = 0;
+  typename TaggedRow<T>::template Words<1> words;
 
-  // Loads the norm's weight, which depends on no other block, while others still work on the row.
-  LAB_DEVICE void start(const T* norm_w, int k) {
-    LAB_UNROLL
-    for (int i = 0; i < kKeep; ++i) {
-      const int col = threadIdx.x * N + i * kStep;
-      if (col < k) weight[i] = load_packed<N>(norm_w + col);
-    }
+  // Sends for the weight of the next norm, a phase ahead: a wait for it would add to that for the row. A thread copies
+  // the columns that it will scale.
+  LAB_DEVICE void start(const T* norm_w, int n) {
+    cp_async_wait<0>();                           // for a block without a share of the last norm's product
+    for (int col = threadIdx.x * N; col < n; col += kStep) cp_async16(weight + col, norm_w + col);
+    cp_async_commit();
   }
-  // Calls f(column, 8 elements) for this thread's columns of a row of k, when they are there; of `token` if there is one.
+  // Sends for the row, or for its first part; wait() calls f(column, 8 elements) for this thread's columns when they are
+  // there.
+  LAB_DEVICE void request(const TaggedRow<T>& from_, int k_) {
+    from = from_, k = k_;
+    from.request(words, threadIdx.x * N, 0, k);
+  }
   template <typename F>
-  LAB_DEVICE static void each(const T* token, const TaggedRow<T>& from, int k, F f) {
-    constexpr int kAhead = 4;
-    for (int first = threadIdx.x * N; first < k; first += kAhead * kStep) {
-      Vec<T> values[kAhead] = {};
-      if (!token) from.wait(values, first, kStep, k);
+  LAB_DEVICE void wait(F f) {
+    Vec<T> head[1], tail[kMore];
+    typename TaggedRow<T>::template Words<kMore> more;
+    int col = threadIdx.x * N;
+    if (k > kStep) from.request(more, col + kStep, kStep, k);
+    from.wait(head, words, col, 0, k);
+    if (col < k) f(col, head[0]);
+    for (col += kStep; col < k; col += kMore * kStep) {
+      from.wait(tail, more, col, kStep, k);
       LAB_UNROLL
-      for (int i = 0; i < kAhead; ++i) {
-        const int col = first + i * kStep;
-        if (col < k) f(col, token ? load(token + col) : values[i]);
+      for (int i = 0; i < kMore; ++i) {
+        if (col + i * kStep < k) f(col + i * kStep, tail[i]);
       }
+      from.request(more, col + kMore * kStep, kStep, k);
     }
   }
-  LAB_DEVICE void copy(const TaggedRow<T>& from, int k) {
-    each(nullptr, from, k, [&](int col, const Vec<T>& v) { store(x + col, v); });
+  LAB_DEVICE void copy() {
+    wait([&](int col, const Vec<T>& v) { store(x + col, v); });
     ring_sync();
   }
-  // x = T(T(from * rsqrt(mean(from^2) + eps)) * norm_w): the rounding points of rmsnorm.
-  LAB_DEVICE void norm(const T* token, const TaggedRow<T>& from, const T* norm_w, int k, float eps) {
-    const int first = threadIdx.x * N;
+  // x = T(T(row * rsqrt(mean(row^2) + eps)) * weight): the rounding points of rmsnorm.
+  LAB_DEVICE void norm(float eps) {
     float f[N], factor[N], sum = 0.f;
-    each(token, from, k, [&](int col, const Vec<T>& v) {
+    wait([&](int col, const Vec<T>& v) {
       unpack<T>(f, bit_cast<Packed<T, N>>(v));
       LAB_UNROLL
       for (int e = 0; e < N; ++e) sum = fmadd(f[e], f[e], sum);
@@ -109,23 +119,18 @@ struct StepRow {
     sum = group_sum<32>(sum);
     if (threadIdx.x % 32 == 0) squares[threadIdx.x / 32] = sum;
     ring_sync();
-    sum = 0.f;
-    LAB_UNROLL
-    for (int warp = 0; warp < kRingWarps; ++warp) sum += squares[warp];
-    const float scale = rsqrtf(sum / k + eps);
-    const auto scale_at = [&](int col, const Packed<T, N>& packed) {  // a thread scales the columns that it stored
-      unpack<T>(factor, packed);
+    const Vec<float> low = load(squares), high = load(squares + 4);
+    sum = ((low.v[0] + low.v[1]) + (low.v[2] + low.v[3])) + ((high.v[0] + high.v[1]) + (high.v[2] + high.v[3]));
+    const float scale = rsqrtf(sum * mean + eps);
+    cp_async_wait<0>();
+    for (int col = threadIdx.x * N; col < k; col += kStep) {          // a thread scales the columns that it stored
+      unpack<T>(factor, load_packed<N>(weight + col));
       unpack<T>(f, load_packed<N>(x + col));
       Vec<T> v;
       LAB_UNROLL
       for (int e = 0; e < N; ++e) v.v[e] = normed_element<T>(f[e], scale, factor[e]);
       store(x + col, v);
-    };
-    LAB_UNROLL
-    for (int i = 0; i < kKeep; ++i) {
-      if (first + i * kStep < k) scale_at(first + i * kStep, weight[i]);
     }
-    for (int col = first + kKeep * kStep; col < k; col += kStep) scale_at(col, load_packed<N>(norm_w + col));
     ring_sync();
   }
 };
@@ -136,7 +141,8 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
   // 1. Locate: the token and its place; an idle row has none.
   auto& shared = smem<StepSmem<T, D>>();
   unsigned char* tiles = reinterpret_cast<unsigned char*>(&shared + 1);
-  unsigned char* row = tiles + a.tiles * kTileBytes;
+  unsigned char* norm_weight = tiles + a.tiles * kTileBytes;
+  unsigned char* row = norm_weight + round_up(a.hidden * int(sizeof(T)), 16);
   auto* layers = reinterpret_cast<StepLayer<T>*>(row + a.row_bytes);
   const int position = a.positions[0], id = a.ids[0], width = (a.heads.q_heads + 2 * a.heads.kv_heads) * D;
   if (position < 0) return;
@@ -179,42 +185,48 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
   }
 
   // 3. Layers: what a phase writes, all blocks that take part in the next one wait for. A block without a share of a
-  // phase's outputs does not read its input either: nobody would wait for it before that row is written again. All products share one copy of the code, for five
-  // are more than the instruction cache holds.
-  StepRow<T> x{reinterpret_cast<T*>(row), shared.squares};
+  // phase's outputs does not read its input either: nobody would wait for it before that row is written again. All
+  // products share one copy of the code, for five are more than the instruction cache holds.
   uint32_t tag = a.counters[kTag];                // the last one of the launch before
-  TaggedRow<T> h{a.h, tag}, qkv{a.qkv, tag}, heads{a.attention, tag}, act{a.act, tag};
+  const TaggedRow<T> h{a.h, ++tag};               // the residual
+  TaggedRow<T> last = h;                          // the row that was written last
+  StepRow<T> x{reinterpret_cast<T*>(row), reinterpret_cast<T*>(norm_weight), shared.squares, 1.f / a.hidden, h};
   uint64_t best = 0;
+  const Share owned = ring.share(a.hidden);       // the embedding
+  for (int n = owned.first + 2 * int(threadIdx.x); n < owned.last; n += 2 * kRingThreads) {
+    h.store(n, to_float(token[n]), to_float(token[n + 1]));
+  }
+  x.start(layers[0].attn_norm, a.hidden);
   for (int step = 0; step <= 4 * a.layers; ++step) {
     const int i = step / 4;
     const StepPhase phase = phase_at(step);
     const StepLayer<T>& layer = layers[phase == kLmHead ? 0 : i];
     if (phase == kO) {
-      heads.tag = ++tag;
-      attention.run(ring, i, qkv, layer.q_norm, layer.k_norm, heads, {a.partial, tag});
+      const TaggedRow<T> heads{a.attention, ++tag};
+      attention.run(ring, i, last, layer.q_norm, layer.k_norm, heads, {a.partial, tag});
+      last = heads;
     }
     const Matrix<T> m = matrix_of(i, phase);
+    const Share share = ring.share(m.n);
     const TaggedRow<T> to{phase == kQkv ? a.qkv : phase == kGateUp ? a.act : a.h, ++tag};
-    if (ring.has_share(m.n)) {
-      const T* norm_w = phase == kQkv ? layer.attn_norm : phase == kGateUp ? layer.mlp_norm : a.final_norm;
-      if (phase == kO || phase == kDown) {
-        x.copy({phase == kO ? heads.words : act.words, phase == kO ? heads.tag : act.tag}, m.k);
-      } else {
-        x.start(norm_w, m.k);
-        x.norm(step == 0 ? token : nullptr, h, norm_w, m.k, a.heads.eps);
-      }
+    const bool normed = phase != kO && phase != kDown;
+    if (phase == kO) x.start(layer.mlp_norm, a.hidden);
+    if (phase == kDown) x.start(i + 1 < a.layers ? layers[i + 1].attn_norm : a.final_norm, a.hidden);
+    if (!share.empty()) {
+      x.request(last, m.k);
       const T* bias = phase == kQkv ? layer.bqkv : phase == kO ? layer.bo : nullptr;
       const auto base_of = [&](int n) {           // loaded before the product and unpacked after it
-        uint64_t word = 0;
-        if (phase == kO || phase == kDown) word = step == 1 ? bit_cast<uint32_t>(load<2>(token + n / 2 * 2)) : h.own(n);
-        return Base<T>{word, bias ? bias[n] : from_float<T>(0.f)};
+        return Base<T>{normed ? 0 : h.own(n), bias ? bias[n] : from_float<T>(0.f)};
       };
+      const int n = share.first + int(threadIdx.x);
+      const Base<T> base = n < share.last ? base_of(n) : Base<T>{};
+      normed ? x.norm(a.heads.eps) : x.copy();
       const auto finish = [&](int n, const Base<T>& base, float sum, float second) {
         if (phase == kGateUp) return activate(sum, second);
         if (phase == kLmHead) return sum + poison;
         return sum + (TaggedRow<T>::element(base.word, n) + to_float(base.bias));
       };
-      ring.multiply(m, x.x, base_of, finish, [&](int n, float mine, float next) {
+      ring.multiply(m, share, x.x, base, base_of, finish, [&](int n, float mine, float next) {
         if (phase == kLmHead) {
           a.logits[n] = mine;
           const uint64_t other = candidate(mine, n);
@@ -224,9 +236,7 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
         }
       });
     }
-    if (phase == kQkv) qkv = to;
-    if (phase == kO || phase == kDown) h = to;
-    if (phase == kGateUp) act = to;
+    last = to;
   }
 
   // 4. Argmax in the last block: each has raised the best so far by its own (a maximum is the same in every order); the
@@ -265,7 +275,8 @@ void decode_step(Ptr ids, Ptr positions, Ptr embed, Ptr table, Ptr final_norm, P
       constexpr int D = decltype(dim)::value;
       const int longest = std::max({hidden, intermediate, q_heads * D});
       const int row_bytes = std::max(round_up(longest * int(sizeof(T)), 16), StepAttention<T, D>::kSumsBytes);
-      const int fixed = int(sizeof(StepSmem<T, D>)) + row_bytes + layers * int(sizeof(StepLayer<T>));
+      const int fixed = int(sizeof(StepSmem<T, D>)) + round_up(hidden * int(sizeof(T)), 16) + row_bytes +
+                        layers * int(sizeof(StepLayer<T>));
       const int tiles = std::min(kMostTiles, (most_shared_bytes() - fixed) / kTileBytes);
       if (tiles < kMoreUnderWay) {
         throw std::invalid_argument("decode_step: rows of " + std::to_string(longest) +

@@ -45,7 +45,7 @@ struct StepAttention {
   float* sums;                                    // [kRingWarps][kHeads][kRow], then maxima and weights [..][2]
   const StepHeads<T>& heads;
   const int position, group, splits;
-  int kv_head, used, begin, end;                  // of an item; tokens [begin, end), the new one among them
+  int kv_head, split, used, begin, end;           // of an item; tokens [begin, end), the new one among them
   size_t new_place = 0;                           // in a layer's cache, of the new token
 
   LAB_DEVICE StepAttention(StepAttentionSmem<T, D>& shared_, float* sums_, const StepHeads<T>& heads_, int position_)
@@ -96,7 +96,7 @@ struct StepAttention {
   static constexpr unsigned kTokenBytes = D * sizeof(T);
   LAB_DEVICE int lane() const { return threadIdx.x % 32; }
   LAB_DEVICE int warp() const { return threadIdx.x / 32; }
-  LAB_DEVICE int teams() const { return group > kHeads ? 2 : 1; }
+  LAB_DEVICE int team_bits() const { return group > kHeads; }        // 1: two teams of warps
 
   // Item i is split i % splits of KV head i / splits; a block takes items blockIdx.x, + gridDim.x, ... There is more than
   // one only where there are more KV heads than blocks.
@@ -112,15 +112,14 @@ struct StepAttention {
   // A context of up to kAlone tiles is not split, and no split but the last has less than kLeast: a merge would cost more than it
   // saves. Without tokens begin is not below end.
   LAB_DEVICE void locate(int item) {
-    constexpr int kAlone = 4, kLeast = 2;
+    constexpr int kAlone = 4, kLeast = 1;
     const int length = position + 1, tiles = (length + kTokens - 1) / kTokens;
     const int chunk = (tiles <= kAlone ? tiles : max(kLeast, (tiles + splits - 1) / splits)) * kTokens;
-    kv_head = item / splits;
+    kv_head = item / splits, split = item % splits;
     used = (length + chunk - 1) / chunk;
-    begin = item % splits * chunk, end = kv_head < heads.kv_heads ? min(length, begin + chunk) : begin;
+    begin = split * chunk, end = kv_head < heads.kv_heads ? min(length, begin + chunk) : begin;
     if (begin <= position && position < end) new_place = place(position);
   }
-  LAB_DEVICE int split() const { return blockIdx.x % splits; }       // with several items there is one split only
   LAB_DEVICE size_t place(int token) const {
     const int page = heads.table[token >> heads.page_shift], slot = token & ((1 << heads.page_shift) - 1);
     return (((size_t(page) * heads.kv_heads + kv_head) << heads.page_shift) + slot) * D;
@@ -137,7 +136,9 @@ struct StepAttention {
     const int of = query ? kv_head * group + head : heads.q_heads + (value ? heads.kv_heads : 0) + kv_head;
     const size_t to = layer * heads.layer + new_place + i;
     Vec<T> plain[1];
-    qkv.wait(plain, of * D + i, 0, valid ? INT_MAX : 0);
+    typename TaggedRow<T>::template Words<1> words;
+    qkv.request(words, of * D + i, 0, valid ? INT_MAX : 0);
+    qkv.wait(plain, words, of * D + i, 0, valid ? INT_MAX : 0);
     const Vec<T> turned = rotation.turn(plain[0], valid, query ? q_norm : k_norm, heads.eps);
     if (!valid) return;
     store(query ? &shared.q[head][i] : key ? &shared.new_k[i] : &shared.new_v[i], value ? plain[0] : turned);
@@ -153,7 +154,7 @@ struct StepAttention {
   // Over the split's tokens, a tile at a time; then the warp's are merged into its place in `sums`.
   LAB_DEVICE void attend(WeightRing<T>& ring) {
     const bool live = lane() % L * N < D;
-    const int head0 = warp() % teams() * kHeads;
+    const int head0 = (warp() & team_bits()) * kHeads;
     Running r = {};
     LAB_UNROLL
     for (int h = 0; h < kHeads; ++h) {
@@ -211,8 +212,8 @@ struct StepAttention {
   // The first `count` of a tile's tokens, two for each slot at a time; token `cached` is the new one.
   LAB_DEVICE void add_tokens(Running& r, const T* tile, int cached, int count) const {
     const bool live = lane() % L * N < D;
-    const int step = kRingWarps / teams() * kSlots, c = lane() % L * N;
-    for (int first = warp() / teams() * kSlots + lane() / L; first - lane() / L < min(count, kTokens); first += 2 * step) {
+    const int step = (kRingWarps >> team_bits()) * kSlots, c = lane() % L * N;
+    for (int first = (warp() >> team_bits()) * kSlots + lane() / L; first - lane() / L < min(count, kTokens); first += 2 * step) {
       float scores[2 * kHeads] = {}, key[N];
       Packed<T, N> value[2];
       LAB_UNROLL
@@ -261,11 +262,11 @@ struct StepAttention {
   LAB_DEVICE void publish(const TaggedRow<T>& out, const TaggedFloats& partial) {
     for (int i = threadIdx.x; i < group * D; i += kRingThreads) {
       const int head = i / D, d = i % D;
-      const int team = head / kHeads, step = teams();
+      const int team = head / kHeads;
       float top[kRingWarps], most = -FLT_MAX, total = 0.f, sum = 0.f;
       LAB_UNROLL
       for (int w = 0; w < kRingWarps; ++w) {      // warps of the other team count for nothing
-        top[w] = w % step == team ? stats()[row_of(w, head) * 2] : -INFINITY;
+        top[w] = (w & team_bits()) == team ? stats()[row_of(w, head) * 2] : -INFINITY;
         most = fmaxf(most, top[w]);
       }
       LAB_UNROLL
@@ -277,7 +278,7 @@ struct StepAttention {
       if (used == 1) {
         store_pair(out, i, sum / total);
       } else {
-        const int at = split() * group + head;
+        const int at = split * group + head;
         partial.store(at * D + d, sum);
         if (d == 0) partial.store(stats_of(at), most);
         if (d == 1) partial.store(stats_of(at) + 1, total);
@@ -295,7 +296,7 @@ struct StepAttention {
   // these go to the next blocks.
   LAB_DEVICE void merge(const TaggedRow<T>& out, const TaggedFloats& partial) {
     constexpr int kTogether = 8;                  // splits whose loads are in flight
-    for (int i = split() * kRingThreads + threadIdx.x; i < group * D; i += used * kRingThreads) {
+    for (int i = split * kRingThreads + threadIdx.x; i < group * D; i += used * kRingThreads) {
       const int head = i / D;
       float most = -FLT_MAX, total = 0.f, sum = 0.f;
       for (int s0 = 0; s0 < used; s0 += kTogether) {

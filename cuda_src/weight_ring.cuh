@@ -38,10 +38,16 @@ LAB_DEVICE void ring_sync() { named_barrier(1, kRingThreads); }
 
 // The rows and columns of a matrix's tile. A bulk copy should have 4 KiB or more: one takes about 100 cycles to issue.
 struct TileShape {
-  int rows, cols, stride;                         // stride: elements between the rows in shared memory
-  LAB_DEVICE explicit TileShape(int k) {
-    rows = k <= 1024 ? 8 : 4, cols = kTileBytes / 2 / rows, stride = min(k, cols);
-  }
+  int row_bits, cols, stride;                     // stride: elements between the rows in shared memory
+  LAB_DEVICE explicit TileShape(int k)            // in shifts, for a division is 30 instructions
+      : row_bits(k <= 1024 ? 3 : 2), cols(kTileBytes / 2 >> row_bits), stride(min(k, cols)) {}
+  LAB_DEVICE int rows() const { return 1 << row_bits; }
+};
+
+// Outputs [first, last).
+struct Share {
+  int first, last;
+  LAB_DEVICE bool empty() const { return first >= last; }
 };
 
 template <typename T>
@@ -49,13 +55,15 @@ struct WeightRing {
   static_assert(sizeof(T) == 2, "tensor cores multiply 16-bit elements");
   RingSmem& shared;
   T* tiles;
+  const uint64_t begins, ends;                    // this block's share of a matrix's rows, in 2^-32 of them
   int count, stage = 0;                           // tiles of the ring, the next one
   unsigned parity = 0;                            // of the next tile's phase: flips with each round
   int under_way = 0, oldest = 0;                  // the sending thread's tiles that may not have landed, the first of them
   unsigned oldest_parity = 0;
 
   LAB_DEVICE WeightRing(RingSmem& shared_, unsigned char* tiles_, int count_)
-      : shared(shared_), tiles(reinterpret_cast<T*>(tiles_)), count(count_) {}
+      : shared(shared_), tiles(reinterpret_cast<T*>(tiles_)), begins((uint64_t(blockIdx.x) << 32) / gridDim.x),
+        ends((uint64_t(blockIdx.x + 1) << 32) / gridDim.x), count(count_) {}
 
   // For one thread, before a barrier of the block.
   LAB_DEVICE void init() {
@@ -92,15 +100,14 @@ struct WeightRing {
     if (++stage == count) stage = 0, parity ^= 1;
   }
 
-  // Where the share of a block begins among n outputs: at an even one.
-  LAB_DEVICE static int share(int n, unsigned block) { return min(n, int(int64_t((n + 1) / 2) * block / gridDim.x) * 2); }
-  LAB_DEVICE static bool has_share(int n) { return share(n, blockIdx.x) < share(n, blockIdx.x + 1); }
+  // This block's share of n outputs begins and ends at even ones. (A division here costs 270 cycles, twice a phase.)
+  LAB_DEVICE Share share(int n) const { return {edge(n, begins), edge(n, ends)}; }
 
   // Sends for this block's share of a matrix.
   LAB_DEVICE void send(const Matrix<T>& m) {
     const TileShape shape(m.k);
     int sent = 0;
-    each_group(m, [&](int output, int part, int, int rows) {
+    each_group(m, share(m.n), [&](int output, int part, int, int rows) {
       const T* from = m.w + (size_t(part) * m.n + output) * m.k;
       for (int col = 0; col < m.k; col += shape.cols) {
         const unsigned bytes = min(shape.cols, m.k - col) * unsigned(sizeof(T));
@@ -116,31 +123,36 @@ struct WeightRing {
   }
 
   // The products of this block's share with x [k], in shared memory. For each of its outputs one thread calls before(n),
-  // early; then finish(n, that, sum of the first part's row, of the second's); then store(n, that, what the next output's
-  // thread has). All warps that multiply call it. Sums have a fixed order.
-  template <typename Before, typename Finish, typename Store>
-  LAB_DEVICE void multiply(const Matrix<T>& m, const T* x, Before before, Finish finish, Store store) {
+  // early (base: what it returned for the thread's first output); then finish(n, that, sum of the first part's row, of the
+  // second's); then store(n, that, what the next output's thread has). All warps that multiply call it. Sums have a fixed
+  // order.
+  template <typename Base, typename Before, typename Finish, typename Store>
+  LAB_DEVICE void multiply(const Matrix<T>& m, const Share& share, const T* x, Base base, Before before, Finish finish,
+                           Store store) {
     const TileShape shape(m.k);
+    const Lanes lanes(shape);
     const int i = threadIdx.x;
-    decltype(before(0)) base{};
-    each_group(m, [&](int, int part, int row, int) {
+    uint4 column[kSteps] = {};
+    if (m.k <= shape.cols) load_column(column, lanes, x, 0, m.k);     // the same for all tiles
+    each_group(m, share, [&](int, int part, int row, int) {
       float sums[kSteps][4] = {};                 // chains of their own, for a product waits for the one before it
       for (int col = 0; col < m.k; col += shape.cols) {
+        if (m.k > shape.cols) load_column(column, lanes, x, col, m.k);
         wait();
-        add_products(sums, shape, x, col, m.k);
+        add_products(sums, lanes, column, m.k - col);
         release();
       }
       float(*place)[kRingWarps] = shared.partial + part * (kBatchRows / 2) + row;
       const float even = (sums[0][0] + sums[1][0]) + (sums[2][0] + sums[3][0]);
       const float odd = (sums[0][1] + sums[1][1]) + (sums[2][1] + sums[3][1]);
-      if (shape.rows == 8) {
+      if (shape.row_bits == 3) {
         if (lane() < 4) place[lane() * 2][warp()] = even, place[lane() * 2 + 1][warp()] = odd;
       } else {
         const float half = lane() & 4 ? odd : even, whole = half + __shfl_xor_sync(0xffffffffu, half, 4);
         if (lane() < 4) place[lane()][warp()] = whole;
       }
     }, [&](int first, int outputs) {
-      if (i < outputs) base = before(first + i);
+      if (first > share.first && i < outputs) base = before(first + i);
     }, [&](int first, int outputs) {
       ring_sync();
       float mine = 0.f;
@@ -152,16 +164,16 @@ struct WeightRing {
   }
 
  private:
+  LAB_DEVICE static int edge(int n, uint64_t part) { return min(n, int(uint64_t((n + 1) / 2) * part >> 32) * 2); }
   LAB_DEVICE static int lane() { return threadIdx.x % 32; }
   LAB_DEVICE static int warp() { return threadIdx.x / 32; }
 
   // The order of the stream: batches of outputs; of each its parts; of these a tile's rows at a time.
   template <typename Group, typename Begin, typename End>
-  LAB_DEVICE static void each_group(const Matrix<T>& m, Group group, Begin begin, End end) {
-    const int first = share(m.n, blockIdx.x), last = share(m.n, blockIdx.x + 1);
-    const int batch = kBatchRows / m.parts, tile_rows = TileShape(m.k).rows;
-    for (int output = first; output < last; output += batch) {
-      const int outputs = min(batch, last - output);
+  LAB_DEVICE static void each_group(const Matrix<T>& m, const Share& share, Group group, Begin begin, End end) {
+    const int batch = kBatchRows >> (m.parts - 1), tile_rows = TileShape(m.k).rows();
+    for (int output = share.first; output < share.last; output += batch) {
+      const int outputs = min(batch, share.last - output);
       begin(output, outputs);
       for (int part = 0; part < m.parts; ++part) {
         for (int row = 0; row < outputs; row += tile_rows) {
@@ -179,19 +191,28 @@ struct WeightRing {
   // of A and column 2 r + 1 with odd ones. Rows past the block's last hold what was there before: their sums are never
   // stored.
   static constexpr int kSteps = 4;
-  LAB_DEVICE void add_products(float (&sums)[kSteps][4], const TileShape& shape, const T* x, int col, int k) const {
-    const int halves = 8 / shape.rows, g = lane() / 4, step = halves * 32;
-    const int first = warp() * kSteps * step + g % halves * 32 + lane() % 4 * 8;
-    const T *w_at = tile() + g / halves * shape.stride + first, *x_at = x + col + first;
-    uint4 rows[kSteps] = {}, column[kSteps] = {};
-    if (col + shape.cols <= k) {
-      LAB_UNROLL
-      for (int s = 0; s < kSteps; ++s) rows[s] = words(w_at + s * step), column[s] = words(x_at + s * step);
-    } else {
-      LAB_UNROLL
-      for (int s = 0; s < kSteps; ++s) {
-        if (col + first + s * step < k) rows[s] = words(w_at + s * step), column[s] = words(x_at + s * step);
-      }
+  struct Lanes {
+    int step, col, row;                           // a lane's first column, then `step` further; its row's place in a tile
+    LAB_DEVICE explicit Lanes(const TileShape& shape) {
+      const int half_bits = 3 - shape.row_bits, g = lane() / 4;
+      step = 32 << half_bits;
+      col = warp() * kSteps * step + (g & half_bits) * 32 + lane() % 4 * 8;
+      row = (g >> half_bits) * shape.stride;
+    }
+  };
+  LAB_DEVICE static void load_column(uint4 (&column)[kSteps], const Lanes& lanes, const T* x, int col, int k) {
+    LAB_UNROLL
+    for (int s = 0; s < kSteps; ++s) {
+      const int at = col + lanes.col + s * lanes.step;
+      column[s] = at < k ? words(x + at) : uint4{};
+    }
+  }
+  LAB_DEVICE void add_products(float (&sums)[kSteps][4], const Lanes& lanes, const uint4 (&column)[kSteps], int left) const {
+    uint4 rows[kSteps] = {};
+    LAB_UNROLL
+    for (int s = 0; s < kSteps; ++s) {
+      const int at = lanes.col + s * lanes.step;
+      if (at < left) rows[s] = words(tile() + lanes.row + at);
     }
     LAB_UNROLL
     for (int s = 0; s < kSteps; ++s) {
