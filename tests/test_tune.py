@@ -333,3 +333,42 @@ def test_basic_linear_reads_its_forced_settings():
                                                                         STAGES=1, UNROLL=4)):
         linear.triton(*args, out=linear.outputs(*args))
     assert (launches[0].meta["UNROLL"], launches[0].grid) == (4, (8,))
+
+
+def test_tokens_judge_what_the_fused_plan_launches():
+    points = tune.token_points(["llama-3.2-1b", "qwen3-0.6b"], [1, 16], 1024, list(SPACES["triton"]))
+    assert [(p.op, p.role) for p in points[:6]] == [
+        ("norm_linear", "qkv"), ("rope_append_attention", None), ("linear_add", "o"), ("norm_linear_silu_mul", "gate_up"),
+        ("linear_add", "down"), ("norm_linear_argmax", "lm_head")]
+    assert [(p.models, p.batch) for p in points[::6]] == [(("llama-3.2-1b",), 1), (("llama-3.2-1b",), 16),
+                                                         (("qwen3-0.6b",), 1), (("qwen3-0.6b",), 16)]
+    with pytest.raises(LabError, match="--by-token tunes what the fused plan launches; linear is not among that"):
+        tune.token_points(["llama-3.2-1b"], [1], 1024, ["linear"])
+
+
+def test_a_table_with_another_entry_is_what_a_token_is_timed_with(tmp_path):
+    table = tune.Table(tmp_path / "sm_90.json", "H100", "3.6.0")
+    table.add(POINT, 2, dict(BLOCK_N=4), {tune.BY_HAND: 9.0, 0: 8.0})
+    assert [e["settings"] for e in table.with_entry(POINT, 2, None)] == [dict(BLOCK_N=4)]
+    assert [e["settings"] for e in table.with_entry(POINT, 2, dict(BLOCK_N=2))] == [dict(BLOCK_N=2)]
+    assert len(table.with_entry(POINT, 4, dict(BLOCK_N=2))) == 2            # float32 has an entry of its own
+    settings.use(table.with_entry(POINT, 2, dict(path="sum", BLOCK_N=2, BLOCK_K=2048, num_warps=4)))
+    try:
+        with recording("sm_90") as launches:
+            norm_linear.op.triton(*shapes.arguments(norm_linear.op, POINT, Blank(torch.bfloat16), 132)[0],
+                                  out=torch.empty(1, 3072, dtype=torch.bfloat16))
+        assert launches[-1].meta["BLOCK_N"] == 2
+    finally:
+        settings.forget()
+
+
+def test_what_tokens_chose_says_so_and_is_not_tuned_again(tmp_path):
+    table, judge = tune.Table(tmp_path / "sm_90.json", "H100", "3.6.0"), "whole tokens of llama-3.2-1b, batch 1, context 32"
+    table.add(POINT, 2, dict(BLOCK_N=4), {tune.BY_HAND: 9.0, 0: 8.0})
+    assert table.has(POINT, 2) and not table.has(POINT, 2, judge)
+    kept = table.add_by_token(POINT, 2, None, {tune.BY_HAND: 1000.0, 0: 1002.0}, judge)
+    assert kept["settings"] == dict(BLOCK_N=4) and kept["by"] == judge + ": 1000.0 to 1000.0 us" and kept["tried"] == 1
+    won = table.add_by_token(POINT, 2, dict(BLOCK_N=2), {tune.BY_HAND: 1000.0, 0: 990.0}, judge)
+    assert won["settings"] == dict(BLOCK_N=2) and won["by"] == judge + ": 1000.0 to 990.0 us"
+    assert tune.Table(table.path, "H100", "3.6.0").has(POINT, 2, judge)
+    assert judge in tune.report("triton", POINT, won, [])

@@ -16,6 +16,7 @@ BY_HAND = {}            # for `forced`: whatever the tuner measured is left out
 _measured = {}          # (op, architecture, itemsize, rows, shape) -> what `measured` found
 _products = {}          # the same -> what `product` chose
 _forced = {}            # op -> settings, while the tuner tries them
+_used = None            # entries in the place of a table, while the tuner tries whole tables
 
 
 @functools.lru_cache(maxsize=None)
@@ -39,7 +40,7 @@ def dependent_launch(tensor):
 
 @functools.lru_cache(maxsize=None)
 def _tuned(name):
-    return tuned.read(tuned.path_of("triton", name))
+    return tuned.read(tuned.path_of("triton", name)) if _used is None else _used
 
 
 def measured(op, tensor, rows, **shape):
@@ -57,6 +58,13 @@ def measured(op, tensor, rows, **shape):
 
 def forget():
     """What was read and chosen, after the tables changed."""
+    use(None)
+
+
+def use(entries):
+    """Launches take these entries, not those of the table (None: the table's again)."""
+    global _used
+    _used = entries
     _measured.clear()
     _products.clear()
     _tuned.cache_clear()

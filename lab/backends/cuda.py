@@ -41,6 +41,9 @@ class Backend:
     def forget(self):
         self.extension.set_settings(measured_settings(architecture(self.device)))
 
+    def use(self, entries):
+        self.extension.set_settings(settings_of(entries))
+
     @contextmanager
     def forced(self, op, settings):
         self.extension.force_settings(op, settings)
@@ -66,7 +69,10 @@ def architecture(device):
 
 def measured_settings(arch):
     """What `lab tune` measured on an architecture, as the extension's set_settings() takes it; [] for None."""
-    entries = tuned.read(tuned.path_of("cuda", arch)) if arch else []
+    return settings_of(tuned.read(tuned.path_of("cuda", arch)) if arch else [])
+
+
+def settings_of(entries):
     return [(e["op"], e["itemsize"], e["rows"], list(e["shape"].values()), e["settings"]) for e in entries]
 
 

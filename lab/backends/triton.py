@@ -16,7 +16,8 @@ class Backend:
             raise Unavailable(f"backend triton: {error}; install it with `pip install triton`") from None
         from triton_kernels import settings
         self.set_trace, self.take_trace = common.set_trace, common.take_trace
-        self.forced, self.forget, self.compiler = settings.forced, settings.forget, version("triton")
+        self.forced, self.use, self.forget = settings.forced, settings.use, settings.forget
+        self.compiler = version("triton")
 
     def launcher(self, op):
         return op.triton

@@ -5,6 +5,10 @@ inside CUDA graphs, the four fastest again with more samples, and the fastest wh
 tuned/sm_NN.json, with GPU and compiler version. Triton's are first compiled, in parallel and without the GPU, and those
 that spill are dropped. Launchers read that table before their own rules. A run that the budget stops keeps what it
 found; the same command again goes on after it.
+
+With --by-token it is the whole decode step of a model under the fused plan that judges: a kernel that is fastest alone
+may leave the next one no room beside it. A candidate takes the place of its entry of the table in a step, which races
+the step with the table as it is; what wins stays while the other ops are tried.
 """
 import concurrent.futures
 import concurrent.futures.process
@@ -27,6 +31,7 @@ from lab.harness.spaces import SPACES, candidates
 FINALISTS = 4
 RACE_S, FINAL_S = 0.02, 0.1         # seconds of samples of each candidate in the first race, and of each finalist
 GAIN = 0.01                         # a candidate must beat the settings by hand by more than that
+TOKEN_RACE_S, TOKEN_GAIN = 0.08, 0.001          # the same where whole tokens judge: seconds of each pair
 WORKERS = 16
 BY_HAND = "by hand"
 
@@ -117,10 +122,54 @@ class Race:
         return next((o.error for o in (compare(g, w, *limits) for g, w in zip(got, want)) if o.error), None)
 
 
-def tune_point(race, settings, usages):
+class TokenRace:
+    """Times settings of one point by whole decode steps. "By hand" here means the table as it is."""
+
+    def __init__(self, rig, backend, point, dtype_name, weights, table, context):
+        from lab.backends import load
+        self.backend, self.run = load(backend, torch.device(rig.device)), rig.backends[backend]
+        self.point, self.weights, self.table, self.context = point, weights.of(point.models[0]), table, context
+        self.itemsize = DTYPES[dtype_name].itemsize
+        self.error = lambda settings: Race(rig, backend, point, dtype_name).error(settings)
+
+    def step(self, settings):
+        """One step as a CUDA graph, with `settings` in the place of the point's entry (None: as the table is)."""
+        from lab.harness import model_bench
+        from lab.model.decoder import Decoder
+        self.backend.use(self.table.with_entry(self.point, self.itemsize, settings))
+        try:
+            decoder = Decoder(self.weights, self.run, self.point.batch, self.context + 1, plan="fused")
+            model_bench.fill(decoder, self.point.batch, self.context)
+            return model_bench.timed_step(decoder, "graph")
+        finally:
+            self.backend.forget()
+
+    def times(self, entrants, seconds):
+        """{label: microseconds a token}: each entrant against the table as it is, at the same time; what cannot be
+        launched is left out. `seconds` is what a kernel alone would get."""
+        from triton.runtime.errors import OutOfResources
+        from lab.harness import model_bench, ops_bench, timing
+        base, found = self.step(None), {}
+        for label, settings in entrants.items():
+            if settings is None:
+                continue
+            with contextlib.suppress(RuntimeError, OutOfResources):
+                one = self.step(settings)
+                pair = timing.measure({BY_HAND: base, label: one}, seconds / RACE_S * TOKEN_RACE_S, 12, 100)
+                found.setdefault(BY_HAND, pair[BY_HAND].us)
+                found[label] = pair[label].us / pair[BY_HAND].us * found[BY_HAND]
+                one.close()
+            ops_bench.alive(self.point.op)
+            model_bench.release("cuda")
+        base.close()
+        return found
+
+
+def tune_point(race, settings, usages, gain=GAIN):
     """(winner, times, dropped): the fastest right settings (None: those by hand), {label: us}, and why others fell out.
 
     settings: the candidates. usages: the compiler's report of each, in the same order. race: `times` and `error`.
+    gain: the share of its time by which a winner must be faster than the settings by hand.
     """
     dropped, entrants = [], {BY_HAND: None}
     for i, (candidate, usage) in enumerate(zip(settings, usages, strict=True)):
@@ -136,7 +185,7 @@ def tune_point(race, settings, usages):
     final = race.times({label: entrants[label] for label in [BY_HAND, *best] if label in first}, FINAL_S)
     times = {**first, **final}
     for label in sorted((label for label in final if label != BY_HAND), key=final.get):
-        if BY_HAND in final and final[label] > (1 - GAIN) * final[BY_HAND]:
+        if BY_HAND in final and final[label] > (1 - gain) * final[BY_HAND]:
             break
         wrong = race.error(entrants[label])
         if wrong is None:
@@ -158,9 +207,31 @@ class Table:
     def _key(op, itemsize, rows, shape):
         return op, itemsize, rows, tuple(shape.items())
 
-    def has(self, point, itemsize):
+    def has(self, point, itemsize, judge=None):
+        """judge: the whole tokens that chose the entry, None: the kernel alone, or any."""
         e = self.entries.get(self._key(point.op, itemsize, point.batch, key_shape(point)))
-        return e is not None and (e["gpu"], e["compiler"]) == (self.gpu, self.compiler)
+        return (e is not None and (e["gpu"], e["compiler"]) == (self.gpu, self.compiler)
+                and (judge is None or e.get("by", "").startswith(judge)))
+
+    def with_entry(self, point, itemsize, settings):
+        """All entries, the point's with other settings; None: as they are."""
+        if settings is None:
+            return list(self.entries.values())
+        mine = {"op": point.op, "itemsize": itemsize, "rows": point.batch, "shape": key_shape(point), "settings": settings}
+        return list({**self.entries, self._key(*list(mine.values())[:4]): mine}.values())
+
+    def add_by_token(self, point, itemsize, winner, times, judge):
+        """winner None: nothing was faster than the entry as it is, which stays ({}: by hand). Returns the entry."""
+        key = self._key(point.op, itemsize, point.batch, key_shape(point))
+        before = times.get(BY_HAND)
+        after = min(times.values()) if winner is not None else before
+        entry = {"op": point.op, "itemsize": itemsize, "rows": point.batch, "shape": key_shape(point),
+                 "settings": winner or self.entries.get(key, {}).get("settings", {}), "us": None, "us_by_hand": None,
+                 "tried": len(times) - (BY_HAND in times), "context": None, "gpu": self.gpu, "compiler": self.compiler,
+                 "by": judge + (f": {before:.1f} to {after:.1f} us" if before else ": none could be launched")}
+        self.entries[key] = entry
+        self._write()
+        return entry
 
     def add(self, point, itemsize, winner, times):
         """winner None: the settings by hand were the fastest, and {} records it. Returns the entry."""
@@ -193,6 +264,8 @@ def add_arguments(parser):
     parser.add_argument("--tries", type=int, default=40, metavar="N", help="most candidates of a shape (default 40)")
     parser.add_argument("--budget-seconds", type=float, default=600.0, metavar="S",
                         help="stop cleanly after S seconds; run again to go on (default 600)")
+    parser.add_argument("--by-token", action="store_true", help="whole decode steps (plan fused, --context tokens of "
+                        "context) judge, not the kernel alone")
     parser.add_argument("--again", action="store_true",
                         help="also the shapes that the table has from this GPU and compiler")
     parser.add_argument("--out", metavar="DIR", help="write DIR/cuda/sm_NN.json and DIR/triton/sm_NN.json (default: the "
@@ -218,18 +291,38 @@ def main(args) -> int:
     arch = f"sm_{gpu.major}{gpu.minor}"
     tables = {b: Table(Path(args.out, b, f"{arch}.json") if args.out else tuned.path_of(b, arch), gpu.name,
                        load(b, torch.device("cuda")).compiler) for b in backends}
-    points = [p for p in shapes.points(names(args.model), numbers(args.batch), (args.context,), ops) if p.case is None]
+    itemsize, models, batches = DTYPES[args.dtype].itemsize, names(args.model), numbers(args.batch)
+    if args.by_token:
+        points = token_points(models, batches, args.context, ops)
+    else:
+        points = [p for p in shapes.points(models, batches, (args.context,), ops) if p.case is None]
+
+    def judge(point):
+        return f"whole tokens of {point.models[0]}, batch {point.batch}, context {args.context}" if args.by_token else None
+
     todo = [(backend, point) for point in points for backend in backends
-            if args.again or not tables[backend].has(point, DTYPES[args.dtype].itemsize)]
+            if args.again or not tables[backend].has(point, itemsize, judge(point))]
 
     def keep(backend, point, winner, times, dropped):
-        entry = tables[backend].add(point, DTYPES[args.dtype].itemsize, winner, times)
+        if args.by_token:
+            entry = tables[backend].add_by_token(point, itemsize, winner, times, judge(point))
+        else:
+            entry = tables[backend].add(point, itemsize, winner, times)
         print(report(backend, point, entry, dropped), flush=True)
+
+    if args.by_token:
+        from lab.harness.model_bench import Weights
+        weights = Weights("random", args.dtype, "cuda")
+
+    def race_of(backend, point):
+        if args.by_token:
+            return TokenRace(rig, backend, point, args.dtype, weights, tables[backend], args.context)
+        return Race(rig, backend, point, args.dtype)
 
     with compilers() as pool:
         jobs = []
         for backend, point in todo:
-            chosen = candidates(backend, point.op, point.batch, DTYPES[args.dtype].itemsize, key_shape(point), args.tries)
+            chosen = candidates(backend, point.op, point.batch, itemsize, key_shape(point), args.tries)
             if backend == "triton":
                 usages = [pool.submit(compile_candidate, point, args.dtype, arch, gpu.multi_processor_count, c)
                           for c in chosen]
@@ -237,8 +330,7 @@ def main(args) -> int:
                 usages = [compiled() for _ in chosen]
             if chosen:
                 jobs.append((backend, point, chosen, usages))
-        done = tune(jobs, lambda backend, point: Race(rig, backend, point, args.dtype), keep,
-                    started + args.budget_seconds)
+        done = tune(jobs, race_of, keep, started + args.budget_seconds, TOKEN_GAIN if args.by_token else GAIN)
     for backend in backends:
         load(backend, torch.device("cuda")).forget()
     if done < len(jobs):
@@ -249,6 +341,21 @@ def main(args) -> int:
     return 0
 
 
+def token_points(models, batches, context, ops):
+    """Every distinct op and shape of the fused plan's step, model by model; raises LabError if `ops` has none."""
+    found = {}
+    for name in models:
+        for batch in batches:
+            for op, role, shape in shapes.uses(shapes.preset(name), "fused"):
+                if op in ops and op in SPACES["triton"]:
+                    at = context if op in shapes.ATTENTION else None
+                    point = shapes.Point(op, role, batch, at, shape, (name,))
+                    found.setdefault((name, point.identity), point)
+    if not found:
+        raise LabError(f"--by-token tunes what the fused plan launches; {', '.join(ops)} is not among that")
+    return list(found.values())
+
+
 def compiled():
     """The usage, at hand already, of a kernel that was compiled with the extension."""
     future = concurrent.futures.Future()
@@ -256,11 +363,11 @@ def compiled():
     return future
 
 
-def tune(jobs, race_of, keep, deadline):
+def tune(jobs, race_of, keep, deadline, gain=GAIN):
     """Tunes the points in order until the clock passes the deadline; returns how many.
 
     jobs: (backend, point, candidates, the future of each one's usage). race_of(backend, point) makes a race,
-    keep(backend, point, winner, times, dropped) records what came of it.
+    keep(backend, point, winner, times, dropped) records what came of it. gain: see tune_point.
     """
     for done, (backend, point, chosen, futures) in enumerate(jobs):
         usages = []
@@ -275,7 +382,7 @@ def tune(jobs, race_of, keep, deadline):
                                "found is kept: tune the other shapes, or this one with fewer --tries") from None
         if time.monotonic() > deadline:
             return done
-        keep(backend, point, *tune_point(race_of(backend, point), chosen, usages))
+        keep(backend, point, *tune_point(race_of(backend, point), chosen, usages, gain))
     return len(jobs)
 
 
@@ -284,7 +391,7 @@ def report(backend, point, entry, dropped):
     shape = " ".join(f"{k}={v}" for k, v in point.shape.items())
     won = " ".join(f"{k}={v}" for k, v in entry["settings"].items()) or "the settings by hand"
     wrong = [why for _, why in dropped if why.startswith("wrong")]
-    line = f"{backend} {point.op} {point.role or ''} batch {point.batch} {shape}: {entry['us']} us "
-    line += f"(by hand {entry['us_by_hand']}): "
+    line = f"{backend} {point.op} {point.role or ''} batch {point.batch} {shape}: "
+    line += f"{entry['by']}: " if "by" in entry else f"{entry['us']} us (by hand {entry['us_by_hand']}): "
     line += f"{won}; {entry['tried']} raced, {len(dropped)} dropped"
     return line + (f", {len(wrong)} of them {wrong[0]}" if wrong else "")
