@@ -1,6 +1,7 @@
 // Attention of one sequence inside decode_step: a block takes a split of one KV head's context. K and V come through the
 // ring, as the weights do (weight_ring.cuh). The warps share a tile's tokens and keep running softmaxes in registers
-// (base 2, as in split_attention.cuh).
+// (base 2, as in split_attention.cuh). Tensor cores multiply, for their short chains of instructions: few tokens are
+// there at a time, and the other blocks wait. P is rounded to T.
 #pragma once
 #include <climits>
 
@@ -27,22 +28,25 @@ struct StepHeads {
 template <typename T, int D>
 struct StepAttentionSmem {
   alignas(16) float cos_sin[D];
-  T q[kStepGroup][D], new_k[D], new_v[D];
+  T q[kStepGroup][D % 64 ? D : D + 32], new_k[D], new_v[D];           // two heads at a time meet every bank once
 };
 
 template <typename T, int D>
 struct StepAttention {
   static constexpr int N = Vec<T>::size, L = lanes_per_token(D / N);  // D / N of L lanes have 16 bytes of a token each
-  static constexpr int kSlots = 32 / L;           // tokens that a warp takes at once
-  static constexpr int kHeads = 4;                // query heads of a warp; a larger group takes two teams of warps
-  static constexpr int kTokens = 2 * kRingWarps * kSlots;             // of a tile: half K, half V
-  static constexpr int kRow = D + 4;              // floats of a head's sums in shared memory; the 4 spare bank conflicts
-  static constexpr int kSumsBytes = kRingWarps * kHeads * (kRow + 2) * int(sizeof(float));
+  static constexpr int kHalves = D > 64 ? 2 : 1;  // warps that share 8 tokens: each multiplies a part of V's columns
+  static constexpr int kParts = kRingWarps / kHalves, kTokens = kParts * 8;             // of a tile: half K, half V
+  static constexpr int kSteps = D / 32, kChunks = D / 8 / kHalves;    // of a token's K, and of a warp's part of its V
+  static constexpr bool kExchange = D % 64 == 0;  // all tokens' rows begin at the same bank
+  static constexpr int kOther = kExchange ? 2 : 1;                    // units u and u + kOther share an A: add_tokens()
+  // Floats of a head's place in shared memory: sums [kParts][D], maxima and weights [kParts][2]; 4 spare bank conflicts.
+  static constexpr int kPlace = kParts * (D + 2) + 4;
+  static constexpr int sums_bytes(int group) { return group * kPlace * int(sizeof(float)); }
   static_assert(kRingThreads / L >= kStepGroup + 2, "a pass of all lanes takes a group's queries, key and value");
   static_assert(2 * kTokens * D * sizeof(T) <= kTileBytes, "K and V of a tile's tokens fit");
 
   StepAttentionSmem<T, D>& shared;
-  float* sums;                                    // [kRingWarps][kHeads][kRow], then maxima and weights [..][2]
+  float* sums;                                    // [group][kPlace]
   const StepHeads<T>& heads;
   const int position, group, splits;
   int kv_head, split, used, begin, end;           // of an item; tokens [begin, end), the new one among them
@@ -61,7 +65,7 @@ struct StepAttention {
       const int last = min(end, position);        // the new token is not there yet
       for (int first = begin; first < last; first += kTokens) {
         const int tokens = min(kTokens, last - first);
-        ring.begin(tokens * 2 * kTokenBytes, kFewUnderWay);
+        ring.begin(tokens * 2 * kTokenBytes, ring.few);
         for (int t = 0; t < tokens;) {            // as far as a page goes
           const int left = (1 << heads.page_shift) - ((first + t) & ((1 << heads.page_shift) - 1));
           const int run = min(left, tokens - t);
@@ -96,7 +100,6 @@ struct StepAttention {
   static constexpr unsigned kTokenBytes = D * sizeof(T);
   LAB_DEVICE int lane() const { return threadIdx.x % 32; }
   LAB_DEVICE int warp() const { return threadIdx.x / 32; }
-  LAB_DEVICE int team_bits() const { return group > kHeads; }        // 1: two teams of warps
 
   // Item i is split i % splits of KV head i / splits; a block takes items blockIdx.x, + gridDim.x, ... There is more than
   // one only where there are more KV heads than blocks.
@@ -109,8 +112,8 @@ struct StepAttention {
     }
     if (items > int(gridDim.x)) locate(blockIdx.x);
   }
-  // A context of up to kAlone tiles is not split, and no split but the last has less than kLeast: a merge would cost more than it
-  // saves. Without tokens begin is not below end.
+  // A context of up to kAlone tiles is not split, and no split but the last has less than kLeast: a merge would cost more
+  // than it saves. Without tokens begin is not below end.
   LAB_DEVICE void locate(int item) {
     constexpr int kAlone = 4, kLeast = 1;
     const int length = position + 1, tiles = (length + kTokens - 1) / kTokens;
@@ -146,151 +149,132 @@ struct StepAttention {
     if (value) store(heads.v_cache + to, plain[0]);
   }
 
-  // A warp's running softmaxes of kHeads heads.
+  // A warp's running softmaxes, as lane (g, t) = (lane / 4, lane % 4) has them: of head g.
   struct Running {
-    float query[kHeads][N], acc[kHeads][N], top[kHeads], weight[kHeads];
+    uint32_t query[kSteps][4];                    // as A: see add_tokens()
+    float acc[4][4] = {};                         // of V's chunks t and t + kChunks / 2
+    float top = -FLT_MAX, weight = 0.f;           // weight: of this lane's tokens alone
   };
 
-  // Over the split's tokens, a tile at a time; then the warp's are merged into its place in `sums`.
+  // Over the split's tokens, a tile at a time; then the warp's results go to their place in `sums`.
   LAB_DEVICE void attend(WeightRing<T>& ring) {
-    const bool live = lane() % L * N < D;
-    const int head0 = (warp() & team_bits()) * kHeads;
-    Running r = {};
+    const int g = lane() / 4, t = lane() % 4, part = warp() / kHalves, half = warp() % kHalves;
+    Running r;
     LAB_UNROLL
-    for (int h = 0; h < kHeads; ++h) {
-      const bool valid = live && head0 + h < group;
-      unpack<T>(r.query[h], valid ? load_packed<N>(&shared.q[head0 + h][lane() % L * N]) : Packed<T, N>{});
+    for (int s = 0; s < kSteps; ++s) {
+      Vec<uint32_t> q = {};
+      if (g < group) q = bit_cast<Vec<uint32_t>>(load(&shared.q[g][s * 32 + t * 8]));
       LAB_UNROLL
-      for (int e = 0; e < N; ++e) r.query[h][e] *= heads.scale_log2;
-      r.top[h] = -FLT_MAX;
+      for (int i = 0; i < 4; ++i) {
+        const int unit = 2 * s + i / 2;
+        r.query[unit / kOther / 2 * kOther + unit % kOther][i % 2 * 2 + unit / kOther % 2] = q.v[i];
+      }
     }
     for (int first = begin; first < end; first += kTokens) {
       const int cached = position - first;        // the new token is not in the tile, which has no others perhaps
       if (cached > 0) ring.wait();
-      add_tokens(r, ring.tile(), cached, end - first);
+      add_tokens(r, ring.tile(), cached);
       if (cached > 0) ring.release();
     }
-
-    // Over the warp's slots: each keeps the sum of a part of the elements.
-    constexpr int kKept = N / kSlots;
+    const float weight = group_sum<4>(r.weight);
+    if (g >= group) return;
+    if (half == 0 && t == 0) store(stats_at(g) + part * 2, Vec<float, 2>{{r.top, weight}});
+    if (t >= kChunks / 2) return;
+    float* to = sums + g * kPlace + part * D + (half * kChunks + t) * 8;
     LAB_UNROLL
-    for (int h = 0; h < kHeads; ++h) {
-      float most = r.top[h];
-      LAB_UNROLL
-      for (int s = L; s < 32; s *= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, s));
-      const float shrink = exp2f(r.top[h] - most);
-      float weight = r.weight[h] * shrink;
-      LAB_UNROLL
-      for (int s = L; s < 32; s *= 2) weight += __shfl_xor_sync(0xffffffffu, weight, s);
-      LAB_UNROLL
-      for (int e = 0; e < N; ++e) r.acc[h][e] *= shrink;
-      keep_part<N / 2, 16>(r.acc[h]);
-      const int row = warp() * kHeads + h;
-      if (live) {
-        Vec<float, kKept> kept;
-        LAB_UNROLL
-        for (int e = 0; e < kKept; ++e) kept.v[e] = r.acc[h][e];
-        store(sums + row * kRow + lane() % L * N + lane() / L * kKept, kept);
-      }
-      if (lane() == 0) store(stats() + row * 2, Vec<float, 2>{{most, weight}});
-    }
-  }
-  // Lanes at `Distance` from each other keep a half each of their sum; the lower distances go on with it.
-  template <int Kept, int Distance>
-  LAB_DEVICE void keep_part(float (&v)[N]) const {
-    if constexpr (Distance >= L) {
-      const bool upper = lane() & Distance;
-      LAB_UNROLL
-      for (int e = 0; e < Kept; ++e) {
-        const float mine = upper ? v[e + Kept] : v[e], sent = upper ? v[e] : v[e + Kept];
-        v[e] = mine + __shfl_xor_sync(0xffffffffu, sent, Distance);
-      }
-      keep_part<Kept / 2, Distance / 2>(v);
+    for (int j = 0; j < 4; j += 2) {
+      store(to + j * 2, Vec<float>{{r.acc[j][0], r.acc[j][2], r.acc[j + 1][0], r.acc[j + 1][2]}});
+      store(to + kChunks * 4 + j * 2, Vec<float>{{r.acc[j][1], r.acc[j][3], r.acc[j + 1][1], r.acc[j + 1][3]}});
     }
   }
 
-  // The first `count` of a tile's tokens, two for each slot at a time; token `cached` is the new one.
-  LAB_DEVICE void add_tokens(Running& r, const T* tile, int cached, int count) const {
-    const bool live = lane() % L * N < D;
-    const int step = (kRingWarps >> team_bits()) * kSlots, c = lane() % L * N;
-    for (int first = (warp() >> team_bits()) * kSlots + lane() / L; first - lane() / L < min(count, kTokens); first += 2 * step) {
-      float scores[2 * kHeads] = {}, key[N];
-      Packed<T, N> value[2];
+  // This warp's 8 of a tile's tokens; token `cached` is the new one. The split that has it is the only one whose tile may
+  // have fewer tokens: those after it read it again, with a weight of zero, for the tile may hold a NaN there.
+  //   scores  A = queries, B = K: a token is a column. As in WeightRing::add_products a lane's 16 bytes are its part of two
+  //           products, of a unit of 16 elements each. A's rows 8 to 15 are the queries' unit u + kOther: one A serves both
+  //           units of K, with a half of the sums for each. kExchange: odd tokens load these units in the other order, so
+  //           that two tokens at a time meet every bank once, and their sums are in the other half
+  //   sums    A = P, B = V, without a shuffle: a lane has the scores of tokens 2 t and 2 t + 1, and loads a chunk of 8
+  //           elements of each. A pair of elements is two neighbouring k; A has zero for the odd one in rows 0 to 7, for
+  //           the even one in rows 8 to 15
+  LAB_DEVICE void add_tokens(Running& r, const T* tile, int cached) const {
+    const int g = lane() / 4, t = lane() % 4, first = warp() / kHalves * 8, token = first + 2 * t;
+    const T* k_at = (first + g < cached ? tile + (first + g) * D : shared.new_k) + t * 8;
+    Vec<uint32_t> key[kSteps], value[2];
+    LAB_UNROLL
+    for (int s = 0; s < kSteps; ++s) key[s] = bit_cast<Vec<uint32_t>>(load(k_at + (kExchange ? s ^ g % 2 : s) * 32));
+    // Column g is a chunk such that lane t gets the sums of two that lie kChunks / 2 apart: their stores meet every bank
+    // once. D = 96: columns 6 and 7 are not needed. Odd lanes load a chunk's halves in the other order: the same 16 bytes
+    // of four tokens at a time would meet their banks four times, so it is twice.
+    const int column = min(g, kChunks - 1), chunk = warp() % kHalves * kChunks + column / 2 + column % 2 * (kChunks / 2);
+    LAB_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const T* v_at = (token + i < cached ? tile + (kTokens + token + i) * D : shared.new_v) + chunk * 8;
+      const auto one = bit_cast<Vec<uint32_t, 2>>(load<4>(v_at + t % 2 * 4));
+      const auto other = bit_cast<Vec<uint32_t, 2>>(load<4>(v_at + 4 - t % 2 * 4));
       LAB_UNROLL
       for (int j = 0; j < 2; ++j) {
-        const int t = first + j * step;
-        const bool valid = live && t < min(count, kTokens);
-        const T* k_at = t == cached ? shared.new_k : tile + t * D;
-        const T* v_at = t == cached ? shared.new_v : tile + (kTokens + t) * D;
-        unpack<T>(key, valid ? load_packed<N>(k_at + c) : Packed<T, N>{});
-        value[j] = valid ? load_packed<N>(v_at + c) : Packed<T, N>{};
-        LAB_UNROLL
-        for (int h = 0; h < kHeads; ++h) {
-          LAB_UNROLL
-          for (int e = 0; e < N; ++e) scores[j * kHeads + h] = fmadd(r.query[h][e], key[e], scores[j * kHeads + h]);
-        }
-      }
-      group_sum<L>(scores);
-      LAB_UNROLL
-      for (int h = 0; h < kHeads; ++h) {
-        LAB_UNROLL
-        for (int j = 0; j < 2; ++j) {
-          if (first + j * step >= min(count, kTokens)) scores[j * kHeads + h] = -INFINITY;
-        }
-        const float most = fmaxf(r.top[h], fmaxf(scores[h], scores[kHeads + h])), shrink = exp2f(r.top[h] - most);
-        r.top[h] = most;
-        r.weight[h] *= shrink;
-        LAB_UNROLL
-        for (int e = 0; e < N; ++e) r.acc[h][e] *= shrink;
-      }
-      LAB_UNROLL
-      for (int j = 0; j < 2; ++j) {
-        unpack<T>(key, value[j]);
-        LAB_UNROLL
-        for (int h = 0; h < kHeads; ++h) {
-          const float p = exp2f(scores[j * kHeads + h] - r.top[h]);
-          r.weight[h] += p;
-          LAB_UNROLL
-          for (int e = 0; e < N; ++e) r.acc[h][e] = fmadd(p, key[e], r.acc[h][e]);
-        }
+        value[i].v[j] = t % 2 ? other.v[j] : one.v[j];
+        value[i].v[2 + j] = t % 2 ? one.v[j] : other.v[j];
       }
     }
+    __syncwarp();                                 // or nvcc loads V when the scores are there
+    float products[2][4] = {};
+    const auto add = [&](float (&sums)[4], int i, int unit) {
+      const int at = unit % 2 * 2;
+      mma_m16n8k16(sums, r.query[i], {key[unit / 2].v[at], key[unit / 2].v[at + 1]}, T{});
+    };
+    LAB_UNROLL
+    for (int i = 0; i < kSteps; ++i) {
+      const int unit = i / kOther * kOther * 2 + i % kOther;
+      add(products[0], i, unit), add(products[1], i, unit + kOther);
+    }
+    constexpr int kOdd = kExchange ? 3 : 1;       // of token 2 t + 1, in the first product
+    const float low = token <= cached ? (products[0][0] + products[1][2]) * heads.scale_log2 : -INFINITY;
+    const float high = token < cached ? (products[0][kOdd] + products[1][4 - kOdd]) * heads.scale_log2 : -INFINITY;
+    const float most = fmaxf(r.top, group_max<4>(fmaxf(low, high))), shrink = exp2f(r.top - most);
+    const float p_low = exp2f(low - most), p_high = exp2f(high - most);
+    const uint32_t p = TaggedRow<T>::pack(p_low, p_high);
+    r.top = most;
+    r.weight = fmadd(r.weight, shrink, p_low + p_high);
+    LAB_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      LAB_UNROLL
+      for (int e = 0; e < 4; ++e) r.acc[j][e] *= shrink;
+      mma_m16n8k16(r.acc[j], {p & 0xffffu, p << 16, p >> 16, p & 0xffff0000u}, {value[0].v[j], value[1].v[j]}, T{});
+    }
   }
-  LAB_DEVICE float* stats() const { return sums + kRingWarps * kHeads * kRow; }
+  LAB_DEVICE float* stats_at(int head) const { return sums + head * kPlace + kParts * D; }
 
-  // Merges the warps' softmaxes. If only one split is used the result is final.
+  // Merges the warps' softmaxes, a pair of elements a thread. If only one split is used the result is final.
   LAB_DEVICE void publish(const TaggedRow<T>& out, const TaggedFloats& partial) {
-    for (int i = threadIdx.x; i < group * D; i += kRingThreads) {
+    for (int i = threadIdx.x * 2; i < group * D; i += kRingThreads * 2) {
       const int head = i / D, d = i % D;
-      const int team = head / kHeads;
-      float top[kRingWarps], most = -FLT_MAX, total = 0.f, sum = 0.f;
+      float top[kParts], weight[kParts], most = -FLT_MAX, total = 0.f, low = 0.f, high = 0.f;
       LAB_UNROLL
-      for (int w = 0; w < kRingWarps; ++w) {      // warps of the other team count for nothing
-        top[w] = (w & team_bits()) == team ? stats()[row_of(w, head) * 2] : -INFINITY;
-        most = fmaxf(most, top[w]);
+      for (int w = 0; w < kParts; w += 2) {
+        const Vec<float> two = load(stats_at(head) + w * 2);
+        top[w] = two.v[0], weight[w] = two.v[1], top[w + 1] = two.v[2], weight[w + 1] = two.v[3];
+        most = fmaxf(most, fmaxf(top[w], top[w + 1]));
       }
       LAB_UNROLL
-      for (int w = 0; w < kRingWarps; ++w) {
+      for (int w = 0; w < kParts; ++w) {
         const float factor = exp2f(top[w] - most);
-        sum = fmadd(sums[row_of(w, head) * kRow + d], factor, sum);
-        total = fmadd(stats()[row_of(w, head) * 2 + 1], factor, total);
+        const Vec<float, 2> sum = load<2>(sums + head * kPlace + w * D + d);
+        low = fmadd(sum.v[0], factor, low), high = fmadd(sum.v[1], factor, high);
+        total = fmadd(weight[w], factor, total);
       }
       if (used == 1) {
-        store_pair(out, i, sum / total);
+        const float factor = 1.f / total;
+        out.store(kv_head * group * D + i, low * factor, high * factor);
       } else {
         const int at = split * group + head;
-        partial.store(at * D + d, sum);
-        if (d == 0) partial.store(stats_of(at), most);
-        if (d == 1) partial.store(stats_of(at) + 1, total);
+        partial.store(at * D + d, low, high);
+        if (d == 0) partial.store(stats_of(at), most, total);
       }
     }
   }
   LAB_DEVICE int stats_of(int row) const { return kStepSplits * group * D + row * 2; }
-  LAB_DEVICE void store_pair(const TaggedRow<T>& out, int i, float mine) const {      // i: of the group's outputs
-    const float next = __shfl_down_sync(0xffffffffu, mine, 1);
-    if (i % 2 == 0) out.store(kv_head * group * D + i, mine, next);
-  }
-  LAB_DEVICE static int row_of(int warp, int head) { return warp * kHeads + head % kHeads; }
 
   // Merges the splits in their order. A block's threads take an output each; the outputs of a group that are more than
   // these go to the next blocks.
@@ -321,7 +305,8 @@ struct StepAttention {
           total = fmadd(found[2 * kTogether + j], factor, total);
         }
       }
-      store_pair(out, i, sum / total);
+      const float mine = sum / total, next = __shfl_down_sync(0xffffffffu, mine, 1);
+      if (i % 2 == 0) out.store(kv_head * group * D + i, mine, next);
     }
   }
 };

@@ -16,7 +16,7 @@ struct TaggedRow {
 
   LAB_DEVICE static uint64_t word(uint32_t value, uint32_t tag) { return uint64_t(tag) << 32 | value; }
   LAB_DEVICE static uint32_t pack(float low, float high) {
-    return uint32_t(bit_cast<uint16_t>(from_float<T>(low))) | uint32_t(bit_cast<uint16_t>(from_float<T>(high))) << 16;
+    return bit_cast<uint32_t>(Vec<T, 2>{{from_float<T>(low), from_float<T>(high)}});
   }
 
   // Elements n (even) and n + 1.
@@ -72,8 +72,10 @@ struct TaggedRow {
 struct TaggedFloats {
   uint64_t* words;
   uint32_t tag;
-  LAB_DEVICE void store(int i, float value) const {
-    store_word(words + i, uint64_t(tag) << 32 | bit_cast<uint32_t>(value));
+  // Values i and i + 1.
+  LAB_DEVICE void store(int i, float low, float high) const {
+    store_word(words + i, uint64_t(tag) << 32 | bit_cast<uint32_t>(low));
+    store_word(words + i + 1, uint64_t(tag) << 32 | bit_cast<uint32_t>(high));
   }
   template <int Count>
   LAB_DEVICE void wait(float (&values)[Count], const int (&at)[Count]) const {

@@ -24,8 +24,7 @@ struct Matrix {
 constexpr int kRingWarps = 8, kRingThreads = kRingWarps * 32;   // that multiply; one warp more sends
 constexpr int kTileBytes = 16 * 1024;
 constexpr int kMostTiles = 14;                     // what 227 KiB hold
-// Tiles on their way from DRAM, at most: while the block may wait for others, and when it is in the midst of a matrix.
-constexpr int kFewUnderWay = 2, kMoreUnderWay = 4;
+constexpr int kMoreUnderWay = 4;                  // tiles on their way from DRAM, at most, in the midst of a matrix
 constexpr int kBatchRows = 128;                   // rows whose sums meet in shared memory before they are stored
 
 struct RingSmem {
@@ -56,14 +55,15 @@ struct WeightRing {
   RingSmem& shared;
   T* tiles;
   const uint64_t begins, ends;                    // this block's share of a matrix's rows, in 2^-32 of them
-  int count, stage = 0;                           // tiles of the ring, the next one
+  const int count, few;                           // tiles of the ring; on their way while the block may wait for others
+  int stage = 0;                                  // the next tile
   unsigned parity = 0;                            // of the next tile's phase: flips with each round
   int under_way = 0, oldest = 0;                  // the sending thread's tiles that may not have landed, the first of them
   unsigned oldest_parity = 0;
 
-  LAB_DEVICE WeightRing(RingSmem& shared_, unsigned char* tiles_, int count_)
+  LAB_DEVICE WeightRing(RingSmem& shared_, unsigned char* tiles_, int count_, int few_)
       : shared(shared_), tiles(reinterpret_cast<T*>(tiles_)), begins((uint64_t(blockIdx.x) << 32) / gridDim.x),
-        ends((uint64_t(blockIdx.x + 1) << 32) / gridDim.x), count(count_) {}
+        ends((uint64_t(blockIdx.x + 1) << 32) / gridDim.x), count(count_), few(few_) {}
 
   // For one thread, before a barrier of the block.
   LAB_DEVICE void init() {
@@ -111,7 +111,7 @@ struct WeightRing {
       const T* from = m.w + (size_t(part) * m.n + output) * m.k;
       for (int col = 0; col < m.k; col += shape.cols) {
         const unsigned bytes = min(shape.cols, m.k - col) * unsigned(sizeof(T));
-        begin(rows * bytes, sent++ < count ? kFewUnderWay : kMoreUnderWay);
+        begin(rows * bytes, sent++ < count ? few : kMoreUnderWay);
         if (m.k <= shape.cols) {                  // whole rows, which are neighbours
           copy(tile(), from, rows * bytes);
         } else {
