@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
   auto& shared = smem<StepSmem<T, D>>();
   unsigned char* tiles = reinterpret_cast<unsigned char*>(&shared + 1);
   unsigned char* norm_weight = tiles + a.tiles * kTileBytes;
-  unsigned char* row = norm_weight + round_up(a.hidden * int(sizeof(T)), 16);
+  unsigned char* row = norm_weight + a.hidden * sizeof(T);            // hidden is a multiple of 8
   auto* layers = reinterpret_cast<StepLayer<T>*>(row + a.row_bytes);
   const int position = a.positions[0], id = a.ids[0], width = (a.heads.q_heads + 2 * a.heads.kv_heads) * D;
   if (position < 0) return;
@@ -276,7 +276,7 @@ void decode_step(Ptr ids, Ptr positions, Ptr embed, Ptr table, Ptr final_norm, P
       const int longest = std::max({hidden, intermediate, q_heads * D});
       const int row_bytes = std::max(round_up(longest * int(sizeof(T)), 16),
                                      StepAttention<T, D>::sums_bytes(q_heads / kv_heads));
-      const int fixed = int(sizeof(StepSmem<T, D>)) + round_up(hidden * int(sizeof(T)), 16) + row_bytes +
+      const int fixed = int(sizeof(StepSmem<T, D>)) + hidden * int(sizeof(T)) + row_bytes +
                         layers * int(sizeof(StepLayer<T>));
       const int tiles = std::min(kMostTiles, (most_shared_bytes() - fixed) / kTileBytes);
       if (tiles < kMoreUnderWay) {
