@@ -553,6 +553,15 @@ LAB_DEVICE void spin_pause() {
   __nanosleep(0);                                 // a CPU thread runs until it lets others run
 #endif
 }
+// Waits for about so many cycles of a GPU; not on a CPU.
+LAB_DEVICE void wait_cycles(unsigned cycles) {
+#ifdef __CUDACC__
+  for (const unsigned start = clock(); unsigned(clock()) - start < cycles;) {
+  }
+#else
+  (void)cycles;
+#endif
+}
 
 // Sum (or maximum) over a block of Threads threads (a multiple of 32); every thread gets it, in a fixed order.
 // scratch: Threads / 32 floats of shared memory, which may be reused by the next call. All threads must call it.

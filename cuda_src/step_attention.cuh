@@ -139,9 +139,7 @@ struct StepAttention {
     const int of = query ? kv_head * group + head : heads.q_heads + (value ? heads.kv_heads : 0) + kv_head;
     const size_t to = layer * heads.layer + new_place + i;
     Vec<T> plain[1];
-    typename TaggedRow<T>::template Words<1> words;
-    qkv.request(words, of * D + i, 0, valid ? INT_MAX : 0);
-    qkv.wait(plain, words, of * D + i, 0, valid ? INT_MAX : 0);
+    qkv.wait(plain, of * D + i, 0, valid ? INT_MAX : 0);
     const Vec<T> turned = rotation.turn(plain[0], valid, query ? q_norm : k_norm, heads.eps);
     if (!valid) return;
     store(query ? &shared.q[head][i] : key ? &shared.new_k[i] : &shared.new_v[i], value ? plain[0] : turned);

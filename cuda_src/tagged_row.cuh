@@ -30,39 +30,29 @@ struct TaggedRow {
   }
   LAB_DEVICE static float element(uint64_t word, int n) { return to_float(bit_cast<T>(uint16_t(word >> n % 2 * 16))); }
 
-  // Count times 8 elements, at n, n + step ...: those from `end` on are not asked for, and zero. request() sends for
-  // them; wait() returns when all are there, and asks again for as long as they are not. Between the two there is time for
-  // other things: an H100's L2 answers after some 600 cycles.
+  // Count times 8 elements, at n, n + step ...; those from `end` on are not waited for, and zero.
   template <int Count>
-  struct Words {
+  LAB_DEVICE void wait(Vec<T> (&values)[Count], int n, int step, int end) const {
     uint64_t found[Count][4] = {};
-  };
-  template <int Count>
-  LAB_DEVICE void request(Words<Count>& words_, int n, int step, int end) const {
-    LAB_UNROLL
-    for (int i = 0; i < Count; ++i) {
-      if (n + i * step < end) load_words(words_.found[i], words + (n + i * step) / 2);
-    }
-  }
-  template <int Count>
-  LAB_DEVICE void wait(Vec<T> (&values)[Count], Words<Count>& words_, int n, int step, int end) const {
-    for (;;) {
-      bool all = true;
+    for (bool all = false; !all;) {
+      all = true;
+      LAB_UNROLL
+      for (int i = 0; i < Count; ++i) {
+        if (n + i * step < end) load_words(found[i], words + (n + i * step) / 2);
+      }
       LAB_UNROLL
       for (int i = 0; i < Count; ++i) {
         if (n + i * step >= end) continue;
         LAB_UNROLL
-        for (int j = 0; j < 4; ++j) all &= uint32_t(words_.found[i][j] >> 32) == tag;
+        for (int j = 0; j < 4; ++j) all &= uint32_t(found[i][j] >> 32) == tag;
       }
-      if (all) break;
-      spin_pause();
-      request(words_, n, step, end);
+      if (!all) spin_pause();
     }
     LAB_UNROLL
     for (int i = 0; i < Count; ++i) {
       Vec<uint32_t> pairs;
       LAB_UNROLL
-      for (int j = 0; j < 4; ++j) pairs.v[j] = uint32_t(words_.found[i][j]);
+      for (int j = 0; j < 4; ++j) pairs.v[j] = uint32_t(found[i][j]);
       values[i] = bit_cast<Vec<T>>(pairs);
     }
   }
