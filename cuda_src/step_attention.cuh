@@ -112,12 +112,12 @@ struct StepAttention {
     }
     if (items > int(gridDim.x)) locate(blockIdx.x);
   }
-  // A context of up to kAlone tiles is not split, and no split but the last has less than kLeast: a merge would cost more
-  // than it saves. Without tokens begin is not below end.
+  // A context of up to kAlone tiles is not split: a merge would cost more than it saves. Without tokens begin is not
+  // below end.
   LAB_DEVICE void locate(int item) {
-    constexpr int kAlone = 4, kLeast = 1;
+    constexpr int kAlone = 4;
     const int length = position + 1, tiles = (length + kTokens - 1) / kTokens;
-    const int chunk = (tiles <= kAlone ? tiles : max(kLeast, (tiles + splits - 1) / splits)) * kTokens;
+    const int chunk = (tiles <= kAlone ? tiles : (tiles + splits - 1) / splits) * kTokens;
     kv_head = item / splits, split = item % splits;
     used = (length + chunk - 1) / chunk;
     begin = split * chunk, end = kv_head < heads.kv_heads ? min(length, begin + chunk) : begin;

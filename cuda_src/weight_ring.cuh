@@ -2,8 +2,8 @@
 // for them (bulk copies), in the order in which the other warps multiply them. It waits for room and for what is under
 // way, but for no other block, so DRAM stays busy while its block does: 12 tiles of 16 KiB (11 for an 8B's longer rows)
 // on each of an H100's 132 multiprocessors are 26 MB, 8 us of its bandwidth. Only a few of them are under way at a time,
-// enough for DRAM's full bandwidth: all other loads and stores, L2 hits too, wait behind what is under way (with all 12
-// tiles for 5 us, measured on an H100).
+// no more than DRAM's full bandwidth needs: all other loads and stores, L2 hits too, wait behind what is under way (with
+// all 12 tiles for 5 us, measured on an H100).
 //
 // Each block owns a share of every matrix's rows, and tiles are a few of these rows. Tensor cores multiply them with x, for
 // their speed with what is already there: after a wait a block has to catch up. (On CUDA cores a tile took 700 cycles;
@@ -62,8 +62,8 @@ struct WeightRing {
   unsigned oldest_parity = 0;
 
   LAB_DEVICE WeightRing(RingSmem& shared_, unsigned char* tiles_, int count_, int few_)
-      : shared(shared_), tiles(reinterpret_cast<T*>(tiles_)), begins((uint64_t(blockIdx.x) << 32) / gridDim.x),
-        ends((uint64_t(blockIdx.x + 1) << 32) / gridDim.x), count(count_), few(few_) {}
+      : shared(shared_), tiles(reinterpret_cast<T*>(tiles_)), begins(part(blockIdx.x)), ends(part(blockIdx.x + 1)),
+        count(count_), few(few_) {}
 
   // For one thread, before a barrier of the block.
   LAB_DEVICE void init() {
@@ -164,6 +164,7 @@ struct WeightRing {
   }
 
  private:
+  LAB_DEVICE static uint64_t part(unsigned blocks) { return ((uint64_t(blocks) << 32) + gridDim.x - 1) / gridDim.x; }
   LAB_DEVICE static int edge(int n, uint64_t part) { return min(n, int(uint64_t((n + 1) / 2) * part >> 32) * 2); }
   LAB_DEVICE static int lane() { return threadIdx.x % 32; }
   LAB_DEVICE static int warp() { return threadIdx.x / 32; }

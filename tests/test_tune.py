@@ -4,6 +4,7 @@ import concurrent.futures.process
 import json
 import time
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -342,8 +343,10 @@ def test_tokens_judge_what_the_fused_plan_launches():
         ("linear_add", "down"), ("norm_linear_argmax", "lm_head")]
     assert [(p.models, p.batch) for p in points[::6]] == [(("llama-3.2-1b",), 1), (("llama-3.2-1b",), 16),
                                                          (("qwen3-0.6b",), 1), (("qwen3-0.6b",), 16)]
-    with pytest.raises(LabError, match="--by-token tunes what the fused plan launches; linear is not among that"):
+    with pytest.raises(LabError, match="--by-token tunes what the fused plan launches: not linear at context 1024"):
         tune.token_points(["llama-3.2-1b"], [1], 1024, ["linear"])
+    with pytest.raises(LabError, match="at context 8192"):                  # the new token would have no place
+        tune.token_points(["smollm2-135m"], [1], 8192, list(SPACES["triton"]))
 
 
 def test_a_table_with_another_entry_is_what_a_token_is_timed_with(tmp_path):
@@ -370,5 +373,21 @@ def test_what_tokens_chose_says_so_and_is_not_tuned_again(tmp_path):
     assert kept["settings"] == dict(BLOCK_N=4) and kept["by"] == judge + ": 1000.0 to 1000.0 us" and kept["tried"] == 1
     won = table.add_by_token(POINT, 2, dict(BLOCK_N=2), {tune.BY_HAND: 1000.0, 0: 990.0}, judge)
     assert won["settings"] == dict(BLOCK_N=2) and won["by"] == judge + ": 1000.0 to 990.0 us"
+    assert won["by"] in tune.report("triton", POINT, won, [])
     assert tune.Table(table.path, "H100", "3.6.0").has(POINT, 2, judge)
-    assert judge in tune.report("triton", POINT, won, [])
+    assert not table.has(POINT, 2, judge[:-1])                              # context 3 is not context 32
+    by_hand = table.add_by_token(POINT, 2, {}, {tune.BY_HAND: 990.0, 0: 980.0}, judge)
+    assert by_hand["settings"] == {}
+
+
+def test_what_defends_its_place_is_what_the_table_gives(tmp_path):
+    table = tune.Table(tmp_path / "sm_90.json", "H100", "3.6.0")
+    assert table.applied(POINT, 2) == {}
+    table.add(replace(POINT, batch=64), 2, dict(BLOCK_N=64), {tune.BY_HAND: 9.0, 0: 8.0})
+    assert table.applied(POINT, 2) == {}                                    # 64 rows say nothing about one
+    table.add(replace(POINT, batch=4), 2, dict(BLOCK_N=4), {tune.BY_HAND: 9.0, 0: 8.0})
+    assert table.applied(POINT, 2) == dict(BLOCK_N=4) and table.applied(POINT, 4) == {}
+    kept = table.add_by_token(POINT, 2, None, {tune.BY_HAND: 9.0, 0: 9.1}, "whole tokens")
+    assert kept["rows"] == 1 and kept["settings"] == dict(BLOCK_N=4)
+    other = tune.Table(tmp_path / "out.json", "H100", "3.6.0", start=table.path)
+    assert other.entries == table.entries and not other.path.exists()

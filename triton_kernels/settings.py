@@ -65,6 +65,10 @@ def use(entries):
     """Launches take these entries, not those of the table (None: the table's again)."""
     global _used
     _used = entries
+    _clear()
+
+
+def _clear():
     _measured.clear()
     _products.clear()
     _tuned.cache_clear()
@@ -75,13 +79,13 @@ def forced(op, settings):
     """Every launch of `op` takes `settings`, or those BY_HAND: how the tuner tries them."""
     before = dict(_forced)
     _forced[op] = settings
-    forget()
+    _clear()
     try:
         yield
     finally:
         _forced.clear()
         _forced.update(before)
-        forget()
+        _clear()
 
 
 def product(op, table, x, n, k, whole_rows=False, parts=1, most_programs=ANY):

@@ -153,15 +153,22 @@ class TokenRace:
         for label, settings in entrants.items():
             if settings is None:
                 continue
-            with contextlib.suppress(RuntimeError, OutOfResources):
+            one = None
+            try:
                 one = self.step(settings)
                 pair = timing.measure({BY_HAND: base, label: one}, seconds / RACE_S * TOKEN_RACE_S, 12, 100)
                 found.setdefault(BY_HAND, pair[BY_HAND].us)
                 found[label] = pair[label].us / pair[BY_HAND].us * found[BY_HAND]
-                one.close()
+            except torch.OutOfMemoryError:
+                raise LabError(f"two decoders of {self.point.models[0]}, batch {self.point.batch}, context {self.context} "
+                               "do not fit in this GPU's memory: tune with a smaller --batch or --context") from None
+            except (RuntimeError, OutOfResources):
+                pass                                # it cannot be launched
             ops_bench.alive(self.point.op)
+            one = None                              # a decoder's memory, before the next one's
             model_bench.release("cuda")
-        base.close()
+        base = None
+        model_bench.release("cuda")
         return found
 
 
@@ -199,9 +206,11 @@ def tune_point(race, settings, usages, gain=GAIN):
 class Table:
     """A table in a file, to which what this GPU and this compiler gave is added; written whole at each addition."""
 
-    def __init__(self, path, gpu, compiler):
+    def __init__(self, path, gpu, compiler, start=None):
+        """start: the table to begin with where `path` has none."""
         self.path, self.gpu, self.compiler = Path(path), gpu, compiler
-        self.entries = {self._key(e["op"], e["itemsize"], e["rows"], e["shape"]): e for e in tuned.read(path)}
+        entries = tuned.read(path if start is None or self.path.exists() else start)
+        self.entries = {self._key(e["op"], e["itemsize"], e["rows"], e["shape"]): e for e in entries}
 
     @staticmethod
     def _key(op, itemsize, rows, shape):
@@ -211,7 +220,13 @@ class Table:
         """judge: the whole tokens that chose the entry, None: the kernel alone, or any."""
         e = self.entries.get(self._key(point.op, itemsize, point.batch, key_shape(point)))
         return (e is not None and (e["gpu"], e["compiler"]) == (self.gpu, self.compiler)
-                and (judge is None or e.get("by", "").startswith(judge)))
+                and (judge is None or e.get("by", "").startswith(judge + ":")))
+
+    def applied(self, point, itemsize):
+        """The settings that a launch takes from the table, by the rule of triton_kernels.settings.measured; {}: none."""
+        found = [e for e in self.entries.values() if e["op"] == point.op and e["itemsize"] == itemsize
+                 and e["shape"] == key_shape(point) and point.batch <= e["rows"] < 16 * point.batch]
+        return min(found, key=lambda e: e["rows"])["settings"] if found else {}
 
     def with_entry(self, point, itemsize, settings):
         """All entries, the point's with other settings; None: as they are."""
@@ -221,15 +236,14 @@ class Table:
         return list({**self.entries, self._key(*list(mine.values())[:4]): mine}.values())
 
     def add_by_token(self, point, itemsize, winner, times, judge):
-        """winner None: nothing was faster than the entry as it is, which stays ({}: by hand). Returns the entry."""
-        key = self._key(point.op, itemsize, point.batch, key_shape(point))
+        """winner None: nothing was faster than what the table gave, which stays. Returns the entry."""
         before = times.get(BY_HAND)
         after = min(times.values()) if winner is not None else before
         entry = {"op": point.op, "itemsize": itemsize, "rows": point.batch, "shape": key_shape(point),
-                 "settings": winner or self.entries.get(key, {}).get("settings", {}), "us": None, "us_by_hand": None,
+                 "settings": self.applied(point, itemsize) if winner is None else winner, "us": None, "us_by_hand": None,
                  "tried": len(times) - (BY_HAND in times), "context": None, "gpu": self.gpu, "compiler": self.compiler,
                  "by": judge + (f": {before:.1f} to {after:.1f} us" if before else ": none could be launched")}
-        self.entries[key] = entry
+        self.entries[self._key(point.op, itemsize, point.batch, entry["shape"])] = entry
         self._write()
         return entry
 
@@ -290,7 +304,8 @@ def main(args) -> int:
     gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
     arch = f"sm_{gpu.major}{gpu.minor}"
     tables = {b: Table(Path(args.out, b, f"{arch}.json") if args.out else tuned.path_of(b, arch), gpu.name,
-                       load(b, torch.device("cuda")).compiler) for b in backends}
+                       load(b, torch.device("cuda")).compiler, tuned.path_of(b, arch) if args.by_token else None)
+              for b in backends}
     itemsize, models, batches = DTYPES[args.dtype].itemsize, names(args.model), numbers(args.batch)
     if args.by_token:
         points = token_points(models, batches, args.context, ops)
@@ -323,6 +338,8 @@ def main(args) -> int:
         jobs = []
         for backend, point in todo:
             chosen = candidates(backend, point.op, point.batch, itemsize, key_shape(point), args.tries)
+            if chosen and args.by_token and tables[backend].applied(point, itemsize):
+                chosen = [{}, *chosen]              # what the table has may be worse in a token than the rule
             if backend == "triton":
                 usages = [pool.submit(compile_candidate, point, args.dtype, arch, gpu.multi_processor_count, c)
                           for c in chosen]
@@ -346,13 +363,15 @@ def token_points(models, batches, context, ops):
     found = {}
     for name in models:
         for batch in batches:
+            if context >= shapes.preset(name).max_positions or batch * context > shapes.MOST_TOKENS:
+                continue
             for op, role, shape in shapes.uses(shapes.preset(name), "fused"):
                 if op in ops and op in SPACES["triton"]:
                     at = context if op in shapes.ATTENTION else None
                     point = shapes.Point(op, role, batch, at, shape, (name,))
                     found.setdefault((name, point.identity), point)
     if not found:
-        raise LabError(f"--by-token tunes what the fused plan launches; {', '.join(ops)} is not among that")
+        raise LabError(f"--by-token tunes what the fused plan launches: not {', '.join(ops)} at context {context}")
     return list(found.values())
 
 
