@@ -36,7 +36,8 @@ struct StepArguments {
   int* out;
   uint64_t *h, *qkv, *attention, *act, *partial;  // tagged_row.cuh
   unsigned* counters;
-  int layers, vocab, hidden, intermediate, tiles, few, row_bytes;     // few: weight_ring.cuh
+  int layers, vocab, hidden, intermediate, tiles, row_bytes;
+  int64_t few_up_to;                              // bytes of a layer's K and V up to which one tile is under way, not two
   StepHeads<T> heads;
 };
 
@@ -143,7 +144,8 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
     reinterpret_cast<const T**>(layers)[i] = reinterpret_cast<const T* const*>(a.table)[i];
   }
   for (int i = threadIdx.x; i < D; i += blockDim.x) shared.attention.cos_sin[i] = a.cos_sin[size_t(position) * D + i];
-  WeightRing<T> ring(shared.ring, tiles, a.tiles, a.few);
+  const int64_t kv_bytes = int64_t(position) * 2 * a.heads.kv_heads * D * int(sizeof(T));      // of a layer
+  WeightRing<T> ring(shared.ring, tiles, a.tiles, kv_bytes <= a.few_up_to ? 1 : 2);
   StepAttention<T, D> attention(shared.attention, reinterpret_cast<float*>(row), a.heads, position);
   if (threadIdx.x == 0) ring.init();
   __syncthreads();
@@ -277,16 +279,17 @@ void decode_step(Ptr ids, Ptr positions, Ptr embed, Ptr table, Ptr final_norm, P
         throw std::invalid_argument("decode_step: rows of " + std::to_string(longest) +
                                     " elements leave this GPU's shared memory no room for tiles (use --plan fused)");
       }
-      // Two tiles of each block under way keep an H100's DRAM busy. Where the rings hold half a layer and more, the chain
-      // of phases takes longer than DRAM, and its loads and stores wait less behind one (Qwen3-0.6B: 650 to 630 us).
+      // Two tiles of each block under way keep an H100's DRAM busy. Where a layer is not much more than the rings hold, the
+      // chain of phases takes longer than DRAM, and its loads and stores wait less behind one (Qwen3-0.6B at 1024 tokens:
+      // 650 to 630 us; but at 8192, with as much again of K and V, one is too few).
       const int64_t layer = int64_t(hidden) * (2 * (q_heads + kv_heads) * D + 3 * intermediate) * int64_t(sizeof(T));
-      const int few = layer <= 2 * int64_t(tiles) * kTileBytes * multiprocessors() ? 1 : 2;
+      const int64_t few_up_to = int64_t(tiles) * kTileBytes * multiprocessors() * 3 / 2 - layer;
       uint64_t *h = as<uint64_t>(words), *qkv = h + hidden / 2, *attention = qkv + (q_heads + 2 * kv_heads) * D / 2;
       uint64_t* act = attention + q_heads * D / 2;
       StepArguments<T> a{as<const int>(ids), as<const int>(positions), as<const T>(embed), as<const StepLayer<T>>(table),
                          as<const T>(final_norm), as<const T>(lm_head), as<const float>(cos_sin), as<float>(logits),
                          as<int>(out), h, qkv, attention, act, act + intermediate / 2,
-                         as<unsigned>(counters), layers, vocab, hidden, intermediate, tiles, few, row_bytes,
+                         as<unsigned>(counters), layers, vocab, hidden, intermediate, tiles, row_bytes, few_up_to,
                          {q_heads, kv_heads, log2_of(page_size), eps, scale * 1.4426950408889634f,
                           as<const int>(block_table), int64_t(pages) * kv_heads * page_size * D, as<T>(k_cache),
                           as<T>(v_cache)}};
