@@ -1,7 +1,8 @@
 """The tables that `lab tune` writes: launch settings by op, bytes of an element, rows and shape, for one architecture.
 
 cuda_src/tuned/sm_90.json and triton_kernels/tuned/sm_90.json hold what was measured on such a GPU: a list of entries
-{"op", "itemsize", "rows", "shape", "settings", "gpu", "compiler", ...}. Nothing is tuned while a model runs.
+{"op", "itemsize", "rows", "shape", "settings", "gpu", "compiler", ...}; "by" says so where whole tokens chose
+(`lab tune --by-token`). Nothing is tuned while a model runs.
 """
 import hashlib
 import json
