@@ -111,9 +111,7 @@ struct StepRow {
     sum = group_sum<32>(sum);
     if (threadIdx.x % 32 == 0) squares[threadIdx.x / 32] = sum;
     ring_sync();
-    const Vec<float> low = load(squares), high = load(squares + 4);
-    sum = ((low.v[0] + low.v[1]) + (low.v[2] + low.v[3])) + ((high.v[0] + high.v[1]) + (high.v[2] + high.v[3]));
-    const float scale = rsqrtf(sum * mean + eps);
+    const float scale = rsqrtf(sum_of_warps(squares) * mean + eps);
     cp_async_wait<0>();
     for (int col = threadIdx.x * N; col < k; col += kStep) {          // a thread scales the columns that it stored
       unpack<T>(factor, load_packed<N>(weight + col));

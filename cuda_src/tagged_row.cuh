@@ -8,19 +8,20 @@
 
 namespace lab {
 
+LAB_DEVICE uint64_t tagged(uint32_t value, uint32_t tag) { return uint64_t(tag) << 32 | value; }
+
 // [n / 2] words; T has 16 bits.
 template <typename T>
 struct TaggedRow {
   uint64_t* words;
   uint32_t tag;
 
-  LAB_DEVICE static uint64_t word(uint32_t value, uint32_t tag) { return uint64_t(tag) << 32 | value; }
   LAB_DEVICE static uint32_t pack(float low, float high) {
     return bit_cast<uint32_t>(Vec<T, 2>{{from_float<T>(low), from_float<T>(high)}});
   }
 
   // Elements n (even) and n + 1.
-  LAB_DEVICE void store(int n, float low, float high) const { store_word(words + n / 2, word(pack(low, high), tag)); }
+  LAB_DEVICE void store(int n, float low, float high) const { store_word(words + n / 2, tagged(pack(low, high), tag)); }
 
   // The word with element n, which this block has written, whatever its tag; and the element in it.
   LAB_DEVICE uint64_t own(int n) const {
@@ -64,8 +65,8 @@ struct TaggedFloats {
   uint32_t tag;
   // Values i and i + 1.
   LAB_DEVICE void store(int i, float low, float high) const {
-    store_word(words + i, uint64_t(tag) << 32 | bit_cast<uint32_t>(low));
-    store_word(words + i + 1, uint64_t(tag) << 32 | bit_cast<uint32_t>(high));
+    store_word(words + i, tagged(bit_cast<uint32_t>(low), tag));
+    store_word(words + i + 1, tagged(bit_cast<uint32_t>(high), tag));
   }
   template <int Count>
   LAB_DEVICE void wait(float (&values)[Count], const int (&at)[Count]) const {

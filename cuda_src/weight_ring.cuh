@@ -32,8 +32,12 @@ struct RingSmem {
   alignas(16) float partial[kBatchRows][kRingWarps];
 };
 
-// Barrier of the warps that multiply.
+// Barrier of the warps that multiply; the sum of a value of each, in a fixed order.
 LAB_DEVICE void ring_sync() { named_barrier(1, kRingThreads); }
+LAB_DEVICE float sum_of_warps(const float* v) {   // 16-byte aligned
+  const Vec<float> low = load(v), high = load(v + 4);
+  return ((low.v[0] + low.v[1]) + (low.v[2] + low.v[3])) + ((high.v[0] + high.v[1]) + (high.v[2] + high.v[3]));
+}
 
 // The rows and columns of a matrix's tile. A bulk copy should have 4 KiB or more: one takes about 100 cycles to issue.
 struct TileShape {
@@ -222,10 +226,7 @@ struct WeightRing {
     }
   }
   LAB_DEVICE static uint4 words(const T* p) { return bit_cast<uint4>(load(p)); }
-  LAB_DEVICE float total(int row) const {
-    const Vec<float> low = load(shared.partial[row]), high = load(shared.partial[row] + 4);
-    return ((low.v[0] + low.v[1]) + (low.v[2] + low.v[3])) + ((high.v[0] + high.v[1]) + (high.v[2] + high.v[3]));
-  }
+  LAB_DEVICE float total(int row) const { return sum_of_warps(shared.partial[row]); }
 };
 
 }  // namespace lab

@@ -25,6 +25,14 @@ def digests(arch):
             for b in FOLDERS}
 
 
+def lookup(entries, op, itemsize, rows, shape):
+    """The settings that a launch with `rows` rows takes, or None: of the entry for this shape with the least number of
+    rows that holds `rows` and is not 16 times as many, for those of 64 say nothing about 1."""
+    found = [entry for entry in entries if entry["op"] == op and entry["itemsize"] == itemsize
+             and entry["shape"] == shape and rows <= entry["rows"] < 16 * rows]
+    return min(found, key=lambda entry: entry["rows"])["settings"] if found else None
+
+
 def read(path):
     """The entries of a table; [] where there is none. Raises LabError for a file that is no such table."""
     try:

@@ -369,14 +369,14 @@ def test_what_tokens_chose_says_so_and_is_not_tuned_again(tmp_path):
     table, judge = tune.Table(tmp_path / "sm_90.json", "H100", "3.6.0"), "whole tokens of llama-3.2-1b, batch 1, context 32"
     table.add(POINT, 2, dict(BLOCK_N=4), {tune.BY_HAND: 9.0, 0: 8.0})
     assert table.has(POINT, 2) and not table.has(POINT, 2, judge)
-    kept = table.add_by_token(POINT, 2, None, {tune.BY_HAND: 1000.0, 0: 1002.0}, judge)
+    kept = table.add(POINT, 2, None, {tune.BY_HAND: 1000.0, 0: 1002.0}, judge)
     assert kept["settings"] == dict(BLOCK_N=4) and kept["by"] == judge + ": 1000.0 to 1000.0 us" and kept["tried"] == 1
-    won = table.add_by_token(POINT, 2, dict(BLOCK_N=2), {tune.BY_HAND: 1000.0, 0: 990.0}, judge)
+    won = table.add(POINT, 2, dict(BLOCK_N=2), {tune.BY_HAND: 1000.0, 0: 990.0}, judge)
     assert won["settings"] == dict(BLOCK_N=2) and won["by"] == judge + ": 1000.0 to 990.0 us"
     assert won["by"] in tune.report("triton", POINT, won, [])
     assert tune.Table(table.path, "H100", "3.6.0").has(POINT, 2, judge)
     assert not table.has(POINT, 2, judge[:-1])                              # context 3 is not context 32
-    by_hand = table.add_by_token(POINT, 2, {}, {tune.BY_HAND: 990.0, 0: 980.0}, judge)
+    by_hand = table.add(POINT, 2, {}, {tune.BY_HAND: 990.0, 0: 980.0}, judge)
     assert by_hand["settings"] == {}
 
 
@@ -387,7 +387,7 @@ def test_what_defends_its_place_is_what_the_table_gives(tmp_path):
     assert table.applied(POINT, 2) == {}                                    # 64 rows say nothing about one
     table.add(replace(POINT, batch=4), 2, dict(BLOCK_N=4), {tune.BY_HAND: 9.0, 0: 8.0})
     assert table.applied(POINT, 2) == dict(BLOCK_N=4) and table.applied(POINT, 4) == {}
-    kept = table.add_by_token(POINT, 2, None, {tune.BY_HAND: 9.0, 0: 9.1}, "whole tokens")
+    kept = table.add(POINT, 2, None, {tune.BY_HAND: 9.0, 0: 9.1}, "whole tokens")
     assert kept["rows"] == 1 and kept["settings"] == dict(BLOCK_N=4)
     other = tune.Table(tmp_path / "out.json", "H100", "3.6.0", start=table.path)
     assert other.entries == table.entries and not other.path.exists()

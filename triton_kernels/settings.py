@@ -44,15 +44,13 @@ def _tuned(name):
 
 
 def measured(op, tensor, rows, **shape):
-    """The settings to take before the op's own table, or None: found by the tuner for this architecture and shape, at
-    the least number of rows that holds `rows` and is not 16 times as many: those of 64 say nothing about 1."""
+    """The settings to take before the op's own table, or None: found by the tuner for this architecture and shape, as
+    tuned.lookup says."""
     if op in _forced:
         return dict(_forced[op]) or None
     key = op, architecture(tensor), tensor.itemsize, rows, *shape.values()
     if key not in _measured:
-        found = [entry for entry in _tuned(key[1]) if entry["op"] == op and entry["itemsize"] == tensor.itemsize
-                 and entry["shape"] == shape and rows <= entry["rows"] < 16 * rows]
-        _measured[key] = min(found, key=lambda entry: entry["rows"])["settings"] if found else None
+        _measured[key] = tuned.lookup(_tuned(key[1]), op, tensor.itemsize, rows, shape)
     return dict(_measured[key]) if _measured[key] else None
 
 

@@ -130,7 +130,11 @@ class TokenRace:
         self.backend, self.run = load(backend, torch.device(rig.device)), rig.backends[backend]
         self.point, self.weights, self.table, self.context = point, weights.of(point.models[0]), table, context
         self.itemsize = DTYPES[dtype_name].itemsize
-        self.error = lambda settings: Race(rig, backend, point, dtype_name).error(settings)
+        self.alone = rig, backend, point, dtype_name
+
+    def error(self, settings):
+        """What is wrong with the op's output under `settings`, or None."""
+        return Race(*self.alone).error(settings)
 
     def step(self, settings):
         """One step as a CUDA graph, with `settings` in the place of the point's entry (None: as the table is)."""
@@ -217,44 +221,37 @@ class Table:
         return op, itemsize, rows, tuple(shape.items())
 
     def has(self, point, itemsize, judge=None):
-        """judge: the whole tokens that chose the entry, None: the kernel alone, or any."""
+        """judge: the whole tokens that must have chosen the entry; None: whatever did."""
         e = self.entries.get(self._key(point.op, itemsize, point.batch, key_shape(point)))
         return (e is not None and (e["gpu"], e["compiler"]) == (self.gpu, self.compiler)
                 and (judge is None or e.get("by", "").startswith(judge + ":")))
 
     def applied(self, point, itemsize):
-        """The settings that a launch takes from the table, by the rule of triton_kernels.settings.measured; {}: none."""
-        found = [e for e in self.entries.values() if e["op"] == point.op and e["itemsize"] == itemsize
-                 and e["shape"] == key_shape(point) and point.batch <= e["rows"] < 16 * point.batch]
-        return min(found, key=lambda e: e["rows"])["settings"] if found else {}
+        """The settings that a launch takes from the table; {}: none."""
+        return tuned.lookup(self.entries.values(), point.op, itemsize, point.batch, key_shape(point)) or {}
 
     def with_entry(self, point, itemsize, settings):
         """All entries, the point's with other settings; None: as they are."""
         if settings is None:
             return list(self.entries.values())
-        mine = {"op": point.op, "itemsize": itemsize, "rows": point.batch, "shape": key_shape(point), "settings": settings}
-        return list({**self.entries, self._key(*list(mine.values())[:4]): mine}.values())
+        op, rows, shape = point.op, point.batch, key_shape(point)
+        mine = {"op": op, "itemsize": itemsize, "rows": rows, "shape": shape, "settings": settings}
+        return list({**self.entries, self._key(op, itemsize, rows, shape): mine}.values())
 
-    def add_by_token(self, point, itemsize, winner, times, judge):
-        """winner None: nothing was faster than what the table gave, which stays. Returns the entry."""
+    def add(self, point, itemsize, winner, times, judge=None):
+        """Returns the entry. winner None: what a launch takes without it stays, and the entry records it: the settings by
+        hand, {}, or where whole tokens judged (`judge` says which) what the table gave."""
         before = times.get(BY_HAND)
         after = min(times.values()) if winner is not None else before
-        entry = {"op": point.op, "itemsize": itemsize, "rows": point.batch, "shape": key_shape(point),
-                 "settings": self.applied(point, itemsize) if winner is None else winner, "us": None, "us_by_hand": None,
-                 "tried": len(times) - (BY_HAND in times), "context": None, "gpu": self.gpu, "compiler": self.compiler,
-                 "by": judge + (f": {before:.1f} to {after:.1f} us" if before else ": none could be launched")}
-        self.entries[self._key(point.op, itemsize, point.batch, entry["shape"])] = entry
-        self._write()
-        return entry
-
-    def add(self, point, itemsize, winner, times):
-        """winner None: the settings by hand were the fastest, and {} records it. Returns the entry."""
-        us = min(times.values()) if winner is not None else times.get(BY_HAND)
-        entry = {"op": point.op, "itemsize": itemsize, "rows": point.batch, "shape": key_shape(point),
-                 "settings": winner or {}, "us": round(us, 3) if us else None,
-                 "us_by_hand": round(times[BY_HAND], 3) if BY_HAND in times else None,
-                 "tried": len(times) - (BY_HAND in times), "context": point.context, "gpu": self.gpu,
+        if winner is None:
+            winner = self.applied(point, itemsize) if judge else {}
+        entry = {"op": point.op, "itemsize": itemsize, "rows": point.batch, "shape": key_shape(point), "settings": winner,
+                 "us": round(after, 3) if after and not judge else None,
+                 "us_by_hand": round(before, 3) if before and not judge else None,
+                 "tried": len(times) - (BY_HAND in times), "context": None if judge else point.context, "gpu": self.gpu,
                  "compiler": self.compiler}
+        if judge:
+            entry["by"] = judge + (f": {before:.1f} to {after:.1f} us" if before else ": none could be launched")
         self.entries[self._key(point.op, itemsize, point.batch, entry["shape"])] = entry
         self._write()
         return entry
@@ -293,6 +290,7 @@ def main(args) -> int:
         raise LabError("lab tune needs a GPU: settings are chosen by time")
     from lab.backends import load
     from lab.harness import ops_bench
+    from lab.harness.model_bench import Weights
     every = list(SPACES["triton"])
     ops = every if args.op == ["all"] else [known(name, every, "op to tune") for name in args.op]
     backends = [known(name, list(SPACES), "backend to tune") for name in names(args.backend)]
@@ -319,15 +317,10 @@ def main(args) -> int:
             if args.again or not tables[backend].has(point, itemsize, judge(point))]
 
     def keep(backend, point, winner, times, dropped):
-        if args.by_token:
-            entry = tables[backend].add_by_token(point, itemsize, winner, times, judge(point))
-        else:
-            entry = tables[backend].add(point, itemsize, winner, times)
+        entry = tables[backend].add(point, itemsize, winner, times, judge(point))
         print(report(backend, point, entry, dropped), flush=True)
 
-    if args.by_token:
-        from lab.harness.model_bench import Weights
-        weights = Weights("random", args.dtype, "cuda")
+    weights = Weights("random", args.dtype, "cuda")                 # of the models whose tokens judge
 
     def race_of(backend, point):
         if args.by_token:
