@@ -13,8 +13,8 @@ help:  ## this list
 setup: build  ## .venv and the kernels; on a machine with nvcc the GPU build, too
 	@$(PY) -m lab doctor || true
 
-$(READY): pyproject.toml lab/setup_env.py
-	@$(PYTHON) -m lab.setup_env
+$(READY): pyproject.toml lab/machine/setup_env.py
+	@$(PYTHON) -m lab.machine.setup_env
 	@touch $@
 
 build: $(READY)
@@ -22,23 +22,23 @@ build: $(READY)
 	@test .venv/bin/lab -nt pyproject.toml || $(PY) -m pip install -qq --no-deps --no-index --no-build-isolation -e .
 
 .venv/model: $(READY)
-	@$(PY) -m lab.setup_env --model
+	@$(PY) -m lab.machine.setup_env --model
 	@touch $@
 
 # Without a GPU the demo needs the host build alone, and nvcc would take minutes.
 demo: export LAB_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),auto,0)
 demo: build .venv/model  ## a real model speaks under CUDA and under Triton, compared; report in out/demo (OUT=...)
-	@$(PY) -m lab.demo --out $(or $(OUT),out/demo)
+	@$(PY) -m lab.machine.demo --out $(or $(OUT),out/demo)
 
 test: build  ## the tests (ARGS="-k rope" picks some)
 	@$(PY) -m pytest -m "not oracle" $(ARGS)
 
 oracle: build .venv/model  ## the model's logits against Hugging Face transformers (installs it)
-	@$(PY) -m lab.setup_env --test
+	@$(PY) -m lab.machine.setup_env --test
 	@$(PY) -m pytest -m oracle $(ARGS)
 
 gpu-check: build  ## needs a GPU: GPU tests, compute-sanitizer on every op, oracle, greedy text (OUT=... MODEL=... STEPS=...)
-	@$(PY) -m lab.gpu_check --out $(or $(OUT),out/gpu-check) $(MODEL:%=--model %) $(STEPS:%=--steps %)
+	@$(PY) -m lab.machine.gpu_check --out $(or $(OUT),out/gpu-check) $(MODEL:%=--model %) $(STEPS:%=--steps %)
 
 gpu-bench: build  ## needs a GPU: ops, models, ledgers and ladders measured into OUT=... (QUICK=1; BUDGET=minutes)
 	@$(PY) -m lab bench all --out $(MEASURED) --budget-minutes $(or $(BUDGET),11.5) $(if $(QUICK),--quick)

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-from lab.dispatch import BACKENDS, DTYPES, Op, Rand, known, select
+from lab.contract import BACKENDS, DTYPES, Op, Rand
+from lab.dispatch import select
 from lab.errors import LabError, Unavailable
+from lab.names import known
 
 POISON = -77777777          # for integer outputs, which have no NaN
 
@@ -98,7 +100,7 @@ def add_arguments(parser):
 def main(args) -> int:
     from lab.ops import OPS, find
     if args.exercise:
-        from lab import exercises
+        from lab.learn import exercises
         return exercises.main(args.exercise)
     chosen = [find(name) for name in args.op] if args.op else OPS
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")

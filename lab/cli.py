@@ -14,18 +14,18 @@ import traceback
 from lab.errors import LabError
 
 VERBS = {       # verb: (room, what it does)
-    "doctor": ("lab.doctor", "what this machine can run and what is missing"),
+    "doctor": ("lab.machine.doctor", "what this machine can run and what is missing"),
     "ops": ("lab.ops.table", "the table of ops"),
     "check": ("lab.check", "every op of a backend against its reference, at awkward sizes"),
     "run": ("lab.model.run", "answer a prompt with a model, under the backend of your choice"),
     "bench": ("lab.harness.bench", "measure ops, models or a token's ledger into records"),
-    "ledger": ("lab.harness.ledger", "one token, kernel by kernel"),
-    "compare": ("lab.harness.compare", "did rows of run B get slower than those of run A?"),
-    "tune": ("lab.harness.tune", "find the fastest launch settings of both halves on this GPU, shape by shape"),
+    "ledger": ("lab.harness.ledger_verb", "one token, kernel by kernel"),
+    "compare": ("lab.records.compare", "did rows of run B get slower than those of run A?"),
+    "tune": ("lab.tune.tuner", "find the fastest launch settings of both halves on this GPU, shape by shape"),
     "report": ("lab.report.build", "draw records: pictures, a web page, a summary"),
     "inspect": ("lab.inspect.command", "what the compilers made of both halves: registers, occupancy, code; no GPU needed"),
-    "try": ("lab.own_kernel", "your own kernel, from one file: checked, raced against both halves, drawn"),
-    "explain": ("lab.explain", "the CUDA and the Triton half of an op side by side, step by step"),
+    "try": ("lab.learn.own_kernel", "your own kernel, from one file: checked, raced against both halves, drawn"),
+    "explain": ("lab.learn.explain", "the CUDA and the Triton half of an op side by side, step by step"),
 }
 
 

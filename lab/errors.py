@@ -7,3 +7,9 @@ class LabError(ValueError):
 
 class Unavailable(LabError):
     """A backend, package or device that this machine does not have. The message says what to install."""
+
+
+def one_line(error):
+    """An exception as one short line for a record."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return f"{type(error).__name__}: {text}"[:300]

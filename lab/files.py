@@ -1,6 +1,7 @@
-"""Files: written whole or not at all; and Python of somebody else's, loaded."""
+"""Files: written whole or not at all; JSON read with errors that name the file; and Python of somebody else's, loaded."""
 import contextlib
 import importlib.util
+import json
 import os
 from pathlib import Path
 
@@ -27,6 +28,19 @@ def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
     finally:
         with contextlib.suppress(OSError):              # in a folder that is not ours nothing was left
             beside.unlink()
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; LabError when it is missing or no object."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LabError(f"{path} is missing") from None
+    except (OSError, ValueError) as error:
+        raise LabError(f"{path} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise LabError(f"{path}: expected a JSON object")
+    return found
 
 
 def python_module(path: Path):

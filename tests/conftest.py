@@ -4,7 +4,7 @@ import importlib.util
 import pytest
 import torch
 
-from lab.dispatch import Rand
+from lab.contract import Rand
 
 GPU = torch.cuda.is_available()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lab.harness import records
+from lab.records import schema
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "scaled_add"
@@ -75,7 +75,7 @@ def test_readme_adds_an_op(tmp_path):
         assert len(re.findall(rf"^{NAME} +\w+ {backend} +2/2 cases", said["check"], re.M)) == 3      # dtypes
     assert "1. Locate" in said["explain"] and "2. Add and store" in said["explain"]
     assert "blockIdx.x" in said["explain"] and "tl.program_id(0)" in said["explain"]
-    rows = records.read(tmp_path / "out" / NAME).of_kind("op")
+    rows = schema.read(tmp_path / "out" / NAME).of_kind("op")
     assert {(row.op, row.backend) for row in rows} == {(NAME, backend) for backend in ("cuda", "triton", "torch")}
     assert all(row.us > 0 and not row.error for row in rows)
     assert " passed" in run("-m", "pytest", "-q", "tests/test_ops.py", "tests/test_twins.py", "-k", NAME)

@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from lab.check import check_case, compare
-from lab.dispatch import Rand, select
+from lab.contract import Rand
+from lab.dispatch import select
 from lab.ops import OPS, find
 
 FLOAT_OPS = [op for op in OPS if op.verify is None]

@@ -207,7 +207,7 @@ def test_the_readme_lists_every_verb(verb):
 
 
 def test_without_a_gpu_an_old_gpu_build_is_not_missing(monkeypatch, tmp_path):
-    from lab import doctor
+    from lab.machine import doctor
     built, source = tmp_path / "built.so", tmp_path / "source.cu"
     for age, path in enumerate((source, built)):
         path.touch()

@@ -6,8 +6,8 @@ import random
 import pytest
 
 from lab.errors import LabError
-from lab.harness import compare
-from lab.harness.records import Env, LedgerRow, ModelRow, OpRow, Writer, read
+from lab.records import compare
+from lab.records.schema import Env, LedgerRow, ModelRow, OpRow, Writer, read
 
 
 def row(us, spread=0.005, n=50, run="r", **fields):

@@ -2,7 +2,7 @@
 import pytest
 from tiny_models import CONFIGS, write_gguf
 
-from lab import demo
+from lab.machine import demo
 
 
 @pytest.fixture

@@ -123,7 +123,7 @@ TABLE = {"rope": [{"batch": 1, "context": None, "backend": "triton"}, {"batch": 
 
 
 def test_a_dispatch_table_gives_each_op_its_nearest_cell(tmp_path):
-    from lab.dispatch import from_table, read_table
+    from lab.dispatch_table import from_table, read_table
     path = tmp_path / "table.json"
     path.write_text(json.dumps(TABLE))
     table = read_table(str(path))
@@ -138,7 +138,7 @@ def test_a_dispatch_table_gives_each_op_its_nearest_cell(tmp_path):
     ('{"rope": [{"batch": 0, "context": null, "backend": "cuda"}]}', "batch 0"),
 ])
 def test_what_is_no_dispatch_table_is_refused(tmp_path, content, said):
-    from lab.dispatch import read_table
+    from lab.dispatch_table import read_table
     path = tmp_path / "table.json"
     path.write_text(content)
     with pytest.raises(LabError, match=said):
@@ -170,7 +170,7 @@ def dispatch_us(name, args, options, rounds=100, repeats=200):
 
 def decode_calls():
     """One call of each op as the decoder makes it: buffers given, so nothing is allocated."""
-    from lab.dispatch import Rand
+    from lab.contract import Rand
     from lab.ops.decode_attention import Workspace
     one_row = {"kv_append": {"positions": (130,)}, "decode_attention": {"lengths": (131,)}}
     for op in BASIC:

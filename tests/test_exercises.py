@@ -1,9 +1,9 @@
 """Every planted fault is caught, with a word that helps; every solution passes; nothing else passes."""
 import pytest
 
-from lab import exercises
 from lab.cli import main
 from lab.errors import LabError
+from lab.learn import exercises
 
 SAYS = {
     "tail_mask": "4 rows of 40: element 0 is",

@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import pytest
 import synthetic_records
 
-from lab import explain, rungs
+from lab import rungs
 from lab.errors import LabError
-from lab.harness import records
+from lab.learn import explain
+from lab.records import schema
 from lab.report import twins
 
 
@@ -89,9 +90,9 @@ def test_rungs_side_by_side_with_why_one_is_absent(capsys, monkeypatch, op):
 def test_what_a_rung_was_measured_to_gain(tmp_path):
     """A run with a GPU's figures made up for the purpose."""
     def row(number, us):
-        return records.OpRow("r", "rmsnorm", "cuda", "bf16", 64, {"cols": 8192}, us=us, us_p10=us, us_p90=us, n=9,
+        return schema.OpRow("r", "rmsnorm", "cuda", "bf16", 64, {"cols": 8192}, us=us, us_p10=us, us_p90=us, n=9,
                              bytes=1 << 21, rung=number, gbps=1.0, of_ceiling=2.0 / us)
-    synthetic_records.write(tmp_path, [records.Env("r", "before", "cuda", gpu="made up"), row(1, 80.0), row(2, 4.0)])
+    synthetic_records.write(tmp_path, [schema.Env("r", "before", "cuda", gpu="made up"), row(1, 80.0), row(2, 4.0)])
     _, _, rows = twins.ladder("rmsnorm")
     assert explain.measured_rungs("rmsnorm", rows, tmp_path) == [
         ("measured", "made up, run r: cols=8192, batch 64, bf16, cold cache")]

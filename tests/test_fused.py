@@ -4,14 +4,16 @@ from collections import Counter
 
 import pytest
 import torch
+from tiny_models import CONFIGS
 
 from lab.backends import load as load_backend
-from lab.backends.cuda import DTYPE_CODES
+from lab.contract import DTYPE_CODES
 from lab.dispatch import Trace, select
 from lab.errors import Unavailable
-from lab.model.decoder import GREEDY, Decoder, Sampling
-from lab.model.weights import RandomSource, load
-from tiny_models import CONFIGS
+from lab.model.decoder import Decoder
+from lab.model.sampling import GREEDY, Sampling
+from lab.model.sources.random import RandomSource
+from lab.model.weights import load
 
 NAMES = ["llama", "qwen2", "qwen3"]                     # plain, with qkv bias, with per-head norms of q and k
 BACKENDS = ["torch", "cuda", "triton"]

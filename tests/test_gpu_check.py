@@ -5,8 +5,8 @@ import time
 import pytest
 import torch
 
-from lab import gpu_check
 from lab.errors import LabError
+from lab.machine import gpu_check
 
 
 def script(step, status=0):

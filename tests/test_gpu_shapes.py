@@ -2,13 +2,14 @@
 x staged in parts, blocks with several sets of outputs, contexts that are long enough to be split)."""
 import pytest
 import torch
-
-from lab.check import check_case
-from lab.dispatch import DTYPES, select
-from lab.model.decoder import Sampling
-from lab.ops import OPS, find
 from test_fused import decode
 from test_persistent import agree
+
+from lab.check import check_case
+from lab.contract import DTYPES
+from lab.dispatch import select
+from lab.model.sampling import Sampling
+from lab.ops import OPS, find
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CASES = [pytest.param(op, dtype, c.sizes, id=f"{op.name}-{NAMES[dtype]}-{i}")

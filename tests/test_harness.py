@@ -15,17 +15,20 @@ import numpy as np
 import pytest
 import torch
 
-from lab.dispatch import BACKENDS, Rand, select
+from lab.contract import BACKENDS, Rand
+from lab.dispatch import select
 from lab.errors import LabError
-from lab.harness import bench, card, ceiling, crossover, ledger, model_bench, ops_bench, records, shapes, timing
+from lab.harness import bench, ceiling, crossover, ledger, model_bench, ops_bench, shapes, timing
 from lab.harness.ceiling import Ceilings
-from lab.harness.records import Ceiling, LedgerRow, OpRow
-from lab.harness.session import Session
 from lab.harness.shapes import COLD
 from lab.model.config import PRESETS
-from lab.model.decoder import PLANS
-from lab.model.weights import RandomSource, load
+from lab.model.plans import PLANS
+from lab.model.sources.random import RandomSource
+from lab.model.weights import load
 from lab.ops import OPS, find
+from lab.records import card, schema
+from lab.records.schema import Ceiling, LedgerRow, OpRow
+from lab.records.session import Session
 
 MIB = 1 << 20
 TINY = dataclasses.replace(PRESETS["smollm2-135m"], name="tiny", layers=2, hidden=64, intermediate=96, q_heads=2,
@@ -221,7 +224,7 @@ def test_arguments_pass_the_contract(config, monkeypatch):
 def test_ops_bench_records_emulated_rows_and_nothing_it_did_not_measure(tiny, tmp_path, capsys):
     assert run_bench("ops", "--model", "tiny", "--backend", "torch", "--device", "cpu", "--context", "16",
                      "--seconds", "0.001", "--out", tmp_path) == 0
-    rows = records.read(tmp_path).rows
+    rows = schema.read(tmp_path).rows
     ops = [r for r in rows if r.kind == "op"]
     assert {r.op for r in ops} == {op.name for op in OPS} - set(shapes.STEPS)
     assert all(r.timer == "wall" and r.emulated and r.us > 0 and r.n >= 2 for r in ops)
@@ -234,7 +237,7 @@ def test_a_whole_step_is_measured_as_a_token(tiny, tmp_path):
     ask = ["--model", "tiny", "--backend", "torch", "--device", "cpu", "--context", "16", "--seconds", "0.001", "--out",
            tmp_path, "--dtype", "bf16"]
     assert run_bench("model", "--batch", "2,1", "--plan", "basic,persistent", *ask) == 0
-    found = [(r.plan, r.batch, r.error) for r in records.read(tmp_path).rows if r.kind == "model"]
+    found = [(r.plan, r.batch, r.error) for r in schema.read(tmp_path).rows if r.kind == "model"]
     assert found == [("basic", 1, None), ("persistent", 1, None), ("basic", 2, None)]
     assert shapes.points(["smollm2-135m"], ops=["decode_step"]) == []
     with pytest.raises(LabError, match="decode_step is a whole step, measured as a token: lab bench model --plan pers"):
@@ -264,7 +267,7 @@ def test_an_interrupted_bench_says_so_and_exits_as_interrupted(tiny, tmp_path, c
     assert run_bench("ops", "silu_mul", "--model", "tiny", "--backend", "torch", "--device", "cpu", "--out",
                      tmp_path) == 130
     assert "goes on from here" in capsys.readouterr().out
-    assert [r.kind for r in records.read(tmp_path).rows] == ["env"]
+    assert [r.kind for r in schema.read(tmp_path).rows] == ["env"]
 
 
 def test_when_every_row_fails_the_bench_fails(tiny, tmp_path, capsys, monkeypatch):
@@ -371,7 +374,7 @@ def test_a_stopped_run_is_not_continued_with_other_tables(tiny, tmp_path, monkey
         monkeypatch.setattr(card, "environment", lambda *given: dataclasses.replace(
             environment(*given), tuned={"cuda": digest, "triton": None}))
         run_bench(*ask)
-    assert len(records.read(tmp_path).runs()) == 2
+    assert len(schema.read(tmp_path).runs()) == 2
 
 
 def test_a_failing_backend_is_an_error_row_and_the_others_are_measured(tiny, tmp_path, capsys, monkeypatch):
@@ -383,7 +386,7 @@ def test_a_failing_backend_is_an_error_row_and_the_others_are_measured(tiny, tmp
     other.silu_mul = broken
     monkeypatch.setattr(ops_bench, "select", lambda name, device: {"torch": ops, "triton": other}[name])
     run_bench("ops", "silu_mul", "--model", "tiny", "--backend", "torch,triton", "--device", "cpu", "--out", tmp_path)
-    rows = {r.backend: r for r in records.read(tmp_path).of_kind("op")}
+    rows = {r.backend: r for r in schema.read(tmp_path).of_kind("op")}
     assert rows["torch"].us > 0 and rows["torch"].verdict == {}
     assert rows["triton"].us is None
     assert rows["triton"].error == "RuntimeError: kernel silu_mul_kernel: too many resources"
@@ -394,34 +397,34 @@ def test_a_stopped_bench_goes_on_where_it_was(tiny, tmp_path, capsys):
     ask = ["ops", "--model", "tiny", "--backend", "torch", "--device", "cpu", "--context", "16", "--seconds", "0.001",
            "--out", tmp_path]
     run_bench(*ask, "--budget-minutes", "0")
-    first = records.read(tmp_path)
+    first = schema.read(tmp_path)
     assert [r.kind for r in first.rows] == ["env"] and "goes on from here" in capsys.readouterr().out
     run_bench(*ask)
-    full = records.read(tmp_path)
+    full = schema.read(tmp_path)
     assert full.runs() == first.runs() and "was stopped; going on" in capsys.readouterr().err
-    keys = [records.key(r) for r in full.rows]
+    keys = [schema.key(r) for r in full.rows]
     assert len(keys) == len(set(keys)) > 10 and full.rows[-1].when == "after"
 
     # Killed in the middle: only what is missing is measured again.
     lines = full.path.read_text().splitlines(True)
     full.path.write_text("".join(lines[:5]) + lines[5][:30])
     run_bench(*ask)
-    again = records.read(tmp_path)
+    again = schema.read(tmp_path)
     assert again.runs() == first.runs() and again.rows[:5] == full.rows[:5]
-    assert {records.key(r) for r in again.rows} == set(keys) and len(again.rows) == len(keys)
+    assert {schema.key(r) for r in again.rows} == set(keys) and len(again.rows) == len(keys)
 
     # A complete run, other settings or another commit: a new run.
     run_bench(*ask)
     run_bench(*ask, "--batch", "2", "--budget-minutes", "0")
     run_bench(*ask, "--budget-minutes", "0")
-    assert len(records.read(tmp_path).runs()) == 4
+    assert len(schema.read(tmp_path).runs()) == 4
 
 
 def test_model_bench_has_the_four_indicators(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(model_bench, "open_source", lambda name, kind: RandomSource(TINY))
     run_bench("model", "tiny", "--backend", "torch", "--device", "cpu", "--batch", "1,2", "--context", "16",
               "--out", tmp_path)
-    rows = records.read(tmp_path).of_kind("model")
+    rows = schema.read(tmp_path).of_kind("model")
     assert [(r.batch, r.context, r.mode, r.timer) for r in rows] == [(1, 16, "eager", "wall"), (2, 16, "eager", "wall")]
     for r in rows:
         assert r.error is None and r.emulated and r.gbps is None
@@ -611,7 +614,7 @@ def test_a_ledger_is_made_on_a_made_up_gpu(tiny, monkeypatch, backend, plan, row
 
     def timed_step(decoder, mode):
         state, ids = decoder.state.clone(), decoder.ids.clone()
-        return Replayed([torch.inference_mode()(lambda: decoder.run_plan(decoder, model_bench.GREEDY))],
+        return Replayed([torch.inference_mode()(lambda: decoder.run_plan(model_bench.GREEDY))],
                         lambda: (decoder.state.copy_(state), decoder.ids.copy_(ids)))
 
     for op in OPS:
@@ -677,13 +680,13 @@ def test_crossover_weighs_shapes_by_their_calls_and_marks_what_is_ambiguous(tmp_
             op_row("decode_attention", "cuda", 20.0, context=8192, spread=0.2),
             op_row("decode_attention", "triton", 22.0, context=8192, spread=0.2),
             op_row("rope", "cuda", 2.0)]
-    env = records.Env("r", "before", "cuda")
+    env = schema.Env("r", "before", "cuda")
     found = {(c.op, c.context): c for c in crossover.cells(rows, "llama-3.2-1b")}
     linear = found["linear", None]
     assert linear.us == {"cuda": 16 * 10 + 150, "triton": 16 * 11 + 140} and linear.winner == "cuda"
     assert found["decode_attention", 1024].winner == "triton" and found["decode_attention", 1024].verdict == "faster"
     assert found["decode_attention", 8192].verdict == "ambiguous" and found["rope", None].verdict == "alone"
-    with records.Writer(tmp_path) as w:
+    with schema.Writer(tmp_path) as w:
         w.append(env, *rows)
     run_bench("crossover", "llama-3.2-1b", "--out", tmp_path, "--export", tmp_path / "table.json")
     table = json.loads((tmp_path / "table.json").read_text())

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from lab.errors import LabError, Unavailable
-from lab.harness import records
-from lab.inspect import binary, call, command, cuda_half, gpu as gpus, kernel as kernels, listing
+from lab.inspect import binary, call, command, cuda_half, listing
+from lab.inspect import gpu as gpus
+from lab.inspect import kernel as kernels
 from lab.inspect.fairness import code_lines, fairness
 from lab.ops import OPS, find
+from lab.records import schema
 
 
 def cuda_missing():
@@ -196,10 +198,10 @@ def test_fairness_records_survive_a_round_trip(tmp_path, backend):
     assert card.configurations > 1 and card.spill_bytes == 0 and 50 < card.code_lines < 1000
     assert backend == "cuda" or card.compile_s > 0.01
     assert sum(card.mix.values()) == card.instructions and card.mix["tensor core"] > 0 and all(card.mix.values())
-    with records.Writer(tmp_path) as writer:
+    with schema.Writer(tmp_path) as writer:
         writer.append(*rows)
-    assert records.read(tmp_path).rows == [records.from_dict(json.loads(records.to_line(row))) for row in rows]
-    assert len({records.key(row) for row in rows}) == len(rows)
+    assert schema.read(tmp_path).rows == [schema.from_dict(json.loads(schema.to_line(row))) for row in rows]
+    assert len({schema.key(row) for row in rows}) == len(rows)
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

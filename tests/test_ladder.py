@@ -8,10 +8,10 @@ import torch
 from lab import ladder
 from lab.check import check_case
 from lab.cli import main
-from lab.dispatch import Rand
+from lab.contract import Rand
 from lab.errors import LabError
-from lab.harness import records
 from lab.ops import find
+from lab.records import schema
 from lab.report import ladder_figures, load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,7 +130,7 @@ def test_triton_rungs_compile(architecture):
 
 def test_bench_records_every_rung_and_the_report_shows_them(tmp_path, capsys):
     assert main(["bench", "ops", "rmsnorm", "--ladder", "--device", "cpu", "--out", str(tmp_path)]) == 0
-    rows = records.read(tmp_path).of_kind("op")
+    rows = schema.read(tmp_path).of_kind("op")
     assert {(r.backend, r.rung) for r in rows} == {(b, r.number) for r in ladder.rungs("rmsnorm")
                                                    for b in ladder.BACKENDS if b not in r.absent}
     assert all(r.us > 0 and r.emulated and r.of_ceiling is None for r in rows)
@@ -149,11 +149,11 @@ def test_bench_records_every_rung_and_the_report_shows_them(tmp_path, capsys):
 def test_a_rung_that_fell_short_is_named(tmp_path):
     """A run with a GPU's figures made up for the purpose: rung 2 keeps its promise, rung 3 does not."""
     def row(number, us):
-        return records.OpRow("r", "linear", "cuda", "bf16", 1, {"n": 8, "k": 8}, us=us, us_p10=us, us_p90=us, n=9,
+        return schema.OpRow("r", "linear", "cuda", "bf16", 1, {"n": 8, "k": 8}, us=us, us_p10=us, us_p90=us, n=9,
                              bytes=128, rung=number, gbps=1.0, of_ceiling=1.0 / us, note=f"Because {number}.",
                              config={"rung": number, "name": f"Name {number}", "promised": 2.0})
-    with records.Writer(tmp_path) as writer:
-        writer.append(records.Env("r", "before", "cuda", gpu="made up"), row(1, 8.0), row(2, 4.0), row(3, 3.0))
+    with schema.Writer(tmp_path) as writer:
+        writer.append(schema.Env("r", "before", "cuda", gpu="made up"), row(1, 8.0), row(2, 4.0), row(3, 3.0))
     figure, = ladder_figures.of_run(load.load(tmp_path)[0])
     assert "3. Name 3 gained 1.33x where 2x was promised. Because 3." in figure.reading
     assert "2. Name 2 gained" not in figure.reading

@@ -6,18 +6,29 @@ from collections import Counter
 
 import pytest
 import torch
+from tiny_models import (
+    CHAT_TEMPLATE,
+    CONFIGS,
+    byte_level_vocabulary,
+    reference_logits,
+    tensors,
+    write_folder,
+    write_gguf,
+)
 
 from lab.dispatch import Trace, select
 from lab.errors import LabError
 from lab.model import prefill as prefill_module
-from lab.model import run, tokenizer
-from lab.model.decoder import Decoder, Sampling, find_plan
+from lab.model import run
+from lab.model.decoder import Decoder
 from lab.model.generate import generate, generate_batch, teacher_forced_logits
 from lab.model.kv_cache import PagedKVCache
-from lab.model.tokenizer import TextStream, Tokenizer, render_chat
-from lab.model.weights import RandomSource, load, open_source
-from tiny_models import (CHAT_TEMPLATE, CONFIGS, byte_level_vocabulary, reference_logits, tensors, write_folder,
-                         write_gguf)
+from lab.model.plans import find_plan
+from lab.model.sampling import Sampling
+from lab.model.sources import open_source, tokenizer
+from lab.model.sources.random import RandomSource
+from lab.model.sources.tokenizer import TextStream, Tokenizer, render_chat
+from lab.model.weights import load
 
 IDS = random.Random(0).choices(range(272), k=40)        # crosses two page boundaries
 TOLERANCE = 2e-5    # float32 over two layers and sums of up to 256 terms; the logits are of size 1 to 4

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lab.check import check_case
-from lab.dispatch import BACKENDS, DTYPES, select
+from lab.contract import BACKENDS, DTYPES
+from lab.dispatch import select
 from lab.ops import OPS
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -7,12 +7,13 @@ import time
 
 import pytest
 import torch
+from tiny_models import CONFIGS, write_folder
 
 from lab.dispatch import select
 from lab.model.decoder import Decoder
 from lab.model.generate import generate, teacher_forced_logits
-from lab.model.weights import DEFAULT_FILE, default_model_file, load, open_source
-from tiny_models import CONFIGS, write_folder
+from lab.model.sources import DEFAULT_FILE, default_model_file, open_source
+from lab.model.weights import load
 
 pytestmark = pytest.mark.oracle
 

@@ -5,10 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lab import cli, own_kernel
+from lab import cli
 from lab.dispatch import select
-from lab.harness import records
+from lab.learn import own_kernel
 from lab.ops import find
+from lab.records import schema
 
 SOURCES = {".cu": own_kernel.ROOT / "cuda_src/silu_mul.cu", ".py": own_kernel.ROOT / "triton_kernels/silu_mul.py"}
 
@@ -61,7 +62,7 @@ def test_a_race_is_recorded_and_drawn(tmp_path, monkeypatch, capsys):
     function = own_kernel.function_of(path, op, "cpu")
     args = SimpleNamespace(file=path, out=str(out), model="smollm2-135m", batch="1", context="16")
     assert own_kernel.race(op, path.name, function, args, ["fp32"]) == 0
-    rows = [r for r in records.read(out).rows if r.kind == "op"]
+    rows = [r for r in schema.read(out).rows if r.kind == "op"]
     assert {r.backend for r in rows} == {"mine.py", "cuda", "triton", "torch"} and all(r.us > 0 for r in rows)
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("silu_mul"))
     assert " us; " in line and "cuda" in line and "triton" in line

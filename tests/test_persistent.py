@@ -4,16 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_fused import NAMES, STEPS, backend  # noqa: F401 (backend is a fixture)
+from tiny_models import CONFIGS, LLAMA
 
 from lab.dispatch import Trace, select
 from lab.errors import LabError
 from lab.harness import model_bench, shapes
 from lab.model import decoder as decoders
 from lab.model.config import PRESETS
-from lab.model.decoder import GREEDY, Decoder, Sampling
-from lab.model.weights import RandomSource, load
-from test_fused import NAMES, STEPS, backend                        # noqa: F401 (backend is a fixture)
-from tiny_models import CONFIGS, LLAMA
+from lab.model.decoder import Decoder
+from lab.model.sampling import GREEDY, Sampling
+from lab.model.sources.random import RandomSource
+from lab.model.weights import load
 
 HALVES = pytest.mark.parametrize("backend", ["cuda", "triton"])     # torch checks no id and looks at no position
 BF16 = torch.bfloat16
@@ -82,7 +84,7 @@ def test_an_idle_row_writes_nothing_and_leaves_all_ready(backend, device):
     held = (d.ids.fill_(5), d.logits.fill_(7), d.cache.k.normal_(), d.cache.v.normal_(), d.state)
     before = [tensor.clone() for tensor in held]
     with torch.inference_mode():
-        d.run_plan(d, GREEDY)
+        d.run_plan(GREEDY)
     assert all(map(torch.equal, held, before))
     for one in (d, fresh):
         one.admit(0, PROMPT)

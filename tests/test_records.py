@@ -11,8 +11,20 @@ import time
 import pytest
 
 from lab.errors import LabError
-from lab.harness import records
-from lab.harness.records import Ceiling, Env, Fairness, LedgerRow, ModelRow, OpRow, Repeat, Writer, key, read, to_line
+from lab.records import schema
+from lab.records.schema import (
+    Ceiling,
+    Env,
+    Fairness,
+    LedgerRow,
+    ModelRow,
+    OpRow,
+    Repeat,
+    Writer,
+    key,
+    read,
+    to_line,
+)
 
 EXAMPLES = [
     Env("r1", "before", "cuda", gpu="H100", throttle=[], settings={"quick": True}),
@@ -31,20 +43,20 @@ def test_every_kind_survives_a_round_trip(tmp_path):
         w.append(*EXAMPLES)
     got = read(tmp_path)
     assert got.rows == EXAMPLES and got.notices == [] and got.runs() == ["r1"]
-    assert {r.kind for r in got.rows} == set(records.KINDS)
+    assert {r.kind for r in got.rows} == set(schema.KINDS)
     assert [r.op for r in got.of_kind("op", "r1")] == ["linear"] and got.of_kind("op", "r2") == []
 
 
 def test_the_examples_of_the_docstring_are_valid_records():
-    found = re.findall(r"^  (\{.*?\})\n(?! {3})", records.__doc__, re.S | re.M)
-    rows = [records.from_dict(json.loads(text)) for text in found]
-    assert {r.kind for r in rows} == set(records.KINDS)
+    found = re.findall(r"^  (\{.*?\})\n(?! {3})", schema.__doc__, re.S | re.M)
+    rows = [schema.from_dict(json.loads(text)) for text in found]
+    assert {r.kind for r in rows} == set(schema.KINDS)
 
 
 def test_a_fairness_record_from_before_the_mix_still_loads():
     body = json.loads(to_line(EXAMPLES[5]))
     del body["mix"]
-    assert records.from_dict(body).mix == {}
+    assert schema.from_dict(body).mix == {}
 
 
 def test_null_fields_are_left_out_and_nan_is_refused():
@@ -54,7 +66,7 @@ def test_null_fields_are_left_out_and_nan_is_refused():
 
 
 def test_torn_last_line_is_a_notice_and_is_cut_on_append(tmp_path):
-    path = tmp_path / records.FILE
+    path = tmp_path / schema.FILE
     path.write_text(to_line(EXAMPLES[1]) + to_line(EXAMPLES[2])[:40])
     got = read(path)
     assert got.rows == [EXAMPLES[1]] and "torn" in got.notices[0]
@@ -74,14 +86,14 @@ def test_torn_last_line_is_a_notice_and_is_cut_on_append(tmp_path):
     ('{"schema":1,"kind":"ceiling","run":"r","direction":"read"}\n', "no backend, bytes"),
 ])
 def test_a_bad_line_is_named(tmp_path, line, what):
-    (tmp_path / records.FILE).write_text(to_line(EXAMPLES[0]) + line)
+    (tmp_path / schema.FILE).write_text(to_line(EXAMPLES[0]) + line)
     with pytest.raises(LabError, match=rf"records\.jsonl:2: .*{what}"):
         read(tmp_path)
 
 
 def test_a_newer_schema_is_an_error_or_skipped_with_a_notice(tmp_path):
-    newer = json.loads(to_line(EXAMPLES[1])) | {"schema": records.SCHEMA + 1, "colour": "red"}
-    (tmp_path / records.FILE).write_text(to_line(EXAMPLES[1]) + json.dumps(newer) + "\n")
+    newer = json.loads(to_line(EXAMPLES[1])) | {"schema": schema.SCHEMA + 1, "colour": "red"}
+    (tmp_path / schema.FILE).write_text(to_line(EXAMPLES[1]) + json.dumps(newer) + "\n")
     with pytest.raises(LabError, match="newer"):
         read(tmp_path)
     got = read(tmp_path, newer="skip")
@@ -120,11 +132,11 @@ def test_two_writers_never_mix_their_lines(tmp_path):
 
 
 def test_a_killed_run_leaves_whole_lines(tmp_path):
-    code = ("import sys; from lab.harness.records import *\n"
+    code = ("import sys; from lab.records.schema import *\n"
             "w = Writer(sys.argv[1])\n"
             "while True: w.append(*[OpRow('r', 'linear', 'cuda', 'bf16', 1, {'n': 1}, note='x' * 3000)] * 8)")
     child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
-    path = tmp_path / records.FILE
+    path = tmp_path / schema.FILE
     deadline = time.time() + 30
     while not (path.exists() and path.stat().st_size > 200_000) and time.time() < deadline:
         time.sleep(0.01)

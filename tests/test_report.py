@@ -20,9 +20,20 @@ import synthetic_records as synthetic
 from PIL import Image
 
 from lab.errors import LabError
-from lab.harness.records import Env, Fairness, LedgerRow, ModelRow, OpRow, Repeat
-from lab.model.decoder import PLANS
-from lab.report import build, figures, heatmaps, ledger_figures, load, model_figures, op_figures, ops, page, style
+from lab.model.plans import PLANS
+from lab.records.schema import Env, Fairness, LedgerRow, ModelRow, OpRow, Repeat
+from lab.report import (
+    build,
+    figures,
+    heatmaps,
+    ledger_figures,
+    load,
+    model_figures,
+    op_figures,
+    ops,
+    page,
+    style,
+)
 
 SMALL = dict(models=["llama-3.2-1b"], batches=(1, 16), contexts=(1024, 8192))
 WIDTHS = (1440, 390)

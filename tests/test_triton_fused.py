@@ -3,10 +3,10 @@ import re
 
 import pytest
 import torch
-
-from lab.dispatch import Rand
-from lab.ops import norm_linear, norm_linear_argmax, norm_linear_silu_mul
 from test_triton_compile import TENSOR_CORE, empty
+
+from lab.contract import Rand
+from lab.ops import norm_linear, norm_linear_argmax, norm_linear_silu_mul
 from triton_kernels import offline, settings
 from triton_kernels.common import recording
 from triton_kernels.linear_add import linear_add as run_linear_add

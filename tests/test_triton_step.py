@@ -3,10 +3,10 @@ import re
 
 import pytest
 import torch
-
-from lab.dispatch import Rand
-from lab.ops import decode_step
 from test_triton_compile import BF16, STEPS, empty, run_step
+
+from lab.contract import Rand
+from lab.ops import decode_step
 from triton_kernels import offline, settings
 from triton_kernels.common import recording
 

@@ -11,13 +11,14 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from lab import cli, tuned
-from lab.dispatch import Rand
+from lab import cli
+from lab.contract import Rand
 from lab.errors import LabError
-from lab.harness import ops_bench, shapes, tune
-from lab.harness.spaces import SPACES, candidates
+from lab.harness import ops_bench, shapes
 from lab.inspect.call import Blank
 from lab.ops import find, linear, norm_linear
+from lab.tune import tuned, tuner
+from lab.tune.spaces import SPACES, candidates
 from triton_kernels import offline, settings
 from triton_kernels.common import recording
 
@@ -45,32 +46,32 @@ def chosen(count):
 
 
 def test_the_fastest_of_the_final_wins_not_of_the_first_race():
-    race = FakeRace({tune.BY_HAND: 9.0, 0: 5.0, 1: 6.0, 2: 7.0, 3: 8.0, 4: 8.5},
-                    {tune.BY_HAND: 9.0, 0: 7.0, 1: 6.0, 2: 7.0, 3: 8.0})
-    winner, times, dropped = tune.tune_point(race, chosen(5), [GOOD] * 5)
+    race = FakeRace({tuner.BY_HAND: 9.0, 0: 5.0, 1: 6.0, 2: 7.0, 3: 8.0, 4: 8.5},
+                    {tuner.BY_HAND: 9.0, 0: 7.0, 1: 6.0, 2: 7.0, 3: 8.0})
+    winner, times, dropped = tuner.tune_point(race, chosen(5), [GOOD] * 5)
     assert winner == dict(i=1) and times[0] == 7.0 and not dropped
-    assert race.seen[1] == {tune.BY_HAND, 0, 1, 2, 3}               # the four fastest, and the settings by hand
+    assert race.seen[1] == {tuner.BY_HAND, 0, 1, 2, 3}               # the four fastest, and the settings by hand
 
 
 def test_what_spills_does_not_compile_or_cannot_be_launched_is_not_raced():
     usages = [dict(GOOD, local=8), {"error": "no"}, GOOD, GOOD]
-    race = FakeRace({tune.BY_HAND: 9.0, 0: 1.0, 1: 1.0, 3: 5.0})    # 2 fails to launch
-    winner, times, dropped = tune.tune_point(race, chosen(4), usages)
-    assert winner == dict(i=3) and race.seen[0] == {tune.BY_HAND, 2, 3}
+    race = FakeRace({tuner.BY_HAND: 9.0, 0: 1.0, 1: 1.0, 3: 5.0})    # 2 fails to launch
+    winner, times, dropped = tuner.tune_point(race, chosen(4), usages)
+    assert winner == dict(i=3) and race.seen[0] == {tuner.BY_HAND, 2, 3}
     assert [(c["i"], why) for c, why in dropped] == [(0, "spills 8 bytes a thread"), (1, "no"),
                                                      (2, "cannot be launched")]
 
 
 def test_a_wrong_result_never_wins():
-    race = FakeRace({tune.BY_HAND: 9.0, 0: 1.0, 1: 2.0, 2: 3.0}, wrong=(0, 1))
-    winner, _, dropped = tune.tune_point(race, chosen(3), [GOOD] * 3)
+    race = FakeRace({tuner.BY_HAND: 9.0, 0: 1.0, 1: 2.0, 2: 3.0}, wrong=(0, 1))
+    winner, _, dropped = tuner.tune_point(race, chosen(3), [GOOD] * 3)
     assert winner == dict(i=2) and race.checked == [0, 1, 2] and [why for _, why in dropped] == ["wrong: zeros"] * 2
 
 
 def test_settings_by_hand_stay_unless_beaten_by_more_than_noise(tmp_path):
-    race = FakeRace({tune.BY_HAND: 9.0, 0: 8.95})
-    assert tune.tune_point(race, chosen(1), [GOOD])[0] is None
-    entry = tune.Table(tmp_path / "t.json", "a GPU", "3.7").add(POINT, 2, None, {tune.BY_HAND: 9.0, 0: 8.95})
+    race = FakeRace({tuner.BY_HAND: 9.0, 0: 8.95})
+    assert tuner.tune_point(race, chosen(1), [GOOD])[0] is None
+    entry = tuner.Table(tmp_path / "t.json", "a GPU", "3.7").add(POINT, 2, None, {tuner.BY_HAND: 9.0, 0: 8.95})
     assert entry["settings"] == {} and entry["us"] == entry["us_by_hand"] == 9.0
 
 
@@ -91,18 +92,18 @@ def test_points_are_tuned_in_order_until_the_budget_is_spent():
         kept.append((point.batch, winner))
 
     def race(backend, point):
-        return FakeRace({tune.BY_HAND: 9.0, 0: 5.0, 1: float(point.batch)})
+        return FakeRace({tuner.BY_HAND: 9.0, 0: 5.0, 1: float(point.batch)})
 
-    assert tune.tune(jobs, race, keep, time.monotonic() + 0.3) == 2         # the third never finishes to compile
+    assert tuner.tune(jobs, race, keep, time.monotonic() + 0.3) == 2         # the third never finishes to compile
     assert kept == [(1, dict(i=1)), (4, dict(i=1))]
-    assert tune.tune(jobs, race, keep, time.monotonic() - 1) == 0 and len(kept) == 2
+    assert tuner.tune(jobs, race, keep, time.monotonic() - 1) == 0 and len(kept) == 2
 
 
 def test_a_compiler_that_dies_is_an_error():
     broken = concurrent.futures.Future()
     broken.set_exception(concurrent.futures.process.BrokenProcessPool())
     with pytest.raises(LabError, match="a compiler process died over norm_linear"):
-        tune.tune([("triton", POINT, chosen(1), [broken])], FakeRace, None, time.monotonic() + 5)
+        tuner.tune([("triton", POINT, chosen(1), [broken])], FakeRace, None, time.monotonic() + 5)
 
 
 @pytest.mark.parametrize("op, right", [
@@ -112,7 +113,7 @@ def test_a_race_sees_what_is_wrong(op, right):
     """Here on the interpreter. Whole rows in tiles that are too narrow for them lose their tail."""
     rig = ops_bench.make_rig(ops_bench.load_backends(["triton"], "cpu", True)[0], "cpu", None)
     point = next(p for p in shapes.points(("smollm2-135m",), (2,), (1024,), [op]))
-    race = tune.Race(rig, "triton", point, "fp32")
+    race = tuner.Race(rig, "triton", point, "fp32")
     race.bound.sets[0][0].fill_(torch.nan)                          # what the races leave behind is not what is checked
     assert race.error(right) is None and race.error(None) is None
     if op == "norm_linear":
@@ -134,17 +135,17 @@ def test_every_candidate_of_cuda_is_right(op, rows, monkeypatch):
     point = shapes.Point(op, None, rows, 700 if attends else None, shape, ("made up",))
     if attends and rows > 2:
         pytest.skip("the splits are those of two rows")
-    race = tune.Race(rig, "cuda", point, "bf16")
+    race = tuner.Race(rig, "cuda", point, "bf16")
     for settings in candidates("cuda", op, rows, 2, point.shape, 40) + [dict(resident=1)]:
         assert race.error(settings) is None, settings
 
 
 def new_table(path, entries):
     """entries: (rows, settings, shape) of norm_linear, on an imaginary GPU."""
-    table = tune.Table(path, "a GPU", "3.7")
+    table = tuner.Table(path, "a GPU", "3.7")
     for rows, won, shape in entries:
         point = shapes.Point("norm_linear", "qkv", rows, None, shape)
-        table.add(point, 2, won, {tune.BY_HAND: 2.0, 0: 1.0})
+        table.add(point, 2, won, {tuner.BY_HAND: 2.0, 0: 1.0})
 
 
 QKV = {"n": 3072, "k": 2048}
@@ -229,12 +230,12 @@ POINTS = shapes.points(("smollm2-135m", "llama-3.1-8b"), (1, 4, 64), (1024,), li
 
 
 @pytest.mark.parametrize("point", POINTS,
-                         ids=lambda p: f"{p.op}-{p.batch}-{'-'.join(map(str, tune.key_shape(p).values()))}")
+                         ids=lambda p: f"{p.op}-{p.batch}-{'-'.join(map(str, tuner.key_shape(p).values()))}")
 def test_every_shape_has_candidates_and_no_more_than_asked(point):
-    found = candidates("triton", point.op, point.batch, 2, tune.key_shape(point), 30)
-    assert 10 <= len(found) <= 30 and found == candidates("triton", point.op, point.batch, 2, tune.key_shape(point), 30)
+    found = candidates("triton", point.op, point.batch, 2, tuner.key_shape(point), 30)
+    assert 10 <= len(found) <= 30 and found == candidates("triton", point.op, point.batch, 2, tuner.key_shape(point), 30)
     assert len({json.dumps(c) for c in found}) == len(found)
-    of_cuda = candidates("cuda", point.op, point.batch, 2, tune.key_shape(point), 30)
+    of_cuda = candidates("cuda", point.op, point.batch, 2, tuner.key_shape(point), 30)
     assert len(of_cuda) == len({json.dumps(c) for c in of_cuda}) and (len(of_cuda) > 1) == (
         point.batch <= 2 or point.batch <= 16 and point.op != "norm_linear" or "attention" in point.op)
 
@@ -243,10 +244,10 @@ def test_every_shape_has_candidates_and_no_more_than_asked(point):
                                        ("linear", 1), ("rope_append_attention", 1)])
 def test_a_candidate_compiles_without_a_gpu(op, batch):
     point = next(p for p in shapes.points(("llama-3.2-1b",), (batch,), (1024,), [op]))
-    found = candidates("triton", op, batch, 2, tune.key_shape(point), 2)
-    usage = tune.compile_candidate(point, "bf16", "sm_90", 132, found[0])
+    found = candidates("triton", op, batch, 2, tuner.key_shape(point), 2)
+    usage = tuner.compile_candidate(point, "bf16", "sm_90", 132, found[0])
     assert usage.get("error") is None and usage["regs"] > 16
-    assert "error" in tune.compile_candidate(point, "bf16", "sm_90", 132, dict(found[0], num_warps=3))
+    assert "error" in tuner.compile_candidate(point, "bf16", "sm_90", 132, dict(found[0], num_warps=3))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU, whose launches would meet the made-up driver")
@@ -275,9 +276,9 @@ def test_a_launch_finds_what_a_compiler_process_left_in_tritons_cache(op, monkey
 
 
 def test_compilers_are_processes_and_stop(monkeypatch):
-    monkeypatch.setattr(tune, "WORKERS", 1)
-    with tune.compilers() as pool:
-        future = pool.submit(tune.compile_candidate, POINT, "bf16", "sm_90", 132,
+    monkeypatch.setattr(tuner, "WORKERS", 1)
+    with tuner.compilers() as pool:
+        future = pool.submit(tuner.compile_candidate, POINT, "bf16", "sm_90", 132,
                              dict(path="sum", BLOCK_N=2, BLOCK_K=2048, num_warps=4))
         assert future.result(120)["local"] == 0
     with pytest.raises((RuntimeError, concurrent.futures.CancelledError)):
@@ -297,11 +298,11 @@ def test_a_whole_run_with_a_made_up_gpu_and_clock(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: made_up)
     monkeypatch.setattr(ops_bench, "load_backends", lambda *_: ({}, []))
     monkeypatch.setattr(ops_bench, "make_rig", lambda *_: types.SimpleNamespace())
-    race = FakeRace({tune.BY_HAND: 9.0, 0: 5.0, 1: 6.0})
+    race = FakeRace({tuner.BY_HAND: 9.0, 0: 5.0, 1: 6.0})
     monkeypatch.setattr(race, "error", lambda chosen: None)
     monkeypatch.setattr(race, "times", lambda entrants, seconds: {l: race.rounds[0][l] for l in entrants})
-    monkeypatch.setattr(tune, "Race", lambda *_: race)
-    monkeypatch.setattr(tune, "WORKERS", 1)
+    monkeypatch.setattr(tuner, "Race", lambda *_: race)
+    monkeypatch.setattr(tuner, "WORKERS", 1)
     out = tmp_path / "tuned"
     command = ["tune", "linear_add", "--backend", "triton", "--model", "smollm2-135m", "--batch", "1", "--tries", "2", "--out", str(out)]
     assert cli.main(command) == 0
@@ -337,21 +338,21 @@ def test_basic_linear_reads_its_forced_settings():
 
 
 def test_tokens_judge_what_the_fused_plan_launches():
-    points = tune.token_points(["llama-3.2-1b", "qwen3-0.6b"], [1, 16], 1024, list(SPACES["triton"]))
+    points = tuner.token_points(["llama-3.2-1b", "qwen3-0.6b"], [1, 16], 1024, list(SPACES["triton"]))
     assert [(p.op, p.role) for p in points[:6]] == [
         ("norm_linear", "qkv"), ("rope_append_attention", None), ("linear_add", "o"), ("norm_linear_silu_mul", "gate_up"),
         ("linear_add", "down"), ("norm_linear_argmax", "lm_head")]
     assert [(p.models, p.batch) for p in points[::6]] == [(("llama-3.2-1b",), 1), (("llama-3.2-1b",), 16),
                                                          (("qwen3-0.6b",), 1), (("qwen3-0.6b",), 16)]
     with pytest.raises(LabError, match="--by-token tunes what the fused plan launches: not linear at context 1024"):
-        tune.token_points(["llama-3.2-1b"], [1], 1024, ["linear"])
+        tuner.token_points(["llama-3.2-1b"], [1], 1024, ["linear"])
     with pytest.raises(LabError, match="at context 8192"):                  # the new token would have no place
-        tune.token_points(["smollm2-135m"], [1], 8192, list(SPACES["triton"]))
+        tuner.token_points(["smollm2-135m"], [1], 8192, list(SPACES["triton"]))
 
 
 def test_a_table_with_another_entry_is_what_a_token_is_timed_with(tmp_path):
-    table = tune.Table(tmp_path / "sm_90.json", "H100", "3.6.0")
-    table.add(POINT, 2, dict(BLOCK_N=4), {tune.BY_HAND: 9.0, 0: 8.0})
+    table = tuner.Table(tmp_path / "sm_90.json", "H100", "3.6.0")
+    table.add(POINT, 2, dict(BLOCK_N=4), {tuner.BY_HAND: 9.0, 0: 8.0})
     assert [e["settings"] for e in table.with_entry(POINT, 2, None)] == [dict(BLOCK_N=4)]
     assert [e["settings"] for e in table.with_entry(POINT, 2, dict(BLOCK_N=2))] == [dict(BLOCK_N=2)]
     assert len(table.with_entry(POINT, 4, dict(BLOCK_N=2))) == 2            # float32 has an entry of its own
@@ -366,28 +367,28 @@ def test_a_table_with_another_entry_is_what_a_token_is_timed_with(tmp_path):
 
 
 def test_what_tokens_chose_says_so_and_is_not_tuned_again(tmp_path):
-    table, judge = tune.Table(tmp_path / "sm_90.json", "H100", "3.6.0"), "whole tokens of llama-3.2-1b, batch 1, context 32"
-    table.add(POINT, 2, dict(BLOCK_N=4), {tune.BY_HAND: 9.0, 0: 8.0})
+    table, judge = tuner.Table(tmp_path / "sm_90.json", "H100", "3.6.0"), "whole tokens of llama-3.2-1b, batch 1, context 32"
+    table.add(POINT, 2, dict(BLOCK_N=4), {tuner.BY_HAND: 9.0, 0: 8.0})
     assert table.has(POINT, 2) and not table.has(POINT, 2, judge)
-    kept = table.add(POINT, 2, None, {tune.BY_HAND: 1000.0, 0: 1002.0}, judge)
+    kept = table.add(POINT, 2, None, {tuner.BY_HAND: 1000.0, 0: 1002.0}, judge)
     assert kept["settings"] == dict(BLOCK_N=4) and kept["by"] == judge + ": 1000.0 to 1000.0 us" and kept["tried"] == 1
-    won = table.add(POINT, 2, dict(BLOCK_N=2), {tune.BY_HAND: 1000.0, 0: 990.0}, judge)
+    won = table.add(POINT, 2, dict(BLOCK_N=2), {tuner.BY_HAND: 1000.0, 0: 990.0}, judge)
     assert won["settings"] == dict(BLOCK_N=2) and won["by"] == judge + ": 1000.0 to 990.0 us"
-    assert won["by"] in tune.report("triton", POINT, won, [])
-    assert tune.Table(table.path, "H100", "3.6.0").has(POINT, 2, judge)
+    assert won["by"] in tuner.report("triton", POINT, won, [])
+    assert tuner.Table(table.path, "H100", "3.6.0").has(POINT, 2, judge)
     assert not table.has(POINT, 2, judge[:-1])                              # context 3 is not context 32
-    by_hand = table.add(POINT, 2, {}, {tune.BY_HAND: 990.0, 0: 980.0}, judge)
+    by_hand = table.add(POINT, 2, {}, {tuner.BY_HAND: 990.0, 0: 980.0}, judge)
     assert by_hand["settings"] == {}
 
 
 def test_what_defends_its_place_is_what_the_table_gives(tmp_path):
-    table = tune.Table(tmp_path / "sm_90.json", "H100", "3.6.0")
+    table = tuner.Table(tmp_path / "sm_90.json", "H100", "3.6.0")
     assert table.applied(POINT, 2) == {}
-    table.add(replace(POINT, batch=64), 2, dict(BLOCK_N=64), {tune.BY_HAND: 9.0, 0: 8.0})
+    table.add(replace(POINT, batch=64), 2, dict(BLOCK_N=64), {tuner.BY_HAND: 9.0, 0: 8.0})
     assert table.applied(POINT, 2) == {}                                    # 64 rows say nothing about one
-    table.add(replace(POINT, batch=4), 2, dict(BLOCK_N=4), {tune.BY_HAND: 9.0, 0: 8.0})
+    table.add(replace(POINT, batch=4), 2, dict(BLOCK_N=4), {tuner.BY_HAND: 9.0, 0: 8.0})
     assert table.applied(POINT, 2) == dict(BLOCK_N=4) and table.applied(POINT, 4) == {}
-    kept = table.add(POINT, 2, None, {tune.BY_HAND: 9.0, 0: 9.1}, "whole tokens")
+    kept = table.add(POINT, 2, None, {tuner.BY_HAND: 9.0, 0: 9.1}, "whole tokens")
     assert kept["rows"] == 1 and kept["settings"] == dict(BLOCK_N=4)
-    other = tune.Table(tmp_path / "out.json", "H100", "3.6.0", start=table.path)
+    other = tuner.Table(tmp_path / "out.json", "H100", "3.6.0", start=table.path)
     assert other.entries == table.entries and not other.path.exists()

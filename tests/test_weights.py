@@ -6,13 +6,15 @@ from dataclasses import replace
 import gguf
 import pytest
 import torch
+from tiny_models import CONFIGS, huggingface_config, llama3_divisors, tensors, write_folder, write_gguf
 
 from lab.errors import LabError
 from lab.model import memory, weights
 from lab.model.config import PRESETS, from_huggingface
 from lab.model.rope import LinearScaling, Llama3Scaling, cos_sin_table, inverse_frequencies
-from lab.model.weights import RandomSource, load, open_source
-from tiny_models import CONFIGS, huggingface_config, llama3_divisors, tensors, write_folder, write_gguf
+from lab.model.sources import open_source
+from lab.model.sources.random import RandomSource
+from lab.model.weights import load
 
 ALL = sorted(CONFIGS)
 

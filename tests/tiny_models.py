@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from lab.model.config import ModelConfig
 from lab.model.rope import Llama3Scaling
-from lab.model.weights import RandomSource
+from lab.model.sources.random import RandomSource
 
 LLAMA = ModelConfig("tiny", "llama", layers=2, hidden=96, intermediate=160, q_heads=4, kv_heads=2, head_dim=64,
                     vocab=272, max_positions=256, rope_theta=10000.0)

@@ -17,7 +17,7 @@ import math
 import triton
 import triton.language as tl
 
-from lab.ops import decode_step as contract
+from lab.ops import step_layout
 from triton_kernels.common import config, launch
 from triton_kernels.norm_linear_argmax import first_best, keep_best
 from triton_kernels.norm_linear_silu_mul import activate
@@ -26,10 +26,10 @@ from triton_kernels.settings import measured, multiprocessors
 from triton_kernels.split_attention import load_tile, merge_step, split_bounds
 from triton_kernels.stream_rows import load_rows, normed_rows
 
-BARRIER, BEST, TICKET, TICKETS = map(tl.constexpr, (contract.BARRIER, contract.BEST, contract.TICKET, contract.TICKETS))
+BARRIER, BEST, TICKET, TICKETS = map(tl.constexpr, (step_layout.BARRIER, step_layout.BEST, step_layout.TICKET, step_layout.TICKETS))
 # Places in a row of the table: LAYER of the contract.
 (ATTN_NORM, WQKV, BQKV, Q_NORM, K_NORM, WO, BO, MLP_NORM, W_GATE_UP, W_DOWN) = map(tl.constexpr, range(10))
-LAYER = tl.constexpr(len(contract.LAYER))
+LAYER = tl.constexpr(len(step_layout.LAYER))
 LOW_31_BITS = tl.constexpr(2147483647)
 
 # elements: of a tile of weights: 32 KiB, 32 registers a thread, and two tiles are on their way. An H100 wants about 32
@@ -237,7 +237,7 @@ def decode_step(ids, positions, model, k_cache, v_cache, block_table, logits, wo
     cfg = (measured("decode_step", embed, 1, hidden=hidden, intermediate=middle, q_heads=m.q_heads, kv_heads=kv_heads,
                     head_dim=head_dim) or config(CONFIGS, embed))
     programs = cfg.get("programs") or cfg.get("per_multiprocessor", 1) * multiprocessors(embed)
-    splits = cfg.get("splits") or max(min(contract.MAX_SPLITS, programs // kv_heads), 1)
+    splits = cfg.get("splits") or max(min(step_layout.MAX_SPLITS, programs // kv_heads), 1)
     options = {key: value for key, value in cfg.items() if key.startswith("num_")}
     heads, block_d, q = triton.next_power_of_2(m.group), triton.next_power_of_2(head_dim), m.q_heads * head_dim
     layer = m.layers[0]
@@ -247,7 +247,7 @@ def decode_step(ids, positions, model, k_cache, v_cache, block_table, logits, wo
         return min(max(cfg["elements"] // (parts * triton.next_power_of_2(k)), 1),
                    triton.next_power_of_2(triton.cdiv(n, programs)))
 
-    held = (tensor for one in m.layers for part in contract.LAYER if (tensor := getattr(one, part)) is not None)
+    held = (tensor for one in m.layers for part in step_layout.LAYER if (tensor := getattr(one, part)) is not None)
     launch(decode_step_kernel, (programs,), embed, ids, positions, m.table, m.final_norm, m.lm_head, m.cos_sin, k_cache,
            v_cache, block_table, logits, out, w.h, w.qkv, w.attention, w.act, w.partial, w.counters, len(m.layers),
            vocab, k_cache.stride(0), block_table.shape[1], splits, m.eps, m.scale * math.log2(math.e), reads=held,

@@ -36,7 +36,6 @@ from triton.runtime import interpreter as stock
 from triton.runtime.interpreter import InterpretedFunction, TensorHandle
 from triton.runtime.jit import JITFunction
 
-
 # ---- bfloat16 as uint16 bit patterns --------------------------------------------------------------------------------
 
 def bf16_to_f32(bits):

@@ -1,6 +1,6 @@
 """Launch settings by shape: what the tuner measured on this architecture, else the op's own table, written by hand.
 
-triton_kernels/tuned/sm_90.json is what `lab tune OP` wrote on such a GPU: see lab/tuned.py.
+triton_kernels/tuned/sm_90.json is what `lab tune OP` wrote on such a GPU: see lab/tune/tuned.py.
 """
 import contextlib
 import functools
@@ -8,7 +8,7 @@ import functools
 import torch
 import triton
 
-from lab import tuned
+from lab.tune import tuned
 from triton_kernels.common import architecture, config
 
 ANY = 1 << 31

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import torch
 
-from lab import tuned
 from lab.errors import Unavailable
+from lab.tune import tuned
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}   # mirrors DType in cuda_src/launchers.h
 

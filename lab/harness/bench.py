@@ -12,12 +12,14 @@ from typing import Callable, NamedTuple
 import torch
 
 from lab import ladder
-from lab.dispatch import BACKENDS, DTYPES, known
+from lab.arguments import duration, names, numbers
+from lab.contract import BACKENDS, DTYPES
 from lab.errors import LabError
 from lab.harness import ceiling, crossover, ladder_bench, ledger, model_bench, ops_bench, shapes, timing
-from lab.harness.session import Progress, Session
-from lab.model.decoder import PLANS, find_plan, refusal
+from lab.model.plans import PLANS, find_plan, refusal
+from lab.names import known
 from lab.ops import OPS
+from lab.records.session import Progress, Session
 
 DEFAULTS = {        # (device, quick): models, op batches, op contexts, model batches, model contexts, dtypes
     ("cuda", False): (shapes.MODELS, (1, 4, 16, 64), (1024, 8192, 32768), (1, 4, 16, 64), (1024, 8192),
@@ -39,30 +41,6 @@ class Step(NamedTuple):
     label: str
     seconds: float
     run: Callable
-
-
-def names(text):
-    """"a,b" -> ["a", "b"]."""
-    return [item for item in (part.strip() for part in text.split(",")) if item]
-
-
-def numbers(text):
-    """"1,8" -> [1, 8]; raises LabError for anything that is no positive integer."""
-    try:
-        found = [int(item) for item in names(text)]
-    except ValueError:
-        found = []
-    if not found or min(found) < 1:
-        raise LabError(f"{text!r}: write positive integers with commas, as in 1,8")
-    return found
-
-
-def duration(text):
-    """"0.5" -> 0.5; ValueError, which argparse turns into its message, for anything negative or not finite."""
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise ValueError(text)
-    return value
 
 
 def add_arguments(parser):

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from lab.errors import one_line
 from lab.harness import timing
-from lab.harness.records import Ceiling
+from lab.records.schema import Ceiling
 
 MIB = 1 << 20
 SIZES = (MIB // 4, MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB, 1024 * MIB, 4096 * MIB)
@@ -165,9 +166,3 @@ def measure_one(run, direction, size, arena, sink, flush, properties, seconds):
     for t in timed.values():
         t.close()
     return rows
-
-
-def one_line(error):
-    """An exception as one short line for a record."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return f"{type(error).__name__}: {text}"[:300]

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 from lab.errors import LabError
 from lab.files import write_whole
-from lab.harness import compare
 from lab.harness.shapes import preset
+from lab.records import compare
 
 BACKENDS = ("cuda", "triton", "torch")      # what `lab run` can dispatch to; vendors' kernels are in the torch backend
 

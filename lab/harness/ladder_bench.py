@@ -9,14 +9,13 @@ import math
 import torch
 
 from lab import ladder
-from lab.dispatch import DTYPES, Rand
-from lab.errors import LabError
+from lab.contract import DTYPES, Rand
+from lab.errors import LabError, one_line
 from lab.harness import timing
-from lab.harness.ceiling import one_line
 from lab.harness.ops_bench import FREE_SHARE, alive
-from lab.harness.records import OpRow
 from lab.harness.shapes import DIRECTION, PAGE_SIZE, Point, arguments
 from lab.ops import find
+from lab.records.schema import OpRow
 
 HEADS = {"q_heads": 32, "kv_heads": 8, "head_dim": 128, "page_size": PAGE_SIZE}
 POINTS = {                                          # a batch of 64 hidden states, and layers of Llama-3.1-8B

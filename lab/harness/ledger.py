@@ -25,14 +25,15 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lab.dispatch import BACKENDS, DTYPES, known, select
-from lab.errors import LabError
-from lab.harness import compare, model_bench, shapes, timing
-from lab.harness.ceiling import one_line
+from lab.dispatch import select
+from lab.errors import LabError, one_line
+from lab.harness import model_bench, shapes, timing
 from lab.harness.ops_bench import alive
-from lab.harness.records import LedgerRow
-from lab.model.decoder import GREEDY, PLANS, Decoder
+from lab.model.decoder import Decoder
+from lab.model.plans import PLANS
+from lab.model.sampling import GREEDY
 from lab.ops import find
+from lab.records.schema import LedgerRow
 
 MARKER = "spin_kernel"          # torch.cuda._sleep's kernel: nothing else in a decode step is called so
 REPLAYS = 20                    # replays under the profiler
@@ -102,7 +103,7 @@ def record_step(decoder, mark=False):
     recorder = decoder.ops = Recorder(real, decoder.config, mark)
     try:
         with torch.inference_mode():
-            decoder.run_plan(decoder, GREEDY)
+            decoder.run_plan(GREEDY)
     finally:
         decoder.ops = real
         decoder.state.copy_(state)
@@ -347,7 +348,7 @@ def measure_backend(base, rig, weights, ops, batch, context):
     calls = record_step(decoder)                     # with bytes; the marked step below has the kernels
 
     last = functools.partial(decoder.state.clone().add_, decoder.live)
-    whole = timing.GraphTimed([_all([step.before, functools.partial(decoder.run_plan, decoder, GREEDY)])])
+    whole = timing.GraphTimed([_all([step.before, functools.partial(decoder.run_plan, GREEDY)])])
     step.before()                                    # the next to be captured runs once before that, too
 
     def before():                                    # a whole token, by a graph that is no entry: see chains, above
@@ -423,66 +424,3 @@ def measure_swaps(run, rig, weights, name, plan, dtype_name, batch, context):
 def ops_of_step(config, plan):
     """Names of the ops that the model's step uses, each once, in its order."""
     return list(dict.fromkeys(op for op, _, _ in shapes.uses(config, plan)))
-
-
-# The verb `lab ledger`: a bench of one model's ledger, and its account on the terminal.
-
-def add_arguments(parser):
-    parser.add_argument("model", metavar="MODEL", help="a preset")
-    parser.add_argument("--backend", metavar="A,B", default="cuda,triton,torch", help="default: cuda,triton,torch")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--context", type=int, default=1024, help="tokens in the KV cache (default 1024)")
-    parser.add_argument("--weights", choices=("random", "auto"), default="random")
-    parser.add_argument("--swap", action="store_true", help="also all-triton, all-cuda and each op swapped alone")
-    parser.add_argument("--plan", metavar="A,B", help="decode plans (default: all, persistent at batch 1 alone)")
-    parser.add_argument("--out", metavar="DIR", default="out/ledger", help="for records.jsonl (default out/ledger)")
-
-
-def main(args):
-    """Measures (ceilings first) into a new run of --out and prints the account. Raises LabError without a GPU."""
-    from lab.harness import bench                    # which imports this module
-    shapes.preset(args.model)
-    for name in bench.names(args.backend):
-        known(name, BACKENDS, "backend")
-    if not torch.cuda.is_available():
-        raise LabError("a ledger needs an NVIDIA GPU: its rows are device time stamps (lab bench works on a CPU)")
-    words = ["ledger", args.model, "--quick", "--fresh"] + ["--swap"] * args.swap
-    for option in ("out", "backend", "dtype", "batch", "context", "weights", "plan"):
-        words += [f"--{option}", str(getattr(args, option))] if getattr(args, option) is not None else []
-    status = bench.main(bench.parse(words))
-    rows, _, _ = compare.open_run(args.out)
-    print(text_of([r for r in rows if r.kind == "ledger"]))
-    return status
-
-
-def text_of(rows):
-    """The ledgers of a run as text."""
-    lines = []
-    for backend, plan in dict.fromkeys((r.backend, r.plan) for r in rows if r.row != "swap"):
-        mine = [r for r in rows if (r.backend, r.plan) == (backend, plan) and r.row != "swap"]
-        one = mine[0]
-        lines.append(f"\n{one.model} {backend} {plan} {one.dtype} batch {one.batch} context {one.context}")
-        if any(r.row == "chain" for r in mine):
-            lines.append("  kernels overlap: each row is what the chain of rows above it grew by, not an isolated kernel")
-        lines.append(f"  {'op':<24} {'kernel':<34} {'calls':>5} {'us':>9} {'MB':>9} {'GB/s':>6} {'ceiling':>7} "
-                     f"{'token':>6}")
-        for r in sorted(mine, key=lambda r: r.order):
-            if r.error:
-                lines.append(f"  failed: {r.error}")
-                continue
-            name = " ".join(w for w in (r.op, r.role) if w) if r.row in ("kernel", "chain") else r.row
-            mb = "" if r.bytes is None else f"{r.bytes / 1e6:.1f}"
-            gbps = "" if r.gbps is None else f"{r.gbps:.0f}"
-            share = "" if r.of_ceiling is None else f"{r.of_ceiling:.1%}"
-            lines.append(f"  {name[:24]:<24} {(r.kernel or '')[:34]:<34} {r.calls or '':>5} {r.us:>9.1f} {mb:>9} "
-                         f"{gbps:>6} {share:>7} {r.of_token:>6.1%}" + (f"  {r.flag}" if r.flag else ""))
-    for plan in dict.fromkeys(r.plan for r in rows if r.row == "swap"):
-        lines.append(f"\nswap, plan {plan}: one token, us, and the change from all triton")
-        swaps = sorted((r for r in rows if r.row == "swap" and r.plan == plan), key=lambda r: r.order)
-        start = next((r.us for r in swaps if r.backend == "triton" and not r.op), None)
-        for r in swaps:
-            what = f"{r.backend}, {r.op} by {r.overrides[r.op]}" if r.op else f"all {r.backend}"
-            change = f" {r.us - start:>+9.1f}" if r.us and start else ""
-            lines.append(f"  {what:<40} " + (f"failed: {r.error}" if r.error else f"{r.us:>9.1f}{change}"))
-    return "\n".join(lines)

@@ -11,14 +11,16 @@ import time
 
 import torch
 
-from lab.dispatch import DTYPES
-from lab.errors import LabError
-from lab.harness import compare, timing
-from lab.harness.ceiling import one_line
+from lab.contract import DTYPES
+from lab.errors import LabError, one_line
+from lab.harness import timing
 from lab.harness.ops_bench import alive
-from lab.harness.records import ModelRow
-from lab.model.decoder import GREEDY, Decoder
-from lab.model.weights import load, open_source
+from lab.model.decoder import Decoder
+from lab.model.sampling import GREEDY
+from lab.model.sources import open_source
+from lab.model.weights import load
+from lab.records import compare
+from lab.records.schema import ModelRow
 
 KV_SHARE = 0.75             # of the free memory, what the KV caches of decoders side by side may take
 
@@ -67,7 +69,7 @@ def timed_step(decoder, mode):
 
     @torch.inference_mode()
     def step():
-        decoder.run_plan(decoder, GREEDY)
+        decoder.run_plan(GREEDY)
 
     if decoder.device.type != "cuda":
         return timing.WallTimed(step, restore)

@@ -10,15 +10,16 @@ from dataclasses import dataclass
 
 import torch
 
-from lab.dispatch import BACKENDS, DTYPES, Rand, select
-from lab.errors import LabError, Unavailable
-from lab.harness import compare, timing
-from lab.harness.ceiling import one_line
+from lab.contract import BACKENDS, DTYPES, Rand
+from lab.dispatch import select
+from lab.errors import LabError, Unavailable, one_line
+from lab.harness import timing
 from lab.harness.peers import peers
-from lab.harness.records import OpRow
 from lab.harness.shapes import COLD, DIRECTION, arguments
-from lab.model.decoder import refusal
+from lab.model.plans import refusal
 from lab.ops import find
+from lab.records import compare
+from lab.records.schema import OpRow
 
 MODES = (("cold", "graph"), ("in_model", "graph"), ("warm", "graph"), ("cold", "event"))
 QUICK_MODES = (("cold", "graph"), ("cold", "event"))

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from lab.dispatch import DTYPES, known
-from lab.harness import records
+from lab.contract import DTYPES
 from lab.model.config import PRESETS
-from lab.model.decoder import PLANS
+from lab.model.plans import PLANS
+from lab.names import known
 from lab.ops import OPS, PERSISTENT
 from lab.ops.decode_attention import Workspace, choose_splits
+from lab.records import schema
 
 MODELS = ("smollm2-135m", "qwen3-0.6b", "llama-3.2-1b", "llama-3.1-8b")
 PAGE_SIZE = 16
@@ -41,7 +42,7 @@ class Point:
 
     @property
     def identity(self):
-        return self.op, self.batch, self.context, records.freeze(self.shape)
+        return self.op, self.batch, self.context, schema.freeze(self.shape)
 
 
 def preset(name):

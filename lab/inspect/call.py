@@ -4,8 +4,9 @@ import inspect
 
 import torch
 
-from lab.dispatch import DTYPES, Rand, known
+from lab.contract import DTYPES, Rand
 from lab.errors import LabError
+from lab.names import known
 
 
 class Blank(Rand):

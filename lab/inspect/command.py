@@ -6,9 +6,11 @@ import json
 import sys
 from pathlib import Path
 
-from lab.dispatch import DTYPES, known
+from lab.contract import DTYPES
 from lab.errors import LabError
-from lab.inspect import call, cuda_half, gpu as gpus, listing, triton_half
+from lab.inspect import call, cuda_half, listing, triton_half
+from lab.inspect import gpu as gpus
+from lab.names import known
 
 HALVES = {"cuda": cuda_half, "triton": triton_half}
 
@@ -139,16 +141,16 @@ def table(op, dtype, sizes, gpu, found):
 
 
 def write_cards(ops, args, gpu):
-    from lab.harness import records
     from lab.inspect.fairness import fairness, new_run
+    from lab.records import schema
     path, failed = Path(args.out), 0
     try:
-        run = str(records.read(path).runs()[-1])                 # the cards belong to the run that was measured last
+        run = str(schema.read(path).runs()[-1])                 # the cards belong to the run that was measured last
     except LabError:
-        if records.path_of(path).exists():
+        if schema.path_of(path).exists():
             raise
         run = new_run()
-    with records.Writer(path) as writer:
+    with schema.Writer(path) as writer:
         for op in ops:
             for dtype in [name for name, value in DTYPES.items() if value in op.dtypes]:
                 if args.dtype and args.dtype != dtype:
@@ -162,5 +164,5 @@ def write_cards(ops, args, gpu):
                 for error in errors:
                     failed += 1
                     print(f"lab: {error}", file=sys.stderr)
-    print(f"fairness cards of run {run} in {records.path_of(path)}")
+    print(f"fairness cards of run {run} in {schema.path_of(path)}")
     return 1 if failed else 0

@@ -11,11 +11,12 @@ import secrets
 import tokenize
 from pathlib import Path
 
-from lab import tuned
 from lab.errors import LabError
-from lab.harness import records
-from lab.inspect import cuda_half, gpu as gpus, triton_half
+from lab.inspect import cuda_half, triton_half
+from lab.inspect import gpu as gpus
 from lab.inspect.call import arguments, as_json
+from lab.records import schema
+from lab.tune import tuned
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = {"common.cuh", "sizes.h", "trace.h", "launchers.h", "common.py", "interpreter.py"}    # every op stands on these
@@ -40,7 +41,7 @@ def fairness(op, dtype, sizes, arch, run=None):
                     choices, seconds = cuda_half.instantiations(op, launch, dtype, gpu), built_in(path)
                 else:
                     choices, seconds = triton_half.configurations(op, gpu), triton_half.compile_seconds(launch, gpu)
-                rows.append(records.Fairness(
+                rows.append(schema.Fairness(
                     run=run, op=op.name, backend=backend, dtype=dtype, arch=gpu.arch, shape=as_json(sizes),
                     kernel=kernel.name, configurations=choices, tried=tried(backend, op, gpu),
                     registers=kernel.registers, spill_bytes=kernel.spills,

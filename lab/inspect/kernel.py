@@ -3,7 +3,8 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 
-from lab.inspect import binary, gpu as gpus
+from lab.inspect import binary
+from lab.inspect import gpu as gpus
 
 # Opcodes of NVIDIA's machine code by what they do; the first that fits counts. Each instruction counts once, however
 # often a loop runs it. The order is the order of the table.

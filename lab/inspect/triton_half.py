@@ -4,10 +4,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from lab import tuned
 from lab.errors import Unavailable
 from lab.inspect.gpu import WARP
 from lab.inspect.kernel import measured
+from lab.tune import tuned
 
 
 def launches(op, args, gpu):
@@ -52,6 +52,7 @@ def compile_seconds(launch, gpu):
     """Seconds Triton takes for one launch's kernel, past its cache. Call it after kernels(): the first compile of a
     process also starts the compiler."""
     from triton import knobs
+
     from triton_kernels import offline
     with knobs.compilation.scope():
         knobs.compilation.always_compile = True

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 
 from lab.errors import LabError
-from lab.model.decoder import GREEDY, Decoder, Sampling
+from lab.model.decoder import Decoder
+from lab.model.sampling import GREEDY, Sampling
 
 
 @dataclass

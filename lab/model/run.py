@@ -45,11 +45,16 @@ def add_arguments(parser) -> None:
 def main(args) -> int:
     import torch
 
-    from lab.dispatch import (DTYPES, Trace, environment_overrides, from_table, known, parse_overrides, read_table,
-                              select)
-    from lab.model.decoder import Decoder, Sampling, find_plan
+    from lab.contract import DTYPES
+    from lab.dispatch import Trace, environment_overrides, parse_overrides, select
+    from lab.dispatch_table import from_table, read_table
+    from lab.model.decoder import Decoder
     from lab.model.generate import generate
-    from lab.model.weights import load, open_source
+    from lab.model.plans import find_plan
+    from lab.model.sampling import Sampling
+    from lab.model.sources import open_source
+    from lab.model.weights import load
+    from lab.names import known
 
     # What costs nothing to check comes before what takes seconds.
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")

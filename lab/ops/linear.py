@@ -7,8 +7,7 @@ Halves: cuda_src/linear.cu, triton_kernels/linear.py
 import torch
 from torch.nn import functional as F
 
-from lab.dispatch import EPS32, FLOATS, Op, case, dense, refuse
-from lab.backends.cuda import DTYPE_CODES
+from lab.contract import DTYPE_CODES, EPS32, FLOATS, Op, case, dense, refuse
 
 MAX_BATCH = 64
 

@@ -6,8 +6,7 @@ Halves: cuda_src/linear_add.cu, triton_kernels/linear_add.py
 """
 import torch
 
-from lab.backends.cuda import DTYPE_CODES
-from lab.dispatch import FLOATS, Op, case, dense, refuse
+from lab.contract import DTYPE_CODES, FLOATS, Op, case, dense, refuse
 from lab.ops import linear
 
 

@@ -7,8 +7,7 @@ Halves: cuda_src/norm_linear.cu, triton_kernels/norm_linear.py
 """
 import torch
 
-from lab.backends.cuda import DTYPE_CODES
-from lab.dispatch import EPS32, FLOATS, Op, case, dense, refuse
+from lab.contract import DTYPE_CODES, EPS32, FLOATS, Op, case, dense, refuse
 from lab.ops import linear, rmsnorm
 
 

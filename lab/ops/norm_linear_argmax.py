@@ -8,8 +8,7 @@ Halves: cuda_src/norm_linear_argmax.cu, triton_kernels/norm_linear_argmax.py
 """
 import torch
 
-from lab.backends.cuda import DTYPE_CODES
-from lab.dispatch import FLOATS, Op, case, dense, refuse
+from lab.contract import DTYPE_CODES, FLOATS, Op, case, dense, refuse
 from lab.ops import linear, norm_linear, sample
 from lab.ops.norm_linear import check_norm, normed
 

@@ -7,11 +7,9 @@ Halves: cuda_src/norm_linear_silu_mul.cu, triton_kernels/norm_linear_silu_mul.py
 import torch
 from torch.nn import functional as F
 
-from lab.backends.cuda import DTYPE_CODES
-from lab.dispatch import FLOATS, Op, case, dense, refuse
-from lab.ops import linear, silu_mul
+from lab.contract import DTYPE_CODES, FLOATS, Op, case, dense, refuse
+from lab.ops import linear, norm_linear, silu_mul
 from lab.ops.norm_linear import check_norm, norm_slack, normed
-from lab.ops import norm_linear
 
 
 def validate(x, norm_w, eps, w, out=None):

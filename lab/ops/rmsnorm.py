@@ -7,8 +7,7 @@ Halves: cuda_src/rmsnorm.cu, triton_kernels/rmsnorm.py
 """
 import torch
 
-from lab.dispatch import EPS32, FLOATS, Op, case, dense, refuse, rows_of_heads
-from lab.backends.cuda import DTYPE_CODES
+from lab.contract import DTYPE_CODES, EPS32, FLOATS, Op, case, dense, refuse, rows_of_heads
 
 
 def validate(x, w, eps, residual=None, out=None):

@@ -10,8 +10,7 @@ Halves: cuda_src/rope.cu, triton_kernels/rope.py
 """
 import torch
 
-from lab.dispatch import EPS32, FLOATS, Op, case, dense, refuse, rows_of_heads
-from lab.backends.cuda import DTYPE_CODES
+from lab.contract import DTYPE_CODES, EPS32, FLOATS, Op, case, dense, refuse, rows_of_heads
 
 
 def validate(q, k, positions, cos_sin, out=None):

@@ -10,8 +10,7 @@ Halves: cuda_src/rope_append_attention.cu, triton_kernels/rope_append_attention.
 """
 import torch
 
-from lab.backends.cuda import DTYPE_CODES
-from lab.dispatch import FLOATS, Op, case, dense, refuse, rows_of_heads
+from lab.contract import DTYPE_CODES, FLOATS, Op, case, dense, refuse, rows_of_heads
 from lab.ops import decode_attention, kv_append, rmsnorm, rope
 from lab.ops.kv_append import paged_cache
 from lab.ops.rope import packed_qkv

@@ -11,7 +11,7 @@ Halves: cuda_src/sample.cu, triton_kernels/sample.py
 """
 import torch
 
-from lab.dispatch import Op, case, dense, refuse
+from lab.contract import Op, case, dense, refuse
 
 SLACK = 1e-4    # how far in logits a float32 draw may lie from the float64 best: log, exp and mass sums differ by less
 

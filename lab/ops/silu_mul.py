@@ -7,8 +7,7 @@ Halves: cuda_src/silu_mul.cu, triton_kernels/silu_mul.py
 import torch
 from torch.nn import functional as F
 
-from lab.dispatch import EPS32, FLOATS, Op, case, dense, refuse
-from lab.backends.cuda import DTYPE_CODES
+from lab.contract import DTYPE_CODES, EPS32, FLOATS, Op, case, dense, refuse
 
 
 def validate(gate_up, out=None):

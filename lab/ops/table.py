@@ -1,5 +1,5 @@
 """`lab ops`: the table of ops."""
-from lab.dispatch import DTYPES
+from lab.contract import DTYPES
 
 
 def add_arguments(parser):

@@ -2,8 +2,20 @@
 import textwrap
 
 from lab.report import style
-from lab.report.figures import (Figure, amount, command, conditions, from_zero_or_log, legend, line, names, table,
-                                times, unit, with_share)
+from lab.report.figures import (
+    Figure,
+    amount,
+    command,
+    conditions,
+    from_zero_or_log,
+    legend,
+    line,
+    names,
+    table,
+    times,
+    unit,
+    with_share,
+)
 from lab.report.ops import shape_text
 from lab.rungs import RUNGS
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from lab.report import style
-from lab.report.figures import (Figure, amount, command, conditions, legend, short, spread, table, times, unit)
+from lab.report.figures import Figure, amount, command, conditions, legend, short, spread, table, times, unit
 
 CHAINS = ", chains"         # what the bar of a plan whose kernels overlap is called by
 IDLE = {"launch gaps": "....", "unexplained": "xxxx"}       # what is no kernel, and its hatch

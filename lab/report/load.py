@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from lab.errors import LabError
-from lab.harness import compare, records
+from lab.records import compare, schema
 
 ABOVE = 1.02        # of the ceiling; more is a fault of the measurement, not a fast kernel
 NUMBERS = {"batch", "context", "us", "us_p10", "us_p90", "us_p99", "n", "bytes", "flops", "gbps", "of_ceiling",
@@ -89,12 +89,12 @@ def load(where):
     where = Path(where)
     if not where.exists():
         raise LabError(f"no such folder: {where}")
-    paths = [where] if where.is_file() else sorted(where.rglob(records.FILE))
+    paths = [where] if where.is_file() else sorted(where.rglob(schema.FILE))
     if not paths:
-        raise LabError(f"no {records.FILE} in {where} or its subfolders; `lab bench all --out {where}` writes one")
+        raise LabError(f"no {schema.FILE} in {where} or its subfolders; `lab bench all --out {where}` writes one")
     runs, skipped = [], []
     for path in paths:
-        found = records.read(path, newer="skip")
+        found = schema.read(path, newer="skip")
         skipped += found.notices
         for run in found.runs():
             runs.append(_run(str(run), path, found.of_run(run), found.notices))
@@ -119,7 +119,7 @@ def _run(run, path, rows, notices):
 
 
 def _frame(rows, kind):
-    cls = records.KINDS[kind]
+    cls = schema.KINDS[kind]
     columns = [f.name for f in dataclasses.fields(cls)]
     data = {}
     for column in columns:
@@ -136,7 +136,7 @@ def _frame(rows, kind):
     frame = pd.DataFrame(data, columns=columns)
     # A resumed bench may have measured a key again: the last line counts.
     if len(frame):
-        keys = [(r.kind, *(repr(records.freeze(getattr(r, f))) for f in cls.key_fields)) for r in rows]
+        keys = [(r.kind, *(repr(schema.freeze(getattr(r, f))) for f in cls.key_fields)) for r in rows]
         frame = frame[~pd.Series(keys).duplicated(keep="last").to_numpy()].reset_index(drop=True)
     frame["suspect"] = False
     return frame

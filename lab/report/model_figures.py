@@ -2,8 +2,24 @@
 import numpy as np
 
 from lab.report import ledger_figures, style
-from lab.report.figures import (Figure, amount, command, conditions, dots, from_zero_or_log, legend, line, log_ticks,
-                                names, plain_log, spread, table, times, unit, with_share)
+from lab.report.figures import (
+    Figure,
+    amount,
+    command,
+    conditions,
+    dots,
+    from_zero_or_log,
+    legend,
+    line,
+    log_ticks,
+    names,
+    plain_log,
+    spread,
+    table,
+    times,
+    unit,
+    with_share,
+)
 
 DIRECTIONS = {"read": ("o", "-"), "copy": ("s", "--"), "write": ("^", ":")}
 HELD = (("weights", "weight_bytes", "#5f55c4", ""), ("KV cache", "kv_bytes", "#88ccee", ""),

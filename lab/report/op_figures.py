@@ -2,8 +2,26 @@
 import numpy as np
 
 from lab.report import heatmaps, style
-from lab.report.figures import (Figure, amount, command, conditions, dots, from_zero_or_log, grid_of, legend, line,
-                                log_ticks, names, plain_log, short, spread, table, times, unit, with_share)
+from lab.report.figures import (
+    Figure,
+    amount,
+    command,
+    conditions,
+    dots,
+    from_zero_or_log,
+    grid_of,
+    legend,
+    line,
+    log_ticks,
+    names,
+    plain_log,
+    short,
+    spread,
+    table,
+    times,
+    unit,
+    with_share,
+)
 from lab.report.ops import chosen, in_order, labelled, of_model, score, score_words
 
 COLUMNS = "case backend batch context us us_p10 us_p90 n bytes gbps share"

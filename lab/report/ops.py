@@ -2,7 +2,7 @@
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-from lab.harness import compare
+from lab.records import compare
 from lab.report import style
 from lab.report.figures import amount
 

@@ -51,7 +51,7 @@ def bytes_of(op):
     """[(what, text)]: least traffic and arithmetic of the contract's first case, in bf16 where the op takes it."""
     import torch
 
-    from lab.dispatch import DTYPES, Rand
+    from lab.contract import DTYPES, Rand
     from lab.ops import find
 
     contract = find(op)
@@ -68,10 +68,10 @@ def bytes_of(op):
 
 def runs_of(reports):
     """(runs below `reports`, newest first, what to say of them): without records neither, with unreadable ones why."""
-    from lab.harness import records
+    from lab.records import schema
     from lab.report import load
 
-    if not reports.is_dir() or not any(reports.rglob(records.FILE)):
+    if not reports.is_dir() or not any(reports.rglob(schema.FILE)):
         return [], []
     try:
         return load.load(reports), []

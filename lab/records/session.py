@@ -4,7 +4,7 @@ import secrets
 import sys
 import time
 
-from lab.harness import card, compare, records
+from lab.records import card, compare, schema
 
 
 class Session:
@@ -18,16 +18,16 @@ class Session:
     def __init__(self, out, device, settings, budget_minutes=None, fresh=False, notes=()):
         self.device, self.settings, self.started = device, settings, time.monotonic()
         self.deadline = None if budget_minutes is None else self.started + 60 * budget_minutes
-        self.path = records.path_of(out)
-        found = records.read(self.path, newer="skip") if self.path.exists() else records.Records(self.path, [])
+        self.path = schema.path_of(out)
+        found = schema.read(self.path, newer="skip") if self.path.exists() else schema.Records(self.path, [])
         now = card.environment("", "before", device, settings, notes)
         self.run, self.resumed = self._continue(found, now, fresh), True
         if self.run is None:
             stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%S")
             self.run, self.resumed = f"{stamp}-{secrets.token_hex(2)}", False
         self.rows = found.of_run(self.run)
-        self.done = {records.key(r) for r in self.rows}
-        self.writer = records.Writer(self.path)
+        self.done = {schema.key(r) for r in self.rows}
+        self.writer = schema.Writer(self.path)
         self.notices = found.notices + self.writer.notices
         self.new = 0
         if not self.resumed:
@@ -49,11 +49,11 @@ class Session:
         """Records rows at once, so that whatever happens next they are kept."""
         self.writer.append(*rows)
         self.rows += rows
-        self.done |= {records.key(r) for r in rows}
+        self.done |= {schema.key(r) for r in rows}
         self.new += len(rows)
 
     def has(self, row):
-        return records.key(row) in self.done
+        return schema.key(row) in self.done
 
     def of_kind(self, kind):
         return [r for r in self.rows if r.kind == kind]
@@ -77,7 +77,8 @@ class Progress:
     def __enter__(self):
         if sys.stderr.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, Progress as Bar, TaskProgressColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
             self.bar = Bar(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(),
                            console=Console(stderr=True), transient=True)
             self.bar.start()

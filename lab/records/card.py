@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from lab import tuned
-from lab.harness.records import Env
+from lab.records.schema import Env
+from lab.tune import tuned
 
 PEERS = {"flashinfer": "flashinfer-python", "liger_kernel": "liger-kernel"}      # module -> distribution
 # nvidia-smi's bit mask of reasons why the clock is below its maximum (NVML's nvmlClocksEventReason...), idle aside.

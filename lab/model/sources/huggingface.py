@@ -1,14 +1,14 @@
 """Weights, shape and tokenizer from a Hugging Face folder: config.json, safetensors files, tokenizer.json."""
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 
 from lab.errors import LabError, Unavailable
+from lab.files import read_json
 from lab.model.config import from_huggingface
-from lab.model.weights import store
+from lab.model.sources.store import store
 
 try:
     from safetensors import safe_open
@@ -45,7 +45,7 @@ class HuggingFaceSource:
         store(values, out, name, str(path))
 
     def tokenizer(self):
-        from lab.model.tokenizer import from_huggingface as tokenizer_from_huggingface
+        from lab.model.sources.tokenizer import from_huggingface as tokenizer_from_huggingface
         return tokenizer_from_huggingface(self.folder)
 
     def _files(self) -> dict[str, str]:
@@ -73,16 +73,3 @@ class HuggingFaceSource:
             except Exception as error:
                 raise LabError(f"{path} is truncated or mangled: {error}") from error
         return self.shards[path.name]
-
-
-def read_json(path: Path) -> dict:
-    """The object in a JSON file; LabError when it is missing or no object."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise LabError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
-        raise LabError(f"{path} cannot be read: {error}") from error
-    if not isinstance(found, dict):
-        raise LabError(f"{path}: expected a JSON object")
-    return found

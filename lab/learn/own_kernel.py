@@ -20,11 +20,13 @@ import torch
 
 from lab.backends import load
 from lab.check import check_cases
-from lab.dispatch import BACKENDS, DTYPES, Op, bind, known
+from lab.contract import BACKENDS, DTYPES, Op
+from lab.dispatch import bind
 from lab.errors import LabError, Unavailable
 from lab.files import python_module
+from lab.names import known
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 SETUP = [sys.executable, str(ROOT / "setup.py"), "--quiet", "build_ext", "--build-lib"]
 
 
@@ -138,12 +140,13 @@ def main(args) -> int:
 def race(op: Op, name: str, function, args, dtypes) -> int:
     """Benchmarks the file beside the built-in backends and the vendor's kernels, says who won, and draws the report."""
     from lab import cli
-    from lab.harness import bench, records
+    from lab.harness import bench
+    from lab.records import schema
     out = args.out or f"out/try/{args.file.stem}"
     words = ["ops", op.name, "--out", out, "--model", args.model, "--batch", args.batch, "--context", args.context,
              "--dtype", ",".join(dtypes), "--fresh"]
     status = bench.main(bench.parse(words), own={name: SimpleNamespace(**{op.name: function})})
-    for line in verdicts(records.read(out).rows, name):
+    for line in verdicts(schema.read(out).rows, name):
         print(line)
     return status or cli.main(["report", out])
 

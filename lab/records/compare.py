@@ -1,7 +1,7 @@
 """`lab compare A B`: were the rows of run B slower than those of run A? Reads records, never imports torch.
 
 A and B are a folder, a records file, or either with `@RUN` for one run of it (the last run otherwise). Rows are matched
-by records.key. Exit status: 0 same or faster, 1 slower beyond --fail-on-slower, 2 not comparable.
+by schema.key. Exit status: 0 same or faster, 1 slower beyond --fail-on-slower, 2 not comparable.
 
 Two runs of one commit on one card measure the same thing: every faster or slower is then a false alarm, and their share
 is printed (and recorded, with --record). It should stay below 5%.
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from lab.errors import LabError
 from lab.files import write_whole
-from lab.harness import records
+from lab.records import schema
 
 FASTER, SLOWER, SAME, AMBIGUOUS, FAILED = "faster", "slower", "same", "ambiguous", "failed"
 VERDICTS = (SLOWER, FAILED, AMBIGUOUS, FASTER, SAME)      # the order of the table: what needs a look comes first
@@ -64,7 +64,7 @@ def open_run(where):
     path, at, run = str(where).rpartition("@")
     if not at or os.path.exists(str(where)):
         path, run = str(where), ""
-    found = records.read(path)
+    found = schema.read(path)
     if not found.rows:
         raise LabError(f"{found.path} holds no records")
     runs = found.runs()
@@ -85,7 +85,7 @@ def differences(a, b):
 def timed(rows):
     """{key: row} of what has a time to compare (or an error); the later of two equal keys counts."""
     wanted = {"op", "model", "ledger"}
-    return {records.key(r): r for r in rows
+    return {schema.key(r): r for r in rows
             if r.kind in wanted and not (r.kind == "ledger" and r.row in ("gap", "unexplained"))
             and (r.us is not None or r.error)}
 
@@ -110,7 +110,7 @@ def repeat(pairs, env_a, env_b, min_effect, run):
         return None
     counts = Counter(p.verdict for p in judged)
     host = [p for p in judged if p.a.timer in HOST_TIMERS]
-    return records.Repeat(run, env_a.run, env_b.run, env_a.commit, len(judged), counts[FASTER], counts[SLOWER],
+    return schema.Repeat(run, env_a.run, env_b.run, env_a.commit, len(judged), counts[FASTER], counts[SLOWER],
                           counts[AMBIGUOUS], (counts[FASTER] + counts[SLOWER]) / len(judged), min_effect,
                           len(host), sum(p.verdict in (FASTER, SLOWER) for p in host))
 
@@ -200,11 +200,11 @@ def record(where, again):
     """Adds a Repeat record to the last run of a records file. Raises LabError where the two runs are no repeat."""
     if again is None:
         raise LabError("--record: A and B are not two runs of one commit on one card, so verdicts are no false alarms")
-    found = records.read(where)
+    found = schema.read(where)
     if not found.rows:
         raise LabError(f"{found.path} holds no records")
     again.run = found.runs()[-1]
-    with records.Writer(where) as writer:
+    with schema.Writer(where) as writer:
         writer.append(again)
 
 

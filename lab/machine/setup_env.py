@@ -5,9 +5,9 @@ is missing is added, and when nothing is missing no network is needed. Elsewhere
 pyproject.toml; TORCH_INDEX may name another index for torch (https://download.pytorch.org/whl/cpu spares a laptop
 without a GPU the CUDA build).
 
-    python -m lab.setup_env           packages
-    python -m lab.setup_env --model   the default model's package, without what it depends on
-    python -m lab.setup_env --test    transformers and accelerate, for the oracle tests
+    python -m lab.machine.setup_env           packages
+    python -m lab.machine.setup_env --model   the default model's package, without what it depends on
+    python -m lab.machine.setup_env --test    transformers and accelerate, for the oracle tests
 """
 import importlib.util
 import os
@@ -17,7 +17,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 

@@ -8,7 +8,7 @@ import torch
 
 from lab.errors import LabError, Unavailable
 from lab.model.config import from_gguf
-from lab.model.weights import store
+from lab.model.sources.store import store
 
 try:
     from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
@@ -85,7 +85,7 @@ class GGUFSource:
         store(values, out, stored, self.where)
 
     def tokenizer(self):
-        from lab.model.tokenizer import from_gguf as tokenizer_from_gguf
+        from lab.model.sources.tokenizer import from_gguf as tokenizer_from_gguf
         return tokenizer_from_gguf(self.scalars, self.array, self.where)
 
     def _dequantize(self, name: str) -> np.ndarray:

@@ -76,7 +76,7 @@ def oracle_lacks():
 
 def has_model():
     """Whether the real weights of the default model are installed."""
-    from lab.model.weights import default_model_file
+    from lab.model.sources import default_model_file
     try:
         default_model_file()
     except LabError:
@@ -130,9 +130,9 @@ def logged(words, log):
 
 def text(out, model):
     """The same greedy tokens by both backends and all plans that take fp32; bf16 rounds differently: only reported."""
-    from lab.dispatch import DTYPES
-    from lab.model.decoder import PLANS, refusal
-    from lab.model.weights import DEFAULT_MODEL
+    from lab.contract import DTYPES
+    from lab.model.plans import PLANS, refusal
+    from lab.model.sources import DEFAULT_MODEL
 
     words = [*LAB, "run", model or DEFAULT_MODEL, "--device", "cuda", "--max-new-tokens", "64", "--no-stream"]
     what, note = ["--prompt", PROMPT], ""

@@ -76,7 +76,7 @@ class Env:
     python: str | None = None
     cpu: str | None = None
     commit: str | None = None             # git commit; "+" and a hash of the difference when the tree was edited
-    tuned: dict | None = None             # of the tables of `lab tune` that launchers read: lab.tuned.digests
+    tuned: dict | None = None             # of the tables of `lab tune` that launchers read: lab.tune.tuned.digests
     sm_mhz: float | None = None
     mem_mhz: float | None = None
     sm_max_mhz: float | None = None

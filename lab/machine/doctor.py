@@ -18,7 +18,7 @@ from pathlib import Path
 
 from lab.errors import LabError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 OK, MISSING, OPTIONAL = "ok", "missing", "optional"
 
 
@@ -135,7 +135,7 @@ def find_compiler(found):
 
 
 def find_model(found):
-    from lab.model.weights import DEFAULT_MODEL, default_model_file
+    from lab.model.sources import DEFAULT_MODEL, default_model_file
 
     try:
         path = default_model_file()

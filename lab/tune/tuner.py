@@ -1,6 +1,6 @@
 """`lab tune OP ...`: tries launch settings of both halves on this GPU, shape by shape; keeps the fastest that is right.
 
-For each shape of the presets a bounded list of candidates (lab/harness/spaces.py) races over rotating cold weights
+For each shape of the presets a bounded list of candidates (lab/tune/spaces.py) races over rotating cold weights
 inside CUDA graphs, the four fastest again with more samples, and the fastest whose output is right joins the backend's
 tuned/sm_NN.json, with GPU and compiler version. Triton's are first compiled, in parallel and without the GPU, and those
 that spill are dropped. Launchers read that table before their own rules. A run that the budget stops keeps what it
@@ -21,12 +21,13 @@ from pathlib import Path
 
 import torch
 
-from lab import tuned
-from lab.dispatch import DTYPES, known
+from lab.contract import DTYPES
 from lab.errors import LabError
 from lab.files import write_whole
 from lab.harness import shapes
-from lab.harness.spaces import SPACES, candidates
+from lab.names import known
+from lab.tune import tuned
+from lab.tune.spaces import SPACES, candidates
 
 FINALISTS = 4
 RACE_S, FINAL_S = 0.02, 0.1         # seconds of samples of each candidate in the first race, and of each finalist
@@ -89,6 +90,7 @@ class Race:
         """{label: microseconds} of each entry of {label: settings or None}, None standing for those by hand.
         What cannot be launched is left out."""
         from triton.runtime.errors import OutOfResources
+
         from lab.harness import ops_bench, timing
         timed = {}
         for label, settings in entrants.items():
@@ -152,6 +154,7 @@ class TokenRace:
         """{label: microseconds a token}: each entrant against the table as it is, at the same time; what cannot be
         launched is left out. `seconds` is what a kernel alone would get."""
         from triton.runtime.errors import OutOfResources
+
         from lab.harness import model_bench, ops_bench, timing
         base, found = self.step(None), {}
         for label, settings in entrants.items():
@@ -285,7 +288,7 @@ def add_arguments(parser):
 
 def main(args) -> int:
     started = time.monotonic()
-    from lab.harness.bench import names, numbers
+    from lab.arguments import names, numbers
     if not torch.cuda.is_available():
         raise LabError("lab tune needs a GPU: settings are chosen by time")
     from lab.backends import load

@@ -221,7 +221,7 @@ def from_huggingface(folder: Path) -> Tokenizer | None:
 
     None when the folder has no tokenizer at all; LabError when it has one that cannot be read.
     """
-    from lab.model.huggingface import read_json
+    from lab.files import read_json
 
     path = folder / "tokenizer.json"
     if not path.is_file():

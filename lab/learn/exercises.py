@@ -19,11 +19,11 @@ from pathlib import Path
 
 import torch
 
-from lab.dispatch import known
 from lab.errors import LabError, Unavailable
 from lab.files import python_module
+from lab.names import known
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 SEEDS = (None, 1, 2, 3, 4)              # LAB_HOST_SEED: the fixed order of threads, then random ones
 FLAGS = ["-std=c++17", "-O1", "-pthread", "-fno-strict-aliasing", "-fno-math-errno", "-fno-trapping-math"]
 

@@ -1,0 +1,26 @@
+"""Values on the command line: lists of names and of numbers, durations."""
+from lab.errors import LabError
+
+
+def names(text):
+    """"a,b" -> ["a", "b"]."""
+    return [item for item in (part.strip() for part in text.split(",")) if item]
+
+
+def numbers(text):
+    """"1,8" -> [1, 8]; raises LabError for anything that is no positive integer."""
+    try:
+        found = [int(item) for item in names(text)]
+    except ValueError:
+        found = []
+    if not found or min(found) < 1:
+        raise LabError(f"{text!r}: write positive integers with commas, as in 1,8")
+    return found
+
+
+def duration(text):
+    """"0.5" -> 0.5; ValueError, which argparse turns into its message, for anything negative or not finite."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise ValueError(text)
+    return value

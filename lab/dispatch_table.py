@@ -1,0 +1,42 @@
+"""Tables that say which backend is faster for an op at a batch and context, for `lab run --dispatch`."""
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from lab.contract import BACKENDS
+from lab.errors import LabError
+from lab.names import known
+
+
+def read_table(path: str) -> dict[str, list[dict]]:
+    """A dispatch table as `lab bench crossover --export` writes it: {"op": [{"batch", "context", "backend"}]}.
+
+    context null fits any. Raises LabError for a file that is no such table, an unknown op or an unknown backend.
+    """
+    from lab.ops import find
+    try:
+        table = json.loads(Path(path).read_text())
+        for name, cells in table.items():
+            find(name)
+            for cell in cells:
+                known(cell["backend"], BACKENDS, "backend")
+                if not (cell["batch"] >= 1 and (cell["context"] is None or cell["context"] >= 1)):
+                    raise ValueError(f"batch {cell['batch']}, context {cell['context']}")
+    except LabError as error:
+        raise LabError(f"{path}: {error}") from None
+    except OSError as error:
+        raise LabError(f"cannot read {path}: {error.strerror}") from None
+    except (UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LabError(f"{path} is no dispatch table ({error}); `lab bench crossover --export FILE` writes one") from None
+    return table
+
+
+def from_table(table: Mapping[str, list[dict]], batch: int, context: int) -> dict[str, str]:
+    """The overrides that a dispatch table asks for: for each op the backend of its nearest cell, by ratio of sizes."""
+    def distance(cell):
+        return (abs(math.log(cell["batch"] / batch)), abs(math.log((cell["context"] or context) / context)))
+
+    return {name: min(cells, key=distance)["backend"] for name, cells in table.items() if cells}

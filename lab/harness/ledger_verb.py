@@ -1,0 +1,69 @@
+"""`lab ledger MODEL`: a bench of one model's ledger (lab/harness/ledger.py), and its account on the terminal."""
+import torch
+
+from lab.arguments import names
+from lab.contract import BACKENDS, DTYPES
+from lab.errors import LabError
+from lab.harness import bench, shapes
+from lab.names import known
+from lab.records import compare
+
+
+def add_arguments(parser):
+    parser.add_argument("model", metavar="MODEL", help="a preset")
+    parser.add_argument("--backend", metavar="A,B", default="cuda,triton,torch", help="default: cuda,triton,torch")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--context", type=int, default=1024, help="tokens in the KV cache (default 1024)")
+    parser.add_argument("--weights", choices=("random", "auto"), default="random")
+    parser.add_argument("--swap", action="store_true", help="also all-triton, all-cuda and each op swapped alone")
+    parser.add_argument("--plan", metavar="A,B", help="decode plans (default: all, persistent at batch 1 alone)")
+    parser.add_argument("--out", metavar="DIR", default="out/ledger", help="for records.jsonl (default out/ledger)")
+
+
+def main(args):
+    """Measures (ceilings first) into a new run of --out and prints the account. Raises LabError without a GPU."""
+    shapes.preset(args.model)
+    for name in names(args.backend):
+        known(name, BACKENDS, "backend")
+    if not torch.cuda.is_available():
+        raise LabError("a ledger needs an NVIDIA GPU: its rows are device time stamps (lab bench works on a CPU)")
+    words = ["ledger", args.model, "--quick", "--fresh"] + ["--swap"] * args.swap
+    for option in ("out", "backend", "dtype", "batch", "context", "weights", "plan"):
+        words += [f"--{option}", str(getattr(args, option))] if getattr(args, option) is not None else []
+    status = bench.main(bench.parse(words))
+    rows, _, _ = compare.open_run(args.out)
+    print(text_of([r for r in rows if r.kind == "ledger"]))
+    return status
+
+
+def text_of(rows):
+    """The ledgers of a run as text."""
+    lines = []
+    for backend, plan in dict.fromkeys((r.backend, r.plan) for r in rows if r.row != "swap"):
+        mine = [r for r in rows if (r.backend, r.plan) == (backend, plan) and r.row != "swap"]
+        one = mine[0]
+        lines.append(f"\n{one.model} {backend} {plan} {one.dtype} batch {one.batch} context {one.context}")
+        if any(r.row == "chain" for r in mine):
+            lines.append("  kernels overlap: each row is what the chain of rows above it grew by, not an isolated kernel")
+        lines.append(f"  {'op':<24} {'kernel':<34} {'calls':>5} {'us':>9} {'MB':>9} {'GB/s':>6} {'ceiling':>7} "
+                     f"{'token':>6}")
+        for r in sorted(mine, key=lambda r: r.order):
+            if r.error:
+                lines.append(f"  failed: {r.error}")
+                continue
+            name = " ".join(w for w in (r.op, r.role) if w) if r.row in ("kernel", "chain") else r.row
+            mb = "" if r.bytes is None else f"{r.bytes / 1e6:.1f}"
+            gbps = "" if r.gbps is None else f"{r.gbps:.0f}"
+            share = "" if r.of_ceiling is None else f"{r.of_ceiling:.1%}"
+            lines.append(f"  {name[:24]:<24} {(r.kernel or '')[:34]:<34} {r.calls or '':>5} {r.us:>9.1f} {mb:>9} "
+                         f"{gbps:>6} {share:>7} {r.of_token:>6.1%}" + (f"  {r.flag}" if r.flag else ""))
+    for plan in dict.fromkeys(r.plan for r in rows if r.row == "swap"):
+        lines.append(f"\nswap, plan {plan}: one token, us, and the change from all triton")
+        swaps = sorted((r for r in rows if r.row == "swap" and r.plan == plan), key=lambda r: r.order)
+        start = next((r.us for r in swaps if r.backend == "triton" and not r.op), None)
+        for r in swaps:
+            what = f"{r.backend}, {r.op} by {r.overrides[r.op]}" if r.op else f"all {r.backend}"
+            change = f" {r.us - start:>+9.1f}" if r.us and start else ""
+            lines.append(f"  {what:<40} " + (f"failed: {r.error}" if r.error else f"{r.us:>9.1f}{change}"))
+    return "\n".join(lines)

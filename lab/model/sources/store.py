@@ -1,0 +1,14 @@
+"""A tensor read from a file, checked and copied into place."""
+import torch
+
+from lab.errors import LabError
+
+
+def store(values: torch.Tensor, out: torch.Tensor, name: str, where: str) -> None:
+    """Copies a tensor read from a file into place; LabError if its shape is wrong or a value is not finite."""
+    if values.shape != out.shape:
+        raise LabError(f"{where}: tensor {name} is {list(values.shape)}; the model's shape asks for {list(out.shape)}")
+    out.copy_(values)
+    if not torch.isfinite(out).all():
+        cause = "the file is mangled" if not torch.isfinite(values).all() else "use --dtype bf16 or fp32"
+        raise LabError(f"{where}: tensor {name} has values that are not finite in {out.dtype}; {cause}")
