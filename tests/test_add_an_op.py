@@ -1,4 +1,4 @@
-"""README's section "Add an op", followed literally in a copy of the lab: the op it adds must work everywhere."""
+"""CONTRIBUTING.md's section "Add an op", followed literally in a copy of the lab: the op it adds must work everywhere."""
 import os
 import re
 import shutil
@@ -17,8 +17,8 @@ BLOCK = re.compile(r"^`([\w./]+)`[^\n]*\n\n```(\w+)\n(.*?)^```$", re.M | re.S)
 
 
 def section():
-    """The text of README's section."""
-    return re.search(r"^## Add an op\n(.*?)^## ", (ROOT / "README.md").read_text(), re.M | re.S)[1]
+    """The text of the section."""
+    return re.search(r"^## Add an op\n(.*?)^## ", (ROOT / "CONTRIBUTING.md").read_text(), re.M | re.S)[1]
 
 
 def follow(folder):
@@ -30,10 +30,10 @@ def follow(folder):
             old = "".join(line[1:] for line in text.splitlines(True) if line[0] in " -")
             new = "".join(line[1:] for line in text.splitlines(True) if line[0] in " +")
             before = path.read_text()
-            assert before.count(old) == 1, f"{name} does not hold what README changes there: {old}"
+            assert before.count(old) == 1, f"{name} does not hold what CONTRIBUTING.md changes there: {old}"
             path.write_text(before.replace(old, new))
         else:
-            assert not path.exists(), f"README writes over {name}"
+            assert not path.exists(), f"CONTRIBUTING.md writes over {name}"
             path.write_text(text)
         done.append(name)
     return done
@@ -46,13 +46,13 @@ def copy(folder):
                     ignore=shutil.ignore_patterns("bindings.*", "*.so"))
     for name in ("cuda_src", "triton_kernels", "lab", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    for name in ("setup.py", "pyproject.toml", "README.md"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "CONTRIBUTING.md"):
         shutil.copy(ROOT / name, folder / name)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / "build/host").is_dir(), reason="needs the objects of the host build: make build")
-def test_readme_adds_an_op(tmp_path):
+def test_contributing_adds_an_op(tmp_path):
     copy(tmp_path)
     assert follow(tmp_path) == [f"lab/ops/{NAME}.py", f"cuda_src/{NAME}.cu", f"triton_kernels/{NAME}.py",
                                 "cuda_src/launchers.h", "cuda_src/bindings.cpp", "lab/ops/__init__.py"]

@@ -348,8 +348,8 @@ def _render(title, **context):
 
 def markdown(views, title):
     """The summary for a code host: warnings, machine, headline numbers, every picture with its text."""
-    out = [f"# {md(title)}", "", "Drawn by `lab report` from records.jsonl; [index.html](index.html) is the full "
-           "report, with the tables behind the pictures and the sources side by side.", ""]
+    out = [f"# {md(title)}", "", "Drawn by `lab report` from records.jsonl, which also writes the full report, "
+           "index.html, with the tables behind the pictures and the sources side by side.", ""]
     for view in views:
         run = view.run
         if len(views) > 1:
