@@ -118,11 +118,12 @@ def main(args) -> int:
                 raise
             print(f"{name}: not checked: {missing}", file=sys.stderr)
     if args.ladder:
-        from lab import ladder
-        halves = [name for name in backends if name in ladder.BACKENDS]
+        from lab import rungs
+        from lab.learn import ladder_check
+        halves = [name for name in backends if name in rungs.BACKENDS]
         if not halves:
-            raise LabError(f"nothing to check: ladders exist in {' and '.join(ladder.BACKENDS)}")
-        return 1 if ladder.check(args.op or ladder.OPS, halves, wanted, device, args.seed, args.quick) else 0
+            raise LabError(f"nothing to check: ladders exist in {' and '.join(rungs.BACKENDS)}")
+        return 1 if ladder_check.check(args.op or rungs.OPS, halves, wanted, device, args.seed, args.quick) else 0
     failed = ran = 0
     for op in chosen:
         cases = op.cases[:2] if args.quick else op.cases

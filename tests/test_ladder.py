@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from lab import ladder
+from lab import ladder, rungs
 from lab.check import check_case
 from lab.cli import main
 from lab.contract import Rand
 from lab.errors import LabError
+from lab.learn import ladder_check
 from lab.ops import find
 from lab.records import schema
 from lab.report import ladder_figures, load
@@ -18,15 +19,15 @@ ROOT = Path(__file__).resolve().parent.parent
 TITLE = re.compile(r"^\s*(?://|#) (\d+\. [\w ,+\-/]+):", re.M)
 SOURCES = {"cuda": "cuda_src/ladder/{}.cu", "triton": "triton_kernels/ladder/{}.py"}
 RUNGS = [pytest.param(rung, backend, id=f"{rung.op}-{rung.number}-{backend}")
-         for rung in ladder.RUNGS for backend in ladder.BACKENDS if backend not in rung.absent and not rung.product]
+         for rung in rungs.RUNGS for backend in rungs.BACKENDS if backend not in rung.absent and not rung.product]
 
 
 def fitting(rung, dtype):
     """Cases that the rung takes in this dtype, and those that it must refuse."""
     op = find(rung.op)
     split = {True: [], False: []}
-    for c in ladder.CASES[rung.op]:
-        split[ladder.fits(rung, op.inputs(Rand("cpu", dtype), **c.sizes))].append(c)
+    for c in ladder_check.CASES[rung.op]:
+        split[rungs.fits(rung, op.inputs(Rand("cpu", dtype), **c.sizes))].append(c)
     return split[True], split[False]
 
 
@@ -44,22 +45,22 @@ def test_rung_agrees_with_the_reference_and_refuses_the_rest(rung, backend):
                 function(*op.inputs(Rand("cpu", dtype), **c.sizes))
 
 
-@pytest.mark.parametrize("op", ladder.OPS)
+@pytest.mark.parametrize("op", rungs.OPS)
 def test_table_and_files_name_the_same_rungs(op):
-    rungs = ladder.rungs(op)
-    assert [rung.number for rung in rungs] == list(range(1, len(rungs) + 1))
-    assert [rung.product for rung in rungs] == [False] * (len(rungs) - 1) + [True]
+    ladder_of_op = rungs.rungs(op)
+    assert [rung.number for rung in ladder_of_op] == list(range(1, len(ladder_of_op) + 1))
+    assert [rung.product for rung in ladder_of_op] == [False] * (len(ladder_of_op) - 1) + [True]
     for backend, path in SOURCES.items():
         titles = TITLE.findall((ROOT / path.format(op)).read_text())
-        assert titles == [rung.title for rung in rungs if backend not in rung.absent and not rung.product]
-    for rung in rungs:
+        assert titles == [rung.title for rung in ladder_of_op if backend not in rung.absent and not rung.product]
+    for rung in ladder_of_op:
         assert rung.idea and rung.gain and all(rung.absent.values())
         assert (rung.fits is None) == (not rung.needs)
 
 
 def test_the_last_rung_is_the_op_itself():
     from triton_kernels import common
-    rung = ladder.rungs("linear")[-1]
+    rung = rungs.rungs("linear")[-1]
     args = find("linear").inputs(Rand("cpu", torch.float32), batch=1, n=8, k=16)
     common.set_trace(True)
     try:
@@ -71,12 +72,12 @@ def test_the_last_rung_is_the_op_itself():
 
 def test_what_is_not_there_is_one_line():
     with pytest.raises(LabError, match="rope has no ladder"):
-        ladder.rungs("rope")
-    absent = next(rung for rung in ladder.RUNGS if "triton" in rung.absent)
+        rungs.rungs("rope")
+    absent = next(rung for rung in rungs.RUNGS if "triton" in rung.absent)
     with pytest.raises(LabError, match="in triton"):
         ladder.bind(absent, "triton")
     with pytest.raises(LabError, match="no ladder"):
-        ladder.bind(ladder.RUNGS[0], "torch")
+        ladder.bind(rungs.RUNGS[0], "torch")
 
 
 def test_check_runs_a_ladder(capsys):
@@ -86,12 +87,12 @@ def test_check_runs_a_ladder(capsys):
     assert "rmsnorm 1. Naive" in shown and "(1 refused)" in shown and "0 failed" in shown
     assert main([*words.split(), "--quick"]) == 0
     shown = capsys.readouterr().out
-    assert shown.count(" bf16 2/2\n") == len(ladder.rungs("rmsnorm")) and "refused" not in shown
+    assert shown.count(" bf16 2/2\n") == len(rungs.rungs("rmsnorm")) and "refused" not in shown
 
 
 def test_a_wrong_rung_fails_the_check(capsys, monkeypatch):
     monkeypatch.setitem(ladder._TRITON, "rmsnorm", lambda rung, x, w, eps, residual=None, out=None: out.zero_())
-    assert ladder.check(["rmsnorm"], ["triton"], ["fp32"], "cpu", 0) > 0
+    assert ladder_check.check(["rmsnorm"], ["triton"], ["fp32"], "cpu", 0) > 0
     assert "elements are off" in capsys.readouterr().out
 
 
@@ -112,7 +113,7 @@ def test_triton_rungs_compile(architecture):
                                                 torch.empty(64, 8192, **bf16)),
            "decode_attention": lambda n: decode_attention.decode_attention(
                n, q, cache, cache, table, torch.empty(8, **ints), 0.1, 5, w.partial, w.tickets, torch.empty_like(q))}
-    for rung in ladder.RUNGS:
+    for rung in rungs.RUNGS:
         if rung.product or "triton" in rung.absent:
             continue
         with recording(architecture) as launches:
@@ -120,7 +121,7 @@ def test_triton_rungs_compile(architecture):
         assert len(launches) == (2 if rung.op == "decode_attention" and rung.number >= 4 else 1)
         code = offline.compile(launches[0], architecture)
         assert offline.usage(code)["local"] == 0, rung.title
-        shown, names = offline.sass(code), [r.name for r in ladder.rungs(rung.op) if r.number <= rung.number]
+        shown, names = offline.sass(code), [r.name for r in rungs.rungs(rung.op) if r.number <= rung.number]
         assert bool(re.search(r"\b(LDG|LDGSTS)\S*\.128", shown)) == ("Vectorised" in names), rung.title
         if "Pipeline" in names:
             assert "LDGSTS" in shown, rung.title
@@ -131,17 +132,17 @@ def test_triton_rungs_compile(architecture):
 def test_bench_records_every_rung_and_the_report_shows_them(tmp_path, capsys):
     assert main(["bench", "ops", "rmsnorm", "--ladder", "--device", "cpu", "--out", str(tmp_path)]) == 0
     rows = schema.read(tmp_path).of_kind("op")
-    assert {(r.backend, r.rung) for r in rows} == {(b, r.number) for r in ladder.rungs("rmsnorm")
-                                                   for b in ladder.BACKENDS if b not in r.absent}
+    assert {(r.backend, r.rung) for r in rows} == {(b, r.number) for r in rungs.rungs("rmsnorm")
+                                                   for b in rungs.BACKENDS if b not in r.absent}
     assert all(r.us > 0 and r.emulated and r.of_ceiling is None for r in rows)
-    assert {(r.config["rung"], r.config["name"]) for r in rows} == {(r.number, r.name) for r in ladder.rungs("rmsnorm")}
+    assert {(r.config["rung"], r.config["name"]) for r in rows} == {(r.number, r.name) for r in rungs.rungs("rmsnorm")}
     run = load.load(tmp_path)[0]
     assert not len(run.op) and len(run.ladder) == len(rows)
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "page")]) == 0
     assert (tmp_path / "page/figures/ladder-rmsnorm.png").stat().st_size > 1000
     page = (tmp_path / "page/index.html").read_text()
     assert page.count("The rungs of rmsnorm side by side") == 1 and "The rungs of linear" not in page
-    assert page.count("No such rung in Triton: ") == sum(len(rung.absent) for rung in ladder.rungs("rmsnorm"))
+    assert page.count("No such rung in Triton: ") == sum(len(rung.absent) for rung in rungs.rungs("rmsnorm"))
     assert main(["bench", "model", "--ladder", "--out", str(tmp_path)]) == 2
     assert "--ladder measures ops" in capsys.readouterr().err
 

@@ -11,7 +11,7 @@ from typing import Callable, NamedTuple
 
 import torch
 
-from lab import ladder
+from lab import rungs
 from lab.arguments import duration, names, numbers
 from lab.contract import BACKENDS, DTYPES
 from lab.errors import LabError
@@ -139,8 +139,8 @@ def require_work(settings):
         raise LabError("a ledger needs a GPU: its rows are device time stamps (lab bench ops|model run on a CPU)")
     if settings["ladder"]:
         ladder_bench.points(settings["device"], settings["ops"])
-        if not set(settings["backends"]) & set(ladder.BACKENDS):
-            raise LabError(f"nothing to measure: ladders exist in {' and '.join(ladder.BACKENDS)}")
+        if not set(settings["backends"]) & set(rungs.BACKENDS):
+            raise LabError(f"nothing to measure: ladders exist in {' and '.join(rungs.BACKENDS)}")
     if settings["what"] == "model" and min(settings["model_contexts"]) >= longest:
         raise LabError(f"nothing to measure: the models take contexts below {longest} tokens")
     if settings["what"] == "ops" and not op_points(settings):

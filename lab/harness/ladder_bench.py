@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from lab import ladder
+from lab import ladder, rungs
 from lab.contract import DTYPES, Rand
 from lab.errors import LabError, one_line
 from lab.harness import timing
@@ -29,7 +29,7 @@ LEAST, MOST = 10, 60                                # samples of each
 
 def points(device, ops):
     for op in ops:
-        ladder.rungs(op)                            # an op without a ladder is an error
+        rungs.rungs(op)                            # an op without a ladder is an error
     return [p for p in POINTS[device] if not ops or p.op in ops]
 
 
@@ -38,9 +38,9 @@ def measure(session, rig, point, dtype_name):
     op, (cache, timer) = find(point.op), ("cold", "graph") if rig.device == "cuda" else ("warm", "wall")
     args, config = arguments(op, point, Rand(rig.device, DTYPES[dtype_name]), rig.multiprocessors)
     rows = {}
-    for rung in ladder.rungs(op.name):
+    for rung in rungs.rungs(op.name):
         for backend in rig.backends:
-            if backend not in ladder.BACKENDS or backend in rung.absent or not ladder.fits(rung, args):
+            if backend not in rungs.BACKENDS or backend in rung.absent or not rungs.fits(rung, args):
                 continue
             row = OpRow(session.run, op.name, backend, dtype_name, point.batch, point.shape, point.context, cache,
                         timer, rung=rung.number, bytes=int(op.nbytes(*args)), flops=int(op.flops(*args)),
