@@ -15,9 +15,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from lab.backends import load
 from lab.contract import BACKENDS, Op
 from lab.errors import LabError
 from lab.names import known
+from lab.ops import OPS, BasicOps, FusedOps, OtherOps, PersistentOps
 
 
 @dataclass
@@ -34,13 +36,14 @@ class Trace:
                 for (op, backend, kernel), calls in self.counts.items()]
 
 
-class Ops:
+class Ops(BasicOps, FusedOps, PersistentOps, OtherOps):
     """One callable per op, each bound to its backend; `ops.chosen` maps op names to backend names."""
 
     def __init__(self, chosen: dict[str, str], functions: dict[str, Callable], device: torch.device,
                  trace: Trace | None):
         self.chosen, self.device, self.trace = chosen, device, trace
-        self.__dict__.update(functions)
+        for name, function in functions.items():
+            setattr(self, name, function)
 
 
 def select(backend: str | None = None, device: str | torch.device = "cpu",
@@ -51,15 +54,12 @@ def select(backend: str | None = None, device: str | torch.device = "cpu",
     overrides: {"rope": "triton"} or ["rope=triton"]; empty takes LAB_OVERRIDE ("rope=triton,linear=torch").
     Raises LabError for an unknown name, Unavailable for a backend that this machine lacks.
     """
-    from lab import ops as rooms
-    from lab.backends import load
-
     backend = backend or os.environ.get("LAB_BACKEND")
     if backend is None:
         raise LabError(f"no backend chosen: pass one of {', '.join(BACKENDS)} or set LAB_BACKEND")
     known(backend, BACKENDS, "backend")
     overrides = overrides or environment_overrides()
-    names = [op.name for op in rooms.OPS]
+    names = [op.name for op in OPS]
     chosen = dict.fromkeys(names, backend)
     for name, other in parse_overrides(overrides).items():
         chosen[known(name, names, "op")] = known(other, BACKENDS, "backend")
@@ -69,7 +69,7 @@ def select(backend: str | None = None, device: str | torch.device = "cpu",
     loaded = {name: load(name, device) for name in sorted(set(chosen.values()))}
     for one in loaded.values():
         one.set_trace(trace is not None)
-    functions = {op.name: bind(op, loaded[chosen[op.name]], trace) for op in rooms.OPS}
+    functions = {op.name: bind(op, loaded[chosen[op.name]], trace) for op in OPS}
     return Ops(chosen, functions, device, trace)
 
 

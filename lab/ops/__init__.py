@@ -1,25 +1,57 @@
-"""Every op by name. A name in one of the four lists is in checks, tests, benchmarks and reports."""
+"""Every op by name. A name declared in one of the four classes is in checks, tests, benchmarks and reports.
+
+The classes are what lab.dispatch.Ops inherits: `ops.rmsnorm` is declared here, and its contract is lab/ops/rmsnorm.py.
+"""
+from collections.abc import Callable
 from importlib import import_module
+from inspect import get_annotations
+
+from lab.contract import Op
+from lab.names import known
+
+Call = Callable     # (*args, out=None) -> the output; the arguments are those of the contract's `validate`
 
 
-def _ops(*names):
-    """The contracts lab/ops/<name>.py."""
-    return tuple(import_module(f"lab.ops.{name}").op for name in names)
+class BasicOps:
+    """One op per textbook step, in the order a decode step runs them."""
+    embedding: Call
+    rmsnorm: Call
+    linear: Call
+    rope: Call
+    kv_append: Call
+    decode_attention: Call
+    silu_mul: Call
+    sample: Call
 
 
-# One op per textbook step, in the order a decode step runs them.
-BASIC = _ops("embedding", "rmsnorm", "linear", "rope", "kv_append", "decode_attention", "silu_mul", "sample")
-# What takes their place in the fused plan.
-FUSED = _ops("norm_linear", "rope_append_attention", "linear_add", "norm_linear_silu_mul", "norm_linear_argmax")
-# The persistent plan: all of a step in one launch.
-PERSISTENT = _ops("decode_step")
-# In no plan of the decoder: called by name, as select(...).<name>.
-OTHERS = _ops()
+class FusedOps:
+    """What takes their place in the fused plan."""
+    norm_linear: Call
+    rope_append_attention: Call
+    linear_add: Call
+    norm_linear_silu_mul: Call
+    norm_linear_argmax: Call
+
+
+class PersistentOps:
+    """The persistent plan: all of a step in one launch."""
+    decode_step: Call
+
+
+class OtherOps:
+    """In no plan of the decoder: called by name, as select(...).<name>."""
+
+
+def _contracts(declared: type) -> tuple[Op, ...]:
+    """The contracts lab/ops/<name>.py of the names that a class declares."""
+    return tuple(import_module(f"lab.ops.{name}").op for name in get_annotations(declared))
+
+
+BASIC, FUSED, PERSISTENT, OTHERS = map(_contracts, (BasicOps, FusedOps, PersistentOps, OtherOps))
 OPS = BASIC + FUSED + PERSISTENT + OTHERS
 
 
-def find(name: str):
+def find(name: str) -> Op:
     """The op called `name`; raises LabError with the list of ops for any other name."""
-    from lab.names import known
     names = [op.name for op in OPS]
     return OPS[names.index(known(name, names, "op"))]
