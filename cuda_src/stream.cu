@@ -58,13 +58,13 @@ __global__ void stream_kernel(const uint32_t* src, uint32_t* dst, int64_t vector
 }  // namespace
 }  // namespace lab
 
-void stream(Ptr src, Ptr dst, int64_t bytes, int mode, int passes, int blocks, int threads, Ptr stream) {
+void stream(const StreamArgs& a) {
   using namespace lab;
   const auto run = [&](const char* name, auto* kernel) {
-    launch(Config{dim3(blocks), dim3(threads), 0, stream}, name, kernel, as<const uint32_t>(src), as<uint32_t>(dst),
-           bytes / 16, passes);
+    launch(Config{dim3(a.blocks), dim3(a.threads), 0, a.stream}, name, kernel, as<const uint32_t>(a.src),
+           as<uint32_t>(a.dst), a.bytes / 16, a.passes);
   };
-  switch (mode) {
+  switch (a.mode) {
     case kRead: return run("stream_read", &stream_kernel<kRead>);
     case kCopy: return run("stream_copy", &stream_kernel<kCopy>);
     case kWrite: return run("stream_write", &stream_kernel<kWrite>);

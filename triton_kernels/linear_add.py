@@ -80,7 +80,8 @@ def linear_add_dot_kernel(x, w, bias, residual, rows, n, k, PDL: tl.constexpr, H
     # makes it from STAGES.
     tile = load_rows(w, out, out < n, col, k, EVEN_K)
     wait_for_inputs(PDL)
-    acc = dot_rows(tile, w, out, out < n, x, rows, k, b, col, FULL, EVEN_K, BLOCK_K, STAGES)
+    acc = dot_rows(tile, w, out, live=out < n, x=x, rows=rows, k=k, b=b, col=col, FULL=FULL, EVEN_K=EVEN_K,
+                   BLOCK_K=BLOCK_K, STAGES=STAGES)
 
     # 3. Reduce: the dot has done it, and its result is transposed.
     total = tl.trans(acc)

@@ -77,8 +77,8 @@ def cuda_call(extension, mode, src, dst, blocks, threads, passes=1):
     nbytes = (dst if mode == MODES["write"] else src).nbytes
 
     def call():
-        extension.stream(src.data_ptr(), dst.data_ptr(), nbytes, mode, passes, blocks, threads,
-                         torch.cuda.current_stream().cuda_stream if src.is_cuda else 0)
+        extension.stream(src=src.data_ptr(), dst=dst.data_ptr(), bytes=nbytes, mode=mode, passes=passes, blocks=blocks,
+                         threads=threads, stream=torch.cuda.current_stream().cuda_stream if src.is_cuda else 0)
     return call
 
 
