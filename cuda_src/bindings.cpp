@@ -78,7 +78,7 @@ PYBIND11_MODULE(LAB_MODULE, m) {
   OP(norm_linear_argmax, x, norm_w, w, logits, scratch, normed, out, rows, n, k, eps, dtype, stream);
   OP(decode_step, ids, positions, weights, cache, logits, out, exchange, sizes, q_heads, head_dim, eps,
      scale, dtype, stream);
-  OP(stream, src, dst, bytes, mode, passes, blocks, threads, stream);
+  OP(bandwidth, src, dst, bytes, mode, passes, blocks, threads, stream);
   OP(linear_ladder, x, w, bias, y, rows, n, k, dtype, out_dtype, stream);
   OP(rmsnorm_ladder, x, w, residual, y, rows, groups, cols, x_stride, y_stride, eps, dtype, stream);
   OP(decode_attention_ladder, q, cache, context_lens, out, splits, batch, q_heads, head_dim, scale, dtype,

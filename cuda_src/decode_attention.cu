@@ -3,11 +3,11 @@
 //   q [batch, q_heads, D], stride of batch free   out [batch, q_heads, D]   context_lens [batch] int32
 //   k_cache, v_cache [pages, kv_heads, page_size, D]   block_table [batch, max_pages] int32
 //   partial [batch, kv_heads, splits, group, D + 2] float32: what the splits found   tickets [batch, kv_heads]
-//   mapping   grid (splits, kv_heads, batch); the warps of a block share the tokens of its split: see split_attention.cuh
+//   mapping   grid (splits, kv_heads, batch); the warps of a block share the tokens of its split: see core/split_attention.cuh
 //   traffic   K and V once for all query heads of their group; q, partial and out are small
 //   contract  lab/ops/decode_attention.py          twin  triton_kernels/decode_attention.py
-#include "attention.cuh"
 #include "common.cuh"
+#include "core/attention.cuh"
 #include "launchers.h"
 
 using namespace lab;

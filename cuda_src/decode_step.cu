@@ -5,17 +5,17 @@
 //   caches [layers, pages, kv_heads, page_size, D]   block_table [1, max_pages]   cos_sin [max_positions, D] float32
 //   words: a row each of h, qkv, attention and act, and attention's splits, as they pass from block to block
 //   mapping   one block a multiprocessor, which stays; it owns a share of every matrix's rows, and a split of one KV
-//             head's context; eight warps multiply what one thread sends for (weight_ring.cuh). Between two phases a
-//             block waits for the others' results (tagged_row.cuh); the weights stream on meanwhile
+//             head's context; eight warps multiply what one thread sends for (core/weight_ring.cuh). Between two phases a
+//             block waits for the others' results (core/tagged_row.cuh); the weights stream on meanwhile
 //   traffic   every weight and the context's K and V once; the rest is small
 //   contract  lab/ops/decode_step.py          twin  triton_kernels/decode_step.py
 #include <algorithm>
 
-#include "candidate.cuh"
 #include "common.cuh"
+#include "core/candidate.cuh"
+#include "core/step_attention.cuh"
 #include "launchers.h"
 #include "sizes.h"
-#include "step_attention.cuh"
 
 using namespace lab;
 
@@ -34,7 +34,7 @@ struct StepArguments {
   const float* cos_sin;
   float* logits;
   int* out;
-  uint64_t *h, *qkv, *attention, *act, *partial;  // tagged_row.cuh
+  uint64_t *h, *qkv, *attention, *act, *partial;  // core/tagged_row.cuh
   unsigned* counters;
   int layers, vocab, hidden, intermediate, tiles, row_bytes;
   int64_t few_up_to;                              // bytes of a layer's K and V up to which one tile is under way, not two

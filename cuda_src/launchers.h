@@ -216,10 +216,10 @@ void decode_step(const DecodeStepArgs& a);
 
 // Measurement, not an op: reads (mode 0), copies (1) or writes (2) `bytes` (a multiple of 16), `passes` times
 // over.
-struct StreamArgs {
+struct BandwidthArgs {
   Ptr src, dst;
   int64_t bytes;
   int mode, passes, blocks, threads;
   Ptr stream;
 };
-void stream(const StreamArgs& a);
+void bandwidth(const BandwidthArgs& a);

@@ -4,13 +4,13 @@
 //   mapping   up to 2 rows, and float32: a warp streams 4 rows of w, its lanes share k; 2 or 4 warps do for narrow w
 //             more rows in float16 or bfloat16: tensor cores; a block owns 16 to 64 rows of w, and its warps share k; on
 //             Hopper from 17 rows on its warpgroups do, and for long rows the two blocks of a cluster
-//             the two cores are in stream_rows.cuh and mma_rows.cuh
+//             the two cores are in core/stream_rows.cuh and core/mma_rows.cuh
 //   traffic   w once (the only traffic that counts), x once per block from L2, y once
 //   contract  lab/ops/linear.py          twin  triton_kernels/linear.py
 #include "common.cuh"
+#include "core/mma_rows.cuh"
+#include "core/stream_rows.cuh"
 #include "launchers.h"
-#include "mma_rows.cuh"
-#include "stream_rows.cuh"
 
 using namespace lab;
 

@@ -5,9 +5,9 @@
 //   traffic   w once (the only traffic that counts), x once per block from L2, residual read and written once
 //   contract  lab/ops/linear_add.py          twin  triton_kernels/linear_add.py
 #include "common.cuh"
+#include "core/mma_rows.cuh"
+#include "core/stream_rows.cuh"
 #include "launchers.h"
-#include "mma_rows.cuh"
-#include "stream_rows.cuh"
 
 using namespace lab;
 

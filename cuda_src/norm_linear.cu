@@ -7,8 +7,8 @@
 //   traffic   w once (the only traffic that counts), x and norm_w (on tensor cores normed) once per block from L2, y once
 //   contract  lab/ops/norm_linear.py          twin  triton_kernels/norm_linear.py
 #include "common.cuh"
+#include "core/norm_rows.cuh"
 #include "launchers.h"
-#include "norm_rows.cuh"
 
 using namespace lab;
 

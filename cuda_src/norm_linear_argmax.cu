@@ -8,11 +8,11 @@
 //             blocks raise each row's best by atomicMax (a maximum is the same in every order); the last one reads them
 //   traffic   w once (the only traffic that counts), logits written once
 //   contract  lab/ops/norm_linear_argmax.py          twin  triton_kernels/norm_linear_argmax.py
-#include "candidate.cuh"
 #include "common.cuh"
+#include "core/candidate.cuh"
+#include "core/mma_rows.cuh"
+#include "core/norm_rows.cuh"
 #include "launchers.h"
-#include "mma_rows.cuh"
-#include "norm_rows.cuh"
 
 using namespace lab;
 

@@ -7,9 +7,9 @@
 //   traffic   w once (the only traffic that counts), x and norm_w (on tensor cores normed) once per block from L2, y once
 //   contract  lab/ops/norm_linear_silu_mul.py          twin  triton_kernels/norm_linear_silu_mul.py
 #include "common.cuh"
+#include "core/mma_rows.cuh"
+#include "core/norm_rows.cuh"
 #include "launchers.h"
-#include "mma_rows.cuh"
-#include "norm_rows.cuh"
 
 using namespace lab;
 

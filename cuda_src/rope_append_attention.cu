@@ -7,10 +7,10 @@
 //   mapping   as decode_attention; the block whose split holds the new token writes it and attends to it
 //   traffic   K and V once for all query heads of their group; the rest is small
 //   contract  lab/ops/rope_append_attention.py          twin  triton_kernels/rope_append_attention.py
-#include "attention.cuh"
 #include "common.cuh"
+#include "core/attention.cuh"
+#include "core/rotation.cuh"
 #include "launchers.h"
-#include "rotation.cuh"
 
 using namespace lab;
 

@@ -11,8 +11,8 @@
 //
 // Thresholds are found digit by digit on integers that are ordered as the floats are, with sums in integers: exact, and
 // the same in every order of additions.
-#include "candidate.cuh"
 #include "common.cuh"
+#include "core/candidate.cuh"
 #include "launchers.h"
 #include "sizes.h"
 

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from triton_kernels.common import config, launch
 from triton_kernels.settings import measured
-from triton_kernels.split_attention import attend, load_tile, merge, merge_step, publish, split_bounds
+from triton_kernels.core.split_attention import attend, load_tile, merge, merge_step, publish, split_bounds
 
 # tile: tokens per step. min_rows: a group's query heads are padded to the 16 rows of a tensor-core tile. Two of the
 # num_stages cover the page lookup, which the loads of K and V depend on. float32's dots run on CUDA cores.

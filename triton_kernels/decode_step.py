@@ -23,8 +23,8 @@ from triton_kernels.norm_linear_argmax import first_best, keep_best
 from triton_kernels.norm_linear_silu_mul import activate
 from triton_kernels.rope_append_attention import angles, append_and_attend
 from triton_kernels.settings import measured, multiprocessors
-from triton_kernels.split_attention import load_tile, merge_step, split_bounds
-from triton_kernels.stream_rows import load_rows, normed_rows
+from triton_kernels.core.split_attention import load_tile, merge_step, split_bounds
+from triton_kernels.core.fused_product import load_rows, normed_rows
 
 BARRIER, BEST, TICKET, TICKETS = map(tl.constexpr, (contract.BARRIER, contract.BEST, contract.TICKET, contract.TICKETS))
 # Places in a row of the table: LAYER of the contract.

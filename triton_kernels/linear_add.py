@@ -14,7 +14,7 @@ import triton.language as tl
 from triton_kernels import settings
 from triton_kernels.common import launch
 from triton_kernels.settings import ANY
-from triton_kernels.stream_rows import dot_rows, load_rows, wait_for_inputs
+from triton_kernels.core.fused_product import dot_rows, load_rows, wait_for_inputs
 
 # See settings.by_hand. UNROLL tiles of the sum path are in flight.
 SM_80 = {

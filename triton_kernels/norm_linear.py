@@ -15,7 +15,7 @@ from triton_kernels import settings
 from triton_kernels.common import launch
 from triton_kernels.rmsnorm import normalised
 from triton_kernels.settings import ANY
-from triton_kernels.stream_rows import dot_rows, load_rows, normed_rows, wait_for_inputs
+from triton_kernels.core.fused_product import dot_rows, load_rows, normed_rows, wait_for_inputs
 
 # See settings.by_hand. 32 warps of 64 registers a thread are all the registers of a multiprocessor. Small n wants small
 # tiles, so that every multiprocessor has a program.

@@ -12,7 +12,7 @@ from triton_kernels import settings
 from triton_kernels.common import launch
 from triton_kernels.rmsnorm import normalised
 from triton_kernels.settings import ANY
-from triton_kernels.stream_rows import dot_rows, load_rows, normed_rows, wait_for_inputs
+from triton_kernels.core.fused_product import dot_rows, load_rows, normed_rows, wait_for_inputs
 
 # See settings.by_hand. BLOCK_N counts outputs, which have two rows of w each.
 SM_80 = {

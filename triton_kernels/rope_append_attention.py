@@ -15,8 +15,8 @@ import triton.language as tl
 
 from triton_kernels.common import config, launch
 from triton_kernels.settings import dependent_launch, measured
-from triton_kernels.split_attention import attend, cache_rows, load_tile, merge, merge_step, publish, split_bounds
-from triton_kernels.stream_rows import normed, wait_for_inputs
+from triton_kernels.core.split_attention import attend, cache_rows, load_tile, merge, merge_step, publish, split_bounds
+from triton_kernels.core.fused_product import normed, wait_for_inputs
 
 # As in decode_attention, but for the first tile's registers.
 HALF = dict(tile=64, min_rows=16, num_warps=4, num_stages=4)

@@ -1,7 +1,7 @@
 // The prologue of the ops that normalise x before they multiply: each block normalises the rows again, from L2, and
 // keeps them in shared memory. That costs less than a kernel of its own, which would pass them through memory.
 #pragma once
-#include "launchers.h"
+#include "../launchers.h"
 #include "stream_rows.cuh"
 
 namespace lab {
@@ -42,7 +42,8 @@ template <typename T, int Parts, typename F>
 inline void by_normed_shape(int rows, int outputs, int k, const Settings& tuned, F&& f) {
   constexpr int kLimit = 64 * 1024;               // a third of a multiprocessor's, so that blocks share it
   const int64_t row = int64_t(k) * sizeof(T);
-  const int batch = 8 * row <= kLimit ? 8 : 4 * row <= kLimit ? 4 : 2 * row <= kLimit ? 2 : 1;
+  int batch = 8;                                  // the most rows that fit
+  while (batch > 1 && batch * row > kLimit) batch /= 2;
   by_stream_shape<T, Parts, 32, false>(rows, outputs, k, batch, tuned, f);
 }
 

@@ -1,10 +1,10 @@
 // How the attention ops launch: the core for a dtype, a head dim and a group of query heads, and its shared memory.
 #pragma once
 #include "lane_attention.cuh"
-#include "launchers.h"
+#include "../launchers.h"
 #include "mma_attention.cuh"
-#include "settings.h"
-#include "sizes.h"
+#include "../settings.h"
+#include "../sizes.h"
 
 namespace lab {
 
