@@ -1,7 +1,9 @@
-// Python sees one function per launcher, of the same name and argument order. Addresses are integers, so torch is not
-// needed to build this; the callers in lab/ops/ have checked them.
+// Python sees one function per launcher, of the same name, with the fields of its struct as keyword arguments
+// (named_args.h). Addresses are integers, so torch is not needed to build this; the callers in lab/ops/ have
+// checked them.
 //
-// One source, two modules: LAB_MODULE is _cuda (nvcc's kernels) or _host (the same kernels, by a C++ compiler).
+// One source, two modules: LAB_MODULE is _cuda (nvcc's kernels) or _host (the same kernels, by a C++
+// compiler).
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -10,6 +12,7 @@
 
 #include "ladder/launchers.h"
 #include "launchers.h"
+#include "named_args.h"
 #include "settings.h"
 #include "trace.h"
 
@@ -19,7 +22,8 @@ const char* build_facts();                        // JSON, written by setup.py
 
 namespace py = pybind11;
 
-// The recorded launches as dicts. offset: where in this module's file the kernel's host half is; `nm` names it there.
+// The recorded launches as dicts. offset: where in this module's file the kernel's host half is; `nm` names
+// it there.
 static py::list take_launches() {
   py::list rows;
   for (const lab::trace::Launch& launch : lab::take_launches()) {
@@ -58,27 +62,27 @@ static void force_settings(const std::string& op, const std::optional<Named>& va
 }
 
 PYBIND11_MODULE(LAB_MODULE, m) {
-  const auto op = [&](const char* name, auto* launcher) {
-    m.def(name, launcher, py::call_guard<py::gil_scoped_release>());
-  };
-  op("embedding", &embedding);
-  op("rmsnorm", &rmsnorm);
-  op("linear", &linear);
-  op("rope", &rope);
-  op("kv_append", &kv_append);
-  op("decode_attention", &decode_attention);
-  op("silu_mul", &silu_mul);
-  op("sample", &sample);
-  op("norm_linear", &norm_linear);
-  op("norm_linear_silu_mul", &norm_linear_silu_mul);
-  op("linear_add", &linear_add);
-  op("rope_append_attention", &rope_append_attention);
-  op("norm_linear_argmax", &norm_linear_argmax);
-  op("decode_step", &decode_step);
-  op("stream", &stream);
-  op("linear_ladder", &linear_ladder);
-  op("rmsnorm_ladder", &rmsnorm_ladder);
-  op("decode_attention_ladder", &decode_attention_ladder);
+  OP(embedding, ids, table, out, rows, cols, vocab, dtype, stream);
+  OP(rmsnorm, x, w, residual, y, rows, groups, cols, x_stride, y_stride, eps, dtype, stream);
+  OP(linear, x, w, bias, y, rows, n, k, dtype, out_dtype, stream);
+  OP(rope, q, k, positions, cos_sin, batch, q_heads, kv_heads, head_dim, dtype, stream);
+  OP(kv_append, k, v, cache, positions, batch, head_dim, dtype, stream);
+  OP(decode_attention, q, cache, context_lens, out, splits, batch, q_heads, head_dim, scale, dtype, stream);
+  OP(silu_mul, gate_up, y, rows, cols, dtype, stream);
+  OP(sample, logits, positions, out, rows, vocab, temperature, top_k, top_p, seed, stream);
+  OP(norm_linear, x, norm_w, w, bias, y, normed, rows, n, k, eps, dtype, out_dtype, stream);
+  OP(norm_linear_silu_mul, x, norm_w, w, y, normed, rows, n, k, eps, dtype, stream);
+  OP(linear_add, x, w, bias, residual, rows, n, k, dtype, stream);
+  OP(rope_append_attention, q, k, v, norms, positions, cos_sin, cache, out, splits, batch, q_heads,
+     head_dim, scale, dtype, stream);
+  OP(norm_linear_argmax, x, norm_w, w, logits, scratch, normed, out, rows, n, k, eps, dtype, stream);
+  OP(decode_step, ids, positions, weights, cache, logits, out, exchange, sizes, q_heads, head_dim, eps,
+     scale, dtype, stream);
+  OP(bandwidth, src, dst, bytes, mode, passes, blocks, threads, stream);
+  OP(linear_ladder, x, w, bias, y, rows, n, k, dtype, out_dtype, stream);
+  OP(rmsnorm_ladder, x, w, residual, y, rows, groups, cols, x_stride, y_stride, eps, dtype, stream);
+  OP(decode_attention_ladder, q, cache, context_lens, out, splits, batch, q_heads, head_dim, scale, dtype,
+     stream);
 
   m.def("set_settings", &set_settings,
         "The launch settings to take from now on: a list of (op, bytes of an element, rows, shape, settings by name).");

@@ -1,7 +1,7 @@
 // The names that kernels use, the same on a GPU (nvcc) and on a CPU (g++ or clang++, no CUDA toolkit needed).
 //
 // A kernel includes this file alone. On the GPU side each name is a thin wrapper over one PTX instruction or one
-// CUDA intrinsic, and all inline PTX of the project is here, but for wgmma's (wgmma.cuh). On the CPU side the same names
+// CUDA intrinsic, and all inline PTX of the project is here, but for wgmma's (core/wgmma.cuh). On the CPU side the same names
 // come from host/cuda_on_cpu.h, which also supplies the raw CUDA names (threadIdx, __syncthreads, __shfl_xor_sync,
 // float4 ...).
 //
@@ -9,7 +9,7 @@
 //   - shared memory only through smem<Struct>(), never __shared__;
 //   - launches only through launch(), never <<<>>>;
 //   - wrap the body of a kernel that uses mbarriers, bulk copies or clusters in `#if LAB_SM90 ... #endif`;
-//     these exist for sm_90 and later, and on the CPU (wgmma.cuh has LAB_WGMMA for what sm_90a alone has).
+//     these exist for sm_90 and later, and on the CPU (core/wgmma.cuh has LAB_WGMMA for what sm_90a alone has).
 #pragma once
 #include <cstddef>
 #include <cstdint>

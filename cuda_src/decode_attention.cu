@@ -3,11 +3,11 @@
 //   q [batch, q_heads, D], stride of batch free   out [batch, q_heads, D]   context_lens [batch] int32
 //   k_cache, v_cache [pages, kv_heads, page_size, D]   block_table [batch, max_pages] int32
 //   partial [batch, kv_heads, splits, group, D + 2] float32: what the splits found   tickets [batch, kv_heads]
-//   mapping   grid (splits, kv_heads, batch); the warps of a block share the tokens of its split: see split_attention.cuh
+//   mapping   grid (splits, kv_heads, batch); the warps of a block share the tokens of its split: see core/split_attention.cuh
 //   traffic   K and V once for all query heads of their group; q, partial and out are small
 //   contract  lab/ops/decode_attention.py          twin  triton_kernels/decode_attention.py
-#include "attention.cuh"
 #include "common.cuh"
+#include "core/attention.cuh"
 #include "launchers.h"
 
 using namespace lab;
@@ -49,25 +49,22 @@ __global__ void __launch_bounds__(A::kMaxThreads, 1)
   attention.merge(out, partial, tickets);
 }
 
-void decode_attention(Ptr q, Ptr k_cache, Ptr v_cache, Ptr block_table, Ptr context_lens, Ptr out, Ptr partial,
-                      Ptr tickets, int batch, int q_heads, int kv_heads, int head_dim, int page_size, int max_pages,
-                      int splits, int64_t q_stride, float scale, int dtype, Ptr stream) {
-  if (batch == 0) return;
-  const int group = q_heads / kv_heads;
-  by_dtype(dtype, [&](auto tag) {
+void decode_attention(const DecodeAttentionArgs& a) {
+  if (a.batch == 0) return;
+  const int group = a.q_heads / a.cache.kv_heads;
+  by_dtype(a.dtype, [&](auto tag) {
     using T = decltype(tag);
-    const Settings tuned = settings::find("decode_attention", sizeof(T), batch,
-                                          {q_heads, kv_heads, head_dim, page_size});
-    const PagedCache<T> cache{as<T>(k_cache), as<T>(v_cache), as<const int>(block_table), log2_of(page_size),
-                              max_pages};
-    by_attention_core<T>("decode_attention", head_dim, group, [&](auto core) {
+    const Settings tuned = settings::find("decode_attention", sizeof(T), a.batch,
+                                          {a.q_heads, a.cache.kv_heads, a.head_dim, a.cache.page_size});
+    by_attention_core<T>("decode_attention", a.head_dim, group, [&](auto core) {
       using A = typename decltype(core)::type;
-      const unsigned cluster = attention_cluster(splits, kv_heads, batch);
-      launch({dim3(round_up(splits, cluster), kv_heads, batch), dim3(A::threads(group)),
-              attention_smem_bytes<A>(group, splits), stream, true, cluster},
-             "decode_attention_kernel", decode_attention_kernel<A>, as<const T>(q), cache, as<const int>(context_lens),
-             as<T>(out), as<float>(partial), as<unsigned>(tickets), splits, group, q_stride, scale * 1.4426950408889634f,
-             tuned.least);
+      const unsigned cluster = attention_cluster(a.splits.count, a.cache.kv_heads, a.batch);
+      launch({dim3(round_up(a.splits.count, cluster), a.cache.kv_heads, a.batch), dim3(A::threads(group)),
+              attention_smem_bytes<A>(group, a.splits.count), a.stream, true, cluster},
+             "decode_attention_kernel", decode_attention_kernel<A>, as<const T>(a.q.data),
+             paged_cache<T>(a.cache), as<const int>(a.context_lens), as<T>(a.out),
+             as<float>(a.splits.partial), as<unsigned>(a.splits.tickets), a.splits.count, group, a.q.stride,
+             a.scale * 1.4426950408889634f, tuned.least);
     });
   });
 }

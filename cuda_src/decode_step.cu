@@ -5,17 +5,17 @@
 //   caches [layers, pages, kv_heads, page_size, D]   block_table [1, max_pages]   cos_sin [max_positions, D] float32
 //   words: a row each of h, qkv, attention and act, and attention's splits, as they pass from block to block
 //   mapping   one block a multiprocessor, which stays; it owns a share of every matrix's rows, and a split of one KV
-//             head's context; eight warps multiply what one thread sends for (weight_ring.cuh). Between two phases a
-//             block waits for the others' results (tagged_row.cuh); the weights stream on meanwhile
+//             head's context; eight warps multiply what one thread sends for (core/weight_ring.cuh). Between two phases a
+//             block waits for the others' results (core/tagged_row.cuh); the weights stream on meanwhile
 //   traffic   every weight and the context's K and V once; the rest is small
 //   contract  lab/ops/decode_step.py          twin  triton_kernels/decode_step.py
 #include <algorithm>
 
-#include "candidate.cuh"
 #include "common.cuh"
+#include "core/candidate.cuh"
+#include "core/step_attention.cuh"
 #include "launchers.h"
 #include "sizes.h"
-#include "step_attention.cuh"
 
 using namespace lab;
 
@@ -34,7 +34,7 @@ struct StepArguments {
   const float* cos_sin;
   float* logits;
   int* out;
-  uint64_t *h, *qkv, *attention, *act, *partial;  // tagged_row.cuh
+  uint64_t *h, *qkv, *attention, *act, *partial;  // core/tagged_row.cuh
   unsigned* counters;
   int layers, vocab, hidden, intermediate, tiles, row_bytes;
   int64_t few_up_to;                              // bytes of a layer's K and V up to which one tile is under way, not two
@@ -258,20 +258,17 @@ static void by_half(int dtype, F f) {
   throw std::invalid_argument("decode_step takes float16 and bfloat16");
 }
 
-void decode_step(Ptr ids, Ptr positions, Ptr embed, Ptr table, Ptr final_norm, Ptr lm_head, Ptr cos_sin, Ptr k_cache,
-                 Ptr v_cache, Ptr block_table, Ptr logits, Ptr out, Ptr words, Ptr counters, int layers, int vocab,
-                 int hidden, int intermediate, int q_heads, int kv_heads, int head_dim, int pages, int page_size,
-                 float eps, float scale, int dtype, Ptr stream) {
+void decode_step(const DecodeStepArgs& a) {
   if (!has_clusters()) throw std::runtime_error("decode_step needs bulk copies (sm_90): use --plan fused on this GPU");
-  by_half(dtype, [&](auto tag) {
+  by_half(a.dtype, [&](auto tag) {
     using T = decltype(tag);
     const auto with_dim = [&](auto dim) {
       constexpr int D = decltype(dim)::value;
-      const int longest = std::max({hidden, intermediate, q_heads * D});
+      const int longest = std::max({a.sizes.hidden, a.sizes.intermediate, a.q_heads * D});
       const int row_bytes = std::max(round_up(longest * int(sizeof(T)), 16),
-                                     StepAttention<T, D>::sums_bytes(q_heads / kv_heads));
-      const int fixed = int(sizeof(StepSmem<T, D>)) + hidden * int(sizeof(T)) + row_bytes +
-                        layers * int(sizeof(StepLayer<T>));
+                                     StepAttention<T, D>::sums_bytes(a.q_heads / a.cache.kv_heads));
+      const int fixed = int(sizeof(StepSmem<T, D>)) + a.sizes.hidden * int(sizeof(T)) + row_bytes +
+                        a.sizes.layers * int(sizeof(StepLayer<T>));
       const int tiles = std::min(kMostTiles, (most_shared_bytes() - fixed) / kTileBytes);
       if (tiles < kMoreUnderWay) {
         throw std::invalid_argument("decode_step: rows of " + std::to_string(longest) +
@@ -280,26 +277,52 @@ void decode_step(Ptr ids, Ptr positions, Ptr embed, Ptr table, Ptr final_norm, P
       // Two tiles of each block under way keep an H100's DRAM busy. Where a layer is not much more than the rings hold, the
       // chain of phases takes longer than DRAM, and its loads and stores wait less behind one (Qwen3-0.6B at 1024 tokens:
       // 650 to 630 us; but at 8192, with as much again of K and V, one is too few).
-      const int64_t layer = int64_t(hidden) * (2 * (q_heads + kv_heads) * D + 3 * intermediate) * int64_t(sizeof(T));
+      const int layer_width = 2 * (a.q_heads + a.cache.kv_heads) * D + 3 * a.sizes.intermediate;
+      const int64_t layer = int64_t(a.sizes.hidden) * layer_width * int64_t(sizeof(T));
       const int64_t few_up_to = int64_t(tiles) * kTileBytes * multiprocessors() * 3 / 2 - layer;
-      uint64_t *h = as<uint64_t>(words), *qkv = h + hidden / 2, *attention = qkv + (q_heads + 2 * kv_heads) * D / 2;
-      uint64_t* act = attention + q_heads * D / 2;
-      StepArguments<T> a{as<const int>(ids), as<const int>(positions), as<const T>(embed), as<const StepLayer<T>>(table),
-                         as<const T>(final_norm), as<const T>(lm_head), as<const float>(cos_sin), as<float>(logits),
-                         as<int>(out), h, qkv, attention, act, act + intermediate / 2,
-                         as<unsigned>(counters), layers, vocab, hidden, intermediate, tiles, row_bytes, few_up_to,
-                         {q_heads, kv_heads, log2_of(page_size), eps, scale * 1.4426950408889634f,
-                          as<const int>(block_table), int64_t(pages) * kv_heads * page_size * D, as<T>(k_cache),
-                          as<T>(v_cache)}};
-      Config config{dim3(multiprocessors()), dim3(kRingThreads + 32), size_t(fixed + tiles * kTileBytes), stream};
+      StepArguments<T> s{};
+      s.ids = as<const int>(a.ids);
+      s.positions = as<const int>(a.positions);
+      s.embed = as<const T>(a.weights.embed);
+      s.table = as<const StepLayer<T>>(a.weights.layers);
+      s.final_norm = as<const T>(a.weights.final_norm);
+      s.lm_head = as<const T>(a.weights.lm_head);
+      s.cos_sin = as<const float>(a.weights.cos_sin);
+      s.logits = as<float>(a.logits);
+      s.out = as<int>(a.out);
+      s.h = as<uint64_t>(a.exchange.words);       // the rows lie one behind the other, two elements a word
+      s.qkv = s.h + a.sizes.hidden / 2;
+      s.attention = s.qkv + (a.q_heads + 2 * a.cache.kv_heads) * D / 2;
+      s.act = s.attention + a.q_heads * D / 2;
+      s.partial = s.act + a.sizes.intermediate / 2;
+      s.counters = as<unsigned>(a.exchange.counters);
+      s.layers = a.sizes.layers;
+      s.vocab = a.sizes.vocab;
+      s.hidden = a.sizes.hidden;
+      s.intermediate = a.sizes.intermediate;
+      s.tiles = tiles;
+      s.row_bytes = row_bytes;
+      s.few_up_to = few_up_to;
+      s.heads.q_heads = a.q_heads;
+      s.heads.kv_heads = a.cache.kv_heads;
+      s.heads.page_shift = log2_of(a.cache.page_size);
+      s.heads.eps = a.eps;
+      s.heads.scale_log2 = a.scale * 1.4426950408889634f;
+      s.heads.table = as<const int>(a.cache.block_table);
+      s.heads.layer = int64_t(a.cache.pages) * a.cache.kv_heads * a.cache.page_size * D;
+      s.heads.k_cache = as<T>(a.cache.k);
+      s.heads.v_cache = as<T>(a.cache.v);
+      Config config{dim3(multiprocessors()), dim3(kRingThreads + 32), size_t(fixed + tiles * kTileBytes),
+                    a.stream};
       config.cooperative = true;                  // all blocks run at once, or the launch is refused
-      launch(config, "decode_step_kernel", decode_step_kernel<T, D>, a);
+      launch(config, "decode_step_kernel", decode_step_kernel<T, D>, s);
     };
-    switch (head_dim) {
+    switch (a.head_dim) {
       case 64: return with_dim(std::integral_constant<int, 64>{});
       case 96: return with_dim(std::integral_constant<int, 96>{});
       case 128: return with_dim(std::integral_constant<int, 128>{});
     }
-    throw std::invalid_argument("decode_step: head_dim " + std::to_string(head_dim) + " is not 64, 96 or 128");
+    throw std::invalid_argument("decode_step: head_dim " + std::to_string(a.head_dim) +
+                                " is not 64, 96 or 128");
   });
 }

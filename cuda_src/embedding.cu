@@ -30,15 +30,16 @@ __global__ void embedding_kernel(const int* ids, const T* table, T* out, int col
   }
 }
 
-void embedding(Ptr ids, Ptr table, Ptr out, int rows, int cols, int vocab, int dtype, Ptr stream) {
-  if (rows == 0) return;
-  by_dtype(dtype, [&](auto tag) {
+void embedding(const EmbeddingArgs& a) {
+  if (a.rows == 0) return;
+  by_dtype(a.dtype, [&](auto tag) {
     using T = decltype(tag);
     by_width<T>([&](auto width) {
       constexpr int N = decltype(width)::value;
-      const int threads = cpu_shapes() ? 32 : cols / N > 128 ? 256 : 128;
-      launch({dim3(rows), dim3(threads), 0, stream, true}, "embedding_kernel", embedding_kernel<T, N>, as<const int>(ids),
-             as<const T>(table), as<T>(out), cols, vocab);
-    }, cols);
+      int threads = a.cols / N > 128 ? 256 : 128;
+      if (cpu_shapes()) threads = 32;
+      launch({dim3(a.rows), dim3(threads), 0, a.stream, true}, "embedding_kernel", embedding_kernel<T, N>,
+             as<const int>(a.ids), as<const T>(a.table), as<T>(a.out), a.cols, a.vocab);
+    }, a.cols);
   });
 }

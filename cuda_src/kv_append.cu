@@ -37,17 +37,17 @@ __global__ void kv_append_kernel(const T* k, const T* v, T* k_cache, T* v_cache,
   store(v_cache + slot * head_dim + i, value);
 }
 
-void kv_append(Ptr k, Ptr v, Ptr k_cache, Ptr v_cache, Ptr block_table, Ptr positions, int batch, int kv_heads,
-               int head_dim, int page_size, int max_pages, int64_t k_stride, int64_t v_stride, int dtype, Ptr stream) {
-  if (batch == 0) return;
-  by_dtype(dtype, [&](auto tag) {
+void kv_append(const KvAppendArgs& a) {
+  if (a.batch == 0) return;
+  by_dtype(a.dtype, [&](auto tag) {
     using T = decltype(tag);
     by_width<T>([&](auto width) {
       constexpr int N = decltype(width)::value;
-      const int64_t items = int64_t(batch) * kv_heads * (head_dim / N);
-      launch({dim3(blocks_for(items, 128)), dim3(128), 0, stream}, "kv_append_kernel", kv_append_kernel<T, N>,
-             as<const T>(k), as<const T>(v), as<T>(k_cache), as<T>(v_cache), as<const int>(block_table),
-             as<const int>(positions), batch, kv_heads, head_dim, page_size, max_pages, k_stride, v_stride);
-    }, head_dim, k_stride, v_stride);
+      const int64_t items = int64_t(a.batch) * a.cache.kv_heads * (a.head_dim / N);
+      launch({dim3(blocks_for(items, 128)), dim3(128), 0, a.stream}, "kv_append_kernel",
+             kv_append_kernel<T, N>, as<const T>(a.k.data), as<const T>(a.v.data), as<T>(a.cache.k),
+             as<T>(a.cache.v), as<const int>(a.cache.block_table), as<const int>(a.positions), a.batch,
+             a.cache.kv_heads, a.head_dim, a.cache.page_size, a.cache.max_pages, a.k.stride, a.v.stride);
+    }, a.head_dim, a.k.stride, a.v.stride);
   });
 }

@@ -4,13 +4,13 @@
 //   mapping   up to 2 rows, and float32: a warp streams 4 rows of w, its lanes share k; 2 or 4 warps do for narrow w
 //             more rows in float16 or bfloat16: tensor cores; a block owns 16 to 64 rows of w, and its warps share k; on
 //             Hopper from 17 rows on its warpgroups do, and for long rows the two blocks of a cluster
-//             the two cores are in stream_rows.cuh and mma_rows.cuh
+//             the two cores are in core/stream_rows.cuh and core/mma_rows.cuh
 //   traffic   w once (the only traffic that counts), x once per block from L2, y once
 //   contract  lab/ops/linear.py          twin  triton_kernels/linear.py
 #include "common.cuh"
+#include "core/mma_rows.cuh"
+#include "core/stream_rows.cuh"
 #include "launchers.h"
-#include "mma_rows.cuh"
-#include "stream_rows.cuh"
 
 using namespace lab;
 
@@ -62,28 +62,28 @@ __global__ void __launch_bounds__(C::kThreads)
   product.finish();
 }
 
-void linear(Ptr x, Ptr w, Ptr bias, Ptr y, int rows, int n, int k, int dtype, int out_dtype, Ptr stream_) {
-  if (rows == 0 || n == 0) return;
-  by_dtype(dtype, [&](auto tag) {
+void linear(const LinearArgs& a) {
+  if (a.rows == 0 || a.n == 0) return;
+  by_dtype(a.dtype, [&](auto tag) {
     using T = decltype(tag);
-    const Settings tuned = settings::find("linear", sizeof(T), rows, {n, k});
+    const Settings tuned = settings::find("linear", sizeof(T), a.rows, {a.n, a.k});
     const auto start = [&](const char* name, const Config& config, auto kernel) {
-      launch(config, name, kernel, as<const T>(x), as<const T>(w), as<const T>(bias), as<void>(y), rows, n, k,
-             out_dtype == int(DType::f32));
+      launch(config, name, kernel, as<const T>(a.x), as<const T>(a.w), as<const T>(a.bias), as<void>(a.y),
+             a.rows, a.n, a.k, a.out_dtype == int(DType::f32));
     };
     if constexpr (sizeof(T) == 2) {
-      if (rows > most_stream_rows()) {
-        return by_mma_shape<T, 1>(rows, n, k, tuned, [&](auto shape, unsigned cluster) {
+      if (a.rows > most_stream_rows()) {
+        return by_mma_shape<T, 1>(a.rows, a.n, a.k, tuned, [&](auto shape, unsigned cluster) {
           using C = typename decltype(shape)::type;
-          start("linear_mma_kernel", mma_config<C>(n, cluster, sizeof(MmaSmem<T, C>), stream_),
+          start("linear_mma_kernel", mma_config<C>(a.n, cluster, sizeof(MmaSmem<T, C>), a.stream),
                 linear_mma_kernel<T, C>);
         });
       }
     }
-    by_stream_shape<T, 1, 8, true>(rows, n, k, rows, tuned, [&](auto shape) {
+    by_stream_shape<T, 1, 8, true>(a.rows, a.n, a.k, a.rows, tuned, [&](auto shape) {
       using C = typename decltype(shape)::type;
-      const dim3 blocks(stream_blocks<C>(n, false, tuned));
-      start("linear_stream_kernel", {blocks, dim3(C::kThreads), staged_smem_bytes<T, C>(k), stream_, true},
+      const dim3 blocks(stream_blocks<C>(a.n, false, tuned));
+      start("linear_stream_kernel", {blocks, dim3(C::kThreads), staged_smem_bytes<T, C>(a.k), a.stream, true},
             linear_stream_kernel<T, C>);
     });
   });

@@ -5,9 +5,9 @@
 //   traffic   w once (the only traffic that counts), x once per block from L2, residual read and written once
 //   contract  lab/ops/linear_add.py          twin  triton_kernels/linear_add.py
 #include "common.cuh"
+#include "core/mma_rows.cuh"
+#include "core/stream_rows.cuh"
 #include "launchers.h"
-#include "mma_rows.cuh"
-#include "stream_rows.cuh"
 
 using namespace lab;
 
@@ -70,27 +70,29 @@ __global__ void __launch_bounds__(C::kThreads)
   product.finish();
 }
 
-void linear_add(Ptr x, Ptr w, Ptr bias, Ptr residual, int rows, int n, int k, int dtype, Ptr stream_) {
-  if (rows == 0 || n == 0) return;
-  by_dtype(dtype, [&](auto tag) {
+void linear_add(const LinearAddArgs& a) {
+  if (a.rows == 0 || a.n == 0) return;
+  by_dtype(a.dtype, [&](auto tag) {
     using T = decltype(tag);
-    const Settings tuned = settings::find("linear_add", sizeof(T), rows, {n, k});
+    const Settings tuned = settings::find("linear_add", sizeof(T), a.rows, {a.n, a.k});
     const auto start = [&](const char* name, const Config& config, auto kernel) {
-      launch(config, name, kernel, as<const T>(x), as<const T>(w), as<const T>(bias), as<T>(residual), rows, n, k);
+      launch(config, name, kernel, as<const T>(a.x), as<const T>(a.w), as<const T>(a.bias), as<T>(a.residual),
+             a.rows, a.n, a.k);
     };
     if constexpr (sizeof(T) == 2) {
-      if (rows > most_stream_rows()) {
-        return by_mma_shape<T, 1>(rows, n, k, tuned, [&](auto shape, unsigned cluster) {
+      if (a.rows > most_stream_rows()) {
+        return by_mma_shape<T, 1>(a.rows, a.n, a.k, tuned, [&](auto shape, unsigned cluster) {
           using C = typename decltype(shape)::type;
-          start("linear_add_mma_kernel", mma_config<C>(n, cluster, sizeof(MmaSmem<T, C>), stream_),
+          start("linear_add_mma_kernel", mma_config<C>(a.n, cluster, sizeof(MmaSmem<T, C>), a.stream),
                 linear_add_mma_kernel<T, C>);
         });
       }
     }
-    by_stream_shape<T, 1, 8, true>(rows, n, k, rows, tuned, [&](auto shape) {
+    by_stream_shape<T, 1, 8, true>(a.rows, a.n, a.k, a.rows, tuned, [&](auto shape) {
       using C = typename decltype(shape)::type;
-      const dim3 blocks(stream_blocks<C>(n, false, tuned));
-      start("linear_add_stream_kernel", {blocks, dim3(C::kThreads), staged_smem_bytes<T, C>(k), stream_, true},
+      const dim3 blocks(stream_blocks<C>(a.n, false, tuned));
+      start("linear_add_stream_kernel",
+            {blocks, dim3(C::kThreads), staged_smem_bytes<T, C>(a.k), a.stream, true},
             linear_add_stream_kernel<T, C>);
     });
   });

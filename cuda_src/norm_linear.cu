@@ -7,8 +7,8 @@
 //   traffic   w once (the only traffic that counts), x and norm_w (on tensor cores normed) once per block from L2, y once
 //   contract  lab/ops/norm_linear.py          twin  triton_kernels/norm_linear.py
 #include "common.cuh"
+#include "core/norm_rows.cuh"
 #include "launchers.h"
-#include "norm_rows.cuh"
 
 using namespace lab;
 
@@ -41,21 +41,33 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
   }
 }
 
-void norm_linear(Ptr x, Ptr norm_w, Ptr w, Ptr bias, Ptr y, Ptr normed, int rows, int n, int k, float eps, int dtype,
-                 int out_dtype, Ptr stream_) {
-  if (rows == 0 || n == 0) return;
-  by_dtype(dtype, [&](auto tag) {
+void norm_linear(const NormLinearArgs& a) {
+  if (a.rows == 0 || a.n == 0) return;
+  by_dtype(a.dtype, [&](auto tag) {
     using T = decltype(tag);
-    const Settings tuned = settings::find("norm_linear", sizeof(T), rows, {n, k});
-    if (sizeof(T) == 2 && rows > most_stream_rows()) {
-      norm_into("norm_linear", normed, x, norm_w, rows, k, eps, dtype, stream_);
-      return linear(normed, w, bias, y, rows, n, k, dtype, out_dtype, stream_);
+    const Settings tuned = settings::find("norm_linear", sizeof(T), a.rows, {a.n, a.k});
+    if (sizeof(T) == 2 && a.rows > most_stream_rows()) {
+      norm_into("norm_linear", a);
+      LinearArgs product{};
+      product.x = a.normed;
+      product.w = a.w;
+      product.bias = a.bias;
+      product.y = a.y;
+      product.rows = a.rows;
+      product.n = a.n;
+      product.k = a.k;
+      product.dtype = a.dtype;
+      product.out_dtype = a.out_dtype;
+      product.stream = a.stream;
+      return linear(product);
     }
-    by_normed_shape<T, 1>(rows, n, k, tuned, [&](auto shape) {
+    by_normed_shape<T, 1>(a.rows, a.n, a.k, tuned, [&](auto shape) {
       using C = typename decltype(shape)::type;
-      launch({dim3(stream_blocks<C>(n, true, tuned)), dim3(C::kThreads), norm_smem_bytes<T, C>(k), stream_, true},
-             "norm_linear_kernel", norm_linear_kernel<T, C>, as<const T>(x), as<const T>(norm_w), as<const T>(w),
-             as<const T>(bias), as<void>(y), rows, n, k, eps, out_dtype == int(DType::f32));
+      launch({dim3(stream_blocks<C>(a.n, true, tuned)), dim3(C::kThreads), norm_smem_bytes<T, C>(a.k),
+              a.stream, true},
+             "norm_linear_kernel", norm_linear_kernel<T, C>, as<const T>(a.x), as<const T>(a.norm_w),
+             as<const T>(a.w), as<const T>(a.bias), as<void>(a.y), a.rows, a.n, a.k, a.eps,
+             a.out_dtype == int(DType::f32));
     });
   });
 }

@@ -8,11 +8,11 @@
 //             blocks raise each row's best by atomicMax (a maximum is the same in every order); the last one reads them
 //   traffic   w once (the only traffic that counts), logits written once
 //   contract  lab/ops/norm_linear_argmax.py          twin  triton_kernels/norm_linear_argmax.py
-#include "candidate.cuh"
 #include "common.cuh"
+#include "core/candidate.cuh"
+#include "core/mma_rows.cuh"
+#include "core/norm_rows.cuh"
 #include "launchers.h"
-#include "mma_rows.cuh"
-#include "norm_rows.cuh"
 
 using namespace lab;
 
@@ -134,29 +134,29 @@ __global__ void __launch_bounds__(C::kThreads)
   finish_argmax(scratch, ids, rows, shared.last);
 }
 
-void norm_linear_argmax(Ptr x, Ptr norm_w, Ptr w, Ptr logits, Ptr scratch, Ptr normed, Ptr out, int rows, int n, int k,
-                        float eps, int dtype, Ptr stream_) {
-  if (rows == 0 || n == 0) return;
-  by_dtype(dtype, [&](auto tag) {
+void norm_linear_argmax(const NormLinearArgmaxArgs& a) {
+  if (a.rows == 0 || a.n == 0) return;
+  by_dtype(a.dtype, [&](auto tag) {
     using T = decltype(tag);
-    const Settings tuned = settings::find("norm_linear_argmax", sizeof(T), rows, {n, k});
+    const Settings tuned = settings::find("norm_linear_argmax", sizeof(T), a.rows, {a.n, a.k});
     if constexpr (sizeof(T) == 2) {
-      if (rows > most_stream_rows()) {
-        norm_into("norm_linear_argmax", normed, x, norm_w, rows, k, eps, dtype, stream_);
-        return by_mma_shape<T, 1>(rows, n, k, tuned, [&](auto shape, unsigned cluster) {
+      if (a.rows > most_stream_rows()) {
+        norm_into("norm_linear_argmax", a);
+        return by_mma_shape<T, 1>(a.rows, a.n, a.k, tuned, [&](auto shape, unsigned cluster) {
           using C = typename decltype(shape)::type;
-          launch(mma_config<C>(n, cluster, sizeof(ArgmaxMmaSmem<T, C>), stream_), "norm_linear_argmax_mma_kernel",
-                 norm_linear_argmax_mma_kernel<T, C>, as<const T>(normed), as<const T>(w), as<float>(logits),
-                 as<int>(scratch), as<int>(out), rows, n, k);
+          launch(mma_config<C>(a.n, cluster, sizeof(ArgmaxMmaSmem<T, C>), a.stream),
+                 "norm_linear_argmax_mma_kernel", norm_linear_argmax_mma_kernel<T, C>, as<const T>(a.normed),
+                 as<const T>(a.w), as<float>(a.logits), as<int>(a.scratch), as<int>(a.out), a.rows, a.n, a.k);
         });
       }
     }
-    by_normed_shape<T, 1>(rows, n, k, tuned, [&](auto shape) {
+    by_normed_shape<T, 1>(a.rows, a.n, a.k, tuned, [&](auto shape) {
       using C = typename decltype(shape)::type;
-      const size_t bytes = sizeof(ArgmaxSmem<T, C>) + size_t(C::B) * k * sizeof(T);
-      launch({dim3(stream_blocks<C>(n, true, tuned)), dim3(C::kThreads), bytes, stream_, true},
-             "norm_linear_argmax_kernel", norm_linear_argmax_kernel<T, C>, as<const T>(x), as<const T>(norm_w),
-             as<const T>(w), as<float>(logits), as<int>(scratch), as<int>(out), rows, n, k, eps);
+      const size_t bytes = sizeof(ArgmaxSmem<T, C>) + size_t(C::B) * a.k * sizeof(T);
+      launch({dim3(stream_blocks<C>(a.n, true, tuned)), dim3(C::kThreads), bytes, a.stream, true},
+             "norm_linear_argmax_kernel", norm_linear_argmax_kernel<T, C>, as<const T>(a.x),
+             as<const T>(a.norm_w), as<const T>(a.w), as<float>(a.logits), as<int>(a.scratch), as<int>(a.out),
+             a.rows, a.n, a.k, a.eps);
     });
   });
 }

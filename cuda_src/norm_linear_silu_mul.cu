@@ -7,9 +7,9 @@
 //   traffic   w once (the only traffic that counts), x and norm_w (on tensor cores normed) once per block from L2, y once
 //   contract  lab/ops/norm_linear_silu_mul.py          twin  triton_kernels/norm_linear_silu_mul.py
 #include "common.cuh"
+#include "core/mma_rows.cuh"
+#include "core/norm_rows.cuh"
 #include "launchers.h"
-#include "mma_rows.cuh"
-#include "norm_rows.cuh"
 
 using namespace lab;
 
@@ -66,27 +66,28 @@ __global__ void __launch_bounds__(C::kThreads)
   product.finish();
 }
 
-void norm_linear_silu_mul(Ptr x, Ptr norm_w, Ptr w, Ptr y, Ptr normed, int rows, int n, int k, float eps, int dtype,
-                          Ptr stream_) {
-  if (rows == 0 || n == 0) return;
-  by_dtype(dtype, [&](auto tag) {
+void norm_linear_silu_mul(const NormLinearSiluMulArgs& a) {
+  if (a.rows == 0 || a.n == 0) return;
+  by_dtype(a.dtype, [&](auto tag) {
     using T = decltype(tag);
-    const Settings tuned = settings::find("norm_linear_silu_mul", sizeof(T), rows, {n, k});
+    const Settings tuned = settings::find("norm_linear_silu_mul", sizeof(T), a.rows, {a.n, a.k});
     if constexpr (sizeof(T) == 2) {
-      if (rows > most_stream_rows()) {
-        norm_into("norm_linear_silu_mul", normed, x, norm_w, rows, k, eps, dtype, stream_);
-        return by_mma_shape<T, 2>(rows, n, k, tuned, [&](auto shape, unsigned cluster) {
+      if (a.rows > most_stream_rows()) {
+        norm_into("norm_linear_silu_mul", a);
+        return by_mma_shape<T, 2>(a.rows, a.n, a.k, tuned, [&](auto shape, unsigned cluster) {
           using C = typename decltype(shape)::type;
-          launch(mma_config<C>(n, cluster, sizeof(MmaSmem<T, C>), stream_), "norm_linear_silu_mul_mma_kernel",
-                 norm_linear_silu_mul_mma_kernel<T, C>, as<const T>(normed), as<const T>(w), as<T>(y), rows, n, k);
+          launch(mma_config<C>(a.n, cluster, sizeof(MmaSmem<T, C>), a.stream),
+                 "norm_linear_silu_mul_mma_kernel", norm_linear_silu_mul_mma_kernel<T, C>,
+                 as<const T>(a.normed), as<const T>(a.w), as<T>(a.y), a.rows, a.n, a.k);
         });
       }
     }
-    by_normed_shape<T, 2>(rows, n, k, tuned, [&](auto shape) {
+    by_normed_shape<T, 2>(a.rows, a.n, a.k, tuned, [&](auto shape) {
       using C = typename decltype(shape)::type;
-      launch({dim3(stream_blocks<C>(n, true, tuned)), dim3(C::kThreads), norm_smem_bytes<T, C>(k), stream_, true},
-             "norm_linear_silu_mul_stream_kernel", norm_linear_silu_mul_stream_kernel<T, C>, as<const T>(x),
-             as<const T>(norm_w), as<const T>(w), as<T>(y), rows, n, k, eps);
+      launch({dim3(stream_blocks<C>(a.n, true, tuned)), dim3(C::kThreads), norm_smem_bytes<T, C>(a.k),
+              a.stream, true},
+             "norm_linear_silu_mul_stream_kernel", norm_linear_silu_mul_stream_kernel<T, C>, as<const T>(a.x),
+             as<const T>(a.norm_w), as<const T>(a.w), as<T>(a.y), a.rows, a.n, a.k, a.eps);
     });
   });
 }

@@ -92,23 +92,23 @@ __global__ void __launch_bounds__(Threads)
   }
 }
 
-void rmsnorm(Ptr x, Ptr w, Ptr residual, Ptr y, int rows, int groups, int cols, int64_t x_stride, int64_t y_stride,
-             float eps, int dtype, Ptr stream) {
-  if (rows == 0) return;
-  by_dtype(dtype, [&](auto tag) {
+void rmsnorm(const RmsnormArgs& a) {
+  if (a.rows == 0) return;
+  by_dtype(a.dtype, [&](auto tag) {
     using T = decltype(tag);
     by_width<T>([&](auto width) {
       constexpr int N = decltype(width)::value;
       const auto start = [&](auto threads, auto kernel) {
-        launch({dim3(rows * groups), dim3(threads), sizeof(RmsnormSmem), stream, true}, "rmsnorm_kernel", kernel,
-               as<const T>(x), as<const T>(w), as<T>(residual), as<T>(y), groups, cols, x_stride, y_stride, eps);
+        launch({dim3(a.rows * a.groups), dim3(threads), sizeof(RmsnormSmem), a.stream, true},
+               "rmsnorm_kernel", kernel, as<const T>(a.x), as<const T>(a.w), as<T>(a.residual), as<T>(a.y),
+               a.groups, a.cols, a.x_stride, a.y_stride, a.eps);
       };
       // A warp needs no barrier; the CPU, which runs threads one after the other, always prefers it.
-      if (cpu_shapes() || cols <= kKeep * 32 * N) {
+      if (cpu_shapes() || a.cols <= kKeep * 32 * N) {
         start(32, rmsnorm_kernel<T, N, 32>);
       } else {
         start(256, rmsnorm_kernel<T, N, 256>);
       }
-    }, cols, x_stride, y_stride);
+    }, a.cols, a.x_stride, a.y_stride);
   });
 }

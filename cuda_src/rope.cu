@@ -53,16 +53,16 @@ __global__ void rope_kernel(T* q, T* k, const int* positions, const float* cos_s
   store(head + half_dim + i, x1);
 }
 
-void rope(Ptr q, Ptr k, Ptr positions, Ptr cos_sin, int batch, int q_heads, int kv_heads, int head_dim, int64_t q_stride,
-          int64_t k_stride, int dtype, Ptr stream) {
-  if (batch == 0) return;
-  by_dtype(dtype, [&](auto tag) {
+void rope(const RopeArgs& a) {
+  if (a.batch == 0) return;
+  by_dtype(a.dtype, [&](auto tag) {
     using T = decltype(tag);
     by_width<T>([&](auto width) {
       constexpr int N = decltype(width)::value;
-      const int64_t items = int64_t(batch) * (q_heads + kv_heads) * (head_dim / 2 / N);
-      launch({dim3(blocks_for(items, 128)), dim3(128), 0, stream}, "rope_kernel", rope_kernel<T, N>, as<T>(q), as<T>(k),
-             as<const int>(positions), as<const float>(cos_sin), batch, q_heads, kv_heads, head_dim, q_stride, k_stride);
-    }, head_dim / 2, q_stride, k_stride);
+      const int64_t items = int64_t(a.batch) * (a.q_heads + a.kv_heads) * (a.head_dim / 2 / N);
+      launch({dim3(blocks_for(items, 128)), dim3(128), 0, a.stream}, "rope_kernel", rope_kernel<T, N>,
+             as<T>(a.q.data), as<T>(a.k.data), as<const int>(a.positions), as<const float>(a.cos_sin),
+             a.batch, a.q_heads, a.kv_heads, a.head_dim, a.q.stride, a.k.stride);
+    }, a.head_dim / 2, a.q.stride, a.k.stride);
   });
 }

@@ -7,10 +7,10 @@
 //   mapping   as decode_attention; the block whose split holds the new token writes it and attends to it
 //   traffic   K and V once for all query heads of their group; the rest is small
 //   contract  lab/ops/rope_append_attention.py          twin  triton_kernels/rope_append_attention.py
-#include "attention.cuh"
 #include "common.cuh"
+#include "core/attention.cuh"
+#include "core/rotation.cuh"
 #include "launchers.h"
-#include "rotation.cuh"
 
 using namespace lab;
 
@@ -75,27 +75,23 @@ __global__ void __launch_bounds__(A::kMaxThreads, 1)
   attention.merge(out, partial, tickets);
 }
 
-void rope_append_attention(Ptr q, Ptr k, Ptr v, Ptr q_norm, Ptr k_norm, float eps, Ptr positions, Ptr cos_sin,
-                           Ptr k_cache, Ptr v_cache, Ptr block_table, Ptr out, Ptr partial, Ptr tickets, int batch,
-                           int q_heads, int kv_heads, int head_dim, int page_size, int max_pages, int splits,
-                           int64_t q_stride, int64_t k_stride, int64_t v_stride, float scale, int dtype, Ptr stream) {
-  if (batch == 0) return;
-  const int group = q_heads / kv_heads;
-  by_dtype(dtype, [&](auto tag) {
+void rope_append_attention(const RopeAppendAttentionArgs& a) {
+  if (a.batch == 0) return;
+  const int group = a.q_heads / a.cache.kv_heads;
+  by_dtype(a.dtype, [&](auto tag) {
     using T = decltype(tag);
-    const Settings tuned = settings::find("rope_append_attention", sizeof(T), batch,
-                                          {q_heads, kv_heads, head_dim, page_size});
-    const PagedCache<T> cache{as<T>(k_cache), as<T>(v_cache), as<const int>(block_table), log2_of(page_size),
-                              max_pages};
-    by_attention_core<T>("rope_append_attention", head_dim, group, [&](auto core) {
+    const Settings tuned = settings::find("rope_append_attention", sizeof(T), a.batch,
+                                          {a.q_heads, a.cache.kv_heads, a.head_dim, a.cache.page_size});
+    by_attention_core<T>("rope_append_attention", a.head_dim, group, [&](auto core) {
       using A = typename decltype(core)::type;
-      const unsigned cluster = attention_cluster(splits, kv_heads, batch);
-      launch({dim3(round_up(splits, cluster), kv_heads, batch), dim3(A::threads(group)),
-              attention_smem_bytes<A>(group, splits), stream, true, cluster},
-             "rope_append_attention_kernel", rope_append_attention_kernel<A>, as<const T>(q), as<const T>(k),
-             as<const T>(v), as<const T>(q_norm), as<const T>(k_norm), eps, as<const int>(positions),
-             as<const float>(cos_sin), cache, as<T>(out), as<float>(partial), as<unsigned>(tickets), splits, group, q_stride,
-             k_stride, v_stride, scale * 1.4426950408889634f, tuned.least);
+      const unsigned cluster = attention_cluster(a.splits.count, a.cache.kv_heads, a.batch);
+      launch({dim3(round_up(a.splits.count, cluster), a.cache.kv_heads, a.batch), dim3(A::threads(group)),
+              attention_smem_bytes<A>(group, a.splits.count), a.stream, true, cluster},
+             "rope_append_attention_kernel", rope_append_attention_kernel<A>, as<const T>(a.q.data),
+             as<const T>(a.k.data), as<const T>(a.v.data), as<const T>(a.norms.q), as<const T>(a.norms.k),
+             a.norms.eps, as<const int>(a.positions), as<const float>(a.cos_sin), paged_cache<T>(a.cache),
+             as<T>(a.out), as<float>(a.splits.partial), as<unsigned>(a.splits.tickets), a.splits.count, group,
+             a.q.stride, a.k.stride, a.v.stride, a.scale * 1.4426950408889634f, tuned.least);
     });
   });
 }

@@ -11,8 +11,8 @@
 //
 // Thresholds are found digit by digit on integers that are ordered as the floats are, with sums in integers: exact, and
 // the same in every order of additions.
-#include "candidate.cuh"
 #include "common.cuh"
+#include "core/candidate.cuh"
 #include "launchers.h"
 #include "sizes.h"
 
@@ -196,12 +196,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) out[row] = candidate_index(best);
 }
 
-void sample(Ptr logits, Ptr positions, Ptr out, int rows, int vocab, float temperature, int top_k, float top_p,
-            uint64_t seed, Ptr stream) {
-  if (rows == 0) return;
+void sample(const SampleArgs& a) {
+  if (a.rows == 0) return;
   by_width<float>([&](auto width) {
-    launch({dim3(rows), dim3(kThreads), sizeof(SampleSmem), stream, true}, "sample_kernel",
-           sample_kernel<decltype(width)::value>, as<const float>(logits), as<const int>(positions), as<int>(out), vocab,
-           temperature, top_k, top_p, seed);
-  }, vocab);
+    launch({dim3(a.rows), dim3(kThreads), sizeof(SampleSmem), a.stream, true}, "sample_kernel",
+           sample_kernel<decltype(width)::value>, as<const float>(a.logits), as<const int>(a.positions),
+           as<int>(a.out), a.vocab, a.temperature, a.top_k, a.top_p, a.seed);
+  }, a.vocab);
 }

@@ -15,13 +15,13 @@ namespace lab {
 
 // 0 leaves a choice to the rule.
 struct Settings {
-  int share = 0;                                  // warps that share rows of w: 1, 2 or 4 (stream_rows.cuh)
+  int share = 0;                                  // warps that share rows of w: 1, 2 or 4 (core/stream_rows.cuh)
   int resident = 0;                               // blocks for each multiprocessor, which then walk over the outputs;
                                                   // a number that is too large to fit gives each set of outputs its own
   int tiles = 0;                                  // 16-row tiles of w that a block owns, up to 16 rows: 1 or 2
-                                                  // (mma_rows.cuh)
+                                                  // (core/mma_rows.cuh)
   int stages = 0;                                 // of such a block with one tile: 4 or 7
-  int least = 0;                                  // tokens that a split has at least (mma_attention.cuh)
+  int least = 0;                                  // tokens that a split has at least (core/mma_attention.cuh)
 };
 
 namespace settings __attribute__((visibility("hidden"))) {

@@ -35,14 +35,14 @@ __global__ void silu_mul_kernel(const T* gate_up, T* y, int rows, int cols) {
   store(y + r * cols + c, out);
 }
 
-void silu_mul(Ptr gate_up, Ptr y, int rows, int cols, int dtype, Ptr stream) {
-  if (rows == 0) return;
-  by_dtype(dtype, [&](auto tag) {
+void silu_mul(const SiluMulArgs& a) {
+  if (a.rows == 0) return;
+  by_dtype(a.dtype, [&](auto tag) {
     using T = decltype(tag);
     by_width<T>([&](auto width) {
       constexpr int N = decltype(width)::value;
-      launch({dim3(blocks_for(int64_t(rows) * (cols / N), 128)), dim3(128), 0, stream}, "silu_mul_kernel",
-             silu_mul_kernel<T, N>, as<const T>(gate_up), as<T>(y), rows, cols);
-    }, cols);
+      launch({dim3(blocks_for(int64_t(a.rows) * (a.cols / N), 128)), dim3(128), 0, a.stream},
+             "silu_mul_kernel", silu_mul_kernel<T, N>, as<const T>(a.gate_up), as<T>(a.y), a.rows, a.cols);
+    }, a.cols);
   });
 }

@@ -26,7 +26,7 @@ inline bool host_takes_shapes_of(const char* gpu) {
 // True where a launcher should take the shapes that suit a CPU.
 inline bool cpu_shapes() { return kHost && !host_takes_shapes_of("gpu") && !host_takes_shapes_of("sm_80"); }
 
-// Whether the current device multiplies out of shared memory (wgmma.cuh), and this build has the code for it.
+// Whether the current device multiplies out of shared memory (core/wgmma.cuh), and this build has the code for it.
 inline bool has_wgmma() {
 #ifdef __CUDACC__
   return LAB_SM90A && device_major() == 9;

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 
 from triton_kernels.common import config, launch
+from triton_kernels.core.split_attention import attend, load_tile, merge, merge_step, publish, split_bounds
 from triton_kernels.settings import measured
-from triton_kernels.split_attention import attend, load_tile, merge, merge_step, publish, split_bounds
 
 # tile: tokens per step. min_rows: a group's query heads are padded to the 16 rows of a tensor-core tile. Two of the
 # num_stages cover the page lookup, which the loads of K and V depend on. float32's dots run on CUDA cores.
@@ -60,8 +60,9 @@ def decode_attention_kernel(q, k_cache, v_cache, block_table, context_lens, out,
     for t0 in tl.range(begin, end, TILE):
         token = t0 + tl.arange(0, TILE)
         live = token < end
-        kt, vt = load_tile(k_cache, v_cache, block_table, token, live, b, kv, kv_heads, max_pages, d, in_head, PAGE,
-                           HEAD_DIM)
+        kt, vt = load_tile(k_cache, v_cache, block_table, token=token, live=live, b=b, kv=kv,
+                           kv_heads=kv_heads, max_pages=max_pages, d=d, in_head=in_head, PAGE=PAGE,
+                           HEAD_DIM=HEAD_DIM)
 
         # 4. Online softmax: a new maximum shrinks what has been summed so far. Both products run on tensor cores in both
         # languages, so the weights are rounded to T for the second one; their sum is not.
@@ -73,13 +74,14 @@ def decode_attention_kernel(q, k_cache, v_cache, block_table, context_lens, out,
         result = acc / tl.where(mass == 0.0, 1.0, mass)[:, None]
         tl.store(out_head + g[:, None] * HEAD_DIM + d[None, :], result.to(out.dtype.element_ty), mask=live_out)
     else:
-        ticket = publish(partial, tickets, b, kv, kv_heads, split, splits, top, mass, acc, GROUP, ROWS, HEAD_DIM,
-                         BLOCK_D)
+        ticket = publish(partial, tickets, b, kv=kv, kv_heads=kv_heads, split=split, splits=splits, top=top,
+                         mass=mass, acc=acc, GROUP=GROUP, ROWS=ROWS, HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D)
 
         # 6. Merge in the last block: split by split in a fixed order, so the result does not depend on who came last.
         # The twin merges up to 8 splits over the shared memory of a cluster of blocks, which Triton does not lend.
         if ticket == used - 1:
-            merge(partial, tickets, out_head, b, kv, kv_heads, splits, used, GROUP, HEADS, HEAD_DIM, BLOCK_D, MERGE)
+            merge(partial, tickets, out_head, b=b, kv=kv, kv_heads=kv_heads, splits=splits, used=used,
+                  GROUP=GROUP, HEADS=HEADS, HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D, MERGE=MERGE)
 
 
 def decode_attention(q, k_cache, v_cache, block_table, context_lens, scale, splits, partial, tickets, out):

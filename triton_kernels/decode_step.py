@@ -19,12 +19,12 @@ import triton.language as tl
 
 from lab.ops import step_layout
 from triton_kernels.common import config, launch
+from triton_kernels.core.fused_product import load_rows, normed_rows
+from triton_kernels.core.split_attention import load_tile, merge_step, split_bounds
 from triton_kernels.norm_linear_argmax import first_best, keep_best
 from triton_kernels.norm_linear_silu_mul import activate
 from triton_kernels.rope_append_attention import angles, append_and_attend
 from triton_kernels.settings import measured, multiprocessors
-from triton_kernels.split_attention import load_tile, merge_step, split_bounds
-from triton_kernels.stream_rows import load_rows, normed_rows
 
 BARRIER, BEST, TICKET, TICKETS = map(tl.constexpr, (step_layout.BARRIER, step_layout.BEST, step_layout.TICKET, step_layout.TICKETS))
 # Places in a row of the table: LAYER of the contract.
@@ -101,7 +101,7 @@ def product(counters, target, x, norm_w, eps, w, bias, residual, y, n, K: tl.con
         weight = tl.load(norm_w + col, mask=col < K, other=0.0, eviction_policy="evict_last")
     wait(counters, target)
     if norm_w is not None:
-        xn = normed_rows(x, weight, 1, K, eps, tl.zeros([1, 1, 1], tl.int32), col)
+        xn = normed_rows(x, weight, rows=1, k=K, eps=eps, b=tl.zeros([1, 1, 1], tl.int32), col=col)
     else:
         xn = tl.load(x + col, mask=col < K, other=0.0, eviction_policy="evict_last")
 
@@ -114,7 +114,7 @@ def product(counters, target, x, norm_w, eps, w, bias, residual, y, n, K: tl.con
         left -= BLOCK_N
         ahead = load_rows(w + BLOCK_N * K, row, i < PARTS * (left - BLOCK_N), col, K, EVEN_K)
         if PAIRS:
-            total = activate(total, 1, BLOCK_N)
+            total = activate(total, BLOCK_B=1, BLOCK_N=BLOCK_N)
         else:
             total = r + (total + b)
         tl.store(y + column, total.to(y.dtype.element_ty), mask=column < end)
@@ -133,8 +133,9 @@ def first_tile(k_cache, v_cache, block_table, position, item, splits, kv_heads, 
     d = tl.arange(0, BLOCK_D)
     token = begin + tl.arange(0, TILE)
     live = (token < tl.minimum(end, position)) & (item < kv_heads * splits)
-    kt, vt = load_tile(k_cache, v_cache, block_table, token, live, 0, item // splits, kv_heads, max_pages, d,
-                       (d < HEAD_DIM)[None, :], PAGE, HEAD_DIM)
+    kt, vt = load_tile(k_cache, v_cache, block_table, token=token, live=live, b=0, kv=item // splits,
+                       kv_heads=kv_heads, max_pages=max_pages, d=d, in_head=(d < HEAD_DIM)[None, :],
+                       PAGE=PAGE, HEAD_DIM=HEAD_DIM)
     return begin, end, used, kt, vt
 
 
@@ -168,49 +169,59 @@ def decode_step_kernel(embed, ids, positions, table, final_norm, lm_head, cos_si
     # 3. Layers: norm and qkv, attention, o, norm and gate and up, down, each at an end when all have arrived; then the
     # logits, of which a program keeps its best.
     for _ in range(layers):
-        product(counters, target, residual, tensor_at(table, ATTN_NORM, embed), eps, tensor_at(table, WQKV, embed),
-                tensor_at(table, BQKV, embed) if HAS_BQKV else None, None, qkv, Q + 2 * KV, HIDDEN, N_QKV, BLOCK_HIDDEN)
+        product(counters, target, x=residual, norm_w=tensor_at(table, ATTN_NORM, embed), eps=eps,
+                w=tensor_at(table, WQKV, embed), bias=tensor_at(table, BQKV, embed) if HAS_BQKV else None,
+                residual=None, y=qkv, n=Q + 2 * KV, K=HIDDEN, BLOCK_N=N_QKV, BLOCK_K=BLOCK_HIDDEN)
         target = arrive(counters, target)
 
         # A program has a split of a KV head, or none; where KV heads outnumber programs, several.
         q_norm = tensor_at(table, Q_NORM, embed)
         k_norm = tensor_at(table, K_NORM, embed)
         item = tl.program_id(0)
-        begin, end, used, kt, vt = first_tile(k_cache, v_cache, block_table, position, item, splits, KV_HEADS,
-                                              max_pages, HEAD_DIM, BLOCK_D, PAGE, TILE)
+        begin, end, used, kt, vt = first_tile(k_cache, v_cache, block_table, position=position, item=item,
+                                              splits=splits, kv_heads=KV_HEADS, max_pages=max_pages,
+                                              HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D, PAGE=PAGE, TILE=TILE)
         wait(counters, target)
         while item < KV_HEADS * splits:
             if item % splits < used:
-                append_and_attend(qkv, qkv + Q, qkv + Q + KV, q_norm, k_norm, eps, position, cosine, sine, kt, vt,
-                                  k_cache, v_cache, block_table, attention, partial, counters + TICKETS, 0,
-                                  item // splits, item % splits, begin, end, used, KV_HEADS, max_pages, splits, 0, 0, 0,
-                                  scale_log2, HAS_QK_NORM, GROUP, ROWS, HEAD_DIM, BLOCK_D, PAGE, TILE, SPLIT, HEADS,
-                                  MERGE)
+                append_and_attend(qkv, qkv + Q, qkv + Q + KV, q_norm=q_norm, k_norm=k_norm, eps=eps,
+                                  position=position, cosine=cosine, sine=sine, kt=kt, vt=vt, k_cache=k_cache,
+                                  v_cache=v_cache, block_table=block_table, out=attention, partial=partial,
+                                  tickets=counters + TICKETS, b=0, kv=item // splits, split=item % splits,
+                                  begin=begin, end=end, used=used, kv_heads=KV_HEADS, max_pages=max_pages,
+                                  splits=splits, q_stride=0, k_stride=0, v_stride=0, scale_log2=scale_log2,
+                                  HAS_NORM=HAS_QK_NORM, GROUP=GROUP, ROWS=ROWS, HEAD_DIM=HEAD_DIM,
+                                  BLOCK_D=BLOCK_D, PAGE=PAGE, TILE=TILE, SPLIT=SPLIT, HEADS=HEADS,
+                                  MERGE=MERGE)
             item += tl.num_programs(0)
-            begin, end, used, kt, vt = first_tile(k_cache, v_cache, block_table, position, item, splits, KV_HEADS,
-                                                  max_pages, HEAD_DIM, BLOCK_D, PAGE, TILE)
+            begin, end, used, kt, vt = first_tile(k_cache, v_cache, block_table, position=position, item=item,
+                                                  splits=splits, kv_heads=KV_HEADS, max_pages=max_pages,
+                                                  HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D, PAGE=PAGE, TILE=TILE)
         target = arrive(counters, target)
 
         # The first layer adds to the row of embed, the others to h.
-        product(counters, target, attention, None, eps, tensor_at(table, WO, embed),
-                tensor_at(table, BO, embed) if HAS_BO else None, residual, h, HIDDEN, Q, N_O, BLOCK_HEADS)
+        product(counters, target, x=attention, norm_w=None, eps=eps, w=tensor_at(table, WO, embed),
+                bias=tensor_at(table, BO, embed) if HAS_BO else None, residual=residual, y=h, n=HIDDEN, K=Q,
+                BLOCK_N=N_O, BLOCK_K=BLOCK_HEADS)
         target = arrive(counters, target)
 
-        product(counters, target, h, tensor_at(table, MLP_NORM, embed), eps, tensor_at(table, W_GATE_UP, embed), None,
-                None, act, MIDDLE, HIDDEN, N_GATE, BLOCK_HIDDEN, PAIRS=True)
+        product(counters, target, x=h, norm_w=tensor_at(table, MLP_NORM, embed), eps=eps,
+                w=tensor_at(table, W_GATE_UP, embed), bias=None, residual=None, y=act, n=MIDDLE, K=HIDDEN,
+                BLOCK_N=N_GATE, BLOCK_K=BLOCK_HIDDEN, PAIRS=True)
         target = arrive(counters, target)
 
-        product(counters, target, act, None, eps, tensor_at(table, W_DOWN, embed), None, h, h, HIDDEN, MIDDLE, N_DOWN,
-                BLOCK_MIDDLE)
+        product(counters, target, x=act, norm_w=None, eps=eps, w=tensor_at(table, W_DOWN, embed), bias=None,
+                residual=h, y=h, n=HIDDEN, K=MIDDLE, BLOCK_N=N_DOWN, BLOCK_K=BLOCK_MIDDLE)
         target = arrive(counters, target)
         residual = h
         table += LAYER
         k_cache += cache_stride
         v_cache += cache_stride
 
-    best, index = product(counters, target, residual, final_norm, eps, lm_head, None, None, logits, vocab, HIDDEN,
-                          N_HEAD, BLOCK_HIDDEN, ARGMAX=True)
-    best, index = first_best(best, index, 1)            # [1, 1], and a scalar for the atomic
+    best, index = product(counters, target, x=residual, norm_w=final_norm, eps=eps, w=lm_head, bias=None,
+                          residual=None, y=logits, n=vocab, K=HIDDEN, BLOCK_N=N_HEAD, BLOCK_K=BLOCK_HIDDEN,
+                          ARGMAX=True)
+    best, index = first_best(best, index, axis=1)            # [1, 1], and a scalar for the atomic
     best = tl.max(tl.reshape(best, [1]), axis=0)
     index = tl.max(tl.reshape(index, [1]), axis=0)
 

@@ -13,8 +13,8 @@ import triton.language as tl
 
 from triton_kernels import settings
 from triton_kernels.common import launch
+from triton_kernels.core.fused_product import dot_rows, load_rows, wait_for_inputs
 from triton_kernels.settings import ANY
-from triton_kernels.stream_rows import dot_rows, load_rows, wait_for_inputs
 
 # See settings.by_hand. UNROLL tiles of the sum path are in flight.
 SM_80 = {
@@ -80,7 +80,8 @@ def linear_add_dot_kernel(x, w, bias, residual, rows, n, k, PDL: tl.constexpr, H
     # makes it from STAGES.
     tile = load_rows(w, out, out < n, col, k, EVEN_K)
     wait_for_inputs(PDL)
-    acc = dot_rows(tile, w, out, out < n, x, rows, k, b, col, FULL, EVEN_K, BLOCK_K, STAGES)
+    acc = dot_rows(tile, w, out, live=out < n, x=x, rows=rows, k=k, b=b, col=col, FULL=FULL, EVEN_K=EVEN_K,
+                   BLOCK_K=BLOCK_K, STAGES=STAGES)
 
     # 3. Reduce: the dot has done it, and its result is transposed.
     total = tl.trans(acc)

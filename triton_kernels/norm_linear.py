@@ -13,9 +13,9 @@ import triton.language as tl
 
 from triton_kernels import settings
 from triton_kernels.common import launch
+from triton_kernels.core.fused_product import dot_rows, load_rows, normed_rows, wait_for_inputs
 from triton_kernels.rmsnorm import normalised
 from triton_kernels.settings import ANY
-from triton_kernels.stream_rows import dot_rows, load_rows, normed_rows, wait_for_inputs
 
 # See settings.by_hand. 32 warps of 64 registers a thread are all the registers of a multiprocessor. Small n wants small
 # tiles, so that every multiprocessor has a program.
@@ -87,7 +87,8 @@ def norm_linear_dot_kernel(xn, w, bias, y, rows, n, k,
 
     for _ in range(tl.program_id(0), tl.cdiv(n, BLOCK_N), programs):
         # 3. Stream: the twin writes the cp.async ring by hand; here the compiler makes it from STAGES.
-        acc = dot_rows(tile, w, out, out < n, xn, rows, k, b, col, FULL, EVEN_K, BLOCK_K, STAGES)
+        acc = dot_rows(tile, w, out, live=out < n, x=xn, rows=rows, k=k, b=b, col=col, FULL=FULL,
+                       EVEN_K=EVEN_K, BLOCK_K=BLOCK_K, STAGES=STAGES)
 
         # 4. Reduce: the dot has done it, and its result is transposed.
         total = tl.trans(acc)

@@ -14,9 +14,9 @@ import triton.language as tl
 
 from triton_kernels import settings
 from triton_kernels.common import launch
+from triton_kernels.core.fused_product import dot_rows, load_rows, normed_rows, wait_for_inputs
 from triton_kernels.rmsnorm import normalised
 from triton_kernels.settings import ANY
-from triton_kernels.stream_rows import dot_rows, load_rows, normed_rows, wait_for_inputs
 
 MAX_PROGRAMS = tl.constexpr(4096)           # MAX_BLOCKS of the contract
 NO_INDEX = tl.constexpr(2147483647)
@@ -75,7 +75,7 @@ def publish_best(scratch, ids, rows, b, best, index, BLOCK_B: tl.constexpr, SLOT
             found = tl.load(at + MAX_PROGRAMS, mask=live, other=NO_INDEX, cache_modifier=".cg")
             value = tl.where(live, bits.to(tl.float32, bitcast=True), float("-inf"))
             best_all, index_all = keep_best(best_all, index_all, value, found)
-        top, lowest = first_best(best_all, index_all, 1)
+        top, lowest = first_best(best_all, index_all, axis=1)
         tl.store(ids + row, lowest, mask=row < rows)
         tl.store(scratch + 2 * MAX_PROGRAMS, 0)             # ready for the next launch
 
@@ -119,7 +119,8 @@ def norm_linear_argmax_kernel(x, norm_w, w, logits, scratch, ids, rows, n, k, ep
         out = ahead
 
     # 6. Argmax in the last block: first of each program, then of all; a maximum is the same in every order.
-    top, lowest = first_best(tl.reshape(best, [BLOCK_B, BLOCK_N]), tl.reshape(index, [BLOCK_B, BLOCK_N]), 1)
+    top, lowest = first_best(tl.reshape(best, [BLOCK_B, BLOCK_N]), tl.reshape(index, [BLOCK_B, BLOCK_N]),
+                             axis=1)
     publish_best(scratch, ids, rows, tl.arange(0, BLOCK_B)[:, None], top, lowest, BLOCK_B, SLOTS)
 
 
@@ -143,7 +144,8 @@ def norm_linear_argmax_dot_kernel(xn, w, logits, scratch, ids, rows, n, k,
     index = tl.full([BLOCK_B, BLOCK_N], NO_INDEX, tl.int32)
     for _ in range(tl.program_id(0), tl.cdiv(n, BLOCK_N), programs):
         # 3. Stream: the twin writes the cp.async ring by hand; here the compiler makes it from STAGES.
-        acc = dot_rows(tile, w, out, out < n, xn, rows, k, b, col, FULL, EVEN_K, BLOCK_K, STAGES)
+        acc = dot_rows(tile, w, out, live=out < n, x=xn, rows=rows, k=k, b=b, col=col, FULL=FULL,
+                       EVEN_K=EVEN_K, BLOCK_K=BLOCK_K, STAGES=STAGES)
 
         # 4. Reduce: the dot has done it, and its result is transposed.
         total = tl.trans(acc)
@@ -157,7 +159,7 @@ def norm_linear_argmax_dot_kernel(xn, w, logits, scratch, ids, rows, n, k,
             tile = load_rows(w, out, out < n, col, k, EVEN_K)
 
     # 6. Argmax in the last block: first of each program, then of all. The twin raises each row's best by atomicMax.
-    top, lowest = first_best(best, index, 1)
+    top, lowest = first_best(best, index, axis=1)
     publish_best(scratch, ids, rows, b, top, lowest, BLOCK_B, SLOTS)
 
 

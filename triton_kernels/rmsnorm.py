@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from triton_kernels.common import config, launch
+from triton_kernels.core.fused_product import wait_for_inputs
 from triton_kernels.settings import dependent_launch
-from triton_kernels.stream_rows import wait_for_inputs
 
 # elements: what a program takes at least, in whole rows, so that a warp reads 16 bytes a lane of short rows too (the
 # heads of q and k). The interpreter takes as many rows as fit, because its cost is per program.

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 
 from triton_kernels.common import config, launch
-from triton_kernels.settings import dependent_launch, measured
-from triton_kernels.split_attention import (
+from triton_kernels.core.fused_product import normed, wait_for_inputs
+from triton_kernels.core.split_attention import (
     attend,
     cache_rows,
     load_tile,
@@ -24,7 +24,7 @@ from triton_kernels.split_attention import (
     publish,
     split_bounds,
 )
-from triton_kernels.stream_rows import normed, wait_for_inputs
+from triton_kernels.settings import dependent_launch, measured
 
 # As in decode_attention, but for the first tile's registers.
 HALF = dict(tile=64, min_rows=16, num_warps=4, num_stages=4)
@@ -81,12 +81,17 @@ def rope_append_attention_kernel(q, k, v, q_norm, k_norm, eps, positions, cos_si
     d = tl.arange(0, BLOCK_D)
     cosine, sine = angles(cos_sin, position, d, HEAD_DIM)
     token = begin + tl.arange(0, TILE)
-    kt, vt = load_tile(k_cache, v_cache, block_table, token, token < tl.minimum(end, position), b, kv, kv_heads,
-                       max_pages, d, (d < HEAD_DIM)[None, :], PAGE, HEAD_DIM)
+    kt, vt = load_tile(k_cache, v_cache, block_table, token=token, live=token < tl.minimum(end, position),
+                       b=b, kv=kv, kv_heads=kv_heads, max_pages=max_pages, d=d,
+                       in_head=(d < HEAD_DIM)[None, :], PAGE=PAGE, HEAD_DIM=HEAD_DIM)
     wait_for_inputs(PDL)
-    append_and_attend(q, k, v, q_norm, k_norm, eps, position, cosine, sine, kt, vt, k_cache, v_cache, block_table, out,
-                      partial, tickets, b, kv, split, begin, end, used, kv_heads, max_pages, splits, q_stride, k_stride,
-                      v_stride, scale_log2, HAS_NORM, GROUP, ROWS, HEAD_DIM, BLOCK_D, PAGE, TILE, SPLIT, HEADS, MERGE)
+    append_and_attend(q, k, v, q_norm=q_norm, k_norm=k_norm, eps=eps, position=position, cosine=cosine,
+                      sine=sine, kt=kt, vt=vt, k_cache=k_cache, v_cache=v_cache, block_table=block_table,
+                      out=out, partial=partial, tickets=tickets, b=b, kv=kv, split=split, begin=begin,
+                      end=end, used=used, kv_heads=kv_heads, max_pages=max_pages, splits=splits,
+                      q_stride=q_stride, k_stride=k_stride, v_stride=v_stride, scale_log2=scale_log2,
+                      HAS_NORM=HAS_NORM, GROUP=GROUP, ROWS=ROWS, HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D,
+                      PAGE=PAGE, TILE=TILE, SPLIT=SPLIT, HEADS=HEADS, MERGE=MERGE)
 
 
 @triton.jit
@@ -104,17 +109,18 @@ def append_and_attend(q, k, v, q_norm, k_norm, eps, position, cosine, sine, kt, 
 
     # 2. Norm and rotate the query: the heads of the group become the rows of one tile; rows past the group are zero.
     live_out = (g < GROUP)[:, None] & in_head
-    qv = turned(q + b * q_stride + ((kv * GROUP + g) * HEAD_DIM)[:, None], q_norm, cosine, sine, eps, d[None, :],
-                live_out, HEAD_DIM // 2, HAS_NORM)
+    qv = turned(q + b * q_stride + ((kv * GROUP + g) * HEAD_DIM)[:, None], q_norm, cosine, sine=sine, eps=eps,
+                d=d[None, :], live=live_out, HALF_DIM=HEAD_DIM // 2, HAS_NORM=HAS_NORM)
 
     # 3. Append the new token: the program that owns it writes it to the cache, and its softmax starts from it. The twin
     # puts it into its tile in shared memory instead.
     owner = (position >= begin) & (position < end)
     live_new = in_head & owner
-    key = turned(k + b * k_stride + kv * HEAD_DIM + tl.zeros([1, 1], tl.int32), k_norm, cosine, sine, eps, d[None, :],
-                 live_new, HEAD_DIM // 2, HAS_NORM)
+    key = turned(k + b * k_stride + kv * HEAD_DIM + tl.zeros([1, 1], tl.int32), k_norm, cosine, sine=sine,
+                 eps=eps, d=d[None, :], live=live_new, HALF_DIM=HEAD_DIM // 2, HAS_NORM=HAS_NORM)
     value = tl.load(v + b * v_stride + kv * HEAD_DIM + d[None, :], mask=live_new, other=0.0)
-    slot = cache_rows(block_table, position, owner, b, kv, kv_heads, max_pages, PAGE, HEAD_DIM) + d[None, :]
+    slot = cache_rows(block_table, position, owner, b=b, kv=kv, kv_heads=kv_heads, max_pages=max_pages,
+                      PAGE=PAGE, HEAD_DIM=HEAD_DIM) + d[None, :]
     tl.store(k_cache + slot, key, mask=live_new)
     tl.store(v_cache + slot, value, mask=live_new)
     top = tl.sum(qv.to(tl.float32) * key.to(tl.float32), axis=1) * scale_log2
@@ -127,8 +133,9 @@ def append_and_attend(q, k, v, q_norm, k_norm, eps, position, cosine, sine, kt, 
     for t0 in tl.range(begin + TILE, stored, TILE):
         token = t0 + tl.arange(0, TILE)
         live = token < stored
-        kt, vt = load_tile(k_cache, v_cache, block_table, token, live, b, kv, kv_heads, max_pages, d, in_head, PAGE,
-                           HEAD_DIM)
+        kt, vt = load_tile(k_cache, v_cache, block_table, token=token, live=live, b=b, kv=kv,
+                           kv_heads=kv_heads, max_pages=max_pages, d=d, in_head=in_head, PAGE=PAGE,
+                           HEAD_DIM=HEAD_DIM)
 
         # 5. Online softmax: as in decode_attention.
         top, mass, acc = attend(qv, kt, vt, live, top, mass, acc, scale_log2)
@@ -139,13 +146,14 @@ def append_and_attend(q, k, v, q_norm, k_norm, eps, position, cosine, sine, kt, 
         result = acc / tl.where(mass == 0.0, 1.0, mass)[:, None]
         tl.store(out_head + g[:, None] * HEAD_DIM + d[None, :], result.to(out.dtype.element_ty), mask=live_out)
     else:
-        ticket = publish(partial, tickets, b, kv, kv_heads, split, splits, top, mass, acc, GROUP, ROWS, HEAD_DIM,
-                         BLOCK_D)
+        ticket = publish(partial, tickets, b, kv=kv, kv_heads=kv_heads, split=split, splits=splits, top=top,
+                         mass=mass, acc=acc, GROUP=GROUP, ROWS=ROWS, HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D)
 
         # 7. Merge in the last block: in the order of the splits, so the result does not depend on who came last. The
         # twin merges up to 8 splits over the shared memory of a cluster of blocks, which Triton does not lend.
         if ticket == used - 1:
-            merge(partial, tickets, out_head, b, kv, kv_heads, splits, used, GROUP, HEADS, HEAD_DIM, BLOCK_D, MERGE)
+            merge(partial, tickets, out_head, b=b, kv=kv, kv_heads=kv_heads, splits=splits, used=used,
+                  GROUP=GROUP, HEADS=HEADS, HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D, MERGE=MERGE)
 
 
 def rope_append_attention(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, block_table, scale,

@@ -96,7 +96,7 @@ def sample_kernel(logits, positions, out, vocab, temperature, top_k, top_p, seed
         # 3. Top-k threshold: the largest key that at least top_k keys reach. The twin counts digits of 8 bits in shared
         # memory; Triton has no such scatter, so each pass counts the three candidates for the next two bits.
         if TOP_K:
-            cut = _threshold(row, vocab, cut, top_k, top, scale, False, BLOCK)
+            cut = _threshold(row, vocab, cut, top_k, top, scale, WEIGHTED=False, BLOCK=BLOCK)
 
         # 4. Top-p threshold: the largest key that leaves at least top_p of the weight that top-k left.
         if TOP_P:
@@ -106,7 +106,7 @@ def sample_kernel(logits, positions, out, vocab, temperature, top_k, top_p, seed
                 mass += tl.where(key >= cut, _weight(value, top, scale), 0.0)
             # A threshold above every key would hold a wanted mass of zero: want a little, and the top itself has it.
             wanted = tl.maximum(top_p * tl.sum(mass, axis=0), 1e-30)
-            cut = _threshold(row, vocab, cut, wanted, top, scale, True, BLOCK)
+            cut = _threshold(row, vocab, cut, wanted, top, scale, WEIGHTED=True, BLOCK=BLOCK)
 
         # 5. Draw: near u = 1, where the winners are, float32 cannot hold u and tl.log is only good to 2^-22; the series
         # in 1 - u, which float32 does hold, replaces them there. (The twin has log1p.)

@@ -17,7 +17,7 @@
 //   runtime.h                    what kernels and the scheduler share: Thread, Warp, the entry points
 //   intrinsics.h                 __syncthreads, shuffles, votes, atomics, math
 //   gpu_features.h               the host half of common.cuh: reductions, cp.async, mma, mbarriers, clusters
-//   wgmma.h                      the host half of wgmma.cuh
+//   wgmma.h                      the host half of core/wgmma.cuh
 //   fiber.h, .cpp                stacks and the context switch
 //   scheduler.h, .cpp            one cluster of blocks: who runs next, deadlock reports
 //   waiting.cpp                  barriers and warp collectives

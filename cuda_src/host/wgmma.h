@@ -1,4 +1,4 @@
-// The CPU's half of wgmma.cuh. What each name means, and its arguments, is said there.
+// The CPU's half of core/wgmma.cuh. What each name means, and its arguments, is said there.
 //
 // Products run when they are waited for: one that nobody waits for is missing from the sums, and a tile that is
 // overwritten before the wait gives NaN. What a missing wgmma_publish would hide is seen here.

@@ -261,19 +261,19 @@ void climb(int rung, const Problem<T>& p, int splits, Ptr stream) {
 
 }  // namespace
 
-void decode_attention_ladder(int rung, Ptr q, Ptr k_cache, Ptr v_cache, Ptr block_table, Ptr context_lens, Ptr out,
-                             Ptr partial, Ptr, int batch, int q_heads, int kv_heads, int head_dim, int page_size,
-                             int max_pages, int splits, int64_t q_stride, float scale, int dtype, Ptr stream) {
-  if (batch == 0) return;
+void decode_attention_ladder(int rung, const DecodeAttentionArgs& a) {
+  if (a.batch == 0) return;
   int page_shift = 0;
-  while (1 << page_shift < page_size) ++page_shift;
-  by_dtype(dtype, [&](auto tag) {
+  while (1 << page_shift < a.cache.page_size) ++page_shift;
+  by_dtype(a.dtype, [&](auto tag) {
     using T = decltype(tag);
-    const Problem<T> p{as<const T>(q), as<const T>(k_cache), as<const T>(v_cache), as<const int>(block_table),
-                       as<const int>(context_lens), as<T>(out), as<float>(partial), batch, q_heads, kv_heads,
-                       page_shift, max_pages, q_stride, scale};
-    if (head_dim == 64) return climb<T, 64>(rung, p, splits, stream);
-    if (head_dim == 128) return climb<T, 128>(rung, p, splits, stream);
-    throw std::invalid_argument("decode_attention_ladder: head_dim " + std::to_string(head_dim) + " is not 64 or 128");
+    const Problem<T> p{as<const T>(a.q.data), as<const T>(a.cache.k), as<const T>(a.cache.v),
+                       as<const int>(a.cache.block_table), as<const int>(a.context_lens), as<T>(a.out),
+                       as<float>(a.splits.partial), a.batch, a.q_heads, a.cache.kv_heads, page_shift,
+                       a.cache.max_pages, a.q.stride, a.scale};
+    if (a.head_dim == 64) return climb<T, 64>(rung, p, a.splits.count, a.stream);
+    if (a.head_dim == 128) return climb<T, 128>(rung, p, a.splits.count, a.stream);
+    throw std::invalid_argument("decode_attention_ladder: head_dim " + std::to_string(a.head_dim) +
+                                " is not 64 or 128");
   });
 }

@@ -204,14 +204,16 @@ __global__ void linear_mma_kernel(Problem<T> p) {
 
 }  // namespace
 
-void linear_ladder(int rung, Ptr x, Ptr w, Ptr bias, Ptr y, int rows, int n, int k, int dtype, int out_dtype,
-                   Ptr stream) {
-  by_dtype(dtype, [&](auto tag) {
+void linear_ladder(int rung, const LinearArgs& a) {
+  by_dtype(a.dtype, [&](auto tag) {
     using T = decltype(tag);
-    const Problem<T> p{as<const T>(x), as<const T>(w), as<const T>(bias), as<void>(y), rows, n, k,
-                       out_dtype == int(DType::f32)};
-    const auto start = [&](const char* name, auto kernel, int outputs_per_block, int threads, size_t smem_bytes) {
-      launch({dim3(ceil_div(n, outputs_per_block), rows), dim3(threads), smem_bytes, stream}, name, kernel, p);
+    const bool out_f32 = a.out_dtype == int(DType::f32);
+    const Problem<T> p{as<const T>(a.x), as<const T>(a.w), as<const T>(a.bias), as<void>(a.y),
+                       a.rows, a.n, a.k, out_f32};
+    const auto start = [&](const char* name, auto kernel, int outputs_per_block, int threads,
+                           size_t smem_bytes) {
+      launch({dim3(ceil_div(a.n, outputs_per_block), a.rows), dim3(threads), smem_bytes, a.stream}, name,
+             kernel, p);
     };
     constexpr int kThreads = kWarps * 32, kPad = kOneBank<T>;
     switch (rung) {
@@ -224,8 +226,9 @@ void linear_ladder(int rung, Ptr x, Ptr w, Ptr bias, Ptr y, int rows, int n, int
       case 7: return start("linear_split_kernel", linear_split_kernel<T>, 1, kThreads, sizeof(Ring<T>));
       case 8:
         if constexpr (sizeof(T) == 2) {
-          return launch({dim3(ceil_div(n, kMmaRows), ceil_div(rows, kMmaBatch)), dim3(kThreads), sizeof(MmaSums),
-                         stream}, "linear_mma_kernel", linear_mma_kernel<T>, p);
+          return launch({dim3(ceil_div(a.n, kMmaRows), ceil_div(a.rows, kMmaBatch)), dim3(kThreads),
+                         sizeof(MmaSums), a.stream},
+                        "linear_mma_kernel", linear_mma_kernel<T>, p);
         }
     }
     throw std::invalid_argument("linear_ladder: no rung " + std::to_string(rung) + " for this dtype");

@@ -143,18 +143,17 @@ __global__ void rmsnorm_register_kernel(Problem<T> p) {
 
 }  // namespace
 
-void rmsnorm_ladder(int rung, Ptr x, Ptr w, Ptr, Ptr y, int rows, int, int cols, int64_t, int64_t, float eps, int dtype,
-                    Ptr stream) {
-  if (rows == 0) return;
-  by_dtype(dtype, [&](auto tag) {
+void rmsnorm_ladder(int rung, const RmsnormArgs& a) {
+  if (a.rows == 0) return;
+  by_dtype(a.dtype, [&](auto tag) {
     using T = decltype(tag);
-    const Problem<T> p{as<const T>(x), as<const T>(w), as<T>(y), rows, cols, eps};
+    const Problem<T> p{as<const T>(a.x), as<const T>(a.w), as<T>(a.y), a.rows, a.cols, a.eps};
     const auto start = [&](const char* name, auto kernel) {
-      launch({dim3(rows), dim3(kThreads), kThreads * sizeof(float), stream}, name, kernel, p);
+      launch({dim3(a.rows), dim3(kThreads), kThreads * sizeof(float), a.stream}, name, kernel, p);
     };
     switch (rung) {
       case 1:
-        return launch({dim3(ceil_div(rows, 32)), dim3(32), 0, stream}, "rmsnorm_naive_kernel",
+        return launch({dim3(ceil_div(a.rows, 32)), dim3(32), 0, a.stream}, "rmsnorm_naive_kernel",
                       rmsnorm_naive_kernel<T>, p);
       case 2: return start("rmsnorm_block_kernel", rmsnorm_block_kernel<T, PairwiseSum>);
       case 3: return start("rmsnorm_block_kernel", rmsnorm_block_kernel<T, HalvingSum>);

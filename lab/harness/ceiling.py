@@ -1,7 +1,7 @@
 """The bandwidth that this card reaches on plain streams, by direction and size: the denominator of every share.
 
-Each direction and size is measured with the CUDA kernel (cuda_src/stream.cu), the Triton kernel
-(triton_kernels/stream.py) and, for a copy, torch's own; in several launch shapes; the best one counts. Sizes below
+Each direction and size is measured with the CUDA kernel (cuda_src/bandwidth.cu), the Triton kernel
+(triton_kernels/bandwidth.py) and, for a copy, torch's own; in several launch shapes; the best one counts. Sizes below
 64 MiB are there because a short stream cannot reach the ceiling, and a small op should be held to what is reachable.
 """
 import math
@@ -74,18 +74,18 @@ class Ceilings:
 
 
 def cuda_call(extension, mode, src, dst, blocks, threads, passes=1):
-    """A call of the CUDA stream kernel over torch tensors of equal size (for a read, dst is 16 bytes of sink)."""
+    """A call of the CUDA bandwidth kernel over torch tensors of equal size (for a read, dst is 16 bytes of sink)."""
     nbytes = (dst if mode == MODES["write"] else src).nbytes
 
     def call():
-        extension.stream(src.data_ptr(), dst.data_ptr(), nbytes, mode, passes, blocks, threads,
-                         torch.cuda.current_stream().cuda_stream if src.is_cuda else 0)
+        extension.bandwidth(src=src.data_ptr(), dst=dst.data_ptr(), bytes=nbytes, mode=mode, passes=passes, blocks=blocks,
+                         threads=threads, stream=torch.cuda.current_stream().cuda_stream if src.is_cuda else 0)
     return call
 
 
 def triton_call(mode, src, dst, programs, block, warps, passes=1):
-    from triton_kernels.stream import stream
-    return lambda: stream(src, dst, mode, passes, programs, block, warps)
+    from triton_kernels.bandwidth import bandwidth
+    return lambda: bandwidth(src, dst, mode, passes, programs, block, warps)
 
 
 def implementations(direction, sms, payload):

@@ -79,7 +79,7 @@ def code_lines(path):
     """(lines of code of the file, of the project's other files that it takes in): no blanks, comments, docstrings.
 
     What every op stands on (common.cuh, common.py ...) is in neither."""
-    files, todo = [], [path]
+    files, todo = [], [path.resolve()]
     while todo:
         file = todo.pop()
         if file not in files and file.is_file():
@@ -92,13 +92,14 @@ def code_lines(path):
 def _taken_in(file):
     text = file.read_text()
     if file.suffix == ".py":
-        names = re.findall(r"^\s*from triton_kernels\.(\w+) import", text, re.M)
+        names = re.findall(r"^\s*from triton_kernels\.([\w.]+) import", text, re.M)
         for line in re.findall(r"^\s*from triton_kernels import (.+)$", text, re.M):
             names += [name.strip() for name in line.split(",")]
-        found = [f"{name}.py" for name in names]
+        package = file.parent.parent if file.parent.name == "core" else file.parent
+        found = [package / (name.replace(".", "/") + ".py") for name in names]
     else:
-        found = re.findall(r'^#include "([^"/]+)"', text, re.M)
-    return [file.parent / name for name in found if name not in BASE]
+        found = [(file.parent / name).resolve() for name in re.findall(r'^#include "([^"]+)"', text, re.M)]
+    return [path for path in found if path.name not in BASE and path.parent.name != "host"]
 
 
 def _cpp(file):

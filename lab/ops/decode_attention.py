@@ -98,11 +98,14 @@ def reference(q, k_cache, v_cache, block_table, context_lens, scale, splits=1, w
 def cuda(kernels, q, k_cache, v_cache, block_table, context_lens, scale, splits=1, workspace=None, out=None):
     workspace = workspace or new_workspace(q, k_cache, splits)
     batch, q_heads, head_dim = q.shape
+    _, kv_heads, page_size, _ = k_cache.shape
     kernels.decode_attention(
-        q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), block_table.data_ptr(), context_lens.data_ptr(),
-        out.data_ptr(), workspace.partial.data_ptr(), workspace.tickets.data_ptr(), batch, q_heads, k_cache.shape[1],
-        head_dim, k_cache.shape[2], block_table.shape[1], splits, q.stride(0), scale, DTYPE_CODES[q.dtype],
-        kernels.stream())
+        q=(q.data_ptr(), q.stride(0)),
+        cache=(k_cache.data_ptr(), v_cache.data_ptr(), block_table.data_ptr(), kv_heads, page_size,
+               block_table.shape[1]),
+        context_lens=context_lens.data_ptr(), out=out.data_ptr(),
+        splits=(workspace.partial.data_ptr(), workspace.tickets.data_ptr(), splits), batch=batch, q_heads=q_heads,
+        head_dim=head_dim, scale=scale, dtype=DTYPE_CODES[q.dtype], stream=kernels.stream())
 
 
 def triton(q, k_cache, v_cache, block_table, context_lens, scale, splits=1, workspace=None, out=None):

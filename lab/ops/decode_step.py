@@ -187,12 +187,16 @@ def cuda(kernels, ids, positions, model, k_cache, v_cache, block_table, logits, 
     m, w = model, workspace
     if m.embed.is_cuda and torch.cuda.get_device_capability(m.embed.device)[0] < 9:
         raise Unavailable("decode_step by CUDA needs an sm_90 GPU (bulk copies): use --plan fused, or --backend triton")
+    vocab, hidden = m.embed.shape
+    layers, pages, kv_heads, page_size, head_dim = k_cache.shape
     kernels.decode_step(
-        ids.data_ptr(), positions.data_ptr(), m.embed.data_ptr(), m.table.data_ptr(), m.final_norm.data_ptr(),
-        m.lm_head.data_ptr(), m.cos_sin.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), block_table.data_ptr(),
-        logits.data_ptr(), out.data_ptr(), w.words.data_ptr(), w.counters.data_ptr(), len(m.layers), m.embed.shape[0],
-        m.embed.shape[1], m.intermediate, m.q_heads, m.kv_heads, m.head_dim, k_cache.shape[1], k_cache.shape[3],
-        m.eps, m.scale, DTYPE_CODES[m.embed.dtype], kernels.stream())
+        ids=ids.data_ptr(), positions=positions.data_ptr(),
+        weights=(m.embed.data_ptr(), m.table.data_ptr(), m.final_norm.data_ptr(), m.lm_head.data_ptr(),
+                 m.cos_sin.data_ptr()),
+        cache=(k_cache.data_ptr(), v_cache.data_ptr(), block_table.data_ptr(), pages, kv_heads, page_size),
+        logits=logits.data_ptr(), out=out.data_ptr(), exchange=(w.words.data_ptr(), w.counters.data_ptr()),
+        sizes=(layers, vocab, hidden, m.intermediate), q_heads=m.q_heads, head_dim=head_dim, eps=m.eps, scale=m.scale,
+        dtype=DTYPE_CODES[m.embed.dtype], stream=kernels.stream())
 
 
 def triton(ids, positions, model, k_cache, v_cache, block_table, logits, workspace, out):

@@ -28,8 +28,9 @@ def reference(ids, table):
 
 
 def cuda(k, ids, table, out):
-    k.embedding(ids.data_ptr(), table.data_ptr(), out.data_ptr(), ids.shape[0], table.shape[1], table.shape[0],
-                DTYPE_CODES[table.dtype], k.stream())
+    vocab, cols = table.shape
+    k.embedding(ids=ids.data_ptr(), table=table.data_ptr(), out=out.data_ptr(), rows=ids.shape[0], cols=cols,
+                vocab=vocab, dtype=DTYPE_CODES[table.dtype], stream=k.stream())
 
 
 def triton(ids, table, out):

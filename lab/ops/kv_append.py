@@ -56,9 +56,13 @@ def reference(k, v, k_cache, v_cache, block_table, positions):
 
 
 def cuda(kernels, k, v, k_cache, v_cache, block_table, positions, out=None):
-    kernels.kv_append(k.data_ptr(), v.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), block_table.data_ptr(),
-                      positions.data_ptr(), k.shape[0], k.shape[1], k.shape[2], k_cache.shape[2], block_table.shape[1],
-                      k.stride(0), v.stride(0), DTYPE_CODES[k.dtype], kernels.stream())
+    batch, max_pages = block_table.shape
+    _, kv_heads, page_size, head_dim = k_cache.shape
+    kernels.kv_append(
+        k=(k.data_ptr(), k.stride(0)), v=(v.data_ptr(), v.stride(0)),
+        cache=(k_cache.data_ptr(), v_cache.data_ptr(), block_table.data_ptr(), kv_heads, page_size, max_pages),
+        positions=positions.data_ptr(), batch=batch, head_dim=head_dim, dtype=DTYPE_CODES[k.dtype],
+        stream=kernels.stream())
 
 
 def triton(k, v, k_cache, v_cache, block_table, positions, out=None):

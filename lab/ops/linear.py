@@ -40,8 +40,10 @@ def reference(x, w, bias=None, out_dtype=None):
 
 
 def cuda(k, x, w, bias=None, out_dtype=None, out=None):
-    k.linear(x.data_ptr(), w.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr(),
-             x.shape[0], w.shape[0], x.shape[1], DTYPE_CODES[x.dtype], DTYPE_CODES[out.dtype], k.stream())
+    rows, columns = x.shape
+    k.linear(x=x.data_ptr(), w=w.data_ptr(), bias=0 if bias is None else bias.data_ptr(), y=out.data_ptr(),
+             rows=rows, n=w.shape[0], k=columns, dtype=DTYPE_CODES[x.dtype], out_dtype=DTYPE_CODES[out.dtype],
+             stream=k.stream())
 
 
 def triton(x, w, bias=None, out_dtype=None, out=None):

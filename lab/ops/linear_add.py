@@ -24,8 +24,10 @@ def reference(x, w, residual, bias=None):
 
 
 def cuda(k, x, w, residual, bias=None, out=None):
-    k.linear_add(x.data_ptr(), w.data_ptr(), 0 if bias is None else bias.data_ptr(), residual.data_ptr(), x.shape[0],
-                 w.shape[0], x.shape[1], DTYPE_CODES[x.dtype], k.stream())
+    rows, columns = x.shape
+    k.linear_add(x=x.data_ptr(), w=w.data_ptr(), bias=0 if bias is None else bias.data_ptr(),
+                 residual=residual.data_ptr(), rows=rows, n=w.shape[0], k=columns, dtype=DTYPE_CODES[x.dtype],
+                 stream=k.stream())
 
 
 def triton(x, w, residual, bias=None, out=None):

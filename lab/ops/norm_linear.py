@@ -61,9 +61,11 @@ def workspace(x):
 
 def cuda(k, x, norm_w, eps, w, bias=None, out_dtype=None, out=None):
     room = workspace(x)
-    k.norm_linear(x.data_ptr(), norm_w.data_ptr(), w.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr(),
-                  0 if room is None else room.data_ptr(), x.shape[0], w.shape[0], x.shape[1], eps, DTYPE_CODES[x.dtype],
-                  DTYPE_CODES[out.dtype], k.stream())
+    rows, columns = x.shape
+    k.norm_linear(x=x.data_ptr(), norm_w=norm_w.data_ptr(), w=w.data_ptr(),
+                  bias=0 if bias is None else bias.data_ptr(), y=out.data_ptr(),
+                  normed=0 if room is None else room.data_ptr(), rows=rows, n=w.shape[0], k=columns, eps=eps,
+                  dtype=DTYPE_CODES[x.dtype], out_dtype=DTYPE_CODES[out.dtype], stream=k.stream())
 
 
 def triton(x, norm_w, eps, w, bias=None, out_dtype=None, out=None):

@@ -59,9 +59,10 @@ def verify(got, x, norm_w, eps, w, logits, scratch):
 
 def cuda(k, x, norm_w, eps, w, logits, scratch, out):
     room = norm_linear.workspace(x)
-    k.norm_linear_argmax(x.data_ptr(), norm_w.data_ptr(), w.data_ptr(), logits.data_ptr(), scratch.data_ptr(),
-                         0 if room is None else room.data_ptr(), out.data_ptr(), x.shape[0], w.shape[0], x.shape[1], eps,
-                         DTYPE_CODES[x.dtype], k.stream())
+    rows, columns = x.shape
+    k.norm_linear_argmax(x=x.data_ptr(), norm_w=norm_w.data_ptr(), w=w.data_ptr(), logits=logits.data_ptr(),
+                         scratch=scratch.data_ptr(), normed=0 if room is None else room.data_ptr(), out=out.data_ptr(),
+                         rows=rows, n=w.shape[0], k=columns, eps=eps, dtype=DTYPE_CODES[x.dtype], stream=k.stream())
 
 
 def triton(x, norm_w, eps, w, logits, scratch, out):

@@ -42,9 +42,10 @@ def tolerance(x, norm_w, eps, w):
 
 def cuda(k, x, norm_w, eps, w, out):
     room = norm_linear.workspace(x)
-    k.norm_linear_silu_mul(x.data_ptr(), norm_w.data_ptr(), w.data_ptr(), out.data_ptr(),
-                           0 if room is None else room.data_ptr(), x.shape[0], out.shape[1], x.shape[1], eps,
-                           DTYPE_CODES[x.dtype], k.stream())
+    rows, columns = x.shape
+    k.norm_linear_silu_mul(x=x.data_ptr(), norm_w=norm_w.data_ptr(), w=w.data_ptr(), y=out.data_ptr(),
+                           normed=0 if room is None else room.data_ptr(), rows=rows, n=out.shape[1], k=columns, eps=eps,
+                           dtype=DTYPE_CODES[x.dtype], stream=k.stream())
 
 
 def triton(x, norm_w, eps, w, out):

@@ -45,8 +45,9 @@ def reference(x, w, eps, residual=None):
 
 def cuda(k, x, w, eps, residual=None, out=None):
     rows, groups, cols = (x.shape[0], 1, x.shape[1]) if x.dim() == 2 else x.shape
-    k.rmsnorm(x.data_ptr(), w.data_ptr(), 0 if residual is None else residual.data_ptr(), out.data_ptr(),
-              rows, groups, cols, x.stride(0), out.stride(0), eps, DTYPE_CODES[x.dtype], k.stream())
+    k.rmsnorm(x=x.data_ptr(), w=w.data_ptr(), residual=0 if residual is None else residual.data_ptr(),
+              y=out.data_ptr(), rows=rows, groups=groups, cols=cols, x_stride=x.stride(0), y_stride=out.stride(0),
+              eps=eps, dtype=DTYPE_CODES[x.dtype], stream=k.stream())
 
 
 def triton(x, w, eps, residual=None, out=None):

@@ -43,8 +43,10 @@ def reference(q, k, positions, cos_sin):
 
 
 def cuda(kernels, q, k, positions, cos_sin, out=None):
-    kernels.rope(q.data_ptr(), k.data_ptr(), positions.data_ptr(), cos_sin.data_ptr(), q.shape[0], q.shape[1],
-                 k.shape[1], q.shape[2], q.stride(0), k.stride(0), DTYPE_CODES[q.dtype], kernels.stream())
+    batch, q_heads, head_dim = q.shape
+    kernels.rope(q=(q.data_ptr(), q.stride(0)), k=(k.data_ptr(), k.stride(0)), positions=positions.data_ptr(),
+                 cos_sin=cos_sin.data_ptr(), batch=batch, q_heads=q_heads, kv_heads=k.shape[1], head_dim=head_dim,
+                 dtype=DTYPE_CODES[q.dtype], stream=kernels.stream())
 
 
 def triton(q, k, positions, cos_sin, out=None):

@@ -60,13 +60,16 @@ def cuda(kernels, q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_c
          workspace=None, out=None):
     workspace = workspace or decode_attention.new_workspace(q, k_cache, splits)
     batch, q_heads, head_dim = q.shape
+    _, kv_heads, page_size, _ = k_cache.shape
     kernels.rope_append_attention(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), 0 if q_norm is None else q_norm.data_ptr(),
-        0 if k_norm is None else k_norm.data_ptr(), eps, positions.data_ptr(), cos_sin.data_ptr(), k_cache.data_ptr(),
-        v_cache.data_ptr(), block_table.data_ptr(), out.data_ptr(), workspace.partial.data_ptr(),
-        workspace.tickets.data_ptr(), batch, q_heads, k_cache.shape[1], head_dim, k_cache.shape[2],
-        block_table.shape[1], splits, q.stride(0), k.stride(0), v.stride(0), scale, DTYPE_CODES[q.dtype],
-        kernels.stream())
+        q=(q.data_ptr(), q.stride(0)), k=(k.data_ptr(), k.stride(0)), v=(v.data_ptr(), v.stride(0)),
+        norms=(0, 0, eps) if q_norm is None else (q_norm.data_ptr(), k_norm.data_ptr(), eps),
+        positions=positions.data_ptr(), cos_sin=cos_sin.data_ptr(),
+        cache=(k_cache.data_ptr(), v_cache.data_ptr(), block_table.data_ptr(), kv_heads, page_size,
+               block_table.shape[1]),
+        out=out.data_ptr(), splits=(workspace.partial.data_ptr(), workspace.tickets.data_ptr(), splits),
+        batch=batch, q_heads=q_heads, head_dim=head_dim, scale=scale, dtype=DTYPE_CODES[q.dtype],
+        stream=kernels.stream())
 
 
 def triton(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, block_table, scale, splits=1,

@@ -119,8 +119,9 @@ def verify(got, logits, positions, temperature=0.0, top_k=0, top_p=1.0, seed=0):
 
 
 def cuda(k, logits, positions, temperature=0.0, top_k=0, top_p=1.0, seed=0, out=None):
-    k.sample(logits.data_ptr(), positions.data_ptr(), out.data_ptr(), *logits.shape, temperature, top_k, top_p, seed,
-             k.stream())
+    rows, vocab = logits.shape
+    k.sample(logits=logits.data_ptr(), positions=positions.data_ptr(), out=out.data_ptr(), rows=rows, vocab=vocab,
+             temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stream=k.stream())
 
 
 def triton(logits, positions, temperature=0.0, top_k=0, top_p=1.0, seed=0, out=None):

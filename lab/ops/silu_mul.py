@@ -28,7 +28,9 @@ def reference(gate_up):
 
 
 def cuda(k, gate_up, out):
-    k.silu_mul(gate_up.data_ptr(), out.data_ptr(), out.shape[0], out.shape[1], DTYPE_CODES[out.dtype], k.stream())
+    rows, cols = out.shape
+    k.silu_mul(gate_up=gate_up.data_ptr(), y=out.data_ptr(), rows=rows, cols=cols, dtype=DTYPE_CODES[out.dtype],
+               stream=k.stream())
 
 
 def triton(gate_up, out):

@@ -24,7 +24,7 @@ def power_of_two(n):
 # ---- CUDA ------------------------------------------------------------------------------------------------------------
 
 def streams(rows, itemsize, n, k, parts=1):
-    """Warps that share a row, and blocks of a multiprocessor, of stream_rows.cuh."""
+    """Warps that share a row, and blocks of a multiprocessor, of core/stream_rows.cuh."""
     found = []
     for share in (1, 2, 4) if k * itemsize % 16 == 0 else (0,):
         blocks = -(-n * parts * max(share, 1) // 16)

@@ -80,8 +80,8 @@ def attention_head_kernel(q, k_cache, v_cache, block_table, context_lens, out, p
         top = new_top
     one = tl.zeros([1], tl.int64)
     row = one + b * (kv_heads * GROUP) + h
-    publish(out, partial, row, split, splits, acc[None, :], top + one.to(tl.float32),
-            mass + one.to(tl.float32), one == 0, GROUP, D, SPLIT)
+    publish(out, partial, row, split=split, splits=splits, acc=acc[None, :], top=top + one.to(tl.float32),
+            mass=mass + one.to(tl.float32), live=one == 0, group=GROUP, D=D, SPLIT=SPLIT)
 
 
 @triton.jit
@@ -118,7 +118,8 @@ def attention_group_kernel(q, k_cache, v_cache, block_table, context_lens, out, 
         acc = tl.dot(weight.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
         top = new_top
     row = b.to(tl.int64) * (kv_heads * GROUP) + kv * GROUP + g
-    publish(out, partial, row, split, splits, acc, top, mass, g < GROUP, GROUP, D, SPLIT)
+    publish(out, partial, row, split=split, splits=splits, acc=acc, top=top, mass=mass, live=g < GROUP,
+            group=GROUP, D=D, SPLIT=SPLIT)
 
 
 @triton.jit

@@ -8,7 +8,7 @@
 #pragma once
 #include <cfloat>
 
-#include "common.cuh"
+#include "../common.cuh"
 
 namespace lab {
 

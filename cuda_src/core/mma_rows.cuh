@@ -7,15 +7,16 @@
 // of a cluster may share k, too. An output is the product of a row of x with a row of w, or with Parts rows of w that
 // lie n rows apart (gate and up).
 #pragma once
-#include "common.cuh"
-#include "settings.h"
-#include "sizes.h"
+#include "../common.cuh"
+#include "../settings.h"
+#include "../sizes.h"
 #include "wgmma.cuh"
 
 namespace lab {
 
-// M: tiles of 16 rows of w. B: tiles of 8 rows of x. A stage holds 64 elements (128 bytes) of each row. Aligned: rows
-// begin at multiples of 16 bytes. Wgmma: teams are warpgroups, and M is 4.
+// A shape of launch; by_mma_shape, below, has the table of those that are compiled. M: tiles of 16 rows of w. B: tiles of
+// 8 rows of x. A stage holds 64 elements (128 bytes) of each row, so a block takes (16 M + 8 B) * 128 * Stages * Teams
+// bytes of shared memory. Aligned: rows begin at multiples of 16 bytes. Wgmma: teams are warpgroups, and M is 4.
 template <int M_, int B_, int Teams, int Stages, bool Aligned, int Parts = 1, bool Wgmma = false>
 struct Mma {
   static constexpr int M = M_, B = B_, kTeams = Teams, kStages = Stages, kParts = Parts;
@@ -274,39 +275,70 @@ template <typename C>
 inline Config mma_config(int n, unsigned cluster, size_t smem_bytes, Ptr stream) {
   return {dim3(ceil_div(n, C::kOutputs) * cluster), dim3(C::kThreads), smem_bytes, stream, true, cluster};
 }
+
+// The shapes. A name says how many rows of x a launch has at most; the comment, why the shape is as it is. More rows of w
+// in a block read x less often from L2; fewer give more blocks.
+//                                       M  B  teams  stages     shared memory
+
+// Rows of any length: elements are copied one by one.
+template <int Parts>
+struct Unaligned : Mma<                  2, 8, 4,     3, /*Aligned=*/false, Parts> {};                  // 144 KiB
+
+// 16 rows of w give the most blocks, which narrow matrices need.
+template <int Parts>
+struct UpTo16Narrow : Mma<               1, 2, 4,     4, /*Aligned=*/true, Parts> {};                   // 64 KiB
+// The same where rows are long: 24 KiB in flight are too few. On an H100, 8B at batch 16: o 13.2 to 11.8 us.
+template <int Parts>
+struct UpTo16NarrowLong : Mma<           1, 2, 4,     7, /*Aligned=*/true, Parts> {};                   // 112 KiB
+// Where 32 rows of w still give each multiprocessor of an H100 two blocks.
+template <int Parts>
+struct UpTo16Wide : Mma<                 2, 2, 4,     3, /*Aligned=*/true, Parts> {};                   // 72 KiB
+template <int Parts>
+struct UpTo32 : Mma<                     2, 4, 4,     3, /*Aligned=*/true, Parts> {};                   // 96 KiB
+template <int Parts>
+struct UpTo64Narrow : Mma<               2, 8, 4,     3, /*Aligned=*/true, Parts> {};                   // 144 KiB
+template <int Parts>
+struct UpTo64Wide : Mma<                 4, 8, 2,     3, /*Aligned=*/true, Parts> {};                   // 96 KiB
+
+// wgmma. On an H100, 8B at batch 64, without and with: gate and up 96.0 and 85.6 us, qkv 27.2 and 20.6, down 46.1 and
+// 44.7, o 14.8 and 15.5. Small blocks, of which two fit a multiprocessor, where there are many; else large ones.
+template <int Parts>
+struct WgmmaUpTo32Small : Mma<           4, 4, 2,     4, /*Aligned=*/true, Parts, /*Wgmma=*/true> {};   // 96 KiB
+template <int Parts>
+struct WgmmaUpTo32Large : Mma<           4, 4, 2,     6, /*Aligned=*/true, Parts, /*Wgmma=*/true> {};   // 144 KiB
+template <int Parts>
+struct WgmmaUpTo64Small : Mma<           4, 8, 2,     3, /*Aligned=*/true, Parts, /*Wgmma=*/true> {};   // 96 KiB
+template <int Parts>
+struct WgmmaUpTo64Large : Mma<           4, 8, 2,     5, /*Aligned=*/true, Parts, /*Wgmma=*/true> {};   // 160 KiB
+
 template <typename T, int Parts, typename F>
 inline void by_mma_shape(int rows, int n, int k, const Settings& tuned, F&& f) {
   const auto alone = [&](auto shape) { f(shape, 1u); };
   const bool aligned = k % Vec<T>::size == 0;
-  if (!aligned) return alone(MmaShape<Mma<2, 8, 4, 3, false, Parts>>{});
+  if (!aligned) return alone(MmaShape<Unaligned<Parts>>{});
 
-  // wgmma where there are many rows of x and enough to do. Small blocks (96 KiB of shared memory, two a multiprocessor)
-  // where they are many, else large ones, which share long rows two by two. Measured on an H100, 8B at batch 64, without
-  // and with: gate and up 96.0 and 85.6 us, qkv 27.2 and 20.6, down 46.1 and 44.7, o 14.8 and 15.5.
+  // wgmma where there are many rows of x and enough to do. Long rows of a small matrix are shared by two blocks.
   const int blocks = ceil_div(n * Parts, 64);
   if (rows > 16 && has_wgmma() && (3 * blocks > 2 * multiprocessors() || k >= 8192)) {
     const bool many = blocks > multiprocessors();
     const unsigned cluster = 2 * blocks <= multiprocessors() && k >= 8192 ? 2 : 1;
     const auto clustered = [&](auto shape) { f(shape, cluster); };
-    if (rows <= 32 && many) return clustered(MmaShape<Mma<4, 4, 2, 4, true, Parts, true>>{});
-    if (rows <= 32) return clustered(MmaShape<Mma<4, 4, 2, 6, true, Parts, true>>{});
-    if (many) return clustered(MmaShape<Mma<4, 8, 2, 3, true, Parts, true>>{});
-    return clustered(MmaShape<Mma<4, 8, 2, 5, true, Parts, true>>{});
+    if (rows <= 32 && many) return clustered(MmaShape<WgmmaUpTo32Small<Parts>>{});
+    if (rows <= 32) return clustered(MmaShape<WgmmaUpTo32Large<Parts>>{});
+    if (many) return clustered(MmaShape<WgmmaUpTo64Small<Parts>>{});
+    return clustered(MmaShape<WgmmaUpTo64Large<Parts>>{});
   }
 
-  // More rows of w per block read x less often from L2; fewer give more blocks. Shared memory: 112, 64, 72, 96, 144 and
-  // 96 KiB.
   if (rows <= 16) {
-    const int tiles = tuned.tiles ? tuned.tiles : n * Parts >= 32 * 2 * 132 ? 2 : 1;
-    // 24 KiB of long rows in flight are too few. Seven stages on an H100, 8B at batch 16: o 13.2 to 11.8 us.
-    const bool deep = tuned.stages ? tuned.stages == 7 : k >= 1536;
-    if (tiles == 1 && deep) return alone(MmaShape<Mma<1, 2, 4, 7, true, Parts>>{});
-    if (tiles == 1) return alone(MmaShape<Mma<1, 2, 4, 4, true, Parts>>{});
-    return alone(MmaShape<Mma<2, 2, 4, 3, true, Parts>>{});
+    const bool wide = tuned.tiles ? tuned.tiles > 1 : n * Parts >= 32 * 2 * 132;
+    const bool is_long = tuned.stages ? tuned.stages == 7 : k >= 1536;
+    if (wide) return alone(MmaShape<UpTo16Wide<Parts>>{});
+    if (is_long) return alone(MmaShape<UpTo16NarrowLong<Parts>>{});
+    return alone(MmaShape<UpTo16Narrow<Parts>>{});
   }
-  if (rows <= 32) return alone(MmaShape<Mma<2, 4, 4, 3, true, Parts>>{});
-  if (n * Parts < 64 * 240) return alone(MmaShape<Mma<2, 8, 4, 3, true, Parts>>{});
-  alone(MmaShape<Mma<4, 8, 2, 3, true, Parts>>{});
+  if (rows <= 32) return alone(MmaShape<UpTo32<Parts>>{});
+  if (n * Parts < 64 * 240) return alone(MmaShape<UpTo64Narrow<Parts>>{});
+  alone(MmaShape<UpTo64Wide<Parts>>{});
 }
 
 }  // namespace lab

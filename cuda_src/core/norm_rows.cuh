@@ -1,7 +1,7 @@
 // The prologue of the ops that normalise x before they multiply: each block normalises the rows again, from L2, and
 // keeps them in shared memory. That costs less than a kernel of its own, which would pass them through memory.
 #pragma once
-#include "launchers.h"
+#include "../launchers.h"
 #include "stream_rows.cuh"
 
 namespace lab {
@@ -19,10 +19,22 @@ size_t norm_smem_bytes(int k) {
 }
 
 // normed = rmsnorm(x, norm_w): more than 2 rows of half precision pass through memory on their way to the tensor cores,
-// in room that the caller gives.
-inline void norm_into(const char* op, Ptr normed, Ptr x, Ptr norm_w, int rows, int k, float eps, int dtype, Ptr stream) {
-  if (!normed) throw std::invalid_argument(std::string(op) + ": more than 2 rows of half precision need `normed`");
-  rmsnorm(x, norm_w, 0, normed, rows, 1, k, k, k, eps, dtype, stream);
+// in memory that the caller gives. a: the arguments of the op.
+template <typename Args>
+inline void norm_into(const char* op, const Args& a) {
+  if (!a.normed) throw std::invalid_argument(std::string(op) + ": more than 2 rows of half precision need `normed`");
+  RmsnormArgs norm{};
+  norm.x = a.x;
+  norm.w = a.norm_w;
+  norm.y = a.normed;
+  norm.rows = a.rows;
+  norm.groups = 1;
+  norm.cols = a.k;
+  norm.x_stride = norm.y_stride = a.k;
+  norm.eps = a.eps;
+  norm.dtype = a.dtype;
+  norm.stream = a.stream;
+  rmsnorm(norm);
 }
 
 // Calls f with the shape of a launch whose blocks keep the normalised rows in shared memory; see by_stream_shape.
@@ -30,7 +42,8 @@ template <typename T, int Parts, typename F>
 inline void by_normed_shape(int rows, int outputs, int k, const Settings& tuned, F&& f) {
   constexpr int kLimit = 64 * 1024;               // a third of a multiprocessor's, so that blocks share it
   const int64_t row = int64_t(k) * sizeof(T);
-  const int batch = 8 * row <= kLimit ? 8 : 4 * row <= kLimit ? 4 : 2 * row <= kLimit ? 2 : 1;
+  int batch = 8;                                  // the most rows that fit
+  while (batch > 1 && batch * row > kLimit) batch /= 2;
   by_stream_shape<T, Parts, 32, false>(rows, outputs, k, batch, tuned, f);
 }
 

@@ -9,7 +9,7 @@
 // their speed with what is already there: after a wait a block has to catch up. (On CUDA cores a tile took 700 cycles;
 // DRAM delivers one in 1,300.)
 #pragma once
-#include "common.cuh"
+#include "../common.cuh"
 #include "unpack.cuh"
 
 namespace lab {

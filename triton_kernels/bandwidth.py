@@ -1,9 +1,9 @@
-"""stream: reads, copies or writes a buffer, nothing else. Its speed is the ceiling that every other kernel is held to.
+"""bandwidth: reads, copies or writes a buffer, nothing else. Its speed is the ceiling that every other kernel is held to.
 
   src, dst  int32 [n], n a multiple of 4
   mapping   a persistent grid; program p takes the blocks p, p + programs, ...; 8192 elements in flight a program
   traffic   read: bytes. copy: bytes read + bytes written. write: bytes. Times `passes`
-  used by   lab/harness/ceiling.py          twin  cuda_src/stream.cu
+  used by   lab/harness/ceiling.py          twin  cuda_src/bandwidth.cu
 """
 import triton
 import triton.language as tl
@@ -14,7 +14,7 @@ READ, COPY, WRITE = 0, 1, 2
 
 
 @triton.jit
-def stream_kernel(src, dst, n, passes, MODE: tl.constexpr, BLOCK: tl.constexpr):
+def bandwidth_kernel(src, dst, n, passes, MODE: tl.constexpr, BLOCK: tl.constexpr):
     # 1. Locate: blocks p, p + programs, ... of the buffer.
     lane = tl.arange(0, BLOCK).to(tl.int64)
     folded = tl.zeros((BLOCK,), tl.int32)
@@ -38,7 +38,7 @@ def stream_kernel(src, dst, n, passes, MODE: tl.constexpr, BLOCK: tl.constexpr):
         tl.store(dst, all_folded, mask=all_folded == 0x5BD1E995)
 
 
-def stream(src, dst, mode, passes=1, programs=1, block=8192, num_warps=8):
-    """Launches one stream over src (read, copy) or dst (write); read needs a dst of at least one element."""
+def bandwidth(src, dst, mode, passes=1, programs=1, block=8192, num_warps=8):
+    """Launches one pass over src (read, copy) or dst (write); read needs a dst of at least one element."""
     n = (dst if mode == WRITE else src).numel()
-    launch(stream_kernel, (programs,), src, dst, n, passes, MODE=mode, BLOCK=block, num_warps=num_warps)
+    launch(bandwidth_kernel, (programs,), src, dst, n, passes, MODE=mode, BLOCK=block, num_warps=num_warps)

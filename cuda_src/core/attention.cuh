@@ -1,9 +1,10 @@
 // How the attention ops launch: the core for a dtype, a head dim and a group of query heads, and its shared memory.
 #pragma once
 #include "lane_attention.cuh"
+#include "../launchers.h"
 #include "mma_attention.cuh"
-#include "settings.h"
-#include "sizes.h"
+#include "../settings.h"
+#include "../sizes.h"
 
 namespace lab {
 
@@ -26,6 +27,12 @@ inline unsigned attention_cluster(int splits, int kv_heads, int batch) {
   while (int(blocks) < splits && blocks < kMaxCluster) blocks *= 2;
   const bool few = 2 * round_up(splits, blocks) * kv_heads * batch <= 3 * multiprocessors();
   return has_clusters() && (kHost || few) ? blocks : 1;
+}
+
+// A launcher's cache as the kernels take it.
+template <typename T>
+PagedCache<T> paged_cache(const CachePages& cache) {
+  return {as<T>(cache.k), as<T>(cache.v), as<const int>(cache.block_table), log2_of(cache.page_size), cache.max_pages};
 }
 
 // Calls f with the attention core for these heads, a type in f's argument: `using A = typename decltype(core)::type;`

@@ -1,6 +1,6 @@
 // 16-bit elements as they come from memory, and as float32.
 #pragma once
-#include "common.cuh"
+#include "../common.cuh"
 
 namespace lab {
 

@@ -27,7 +27,8 @@ def cache_rows(block_table, token, live, b, kv, kv_heads, max_pages, PAGE: tl.co
 def load_tile(k_cache, v_cache, block_table, token, live, b, kv, kv_heads, max_pages, d, in_head, PAGE: tl.constexpr,
               HEAD_DIM: tl.constexpr):
     """Keys and values of the tokens, as [TILE, BLOCK_D]: read once and never again; zeros where not live."""
-    where = cache_rows(block_table, token, live, b, kv, kv_heads, max_pages, PAGE, HEAD_DIM)[:, None] + d[None, :]
+    where = cache_rows(block_table, token, live, b=b, kv=kv, kv_heads=kv_heads, max_pages=max_pages,
+                       PAGE=PAGE, HEAD_DIM=HEAD_DIM)[:, None] + d[None, :]
     kt = tl.load(k_cache + where, mask=live[:, None] & in_head, other=0.0, eviction_policy="evict_first")
     vt = tl.load(v_cache + where, mask=live[:, None] & in_head, other=0.0, eviction_policy="evict_first")
     return kt, vt

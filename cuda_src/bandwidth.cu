@@ -1,9 +1,9 @@
-// stream: reads, copies or writes a buffer, nothing else. Its speed is the ceiling that every other kernel is held to.
+// bandwidth: reads, copies or writes a buffer, nothing else. Its speed is the ceiling that every other kernel is held to.
 //
 //   mapping   a block takes tiles of kUnroll * blockDim vectors of 16 bytes, grid-stride; every thread has several
 //             independent accesses in flight, which on an H100 (4 blocks of 512 threads an SM) hides the latency of HBM
 //   traffic   read: bytes. copy: bytes read + bytes written. write: bytes. Times `passes`
-//   used by   lab/harness/ceiling.py          twin  triton_kernels/stream.py
+//   used by   lab/harness/ceiling.py          twin  triton_kernels/bandwidth.py
 #include "common.cuh"
 #include "launchers.h"
 
@@ -24,7 +24,7 @@ LAB_DEVICE Vec<uint32_t> take(const uint32_t* src, int64_t at) {
 
 // A second pass goes over the buffer again: a kernel half as fast as it should be, to test the harness with.
 template <int M>
-__global__ void stream_kernel(const uint32_t* src, uint32_t* dst, int64_t vectors, int passes) {
+__global__ void bandwidth_kernel(const uint32_t* src, uint32_t* dst, int64_t vectors, int passes) {
   const int64_t tile = int64_t(kUnroll) * blockDim.x;
   uint32_t folded = 0;
   const auto put = [&](int64_t at, const Vec<uint32_t>& v) {
@@ -58,16 +58,16 @@ __global__ void stream_kernel(const uint32_t* src, uint32_t* dst, int64_t vector
 }  // namespace
 }  // namespace lab
 
-void stream(Ptr src, Ptr dst, int64_t bytes, int mode, int passes, int blocks, int threads, Ptr stream) {
+void bandwidth(const BandwidthArgs& a) {
   using namespace lab;
   const auto run = [&](const char* name, auto* kernel) {
-    launch(Config{dim3(blocks), dim3(threads), 0, stream}, name, kernel, as<const uint32_t>(src), as<uint32_t>(dst),
-           bytes / 16, passes);
+    launch(Config{dim3(a.blocks), dim3(a.threads), 0, a.stream}, name, kernel, as<const uint32_t>(a.src),
+           as<uint32_t>(a.dst), a.bytes / 16, a.passes);
   };
-  switch (mode) {
-    case kRead: return run("stream_read", &stream_kernel<kRead>);
-    case kCopy: return run("stream_copy", &stream_kernel<kCopy>);
-    case kWrite: return run("stream_write", &stream_kernel<kWrite>);
-    default: throw std::invalid_argument("stream: mode is 0 (read), 1 (copy) or 2 (write)");
+  switch (a.mode) {
+    case kRead: return run("bandwidth_read", &bandwidth_kernel<kRead>);
+    case kCopy: return run("bandwidth_copy", &bandwidth_kernel<kCopy>);
+    case kWrite: return run("bandwidth_write", &bandwidth_kernel<kWrite>);
+    default: throw std::invalid_argument("bandwidth: mode is 0 (read), 1 (copy) or 2 (write)");
   }
 }

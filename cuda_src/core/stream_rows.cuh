@@ -5,25 +5,30 @@
 // of w that lie n rows apart (gate and up). Lane groups take R rows of w each and walk k together; a block of a small
 // grid walks over several sets of rows, and the loads run on from one set into the next.
 #pragma once
-#include "common.cuh"
-#include "settings.h"
-#include "sizes.h"
+#include "../common.cuh"
+#include "../settings.h"
+#include "../sizes.h"
 #include "unpack.cuh"
 
 namespace lab {
 
-// The shape of a launch. N: elements per access. B: rows of x at a time. R: rows of w per lane group. L: lanes in a
+// Blocks of 128 threads that a multiprocessor must have registers for: 128 registers a thread hold what B = 1 and, with
+// U = 2, B = 4 need; the others take 168. (Five blocks of 102 registers spill weights on their way.) With a ring no
+// weights wait in registers: 64 are enough, and what four blocks leave of registers and shared memory is for the next
+// kernel's first blocks, which issue the loads of their weights while these still work.
+constexpr int stream_resident(bool ring, int b) {
+  if (ring) return 6;
+  return b == 1 || b == 4 ? 4 : 3;
+}
+
+// The shape of a launch; ThreadStream and WarpStream, below, are those that are compiled. N: elements per access. B: rows of x at a time. R: rows of w per lane group. L: lanes in a
 // group that share k: 32, or 1 on a CPU. S: lane groups that share k as well. U: accesses to each row of w in flight,
 // so R * U * 16 bytes a thread. Ring: in shared memory.
 template <int N_, int B_, int R_, int L_, int S_, int U_, int Threads, int Parts = 1, bool Ring = false>
 struct Stream {
   static constexpr int N = N_, B = B_, R = R_, L = L_, S = S_, U = U_, kThreads = Threads, kParts = Parts;
   static constexpr bool kRing = Ring;
-  // Blocks of 128 threads that a multiprocessor must have registers for: 128 registers a thread hold what B = 1 and,
-  // with U = 2, B = 4 need; the others take 168. (Five blocks of 102 registers spill weights on their way.)
-  // With a ring no weights wait in registers: 64 are enough, and what four blocks leave of registers and shared memory
-  // is for the next kernel's first blocks, which send for their weights while these still work.
-  static constexpr int kResident = Ring ? 6 : B == 1 || B == 4 ? 4 : 3, kSlots = Ring ? 4 : kResident;
+  static constexpr int kResident = stream_resident(Ring, B), kSlots = Ring ? 4 : kResident;
   static constexpr int kPrefetch = 1024;          // elements of each row that L2 is asked for beyond those loaded first
   static constexpr int kGroups = kThreads / L;
   static constexpr int kOutputs = R / Parts;      // of a lane group, for each row of x
@@ -318,6 +323,17 @@ inline int shared_by(int warps, int k, int panel) {
   return warps < enough || k > panel ? 2 : 1;
 }
 
+// The shapes.                                     R  L   S      U               threads
+
+// For a CPU: each of its threads multiplies 4 rows of w by itself, and nothing is added up across threads.
+template <int N, int B, int Threads, int Parts>
+struct ThreadStream : Stream<N, B,                 4, 1,  1,     1,              Threads, Parts> {};
+
+// For a GPU: the lanes of a warp share 4 rows of w, and S warps of the block's 4 share these rows. Where few rows of x
+// leave registers for them, 4 loads of each row are in flight, else 2.
+template <int N, int B, int S, int Parts, bool Ring>
+struct WarpStream : Stream<N, B,                   4, 32, S,     B <= 2 ? 4 : 2, 128, Parts, Ring> {};
+
 // Calls f with the shape for `outputs` outputs of Parts rows of w, k long, and `rows` rows of x, of which at most
 // max_batch are taken at a time: `using C = typename decltype(shape)::type;`. HostThreads: a CPU's threads in a block.
 // Ring: a single row's weights wait in shared memory. On an H100 that is 1 to 8% faster (8B's o 11.5 us, by registers
@@ -332,17 +348,18 @@ inline void by_stream_shape(int rows, int outputs, int k, int max_batch, const S
   by_width<T>([&](auto width) {
     constexpr int N = decltype(width)::value;
     const auto with_batch = [&](auto b) {
-      constexpr int B = decltype(b)::value, U = B <= 2 ? 4 : 2;
-      if constexpr (kHost) {                      // a CPU thread per 4 rows: nothing to reduce across threads
-        if (cpu_shapes()) return f(StreamShape<Stream<N, B, 4, 1, 1, 1, HostThreads, Parts>>{});
+      constexpr int B = decltype(b)::value;
+      if constexpr (kHost) {
+        if (cpu_shapes()) return f(StreamShape<ThreadStream<N, B, HostThreads, Parts>>{});
       }
       constexpr bool kRing = Ring && B == 1 && N > 1;
+      using Alone = WarpStream<N, B, 1, Parts, kRing>;
       if constexpr (N > 1) {
-        const int share = tuned.share ? tuned.share : shared_by(ceil_div(outputs * Parts, 4), k, U * 32 * N);
-        if (share == 4) return f(StreamShape<Stream<N, B, 4, 32, 4, U, 128, Parts, kRing>>{});
-        if (share == 2) return f(StreamShape<Stream<N, B, 4, 32, 2, U, 128, Parts, kRing>>{});
+        const int share = tuned.share ? tuned.share : shared_by(ceil_div(outputs * Parts, 4), k, Alone::U * 32 * N);
+        if (share == 4) return f(StreamShape<WarpStream<N, B, 4, Parts, kRing>>{});
+        if (share == 2) return f(StreamShape<WarpStream<N, B, 2, Parts, kRing>>{});
       }
-      f(StreamShape<Stream<N, B, 4, 32, 1, U, 128, Parts, kRing>>{});
+      f(StreamShape<Alone>{});
     };
     // More rows than B: w is read again, from L2, for each B of them.
     if (batch == 1) return with_batch(std::integral_constant<int, 1>{});

@@ -1,6 +1,6 @@
 // Split attention on CUDA cores: float32, and every dtype on a CPU.
 #pragma once
-#include "sizes.h"
+#include "../sizes.h"
 #include "split_attention.cuh"
 #include "unpack.cuh"
 

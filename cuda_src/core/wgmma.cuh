@@ -5,7 +5,7 @@
 // the 16-byte chunk c of row r lies at place c ^ (r % 8): the "128-byte swizzle", which spreads a column of chunks over
 // all banks.
 #pragma once
-#include "common.cuh"
+#include "../common.cuh"
 
 // 1 where these exist: code for sm_90a, nvcc's pass over host code, and the CPU build.
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -69,5 +69,5 @@ LAB_WGMMA_OPS(bf16, "bf16")
 
 }  // namespace lab
 #else
-#include "host/wgmma.h"
+#include "../host/wgmma.h"
 #endif

@@ -1,7 +1,7 @@
 // The largest of many values and its index, in one integer: the larger value wins, of equals the lower index. NaN is
 // the largest of all, so that none goes unnoticed.
 #pragma once
-#include "common.cuh"
+#include "../common.cuh"
 
 namespace lab {
 

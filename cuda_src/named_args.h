@@ -1,0 +1,240 @@
+// A launcher as a Python function that takes its arguments by name, and the struct that it fills with them.
+//
+//   OP(silu_mul, gate_up, y, rows, cols, dtype, stream);      in Python: silu_mul(gate_up=..., y=..., rows=..., ...)
+//
+// A name that is missing or unknown, and a value that does not fit its field, raise TypeError, which names
+// the argument. A field that is a struct is passed as a tuple.
+//
+// How arguments travel was chosen by the cost of a call. rope_append_attention has 27 values, linear has 10;
+// microseconds on two cores of a cloud machine, CPython 3.11, pybind11 3.1, November 2026, the least of 300
+// times 100 calls:
+//
+//                                                              27 values   10 values
+//   27 or 10 positional numbers of a pybind11 function (before)     0.98        0.53
+//   this: keywords of a METH_FASTCALL function, groups as tuples    0.85        0.37
+//   the same, but all 27 as keywords                                1.57
+//   keywords of a pybind11 function (py::arg)                       4.66
+//   a py::class_ whose attributes are set one by one                6.50
+//   tuples as std::tuple arguments of a pybind11 function           2.17
+//   struct.pack and one bytes argument                              0.93        no names, no checks
+//   a ctypes.Structure, without the call                            2.30
+//
+// A call passes its keywords as an array and a tuple of interned names, so that a name is recognised by its
+// address. But above 15 keywords CPython's compiler makes a dict of them first, which costs as much again: so
+// no launcher has more, and values that belong together are a group.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <array>
+#include <cstdint>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <type_traits>
+
+#include "launchers.h"
+
+namespace lab::named {
+
+namespace py = pybind11;
+
+constexpr size_t kMostKeywords = 15;              // CPython's STACK_USE_GUIDELINE of 30, a name and a value each
+
+// The fields of a group, in their order.
+inline auto fields_of(HeadRows& g) { return std::tie(g.data, g.stride); }
+inline auto fields_of(CachePages& g) {
+  return std::tie(g.k, g.v, g.block_table, g.kv_heads, g.page_size, g.max_pages);
+}
+inline auto fields_of(ContextSplits& g) { return std::tie(g.partial, g.tickets, g.count); }
+inline auto fields_of(HeadNorms& g) { return std::tie(g.q, g.k, g.eps); }
+inline auto fields_of(StepWeights& g) { return std::tie(g.embed, g.layers, g.final_norm, g.lm_head, g.cos_sin); }
+inline auto fields_of(StepCache& g) {
+  return std::tie(g.k, g.v, g.block_table, g.pages, g.kv_heads, g.page_size);
+}
+inline auto fields_of(StepExchange& g) { return std::tie(g.words, g.counters); }
+inline auto fields_of(StepSizes& g) { return std::tie(g.layers, g.vocab, g.hidden, g.intermediate); }
+
+// Each read_value() writes a Python value to a field. False, with a Python error set, where it does not fit.
+
+inline bool read_value(PyObject* value, float& field) {
+  const double number = PyFloat_AsDouble(value);
+  if (number == -1.0 && PyErr_Occurred()) return false;
+  field = float(number);
+  return true;
+}
+
+// int, int64_t; and unsigned: addresses and seeds.
+template <typename T, std::enable_if_t<std::is_integral_v<T>, int> = 0>
+bool read_value(PyObject* value, T& field) {
+  using Wide = std::conditional_t<std::is_signed_v<T>, long long, unsigned long long>;
+  Wide number;
+  if constexpr (std::is_signed_v<T>) {
+    number = PyLong_AsLongLong(value);
+  } else {
+    number = PyLong_AsUnsignedLongLong(value);
+  }
+  if (number == Wide(-1) && PyErr_Occurred()) return false;
+  field = T(number);
+  if (Wide(field) == number) return true;
+  PyErr_Format(PyExc_OverflowError, "%R does not fit %zu bits", value, 8 * sizeof(T));
+  return false;
+}
+
+template <typename Group, std::enable_if_t<std::is_class_v<Group>, int> = 0>
+bool read_value(PyObject* value, Group& group) {
+  return std::apply([&](auto&... fields) {
+    if (!PyTuple_Check(value) || PyTuple_GET_SIZE(value) != Py_ssize_t(sizeof...(fields))) {
+      PyErr_Format(PyExc_TypeError, "a tuple of %zu values is needed, not %R", sizeof...(fields), value);
+      return false;
+    }
+    Py_ssize_t i = 0;
+    return (read_value(PyTuple_GET_ITEM(value, i++), fields) && ...);
+  }, fields_of(group));
+}
+
+template <typename T>
+bool read_at(PyObject* value, void* field) {
+  return read_value(value, *static_cast<T*>(field));
+}
+
+struct Field {
+  PyObject* name;                                 // interned
+  size_t offset;                                  // in the struct
+  bool (*read)(PyObject* value, void* field);
+};
+
+template <typename Launcher>
+struct Signature;
+
+template <typename Struct>
+struct Signature<void (*)(const Struct&)> {
+  using Args = Struct;
+  static constexpr int kPositional = 0;
+};
+
+template <typename Struct>
+struct Signature<void (*)(int rung, const Struct&)> {
+  using Args = Struct;
+  static constexpr int kPositional = 1;
+};
+
+// The Python function of one launcher. Fields is its struct of arguments with a method each() that ties all
+// fields.
+template <auto launcher, typename Fields>
+class Function {
+  static constexpr size_t kCount = std::tuple_size_v<decltype(std::declval<Fields&>().each())>;
+  static constexpr int kPositional = Signature<decltype(launcher)>::kPositional;
+  static_assert(kCount <= kMostKeywords, "put arguments that belong together into a group");
+
+  static inline std::array<Field, kCount> fields;
+  static inline std::string name, documentation;
+  static inline PyMethodDef definition;
+
+  // Sets a TypeError about one argument; keeps what the error at hand says, if there is one.
+  static bool refuse(PyObject* argument, const char* what) {
+    if (!PyErr_Occurred()) {
+      PyErr_Format(PyExc_TypeError, "%s(): %s %R", name.c_str(), what, argument);
+      return false;
+    }
+    const py::error_already_set said;
+    PyErr_Format(PyExc_TypeError, "%s(): %U: %S", name.c_str(), argument, said.value().ptr());
+    return false;
+  }
+
+  // The place of an argument in `fields`; kCount for none of them. Callers mostly keep the order of the declaration.
+  static size_t place_of(PyObject* argument, size_t guess) {
+    if (guess < kCount && fields[guess].name == argument) return guess;
+    for (size_t i = 0; i < kCount; ++i) {
+      if (fields[i].name == argument) return i;
+    }
+    for (size_t i = 0; i < kCount; ++i) {         // a name that was made at run time is not interned
+      if (PyUnicode_Compare(fields[i].name, argument) == 0) return i;
+    }
+    return kCount;
+  }
+
+  static bool read_all(Fields& args, PyObject* const* values, PyObject* names) {
+    const size_t count = names ? PyTuple_GET_SIZE(names) : 0;
+    std::array<bool, kCount> given{};
+    for (size_t i = 0; i < count; ++i) {
+      PyObject* argument = PyTuple_GET_ITEM(names, i);
+      const size_t place = place_of(argument, i);
+      if (place == kCount) return refuse(argument, "there is no argument");
+      const Field& field = fields[place];
+      if (!field.read(values[i], reinterpret_cast<char*>(&args) + field.offset)) return refuse(argument, "");
+      given[place] = true;
+    }
+    for (size_t i = 0; i < kCount; ++i) {
+      if (!given[i]) return refuse(fields[i].name, "missing argument");
+    }
+    return true;
+  }
+
+  static PyObject* call(PyObject*, PyObject* const* values, Py_ssize_t positional, PyObject* names) {
+    if (positional != kPositional) {
+      PyErr_Format(PyExc_TypeError, "%s(): pass the arguments by name: %s", name.c_str(), documentation.c_str());
+      return nullptr;
+    }
+    Fields args{};
+    [[maybe_unused]] int rung = 0;
+    if constexpr (kPositional == 1) {
+      if (!read_value(values[0], rung)) return nullptr;
+    }
+    if (!read_all(args, values + positional, names)) return nullptr;
+    try {
+      py::gil_scoped_release others_run;
+      if constexpr (kPositional == 1) {
+        launcher(rung, args);
+      } else {
+        launcher(args);
+      }
+    } catch (const std::invalid_argument& error) {
+      PyErr_SetString(PyExc_ValueError, error.what());
+      return nullptr;
+    } catch (const std::exception& error) {
+      PyErr_SetString(PyExc_RuntimeError, error.what());
+      return nullptr;
+    }
+    Py_RETURN_NONE;
+  }
+
+ public:
+  // Adds the function to a module. listed: the names of the fields, with commas between, in the order of each().
+  static void define(py::module_& module, const char* called, const char* listed) {
+    name = called;
+    Fields args{};
+    std::istringstream words(listed);
+    size_t i = 0;
+    const auto add = [&](auto& field) {
+      std::string word;
+      std::getline(words >> std::ws, word, ',');
+      const size_t offset = reinterpret_cast<char*>(&field) - reinterpret_cast<char*>(&args);
+      fields[i++] = {PyUnicode_InternFromString(word.c_str()), offset, &read_at<std::remove_reference_t<decltype(field)>>};
+    };
+    std::apply([&](auto&... each) { (add(each), ...); }, args.each());
+    // In this form Python reads a signature out of it.
+    documentation = name + (kPositional ? "(rung, /, *, " : "(*, ") + listed + ")\n--\n\n";
+    definition.ml_name = name.c_str();
+    definition.ml_meth = reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&call));
+    definition.ml_flags = METH_FASTCALL | METH_KEYWORDS;
+    definition.ml_doc = documentation.c_str();
+    const py::object owner = module.attr("__name__");
+    module.add_object(called, py::reinterpret_steal<py::object>(PyCFunction_NewEx(&definition, nullptr, owner.ptr())));
+  }
+};
+
+}  // namespace lab::named
+
+// Defines the Python function of a launcher in module m. The names of its struct's fields follow: all of
+// them, or the line that takes the struct apart does not compile. In a struct made from it they are the
+// fields, whatever the order.
+#define OP(launcher, ...)                                                                       \
+  do {                                                                                          \
+    using Args = lab::named::Signature<decltype(&launcher)>::Args;                              \
+    struct Fields : Args {                                                                      \
+      auto each() { return std::tie(__VA_ARGS__); }                                             \
+    };                                                                                          \
+    { [[maybe_unused]] const auto [__VA_ARGS__] = Args{}; }                                     \
+    lab::named::Function<&launcher, Fields>::define(m, #launcher, #__VA_ARGS__);                \
+  } while (0)
