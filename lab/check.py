@@ -130,7 +130,7 @@ def main(args) -> int:
     backends = {}
     for name in names or BACKENDS:
         try:
-            backends[name] = select(name, device, {op.name: name for op in OPS})
+            backends[name] = select(name, device, {op.name: name for op in OPS}, check_contents=True)
         except Unavailable as missing:
             if names:
                 raise
