@@ -105,7 +105,7 @@ class Decoder:
         self.plan, self.run_plan = plan, find_plan(plan, batch, weights.dtype)
         self.weights, self.ops, self.batch, self.config = weights, ops, batch, weights.config
         config, device, dtype = weights.config, weights.device, weights.dtype
-        self.device, self.eager = device, eager or device.type != "cuda"
+        self.device, self.eager = device, eager or device.type != "cuda" or ops.check_contents      # a graph reads nothing
         self.cache = PagedKVCache(config, batch, max_context, dtype, device, page_size, pages)
         self.cos_sin = cos_sin_table(config.head_dim, config.rope_theta, config.rope_scaling, max_context, device)
         self.scale = config.head_dim ** -0.5
@@ -149,7 +149,11 @@ class Decoder:
         if row in self.live_rows:
             raise LabError(f"row {row} of the batch already holds a sequence")
         if len(ids) > 1:
-            prefill(self.weights, self.cache, self.cos_sin, row, ids[:-1])
+            try:
+                prefill(self.weights, self.cache, self.cos_sin, row, ids[:-1])
+            except BaseException:
+                self.cache.release(row)             # the row stays idle and empty
+                raise
         self.place(row, ids[-1])
 
     def check(self, ids: list[int]) -> None:
@@ -184,8 +188,15 @@ class Decoder:
 
         A row whose logits hold NaN gets -1. Raises LabError when the cache is full, before anything is launched.
         """
-        for row in self.live_rows:
-            self.cache.extend(row, 1)
+        self.cache.extend_all(self.live_rows, 1)
+        try:
+            self._run(sampling)
+        except BaseException:                       # no row has moved on the device, so none has on the host
+            self.cache.shorten(self.live_rows, 1)
+            raise
+        return self.ids
+
+    def _run(self, sampling: Sampling) -> None:
         if self.eager:
             self.run_plan(self, sampling)
         else:
@@ -194,7 +205,6 @@ class Decoder:
             graph.replay()
             if self.ops.trace is not None:
                 self.ops.trace.add(launches)
-        return self.ids
 
     @torch.inference_mode()
     def prepare(self, sampling: Sampling = GREEDY) -> None:

@@ -60,6 +60,9 @@ def verify(got, x, norm_w, eps, w, logits, scratch):
     rtol, atol = tolerance(x.nan_to_num(), norm_w, eps, w, logits, scratch)
     best = exact.gather(1, want[:, None].long())
     short = best - exact.gather(1, got[:, None].long()) - 2 * (rtol * best.abs() + atol)
+    first = (exact == exact.gather(1, got[:, None].long())).int().argmax(-1)     # equal rows of w have equal logits
+    if bool((first != got).any()):
+        return f"token {got.tolist()}, and of equal logits the first is {first.tolist()}"
     worst = int(short.argmax())
     return None if bool((short <= 0).all()) else f"row {worst}: token {int(got[worst])}, not {int(want[worst])}"
 
