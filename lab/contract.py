@@ -52,6 +52,7 @@ class Op:
     tolerance: Callable             # (*args) -> (rtol, atol) against `reference`, derived from the dtypes' epsilon
     cases: tuple[Case, ...] = ()
     mutates: tuple[int, ...] = ()   # positions of arguments that the op changes in place
+    contents: Callable | None = None  # (*args) -> None; raises LabError for integers in tensors that no kernel may be given
     verify: Callable | None = None  # (got, *args) -> what is wrong, or None; replaces the comparison by tolerance
 
 

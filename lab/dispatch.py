@@ -40,24 +40,30 @@ class Ops(BasicOps, FusedOps, PersistentOps, OtherOps):
     """One callable per op, each bound to its backend; `ops.chosen` maps op names to backend names."""
 
     def __init__(self, chosen: dict[str, str], functions: dict[str, Callable], device: torch.device,
-                 trace: Trace | None):
-        self.chosen, self.device, self.trace = chosen, device, trace
+                 trace: Trace | None, check_contents: bool = False):
+        self.chosen, self.device, self.trace, self.check_contents = chosen, device, trace, check_contents
         for name, function in functions.items():
             setattr(self, name, function)
 
 
 def select(backend: str | None = None, device: str | torch.device = "cpu",
-           overrides: Mapping[str, str] | Sequence[str] = (), trace: Trace | None = None) -> Ops:
+           overrides: Mapping[str, str] | Sequence[str] = (), trace: Trace | None = None,
+           check_contents: bool | None = None) -> Ops:
     """Binds every op to a backend on a device.
 
     backend: "cuda", "triton" or "torch"; None takes the environment's LAB_BACKEND.
     overrides: {"rope": "triton"} or ["rope=triton"]; empty takes LAB_OVERRIDE ("rope=triton,linear=torch").
+    check_contents: before each launch, read the positions, context lengths and page numbers in the tensors, and raise
+    LabError for those that would lead a kernel outside a tensor or into another row's page. A call then waits for the
+    GPU, so it cannot be captured in a graph. None takes the environment's LAB_CHECK ("1" or "0").
     Raises LabError for an unknown name, Unavailable for a backend that this machine lacks.
     """
     backend = backend or os.environ.get("LAB_BACKEND")
     if backend is None:
         raise LabError(f"no backend chosen: pass one of {', '.join(BACKENDS)} or set LAB_BACKEND")
     known(backend, BACKENDS, "backend")
+    if check_contents is None:
+        check_contents = known(os.environ.get("LAB_CHECK") or "0", ("0", "1"), "value of LAB_CHECK") == "1"
     overrides = overrides or environment_overrides()
     names = [op.name for op in OPS]
     chosen = dict.fromkeys(names, backend)
@@ -69,8 +75,8 @@ def select(backend: str | None = None, device: str | torch.device = "cpu",
     loaded = {name: load(name, device) for name in sorted(set(chosen.values()))}
     for one in loaded.values():
         one.set_trace(trace is not None)
-    functions = {op.name: bind(op, loaded[chosen[op.name]], trace) for op in OPS}
-    return Ops(chosen, functions, device, trace)
+    functions = {op.name: bind(op, loaded[chosen[op.name]], trace, check_contents) for op in OPS}
+    return Ops(chosen, functions, device, trace, check_contents)
 
 
 def environment_overrides() -> list[str]:
@@ -88,8 +94,11 @@ def parse_overrides(overrides: Mapping[str, str] | Sequence[str]) -> dict[str, s
     return {name.strip(): other.strip() for name, _, other in pairs}
 
 
-def bind(op: Op, backend, trace: Trace | None = None) -> Callable:
-    """The function behind ops.<name>: validate, allocate, launch; with a trace, count what was launched."""
+def bind(op: Op, backend, trace: Trace | None = None, check_contents: bool = False) -> Callable:
+    """The function behind ops.<name>: validate, allocate, launch; with a trace, count what was launched.
+
+    check_contents: validate the integers in the tensors, too (see select).
+    """
     validate, outputs, launch = op.validate, op.outputs, backend.launcher(op)
 
     def call(*args, out=None, **options):
@@ -99,6 +108,8 @@ def bind(op: Op, backend, trace: Trace | None = None) -> Callable:
         launch(*args, out=out, **options)
         return out
 
+    if check_contents:
+        call = with_contents(op, call)
     if trace is None:
         return call
 
@@ -109,3 +120,16 @@ def bind(op: Op, backend, trace: Trace | None = None) -> Callable:
         return result
 
     return traced
+
+
+def with_contents(op: Op, function: Callable) -> Callable:
+    """`function`, which takes the op's arguments, after validation of them and of the integers in their tensors."""
+    if op.contents is None:
+        return function
+
+    def call(*args, out=None, **options):
+        op.validate(*args, out=out, **options)              # contents() relies on shapes and dtypes that are right
+        op.contents(*args, **options)
+        return function(*args, out=out, **options)
+
+    return call

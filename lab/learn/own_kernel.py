@@ -21,7 +21,7 @@ import torch
 from lab.backends import load
 from lab.check import check_cases
 from lab.contract import BACKENDS, DTYPES, Op
-from lab.dispatch import bind
+from lab.dispatch import bind, with_contents
 from lab.errors import LabError, Unavailable
 from lab.files import python_module
 from lab.names import known
@@ -127,7 +127,7 @@ def main(args) -> int:
     function, name = function_of(args.file, op, device), args.file.name
     if name in BACKENDS:
         raise LabError(f"{name} is a backend's name: call the file something else")
-    failed = sum(check_cases(op, name, function, dtype, op.cases, device, args.seed) for dtype in dtypes)
+    failed = sum(check_cases(op, name, with_contents(op, function), dtype, op.cases, device, args.seed) for dtype in dtypes)
     if failed:
         print(f"{failed} cases failed: a kernel that is wrong is not raced")
         return 1

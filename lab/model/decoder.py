@@ -34,7 +34,9 @@ class Decoder:
                  plan: str = "basic", eager: bool = False, splits: int | None = None, pages: int | None = None):
         self.plan, self.plan_step = plan, find_plan(plan, batch, weights.dtype)
         self.weights, self.ops, self.batch, self.config = weights, ops, batch, weights.config
-        self.device, self.eager = weights.device, eager or weights.device.type != "cuda"
+        self.device = weights.device
+        # With check_contents every launch reads tensors on the host, which a graph would not do again.
+        self.eager = eager or weights.device.type != "cuda" or ops.check_contents
         self.cache = PagedKVCache(weights.config, batch, max_context, weights.dtype, weights.device, page_size, pages)
         self.buffers = StepBuffers(weights, ops, self.cache, batch, splits, persistent=plan == "persistent")
         # The state of the sequences, which the step advances on the device; the tensors stay where they are.
@@ -53,7 +55,11 @@ class Decoder:
         if row in self.live_rows:
             raise LabError(f"row {row} of the batch already holds a sequence")
         if len(ids) > 1:
-            prefill(self.weights, self.cache, self.buffers.cos_sin, row, ids[:-1])
+            try:
+                prefill(self.weights, self.cache, self.buffers.cos_sin, row, ids[:-1])
+            except BaseException:
+                self.cache.release(row)             # the row stays idle and empty
+                raise
         self.place(row, ids[-1])
 
     def check(self, ids: list[int]) -> None:
@@ -92,8 +98,15 @@ class Decoder:
 
         A row whose logits hold NaN gets -1. Raises LabError when the cache is full, before anything is launched.
         """
-        for row in self.live_rows:
-            self.cache.extend(row, 1)
+        self.cache.extend_all(self.live_rows, 1)
+        try:
+            self._run(sampling)
+        except BaseException:                       # no row has moved on the device, so none has on the host
+            self.cache.shorten(self.live_rows, 1)
+            raise
+        return self.ids
+
+    def _run(self, sampling: Sampling) -> None:
         if self.eager:
             self.run_plan(sampling)
         else:
@@ -102,7 +115,6 @@ class Decoder:
             graph.replay()
             if self.ops.trace is not None:
                 self.ops.trace.add(launches)
-        return self.ids
 
     @torch.inference_mode()
     def prepare(self, sampling: Sampling = GREEDY) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Iterable
 
 import torch
 
@@ -56,20 +57,38 @@ class PagedKVCache:
 
     def extend(self, sequence: int, tokens: int) -> None:
         """Makes room for `tokens` more tokens of a sequence. Raises LabError, changing nothing, when they don't fit."""
-        length, held = self.lengths[sequence] + tokens, self.held[sequence]
-        if length > self.max_context:
-            raise LabError(f"the KV cache is full: sequence {sequence} would hold {length} tokens and its limit is "
-                           f"{self.max_context}; raise --max-context")
-        missing = pages_for(length, self.page_size) - len(held)
-        if missing > len(self.free):
-            raise LabError(f"the KV cache is full: sequence {sequence} needs {missing} more page(s) of "
-                           f"{self.page_size} tokens and {len(self.free)} of {self.pages} are free")
-        if missing > 0:
-            new = [self.free.pop() for _ in range(missing)]
-            row = torch.tensor(new, dtype=torch.int32)
-            self.block_table[sequence, len(held):len(held) + missing].copy_(row)
-            held += new
-        self.lengths[sequence] = length
+        self.extend_all([sequence], tokens)
+
+    def extend_all(self, sequences: Iterable[int], tokens: int) -> None:
+        """Makes room for `tokens` more tokens of each sequence. Raises LabError, changing nothing, unless all fit."""
+        grown, free = [], len(self.free)
+        for sequence in sequences:
+            length, missing = self.lengths[sequence] + tokens, self.missing(sequence, tokens)
+            if length > self.max_context:
+                raise LabError(f"the KV cache is full: sequence {sequence} would hold {length} tokens and its limit is "
+                               f"{self.max_context}; raise --max-context")
+            if missing > free:
+                raise LabError(f"the KV cache is full: sequence {sequence} needs {missing} more page(s) of "
+                               f"{self.page_size} tokens and {free} of {self.pages} are free")
+            free -= missing
+            grown.append((sequence, length, missing))
+        for sequence, length, missing in grown:
+            held = self.held[sequence]
+            if missing:
+                new = [self.free.pop() for _ in range(missing)]
+                row = torch.tensor(new, dtype=torch.int32)
+                self.block_table[sequence, len(held):len(held) + missing].copy_(row)
+                held += new
+            self.lengths[sequence] = length
+
+    def missing(self, sequence: int, tokens: int) -> int:
+        """The pages that a sequence lacks for `tokens` more tokens."""
+        return max(0, pages_for(self.lengths[sequence] + tokens, self.page_size) - len(self.held[sequence]))
+
+    def shorten(self, sequences: Iterable[int], tokens: int) -> None:
+        """Takes back the last extension of each sequence by `tokens`, for work that failed. The pages stay with it."""
+        for sequence in sequences:
+            self.lengths[sequence] -= tokens
 
     def release(self, sequence: int) -> None:
         """Gives a sequence's pages back."""

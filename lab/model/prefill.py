@@ -69,6 +69,8 @@ def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Causal attention of the last len(q) tokens over all len(k): [len(q), q_heads * head_dim]."""
     queries, keys, group = q.shape[0], k.shape[0], q.shape[1] // k.shape[1]
+    if not (k.isfinite().all() and v.isfinite().all()):
+        return _attend_to_prefixes(q, k, v)
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     mask = None
     if queries != keys:         # is_causal would align the mask to the first key, not to the last
@@ -76,3 +78,20 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
     return out[0].transpose(0, 1).flatten(1)
+
+
+def _attend_to_prefixes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """attend() where a key or value is NaN or inf: each query multiplies only what it may see, for a masked weight of 0
+    would make NaN of these. The queries before the first of them still go together."""
+    queries, keys = q.shape[0], k.shape[0]
+    finite = k.isfinite().flatten(1).all(1) & v.isfinite().flatten(1).all(1)
+    clean = int((~finite).int().argmax())                               # keys before the first that is not finite
+    together = max(0, clean - (keys - queries))
+    parts = [attend(q[:together], k[:clean], v[:clean])] if together else []
+    group = q.shape[1] // k.shape[1]
+    for i in range(together, queries):
+        seen = keys - queries + i + 1
+        one, many, values = (t.transpose(0, 1)[None] for t in (
+            q[i:i + 1], k[:seen].repeat_interleave(group, dim=1), v[:seen].repeat_interleave(group, dim=1)))
+        parts.append(F.scaled_dot_product_attention(one, many, values)[0].transpose(0, 1).flatten(1))
+    return torch.cat(parts)

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from lab.contract import DTYPE_CODES, EPS32, FLOATS, Op, case, dense, refuse, rows_of_heads
-from lab.ops.kv_append import check_cache, paged_cache
+from lab.ops.kv_append import check_cache, check_pages, paged_cache
 from lab.ops.rope import packed_qkv
 
 HEAD_DIMS = (64, 96, 128)
@@ -47,6 +47,8 @@ def validate(q, k_cache, v_cache, block_table, context_lens, scale, splits=1, wo
     if len(shape) != 3:
         refuse(name, "q must be [batch, q_heads, head_dim]")
     batch, q_heads, head_dim = shape
+    if dtype not in FLOATS:
+        refuse(name, f"takes no {dtype}: q must be float32, float16 or bfloat16")
     if head_dim not in HEAD_DIMS:
         refuse(name, f"head_dim {head_dim} is not 64, 96 or 128")
     check_cache(name, k_cache, v_cache, block_table, batch, None, head_dim, dtype)
@@ -116,19 +118,51 @@ def triton(q, k_cache, v_cache, block_table, context_lens, scale, splits=1, work
 
 
 def torch_(q, k_cache, v_cache, block_table, context_lens, scale, splits=1, workspace=None, out=None):
-    pages = block_table.clamp(0, k_cache.shape[0] - 1).long()    # entries past the context are never attended to
-    keys, values = (cache[pages].transpose(1, 2).flatten(2, 3) for cache in (k_cache, v_cache))
-    live = torch.arange(keys.shape[2], device=q.device) < context_lens[:, None]
+    page_size, width = k_cache.shape[2], block_table.shape[1]
+    live = torch.arange(width * page_size, device=q.device) < context_lens[:, None]
+    pages = torch.where(live[:, ::page_size], block_table, 0).long()       # entries past the context may hold anything
+    # So may slots past it: a weight of 0 makes NaN of a NaN or inf, so what is not live becomes 0 before the products.
+    keys, values = (torch.where(live[:, None, :, None], cache[pages].transpose(1, 2).flatten(2, 3), 0)
+                    for cache in (k_cache, v_cache))
     attended = F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=live[:, None, None],
                                               scale=scale, enable_gqa=True)[:, :, 0]
     out.copy_(torch.where(context_lens[:, None, None] > 0, attended, 0))
 
 
-def inputs(rand, lengths, q_heads, kv_heads, head_dim, page_size=16, splits=1):
+def contents(q, k_cache, v_cache, block_table, context_lens, scale, splits=1, workspace=None):
+    """Raises LabError for a context longer than its row of the table and for a page that the cache does not have."""
+    check_context("decode_attention", block_table, context_lens, k_cache)
+
+
+def check_context(op, block_table, context_lens, k_cache):
+    last = [(length - 1) // k_cache.shape[2] if length > 0 else -1 for length in context_lens.tolist()]
+    check_pages(op, block_table.tolist(), last, k_cache, "context_lens", context_lens)
+
+
+def inputs(rand, lengths, q_heads, kv_heads, head_dim, page_size=16, splits=1, poison=False, sharp=1.0, mean=0.0):
+    """poison: NaN and inf in every slot that holds no token. sharp: a factor of q, so of the scores; 0 makes all weights
+    equal. mean: of v."""
     q, _, _ = packed_qkv(rand, len(lengths), q_heads, kv_heads, head_dim)
     k_cache, v_cache, block_table = paged_cache(rand, lengths, kv_heads, head_dim, page_size)
+    if poison:
+        poison_unused(lengths, lengths, k_cache, v_cache, block_table)
     context_lens = torch.tensor(lengths, dtype=torch.int32, device=rand.device)
-    return q, k_cache, v_cache, block_table, context_lens, head_dim ** -0.5, splits
+    return q.mul_(sharp), k_cache, v_cache.add_(mean), block_table, context_lens, head_dim ** -0.5, splits
+
+
+def poison_unused(cached, lengths, k_cache, v_cache, block_table):
+    """NaN, inf and -inf in all slots but those of the first cached[b] tokens of each row; table entries past lengths[b]
+    tokens become page numbers that the cache does not have. Rows without a token keep their entries."""
+    page_size, used = k_cache.shape[2], torch.zeros(k_cache.shape[0], k_cache.shape[2], dtype=torch.bool)
+    for b, (tokens, length) in enumerate(zip(cached, lengths, strict=True)):
+        for i, page in enumerate(block_table[b].tolist()):
+            used[page, :max(0, tokens - i * page_size)] = True
+        if length > 0:
+            block_table[b, -(-length // page_size):] = 1 << 30
+    page, slot = (~used).nonzero(as_tuple=True)
+    bad = torch.tensor([torch.nan, torch.inf, -torch.inf], dtype=k_cache.dtype, device=k_cache.device)
+    for i, cache in enumerate((k_cache, v_cache)):
+        cache[page.to(cache.device), :, slot.to(cache.device)] = bad[(page + slot + i) % 3][:, None, None]
 
 
 def nbytes(q, k_cache, v_cache, block_table, context_lens, scale, splits=1, workspace=None):
@@ -140,12 +174,14 @@ def nbytes(q, k_cache, v_cache, block_table, context_lens, scale, splits=1, work
 
 def tolerance(q, k_cache, v_cache, block_table, context_lens, scale, splits=1, workspace=None):
     """One rounding to T. A score's float32 error is a few eps of |q||k|, and moves a weight by that share; the output
-    is an average of v, so its error is that share of the largest v. Half-precision tensor cores round the weights
+    is an average of v, so its error is that share of the largest v; so is that of a float32 sum of n terms, about sqrt(n)
+    halves of a step at most. Half-precision tensor cores round the weights
     themselves to T before the product with V (as FlashAttention does): half an eps of the largest average of |v|."""
     eps = torch.finfo(q.dtype).eps
     score = scale * float(q.double().norm(dim=-1).max()) * float(k_cache.double().norm(dim=-1).max())
     v_max = float(v_cache.double().abs().max())
-    return eps, 4 * EPS32 * (1 + score) * v_max + (eps / 2 if q.dtype != torch.float32 else 0.0)
+    steps = 4 * (1 + score) + max(0, int(context_lens.max())) ** 0.5 / 2
+    return eps, steps * EPS32 * v_max + (eps / 2 if q.dtype != torch.float32 else 0.0)
 
 
 op = Op(
@@ -155,6 +191,7 @@ op = Op(
     flops=lambda q, k_cache, v_cache, block_table, context_lens, scale, splits=1, workspace=None:
         4 * q.shape[1] * q.shape[2] * int(context_lens.clamp(min=0).sum()),
     tolerance=tolerance,
+    contents=contents,
     cases=(case("context 1, page boundary minus and plus one, an idle row, a tile's boundary; GQA group 3",
                 lengths=(1, 15, 16, 17, 0, 64, 65, 130), q_heads=9, kv_heads=3, head_dim=64, splits=2),
            case("more splits than tiles: empty splits", lengths=(5, 200, 70), q_heads=8, kv_heads=2, head_dim=128,
@@ -166,4 +203,13 @@ op = Op(
                 page_size=64, splits=3),
            case("a group of 5, no power of two; head 96", lengths=(33,), q_heads=10, kv_heads=2, head_dim=96, splits=2),
            case("64 sequences of different lengths", lengths=tuple(range(1, 65)), q_heads=4, kv_heads=1, head_dim=64,
-                splits=2)))
+                splits=2),
+           case("NaN, inf and wrong pages wherever there is no token", lengths=(1, 15, 0, 17, 64, 70), q_heads=4,
+                kv_heads=2, head_dim=64, splits=2, poison=True),
+           case("the same with one split and a larger page", lengths=(3, 65, 40), q_heads=4, kv_heads=2, head_dim=128,
+                page_size=64, poison=True),
+           case("scores whose exponentials overflow unless the largest is taken off", lengths=(1, 60, 300), q_heads=4,
+                kv_heads=2, head_dim=64, splits=3, sharp=30.0),
+           case("a sum of many equal weights", lengths=(3000,), q_heads=2, kv_heads=1, head_dim=64, sharp=0.0, mean=4.0),
+           case("the same in splits", lengths=(3000,), q_heads=2, kv_heads=1, head_dim=64, splits=9, sharp=0.0,
+                mean=4.0)))

@@ -5,9 +5,8 @@
   logits float32 [1, vocab], written   out int32 [1]: the next token; it may be ids itself
 The fused plan's ops with the same rounding points (lab/model/plans/fused.py), but the blocks wait for each other's results
 where that plan has a new kernel: so what needs no activation, the weights, can stream on meanwhile.
-A negative position marks an idle row: the kernels write nothing. An id outside the vocabulary gives them logits of NaN,
-and the token -1; what it leaves in the cache is undefined. (The torch backend computes on in both cases.) CUDA needs
-sm_90.
+A negative position marks an idle row: nothing is written. An id outside the vocabulary gives logits of NaN and the token
+-1; what it leaves in the cache is undefined. CUDA needs sm_90.
 Rows of every matrix begin at multiples of 16 bytes; a KV head has at most 8 query heads.
 Halves: cuda_src/decode_step.cu, triton_kernels/decode_step.py
 """
@@ -26,7 +25,8 @@ from lab.ops import (
     norm_linear_silu_mul,
     rope_append_attention,
 )
-from lab.ops.kv_append import check_cache, paged_cache
+from lab.ops.kv_append import check_append, check_cache, paged_cache
+from lab.ops.rope import check_positions
 from lab.ops.step_layout import LAYER, MAX_GROUP, MAX_SPLITS, OPTIONAL, TICKETS
 
 
@@ -162,6 +162,8 @@ def reference(ids, positions, model, k_cache, v_cache, block_table, logits, work
         h = linear_add.reference(a.to(dtype).view(1, -1), layer.wo, h, layer.bo)[0].to(dtype)
         act = norm_linear_silu_mul.reference(h, layer.mlp_norm, m.eps, layer.w_gate_up)[0].to(dtype)
         h = linear_add.reference(act, layer.w_down, h)[0].to(dtype)
+    if int(positions) < 0:
+        return torch.full_like(ids, -1), k_cache, v_cache, logits.double()
     token, want = norm_linear_argmax.reference(h, m.final_norm, m.eps, m.lm_head, logits, None)
     return token, k_cache, v_cache, want
 
@@ -170,12 +172,14 @@ def tolerance(ids, positions, model, k_cache, v_cache, block_table, logits, work
     """About 16 roundings a layer move the residual stream by half a step of T each, with random signs: 2 steps in all.
     The sums are float32's. What moves is of the size of the largest logit, or of the largest key."""
     want = reference(ids, positions, model, k_cache, v_cache, block_table, logits, workspace)
-    size = max(float(want[3].abs().max()), float(want[1].double().abs().max()))
+    size = max(float(want[3].nan_to_num().abs().max()), float(want[1].double().abs().max()))
     return 0.0, (2 * torch.finfo(model.embed.dtype).eps + 16 * EPS32) * (len(model.layers) + 1) * size
 
 
 def verify(got, *args):
-    """The token must be the best in float64, or one that the logits' tolerance cannot tell from it."""
+    """The token must be the best in float64, or one that the logits' tolerance cannot tell from it. An idle row has none."""
+    if int(args[1]) < 0:
+        return None if int(got) < -1 else f"a token for an idle row: {int(got)}"
     exact, (_, atol) = reference(*args)[3][0], tolerance(*args)
     if not 0 <= int(got) < exact.numel():
         return f"a token outside the vocabulary: {int(got)}"
@@ -207,6 +211,7 @@ def triton(ids, positions, model, k_cache, v_cache, block_table, logits, workspa
 def torch_(ids, positions, model, k_cache, v_cache, block_table, logits, workspace, out):
     """torch has no such kernel: the fused plan's ops by torch, one after the other."""
     m, h, qkv, act = model, workspace.h[None], workspace.qkv[None], workspace.act[None]
+    live, found, token = positions >= 0, torch.empty_like(logits), torch.empty_like(ids)
     attention = workspace.attention.view(1, m.q_heads, m.head_dim)
     embedding.torch_(ids, m.embed, out=h)
     for i, layer in enumerate(m.layers):
@@ -217,12 +222,21 @@ def torch_(ids, positions, model, k_cache, v_cache, block_table, logits, workspa
         linear_add.torch_(attention.view(1, -1), layer.wo, h, layer.bo)
         norm_linear_silu_mul.torch_(h, layer.mlp_norm, m.eps, layer.w_gate_up, out=act)
         linear_add.torch_(act, layer.w_down, h)
-    norm_linear_argmax.torch_(h, m.final_norm, m.eps, m.lm_head, logits, None, out=out)
+    norm_linear_argmax.torch_(h, m.final_norm, m.eps, m.lm_head, found, None, out=token)
+    logits.copy_(torch.where(live, found, logits))              # an idle row leaves both as they are
+    out.copy_(torch.where(live, token, out))
+
+
+def contents(ids, positions, model, k_cache, v_cache, block_table, logits, workspace):
+    """Raises LabError for a position past cos_sin or the table and for a page that the cache does not have."""
+    check_positions("decode_step", positions, model.cos_sin.shape[0], "cos_sin")
+    check_append("decode_step", block_table, positions, k_cache[0])
 
 
 def inputs(rand, layers, hidden, intermediate, vocab, q_heads, kv_heads, head_dim, position, page_size=16, bias=False,
-           qk_norm=False):
-    """Weights that keep activations near 1, as those of lab.model.sources.random.RandomSource."""
+           qk_norm=False, poison=False, size=1.0):
+    """Weights that keep activations near 1, as those of lab.model.sources.random.RandomSource. poison: NaN and inf in every slot
+    that holds no token. size: a factor of the embedding and of what is added to it: a small one makes a norm's eps count."""
     from lab.model.rope import cos_sin_table
     from lab.model.weights import Layer, Weights
     q, kv = q_heads * head_dim, kv_heads * head_dim
@@ -236,13 +250,16 @@ def inputs(rand, layers, hidden, intermediate, vocab, q_heads, kv_heads, head_di
     def layer():
         return Layer(norm(hidden), matrix(q + 2 * kv, hidden), rand(q + 2 * kv, scale=0.1) if bias else None,
                      norm(head_dim) if qk_norm else None, norm(head_dim) if qk_norm else None,
-                     matrix(hidden, q, (2 * layers) ** -0.5), rand(hidden, scale=0.1) if bias else None, norm(hidden),
-                     matrix(2 * intermediate, hidden), matrix(hidden, intermediate, (2 * layers) ** -0.5))
+                     matrix(hidden, q, size * (2 * layers) ** -0.5), rand(hidden, scale=0.1) if bias else None,
+                     norm(hidden), matrix(2 * intermediate, hidden),
+                     matrix(hidden, intermediate, size * (2 * layers) ** -0.5))
 
-    weights = Weights(None, rand(vocab, hidden), [layer() for _ in range(layers)], norm(hidden), matrix(vocab, hidden))
-    cos_sin = cos_sin_table(head_dim, 10000.0, None, position + 1, rand.device)
+    weights = Weights(None, rand(vocab, hidden, scale=size), [layer() for _ in range(layers)], norm(hidden), matrix(vocab, hidden))
+    cos_sin = cos_sin_table(head_dim, 10000.0, None, max(1, position + 1), rand.device)
     model = StepModel.of(weights, cos_sin, q_heads, kv_heads, head_dim, 1e-5)
     k, v, block_table = paged_cache(rand, [position + 1], kv_heads, head_dim, page_size)
+    if poison:
+        decode_attention.poison_unused([position], [position + 1], k, v, block_table)
     k_cache, v_cache = (torch.stack([cache / (i + 1) for i in range(layers)]) for cache in (k, v))
     ids = rand.integers(0, vocab, 1)
     return (ids, torch.full_like(ids, position), model, k_cache, v_cache, block_table,
@@ -266,7 +283,7 @@ def flops(ids, positions, model, *args):
 op = Op(
     name="decode_step", summary="a whole greedy decode step of one sequence", dtypes=(torch.float16, torch.bfloat16),
     validate=validate, outputs=outputs, reference=reference, cuda=cuda, triton=triton, torch=torch_, inputs=inputs,
-    nbytes=nbytes, flops=flops, tolerance=tolerance, verify=verify,
+    nbytes=nbytes, flops=flops, tolerance=tolerance, verify=verify, contents=contents,
     mutates=(3, 4, 6),
     cases=(case("first token; GQA group 3; sizes that are no multiple of a tile", layers=2, hidden=72, intermediate=136,
                 vocab=101, q_heads=3, kv_heads=1, head_dim=64, position=0),
@@ -275,4 +292,10 @@ op = Op(
            case("MHA, head 96, a page's last slot; more KV heads than the host build has blocks", layers=1, hidden=96,
                 intermediate=64, vocab=83, q_heads=5, kv_heads=5, head_dim=96, position=63, page_size=64),
            case("the largest group; rows longer than a tile's", layers=1, hidden=2112, intermediate=2056, vocab=40,
-                q_heads=8, kv_heads=1, head_dim=64, position=33)))
+                q_heads=8, kv_heads=1, head_dim=64, position=33),
+           case("an idle row", layers=1, hidden=72, intermediate=64, vocab=83, q_heads=2, kv_heads=1, head_dim=64,
+                position=-1),
+           case("NaN and inf wherever there is no token", layers=2, hidden=72, intermediate=136, vocab=101, q_heads=4,
+                kv_heads=2, head_dim=64, position=69, poison=True),
+           case("activations so small that eps counts", layers=2, hidden=264, intermediate=136, vocab=101, q_heads=4,
+                kv_heads=2, head_dim=64, position=20, qk_norm=True, size=2e-3)))

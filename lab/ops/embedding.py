@@ -12,6 +12,8 @@ from lab.contract import DTYPE_CODES, FLOATS, Op, case, dense, refuse
 def validate(ids, table, out=None):
     if not (ids.dim() == 1 and table.dim() == 2 and ids.dtype == torch.int32):
         refuse("embedding", "ids must be int32 [batch] and the table [vocab, hidden]")
+    if table.dtype not in FLOATS:
+        refuse("embedding", f"takes no {table.dtype}: the table must be float32, float16 or bfloat16")
     if not (out is None or (out.shape == (ids.shape[0], table.shape[1]) and out.dtype == table.dtype)):
         refuse("embedding", "out must be [batch, hidden] in the table's dtype")
     dense("embedding", table.get_device(), ids, table, *(() if out is None else (out,)))
@@ -39,11 +41,17 @@ def triton(ids, table, out):
 
 
 def torch_(ids, table, out):
-    torch.index_select(table, 0, ids, out=out)
+    inside = (ids >= 0) & (ids < table.shape[0])
+    torch.index_select(table, 0, torch.where(inside, ids, 0), out=out)
+    out.masked_fill_(~inside[:, None], torch.nan)
 
 
-def inputs(rand, batch, vocab, hidden):
-    return rand.integers(0, vocab, batch), rand(vocab, hidden)
+def inputs(rand, batch, vocab, hidden, outside=False):
+    """outside: some ids are just outside the vocabulary, or far from it."""
+    ids = rand.integers(0, vocab, batch)
+    if outside:
+        ids[1:7] = torch.tensor([vocab, -1, vocab - 1, 0, (1 << 31) - 1, -(1 << 31)])
+    return ids, rand(vocab, hidden)
 
 
 op = Op(
@@ -54,4 +62,5 @@ op = Op(
     tolerance=lambda ids, table: (0.0, 0.0),                     # a copy is exact
     cases=(case("one row, SmolLM2's width", batch=1, vocab=1000, hidden=576),
            case("a width that is no multiple of the 16-byte vector", batch=3, vocab=17, hidden=101),
-           case("the largest batch", batch=64, vocab=300, hidden=136)))
+           case("the largest batch", batch=64, vocab=300, hidden=136),
+           case("ids outside the vocabulary, the first and the last inside", batch=8, vocab=40, hidden=72, outside=True)))

@@ -36,6 +36,8 @@ def validate(k, v, k_cache, v_cache, block_table, positions, out=None):
     shape, dtype = k.shape, k.dtype
     if not (len(shape) == 3 and shape == v.shape and dtype == v.dtype):
         refuse("kv_append", "k and v must be [batch, kv_heads, head_dim] of one dtype")
+    if dtype not in FLOATS:
+        refuse("kv_append", f"takes no {dtype}: k and v must be float32, float16 or bfloat16")
     batch, heads, head_dim = shape
     check_cache("kv_append", k_cache, v_cache, block_table, batch, heads, head_dim, dtype)
     if not (positions.shape == (batch,) and positions.dtype == torch.int32):
@@ -71,25 +73,77 @@ def triton(k, v, k_cache, v_cache, block_table, positions, out=None):
 
 
 def torch_(k, v, k_cache, v_cache, block_table, positions, out=None):
-    idle = positions < 0
-    where = positions.clamp(min=0).long()
-    page = block_table.gather(1, (where // k_cache.shape[2])[:, None]).long()[:, 0]
+    if not k.shape[0]:
+        return
+    # A captured graph has fixed shapes, so every row writes. An idle row has no slot of its own, and what its table entry
+    # names may belong to a live row by now: it repeats the write of the first live row, the same values to the same slot.
+    # Where all rows are idle, all write back what page 0 holds.
+    live = positions >= 0
+    some = live.any()
+    row = torch.where(live, torch.arange(k.shape[0], device=k.device), live.int().argmax())
+    where = positions[row].clamp(min=0).long()
+    page = torch.where(some, block_table[row, where // k_cache.shape[2]], 0).long()
     slot = where % k_cache.shape[2]
-    for cache, new in ((k_cache, k), (v_cache, v)):              # an idle row writes back what its slot held
-        cache[page, :, slot] = torch.where(idle[:, None, None], cache[page, :, slot], new)
+    for cache, new in ((k_cache, k), (v_cache, v)):
+        cache[page, :, slot] = torch.where(some, new[row], cache[page, :, slot])
 
 
-def inputs(rand, positions, q_heads, kv_heads, head_dim, page_size=16):
-    _, k, v = packed_qkv(rand, len(positions), q_heads, kv_heads, head_dim)
+def contents(k, v, k_cache, v_cache, block_table, positions):
+    """Raises LabError where a live row would write outside the cache, or into a page that another live row has."""
+    check_append("kv_append", block_table, positions, k_cache)
+
+
+def check_append(op, block_table, positions, k_cache):
+    """positions int32 [batch]: the tokens appended. Raises LabError for one past the table, for a page that the cache does
+    not have, and for a page that is written while a live row has it elsewhere in its table."""
+    page_size, table = k_cache.shape[2], block_table.tolist()
+    check_pages(op, table, [p // page_size if p >= 0 else -1 for p in positions.tolist()], k_cache, "positions", positions)
+    held = {}                                                    # page: where a live row has it
+    for b, position in enumerate(positions.tolist()):
+        for i in range(position // page_size + 1):
+            held.setdefault(table[b][i], []).append(f"block_table[{b}, {i}]")
+    for b, position in enumerate(positions.tolist()):
+        places = held[table[b][position // page_size]] if position >= 0 else []
+        if len(places) > 1:
+            refuse(op, f"row {b} writes page {table[b][position // page_size]}, which {' and '.join(places[:2])} both name: "
+                       "a page that is written must belong to one live row, once")
+
+
+def check_pages(op, table, last, k_cache, what, tokens):
+    """table: a list of rows. Raises LabError unless entries 0 to last[b] of each row b are pages of the cache (-1: none).
+
+    what, tokens: the tensor from which `last` comes, for the message.
+    """
+    pages, page_size, width = k_cache.shape[0], k_cache.shape[2], len(table[0]) if table else 0
+    for b, count in enumerate(last):
+        if count >= width:
+            refuse(op, f"{what}[{b}] is {int(tokens[b])}, and a row of block_table ends after {width * page_size} tokens")
+        for i, page in enumerate(table[b][:count + 1]):
+            if not 0 <= page < pages:
+                refuse(op, f"block_table[{b}, {i}] is {page}, and the cache has pages 0 to {pages - 1}")
+
+
+def inputs(rand, positions, q_heads, kv_heads, head_dim, page_size=16, apart=False):
+    """apart: k and v are views of buffers with different strides."""
+    _, k, v = packed_qkv(rand, len(positions), q_heads, kv_heads, head_dim, apart)
     k_cache, v_cache, block_table = paged_cache(rand, [p + 1 for p in positions], kv_heads, head_dim, page_size)
     return k, v, k_cache, v_cache, block_table, torch.tensor(positions, dtype=torch.int32, device=rand.device)
 
 
 def paged_cache(rand, lengths, kv_heads, head_dim, page_size):
-    """Random caches that hold `lengths` tokens, their pages in random order, as after a long-running server's work."""
+    """Random caches that hold `lengths` tokens, their pages in random order, as after a long-running server's work.
+
+    All entries of an idle row (of no token) name the page with a live row's last token, as after its old page was handed
+    out again: the first idle row's that of the first live row, and so on.
+    """
     max_pages = max(1, max(-(-n // page_size) for n in lengths))
     pages = len(lengths) * max_pages
     block_table = rand.permutation(pages).view(len(lengths), max_pages)
+    live, idle = [[b for b, n in enumerate(lengths) if (n > 0) is one] for one in (True, False)]
+    for i, b in enumerate(idle):
+        if live:
+            other = live[i % len(live)]
+            block_table[b] = block_table[other, (lengths[other] - 1) // page_size]
     shape = (pages, kv_heads, page_size, head_dim)
     return rand(*shape), rand(*shape), block_table
 
@@ -101,9 +155,13 @@ op = Op(
     nbytes=lambda k, v, k_cache, v_cache, block_table, positions: 2 * (k.nbytes + v.nbytes) + 2 * positions.nbytes,
     flops=lambda k, v, k_cache, v_cache, block_table, positions: 0,
     tolerance=lambda *args: (0.0, 0.0),                          # a copy is exact
+    contents=contents,
     mutates=(2, 3),
-    cases=(case("first token, last slot of a page, first of the next, an idle row",
-                positions=(0, 15, 16, -1, 47), q_heads=9, kv_heads=3, head_dim=64),
+    cases=(case("first token, last slot of a page, first of the next, idle rows whose table names the pages written",
+                positions=(0, 15, 16, -1, 47, -1, -1, -1), q_heads=9, kv_heads=3, head_dim=64),
+           case("k and v of different strides, an idle row in front", positions=(-1, 5, 16, 33), q_heads=4, kv_heads=2,
+                head_dim=64, apart=True),
+           case("no live row", positions=(-1, -1), q_heads=4, kv_heads=2, head_dim=64),
            case("head 96, one KV head, a larger page", positions=(63, 64, 7), q_heads=4, kv_heads=1, head_dim=96,
                 page_size=64),
            case("head 128, the largest batch", positions=tuple(range(64)), q_heads=8, kv_heads=2, head_dim=128)))

@@ -15,6 +15,8 @@ MAX_BATCH = 64
 def validate(x, w, bias=None, out_dtype=None, out=None):
     if not (x.dim() == 2 and w.dim() == 2 and x.shape[1] == w.shape[1] and x.dtype == w.dtype):
         refuse("linear", "x [batch, k] and w [n, k] must agree in k and dtype")
+    if x.dtype not in FLOATS:
+        refuse("linear", f"takes no {x.dtype}: x and w must be float32, float16 or bfloat16")
     if not (1 <= x.shape[0] <= MAX_BATCH):
         refuse("linear", f"takes 1 to {MAX_BATCH} rows of x; split larger batches")
     if not (out_dtype is None or out_dtype == torch.float32 or out_dtype == x.dtype):

@@ -79,9 +79,10 @@ def torch_(x, norm_w, eps, w, bias=None, out_dtype=None, out=None):
     linear.torch_(y, w, bias, out_dtype, out)
 
 
-def inputs(rand, batch, n, k, bias=False, out_dtype=None):
+def inputs(rand, batch, n, k, bias=False, out_dtype=None, size=1.0, kind="normal"):
+    """size, kind: of x, as in rmsnorm.py."""
     x, w, b, out_dtype = linear.inputs(rand, batch, n, k, bias, out_dtype)
-    return x, rand(k), 1e-5, w, b, out_dtype
+    return rmsnorm.shaped(x, kind).mul_(size), rand(k), 1e-5, w, b, out_dtype
 
 
 op = Op(
@@ -93,4 +94,8 @@ op = Op(
     cases=(case("SmolLM2's qkv, one row", batch=1, n=960, k=576),
            case("no multiple of a tile or vector, with bias", batch=3, n=37, k=101, bias=True),
            case("logits in float32; wider than a block holds at once", batch=2, n=40, k=4104, out_dtype=torch.float32),
-           case("a tensor-core batch, odd n", batch=17, n=83, k=200)))
+           case("a tensor-core batch, odd n", batch=17, n=83, k=200),
+           case("x so small that eps counts", batch=2, n=37, k=576, size=1e-3),
+           case("the same in a tensor-core batch", batch=17, n=37, k=200, size=1e-3),
+           case("one large term among many small ones", batch=2, n=37, k=4096, kind="peak"),
+           case("long rows of equal elements", batch=2, n=9, k=16384, kind="flat")))

@@ -48,11 +48,20 @@ def tolerance(x, norm_w, eps, w, logits, scratch):
 def verify(got, x, norm_w, eps, w, logits, scratch):
     """The token must be the best in float64, or one that the logits' tolerance cannot tell from it."""
     want, exact = reference(x, norm_w, eps, w, logits, scratch)
+    none = want < 0                                              # rows with NaN, which have no token
+    if bool((got[none] != -1).any()):
+        return f"a token for a row with NaN: {got.tolist()}"
+    if bool(none.all()):
+        return None
+    got, want, exact = got[~none], want[~none], exact[~none]
     if bool(((got < 0) | (got >= w.shape[0])).any()):
         return f"a token outside the vocabulary: {got.tolist()}"
-    rtol, atol = tolerance(x, norm_w, eps, w, logits, scratch)
+    rtol, atol = tolerance(x.nan_to_num(), norm_w, eps, w, logits, scratch)
     best = exact.gather(1, want[:, None].long())
     short = best - exact.gather(1, got[:, None].long()) - 2 * (rtol * best.abs() + atol)
+    first = (exact == exact.gather(1, got[:, None].long())).int().argmax(-1)     # equal rows of w have equal logits
+    if bool((first != got).any()):
+        return f"token {got.tolist()}, and of equal logits the first is {first.tolist()}"
     worst = int(short.argmax())
     return None if bool((short <= 0).all()) else f"row {worst}: token {int(got[worst])}, not {int(want[worst])}"
 
@@ -75,8 +84,13 @@ def torch_(x, norm_w, eps, w, logits, scratch, out):
     out.copy_(sample.greedy(logits))
 
 
-def inputs(rand, batch, n, k):
-    x, norm_w, eps, w, _, _ = norm_linear.inputs(rand, batch, n, k)
+def inputs(rand, batch, n, k, size=1.0, kind="normal", nan=(), equal=False):
+    """size, kind: of x, as in rmsnorm.py. nan: rows of x with a NaN. equal: the rows of w stand twice, so all logits tie."""
+    x, norm_w, eps, w, _, _ = norm_linear.inputs(rand, batch, n, k, size=size, kind=kind)
+    for row in nan:
+        x[row, k // 2] = torch.nan
+    if equal:
+        w[n // 2:n // 2 * 2] = w[:n // 2]
     return x, norm_w, eps, w, torch.full((batch, n), torch.nan, device=rand.device), new_scratch(batch, rand.device)
 
 
@@ -90,4 +104,9 @@ op = Op(
     cases=(case("SmolLM2's width, one row", batch=1, n=1000, k=576),
            case("no multiple of a tile or vector", batch=3, n=37, k=101),
            case("the widest batch of the GEMV path", batch=8, n=1041, k=520),
-           case("a tensor-core batch, odd n", batch=17, n=83, k=200)))
+           case("a tensor-core batch, odd n", batch=17, n=83, k=200),
+           case("x so small that eps counts", batch=2, n=37, k=576, size=1e-3),
+           case("one large term among many small ones", batch=2, n=37, k=4096, kind="peak"),
+           case("rows with NaN, which have no token", batch=3, n=300, k=72, nan=(0, 2)),
+           case("the same in a tensor-core batch", batch=17, n=83, k=200, nan=(3,)),
+           case("every logit stands twice: the first wins", batch=3, n=1000, k=72, equal=True)))

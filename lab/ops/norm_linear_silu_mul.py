@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from lab.contract import DTYPE_CODES, FLOATS, Op, case, dense, refuse
-from lab.ops import linear, norm_linear, silu_mul
+from lab.ops import linear, norm_linear, rmsnorm, silu_mul
 from lab.ops.norm_linear import check_norm, norm_slack, normed
 
 
@@ -59,8 +59,9 @@ def torch_(x, norm_w, eps, w, out):
     silu_mul.torch_(gate_up, out)
 
 
-def inputs(rand, batch, n, k):
-    return rand(batch, k), rand(k), 1e-5, rand(2 * n, k, scale=k ** -0.5)
+def inputs(rand, batch, n, k, size=1.0, kind="normal"):
+    """size, kind: of x, as in rmsnorm.py."""
+    return rmsnorm.shaped(rand(batch, k), kind).mul_(size), rand(k), 1e-5, rand(2 * n, k, scale=k ** -0.5)
 
 
 op = Op(
@@ -72,4 +73,8 @@ op = Op(
     cases=(case("SmolLM2's gate and up, one row", batch=1, n=1536, k=576),
            case("no multiple of a tile or vector", batch=3, n=37, k=101),
            case("the widest batch of the GEMV path", batch=8, n=40, k=520),
-           case("a tensor-core batch, odd n", batch=17, n=83, k=200)))
+           case("a tensor-core batch, odd n", batch=17, n=83, k=200),
+           case("x so small that eps counts", batch=2, n=37, k=576, size=1e-3),
+           case("the same in a tensor-core batch", batch=17, n=37, k=200, size=1e-3),
+           case("one large term among many small ones", batch=2, n=37, k=4096, kind="peak"),
+           case("long rows of equal elements", batch=2, n=9, k=16384, kind="flat")))

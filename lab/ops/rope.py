@@ -20,6 +20,8 @@ def validate(q, k, positions, cos_sin, out=None):
     if not (len(q_shape) == len(k_shape) == 3 and q_shape[0] == k_shape[0] and q_shape[2] == k_shape[2]
             and dtype == k.dtype):
         refuse("rope", "q and k must be [batch, heads, head_dim] of one dtype")
+    if dtype not in FLOATS:
+        refuse("rope", f"takes no {dtype}: q and k must be float32, float16 or bfloat16")
     batch, _, head_dim = q_shape
     if head_dim not in (64, 96, 128):
         refuse("rope", f"head_dim {head_dim} is not 64, 96 or 128")
@@ -32,14 +34,16 @@ def validate(q, k, positions, cos_sin, out=None):
     dense("rope", device, positions, cos_sin)
 
 
+def rotate(x, positions, cos_sin):
+    """x [batch, heads, head_dim] rotated, in the dtype of cos_sin; idle rows as they are."""
+    cos, sin = cos_sin[positions.clamp(min=0).long()][:, None].chunk(2, dim=-1)
+    a, b = x.to(cos_sin.dtype).chunk(2, dim=-1)
+    turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return torch.where(positions[:, None, None] < 0, x.to(cos_sin.dtype), turned)
+
+
 def reference(q, k, positions, cos_sin):
-    cos, sin = cos_sin.double()[positions.long()].chunk(2, dim=-1)
-
-    def rotate(x):
-        a, b = x.double().chunk(2, dim=-1)
-        return torch.cat((a * cos[:, None] - b * sin[:, None], b * cos[:, None] + a * sin[:, None]), dim=-1)
-
-    return rotate(q), rotate(k)
+    return tuple(rotate(x, positions, cos_sin.double()) for x in (q, k))
 
 
 def cuda(kernels, q, k, positions, cos_sin, out=None):
@@ -55,22 +59,38 @@ def triton(q, k, positions, cos_sin, out=None):
 
 
 def torch_(q, k, positions, cos_sin, out=None):
-    cos, sin = cos_sin[positions.long()].chunk(2, dim=-1)
     for x in (q, k):
-        a, b = x.float().chunk(2, dim=-1)
-        x.copy_(torch.cat((a * cos[:, None] - b * sin[:, None], b * cos[:, None] + a * sin[:, None]), dim=-1))
+        x.copy_(rotate(x, positions, cos_sin))
 
 
-def inputs(rand, batch, q_heads, kv_heads, head_dim, max_positions=512):
-    q, k, _ = packed_qkv(rand, batch, q_heads, kv_heads, head_dim)
+def contents(q, k, positions, cos_sin):
+    """Raises LabError for a live position that the table of angles does not have."""
+    check_positions("rope", positions, cos_sin.shape[0], "cos_sin")
+
+
+def check_positions(op, positions, rows, table):
+    """Raises LabError if a live position is not one of the `rows` rows of what `table` names."""
+    for b, position in enumerate(positions.tolist()):
+        if position >= rows:
+            refuse(op, f"positions[{b}] is {position}, and {table} ends after {rows} positions")
+
+
+def inputs(rand, batch, q_heads, kv_heads, head_dim, max_positions=512, idle=(), apart=False):
+    """idle: rows without a sequence. apart: q and k are views of buffers with different strides."""
+    q, k, _ = packed_qkv(rand, batch, q_heads, kv_heads, head_dim, apart)
     angle = torch.outer(torch.arange(max_positions, dtype=torch.float64),
                         10000.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim))
     table = torch.cat((angle.cos(), angle.sin()), dim=1).float().to(rand.device)
-    return q, k, rand.integers(0, max_positions, batch), table
+    positions = rand.integers(0, max_positions, batch)
+    positions[list(idle)] = -1
+    return q, k, positions, table
 
 
-def packed_qkv(rand, batch, q_heads, kv_heads, head_dim):
-    """q, k and v as a model has them: views of one packed row."""
+def packed_qkv(rand, batch, q_heads, kv_heads, head_dim, apart=False):
+    """q, k and v as a model has them: views of one packed row. apart: each of a buffer of its own, with another stride."""
+    if apart:
+        sizes = ((q_heads, q_heads + 3), (kv_heads, kv_heads + 2), (kv_heads, kv_heads + 5))
+        return tuple(rand(batch, row, head_dim)[:, 1:heads + 1] for heads, row in sizes)
     packed = rand(batch, (q_heads + 2 * kv_heads) * head_dim)
     heads = packed.view(batch, q_heads + 2 * kv_heads, head_dim)
     return heads.split((q_heads, kv_heads, kv_heads), dim=1)
@@ -82,9 +102,13 @@ op = Op(
     inputs=inputs,
     nbytes=lambda q, k, positions, cos_sin: 2 * (q.nbytes + k.nbytes) + positions.nbytes + 4 * q.shape[0] * q.shape[2],
     flops=lambda q, k, positions, cos_sin: 3 * (q.numel() + k.numel()),
-    # One rounding to T, and two products that may cancel: a few float32 steps of the operands (N(0, 1), so below 8).
-    tolerance=lambda q, k, positions, cos_sin: (torch.finfo(q.dtype).eps, 8 * EPS32),
+    # One rounding to T (half a step), and two products that may cancel: a few float32 steps of the operands (N(0, 1), so
+    # below 8).
+    tolerance=lambda q, k, positions, cos_sin: (torch.finfo(q.dtype).eps / 2 + EPS32, 8 * EPS32),
+    contents=contents,
     mutates=(0, 1),
     cases=(case("SmolLM2's heads, one row", batch=1, q_heads=9, kv_heads=3, head_dim=64),
            case("head 96, several positions", batch=5, q_heads=4, kv_heads=2, head_dim=96),
-           case("head 128, one KV head, the largest batch", batch=64, q_heads=3, kv_heads=1, head_dim=128)))
+           case("head 128, one KV head, the largest batch", batch=64, q_heads=3, kv_heads=1, head_dim=128),
+           case("idle rows, which stay as they are", batch=6, q_heads=3, kv_heads=1, head_dim=64, idle=(0, 3, 5)),
+           case("q and k of different strides", batch=3, q_heads=3, kv_heads=2, head_dim=64, idle=(1,), apart=True)))

@@ -12,8 +12,8 @@ import torch
 
 from lab.contract import DTYPE_CODES, FLOATS, Op, case, dense, refuse, rows_of_heads
 from lab.ops import decode_attention, kv_append, rmsnorm, rope
-from lab.ops.kv_append import paged_cache
-from lab.ops.rope import packed_qkv
+from lab.ops.kv_append import check_append, paged_cache
+from lab.ops.rope import check_positions, packed_qkv
 
 
 def validate(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, block_table, scale, splits=1,
@@ -91,10 +91,24 @@ def torch_(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, b
     decode_attention.torch_(q, k_cache, v_cache, block_table, positions + 1, scale, out=out)
 
 
-def inputs(rand, positions, q_heads, kv_heads, head_dim, page_size=16, splits=1, qk_norm=False):
+def contents(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, block_table, scale, splits=1,
+             workspace=None):
+    """Raises LabError for a position past cos_sin or the table, for a page that the cache does not have, and for one that
+    is written while another live row has it."""
+    check_positions("rope_append_attention", positions, cos_sin.shape[0], "cos_sin")
+    check_append("rope_append_attention", block_table, positions, k_cache)
+
+
+def inputs(rand, positions, q_heads, kv_heads, head_dim, page_size=16, splits=1, qk_norm=False, poison=False, apart=False,
+           size=1.0):
+    """poison: NaN and inf in every slot that holds no token. apart: q, k and v have different strides. size: a factor of q
+    and k, which a norm takes off again but for its eps."""
     lengths = [p + 1 for p in positions]
-    q, k, v = packed_qkv(rand, len(lengths), q_heads, kv_heads, head_dim)
+    q, k, v = packed_qkv(rand, len(lengths), q_heads, kv_heads, head_dim, apart)
+    q.mul_(size), k.mul_(size)
     k_cache, v_cache, block_table = paged_cache(rand, lengths, kv_heads, head_dim, page_size)
+    if poison:
+        decode_attention.poison_unused(positions, lengths, k_cache, v_cache, block_table)
     norms = (rand(head_dim), rand(head_dim)) if qk_norm else (None, None)
     cos_sin = rope.inputs(rand, 1, 1, 1, head_dim, max_positions=max(512, *lengths))[3]
     return (q, k, v, *norms, 1e-6, torch.tensor(positions, dtype=torch.int32, device=rand.device), cos_sin, k_cache,
@@ -126,6 +140,7 @@ op = Op(
     flops=lambda q, k, v, q_norm, k_norm, eps, positions, *args, **options:
         4 * q.shape[1] * q.shape[2] * int((positions + 1).clamp(min=0).sum()),
     tolerance=tolerance,
+    contents=contents,
     mutates=(8, 9),
     cases=(case("first token, page boundaries, an idle row; GQA group 3", positions=(0, 15, 16, -1, 63, 64, 130),
                 q_heads=9, kv_heads=3, head_dim=64, splits=2),
@@ -133,4 +148,14 @@ op = Op(
                 head_dim=128, splits=7, qk_norm=True),
            case("one sequence, one split, MHA, head 96", positions=(96,), q_heads=2, kv_heads=2, head_dim=96),
            case("the largest group, a larger page", positions=(31, 128), q_heads=16, kv_heads=1, head_dim=64,
-                page_size=64, splits=3, qk_norm=True)))
+                page_size=64, splits=3, qk_norm=True),
+           case("idle rows in front and behind, whose table names the pages written; q, k and v of different strides",
+                positions=(-1, 0, 16, 47, -1, -1), q_heads=4, kv_heads=2, head_dim=64, splits=2, apart=True),
+           case("NaN, inf and wrong pages wherever there is no token", positions=(0, 14, -1, 16, 63, 69), q_heads=4,
+                kv_heads=2, head_dim=64, splits=2, poison=True),
+           case("the same with one split and a larger page", positions=(2, 64, 40), q_heads=4, kv_heads=2, head_dim=128,
+                page_size=64, qk_norm=True, poison=True),
+           case("more splits than one merging step takes", positions=(1100, 40), q_heads=4, kv_heads=2, head_dim=64,
+                splits=18),
+           case("heads so small that eps counts", positions=(33, 5), q_heads=4, kv_heads=2, head_dim=64, splits=2,
+                qk_norm=True, size=1e-3)))
