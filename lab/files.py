@@ -1,10 +1,45 @@
-"""Files: written whole or not at all; and Python of somebody else's, loaded."""
+"""Files: read only where they are regular, written whole or not at all; and Python of somebody else's, loaded."""
 import contextlib
 import importlib.util
 import os
+import stat
 from pathlib import Path
 
 from lab.errors import LabError
+
+LARGEST_TEXT = 1 << 28          # bytes: more than any model's JSON or template takes
+
+
+def regular_file(path: str | os.PathLike) -> Path:
+    """`path`, which must be a regular file or a link to one.
+
+    Raises LabError otherwise: a pipe keeps a reader waiting for ever, and a device such as /dev/zero never ends.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        raise LabError(f"{path} is missing") from None
+    except (OSError, ValueError) as error:              # ValueError: a NUL in the name
+        raise LabError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if not stat.S_ISREG(mode):
+        kind = ("a folder" if stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else
+                "a socket" if stat.S_ISSOCK(mode) else "a device")
+        raise LabError(f"{path} is {kind}, not a regular file")
+    return Path(path)
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """The text of a regular UTF-8 file of at most LARGEST_TEXT bytes; LabError for everything else."""
+    try:
+        with regular_file(path).open("rb") as file:
+            data = file.read(LARGEST_TEXT + 1)
+        if len(data) > LARGEST_TEXT:
+            raise LabError(f"{path} is larger than {LARGEST_TEXT >> 20} MiB")
+        return data.decode("utf-8")
+    except OSError as error:
+        raise LabError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise LabError(f"{path} cannot be read: it is not UTF-8 ({error.reason} at byte {error.start})") from error
 
 
 def write_whole(path: str | os.PathLike, content: str | bytes) -> None:

