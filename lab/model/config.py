@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from lab.errors import LabError
 from lab.model.rope import DivisorScaling, LinearScaling, Llama3Scaling, Scaling
-from lab.model.unsupported import refuse_gguf, refuse_huggingface, shown
+from lab.model.unsupported import quoted, refuse_gguf, refuse_huggingface, shown
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")        # Mistral's files call themselves llama
@@ -142,7 +142,7 @@ def _field(source: Mapping, key: str, kind: type, where: str, default=..., layer
     value = source.get(key)
     if isinstance(value, list) and kind in (int, float):
         if not value or any(item != value[0] for item in value):
-            raise LabError(f"{where}: {key} differs between layers ({shown(value)}); that is not supported")
+            raise LabError(f"{where}: {key} differs between layers ({quoted(value)}); that is not supported")
         if layers is not None and len(value) != layers:
             raise LabError(f"{where}: {key} has {len(value)} values for {layers} layers")
         value = value[0]
@@ -153,7 +153,7 @@ def _field(source: Mapping, key: str, kind: type, where: str, default=..., layer
     numeric = kind in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool)
     finite = not numeric or (abs(value) < 2**63 and (kind is float or value == int(value)))     # NaN is not
     if not (numeric or isinstance(value, kind)) or not finite:
-        raise LabError(f"{where}: {key} is {shown(repr(value))}; expected {kind.__name__}")
+        raise LabError(f"{where}: {key} is {quoted(value)}; expected {kind.__name__}")
     return kind(value)
 
 
@@ -182,7 +182,7 @@ def from_huggingface(source: Mapping, name: str, where: str) -> ModelConfig:
     """`source` is the parsed config.json (as of transformers 4 or 5); `where` names the file in errors."""
     architecture = source.get("model_type")
     if architecture not in ARCHITECTURES:
-        raise LabError(f"{where}: model_type {shown(repr(architecture))} is not supported; supported: "
+        raise LabError(f"{where}: model_type {quoted(architecture)} is not supported; supported: "
                        f"{', '.join(ARCHITECTURES)}")
     if source.get("quantization_config") or source.get("compression_config"):
         raise LabError(f"{where}: quantized checkpoints are not supported; use float weights or a GGUF file")
@@ -234,7 +234,7 @@ def _sliding_window(source: Mapping, architecture: str, layers: int, where: str)
         return None if qwen and _field(source, "max_window_layers", int, where, 28) >= layers else window
     if not isinstance(kinds, list) or len(kinds) != layers or not all(
             kind in ("full_attention", "sliding_attention") for kind in kinds):
-        raise LabError(f"{where}: layer_types {shown(kinds)} is not supported; each of the {layers} layers must be "
+        raise LabError(f"{where}: layer_types {quoted(kinds)} is not supported; each of the {layers} layers must be "
                        "full_attention or sliding_attention")
     if "sliding_attention" not in kinds:
         return None if qwen else window
@@ -263,17 +263,17 @@ def _huggingface_rope(source: Mapping, where: str) -> tuple[float, Scaling | Non
         if _field(holder, "partial_rotary_factor", float, where, 1.0) != 1.0:
             raise LabError(f"{where}: partial_rotary_factor is not supported; RoPE turns the whole head")
     if rope.get("rope_type", rope.get("type")) != rope.get("type", rope.get("rope_type")):
-        raise LabError(f"{where}: the rope parameters name two types, {shown(repr(rope['rope_type']))} and "
-                       f"{shown(repr(rope['type']))}")
+        raise LabError(f"{where}: the rope parameters name two types, {quoted(rope['rope_type'])} and "
+                       f"{quoted(rope['type'])}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     uses = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
     if kind not in uses:
-        raise LabError(f"{where}: rope_type {shown(repr(kind))} is not supported; supported: default, linear, llama3")
+        raise LabError(f"{where}: rope_type {quoted(kind)} is not supported; supported: default, linear, llama3")
     always = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
     for key, value in rope.items():
         neutral = key in ("factor", "attention_factor") and value == 1
         if key not in always and key not in uses[kind] and not neutral:
-            raise LabError(f"{where}: the rope parameters have {shown(key)} {shown(value)}, which rope_type {kind!r} "
+            raise LabError(f"{where}: the rope parameters have {shown(key)} {quoted(value)}, which rope_type {kind!r} "
                            "does not use" + ("; name the rope_type that is meant" if kind == "default" else ""))
     original = _field(rope, "original_max_position_embeddings", int, where, None)
     factor = _positive(_field(rope, "factor", float, where, ... if uses[kind] else 1.0), "factor", where)
@@ -332,10 +332,10 @@ def from_gguf(fields: Mapping, tensors: Mapping[str, tuple[int, ...]], rope_freq
     """
     architecture = _field(fields, "general.architecture", str, where)
     if architecture not in GGUF_ARCHITECTURES:
-        raise LabError(f"{where}: architecture {shown(repr(architecture))} is not supported; supported: "
+        raise LabError(f"{where}: architecture {quoted(architecture)} is not supported; supported: "
                        f"{', '.join(GGUF_ARCHITECTURES)}")
     if fields.get("general.type", "model") != "model":
-        raise LabError(f"{where}: it holds no model (its general.type is {shown(fields['general.type'])})")
+        raise LabError(f"{where}: it holds no model (its general.type is {quoted(fields['general.type'])})")
     noted = _Noted(fields)
     layers = _field(noted, f"{architecture}.block_count", int, where)
 
@@ -383,7 +383,7 @@ def _gguf_scaling(get: Callable, architecture: str, where: str) -> LinearScaling
     factors = {key: get(key, float, None) for key in ("rope.scaling.factor", "rope.scale_linear")}
     factors = {key: value or 1.0 for key, value in factors.items() if value is not None}
     if kind not in (None, "none", "linear"):
-        raise LabError(f"{where}: rope scaling {shown(repr(kind))} is not supported; supported: none, linear, "
+        raise LabError(f"{where}: rope scaling {quoted(kind)} is not supported; supported: none, linear, "
                        "rope_freqs.weight")
     if kind == "none":
         return None

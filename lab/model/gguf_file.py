@@ -25,6 +25,7 @@ LAYER_NAMES = {
     "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
 }
+MOST_ENTRIES = 20000
 OTHER_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
@@ -57,10 +58,23 @@ class _Reader(GGUFReader):
             values = self._get(start, self.gguf_scalar_to_np[item], count)
         return 12 + values.nbytes, [values], [0], [GGUFValueType.ARRAY, item]
 
+    def _build_fields(self, offs, count):
+        return super()._build_fields(offs, _plausible(count, "metadata entries"))
+
+    def _build_tensor_info(self, offs, count):
+        return super()._build_tensor_info(offs, _plausible(count, "tensors"))
+
     def _get(self, offset, dtype, count=1, override_order=None):
         if offset + np.dtype(dtype).itemsize * int(count) > self.data.nbytes:
             raise ValueError("it ends too early")
         return super()._get(offset, dtype, count, override_order)
+
+
+def _plausible(count: int, things: str) -> int:
+    """`count`, which the parser spends time and memory on: real files have under 100 entries and 2,000 tensors."""
+    if count > MOST_ENTRIES:
+        raise ValueError(f"it claims {count} {things}; at most {MOST_ENTRIES} are read")
+    return count
 
 
 def _strings_size(data: np.ndarray, start: int, count: int) -> int:

@@ -9,7 +9,7 @@ import torch
 from lab.errors import LabError, Unavailable
 from lab.files import read_text, regular_file
 from lab.model.config import from_huggingface, huggingface_biases, with_held_biases
-from lab.model.unsupported import shown
+from lab.model.unsupported import quoted, shown
 from lab.model.weights import store
 
 try:
@@ -52,7 +52,7 @@ class HuggingFaceSource:
         except LabError:
             raise
         except Exception as error:
-            raise LabError(f"{path}: tensor {name} cannot be read: {error}") from error
+            raise LabError(f"{path}: tensor {name} cannot be read: {shown(str(error), 200)}") from error
         if values.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise LabError(f"{path}: tensor {name} is {values.dtype}; only float32, float16 and bfloat16 are supported")
         store(values, out, name, str(path))
@@ -77,7 +77,7 @@ class HuggingFaceSource:
         files = {}
         for file in sorted(set(index.values())):
             if Path(file).name != file:
-                raise LabError(f"{self.folder / INDEX}: {shown(repr(file))} is not the name of a file in this folder")
+                raise LabError(f"{self.folder / INDEX}: {quoted(file)} is not the name of a file in this folder")
             if not (self.folder / file).exists():
                 raise LabError(f"{self.folder}: {shown(file)}, named in {INDEX}, is missing")
             for name in self._open(self.folder / file).keys():
@@ -100,7 +100,7 @@ class HuggingFaceSource:
             except OSError as error:
                 raise LabError(f"{path} cannot be read: {error.strerror or error}") from error
             except Exception as error:
-                raise LabError(f"{path} is truncated or mangled: {error}") from error
+                raise LabError(f"{path} is truncated or mangled: {shown(str(error), 200)}") from error
         return self.shards[path.name]
 
 

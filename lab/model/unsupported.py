@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 from collections.abc import Mapping
 
 from lab.errors import LabError
@@ -25,14 +26,14 @@ OFF = {
     "n_routed_experts", "num_experts", "num_kv_shared_layers", "num_local_experts", "parallel_attn", "q_lora_rank",
     "qk_nope_head_dim", "qk_rope_head_dim", "rope_interleave", "rope_interleaved", "rope_local_base_freq",
     "rope_traditional", "transformers_weights", "use_alibi", "use_bidirectional_attention", "use_dynamic_ntk",
-    "use_logn_attn", "use_parallel_residual",
+    "use_logn_attn", "use_mrope", "use_parallel_residual",
 }
 ONE = {"scale_emb", "rotary_pct", "rotary_percent", "rope_condense_ratio", "rope_ratio"}
 HEAD_DIM = {"query_pre_attn_scalar", "qk_head_dim", "rotary_dim", "v_head_dim"}
 ATTENTION_SCALE = {"attention_multiplier", "attention_scale", "softmax_scale"}      # neutral: 1/sqrt(head_dim)
 QK_NORM = {"qk_layernorm", "qk_norm", "use_qk_layernorm", "use_qk_norm"}
 ACTIVATION = {"activation_function", "hidden_act", "hidden_activation", "mlp_hidden_act"}
-FACTOR = re.compile(r"multipliers?$|logits?_scal(e|ing)$|(^|_)(depth|embedding|embeddings|residual)_scale$")
+FACTOR = re.compile(r"(?<!ffn_dim_)multipliers?$|logits?_scal(e|ing)$|(^|_)(depth|embedding|embeddings|residual)_scale$")
 SOFT_CAP = re.compile(r"soft_?cap(ping)?$")
 
 
@@ -60,7 +61,7 @@ def refuse_huggingface(source: Mapping, architecture: str, head_dim: int, where:
         else:
             neutral = True
         if not neutral:
-            raise LabError(f"{where}: {shown(key)} {shown(repr(value))} is not supported: it changes what the model computes")
+            raise LabError(f"{where}: {shown(key)} {quoted(value)} is not supported: it changes what the model computes")
 
 
 def refuse_gguf(fields: Mapping, read: set[str], architecture: str, head_dim: int, rms_eps: float, rope_theta: float,
@@ -80,7 +81,7 @@ def refuse_gguf(fields: Mapping, read: set[str], architecture: str, head_dim: in
         if prefix != architecture or key in read or name in GGUF_HARMLESS:
             continue
         if not any(close(value, neutral) for neutral in neutral_values.get(name, (0,))):
-            raise LabError(f"{where}: {shown(key)} {shown(repr(value))} is not supported: it may change what the model "
+            raise LabError(f"{where}: {shown(key)} {quoted(value)} is not supported: it may change what the model "
                            "computes")
 
 
@@ -89,7 +90,17 @@ def close(value, wanted: float) -> bool:
     return isinstance(value, (int, float)) and abs(value) < 2**63 and math.isclose(value, wanted, rel_tol=1e-6)
 
 
-def shown(value, most: int = 80) -> str:
-    """Something from a file for an error: on one line, without control characters, not endless."""
-    text = value if isinstance(value, str) and value.isprintable() else repr(value)
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+_SHORT.maxlist, _SHORT.maxdict = 8, 4
+
+
+def quoted(value) -> str:
+    """A value from a file for an error: as Python writes it, on one line and not endless."""
+    return _SHORT.repr(value)
+
+
+def shown(name: str, most: int = 80) -> str:
+    """A name from a file for an error: as it is where that is on one line and not endless."""
+    text = name if name.isprintable() else repr(name)
     return text if len(text) <= most else text[:most] + "..."
