@@ -232,6 +232,7 @@ def test_keys_that_change_nothing_are_let_be():
     ({"rope_type": "linear", "factor": 4.0, "attention_factor": 1.2}, "attention_factor"),
     ({"rope_type": "default", "mrope_section": [16, 24, 24]}, "mrope_section"),
     ({"full_attention": {"rope_theta": 1e6}}, "full_attention"),
+    ([], "must be an object"),
     ({"rope_theta": 5e5}, "rope_theta is 10000.0 and"),
     ({"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4}, "must be above"),
 ])
@@ -257,10 +258,19 @@ def test_neutral_rope_parameters():
                "layer_types": ["full_attention", "sliding_attention"]}, 64),
     ("qwen3", {"use_sliding_window": True, "sliding_window": 64, "layer_types": ["full_attention"] * 2}, None),
     ("mistral", {"sliding_window": 64}, 64),
+    ("mistral", {"sliding_window": None}, None),
 ])
 def test_layers_that_slide(name, changes, window):
     """As transformers' Qwen2Config and Qwen3Config derive layer_types."""
     assert config_of(name, **changes).sliding_window == window
+
+
+def test_a_window_that_the_config_does_not_name():
+    """transformers' classes: 4096 for Mistral, and for Qwen where the window is switched on."""
+    for name, changes in (("mistral", {}), ("qwen2", {"use_sliding_window": True, "max_window_layers": 0})):
+        source = huggingface_config(replace(CONFIGS[name], sliding_window=None)) | changes
+        assert from_huggingface(source, "tiny", "config.json").sliding_window == 4096
+    assert config_of("llama").sliding_window is None
 
 
 # --- metadata: GGUF ---
@@ -296,6 +306,14 @@ def test_gguf_rope_freqs_and_a_factor_both_apply(tmp_path):
     found = gguf_config(tmp_path, "llama-3", extra=[("add_rope_scaling_factor", 2.0)])
     divided = inverse_frequencies(64, 5e5) / inverse_frequencies(64, 5e5, found.rope_scaling)
     torch.testing.assert_close(divided, torch.from_numpy(2.0 * llama3_divisors(config)), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("values", [[[1.0]] * 32, [1.0] * 5000, [1.0] * 31, [0.0] * 32, [float("nan")] * 32])
+def test_gguf_rope_freqs_of_another_shape(tmp_path, values):
+    import numpy as np
+    extra = [("add_tensor", "rope_freqs.weight", np.array(values, np.float32))]
+    with pytest.raises(LabError, match="rope_freqs.weight (is|holds)"):
+        gguf_config(tmp_path, extra=extra)
 
 
 @pytest.mark.parametrize("extra, says", [

@@ -226,7 +226,8 @@ def huggingface_biases(source: Mapping, where: str) -> tuple[str, ...]:
 def _sliding_window(source: Mapping, architecture: str, layers: int, where: str) -> int | None:
     """The window that limits the context: that of the config where any layer slides, else None."""
     qwen = architecture.startswith("qwen")
-    window = _field(source, "sliding_window", int, where, None)
+    default = None if architecture == "llama" or "sliding_window" in source else 4096   # as transformers' classes
+    window = _field(source, "sliding_window", int, where, default)
     if qwen and not _field(source, "use_sliding_window", bool, where, False):
         window = None                       # Qwen's configs carry a window that is switched off
     kinds = source.get("layer_types")
@@ -248,10 +249,11 @@ def _huggingface_rope(source: Mapping, where: str) -> tuple[float, Scaling | Non
 
     transformers 4 writes rope_theta and rope_scaling, transformers 5 one rope_parameters with both.
     """
-    given = {key: source[key] for key in ("rope_parameters", "rope_scaling") if source.get(key)}
+    given = {key: source[key] for key in ("rope_parameters", "rope_scaling") if source.get(key) is not None}
     for key, value in given.items():
         if not isinstance(value, Mapping):
             raise LabError(f"{where}: {key} must be an object of the rope parameters")
+    given = {key: value for key, value in given.items() if value}
     if len(given) == 2 and given["rope_parameters"] != given["rope_scaling"]:
         raise LabError(f"{where}: rope_parameters and rope_scaling contradict each other; leave one of them out")
     rope = {key: value for key, value in next(iter(given.values()), {}).items() if value is not None}
@@ -350,7 +352,7 @@ def from_gguf(fields: Mapping, tensors: Mapping[str, tuple[int, ...]], rope_freq
                            "and rotary dimensions of a head that differ are not supported")
     if get("expert_count", int, 0):
         raise LabError(f"{where}: mixture-of-experts models are not supported")
-    vocab = tensors.get("token_embd.weight", (0,))[0]
+    vocab = (tensors.get("token_embd.weight") or (0,))[0]
     if get("vocab_size", int, vocab) != vocab:
         raise LabError(f"{where}: {architecture}.vocab_size is {get('vocab_size', int)} and token_embd.weight has "
                        f"{vocab} rows")

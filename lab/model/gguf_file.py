@@ -121,7 +121,12 @@ class GGUFSource:
         if scalars.get("split.count", 1) > 1:
             raise LabError(f"{self.where} is one part of a split model; merge the parts with llama-gguf-split --merge")
         self.scalars = scalars
-        freqs = tuple(self._dequantize("rope_freqs.weight").tolist()) if "rope_freqs.weight" in self.tensors else None
+        freqs = None
+        if "rope_freqs.weight" in self.tensors:
+            shape = shapes["rope_freqs.weight"]
+            if len(shape) != 1 or shape[0] > 4096:          # before its values become a list
+                raise LabError(f"{self.where}: tensor rope_freqs.weight is {list(shape)}; expected head_dim/2 values")
+            freqs = tuple(self._dequantize("rope_freqs.weight").tolist())
         architecture = f"{scalars.get('general.architecture')}."
         layered = {key: self.array(key) for key in self.reader.fields
                    if key.startswith(architecture) and key not in scalars}
