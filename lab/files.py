@@ -1,4 +1,4 @@
-"""Files: read only where they are regular, written whole or not at all; and Python of somebody else's, loaded."""
+"""Files: read where they are regular, written whole or not at all; and Python of somebody else's, loaded."""
 import contextlib
 import importlib.util
 import os
@@ -13,7 +13,8 @@ LARGEST_TEXT = 1 << 28          # bytes: more than any model's JSON or template 
 def regular_file(path: str | os.PathLike) -> Path:
     """`path`, which must be a regular file or a link to one.
 
-    Raises LabError otherwise: a pipe keeps a reader waiting for ever, and a device such as /dev/zero never ends.
+    Raises LabError otherwise: a pipe keeps a reader waiting for ever, and a device such as /dev/zero never
+    ends.
     """
     try:
         mode = os.stat(path).st_mode
@@ -39,7 +40,8 @@ def read_text(path: str | os.PathLike) -> str:
     except OSError as error:
         raise LabError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise LabError(f"{path} cannot be read: it is not UTF-8 ({error.reason} at byte {error.start})") from error
+        raise LabError(f"{path} cannot be read: it is not UTF-8 ({error.reason} at byte {error.start})"
+                       ) from error
 
 
 def write_whole(path: str | os.PathLike, content: str | bytes) -> None:

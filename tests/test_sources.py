@@ -319,7 +319,7 @@ def test_gguf_rope_freqs_of_another_shape(tmp_path, values):
 @pytest.mark.parametrize("extra, says", [
     ([("add_rope_scaling_factor", -2.0)], "llama.rope.scaling.factor is -2.0"),
     ([("add_rope_scaling_factor", float("nan"))], "llama.rope.scaling.factor is nan"),
-    ([("add_rope_scaling_factor", 2.0), ("add_float32", "llama.rope.scale_linear", 4.0)], "scale_linear differ"),
+    ([("add_rope_scaling_factor", 2.0), ("add_float32", "llama.rope.scale_linear", 4.0)], "rope.scale_linear of llama differ"),
     ([("add_rope_scaling_type", gguf.RopeScalingType.LINEAR)], "rope.scaling.factor is missing"),
     ([("add_rope_scaling_attn_factors", 1.2)], "llama.rope.scaling.attn_factor"),
     ([("add_logit_scale", 0.0625)], "llama.logit_scale"),

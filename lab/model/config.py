@@ -36,7 +36,7 @@ class ModelConfig:
     qk_norm: bool = False       # Qwen3: RMSNorm over head_dim of each q and k head, before RoPE
     tie_embeddings: bool = False
     sliding_window: int | None = None
-    stated_positions: int | None = None     # where it is not known whether max_positions scales it once too often
+    stated_positions: int | None = None     # the file's, where max_positions may scale it once too often
 
     def __post_init__(self):
         for field in ("layers", "hidden", "intermediate", "q_heads", "kv_heads", "head_dim", "vocab", "max_positions"):
@@ -81,11 +81,12 @@ class ModelConfig:
         if self.sliding_window is not None and tokens > self.sliding_window:
             raise LabError(f"a context of {tokens} tokens exceeds the sliding window of {self.sliding_window} of model "
                            f"{self.name}; sliding-window attention is not built: use a shorter context")
-        if self.stated_positions is not None and tokens > self.stated_positions and "said" not in self.__dict__:
+        stated = self.stated_positions
+        if stated is not None and tokens > stated and "said" not in self.__dict__:
             self.__dict__["said"] = True            # not a field: it takes no part in comparisons
-            print(f"lab: model {self.name} states a context of {self.stated_positions} tokens and a linear RoPE "
-                  f"scaling that makes {self.max_positions} of it; where its context is already the scaled one, text "
-                  f"beyond {self.stated_positions} tokens gets worse", file=sys.stderr)
+            print(f"lab: model {self.name} states a context of {stated} tokens and a linear RoPE scaling that makes "
+                  f"{self.max_positions} of it; where its context is already the scaled one, text beyond {stated} "
+                  "tokens gets worse", file=sys.stderr)
 
 
 def _llama3(factor: float) -> Llama3Scaling:
@@ -136,8 +137,8 @@ PRESETS = {config.name: config for config in (
 def _field(source: Mapping, key: str, kind: type, where: str, default=..., layers: int | None = None):
     """source[key] as `kind`; LabError when it is missing without a default, not finite or of another type.
 
-    A list of numbers counts as one for each of the `layers`: their common value is taken, and LabError raised where
-    they differ, since all layers of a model have one shape here.
+    A list of numbers counts as one for each of the `layers`: their common value is taken, and LabError raised
+    where they differ, since all layers of a model have one shape here.
     """
     value = source.get(key)
     if isinstance(value, list) and kind in (int, float):
@@ -161,14 +162,15 @@ def with_held_biases(config: ModelConfig, required: tuple[str, ...], tensors: Co
                      stored: Callable[[str], str], where: str) -> ModelConfig:
     """`config` with the attention biases that its file holds in any layer, whatever the metadata say of them.
 
-    required: the projections, of q, k, v and o, that have a bias in every layer of this model; LabError where the file
-    lacks one. tensors: the names in the file. stored: how the file writes a name of Hugging Face's.
+    required: the projections, of q, k, v and o, that have a bias in every layer of this model; LabError where the
+    file lacks one. tensors: the names in the file. stored: how the file writes a name of Hugging Face's.
     """
     if config.layers > len(tensors):
         return config                       # of a mangled file; loading says what is missing
 
     def held(projection):
-        names = [stored(f"model.layers.{index}.self_attn.{projection}_proj.bias") for index in range(config.layers)]
+        names = [stored(f"model.layers.{index}.self_attn.{projection}_proj.bias")
+                 for index in range(config.layers)]
         missing = [name for name in names if name not in tensors]
         if missing and projection in required:
             raise LabError(f"{where}: tensor {missing[0]} is missing")
@@ -213,7 +215,7 @@ def from_huggingface(source: Mapping, name: str, where: str) -> ModelConfig:
 
 
 def huggingface_biases(source: Mapping, where: str) -> tuple[str, ...]:
-    """The projections, of q, k, v and o, that have a bias in every layer, as transformers' classes build them.
+    """The projections, of q, k, v and o, that have a bias in every layer as transformers' classes build them.
 
     Qwen2 has q, k and v by definition, Mistral none; `attention_bias` says it for Llama and Qwen3 alone.
     """
@@ -226,7 +228,8 @@ def huggingface_biases(source: Mapping, where: str) -> tuple[str, ...]:
 def _sliding_window(source: Mapping, architecture: str, layers: int, where: str) -> int | None:
     """The window that limits the context: that of the config where any layer slides, else None."""
     qwen = architecture.startswith("qwen")
-    default = None if architecture == "llama" or "sliding_window" in source else 4096   # as transformers' classes
+    # Where the key is missing, transformers' classes have these defaults.
+    default = None if architecture == "llama" or "sliding_window" in source else 4096
     window = _field(source, "sliding_window", int, where, default)
     if qwen and not _field(source, "use_sliding_window", bool, where, False):
         window = None                       # Qwen's configs carry a window that is switched off
@@ -235,12 +238,12 @@ def _sliding_window(source: Mapping, architecture: str, layers: int, where: str)
         return None if qwen and _field(source, "max_window_layers", int, where, 28) >= layers else window
     if not isinstance(kinds, list) or len(kinds) != layers or not all(
             kind in ("full_attention", "sliding_attention") for kind in kinds):
-        raise LabError(f"{where}: layer_types {quoted(kinds)} is not supported; each of the {layers} layers must be "
-                       "full_attention or sliding_attention")
+        raise LabError(f"{where}: layer_types {quoted(kinds)} is not supported; each of the {layers} layers must "
+                       "be full_attention or sliding_attention")
     if "sliding_attention" not in kinds:
         return None if qwen else window
     if window is None:
-        raise LabError(f"{where}: layer_types has sliding_attention and sliding_window is not set or switched off")
+        raise LabError(f"{where}: layer_types has sliding_attention; sliding_window is not set or switched off")
     return window
 
 
@@ -255,7 +258,7 @@ def _huggingface_rope(source: Mapping, where: str) -> tuple[float, Scaling | Non
             raise LabError(f"{where}: {key} must be an object of the rope parameters")
     given = {key: value for key, value in given.items() if value}
     if len(given) == 2 and given["rope_parameters"] != given["rope_scaling"]:
-        raise LabError(f"{where}: rope_parameters and rope_scaling contradict each other; leave one of them out")
+        raise LabError(f"{where}: rope_parameters and rope_scaling contradict each other; leave one out")
     rope = {key: value for key, value in next(iter(given.values()), {}).items() if value is not None}
     outer = _field(source, "rope_theta", float, where, None)
     theta = _field(rope, "rope_theta", float, where, 10000.0 if outer is None else outer)
@@ -270,13 +273,14 @@ def _huggingface_rope(source: Mapping, where: str) -> tuple[float, Scaling | Non
     kind = rope.get("rope_type", rope.get("type", "default"))
     uses = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
     if kind not in uses:
-        raise LabError(f"{where}: rope_type {quoted(kind)} is not supported; supported: default, linear, llama3")
+        raise LabError(f"{where}: rope_type {quoted(kind)} is not supported; supported: {', '.join(uses)}")
     always = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
     for key, value in rope.items():
         neutral = key in ("factor", "attention_factor") and value == 1
         if key not in always and key not in uses[kind] and not neutral:
-            raise LabError(f"{where}: the rope parameters have {shown(key)} {quoted(value)}, which rope_type {kind!r} "
-                           "does not use" + ("; name the rope_type that is meant" if kind == "default" else ""))
+            hint = "; name the rope_type that is meant" if kind == "default" else ""
+            raise LabError(f"{where}: the rope parameters have {shown(key)} {quoted(value)}, which rope_type "
+                           f"{kind!r} does not use{hint}")
     original = _field(rope, "original_max_position_embeddings", int, where, None)
     factor = _positive(_field(rope, "factor", float, where, ... if uses[kind] else 1.0), "factor", where)
     if kind == "default" or (kind == "linear" and factor == 1.0):
@@ -299,8 +303,9 @@ def _positive(value: float, key: str, where: str) -> float:
 def _lengthened(stated: int, scaling: Scaling | None, original: int | None) -> tuple[int, int | None]:
     """(the longest context, `stated` where it is not known to be that long) of a linearly scaled model.
 
-    stated: max_position_embeddings or context_length, which some models give before scaling (Vicuna 16k: 4,096 by 4)
-    and others after (LLaMA-2-7B-32K: 32,768 by 8). original: the context before scaling, where the file says it.
+    stated: max_position_embeddings or context_length, which some models give before scaling (Vicuna 16k: 4,096
+    by 4) and others after (LLaMA-2-7B-32K: 32,768 by 8). original: the context before scaling, where the file
+    says it.
     """
     if not isinstance(scaling, LinearScaling) or scaling.factor <= 1:
         return stated, None
@@ -348,14 +353,14 @@ def from_gguf(fields: Mapping, tensors: Mapping[str, tuple[int, ...]], rope_freq
     head_dim = get("attention.key_length", int, hidden // max(q_heads, 1))
     for key in ("attention.value_length", "rope.dimension_count"):
         if get(key, int, head_dim) != head_dim:
-            raise LabError(f"{where}: {architecture}.{key} is {get(key, int)} and a head has {head_dim}: key, value "
-                           "and rotary dimensions of a head that differ are not supported")
+            raise LabError(f"{where}: {architecture}.{key} is {get(key, int)} and a head has {head_dim}: key, "
+                           "value and rotary dimensions of a head that differ are not supported")
     if get("expert_count", int, 0):
         raise LabError(f"{where}: mixture-of-experts models are not supported")
     vocab = (tensors.get("token_embd.weight") or (0,))[0]
     if get("vocab_size", int, vocab) != vocab:
-        raise LabError(f"{where}: {architecture}.vocab_size is {get('vocab_size', int)} and token_embd.weight has "
-                       f"{vocab} rows")
+        raise LabError(f"{where}: {architecture}.vocab_size is {get('vocab_size', int)} and token_embd.weight "
+                       f"has {vocab} rows")
     scaling = _gguf_scaling(get, architecture, where)
     max_positions, stated = _lengthened(get("context_length", int), scaling,
                                         get("rope.scaling.original_context_length", int, None))
@@ -390,7 +395,7 @@ def _gguf_scaling(get: Callable, architecture: str, where: str) -> LinearScaling
     if kind == "none":
         return None
     if len(set(factors.values())) > 1:
-        raise LabError(f"{where}: {architecture}.rope.scaling.factor and {architecture}.rope.scale_linear differ")
+        raise LabError(f"{where}: rope.scaling.factor and rope.scale_linear of {architecture} differ")
     if kind == "linear" and not factors:
         raise LabError(f"{where}: {architecture}.rope.scaling.factor is missing")
     key, factor = next(iter(factors.items()), ("", 1.0))

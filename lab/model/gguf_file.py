@@ -41,15 +41,15 @@ def gguf_name(name: str) -> str:
 class _Reader(GGUFReader):
     """GGUFReader that refuses to read past the end, and keeps an array as one part of its field.
 
-    The stock one gives short arrays, loops over a mangled count, and makes an object of every item of an array, which
-    takes 10 microseconds and 400 bytes each.
+    The stock one gives short arrays, loops over a mangled count, and makes an object of every item of an array,
+    which takes 10 microseconds and 400 bytes each.
     """
 
     def _get_field_parts(self, orig_offs, raw_type):
         if raw_type != GGUFValueType.ARRAY:
             return super()._get_field_parts(orig_offs, raw_type)
-        item, count = GGUFValueType(self._get(orig_offs, np.uint32)[0]), int(self._get(orig_offs + 4, np.uint64)[0])
-        start = orig_offs + 12
+        item = GGUFValueType(self._get(orig_offs, np.uint32)[0])
+        count, start = int(self._get(orig_offs + 4, np.uint64)[0]), orig_offs + 12
         if item == GGUFValueType.ARRAY:
             raise ValueError("an array of arrays, which no model's file has")
         if item == GGUFValueType.STRING:
@@ -71,14 +71,14 @@ class _Reader(GGUFReader):
 
 
 def _plausible(count: int, things: str) -> int:
-    """`count`, which the parser spends time and memory on: real files have under 100 entries and 2,000 tensors."""
+    """`count`, where the parser can afford it: real files have under 100 entries and 2,000 tensors."""
     if count > MOST_ENTRIES:
         raise ValueError(f"it claims {count} {things}; at most {MOST_ENTRIES} are read")
     return count
 
 
 def _strings_size(data: np.ndarray, start: int, count: int) -> int:
-    """The bytes that `count` strings take from `start` on: each is its length in 8 bytes, then its UTF-8 bytes."""
+    """The bytes that `count` strings take from `start` on: each is its length in 8 bytes, then its UTF-8."""
     if count > (data.nbytes - start) // 8:
         raise ValueError("it ends too early")
     length, at, end = struct.Struct("<Q").unpack_from, start, data.nbytes - 8
@@ -125,7 +125,7 @@ class GGUFSource:
         if "rope_freqs.weight" in self.tensors:
             shape = shapes["rope_freqs.weight"]
             if len(shape) != 1 or shape[0] > 4096:          # before its values become a list
-                raise LabError(f"{self.where}: tensor rope_freqs.weight is {list(shape)}; expected head_dim/2 values")
+                raise LabError(f"{self.where}: tensor rope_freqs.weight is {list(shape)}; expected [head_dim/2]")
             freqs = tuple(self._dequantize("rope_freqs.weight").tolist())
         architecture = f"{scalars.get('general.architecture')}."
         layered = {key: self.array(key) for key in self.reader.fields

@@ -33,7 +33,8 @@ class HuggingFaceSource:
         config = from_huggingface(settings, self.name, where)
         self.shards = {}                # file name -> open file
         self.files = self._files()      # tensor name -> file name
-        self.config = with_held_biases(config, huggingface_biases(settings, where), self.files, str, self.where)
+        required = huggingface_biases(settings, where)
+        self.config = with_held_biases(config, required, self.files, str, self.where)
         self.asked = set()
 
     def holds(self, name: str) -> bool:
@@ -64,8 +65,8 @@ class HuggingFaceSource:
     def _files(self) -> dict[str, str]:
         """The file of each tensor. A whole file goes before an index, as in transformers.
 
-        Shards are asked for what they hold: what the index names and no shard has is an error, and what the index does
-        not name counts, since transformers loads it.
+        Shards are asked for what they hold: what the index names and no shard has is an error, and what the index
+        does not name counts, since transformers loads it.
         """
         if (self.folder / SINGLE).exists():
             return dict.fromkeys(self._open(self.folder / SINGLE).keys(), SINGLE)
@@ -77,7 +78,7 @@ class HuggingFaceSource:
         files = {}
         for file in sorted(set(index.values())):
             if Path(file).name != file:
-                raise LabError(f"{self.folder / INDEX}: {quoted(file)} is not the name of a file in this folder")
+                raise LabError(f"{self.folder / INDEX}: {quoted(file)} is not the name of a file beside it")
             if not (self.folder / file).exists():
                 raise LabError(f"{self.folder}: {shown(file)}, named in {INDEX}, is missing")
             for name in self._open(self.folder / file).keys():
@@ -86,14 +87,15 @@ class HuggingFaceSource:
                 files[name] = file
         for name, file in index.items():
             if name not in files and not name.endswith(IGNORED):
-                raise LabError(f"{self.folder}: tensor {shown(name)}, which {INDEX} places in {file}, is in none of "
-                               "the safetensors files")
+                raise LabError(f"{self.folder}: tensor {shown(name)}, which {INDEX} places in {file}, is in none "
+                               "of the safetensors files")
         return files
 
     def _open(self, path: Path):
         if path.name not in self.shards:
             try:
-                regular_file(path).open("rb").close()       # safetensors calls a file that may not be read a missing one
+                # safetensors calls a file that may not be read a missing one
+                regular_file(path).open("rb").close()
                 self.shards[path.name] = safe_open(path, framework="pt")
             except LabError:
                 raise
@@ -105,7 +107,7 @@ class HuggingFaceSource:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file; LabError when it is missing, no regular file, nested too deeply or no object."""
+    """The object in a JSON file; LabError when it is missing, no regular file, too deeply nested, no object."""
     too_deep = LabError(f"{path} is nested more than {DEEPEST} levels deep; that is no file of a model")
     try:
         found = json.loads(read_text(path))

@@ -1,8 +1,9 @@
 """Weights packed for decoding, and where they come from: a GGUF file, a Hugging Face folder, or a seeded generator.
 
-A source has `name`, `where` (the words that begin an error), `config`, `holds(name)` and `fill(name, out)`, which writes
-one tensor (named as Hugging Face names it) into `out` converted to its dtype and device, `unread()`, the names of the
-file's tensors that were never asked for and would change the logits, and `tokenizer()`, which may be None.
+A source has `name`, `where` (the words that begin an error), `config`, `holds(name)` and `fill(name, out)`, which
+writes one tensor (named as Hugging Face names it) into `out` converted to its dtype and device, `unread()`, the
+names of the file's tensors that were never asked for and would change the logits, and `tokenizer()`, which may be
+None.
 """
 from __future__ import annotations
 
@@ -142,9 +143,9 @@ def default_model_file() -> Path:
 def load(source, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Weights:
     """Reads every tensor of `source` once and packs it. Shows a progress bar where stderr is a terminal.
 
-    An output head that the file holds is used even where the metadata call the embeddings tied, as transformers 5 and
-    llama.cpp do. Raises LabError for a tensor that is missing or of the wrong shape, and for one that was not read: the
-    model would be another one without it.
+    An output head that the file holds is used even where the metadata call the embeddings tied, as transformers 5
+    and llama.cpp do. Raises LabError for a tensor that is missing or of the wrong shape, and for one that was not
+    read: the model would be another one without it.
     """
     config = source.config
     own_head = config.tie_embeddings and source.holds("lm_head.weight")
@@ -155,16 +156,16 @@ def load(source, dtype: torch.dtype = torch.float32, device: str | torch.device 
         loaded = _pack(source, config, dtype, torch.device(device), advance)
     if unread := source.unread():
         more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
-        raise LabError(f"{source.where}: tensor {', '.join(map(shown, unread[:3]))}{more} in it belongs to no part of "
-                       f"a {config.architecture} model of {config.layers} layers as it is built here; without it the "
-                       "model's text would be wrong")
+        raise LabError(f"{source.where}: tensor {', '.join(map(shown, unread[:3]))}{more} in it belongs to no part "
+                       f"of a {config.architecture} model of {config.layers} layers as it is built here; without it "
+                       "the model's text would be wrong")
     return loaded
 
 
 def _pack(source, config: ModelConfig, dtype, device, advance) -> Weights:
     def fill(name: str, out: torch.Tensor) -> None:
         if name.endswith(".bias") and not source.holds(name):
-            out.zero_()             # some layers or projections have one, this has not; the source knows which must
+            out.zero_()         # some layers or projections have one, this has not; the source knows which must
         else:
             source.fill(name, out)
 
@@ -208,8 +209,8 @@ def _pack(source, config: ModelConfig, dtype, device, advance) -> Weights:
         lm_head = read("lm_head.weight", config.vocab, config.hidden)
         if torch.equal(lm_head, embed):
             lm_head = embed         # kept once
-    config = config if config.tie_embeddings == (lm_head is embed) else replace(config,
-                                                                                tie_embeddings=lm_head is embed)
+    if config.tie_embeddings != (lm_head is embed):
+        config = replace(config, tie_embeddings=lm_head is embed)
     advance()
     return Weights(config, embed, layers, final_norm, lm_head)
 
