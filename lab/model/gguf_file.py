@@ -11,7 +11,7 @@ from lab.errors import LabError, Unavailable
 from lab.files import regular_file
 from lab.model.config import from_gguf, with_held_biases
 from lab.model.unsupported import shown
-from lab.model.weights import store
+from lab.model.weights import check_shape, store
 
 try:
     from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
@@ -111,7 +111,7 @@ class GGUFSource:
             scalars = {key: field.contents() for key, field in self.reader.fields.items()
                        if field.types and field.types[0] != GGUFValueType.ARRAY}
             self.tensors = {tensor.name: tensor for tensor in self.reader.tensors}
-            shapes = {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in self.tensors.items()}
+            self.shapes = shapes = {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in self.tensors.items()}
         except OSError as error:
             raise LabError(f"{self.where} cannot be read: {error.strerror}") from error
         except Exception as error:      # the parser raises whatever it trips over: all of it means a bad file
@@ -159,6 +159,7 @@ class GGUFSource:
         if stored not in self.tensors:
             raise LabError(f"{self.where}: tensor {stored} is missing")
         self.asked.add(stored)
+        check_shape(self.shapes[stored], out, stored, self.where)       # before it is made 16 times larger
         values = torch.from_numpy(self._dequantize(stored))
         if self.config.architecture == "llama" and ("q_proj" in name or "k_proj" in name):
             heads = self.config.q_heads if "q_proj" in name else self.config.kv_heads
