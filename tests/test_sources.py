@@ -336,6 +336,7 @@ def test_gguf_rope_freqs_of_another_shape(tmp_path, values):
     ([("add_array", "llama.rope.dimension_sections", [16, 24, 24, 0])], "llama.rope.dimension_sections"),
     ([("add_vocab_size", 300)], "llama.vocab_size"),
     ([("add_type", "adapter")], "general.type"),
+    ([("add_string", "split.count", "two")], "llama-gguf-split"),
 ])
 def test_a_gguf_key_that_changes_the_logits_is_refused_by_name(tmp_path, extra, says):
     with pytest.raises(LabError, match=says):
@@ -495,6 +496,16 @@ def test_gguf_arrays_hold_what_was_written(tmp_path):
     assert source.array("not.there") is None
     with pytest.raises(LabError, match="is no array"):
         source.array("general.architecture")
+
+
+def test_a_gguf_of_the_other_byte_order_is_called_so(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "big.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
+    writer.add_token_list(["a", "bc"])
+    writer.add_array("numbers", [1, 2])
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        write()
+    with pytest.raises(LabError, match="other byte order"):
+        open_source(str(tmp_path / "big.gguf"))
 
 
 @pytest.mark.parametrize("extra, entries, says", [

@@ -53,7 +53,8 @@ class _Reader(GGUFReader):
         if item == GGUFValueType.ARRAY:
             raise ValueError("an array of arrays, which no model's file has")
         if item == GGUFValueType.STRING:
-            values = self._get(start, np.uint8, _strings_size(self.data, start, count))
+            order = ">" if self.byte_order == "S" else "<"
+            values = self._get(start, np.uint8, _strings_size(self.data, start, count, order))
         else:
             values = self._get(start, self.gguf_scalar_to_np[item], count)
         return 12 + values.nbytes, [values], [0], [GGUFValueType.ARRAY, item]
@@ -77,11 +78,11 @@ def _plausible(count: int, things: str) -> int:
     return count
 
 
-def _strings_size(data: np.ndarray, start: int, count: int) -> int:
+def _strings_size(data: np.ndarray, start: int, count: int, order: str) -> int:
     """The bytes that `count` strings take from `start` on: each is its length in 8 bytes, then its UTF-8."""
     if count > (data.nbytes - start) // 8:
         raise ValueError("it ends too early")
-    length, at, end = struct.Struct("<Q").unpack_from, start, data.nbytes - 8
+    length, at, end = struct.Struct(order + "Q").unpack_from, start, data.nbytes - 8
     buffer = memoryview(data)
     for _ in range(count):
         if at > end:
@@ -111,26 +112,27 @@ class GGUFSource:
             scalars = {key: field.contents() for key, field in self.reader.fields.items()
                        if field.types and field.types[0] != GGUFValueType.ARRAY}
             self.tensors = {tensor.name: tensor for tensor in self.reader.tensors}
-            self.shapes = shapes = {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in self.tensors.items()}
+            self.shapes = {name: tuple(int(n) for n in reversed(tensor.shape))
+                           for name, tensor in self.tensors.items()}
         except OSError as error:
             raise LabError(f"{self.where} cannot be read: {error.strerror}") from error
         except Exception as error:      # the parser raises whatever it trips over: all of it means a bad file
             raise LabError(f"{self.where} is truncated or mangled: {_first_line(error)}") from error
         if self.reader.byte_order != "I":
             raise LabError(f"{self.where} is of the other byte order; convert it on a machine of that order")
-        if scalars.get("split.count", 1) > 1:
+        if scalars.get("split.count", 1) not in (0, 1):
             raise LabError(f"{self.where} is one part of a split model; merge the parts with llama-gguf-split --merge")
         self.scalars = scalars
         freqs = None
         if "rope_freqs.weight" in self.tensors:
-            shape = shapes["rope_freqs.weight"]
+            shape = self.shapes["rope_freqs.weight"]
             if len(shape) != 1 or shape[0] > 4096:          # before its values become a list
                 raise LabError(f"{self.where}: tensor rope_freqs.weight is {list(shape)}; expected [head_dim/2]")
             freqs = tuple(self._dequantize("rope_freqs.weight").tolist())
         architecture = f"{scalars.get('general.architecture')}."
         layered = {key: self.array(key) for key in self.reader.fields
                    if key.startswith(architecture) and key not in scalars}
-        config = from_gguf(scalars | layered, shapes, freqs, self.name, self.where)
+        config = from_gguf(scalars | layered, self.shapes, freqs, self.name, self.where)
         required = ("q", "k", "v") if config.architecture == "qwen2" else ()
         self.config = with_held_biases(config, required, self.tensors, gguf_name, self.where)
         self.asked = {"rope_freqs.weight"}
