@@ -1,11 +1,49 @@
-"""Files: written whole or not at all; JSON read with errors that name the file; and Python of somebody else's, loaded."""
+"""Files: read where they are regular, written whole or not at all; JSON; and Python of somebody else's, loaded."""
 import contextlib
 import importlib.util
 import json
 import os
+import stat
 from pathlib import Path
 
 from lab.errors import LabError
+
+LARGEST_TEXT = 1 << 28          # bytes: more than any model's JSON or template takes
+DEEPEST = 100                   # levels of nesting in a JSON file; real ones have about six
+
+
+def regular_file(path: str | os.PathLike) -> Path:
+    """`path`, which must be a regular file or a link to one.
+
+    Raises LabError otherwise: a pipe keeps a reader waiting for ever, and a device such as /dev/zero never
+    ends.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        raise LabError(f"{path} is missing") from None
+    except (OSError, ValueError) as error:              # ValueError: a NUL in the name
+        raise LabError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if not stat.S_ISREG(mode):
+        kind = ("a folder" if stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else
+                "a socket" if stat.S_ISSOCK(mode) else "a device")
+        raise LabError(f"{path} is {kind}, not a regular file")
+    return Path(path)
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """The text of a regular UTF-8 file of at most LARGEST_TEXT bytes; LabError for everything else."""
+    try:
+        with regular_file(path).open("rb") as file:
+            data = file.read(LARGEST_TEXT + 1)
+        if len(data) > LARGEST_TEXT:
+            raise LabError(f"{path} is larger than {LARGEST_TEXT >> 20} MiB")
+        return data.decode("utf-8")
+    except OSError as error:
+        raise LabError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise LabError(f"{path} cannot be read: it is not UTF-8 ({error.reason} at byte {error.start})"
+                       ) from error
 
 
 def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
@@ -31,16 +69,32 @@ def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file; LabError when it is missing or no object."""
+    """The object in a JSON file; LabError when it is missing, no regular file, too deeply nested, no object."""
+    too_deep = LabError(f"{path} is nested more than {DEEPEST} levels deep; that is no file of a model")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise LabError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
+        found = json.loads(read_text(path))
+    except LabError:
+        raise
+    except RecursionError:
+        raise too_deep from None
+    except ValueError as error:
         raise LabError(f"{path} cannot be read: {error}") from error
+    if _deeper(found, DEEPEST):
+        raise too_deep
     if not isinstance(found, dict):
         raise LabError(f"{path}: expected a JSON object")
     return found
+
+
+def _deeper(value, levels: int) -> bool:
+    """Whether a parsed JSON value has more than `levels` levels of lists and objects."""
+    level = [value]
+    for _ in range(levels + 1):
+        level = [item for outer in level if isinstance(outer, (dict, list))
+                 for item in (outer.values() if isinstance(outer, dict) else outer)]
+        if not level:
+            return False
+    return True
 
 
 def python_module(path: Path):

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from lab.model.config import ModelConfig
-from lab.model.rope import Llama3Scaling
+from lab.model.rope import LinearScaling, Llama3Scaling
 from lab.model.sources.random import RandomSource
 
 LLAMA = ModelConfig("tiny", "llama", layers=2, hidden=96, intermediate=160, q_heads=4, kv_heads=2, head_dim=64,
@@ -115,22 +115,24 @@ GGUF_NAMES = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_n
               "model.norm": "output_norm", "lm_head": "output"}
 
 
-def write_gguf(path, config: ModelConfig, weights=None, kind: str = "F32", tokenizer=True, extra=(), pre="smollm"):
-    """As llama.cpp's converter writes it: matrices of type `kind`, the rest F32, Llama's q and k rows reordered."""
+def write_gguf(path, config: ModelConfig, weights=None, kind: str = "F32", tokenizer=True, extra=(), pre="smollm",
+               changed={}):
+    """As llama.cpp's converter writes it: matrices of type `kind`, the rest F32, Llama's q and k rows reordered.
+
+    extra: further calls of the writer, (method, *arguments). changed: another argument for one of the calls below, by
+    its method; with None it is left out.
+    """
     arch = "llama" if config.architecture == "mistral" else config.architecture
     writer = gguf.GGUFWriter(path, arch)
-    writer.add_block_count(config.layers)
-    writer.add_context_length(config.max_positions)
-    writer.add_embedding_length(config.hidden)
-    writer.add_feed_forward_length(config.intermediate)
-    writer.add_head_count(config.q_heads)
-    writer.add_head_count_kv(config.kv_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_eps)
-    writer.add_rope_freq_base(config.rope_theta)
-    if config.sliding_window:
-        writer.add_sliding_window(config.sliding_window)
+    shape = {"add_block_count": config.layers, "add_context_length": config.max_positions,
+             "add_embedding_length": config.hidden, "add_feed_forward_length": config.intermediate,
+             "add_head_count": config.q_heads, "add_head_count_kv": config.kv_heads,
+             "add_key_length": config.head_dim, "add_value_length": config.head_dim,
+             "add_layer_norm_rms_eps": config.rms_eps, "add_rope_freq_base": config.rope_theta,
+             "add_sliding_window": config.sliding_window}
+    for call, value in (shape | changed).items():
+        if value is not None:
+            getattr(writer, call)(value)
     if tokenizer:
         tokens, merges = byte_level_vocabulary(config.vocab)
         writer.add_tokenizer_model("gpt2")
@@ -194,7 +196,9 @@ def reference_logits(config: ModelConfig, weights: dict[str, torch.Tensor], ids:
 
     frequency = config.rope_theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     if config.rope_scaling:
-        frequency = frequency / torch.from_numpy(llama3_divisors(config))
+        scaling = config.rope_scaling
+        frequency = frequency / (scaling.factor if isinstance(scaling, LinearScaling) else
+                                 torch.from_numpy(llama3_divisors(config)))
     turn = torch.polar(torch.ones(1, dtype=torch.float64), torch.arange(len(ids))[:, None] * frequency)
 
     def heads(x, norm_name, rotate):

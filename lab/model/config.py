@@ -1,11 +1,14 @@
 """The shape of a Llama-family model, from a preset, GGUF metadata or a Hugging Face config.json."""
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+import sys
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 
 from lab.errors import LabError
 from lab.model.rope import DivisorScaling, LinearScaling, Llama3Scaling, Scaling
+from lab.model.unsupported import quoted, refuse_gguf, refuse_huggingface, shown
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")        # Mistral's files call themselves llama
@@ -28,17 +31,22 @@ class ModelConfig:
     rms_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: Scaling | None = None
-    qkv_bias: bool = False      # Qwen2
+    qkv_bias: bool = False      # Qwen2; others where their file holds them
     o_bias: bool = False
     qk_norm: bool = False       # Qwen3: RMSNorm over head_dim of each q and k head, before RoPE
     tie_embeddings: bool = False
     sliding_window: int | None = None
+    stated_positions: int | None = None     # the file's, where max_positions may scale it once too often
 
     def __post_init__(self):
         for field in ("layers", "hidden", "intermediate", "q_heads", "kv_heads", "head_dim", "vocab", "max_positions"):
             value = getattr(self, field)
             if not isinstance(value, int) or value < 1:
                 raise LabError(f"model {self.name}: {field} is {value!r}; it must be a positive integer")
+        if not (math.isfinite(self.rms_eps) and self.rms_eps >= 0):
+            raise LabError(f"model {self.name}: rms_eps is {self.rms_eps}; it must be a number of at least 0")
+        if not (math.isfinite(self.rope_theta) and self.rope_theta > 0):
+            raise LabError(f"model {self.name}: rope_theta is {self.rope_theta}; it must be a number above 0")
         if self.q_heads % self.kv_heads:
             raise LabError(f"model {self.name}: {self.q_heads} query heads do not divide over {self.kv_heads} KV heads")
         if self.head_dim not in HEAD_DIMS:
@@ -63,13 +71,22 @@ class ModelConfig:
         return self.layers * layer + self.hidden + self.vocab * self.hidden * (1 if self.tie_embeddings else 2)
 
     def check_context(self, tokens: int) -> None:
-        """Raises LabError where this model cannot attend to `tokens` tokens at once."""
+        """Raises LabError where this model cannot attend to `tokens` tokens at once.
+
+        Says on standard error, once for a model, where the tokens may be more than it was made for.
+        """
         if tokens > self.max_positions:
             raise LabError(f"a context of {tokens} tokens is longer than the {self.max_positions} that model "
                            f"{self.name} was made for")
         if self.sliding_window is not None and tokens > self.sliding_window:
             raise LabError(f"a context of {tokens} tokens exceeds the sliding window of {self.sliding_window} of model "
                            f"{self.name}; sliding-window attention is not built: use a shorter context")
+        stated = self.stated_positions
+        if stated is not None and tokens > stated and "said" not in self.__dict__:
+            self.__dict__["said"] = True            # not a field: it takes no part in comparisons
+            print(f"lab: model {self.name} states a context of {stated} tokens and a linear RoPE scaling that makes "
+                  f"{self.max_positions} of it; where its context is already the scaled one, text beyond {stated} "
+                  "tokens gets worse", file=sys.stderr)
 
 
 def _llama3(factor: float) -> Llama3Scaling:
@@ -117,73 +134,201 @@ PRESETS = {config.name: config for config in (
 )}
 
 
-def _field(source: Mapping, key: str, kind: type, where: str, default=...):
-    """source[key] as `kind`; LabError when it is missing without a default or is of another type."""
+def _field(source: Mapping, key: str, kind: type, where: str, default=..., layers: int | None = None):
+    """source[key] as `kind`; LabError when it is missing without a default, not finite or of another type.
+
+    A list of numbers counts as one for each of the `layers`: their common value is taken, and LabError raised
+    where they differ, since all layers of a model have one shape here.
+    """
     value = source.get(key)
+    if isinstance(value, list) and kind in (int, float):
+        if not value or any(item != value[0] for item in value):
+            raise LabError(f"{where}: {key} differs between layers ({quoted(value)}); that is not supported")
+        if layers is not None and len(value) != layers:
+            raise LabError(f"{where}: {key} has {len(value)} values for {layers} layers")
+        value = value[0]
     if value is None:
         if default is ...:
             raise LabError(f"{where}: {key} is missing")
         return default
     numeric = kind in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (numeric or isinstance(value, kind)) or (kind is int and not float(value).is_integer()):
-        raise LabError(f"{where}: {key} is {value!r}; expected {kind.__name__}")
+    finite = not numeric or (abs(value) < 2**63 and (kind is float or value == int(value)))     # NaN is not
+    if not (numeric or isinstance(value, kind)) or not finite:
+        raise LabError(f"{where}: {key} is {quoted(value)}; expected {kind.__name__}")
     return kind(value)
+
+
+def with_held_biases(config: ModelConfig, required: tuple[str, ...], tensors: Collection[str],
+                     stored: Callable[[str], str], where: str) -> ModelConfig:
+    """`config` with the attention biases that its file holds in any layer, whatever the metadata say of them.
+
+    required: the projections, of q, k, v and o, that have a bias in every layer of this model; LabError where the
+    file lacks one. tensors: the names in the file. stored: how the file writes a name of Hugging Face's.
+    """
+    if config.layers > len(tensors):
+        return config                       # of a mangled file; loading says what is missing
+
+    def held(projection):
+        names = [stored(f"model.layers.{index}.self_attn.{projection}_proj.bias")
+                 for index in range(config.layers)]
+        missing = [name for name in names if name not in tensors]
+        if missing and projection in required:
+            raise LabError(f"{where}: tensor {missing[0]} is missing")
+        return len(missing) < len(names)
+
+    found = {projection: held(projection) for projection in "qkvo"}
+    return replace(config, qkv_bias=found["q"] or found["k"] or found["v"], o_bias=found["o"])
 
 
 def from_huggingface(source: Mapping, name: str, where: str) -> ModelConfig:
     """`source` is the parsed config.json (as of transformers 4 or 5); `where` names the file in errors."""
     architecture = source.get("model_type")
     if architecture not in ARCHITECTURES:
-        raise LabError(f"{where}: model_type {architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
-    if source.get("quantization_config"):
+        raise LabError(f"{where}: model_type {quoted(architecture)} is not supported; supported: "
+                       f"{', '.join(ARCHITECTURES)}")
+    if source.get("quantization_config") or source.get("compression_config"):
         raise LabError(f"{where}: quantized checkpoints are not supported; use float weights or a GGUF file")
-    if source.get("mlp_bias"):
-        raise LabError(f"{where}: mlp_bias is not supported")
-    if source.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise LabError(f"{where}: hidden_act {source['hidden_act']!r} is not supported; the MLP kernel is SiLU")
-    hidden = _field(source, "hidden_size", int, where)
-    q_heads = _field(source, "num_attention_heads", int, where)
+    layers = _field(source, "num_hidden_layers", int, where)
+
+    def get(key, kind, default=...):
+        return _field(source, key, kind, where, default, layers)
+
+    hidden, q_heads = get("hidden_size", int), get("num_attention_heads", int)
     default_dim = 128 if architecture == "qwen3" else hidden // max(q_heads, 1)
-    head_dim = _field(source, "head_dim", int, where, default_dim)
-    bias = _field(source, "attention_bias", bool, where, architecture == "qwen2")
-    theta, scaling = _huggingface_rope(source, where)
-    window = _field(source, "sliding_window", int, where, None)
-    if architecture.startswith("qwen") and not source.get("use_sliding_window", False):
-        window = None                       # Qwen's configs carry a window that is switched off
+    head_dim = get("head_dim", int, default_dim)
+    refuse_huggingface(source, architecture, head_dim, where)
+    biased = huggingface_biases(source, where)
+    theta, scaling, original = _huggingface_rope(source, where)
+    max_positions, stated = _lengthened(get("max_position_embeddings", int, 2048), scaling, original)
     return ModelConfig(
-        name, architecture, hidden=hidden, q_heads=q_heads, head_dim=head_dim,
-        layers=_field(source, "num_hidden_layers", int, where),
-        intermediate=_field(source, "intermediate_size", int, where),
-        kv_heads=_field(source, "num_key_value_heads", int, where, q_heads),
+        name, architecture, hidden=hidden, q_heads=q_heads, head_dim=head_dim, layers=layers,
+        intermediate=get("intermediate_size", int),
+        kv_heads=get("num_key_value_heads", int, q_heads),
         vocab=_field(source, "vocab_size", int, where),
-        max_positions=_field(source, "max_position_embeddings", int, where, 2048),
-        rms_eps=_field(source, "rms_norm_eps", float, where, 1e-6),
+        max_positions=max_positions, stated_positions=stated,
+        rms_eps=get("rms_norm_eps", float, 1e-6),
         rope_theta=theta, rope_scaling=scaling,
-        qkv_bias=bias, o_bias=bias and architecture != "qwen2",     # Qwen2 has no bias on the output projection
+        qkv_bias="q" in biased, o_bias="o" in biased,
         qk_norm=architecture == "qwen3",
         tie_embeddings=_field(source, "tie_word_embeddings", bool, where, False),
-        sliding_window=window)
+        sliding_window=_sliding_window(source, architecture, layers, where))
 
 
-def _huggingface_rope(source: Mapping, where: str) -> tuple[float, Scaling | None]:
-    """transformers 4 writes rope_theta and rope_scaling, transformers 5 one rope_parameters with both."""
-    rope = source.get("rope_parameters") or source.get("rope_scaling") or {}
-    if not isinstance(rope, Mapping):
-        raise LabError(f"{where}: the rope parameters must be an object")
-    theta = _field(rope, "rope_theta", float, where, _field(source, "rope_theta", float, where, 10000.0))
-    if rope.get("partial_rotary_factor", source.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise LabError(f"{where}: partial_rotary_factor is not supported; RoPE turns the whole head")
+def huggingface_biases(source: Mapping, where: str) -> tuple[str, ...]:
+    """The projections, of q, k, v and o, that have a bias in every layer as transformers' classes build them.
+
+    Qwen2 has q, k and v by definition, Mistral none; `attention_bias` says it for Llama and Qwen3 alone.
+    """
+    declared = _field(source, "attention_bias", bool, where, False)
+    if source.get("model_type") == "qwen2":
+        return ("q", "k", "v")
+    return ("q", "k", "v", "o") if declared and source.get("model_type") != "mistral" else ()
+
+
+def _sliding_window(source: Mapping, architecture: str, layers: int, where: str) -> int | None:
+    """The window that limits the context: that of the config where any layer slides, else None."""
+    qwen = architecture.startswith("qwen")
+    # Where the key is missing, transformers' classes have these defaults.
+    default = None if architecture == "llama" or "sliding_window" in source else 4096
+    window = _field(source, "sliding_window", int, where, default)
+    if qwen and not _field(source, "use_sliding_window", bool, where, False):
+        window = None                       # Qwen's configs carry a window that is switched off
+    kinds = source.get("layer_types")
+    if kinds is None:                       # transformers: Qwen's layers from max_window_layers on slide
+        return None if qwen and _field(source, "max_window_layers", int, where, 28) >= layers else window
+    if not isinstance(kinds, list) or len(kinds) != layers or not all(
+            kind in ("full_attention", "sliding_attention") for kind in kinds):
+        raise LabError(f"{where}: layer_types {quoted(kinds)} is not supported; each of the {layers} layers must "
+                       "be full_attention or sliding_attention")
+    if "sliding_attention" not in kinds:
+        return None if qwen else window
+    if window is None:
+        raise LabError(f"{where}: layer_types has sliding_attention; sliding_window is not set or switched off")
+    return window
+
+
+def _huggingface_rope(source: Mapping, where: str) -> tuple[float, Scaling | None, int | None]:
+    """(theta, scaling, context before scaling or None).
+
+    transformers 4 writes rope_theta and rope_scaling, transformers 5 one rope_parameters with both.
+    """
+    given = {key: source[key] for key in ("rope_parameters", "rope_scaling") if source.get(key) is not None}
+    for key, value in given.items():
+        if not isinstance(value, Mapping):
+            raise LabError(f"{where}: {key} must be an object of the rope parameters")
+    given = {key: value for key, value in given.items() if value}
+    if len(given) == 2 and given["rope_parameters"] != given["rope_scaling"]:
+        raise LabError(f"{where}: rope_parameters and rope_scaling contradict each other; leave one out")
+    rope = {key: value for key, value in next(iter(given.values()), {}).items() if value is not None}
+    outer = _field(source, "rope_theta", float, where, None)
+    theta = _field(rope, "rope_theta", float, where, 10000.0 if outer is None else outer)
+    if outer is not None and theta != outer:
+        raise LabError(f"{where}: rope_theta is {outer} and, within the rope parameters, {theta}")
+    for holder in (rope, source):
+        if _field(holder, "partial_rotary_factor", float, where, 1.0) != 1.0:
+            raise LabError(f"{where}: partial_rotary_factor is not supported; RoPE turns the whole head")
+    if rope.get("rope_type", rope.get("type")) != rope.get("type", rope.get("rope_type")):
+        raise LabError(f"{where}: the rope parameters name two types, {quoted(rope['rope_type'])} and "
+                       f"{quoted(rope['type'])}")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return theta, None
+    uses = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
+    if kind not in uses:
+        raise LabError(f"{where}: rope_type {quoted(kind)} is not supported; supported: {', '.join(uses)}")
+    always = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+    for key, value in rope.items():
+        neutral = key in ("factor", "attention_factor") and value == 1
+        if key not in always and key not in uses[kind] and not neutral:
+            hint = "; name the rope_type that is meant" if kind == "default" else ""
+            raise LabError(f"{where}: the rope parameters have {shown(key)} {quoted(value)}, which rope_type "
+                           f"{kind!r} does not use{hint}")
+    original = _field(rope, "original_max_position_embeddings", int, where, None)
+    factor = _positive(_field(rope, "factor", float, where, ... if uses[kind] else 1.0), "factor", where)
+    if kind == "default" or (kind == "linear" and factor == 1.0):
+        return theta, None, original
     if kind == "linear":
-        return theta, LinearScaling(_field(rope, "factor", float, where))
-    if kind == "llama3":
-        original = _field(source, "max_position_embeddings", int, where, 8192)
-        return theta, Llama3Scaling(_field(rope, "factor", float, where), _field(rope, "low_freq_factor", float, where),
-                                    _field(rope, "high_freq_factor", float, where),
-                                    _field(rope, "original_max_position_embeddings", int, where, original))
-    raise LabError(f"{where}: rope_type {kind!r} is not supported; supported: default, linear, llama3")
+        return theta, LinearScaling(factor), original
+    low, high = (_field(rope, f"{end}_freq_factor", float, where) for end in ("low", "high"))
+    if not high > low:
+        raise LabError(f"{where}: high_freq_factor {high} must be above low_freq_factor {low}")
+    context = _field(source, "max_position_embeddings", int, where, 8192) if original is None else original
+    return theta, Llama3Scaling(factor, low, high, context), original
+
+
+def _positive(value: float, key: str, where: str) -> float:
+    if not value > 0:
+        raise LabError(f"{where}: {key} is {value}; it must be above 0")
+    return value
+
+
+def _lengthened(stated: int, scaling: Scaling | None, original: int | None) -> tuple[int, int | None]:
+    """(the longest context, `stated` where it is not known to be that long) of a linearly scaled model.
+
+    stated: max_position_embeddings or context_length, which some models give before scaling (Vicuna 16k: 4,096
+    by 4) and others after (LLaMA-2-7B-32K: 32,768 by 8). original: the context before scaling, where the file
+    says it.
+    """
+    if not isinstance(scaling, LinearScaling) or scaling.factor <= 1:
+        return stated, None
+    if original is not None:
+        return max(stated, int(original * scaling.factor)), None
+    return int(stated * scaling.factor), stated
+
+
+class _Noted(Mapping):
+    """A mapping that notes in `read` the keys that were asked for."""
+
+    def __init__(self, fields: Mapping):
+        self.fields, self.read = fields, set()
+
+    def __getitem__(self, key):
+        self.read.add(key)
+        return self.fields[key]
+
+    def __iter__(self):
+        return iter(self.fields)
+
+    def __len__(self):
+        return len(self.fields)
 
 
 def from_gguf(fields: Mapping, tensors: Mapping[str, tuple[int, ...]], rope_freqs: tuple[float, ...] | None,
@@ -194,35 +339,64 @@ def from_gguf(fields: Mapping, tensors: Mapping[str, tuple[int, ...]], rope_freq
     """
     architecture = _field(fields, "general.architecture", str, where)
     if architecture not in GGUF_ARCHITECTURES:
-        raise LabError(f"{where}: architecture {architecture!r} is not supported; supported: "
+        raise LabError(f"{where}: architecture {quoted(architecture)} is not supported; supported: "
                        f"{', '.join(GGUF_ARCHITECTURES)}")
+    if fields.get("general.type", "model") != "model":
+        raise LabError(f"{where}: it holds no model (its general.type is {quoted(fields['general.type'])})")
+    noted = _Noted(fields)
+    layers = _field(noted, f"{architecture}.block_count", int, where)
 
     def get(key, kind, default=...):
-        return _field(fields, f"{architecture}.{key}", kind, where, default)
+        return _field(noted, f"{architecture}.{key}", kind, where, default, layers)
 
     hidden, q_heads = get("embedding_length", int), get("attention.head_count", int)
     head_dim = get("attention.key_length", int, hidden // max(q_heads, 1))
-    if {get("attention.value_length", int, head_dim), get("rope.dimension_count", int, head_dim)} != {head_dim}:
-        raise LabError(f"{where}: key, value and rotary dimensions of a head differ; that is not supported")
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if get(key, int, head_dim) != head_dim:
+            raise LabError(f"{where}: {architecture}.{key} is {get(key, int)} and a head has {head_dim}: key, "
+                           "value and rotary dimensions of a head that differ are not supported")
     if get("expert_count", int, 0):
         raise LabError(f"{where}: mixture-of-experts models are not supported")
-    scaling = None
-    kind = get("rope.scaling.type", str, "none")
-    if kind == "linear":
-        scaling = LinearScaling(get("rope.scaling.factor", float))
-    elif kind != "none":
-        raise LabError(f"{where}: rope scaling {kind!r} is not supported; supported: none, linear, rope_freqs.weight")
+    vocab = (tensors.get("token_embd.weight") or (0,))[0]
+    if get("vocab_size", int, vocab) != vocab:
+        raise LabError(f"{where}: {architecture}.vocab_size is {get('vocab_size', int)} and token_embd.weight "
+                       f"has {vocab} rows")
+    scaling = _gguf_scaling(get, architecture, where)
+    max_positions, stated = _lengthened(get("context_length", int), scaling,
+                                        get("rope.scaling.original_context_length", int, None))
     if rope_freqs is not None:
         if len(rope_freqs) != head_dim // 2:
             raise LabError(f"{where}: rope_freqs.weight holds {len(rope_freqs)} values; expected {head_dim // 2}")
-        scaling = DivisorScaling(rope_freqs)
-    vocab = tensors.get("token_embd.weight", (0,))[0]
-    return ModelConfig(
-        name, architecture, hidden=hidden, q_heads=q_heads, head_dim=head_dim, vocab=vocab,
-        layers=get("block_count", int), intermediate=get("feed_forward_length", int),
-        kv_heads=get("attention.head_count_kv", int, q_heads), max_positions=get("context_length", int),
+        if not all(math.isfinite(value) and value > 0 for value in rope_freqs):
+            raise LabError(f"{where}: rope_freqs.weight holds values that are not above 0")
+        linear = scaling.factor if scaling else 1.0         # llama.cpp applies both
+        scaling = DivisorScaling(tuple(value * linear for value in rope_freqs))
+    config = ModelConfig(
+        name, architecture, hidden=hidden, q_heads=q_heads, head_dim=head_dim, vocab=vocab, layers=layers,
+        intermediate=get("feed_forward_length", int), kv_heads=get("attention.head_count_kv", int, q_heads),
+        max_positions=max_positions, stated_positions=stated,
         rms_eps=get("attention.layer_norm_rms_epsilon", float), rope_theta=get("rope.freq_base", float, 10000.0),
-        rope_scaling=scaling, qkv_bias="blk.0.attn_q.bias" in tensors, o_bias="blk.0.attn_output.bias" in tensors,
-        qk_norm="blk.0.attn_q_norm.weight" in tensors, tie_embeddings="output.weight" not in tensors,
-        sliding_window=get("attention.sliding_window", int, None))
+        rope_scaling=scaling, qk_norm=architecture == "qwen3", tie_embeddings="output.weight" not in tensors,
+        sliding_window=get("attention.sliding_window", int, None) or None)      # 0: there is none
+    refuse_gguf(fields, noted.read, architecture, head_dim, config.rms_eps, config.rope_theta, where)
+    return config
 
+
+def _gguf_scaling(get: Callable, architecture: str, where: str) -> LinearScaling | None:
+    """RoPE's scaling as llama.cpp reads it (src/llama-model.cpp, load_hparams): without a type it is linear,
+    `rope.scale_linear` is the factor's older name, and a factor of 0 or 1 changes nothing.
+    """
+    kind = get("rope.scaling.type", str, None)
+    factors = {key: get(key, float, None) for key in ("rope.scaling.factor", "rope.scale_linear")}
+    factors = {key: value or 1.0 for key, value in factors.items() if value is not None}
+    if kind not in (None, "none", "linear"):
+        raise LabError(f"{where}: rope scaling {quoted(kind)} is not supported; supported: none, linear, "
+                       "rope_freqs.weight")
+    if kind == "none":
+        return None
+    if len(set(factors.values())) > 1:
+        raise LabError(f"{where}: rope.scaling.factor and rope.scale_linear of {architecture} differ")
+    if kind == "linear" and not factors:
+        raise LabError(f"{where}: {architecture}.rope.scaling.factor is missing")
+    key, factor = next(iter(factors.items()), ("", 1.0))
+    return None if factor == 1.0 else LinearScaling(_positive(factor, f"{architecture}.{key}", where))

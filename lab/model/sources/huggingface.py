@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 
 from lab.errors import LabError, Unavailable
-from lab.files import read_json
-from lab.model.config import from_huggingface
+from lab.files import read_json, regular_file
+from lab.model.config import from_huggingface, huggingface_biases, with_held_biases
 from lab.model.sources.store import store
+from lab.model.unsupported import quoted, shown
 
 try:
     from safetensors import safe_open
@@ -17,6 +18,7 @@ except ImportError as error:
                       ) from None
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+IGNORED = ".rotary_emb.inv_freq"        # RoPE's frequencies, which old checkpoints hold and the config gives
 
 
 class HuggingFaceSource:
@@ -24,22 +26,32 @@ class HuggingFaceSource:
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        self.name = self.folder.resolve().name
-        self.config = from_huggingface(read_json(self.folder / "config.json"), self.name,
-                                       str(self.folder / "config.json"))
-        self.shards = {}                # file name -> open file; opened at its first tensor
+        self.name, self.where = self.folder.resolve().name, str(self.folder)
+        settings, where = read_json(self.folder / "config.json"), str(self.folder / "config.json")
+        config = from_huggingface(settings, self.name, where)
+        self.shards = {}                # file name -> open file
         self.files = self._files()      # tensor name -> file name
+        required = huggingface_biases(settings, where)
+        self.config = with_held_biases(config, required, self.files, str, self.where)
+        self.asked = set()
+
+    def holds(self, name: str) -> bool:
+        return name in self.files
+
+    def unread(self) -> list[str]:
+        return sorted(name for name in self.files.keys() - self.asked if not name.endswith(IGNORED))
 
     def fill(self, name: str, out: torch.Tensor) -> None:
         if name not in self.files:
             raise LabError(f"{self.folder}: tensor {name} is in none of the safetensors files")
+        self.asked.add(name)
         path = self.folder / self.files[name]
         try:
             values = self._open(path).get_tensor(name)
         except LabError:
             raise
         except Exception as error:
-            raise LabError(f"{path}: tensor {name} cannot be read: {error}") from error
+            raise LabError(f"{path}: tensor {name} cannot be read: {shown(str(error), 200)}") from error
         if values.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise LabError(f"{path}: tensor {name} is {values.dtype}; only float32, float16 and bfloat16 are supported")
         store(values, out, name, str(path))
@@ -49,27 +61,44 @@ class HuggingFaceSource:
         return tokenizer_from_huggingface(self.folder)
 
     def _files(self) -> dict[str, str]:
-        if (self.folder / INDEX).is_file():
-            files = read_json(self.folder / INDEX).get("weight_map")
-            if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-                raise LabError(f"{self.folder / INDEX}: weight_map is missing or mangled")
-            for file in sorted(set(files.values())):
-                if Path(file).name != file:
-                    raise LabError(f"{self.folder / INDEX}: {file!r} is not the name of a file in this folder")
-                if not (self.folder / file).is_file():
-                    raise LabError(f"{self.folder}: {file}, named in {INDEX}, is missing")
-            return files
-        if not (self.folder / SINGLE).is_file():
+        """The file of each tensor. A whole file goes before an index, as in transformers.
+
+        Shards are asked for what they hold: what the index names and no shard has is an error, and what the index
+        does not name counts, since transformers loads it.
+        """
+        if (self.folder / SINGLE).exists():
+            return dict.fromkeys(self._open(self.folder / SINGLE).keys(), SINGLE)
+        if not (self.folder / INDEX).exists():
             raise LabError(f"{self.folder}: neither {SINGLE} nor {INDEX} is there; only safetensors weights are read")
-        return dict.fromkeys(self._open(self.folder / SINGLE).keys(), SINGLE)
+        index = read_json(self.folder / INDEX).get("weight_map")
+        if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
+            raise LabError(f"{self.folder / INDEX}: weight_map is missing or mangled")
+        files = {}
+        for file in sorted(set(index.values())):
+            if Path(file).name != file:
+                raise LabError(f"{self.folder / INDEX}: {quoted(file)} is not the name of a file beside it")
+            if not (self.folder / file).exists():
+                raise LabError(f"{self.folder}: {shown(file)}, named in {INDEX}, is missing")
+            for name in self._open(self.folder / file).keys():
+                if name in files:
+                    raise LabError(f"{self.folder}: tensor {shown(name)} is in {files[name]} and in {file}")
+                files[name] = file
+        for name, file in index.items():
+            if name not in files and not name.endswith(IGNORED):
+                raise LabError(f"{self.folder}: tensor {shown(name)}, which {INDEX} places in {file}, is in none "
+                               "of the safetensors files")
+        return files
 
     def _open(self, path: Path):
         if path.name not in self.shards:
             try:
-                path.open("rb").close()             # safetensors calls a file that may not be read a missing one
+                # safetensors calls a file that may not be read a missing one
+                regular_file(path).open("rb").close()
                 self.shards[path.name] = safe_open(path, framework="pt")
+            except LabError:
+                raise
             except OSError as error:
                 raise LabError(f"{path} cannot be read: {error.strerror or error}") from error
             except Exception as error:
-                raise LabError(f"{path} is truncated or mangled: {error}") from error
+                raise LabError(f"{path} is truncated or mangled: {shown(str(error), 200)}") from error
         return self.shards[path.name]

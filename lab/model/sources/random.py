@@ -18,6 +18,10 @@ class RandomSource:
 
     def __init__(self, config: ModelConfig, seed: int = 0):
         self.name, self.config, self.seed = config.name, config, seed
+        self.where = f"model {self.name}"
+
+    def holds(self, name: str) -> bool:
+        return not (self.config.tie_embeddings and name == "lm_head.weight")
 
     def fill(self, name: str, out: torch.Tensor) -> None:
         stream = zlib.crc32(f"{self.seed} {name}".encode())      # 32 bits: all that torch's CPU generator takes
@@ -30,6 +34,9 @@ class RandomSource:
             adds_to_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
             scale = 1 / math.sqrt(2 * self.config.layers) if adds_to_residual else 1.0
             out.normal_(0.0, scale / math.sqrt(out.shape[1]), generator=generator)
+
+    def unread(self) -> list[str]:
+        return []
 
     def tokenizer(self):
         return None

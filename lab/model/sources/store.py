@@ -4,10 +4,15 @@ import torch
 from lab.errors import LabError
 
 
+def check_shape(shape, out: torch.Tensor, name: str, where: str) -> None:
+    """LabError where a tensor of a file has another shape than its place, `out`."""
+    if tuple(shape) != tuple(out.shape):
+        raise LabError(f"{where}: tensor {name} is {list(shape)}; the model's shape asks for {list(out.shape)}")
+
+
 def store(values: torch.Tensor, out: torch.Tensor, name: str, where: str) -> None:
     """Copies a tensor read from a file into place; LabError if its shape is wrong or a value is not finite."""
-    if values.shape != out.shape:
-        raise LabError(f"{where}: tensor {name} is {list(values.shape)}; the model's shape asks for {list(out.shape)}")
+    check_shape(values.shape, out, name, where)
     out.copy_(values)
     if not torch.isfinite(out).all():
         cause = "the file is mangled" if not torch.isfinite(values).all() else "use --dtype bf16 or fp32"
