@@ -2,6 +2,7 @@
 import contextlib
 import importlib.util
 import os
+import stat
 from pathlib import Path
 
 from lab.errors import LabError
@@ -27,6 +28,31 @@ def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
     finally:
         with contextlib.suppress(OSError):              # in a folder that is not ours nothing was left
             beside.unlink()
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is a file. Raises LabError for what is no regular file: reading a pipe or a device may never end."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise LabError(f"{path} cannot be read: {error.strerror}") from error
+    if not stat.S_ISREG(mode):
+        raise LabError(f"{path} is no regular file")
+    return True
+
+
+def read_text(path: Path, limit: int = 1 << 24) -> str:
+    """The UTF-8 text of a regular file of at most `limit` bytes. Raises LabError for any other."""
+    try:
+        if is_there(path) and path.stat().st_size > limit:
+            raise LabError(f"{path} cannot be read: it is larger than {limit >> 20} MiB")
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise LabError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise LabError(f"{path} cannot be read: {error}") from error
 
 
 def python_module(path: Path):

@@ -337,7 +337,7 @@ def test_qwen2_normalizes():
     ({"kinds": [1, 1]}, "272 tokens but 2 token types"),
     ({"merges": ["h"]}, "mangled"),
     ({"merges": ["h zzz"]}, "mangled"),
-    ({"eos_token_id": 272}, "eos_token_id 272 is outside the vocabulary of 272"),
+    ({"bos_token_id": 272, "add_bos_token": True}, "bos_token_id 272 is outside the vocabulary of 272"),
     ({"tokens": ["a", "a"], "merges": []}, "repeats tokens"),
     ({"model": "llama"}, "no score for each token"),
 ])
@@ -446,7 +446,7 @@ def test_run_writes_what_it_did(tiny_gguf, tmp_path, capsys, device):
     written, printed = json.loads(out.read_text()), capsys.readouterr()
     assert status == 0
     assert set(written) == {"prompt_ids", "output_ids", "text", "backend", "overrides", "plan", "device", "dtype",
-                            "kernels", "prefill_ms", "decode_ms"}
+                            "kernels", "prefill_ms", "decode_ms", "stopped_by"}
     assert len(written["output_ids"]) == len(written["decode_ms"]) == 6
     assert printed.out == written["text"] + "\n"
     assert "decode_attention" in printed.err and "6 new tokens" in printed.err

@@ -17,6 +17,7 @@ from lab.errors import LabError
 from lab.harness import ceiling, crossover, ladder_bench, ledger, model_bench, ops_bench, shapes, timing
 from lab.harness.session import Progress, Session
 from lab.model.decoder import PLANS, find_plan, refusal
+from lab.numbers import integer, number
 from lab.ops import OPS
 
 DEFAULTS = {        # (device, quick): models, op batches, op contexts, model batches, model contexts, dtypes
@@ -49,7 +50,7 @@ def names(text):
 def numbers(text):
     """"1,8" -> [1, 8]; raises LabError for anything that is no positive integer."""
     try:
-        found = [int(item) for item in names(text)]
+        found = [integer(item) for item in names(text)]
     except ValueError:
         found = []
     if not found or min(found) < 1:
@@ -59,8 +60,8 @@ def numbers(text):
 
 def duration(text):
     """"0.5" -> 0.5; ValueError, which argparse turns into its message, for anything negative or not finite."""
-    value = float(text)
-    if not 0 <= value < float("inf"):
+    value = number(text)
+    if value < 0:
         raise ValueError(text)
     return value
 
