@@ -39,6 +39,7 @@ class PagedKVCache:
             raise LabError(f"a KV cache of {sequences} sequences of {max_context} tokens: both must be at least 1")
         config.check_context(max_context)
         self.page_size, self.max_context, self.sequences = page_size, max_context, sequences
+        self.most = config.max_positions                                # tokens of a sequence that the model was made for
         self.max_pages = pages_for(max_context, page_size)
         self.pages = self.max_pages * sequences if pages is None else pages
         shape = (config.layers, self.pages, config.kv_heads, page_size, config.head_dim)
@@ -58,8 +59,9 @@ class PagedKVCache:
         """Makes room for `tokens` more tokens of a sequence. Raises LabError, changing nothing, when they don't fit."""
         length, held = self.lengths[sequence] + tokens, self.held[sequence]
         if length > self.max_context:
+            advice = "all that the model was made for" if self.max_context == self.most else "raise --max-context"
             raise LabError(f"the KV cache is full: sequence {sequence} would hold {length} tokens and its limit is "
-                           f"{self.max_context}; raise --max-context")
+                           f"{self.max_context}; {advice}")
         missing = pages_for(length, self.page_size) - len(held)
         if missing > len(self.free):
             raise LabError(f"the KV cache is full: sequence {sequence} needs {missing} more page(s) of "

@@ -195,7 +195,7 @@ def from_gguf(scalars: Mapping, array: Callable[[str], list | None], where: str)
         wrong = _wrong_id(index, len(tokens))
         if index is None or not wrong:
             return index
-        if needed:
+        if needed or not _is_integer(index):
             raise LabError(f"{where}: {name}_token_id {wrong}")
         warn(f"{where}: {name}_token_id {wrong}; it is left out")
         return None
@@ -232,9 +232,13 @@ def _numbers(values, kind: type, where: str) -> list:
                        ) from None
 
 
+def _is_integer(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _wrong_id(index, size: int) -> str | None:
     """What is wrong with a token id, or None."""
-    if isinstance(index, bool) or not isinstance(index, int):
+    if not _is_integer(index):
         return f"is {index!r}; expected a token id"
     return None if 0 <= index < size else f"{index} is outside the vocabulary of {size}"
 
@@ -260,8 +264,8 @@ def from_huggingface(folder: Path) -> Tokenizer | None:
     loaded = process.request("load", str(path), "--ids", source=source, eos=special.get("eos_token"))
     vocabulary = max(loaded["size"], config["vocab_size"] if isinstance(config.get("vocab_size"), int) else 0)
     ends = set(loaded["ends"])
-    for name, source in (("generation_config.json", generation), ("config.json", config)):
-        ends |= _listed_ends(source.get("eos_token_id"), folder / name, vocabulary)
+    for name, found in (("generation_config.json", generation), ("config.json", config)):
+        ends |= _listed_ends(found.get("eos_token_id"), folder / name, vocabulary)
     return Tokenizer(process, frozenset(ends), tuple(loaded["leading"]), _template(options, folder), special,
                      loaded["size"], str(path), source)
 
@@ -310,7 +314,7 @@ def _added_tokens(options: dict, folder: Path) -> list[dict]:
 def _listed_ends(found, path: Path, vocabulary: int) -> set[int]:
     """The token ids of an eos_token_id: one, or a list. What no model gives is left out."""
     ids = [] if found is None else found if isinstance(found, list) else [found]
-    if any(isinstance(index, bool) or not isinstance(index, int) for index in ids):
+    if not all(map(_is_integer, ids)):
         raise LabError(f"{path}: eos_token_id is {found!r}; expected token ids")
     for index in ids:
         if wrong := _wrong_id(index, vocabulary):
