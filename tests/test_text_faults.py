@@ -20,7 +20,7 @@ from lab import cli
 from lab.dispatch import select
 from lab.errors import LabError
 from lab.harness.compare import parse_share
-from lab.model import run, text_process, tokenizer
+from lab.model import run, text_process, tokenizer, weights
 from lab.model.decoder import Decoder
 from lab.model.generate import generate, generate_batch
 from lab.model.tokenizer import render_chat
@@ -339,9 +339,12 @@ def test_an_unknown_token_error_and_a_panic_are_one_line(tmp_path):
         found.update(model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "<unk>"}, added_tokens=[])
     with pytest.raises(LabError, match="cannot encode this text .*UNK.*use --ids"):
         folder_tokenizer(tmp_path, word_level).encode("b")
-    process = text_process.TextProcess()
-    with pytest.raises(LabError, match="panicked|PanicException|cannot encode"):
-        process.request("encode", "x", "--ids", text=None)
+    steps = [{"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 0, "stop": 1}]   # panics on an empty text
+    t = folder_tokenizer(tmp_path, lambda found: found.update(decoder={"type": "Sequence", "decoders": steps}))
+    with pytest.raises(LabError, match="cannot decode these ids .PanicException: index out of bounds.*"
+                       ) as caught:
+        t.decode([])
+    assert "\n" not in str(caught.value)
 
 
 class Panic(BaseException):
@@ -503,6 +506,21 @@ def test_a_slow_choice_is_said_before_it_begins():
     assert run.slowness(SimpleNamespace(chosen=chosen), "basic", "cpu") is None
     assert run.slowness(SimpleNamespace(chosen={"decode_step": "torch"}), "persistent", "cpu") is None
     assert "seconds a token" in run.slowness(SimpleNamespace(chosen={"rope": "triton"}), "basic", "cpu")
+
+
+def test_the_slow_choice_is_said_before_the_weights_are_read(tiny_gguf, monkeypatch, capfd):
+    def stop(*_):
+        raise LabError("the weights are read")
+    monkeypatch.setattr(weights, "load", stop)
+    assert cli.main(["run", str(tiny_gguf), "--backend", "cuda", "--device", "cpu", "--plan", "persistent", "--dtype",
+                     "bf16", "--ids", "1"]) == 2
+    first, second = capfd.readouterr().err.splitlines()
+    assert "plan persistent on a CPU" in first and second == "lab: error: the weights are read"
+
+
+def test_chat_templates_without_a_default_are_said(tmp_path, capsys):
+    t = folder_tokenizer(tmp_path, tokenizer_config={"chat_template": [{"name": "tool_use", "template": "x"}]})
+    assert t.chat_template is None and "none of its chat templates is the default" in capsys.readouterr().err
 
 
 # --- numbers of the command line ---

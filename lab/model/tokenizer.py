@@ -127,7 +127,7 @@ class TextStream:
         return text
 
     def _pending(self, *following: int) -> str:
-        before = self.decode(self.ids[self.start:self.emitted])
+        before = self.decode(self.ids[self.start:self.emitted]) if self.emitted else ""
         return self.decode([*self.ids[self.start:], *following])[len(before):]
 
 
@@ -330,6 +330,8 @@ def _template(options: dict, folder: Path) -> str | None:
     if isinstance(template, list):          # several named templates
         template = next((t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"),
                         None)
+        if template is None:
+            warn(f"{folder / 'tokenizer_config.json'}: none of its chat templates is the default: text is fed as it is")
     if not isinstance(template, str | None):
         raise LabError(f"{folder / 'tokenizer_config.json'}: chat_template is no text")
     return template
