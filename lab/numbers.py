@@ -1,4 +1,7 @@
-"""Numbers that a user writes. Python's int() and float() take more than anybody means: 1_0, " 10", full-width digits."""
+"""Numbers that a user writes.
+
+Python's int() and float() take more than anybody means: 1_0, " 10", full-width digits.
+"""
 import re
 
 INTEGER = re.compile(r"-?[0-9]{1,400}")
@@ -13,7 +16,7 @@ def integer(text: str) -> int:
 
 
 def number(text: str) -> float:
-    """"1.5", "1e-3" -> float. Raises ValueError for any other notation, and for nan, inf and what rounds to infinity."""
+    """"1.5", "1e-3" -> float. Raises ValueError for any other notation, and for nan, inf and 1e999."""
     value = float(text) if NUMBER.fullmatch(text) else float("inf")
     if value in (float("inf"), float("-inf")):
         raise ValueError(f"not a number: {text!r}")

@@ -1,9 +1,9 @@
-"""Hugging Face chat templates. A template is somebody else's code: it runs in jinja2's sandbox, in a process of its own
-(lab/model/text_process.py) that bounds its memory and time.
+"""Hugging Face chat templates. A template is somebody else's code: it runs in jinja2's sandbox, in a process
+of its own (lab/model/text_process.py) that bounds its memory and time.
 
-What a template sees is what transformers gives it (apply_chat_template and utils/chat_template_utils.py): `messages`,
-`tools` and `documents` (none), `add_generation_prompt`, the special tokens by name, `raise_exception`, `strftime_now`,
-the filter `tojson`, loop controls and `{% generation %}` blocks.
+What a template sees is what transformers gives it (apply_chat_template and utils/chat_template_utils.py):
+`messages`, `tools` and `documents` (none), `add_generation_prompt`, the special tokens by name,
+`raise_exception`, `strftime_now`, the filter `tojson`, loop controls and `{% generation %}` blocks.
 """
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ MAX_CHARACTERS = 1 << 24            # more than any model's context holds
 
 
 def render(template: str, messages: list[dict], special: Mapping[str, object]) -> str:
-    """The text of `messages` ({"role", "content"}), ready for the reply. Raises LabError if the template refuses them."""
+    """The text of `messages` ({"role", "content"}), ready for the reply.
+
+    Raises LabError if the template refuses them.
+    """
     environment = _environment()
     text = environment.from_string(template).render(messages=messages, tools=None, documents=None,
                                                     add_generation_prompt=True, **special)
@@ -32,10 +35,11 @@ def _environment():
         from jinja2.ext import Extension
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError as error:
-        raise Unavailable(f"chat templates need the package jinja2 ({error}): run `pip install jinja2`") from None
+        raise Unavailable(f"chat templates need the package jinja2 ({error}): run `pip install jinja2`"
+                          ) from None
 
     class Generation(Extension):
-        """{% generation %} ... {% endgeneration %} marks what the model wrote, for training: here it is its body."""
+        """{% generation %} ... {% endgeneration %} marks what the model wrote, for training."""
         tags = {"generation"}
 
         def parse(self, parser):
@@ -52,7 +56,8 @@ def _environment():
 
 
 def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                      sort_keys=sort_keys)
 
 
 def _refuse(message):

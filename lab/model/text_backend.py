@@ -1,24 +1,24 @@
 """Tokenizer pipelines on the `tokenizers` library, built from what a GGUF file or a tokenizer.json holds.
 
-All of this runs in a process of its own (lab/model/text_process.py): vocabularies, normalizers and decoders are somebody
-else's data, and some of them take all memory, all time, or abort the process that uses them.
+All of this runs in a process of its own (lab/model/text_process.py): vocabularies, normalizers and decoders
+are somebody else's data, and some of them take all memory, all time, or abort the process that uses them.
 """
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
 from lab.errors import LabError, Unavailable
-from lab.model.tokenizer import (CONTROL, INVALID_BYTE, LLAMA3, PRE_TOKENIZERS, QWEN2, SMOLLM, USER_DEFINED, TextStream,
-                                 ends_by_text, ends_of_vocabulary)
+from lab.model.tokenizer import (CONTROL, INVALID_BYTE, LLAMA3, PRE_TOKENIZERS, QWEN2, SMOLLM, USER_DEFINED,
+                                 TextStream, ends_by_text, ends_of_vocabulary)
 
 try:
     from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as Backend
 except ImportError as error:
-    raise Unavailable(f"text needs the package tokenizers ({error}): run `pip install tokenizers`, or use --ids"
-                      ) from None
+    raise Unavailable(f"text needs the package tokenizers ({error}): run `pip install tokenizers`, "
+                      "or use --ids") from None
 
-# Splits of the pre-tokenizers, as published in the tokenizer.json of Llama 3 and of Qwen2; they differ in digits.
+# Splits of the pre-tokenizers, as published in the tokenizer.json of Llama 3 and of Qwen2: digits differ.
 _SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
           r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 
@@ -43,7 +43,8 @@ class TextBackend:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids` without special tokens; bytes that are no UTF-8 become U+FFFD."""
-        return self.backend.decode([index for index in ids if index not in self.hidden], skip_special_tokens=True)
+        shown = [index for index in ids if index not in self.hidden]
+        return self.backend.decode(shown, skip_special_tokens=True)
 
     def stream(self) -> TextStream:
         return TextStream(self.decode, self.backend.token_to_id(INVALID_BYTE))
@@ -53,7 +54,7 @@ class TextBackend:
 
 def from_vocabulary(model: str, pre: str | None, tokens: list[str], kinds: list[int], merges: list[str],
                     scores: list[float] | None, space_prefix: bool, unknown: str | None) -> Backend:
-    """model, pre: GGUF's tokenizer.ggml.model and .pre. A name that is not listed is an error, never a guess."""
+    """model, pre: GGUF's tokenizer.ggml.model and .pre; a name that is not listed was refused before."""
     if model == "gpt2":
         backend = _byte_level(tokens, merges, pre)
     else:
@@ -73,7 +74,7 @@ def _added(token: str) -> AddedToken:
 
 
 def _byte_level(tokens: list[str], merges: list[str], pre: str | None) -> Backend:
-    """Byte-level BPE (GPT-2): text is split, its bytes mapped to printable characters, and pairs merged by rank."""
+    """Byte-level BPE (GPT-2): text is split, its bytes become printable characters, pairs merge by rank."""
     kind = PRE_TOKENIZERS[pre]
     pairs = [tuple(merge.split(" ", 1)) for merge in merges]
     backend = Backend(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=pairs,
@@ -83,15 +84,18 @@ def _byte_level(tokens: list[str], merges: list[str], pre: str | None) -> Backen
     if kind in (LLAMA3, QWEN2):
         split = Regex(_SPLIT % ("{1,3}" if kind == LLAMA3 else ""))
         backend.pre_tokenizer = pre_tokenizers.Sequence([
-            pre_tokenizers.Split(split, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+            pre_tokenizers.Split(split, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     else:
         digits = [pre_tokenizers.Digits(individual_digits=True)] if kind == SMOLLM else []
-        backend.pre_tokenizer = pre_tokenizers.Sequence([*digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        backend.pre_tokenizer = pre_tokenizers.Sequence([
+            *digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     backend.decoder = decoders.ByteLevel()
     return backend
 
 
-def _sentencepiece(tokens: list[str], scores: list[float], space_prefix: bool, unknown: str | None) -> Backend:
+def _sentencepiece(tokens: list[str], scores: list[float], space_prefix: bool, unknown: str | None
+                   ) -> Backend:
     """SentencePiece BPE (Llama 2, Mistral): the adjacent pair whose joined piece scores highest merges first.
 
     As ranked merges: every split of a piece into two pieces, ordered by the score of the whole, best first.
@@ -106,7 +110,10 @@ def _sentencepiece(tokens: list[str], scores: list[float], space_prefix: bool, u
     backend = Backend(models.BPE(vocab=vocab, merges=[(left, right) for _, left, right in merges],
                                  unk_token=unknown, fuse_unk=True, byte_fallback=True))
     spaces = normalizers.Replace(" ", "▁")
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if space_prefix else spaces
+    if space_prefix:
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces])
+    else:
+        backend.normalizer = spaces
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] if space_prefix else steps)
     return backend
@@ -118,16 +125,16 @@ def from_file(path: str, added: list[dict], special: list[str]) -> Backend:
     """The pipeline of a tokenizer.json, made into what transformers makes of it.
 
     Truncation and padding that were saved in it are switched off. added: tokens of tokenizer_config.json
-    ("added_tokens_decoder"), in order; special: texts of the tokens that the other files name (bos_token and so on),
-    which become special tokens if the vocabulary has them.
+    ("added_tokens_decoder"), in order; special: texts of the tokens that the other files name (bos_token and
+    so on), which become special tokens if the vocabulary has them.
     """
     backend = Backend.from_file(path)
     backend.no_truncation()
     backend.no_padding()
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
-    backend.add_tokens([AddedToken(token["content"], **{
-        key: bool(token.get(key, False)) for key in ("single_word", "lstrip", "rstrip", "normalized", "special")})
-        for token in added if token["content"] not in known])
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    backend.add_tokens([AddedToken(token["content"], **{flag: bool(token.get(flag, False)) for flag in flags})
+                        for token in added if token["content"] not in known])
     known = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
     ends = ends_of_file(backend)
     backend.add_special_tokens([_added(token) for token in dict.fromkeys([*special, *ends])
@@ -144,7 +151,7 @@ def ends_of_file(backend: Backend) -> dict[str, int]:
 
 
 def leading_tokens(backend: Backend) -> list[int]:
-    """The ids that the pipeline's post-processor puts before a text (Llama's begin-of-text), whatever it puts behind.
+    """The ids that the post-processor puts before a text (Llama's begin-of-text), whatever it puts behind.
 
     The post-processor is tried on a text of one token in a vocabulary of one word.
     """

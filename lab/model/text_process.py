@@ -1,12 +1,13 @@
-"""A process for untrusted text: tokenizers are loaded, chat templates rendered, texts encoded and decoded in it.
+"""A process for untrusted text: it loads tokenizers, renders chat templates, encodes and decodes.
 
-A tokenizer.json or a chat template is data from a stranger that can take all memory (`'a' * 10**10`), all time (nested
-loops, a normalizer that doubles the text forty times), or abort its process (a failed allocation or a panic inside the
-tokenizers package). So `TextProcess` starts a Python process that imports tokenizers and jinja2 alone, not torch, with
-limits on its memory and on the processor time of each request. Whatever goes wrong in it is one LabError here.
+A tokenizer.json or a chat template is data from a stranger that can take all memory (`'a' * 10**10`), all
+time (nested loops, a normalizer that doubles the text forty times), or abort its process (a failed allocation
+or a panic inside the tokenizers package). So `TextProcess` starts a Python process that imports tokenizers
+and jinja2 alone, not torch, with limits on its memory and on the processor time of each request. Whatever
+goes wrong in it is one LabError here.
 
-The two processes exchange lines of JSON over a pair of pipes: {"op", arguments..., "seconds"}, answered by {"value"} or
-{"error", "kind"}.
+The two processes exchange lines of JSON over a pair of pipes: {"op", arguments..., "seconds"}, answered by
+{"value"} or {"error", "kind"}.
 """
 from __future__ import annotations
 
@@ -22,10 +23,10 @@ from collections.abc import Sequence
 
 from lab.errors import LabError, Unavailable
 
-MEMORY = 2 << 30                # bytes of address space; the largest vocabularies (250,000 tokens) take a quarter of it
+MEMORY = 2 << 30                # bytes of address space; a vocabulary of 250,000 tokens takes a quarter
 SECONDS = {"load": 60}          # of processor time, by request
 OTHER_SECONDS = 10
-WALL = 12                       # how many times as long a request may take where other programs keep the processor busy
+WALL = 12                       # how many times as long a request may take on a machine that is busy
 MAX_ANSWER = 1 << 27            # bytes
 FAILS = {"load": "is mangled", "render": "cannot be rendered", "encode": "cannot encode this text"}
 
@@ -34,40 +35,47 @@ class TextProcess:
     """The caller's side. The process ends with this object, or with the program."""
 
     def __init__(self):
-        # -I: neither the environment nor the current folder adds modules; the import path is the caller's own.
-        start = f"import sys; sys.path = {sys.path!r}; from lab.model.text_process import serve; serve({MEMORY})"
-        # One thread and one heap: each further one reserves address space, which is what the limit counts. Libraries
-        # preloaded for the lab (a sanitizer's) reserve terabytes. A session of its own: Ctrl-C is the caller's to handle.
+        # -I: neither environment nor current folder adds modules. The import path is the caller's own.
+        start = (f"import sys; sys.path = {sys.path!r}; from lab.model.text_process import serve; "
+                 f"serve({MEMORY})")
+        # One thread and one heap: each further one reserves address space, which is what the limit counts.
+        # Libraries preloaded for the lab (a sanitizer's) reserve terabytes. A session of its own: Ctrl-C is
+        # the caller's to handle.
         environment = {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}
         environment |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
-        self._process = subprocess.Popen([sys.executable, "-I", "-c", start], env=environment, start_new_session=True,
-                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-c", start], env=environment, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         self._end = weakref.finalize(self, _end, self._process)
 
     def request(self, op: str, subject: str, otherwise: str, **arguments):
         """What `op` of lab.model.text_process._Server gives for the arguments.
 
-        subject, otherwise: what errors begin with ("the chat template") and what to do instead ("--raw"). Raises
-        LabError for whatever goes wrong, and where a limit is passed; the process is gone then.
+        subject, otherwise: what errors begin with ("the chat template") and what to do instead ("--raw").
+        Raises LabError for whatever goes wrong, and where a limit is passed; the process is gone then.
         """
         seconds = SECONDS.get(op, OTHER_SECONDS)
         try:
-            self._process.stdin.write(json.dumps({"op": op, "seconds": seconds, **arguments}).encode() + b"\n")
+            request = json.dumps({"op": op, "seconds": seconds, **arguments})
+            self._process.stdin.write(request.encode() + b"\n")
             self._process.stdin.flush()
             answer = json.loads(self._read_line(time.monotonic() + WALL * seconds))
         except _Late:
             self._end()
             raise LabError(f"{subject} takes more than {WALL * seconds} s; use {otherwise}") from None
-        except (BrokenPipeError, ValueError):       # the process ended, now or at an earlier request (a closed pipe)
+        except (BrokenPipeError, ValueError):       # the process ended: now, or at an earlier request
             self._end()
-            raise LabError(f"{subject} {_cause(self._process.returncode, seconds)}; use {otherwise}") from None
+            cause = _cause(self._process.returncode, seconds)
+            raise LabError(f"{subject} {cause}; use {otherwise}") from None
         if "value" in answer:
             return answer["value"]
         kind, message = answer["kind"], answer["error"]
         if kind == "memory":
-            raise LabError(f"{subject} takes more than the {MEMORY >> 30} GiB of memory that it may; use {otherwise}")
+            raise LabError(f"{subject} takes more than the {MEMORY >> 30} GiB of memory that it may; "
+                           f"use {otherwise}")
         if kind == "other":
-            raise LabError(f"{subject} {FAILS.get(op, 'cannot decode these ids')} ({message}); use {otherwise}")
+            fails = FAILS.get(op, "cannot decode these ids")
+            raise LabError(f"{subject} {fails} ({message}); use {otherwise}")
         raise (Unavailable if kind == "unavailable" else LabError)(message)
 
     def _read_line(self, deadline: float) -> bytes:
@@ -101,7 +109,8 @@ def _cause(status: int, seconds: int) -> str:
     if -status == signal.SIGXCPU:
         return f"takes more than {seconds} s of processor time"
     how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-    return f"ends its process ({how}): it is mangled, or takes more than the {MEMORY >> 30} GiB of memory that it may"
+    return (f"ends its process ({how}): it is mangled, or takes more than the {MEMORY >> 30} GiB of memory "
+            "that it may")
 
 
 # --- the process itself ---
@@ -124,7 +133,7 @@ def serve(memory: int) -> None:
 
 
 def limit(resource, which: int, value: int) -> None:
-    """Sets a soft limit, as far as the hard one goes; where a system has no such limit, the caller's time limit is left."""
+    """Sets a soft limit, as far as the hard one goes. A system without it leaves the caller's time limit."""
     hard = resource.getrlimit(which)[1]
     try:
         resource.setrlimit(which, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
@@ -136,7 +145,8 @@ def _answer(server: _Server, op: str, **arguments) -> dict:
     try:
         return {"value": getattr(server, op)(**arguments)}
     except LabError as error:
-        return {"kind": "unavailable" if isinstance(error, Unavailable) else "mistake", "error": _short(error)}
+        kind = "unavailable" if isinstance(error, Unavailable) else "mistake"
+        return {"kind": kind, "error": _short(error)}
     except MemoryError:
         return {"kind": "memory", "error": ""}
     except BaseException as error:  # the tokenizers package's PanicException is no Exception
@@ -155,7 +165,7 @@ class _Server:
         self.text, self.streams = None, []
 
     def load(self, source: dict, hidden: Sequence[int] = (), eos: str | None = None) -> dict:
-        """source: see lab.model.text_backend.build. hidden: ids never shown. eos: the text of the end token, if any."""
+        """source: see lab.model.text_backend.build. hidden: ids never shown. eos: text of the end token."""
         from lab.model import text_backend
 
         backend = text_backend.build(**source)

@@ -1,7 +1,7 @@
 """Text to token ids and back, from GGUF metadata or a Hugging Face folder, and the chat template.
 
-Here the files are read and their ids checked. What was read is used in a process of its own (text_process.py), where
-text_backend.py builds the pipeline and chat_template.py renders.
+Here the files are read and their ids checked. What was read is used in a process of its own
+(text_process.py), where text_backend.py builds the pipeline and chat_template.py renders.
 """
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from lab.errors import LabError, warn
 from lab.files import is_there, read_text
 from lab.model.text_process import TextProcess
 
-# GGUF's tokenizer.ggml.pre -> the pre-tokenizer that it names. The names that llama.cpp (src/llama-vocab.cpp) reads as
-# Llama 3's imply two things more: a word that is a token is taken whole, and raw text begins with the beginning token.
+# GGUF's tokenizer.ggml.pre -> the pre-tokenizer that it names. The names that llama.cpp (src/llama-vocab.cpp)
+# reads as Llama 3's imply two things more: a word that is a token is taken whole, and raw text begins with
+# the beginning token.
 LLAMA3, QWEN2, SMOLLM, GPT2 = "llama3", "qwen2", "smollm", "gpt2"
 PRE_TOKENIZERS = {
     "llama-bpe": LLAMA3, "llama-v3": LLAMA3, "llama3": LLAMA3, "falcon3": LLAMA3, "falcon-h1": LLAMA3,
@@ -23,34 +24,38 @@ PRE_TOKENIZERS = {
 }
 # GGUF token types (llama.cpp's llama_token_type)
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
-# Tokens that end a turn, by their text, even where the file gives them another type or names another end token: the
-# list that llama.cpp keeps for the same purpose (special_eog_ids in src/llama-vocab.cpp), without its tokens for code
-# infilling. "</s>" counts where it is a control token only: byte-level vocabularies hold it as HTML.
+# Tokens that end a turn, by their text, even where the file gives them another type or names another end
+# token: the list that llama.cpp keeps for the same purpose (special_eog_ids in src/llama-vocab.cpp), without
+# its tokens for code infilling. "</s>" counts where it is a control token only: byte-level vocabularies hold
+# it as HTML.
 END_OF_TURN = frozenset((
-    "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<EOT>", "_<EOT>", "[EOT]", "<|endoftext|>",
-    "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<end_of_utterance>", "<|return|>", "<|call|>", "<turn|>"))
+    "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<EOT>", "_<EOT>", "[EOT]",
+    "<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<end_of_utterance>", "<|return|>", "<|call|>",
+    "<turn|>"))
 INVALID_BYTE = "<0xFF>"             # the byte-fallback token of a byte that is in no UTF-8 text
-# The special tokens that chat templates know by name, and how GGUF's keys call them (it does spell "seperator" so).
+# The special tokens that chat templates know by name, and how GGUF's keys call them (it does spell
+# "seperator" so).
 TEMPLATE_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "sep_token": "seperator",
                    "pad_token": "padding", "cls_token": "cls", "mask_token": "mask"}
-SENTENCEPIECE_IDS = {"unknown": 0, "bos": 1, "eos": 2}      # what llama.cpp takes where a "llama" vocabulary names none
+# What llama.cpp takes where a vocabulary of kind "llama" names none.
+SENTENCEPIECE_IDS = {"unknown": 0, "bos": 1, "eos": 2}
 
 
 @dataclass
 class Tokenizer:
-    """`eos` are the ids that end generation; `leading` are put before raw text, as the model's own tokenizer does."""
+    """`eos` are the ids that end generation; `leading` go before raw text, as the model's tokenizer does."""
     process: TextProcess | None
     eos: frozenset[int] = frozenset()
     leading: tuple[int, ...] = ()
     chat_template: str | None = None
-    special: Mapping[str, object] = field(default_factory=dict)     # bos_token, eos_token... as templates name them
+    special: Mapping[str, object] = field(default_factory=dict)     # bos_token... as templates name them
     size: int = 0                       # of the vocabulary, added tokens included
     where: str = "the tokenizer"        # what errors begin with
     source: dict = field(default_factory=dict, repr=False)          # what the pipeline is built from
 
     @property
     def backend(self):
-        """The pipeline, built once more in this process and without limits: to look into one that is trusted."""
+        """The pipeline, built once more, in this process and without limits: to look into a trusted one."""
         from lab.model.text_backend import build
         return build(**self.source)
 
@@ -60,12 +65,12 @@ class Tokenizer:
         return self.leading[0] if self.leading else None
 
     def encode(self, text: str, raw: bool = True) -> list[int]:
-        """Ids of `text`; special tokens written in it are recognised. raw: begin as the model wants raw text to."""
+        """Ids of `text`; special tokens written in it are recognised. raw: begin with `leading`."""
         ids = self._request("encode", text=text)
         return [*self.leading, *ids] if raw else ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids` without special tokens and tokens that end a turn; bytes that are no UTF-8 become U+FFFD."""
+        """Text of `ids` without special tokens and ends of turns; bytes that are no UTF-8 become U+FFFD."""
         return self._request("decode", ids=[int(index) for index in ids])
 
     def stream(self) -> "RemoteStream":
@@ -98,12 +103,12 @@ class RemoteStream:
 class TextStream:
     """Turns ids into text as they come, whole characters only: a character may span several tokens.
 
-    Text is decoded from the last two emitted pieces on, so that a decoder that looks at its left neighbour (a space
-    before a word) sees it. `push` and `finish` together give exactly `decode` of all ids.
+    Text is decoded from the last two emitted pieces on, so that a decoder that looks at its left neighbour (a
+    space before a word) sees it. `push` and `finish` together give exactly `decode` of all ids.
 
-    invalid_byte: in a vocabulary with byte tokens (<0x00> to <0xFF>), the id of a byte that is in no UTF-8 text. The
-    decoder shows a run of byte tokens as text only if the whole run is UTF-8, so a run is held back until it ends: it
-    has not ended while such a byte, put behind it, would change it.
+    invalid_byte: in a vocabulary with byte tokens (<0x00> to <0xFF>), the id of a byte that is in no UTF-8
+    text. The decoder shows a run of byte tokens as text only if the whole run is UTF-8, so a run is held back
+    until it ends: it has not ended while such a byte, put behind it, would change it.
     """
 
     def __init__(self, decode: Callable[[Iterable[int]], str], invalid_byte: int | None = None):
@@ -133,21 +138,23 @@ class TextStream:
 
 def render_chat(template: str, messages: list[dict[str, str]], special: Mapping[str, object],
                 process: TextProcess | None = None) -> str:
-    """The text that a Hugging Face chat template makes of `messages` (see chat_template.py), in a process of its own.
+    """The text that a Hugging Face chat template makes of `messages` (see chat_template.py), in a process of
+    its own.
 
-    Raises LabError for a template that refuses the messages, cannot be rendered, or takes too much memory or time.
+    Raises LabError for a template that refuses the messages, cannot be rendered, or takes too much memory or
+    time.
     """
     return (process or TextProcess()).request("render", "the chat template", "--raw", template=template,
                                               messages=messages, special=dict(special))
 
 
 def ends_by_text(control: Mapping[str, int], others: Mapping[str, int]) -> dict[str, int]:
-    """The tokens (text: id) that end a turn, of those that are control (or special) tokens and of all others."""
+    """The tokens (text: id) that end a turn, of those that are control (or special) tokens and of others."""
     found = {text: index for text, index in {**others, **control}.items() if text in END_OF_TURN}
     if "</s>" in control:
         found["</s>"] = control["</s>"]
     if {"<|return|>", "<|call|>", "<|end|>"} <= found.keys():
-        del found["<|end|>"]        # in this vocabulary it ends a part of the turn (llama.cpp leaves it out, too)
+        del found["<|end|>"]        # here it ends a part of the turn; llama.cpp leaves it out, too
     return found
 
 
@@ -168,11 +175,12 @@ def from_gguf(scalars: Mapping, array: Callable[[str], list | None], where: str)
     if not tokens or model is None:
         raise LabError(f"{where}: there is no tokenizer in it; use --ids")
     if model not in ("gpt2", "llama"):
-        raise LabError(f"{where}: tokenizer model {model!r} is not supported (supported: gpt2, llama); use --ids")
+        raise LabError(f"{where}: tokenizer model {model!r} is not supported (supported: gpt2, llama); "
+                       "use --ids")
     pre = scalars.get(key + "pre", "default")
     if model == "gpt2" and pre not in PRE_TOKENIZERS:
-        raise LabError(f"{where}: pre-tokenizer {pre!r} is not supported (supported: {', '.join(PRE_TOKENIZERS)}); "
-                       "use --ids")
+        raise LabError(f"{where}: pre-tokenizer {pre!r} is not supported (supported: "
+                       f"{', '.join(PRE_TOKENIZERS)}); use --ids")
     kinds = _numbers(array(key + "token_type"), int, where) or [NORMAL] * len(tokens)
     if len(kinds) != len(tokens):
         raise LabError(f"{where}: {len(tokens)} tokens but {len(kinds)} token types")
@@ -190,7 +198,7 @@ def from_gguf(scalars: Mapping, array: Callable[[str], list | None], where: str)
     defaults = SENTENCEPIECE_IDS if model == "llama" else {}
 
     def token_id(name, needed=False):
-        """The id, or None where the file names none. One that is no token is left out, if it is not needed."""
+        """The id, or None where the file names none. One out of range is left out if it is not needed."""
         index = scalars.get(f"{key}{name}_token_id", defaults.get(name))
         wrong = _wrong_id(index, len(tokens))
         if index is None or not wrong:
@@ -213,14 +221,14 @@ def from_gguf(scalars: Mapping, array: Callable[[str], list | None], where: str)
     process, subject = TextProcess(), f"{where}: its tokenizer"
     process.request("load", subject, "--ids", source=source, hidden=sorted(ends))
     special = {name: tokens[ids[short]] for name, short in TEMPLATE_TOKENS.items() if ids[short] is not None}
-    return Tokenizer(process, frozenset(ends), (ids["bos"],) if add_bos and ids["bos"] is not None else (), template,
-                     special, len(tokens), subject, source)
+    leading = (ids["bos"],) if add_bos and ids["bos"] is not None else ()
+    return Tokenizer(process, frozenset(ends), leading, template, special, len(tokens), subject, source)
 
 
 def _strings(values, where: str) -> list[str]:
     values = [] if values is None else list(values)
     if not all(isinstance(value, str) for value in values):
-        raise LabError(f"{where}: its tokenizer is mangled: it has tokens or merges that are no text; use --ids")
+        raise LabError(f"{where}: its tokenizer is mangled: tokens or merges that are no text; use --ids")
     return values
 
 
@@ -228,7 +236,7 @@ def _numbers(values, kind: type, where: str) -> list:
     try:
         return [] if values is None else [kind(value) for value in values]
     except (TypeError, ValueError):
-        raise LabError(f"{where}: its tokenizer is mangled: it has types or scores that are no numbers; use --ids"
+        raise LabError(f"{where}: its tokenizer is mangled: types or scores that are no numbers; use --ids"
                        ) from None
 
 
@@ -246,8 +254,8 @@ def _wrong_id(index, size: int) -> str | None:
 # --- Hugging Face ---
 
 def from_huggingface(folder: Path) -> Tokenizer | None:
-    """From tokenizer.json, tokenizer_config.json, special_tokens_map.json, generation_config.json, config.json and
-    chat_template.jinja.
+    """From tokenizer.json, tokenizer_config.json, special_tokens_map.json, generation_config.json,
+    config.json and chat_template.jinja.
 
     None when the folder has no tokenizer at all; LabError when it has one that cannot be read.
     """
@@ -259,7 +267,8 @@ def from_huggingface(folder: Path) -> Tokenizer | None:
     special = _special_tokens(options, names)
     listed = special.get("additional_special_tokens", [])
     texts = [text for name, text in special.items() if name in TEMPLATE_TOKENS] + listed
-    source = {"kind": "from_file", "path": str(path), "special": texts, "added": _added_tokens(options, folder)}
+    source = {"kind": "from_file", "path": str(path), "special": texts,
+              "added": _added_tokens(options, folder)}
     process = TextProcess()
     loaded = process.request("load", str(path), "--ids", source=source, eos=special.get("eos_token"))
     vocabulary = max(loaded["size"], config["vocab_size"] if isinstance(config.get("vocab_size"), int) else 0)
@@ -283,7 +292,7 @@ def _optional_json(path: Path) -> dict:
 
 
 def _special_tokens(options: dict, names: dict) -> dict[str, object]:
-    """Texts by name (bos_token...), from tokenizer_config.json, and where it names none from special_tokens_map.json."""
+    """Texts by name (bos_token...): of tokenizer_config.json, else of special_tokens_map.json."""
     def text(token):
         token = token.get("content") if isinstance(token, dict) else token
         return token if isinstance(token, str) else None
@@ -307,7 +316,8 @@ def _added_tokens(options: dict, folder: Path) -> list[dict]:
         ordered = [found[index] for index in sorted(found, key=int)]
         assert all(isinstance(token["content"], str) for token in ordered)
     except (AssertionError, TypeError, ValueError, KeyError, AttributeError):
-        raise LabError(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder is mangled; use --ids") from None
+        raise LabError(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder is mangled; use --ids"
+                       ) from None
     return ordered
 
 
@@ -328,10 +338,12 @@ def _template(options: dict, folder: Path) -> str | None:
         return read_text(path)
     template = options.get("chat_template")
     if isinstance(template, list):          # several named templates
-        template = next((t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"),
-                        None)
+        named = {t["name"]: t.get("template") for t in template
+                 if isinstance(t, dict) and isinstance(t.get("name"), str)}
+        template = named.get("default")
         if template is None:
-            warn(f"{folder / 'tokenizer_config.json'}: none of its chat templates is the default: text is fed as it is")
+            warn(f"{folder / 'tokenizer_config.json'}: none of its chat templates is the default: "
+                 "text is fed as it is")
     if not isinstance(template, str | None):
         raise LabError(f"{folder / 'tokenizer_config.json'}: chat_template is no text")
     return template
