@@ -13,7 +13,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from tiny_models import CONFIGS, byte_level_vocabulary, tokenizer_json, write_folder, write_gguf
 
 from lab import cli
@@ -24,7 +23,7 @@ from lab.model import run, text_process, tokenizer, weights
 from lab.model.decoder import Decoder
 from lab.model.generate import generate, generate_batch
 from lab.model.tokenizer import render_chat
-from lab.model.weights import RandomSource, load, open_source
+from lab.model.weights import RandomSource, load
 from lab.numbers import integer, number
 
 ROOT = Path(__file__).resolve().parent.parent
