@@ -1,5 +1,6 @@
 """Values on the command line: lists of names and of numbers, durations."""
 from lab.errors import LabError
+from lab.numbers import integer, number
 
 
 def names(text):
@@ -10,7 +11,7 @@ def names(text):
 def numbers(text):
     """"1,8" -> [1, 8]; raises LabError for anything that is no positive integer."""
     try:
-        found = [int(item) for item in names(text)]
+        found = [integer(item) for item in names(text)]
     except ValueError:
         found = []
     if not found or min(found) < 1:
@@ -20,7 +21,7 @@ def numbers(text):
 
 def duration(text):
     """"0.5" -> 0.5; ValueError, which argparse turns into its message, for anything negative or not finite."""
-    value = float(text)
-    if not 0 <= value < float("inf"):
+    value = number(text)
+    if value < 0:
         raise ValueError(text)
     return value

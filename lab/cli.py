@@ -11,7 +11,8 @@ import os
 import sys
 import traceback
 
-from lab.errors import LabError
+from lab.errors import LabError, one_line
+from lab.numbers import integer, number
 
 VERBS = {       # verb: (room, what it does)
     "doctor": ("lab.machine.doctor", "what this machine can run and what is missing"),
@@ -30,7 +31,15 @@ VERBS = {       # verb: (room, what it does)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse prints a usage text before its error; here a mistake is one line, like every other."""
+    """argparse prints a usage text before its error; here a mistake is one line, like every other.
+
+    type=int and type=float take plain notation alone (lab/numbers.py).
+    """
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.register("type", int, integer)
+        self.register("type", float, number)
 
     def error(self, message):
         raise LabError(f"{message} (see `{self.prog} --help`)")
@@ -82,7 +91,15 @@ def explain(error):
     return None
 
 
+def take_any_text():
+    """Lets standard output and error print every text: what their encoding lacks is shown as an escape (\\u6f22)."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):                  # None without a console; a test's own stream
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main(argv=None):
+    take_any_text()
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         status = run(argv)
@@ -102,7 +119,7 @@ def main(argv=None):
             traceback.print_exc()
         if getattr(error, "errno", None) == errno.ENOSPC:
             drop_output()
-        print("lab: error: " + " ".join(line.split()), file=sys.stderr)
+        print("lab: error: " + one_line(line), file=sys.stderr)
         return 2
 
 

@@ -68,6 +68,14 @@ def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
             beside.unlink()
 
 
+def is_there(path: str | os.PathLike) -> bool:
+    """Whether there is a file. Raises LabError for what is no regular file: reading a pipe or a device may never end."""
+    if not os.path.lexists(path):
+        return False
+    regular_file(path)
+    return True
+
+
 def read_json(path: Path) -> dict:
     """The object in a JSON file; LabError when it is missing, no regular file, too deeply nested, no object."""
     too_deep = LabError(f"{path} is nested more than {DEEPEST} levels deep; that is no file of a model")

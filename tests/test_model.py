@@ -25,9 +25,10 @@ from lab.model.generate import generate, generate_batch, teacher_forced_logits
 from lab.model.kv_cache import PagedKVCache
 from lab.model.plans import find_plan
 from lab.model.sampling import Sampling
-from lab.model.sources import open_source, tokenizer
+from lab.model.sources import open_source
 from lab.model.sources.random import RandomSource
-from lab.model.sources.tokenizer import TextStream, Tokenizer, render_chat
+from lab.model.text import tokenizer
+from lab.model.text.tokenizer import TextStream, Tokenizer, render_chat
 from lab.model.weights import load
 
 IDS = random.Random(0).choices(range(272), k=40)        # crosses two page boundaries
@@ -348,7 +349,7 @@ def test_qwen2_normalizes():
     ({"kinds": [1, 1]}, "272 tokens but 2 token types"),
     ({"merges": ["h"]}, "mangled"),
     ({"merges": ["h zzz"]}, "mangled"),
-    ({"eos_token_id": 272}, "eos_token_id 272 is outside the vocabulary of 272"),
+    ({"bos_token_id": 272, "add_bos_token": True}, "bos_token_id 272 is outside the vocabulary of 272"),
     ({"tokens": ["a", "a"], "merges": []}, "repeats tokens"),
     ({"model": "llama"}, "no score for each token"),
 ])
@@ -457,7 +458,7 @@ def test_run_writes_what_it_did(tiny_gguf, tmp_path, capsys, device):
     written, printed = json.loads(out.read_text()), capsys.readouterr()
     assert status == 0
     assert set(written) == {"prompt_ids", "output_ids", "text", "backend", "overrides", "plan", "device", "dtype",
-                            "kernels", "prefill_ms", "decode_ms"}
+                            "kernels", "prefill_ms", "decode_ms", "stopped_by"}
     assert len(written["output_ids"]) == len(written["decode_ms"]) == 6
     assert printed.out == written["text"] + "\n"
     assert "decode_attention" in printed.err and "6 new tokens" in printed.err

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lab.errors import one_line
+from lab.errors import error_text
 from lab.harness import timing
 from lab.records.schema import Ceiling
 
@@ -156,7 +156,7 @@ def measure_one(run, direction, size, arena, sink, flush, properties, seconds):
             distinct = [make(*parts[i]) for i in range(sets)]
             timed[number] = timing.GraphTimed([distinct[i % sets] for i in range(calls)], flush if flushed else None)
         except Exception as e:                      # one shape that cannot run must not cost the others
-            row.error = one_line(e)
+            row.error = error_text(e)
     if timed:
         for number, stats in timing.measure(timed, seconds).items():
             for name, value in stats.fields().items():

@@ -10,7 +10,7 @@ import torch
 
 from lab import ladder, rungs
 from lab.contract import DTYPES, Rand
-from lab.errors import LabError, one_line
+from lab.errors import LabError, error_text
 from lab.harness import timing
 from lab.harness.ops_bench import FREE_SHARE, alive
 from lab.harness.shapes import DIRECTION, PAGE_SIZE, Point, arguments
@@ -67,9 +67,9 @@ def measure(session, rig, point, dtype_name):
             calls = [functools.partial(function, *a, out=o) for a, o in zip(sets, outs)]
             timed[rung, backend] = timing.WallTimed(calls[0]) if timer == "wall" else _graph(calls, flush)
         except LabError as e:
-            row.error = one_line(e)
+            row.error = error_text(e)
         except Exception as e:                      # one rung that cannot run must not cost the others
-            row.error = one_line(e)
+            row.error = error_text(e)
             if rig.device == "cuda":
                 alive(op.name)
     least, most = (2, 4) if timer == "wall" else (LEAST, MOST)

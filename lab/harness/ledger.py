@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 import torch
 
 from lab.dispatch import select
-from lab.errors import LabError, one_line
+from lab.errors import LabError, error_text
 from lab.harness import model_bench, shapes, timing
 from lab.harness.ops_bench import alive
 from lab.model.decoder import Decoder
@@ -331,7 +331,7 @@ def _record(session, rig, base, failed, made):
     try:
         rows = made()
     except Exception as e:
-        failed.error = one_line(e)
+        failed.error = error_text(e)
         rows = [failed]
     session.add(*rows)
     model_bench.release(rig.device)
@@ -411,7 +411,7 @@ def measure_swaps(run, rig, weights, name, plan, dtype_name, batch, context):
             model_bench.fill(decoder, batch, context)
             timed[len(rows) - 1] = model_bench.timed_step(decoder, "graph")
         except Exception as e:
-            row.error = one_line(e)
+            row.error = error_text(e)
     nbytes = model_bench.step_bytes(weights, batch, context + 1)
     for i, stats in (timing.measure(timed, SWAP_SECONDS, 15, 100) if timed else {}).items():
         for field_name, value in stats.fields().items():

@@ -12,7 +12,7 @@ import time
 import torch
 
 from lab.contract import DTYPES
-from lab.errors import LabError, one_line
+from lab.errors import LabError, error_text
 from lab.harness import timing
 from lab.harness.ops_bench import alive
 from lab.model.decoder import Decoder
@@ -131,7 +131,7 @@ def _filled(session, rig, weights, rows):
         loaded = weights.of(name)
     except LabError as e:
         for r in rows:
-            r.error = one_line(e)
+            r.error = error_text(e)
         return rows
     sides = list(dict.fromkeys((r.backend, r.plan) for r in rows if r.mode != "compile"))
     groups = together(rig, sides, batch * (context + 1) * kv_bytes_per_token(loaded))
@@ -185,13 +185,13 @@ def _measure(session, rig, weights, rows, sides, batch, context):
                 entries.append((r, timed_step(decoder, r.mode)))
         except Exception as e:                      # one backend that cannot run must not cost the others
             for r in mine:
-                r.error = one_line(e)
+                r.error = error_text(e)
     for r in (r for r in rows if r.mode == "compile"):
         try:
             from lab.harness.compiled import compiled_step
             entries.append((r, timing.GraphTimed([compiled_step(weights, batch, context)])))
         except Exception as e:
-            r.error = one_line(e)
+            r.error = error_text(e)
     nbytes = step_bytes(weights, batch, context + 1)
     for timer in ("graph", "event", "wall"):
         group = [(r, t) for r, t in entries if t.timer == timer and not r.error]
@@ -201,7 +201,7 @@ def _measure(session, rig, weights, rows, sides, batch, context):
         except Exception as e:
             stats = {}
             for r, _ in group:
-                r.error = one_line(e)
+                r.error = error_text(e)
         for i, s in stats.items():
             r = group[i][0]
             for field, value in {**s.fields(p99=True), **rig.ceilings.fields("read", nbytes, s.us)}.items():

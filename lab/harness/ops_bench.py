@@ -12,7 +12,7 @@ import torch
 
 from lab.contract import BACKENDS, DTYPES, Rand
 from lab.dispatch import select
-from lab.errors import LabError, Unavailable, one_line
+from lab.errors import LabError, Unavailable, error_text
 from lab.harness import timing
 from lab.harness.peers import peers
 from lab.harness.shapes import COLD, DIRECTION, arguments
@@ -103,7 +103,7 @@ def measure_point(session, rig, point, dtype_name, modes=None):
     try:
         bound = _Bound(op, point, dtype, rig)
     except (RuntimeError, LabError) as e:           # out of memory, a size that the op does not take
-        session.add(*(dataclasses.replace(row(b, *m), error=one_line(e)) for m in todo for b in rig.backends))
+        session.add(*(dataclasses.replace(row(b, *m), error=error_text(e)) for m in todo for b in rig.backends))
         return
     cold_us = {}
     for cache, timer in todo:
@@ -114,7 +114,7 @@ def measure_point(session, rig, point, dtype_name, modes=None):
             try:
                 timed[name] = bound.timed(name, cache, timer, cold_us.get(name))
             except Exception as e:                  # one backend that cannot run must not cost the others
-                rows[name].error = one_line(e)
+                rows[name].error = error_text(e)
         stats = _measured(timed, rig, timer, rows)
         for name, s in stats.items():
             for field, value in {**s.fields(), **rig.ceilings.fields(DIRECTION.get(op.name, "read"), bound.nbytes, s.us,
@@ -142,7 +142,7 @@ def _measured(timed, rig, timer, rows):
         return timing.measure(timed, seconds, least, most)
     except Exception as e:
         for name in timed:
-            rows[name].error = one_line(e)
+            rows[name].error = error_text(e)
         return {}
 
 
@@ -151,7 +151,7 @@ def alive(what):
     try:
         torch.cuda.synchronize()
     except Exception as e:
-        raise LabError(f"the CUDA context is lost after {what} ({one_line(e)}); what was measured is recorded: run the "
+        raise LabError(f"the CUDA context is lost after {what} ({error_text(e)}); what was measured is recorded: run the "
                        "same command again to go on behind it") from None
 
 

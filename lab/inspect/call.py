@@ -1,5 +1,4 @@
 """The call that is looked at: an op's arguments of given sizes and dtype, whose values nobody reads."""
-import ast
 import inspect
 
 import torch
@@ -7,6 +6,7 @@ import torch
 from lab.contract import DTYPES, Rand
 from lab.errors import LabError
 from lab.names import known
+from lab.numbers import integer, number
 
 
 class Blank(Rand):
@@ -52,12 +52,20 @@ def parse(words):
         if not equals or not value:
             raise LabError(f"size {word!r}: write NAME=NUMBER, as in batch=16 or lengths=1024,2048")
         try:
-            sizes[name] = DTYPES[value] if value in DTYPES else ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+            sizes[name] = _value(value)
+        except ValueError:
             raise LabError(f"size {word!r}: {value!r} is neither a number, True, False nor a dtype") from None
         if name in ("lengths", "positions") and isinstance(sizes[name], int):
             sizes[name] = (sizes[name],)
     return sizes
+
+
+def _value(text):
+    words = {**DTYPES, "True": True, "False": False, "None": None}
+    if text in words:
+        return words[text]
+    items = [integer(item) if "." not in item and "e" not in item else number(item) for item in text.split(",")]
+    return tuple(items) if len(items) > 1 else items[0]
 
 
 def as_json(sizes):

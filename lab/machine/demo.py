@@ -3,7 +3,6 @@
 All three share weights, prompt, prefill and plan in fp32; what differs is the kernels of the decode step. Exit status 1
 if a single token differs. The measurements go to OUT/records.jsonl and are drawn as a report beside it.
 """
-import argparse
 import statistics
 import sys
 import time
@@ -11,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lab import cli
-from lab.errors import LabError
+from lab.errors import LabError, one_line
 
 MODEL = "smollm2-135m"
 PROMPT = "What is the capital of France?"
@@ -82,7 +81,7 @@ def show(answers, tokenizer):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(prog="make demo", description=__doc__.splitlines()[0])
+    parser = cli.Parser(prog="make demo", description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="out/demo", help="folder of the records and the report")
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--seconds", type=float, default=90, help="time limit of the slowest backend (default 90)")
@@ -125,10 +124,11 @@ def report(out):
 
 def run(argv):
     """main, with a user's mistake as one line."""
+    cli.take_any_text()
     try:
         return main(argv)
     except (LabError, OSError) as error:
-        print(f"demo: error: {cli.explain(error) or error}", file=sys.stderr)
+        print(f"demo: error: {one_line(cli.explain(error) or str(error))}", file=sys.stderr)
         return 2
 
 

@@ -70,8 +70,10 @@ class Decoder:
         if wrong:
             raise LabError(f"token id {wrong[0]} is outside the vocabulary of {self.config.vocab}")
         if len(ids) > self.cache.max_context:
-            raise LabError(f"the prompt has {len(ids)} tokens and the cache holds {self.cache.max_context}; "
-                           "raise --max-context or shorten the prompt")
+            most = self.config.max_positions
+            raise LabError(f"the prompt has {len(ids)} tokens and the cache holds {self.cache.max_context}" +
+                           (f", all that model {self.config.name} was made for" if self.cache.max_context == most else
+                            "; raise --max-context or shorten the prompt"))
 
     def place(self, row: int, token: int) -> None:
         """Makes a row live: `token` follows whatever the cache holds for it. (Benchmarks fill the cache themselves.)"""

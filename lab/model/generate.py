@@ -20,7 +20,7 @@ class Generation:
     text: str | None = None             # None without a tokenizer
     prefill_ms: float = 0.0             # the prompt but for its last token
     decode_ms: list[float] = field(default_factory=list)    # one per output id; a batch shares each step's time
-    stopped_by: str = "length"          # "stop" or "length"
+    stopped_by: str = "length"          # "stop" (an end token) or "length" (max_new_tokens, or all the model can hold)
     kernels: list[dict] = field(default_factory=list)       # rows of the trace: op, backend, kernel, calls
 
 
@@ -40,8 +40,9 @@ def generate_batch(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_t
     """Prompts of any lengths, at most decoder.batch of them, decoded together; the callbacks get the row first.
 
     Every output token comes from a decode step: prefill stops one short of the prompt's end. A row ends at an id of
-    `stop_ids` or after max_new_tokens. Raises LabError for a prompt that the model or the cache cannot take (before any
-    work), for a cache that fills up on the way, and for logits that are not numbers. The rows are idle afterwards.
+    `stop_ids`, after max_new_tokens, or when it is as long as the longest context that the model was made for. Raises
+    LabError for a prompt that the model or the cache cannot take (before any work), for a cache smaller than that which
+    fills up on the way, and for logits that are not numbers. The rows are idle afterwards.
     """
     if not 1 <= len(prompts) <= decoder.batch:
         raise LabError(f"{len(prompts)} prompts for a batch of {decoder.batch}")
@@ -51,13 +52,19 @@ def generate_batch(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_t
     for result in results:
         decoder.check(result.prompt_ids)
     streams = [tokenizer.stream() if tokenizer else None for _ in results]
-    trace = decoder.ops.trace
+    trace, most = decoder.ops.trace, decoder.config.max_positions
     texts = [[] for _ in results]
 
     def emit(row: int, text: str) -> None:
         texts[row].append(text)
         if text and on_text:
             on_text(row, text)
+
+    def end(row: int, why: str) -> None:
+        results[row].stopped_by = why
+        decoder.finish(row)
+        if streams[row]:
+            emit(row, streams[row].finish())
 
     decoder.prepare(sampling)
     try:
@@ -80,12 +87,10 @@ def generate_batch(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_t
                     on_token(row, token)
                 if streams[row]:
                     emit(row, streams[row].push(token))
-                stopped = token in stop_ids
-                if stopped or len(result.output_ids) == max_new_tokens:
-                    result.stopped_by = "stop" if stopped else "length"
-                    decoder.finish(row)
-                    if streams[row]:
-                        emit(row, streams[row].finish())
+                if token in stop_ids:
+                    end(row, "stop")
+                elif len(result.output_ids) == max_new_tokens or decoder.cache.lengths[row] == most:
+                    end(row, "length")
     finally:
         for row in range(len(results)):
             decoder.finish(row)

@@ -40,6 +40,7 @@ class PagedKVCache:
             raise LabError(f"a KV cache of {sequences} sequences of {max_context} tokens: both must be at least 1")
         config.check_context(max_context)
         self.page_size, self.max_context, self.sequences = page_size, max_context, sequences
+        self.most = config.max_positions                                # tokens of a sequence that the model was made for
         self.max_pages = pages_for(max_context, page_size)
         self.pages = self.max_pages * sequences if pages is None else pages
         shape = (config.layers, self.pages, config.kv_heads, page_size, config.head_dim)
@@ -65,8 +66,9 @@ class PagedKVCache:
         for sequence in sequences:
             length, missing = self.lengths[sequence] + tokens, self.missing(sequence, tokens)
             if length > self.max_context:
+                advice = "all that the model was made for" if self.max_context == self.most else "raise --max-context"
                 raise LabError(f"the KV cache is full: sequence {sequence} would hold {length} tokens and its limit is "
-                               f"{self.max_context}; raise --max-context")
+                               f"{self.max_context}; {advice}")
             if missing > free:
                 raise LabError(f"the KV cache is full: sequence {sequence} needs {missing} more page(s) of "
                                f"{self.page_size} tokens and {free} of {self.pages} are free")

@@ -7,8 +7,11 @@ import statistics
 import sys
 from pathlib import Path
 
-from lab.errors import LabError
+from lab.errors import LabError, warn
 from lab.files import write_whole
+from lab.numbers import integer
+
+MAX_PROMPT = 1 << 24        # bytes of standard input; more than any model's context holds
 
 
 def add_arguments(parser) -> None:
@@ -22,7 +25,8 @@ def add_arguments(parser) -> None:
     parser.add_argument("--plan", default="basic", help="basic: one kernel per op; fused: few per layer; persistent: "
                         "one for the whole step")
     prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", metavar="TEXT", help="text; goes through the model's chat template if it has one")
+    prompt.add_argument("--prompt", metavar="TEXT", help="text; goes through the model's chat template if it has "
+                        "one; - reads it from standard input, up to a line break at its end")
     prompt.add_argument("--ids", metavar="1,2,3", help="token ids instead of text")
     parser.add_argument("--raw", action="store_true", help="feed --prompt as it is, without the chat template")
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=64)
@@ -77,7 +81,8 @@ def main(args) -> int:
 
     source = open_source(args.model, args.weights)
     tokenizer = find_tokenizer(source, needed=args.ids is None)
-    prompt_ids = parse_ids(args.ids) if args.ids is not None else encode(tokenizer, args.prompt, args.raw)
+    prompt_ids = parse_ids(args.ids) if args.ids is not None else encode(
+        tokenizer, read_prompt(args.prompt), args.raw)
     wrong = [token for token in prompt_ids if not 0 <= token < source.config.vocab]
     if wrong:
         raise LabError(f"token id {wrong[0]} is outside the vocabulary of {source.config.vocab}")
@@ -92,6 +97,8 @@ def main(args) -> int:
         mixed = {**from_table(table, 1, max_context), **parse_overrides(overrides)}
         ops = select(args.backend, device, mixed, trace)
 
+    if slow := slowness(ops, args.plan, device):
+        warn(slow)
     decoder = Decoder(load(source, dtype, device), ops, max_context=max_context, page_size=args.page_size,
                       plan=args.plan, eager=args.eager)
     streaming = tokenizer is not None and not args.no_stream
@@ -105,6 +112,8 @@ def main(args) -> int:
         raise
     shown = result.text if tokenizer else ",".join(map(str, result.output_ids))
     print("" if streaming else shown, flush=True)
+    if len(prompt_ids) + len(result.output_ids) > limit and len(result.output_ids) < args.max_new_tokens:
+        warn(f"model {source.name} was made for {limit} tokens, prompt included: it stops there")
 
     backend = args.backend or os.environ["LAB_BACKEND"]
     overrides = {op: chosen for op, chosen in ops.chosen.items() if chosen != backend}
@@ -116,7 +125,8 @@ def main(args) -> int:
         record = {
             "prompt_ids": result.prompt_ids, "output_ids": result.output_ids, "text": result.text,
             "backend": backend, "overrides": overrides, "plan": args.plan, "device": device, "dtype": dtype_name,
-            "kernels": result.kernels, "prefill_ms": result.prefill_ms, "decode_ms": result.decode_ms}
+            "kernels": result.kernels, "prefill_ms": result.prefill_ms, "decode_ms": result.decode_ms,
+            "stopped_by": result.stopped_by}
         write_whole(args.json, json.dumps(record, indent=1) + "\n")
     return 0
 
@@ -130,15 +140,42 @@ def find_tokenizer(source, needed: bool):
     if tokenizer is None and needed:
         raise LabError(why if "--ids" in why else f"{why}; pass token ids with --ids")
     if tokenizer is None:
-        print(f"lab: {why}: no text is shown and no end token is known", file=sys.stderr)
+        warn(f"{why}: no text is shown and no end token is known")
     return tokenizer
 
 
 def parse_ids(text: str) -> list[int]:
     try:
-        return [int(item) for item in text.split(",")]
+        return [integer(item) for item in text.split(",")]
     except ValueError:
         raise LabError(f"--ids {text!r}: write token ids with commas between, as in 1,2,3") from None
+
+
+def read_prompt(text: str) -> str:
+    """The prompt itself; "-" is standard input without the line break at its end."""
+    if text != "-":
+        return text
+    if sys.stdin is None:
+        raise LabError("--prompt -: there is no standard input")
+    data = sys.stdin.buffer.read(MAX_PROMPT + 1)
+    if len(data) > MAX_PROMPT:
+        raise LabError(f"--prompt -: standard input holds more than {MAX_PROMPT >> 20} MiB")
+    try:
+        return data.decode().removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError:
+        raise LabError("--prompt -: standard input is not valid UTF-8 text") from None
+
+
+def slowness(ops, plan: str, device: str) -> str | None:
+    """What to expect of a choice that is slow on a CPU, or None."""
+    if device != "cpu":
+        return None
+    if plan == "persistent" and ops.chosen["decode_step"] != "torch":
+        return (f"plan persistent on a CPU emulates a whole GPU ({ops.chosen['decode_step']}): many seconds a token; "
+                "--plan basic is faster")
+    if "triton" in ops.chosen.values():
+        return "on a CPU the Triton kernels are interpreted: seconds a token; --backend torch or cuda is faster"
+    return None
 
 
 def encode(tokenizer, text: str, raw: bool) -> list[int]:

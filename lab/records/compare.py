@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from lab.errors import LabError
 from lab.files import write_whole
+from lab.numbers import number
 from lab.records import schema
 
 FASTER, SLOWER, SAME, AMBIGUOUS, FAILED = "faster", "slower", "same", "ambiguous", "failed"
@@ -138,7 +139,7 @@ def label(row):
 def parse_share(text):
     """"5%" or "0.05" -> 0.05."""
     try:
-        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+        value = number(text[:-1]) / 100 if text.endswith("%") else number(text)
     except ValueError:
         value = -1.0
     if not 0 <= value < 1:

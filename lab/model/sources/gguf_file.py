@@ -169,7 +169,7 @@ class GGUFSource:
         store(values, out, stored, self.where)
 
     def tokenizer(self):
-        from lab.model.sources.tokenizer import from_gguf as tokenizer_from_gguf
+        from lab.model.text.tokenizer import from_gguf as tokenizer_from_gguf
         return tokenizer_from_gguf(self.scalars, self.array, self.where)
 
     def _dequantize(self, name: str) -> np.ndarray:

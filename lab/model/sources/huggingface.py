@@ -57,7 +57,7 @@ class HuggingFaceSource:
         store(values, out, name, str(path))
 
     def tokenizer(self):
-        from lab.model.sources.tokenizer import from_huggingface as tokenizer_from_huggingface
+        from lab.model.text.tokenizer import from_huggingface as tokenizer_from_huggingface
         return tokenizer_from_huggingface(self.folder)
 
     def _files(self) -> dict[str, str]:

@@ -1,0 +1,196 @@
+"""A process for untrusted text: it loads tokenizers, renders chat templates, encodes and decodes.
+
+A tokenizer.json or a chat template is data from a stranger that can take all memory (`'a' * 10**10`), all
+time (nested loops, a normalizer that doubles the text forty times), or abort its process (a failed allocation
+or a panic inside the tokenizers package). So `TextProcess` starts a Python process that imports tokenizers
+and jinja2 alone, not torch, with limits on its memory and on the processor time of each request. Whatever
+goes wrong in it is one LabError here.
+
+The two processes exchange lines of JSON over a pair of pipes: {"op", arguments..., "seconds"}, answered by
+{"value"} or {"error", "kind"}.
+"""
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Sequence
+
+from lab.errors import LabError, Unavailable
+
+MEMORY = 2 << 30                # bytes of address space; a vocabulary of 250,000 tokens takes a quarter
+SECONDS = {"load": 60}          # of processor time, by request
+OTHER_SECONDS = 10
+WALL = 12                       # how many times as long a request may take on a machine that is busy
+MAX_ANSWER = 1 << 27            # bytes
+FAILS = {"load": "is mangled", "render": "cannot be rendered", "encode": "cannot encode this text"}
+
+
+class TextProcess:
+    """The caller's side. The process ends with this object, or with the program."""
+
+    def __init__(self):
+        # -I: neither environment nor current folder adds modules. The import path is the caller's own.
+        start = (f"import sys; sys.path = {sys.path!r}; from lab.model.text.process import serve; "
+                 f"serve({MEMORY})")
+        # One thread and one heap: each further one reserves address space, which is what the limit counts.
+        # Libraries preloaded for the lab (a sanitizer's) reserve terabytes. A session of its own: Ctrl-C is
+        # the caller's to handle.
+        environment = {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}
+        environment |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-c", start], env=environment, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self._end = weakref.finalize(self, _end, self._process)
+
+    def request(self, op: str, subject: str, otherwise: str, **arguments):
+        """What `op` of lab.model.text.process._Server gives for the arguments.
+
+        subject, otherwise: what errors begin with ("the chat template") and what to do instead ("--raw").
+        Raises LabError for whatever goes wrong, and where a limit is passed; the process is gone then.
+        """
+        seconds = SECONDS.get(op, OTHER_SECONDS)
+        try:
+            request = json.dumps({"op": op, "seconds": seconds, **arguments})
+            self._process.stdin.write(request.encode() + b"\n")
+            self._process.stdin.flush()
+            answer = json.loads(self._read_line(time.monotonic() + WALL * seconds))
+        except _Late:
+            self._end()
+            raise LabError(f"{subject} takes more than {WALL * seconds} s; use {otherwise}") from None
+        except (BrokenPipeError, ValueError):       # the process ended: now, or at an earlier request
+            self._end()
+            cause = _cause(self._process.returncode, seconds)
+            raise LabError(f"{subject} {cause}; use {otherwise}") from None
+        if "value" in answer:
+            return answer["value"]
+        kind, message = answer["kind"], answer["error"]
+        if kind == "memory":
+            raise LabError(f"{subject} takes more than the {MEMORY >> 30} GiB of memory that it may; "
+                           f"use {otherwise}")
+        if kind == "other":
+            fails = FAILS.get(op, "cannot decode these ids")
+            raise LabError(f"{subject} {fails} ({message}); use {otherwise}")
+        raise (Unavailable if kind == "unavailable" else LabError)(message)
+
+    def _read_line(self, deadline: float) -> bytes:
+        pipe, pieces, size = self._process.stdout.fileno(), [], 0
+        while not pieces or not pieces[-1].endswith(b"\n"):
+            if not select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                raise _Late
+            pieces.append(os.read(pipe, 1 << 20))
+            size += len(pieces[-1])
+            if not pieces[-1] or size > MAX_ANSWER:
+                raise BrokenPipeError
+        return b"".join(pieces)
+
+
+class _Late(Exception):
+    pass
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Ends the process. One that is ending by itself keeps its own return code."""
+    process.kill()
+    for pipe in (process.stdin, process.stdout):
+        try:
+            pipe.close()
+        except BrokenPipeError:     # what was not written yet has no reader any more
+            pass
+    process.wait()
+
+
+def _cause(status: int, seconds: int) -> str:
+    if -status == signal.SIGXCPU:
+        return f"takes more than {seconds} s of processor time"
+    how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+    return (f"ends its process ({how}): it is mangled, or takes more than the {MEMORY >> 30} GiB of memory "
+            "that it may")
+
+
+# --- the process itself ---
+
+def serve(memory: int) -> None:
+    """Answers requests from standard input until it is closed."""
+    import resource
+
+    limit(resource, resource.RLIMIT_AS, memory)
+    limit(resource, resource.RLIMIT_CORE, 0)
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)                   # a stray print goes nowhere
+    server = _Server()
+    for line in sys.stdin.buffer:
+        request = json.loads(line)
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        limit(resource, resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + 1 + request.pop("seconds"))
+        answers.write(json.dumps(_answer(server, **request)).encode() + b"\n")
+        answers.flush()
+
+
+def limit(resource, which: int, value: int) -> None:
+    """Sets a soft limit, as far as the hard one goes. A system without it leaves the caller's time limit."""
+    hard = resource.getrlimit(which)[1]
+    try:
+        resource.setrlimit(which, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
+    except (ValueError, OSError):
+        pass
+
+
+def _answer(server: _Server, op: str, **arguments) -> dict:
+    try:
+        return {"value": getattr(server, op)(**arguments)}
+    except LabError as error:
+        kind = "unavailable" if isinstance(error, Unavailable) else "mistake"
+        return {"kind": kind, "error": _short(error)}
+    except MemoryError:
+        return {"kind": "memory", "error": ""}
+    except BaseException as error:  # the tokenizers package's PanicException is no Exception
+        return {"kind": "other", "error": f"{type(error).__name__}: {_short(error)}"}
+
+
+def _short(error: BaseException) -> str:
+    text = " ".join(str(error)[:2000].split())
+    return text if len(text) <= 400 else text[:400] + "..."
+
+
+class _Server:
+    """One tokenizer at most, and any number of streams of output."""
+
+    def __init__(self):
+        self.text, self.streams = None, []
+
+    def load(self, source: dict, hidden: Sequence[int] = (), eos: str | None = None) -> dict:
+        """source: see lab.model.text.backend.build. hidden: ids never shown. eos: text of the end token."""
+        from lab.model.text import backend as pipelines
+
+        backend = pipelines.build(**source)
+        ends = set(pipelines.ends_of_file(backend).values()) if source["kind"] == "from_file" else set()
+        ends |= {backend.token_to_id(eos)} - {None} if eos is not None else set()
+        self.text = pipelines.TextBackend(backend, {*hidden, *ends})
+        return {"size": backend.get_vocab_size(with_added_tokens=True), "ends": sorted(ends),
+                "leading": pipelines.leading_tokens(backend)}
+
+    def render(self, template: str, messages: list[dict], special: dict) -> str:
+        from lab.model.text.chat_template import render
+        return render(template, messages, special)
+
+    def encode(self, text: str) -> list[int]:
+        return self.text.encode(text)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.text.decode(ids)
+
+    def stream(self) -> int:
+        self.streams.append(self.text.stream())
+        return len(self.streams) - 1
+
+    def push(self, stream: int, token: int) -> str:
+        return self.streams[stream].push(token)
+
+    def finish(self, stream: int) -> str:
+        return self.streams[stream].finish()
