@@ -29,7 +29,7 @@ def check_case(op: Op, function, rand: Rand, sizes) -> Outcome:
     args = op.inputs(rand, **sizes)
     before = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
     want = op.reference(*before)
-    limits = op.tolerance(*before)
+    limits = op.tolerance(*(finite(a) for a in before))
     out = op.outputs(*args)
     if out is None:
         function(*args)
@@ -51,20 +51,40 @@ def check_case(op: Op, function, rand: Rand, sizes) -> Outcome:
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(a.nan_to_num(), b.nan_to_num()) if a.is_floating_point() else torch.equal(a, b)
+    """Whether two tensors hold the same bits: NaN equals itself, and -0 is not 0."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return torch.equal(a.view(integers), b.view(integers))
+
+
+def finite(a):
+    """`a` with 0 for NaN and inf if it is a float tensor: a tolerance comes from the sizes of the values that are finite.
+
+    A NaN or inf among an op's inputs would make the limit of every element NaN or inf, though most do not depend on it.
+    """
+    if not (isinstance(a, torch.Tensor) and a.is_floating_point()) or bool(a.isfinite().all()):
+        return a
+    return a.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def compare(got: torch.Tensor, want: torch.Tensor, rtol: float, atol: float) -> Outcome:
-    """Every element of `got` within rtol * |want| + atol of `want`; NaN only where `want` is NaN."""
+    """Every element of `got` within rtol * |want| + atol of `want`.
+
+    NaN is right exactly where `want` is NaN; an infinity where `want` is the same infinity, or is finite but so large
+    that a value within the tolerance rounds to that infinity in the dtype of `got`.
+    """
     if got.shape != want.shape:
         return Outcome(f"shape {list(got.shape)}, not {list(want.shape)}", torch.inf)
-    info = torch.finfo(got.dtype if got.is_floating_point() else torch.float64)
+    dtype = got.dtype if got.is_floating_point() else torch.float64
+    info = torch.finfo(dtype)
     subnormal = info.smallest_normal * info.eps                  # below the normal range a rounding step is absolute
     got, want = got.double(), want.double()
-    limit = rtol * want.abs() + atol + (subnormal if rtol else 0.0)
-    off = (got - want).abs()
-    off = torch.where(got.isnan() & want.isnan() | (got == want), 0.0, off)
-    bad = ~(off <= limit)                                        # also true where off is NaN
+    limit = torch.where(want.isfinite(), rtol * want.abs() + atol + (subnormal if rtol else 0.0), 0.0)
+    overflows = got.isinf() & (got.sign() == want.sign()) & (want.abs() + limit).to(dtype).isinf()
+    same = (got == want) | got.isnan() & want.isnan() | overflows
+    off = torch.where(same, 0.0, (got - want).abs())
+    bad = ~(same | (off <= limit))                               # also true where off is NaN
     if not bad.any():
         return Outcome(None, float((off / limit.clamp(min=1e-300)).max()) if off.numel() else 0.0)
     first = tuple(int(i) for i in bad.nonzero()[0])

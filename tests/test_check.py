@@ -86,3 +86,54 @@ def test_compare_says_where():
     assert "1 of 6 elements are off, first at [1, 2]: 9, not 5" in compare(got, want, 1e-6, 0).error
     assert compare(want, want, 0, 0).error is None
     assert "shape" in compare(want[:1], want, 1, 1).error
+
+
+INF, NAN = torch.inf, torch.nan
+
+
+@pytest.mark.parametrize("got, want, dtype, right", [
+    (NAN, NAN, torch.float32, True), (NAN, 1.0, torch.float32, False), (1.0, NAN, torch.float32, False),
+    (INF, INF, torch.float32, True), (-INF, -INF, torch.bfloat16, True), (INF, -INF, torch.float32, False),
+    (5.0, INF, torch.float32, False), (3e38, INF, torch.float32, False), (INF, 5.0, torch.float32, False),
+    (INF, NAN, torch.float32, False), (NAN, INF, torch.float32, False),
+    (INF, 65520.0, torch.float16, True),            # half way between fp16's largest and the next: it rounds to inf
+    (INF, 65504.0, torch.float16, False), (-INF, 65520.0, torch.float16, False), (65504.0, 65520.0, torch.float16, True)])
+@pytest.mark.parametrize("rtol, atol", [(0.0, 0.0), (1e-3, 1e-6)])
+def test_not_finite_is_right_only_where_it_is_wanted(got, want, dtype, right, rtol, atol):
+    if not rtol and (got, want) == (65504.0, 65520.0):
+        right = False                               # no tolerance at all
+    if rtol and want == 65504.0:
+        right = True                                # 65504 (1 + 1e-3) rounds to inf
+    outcome = compare(torch.tensor([1.0, got], dtype=dtype), torch.tensor([1.0, want], dtype=torch.float64), rtol, atol)
+    assert (outcome.error is None) is right
+
+
+def test_the_bits_of_an_input_are_compared():
+    """A NaN overwritten by 0, or an inf by the largest number, is a change; a NaN that stays is none."""
+    from lab.check import same_bits
+    a = torch.tensor([NAN, INF, -0.0, 1.0])
+    assert same_bits(a, a.clone())
+    for i, other in enumerate((0.0, torch.finfo(torch.float32).max, 0.0, 2.0)):
+        b = a.clone()
+        b[i] = other
+        assert not same_bits(a, b)
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_a_case_may_hold_nan_and_inf(bad):
+    """One row of a linear with a NaN or inf: the right kernel passes, one that is off in another row does not."""
+    from dataclasses import replace
+    op = find("linear")
+
+    def inputs(rand, **sizes):
+        x, w, bias, out_dtype = op.inputs(rand, **sizes)
+        x[0, 0] = bad
+        return x, w, bias, out_dtype
+
+    poisoned, right, sizes = replace(op, inputs=inputs), select("torch", "cpu").linear, dict(batch=3, n=9, k=40)
+    assert check_case(poisoned, right, Rand("cpu", torch.float32), sizes).error is None
+    for row, value in ((0, 0.0), (1, NAN), (2, 3.0)):
+        def wrong(*args, out):
+            right(*args, out=out)[row, 4] = value
+            return out
+        assert check_case(poisoned, wrong, Rand("cpu", torch.float32), sizes).error is not None
