@@ -6,11 +6,13 @@ tolerance of a float64 reference. So zeros, NaN, an output left unwritten and a 
 """
 from __future__ import annotations
 
+import inspect
 import sys
 from dataclasses import dataclass
 
 import torch
 
+from lab.arena import INTEGERS, Arena, tensors_in
 from lab.dispatch import BACKENDS, DTYPES, Op, Rand, known, select
 from lab.errors import LabError, Unavailable
 
@@ -24,24 +26,63 @@ class Outcome:
     used: float
 
 
-def check_case(op: Op, function, rand: Rand, sizes) -> Outcome:
-    """Runs `function` (ops.<name>, or any callable with the op's arguments and `out=`) on one random case of `op`."""
-    args = op.inputs(rand, **sizes)
-    before = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
-    want = op.reference(*before)
-    limits = op.tolerance(*(finite(a) for a in before))
+def check_case(op: Op, function, rand: Rand, sizes, calls: int = 2) -> Outcome:
+    """Runs `function` (ops.<name>, or any callable with the op's arguments and `out=`) on random cases of `op`.
+
+    The calls share all tensors: their contents are new each time, and only what Op.state names keeps what the call
+    before left in it. A function with a method run(arena), as lab.worker.Remote, is called somewhere else.
+    Raises Unavailable where this machine cannot run the function; any other error of it is the outcome.
+    """
+    with_workspace = op.with_workspace or (lambda *args: args)
+    values = values_of(op, with_workspace(*op.inputs(rand, **sizes)))
+    arena = Arena(values, rand.device, getattr(function, "file", None))
+    state = tuple(name for i, name in enumerate(names_of(op)) if i in op.state)
+    worst = Outcome(None, 0.0)
+    for call in range(calls):
+        if call:
+            arena.fill(values_of(op, with_workspace(*op.inputs(rand, **sizes))), keep=state)
+        outcome = check_call(op, function, arena, {"out", *state})
+        if outcome.error and call:
+            outcome = Outcome(f"in call {call + 1}, with new contents in the same tensors: {outcome.error}", outcome.used)
+        worst = max(worst, outcome, key=lambda o: o.used)
+        if worst.error:
+            break
+    return worst
+
+
+def names_of(op: Op) -> list[str]:
+    return list(inspect.signature(op.validate).parameters)
+
+
+def values_of(op: Op, args) -> dict:
+    """{"x": ..., "out": ...}: an op's arguments by name and its output, NaN (or POISON) wherever nothing was written."""
+    values = dict(zip(names_of(op), args))
     out = op.outputs(*args)
-    if out is None:
-        function(*args)
-    else:
-        out.fill_(torch.nan if out.is_floating_point() else POISON)
-        if function(*args, out=out) is not out:
-            return Outcome("did not return the tensor given as out=", torch.inf)
-    for i, (now, then) in enumerate(zip(args, before, strict=True)):
-        if isinstance(now, torch.Tensor) and i not in op.mutates and not same_bits(now, then):
-            return Outcome(f"argument {i} was changed, which the contract does not allow", torch.inf)
-    changed = [args[i] for i in op.mutates if i < len(args) and args[i] is not None]
-    got = ([] if out is None else [out]) + changed
+    if out is not None:
+        values["out"] = out.fill_(torch.nan if out.is_floating_point() else POISON)
+    for i in op.state:
+        for _, t in tensors_in("", args[i]):
+            if t.is_floating_point():                            # scratch, which may begin as anything
+                t.fill_(torch.nan)
+    return values
+
+
+def check_call(op: Op, function, arena: Arena, may_change: set[str]) -> Outcome:
+    """One call on what is in the arena, judged by the arena's own copy of what went in."""
+    before = arena.remember()
+    before.pop("out", None)
+    before = list(before.values())
+    error = function.run(arena) if hasattr(function, "run") else run_here(function, arena)
+    if error is None:
+        names = names_of(op)
+        error = arena.damage(may_change | {names[i] for i in op.mutates if i < len(names)})
+    if error is not None:
+        return Outcome(error, torch.inf)
+    want, limits = op.reference(*before), op.tolerance(*(finite(a) for a in before))
+    after = arena.values()
+    out, args = after.pop("out", None), list(after.values())
+    got = [] if out is None else [out]
+    got += [args[i] for i in op.mutates if i < len(args) and args[i] is not None]
     outcomes = []
     if op.verify is not None:
         error = op.verify(out, *before)
@@ -50,11 +91,26 @@ def check_case(op: Op, function, rand: Rand, sizes) -> Outcome:
     return max(outcomes, key=lambda outcome: outcome.used)
 
 
+def run_here(function, arena: Arena) -> str | None:
+    """Calls the function on the arena's tensors in this process; returns what went wrong, or None."""
+    values = arena.values()
+    out = values.pop("out", None)
+    try:
+        returned = function(*values.values()) if out is None else function(*values.values(), out=out)
+        if out is not None and out.is_cuda:
+            torch.cuda.synchronize(out.device)
+    except Unavailable:
+        raise
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None if out is None or returned is out else "did not return the tensor given as out="
+
+
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors hold the same bits: NaN equals itself, and -0 is not 0."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    integers = INTEGERS[a.element_size()]
     return torch.equal(a.view(integers), b.view(integers))
 
 
