@@ -62,7 +62,7 @@ class TritonFile:
         load("triton", device)                      # Unavailable where there is no Triton
         self.name, self.place = path.name, f"triton_kernels.{op.name}"
         importlib.import_module(self.place)         # so that nothing else imports the stand-in
-        self.device, self.module = device, python_module(path)
+        self.device, self.module = device, self.loaded(path)
         function = getattr(self.module, op.name, None)
         built_in = getattr(sys.modules[self.place], op.name)
         wanted = f"{op.name}({', '.join(inspect.signature(built_in).parameters)})"
@@ -72,6 +72,16 @@ class TritonFile:
         if hasattr(function, "__getitem__"):        # triton.jit's and triton.autotune's objects
             raise LabError(f"{path}: {op.name} is a kernel itself: give it another name and write a function {wanted} "
                            "that launches it, as kernel[grid](...)")
+
+    @staticmethod
+    def loaded(path: Path):
+        try:
+            return python_module(path)
+        except LabError as error:
+            if "active drivers" not in str(error):
+                raise
+            raise LabError(f"{path}: triton.runtime.driver.active needs a GPU: take the device from the tensors that "
+                           "your function is given") from None
 
     def launcher(self, op: Op):
         def launch(*args, **options):
@@ -107,15 +117,13 @@ def build(path: Path, op: Op, device: str, folder: Path, timeout: float) -> Path
     of_device, name = ("1", "_cuda") if device == "cuda" else ("0", "_host")
     objects = ROOT / "build" / name.strip("_")
     sources = [*(ROOT / "cuda_src").glob("*.cu"), *(ROOT / "cuda_src/ladder").glob("*.cu")]
-    missing = [s for s in sources
-               if not (objects / ("_".join(s.relative_to(ROOT / "cuda_src").parts) + ".o")).exists()]
+    missing = [source for source in sources if not compiled(source, objects)]
     if missing:
-        print(f"{len(missing)} of the {len(sources)} files in cuda_src have not been compiled yet: that is done first, "
-              "once, and takes minutes", file=sys.stderr, flush=True)
-    environment = {**os.environ, "LAB_TRY": f"{op.name}={path.resolve()}", "LAB_CUDA": of_device}
-    status, said = run_limited([*SETUP, str(folder)], environment, None if missing else timeout)
-    if status is None:
-        raise LabError(f"{path} does not compile within {timeout:g} s (--timeout)")
+        print(f"{len(missing)} of the {len(sources)} files in cuda_src are not compiled: that is done first, once, and "
+              "takes minutes", file=sys.stderr, flush=True)
+    environment = {**os.environ, "LAB_TRY": f"{op.name}={path.resolve()}", "LAB_CUDA": of_device,
+                   "LAB_TRY_SECONDS": str(timeout)}
+    status, said = run_group([*SETUP, str(folder)], environment)
     if status:
         sys.stderr.write(said)
         raise LabError(f"{path} does not compile, or lacks the launcher {op.name} of cuda_src/launchers.h; what the "
@@ -123,15 +131,19 @@ def build(path: Path, op: Op, device: str, folder: Path, timeout: float) -> Path
     return max(folder.glob(f"lab/{name}.*"), key=lambda file: file.stat().st_mtime_ns)
 
 
-def run_limited(command, environment, timeout) -> tuple[int | None, str]:
-    """(exit status, output) of a command; it and all that it started are ended after `timeout` s (status None)."""
+def compiled(source: Path, objects: Path) -> bool:
+    """Whether there is an object of a kernel's file that is newer than the file (setup.py looks closer)."""
+    target = objects / ("_".join(source.relative_to(ROOT / "cuda_src").parts) + ".o")
+    return target.exists() and target.stat().st_mtime >= source.stat().st_mtime
+
+
+def run_group(command, environment) -> tuple[int, str]:
+    """(exit status, output) of a command. What it has started ends with it, when this process is interrupted, too."""
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, text=True, start_new_session=True)
     try:
-        said, _ = process.communicate(timeout=timeout)
+        said, _ = process.communicate()
         return process.returncode, said
-    except subprocess.TimeoutExpired:
-        return None, ""
     finally:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -178,8 +190,8 @@ def add_arguments(parser):
     parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}, with commas between; default: all that the op takes")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
-    parser.add_argument("--timeout", type=seconds, default=60.0, metavar="SECONDS",
-                        help="limit for compiling the file, for loading it and for each case (default 60)")
+    parser.add_argument("--timeout", type=seconds, default=120.0, metavar="SECONDS",
+                        help="limit for compiling the file, for loading it and for each case (default 120)")
     parser.add_argument("--check-only", action="store_true", help="no race, on a GPU either")
     parser.add_argument("--model", default="llama-3.2-1b", metavar="A,B", help="presets whose shapes to race at")
     parser.add_argument("--batch", default="1,16", metavar="N,N", help="batch sizes to race at (default 1,16)")

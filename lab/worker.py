@@ -66,7 +66,7 @@ class Worker:
         try:
             self.ask({"load": self.spec})
         except Died as died:
-            raise LabError(f"{self.spec['what']} {died} while it was loaded") from None
+            raise LabError(f"while {self.spec['what']} was loaded, its process {died}") from None
 
     def ask(self, request: dict, limited: bool = True) -> dict:
         """Sends a request, waits for the answer. Raises Died, LabError if the worker refuses, Unavailable likewise."""
