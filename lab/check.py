@@ -1,11 +1,16 @@
 """`lab check` and `lab ops`: every op of a backend against its reference, at sizes chosen to be awkward.
 
-A case runs on outputs poisoned with NaN and on fresh random inputs, and every element must lie within the contract's
-tolerance of a float64 reference. So zeros, NaN, an output left unwritten and a dropped tail all fail
-(tests/test_check.py plants each and sees it caught). Inputs that an op may not change must come back unchanged.
+A case is two calls on the same tensors, on one workspace where the op takes one, with fresh random contents for each; the
+outputs are poisoned with NaN before each call, and every element must lie within the contract's tolerance of a float64
+reference. So zeros, NaN, an output left unwritten, a dropped tail, a counter left dirty and a remembered answer all fail
+(tests/test_check.py plants each and sees it caught). Every tensor lies between guard zones (lab/arena.py); these and the
+inputs that an op may not change must come back unchanged. `lab check` runs the kernels in processes of their own
+(lab/worker.py), so that one that crashes is a failed case.
 """
 from __future__ import annotations
 
+import argparse
+import contextlib
 import inspect
 import sys
 from dataclasses import dataclass
@@ -15,6 +20,7 @@ import torch
 from lab.arena import INTEGERS, Arena, tensors_in
 from lab.dispatch import BACKENDS, DTYPES, Op, Rand, known, select
 from lab.errors import LabError, Unavailable
+from lab.worker import Worker
 
 POISON = -77777777          # for integer outputs, which have no NaN
 
@@ -160,6 +166,17 @@ def check_cases(op, name, function, dtype_name, cases, device, seed) -> int:
     return len(wrong)
 
 
+def seconds(text: str) -> float:
+    """A time limit as the command line has it."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
+    return value
+
+
 def add_arguments(parser):
     parser.add_argument("--op", action="append", help="only this op (repeatable); default: all")
     parser.add_argument("--backend", help="backends with commas between; default: all that this machine can run")
@@ -167,6 +184,8 @@ def add_arguments(parser):
     parser.add_argument("--device", default=None, help="cuda or cpu; default: cuda where there is a GPU")
     parser.add_argument("--quick", action="store_true", help="the first two cases of every op, or rung")
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
+    parser.add_argument("--timeout", type=seconds, default=300.0, metavar="SECONDS",
+                        help="limit for each case, after which its kernel's process is ended (default 300)")
     parser.add_argument("--exercise", metavar="NAME", help="is the fault of this exercise mended? `list` names them")
     parser.add_argument("--ladder", action="store_true", help="the rungs of the ladders instead of the ops")
 
@@ -191,20 +210,31 @@ def main(args) -> int:
             if names:
                 raise
             print(f"{name}: not checked: {missing}", file=sys.stderr)
+    with contextlib.ExitStack() as stack:
+        return check_all(args, chosen, backends, wanted, device, stack)
+
+
+def check_all(args, chosen, backends, wanted, device, stack) -> int:
+    """Runs the cases, each backend in a process of its own that ends with the stack; returns the exit status."""
+    def functions_of(name, **spec):
+        return stack.enter_context(Worker({"device": device, "what": name, **spec}, args.timeout)).function
+
     if args.ladder:
         from lab import ladder
         halves = [name for name in backends if name in ladder.BACKENDS]
         if not halves:
             raise LabError(f"nothing to check: ladders exist in {' and '.join(ladder.BACKENDS)}")
-        return 1 if ladder.check(args.op or ladder.OPS, halves, wanted, device, args.seed, args.quick) else 0
+        functions = {name: functions_of(name, rungs=name) for name in halves}
+        return 1 if ladder.check(args.op or ladder.OPS, functions, wanted, device, args.seed, args.quick) else 0
+    functions = {name: functions_of(name, backend=name) for name in backends}
     failed = ran = 0
     for op in chosen:
         cases = op.cases[:2] if args.quick else op.cases
         for dtype_name in wanted:
             if DTYPES[dtype_name] not in op.dtypes:
                 continue
-            for name, ops in backends.items():
-                failed += check_cases(op, name, getattr(ops, op.name), dtype_name, cases, device, args.seed)
+            for name, function in functions.items():
+                failed += check_cases(op, name, function(op.name), dtype_name, cases, "cpu", args.seed)
                 ran += len(cases)
     if not ran:
         raise LabError("nothing to check: the ops chosen take none of the dtypes chosen")

@@ -25,7 +25,7 @@ from types import SimpleNamespace
 import torch
 
 from lab.backends import load
-from lab.check import check_cases
+from lab.check import check_cases, seconds
 from lab.dispatch import BACKENDS, DTYPES, Op, bind, known
 from lab.errors import LabError, Unavailable
 from lab.files import python_module
@@ -246,16 +246,6 @@ def try_in(worker: Worker, op: Op, name: str, args, dtypes, device: str) -> int:
         print(f"{failed} cases failed after the race: these times are of a kernel that is wrong")
         return 1
     return status or draw(name, args)
-
-
-def seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1e6:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
-    return value
 
 
 def race_in_worker(function, name: str, options: dict, dtypes) -> int:
