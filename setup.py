@@ -14,6 +14,7 @@ Environment:
     CXX                                 the C++ compiler (default: g++, else clang++, else c++)
     LAB_TRY="linear=/path/mine.cu"      build one module, lab._cuda with LAB_CUDA=1 and else lab._host, with this file in
                                         the place of cuda_src/linear.cu (`lab try`; give it a --build-lib of its own)
+    LAB_TRY_SECONDS=n                   how long compiling that file may take (default: no limit)
 
 Objects are kept in build/ and reused while neither their command nor a file they include has changed. There, too:
 build/cuda/ptxas.log (what ptxas said), build/cuda/resources.json (registers and spills of every kernel), and the
@@ -254,10 +255,12 @@ def write(path: Path, text: str) -> None:
     new.replace(path)
 
 
-def run(command: list[str], what: str) -> str:
-    """Runs a compiler and returns what it printed; a failure shows that and then one line."""
+def run(command: list[str], what: str, seconds: float | None = None) -> str:
+    """Runs a compiler and returns what it printed; a failure shows that and then one line. seconds: its time limit."""
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        raise CompileError(f"{what}: not compiled within {seconds:g} s") from None
     except OSError as error:
         raise CompileError(f"{what}: cannot run {command[0]}: {error}") from None
     if done.returncode:
@@ -275,8 +278,9 @@ def compile_unit(unit: Unit, directory: Path) -> tuple[Path, bool]:
     new = beside(target)
     start = time.perf_counter()
     shown = unit.source.relative_to(ROOT) if unit.source.is_relative_to(ROOT) else unit.source
+    limit = os.environ.get("LAB_TRY_SECONDS") if tried() and unit.source == tried()[1] else None
     output = run([*unit.command, "-c", str(unit.source), "-MMD", "-MF", str(target.with_suffix(".d")), "-o", str(new)],
-                 str(shown))
+                 str(shown), float(limit) if limit else None)
     write(target.with_suffix(".log"), output)
     write(target.with_suffix(".cmd"), shlex.join(unit.command))
     new.replace(target)

@@ -1,20 +1,28 @@
 """`lab check` and `lab ops`: every op of a backend against its reference, at sizes chosen to be awkward.
 
-A case runs on outputs poisoned with NaN and on fresh random inputs, and every element must lie within the contract's
-tolerance of a float64 reference. So zeros, NaN, an output left unwritten and a dropped tail all fail
-(tests/test_check.py plants each and sees it caught). Inputs that an op may not change must come back unchanged.
+A case is two calls on the same tensors, on one workspace where the op takes one, with fresh random contents for each; the
+outputs are poisoned with NaN before each call, and every element must lie within the contract's tolerance of a float64
+reference. So zeros, NaN, an output left unwritten, a dropped tail, a counter left dirty and a remembered answer all fail
+(tests/test_check.py plants each and sees it caught). Every tensor lies between guard zones (lab/arena.py); these and the
+inputs that an op may not change must come back unchanged. `lab check` runs the kernels in processes of their own
+(lab/worker.py), so that one that crashes is a failed case.
 """
 from __future__ import annotations
 
+import argparse
+import contextlib
+import inspect
 import sys
 from dataclasses import dataclass
 
 import torch
 
+from lab.arena import INTEGERS, Arena, tensors_in
 from lab.contract import BACKENDS, DTYPES, Op, Rand
 from lab.dispatch import select
 from lab.errors import LabError, Unavailable
 from lab.names import known
+from lab.worker import Worker
 
 POISON = -77777777          # for integer outputs, which have no NaN
 
@@ -26,24 +34,65 @@ class Outcome:
     used: float
 
 
-def check_case(op: Op, function, rand: Rand, sizes) -> Outcome:
-    """Runs `function` (ops.<name>, or any callable with the op's arguments and `out=`) on one random case of `op`."""
-    args = op.inputs(rand, **sizes)
-    before = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
-    want = op.reference(*before)
-    limits = op.tolerance(*(finite(a) for a in before))
+def check_case(op: Op, function, rand: Rand, sizes, calls: int = 2) -> Outcome:
+    """Runs `function` (ops.<name>, or any callable with the op's arguments and `out=`) on random cases of `op`.
+
+    The calls share all tensors: their contents are new each time, and only what Op.state names keeps what the call
+    before left in it. A function with a method run(arena), as lab.worker.Remote, is called somewhere else.
+    Raises Unavailable where this machine cannot run the function; any other error of it is the outcome.
+    """
+    with_workspace = op.with_workspace or (lambda *args: args)
+    values = values_of(op, with_workspace(*op.inputs(rand, **sizes)))
+    arena = Arena(values, rand.device, getattr(function, "file", None))
+    state = tuple(name for i, name in enumerate(names_of(op)) if i in op.state)
+    worst = Outcome(None, 0.0)
+    for call in range(calls):
+        if call:
+            arena.fill(values_of(op, with_workspace(*op.inputs(rand, **sizes))), keep=state)
+        outcome = check_call(op, function, arena, {"out", *state})
+        if outcome.error and call:
+            outcome = Outcome(f"in call {call + 1}, with new contents in the same tensors: {outcome.error}", outcome.used)
+        worst = max(worst, outcome, key=lambda o: o.used)
+        if worst.error:
+            break
+    return worst
+
+
+def names_of(op: Op) -> list[str]:
+    return list(inspect.signature(op.validate).parameters)
+
+
+def values_of(op: Op, args) -> dict:
+    """{"x": ..., "out": ...}: an op's arguments by name and its output, NaN (or POISON) wherever nothing was written."""
+    values = dict(zip(names_of(op), args))
     out = op.outputs(*args)
-    if out is None:
-        function(*args)
-    else:
-        out.fill_(torch.nan if out.is_floating_point() else POISON)
-        if function(*args, out=out) is not out:
-            return Outcome("did not return the tensor given as out=", torch.inf)
-    for i, (now, then) in enumerate(zip(args, before, strict=True)):
-        if isinstance(now, torch.Tensor) and i not in op.mutates and not same_bits(now, then):
-            return Outcome(f"argument {i} was changed, which the contract does not allow", torch.inf)
-    changed = [args[i] for i in op.mutates if i < len(args) and args[i] is not None]
-    got = ([] if out is None else [out]) + changed
+    if out is not None:
+        values["out"] = out.fill_(torch.nan if out.is_floating_point() else POISON)
+    for i in op.state:
+        for _, t in tensors_in("", args[i]):
+            if t.is_floating_point():                            # scratch, which may begin as anything
+                t.fill_(torch.nan)
+    return values
+
+
+def check_call(op: Op, function, arena: Arena, may_change: set[str]) -> Outcome:
+    """One call on what is in the arena, judged by the arena's own copy of what went in."""
+    before = arena.remember()
+    before.pop("out", None)
+    before = list(before.values())
+    if op.contents is not None:                                  # no kernel is given integers that lead it astray
+        op.contents(*before)
+    error = function.run(arena) if hasattr(function, "run") else run_here(function, arena)
+    if error is None:
+        names = names_of(op)
+        error = arena.damage(may_change | {names[i] for i in op.mutates if i < len(names)})
+    if error is not None:
+        return Outcome(error, torch.inf)
+    want, limits = op.reference(*before), op.tolerance(*(finite(a) for a in before))
+    after = arena.values()
+    out, args = after.pop("out", None), list(after.values())
+    got = [] if out is None else [out]
+    got += [args[i] for i in op.mutates if i < len(args) and args[i] is not None]
     outcomes = []
     if op.verify is not None:
         error = op.verify(out, *before)
@@ -52,11 +101,26 @@ def check_case(op: Op, function, rand: Rand, sizes) -> Outcome:
     return max(outcomes, key=lambda outcome: outcome.used)
 
 
+def run_here(function, arena: Arena) -> str | None:
+    """Calls the function on the arena's tensors in this process; returns what went wrong, or None."""
+    values = arena.values()
+    out = values.pop("out", None)
+    try:
+        returned = function(*values.values()) if out is None else function(*values.values(), out=out)
+        if out is not None and out.is_cuda:
+            torch.cuda.synchronize(out.device)
+    except Unavailable:
+        raise
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None if out is None or returned is out else "did not return the tensor given as out="
+
+
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors hold the same bits: NaN equals itself, and -0 is not 0."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    integers = INTEGERS[a.element_size()]
     return torch.equal(a.view(integers), b.view(integers))
 
 
@@ -106,6 +170,17 @@ def check_cases(op, name, function, dtype_name, cases, device, seed) -> int:
     return len(wrong)
 
 
+def seconds(text: str) -> float:
+    """A time limit as the command line has it."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
+    return value
+
+
 def add_arguments(parser):
     parser.add_argument("--op", action="append", help="only this op (repeatable); default: all")
     parser.add_argument("--backend", help="backends with commas between; default: all that this machine can run")
@@ -113,6 +188,8 @@ def add_arguments(parser):
     parser.add_argument("--device", default=None, help="cuda or cpu; default: cuda where there is a GPU")
     parser.add_argument("--quick", action="store_true", help="the first two cases of every op, or rung")
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
+    parser.add_argument("--timeout", type=seconds, default=300.0, metavar="SECONDS",
+                        help="limit for each case, after which its kernel's process is ended (default 300)")
     parser.add_argument("--exercise", metavar="NAME", help="is the fault of this exercise mended? `list` names them")
     parser.add_argument("--ladder", action="store_true", help="the rungs of the ladders instead of the ops")
 
@@ -137,21 +214,32 @@ def main(args) -> int:
             if names:
                 raise
             print(f"{name}: not checked: {missing}", file=sys.stderr)
+    with contextlib.ExitStack() as stack:
+        return check_all(args, chosen, backends, wanted, device, stack)
+
+
+def check_all(args, chosen, backends, wanted, device, stack) -> int:
+    """Runs the cases, each backend in a process of its own that ends with the stack; returns the exit status."""
+    def functions_of(name, **spec):
+        return stack.enter_context(Worker({"device": device, "what": name, **spec}, args.timeout)).function
+
     if args.ladder:
         from lab import rungs
         from lab.learn import ladder_check
         halves = [name for name in backends if name in rungs.BACKENDS]
         if not halves:
             raise LabError(f"nothing to check: ladders exist in {' and '.join(rungs.BACKENDS)}")
-        return 1 if ladder_check.check(args.op or rungs.OPS, halves, wanted, device, args.seed, args.quick) else 0
+        functions = {name: functions_of(name, rungs=name) for name in halves}
+        return 1 if ladder_check.check(args.op or rungs.OPS, functions, wanted, device, args.seed, args.quick) else 0
+    functions = {name: functions_of(name, backend=name) for name in backends}
     failed = ran = 0
     for op in chosen:
         cases = op.cases[:2] if args.quick else op.cases
         for dtype_name in wanted:
             if DTYPES[dtype_name] not in op.dtypes:
                 continue
-            for name, ops in backends.items():
-                failed += check_cases(op, name, getattr(ops, op.name), dtype_name, cases, device, args.seed)
+            for name, function in functions.items():
+                failed += check_cases(op, name, function(op.name), dtype_name, cases, "cpu", args.seed)
                 ran += len(cases)
     if not ran:
         raise LabError("nothing to check: the ops chosen take none of the dtypes chosen")

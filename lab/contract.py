@@ -54,6 +54,8 @@ class Op:
     mutates: tuple[int, ...] = ()   # positions of arguments that the op changes in place
     contents: Callable | None = None  # (*args) -> None; raises LabError for integers in tensors that no kernel may be given
     verify: Callable | None = None  # (got, *args) -> what is wrong, or None; replaces the comparison by tolerance
+    state: tuple[int, ...] = ()     # positions of arguments in which a call leaves what the next one finds: tickets, scratch
+    with_workspace: Callable | None = None      # (*args of inputs) -> args with a workspace, where the op takes one
 
 
 class Rand:

@@ -111,6 +111,6 @@ def python_module(path: Path):
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:                    # sys.exit(0) in it must not end the verb with success
         raise LabError(f"{path}: {type(error).__name__}: {error}") from error
     return module

@@ -16,7 +16,7 @@ from lab.backends import load
 from lab.errors import LabError
 from lab.ops import find
 from lab.ops.decode_attention import Workspace
-from lab.rungs import BACKENDS, Rung
+from lab.rungs import BACKENDS, Rung, rungs
 
 
 def bind(rung: Rung, backend: str, device: str | torch.device = "cpu") -> Callable:
@@ -72,3 +72,9 @@ def _decode_attention(rung, q, k_cache, v_cache, table, lengths, scale, splits=1
 
 
 _TRITON = {"linear": _linear, "rmsnorm": _rmsnorm, "decode_attention": _decode_attention}
+
+
+def rung_called(name: str) -> Rung:
+    """The rung that "linear 3" names."""
+    op, number = name.split()
+    return next(rung for rung in rungs(op) if rung.number == int(number))

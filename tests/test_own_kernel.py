@@ -1,5 +1,9 @@
 """`lab try`: a copy of a built-in kernel passes in its place, a broken one does not, and nothing else changes."""
+import os
+import signal
+import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -68,6 +72,120 @@ def test_a_race_is_recorded_and_drawn(tmp_path, monkeypatch, capsys):
     assert " us; " in line and "cuda" in line and "triton" in line
     assert "mine.py" in (out / "index.html").read_text()
     assert before in (None, sys.modules["triton_kernels.silu_mul"])
+
+
+def tried(path, *words):
+    """Exit status of `lab try` on one dtype."""
+    return cli.main(["try", str(path), "--op", "silu_mul", "--device", "cpu", "--dtype", "fp32", *words])
+
+
+TUTORIAL = """
+import triton
+import triton.language as tl
+
+DECORATORS
+@triton.jit
+def kernel(gate_up, y, n, cols, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = i < n
+    gate = gate_up + i // cols * 2 * cols + i % cols
+    g = tl.load(gate, mask=live, other=0.0).to(tl.float32)
+    u = tl.load(gate + cols, mask=live, other=0.0).to(tl.float32)
+    tl.store(y + i, (g / (1 + tl.exp(-g)) * u).to(y.dtype.element_ty), mask=live)
+
+def silu_mul(gate_up, y):
+    n = y.numel()
+    grid = lambda meta: (triton.cdiv(n, meta["BLOCK"]),)
+    kernel[grid](gate_up, y, n, y.shape[1]MORE)
+"""
+AUTOTUNE = """@triton.autotune([triton.Config({"BLOCK": 256}, num_warps=4), triton.Config({"BLOCK": 64})], key=["n"])"""
+HEURISTICS = """@triton.heuristics({"BLOCK": lambda args: triton.next_power_of_2(args["cols"])})"""
+
+
+@pytest.mark.parametrize("decorators, more", [("", ", BLOCK=128"), (AUTOTUNE, ""), (HEURISTICS, "")],
+                         ids=["plain", "autotune", "heuristics"])
+def test_a_file_that_launches_as_the_tutorials_do(decorators, more, tmp_path, capsys):
+    path = tmp_path / "tutorial.py"
+    path.write_text(TUTORIAL.replace("DECORATORS", decorators).replace("MORE", more))
+    assert tried(path) == 0, capsys.readouterr()
+    path.write_text(path.read_text().replace("1 + tl.exp", "2 + tl.exp"))
+    assert tried(path) == 1
+
+
+@pytest.mark.parametrize("text, status, message", [
+    ("import sys; sys.exit(0)", 2, "SystemExit: 0"),
+    ("import os; os._exit(0)", 2, "ended with exit status 0 before it was done"),
+    ("import os\ndef silu_mul(gate_up, y): os._exit(0)", 1, "ended with exit status 0 before it was done"),
+    ("import os, signal\ndef silu_mul(gate_up, y): os.kill(os.getpid(), signal.SIGSEGV)", 1, "was ended by SIGSEGV"),
+    ("import lab.check, lab.arena\nlab.check.compare = lab.check.check_case = lambda *a: lab.check.Outcome(None, 0.0)\n"
+     "lab.arena.Arena.damage = lambda *a: None\ndef silu_mul(gate_up, y): y.zero_()", 1, "elements are off"),
+    ("import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'{}\\n')\n    except OSError: pass\n"
+     "def silu_mul(gate_up, y): y.zero_()", 2, "wrote into the pipe of the check"),
+    ("def silu_mul(gate_up, y): raise ValueError('planted')", 1, "ValueError: planted"),
+    ("def silu_mul(gate_up): pass", 1, "TypeError"),
+    ("import triton\n@triton.jit\ndef silu_mul(gate_up, y): pass", 2, "write a function silu_mul(gate_up, y)"),
+    ("import triton\nD = triton.runtime.driver.active.get_active_torch_device()", 2, "take the device from the tensors"),
+], ids=["sys.exit", "_exit", "_exit in a call", "crash", "patched", "forged", "raises", "arguments", "jit", "driver"])
+def test_a_file_cannot_pass_by_ending_or_patching(text, status, message, tmp_path, capsys):
+    path = tmp_path / "hostile.py"
+    path.write_text(text)
+    assert tried(path) == status
+    said = capsys.readouterr()
+    assert message in said.out + said.err and "right in every case" not in said.out
+    assert "Traceback" not in said.err
+
+
+def test_a_cuda_file_that_exits_at_loading(tmp_path, capsys):
+    path = own(tmp_path, ".cu", "using namespace lab;",
+               "#include <cstdlib>\nstatic struct Quit { Quit() { exit(0); } } quit;\nusing namespace lab;")
+    assert tried(path) == 2
+    assert "ended with exit status 0 before it was done" in capsys.readouterr().err
+
+
+def test_cuda_faults_are_failed_cases(tmp_path, capsys):
+    """One case crashes, one writes an element past the output; the case before and the judge live on."""
+    path = own(tmp_path, ".cu", "  store(y + r * cols + c, out);",
+               "  store(y + r * cols + c, out);\n  if (rows == 64 && index == 0) y[int64_t(rows) * cols] = out.v[0];")
+    path.write_text(path.read_text().replace("  if (rows == 0) return;", "  if (rows == 3) __builtin_trap();"))
+    assert tried(path) == 1
+    said = capsys.readouterr().out
+    assert "1/3 cases  FAILED" in said and "was ended by SIG" in said
+    assert "wrote 1 element past the end of out: element 16896 of its memory, which has 0 to 16895" in said
+
+
+ENDLESS = "import signal, time\ndef silu_mul(gate_up, y):\n    signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+
+
+def test_an_endless_kernel_ends_at_the_time_limit(tmp_path, capsys):
+    path = tmp_path / "endless.py"
+    path.write_text(ENDLESS + "    while gate_up.shape[0] == 3: pass\n    y.zero_()")
+    assert tried(path, "--timeout", "30") == 1
+    said = capsys.readouterr().out
+    assert "did not end within 30 s" in said and "not run: a case before took too long" in said
+
+
+def test_an_interrupt_ends_the_kernel(tmp_path):
+    path, started = tmp_path / "endless.py", tmp_path / "pid"
+    path.write_text(ENDLESS + f"    import os; open({str(started)!r}, 'w').write(str(os.getpid()))\n    while True: pass")
+    command = [sys.executable, "-m", "lab", "try", str(path), "--op", "silu_mul", "--device", "cpu"]
+    process = subprocess.Popen(command, cwd=own_kernel.ROOT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (started.exists() and started.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and said == "lab: interrupted\n"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(started.read_text()), 0)
+
+
+def test_help_says_what_a_file_contains(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["try", "--help"])
+    said = capsys.readouterr().out
+    assert "def silu_mul(gate_up, y)" in said and "void silu_mul(Ptr gate_up, Ptr y, int rows, int cols, int dtype" in said
+    assert "void silu_mul(Ptr gate_up, Ptr y, int rows, int cols, int dtype, Ptr stream)" in (
+        own_kernel.ROOT / "cuda_src/launchers.h").read_text()
 
 
 @pytest.mark.gpu

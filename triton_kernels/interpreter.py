@@ -34,7 +34,8 @@ import triton.language as tl
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter as stock
 from triton.runtime.interpreter import InterpretedFunction, TensorHandle
-from triton.runtime.jit import JITFunction
+from triton.runtime.autotuner import Autotuner, Heuristics
+from triton.runtime.jit import JITFunction, KernelInterface
 
 # ---- bfloat16 as uint16 bit patterns --------------------------------------------------------------------------------
 
@@ -419,3 +420,45 @@ def run(kernel, grid, args, meta, reads=()):
         for program in programs:
             BUILDER.set_grid_idx(*program)
             call(program)
+
+
+# ---- kernel[grid](...), as Triton's tutorials write it --------------------------------------------------------------
+
+@contextlib.contextmanager
+def launches_interpreted():
+    """Meanwhile kernel[grid](...) on CPU tensors is interpreted; of an autotuned kernel, under its first configuration."""
+    def launcher(kernel, grid):
+        return lambda *args, **meta: launch(kernel, grid, args, meta)
+
+    kinds = [kind for kind in (KernelInterface, JITFunction, Autotuner, Heuristics) if "__getitem__" in vars(kind)]
+    before = [kind.__getitem__ for kind in kinds]
+    for kind in kinds:
+        kind.__getitem__ = launcher
+    try:
+        yield
+    finally:
+        for kind, method in zip(kinds, before):
+            kind.__getitem__ = method
+
+
+def launch(kernel, grid, args, meta):
+    """Interprets a kernel with the decorators that may stand round triton.jit's: autotune and heuristics."""
+    meta, hooks = dict(meta), []
+    while not isinstance(kernel, JITFunction):
+        if isinstance(kernel, Autotuner):
+            config = kernel.configs[0]
+            meta.update(config.all_kwargs())
+            hooks += [config.pre_hook] if config.pre_hook else []
+        elif isinstance(kernel, Heuristics):
+            known = {**dict(zip(kernel.arg_names, args)), **meta}
+            for name, choose in kernel.values.items():
+                meta[name] = known[name] = choose(known)
+        else:
+            raise TypeError(f"{type(kernel).__name__} cannot be interpreted: launch a triton.jit kernel")
+        kernel = kernel.fn
+    values = {**dict(zip(_parameters(kernel.fn), args)), **meta}
+    for hook in hooks:
+        hook(values)
+    defaults = {name: default for name, (default, _) in _parameters(kernel.fn).items()
+                if default is not inspect.Parameter.empty}
+    run(kernel, grid({**defaults, **values}) if callable(grid) else grid, args, meta)

@@ -45,7 +45,9 @@
 #define __device__
 #define __host__
 #define __constant__
-#define __shared__ _Pragma("GCC error \"use lab::smem<Struct>() instead of __shared__\"")
+// clang-format off
+#define __shared__ _Pragma("GCC error \"use lab::smem<Struct>() instead of __shared__: not __shared__ float x[32]; but struct Shared { float x[32]; }; before the kernel, auto& shared = lab::smem<Shared>(); in it, and launch({grid, block, sizeof(Shared), stream}, ...)\"")
+// clang-format on
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))

@@ -25,11 +25,12 @@ CASES = {
 }
 
 
-def check(ops, backends, dtypes, device, seed, quick=False) -> int:
+def check(ops, functions, dtypes, device, seed, quick=False) -> int:
     """`lab check --ladder`: every rung against the op's reference; returns the number of failed cases.
 
     quick: the first two cases alone.
-    backends: names that this machine can run, of BACKENDS. A case that a rung says it does not take must be refused.
+    functions: for each of BACKENDS that this machine can run, what gives the function of a rung's name, as "linear 3"
+    (lab.worker.Worker.function). A case that a rung says it does not take must be refused.
     """
     failed = ran = 0
     for op in ops:
@@ -37,19 +38,19 @@ def check(ops, backends, dtypes, device, seed, quick=False) -> int:
         for rung in rungs(op):
             needs = f"; needs {rung.needs}" if rung.needs else ""
             print(f"{op} {rung.title}: {rung.idea}\n    should gain: {rung.gain}{needs}")
-            for backend in backends:
+            for backend in functions:
                 if backend in rung.absent:
                     print(f"    {backend:6} absent: {rung.absent[backend]}")
                     continue
-                function, said = bind(rung, backend, device), []
+                here, function, said = bind(rung, backend, device), functions[backend](f"{op} {rung.number}"), []
                 for dtype in dtypes:
                     right = refused = 0
                     for c in cases:
                         rand = Rand(device, DTYPES[dtype], seed)
                         if not fits(rung, find(op).inputs(rand, **c.sizes)):
-                            refused += _is_refused(function, find(op).inputs(rand, **c.sizes))
+                            refused += _is_refused(here, find(op).inputs(rand, **c.sizes))
                             continue
-                        outcome = check_case(find(op), function, Rand(device, DTYPES[dtype], seed), c.sizes)
+                        outcome = check_case(find(op), function, Rand("cpu", DTYPES[dtype], seed), c.sizes)
                         ran += 1
                         right += outcome.error is None
                         if outcome.error:

@@ -3,13 +3,19 @@
 FILE.cu has what cuda_src/OP.cu has: the launcher that launchers.h declares. FILE.py has what triton_kernels/OP.py has: a
 function named OP with the same arguments. A copy of the built-in file is a good start. The contract, its cases, its
 tolerances and the benchmark are the built-in kernels'; in the records the backend is called by the file's name.
+
+The file is loaded by a worker process alone (lab/worker.py). This process compares what the kernel wrote, so nothing that
+the file does, ending its process included, can make it pass.
 """
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib
 import importlib.util
+import inspect
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,28 +25,36 @@ from types import SimpleNamespace
 import torch
 
 from lab.backends import load
-from lab.check import check_cases
+from lab.check import check_cases, seconds
 from lab.contract import BACKENDS, DTYPES, Op
-from lab.dispatch import bind, with_contents
+from lab.dispatch import bind
 from lab.errors import LabError, Unavailable
 from lab.files import python_module
 from lab.names import known
+from lab.ops import find
+from lab.worker import Died, Worker
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SETUP = [sys.executable, str(ROOT / "setup.py"), "--quiet", "build_ext", "--build-lib"]
 
 
-def function_of(path: Path, op: Op, device: str):
+def function_of(path: Path, op: Op, device: str, built: str | None = None):
     """The kernel in a file as a function like ops.<op>: the contract validates, allocates and launches.
 
-    Raises LabError for a file that is no such kernel, Unavailable where its compiler is missing.
+    built: what build() returned for a .cu file. Loads the file into this process: a worker's, but for tests.
+    Raises LabError for a file that is no such kernel, Unavailable where Triton is missing.
     """
+    device = torch.device(device)
+    if path.suffix == ".cu":
+        return bind(op, CudaFile(path, op, device, built))
+    return bind(op, TritonFile(path.resolve(), op, device))
+
+
+def require_kernel_file(path: Path) -> None:
     if not path.is_file():
         raise LabError(f"{path}: no such file")
-    kinds = {".cu": CudaFile, ".py": TritonFile}
-    if path.suffix not in kinds:
+    if path.suffix not in (".cu", ".py"):
         raise LabError(f"{path}: give a .cu file (CUDA) or a .py file (Triton)")
-    return bind(op, kinds[path.suffix](path.resolve(), op, torch.device(device)))
 
 
 class TritonFile:
@@ -50,10 +64,26 @@ class TritonFile:
         load("triton", device)                      # Unavailable where there is no Triton
         self.name, self.place = path.name, f"triton_kernels.{op.name}"
         importlib.import_module(self.place)         # so that nothing else imports the stand-in
-        self.module = python_module(path)
-        if not callable(getattr(self.module, op.name, None)):
-            raise LabError(f"{path} has no function {op.name}: it needs one with the arguments of that in "
-                           f"triton_kernels/{op.name}.py")
+        self.device, self.module = device, self.loaded(path)
+        function = getattr(self.module, op.name, None)
+        built_in = getattr(sys.modules[self.place], op.name)
+        wanted = f"{op.name}({', '.join(inspect.signature(built_in).parameters)})"
+        if not callable(function):
+            raise LabError(f"{path} has no function {op.name}: write {wanted}, which launches your kernel, as that in "
+                           f"triton_kernels/{op.name}.py does")
+        if hasattr(function, "__getitem__"):        # triton.jit's and triton.autotune's objects
+            raise LabError(f"{path}: {op.name} is a kernel itself: give it another name and write a function {wanted} "
+                           "that launches it, as kernel[grid](...)")
+
+    @staticmethod
+    def loaded(path: Path):
+        try:
+            return python_module(path)
+        except LabError as error:
+            if "active drivers" not in str(error):
+                raise
+            raise LabError(f"{path}: triton.runtime.driver.active needs a GPU: take the device from the tensors that "
+                           "your function is given") from None
 
     def launcher(self, op: Op):
         def launch(*args, **options):
@@ -65,31 +95,70 @@ class TritonFile:
     def in_place(self):
         built_in, sys.modules[self.place] = sys.modules[self.place], self.module
         try:
-            yield
+            with self.interpreted():
+                yield
         finally:
             sys.modules[self.place] = built_in
 
+    def interpreted(self):
+        """For tensors on the CPU: kernel[grid](...), as Triton's tutorials launch, goes to the interpreter."""
+        if self.device.type == "cuda":
+            return contextlib.nullcontext()
+        from triton_kernels.interpreter import launches_interpreted
+        return launches_interpreted()
+
+
+def build(path: Path, op: Op, device: str, folder: Path, timeout: float) -> Path:
+    """Builds the extension with the file in the place of cuda_src/<op>.cu into `folder`; returns the extension's path.
+
+    The other objects are those at hand; what is missing of them is compiled first. Raises LabError for a file that does
+    not compile within `timeout` seconds.
+    """
+    if not (ROOT / "cuda_src" / f"{op.name}.cu").exists():
+        raise LabError(f"{op.name} has no CUDA half")
+    of_device, name = ("1", "_cuda") if device == "cuda" else ("0", "_host")
+    objects = ROOT / "build" / name.strip("_")
+    sources = [*(ROOT / "cuda_src").glob("*.cu"), *(ROOT / "cuda_src/ladder").glob("*.cu")]
+    missing = [source for source in sources if not compiled(source, objects)]
+    if missing:
+        print(f"{len(missing)} of the {len(sources)} files in cuda_src are not compiled: that is done first, once, and "
+              "takes minutes", file=sys.stderr, flush=True)
+    environment = {**os.environ, "LAB_TRY": f"{op.name}={path.resolve()}", "LAB_CUDA": of_device,
+                   "LAB_TRY_SECONDS": str(timeout)}
+    status, said = run_group([*SETUP, str(folder)], environment)
+    if status:
+        sys.stderr.write(said)
+        raise LabError(f"{path} does not compile, or lacks the launcher {op.name} of cuda_src/launchers.h; what the "
+                       "compiler says is above")
+    return max(folder.glob(f"lab/{name}.*"), key=lambda file: file.stat().st_mtime_ns)
+
+
+def compiled(source: Path, objects: Path) -> bool:
+    """Whether there is an object of a kernel's file that is newer than the file (setup.py looks closer)."""
+    target = objects / ("_".join(source.relative_to(ROOT / "cuda_src").parts) + ".o")
+    return target.exists() and target.stat().st_mtime >= source.stat().st_mtime
+
+
+def run_group(command, environment) -> tuple[int, str]:
+    """(exit status, output) of a command. What it has started ends with it, when this process is interrupted, too."""
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    try:
+        said, _ = process.communicate()
+        return process.returncode, said
+    finally:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+
 
 class CudaFile:
-    """The extension built again with the file in the place of cuda_src/<op>.cu; the other objects are those at hand."""
+    """A file that build() has built, as a backend."""
 
-    def __init__(self, path: Path, op: Op, device: torch.device):
+    def __init__(self, path: Path, op: Op, device: torch.device, built: str):
         from lab.backends.cuda import Backend
-        if not (ROOT / "cuda_src" / f"{op.name}.cu").exists():
-            raise LabError(f"{op.name} has no CUDA half")
         self.name = path.name
-        # Python gives the same module again for the same place, and pybind11 for the same name: both are new each time.
-        self.folder = tempfile.TemporaryDirectory(prefix="lab-try-")
-        folder = Path(self.folder.name)
-        environment = {**os.environ, "LAB_TRY": f"{op.name}={path}", "LAB_CUDA": "1" if device.type == "cuda" else "0"}
-        done = subprocess.run([*SETUP, str(folder)], cwd=ROOT, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            sys.stderr.write(done.stdout + done.stderr)
-            raise LabError(f"{path} does not compile, or lacks the launcher {op.name} of cuda_src/launchers.h; what the "
-                           "compiler says is above")
         name = "_cuda" if device.type == "cuda" else "_host"
-        built = max(folder.glob(f"lab/{name}.*"), key=lambda file: file.stat().st_mtime_ns)
-        spec = importlib.util.spec_from_file_location(f"{folder.name}.{name}", built)
+        spec = importlib.util.spec_from_file_location(f"lab_try.{name}", built)
         try:
             extension = importlib.util.module_from_spec(spec)
         except ImportError as error:                # the linker leaves a missing launcher to the loader
@@ -101,12 +170,30 @@ class CudaFile:
         return self.backend.launcher(op)
 
 
+WHAT_A_FILE_CONTAINS = """\
+what FILE must contain:
+  FILE.cu  the launcher that cuda_src/launchers.h declares for the op, such as
+             void silu_mul(Ptr gate_up, Ptr y, int rows, int cols, int dtype, Ptr stream)
+           and the kernels that it launches. Include "common.cuh" and "launchers.h". Kernels are launched by
+           launch({grid, block, bytes of dynamic shared memory, stream}, "name", kernel, arguments...), not by <<<>>>,
+           so that they run on a CPU too. dtype: 0 float32, 1 float16, 2 bfloat16.
+  FILE.py  a function with the name and the arguments of that in triton_kernels/OP.py, such as
+             def silu_mul(gate_up, y)
+           and the @triton.jit kernels that it launches by kernel[grid](...), with @triton.autotune if you like.
+A copy of cuda_src/OP.cu or triton_kernels/OP.py is a good start. The file is loaded by a process of its own, in which a
+kernel that crashes, exits or does not end is a failed case.
+"""
+
+
 def add_arguments(parser):
+    parser.epilog, parser.formatter_class = WHAT_A_FILE_CONTAINS, argparse.RawDescriptionHelpFormatter
     parser.add_argument("file", type=Path, metavar="FILE", help="a .cu file (CUDA) or a .py file (Triton)")
     parser.add_argument("--op", required=True, help="the op whose place it takes")
     parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}, with commas between; default: all that the op takes")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
+    parser.add_argument("--timeout", type=seconds, default=120.0, metavar="SECONDS",
+                        help="limit for compiling the file, for loading it and for each case (default 120)")
     parser.add_argument("--check-only", action="store_true", help="no race, on a GPU either")
     parser.add_argument("--model", default="llama-3.2-1b", metavar="A,B", help="presets whose shapes to race at")
     parser.add_argument("--batch", default="1,16", metavar="N,N", help="batch sizes to race at (default 1,16)")
@@ -116,7 +203,6 @@ def add_arguments(parser):
 
 def main(args) -> int:
     from lab.harness.shapes import STEPS
-    from lab.ops import find
     op, device = find(args.op), args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise Unavailable("device cuda: this machine has no usable NVIDIA GPU; use --device cpu")
@@ -124,31 +210,73 @@ def main(args) -> int:
     dtypes = [known(name, taken, f"dtype of {op.name}") for name in args.dtype.split(",")] if args.dtype else taken
     if op.name in STEPS and device == "cuda" and not args.check_only:
         raise LabError(f"{op.name} is a whole step, which no race of ops has: use --check-only")
-    function, name = function_of(args.file, op, device), args.file.name
+    require_kernel_file(args.file)
+    name = args.file.name
     if name in BACKENDS:
         raise LabError(f"{name} is a backend's name: call the file something else")
-    failed = sum(check_cases(op, name, with_contents(op, function), dtype, op.cases, device, args.seed) for dtype in dtypes)
+    spec = {"file": str(args.file.resolve()), "op": op.name, "device": device, "built": None, "what": str(args.file)}
+    with tempfile.TemporaryDirectory(prefix="lab-try-") as folder:
+        if args.file.suffix == ".cu":
+            spec["built"] = str(build(args.file, op, device, Path(folder), args.timeout))
+        with Worker(spec, args.timeout) as worker:
+            worker.start()
+            return try_in(worker, op, name, args, dtypes, device)
+
+
+def try_in(worker: Worker, op: Op, name: str, args, dtypes, device: str) -> int:
+    """Checks the file that a worker has loaded, and races it where there is a GPU; returns the exit status."""
+    function = worker.function(op.name)
+
+    def check() -> int:
+        return sum(check_cases(op, name, function, dtype, op.cases, "cpu", args.seed) for dtype in dtypes)
+
+    failed = check()
     if failed:
         print(f"{failed} cases failed: a kernel that is wrong is not raced")
         return 1
     if args.check_only or device == "cpu":
         print("right in every case" + ("" if args.check_only else "; not raced, for emulated times say nothing"))
         return 0
-    return race(op, name, function, args, dtypes)
+    options = {key: getattr(args, key) for key in ("op", "file", "out", "model", "batch", "context")}
+    try:
+        status = worker.ask({"race": op.name, "arguments": (name, options, dtypes)}, limited=False)["status"]
+    except Died as died:
+        raise LabError(f"{args.file}: the process of the race {died}") from None
+    print("checked again after the race, in the same process:")
+    failed = check()
+    if failed:
+        print(f"{failed} cases failed after the race: these times are of a kernel that is wrong")
+        return 1
+    return status or draw(name, args)
+
+
+def race_in_worker(function, name: str, options: dict, dtypes) -> int:
+    """The measurement, in the process that has loaded the file; its records are read and drawn by the other one."""
+    return measure(find(options["op"]), name, function, SimpleNamespace(**options), dtypes)
 
 
 def race(op: Op, name: str, function, args, dtypes) -> int:
-    """Benchmarks the file beside the built-in backends and the vendor's kernels, says who won, and draws the report."""
-    from lab import cli
+    """Benchmarks a function beside the built-in backends and the vendor's kernels, says who won, and draws the report."""
+    return measure(op, name, function, args, dtypes) or draw(name, args)
+
+
+def measure(op: Op, name: str, function, args, dtypes) -> int:
     from lab.harness import bench
-    from lab.records import schema
-    out = args.out or f"out/try/{args.file.stem}"
-    words = ["ops", op.name, "--out", out, "--model", args.model, "--batch", args.batch, "--context", args.context,
+    words = ["ops", op.name, "--out", out_of(args), "--model", args.model, "--batch", args.batch, "--context", args.context,
              "--dtype", ",".join(dtypes), "--fresh"]
-    status = bench.main(bench.parse(words), own={name: SimpleNamespace(**{op.name: function})})
-    for line in verdicts(schema.read(out).rows, name):
+    return bench.main(bench.parse(words), own={name: SimpleNamespace(**{op.name: function})})
+
+
+def draw(name: str, args) -> int:
+    from lab import cli
+    from lab.records import schema
+    for line in verdicts(schema.read(out_of(args)).rows, name):
         print(line)
-    return status or cli.main(["report", out])
+    return cli.main(["report", out_of(args)])
+
+
+def out_of(args) -> str:
+    return args.out or f"out/try/{args.file.stem}"
 
 
 def verdicts(rows, name):

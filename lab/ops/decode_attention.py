@@ -190,8 +190,8 @@ op = Op(
     nbytes=nbytes,
     flops=lambda q, k_cache, v_cache, block_table, context_lens, scale, splits=1, workspace=None:
         4 * q.shape[1] * q.shape[2] * int(context_lens.clamp(min=0).sum()),
-    tolerance=tolerance,
-    contents=contents,
+    tolerance=tolerance, state=(7,), contents=contents,
+    with_workspace=lambda *args: args if len(args) > 7 else (*args, new_workspace(args[0], args[1], args[6])),
     cases=(case("context 1, page boundary minus and plus one, an idle row, a tile's boundary; GQA group 3",
                 lengths=(1, 15, 16, 17, 0, 64, 65, 130), q_heads=9, kv_heads=3, head_dim=64, splits=2),
            case("more splits than tiles: empty splits", lengths=(5, 200, 70), q_heads=8, kv_heads=2, head_dim=128,

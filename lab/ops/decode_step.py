@@ -67,7 +67,6 @@ class StepModel:
         shapes = dict(attn_norm=(hidden,), wqkv=(q + 2 * kv, hidden), bqkv=(q + 2 * kv,), q_norm=(head_dim,),
                       k_norm=(head_dim,), wo=(hidden, q), bo=(hidden,), mlp_norm=(hidden,),
                       w_gate_up=(2 * middle, hidden), w_down=(hidden, middle))
-        rows = []
         for layer in weights.layers:
             for part, shape in shapes.items():
                 tensor = getattr(layer, part)
@@ -78,7 +77,6 @@ class StepModel:
                 if tensor is None or tensor.shape != shape or tensor.dtype != embed.dtype:
                     refuse(name, f"{part} must be {list(shape)} in the dtype of embed")
                 dense(name, device, tensor)
-            rows.append([0 if getattr(layer, part) is None else getattr(layer, part).data_ptr() for part in LAYER])
         for part, shape in (("final_norm", (hidden,)), ("lm_head", tuple(embed.shape))):
             tensor = getattr(weights, part)
             if tensor.shape != shape or tensor.dtype != embed.dtype:
@@ -86,8 +84,17 @@ class StepModel:
         if cos_sin.dim() != 2 or cos_sin.shape[1] != head_dim or cos_sin.dtype != torch.float32:
             refuse(name, f"cos_sin must be float32 [max_positions, {head_dim}]")
         dense(name, device, embed, weights.final_norm, weights.lm_head, cos_sin)
-        return cls(embed, tuple(weights.layers), weights.final_norm, weights.lm_head, cos_sin, q_heads, kv_heads,
-                   head_dim, eps, head_dim ** -0.5, torch.tensor(rows, dtype=torch.int64, device=embed.device))
+        table = torch.zeros(len(weights.layers), len(LAYER), dtype=torch.int64, device=embed.device)
+        model = cls(embed, tuple(weights.layers), weights.final_norm, weights.lm_head, cos_sin, q_heads, kv_heads,
+                    head_dim, eps, head_dim ** -0.5, table)
+        model.readdress()
+        return model
+
+    def readdress(self):
+        """Writes where the layers' tensors lie now into `table`."""
+        rows = [[0 if getattr(layer, part) is None else getattr(layer, part).data_ptr() for part in LAYER]
+                for layer in self.layers]
+        self.table.copy_(torch.tensor(rows, dtype=torch.int64))
 
     @property
     def group(self):
@@ -284,7 +291,7 @@ op = Op(
     name="decode_step", summary="a whole greedy decode step of one sequence", dtypes=(torch.float16, torch.bfloat16),
     validate=validate, outputs=outputs, reference=reference, cuda=cuda, triton=triton, torch=torch_, inputs=inputs,
     nbytes=nbytes, flops=flops, tolerance=tolerance, verify=verify, contents=contents,
-    mutates=(3, 4, 6),
+    mutates=(3, 4, 6), state=(7,),
     cases=(case("first token; GQA group 3; sizes that are no multiple of a tile", layers=2, hidden=72, intermediate=136,
                 vocab=101, q_heads=3, kv_heads=1, head_dim=64, position=0),
            case("Qwen3's per-head norm, Qwen2's biases, several splits, head 128", layers=2, hidden=264,

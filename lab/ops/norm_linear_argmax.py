@@ -100,7 +100,7 @@ op = Op(
     nbytes=lambda x, norm_w, eps, w, logits, scratch: x.nbytes + norm_w.nbytes + w.nbytes + logits.nbytes,
     flops=lambda x, norm_w, eps, w, logits, scratch: 2 * x.shape[0] * w.numel() + 4 * x.numel(),
     tolerance=tolerance, verify=verify,
-    mutates=(4, 5),
+    mutates=(4, 5), state=(5,),
     cases=(case("SmolLM2's width, one row", batch=1, n=1000, k=576),
            case("no multiple of a tile or vector", batch=3, n=37, k=101),
            case("the widest batch of the GEMV path", batch=8, n=1041, k=520),

@@ -141,7 +141,9 @@ op = Op(
         4 * q.shape[1] * q.shape[2] * int((positions + 1).clamp(min=0).sum()),
     tolerance=tolerance,
     contents=contents,
-    mutates=(8, 9),
+    mutates=(8, 9), state=(13,),
+    with_workspace=lambda *args: args if len(args) > 13 else (
+        *args, decode_attention.new_workspace(args[0], args[8], args[12])),
     cases=(case("first token, page boundaries, an idle row; GQA group 3", positions=(0, 15, 16, -1, 63, 64, 130),
                 q_heads=9, kv_heads=3, head_dim=64, splits=2),
            case("Qwen3's per-head norm, empty splits, head 128", positions=(4, 199, 69), q_heads=8, kv_heads=2,
