@@ -4,6 +4,7 @@ An op that a model uses at several shapes (linear) is judged by the sum of its t
 ambiguous where the spreads overlap; there the table keeps the backend with the smaller median and says so.
 """
 import json
+import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -74,7 +75,9 @@ def table(found):
 
 def main(args):
     """`lab bench crossover [MODEL ...] --out DIR [--export FILE]`: prints the cells of the last run in DIR."""
-    rows, env, _ = compare.open_run(args.out)
+    rows, env, notices, _ = compare.open_run(args.out)
+    for line in notices:
+        print(line, file=sys.stderr)
     models = args.names or sorted({m for r in rows if r.kind == "op" for m in r.models})
     if args.export and len(models) != 1:
         raise LabError(f"--export writes the table of one model: name it ({', '.join(models) or 'none recorded'})")

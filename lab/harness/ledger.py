@@ -451,7 +451,7 @@ def main(args):
     for option in ("out", "backend", "dtype", "batch", "context", "weights", "plan"):
         words += [f"--{option}", str(getattr(args, option))] if getattr(args, option) is not None else []
     status = bench.main(bench.parse(words))
-    rows, _, _ = compare.open_run(args.out)
+    rows = compare.open_run(args.out).rows
     print(text_of([r for r in rows if r.kind == "ledger"]))
     return status
 
