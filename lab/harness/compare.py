@@ -7,6 +7,7 @@ with a line that holds no usable value (a time that is no number, say) does not 
 Two runs of one commit on one card measure the same thing: every faster or slower is then a false alarm, and their share
 is printed (and recorded, with --record). It should stay below 5%.
 """
+import functools
 import json
 import math
 import operator
@@ -73,14 +74,14 @@ class OpenRun(NamedTuple):
     left_out: list
 
 
-def open_run(where):
+def open_run(where, read=records.read):
     """The OpenRun of "path" or "path@run"."""
     path, at, run = str(where).rpartition("@")
     if not at or os.path.exists(str(where)):
         path, run = str(where), ""
-    found = records.read(path)
+    found = read(path)
     if not found.rows:
-        raise LabError(f"{found.path} holds no records")
+        raise LabError(f"{found.path} holds no records" + "".join(f"; {line}" for line in found.notices[:1]))
     runs = found.runs()
     if run and run not in runs:
         raise LabError(f"{found.path} has no run {run!r}: it has {', '.join(shown(r, quotes=False) for r in runs)}")
@@ -194,7 +195,8 @@ def add_arguments(parser):
 def main(args):
     """Prints the comparison and returns the exit status. Raises LabError (status 2) where none is possible."""
     threshold, min_effect = parse_share(args.fail_on_slower), parse_share(args.min_effect)
-    a, b = open_run(args.a), open_run(args.b)
+    read = functools.cache(records.read)            # often two runs of one file
+    a, b = open_run(args.a, read), open_run(args.b, read)
     env_a, env_b = a.env, b.env
     for line in dict.fromkeys(a.notices + b.notices):
         print(line, file=sys.stderr)
@@ -208,9 +210,12 @@ def main(args):
         print(f"warning: {text}: differences may come from there", file=sys.stderr)
     if env_a.tuned and env_b.tuned and env_a.tuned != env_b.tuned:
         print(f"the tables of lab tune differ: {shown(env_a.tuned, 200)} and {shown(env_b.tuned, 200)}", file=sys.stderr)
-    pairs, only_a, only_b = match(a.rows, b.rows, min_effect)
+    with records.no_collection():
+        pairs, only_a, only_b = match(a.rows, b.rows, min_effect)
+    left_out = list(dict.fromkeys(a.left_out + b.left_out))
     if not pairs:
-        raise LabError(f"not comparable: no row of {args.a} and {args.b} measures the same thing")
+        raise LabError(f"not comparable: no row of {args.a} and {args.b} measures the same thing"
+                       + (f" (left out: {left_out[0]})" if left_out else ""))
     failing = [p for p in pairs if p.verdict == FAILED or p.verdict == SLOWER
                and (p.change is None or p.change > threshold) and p.b.us - p.a.us > args.min_us]
     print(text_of(pairs, only_a, only_b, env_a, env_b, args.all))
@@ -223,7 +228,6 @@ def main(args):
         record(args.record, again)
     if failing:
         print(f"slower: {len(failing)} of {len(pairs)} rows by more than {threshold:.0%} and {args.min_us:g} us")
-    left_out = list(dict.fromkeys(a.left_out + b.left_out))
     if left_out and not failing and not args.anyway:
         raise LabError(f"not comparable in full: {len(left_out)} line{'s' * (len(left_out) > 1)} of these runs hold no "
                        f"usable value, as {left_out[0]}; --anyway compares the others")

@@ -50,6 +50,7 @@ right is left out of what is read, with a notice that names the line and the fie
 """
 import contextlib
 import dataclasses
+import gc
 import json
 import operator
 import os
@@ -305,17 +306,18 @@ class BadValue(LabError):
 
 
 def _text(value):
+    if type(value) is str and value.isascii() and len(value) < LONGEST and "\0" not in value:
+        return None                             # nearly every text
     if type(value) is not str:
         return f"is {shown(value)}, not text"
     if len(value) > LONGEST:
         return f"is a text of {len(value)} characters, more than {LONGEST}"
     if "\0" in value:
         return f"is {shown(value)}: it holds a NUL"
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:              # half of a surrogate pair, which no file and no terminal takes
-            return f"is {shown(value)}, which is no valid Unicode"
+    try:
+        value.encode()
+    except UnicodeEncodeError:                  # half of a surrogate pair, which no file and no terminal takes
+        return f"is {shown(value)}, which is no valid Unicode"
 
 
 def _flag(value):
@@ -329,6 +331,8 @@ def _number(whole, least):
 
     def check(value):
         kind = type(value)
+        if kind is (int if whole else float) and least <= value < LARGEST:
+            return None                         # nearly every number
         if kind is not int and (kind is not float or whole and not value.is_integer()):
             return f"is {shown(value)}, not {what}"
         if not -LARGEST < value < LARGEST:      # also false for NaN
@@ -400,17 +404,23 @@ def _check_of(annotation, name=""):
 
 TIMES = ("us", "us_p10", "us_p90", "us_p99")
 DIFFERENCES = ("chain", "gap", "unexplained")   # rows of a ledger that subtract times: by their noise they go below 0
-MAY_BE_NEGATIVE = (*TIMES, "gbps", "of_ceiling", "of_token", "temperature_c")     # of a difference; times: see _signs
+MAY_BE_NEGATIVE = (*TIMES, "gbps", "of_ceiling", "of_token", "temperature_c")     # in a difference: see _signs
 
 
 def _signs(record):
-    """What is wrong with the sign of a measurement, as (field, words), or None."""
-    if record.kind not in ("op", "model", "ceiling", "ledger") or record.kind == "ledger" and record.row in DIFFERENCES:
+    """What is wrong with the sign of a measurement, beginning with the field's name, or None."""
+    kind = record.kind
+    if kind not in ("op", "model", "ceiling", "ledger") or kind == "ledger" and record.row in DIFFERENCES:
         return None
-    for name in MAY_BE_NEGATIVE:
-        value = getattr(record, name, None)
-        if value is not None and value < (SHORTEST if name in TIMES else 0):
-            return name, f"is {shown(value)}, " + ("not a time" if name in TIMES else "less than 0")
+    values = record.__dict__
+    for name in TIMES:
+        value = values.get(name)
+        if value is not None and value < SHORTEST:
+            return f"{name} is {shown(value)}, not a time"
+    for name in ("gbps", "of_ceiling", "of_token"):
+        value = values.get(name)
+        if value is not None and value < 0:
+            return f"{name} is {shown(value)}, less than 0"
     return None
 
 
@@ -418,6 +428,8 @@ def _signs(record):
 class _Schema:
     """What from_dict and key need to know of a kind of record."""
     checks: dict            # field -> check
+    defaults: dict          # field -> value, where it may be absent
+    makers: dict            # the same where the value is an object or a list of its own -> what makes one
     required: set
     identity: object        # record -> the values of key_fields
     unhashable: list        # which of these are lists or objects
@@ -426,6 +438,8 @@ class _Schema:
 def _schema(cls):
     fields = {f.name: f for f in dataclasses.fields(cls)}
     return _Schema({name: _check_of(f.type, name) for name, f in fields.items()},
+                   {n: f.default for n, f in fields.items() if f.default is not dataclasses.MISSING},
+                   {n: f.default_factory for n, f in fields.items() if f.default_factory is not dataclasses.MISSING},
                    {n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING},
                    operator.attrgetter(*cls.key_fields, "run"),     # with "run" always a tuple
                    [i for i, n in enumerate(cls.key_fields) if (typing.get_origin(fields[n].type) or fields[n].type)
@@ -464,10 +478,14 @@ def from_dict(body):
         problem = checks[name](value)
         if problem:
             raise BadValue(f"{name} {problem}")
-    record = KINDS[kind](**values)
+    for name, make in known.makers.items():
+        if name not in values:
+            values[name] = make()
+    record = object.__new__(KINDS[kind])        # __init__ with its 30 keywords takes most of the time of a long file
+    record.__dict__ = {**known.defaults, **values}
     problem = _signs(record)
     if problem:
-        raise BadValue(" ".join(problem))
+        raise BadValue(problem)
     return record
 
 
@@ -533,12 +551,39 @@ def read(where, newer="error"):
     path = path_of(where)
     *lines, tail = _content(path).split(b"\n")
     found = Records(path, [])
-    skipped = 0
+    with no_collection():
+        skipped = _add_rows(found, lines, newer)
+    found.notices += [f"{path}:{bad.line}: left out: {bad.problem}" for bad in found.left_out[:NAMED]]
+    if len(found.left_out) > NAMED:
+        found.notices.append(f"{path}: left out {len(found.left_out) - NAMED} more lines with such values, up to line "
+                             f"{found.left_out[-1].line}")
+    if skipped:
+        found.notices.append(f"{path}: skipped {skipped} lines of a newer schema than {SCHEMA}; update the lab")
+    if tail.strip():
+        found.notices.append(f"{path}: the last line is torn ({len(tail)} bytes) and was left out")
+    return found
+
+
+@contextlib.contextmanager
+def no_collection():
+    """No search for garbage meanwhile: rows are none, and looking for some as they grow takes as long as reading them."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _add_rows(found, lines, newer):
+    """Adds what the lines of a file hold to its Records; returns how many were skipped as too new."""
+    path, skipped = found.path, 0
     for number, line in enumerate(lines, 1):
         if not line or line.isspace():
             continue
         try:
-            body = _decode(line)
+            body = json.loads(line.decode())        # of bytes it would guess the encoding
         except (ValueError, RecursionError):
             raise LabError(f"{path}:{number}: not JSON; remove the line to read the rest") from None
         schema = body.get("schema") if type(body) is dict else None
@@ -552,20 +597,7 @@ def read(where, newer="error"):
             found.left_out.append(LeftOut(number, None if _text(run) else run, str(e)))
         except LabError as e:
             raise LabError(f"{path}:{number}: {e}") from None
-    found.notices += [f"{path}:{bad.line}: left out: {bad.problem}" for bad in found.left_out[:NAMED]]
-    if len(found.left_out) > NAMED:
-        found.notices.append(f"{path}: left out {len(found.left_out) - NAMED} more lines with such values, up to line "
-                             f"{found.left_out[-1].line}")
-    if skipped:
-        found.notices.append(f"{path}: skipped {skipped} lines of a newer schema than {SCHEMA}; update the lab")
-    if tail.strip():
-        found.notices.append(f"{path}: the last line is torn ({len(tail)} bytes) and was left out")
-    return found
-
-
-def _decode(line):
-    """json.loads of UTF-8, without its guess at the encoding."""
-    return json.loads(line.decode())
+    return skipped
 
 
 def _content(path):
