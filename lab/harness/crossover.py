@@ -13,6 +13,7 @@ from lab.errors import LabError
 from lab.files import write_whole
 from lab.harness import compare
 from lab.harness.shapes import preset
+from lab.text import columns
 
 BACKENDS = ("cuda", "triton", "torch")      # what `lab run` can dispatch to; vendors' kernels are in the torch backend
 
@@ -91,9 +92,9 @@ def main(args):
             raise LabError(f"{args.out} has no op records of {model} in {dtype}: "
                            f"run `lab bench ops --model {model}` first")
         print(f"{model} {dtype}, us of one decode step by op")
-        for c in found:
-            times = "  ".join(f"{b} {us:.1f}" for b, us in c.us.items())
-            print(f"  {c.op:<18} b{c.batch:<3} {c.context or '-':>6}  {c.winner:<7} {c.verdict:<10} {times}")
+        print("\n".join(columns([(c.op, f"b{c.batch}", c.context or "-", c.winner, c.verdict,
+                                  "  ".join(f"{b} {us:.1f}" for b, us in c.us.items())) for c in found],
+                                right=(2,), indent="  ")))
         if args.export:
             write_whole(args.export, json.dumps(table(found), indent=1) + "\n")
     return 0

@@ -26,13 +26,14 @@ from dataclasses import dataclass, field
 import torch
 
 from lab.dispatch import BACKENDS, DTYPES, known, select
-from lab.errors import LabError
+from lab.errors import LabError, shown
 from lab.harness import compare, model_bench, shapes, timing
 from lab.harness.ceiling import one_line
 from lab.harness.ops_bench import alive
 from lab.harness.records import LedgerRow
 from lab.model.decoder import GREEDY, PLANS, Decoder
 from lab.ops import find
+from lab.text import columns
 
 MARKER = "spin_kernel"          # torch.cuda._sleep's kernel: nothing else in a decode step is called so
 REPLAYS = 20                    # replays under the profiler
@@ -465,24 +466,25 @@ def text_of(rows):
         lines.append(f"\n{one.model} {backend} {plan} {one.dtype} batch {one.batch} context {one.context}")
         if any(r.row == "chain" for r in mine):
             lines.append("  kernels overlap: each row is what the chain of rows above it grew by, not an isolated kernel")
-        lines.append(f"  {'op':<24} {'kernel':<34} {'calls':>5} {'us':>9} {'MB':>9} {'GB/s':>6} {'ceiling':>7} "
-                     f"{'token':>6}")
+        cells = [("op", "kernel", "calls", "us", "MB", "GB/s", "ceiling", "token", "")]
         for r in sorted(mine, key=lambda r: r.order):
-            if r.error:
-                lines.append(f"  failed: {r.error}")
-                continue
             name = " ".join(w for w in (r.op, r.role) if w) if r.row in ("kernel", "chain") else r.row
-            mb = "" if r.bytes is None else f"{r.bytes / 1e6:.1f}"
-            gbps = "" if r.gbps is None else f"{r.gbps:.0f}"
-            share = "" if r.of_ceiling is None else f"{r.of_ceiling:.1%}"
-            lines.append(f"  {name[:24]:<24} {(r.kernel or '')[:34]:<34} {r.calls or '':>5} {r.us:>9.1f} {mb:>9} "
-                         f"{gbps:>6} {share:>7} {r.of_token:>6.1%}" + (f"  {r.flag}" if r.flag else ""))
+            if r.error:
+                lines.append(f"  {name} failed: {r.error}")
+                continue
+            cells.append((name, shown(r.kernel or "", quotes=False), r.calls or "", f"{r.us:.1f}",
+                          "" if r.bytes is None else f"{r.bytes / 1e6:.1f}", "" if r.gbps is None else f"{r.gbps:.0f}",
+                          "" if r.of_ceiling is None else f"{r.of_ceiling:.1%}",
+                          "" if r.of_token is None else f"{r.of_token:.1%}", r.flag or ""))
+        lines += columns(cells, right=range(2, 8), indent="  ")
     for plan in dict.fromkeys(r.plan for r in rows if r.row == "swap"):
         lines.append(f"\nswap, plan {plan}: one token, us, and the change from all triton")
         swaps = sorted((r for r in rows if r.row == "swap" and r.plan == plan), key=lambda r: r.order)
         start = next((r.us for r in swaps if r.backend == "triton" and not r.op), None)
+        cells = []
         for r in swaps:
             what = f"{r.backend}, {r.op} by {r.overrides[r.op]}" if r.op else f"all {r.backend}"
-            change = f" {r.us - start:>+9.1f}" if r.us and start else ""
-            lines.append(f"  {what:<40} " + (f"failed: {r.error}" if r.error else f"{r.us:>9.1f}{change}"))
+            change = f"{r.us - start:+.1f}" if r.us and start else ""
+            cells.append((what, "", f"failed: {r.error}") if r.error else (what, f"{r.us:.1f}", change))
+        lines += columns(cells, right=(1,), indent="  ")
     return "\n".join(lines)

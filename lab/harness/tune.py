@@ -26,6 +26,7 @@ from lab.dispatch import DTYPES, known
 from lab.errors import LabError
 from lab.files import write_whole
 from lab.harness import shapes
+from lab.harness.shapes import key_shape
 from lab.harness.spaces import SPACES, candidates
 
 FINALISTS = 4
@@ -34,12 +35,6 @@ GAIN = 0.01                         # a candidate must beat the settings by hand
 TOKEN_RACE_S, TOKEN_GAIN = 0.08, 0.001          # the same where whole tokens judge: seconds of each pair
 WORKERS = 16
 BY_HAND = "by hand"
-
-
-def key_shape(point):
-    """What a point's settings are looked up by, beside the number of rows."""
-    names = ("n", "k") if "n" in point.shape else ("q_heads", "kv_heads", "head_dim", "page_size")
-    return {name: point.shape[name] for name in names}
 
 
 # Compiling: in processes of their own, without the GPU; Triton's cache on disk hands the result to this process.

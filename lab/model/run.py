@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lab.errors import LabError
 from lab.files import write_whole
+from lab.text import columns
 
 
 def add_arguments(parser) -> None:
@@ -105,8 +106,9 @@ def main(args) -> int:
     overrides = {op: chosen for op, chosen in ops.chosen.items() if chosen != backend}
     print(summary(result, backend, overrides, args.plan, device, dtype_name), file=sys.stderr)
     if args.trace:
-        for row in result.kernels:
-            print(f"  {row['op']:<17} {row['backend']:<7} {row['kernel']:<40} {row['calls']:>8}", file=sys.stderr)
+        for line in columns([(row["op"], row["backend"], row["kernel"], row["calls"]) for row in result.kernels],
+                            right=(3,), indent="  "):
+            print(line, file=sys.stderr)
     if args.json:
         record = {
             "prompt_ids": result.prompt_ids, "output_ids": result.output_ids, "text": result.text,
