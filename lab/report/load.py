@@ -150,8 +150,10 @@ def _mark_untuned(run, rows):
     cards = untuned.by_cards([r for r in rows if r.kind == "fairness"])
     marks = {records.key(r): untuned.is_untuned(r, cards) for r in rows if r.kind == "op"}
     run.op["tuning"] = [untuned.WORD if mark else "" for mark in marks.values()]
-    ops = run.op.groupby(["backend", "op"])["tuning"].agg(lambda words: all(w == untuned.WORD for w in words))
-    whole = cards | {which for which, always in ops.items() if always}
+    always = dict.fromkeys(cards, True)
+    for r in run.op[run.op["error"] == ""].itertuples():
+        always[r.backend, r.op] = always.get((r.backend, r.op), True) and r.tuning == untuned.WORD
+    whole = {which for which, untuned_everywhere in always.items() if untuned_everywhere}
     led = run.ledger
     led["tuning"] = [untuned.WORD if (r.backend, r.op) in whole and r.row in ("kernel", "chain") else ""
                      for r in led.itertuples()]
