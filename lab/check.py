@@ -164,7 +164,9 @@ def check_cases(op, name, function, dtype_name, cases, device, seed) -> int:
     wrong = [(c, outcome) for c, outcome in outcomes if outcome.error]
     used = max(outcome.used for _, outcome in outcomes)
     say = "FAILED" if wrong else "exact" if used == 0 else f"{used:.0%} of the tolerance used"
-    print(f"{op.name:21} {dtype_name} {name:6} {len(cases) - len(wrong)}/{len(cases)} cases  {say}", flush=True)
+    from lab.ops import OPS
+    right = f"{len(cases) - len(wrong)}/{len(cases)} cases"
+    print(f"{op.name:{max(len(o.name) for o in OPS)}} {dtype_name:4} {name:6} {right:13} {say}", flush=True)
     for c, outcome in wrong:
         print(f"    {c.why} {dict(c.sizes)}: {outcome.error}")
     return len(wrong)

@@ -24,3 +24,25 @@ def one_line(text: str) -> str:
 def warn(message: str) -> None:
     """Says on standard error what was left out or will be slow, in one line."""
     print(f"lab: {one_line(message)}", file=sys.stderr, flush=True)
+
+
+def named(name: str, longest: int = 80) -> str:
+    """A name from a file for a message: as it is where it is short and printable."""
+    text = name if name.isprintable() else repr(name)
+    return text if len(text) <= longest else text[:longest] + "..."
+
+
+def shown(value, longest: int = 60, quotes: bool = True) -> str:
+    """A value from a file as one short line for a message: control characters escaped, so that none reaches a terminal.
+
+    longest: characters, more are cut off. quotes: around a text, as Python writes it.
+    """
+    if isinstance(value, str):
+        text = repr(value[:longest + 1])
+        text = text if quotes else text[1:-1]
+    else:
+        try:
+            text = ascii(value)
+        except (ValueError, RecursionError):        # an integer of too many digits, a list nested too deep
+            text = f"a {type(value).__name__} too large to show"
+    return text if len(text) <= longest else text[:longest - 3] + "..."

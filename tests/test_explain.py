@@ -54,9 +54,9 @@ def test_last_measured_figures(tmp_path):
     synthetic_records.write(tmp_path / "card", rows)
     synthetic_records.write(tmp_path / "laptop", synthetic_records.make("cpu", emulated=True))
     found = explain.measured("linear", tmp_path)
-    assert [where for where, _ in found] == ["Synthetic GPU (not measured), run 20250101T120000-synt"] * 4
-    assert re.match(r"CUDA: [\d.]+ us, \d+% of the ceiling \(linear lm_head, batch 1, bf16, cold cache, n 60\)",
-                    found[0][1])
+    assert [where for where, _ in found] == ["size", "bytes", "arithmetic"] + [
+        "Synthetic GPU (not measured), run 20250101T120000-synt"] * 4
+    assert re.match(r"CUDA: [\d.]+ us, \d+% of the ceiling \(cold cache, n 60\)", found[3][1])
     assert explain.measured("no_such_op", tmp_path) == []
 
 

@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -215,7 +216,7 @@ def test_json_schema():
     done = lab("rmsnorm", "--json", "--sizes", "rows=2", "cols=576", "--dtype", "fp16")
     body = json.loads(done.stdout)
     assert (body["op"], body["dtype"], body["arch"]) == ("rmsnorm", "fp16", "sm_90a")
-    assert body["sizes"] == {"rows": 2, "cols": 576}
+    assert body["sizes"] == {"rows": 2, "cols": 576, "residual": True}
     assert {k["backend"] for k in body["kernels"]} | set(body["errors"]) == {"cuda", "triton"}
     for kernel in body["kernels"]:
         assert set(kernel) == {"backend", "name", "instance", "arch", "grid", "threads", "registers", "spills",
@@ -230,6 +231,15 @@ def main(*words):
     return cli.run(["inspect", *words])
 
 
+@pytest.mark.parametrize("name, words, sizes", [
+    ("linear", ["batch=16"], dict(batch=16, n=28672, k=4096)), ("linear", [], dict(batch=1, n=28672, k=4096)),
+    ("rmsnorm", ["cols=64"], dict(rows=1, cols=64, residual=True)),
+    ("decode_attention", ["lengths=64"], dict(lengths=(64,), splits=33, q_heads=32, kv_heads=8, head_dim=128))])
+def test_sizes_that_are_not_given_are_those_of_the_default(name, words, sizes):
+    assert command.sizes_of(find(name), SimpleNamespace(case=None, sizes=words)) == sizes
+    assert call.arguments(find(name), "bf16", sizes)
+
+
 @pytest.mark.parametrize("words, says", [
     (["linaer"], "did you mean linear"),
     (["linear", "--arch", "sm_75"], "choose from sm_90a, sm_80"),
@@ -237,7 +247,6 @@ def main(*words):
     (["linear", "--backend", "torch"], "choose from cuda, triton"),
     (["linear", "--case", "99"], "has no case 99; choose from 0"),
     (["linear", "--sizes", "batch=1", "m=3"], "unknown size of linear 'm'"),
-    (["linear", "--sizes", "batch=1"], "needs n, k too"),
     (["linear", "--sizes", "batch"], "write NAME=NUMBER"),
     (["linear", "--sizes", "batch=65", "n=1", "k=8"], "1 to 64 rows"),
     (["linear", "--ttgir", "--backend", "cuda"], "Triton's own|lab._cuda"),

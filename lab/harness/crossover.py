@@ -4,6 +4,7 @@ An op that a model uses at several shapes (linear) is judged by the sum of its t
 ambiguous where the spreads overlap; there the table keeps the backend with the smaller median and says so.
 """
 import json
+import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from lab.errors import LabError
 from lab.files import write_whole
 from lab.harness.shapes import preset
 from lab.records import compare
+from lab.text import columns
 
 BACKENDS = ("cuda", "triton", "torch")      # what `lab run` can dispatch to; vendors' kernels are in the torch backend
 
@@ -74,7 +76,9 @@ def table(found):
 
 def main(args):
     """`lab bench crossover [MODEL ...] --out DIR [--export FILE]`: prints the cells of the last run in DIR."""
-    rows, env, _ = compare.open_run(args.out)
+    rows, env, notices, _ = compare.open_run(args.out)
+    for line in notices:
+        print(line, file=sys.stderr)
     models = args.names or sorted({m for r in rows if r.kind == "op" for m in r.models})
     if args.export and len(models) != 1:
         raise LabError(f"--export writes the table of one model: name it ({', '.join(models) or 'none recorded'})")
@@ -88,9 +92,9 @@ def main(args):
             raise LabError(f"{args.out} has no op records of {model} in {dtype}: "
                            f"run `lab bench ops --model {model}` first")
         print(f"{model} {dtype}, us of one decode step by op")
-        for c in found:
-            times = "  ".join(f"{b} {us:.1f}" for b, us in c.us.items())
-            print(f"  {c.op:<18} b{c.batch:<3} {c.context or '-':>6}  {c.winner:<7} {c.verdict:<10} {times}")
+        print("\n".join(columns([(c.op, f"b{c.batch}", c.context or "-", c.winner, c.verdict,
+                                  "  ".join(f"{b} {us:.1f}" for b, us in c.us.items())) for c in found],
+                                right=(2,), indent="  ")))
         if args.export:
             write_whole(args.export, json.dumps(table(found), indent=1) + "\n")
     return 0

@@ -3,10 +3,11 @@ import torch
 
 from lab.arguments import names
 from lab.contract import BACKENDS, DTYPES
-from lab.errors import LabError
+from lab.errors import LabError, shown
 from lab.harness import bench, shapes
 from lab.names import known
 from lab.records import compare
+from lab.text import columns
 
 
 def add_arguments(parser):
@@ -32,7 +33,7 @@ def main(args):
     for option in ("out", "backend", "dtype", "batch", "context", "weights", "plan"):
         words += [f"--{option}", str(getattr(args, option))] if getattr(args, option) is not None else []
     status = bench.main(bench.parse(words))
-    rows, _, _ = compare.open_run(args.out)
+    rows = compare.open_run(args.out).rows
     print(text_of([r for r in rows if r.kind == "ledger"]))
     return status
 
@@ -46,24 +47,25 @@ def text_of(rows):
         lines.append(f"\n{one.model} {backend} {plan} {one.dtype} batch {one.batch} context {one.context}")
         if any(r.row == "chain" for r in mine):
             lines.append("  kernels overlap: each row is what the chain of rows above it grew by, not an isolated kernel")
-        lines.append(f"  {'op':<24} {'kernel':<34} {'calls':>5} {'us':>9} {'MB':>9} {'GB/s':>6} {'ceiling':>7} "
-                     f"{'token':>6}")
+        cells = [("op", "kernel", "calls", "us", "MB", "GB/s", "ceiling", "token", "")]
         for r in sorted(mine, key=lambda r: r.order):
-            if r.error:
-                lines.append(f"  failed: {r.error}")
-                continue
             name = " ".join(w for w in (r.op, r.role) if w) if r.row in ("kernel", "chain") else r.row
-            mb = "" if r.bytes is None else f"{r.bytes / 1e6:.1f}"
-            gbps = "" if r.gbps is None else f"{r.gbps:.0f}"
-            share = "" if r.of_ceiling is None else f"{r.of_ceiling:.1%}"
-            lines.append(f"  {name[:24]:<24} {(r.kernel or '')[:34]:<34} {r.calls or '':>5} {r.us:>9.1f} {mb:>9} "
-                         f"{gbps:>6} {share:>7} {r.of_token:>6.1%}" + (f"  {r.flag}" if r.flag else ""))
+            if r.error:
+                lines.append(f"  {name} failed: {r.error}")
+                continue
+            cells.append((name, shown(r.kernel or "", quotes=False), r.calls or "", f"{r.us:.1f}",
+                          "" if r.bytes is None else f"{r.bytes / 1e6:.1f}", "" if r.gbps is None else f"{r.gbps:.0f}",
+                          "" if r.of_ceiling is None else f"{r.of_ceiling:.1%}",
+                          "" if r.of_token is None else f"{r.of_token:.1%}", r.flag or ""))
+        lines += columns(cells, right=range(2, 8), indent="  ")
     for plan in dict.fromkeys(r.plan for r in rows if r.row == "swap"):
         lines.append(f"\nswap, plan {plan}: one token, us, and the change from all triton")
         swaps = sorted((r for r in rows if r.row == "swap" and r.plan == plan), key=lambda r: r.order)
         start = next((r.us for r in swaps if r.backend == "triton" and not r.op), None)
+        cells = []
         for r in swaps:
             what = f"{r.backend}, {r.op} by {r.overrides[r.op]}" if r.op else f"all {r.backend}"
-            change = f" {r.us - start:>+9.1f}" if r.us and start else ""
-            lines.append(f"  {what:<40} " + (f"failed: {r.error}" if r.error else f"{r.us:>9.1f}{change}"))
+            change = f"{r.us - start:+.1f}" if r.us and start else ""
+            cells.append((what, "", f"failed: {r.error}") if r.error else (what, f"{r.us:.1f}", change))
+        lines += columns(cells, right=(1,), indent="  ")
     return "\n".join(lines)

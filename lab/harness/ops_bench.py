@@ -13,13 +13,15 @@ import torch
 from lab.contract import BACKENDS, DTYPES, Rand
 from lab.dispatch import select
 from lab.errors import LabError, Unavailable, error_text
-from lab.harness import timing
+from lab.harness import timing, untuned
 from lab.harness.peers import peers
-from lab.harness.shapes import COLD, DIRECTION, arguments
+from lab.harness.shapes import COLD, DIRECTION, arguments, key_shape
 from lab.model.plans import refusal
 from lab.ops import find
 from lab.records import compare
 from lab.records.schema import OpRow
+from lab.tune import tuned
+from lab.tune.spaces import SPACES
 
 MODES = (("cold", "graph"), ("in_model", "graph"), ("warm", "graph"), ("cold", "event"))
 QUICK_MODES = (("cold", "graph"), ("cold", "event"))
@@ -110,7 +112,8 @@ def measure_point(session, rig, point, dtype_name, modes=None):
         rows, timed = {}, {}
         for name in bound.names(cache, timer):
             rows[name] = row(name, cache, timer)
-            rows[name].bytes, rows[name].flops, rows[name].config = bound.nbytes, bound.flops, bound.config
+            rows[name].bytes, rows[name].flops = bound.nbytes, bound.flops
+            rows[name].config = {**bound.config, **_tuned(name, point, dtype, rig)}
             try:
                 timed[name] = bound.timed(name, cache, timer, cold_us.get(name))
             except Exception as e:                  # one backend that cannot run must not cost the others
@@ -130,6 +133,16 @@ def measure_point(session, rig, point, dtype_name, modes=None):
         session.add(*rows.values())
         if rig.device == "cuda":
             alive(op.name)
+
+
+def _tuned(backend, point, dtype, rig):
+    """{"tuned": was a setting raced for this launch on this architecture}; {} where there is nothing to choose."""
+    if rig.device != "cuda" or backend not in SPACES or point.op not in SPACES[backend]:
+        return {}
+    major, minor = torch.cuda.get_device_capability()
+    found = untuned.raced(backend, point.op, point.batch, dtype.itemsize, key_shape(point),
+                          tuned.read(tuned.path_of(backend, f"sm_{major}{minor}")))
+    return {} if found is None else {"tuned": found}
 
 
 def _measured(timed, rig, timer, rows):

@@ -139,3 +139,9 @@ def arguments(op, point, rand, multiprocessors):
     if "out_dtype" in shape:
         shape["out_dtype"] = DTYPES[shape["out_dtype"]]
     return op.inputs(rand, batch=batch, **shape), {}
+
+
+def key_shape(point):
+    """What a point's settings are looked up by, beside the number of rows."""
+    names = ("n", "k") if "n" in point.shape else ("q_heads", "kv_heads", "head_dim", "page_size")
+    return {name: point.shape[name] for name in names}

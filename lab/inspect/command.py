@@ -36,7 +36,7 @@ def add_arguments(parser):
     parser.add_argument("--arch", default="sm_90a", help=f"{', '.join(gpus.GPUS)}; default: sm_90a")
     parser.add_argument("--case", type=int, metavar="N", help="sizes of the contract's case N, from 0")
     parser.add_argument("--sizes", nargs="+", metavar="NAME=N", help="sizes of the call, as in batch=16 n=6144 k=4096 "
-                        "or lengths=1024,2048; default: a decode step of Llama 3.1 8B, batch 1")
+                        "or lengths=1024,2048; what is not given: a decode step of Llama 3.1 8B, batch 1")
     parser.add_argument("--backend", help="cuda or triton; default: both")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--sass", action="store_const", dest="listing", const="sass", help="machine code, source beside")
@@ -85,10 +85,8 @@ def default_dtype(op):
 def sizes_of(op, args):
     if args.case is not None and args.sizes:
         raise LabError("give --case or --sizes, not both")
-    if args.sizes:
-        return call.parse(args.sizes)
-    if args.case is None:
-        return DEFAULTS.get(op.name, dict(op.cases[0].sizes))
+    if args.case is None:                       # what is not given is that of the default
+        return {**DEFAULTS.get(op.name, dict(op.cases[0].sizes)), **call.parse(args.sizes or [])}
     if not 0 <= args.case < len(op.cases):
         raise LabError(f"{op.name} has no case {args.case}; choose from "
                        + ", ".join(f"{i} ({c.why})" for i, c in enumerate(op.cases)))
@@ -158,7 +156,7 @@ def write_cards(ops, args, gpu):
                 rows, errors = fairness(op, dtype, DEFAULTS.get(op.name, dict(op.cases[0].sizes)), gpu.arch, run)
                 writer.append(*rows)
                 for row in rows:
-                    print(f"{row.op:20} {row.dtype} {row.backend:6} {row.kernel}: {row.registers} registers, "
+                    print(f"{row.op:{max(len(o.name) for o in ops)}} {row.dtype} {row.backend:6} {row.kernel}: {row.registers} registers, "
                           f"{row.occupancy:.0%} occupancy, {row.configurations} configurations, {row.code_lines} lines",
                           flush=True)
                 for error in errors:

@@ -14,8 +14,7 @@ def add_arguments(parser):
     parser.add_argument("op", metavar="OP", help="an op of `lab ops`, as in rmsnorm")
     parser.add_argument("--rungs", action="store_true", help="its ladder instead, from a naive kernel to the product's")
     parser.add_argument("--html", metavar="FILE", help="write a page instead of printing")
-    parser.add_argument("--reports", metavar="DIR", default="reports",
-                        help="where measured records lie (default: reports)")
+    parser.add_argument("--reports", metavar="DIR", help="where measured records lie (default: the lab's own reports)")
 
 
 def main(args):
@@ -31,14 +30,18 @@ def main(args):
         near = difflib.get_close_matches(args.op, known, 1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise LabError(f"unknown op {args.op!r}: {hint}choose from {', '.join(known)}")
-    reports = Path(args.reports)
+    reports = twins.ROOT / "reports" if args.reports is None else Path(args.reports)
     if args.rungs:
         (cuda, triton, rows), title = twins.ladder(args.op), f"The ladder of {args.op}"
         facts = measured_rungs(args.op, rows, reports)
     else:
         cuda, triton = twins.pair(args.op)
         rows, title = twins.rows(cuda, triton), args.op
-        facts = bytes_of(args.op) + measured(args.op, reports)
+        facts = measured(args.op, reports)
+        if not any(what == "bytes" for what, _ in facts):
+            facts = bytes_of(args.op) + facts
+    if args.reports is not None and not reports.is_dir():
+        facts.append(("measured", f"not shown: there is no folder {reports}"))
     if args.html:
         write_page(Path(args.html), title, facts, cuda, triton, rows)
         print(args.html)
@@ -96,7 +99,8 @@ def measured_rungs(op, rows, reports):
         for backend in style.backend_order(found["backend"]):
             for one in found[(found["rung"] == number) & (found["backend"] == backend)].itertuples():
                 gain = ladder_figures.gain(found, one)
-                words.append(f"{style.backend(backend).label} {one.us:,.1f} us"
+                words.append(style.backend(backend).label + (f", {one.tuning}," if one.tuning else "")
+                             + f" {one.us:,.1f} us"
                              + (f", {one.of_ceiling:.0%} of the ceiling" if one.of_ceiling == one.of_ceiling else "")
                              + (f", {gain:.2f} times faster than the rung before" if gain == gain else ""))
         row.intro += (("measured", "; ".join(words) or "not in that run"),)
@@ -106,30 +110,50 @@ def measured_rungs(op, rows, reports):
 
 
 def measured(op, reports):
-    """[(where, text)]: the last GPU figures of each folder below `reports`, one line a backend; [] without records."""
+    """[(what, text)]: one size, its bytes and arithmetic, and the last GPU times of each folder below `reports` at it.
+
+    The size is that of the newest such run with the most bytes at the smallest batch. Without records [].
+    """
+    from lab.records import schema
     from lab.report import ops, style
 
-    runs, said = runs_of(reports)
-    found, seen = said, set()
+    runs, found = runs_of(reports)
+    size, seen = None, set()
     for run in runs:
         f = ops.focus(run)
         rows = run.op[run.op["op"] == op]
         if f is None or run.emulated or run.path in seen or not len(rows):
             continue
-        seen.add(run.path)
         rows = ops.labelled(ops.chosen(rows, f))
         rows = rows[~rows["suspect"] & rows["of_ceiling"].notna()]
         if not len(rows):
             continue
-        rows = rows[rows["batch"] == rows["batch"].min()]
-        rows = rows[rows["case"] == rows.loc[rows["bytes"].idxmax(), "case"]]
+        if size is None:
+            rows = rows[rows["batch"] == rows["batch"].min()]
+            first = rows.loc[rows["bytes"].fillna(0).idxmax()]
+            size = _size(first, schema.freeze)
+            found += [("size", f"{first['case']}: {ops.shape_text(first['shape'])}, batch {first['batch']:.0f}, "
+                               f"{first['dtype']}")]
+            if first["bytes"] > 0:
+                found += [("bytes", f"{first['bytes']:,.0f} must cross DRAM (nbytes in lab/ops/{op}.py)"),
+                          ("arithmetic", f"{first['flops']:,.0f} flop, {first['flops'] / first['bytes']:.2f} a byte")]
+        rows = rows[[_size(row, schema.freeze) == size for _, row in rows.iterrows()]]
+        if not len(rows):                       # another run measured other sizes
+            continue
+        seen.add(run.path)
         for backend in style.backend_order(rows["backend"]):
             row = rows[rows["backend"] == backend].iloc[0]
+            name = style.backend(backend).label + (f", {row['tuning']}" if row["tuning"] else "")
             found.append((f"{run.device}, run {run.id}",
-                          f"{style.backend(backend).label}: {row['us']:,.1f} us, {row['of_ceiling']:.0%} of the "
-                          f"ceiling ({row['case']}, batch {row['batch']:.0f}, {row['dtype']}, {row['cache']} cache, "
-                          f"n {row['n']:.0f})"))
+                          f"{name}: {row['us']:,.1f} us, {row['of_ceiling']:.0%} of the ceiling "
+                          f"({row['cache']} cache, n {row['n']:.0f})"))
     return found
+
+
+def _size(row, freeze):
+    """What tells the sizes of two op rows of a frame apart."""
+    context = None if row["context"] != row["context"] else row["context"]
+    return row["dtype"], row["batch"], context, freeze(row["shape"])
 
 
 def show(title, cuda, triton, rows, facts):

@@ -6,9 +6,9 @@ import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
-from lab.errors import LabError
+from lab.errors import LabError, named
 from lab.model.rope import DivisorScaling, LinearScaling, Llama3Scaling, Scaling
-from lab.model.unsupported import quoted, refuse_gguf, refuse_huggingface, shown
+from lab.model.unsupported import quoted, refuse_gguf, refuse_huggingface
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")        # Mistral's files call themselves llama
@@ -279,7 +279,7 @@ def _huggingface_rope(source: Mapping, where: str) -> tuple[float, Scaling | Non
         neutral = key in ("factor", "attention_factor") and value == 1
         if key not in always and key not in uses[kind] and not neutral:
             hint = "; name the rope_type that is meant" if kind == "default" else ""
-            raise LabError(f"{where}: the rope parameters have {shown(key)} {quoted(value)}, which rope_type "
+            raise LabError(f"{where}: the rope parameters have {named(key)} {quoted(value)}, which rope_type "
                            f"{kind!r} does not use{hint}")
     original = _field(rope, "original_max_position_embeddings", int, where, None)
     factor = _positive(_field(rope, "factor", float, where, ... if uses[kind] else 1.0), "factor", where)

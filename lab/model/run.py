@@ -10,6 +10,7 @@ from pathlib import Path
 from lab.errors import LabError, warn
 from lab.files import write_whole
 from lab.numbers import integer
+from lab.text import columns
 
 MAX_PROMPT = 1 << 24        # bytes of standard input; more than any model's context holds
 
@@ -119,8 +120,9 @@ def main(args) -> int:
     overrides = {op: chosen for op, chosen in ops.chosen.items() if chosen != backend}
     print(summary(result, backend, overrides, args.plan, device, dtype_name), file=sys.stderr)
     if args.trace:
-        for row in result.kernels:
-            print(f"  {row['op']:<17} {row['backend']:<7} {row['kernel']:<40} {row['calls']:>8}", file=sys.stderr)
+        for line in columns([(row["op"], row["backend"], row["kernel"], row["calls"]) for row in result.kernels],
+                            right=(3,), indent="  "):
+            print(line, file=sys.stderr)
     if args.json:
         record = {
             "prompt_ids": result.prompt_ids, "output_ids": result.output_ids, "text": result.text,

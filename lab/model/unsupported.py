@@ -12,7 +12,7 @@ import re
 import reprlib
 from collections.abc import Mapping
 
-from lab.errors import LabError
+from lab.errors import LabError, named
 
 # Keys of a GGUF file, without the architecture, that change no logits of a dense model within its window.
 GGUF_HARMLESS = {
@@ -63,7 +63,7 @@ def refuse_huggingface(source: Mapping, architecture: str, head_dim: int, where:
         else:
             neutral = True
         if not neutral:
-            raise LabError(f"{where}: {shown(key)} {quoted(value)} is not supported: it changes what the model "
+            raise LabError(f"{where}: {named(key)} {quoted(value)} is not supported: it changes what the model "
                            "computes")
 
 
@@ -84,7 +84,7 @@ def refuse_gguf(fields: Mapping, read: set[str], architecture: str, head_dim: in
         if prefix != architecture or key in read or name in GGUF_HARMLESS:
             continue
         if not any(close(value, neutral) for neutral in neutral_values.get(name, (0,))):
-            raise LabError(f"{where}: {shown(key)} {quoted(value)} is not supported: it may change what the "
+            raise LabError(f"{where}: {named(key)} {quoted(value)} is not supported: it may change what the "
                            "model computes")
 
 
@@ -102,9 +102,3 @@ _SHORT.maxlist, _SHORT.maxdict = 8, 4
 def quoted(value) -> str:
     """A value from a file for an error: as Python writes it, on one line and not endless."""
     return _SHORT.repr(value)
-
-
-def shown(name: str, most: int = 80) -> str:
-    """A name from a file for an error: as it is where that is on one line and not endless."""
-    text = name if name.isprintable() else repr(name)
-    return text if len(text) <= most else text[:most] + "..."

@@ -6,10 +6,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lab.errors import LabError
+from lab.errors import LabError, named
 from lab.model.config import ModelConfig
 from lab.model.memory import require_memory
-from lab.model.unsupported import shown
 
 
 @dataclass
@@ -60,7 +59,7 @@ def load(source, dtype: torch.dtype = torch.float32, device: str | torch.device 
         loaded = _pack(source, config, dtype, torch.device(device), advance)
     if unread := source.unread():
         more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
-        raise LabError(f"{source.where}: tensor {', '.join(map(shown, unread[:3]))}{more} in it belongs to no part "
+        raise LabError(f"{source.where}: tensor {', '.join(map(named, unread[:3]))}{more} in it belongs to no part "
                        f"of a {config.architecture} model of {config.layers} layers as it is built here; without it "
                        "the model's text would be wrong")
     return loaded

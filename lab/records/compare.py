@@ -1,28 +1,34 @@
 """`lab compare A B`: were the rows of run B slower than those of run A? Reads records, never imports torch.
 
 A and B are a folder, a records file, or either with `@RUN` for one run of it (the last run otherwise). Rows are matched
-by schema.key. Exit status: 0 same or faster, 1 slower beyond --fail-on-slower, 2 not comparable.
+by schema.key. Exit status: 0 same or faster, 1 slower beyond --fail-on-slower, 2 not comparable, or not in full: a run
+with a line that holds no usable value (a time that is no number, say) does not pass.
 
 Two runs of one commit on one card measure the same thing: every faster or slower is then a false alarm, and their share
 is printed (and recorded, with --record). It should stay below 5%.
 """
+import functools
 import json
 import math
+import operator
 import os
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from lab.errors import LabError
+from lab.errors import LabError, shown
 from lab.files import write_whole
 from lab.numbers import number
 from lab.records import schema
+from lab.text import columns
 
 FASTER, SLOWER, SAME, AMBIGUOUS, FAILED = "faster", "slower", "same", "ambiguous", "failed"
 VERDICTS = (SLOWER, FAILED, AMBIGUOUS, FASTER, SAME)      # the order of the table: what needs a look comes first
 WITHIN_RUN = 0.01       # smallest relative effect called real between interleaved measurements of one process
 BETWEEN_RUNS = 0.03     # and between two processes: memory layout, clocks and temperature differ
 RESOLUTION_US = 0.1     # differences below this are the grain of launching graph nodes, not of the kernel
+LABEL = 400             # characters of a row's name that are printed
 HOST_TIMERS = ("event", "wall")     # whose times include the host's
 # What must be equal for two runs to be compared: a field of the env row and what to call it.
 SAME_ON_BOTH = {"device": "device", "gpu": "GPU", "driver": "driver", "cuda": "CUDA", "torch": "torch",
@@ -44,38 +50,52 @@ def verdict(a, b, min_effect=WITHIN_RUN):
         if b.us_p10 > a.us_p90 or b.us_p90 < a.us_p10:
             return SLOWER if difference > 0 else FASTER
         return AMBIGUOUS
-    error = math.hypot(*(1.2533 * (r.us_p90 - r.us_p10) / 2.563 / math.sqrt(r.n) for r in (a, b)))
+    error = 1.2533 / 2.563 * math.hypot((a.us_p90 - a.us_p10) / math.sqrt(a.n), (b.us_p90 - b.us_p10) / math.sqrt(b.n))
     return SAME if abs(difference) + 2 * error <= 2 * smallest else AMBIGUOUS
 
 
 @dataclass
 class Pair:
-    """One row of both runs. `change` is B's time over A's, minus one."""
+    """One row of both runs. `change` is B's time over A's, minus one; None where a time is missing, or is a difference
+    of times that is not above zero (schema.DIFFERENCES)."""
     a: object
     b: object
     verdict: str
 
     @property
     def change(self):
-        return self.b.us / self.a.us - 1 if self.a.us and self.b.us else None
+        return self.b.us / self.a.us - 1 if self.a.us and self.b.us and self.a.us > 0 else None
 
 
-def open_run(where):
-    """(rows of one run, its env row, notices) of "path" or "path@run"."""
+class OpenRun(NamedTuple):
+    """One run of a records file. left_out: what is wrong with the lines of it that could not be read."""
+    rows: list
+    env: object
+    notices: list
+    left_out: list
+
+
+def open_run(where, read=schema.read):
+    """The OpenRun of "path" or "path@run"."""
     path, at, run = str(where).rpartition("@")
     if not at or os.path.exists(str(where)):
         path, run = str(where), ""
-    found = schema.read(path)
+    found = read(path)
     if not found.rows:
-        raise LabError(f"{found.path} holds no records")
+        raise LabError(f"{found.path} holds no records" + "".join(f"; {line}" for line in found.notices[:1]))
     runs = found.runs()
     if run and run not in runs:
-        raise LabError(f"{found.path} has no run {run!r}: it has {', '.join(runs)}")
+        raise LabError(f"{found.path} has no run {run!r}: it has {', '.join(shown(r, quotes=False) for r in runs)}")
+    # Without a name it is the last run: a line that was left out may have belonged to it, or to one after it.
+    mine = {run or runs[-1], None}
+    left_out = [f"{found.path}:{bad.line}: {bad.problem}" for bad in found.left_out
+                if bad.run in mine or not run and bad.run not in runs]
     rows = found.of_run(run or runs[-1])
     env = next((r for r in rows if r.kind == "env"), None)
     if env is None:
-        raise LabError(f"{found.path}: run {rows[0].run} has no env row, so it cannot be compared")
-    return rows, env, found.notices
+        raise LabError(f"{found.path}: run {shown(rows[0].run, quotes=False)} has no env row, so it cannot be compared"
+                       + (f" (left out: {left_out[0]})" if left_out else ""))
+    return OpenRun(rows, env, found.notices, left_out)
 
 
 def differences(a, b):
@@ -92,15 +112,25 @@ def timed(rows):
 
 
 def match(rows_a, rows_b, min_effect=BETWEEN_RUNS):
-    """(pairs, rows only in A, rows only in B). A row that A measured and B could not is `failed`."""
+    """(pairs, rows only in A, rows only in B). A row that A measured and B could not is `failed`.
+
+    Rows with the same median, spread and count are the same, however wide the spread: they are one measurement, read
+    twice. The pairs are sorted by verdict, the largest change first, else in A's order.
+    """
     a, b = timed(rows_a), timed(rows_b)
     pairs = []
-    for k in a.keys() & b.keys():
-        if a[k].error:
+    for k, row in a.items():
+        other = b.get(k)
+        if other is None or row.error:
             continue
-        pairs.append(Pair(a[k], b[k], FAILED if b[k].error else verdict(a[k], b[k], min_effect)))
-    pairs.sort(key=lambda p: (VERDICTS.index(p.verdict), -abs(p.change or 0), label(p.a)))
-    return pairs, [a[k] for k in a.keys() - b.keys()], [b[k] for k in b.keys() - a.keys()]
+        said = FAILED if other.error else SAME if _statistics(row) == _statistics(other) else verdict(row, other,
+                                                                                                    min_effect)
+        pairs.append(Pair(row, other, said))
+    pairs.sort(key=lambda p: (VERDICTS.index(p.verdict), -abs(p.change or 0)))
+    return pairs, [r for k, r in a.items() if k not in b], [r for k, r in b.items() if k not in a]
+
+
+_statistics = operator.attrgetter("us", "us_p10", "us_p90", "n")
 
 
 def repeat(pairs, env_a, env_b, min_effect, run):
@@ -125,7 +155,7 @@ def alarms(r):
 
 
 def label(row):
-    """One line that tells a row from the others."""
+    """One line that tells a row from the others; what would control a terminal is escaped."""
     if row.kind == "op":
         words = [row.op, row.role, row.backend, row.dtype, f"b{row.batch}", row.context and f"ctx{row.context}",
                  " ".join(f"{k}={v}" for k, v in row.shape.items()), row.cache, row.timer]
@@ -133,7 +163,7 @@ def label(row):
         words = [row.model, row.backend, row.plan, getattr(row, "mode", None), row.dtype, f"b{row.batch}",
                  f"ctx{row.context}", getattr(row, "row", None), getattr(row, "op", None),
                  getattr(row, "kernel", None), " ".join(f"{k}={v}" for k, v in row.overrides.items())]
-    return " ".join(str(w) for w in words if w)
+    return shown(" ".join(str(w) for w in words if w), LABEL, quotes=False)
 
 
 def parse_share(text):
@@ -165,25 +195,30 @@ def add_arguments(parser):
 
 def main(args):
     """Prints the comparison and returns the exit status. Raises LabError (status 2) where none is possible."""
-    rows_a, env_a, notices_a = open_run(args.a)
-    rows_b, env_b, notices_b = open_run(args.b)
     threshold, min_effect = parse_share(args.fail_on_slower), parse_share(args.min_effect)
-    for line in notices_a + notices_b:
+    read = functools.cache(schema.read)            # often two runs of one file
+    a, b = open_run(args.a, read), open_run(args.b, read)
+    env_a, env_b = a.env, b.env
+    for line in dict.fromkeys(a.notices + b.notices):
         print(line, file=sys.stderr)
     differ = differences(env_a, env_b)
     if differ:
         text = " / ".join(name for name, _, _ in differ) + (" differs" if len(differ) == 1 else " differ")
-        text += " (" + "; ".join(f"{name}: {a} and {b}" for name, a, b in differ) + ")"
+        text += " (" + "; ".join(f"{name}: {shown(one, quotes=False)} and {shown(other, quotes=False)}"
+                                 for name, one, other in differ) + ")"
         if not args.anyway:
             raise LabError(f"not comparable: {text}; --anyway compares all the same")
         print(f"warning: {text}: differences may come from there", file=sys.stderr)
     if env_a.tuned and env_b.tuned and env_a.tuned != env_b.tuned:
-        print(f"the tables of lab tune differ: {env_a.tuned} and {env_b.tuned}", file=sys.stderr)
-    pairs, only_a, only_b = match(rows_a, rows_b, min_effect)
+        print(f"the tables of lab tune differ: {shown(env_a.tuned, 200)} and {shown(env_b.tuned, 200)}", file=sys.stderr)
+    with schema.no_collection():
+        pairs, only_a, only_b = match(a.rows, b.rows, min_effect)
+    left_out = list(dict.fromkeys(a.left_out + b.left_out))
     if not pairs:
-        raise LabError(f"not comparable: no row of {args.a} and {args.b} measures the same thing")
+        raise LabError(f"not comparable: no row of {args.a} and {args.b} measures the same thing"
+                       + (f" (left out: {left_out[0]})" if left_out else ""))
     failing = [p for p in pairs if p.verdict == FAILED or p.verdict == SLOWER
-               and p.change > threshold and p.b.us - p.a.us > args.min_us]
+               and (p.change is None or p.change > threshold) and p.b.us - p.a.us > args.min_us]
     print(text_of(pairs, only_a, only_b, env_a, env_b, args.all))
     if args.json:
         write_json(args.json, pairs, env_a, env_b)
@@ -194,6 +229,9 @@ def main(args):
         record(args.record, again)
     if failing:
         print(f"slower: {len(failing)} of {len(pairs)} rows by more than {threshold:.0%} and {args.min_us:g} us")
+    if left_out and not failing and not args.anyway:
+        raise LabError(f"not comparable in full: {len(left_out)} line{'s' * (len(left_out) > 1)} of these runs hold no "
+                       f"usable value, as {left_out[0]}; --anyway compares the others")
     return 1 if failing else 0
 
 
@@ -211,14 +249,17 @@ def record(where, again):
 
 def text_of(pairs, only_a, only_b, env_a, env_b, everything=False):
     counts = Counter(p.verdict for p in pairs)
-    lines = [f"A {env_a.run} commit {env_a.commit}   B {env_b.run} commit {env_b.commit}   {env_a.gpu or env_a.device}"]
-    shown = [p for p in pairs if everything or p.verdict != SAME]
-    if shown:
-        lines.append(f"{'A us':>10} {'B us':>10} {'change':>8}  {'verdict':<10} row")
-    for p in shown:
-        us_b, change = ("-", "-") if p.b.us is None else (f"{p.b.us:.2f}", f"{p.change:+.1%}")
+    (run_a, run_b), card = ([shown(f"{e.run} commit {e.commit}", LABEL, quotes=False) for e in (env_a, env_b)],
+                            shown(env_a.gpu or env_a.device, LABEL, quotes=False))
+    lines = [f"A {run_a}   B {run_b}   {card}"]
+    listed = [p for p in pairs if everything or p.verdict != SAME]
+    cells = [("A us", "B us", "change", "verdict", "row")] if listed else []
+    for p in listed:
+        us_b = "-" if p.b.us is None else f"{p.b.us:.2f}"
+        change = "-" if p.change is None else f"{p.change:+.1%}"
         emulated = " (emulated)" if getattr(p.a, "emulated", False) else ""
-        lines.append(f"{p.a.us:>10.2f} {us_b:>10} {change:>8}  {p.verdict:<10} {label(p.a)}{emulated}")
+        cells.append((f"{p.a.us:.2f}", us_b, change, p.verdict, label(p.a) + emulated))
+    lines += columns(cells, right=(0, 1, 2))
     lines.append(f"{len(pairs)} rows: " + ", ".join(f"{counts[v]} {v} ({counts[v] / len(pairs):.1%})"
                                                    for v in VERDICTS if counts[v]))
     if only_a or only_b:

@@ -43,17 +43,38 @@ faster or slower, each of them a false alarm.
 
 A measurement that failed is a line with `error` (one line of text) and no time. `emulated` lines have timer wall and
 neither gbps nor of_ceiling. `flag` says why a line must not be read as a win ("above the ceiling", "fits in L2").
+
+Reading checks every value against the annotation of its field (see `from_dict`). A line with a value that cannot be
+right is left out of what is read, with a notice that names the line and the field. A line that is no record at all
+(not JSON, an unknown kind or field, a field missing) is an error.
 """
+import contextlib
 import dataclasses
+import gc
 import json
+import operator
 import os
+import stat
+import types
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lab.errors import LabError
+from lab.errors import LabError, shown
+
+try:
+    import fcntl
+except ImportError:             # Windows
+    fcntl = None
+    import msvcrt
 
 SCHEMA = 1
 FILE = "records.jsonl"
+LONGEST = 10_000        # characters of a text, entries of a list or an object
+LARGEST = 2 ** 63       # every number is smaller
+DEEPEST = 4             # objects and lists within one another
+SHORTEST = 1e-6         # microseconds: less than a picosecond is no time that a clock measured
+NAMED = 10              # lines left out that a notice each names; the others are counted
 
 
 @dataclass
@@ -76,18 +97,18 @@ class Env:
     python: str | None = None
     cpu: str | None = None
     commit: str | None = None             # git commit; "+" and a hash of the difference when the tree was edited
-    tuned: dict | None = None             # of the tables of `lab tune` that launchers read: lab.tune.tuned.digests
+    tuned: dict[str, str | None] | None = None      # of the tables of `lab tune` that launchers read: lab.tune.tuned.digests
     sm_mhz: float | None = None
     mem_mhz: float | None = None
     sm_max_mhz: float | None = None
     power_w: float | None = None
     power_limit_w: float | None = None
     temperature_c: float | None = None
-    throttle: list | None = None          # reasons active at the time; [] is none
+    throttle: list[str] | None = None     # reasons active at the time; [] is none
     ecc: str | None = None
-    peers: dict = field(default_factory=dict)       # optional package -> version, or why it is absent
+    peers: dict[str, str] = field(default_factory=dict)     # optional package -> version, or why it is absent
     settings: dict = field(default_factory=dict)
-    notes: list = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     kind = "env"
     key_fields = ("when",)
 
@@ -125,7 +146,7 @@ class OpRow:
     cache: str = "cold"                   # cold | warm | in_model
     timer: str = "graph"                  # graph | event | wall
     role: str | None = None               # which use of the op: qkv, o, gate_up, down, lm_head, hidden, head ...
-    models: list = field(default_factory=list)      # presets with this shape
+    models: list[str] = field(default_factory=list)         # presets with this shape
     plan: str | None = None               # basic | fused, where the op belongs to one plan only
     rung: int | None = None               # of the op's ladder (lab bench ops --ladder); config then has its name
     us: float | None = None
@@ -138,7 +159,7 @@ class OpRow:
     of_ceiling: float | None = None       # gbps / the best read, copy or write bandwidth of this run
     of_stream: float | None = None        # gbps / what a plain stream of these bytes reached in this run
     config: dict = field(default_factory=dict)      # launch configuration, splits ...
-    verdict: dict = field(default_factory=dict)     # other backend -> faster | slower | same | ambiguous
+    verdict: dict[str, str] = field(default_factory=dict)   # other backend -> faster | slower | same | ambiguous
     flag: str | None = None
     emulated: bool = False
     note: str | None = None
@@ -159,7 +180,7 @@ class ModelRow:
     batch: int
     context: int
     timer: str = "graph"
-    overrides: dict = field(default_factory=dict)   # op -> backend
+    overrides: dict[str, str] = field(default_factory=dict)         # op -> backend
     weights: str = "random"               # random | file
     us: float | None = None
     us_p10: float | None = None
@@ -178,7 +199,7 @@ class ModelRow:
     peak_bytes: int | None = None         # highest allocated, prefill and capture included
     page_utilisation: float | None = None  # tokens held / tokens the allocated pages could hold
     linearity: float | None = None        # tokens_per_s / (batch * tokens_per_s at the smallest batch / that batch)
-    verdict: dict = field(default_factory=dict)
+    verdict: dict[str, str] = field(default_factory=dict)
     flag: str | None = None
     emulated: bool = False
     note: str | None = None
@@ -202,7 +223,7 @@ class LedgerRow:
     op: str | None = None
     role: str | None = None               # which use of the op, as in op records
     kernel: str | None = None
-    overrides: dict = field(default_factory=dict)
+    overrides: dict[str, str] = field(default_factory=dict)
     calls: int | None = None
     us: float | None = None
     us_p10: float | None = None
@@ -239,7 +260,8 @@ class Fairness:
     threads: int | None = None            # per block
     occupancy: float | None = None        # theoretical, of a multiprocessor's warps
     instructions: int | None = None       # of machine code
-    mix: dict = field(default_factory=dict)         # of them, by class (lab/inspect/kernel.py), no zeros; {}: unknown
+    mix: dict[str, int] = field(default_factory=dict)       # of them, by class (lab/inspect/kernel.py), no zeros;
+                                                            # {}: unknown
     code_lines: int | None = None         # of the twin's file, no blanks, comments, docstrings
     shared_lines: int | None = None       # of the files it shares with other ops; the base of all ops not counted
     compile_s: float | None = None        # nvcc: the whole file, every instantiation and architecture; Triton: this kernel
@@ -277,32 +299,204 @@ def to_line(record):
     return json.dumps({"schema": SCHEMA, "kind": record.kind, **body}, allow_nan=False, separators=(",", ":")) + "\n"
 
 
+# What a value may be. A check is called with a value and gives None, or what is wrong with it in words.
+
+class BadValue(LabError):
+    """A record whose fields are all known, one of which holds what it cannot hold."""
+
+
+def _text(value):
+    if type(value) is str and value.isascii() and len(value) < LONGEST and "\0" not in value:
+        return None                             # nearly every text
+    if type(value) is not str:
+        return f"is {shown(value)}, not text"
+    if len(value) > LONGEST:
+        return f"is a text of {len(value)} characters, more than {LONGEST}"
+    if "\0" in value:
+        return f"is {shown(value)}: it holds a NUL"
+    try:
+        value.encode()
+    except UnicodeEncodeError:                  # half of a surrogate pair, which no file and no terminal takes
+        return f"is {shown(value)}, which is no valid Unicode"
+
+
+def _flag(value):
+    if type(value) is not bool:
+        return f"is {shown(value)}, neither true nor false"
+
+
+def _number(whole, least):
+    """The check of a number from `least` up; whole: without a fraction."""
+    what = "a whole number" if whole else "a number"
+
+    def check(value):
+        kind = type(value)
+        if kind is (int if whole else float) and least <= value < LARGEST:
+            return None                         # nearly every number
+        if kind is not int and (kind is not float or whole and not value.is_integer()):
+            return f"is {shown(value)}, not {what}"
+        if not -LARGEST < value < LARGEST:      # also false for NaN
+            return f"is {shown(value)}, not a finite number below 2^63"
+        if value < least:
+            return f"is {shown(value)}, less than {least:g}"
+    return check
+
+
+def _json(value, depth=0):
+    """The check of a JSON value of any kind."""
+    kind = type(value)
+    if kind is str:
+        return _text(value)
+    if kind is int or kind is float:
+        return SIGNED(value)
+    if value is None or kind is bool:
+        return None
+    if depth == DEEPEST:
+        return f"is nested more than {DEEPEST} deep"
+    if len(value) > LONGEST:
+        return f"has {len(value)} entries, more than {LONGEST}"
+    for item in (*value, *value.values()) if kind is dict else value:
+        problem = _json(item, depth + 1)
+        if problem:
+            return problem
+
+
+SIGNED = _number(False, -LARGEST)
+
+
+def _object(of=_json):
+    """The check of an object (dict) whose values pass `of`."""
+    def check(value):
+        if type(value) is not dict:
+            return f"is {shown(value)}, not an object"
+        if not value:
+            return None
+        if len(value) > LONGEST:
+            return f"has {len(value)} entries, more than {LONGEST}"
+        for name, inner in value.items():
+            problem = _text(name) or (of(inner, 1) if of is _json else of(inner))
+            if problem:
+                return f"has an entry {shown(name)} that {problem}"
+    return check
+
+
+def _list(of):
+    def check(value):
+        if type(value) is not list:
+            return f"is {shown(value)}, not a list"
+        if len(value) > LONGEST:
+            return f"has {len(value)} entries, more than {LONGEST}"
+        return next((f"has an entry that {problem}" for problem in map(of, value) if problem), None)
+    return check
+
+
+def _check_of(annotation, name=""):
+    """The check that the annotation of a field asks for. Numbers are 0 or more, `batch` is 1 or more."""
+    if typing.get_origin(annotation) is types.UnionType:
+        inner, = (_check_of(a, name) for a in typing.get_args(annotation) if a is not type(None))
+        return lambda value: None if value is None else inner(value)
+    if typing.get_origin(annotation) in (dict, list):
+        *_, item = map(_check_of, typing.get_args(annotation))
+        return _object(item) if typing.get_origin(annotation) is dict else _list(item)
+    return {str: _text, bool: _flag, dict: _object(), int: _number(True, 1 if name == "batch" else 0),
+            float: SIGNED if name in MAY_BE_NEGATIVE else _number(False, 0)}[annotation]
+
+
+TIMES = ("us", "us_p10", "us_p90", "us_p99")
+DIFFERENCES = ("chain", "gap", "unexplained")   # rows of a ledger that subtract times: by their noise they go below 0
+MAY_BE_NEGATIVE = (*TIMES, "gbps", "of_ceiling", "of_token", "temperature_c")     # in a difference: see _signs
+
+
+def _signs(record):
+    """What is wrong with the sign of a measurement, beginning with the field's name, or None."""
+    kind = record.kind
+    if kind not in ("op", "model", "ceiling", "ledger") or kind == "ledger" and record.row in DIFFERENCES:
+        return None
+    values = record.__dict__
+    for name in TIMES:
+        value = values.get(name)
+        if value is not None and value < SHORTEST:
+            return f"{name} is {shown(value)}, not a time"
+    for name in ("gbps", "of_ceiling", "of_token"):
+        value = values.get(name)
+        if value is not None and value < 0:
+            return f"{name} is {shown(value)}, less than 0"
+    return None
+
+
+@dataclass
+class _Schema:
+    """What from_dict and key need to know of a kind of record."""
+    checks: dict            # field -> check
+    defaults: dict          # field -> value, where it may be absent
+    makers: dict            # the same where the value is an object or a list of its own -> what makes one
+    required: set
+    identity: object        # record -> the values of key_fields
+    unhashable: list        # which of these are lists or objects
+
+
+def _schema(cls):
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    return _Schema({name: _check_of(f.type, name) for name, f in fields.items()},
+                   {n: f.default for n, f in fields.items() if f.default is not dataclasses.MISSING},
+                   {n: f.default_factory for n, f in fields.items() if f.default_factory is not dataclasses.MISSING},
+                   {n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING},
+                   operator.attrgetter(*cls.key_fields, "run"),     # with "run" always a tuple
+                   [i for i, n in enumerate(cls.key_fields) if (typing.get_origin(fields[n].type) or fields[n].type)
+                    in (dict, list)])
+
+
+SCHEMAS = {kind: _schema(cls) for kind, cls in KINDS.items()}
+
+
 def from_dict(body):
-    """A record from a decoded line. Raises LabError for an unknown kind, schema or field, or a missing field."""
-    if not isinstance(body, dict):
+    """A record from a decoded line.
+
+    Raises BadValue for a value that its field cannot hold: of another type than its annotation (true and false are no
+    numbers), not finite or 2^63 and above, negative (but for differences of times), no valid Unicode, with a NUL, or
+    longer or nested deeper than LONGEST and DEEPEST. Raises another LabError for what is no record: an unknown kind,
+    schema or field, or a missing field.
+    """
+    if type(body) is not dict:
         raise LabError("not a record: expected a JSON object")
-    schema, kind = body.get("schema"), body.get("kind")
-    if not isinstance(schema, int) or schema < 1:
-        raise LabError(f"not a record: no schema version (got {schema!r})")
+    values = dict(body)
+    schema, kind = values.pop("schema", None), values.pop("kind", None)
+    if type(schema) is not int or schema < 1:
+        raise LabError(f"not a record: no schema version (got {shown(schema)})")
     if schema > SCHEMA:
-        raise LabError(f"schema version {schema} is newer than this lab's {SCHEMA}: update the lab to read it")
-    if kind not in KINDS:
-        raise LabError(f"unknown kind {kind!r}: expected one of {', '.join(KINDS)}")
-    cls = KINDS[kind]
-    values = {k: v for k, v in body.items() if k not in ("schema", "kind")}
-    known = {f.name: f for f in dataclasses.fields(cls)}
-    unknown = sorted(set(values) - set(known))
-    required = {n for n, f in known.items() if f.default is f.default_factory is dataclasses.MISSING}
-    missing = sorted(required - set(values))
+        raise LabError(f"schema version {shown(schema)} is newer than this lab's {SCHEMA}: update the lab to read it")
+    if type(kind) is not str or kind not in KINDS:
+        raise LabError(f"unknown kind {shown(kind)}: expected one of {', '.join(KINDS)}")
+    known = SCHEMAS[kind]
+    unknown, missing = sorted(values.keys() - known.checks.keys()), sorted(known.required - values.keys())
     if unknown or missing:
         raise LabError(f"a {kind} record with " + " and ".join(
-            f"{what} {', '.join(names)}" for what, names in (("unknown", unknown), ("no", missing)) if names))
-    return cls(**values)
+            f"{what} {shown(', '.join(names), quotes=False)}" for what, names in (("unknown", unknown), ("no", missing))
+            if names))
+    checks = known.checks
+    for name, value in values.items():
+        problem = checks[name](value)
+        if problem:
+            raise BadValue(f"{name} {problem}")
+    for name, make in known.makers.items():
+        if name not in values:
+            values[name] = make()
+    record = object.__new__(KINDS[kind])        # __init__ with its 30 keywords takes most of the time of a long file
+    record.__dict__ = {**known.defaults, **values}
+    problem = _signs(record)
+    if problem:
+        raise BadValue(problem)
+    return record
 
 
 def key(record):
     """What makes two measurements the same one in two runs: kind and the fields of key_fields, hashable."""
-    return (record.kind, *(freeze(getattr(record, f)) for f in record.key_fields))
+    schema = SCHEMAS[record.kind]
+    found = list(schema.identity(record))
+    found[-1] = record.kind
+    for i in schema.unhashable:
+        found[i] = freeze(found[i])
+    return tuple(found)
 
 
 def freeze(value):
@@ -320,12 +514,21 @@ def path_of(where):
     return where / FILE if where.is_dir() or where.suffix != ".jsonl" else where
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """A line that was not read, for a value in it. run: None where not even that could be read."""
+    line: int
+    run: str | None
+    problem: str            # names the field
+
+
 @dataclass
 class Records:
-    """What a file holds. `notices` are lines for the user: a torn last line, lines skipped as too new."""
+    """What a file holds. `notices` are lines for the user: a torn last line, lines left out or skipped as too new."""
     path: Path
     rows: list
     notices: list = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
 
     def runs(self):
         """Run ids, oldest first."""
@@ -342,33 +545,18 @@ def read(where, newer="error"):
     """Reads a records file (or a folder that holds records.jsonl) into Records.
 
     newer: "error" raises LabError at a line with a schema newer than SCHEMA, "skip" leaves such lines out with a
-    notice. A torn last line (a run killed by a full disk) is a notice; any other bad line is a LabError.
+    notice. A torn last line (a run killed by a full disk) is a notice, and so is a line that holds a value that cannot
+    be right (BadValue); any other bad line is a LabError.
     """
     path = path_of(where)
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise LabError(f"no records: {path} does not exist; `lab bench all --out {path.parent}` writes it") from None
-    except OSError as e:
-        raise LabError(f"cannot read {path}: {e.strerror}") from None
-    *lines, tail = data.split(b"\n")
+    *lines, tail = _content(path).split(b"\n")
     found = Records(path, [])
-    skipped = 0
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            body = json.loads(line)
-        except ValueError:
-            raise LabError(f"{path}:{number}: not JSON; remove the line to read the rest") from None
-        schema = body.get("schema") if isinstance(body, dict) else None
-        if newer == "skip" and isinstance(schema, int) and schema > SCHEMA:
-            skipped += 1
-            continue
-        try:
-            found.rows.append(from_dict(body))
-        except LabError as e:
-            raise LabError(f"{path}:{number}: {e}") from None
+    with no_collection():
+        skipped = _add_rows(found, lines, newer)
+    found.notices += [f"{path}:{bad.line}: left out: {bad.problem}" for bad in found.left_out[:NAMED]]
+    if len(found.left_out) > NAMED:
+        found.notices.append(f"{path}: left out {len(found.left_out) - NAMED} more lines with such values, up to line "
+                             f"{found.left_out[-1].line}")
     if skipped:
         found.notices.append(f"{path}: skipped {skipped} lines of a newer schema than {SCHEMA}; update the lab")
     if tail.strip():
@@ -376,10 +564,88 @@ def read(where, newer="error"):
     return found
 
 
-class Writer:
-    """Appends records; every append is one write of whole lines, on disk when it returns.
+@contextlib.contextmanager
+def no_collection():
+    """No search for garbage meanwhile: rows are none, and looking for some as they grow takes as long as reading them."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
-    So a killed run leaves whole lines. A torn last line left by a full disk is cut off on opening (see `notices`).
+
+def _add_rows(found, lines, newer):
+    """Adds what the lines of a file hold to its Records; returns how many were skipped as too new."""
+    path, skipped = found.path, 0
+    for number, line in enumerate(lines, 1):
+        if not line or line.isspace():
+            continue
+        try:
+            body = json.loads(line.decode())        # of bytes it would guess the encoding
+        except (ValueError, RecursionError):
+            raise LabError(f"{path}:{number}: not JSON; remove the line to read the rest") from None
+        schema = body.get("schema") if type(body) is dict else None
+        if newer == "skip" and type(schema) is int and schema > SCHEMA:
+            skipped += 1
+            continue
+        try:
+            found.rows.append(from_dict(body))
+        except BadValue as e:
+            run = body.get("run")
+            found.left_out.append(LeftOut(number, None if _text(run) else run, str(e)))
+        except LabError as e:
+            raise LabError(f"{path}:{number}: {e}") from None
+    return skipped
+
+
+def _content(path):
+    """The bytes of a records file, read while nobody writes."""
+    try:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):       # a pipe or a device may never end
+                raise LabError(f"cannot read {path}: it is no ordinary file")
+            with locked(file.fileno(), shared=True):
+                return file.read()
+    except FileNotFoundError:
+        raise LabError(f"no records: {path} does not exist; `lab bench all --out {path.parent}` writes it") from None
+    except OSError as e:
+        raise LabError(f"cannot read {path}: {e.strerror}") from None
+
+
+@contextlib.contextmanager
+def locked(fd, shared=False):
+    """Holds the lock of an open records file: one writer at a time, and no reader while one writes.
+
+    The kernel lets go of it when its process ends, however that happens. Yields None, or why there is no lock (a file
+    system without locks).
+    """
+    problem = None
+    try:
+        if fcntl:
+            fcntl.flock(fd, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        elif not shared:
+            os.lseek(fd, 0, os.SEEK_SET)
+            msvcrt.locking(fd, msvcrt.LK_LOCK, 1)
+    except OSError as e:
+        problem = e.strerror
+    try:
+        yield problem
+    finally:
+        if problem is None:
+            if fcntl:
+                fcntl.flock(fd, fcntl.LOCK_UN)
+            elif not shared:
+                os.lseek(fd, 0, os.SEEK_SET)
+                msvcrt.locking(fd, msvcrt.LK_UNLCK, 1)
+
+
+class Writer:
+    """Appends records, one lot of whole lines at a time, which are on disk when `append` returns.
+
+    Several writers may have one file open: each holds the file's lock while it writes. A writer that was killed, or
+    that found the disk full, may leave a torn last line; the next one cuts it off (see `notices`).
     """
 
     def __init__(self, where):
@@ -387,24 +653,50 @@ class Writer:
         self.notices = []
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+            self._fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0), 0o644)
         except OSError as e:
             raise LabError(f"cannot write {self.path}: {e.strerror}") from None
-        self._cut_torn_tail()
+        if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+            os.close(self._fd)
+            raise LabError(f"cannot write {self.path}: it is no ordinary file")
+        with locked(self._fd) as problem:
+            if problem:
+                self.notices.append(f"{self.path}: cannot be locked ({problem}): let no other process write to it")
+            self._cut_torn_tail()
 
     def _cut_torn_tail(self):
-        data = self.path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            os.ftruncate(self._fd, whole)
-            self.notices.append(f"{self.path}: cut off a torn last line of {len(data) - whole} bytes")
+        """Call it with the lock held: without it the tail may be another writer's line that is being written."""
+        size = end = os.fstat(self._fd).st_size
+        block = 1 << 16
+        while end:
+            start = max(0, end - block)
+            at = self._read(start, end - start).rfind(b"\n")
+            if at >= 0:
+                end = start + at + 1
+                break
+            end = start
+        if end < size:
+            os.ftruncate(self._fd, end)
+            self.notices.append(f"{self.path}: cut off a torn last line of {size - end} bytes")
+
+    def _read(self, start, count):
+        os.lseek(self._fd, start, os.SEEK_SET)
+        return os.read(self._fd, count)
 
     def append(self, *records):
-        data = "".join(map(to_line, records)).encode()
-        written = os.write(self._fd, data)
-        if written != len(data):
-            raise LabError(f"{self.path}: only {written} of {len(data)} bytes were written; is the disk full?")
-        os.fsync(self._fd)
+        """Writes the records' lines, all or none of them; raises LabError where the disk takes no more."""
+        data = memoryview("".join(map(to_line, records)).encode())
+        with locked(self._fd):
+            self._cut_torn_tail()               # of a writer that was killed since
+            before, written = os.fstat(self._fd).st_size, 0
+            try:
+                while written < len(data):
+                    written += os.write(self._fd, data[written:])
+                os.fsync(self._fd)
+            except OSError as e:
+                os.ftruncate(self._fd, before)
+                raise LabError(f"{self.path}: only {written} of {len(data)} bytes could be written ({e.strerror}); "
+                               "they were taken back") from None
 
     def close(self):
         os.close(self._fd)

@@ -80,6 +80,7 @@ def conditions(run, rows, *extra):
             what = " cache" if column == "cache" else ""
             words.append(", ".join(v.replace("_", " ") for v in values) + what if values else f"{column} not recorded")
     words += [e for e in extra if e]
+    words += filter(None, [untuned_words(rows)])
     if not run.emulated:
         words.append(ceiling_words(run))
     counts = rows["n"].dropna() if "n" in rows else pd.Series(dtype=float)
@@ -92,6 +93,16 @@ def conditions(run, rows, *extra):
     spread = {"us_p10", "us_p90"} <= set(rows) and timed[["us_p10", "us_p90"]].notna().all(axis=None)
     words.append("bars p10 to p90" if spread and len(timed) else "p10 and p90 not recorded for all")
     return " · ".join(words)
+
+
+def untuned_words(rows):
+    """"untuned: Triton decode_attention" for the rows of a picture (frames of lab.report.load), "" where all are tuned."""
+    if "tuning" not in rows:
+        return ""
+    found = rows[rows["tuning"] != ""]
+    which = [f"{style.backend(r.backend).label} {getattr(r, 'op', '') or r.tuning.partition(': ')[2]}"
+             for r in found.itertuples()]
+    return f"untuned: {', '.join(dict.fromkeys(which))}" if which else ""
 
 
 def ceiling_words(run):
@@ -149,7 +160,7 @@ HEADS = {       # column of a frame: head of a table
     "us": "median (us)", "us_p10": "p10 (us)", "us_p90": "p90 (us)", "us_p99": "p99 (us)", "gbps": "GB/s",
     "share": "of ceiling (%)", "of_token": "of token (%)", "flops": "flop", "intensity": "flop/byte",
     "tflops": "Tflop/s", "tokens_per_s": "tokens/s", "ttft_ms": "first token (ms)",
-    "page_utilisation": "KV pages in use"}
+    "page_utilisation": "KV pages in use", "tuning": "settings"}
 
 
 def table(rows, columns, **heads):
@@ -190,10 +201,11 @@ def line(ax, rows, x, y, low, high, look, label, dash="-", markers="full"):
 def dots(ax, rows, column, order, x, low, high, theme):
     """One row of the axis per value of `column`, top down in `order`; one mark with its spread per backend in each."""
     backends = style.backend_order(rows["backend"])
+    place = {name: i for i, name in enumerate(order)}
     apart = 0.7 / len(backends) if rows[column].duplicated().any() else 0
     for i, name in enumerate(backends):
         mine, look = rows[rows["backend"] == name], style.backend(name)
-        at = np.array([order.index(v) for v in mine[column]]) + (i - (len(backends) - 1) / 2) * apart
+        at = np.array([place[v] for v in mine[column]]) + (i - (len(backends) - 1) / 2) * apart
         ax.errorbar(mine[x], at, xerr=spread(mine, x, low, high), linestyle="none", color=look.color,
                     marker=look.marker, label=look.label)
     for i in range(0, len(order), 2):

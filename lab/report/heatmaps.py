@@ -16,7 +16,8 @@ def crossover(run, f, a="cuda", b="triton"):
     """Heat map of b's time over a's: ops, uses and contexts down, batch across."""
     if run.emulated:
         return None
-    found = [_cell(f, case, batch, verdict(one, other), one, a_us=one.us, b_us=other.us, ratio=other.us / one.us)
+    found = [_cell(f, case, batch, verdict(one, other), one, a_us=one.us, b_us=other.us, ratio=other.us / one.us,
+                   tuning=_untuned(one, other))
              for case, batch, one, other in pairs(labelled(chosen(run.op, f)), a, b)]
     if not found:
         return None
@@ -30,9 +31,10 @@ def crossover(run, f, a="cuda", b="triton"):
     def words(cell):
         if cell.verdict in ("same", "ambiguous"):
             return "same" if cell.verdict == "same" else "too close"
-        return f"{(look_a if cell.verdict == 'faster' else look_b).label} {max(cell.ratio, 1 / cell.ratio):.2f}×"
+        return (f"{(look_a if cell.verdict == 'faster' else look_b).label} {max(cell.ratio, 1 / cell.ratio):.2f}×"
+                + ("\n" + cell.tuning if cell.tuning else ""))
 
-    counts = {v: int((cells["verdict"] == v).sum()) for v in VERDICTS}
+    counts = {v: int((cells["verdict"] == v).sum()) for v in VERDICTS} | {"untuned": int((cells["tuning"] != "").sum())}
     order = in_order(cells["case"])
     return Figure(
         name="crossover", title=f"Who wins where: {look_a.label} against {look_b.label}{f.of_model}",
@@ -41,7 +43,7 @@ def crossover(run, f, a="cuda", b="triton"):
                 "twice the speed. Hatched cells are no win for either: the spreads overlap or the difference is below "
                 "the resolution.",
         alt=f"Heat map of ops by batch. {score_words(counts, a, b)}",
-        table=table(cells, "case batch a_us b_us ratio verdict", a_us=f"{look_a.label} (us)",
+        table=table(cells, "case batch a_us b_us ratio verdict tuning", a_us=f"{look_a.label} (us)",
                     b_us=f"{look_b.label} (us)", ratio=f"{look_b.label} / {look_a.label}",
                     verdict=f"{look_a.label} is"),
         command=command("ops", (), cells, f.model), height=0.5 + 0.27 * len(order),
@@ -59,7 +61,8 @@ def winners(run, f, op):
         first, *others = group.sort_values("us").itertuples()
         if others:
             found.append(_cell(f, case, batch, verdict(first, others[0]), first, winner=first.backend, us=first.us,
-                               second=others[0].backend, second_us=others[0].us))
+                               second=others[0].backend, second_us=others[0].us,
+                               tuning=_untuned(first, others[0])))
     if not found:
         return None
     cells = pd.DataFrame(found)
@@ -69,7 +72,8 @@ def winners(run, f, op):
 
     def words(cell):
         first, second = style.backend(cell.winner).label, style.backend(cell.second).label
-        return f"{first}\n{cell.second_us / cell.us:.2f}×" if cell.verdict == "faster" else f"{first} or\n{second}"
+        said = f"{first}\n{cell.second_us / cell.us:.2f}×" if cell.verdict == "faster" else f"{first} or\n{second}"
+        return said + ("\n" + cell.tuning if cell.tuning else "")
 
     won = cells[cells["verdict"] == "faster"]["winner"].value_counts()
     counts = ", ".join(f"{style.backend(b).label} in {c}" for b, c in won.items()) or "none decided"
@@ -81,9 +85,15 @@ def winners(run, f, op):
         reading=counts + " The factor is the time of the second best over that of the best; hatched cells are "
                          "undecided between the two that they name.",
         alt=f"Heat map of the fastest backend of {op} by batch. {counts}",
-        table=table(cells, "case batch winner us second second_us verdict", second_us="second (us)"),
+        table=table(cells, "case batch winner us second second_us verdict tuning", second_us="second (us)"),
         command=command("ops", [op], cells, f.model), height=0.5 + 0.36 * len(order),
         draw=lambda canvas, theme: _map(canvas, theme, cells, order, face, words))
+
+
+def _untuned(*rows):
+    """"Triton untuned" where one of the rows beside each other is, so that the verdict is no limit of a language."""
+    names = [style.backend(r.backend).label for r in rows if r.tuning]
+    return f"{', '.join(names)} untuned" if names else ""
 
 
 def _cell(f, case, batch, said, row, **values):
@@ -93,15 +103,17 @@ def _cell(f, case, batch, said, row, **values):
 
 
 def _conditions(run, cells, f):
-    return conditions(run, cells, f.timer).replace("bars p10 to p90", "verdicts from p10 to p90")
+    said = conditions(run, cells.drop(columns="tuning"), f.timer).replace("bars p10 to p90", "verdicts from p10 to p90")
+    return said + (" · a cell names the side whose settings are untuned" if (cells["tuning"] != "").any() else "")
 
 
 def _map(canvas, theme, cells, order, face, words):
     """Cases down in `order`, batches across; decided cells in face(cell, theme), the others hatched."""
     ax = canvas.subplots()
     batches = sorted(cells["batch"].unique())
+    place = {case: i for i, case in enumerate(order)}
     for cell in cells.itertuples():
-        x, y = batches.index(cell.batch), order.index(cell.case)
+        x, y = batches.index(cell.batch), place[cell.case]
         decided = cell.verdict in ("faster", "slower")
         ax.add_patch(Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, facecolor=face(cell, theme) if decided else theme.grid,
                                edgecolor=theme.muted, linewidth=0, hatch="" if decided else "////"))

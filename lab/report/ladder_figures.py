@@ -64,7 +64,7 @@ def climb(run, op):
         reading=f"{climbed(rows)} {shortfalls(run, rows)}".strip(),
         alt=f"Lines of {names(rows['backend'])} over {len(rungs)} rungs of {op}: "
             + ("time of a call." if run.emulated else "share of the bandwidth ceiling."),
-        table=table(rows, "rung name idea backend us us_p10 us_p90 n gbps share gain",
+        table=table(rows, "rung name idea backend tuning us us_p10 us_p90 n gbps share gain",
                     gain="times faster than the rung before"),
         command=command("ops", [op], None, None, "--ladder"), height=3.4, draw=draw)
 

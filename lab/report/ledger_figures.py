@@ -90,7 +90,7 @@ def ledger(run, model):
                    "grows by when its calls join those before it, and the only gap is the graph's launch."
                    if chained else ""),
         alt=f"Stacked bars, one per backend, of {unit_name} by op. {'; '.join(most)}",
-        table=table(rows.assign(of_token=100 * rows["of_token"]), "bar row part role kernel calls us us_p10 us_p90 n bytes "
+        table=table(rows.assign(of_token=100 * rows["of_token"]), "bar row part tuning role kernel calls us us_p10 us_p90 n bytes "
                     "gbps share of_token flag"),
         command=command("ledger", [model], rows.iloc[:1]), height=1.15 + 0.5 * len(bars), draw=draw)
 

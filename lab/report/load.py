@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from lab.errors import LabError
+from lab.harness import untuned
 from lab.records import compare, schema
 
 ABOVE = 1.02        # of the ceiling; more is a fault of the measurement, not a fast kernel
@@ -36,6 +37,7 @@ class Run:
     """One bench run. Frames have every field of the record's dataclass as a column, also when they are empty.
 
     Numbers are floats with NaN where absent, texts are "" where absent; `suspect` marks what no win may rest on.
+    `tuning` of op, model and ledger rows is "untuned" (of a model's row with the ops that are), or "".
     """
     id: str
     path: Path
@@ -96,8 +98,11 @@ def load(where):
     for path in paths:
         found = schema.read(path, newer="skip")
         skipped += found.notices
-        for run in found.runs():
-            runs.append(_run(str(run), path, found.of_run(run), found.notices))
+        by_run = {}
+        for row in found.rows:
+            by_run.setdefault(row.run, []).append(row)
+        for run, rows in by_run.items():
+            runs.append(_run(run, path, rows, found.notices))
     if not runs:
         raise LabError("; ".join(skipped) or f"no records in {', '.join(map(str, paths))}")
     return sorted(runs, key=lambda r: (str(r.env.time or "") if r.env else "", r.id), reverse=True)
@@ -108,6 +113,7 @@ def _run(run, path, rows, notices):
               *(_frame([r for r in rows if r.kind == kind], kind)
                 for kind in ("ceiling", "op", "model", "ledger", "fairness")),
               failures=pd.DataFrame(), ladder=_frame([], "op"), notices=[Notice("warning", n) for n in notices])
+    _mark_untuned(run, rows)
     _drop_failures(run)
     _drop_unusable(run)
     _check_bandwidth(run)
@@ -120,12 +126,13 @@ def _run(run, path, rows, notices):
 
 def _frame(rows, kind):
     cls = schema.KINDS[kind]
+    rows = list({schema.key(r): r for r in rows}.values())     # a resumed bench may have measured a key again: the last
     columns = [f.name for f in dataclasses.fields(cls)]
     data = {}
     for column in columns:
         values = [getattr(r, column) for r in rows]
         if column in NUMBERS:
-            data[column] = pd.to_numeric(pd.Series(values, dtype=object), errors="coerce").astype(float)
+            data[column] = pd.Series(values, dtype=float)
         elif column in OBJECTS:
             kind_of = OBJECTS[column]
             data[column] = pd.Series([v if isinstance(v, kind_of) else kind_of() for v in values], dtype=object)
@@ -134,12 +141,32 @@ def _frame(rows, kind):
         else:
             data[column] = pd.Series(["" if v is None else str(v) for v in values], dtype=object)
     frame = pd.DataFrame(data, columns=columns)
-    # A resumed bench may have measured a key again: the last line counts.
-    if len(frame):
-        keys = [(r.kind, *(repr(schema.freeze(getattr(r, f))) for f in cls.key_fields)) for r in rows]
-        frame = frame[~pd.Series(keys).duplicated(keep="last").to_numpy()].reset_index(drop=True)
     frame["suspect"] = False
     return frame
+
+
+def _mark_untuned(run, rows):
+    """Adds the column `tuning`. An op of a model or a ledger counts as untuned where the cards, or all of its backend's
+    op rows, say so; which ops a plan runs is read from the ledgers."""
+    cards = untuned.by_cards([r for r in rows if r.kind == "fairness"])
+    marks = {schema.key(r): untuned.is_untuned(r, cards) for r in rows if r.kind == "op"}
+    run.op["tuning"] = [untuned.WORD if mark else "" for mark in marks.values()]
+    always = dict.fromkeys(cards, True)
+    for r in run.op[run.op["error"] == ""].itertuples():
+        always[r.backend, r.op] = always.get((r.backend, r.op), True) and r.tuning == untuned.WORD
+    whole = {which for which, untuned_everywhere in always.items() if untuned_everywhere}
+    led = run.ledger
+    led["tuning"] = [untuned.WORD if (r.backend, r.op) in whole and r.row in ("kernel", "chain") else ""
+                     for r in led.itertuples()]
+    steps = {}
+    for r in led[led["tuning"] != ""].itertuples():
+        steps.setdefault((r.backend, r.plan), {})[r.op] = None
+    run.model["tuning"] = [f"{untuned.WORD}: {', '.join(found)}" if found else ""
+                           for found in (steps.get((r.backend, r.plan), {}) for r in run.model.itertuples())]
+    if whole and not run.emulated:
+        named = ", ".join(f"{backend} {op}" for backend, op in sorted(whole))
+        run.notices.append(Notice("warning", f"Untuned: {named}: no launch settings were raced for it by `lab tune`, so "
+                                             "its times are no limit of its language; they are marked wherever they stand."))
 
 
 def _drop_failures(run):

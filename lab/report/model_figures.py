@@ -24,7 +24,7 @@ from lab.report.figures import (
 DIRECTIONS = {"read": ("o", "-"), "copy": ("s", "--"), "write": ("^", ":")}
 HELD = (("weights", "weight_bytes", "#5f55c4", ""), ("KV cache", "kv_bytes", "#88ccee", ""),
         ("workspace", "workspace_bytes", "#ddcc77", "///"))
-COLUMNS = ("series batch context us us_p10 us_p90 us_p99 n tokens_per_s ttft_ms gbps share linearity flag")
+COLUMNS = ("series tuning batch context us us_p10 us_p90 us_p99 n tokens_per_s ttft_ms gbps share linearity flag")
 
 
 def ceiling(run):

@@ -24,7 +24,7 @@ from lab.report.figures import (
 )
 from lab.report.ops import chosen, in_order, labelled, of_model, score, score_words
 
-COLUMNS = "case backend batch context us us_p10 us_p90 n bytes gbps share"
+COLUMNS = "case backend tuning batch context us us_p10 us_p90 n bytes gbps share"
 
 
 def utilisation(run, f):
@@ -123,7 +123,7 @@ def roofline(run, f):
                 f"batch {amount(rows['batch'].min())} to {amount(rows['batch'].max())}. The arithmetic peak was not "
                 "measured and is not drawn; ops that only move data have no place here.",
         alt=f"Roofline on log axes: {len(rows)} points of {names(rows['backend'])} below the line of the bandwidth.",
-        table=table(rows, "case backend batch intensity tflops us us_p10 us_p90 n gbps share"),
+        table=table(rows, "case backend tuning batch intensity tflops us us_p10 us_p90 n gbps share"),
         command=command("ops", (), rows, f.model), height=3.6, draw=draw)
 
 
@@ -225,7 +225,7 @@ def caches(run, f, op):
                 "the same buffers again. Eager: launched one by one, the host's time included; the others are device "
                 "time inside one graph.",
         alt=f"Dot plot: time of one call of {case} by cache state for {names(rows['backend'])}.",
-        table=table(rows, "state backend us us_p10 us_p90 n gbps"), command=command("ops", [op], rows, f.model),
+        table=table(rows, "state backend tuning us us_p10 us_p90 n gbps"), command=command("ops", [op], rows, f.model),
         height=0.9 + 0.38 * len(states), draw=draw)
 
 

@@ -98,17 +98,19 @@ def pairs(rows, a, b):
 
 
 def score(rows, a="cuda", b="triton"):
-    """{verdict: how often a has it next to b}."""
-    counts = dict.fromkeys(VERDICTS, 0)
+    """{verdict: how often a has it next to b; "untuned": in how many of all cases a side is}."""
+    counts = dict.fromkeys((*VERDICTS, "untuned"), 0)
     for _, _, one, other in pairs(labelled(rows), a, b):
         counts[verdict(one, other)] += 1
+        counts["untuned"] += bool(one.tuning or other.tuning)
     return counts
 
 
 def score_words(counts, a="cuda", b="triton"):
-    total = sum(counts.values())
+    total, left = sum(counts[v] for v in VERDICTS), counts.get("untuned", 0)
     if not total:
         return ""
     a, b = style.backend(a).label, style.backend(b).label
     return (f"{a} is faster in {counts['faster']} of {total} cases, {b} in {counts['slower']}; "
-            f"{counts['same']} are the same and {counts['ambiguous']} too close to call.")
+            f"{counts['same']} are the same and {counts['ambiguous']} too close to call."
+            + (f" In {left} of them one side is untuned." if left else ""))

@@ -18,17 +18,21 @@ import pandas as pd
 
 from lab import rungs
 from lab.errors import LabError
+from lab.harness import untuned
 from lab.inspect.kernel import MIX
 from lab.report import figures, heatmaps, ladder_figures, model_figures, op_figures, ops, style, twins
 
 HERE = Path(__file__).parent
 FAIRNESS = ("op backend dtype arch kernel configurations tried registers spill_bytes shared_bytes threads occupancy "
-            "instructions code_lines shared_lines compile_s")
+            "instructions code_lines shared_lines file_s kernel_s")
 CARD = {"configurations": "configurations to choose from", "tried": "settings the tuner raced",
         "registers": "registers of a thread",
         "spill_bytes": "spilled bytes of a thread", "shared_bytes": "shared memory of a block (bytes)",
         "threads": "threads of a block", "occupancy": "theoretical occupancy", "instructions": "machine instructions",
-        "code_lines": "lines of code", "shared_lines": "lines shared with other ops", "compile_s": "compile time (s)"}
+        "code_lines": "lines of code", "shared_lines": "lines shared with other ops",
+        "file_s": "nvcc, the whole file: every instantiation and architecture (s)",
+        "kernel_s": "Triton, this kernel alone, in a process that has compiled before (s)"}
+COMPILED = {name: CARD[name] for name in ("file_s", "kernel_s")}
 # Classes of instructions that say little of how a kernel treats memory: one row of the mix.
 UPKEEP = ("integer and address", "constant and register move", "control flow and fence", "other")
 
@@ -105,7 +109,8 @@ def view(run, slug, folder, with_twins, progress):
         sections.append(Section("fairness", "Fairness cards", "What was spent on each side, and what came of it: a "
                                 "race says little if one side was tuned for longer. Every op's card, and the mix of "
                                 "its instructions, is in its section.",
-                                tables=[("All fairness cards", figures.table(run.fairness, FAIRNESS), False)]))
+                                tables=[("All fairness cards", figures.table(compile_times(run.fairness), FAIRNESS,
+                                                                                   **COMPILED), False)]))
     else:
         sections.append(Section("fairness", "Fairness cards", "None in this run: `lab inspect --all --out DIR` adds "
                                 "them to the records in DIR, without a GPU."))
@@ -143,7 +148,7 @@ def _op_sections(run, f, drawn, with_twins):
         if len(rows):
             section.pictures = drawn(op_figures.of_op(run, f, op))
             listed = ops.labelled(rows).assign(shape=rows["shape"].map(ops.shape_text))
-            listed = figures.table(listed, "case backend dtype batch context shape cache timer us us_p10 us_p90 n "
+            listed = figures.table(listed, "case backend tuning dtype batch context shape cache timer us us_p10 us_p90 n "
                                            "bytes gbps share flag")
             section.tables.append((f"All {len(rows)} measurements of {op}", listed, False))
         made.append(section)
@@ -159,12 +164,22 @@ def one_call(rows, dtype):
     return rows[rows["arch"] == rows["arch"].iloc[0]]
 
 
+def compile_times(rows):
+    """Fairness records with `compile_s` apart by what it is the time of, since the two cannot be set side by side."""
+    cuda = rows["backend"] == "cuda"
+    return rows.assign(file_s=rows["compile_s"].where(cuda), kernel_s=rows["compile_s"].where(~cuda))
+
+
 def card(rows):
     """(caption, frame) of what was spent on each side; a column for each kernel. rows: of one_call()."""
-    sides = {"": list(CARD.values())}
+    sides, rows = {"": list(CARD.values())}, compile_times(rows)
     for row in rows.itertuples():
-        sides[_kernel(row)] = [f"{row.occupancy:.0%}" if field == "occupancy" and row.occupancy == row.occupancy else
-                               cell(getattr(row, field)) for field in CARD]
+        shown = {field: cell(getattr(row, field)) for field in CARD}
+        if row.occupancy == row.occupancy:
+            shown["occupancy"] = f"{row.occupancy:.0%}"
+        if untuned.by_cards([row]):
+            shown["tried"] += f" ({untuned.WORD})"
+        sides[_kernel(row)] = list(shown.values())
     return f"Fairness card: {_call(rows)}", pd.DataFrame(sides)
 
 
@@ -257,7 +272,7 @@ def _tiles(run, f):
         for row in rows.head(3).itertuples():
             known = row.of_ceiling == row.of_ceiling and not row.suspect
             share = f", {row.of_ceiling:.0%} of the ceiling" if known else ""
-            words.append(f"{row.series} {duration(row.us)}{share}")
+            words.append(f"{row.series} {duration(row.us)}{share}" + (f" ({row.tuning})" if row.tuning else ""))
         at = f"batch {figures.amount(first['batch'])} @{figures.amount(first['context'])}"
         tiles.append((duration(first["us"]), f"a step of {model}, {at}" + (", emulated" if run.emulated else ""),
                       "; ".join(words)))

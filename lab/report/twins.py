@@ -10,13 +10,14 @@ from html import escape
 from pathlib import Path
 
 from lab import rungs
-from lab.errors import LabError
+from lab.errors import LabError, shown
 from lab.report import style
 
 ROOT = Path(__file__).resolve().parents[2]
 STEP = re.compile(r"^\s*(?://|#) (\d+)\. ([\w ,+\-/]+):\s*(.*)$")
 COMMENT = re.compile(r"^\s*(?://|#) ?(.*)$")
 KERNEL = re.compile(r"\b(\w+_kernel)\s*\(")
+NAME = re.compile(r"(ladder/)?\w{1,80}", re.ASCII)
 FOLDERS = {"cuda": ("cuda_src", ".cu"), "triton": ("triton_kernels", ".py")}
 
 
@@ -90,6 +91,8 @@ def known_ops(root=ROOT):
 def half(language, op, root=ROOT):
     """Reads one half of an op, or of a ladder ("ladder/linear"). Raises LabError when its file is not there."""
     folder, ending = FOLDERS[language]
+    if not NAME.fullmatch(op):                  # of a record, from anywhere: no path out of the project
+        raise LabError(f"{shown(op, quotes=False)} has no {language} half: that is no name of an op")
     path = root / folder / (op + ending)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

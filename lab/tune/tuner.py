@@ -25,6 +25,7 @@ from lab.contract import DTYPES
 from lab.errors import LabError
 from lab.files import write_whole
 from lab.harness import shapes
+from lab.harness.shapes import key_shape
 from lab.names import known
 from lab.tune import tuned
 from lab.tune.spaces import SPACES, candidates
@@ -35,12 +36,6 @@ GAIN = 0.01                         # a candidate must beat the settings by hand
 TOKEN_RACE_S, TOKEN_GAIN = 0.08, 0.001          # the same where whole tokens judge: seconds of each pair
 WORKERS = 16
 BY_HAND = "by hand"
-
-
-def key_shape(point):
-    """What a point's settings are looked up by, beside the number of rows."""
-    names = ("n", "k") if "n" in point.shape else ("q_heads", "kv_heads", "head_dim", "page_size")
-    return {name: point.shape[name] for name in names}
 
 
 # Compiling: in processes of their own, without the GPU; Triton's cache on disk hands the result to this process.

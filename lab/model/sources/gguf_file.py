@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lab.errors import LabError, Unavailable
+from lab.errors import LabError, Unavailable, named
 from lab.files import regular_file
 from lab.model.config import from_gguf, with_held_biases
 from lab.model.sources.store import check_shape, store
-from lab.model.unsupported import shown
 
 try:
     from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
@@ -143,12 +142,12 @@ class GGUFSource:
         if field is None:
             return None
         if field.types[0] != GGUFValueType.ARRAY:
-            raise LabError(f"{self.where}: {shown(key)} is no array")
+            raise LabError(f"{self.where}: {named(key)} is no array")
         try:
             values = field.parts[field.data[0]]
             return _strings(values) if field.types[1] == GGUFValueType.STRING else values.tolist()
         except Exception as error:
-            raise LabError(f"{self.where}: {shown(key)} is mangled: {_first_line(error)}") from error
+            raise LabError(f"{self.where}: {named(key)} is mangled: {_first_line(error)}") from error
 
     def holds(self, name: str) -> bool:
         return gguf_name(name) in self.tensors
@@ -194,4 +193,4 @@ def rotate_half_order(values: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def _first_line(error: Exception) -> str:
-    return shown((str(error).splitlines() or [""])[0] or type(error).__name__, 200)
+    return named((str(error).splitlines() or [""])[0] or type(error).__name__, 200)

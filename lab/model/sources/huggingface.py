@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-from lab.errors import LabError, Unavailable
+from lab.errors import LabError, Unavailable, named
 from lab.files import read_json, regular_file
 from lab.model.config import from_huggingface, huggingface_biases, with_held_biases
 from lab.model.sources.store import store
-from lab.model.unsupported import quoted, shown
+from lab.model.unsupported import quoted
 
 try:
     from safetensors import safe_open
@@ -51,7 +51,7 @@ class HuggingFaceSource:
         except LabError:
             raise
         except Exception as error:
-            raise LabError(f"{path}: tensor {name} cannot be read: {shown(str(error), 200)}") from error
+            raise LabError(f"{path}: tensor {name} cannot be read: {named(str(error), 200)}") from error
         if values.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise LabError(f"{path}: tensor {name} is {values.dtype}; only float32, float16 and bfloat16 are supported")
         store(values, out, name, str(path))
@@ -78,14 +78,14 @@ class HuggingFaceSource:
             if Path(file).name != file:
                 raise LabError(f"{self.folder / INDEX}: {quoted(file)} is not the name of a file beside it")
             if not (self.folder / file).exists():
-                raise LabError(f"{self.folder}: {shown(file)}, named in {INDEX}, is missing")
+                raise LabError(f"{self.folder}: {named(file)}, named in {INDEX}, is missing")
             for name in self._open(self.folder / file).keys():
                 if name in files:
-                    raise LabError(f"{self.folder}: tensor {shown(name)} is in {files[name]} and in {file}")
+                    raise LabError(f"{self.folder}: tensor {named(name)} is in {files[name]} and in {file}")
                 files[name] = file
         for name, file in index.items():
             if name not in files and not name.endswith(IGNORED):
-                raise LabError(f"{self.folder}: tensor {shown(name)}, which {INDEX} places in {file}, is in none "
+                raise LabError(f"{self.folder}: tensor {named(name)}, which {INDEX} places in {file}, is in none "
                                "of the safetensors files")
         return files
 
@@ -100,5 +100,5 @@ class HuggingFaceSource:
             except OSError as error:
                 raise LabError(f"{path} cannot be read: {error.strerror or error}") from error
             except Exception as error:
-                raise LabError(f"{path} is truncated or mangled: {shown(str(error), 200)}") from error
+                raise LabError(f"{path} is truncated or mangled: {named(str(error), 200)}") from error
         return self.shards[path.name]

@@ -1,0 +1,38 @@
+"""Which measured kernels were left with settings that nobody raced, though there are others to choose from.
+
+The time of such a kernel is no limit of its language, so whatever shows it says "untuned" beside it. A bench on a GPU
+records it with each op row (config["tuned"]: true or false, absent where there is nothing to choose). For records that
+do not say it, the fairness cards of the run do: an op that `lab tune` knows and of which no setting was raced is
+untuned at every shape. Never imports torch.
+"""
+from lab.tune.spaces import SPACES
+
+WORD = "untuned"
+
+
+def raced(backend, op, rows, itemsize, shape, entries):
+    """True where the tuner's table has an entry for a launch, False where it has none though `lab tune` could have made
+    one; None where there is nothing to choose.
+
+    rows, itemsize (bytes), shape: as lab.tune.tuned.lookup takes them; entries: of the backend's table.
+    """
+    from lab.tune import tuned
+    space = SPACES.get(backend, {}).get(op)
+    if space is None or not space(rows, itemsize, shape):
+        return None
+    return tuned.lookup(entries, op, itemsize, rows, shape) is not None
+
+
+def by_cards(cards):
+    """{(backend, op)} of the Fairness records of one run that say that no setting was raced."""
+    return {(c.backend, c.op) for c in cards if c.tried == 0 and c.op in SPACES.get(c.backend, {})}
+
+
+def is_untuned(row, cards):
+    """Does an op row say that it was untuned, or, where it does not say, do the cards (of `by_cards`)? The rungs of a
+    ladder below the product are written to be compared, not to be tuned: they are never called untuned."""
+    tuned = row.config.get("tuned")
+    if isinstance(tuned, bool):
+        return not tuned
+    product = row.rung is None or row.config.get("name") == "Product"
+    return product and not row.emulated and (row.backend, row.op) in cards
