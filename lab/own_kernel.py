@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -91,12 +92,19 @@ class CudaFile:
         try:
             extension = importlib.util.module_from_spec(spec)
         except ImportError as error:                # the linker leaves a missing launcher to the loader
-            raise LabError(f"{path} lacks the launcher {op.name} of cuda_src/launchers.h: {error}") from None
+            raise LabError(f"{path} lacks the launcher {op.name} of cuda_src/launchers.h, {declaration(op.name)} ({error})"
+                           ) from None
         spec.loader.exec_module(extension)
         self.backend = Backend(device, extension)
 
     def launcher(self, op: Op):
         return self.backend.launcher(op)
+
+
+def declaration(name: str) -> str:
+    """A launcher's declaration, as launchers.h has it."""
+    text = (ROOT / "cuda_src" / "launchers.h").read_text()
+    return re.search(rf"^void {name}\(.*?\)(?=;)", text, re.M | re.S)[0]
 
 
 def add_arguments(parser):
