@@ -125,6 +125,44 @@ struct StepRow {
   }
 };
 
+// What becomes of the sums of a phase's product.
+//
+//   phase     added to the sum              finished by          stored in
+//   kQkv      the bias, if there is one                          the row qkv
+//   kO        the bias, and the residual                         the residual h
+//   kGateUp                                 silu(gate) * up      the row act
+//   kDown     the residual                                       the residual h
+//   kLmHead   NaN, if the token is none                          logits, and the best so far
+template <typename T>
+struct StepEpilogue {
+  StepPhase phase;
+  bool normed;                                    // a phase whose input is normed adds no residual
+  const T* bias;
+  float poison;
+  TaggedRow<T> h, to;
+  float* logits;
+  uint64_t& best;
+
+  // Loaded before the product and unpacked after it.
+  LAB_DEVICE Base<T> load(int n) const {
+    return {normed ? 0 : h.own(n), bias ? bias[n] : from_float<T>(0.f)};
+  }
+  LAB_DEVICE float finish(int n, const Base<T>& base, float sum, float second) const {
+    if (phase == kGateUp) return activate(sum, second);
+    if (phase == kLmHead) return sum + poison;
+    return sum + (TaggedRow<T>::element(base.word, n) + to_float(base.bias));
+  }
+  LAB_DEVICE void store(int n, float mine, float next) const {
+    if (phase == kLmHead) {
+      logits[n] = mine;
+      const uint64_t other = candidate(mine, n);
+      best = other > best ? other : best;
+    } else if (n % 2 == 0) {
+      to.store(n, mine, next);
+    }
+  }
+};
+
 template <typename T, int D>
 __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const StepArguments<T> a) {
 #if LAB_SM90
@@ -206,29 +244,14 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
     if (phase == kDown) x.start(i + 1 < a.layers ? layers[i + 1].attn_norm : a.final_norm, a.hidden);
     if (!share.empty()) {
       const T* bias = phase == kQkv ? layer.bqkv : phase == kO ? layer.bo : nullptr;
-      const auto base_of = [&](int n) {           // loaded before the product and unpacked after it
-        return Base<T>{normed ? 0 : h.own(n), bias ? bias[n] : from_float<T>(0.f)};
-      };
+      const StepEpilogue<T> epilogue{phase, normed, bias, poison, h, to, a.logits, best};
       const int n = share.first + int(threadIdx.x);
-      const Base<T> base = n < share.last ? base_of(n) : Base<T>{};
+      const Base<T> base = n < share.last ? epilogue.load(n) : Base<T>{};
       // Where DRAM is the limit the row is never there sooner, and to ask for it in vain costs L2 bandwidth: 1B at 32
       // tokens 845 to 834 us on an H100. (To pause between two questions costs more than it saves.)
       if (ring.few > 1) wait_cycles(600);
       normed ? x.norm(last, m.k, a.heads.eps) : x.copy(last, m.k);
-      const auto finish = [&](int n, const Base<T>& base, float sum, float second) {
-        if (phase == kGateUp) return activate(sum, second);
-        if (phase == kLmHead) return sum + poison;
-        return sum + (TaggedRow<T>::element(base.word, n) + to_float(base.bias));
-      };
-      ring.multiply(m, share, x.x, base, base_of, finish, [&](int n, float mine, float next) {
-        if (phase == kLmHead) {
-          a.logits[n] = mine;
-          const uint64_t other = candidate(mine, n);
-          best = other > best ? other : best;
-        } else if (n % 2 == 0) {
-          to.store(n, mine, next);
-        }
-      });
+      ring.multiply(m, share, x.x, base, epilogue);
     }
     last = to;
   }

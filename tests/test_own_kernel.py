@@ -48,6 +48,8 @@ def test_a_wrong_kernel_fails_and_the_built_in_ones_stay(suffix, old, new, tmp_p
 
 @pytest.mark.parametrize("name, text, message", [
     ("a.cu", "int x", "does not compile"), ("b.cu", "int x;", "lacks the launcher silu_mul of cuda_src/launchers.h"),
+    ("row_of_numbers.cu", "void silu_mul(unsigned long gate_up, unsigned long y, int rows, int cols, int, unsigned long) {}",
+     "lacks the launcher silu_mul of cuda_src/launchers.h, void silu_mul(const SiluMulArgs& a)"),
     ("c.py", "x = 1", "has no function silu_mul"), ("d.py", "import nothing_like_it", "ModuleNotFoundError"),
     ("e.txt", "", "give a .cu file"), ("missing.cu", None, "no such file")])
 def test_a_file_that_is_no_kernel(name, text, message, tmp_path, capsys):

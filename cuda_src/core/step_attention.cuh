@@ -147,9 +147,32 @@ struct StepAttention {
     if (value) store(heads.v_cache + to, plain[0]);
   }
 
+  // The queries as operand A of the multiplies in add_tokens(). Lane (g, t) loads 16 bytes of head g at a time. Load s
+  // is elements 32 s + 8 t to 32 s + 8 t + 7, four words of two elements each: words 0 and 1 belong to unit 2 s, words 2
+  // and 3 to unit 2 s + 1. A unit is the 16 elements that four lanes have of it, and one multiply's k.
+  //
+  //   load s of lanes t = 0 .. 3     | 0 1 2 3 | 0 1 2 3 | 0 1 2 3 | 0 1 2 3 |     words
+  //   unit 2 s                         a b       a b       a b       a b
+  //   unit 2 s + 1                         a b       a b       a b       a b
+  //
+  //   A of a product, a lane's words     k: words a   k: words b
+  //   rows 0 to 7: heads, of unit u        word 0       word 2
+  //   rows 8 to 15: of unit u + kOther     word 1       word 3
+  struct QueryPlace {
+    int product, word;
+  };
+  LAB_DEVICE static QueryPlace query_place(int s, int i) {
+    const int unit = 2 * s + i / 2, b = i % 2;
+    // Of 2 kOther units the first kOther have rows 0 to 7, the others rows 8 to 15.
+    const int pair = unit / (2 * kOther), other = unit / kOther % 2;
+    return {pair * kOther + unit % kOther, b * 2 + other};
+  }
+  // The unit u of a product: the inverse of query_place(), for rows 0 to 7.
+  LAB_DEVICE static int unit_of(int product) { return product / kOther * (2 * kOther) + product % kOther; }
+
   // A warp's running softmaxes, as lane (g, t) = (lane / 4, lane % 4) has them: of head g.
   struct Running {
-    uint32_t query[kSteps][4];                    // as A: see add_tokens()
+    uint32_t query[kSteps][4];                    // as A: see query_place()
     float acc[4][4] = {};                         // of V's chunks t and t + kChunks / 2
     float top = -FLT_MAX, weight = 0.f;           // weight: of this lane's tokens alone
   };
@@ -164,8 +187,8 @@ struct StepAttention {
       if (g < group) q = bit_cast<Vec<uint32_t>>(load(&shared.q[g][s * 32 + t * 8]));
       LAB_UNROLL
       for (int i = 0; i < 4; ++i) {
-        const int unit = 2 * s + i / 2;
-        r.query[unit / kOther / 2 * kOther + unit % kOther][i % 2 * 2 + unit / kOther % 2] = q.v[i];
+        const QueryPlace place = query_place(s, i);
+        r.query[place.product][place.word] = q.v[i];
       }
     }
     for (int first = begin; first < end; first += kTokens) {
@@ -224,7 +247,7 @@ struct StepAttention {
     };
     LAB_UNROLL
     for (int i = 0; i < kSteps; ++i) {
-      const int unit = i / kOther * kOther * 2 + i % kOther;
+      const int unit = unit_of(i);
       add(products[0], i, unit), add(products[1], i, unit + kOther);
     }
     constexpr int kOdd = kExchange ? 3 : 1;       // of token 2 t + 1, in the first product

@@ -126,13 +126,12 @@ struct WeightRing {
     }, [](int, int) {}, [](int, int) {});
   }
 
-  // The products of this block's share with x [k], in shared memory. For each of its outputs one thread calls before(n),
-  // early (base: what it returned for the thread's first output); then finish(n, that, sum of the first part's row, of the
-  // second's); then store(n, that, what the next output's thread has). All warps that multiply call it. Sums have a fixed
-  // order.
-  template <typename Base, typename Before, typename Finish, typename Store>
-  LAB_DEVICE void multiply(const Matrix<T>& m, const Share& share, const T* x, Base base, Before before, Finish finish,
-                           Store store) {
+  // The products of this block's share with x [k], in shared memory. For each of its outputs n one thread calls the
+  // epilogue's load(n), early (base: what that gave for the thread's first output); then finish(n, base, sum of the first
+  // part's row, of the second's); then store(n, what finish gave, what it gave the next output's thread). All warps that
+  // multiply call it. Sums have a fixed order.
+  template <typename Base, typename Epilogue>
+  LAB_DEVICE void multiply(const Matrix<T>& m, const Share& share, const T* x, Base base, Epilogue& epilogue) {
     const TileShape shape(m.k);
     const Lanes lanes(shape);
     const int i = threadIdx.x;
@@ -156,13 +155,16 @@ struct WeightRing {
         if (lane() < 4) place[lane()][warp()] = whole;
       }
     }, [&](int first, int outputs) {
-      if (first > share.first && i < outputs) base = before(first + i);
+      if (first > share.first && i < outputs) base = epilogue.load(first + i);
     }, [&](int first, int outputs) {
       ring_sync();
       float mine = 0.f;
-      if (i < outputs) mine = finish(first + i, base, total(i), m.parts > 1 ? total(kBatchRows / 2 + i) : 0.f);
+      if (i < outputs) {
+        const float second = m.parts > 1 ? total(kBatchRows / 2 + i) : 0.f;
+        mine = epilogue.finish(first + i, base, total(i), second);
+      }
       const float next = __shfl_down_sync(0xffffffffu, mine, 1);
-      if (i < outputs) store(first + i, mine, next);
+      if (i < outputs) epilogue.store(first + i, mine, next);
       ring_sync();                                // the sums' places are free
     });
   }

@@ -15,6 +15,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -162,7 +163,8 @@ class CudaFile:
         try:
             extension = importlib.util.module_from_spec(spec)
         except ImportError as error:                # the linker leaves a missing launcher to the loader
-            raise LabError(f"{path} lacks the launcher {op.name} of cuda_src/launchers.h: {error}") from None
+            raise LabError(f"{path} lacks the launcher {op.name} of cuda_src/launchers.h, {declaration(op.name)} ({error})"
+                           ) from None
         spec.loader.exec_module(extension)
         self.backend = Backend(device, extension)
 
@@ -170,11 +172,17 @@ class CudaFile:
         return self.backend.launcher(op)
 
 
+def declaration(name: str) -> str:
+    """A launcher's declaration, as launchers.h has it."""
+    text = (ROOT / "cuda_src" / "launchers.h").read_text()
+    return re.search(rf"^void {name}\(.*?\)(?=;)", text, re.M | re.S)[0]
+
+
 WHAT_A_FILE_CONTAINS = """\
 what FILE must contain:
   FILE.cu  the launcher that cuda_src/launchers.h declares for the op, such as
-             void silu_mul(Ptr gate_up, Ptr y, int rows, int cols, int dtype, Ptr stream)
-           and the kernels that it launches. Include "common.cuh" and "launchers.h". Kernels are launched by
+             void silu_mul(const SiluMulArgs& a)
+           with a.gate_up, a.y, a.rows, a.cols, a.dtype and a.stream, and the kernels that it launches. Include "common.cuh" and "launchers.h". Kernels are launched by
            launch({grid, block, bytes of dynamic shared memory, stream}, "name", kernel, arguments...), not by <<<>>>,
            so that they run on a CPU too. dtype: 0 float32, 1 float16, 2 bfloat16.
   FILE.py  a function with the name and the arguments of that in triton_kernels/OP.py, such as
