@@ -448,7 +448,7 @@ inline void launch(const Config& config, const char* name, void (*kernel)(Params
   trace::record(name);
   // What runs at the same time is one cluster here: a worker has all its blocks in hand.
   host::run({name, config.grid, config.block, config.smem_bytes, config.cooperative ? config.grid.x : config.cluster,
-             [](const void* call) { (*static_cast<const decltype(run_thread)*>(call))(); }, &run_thread});
+             [](const void* call) { (*static_cast<const decltype(run_thread)*>(call))(); }, &run_thread, config.pdl});
 }
 #endif  // __CUDACC__
 

@@ -2,7 +2,8 @@
 //
 // A thread runs until it waits. Who could run is kept as bit masks, a mask of lanes per warp and a mask of warps per
 // block, so choosing costs a count of trailing zeros. In a fixed schedule the scheduler stays in one warp while it can,
-// lowest lane first; in a random one it draws among all ready threads, and also switches where it need not.
+// lowest lane first; in a random one it draws among all ready threads, and also switches where it need not. With
+// Options::ahead the same thread goes first whenever it can, so that it is as far ahead of the others as barriers allow.
 //
 // When nobody can run and threads are left, that is a deadlock: the report says how many wait where.
 // A failure abandons all fibers of the cluster as they stand. Their destructors do not run, so kernels must not own
@@ -138,7 +139,21 @@ Thread* Worker::take(Block& block, unsigned warp, unsigned lane) {
   return &block.threads[warp * 32 + lane];
 }
 
+// The lowest or the highest of the threads that can run.
+Thread* Worker::pick_ahead() {
+  const bool lowest = options.ahead == Ahead::lowest;
+  const auto choose = [&](uint32_t mask) { return unsigned(lowest ? __builtin_ctz(mask) : 31 - __builtin_clz(mask)); };
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    Block& block = *blocks[lowest ? i : blocks.size() - 1 - i];
+    if (block.ready_warps == 0) continue;
+    const unsigned warp = choose(block.ready_warps);
+    return take(block, warp, choose(block.warps[warp].ready));
+  }
+  return nullptr;
+}
+
 Thread* Worker::pick() {
+  if (options.ahead != Ahead::nobody) return pick_ahead();
   unsigned count = unsigned(blocks.size());
   unsigned first = options.random ? random.below(count) : block_turn_;
   for (unsigned i = 0; i < count; ++i) {
@@ -224,7 +239,7 @@ void Worker::yield() {
 }
 
 void Worker::maybe_yield() {
-  if (options.random && (random.next() & 1)) {
+  if (options.ahead != Ahead::nobody || (options.random && (random.next() & 1))) {
     Thread* self = current;
     make_ready(self);
     Thread* next = pick();
@@ -388,6 +403,7 @@ std::string Worker::run_cluster(const Launch& l, const Options& o, size_t cluste
   TsanIgnore ignore;
   launch = &l;
   options = o;
+  if (options.random) options.ahead = Ahead::nobody;
   random.state = o.seed * 0x2545f4914f6cdd1dull + launch_number * 0x9e3779b97f4a7c15ull + cluster;
   failure.clear();
   current = nullptr;

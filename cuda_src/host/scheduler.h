@@ -99,6 +99,7 @@ class Worker {
   void prepare(Block& block, size_t index, unsigned rank);
   void place_memory(Block& block);
   Thread* take(Block& block, unsigned warp, unsigned lane);
+  Thread* pick_ahead();
   Thread* pick();                    // the next to run: the same warp first
   Thread* pick_after(Thread* thread);  // the next in turn, so that a polling thread does not keep others out
   void start(Thread* thread, Fiber* fiber);
