@@ -165,7 +165,9 @@ void hide() {
 
 void show() {
   std::lock_guard<std::mutex> lock(hidden_mutex);
-  for (size_t i = 0; i < contents.size(); ++i) memcpy(hidden[i].begin, contents[i].data(), contents[i].size());
+  for (size_t i = contents.size(); i-- > 0;) {  // the last first, for regions may overlap
+    memcpy(hidden[i].begin, contents[i].data(), contents[i].size());
+  }
   contents.clear();
 }
 

@@ -139,21 +139,30 @@ Thread* Worker::take(Block& block, unsigned warp, unsigned lane) {
   return &block.threads[warp * 32 + lane];
 }
 
-// The lowest or the highest of the threads that can run.
 Thread* Worker::pick_ahead() {
   const bool lowest = options.ahead == Ahead::lowest;
-  const auto choose = [&](uint32_t mask) { return unsigned(lowest ? __builtin_ctz(mask) : 31 - __builtin_clz(mask)); };
+  const auto first_of = [&](uint32_t mask) { return unsigned(lowest ? __builtin_ctz(mask) : 31 - __builtin_clz(mask)); };
   for (size_t i = 0; i < blocks.size(); ++i) {
     Block& block = *blocks[lowest ? i : blocks.size() - 1 - i];
-    if (block.ready_warps == 0) continue;
-    const unsigned warp = choose(block.ready_warps);
-    return take(block, warp, choose(block.warps[warp].ready));
+    for (uint32_t warps = block.ready_warps; warps != 0;) {
+      const unsigned warp = first_of(warps);
+      warps &= ~(1u << warp);
+      if (const uint32_t lanes = block.warps[warp].ready & ~block.polling[warp]) return take(block, warp, first_of(lanes));
+    }
   }
   return nullptr;
 }
 
+void Worker::set_polling(bool polling) {
+  uint32_t& lanes = blocks[current->block->cluster_rank]->polling[current->warp_index];
+  const uint32_t bit = 1u << current->lane;
+  lanes = polling ? lanes | bit : lanes & ~bit;
+}
+
 Thread* Worker::pick() {
-  if (options.ahead != Ahead::nobody) return pick_ahead();
+  if (options.ahead != Ahead::nobody) {
+    if (Thread* thread = pick_ahead()) return thread;
+  }
   unsigned count = unsigned(blocks.size());
   unsigned first = options.random ? random.below(count) : block_turn_;
   for (unsigned i = 0; i < count; ++i) {
@@ -226,6 +235,7 @@ void Worker::wait(const char* op, Site site) {
   self->op = op;
   self->site = site;
   idle_ = 0;
+  set_polling(false);
   Thread* next = pick();
   if (next == nullptr) deadlock();
   if (next != self) change_to(*self->fiber, next);
@@ -234,13 +244,15 @@ void Worker::wait(const char* op, Site site) {
 void Worker::yield() {
   Thread* self = current;
   make_ready(self);
-  Thread* next = pick_after(self);
+  Thread* next = options.ahead == Ahead::nobody ? nullptr : pick_ahead();
+  if (next == nullptr) next = pick_after(self);
   if (next != self) change_to(*self->fiber, next);
 }
 
 void Worker::maybe_yield() {
   if (options.ahead != Ahead::nobody || (options.random && (random.next() & 1))) {
     Thread* self = current;
+    set_polling(false);
     make_ready(self);
     Thread* next = pick();
     if (next != self) change_to(*self->fiber, next);
@@ -252,6 +264,7 @@ void Worker::poll(const char* op, Site site, uint64_t patience) {
   current->site = site;
   if (++idle_ > patience) deadlock();
   if (idle_ % 1024 == 0) std::this_thread::yield();
+  set_polling(true);
   yield();
 }
 
@@ -356,6 +369,7 @@ void Worker::prepare(Block& block, size_t index, unsigned rank) {
   block.cluster_size = launch->cluster;
   block.size = block.alive = size;
   block.bulk_copies.clear();
+  memset(block.polling, 0, sizeof block.polling);
   place_memory(block);
 
   unsigned warps = (size + 31) / 32;
