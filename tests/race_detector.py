@@ -136,9 +136,7 @@ def noticed(mutant, folder: Path) -> str | None:
     """What caught a removal: a race, a wrong result, an error; None if nothing did."""
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     from mutants import planted
-    for kernel in planted.kernels_with(mutant.file)[:3]:
-        if kernel == "stream":
-            continue
+    for kernel in planted.kernels_with(mutant)[:3]:
         place = Path(tempfile.mkdtemp(dir=folder))
         extension = planted.build(mutant, kernel, place, {"LAB_HOST_SANITIZE": "thread"})
         code, said = run_inside(extension, [kernel])

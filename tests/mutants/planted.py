@@ -66,20 +66,24 @@ def removals(path: Path, text: str | None = None) -> list[Mutant]:
     return mutants
 
 
-def kernels_with(file: str) -> list[str]:
-    """The kernels (`linear`, `ladder/linear`) that a file is part of, the quickest to compile first."""
-    folder = ROOT / "cuda_src"
-    includes = {path: {(path.parent / name).resolve() for name in re.findall(r'#include "(\S+)"', path.read_text())}
-                for path in sources()}
+def kernels_with(mutant: Mutant) -> list[str]:
+    """The kernels (`linear`, `ladder/linear`) that run what a mutant changes, the quickest to compile first: those that
+    include its file and, of these, the ones that name the changed function elsewhere, if any do."""
+    folder, changed = ROOT / "cuda_src", (ROOT / mutant.file).resolve()
+    texts = {path.resolve(): path.read_text() for path in sources()}
+    function = re.compile(rf"\b{mutant.why.partition(':')[0]}\b")
 
-    def reaches(path, seen):
-        if path == (ROOT / file).resolve():
-            return True
-        seen.add(path)
-        return any(reaches(p, seen) for p in includes.get(path, ()) if p not in seen)
-    found = [path for path in includes if path.suffix == ".cu" and reaches(path, set())]
-    found.sort(key=lambda path: path.stat().st_size)
-    return [str(path.relative_to(folder).with_suffix("")) for path in found]
+    def closure(path, seen):
+        if path in texts and path not in seen:
+            seen.add(path)
+            for name in re.findall(r'#include "(\S+)"', texts[path]):
+                closure((path.parent / name).resolve(), seen)
+        return seen
+    parts = {path: closure(path, set()) for path in texts if path.suffix == ".cu" and path.stem != "stream"}
+    found = [path for path, files in parts.items() if changed in files]
+    named = [path for path in found if any(function.search(texts[file]) for file in parts[path] - {changed})]
+    chosen = sorted(named or found, key=lambda path: path.stat().st_size)
+    return [str(path.relative_to(folder).with_suffix("")) for path in chosen]
 
 
 def build(mutant: Mutant, kernel: str, folder: Path, environment: dict[str, str] | None = None) -> Path:

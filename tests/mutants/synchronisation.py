@@ -11,7 +11,11 @@ TRITON = [Mutant("triton_kernels/decode_step.py",
                  "", "arrive without a barrier"),
           Mutant("triton_kernels/split_attention.py", "    tl.debug_barrier()\n", "", "publish without a barrier"),
           Mutant("triton_kernels/norm_linear_argmax.py", "    tl.debug_barrier()\n", "", "publish_best without a barrier"),
-          Mutant("triton_kernels/split_attention.py", 'sem="acq_rel"', 'sem="relaxed"', "a ticket that orders nothing")]
+          Mutant("triton_kernels/split_attention.py", 'sem="acq_rel"', 'sem="relaxed"', "a ticket that orders nothing"),
+          Mutant("triton_kernels/norm_linear_argmax.py", 'sem="acq_rel"', 'sem="relaxed"', "a ticket that orders nothing"),
+          Mutant("triton_kernels/decode_step.py", 'sem="acq_rel"', 'sem="relaxed"', "a ticket that orders nothing"),
+          Mutant("triton_kernels/decode_step.py", 'sem="release"', 'sem="relaxed"', "an arrival that orders nothing"),
+          Mutant("triton_kernels/decode_step.py", 'sem="acquire"', 'sem="relaxed"', "a wait that orders nothing")]
 
 MUTANTS = CUDA + TRITON
 
