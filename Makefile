@@ -5,7 +5,7 @@ READY := .venv/ready
 MEASURED := $(or $(OUT),out/gpu-bench)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test oracle gpu-check gpu-bench gpu-repeat report clean clean-all
+.PHONY: help setup build demo test tsan oracle gpu-check gpu-bench gpu-repeat report clean clean-all
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ demo: build .venv/model  ## a real model speaks under CUDA and under Triton, com
 
 test: build  ## the tests (ARGS="-k rope" picks some)
 	@$(PY) -m pytest -m "not oracle" $(ARGS)
+
+tsan: $(READY)  ## every CUDA kernel's host build under ThreadSanitizer: races, missing barriers and fences (ARGS="--op sample")
+	@$(PY) tests/race_detector.py $(ARGS)
 
 oracle: build .venv/model  ## the model's logits against Hugging Face transformers (installs it)
 	@$(PY) -m lab.setup_env --test
