@@ -33,7 +33,7 @@ demo: build .venv/model  ## a real model speaks under CUDA and under Triton, com
 test: build  ## the tests (ARGS="-k rope" picks some)
 	@$(PY) -m pytest -m "not oracle" $(ARGS)
 
-tsan: $(READY)  ## every CUDA kernel's host build under ThreadSanitizer: races, missing barriers and fences (ARGS="--op sample")
+tsan: $(READY)  ## every CUDA kernel's host build under ThreadSanitizer, for races (ARGS="--op sample")
 	@$(PY) tests/race_detector.py $(ARGS)
 
 oracle: build .venv/model  ## the model's logits against Hugging Face transformers (installs it)

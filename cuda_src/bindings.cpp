@@ -117,8 +117,8 @@ PYBIND11_MODULE(LAB_MODULE, m) {
         "list of dict: kernel, offset (of its host half in this file), grid, block, smem_bytes, cluster, pdl.");
 #ifdef LAB_HOST
   m.def("set_schedule", &set_schedule, py::kw_only(), py::arg("seed") = py::none(), py::arg("ahead") = py::none(),
-        "The order of threads in later launches: random by a seed, or the `lowest` or `highest` as far ahead as barriers\n"
-        "let it; without an argument as LAB_HOST_SEED and LAB_HOST_AHEAD say.");
+        "The order of threads in later launches: random by a seed, or the `lowest` or `highest` as far ahead as\n"
+        "barriers let it; without an argument as LAB_HOST_SEED and LAB_HOST_AHEAD say.");
   m.def("hide_until_pdl_wait", &hide_until_pdl_wait,
         "A list of (address, bytes) that later kernels with programmatic dependent launch find filled with ones until\n"
         "they call pdl_wait(); [] ends that. For tests.");

@@ -34,8 +34,8 @@ MORE = {"sample": dict(batch=2, vocab=1030, temperature=1.3, top_k=50, top_p=0.8
 def build() -> Path:
     """The instrumented extension; what has not changed is not compiled again."""
     environment = {**os.environ, "LAB_CUDA": "0", "LAB_HOST_SANITIZE": "thread"}
-    subprocess.run([sys.executable, str(ROOT / "setup.py"), "--quiet", "build_ext", "--build-lib", str(BUILT)], cwd=ROOT,
-                   env=environment, check=True)
+    command = [sys.executable, str(ROOT / "setup.py"), "--quiet", "build_ext", "--build-lib", str(BUILT)]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
     return max((BUILT / "lab").glob("_host.*"), key=lambda file: file.stat().st_mtime_ns)
 
 
@@ -120,7 +120,8 @@ def check_rung(check, rung, op, module):
     try:
         for case in ladder.CASES[rung.op]:
             if ladder.fits(rung, op.inputs(Rand("cpu", torch.bfloat16), **case.sizes)):
-                return check(f"ladder/{rung.op} {rung.number}", op, ladder.bind(rung, "cuda"), torch.bfloat16, case.sizes)
+                what = f"ladder/{rung.op} {rung.number}"
+                return check(what, op, ladder.bind(rung, "cuda"), torch.bfloat16, case.sizes)
     finally:
         if installed is not None:
             sys.modules["lab._host"] = lab._host = installed
@@ -177,7 +178,7 @@ def main() -> int:
     code, said = run_inside(build(), args.op, 3600)
     print(said, end="")
     races = said.count("WARNING: ThreadSanitizer: data race")
-    print(f"race detector: {races} races" if races else "race detector: no race" if code == 0 else "race detector: FAILED")
+    print("race detector:", f"{races} races" if races else "no race" if code == 0 else "FAILED")
     return 0 if code == 0 else 1
 
 

@@ -147,7 +147,8 @@ Thread* Worker::pick_ahead() {
     for (uint32_t warps = block.ready_warps; warps != 0;) {
       const unsigned warp = first_of(warps);
       warps &= ~(1u << warp);
-      if (const uint32_t lanes = block.warps[warp].ready & ~block.polling[warp]) return take(block, warp, first_of(lanes));
+      const uint32_t lanes = block.warps[warp].ready & ~block.polling[warp];
+      if (lanes != 0) return take(block, warp, first_of(lanes));
     }
   }
   return nullptr;

@@ -15,8 +15,8 @@ from lab.backends.cuda import Backend
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # Calls after which something may be read or written that could not be before.
-STATEMENT = re.compile(r"\b(?:host::)?(?P<name>__syncthreads|__syncwarp|__threadfence|named_barrier|cluster_sync|ring_sync"
-                       r"|pdl_wait|mbarrier_wait|mbarrier_fence_init|wgmma_publish|wgmma_begin|wgmma_wait"
+STATEMENT = re.compile(r"\b(?:host::)?(?P<name>__syncthreads|__syncwarp|__threadfence|named_barrier|cluster_sync"
+                       r"|ring_sync|pdl_wait|mbarrier_wait|mbarrier_fence_init|wgmma_publish|wgmma_begin|wgmma_wait"
                        r"|cp_async_wait)(?:<[^;()]*>)?\([^;{}]*\);")
 FUNCTION = re.compile(r"LAB_DEVICE [^(]*?(?P<device>\w+)\(|(?P<kernel>\w+_kernel)\((?=const|Problem|StepArguments)")
 

@@ -1,21 +1,19 @@
 """Barriers, fences and waits left out one at a time; a list of (file, old, new, why).
 
-The CUDA ones are found in the sources, so that a new one is on the list by itself. What catches each: tests/race_detector.py --planted.
+The CUDA ones are found in the sources, so that a new one is on the list by itself. What catches each:
+`python tests/race_detector.py --planted`.
 """
 from mutants.planted import Mutant, removals, sources
 
 CUDA = [mutant for path in sources() for mutant in removals(path)]
 
-TRITON = [Mutant("triton_kernels/decode_step.py",
-                 "    tl.debug_barrier()                                  # every thread's stores come before the arrival\n",
-                 "", "arrive without a barrier"),
-          Mutant("triton_kernels/split_attention.py", "    tl.debug_barrier()\n", "", "publish without a barrier"),
-          Mutant("triton_kernels/norm_linear_argmax.py", "    tl.debug_barrier()\n", "", "publish_best without a barrier"),
-          Mutant("triton_kernels/split_attention.py", 'sem="acq_rel"', 'sem="relaxed"', "a ticket that orders nothing"),
-          Mutant("triton_kernels/norm_linear_argmax.py", 'sem="acq_rel"', 'sem="relaxed"', "a ticket that orders nothing"),
-          Mutant("triton_kernels/decode_step.py", 'sem="acq_rel"', 'sem="relaxed"', "a ticket that orders nothing"),
-          Mutant("triton_kernels/decode_step.py", 'sem="release"', 'sem="relaxed"', "an arrival that orders nothing"),
-          Mutant("triton_kernels/decode_step.py", 'sem="acquire"', 'sem="relaxed"', "a wait that orders nothing")]
+ARRIVALS = ("decode_step", "split_attention", "norm_linear_argmax")
+NO_ORDER = [("decode_step", "acq_rel"), ("decode_step", "release"), ("decode_step", "acquire"),
+            ("split_attention", "acq_rel"), ("norm_linear_argmax", "acq_rel")]
+TRITON = [Mutant(f"triton_kernels/{name}.py", "tl.debug_barrier()", "pass", "an arrival without a barrier")
+          for name in ARRIVALS]
+TRITON += [Mutant(f"triton_kernels/{name}.py", f'sem="{order}"', 'sem="relaxed"', f"an atomic without {order}")
+           for name, order in NO_ORDER]
 
 MUTANTS = CUDA + TRITON
 
