@@ -7,7 +7,10 @@
 """
 import ast
 import inspect
+import os
 import re
+import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +18,7 @@ import pytest
 import torch
 
 from lab.check import check_case
-from lab.dispatch import DTYPES, Rand, select
+from lab.dispatch import Rand, select
 from lab.errors import LabError
 from lab.ops import OPS, find
 from mutants import planted, synchronisation
@@ -76,6 +79,9 @@ def test_both_thresholds_of_sample_reach_every_thread(options):
 def test_an_unknown_schedule_is_refused():
     with pytest.raises(ValueError, match="lowest or highest"):
         host.set_schedule(ahead="first")
+    done = subprocess.run([sys.executable, "-c", "from lab import _host; _host.set_schedule()"], cwd=ROOT, text=True,
+                          env={**os.environ, "LAB_HOST_AHEAD": "first"}, capture_output=True)
+    assert done.returncode and "LAB_HOST_AHEAD=first: lowest or highest is needed" in done.stderr
 
 
 # ---- programmatic dependent launch -----------------------------------------------------------------------------------
@@ -137,7 +143,6 @@ def test_every_other_op_is_launched_after_the_kernel_before():
 # ---- what nvcc alone compiles ----------------------------------------------------------------------------------------
 
 COMMON = (ROOT / "cuda_src" / "common.cuh").read_text()
-WGMMA = (ROOT / "cuda_src" / "wgmma.cuh").read_text()
 
 
 @pytest.mark.parametrize("name, instruction", [
