@@ -6,6 +6,8 @@ The CUDA ones are found in the sources, so that a new one is on the list by itse
 from mutants.planted import Mutant, removals, sources
 
 CUDA = [mutant for path in sources() for mutant in removals(path)]
+CUDA += [Mutant("cuda_src/common.cuh", "__ATOMIC_ACQ_REL", f"__ATOMIC_{left}", f"take_ticket: {left.lower()} alone")
+         for left in ("RELAXED", "ACQUIRE", "RELEASE")]
 
 ARRIVALS = ("decode_step", "split_attention", "norm_linear_argmax")
 NO_ORDER = [("decode_step", "acq_rel"), ("decode_step", "release"), ("decode_step", "acquire"),
