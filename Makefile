@@ -5,7 +5,7 @@ READY := .venv/ready
 MEASURED := $(or $(OUT),out/gpu-bench)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test mutants oracle gpu-check gpu-bench gpu-repeat report clean clean-all
+.PHONY: help setup build demo test mutants tsan oracle gpu-check gpu-bench gpu-repeat report clean clean-all
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ test: build  ## the tests (ARGS="-k rope" picks some)
 
 mutants: build  ## single faults planted in copies of the kernels: is each noticed? (up to 20 minutes; ARGS="--only rope")
 	@$(PY) tests/mutants/run.py $(ARGS)
+
+tsan: $(READY)  ## every CUDA kernel's host build under ThreadSanitizer, for races (ARGS="--op sample")
+	@$(PY) tests/race_detector.py $(ARGS)
 
 oracle: build .venv/model  ## the model's logits against Hugging Face transformers (installs it)
 	@$(PY) -m lab.machine.setup_env --test

@@ -177,7 +177,7 @@ def host_module() -> Module:
                     *vector_flags(), *instrument]
     if sanitizer == "thread":
         kernel_flags.append("-DLAB_HOST_TSAN")
-    units = [bindings(cxx, "_host", [])]
+    units = [bindings(cxx, "_host", ["-DLAB_HOST"])]
     units += kernel_units([*common, *kernel_flags, "-x", "c++"])
     units += [Unit(path, [*common, "-O2", *scheduler]) for path in sorted((SOURCES / "host").glob("*.cpp"))]
     link = [*shared_library(cxx), "-pthread", *([] if sanitizer == "none" else [f"-fsanitize={sanitizer}"])]

@@ -10,6 +10,9 @@
 
 #include <optional>
 
+#ifdef LAB_HOST
+#include "host/runtime.h"
+#endif
 #include "ladder/launchers.h"
 #include "launchers.h"
 #include "named_args.h"
@@ -61,6 +64,27 @@ static void force_settings(const std::string& op, const std::optional<Named>& va
   if (values) lab::settings::forced[op] = parsed;
 }
 
+#ifdef LAB_HOST
+// None leaves an option as the environment says it.
+static void set_schedule(const std::optional<uint64_t>& seed, const std::optional<std::string>& ahead) {
+  static const lab::host::Options initial = lab::host::get_options();
+  lab::host::Options options = initial;
+  if (seed) options.random = true, options.seed = *seed;
+  if (ahead) {
+    if (*ahead != "lowest" && *ahead != "highest") throw py::value_error("ahead: lowest or highest");
+    options.ahead = *ahead == "lowest" ? lab::host::Ahead::lowest : lab::host::Ahead::highest;
+    options.random = false;
+  }
+  lab::host::set_options(options);
+}
+
+static void hide_until_pdl_wait(const std::vector<std::pair<std::uintptr_t, size_t>>& regions) {
+  std::vector<lab::host::Region> hidden;
+  for (const auto& [address, bytes] : regions) hidden.push_back({reinterpret_cast<void*>(address), bytes});
+  lab::host::hide_until_pdl_wait(hidden);
+}
+#endif
+
 PYBIND11_MODULE(LAB_MODULE, m) {
   OP(embedding, ids, table, out, rows, cols, vocab, dtype, stream);
   OP(rmsnorm, x, w, residual, y, rows, groups, cols, x_stride, y_stride, eps, dtype, stream);
@@ -95,6 +119,14 @@ PYBIND11_MODULE(LAB_MODULE, m) {
         "capability; 0 ends that.");
   m.def("take_launches", &take_launches,
         "list of dict: kernel, offset (of its host half in this file), grid, block, smem_bytes, cluster, pdl.");
+#ifdef LAB_HOST
+  m.def("set_schedule", &set_schedule, py::kw_only(), py::arg("seed") = py::none(), py::arg("ahead") = py::none(),
+        "The order of threads in later launches: random by a seed, or the `lowest` or `highest` as far ahead as\n"
+        "barriers let it; without an argument as LAB_HOST_SEED and LAB_HOST_AHEAD say.");
+  m.def("hide_until_pdl_wait", &hide_until_pdl_wait,
+        "A list of (address, bytes) that later kernels with programmatic dependent launch find filled with ones until\n"
+        "they call pdl_wait(); [] ends that. For tests.");
+#endif
   m.def("build_info", [] { return py::module_::import("json").attr("loads")(lab::build_facts()); },
         "dict: compiler, archs, flags, sanitizer; for the GPU build also nvcc and host_compiler.");
 }

@@ -275,6 +275,26 @@ def test_race_detector_passes_features(race_detector, name):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("order", ["ACQ_REL", "RELAXED", "ACQUIRE", "RELEASE"])
+def test_race_detector_notices_either_half_missing_of_a_tickets_fence(race_detector, order, tmp_path):
+    """take_ticket as it is, and with less of its order: what other blocks left is then read without any."""
+    sources = tmp_path / "cuda_src"
+    shutil.copytree(ROOT / "cuda_src", sources, ignore=shutil.ignore_patterns("*.cu", "tuned"))
+    common = (sources / "common.cuh").read_text()
+    assert common.count("__ATOMIC_ACQ_REL") == 1
+    (sources / "common.cuh").write_text(common.replace("__ATOMIC_ACQ_REL", f"__ATOMIC_{order}"))
+    kernel, _, link = BUILDS["thread"]
+    objects = [str(race_detector.directory / f"{path.stem}.o") for path in sorted(HOST.glob("*.cpp"))]
+    flags = [*COMMON[:-1], f"-I{sources}", *KERNEL, *kernel]
+    name = f"ticket_{order}"
+    made = str(race_detector.directory / f"{name}.o")
+    compile_all([[compiler(), *flags, "-c", str(SOURCES / "ticket.cu"), "-o", made]])
+    compile_all([[compiler(), *link, made, *objects, "-pthread", "-o", str(race_detector.directory / name)]])
+    done = race_detector.run(name)
+    assert done.returncode == (0 if order == "ACQ_REL" else 66), done.stderr
+    assert ("ticket.cu:" in done.stderr) == (order != "ACQ_REL"), done.stderr
+
+
 def test_address_sanitizer_names_the_line_of_an_overrun(address_sanitizer):
     done = address_sanitizer.run("planted", "fault.small_overrun")
     assert done.returncode == 67, done.stderr

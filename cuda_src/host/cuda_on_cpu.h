@@ -9,7 +9,9 @@
 //   - shared memory starts as NaN (all bits set) and ends at a page that cannot be touched;
 //   - cp.async and bulk copies land when they are waited for, not before, and wgmma multiplies then;
 //   - a barrier that some threads never reach, even by returning early, is an error that names who waits where;
-//   - LAB_HOST_SEED varies the order of threads and blocks; builds with -fsanitize=thread report data races.
+//   - a kernel launched with programmatic dependent launch that never calls pdl_wait() is an error;
+//   - LAB_HOST_SEED and LAB_HOST_AHEAD vary the order of threads and blocks; builds with -fsanitize=thread report data
+//     races.
 // It says nothing about speed on a GPU, nor about weak memory order, tensor-core rounding or approximate math.
 //
 // The files, in reading order:
@@ -37,6 +39,7 @@
 // Options, read once from the environment and changed by lab::host::set_options:
 //   LAB_HOST_THREADS=n   OS threads (default: the cores this process may use)
 //   LAB_HOST_SEED=n      a random but repeatable schedule (default: a fixed order)
+//   LAB_HOST_AHEAD=x     lowest or highest: of the threads that can run, that one always does (LAB_HOST_SEED goes first)
 //   LAB_HOST_POISON=0    shared memory starts zeroed instead of NaN (default: 1)
 //   LAB_HOST_STACK=n     bytes of stack per thread (default: 65536)
 #pragma once

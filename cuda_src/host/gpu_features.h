@@ -199,7 +199,7 @@ inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, host::Site site
 
 // ---- Hopper ---------------------------------------------------------------------------------------------------------
 
-inline void pdl_wait() {}  // one kernel runs at a time
+inline void pdl_wait() { host::pdl_wait(); }
 inline void pdl_launch_dependents() {}
 
 using mbarrier = uint64_t;

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <cstring>
 #include <mutex>
 #include <numeric>
 #include <stdexcept>
@@ -14,6 +15,7 @@
 #endif
 
 #include "fault.h"
+#include "sanitizer.h"
 #include "scheduler.h"
 
 namespace lab {
@@ -44,14 +46,19 @@ class Pool {
     options_ = get_options();
     if (options_.threads <= 0) options_.threads = available_cores();
     clusters_ = size_t(launch.grid.x) * launch.grid.y * launch.grid.z / launch.cluster;
-    chunk_ = options_.random ? 1 : std::max<size_t>(1, clusters_ / (size_t(options_.threads) * 8));
+    const bool shuffled = options_.random, reversed = !shuffled && options_.ahead == Ahead::highest;
+    chunk_ = shuffled || reversed ? 1 : std::max<size_t>(1, clusters_ / (size_t(options_.threads) * 8));
     next_ = 0;
     failure_.clear();
     failed_ = false;
     ++launch_number_;
-    if (options_.random) {
+    order_.clear();
+    if (shuffled || reversed) {
       order_.resize(clusters_);
       std::iota(order_.begin(), order_.end(), size_t(0));
+    }
+    if (reversed) std::reverse(order_.begin(), order_.end());
+    if (shuffled) {
       Random random{options_.seed ^ launch_number_ << 32};
       for (size_t i = clusters_; i > 1; --i) std::swap(order_[i - 1], order_[random.next() % i]);
     }
@@ -85,7 +92,7 @@ class Pool {
       for (size_t i = first; i < std::min(clusters_, first + chunk_) && !failed_; ++i) {
         std::string failure;
         try {
-          failure = mine.run_cluster(*launch_, options_, options_.random ? order_[i] : i, launch_number_);
+          failure = mine.run_cluster(*launch_, options_, order_.empty() ? i : order_[i], launch_number_);
         } catch (const std::exception& error) {
           failure = error.what();
         }
@@ -138,7 +145,56 @@ std::once_flag Pool::once_;
 Pool* Pool::pool_ = nullptr;
 std::mutex launch_mutex;
 
+// ---- programmatic dependent launch ----------------------------------------------------------------------------------
+// One kernel runs at a time here, so nothing is waited for. What a GPU would not have written yet is hidden.
+
+std::mutex hidden_mutex;
+std::vector<Region> hidden;
+std::vector<std::vector<unsigned char>> contents;  // of the regions while they are hidden
+std::atomic<bool> waited{false};                   // whether a thread of this launch has called pdl_wait()
+
+void hide() {
+  std::lock_guard<std::mutex> lock(hidden_mutex);
+  waited = false;
+  for (const Region& region : hidden) {
+    auto* bytes = static_cast<unsigned char*>(region.begin);
+    contents.emplace_back(bytes, bytes + region.bytes);
+    memset(bytes, 0xff, region.bytes);
+  }
+}
+
+void show() {
+  std::lock_guard<std::mutex> lock(hidden_mutex);
+  for (size_t i = contents.size(); i-- > 0;) {  // the last first, for regions may overlap
+    memcpy(hidden[i].begin, contents[i].data(), contents[i].size());
+  }
+  contents.clear();
+}
+
+struct Hiding {  // whatever happens, the regions have their contents back in the end
+  explicit Hiding(bool pdl) : pdl_(pdl) {
+    if (pdl_) hide();
+  }
+  ~Hiding() {
+    if (pdl_) show();
+  }
+  bool pdl_;
+};
+
 }  // namespace
+
+void pdl_wait() {
+  TsanIgnore ignore;
+  if (waited.load(std::memory_order_acquire)) return;
+  show();
+  waited.store(true, std::memory_order_release);
+}
+
+void hide_until_pdl_wait(std::vector<Region> regions) {
+  std::lock_guard<std::mutex> launch_lock(launch_mutex);
+  std::lock_guard<std::mutex> lock(hidden_mutex);
+  hidden = std::move(regions);
+}
 
 void run(const Launch& launch) {
   auto refuse = [&](const std::string& why) {
@@ -160,7 +216,9 @@ void run(const Launch& launch) {
   }
   if (current != nullptr) refuse("launched from inside a kernel");
   std::lock_guard<std::mutex> lock(launch_mutex);
+  Hiding hiding(launch.pdl);
   Pool::here().run(launch);
+  if (launch.pdl && !waited) refuse("allows programmatic dependent launch, but no thread called pdl_wait()");
 }
 
 }  // namespace host

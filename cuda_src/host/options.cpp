@@ -23,6 +23,15 @@ bool environment_number(const char* name, uint64_t* value) {
   return true;
 }
 
+Ahead environment_ahead() {
+  const char* text = getenv("LAB_HOST_AHEAD");
+  const std::string value = text == nullptr ? "" : text;
+  if (value == "lowest") return Ahead::lowest;
+  if (value == "highest") return Ahead::highest;
+  if (!value.empty()) throw std::runtime_error("LAB_HOST_AHEAD=" + value + ": lowest or highest is needed");
+  return Ahead::nobody;
+}
+
 Options options_from_environment() {
   Options options;
   uint64_t value = 0;
@@ -31,6 +40,7 @@ Options options_from_environment() {
     options.random = true;
     options.seed = value;
   }
+  options.ahead = environment_ahead();
   if (environment_number("LAB_HOST_POISON", &value)) options.poison = value != 0;
   if (environment_number("LAB_HOST_STACK", &value)) options.stack_bytes = size_t(value);
   return options;

@@ -121,10 +121,15 @@ extern LAB_THREAD_LOCAL Thread* current;  // null outside kernels
 
 // ---- options --------------------------------------------------------------------------------------------------------
 
+// Who runs ahead of the others as far as barriers let it: nobody in particular, or whoever of those that can run has the
+// lowest (highest) block, warp and lane. A missing barrier shows when the threads on its two sides are far apart.
+enum class Ahead { nobody, lowest, highest };
+
 struct Options {
   int threads = 0;      // OS threads; 0: the cores this process may use
-  bool random = false;  // random schedule
+  bool random = false;  // random schedule; `ahead` is then not looked at
   uint64_t seed = 0;
+  Ahead ahead = Ahead::nobody;
   bool poison = true;
   size_t stack_bytes = 64 * 1024;
 };
@@ -140,11 +145,23 @@ struct Launch {
   unsigned cluster;
   void (*run_thread)(const void* arguments);  // calls the kernel once, as `current`
   const void* arguments;
+  bool pdl = false;  // may start before the kernel before it has ended, so it must call pdl_wait()
 };
 
 // Runs the grid and returns when it has finished. Throws std::runtime_error, naming the kernel, when the configuration
-// is refused or a thread fails; the next launch starts afresh. May be called from several OS threads: grids take turns.
+// is refused or a thread fails, or when a kernel with `pdl` ends and no thread has called pdl_wait(); the next launch
+// starts afresh. May be called from several OS threads: grids take turns.
 void run(const Launch& launch);
+
+// Memory that the kernel before writes. Later launches with `pdl` find it filled with ones (NaN) until their first
+// pdl_wait(), which puts its contents back; so what a kernel reads there before it is wrong, and what it writes is lost.
+// For tests; an empty list ends it.
+struct Region {
+  void* begin;
+  size_t bytes;
+};
+void hide_until_pdl_wait(std::vector<Region> regions);
+void pdl_wait();
 
 // Ends the launch from inside a kernel; run() throws the message, with the kernel, block and thread added.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));

@@ -2,7 +2,8 @@
 //
 // A thread runs until it waits. Who could run is kept as bit masks, a mask of lanes per warp and a mask of warps per
 // block, so choosing costs a count of trailing zeros. In a fixed schedule the scheduler stays in one warp while it can,
-// lowest lane first; in a random one it draws among all ready threads, and also switches where it need not.
+// lowest lane first; in a random one it draws among all ready threads, and also switches where it need not. With
+// Options::ahead the same thread goes first whenever it can, so that it is as far ahead of the others as barriers allow.
 //
 // When nobody can run and threads are left, that is a deadlock: the report says how many wait where.
 // A failure abandons all fibers of the cluster as they stand. Their destructors do not run, so kernels must not own
@@ -138,7 +139,31 @@ Thread* Worker::take(Block& block, unsigned warp, unsigned lane) {
   return &block.threads[warp * 32 + lane];
 }
 
+Thread* Worker::pick_ahead() {
+  const bool lowest = options.ahead == Ahead::lowest;
+  const auto first_of = [&](uint32_t mask) { return unsigned(lowest ? __builtin_ctz(mask) : 31 - __builtin_clz(mask)); };
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    Block& block = *blocks[lowest ? i : blocks.size() - 1 - i];
+    for (uint32_t warps = block.ready_warps; warps != 0;) {
+      const unsigned warp = first_of(warps);
+      warps &= ~(1u << warp);
+      const uint32_t lanes = block.warps[warp].ready & ~block.polling[warp];
+      if (lanes != 0) return take(block, warp, first_of(lanes));
+    }
+  }
+  return nullptr;
+}
+
+void Worker::set_polling(bool polling) {
+  uint32_t& lanes = blocks[current->block->cluster_rank]->polling[current->warp_index];
+  const uint32_t bit = 1u << current->lane;
+  lanes = polling ? lanes | bit : lanes & ~bit;
+}
+
 Thread* Worker::pick() {
+  if (options.ahead != Ahead::nobody) {
+    if (Thread* thread = pick_ahead()) return thread;
+  }
   unsigned count = unsigned(blocks.size());
   unsigned first = options.random ? random.below(count) : block_turn_;
   for (unsigned i = 0; i < count; ++i) {
@@ -211,6 +236,7 @@ void Worker::wait(const char* op, Site site) {
   self->op = op;
   self->site = site;
   idle_ = 0;
+  set_polling(false);
   Thread* next = pick();
   if (next == nullptr) deadlock();
   if (next != self) change_to(*self->fiber, next);
@@ -219,13 +245,15 @@ void Worker::wait(const char* op, Site site) {
 void Worker::yield() {
   Thread* self = current;
   make_ready(self);
-  Thread* next = pick_after(self);
+  Thread* next = options.ahead == Ahead::nobody ? nullptr : pick_ahead();
+  if (next == nullptr) next = pick_after(self);
   if (next != self) change_to(*self->fiber, next);
 }
 
 void Worker::maybe_yield() {
-  if (options.random && (random.next() & 1)) {
+  if (options.ahead != Ahead::nobody || (options.random && (random.next() & 1))) {
     Thread* self = current;
+    set_polling(false);
     make_ready(self);
     Thread* next = pick();
     if (next != self) change_to(*self->fiber, next);
@@ -237,6 +265,7 @@ void Worker::poll(const char* op, Site site, uint64_t patience) {
   current->site = site;
   if (++idle_ > patience) deadlock();
   if (idle_ % 1024 == 0) std::this_thread::yield();
+  set_polling(true);
   yield();
 }
 
@@ -341,6 +370,7 @@ void Worker::prepare(Block& block, size_t index, unsigned rank) {
   block.cluster_size = launch->cluster;
   block.size = block.alive = size;
   block.bulk_copies.clear();
+  memset(block.polling, 0, sizeof block.polling);
   place_memory(block);
 
   unsigned warps = (size + 31) / 32;
@@ -388,6 +418,7 @@ std::string Worker::run_cluster(const Launch& l, const Options& o, size_t cluste
   TsanIgnore ignore;
   launch = &l;
   options = o;
+  if (options.random) options.ahead = Ahead::nobody;
   random.state = o.seed * 0x2545f4914f6cdd1dull + launch_number * 0x9e3779b97f4a7c15ull + cluster;
   failure.clear();
   current = nullptr;

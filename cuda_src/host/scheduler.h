@@ -51,6 +51,7 @@ struct Block : BlockInfo {
   unsigned size = 0;         // threads
   unsigned alive = 0;        // of them, not yet returned
   uint32_t ready_warps = 0;  // warps with a lane that could run
+  uint32_t polling[32] = {};  // lanes per warp that ask again and again for something; others go ahead of them
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   Barrier barriers[16];
@@ -99,9 +100,11 @@ class Worker {
   void prepare(Block& block, size_t index, unsigned rank);
   void place_memory(Block& block);
   Thread* take(Block& block, unsigned warp, unsigned lane);
+  Thread* pick_ahead();              // as Options::ahead says; null if all that could run are polling
   Thread* pick();                    // the next to run: the same warp first
   Thread* pick_after(Thread* thread);  // the next in turn, so that a polling thread does not keep others out
   void start(Thread* thread, Fiber* fiber);
+  void set_polling(bool polling);
   void change_to(Fiber& from, Thread* next);
   Fiber* free_fiber();
   void retire_tsan_fibers();

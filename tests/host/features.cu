@@ -713,6 +713,11 @@ void expect_throw(const char* what, const char* part, F f) {
   fprintf(stderr, "%s: nothing was thrown\n", what);
 }
 
+__global__ void waiting_add_kernel(int* sum, int value) {
+  pdl_wait();
+  atomicAdd(sum, value);
+}
+
 void check_launches() {
   Array<int> out(1);
   int* sum = out.device();
@@ -738,7 +743,12 @@ void check_launches() {
   launch(blocks_of(1, 1, 150 * 1024), "big_smem", add_kernel, sum, 1);  // above 48 KiB a GPU must be asked first
   Config dependent = blocks_of(2, 1);
   dependent.pdl = true;
-  launch(dependent, "dependent", add_kernel, sum, 1);
+  launch(dependent, "dependent", waiting_add_kernel, sum, 1);
+#ifndef __CUDACC__
+  int ignored = 0;                                // a kernel that has run all the same
+  expect_throw("no wait", "kernel add_kernel: allows programmatic dependent launch, but no thread called pdl_wait()",
+               [&] { launch(dependent, "add_kernel", add_kernel, &ignored, 1); });
+#endif
   out.fetch();
   expect_equal("sum", out[0], 1010);
   expect_throw("dtype", "unknown dtype code 3", [] { by_dtype(3, [](auto) {}); });

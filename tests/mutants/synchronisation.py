@@ -1,0 +1,27 @@
+"""Barriers, fences and waits left out one at a time; a list of (file, old, new, why).
+
+The CUDA ones are found in the sources, so that a new one is on the list by itself. What catches each:
+`python tests/race_detector.py --planted`.
+"""
+from mutants.planted import Mutant, removals, sources
+
+CUDA = [mutant for path in sources() for mutant in removals(path)]
+CUDA += [Mutant("cuda_src/common.cuh", "__ATOMIC_ACQ_REL", f"__ATOMIC_{left}", f"take_ticket: {left.lower()} alone")
+         for left in ("RELAXED", "ACQUIRE", "RELEASE")]
+
+ARRIVALS = ("decode_step", "split_attention", "norm_linear_argmax")
+NO_ORDER = [("decode_step", "acq_rel"), ("decode_step", "release"), ("decode_step", "acquire"),
+            ("split_attention", "acq_rel"), ("norm_linear_argmax", "acq_rel")]
+TRITON = [Mutant(f"triton_kernels/{name}.py", "tl.debug_barrier()", "pass", "an arrival without a barrier")
+          for name in ARRIVALS]
+TRITON += [Mutant(f"triton_kernels/{name}.py", f'sem="{order}"', 'sem="relaxed"', f"an atomic without {order}")
+           for name, order in NO_ORDER]
+
+MUTANTS = CUDA + TRITON
+
+
+def of(file: str, why: str) -> Mutant:
+    """The mutant of a file that is described so."""
+    found = [mutant for mutant in MUTANTS if (mutant.file, mutant.why) == (file, why)]
+    assert len(found) == 1, f"{file}: {why}: {[m.why for m in MUTANTS if m.file == file]}"
+    return found[0]

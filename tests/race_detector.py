@@ -1,0 +1,187 @@
+"""`make tsan`: the host build under ThreadSanitizer, with every op and every rung of the ladders once at one seed.
+
+    python tests/race_detector.py                    all ops, in the shapes of a CPU and of a GPU, and the ladders
+    python tests/race_detector.py --op sample        only these (repeatable; ladders: ladder/linear)
+    python tests/race_detector.py --planted [WORD]   instead: each barrier, fence and wait of tests/mutants is left out,
+                                                     built and run (of those whose file and text hold WORD); says what
+                                                     noticed it. Minutes to hours: for changes to the checks themselves
+
+A race is reported with both places in cuda_src. Exit code: 0, or 1 with the reports. The sanitizer remembers what about
+2,000 CUDA threads of a launch have done, so the grids here are small: a fence between blocks that it has forgotten
+would not be missed.
+"""
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILT = ROOT / "build" / "tsan"
+RACES = 66                                      # the exit code of a run with races
+# More splits than a cluster has blocks, so that the last block merges; in few blocks.
+TICKETS = {"decode_attention": dict(lengths=(1100,), q_heads=2, kv_heads=1, head_dim=64, splits=12),
+           "rope_append_attention": dict(positions=(1100,), q_heads=2, kv_heads=1, head_dim=64, splits=12),
+           # the same barriers in a launch of few threads
+           "norm_linear_argmax": dict(batch=2, n=40, k=64)}
+MORE = {"sample": dict(batch=2, vocab=1030, temperature=1.3, top_k=50, top_p=0.8, seed=1),
+        "norm_linear": dict(batch=12, n=40, k=264), "linear": dict(batch=3, n=33, k=7000)}
+
+
+def build() -> Path:
+    """The instrumented extension; what has not changed is not compiled again."""
+    environment = {**os.environ, "LAB_CUDA": "0", "LAB_HOST_SANITIZE": "thread"}
+    command = [sys.executable, str(ROOT / "setup.py"), "--quiet", "build_ext", "--build-lib", str(BUILT)]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    return max((BUILT / "lab").glob("_host.*"), key=lambda file: file.stat().st_mtime_ns)
+
+
+def sanitizer() -> str:
+    """The sanitizer's library, which has to be there before Python loads anything."""
+    compiler = os.environ.get("CXX", "g++").split()[0]
+    found = subprocess.run([compiler, "-print-file-name=libtsan.so"], capture_output=True, text=True).stdout.strip()
+    if not Path(found).is_absolute():
+        sys.exit(f"race_detector: {compiler} has no libtsan.so: install it (Debian: it comes with g++)")
+    return str(Path(found).resolve())
+
+
+def run_inside(extension: Path, ops: list[str], limit_s: int = 600) -> tuple[int, str]:
+    """(exit code, what was printed) of the cases under the sanitizer, in a process of their own."""
+    # No address randomisation: some kernels place memory where the sanitizer does not expect it.
+    prefix = ["setarch", "-R"] if shutil.which("setarch") else []
+    environment = {**os.environ, "LD_PRELOAD": sanitizer(), "OMP_NUM_THREADS": "1", "LAB_HOST_SEED": "1",
+                   "TSAN_OPTIONS": f"exitcode={RACES}:ignore_noninstrumented_modules=1:report_thread_leaks=0"
+                                   ":report_signal_unsafe=0:history_size=4"}
+    command = [*prefix, sys.executable, __file__, "--inside", str(extension)]
+    for op in ops:
+        command += ["--op", op]
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, timeout=limit_s)
+    except subprocess.TimeoutExpired as late:
+        return 124, f"{(late.stdout or b'').decode(errors='replace')}\nnot done after {limit_s} s"
+    return done.returncode, done.stdout
+
+
+def inside(extension: Path, ops: list[str]) -> int:
+    """Runs the cases in this process. Wrong results count, too."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    from mutants import planted
+
+    from lab import ladder
+    from lab.check import check_case
+    from lab.contract import Rand
+    from lab.ops import OPS
+    module, wrong = planted.load(extension), 0
+
+    def check(what, op, function, dtype, sizes):
+        nonlocal wrong
+        outcome = check_case(op, function, Rand("cpu", dtype), sizes)
+        if outcome.error:
+            print(f"WRONG: {what} {sizes}: {outcome.error}", flush=True)
+            wrong += 1
+
+    for shapes in ("cpu", "gpu"):
+        os.environ["LAB_HOST_SHAPES"] = shapes
+        for op in OPS:
+            if ops and op.name not in ops:
+                continue
+            sizes = [extra[op.name] for extra in (TICKETS, MORE) if op.name in extra]
+            for one in [*sizes, *(c.sizes for c in small(op))]:
+                check(f"{op.name} ({shapes} shapes)", op, planted.bind(op, module), op.dtypes[-1], one)
+            print(f"{op.name} {shapes}: done", flush=True)
+    os.environ["LAB_HOST_SHAPES"] = "cpu"
+    for rung in ladder.RUNGS:
+        if rung.product or "cuda" in rung.absent or (ops and f"ladder/{rung.op}" not in ops):
+            continue
+        op = next(op for op in OPS if op.name == rung.op)
+        print(f"ladder {rung.op} {rung.number}", flush=True)
+        check_rung(check, rung, op, module)
+    return 1 if wrong else 0
+
+
+def small(op):
+    """An op's cases, but those of many thread blocks: one seed in a minute or two."""
+    most = {"decode_attention": 2, "rope_append_attention": 2, "decode_step": 2}
+    return op.cases[:most.get(op.name, len(op.cases))]
+
+
+def check_rung(check, rung, op, module):
+    """The first case that the rung takes, with the instrumented module in the place of the installed one."""
+    import torch
+
+    from lab import ladder
+    from lab.contract import Rand
+    installed = sys.modules.get("lab._host")
+    import lab
+    sys.modules["lab._host"] = lab._host = module
+    try:
+        for case in ladder.CASES[rung.op]:
+            if ladder.fits(rung, op.inputs(Rand("cpu", torch.bfloat16), **case.sizes)):
+                what = f"ladder/{rung.op} {rung.number}"
+                return check(what, op, ladder.bind(rung, "cuda"), torch.bfloat16, case.sizes)
+    finally:
+        if installed is not None:
+            sys.modules["lab._host"] = lab._host = installed
+
+
+def places(report: str) -> str:
+    """The lines of the kernels' sources that the first report names."""
+    named = re.findall(r"((?:\w+/)*\w+\.cuh?:\d+)", report)
+    return ", ".join(dict.fromkeys(name.split("cuda_src/")[-1] for name in named[:6]))
+
+
+def noticed(mutant, folder: Path) -> str | None:
+    """What caught a removal: a race, a wrong result, an error; None if nothing did."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    from mutants import planted
+    for kernel in planted.kernels_with(mutant)[:3]:
+        place = Path(tempfile.mkdtemp(dir=folder))
+        extension = planted.build(mutant, kernel, place, {"LAB_HOST_SANITIZE": "thread"})
+        code, said = run_inside(extension, [kernel])
+        shutil.rmtree(place)
+        if "WARNING: ThreadSanitizer: data race" in said:
+            return f"race in {kernel}: {places(said)}"
+        if code:
+            lines = [line for line in said.splitlines() if re.search("WRONG|Error|deadlock|pdl_wait|not done", line)]
+            return f"{kernel}: {(lines or said.splitlines() or ['died'])[-1][:150]}"
+    return None
+
+
+def planted_removals(word: str) -> int:
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    from mutants import synchronisation
+    build()
+    survivors = 0
+    with tempfile.TemporaryDirectory(prefix="lab-planted-") as folder:
+        for mutant in synchronisation.CUDA:
+            if word in f"{mutant.file}: {mutant.why}":
+                by = noticed(mutant, Path(folder))
+                survivors += by is None
+                print(f"{mutant.file}: {mutant.why}: {by or 'SURVIVES'}", flush=True)
+    print(f"{survivors} survive")
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--op", action="append", default=[])
+    parser.add_argument("--planted", nargs="?", const="", metavar="WORD")
+    parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.inside:
+        return inside(args.inside, args.op)
+    if args.planted is not None:
+        return planted_removals(args.planted)
+    code, said = run_inside(build(), args.op, 3600)
+    print(said, end="")
+    races = said.count("WARNING: ThreadSanitizer: data race")
+    print("race detector:", f"{races} races" if races else "no race" if code == 0 else "FAILED")
+    return 0 if code == 0 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
