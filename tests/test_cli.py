@@ -206,20 +206,16 @@ def test_the_readme_lists_every_verb(verb):
     assert f"| `lab {verb}" in (ROOT / "README.md").read_text()
 
 
-def test_without_a_gpu_an_old_gpu_build_is_not_missing(monkeypatch, tmp_path):
+def test_without_a_gpu_an_old_gpu_build_is_not_missing(monkeypatch):
     from lab import doctor
-    built, source = tmp_path / "built.so", tmp_path / "source.cu"
-    for age, path in enumerate((source, built)):
-        path.touch()
-        os.utime(path, (1e9 - age, 1e9 - age))
-    info = {"compiler": "nvcc", "archs": ["90a"], "sanitizer": "none"}
-    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: SimpleNamespace(origin=built))
+    info = {"compiler": "nvcc", "archs": ["90a"], "sanitizer": "none", "sources": {"cuda_src/gone.cu": "0"},
+            "patterns": []}
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: True)
     monkeypatch.setattr(doctor.importlib, "import_module", lambda name: SimpleNamespace(build_info=lambda: info))
-    monkeypatch.setattr(doctor, "sources", lambda module: [source])
     for module, gpu, state in (("_cuda", None, "optional"), ("_cuda", (9, 0), "missing"), ("_host", None, "missing")):
         found = []
         doctor.find_extension(found, module, gpu)
-        assert [(f.state, f.text) for f in found] == [(state, "older than source.cu; nvcc, for 90a")]
+        assert [(f.state, f.text) for f in found] == [(state, "cuda_src/gone.cu is gone since; nvcc, for 90a")]
 
 
 def test_doctor_proves_what_it_calls_ok():

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from lab import extension
 from lab.errors import LabError, Unavailable
 from lab.harness import records
 from lab.inspect import binary, call, command, cuda_half, gpu as gpus, kernel as kernels, listing
@@ -16,8 +17,8 @@ from lab.ops import OPS, find
 def cuda_missing():
     """Why the CUDA half cannot be looked at here, or None."""
     try:
-        cuda_half.extension()
-    except Unavailable as error:
+        extension.load("_cuda")
+    except LabError as error:
         return str(error)
 
 
@@ -119,7 +120,7 @@ def test_the_sizes_choose_the_instantiation():
 
 @needs_cuda
 def test_recording_runs_nothing_and_ends():
-    module, op = cuda_half.extension(), find("silu_mul")
+    module, op = extension.load("_cuda"), find("silu_mul")
     first = cuda_half.launches(op, call.arguments(op, "bf16", {"rows": 2, "cols": 64}), gpus.find("sm_90a"))
     assert [launch["kernel"] for launch in first] == ["silu_mul_kernel"] and module.take_launches() == []
 
@@ -250,8 +251,8 @@ def test_without_nvcc_the_triton_half_still_shows(monkeypatch, capsys):
     assert main("silu_mul") == 0
     shown = capsys.readouterr()
     assert "silu_mul_kernel" in shown.out
-    assert "lab._cuda, which is not built" in shown.err and shown.err.count("\n") == 1
-    with pytest.raises(LabError, match="it needs nvcc, no GPU"):
+    assert "lab._cuda is not built" in shown.err and shown.err.count("\n") == 1
+    with pytest.raises(LabError, match="needs nvcc, no GPU"):
         main("silu_mul", "--backend", "cuda")
 
 
