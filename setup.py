@@ -396,7 +396,8 @@ try:
 except SetupError as error:
     sys.exit(f"setup.py: {error}")
 if "lab._cuda" not in MODULES and "build_ext" in sys.argv and not tried():
-    print("lab._cuda: not built: " + ("LAB_CUDA=0" if os.environ.get("LAB_CUDA") == "0" else "no nvcc found"))
+    print("lab._cuda: not built: " + ("LAB_CUDA=0, as make says where there is no GPU; "
+                                        "LAB_CUDA=1 builds it" if os.environ.get("LAB_CUDA") == "0" else "no nvcc found"))
 
 setup(ext_modules=[Extension(name, [os.path.relpath(unit.source, ROOT) for unit in module.units])
                    for name, module in MODULES.items()],

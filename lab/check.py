@@ -84,17 +84,6 @@ def check_cases(op, name, function, dtype_name, cases, device, seed) -> int:
     return len(wrong)
 
 
-def add_arguments(parser):
-    parser.add_argument("--op", action="append", help="only this op (repeatable); default: all")
-    parser.add_argument("--backend", help="backends with commas between; default: all that this machine can run")
-    parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}, with commas between; default: all that the op takes")
-    parser.add_argument("--device", default=None, help="cuda or cpu; default: cuda where there is a GPU")
-    parser.add_argument("--quick", action="store_true", help="the first two cases of every op, or rung")
-    parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
-    parser.add_argument("--exercise", metavar="NAME", help="is the fault of this exercise mended? `list` names them")
-    parser.add_argument("--ladder", action="store_true", help="the rungs of the ladders instead of the ops")
-
-
 def main(args) -> int:
     from lab.ops import OPS, find
     if args.exercise:

@@ -99,19 +99,6 @@ class CudaFile:
         return self.backend.launcher(op)
 
 
-def add_arguments(parser):
-    parser.add_argument("file", type=Path, metavar="FILE", help="a .cu file (CUDA) or a .py file (Triton)")
-    parser.add_argument("--op", required=True, help="the op whose place it takes")
-    parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}, with commas between; default: all that the op takes")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
-    parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
-    parser.add_argument("--check-only", action="store_true", help="no race, on a GPU either")
-    parser.add_argument("--model", default="llama-3.2-1b", metavar="A,B", help="presets whose shapes to race at")
-    parser.add_argument("--batch", default="1,16", metavar="N,N", help="batch sizes to race at (default 1,16)")
-    parser.add_argument("--context", default="1024,8192", metavar="N,N", help="tokens in the KV cache")
-    parser.add_argument("--out", metavar="DIR", help="records and report of the race (default out/try/FILE)")
-
-
 def main(args) -> int:
     from lab.harness.shapes import STEPS
     from lab.ops import find

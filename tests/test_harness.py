@@ -17,6 +17,7 @@ import torch
 
 from lab.dispatch import BACKENDS, Rand, select
 from lab.errors import LabError
+from lab import options
 from lab.harness import bench, card, ceiling, crossover, ledger, model_bench, ops_bench, records, shapes, timing
 from lab.harness.ceiling import Ceilings
 from lab.harness.records import Ceiling, LedgerRow, OpRow
@@ -44,7 +45,7 @@ def tiny(monkeypatch):
 
 def run_bench(*argv):
     parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
+    options.bench(parser)
     return bench.main(parser.parse_args([str(a) for a in argv]))
 
 

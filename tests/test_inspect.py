@@ -27,6 +27,9 @@ BOTH = [pytest.param("cuda", marks=needs_cuda), "triton"]
 
 
 def look(name, backend, dtype="bf16", arch="sm_90a", **sizes):
+    built = extension.load("_cuda").build_info()["archs"] if backend == "cuda" else []
+    if built and arch.removeprefix("sm_") not in built:
+        pytest.skip(f"lab._cuda is built for {', '.join(built)}, not for {arch}")
     found, errors = command.look(find(name), dtype, sizes or command.DEFAULTS[name], gpus.find(arch), [backend])
     assert not errors
     return found[backend]

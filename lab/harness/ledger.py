@@ -427,18 +427,6 @@ def ops_of_step(config, plan):
 
 # The verb `lab ledger`: a bench of one model's ledger, and its account on the terminal.
 
-def add_arguments(parser):
-    parser.add_argument("model", metavar="MODEL", help="a preset")
-    parser.add_argument("--backend", metavar="A,B", default="cuda,triton,torch", help="default: cuda,triton,torch")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--context", type=int, default=1024, help="tokens in the KV cache (default 1024)")
-    parser.add_argument("--weights", choices=("random", "auto"), default="random")
-    parser.add_argument("--swap", action="store_true", help="also all-triton, all-cuda and each op swapped alone")
-    parser.add_argument("--plan", metavar="A,B", help="decode plans (default: all, persistent at batch 1 alone)")
-    parser.add_argument("--out", metavar="DIR", default="out/ledger", help="for records.jsonl (default out/ledger)")
-
-
 def main(args):
     """Measures (ceilings first) into a new run of --out and prints the account. Raises LabError without a GPU."""
     from lab.harness import bench                    # which imports this module
