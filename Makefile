@@ -2,6 +2,11 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/ready
+# Without a GPU the host build is enough, and nvcc would take minutes; LAB_CUDA=1 asks for it.
+HAS_GPU = $(shell nvidia-smi -L 2>/dev/null)
+# Tests run side by side where pytest-xdist is installed, but not on a GPU, which they would share.
+SIDE_BY_SIDE = $(if $(HAS_GPU),,$(shell $(PY) -c 'import importlib.util as u; \
+  print("-n auto --maxprocesses 4 --dist loadfile" if u.find_spec("xdist") else "")'))
 MEASURED := $(or $(OUT),out/gpu-bench)
 
 .DEFAULT_GOAL := help
@@ -10,7 +15,9 @@ MEASURED := $(or $(OUT),out/gpu-bench)
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: build  ## .venv and the kernels; on a machine with nvcc the GPU build, too
+setup build demo test oracle: export LAB_CUDA ?= $(if $(HAS_GPU),auto,0)
+
+setup: build  ## .venv and the kernels; with a GPU, or LAB_CUDA=1, the GPU build, too
 	@$(PY) -m lab doctor || true
 
 $(READY): pyproject.toml lab/machine/setup_env.py
@@ -25,13 +32,11 @@ build: $(READY)
 	@$(PY) -m lab.machine.setup_env --model
 	@touch $@
 
-# Without a GPU the demo needs the host build alone, and nvcc would take minutes.
-demo: export LAB_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),auto,0)
 demo: build .venv/model  ## a real model speaks under CUDA and under Triton, compared; report in out/demo (OUT=...)
 	@$(PY) -m lab.machine.demo --out $(or $(OUT),out/demo)
 
-test: build  ## the tests (ARGS="-k rope" picks some)
-	@$(PY) -m pytest -m "not oracle" $(ARGS)
+test: build  ## the tests (ARGS="-m quick" for those of a minute, ARGS="-k rope" for some)
+	@$(PY) -m pytest -m "not oracle" $(SIDE_BY_SIDE) $(ARGS)
 
 mutants: build  ## single faults planted in copies of the kernels: is each noticed? (up to 20 minutes; ARGS="--only rope")
 	@$(PY) tests/mutants/run.py $(ARGS)

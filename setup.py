@@ -16,10 +16,12 @@ Environment:
                                         the place of cuda_src/linear.cu (`lab try`; give it a --build-lib of its own)
     LAB_TRY_SECONDS=n                   how long compiling that file may take (default: no limit)
 
-Objects are kept in build/ and reused while neither their command nor a file they include has changed. There, too:
-build/cuda/ptxas.log (what ptxas said), build/cuda/resources.json (registers and spills of every kernel), and the
-seconds that each file took (*.seconds).
+Objects are kept in build/ and reused while neither their command nor the contents of a file they include have changed.
+Each extension carries the digests of the files that it was made of: lab/extension.py compares them with the files there
+are when a backend loads it. In build/, too: build/cuda/ptxas.log (what ptxas said), build/cuda/resources.json (registers
+and spills of every kernel), and the seconds that each file took (*.seconds).
 """
+import hashlib
 import json
 import os
 import platform
@@ -228,17 +230,40 @@ def modules() -> dict[str, Module]:
 
 # ---- compiling what has changed --------------------------------------------------------------------------------------
 
-def current(target: Path, command: list[str]) -> bool:
-    """True if `target` was made by this command and is newer than all that its dependency file names."""
-    record, depfile = target.with_suffix(".cmd"), target.with_suffix(".d")
+def digest(path: Path) -> str:
+    """16 hexadecimal digits that stand for a file's contents; lab/extension.py makes the same."""
+    return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
+
+
+def made_of(target: Path) -> dict:
+    """What an object was made of: {"command": ..., "inputs": {file: digest}}; empty where that is not known."""
     try:
-        if record.read_text() != shlex.join(command):
-            return False
-        made = target.stat().st_mtime_ns
-        files = depfile.read_text().replace("\\\n", " ").partition(": ")[2]
-        return all(Path(name).stat().st_mtime_ns <= made for name in shlex.split(files))
+        record = json.loads(target.with_suffix(".made").read_text())
+        return record if target.exists() else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def current(target: Path, command: list[str]) -> bool:
+    """True if `target` was made by this command out of files that still have the same contents."""
+    record = made_of(target)
+    try:
+        return record.get("command") == shlex.join(command) and all(
+            digest(ROOT / name) == made for name, made in record["inputs"].items())
     except OSError:
         return False
+
+
+def inputs(unit: Unit, depfile: Path, started: float) -> dict[str, str]:
+    """{file: digest} of all that the compiler read, by its dependency file; those of the project relative to ROOT, so
+    that a copy of the project with its objects goes by its own files."""
+    found = {}
+    for name in shlex.split(depfile.read_text().replace("\\\n", " ").partition(": ")[2]):
+        path = Path(name).resolve()
+        if path.stat().st_mtime > started:              # which of its contents the compiler read is not known
+            raise CompileError(f"{name} changed while {unit.name} was compiled: build again")
+        found[str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)] = digest(path)
+    return found
 
 
 def beside(path: Path) -> Path:
@@ -275,30 +300,51 @@ def compile_unit(unit: Unit, directory: Path) -> tuple[Path, bool]:
     target = directory / f"{unit.name}.o"
     if current(target, unit.command):
         return target, False
-    new = beside(target)
-    start = time.perf_counter()
+    new, depfile, start = beside(target), target.with_suffix(".d"), time.time()
     shown = unit.source.relative_to(ROOT) if unit.source.is_relative_to(ROOT) else unit.source
     limit = os.environ.get("LAB_TRY_SECONDS") if tried() and unit.source == tried()[1] else None
-    output = run([*unit.command, "-c", str(unit.source), "-MMD", "-MF", str(target.with_suffix(".d")), "-o", str(new)],
-                 str(shown), float(limit) if limit else None)
+    output = run([*unit.command, "-c", str(unit.source), "-MMD", "-MF", str(depfile), "-o", str(new)], str(shown),
+                 float(limit) if limit else None)
+    record = {"command": shlex.join(unit.command), "inputs": inputs(unit, depfile, start)}
     write(target.with_suffix(".log"), output)
-    write(target.with_suffix(".cmd"), shlex.join(unit.command))
+    target.with_suffix(".made").unlink(missing_ok=True)     # until the object is there
     new.replace(target)
-    seconds = f"{time.perf_counter() - start:.1f}"
+    write(target.with_suffix(".made"), json.dumps(record, indent=1))
+    seconds = f"{time.time() - start:.1f}"
     write(target.with_suffix(".seconds"), seconds)
     print(f"  {Path(unit.command[0]).name} {shown}  {seconds} s", flush=True)
     return target, True
 
 
+# What is compiled, so that a file that was added later is noticed; relative to ROOT.
+PATTERNS = {"lab._host": ["cuda_src/*.cu", "cuda_src/ladder/*.cu", "cuda_src/host/*.cpp"],
+            "lab._cuda": ["cuda_src/*.cu", "cuda_src/ladder/*.cu"]}
+
+
+def sources(module: Module) -> dict[str, str]:
+    """{file: digest} of the project's files that went into the objects of a module, and of this file."""
+    found = {"setup.py": digest(Path(__file__))}
+    for unit in module.units:
+        found |= made_of(module.directory / f"{unit.name}.o")["inputs"]
+    return {name: made for name, made in sorted(found.items()) if not Path(name).is_absolute()}
+
+
+def facts_unit(module: Module, folder: Path) -> Unit:
+    """What build_info() says, as a source file in `folder`."""
+    facts = folder / "build_facts.cpp"
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({**module.facts, "sources": sources(module), "patterns": PATTERNS[module.name]})
+    write(facts, f'namespace lab {{\nconst char* build_facts() {{ return R"json({text})json"; }}\n}}\n')
+    return Unit(facts, [*find_compiler(), "-O1", "-fPIC", "-fvisibility=hidden"])
+
+
 def build(module: Module, output: Path) -> None:
     """Compiles what has changed, and links if anything did."""
     module.directory.mkdir(parents=True, exist_ok=True)
-    facts = module.directory / "build_facts.cpp"
-    text = json.dumps(module.facts)
-    write(facts, f'namespace lab {{\nconst char* build_facts() {{ return R"json({text})json"; }}\n}}\n')
-    units = [*module.units, Unit(facts, [*find_compiler(), "-O1", "-fPIC", "-fvisibility=hidden"])]
     with ThreadPool(jobs()) as pool:
-        made = pool.map(lambda unit: compile_unit(unit, module.directory), units, chunksize=1)
+        made = pool.map(lambda unit: compile_unit(unit, module.directory), module.units, chunksize=1)
+    folder = output.parent if tried() else module.directory     # one of its own for each file that is tried
+    made.append(compile_unit(facts_unit(module, folder), folder))
     objects = [str(path) for path, _ in made]
     compiled = sum(fresh for _, fresh in made)
     library = output.with_name(f"linked-{output.name}") if tried() else module.directory / output.name
@@ -314,7 +360,7 @@ def build(module: Module, output: Path) -> None:
     new = beside(output)
     shutil.copy2(library, new)
     new.replace(output)
-    print(f"{module.name}: {compiled} of {len(units)} files compiled", flush=True)
+    print(f"{module.name}: {compiled} of {len(made)} files compiled", flush=True)
 
 
 # ---- what ptxas said -------------------------------------------------------------------------------------------------
@@ -355,7 +401,8 @@ try:
 except SetupError as error:
     sys.exit(f"setup.py: {error}")
 if "lab._cuda" not in MODULES and "build_ext" in sys.argv and not tried():
-    print("lab._cuda: not built: " + ("LAB_CUDA=0" if os.environ.get("LAB_CUDA") == "0" else "no nvcc found"))
+    print("lab._cuda: not built: " + ("LAB_CUDA=0, as make says where there is no GPU; "
+                                        "LAB_CUDA=1 builds it" if os.environ.get("LAB_CUDA") == "0" else "no nvcc found"))
 
 setup(ext_modules=[Extension(name, [os.path.relpath(unit.source, ROOT) for unit in module.units])
                    for name, module in MODULES.items()],

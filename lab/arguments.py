@@ -1,4 +1,6 @@
 """Values on the command line: lists of names and of numbers, durations."""
+import argparse
+
 from lab.errors import LabError
 from lab.numbers import integer, number
 
@@ -24,4 +26,15 @@ def duration(text):
     value = number(text)
     if value < 0:
         raise ValueError(text)
+    return value
+
+
+def seconds(text: str) -> float:
+    """A time limit as the command line has it."""
+    try:
+        value = number(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
     return value

@@ -9,7 +9,6 @@ inputs that an op may not change must come back unchanged. `lab check` runs the 
 """
 from __future__ import annotations
 
-import argparse
 import contextlib
 import inspect
 import sys
@@ -170,30 +169,6 @@ def check_cases(op, name, function, dtype_name, cases, device, seed) -> int:
     for c, outcome in wrong:
         print(f"    {c.why} {dict(c.sizes)}: {outcome.error}")
     return len(wrong)
-
-
-def seconds(text: str) -> float:
-    """A time limit as the command line has it."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1e6:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
-    return value
-
-
-def add_arguments(parser):
-    parser.add_argument("--op", action="append", help="only this op (repeatable); default: all")
-    parser.add_argument("--backend", help="backends with commas between; default: all that this machine can run")
-    parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}, with commas between; default: all that the op takes")
-    parser.add_argument("--device", default=None, help="cuda or cpu; default: cuda where there is a GPU")
-    parser.add_argument("--quick", action="store_true", help="the first two cases of every op, or rung")
-    parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
-    parser.add_argument("--timeout", type=seconds, default=300.0, metavar="SECONDS",
-                        help="limit for each case, after which its kernel's process is ended (default 300)")
-    parser.add_argument("--exercise", metavar="NAME", help="is the fault of this exercise mended? `list` names them")
-    parser.add_argument("--ladder", action="store_true", help="the rungs of the ladders instead of the ops")
 
 
 def main(args) -> int:

@@ -1,16 +1,20 @@
 """The command line: one subcommand per verb. The work of a verb lives in its room, imported only when it is called.
 
-A room has `add_arguments(parser)` and `main(args) -> exit status`. What a user did wrong is one line on standard error
+A room has `main(args) -> exit status`, and `add_arguments(parser)` unless it imports torch: then its options are in
+lab/options.py, so that help and completion come at once. What a user did wrong is one line on standard error
 and exit status 2; anything else that escapes is a fault of the lab and keeps its traceback.
 """
 import argparse
 import difflib
 import errno
 import importlib
+import importlib.metadata
 import os
+import re
 import sys
 import traceback
 
+from lab import options
 from lab.errors import LabError, one_line
 from lab.numbers import integer, number
 
@@ -42,24 +46,97 @@ class Parser(argparse.ArgumentParser):
         self.register("type", float, number)
 
     def error(self, message):
-        raise LabError(f"{message} (see `{self.prog} --help`)")
+        raise LabError(f"{message}{self.suggestion(message)} (see `{self.prog} --help`)")
+
+    def suggestion(self, message):
+        """"; did you mean ops?" for argparse's message about "opps"; empty where nothing is near."""
+        choice = re.search(r"invalid choice: '?([^' ]*)'? \(choose from (.*)\)", message)
+        unknown = re.match(r"unrecognized arguments: (--?[\w-]+)", message)
+        if choice:
+            near = difflib.get_close_matches(choice[1], re.findall(r"[\w.-]+", choice[2]), 1)
+        elif unknown:
+            near = difflib.get_close_matches(unknown[1], sorted(self.words()), 1)
+        else:
+            near = []
+        return f"; did you mean {near[0]}?" if near else ""
+
+    def words(self):
+        """What may be typed after this parser's name: its options, and the choices of its arguments."""
+        usage = self.format_usage()
+        choices = {word for group in re.findall(r"\{(.*?)\}", usage, re.S) for word in re.findall(r"[\w.-]+", group)}
+        return choices | set(re.findall(r"(?<![\w-])--[a-z][\w-]*", usage))
+
+
+class Version(argparse.Action):
+    """--version: the version that is installed, and which copy of the lab this is."""
+
+    def __init__(self, option_strings, dest, **options):
+        super().__init__(option_strings, dest, nargs=0, **options)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        try:
+            version = importlib.metadata.version("decode-kernel-lab")
+        except importlib.metadata.PackageNotFoundError:
+            version = "(not installed)"
+        print(f"lab {version}, {os.path.dirname(os.path.abspath(__file__))}")
+        parser.exit()
+
+
+class Completion(argparse.Action):
+    """--completion SHELL: what the shell evaluates to complete verbs, options and choices."""
+
+    def __call__(self, parser, namespace, shell, option_string=None):
+        words = {verb: sorted(build_parser(verb).verb.words()) for verb in VERBS}
+        cases = "\n".join(f"    {verb}) words='{' '.join(found)}' ;;" for verb, found in words.items())
+        if shell == "zsh":
+            print("autoload -U +X bashcompinit && bashcompinit")
+        # `compgen -f`: a file or folder may stand wherever a word does.
+        print(f"""_lab() {{
+  local words='{' '.join([*VERBS, *sorted(parser.words())])}'
+  case "${{COMP_WORDS[1]}}" in
+{cases}
+  esac
+  [ "$COMP_CWORD" = 1 ] && words='{' '.join([*VERBS, *sorted(parser.words())])}'
+  COMPREPLY=($(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}")
+             $([ "$COMP_CWORD" = 1 ] || compgen -f -- "${{COMP_WORDS[COMP_CWORD]}}"))
+}}
+complete -o filenames -F _lab lab""")
+        parser.exit()
+
+
+def main_of(room):
+    """The verb's main(), imported when it is called."""
+    return lambda args: importlib.import_module(room).main(args)
 
 
 def build_parser(verb):
-    """The parser of `lab`; only the room of `verb` is imported."""
+    """The parser of `lab`, with the options of `verb`, whose parser is its attribute `verb`."""
     parser = Parser(prog="lab", description="Decode kernels of a language model, in CUDA and in Triton, on one bench.",
                     epilog="`lab VERB --help` lists the options of a verb.")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    parser.add_argument("--version", action=Version, help="say which version this is and where it is")
+    parser.add_argument("--completion", action=Completion, choices=("bash", "zsh"),
+                        help='for eval "$(lab --completion bash)" in the shell\'s start file')
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
     for name, (room, summary) in VERBS.items():
         sub = verbs.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}")
         sub.add_argument("--traceback", action="store_true", default=argparse.SUPPRESS,
                          help="show where an error came from")
         if name == verb:
-            module = importlib.import_module(room)
-            module.add_arguments(sub)
-            sub.set_defaults(main=module.main)
+            add_arguments = options.OF.get(name) or importlib.import_module(room).add_arguments
+            add_arguments(sub)
+            sub.set_defaults(main=main_of(room))
+            parser.verb = sub
     return parser
+
+
+def parse(argv, verb):
+    """The arguments; an option that nobody knows is the verb's error, which knows what may have been meant."""
+    parser = build_parser(verb)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        getattr(parser, "verb", parser).error(f"unrecognized arguments: {' '.join(unknown)}")
+    return args
 
 
 def run(argv):
@@ -72,7 +149,7 @@ def run(argv):
         near = difflib.get_close_matches(verb, VERBS, 1)
         raise LabError(f"unknown verb {verb!r}: {f'did you mean {near[0]}? ' if near else ''}"
                        f"choose from {', '.join(VERBS)}")
-    args = build_parser(verb).parse_args(argv)
+    args = parse(argv, verb)
     return args.main(args)
 
 

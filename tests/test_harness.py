@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from lab import options
 from lab.contract import BACKENDS, Rand
 from lab.dispatch import select
 from lab.errors import LabError
@@ -47,7 +48,7 @@ def tiny(monkeypatch):
 
 def run_bench(*argv):
     parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
+    options.bench(parser)
     return bench.main(parser.parse_args([str(a) for a in argv]))
 
 

@@ -353,13 +353,17 @@ inline void by_stream_shape(int rows, int outputs, int k, int max_batch, const S
         if (cpu_shapes()) return f(StreamShape<ThreadStream<N, B, HostThreads, Parts>>{});
       }
       constexpr bool kRing = Ring && B == 1 && N > 1;
-      using Alone = WarpStream<N, B, 1, Parts, kRing>;
-      if constexpr (N > 1) {
-        const int share = tuned.share ? tuned.share : shared_by(ceil_div(outputs * Parts, 4), k, Alone::U * 32 * N);
-        if (share == 4) return f(StreamShape<WarpStream<N, B, 4, Parts, kRing>>{});
-        if (share == 2) return f(StreamShape<WarpStream<N, B, 2, Parts, kRing>>{});
+      if constexpr (sizeof(T) == 2 && N > 1 && B > 2) {  // see most_stream_rows(): not compiled, for no launch takes it
+        throw std::logic_error("more than 2 rows of half precision are for tensor cores");
+      } else {
+        using Alone = WarpStream<N, B, 1, Parts, kRing>;
+        if constexpr (N > 1) {
+          const int share = tuned.share ? tuned.share : shared_by(ceil_div(outputs * Parts, 4), k, Alone::U * 32 * N);
+          if (share == 4) return f(StreamShape<WarpStream<N, B, 4, Parts, kRing>>{});
+          if (share == 2) return f(StreamShape<WarpStream<N, B, 2, Parts, kRing>>{});
+        }
+        f(StreamShape<Alone>{});
       }
-      f(StreamShape<Alone>{});
     };
     // More rows than B: w is read again, from L2, for each B of them.
     if (batch == 1) return with_batch(std::integral_constant<int, 1>{});

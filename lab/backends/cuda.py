@@ -4,30 +4,20 @@ The extension takes raw addresses, sizes and a stream as integers, so it depends
 """
 from contextlib import contextmanager
 from functools import partial
-from importlib import import_module
 from types import SimpleNamespace
 
 import torch
 
-from lab.errors import Unavailable
+from lab.extension import load
 from lab.tune import tuned
-
-DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}   # mirrors DType in cuda_src/launchers.h
 
 
 class Backend:
     name = "cuda"
 
     def __init__(self, device: torch.device, extension=None):
-        """extension: another build than the installed one."""
-        module, built_by = ("_cuda", "nvcc") if device.type == "cuda" else ("_host", "g++")
-        try:
-            self.extension = extension or import_module(f"lab.{module}")
-        except ImportError as error:
-            raise Unavailable(f"backend cuda on {device.type}: lab.{module} is not built ({error}); it needs {built_by}: "
-                              "run `make setup` or `python setup.py build_ext --inplace`") from None
-        if not hasattr(self.extension, "set_settings"):
-            raise Unavailable(f"lab.{module} is older than its sources: run `python setup.py build_ext --inplace`")
+        """extension: another build than the installed one; whether its sources are as they were is not asked then."""
+        self.extension = extension or load("_cuda" if device.type == "cuda" else "_host")
         self.device = device
         self.forget()
         launchers = {name: getattr(self.extension, name) for name in dir(self.extension) if not name.startswith("_")}

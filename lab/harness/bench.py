@@ -11,8 +11,8 @@ from typing import Callable, NamedTuple
 
 import torch
 
-from lab import rungs
-from lab.arguments import duration, names, numbers
+from lab import options, rungs
+from lab.arguments import names, numbers
 from lab.contract import BACKENDS, DTYPES
 from lab.errors import LabError
 from lab.harness import ceiling, crossover, ladder_bench, ledger, model_bench, ops_bench, shapes, timing
@@ -43,39 +43,12 @@ class Step(NamedTuple):
     run: Callable
 
 
-def add_arguments(parser):
-    parser.add_argument("what", choices=("ops", "model", "ledger", "all", "crossover"),
-                        help="what to measure; crossover: who wins where, from the records in --out")
-    parser.add_argument("names", nargs="*", metavar="NAME",
-                        help="ops (for ops) or presets (for model, ledger, crossover); default: all ops, four presets")
-    parser.add_argument("--out", metavar="DIR", default="out/bench", help="where records.jsonl is (default out/bench)")
-    parser.add_argument("--backend", metavar="A,B", help="default: every one that this machine has")
-    parser.add_argument("--dtype", metavar="A,B", help="fp32, fp16, bf16 (default: bf16, fewer sizes of the others)")
-    parser.add_argument("--model", metavar="A,B", help="presets whose shapes the ops take")
-    parser.add_argument("--batch", metavar="N,N", help="batch sizes")
-    parser.add_argument("--context", metavar="N,N", help="tokens in the KV cache")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
-    parser.add_argument("--plan", metavar="A,B", help="decode plans of the models (default: all, persistent at batch 1 "
-                        "alone; on a CPU basic)")
-    parser.add_argument("--weights", choices=("random", "auto"), default="random",
-                        help="of the models; auto reads real ones")
-    parser.add_argument("--quick", action="store_true", help="a small set in under 2 minutes of GPU time")
-    parser.add_argument("--seconds", type=duration, metavar="S", help="sampling time per configuration and timer")
-    parser.add_argument("--budget-minutes", type=duration, metavar="M",
-                        help="stop cleanly after M minutes; run again to resume")
-    parser.add_argument("--fresh", action="store_true", help="begin a new run even where a stopped one could go on")
-    parser.add_argument("--no-vendor", action="store_true", help="leave cuBLAS, SDPA, cuDNN and other peers out")
-    parser.add_argument("--no-compile", action="store_true", help="leave the torch.compile peer of the models out")
-    parser.add_argument("--swap", action="store_true", help="for ledger: also a token per op swapped (always in `all`)")
-    parser.add_argument("--ladder", action="store_true", help="for ops: the rungs of the ladders, at one size each")
-    parser.add_argument("--export", metavar="FILE",
-                        help="for crossover: write the winners as a table for lab run --dispatch")
 
 
 def parse(words):
     """The arguments of `lab bench` from its words, for the verbs that are a bench underneath."""
     parser = argparse.ArgumentParser(prog="lab bench")
-    add_arguments(parser)
+    options.bench(parser)
     return parser.parse_args(words)
 
 

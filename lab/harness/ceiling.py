@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lab.errors import error_text
+from lab.errors import Unavailable, error_text
+from lab.extension import load
 from lab.harness import timing
 from lab.records.schema import Ceiling
 
@@ -92,8 +93,8 @@ def implementations(direction, sms, payload):
     """[(backend, config, make)] where make(src, dst) is a call; grids never exceed the tiles there are."""
     mode, found = MODES[direction], []
     try:
-        from lab import _cuda
-    except ImportError:
+        _cuda = load("_cuda")
+    except Unavailable:
         _cuda = None
     if _cuda is not None:
         for shape in CUDA_SHAPES:

@@ -2,24 +2,12 @@
 import torch
 
 from lab.arguments import names
-from lab.contract import BACKENDS, DTYPES
+from lab.contract import BACKENDS
 from lab.errors import LabError, shown
 from lab.harness import bench, shapes
 from lab.names import known
 from lab.records import compare
 from lab.text import columns
-
-
-def add_arguments(parser):
-    parser.add_argument("model", metavar="MODEL", help="a preset")
-    parser.add_argument("--backend", metavar="A,B", default="cuda,triton,torch", help="default: cuda,triton,torch")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--context", type=int, default=1024, help="tokens in the KV cache (default 1024)")
-    parser.add_argument("--weights", choices=("random", "auto"), default="random")
-    parser.add_argument("--swap", action="store_true", help="also all-triton, all-cuda and each op swapped alone")
-    parser.add_argument("--plan", metavar="A,B", help="decode plans (default: all, persistent at batch 1 alone)")
-    parser.add_argument("--out", metavar="DIR", default="out/ledger", help="for records.jsonl (default out/ledger)")
 
 
 def main(args):

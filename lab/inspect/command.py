@@ -30,23 +30,6 @@ DEFAULTS = {
 }
 
 
-def add_arguments(parser):
-    parser.add_argument("op", metavar="OP", nargs="?", help="an op, as `lab ops` lists them")
-    parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}; default: bf16, or what the op takes")
-    parser.add_argument("--arch", default="sm_90a", help=f"{', '.join(gpus.GPUS)}; default: sm_90a")
-    parser.add_argument("--case", type=int, metavar="N", help="sizes of the contract's case N, from 0")
-    parser.add_argument("--sizes", nargs="+", metavar="NAME=N", help="sizes of the call, as in batch=16 n=6144 k=4096 "
-                        "or lengths=1024,2048; what is not given: a decode step of Llama 3.1 8B, batch 1")
-    parser.add_argument("--backend", help="cuda or triton; default: both")
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--sass", action="store_const", dest="listing", const="sass", help="machine code, source beside")
-    form.add_argument("--ptx", action="store_const", dest="listing", const="ptx", help="PTX, source beside")
-    form.add_argument("--ttgir", action="store_const", dest="listing", const="ttgir", help="Triton's GPU dialect, too")
-    form.add_argument("--json", action="store_true", help="the table as JSON")
-    parser.add_argument("--all", action="store_true", help="every op and dtype: fairness cards into --out DIR")
-    parser.add_argument("--out", metavar="DIR", help="with --all: append the cards to DIR/records.jsonl")
-
-
 def main(args) -> int:
     from lab.ops import OPS, find
     gpu = gpus.find(args.arch)

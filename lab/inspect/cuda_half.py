@@ -4,7 +4,6 @@ The extension notes launches instead of running them (cuda_src/trace.h), so no G
 the place of the kernel's host half in its file; the symbol there has the name that the machine code has too.
 """
 import functools
-import importlib
 import math
 import re
 import tempfile
@@ -15,27 +14,14 @@ import torch
 
 from lab.backends.cuda import architecture, measured_settings
 from lab.errors import LabError, Unavailable
+from lab.extension import load
 from lab.inspect import binary
 from lab.inspect.kernel import measured
 
 
-def extension():
-    """lab._cuda; Unavailable where nvcc was not there to build it, or the build is too old to record launches."""
-    try:
-        module = importlib.import_module("lab._cuda")
-    except ImportError as error:
-        raise Unavailable(f"the cuda half needs lab._cuda, which is not built ({error}); it needs nvcc, no GPU: run "
-                          "`make setup` or `python setup.py build_ext --inplace`") from None
-    if not hasattr(module, "set_settings"):
-        raise Unavailable("lab._cuda is older than its sources: run `python setup.py build_ext --inplace`")
-    return module
-
-
 def launches(op, args, gpu):
     """What ops.<op>(*args) on the CUDA backend launches on such a GPU: a list of dicts, described in bindings.cpp."""
-    module = extension()
-    if not hasattr(module, op.name):
-        raise Unavailable(f"lab._cuda has no {op.name}: run `python setup.py build_ext --inplace`")
+    module = load("_cuda")
     kernels = SimpleNamespace(**{name: getattr(module, name) for name in dir(module) if not name.startswith("_")})
     kernels.stream = lambda: 0
     module.record_launches(gpu.multiprocessors, gpu.major)
@@ -83,7 +69,7 @@ def cubin(module, symbol, gpu):
 
 def kernels(op, args, gpu):
     """The Kernels that a call launches, in order."""
-    module = extension()
+    module = load("_cuda")
     return [_kernel(module, launch, gpu) for launch in launches(op, args, gpu)]
 
 
@@ -116,7 +102,7 @@ def entry(ptx, symbol):
 
 def instantiations(op, launch, dtype, gpu):
     """How many instantiations of the launched kernel are compiled in for this dtype: the launcher's choices."""
-    module = extension()
+    module = load("_cuda")
     symbol = _symbol(module, launch)
     head = symbol.partition("I" + MANGLED[dtype])[0]
     names = {s.name for s in binary.symbols(cubin(module, symbol, gpu).read_bytes()) if s.function}

@@ -9,7 +9,6 @@ the file does, ending its process included, can make it pass.
 """
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib
 import importlib.util
@@ -26,7 +25,7 @@ from types import SimpleNamespace
 import torch
 
 from lab.backends import load
-from lab.check import check_cases, seconds
+from lab.check import check_cases
 from lab.contract import BACKENDS, DTYPES, Op
 from lab.dispatch import bind
 from lab.errors import LabError, Unavailable
@@ -176,37 +175,6 @@ def declaration(name: str) -> str:
     """A launcher's declaration, as launchers.h has it."""
     text = (ROOT / "cuda_src" / "launchers.h").read_text()
     return re.search(rf"^void {name}\(.*?\)(?=;)", text, re.M | re.S)[0]
-
-
-WHAT_A_FILE_CONTAINS = """\
-what FILE must contain:
-  FILE.cu  the launcher that cuda_src/launchers.h declares for the op, such as
-             void silu_mul(const SiluMulArgs& a)
-           with a.gate_up, a.y, a.rows, a.cols, a.dtype and a.stream, and the kernels that it launches. Include "common.cuh" and "launchers.h". Kernels are launched by
-           launch({grid, block, bytes of dynamic shared memory, stream}, "name", kernel, arguments...), not by <<<>>>,
-           so that they run on a CPU too. dtype: 0 float32, 1 float16, 2 bfloat16.
-  FILE.py  a function with the name and the arguments of that in triton_kernels/OP.py, such as
-             def silu_mul(gate_up, y)
-           and the @triton.jit kernels that it launches by kernel[grid](...), with @triton.autotune if you like.
-A copy of cuda_src/OP.cu or triton_kernels/OP.py is a good start. The file is loaded by a process of its own, in which a
-kernel that crashes, exits or does not end is a failed case.
-"""
-
-
-def add_arguments(parser):
-    parser.epilog, parser.formatter_class = WHAT_A_FILE_CONTAINS, argparse.RawDescriptionHelpFormatter
-    parser.add_argument("file", type=Path, metavar="FILE", help="a .cu file (CUDA) or a .py file (Triton)")
-    parser.add_argument("--op", required=True, help="the op whose place it takes")
-    parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}, with commas between; default: all that the op takes")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
-    parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
-    parser.add_argument("--timeout", type=seconds, default=120.0, metavar="SECONDS",
-                        help="limit for compiling the file, for loading it and for each case (default 120)")
-    parser.add_argument("--check-only", action="store_true", help="no race, on a GPU either")
-    parser.add_argument("--model", default="llama-3.2-1b", metavar="A,B", help="presets whose shapes to race at")
-    parser.add_argument("--batch", default="1,16", metavar="N,N", help="batch sizes to race at (default 1,16)")
-    parser.add_argument("--context", default="1024,8192", metavar="N,N", help="tokens in the KV cache")
-    parser.add_argument("--out", metavar="DIR", help="records and report of the race (default out/try/FILE)")
 
 
 def main(args) -> int:

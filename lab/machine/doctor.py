@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from lab import extension
 from lab.errors import LabError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -145,7 +145,7 @@ def find_model(found):
 
 
 def find_extension(found, module, gpu):
-    """Is lab.<module> built, newer than its sources, and for this GPU?"""
+    """Is lab.<module> built, of the sources as they are now, and for this GPU?"""
     kind = "host build" if module == "_host" else "GPU build"
     needed = module == "_host" or gpu
     bad = MISSING if needed else OPTIONAL
@@ -155,30 +155,21 @@ def find_extension(found, module, gpu):
                              "run `make setup`" + ("" if module == "_host" else " (needs nvcc)") if needed else ""))
         return
     try:
-        info = importlib.import_module(f"lab.{module}").build_info()
+        built = importlib.import_module(f"lab.{module}")
+        info = built.build_info()
     except ImportError as error:
         found.append(Finding(kind, bad, f"lab.{module} does not load: {error}", "run `make clean setup`"))
         return
     text = f"{info['compiler']}, for {', '.join(info['archs'])}"
     if info["sanitizer"] != "none":
         text += f", sanitizer {info['sanitizer']}"
-    newer = [path.name for path in sources(module) if path.stat().st_mtime > Path(spec.origin).stat().st_mtime]
-    if newer:
-        found.append(Finding(kind, bad, f"older than {', '.join(sorted(newer)[:3])}; {text}", "run `make setup`"))
+    if different := extension.changed(built):
+        found.append(Finding(kind, bad, f"{different} since; {text}", f"run `{extension.BUILD[module]}`"))
     elif gpu and not covers(info["archs"], gpu):
         found.append(Finding(kind, MISSING, f"built for {', '.join(info['archs'])}, not for this sm_{gpu[0]}{gpu[1]}",
                              f"LAB_CUDA_ARCH={gpu[0]}{gpu[1]} make setup"))
     else:
         found.append(Finding(kind, OK, text))
-
-
-def sources(module):
-    """What lab.<module> was compiled from: the files that its last build noted, and every kernel."""
-    files = set((ROOT / "cuda_src").glob("*.cu"))
-    for noted in (ROOT / "build" / module.strip("_")).glob("*.d"):
-        names = shlex.split(noted.read_text().replace("\\\n", " ").partition(": ")[2])
-        files |= {path for path in map(Path, names) if ROOT / "cuda_src" in path.parents and path.exists()}
-    return files
 
 
 def covers(archs, gpu):

@@ -2,7 +2,8 @@
 
 Where that python has a CUDA build of torch, .venv borrows its packages: torch and triton stay what they are, only what
 is missing is added, and when nothing is missing no network is needed. Elsewhere .venv gets the versions pinned in
-pyproject.toml; TORCH_INDEX may name another index for torch (https://download.pytorch.org/whl/cpu spares a laptop
+pyproject.toml, each file checked against requirements-hashed.txt but for torch's (HASHES=0: where an index of one's own
+has built them anew); TORCH_INDEX may name another index for torch (https://download.pytorch.org/whl/cpu spares a laptop
 without a GPU the CUDA build).
 
     python -m lab.machine.setup_env           packages
@@ -94,10 +95,13 @@ def main(arguments):
         print(f"setup: using torch {borrowed[0]} (CUDA {borrowed[1]}) of {sys.executable}; adding what is missing")
         return pip_install(*keep(borrowed), *meta["project"]["dependencies"], *meta["build-system"]["requires"])
     print(f"setup: installing the versions pinned in pyproject.toml into {VENV.relative_to(ROOT)}")
+    torch = [pin for pin in extras["pinned"] if pin.startswith("torch==")]
+    if os.environ.get("HASHES") != "0":
+        pip_install("--no-deps", "--require-hashes", "-r", "requirements-hashed.txt")
     index = os.environ.get("TORCH_INDEX")
     if index:
-        pip_install("--index-url", index, *[pin for pin in extras["pinned"] if pin.startswith("torch==")])
-    pip_install(*extras["pinned"])
+        pip_install("--index-url", index, *torch)
+    pip_install(*extras["pinned"])                              # torch, if it did not come before; of the rest, nothing
 
 
 if __name__ == "__main__":

@@ -2,10 +2,6 @@
 from lab.contract import DTYPES
 
 
-def add_arguments(parser):
-    parser.add_argument("--json", action="store_true", help="as JSON")
-
-
 def main(args) -> int:
     from lab.ops import OPS
     names = {dtype: name for name, dtype in DTYPES.items()}

@@ -262,25 +262,6 @@ class Table:
         write_whole(self.path, text)
 
 
-def add_arguments(parser):
-    parser.add_argument("op", metavar="OP", nargs="+", help=f"{', '.join(SPACES['triton'])}, or all")
-    parser.add_argument("--backend", default=",".join(SPACES), metavar="A,B",
-                        help="halves to tune (default cuda,triton)")
-    parser.add_argument("--model", default=",".join(shapes.MODELS), metavar="A,B", help="presets whose shapes to tune")
-    parser.add_argument("--batch", default="1,4,16,64", metavar="N,N", help="batch sizes (default 1,4,16,64)")
-    parser.add_argument("--context", type=int, default=8192, metavar="N", help="of the attention ops (default 8192)")
-    parser.add_argument("--dtype", default="bf16", help="bf16 (default; fp16 shares its settings) or fp32")
-    parser.add_argument("--tries", type=int, default=40, metavar="N", help="most candidates of a shape (default 40)")
-    parser.add_argument("--budget-seconds", type=float, default=600.0, metavar="S",
-                        help="stop cleanly after S seconds; run again to go on (default 600)")
-    parser.add_argument("--by-token", action="store_true", help="whole decode steps (plan fused, --context tokens of "
-                        "context) judge, not the kernel alone")
-    parser.add_argument("--again", action="store_true",
-                        help="also the shapes that the table has from this GPU and compiler")
-    parser.add_argument("--out", metavar="DIR", help="write DIR/cuda/sm_NN.json and DIR/triton/sm_NN.json (default: the "
-                        "tables that launchers read, cuda_src/tuned/ and triton_kernels/tuned/)")
-
-
 def main(args) -> int:
     started = time.monotonic()
     from lab.arguments import names, numbers
@@ -302,7 +283,8 @@ def main(args) -> int:
     tables = {b: Table(Path(args.out, b, f"{arch}.json") if args.out else tuned.path_of(b, arch), gpu.name,
                        load(b, torch.device("cuda")).compiler, tuned.path_of(b, arch) if args.by_token else None)
               for b in backends}
-    itemsize, models, batches = DTYPES[args.dtype].itemsize, names(args.model), numbers(args.batch)
+    itemsize, batches = DTYPES[args.dtype].itemsize, numbers(args.batch)
+    models = names(args.model) if args.model else shapes.MODELS
     if args.by_token:
         points = token_points(models, batches, args.context, ops)
     else:
