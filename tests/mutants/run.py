@@ -54,9 +54,35 @@ def run(words, folder, name):
     return done.returncode == 0, f"{name}: {lines[-1] if lines else done.returncode}"
 
 
+def commands_of(mutant, backend, folder):
+    """(name, words) of what should notice a mutant."""
+    words = ["-m", "lab", "check", "--op", mutant.op, "--backend", backend, "--device", "cpu"]
+    commands = [("check", words + (["--dtype", mutant.dtype] if mutant.dtype else []))]
+    if mutant.tests and (folder / mutant.tests.split()[0]).exists():
+        commands.append(("tests", ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
+                                   *mutant.tests.format(backend=backend).split()]))
+    return commands
+
+
+def control(chosen, jobs, commit):
+    """Every command must succeed where nothing is planted, or it would call every mutant killed: raises ValueError."""
+    with tempfile.TemporaryDirectory(prefix="mutants-") as place, ThreadPoolExecutor(jobs) as pool:
+        folder = copy(Path(place) / "copy", commit)
+        built, said = run(["setup.py", "--quiet", "build_ext", "--inplace"], folder, "build")
+        if not built:
+            raise ValueError(f"without a mutant: {said}")
+        commands = {tuple(words): name for m in chosen for name, words in commands_of(
+            m, "cuda" if m.file.startswith("cuda_src") else "triton", folder)}
+        for passed, said in pool.map(lambda item: run(item[0], folder, item[1]), commands.items()):
+            if not passed:
+                raise ValueError(f"without a mutant: {said}")
+
+
 def judge(mutant, folder):
     """(killed, by what) of a mutant in a copy, which is as before afterwards. Raises ValueError for a mistake of the list."""
     path = folder / mutant.file
+    if not path.is_file():
+        raise ValueError(f"{mutant.file} is not there")
     right = path.read_text()
     if right.count(mutant.old) < 1:
         raise ValueError(f"{mutant.file}: the text {mutant.old!r} is not there")
@@ -68,12 +94,7 @@ def judge(mutant, folder):
             made, said = run(build, folder, "build")
             if not made:
                 raise ValueError(f"{mutant.file}, {mutant.why}: does not compile: {said}")
-        words = ["-m", "lab", "check", "--op", mutant.op, "--backend", backend, "--device", "cpu"]
-        commands = [("check", words + (["--dtype", mutant.dtype] if mutant.dtype else []))]
-        if mutant.tests and (folder / mutant.tests.split()[0]).exists():
-            commands.append(("tests", ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
-                                       *mutant.tests.format(backend=backend).split()]))
-        for name, command in commands:
+        for name, command in commands_of(mutant, backend, folder):
             passed, said = run(command, folder, name)
             if not passed:
                 return True, said
@@ -106,6 +127,7 @@ def main():
 
     with ThreadPoolExecutor(args.jobs) as pool:
         try:
+            control(chosen, args.jobs, args.cases)
             list(pool.map(work, [chosen[i::args.jobs] for i in range(args.jobs)]))
         except ValueError as error:
             print(f"mutants: error: {error}", file=sys.stderr)
