@@ -186,6 +186,8 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
   if (threadIdx.x == 0) ring.init();
   __syncthreads();
 
+  // What a phase multiplies: w, its outputs, its k, and how many rows of w an output has. Then what it adds, and where
+  // its results go.
   const auto matrix_of = [&](int i, StepPhase phase) -> Matrix<T> {
     switch (phase) {
       case kQkv: return {layers[i].wqkv, width, a.hidden, 1};
@@ -194,6 +196,14 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
       case kDown: return {layers[i].w_down, a.hidden, a.intermediate, 1};
       default: return {a.lm_head, a.vocab, a.hidden, 1};
     }
+  };
+  const auto bias_of = [&](const StepLayer<T>& layer, StepPhase phase) -> const T* {
+    if (phase == kQkv) return layer.bqkv;
+    return phase == kO ? layer.bo : nullptr;
+  };
+  const auto output_of = [&](StepPhase phase) -> uint64_t* {
+    if (phase == kQkv) return a.qkv;
+    return phase == kGateUp ? a.act : a.h;
   };
   const auto phase_at = [&](int step) { return step == 4 * a.layers ? kLmHead : StepPhase(step % 4); };
 
@@ -238,13 +248,12 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
     }
     const Matrix<T> m = matrix_of(i, phase);
     const Share share = ring.share(m.n);
-    const TaggedRow<T> to{phase == kQkv ? a.qkv : phase == kGateUp ? a.act : a.h, ++tag};
+    const TaggedRow<T> to{output_of(phase), ++tag};
     const bool normed = phase != kO && phase != kDown;
     if (phase == kO) x.start(layer.mlp_norm, a.hidden);
     if (phase == kDown) x.start(i + 1 < a.layers ? layers[i + 1].attn_norm : a.final_norm, a.hidden);
     if (!share.empty()) {
-      const T* bias = phase == kQkv ? layer.bqkv : phase == kO ? layer.bo : nullptr;
-      const StepEpilogue<T> epilogue{phase, normed, bias, poison, h, to, a.logits, best};
+      const StepEpilogue<T> epilogue{phase, normed, bias_of(layer, phase), poison, h, to, a.logits, best};
       const int n = share.first + int(threadIdx.x);
       const Base<T> base = n < share.last ? epilogue.load(n) : Base<T>{};
       // Where DRAM is the limit the row is never there sooner, and to ask for it in vain costs L2 bandwidth: 1B at 32

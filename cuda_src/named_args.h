@@ -128,7 +128,7 @@ class Function {
   static_assert(kCount <= kMostKeywords, "put arguments that belong together into a group");
 
   static inline std::array<Field, kCount> fields;
-  static inline std::string name, documentation;
+  static inline std::string name, signature, documentation;
   static inline PyMethodDef definition;
 
   // Sets a TypeError about one argument; keeps what the error at hand says, if there is one.
@@ -173,7 +173,7 @@ class Function {
 
   static PyObject* call(PyObject*, PyObject* const* values, Py_ssize_t positional, PyObject* names) {
     if (positional != kPositional) {
-      PyErr_Format(PyExc_TypeError, "%s(): pass the arguments by name: %s", name.c_str(), documentation.c_str());
+      PyErr_Format(PyExc_TypeError, "%s(): pass the arguments by name: %s", name.c_str(), signature.c_str());
       return nullptr;
     }
     Fields args{};
@@ -213,8 +213,8 @@ class Function {
       fields[i++] = {PyUnicode_InternFromString(word.c_str()), offset, &read_at<std::remove_reference_t<decltype(field)>>};
     };
     std::apply([&](auto&... each) { (add(each), ...); }, args.each());
-    // In this form Python reads a signature out of it.
-    documentation = name + (kPositional ? "(rung, /, *, " : "(*, ") + listed + ")\n--\n\n";
+    signature = name + (kPositional ? "(rung, /, *, " : "(*, ") + listed + ")";
+    documentation = signature + "\n--\n\n";      // the form in which inspect.signature() looks for it
     definition.ml_name = name.c_str();
     definition.ml_meth = reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&call));
     definition.ml_flags = METH_FASTCALL | METH_KEYWORDS;

@@ -111,4 +111,5 @@ def test_a_tensor_core_batch_needs_room_for_its_normed_rows():
     x, w = torch.zeros(9, 8, dtype=torch.bfloat16), torch.zeros(4, 8, dtype=torch.bfloat16)
     y, code = torch.empty(9, 4, dtype=torch.bfloat16), DTYPE_CODES[torch.bfloat16]
     with pytest.raises(ValueError, match="norm_linear: more than 2 rows of half precision need `normed`"):
-        host.norm_linear(x.data_ptr(), x.data_ptr(), w.data_ptr(), 0, y.data_ptr(), 0, 9, 4, 8, 1e-5, code, code, 0)
+        host.norm_linear(x=x.data_ptr(), norm_w=x.data_ptr(), w=w.data_ptr(), bias=0, y=y.data_ptr(), normed=0,
+                         rows=9, n=4, k=8, eps=1e-5, dtype=code, out_dtype=code, stream=0)
