@@ -31,13 +31,13 @@ def regular_file(path: str | os.PathLike) -> Path:
     return Path(path)
 
 
-def read_text(path: str | os.PathLike) -> str:
-    """The text of a regular UTF-8 file of at most LARGEST_TEXT bytes; LabError for everything else."""
+def read_text(path: str | os.PathLike, limit: int = LARGEST_TEXT) -> str:
+    """The text of a regular UTF-8 file of at most `limit` bytes; LabError for everything else."""
     try:
         with regular_file(path).open("rb") as file:
-            data = file.read(LARGEST_TEXT + 1)
-        if len(data) > LARGEST_TEXT:
-            raise LabError(f"{path} is larger than {LARGEST_TEXT >> 20} MiB")
+            data = file.read(limit + 1)
+        if len(data) > limit:
+            raise LabError(f"{path} is larger than {limit >> 20} MiB")
         return data.decode("utf-8")
     except OSError as error:
         raise LabError(f"{path} cannot be read: {error.strerror}") from error

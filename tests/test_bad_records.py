@@ -304,7 +304,7 @@ def test_a_line_that_another_process_is_writing_is_not_cut_off(tmp_path):
     holder.start()
     assert ready.wait(30)
     others = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-              for code in ("import sys; from lab.harness import records; print(len(schema.read(sys.argv[1]).rows))",
+              for code in ("import sys; from lab.records import schema; print(len(schema.read(sys.argv[1]).rows))",
                            OPEN_AND_APPEND.replace("sys.argv[3]", "1").replace("sys.argv[2]", "'other'"))]
     import time
     time.sleep(1.5)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from tiny_models import CONFIGS, write_gguf
 
-from lab import cli
+from lab import cli, contract
 from lab.errors import LabError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -207,8 +207,8 @@ def test_help_is_instant_for_it_imports_no_torch(verb):
 
 
 def test_the_options_name_the_dtypes_of_the_dispatcher():
-    from lab import dispatch, options
-    assert options.DTYPES == tuple(dispatch.DTYPES)
+    from lab import options
+    assert options.DTYPES == tuple(contract.DTYPES)
 
 
 def test_the_version_says_which_copy_of_the_lab_this_is(capsys):

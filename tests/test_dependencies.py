@@ -1,8 +1,7 @@
 """What is installed is pinned, hashed and listed with its licence."""
 import re
 
-from lab.machine import dependencies
-from lab.machine import setup_env
+from lab.machine import dependencies, setup_env
 
 PINNED = setup_env.project()["project"]["optional-dependencies"]["pinned"]
 

@@ -19,7 +19,7 @@ from lab import options
 from lab.contract import BACKENDS, Rand
 from lab.dispatch import select
 from lab.errors import LabError
-from lab.harness import bench, ceiling, crossover, ledger, model_bench, ops_bench, shapes, timing
+from lab.harness import bench, ceiling, crossover, ledger, ledger_verb, model_bench, ops_bench, shapes, timing
 from lab.harness.ceiling import Ceilings
 from lab.harness.shapes import COLD
 from lab.model.config import PRESETS
@@ -544,7 +544,7 @@ def test_an_account_of_kernels_adds_up_to_the_token():
     kernels = {r.kernel: r for r in rows if r.row == "kernel"}
     assert kernels["gemv"].bytes == 3_000_000 and kernels["gemv"].gbps == pytest.approx(2000)
     assert kernels["reduce"].bytes is None and kernels["silu"].of_ceiling is None and kernels["add"].op == "other"
-    text = ledger.text_of(rows)
+    text = ledger_verb.text_of(rows)
     assert "linear qkv" in text and "unexplained" in text and "total" in text and "overlap" not in text
 
 
@@ -559,7 +559,7 @@ def test_an_account_of_chains_adds_up_to_the_token():
     linear = rows[0]
     assert linear.bytes == 3_000_000 and linear.gbps == pytest.approx(3e3 / 3.5) and "isolated" in linear.note
     assert rows[1].us_p10 == pytest.approx(1.5 - np.hypot(0.065, 0.05)) and rows[1].n == 20
-    assert "not an isolated kernel" in ledger.text_of(rows)
+    assert "not an isolated kernel" in ledger_verb.text_of(rows)
 
 
 def test_a_use_that_is_hidden_claims_no_bandwidth():
@@ -657,7 +657,7 @@ def test_swaps_cover_each_op_of_the_plan_asked(tiny, monkeypatch):
         assert swapped == list(dict.fromkeys(op for op, _, _ in shapes.uses(TINY, plan))) and len(swapped) == ops
         assert timed == [("triton", {}), ("cuda", {}), *(("triton", {op: "cuda"}) for op in swapped)]
         assert all(r.plan == plan and r.us > 0 and not r.error for r in rows)
-    text = ledger.text_of(rows)
+    text = ledger_verb.text_of(rows)
     assert "swap, plan fused" in text and "triton, norm_linear_argmax by cuda" in text and "all cuda" in text
 
 

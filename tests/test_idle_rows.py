@@ -8,7 +8,7 @@ import torch
 from lab.contract import BACKENDS, Rand
 from lab.dispatch import select
 from lab.model.prefill import attend
-from lab.ops import OPS, decode_attention, decode_step, find, rope_append_attention
+from lab.ops import OPS, decode_attention, decode_step, find, rope_append_attention, step_layout
 from lab.ops.decode_attention import Workspace
 
 EVERYWHERE = pytest.mark.parametrize("backend", BACKENDS)
@@ -120,9 +120,9 @@ def test_a_step_leaves_its_workspace_ready(backend, rand, device):
         want = decode_step.reference(*args)[3]
         ops.decode_step(*args)
         assert (args[6] - want).abs().max() <= decode_step.tolerance(*args)[1]
-        tags.add(int(counters[decode_step.TAG]))
+        tags.add(int(counters[step_layout.TAG]))
         rest = counters.clone()
-        rest[decode_step.TAG] = 0
+        rest[step_layout.TAG] = 0
         assert not rest.any()
     assert len(tags) == (3 if backend == "cuda" else 1)
 

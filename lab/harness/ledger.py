@@ -99,13 +99,14 @@ def _signature(op, shape):
 
 def record_step(decoder, mark=False):
     """The op calls of one eager step; the decoder's state is as before."""
-    real, state, ids = decoder.ops, decoder.state.clone(), decoder.ids.clone()
-    recorder = decoder.ops = Recorder(real, decoder.config, mark)
+    buffers, state, ids = decoder.buffers, decoder.state.clone(), decoder.ids.clone()
+    real = buffers.ops
+    recorder = buffers.ops = Recorder(real, decoder.config, mark)
     try:
         with torch.inference_mode():
             decoder.run_plan(GREEDY)
     finally:
-        decoder.ops = real
+        buffers.ops = real
         decoder.state.copy_(state)
         decoder.ids.copy_(ids)
     return recorder.calls

@@ -15,7 +15,7 @@
 #include <vector>
 
 #include "common.cuh"
-#include "wgmma.cuh"
+#include "core/wgmma.cuh"
 
 using namespace lab;
 

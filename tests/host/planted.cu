@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "common.cuh"
-#include "wgmma.cuh"
+#include "core/wgmma.cuh"
 
 using namespace lab;
 

@@ -36,7 +36,7 @@ def mutate(text: str, mutant: Mutant) -> str:
 def sources() -> list[Path]:
     """The kernels of the ops and of the ladders, and the headers that they share."""
     folder = ROOT / "cuda_src"
-    return sorted([*folder.glob("*.cu"), *folder.glob("*.cuh"), *folder.glob("ladder/*.cu")])
+    return sorted([*folder.glob("*.cu"), *folder.glob("*.cuh"), *folder.glob("core/*.cuh"), *folder.glob("ladder/*.cu")])
 
 
 def removals(path: Path, text: str | None = None) -> list[Mutant]:

@@ -9,9 +9,9 @@ CUDA = [mutant for path in sources() for mutant in removals(path)]
 CUDA += [Mutant("cuda_src/common.cuh", "__ATOMIC_ACQ_REL", f"__ATOMIC_{left}", f"take_ticket: {left.lower()} alone")
          for left in ("RELAXED", "ACQUIRE", "RELEASE")]
 
-ARRIVALS = ("decode_step", "split_attention", "norm_linear_argmax")
+ARRIVALS = ("decode_step", "core/split_attention", "norm_linear_argmax")
 NO_ORDER = [("decode_step", "acq_rel"), ("decode_step", "release"), ("decode_step", "acquire"),
-            ("split_attention", "acq_rel"), ("norm_linear_argmax", "acq_rel")]
+            ("core/split_attention", "acq_rel"), ("norm_linear_argmax", "acq_rel")]
 TRITON = [Mutant(f"triton_kernels/{name}.py", "tl.debug_barrier()", "pass", "an arrival without a barrier")
           for name in ARRIVALS]
 TRITON += [Mutant(f"triton_kernels/{name}.py", f'sem="{order}"', 'sem="relaxed"', f"an atomic without {order}")

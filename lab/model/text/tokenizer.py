@@ -22,6 +22,7 @@ PRE_TOKENIZERS = {
     "pixtral": LLAMA3, "midm-2.0": LLAMA3, "lfm2": LLAMA3,
     "qwen2": QWEN2, "deepseek-r1-qwen": QWEN2, "smollm": SMOLLM, "gpt-2": GPT2,
 }
+MOST_TEMPLATE = 1 << 24     # bytes of a chat template
 # GGUF token types (llama.cpp's llama_token_type)
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
 # Tokens that end a turn, by their text, even where the file gives them another type or names another end
@@ -328,7 +329,7 @@ def _listed_ends(found, path: Path, vocabulary: int) -> set[int]:
 def _template(options: dict, folder: Path) -> str | None:
     path = folder / "chat_template.jinja"
     if is_there(path):
-        return read_text(path)
+        return read_text(path, MOST_TEMPLATE)
     template = options.get("chat_template")
     if isinstance(template, list):          # several named templates
         named = {t["name"]: t.get("template") for t in template
