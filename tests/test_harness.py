@@ -766,8 +766,8 @@ def dram_bytes(text):
 
 def test_ncus_table_is_parsed():
     assert dram_bytes('==PROF== Connected\n"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n'
-                      '"0","stream_kernel","dram__bytes_read.sum","byte","2,147,483,648"\n'
-                      '"1","stream_kernel","dram__bytes_read.sum","byte","12"\n') == [2 ** 31, 12.0]
+                      '"0","bandwidth_kernel","dram__bytes_read.sum","byte","2,147,483,648"\n'
+                      '"1","bandwidth_kernel","dram__bytes_read.sum","byte","12"\n') == [2 ** 31, 12.0]
 
 
 @gpu
@@ -776,7 +776,7 @@ def test_a_kernel_that_reads_its_input_twice_shows_in_dram_bytes():
     if not os.access(ncu, os.X_OK):
         pytest.skip("needs ncu (Nsight Compute)")
     # Clocks are left alone: they change no byte, and the card's settings are not ours.
-    ran = subprocess.run([ncu, "--metrics", "dram__bytes_read.sum", "--kernel-name", "stream_kernel", "--csv",
+    ran = subprocess.run([ncu, "--metrics", "dram__bytes_read.sum", "--kernel-name", "bandwidth_kernel", "--csv",
                           "--print-units", "base", "--clock-control", "none", sys.executable, "-c", READ_TWICE],
                          capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[1])
     said = ran.stdout + ran.stderr
