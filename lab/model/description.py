@@ -1,7 +1,8 @@
 """The description of a model: its sizes, and what one of its layers consists of.
 
-`ModelConfig` is the whole model, `LayerDescription` one of its layers. Whatever has to know what a layer is made of
-reads the latter: the loader (lab/model/weights.py), prefill and the torch.compile peer (lab/model/torch_layer.py).
+`ModelConfig` is the whole model, `LayerDescription` one of its layers. Whatever has to know what a layer is made
+of reads the latter: the loader (lab/model/weights.py), and prefill and the torch.compile peer through
+lab/model/torch_layer.py.
 """
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ HEAD_DIMS = (64, 96, 128)       # what the attention kernels are instantiated fo
 class Part:
     """One tensor of a loaded layer: one or more tensors of the file, stacked by rows.
 
-    tensors: (name as Hugging Face names it, without "model.layers.N.", rows) of each. columns: None for a vector.
+    tensors: of each its name, as Hugging Face names it, without "model.layers.N.", and its rows.
+    columns: None for a vector.
     """
     name: str                               # a field of lab.model.weights.Layer
     tensors: tuple[tuple[str, int], ...]
@@ -74,7 +76,8 @@ class LayerDescription:
         if self.o_bias:
             yield Part("bo", (("self_attn.o_proj.bias", self.hidden),))
         yield Part("mlp_norm", (("post_attention_layernorm.weight", self.hidden),))
-        yield Part("w_gate_up", tuple((f"mlp.{x}_proj.weight", self.intermediate) for x in ("gate", "up")), self.hidden)
+        gate_up = tuple((f"mlp.{x}_proj.weight", self.intermediate) for x in ("gate", "up"))
+        yield Part("w_gate_up", gate_up, self.hidden)
         yield Part("w_down", (("mlp.down_proj.weight", self.hidden),), self.intermediate)
 
     @property

@@ -1,6 +1,6 @@
 """A layer's mathematics in plain torch: what prefill and the torch.compile peer share.
 
-They differ in where keys and values lie, so each attends on its own, between the two functions for a layer here:
+They differ in where keys and values lie, so each attends by itself, between the two functions for a layer:
 
     q, k, v = queries_keys_values(description, w, h)
     ...                                 rotate q and k, store k and v, attend
@@ -17,8 +17,10 @@ from lab.model.description import LayerDescription
 
 
 def queries_keys_values(description: LayerDescription, w, h: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """q, k, v [tokens, heads, head_dim] of the residual stream h [tokens, hidden]; q and k normed where the model
-    does that, and not yet rotated."""
+    """q, k, v [tokens, heads, head_dim] of the residual stream h [tokens, hidden].
+
+    q and k are normed where the model does that, and not yet rotated.
+    """
     d, eps = description, description.rms_eps
     qkv = F.linear(rms_norm(h, w.attn_norm, eps), w.wqkv, w.bqkv).view(h.shape[0], -1, d.head_dim)
     q, k, v = qkv.split((d.q_heads, d.kv_heads, d.kv_heads), dim=1)
@@ -41,7 +43,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """RoPE in float32 of x [tokens, heads, head_dim]; cos and sin broadcast to [tokens, heads, head_dim/2], and pairs
-    are (i, i + head_dim/2)."""
+    """RoPE in float32 of x [tokens, heads, head_dim]; pairs are (i, i + head_dim/2).
+
+    cos and sin broadcast to [tokens, heads, head_dim/2].
+    """
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)

@@ -13,8 +13,10 @@ from lab.model.memory import require_memory
 
 @dataclass
 class Layer:
-    """One layer; its fields are the names of Parts, None for those that a model lacks. Matrices are [out, in],
-    row-major, as `linear` reads them."""
+    """One layer: the parts of LayerDescription by name, None for those that the model lacks.
+
+    Matrices are [out, in], row-major, as `linear` reads them.
+    """
     attn_norm: torch.Tensor             # [hidden]
     wqkv: torch.Tensor                  # [(q_heads + 2 * kv_heads) * head_dim, hidden]: q, then k, then v
     bqkv: torch.Tensor | None

@@ -1,7 +1,7 @@
 """The families of models that the lab runs: one file each, and its name in BUILT_IN.
 
-A family here differs from Llama in names, defaults, biases and norms of q and k. One whose layers are of another
-kind also needs lab/model/description.py, lab/model/torch_layer.py and the plans to say so.
+A family here differs from Llama in names, defaults, biases and norms of q and k. One whose layers are of
+another kind also changes lab/model/description.py, lab/model/torch_layer.py and lab/model/plans.
 """
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from lab.errors import LabError
 from lab.model.description import ModelConfig
 from lab.model.families.family import Family
 
-BUILT_IN = ("llama", "mistral", "qwen2", "qwen3")        # a file beside this one each
+# Each is a file beside this one.
+BUILT_IN = ("llama", "mistral", "qwen2", "qwen3")
 
 FAMILIES: dict[str, Family] = {}        # by Family.name
 PRESETS: dict[str, ModelConfig] = {}    # of all families, by ModelConfig.name
@@ -22,7 +23,7 @@ def register(family: Family) -> None:
     if family.name in FAMILIES:
         raise LabError(f"there is a family {family.name} already")
     if family.gguf is not None and (other := find_gguf(family.gguf)):
-        raise LabError(f"GGUF files of architecture {family.gguf} are of the family {other.name} already")
+        raise LabError(f"GGUF files of architecture {family.gguf} are of family {other.name} already")
     for preset in family.presets:
         if preset.name in PRESETS:
             raise LabError(f"there is a preset {preset.name} already")

@@ -10,13 +10,14 @@ def _smollm2(name, layers, hidden, intermediate, q_heads, kv_heads, theta=100000
 
 
 def _llama2(name, layers, hidden, intermediate, q_heads, kv_heads, head_dim, max_positions):
-    return ModelConfig(name, "llama", layers, hidden, intermediate, q_heads, kv_heads, head_dim, 32000, max_positions)
+    return ModelConfig(name, "llama", layers, hidden, intermediate, q_heads, kv_heads, head_dim, 32000,
+                       max_positions)
 
 
 def _llama3(name, layers, hidden, intermediate, q_heads, kv_heads, head_dim, factor, tied):
     scaling = Llama3Scaling(factor, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
-    return ModelConfig(name, "llama", layers, hidden, intermediate, q_heads, kv_heads, head_dim, 128256, 131072,
-                       rope_theta=500000.0, rope_scaling=scaling, tie_embeddings=tied)
+    return ModelConfig(name, "llama", layers, hidden, intermediate, q_heads, kv_heads, head_dim, 128256,
+                       131072, rope_theta=500000.0, rope_scaling=scaling, tie_embeddings=tied)
 
 
 FAMILY = Family(
