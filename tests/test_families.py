@@ -32,8 +32,9 @@ TOLERANCE = 2e-5        # float32 over two layers, as in test_model.py
 
 def blocks():
     """{file: text} of the section: a new file and a change of another."""
-    section = re.search(r"^## Add a model family\n(.*?)^## ", (ROOT / "CONTRIBUTING.md").read_text(), re.M | re.S)
-    return {name: block for name, _, block in BLOCK.findall(section[1])}
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    section = re.search(r"^## Add a model family\n(.*?)^## ", text, re.M | re.S)[1]
+    return {name: block for name, _, block in BLOCK.findall(section)}
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ def test_every_family_file_is_registered():
 
 
 def test_nothing_else_asks_for_a_family_by_its_name():
-    """In lab/model, names of families stand in their files and the registry alone; text has tokenizers' names."""
+    """In lab/model, families' names stand in their files and the registry alone; text has tokenizers' names."""
     names = re.compile(rf"""["']({'|'.join(BUILT_IN)})["']""")
     for path in (ROOT / "lab/model").rglob("*.py"):
         if path.parent.name not in ("families", "text"):
@@ -114,11 +115,11 @@ def test_every_plan_decodes_a_registered_family(toy, tmp_path, form, plan, dtype
     weights = tensors(TINY)
     loaded = load(written(tmp_path, form, weights), dtype, device)
     decoder = Decoder(loaded, select(backend, device), max_context=32, plan=plan, splits=2)
-    got = teacher_forced_logits(decoder, IDS, prefilled=15)             # prefill too; the decode crosses a page
+    got = teacher_forced_logits(decoder, IDS, prefilled=15)         # prefill too; the decode crosses a page
     want = reference_logits(TINY, weights, IDS)[15:]
     if dtype == torch.float32:
         limit = TOLERANCE
-    else:                                   # about 16 roundings a layer, as test_half_precision of test_model.py
+    else:                       # about 16 roundings a layer, as test_half_precision of test_model.py
         limit = 16 * torch.finfo(dtype).eps * float(want.abs().max())
     assert (got - want).abs().max() < limit
 
@@ -130,8 +131,8 @@ def test_a_preset_of_a_registered_family_is_known(toy):
 @pytest.mark.parametrize("family, says", [
     (Family("qwen3", None), "there is a family qwen3 already"),
     (Family("new", "llama"), "architecture llama are of family llama already"),
-    (Family("new", None, (replace(TINY, name="mistral-7b", architecture="new"),)), "preset mistral-7b already"),
-    (Family("new", None, (replace(TINY, name="new-1b"),)), "new-1b is of architecture toy, not new"),
+    (Family("new", None, (replace(TINY, name="mistral-7b"),)), "preset mistral-7b already"),
+    (Family("new", None, (replace(TINY, name="new-1b"),)), "new-1b is of family toy, not new"),
 ])
 def test_a_name_that_is_taken(family, says):
     before = dict(families.FAMILIES), dict(families.PRESETS)
@@ -143,7 +144,7 @@ def test_a_name_that_is_taken(family, says):
 # --- the torch.compile peer, which shares the layer with prefill ---
 
 def peer_token(config, context, monkeypatch):
-    """The token that the peer's step gives after IDS[:context + 1], with the earlier keys and values of prefill."""
+    """The token that the peer's step gives after IDS[:context + 1]; earlier keys and values are prefill's."""
     weights = load(RandomSource(config, seed=1), torch.float32, "cpu")
     decoder = Decoder(weights, select("torch", "cpu"), max_context=64)
     decoder.admit(0, IDS[:context + 1])

@@ -1,8 +1,8 @@
 """The description of a model: its sizes, and what one of its layers consists of.
 
-`ModelConfig` is the whole model, `LayerDescription` one of its layers. Whatever has to know what a layer is made
-of reads the latter: the loader (lab/model/weights.py), and prefill and the torch.compile peer through
-lab/model/torch_layer.py.
+`ModelConfig` is the whole model, `LayerDescription` one of its layers. The latter is read by whatever has to
+know what a layer is made of: the loader (lab/model/weights.py), and, through lab/model/torch_layer.py, prefill
+and the torch.compile peer.
 """
 from __future__ import annotations
 
@@ -127,7 +127,8 @@ class ModelConfig:
     @cached_property
     def layer(self) -> LayerDescription:
         """What every layer of this model consists of."""
-        return LayerDescription(**{field.name: getattr(self, field.name) for field in fields(LayerDescription)})
+        names = [field.name for field in fields(LayerDescription)]
+        return LayerDescription(**{name: getattr(self, name) for name in names})
 
     @property
     def q_width(self) -> int:

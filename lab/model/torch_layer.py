@@ -29,7 +29,8 @@ def queries_keys_values(description: LayerDescription, w, h: torch.Tensor) -> tu
     return q, k, v
 
 
-def after_attention(description: LayerDescription, w, h: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+def after_attention(description: LayerDescription, w, h: torch.Tensor,
+                    attended: torch.Tensor) -> torch.Tensor:
     """The residual stream [tokens, hidden] after the layer. attended [tokens, q_heads * head_dim]."""
     h = h + F.linear(attended, w.wo, w.bo)
     gate, up = F.linear(rms_norm(h, w.mlp_norm, description.rms_eps), w.w_gate_up).chunk(2, dim=-1)

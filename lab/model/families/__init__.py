@@ -28,7 +28,7 @@ def register(family: Family) -> None:
         if preset.name in PRESETS:
             raise LabError(f"there is a preset {preset.name} already")
         if preset.architecture != family.name:
-            raise LabError(f"preset {preset.name} is of architecture {preset.architecture}, not {family.name}")
+            raise LabError(f"preset {preset.name} is of family {preset.architecture}, not {family.name}")
     FAMILIES[family.name] = family
     PRESETS.update({preset.name: preset for preset in family.presets})
 

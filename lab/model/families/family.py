@@ -11,8 +11,8 @@ from lab.model.description import ModelConfig
 class Family:
     """A family's names, its presets, and what its files leave unsaid.
 
-    The defaults are those of transformers' configuration class, where config.json lacks the key. Biases that a
-    file holds are read whatever is said here.
+    The defaults are those of transformers' configuration class, where config.json lacks the key. Biases that
+    a file holds are read whatever is said here.
     """
     name: str                           # model_type in config.json, and ModelConfig.architecture
     gguf: str | None                    # general.architecture of its GGUF files; None: it is another family's
@@ -27,10 +27,9 @@ class Family:
     head_dim: int | None = None         # default; None: hidden_size / num_attention_heads
     rms_eps: float = 1e-6               # default of rms_norm_eps
     sliding_window: int | None = None   # default, in tokens
-    switches_window: bool = False       # use_sliding_window and max_window_layers decide whether a layer slides
+    switches_window: bool = False       # whether use_sliding_window and max_window_layers switch it on
 
     # GGUF.
     gguf_pairs_rows: bool = False       # the two rows of a RoPE pair lie side by side in q and k
-    # A layer's tensors that GGUF names otherwise than LAYER_NAMES in lab/model/sources/gguf_file.py, which is also
-    # how the keys are written.
+    # What differs from LAYER_NAMES in lab/model/sources/gguf_file.py, keyed as that is.
     gguf_names: Mapping[str, str] = field(default_factory=dict)
