@@ -22,7 +22,7 @@ from lab.errors import LabError
 from lab.harness import bench, ceiling, crossover, ledger, ledger_verb, model_bench, ops_bench, shapes, timing
 from lab.harness.ceiling import Ceilings
 from lab.harness.shapes import COLD
-from lab.model.config import PRESETS
+from lab.model.families import PRESETS
 from lab.model.plans import PLANS
 from lab.model.sources.random import RandomSource
 from lab.model.weights import load

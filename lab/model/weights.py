@@ -2,18 +2,21 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 
 from lab.errors import LabError, named
-from lab.model.config import ModelConfig
+from lab.model.description import ModelConfig, Part
 from lab.model.memory import require_memory
 
 
 @dataclass
 class Layer:
-    """One block. Matrices are [out, in], row-major, as `linear` reads them."""
+    """One layer: the parts of LayerDescription by name, None for those that the model lacks.
+
+    Matrices are [out, in], row-major, as `linear` reads them.
+    """
     attn_norm: torch.Tensor             # [hidden]
     wqkv: torch.Tensor                  # [(q_heads + 2 * kv_heads) * head_dim, hidden]: q, then k, then v
     bqkv: torch.Tensor | None
@@ -77,31 +80,16 @@ def _pack(source, config: ModelConfig, dtype, device, advance) -> Weights:
         fill(name, out)
         return out
 
-    def read_packed(names: list[str], rows: list[int], *columns: int) -> torch.Tensor:
-        out = torch.empty(sum(rows), *columns, dtype=dtype, device=device)
-        for name, part in zip(names, out.split(rows)):
-            fill(name, part)
+    def read_part(prefix: str, part: Part) -> torch.Tensor:
+        out = torch.empty(part.shape, dtype=dtype, device=device)
+        for (name, _), rows in zip(part.tensors, out.split([rows for _, rows in part.tensors])):
+            fill(prefix + name, rows)
         return out
 
     def layer(index: int) -> Layer:
-        prefix = f"model.layers.{index}."
-        attention, mlp = prefix + "self_attn.", prefix + "mlp."
-        qkv, rows = ("q_proj.", "k_proj.", "v_proj."), [config.q_width, config.kv_width, config.kv_width]
-        norm = config.head_dim
-        loaded = Layer(
-            attn_norm=read(prefix + "input_layernorm.weight", config.hidden),
-            wqkv=read_packed([attention + p + "weight" for p in qkv], rows, config.hidden),
-            bqkv=read_packed([attention + p + "bias" for p in qkv], rows) if config.qkv_bias else None,
-            q_norm=read(attention + "q_norm.weight", norm) if config.qk_norm else None,
-            k_norm=read(attention + "k_norm.weight", norm) if config.qk_norm else None,
-            wo=read(attention + "o_proj.weight", config.hidden, config.q_width),
-            bo=read(attention + "o_proj.bias", config.hidden) if config.o_bias else None,
-            mlp_norm=read(prefix + "post_attention_layernorm.weight", config.hidden),
-            w_gate_up=read_packed([mlp + "gate_proj.weight", mlp + "up_proj.weight"], [config.intermediate] * 2,
-                                  config.hidden),
-            w_down=read(mlp + "down_proj.weight", config.hidden, config.intermediate))
+        loaded = {part.name: read_part(f"model.layers.{index}.", part) for part in config.layer.parts()}
         advance()
-        return loaded
+        return Layer(**{field.name: loaded.get(field.name) for field in fields(Layer)})
 
     embed = read("model.embed_tokens.weight", config.vocab, config.hidden)
     advance()

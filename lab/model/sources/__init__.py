@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lab.errors import LabError, named
 from lab.files import regular_file
-from lab.model.config import PRESETS
+from lab.model.families import PRESETS
 from lab.model.sources.random import RandomSource
 
 DEFAULT_MODEL = "smollm2-135m"

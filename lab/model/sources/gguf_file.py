@@ -10,6 +10,7 @@ import torch
 from lab.errors import LabError, Unavailable, named
 from lab.files import regular_file
 from lab.model.config import from_gguf, with_held_biases
+from lab.model.families import FAMILIES, Family
 from lab.model.sources.store import check_shape, store
 
 try:
@@ -28,13 +29,13 @@ MOST_ENTRIES = 20000
 OTHER_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
-def gguf_name(name: str) -> str:
-    """The GGUF name of a tensor named as Hugging Face names it."""
+def gguf_name(family: Family, name: str) -> str:
+    """The GGUF name of a tensor named as Hugging Face names it, in a file of the family."""
     stem, _, kind = name.rpartition(".")
     if stem in OTHER_NAMES:
         return f"{OTHER_NAMES[stem]}.{kind}"
     _, _, index, stem = stem.split(".", 3)
-    return f"blk.{index}.{LAYER_NAMES[stem]}.{kind}"
+    return f"blk.{index}.{family.gguf_names.get(stem) or LAYER_NAMES[stem]}.{kind}"
 
 
 class _Reader(GGUFReader):
@@ -132,8 +133,8 @@ class GGUFSource:
         layered = {key: self.array(key) for key in self.reader.fields
                    if key.startswith(architecture) and key not in scalars}
         config = from_gguf(scalars | layered, self.shapes, freqs, self.name, self.where)
-        required = ("q", "k", "v") if config.architecture == "qwen2" else ()
-        self.config = with_held_biases(config, required, self.tensors, gguf_name, self.where)
+        self.family = FAMILIES[config.architecture]
+        self.config = with_held_biases(config, self.family.biases, self.tensors, self._stored, self.where)
         self.asked = {"rope_freqs.weight"}
 
     def array(self, key: str) -> list | None:
@@ -149,20 +150,23 @@ class GGUFSource:
         except Exception as error:
             raise LabError(f"{self.where}: {named(key)} is mangled: {_first_line(error)}") from error
 
+    def _stored(self, name: str) -> str:
+        return gguf_name(self.family, name)
+
     def holds(self, name: str) -> bool:
-        return gguf_name(name) in self.tensors
+        return self._stored(name) in self.tensors
 
     def unread(self) -> list[str]:
         return sorted(self.tensors.keys() - self.asked)
 
     def fill(self, name: str, out: torch.Tensor) -> None:
-        stored = gguf_name(name)
+        stored = self._stored(name)
         if stored not in self.tensors:
             raise LabError(f"{self.where}: tensor {stored} is missing")
         self.asked.add(stored)
         check_shape(self.shapes[stored], out, stored, self.where)       # before it is made 16 times larger
         values = torch.from_numpy(self._dequantize(stored))
-        if self.config.architecture == "llama" and ("q_proj" in name or "k_proj" in name):
+        if self.family.gguf_pairs_rows and ("q_proj" in name or "k_proj" in name):
             heads = self.config.q_heads if "q_proj" in name else self.config.kv_heads
             values = rotate_half_order(values, heads)
         store(values, out, stored, self.where)
@@ -183,7 +187,7 @@ class GGUFSource:
 
 
 def rotate_half_order(values: torch.Tensor, heads: int) -> torch.Tensor:
-    """Undoes GGUF's reordering of the rows of Llama's q and k, so that RoPE pairs are (i, i + head_dim/2).
+    """Undoes GGUF's reordering of the rows of q and k (Family.gguf_pairs_rows): RoPE pairs are (i, i + head_dim/2).
 
     llama.cpp stores pair i as rows 2i and 2i + 1 of a head.
     """

@@ -6,7 +6,7 @@ import zlib
 
 import torch
 
-from lab.model.config import ModelConfig
+from lab.model.description import ModelConfig
 
 
 class RandomSource:

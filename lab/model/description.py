@@ -1,0 +1,163 @@
+"""The description of a model: its sizes, and what one of its layers consists of.
+
+`ModelConfig` is the whole model, `LayerDescription` one of its layers. The latter is read by whatever has to
+know what a layer is made of: the loader (lab/model/weights.py), and, through lab/model/torch_layer.py, prefill
+and the torch.compile peer.
+"""
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from functools import cached_property
+
+from lab.errors import LabError
+from lab.model.rope import Scaling
+
+HEAD_DIMS = (64, 96, 128)       # what the attention kernels are instantiated for
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of a loaded layer: one or more tensors of the file, stacked by rows.
+
+    tensors: of each its name, as Hugging Face names it, without "model.layers.N.", and its rows.
+    columns: None for a vector.
+    """
+    name: str                               # a field of lab.model.weights.Layer
+    tensors: tuple[tuple[str, int], ...]
+    columns: int | None = None
+
+    @property
+    def rows(self) -> int:
+        return sum(rows for _, rows in self.tensors)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.rows,) if self.columns is None else (self.rows, self.columns)
+
+
+@dataclass(frozen=True)
+class LayerDescription:
+    """One layer: RMSNorm, attention with RoPE, RMSNorm, SwiGLU; each half adds to the residual stream.
+
+    Sizes in elements; the fields are those of the same names in ModelConfig.
+    """
+    hidden: int
+    intermediate: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    rms_eps: float
+    qkv_bias: bool
+    o_bias: bool
+    qk_norm: bool
+
+    @property
+    def q_width(self) -> int:
+        return self.q_heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        return self.kv_heads * self.head_dim
+
+    def parts(self) -> Iterator[Part]:
+        """The tensors that a layer of this model has, in the order in which they are loaded."""
+        heads = ("q", self.q_width), ("k", self.kv_width), ("v", self.kv_width)
+        yield Part("attn_norm", (("input_layernorm.weight", self.hidden),))
+        yield Part("wqkv", tuple((f"self_attn.{x}_proj.weight", rows) for x, rows in heads), self.hidden)
+        if self.qkv_bias:
+            yield Part("bqkv", tuple((f"self_attn.{x}_proj.bias", rows) for x, rows in heads))
+        if self.qk_norm:
+            yield Part("q_norm", (("self_attn.q_norm.weight", self.head_dim),))
+            yield Part("k_norm", (("self_attn.k_norm.weight", self.head_dim),))
+        yield Part("wo", (("self_attn.o_proj.weight", self.hidden),), self.q_width)
+        if self.o_bias:
+            yield Part("bo", (("self_attn.o_proj.bias", self.hidden),))
+        yield Part("mlp_norm", (("post_attention_layernorm.weight", self.hidden),))
+        gate_up = tuple((f"mlp.{x}_proj.weight", self.intermediate) for x in ("gate", "up"))
+        yield Part("w_gate_up", gate_up, self.hidden)
+        yield Part("w_down", (("mlp.down_proj.weight", self.hidden),), self.intermediate)
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights of one layer."""
+        return sum(math.prod(part.shape) for part in self.parts())
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes in elements; `layers` blocks of attention and SwiGLU, RMSNorm before each, RoPE on q and k."""
+    name: str
+    architecture: str           # the name of its family: one of lab.model.families.FAMILIES
+    layers: int
+    hidden: int
+    intermediate: int           # width of gate and of up
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    max_positions: int          # the longest context the model was made for
+    rms_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: Scaling | None = None
+    qkv_bias: bool = False      # of q, k and v together; zeros where the file has it for some of them alone
+    o_bias: bool = False
+    qk_norm: bool = False       # RMSNorm over head_dim of each q and k head, before RoPE
+    tie_embeddings: bool = False
+    sliding_window: int | None = None
+    stated_positions: int | None = None     # the file's, where max_positions may scale it once too often
+
+    def __post_init__(self):
+        for field in ("layers", "hidden", "intermediate", "q_heads", "kv_heads", "head_dim", "vocab", "max_positions"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or value < 1:
+                raise LabError(f"model {self.name}: {field} is {value!r}; it must be a positive integer")
+        if not (math.isfinite(self.rms_eps) and self.rms_eps >= 0):
+            raise LabError(f"model {self.name}: rms_eps is {self.rms_eps}; it must be a number of at least 0")
+        if not (math.isfinite(self.rope_theta) and self.rope_theta > 0):
+            raise LabError(f"model {self.name}: rope_theta is {self.rope_theta}; it must be a number above 0")
+        if self.q_heads % self.kv_heads:
+            raise LabError(f"model {self.name}: {self.q_heads} query heads do not divide over {self.kv_heads} KV heads")
+        if self.head_dim not in HEAD_DIMS:
+            raise LabError(f"model {self.name}: head_dim {self.head_dim} is not built; the kernels take "
+                           f"{', '.join(map(str, HEAD_DIMS))}")
+
+    @cached_property
+    def layer(self) -> LayerDescription:
+        """What every layer of this model consists of."""
+        names = [field.name for field in fields(LayerDescription)]
+        return LayerDescription(**{name: getattr(self, name) for name in names})
+
+    @property
+    def q_width(self) -> int:
+        return self.layer.q_width
+
+    @property
+    def kv_width(self) -> int:
+        return self.layer.kv_width
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights, a tied embedding counted once."""
+        matrices = 1 if self.tie_embeddings else 2
+        return self.layers * self.layer.parameters + self.hidden + matrices * self.vocab * self.hidden
+
+    def check_context(self, tokens: int) -> None:
+        """Raises LabError where this model cannot attend to `tokens` tokens at once.
+
+        Says on standard error, once for a model, where the tokens may be more than it was made for.
+        """
+        if tokens > self.max_positions:
+            raise LabError(f"a context of {tokens} tokens is longer than the {self.max_positions} that model "
+                           f"{self.name} was made for")
+        if self.sliding_window is not None and tokens > self.sliding_window:
+            raise LabError(f"a context of {tokens} tokens exceeds the sliding window of {self.sliding_window} of model "
+                           f"{self.name}; sliding-window attention is not built: use a shorter context")
+        stated = self.stated_positions
+        if stated is not None and tokens > stated and "said" not in self.__dict__:
+            self.__dict__["said"] = True            # not a field: it takes no part in comparisons
+            print(f"lab: model {self.name} states a context of {stated} tokens and a linear RoPE scaling that makes "
+                  f"{self.max_positions} of it; where its context is already the scaled one, text beyond {stated} "
+                  "tokens gets worse", file=sys.stderr)
