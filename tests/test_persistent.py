@@ -11,8 +11,8 @@ from lab.dispatch import Trace, select
 from lab.errors import LabError
 from lab.harness import model_bench, shapes
 from lab.model import decoder as decoders
-from lab.model.families import PRESETS
 from lab.model.decoder import Decoder
+from lab.model.families import PRESETS
 from lab.model.sampling import GREEDY, Sampling
 from lab.model.sources.random import RandomSource
 from lab.model.weights import load

@@ -152,7 +152,7 @@ COMMON = (ROOT / "cuda_src" / "common.cuh").read_text()
     ("mbarrier_fence_init", "fence.mbarrier_init.release.cluster;"),
     ("mbarrier_fence_init", "fence.proxy.async.shared::cta;"), ("mbarrier_wait", "mbarrier.try_wait.parity"),
     ("mbarrier_arrive", "mbarrier.arrive.shared::cta"), ("store_word", "st.relaxed.gpu.global.u64"),
-    ("load_words", "ld.relaxed.gpu.global.v2.u64"), 
+    ("load_words", "ld.relaxed.gpu.global.v2.u64"),
     ("cluster_sync", "barrier.cluster.arrive;\\nbarrier.cluster.wait;")])
 def test_the_gpu_half_of_a_primitive_has_its_instruction(name, instruction):
     """The host build has its own half of these, so no emulated run notices what is missing here."""

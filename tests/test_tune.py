@@ -136,8 +136,8 @@ def test_every_candidate_of_cuda_is_right(op, rows, monkeypatch):
     if attends and rows > 2:
         pytest.skip("the splits are those of two rows")
     race = tuner.Race(rig, "cuda", point, "bf16")
-    for settings in candidates("cuda", op, rows, 2, point.shape, 40) + [dict(resident=1)]:
-        assert race.error(settings) is None, settings
+    for chosen in candidates("cuda", op, rows, 2, point.shape, 40) + [dict(resident=1)]:
+        assert race.error(chosen) is None, chosen
 
 
 def new_table(path, entries):

@@ -33,8 +33,8 @@ import triton
 import triton.language as tl
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter as stock
-from triton.runtime.interpreter import InterpretedFunction, TensorHandle
 from triton.runtime.autotuner import Autotuner, Heuristics
+from triton.runtime.interpreter import InterpretedFunction, TensorHandle
 from triton.runtime.jit import JITFunction, KernelInterface
 
 # ---- bfloat16 as uint16 bit patterns --------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ def validate(x, w, eps, residual=None, out=None):
     if not (out is None or (out.shape == x.shape and out.dtype == x.dtype)):
         refuse("rmsnorm", "out must look like x")
     if x.dim() == 3:
-        if not (residual is None):
+        if residual is not None:
             refuse("rmsnorm", "a residual needs a 2-D x")
         rows_of_heads("rmsnorm", device, *strided)
     else:
