@@ -10,7 +10,6 @@ inputs that an op may not change must come back unchanged. `lab check` runs the 
 from __future__ import annotations
 
 import contextlib
-import inspect
 import sys
 from dataclasses import dataclass
 
@@ -40,15 +39,13 @@ def check_case(op: Op, function, rand: Rand, sizes, calls: int = 2) -> Outcome:
     before left in it. A function with a method run(arena), as lab.worker.Remote, is called somewhere else.
     Raises Unavailable where this machine cannot run the function; any other error of it is the outcome.
     """
-    with_workspace = op.with_workspace or (lambda *args: args)
-    values = values_of(op, with_workspace(*op.inputs(rand, **sizes)))
+    values = values_of(op, op.with_workspace(*op.inputs(rand, **sizes)))
     arena = Arena(values, rand.device, getattr(function, "file", None))
-    state = tuple(name for i, name in enumerate(names_of(op)) if i in op.state)
     worst = Outcome(None, 0.0)
     for call in range(calls):
         if call:
-            arena.fill(values_of(op, with_workspace(*op.inputs(rand, **sizes))), keep=state)
-        outcome = check_call(op, function, arena, {"out", *state})
+            arena.fill(values_of(op, op.with_workspace(*op.inputs(rand, **sizes))), keep=op.state)
+        outcome = check_call(op, function, arena, {"out", *op.state})
         if outcome.error and call:
             outcome = Outcome(f"in call {call + 1}, with new contents in the same tensors: {outcome.error}", outcome.used)
         worst = max(worst, outcome, key=lambda o: o.used)
@@ -57,18 +54,14 @@ def check_case(op: Op, function, rand: Rand, sizes, calls: int = 2) -> Outcome:
     return worst
 
 
-def names_of(op: Op) -> list[str]:
-    return list(inspect.signature(op.validate).parameters)
-
-
 def values_of(op: Op, args) -> dict:
     """{"x": ..., "out": ...}: an op's arguments by name and its output, NaN (or POISON) wherever nothing was written."""
-    values = dict(zip(names_of(op), args))
+    values = dict(zip(op.names, args))
     out = op.outputs(*args)
     if out is not None:
         values["out"] = out.fill_(torch.nan if out.is_floating_point() else POISON)
-    for i in op.state:
-        for _, t in tensors_in("", args[i]):
+    for name in op.state:
+        for _, t in tensors_in("", values[name]):
             if t.is_floating_point():                            # scratch, which may begin as anything
                 t.fill_(torch.nan)
     return values
@@ -78,23 +71,23 @@ def check_call(op: Op, function, arena: Arena, may_change: set[str]) -> Outcome:
     """One call on what is in the arena, judged by the arena's own copy of what went in."""
     before = arena.remember()
     before.pop("out", None)
-    before = list(before.values())
+    a = op.bound(**before)
     if op.contents is not None:                                  # no kernel is given integers that lead it astray
-        op.contents(*before)
+        op.contents(a)
     error = function.run(arena) if hasattr(function, "run") else run_here(function, arena)
     if error is None:
-        names = names_of(op)
-        error = arena.damage(may_change | {names[i] for i in op.mutates if i < len(names)})
+        error = arena.damage(may_change | set(op.mutates))
     if error is not None:
         return Outcome(error, torch.inf)
-    want, limits = op.reference(*before), op.tolerance(*(finite(a) for a in before))
+    want = op.reference(**before)
+    limits = op.tolerance(op.bound(**{name: finite(value) for name, value in before.items()}))
     after = arena.values()
-    out, args = after.pop("out", None), list(after.values())
+    out = after.pop("out", None)
     got = [] if out is None else [out]
-    got += [args[i] for i in op.mutates if i < len(args) and args[i] is not None]
+    got += [after[name] for name in op.mutates if after.get(name) is not None]
     outcomes = []
     if op.verify is not None:
-        error = op.verify(out, *before)
+        error = op.verify(out, a)
         outcomes, got, want = [Outcome(error, 0.0 if error is None else torch.inf)], got[1:], want[1:]
     outcomes += [compare(g, w, *limits) for g, w in zip(got, want)]   # what has no reference (scratch) is not compared
     return max(outcomes, key=lambda outcome: outcome.used)

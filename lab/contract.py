@@ -1,18 +1,22 @@
 """The contract of an op: what both of its kernels must do, and what its checks and measurements are made of.
 
-An `Op` is one meaning (`reference`), one set of conditions (`validate`) and one launcher for each backend. This module
-lies below everything else: it imports nothing of the lab but the errors, and the contracts in lab/ops import it.
+An `Op` is one meaning (`reference`), one set of conditions (`validate`) and one launcher for each language. What other
+parts of the lab must know of an op stands in its contract, too. This module lies below everything else: it imports
+nothing of the lab but the errors, and the contracts in lab/ops import it.
 """
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import SimpleNamespace
 
 import torch
 
 from lab.errors import LabError
 
-BACKENDS = ("cuda", "triton", "torch")
+BACKENDS = ["cuda", "triton", "torch"]       # lab.backends.register() adds others
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 EPS32 = torch.finfo(torch.float32).eps
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -30,12 +34,23 @@ def case(why: str, **sizes) -> Case:
     return Case(why, sizes)
 
 
+def one_batch(batch: int, context: int | None) -> dict:
+    """The sizes of `inputs` that say how many rows there are, for an op that calls them `batch`."""
+    return {"batch": batch}
+
+
+def some_rows(batch: int, context: int | None) -> dict:
+    """The same for an op that calls them `rows`."""
+    return {"rows": batch}
+
+
 @dataclass(frozen=True)
 class Op:
-    """The contract that the CUDA and the Triton kernel of one op both meet.
+    """The contract that the kernels of one op meet in every language, and what the lab must know of it to measure it.
 
-    `validate`, `outputs`, `reference`, `torch`, `nbytes` and `flops` take the op's public arguments; `cuda` takes the
-    table of C++ launchers before them; the three backends take the output tensor as the keyword `out`.
+    What a call runs through (`validate`, `outputs`, the launchers) and `reference` take the op's public arguments in
+    their order; a launcher takes the output tensor as the keyword `out`. What is asked about a call takes one object
+    with the arguments by name, `a.x`, which `bound` makes.
     """
     name: str
     summary: str                    # the formula, one line
@@ -43,19 +58,74 @@ class Op:
     validate: Callable              # (*args, out=None) -> None, or raises LabError
     outputs: Callable               # (*args) -> an empty tensor for the kernel to fill; None for an op in place
     reference: Callable             # (*args) -> tuple of float64 (or integer) results: the output, then what `mutates` names
-    cuda: Callable                  # (kernels, *args, out) -> None; launches, nothing else
-    triton: Callable                # (*args, out) -> None; launches, nothing else
-    torch: Callable                 # (*args, out) -> None; torch's own (the vendor's) kernels
+    launchers: Mapping[str, Callable]   # language -> (*args, out) -> None; cuda's takes the table of C++ launchers first
     inputs: Callable                # (rand: Rand, **sizes) -> args, random data of one case
-    nbytes: Callable                # (*args) -> bytes that must cross DRAM at least once
-    flops: Callable                 # (*args) -> floating-point operations
-    tolerance: Callable             # (*args) -> (rtol, atol) against `reference`, derived from the dtypes' epsilon
+    nbytes: Callable                # (a) -> bytes that must cross DRAM at least once
+    flops: Callable                 # (a) -> floating-point operations
+    tolerance: Callable             # (a) -> (rtol, atol) against `reference`, derived from the dtypes' epsilon
     cases: tuple[Case, ...] = ()
-    mutates: tuple[int, ...] = ()   # positions of arguments that the op changes in place
-    contents: Callable | None = None  # (*args) -> None; raises LabError for integers in tensors that no kernel may be given
-    verify: Callable | None = None  # (got, *args) -> what is wrong, or None; replaces the comparison by tolerance
-    state: tuple[int, ...] = ()     # positions of arguments in which a call leaves what the next one finds: tickets, scratch
-    with_workspace: Callable | None = None      # (*args of inputs) -> args with a workspace, where the op takes one
+    mutates: tuple[str, ...] = ()   # arguments that the op changes in place
+    contents: Callable | None = None  # (a) -> None; raises LabError for integers in tensors that no kernel may be given
+    verify: Callable | None = None  # (got, a) -> what is wrong, or None; replaces the comparison by tolerance
+    state: tuple[str, ...] = ()     # arguments in which a call leaves what the next one finds: tickets, scratch
+    workspace: Callable | None = None   # (a) -> the argument `workspace`, where a call may bring one or leave it out
+
+    # Where models use the op. Sizes are JSON, dtypes by name: a record says them as they are.
+    plans: tuple[str, ...] = ()     # the decode plans that call it
+    uses: Callable | None = None    # (config: ModelConfig) -> ((role or None, sizes of `inputs`), ...) in one step
+    rows: Callable = one_batch      # (batch, context) -> the other sizes of `inputs`
+    launch: Callable | None = None  # (batch, context, multiprocessors, sizes) -> sizes that a decoder chooses: splits
+    has_context: bool = False       # does its time depend on how many tokens the KV cache holds?
+    whole_step: bool = False        # a whole decode step, measured as a token and not as an op
+    use_of: Callable | None = None  # (a) -> the sizes that tell which of its uses a call is
+
+    # What is measured and shown.
+    cold: tuple[str, ...] = ()      # arguments that a model reads from DRAM: weights, the KV cache. The others are
+    #                                 activations, which the kernel before has just written
+    direction: str = "read"         # the ceiling that it is held to: read, copy or write
+    inspect_sizes: Mapping | None = None    # a decode step of Llama 3.1 8B at 8192 tokens; None: the first case's sizes
+    color: str | None = None        # in pictures of what a token's time is made of
+
+    # Launch settings that `lab tune` may try: see lab/spaces.py.
+    tuned_by: tuple[str, ...] = ()  # the sizes by which settings are looked up, beside the number of rows
+    spaces: Mapping[str, Callable] = field(default_factory=dict)    # language -> (rows, itemsize, **sizes) -> settings
+
+    @cached_property
+    def signature(self) -> inspect.Signature:
+        """Of the public arguments, without `out`."""
+        whole = inspect.signature(self.validate)
+        return whole.replace(parameters=[p for p in whole.parameters.values() if p.name != "out"])
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The public arguments' names, in their order."""
+        return tuple(self.signature.parameters)
+
+    def bound(self, *args, **options) -> SimpleNamespace:
+        """The arguments of a call by name, those left out at their defaults."""
+        call = self.signature.bind(*args, **options)
+        call.apply_defaults()
+        return SimpleNamespace(**call.arguments)
+
+    def with_workspace(self, *args) -> tuple:
+        """The arguments of a call with a workspace, where the op takes one and they bring none."""
+        if self.workspace is None:
+            return args
+        a = self.bound(*args)
+        if a.workspace is None:
+            a.workspace = self.workspace(a)
+        return tuple(vars(a).values())
+
+    def sizes_at(self, sizes: Mapping, batch: int, context: int | None, multiprocessors: int) -> tuple[dict, dict]:
+        """(sizes of `inputs`, those of them that a decoder chooses) for one use by a model: see `uses`."""
+        chosen = {} if self.launch is None else self.launch(batch, context, multiprocessors, sizes)
+        given = {key: DTYPES[value] if isinstance(value, str) and value in DTYPES else value
+                 for key, value in sizes.items()}
+        return {**self.rows(batch, context), **given, **chosen}, chosen
+
+    def default_sizes(self) -> dict:
+        """Sizes of the call that is inspected where none are given."""
+        return dict(self.cases[0].sizes if self.inspect_sizes is None else self.inspect_sizes)
 
 
 class Rand:

@@ -129,7 +129,7 @@ def with_contents(op: Op, function: Callable) -> Callable:
 
     def call(*args, out=None, **options):
         op.validate(*args, out=out, **options)              # contents() relies on shapes and dtypes that are right
-        op.contents(*args, **options)
+        op.contents(op.bound(*args, **options))
         return function(*args, out=out, **options)
 
     return call

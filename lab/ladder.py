@@ -36,7 +36,7 @@ def bind(rung: Rung, backend: str, device: str | torch.device = "cpu") -> Callab
             raise LabError(f"{name} is not in {room.extension.__name__}: build again with "
                            "`python setup.py build_ext --inplace`")
         kernels = {op.name: partial(getattr(room.kernels, name), rung.number), "stream": room.kernels.stream}
-        launch = partial(op.cuda, SimpleNamespace(**kernels))
+        launch = partial(op.launchers["cuda"], SimpleNamespace(**kernels))
     elif backend == "triton":
         launch = partial(_TRITON[op.name], rung.number)
     else:

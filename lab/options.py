@@ -5,9 +5,9 @@ Each function adds the options of one verb to an argparse parser; `lab.cli` and 
 import argparse
 from pathlib import Path
 
+from lab import declared
 from lab.arguments import duration, seconds
 from lab.inspect.gpu import GPUS
-from lab.tune.spaces import SPACES
 
 DTYPES = ("fp32", "fp16", "bf16")       # the names of lab.dispatch.DTYPES; a test compares them
 
@@ -86,8 +86,9 @@ def ledger(parser):
 
 
 def tune(parser):
-    parser.add_argument("op", metavar="OP", nargs="+", help=f"{', '.join(SPACES['triton'])}, or all")
-    parser.add_argument("--backend", default=",".join(SPACES), metavar="A,B",
+    tunable = [name for name in declared.names() if declared.spaces(name)]
+    parser.add_argument("op", metavar="OP", nargs="+", help=f"{', '.join(tunable)}, or all")
+    parser.add_argument("--backend", default="cuda,triton", metavar="A,B",
                         help="halves to tune (default cuda,triton)")
     parser.add_argument("--model", metavar="A,B",
                         help="presets whose shapes to tune (default: the four of the benchmark)")

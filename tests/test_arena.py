@@ -47,14 +47,13 @@ def test_a_write_outside_the_output(name, where, words, value):
 def test_a_write_past_each_argument(op):
     """Every tensor that is handed in, the workspace's too, has guards: one element behind its storage is noticed."""
     from lab.arena import tensors_in
-    from lab.check import names_of
     args = op.inputs(Rand("cpu", op.dtypes[0]), **op.cases[1].sizes)
-    args = op.with_workspace(*args) if op.with_workspace else args
-    paths = [path for name, a in zip(names_of(op), args) for path, _ in tensors_in(name, a)]
+    args = op.with_workspace(*args)
+    paths = [path for name, a in zip(op.names, args) for path, _ in tensors_in(name, a)]
     for path in paths:
         def wrong(*args, out=None):
             result = getattr(RIGHT, op.name)(*args, **({} if out is None else {"out": out}))
-            t = next(t for name, a in zip(names_of(op), args) for p, t in tensors_in(name, a) if p == path)
+            t = next(t for name, a in zip(op.names, args) for p, t in tensors_in(name, a) if p == path)
             beyond(t, t.untyped_storage().nbytes() // t.element_size() - t.storage_offset()).fill_(1)
             return result
         error = check_case(op, wrong, Rand("cpu", op.dtypes[0]), op.cases[1].sizes).error

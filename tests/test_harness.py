@@ -21,7 +21,6 @@ from lab.dispatch import select
 from lab.errors import LabError
 from lab.harness import bench, ceiling, crossover, ledger, ledger_verb, model_bench, ops_bench, shapes, timing
 from lab.harness.ceiling import Ceilings
-from lab.harness.shapes import COLD
 from lab.model.families import PRESETS
 from lab.model.plans import PLANS
 from lab.model.sources.random import RandomSource
@@ -183,7 +182,7 @@ def test_nvidia_smi_is_parsed_and_gaps_are_none():
 def test_every_point_of_a_preset_has_its_uses(model):
     c = PRESETS[model]
     found = shapes.points([model], (1, 64), (1024, 8192))
-    assert {p.op for p in found} == {op.name for op in OPS} - set(shapes.STEPS)
+    assert {p.op for p in found} == {op.name for op in OPS if not op.whole_step}
     linears = {p.role: p.shape for p in found if p.op == "linear"}
     assert linears["qkv"]["n"] == (c.q_heads + 2 * c.kv_heads) * c.head_dim and linears["lm_head"]["n"] == c.vocab
     assert {(p.batch, p.context) for p in found if p.op == "decode_attention"} <= {
@@ -199,7 +198,7 @@ def test_equal_shapes_of_two_models_are_one_point_of_both():
 
 
 def test_points_of_an_op_that_no_model_uses_come_from_its_contract(monkeypatch):
-    other = dataclasses.replace(find("silu_mul"), name="other")
+    other = dataclasses.replace(find("silu_mul"), name="other", uses=None)
     monkeypatch.setattr(shapes, "OPS", (*OPS, other))
     found = shapes.points(["smollm2-135m"], ops=["other"])
     assert len(found) == len(other.cases)
@@ -215,9 +214,9 @@ def test_arguments_pass_the_contract(config, monkeypatch):
         dtype = torch.float32
         args, used = shapes.arguments(op, point, Rand("cpu", dtype), 132)
         op.validate(*args)
-        assert op.nbytes(*args) > 0
-        assert (point.op in shapes.ATTENTION) == ("splits" in used)
-        assert all(i < len(args) for i in shapes.COLD.get(point.op, ()))
+        assert op.nbytes(op.bound(*args)) > 0
+        assert op.has_context == ("splits" in used)
+        assert set(op.cold) <= set(op.names)
 
 
 # The benches on a CPU
@@ -227,7 +226,7 @@ def test_ops_bench_records_emulated_rows_and_nothing_it_did_not_measure(tiny, tm
                      "--seconds", "0.001", "--out", tmp_path) == 0
     rows = schema.read(tmp_path).rows
     ops = [r for r in rows if r.kind == "op"]
-    assert {r.op for r in ops} == {op.name for op in OPS} - set(shapes.STEPS)
+    assert {r.op for r in ops} == {op.name for op in OPS if not op.whole_step}
     assert all(r.timer == "wall" and r.emulated and r.us > 0 and r.n >= 2 for r in ops)
     assert all(r.gbps is None and r.of_ceiling is None and r.error is None for r in ops)
     assert [r.when for r in rows if r.kind == "env"] == ["before", "after"]
@@ -294,7 +293,7 @@ def test_what_matters_most_is_measured_first(monkeypatch):
     assert {"ledger llama-3.1-8b cuda fused", "ledger llama-3.1-8b triton persistent", "swaps llama-3.1-8b fused",
             "ladder of linear"} < set(head)
     assert not [l for l in labels if l.startswith("swaps") and l.endswith("persistent")]
-    assert all(l.endswith("bf16") for l in labels if l.split()[0] in COLD and labels.index(l) < first["dtype"])
+    assert all(l.endswith("bf16") for l in labels if find(l.split()[0]).cold and labels.index(l) < first["dtype"])
     assert first["model"] < first["op"] < first["compiled"] < first["dtype"]
     modes = {(step.run.args[3].batch, step.run.args[4]): step.run.args[5] for step in steps
              if step.run.func is bench.measure_op and step.run.args[3].op == "linear"}

@@ -33,7 +33,7 @@ def look(name, backend, dtype="bf16", arch="sm_90a", **sizes):
     built = extension.load("_cuda").build_info()["archs"] if backend == "cuda" else []
     if built and arch.removeprefix("sm_") not in built:
         pytest.skip(f"lab._cuda is built for {', '.join(built)}, not for {arch}")
-    found, errors = command.look(find(name), dtype, sizes or command.DEFAULTS[name], gpus.find(arch), [backend])
+    found, errors = command.look(find(name), dtype, sizes or find(name).default_sizes(), gpus.find(arch), [backend])
     assert not errors
     return found[backend]
 
@@ -95,7 +95,7 @@ def test_known_kernels(backend, arch):
     assert attention.shared_dynamic > 16 << 10 and attention.grid[0] * attention.grid[1] * attention.grid[2] == 8 * 33
     if (backend, arch) == ("cuda", "sm_90a"):
         short, = look("decode_attention", backend, arch=arch,
-                      **{**command.DEFAULTS["decode_attention"], "lengths": (1024,), "splits": 16})
+                      **{**find("decode_attention").default_sizes(), "lengths": (1024,), "splits": 16})
         assert attention.cluster == 1 and short.cluster == 8                # only few blocks merge in clusters
     assert linear.mix["tensor core"] and linear.mix["cp.async"] and not exact.mix["tensor core"]
     assert exact.mix["fused multiply-add"] and drawn.mix["special function"]

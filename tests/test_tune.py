@@ -18,7 +18,7 @@ from lab.harness import ops_bench, shapes
 from lab.inspect.call import Blank
 from lab.ops import find, linear, norm_linear
 from lab.tune import tuned, tuner
-from lab.tune.spaces import SPACES, candidates
+from lab.tune.tuner import candidates
 from triton_kernels import offline, settings
 from triton_kernels.common import recording
 
@@ -123,7 +123,7 @@ def test_a_race_sees_what_is_wrong(op, right):
 HEADS = {"q_heads": 8, "kv_heads": 2, "head_dim": 64, "page_size": 16}
 
 
-@pytest.mark.parametrize("op", list(SPACES["cuda"]))
+@pytest.mark.parametrize("op", tuner.tunable())
 @pytest.mark.parametrize("rows", [1, 2, 16, 64])
 def test_every_candidate_of_cuda_is_right(op, rows, monkeypatch):
     """Here in the host build, which takes the GPU's shapes: tiles, splits and how the blocks walk differ."""
@@ -226,7 +226,7 @@ def test_the_table_is_written_so_that_it_can_be_read(tmp_path):
             tuned.read(path)
 
 
-POINTS = shapes.points(("smollm2-135m", "llama-3.1-8b"), (1, 4, 64), (1024,), list(SPACES["triton"]))
+POINTS = shapes.points(("smollm2-135m", "llama-3.1-8b"), (1, 4, 64), (1024,), tuner.tunable())
 
 
 @pytest.mark.parametrize("point", POINTS,
@@ -322,7 +322,7 @@ def test_a_small_run(tmp_path, capsys):
     command = ["tune", "linear_add", "--model", "smollm2-135m", "--batch", "1", "--tries", "4",
                "--budget-seconds", "120", "--out", str(out)]
     assert cli.main(command) == 0
-    for backend in SPACES:
+    for backend in tuner.LANGUAGES:
         entries, = (tuned.read(path) for path in (out / backend).iterdir())
         assert len(entries) == 2 and all(e["us"] > 0 and e["us_by_hand"] > 0 for e in entries)
     assert cli.main(command) == 0
@@ -338,16 +338,16 @@ def test_basic_linear_reads_its_forced_settings():
 
 
 def test_tokens_judge_what_the_fused_plan_launches():
-    points = tuner.token_points(["llama-3.2-1b", "qwen3-0.6b"], [1, 16], 1024, list(SPACES["triton"]))
+    points = tuner.token_points(["llama-3.2-1b", "qwen3-0.6b"], [1, 16], 1024, tuner.tunable())
     assert [(p.op, p.role) for p in points[:6]] == [
-        ("norm_linear", "qkv"), ("rope_append_attention", None), ("linear_add", "o"), ("norm_linear_silu_mul", "gate_up"),
-        ("linear_add", "down"), ("norm_linear_argmax", "lm_head")]
+        ("norm_linear", "qkv"), ("rope_append_attention", None), ("linear_add", "o"), ("linear_add", "down"),
+        ("norm_linear_silu_mul", "gate_up"), ("norm_linear_argmax", "lm_head")]
     assert [(p.models, p.batch) for p in points[::6]] == [(("llama-3.2-1b",), 1), (("llama-3.2-1b",), 16),
                                                          (("qwen3-0.6b",), 1), (("qwen3-0.6b",), 16)]
     with pytest.raises(LabError, match="--by-token tunes what the fused plan launches: not linear at context 1024"):
         tuner.token_points(["llama-3.2-1b"], [1], 1024, ["linear"])
     with pytest.raises(LabError, match="at context 8192"):                  # the new token would have no place
-        tuner.token_points(["smollm2-135m"], [1], 8192, list(SPACES["triton"]))
+        tuner.token_points(["smollm2-135m"], [1], 8192, tuner.tunable())
 
 
 def test_a_table_with_another_entry_is_what_a_token_is_timed_with(tmp_path):
@@ -359,7 +359,7 @@ def test_a_table_with_another_entry_is_what_a_token_is_timed_with(tmp_path):
     settings.use(table.with_entry(POINT, 2, dict(path="sum", BLOCK_N=2, BLOCK_K=2048, num_warps=4)))
     try:
         with recording("sm_90") as launches:
-            norm_linear.op.triton(*shapes.arguments(norm_linear.op, POINT, Blank(torch.bfloat16), 132)[0],
+            norm_linear.op.launchers["triton"](*shapes.arguments(norm_linear.op, POINT, Blank(torch.bfloat16), 132)[0],
                                   out=torch.empty(1, 3072, dtype=torch.bfloat16))
         assert launches[-1].meta["BLOCK_N"] == 2
     finally:

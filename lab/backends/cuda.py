@@ -43,7 +43,7 @@ class Backend:
             self.extension.force_settings(op, None)
 
     def launcher(self, op):
-        return partial(op.cuda, self.kernels)
+        return partial(op.launchers[self.name], self.kernels)
 
     def set_trace(self, on: bool) -> None:
         self.extension.set_trace(on)

@@ -15,7 +15,7 @@ class Backend:
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
     def launcher(self, op):
-        launch, label = op.torch, f"torch:{op.name}"
+        launch, label = op.launchers[self.name], f"torch:{op.name}"
 
         def run(*args, **options):
             launch(*args, **options)

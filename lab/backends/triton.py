@@ -20,4 +20,4 @@ class Backend:
         self.compiler = version("triton")
 
     def launcher(self, op):
-        return op.triton
+        return op.launchers[self.name]

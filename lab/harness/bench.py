@@ -18,7 +18,7 @@ from lab.errors import LabError
 from lab.harness import ceiling, crossover, ladder_bench, ledger, model_bench, ops_bench, shapes, timing
 from lab.model.plans import PLANS, find_plan, refusal
 from lab.names import known
-from lab.ops import OPS
+from lab.ops import find
 from lab.records.session import Progress, Session
 
 DEFAULTS = {        # (device, quick): models, op batches, op contexts, model batches, model contexts, dtypes
@@ -62,7 +62,7 @@ def settings_of(args):
         raise LabError("--ladder measures ops: lab bench ops --ladder")
     if args.what == "ops":
         for name in args.names:
-            if known(name, [op.name for op in OPS], "op") in shapes.STEPS:
+            if find(name).whole_step:
                 raise LabError(f"{name} is a whole step, measured as a token: lab bench model --plan persistent")
     chosen = names(args.model) if args.model else args.names if args.what != "ops" and args.names else list(models)
     for name in chosen:

@@ -13,8 +13,9 @@ from lab.contract import DTYPES, Rand
 from lab.errors import LabError, error_text
 from lab.harness import timing
 from lab.harness.ops_bench import FREE_SHARE, alive
-from lab.harness.shapes import DIRECTION, PAGE_SIZE, Point, arguments
+from lab.harness.shapes import Point, arguments
 from lab.ops import find
+from lab.ops.kv_append import PAGE_SIZE
 from lab.records.schema import OpRow
 
 HEADS = {"q_heads": 32, "kv_heads": 8, "head_dim": 128, "page_size": PAGE_SIZE}
@@ -37,13 +38,14 @@ def measure(session, rig, point, dtype_name):
     """Measures all rungs of one op that the session lacks; those that fail are recorded with `error`."""
     op, (cache, timer) = find(point.op), ("cold", "graph") if rig.device == "cuda" else ("warm", "wall")
     args, config = arguments(op, point, Rand(rig.device, DTYPES[dtype_name]), rig.multiprocessors)
-    rows = {}
+    a = op.bound(*args)
+    nbytes, rows = int(op.nbytes(a)), {}
     for rung in rungs.rungs(op.name):
         for backend in rig.backends:
             if backend not in rungs.BACKENDS or backend in rung.absent or not rungs.fits(rung, args):
                 continue
             row = OpRow(session.run, op.name, backend, dtype_name, point.batch, point.shape, point.context, cache,
-                        timer, rung=rung.number, bytes=int(op.nbytes(*args)), flops=int(op.flops(*args)),
+                        timer, rung=rung.number, bytes=nbytes, flops=int(op.flops(a)),
                         note=rung.otherwise or None, emulated=timer == "wall",
                         config={"rung": rung.number, "name": rung.name, "idea": rung.idea, "promised": rung.factor,
                                 **config})
@@ -55,7 +57,7 @@ def measure(session, rig, point, dtype_name):
     if rig.device == "cuda":
         torch.cuda.empty_cache()
         size = sum({t.untyped_storage().data_ptr(): t.nbytes for t in args if isinstance(t, torch.Tensor)}.values())
-        count, _, flushed = timing.plan_sets(int(op.nbytes(*args)), rig.l2_bytes, size,
+        count, _, flushed = timing.plan_sets(nbytes, rig.l2_bytes, size,
                                              FREE_SHARE * torch.cuda.mem_get_info()[0])
         sets += [timing.clone_args(args) for _ in range(count - 1)]
         flush = rig.flush if flushed else None
@@ -75,7 +77,7 @@ def measure(session, rig, point, dtype_name):
     least, most = (2, 4) if timer == "wall" else (LEAST, MOST)
     stats = timing.measure(timed, SECONDS, least, most) if timed else {}
     for key, s in stats.items():
-        shares = rig.ceilings.fields(DIRECTION.get(op.name, "read"), rows[key].bytes, s.us, cache, rig.l2_bytes)
+        shares = rig.ceilings.fields(op.direction, rows[key].bytes, s.us, cache, rig.l2_bytes)
         for name, value in {**s.fields(), **shares}.items():
             setattr(rows[key], name, value)
     for t in timed.values():

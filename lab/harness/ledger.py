@@ -30,14 +30,12 @@ from lab.errors import LabError, error_text
 from lab.harness import model_bench, shapes, timing
 from lab.harness.ops_bench import alive
 from lab.model.decoder import Decoder
-from lab.model.plans import PLANS
 from lab.model.sampling import GREEDY
 from lab.ops import find
 from lab.records.schema import LedgerRow
 
 MARKER = "spin_kernel"          # torch.cuda._sleep's kernel: nothing else in a decode step is called so
 REPLAYS = 20                    # replays under the profiler
-WEIGHT = {"linear": 1, "norm_linear": 3, "linear_add": 1, "norm_linear_silu_mul": 3, "norm_linear_argmax": 3}   # argument
 AHEAD = 1_000_000               # cycles, 0.6 ms: the host sends for two graphs meanwhile, so that neither waits for it
 NULLS = 32                      # kernels that do nothing, to tell a graph's launch from a kernel's
 SWAP_SECONDS = 1.0              # of sampling all tokens of a plan's swaps together
@@ -62,17 +60,16 @@ class Recorder:
 
     def __init__(self, ops, config, mark=False):
         self.ops, self.trace, self.mark, self.calls = ops, None, mark, []
-        self.roles = {(op, _signature(op, shape)): role for plan in PLANS
-                      for op, role, shape in shapes.uses(config, plan)}
+        self.config = config
 
     def __getattr__(self, name):
         op, run = find(name), getattr(self.ops, name)
 
         def call(*args, **options):
-            given = {k: v for k, v in options.items() if k != "out"}
+            a = op.bound(*args, **{k: v for k, v in options.items() if k != "out"})
             # nbytes may read the device, and its kernels must not stand between the marks.
-            nbytes = 0 if self.mark else int(op.nbytes(*args, **given))
-            self.calls.append(Call(name, self._role(name, args), nbytes, functools.partial(run, *args, **options)))
+            nbytes = 0 if self.mark else int(op.nbytes(a))
+            self.calls.append(Call(name, role_of(op, self.config, a), nbytes, functools.partial(run, *args, **options)))
             if self.mark:
                 torch.cuda._sleep(1)
             result = run(*args, **options)
@@ -81,20 +78,14 @@ class Recorder:
             return result
         return call
 
-    def _role(self, name, args):
-        if name in WEIGHT:
-            rows, k = args[WEIGHT[name]].shape
-            return self.roles.get((name, (rows // 2 if name == "norm_linear_silu_mul" else rows, k)))
-        if name == "rmsnorm":
-            return self.roles.get((name, args[0].shape[1] if args[0].dim() == 3 else None))
+
+def role_of(op, config, a):
+    """The role of a call in a model's step: of the use whose sizes are those of its arguments, the last of several."""
+    if op.use_of is None:
         return None
-
-
-def _signature(op, shape):
-    """What tells the uses of one op apart by the arguments alone."""
-    if op in WEIGHT:
-        return shape["n"], shape["k"]
-    return shape.get("groups")
+    told = op.use_of(a)
+    roles = [role for role, sizes in op.uses(config) if all(sizes.get(key) == value for key, value in told.items())]
+    return roles[-1] if roles else None
 
 
 def record_step(decoder, mark=False):
@@ -276,14 +267,14 @@ def _bandwidth(row, nbytes, ceilings):
     if not nbytes:
         return
     row.bytes = nbytes
-    given = ceilings.fields(shapes.DIRECTION.get(row.op, "read"), nbytes, row.us) if row.us > 0 else {}
+    given = ceilings.fields(find(row.op).direction, nbytes, row.us) if row.us > 0 else {}
     row.gbps = given.get("gbps")
-    if row.op in shapes.COLD:                        # activations come from L2: no share of DRAM's bandwidth
+    if find(row.op).cold:                            # activations come from L2: no share of DRAM's bandwidth
         row.of_ceiling, row.flag = given.get("of_ceiling"), given.get("flag")
 
 
 def total_row(base, token, calls, ceilings):
-    moved = sum(c.nbytes for c in calls if c.op in shapes.COLD)
+    moved = sum(c.nbytes for c in calls if find(c.op).cold)
     given = ceilings.fields("read", moved, token.us)
     return LedgerRow(**base, row="total", **token.fields(), bytes=moved, gbps=given.get("gbps"),
                      of_ceiling=given.get("of_ceiling"), of_token=1.0, timer="graph", calls=len(calls))

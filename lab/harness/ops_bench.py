@@ -15,13 +15,12 @@ from lab.dispatch import select
 from lab.errors import LabError, Unavailable, error_text
 from lab.harness import timing, untuned
 from lab.harness.peers import peers
-from lab.harness.shapes import COLD, DIRECTION, arguments, key_shape
+from lab.harness.shapes import arguments, key_shape
 from lab.model.plans import refusal
 from lab.ops import find
 from lab.records import compare
 from lab.records.schema import OpRow
 from lab.tune import tuned
-from lab.tune.spaces import SPACES
 
 MODES = (("cold", "graph"), ("in_model", "graph"), ("warm", "graph"), ("cold", "event"))
 QUICK_MODES = (("cold", "graph"), ("cold", "event"))
@@ -98,7 +97,7 @@ def measure_point(session, rig, point, dtype_name, modes=None):
         return OpRow(session.run, op.name, backend, dtype_name, point.batch, point.shape, point.context, cache, timer,
                      role=point.role, models=list(point.models), emulated=timer == "wall")
 
-    modes = [(c, t) for c, t in modes or rig.modes if c != "in_model" or op.name in COLD]
+    modes = [(c, t) for c, t in modes or rig.modes if c != "in_model" or op.cold]
     todo = [m for m in modes if not all(session.has(row(b, *m)) for b in rig.backends)]
     if not todo:
         return
@@ -120,7 +119,7 @@ def measure_point(session, rig, point, dtype_name, modes=None):
                 rows[name].error = error_text(e)
         stats = _measured(timed, rig, timer, rows)
         for name, s in stats.items():
-            for field, value in {**s.fields(), **rig.ceilings.fields(DIRECTION.get(op.name, "read"), bound.nbytes, s.us,
+            for field, value in {**s.fields(), **rig.ceilings.fields(op.direction, bound.nbytes, s.us,
                                                                    cache, rig.l2_bytes)}.items():
                 setattr(rows[name], field, value)
             if timer == "event":                    # the host's time says nothing about a share of the ceiling
@@ -137,7 +136,7 @@ def measure_point(session, rig, point, dtype_name, modes=None):
 
 def _tuned(backend, point, dtype, rig):
     """{"tuned": was a setting raced for this launch on this architecture}; {} where there is nothing to choose."""
-    if rig.device != "cuda" or backend not in SPACES or point.op not in SPACES[backend]:
+    if rig.device != "cuda" or backend not in find(point.op).spaces:
         return {}
     major, minor = torch.cuda.get_device_capability()
     found = untuned.raced(backend, point.op, point.batch, dtype.itemsize, key_shape(point),
@@ -174,7 +173,7 @@ class _Bound:
     def __init__(self, op, point, dtype, rig):
         self.op, self.rig, self.made = op, rig, {}
         args, self.config = arguments(op, point, Rand(rig.device, dtype), rig.multiprocessors)
-        self.nbytes, self.flops = int(op.nbytes(*args)), int(op.flops(*args))
+        self.nbytes, self.flops = int(op.nbytes(op.bound(*args))), int(op.flops(op.bound(*args)))
         self.peers = {p.name: p for p in (peers(op.name, args) if rig.vendor else ())}
         count, self.calls, self.flushed = 1, 1, False
         if rig.device == "cuda":
@@ -197,9 +196,8 @@ class _Bound:
             return self.made[name, in_model]
         sets, outs = self.sets, self.outs
         if in_model:
-            cold = COLD[self.op.name]
-            sets = [tuple(a if j in cold else first for j, (a, first) in enumerate(zip(args, sets[0])))
-                    for args in sets]
+            sets = [tuple(own if name in self.op.cold else first
+                          for name, own, first in zip(self.op.names, args, sets[0])) for args in sets]
             outs = outs[:1] * len(sets)
         if name in self.peers:
             calls = self.peers[name].make(sets)

@@ -5,7 +5,7 @@ records it with each op row (config["tuned"]: true or false, absent where there 
 do not say it, the fairness cards of the run do: an op that `lab tune` knows and of which no setting was raced is
 untuned at every shape. Never imports torch.
 """
-from lab.tune.spaces import SPACES
+from lab import declared
 
 WORD = "untuned"
 
@@ -16,16 +16,17 @@ def raced(backend, op, rows, itemsize, shape, entries):
 
     rows, itemsize (bytes), shape: as lab.tune.tuned.lookup takes them; entries: of the backend's table.
     """
+    from lab.ops import find
     from lab.tune import tuned
-    space = SPACES.get(backend, {}).get(op)
-    if space is None or not space(rows, itemsize, shape):
+    space = find(op).spaces.get(backend)
+    if space is None or not space(rows, itemsize, **shape):
         return None
     return tuned.lookup(entries, op, itemsize, rows, shape) is not None
 
 
 def by_cards(cards):
     """{(backend, op)} of the Fairness records of one run that say that no setting was raced."""
-    return {(c.backend, c.op) for c in cards if c.tried == 0 and c.op in SPACES.get(c.backend, {})}
+    return {(c.backend, c.op) for c in cards if c.tried == 0 and c.backend in declared.spaces(c.op)}
 
 
 def is_untuned(row, cards):

@@ -14,21 +14,6 @@ from lab.names import known
 
 HALVES = {"cuda": cuda_half, "triton": triton_half}
 
-# What a decode step of Llama 3.1 8B asks of an op, one sequence at 8192 tokens: the call where no sizes are given.
-# An op that is not here takes the first case of its contract.
-HEADS = dict(q_heads=32, kv_heads=8, head_dim=128)
-DEFAULTS = {
-    "embedding": dict(batch=1, vocab=128256, hidden=4096), "rmsnorm": dict(rows=1, cols=4096, residual=True),
-    "linear": dict(batch=1, n=28672, k=4096), "rope": dict(batch=1, **HEADS),
-    "kv_append": dict(positions=(15,), **HEADS), "decode_attention": dict(lengths=(8192,), splits=33, **HEADS),
-    "silu_mul": dict(rows=1, cols=14336), "sample": dict(batch=1, vocab=128256),
-    "norm_linear": dict(batch=1, n=6144, k=4096), "norm_linear_silu_mul": dict(batch=1, n=14336, k=4096),
-    "linear_add": dict(batch=1, n=4096, k=14336), "norm_linear_argmax": dict(batch=1, n=128256, k=4096),
-    "rope_append_attention": dict(positions=(8191,), splits=33, **HEADS),
-    # One layer of them: the kernel of all is the same.
-    "decode_step": dict(layers=1, hidden=4096, intermediate=14336, vocab=128256, position=8191, **HEADS),
-}
-
 
 def main(args) -> int:
     from lab.ops import OPS, find
@@ -69,7 +54,7 @@ def sizes_of(op, args):
     if args.case is not None and args.sizes:
         raise LabError("give --case or --sizes, not both")
     if args.case is None:                       # what is not given is that of the default
-        return {**DEFAULTS.get(op.name, dict(op.cases[0].sizes)), **call.parse(args.sizes or [])}
+        return {**op.default_sizes(), **call.parse(args.sizes or [])}
     if not 0 <= args.case < len(op.cases):
         raise LabError(f"{op.name} has no case {args.case}; choose from "
                        + ", ".join(f"{i} ({c.why})" for i, c in enumerate(op.cases)))
@@ -136,7 +121,7 @@ def write_cards(ops, args, gpu):
             for dtype in [name for name, value in DTYPES.items() if value in op.dtypes]:
                 if args.dtype and args.dtype != dtype:
                     continue
-                rows, errors = fairness(op, dtype, DEFAULTS.get(op.name, dict(op.cases[0].sizes)), gpu.arch, run)
+                rows, errors = fairness(op, dtype, op.default_sizes(), gpu.arch, run)
                 writer.append(*rows)
                 for row in rows:
                     print(f"{row.op:{max(len(o.name) for o in ops)}} {row.dtype} {row.backend:6} {row.kernel}: {row.registers} registers, "

@@ -27,7 +27,7 @@ def launches(op, args, gpu):
     module.record_launches(gpu.multiprocessors, gpu.major)
     module.set_settings(measured_settings(gpu.triton))
     try:
-        op.cuda(kernels, *args, out=op.outputs(*args))
+        op.launchers["cuda"](kernels, *args, out=op.outputs(*args))
         return module.take_launches()
     finally:
         module.record_launches(0)

@@ -15,7 +15,7 @@ def launches(op, args, gpu):
     try:
         from triton_kernels import common
         with common.recording(gpu.triton) as found:
-            op.triton(*args, out=op.outputs(*args))
+            op.launchers["triton"](*args, out=op.outputs(*args))
     except ModuleNotFoundError as error:
         if error.name == f"triton_kernels.{op.name}":
             raise Unavailable(f"{op.name} has no Triton half: triton_kernels/{op.name}.py does not exist") from None

@@ -61,8 +61,8 @@ def bytes_of(op):
     dtype = torch.bfloat16 if torch.bfloat16 in contract.dtypes else contract.dtypes[0]
     name = next(n for n, d in DTYPES.items() if d == dtype)
     first = contract.cases[0]
-    arguments = contract.inputs(Rand("cpu", dtype), **first.sizes)
-    nbytes, flops = int(contract.nbytes(*arguments)), int(contract.flops(*arguments))
+    a = contract.bound(*contract.inputs(Rand("cpu", dtype), **first.sizes))
+    nbytes, flops = int(contract.nbytes(a)), int(contract.flops(a))
     sizes = ", ".join(f"{k}={v}" for k, v in first.sizes.items())
     return [("example", f"{sizes} in {name} ({first.why})"),
             ("bytes", f"{nbytes:,} must cross DRAM (nbytes in lab/ops/{op}.py)"),

@@ -88,7 +88,7 @@ class TritonFile:
     def launcher(self, op: Op):
         def launch(*args, **options):
             with self.in_place():
-                op.triton(*args, **options)
+                op.launchers["triton"](*args, **options)
         return launch
 
     @contextlib.contextmanager
@@ -178,13 +178,12 @@ def declaration(name: str) -> str:
 
 
 def main(args) -> int:
-    from lab.harness.shapes import STEPS
     op, device = find(args.op), args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise Unavailable("device cuda: this machine has no usable NVIDIA GPU; use --device cpu")
     taken = [name for name, dtype in DTYPES.items() if dtype in op.dtypes]
     dtypes = [known(name, taken, f"dtype of {op.name}") for name in args.dtype.split(",")] if args.dtype else taken
-    if op.name in STEPS and device == "cuda" and not args.check_only:
+    if op.whole_step and device == "cuda" and not args.check_only:
         raise LabError(f"{op.name} is a whole step, which no race of ops has: use --check-only")
     require_kernel_file(args.file)
     name = args.file.name

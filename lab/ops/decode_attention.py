@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from lab import spaces
 from lab.contract import DTYPE_CODES, EPS32, FLOATS, Op, case, dense, refuse, rows_of_heads
-from lab.ops.kv_append import check_cache, check_pages, paged_cache
+from lab.ops.kv_append import check_cache, check_pages, paged_cache, paged_heads_of
 from lab.ops.rope import packed_qkv
 
 HEAD_DIMS = (64, 96, 128)
@@ -129,9 +130,9 @@ def torch_(q, k_cache, v_cache, block_table, context_lens, scale, splits=1, work
     out.copy_(torch.where(context_lens[:, None, None] > 0, attended, 0))
 
 
-def contents(q, k_cache, v_cache, block_table, context_lens, scale, splits=1, workspace=None):
+def contents(a):
     """Raises LabError for a context longer than its row of the table and for a page that the cache does not have."""
-    check_context("decode_attention", block_table, context_lens, k_cache)
+    check_context("decode_attention", a.block_table, a.context_lens, a.k_cache)
 
 
 def check_context(op, block_table, context_lens, k_cache):
@@ -165,33 +166,48 @@ def poison_unused(cached, lengths, k_cache, v_cache, block_table):
         cache[page.to(cache.device), :, slot.to(cache.device)] = bad[(page + slot + i) % 3][:, None, None]
 
 
-def nbytes(q, k_cache, v_cache, block_table, context_lens, scale, splits=1, workspace=None):
+def nbytes(a):
     """K and V of every token once, q, out, and the block-table entries that name the pages. Reads context_lens."""
+    return attended_bytes(a.q, a.k_cache, a.context_lens)
+
+
+def attended_bytes(q, k_cache, context_lens):
     tokens = int(context_lens.clamp(min=0).sum())
     kv = 2 * tokens * k_cache.shape[1] * k_cache.shape[3] * k_cache.itemsize
     return kv + 2 * q.nbytes + 4 * math.ceil(tokens / k_cache.shape[2]) + context_lens.nbytes
 
 
-def tolerance(q, k_cache, v_cache, block_table, context_lens, scale, splits=1, workspace=None):
+def tolerance(a):
     """One rounding to T. A score's float32 error is a few eps of |q||k|, and moves a weight by that share; the output
     is an average of v, so its error is that share of the largest v; so is that of a float32 sum of n terms, about sqrt(n)
     halves of a step at most. Half-precision tensor cores round the weights
     themselves to T before the product with V (as FlashAttention does): half an eps of the largest average of |v|."""
-    eps = torch.finfo(q.dtype).eps
-    score = scale * float(q.double().norm(dim=-1).max()) * float(k_cache.double().norm(dim=-1).max())
-    v_max = float(v_cache.double().abs().max())
-    steps = 4 * (1 + score) + max(0, int(context_lens.max())) ** 0.5 / 2
-    return eps, steps * EPS32 * v_max + (eps / 2 if q.dtype != torch.float32 else 0.0)
+    eps = torch.finfo(a.q.dtype).eps
+    score = a.scale * float(a.q.double().norm(dim=-1).max()) * float(a.k_cache.double().norm(dim=-1).max())
+    v_max = float(a.v_cache.double().abs().max())
+    steps = 4 * (1 + score) + max(0, int(a.context_lens.max())) ** 0.5 / 2
+    return eps, steps * EPS32 * v_max + (eps / 2 if a.q.dtype != torch.float32 else 0.0)
+
+
+def launch(batch, context, multiprocessors, sizes):
+    """What a decoder chooses for a batch at a context."""
+    return {"splits": choose_splits(batch, sizes["kv_heads"], context, multiprocessors)}
 
 
 op = Op(
     name="decode_attention", summary="out = softmax(scale * q K^T) V over a paged KV cache", dtypes=FLOATS,
-    validate=validate, outputs=outputs, reference=reference, cuda=cuda, triton=triton, torch=torch_, inputs=inputs,
+    validate=validate, outputs=outputs, reference=reference, inputs=inputs,
+    launchers={"cuda": cuda, "triton": triton, "torch": torch_},
     nbytes=nbytes,
-    flops=lambda q, k_cache, v_cache, block_table, context_lens, scale, splits=1, workspace=None:
-        4 * q.shape[1] * q.shape[2] * int(context_lens.clamp(min=0).sum()),
-    tolerance=tolerance, state=(7,), contents=contents,
-    with_workspace=lambda *args: args if len(args) > 7 else (*args, new_workspace(args[0], args[1], args[6])),
+    flops=lambda a: 4 * a.q.shape[1] * a.q.shape[2] * int(a.context_lens.clamp(min=0).sum()),
+    tolerance=tolerance, state=("workspace",), contents=contents,
+    workspace=lambda a: new_workspace(a.q, a.k_cache, a.splits),
+    plans=("basic",), uses=lambda c: [(None, paged_heads_of(c))], launch=launch, has_context=True,
+    rows=lambda batch, context: {"lengths": (context,) * batch},
+    cold=("k_cache", "v_cache"), color="#ddcc77",
+    inspect_sizes=dict(lengths=(8192,), splits=33, q_heads=32, kv_heads=8, head_dim=128),
+    tuned_by=("q_heads", "kv_heads", "head_dim", "page_size"),
+    spaces={"cuda": spaces.splits, "triton": spaces.attention},
     cases=(case("context 1, page boundary minus and plus one, an idle row, a tile's boundary; GQA group 3",
                 lengths=(1, 15, 16, 17, 0, 64, 65, 130), q_heads=9, kv_heads=3, head_dim=64, splits=2),
            case("more splits than tiles: empty splits", lengths=(5, 200, 70), q_heads=8, kv_heads=2, head_dim=128,

@@ -175,19 +175,19 @@ def reference(ids, positions, model, k_cache, v_cache, block_table, logits, work
     return token, k_cache, v_cache, want
 
 
-def tolerance(ids, positions, model, k_cache, v_cache, block_table, logits, workspace):
+def tolerance(a):
     """About 16 roundings a layer move the residual stream by half a step of T each, with random signs: 2 steps in all.
     The sums are float32's. What moves is of the size of the largest logit, or of the largest key."""
-    want = reference(ids, positions, model, k_cache, v_cache, block_table, logits, workspace)
+    want = reference(*vars(a).values())
     size = max(float(want[3].nan_to_num().abs().max()), float(want[1].double().abs().max()))
-    return 0.0, (2 * torch.finfo(model.embed.dtype).eps + 16 * EPS32) * (len(model.layers) + 1) * size
+    return 0.0, (2 * torch.finfo(a.model.embed.dtype).eps + 16 * EPS32) * (len(a.model.layers) + 1) * size
 
 
-def verify(got, *args):
+def verify(got, a):
     """The token must be the best in float64, or one that the logits' tolerance cannot tell from it. An idle row has none."""
-    if int(args[1]) < 0:
+    if int(a.positions) < 0:
         return None if int(got) < -1 else f"a token for an idle row: {int(got)}"
-    exact, (_, atol) = reference(*args)[3][0], tolerance(*args)
+    exact, (_, atol) = reference(*vars(a).values())[3][0], tolerance(a)
     if not 0 <= int(got) < exact.numel():
         return f"a token outside the vocabulary: {int(got)}"
     short = float(exact.max() - exact[int(got)]) - 2 * atol
@@ -234,10 +234,10 @@ def torch_(ids, positions, model, k_cache, v_cache, block_table, logits, workspa
     out.copy_(torch.where(live, token, out))
 
 
-def contents(ids, positions, model, k_cache, v_cache, block_table, logits, workspace):
+def contents(a):
     """Raises LabError for a position past cos_sin or the table and for a page that the cache does not have."""
-    check_positions("decode_step", positions, model.cos_sin.shape[0], "cos_sin")
-    check_append("decode_step", block_table, positions, k_cache[0])
+    check_positions("decode_step", a.positions, a.model.cos_sin.shape[0], "cos_sin")
+    check_append("decode_step", a.block_table, a.positions, a.k_cache[0])
 
 
 def inputs(rand, layers, hidden, intermediate, vocab, q_heads, kv_heads, head_dim, position, page_size=16, bias=False,
@@ -273,25 +273,33 @@ def inputs(rand, layers, hidden, intermediate, vocab, q_heads, kv_heads, head_di
             torch.full((1, vocab), torch.nan, device=rand.device), StepWorkspace.of(model))
 
 
-def nbytes(ids, positions, model, k_cache, v_cache, block_table, logits, workspace):
+def nbytes(a):
     """Every weight once, the KV of the context, the new token's KV, one row of embed, the logits."""
-    m, kv = model, 2 * len(model.layers) * model.kv_heads * model.head_dim * k_cache.itemsize
+    m = a.model
+    kv = 2 * len(m.layers) * m.kv_heads * m.head_dim * a.k_cache.itemsize
     held = [getattr(layer, part) for layer in m.layers for part in LAYER]
     weights = sum(t.nbytes for t in (*held, m.final_norm, m.lm_head) if t is not None)
-    return weights + (int(positions) + 1) * kv + m.embed[0].nbytes + logits.nbytes
+    return weights + (int(a.positions) + 1) * kv + m.embed[0].nbytes + a.logits.nbytes
 
 
-def flops(ids, positions, model, *args):
-    m = model
+def flops(a):
+    m = a.model
     matrices = sum(t.numel() for layer in m.layers for t in (layer.wqkv, layer.wo, layer.w_gate_up, layer.w_down))
-    return 2 * (matrices + m.lm_head.numel()) + 4 * len(m.layers) * m.q_heads * m.head_dim * (int(positions) + 1)
+    return 2 * (matrices + m.lm_head.numel()) + 4 * len(m.layers) * m.q_heads * m.head_dim * (int(a.positions) + 1)
 
 
 op = Op(
     name="decode_step", summary="a whole greedy decode step of one sequence", dtypes=(torch.float16, torch.bfloat16),
-    validate=validate, outputs=outputs, reference=reference, cuda=cuda, triton=triton, torch=torch_, inputs=inputs,
+    validate=validate, outputs=outputs, reference=reference, inputs=inputs,
+    launchers={"cuda": cuda, "triton": triton, "torch": torch_},
     nbytes=nbytes, flops=flops, tolerance=tolerance, verify=verify, contents=contents,
-    mutates=(3, 4, 6), state=(7,),
+    mutates=("k_cache", "v_cache", "logits"), state=("workspace",),
+    plans=("persistent",), whole_step=True, cold=("model", "k_cache", "v_cache"),
+    uses=lambda c: [(None, {"layers": c.layers, "hidden": c.hidden, "vocab": c.vocab})],
+    color="#44aa99",                # of its matrices, which take most of it
+    # One layer of them: the kernel of all is the same.
+    inspect_sizes=dict(layers=1, hidden=4096, intermediate=14336, vocab=128256, position=8191, q_heads=32, kv_heads=8,
+                       head_dim=128),
     cases=(case("first token; GQA group 3; sizes that are no multiple of a tile", layers=2, hidden=72, intermediate=136,
                 vocab=101, q_heads=3, kv_heads=1, head_dim=64, position=0),
            case("Qwen3's per-head norm, Qwen2's biases, several splits, head 128", layers=2, hidden=264,

@@ -56,10 +56,14 @@ def inputs(rand, batch, vocab, hidden, outside=False):
 
 op = Op(
     name="embedding", summary="out[b] = table[ids[b]]", dtypes=FLOATS,
-    validate=validate, outputs=outputs, reference=reference, cuda=cuda, triton=triton, torch=torch_, inputs=inputs,
-    nbytes=lambda ids, table: ids.nbytes + 2 * ids.shape[0] * table.shape[1] * table.itemsize,
-    flops=lambda ids, table: 0,
-    tolerance=lambda ids, table: (0.0, 0.0),                     # a copy is exact
+    validate=validate, outputs=outputs, reference=reference, inputs=inputs,
+    launchers={"cuda": cuda, "triton": triton, "torch": torch_},
+    nbytes=lambda a: a.ids.nbytes + 2 * a.ids.shape[0] * a.table.shape[1] * a.table.itemsize,
+    flops=lambda a: 0,
+    tolerance=lambda a: (0.0, 0.0),                              # a copy is exact
+    plans=("basic", "fused"), uses=lambda c: [(None, {"vocab": c.vocab, "hidden": c.hidden})],
+    cold=("table",), direction="copy", color="#5f55c4",
+    inspect_sizes=dict(batch=1, vocab=128256, hidden=4096),
     cases=(case("one row, SmolLM2's width", batch=1, vocab=1000, hidden=576),
            case("a width that is no multiple of the 16-byte vector", batch=3, vocab=17, hidden=101),
            case("the largest batch", batch=64, vocab=300, hidden=136),

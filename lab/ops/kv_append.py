@@ -9,9 +9,10 @@ Halves: cuda_src/kv_append.cu, triton_kernels/kv_append.py
 import torch
 
 from lab.contract import DTYPE_CODES, FLOATS, Op, case, dense, refuse, rows_of_heads
-from lab.ops.rope import packed_qkv
+from lab.ops.rope import heads_of, packed_qkv
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
+PAGE_SIZE = 16                      # of what is measured
 
 
 def check_cache(op, k_cache, v_cache, block_table, batch, heads, head_dim, dtype):
@@ -88,9 +89,9 @@ def torch_(k, v, k_cache, v_cache, block_table, positions, out=None):
         cache[page, :, slot] = torch.where(some, new[row], cache[page, :, slot])
 
 
-def contents(k, v, k_cache, v_cache, block_table, positions):
+def contents(a):
     """Raises LabError where a live row would write outside the cache, or into a page that another live row has."""
-    check_append("kv_append", block_table, positions, k_cache)
+    check_append("kv_append", a.block_table, a.positions, a.k_cache)
 
 
 def check_append(op, block_table, positions, k_cache):
@@ -148,15 +149,25 @@ def paged_cache(rand, lengths, kv_heads, head_dim, page_size):
     return rand(*shape), rand(*shape), block_table
 
 
+def paged_heads_of(c):
+    """heads_of() a model and the page size of its cache where the harness makes one."""
+    return {**heads_of(c), "page_size": PAGE_SIZE}
+
+
 op = Op(
     name="kv_append", summary="cache[page of p, :, slot of p] = k, v", dtypes=FLOATS,
-    validate=validate, outputs=lambda *args: None, reference=reference, cuda=cuda, triton=triton, torch=torch_,
-    inputs=inputs,
-    nbytes=lambda k, v, k_cache, v_cache, block_table, positions: 2 * (k.nbytes + v.nbytes) + 2 * positions.nbytes,
-    flops=lambda k, v, k_cache, v_cache, block_table, positions: 0,
-    tolerance=lambda *args: (0.0, 0.0),                          # a copy is exact
+    validate=validate, outputs=lambda *args: None, reference=reference, inputs=inputs,
+    launchers={"cuda": cuda, "triton": triton, "torch": torch_},
+    nbytes=lambda a: 2 * (a.k.nbytes + a.v.nbytes) + 2 * a.positions.nbytes,
+    flops=lambda a: 0,
+    tolerance=lambda a: (0.0, 0.0),                              # a copy is exact
     contents=contents,
-    mutates=(2, 3),
+    mutates=("k_cache", "v_cache"),
+    plans=("basic",), uses=lambda c: [(None, paged_heads_of(c))],
+    # The last slot of a page: the rest of a long cache would only take memory.
+    rows=lambda batch, context: {"positions": (PAGE_SIZE - 1,) * batch},
+    cold=("k_cache", "v_cache"), direction="copy", color="#999933",
+    inspect_sizes=dict(positions=(15,), q_heads=32, kv_heads=8, head_dim=128),
     cases=(case("first token, last slot of a page, first of the next, idle rows whose table names the pages written",
                 positions=(0, 15, 16, -1, 47, -1, -1, -1), q_heads=9, kv_heads=3, head_dim=64),
            case("k and v of different strides, an idle row in front", positions=(-1, 5, 16, 33), q_heads=4, kv_heads=2,

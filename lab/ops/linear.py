@@ -7,6 +7,7 @@ Halves: cuda_src/linear.cu, triton_kernels/linear.py
 import torch
 from torch.nn import functional as F
 
+from lab import spaces
 from lab.contract import DTYPE_CODES, EPS32, FLOATS, Op, case, dense, refuse
 
 MAX_BATCH = 64
@@ -64,23 +65,42 @@ def torch_(x, w, bias=None, out_dtype=None, out=None):
         out.copy_(F.linear(x.float(), w.float(), None if bias is None else bias.float()))
 
 
-def tolerance(x, w, bias=None, out_dtype=None):
+def tolerance(a):
     """One rounding to y's dtype, and the float32 sum: a few eps of |x||w| (the norm bounds a sum of k products)."""
-    size = float(x.double().norm(dim=1).max() * w.double().norm(dim=1).max())
-    return torch.finfo(out_dtype or x.dtype).eps, 4 * EPS32 * size
+    size = float(a.x.double().norm(dim=1).max() * a.w.double().norm(dim=1).max())
+    return torch.finfo(a.out_dtype or a.x.dtype).eps, 4 * EPS32 * size
 
 
 def inputs(rand, batch, n, k, bias=False, out_dtype=None):
     return (rand(batch, k), rand(n, k), rand(n) if bias else None, out_dtype)
 
 
+def nbytes(a):
+    bias = 0 if a.bias is None else a.bias.nbytes
+    return a.x.nbytes + a.w.nbytes + bias + a.x.shape[0] * a.w.shape[0] * (a.out_dtype or a.x.dtype).itemsize
+
+
+def uses(c):
+    return [("qkv", {"n": c.q_width + 2 * c.kv_width, "k": c.hidden}), ("o", {"n": c.hidden, "k": c.q_width}),
+            ("gate_up", {"n": 2 * c.intermediate, "k": c.hidden}), ("down", {"n": c.hidden, "k": c.intermediate}),
+            ("lm_head", {"n": c.vocab, "k": c.hidden, "out_dtype": "fp32"})]
+
+
+def size_of(a):
+    """n and k of a call of an op that takes w [n, k]."""
+    return {"n": a.w.shape[0], "k": a.w.shape[1]}
+
+
 op = Op(
     name="linear", summary="y = x w^T (+ bias)", dtypes=FLOATS,
-    validate=validate, outputs=outputs, reference=reference, cuda=cuda, triton=triton, torch=torch_, inputs=inputs,
-    nbytes=lambda x, w, bias=None, out_dtype=None: (x.nbytes + w.nbytes + (0 if bias is None else bias.nbytes)
-                                                    + x.shape[0] * w.shape[0] * (out_dtype or x.dtype).itemsize),
-    flops=lambda x, w, bias=None, out_dtype=None: 2 * x.shape[0] * w.numel(),
+    validate=validate, outputs=outputs, reference=reference, inputs=inputs,
+    launchers={"cuda": cuda, "triton": triton, "torch": torch_},
+    nbytes=nbytes,
+    flops=lambda a: 2 * a.x.shape[0] * a.w.numel(),
     tolerance=tolerance,
+    plans=("basic",), uses=uses, use_of=size_of, cold=("w", "bias"), color="#44aa99",
+    inspect_sizes=dict(batch=1, n=28672, k=4096),
+    tuned_by=("n", "k"), spaces={"cuda": spaces.cuda_product, "triton": spaces.basic_linear},
     cases=(case("SmolLM2's qkv, one row", batch=1, n=960, k=576),
            case("rows and columns that are no multiple of a tile or vector, with bias", batch=1, n=37, k=101, bias=True),
            case("k a multiple of the vector but not of the tile", batch=3, n=50, k=1096),

@@ -4,8 +4,11 @@
 Rounding: float32 accumulation, the residual added in float32, one rounding at the end. Batch 1 to 64.
 Halves: cuda_src/linear_add.cu, triton_kernels/linear_add.py
 """
+from functools import partial
+
 import torch
 
+from lab import spaces
 from lab.contract import DTYPE_CODES, FLOATS, Op, case, dense, refuse
 from lab.ops import linear
 
@@ -41,11 +44,11 @@ def torch_(x, w, residual, bias=None, out=None):
         residual.add_(bias)
 
 
-def tolerance(x, w, residual, bias=None):
+def tolerance(a):
     """linear's; the torch backend rounds twice where there is a bias: two steps of T of the largest sum."""
-    rtol, atol = linear.tolerance(x, w, bias)
-    if bias is not None:
-        atol += rtol * float(reference(x, w, residual)[0].abs().max())
+    rtol, atol = linear.tolerance(linear.op.bound(a.x, a.w, a.bias))
+    if a.bias is not None:
+        atol += rtol * float(reference(a.x, a.w, a.residual)[0].abs().max())
     return rtol, atol
 
 
@@ -55,13 +58,17 @@ def inputs(rand, batch, n, k, bias=False):
 
 op = Op(
     name="linear_add", summary="residual += x w^T (+ bias), in place", dtypes=FLOATS,
-    validate=validate, outputs=lambda *args: None, reference=reference, cuda=cuda, triton=triton, torch=torch_,
-    inputs=inputs,
-    nbytes=lambda x, w, residual, bias=None: (x.nbytes + w.nbytes + 2 * residual.nbytes
-                                              + (0 if bias is None else bias.nbytes)),
-    flops=lambda x, w, residual, bias=None: 2 * x.shape[0] * w.numel() + residual.numel(),
+    validate=validate, outputs=lambda *args: None, reference=reference, inputs=inputs,
+    launchers={"cuda": cuda, "triton": triton, "torch": torch_},
+    nbytes=lambda a: a.x.nbytes + a.w.nbytes + 2 * a.residual.nbytes + (0 if a.bias is None else a.bias.nbytes),
+    flops=lambda a: 2 * a.x.shape[0] * a.w.numel() + a.residual.numel(),
     tolerance=tolerance,
-    mutates=(2,),
+    mutates=("residual",),
+    plans=("fused",), use_of=linear.size_of,
+    uses=lambda c: [("o", {"n": c.hidden, "k": c.q_width}), ("down", {"n": c.hidden, "k": c.intermediate})],
+    cold=("w", "bias"), color="#88ccee", inspect_sizes=dict(batch=1, n=4096, k=14336),
+    tuned_by=("n", "k"),
+    spaces={"cuda": spaces.cuda_product, "triton": partial(spaces.products, whole_rows=False)},
     cases=(case("SmolLM2's down projection, one row", batch=1, n=576, k=1536),
            case("no multiple of a tile or vector, with bias", batch=3, n=37, k=101, bias=True),
            case("the widest batch of the GEMV path", batch=8, n=40, k=520),

@@ -5,8 +5,11 @@ The norm of rmsnorm.py (same rounding points), recomputed by each block from L2 
 the batch is one for tensor cores; then the linear of linear.py. Batch 1 to 64.
 Halves: cuda_src/norm_linear.cu, triton_kernels/norm_linear.py
 """
+from functools import partial
+
 import torch
 
+from lab import spaces
 from lab.contract import DTYPE_CODES, EPS32, FLOATS, Op, case, dense, refuse
 from lab.ops import linear, rmsnorm
 
@@ -36,10 +39,10 @@ def reference(x, norm_w, eps, w, bias=None, out_dtype=None):
     return linear.reference(normed(x, norm_w, eps), w, bias)
 
 
-def tolerance(x, norm_w, eps, w, bias=None, out_dtype=None):
+def tolerance(a):
     """linear's, and each normed value may round to a neighbour (2 steps of T): random signs, so sqrt of k of them."""
-    rtol, atol = linear.tolerance(normed(x, norm_w, eps), w, bias, out_dtype)
-    return rtol, atol + norm_slack(x, norm_w, eps, w)
+    rtol, atol = linear.tolerance(linear.op.bound(normed(a.x, a.norm_w, a.eps), a.w, a.bias, a.out_dtype))
+    return rtol, atol + norm_slack(a.x, a.norm_w, a.eps, a.w)
 
 
 def norm_slack(x, norm_w, eps, w):
@@ -87,10 +90,14 @@ def inputs(rand, batch, n, k, bias=False, out_dtype=None, size=1.0, kind="normal
 
 op = Op(
     name="norm_linear", summary="y = rmsnorm(x) w^T (+ bias)", dtypes=FLOATS,
-    validate=validate, outputs=outputs, reference=reference, cuda=cuda, triton=triton, torch=torch_, inputs=inputs,
-    nbytes=lambda x, norm_w, eps, w, bias=None, out_dtype=None: linear.op.nbytes(x, w, bias, out_dtype) + norm_w.nbytes,
-    flops=lambda x, norm_w, eps, w, bias=None, out_dtype=None: linear.op.flops(x, w) + 4 * x.numel(),
+    validate=validate, outputs=outputs, reference=reference, inputs=inputs,
+    launchers={"cuda": cuda, "triton": triton, "torch": torch_},
+    nbytes=lambda a: linear.nbytes(a) + a.norm_w.nbytes,
+    flops=lambda a: 2 * a.x.shape[0] * a.w.numel() + 4 * a.x.numel(),
     tolerance=tolerance,
+    plans=("fused",), uses=lambda c: [("qkv", {"n": c.q_width + 2 * c.kv_width, "k": c.hidden})],
+    use_of=linear.size_of, cold=("w", "bias"), color="#44aa99", inspect_sizes=dict(batch=1, n=6144, k=4096),
+    tuned_by=("n", "k"), spaces={"cuda": partial(spaces.cuda_product, mma=False), "triton": spaces.products},
     cases=(case("SmolLM2's qkv, one row", batch=1, n=960, k=576),
            case("no multiple of a tile or vector, with bias", batch=3, n=37, k=101, bias=True),
            case("logits in float32; wider than a block holds at once", batch=2, n=40, k=4104, out_dtype=torch.float32),

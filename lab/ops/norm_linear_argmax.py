@@ -8,6 +8,7 @@ Halves: cuda_src/norm_linear_argmax.cu, triton_kernels/norm_linear_argmax.py
 """
 import torch
 
+from lab import spaces
 from lab.contract import DTYPE_CODES, FLOATS, Op, case, dense, refuse
 from lab.ops import linear, norm_linear, sample
 from lab.ops.norm_linear import check_norm, normed
@@ -41,22 +42,22 @@ def reference(x, norm_w, eps, w, logits, scratch):
     return sample.greedy(want), want
 
 
-def tolerance(x, norm_w, eps, w, logits, scratch):
-    return norm_linear.tolerance(x, norm_w, eps, w, None, torch.float32)
+def tolerance(a):
+    return norm_linear.tolerance(norm_linear.op.bound(a.x, a.norm_w, a.eps, a.w, None, torch.float32))
 
 
-def verify(got, x, norm_w, eps, w, logits, scratch):
+def verify(got, a):
     """The token must be the best in float64, or one that the logits' tolerance cannot tell from it."""
-    want, exact = reference(x, norm_w, eps, w, logits, scratch)
+    want, exact = reference(*vars(a).values())
     none = want < 0                                              # rows with NaN, which have no token
     if bool((got[none] != -1).any()):
         return f"a token for a row with NaN: {got.tolist()}"
     if bool(none.all()):
         return None
     got, want, exact = got[~none], want[~none], exact[~none]
-    if bool(((got < 0) | (got >= w.shape[0])).any()):
+    if bool(((got < 0) | (got >= a.w.shape[0])).any()):
         return f"a token outside the vocabulary: {got.tolist()}"
-    rtol, atol = tolerance(x.nan_to_num(), norm_w, eps, w, logits, scratch)
+    rtol, atol = tolerance(op.bound(**{**vars(a), "x": a.x.nan_to_num()}))
     best = exact.gather(1, want[:, None].long())
     short = best - exact.gather(1, got[:, None].long()) - 2 * (rtol * best.abs() + atol)
     first = (exact == exact.gather(1, got[:, None].long())).int().argmax(-1)     # equal rows of w have equal logits
@@ -96,11 +97,15 @@ def inputs(rand, batch, n, k, size=1.0, kind="normal", nan=(), equal=False):
 
 op = Op(
     name="norm_linear_argmax", summary="ids = argmax of rmsnorm(x) w^T", dtypes=FLOATS,
-    validate=validate, outputs=outputs, reference=reference, cuda=cuda, triton=triton, torch=torch_, inputs=inputs,
-    nbytes=lambda x, norm_w, eps, w, logits, scratch: x.nbytes + norm_w.nbytes + w.nbytes + logits.nbytes,
-    flops=lambda x, norm_w, eps, w, logits, scratch: 2 * x.shape[0] * w.numel() + 4 * x.numel(),
+    validate=validate, outputs=outputs, reference=reference, inputs=inputs,
+    launchers={"cuda": cuda, "triton": triton, "torch": torch_},
+    nbytes=lambda a: a.x.nbytes + a.norm_w.nbytes + a.w.nbytes + a.logits.nbytes,
+    flops=lambda a: 2 * a.x.shape[0] * a.w.numel() + 4 * a.x.numel(),
     tolerance=tolerance, verify=verify,
-    mutates=(4, 5), state=(5,),
+    mutates=("logits", "scratch"), state=("scratch",),
+    plans=("fused",), uses=lambda c: [("lm_head", {"n": c.vocab, "k": c.hidden})], use_of=linear.size_of,
+    cold=("w",), color="#882255", inspect_sizes=dict(batch=1, n=128256, k=4096),
+    tuned_by=("n", "k"), spaces={"cuda": spaces.cuda_product, "triton": spaces.products},
     cases=(case("SmolLM2's width, one row", batch=1, n=1000, k=576),
            case("no multiple of a tile or vector", batch=3, n=37, k=101),
            case("the widest batch of the GEMV path", batch=8, n=1041, k=520),

@@ -4,9 +4,12 @@
 Rounding: the norm as in rmsnorm.py; g and u stay in float32; one rounding at the end. Batch 1 to 64.
 Halves: cuda_src/norm_linear_silu_mul.cu, triton_kernels/norm_linear_silu_mul.py
 """
+from functools import partial
+
 import torch
 from torch.nn import functional as F
 
+from lab import spaces
 from lab.contract import DTYPE_CODES, FLOATS, Op, case, dense, refuse
 from lab.ops import linear, norm_linear, rmsnorm, silu_mul
 from lab.ops.norm_linear import check_norm, norm_slack, normed
@@ -32,12 +35,12 @@ def reference(x, norm_w, eps, w):
     return (F.silu(gate) * up,)
 
 
-def tolerance(x, norm_w, eps, w):
+def tolerance(a):
     """Each factor's error times the largest of the other: silu's slope is at most 1.1 and |silu(g)| at most |g|."""
-    y = normed(x, norm_w, eps)
-    largest = float(linear.reference(y, w)[0].abs().max())
-    error = linear.tolerance(y, w)[1] + norm_slack(x, norm_w, eps, w)
-    return silu_mul.op.tolerance(x)[0], 2.1 * largest * error
+    y = normed(a.x, a.norm_w, a.eps)
+    largest = float(linear.reference(y, a.w)[0].abs().max())
+    error = linear.tolerance(linear.op.bound(y, a.w))[1] + norm_slack(a.x, a.norm_w, a.eps, a.w)
+    return silu_mul.op.tolerance(silu_mul.op.bound(a.x))[0], 2.1 * largest * error
 
 
 def cuda(k, x, norm_w, eps, w, out):
@@ -66,10 +69,16 @@ def inputs(rand, batch, n, k, size=1.0, kind="normal"):
 
 op = Op(
     name="norm_linear_silu_mul", summary="y = silu(g) * u, (g, u) = rmsnorm(x) w^T", dtypes=FLOATS,
-    validate=validate, outputs=outputs, reference=reference, cuda=cuda, triton=triton, torch=torch_, inputs=inputs,
-    nbytes=lambda x, norm_w, eps, w: x.nbytes + norm_w.nbytes + w.nbytes + x.shape[0] * w.shape[0] // 2 * x.itemsize,
-    flops=lambda x, norm_w, eps, w: 2 * x.shape[0] * w.numel() + 4 * x.numel(),
+    validate=validate, outputs=outputs, reference=reference, inputs=inputs,
+    launchers={"cuda": cuda, "triton": triton, "torch": torch_},
+    nbytes=lambda a: (a.x.nbytes + a.norm_w.nbytes + a.w.nbytes
+                      + a.x.shape[0] * a.w.shape[0] // 2 * a.x.itemsize),
+    flops=lambda a: 2 * a.x.shape[0] * a.w.numel() + 4 * a.x.numel(),
     tolerance=tolerance,
+    plans=("fused",), uses=lambda c: [("gate_up", {"n": c.intermediate, "k": c.hidden})],
+    use_of=lambda a: {"n": a.w.shape[0] // 2, "k": a.w.shape[1]},
+    cold=("w",), color="#cc6677", inspect_sizes=dict(batch=1, n=14336, k=4096), tuned_by=("n", "k"),
+    spaces={"cuda": partial(spaces.cuda_product, parts=2), "triton": partial(spaces.products, parts=2)},
     cases=(case("SmolLM2's gate and up, one row", batch=1, n=1536, k=576),
            case("no multiple of a tile or vector", batch=3, n=37, k=101),
            case("the widest batch of the GEMV path", batch=8, n=40, k=520),

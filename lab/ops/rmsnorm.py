@@ -7,7 +7,7 @@ Halves: cuda_src/rmsnorm.cu, triton_kernels/rmsnorm.py
 """
 import torch
 
-from lab.contract import DTYPE_CODES, EPS32, FLOATS, Op, case, dense, refuse, rows_of_heads
+from lab.contract import DTYPE_CODES, EPS32, FLOATS, Op, case, dense, refuse, rows_of_heads, some_rows
 
 
 def validate(x, w, eps, residual=None, out=None):
@@ -49,14 +49,15 @@ def scaled(v, eps):
     return v * torch.rsqrt(v.square().mean(-1, keepdim=True) + eps)
 
 
-def tolerance(x, w, eps, residual=None):
+def tolerance(a):
     """Half a step of T for the last rounding, and what the first one may change: a value near the middle of two numbers of
     T goes to either where the float32 sum moves it across. So (rtol, atol), and atol is a tensor like y, which is 0 for
     most elements: statistics that are less exact than float32 show in the others."""
-    v = reference(x, w, eps, residual)[-1] if residual is not None else x.double()
-    unit, off = scaled(v, eps), (8 + x.shape[-1] / 16) * EPS32      # the sum's order is free: a step for every 16 terms
+    x = a.x
+    v = x.double() if a.residual is None else reference(x, a.w, a.eps, a.residual)[-1]
+    unit, off = scaled(v, a.eps), (8 + x.shape[-1] / 16) * EPS32    # the sum's order is free: a step for every 16 terms
     low, exact, high = (value.to(x.dtype).double() for value in (unit * (1 - off), unit, unit * (1 + off)))
-    moved = torch.maximum((low - exact).abs(), (high - exact).abs()) * w.double().abs()
+    moved = torch.maximum((low - exact).abs(), (high - exact).abs()) * a.w.double().abs()
     return torch.finfo(x.dtype).eps / 2 + 2 * EPS32, moved + 1e-30
 
 
@@ -99,13 +100,26 @@ def shaped(x, kind):
     return x
 
 
+def uses(c):
+    """The norms of the residual stream; where the model has them, those of each head of q and of k."""
+    found = [("hidden", {"cols": c.hidden, "residual": True})]
+    if c.qk_norm:
+        found += [("q_head", {"cols": c.head_dim, "groups": c.q_heads}),
+                  ("k_head", {"cols": c.head_dim, "groups": c.kv_heads})]
+    return found
+
+
 op = Op(
     name="rmsnorm", summary="y = T(v * rsqrt(mean(v^2) + eps)) * w, v = x or residual += x", dtypes=FLOATS,
-    validate=validate, outputs=outputs, reference=reference, cuda=cuda, triton=triton, torch=torch_, inputs=inputs,
-    nbytes=lambda x, w, eps, residual=None: (2 if residual is None else 4) * x.nbytes + w.nbytes,
-    flops=lambda x, w, eps, residual=None: 4 * x.numel(),
+    validate=validate, outputs=outputs, reference=reference, inputs=inputs,
+    launchers={"cuda": cuda, "triton": triton, "torch": torch_},
+    nbytes=lambda a: (2 if a.residual is None else 4) * a.x.nbytes + a.w.nbytes,
+    flops=lambda a: 4 * a.x.numel(),
     tolerance=tolerance,
-    mutates=(3,),
+    mutates=("residual",),
+    plans=("basic",), uses=uses, rows=some_rows,
+    use_of=lambda a: {"cols": a.x.shape[-1], "groups": a.x.shape[1] if a.x.dim() == 3 else None},
+    direction="copy", inspect_sizes=dict(rows=1, cols=4096, residual=True), color="#88ccee",
     cases=(case("one row, SmolLM2's width", rows=1, cols=576),
            case("residual add, several rows, Llama-1B's width", rows=5, cols=2048, residual=True),
            case("a width that is no multiple of the vector", rows=3, cols=101, residual=True),

@@ -63,9 +63,9 @@ def torch_(q, k, positions, cos_sin, out=None):
         x.copy_(rotate(x, positions, cos_sin))
 
 
-def contents(q, k, positions, cos_sin):
+def contents(a):
     """Raises LabError for a live position that the table of angles does not have."""
-    check_positions("rope", positions, cos_sin.shape[0], "cos_sin")
+    check_positions("rope", a.positions, a.cos_sin.shape[0], "cos_sin")
 
 
 def check_positions(op, positions, rows, table):
@@ -96,17 +96,24 @@ def packed_qkv(rand, batch, q_heads, kv_heads, head_dim, apart=False):
     return heads.split((q_heads, kv_heads, kv_heads), dim=1)
 
 
+def heads_of(c):
+    """Sizes of a model's attention, as the ops that take heads call them."""
+    return {"q_heads": c.q_heads, "kv_heads": c.kv_heads, "head_dim": c.head_dim}
+
+
 op = Op(
     name="rope", summary="(a, b) -> (a cos - b sin, b cos + a sin), in place", dtypes=FLOATS,
-    validate=validate, outputs=lambda *args: None, reference=reference, cuda=cuda, triton=triton, torch=torch_,
-    inputs=inputs,
-    nbytes=lambda q, k, positions, cos_sin: 2 * (q.nbytes + k.nbytes) + positions.nbytes + 4 * q.shape[0] * q.shape[2],
-    flops=lambda q, k, positions, cos_sin: 3 * (q.numel() + k.numel()),
+    validate=validate, outputs=lambda *args: None, reference=reference, inputs=inputs,
+    launchers={"cuda": cuda, "triton": triton, "torch": torch_},
+    nbytes=lambda a: 2 * (a.q.nbytes + a.k.nbytes) + a.positions.nbytes + 4 * a.q.shape[0] * a.q.shape[2],
+    flops=lambda a: 3 * (a.q.numel() + a.k.numel()),
     # One rounding to T (half a step), and two products that may cancel: a few float32 steps of the operands (N(0, 1), so
     # below 8).
-    tolerance=lambda q, k, positions, cos_sin: (torch.finfo(q.dtype).eps / 2 + EPS32, 8 * EPS32),
+    tolerance=lambda a: (torch.finfo(a.q.dtype).eps / 2 + EPS32, 8 * EPS32),
     contents=contents,
-    mutates=(0, 1),
+    mutates=("q", "k"),
+    plans=("basic",), uses=lambda c: [(None, heads_of(c))], direction="copy",
+    inspect_sizes=dict(batch=1, q_heads=32, kv_heads=8, head_dim=128), color="#117733",
     cases=(case("SmolLM2's heads, one row", batch=1, q_heads=9, kv_heads=3, head_dim=64),
            case("head 96, several positions", batch=5, q_heads=4, kv_heads=2, head_dim=96),
            case("head 128, one KV head, the largest batch", batch=64, q_heads=3, kv_heads=1, head_dim=128),

@@ -10,9 +10,10 @@ Halves: cuda_src/rope_append_attention.cu, triton_kernels/rope_append_attention.
 """
 import torch
 
+from lab import spaces
 from lab.contract import DTYPE_CODES, FLOATS, Op, case, dense, refuse, rows_of_heads
 from lab.ops import decode_attention, kv_append, rmsnorm, rope
-from lab.ops.kv_append import check_append, paged_cache
+from lab.ops.kv_append import check_append, paged_cache, paged_heads_of
 from lab.ops.rope import check_positions, packed_qkv
 
 
@@ -91,12 +92,11 @@ def torch_(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, b
     decode_attention.torch_(q, k_cache, v_cache, block_table, positions + 1, scale, out=out)
 
 
-def contents(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, block_table, scale, splits=1,
-             workspace=None):
+def contents(a):
     """Raises LabError for a position past cos_sin or the table, for a page that the cache does not have, and for one that
     is written while another live row has it."""
-    check_positions("rope_append_attention", positions, cos_sin.shape[0], "cos_sin")
-    check_append("rope_append_attention", block_table, positions, k_cache)
+    check_positions("rope_append_attention", a.positions, a.cos_sin.shape[0], "cos_sin")
+    check_append("rope_append_attention", a.block_table, a.positions, a.k_cache)
 
 
 def inputs(rand, positions, q_heads, kv_heads, head_dim, page_size=16, splits=1, qk_norm=False, poison=False, apart=False,
@@ -115,35 +115,39 @@ def inputs(rand, positions, q_heads, kv_heads, head_dim, page_size=16, splits=1,
             v_cache, block_table, head_dim ** -0.5, splits)
 
 
-def nbytes(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, block_table, scale, splits=1,
-           workspace=None):
+def nbytes(a):
     """The attention over the cached tokens; the new k and v read and appended; a row of the table for each sequence."""
-    appended = 2 * (k.nbytes + v.nbytes) + cos_sin.itemsize * q.shape[0] * q.shape[2]
-    return appended + decode_attention.nbytes(q, k_cache, v_cache, block_table, positions, scale)
+    appended = 2 * (a.k.nbytes + a.v.nbytes) + a.cos_sin.itemsize * a.q.shape[0] * a.q.shape[2]
+    return appended + decode_attention.attended_bytes(a.q, a.k_cache, a.positions)
 
 
-def tolerance(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, block_table, scale, splits=1,
-              workspace=None):
+def tolerance(a):
     """The appended key may round to a neighbour (one step of T after norm, rope: 3 in all); attention's own beside it,
     with scores that such steps of q and of the new key move."""
-    q_r, k_r = rotated(q, k, q_norm, k_norm, eps, positions, cos_sin)
-    rtol, atol = decode_attention.tolerance(q_r, k_cache, v_cache, block_table, positions, scale)
-    step = torch.finfo(q.dtype).eps
-    moved = step * scale * float(q_r.double().norm(dim=-1).max() * k_cache.double().norm(dim=-1).max()) * 0.25
-    return 3 * rtol, atol + moved * float(v_cache.double().abs().max()) * 0.25 + 1e-6
+    q_r, _ = rotated(a.q, a.k, a.q_norm, a.k_norm, a.eps, a.positions, a.cos_sin)
+    attends = decode_attention.op.bound(q_r, a.k_cache, a.v_cache, a.block_table, a.positions, a.scale)
+    rtol, atol = decode_attention.tolerance(attends)
+    step = torch.finfo(a.q.dtype).eps
+    moved = step * a.scale * float(q_r.double().norm(dim=-1).max() * a.k_cache.double().norm(dim=-1).max()) * 0.25
+    return 3 * rtol, atol + moved * float(a.v_cache.double().abs().max()) * 0.25 + 1e-6
 
 
 op = Op(
     name="rope_append_attention", summary="norm and rope of q and k, append k and v, attend", dtypes=FLOATS,
-    validate=validate, outputs=outputs, reference=reference, cuda=cuda, triton=triton, torch=torch_, inputs=inputs,
+    validate=validate, outputs=outputs, reference=reference, inputs=inputs,
+    launchers={"cuda": cuda, "triton": triton, "torch": torch_},
     nbytes=nbytes,
-    flops=lambda q, k, v, q_norm, k_norm, eps, positions, *args, **options:
-        4 * q.shape[1] * q.shape[2] * int((positions + 1).clamp(min=0).sum()),
+    flops=lambda a: 4 * a.q.shape[1] * a.q.shape[2] * int((a.positions + 1).clamp(min=0).sum()),
     tolerance=tolerance,
     contents=contents,
-    mutates=(8, 9), state=(13,),
-    with_workspace=lambda *args: args if len(args) > 13 else (
-        *args, decode_attention.new_workspace(args[0], args[8], args[12])),
+    mutates=("k_cache", "v_cache"), state=("workspace",),
+    workspace=lambda a: decode_attention.new_workspace(a.q, a.k_cache, a.splits),
+    plans=("fused",), uses=lambda c: [(None, {**paged_heads_of(c), "qk_norm": c.qk_norm})],
+    rows=lambda batch, context: {"positions": (context - 1,) * batch},
+    launch=decode_attention.launch, has_context=True, cold=("k_cache", "v_cache"), color="#ddcc77",
+    inspect_sizes=dict(positions=(8191,), splits=33, q_heads=32, kv_heads=8, head_dim=128),
+    tuned_by=("q_heads", "kv_heads", "head_dim", "page_size"),
+    spaces={"cuda": spaces.splits, "triton": spaces.attention},
     cases=(case("first token, page boundaries, an idle row; GQA group 3", positions=(0, 15, 16, -1, 63, 64, 130),
                 q_heads=9, kv_heads=3, head_dim=64, splits=2),
            case("Qwen3's per-head norm, empty splits, head 128", positions=(4, 199, 69), q_heads=8, kv_heads=2,

@@ -101,9 +101,9 @@ def reference(logits, positions, temperature=0.0, top_k=0, top_p=1.0, seed=0):
     return (torch.where(logits.isnan().any(-1), -1, drawn).to(torch.int32),)
 
 
-def verify(got, logits, positions, temperature=0.0, top_k=0, top_p=1.0, seed=0):
+def verify(got, a):
     """A greedy token must be the token. A drawn one may differ from the float64 draw only where float32 ties."""
-    want = reference(logits, positions, temperature, top_k, top_p, seed)[0]
+    want, logits, temperature = reference(*vars(a).values())[0], a.logits, a.temperature
     if torch.equal(got, want):
         return None
     bad = int((got != want).nonzero()[0])
@@ -113,9 +113,9 @@ def verify(got, logits, positions, temperature=0.0, top_k=0, top_p=1.0, seed=0):
     if bool(((want < 0) & (got != want)).any()):                # a token for a row that holds NaN
         return message
     scaled = logits.double() / temperature
-    score = scaled + gumbel(logits, positions, seed)
+    score = scaled + gumbel(logits, a.positions, a.seed)
     chosen, best = (t.gather(1, got[:, None].long()) for t in (scaled, score))
-    allowed = chosen >= thresholds(scaled, top_k, top_p) - SLACK
+    allowed = chosen >= thresholds(scaled, a.top_k, a.top_p) - SLACK
     near = best >= score.gather(1, want[:, None].long()) - SLACK
     return None if bool((allowed & near).all()) else message
 
@@ -157,11 +157,14 @@ def inputs(rand, batch, vocab, temperature=0.0, top_k=0, top_p=1.0, seed=0, tie=
 op = Op(
     name="sample", summary="next token: argmax, or a seeded draw after temperature, top-k, top-p",
     dtypes=(torch.float32,),
-    validate=validate, outputs=outputs, reference=reference, cuda=cuda, triton=triton, torch=torch_, inputs=inputs,
-    nbytes=lambda logits, *args, **options: logits.nbytes + 4 * logits.shape[0],
-    flops=lambda logits, *args, **options: logits.numel(),
-    tolerance=lambda *args, **options: (0.0, 0.0),
+    validate=validate, outputs=outputs, reference=reference, inputs=inputs,
+    launchers={"cuda": cuda, "triton": triton, "torch": torch_},
+    nbytes=lambda a: a.logits.nbytes + 4 * a.logits.shape[0],
+    flops=lambda a: a.logits.numel(),
+    tolerance=lambda a: (0.0, 0.0),
     verify=verify,
+    plans=("basic",), uses=lambda c: [("greedy", {"vocab": c.vocab})],
+    inspect_sizes=dict(batch=1, vocab=128256), color="#882255",
     cases=(case("greedy, one row", batch=1, vocab=1000),
            case("greedy, ties, a vocabulary that is no multiple of a vector", batch=5, vocab=4099, tie=True),
            case("temperature alone", batch=3, vocab=1001, temperature=0.8, seed=1),

@@ -7,7 +7,7 @@ Halves: cuda_src/silu_mul.cu, triton_kernels/silu_mul.py
 import torch
 from torch.nn import functional as F
 
-from lab.contract import DTYPE_CODES, EPS32, FLOATS, Op, case, dense, refuse
+from lab.contract import DTYPE_CODES, EPS32, FLOATS, Op, case, dense, refuse, some_rows
 
 
 def validate(gate_up, out=None):
@@ -47,13 +47,16 @@ def torch_(gate_up, out):
 
 op = Op(
     name="silu_mul", summary="y = silu(gate) * up", dtypes=FLOATS,
-    validate=validate, outputs=outputs, reference=reference, cuda=cuda, triton=triton, torch=torch_,
+    validate=validate, outputs=outputs, reference=reference,
+    launchers={"cuda": cuda, "triton": triton, "torch": torch_},
     inputs=lambda rand, rows, cols: (rand(rows, 2 * cols, scale=3.0),),   # past where the sigmoid saturates
-    nbytes=lambda gate_up: gate_up.nbytes + gate_up.nbytes // 2,
-    flops=lambda gate_up: 5 * gate_up.numel() // 2,
+    nbytes=lambda a: a.gate_up.nbytes + a.gate_up.nbytes // 2,
+    flops=lambda a: 5 * a.gate_up.numel() // 2,
     # One rounding to T (half a step), and the fast exponential of both languages: 2 ulp, amplified by at most |g| in
     # 1 + exp(-g).
-    tolerance=lambda gate_up: (torch.finfo(gate_up.dtype).eps / 2 + 32 * EPS32, 1e-30),
+    tolerance=lambda a: (torch.finfo(a.gate_up.dtype).eps / 2 + 32 * EPS32, 1e-30),
+    plans=("basic",), uses=lambda c: [(None, {"cols": c.intermediate})], rows=some_rows, direction="copy",
+    inspect_sizes=dict(rows=1, cols=14336), color="#cc6677",
     cases=(case("one row, SmolLM2's width", rows=1, cols=1536),
            case("a width that is no multiple of the vector", rows=3, cols=101),
            case("the largest batch", rows=64, cols=264)))

@@ -16,7 +16,7 @@ from pathlib import Path
 import jinja2
 import pandas as pd
 
-from lab import rungs
+from lab import declared, rungs
 from lab.errors import LabError
 from lab.harness import untuned
 from lab.inspect.kernel import MIX
@@ -140,7 +140,7 @@ def _op_sections(run, f, drawn, with_twins):
     for op in names:
         rows = run.op[run.op["op"] == op]
         section = Section(f"op-{slug_of(op)}", f"Op: {op}", twins=[twin_view(op)] if with_twins else [])
-        if op in style.STEPS:
+        if op in declared.groups()["PersistentOps"]:
             section.intro = "A whole step: the models' sections have its times, as tokens of the plan persistent."
         if (run.fairness["op"] == op).any():
             sides = one_call(run.fairness[run.fairness["op"] == op], f.dtype if f else "")

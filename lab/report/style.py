@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import matplotlib
 
+from lab import declared
+
 matplotlib.use("Agg")
 
 
@@ -29,14 +31,9 @@ BACKENDS = {
     "liger": Look("Liger", "#3f9aa8", "<"),
     "compile": Look("torch.compile", "#a5654b", ">"),
 }
-# What a token's time is made of, in the order of a decode step: Paul Tol's "muted" scheme. Not used for backends.
-PARTS = {"embedding": "#5f55c4", "rmsnorm": "#88ccee", "linear": "#44aa99", "rope": "#117733", "kv_append": "#999933",
-         "decode_attention": "#ddcc77", "silu_mul": "#cc6677", "sample": "#882255"}
-# A fused op has the colour of what it does most, hatched.
-FUSED = {"norm_linear": "#44aa99", "rope_append_attention": "#ddcc77", "linear_add": "#88ccee",
-         "norm_linear_silu_mul": "#cc6677", "norm_linear_argmax": "#882255"}
-# A whole step in one op has the colour of its matrices, which take most of it, hatched the other way.
-STEPS = {"decode_step": "#44aa99"}
+# What a token's time is made of: the colours that the contracts declare (Op.color; Paul Tol's "muted" scheme, not used for
+# backends). A fused op has the colour of what it does most, hatched; a whole step is hatched the other way.
+HATCHES = {"FusedOps": "\\\\", "PersistentOps": "//"}
 OTHERS = ("#aa4499", "#5f6b7a", "#a5654b", "#3f9aa8")
 
 
@@ -57,7 +54,7 @@ def backend_order(names):
 
 def part_order(op):
     """Sorts ops as a decode step runs them; the others come last."""
-    order = [*PARTS, *FUSED, *STEPS]
+    order = declared.names()
     return order.index(op) if op in order else len(order)
 
 
@@ -69,17 +66,14 @@ def text_on(color):
 
 def part_looks(parts):
     """part -> (colour, hatch); the lab's ops always have the same one, others take what is left, in order."""
+    hatches = {op: HATCHES.get(group, "") for group, ops in declared.groups().items() for op in ops}
     looks, others = {}, 0
     for part in parts:
-        if part in PARTS:
-            looks[part] = PARTS[part], ""
-        elif part in FUSED:
-            looks[part] = FUSED[part], "\\\\"
-        elif part in STEPS:
-            looks[part] = STEPS[part], "//"
-        else:
-            looks[part] = OTHERS[others % len(OTHERS)], ""
+        color = declared.color(part)
+        if color is None:
+            color = OTHERS[others % len(OTHERS)]
             others += 1
+        looks[part] = color, hatches.get(part, "")
     return looks
 
 

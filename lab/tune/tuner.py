@@ -1,6 +1,6 @@
 """`lab tune OP ...`: tries launch settings of both halves on this GPU, shape by shape; keeps the fastest that is right.
 
-For each shape of the presets a bounded list of candidates (lab/tune/spaces.py) races over rotating cold weights
+For each shape of the presets a bounded list of candidates (its contract's `spaces`) races over rotating cold weights
 inside CUDA graphs, the four fastest again with more samples, and the fastest whose output is right joins the backend's
 tuned/sm_NN.json, with GPU and compiler version. Triton's are first compiled, in parallel and without the GPU, and those
 that spill are dropped. Launchers read that table before their own rules. A run that the budget stops keeps what it
@@ -16,6 +16,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import random
 import time
 from pathlib import Path
 
@@ -28,7 +29,6 @@ from lab.harness import shapes
 from lab.harness.shapes import key_shape
 from lab.names import known
 from lab.tune import tuned
-from lab.tune.spaces import SPACES, candidates
 
 FINALISTS = 4
 RACE_S, FINAL_S = 0.02, 0.1         # seconds of samples of each candidate in the first race, and of each finalist
@@ -36,6 +36,21 @@ GAIN = 0.01                         # a candidate must beat the settings by hand
 TOKEN_RACE_S, TOKEN_GAIN = 0.08, 0.001          # the same where whole tokens judge: seconds of each pair
 WORKERS = 16
 BY_HAND = "by hand"
+LANGUAGES = ["cuda", "triton"]      # those with tables of settings: see lab/tune/tuned.py
+
+
+def tunable():
+    """Names of the ops that have launch settings to choose from."""
+    from lab.ops import OPS
+    return [op.name for op in OPS if op.spaces]
+
+
+def candidates(backend, op, rows, itemsize, shape, tries):
+    """At most `tries` settings of an op's space: all, or the same random choice every time; [] where there is no choice."""
+    from lab.ops import find
+    spaces = find(op).spaces
+    space = spaces[backend](rows, itemsize, **shape) if backend in spaces else []
+    return space if len(space) <= tries else random.Random(0).sample(space, tries)
 
 
 # Compiling: in processes of their own, without the GPU; Triton's cache on disk hands the result to this process.
@@ -50,7 +65,7 @@ def compile_candidate(point, dtype_name, arch, multiprocessors, settings):
         op = find(point.op)
         args, _ = shapes.arguments(op, point, Blank(DTYPES[dtype_name]), multiprocessors)
         with forced(op.name, settings), common.recording(arch) as launches:
-            op.triton(*args, out=op.outputs(*args))
+            op.launchers["triton"](*args, out=op.outputs(*args))
         return offline.usage(offline.compile(launches[-1], arch))
     except Exception as error:          # whatever a compiler raises: this candidate cannot be launched
         return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
@@ -103,16 +118,17 @@ class Race:
         from lab.harness import timing
         op, before, args = self.op, self.fresh, timing.clone_args(self.fresh)
         if self.want is None:
-            self.want = op.reference(*before), op.tolerance(*before)
+            self.want = op.reference(*before), op.tolerance(op.bound(*before))
         want, limits = self.want
         out = op.outputs(*args)
         if out is not None:
             out.fill_(torch.nan if out.is_floating_point() else POISON)
         with self.backend.forced(op.name, settings or {}):
             getattr(self.run, op.name)(*args, out=out)
-        got = ([] if out is None else [out]) + [args[i] for i in op.mutates if i < len(args)]
+        a = vars(op.bound(*args))
+        got = ([] if out is None else [out]) + [changed for name in op.mutates if (changed := a[name]) is not None]
         if op.verify is not None:
-            wrong = op.verify(out, *before)
+            wrong = op.verify(out, op.bound(*before))
             if wrong:
                 return wrong
             got, want = got[1:], want[1:]
@@ -270,9 +286,9 @@ def main(args) -> int:
     from lab.backends import load
     from lab.harness import ops_bench
     from lab.harness.model_bench import Weights
-    every = list(SPACES["triton"])
+    every = tunable()
     ops = every if args.op == ["all"] else [known(name, every, "op to tune") for name in args.op]
-    backends = [known(name, list(SPACES), "backend to tune") for name in names(args.backend)]
+    backends = [known(name, LANGUAGES, "backend to tune") for name in names(args.backend)]
     known(args.dtype, list(DTYPES), "dtype")
     if args.tries < 1 or args.budget_seconds <= 0 or args.context < 1:
         raise LabError("--tries, --context and --budget-seconds must be positive")
@@ -333,14 +349,15 @@ def main(args) -> int:
 
 def token_points(models, batches, context, ops):
     """Every distinct op and shape of the fused plan's step, model by model; raises LabError if `ops` has none."""
+    from lab.ops import find
     found = {}
     for name in models:
         for batch in batches:
             if context >= shapes.preset(name).max_positions or batch * context > shapes.MOST_TOKENS:
                 continue
             for op, role, shape in shapes.uses(shapes.preset(name), "fused"):
-                if op in ops and op in SPACES["triton"]:
-                    at = context if op in shapes.ATTENTION else None
+                if op in ops and find(op).spaces:
+                    at = context if find(op).has_context else None
                     point = shapes.Point(op, role, batch, at, shape, (name,))
                     found.setdefault((name, point.identity), point)
     if not found:

@@ -1,19 +1,15 @@
-"""What `lab tune` may try: for each op and shape a list of launch settings, by hand pruned to those that can be fast.
+"""What `lab tune` may try: lists of launch settings, by hand pruned to those that can be fast.
+
+Each function takes the number of rows, the bytes of an element and the sizes that the op is tuned by; a contract says
+which of them is its search space in a language (Op.spaces, Op.tuned_by).
 
 Registers are counted a thread, in 32-bit words. CUDA's settings are explained in cuda_src/settings.h: its kernels are
 compiled ahead, so they are few; Triton's are constexprs and compiler options.
 """
 import itertools
-import random
 
 SHARED_BYTES = 200 << 10            # a program's tiles in flight must fit in a multiprocessor's shared memory
 ALL = 64                            # blocks for each multiprocessor that no shape needs: every set of outputs its own
-
-
-def candidates(backend, op, rows, itemsize, shape, tries):
-    """At most `tries` settings of an op's space: all, or the same random choice every time; [] where there is no choice."""
-    space = SPACES[backend][op](rows, itemsize, shape)
-    return space if len(space) <= tries else random.Random(0).sample(space, tries)
 
 
 def power_of_two(n):
@@ -42,7 +38,7 @@ def cuda_product(rows, itemsize, n, k, parts=1, mma=True):
     return [dict(tiles=1, stages=4), dict(tiles=1, stages=7), dict(tiles=2)]
 
 
-def splits(itemsize):
+def splits(rows, itemsize, **sizes):
     """Tokens of a split, for the tensor cores' attention."""
     return [dict(least=tokens) for tokens in (64, 128, 192, 256, 512, 1024)] if itemsize == 2 else []
 
@@ -114,30 +110,8 @@ def basic_linear(rows, itemsize, n, k):
     return found
 
 
-def attention(rows, itemsize, head_dim):
+def attention(rows, itemsize, head_dim, **sizes):
     return [dict(tile=tile, min_rows=16, num_warps=warps, num_stages=stages)
             for tile, warps, stages in itertools.product((32, 64, 128), (1, 2, 4, 8), (3, 4, 5, 6))
             if 2 * tile * power_of_two(head_dim) * itemsize * (stages - 2) <= SHARED_BYTES
             and tile * power_of_two(head_dim) >= 1024 * warps]
-
-
-SPACES = {
-    "cuda": {
-        "linear": lambda rows, itemsize, s: cuda_product(rows, itemsize, s["n"], s["k"]),
-        "norm_linear": lambda rows, itemsize, s: cuda_product(rows, itemsize, s["n"], s["k"], mma=False),
-        "norm_linear_silu_mul": lambda rows, itemsize, s: cuda_product(rows, itemsize, s["n"], s["k"], parts=2),
-        "linear_add": lambda rows, itemsize, s: cuda_product(rows, itemsize, s["n"], s["k"]),
-        "norm_linear_argmax": lambda rows, itemsize, s: cuda_product(rows, itemsize, s["n"], s["k"]),
-        "decode_attention": lambda rows, itemsize, s: splits(itemsize),
-        "rope_append_attention": lambda rows, itemsize, s: splits(itemsize),
-    },
-    "triton": {
-        "linear": lambda rows, itemsize, s: basic_linear(rows, itemsize, s["n"], s["k"]),
-        "norm_linear": lambda rows, itemsize, s: products(rows, itemsize, s["n"], s["k"]),
-        "norm_linear_silu_mul": lambda rows, itemsize, s: products(rows, itemsize, s["n"], s["k"], parts=2),
-        "linear_add": lambda rows, itemsize, s: products(rows, itemsize, s["n"], s["k"], whole_rows=False),
-        "norm_linear_argmax": lambda rows, itemsize, s: products(rows, itemsize, s["n"], s["k"]),
-        "decode_attention": lambda rows, itemsize, s: attention(rows, itemsize, s["head_dim"]),
-        "rope_append_attention": lambda rows, itemsize, s: attention(rows, itemsize, s["head_dim"]),
-    },
-}
