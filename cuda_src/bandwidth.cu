@@ -1,4 +1,5 @@
-// bandwidth: reads, copies or writes a buffer, nothing else. Its speed is the ceiling that every other kernel is held to.
+// bandwidth: reads, copies or writes a buffer, nothing else. Its speed is the ceiling that every other kernel
+// is held to.
 //
 //   mapping   a block takes tiles of kUnroll * blockDim vectors of 16 bytes, grid-stride; every thread has several
 //             independent accesses in flight, which on an H100 (4 blocks of 512 threads an SM) hides the latency of HBM

@@ -1,4 +1,5 @@
-// rmsnorm: y[b,g,:] = T(x[b,g,:] * rsqrt(mean(x[b,g,:]^2) + eps)) * w, after residual += x where a residual is given
+// rmsnorm: y[b,g,:] = T(x[b,g,:] * rsqrt(mean(x[b,g,:]^2) + eps)) * w, after residual += x where a residual
+// is given
 //
 //   x, y [rows, groups, cols], stride of rows free   w [cols]   residual [rows, cols] (optional, groups = 1)
 //   mapping   one block per row, one warp for short rows; a thread keeps up to 4 vectors of the row in registers
@@ -20,7 +21,8 @@ template <typename T, int N, int Threads>
 __global__ void __launch_bounds__(Threads)
     rmsnorm_kernel(const T* x, const T* w, T* residual, T* y, int groups, int cols, int64_t x_stride, int64_t y_stride,
                    float eps) {
-  // 1. Locate: block r owns row (b, g); the row is walked in panels of kKeep vectors a thread, nearly always one panel.
+  // 1. Locate: block r owns row (b, g); the row is walked in panels of kKeep vectors a thread, nearly always
+  // one panel.
   constexpr int kPanel = kKeep * Threads * N;
   const int b = blockIdx.x / groups, g = blockIdx.x % groups;
   const int first = threadIdx.x * N;
@@ -31,8 +33,8 @@ __global__ void __launch_bounds__(Threads)
   Vec<T, N> v[kKeep], weight[kKeep];
   float squares = 0.f;
 
-  // 2. Load: the weight depends on no earlier kernel, so it leaves first, and the next kernel may do the same; all
-  // vectors of a panel are in flight before one is used; the residual takes the sum, rounded to T.
+  // 2. Load: the weight depends on no earlier kernel, so it leaves first, and the next kernel may do the
+  // same; all vectors of a panel are in flight before one is used; the residual takes the sum, rounded to T.
   LAB_UNROLL
   for (int i = 0; i < kKeep; ++i) {
     const int col = first + i * Threads * N;
@@ -73,7 +75,8 @@ __global__ void __launch_bounds__(Threads)
   // 3. Reduce: the sum of squares in float32, over the warp and then over the block.
   const float scale = rsqrtf(block_sum<Threads>(squares, smem<RmsnormSmem>().scratch) / cols + eps);
 
-  // 4. Scale and store: round to T before the weight, as Hugging Face Llama does. Rows of one panel never left registers.
+  // 4. Scale and store: round to T before the weight, as Hugging Face Llama does. Rows of one panel never
+  // left registers.
   for (int panel = 0; panel < cols; panel += kPanel) {
     LAB_UNROLL
     for (int i = 0; i < kKeep; ++i) {

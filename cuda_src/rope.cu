@@ -1,4 +1,5 @@
-// rope: (x[i], x[i + D/2]) -> (x[i] cos - x[i + D/2] sin, x[i + D/2] cos + x[i] sin) for every head of q and k, in place
+// rope: (x[i], x[i + D/2]) -> (x[i] cos - x[i + D/2] sin, x[i + D/2] cos + x[i] sin)
+// for every head of q and k, in place
 //
 //   q [batch, q_heads, D]   k [batch, kv_heads, D], stride of batch free   positions [batch] int32
 //   cos_sin [max_positions, D] float32: D/2 cosines, then D/2 sines

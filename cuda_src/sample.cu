@@ -5,12 +5,13 @@
 //   traffic   logits once when greedy; again for each digit of a threshold and for the draw, then mostly from L2
 //   contract  lab/ops/sample.py          twin  triton_kernels/sample.py
 //
-// Draw: l = logit / temperature; top-k keeps l >= the k-th largest; top-p keeps of those l >= t, the largest t whose kept
-// mass reaches top_p of theirs; the token is the argmax over the kept of l + g, g = -log(-log(u)) (the Gumbel-max trick).
+// Draw: l = logit / temperature. Top-k keeps l >= the k-th largest. Of those, top-p keeps l >= t, with the
+// largest t for which the kept mass is at least top_p of their mass. The token is the argmax over the kept of
+// l + g, where g = -log(-log(u)) (the Gumbel-max trick).
 // Noise: Philox4x32-10 (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011).
 //
-// Thresholds are found digit by digit on integers that are ordered as the floats are, with sums in integers: exact, and
-// the same in every order of additions.
+// Thresholds are found digit by digit on integers that order as the floats do, and sums are integers: this is
+// exact, and the same in every order of additions.
 #include "common.cuh"
 #include "core/candidate.cuh"
 #include "launchers.h"
@@ -47,8 +48,8 @@ LAB_DEVICE void add_weight(SampleSmem& s, uint32_t digit, uint64_t weight) {
   if (high != 0) atomicAdd(&s.high[counter], high);
 }
 
-// The largest key t for which the weights of all keys >= t add up to at least target(total weight). visit(add) must call
-// add(key, weight) for every element of this thread. All threads call it and get t.
+// The largest key t for which the weights of all keys >= t add up to at least target(total weight).
+// visit(add) must call add(key, weight) for every element of this thread. All threads call it and get t.
 template <typename Visit, typename Target>
 LAB_DEVICE uint32_t select_threshold(SampleSmem& s, Visit visit, Target target) {
   if (threadIdx.x == 0) {
@@ -63,7 +64,8 @@ LAB_DEVICE uint32_t select_threshold(SampleSmem& s, Visit visit, Target target) 
       if (shift == 24 || key >> (shift + 8) == prefix) add_weight(s, key >> shift & 255, weight);
     });
     __syncthreads();
-    // One warp finds the digit: lane i owns 8 digits, and learns the weight above them from a sum over higher lanes.
+    // One warp finds the digit: lane i owns 8 digits, and learns the weight above them from a sum over higher
+    // lanes.
     if (threadIdx.x < 32) {
       constexpr int kOwn = kDigits / 32;
       const int lane = threadIdx.x;
@@ -166,7 +168,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         [&](uint64_t) { return uint64_t(top_k); });
   }
 
-  // 4. Top-p threshold: a token weighs exp(l - max) in units of 2^-40, and top_p of the weight that top-k left is wanted.
+  // 4. Top-p threshold: a token weighs exp(l - max) in units of 2^-40, and top_p of the weight that top-k
+  // left is wanted.
   if (top_p < 1.f) {
     const float maximum = key_value(top);
     lowest = select_threshold(

@@ -1,4 +1,5 @@
-// silu_mul: y[r, c] = T(silu(gate) * up), gate = gate_up[r, c], up = gate_up[r, cols + c], silu(g) = g / (1 + exp(-g))
+// silu_mul: y[r, c] = T(silu(gate) * up), gate = gate_up[r, c], up = gate_up[r, cols + c],
+// silu(g) = g / (1 + exp(-g))
 //
 //   gate_up [rows, 2 * cols]   y [rows, cols]     row-major
 //   mapping   one thread per vector of y

@@ -29,7 +29,8 @@ def kv_append_kernel(k, v, k_cache, v_cache, block_table, positions, rows, kv_he
     d = tl.arange(0, BLOCK)[None, :]
     source = (head * HEAD_DIM)[:, None] + d
 
-    # 2. Find the slot: row p % page_size of page p / page_size. A negative position marks an idle row: skipped.
+    # 2. Find the slot: row p % page_size of page p / page_size. An idle row has a negative
+    # position and is skipped.
     position = tl.load(positions + b, mask=row < rows, other=-1)
     live = position >= 0
     page = tl.load(block_table + b * max_pages + position // PAGE, mask=live, other=0).to(tl.int64)

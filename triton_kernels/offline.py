@@ -15,8 +15,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import mangle_type
 
-# Which arguments a launch's source lists: since 3.7 those without an attribute, too. What is compiled here must be listed
-# alike, or a launch would not find it in Triton's cache.
+# Which arguments a launch's source lists: since 3.7 those without an attribute, too. What is compiled here
+# must be listed alike, or a launch would not find it in Triton's cache.
 LISTS_EMPTY = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
 TOOLS = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
 

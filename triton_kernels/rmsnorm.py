@@ -14,8 +14,8 @@ from triton_kernels.common import config, launch
 from triton_kernels.core.fused_product import wait_for_inputs
 from triton_kernels.settings import dependent_launch
 
-# elements: what a program takes at least, in whole rows, so that a warp reads 16 bytes a lane of short rows too (the
-# heads of q and k). The interpreter takes as many rows as fit, because its cost is per program.
+# elements: what a program takes at least, in whole rows, so that a warp reads 16 bytes a lane of short rows
+# too (the heads of q and k). The interpreter takes as many rows as fit, because its cost is per program.
 CONFIGS = {
     "sm_90": dict(elements=512, per_warp=512, max_warps=16),
     "sm_80": dict(elements=512, per_warp=512, max_warps=16),
@@ -33,8 +33,8 @@ def rmsnorm_kernel(x, w, residual, y, rows, groups, cols, x_stride, y_stride, ep
     batch = (row // groups).to(tl.int64)
     inner = (row % groups) * cols + col
 
-    # 2. Load: the row now lives in registers, so x is never read again. The weight, which depends on no earlier kernel,
-    # leaves before the wait.
+    # 2. Load: the row now lives in registers, so x is never read again. The weight, which depends on no
+    # earlier kernel, leaves before the wait.
     g = tl.load(w + col, mask=col < cols, other=0.0, eviction_policy="evict_last").to(tl.float32)
     wait_for_inputs(PDL)
     v = tl.load(x + batch * x_stride + inner, mask=live, other=0.0)
@@ -44,7 +44,8 @@ def rmsnorm_kernel(x, w, residual, y, rows, groups, cols, x_stride, y_stride, ep
         v = (v.to(tl.float32) + tl.load(into, mask=live, other=0.0).to(tl.float32)).to(v.dtype)
         tl.store(into, v, mask=live)
 
-    # 3. Reduce: sum of squares in float32; masked lanes add zero. The twin spells out shuffles and shared memory.
+    # 3. Reduce: sum of squares in float32; masked lanes add zero. The twin spells out shuffles and shared
+    # memory.
     v32 = v.to(tl.float32)
     scale = tl.rsqrt(tl.sum(v32 * v32, axis=1) / cols + eps)
 

@@ -21,8 +21,8 @@ CONFIGS = {
 @triton.jit
 def rope_kernel(q, k, positions, cos_sin, batch, q_heads, kv_heads, q_stride, k_stride,
                 HALF: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    # 1. Locate: row r is head r % heads of batch entry r // heads; k's heads come after q's. A row whose position is
-    # negative is idle and stays as it is.
+    # 1. Locate: row r is head r % heads of batch entry r // heads; k's heads come after q's. A row whose
+    # position is negative is idle and stays as it is.
     heads = q_heads + kv_heads
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     b = row // heads
