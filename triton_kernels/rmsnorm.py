@@ -1,6 +1,6 @@
 """rmsnorm: y[b,g,:] = T(x[b,g,:] * rsqrt(mean(x[b,g,:]^2) + eps)) * w
 
-  x [batch, (groups,) cols], stride(0) free   w [cols]   y like x
+  x [batch, (groups,) cols], any stride(0)   w [cols]   y like x
   residual [batch, cols] or None: residual += x, rounded to T, then y = norm(residual)
   mapping   a program owns ROWS whole rows (one, unless they are short), so a row is read once and stays in registers
   traffic   x once, y once (residual twice), w once per row (from L2 after the first row)
