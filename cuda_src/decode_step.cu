@@ -1,8 +1,10 @@
 // decode_step: one token of one sequence in one launch: embedding; for every layer norm + qkv, norm + rope +
 // append + attention, o + residual, norm + gate and up + silu * mul, down + residual; norm + lm_head + argmax
 //
-//   ids, positions, out [1] int32   table [layers, 10] addresses (LAYER of the contract)   logits [1, vocab] float32
-//   caches [layers, pages, kv_heads, page_size, D]   block_table [1, max_pages]   cos_sin [max_positions, D] float32
+//   ids, positions, out [1] int32   table [layers, 10] addresses (LAYER of the contract)
+//   logits [1, vocab] float32
+//   caches [layers, pages, kv_heads, page_size, D]   block_table [1, max_pages]
+//   cos_sin [max_positions, D] float32
 //   words: the rows that blocks pass to each other: h, qkv, attention, act and the results of attention's
 //   splits
 //   mapping   one block per multiprocessor, which stays until the end. It owns a share of every matrix's

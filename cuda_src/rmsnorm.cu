@@ -3,7 +3,8 @@
 //
 //   x, y [rows, groups, cols], any stride between rows   w [cols]
 //   residual [rows, cols] (optional, groups = 1)
-//   mapping   one block per row, one warp for short rows; a thread keeps up to 4 vectors of the row in registers
+//   mapping   one block per row, one warp for short rows; a thread keeps up to 4 vectors of the row in
+//             registers
 //   traffic   x once, y once, w once per row (from L2 after the first); with a residual, that twice more
 //   contract  lab/ops/rmsnorm.py          twin  triton_kernels/rmsnorm.py
 #include "common.cuh"

@@ -2,7 +2,8 @@
 //
 //   logits [rows, vocab] float32   positions [rows] int32   out [rows] int32
 //   mapping   one block per row; thread i takes vectors i, i + threads, ... of it
-//   traffic   logits once when greedy; again for each digit of a threshold and for the draw, then mostly from L2
+//   traffic   logits once when greedy; again for each digit of a threshold and for the draw, mostly
+//             from L2
 //   contract  lab/ops/sample.py          twin  triton_kernels/sample.py
 //
 // Draw: l = logit / temperature. Top-k keeps l >= the k-th largest. Of those, top-p keeps l >= t, with the
