@@ -57,8 +57,8 @@ def attention_head_kernel(q, k_cache, v_cache, block_table, context_lens, out, p
     # 3. Vectorised: a tile of tokens in each step, so that a warp loads 16 bytes a lane of several tokens at
     # once.
     #
-    # 4. Split-KV: the same kernel with `splits` programs for each query head, and a second kernel that merges them.
-    # Only now is there work for the whole card.
+    # 4. Split-KV: the same kernel with `splits` programs for each query head, and a second kernel that merges
+    # them. Only now is there work for the whole card.
     split, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     d = tl.arange(0, D)
     query = tl.load(q + b.to(tl.int64) * q_stride + h * D + d).to(tl.float32) * scale
