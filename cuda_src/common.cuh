@@ -10,7 +10,7 @@
 //   - shared memory only through smem<Struct>(), never __shared__;
 //   - launches only through launch(), never <<<>>>;
 //   - wrap the body of a kernel that uses mbarriers, bulk copies or clusters in `#if LAB_SM90 ... #endif`;
-//     these exist for sm_90 and later, and on the CPU (core/wgmma.cuh has LAB_WGMMA for what sm_90a alone has).
+//     these exist for sm_90 and later, and on the CPU (LAB_WGMMA of core/wgmma.cuh: what only sm_90a has).
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -241,7 +241,8 @@ LAB_DEVICE void group_max(float (&v)[N]) {
 
 // ---- tensor cores ---------------------------------------------------------------------------------------------------
 
-// d += a b for one warp: A 16 x 16 row-major, B 16 x 8 column-major, D 16 x 8 float32. With g = lane / 4, t = lane % 4:
+// d += a b for one warp: A 16 x 16 row-major, B 16 x 8 column-major, D 16 x 8 float32.
+// With g = lane / 4, t = lane % 4:
 //   a[0] = A[g][2t..], a[1] = A[g+8][2t..], a[2] = A[g][2t+8..], a[3] = A[g+8][2t+8..]   (two elements each)
 //   b[0] = B[2t..][g], b[1] = B[2t+8..][g];   d[0..1] = D[g][2t..], d[2..3] = D[g+8][2t..]
 LAB_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], half) {

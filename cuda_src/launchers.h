@@ -7,7 +7,7 @@
 #pragma once
 #include <cstdint>
 
-using Ptr = std::uintptr_t;                       // an address, as Python passes it; 0 where an argument is optional
+using Ptr = std::uintptr_t;                       // an address; 0 for an optional argument that is absent
 enum class DType : int { f32 = 0, f16 = 1, bf16 = 2 };
 
 // Groups of values that belong together. Python passes a group as a tuple, in the order of its fields.

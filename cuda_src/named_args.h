@@ -1,7 +1,7 @@
 // A launcher as a Python function that takes its arguments by name, and fills the launcher's struct with
 // them.
 //
-//   OP(silu_mul, gate_up, y, rows, cols, dtype, stream);      in Python: silu_mul(gate_up=..., y=..., rows=..., ...)
+//   OP(silu_mul, gate_up, y, rows, cols, dtype, stream);   in Python: silu_mul(gate_up=..., y=..., ...)
 //
 // A missing or unknown name, or a value that does not fit its field, raises TypeError with the argument's
 // name. A field that is a struct is passed as a tuple.
@@ -40,7 +40,7 @@ namespace lab::named {
 
 namespace py = pybind11;
 
-constexpr size_t kMostKeywords = 15;              // CPython's STACK_USE_GUIDELINE of 30, a name and a value each
+constexpr size_t kMostKeywords = 15;              // half of CPython's STACK_USE_GUIDELINE: names and values
 
 // References to the fields of a group, in their order.
 inline auto fields_of(HeadRows& g) { return std::tie(g.data, g.stride); }

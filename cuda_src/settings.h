@@ -18,9 +18,8 @@ namespace lab {
 struct Settings {
   // Warps that share the same rows of w: 1, 2 or 4 (core/stream_rows.cuh).
   int share = 0;
-  int resident = 0;                               // blocks for each multiprocessor, which take several sets of
-                                                  // outputs each; with a number too large for that, one set
-                                                  // each
+  // Blocks per multiprocessor, each for several sets of outputs; with a number too large for that, for one set.
+  int resident = 0;
   int tiles = 0;                                  // up to 16 rows of x: 16-row tiles of w that a block owns,
                                                   // 1 or 2 (core/mma_rows.cuh)
   int stages = 0;                                 // of such a block with one tile: 4 or 7 stages

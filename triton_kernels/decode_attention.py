@@ -1,4 +1,5 @@
-"""decode_attention: out[b,h,:] = sum over tokens t < context_lens[b] of softmax_t(scale * q[b,h,:] . k[t,:]) * v[t,:]
+"""decode_attention: out[b,h,:] = softmax_t(scale * q[b,h,:] . k[t,:]) * v[t,:], summed over
+tokens t < context_lens[b]
 
   q [batch, q_heads, head_dim], a view of packed qkv rows with any stride(0)   out [batch, q_heads, head_dim]
   k_cache, v_cache [pages, kv_heads, page_size, head_dim]

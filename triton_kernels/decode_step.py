@@ -1,4 +1,4 @@
-"""decode_step: the whole decode step of one sequence in one launch: embedding, every layer, lm_head and argmax
+"""decode_step: a whole decode step of one sequence in one launch: embedding, every layer, lm_head and argmax
 
   ids, positions, out [1] int32; out may be ids   logits [1, vocab] float32
   table [layers, 10] int64: addresses

@@ -1,4 +1,5 @@
-"""kv_append: k_cache[block_table[b, p // page_size], h, p % page_size, :] = k[b,h,:], p = positions[b]; v likewise
+"""kv_append: k_cache[block_table[b, p // page_size], h, p % page_size, :] = k[b,h,:], p = positions[b];
+v likewise
 
   k, v [batch, kv_heads, head_dim], views of packed qkv rows with any stride(0)
   k_cache, v_cache [pages, kv_heads, page_size, head_dim]

@@ -1,4 +1,5 @@
-"""linear_add: residual[b,n] += sum_k x[b,k] * w[n,k] (+ bias[n]), accumulated in float32, rounded once, in place
+"""linear_add: residual[b,n] += sum_k x[b,k] * w[n,k] (+ bias[n]), in place;
+accumulated in float32, rounded once
 
   x [rows, k], rows 1..64   w [n, k]   bias [n] or None   residual [rows, n]     row-major, contiguous
   mapping   a program owns BLOCK_N rows of w for every row of x, and walks along k

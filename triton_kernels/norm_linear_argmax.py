@@ -1,8 +1,10 @@
 """norm_linear_argmax: ids[b] = argmax over n of logits[b,n], logits[b,n] = sum_k xn[b,k] * w[n,k],
 xn = rmsnorm(x, norm_w)
 
-  x [rows, k], rows 1..64   norm_w [k]   w [n, k]   logits [rows, n] float32   ids [rows] int32   row-major, contiguous
-  scratch [rows, 2 * 4096 + 4] int32: each program's best value (float32 bits), then their indices, then a ticket
+  x [rows, k], rows 1..64   norm_w [k]   w [n, k]   logits [rows, n] float32   ids [rows] int32
+  all row-major and contiguous
+  scratch [rows, 2 * 4096 + 4] int32: the programs' best values (float32 bits), then their indices, then a
+  ticket
   mapping   as norm_linear; a program keeps its best of every row, and the last to finish compares all
             programs' best
   traffic   w once whatever the batch (nearly all of it); x and norm_w, or the normed x, once per program;

@@ -1,6 +1,8 @@
-"""norm_linear_silu_mul: y[b,j] = g / (1 + exp(-g)) * u, g = xn[b] . w[j], u = xn[b] . w[n + j], xn = rmsnorm(x, norm_w)
+"""norm_linear_silu_mul: y[b,j] = g / (1 + exp(-g)) * u, g = xn[b] . w[j], u = xn[b] . w[n + j],
+xn = rmsnorm(x, norm_w)
 
-  x [rows, k], rows 1..64   norm_w [k]   w [2 * n, k], the gate's rows first   y [rows, n]     row-major, contiguous
+  x [rows, k], rows 1..64   norm_w [k]   w [2 * n, k], the gate's rows first   y [rows, n]
+  all row-major and contiguous
   mapping   as norm_linear; the program that takes row j of the gate also takes row j of up
   traffic   w once whatever the batch (nearly all of it); x and norm_w, or the normed x, once per program;
             y once
@@ -27,7 +29,7 @@ CONFIGS = {"sm_90": SM_80, "sm_80": SM_80, "interpreter": {"sum_rows": 4}}
 
 @triton.jit
 def activate(pairs, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
-    """silu(gate) * up as [BLOCK_B, BLOCK_N], from sums [BLOCK_B, 2 * BLOCK_N] in which gate and up alternate."""
+    """silu(gate) * up, [BLOCK_B, BLOCK_N]; pairs [BLOCK_B, 2 * BLOCK_N]: sums, gate and up alternating."""
     gate, up = tl.split(tl.reshape(pairs, [BLOCK_B, BLOCK_N, 2]))
     return gate / (1.0 + tl.exp(-gate)) * up
 

@@ -56,7 +56,7 @@ def rmsnorm_kernel(x, w, residual, y, rows, groups, cols, x_stride, y_stride, ep
 
 
 def rmsnorm(x, w, eps, residual, y):
-    """Launch on x, y [batch, cols] or [batch, groups, cols] (stride(0) free); residual [batch, cols] or None."""
+    """Launch on x, y [batch, cols] or [batch, groups, cols], any stride(0); residual like x, or None."""
     cfg = config(CONFIGS, x)
     cols = x.shape[-1]
     groups = x.shape[1] if x.ndim == 3 else 1

@@ -1,4 +1,5 @@
-"""rope: (a, b) -> (a * cos - b * sin, b * cos + a * sin) for each pair (i, i + head_dim / 2) of every head, in place
+"""rope: (a, b) -> (a * cos - b * sin, b * cos + a * sin) for each pair (i, i + head_dim / 2) of
+every head, in place
 
   q [batch, q_heads, head_dim]   k [batch, kv_heads, head_dim], views of packed qkv rows with any stride(0)
   positions [batch] int32   cos_sin [max_positions, head_dim] float32: first half cos, second half sin

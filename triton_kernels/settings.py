@@ -92,11 +92,11 @@ def forced(op, settings):
 
 
 def product(op, table, x, n, k, whole_rows=False, parts=1, most_programs=ANY):
-    """(path, programs, meta) to multiply x [rows, k] with w [parts * n, k], `parts` rows of which make one output.
+    """(path, programs, meta) to multiply x [rows, k] with w [parts * n, k]; an output has `parts` rows of w.
 
-    path is "sum" or "dot", `programs` the grid, and meta the kernel's constexprs and the compiler's options. With
-    whole_rows the sum path keeps rows of x in registers, so BLOCK_K covers k, and a program may take several tiles
-    (LOOP).
+    path is "sum" or "dot", `programs` the grid, and meta the kernel's constexprs and the compiler's options.
+    With whole_rows the sum path keeps rows of x in registers, so BLOCK_K covers k, and a program may take
+    several tiles (LOOP).
     """
     key = op, architecture(x), x.itemsize, x.shape[0], n, k
     if key not in _products:

@@ -88,7 +88,8 @@ struct MmaAttention : SplitAttention<T, D> {
     const int row = lane / 16 * 8 + lane % 8, side = lane / 8 % 2;
     T(*k)[D] = shared.k[warp][t % kStages];
     T(*v)[D] = shared.v[warp][t % kStages];
-    float scores[2][4] = {};                      // tokens 0-7, 8-15: head g, tokens 2t, 2t + 1; head g + 8, the same
+    // [tokens 0-7, tokens 8-15][head g: tokens 2t, 2t + 1; head g + 8: the same tokens].
+    float scores[2][4] = {};
     LAB_UNROLL
     for (int s = 0; s < kSteps; ++s) {
       uint32_t key[4];

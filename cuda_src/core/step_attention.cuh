@@ -166,7 +166,7 @@ struct StepAttention {
   //   unit 2 s                         a b       a b       a b       a b
   //   unit 2 s + 1                         a b       a b       a b       a b
   //
-  //   A of a product, a lane's words     k: words a   k: words b
+  //   A of a multiply, a lane's words    k: words a   k: words b
   //   rows 0 to 7: heads, of unit u        word 0       word 2
   //   rows 8 to 15: of unit u + kOther     word 1       word 3
   struct QueryPlace {

@@ -25,7 +25,7 @@ LAB_DEVICE void watched_store(T* p, T value) { *p = value; }
 #else
 namespace watch {
 
-using Access = std::tuple<int, unsigned, unsigned, int>;           // line of the source, block, warp, how many before
+using Access = std::tuple<int, unsigned, unsigned, int>;   // line, block, warp, how many before
 inline std::map<Access, std::vector<uintptr_t>> accesses;          // the addresses of the lanes
 inline std::map<std::tuple<int, unsigned, unsigned>, int> times;   // line, block, thread: how often so far
 inline std::mutex mutex;

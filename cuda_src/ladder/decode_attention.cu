@@ -19,7 +19,7 @@ struct Problem {
   const T *q, *k, *v;
   const int *table, *lengths;
   T* out;
-  float* partial;                                 // [batch, kv_heads, splits, group, D + 2]: sums, maximum, weight
+  float* partial;                   // [batch, kv_heads, splits, group, D + 2]: sums, maximum, weight
   int batch, q_heads, kv_heads, page_shift, max_pages;
   int64_t q_stride;
   float scale;

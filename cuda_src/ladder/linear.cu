@@ -2,7 +2,7 @@
 // tensor cores.
 //
 //   Each rung changes one thing of the rung before it. What it should gain, and why: lab/rungs.py.
-//   All rungs but the last two read w once for every row of x; the ladder is measured with one row, as in decoding.
+//   All rungs but the last two read w once for every row of x; the ladder is measured with one row.
 //   twin  triton_kernels/ladder/linear.py          the op's own kernel  cuda_src/linear.cu
 #include "../common.cuh"
 #include "../sizes.h"

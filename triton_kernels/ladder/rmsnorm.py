@@ -54,7 +54,7 @@ def rmsnorm_block_kernel(x, w, y, cols, eps, BLOCK: tl.constexpr):
 
 
 def rmsnorm(rung, x, w, eps, residual, y):
-    """Launch rung 1, 4 or 5 on x, y [rows, cols] contiguous; residual is None (lab/ladder.py refuses others)."""
+    """Launch rung 1, 4 or 5 on x, y [rows, cols], contiguous; residual is None (see lab/ladder.py)."""
     rows, cols = x.shape
     if rung == 1:
         launch(rmsnorm_naive_kernel, (rows,), x, w, y, cols, eps, BLOCK=32, num_warps=1)
