@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
     reinterpret_cast<const T**>(layers)[i] = reinterpret_cast<const T* const*>(a.table)[i];
   }
   for (int i = threadIdx.x; i < D; i += blockDim.x) shared.attention.cos_sin[i] = a.cos_sin[size_t(position) * D + i];
-  // Of a layer's K and V.
+  // Bytes of a layer's K and V in the cache.
   const int64_t kv_bytes = int64_t(position) * 2 * a.heads.kv_heads * D * int(sizeof(T));
   WeightRing<T> ring(shared.ring, tiles, a.tiles, kv_bytes <= a.few_up_to ? 1 : 2);
   StepAttention<T, D> attention(shared.attention, reinterpret_cast<float*>(row), a.heads, position);
@@ -233,10 +233,10 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
     return;
   }
 
-  // 3. Layers: what a phase writes is waited for by all blocks that take part in the next phase. A block
-  // without a share of a phase's outputs does not read its input either, because the row may be written again
-  // without waiting for such a block. All matrix products use one copy of the code: five copies are more than
-  // the instruction cache holds.
+  // 3. Layers: all blocks that take part in a phase wait for the row that the phase before has written. A block
+  // without a share of a phase's outputs must not read that row, because the row may be overwritten without
+  // waiting for such a block. All matrix products use one copy of the code: five copies are more than the
+  // instruction cache holds.
   uint32_t tag = a.counters[kTag];                // the last tag of the launch before
   const TaggedRow<T> h{a.h, ++tag};               // the residual
   TaggedRow<T> last = h;                          // the row that was written last

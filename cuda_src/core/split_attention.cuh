@@ -71,7 +71,7 @@ struct SplitAttention {
   LAB_DEVICE int page_of(int token) const {
     return cache.table[size_t(b) * cache.max_pages + (token >> cache.page_shift)];
   }
-  // Offset in a page pool of the first element of this KV head's token.
+  // Offset in the cache of the first element of a token of this KV head.
   LAB_DEVICE size_t place(int page, int token) const {
     const int slot = token & ((1 << cache.page_shift) - 1);
     return (((size_t(page) * kv_heads + kv_head) << cache.page_shift) + slot) * D;
