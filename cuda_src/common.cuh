@@ -49,10 +49,10 @@ using half = __half;
 using bf16 = __nv_bfloat16;
 using Ptr = std::uintptr_t;  // a device address (or a stream), as Python passes it
 
-// How to launch a kernel. Sizes are in bytes. cluster: blocks per cluster along x. pdl: programmatic
-// dependent launch: the kernel may start before the preceding kernel in the stream has ended, and must call
-// pdl_wait() before it touches anything that the preceding kernel writes. cooperative: all blocks run at the
-// same time and may wait for each other, or the launch fails.
+// How to launch a kernel. Sizes are in bytes. cluster: blocks per cluster along x.
+// pdl: programmatic dependent launch: the kernel may start before the preceding kernel in the stream has ended,
+// and must call pdl_wait() before it touches anything that the preceding kernel writes.
+// cooperative: all blocks run at the same time and may wait for each other, or the launch fails.
 struct Config {
   dim3 grid;
   dim3 block;

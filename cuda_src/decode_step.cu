@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
     return;
   }
 
-  // 3. Layers: all blocks that take part in a phase wait for the row that the phase before has written. A block
+  // 3. Layers: all blocks that take part in a phase wait for the row that the phase before wrote. A block
   // without a share of a phase's outputs must not read that row, because the row may be overwritten without
   // waiting for such a block. All matrix products use one copy of the code: five copies are more than the
   // instruction cache holds.

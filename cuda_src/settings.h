@@ -18,7 +18,7 @@ namespace lab {
 struct Settings {
   // Warps that share the same rows of w: 1, 2 or 4 (core/stream_rows.cuh).
   int share = 0;
-  // Blocks per multiprocessor, each for several sets of outputs; if the number is too large, each for one set.
+  // Blocks per multiprocessor, each for several sets of outputs; with too many for that, each for one set.
   int resident = 0;
   int tiles = 0;                                  // up to 16 rows of x: 16-row tiles of w that a block owns,
                                                   // 1 or 2 (core/mma_rows.cuh)

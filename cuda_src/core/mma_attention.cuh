@@ -22,7 +22,7 @@ struct MmaAttention : SplitAttention<T, D> {
   using Base = SplitAttention<T, D>;
   using Base::begin, Base::end, Base::stored, Base::group;
   Smem& shared;
-  // Count: tiles of this warp, which are warp, warp + kWarps, ...
+  // count: tiles of this warp, which are warp, warp + kWarps, ...
   int lane, warp, count;
   // Page number of the tile to copy next: its 16 tokens lie in one page.
   int page;
