@@ -1,7 +1,9 @@
-// bandwidth: reads, copies or writes a buffer, nothing else. Its speed is the ceiling that every other kernel is held to.
+// bandwidth: only reads, copies or writes a buffer. Its speed is the ceiling with which every other kernel is
+// compared.
 //
-//   mapping   a block takes tiles of kUnroll * blockDim vectors of 16 bytes, grid-stride; every thread has several
-//             independent accesses in flight, which on an H100 (4 blocks of 512 threads an SM) hides the latency of HBM
+//   mapping   a block takes tiles of kUnroll * blockDim vectors of 16 bytes, grid-stride; every thread has
+//             several independent accesses in flight, which on an H100 (4 blocks of 512 threads per SM)
+//             hides the latency of DRAM
 //   traffic   read: bytes. copy: bytes read + bytes written. write: bytes. Times `passes`
 //   used by   lab/harness/ceiling.py          twin  triton_kernels/bandwidth.py
 #include "common.cuh"
@@ -16,13 +18,15 @@ enum Mode { kRead = 0, kCopy = 1, kWrite = 2 };
 template <int M>
 LAB_DEVICE Vec<uint32_t> take(const uint32_t* src, int64_t at) {
   if constexpr (M == kWrite) {
-    return {{uint32_t(at), uint32_t(at) * 2654435761u, ~uint32_t(at), 0x9e3779b9u}};  // varied: zeros are cheaper
+    // Varied data: writing zeros is cheaper.
+    return {{uint32_t(at), uint32_t(at) * 2654435761u, ~uint32_t(at), 0x9e3779b9u}};
   } else {
     return load_stream(src + at * 4);
   }
 }
 
-// A second pass goes over the buffer again: a kernel half as fast as it should be, to test the harness with.
+// A second pass goes over the buffer again: such a kernel is half as fast as it should be, and tests the
+// harness.
 template <int M>
 __global__ void bandwidth_kernel(const uint32_t* src, uint32_t* dst, int64_t vectors, int passes) {
   const int64_t tile = int64_t(kUnroll) * blockDim.x;
@@ -39,11 +43,11 @@ __global__ void bandwidth_kernel(const uint32_t* src, uint32_t* dst, int64_t vec
     for (int64_t first = blockIdx.x * tile; first < vectors; first += gridDim.x * tile) {
       const int64_t mine = first + threadIdx.x;
       if (first + tile <= vectors) {
-        // 2. Load: a whole tile needs no bounds checks, so its loads are issued before the first is used.
+        // 2. Load: a whole tile needs no bounds checks, so all its loads are issued before the first is used.
         Vec<uint32_t> v[kUnroll];
         LAB_UNROLL
         for (int i = 0; i < kUnroll; ++i) v[i] = take<M>(src, mine + i * int64_t(blockDim.x));
-        // 3. Use: fold into a register or store.
+        // 3. Use: combine into a register, or store.
         LAB_UNROLL
         for (int i = 0; i < kUnroll; ++i) put(mine + i * int64_t(blockDim.x), v[i]);
       } else {  // the tail
@@ -51,7 +55,7 @@ __global__ void bandwidth_kernel(const uint32_t* src, uint32_t* dst, int64_t vec
       }
     }
   }
-  // Keeps the loads alive; on random data one thread in 2^32 stores.
+  // Keeps the compiler from removing the loads; on random data one thread in 2^32 stores.
   if (M == kRead && folded == 0x5bd1e995u) dst[0] = folded;
 }
 

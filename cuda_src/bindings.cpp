@@ -1,9 +1,9 @@
-// Python sees one function per launcher, of the same name, with the fields of its struct as keyword arguments
-// (named_args.h). Addresses are integers, so torch is not needed to build this; the callers in lab/ops/ have
-// checked them.
+// Python sees one function per launcher, with the launcher's name and with the fields of its struct as
+// keyword arguments (named_args.h). Addresses are integers, so torch is not needed to build this; the callers
+// in lab/ops/ have checked them.
 //
-// One source, two modules: LAB_MODULE is _cuda (nvcc's kernels) or _host (the same kernels, by a C++
-// compiler).
+// One source makes two modules: LAB_MODULE is _cuda (kernels compiled by nvcc) or _host (the same kernels,
+// compiled by a C++ compiler).
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -25,8 +25,8 @@ const char* build_facts();                        // JSON, written by setup.py
 
 namespace py = pybind11;
 
-// The recorded launches as dicts. offset: where in this module's file the kernel's host half is; `nm` names
-// it there.
+// The recorded launches as dicts. offset: of the kernel's host function in this module's file; `nm` gives its
+// name.
 static py::list take_launches() {
   py::list rows;
   for (const lab::trace::Launch& launch : lab::take_launches()) {
@@ -47,7 +47,7 @@ static py::list take_launches() {
 
 using Named = std::map<std::string, int>;
 
-// op, bytes of an element, rows, shape, settings by name
+// (op, bytes of an element, rows, shape, settings by name)
 static void set_settings(const std::vector<std::tuple<std::string, int, int, lab::settings::Shape, Named>>& entries) {
   decltype(lab::settings::measured) table;
   for (const auto& [op, itemsize, rows, shape, values] : entries) {
@@ -65,7 +65,7 @@ static void force_settings(const std::string& op, const std::optional<Named>& va
 }
 
 #ifdef LAB_HOST
-// None leaves an option as the environment says it.
+// None leaves an option as the environment sets it.
 static void set_schedule(const std::optional<uint64_t>& seed, const std::optional<std::string>& ahead) {
   static const lab::host::Options initial = lab::host::get_options();
   lab::host::Options options = initial;

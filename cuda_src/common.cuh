@@ -1,15 +1,16 @@
-// The names that kernels use, the same on a GPU (nvcc) and on a CPU (g++ or clang++, no CUDA toolkit needed).
+// The names that kernels use; they are the same on a GPU (nvcc) and on a CPU (g++ or clang++, without the
+// CUDA toolkit).
 //
-// A kernel includes this file alone. On the GPU side each name is a thin wrapper over one PTX instruction or one
-// CUDA intrinsic, and all inline PTX of the project is here, but for wgmma's (core/wgmma.cuh). On the CPU side the same names
-// come from host/cuda_on_cpu.h, which also supplies the raw CUDA names (threadIdx, __syncthreads, __shfl_xor_sync,
-// float4 ...).
+// A kernel needs to include only this file. On the GPU each name is a thin wrapper over one PTX instruction
+// or one CUDA intrinsic, and all inline PTX of the project is here, except that of wgmma (core/wgmma.cuh). On
+// the CPU the same names are defined in host/cuda_on_cpu.h, which also defines CUDA's own names (threadIdx,
+// __syncthreads, __shfl_xor_sync, float4 ...).
 //
-// Three rules make a kernel run on both:
+// Three rules let a kernel run on both:
 //   - shared memory only through smem<Struct>(), never __shared__;
 //   - launches only through launch(), never <<<>>>;
 //   - wrap the body of a kernel that uses mbarriers, bulk copies or clusters in `#if LAB_SM90 ... #endif`;
-//     these exist for sm_90 and later, and on the CPU (core/wgmma.cuh has LAB_WGMMA for what sm_90a alone has).
+//     these exist for sm_90 and later, and on the CPU (LAB_WGMMA of core/wgmma.cuh: what only sm_90a has).
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -34,7 +35,8 @@
 #define LAB_UNROLL
 #endif
 
-// 1 where Hopper's instructions exist: code for sm_90 and later, nvcc's pass over host code, and the CPU build.
+// 1 where Hopper's instructions exist: in code for sm_90 and later, in nvcc's pass over host code, and in the
+// CPU build.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 #define LAB_SM90 1
 #else
@@ -45,12 +47,12 @@ namespace lab {
 
 using half = __half;
 using bf16 = __nv_bfloat16;
-using Ptr = std::uintptr_t;  // a device address (or a stream) as bindings pass it
+using Ptr = std::uintptr_t;  // a device address (or a stream), as Python passes it
 
 // How to launch a kernel. Sizes are in bytes. cluster: blocks per cluster along x.
-// pdl: allow programmatic dependent launch, so the kernel may start before its predecessor in the stream has ended;
-// it must then call pdl_wait() before it touches anything that the predecessor writes.
-// cooperative: all blocks run at the same time and may wait for each other, or the launch is refused.
+// pdl: programmatic dependent launch: the kernel may start before the preceding kernel in the stream has ended,
+// and must call pdl_wait() before it touches anything that the preceding kernel writes.
+// cooperative: all blocks run at the same time and may wait for each other, or the launch fails.
 struct Config {
   dim3 grid;
   dim3 block;
@@ -64,14 +66,15 @@ struct Config {
 // ---- bits, vectors, dtypes (both sides) -----------------------------------------------------------------------------
 
 template <typename To, typename From>
-LAB_HOST_DEVICE To bit_cast(From from) {  // by value: through a reference nvcc loads byte by byte
+LAB_HOST_DEVICE To bit_cast(From from) {  // by value: nvcc would load through a reference byte by byte
   static_assert(sizeof(To) == sizeof(From), "bit_cast needs equal sizes");
   To to;
   memcpy(&to, &from, sizeof to);
   return to;
 }
 
-// N elements loaded or stored as one access; 16 bytes (128 bits, the widest a thread can do) unless told otherwise.
+// N elements that are loaded or stored in one access; by default 16 bytes (128 bits), the widest access of a
+// thread.
 template <typename T, int N = 16 / int(sizeof(T))>
 struct alignas(N * sizeof(T)) Vec {
   static constexpr int size = N;
@@ -122,7 +125,8 @@ template <> LAB_DEVICE float from_float<float>(float x) { return x; }
 template <> LAB_DEVICE half from_float<half>(float x) { return __float2half_rn(x); }
 template <> LAB_DEVICE bf16 from_float<bf16>(float x) { return __float2bfloat16_rn(x); }
 
-// a * b + c: one instruction wherever the target has one (fmaf without such an instruction is a slow library call).
+// a * b + c, rounded once where the target has an instruction for it (elsewhere fmaf would be a slow library
+// call).
 LAB_DEVICE float fmadd(float a, float b, float c) {
 #if defined(__CUDACC__) || defined(__FP_FAST_FMAF)
   return fmaf(a, b, c);
@@ -158,7 +162,8 @@ constexpr bool kHost = false;
 
 extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
 
-// The block's dynamic shared memory seen as S. Launch with smem_bytes = sizeof(S), or more for a tail sized later.
+// The block's dynamic shared memory as an S. Launch with smem_bytes = sizeof(S), or more if S ends with an
+// array whose size is known only at run time.
 template <typename S>
 LAB_DEVICE S& smem() {
   return *reinterpret_cast<S*>(dynamic_shared_memory);
@@ -166,7 +171,7 @@ LAB_DEVICE S& smem() {
 
 LAB_DEVICE uint32_t smem_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
-// Read-only data used once (weights): does not displace what L1 holds. 16 bytes.
+// Loads 16 bytes of read-only data that are used only once (weights), without displacing what L1 holds.
 template <typename T>
 LAB_DEVICE Vec<T> load_stream(const T* p) {
   uint4 r;
@@ -176,12 +181,12 @@ LAB_DEVICE Vec<T> load_stream(const T* p) {
   return bit_cast<Vec<T>>(r);
 }
 
-// Asks for the cache line of p in L2. A hint: p may be any valid global address.
+// Prefetches the cache line of p into L2. Only a hint: p may be any valid global address.
 LAB_DEVICE void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
-// Asynchronous 16-byte copy from global to shared memory, past L1; L2 fetches whole lines of 128 bytes. Zero-fills when
-// !valid (src is then not read, but must still be a legal address). Visible to this thread after cp_async_wait, to others
-// after a barrier as well.
+// Asynchronous 16-byte copy from global to shared memory, past L1; L2 fetches whole lines of 128 bytes. If
+// !valid, zeros are written (src is not read, but must still be a legal address). The data are visible to
+// this thread after cp_async_wait, and to other threads after a barrier as well.
 LAB_DEVICE void cp_async16(void* dst, const void* src, bool valid = true) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(smem_address(dst)), "l"(src),
                "r"(valid ? 16 : 0) : "memory");
@@ -201,15 +206,16 @@ LAB_DEVICE void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// Sum (or maximum) over groups of W consecutive lanes, W a power of two up to 32; every lane gets the result. All 32
-// lanes of the warp must call it. The order is the butterfly's, lane distance W/2 first, on both sides.
+// Sum (or maximum) over groups of W consecutive lanes, W a power of two up to 32; every lane gets the result.
+// All 32 lanes of the warp must call it. Both on a GPU and on a CPU the order is that of a butterfly: lanes
+// W/2 apart first, then W/4, ...
 template <int W>
 LAB_DEVICE float group_sum(float v) {
   LAB_UNROLL
   for (int s = W / 2; s > 0; s >>= 1) v += __shfl_xor_sync(0xffffffffu, v, s);
   return v;
 }
-// N independent sums in one call: one rendezvous on the CPU, N chains that overlap on the GPU.
+// N independent sums in one call: on the CPU the lanes meet only once, on the GPU the N sums overlap.
 template <int W, int N>
 LAB_DEVICE void group_sum(float (&v)[N]) {
   LAB_UNROLL
@@ -235,7 +241,8 @@ LAB_DEVICE void group_max(float (&v)[N]) {
 
 // ---- tensor cores ---------------------------------------------------------------------------------------------------
 
-// d += a b for one warp: A 16 x 16 row-major, B 16 x 8 column-major, D 16 x 8 float32. With g = lane / 4, t = lane % 4:
+// d += a b for one warp: A 16 x 16 row-major, B 16 x 8 column-major, D 16 x 8 float32.
+// With g = lane / 4, t = lane % 4:
 //   a[0] = A[g][2t..], a[1] = A[g+8][2t..], a[2] = A[g][2t+8..], a[3] = A[g+8][2t+8..]   (two elements each)
 //   b[0] = B[2t..][g], b[1] = B[2t+8..][g];   d[0..1] = D[g][2t..], d[2..3] = D[g+8][2t..]
 LAB_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], half) {
@@ -253,8 +260,9 @@ LAB_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Four 8 x 8 tiles of 16-bit elements from shared memory: lane l passes the address of row l % 8 of tile l / 8
-// (16 bytes, 16-byte aligned); r[i] holds elements 2t, 2t+1 of row g of tile i. _trans: of the transposed tile.
+// Four 8 x 8 tiles of 16-bit elements from shared memory: lane l passes the address of row l % 8 of tile l /
+// 8 (16 bytes, 16-byte aligned); r[i] holds elements 2t, 2t+1 of row g of tile i. _trans: of the transposed
+// tile.
 LAB_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -270,14 +278,15 @@ LAB_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
 
 // ---- programmatic dependent launch: nothing below sm_90 -------------------------------------------------------------
 
-// Waits until the preceding kernel of the stream has ended and its writes are visible.
+// Waits until the preceding kernel in the stream has ended and its writes are visible.
 LAB_DEVICE void pdl_wait() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
-// Lets the following kernel start its prologue once every block has called this or ended. Called before pdl_wait(), it
-// lets that kernel come while others before this one still run: nothing but weights may then be read in its prologue.
+// Allows the dependent kernel (the next in the stream) to launch once every block has called this or ended.
+// If a block calls it before pdl_wait(), the dependent kernel may even run while kernels before this one
+// still run; then its prologue may read nothing but weights.
 LAB_DEVICE void pdl_launch_dependents() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -286,14 +295,14 @@ LAB_DEVICE void pdl_launch_dependents() {
 
 // ---- Hopper: mbarriers, bulk copies, clusters: for the bodies of kernels in `#if LAB_SM90` --------------------------
 
-using mbarrier = uint64_t;  // lives in shared memory, 8-byte aligned
+using mbarrier = uint64_t;  // in shared memory, 8-byte aligned
 
-// A phase completes when `arrivals` arrivals were made and all expected bytes have landed. One thread initialises,
-// then calls mbarrier_fence_init(), then the block synchronises.
+// A phase of the barrier completes when it has had `arrivals` arrivals and all expected bytes have arrived.
+// One thread initialises the barrier, then calls mbarrier_fence_init(), then the block synchronises.
 LAB_DEVICE void mbarrier_init(mbarrier* bar, unsigned arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(bar)), "r"(arrivals) : "memory");
 }
-// Makes initialised barriers visible to the cluster and to the unit that performs bulk copies.
+// Makes initialised barriers visible to the cluster and to the hardware that performs bulk copies.
 LAB_DEVICE void mbarrier_fence_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -301,13 +310,13 @@ LAB_DEVICE void mbarrier_fence_init() {
 LAB_DEVICE void mbarrier_arrive(mbarrier* bar) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(bar)) : "memory");
 }
-// Arrives, and adds `bytes` to what the current phase waits for.
+// Arrives, and adds `bytes` to the bytes that the current phase waits for.
 LAB_DEVICE void mbarrier_arrive_expect_tx(mbarrier* bar, unsigned bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(bar)), "r"(bytes)
                : "memory");
 }
-// Waits until the phase of this parity has completed: 0 for the first phase, then 1, 0, ... On a fresh barrier,
-// parity 1 passes at once, as if a phase had preceded the first.
+// Waits until the phase of this parity has completed; parities are 0 for the first phase, then 1, 0, ... On a
+// fresh barrier a wait for parity 1 returns at once, as if a phase had preceded the first.
 LAB_DEVICE void mbarrier_wait(mbarrier* bar, unsigned parity) {
   asm volatile(
       "{\n"
@@ -322,8 +331,9 @@ LAB_DEVICE void mbarrier_wait(mbarrier* bar, unsigned parity) {
       : "memory");
 }
 
-// Copies `bytes` contiguous bytes, which are read once, from global to this block's shared memory and credits them to bar.
-// One thread issues it. Addresses and size are multiples of 16. L2 evicts these bytes first.
+// Bulk copy of contiguous bytes, which are read only once, from global memory to this block's shared memory;
+// when they arrive, they count towards what bar expects. One thread issues it. Addresses and size are
+// multiples of 16. L2 evicts these bytes first.
 LAB_DEVICE void bulk_copy_g2s(void* dst, const void* src, unsigned bytes, mbarrier* bar) {
   asm volatile(
       "{\n"
@@ -334,12 +344,13 @@ LAB_DEVICE void bulk_copy_g2s(void* dst, const void* src, unsigned bytes, mbarri
       "l"(src), "r"(bytes), "r"(smem_address(bar))
       : "memory");
 }
-// Asks for a whole range in L2; address and size are multiples of 16.
+// Prefetches a range into L2; address and size are multiples of 16.
 LAB_DEVICE void bulk_prefetch_l2(const void* p, unsigned bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
 }
 
-// Barrier of all threads of all blocks of the cluster that have not ended; orders shared memory of peers.
+// Barrier of all threads of all blocks of the cluster that have not ended. Writes to shared memory before it
+// are visible to the other blocks after it.
 LAB_DEVICE void cluster_sync() {
   asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
 }
@@ -353,7 +364,7 @@ LAB_DEVICE unsigned cluster_rank() {
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
-// The same place in the shared memory of block `rank` of the cluster.
+// The address in the shared memory of block `rank` of the cluster that corresponds to p in this block's.
 template <typename T>
 LAB_DEVICE T* cluster_peer(T* p, unsigned rank) {
   uint64_t peer;
@@ -366,12 +377,12 @@ LAB_DEVICE T* cluster_peer(T* p, unsigned rank) {
 namespace detail {
 inline void check(cudaError_t status, const char* kernel) {
   if (status != cudaSuccess) {
-    cudaGetLastError();  // clears an error that is not sticky, so that the next launch is judged on its own
+    cudaGetLastError();  // clears an earlier error, so that this launch is judged on its own
     throw std::runtime_error("kernel " + std::string(kernel) + ": " + cudaGetErrorString(status));
   }
 }
 
-// An attribute of the current device, asked for once; 0 where there is none.
+// An attribute of the current device, queried once; 0 if there is no device.
 template <cudaDeviceAttr Attribute>
 inline int device_attribute() {
   static std::atomic<int> cached[64];
@@ -387,8 +398,8 @@ inline int device_attribute() {
 inline int device_major() { return device_attribute<cudaDevAttrComputeCapabilityMajor>(); }
 }  // namespace detail
 
-// Launches kernel(args...) and traces its name; while launches are recorded (trace.h), notes them instead. Throws
-// std::runtime_error naming the kernel if the launch is refused; errors inside the kernel surface at the next
+// Launches kernel(args...) and traces its name; while launches are recorded (trace.h), only notes it. Throws
+// std::runtime_error naming the kernel if the launch fails. Errors inside the kernel appear at the next
 // synchronisation, as everywhere in CUDA.
 template <typename... Params, typename... Args>
 inline void launch(const Config& config, const char* name, void (*kernel)(Params...), Args&&... args) {
@@ -403,7 +414,8 @@ inline void launch(const Config& config, const char* name, void (*kernel)(Params
   cudaLaunchAttribute attributes[3];
   unsigned count = 0;
   if (config.pdl && detail::device_major() >= 9) {
-    // Kernels that overlap must agree on how a multiprocessor divides its memory: it cannot change while it is in use.
+    // Kernels that overlap must divide a multiprocessor's memory into L1 and shared memory in the same way:
+    // the division cannot change while it is in use.
     detail::check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                        cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
                   name);
@@ -432,7 +444,7 @@ inline void launch(const Config& config, const char* name, void (*kernel)(Params
 }
 #else
 // ===================================================================================================== the CPU side
-// The rest is in host/gpu_features.h; these two need what is above.
+// The rest is in host/gpu_features.h; the functions below need the definitions above.
 
 template <typename T>
 inline Vec<T> load_stream(const T* p) {
@@ -446,7 +458,8 @@ inline void launch(const Config& config, const char* name, void (*kernel)(Params
   }
   auto run_thread = [&] { kernel(static_cast<Params>(args)...); };
   trace::record(name);
-  // What runs at the same time is one cluster here: a worker has all its blocks in hand.
+  // A cooperative launch is run as one cluster, whose blocks are all run by one worker, so that they can wait
+  // for each other.
   host::run({name, config.grid, config.block, config.smem_bytes, config.cooperative ? config.grid.x : config.cluster,
              [](const void* call) { (*static_cast<const decltype(run_thread)*>(call))(); }, &run_thread, config.pdl});
 }
@@ -454,7 +467,8 @@ inline void launch(const Config& config, const char* name, void (*kernel)(Params
 
 // ---- built from the above (both sides) ------------------------------------------------------------------------------
 
-// Multiprocessors of the current device; on a CPU few, so that blocks get several sets of outputs there too.
+// Multiprocessors of the current device; on a CPU a small number, so that there, too, a block handles several
+// sets of outputs.
 inline int multiprocessors() {
   if (const int recorded = trace::recorded_multiprocessors()) return recorded;
 #ifdef __CUDACC__
@@ -479,7 +493,8 @@ inline bool has_clusters() {
 #endif
 }
 
-// x rounded to T. A bf16 is the upper half of a float, so packing it above a zero is all: one fast instruction.
+// x rounded to T. A bf16 is the upper half of a float, so packing it above a zero does the whole conversion:
+// one fast instruction.
 template <typename T>
 LAB_DEVICE float rounded(float x) {
 #ifdef __CUDACC__
@@ -488,7 +503,8 @@ LAB_DEVICE float rounded(float x) {
   return to_float(from_float<T>(x));
 }
 
-// An element after rmsnorm: rounded to T before and after its weight, as the contract says. scale: 1 / rms of the row.
+// One element of rmsnorm's output: rounded to T before and after the multiply with its weight, as the
+// contract says. scale: 1 / rms of the row.
 template <typename T>
 LAB_DEVICE T normed_element(float x, float scale, float weight) {
   return from_float<T>(rounded<T>(x * scale) * weight);
@@ -497,8 +513,8 @@ LAB_DEVICE T normed_element(float x, float scale, float weight) {
 // silu(gate) * up.
 LAB_DEVICE float activate(float gate, float up) { return gate / (1.f + expf(-gate)) * up; }
 
-// The most shared memory that a block of the current device may have, in bytes; while launches are recorded, and on a
-// CPU, a Hopper GPU's.
+// The most shared memory of a block on the current device, in bytes; while launches are recorded, and on a
+// CPU, that of a Hopper GPU.
 inline int most_shared_bytes() {
 #ifdef __CUDACC__
   if (!trace::recorded_multiprocessors()) return detail::device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>();
@@ -506,21 +522,23 @@ inline int most_shared_bytes() {
   return 227 * 1024;
 }
 
-// Adds 1 to *counter and returns what it was. Whatever this thread has seen before, stores of its block before a barrier
-// too, is visible to whoever takes a later ticket, after a barrier to that block. One thread of a block calls it.
+// Adds 1 to *counter and returns the value before. All that this thread has seen before, including stores of
+// its block before a barrier, becomes visible to the block that takes a later ticket, after a barrier there.
+// One thread of a block calls it.
 LAB_DEVICE unsigned take_ticket(unsigned* counter) {
 #ifdef __CUDACC__
   unsigned before;
   asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
   return before;
 #else
-  // Not atomicAdd between two fences: the race detector takes each for both, and would not see that one is gone.
+  // Not atomicAdd between two fences: the race detector counts each fence as both release and acquire, so it
+  // would not notice if one of them were missing.
   return __atomic_fetch_add(counter, 1u, __ATOMIC_ACQ_REL);
 #endif
 }
 
-// Two 32-bit values as one 64-bit access, from block to block and past L1: if one of them tells that the other is the
-// expected one, no fence and no barrier is needed between the blocks.
+// Stores two 32-bit values in one 64-bit access, past L1, to be read by other blocks. If one of the two tells
+// whether the other is up to date, blocks need no fence and no barrier between them.
 LAB_DEVICE void store_word(uint64_t* p, uint64_t word) {
 #ifdef __CUDACC__
   asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(word) : "memory");
@@ -528,7 +546,8 @@ LAB_DEVICE void store_word(uint64_t* p, uint64_t word) {
   __atomic_store_n(p, word, __ATOMIC_RELAXED);
 #endif
 }
-// N words that lie side by side, 16-byte aligned from two on; each is one access. spin_pause() between two tries.
+// Loads N contiguous words, 16-byte aligned if N >= 2; each word is read in one access. Call spin_pause()
+// between two polls.
 template <int N>
 LAB_DEVICE void load_words(uint64_t (&words)[N], const uint64_t* p) {
 #ifdef __CUDACC__
@@ -551,7 +570,7 @@ LAB_DEVICE void spin_pause() {
   __nanosleep(0);                                 // a CPU thread runs until it lets others run
 #endif
 }
-// Waits for about so many cycles of a GPU; not on a CPU.
+// Waits for about this many GPU cycles; does nothing on a CPU.
 LAB_DEVICE void wait_cycles(unsigned cycles) {
 #ifdef __CUDACC__
   for (const unsigned start = clock(); unsigned(clock()) - start < cycles;) {
@@ -561,8 +580,9 @@ LAB_DEVICE void wait_cycles(unsigned cycles) {
 #endif
 }
 
-// Sum (or maximum) over a block of Threads threads (a multiple of 32); every thread gets it, in a fixed order.
-// scratch: Threads / 32 floats of shared memory, which may be reused by the next call. All threads must call it.
+// Sum (or maximum) over a block of Threads threads (a multiple of 32), in a fixed order; every thread gets
+// it. scratch: Threads / 32 floats of shared memory, which the next call may use again. All threads must call
+// it.
 template <int Threads>
 LAB_DEVICE float block_sum(float v, float* scratch) {
   static_assert(Threads % 32 == 0 && Threads <= 1024, "whole warps only");

@@ -1,9 +1,11 @@
 // decode_attention: out[b, h, :] = sum over tokens t of softmax_t(scale * q[b, h, :] . k[t, :]) * v[t, :]
 //
-//   q [batch, q_heads, D], stride of batch free   out [batch, q_heads, D]   context_lens [batch] int32
+//   q [batch, q_heads, D], any stride between sequences   out [batch, q_heads, D]
+//   context_lens [batch] int32
 //   k_cache, v_cache [pages, kv_heads, page_size, D]   block_table [batch, max_pages] int32
-//   partial [batch, kv_heads, splits, group, D + 2] float32: what the splits found   tickets [batch, kv_heads]
-//   mapping   grid (splits, kv_heads, batch); the warps of a block share the tokens of its split: see core/split_attention.cuh
+//   partial [batch, kv_heads, splits, group, D + 2] float32: the splits' results   tickets [batch, kv_heads]
+//   mapping   grid (splits, kv_heads, batch); the warps of a block share the tokens of its split
+//             (core/split_attention.cuh)
 //   traffic   K and V once for all query heads of their group; q, partial and out are small
 //   contract  lab/ops/decode_attention.py          twin  triton_kernels/decode_attention.py
 #include "common.cuh"
@@ -16,8 +18,8 @@ template <typename A, typename T = typename A::T>
 __global__ void __launch_bounds__(A::kMaxThreads, 1)
     decode_attention_kernel(const T* q, PagedCache<T> cache, const int* context_lens, T* out, float* partial,
                             unsigned* tickets, int splits, int group, int64_t q_stride, float scale_log2, int least) {
-  // 1. Locate: split s owns tokens [begin, end) of one sequence; the length is read here, so that a captured graph
-  // serves every length. The first tiles leave at once.
+  // 1. Locate: split s owns the tokens [begin, end) of one sequence. The length is read here, on the device,
+  // so that a captured graph serves every length. The copies of the first tiles are issued at once.
   constexpr int D = A::D, N = Vec<T>::size;
   pdl_wait();
   const int length = context_lens[blockIdx.z];
@@ -25,7 +27,7 @@ __global__ void __launch_bounds__(A::kMaxThreads, 1)
   if (attention.unused()) return;
   attention.start();
 
-  // 2. Load the query: through shared memory, for all warps; heads beyond the group are zero.
+  // 2. Load the query: into shared memory, for all warps; heads beyond the group are zero.
   auto& inputs = attention.shared.inputs;
   const T* heads = q + attention.b * q_stride + attention.kv_head * group * D;
   for (int i = threadIdx.x * N; i < attention.query_rows() * D; i += blockDim.x * N) {
@@ -34,18 +36,18 @@ __global__ void __launch_bounds__(A::kMaxThreads, 1)
   __syncthreads();
   attention.load_query(scale_log2);
 
-  // 3. Stream the tiles: cp.async fills a ring of tiles in shared memory.
+  // 3. Load the tiles: cp.async copies them into a ring of tiles in shared memory.
   for (int t = 0; t < attention.count; ++t) {
     attention.wait_for(t);
 
-    // 4. Online softmax: in registers, each part of the block for its own tokens.
+    // 4. Online softmax: in registers; each part of the block handles its own tokens.
     attention.attend(t);
   }
 
-  // 5. Publish the split: merged over the block; if it is the only one the result is final.
+  // 5. Publish the split: the block's parts are merged; if there is only one split, the result is final.
   attention.publish(out, partial);
 
-  // 6. Merge in the last block: in the order of the splits; a cluster's blocks share the work instead.
+  // 6. Merge in the last block: in the order of the splits. The blocks of a cluster share this work instead.
   attention.merge(out, partial, tickets);
 }
 

@@ -1,12 +1,16 @@
-// decode_step: one token of one sequence in one launch: embedding; of every layer norm + qkv, norm + rope + append +
-// attention, o + residual, norm + gate and up + silu * mul, down + residual; norm + lm_head + argmax
+// decode_step: one token of one sequence in one launch: embedding; for every layer norm + qkv, norm + rope +
+// append + attention, o + residual, norm + gate and up + silu * mul, down + residual; norm + lm_head + argmax
 //
-//   ids, positions, out [1] int32   table [layers, 10] addresses (LAYER of the contract)   logits [1, vocab] float32
-//   caches [layers, pages, kv_heads, page_size, D]   block_table [1, max_pages]   cos_sin [max_positions, D] float32
-//   words: a row each of h, qkv, attention and act, and attention's splits, as they pass from block to block
-//   mapping   one block a multiprocessor, which stays; it owns a share of every matrix's rows, and a split of one KV
-//             head's context; eight warps multiply what one thread sends for (core/weight_ring.cuh). Between two phases a
-//             block waits for the others' results (core/tagged_row.cuh); the weights stream on meanwhile
+//   ids, positions, out [1] int32   table [layers, 10] addresses (LAYER of the contract)
+//   logits [1, vocab] float32
+//   caches [layers, pages, kv_heads, page_size, D]   block_table [1, max_pages]
+//   cos_sin [max_positions, D] float32
+//   words: the rows that blocks pass to each other: h, qkv, attention, act and the results of attention's
+//   splits
+//   mapping   one block per multiprocessor, which stays until the end. It owns a share of every matrix's
+//             rows and a split of one KV head's context. One thread issues bulk copies into a ring of tiles,
+//             eight warps multiply them (core/weight_ring.cuh). Between two phases a block waits for the
+//             others' results (core/tagged_row.cuh); the copies of weights continue meanwhile
 //   traffic   every weight and the context's K and V once; the rest is small
 //   contract  lab/ops/decode_step.py          twin  triton_kernels/decode_step.py
 #include <algorithm>
@@ -19,7 +23,7 @@
 
 using namespace lab;
 
-// A row of `table`.
+// One row of `table`: the addresses of a layer's tensors.
 template <typename T>
 struct StepLayer {
   const T *attn_norm, *wqkv, *bqkv, *q_norm, *k_norm, *wo, *bo, *mlp_norm, *w_gate_up, *w_down;
@@ -34,24 +38,25 @@ struct StepArguments {
   const float* cos_sin;
   float* logits;
   int* out;
-  uint64_t *h, *qkv, *attention, *act, *partial;  // core/tagged_row.cuh
+  uint64_t *h, *qkv, *attention, *act, *partial;  // rows that pass between blocks: core/tagged_row.cuh
   unsigned* counters;
   int layers, vocab, hidden, intermediate, tiles, row_bytes;
-  int64_t few_up_to;                              // bytes of a layer's K and V up to which one tile is under way, not two
+  // Up to this many bytes of a layer's K and V, one tile is in flight, not two.
+  int64_t few_up_to;
   StepHeads<T> heads;
 };
 
-// What a product's result is added to: the word with the residual's element, and a bias.
+// What a sum is added to: the word that has the element of the residual, and a bias.
 template <typename T>
 struct Base {
   uint64_t word;
   T bias;
 };
 
-enum Counter { kBest = 0, kTicket = 2, kTag = 3 };  // places in counters, as in the contract
+enum Counter { kBest = 0, kTicket = 2, kTag = 3 };  // indices in `counters`, as in the contract
 
-// In a block's shared memory this comes first; then the tiles; then a norm's weight; then a row of x, whose place
-// attention's sums take, too; then the table.
+// The start of a block's shared memory. Behind it follow: the tiles; a norm's weight; a row of x, whose
+// memory attention uses for its sums as well; the table.
 template <typename T, int D>
 struct alignas(128) StepSmem {
   RingSmem ring;
@@ -60,25 +65,26 @@ struct alignas(128) StepSmem {
   uint64_t best[kRingWarps];
 };
 
-// The step's products in their order: four of each layer, then the last one.
+// The matrix products of a step in their order: four in each layer, then the last one.
 enum StepPhase { kQkv, kO, kGateUp, kDown, kLmHead };
 
-// A row of x on its way into shared memory, as the products read it.
+// Brings a row of x into shared memory, where the matrix products read it.
 template <typename T>
 struct StepRow {
   static constexpr int N = 8, kStep = kRingThreads * N;
   T *x, *weight;                                  // [k] in shared memory; weight: of the next norm
   float* squares;
-  float mean;                                     // 1 / k of the norms
+  float mean;                                     // 1 / k of the rows that are normalised
 
-  // Sends for the weight of the next norm, a phase ahead: a wait for it would add to that for the row. A thread copies
-  // the columns that it will scale.
+  // Issues the copy of the next norm's weight, a phase before its use: otherwise its latency would add to the
+  // wait for the row. A thread copies the columns that it will scale.
   LAB_DEVICE void start(const T* norm_w, int k) {
-    cp_async_wait<0>();                           // for a block without a share of the last norm's product
+    // For a block that had no share of the last normalised product.
+    cp_async_wait<0>();
     for (int col = threadIdx.x * N; col < k; col += kStep) cp_async16(weight + col, norm_w + col);
     cp_async_commit();
   }
-  // Calls f(column, 8 elements) for this thread's columns of a row [k], when they are there.
+  // Calls f(column, 8 elements) for this thread's columns of a row [k], once they have arrived.
   template <typename F>
   LAB_DEVICE static void each(const TaggedRow<T>& row, int k, F f) {
     if (k <= kStep) return each<1>(row, k, f);
@@ -99,7 +105,7 @@ struct StepRow {
     each(row, k, [&](int col, const Vec<T>& v) { store(x + col, v); });
     ring_sync();
   }
-  // x = T(T(row * rsqrt(mean(row^2) + eps)) * weight): the rounding points of rmsnorm.
+  // x = T(T(row * rsqrt(mean(row^2) + eps)) * weight): rmsnorm's rounding points.
   LAB_DEVICE void norm(const TaggedRow<T>& row, int k, float eps) {
     float f[N], factor[N], sum = 0.f;
     each(row, k, [&](int col, const Vec<T>& v) {
@@ -113,7 +119,8 @@ struct StepRow {
     ring_sync();
     const float scale = rsqrtf(sum_of_warps(squares) * mean + eps);
     cp_async_wait<0>();
-    for (int col = threadIdx.x * N; col < k; col += kStep) {          // a thread scales the columns that it stored
+    // Each thread scales the columns it stored.
+    for (int col = threadIdx.x * N; col < k; col += kStep) {
       unpack<T>(factor, load_packed<N>(weight + col));
       unpack<T>(f, load_packed<N>(x + col));
       Vec<T> v;
@@ -125,25 +132,25 @@ struct StepRow {
   }
 };
 
-// What becomes of the sums of a phase's product.
+// What happens to the sums of a phase's matrix product.
 //
 //   phase     added to the sum              finished by          stored in
 //   kQkv      the bias, if there is one                          the row qkv
 //   kO        the bias, and the residual                         the residual h
 //   kGateUp                                 silu(gate) * up      the row act
 //   kDown     the residual                                       the residual h
-//   kLmHead   NaN, if the token is none                          logits, and the best so far
+//   kLmHead   NaN, if the token id is invalid                    logits, and the best so far
 template <typename T>
 struct StepEpilogue {
   StepPhase phase;
-  bool normed;                                    // a phase whose input is normed adds no residual
+  bool normed;                                    // a phase with a normalised input adds no residual
   const T* bias;
   float poison;
   TaggedRow<T> h, to;
   float* logits;
   uint64_t& best;
 
-  // Loaded before the product and unpacked after it.
+  // load() is called before the multiply; its result is unpacked in finish(), after it.
   LAB_DEVICE Base<T> load(int n) const {
     return {normed ? 0 : h.own(n), bias ? bias[n] : from_float<T>(0.f)};
   }
@@ -166,7 +173,7 @@ struct StepEpilogue {
 template <typename T, int D>
 __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const StepArguments<T> a) {
 #if LAB_SM90
-  // 1. Locate: the token and its place; an idle row has none.
+  // 1. Locate: the token and its position; an idle row has none.
   auto& shared = smem<StepSmem<T, D>>();
   unsigned char* tiles = reinterpret_cast<unsigned char*>(&shared + 1);
   unsigned char* norm_weight = tiles + a.tiles * kTileBytes;
@@ -175,19 +182,21 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
   const int position = a.positions[0], id = a.ids[0], width = (a.heads.q_heads + 2 * a.heads.kv_heads) * D;
   if (position < 0) return;
   const T* token = a.embed + size_t(id >= 0 && id < a.vocab ? id : 0) * a.hidden;
-  const float poison = id >= 0 && id < a.vocab ? 0.f : NAN;             // for the logits of a token that is none
+  // Added to the logits: NaN if the token id is invalid.
+  const float poison = id >= 0 && id < a.vocab ? 0.f : NAN;
   for (int i = threadIdx.x; i < a.layers * 10; i += blockDim.x) {
     reinterpret_cast<const T**>(layers)[i] = reinterpret_cast<const T* const*>(a.table)[i];
   }
   for (int i = threadIdx.x; i < D; i += blockDim.x) shared.attention.cos_sin[i] = a.cos_sin[size_t(position) * D + i];
-  const int64_t kv_bytes = int64_t(position) * 2 * a.heads.kv_heads * D * int(sizeof(T));      // of a layer
+  // Bytes of a layer's K and V in the cache.
+  const int64_t kv_bytes = int64_t(position) * 2 * a.heads.kv_heads * D * int(sizeof(T));
   WeightRing<T> ring(shared.ring, tiles, a.tiles, kv_bytes <= a.few_up_to ? 1 : 2);
   StepAttention<T, D> attention(shared.attention, reinterpret_cast<float*>(row), a.heads, position);
   if (threadIdx.x == 0) ring.init();
   __syncthreads();
 
-  // What a phase multiplies: w, its outputs, its k, and how many rows of w an output has. Then what it adds, and where
-  // its results go.
+  // For each phase: its matrix (w, the number of outputs, k, and how many rows of w an output has); then the
+  // bias that it adds, and the row that its results go to.
   const auto matrix_of = [&](int i, StepPhase phase) -> Matrix<T> {
     switch (phase) {
       case kQkv: return {layers[i].wqkv, width, a.hidden, 1};
@@ -207,14 +216,15 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
   };
   const auto phase_at = [&](int step) { return step == 4 * a.layers ? kLmHead : StepPhase(step % 4); };
 
-  // 2. Send: one thread, for all that the step reads, as room comes free.
+  // 2. Load ahead: one thread issues the copies of everything that the step reads, as tiles of the ring
+  // become free.
   if (threadIdx.x >= kRingThreads) {
     if (threadIdx.x > kRingThreads) return;
     for (int step = 0; step <= 4 * a.layers; ++step) {
       const int i = step / 4;
       const StepPhase phase = phase_at(step);
       if (phase == kO) attention.send(ring, i);
-      if (phase == kQkv && blockIdx.x == 0 && i + 1 < a.layers) {       // small, but a wait for DRAM if L2 has them not
+      if (phase == kQkv && blockIdx.x == 0 && i + 1 < a.layers) {       // small, but else a wait for DRAM
         bulk_prefetch_l2(layers[i + 1].attn_norm, a.hidden * sizeof(T));
         bulk_prefetch_l2(layers[i + 1].mlp_norm, a.hidden * sizeof(T));
       }
@@ -223,15 +233,16 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
     return;
   }
 
-  // 3. Layers: what a phase writes, all blocks that take part in the next one wait for. A block without a share of a
-  // phase's outputs does not read its input either: nobody would wait for it before that row is written again. All
-  // products share one copy of the code, for five are more than the instruction cache holds.
-  uint32_t tag = a.counters[kTag];                // the last one of the launch before
+  // 3. Layers: all blocks that take part in a phase wait for the row that the phase before wrote. A block
+  // without a share of a phase's outputs must not read that row, because the row may be overwritten without
+  // waiting for such a block. All matrix products use one copy of the code: five copies are more than the
+  // instruction cache holds.
+  uint32_t tag = a.counters[kTag];                // the last tag of the launch before
   const TaggedRow<T> h{a.h, ++tag};               // the residual
   TaggedRow<T> last = h;                          // the row that was written last
   StepRow<T> x{reinterpret_cast<T*>(row), reinterpret_cast<T*>(norm_weight), shared.squares, 1.f / a.hidden};
   uint64_t best = 0;
-  const Share owned = ring.share(a.hidden);       // the embedding
+  const Share owned = ring.share(a.hidden);       // of the embedding
   for (int n = owned.first + 2 * int(threadIdx.x); n < owned.last; n += 2 * kRingThreads) {
     h.store(n, to_float(token[n]), to_float(token[n + 1]));
   }
@@ -256,8 +267,9 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
       const StepEpilogue<T> epilogue{phase, normed, bias_of(layer, phase), poison, h, to, a.logits, best};
       const int n = share.first + int(threadIdx.x);
       const Base<T> base = n < share.last ? epilogue.load(n) : Base<T>{};
-      // Where DRAM is the limit the row is never there sooner, and to ask for it in vain costs L2 bandwidth: 1B at 32
-      // tokens 845 to 834 us on an H100. (To pause between two questions costs more than it saves.)
+      // Where DRAM is the limit the row never arrives sooner than this, and polling for it costs L2
+      // bandwidth: 1B at 32 tokens 845 us without this pause, 834 with it, on an H100. (A pause between two
+      // polls costs more than it saves.)
       if (ring.few > 1) wait_cycles(600);
       normed ? x.norm(last, m.k, a.heads.eps) : x.copy(last, m.k);
       ring.multiply(m, share, x.x, base, epilogue);
@@ -265,8 +277,9 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
     last = to;
   }
 
-  // 4. Argmax in the last block: each has raised the best so far by its own (a maximum is the same in every order); the
-  // last leaves best and ticket at zero, and the tag from which the next launch counts on.
+  // 4. Argmax in the last block: each block raises the best so far by its own best (a maximum is the same in
+  // every order). The last block resets the best and the ticket to zero, and keeps the tag from which the
+  // next launch counts on.
   best = warp_best(best);
   if (threadIdx.x % 32 == 0) shared.best[threadIdx.x / 32] = best;
   ring_sync();
@@ -306,9 +319,10 @@ void decode_step(const DecodeStepArgs& a) {
         throw std::invalid_argument("decode_step: rows of " + std::to_string(longest) +
                                     " elements leave this GPU's shared memory no room for tiles (use --plan fused)");
       }
-      // Two tiles of each block under way keep an H100's DRAM busy. Where a layer is not much more than the rings hold, the
-      // chain of phases takes longer than DRAM, and its loads and stores wait less behind one (Qwen3-0.6B at 1024 tokens:
-      // 650 to 630 us; but at 8192, with as much again of K and V, one is too few).
+      // Two tiles in flight in each block keep an H100's DRAM busy. Where a layer is not much larger than the
+      // rings, the chain of phases takes longer than DRAM, and the loads and stores of that chain queue less
+      // behind one tile in flight (Qwen3-0.6B at 1024 tokens: 650 us with two, 630 with one). At 8192 tokens,
+      // with as many bytes of K and V as of weights, one tile is too few.
       const int layer_width = 2 * (a.q_heads + a.cache.kv_heads) * D + 3 * a.sizes.intermediate;
       const int64_t layer = int64_t(a.sizes.hidden) * layer_width * int64_t(sizeof(T));
       const int64_t few_up_to = int64_t(tiles) * kTileBytes * multiprocessors() * 3 / 2 - layer;
@@ -322,7 +336,7 @@ void decode_step(const DecodeStepArgs& a) {
       s.cos_sin = as<const float>(a.weights.cos_sin);
       s.logits = as<float>(a.logits);
       s.out = as<int>(a.out);
-      s.h = as<uint64_t>(a.exchange.words);       // the rows lie one behind the other, two elements a word
+      s.h = as<uint64_t>(a.exchange.words);       // the rows follow each other; a word has two elements
       s.qkv = s.h + a.sizes.hidden / 2;
       s.attention = s.qkv + (a.q_heads + 2 * a.cache.kv_heads) * D / 2;
       s.act = s.attention + a.q_heads * D / 2;
@@ -346,7 +360,7 @@ void decode_step(const DecodeStepArgs& a) {
       s.heads.v_cache = as<T>(a.cache.v);
       Config config{dim3(multiprocessors()), dim3(kRingThreads + 32), size_t(fixed + tiles * kTileBytes),
                     a.stream};
-      config.cooperative = true;                  // all blocks run at once, or the launch is refused
+      config.cooperative = true;                  // all blocks run at once, or the launch fails
       launch(config, "decode_step_kernel", decode_step_kernel<T, D>, s);
     };
     switch (a.head_dim) {

@@ -12,7 +12,7 @@ using namespace lab;
 
 template <typename T, int N>
 __global__ void embedding_kernel(const int* ids, const T* table, T* out, int cols, int vocab) {
-  // 1. Locate: block r owns row r; an id outside the vocabulary must not become an address.
+  // 1. Locate: block r owns row r; an id outside the vocabulary is never used as an address.
   pdl_wait();
   pdl_launch_dependents();
   const int id = ids[blockIdx.x];
@@ -20,7 +20,7 @@ __global__ void embedding_kernel(const int* ids, const T* table, T* out, int col
   const T* from = table + size_t(known ? id : 0) * cols;
   T* to = out + size_t(blockIdx.x) * cols;
 
-  // 2. Copy: N elements an access; an unknown id gives NaN, which no later kernel can hide.
+  // 2. Copy: N elements an access; an id outside the vocabulary gives NaN, which no later kernel can hide.
   for (int col = threadIdx.x * N; col < cols; col += blockDim.x * N) {
     Vec<T, N> v = load<N>(from + col);
     if (!known) {

@@ -1,6 +1,7 @@
 // kv_append: k_cache[page, h, slot, :] = k[b, h, :], page and slot from positions[b]; v likewise
 //
-//   k, v [batch, kv_heads, D], stride of batch free   block_table [batch, max_pages] int32   positions [batch] int32
+//   k, v [batch, kv_heads, D], any stride between sequences   block_table [batch, max_pages] int32
+//   positions [batch] int32
 //   k_cache, v_cache [pages, kv_heads, page_size, D]
 //   mapping   one thread per vector of k and the same vector of v
 //   traffic   2 * batch * kv_heads * D elements read and written
@@ -15,7 +16,7 @@ template <typename T, int N>
 __global__ void kv_append_kernel(const T* k, const T* v, T* k_cache, T* v_cache, const int* block_table,
                                  const int* positions, int batch, int kv_heads, int head_dim, int page_size,
                                  int max_pages, int64_t k_stride, int64_t v_stride) {
-  // 1. Locate: thread -> (sequence b, head h, elements i to i + N); an idle sequence has position -1.
+  // 1. Locate: thread -> (sequence b, head h, elements i to i + N - 1); an idle sequence has position -1.
   const int threads_per_head = head_dim / N;
   const int index = blockIdx.x * blockDim.x + threadIdx.x;
   const int i = index % threads_per_head * N, h = index / threads_per_head % kv_heads;
@@ -29,7 +30,7 @@ __global__ void kv_append_kernel(const T* k, const T* v, T* k_cache, T* v_cache,
   const int page = block_table[size_t(b) * max_pages + position / page_size];
   const size_t slot = (size_t(page) * kv_heads + h) * page_size + position % page_size;
 
-  // 3. Copy: no arithmetic, so the cache holds exactly what the projection and rope left.
+  // 3. Copy: without arithmetic, so that the cache holds exactly the results of the projection and of rope.
   const Vec<T, N> key = load<N>(k + b * k_stride + h * head_dim + i);
   const Vec<T, N> value = load<N>(v + b * v_stride + h * head_dim + i);
   pdl_launch_dependents();

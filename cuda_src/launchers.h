@@ -1,13 +1,13 @@
-// Every host entry point of the CUDA side, one declaration per op: the table of contents.
+// Every host entry point of the CUDA kernels, one declaration per op.
 //
 // Plain C++ types only. A launcher takes one struct of arguments, which Python fills by name (named_args.h).
-// They arrive validated by lab/ops/<op>.py: tensors are row-major, dtypes agree, base addresses are 16-byte
+// lab/ops/<op>.py has validated them: tensors are row-major, dtypes agree, base addresses are 16-byte
 // aligned. `dtype` is a DType code; `stream` is a cudaStream_t (ignored by the host build). Strides count
-// elements. A launch that fails throws std::runtime_error, which names the kernel.
+// elements. A launch that fails throws std::runtime_error with the kernel's name.
 #pragma once
 #include <cstdint>
 
-using Ptr = std::uintptr_t;                       // an address, as Python passes it; 0 where an argument is optional
+using Ptr = std::uintptr_t;                       // an address; 0 for an optional argument that is absent
 enum class DType : int { f32 = 0, f16 = 1, bf16 = 2 };
 
 // Groups of values that belong together. Python passes a group as a tuple, in the order of its fields.
@@ -27,7 +27,7 @@ struct CachePages {
 };
 
 // `count` blocks share the context of a sequence. partial: float32 [batch, kv_heads, count, group, head_dim +
-// 2], what each of them found; tickets: uint32 [batch, kv_heads], zero on entry and on exit.
+// 2], the result of each of them; tickets: uint32 [batch, kv_heads], zero on entry and on exit.
 struct ContextSplits {
   Ptr partial, tickets;
   int count;
@@ -76,7 +76,7 @@ struct RopeArgs {
 };
 void rope(const RopeArgs& a);
 
-// Copies one new token's k and v of every sequence into its page of the cache.
+// Copies the k and v of one new token of every sequence into that sequence's page of the cache.
 struct KvAppendArgs {
   HeadRows k, v;
   CachePages cache;
@@ -120,8 +120,9 @@ struct SampleArgs {
 };
 void sample(const SampleArgs& a);
 
-// The fused ops: what a step of the fused plan launches. Above 2 rows in half precision some launch several
-// kernels, and those with a norm need memory for its result: normed [rows, k] in x's dtype, else 0.
+// The fused ops, which a step of the fused plan launches. Above 2 rows in half precision some of them launch
+// several kernels; those with a norm then need memory for the normalised rows: normed [rows, k] in x's dtype,
+// otherwise 0.
 
 // y[b, n] = sum over k of xn[b, k] * w[n, k] (+ bias[n]), xn = rmsnorm(x, norm_w).
 struct NormLinearArgs {
@@ -151,7 +152,8 @@ struct LinearAddArgs {
 };
 void linear_add(const LinearAddArgs& a);
 
-// Norm and rope of q and the new k, k and v into the cache, then decode_attention over position + 1 tokens.
+// Norm and rope of q and of the new k; k and v appended to the cache; then decode_attention over position + 1
+// tokens.
 struct RopeAppendAttentionArgs {
   HeadRows q, k, v;
   HeadNorms norms;
@@ -166,8 +168,8 @@ struct RopeAppendAttentionArgs {
 };
 void rope_append_attention(const RopeAppendAttentionArgs& a);
 
-// out[b] = argmax over n of logits[b, n] = xn[b] . w[n]; scratch int32 [rows, 8196], zero on entry, left
-// ready.
+// out[b] = argmax over n of logits[b, n] = xn[b] . w[n]; scratch int32 [rows, 8196], zero on entry and on
+// exit.
 struct NormLinearArgmaxArgs {
   Ptr x, norm_w, w, logits, scratch, normed, out;
   int rows, n, k;
@@ -189,8 +191,8 @@ struct StepCache {
   int pages, kv_heads, page_size;
 };
 
-// What the blocks pass to each other (StepWorkspace of the contract): words int64, counters uint32; zero at
-// first.
+// Memory through which the blocks exchange results (StepWorkspace of the contract): words int64, counters
+// uint32; zero before the first launch.
 struct StepExchange {
   Ptr words, counters;
 };
@@ -214,8 +216,8 @@ struct DecodeStepArgs {
 };
 void decode_step(const DecodeStepArgs& a);
 
-// Measurement, not an op: reads (mode 0), copies (1) or writes (2) `bytes` (a multiple of 16), `passes` times
-// over.
+// For measurement, not an op: reads (mode 0), copies (1) or writes (2) `bytes` bytes (a multiple of 16),
+// `passes` times.
 struct BandwidthArgs {
   Ptr src, dst;
   int64_t bytes;

@@ -1,10 +1,12 @@
 // linear: y[b, n] = sum over k of x[b, k] * w[n, k] (+ bias[n]), float32 accumulation, rounded once
 //
-//   x [rows, k]   w [n, k]   bias [n] (optional)   y [rows, n] in the dtype of x or float32     row-major, rows <= 64
-//   mapping   up to 2 rows, and float32: a warp streams 4 rows of w, its lanes share k; 2 or 4 warps do for narrow w
-//             more rows in float16 or bfloat16: tensor cores; a block owns 16 to 64 rows of w, and its warps share k; on
-//             Hopper from 17 rows on its warpgroups do, and for long rows the two blocks of a cluster
-//             the two cores are in core/stream_rows.cuh and core/mma_rows.cuh
+//   x [rows, k]   w [n, k]   bias [n] (optional)   y [rows, n] in the dtype of x or float32
+//   row-major, rows <= 64
+//   mapping   up to 2 rows, and float32: the lanes of a warp share k and multiply 4 rows of w; for narrow w,
+//             2 or 4 warps share them (core/stream_rows.cuh)
+//             more rows in float16 or bfloat16: tensor cores; a block owns 16 to 64 rows of w, and its warps
+//             share k; on Hopper, from 17 rows on, its warpgroups do, and for long rows of w the two blocks
+//             of a cluster (core/mma_rows.cuh)
 //   traffic   w once (the only traffic that counts), x once per block from L2, y once
 //   contract  lab/ops/linear.py          twin  triton_kernels/linear.py
 #include "common.cuh"
@@ -20,8 +22,9 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
   // 1. Locate: R rows of w per lane group, a slice of k per lane.
   RowStream<T, C> stream(smem<StagedSmem<T, C>>().stream, w, n, k);
   for (int b0 = 0; b0 < rows; b0 += C::B) {
-    // 2. Stream: U * R independent 16-byte loads are in flight; each is replaced as soon as it is used. The first leave
-    // before the wait, for weights depend on no earlier kernel. x comes from shared memory.
+    // 2. Multiply: U * R independent 16-byte loads are in flight; each is replaced as soon as its data are
+    // used. The first loads are issued before the wait for the preceding kernel, because weights depend on no
+    // earlier kernel. x is read from shared memory.
     stream.start(true);
     StagedRows<T, C> x_rows(x, b0, rows, k);
     for (; stream.more(); stream.next()) {
@@ -46,13 +49,14 @@ __global__ void __launch_bounds__(C::kThreads)
   // 1. Locate: the block owns kRows rows of w; its teams, warps or warpgroups, share k.
   MmaRows<T, C> product(smem<MmaSmem<T, C>>(), x, w, rows, n, k);
 
-  // 2. Stream: a cp.async pipeline for each team; the first stages of w leave before the wait.
+  // 2. Multiply: each team has a cp.async pipeline. The copies of the first stages of w are issued before the
+  // wait for the preceding kernel.
   product.start_w();
   pdl_wait();
   product.start_x();
   product.multiply();
 
-  // 3. Reduce: the teams' sums meet in shared memory, where the tiles were.
+  // 3. Reduce: the teams' sums are added in shared memory, where the tiles were.
   product.reduce();
 
   // 4. Store: neighbouring threads store neighbouring outputs.

@@ -17,8 +17,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
   // 1. Locate: R rows of w per lane group, a slice of k per lane.
   RowStream<T, C> stream(smem<StagedSmem<T, C>>().stream, w, n, k);
   for (int b0 = 0; b0 < rows; b0 += C::B) {
-    // 2. Stream: the first weights leave before the wait; x comes from shared memory. What the sums are added to is loaded
-    // long before its use.
+    // 2. Multiply: the loads of the first weights are issued before the wait for the preceding kernel; x is
+    // read from shared memory. What the sums are added to is loaded long before its use.
     stream.start(true);
     StagedRows<T, C> x_rows(x, b0, rows, k);
     for (; stream.more(); stream.next()) {
@@ -45,8 +45,8 @@ __global__ void __launch_bounds__(C::kThreads)
   // 1. Locate: the block owns kRows rows of w; its teams share k.
   MmaRows<T, C> product(smem<MmaSmem<T, C>>(), x, w, rows, n, k);
 
-  // 2. Stream: the first stages of w leave before the wait.
-  // What the sums are added to is loaded long before its use, where registers are free for it.
+  // 2. Multiply: the copies of the first stages of w are issued before the wait for the preceding kernel.
+  // What the sums are added to is loaded long before its use, where there are registers for it.
   constexpr int kMine = MmaRows<T, C>::kMine;
   constexpr bool kEarly = kMine <= 16 && C::kAligned;
   T base[kEarly ? kMine : 1] = {};
@@ -58,10 +58,11 @@ __global__ void __launch_bounds__(C::kThreads)
   }
   product.multiply();
 
-  // 3. Reduce: the teams' sums meet in shared memory, where the tiles were.
+  // 3. Reduce: the teams' sums are added in shared memory, where the tiles were.
   product.reduce();
 
-  // 4. Add and store: each output is read and written by one thread, neighbours by neighbouring threads.
+  // 4. Add and store: each output is read and written by one thread; neighbouring threads take neighbouring
+  // outputs.
   product.each_output([&](int j, int r, int output, int b) {
     T& target = residual[size_t(b) * n + output];
     const float before = to_float(kEarly ? base[j] : target);

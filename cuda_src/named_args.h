@@ -1,13 +1,14 @@
-// A launcher as a Python function that takes its arguments by name, and the struct that it fills with them.
+// A launcher as a Python function that takes its arguments by name, and fills the launcher's struct with
+// them.
 //
-//   OP(silu_mul, gate_up, y, rows, cols, dtype, stream);      in Python: silu_mul(gate_up=..., y=..., rows=..., ...)
+//   OP(silu_mul, gate_up, y, rows, cols, dtype, stream);   in Python: silu_mul(gate_up=..., y=..., ...)
 //
-// A name that is missing or unknown, and a value that does not fit its field, raise TypeError, which names
-// the argument. A field that is a struct is passed as a tuple.
+// A missing or unknown name, or a value that does not fit its field, raises TypeError with the argument's
+// name. A field that is a struct is passed as a tuple.
 //
-// How arguments travel was chosen by the cost of a call. rope_append_attention has 27 values, linear has 10;
-// microseconds on two cores of a cloud machine, CPython 3.11, pybind11 3.1, November 2026, the least of 300
-// times 100 calls:
+// The way arguments are passed was chosen by the cost of a call. rope_append_attention has 27 values, linear
+// has 10. Microseconds on two cores of a cloud machine, CPython 3.11, pybind11 3.1, November 2026, the least
+// of 300 times 100 calls:
 //
 //                                                              27 values   10 values
 //   27 or 10 positional numbers of a pybind11 function (before)     0.98        0.53
@@ -19,9 +20,9 @@
 //   struct.pack and one bytes argument                              0.93        no names, no checks
 //   a ctypes.Structure, without the call                            2.30
 //
-// A call passes its keywords as an array and a tuple of interned names, so that a name is recognised by its
-// address. But above 15 keywords CPython's compiler makes a dict of them first, which costs as much again: so
-// no launcher has more, and values that belong together are a group.
+// A call passes its keywords as an array of values and a tuple of interned names, so that a name is
+// recognised by its address. But with more than 15 keywords CPython's compiler first makes a dict of them,
+// which costs as much again. So no launcher has more than 15, and values that belong together form a group.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -39,9 +40,9 @@ namespace lab::named {
 
 namespace py = pybind11;
 
-constexpr size_t kMostKeywords = 15;              // CPython's STACK_USE_GUIDELINE of 30, a name and a value each
+constexpr size_t kMostKeywords = 15;              // half of CPython's STACK_USE_GUIDELINE: names and values
 
-// The fields of a group, in their order.
+// References to the fields of a group, in their order.
 inline auto fields_of(HeadRows& g) { return std::tie(g.data, g.stride); }
 inline auto fields_of(CachePages& g) {
   return std::tie(g.k, g.v, g.block_table, g.kv_heads, g.page_size, g.max_pages);
@@ -55,7 +56,8 @@ inline auto fields_of(StepCache& g) {
 inline auto fields_of(StepExchange& g) { return std::tie(g.words, g.counters); }
 inline auto fields_of(StepSizes& g) { return std::tie(g.layers, g.vocab, g.hidden, g.intermediate); }
 
-// Each read_value() writes a Python value to a field. False, with a Python error set, where it does not fit.
+// Each read_value() converts a Python value and writes it to a field. It returns false, with a Python error
+// set, if the value does not fit.
 
 inline bool read_value(PyObject* value, float& field) {
   const double number = PyFloat_AsDouble(value);
@@ -64,7 +66,7 @@ inline bool read_value(PyObject* value, float& field) {
   return true;
 }
 
-// int, int64_t; and unsigned: addresses and seeds.
+// int, int64_t, and unsigned types (addresses and seeds).
 template <typename T, std::enable_if_t<std::is_integral_v<T>, int> = 0>
 bool read_value(PyObject* value, T& field) {
   using Wide = std::conditional_t<std::is_signed_v<T>, long long, unsigned long long>;
@@ -119,8 +121,8 @@ struct Signature<void (*)(int rung, const Struct&)> {
   static constexpr int kPositional = 1;
 };
 
-// The Python function of one launcher. Fields is its struct of arguments with a method each() that ties all
-// fields.
+// The Python function of one launcher. Fields is the launcher's struct of arguments with a method each() that
+// returns references to all its fields.
 template <auto launcher, typename Fields>
 class Function {
   static constexpr size_t kCount = std::tuple_size_v<decltype(std::declval<Fields&>().each())>;
@@ -131,7 +133,7 @@ class Function {
   static inline std::string name, signature, documentation;
   static inline PyMethodDef definition;
 
-  // Sets a TypeError about one argument; keeps what the error at hand says, if there is one.
+  // Raises a TypeError about one argument; keeps the text of the present Python error, if there is one.
   static bool refuse(PyObject* argument, const char* what) {
     if (!PyErr_Occurred()) {
       PyErr_Format(PyExc_TypeError, "%s(): %s %R", name.c_str(), what, argument);
@@ -142,13 +144,14 @@ class Function {
     return false;
   }
 
-  // The place of an argument in `fields`; kCount for none of them. Callers mostly keep the order of the declaration.
+  // The index of an argument in `fields`, or kCount if there is no such name. Callers mostly keep the order
+  // of the declaration.
   static size_t place_of(PyObject* argument, size_t guess) {
     if (guess < kCount && fields[guess].name == argument) return guess;
     for (size_t i = 0; i < kCount; ++i) {
       if (fields[i].name == argument) return i;
     }
-    for (size_t i = 0; i < kCount; ++i) {         // a name that was made at run time is not interned
+    for (size_t i = 0; i < kCount; ++i) {         // a name made at run time is not interned
       if (PyUnicode_Compare(fields[i].name, argument) == 0) return i;
     }
     return kCount;
@@ -200,7 +203,8 @@ class Function {
   }
 
  public:
-  // Adds the function to a module. listed: the names of the fields, with commas between, in the order of each().
+  // Adds the function to a module. listed: the names of the fields, separated by commas, in the order of
+  // each().
   static void define(py::module_& module, const char* called, const char* listed) {
     name = called;
     Fields args{};
@@ -214,7 +218,7 @@ class Function {
     };
     std::apply([&](auto&... each) { (add(each), ...); }, args.each());
     signature = name + (kPositional ? "(rung, /, *, " : "(*, ") + listed + ")";
-    documentation = signature + "\n--\n\n";      // the form in which inspect.signature() looks for it
+    documentation = signature + "\n--\n\n";      // the form in which inspect.signature() expects it
     definition.ml_name = name.c_str();
     definition.ml_meth = reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&call));
     definition.ml_flags = METH_FASTCALL | METH_KEYWORDS;
@@ -226,9 +230,9 @@ class Function {
 
 }  // namespace lab::named
 
-// Defines the Python function of a launcher in module m. The names of its struct's fields follow: all of
-// them, or the line that takes the struct apart does not compile. In a struct made from it they are the
-// fields, whatever the order.
+// Defines the Python function of a launcher in module m. The names of its struct's fields follow. All of them
+// must be there, or the structured binding that takes the struct apart does not compile. The derived struct
+// Fields can list them in any order.
 #define OP(launcher, ...)                                                                       \
   do {                                                                                          \
     using Args = lab::named::Signature<decltype(&launcher)>::Args;                              \

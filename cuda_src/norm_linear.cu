@@ -1,10 +1,12 @@
 // norm_linear: y[b, n] = sum over k of xn[b, k] * w[n, k] (+ bias[n]), xn = rmsnorm(x, norm_w)
 //
-//   x [rows, k]   norm_w [k]   w [n, k]   bias [n] (optional)   y [rows, n] in the dtype of x or float32     rows <= 64
-//   normed [rows, k]: workspace of the tensor-core path
-//   mapping   up to 2 rows, and float32: as linear; each block normalises the rows for itself, into shared memory
+//   x [rows, k]   norm_w [k]   w [n, k]   bias [n] (optional)   y [rows, n] in the dtype of x or float32
+//   rows <= 64
+//   normed [rows, k]: workspace, used on tensor cores
+//   mapping   up to 2 rows, and float32: as linear; each block normalises all rows itself, into shared memory
 //             more rows in float16 or bfloat16: rmsnorm's kernel, then linear's for tensor cores
-//   traffic   w once (the only traffic that counts), x and norm_w (on tensor cores normed) once per block from L2, y once
+//   traffic   w once (the only traffic that counts); x and norm_w, or on tensor cores normed, once per block
+//             from L2; y once
 //   contract  lab/ops/norm_linear.py          twin  triton_kernels/norm_linear.py
 #include "common.cuh"
 #include "core/norm_rows.cuh"
@@ -21,11 +23,11 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
   RowStream<T, C> stream(shared.stream, w, n, k);
 
   for (int b0 = 0; b0 < rows; b0 += C::B) {
-    // 2. Norm: the first weights are in flight meanwhile. Rounded to T before and after norm_w.
+    // 2. Norm: while the loads of the first weights are in flight. Rounded to T before and after norm_w.
     start_normed(stream, shared, x, norm_w, b0, rows, eps);
 
     for (; stream.more(); stream.next()) {
-      // 3. Stream: weights from DRAM into registers, x from shared memory.
+      // 3. Multiply: weights are loaded from DRAM into registers, x from shared memory.
       float base[C::kMine] = {}, acc[C::R][C::B][C::kLanes] = {}, sums[C::R * C::B];
       if (bias) stream.each_output(b0, rows, [&](int j, int output, int) { base[j] = to_float(bias[output]); });
       stream.multiply(acc, 0, k, [&](int b, int col) { return load_packed<C::N>(shared.x + b * k + col); });

@@ -1,11 +1,13 @@
-// norm_linear_argmax: ids[b] = argmax over n of logits[b, n], logits[b, n] = sum over k of xn[b, k] * w[n, k],
-// xn = rmsnorm(x, norm_w)
+// norm_linear_argmax: ids[b] = argmax over n of logits[b, n],
+// logits[b, n] = sum over k of xn[b, k] * w[n, k], xn = rmsnorm(x, norm_w)
 //
 //   x [rows, k]   norm_w [k]   w [n, k]   logits [rows, n] float32   ids [rows] int32     rows <= 64
-//   scratch [rows, 2 * 4096 + 4] int32: at 8192 a ticket (the first row's), at 8194 the best so far (candidate.cuh)
-//   normed [rows, k]: workspace of the tensor-core path
-//   mapping   up to 2 rows, and float32: as norm_linear; more rows in half precision: rmsnorm's kernel, then as linear;
-//             blocks raise each row's best by atomicMax (a maximum is the same in every order); the last one reads them
+//   scratch [rows, 2 * 4096 + 4] int32: element 8192 of the first row is a ticket; elements 8194 and 8195 of
+//   each row are its best candidate so far (core/candidate.cuh)
+//   normed [rows, k]: workspace, used on tensor cores
+//   mapping   up to 2 rows, and float32: as norm_linear; more rows in half precision: rmsnorm's kernel, then
+//             as linear; each block raises each row's best by atomicMax (a maximum is the same in every
+//             order); the last block reads them
 //   traffic   w once (the only traffic that counts), logits written once
 //   contract  lab/ops/norm_linear_argmax.py          twin  triton_kernels/norm_linear_argmax.py
 #include "common.cuh"
@@ -16,15 +18,16 @@
 
 using namespace lab;
 
-constexpr int kScratch = 2 * 4096 + 4;            // SCRATCH of the contract; the twin keeps candidates in all of it
+// SCRATCH of the contract; only the Triton kernel uses all of it.
+constexpr int kScratch = 2 * 4096 + 4;
 
 LAB_DEVICE unsigned* ticket_of(int* scratch) { return reinterpret_cast<unsigned*>(scratch + kScratch - 4); }
 LAB_DEVICE unsigned long long* best_of(int* scratch, int b) {
   return reinterpret_cast<unsigned long long*>(scratch + size_t(b) * kScratch + kScratch - 2);
 }
 
-// The block's last step, for all threads, after their atomicMax: the last block to come stores the ids and leaves the
-// scratch as it was.
+// The last step of a block, called by all threads after their atomicMax. The block that draws the last ticket
+// stores the ids and resets the scratch to zero.
 LAB_DEVICE void finish_argmax(int* scratch, int* ids, int rows, int& last) {
   __syncthreads();
   if (threadIdx.x == 0) last = take_ticket(ticket_of(scratch)) == gridDim.x - 1;
@@ -54,19 +57,19 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
   RowStream<T, C> stream(shared.norm.stream, w, n, k);
 
   for (int b0 = 0; b0 < rows; b0 += C::B) {
-    // 2. Norm: the first weights are in flight meanwhile. Rounded to T before and after norm_w.
+    // 2. Norm: while the loads of the first weights are in flight. Rounded to T before and after norm_w.
     start_normed(stream, shared.norm, x, norm_w, b0, rows, eps);
     uint64_t best[C::kMine] = {};
 
     for (; stream.more(); stream.next()) {
-      // 3. Stream: weights from DRAM into registers, x from shared memory.
+      // 3. Multiply: weights are loaded from DRAM into registers, x from shared memory.
       float acc[C::R][C::B][C::kLanes] = {}, sums[C::R * C::B];
       stream.multiply(acc, 0, k, [&](int b, int col) { return load_packed<C::N>(shared.norm.x + b * k + col); });
 
       // 4. Reduce: over the lanes and warps that share k, in a fixed order.
       stream.reduce(sums, acc);
 
-      // 5. Store: the logits; the best so far stays in a register.
+      // 5. Store: the logits; each thread keeps its best candidate in a register.
       stream.each_output(b0, rows, [&](int j, int output, int b) {
         logits[size_t(b) * n + output] = sums[j];
         const uint64_t mine = candidate(sums[j], output);
@@ -74,7 +77,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
       });
     }
 
-    // 6. Argmax in the last block: it reads what all have raised, each by the best of its own.
+    // 6. Argmax in the last block: each block raises the best in memory by its own best; the last block reads
+    // the result.
     LAB_UNROLL
     for (int j = 0; j < C::kMine; ++j) {
       if (stream.lane + j < C::R * C::B) shared.best[stream.group][stream.lane + j] = best[j];
@@ -106,18 +110,19 @@ __global__ void __launch_bounds__(C::kThreads)
   auto& shared = smem<ArgmaxMmaSmem<T, C>>();
   MmaRows<T, C> product(shared.mma, xn, w, rows, n, k);
 
-  // 2. Norm: rmsnorm's kernel has done it. The first stages of w leave before the wait for it.
+  // 2. Norm: already done by rmsnorm's kernel. The copies of the first stages of w are issued before the wait
+  // for it.
   product.start_w();
   pdl_wait();
 
-  // 3. Stream: w and x through shared memory into tensor cores.
+  // 3. Multiply: w and x pass through shared memory to the tensor cores.
   product.start_x();
   product.multiply();
 
-  // 4. Reduce: the teams' sums meet in shared memory, where the tiles were.
+  // 4. Reduce: the teams' sums are added in shared memory, where the tiles were.
   product.reduce();
 
-  // 5. Store: the logits; their candidates stay in registers.
+  // 5. Store: the logits; each thread keeps its candidates in registers.
   uint64_t best[MmaRows<T, C>::kMine] = {};
   product.each_output([&](int j, int r, int output, int b) {
     const float logit = product.product(r, b);
@@ -125,7 +130,8 @@ __global__ void __launch_bounds__(C::kThreads)
     best[j] = candidate(logit, output);
   });
 
-  // 6. Argmax in the last block: it reads what all have raised, each by the best of its lanes that share a row of x.
+  // 6. Argmax in the last block: lanes with the same row of x find their best and raise the best in memory by
+  // it; the last block reads the result.
   product.each_row([&](int j, int b, int lanes) {
     const unsigned long long top = warp_best(best[j], lanes);
     if (threadIdx.x % lanes == 0 && b < rows) atomicMax(best_of(scratch, b), top);

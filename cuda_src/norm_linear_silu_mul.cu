@@ -1,10 +1,12 @@
-// norm_linear_silu_mul: y[b, j] = silu(g) * u, g = xn[b] . w[j], u = xn[b] . w[n + j], xn = rmsnorm(x, norm_w)
+// norm_linear_silu_mul: y[b, j] = silu(g) * u, g = xn[b] . w[j], u = xn[b] . w[n + j],
+// xn = rmsnorm(x, norm_w)
 //
 //   x [rows, k]   norm_w [k]   w [2 n, k], the gate's rows first   y [rows, n]     rows <= 64
-//   normed [rows, k]: workspace of the tensor-core path
+//   normed [rows, k]: workspace, used on tensor cores
 //   silu(g) = g / (1 + exp(-g))
-//   mapping   as norm_linear; whoever sums row j of the gate sums row j of up as well
-//   traffic   w once (the only traffic that counts), x and norm_w (on tensor cores normed) once per block from L2, y once
+//   mapping   as norm_linear; the threads that sum row j of the gate also sum row j of up
+//   traffic   w once (the only traffic that counts); x and norm_w, or on tensor cores normed, once per block
+//             from L2; y once
 //   contract  lab/ops/norm_linear_silu_mul.py          twin  triton_kernels/norm_linear_silu_mul.py
 #include "common.cuh"
 #include "core/mma_rows.cuh"
@@ -22,15 +24,16 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
   RowStream<T, C> stream(shared.stream, w, n, k);
 
   for (int b0 = 0; b0 < rows; b0 += C::B) {
-    // 2. Norm: the first weights are in flight meanwhile. Rounded to T before and after norm_w.
+    // 2. Norm: while the loads of the first weights are in flight. Rounded to T before and after norm_w.
     start_normed(stream, shared, x, norm_w, b0, rows, eps);
 
     for (; stream.more(); stream.next()) {
-      // 3. Stream: weights from DRAM into registers, x from shared memory.
+      // 3. Multiply: weights are loaded from DRAM into registers, x from shared memory.
       float acc[C::R][C::B][C::kLanes] = {}, gates[C::R * C::B], ups[C::R * C::B];
       stream.multiply(acc, 0, k, [&](int b, int col) { return load_packed<C::N>(shared.x + b * k + col); });
 
-      // 4. Reduce: over the lanes and warps that share k, in a fixed order; then up's sum moves to the gate's thread.
+      // 4. Reduce: over the lanes and warps that share k, in a fixed order; then the thread with the gate's
+      // sum receives up's.
       stream.reduce(gates, acc);
       stream.second_part(ups, gates);
 
@@ -48,18 +51,20 @@ __global__ void __launch_bounds__(C::kThreads)
   // 1. Locate: the block owns kOutputs rows of the gate and the same rows of up; its teams share k.
   MmaRows<T, C> product(smem<MmaSmem<T, C>>(), xn, w, rows, n, k);
 
-  // 2. Norm: rmsnorm's kernel has done it. The first stages of w leave before the wait for it.
+  // 2. Norm: already done by rmsnorm's kernel. The copies of the first stages of w are issued before the wait
+  // for it.
   product.start_w();
   pdl_wait();
 
-  // 3. Stream: w and x through shared memory into tensor cores.
+  // 3. Multiply: w and x pass through shared memory to the tensor cores.
   product.start_x();
   product.multiply();
 
-  // 4. Reduce: the teams' sums meet in shared memory, where the tiles were.
+  // 4. Reduce: the teams' sums are added in shared memory, where the tiles were.
   product.reduce();
 
-  // 5. Activate and store: from the float32 sums, rounded once; neighbouring threads store neighbouring outputs.
+  // 5. Activate and store: from the float32 sums, rounded once; neighbouring threads store neighbouring
+  // outputs.
   product.each_output([&](int, int r, int output, int b) {
     y[size_t(b) * n + output] = from_float<T>(activate(product.product(r, b), product.product(r + C::kOutputs, b)));
   });

@@ -1,7 +1,10 @@
-// rmsnorm: y[b,g,:] = T(x[b,g,:] * rsqrt(mean(x[b,g,:]^2) + eps)) * w, after residual += x where a residual is given
+// rmsnorm: y[b,g,:] = T(x[b,g,:] * rsqrt(mean(x[b,g,:]^2) + eps)) * w,
+// after residual += x where a residual is given
 //
-//   x, y [rows, groups, cols], stride of rows free   w [cols]   residual [rows, cols] (optional, groups = 1)
-//   mapping   one block per row, one warp for short rows; a thread keeps up to 4 vectors of the row in registers
+//   x, y [rows, groups, cols], any stride between rows   w [cols]
+//   residual [rows, cols] (optional, groups = 1)
+//   mapping   one block per row, one warp for short rows; a thread keeps up to 4 vectors of the row in
+//             registers
 //   traffic   x once, y once, w once per row (from L2 after the first); with a residual, that twice more
 //   contract  lab/ops/rmsnorm.py          twin  triton_kernels/rmsnorm.py
 #include "common.cuh"
@@ -20,19 +23,21 @@ template <typename T, int N, int Threads>
 __global__ void __launch_bounds__(Threads)
     rmsnorm_kernel(const T* x, const T* w, T* residual, T* y, int groups, int cols, int64_t x_stride, int64_t y_stride,
                    float eps) {
-  // 1. Locate: block r owns row (b, g); the row is walked in panels of kKeep vectors a thread, nearly always one panel.
+  // 1. Locate: block r owns row (b, g). It goes over the row in panels of kKeep vectors a thread; nearly
+  // always there is only one panel.
   constexpr int kPanel = kKeep * Threads * N;
   const int b = blockIdx.x / groups, g = blockIdx.x % groups;
   const int first = threadIdx.x * N;
   x += b * x_stride + int64_t(g) * cols;
   y += b * y_stride + int64_t(g) * cols;
   if (residual) residual += size_t(b) * cols;     // groups = 1 here
-  const T* source = residual ? residual : x;      // what is normalised, once the sum is in place
+  const T* source = residual ? residual : x;      // what is normalised: with a residual, the sum
   Vec<T, N> v[kKeep], weight[kKeep];
   float squares = 0.f;
 
-  // 2. Load: the weight depends on no earlier kernel, so it leaves first, and the next kernel may do the same; all
-  // vectors of a panel are in flight before one is used; the residual takes the sum, rounded to T.
+  // 2. Load: the weight depends on no earlier kernel, so its loads are issued before the wait, and the
+  // dependent kernel may launch to do the same. All vectors of a panel are in flight before one is used. The
+  // residual gets the sum, rounded to T.
   LAB_UNROLL
   for (int i = 0; i < kKeep; ++i) {
     const int col = first + i * Threads * N;
@@ -73,7 +78,8 @@ __global__ void __launch_bounds__(Threads)
   // 3. Reduce: the sum of squares in float32, over the warp and then over the block.
   const float scale = rsqrtf(block_sum<Threads>(squares, smem<RmsnormSmem>().scratch) / cols + eps);
 
-  // 4. Scale and store: round to T before the weight, as Hugging Face Llama does. Rows of one panel never left registers.
+  // 4. Scale and store: rounded to T before the weight, as in Hugging Face Llama. Rows of one panel are still
+  // in registers.
   for (int panel = 0; panel < cols; panel += kPanel) {
     LAB_UNROLL
     for (int i = 0; i < kKeep; ++i) {
@@ -103,7 +109,7 @@ void rmsnorm(const RmsnormArgs& a) {
                "rmsnorm_kernel", kernel, as<const T>(a.x), as<const T>(a.w), as<T>(a.residual), as<T>(a.y),
                a.groups, a.cols, a.x_stride, a.y_stride, a.eps);
       };
-      // A warp needs no barrier; the CPU, which runs threads one after the other, always prefers it.
+      // One warp needs no barrier; so the CPU, which runs threads one after the other, always uses one warp.
       if (cpu_shapes() || a.cols <= kKeep * 32 * N) {
         start(32, rmsnorm_kernel<T, N, 32>);
       } else {

@@ -1,6 +1,7 @@
-// rope: (x[i], x[i + D/2]) -> (x[i] cos - x[i + D/2] sin, x[i + D/2] cos + x[i] sin) for every head of q and k, in place
+// rope: (x[i], x[i + D/2]) -> (x[i] cos - x[i + D/2] sin, x[i + D/2] cos + x[i] sin)
+// for every head of q and k, in place
 //
-//   q [batch, q_heads, D]   k [batch, kv_heads, D], stride of batch free   positions [batch] int32
+//   q [batch, q_heads, D]   k [batch, kv_heads, D], any stride between sequences   positions [batch] int32
 //   cos_sin [max_positions, D] float32: D/2 cosines, then D/2 sines
 //   mapping   one thread per N neighbouring pairs; q heads first, then k heads
 //   traffic   q and k read and written once; the row of the table once per head (from L1 after the first)
@@ -25,7 +26,7 @@ LAB_DEVICE void load_floats(float (&out)[N], const float* p) {
 template <typename T, int N>
 __global__ void rope_kernel(T* q, T* k, const int* positions, const float* cos_sin, int batch, int q_heads,
                             int kv_heads, int head_dim, int64_t q_stride, int64_t k_stride) {
-  // 1. Locate: thread -> (sequence b, head h, pairs i to i + N); an idle sequence has position -1.
+  // 1. Locate: thread -> (sequence b, head h, pairs i to i + N - 1); an idle sequence has position -1.
   const int half_dim = head_dim / 2, threads_per_head = half_dim / N, heads = q_heads + kv_heads;
   const int index = blockIdx.x * blockDim.x + threadIdx.x;
   const int i = index % threads_per_head * N, h = index / threads_per_head % heads, b = index / threads_per_head / heads;
@@ -35,7 +36,7 @@ __global__ void rope_kernel(T* q, T* k, const int* positions, const float* cos_s
   if (position < 0) return;
   T* head = h < q_heads ? q + b * q_stride + h * head_dim : k + b * k_stride + (h - q_heads) * head_dim;
 
-  // 2. Load: both halves of the pairs, and their angles' cosines and sines.
+  // 2. Load: both elements of the pairs, and the cosines and sines of their angles.
   Vec<T, N> x0 = load<N>(head + i), x1 = load<N>(head + half_dim + i);
   float cosine[N], sine[N];
   load_floats(cosine, cos_sin + size_t(position) * head_dim + i);

@@ -1,7 +1,8 @@
-// rope_append_attention: q = rope(norm(q)), k = rope(norm(k)); k and v join the cache at positions[b];
+// rope_append_attention: q = rope(norm(q)), k = rope(norm(k)); k and v appended to the cache at positions;
 // out[b, h, :] = sum over tokens t <= positions[b] of softmax_t(scale * q[b, h, :] . k[t, :]) * v[t, :]
 //
-//   q [batch, q_heads, D], k, v [batch, kv_heads, D], stride of batch free   q_norm, k_norm [D] (optional)
+//   q [batch, q_heads, D], k, v [batch, kv_heads, D], any stride between sequences
+//   q_norm, k_norm [D] (optional)
 //   positions [batch] int32   cos_sin [max_positions, D] float32   out [batch, q_heads, D]
 //   caches, block_table, partial and tickets as in decode_attention
 //   mapping   as decode_attention; the block whose split holds the new token writes it and attends to it
@@ -20,10 +21,11 @@ __global__ void __launch_bounds__(A::kMaxThreads, 1)
                                  const int* positions, const float* cos_sin, PagedCache<T> cache, T* out,
                                  float* partial, unsigned* tickets, int splits, int group, int64_t q_stride, int64_t k_stride,
                                  int64_t v_stride, float scale_log2, int least) {
-  // 1. Locate: as decode_attention. What is older than the preceding kernel, which has itself waited, may be read before
-  // the wait: the position, the table and the cache, so the first tiles leave here.
+  // 1. Locate: as decode_attention. What was written before the preceding kernel began may be read before the
+  // wait for it, because that kernel has itself waited: this holds for the position, the table and the cache.
+  // So the copies of the first tiles are issued here.
   constexpr int D = A::D;
-  const int position = positions[blockIdx.z];     // negative: an idle row, which has no token at all
+  const int position = positions[blockIdx.z];     // negative: an idle row, with no tokens
   A attention(cache, splits, group, position + 1, position, least);
   if (attention.unused()) return;
   attention.start();
@@ -33,8 +35,8 @@ __global__ void __launch_bounds__(A::kMaxThreads, 1)
   const Rotation<T, D> rotation(cos_sin + size_t(max(position, 0)) * D);
   pdl_wait();
 
-  // 2. Norm and rotate the query: L lanes take a head, into shared memory for all warps; rows beyond the group are
-  // zero.
+  // 2. Norm and rotate the query: L lanes take a head and write it to shared memory, for all warps; heads
+  // beyond the group are zero.
   constexpr int L = Rotation<T, D>::L, N = Rotation<T, D>::N;
   const T* heads = q + b * q_stride + kv_head * group * D;
   for (int first = 0; first < attention.query_rows(); first += blockDim.x / L) {
@@ -43,7 +45,8 @@ __global__ void __launch_bounds__(A::kMaxThreads, 1)
     if (rotation.live && head < attention.query_rows()) store(&inputs.q[head][rotation.c * N], turned);
   }
 
-  // 3. Append the new token: the last lanes of the block that owns it write it to the cache, and keep it for its tile.
+  // 3. Append the new token: in the block that owns it, the last warp writes it to the cache, and to shared
+  // memory for its tile.
   if (attention.owns(position) && threadIdx.x >= blockDim.x - 32) {
     const bool valid = rotation.live && threadIdx.x >= blockDim.x - L;
     const int i = rotation.c * N;
@@ -60,18 +63,19 @@ __global__ void __launch_bounds__(A::kMaxThreads, 1)
   __syncthreads();
   attention.load_query(scale_log2);
 
-  // 4. Stream the tiles: cp.async fills a ring of tiles in shared memory; the new token comes from there.
+  // 4. Load the tiles: cp.async copies them into a ring of tiles in shared memory; the new token is added
+  // from there.
   for (int t = 0; t < attention.count; ++t) {
     attention.wait_for(t);
 
-    // 5. Online softmax: in registers, each part of the block for its own tokens.
+    // 5. Online softmax: in registers; each part of the block handles its own tokens.
     attention.attend(t);
   }
 
-  // 6. Publish the split: merged over the block; if it is the only one the result is final.
+  // 6. Publish the split: the block's parts are merged; if there is only one split, the result is final.
   attention.publish(out, partial);
 
-  // 7. Merge in the last block: in the order of the splits; a cluster's blocks share the work instead.
+  // 7. Merge in the last block: in the order of the splits. The blocks of a cluster share this work instead.
   attention.merge(out, partial, tickets);
 }
 

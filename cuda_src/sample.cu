@@ -2,15 +2,17 @@
 //
 //   logits [rows, vocab] float32   positions [rows] int32   out [rows] int32
 //   mapping   one block per row; thread i takes vectors i, i + threads, ... of it
-//   traffic   logits once when greedy; again for each digit of a threshold and for the draw, then mostly from L2
+//   traffic   logits once when greedy; again for each digit of a threshold and for the draw, mostly
+//             from L2
 //   contract  lab/ops/sample.py          twin  triton_kernels/sample.py
 //
-// Draw: l = logit / temperature; top-k keeps l >= the k-th largest; top-p keeps of those l >= t, the largest t whose kept
-// mass reaches top_p of theirs; the token is the argmax over the kept of l + g, g = -log(-log(u)) (the Gumbel-max trick).
+// Draw: l = logit / temperature. Top-k keeps l >= the k-th largest. Of those, top-p keeps l >= t, with the
+// largest t for which the kept mass is at least top_p of their mass. The token is the argmax over the kept of
+// l + g, where g = -log(-log(u)) (the Gumbel-max trick).
 // Noise: Philox4x32-10 (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011).
 //
-// Thresholds are found digit by digit on integers that are ordered as the floats are, with sums in integers: exact, and
-// the same in every order of additions.
+// Thresholds are found digit by digit on integers that order as the floats do, and sums are integers: this is
+// exact, and the same in every order of additions.
 #include "common.cuh"
 #include "core/candidate.cuh"
 #include "launchers.h"
@@ -20,17 +22,19 @@ using namespace lab;
 
 constexpr int kThreads = kHost ? 128 : 512;
 constexpr int kDigits = 256;                      // a key is four digits of 8 bits
-constexpr int kCopies = 8;                        // of each counter, so that a warp's lanes seldom meet in one
+// Of each counter: the lanes of a warp seldom add to the same one.
+constexpr int kCopies = 8;
 
 struct SampleSmem {
-  uint32_t low[kCopies * kDigits], high[kCopies * kDigits];  // 64-bit counters in halves: shared atomics are 32 bits wide
+  // 64-bit counters in two parts: atomics in shared memory are 32 bits wide.
+  uint32_t low[kCopies * kDigits], high[kCopies * kDigits];
   uint64_t best[kThreads / 32];
-  uint64_t above;                                 // weight of all keys above the digit that was found
+  uint64_t above;                                 // weight of all keys above the digit found
   uint64_t target;
-  uint32_t prefix;                                // digits found so far
+  uint32_t prefix;                                // the digits found so far
 };
 
-// The largest of the threads' values, for every thread.
+// The largest of the threads' values; every thread gets it.
 LAB_DEVICE uint64_t block_largest(uint64_t v, SampleSmem& s) {
   v = warp_best(v);
   __syncthreads();
@@ -47,8 +51,9 @@ LAB_DEVICE void add_weight(SampleSmem& s, uint32_t digit, uint64_t weight) {
   if (high != 0) atomicAdd(&s.high[counter], high);
 }
 
-// The largest key t for which the weights of all keys >= t add up to at least target(total weight). visit(add) must call
-// add(key, weight) for every element of this thread. All threads call it and get t.
+// Finds the largest key t for which the weights of all keys >= t sum to at least target(total weight).
+// visit(add) must call add(key, weight) for every element of this thread. All threads must call it; all get
+// t.
 template <typename Visit, typename Target>
 LAB_DEVICE uint32_t select_threshold(SampleSmem& s, Visit visit, Target target) {
   if (threadIdx.x == 0) {
@@ -63,7 +68,8 @@ LAB_DEVICE uint32_t select_threshold(SampleSmem& s, Visit visit, Target target) 
       if (shift == 24 || key >> (shift + 8) == prefix) add_weight(s, key >> shift & 255, weight);
     });
     __syncthreads();
-    // One warp finds the digit: lane i owns 8 digits, and learns the weight above them from a sum over higher lanes.
+    // One warp finds the digit: lane i owns 8 digits, and gets the weight above them from a sum over the
+    // higher lanes.
     if (threadIdx.x < 32) {
       constexpr int kOwn = kDigits / 32;
       const int lane = threadIdx.x;
@@ -84,7 +90,7 @@ LAB_DEVICE uint32_t select_threshold(SampleSmem& s, Visit visit, Target target) 
       const uint64_t total = __shfl_sync(0xffffffffu, from_here, 0);
       const uint64_t wanted = shift == 24 ? target(total) : s.target;
       uint64_t above = (shift == 24 ? 0 : s.above) + from_here - own;
-      __syncwarp();                               // all lanes have read what one of them now replaces
+      __syncwarp();                               // all lanes have read what one of them overwrites below
       if (lane == 0) s.target = wanted;
       bool found = false;
       for (int i = kOwn - 1; i >= 0; --i) {
@@ -99,7 +105,7 @@ LAB_DEVICE uint32_t select_threshold(SampleSmem& s, Visit visit, Target target) 
     __syncthreads();
   }
   const uint32_t found = s.prefix;
-  __syncthreads();                                // all have read it
+  __syncthreads();                                // all threads have read it
   return found;
 }
 
@@ -131,7 +137,8 @@ template <int N>
 __global__ void __launch_bounds__(kThreads, 1)
     sample_kernel(const float* logits, const int* positions, int* out, int vocab, float temperature, int top_k,
                   float top_p, uint64_t seed) {
-  // 1. Locate: block r owns row r. A pass over it gives f each token of this thread with its scaled logit l.
+  // 1. Locate: block r owns row r. pass(f) calls f with each token of this thread and its scaled logit
+  // l.
   auto& s = smem<SampleSmem>();
   const int row = blockIdx.x;
   logits += size_t(row) * vocab;
@@ -144,7 +151,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   };
   pdl_wait();
 
-  // 2. Greedy: the largest value, of equals the lowest index; a NaN is the largest of all, and no token.
+  // 2. Greedy: the largest value, of equals the one with the lowest index. NaN counts as the largest and
+  // gives no token.
   uint64_t best = 0;
   pass([&](int token, float l) {
     const uint64_t mine = candidate(l, token);
@@ -157,7 +165,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     return;
   }
 
-  // 3. Top-k threshold: each token weighs 1, and k of them are wanted; ties at the k-th value all stay.
+  // 3. Top-k threshold: each token weighs 1, and a weight of k is wanted; all tokens with the k-th largest
+  // value are kept.
   uint32_t lowest = 0;
   if (0 < top_k && top_k < vocab) {
     lowest = select_threshold(
@@ -166,7 +175,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         [&](uint64_t) { return uint64_t(top_k); });
   }
 
-  // 4. Top-p threshold: a token weighs exp(l - max) in units of 2^-40, and top_p of the weight that top-k left is wanted.
+  // 4. Top-p threshold: a token weighs exp(l - max) in units of 2^-40; wanted is top_p of the weight that
+  // top-k has kept.
   if (top_p < 1.f) {
     const float maximum = key_value(top);
     lowest = select_threshold(
@@ -184,7 +194,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         });
   }
 
-  // 5. Draw: the largest l + gumbel noise of the kept tokens is distributed as their softmax.
+  // 5. Draw: the argmax of l + Gumbel noise over the kept tokens is distributed as their softmax.
   best = 0;
   const uint32_t position = uint32_t(positions[row]);
   pass([&](int token, float l) {

@@ -1,7 +1,8 @@
-// Launch settings that `lab tune` measured for an op and a shape; where it measured none, a launcher goes by its rule.
+// Launch settings that `lab tune` measured for an op and a shape. Where it measured none, a launcher follows
+// its own rule.
 //
-// Plain C++, so that bindings.cpp can fill the table from cuda_src/tuned/<arch>.json. Hidden visibility keeps the GPU
-// extension's table and the host extension's apart.
+// Plain C++, so that bindings.cpp can fill the table from cuda_src/tuned/<arch>.json. Hidden visibility keeps
+// the tables of the GPU extension and of the host extension apart.
 #pragma once
 #include <map>
 #include <mutex>
@@ -13,15 +14,16 @@
 
 namespace lab {
 
-// 0 leaves a choice to the rule.
+// 0 in a field leaves the choice to the launcher's rule.
 struct Settings {
-  int share = 0;                                  // warps that share rows of w: 1, 2 or 4 (core/stream_rows.cuh)
-  int resident = 0;                               // blocks for each multiprocessor, which then walk over the outputs;
-                                                  // a number that is too large to fit gives each set of outputs its own
-  int tiles = 0;                                  // 16-row tiles of w that a block owns, up to 16 rows: 1 or 2
-                                                  // (core/mma_rows.cuh)
-  int stages = 0;                                 // of such a block with one tile: 4 or 7
-  int least = 0;                                  // tokens that a split has at least (core/mma_attention.cuh)
+  // Warps that share the same rows of w: 1, 2 or 4 (core/stream_rows.cuh).
+  int share = 0;
+  // Blocks per multiprocessor, each for several sets of outputs; with too many for that, each for one set.
+  int resident = 0;
+  int tiles = 0;                                  // up to 16 rows of x: 16-row tiles of w that a block owns,
+                                                  // 1 or 2 (core/mma_rows.cuh)
+  int stages = 0;                                 // of such a block with one tile: 4 or 7 stages
+  int least = 0;                                  // the fewest tokens of a split (core/mma_attention.cuh)
 };
 
 namespace settings __attribute__((visibility("hidden"))) {
@@ -30,11 +32,11 @@ using Shape = std::vector<int>;                   // n, k; or q_heads, kv_heads,
 using Key = std::tuple<std::string, int, Shape>;  // op, bytes of an element, shape
 
 inline std::mutex mutex;
-inline std::map<Key, std::map<int, Settings>> measured;  // by the number of rows
-inline std::map<std::string, Settings> forced;    // by op: what the tuner tries just now
+inline std::map<Key, std::map<int, Settings>> measured;  // then by number of rows
+inline std::map<std::string, Settings> forced;    // by op: what the tuner tries at the moment
 
-// The settings of the least number of rows that holds `rows` and is not 16 times as many: those of 64 rows say nothing
-// about one.
+// The settings for `rows` rows: those measured for the smallest number of rows that is at least `rows`,
+// unless it is 16 times as many or more: settings for 64 rows say nothing about one row.
 inline Settings find(const char* op, int itemsize, int rows, const Shape& of) {
   std::lock_guard<std::mutex> lock(mutex);
   if (const auto tried = forced.find(op); tried != forced.end()) return tried->second;

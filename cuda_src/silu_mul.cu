@@ -1,4 +1,5 @@
-// silu_mul: y[r, c] = T(silu(gate) * up), gate = gate_up[r, c], up = gate_up[r, cols + c], silu(g) = g / (1 + exp(-g))
+// silu_mul: y[r, c] = T(silu(gate) * up), gate = gate_up[r, c], up = gate_up[r, cols + c],
+// silu(g) = g / (1 + exp(-g))
 //
 //   gate_up [rows, 2 * cols]   y [rows, cols]     row-major
 //   mapping   one thread per vector of y
@@ -12,7 +13,7 @@ using namespace lab;
 
 template <typename T, int N>
 __global__ void silu_mul_kernel(const T* gate_up, T* y, int rows, int cols) {
-  // 1. Locate: thread -> (row r, columns c to c + N).
+  // 1. Locate: thread -> (row r, columns c to c + N - 1).
   const int vectors = cols / N;
   const int64_t index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t r = index / vectors;
@@ -20,7 +21,7 @@ __global__ void silu_mul_kernel(const T* gate_up, T* y, int rows, int cols) {
   if (r >= rows) return;
   pdl_wait();
 
-  // 2. Load: gate and up lie in the two halves of one row.
+  // 2. Load: the gate is the first half of a row, up the second.
   const T* row = gate_up + r * 2 * cols;
   const Vec<T, N> gate = load<N>(row + c), up = load<N>(row + cols + c);
   pdl_launch_dependents();

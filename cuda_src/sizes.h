@@ -1,4 +1,4 @@
-// Sizes: how a launcher cuts a problem into blocks, and the width of the accesses that a row's alignment allows.
+// Sizes: how a launcher divides a problem into blocks, and which access width the alignment of rows allows.
 #pragma once
 #include <cstdint>
 #include <cstdlib>
@@ -8,7 +8,8 @@
 #include "common.cuh"
 
 #ifndef LAB_SM90A
-#define LAB_SM90A 0                               // setup.py says 1 where it compiles code for sm_90a
+// Setup.py defines it as 1 where it compiles code for sm_90a.
+#define LAB_SM90A 0
 #endif
 
 namespace lab {
@@ -16,17 +17,17 @@ namespace lab {
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
 
-// LAB_HOST_SHAPES=gpu makes the host build take a Hopper GPU's shapes, and sm_80 those of the GPUs before, so that tests
-// and the race detector reach them without a GPU.
+// LAB_HOST_SHAPES=gpu makes the host build use the launch shapes of a Hopper GPU, and LAB_HOST_SHAPES=sm_80
+// those of older GPUs, so that tests and the race detector reach them without a GPU.
 inline bool host_takes_shapes_of(const char* gpu) {
   const char* shapes = std::getenv("LAB_HOST_SHAPES");
   return shapes && std::strcmp(shapes, gpu) == 0;
 }
 
-// True where a launcher should take the shapes that suit a CPU.
+// Whether a launcher should use the launch shapes for a CPU.
 inline bool cpu_shapes() { return kHost && !host_takes_shapes_of("gpu") && !host_takes_shapes_of("sm_80"); }
 
-// Whether the current device multiplies out of shared memory (core/wgmma.cuh), and this build has the code for it.
+// Whether the current device has wgmma (core/wgmma.cuh), and this build has the code for it.
 inline bool has_wgmma() {
 #ifdef __CUDACC__
   return LAB_SM90A && device_major() == 9;
@@ -35,8 +36,9 @@ inline bool has_wgmma() {
 #endif
 }
 
-// Rows of half precision that matrix products take on CUDA cores; more go to tensor cores. On an H100 16 rows on tensor
-// cores were faster than 4 on CUDA cores (8B's token: 6.34 and 6.51 ms); a CPU emulates tensor cores slowly.
+// The most rows of half precision that matrix products take on CUDA cores; more rows go to tensor cores. On
+// an H100 16 rows on tensor cores were faster than 4 on CUDA cores (8B's token: 6.34 and 6.51 ms). On a CPU,
+// which emulates tensor cores slowly, the limit is higher.
 inline int most_stream_rows() { return cpu_shapes() ? 8 : 2; }
 
 inline int log2_of(int power_of_two) {
@@ -48,8 +50,8 @@ inline int log2_of(int power_of_two) {
 // Blocks of `threads` threads for `items` items, one thread each.
 inline unsigned blocks_for(int64_t items, int threads) { return unsigned((items + threads - 1) / threads); }
 
-// Calls f with the elements per access as a compile-time constant: 16 bytes if every stride (in elements) is a multiple
-// of that, else one element. In f: `constexpr int N = decltype(width)::value;`
+// Calls f with the elements per access as a compile-time constant: 16 bytes if every stride (in elements) is
+// a multiple of 16 bytes, else one element. In f: `constexpr int N = decltype(width)::value;`
 template <typename T, typename F, typename... Strides>
 inline void by_width(F&& f, Strides... strides) {
   constexpr int kVector = 16 / int(sizeof(T));

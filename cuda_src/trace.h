@@ -1,8 +1,9 @@
-// Which kernels were launched: a list of names, kept only while tracing is on. And recording: launches noted in full
-// instead of run, so that a machine with no GPU can tell which instantiation a call takes, and with what shape.
+// Tracing: a list of the names of launched kernels, kept only while tracing is on. Recording: launches are
+// noted in full and not run, so that a machine without a GPU can tell which instantiation a call launches,
+// and with which configuration.
 //
-// Plain C++, so that bindings.cpp can include it too. Hidden visibility keeps the GPU extension's list and the
-// host extension's list apart when both are loaded in one process.
+// Plain C++, so that bindings.cpp can include it too. Hidden visibility keeps the lists of the GPU extension
+// and of the host extension apart when both are loaded in one process.
 #pragma once
 #include <array>
 #include <atomic>
@@ -26,7 +27,7 @@ inline void record(const char* kernel) {
   names.emplace_back(kernel);
 }
 
-// A launch that was asked for while recording. function: the kernel's address in this module (its host half).
+// A launch requested while recording. function: the address, in this module, of the kernel's host function.
 struct Launch {
   std::string kernel;
   std::uintptr_t function;
@@ -36,11 +37,11 @@ struct Launch {
   bool pdl;
 };
 
-inline std::atomic<int> recording{0};             // multiprocessors of the GPU that is pretended; 0: launches run
+inline std::atomic<int> recording{0};             // multiprocessors of the assumed GPU; 0: launches run
 inline std::atomic<int> recording_major{0};       // its major compute capability
 inline std::vector<Launch> launches;
 
-// Multiprocessors to plan for while launches are recorded, else 0.
+// Multiprocessors of the assumed GPU while launches are recorded, else 0.
 inline int recorded_multiprocessors() { return recording.load(std::memory_order_relaxed); }
 inline int recorded_major() { return recording_major.load(std::memory_order_relaxed); }
 
@@ -66,8 +67,9 @@ inline std::vector<std::string> take_trace() {
   return std::exchange(trace::names, {});
 }
 
-// From now on launches are noted and not run, as they would be on a GPU of so many multiprocessors and this major compute
-// capability (which the host build ignores: LAB_HOST_SHAPES is what it goes by); 0 ends that.
+// From now on launches are noted and not run, as on a GPU with this many multiprocessors and this major
+// compute capability (the host build ignores the latter and looks at LAB_HOST_SHAPES). 0 multiprocessors ends
+// it.
 inline void record_launches(int multiprocessors, int major) {
   std::lock_guard<std::mutex> lock(trace::mutex);
   trace::launches.clear();

@@ -1,7 +1,7 @@
-"""bandwidth: reads, copies or writes a buffer, nothing else. Its speed is the ceiling that every other kernel is held to.
+"""bandwidth: only reads, copies or writes a buffer. Its speed is the ceiling for every other kernel.
 
   src, dst  int32 [n], n a multiple of 4
-  mapping   a persistent grid; program p takes the blocks p, p + programs, ...; 8192 elements in flight a program
+  mapping   a persistent grid; program p takes the blocks p, p + programs, ..., with 8192 elements in flight
   traffic   read: bytes. copy: bytes read + bytes written. write: bytes. Times `passes`
   used by   lab/harness/ceiling.py          twin  cuda_src/bandwidth.cu
 """
@@ -22,18 +22,18 @@ def bandwidth_kernel(src, dst, n, passes, MODE: tl.constexpr, BLOCK: tl.constexp
         for first in range(tl.program_id(0) * BLOCK, n, tl.num_programs(0) * BLOCK):
             at = first + lane
             live = at < n
-            # 2. Load: read once, so it may leave the caches first. A write makes varied data up.
+            # 2. Load: read only once, so it may be evicted first. For writing, varied data are generated.
             if MODE == 2:
                 v = (at * 1640531527).to(tl.int32)
             else:
                 v = tl.load(src + at, mask=live, other=0, eviction_policy="evict_first")
-            # 3. Use: fold into registers or store.
+            # 3. Use: combine into registers, or store.
             if MODE == 0:
                 folded ^= v
             else:
                 tl.store(dst + at, v, mask=live)
     if MODE == 0:
-        # Keeps the loads alive; on random data one program in 2^32 stores.
+        # Keeps the compiler from removing the loads; on random data one program in 2^32 stores.
         all_folded = tl.xor_sum(folded, 0)
         tl.store(dst, all_folded, mask=all_folded == 0x5BD1E995)
 

@@ -13,7 +13,7 @@ _recording = None       # (architecture, list of Launch) while launches are reco
 
 
 class Launch(NamedTuple):
-    """One launch as a launcher asked for it: what the static inspector compiles without running it."""
+    """One launch as a launcher requested it, which the static inspector compiles without running it."""
     kernel: Any
     grid: tuple
     args: tuple
@@ -23,11 +23,13 @@ class Launch(NamedTuple):
 def launch(kernel, grid, *args, reads=(), **meta):
     """Run a triton.jit `kernel` over `grid`: interpreted for CPU tensors, compiled for CUDA tensors.
 
-    args[0] is a tensor and decides; the CUDA stream is torch's current one, so a launch can be captured in a graph.
-    `meta` is the kernel's constexprs and the compiler's options (num_warps, num_stages, launch_pdl ...). reads: tensors
-    that the kernel finds by addresses in memory; the interpreter lets it touch no others.
+    args[0] is a tensor and decides which. The CUDA stream is torch's current one, so a launch can be captured
+    in a graph. `meta` has the kernel's constexprs and the compiler's options (num_warps, num_stages,
+    launch_pdl ...). reads: tensors whose addresses the kernel finds in memory; the interpreter lets it access
+    no other memory.
     """
-    meta["enable_fp_fusion"] = True             # a * b + c in one instruction: not the default of every Triton release
+    # Rounds a * b + c once: not the default of every Triton release.
+    meta["enable_fp_fusion"] = True
     if _recording is not None:
         _recording[1].append(Launch(kernel, grid, args, meta))
         return
@@ -44,7 +46,7 @@ def launch(kernel, grid, *args, reads=(), **meta):
 
 
 def set_trace(on):
-    """Start (True) or stop (False) noting the name of each kernel launched."""
+    """Start (True) or stop (False) recording the name of each kernel launched."""
     global _trace
     _trace = [] if on else None
 
@@ -58,7 +60,7 @@ def take_trace():
 
 @contextlib.contextmanager
 def recording(architecture):
-    """Collect launches as they would be on `architecture` ("sm_90"), running nothing: no GPU needed.
+    """Collect launches as they would be on `architecture` ("sm_90") and run none of them: no GPU needed.
 
     with recording("sm_90") as launches: rmsnorm(...)      # launches[0].kernel, .grid, .args, .meta
     """

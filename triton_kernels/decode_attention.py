@@ -1,16 +1,18 @@
-"""decode_attention: out[b,h,:] = sum over tokens t < context_lens[b] of softmax_t(scale * q[b,h,:] . k[t,:]) * v[t,:]
+"""decode_attention: out[b,h,:] = softmax_t(scale * q[b,h,:] . k[t,:]) * v[t,:], summed over
+tokens t < context_lens[b]
 
-  q [batch, q_heads, head_dim], a view of packed qkv rows: stride(0) free   out [batch, q_heads, head_dim], contiguous
+  q [batch, q_heads, head_dim], a view of packed qkv rows with any stride(0)   out [batch, q_heads, head_dim]
   k_cache, v_cache [pages, kv_heads, page_size, head_dim]
   block_table [batch, max_pages] int32   context_lens [batch] int32
-  partial [batch, kv_heads, splits, group, head_dim + 2] float32 (sum, maximum, mass)   tickets [batch, kv_heads], zero
+  partial [batch, kv_heads, splits, group, head_dim + 2] float32 (sums, maximum, mass)
+  tickets [batch, kv_heads], zero on entry and on exit
   mapping   a program owns one split of one KV head's tokens, for all the query heads that share it
   traffic   every cached key and value once; q, partial and out are small
   contract  lab/ops/decode_attention.py          twin  cuda_src/decode_attention.cu
 
-Softmax is computed online (Milakov and Gimelshein, arXiv 1805.02867), and the splits are merged as in Flash-Decoding,
-here by whichever program of a KV head finishes last. Scores are kept in base 2: exp(x) = exp2(x * log2(e)), and exp2 is
-what the hardware has.
+Softmax is computed online (Milakov and Gimelshein, arXiv 1805.02867), and the splits are merged as in
+Flash-Decoding, here by the program of a KV head that finishes last. Scores are kept in base 2, because the
+hardware has exp2: exp(x) = exp2(x * log2(e)).
 """
 import math
 
@@ -21,8 +23,9 @@ from triton_kernels.common import config, launch
 from triton_kernels.core.split_attention import attend, load_tile, merge, merge_step, publish, split_bounds
 from triton_kernels.settings import measured
 
-# tile: tokens per step. min_rows: a group's query heads are padded to the 16 rows of a tensor-core tile. Two of the
-# num_stages cover the page lookup, which the loads of K and V depend on. float32's dots run on CUDA cores.
+# tile: tokens per step. min_rows: a group's query heads are padded to the 16 rows of a tensor-core tile. Two
+# of the num_stages hide the latency of the page lookup, on which the loads of K and V depend. float32's dots
+# run on CUDA cores.
 HALF = dict(tile=64, min_rows=16, num_warps=2, num_stages=5)
 FLOAT = dict(tile=32, min_rows=16, num_warps=8, num_stages=4)
 ANY = dict(tile=128, min_rows=1, num_warps=1)
@@ -35,8 +38,9 @@ def decode_attention_kernel(q, k_cache, v_cache, block_table, context_lens, out,
                             GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
                             PAGE: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, HEADS: tl.constexpr,
                             MERGE: tl.constexpr):
-    # 1. Locate: the length is read on the device, so one captured graph serves a growing context. Split s owns the
-    # tokens from s * chunk on; a short context leaves the last splits empty, and their programs end here.
+    # 1. Locate: the length is read on the device, so that one captured graph serves a growing context. Split
+    # s owns the tokens from s * chunk on; with a short context the last splits are empty, and their programs
+    # end here.
     split = tl.program_id(0)
     kv = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
@@ -52,8 +56,8 @@ def decode_attention_kernel(q, k_cache, v_cache, block_table, context_lens, out,
     live_out = (g < GROUP)[:, None] & in_head
     qv = tl.load(q + b * q_stride + head[:, None] * HEAD_DIM + d[None, :], mask=live_out, other=0.0)
 
-    # 3. Stream the tiles: a token finds its page in the block table. The twin writes the cp.async ring by hand; here
-    # the compiler makes it from num_stages. No other program reads these tokens: evict_first.
+    # 3. Load the tiles: a token finds its page in the block table. The twin has a hand-written cp.async ring;
+    # here the compiler makes it from num_stages. No other program reads these tokens: evict_first.
     top = tl.full([ROWS], float("-inf"), tl.float32)
     mass = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
@@ -64,11 +68,13 @@ def decode_attention_kernel(q, k_cache, v_cache, block_table, context_lens, out,
                            kv_heads=kv_heads, max_pages=max_pages, d=d, in_head=in_head, PAGE=PAGE,
                            HEAD_DIM=HEAD_DIM)
 
-        # 4. Online softmax: a new maximum shrinks what has been summed so far. Both products run on tensor cores in both
-        # languages, so the weights are rounded to T for the second one; their sum is not.
+        # 4. Online softmax: with a new maximum the sums so far are scaled down. Both matrix products run on
+        # tensor cores in both languages, so the weights are rounded to T for the second one; their sum is
+        # not.
         top, mass, acc = attend(qv, kt, vt, live, top, mass, acc, scale_log2)
 
-    # 5. Publish the split: alone, it is the result. A length of zero has no mass, and its result is zero.
+    # 5. Publish the split: if it is the only one, it is the result. With a length of zero the mass is zero,
+    # and so is the result.
     out_head = out + (b * kv_heads + kv) * (GROUP * HEAD_DIM)
     if not SPLIT:
         result = acc / tl.where(mass == 0.0, 1.0, mass)[:, None]
@@ -77,8 +83,9 @@ def decode_attention_kernel(q, k_cache, v_cache, block_table, context_lens, out,
         ticket = publish(partial, tickets, b, kv=kv, kv_heads=kv_heads, split=split, splits=splits, top=top,
                          mass=mass, acc=acc, GROUP=GROUP, ROWS=ROWS, HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D)
 
-        # 6. Merge in the last block: split by split in a fixed order, so the result does not depend on who came last.
-        # The twin merges up to 8 splits over the shared memory of a cluster of blocks, which Triton does not lend.
+        # 6. Merge in the last block: in the order of the splits, so that the result does not depend on which
+        # program finished last. The twin merges up to 8 splits through the shared memory of a cluster of
+        # blocks, to which Triton gives no access.
         if ticket == used - 1:
             merge(partial, tickets, out_head, b=b, kv=kv, kv_heads=kv_heads, splits=splits, used=used,
                   GROUP=GROUP, HEADS=HEADS, HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D, MERGE=MERGE)

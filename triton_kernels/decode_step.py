@@ -1,16 +1,18 @@
-"""decode_step: the whole decode step of one sequence in one launch: embedding, every layer, lm_head and argmax
+"""decode_step: a whole decode step of one sequence in one launch: embedding, every layer, lm_head and argmax
 
-  ids, positions, out [1] int32; out may be ids   logits [1, vocab] float32   table [layers, 10] int64: addresses
+  ids, positions, out [1] int32; out may be ids   logits [1, vocab] float32
+  table [layers, 10] int64: addresses
   k_cache, v_cache [layers, pages, kv_heads, page_size, head_dim]   block_table [1, max_pages] int32
-  h, qkv, attention, act: rows that pass from one phase to the next   counters: zero, and left at zero
-  mapping   one program per multiprocessor, all resident. Of every matrix a program has an equal share of the rows, one
-            after the other; of attention, a split of a KV head. Between two phases all wait for each other
+  h, qkv, attention, act: rows that one phase writes and the next reads   counters: zero on entry and on exit
+  mapping   one program per multiprocessor, all resident. A program has an equal share of every matrix's rows,
+            which it takes one after the other, and a split of one KV head. Between two phases every program
+            waits for all others
   traffic   every weight and the context's KV once; the rows, from L2, once per program
   contract  lab/ops/decode_step.py          twin  cuda_src/decode_step.cu
 
-What a phase multiplies depends on no other program, so its first two tiles of weights leave before the wait: the memory
-is busy while programs wait, and while they normalise. Every row is whole (BLOCK_K covers k), as is the row it is
-multiplied with; both stay in registers.
+The weights of a phase depend on no other program, so the loads of its first two tiles are issued before the
+wait: DRAM is busy while programs wait, and while they normalise. BLOCK_K covers k: a program multiplies whole
+rows of w with a whole row of x, and both stay in registers.
 """
 import math
 
@@ -27,15 +29,16 @@ from triton_kernels.rope_append_attention import angles, append_and_attend
 from triton_kernels.settings import measured, multiprocessors
 
 BARRIER, BEST, TICKET, TICKETS = map(tl.constexpr, (step_layout.BARRIER, step_layout.BEST, step_layout.TICKET, step_layout.TICKETS))
-# Places in a row of the table: LAYER of the contract.
+# Columns of `table`: LAYER of the contract.
 (ATTN_NORM, WQKV, BQKV, Q_NORM, K_NORM, WO, BO, MLP_NORM, W_GATE_UP, W_DOWN) = map(tl.constexpr, range(10))
 LAYER = tl.constexpr(len(step_layout.LAYER))
 LOW_31_BITS = tl.constexpr(2147483647)
 
-# elements: of a tile of weights: 32 KiB, 32 registers a thread, and two tiles are on their way. An H100 wants about 32
-# KiB in flight from a multiprocessor, an A100 20; what is more lasts while programs wait. All of a multiprocessor's
-# registers are the one program's, of 8 warps: with 16, what every thread has to know would take twice the room, and
-# spill. tile, min_rows: as in rope_append_attention. splits: of a KV head; without it, what the programs allow.
+# elements: of a tile of weights: 32 KiB, which are 32 registers a thread; two tiles are in flight. An H100
+# needs about 32 KiB in flight in each multiprocessor, an A100 20; the rest covers the waits. A program of 8
+# warps has all registers of a multiprocessor; with 16 warps, the values that every thread keeps would take
+# twice as many registers, and spill. tile, min_rows: as in rope_append_attention. splits: of a KV head; if
+# not given, as many as there are programs for.
 HALF = dict(elements=1 << 14, tile=64, min_rows=16, num_warps=8, num_stages=5)
 CPU = dict(elements=1 << 18, tile=32, min_rows=1, num_warps=1, programs=2, splits=4)
 CONFIGS = {"sm_90": HALF, "sm_80": dict(HALF, elements=1 << 13), "interpreter": CPU}
@@ -43,30 +46,30 @@ CONFIGS = {"sm_90": HALF, "sm_80": dict(HALF, elements=1 << 13), "interpreter": 
 
 @triton.jit
 def arrive(counters, target):
-    """Says that this program has stored what it had to store. Returns how many arrivals the next wait waits for."""
+    """Tells that this program has stored its results. Returns how many arrivals the next wait must see."""
     tl.debug_barrier()                                  # every thread's stores come before the arrival
-    # Nobody asks what the counter was, so this is a reduction, and no thread waits for its answer.
+    # The result is not used, so this compiles to a reduction, and no thread waits for an answer.
     tl.atomic_add(counters + BARRIER, 1, sem="release", scope="gpu")
     return target + tl.num_programs(0)
 
 
 @triton.jit
 def wait(counters, target):
-    """Until all have arrived. One thread asks and tells the others. Its acquire empties the L1, too: plain loads read
-    what other multiprocessors have written."""
+    """Waits until all programs have arrived: one thread polls for all. The acquire also invalidates the L1,
+    so that ordinary loads read what other multiprocessors have written."""
     while tl.atomic_add(counters + BARRIER, 0, sem="acquire", scope="gpu") < target:
         pass
 
 
 @triton.jit
 def tensor_at(table, part: tl.constexpr, like):
-    """A layer's tensor, of the type of the pointer `like`."""
+    """The address of a layer's tensor, as a pointer of the type of `like`."""
     return tl.multiple_of(tl.load(table + part).to(like.dtype), 16)
 
 
 @triton.jit
 def load_added(bias, residual, column, end):
-    """What a tile's sums are added to. Nobody else writes these outputs, so they may be read before a wait."""
+    """What a tile's sums are added to. No other program writes it, so it may be read before a wait."""
     b = tl.zeros(column.shape, tl.float32)
     r = tl.zeros(column.shape, tl.float32)
     if bias is not None:
@@ -79,9 +82,11 @@ def load_added(bias, residual, column, end):
 @triton.jit
 def product(counters, target, x, norm_w, eps, w, bias, residual, y, n, K: tl.constexpr, BLOCK_N: tl.constexpr,
             BLOCK_K: tl.constexpr, PAIRS: tl.constexpr = False, ARGMAX: tl.constexpr = False):
-    """y[j] = xn . w[j] (+ bias[j]) (+ residual[j]), with PAIRS y[j] = silu(xn . w[j]) * (xn . w[n + j]), for this
-    program's share of n outputs; xn is x, or its norm. With ARGMAX it returns its best outputs and their indices, as
-    [1, BLOCK_N]. What is None is left out."""
+    """y[j] = xn . w[j] (+ bias[j]) (+ residual[j]) for this program's share of n outputs; xn: x or its norm.
+
+    With PAIRS y[j] = silu(xn . w[j]) * (xn . w[n + j]). With ARGMAX it returns its best outputs and their
+    indices, [1, BLOCK_N]. Optional arguments may be None.
+    """
     PARTS: tl.constexpr = 2 if PAIRS else 1
     EVEN_K: tl.constexpr = K == BLOCK_K
     first = (tl.program_id(0) * n) // tl.num_programs(0)
@@ -92,7 +97,7 @@ def product(counters, target, x, norm_w, eps, w, bias, residual, y, n, K: tl.con
     left = end - first
     col = tl.arange(0, BLOCK_K)[None, None, :]
 
-    # A tile's rows are at constant distances from w, so that one register holds the address of all.
+    # The rows of a tile are at constant distances from w, so that one register holds all their addresses.
     w += first.to(tl.int64) * K
     tile = load_rows(w, row, i < PARTS * left, col, K, EVEN_K)
     ahead = load_rows(w + BLOCK_N * K, row, i < PARTS * (left - BLOCK_N), col, K, EVEN_K)
@@ -128,7 +133,7 @@ def product(counters, target, x, norm_w, eps, w, bias, residual, y, n, K: tl.con
 @triton.jit
 def first_tile(k_cache, v_cache, block_table, position, item, splits, kv_heads, max_pages, HEAD_DIM: tl.constexpr,
                BLOCK_D: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr):
-    """Bounds of split item % splits, and its first keys and values of KV head item / splits; zeros past the last."""
+    """Bounds of split item % splits, and its first tile of KV head item / splits; zeros past the last."""
     begin, end, used = split_bounds(position + 1, item % splits, splits, TILE)
     d = tl.arange(0, BLOCK_D)
     token = begin + tl.arange(0, TILE)
@@ -149,8 +154,8 @@ def decode_step_kernel(embed, ids, positions, table, final_norm, lm_head, cos_si
                        BLOCK_HIDDEN: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_MIDDLE: tl.constexpr,
                        N_QKV: tl.constexpr, N_O: tl.constexpr, N_GATE: tl.constexpr, N_DOWN: tl.constexpr,
                        N_HEAD: tl.constexpr):
-    # 1. Locate: the residual stream starts as a row of embed. An id outside the vocabulary turns everything to NaN, by
-    # the first norm.
+    # 1. Locate: the residual starts as a row of embed. A token id outside the vocabulary turns everything to
+    # NaN, from the first norm on.
     position = tl.load(positions)
     if position < 0:
         return
@@ -162,19 +167,20 @@ def decode_step_kernel(embed, ids, positions, table, final_norm, lm_head, cos_si
     KV: tl.constexpr = KV_HEADS * HEAD_DIM
     cosine, sine = angles(cos_sin, position, tl.arange(0, BLOCK_D), HEAD_DIM)
 
-    # 2. Send: the twin has a thread that sends for the weights of all phases. Here each phase loads two tiles into
-    # registers, and then waits for `target` arrivals (see product); the first waits for none.
+    # 2. Load ahead: the twin has a thread that copies the weights of all phases ahead. Here each phase issues
+    # the loads of two tiles into registers and then waits for `target` arrivals (see product()); the first
+    # phase waits for none.
     target = 0
 
-    # 3. Layers: norm and qkv, attention, o, norm and gate and up, down, each at an end when all have arrived; then the
-    # logits, of which a program keeps its best.
+    # 3. Layers: norm and qkv, attention, o, norm and gate and up, down; each phase ends when all programs
+    # have arrived. Then the logits, of which a program keeps its best.
     for _ in range(layers):
         product(counters, target, x=residual, norm_w=tensor_at(table, ATTN_NORM, embed), eps=eps,
                 w=tensor_at(table, WQKV, embed), bias=tensor_at(table, BQKV, embed) if HAS_BQKV else None,
                 residual=None, y=qkv, n=Q + 2 * KV, K=HIDDEN, BLOCK_N=N_QKV, BLOCK_K=BLOCK_HIDDEN)
         target = arrive(counters, target)
 
-        # A program has a split of a KV head, or none; where KV heads outnumber programs, several.
+        # A program has one split of a KV head, or none; where there are more KV heads than programs, several.
         q_norm = tensor_at(table, Q_NORM, embed)
         k_norm = tensor_at(table, K_NORM, embed)
         item = tl.program_id(0)
@@ -199,7 +205,7 @@ def decode_step_kernel(embed, ids, positions, table, final_norm, lm_head, cos_si
                                                   HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D, PAGE=PAGE, TILE=TILE)
         target = arrive(counters, target)
 
-        # The first layer adds to the row of embed, the others to h.
+        # In the first layer the residual is the row of embed, in the others h.
         product(counters, target, x=attention, norm_w=None, eps=eps, w=tensor_at(table, WO, embed),
                 bias=tensor_at(table, BO, embed) if HAS_BO else None, residual=residual, y=h, n=HIDDEN, K=Q,
                 BLOCK_N=N_O, BLOCK_K=BLOCK_HEADS)
@@ -225,8 +231,9 @@ def decode_step_kernel(embed, ids, positions, table, final_norm, lm_head, cos_si
     best = tl.max(tl.reshape(best, [1]), axis=0)
     index = tl.max(tl.reshape(index, [1]), axis=0)
 
-    # 4. Argmax in the last block: a logit and its index become one integer, larger for a larger logit, then for a lower
-    # index (keep_best makes NaN infinity at -1). The counters are left at zero: all programs are past the last wait.
+    # 4. Argmax in the last block: a logit and its index become one integer, which is larger for a larger
+    # logit, and for equal ones for a lower index (keep_best turns NaN into infinity with index -1). The
+    # counters are reset to zero, which is safe because all programs have passed their last wait.
     bits = best.to(tl.int32, bitcast=True)
     ordered = tl.where(bits < 0, ~bits, bits | (-2147483647 - 1)).to(tl.uint32, bitcast=True).to(tl.int64)
     top = (counters + BEST).to(tl.pointer_type(tl.int64))
@@ -241,7 +248,7 @@ def decode_step_kernel(embed, ids, positions, table, final_norm, lm_head, cos_si
 
 
 def decode_step(ids, positions, model, k_cache, v_cache, block_table, logits, workspace, out):
-    """Launch one program per multiprocessor; a settings' `per_multiprocessor` or `programs` changes it."""
+    """Launch one program per multiprocessor; the settings `per_multiprocessor` or `programs` change that."""
     m, w, embed = model, workspace, model.embed
     (vocab, hidden), middle, kv_heads, head_dim, page_size = (m.lm_head.shape, m.intermediate, m.kv_heads, m.head_dim,
                                                               k_cache.shape[3])
@@ -254,7 +261,7 @@ def decode_step(ids, positions, model, k_cache, v_cache, block_table, logits, wo
     layer = m.layers[0]
 
     def rows(n, k, parts=1):
-        """BLOCK_N: what fits into a tile, and no more than a program's share."""
+        """BLOCK_N: as many rows as fit into a tile, but no more than a program's share."""
         return min(max(cfg["elements"] // (parts * triton.next_power_of_2(k)), 1),
                    triton.next_power_of_2(triton.cdiv(n, programs)))
 

@@ -19,7 +19,7 @@ CONFIGS = {
 
 @triton.jit
 def embedding_kernel(ids, table, out, rows, cols, vocab, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    # 1. Locate: an id outside the vocabulary gives a row of NaN: loud, and no fault.
+    # 1. Locate: an id outside the vocabulary gives a row of NaN, which is noticed, and no invalid access.
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
     live = (row < rows)[:, None] & (col < cols)

@@ -1,24 +1,29 @@
-"""Run a Triton kernel on the CPU, one launch at a time, in a process that can also compile.
+"""Run a Triton kernel on the CPU, one launch at a time, in a process that can also compile kernels.
 
-Triton ships an interpreter (NumPy arrays instead of registers), but TRITON_INTERPRET=1 switches the whole process over
-before `import triton`, and its bfloat16 is wrong. Here the interpreter is chosen per launch, and repaired:
+Triton has an interpreter (with NumPy arrays instead of registers), but TRITON_INTERPRET=1 switches the whole
+process to it before `import triton`, and its bfloat16 is wrong. Here the interpreter is chosen per launch,
+and corrected:
 
-  bfloat16   NumPy has no such type: the values are uint16 bit patterns. The stock interpreter truncates where the
-             hardware rounds to nearest even, and its arithmetic, comparisons, reductions and dots work on the patterns
-             as integers. Here each of them widens to float32, computes, and rounds once.
-  NumPy 2    refuses int() of a one-element array, which Triton 3.6 relies on for `range(tensor)`, and -1 as an unsigned
-             number, which `~x` relies on.
-  overflow   the check that Triton adds to each integer operation only reports in debug builds on a GPU; it is off here
-             too, or one address would cost ten operations.
-  memory     a load is one NumPy gather (the stock one walks the elements at 16 ns each), and an address outside every
-             tensor of the launch is an error that says so, instead of a crash or of silent garbage.
+  bfloat16   NumPy has no such type: the values are uint16 bit patterns. Triton's own interpreter truncates
+  where the
+             hardware rounds to nearest even, and its arithmetic, comparisons, reductions and dots treat the
+             patterns as integers. Here each of them widens to float32, computes, and rounds once.
+  NumPy 2    rejects int() of a one-element array, which Triton 3.6 needs for `range(tensor)`, and -1 as an
+  unsigned
+             number, which `~x` needs.
+  overflow   the check that Triton adds to each integer operation only reports in debug builds on a GPU; it is
+  off
+             here too, because with it one address would cost ten operations.
+  memory     a load is one NumPy gather (Triton's own goes through the elements at 16 ns each), and an address
+  outside
+             every tensor of the launch is an error that says so, not a crash or silent garbage.
 
-`tl` is one module for both worlds, so it is patched for the length of one launch, under a lock; nothing is changed for
-good. Do not compile a kernel in one thread while another one interprets.
+`tl` is one module for compiling and interpreting, so it is patched only during a launch, under a lock. Do not
+compile a kernel in one thread while another thread interprets.
 
-Programs run one after another, so races stay invisible and a program that waits for a later one hangs; but those of a
-cooperative launch take turns, and hand over where they wait. A `tl` operation costs tens of microseconds per program
-whatever its size: launch few programs with large blocks.
+Programs run one after another, so races are not noticed, and a program that waits for a later one hangs. The
+programs of a cooperative launch take turns instead, and change where they wait. A `tl` operation costs tens
+of microseconds per program whatever its size: launch few programs with large blocks.
 """
 import ast
 import contextlib
@@ -62,7 +67,8 @@ _NP_DTYPES = {t.name: np.dtype(n) for t, n in (
 
 
 def _np_dtype(type):
-    """What holds a value of a Triton type; pointers are uint64, bfloat16 and the 8-bit floats are bit patterns."""
+    """The NumPy type for a Triton type: pointers are uint64, bfloat16 and the 8-bit floats are bit
+    patterns."""
     return _NP_DTYPES.get(type.scalar.name) or _NP_DTYPES["uint64"]
 
 
@@ -79,7 +85,7 @@ def _narrow(handle):
 
 
 class Builder(stock.InterpreterBuilder):
-    """The stock operations, with those that go wrong on bfloat16 replaced."""
+    """Triton's own operations, with those that are wrong for bfloat16 replaced."""
 
     def __init__(self):
         super().__init__()
@@ -91,7 +97,8 @@ class Builder(stock.InterpreterBuilder):
 
     def get_all_ones_value(self, type):
         dtype = _np_dtype(type)
-        if dtype.kind == "u":                                   # ~x of an unsigned x: NumPy refuses -1 as one
+        # ~x of an unsigned x: NumPy rejects -1 as an unsigned number.
+        if dtype.kind == "u":
             return TensorHandle(np.full(1, np.iinfo(dtype).max, dtype), type.scalar)
         return super().get_all_ones_value(type)
 
@@ -116,7 +123,8 @@ class Builder(stock.InterpreterBuilder):
         return _narrow(super().unary_op(_widen(arg), op)) if _is_bf16(arg) else super().unary_op(arg, op)
 
     def ternary_op(self, lhs, rhs, other, op):
-        if op is np.where or not _is_bf16(other):               # a select moves patterns: nothing to repair
+        # A select moves bit patterns: nothing to correct.
+        if op is np.where or not _is_bf16(other):
             return super().ternary_op(lhs, rhs, other, op)
         return _narrow(super().ternary_op(_widen(lhs), _widen(rhs), _widen(other), op))
 
@@ -137,7 +145,7 @@ class Builder(stock.InterpreterBuilder):
     # -- memory --
 
     def set_tensors(self, tensors):
-        """The launch's arguments: what the programs may touch."""
+        """Sets the launch's arguments: the memory that the programs may access."""
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         self.starts = np.array(sorted(storages), dtype=np.uint64)
         self.ends = np.array([start + storages[start] for start in sorted(storages)], dtype=np.uint64)
@@ -171,7 +179,8 @@ class Builder(stock.InterpreterBuilder):
         dtype = _np_dtype(element)
         live = None if mask is None or mask.data.all() else mask.data
         addresses = ptrs.data
-        if live is not None:                                    # a masked lane reads what the first live lane reads
+        # A masked lane reads what the first live lane reads.
+        if live is not None:
             if not live.any():
                 return TensorHandle(np.array(_fill(other, live.shape, dtype)), element)
             addresses = np.where(live, addresses, addresses.flat[live.argmax()])
@@ -201,7 +210,7 @@ def _fill(other, shape, dtype):
 
 
 class _Memory:
-    """The process's memory from an address on, as a NumPy array."""
+    """The memory of this process from an address on, as a NumPy array."""
 
     def __init__(self, address, count, dtype):
         self.__array_interface__ = dict(version=3, data=(int(address), True), shape=(count,), typestr=dtype.str)
@@ -217,7 +226,8 @@ class Semantic(TritonSemantic):
 
     def broadcast_impl_value(self, lhs, rhs):
         if lhs.type == rhs.type or not (lhs.type.is_block() or rhs.type.is_block()):
-            return lhs, rhs                                     # most operations, and much quicker than finding out
+            # Most operations: much faster than finding out.
+            return lhs, rhs
         return super().broadcast_impl_value(lhs, rhs)
 
 
@@ -228,7 +238,7 @@ SEMANTIC = Semantic(BUILDER)
 # ---- the language, patched for the length of a launch ---------------------------------------------------------------
 
 def _interpreted_builtin(member):
-    """A tl builtin needs to be told who builds its operations; the compiler does it with `_semantic`."""
+    """Passes a tl builtin the object that builds its operations; the compiler does it with `_semantic`."""
     @functools.wraps(member)
     def call(*args, **kwargs):
         kwargs["_semantic"] = SEMANTIC
@@ -250,12 +260,12 @@ def _reduction(apply):
 
 
 class _Patches:
-    """What the stock interpreter would set on `tl`, collected once instead of at each launch."""
+    """What Triton's own interpreter would set on `tl`, collected once instead of at each launch."""
 
     def __init__(self):
         self.values = {}
 
-    def set_attr(self, owner, name, value):             # the name that the stock patchers call
+    def set_attr(self, owner, name, value):             # the name that Triton's own patchers call
         self.values[(owner, name)] = value
 
     def builtins(self, owner):
@@ -275,7 +285,7 @@ def _patches():
         patches.set_attr(module, "reduce", _reduction(stock.ReduceOps))
         patches.set_attr(module, "associative_scan", _reduction(stock.ScanOps))
     patches.builtins(tl.math)
-    patches.set_attr(stock, "_get_np_dtype", _np_dtype)         # the stock one builds a dict at each call
+    patches.set_attr(stock, "_get_np_dtype", _np_dtype)         # Triton's own builds a dict at each call
     patches.builtins(tl.core.tensor_descriptor_base)
     patches.set_attr(tl.core.tensor, "__index__", lambda t: int(t.handle.data.item()))
     for jitted in (JITFunction, InterpretedFunction):   # a kernel calls another jit function
@@ -288,8 +298,8 @@ _lock = threading.RLock()
 
 @contextlib.contextmanager
 def interpreting():
-    """Inside, calling `tl` functions computes with NumPy. Restores the language on the way out."""
-    with _lock, np.errstate(all="ignore"):              # overflow and 0/0 are defined results on a GPU, not mistakes
+    """A context in which `tl` functions compute with NumPy; the language is restored at its end."""
+    with _lock, np.errstate(all="ignore"):              # overflow and 0/0 are defined on a GPU
         knob = triton.knobs.runtime.interpret
         try:
             triton.knobs.runtime.interpret = True
@@ -308,7 +318,7 @@ def interpreting():
 # ---- the kernel's source, rewritten once -----------------------------------------------------------------------------
 
 class _TensorAssignments(ast.NodeTransformer):
-    """`x = value` becomes `x = to_tensor(value)`: in a kernel a number is a tensor too."""
+    """`x = value` becomes `x = to_tensor(value)`, because in a kernel a number is a tensor too."""
 
     def visit_Assign(self, node):
         self.generic_visit(node)
@@ -328,8 +338,10 @@ def _rewritten(fn):
 
 
 class _Turns:
-    """Runs programs that wait for each other, a thread each. One runs at a time, until it ends or looks at a counter
-    without changing it (an atomic addition of 0): then the next one has its turn."""
+    """Runs programs that wait for each other, each in a thread of its own, one at a time.
+
+    A program runs until it ends or polls a counter (an atomic addition of 0); then the next one has its turn.
+    """
 
     def __init__(self, call, programs):
         self.call, self.error, self.looks = call, None, 0
@@ -342,7 +354,7 @@ class _Turns:
         for thread in threads:
             thread.start()
         while self.may_run:
-            for program in tuple(self.may_run):                 # in an error's wake each ends at its turn
+            for program in tuple(self.may_run):                 # after an error each program ends at its turn
                 BUILDER.set_grid_idx(*program)
                 self.may_run[program].release()
                 self.handed_over.acquire()
@@ -381,9 +393,10 @@ def _parameters(fn):
 def run(kernel, grid, args, meta, reads=()):
     """Interpret `kernel` (a triton.jit function) over `grid` (up to three ints) on CPU tensors and numbers.
 
-    reads: tensors that it finds by addresses in memory. With launch_cooperative_grid programs may wait for each other;
-    other keywords in `meta` that are no parameters of the kernel (num_warps, launch_pdl ...) are for the compiler only.
-    Raises RuntimeError naming the kernel and the program for whatever goes wrong inside.
+    reads: tensors whose addresses the kernel finds in memory. With launch_cooperative_grid programs may wait
+    for each other; other keywords in `meta` that are no parameters of the kernel (num_warps, launch_pdl ...)
+    are ignored, as they are for the compiler only. Raises RuntimeError with the kernel and the program for
+    any error inside.
     """
     parameters = _parameters(kernel.fn)
     values = dict(zip(parameters, args, strict=False))
@@ -426,7 +439,8 @@ def run(kernel, grid, args, meta, reads=()):
 
 @contextlib.contextmanager
 def launches_interpreted():
-    """Meanwhile kernel[grid](...) on CPU tensors is interpreted; of an autotuned kernel, under its first configuration."""
+    """Within it kernel[grid](...) on CPU tensors is interpreted; an autotuned kernel uses its first
+    configuration."""
     def launcher(kernel, grid):
         return lambda *args, **meta: launch(kernel, grid, args, meta)
 
@@ -442,7 +456,7 @@ def launches_interpreted():
 
 
 def launch(kernel, grid, args, meta):
-    """Interprets a kernel with the decorators that may stand round triton.jit's: autotune and heuristics."""
+    """Interprets a kernel that has decorators around triton.jit's: autotune and heuristics."""
     meta, hooks = dict(meta), []
     while not isinstance(kernel, JITFunction):
         if isinstance(kernel, Autotuner):

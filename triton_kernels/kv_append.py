@@ -1,6 +1,7 @@
-"""kv_append: k_cache[block_table[b, p // page_size], h, p % page_size, :] = k[b,h,:], p = positions[b]; v likewise
+"""kv_append: k_cache[block_table[b, p // page_size], h, p % page_size, :] = k[b,h,:], p = positions[b];
+v likewise
 
-  k, v [batch, kv_heads, head_dim], views of packed qkv rows: stride(0) free
+  k, v [batch, kv_heads, head_dim], views of packed qkv rows with any stride(0)
   k_cache, v_cache [pages, kv_heads, page_size, head_dim]
   block_table [batch, max_pages] int32   positions [batch] int32
   mapping   a program owns ROWS heads, counted through the heads of every batch entry
@@ -29,7 +30,8 @@ def kv_append_kernel(k, v, k_cache, v_cache, block_table, positions, rows, kv_he
     d = tl.arange(0, BLOCK)[None, :]
     source = (head * HEAD_DIM)[:, None] + d
 
-    # 2. Find the slot: row p % page_size of page p / page_size. A negative position marks an idle row: skipped.
+    # 2. Find the slot: row p % page_size of page p / page_size. An idle row has a negative
+    # position and is skipped.
     position = tl.load(positions + b, mask=row < rows, other=-1)
     live = position >= 0
     page = tl.load(block_table + b * max_pages + position // PAGE, mask=live, other=0).to(tl.int64)

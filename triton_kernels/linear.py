@@ -1,13 +1,16 @@
 """linear: y[b,n] = sum_k x[b,k] * w[n,k] (+ bias[n]), accumulated in float32, rounded once
 
-  x [rows, k], rows 1..64   w [n, k]   bias [n] or None   y [rows, n] of x's dtype or float32     row-major, contiguous
+  x [rows, k], rows 1..64   w [n, k]   bias [n] or None   y [rows, n] of x's dtype or float32
+  all row-major and contiguous
   mapping   a program owns BLOCK_N rows of w for every row of x, and walks along k
-  traffic   w once whatever the batch (it is everything: 2nk bytes in bfloat16); x from L2, once per program; y once
+  traffic   w once whatever the batch (nearly all of it: 2nk bytes in bfloat16); x from L2, once per program;
+            y once
   contract  lab/ops/linear.py          twin  cuda_src/linear.cu
 
-Two ways to multiply, chosen by the launcher: up to a few rows, plain float32 arithmetic on the loaded weights; above,
-where the arithmetic would outlast the memory, the tensor cores, with w as the left operand (its rows fill the tile that
-a small batch cannot) and x transposed as the right one, padded to BLOCK_B columns.
+The launcher chooses one of two ways to multiply. For few rows: plain float32 arithmetic on the loaded
+weights. For more rows, where that arithmetic would take longer than the loads: tensor cores, with w as the
+left operand (its rows fill the tile, which a small batch cannot) and x transposed as the right one, padded to
+BLOCK_B columns.
 """
 import functools
 
@@ -17,10 +20,11 @@ import triton.language as tl
 from triton_kernels.common import architecture, config, launch
 from triton_kernels.settings import measured
 
-# sum_rows: the most rows of x that the plain path takes. Per path a list of (most rows, largest n, settings); the first
-# that fits is taken. Small n wants small tiles, so that every SM has a program; more rows want wider ones, because each
-# program reads all of x. STAGES tiles are in flight through shared memory; with 1, loads go straight to registers. A
-# warp of the plain path reads 512 bytes of a row at a time.
+# sum_rows: the most rows of x that the plain path takes. Each path has a list of (most rows, largest n,
+# settings), of which the first that fits is taken. Small n needs small tiles, so that every multiprocessor
+# has a program; more rows need larger ones, because each program reads all of x. STAGES tiles are in flight
+# through shared memory; with 1, loads go directly to registers. A warp of the plain path reads 512 bytes of a
+# row at a time.
 ANY = 1 << 31
 SM_80 = {
     "sum_rows": 4,
@@ -39,9 +43,9 @@ def linear_kernel(x, w, bias, y, rows, n, k,
                   DOT: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
                   BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
                   STAGES: tl.constexpr, UNROLL: tl.constexpr):
-    # 1. Locate: BLOCK_N rows of w; rows past the end read row 0 again, which is cheaper than a mask, and store nothing.
-    # The plain path has three-dimensional addresses [batch, n, k]: so both loads and the sum share one layout, and
-    # nothing moves between threads inside the loop.
+    # 1. Locate: BLOCK_N rows of w. Rows past the end read row 0 again, which is cheaper than a mask, and
+    # store nothing. The plain path has three-dimensional addresses [batch, n, k], so that both loads and the
+    # sum have the same layout and no data move between threads inside the loop.
     b = tl.arange(0, BLOCK_B)
     out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     col = tl.arange(0, BLOCK_K)
@@ -54,8 +58,9 @@ def linear_kernel(x, w, bias, y, rows, n, k,
         w_at, x_at, col = w_row[None, :, None], x_row[:, None, None], col[None, None, :]
         acc = tl.zeros([BLOCK_B, BLOCK_N, BLOCK_K], tl.float32)
 
-    # 2. Stream: w is read once and never again (evict_first), x by every program (evict_last). The twin has a kernel
-    # for each path, with its own cp.async ring for the tensor cores; here the compiler makes the ring from num_stages.
+    # 2. Multiply: w is read only once (evict_first), x by every program (evict_last). The twin has a kernel
+    # for each path, and a hand-written cp.async ring for tensor cores; here the compiler makes the ring from
+    # num_stages.
     for k0 in tl.range(0, k, BLOCK_K, num_stages=STAGES, loop_unroll_factor=UNROLL):
         at = k0 + col
         if EVEN_K:
@@ -69,13 +74,14 @@ def linear_kernel(x, w, bias, y, rows, n, k,
         else:
             acc += wv.to(tl.float32) * xv.to(tl.float32)
 
-    # 3. Reduce: a lane has summed its own columns; one reduction at the end adds the lanes. A dot has done so already.
+    # 3. Reduce: each lane has summed its own columns; one reduction at the end adds the lanes. A dot
+    # has already done it.
     if DOT:
         total = tl.trans(acc)
     else:
         total = tl.sum(acc, axis=2)
 
-    # 4. Store: bias in float32, one rounding.
+    # 4. Store: bias added in float32, rounded once.
     if HAS_BIAS:
         total += tl.load(bias + out, mask=out < n, other=0.0).to(tl.float32)[None, :]
     where = y + b.to(tl.int64)[:, None] * n + out[None, :]
@@ -84,8 +90,11 @@ def linear_kernel(x, w, bias, y, rows, n, k,
 
 @functools.lru_cache(maxsize=None)
 def _interpreter_tile(depth, n, k):
-    """BLOCK_N, BLOCK_K with the least interpreted time for `depth` rows of x in a tile. Costs as measured: 1.5 ms a
-    program, 0.5 ms an iteration, 5 ns an element (8 when masked), for up to 2^17 elements, which stay in the cache."""
+    """BLOCK_N and BLOCK_K with the least time in the interpreter for `depth` rows of x in a tile.
+
+    Measured costs: 1.5 ms a program, 0.5 ms an iteration, 5 ns an element (8 when masked), for tiles of up to
+    2^17 elements, which stay in the cache.
+    """
     def cost(tile):
         block_n, block_k = tile
         programs, steps = triton.cdiv(n, block_n), triton.cdiv(k, block_k)

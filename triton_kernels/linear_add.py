@@ -1,12 +1,15 @@
-"""linear_add: residual[b,n] += sum_k x[b,k] * w[n,k] (+ bias[n]), accumulated in float32, rounded once, in place
+"""linear_add: residual[b,n] += sum_k x[b,k] * w[n,k] (+ bias[n]), in place;
+accumulated in float32, rounded once
 
   x [rows, k], rows 1..64   w [n, k]   bias [n] or None   residual [rows, n]     row-major, contiguous
   mapping   a program owns BLOCK_N rows of w for every row of x, and walks along k
-  traffic   w once whatever the batch (it is everything); x from L2, once per program; residual read and written once
+  traffic   w once whatever the batch (nearly all of it); x from L2, once per program; residual read and
+            written once
   contract  lab/ops/linear_add.py          twin  cuda_src/linear_add.cu
 
-Two kernels, as in norm_linear: float32 arithmetic for a few rows, tensor cores for more. These products have few
-outputs and long rows, so where BLOCK_K covers k, all of a program's weights are in registers before the wait.
+Two kernels, as in norm_linear: float32 arithmetic for few rows, tensor cores for more. These matrices have
+few outputs and long rows, so where BLOCK_K covers k, all of a program's weights are loaded into registers
+before the wait.
 """
 import triton
 import triton.language as tl
@@ -32,16 +35,16 @@ CONFIGS = {"sm_90": SM_80, "sm_80": SM_80, "interpreter": {"sum_rows": 4}}
 def linear_add_kernel(x, w, bias, residual, rows, n, k, PDL: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr,
                       WHOLE_ROW: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
                       UNROLL: tl.constexpr):
-    # 1. Locate: BLOCK_N rows of w. Addresses are [batch, n, k], so that all loads and the sum share one layout, and
-    # nothing moves between threads inside the loop.
+    # 1. Locate: BLOCK_N rows of w. Addresses are [batch, n, k], so that all loads and the sum have the same
+    # layout and no data move between threads inside the loop.
     b = tl.arange(0, BLOCK_B)[:, None, None]
     out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :, None]
     col = tl.arange(0, BLOCK_K)[None, None, :]
     live = (b < rows) & (out < n)
     x_row = x + tl.where(b < rows, b, 0) * k
 
-    # 2. Stream: the first weights leave before the wait; what they are added to is loaded after it and long before its
-    # use.
+    # 2. Multiply: the loads of the first weights are issued before the wait for the preceding kernel. What
+    # the sums are added to is loaded after it, long before its use.
     tile = load_rows(w, out, out < n, col, k, EVEN_K)
     wait_for_inputs(PDL)
     target = residual + b.to(tl.int64) * n + out
@@ -58,7 +61,7 @@ def linear_add_kernel(x, w, bias, residual, rows, n, k, PDL: tl.constexpr, HAS_B
                 xv = tl.load(x_row + at, mask=at < k, other=0.0, eviction_policy="evict_last")
             acc += tile.to(tl.float32) * xv.to(tl.float32)
 
-    # 3. Reduce: a lane has summed its own columns; one reduction at the end adds the lanes and warps.
+    # 3. Reduce: each lane has summed its own columns; one reduction at the end adds the lanes and warps.
     total = tl.sum(acc, axis=2, keep_dims=True)
 
     # 4. Add and store: each output is read and written by one program.
@@ -76,14 +79,14 @@ def linear_add_dot_kernel(x, w, bias, residual, rows, n, k, PDL: tl.constexpr, H
     out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     col = tl.arange(0, BLOCK_K)[None, :]
 
-    # 2. Stream: the first tile leaves before the wait. The twin writes the cp.async ring by hand; here the compiler
-    # makes it from STAGES.
+    # 2. Multiply: the load of the first tile is issued before the wait for the preceding kernel. The twin has
+    # a hand-written cp.async ring; here the compiler makes it from STAGES.
     tile = load_rows(w, out, out < n, col, k, EVEN_K)
     wait_for_inputs(PDL)
     acc = dot_rows(tile, w, out, live=out < n, x=x, rows=rows, k=k, b=b, col=col, FULL=FULL, EVEN_K=EVEN_K,
                    BLOCK_K=BLOCK_K, STAGES=STAGES)
 
-    # 3. Reduce: the dot has done it, and its result is transposed.
+    # 3. Reduce: the dot has already done it; its result is transposed.
     total = tl.trans(acc)
     column = tl.trans(out)
 

@@ -2,11 +2,13 @@
 
   x [rows, k], rows 1..64   norm_w [k]   w [n, k]   bias [n] or None   y [rows, n] of x's dtype or float32
   mapping   a program takes BLOCK_N rows of w for every row of x, then the next tile of rows
-  traffic   w once whatever the batch (it is everything); x and norm_w, or the normed x, once per program; y once
+  traffic   w once whatever the batch (nearly all of it); x and norm_w, or the normed x, once per program;
+            y once
   contract  lab/ops/norm_linear.py          twin  cuda_src/norm_linear.cu
 
-Two kernels: up to a few rows, float32 arithmetic on the loaded weights, with the whole x in registers, normalised by
-each program for itself; above, where the arithmetic would outlast the memory, tensor cores, after rmsnorm's kernel.
+Two kernels. For few rows: float32 arithmetic on the loaded weights, with all of x in registers, normalised by
+each program itself. For more rows, where that arithmetic would take longer than the loads: tensor cores,
+after rmsnorm's kernel.
 """
 import triton
 import triton.language as tl
@@ -17,8 +19,8 @@ from triton_kernels.core.fused_product import dot_rows, load_rows, normed_rows, 
 from triton_kernels.rmsnorm import normalised
 from triton_kernels.settings import ANY
 
-# See settings.by_hand. 32 warps of 64 registers a thread are all the registers of a multiprocessor. Small n wants small
-# tiles, so that every multiprocessor has a program.
+# See settings.by_hand. 32 warps with 64 registers a thread use all registers of a multiprocessor. Small n
+# needs small tiles, so that every multiprocessor has a program.
 SM_80 = {
     "sum_rows": 2, "sum_rows_f32": 4,
     "sum": [(1, 4096, dict(BLOCK_N=2, lane=16)), (1, ANY, dict(BLOCK_N=2, lane=16, warps=32)),
@@ -35,23 +37,23 @@ CONFIGS = {"sm_90": SM_80, "sm_80": SM_80, "interpreter": {"sum_rows": 4}}
 def norm_linear_kernel(x, norm_w, w, bias, y, rows, n, k, eps,
                        PDL: tl.constexpr, LOOP: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr,
                        BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    # 1. Locate: tiles p, p + programs, ... of BLOCK_N rows. Addresses are [batch, n, k], so that all loads and the sum
-    # share one layout, and nothing moves between threads inside the loop. A lane group of the twin is a whole program
-    # here.
+    # 1. Locate: tiles p, p + programs, ... of BLOCK_N rows. Addresses are [batch, n, k], so that all loads
+    # and the sum have the same layout and no data move between threads inside the loop. What a lane group
+    # does in the twin, a whole program does here.
     b = tl.arange(0, BLOCK_B)[:, None, None]
     i = tl.arange(0, BLOCK_N)[None, :, None]
     col = tl.arange(0, BLOCK_K)[None, None, :]
     programs = tl.num_programs(0)
 
-    # 2. Norm: the first weights are on their way meanwhile, into registers. The twin keeps the normalised rows in
-    # shared memory; here they stay in the registers of the threads that multiply them.
+    # 2. Norm: while the loads of the first weights, into registers, are in flight. The twin keeps the
+    # normalised rows in shared memory; here they stay in the registers of the threads that multiply them.
     out = tl.program_id(0) * BLOCK_N + i
     tile = load_rows(w, out, out < n, col, k, EVEN_K)
     weight = tl.load(norm_w + col, mask=col < k, other=0.0, eviction_policy="evict_last")
     wait_for_inputs(PDL)
     xn = normed_rows(x, weight, rows, k, eps, b, col)
 
-    # 3. Stream: the next tile, if a program has more than one (LOOP), is loaded before this one is used.
+    # 3. Multiply: if a program has more than one tile (LOOP), the next one is loaded before this one is used.
     for _ in range(tl.program_id(0), tl.cdiv(n, BLOCK_N), programs):
         ahead = out + programs * BLOCK_N
         if LOOP:
@@ -60,7 +62,7 @@ def norm_linear_kernel(x, norm_w, w, bias, y, rows, n, k, eps,
         # 4. Reduce: over the lanes and warps that share k.
         total = tl.sum(tile.to(tl.float32) * xn.to(tl.float32), axis=2, keep_dims=True)
 
-        # 5. Store: bias in float32, one rounding.
+        # 5. Store: bias added in float32, rounded once.
         if HAS_BIAS:
             total += tl.load(bias + out, mask=out < n, other=0.0).to(tl.float32)
         tl.store(y + b.to(tl.int64) * n + out, total.to(y.dtype.element_ty), mask=(b < rows) & (out < n))
@@ -80,21 +82,22 @@ def norm_linear_dot_kernel(xn, w, bias, y, rows, n, k,
     col = tl.arange(0, BLOCK_K)[None, :]
     programs = tl.num_programs(0)
 
-    # 2. Norm: rmsnorm's kernel has done it. The first tile of w leaves before the wait for it.
+    # 2. Norm: already done by rmsnorm's kernel. The load of the first tile of w is issued before the
+    # wait for that kernel.
     out = tl.program_id(0) * BLOCK_N + i
     tile = load_rows(w, out, out < n, col, k, EVEN_K)
     wait_for_inputs(PDL)
 
     for _ in range(tl.program_id(0), tl.cdiv(n, BLOCK_N), programs):
-        # 3. Stream: the twin writes the cp.async ring by hand; here the compiler makes it from STAGES.
+        # 3. Multiply: the twin has a hand-written cp.async ring; here the compiler makes it from STAGES.
         acc = dot_rows(tile, w, out, live=out < n, x=xn, rows=rows, k=k, b=b, col=col, FULL=FULL,
                        EVEN_K=EVEN_K, BLOCK_K=BLOCK_K, STAGES=STAGES)
 
-        # 4. Reduce: the dot has done it, and its result is transposed.
+        # 4. Reduce: the dot has already done it; its result is transposed.
         total = tl.trans(acc)
         column = tl.trans(out)
 
-        # 5. Store: bias in float32, one rounding.
+        # 5. Store: bias added in float32, rounded once.
         if HAS_BIAS:
             total += tl.load(bias + column, mask=column < n, other=0.0).to(tl.float32)
         tl.store(y + b.to(tl.int64) * n + column, total.to(y.dtype.element_ty), mask=(b < rows) & (column < n))

@@ -1,10 +1,14 @@
 """norm_linear_argmax: ids[b] = argmax over n of logits[b,n], logits[b,n] = sum_k xn[b,k] * w[n,k],
 xn = rmsnorm(x, norm_w)
 
-  x [rows, k], rows 1..64   norm_w [k]   w [n, k]   logits [rows, n] float32   ids [rows] int32   row-major, contiguous
-  scratch [rows, 2 * 4096 + 4] int32: each program's best value (float32 bits), then their indices, then a ticket
-  mapping   as norm_linear; a program keeps its best of every row, and the last to finish compares the programs'
-  traffic   w once whatever the batch (it is everything); x and norm_w, or the normed x, once per program; logits once
+  x [rows, k], rows 1..64   norm_w [k]   w [n, k]   logits [rows, n] float32   ids [rows] int32
+  all row-major and contiguous
+  scratch [rows, 2 * 4096 + 4] int32: the programs' best values (float32 bits), then their indices, then a
+  ticket
+  mapping   as norm_linear; a program keeps its best of every row, and the last to finish compares all
+            programs' best
+  traffic   w once whatever the batch (nearly all of it); x and norm_w, or the normed x, once per program;
+            logits once
   contract  lab/ops/norm_linear_argmax.py          twin  cuda_src/norm_linear_argmax.cu
 
 The lowest index wins a tie. A row with NaN gives -1.
@@ -33,8 +37,11 @@ CONFIGS = {"sm_90": SM_80, "sm_80": SM_80, "interpreter": {"sum_rows": 4}}
 
 @triton.jit
 def keep_best(best, index, value, candidate):
-    """The larger of (best, index) and (value, candidate), element by element. Candidates come in rising order, so the
-    first of equals stays. A NaN, once seen, stays as (inf, -1): no value is larger, and no index lower."""
+    """The larger of (best, index) and (value, candidate), element by element.
+
+    Successive calls have rising candidates, so of equal values the first stays. A NaN, once seen, stays as
+    (inf, -1): no value is larger, and no index lower.
+    """
     nan = value != value
     value = tl.where(nan, float("inf"), value)
     candidate = tl.where(nan, -1, candidate)
@@ -44,7 +51,7 @@ def keep_best(best, index, value, candidate):
 
 @triton.jit
 def first_best(best, index, axis: tl.constexpr):
-    """The largest along an axis and its lowest index."""
+    """The largest value along an axis and its lowest index."""
     top = tl.max(best, axis=axis, keep_dims=True)
     lowest = tl.min(tl.where(best == top, index, NO_INDEX), axis=axis, keep_dims=True)
     return top, lowest
@@ -52,13 +59,13 @@ def first_best(best, index, axis: tl.constexpr):
 
 @triton.jit
 def publish_best(scratch, ids, rows, b, best, index, BLOCK_B: tl.constexpr, SLOTS: tl.constexpr):
-    """Leaves the program's best of each row in its slot; the program that draws the last ticket compares them all."""
+    """Stores the program's best of each row; the program that draws the last ticket compares them all."""
     STRIDE: tl.constexpr = 2 * MAX_PROGRAMS + 4
     mine = scratch + b * STRIDE + tl.program_id(0)
     tl.store(mine, best.to(tl.int32, bitcast=True), mask=b < rows)
     tl.store(mine + MAX_PROGRAMS, index, mask=b < rows)
-    # Every thread's stores come before the ticket (the barrier), and the ticket orders them for whoever draws the last
-    # one (acq_rel at GPU scope).
+    # The barrier puts every thread's stores before the ticket; the ticket (acq_rel at GPU scope) makes them
+    # visible to the program that draws the last one.
     tl.debug_barrier()
     ticket = tl.atomic_add(scratch + 2 * MAX_PROGRAMS, 1, sem="acq_rel", scope="gpu")
     programs = tl.num_programs(0)
@@ -69,7 +76,7 @@ def publish_best(scratch, ids, rows, b, best, index, BLOCK_B: tl.constexpr, SLOT
         for s0 in range(0, programs, SLOTS):
             slot = s0 + tl.arange(0, SLOTS)[None, :]
             live = (row < rows) & (slot < programs)
-            # .cg: other SMs wrote these; read them from L2, where they meet.
+            # .cg reads past L1: other multiprocessors wrote these, and their stores are in L2.
             at = scratch + row * STRIDE + slot
             bits = tl.load(at, mask=live, other=0, cache_modifier=".cg")
             found = tl.load(at + MAX_PROGRAMS, mask=live, other=NO_INDEX, cache_modifier=".cg")
@@ -77,30 +84,30 @@ def publish_best(scratch, ids, rows, b, best, index, BLOCK_B: tl.constexpr, SLOT
             best_all, index_all = keep_best(best_all, index_all, value, found)
         top, lowest = first_best(best_all, index_all, axis=1)
         tl.store(ids + row, lowest, mask=row < rows)
-        tl.store(scratch + 2 * MAX_PROGRAMS, 0)             # ready for the next launch
+        tl.store(scratch + 2 * MAX_PROGRAMS, 0)             # zero for the next launch
 
 
 @triton.jit
 def norm_linear_argmax_kernel(x, norm_w, w, logits, scratch, ids, rows, n, k, eps,
                               PDL: tl.constexpr, LOOP: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_B: tl.constexpr,
                               BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SLOTS: tl.constexpr):
-    # 1. Locate: tiles p, p + programs, ... of BLOCK_N rows. Addresses are [batch, n, k], so that all loads and the sum
-    # share one layout, and nothing moves between threads inside the loop. A lane group of the twin is a whole program
-    # here.
+    # 1. Locate: tiles p, p + programs, ... of BLOCK_N rows. Addresses are [batch, n, k], so that all loads
+    # and the sum have the same layout and no data move between threads inside the loop. What a lane group
+    # does in the twin, a whole program does here.
     b = tl.arange(0, BLOCK_B)[:, None, None]
     i = tl.arange(0, BLOCK_N)[None, :, None]
     col = tl.arange(0, BLOCK_K)[None, None, :]
     programs = tl.num_programs(0)
 
-    # 2. Norm: the first weights are on their way meanwhile, into registers. The twin keeps the normalised rows in
-    # shared memory; here they stay in the registers of the threads that multiply them.
+    # 2. Norm: while the loads of the first weights, into registers, are in flight. The twin keeps the
+    # normalised rows in shared memory; here they stay in the registers of the threads that multiply them.
     out = tl.program_id(0) * BLOCK_N + i
     tile = load_rows(w, out, out < n, col, k, EVEN_K)
     weight = tl.load(norm_w + col, mask=col < k, other=0.0, eviction_policy="evict_last")
     wait_for_inputs(PDL)
     xn = normed_rows(x, weight, rows, k, eps, b, col)
 
-    # 3. Stream: the next tile, if a program has more than one (LOOP), is loaded before this one is used.
+    # 3. Multiply: if a program has more than one tile (LOOP), the next one is loaded before this one is used.
     best = tl.full([BLOCK_B, BLOCK_N, 1], float("-inf"), tl.float32)
     index = tl.full([BLOCK_B, BLOCK_N, 1], NO_INDEX, tl.int32)
     for _ in range(tl.program_id(0), tl.cdiv(n, BLOCK_N), programs):
@@ -111,14 +118,15 @@ def norm_linear_argmax_kernel(x, norm_w, w, logits, scratch, ids, rows, n, k, ep
         # 4. Reduce: over the lanes and warps that share k.
         total = tl.sum(tile.to(tl.float32) * xn.to(tl.float32), axis=2, keep_dims=True)
 
-        # 5. Store: the logits; the best so far stays in a register.
+        # 5. Store: the logits; the best so far stays in registers.
         tl.store(logits + b.to(tl.int64) * n + out, total, mask=(b < rows) & (out < n))
         best, index = keep_best(best, index, tl.where(out < n, total, float("-inf")), out)
         if LOOP:
             tile = following
         out = ahead
 
-    # 6. Argmax in the last block: first of each program, then of all; a maximum is the same in every order.
+    # 6. Argmax in the last block: first over each program, then over all; a maximum is the same in
+    # every order.
     top, lowest = first_best(tl.reshape(best, [BLOCK_B, BLOCK_N]), tl.reshape(index, [BLOCK_B, BLOCK_N]),
                              axis=1)
     publish_best(scratch, ids, rows, tl.arange(0, BLOCK_B)[:, None], top, lowest, BLOCK_B, SLOTS)
@@ -135,7 +143,8 @@ def norm_linear_argmax_dot_kernel(xn, w, logits, scratch, ids, rows, n, k,
     col = tl.arange(0, BLOCK_K)[None, :]
     programs = tl.num_programs(0)
 
-    # 2. Norm: rmsnorm's kernel has done it. The first tile of w leaves before the wait for it.
+    # 2. Norm: already done by rmsnorm's kernel. The load of the first tile of w is issued before the
+    # wait for that kernel.
     out = tl.program_id(0) * BLOCK_N + i
     tile = load_rows(w, out, out < n, col, k, EVEN_K)
     wait_for_inputs(PDL)
@@ -143,11 +152,11 @@ def norm_linear_argmax_dot_kernel(xn, w, logits, scratch, ids, rows, n, k,
     best = tl.full([BLOCK_B, BLOCK_N], float("-inf"), tl.float32)
     index = tl.full([BLOCK_B, BLOCK_N], NO_INDEX, tl.int32)
     for _ in range(tl.program_id(0), tl.cdiv(n, BLOCK_N), programs):
-        # 3. Stream: the twin writes the cp.async ring by hand; here the compiler makes it from STAGES.
+        # 3. Multiply: the twin has a hand-written cp.async ring; here the compiler makes it from STAGES.
         acc = dot_rows(tile, w, out, live=out < n, x=xn, rows=rows, k=k, b=b, col=col, FULL=FULL,
                        EVEN_K=EVEN_K, BLOCK_K=BLOCK_K, STAGES=STAGES)
 
-        # 4. Reduce: the dot has done it, and its result is transposed.
+        # 4. Reduce: the dot has already done it; its result is transposed.
         total = tl.trans(acc)
         column = tl.trans(out)
 
@@ -158,13 +167,14 @@ def norm_linear_argmax_dot_kernel(xn, w, logits, scratch, ids, rows, n, k,
         if LOOP:
             tile = load_rows(w, out, out < n, col, k, EVEN_K)
 
-    # 6. Argmax in the last block: first of each program, then of all. The twin raises each row's best by atomicMax.
+    # 6. Argmax in the last block: first over each program, then over all. The twin raises each row's best by
+    # atomicMax.
     top, lowest = first_best(best, index, axis=1)
     publish_best(scratch, ids, rows, b, top, lowest, BLOCK_B, SLOTS)
 
 
 def norm_linear_argmax(x, norm_w, eps, w, logits, scratch, out):
-    """Launch logits = rmsnorm(x, norm_w) @ w.T, out = argmax; scratch is zero before its first use and left ready."""
+    """Launch logits = rmsnorm(x, norm_w) @ w.T, out = argmax; scratch is zero on entry and on exit."""
     (rows, k), n = x.shape, w.shape[0]
     path, programs, meta = settings.product("norm_linear_argmax", CONFIGS, x, n, k, whole_rows=True,
                                             most_programs=MAX_PROGRAMS.value)

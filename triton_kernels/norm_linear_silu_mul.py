@@ -1,8 +1,11 @@
-"""norm_linear_silu_mul: y[b,j] = g / (1 + exp(-g)) * u, g = xn[b] . w[j], u = xn[b] . w[n + j], xn = rmsnorm(x, norm_w)
+"""norm_linear_silu_mul: y[b,j] = g / (1 + exp(-g)) * u, g = xn[b] . w[j], u = xn[b] . w[n + j],
+xn = rmsnorm(x, norm_w)
 
-  x [rows, k], rows 1..64   norm_w [k]   w [2 * n, k], the gate's rows first   y [rows, n]     row-major, contiguous
-  mapping   as norm_linear; a program that takes row j of the gate takes row j of up as well
-  traffic   w once whatever the batch (it is everything); x and norm_w, or the normed x, once per program; y once
+  x [rows, k], rows 1..64   norm_w [k]   w [2 * n, k], the gate's rows first   y [rows, n]
+  all row-major and contiguous
+  mapping   as norm_linear; the program that takes row j of the gate also takes row j of up
+  traffic   w once whatever the batch (nearly all of it); x and norm_w, or the normed x, once per program;
+            y once
   contract  lab/ops/norm_linear_silu_mul.py          twin  cuda_src/norm_linear_silu_mul.cu
 """
 import triton
@@ -26,7 +29,7 @@ CONFIGS = {"sm_90": SM_80, "sm_80": SM_80, "interpreter": {"sum_rows": 4}}
 
 @triton.jit
 def activate(pairs, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
-    """silu(gate) * up as [BLOCK_B, BLOCK_N], from sums [BLOCK_B, 2 * BLOCK_N] in which gate and up alternate."""
+    """silu(gate) * up, [BLOCK_B, BLOCK_N]; pairs [BLOCK_B, 2 * BLOCK_N]: sums, gate and up alternating."""
     gate, up = tl.split(tl.reshape(pairs, [BLOCK_B, BLOCK_N, 2]))
     return gate / (1.0 + tl.exp(-gate)) * up
 
@@ -35,8 +38,9 @@ def activate(pairs, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
 def norm_linear_silu_mul_kernel(x, norm_w, w, y, rows, n, k, eps,
                                 PDL: tl.constexpr, LOOP: tl.constexpr, EVEN_K: tl.constexpr,
                                 BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    # 1. Locate: tiles p, p + programs, ... of BLOCK_N outputs. Row i of a tile of w belongs to output i / 2: even rows
-    # are the gate's and odd ones up's, so that a pair ends up side by side. (The twin gives both to one lane group.)
+    # 1. Locate: tiles p, p + programs, ... of BLOCK_N outputs. Row i of a tile of w belongs to output i / 2:
+    # even rows are the gate's and odd ones up's, so that the two sums of an output end up side by side. (The
+    # twin gives both rows to one lane group.)
     b = tl.arange(0, BLOCK_B)[:, None, None]
     i = tl.arange(0, 2 * BLOCK_N)[None, :, None]
     col = tl.arange(0, BLOCK_K)[None, None, :]
@@ -44,15 +48,15 @@ def norm_linear_silu_mul_kernel(x, norm_w, w, y, rows, n, k, eps,
     first = tl.program_id(0) * BLOCK_N
     part = (i % 2) * n
 
-    # 2. Norm: the first weights are on their way meanwhile, into registers. The twin keeps the normalised rows in
-    # shared memory; here they stay in the registers of the threads that multiply them.
+    # 2. Norm: while the loads of the first weights, into registers, are in flight. The twin keeps the
+    # normalised rows in shared memory; here they stay in the registers of the threads that multiply them.
     out = first + i // 2
     tile = load_rows(w, out + part, out < n, col, k, EVEN_K)
     weight = tl.load(norm_w + col, mask=col < k, other=0.0, eviction_policy="evict_last")
     wait_for_inputs(PDL)
     xn = normed_rows(x, weight, rows, k, eps, b, col)
 
-    # 3. Stream: the next tile, if a program has more than one (LOOP), is loaded before this one is used.
+    # 3. Multiply: if a program has more than one tile (LOOP), the next one is loaded before this one is used.
     for _ in range(tl.program_id(0), tl.cdiv(n, BLOCK_N), programs):
         ahead = out + programs * BLOCK_N
         if LOOP:
@@ -85,17 +89,18 @@ def norm_linear_silu_mul_dot_kernel(xn, w, y, rows, n, k,
     first = tl.program_id(0) * BLOCK_N
     part = (i % 2) * n
 
-    # 2. Norm: rmsnorm's kernel has done it. The first tile of w leaves before the wait for it.
+    # 2. Norm: already done by rmsnorm's kernel. The load of the first tile of w is issued before the
+    # wait for that kernel.
     out = first + i // 2
     tile = load_rows(w, out + part, out < n, col, k, EVEN_K)
     wait_for_inputs(PDL)
 
     for _ in range(tl.program_id(0), tl.cdiv(n, BLOCK_N), programs):
-        # 3. Stream: the twin writes the cp.async ring by hand; here the compiler makes it from STAGES.
+        # 3. Multiply: the twin has a hand-written cp.async ring; here the compiler makes it from STAGES.
         acc = dot_rows(tile, w, out + part, live=out < n, x=xn, rows=rows, k=k, b=b, col=col, FULL=FULL,
                        EVEN_K=EVEN_K, BLOCK_K=BLOCK_K, STAGES=STAGES)
 
-        # 4. Reduce: the dot has done it, and its result is transposed.
+        # 4. Reduce: the dot has already done it; its result is transposed.
         total = tl.trans(acc)
 
         # 5. Activate and store: from the float32 sums, rounded once.

@@ -1,4 +1,4 @@
-"""Compile a kernel exactly as a launch would, on a machine with no GPU: registers, spills, PTX and SASS to look at.
+"""Compile a kernel exactly as a launch would, on a machine without a GPU: registers, spills, PTX and SASS.
 
     with common.recording("sm_90") as launches:
         rmsnorm(x, w, eps, None, y)                 # tensors on the CPU, or torch.empty(..., device="meta")
@@ -15,17 +15,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import mangle_type
 
-# Which arguments a launch's source lists: since 3.7 those without an attribute, too. What is compiled here must be listed
-# alike, or a launch would not find it in Triton's cache.
+# Which arguments a launch's source lists: since Triton 3.7 also those without an attribute. A kernel compiled
+# here must list the same ones, or a launch would not find it in Triton's cache.
 LISTS_EMPTY = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
 TOOLS = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
 def _specialised(value, fixed):
-    """(type, constant or None, divisible by 16?) of a run-time argument, as Triton's launcher classes it.
+    """(type, constant or None, divisible by 16?) of a run-time argument, as Triton's launcher classifies it.
 
-    It compiles None and the integer 1 in as constants, and promises the compiler what is divisible by 16: without that
-    promise there are no 16-byte loads. `fixed` arguments (do_not_specialize) are neither.
+    Triton compiles None and the integer 1 into the code as constants, and tells the compiler which values are
+    divisible by 16; without that there are no 16-byte loads. `fixed` arguments (do_not_specialize) get
+    neither treatment.
     """
     if value is None or (type(value) is int and value == 1 and not fixed):
         return "constexpr", value, False
@@ -66,7 +67,8 @@ def _cuobjdump(code, flag):
 
 
 def usage(code):
-    """dict: regs (per thread), stack and local (bytes per thread; above zero is a spill), shared (bytes per block)."""
+    """dict: regs per thread, stack and local in bytes per thread (not 0: spills), shared in bytes per
+    block."""
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", _cuobjdump(code, "-res-usage"))
     regs, stack, _, local = map(int, found.groups())
     return dict(regs=regs, stack=stack, local=local, shared=code.metadata.shared)

@@ -1,8 +1,9 @@
 """rmsnorm: y[b,g,:] = T(x[b,g,:] * rsqrt(mean(x[b,g,:]^2) + eps)) * w
 
-  x [batch, (groups,) cols], stride(0) free   w [cols]   y like x
+  x [batch, (groups,) cols], any stride(0)   w [cols]   y like x
   residual [batch, cols] or None: residual += x, rounded to T, then y = norm(residual)
-  mapping   a program owns ROWS whole rows (one, unless they are short), so a row is read once and stays in registers
+  mapping   a program owns ROWS whole rows (one, unless they are short): a row is read once and stays in
+            registers
   traffic   x once, y once (residual twice), w once per row (from L2 after the first row)
   contract  lab/ops/rmsnorm.py          twin  cuda_src/rmsnorm.cu
 """
@@ -14,8 +15,8 @@ from triton_kernels.common import config, launch
 from triton_kernels.core.fused_product import wait_for_inputs
 from triton_kernels.settings import dependent_launch
 
-# elements: what a program takes at least, in whole rows, so that a warp reads 16 bytes a lane of short rows too (the
-# heads of q and k). The interpreter takes as many rows as fit, because its cost is per program.
+# elements: the fewest that a program takes, in whole rows, so that a warp reads 16 bytes a lane of short rows
+# too (the heads of q and k). The interpreter takes as many rows as fit, because its cost is per program.
 CONFIGS = {
     "sm_90": dict(elements=512, per_warp=512, max_warps=16),
     "sm_80": dict(elements=512, per_warp=512, max_warps=16),
@@ -33,8 +34,8 @@ def rmsnorm_kernel(x, w, residual, y, rows, groups, cols, x_stride, y_stride, ep
     batch = (row // groups).to(tl.int64)
     inner = (row % groups) * cols + col
 
-    # 2. Load: the row now lives in registers, so x is never read again. The weight, which depends on no earlier kernel,
-    # leaves before the wait.
+    # 2. Load: the row is in registers from here on, so x is never read again. The weight depends on no
+    # earlier kernel, so its load is issued before the wait.
     g = tl.load(w + col, mask=col < cols, other=0.0, eviction_policy="evict_last").to(tl.float32)
     wait_for_inputs(PDL)
     v = tl.load(x + batch * x_stride + inner, mask=live, other=0.0)
@@ -44,17 +45,18 @@ def rmsnorm_kernel(x, w, residual, y, rows, groups, cols, x_stride, y_stride, ep
         v = (v.to(tl.float32) + tl.load(into, mask=live, other=0.0).to(tl.float32)).to(v.dtype)
         tl.store(into, v, mask=live)
 
-    # 3. Reduce: sum of squares in float32; masked lanes add zero. The twin spells out shuffles and shared memory.
+    # 3. Reduce: the sum of squares in float32; masked lanes add zero. The twin has shuffles and shared memory
+    # written out.
     v32 = v.to(tl.float32)
     scale = tl.rsqrt(tl.sum(v32 * v32, axis=1) / cols + eps)
 
-    # 4. Scale and store: round to T before the weight, as Hugging Face Llama does.
+    # 4. Scale and store: rounded to T before the weight, as in Hugging Face Llama.
     out = (v32 * scale[:, None]).to(v.dtype).to(tl.float32) * g
     tl.store(y + batch * y_stride + inner, out.to(v.dtype), mask=live)
 
 
 def rmsnorm(x, w, eps, residual, y):
-    """Launch on x, y [batch, cols] or [batch, groups, cols] (stride(0) free); residual [batch, cols] or None."""
+    """Launch on x, y [batch, cols] or [batch, groups, cols], any stride(0); residual like x, or None."""
     cfg = config(CONFIGS, x)
     cols = x.shape[-1]
     groups = x.shape[1] if x.ndim == 3 else 1
@@ -67,7 +69,7 @@ def rmsnorm(x, w, eps, residual, y):
 
 
 def normalised(x, w, eps):
-    """rmsnorm of x [rows, k] in memory of its own, for products on tensor cores, whose programs each read all of x."""
+    """rmsnorm of x [rows, k], in new memory, for tensor-core kernels, whose programs each read all of x."""
     y = torch.empty_like(x)
     rmsnorm(x, w, eps, None, y)
     return y

@@ -1,6 +1,7 @@
-"""rope: (a, b) -> (a * cos - b * sin, b * cos + a * sin) for each pair (i, i + head_dim / 2) of every head, in place
+"""rope: (a, b) -> (a * cos - b * sin, b * cos + a * sin) for each pair (i, i + head_dim / 2) of
+every head, in place
 
-  q [batch, q_heads, head_dim]   k [batch, kv_heads, head_dim], views of packed qkv rows: stride(0) free
+  q [batch, q_heads, head_dim]   k [batch, kv_heads, head_dim], views of packed qkv rows with any stride(0)
   positions [batch] int32   cos_sin [max_positions, head_dim] float32: first half cos, second half sin
   mapping   a program owns ROWS heads, counted through q's and k's heads of every batch entry
   traffic   q and k read once and written once; a table row per head, from L2
@@ -21,8 +22,8 @@ CONFIGS = {
 @triton.jit
 def rope_kernel(q, k, positions, cos_sin, batch, q_heads, kv_heads, q_stride, k_stride,
                 HALF: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    # 1. Locate: row r is head r % heads of batch entry r // heads; k's heads come after q's. A row whose position is
-    # negative is idle and stays as it is.
+    # 1. Locate: row r is head r % heads of batch entry r // heads; k's heads come after q's. A row whose
+    # position is negative is idle and stays as it is.
     heads = q_heads + kv_heads
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     b = row // heads

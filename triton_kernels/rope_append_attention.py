@@ -1,7 +1,7 @@
-"""rope_append_attention: q = rope(norm(q)), k = rope(norm(k)); k and v join the cache at positions[b];
+"""rope_append_attention: q = rope(norm(q)), k = rope(norm(k)); k and v appended to the cache at positions;
 out[b,h,:] = sum over tokens t <= positions[b] of softmax_t(scale * q[b,h,:] . k[t,:]) * v[t,:]
 
-  q [batch, q_heads, head_dim], k, v [batch, kv_heads, head_dim], views of packed qkv rows: stride(0) free
+  q [batch, q_heads, head_dim], k, v [batch, kv_heads, head_dim], views of packed qkv rows with any stride(0)
   q_norm, k_norm [head_dim] or None   positions [batch] int32   cos_sin [max_positions, head_dim] float32
   caches, block_table, partial, tickets and out as in decode_attention
   mapping   as decode_attention; the program whose split holds the new token writes it and attends to it
@@ -26,7 +26,7 @@ from triton_kernels.core.split_attention import (
 )
 from triton_kernels.settings import dependent_launch, measured
 
-# As in decode_attention, but for the first tile's registers.
+# As in decode_attention, but with registers for the first tile.
 HALF = dict(tile=64, min_rows=16, num_warps=4, num_stages=4)
 FLOAT = dict(tile=32, min_rows=16, num_warps=8, num_stages=4)
 CPU = dict(tile=128, min_rows=1, num_warps=1)
@@ -35,9 +35,10 @@ CONFIGS = {"sm_90": {2: HALF, 4: FLOAT}, "sm_80": {2: HALF, 4: FLOAT}, "interpre
 
 @triton.jit
 def turned(head, norm, cosine, sine, eps, d, live, HALF_DIM: tl.constexpr, HAS_NORM: tl.constexpr):
-    """Heads at the pointers `head` [rows, 1], normed, rounded to T, rotated, rounded to T, as [rows, BLOCK_D].
+    """The heads at the pointers `head` [rows, 1], as [rows, BLOCK_D]: normed and rotated, each rounded to T.
 
-    Element d turns with its partner half a head away, which is a second load: from L1, and cheaper than moving it.
+    Element d rotates with the element half a head away. That one is loaded again, from L1, which is cheaper
+    than moving it between threads.
     """
     partner = tl.where(d < HALF_DIM, d + HALF_DIM, d - HALF_DIM)
     x = tl.load(head + d, mask=live, other=0.0)
@@ -53,7 +54,7 @@ def turned(head, norm, cosine, sine, eps, d, live, HALF_DIM: tl.constexpr, HAS_N
 
 @triton.jit
 def angles(cos_sin, position, d, HEAD_DIM: tl.constexpr):
-    """cos and the signed sin of a position as [1, BLOCK_D], the same for a head's two halves but for the sign."""
+    """cos and signed sin of a position, [1, BLOCK_D]: in a head's first half sin has the other sign."""
     row = cos_sin + tl.maximum(position, 0).to(tl.int64) * HEAD_DIM + (d % (HEAD_DIM // 2))[None, :]
     in_head = (d < HEAD_DIM)[None, :]
     cosine = tl.load(row, mask=in_head, other=0.0)
@@ -68,9 +69,10 @@ def rope_append_attention_kernel(q, k, v, q_norm, k_norm, eps, positions, cos_si
                                  ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
                                  TILE: tl.constexpr, SPLIT: tl.constexpr, HEADS: tl.constexpr,
                                  MERGE: tl.constexpr):
-    # 1. Locate: as decode_attention; a negative position, of an idle row, leaves its one split empty. What is older than
-    # the preceding kernel may be read before the wait: the position, the table, and the cache. The twin starts its
-    # cp.async ring here; the compiler's ring cannot start before its loop, so the first tile goes to registers.
+    # 1. Locate: as decode_attention; an idle row has a negative position, which leaves its one split empty.
+    # What was written before the preceding kernel began may be read before the wait for it: the position, the
+    # table and the cache. The twin starts its cp.async ring here; the compiler's ring cannot start before its
+    # loop, so the first tile is loaded into registers.
     split = tl.program_id(0)
     kv = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
@@ -107,13 +109,14 @@ def append_and_attend(q, k, v, q_norm, k_norm, eps, position, cosine, sine, kt, 
     token = begin + tl.arange(0, TILE)
     stored = tl.minimum(end, position)              # the tokens before the new one
 
-    # 2. Norm and rotate the query: the heads of the group become the rows of one tile; rows past the group are zero.
+    # 2. Norm and rotate the query: the heads of the group become the rows of one tile; rows past the group
+    # are zero.
     live_out = (g < GROUP)[:, None] & in_head
     qv = turned(q + b * q_stride + ((kv * GROUP + g) * HEAD_DIM)[:, None], q_norm, cosine, sine=sine, eps=eps,
                 d=d[None, :], live=live_out, HALF_DIM=HEAD_DIM // 2, HAS_NORM=HAS_NORM)
 
-    # 3. Append the new token: the program that owns it writes it to the cache, and its softmax starts from it. The twin
-    # puts it into its tile in shared memory instead.
+    # 3. Append the new token: the program that owns it writes it to the cache, and starts its softmax with
+    # it. The twin puts it into its tile in shared memory instead.
     owner = (position >= begin) & (position < end)
     live_new = in_head & owner
     key = turned(k + b * k_stride + kv * HEAD_DIM + tl.zeros([1, 1], tl.int32), k_norm, cosine, sine=sine,
@@ -128,7 +131,7 @@ def append_and_attend(q, k, v, q_norm, k_norm, eps, position, cosine, sine, kt, 
     mass = tl.where(owner, 1.0, tl.zeros([ROWS], tl.float32))
     acc = value.to(tl.float32) + tl.zeros([ROWS, BLOCK_D], tl.float32)
 
-    # 4. Stream the tiles: the first is here already, the others as in decode_attention.
+    # 4. Load the tiles: the first is already in registers, the others as in decode_attention.
     top, mass, acc = attend(qv, kt, vt, token < stored, top, mass, acc, scale_log2)
     for t0 in tl.range(begin + TILE, stored, TILE):
         token = t0 + tl.arange(0, TILE)
@@ -140,7 +143,8 @@ def append_and_attend(q, k, v, q_norm, k_norm, eps, position, cosine, sine, kt, 
         # 5. Online softmax: as in decode_attention.
         top, mass, acc = attend(qv, kt, vt, live, top, mass, acc, scale_log2)
 
-    # 6. Publish the split: alone, it is the result. An idle row has no mass, and its result is zero.
+    # 6. Publish the split: if it is the only one, it is the result. An idle row has no mass, and its result
+    # is zero.
     out_head = out + (b * kv_heads + kv) * (GROUP * HEAD_DIM)
     if not SPLIT:
         result = acc / tl.where(mass == 0.0, 1.0, mass)[:, None]
@@ -149,8 +153,9 @@ def append_and_attend(q, k, v, q_norm, k_norm, eps, position, cosine, sine, kt, 
         ticket = publish(partial, tickets, b, kv=kv, kv_heads=kv_heads, split=split, splits=splits, top=top,
                          mass=mass, acc=acc, GROUP=GROUP, ROWS=ROWS, HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D)
 
-        # 7. Merge in the last block: in the order of the splits, so the result does not depend on who came last. The
-        # twin merges up to 8 splits over the shared memory of a cluster of blocks, which Triton does not lend.
+        # 7. Merge in the last block: in the order of the splits, so that the result does not depend on which
+        # program finished last. The twin merges up to 8 splits through the shared memory of a cluster of
+        # blocks, to which Triton gives no access.
         if ticket == used - 1:
             merge(partial, tickets, out_head, b=b, kv=kv, kv_heads=kv_heads, splits=splits, used=used,
                   GROUP=GROUP, HEADS=HEADS, HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D, MERGE=MERGE)

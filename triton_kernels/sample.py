@@ -5,11 +5,12 @@
   traffic   the row once from DRAM; each further pass (16 per threshold, one to draw) from L2
   contract  lab/ops/sample.py          twin  cuda_src/sample.cu
 
-Draw: l = logit / temperature; top-k keeps l >= the k-th largest; top-p keeps of those l >= t, the largest t whose kept
-mass reaches top_p of theirs; the token is the argmax over the kept of l + g, g = -log(-log(u)) (the Gumbel-max trick).
+Draw: l = logit / temperature. Top-k keeps l >= the k-th largest. Of those, top-p keeps l >= t, with the
+largest t for which the kept mass is at least top_p of their mass. The token is the argmax over the kept of
+l + g, where g = -log(-log(u)) (the Gumbel-max trick).
 Noise: Philox4x32-10 (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011), from tl.philox.
 
-Thresholds are found bit by bit on integers that are ordered as the floats are: exact, ties included, and no sort.
+Thresholds are found bit by bit on integers that order as the floats do: exact, with ties, and without a sort.
 """
 import triton
 import triton.language as tl
@@ -25,10 +26,10 @@ CONFIGS = {
 
 @triton.jit
 def _load_chunk(row, start, vocab, BLOCK: tl.constexpr):
-    """Logits (-inf past the end), uint32 keys that sort as they do (0 past the end), and token ids of one chunk."""
+    """One chunk: logits (-inf past the end), uint32 keys of the same order (0 past the end), token ids."""
     token = start + tl.arange(0, BLOCK)
     value = tl.load(row + token, mask=token < vocab, other=float("-inf"))
-    value = tl.where(value == 0.0, 0.0, value)                                  # -0 and +0 tie
+    value = tl.where(value == 0.0, 0.0, value)                                  # -0 and +0 are equal
     bits = value.to(tl.uint32, bitcast=True)
     key = tl.where(bits >= 0x80000000, ~bits, bits | 0x80000000)
     return value, tl.where(token < vocab, key, 0), token
@@ -36,13 +37,13 @@ def _load_chunk(row, start, vocab, BLOCK: tl.constexpr):
 
 @triton.jit
 def _weight(value, top, scale):
-    """exp((value - top) / temperature), for scale = log2(e) / temperature; 1 at the top even if that is infinite."""
+    """exp((value - top) / temperature), for scale = log2(e) / temperature; 1 at an infinite top, too."""
     return tl.where(value == top, 1.0, tl.exp2((value - top) * scale))
 
 
 @triton.jit
 def _threshold(row, vocab, lowest, wanted, top, scale, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest key t for which the tokens with key >= t and >= lowest count, or weigh, at least `wanted`.
+    """The largest key t for which the tokens with key >= t and >= lowest number, or weigh, at least `wanted`.
     Counts are exact in float32, up to 2^24."""
     cut = tl.full([], 0, tl.uint32)
     for digit in range(16):
@@ -61,7 +62,8 @@ def _threshold(row, vocab, lowest, wanted, top, scale, WEIGHTED: tl.constexpr, B
             n1 += tl.where(key >= cut1, weight, 0.0)
             n2 += tl.where(key >= cut2, weight, 0.0)
             n3 += tl.where(key >= cut3, weight, 0.0)
-        # Sums in one order are monotone, so the candidates that hold enough are the lowest ones.
+        # The sums are taken in one order, so they fall as the candidate rises: those that reach `wanted` are
+        # the lowest ones.
         passed = ((tl.sum(n1, axis=0) >= wanted).to(tl.uint32) + (tl.sum(n2, axis=0) >= wanted).to(tl.uint32)
                   + (tl.sum(n3, axis=0) >= wanted).to(tl.uint32))
         cut += passed * step
@@ -75,7 +77,8 @@ def sample_kernel(logits, positions, out, vocab, temperature, top_k, top_p, seed
     r = tl.program_id(0)
     row = logits + r.to(tl.int64) * vocab
 
-    # 2. Greedy: each lane keeps the first of its largest values; then the lanes agree on the lowest index. NaN: -1.
+    # 2. Greedy: each lane keeps the first of its largest values; then the lanes agree on the lowest index.
+    # NaN: -1.
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     index = tl.arange(0, BLOCK)
     nan = tl.zeros([BLOCK], tl.int32)
@@ -89,12 +92,13 @@ def sample_kernel(logits, positions, out, vocab, temperature, top_k, top_p, seed
     bad = tl.max(nan, axis=0)
 
     if not GREEDY:
-        # The division by the temperature keeps the order, so the thresholds are found on the logits themselves.
+        # Division by the temperature keeps the order, so the thresholds are found on the logits themselves.
         scale = 1.4426950408889634 / temperature
         cut = tl.full([], 0, tl.uint32)
 
-        # 3. Top-k threshold: the largest key that at least top_k keys reach. The twin counts digits of 8 bits in shared
-        # memory; Triton has no such scatter, so each pass counts the three candidates for the next two bits.
+        # 3. Top-k threshold: the largest key that at least top_k keys reach. The twin counts digits of 8 bits
+        # in shared memory; Triton has no such scatter, so each pass counts for the three candidates of the
+        # next two bits.
         if TOP_K:
             cut = _threshold(row, vocab, cut, top_k, top, scale, WEIGHTED=False, BLOCK=BLOCK)
 
@@ -104,12 +108,14 @@ def sample_kernel(logits, positions, out, vocab, temperature, top_k, top_p, seed
             for start in range(0, vocab, BLOCK):
                 value, key, token = _load_chunk(row, start, vocab, BLOCK)
                 mass += tl.where(key >= cut, _weight(value, top, scale), 0.0)
-            # A threshold above every key would hold a wanted mass of zero: want a little, and the top itself has it.
+            # With wanted = 0 a threshold above every key would do; a tiny positive mass is reached by the
+            # largest key at the latest.
             wanted = tl.maximum(top_p * tl.sum(mass, axis=0), 1e-30)
             cut = _threshold(row, vocab, cut, wanted, top, scale, WEIGHTED=True, BLOCK=BLOCK)
 
-        # 5. Draw: near u = 1, where the winners are, float32 cannot hold u and tl.log is only good to 2^-22; the series
-        # in 1 - u, which float32 does hold, replaces them there. (The twin has log1p.)
+        # 5. Draw: the largest l + g. Winners have u near 1, where float32 cannot hold u and tl.log is only
+        # good to 2^-22; there a series in 1 - u, which float32 does hold, is used instead. (The twin has
+        # log1p.)
         position = tl.load(positions + r)
         best = tl.full([BLOCK], float("-inf"), tl.float32)
         index = tl.arange(0, BLOCK)

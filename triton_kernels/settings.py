@@ -1,4 +1,5 @@
-"""Launch settings by shape: what the tuner measured on this architecture, else the op's own table, written by hand.
+"""Launch settings by shape: what the tuner measured on this architecture, else the op's own hand-written
+table.
 
 triton_kernels/tuned/sm_90.json is what `lab tune OP` wrote on such a GPU: see lab/tune/tuned.py.
 """
@@ -12,11 +13,11 @@ from lab.tune import tuned
 from triton_kernels.common import architecture, config
 
 ANY = 1 << 31
-BY_HAND = {}            # for `forced`: whatever the tuner measured is left out
+BY_HAND = {}            # for `forced`: ignores what the tuner measured
 _measured = {}          # (op, architecture, itemsize, rows, shape) -> what `measured` found
 _products = {}          # the same -> what `product` chose
 _forced = {}            # op -> settings, while the tuner tries them
-_used = None            # entries in the place of a table, while the tuner tries whole tables
+_used = None            # entries used instead of a table's, while the tuner tries whole tables
 
 
 @functools.lru_cache(maxsize=None)
@@ -25,14 +26,16 @@ def _multiprocessors(device):
 
 
 def multiprocessors(tensor):
-    """Of the tensor's GPU; 1 for a CPU; an H100's 132 or an A100's 108 where launches are only recorded."""
+    """Multiprocessors of the tensor's GPU; 1 for a CPU. While launches are recorded: 132 (H100) or 108
+    (A100)."""
     if tensor.is_cuda:
         return _multiprocessors(tensor.device)
     return {"interpreter": 1, "sm_90": 132}.get(architecture(tensor), 108)
 
 
 def dependent_launch(tensor):
-    """The keywords of programmatic dependent launch, which sm_90 brought: a constexpr, and the launch attribute."""
+    """The keywords of programmatic dependent launch (sm_90 and later): a constexpr, and the launch
+    attribute."""
     name = architecture(tensor)
     on = name != "interpreter" and int(name[3:]) >= 90
     return dict(PDL=True, launch_pdl=True) if on else dict(PDL=False)
@@ -44,8 +47,10 @@ def _tuned(name):
 
 
 def measured(op, tensor, rows, **shape):
-    """The settings to take before the op's own table, or None: found by the tuner for this architecture and shape, as
-    tuned.lookup says."""
+    """The settings that the tuner found for this architecture and shape (tuned.lookup chooses them), or None.
+
+    They take precedence over the op's own table.
+    """
     if op in _forced:
         return dict(_forced[op]) or None
     key = op, architecture(tensor), tensor.itemsize, rows, *shape.values()
@@ -55,12 +60,12 @@ def measured(op, tensor, rows, **shape):
 
 
 def forget():
-    """What was read and chosen, after the tables changed."""
+    """Forgets what was read and chosen, after the tables have changed."""
     use(None)
 
 
 def use(entries):
-    """Launches take these entries, not those of the table (None: the table's again)."""
+    """Makes launches use these entries instead of those of the table (None: those of the table again)."""
     global _used
     _used = entries
     _clear()
@@ -74,7 +79,7 @@ def _clear():
 
 @contextlib.contextmanager
 def forced(op, settings):
-    """Every launch of `op` takes `settings`, or those BY_HAND: how the tuner tries them."""
+    """Makes every launch of `op` use `settings`, or those BY_HAND: this is how the tuner tries them."""
     before = dict(_forced)
     _forced[op] = settings
     _clear()
@@ -87,11 +92,11 @@ def forced(op, settings):
 
 
 def product(op, table, x, n, k, whole_rows=False, parts=1, most_programs=ANY):
-    """(path, programs, meta) to multiply x [rows, k] with w [parts * n, k], `parts` rows of which make one output.
+    """(path, programs, meta) to multiply x [rows, k] with w [parts * n, k]; an output has `parts` rows of w.
 
-    path is "sum" or "dot", `programs` the grid, and meta the kernel's constexprs and the compiler's options. With
-    whole_rows the sum path keeps rows of x in registers, so BLOCK_K covers k, and a program may take several tiles
-    (LOOP).
+    path is "sum" or "dot", `programs` the grid, and meta the kernel's constexprs and the compiler's options.
+    With whole_rows the sum path keeps rows of x in registers, so BLOCK_K covers k, and a program may take
+    several tiles (LOOP).
     """
     key = op, architecture(x), x.itemsize, x.shape[0], n, k
     if key not in _products:
@@ -118,19 +123,21 @@ def _product(op, table, x, n, k, whole_rows, parts, most_programs):
 
 
 def by_hand(table, itemsize, rows, n, k, whole_rows, parts):
-    """Settings from an op's entry for an architecture.
+    """Settings from an op's hand-written entry for an architecture.
 
-    sum_rows: the most rows that the sum path takes; sum_rows_f32: in float32, which has no tensor cores. sum, dot,
-    dot_f32: lists of (most rows, largest n, settings), of which the first that fits is taken. lane: elements of a
-    tile's row, over all rows of x, that a thread holds (twice the bytes in float32). warps: of all programs of a
-    multiprocessor, which then take tile after tile; without it each program has one tile.
+    sum_rows: the most rows that the sum path takes; sum_rows_f32: the same in float32, which has no tensor
+    cores. sum, dot, dot_f32: lists of (most rows, largest n, settings), of which the first that fits is
+    taken. lane: elements of a tile's row, over all rows of x, that a thread holds (twice the bytes in
+    float32). warps: the warps of all programs that a multiprocessor runs; each program then takes several
+    tiles. Without it each program has one tile.
     """
     block_b = triton.next_power_of_2(rows)
     most = table.get("sum_rows_f32", table["sum_rows"]) if itemsize == 4 else table["sum_rows"]
     path = "sum" if rows <= most else "dot"
     if "sum" not in table:
         if n * k >= 1 << 22:
-            path = "dot"                                    # an lm_head: NumPy's matrix product is quicker there
+            # An lm_head: NumPy's matrix product is faster there.
+            path = "dot"
         return _interpreted(path, block_b, n, k, whole_rows, parts)
     meta = next(dict(m) for most_rows, most_n, m in table["dot_f32" if path == "dot" and itemsize == 4 else path]
                 if rows <= most_rows and n <= most_n)
@@ -148,10 +155,11 @@ def by_hand(table, itemsize, rows, n, k, whole_rows, parts):
 
 
 def _interpreted(path, block_b, n, k, whole_rows, parts):
-    """Few programs, for interpreting costs by the operation; tiles of up to 2^17 elements, which stay in the cache."""
+    """Few programs, because interpreting costs by the operation; tiles of up to 2^17 elements, which stay in
+    cache."""
     block_k = triton.next_power_of_2(k)
     if path == "dot" and k % 64 == 0:
-        block_k = k & -k                                    # divides k: a mask costs as much as the product
+        block_k = k & -k                                    # divides k: a mask costs as much as the multiply
     depth = 1 if path == "dot" else block_b
     block_n = min(max((1 << 17) // (depth * parts * block_k), 1), triton.next_power_of_2(n))
     meta = dict(path=path, BLOCK_N=block_n, BLOCK_K=block_k)

@@ -1,4 +1,5 @@
-// How the attention ops launch: the core for a dtype, a head dim and a group of query heads, and its shared memory.
+// How the attention ops launch: the choice of the core by dtype, head dim and number of query heads in a
+// group, and the shared memory it needs.
 #pragma once
 #include "lane_attention.cuh"
 #include "../launchers.h"
@@ -8,20 +9,23 @@
 
 namespace lab {
 
-// Shared memory of a block: the tiles; then in their place what the block's parts merge, with the result behind it for a
-// cluster; and at last what the splits merge.
+// Shared memory of a block, in bytes. The same bytes hold three things one after another: first the tiles of
+// K and V; then the running softmaxes of the block's parts, followed by their merged result where a cluster
+// reads it; at last the results of all splits, which the last block merges.
 template <typename A>
 inline size_t attention_smem_bytes(int group, int splits) {
-  constexpr int kParts = sizeof(typename A::T) == 4 || kHost ? 16 : 4;  // at most
+  // The most running softmaxes that a block keeps of one head.
+  constexpr int kParts = sizeof(typename A::T) == 4 || kHost ? 16 : 4;
   const size_t parts = size_t(kParts + 1) * group * (A::kRow + 2) * sizeof(float);
   const size_t merging = size_t(splits) * group * 3 * sizeof(float);
   const size_t most = parts > merging ? parts : merging;
   return most > sizeof(typename A::Smem) ? most : sizeof(typename A::Smem);
 }
 
-// Blocks of a cluster, which merges its splits over shared memory: a power of two, at most 8. Only where there is no more
-// than one block and a half for a multiprocessor: clusters fill a device unevenly, and the merge of long contexts costs
-// less than that (H100, 8192 tokens of the 8B: 19.1 us without, 23.6 with).
+// Blocks of a cluster, which merges its splits through shared memory: a power of two, at most 8. A cluster is
+// used only where there are no more than 1.5 blocks for each multiprocessor. With more blocks, clusters fill
+// the device unevenly, and that costs more than the merge of a long context saves (H100, 8192 tokens of the
+// 8B: 19.1 us without clusters, 23.6 us with them).
 inline unsigned attention_cluster(int splits, int kv_heads, int batch) {
   unsigned blocks = 1;
   while (int(blocks) < splits && blocks < kMaxCluster) blocks *= 2;
@@ -29,13 +33,14 @@ inline unsigned attention_cluster(int splits, int kv_heads, int batch) {
   return has_clusters() && (kHost || few) ? blocks : 1;
 }
 
-// A launcher's cache as the kernels take it.
+// The cache of a launcher's arguments, in the form that the kernels take.
 template <typename T>
 PagedCache<T> paged_cache(const CachePages& cache) {
   return {as<T>(cache.k), as<T>(cache.v), as<const int>(cache.block_table), log2_of(cache.page_size), cache.max_pages};
 }
 
-// Calls f with the attention core for these heads, a type in f's argument: `using A = typename decltype(core)::type;`
+// Calls f with the attention core for these heads. The core is a type, passed in a tag: `using A = typename
+// decltype(core)::type;`
 template <typename A>
 struct AttentionCore {
   using type = A;
@@ -49,7 +54,7 @@ inline void by_group(int group, F&& f) {
     }
   }
   if constexpr (sizeof(T) == 4 || kHost) {
-    switch (ceil_div(group, ceil_div(group, 4))) {  // query heads of a warp
+    switch (ceil_div(group, ceil_div(group, 4))) {  // query heads that one warp serves
       case 1: return f(AttentionCore<LaneAttention<T, D, 1>>{});
       case 2: return f(AttentionCore<LaneAttention<T, D, 2>>{});
       case 3: return f(AttentionCore<LaneAttention<T, D, 3>>{});

@@ -8,15 +8,17 @@ namespace lab {
 
 constexpr int lanes_per_token(int vectors) { return vectors <= 8 ? 8 : vectors <= 16 ? 16 : 32; }
 
-// Four warps share the tokens of a tile, L lanes share a token, a lane keeps 16 bytes of it; four more warps on the
-// same tile for every four more query heads of the group. A warp serves Heads heads.
+// L lanes share a token and each keeps 16 bytes of it; four warps share the tokens of a tile. A warp serves
+// Heads query heads, at most four: for every four heads of the group a block has four more warps, which work
+// on the same tile.
 template <typename T, int D, int Heads>
 struct LaneAttention : SplitAttention<T, D> {
-  static constexpr int N = Vec<T>::size, L = lanes_per_token(D / N);  // D / N lanes have elements: 12 of 16 for D = 96
+  // D / N of the L lanes have elements: 12 of 16 for D = 96.
+  static constexpr int N = Vec<T>::size, L = lanes_per_token(D / N);
   static constexpr int kTokenWarps = 4, kPerLane = 4, kStages = 3, kTokensPerWarp = 32 / L;
   static constexpr int kParts = kTokenWarps * kTokensPerWarp;         // running softmaxes of one head
-  static constexpr int kTokens = kParts * kPerLane;                   // of a tile
-  static constexpr int kMaxThreads = kTokenWarps * 32 * 4;            // for a group of 16
+  static constexpr int kTokens = kParts * kPerLane;                   // tokens of a tile
+  static constexpr int kMaxThreads = kTokenWarps * 32 * 4;            // for a group of 16 query heads
   struct Smem {
     T k[kStages][kTokens][D], v[kStages][kTokens][D];
     AttentionInputs<T, D> inputs;
@@ -24,9 +26,10 @@ struct LaneAttention : SplitAttention<T, D> {
   using Base = SplitAttention<T, D>;
   using Base::begin, Base::end, Base::stored, Base::group;
   Smem& shared;
-  int c, part, head0, count;                      // lane of a token, running softmax, first head of this warp, tiles
-  bool live;                                      // this lane has elements: c * N to c * N + N
-  int pages[kPerLane];                            // of the tile to copy next
+  // Lane within its token; its running softmax; first head of its warp; tiles.
+  int c, part, head0, count;
+  bool live;                                      // this lane has elements: c * N to c * N + N - 1
+  int pages[kPerLane];                            // page numbers of the tile to copy next
   float query[Heads][N], acc[Heads][N] = {}, maximum[Heads], weight[Heads] = {};
 
   static int threads(int group) { return kTokenWarps * 32 * ceil_div(group, 4); }
@@ -44,14 +47,14 @@ struct LaneAttention : SplitAttention<T, D> {
     for (int h = 0; h < Heads; ++h) maximum[h] = -FLT_MAX;
   }
 
-  // Two tiles are in flight while one is used. A page number is looked up one tile ahead, so that no copy waits for it.
-  // The next kernel may come at once, as in MmaAttention.
+  // Two tiles are in flight while one is used. A page number is looked up one tile ahead, so that no copy
+  // waits for it. The dependent kernel may launch right away: see MmaAttention::start().
   LAB_DEVICE void start() {
     look_up(0);
     for (int t = 0; t < kStages - 1; ++t) copy(t);
     pdl_launch_dependents();
   }
-  // Heads beyond the group are zero.
+  // Query rows of heads beyond the group are zero.
   LAB_DEVICE void load_query(float scale_log2) {
     LAB_UNROLL
     for (int h = 0; h < Heads; ++h) {
@@ -61,10 +64,12 @@ struct LaneAttention : SplitAttention<T, D> {
       for (int e = 0; e < N; ++e) query[h][e] *= scale_log2;
     }
   }
-  // Waits for tile t, sends for the next to come, and puts a new token where the copies left zeros.
+  // Waits for tile t, issues the asynchronous copy of a later tile, and writes the new token over the zeros
+  // that the copies left in its place.
   LAB_DEVICE void wait_for(int t) {
     cp_async_wait<kStages - 2>();
-    __syncthreads();                              // tile t has landed for all, and all are done with tile t - 1
+    // Tile t is visible to all threads, and none still reads tile t - 1.
+    __syncthreads();
     copy(t + kStages - 1);
     if (stored < end && t == count - 1) {
       if (live && threadIdx.x < L) {
@@ -76,8 +81,8 @@ struct LaneAttention : SplitAttention<T, D> {
     }
   }
 
-  // A lane's share of each dot product, summed over the token's lanes; then the sums so far shrink to the new maximum
-  // and the tile's values join them.
+  // Each lane computes its part of every dot product, and the parts are summed over the lanes of the token.
+  // Then the sums so far are scaled down to the new maximum, and the values of the tile are added.
   LAB_DEVICE void attend(int t) {
     float scores[kPerLane * Heads] = {};
     if (live) {
@@ -129,7 +134,7 @@ struct LaneAttention : SplitAttention<T, D> {
   }
 
   LAB_DEVICE void publish(T* out, float* partial) {
-    float* sums = &smem<float>();                 // where the tiles were
+    float* sums = &smem<float>();                 // reuses the memory of the tiles
     cp_async_wait<0>();
     __syncthreads();
     LAB_UNROLL
@@ -162,7 +167,7 @@ struct LaneAttention : SplitAttention<T, D> {
     for (int j = 0; j < kPerLane; ++j) {
       const int row = row0 + j * row_step, token = begin + t * kTokens + row;
       if (!live || row >= kTokens) continue;
-      const bool valid = pages[j] >= 0;           // past the end: zeros
+      const bool valid = pages[j] >= 0;           // tokens past the end become zeros
       const size_t from = valid ? Base::place(pages[j], token) + c * N : 0;
       cp_async16(&shared.k[t % kStages][row][c * N], Base::cache.k + from, valid);
       cp_async16(&shared.v[t % kStages][row][c * N], Base::cache.v + from, valid);

@@ -4,15 +4,16 @@
 
 namespace lab {
 
-// Every warp streams tiles of 16 tokens of its own, with a cp.async ring of its own and no barrier before the end. All
-// heads of the group share a multiply: scores [heads, tokens] = Q K^T with the heads as its 16 rows; then sums
-// [D, heads] = V^T P^T with D as the rows, so that 8 heads fill its columns. HeadTiles: multiples of 8 heads. P is
-// rounded to T.
+// Each warp works on tiles of 16 tokens of its own, through a cp.async ring of its own, and meets the other
+// warps at no barrier before the end. All heads of the group share one matrix multiply. Scores [heads,
+// tokens] = Q K^T: the heads are its 16 rows. Sums [D, heads] = V^T P^T: here D gives the rows, so that 8
+// heads already fill the columns. HeadTiles: how many tiles of 8 heads. P is rounded to T.
 template <typename T, int D, int HeadTiles>
 struct MmaAttention : SplitAttention<T, D> {
   static constexpr int kWarps = 4, kStages = 3, kTokens = 16, kChunks = D / 8, kSteps = D / 16;
   static constexpr int kMaxThreads = kWarps * 32;
-  // A split of 128 tokens has all of them in flight at once; up to 256 are done sooner than two splits merge (H100).
+  // A split of 128 tokens has all its copies in flight at once. A context of up to 256 tokens is finished
+  // sooner by one block than by two whose results must be merged (H100).
   static constexpr int kLeast = kWarps * kTokens * (kStages - 1), kAlone = 2 * kLeast;
   struct Smem {
     T k[kWarps][kStages][kTokens][D], v[kWarps][kStages][kTokens][D];
@@ -21,8 +22,10 @@ struct MmaAttention : SplitAttention<T, D> {
   using Base = SplitAttention<T, D>;
   using Base::begin, Base::end, Base::stored, Base::group;
   Smem& shared;
-  int lane, warp, count;                          // count: this warp's tiles, which are warp, warp + kWarps, ...
-  int page;                                       // of the tile to copy next: 16 tokens share one
+  // count: tiles of this warp, which are warp, warp + kWarps, ...
+  int lane, warp, count;
+  // Page number of the tile to copy next: its 16 tokens lie in one page.
+  int page;
   float scale;
   uint32_t query[kSteps][4];
   float acc[kSteps][HeadTiles][4] = {}, maximum[HeadTiles], weight[HeadTiles] = {};
@@ -30,7 +33,7 @@ struct MmaAttention : SplitAttention<T, D> {
   static int threads(int) { return kMaxThreads; }
   LAB_DEVICE int query_rows() const { return HeadTiles * 8; }
 
-  // least: tokens of a split at least, where the tuner has measured that; 0: kLeast.
+  // least: the fewest tokens of a split, where the tuner has measured it; 0 means kLeast.
   LAB_DEVICE MmaAttention(const PagedCache<T>& cache, int splits_, int group_, int length, int in_cache, int least)
       : Base(cache, splits_, group_, length, in_cache, kTokens, least ? least : kLeast, least ? least : kAlone),
         shared(smem<Smem>()) {
@@ -41,14 +44,15 @@ struct MmaAttention : SplitAttention<T, D> {
     for (int h = 0; h < HeadTiles; ++h) maximum[h] = -FLT_MAX;
   }
 
-  // The next kernel may come at once: DRAM is idle while attention's steps wait for each other, and its first weights fill
-  // that time (H100: 2.4 us a layer of the 8B's token).
+  // Allows the dependent kernel to launch right away: DRAM is idle while the steps of attention wait for each
+  // other, and the dependent kernel's first weight loads fill that time (H100: 2.4 us in each layer of the
+  // 8B's token).
   LAB_DEVICE void start() {
     look_up(0);
     for (int t = 0; t < kStages - 1; ++t) copy(t);
     pdl_launch_dependents();
   }
-  // The queries as the multiply's left operand; rows beyond HeadTiles * 8 are zero.
+  // The queries as the left operand of the multiply. Rows from HeadTiles * 8 on are zero.
   LAB_DEVICE void load_query(float scale_log2) {
     const int g = lane / 4, t = lane % 4;
     scale = scale_log2;
@@ -61,10 +65,12 @@ struct MmaAttention : SplitAttention<T, D> {
       }
     }
   }
-  // Waits for tile t, sends for the next to come, and puts a new token where the copies left zeros.
+  // Waits for tile t, issues the asynchronous copy of a later tile, and writes the new token over the zeros
+  // that the copies left in its place.
   LAB_DEVICE void wait_for(int t) {
     cp_async_wait<kStages - 2>();
-    __syncwarp();                                 // tile t has landed for all lanes, and all are done with tile t - 1
+    // Tile t is visible to all lanes, and none still reads tile t - 1.
+    __syncwarp();
     copy(t + kStages - 1);
     const int row = stored - token0(t);
     if (stored < end && 0 <= row && row < kTokens) {
@@ -77,11 +83,13 @@ struct MmaAttention : SplitAttention<T, D> {
   }
 
   LAB_DEVICE void attend(int t) {
-    // A lane's address in four 8 x 8 tiles: tokens 0-7 and 8-15 by two neighbouring chunks of D.
+    // The address that this lane gives to ldmatrix, which loads four 8 x 8 tiles: tokens 0-7 and 8-15, each
+    // with two neighbouring chunks of D.
     const int row = lane / 16 * 8 + lane % 8, side = lane / 8 % 2;
     T(*k)[D] = shared.k[warp][t % kStages];
     T(*v)[D] = shared.v[warp][t % kStages];
-    float scores[2][4] = {};                      // tokens 0-7, 8-15: head g, tokens 2t, 2t + 1; head g + 8, the same
+    // [tokens 0-7, tokens 8-15][head g: tokens 2t, 2t + 1; head g + 8: the same tokens].
+    float scores[2][4] = {};
     LAB_UNROLL
     for (int s = 0; s < kSteps; ++s) {
       uint32_t key[4];
@@ -91,7 +99,7 @@ struct MmaAttention : SplitAttention<T, D> {
     }
     const int token = token0(t) + lane % 4 * 2;
     uint32_t p[HeadTiles][2];
-    float shrink[HeadTiles][2];                   // of the two heads whose sums this lane holds
+    float shrink[HeadTiles][2];                   // for the two heads whose sums this lane holds
     LAB_UNROLL
     for (int h = 0; h < HeadTiles; ++h) {
       float top = maximum[h];
@@ -101,7 +109,7 @@ struct MmaAttention : SplitAttention<T, D> {
         score = token + i / 2 * 8 + i % 2 < end ? score * scale : -INFINITY;
         top = fmaxf(top, score);
       }
-      top = group_max<4>(top);                    // the lanes that hold this head's other tokens
+      top = group_max<4>(top);                    // over the lanes that hold the other tokens of this head
       const float mine = exp2f(maximum[h] - top);
       maximum[h] = top;
       weight[h] *= mine;
@@ -127,7 +135,7 @@ struct MmaAttention : SplitAttention<T, D> {
   }
 
   LAB_DEVICE void publish(T* out, float* partial) {
-    float* sums = &smem<float>();                 // where the tiles were
+    float* sums = &smem<float>();                 // reuses the memory of the tiles
     cp_async_wait<0>();
     __syncthreads();
     const int g = lane / 4, t = lane % 4;
@@ -154,8 +162,9 @@ struct MmaAttention : SplitAttention<T, D> {
 
  private:
   LAB_DEVICE int token0(int t) const { return begin + (warp + t * kWarps) * kTokens; }
-  // Chunk c (16 bytes) of a row, its place mixed with the row's number, so that the 8 rows that an ldmatrix reads at
-  // one time meet every bank once. D = 96: neighbouring rows are half the banks apart already.
+  // Address of chunk c (16 bytes) of a row. Its place is mixed with the row's number, so that the 8 rows that
+  // ldmatrix reads at a time touch every bank once. For D = 96 neighbouring rows already lie half the banks
+  // apart.
   LAB_DEVICE static T* at(T (*tile)[D], int row, int c) {
     return &tile[row][(c ^ (D == 96 ? row / 2 % 4 : row % 8)) * 8];
   }
@@ -166,7 +175,7 @@ struct MmaAttention : SplitAttention<T, D> {
       LAB_UNROLL
       for (int j = 0; j < kChunks / 2; ++j) {
         const int item = lane + j * 32, row = item / kChunks, c = item % kChunks;
-        const bool valid = token0(t) + row < stored;  // past the end: zeros
+        const bool valid = token0(t) + row < stored;  // tokens past the end become zeros
         const size_t from = valid ? tile + row * D + c * 8 : 0;
         cp_async16(at(shared.k[warp][t % kStages], row, c), Base::cache.k + from, valid);
         cp_async16(at(shared.v[warp][t % kStages], row, c), Base::cache.v + from, valid);

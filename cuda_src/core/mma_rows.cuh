@@ -1,11 +1,12 @@
-// Up to 64 rows of x times many rows of w on tensor cores, both operands through shared memory: the core of linear and
-// of the fused ops for larger batches of float16 and bfloat16.
+// Matrix product of up to 64 rows of x with many rows of w on tensor cores; both operands pass through shared
+// memory. The core of linear and of the fused ops for more than 2 rows of float16 or bfloat16.
 //
-// The operand of 16 or 64 rows of the multiply is w, and x the narrow one ("swap AB"), so that few rows of x waste
-// little. Teams of threads share k, each with a cp.async pipeline of its own and no barrier of the block before the end.
-// A team is a warp (mma.sync), or on Hopper a warpgroup, which multiplies out of shared memory (wgmma); then the blocks
-// of a cluster may share k, too. An output is the product of a row of x with a row of w, or with Parts rows of w that
-// lie n rows apart (gate and up).
+// The multiply instruction has one operand of 16 or 64 rows and a narrower one. w is the wide operand and x
+// the narrow one ("swap AB"), so that few rows of x waste little of it. Teams of threads share k: each has a
+// cp.async pipeline of its own, and they meet at no barrier of the block before the end. A team is a warp
+// (mma.sync), or on Hopper a warpgroup, which multiplies directly from shared memory (wgmma); with warpgroups
+// the blocks of a cluster may share k as well. An output is the dot product of a row of x with one row of w,
+// or with Parts rows of w that lie n rows apart (gate and up).
 #pragma once
 #include "../common.cuh"
 #include "../settings.h"
@@ -14,40 +15,44 @@
 
 namespace lab {
 
-// A shape of launch; by_mma_shape, below, has the table of those that are compiled. M: tiles of 16 rows of w. B: tiles of
-// 8 rows of x. A stage holds 64 elements (128 bytes) of each row, so a block takes (16 M + 8 B) * 128 * Stages * Teams
-// bytes of shared memory. Aligned: rows begin at multiples of 16 bytes. Wgmma: teams are warpgroups, and M is 4.
+// The shape of a launch; by_mma_shape, below, lists the shapes that are compiled. M: tiles of 16 rows of w in
+// a block. B: tiles of 8 rows of x. A stage holds 64 elements (128 bytes) of each row, so a block takes (16 M
+// + 8 B) * 128 * Stages * Teams bytes of shared memory. Aligned: every row begins at a multiple of 16 bytes.
+// Wgmma: teams are warpgroups, and M is 4.
 template <int M_, int B_, int Teams, int Stages, bool Aligned, int Parts = 1, bool Wgmma = false>
 struct Mma {
   static constexpr int M = M_, B = B_, kTeams = Teams, kStages = Stages, kParts = Parts;
   static constexpr int kTeam = Wgmma ? 128 : 32, kThreads = Teams * kTeam;
   static constexpr bool kAligned = Aligned, kWgmma = Wgmma;
   static constexpr int kRows = M * 16, kBatch = B * 8, kDepth = 64;
-  static constexpr int kOutputs = kRows / Parts;  // of a block, for each row of x
-  static constexpr int kSums = Wgmma ? 1 : M;     // 16-row tiles whose sums a thread has a part of
+  static constexpr int kOutputs = kRows / Parts;  // outputs of a block for each row of x
+  static constexpr int kSums = Wgmma ? 1 : M;     // tiles of 16 rows whose sums a thread holds a part of
   static_assert(!Wgmma || M == 4, "a warpgroup multiplies 64 rows of w");
 };
 
 template <typename T, typename C>
 struct MmaSmem {
   union {
-    T tile[C::kTeams][C::kStages][C::kRows + C::kBatch][C::kDepth];  // rows of w, then rows of x
-    float partial[C::kTeams][C::kBatch][C::kRows + 4];               // 4 more: a warp's stores meet no bank twice
+    T tile[C::kTeams][C::kStages][C::kRows + C::kBatch][C::kDepth];  // the rows of w, then the rows of x
+    // Padded by 4: no bank conflicts when a warp stores.
+    float partial[C::kTeams][C::kBatch][C::kRows + 4];
   };
 };
 
 template <typename T, typename C>
 struct MmaRows {
   static constexpr int N = Vec<T>::size, kDepth = C::kDepth, kAhead = C::kStages - 1;
-  static constexpr int kMine = C::kOutputs * C::kBatch / C::kThreads;   // outputs of a thread, where no cluster shares
+  // Outputs of a thread, without a cluster.
+  static constexpr int kMine = C::kOutputs * C::kBatch / C::kThreads;
   static_assert(kMine * C::kThreads == C::kOutputs * C::kBatch, "threads share the outputs evenly");
   MmaSmem<T, C>& shared;
   const T *w, *x;
   int n, k, rows, lane, warp, team, output0, chunks, rank_, ranks_;
   float acc[C::kSums][C::B][4] = {};
 
-  // w has Parts * n rows of k; the cluster's blocks (without one, the block) own kOutputs outputs, from output0 on. Of
-  // the 64-element chunks of k their teams take every (ranks * kTeams)th.
+  // w has Parts * n rows of k elements. The blocks of a cluster (without one, this block) own kOutputs
+  // outputs, from output0 on. The teams of these blocks take turns at the 64-element chunks of k: each takes
+  // every (ranks * kTeams)th.
   LAB_DEVICE MmaRows(MmaSmem<T, C>& shared_, const T* x_, const T* w_, int rows_, int n_, int k_)
       : shared(shared_), w(w_), x(x_), n(n_), k(k_), rows(rows_) {
     lane = threadIdx.x % 32;
@@ -58,14 +63,16 @@ struct MmaRows {
       rank_ = cluster_rank();
       ranks_ = cluster_size();
 #else
-      __trap();                                   // has_wgmma() says no where this is compiled
+      // Never launched where wgmma is not compiled: has_wgmma() is false.
+      __trap();
 #endif
     }
     output0 = blockIdx.x / ranks() * C::kOutputs;
     chunks = (k + kDepth - 1) / kDepth;
   }
 
-  // The first stages of w, which depends on no earlier kernel: call it before pdl_wait(). Then start_x() after it.
+  // Issues the copies of the first stages of w. w depends on no earlier kernel, so call this before
+  // pdl_wait(), and start_x() after it.
   LAB_DEVICE void start_w() {
     for (int i = 0; i < kAhead; ++i) copy_w(i);
   }
@@ -81,9 +88,10 @@ struct MmaRows {
     for (int i = 0; chunk(i) < chunks; ++i) {
       const auto* tile = shared.tile[team][i % C::kStages];
       cp_async_wait<kAhead - 1>();
-      meet();                                     // stage i has landed for the team, and all are done with stage i - 1
+      // Stage i is visible to the team, and none still reads stage i - 1.
+      meet();
       if constexpr (C::kWgmma) {
-        start_wgmma(tile);                        // runs while the next copies are sent for
+        start_wgmma(tile);                        // runs while the next copies are issued
         send(i + kAhead);
         finish_wgmma();
       } else {
@@ -93,7 +101,7 @@ struct MmaRows {
     }
   }
 
-  // Puts the teams' sums where the tiles were; product() may be called when it returns.
+  // Writes the sums of the teams to shared memory, over the tiles; when it returns, product() may be called.
   LAB_DEVICE void reduce() {
     const int g = lane / 4, t = lane % 4;
     cp_async_wait<0>();
@@ -110,7 +118,8 @@ struct MmaRows {
     sync();
   }
 
-  // Row r of the block's rows of w times row b of x: the sums of all teams and blocks, added in a fixed order.
+  // Dot product of row r of the block's rows of w with row b of x: the sums of all teams and blocks, added in
+  // a fixed order.
   LAB_DEVICE float product(int r, int b) const {
     float sum = 0.f;
 #if LAB_WGMMA
@@ -127,8 +136,8 @@ struct MmaRows {
     return sum;
   }
 
-  // Calls f(j, r, output, b) for output j of kMine that this thread stores, if it does; its parts are products of rows
-  // r, r + kOutputs.
+  // Calls f(j, r, output, b) for each of this thread's kMine places j that holds an output. The parts of the
+  // output are the dot products of rows r, r + kOutputs.
   template <typename F>
   LAB_DEVICE void each_output(F f) const {
     LAB_UNROLL
@@ -138,8 +147,8 @@ struct MmaRows {
     }
   }
 
-  // Calls f(j, b, lanes) for each j of kMine, whatever the thread's output is: `lanes` neighbouring threads have outputs
-  // of the same row b of x.
+  // Calls f(j, b, lanes) for each of this thread's kMine places j, whether it holds an output or not. `lanes`
+  // neighbouring threads have outputs of the same row b of x.
   template <typename F>
   LAB_DEVICE void each_row(F f) const {
     constexpr int kLanes = C::kOutputs < 32 ? C::kOutputs : 32;
@@ -147,21 +156,23 @@ struct MmaRows {
     for (int j = 0; j < kMine; ++j) f(j, place(j) / C::kOutputs, kLanes);
   }
 
-  // Call it last: the other blocks of a cluster may still read this one's sums.
+  // Call it last: it waits until the other blocks of the cluster no longer read this block's sums.
   LAB_DEVICE void finish() const {
     if (ranks() > 1) sync();
   }
 
  private:
-  // This block's number in its cluster, and the cluster's blocks: constants where there are no clusters.
+  // Rank of this block in its cluster, and the number of blocks in the cluster; constants where there are no
+  // clusters.
   LAB_DEVICE int rank() const { return C::kWgmma ? rank_ : 0; }
   LAB_DEVICE int ranks() const { return C::kWgmma ? ranks_ : 1; }
-  // Of a thread's output j among the outputs of the block or cluster: all of the first row of x, then of the next.
+  // Index of this thread's output j among the outputs of the block or cluster, which are in the order of the
+  // rows of x.
   LAB_DEVICE int place(int j) const { return threadIdx.x + (j * ranks() + rank()) * C::kThreads; }
   LAB_DEVICE int chunk(int i) const { return rank() * C::kTeams + team + i * ranks() * C::kTeams; }
 
-  // Barrier of the team; when it returns, what its threads have copied can be multiplied, and what was multiplied
-  // before can be overwritten.
+  // Barrier of the team. When it returns, what its threads have copied can be multiplied, and what was
+  // multiplied before can be overwritten.
   LAB_DEVICE void meet() const {
 #if LAB_WGMMA
     if constexpr (C::kWgmma) {
@@ -178,8 +189,9 @@ struct MmaRows {
     __syncthreads();
   }
 
-  // Place of the 16-byte chunk c of a row: for wgmma as it wants it; for mma.sync odd rows swap their halves, so that
-  // the 8 lanes of a phase, which read 64 bytes of two neighbouring rows, meet every bank once.
+  // Place of the 16-byte chunk c of a row. For wgmma it is the 128-byte swizzle. For mma.sync the two 64-byte
+  // parts of odd rows are exchanged: 8 lanes at a time read 64 bytes of two neighbouring rows, and so touch
+  // every bank once.
   LAB_DEVICE static int swizzle(int row, int c) { return C::kWgmma ? c ^ row % 8 : c ^ (row % 2 * 4); }
 
   LAB_DEVICE void start_wgmma(const T (*tile)[kDepth]) {
@@ -196,8 +208,8 @@ struct MmaRows {
 #endif
   }
   LAB_DEVICE void multiply(const T (*tile)[kDepth]) {
-    // A lane takes 8 neighbouring elements of k from each row, enough for two multiplies: which column of the
-    // multiply an element plays is free, as long as w and x agree.
+    // A lane takes 8 neighbouring elements of k from each row, enough for two multiplies. Any assignment of
+    // elements to the columns of the multiply is right, as long as w and x use the same.
     const int g = lane / 4, t = lane % 4;
     const auto fragment = [&](int row, int half) {
       return bit_cast<uint4>(load(&tile[row][swizzle(row, half * 4 + t) * N]));
@@ -222,8 +234,8 @@ struct MmaRows {
     }
   }
 
-  // A thread copies chunk c of every (kTeam / 8)th row, so its place in the swizzle never changes. Whatever lies outside
-  // the matrix becomes zero.
+  // A thread copies chunk c of every (kTeam / 8)th row, so that its place in the swizzle never changes. What
+  // lies outside the matrix becomes zero.
   LAB_DEVICE void copy(T (*tile)[kDepth], const T* from, int count, int limit, int chunk) {
     constexpr int kStep = C::kTeam / 8;
     const int c = threadIdx.x % 8, row = threadIdx.x % C::kTeam / 8, col = chunk * kDepth + c * N;
@@ -249,7 +261,7 @@ struct MmaRows {
     copy_w(i);
     copy_x(i);
     cp_async_commit();
-    // The next kernel may come once this team has sent for its last chunk: see RowStream::release.
+    // The dependent kernel may launch once this team has issued its last copy: see RowStream::release().
     if (chunk(i + 1) >= chunks) pdl_launch_dependents();
   }
   LAB_DEVICE void copy_w(int i) {
@@ -265,8 +277,8 @@ struct MmaRows {
   }
 };
 
-// by_mma_shape calls f with the shape of a launch, a type in f's argument, and the blocks of a cluster:
-// `using C = typename decltype(shape)::type;`. mma_config makes the launch of them.
+// by_mma_shape calls f with the shape of a launch, a type in a tag, and the number of blocks in a cluster:
+// `using C = typename decltype(shape)::type;`. mma_config makes the launch configuration from them.
 template <typename C>
 struct MmaShape {
   using type = C;
@@ -276,21 +288,22 @@ inline Config mma_config(int n, unsigned cluster, size_t smem_bytes, Ptr stream)
   return {dim3(ceil_div(n, C::kOutputs) * cluster), dim3(C::kThreads), smem_bytes, stream, true, cluster};
 }
 
-// The shapes. A name says how many rows of x a launch has at most; the comment, why the shape is as it is. More rows of w
-// in a block read x less often from L2; fewer give more blocks.
+// The shapes. A name says the most rows of x of a launch; the comment says why the shape is as it is. With
+// more rows of w in a block, x is read less often from L2; with fewer there are more blocks.
 //                                       M  B  teams  stages     shared memory
 
-// Rows of any length: elements are copied one by one.
+// For rows of any length: elements are copied one by one.
 template <int Parts>
 struct Unaligned : Mma<                  2, 8, 4,     3, /*Aligned=*/false, Parts> {};                  // 144 KiB
 
-// 16 rows of w give the most blocks, which narrow matrices need.
+// 16 rows of w in a block give the most blocks, which narrow matrices need.
 template <int Parts>
 struct UpTo16Narrow : Mma<               1, 2, 4,     4, /*Aligned=*/true, Parts> {};                   // 64 KiB
-// The same where rows are long: 24 KiB in flight are too few. On an H100, 8B at batch 16: o 13.2 to 11.8 us.
+// The same for long rows, where 24 KiB in flight are too few. H100, 8B at batch 16: o takes 11.8 us instead
+// of 13.2.
 template <int Parts>
 struct UpTo16NarrowLong : Mma<           1, 2, 4,     7, /*Aligned=*/true, Parts> {};                   // 112 KiB
-// Where 32 rows of w still give each multiprocessor of an H100 two blocks.
+// For matrices of which 32 rows in a block still give each multiprocessor of an H100 two blocks.
 template <int Parts>
 struct UpTo16Wide : Mma<                 2, 2, 4,     3, /*Aligned=*/true, Parts> {};                   // 72 KiB
 template <int Parts>
@@ -300,8 +313,9 @@ struct UpTo64Narrow : Mma<               2, 8, 4,     3, /*Aligned=*/true, Parts
 template <int Parts>
 struct UpTo64Wide : Mma<                 4, 8, 2,     3, /*Aligned=*/true, Parts> {};                   // 96 KiB
 
-// wgmma. On an H100, 8B at batch 64, without and with: gate and up 96.0 and 85.6 us, qkv 27.2 and 20.6, down 46.1 and
-// 44.7, o 14.8 and 15.5. Small blocks, of which two fit a multiprocessor, where there are many; else large ones.
+// wgmma. H100, 8B at batch 64, with mma.sync and with wgmma: gate and up 96.0 and 85.6 us, qkv 27.2 and 20.6,
+// down 46.1 and 44.7, o 14.8 and 15.5. Where there are many blocks they are small, so that two fit on a
+// multiprocessor; else they are large.
 template <int Parts>
 struct WgmmaUpTo32Small : Mma<           4, 4, 2,     4, /*Aligned=*/true, Parts, /*Wgmma=*/true> {};   // 96 KiB
 template <int Parts>
@@ -317,7 +331,8 @@ inline void by_mma_shape(int rows, int n, int k, const Settings& tuned, F&& f) {
   const bool aligned = k % Vec<T>::size == 0;
   if (!aligned) return alone(MmaShape<Unaligned<Parts>>{});
 
-  // wgmma where there are many rows of x and enough to do. Long rows of a small matrix are shared by two blocks.
+  // wgmma where there are many rows of x and enough blocks or long rows. For a small matrix with long rows,
+  // two blocks share k.
   const int blocks = ceil_div(n * Parts, 64);
   if (rows > 16 && has_wgmma() && (3 * blocks > 2 * multiprocessors() || k >= 8192)) {
     const bool many = blocks > multiprocessors();

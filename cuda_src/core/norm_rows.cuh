@@ -1,5 +1,6 @@
-// The prologue of the ops that normalise x before they multiply: each block normalises the rows again, from L2, and
-// keeps them in shared memory. That costs less than a kernel of its own, which would pass them through memory.
+// The prologue of the ops that normalise x before they multiply. Each block normalises the rows again,
+// reading them from L2, and keeps them in shared memory. That costs less than a kernel of its own, which
+// would write the normalised rows to memory and read them back.
 #pragma once
 #include "../launchers.h"
 #include "stream_rows.cuh"
@@ -10,7 +11,7 @@ template <typename T, typename C>
 struct alignas(16) NormSmem {
   StreamSmem<T, C> stream;
   float squares[C::kThreads / 32][C::B];
-  alignas(16) T x[Vec<T>::size];                  // in fact B rows of k: size the launch by norm_smem_bytes
+  alignas(16) T x[Vec<T>::size];                  // really B rows of k elements: see norm_smem_bytes()
 };
 
 template <typename T, typename C>
@@ -18,8 +19,8 @@ size_t norm_smem_bytes(int k) {
   return sizeof(NormSmem<T, C>) + size_t(C::B) * k * sizeof(T);
 }
 
-// normed = rmsnorm(x, norm_w): more than 2 rows of half precision pass through memory on their way to the tensor cores,
-// in memory that the caller gives. a: the arguments of the op.
+// normed = rmsnorm(x, norm_w), by a kernel of its own: on tensor cores (more than 2 rows of half precision)
+// the normalised rows pass through memory that the caller allocated. a: the arguments of the op.
 template <typename Args>
 inline void norm_into(const char* op, const Args& a) {
   if (!a.normed) throw std::invalid_argument(std::string(op) + ": more than 2 rows of half precision need `normed`");
@@ -37,12 +38,14 @@ inline void norm_into(const char* op, const Args& a) {
   rmsnorm(norm);
 }
 
-// Calls f with the shape of a launch whose blocks keep the normalised rows in shared memory; see by_stream_shape.
+// Calls f with the shape of a launch whose blocks keep the normalised rows in shared memory; see
+// by_stream_shape.
 template <typename T, int Parts, typename F>
 inline void by_normed_shape(int rows, int outputs, int k, const Settings& tuned, F&& f) {
-  constexpr int kLimit = 64 * 1024;               // a third of a multiprocessor's, so that blocks share it
+  // Bytes: a third of a multiprocessor's, so that several blocks fit.
+  constexpr int kLimit = 64 * 1024;
   const int64_t row = int64_t(k) * sizeof(T);
-  int batch = 8;                                  // the most rows that fit
+  int batch = 8;                                  // the most rows that fit in it
   while (batch > 1 && batch * row > kLimit) batch /= 2;
   by_stream_shape<T, Parts, 32, false>(rows, outputs, k, batch, tuned, f);
 }
@@ -50,12 +53,13 @@ inline void by_normed_shape(int rows, int outputs, int k, const Settings& tuned,
 template <typename T, typename C>
 struct NormRows {
   static constexpr int N = C::N, B = C::B, kStep = C::kThreads * N;
-  // Vectors of the norm's weight that a thread loads before the wait, and steps of x that it loads before it uses the
-  // first: as many as registers allow beside the first weights.
+  // How many vectors of the norm's weight a thread loads before it waits for the preceding kernel, and how
+  // many steps of x it loads before it uses the first. Both are as many as the registers allow beside the
+  // first weights of the matrix.
   static constexpr int kKeep = B < 4 ? 4 : 2, kAhead = B == 1 && sizeof(T) == 2 ? 2 : 1;
   Packed<T, N> weight[kKeep];
 
-  // Issues the loads of the weight, which depends on no earlier kernel: call it before pdl_wait().
+  // Issues the loads of the norm's weight, which depends on no earlier kernel: call it before pdl_wait().
   LAB_DEVICE void start(const T* norm_w, int k) {
     LAB_UNROLL
     for (int i = 0; i < kKeep; ++i) {
@@ -64,8 +68,8 @@ struct NormRows {
     }
   }
 
-  // shared.x[b] = T(x[b0 + b] * rsqrt(mean(x[b0 + b]^2) + eps)) * norm_w, the rounding points of rmsnorm; for all
-  // threads when it returns. Rows past the end repeat the last.
+  // shared.x[b] = T(x[b0 + b] * rsqrt(mean(x[b0 + b]^2) + eps)) * norm_w, with rmsnorm's rounding points;
+  // visible to all threads when it returns. For rows past the end the last row is repeated.
   LAB_DEVICE void run(NormSmem<T, C>& shared, const T* x, const T* norm_w, int b0, int rows, int k, float eps) {
     const int first = threadIdx.x * N;
     float squares[B] = {};
@@ -105,7 +109,8 @@ struct NormRows {
       for (int warp = 0; warp < C::kThreads / 32; ++warp) scale[b] += shared.squares[warp][b];
       scale[b] = rsqrtf(scale[b] / k + eps);
     }
-    const auto scale_at = [&](int col, const Packed<T, N>& packed) {  // a thread scales the columns that it stored
+    // Each thread scales the columns it stored.
+    const auto scale_at = [&](int col, const Packed<T, N>& packed) {
       float factor[N], f[N];
       unpack<T>(factor, packed);
       LAB_UNROLL
@@ -126,14 +131,16 @@ struct NormRows {
   }
 };
 
-// One round of B rows of x: the first weights, and the weight of the norm, before the wait; after it the norm.
+// Starts the multiply of B rows of x: issues the loads of the first weights and of the norm's weight, waits
+// for the preceding kernel, then normalises the rows.
 template <typename T, typename C>
 LAB_DEVICE void start_normed(RowStream<T, C>& stream, NormSmem<T, C>& shared, const T* x, const T* norm_w, int b0,
                              int rows, float eps) {
   NormRows<T, C> norm;
   norm.start(norm_w, stream.k);
-  stream.start(false);                            // what comes next may be attention, whose prologue reads the cache
-  if (b0 > 0) __syncthreads();                    // the rows before these have been multiplied
+  // False: the dependent kernel may be attention, which reads the cache before it waits.
+  stream.start(false);
+  if (b0 > 0) __syncthreads();                    // the preceding rows have been multiplied
   norm.run(shared, x, norm_w, b0, rows, stream.k, eps);
 }
 

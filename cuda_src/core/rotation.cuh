@@ -1,16 +1,18 @@
-// Norm (optional) and rope of a head on its way into attention.
+// RMSNorm (optional) and rotary embedding of one head, just before attention uses it.
 #pragma once
 #include "lane_attention.cuh"
 
 namespace lab {
 
-// Norm and rope of a head by L lanes, D / N of which hold N elements each: the row of the table, and who has the other
-// half of a pair.
+// L lanes handle one head, of which D / N lanes hold N elements each. Rope rotates pairs (x[i], x[i + D/2]):
+// a lane keeps the cosines and sines of its elements and knows which lane holds the other elements of its
+// pairs.
 template <typename T, int D>
 struct Rotation {
   static constexpr int N = Vec<T>::size, L = lanes_per_token(D / N), kHalf = D / 2 / N;
-  int c, partner;                                 // lane of the head, and the lane of the warp that has the other half
-  bool live;                                      // this lane has elements: c * N to c * N + N
+  // Lane within the head; the lane of the warp that has the pairs' other elements.
+  int c, partner;
+  bool live;                                      // this lane has elements: c * N to c * N + N - 1
   float cosine[N], sine[N];
 
   LAB_DEVICE explicit Rotation(const float* row) {
@@ -30,8 +32,8 @@ struct Rotation {
     }
   }
 
-  // This lane's elements of the head at `from` (zeros if not valid): normed and rounded to T, rotated and rounded to T.
-  // All lanes of the warp call it.
+  // Returns this lane's elements of the head at `from` (zeros if not valid): normalised and rounded to T,
+  // then rotated and rounded to T. All lanes of the warp must call it.
   LAB_DEVICE Vec<T> turn(const T* from, bool valid, const T* norm, float eps) const {
     return turn(valid ? load(from + c * N) : Vec<T>{}, valid, norm, eps);
   }

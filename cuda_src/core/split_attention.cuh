@@ -1,10 +1,11 @@
-// Decode attention over a paged cache, one split of one sequence and KV head per block: which tokens a block owns, and
-// how the results of splits meet. The core of decode_attention and rope_append_attention; what a block does with its
-// tokens is in lane_attention.cuh (CUDA cores) and mma_attention.cuh (tensor cores), the launch in attention.cuh.
+// Decode attention over a paged cache, with one block for each split of each sequence and KV head: which
+// tokens a block owns, and how the results of the splits are merged. This is the core of decode_attention and
+// rope_append_attention. What a block computes with its tokens is in lane_attention.cuh (CUDA cores) and
+// mma_attention.cuh (tensor cores); the launch is in attention.cuh.
 //
-// A block keeps the group's queries in shared memory, streams the split's K and V through a ring of tiles (cp.async),
-// and merges the running softmaxes of its parts. Scores are kept in base 2: exp(x) = exp2(x * log2(e)), and log2(e) is
-// folded into the scale.
+// A block keeps the group's queries in shared memory, copies the split's K and V through a ring of tiles
+// (cp.async), and merges the running softmaxes of its parts. Scores are kept in base 2: exp(x) = exp2(x *
+// log2(e)), and log2(e) is folded into the scale.
 #pragma once
 #include <cfloat>
 
@@ -12,10 +13,11 @@
 
 namespace lab {
 
-constexpr int kMaxGroup = 16;                     // query heads of one KV head
-constexpr int kMaxCluster = 8;                    // blocks of a cluster, on every GPU that has clusters
+constexpr int kMaxGroup = 16;                     // the most query heads of one KV head
+constexpr int kMaxCluster = 8;                    // the most blocks of a cluster on any GPU that has clusters
 
-// k, v [pages, kv_heads, page_size, D]; table [batch, max_pages]; a page holds 2^page_shift tokens, 16 at least.
+// k, v [pages, kv_heads, page_size, D]; table [batch, max_pages]; a page holds 2^page_shift tokens, at least
+// 16.
 template <typename T>
 struct PagedCache {
   T *k, *v;
@@ -30,23 +32,28 @@ struct AttentionInputs {
   T new_k[D], new_v[D];
 };
 
-// One block of the grid (splits, kv_heads, batch): which tokens are its own, and how its results meet the others'.
+// One block of the grid (splits, kv_heads, batch): the tokens it owns, and how its result is merged with the
+// others'.
 template <typename T_, int D_>
 struct SplitAttention {
   using T = T_;
   static constexpr int D = D_;
-  static constexpr int kRow = D + 4;              // floats of a head's sums in shared memory; the 4 spare bank conflicts
+  // Floats of a head's sums in shared memory: 4 more avoid bank conflicts.
+  static constexpr int kRow = D + 4;
   PagedCache<T> cache;
   int split, kv_head, kv_heads, b, group;
-  int splits, used;                               // the grid's splits, and those that a context of this length takes
-  int begin, end;                                 // tokens of this split
-  int stored;                                     // of these, the ones in the cache end here; at most one follows
-  float* merged = nullptr;                        // this block's result, in shared memory, where a cluster merges
+  int splits, used;                               // splits of the grid; those that this context length needs
+  int begin, end;                                 // tokens of this split: [begin, end)
+  // [begin, stored) are in the cache; at most one more token follows.
+  int stored;
+  // This block's result in shared memory, where a cluster merges.
+  float* merged = nullptr;
 
-  // Split s owns tokens [begin, end) of `length`, a multiple of `unit` each. A context of up to `alone` tokens is not
-  // split, for a merge would cost more than it saves, and no split gets less than `least`; up to `alone` tokens each, a
-  // cluster's blocks take all, for they merge sooner than more blocks do. Tokens from `in_cache` on are not read from
-  // the cache: a new one is put in its place from AttentionInputs.
+  // Split s owns the tokens [begin, end) of `length`; every split but the last has the same multiple of
+  // `unit`. A context of up to `alone` tokens is not split, because a merge would cost more than it saves;
+  // otherwise a split has at least `least` tokens. As long as each block of one cluster gets at most `alone`
+  // tokens, the context is split among these blocks only: they merge sooner than a larger number of blocks.
+  // Tokens from `in_cache` on are not read from the cache: the new token is taken from AttentionInputs.
   LAB_DEVICE SplitAttention(const PagedCache<T>& cache_, int splits_, int group_, int length, int in_cache, int unit,
                             int least, int alone)
       : cache(cache_), group(group_), splits(splits_) {
@@ -54,7 +61,8 @@ struct SplitAttention {
     const int most = length <= blocks_of_cluster() * alone ? min(splits, blocks_of_cluster()) : splits;
     const int wanted = length <= alone ? length : max(least, (length + most - 1) / most);
     const int chunk = max(unit, (wanted + unit - 1) / unit * unit);
-    used = length > 0 ? (length + chunk - 1) / chunk : 1;  // no token at all: the first block writes zeros
+    // With no token at all the first block writes zeros.
+    used = length > 0 ? (length + chunk - 1) / chunk : 1;
     begin = split * chunk, end = min(length, begin + chunk), stored = min(end, in_cache);
   }
   LAB_DEVICE bool unused() const { return split >= used; }
@@ -63,16 +71,17 @@ struct SplitAttention {
   LAB_DEVICE int page_of(int token) const {
     return cache.table[size_t(b) * cache.max_pages + (token >> cache.page_shift)];
   }
-  // Where the first element of this KV head's token is, in a page.
+  // Offset in the cache of the first element of a token of this KV head.
   LAB_DEVICE size_t place(int page, int token) const {
     const int slot = token & ((1 << cache.page_shift) - 1);
     return (((size_t(page) * kv_heads + kv_head) << cache.page_shift) + slot) * D;
   }
 
-  // Merges the block's running softmaxes: sums [parts][group][kRow] and then maxima and weights [parts][group][2], in
-  // shared memory. If only one split is used the result is final: out [batch, q_heads, D]. Where a cluster merges, it
-  // stays in shared memory, behind what was merged. Else it goes to partial, whose part for this sequence and KV head
-  // holds the sums [splits][group][D] and then maxima and weights [splits][group][2].
+  // Merges the running softmaxes of this block. sums: in shared memory, [parts][group][kRow], followed by
+  // maxima and weights [parts][group][2]. The result goes to one of three places: to out [batch, q_heads, D],
+  // if only one split is used and it is therefore final; else, where a cluster merges, to shared memory
+  // behind what was merged; else to `partial`, which has for each sequence and KV head the sums
+  // [splits][group][D], followed by maxima and weights [splits][group][2].
   template <int Parts>
   LAB_DEVICE void publish(float* sums, T* out, float* partial) {
     const float* stats = sums + Parts * group * kRow;
@@ -104,7 +113,8 @@ struct SplitAttention {
     }
   }
 
-  // Merges the splits: over shared memory where one cluster has them all, which saves two trips to L2 and back.
+  // Merges the splits. If one cluster has them all this happens through shared memory, which saves two round
+  // trips to L2.
   LAB_DEVICE void merge(T* out, float* partial, unsigned* tickets) const {
     if (used == 1) return;
     if (in_cluster()) return merge_in_cluster(out);
@@ -121,10 +131,11 @@ struct SplitAttention {
 #endif
   }
 
-  // Each block merges a part of the group's outputs, in the order of the splits.
+  // Each block of the cluster merges a part of the group's outputs, in the order of the splits.
   LAB_DEVICE void merge_in_cluster(T* out) const {
 #if LAB_SM90
-    cluster_sync();                               // all have published; blocks without tokens have ended
+    // All blocks have published; those without tokens have ended.
+    cluster_sync();
     for (int i = (split * blockDim.x + threadIdx.x) * 4; i < group * D; i += used * blockDim.x * 4) {
       Vec<float, 2> stats[kMaxCluster];
       Vec<float> sums[kMaxCluster], sum{};
@@ -149,12 +160,14 @@ struct SplitAttention {
       }
       store_normalised(out, i, sum, total);
     }
-    cluster_sync();                               // and all have read: a block's shared memory ends with it
+    // All have read: a block's shared memory ends with the block.
+    cluster_sync();
 #endif
   }
 
-  // Each block takes a ticket after its results are visible; whoever takes the last one sees them all, merges them in
-  // the order of the splits, so that a run repeats bit for bit, and leaves the counter at zero for the next launch.
+  // Each block takes a ticket after its results are visible. The block with the last ticket sees the results
+  // of all; it merges them in the order of the splits, so that a run repeats bit for bit, and resets the
+  // counter to zero for the next launch.
   LAB_DEVICE void merge_in_last_block(T* out, float* partial, unsigned* tickets) const {
     int& last = smem<int>();
     unsigned* ticket = tickets + b * kv_heads + kv_head;
@@ -162,8 +175,9 @@ struct SplitAttention {
     if (threadIdx.x == 0) last = take_ticket(ticket) == unsigned(used - 1);
     __syncthreads();
     if (!last) return;
-    __syncthreads();                              // all have read `last`, whose place is used again
-    float* stats = &smem<float>();                // [used][group][2], then the factors that bring each to one maximum
+    __syncthreads();                              // all have read `last`: its memory is reused below
+    // [used][group][2]; then a factor for each, exp2(maximum - common maximum).
+    float* stats = &smem<float>();
     float* factors = stats + used * group * 2;
     for (int i = threadIdx.x; i < used * group; i += blockDim.x) {
       store(stats + i * 2, load<2>(published_stats(partial) + i * 2));
@@ -175,13 +189,14 @@ struct SplitAttention {
       factors[i] = exp2f(stats[i * 2] - top);
     }
     __syncthreads();
-    constexpr int kAhead = 11;                    // splits whose loads are in flight together: a third of an H100's 33
+    // Splits whose loads are in flight at once: a third of an H100's 33.
+    constexpr int kAhead = 11;
     for (int i = threadIdx.x * 4; i < group * D; i += blockDim.x * 4) {
       const float* sums = published(partial) + i;
       float total = 0.f;
       Vec<float> sum{};
       for (int s0 = 0; s0 < used; s0 += kAhead) {
-        Vec<float, 2> low[kAhead], high[kAhead];  // a row of partial begins at a multiple of 8 bytes only
+        Vec<float, 2> low[kAhead], high[kAhead];  // a row of partial is aligned to 8 bytes only
         LAB_UNROLL
         for (int s = 0; s < kAhead; ++s) {
           if (s0 + s >= used) continue;
@@ -205,7 +220,8 @@ struct SplitAttention {
     LAB_UNROLL
     for (int e = 0; e < 4; ++e) sum.v[e] = fmadd(v.v[e], factor, sum.v[e]);
   }
-  // Elements i to i + 4 of this group's part of out; no token at all gives zeros.
+  // Writes elements i to i + 3 of this group's part of out, divided by the weights' sum. With no token at all
+  // they are zero.
   LAB_DEVICE void store_normalised(T* out, int i, const Vec<float>& sum, float total) const {
     const float factor = total == 0.f ? 0.f : 1.f / total;
     Vec<T, 4> v;

@@ -1,7 +1,8 @@
-// Attention of one sequence inside decode_step: a block takes a split of one KV head's context. K and V come through the
-// ring, as the weights do (weight_ring.cuh). The warps share a tile's tokens and keep running softmaxes in registers
-// (base 2, as in split_attention.cuh). Tensor cores multiply, for their short chains of instructions: few tokens are
-// there at a time, and the other blocks wait. P is rounded to T.
+// Attention of one sequence inside decode_step. A block takes one split of one KV head's context; K and V
+// arrive through the same ring of tiles as the weights (weight_ring.cuh). The warps share the tokens of a
+// tile and keep running softmaxes in registers (base 2, as in split_attention.cuh). Tensor cores multiply
+// because they need few dependent instructions: a split has few tokens, and the other blocks wait for this
+// one's result, so latency is what counts. P is rounded to T.
 #pragma once
 #include <climits>
 
@@ -13,33 +14,40 @@
 namespace lab {
 
 constexpr int kStepSplits = 64;                   // MAX_SPLITS of the contract
-constexpr int kStepGroup = 8;                     // MAX_GROUP
+constexpr int kStepGroup = 8;                     // MAX_GROUP of the contract
 
-// What all layers have in common.
+// What is the same for all layers.
 template <typename T>
 struct StepHeads {
   int q_heads, kv_heads, page_shift;
   float eps, scale_log2;
-  const int* table;                               // block_table
-  int64_t layer;                                  // elements of a layer's K
+  const int* table;                               // the block table
+  int64_t layer;                                  // elements between the K of a layer and that of the next
   T *k_cache, *v_cache;
 };
 
 template <typename T, int D>
 struct StepAttentionSmem {
   alignas(16) float cos_sin[D];
-  T q[kStepGroup][D % 64 ? D : D + 32], new_k[D], new_v[D];           // two heads at a time meet every bank once
+  // Padded: two heads at a time touch every bank once.
+  T q[kStepGroup][D % 64 ? D : D + 32], new_k[D], new_v[D];
 };
 
 template <typename T, int D>
 struct StepAttention {
-  static constexpr int N = Vec<T>::size, L = lanes_per_token(D / N);  // D / N of L lanes have 16 bytes of a token each
-  static constexpr int kHalves = D > 64 ? 2 : 1;  // warps that share 8 tokens: each multiplies a part of V's columns
-  static constexpr int kParts = kRingWarps / kHalves, kTokens = kParts * 8;             // of a tile: half K, half V
-  static constexpr int kSteps = D / 32, kChunks = D / 8 / kHalves;    // of a token's K, and of a warp's part of its V
-  static constexpr bool kExchange = D % 64 == 0;  // all tokens' rows begin at the same bank
-  static constexpr int kOther = kExchange ? 2 : 1;                    // units u and u + kOther share an A: add_tokens()
-  // Floats of a head's place in shared memory: sums [kParts][D], maxima and weights [kParts][2]; 4 spare bank conflicts.
+  // D / N of the L lanes hold 16 bytes of a token each.
+  static constexpr int N = Vec<T>::size, L = lanes_per_token(D / N);
+  // Warps that share the same 8 tokens; each multiplies a part of V's columns.
+  static constexpr int kHalves = D > 64 ? 2 : 1;
+  // Tokens of a tile, which has the K of all and then the V of all.
+  static constexpr int kParts = kRingWarps / kHalves, kTokens = kParts * 8;
+  // Steps over a token's K; chunks of 8 elements in a warp's part of its V.
+  static constexpr int kSteps = D / 32, kChunks = D / 8 / kHalves;
+  static constexpr bool kExchange = D % 64 == 0;  // all rows of tokens begin at the same bank
+  // Units u and u + kOther share one operand A: see add_tokens().
+  static constexpr int kOther = kExchange ? 2 : 1;
+  // Floats of a head's results in shared memory: sums [kParts][D], then maxima and weights [kParts][2]; 4
+  // more avoid bank conflicts.
   static constexpr int kPlace = kParts * (D + 2) + 4;
   static constexpr int sums_bytes(int group) { return group * kPlace * int(sizeof(float)); }
   static_assert(kRingThreads / L >= kStepGroup + 2, "a pass of all lanes takes a group's queries, key and value");
@@ -49,8 +57,9 @@ struct StepAttention {
   float* sums;                                    // [group][kPlace]
   const StepHeads<T>& heads;
   const int position, group, splits;
-  int kv_head, split, used, begin, end;           // of an item; tokens [begin, end), the new one among them
-  size_t new_place = 0;                           // in a layer's cache, of the new token
+  // Of the present item; its tokens are [begin, end), the new one among them.
+  int kv_head, split, used, begin, end;
+  size_t new_place = 0;                           // offset of the new token in a layer's cache
 
   LAB_DEVICE StepAttention(StepAttentionSmem<T, D>& shared_, float* sums_, const StepHeads<T>& heads_, int position_)
       : shared(shared_), sums(sums_), heads(heads_), position(position_), group(heads_.q_heads / heads_.kv_heads),
@@ -58,15 +67,15 @@ struct StepAttention {
     locate(blockIdx.x);
   }
 
-  // Sends for the context of this block's items, in one layer.
+  // Issues the bulk copies of one layer's K and V for this block's items.
   LAB_DEVICE void send(WeightRing<T>& ring, int layer) {
     const T *k = heads.k_cache + layer * heads.layer, *v = heads.v_cache + layer * heads.layer;
     each_item([&] {
-      const int last = min(end, position);        // the new token is not there yet
+      const int last = min(end, position);        // the new token is not in the cache yet
       for (int first = begin; first < last; first += kTokens) {
         const int tokens = min(kTokens, last - first);
         ring.begin(tokens * 2 * kTokenBytes, ring.few);
-        for (int t = 0; t < tokens;) {            // as far as a page goes
+        for (int t = 0; t < tokens;) {            // one copy for all neighbouring tokens of a page
           const int left = (1 << heads.page_shift) - ((first + t) & ((1 << heads.page_shift) - 1));
           const int run = min(left, tokens - t);
           const size_t from = place(first + t);
@@ -79,8 +88,8 @@ struct StepAttention {
     });
   }
 
-  // qkv [(q_heads + 2 kv_heads) D] -> out [q_heads D]; norms [D], which may be null. partial: of each KV head the sums
-  // [kStepSplits][group][D] and then maxima and weights [kStepSplits][group][2].
+  // qkv [(q_heads + 2 kv_heads) D] -> out [q_heads D]. The norms' weights [D] may be null. partial: for each
+  // KV head the sums [kStepSplits][group][D], then maxima and weights [kStepSplits][group][2].
   LAB_DEVICE void run(WeightRing<T>& ring, int layer, const TaggedRow<T>& qkv, const T* q_norm, const T* k_norm,
                       const TaggedRow<T>& out, TaggedFloats partial) {
     each_item([&] {
@@ -92,7 +101,7 @@ struct StepAttention {
       mine.words += size_t(kv_head) * kStepSplits * group * (D + 2);
       publish(out, mine);
       if (used > 1) merge(out, mine);
-      ring_sync();                                // `sums` is free
+      ring_sync();                                // no thread still reads `sums`
     });
   }
 
@@ -101,8 +110,8 @@ struct StepAttention {
   LAB_DEVICE int lane() const { return threadIdx.x % 32; }
   LAB_DEVICE int warp() const { return threadIdx.x / 32; }
 
-  // Item i is split i % splits of KV head i / splits; a block takes items blockIdx.x, + gridDim.x, ... There is more than
-  // one only where there are more KV heads than blocks.
+  // Item i is split i % splits of KV head i / splits. A block takes the items blockIdx.x, blockIdx.x +
+  // gridDim.x, ...; it has more than one only where there are more KV heads than blocks.
   template <typename F>
   LAB_DEVICE void each_item(F f) {
     const int items = heads.kv_heads * splits;
@@ -112,8 +121,8 @@ struct StepAttention {
     }
     if (items > int(gridDim.x)) locate(blockIdx.x);
   }
-  // A context of up to kAlone tiles is not split: a merge would cost more than it saves. Without tokens begin is not
-  // below end.
+  // Sets the tokens of an item. A context of up to kAlone tiles is not split, because a merge would cost more
+  // than it saves. An item without tokens has begin >= end.
   LAB_DEVICE void locate(int item) {
     constexpr int kAlone = 4;
     const int length = position + 1, tiles = (length + kTokens - 1) / kTokens;
@@ -128,8 +137,9 @@ struct StepAttention {
     return (((size_t(page) * heads.kv_heads + kv_head) << heads.page_shift) + slot) * D;
   }
 
-  // The group's queries into shared memory, normed and rotated; by the split that has it, the new token into shared
-  // memory and the cache. L lanes take a head; after the group's come the new key and the new value.
+  // Normalises and rotates the group's queries into shared memory; the block whose split has the new token
+  // also writes the new key and value to shared memory and to the cache. L lanes take one head; after the
+  // group's heads come the new key and the new value.
   LAB_DEVICE void rotate(int layer, const TaggedRow<T>& qkv, const T* q_norm, const T* k_norm) {
     const int head = threadIdx.x / L;
     const bool query = head < group, key = head == group, value = head == group + 1;
@@ -147,15 +157,16 @@ struct StepAttention {
     if (value) store(heads.v_cache + to, plain[0]);
   }
 
-  // The queries as operand A of the multiplies in add_tokens(). Lane (g, t) loads 16 bytes of head g at a time. Load s
-  // is elements 32 s + 8 t to 32 s + 8 t + 7, four words of two elements each: words 0 and 1 belong to unit 2 s, words 2
-  // and 3 to unit 2 s + 1. A unit is the 16 elements that four lanes have of it, and one multiply's k.
+  // The queries as operand A of the multiplies in add_tokens(). Lane (g, t) loads 16 bytes of head g at a
+  // time. Load s has the elements 32 s + 8 t to 32 s + 8 t + 7, in four words of two elements each: words 0
+  // and 1 belong to unit 2 s, words 2 and 3 to unit 2 s + 1. A unit is the 16 elements that four lanes hold
+  // of it together; they are the k of one multiply.
   //
   //   load s of lanes t = 0 .. 3     | 0 1 2 3 | 0 1 2 3 | 0 1 2 3 | 0 1 2 3 |     words
   //   unit 2 s                         a b       a b       a b       a b
   //   unit 2 s + 1                         a b       a b       a b       a b
   //
-  //   A of a product, a lane's words     k: words a   k: words b
+  //   A of a multiply, a lane's words    k: words a   k: words b
   //   rows 0 to 7: heads, of unit u        word 0       word 2
   //   rows 8 to 15: of unit u + kOther     word 1       word 3
   struct QueryPlace {
@@ -163,21 +174,21 @@ struct StepAttention {
   };
   LAB_DEVICE static QueryPlace query_place(int s, int i) {
     const int unit = 2 * s + i / 2, b = i % 2;
-    // Of 2 kOther units the first kOther have rows 0 to 7, the others rows 8 to 15.
+    // Of each 2 * kOther units the first kOther are in rows 0 to 7 of A, the others in rows 8 to 15.
     const int pair = unit / (2 * kOther), other = unit / kOther % 2;
     return {pair * kOther + unit % kOther, b * 2 + other};
   }
-  // The unit u of a product: the inverse of query_place(), for rows 0 to 7.
+  // The unit in rows 0 to 7 of multiply number `product`: the inverse of query_place().
   LAB_DEVICE static int unit_of(int product) { return product / kOther * (2 * kOther) + product % kOther; }
 
-  // A warp's running softmaxes, as lane (g, t) = (lane / 4, lane % 4) has them: of head g.
+  // A warp's running softmaxes, as lane (g, t) = (lane / 4, lane % 4) holds them: those of head g.
   struct Running {
-    uint32_t query[kSteps][4];                    // as A: see query_place()
-    float acc[4][4] = {};                         // of V's chunks t and t + kChunks / 2
+    uint32_t query[kSteps][4];                    // in the layout of operand A: see query_place()
+    float acc[4][4] = {};                         // for V's chunks t and t + kChunks / 2
     float top = -FLT_MAX, weight = 0.f;           // weight: of this lane's tokens alone
   };
 
-  // Over the split's tokens, a tile at a time; then the warp's results go to their place in `sums`.
+  // Goes over the split's tokens, a tile at a time; then stores the warp's results in `sums`.
   LAB_DEVICE void attend(WeightRing<T>& ring) {
     const int g = lane() / 4, t = lane() % 4, part = warp() / kHalves, half = warp() % kHalves;
     Running r;
@@ -192,7 +203,7 @@ struct StepAttention {
       }
     }
     for (int first = begin; first < end; first += kTokens) {
-      const int cached = position - first;        // the new token is not in the tile, which has no others perhaps
+      const int cached = position - first;        // index of the new token, which is not in the tile
       if (cached > 0) ring.wait();
       add_tokens(r, ring.tile(), cached);
       if (cached > 0) ring.release();
@@ -209,24 +220,27 @@ struct StepAttention {
     }
   }
 
-  // This warp's 8 of a tile's tokens; token `cached` is the new one. The split that has it is the only one whose tile may
-  // have fewer tokens: those after it read it again, with a weight of zero, for the tile may hold a NaN there.
-  //   scores  A = queries, B = K: a token is a column. As in WeightRing::add_products a lane's 16 bytes are its part of two
-  //           products, of a unit of 16 elements each. A's rows 8 to 15 are the queries' unit u + kOther: one A serves both
-  //           units of K, with a half of the sums for each. kExchange: odd tokens load these units in the other order, so
-  //           that two tokens at a time meet every bank once, and their sums are in the other half
-  //   sums    A = P, B = V, without a shuffle: a lane has the scores of tokens 2 t and 2 t + 1, and loads a chunk of 8
-  //           elements of each. A pair of elements is two neighbouring k; A has zero for the odd one in rows 0 to 7, for
-  //           the even one in rows 8 to 15
+  // Attends to this warp's 8 of the tile's tokens. Token `cached` is the new one, which is not in the tile.
+  // Only the split that has the new token can have a tile with fewer tokens. There the tokens after the new
+  // one are replaced by the new one, with a weight of zero, because the tile may hold a NaN in their place.
+  //   scores  A = queries, B = K: a token is a column. As in WeightRing::add_products() a lane's 16 bytes are
+  //           its part of two multiplies, of a unit of 16 elements each. Rows 8 to 15 of A are the queries'
+  //           unit u + kOther, so that one A serves two units of K. Each unit's sums are then in one half of
+  //           the rows; the other half is ignored. kExchange: odd tokens load these two units in the other
+  //           order, so that two tokens at a time touch every bank once; their sums are in the other half
+  //   sums    A = P, B = V, without a shuffle: a lane has the scores of tokens 2 t and 2 t + 1, and loads a
+  //           chunk of 8 elements of each. The two elements of a pair take two neighbouring k: in rows 0 to
+  //           7 A has zero for the odd one, in rows 8 to 15 for the even one
   LAB_DEVICE void add_tokens(Running& r, const T* tile, int cached) const {
     const int g = lane() / 4, t = lane() % 4, first = warp() / kHalves * 8, token = first + 2 * t;
     const T* k_at = (first + g < cached ? tile + (first + g) * D : shared.new_k) + t * 8;
     Vec<uint32_t> key[kSteps], value[2];
     LAB_UNROLL
     for (int s = 0; s < kSteps; ++s) key[s] = bit_cast<Vec<uint32_t>>(load(k_at + (kExchange ? s ^ g % 2 : s) * 32));
-    // Column g is a chunk such that lane t gets the sums of two that lie kChunks / 2 apart: their stores meet every bank
-    // once. D = 96: columns 6 and 7 are not needed. Odd lanes load a chunk's halves in the other order: the same 16 bytes
-    // of four tokens at a time would meet their banks four times, so it is twice.
+    // Column g is assigned the chunk with which lane t gets the sums of two chunks that lie kChunks / 2
+    // apart: then its stores touch every bank once. For D = 96 columns 6 and 7 are not needed. Odd lanes load
+    // the two 8-byte parts of a chunk in the other order: each bank is then read twice. Loading the same 16
+    // bytes of four tokens at a time would read it four times.
     const int column = min(g, kChunks - 1), chunk = warp() % kHalves * kChunks + column / 2 + column % 2 * (kChunks / 2);
     LAB_UNROLL
     for (int i = 0; i < 2; ++i) {
@@ -239,7 +253,7 @@ struct StepAttention {
         value[i].v[2 + j] = t % 2 ? one.v[j] : other.v[j];
       }
     }
-    __syncwarp();                                 // or nvcc loads V when the scores are there
+    __syncwarp();                                 // else nvcc loads V only after the scores are known
     float products[2][4] = {};
     const auto add = [&](float (&sums)[4], int i, int unit) {
       const int at = unit % 2 * 2;
@@ -250,7 +264,8 @@ struct StepAttention {
       const int unit = unit_of(i);
       add(products[0], i, unit), add(products[1], i, unit + kOther);
     }
-    constexpr int kOdd = kExchange ? 3 : 1;       // of token 2 t + 1, in the first product
+    // Where the sum of token 2 t + 1 is, in the first multiply's result.
+    constexpr int kOdd = kExchange ? 3 : 1;
     const float low = token <= cached ? (products[0][0] + products[1][2]) * heads.scale_log2 : -INFINITY;
     const float high = token < cached ? (products[0][kOdd] + products[1][4 - kOdd]) * heads.scale_log2 : -INFINITY;
     const float most = fmaxf(r.top, group_max<4>(fmaxf(low, high))), shrink = exp2f(r.top - most);
@@ -267,7 +282,8 @@ struct StepAttention {
   }
   LAB_DEVICE float* stats_at(int head) const { return sums + head * kPlace + kParts * D; }
 
-  // Merges the warps' softmaxes, a pair of elements a thread. If only one split is used the result is final.
+  // Merges the warps' softmaxes; a thread takes a pair of elements. If only one split is used the result is
+  // final.
   LAB_DEVICE void publish(const TaggedRow<T>& out, const TaggedFloats& partial) {
     for (int i = threadIdx.x * 2; i < group * D; i += kRingThreads * 2) {
       const int head = i / D, d = i % D;
@@ -297,10 +313,10 @@ struct StepAttention {
   }
   LAB_DEVICE int stats_of(int row) const { return kStepSplits * group * D + row * 2; }
 
-  // Merges the splits in their order. A block's threads take an output each; the outputs of a group that are more than
-  // these go to the next blocks.
+  // Merges the splits, in their order. Each thread of a block takes one output; where a group has more
+  // outputs than a block has threads, the next blocks take the rest.
   LAB_DEVICE void merge(const TaggedRow<T>& out, const TaggedFloats& partial) {
-    constexpr int kTogether = 8;                  // splits whose loads are in flight
+    constexpr int kTogether = 8;                  // splits whose loads are in flight at once
     for (int i = split * kRingThreads + threadIdx.x; i < group * D; i += used * kRingThreads) {
       const int head = i / D;
       float most = -FLT_MAX, total = 0.f, sum = 0.f;

@@ -1,9 +1,10 @@
-// Few rows of x times many rows of w on CUDA cores: the weights stream from DRAM into registers, or by cp.async into
-// shared memory, each thread's into places of its own.
+// Matrix product of few rows of x with many rows of w on CUDA cores. Each thread loads its weights from DRAM
+// into its own registers, or with cp.async into its own places in shared memory.
 //
-// The core of linear and of the fused ops. An output is the product of a row of x with a row of w, or with Parts rows
-// of w that lie n rows apart (gate and up). Lane groups take R rows of w each and walk k together; a block of a small
-// grid walks over several sets of rows, and the loads run on from one set into the next.
+// The core of linear and of the fused ops. An output is the dot product of a row of x with one row of w, or
+// with Parts rows of w that lie n rows apart (gate and up). A lane group takes R rows of w and its lanes walk
+// along k together. A block of a small grid works on several sets of rows one after another, and its loads
+// continue from one set into the next without a pause.
 #pragma once
 #include "../common.cuh"
 #include "../settings.h"
@@ -12,29 +13,33 @@
 
 namespace lab {
 
-// Blocks of 128 threads that a multiprocessor must have registers for: 128 registers a thread hold what B = 1 and, with
-// U = 2, B = 4 need; the others take 168. (Five blocks of 102 registers spill weights on their way.) With a ring no
-// weights wait in registers: 64 are enough, and what four blocks leave of registers and shared memory is for the next
-// kernel's first blocks, which issue the loads of their weights while these still work.
+// Blocks of 128 threads for which a multiprocessor must have registers. With 128 registers a thread, which B
+// = 1 needs and, with U = 2, B = 4, four blocks fit; the other shapes take 168. (With five blocks of 102
+// registers, weights in flight are spilled.) With a ring no weights wait in registers, so 64 are enough; what
+// four blocks leave of registers and shared memory then holds the first blocks of the dependent kernel, which
+// issue the loads of their weights while these blocks still work.
 constexpr int stream_resident(bool ring, int b) {
   if (ring) return 6;
   return b == 1 || b == 4 ? 4 : 3;
 }
 
-// The shape of a launch; ThreadStream and WarpStream, below, are those that are compiled. N: elements per access. B: rows of x at a time. R: rows of w per lane group. L: lanes in a
-// group that share k: 32, or 1 on a CPU. S: lane groups that share k as well. U: accesses to each row of w in flight,
-// so R * U * 16 bytes a thread. Ring: in shared memory.
+// The shape of a launch; ThreadStream and WarpStream, below, are those that are compiled. N: elements per
+// access. B: rows of x at a time. R: rows of w per lane group. L: lanes in a group, which share k: 32, or 1
+// on a CPU. S: lane groups that share k as well. U: accesses to each row of w in flight, so that a thread has
+// R * U * 16 bytes in flight. Ring: the weights in flight are in shared memory.
 template <int N_, int B_, int R_, int L_, int S_, int U_, int Threads, int Parts = 1, bool Ring = false>
 struct Stream {
   static constexpr int N = N_, B = B_, R = R_, L = L_, S = S_, U = U_, kThreads = Threads, kParts = Parts;
   static constexpr bool kRing = Ring;
   static constexpr int kResident = stream_resident(Ring, B), kSlots = Ring ? 4 : kResident;
-  static constexpr int kPrefetch = 1024;          // elements of each row that L2 is asked for beyond those loaded first
+  // Elements of each row prefetched into L2, after those loaded first.
+  static constexpr int kPrefetch = 1024;
   static constexpr int kGroups = kThreads / L;
-  static constexpr int kOutputs = R / Parts;      // of a lane group, for each row of x
+  static constexpr int kOutputs = R / Parts;      // outputs of a lane group for each row of x
   static constexpr int kOutputsPerBlock = kGroups / S * kOutputs;
-  static constexpr int kStep = S * L * N;         // elements of k that one access of all cooperating lanes covers
-  // Partial sums per product: the vector unit of a CPU wants independent lanes, a thread of a GPU is one lane.
+  static constexpr int kStep = S * L * N;         // elements of k in one access of all cooperating lanes
+  // Partial sums per dot product: N on a CPU, whose vector unit wants independent lanes; 1 on a GPU, where a
+  // thread is one lane.
   static constexpr int kLanes = L == 1 ? N : 1;
   static constexpr int kMine = L == 1 ? R * B : 1;  // sums that one thread holds after the reduction
   static_assert(L == 1 || (L == 32 && R * B <= 32), "a warp has a lane for each of its sums");
@@ -43,12 +48,14 @@ struct Stream {
 template <typename T, typename C>
 struct alignas(16) StreamSmem {
   T ring[C::kRing ? C::U : 1][C::R][C::kRing ? C::kThreads : 1][C::N];
-  float partial[2][C::kGroups][C::R * C::B];      // of two sets of outputs in turn, so that one barrier each is enough
+  // Two sets of outputs take turns: one barrier each is enough.
+  float partial[2][C::kGroups][C::R * C::B];
 };
 
-// Sums Count values (a power of two up to 32) over the warp; v[0] of lane i becomes sum i % Count. While there are
-// several, each half of the lanes keeps one half of them: Count - 1 shuffles, and log2(32 / Count) more, where summing
-// each alone takes 5 * Count. Recursive, because only a constant index keeps an array in registers.
+// Sums Count values (a power of two up to 32) over the warp; v[0] of lane i becomes sum number i % Count.
+// While there are several sums, each half of the lanes keeps one half of them. This takes Count - 1 shuffles
+// plus log2(32 / Count), where summing each value alone takes 5 * Count. Recursive, because an array stays in
+// registers only if every index is constant.
 template <int Count, int N>
 LAB_DEVICE void scatter_sum(float (&v)[N], int lane) {
   if constexpr (Count > 1) {
@@ -72,13 +79,13 @@ struct RowStream {
   const T* w;
   int n, k, lane, group, slice, first;            // first: this lane's first column
   int output;                                     // first of the outputs that are summed now
-  int turn = 0;                                   // which of the two places their partial sums take
-  int fetch_output, fetch_col;                    // where the next loads come from
+  int turn = 0;                                   // which of the two places in `partial` they take
+  int fetch_output, fetch_col;                    // where the next loads read
   const T* rows_of_w[R];
   StreamSmem<T, C>& shared;
   Packed<T, N> tiles[C::kRing ? 1 : C::U][R];
 
-  // w has Parts * n rows of k.
+  // w has Parts * n rows of k elements.
   LAB_DEVICE RowStream(StreamSmem<T, C>& shared_, const T* w_, int n_, int k_) : w(w_), n(n_), k(k_), shared(shared_) {
     lane = threadIdx.x % C::L;
     group = threadIdx.x / C::L;
@@ -86,9 +93,10 @@ struct RowStream {
     first = (slice * C::L + lane) * N;
   }
 
-  // Issues the first loads of this block and waits for the kernel before this one: weights depend on no earlier kernel.
-  // What registers cannot hold of these rows, L2 is asked for, so that DRAM stays busy while the block waits. early: the
-  // next kernel may come before the wait is over, where all blocks have sent for all their weights.
+  // Issues this block's first loads, which are of weights and so depend on no earlier kernel, and waits for
+  // the preceding kernel. The part of these rows that does not fit in registers is prefetched into L2, so
+  // that DRAM stays busy while the block waits. early: a block that has issued all its loads by then allows
+  // the dependent kernel to launch before the wait.
   LAB_DEVICE void start(bool early) {
     output = blockIdx.x * C::kOutputsPerBlock + group / C::S * C::kOutputs;
     aim(output);
@@ -101,21 +109,24 @@ struct RowStream {
     release();
   }
 
-  // False once the block's outputs are done; the same for all threads. next() steps to the block's next set of outputs.
+  // more() is false once the block's outputs are done; it is the same for all threads. next() steps to the
+  // block's next set of outputs.
   LAB_DEVICE bool more() const { return output - group / C::S * C::kOutputs < n; }
   LAB_DEVICE void next() { output += stride(); }
   LAB_DEVICE int stride() const { return gridDim.x * C::kOutputsPerBlock; }
 
-  // acc[r][b] += w[row r] . x[row b] over columns [begin, end) for the present outputs; begin is a multiple of
-  // U * kStep, and so is end or it is k. x(b, col) returns N elements of x, packed. U * R loads are in flight; each is
-  // replaced as soon as it is used, at the end of the rows by one of the next outputs.
+  // acc[r][b] += w[row r] . x[row b] over the columns [begin, end), for the present outputs. begin is a
+  // multiple of U * kStep; end is one too, or it is k. x(b, col) returns N elements of x, packed. U * R loads
+  // are in flight; each is replaced as soon as its data are used, at the end of the rows by a load for the
+  // next outputs.
   template <typename X>
   LAB_DEVICE void multiply(float (&acc)[R][B][C::kLanes], int begin, int end, X x) {
     for (int panel = begin + first; panel - first < end; panel += C::U * C::kStep) {
       LAB_UNROLL
       for (int u = 0; u < C::U; ++u) {
         const int col = panel + u * C::kStep;
-        if constexpr (C::kRing) cp_async_wait<C::U - 1>();      // a thread reads what it copied itself: no barrier
+        // A thread reads only what it copied itself: no barrier.
+        if constexpr (C::kRing) cp_async_wait<C::U - 1>();
         if (col < k) {
           float wf[R][N];
           LAB_UNROLL
@@ -138,8 +149,9 @@ struct RowStream {
     }
   }
 
-  // Sums over the lanes of a group, then over the groups that shared the rows, in a fixed order. Sum i belongs to row
-  // i % R of w and row i / R of x; lane i of slice 0 has it, or a CPU thread all of them.
+  // Sums over the lanes of a group, then over the groups that shared the rows, in a fixed order. Sum i
+  // belongs to row i % R of w and row i / R of x. Lane i of slice 0 holds it; on a CPU one thread holds all
+  // of them.
   LAB_DEVICE void reduce(float (&sums)[R * B], const float (&acc)[R][B][C::kLanes]) {
     LAB_UNROLL
     for (int i = 0; i < R * B; ++i) {
@@ -160,7 +172,8 @@ struct RowStream {
     }
   }
 
-  // With two parts: second[j] is the sum of an output's second part, and sums[j] that of its first. For all lanes.
+  // For two parts: sums[j] is the sum of an output's first part, and second[j] becomes that of its second
+  // part. All lanes must call it.
   LAB_DEVICE void second_part(float (&second)[R * B], const float (&sums)[R * B]) const {
     if constexpr (C::L == 32) {
       second[0] = __shfl_down_sync(0xffffffffu, sums[0], C::kOutputs);
@@ -169,7 +182,8 @@ struct RowStream {
     }
   }
 
-  // Calls f(j, output, b) for each output that this thread stores, where sums[j] belongs to it (to its first part).
+  // Calls f(j, output, b) for each output that this thread stores; sums[j] is its sum (that of its first
+  // part).
   template <typename F>
   LAB_DEVICE void each_output(int b0, int rows, F f) const {
     LAB_UNROLL
@@ -180,7 +194,8 @@ struct RowStream {
   }
 
  private:
-  // Rows past the end repeat the last one; their sums are never stored.
+  // Sets the rows that the next loads read. Rows past the end repeat the last one; their sums are never
+  // stored.
   LAB_DEVICE void aim(int to) {
     fetch_output = to;
     const bool beyond = to - group / C::S * C::kOutputs >= n;
@@ -194,12 +209,13 @@ struct RowStream {
     fetch_col += C::U * C::kStep;
     if (fetch_col - first >= k) aim(fetch_output + stride());
   }
-  // The next kernel may come once this block has sent for the last of its weights: its own first loads then follow at
-  // the heels of these. Earlier they would only be in their way, and later DRAM would fall idle in between.
+  // Allows the dependent kernel to launch once this block has issued its last loads of weights: the dependent
+  // kernel's first loads then follow directly behind. Earlier they would compete with this block's own loads;
+  // later DRAM would fall idle in between.
   LAB_DEVICE void release() const {
     if (fetch_col >= k) pdl_launch_dependents();
   }
-  // Asks for up to `count` elements of each row, from column `col` on; a lane for each row.
+  // Prefetches up to `count` elements of each row into L2, from column `col` on; one lane for each row.
   LAB_DEVICE void prefetch(int col, int count) const {
 #if LAB_SM90
     if (N * sizeof(T) != 16 || slice != 0 || col >= k || output >= n) return;
@@ -221,7 +237,7 @@ struct RowStream {
         }
       }
     }
-    if constexpr (C::kRing) cp_async_commit();    // also where nothing is left to load: the waits count groups
+    if constexpr (C::kRing) cp_async_commit();    // even if nothing was issued: the waits count groups
   }
   LAB_DEVICE Packed<T, N> tile(int u, int r) const {
     if constexpr (C::kRing) return load_packed<N>(shared.ring[u][r][threadIdx.x]);
@@ -234,10 +250,11 @@ struct RowStream {
 template <typename T, typename C>
 struct alignas(16) StagedSmem {
   StreamSmem<T, C> stream;
-  alignas(16) T x[Vec<T>::size];                  // in fact B rows of staged_columns(k): see staged_smem_bytes
+  // Really B rows of staged_columns(k) elements: see staged_smem_bytes().
+  alignas(16) T x[Vec<T>::size];
 };
 
-// Columns of x that a block holds at a time: all, unless B rows of k take more than 48 KiB.
+// Columns of x that a block holds at a time: all of them, unless B rows of k elements take more than 48 KiB.
 template <typename T, typename C>
 LAB_HOST_DEVICE int staged_columns(int k) {
   constexpr int kPanel = C::U * C::kStep, kMost = 48 * 1024 / (C::B * int(sizeof(T))) / kPanel * kPanel;
@@ -249,19 +266,19 @@ inline size_t staged_smem_bytes(int k) {
   return sizeof(StagedSmem<T, C>) + size_t(C::B) * staged_columns<T, C>(k) * sizeof(T);
 }
 
-// B rows of x, from row b0 on, for RowStream. Through shared memory each element crosses from L2 once per block, and all
-// of them at once; a CPU's threads read x where it is.
+// B rows of x, from row b0 on, for RowStream. They pass through shared memory, so that each element is read
+// from L2 once per block, and with all loads in flight at once. A CPU's threads read x in place.
 template <typename T, typename C>
 struct StagedRows {
   static constexpr bool kStaged = C::L > 1;
   StagedSmem<T, C>& shared;
   const T* x;
-  int b0, rows, k, columns, staged = -1;          // staged: the first column of what is in shared memory
+  int b0, rows, k, columns, staged = -1;          // staged: the first column that is now in shared memory
 
   LAB_DEVICE StagedRows(const T* x_, int b0_, int rows_, int k_)
       : shared(smem<StagedSmem<T, C>>()), x(x_), b0(b0_), rows(rows_), k(k_), columns(staged_columns<T, C>(k_)) {}
 
-  // acc += w x^T over all columns, for the present outputs of the stream. All threads call it.
+  // acc += w x^T over all columns, for the present outputs. All threads must call it.
   LAB_DEVICE void multiply(RowStream<T, C>& stream, float (&acc)[C::R][C::B][C::kLanes]) {
     for (int begin = 0; begin < k; begin += columns) {
       if (kStaged && staged != begin) stage(begin);
@@ -274,7 +291,7 @@ struct StagedRows {
  private:
   LAB_DEVICE const T* row(int b) const { return x + size_t(min(b0 + b, rows - 1)) * k; }
   LAB_DEVICE void stage(int begin) {
-    __syncthreads();                              // what was there has been multiplied
+    __syncthreads();                              // the columns staged before have been multiplied
     LAB_UNROLL
     for (int b = 0; b < C::B; ++b) {
       for (int i = threadIdx.x * C::N; i < columns && begin + i < k; i += C::kThreads * C::N) {
@@ -292,7 +309,7 @@ struct StagedRows {
   }
 };
 
-// y[i] = sum in y's dtype: T or float32.
+// y[i] = sum, rounded to y's dtype: T or float32.
 template <typename T>
 LAB_DEVICE void store_as(void* y, size_t i, float sum, bool f32) {
   if (f32) {
@@ -304,10 +321,12 @@ LAB_DEVICE void store_as(void* y, size_t i, float sum, bool f32) {
 
 // ---- shapes of a launch ---------------------------------------------------------------------------------------------
 
-// Blocks for `outputs` outputs. Long: as many as run at once, four a multiprocessor, each for several sets of outputs, so
-// that what a block does once (its norm) is paid seldom, and so that no last wave leaves multiprocessors without work.
-// Else a block for each set where that makes more than eight waves: some block has then always just sent for all of its
-// weights. Measured on an H100, 8B at batch 1: gate and up 77 us in 14 waves and 79 at once; with the norm 90 and 79.
+// Blocks for `outputs` outputs. longer: blocks do something once before they multiply (the norm). Then there
+// are as many blocks as run at once, four on each multiprocessor, and each works on several sets of outputs:
+// that one-time cost is paid seldom, and no last wave leaves multiprocessors without work. Otherwise each set
+// of outputs gets a block of its own where that makes eight waves or more: then at any time some block has
+// just issued all its loads. Measured on an H100, 8B at batch 1: gate and up 77 us in 14 waves, 79 us with
+// all blocks at once; with the norm 90 and 79 us.
 template <typename C>
 inline int stream_blocks(int outputs, bool longer, const Settings& tuned) {
   const int all = ceil_div(outputs, C::kOutputsPerBlock), slots = C::kSlots * multiprocessors();
@@ -315,8 +334,9 @@ inline int stream_blocks(int outputs, bool longer, const Settings& tuned) {
   return few < all && (tuned.resident || longer || all < 8 * slots) ? few : all;
 }
 
-// Warps that share their rows of w: as many as it takes to send for whole rows at once, `panel` elements a warp, for a
-// wait inside a row is a wait with less in flight; and more where there are too few rows to fill the device.
+// How many warps share their rows of w. Enough that they can issue the loads of whole rows at once (`panel`
+// elements for each warp), because a wait in the middle of a row leaves fewer loads in flight; and more where
+// there are too few rows to fill the device.
 inline int shared_by(int warps, int k, int panel) {
   const int enough = 6 * multiprocessors();
   if (2 * warps < enough || k > 2 * panel) return 4;
@@ -325,19 +345,20 @@ inline int shared_by(int warps, int k, int panel) {
 
 // The shapes.                                     R  L   S      U               threads
 
-// For a CPU: each of its threads multiplies 4 rows of w by itself, and nothing is added up across threads.
+// For a CPU: each thread multiplies 4 rows of w by itself, and nothing is summed across threads.
 template <int N, int B, int Threads, int Parts>
 struct ThreadStream : Stream<N, B,                 4, 1,  1,     1,              Threads, Parts> {};
 
-// For a GPU: the lanes of a warp share 4 rows of w, and S warps of the block's 4 share these rows. Where few rows of x
-// leave registers for them, 4 loads of each row are in flight, else 2.
+// For a GPU: the 32 lanes of a warp share 4 rows of w, and S of the block's 4 warps share the same rows. With
+// up to 2 rows of x there are enough registers for 4 loads of each row in flight, otherwise 2.
 template <int N, int B, int S, int Parts, bool Ring>
 struct WarpStream : Stream<N, B,                   4, 32, S,     B <= 2 ? 4 : 2, 128, Parts, Ring> {};
 
-// Calls f with the shape for `outputs` outputs of Parts rows of w, k long, and `rows` rows of x, of which at most
-// max_batch are taken at a time: `using C = typename decltype(shape)::type;`. HostThreads: a CPU's threads in a block.
-// Ring: a single row's weights wait in shared memory. On an H100 that is 1 to 8% faster (8B's o 11.5 us, by registers
-// 12.4), but not where a block norms first (8B's gate and up 78.8, by registers 78.3).
+// Calls f with the shape for `outputs` outputs of Parts rows of w each, k elements long, and for `rows` rows
+// of x, of which at most max_batch are taken at a time; the shape is a type, passed in a tag: `using C =
+// typename decltype(shape)::type;`. HostThreads: threads in a block on a CPU. Ring: for a single row of x,
+// weights in flight are in shared memory. On an H100 that is 1 to 8% faster (8B's o 11.5 us; with registers
+// 12.4), but not where a block normalises first (8B's gate and up 78.8 us; with registers 78.3).
 template <typename C>
 struct StreamShape {
   using type = C;
@@ -353,7 +374,8 @@ inline void by_stream_shape(int rows, int outputs, int k, int max_batch, const S
         if (cpu_shapes()) return f(StreamShape<ThreadStream<N, B, HostThreads, Parts>>{});
       }
       constexpr bool kRing = Ring && B == 1 && N > 1;
-      if constexpr (sizeof(T) == 2 && N > 1 && B > 2) {  // see most_stream_rows(): not compiled, for no launch takes it
+      // Not compiled: no launch takes it, see most_stream_rows().
+      if constexpr (sizeof(T) == 2 && N > 1 && B > 2) {
         throw std::logic_error("more than 2 rows of half precision are for tensor cores");
       } else {
         using Alone = WarpStream<N, B, 1, Parts, kRing>;
@@ -365,7 +387,7 @@ inline void by_stream_shape(int rows, int outputs, int k, int max_batch, const S
         f(StreamShape<Alone>{});
       }
     };
-    // More rows than B: w is read again, from L2, for each B of them.
+    // With more rows of x than B, w is read again, from L2, for every B rows.
     if (batch == 1) return with_batch(std::integral_constant<int, 1>{});
     if constexpr (N > 1) {
       if (batch == 2) return with_batch(std::integral_constant<int, 2>{});

@@ -1,8 +1,10 @@
-// Rows that pass from the blocks of a grid to all blocks of it, without a barrier: two elements and a tag are one 64-bit
-// word. A reader waits for the tag that it expects, so a row's data are their own signal. (A barrier of the grid needs a
-// release, and on an H100 that waits for the block's bulk copies under way, too: up to 8 us with a full ring.)
+// Rows that one block of a grid passes to all other blocks without a barrier. Two 16-bit elements and a
+// 32-bit tag form one 64-bit word, written at once. A reader polls a word until it has the expected tag, so
+// the data themselves tell that they have arrived. (A barrier of the grid needs a release, and on an H100 a
+// release also waits for all bulk copies of the block that are in flight: up to 8 us with a full ring.)
 //
-// A row may be written again once all who read it have written what depends on it; a tag comes again after 2^32 phases only.
+// A row may be overwritten once all blocks that read it have written what depends on it. A tag is used again
+// only after 2^32 phases.
 #pragma once
 #include "unpack.cuh"
 
@@ -10,7 +12,7 @@ namespace lab {
 
 LAB_DEVICE uint64_t tagged(uint32_t value, uint32_t tag) { return uint64_t(tag) << 32 | value; }
 
-// [n / 2] words; T has 16 bits.
+// [n / 2] words of n elements; T has 16 bits.
 template <typename T>
 struct TaggedRow {
   uint64_t* words;
@@ -20,10 +22,11 @@ struct TaggedRow {
     return bit_cast<uint32_t>(Vec<T, 2>{{from_float<T>(low), from_float<T>(high)}});
   }
 
-  // Elements n (even) and n + 1.
+  // Stores elements n (even) and n + 1.
   LAB_DEVICE void store(int n, float low, float high) const { store_word(words + n / 2, tagged(pack(low, high), tag)); }
 
-  // The word with element n, which this block has written, whatever its tag; and the element in it.
+  // own(): the word with element n, written by this block itself, so it is read without a look at its tag.
+  // Below: that element of the word.
   LAB_DEVICE uint64_t own(int n) const {
     uint64_t one[1];
     load_words(one, words + n / 2);
@@ -31,7 +34,7 @@ struct TaggedRow {
   }
   LAB_DEVICE static float element(uint64_t word, int n) { return to_float(bit_cast<T>(uint16_t(word >> n % 2 * 16))); }
 
-  // Count times 8 elements, at n, n + step ...; those from `end` on are not waited for, and zero.
+  // Loads Count times 8 elements, at n, n + step, ...; those from `end` on are zero and not waited for.
   template <int Count>
   LAB_DEVICE void wait(Vec<T> (&values)[Count], int n, int step, int end) const {
     uint64_t found[Count][4] = {};
@@ -59,11 +62,11 @@ struct TaggedRow {
   }
 };
 
-// The same for single float32 values.
+// The same for single float32 values: a value and its tag are one word.
 struct TaggedFloats {
   uint64_t* words;
   uint32_t tag;
-  // Values i and i + 1.
+  // Stores values i and i + 1.
   LAB_DEVICE void store(int i, float low, float high) const {
     store_word(words + i, tagged(bit_cast<uint32_t>(low), tag));
     store_word(words + i + 1, tagged(bit_cast<uint32_t>(high), tag));

@@ -1,11 +1,12 @@
-// 16-bit elements as they come from memory, and as float32.
+// 16-bit elements as they are loaded, and their conversion to float32.
 #pragma once
 #include "../common.cuh"
 
 namespace lab {
 
-// N elements as one load leaves them. On a GPU pairs of 16-bit elements stay in their 32-bit word until they are
-// unpacked: an array of halves would be cut into registers of its own at the load.
+// N elements as one load returns them. On a GPU a pair of 16-bit elements stays in its 32-bit word until it
+// is unpacked: with an array of 16-bit elements the compiler would move each into a register of its own right
+// at the load.
 template <typename T, int N>
 struct PackedType {
   static constexpr bool kWords = !kHost && sizeof(T) == 2 && N % 2 == 0;
@@ -20,7 +21,7 @@ LAB_DEVICE Packed<T, N> load_packed(const T* p) {
   using P = Packed<T, N>;
   return load<P::size>(reinterpret_cast<const typename PackedType<T, N>::Element*>(p));
 }
-// The same for data used once; see load_stream.
+// The same for data that are used only once; see load_stream.
 template <int N, typename T>
 LAB_DEVICE Packed<T, N> load_packed_stream(const T* p) {
   if constexpr (N * sizeof(T) == 16) {
@@ -35,7 +36,7 @@ LAB_DEVICE void store_packed(T* p, const Packed<T, N>& packed) {
   store(reinterpret_cast<typename PackedType<T, N>::Element*>(p), packed);
 }
 
-// A pair of bf16 costs a shift and a mask, a pair of f16 two conversions.
+// Converts to float32. A pair of bf16 costs a shift and a mask, a pair of f16 two conversions.
 template <typename T, int N>
 LAB_DEVICE void unpack(float (&f)[N], const Packed<T, N>& packed) {
   if constexpr (PackedType<T, N>::kWords) {

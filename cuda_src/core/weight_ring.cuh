@@ -1,53 +1,59 @@
-// All matrices of a decode step as one stream through a ring of tiles in shared memory: one thread of the block sends
-// for them (bulk copies), in the order in which the other warps multiply them. It waits for room and for what is under
-// way, but for no other block, so DRAM stays busy while its block does: 12 tiles of 16 KiB (11 for an 8B's longer rows)
-// on each of an H100's 132 multiprocessors are 26 MB, 8 us of its bandwidth. Only a few of them are under way at a time,
-// no more than DRAM's full bandwidth needs: all other loads and stores, L2 hits too, wait behind what is under way (with
-// all 12 tiles for 5 us, measured on an H100).
+// All weights that a decode step reads, in order, through one ring of tiles in shared memory. One thread of
+// the block issues bulk copies of the matrices' tiles, in the order in which the other warps multiply them.
+// That thread waits only for a free tile and for copies in flight, never for another block, so DRAM stays
+// busy while its block waits: 12 tiles of 16 KiB (11 for an 8B's longer rows) on each of an H100's 132
+// multiprocessors are 26 MB, which is 8 us of its bandwidth. Only a few tiles are in flight at a time, no
+// more than DRAM's full bandwidth needs: all other loads and stores, L2 hits too, queue behind the copies in
+// flight (with 12 tiles in flight for 5 us, measured on an H100).
 //
-// Each block owns a share of every matrix's rows, and tiles are a few of these rows. Tensor cores multiply them with x, for
-// their speed with what is already there: after a wait a block has to catch up. (On CUDA cores a tile took 700 cycles;
-// DRAM delivers one in 1,300.)
+// Each block owns a share of every matrix's rows; a tile is a few of these rows. Tensor cores multiply them
+// with x because a block that had to wait must catch up on the tiles that have arrived meanwhile. (On CUDA
+// cores a tile took 700 cycles; DRAM delivers one in 1,300.)
 #pragma once
 #include "../common.cuh"
 #include "unpack.cuh"
 
 namespace lab {
 
-// w [parts * n, k]: an output is the product with one row, or with two that lie n rows apart (gate and up).
+// w [parts * n, k]. An output is the dot product of x with one row, or with two rows that lie n rows apart
+// (gate and up).
 template <typename T>
 struct Matrix {
   const T* w;
   int n, k, parts;
 };
 
-constexpr int kRingWarps = 8, kRingThreads = kRingWarps * 32;   // that multiply; one warp more sends
+// The warps that multiply; one more warp issues the copies.
+constexpr int kRingWarps = 8, kRingThreads = kRingWarps * 32;
 constexpr int kTileBytes = 16 * 1024;
 constexpr int kMostTiles = 14;                     // what 227 KiB hold
-constexpr int kMoreUnderWay = 4;                  // tiles on their way from DRAM, at most, in the midst of a matrix
-constexpr int kBatchRows = 128;                   // rows whose sums meet in shared memory before they are stored
+constexpr int kMoreUnderWay = 4;                  // the most tiles in flight in the midst of a matrix
+// Rows whose sums are in shared memory before they are stored.
+constexpr int kBatchRows = 128;
 
 struct RingSmem {
   mbarrier full[kMostTiles], empty[kMostTiles];
   alignas(16) float partial[kBatchRows][kRingWarps];
 };
 
-// Barrier of the warps that multiply; the sum of a value of each, in a fixed order.
+// ring_sync(): barrier of the warps that multiply. sum_of_warps(): the sum of one value of each of these
+// warps, in a fixed order.
 LAB_DEVICE void ring_sync() { named_barrier(1, kRingThreads); }
-LAB_DEVICE float sum_of_warps(const float* v) {   // 16-byte aligned
+LAB_DEVICE float sum_of_warps(const float* v) {   // v is 16-byte aligned
   const Vec<float> low = load(v), high = load(v + 4);
   return ((low.v[0] + low.v[1]) + (low.v[2] + low.v[3])) + ((high.v[0] + high.v[1]) + (high.v[2] + high.v[3]));
 }
 
-// The rows and columns of a matrix's tile. A bulk copy should have 4 KiB or more: one takes about 100 cycles to issue.
+// Rows and columns of a tile. A bulk copy should have 4 KiB or more, because issuing one takes about 100
+// cycles.
 struct TileShape {
-  int row_bits, cols, stride;                     // stride: elements between the rows in shared memory
-  LAB_DEVICE explicit TileShape(int k)            // in shifts, for a division is 30 instructions
+  int row_bits, cols, stride;                     // stride: elements between rows in shared memory
+  LAB_DEVICE explicit TileShape(int k)            // uses shifts: a division takes 30 instructions
       : row_bits(k <= 1024 ? 3 : 2), cols(kTileBytes / 2 >> row_bits), stride(min(k, cols)) {}
   LAB_DEVICE int rows() const { return 1 << row_bits; }
 };
 
-// Outputs [first, last).
+// The outputs [first, last).
 struct Share {
   int first, last;
   LAB_DEVICE bool empty() const { return first >= last; }
@@ -58,18 +64,22 @@ struct WeightRing {
   static_assert(sizeof(T) == 2, "tensor cores multiply 16-bit elements");
   RingSmem& shared;
   T* tiles;
-  const uint64_t begins, ends;                    // this block's share of a matrix's rows, in 2^-32 of them
-  const int count, few;                           // tiles of the ring; on their way while the block may wait for others
-  int stage = 0;                                  // the next tile
-  unsigned parity = 0;                            // of the next tile's phase: flips with each round
-  int under_way = 0, oldest = 0;                  // the sending thread's tiles that may not have landed, the first of them
+  // This block's share of any matrix's rows, as fractions times 2^32.
+  const uint64_t begins, ends;
+  // Tiles of the ring; the most in flight while the block may be waiting for others.
+  const int count, few;
+  int stage = 0;                                  // index of the next tile
+  // Parity of the next tile's barrier phase: flips with each round of the ring.
+  unsigned parity = 0;
+  // For the thread that issues copies: tiles in flight, the oldest of them.
+  int under_way = 0, oldest = 0;
   unsigned oldest_parity = 0;
 
   LAB_DEVICE WeightRing(RingSmem& shared_, unsigned char* tiles_, int count_, int few_)
       : shared(shared_), tiles(reinterpret_cast<T*>(tiles_)), begins(part(blockIdx.x)), ends(part(blockIdx.x + 1)),
         count(count_), few(few_) {}
 
-  // For one thread, before a barrier of the block.
+  // One thread calls it, before a barrier of the block.
   LAB_DEVICE void init() {
     for (int i = 0; i < count; ++i) {
       mbarrier_init(&shared.full[i], 1);
@@ -78,8 +88,9 @@ struct WeightRing {
     mbarrier_fence_init();
   }
 
-  // The sending thread's half of a tile: begin() waits until there is room and few enough tiles are
-  // under way, and says how many bytes will come; copy() sends for some.
+  // For the thread that issues copies. begin() waits until the next tile is free and fewer than
+  // `most_under_way` tiles are in flight, and tells the tile's barrier how many bytes to expect. copy() then
+  // issues one copy into the tile.
   LAB_DEVICE void begin(unsigned bytes, int most_under_way) {
     for (; under_way >= most_under_way; --under_way) {
       mbarrier_wait(&shared.full[oldest], oldest_parity);
@@ -91,8 +102,9 @@ struct WeightRing {
   }
   LAB_DEVICE void copy(T* to, const T* from, unsigned bytes) { bulk_copy_g2s(to, from, bytes, &shared.full[stage]); }
 
-  // The other threads' half: wait() for the tile, then each gives it back with release(). (One lane for its warp would be
-  // no faster, and compute-sanitizer does not see that it speaks for the others.)
+  // For the other threads. wait() waits until the tile has arrived; each thread then marks it as free with
+  // release(). (One lane for its whole warp would be no faster, and compute-sanitizer does not see that it
+  // stands for the others.)
   LAB_DEVICE void wait() { mbarrier_wait(&shared.full[stage], parity); }
   LAB_DEVICE void release() {
     mbarrier_arrive(&shared.empty[stage]);
@@ -104,10 +116,11 @@ struct WeightRing {
     if (++stage == count) stage = 0, parity ^= 1;
   }
 
-  // This block's share of n outputs begins and ends at even ones. (A division here costs 270 cycles, twice a phase.)
+  // This block's share of n outputs; it begins and ends at even outputs. (A division here costs 270 cycles,
+  // twice a phase.)
   LAB_DEVICE Share share(int n) const { return {edge(n, begins), edge(n, ends)}; }
 
-  // Sends for this block's share of a matrix.
+  // Issues the copies of this block's share of a matrix.
   LAB_DEVICE void send(const Matrix<T>& m) {
     const TileShape shape(m.k);
     int sent = 0;
@@ -116,7 +129,7 @@ struct WeightRing {
       for (int col = 0; col < m.k; col += shape.cols) {
         const unsigned bytes = min(shape.cols, m.k - col) * unsigned(sizeof(T));
         begin(rows * bytes, sent++ < count ? few : kMoreUnderWay);
-        if (m.k <= shape.cols) {                  // whole rows, which are neighbours
+        if (m.k <= shape.cols) {                  // whole rows, which are contiguous
           copy(tile(), from, rows * bytes);
         } else {
           for (int r = 0; r < rows; ++r) copy(tile() + r * shape.stride, from + size_t(r) * m.k + col, bytes);
@@ -126,10 +139,12 @@ struct WeightRing {
     }, [](int, int) {}, [](int, int) {});
   }
 
-  // The products of this block's share with x [k], in shared memory. For each of its outputs n one thread calls the
-  // epilogue's load(n), early (base: what that gave for the thread's first output); then finish(n, base, sum of the first
-  // part's row, of the second's); then store(n, what finish gave, what it gave the next output's thread). All warps that
-  // multiply call it. Sums have a fixed order.
+  // Multiplies this block's share of a matrix with x [k], which is in shared memory, and passes the sums to
+  // the epilogue. For each output n one thread calls three functions of it, in this order: load(n), early,
+  // which returns what the sum is added to (`base` is what load() returned for the thread's first output);
+  // finish(n, base, sum of the first part's row, sum of the second part's row), which returns the result;
+  // store(n, this result, the result that the next output's thread has). All warps that multiply must call
+  // multiply(). Sums have a fixed order.
   template <typename Base, typename Epilogue>
   LAB_DEVICE void multiply(const Matrix<T>& m, const Share& share, const T* x, Base base, Epilogue& epilogue) {
     const TileShape shape(m.k);
@@ -138,7 +153,7 @@ struct WeightRing {
     uint4 column[kSteps] = {};
     if (m.k <= shape.cols) load_column(column, lanes, x, 0, m.k);     // the same for all tiles
     each_group(m, share, [&](int, int part, int row, int) {
-      float sums[kSteps][4] = {};                 // chains of their own, for a product waits for the one before it
+      float sums[kSteps][4] = {};                 // independent sums: a multiply waits for the sum it adds to
       for (int col = 0; col < m.k; col += shape.cols) {
         if (m.k > shape.cols) load_column(column, lanes, x, col, m.k);
         wait();
@@ -165,7 +180,7 @@ struct WeightRing {
       }
       const float next = __shfl_down_sync(0xffffffffu, mine, 1);
       if (i < outputs) epilogue.store(first + i, mine, next);
-      ring_sync();                                // the sums' places are free
+      ring_sync();                                // no thread still reads `partial`
     });
   }
 
@@ -175,7 +190,8 @@ struct WeightRing {
   LAB_DEVICE static int lane() { return threadIdx.x % 32; }
   LAB_DEVICE static int warp() { return threadIdx.x / 32; }
 
-  // The order of the stream: batches of outputs; of each its parts; of these a tile's rows at a time.
+  // The order of the weights in the ring: batches of outputs; in a batch its parts; in a part the rows, a
+  // tile at a time.
   template <typename Group, typename Begin, typename End>
   LAB_DEVICE static void each_group(const Matrix<T>& m, const Share& share, Group group, Begin begin, End end) {
     const int batch = kBatchRows >> (m.parts - 1), tile_rows = TileShape(m.k).rows();
@@ -191,15 +207,17 @@ struct WeightRing {
     }
   }
 
-  // This warp's columns of a tile, for sums [step][a row of A][a column of B]. Rows of w are columns of B (16 x 8); A
-  // (16 x 16) is x in each of its first 8 rows. Which element is which k does not matter as long as A and B agree: so a
-  // lane loads 8 elements that lie side by side, and they are its part of two products. Of 4 rows of w, B has each twice,
-  // with neighbouring 32 columns; what is summed with the others' x is left out: row r of w is column 2 r with even rows
-  // of A and column 2 r + 1 with odd ones. Rows past the block's last hold what was there before: their sums are never
-  // stored.
+  // How a warp multiplies a tile; sums [step][row of A][column of B]. Rows of w are the columns of B (16 x
+  // 8); A (16 x 16) has x in each of its first 8 rows. Any assignment of elements to k is right as long as A
+  // and B use the same, so a lane loads 8 contiguous elements, which are its part of two multiplies. A tile
+  // with only 4 rows of w has each of them in two columns of B, with two neighbouring groups of 32 elements;
+  // row r of w is column 2 r, valid with even rows of A, and column 2 r + 1, valid with odd ones. Sums of
+  // elements of w with other elements' x are ignored. Rows past the block's last one hold older data: their
+  // sums are never stored.
   static constexpr int kSteps = 4;
   struct Lanes {
-    int step, col, row;                           // a lane's first column, then `step` further; its row's place in a tile
+    // A lane's first column; the distance to its next ones; the offset of its row in a tile.
+    int step, col, row;
     LAB_DEVICE explicit Lanes(const TileShape& shape) {
       const int half_bits = 3 - shape.row_bits, g = lane() / 4;
       step = 32 << half_bits;

@@ -1,13 +1,13 @@
-// What a Hopper warpgroup has beyond common.cuh, on sm_90a alone: multiplies whose operands lie in shared memory
-// (wgmma). The CPU's half is host/wgmma.h.
+// Tensor-core instructions of a Hopper warpgroup (wgmma), which multiply operands in shared memory; on sm_90a
+// only. On a CPU the same names come from host/wgmma.h.
 //
-// An operand is a tile of rows of 64 elements of half precision (128 bytes). It begins at a multiple of 1024 bytes, and
-// the 16-byte chunk c of row r lies at place c ^ (r % 8): the "128-byte swizzle", which spreads a column of chunks over
-// all banks.
+// An operand is a tile of rows of 64 elements of half precision (128 bytes). It begins at a multiple of 1024
+// bytes, and the 16-byte chunk c of row r is at place c ^ (r % 8): the "128-byte swizzle", which spreads a
+// column of chunks over all banks.
 #pragma once
 #include "../common.cuh"
 
-// 1 where these exist: code for sm_90a, nvcc's pass over host code, and the CPU build.
+// 1 where these instructions exist: in code for sm_90a, in nvcc's pass over host code, and in the CPU build.
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define LAB_WGMMA 1
 #else
@@ -18,28 +18,32 @@
 namespace lab {
 
 #if LAB_WGMMA
-// Shows what this thread has written to shared memory, by cp.async too, to the wgmma of threads that it then meets at a
-// barrier: they read it past the caches of generic loads ("async proxy").
+// Makes what this thread has written to shared memory (by cp.async too) visible to wgmma, which reads shared
+// memory through another path than ordinary loads (the "async proxy"). It is visible to threads that meet
+// this one at a barrier afterwards.
 LAB_DEVICE void wgmma_publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-// Between other uses of d and the first wgmma on it.
+// Needed between any other use of d and the first wgmma on it.
 LAB_DEVICE void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 LAB_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Waits until at most N committed groups still run: of the others d is there, and their tiles are free.
+// Waits until at most N committed groups still run. For the others d is complete, and their tiles may be
+// overwritten.
 template <int N>
 LAB_DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
 namespace detail {
-// The matrix descriptor of a tile (PTX ISA, "Matrix descriptor"): eight rows are 1024 bytes, the swizzle is 128 bytes'.
+// The matrix descriptor of a tile (PTX ISA, "Matrix descriptor"): eight rows are 1024 bytes, with the
+// 128-byte swizzle.
 LAB_DEVICE uint64_t wgmma_tile(const void* p) {
   return uint64_t(smem_address(p) >> 4 & 0x3fff) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
 }
 }  // namespace detail
 
-// d += a b^T by a warpgroup (128 threads), not waiting: A 64 x 16, B N x 16, D 64 x N float32, N = 8 * the extent of d.
-// a and b point into tiles, at the first of their columns (a multiple of 16) in row 0 (of 8). Warp i holds rows 16 i to
-// 16 i + 15 of D, and in d[j] of them the columns from 8 j on, as mma_m16n8k16 does.
+// d += a b^T by a warpgroup (128 threads); returns before it is done. A is 64 x 16, B is N x 16, D is 64 x N
+// in float32, with N = 8 * the first extent of d. a and b point into tiles, to row 0 (of 8) at the first of
+// their columns (a multiple of 16). Warp i holds the rows 16 i to 16 i + 15 of D; its d[j] has the columns
+// from 8 j on, in the layout of mma_m16n8k16.
 #define LAB_D(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
 #define LAB_WGMMA_OP(TAG, TYPE, EXTENT, N, REGISTERS, A, B, ...)                                                       \
   LAB_DEVICE void wgmma(float (&d)[EXTENT][4], const TAG* a, const TAG* b) {                                           \

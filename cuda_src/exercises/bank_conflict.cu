@@ -1,9 +1,10 @@
 // Exercise bank_conflict: a warp transposes a 32 x 32 tile of floats through shared memory.
 //
-// Question: all loads and stores of global memory are coalesced. Shared memory has 32 banks of 4 bytes and serves a
-// bank once a step. How many steps does the read of a column take, and what change of the tile's type makes it one?
+// Question: all loads and stores of global memory are coalesced. Shared memory has 32 banks of 4 bytes, and
+// each bank serves one address in a step. How many steps does it take to read a column, and how must the type
+// of the tile change so that it takes one?
 //
-// Mend it here, then: lab check --exercise bank_conflict
+// Correct it here, then: lab check --exercise bank_conflict
 // Solution: solutions/bank_conflict.cu
 #include "watch.cuh"
 

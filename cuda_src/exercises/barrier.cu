@@ -1,9 +1,10 @@
 // Exercise barrier: a block reverses each tile of 128 numbers through shared memory.
 //
-// Question: every thread waits until the tile is whole before it reads from it, and yet some numbers of the result come
-// from another tile. Which two accesses race, in which order do they have to happen, and what makes them?
+// Question: every thread waits until the tile is complete before it reads from it, and yet some numbers of
+// the result belong to another tile. Which two accesses race, in which order must they happen, and what
+// ensures that order?
 //
-// Mend it here, then: lab check --exercise barrier
+// Correct it here, then: lab check --exercise barrier
 // Solution: solutions/barrier.cu
 #include "common.cuh"
 

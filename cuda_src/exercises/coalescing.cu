@@ -1,9 +1,9 @@
 // Exercise coalescing: y = 2 x, four numbers a thread.
 //
-// Question: the result is right, and every byte is loaded and stored once. How many lines of 128 bytes does one load of
-// a warp touch, how few would do, and which thread should take which four numbers?
+// Question: the result is right, and every byte is loaded and stored once. How many lines of 128 bytes does
+// one load of a warp touch, how few would do, and which thread should take which four numbers?
 //
-// Mend it here, one number at a time as it is, then: lab check --exercise coalescing
+// Correct it here, still with one number at a time, then: lab check --exercise coalescing
 // Solution: solutions/coalescing.cu
 #include "watch.cuh"
 

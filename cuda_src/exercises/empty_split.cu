@@ -1,10 +1,11 @@
-// Exercise empty_split: the softmax average of a sequence's values, one number a token, by several splits that a second
-// kernel merges.
+// Exercise empty_split: the softmax average of a sequence's values, one number a token, by several splits
+// that a second kernel merges.
 //
-// Question: whole tiles of 32 tokens go to the splits in turn, so a short sequence leaves the last splits with no
-// token. What does such a split publish, and why does its share of the result, zero, not keep that out?
+// Question: whole tiles of 32 tokens are given to the splits in turn, so with a short sequence the last
+// splits have no token. What does such a split publish, and why does its weight of zero not keep that out of
+// the result?
 //
-// Mend it here, then: lab check --exercise empty_split
+// Correct it here, then: lab check --exercise empty_split
 // Solution: solutions/empty_split.cu
 #include "common.cuh"
 
@@ -14,7 +15,8 @@ struct Split {
   float average, maximum, weight;
 };
 
-// A warp per split: average = sum of exp(score - maximum) * value / weight, weight = sum of exp(score - maximum).
+// A warp per split: average = sum of exp(score - maximum) * value / weight, weight = sum of exp(score -
+// maximum).
 __global__ void split_kernel(const float* scores, const float* values, int length, Split* published) {
   const int tiles = (length + 31) / 32, splits = gridDim.x, split = blockIdx.x;
   const int chunk = (tiles + splits - 1) / splits * 32;
@@ -40,5 +42,5 @@ __global__ void merge_kernel(const Split* published, int splits, float* out) {
     weight += share;
     sum += share * published[s].average;
   }
-  *out = weight == 0.f ? 0.f : sum / weight;      // no token at all: zero
+  *out = weight == 0.f ? 0.f : sum / weight;      // without any token: zero
 }

@@ -1,6 +1,7 @@
-// Loads and stores that are watched: on a GPU plain ones, on a CPU also noted, so that an exercise can count what a
-// warp touches. The lanes of a warp access together when they come to one line of the source for the same time: sound
-// for kernels whose warps do not diverge there, as in the exercises.
+// Loads and stores that are watched: on a GPU they are plain ones, on a CPU they are also noted, so that an
+// exercise can count what a warp touches. Accesses of a warp's lanes count as one when they are the nth of
+// their thread in the same line of the source, for the same n. That is right for kernels whose warps do not
+// diverge there, as in the exercises.
 #pragma once
 #include "common.cuh"
 
@@ -24,8 +25,8 @@ LAB_DEVICE void watched_store(T* p, T value) { *p = value; }
 #else
 namespace watch {
 
-using Access = std::tuple<int, unsigned, unsigned, int>;           // line of the source, block, warp, how many before
-inline std::map<Access, std::vector<uintptr_t>> accesses;          // the lanes' addresses
+using Access = std::tuple<int, unsigned, unsigned, int>;   // line, block, warp, how many before
+inline std::map<Access, std::vector<uintptr_t>> accesses;          // the addresses of the lanes
 inline std::map<std::tuple<int, unsigned, unsigned>, int> times;   // line, block, thread: how often so far
 inline std::mutex mutex;
 
@@ -37,14 +38,15 @@ inline void note(const void* p, int line) {
   accesses[{line, block, thread / 32, before}].push_back(reinterpret_cast<uintptr_t>(p));
 }
 
-// Distinct units of `bytes` bytes that one access touches.
+// Number of different units of `bytes` bytes that one access touches.
 inline size_t distinct(const std::vector<uintptr_t>& addresses, uintptr_t bytes) {
   std::set<uintptr_t> units;
   for (uintptr_t a : addresses) units.insert(a / bytes);
   return units.size();
 }
 
-// Steps that shared memory needs for one access: the most distinct words of 4 bytes that lie on one of its 32 banks.
+// Steps that shared memory needs for one access: the largest number of different 4-byte words in one of its
+// 32 banks.
 inline size_t bank_steps(const std::vector<uintptr_t>& addresses) {
   std::map<uintptr_t, std::set<uintptr_t>> words;
   for (uintptr_t a : addresses) words[a / 4 % 32].insert(a / 4);
@@ -53,8 +55,8 @@ inline size_t bank_steps(const std::vector<uintptr_t>& addresses) {
   return most;
 }
 
-// Accesses within [begin, end), in lanes; and the worst of cost(addresses) / fewest(addresses) over them, with its
-// line.
+// Over all accesses in [begin, end): how many there were, in lanes, and the worst ratio of cost(addresses) to
+// fewest(addresses), with its line of the source.
 struct Worst {
   size_t lanes = 0, cost = 0, fewest = 1;
   int line = 0;

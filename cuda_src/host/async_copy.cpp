@@ -1,9 +1,9 @@
-// cp.async, mbarriers and bulk copies, landing as late as the rules allow.
+// cp.async, mbarriers and bulk copies, which here write their destination as late as the rules allow.
 //
-// A GPU may write the destination at any time between issue and wait. Here the destination is poisoned at issue and
-// written at the wait, so a kernel that reads too early, or waits for the wrong group, computes NaN.
-// An mbarrier is kept in its own 8 bytes of shared memory. Bulk copies land while somebody polls an mbarrier, in random
-// order in a random schedule.
+// A GPU may write the destination at any time between issue and wait. Here the destination is filled with NaN
+// at issue and written at the wait, so a kernel that reads too early, or waits for the wrong group, computes
+// NaN. An mbarrier's state is in its own 8 bytes of shared memory. Bulk copies are carried out while some
+// thread polls an mbarrier, in random order in a random schedule.
 #include <cstring>
 
 #include "sanitizer.h"
@@ -14,7 +14,7 @@ namespace host {
 namespace {
 
 struct MbarrierState {
-  int64_t pending_bytes : 22;  // expected and not landed; negative when they landed before being expected
+  int64_t pending_bytes : 22;  // expected and not yet arrived; negative if they arrived before being expected
   uint64_t phase : 1;
   uint64_t pending : 20;  // arrivals still missing in this phase
   uint64_t arrivals : 20;
@@ -134,7 +134,8 @@ void mbarrier_wait(uint64_t* bar, unsigned parity, Site site) {
       worker->progress();
     }
     if (load_state(bar, "mbarrier_wait", site).phase != (parity & 1)) break;
-    // Only threads of this cluster can complete the phase, and each gets its turn many times over before this gives up.
+    // Only threads of this cluster can complete the phase, and each of them has run many times before this
+    // gives up.
     worker->poll("mbarrier_wait", site, 64 * (uint64_t(block.size) * block.cluster_size + copies.size()) + 4096);
   }
   tsan_acquire(bar);
@@ -145,7 +146,7 @@ void bulk_copy(void* dst, const void* src, unsigned bytes, uint64_t* bar, Site s
   tsan_write(dst, bytes, pc);
   tsan_read(src, bytes, pc);
   TsanIgnore ignore;
-  tsan_release(bar);  // whoever waits for the bytes may read them
+  tsan_release(bar);  // a thread that waits for the bytes may read them
   if (!aligned(dst, 16) || !aligned(src, 16) || bytes % 16 != 0) {
     fail("bulk_copy_g2s at %s:%d: addresses and size must be multiples of 16", site.file, site.line);
   }

@@ -1,34 +1,38 @@
-// CUDA kernels on a machine with no GPU: what common.cuh includes when the compiler is not nvcc.
+// CUDA kernels on a machine without a GPU: common.cuh includes this file when the compiler is not nvcc.
 //
-// Every CUDA thread runs as a fiber, a stack of its own that the scheduler switches to and from in a few nanoseconds.
-// A fiber runs until it must wait: at a barrier, a shuffle, an mbarrier. The blocks of a grid are spread over OS
-// threads; the threads of one block (or cluster) share one OS thread, so nothing in a block runs truly in parallel.
-// Threads that never wait run one after the other on one stack, as a plain loop.
+// Every CUDA thread runs as a fiber: a stack of its own, and the scheduler switches between fibers in a few
+// nanoseconds. A fiber runs until it must wait: at a barrier, a shuffle, an mbarrier. The blocks of a grid
+// are distributed over OS threads; the threads of one block (or cluster) share one OS thread, so nothing in a
+// block runs truly in parallel. Threads that never wait run one after the other on one stack, as in a plain
+// loop.
 //
-// The layer is strict where a GPU is forgiving, so that wrong kernels fail here and not by luck later:
-//   - shared memory starts as NaN (all bits set) and ends at a page that cannot be touched;
-//   - cp.async and bulk copies land when they are waited for, not before, and wgmma multiplies then;
-//   - a barrier that some threads never reach, even by returning early, is an error that names who waits where;
+// Where a GPU would let an error pass, this layer is strict, so that wrong kernels fail here and not by
+// chance later:
+//   - shared memory starts as NaN (all bits set) and is followed by a page that must not be accessed;
+//   - cp.async and bulk copies write their destination only when they are waited for, and only then does
+//     wgmma multiply;
+//   - a barrier that some threads never reach, even because they returned early, is an error that names the
+//     threads that wait, and where;
 //   - a kernel launched with programmatic dependent launch that never calls pdl_wait() is an error;
-//   - LAB_HOST_SEED and LAB_HOST_AHEAD vary the order of threads and blocks; builds with -fsanitize=thread report data
-//     races.
-// It says nothing about speed on a GPU, nor about weak memory order, tensor-core rounding or approximate math.
+//   - LAB_HOST_SEED and LAB_HOST_AHEAD vary the order of threads and blocks; builds with -fsanitize=thread
+//     report data races.
+// It tells nothing about speed on a GPU, weak memory order, tensor-core rounding or approximate math.
 //
 // The files, in reading order:
 //   vector_types.h, float16.h    float4, uint4 ...; __half, __nv_bfloat16
-//   runtime.h                    what kernels and the scheduler share: Thread, Warp, the entry points
+//   runtime.h                    for kernels and scheduler: Thread, Warp, functions in which a thread waits
 //   intrinsics.h                 __syncthreads, shuffles, votes, atomics, math
-//   gpu_features.h               the host half of common.cuh: reductions, cp.async, mma, mbarriers, clusters
-//   wgmma.h                      the host half of core/wgmma.cuh
+//   gpu_features.h               common.cuh's names on a CPU: reductions, cp.async, mma, mbarriers, clusters
+//   wgmma.h                      core/wgmma.cuh's names on a CPU
 //   fiber.h, .cpp                stacks and the context switch
 //   scheduler.h, .cpp            one cluster of blocks: who runs next, deadlock reports
 //   waiting.cpp                  barriers and warp collectives
 //   launch.cpp, options.cpp      a grid over OS threads
 //   async_copy.cpp               cp.async, mbarriers, bulk copies
-//   fault.h, .cpp                turns a bad access in a kernel into an error of the launch
+//   fault.h, .cpp                turns an invalid memory access in a kernel into an error of the launch
 //   sanitizer.h                  ThreadSanitizer and AddressSanitizer
 //
-// Flags this layer wants:
+// Flags that this layer needs:
 //   kernels (*.cu)   -x c++ -std=c++17 -O3 -fno-strict-aliasing -fno-math-errno -fno-trapping-math -fvisibility=hidden
 //                    and -mavx2 -mfma -mf16c where the CPU has them (four times the speed; nothing depends on them)
 //   host/*.cpp       -std=c++17 -O2 -fvisibility=hidden, linked with -pthread
@@ -39,7 +43,8 @@
 // Options, read once from the environment and changed by lab::host::set_options:
 //   LAB_HOST_THREADS=n   OS threads (default: the cores this process may use)
 //   LAB_HOST_SEED=n      a random but repeatable schedule (default: a fixed order)
-//   LAB_HOST_AHEAD=x     lowest or highest: of the threads that can run, that one always does (LAB_HOST_SEED goes first)
+//   LAB_HOST_AHEAD=x     lowest or highest: of the threads that can run, always run that one; ignored with
+//                        LAB_HOST_SEED
 //   LAB_HOST_POISON=0    shared memory starts zeroed instead of NaN (default: 1)
 //   LAB_HOST_STACK=n     bytes of stack per thread (default: 65536)
 #pragma once

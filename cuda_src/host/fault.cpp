@@ -1,5 +1,6 @@
-// The handler notes the address, and lets the interrupted thread go on in report_fault() on a stack set aside for that;
-// from there the launch is abandoned as by any other failure. Sanitizers have handlers of their own and keep them.
+// The signal handler stores the address and makes the interrupted thread continue in report_fault(), on a
+// stack reserved for it; from there the launch is abandoned as after any other failure. Sanitizers have
+// handlers of their own, which stay installed.
 #include "fault.h"
 
 #include <signal.h>
@@ -23,10 +24,10 @@ constexpr size_t kStackBytes = 64 * 1024;
 const int kSignals[] = {SIGSEGV, SIGBUS, SIGFPE};
 struct sigaction previous[3];
 
-// Lower half: where the handler runs. Upper half: where report_fault() runs.
+// First half: the handler's stack. Second half: the stack of report_fault().
 struct FaultStack {
   unsigned char* base = nullptr;
-  bool alternate = false;  // the lower half is in use as this OS thread's signal stack
+  bool alternate = false;  // the first half is this OS thread's signal stack
 
   ~FaultStack() {
     if (alternate) {
@@ -59,7 +60,7 @@ LAB_THREAD_LOCAL int fault_signal = 0;
   fail("illegal memory access at address %p", fault_address);
 }
 
-// Lets the interrupted code continue at `entry` with the stack at `stack`, as if entry had just been called.
+// Makes the interrupted code continue at `entry` with the stack at `stack`, as if entry had just been called.
 bool redirect(void* context, void (*entry)(), unsigned char* stack) {
   auto* uc = static_cast<ucontext_t*>(context);
   [[maybe_unused]] auto pc = reinterpret_cast<uintptr_t>(entry);
@@ -89,7 +90,7 @@ void on_fault(int signal, siginfo_t* info, void* context) {
     fault_signal = signal;
     if (redirect(context, &report_fault, report_stack_top)) return;
   }
-  for (int i = 0; i < 3; ++i) {  // not ours: it recurs on return, and goes to whoever was there before
+  for (int i = 0; i < 3; ++i) {  // not ours: it happens again on return, with the earlier handler
     if (kSignals[i] == signal) sigaction(signal, &previous[i], nullptr);
   }
 }

@@ -1,5 +1,6 @@
-// A bad access in a kernel (past shared memory, a wild address, a stack overflow, an integer division by zero) becomes
-// an error of the launch and not the end of the process. Faults outside kernels go where they went before.
+// Turns an invalid access in a kernel (past shared memory, a wild address, a stack overflow, an integer
+// division by zero) into an error of the launch; the process goes on. Faults outside kernels get the handlers
+// they had before.
 #pragma once
 
 namespace lab {

@@ -10,8 +10,9 @@
 
 #include "sanitizer.h"
 
-// lab_host_switch(save, to): pushes what a callee must preserve, stores the stack pointer in *save, takes `to` as stack
-// pointer and pops. The jump at the end is indirect and not a `ret`: the return predictor would miss every time.
+// lab_host_switch(save, to): pushes the registers that a callee must preserve, stores the stack pointer in
+// *save, loads `to` as stack pointer and pops. It ends with an indirect jump and not with `ret`, because the
+// CPU's return predictor would be wrong every time.
 extern "C" void lab_host_switch(void** save, void* to);
 
 #ifdef __APPLE__
@@ -131,8 +132,8 @@ void Fiber::reset() {
   if (kTsan) forget_pages(base_ + page_bytes(), stack_bytes_);
   asan_unpoison(base_ + page_bytes(), stack_bytes_);
   asan_fake_stack_ = nullptr;
-  // As if entry had been about to be called: on x86-64 the stack is then 8 modulo 16, with a return address of zero,
-  // at which debuggers stop.
+  // As if entry were about to be called: on x86-64 the stack is then 8 modulo 16, and the return address is
+  // zero, at which debuggers stop.
   void** words = static_cast<void**>(top());
 #if defined(__x86_64__)
   *--words = nullptr;
@@ -149,7 +150,8 @@ bool Fiber::guards(const void* address) const {
 }
 
 #ifdef LAB_HOST_ASAN
-static thread_local Fiber* left = nullptr;  // whom the latest switch suspended: its extent is told on arrival
+// The fiber that the latest switch suspended; the sanitizer learns its stack's extent on arrival.
+static thread_local Fiber* left = nullptr;
 
 void Fiber::begin() { __sanitizer_finish_switch_fiber(nullptr, &left->asan_bottom_, &left->asan_bytes_); }
 #else
@@ -159,7 +161,7 @@ void Fiber::begin() {}
 void Fiber::change(Fiber& from, Fiber& to) {
 #ifdef LAB_HOST_TSAN
   if (from.tsan == nullptr) from.tsan = __tsan_get_current_fiber();
-  __tsan_switch_to_fiber(to.tsan, 1);  // 1: switching orders nothing
+  __tsan_switch_to_fiber(to.tsan, 1);  // 1: a switch orders no memory accesses
 #endif
 #ifdef LAB_HOST_ASAN
   left = &from;

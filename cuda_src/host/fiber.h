@@ -1,5 +1,5 @@
-// A fiber: a stack, and the point at which its code stopped. Switching saves the registers a call must preserve and
-// moves the stack pointer; no system call, a few nanoseconds.
+// A fiber: a stack, and the point at which its code stopped. A switch saves the registers that a call must
+// preserve and changes the stack pointer: no system call, a few nanoseconds.
 #pragma once
 #include <cstddef>
 
@@ -7,23 +7,25 @@ namespace lab {
 namespace host {
 
 size_t page_bytes();
-void* map_pages(size_t bytes);                  // zeroed; throws std::runtime_error when memory is short
+// Zeroed; throws std::runtime_error if there is not enough memory.
+void* map_pages(size_t bytes);
 void unmap_pages(void* p, size_t bytes);
-void forget_pages(void* p, size_t bytes);       // zeroed again; the race detector forgets who touched them
-void forbid_pages(void* p, size_t bytes);       // any access to these faults from now on
+void forget_pages(void* p, size_t bytes);       // zeroed again; the race detector forgets who accessed them
+void forbid_pages(void* p, size_t bytes);       // any access to them faults from now on
 
 class Fiber {
  public:
   Fiber() = default;  // the OS thread's own stack: can be switched from, and back to
-  // A new stack on which the first switch calls entry(), which must not return. `number` staggers the tops of stacks:
-  // were they all equally placed in their pages, the same variable of 32 lanes would fight for one set of the cache.
+  // A new stack. The first switch to it calls entry(), which must not return. `number` staggers the tops of
+  // stacks: if all had the same place in their pages, the same variable of 32 lanes would compete for one set
+  // of the cache.
   Fiber(size_t stack_bytes, unsigned number, void (*entry)());
   ~Fiber();
   Fiber(const Fiber&) = delete;
   Fiber& operator=(const Fiber&) = delete;
 
-  void reset();  // abandons whatever it was doing: the next switch calls entry() again
-  bool guards(const void* address) const;  // address lies in the page below the stack: it overflowed
+  void reset();  // abandons what it was doing: the next switch calls entry() again
+  bool guards(const void* address) const;  // address is in the page below the stack: the stack overflowed
 
   static void change(Fiber& from, Fiber& to);  // suspends `from`, which is running, and continues `to`
   static void begin();                         // entry() calls this first

@@ -1,7 +1,7 @@
 // __half and __nv_bfloat16 with CUDA's names, sizes and rounding (to nearest even; every NaN becomes 0x7fff).
 //
-// Conversions are free of branches, so that loops over them vectorise. Arithmetic goes through float and rounds once,
-// as the hardware's does.
+// Conversions have no branches, so that loops over them vectorise. Arithmetic is done in float and rounded
+// once, as in hardware.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -47,8 +47,8 @@ inline uint16_t float_to_half(float f) {
 inline float half_to_float(uint16_t bits) {
   uint32_t sign = uint32_t(bits & 0x8000) << 16;
   uint32_t magnitude = bits & 0x7fffu;
-  // Normal numbers: move exponent and mantissa into a float's places with the largest exponent bias that still maps
-  // infinity to infinity, then scale back. Subnormals: build 0.5 + m * 2^-24 and take the 0.5 away.
+  // Normal numbers: move exponent and mantissa to a float's places, with the largest exponent bias that still
+  // maps infinity to infinity, then scale back. Subnormals: build 0.5 + m * 2^-24 and subtract 0.5.
   float normal = bits_float((magnitude << 13) + (uint32_t(255 - 31) << 23)) * bits_float(uint32_t(127 - 112) << 23);
   float subnormal = bits_float((126u << 23) | magnitude) - 0.5f;
   return bits_float(sign | float_bits(magnitude < 0x400u ? subnormal : normal));
@@ -57,9 +57,10 @@ inline uint16_t float_to_half(float f) {
   uint32_t u = float_bits(f);
   uint32_t sign = (u >> 16) & 0x8000u;
   uint32_t magnitude = u & 0x7fffffffu;
-  // Normal numbers: rebias the exponent and round 13 bits away; a carry walks into the exponent and on to infinity.
+  // Normal numbers: change the exponent's bias and round off 13 bits; a carry increments the exponent, up to
+  // infinity.
   uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  // Subnormals (below 2^-14): adding 0.5 lets the float adder round to a multiple of 2^-24.
+  // Subnormals (below 2^-14): adding 0.5 makes the float addition round to a multiple of 2^-24.
   uint32_t subnormal = float_bits(bits_float(magnitude) + 0.5f) - (126u << 23);
   uint32_t bits = magnitude < 0x38800000u ? subnormal : normal;
   bits = magnitude >= 0x47800000u ? 0x7c00u : bits;  // 65536 and above

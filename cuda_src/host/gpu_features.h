@@ -1,5 +1,5 @@
-// The host half of common.cuh: the same names, computed for a whole warp at once by the last lane to arrive.
-// What each name means, and its arguments, is said there.
+// common.cuh's names on a CPU: each is computed for a whole warp at once, by the last lane that arrives. What
+// each name means, and its arguments, is documented there.
 #pragma once
 #include "float16.h"
 #include "intrinsics.h"
@@ -47,7 +47,8 @@ struct MaxFloat {
   static float apply(float a, float b) { return lab_host_fmaxf(a, b); }
 };
 
-// The butterfly of xor-shuffles: at distance W/2, W/4 ... 1, each lane combines its value with its partner's.
+// The butterfly of xor-shuffles: at distance W/2, W/4 ... 1, each lane combines its value with that of its
+// partner.
 template <int W, int N, typename Op>
 LAB_NO_TSAN inline void combine_butterfly(Warp& warp, uint32_t) {
   float now[32][N], next[32][N];
@@ -64,7 +65,7 @@ LAB_NO_TSAN inline void combine_butterfly(Warp& warp, uint32_t) {
 template <int W, typename Op, int N>
 LAB_NO_TSAN inline void reduce(float* v, const char* op, Site site) {
   static_assert(W >= 1 && W <= 32 && (W & (W - 1)) == 0, "groups are a power of two of lanes");
-  constexpr int kChunk = N < 16 ? N : 16;  // what fits a slot
+  constexpr int kChunk = N < 16 ? N : 16;  // as many as fit in a slot
   if constexpr (W > 1) {
     struct Values {
       float v[kChunk];
@@ -139,7 +140,7 @@ LAB_NO_TSAN inline void combine_mma(Warp& warp, uint32_t) {
   }
 }
 
-// in: the address of one row of one tile per lane.
+// in: each lane's address of one row of one tile.
 template <bool Transposed>
 LAB_NO_TSAN inline void combine_ldmatrix(Warp& warp, uint32_t) {
   for (int lane = 0; lane < 32; ++lane) {

@@ -1,6 +1,7 @@
 // CUDA's intrinsics and built-in variables, under their own names.
 //
-// Calls at which a thread waits take a hidden last argument, the place they were called from, for reports.
+// Functions in which a thread waits have a hidden last argument, the place from which they were called, for
+// reports.
 #pragma once
 #include <math.h>
 #include <stdio.h>
@@ -193,7 +194,7 @@ namespace lab {
 namespace host {
 
 template <typename T>
-struct Same {  // keeps a parameter out of template deduction, so that atomicAdd(&u, 1) finds T from the pointer
+struct Same {  // excludes a parameter from template deduction: atomicAdd(&u, 1) finds T from the pointer
   using type = T;
 };
 
@@ -287,7 +288,8 @@ constexpr lab::host::Common<A, B> max(A a, B b) {
   return T(a) < T(b) ? T(b) : T(a);
 }
 
-// The library's fmaxf is a call; these are two instructions and vectorise. A NaN loses to a number, as in CUDA.
+// The library's fmaxf is a function call; this is two instructions and vectorises. Of NaN and a number the
+// result is the number, as in CUDA.
 inline float lab_host_fmaxf(float a, float b) { return a > b || b != b ? a : b; }
 inline float lab_host_fminf(float a, float b) { return a < b || b != b ? a : b; }
 #define fmaxf lab_host_fmaxf

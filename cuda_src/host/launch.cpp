@@ -1,4 +1,4 @@
-// Launches: checks the configuration, then hands the grid's clusters of blocks to OS threads.
+// Launches: checks the configuration, then distributes the grid's clusters of blocks over OS threads.
 #include <pthread.h>
 
 #include <algorithm>
@@ -32,12 +32,14 @@ int available_cores() {
   return std::max(1, int(std::thread::hardware_concurrency()));
 }
 
-// OS threads that stay; clusters are handed out by an atomic counter. Never destroyed: at exit the threads just end.
+// OS threads that live as long as the process; they take clusters by an atomic counter. Never destroyed: at
+// exit the threads simply end.
 class Pool {
  public:
   static Pool& here() {
     std::call_once(once_, [] { pthread_atfork(nullptr, nullptr, [] { pool_ = nullptr; }); });
-    if (pool_ == nullptr) pool_ = new Pool;  // at first, and in a forked child, which has none of the threads
+    // The first time, and in a forked child, which has none of the threads.
+    if (pool_ == nullptr) pool_ = new Pool;
     return *pool_;
   }
 
@@ -126,8 +128,8 @@ class Pool {
 
   std::mutex mutex_;
   std::condition_variable wake_, done_;
-  unsigned threads_ = 0;  // helpers that exist
-  unsigned helpers_ = 0;  // that take part in this launch
+  unsigned threads_ = 0;  // helper threads that exist
+  unsigned helpers_ = 0;  // helper threads that take part in this launch
   unsigned busy_ = 0;
   uint64_t generation_ = 0;
 
@@ -146,11 +148,12 @@ Pool* Pool::pool_ = nullptr;
 std::mutex launch_mutex;
 
 // ---- programmatic dependent launch ----------------------------------------------------------------------------------
-// One kernel runs at a time here, so nothing is waited for. What a GPU would not have written yet is hidden.
+// One kernel runs at a time here, so there is nothing to wait for. But what a GPU might not have written yet
+// is hidden.
 
 std::mutex hidden_mutex;
 std::vector<Region> hidden;
-std::vector<std::vector<unsigned char>> contents;  // of the regions while they are hidden
+std::vector<std::vector<unsigned char>> contents;  // of the regions, while they are hidden
 std::atomic<bool> waited{false};                   // whether a thread of this launch has called pdl_wait()
 
 void hide() {
@@ -165,13 +168,13 @@ void hide() {
 
 void show() {
   std::lock_guard<std::mutex> lock(hidden_mutex);
-  for (size_t i = contents.size(); i-- > 0;) {  // the last first, for regions may overlap
+  for (size_t i = contents.size(); i-- > 0;) {  // in reverse order, because regions may overlap
     memcpy(hidden[i].begin, contents[i].data(), contents[i].size());
   }
   contents.clear();
 }
 
-struct Hiding {  // whatever happens, the regions have their contents back in the end
+struct Hiding {  // restores the contents of the regions, whatever happens
   explicit Hiding(bool pdl) : pdl_(pdl) {
     if (pdl_) hide();
   }

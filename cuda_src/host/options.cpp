@@ -11,7 +11,7 @@ namespace lab {
 namespace host {
 namespace {
 
-// A whole number, or the program says which variable is wrong.
+// Reads a whole number; if it is none, the error names the variable.
 bool environment_number(const char* name, uint64_t* value) {
   const char* text = getenv(name);
   if (text == nullptr || *text == '\0') return false;

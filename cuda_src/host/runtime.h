@@ -1,6 +1,6 @@
-// What kernels and the scheduler share: the thread that is running, its warp, and the calls at which a thread waits.
+// Shared by kernels and scheduler: the running thread, its warp, and the functions in which a thread waits.
 //
-// Included by every kernel, so it holds declarations and the few inline paths that must be fast.
+// Every kernel includes it, so it has only declarations and the few inline functions that must be fast.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -15,14 +15,15 @@
 namespace lab {
 namespace host {
 
-// Where in a kernel something was called. As a default argument, `Site site = Site::here()` is the caller's own place.
+// A place in the source of a kernel. `Site site = Site::here()` as a default argument is the place of the
+// call.
 struct Site {
   const char* file;
   int line;
   static constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
 };
 
-// What one lane hands to a warp collective, and what it gets back.
+// What one lane passes to a warp collective, and what it gets back.
 struct alignas(64) Slot {
   unsigned char bytes[64];
 };
@@ -30,18 +31,18 @@ struct alignas(64) Slot {
 // A warp collective (shuffle, vote, reduction, mma) that some lanes have reached and others have not yet.
 struct Collective {
   uint32_t mask = 0;     // lanes that take part
-  uint32_t arrived = 0;  // lanes that are here; 0 when this entry is free
+  uint32_t arrived = 0;  // lanes that have arrived; 0 if this entry is free
   uint32_t phase = 0;    // completions so far
   const char* op = "";
   Site site{"", 0};
-  char order[2];  // addresses that stand for "memory is ordered here", one per parity of phase
+  char order[2];  // addresses on which sanitizers see memory ordered, one per parity of phase
 };
 
 struct Warp {
   uint32_t lanes = 0;    // lanes that exist: the last warp of a block may be partial
-  uint32_t alive = 0;    // have not returned from the kernel
-  uint32_t started = 0;  // have begun
-  uint32_t ready = 0;    // could run now
+  uint32_t alive = 0;    // lanes that have not returned from the kernel
+  uint32_t started = 0;  // lanes that have begun
+  uint32_t ready = 0;    // lanes that could run now
   Collective pending[4];
   Slot in[32], out[32];
 };
@@ -60,7 +61,7 @@ struct AsyncProduct {
   Site site;
 };
 
-// What a thread has issued and not waited for, in the groups that it has committed.
+// What a thread has issued and not yet waited for, in the groups that it has committed.
 template <typename Item>
 class AsyncGroups {
  public:
@@ -84,10 +85,10 @@ class AsyncGroups {
 
  private:
   std::vector<Item> items_;
-  std::vector<uint32_t> ends_;  // of each committed group, in items_
+  std::vector<uint32_t> ends_;  // end of each committed group in items_
 };
 
-// What a kernel can ask about its block.
+// What a kernel can query about its block.
 struct BlockInfo {
   uint3 index;
   dim3 grid_dim, block_dim;
@@ -103,7 +104,7 @@ struct Thread {
   uint3 index;
   const BlockInfo* block;
   Warp* warp;
-  uint16_t linear;  // number in the block, x fastest
+  uint16_t linear;  // index in the block, x fastest
   uint8_t lane, warp_index;
   Fiber* fiber = nullptr;
   const char* op = "";  // what it waits for
@@ -121,13 +122,14 @@ extern LAB_THREAD_LOCAL Thread* current;  // null outside kernels
 
 // ---- options --------------------------------------------------------------------------------------------------------
 
-// Who runs ahead of the others as far as barriers let it: nobody in particular, or whoever of those that can run has the
-// lowest (highest) block, warp and lane. A missing barrier shows when the threads on its two sides are far apart.
+// Which threads run ahead of the others, as far as barriers let them: none in particular, or among those that
+// can run always the one with the lowest (highest) block, warp and lane. A missing barrier is noticed if the
+// threads on its two sides are far apart.
 enum class Ahead { nobody, lowest, highest };
 
 struct Options {
   int threads = 0;      // OS threads; 0: the cores this process may use
-  bool random = false;  // random schedule; `ahead` is then not looked at
+  bool random = false;  // random schedule; `ahead` is then ignored
   uint64_t seed = 0;
   Ahead ahead = Ahead::nobody;
   bool poison = true;
@@ -145,17 +147,18 @@ struct Launch {
   unsigned cluster;
   void (*run_thread)(const void* arguments);  // calls the kernel once, as `current`
   const void* arguments;
-  bool pdl = false;  // may start before the kernel before it has ended, so it must call pdl_wait()
+  bool pdl = false;  // may start before the preceding kernel has ended, so it must call pdl_wait()
 };
 
-// Runs the grid and returns when it has finished. Throws std::runtime_error, naming the kernel, when the configuration
-// is refused or a thread fails, or when a kernel with `pdl` ends and no thread has called pdl_wait(); the next launch
-// starts afresh. May be called from several OS threads: grids take turns.
+// Runs the grid and returns when it has finished. Throws std::runtime_error with the kernel's name if the
+// configuration is invalid, if a thread fails, or if no thread of a kernel with `pdl` has called pdl_wait()
+// by its end; the next launch is not affected. May be called from several OS threads: grids run one at a
+// time.
 void run(const Launch& launch);
 
-// Memory that the kernel before writes. Later launches with `pdl` find it filled with ones (NaN) until their first
-// pdl_wait(), which puts its contents back; so what a kernel reads there before it is wrong, and what it writes is lost.
-// For tests; an empty list ends it.
+// Memory that the preceding kernel writes. Later launches with `pdl` find it filled with ones (NaN) until
+// their first pdl_wait(), which restores its contents; so what a kernel reads there too early is wrong, and
+// what it writes too early is lost. For tests; an empty list ends it.
 struct Region {
   void* begin;
   size_t bytes;
@@ -163,24 +166,26 @@ struct Region {
 void hide_until_pdl_wait(std::vector<Region> regions);
 void pdl_wait();
 
-// Ends the launch from inside a kernel; run() throws the message, with the kernel, block and thread added.
+// Aborts the launch from inside a kernel; run() throws the message with the kernel, block and thread added.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 // ---- where threads wait ---------------------------------------------------------------------------------------------
 
-// Barrier `id` of the block for `count` threads (0: all of them). Returns the sum of `value` over those who arrived.
+// Barrier `id` of the block for `count` threads (0: all). Returns the sum of `value` over the threads that
+// arrived.
 int barrier(int id, int count, int value, const char* op, Site site);
 void cluster_barrier(Site site);
 
-// Waits for every lane of `mask`. The last to arrive calls combine(warp, mask), which turns warp.in into warp.out.
-// orders_memory: what lanes wrote before is visible to the others after (__syncwarp; shuffles promise no such thing).
+// Waits for all lanes of `mask`. The last to arrive calls combine(warp, mask), which computes warp.out from
+// warp.in. orders_memory: what lanes wrote before becomes visible to the other lanes (__syncwarp does that,
+// shuffles do not).
 using Combine = void (*)(Warp& warp, uint32_t mask);
 void collective(uint32_t mask, const char* op, Combine combine, bool orders_memory, Site site);
 
-void spin_yield(Site site);  // lets others run; the caller is polling global memory
+void spin_yield(Site site);  // lets other threads run; the caller is polling global memory
 void thread_fence();
 
-// One warp collective: hand in a value, get one back. Both at most 64 bytes.
+// One warp collective: passes a value in and returns one. Both have at most 64 bytes.
 template <typename Out, typename In>
 LAB_NO_TSAN inline Out exchange(uint32_t mask, const In& in, Combine combine, const char* op, Site site) {
   static_assert(sizeof(In) <= sizeof(Slot) && sizeof(Out) <= sizeof(Slot), "a slot has 64 bytes");
@@ -213,7 +218,7 @@ void mbarrier_arrive(uint64_t* bar, unsigned bytes, Site site);
 void mbarrier_wait(uint64_t* bar, unsigned parity, Site site);
 void bulk_copy(void* dst, const void* src, unsigned bytes, uint64_t* bar, Site site);
 void* cluster_peer(void* p, unsigned rank);
-void read_shared(const void* p, size_t bytes);  // tells the race detector of a read made on the kernel's behalf
+void read_shared(const void* p, size_t bytes);  // tells the race detector of a read made for the kernel
 
 }  // namespace host
 }  // namespace lab

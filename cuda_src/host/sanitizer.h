@@ -1,8 +1,9 @@
-// What ThreadSanitizer and AddressSanitizer must be told about fibers. Nothing in ordinary builds.
+// What ThreadSanitizer and AddressSanitizer must be told about fibers. In ordinary builds it does nothing.
 //
-// ThreadSanitizer: kernels are instrumented, this layer is not (it is compiled with -DLAB_HOST_TSAN and without
-// -fsanitize=thread). Each CUDA thread is one of its fibers. Barriers, mbarriers and fences are release and acquire on
-// an address; accesses made on a kernel's behalf (cp.async) are reported as the kernel's.
+// ThreadSanitizer: kernels are instrumented, this layer is not (it is compiled with -DLAB_HOST_TSAN and
+// without -fsanitize=thread). Each CUDA thread is one fiber of ThreadSanitizer. Barriers, mbarriers and
+// fences are release and acquire on an address; accesses made for a kernel (cp.async) are reported as the
+// kernel's.
 #pragma once
 #include <cstddef>
 
@@ -49,7 +50,7 @@ inline void tsan_release(void* address) { __tsan_release(address); }
 inline void tsan_read(const void* p, size_t n, void* pc) { __tsan_read_range_pc(const_cast<void*>(p), n, pc); }
 inline void tsan_write(void* p, size_t n, void* pc) { __tsan_write_range_pc(p, n, pc); }
 
-// While one lives, what this fiber does is this layer's business and not checked.
+// While one exists, accesses of this fiber are those of this layer, and not checked.
 struct TsanIgnore {
   TsanIgnore() { __tsan_ignore_thread_begin(); }
   ~TsanIgnore() { __tsan_ignore_thread_end(); }

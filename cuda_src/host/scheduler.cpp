@@ -1,13 +1,14 @@
-// Runs one cluster of blocks, and decides which CUDA thread goes next.
+// Runs one cluster of blocks, and decides which CUDA thread runs next.
 //
-// A thread runs until it waits. Who could run is kept as bit masks, a mask of lanes per warp and a mask of warps per
-// block, so choosing costs a count of trailing zeros. In a fixed schedule the scheduler stays in one warp while it can,
-// lowest lane first; in a random one it draws among all ready threads, and also switches where it need not. With
-// Options::ahead the same thread goes first whenever it can, so that it is as far ahead of the others as barriers allow.
+// A thread runs until it waits. Which threads could run is kept in bit masks, one of lanes for each warp and
+// one of warps for each block, so a choice costs a count of trailing zeros. In a fixed schedule the scheduler
+// stays in one warp as long as it can, lowest lane first. In a random one it draws among all ready threads,
+// and sometimes switches where it need not. With Options::ahead the same thread runs whenever it can, so that
+// it gets as far ahead of the others as barriers allow.
 //
-// When nobody can run and threads are left, that is a deadlock: the report says how many wait where.
-// A failure abandons all fibers of the cluster as they stand. Their destructors do not run, so kernels must not own
-// memory (on a GPU they cannot either).
+// If threads are left and none can run, that is a deadlock: the report says how many threads wait, and where.
+// After a failure all fibers of the cluster are abandoned where they are. Their destructors do not run, so
+// kernels must not own memory (on a GPU they cannot either).
 #include "scheduler.h"
 
 #include <algorithm>
@@ -54,7 +55,7 @@ std::string index_text(unsigned x, unsigned y, unsigned z) {
 }
 
 void fail(const char* format, ...) {
-  {  // abandon() never returns: nothing that owns memory may be alive then
+  {  // abandon() never returns: no object that owns memory may be alive then
     va_list arguments;
     va_start(arguments, format);
     std::string message = format_message(format, arguments);
@@ -71,12 +72,12 @@ void Worker::abandon() {
   Fiber* self = current->fiber;
   current = nullptr;
   Fiber::change(*self, main_);
-  abort();  // nobody continues an abandoned fiber
+  abort();  // no one continues an abandoned fiber
 }
 
 namespace {
 
-// "0-63, 96": runs of consecutive numbers.
+// Runs of consecutive numbers as text: "0-63, 96".
 std::string ranges_text(const std::vector<unsigned>& numbers) {
   std::string text;
   for (size_t i = 0; i < numbers.size();) {
@@ -202,7 +203,7 @@ Thread* Worker::pick_after(Thread* thread) {
 }
 
 Fiber* Worker::free_fiber() {
-  if (fiber_stack_bytes_ != options.stack_bytes) {  // the option changed: none is in use between launches
+  if (fiber_stack_bytes_ != options.stack_bytes) {  // the option changed: between launches none is in use
     if (free_.size() == fibers_.size()) {
       free_.clear();
       fibers_.clear();
@@ -276,8 +277,8 @@ void Worker::fiber_entry() {
   worker->run_threads();
 }
 
-// Runs CUDA threads one after the other on this stack: as long as each returns without having waited, or the next one
-// has not begun, there is nothing to switch to.
+// Runs CUDA threads one after the other on this stack. As long as each returns without having waited, or the
+// next one has not begun, there is nothing to switch to.
 void Worker::run_threads() {
   for (;;) {
     Thread* thread = current;
@@ -298,7 +299,7 @@ void Worker::run_threads() {
       bool fresh = next != nullptr && !(next->warp->started >> next->lane & 1);
       if (kTsan) {
         tsan_release(&done_);
-        used_.push_back(self);  // its stack must not be reused by another thread of this block: false races
+        used_.push_back(self);  // another thread of this block must not reuse its stack: false races
         if (fresh) start(next, free_fiber());
       } else if (fresh) {
         start(next, self);
@@ -320,7 +321,7 @@ void Worker::finish(Thread* thread) {
            pending.site.line);
     }
   }
-  thread->copies.clear();  // never waited for, so nobody may look at them
+  thread->copies.clear();  // never waited for, so no thread may read them
   thread->products.clear();
   thread->warp->alive &= ~(1u << thread->lane);
   --blocks[thread->block->cluster_rank]->alive;
@@ -344,7 +345,8 @@ void Block::unmap_memory() {
   memory = nullptr;
 }
 
-// Shared memory ends where forbidden pages begin, but for the slack that alignment needs; the slack is a canary.
+// Shared memory ends right before forbidden pages, except for a few bytes of alignment, which are filled with
+// a canary.
 void Worker::place_memory(Block& block) {
   size_t padded = (launch->smem_bytes + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment;
   if (block.memory == nullptr || block.memory_bytes < padded) block.map_memory(padded);
@@ -424,7 +426,7 @@ std::string Worker::run_cluster(const Launch& l, const Options& o, size_t cluste
   current = nullptr;
   block_turn_ = 0;
   idle_ = 0;
-  if (kTsan) pool_.clear();  // the race detector keeps clocks per address: new barriers, new clocks
+  if (kTsan) pool_.clear();  // the race detector keeps clocks per address: new barriers need new ones
   while (pool_.size() < l.cluster) pool_.push_back(std::make_unique<Block>());
   blocks.clear();
   for (unsigned rank = 0; rank < l.cluster; ++rank) {
@@ -473,7 +475,7 @@ std::string Worker::run_cluster(const Launch& l, const Options& o, size_t cluste
       fiber->reset();
       free_.push_back(fiber.get());
     }
-    for (Block* block : blocks) block->size = 0;  // rebuilt from nothing next time
+    for (Block* block : blocks) block->size = 0;  // rebuilt completely next time
   }
   return failure;
 }
@@ -481,8 +483,8 @@ std::string Worker::run_cluster(const Launch& l, const Options& o, size_t cluste
 void Worker::retire_tsan_fibers() {
 #ifdef LAB_HOST_TSAN
   if (!failure.empty()) {
-    // Abandoned fibers cannot be destroyed, for they stopped in the middle of this layer; but they are over, and what
-    // they did happened before what the caller does next.
+    // Abandoned fibers cannot be destroyed, because they stopped in the middle of this layer. But they are
+    // finished, and what they did happened before what the caller does next.
     void* self = __tsan_get_current_fiber();
     for (void* fiber : tsan_fibers_) {
       if (fiber == nullptr) continue;
@@ -492,7 +494,8 @@ void Worker::retire_tsan_fibers() {
     __tsan_switch_to_fiber(self, 1);
     return;
   }
-  // The race detector forgets what a destroyed fiber did, so they are kept a while: blocks race with later blocks.
+  // The race detector forgets what a destroyed fiber did, so fibers are kept for a while: blocks race with
+  // later blocks.
   for (void* fiber : tsan_fibers_) {
     if (fiber != nullptr) tsan_dead_.push_back(fiber);
   }

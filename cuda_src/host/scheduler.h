@@ -1,4 +1,4 @@
-// The scheduler's own data: blocks at work, and the worker that runs them. One worker per OS thread.
+// The scheduler's data: the blocks that run, and the worker that runs them. One worker per OS thread.
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -13,7 +13,8 @@ namespace host {
 
 std::string index_text(unsigned x, unsigned y, unsigned z);  // "(x,y,z)"
 
-// Small and seeded per block, so that a block's schedule does not depend on which OS thread runs it (splitmix64).
+// A small random generator (splitmix64), seeded per block, so that a block's schedule does not depend on
+// which OS thread runs it.
 struct Random {
   uint64_t state = 0;
   uint64_t next() {
@@ -26,10 +27,10 @@ struct Random {
 };
 
 struct Barrier {
-  uint32_t waiting[32];  // lanes per warp
+  uint32_t waiting[32];  // the waiting lanes of each warp
   int arrived;           // threads, of `count`
   int count;
-  int sum, result;  // of the values brought, now and at the latest completion
+  int sum, result;  // of the threads' values: in this phase, and in the last completed one
   uint32_t phase;   // completions so far
   const char* op;
   Site site;
@@ -44,18 +45,18 @@ struct BulkCopy {
 };
 
 struct Block : BlockInfo {
-  static constexpr size_t kGuardBytes = 64 * 1024;  // forbidden, before and after `memory`
+  static constexpr size_t kGuardBytes = 64 * 1024;  // forbidden pages, before and after `memory`
 
-  unsigned char* memory = nullptr;  // shared memory's pages; smem ends where they end
+  unsigned char* memory = nullptr;  // the pages of shared memory; smem ends where they end
   size_t memory_bytes = 0;
   unsigned size = 0;         // threads
-  unsigned alive = 0;        // of them, not yet returned
+  unsigned alive = 0;        // threads that have not returned yet
   uint32_t ready_warps = 0;  // warps with a lane that could run
-  uint32_t polling[32] = {};  // lanes per warp that ask again and again for something; others go ahead of them
+  uint32_t polling[32] = {};  // lanes of each warp that poll; other threads run before them
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   Barrier barriers[16];
-  std::vector<BulkCopy> bulk_copies;  // issued, not yet landed
+  std::vector<BulkCopy> bulk_copies;  // issued, not yet carried out
 
   void map_memory(size_t bytes);
   void unmap_memory();
@@ -64,31 +65,33 @@ struct Block : BlockInfo {
 
 class Worker {
  public:
-  static Worker& here();  // the calling OS thread's
+  static Worker& here();  // the calling OS thread's worker
 
-  // Runs the blocks of cluster number `cluster` to their end. Returns an empty string, or why the launch failed.
+  // Runs the blocks of cluster number `cluster` to their end. Returns an empty string, or why the launch
+  // failed.
   std::string run_cluster(const Launch& launch, const Options& options, size_t cluster, uint64_t launch_number);
   void end_launch();
 
   // For the running thread:
-  void wait(const char* op, Site site);  // until someone makes it ready
-  void yield();                          // others first
-  void maybe_yield();                    // in a random schedule: others first, perhaps
-  void poll(const char* op, Site site, uint64_t patience);  // yields; after `patience` calls with no progress: deadlock
-  [[noreturn]] void abandon();  // stops the cluster where it stands; `failure` says why
+  void wait(const char* op, Site site);  // until another thread makes it ready
+  void yield();                          // other threads run first
+  void maybe_yield();                    // in a random schedule: perhaps other threads first
+  // Yields; after `patience` calls without progress: deadlock.
+  void poll(const char* op, Site site, uint64_t patience);
+  [[noreturn]] void abandon();  // stops the cluster where it is; `failure` says why
   [[noreturn]] void deadlock();
 
-  bool release(Block& block, Barrier& barrier);  // lets the waiting go, if all have arrived
+  bool release(Block& block, Barrier& barrier);  // makes the waiting threads ready, if all have arrived
   bool release_cluster();
   void progress() { idle_ = 0; }
   static void make_ready(Thread* thread);
 
-  std::vector<Block*> blocks;  // of the cluster at work
+  std::vector<Block*> blocks;  // of the cluster that runs
   Barrier cluster_barrier;
   Options options;
   Random random;
   const Launch* launch = nullptr;
-  std::string failure;  // empty while all is well
+  std::string failure;  // empty while there is no failure
 
   bool guards_stack(const void* address) const;
 
@@ -100,9 +103,10 @@ class Worker {
   void prepare(Block& block, size_t index, unsigned rank);
   void place_memory(Block& block);
   Thread* take(Block& block, unsigned warp, unsigned lane);
-  Thread* pick_ahead();              // as Options::ahead says; null if all that could run are polling
+  Thread* pick_ahead();              // see Options::ahead; null if all that could run are polling
   Thread* pick();                    // the next to run: the same warp first
-  Thread* pick_after(Thread* thread);  // the next in turn, so that a polling thread does not keep others out
+  // In turn, so that a polling thread does not keep the others from running.
+  Thread* pick_after(Thread* thread);
   void start(Thread* thread, Fiber* fiber);
   void set_polling(bool polling);
   void change_to(Fiber& from, Thread* next);
@@ -118,7 +122,7 @@ class Worker {
   Fiber main_;
   unsigned alive_ = 0;       // threads of the cluster
   unsigned block_turn_ = 0;  // block that ran last
-  uint64_t idle_ = 0;        // polls since something last moved
+  uint64_t idle_ = 0;        // polls since the last progress
   char done_;
 };
 

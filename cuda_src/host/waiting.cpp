@@ -1,8 +1,8 @@
-// Where threads wait for one another: barriers, warp collectives, fences.
+// Where threads wait for each other: barriers, warp collectives, fences.
 //
-// Whoever arrives last completes the call for all, and then goes on; the others become ready. Misuse that a GPU leaves
-// undefined is refused here: a barrier or a collective that threads of one group reach at different places, a mask that
-// names lanes which have exited, a lane that calls without being named.
+// The thread that arrives last completes the call for all and then continues; the others become ready. Misuse
+// that is undefined on a GPU is an error here: threads of one group that call a barrier or a collective at
+// different places, a mask with lanes that have exited, a lane that calls but is not in the mask.
 #include <cstring>
 
 #include "sanitizer.h"
@@ -40,7 +40,7 @@ int barrier(int id, int count, int value, const char* op, Site site) {
     fail("%s at %s:%d: %d threads (a multiple of 32, at most the block's %u)", op, site.file, site.line, count,
          block.size);
   }
-  if (count == 0) count = int(block.size);  // threads that have exited never arrive: reported as a deadlock
+  if (count == 0) count = int(block.size);  // exited threads never arrive: reported as a deadlock
   Barrier& b = block.barriers[id];
   if (b.arrived > 0 && b.count != count) {
     fail("barrier %d: %s at %s:%d expects %d threads, %s at %s:%d expects %d", id, op, site.file, site.line, count,
@@ -67,7 +67,7 @@ int barrier(int id, int count, int value, const char* op, Site site) {
   return b.result;
 }
 
-// As the PTX manual says of barrier.cluster, threads that have exited are not waited for.
+// According to the PTX manual on barrier.cluster, threads that have exited are not waited for.
 bool Worker::release_cluster() {
   if (cluster_barrier.arrived == 0 || unsigned(cluster_barrier.arrived) < alive_) return false;
   cluster_barrier.arrived = 0;
@@ -150,7 +150,7 @@ void spin_yield(Site site) {
 
 void thread_fence() {
   __atomic_thread_fence(__ATOMIC_SEQ_CST);
-  static char order;  // fences order whatever the race detector saw before them
+  static char order;  // a fence orders all that the race detector saw before it
   tsan_release(&order);
   tsan_acquire(&order);
 }

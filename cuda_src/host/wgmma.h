@@ -1,7 +1,8 @@
-// The CPU's half of core/wgmma.cuh. What each name means, and its arguments, is said there.
+// core/wgmma.cuh's names on a CPU. What each name means, and its arguments, is documented there.
 //
-// Products run when they are waited for: one that nobody waits for is missing from the sums, and a tile that is
-// overwritten before the wait gives NaN. What a missing wgmma_publish would hide is seen here.
+// The multiplies are carried out when they are waited for. So one that is never waited for is missing from
+// the sums, and a tile that is overwritten before the wait gives NaN. A missing wgmma_publish() is not
+// noticed: the multiply sees all writes.
 #pragma once
 #include <cstring>
 
@@ -11,7 +12,7 @@ namespace lab {
 
 namespace host {
 
-// Where chunk `chunk` of row `row` lies; `tile` points at a column of the tile's row 0.
+// Address of chunk `chunk` of row `row`; `tile` points to a column in the tile's row 0.
 inline const void* tile_chunk(const void* tile, int row, int chunk, Site site) {
   const unsigned char* shared = current->block->smem;
   const size_t at = size_t(static_cast<const unsigned char*>(tile) - shared);
@@ -21,7 +22,7 @@ inline const void* tile_chunk(const void* tile, int row, int chunk, Site site) {
   return shared + ((at + size_t(row) * 128 + size_t(chunk) * 16) ^ size_t(row % 8 * 16));
 }
 
-// Each thread computes its own part of D; there is nothing to exchange.
+// Each thread computes its own part of D; nothing is exchanged.
 template <typename T, int Extent>
 LAB_NO_TSAN inline void multiply_tiles(float* sums, const void* a, const void* b, Site site) {
   auto* d = reinterpret_cast<float(*)[4]>(sums);

@@ -1,9 +1,9 @@
-// The ladder of decode_attention: out[b, h, :] = softmax(scale * q[b, h, :] . K^T) V over the paged cache, from one
-// thread a query head to a cp.async ring.
+// The ladder of decode_attention: out[b, h, :] = softmax(scale * q[b, h, :] . K^T) V over the paged cache,
+// from one thread per query head to a cp.async ring.
 //
 //   Each rung changes one thing of the rung before it. What it should gain, and why: lab/rungs.py.
-//   head_dim 64 or 128. All rungs keep a running softmax: a new maximum shrinks what has been summed so far.
-//   twin  triton_kernels/ladder/decode_attention.py          the rung on top  cuda_src/decode_attention.cu
+//   head_dim 64 or 128. All rungs keep a running softmax: with a new maximum the sums so far are scaled down.
+//   twin  triton_kernels/ladder/decode_attention.py         the op's own kernel  cuda_src/decode_attention.cu
 #include <cfloat>
 
 #include "../common.cuh"
@@ -19,21 +19,21 @@ struct Problem {
   const T *q, *k, *v;
   const int *table, *lengths;
   T* out;
-  float* partial;                                 // [batch, kv_heads, splits, group, D + 2]: sums, maximum, weight
+  float* partial;                   // [batch, kv_heads, splits, group, D + 2]: sums, maximum, weight
   int batch, q_heads, kv_heads, page_shift, max_pages;
   int64_t q_stride;
   float scale;
 
   LAB_DEVICE int group() const { return q_heads / kv_heads; }
-  // Where token t of a KV head begins in the caches.
+  // Offset of token t of a KV head in the caches.
   LAB_DEVICE size_t token(int b, int kv_head, int t, int dim) const {
     const int page = table[size_t(b) * max_pages + (t >> page_shift)], slot = t & ((1 << page_shift) - 1);
     return (((size_t(page) * kv_heads + kv_head) << page_shift) + slot) * dim;
   }
 };
 
-// 1. Naive: one thread per query head walks the whole context alone. 256 threads on the card, and each lane of a warp
-// reads another token's or head's memory.
+// 1. Naive: one thread per query head goes through the whole context alone. That is 256 threads on the card,
+// and each lane of a warp reads memory of another token or head.
 template <typename T, int D>
 __global__ void attention_naive_kernel(Problem<T> p) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x, b = i / p.q_heads, h = i % p.q_heads;
@@ -55,8 +55,8 @@ __global__ void attention_naive_kernel(Problem<T> p) {
   for (int d = 0; d < D; ++d) p.out[size_t(i) * D + d] = from_float<T>(weight == 0.f ? 0.f : acc[d] / weight);
 }
 
-// 2. Warp reduction: a warp per query head. Its lanes share the head dimension, so that a token is read by neighbours,
-// and shuffles add the lanes' shares of the dot product.
+// 2. Warp reduction: a warp per query head. Its lanes share the head dimension, so that a token is read by
+// neighbouring lanes, and shuffles add the lanes' parts of the dot product.
 template <typename T, int D>
 __global__ void attention_warp_kernel(Problem<T> p) {
   constexpr int E = D / 32;                       // elements of a head that a lane holds
@@ -90,7 +90,8 @@ struct Shape {
   static constexpr bool kRing = Stages > 0;
   static constexpr int kStages = kRing ? Stages : 1;
   static constexpr int L = D / N;                 // lanes that share a token, 16 bytes each
-  static constexpr int kParts = W * 32 / L;       // tokens at a time, and running softmaxes in a block
+  // Tokens at a time, which is also the number of running softmaxes of a block.
+  static constexpr int kParts = W * 32 / L;
 };
 
 template <typename T, typename S>
@@ -103,7 +104,7 @@ struct AttentionSmem {
 
 LAB_DEVICE int parts_of(int whole, int part) { return (whole + part - 1) / part; }
 
-// Element d of `count` partial softmaxes, `stride` floats apart, added up: {sum, maximum, weight}.
+// Element d of `count` partial softmaxes, `stride` floats apart, merged: {sum, maximum, weight}.
 template <int D>
 LAB_DEVICE Vec<float, 4> merge(const float* parts, int count, int stride, int d) {
   float maximum = -FLT_MAX, sum = 0.f, weight = 0.f;
@@ -117,17 +118,17 @@ LAB_DEVICE Vec<float, 4> merge(const float* parts, int count, int stride, int d)
   return {{sum, maximum, weight, 0.f}};
 }
 
-// 3. Vectorised: 16 bytes a lane, so 8 or 16 lanes suffice for a token, and the warp works on 2 or 4 tokens at a time,
-// each with a running softmax of its own; these meet in shared memory at the end.
+// 3. Vectorised: 16 bytes a lane, so 8 or 16 lanes suffice for a token, and the warp works on 2 or 4 tokens
+// at a time, each with a running softmax of its own; they are merged in shared memory at the end.
 //
-// 4. Split-KV: each sequence's tokens are cut into `splits` parts for as many blocks, and 4 warps share a part. A
-// second kernel merges the parts. Only now is there work for the whole card.
+// 4. Split-KV: each sequence's tokens are divided into `splits` parts, one for each block, and 4 warps share
+// a part. A second kernel merges the parts. Only now is there work for the whole card.
 //
-// 5. Group: one block serves up to 4 query heads of a KV head, so that each key and value is loaded once for all of
-// them.
+// 5. Group: one block serves up to 4 query heads of a KV head, so that each key and value is loaded once for
+// all of them.
 //
-// 6. Pipeline: cp.async keeps 3 tokens of each lane in flight while one is used. A lane reads only what it copied
-// itself.
+// 6. Pipeline: cp.async keeps 3 tokens of each lane in flight while one is used. A lane reads only what it
+// copied itself.
 template <typename T, typename S>
 __global__ void attention_tokens_kernel(Problem<T> p) {
   constexpr int D = S::D, H = S::H, N = S::N, L = S::L, kParts = S::kParts;
@@ -179,7 +180,7 @@ __global__ void attention_tokens_kernel(Problem<T> p) {
       for (int e = 0; e < N; ++e) score[h] = fmadd(query[h][e], to_float(key.v[e]), score[h]);
     }
     group_sum<L>(score);
-    const bool live = begin + i * kParts + part < end;   // a token past the end weighs nothing
+    const bool live = begin + i * kParts + part < end;   // a token past the end has weight zero
     LAB_UNROLL
     for (int h = 0; h < H; ++h) {
       const float top = live ? fmaxf(maximum[h], score[h]) : maximum[h];
@@ -193,7 +194,7 @@ __global__ void attention_tokens_kernel(Problem<T> p) {
 
   if constexpr (S::kRing) {
     cp_async_wait<0>();
-    __syncthreads();                              // the parts take the place of the ring
+    __syncthreads();                              // the parts' results overwrite the ring
   }
   LAB_UNROLL
   for (int h = 0; h < H; ++h) {

@@ -1,6 +1,6 @@
-// The ladders: the rungs below the product's kernels, one entry point per op. `rung` is a number of
-// lab/rungs.py; the arguments are the op's own (../launchers.h). What a rung cannot do, lab/ladder.py refuses
-// before it comes here.
+// The ladders: the rungs below the ops' own kernels, one entry point per op. `rung` is a number of
+// lab/rungs.py; the arguments are those of the op (../launchers.h). Arguments that a rung cannot take are
+// refused in lab/ladder.py.
 #pragma once
 #include "../launchers.h"
 

@@ -1,9 +1,9 @@
-// The ladder of linear: y[b, n] = sum over k of x[b, k] * w[n, k] (+ bias[n]), from one thread an output to tensor
-// cores.
+// The ladder of linear: y[b, n] = sum over k of x[b, k] * w[n, k] (+ bias[n]), from one thread per output to
+// tensor cores.
 //
 //   Each rung changes one thing of the rung before it. What it should gain, and why: lab/rungs.py.
-//   All rungs but the last two read w once for every row of x; the ladder is measured with one row, as in decoding.
-//   twin  triton_kernels/ladder/linear.py          the rung on top  cuda_src/linear.cu
+//   All rungs but the last two read w once for every row of x; the ladder is measured with one row.
+//   twin  triton_kernels/ladder/linear.py          the op's own kernel  cuda_src/linear.cu
 #include "../common.cuh"
 #include "../sizes.h"
 #include "launchers.h"
@@ -30,8 +30,8 @@ struct Problem {
   }
 };
 
-// 1. Naive: one thread per output walks its row of w alone. The 32 lanes of a warp read addresses a whole row apart, so
-// one load of the warp touches 32 lines of memory to use 2 bytes of each.
+// 1. Naive: one thread per output goes through its row of w alone. The 32 lanes of a warp read addresses a
+// whole row apart, so one load of the warp touches 32 lines of memory and uses 2 bytes of each.
 template <typename T>
 __global__ void linear_naive_kernel(Problem<T> p) {
   const int row = blockIdx.x * blockDim.x + threadIdx.x, b = blockIdx.y;
@@ -43,9 +43,9 @@ __global__ void linear_naive_kernel(Problem<T> p) {
   p.put(b, row, sum);
 }
 
-// 2. Shared memory: a warp first copies a tile of 32 rows into shared memory, neighbouring lanes reading neighbouring
-// elements; then each thread walks its row there. Rows are 64 elements apart, a multiple of the 32 banks of 4 bytes:
-// all lanes want the same bank, and wait for one another.
+// 2. Shared memory: a warp first copies a tile of 32 rows into shared memory, where neighbouring lanes read
+// neighbouring elements; then each thread goes through its row there. Rows are 64 elements apart, a multiple
+// of the 32 banks of 4 bytes: all lanes read from the same bank, one after the other.
 constexpr int kTileRows = 32, kTileCols = 64;
 
 template <typename T, int Pad>
@@ -59,7 +59,7 @@ __global__ void linear_tile_kernel(Problem<T> p) {
   const int row0 = blockIdx.x * kTileRows, b = blockIdx.y;
   float sum = 0.f;
   for (int c0 = 0; c0 < p.k; c0 += kTileCols) {
-    __syncthreads();                              // the tile before this one has been used
+    __syncthreads();                              // all threads are done with the preceding tile
     LAB_UNROLL
     for (int i = 0; i < kTileCols; ++i) {         // an element a thread and step, 32 neighbours at a time
       const int r = i * kTileRows / kTileCols, c = (i * kTileRows + threadIdx.x) % kTileCols;
@@ -74,13 +74,13 @@ __global__ void linear_tile_kernel(Problem<T> p) {
   if (row0 + int(threadIdx.x) < p.n) p.put(b, row0 + threadIdx.x, sum);
 }
 
-// 3. Padded: the kernel of rung 2 with rows one bank (4 bytes) longer. Lane r now starts at bank r, and the 32 lanes
-// meet 32 different banks.
+// 3. Padded: the kernel of rung 2 with rows that are one bank (4 bytes) longer. Lane r now starts at bank r,
+// so that the 32 lanes read from 32 different banks.
 template <typename T>
 constexpr int kOneBank = 4 / int(sizeof(T));
 
-// 4. Warp reduction: a warp per output. Its lanes read neighbouring elements straight into registers, each sums its
-// own, and five shuffles add the lanes. No shared memory, no barrier.
+// 4. Warp reduction: a warp per output. Its lanes read neighbouring elements directly into registers, each
+// sums its own, and five shuffles add the lanes. No shared memory, no barrier.
 constexpr int kWarps = 4;
 
 template <typename T>
@@ -95,7 +95,8 @@ __global__ void linear_warp_kernel(Problem<T> p) {
   if (lane == 0) p.put(b, row, sum);
 }
 
-// 5. Vectorised: each lane loads 16 bytes at once, so a warp's load is 512 bytes and there are 8 times fewer of them.
+// 5. Vectorised: each lane loads 16 bytes at once, so a warp's load is 512 bytes and there are 8 times fewer
+// of them.
 template <typename T>
 LAB_DEVICE float dot(const Vec<T>& w, const Vec<T>& x, float sum) {
   LAB_UNROLL
@@ -116,8 +117,9 @@ __global__ void linear_vector_kernel(Problem<T> p) {
   if (lane == 0) p.put(b, row, sum);
 }
 
-// 6. Pipeline: cp.async keeps kStages - 1 loads of each lane in flight while one is used, whatever the compiler makes
-// of the loop. A lane reads only what it copied itself, so waiting for its own copies is enough: no barrier.
+// 6. Pipeline: cp.async keeps kStages - 1 loads of each lane in flight while one is used, however the
+// compiler unrolls the loop. A lane reads only what it copied itself, so it waits for its own copies only,
+// without a barrier.
 constexpr int kStages = 8;
 
 template <typename T>
@@ -153,8 +155,8 @@ __global__ void linear_pipeline_kernel(Problem<T> p) {
   if (lane == 0) p.put(b, row, sum);
 }
 
-// 7. Split-K: the four warps of a block share one row, each a quarter of k; their sums meet in shared memory, in a
-// fixed order. Four times as many warps are there to keep the memory busy.
+// 7. Split-K: the four warps of a block share one row, a quarter of k each; their sums are added in shared
+// memory, in a fixed order. Four times as many warps keep the memory busy.
 template <typename T>
 __global__ void linear_split_kernel(Problem<T> p) {
   constexpr int N = Vec<T>::size, kThreads = kWarps * 32;
@@ -165,10 +167,10 @@ __global__ void linear_split_kernel(Problem<T> p) {
   if (threadIdx.x == 0) p.put(b, row, sum);
 }
 
-// 8. Tensor cores: a warp multiplies 16 rows of w with 8 rows of x at a time, so w is read once for up to 8 sequences,
-// and thousands of multiplies are one instruction. Lane (g, t) loads 8 neighbouring elements of a row, enough for two
-// multiplies: which column of the multiply an element plays is free, as long as w and x agree. Warps split k as in rung
-// 7.
+// 8. Tensor cores: a warp multiplies 16 rows of w with 8 rows of x at a time, so w is read once for up to 8
+// sequences, and thousands of multiplies are one instruction. Lane (g, t) loads 8 neighbouring elements of a
+// row, enough for two multiplies. Any assignment of elements to columns of the multiply is right, as long as
+// w and x use the same. Warps split k as in rung 7.
 constexpr int kMmaRows = 16, kMmaBatch = 8;
 
 struct MmaSums {

@@ -1,9 +1,9 @@
-// The ladder of rmsnorm: y[b, :] = T(x[b, :] * rsqrt(mean(x[b, :]^2) + eps)) * w, from one thread a row to one read of
-// it.
+// The ladder of rmsnorm: y[b, :] = T(x[b, :] * rsqrt(mean(x[b, :]^2) + eps)) * w, from one thread per row to
+// reading the row only once.
 //
 //   Each rung changes one thing of the rung before it. What it should gain, and why: lab/rungs.py.
-//   x, y [rows, cols] contiguous; a residual and the heads of q and k are the product's alone.
-//   twin  triton_kernels/ladder/rmsnorm.py          the rung on top  cuda_src/rmsnorm.cu
+//   x, y [rows, cols] contiguous; only the op's own kernel takes a residual, or the heads of q and k.
+//   twin  triton_kernels/ladder/rmsnorm.py          the op's own kernel  cuda_src/rmsnorm.cu
 #include "../common.cuh"
 #include "../sizes.h"
 #include "launchers.h"
@@ -29,8 +29,8 @@ LAB_DEVICE T normed(T x, float scale, T w) {
   return from_float<T>(to_float(from_float<T>(to_float(x) * scale)) * to_float(w));
 }
 
-// 1. Naive: one thread per row reads it twice, alone. 64 rows are two warps on a card of 132 multiprocessors, and the
-// lanes of a warp read addresses a whole row apart.
+// 1. Naive: one thread per row reads it twice, alone. 64 rows are two warps on a card of 132 multiprocessors,
+// and the lanes of a warp read addresses a whole row apart.
 template <typename T>
 __global__ void rmsnorm_naive_kernel(Problem<T> p) {
   const int row = blockIdx.x * blockDim.x + threadIdx.x;
@@ -42,7 +42,8 @@ __global__ void rmsnorm_naive_kernel(Problem<T> p) {
   for (int c = 0; c < p.cols; ++c) p.y[size_t(row) * p.cols + c] = normed(x[c], scale, p.w[c]);
 }
 
-// A block per row, for rungs 2 to 4, which differ in how the threads' sums are added: Sum()(value, shared memory).
+// For rungs 2 to 4: a block per row. They differ in how the threads' sums are added: Sum()(value, shared
+// memory).
 template <typename T, typename Sum>
 __global__ void rmsnorm_block_kernel(Problem<T> p) {
   const T* x = p.x + size_t(blockIdx.x) * p.cols;
@@ -54,9 +55,9 @@ __global__ void rmsnorm_block_kernel(Problem<T> p) {
   }
 }
 
-// 2. Shared memory: a block per row, neighbouring threads on neighbouring elements; the sums are added in shared memory
-// by a tree over pairs that lie 1, 2, 4 ... apart. The threads of step s are 2 s floats apart: up to 32 of them on one
-// bank.
+// 2. Shared memory: a block per row, neighbouring threads on neighbouring elements. The sums are added in
+// shared memory by a tree over pairs that are 1, 2, 4 ... apart. In the step with distance s the working
+// threads' floats are 2 s apart: up to 32 of them are in one bank.
 struct PairwiseSum {
   LAB_DEVICE float operator()(float v, float* shared) const {
     shared[threadIdx.x] = v;
@@ -70,8 +71,8 @@ struct PairwiseSum {
   }
 };
 
-// 3. No bank conflicts: the same tree over pairs that lie half of the rest apart. Neighbouring threads use neighbouring
-// floats, so each on its own bank.
+// 3. No bank conflicts: the same tree, but the pairs of a step are as far apart as there are threads left.
+// Neighbouring threads use neighbouring floats, and so different banks.
 struct HalvingSum {
   LAB_DEVICE float operator()(float v, float* shared) const {
     shared[threadIdx.x] = v;
@@ -84,7 +85,8 @@ struct HalvingSum {
   }
 };
 
-// 4. Warp reduction: shuffles add the lanes of a warp without memory or barrier; one exchange adds the 8 warps.
+// 4. Warp reduction: shuffles add the lanes of a warp without memory or barrier; one exchange through shared
+// memory adds the 8 warps.
 struct ShuffleSum {
   LAB_DEVICE float operator()(float v, float* shared) const { return block_sum<kThreads>(v, shared); }
 };

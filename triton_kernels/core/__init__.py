@@ -1,1 +1,1 @@
-"""What several ops are made of, as cuda_src/core/: a file of the same name holds the same thing in both languages."""
+"""Device code that several ops share, as in cuda_src/core/: files of the same name hold the same thing."""

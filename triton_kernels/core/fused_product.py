@@ -1,7 +1,8 @@
-"""Device code of the fused matrix products: the wait for the kernel before, the norm, the product on tensor cores.
+"""Device code of the fused matrix products: the wait for the preceding kernel, the norm, the multiply.
 
-Programmatic dependent launch (sm_90): a kernel starts while the one before it still runs, loads the first tile of its
-weights, which no kernel writes, into registers, and waits before it touches an activation. Elsewhere PDL is False.
+Programmatic dependent launch (sm_90): a kernel starts while the preceding one still runs, loads the first
+tile of its weights, which no kernel writes, into registers, and waits before it reads an activation. On other
+GPUs PDL is False.
 """
 import triton
 import triton.language as tl
@@ -9,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def wait_for_inputs(PDL: tl.constexpr):
-    """What earlier kernels wrote may be read from here on; and the next kernel may start, to wait in its turn."""
+    """Waits for the preceding kernel: its results may now be read. Lets the dependent kernel launch."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -17,7 +18,7 @@ def wait_for_inputs(PDL: tl.constexpr):
 
 @triton.jit
 def load_rows(w, row, live, col, k, EVEN_K: tl.constexpr):
-    """w[row, col], zero past k: read once and never again, so evict_first. What dead rows hold is not to be used."""
+    """w[row, col], zero past k; not to be used where a row is not live. Read only once: evict_first."""
     at = w + row.to(tl.int64) * k + col
     if EVEN_K:
         values = tl.load(at, mask=live, eviction_policy="evict_first")
@@ -28,13 +29,16 @@ def load_rows(w, row, live, col, k, EVEN_K: tl.constexpr):
 
 @triton.jit
 def normed(v, scale, weight):
-    """rmsnorm's rounding points: to T before the weight and after it."""
+    """v scaled and weighted with rmsnorm's rounding points: to T before the weight and after it."""
     return ((v.to(tl.float32) * scale).to(v.dtype).to(tl.float32) * weight.to(tl.float32)).to(v.dtype)
 
 
 @triton.jit
 def normed_rows(x, weight, rows, k, eps, b, col):
-    """Whole rows of x, normalised, as [BLOCK_B, 1, BLOCK_K]: b [BLOCK_B, 1, 1], col and weight [1, 1, BLOCK_K >= k]."""
+    """Whole rows of x, normalised: [BLOCK_B, 1, BLOCK_K], BLOCK_K >= k.
+
+    b [BLOCK_B, 1, 1], col and weight [1, 1, BLOCK_K].
+    """
     v = tl.load(x + b * k + col, mask=(b < rows) & (col < k), other=0.0, eviction_policy="evict_last")
     wide = v.to(tl.float32)
     return normed(v, tl.rsqrt(tl.sum(wide * wide, axis=2, keep_dims=True) / k + eps), weight)
@@ -43,10 +47,10 @@ def normed_rows(x, weight, rows, k, eps, b, col):
 @triton.jit
 def dot_rows(first, w, row, live, x, rows, k, b, col, FULL: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr,
              STAGES: tl.constexpr):
-    """[BLOCK_N, BLOCK_B]: rows of w times the rows of x, float32 sums; `first` is w's tile at column 0, loaded before.
+    """Rows of w times the rows of x: float32 sums [BLOCK_N, BLOCK_B]; `first` is w's tile at column 0.
 
-    On tensor cores w is the left operand: its rows fill the tile that a small batch cannot. FULL: x has BLOCK_B rows.
-    float32 stays on CUDA cores (ieee): the tensor cores would round it to TF32.
+    On tensor cores w is the left operand, because its rows fill the tile, which a small batch cannot. FULL: x
+    has BLOCK_B rows. float32 stays on CUDA cores (ieee), because tensor cores would round it to TF32.
     """
     acc = tl.dot(first, _columns(x, rows, k, b, col, FULL, EVEN_K), input_precision="ieee")
     for k0 in tl.range(BLOCK_K, k, BLOCK_K, num_stages=STAGES):
@@ -57,7 +61,8 @@ def dot_rows(first, w, row, live, x, rows, k, b, col, FULL: tl.constexpr, EVEN_K
 
 @triton.jit
 def _columns(x, rows, k, b, col, FULL: tl.constexpr, EVEN_K: tl.constexpr):
-    """x[b, col] transposed, zero past the end. (Row 0 in its place would send all programs to the same lines of L2.)"""
+    """x[b, col] transposed, zero past the end. (If row 0 were read past the end, all programs would read the
+    same lines of L2.)"""
     at = x + b * k + col
     if FULL and EVEN_K:
         v = tl.load(at, eviction_policy="evict_last")

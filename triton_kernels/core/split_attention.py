@@ -1,8 +1,9 @@
-"""Device code that both attention kernels share: a tile's place in the paged cache, the online softmax, and the merge.
+"""Device code of both attention ops: a tile's place in the paged cache, the online softmax, the merge.
 
-Softmax is computed online (Milakov and Gimelshein, arXiv 1805.02867), and splits are merged as in Flash-Decoding.
-A running softmax over ROWS query heads is top [ROWS] (the largest score so far, in base 2: exp2 is what the hardware
-has), mass [ROWS] (the sum of weights) and acc [ROWS, BLOCK_D] (the weighted sum of values).
+Softmax is computed online (Milakov and Gimelshein, arXiv 1805.02867), and splits are merged as in
+Flash-Decoding. A running softmax over ROWS query heads is top [ROWS] (the largest score so far, in base 2,
+because the hardware has exp2), mass [ROWS] (the sum of weights) and acc [ROWS, BLOCK_D] (the weighted sum of
+values).
 """
 import triton
 import triton.language as tl
@@ -10,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def split_bounds(length, split, splits, TILE: tl.constexpr):
-    """[begin, end) of a split, in whole tiles, and how many splits a context of this length uses."""
+    """begin and end of a split's tokens, in whole tiles, and the number of splits that this length uses."""
     chunk = tl.maximum(tl.cdiv(tl.cdiv(length, splits), TILE), 1) * TILE
     begin = split * chunk
     return begin, tl.minimum(begin + chunk, length), tl.maximum(tl.cdiv(length, chunk), 1)
@@ -26,7 +27,7 @@ def cache_rows(block_table, token, live, b, kv, kv_heads, max_pages, PAGE: tl.co
 @triton.jit
 def load_tile(k_cache, v_cache, block_table, token, live, b, kv, kv_heads, max_pages, d, in_head, PAGE: tl.constexpr,
               HEAD_DIM: tl.constexpr):
-    """Keys and values of the tokens, as [TILE, BLOCK_D]: read once and never again; zeros where not live."""
+    """Keys and values of the tokens, [TILE, BLOCK_D], zeros where not live. Read only once."""
     where = cache_rows(block_table, token, live, b=b, kv=kv, kv_heads=kv_heads, max_pages=max_pages,
                        PAGE=PAGE, HEAD_DIM=HEAD_DIM)[:, None] + d[None, :]
     kt = tl.load(k_cache + where, mask=live[:, None] & in_head, other=0.0, eviction_policy="evict_first")
@@ -36,11 +37,12 @@ def load_tile(k_cache, v_cache, block_table, token, live, b, kv, kv_heads, max_p
 
 @triton.jit
 def attend(qv, kt, vt, live, top, mass, acc, scale_log2):
-    """The running softmax with a tile of keys and values [TILE, BLOCK_D] added; tokens not live are left out."""
+    """The running softmax with a tile of keys and values [TILE, BLOCK_D] added; only live tokens count."""
     score = tl.dot(qv, tl.trans(kt), input_precision="ieee") * scale_log2
     score = tl.where(live[None, :], score, float("-inf"))
     new_top = tl.maximum(top, tl.max(score, axis=1))
-    peak = tl.where(new_top == float("-inf"), 0.0, new_top)             # no token yet: no infinity minus infinity
+    # All -inf: avoid infinity minus infinity.
+    peak = tl.where(new_top == float("-inf"), 0.0, new_top)
     weight = tl.exp2(score - peak[:, None])
     shrink = tl.exp2(top - peak)
     mass = mass * shrink + tl.sum(weight, axis=1)
@@ -51,7 +53,7 @@ def attend(qv, kt, vt, live, top, mass, acc, scale_log2):
 @triton.jit
 def publish(partial, tickets, b, kv, kv_heads, split, splits, top, mass, acc, GROUP: tl.constexpr,
             ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Leaves a split's running softmax in `partial`, and returns the ticket that it drew: the first is 0."""
+    """Stores a split's running softmax in `partial` and returns the ticket that it drew, from 0 on."""
     STRIDE: tl.constexpr = HEAD_DIM + 2
     g = tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)
@@ -59,8 +61,8 @@ def publish(partial, tickets, b, kv, kv_heads, split, splits, top, mass, acc, GR
     tl.store(mine[:, None] + d[None, :], acc, mask=(g < GROUP)[:, None] & (d < HEAD_DIM)[None, :])
     tl.store(mine + HEAD_DIM, top, mask=g < GROUP)
     tl.store(mine + HEAD_DIM + 1, mass, mask=g < GROUP)
-    # Every thread's stores come before the ticket (the barrier), and the ticket orders them for whoever draws the last
-    # one (acq_rel at GPU scope).
+    # The barrier puts every thread's stores before the ticket; the ticket (acq_rel at GPU scope) makes them
+    # visible to the program that draws the last one.
     tl.debug_barrier()
     return tl.atomic_add(tickets + b * kv_heads + kv, 1, sem="acq_rel", scope="gpu")
 
@@ -68,8 +70,11 @@ def publish(partial, tickets, b, kv, kv_heads, split, splits, top, mass, acc, GR
 @triton.jit
 def merge(partial, tickets, out_head, b, kv, kv_heads, splits, used, GROUP: tl.constexpr, HEADS: tl.constexpr,
           HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MERGE: tl.constexpr):
-    """The used splits of one KV head into out_head [GROUP, HEAD_DIM], MERGE splits of all heads at a time, so that loads do
-    not wait for each other; the ticket is left at zero. HEADS is GROUP rounded up to a power of two."""
+    """Merges the used splits of one KV head into out_head [GROUP, HEAD_DIM], and resets the ticket to zero.
+
+    It takes MERGE splits of all heads at a time, so that their loads are in flight together. HEADS is GROUP
+    rounded up to a power of two.
+    """
     STRIDE: tl.constexpr = HEAD_DIM + 2
     first = partial + (b * kv_heads + kv) * splits * (GROUP * STRIDE)
     g = tl.arange(0, HEADS)
@@ -82,13 +87,14 @@ def merge(partial, tickets, out_head, b, kv, kv_heads, splits, used, GROUP: tl.c
         s = s0 + tl.arange(0, MERGE)
         live = (s < used)[:, None] & (g < GROUP)[None, :]
         part = first + (s[:, None] * GROUP + g[None, :]) * STRIDE
-        # .cg: other SMs wrote these; read them from L2, where they meet.
+        # .cg reads past L1: other multiprocessors wrote these, and their stores are in L2.
         tops = tl.load(part + HEAD_DIM, mask=live, other=float("-inf"), cache_modifier=".cg")
         masses = tl.load(part + HEAD_DIM + 1, mask=live, other=0.0, cache_modifier=".cg")
         sums = tl.load(part[:, :, None] + d[None, None, :], mask=live[:, :, None] & (d < HEAD_DIM)[None, None, :],
                        other=0.0, cache_modifier=".cg")
         new_top = tl.maximum(top, tl.max(tops, axis=0))
-        peak = tl.where(new_top == float("-inf"), 0.0, new_top)         # no token yet: no infinity minus infinity
+        # All -inf: avoid infinity minus infinity.
+        peak = tl.where(new_top == float("-inf"), 0.0, new_top)
         factor = tl.exp2(tops - peak[None, :])
         shrink = tl.exp2(top - peak)
         mass = mass * shrink + tl.sum(factor * masses, axis=0)
@@ -100,5 +106,5 @@ def merge(partial, tickets, out_head, b, kv, kv_heads, splits, used, GROUP: tl.c
 
 
 def merge_step(splits, heads, block_d):
-    """MERGE: a step's splits; 4096 numbers of all heads, 64 registers a thread of two warps."""
+    """MERGE, the splits of one step: up to 4096 numbers of all heads, 64 registers a thread of two warps."""
     return max(min(triton.next_power_of_2(splits), 16, 4096 // (heads * block_d)), 1)

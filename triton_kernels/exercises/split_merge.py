@@ -1,12 +1,12 @@
-"""Exercise split_merge: the last step of split attention, out [D] from the shares of several splits.
+"""Exercise split_merge: the last step of split attention, out [D] from the results of several splits.
 
-Split s has summed its tokens' values with weights exp(score - tops[s]), where tops[s] is its own largest score:
-sums [splits, D]   tops [splits]   masses [splits] (the sum of the weights)
+Split s has summed its tokens' values with weights exp(score - tops[s]), where tops[s] is its own largest
+score: sums [splits, D]   tops [splits]   masses [splits] (the sum of the weights)
 
-Question: the result is right when all splits have the same largest score. What do the sums of two splits have to be
-multiplied with before they may be added?
+Question: the result is right when all splits have the same largest score. By what must the sums of two splits
+be multiplied before they may be added?
 
-Mend it here, then: lab check --exercise split_merge          Solution: solutions/split_merge.py
+Correct it here, then: lab check --exercise split_merge          Solution: solutions/split_merge.py
 """
 import triton
 import triton.language as tl

@@ -1,9 +1,9 @@
 """Exercise tail_mask: y[r] = mean of row r of x [rows, cols].
 
-Question: the means are right wherever cols is a multiple of BLOCK. What does the last step of a row read otherwise, and
-what must it read there?
+Question: the means are right wherever cols is a multiple of BLOCK. What does the last step of a row read
+otherwise, and what must it read?
 
-Mend it here, then: lab check --exercise tail_mask          Solution: solutions/tail_mask.py
+Correct it here, then: lab check --exercise tail_mask          Solution: solutions/tail_mask.py
 """
 import triton
 import triton.language as tl

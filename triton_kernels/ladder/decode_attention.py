@@ -1,8 +1,9 @@
-"""The ladder of decode_attention: out[b,h,:] = softmax(scale * q[b,h,:] . K^T) V, from a token at a time to a pipeline.
+"""The ladder of decode_attention: out[b,h,:] = softmax(scale * q[b,h,:] . K^T) V, from token by token to a
+pipeline.
 
   Each rung changes one thing of the rung before it. What it should gain, and why: lab/rungs.py.
-  head_dim 64 or 128. Numbers and names are those of the twin; rungs that Triton leaves to its compiler are absent.
-  twin  cuda_src/ladder/decode_attention.cu          the rung on top  triton_kernels/decode_attention.py
+  head_dim 64 or 128. Numbers and names are the twin's; rungs that Triton's compiler decides about are absent.
+  twin  cuda_src/ladder/decode_attention.cu          the op's own kernel  triton_kernels/decode_attention.py
 """
 import triton
 import triton.language as tl
@@ -13,7 +14,7 @@ from triton_kernels.common import launch
 @triton.jit
 def attention_naive_kernel(q, k_cache, v_cache, block_table, context_lens, out, kv_heads, max_pages, q_stride, scale,
                            GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr):
-    # 1. Naive: a program of one warp per query head walks its context token by token.
+    # 1. Naive: a program of one warp per query head goes through its context token by token.
     h, b = tl.program_id(0), tl.program_id(1)
     d = tl.arange(0, D)
     query = tl.load(q + b.to(tl.int64) * q_stride + h * D + d).to(tl.float32) * scale
@@ -29,13 +30,13 @@ def attention_naive_kernel(q, k_cache, v_cache, block_table, context_lens, out, 
         mass = mass * shrink + weight
         acc = acc * shrink + weight * tl.load(v_cache + at).to(tl.float32)
         top = new_top
-    result = acc / tl.where(mass == 0.0, 1.0, mass)             # no token at all: zeros
+    result = acc / tl.where(mass == 0.0, 1.0, mass)             # without any token: zeros
     tl.store(out + (b.to(tl.int64) * kv_heads * GROUP + h) * D + d, result.to(out.dtype.element_ty))
 
 
 @triton.jit
 def publish(out, partial, row, split, splits, acc, top, mass, live, group, D: tl.constexpr, SPLIT: tl.constexpr):
-    """Stores the result of rows `row` of [batch * q_heads], or their share of it for the merge kernel.
+    """Stores the result of the rows `row` of [batch * q_heads], or their part of it for the merge kernel.
 
     partial [batch, kv_heads, splits, group, D + 2]: sums, maximum, mass."""
     d = tl.arange(0, D)
@@ -53,10 +54,11 @@ def publish(out, partial, row, split, splits, acc, top, mass, live, group, D: tl
 def attention_head_kernel(q, k_cache, v_cache, block_table, context_lens, out, partial, kv_heads, max_pages, splits,
                           q_stride, scale, GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
                           TILE: tl.constexpr, SPLIT: tl.constexpr):
-    # 3. Vectorised: a tile of tokens a step, so that a warp loads 16 bytes a lane of several tokens at once.
+    # 3. Vectorised: a tile of tokens in each step, so that a warp loads 16 bytes a lane of several tokens at
+    # once.
     #
-    # 4. Split-KV: the same kernel with `splits` programs for each query head, and a second kernel that merges them.
-    # Only now is there work for the whole card.
+    # 4. Split-KV: the same kernel with `splits` programs for each query head, and a second kernel that merges
+    # them. Only now is there work for the whole card.
     split, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     d = tl.arange(0, D)
     query = tl.load(q + b.to(tl.int64) * q_stride + h * D + d).to(tl.float32) * scale
@@ -88,9 +90,9 @@ def attention_head_kernel(q, k_cache, v_cache, block_table, context_lens, out, p
 def attention_group_kernel(q, k_cache, v_cache, block_table, context_lens, out, partial, kv_heads, max_pages, splits,
                            q_stride, scale, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
                            PAGE: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr):
-    # 5. Group: a program serves all query heads of a KV head, so that each key and value is loaded once for all of
-    # them. They are the rows of a tensor-core tile, padded to 16: where the twin multiplies head by head, here both
-    # products are dots, and the weights are rounded to T for the second one.
+    # 5. Group: a program serves all query heads of a KV head, so that each key and value is loaded once for
+    # all of them. The heads are the rows of a tensor-core tile, padded to 16. Where the twin multiplies head
+    # by head, here both matrix products are dots, and the weights are rounded to T for the second one.
     #
     # 6. Pipeline: the same kernel with STAGES tiles in flight; the compiler writes the cp.async ring.
     split, kv, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -131,7 +133,8 @@ def attention_merge_kernel(partial, out, splits, GROUP: tl.constexpr, D: tl.cons
     part = partial + ((row // GROUP * splits + s) * GROUP + row % GROUP) * (D + 2)
     top = tl.load(part + D, mask=live, other=float("-inf"))
     peak = tl.max(top, axis=0)
-    peak = tl.where(peak == float("-inf"), 0.0, peak)           # no token at all: no infinity minus infinity
+    # Without any token: avoid infinity minus infinity.
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
     factor = tl.exp(top - peak)
     mass = tl.sum(factor * tl.load(part + D + 1, mask=live, other=0.0), axis=0)
     sums = tl.load(part[:, None] + d[None, :], mask=live[:, None], other=0.0)
@@ -140,7 +143,8 @@ def attention_merge_kernel(partial, out, splits, GROUP: tl.constexpr, D: tl.cons
 
 
 def decode_attention(rung, q, k_cache, v_cache, block_table, context_lens, scale, splits, partial, tickets, out):
-    """Launch rung 1, 3, 4, 5 or 6; from 4 on, with splits > 1, two kernels. tickets are the product's alone."""
+    """Launch rung 1, 3, 4, 5 or 6: from 4 on, with splits > 1, two kernels. Only the op's own kernel uses
+    tickets."""
     batch, q_heads, dim = q.shape
     kv_heads, page = k_cache.shape[1:3]
     group = q_heads // kv_heads

@@ -1,8 +1,8 @@
 """The ladder of linear: y[b,n] = sum_k x[b,k] * w[n,k] (+ bias[n]), from a sum in every step to tensor cores.
 
   Each rung changes one thing of the rung before it. What it should gain, and why: lab/rungs.py.
-  Numbers and names are those of the twin; rungs that Triton leaves to its compiler are absent.
-  twin  cuda_src/ladder/linear.cu          the rung on top  triton_kernels/linear.py
+  Numbers and names are those of the twin; rungs that Triton's compiler decides about are absent.
+  twin  cuda_src/ladder/linear.cu          the op's own kernel  triton_kernels/linear.py
 """
 import triton
 import triton.language as tl
@@ -12,7 +12,7 @@ from triton_kernels.common import launch
 
 @triton.jit
 def put(y, bias, b, out, rows, n, total, HAS_BIAS: tl.constexpr):
-    """Stores total[b, out] where it lies inside y: bias in float32, one rounding."""
+    """Stores total[b, out] where it is inside y: bias added in float32, rounded once."""
     if HAS_BIAS:
         total += tl.load(bias + out, mask=out < n, other=0.0).to(tl.float32)
     tl.store(y + b.to(tl.int64) * n + out, total.to(y.dtype.element_ty), mask=(b < rows) & (out < n))
@@ -20,8 +20,8 @@ def put(y, bias, b, out, rows, n, total, HAS_BIAS: tl.constexpr):
 
 @triton.jit
 def linear_naive_kernel(x, w, bias, y, rows, n, k, HAS_BIAS: tl.constexpr, BLOCK_K: tl.constexpr):
-    # 1. Naive: a program per output; each step loads 32 elements and sums them at once. The plainest Triton has no
-    # naive addresses: neighbouring lanes read neighbouring elements from the start.
+    # 1. Naive: a program per output; each step loads 32 elements and sums them at once. Even the plainest
+    # Triton reads memory well: neighbouring lanes read neighbouring elements from the start.
     out, b = tl.program_id(0), tl.program_id(1)
     total = 0.0
     for k0 in range(0, k, BLOCK_K):
@@ -35,14 +35,15 @@ def linear_naive_kernel(x, w, bias, y, rows, n, k, HAS_BIAS: tl.constexpr, BLOCK
 @triton.jit
 def linear_row_kernel(x, w, bias, y, rows, n, k,
                       HAS_BIAS: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr):
-    # 4. Warp reduction: every lane keeps a sum of its own, and one reduction at the end adds the lanes. BLOCK_K is 32:
-    # an element a lane and step.
+    # 4. Warp reduction: each lane keeps a sum of its own, and one reduction at the end adds the lanes.
+    # BLOCK_K is 32: an element a lane and step.
     #
     # 5. Vectorised: the same kernel with BLOCK_K = 32 lanes of 16 bytes.
     #
     # 6. Pipeline: STAGES tiles are in flight through shared memory; the compiler writes the cp.async ring.
     #
-    # 7. Split-K: four warps instead of one share a row, and BLOCK_K is four times as long; the compiler adds the warps.
+    # 7. Split-K: four warps share a row instead of one, and BLOCK_K is four times as long; the compiler adds
+    # the warps.
     out, b = tl.program_id(0), tl.program_id(1)
     acc = tl.zeros([BLOCK_K], tl.float32)
     for k0 in tl.range(0, k, BLOCK_K, num_stages=STAGES):
@@ -57,8 +58,8 @@ def linear_row_kernel(x, w, bias, y, rows, n, k,
 def linear_dot_kernel(x, w, bias, y, rows, n, k,
                       HAS_BIAS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
                       STAGES: tl.constexpr):
-    # 8. Tensor cores: w is the left operand, whose 16 rows fill the tile; x, transposed and padded to 16 columns, is
-    # the right one. So w is read once for up to 16 rows of x.
+    # 8. Tensor cores: w is the left operand, whose 16 rows fill the tile; x, transposed and padded to 16
+    # columns, is the right one. So w is read once for up to 16 rows of x.
     out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
     acc = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)

@@ -1,8 +1,9 @@
-"""The ladder of rmsnorm: y[b,:] = T(x[b,:] * rsqrt(mean(x[b,:]^2) + eps)) * w, from a sum in every step to wide loads.
+"""The ladder of rmsnorm: y[b,:] = T(x[b,:] * rsqrt(mean(x[b,:]^2) + eps)) * w, from step sums to wide loads.
 
   Each rung changes one thing of the rung before it. What it should gain, and why: lab/rungs.py.
-  x, y [rows, cols] contiguous. Numbers and names are the twin's; rungs that Triton leaves to its compiler are absent.
-  twin  cuda_src/ladder/rmsnorm.cu          the rung on top  triton_kernels/rmsnorm.py
+  x, y [rows, cols] contiguous. Numbers and names are the twin's; rungs that Triton's compiler decides about
+  are absent.
+  twin  cuda_src/ladder/rmsnorm.cu          the op's own kernel  triton_kernels/rmsnorm.py
 """
 import triton
 import triton.language as tl
@@ -23,8 +24,8 @@ def scale_row(x, w, y, cols, scale, BLOCK: tl.constexpr):
 
 @triton.jit
 def rmsnorm_naive_kernel(x, w, y, cols, eps, BLOCK: tl.constexpr):
-    # 1. Naive: a program of one warp per row; each step loads 32 elements and sums them at once. Neighbouring lanes
-    # read neighbouring elements from the start, which the twin reaches at rung 2.
+    # 1. Naive: a program of one warp per row; each step loads 32 elements and sums them at once. Neighbouring
+    # lanes read neighbouring elements from the start, which the twin does from rung 2 on.
     x += tl.program_id(0).to(tl.int64) * cols
     y += tl.program_id(0).to(tl.int64) * cols
     squares = 0.0
@@ -37,8 +38,9 @@ def rmsnorm_naive_kernel(x, w, y, cols, eps, BLOCK: tl.constexpr):
 
 @triton.jit
 def rmsnorm_block_kernel(x, w, y, cols, eps, BLOCK: tl.constexpr):
-    # 4. Warp reduction: 8 warps share the row, every lane keeps a sum of its own, and one reduction at the end adds
-    # lanes and warps, by shuffles and one exchange through shared memory. BLOCK is 256: an element a lane and step.
+    # 4. Warp reduction: 8 warps share the row, each lane keeps a sum of its own, and one reduction at the end
+    # adds lanes and warps, by shuffles and one exchange through shared memory. BLOCK is 256: an element a
+    # lane and step.
     #
     # 5. Vectorised: the same kernel with BLOCK = 256 lanes of 16 bytes.
     x += tl.program_id(0).to(tl.int64) * cols
@@ -52,7 +54,7 @@ def rmsnorm_block_kernel(x, w, y, cols, eps, BLOCK: tl.constexpr):
 
 
 def rmsnorm(rung, x, w, eps, residual, y):
-    """Launch rung 1, 4 or 5 on x, y [rows, cols] contiguous; residual is None (lab/ladder.py refuses others)."""
+    """Launch rung 1, 4 or 5 on x, y [rows, cols], contiguous; residual is None (see lab/ladder.py)."""
     rows, cols = x.shape
     if rung == 1:
         launch(rmsnorm_naive_kernel, (rows,), x, w, y, cols, eps, BLOCK=32, num_warps=1)

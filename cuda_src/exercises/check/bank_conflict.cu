@@ -1,4 +1,5 @@
-// Runs exercise bank_conflict: exit code 0 and no word if the result is right and every access takes one step.
+// Runs exercise bank_conflict: exit code 0 and no output if the result is right and every access takes one
+// step.
 #include <cstdio>
 #include <vector>
 

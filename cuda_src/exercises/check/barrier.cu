@@ -1,4 +1,4 @@
-// Runs exercise barrier: exit code 0 and no word if the result is right.
+// Runs exercise barrier: exit code 0 and no output if the result is right.
 #include <cstdio>
 #include <vector>
 

@@ -1,5 +1,5 @@
-// Runs exercise coalescing: exit code 0 and no word if the result is right and no access touches more lines than it
-// needs.
+// Runs exercise coalescing: exit code 0 and no output if the result is right and no access touches more lines
+// than it needs.
 #include <cstdio>
 #include <vector>
 

@@ -1,4 +1,4 @@
-// Runs exercise empty_split at several lengths: exit code 0 and no word if all results are right.
+// Runs exercise empty_split at several lengths: exit code 0 and no output if all results are right.
 #include <cmath>
 #include <cstdio>
 #include <vector>

@@ -1,7 +1,7 @@
 // Solution of bank_conflict: a warp transposes a 32 x 32 tile of floats through shared memory.
 //
-// With rows of 32 floats all elements of a column lie on one bank: 32 steps. One float more a row puts each on its own
-// bank.
+// With rows of 32 floats all elements of a column are in one bank: 32 steps. With one more float in a row,
+// each element is in a bank of its own.
 #include "watch.cuh"
 
 using namespace lab;
@@ -9,7 +9,7 @@ using namespace lab;
 constexpr int kSide = 32;
 
 struct TransposeSmem {
-  float tile[kSide][kSide + 1];                   // 33: from row to row one bank further
+  float tile[kSide][kSide + 1];                   // 33: each row begins one bank further
 };
 
 __global__ void transpose_kernel(const float* x, float* y) {

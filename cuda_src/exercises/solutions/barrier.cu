@@ -1,7 +1,8 @@
 // Solution of barrier: a block reverses each tile of 128 numbers through shared memory.
 //
-// A thread that has read its number goes on to the next tile and overwrites a place that a slower thread has yet to
-// read. The first barrier orders writes before reads; a second one orders these reads before the next writes.
+// A thread that has read its number goes on to the next tile and overwrites an element that a slower thread
+// has not read yet. The first barrier orders writes before reads; a second one orders these reads before the
+// next writes.
 #include "common.cuh"
 
 using namespace lab;
@@ -18,6 +19,6 @@ __global__ void reverse_kernel(const float* x, float* y, int tiles) {
     tile[threadIdx.x] = x[t * kTile + threadIdx.x];
     __syncthreads();
     y[t * kTile + threadIdx.x] = tile[kTile - 1 - threadIdx.x];
-    __syncthreads();                              // the tile has been read by all
+    __syncthreads();                              // all threads have read the tile
   }
 }

@@ -1,8 +1,9 @@
 // Solution of coalescing: y = 2 x, four numbers a thread.
 //
-// Four neighbouring numbers a thread put the lanes of a load 16 bytes apart: 32 lanes touch 4 lines and use a quarter
-// of each. Neighbouring threads must take neighbouring numbers: 32 lanes, 128 bytes, one line. (Or each thread loads
-// its four neighbours at once, as 16 bytes: then a warp's load is 4 whole lines.)
+// If each thread takes four neighbouring numbers, the lanes of one load are 16 bytes apart: 32 lanes touch 4
+// lines and use a quarter of each. Neighbouring threads must take neighbouring numbers: 32 lanes, 128 bytes,
+// one line. (Or each thread loads its four numbers at once, as 16 bytes: then a warp's load is 4 whole
+// lines.)
 #include "watch.cuh"
 
 using namespace lab;

@@ -1,8 +1,9 @@
-// Solution of empty_split: the softmax average of a sequence's values, one number a token, by several splits that a
-// second
+// Solution of empty_split: the softmax average of a sequence's values, one number per token, by several
+// splits that a second kernel merges.
 //
-// A split with no token has sum 0 and weight 0, and publishes 0 / 0: NaN. Its share is zero, but zero times NaN is NaN.
-// So it must publish a number, or, as the product's kernels do, the sum itself, which is divided once at the end.
+// A split without tokens has sum 0 and weight 0, and publishes 0 / 0, which is NaN. Its weight in the result
+// is zero, but zero times NaN is NaN. So it must publish a number, or, as the ops' own kernels do, the sum
+// itself, which is divided once at the end.
 #include "common.cuh"
 
 using namespace lab;
@@ -11,7 +12,8 @@ struct Split {
   float average, maximum, weight;
 };
 
-// A warp per split: average = sum of exp(score - maximum) * value / weight, weight = sum of exp(score - maximum).
+// A warp per split: average = sum of exp(score - maximum) * value / weight, weight = sum of exp(score -
+// maximum).
 __global__ void split_kernel(const float* scores, const float* values, int length, Split* published) {
   const int tiles = (length + 31) / 32, splits = gridDim.x, split = blockIdx.x;
   const int chunk = (tiles + splits - 1) / splits * 32;
@@ -37,5 +39,5 @@ __global__ void merge_kernel(const Split* published, int splits, float* out) {
     weight += share;
     sum += share * published[s].average;
   }
-  *out = weight == 0.f ? 0.f : sum / weight;      // no token at all: zero
+  *out = weight == 0.f ? 0.f : sum / weight;      // without any token: zero
 }

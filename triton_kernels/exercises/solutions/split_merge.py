@@ -1,7 +1,7 @@
-"""Solution of split_merge: the last step of split attention, out [D] from the shares of several splits.
+"""Solution of split_merge: the last step of split attention, out [D] from the results of several splits.
 
-Weights of split s are exp(score - tops[s]), each with a top of its own. Before they may be added they must refer to the
-same top: sums and masses times exp(tops[s] - the largest top).
+The weights of split s are exp(score - tops[s]), each split with a maximum of its own. Before sums and masses
+may be added they must refer to the same maximum: multiply them by exp(tops[s] - the largest top).
 """
 import triton
 import triton.language as tl

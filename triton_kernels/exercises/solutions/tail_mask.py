@@ -1,7 +1,7 @@
 """Solution of tail_mask: y[r] = mean of row r of x [rows, cols].
 
-The last step of a row read on into the next row, and behind the last row whatever lies there. Masked lanes read nothing
-and count as zero, which adds nothing to a sum.
+The last step of a row read on into the next row, and in the last row beyond the end of x. Masked lanes read
+nothing and count as zero, which adds nothing to a sum.
 """
 import triton
 import triton.language as tl
