@@ -25,6 +25,7 @@ from pathlib import Path
 from lab.errors import LabError, Unavailable, error_text
 
 ROOT = Path(__file__).resolve().parent.parent
+LARGEST_FILE = 1 << 30          # bytes that a kernel may write into one
 LONGEST_REPLY = 1 << 20         # bytes
 MOST_DEATHS = 5         # then the remaining cases are not tried: each new process costs seconds
 
@@ -268,12 +269,17 @@ def main(requests: int, replies: int) -> None:
     if sys.platform == "linux":                                  # ends with its parent, whatever the kernel does
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
         ctypes.CDLL(None).prctl(36, 1)                           # and is the parent of what a child of it leaves behind
+        import resource
+        resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_FILE, LARGEST_FILE))     # the arena's file is memory
     state, pipe = {}, os.fdopen(requests, "rb")
     while size := pipe.read(8):
         request = pickle.loads(pipe.read(int.from_bytes(size, "little")))
         reply = {**answer(state, request), "nonce": request["nonce"]}
         sys.stdout.flush()
-        write_all(replies, json.dumps(reply).encode() + b"\n")
+        try:
+            write_all(replies, json.dumps(reply).encode() + b"\n")
+        except OSError:                                          # a kernel has closed it
+            os._exit(1)
 
 
 if __name__ == "__main__":

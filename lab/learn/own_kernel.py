@@ -129,6 +129,8 @@ def build(path: Path, op: Op, device: str, folder: Path, timeout: float) -> Path
     if status:
         if advice := for_the_cpu(path, said, device):
             raise LabError(f"{path}: {advice}")
+        if "not compiled within" in said:
+            raise LabError(f"{path} was not compiled within {timeout:g} s (--timeout)")
         sys.stderr.write(said)
         raise LabError(f"{path} does not compile, or lacks the launcher {op.name} of cuda_src/launchers.h; what the "
                        "compiler says is above")
@@ -179,7 +181,10 @@ class CudaFile:
         spec = importlib.util.spec_from_file_location(f"lab_try.{name}", built)
         try:
             extension = importlib.util.module_from_spec(spec)
-        except ImportError as error:                # the linker leaves a missing launcher to the loader
+        except ImportError as error:                # the linker leaves what is missing to the loader
+            symbol = re.search(r"undefined symbol: (\w+)", str(error))
+            if symbol and op.name not in symbol[1]:
+                raise LabError(f"{path} declares and uses {symbol[1]}, which is defined nowhere") from None
             raise LabError(f"{path} lacks the launcher {op.name} of cuda_src/launchers.h, {declaration(op.name)} ({error})"
                            ) from None
         spec.loader.exec_module(extension)

@@ -94,9 +94,10 @@ def torch_(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, b
 def contents(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, block_table, scale, splits=1,
              workspace=None):
     """Raises LabError for a position past cos_sin or the table, for a page that the cache does not have, and for one that
-    is written while another live row has it."""
+    is written while another live row has it, and for a ticket that is not 0."""
     check_positions("rope_append_attention", positions, cos_sin.shape[0], "cos_sin")
     check_append("rope_append_attention", block_table, positions, k_cache)
+    decode_attention.check_tickets("rope_append_attention", workspace)
 
 
 def inputs(rand, positions, q_heads, kv_heads, head_dim, page_size=16, splits=1, qk_norm=False, poison=False, apart=False,
