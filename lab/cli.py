@@ -157,6 +157,8 @@ def explain(error):
     """One line for an error that a user can mend; None for a fault of the lab."""
     if isinstance(error, LabError):
         return str(error)
+    if type(error) is ValueError and "embedded null" in str(error):
+        return "a path holds a NUL, which no file's name does"
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith(("lab", "triton_kernels")):
         return f"the package {error.name} is not installed: run `make setup`, then use .venv/bin/lab"
     if isinstance(error, OSError) and error.filename is not None:

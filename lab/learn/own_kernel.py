@@ -29,7 +29,7 @@ from lab.check import check_cases
 from lab.contract import BACKENDS, DTYPES, Op
 from lab.dispatch import bind
 from lab.errors import LabError, Unavailable, one_line
-from lab.files import python_module
+from lab.files import python_module, regular_file
 from lab.names import known
 from lab.ops import find
 from lab.worker import Died, Worker
@@ -51,8 +51,9 @@ def function_of(path: Path, op: Op, device: str, built: str | None = None):
 
 
 def require_kernel_file(path: Path) -> None:
-    if not path.is_file():
+    if not path.exists():
         raise LabError(f"{path}: no such file")
+    regular_file(path)
     if path.suffix not in (".cu", ".py"):
         raise LabError(f"{path}: give a .cu file (CUDA) or a .py file (Triton)")
 
