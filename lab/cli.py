@@ -97,8 +97,9 @@ class Completion(argparse.Action):
 {cases}
   esac
   [ "$COMP_CWORD" = 1 ] && words='{' '.join([*VERBS, *sorted(parser.words())])}'
-  COMPREPLY=($(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}")
-             $([ "$COMP_CWORD" = 1 ] || compgen -f -- "${{COMP_WORDS[COMP_CWORD]}}"))
+  COMPREPLY=($(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}"))
+  local IFS=$'\\n'                           # a file's name may hold spaces
+  [ "$COMP_CWORD" = 1 ] || COMPREPLY+=($(compgen -f -- "${{COMP_WORDS[COMP_CWORD]}}"))
 }}
 complete -o filenames -F _lab lab""")
         parser.exit()
