@@ -322,8 +322,8 @@ PATTERNS = {"lab._host": ["cuda_src/*.cu", "cuda_src/ladder/*.cu", "cuda_src/hos
 
 
 def folder_of(unit: Unit, module: Module, folder: Path) -> Path:
-    """Where a unit's object is kept. That of a file that is tried is not shared: two that are tried at the same time must
-    not link each other's."""
+    """Where a unit's object is kept. That of a file that is tried is not shared: two that are tried at the same time
+    must not link each other's."""
     return folder if tried() and unit.source == tried()[1] else module.directory
 
 

@@ -1,6 +1,7 @@
 """A process of its own for kernels that are checked: whatever they do, the judge stays alive, and judges.
 
-A `Worker` loads one file or backend in a new Python process: spec["module"] names the module whose in_worker(spec) does. `Worker.function(name)` is a function whose method
+A `Worker` loads one file or backend in a new Python process: spec["module"] names the module whose in_worker(spec)
+does. `Worker.function(name)` is a function whose method
 run(arena) has that process call the op of this name on the arena's tensors, in memory that both processes map. Only the
 tensors' contents count: the worker's word that a call is done makes nothing right, and a worker that ends, by exit(0)
 too, that crashes or takes too long is a failed case with a message. The next case gets a new process.
@@ -37,8 +38,8 @@ class Died(Exception):
 class Worker:
     """Runs what `spec` names in a process of its own. A context manager: at its end the process is killed.
 
-    spec: "module", whose function in_worker(spec) gives name -> function of an op's arguments; "device"; "what" is loaded,
-    for messages; and what the module wants.
+    spec: "module", whose function in_worker(spec) gives name -> function of an op's arguments; "device"; "what" is
+    loaded, for messages; and what the module wants.
     timeout: seconds for loading it and for each call; None: no limit.
     """
 
@@ -113,8 +114,8 @@ class Worker:
         return line
 
     def wait_for(self, readable: list, writable: list, deadline: float | None) -> None:
-        """Returns when one of the pipes is ready. Raises Died at the deadline, and where the process has ended though one
-        that it started has the pipe open still."""
+        """Returns when one of the pipes is ready. Raises Died at the deadline, and where the process has ended though
+        one that it started has the pipe open still."""
         while True:
             ended = self.process.poll() is not None
             left = None if deadline is None else deadline - time.monotonic()
@@ -181,8 +182,8 @@ class Function:
 
 
 def arena_file():
-    """(a file for arenas, the name by which a worker opens it). On Linux it is memory that nobody can shorten: a file cut
-    off by a kernel would end the process that reads it, the judge, by SIGBUS."""
+    """(a file for arenas, the name by which a worker opens it). On Linux it is memory that nobody can shorten: a file
+    cut off by a kernel would end the process that reads it, the judge, by SIGBUS."""
     if not hasattr(os, "memfd_create"):
         file = tempfile.NamedTemporaryFile(prefix="lab-arena-")
         return file, file.name

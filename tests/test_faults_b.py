@@ -5,6 +5,8 @@ import json
 import os
 import random
 import re
+import shutil
+import subprocess
 import time
 from types import SimpleNamespace
 
@@ -19,7 +21,10 @@ from lab.dispatch import select
 from lab.errors import LabError, error_text
 from lab.harness import bench, crossover
 from lab.learn import exercises, own_kernel
+from lab.model.decoder import Decoder
 from lab.model.kv_cache import PagedKVCache
+from lab.model.sources.random import RandomSource
+from lab.model.weights import load as load_weights
 from lab.ops import decode_attention, decode_step, find, rope_append_attention
 from lab.records import schema
 from lab.text import columns
@@ -39,7 +44,7 @@ def tried(path, *words):
     ("raise KeyboardInterrupt", 2, "KeyboardInterrupt"),
     ("class B(BaseException): pass\nraise B('one\\ntwo\\x1b[31m')", 2, "B: one two\\x1b[31m"),
     ("class E(Exception):\n    def __str__(self): raise ValueError('no')\nraise E()", 2, "E: (its text cannot be had)"),
-    ("import os\nos.closerange(3, 256)\ndef silu_mul(gate_up, y): pass", 2, "ended with exit status 1 before it was done"),
+    ("import os\nos.closerange(3, 256)\ndef silu_mul(gate_up, y): pass", 2, "ended with exit status 1 before it was"),
     ("def silu_mul(gate_up, y): raise KeyboardInterrupt", 1, "KeyboardInterrupt"),
     ("def silu_mul(gate_up, y): raise ValueError('one\\ntwo\\x1b[31m' * 1000)", 1, "ValueError: one two\\x1b[31mone"),
     ("import os\nprint('right in every case')\nfor fd in range(3, 64):\n    try: os.write(fd, b'[' * 100000 + b'\\n')\n"
@@ -98,7 +103,8 @@ COPY = (own_kernel.ROOT / "cuda_src/silu_mul.cu").read_text()
 
 
 @pytest.mark.parametrize("old, new, said", [
-    ("  // 2. Load", "  __shared__ float tile[4]; tile[0] = 1;\n  // 2. Load", r"line 23: use lab::smem<Struct>\(\) instead of"),
+    ("  // 2. Load", "  __shared__ float tile[4]; tile[0] = 1;\n  // 2. Load",
+     r"line 23: use lab::smem<Struct>\(\) instead of"),
     ("  if (a.rows == 0) return;", "  silu_mul_kernel<float, 1><<<1, 32>>>(nullptr, nullptr, 1, 1);",
      r"line \d+: kernel<<<grid, block, bytes, stream>>>\(...\) does not compile for the CPU: write launch\(")])
 def test_what_only_nvcc_takes_is_one_line_that_says_what_to_write(old, new, said, tmp_path, capfd):
@@ -141,8 +147,8 @@ def attention(name, splits=2):
 
 @EVERYWHERE
 @pytest.mark.parametrize("name", ["decode_attention", "rope_append_attention"])
-@pytest.mark.parametrize("part, dtype", [("tickets", torch.int64), ("tickets", torch.float32), ("partial", torch.float16),
-                                         ("partial", torch.float64)])
+@pytest.mark.parametrize("part, dtype", [("tickets", torch.int64), ("tickets", torch.float32),
+                                         ("partial", torch.float16), ("partial", torch.float64)])
 def test_a_workspace_of_another_dtype_is_refused(backend, name, part, dtype):
     """A kernel wrote float32 past the end of float16 scratch."""
     args, workspace = attention(name)
@@ -180,8 +186,8 @@ def test_every_part_of_a_step_s_workspace_is_checked(backend, part, spoil):
 def test_a_cache_without_heads_is_refused():
     empty = torch.zeros(1, 0, 16, 64)
     with pytest.raises(LabError, match="0 KV heads"):
-        select("torch", "cpu").decode_attention(torch.zeros(1, 2, 64), empty, empty, torch.zeros(1, 1, dtype=torch.int32),
-                                                torch.ones(1, dtype=torch.int32), 1.0)
+        one = torch.zeros(1, dtype=torch.int32)
+        select("torch", "cpu").decode_attention(torch.zeros(1, 2, 64), empty, empty, one[None], one, 1.0)
 
 
 # ---- tables, records, text -------------------------------------------------------------------------------------------
@@ -191,8 +197,9 @@ ENTRY = {"op": "linear", "itemsize": 2, "rows": 1, "shape": {"n": 64, "k": 64}, 
 
 
 @pytest.mark.parametrize("change", [
-    {"op": 5}, {"rows": "1"}, {"rows": 0}, {"rows": True}, {"rows": 1.5}, {"rows": None}, {"itemsize": []}, {"shape": []},
-    {"shape": {"n": "64"}}, {"shape": {"n": 1e9}}, {"settings": {"BLOCK_N": "2"}}, {"settings": {"BLOCK_N": -1}},
+    {"op": 5}, {"rows": "1"}, {"rows": 0}, {"rows": True}, {"rows": 1.5}, {"rows": None}, {"itemsize": []},
+    {"shape": []}, {"shape": {"n": "64"}}, {"shape": {"n": 1e9}},
+    {"settings": {"BLOCK_N": "2"}}, {"settings": {"BLOCK_N": -1}},
     {"settings": {"path": "../x"}}, {"settings": {"BLOCK_N": 2 ** 40}}, {"settings": None}, {"tried": "3"}, {"by": 1},
     {"gpu": None}], ids=json.dumps)
 def test_a_table_whose_entry_has_a_wrong_type_is_named(change, tmp_path):
@@ -204,7 +211,8 @@ def test_a_table_whose_entry_has_a_wrong_type_is_named(change, tmp_path):
     assert tuned.read(path) == [ENTRY]
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"entries": 5}', '{"entries": [NaN]}', "\xff", '{"entries": [[1]]}', "null"])
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"entries": 5}', '{"entries": [NaN]}', "\xff", '{"entries": [[1]]}',
+                                  "null"], ids=["deep", "number", "nan", "bytes", "list", "null"])
 def test_a_file_that_is_no_table_is_one_line(text, tmp_path):
     path = tmp_path / "sm_90.json"
     path.write_bytes(text.encode("latin-1"))
@@ -321,6 +329,59 @@ def test_a_cache_does_what_a_plain_model_of_it_does(seed):
             assert cache.block_table[r, :held[r]].tolist() == cache.held[r]
             assert cache.held[r][:len(before[r])] == before[r]          # a page stays where it is while it is held
     assert 0 < refused < 400
+
+
+@pytest.mark.parametrize("backend, plan", [("torch", "basic"), ("cuda", "fused")])
+def test_rows_that_come_and_go_say_what_each_says_alone(backend, plan):
+    """A random schedule of admissions, steps and ends on a pool that is too small, with contents checked."""
+    weights, rng = load_weights(RandomSource(LLAMA, seed=1), torch.float32, "cpu"), random.Random(1)
+    d = Decoder(weights, select(backend, "cpu", check_contents=True), 4, max_context=64, pages=9, plan=plan)
+    running, ended, full = {}, [], 0                         # row: (prompt, what it has said)
+    for _ in range(60):
+        idle, what = [row for row in range(4) if row not in running], rng.random()
+        if what < 0.25 and idle:
+            row, ids = rng.choice(idle), [rng.randrange(LLAMA.vocab) for _ in range(rng.choice([1, 2, 15, 16, 17, 30]))]
+            try:
+                d.admit(row, ids)
+                running[row] = ids, []
+            except LabError:
+                full += 1
+                assert d.cache.lengths[row] == 0 and not d.cache.held[row]
+        elif running and what < 0.33:
+            row = rng.choice(sorted(running))
+            d.finish(row)
+            ended.append(running.pop(row))
+        elif running:
+            try:
+                said = d.step()
+                for row, (_, words) in running.items():
+                    words.append(int(said[row]))
+            except LabError:
+                full += 1
+                row = max(running, key=lambda row: len(running[row][1]))
+                d.finish(row)
+                ended.append(running.pop(row))
+        assert d.positions.tolist() == [d.cache.lengths[row] if row in running else -1 for row in range(4)]
+    assert full and len(ended) > 4
+    for ids, words in ended:
+        alone = Decoder(weights, select(backend, "cpu"), 1, max_context=64)
+        alone.admit(0, ids)
+        assert [int(alone.step()[0]) for _ in words] == words
+
+
+# ---- the shell -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+def test_bash_completes_a_file_whose_name_holds_a_space(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--completion", "bash"])
+    (tmp_path / "my kernel.py").touch()
+    script = capsys.readouterr().out + """
+COMP_WORDS=(lab try my); COMP_CWORD=2; _lab; printf '%s|' "${COMPREPLY[@]}"
+COMP_WORDS=(lab ch); COMP_CWORD=1; _lab; printf '%s|' "${COMPREPLY[@]}"
+"""
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "my kernel.py|check|"
 
 
 def rng_pool(seed):

@@ -60,8 +60,8 @@ def cells(rows, model, dtype="bf16", cache=None):
 
 
 def total(parts):
-    """Times of several shapes as one: medians and spreads add up (the spread so errs on the wide side). What a part does
-    not know the sum does not know either."""
+    """Times of several shapes as one: medians and spreads add up (the spread so errs on the wide side). What a part
+    does not know the sum does not know either."""
     def combined(field, by):
         known = [(n, getattr(r, field)) for n, r in parts]
         return None if any(value is None for _, value in known) else by(known)

@@ -167,7 +167,7 @@ def _triton(name: str, cases: Callable) -> Callable:
 
 def _tail_mask():
     for rows, cols in ((3, 64), (4, 40), (2, 7)):
-        memory = torch.full((rows * cols + 64,), torch.nan)         # behind x, so that a read past its end is a wrong mean
+        memory = torch.full((rows * cols + 64,), torch.nan)     # behind x, so that a read past its end is a wrong mean
         x = memory[:rows * cols].view(rows, cols).copy_(torch.arange(rows * cols).view(rows, cols) % 13)
         yield f"{rows} rows of {cols}", (x,), x.double().mean(1)
 
@@ -187,7 +187,7 @@ def _split_merge():
 
 
 def _differs(function, tensors, want) -> str | None:
-    """Has a worker call function(*tensors, out) and says where `out` is not `want`; a kernel that raises is wrong too."""
+    """Has a worker call function(*tensors, out); says where `out` is not `want`. A kernel that raises is wrong too."""
     values = {str(i): t for i, t in enumerate(tensors)} | {"out": torch.full(want.shape, torch.nan)}
     arena = Arena(values, file=function.file)
     arena.remember()

@@ -139,7 +139,7 @@ def build(path: Path, op: Op, device: str, folder: Path, timeout: float) -> Path
 
 
 def for_the_cpu(path: Path, said: str, device: str) -> str | None:
-    """What to write instead of what nvcc takes and the C++ compiler of the CPU does not; None where it is something else.
+    """What to write instead of what nvcc takes and the C++ compiler of the CPU does not; None where that is not it.
 
     said: the compiler's output.
     """
@@ -214,7 +214,8 @@ def main(args) -> int:
     name = args.file.name
     if name in BACKENDS:
         raise LabError(f"{name} is a backend's name: call the file something else")
-    spec = {"module": __name__, "file": str(args.file.resolve()), "op": op.name, "device": device, "built": None, "what": str(args.file)}
+    spec = {"module": __name__, "file": str(args.file.resolve()), "op": op.name, "device": device, "built": None,
+            "what": str(args.file)}
     with tempfile.TemporaryDirectory(prefix="lab-try-") as folder:
         if args.file.suffix == ".cu":
             spec["built"] = str(build(args.file, op, device, Path(folder), args.timeout))
@@ -300,4 +301,5 @@ def verdicts(rows, name):
         share = "" if row.of_ceiling is None else f", {row.of_ceiling:.0%} of the ceiling"
         words = {"faster": "faster than", "slower": "slower than", "same": "the same as"}
         yield line + f"{row.us:.1f} us{share}; " + ", ".join(
-            f"{words.get(verdict, 'too close to call against')} {one_line(other)}" for other, verdict in (row.verdict or {}).items())
+            f"{words.get(verdict, 'too close to call against')} {one_line(other)}"
+            for other, verdict in (row.verdict or {}).items())

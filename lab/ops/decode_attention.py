@@ -141,8 +141,8 @@ def contents(q, k_cache, v_cache, block_table, context_lens, scale, splits=1, wo
 def check_tickets(op, workspace):
     """Raises LabError for a ticket that is not 0 between launches: the last block of a group would not know itself."""
     if workspace is not None and bool(workspace.tickets.any()):
-        refuse(op, "the workspace's tickets must be 0 between launches: make it by Workspace.empty, and a new one after a "
-                   "launch that failed")
+        refuse(op, "the workspace's tickets must be 0 between launches: make it by Workspace.empty, a new one after "
+                   "a launch that failed")
 
 
 def check_context(op, block_table, context_lens, k_cache):
