@@ -321,11 +321,17 @@ PATTERNS = {"lab._host": ["cuda_src/*.cu", "cuda_src/ladder/*.cu", "cuda_src/hos
             "lab._cuda": ["cuda_src/*.cu", "cuda_src/ladder/*.cu"]}
 
 
-def sources(module: Module) -> dict[str, str]:
+def folder_of(unit: Unit, module: Module, folder: Path) -> Path:
+    """Where a unit's object is kept. That of a file that is tried is not shared: two that are tried at the same time
+    must not link each other's."""
+    return folder if tried() and unit.source == tried()[1] else module.directory
+
+
+def sources(module: Module, folder: Path) -> dict[str, str]:
     """{file: digest} of the project's files that went into the objects of a module, and of this file."""
     found = {"setup.py": digest(Path(__file__))}
     for unit in module.units:
-        found |= made_of(module.directory / f"{unit.name}.o")["inputs"]
+        found |= made_of(folder_of(unit, module, folder) / f"{unit.name}.o")["inputs"]
     return {name: made for name, made in sorted(found.items()) if not Path(name).is_absolute()}
 
 
@@ -333,17 +339,18 @@ def facts_unit(module: Module, folder: Path) -> Unit:
     """What build_info() says, as a source file in `folder`."""
     facts = folder / "build_facts.cpp"
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**module.facts, "sources": sources(module), "patterns": PATTERNS[module.name]})
+    text = json.dumps({**module.facts, "sources": sources(module, folder), "patterns": PATTERNS[module.name]})
     write(facts, f'namespace lab {{\nconst char* build_facts() {{ return R"json({text})json"; }}\n}}\n')
     return Unit(facts, [*find_compiler(), "-O1", "-fPIC", "-fvisibility=hidden"])
 
 
 def build(module: Module, output: Path) -> None:
     """Compiles what has changed, and links if anything did."""
-    module.directory.mkdir(parents=True, exist_ok=True)
-    with ThreadPool(jobs()) as pool:
-        made = pool.map(lambda unit: compile_unit(unit, module.directory), module.units, chunksize=1)
     folder = output.parent if tried() else module.directory     # one of its own for each file that is tried
+    for directory in (module.directory, folder):
+        directory.mkdir(parents=True, exist_ok=True)
+    with ThreadPool(jobs()) as pool:
+        made = pool.map(lambda unit: compile_unit(unit, folder_of(unit, module, folder)), module.units, chunksize=1)
     made.append(compile_unit(facts_unit(module, folder), folder))
     objects = [str(path) for path, _ in made]
     compiled = sum(fresh for _, fresh in made)

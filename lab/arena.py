@@ -182,7 +182,9 @@ def allocate(nbytes: int, device: torch.device, file=None) -> torch.Tensor:
 
 
 def resize(file, nbytes: int) -> None:
-    os.ftruncate(file.fileno(), nbytes)
+    """Grows a file to `nbytes`; one that is larger stays so, for what is mapped may not shrink."""
+    if os.fstat(file.fileno()).st_size < nbytes:
+        os.ftruncate(file.fileno(), nbytes)
     if hasattr(os, "posix_fallocate"):                           # a full disk is an error here, not a fault later
         os.posix_fallocate(file.fileno(), 0, nbytes)
 

@@ -18,11 +18,12 @@ import torch
 from lab.arena import INTEGERS, Arena, tensors_in
 from lab.contract import BACKENDS, DTYPES, Op, Rand
 from lab.dispatch import select
-from lab.errors import LabError, Unavailable
+from lab.errors import LabError, Unavailable, error_text, one_line
 from lab.names import known
 from lab.worker import Worker
 
 POISON = -77777777          # for integer outputs, which have no NaN
+LONGEST = 500               # characters of what is said of a case
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,10 @@ def check_call(op: Op, function, arena: Arena, may_change: set[str]) -> Outcome:
     before.pop("out", None)
     a = op.bound(**before)
     if op.contents is not None:                                  # no kernel is given integers that lead it astray
-        op.contents(a)
+        try:
+            op.contents(a)
+        except LabError as error:                                # in the second call: of what the first has left
+            return Outcome(str(error), torch.inf)
     error = function.run(arena) if hasattr(function, "run") else run_here(function, arena)
     if error is None:
         error = arena.damage(may_change | set(op.mutates))
@@ -104,7 +108,7 @@ def run_here(function, arena: Arena) -> str | None:
     except Unavailable:
         raise
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        return error_text(error)
     return None if out is None or returned is out else "did not return the tensor given as out="
 
 
@@ -160,15 +164,23 @@ def check_cases(op, name, function, dtype_name, cases, device, seed) -> int:
     right = f"{len(cases) - len(wrong)}/{len(cases)} cases"
     print(f"{op.name:{max(len(o.name) for o in OPS)}} {dtype_name:4} {name:6} {right:13} {say}", flush=True)
     for c, outcome in wrong:
-        print(f"    {c.why} {dict(c.sizes)}: {outcome.error}")
+        print(f"    {c.why} {dict(c.sizes)}: {one_line(outcome.error)[:LONGEST]}")
     return len(wrong)
+
+
+def in_worker(spec: dict):
+    """name -> function of the ops of spec["backend"], in a worker's process."""
+    from lab.ops import OPS
+    name = spec["backend"]
+    ops = select(name, spec["device"], {op.name: name for op in OPS}, check_contents=True)
+    return lambda name: getattr(ops, name)
 
 
 def main(args) -> int:
     from lab.ops import OPS, find
     if args.exercise:
         from lab.learn import exercises
-        return exercises.main(args.exercise)
+        return exercises.main(args.exercise, args.timeout)
     chosen = [find(name) for name in args.op] if args.op else OPS
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device not in ("cpu", "cuda"):
@@ -191,7 +203,8 @@ def main(args) -> int:
 def check_all(args, chosen, backends, wanted, device, stack) -> int:
     """Runs the cases, each backend in a process of its own that ends with the stack; returns the exit status."""
     def functions_of(name, **spec):
-        return stack.enter_context(Worker({"device": device, "what": name, **spec}, args.timeout)).function
+        return stack.enter_context(Worker({"module": __name__, "device": device, "what": name, **spec},
+                                          args.timeout)).function
 
     if args.ladder:
         from lab import rungs
@@ -199,7 +212,7 @@ def check_all(args, chosen, backends, wanted, device, stack) -> int:
         halves = [name for name in backends if name in rungs.BACKENDS]
         if not halves:
             raise LabError(f"nothing to check: ladders exist in {' and '.join(rungs.BACKENDS)}")
-        functions = {name: functions_of(name, rungs=name) for name in halves}
+        functions = {name: functions_of(name, module="lab.ladder", backend=name) for name in halves}
         return 1 if ladder_check.check(args.op or rungs.OPS, functions, wanted, device, args.seed, args.quick) else 0
     functions = {name: functions_of(name, backend=name) for name in backends}
     failed = ran = 0

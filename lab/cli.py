@@ -97,8 +97,9 @@ class Completion(argparse.Action):
 {cases}
   esac
   [ "$COMP_CWORD" = 1 ] && words='{' '.join([*VERBS, *sorted(parser.words())])}'
-  COMPREPLY=($(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}")
-             $([ "$COMP_CWORD" = 1 ] || compgen -f -- "${{COMP_WORDS[COMP_CWORD]}}"))
+  COMPREPLY=($(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}"))
+  local IFS=$'\\n'                           # a file's name may hold spaces
+  [ "$COMP_CWORD" = 1 ] || COMPREPLY+=($(compgen -f -- "${{COMP_WORDS[COMP_CWORD]}}"))
 }}
 complete -o filenames -F _lab lab""")
         parser.exit()
@@ -157,6 +158,8 @@ def explain(error):
     """One line for an error that a user can mend; None for a fault of the lab."""
     if isinstance(error, LabError):
         return str(error)
+    if type(error) is ValueError and "embedded null" in str(error):
+        return "a path holds a NUL, which no file's name does"
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith(("lab", "triton_kernels")):
         return f"the package {error.name} is not installed: run `make setup`, then use .venv/bin/lab"
     if isinstance(error, OSError) and error.filename is not None:

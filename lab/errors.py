@@ -1,6 +1,8 @@
 """The errors a user can cause: one clear line each; the command line prints it and exits with 2."""
 import sys
 
+LONGEST = 10_000        # characters of an exception's text that are looked at
+
 
 class LabError(ValueError):
     """Bad input or an impossible request. The message says what is wrong and what to do about it."""
@@ -12,13 +14,22 @@ class Unavailable(LabError):
 
 def error_text(error: BaseException) -> str:
     """An exception as one short line for a record."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return f"{type(error).__name__}: {text}"[:300]
+    try:
+        text = one_line(str(error)[:LONGEST]) or type(error).__name__
+    except Exception:                                   # a __str__ of somebody else's that raises
+        text = "(its text cannot be had)"
+    return one_line(f"{type(error).__name__}: {text}")[:300]
 
 
 def one_line(text: str) -> str:
     """`text` as one line in which nothing steers a terminal: a control character is shown as its escape (\\x1b)."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+    return printable(" ".join(text.split()))
+
+
+def printable(text: str) -> str:
+    """`text` with an escape (\\x1b) for each character that would steer a terminal or begin a line."""
+    return text if text.isprintable() else "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def warn(message: str) -> None:

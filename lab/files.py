@@ -6,7 +6,7 @@ import os
 import stat
 from pathlib import Path
 
-from lab.errors import LabError
+from lab.errors import LabError, error_text
 
 LARGEST_TEXT = 1 << 28          # bytes: more than any model's JSON or template takes
 DEEPEST = 100                   # levels of nesting in a JSON file; real ones have about six
@@ -112,5 +112,5 @@ def python_module(path: Path):
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:                    # sys.exit(0) in it must not end the verb with success
-        raise LabError(f"{path}: {type(error).__name__}: {error}") from error
+        raise LabError(f"{path}: {error_text(error)}") from error
     return module

@@ -74,6 +74,11 @@ def _decode_attention(rung, q, k_cache, v_cache, table, lengths, scale, splits=1
 _TRITON = {"linear": _linear, "rmsnorm": _rmsnorm, "decode_attention": _decode_attention}
 
 
+def in_worker(spec: dict) -> Callable:
+    """name -> rung of spec["backend"] on spec["device"], in a worker's process."""
+    return lambda name: bind(rung_called(name), spec["backend"], spec["device"])
+
+
 def rung_called(name: str) -> Rung:
     """The rung that "linear 3" names."""
     op, number = name.split()

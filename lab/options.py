@@ -16,9 +16,11 @@ WHAT_A_FILE_CONTAINS = """\
 what FILE must contain:
   FILE.cu  the launcher that cuda_src/launchers.h declares for the op, such as
              void silu_mul(const SiluMulArgs& a)
-           with a.gate_up, a.y, a.rows, a.cols, a.dtype and a.stream, and the kernels that it launches. Include "common.cuh" and "launchers.h". Kernels are launched by
+           with a.gate_up, a.y, a.rows, a.cols, a.dtype and a.stream, and the kernels that it launches. Include
+           "common.cuh" and "launchers.h". Kernels are launched by
            launch({grid, block, bytes of dynamic shared memory, stream}, "name", kernel, arguments...), not by <<<>>>,
-           so that they run on a CPU too. dtype: 0 float32, 1 float16, 2 bfloat16.
+           and shared memory is auto& shared = lab::smem<Struct>(), not __shared__, so that they run on a CPU too.
+           dtype: 0 float32, 1 float16, 2 bfloat16.
   FILE.py  a function with the name and the arguments of that in triton_kernels/OP.py, such as
              def silu_mul(gate_up, y)
            and the @triton.jit kernels that it launches by kernel[grid](...), with @triton.autotune if you like.

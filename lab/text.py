@@ -1,4 +1,5 @@
 """Text for a terminal: columns that are as wide as what stands in them."""
+from lab.errors import printable
 
 
 def columns(rows, right=(), indent=""):
@@ -7,7 +8,7 @@ def columns(rows, right=(), indent=""):
     rows: sequences of cells, turned into text by str; a shorter row leaves the last columns empty. right: the numbers,
     from 0, of the columns whose cells end at one place.
     """
-    rows = [[str(cell) for cell in row] for row in rows]
+    rows = [[printable(str(cell)) for cell in row] for row in rows]       # cells may come from a file
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows), default=0))]
     return [(indent + "  ".join(cell.rjust(width) if i in right else cell.ljust(width)
                                 for i, (cell, width) in enumerate(zip(row, widths)))).rstrip() for row in rows]

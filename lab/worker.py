@@ -1,6 +1,7 @@
 """A process of its own for kernels that are checked: whatever they do, the judge stays alive, and judges.
 
-A `Worker` loads one file or backend in a new Python process. `Worker.function(name)` is a function whose method
+A `Worker` loads one file or backend in a new Python process: spec["module"] names the module whose in_worker(spec)
+does. `Worker.function(name)` is a function whose method
 run(arena) has that process call the op of this name on the arena's tensors, in memory that both processes map. Only the
 tensors' contents count: the worker's word that a call is done makes nothing right, and a worker that ends, by exit(0)
 too, that crashes or takes too long is a failed case with a message. The next case gets a new process.
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import json
 import os
 import pickle
@@ -21,9 +23,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from lab.errors import LabError, Unavailable
+from lab.errors import LabError, Unavailable, error_text
 
 ROOT = Path(__file__).resolve().parent.parent
+LARGEST_FILE = 1 << 30          # bytes that a kernel may write into one
+LONGEST_REPLY = 1 << 20         # bytes
 MOST_DEATHS = 5         # then the remaining cases are not tried: each new process costs seconds
 
 
@@ -32,14 +36,16 @@ class Died(Exception):
 
 
 class Worker:
-    """Runs what `spec` names in a process of its own (see load()). A context manager: at its end the process is killed.
+    """Runs what `spec` names in a process of its own. A context manager: at its end the process is killed.
 
+    spec: "module", whose function in_worker(spec) gives name -> function of an op's arguments; "device"; "what" is
+    loaded, for messages; and what the module wants.
     timeout: seconds for loading it and for each call; None: no limit.
     """
 
     def __init__(self, spec: dict, timeout: float | None):
         self.spec, self.timeout, self.process = spec, timeout, None
-        self.file = tempfile.NamedTemporaryFile(prefix="lab-arena-")
+        self.file, self.file_name = arena_file()
         self.deaths, self.given_up = 0, None
 
     def __enter__(self):
@@ -59,8 +65,9 @@ class Worker:
         environment = {**os.environ,
                        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
         self.process = subprocess.Popen([sys.executable, "-m", "lab.worker", str(requests), str(replies)],
-                                        stdin=subprocess.DEVNULL, env=environment, pass_fds=(requests, replies),
-                                        start_new_session=True)
+                                        stdin=subprocess.DEVNULL, stdout=2, env=environment, start_new_session=True,
+                                        pass_fds=(requests, replies, self.file.fileno()))
+        os.set_blocking(self.requests, False)
         os.close(requests)
         os.close(replies)
         try:
@@ -72,13 +79,14 @@ class Worker:
         """Sends a request, waits for the answer. Raises Died, LabError if the worker refuses, Unavailable likewise."""
         nonce = secrets.token_hex(8)
         message = pickle.dumps({**request, "nonce": nonce})
+        deadline = time.monotonic() + self.timeout if limited and self.timeout is not None else None
         with contextlib.suppress(BrokenPipeError):               # it has ended: its exit status says more
-            write_all(self.requests, len(message).to_bytes(8, "little") + message)
+            self.send(len(message).to_bytes(8, "little") + message, deadline)
         try:
-            reply = json.loads(self.read_line(self.timeout if limited else None))
+            reply = json.loads(self.read_line(deadline))
             if reply.pop("nonce") != nonce:
                 raise ValueError
-        except (ValueError, KeyError, AttributeError, TypeError):
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             self.kill()
             raise Died("wrote into the pipe of the check") from None
         if "unavailable" in reply:
@@ -87,33 +95,56 @@ class Worker:
             raise LabError(reply["refused"])
         return reply
 
-    def read_line(self, timeout: float | None) -> bytes:
-        deadline, line = None if timeout is None else time.monotonic() + timeout, b""
+    def send(self, data: bytes, deadline: float | None) -> None:
+        while data:
+            self.wait_for([], [self.requests], deadline)
+            data = data[os.write(self.requests, data[:4096]):]   # what select says a pipe has room for
+
+    def read_line(self, deadline: float | None) -> bytes:
+        """Raises ValueError for more than an answer may be, Died where none comes."""
+        line = b""
         while not line.endswith(b"\n"):
-            left = None if deadline is None else deadline - time.monotonic()
-            if left is not None and left <= 0 or not select.select([self.replies], [], [], left)[0]:
-                self.kill()
-                raise Died(f"did not end within {timeout:g} s (--timeout)")
+            self.wait_for([self.replies], [], deadline)
             part = os.read(self.replies, 65536)
             if not part:
                 raise Died(how_it_ended(self.wait()))
             line += part
+            if len(line) > LONGEST_REPLY:
+                raise ValueError
         return line
 
-    def wait(self) -> int:
-        """The exit status of a process that has closed its pipe, as subprocess has it."""
+    def wait_for(self, readable: list, writable: list, deadline: float | None) -> None:
+        """Returns when one of the pipes is ready. Raises Died at the deadline, and where the process has ended though
+        one that it started has the pipe open still."""
+        while True:
+            ended = self.process.poll() is not None
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                self.kill()
+                raise Died(f"did not end within {self.timeout:g} s (--timeout)")
+            if any(select.select(readable, writable, [], 0 if ended else min(1.0, left or 1.0))):
+                return
+            if ended:
+                raise Died(how_it_ended(self.wait()))
+
+    def wait(self) -> int | None:
+        """The exit status of a process that has closed its pipe, as subprocess has it; None where it lived on."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(5)
         status = self.process.poll()
         self.kill()
-        return 0 if status is None else status
+        return status
 
     def kill(self) -> None:
         """Ends the process and all that it started."""
         if self.process is None:
             return
+        started = descendants(self.process.pid)                 # those in a session of their own are in no group of it
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
+        for pid in started:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
         self.process.wait()
         os.close(self.requests)
         os.close(self.replies)
@@ -126,7 +157,7 @@ class Worker:
         if self.process is None:
             self.start()
         try:
-            reply = self.ask({"call": name, "file": self.file.name, "nbytes": arena.memory.numel(),
+            reply = self.ask({"call": name, "file": self.file_name, "nbytes": arena.memory.numel(),
                               "layout": arena.layout(), "recipe": arena.recipe})
         except Died as died:
             self.deaths += 1
@@ -137,7 +168,7 @@ class Worker:
             return f"the kernel's process {died}"
         if reply.get("broken"):
             self.kill()
-        return reply.get("error")
+        return str(reply["error"]) if reply.get("error") is not None else None
 
 
 class Function:
@@ -150,12 +181,36 @@ class Function:
         return self.worker.call(self.name, arena)
 
 
+def arena_file():
+    """(a file for arenas, the name by which a worker opens it). On Linux it is memory that nobody can shorten: a file
+    cut off by a kernel would end the process that reads it, the judge, by SIGBUS."""
+    if not hasattr(os, "memfd_create"):
+        file = tempfile.NamedTemporaryFile(prefix="lab-arena-")
+        return file, file.name
+    import fcntl
+    fd = os.memfd_create("lab-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+    return os.fdopen(fd, "r+b", buffering=0), f"/proc/self/fd/{fd}"
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that a process has started, and those that they have; [] where there is no /proc."""
+    found = []
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for child in map(int, file.read_text().split()):
+                found += [child, *descendants(child)]
+    return found
+
+
 def write_all(fd: int, data: bytes) -> None:
     while data:
         data = data[os.write(fd, data):]
 
 
-def how_it_ended(status: int) -> str:
+def how_it_ended(status: int | None) -> str:
+    if status is None:
+        return "closed the pipe of the check"
     if status >= 0:
         return f"ended with exit status {status} before it was done"
     try:
@@ -165,22 +220,6 @@ def how_it_ended(status: int) -> str:
 
 
 # ---- in the worker's process -----------------------------------------------------------------------------------------
-
-def load(spec: dict):
-    """(name -> function of an op's arguments) for {"backend", "device"}, or {"file", "op", "device", "built"}."""
-    from lab.ops import OPS, find
-    if "file" in spec:
-        from lab.learn import own_kernel
-        function = own_kernel.function_of(Path(spec["file"]), find(spec["op"]), spec["device"], spec["built"])
-        return {spec["op"]: function}.__getitem__
-    if "rungs" in spec:
-        from lab import ladder
-        return lambda name: ladder.bind(ladder.rung_called(name), spec["rungs"], spec["device"])
-    from lab.dispatch import select as select_ops
-    ops = select_ops(spec["backend"], spec["device"], {op.name: spec["backend"] for op in OPS},
-                     check_contents=True)
-    return lambda name: getattr(ops, name)
-
 
 def call(function, device: str, request: dict) -> dict:
     """Runs a function on the arena of a request; what it wrote is in the file when this returns."""
@@ -198,42 +237,50 @@ def call(function, device: str, request: dict) -> dict:
             shared.copy_(memory)                                 # waits for the kernel
     except Unavailable as error:
         return {"unavailable": str(error)}
-    except Exception as error:
+    except BaseException as error:                               # sys.exit() in a kernel, too
         broken = False
         if memory.is_cuda:
             try:
                 torch.cuda.synchronize()
             except Exception:                                    # the CUDA context is lost
                 broken = True
-        return {"error": f"{type(error).__name__}: {error}", "broken": broken}
+        return {"error": error_text(error), "broken": broken}
     return {} if out is None or returned is out else {"error": "did not return the tensor given as out="}
 
 
 def answer(state: dict, request: dict) -> dict:
     try:
         if "load" in request:
-            state["spec"] = request["load"]
-            state["functions"] = load(request["load"])
+            state["spec"] = spec = request["load"]
+            state["module"] = importlib.import_module(spec["module"])
+            state["functions"] = state["module"].in_worker(spec)
             return {}
         if "call" in request:
             return call(state["functions"](request["call"]), state["spec"]["device"], request)
-        from lab.learn import own_kernel
-        return {"status": own_kernel.race_in_worker(state["functions"](request["race"]), *request["arguments"])}
+        return {"result": getattr(state["module"], request["run"])(state["functions"], *request["arguments"])}
     except Unavailable as error:
         return {"unavailable": str(error)}
     except LabError as error:
         return {"refused": str(error)}
+    except BaseException as error:                               # of the file that is loaded: the lab's own are tested
+        return {"refused": f"{state['spec']['what']}: {error_text(error)}"}
 
 
 def main(requests: int, replies: int) -> None:
     if sys.platform == "linux":                                  # ends with its parent, whatever the kernel does
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(36, 1)                           # and is the parent of what a child of it leaves behind
+        import resource
+        resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_FILE, LARGEST_FILE))     # the arena's file is memory
     state, pipe = {}, os.fdopen(requests, "rb")
     while size := pipe.read(8):
         request = pickle.loads(pipe.read(int.from_bytes(size, "little")))
         reply = {**answer(state, request), "nonce": request["nonce"]}
         sys.stdout.flush()
-        write_all(replies, json.dumps(reply).encode() + b"\n")
+        try:
+            write_all(replies, json.dumps(reply).encode() + b"\n")
+        except OSError:                                          # a kernel has closed it
+            os._exit(1)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 from lab import options, rungs
 from lab.arguments import names, numbers
 from lab.contract import BACKENDS, DTYPES
-from lab.errors import LabError
+from lab.errors import LabError, one_line
 from lab.harness import ceiling, crossover, ladder_bench, ledger, model_bench, ops_bench, shapes, timing
 from lab.model.plans import PLANS, find_plan, refusal
 from lab.names import known
@@ -153,7 +153,8 @@ def say(session, complete):
     failed = f", {len(errors)} failed" if errors else ""
     print(f"run {session.run}: {session.new} new lines in {session.path}{failed}")
     for r in errors[:5]:
-        print(f"  failed: {r.kind} {getattr(r, 'op', None) or getattr(r, 'model', '')} {r.backend}: {r.error}")
+        name = getattr(r, "op", None) or getattr(r, "model", "")
+        print("  " + one_line(f"failed: {r.kind} {name} {r.backend}: {r.error}"))
     if not complete:
         print("stopped before the end: the same command goes on from here")
     if errors and not measured:

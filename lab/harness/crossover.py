@@ -60,9 +60,15 @@ def cells(rows, model, dtype="bf16", cache=None):
 
 
 def total(parts):
-    """Times of several shapes as one: medians and spreads add up (the spread so errs on the wide side)."""
-    return SimpleNamespace(**{f: sum(n * getattr(r, f) for n, r in parts) for f in ("us", "us_p10", "us_p90")},
-                           n=min(r.n for _, r in parts))
+    """Times of several shapes as one: medians and spreads add up (the spread so errs on the wide side). What a part
+    does not know the sum does not know either."""
+    def combined(field, by):
+        known = [(n, getattr(r, field)) for n, r in parts]
+        return None if any(value is None for _, value in known) else by(known)
+
+    return SimpleNamespace(**{f: combined(f, lambda known: sum(n * value for n, value in known))
+                              for f in ("us", "us_p10", "us_p90")},
+                           n=combined("n", lambda known: min(value for _, value in known)))
 
 
 def table(found):

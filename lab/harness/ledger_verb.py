@@ -3,7 +3,7 @@ import torch
 
 from lab.arguments import names
 from lab.contract import BACKENDS
-from lab.errors import LabError, shown
+from lab.errors import LabError, one_line, shown
 from lab.harness import bench, shapes
 from lab.names import known
 from lab.records import compare
@@ -39,7 +39,7 @@ def text_of(rows):
         for r in sorted(mine, key=lambda r: r.order):
             name = " ".join(w for w in (r.op, r.role) if w) if r.row in ("kernel", "chain") else r.row
             if r.error:
-                lines.append(f"  {name} failed: {r.error}")
+                lines.append("  " + one_line(f"{name} failed: {r.error}"))
                 continue
             cells.append((name, shown(r.kernel or "", quotes=False), r.calls or "", f"{r.us:.1f}",
                           "" if r.bytes is None else f"{r.bytes / 1e6:.1f}", "" if r.gbps is None else f"{r.gbps:.0f}",

@@ -56,7 +56,7 @@ def fairness(op, dtype, sizes, arch, run=None):
 
 def tried(backend, op, gpu):
     """How many settings `lab tune` raced for the op on this architecture, over all shapes and dtypes."""
-    return sum(e["tried"] for e in tuned.read(tuned.path_of(backend, gpu.triton)) if e["op"] == op.name)
+    return sum(e.get("tried", 0) for e in tuned.read(tuned.path_of(backend, gpu.triton)) if e["op"] == op.name)
 
 
 SUFFIX = {"cuda": ".cu", "triton": ".py"}

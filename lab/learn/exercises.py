@@ -3,7 +3,8 @@
 The kernels are cuda_src/exercises/NAME.cu and triton_kernels/exercises/NAME.py, with the question at their top and a
 solution in the folder solutions beside them. CUDA kernels are compiled by the C++ compiler for the CPU, where shared
 memory starts as NaN, and run in a fixed and in random orders of their threads; their checks are in
-cuda_src/exercises/check. Triton kernels run in the interpreter, with NaN behind what they may read. What performance
+cuda_src/exercises/check. Triton kernels run in the interpreter, in a process of their own (lab/worker.py) and with NaN
+around every tensor. What performance
 exercises count (lines and banks that a warp touches) is counted exactly; nothing is timed.
 """
 from __future__ import annotations
@@ -19,9 +20,11 @@ from pathlib import Path
 
 import torch
 
-from lab.errors import LabError, Unavailable
+from lab.arena import Arena
+from lab.errors import LabError, Unavailable, one_line
 from lab.files import python_module
 from lab.names import known
+from lab.worker import Worker
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SEEDS = (None, 1, 2, 3, 4)              # LAB_HOST_SEED: the fixed order of threads, then random ones
@@ -33,15 +36,17 @@ class Exercise:
     name: str
     summary: str
     path: Path                          # the file that the learner mends
-    run: Callable                       # (path) -> what is wrong, or None
+    run: Callable                       # (path, limit in seconds) -> what is wrong, or None
 
     @property
     def solution(self) -> Path:
         return self.path.parent / "solutions" / self.path.name
 
 
-def check(name: str, path: Path | None = None) -> str | None:
+def check(name: str, path: Path | None = None, timeout: float = 60.0) -> str | None:
     """What is wrong with the exercise (or with the file `path` in its place), or None if it is mended.
+
+    timeout: seconds that a call of a kernel may take.
 
     Raises LabError for an unknown name and for a file that does not compile.
     """
@@ -49,16 +54,16 @@ def check(name: str, path: Path | None = None) -> str | None:
     path = path or exercise.path
     if not path.exists():
         raise LabError(f"exercise {name}: {path} is not there")
-    return exercise.run(path)
+    return exercise.run(path, timeout)
 
 
-def main(name: str) -> int:
+def main(name: str, timeout: float = 60.0) -> int:
     """Prints whether the exercise is mended; `list` names all. Returns the exit status."""
     if name == "list":
         for exercise in EXERCISES.values():
             print(f"{exercise.name:14} {exercise.summary}  ({exercise.path.relative_to(ROOT)})")
         return 0
-    wrong = check(name)
+    wrong = check(name, timeout=timeout)
     shown = EXERCISES[name].path.relative_to(ROOT)
     if wrong is None:
         print(f"{name}: mended")
@@ -69,20 +74,20 @@ def main(name: str) -> int:
 
 # ---- CUDA: compiled for the CPU --------------------------------------------------------------------------------------
 
-def _cuda(path: Path) -> str | None:
+def _cuda(path: Path, timeout: float) -> str | None:
     program = _build(path)
     try:
         for seed in SEEDS:
             environment = {k: v for k, v in os.environ.items() if not k.startswith("LAB_HOST_")}
             if seed is not None:
                 environment["LAB_HOST_SEED"] = str(seed)
-            done = subprocess.run([program], env=environment, capture_output=True, text=True, timeout=60)
+            done = subprocess.run([program], env=environment, capture_output=True, errors="replace", timeout=timeout)
             if done.returncode:
                 said = (done.stdout + done.stderr).strip() or f"the program ended with exit code {done.returncode}"
                 order = "the fixed order" if seed is None else f"random order {seed}"
                 return f"{said} (threads in {order})"
     except subprocess.TimeoutExpired:
-        return "the kernel does not end"
+        return f"the kernel did not end within {timeout:g} s (--timeout)"
     finally:
         program.unlink(missing_ok=True)
     return None
@@ -128,20 +133,46 @@ def _compiler() -> list[str]:
 
 # ---- Triton: interpreted ---------------------------------------------------------------------------------------------
 
-def _tail_mask(path: Path) -> str | None:
-    function = python_module(path).row_mean
+def in_worker(spec: dict) -> Callable:
+    """name -> the function of this name in spec["file"], in a worker's process."""
+    from triton_kernels.interpreter import launches_interpreted
+    module = python_module(Path(spec["file"]))
+
+    def function(name):
+        def call(*args, out):
+            with launches_interpreted():
+                getattr(module, name)(*args, out)
+            return out
+        return call
+
+    return function
+
+
+def _triton(name: str, cases: Callable) -> Callable:
+    """The run of an Exercise whose file has a function `name`, of tensors and the output.
+
+    cases: a function that gives (what the case is, the tensors, the right output).
+    """
+    def run(path: Path, timeout: float) -> str | None:
+        spec = {"module": __name__, "device": "cpu", "file": str(path), "what": str(path)}
+        with Worker(spec, timeout) as worker:
+            worker.start()
+            for what, tensors, want in cases():
+                wrong = _differs(worker.function(name), tensors, want)
+                if wrong:
+                    return f"{what}: {wrong}"
+        return None
+    return run
+
+
+def _tail_mask():
     for rows, cols in ((3, 64), (4, 40), (2, 7)):
-        memory = torch.full((rows * cols + 64,), torch.nan)
-        x, y = memory[:rows * cols].view(rows, cols), torch.full((rows,), torch.nan)
-        x.copy_(torch.arange(rows * cols).view(rows, cols) % 13)
-        wrong = _differs(y, x.double().mean(1), function, x, y)
-        if wrong:
-            return f"{rows} rows of {cols}: {wrong}"
-    return None
+        memory = torch.full((rows * cols + 64,), torch.nan)     # behind x, so that a read past its end is a wrong mean
+        x = memory[:rows * cols].view(rows, cols).copy_(torch.arange(rows * cols).view(rows, cols) % 13)
+        yield f"{rows} rows of {cols}", (x,), x.double().mean(1)
 
 
-def _split_merge(path: Path) -> str | None:
-    function = python_module(path).merge
+def _split_merge():
     generator = torch.Generator().manual_seed(0)
     for lengths, spread in (((8, 8), 0.0), ((8, 5, 3), 2.0), ((1, 16), 9.0)):
         scores = torch.randn(sum(lengths), generator=generator).double() * spread
@@ -151,21 +182,19 @@ def _split_merge(path: Path) -> str | None:
         weights = [torch.exp(s - s.max()) for s, _ in splits]
         sums = torch.stack([w @ v for w, (_, v) in zip(weights, splits)])
         masses = torch.stack([w.sum() for w in weights])
-        out = torch.full((16,), torch.nan)
-        want = torch.softmax(scores, 0) @ values
-        wrong = _differs(out, want, function, sums.float(), tops.float(), masses.float(), out)
-        if wrong:
-            return f"splits of {', '.join(map(str, lengths))} tokens, largest scores " \
-                   f"{', '.join(f'{float(t):.2f}' for t in tops)}: {wrong}"
-    return None
+        yield (f"splits of {', '.join(map(str, lengths))} tokens, largest scores {', '.join(f'{t:.2f}' for t in tops)}",
+               (sums.float(), tops.float(), masses.float()), torch.softmax(scores, 0) @ values)
 
 
-def _differs(out, want, function, *args) -> str | None:
-    """Calls function(*args), which fills `out`, and says where it is not `want`; a kernel that raises is wrong too."""
-    try:
-        function(*args)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
+def _differs(function, tensors, want) -> str | None:
+    """Has a worker call function(*tensors, out); says where `out` is not `want`. A kernel that raises is wrong too."""
+    values = {str(i): t for i, t in enumerate(tensors)} | {"out": torch.full(want.shape, torch.nan)}
+    arena = Arena(values, file=function.file)
+    arena.remember()
+    error = function.run(arena) or arena.damage({"out"})
+    if error:
+        return one_line(error)
+    out = arena.values()["out"]
     bad = ~((out.double() - want).abs() <= 1e-4 * (1 + want.abs()))     # true for NaN as well
     if not bad.any():
         return None
@@ -175,9 +204,11 @@ def _differs(out, want, function, *args) -> str | None:
 
 def _exercises():
     cuda, triton = ROOT / "cuda_src" / "exercises", ROOT / "triton_kernels" / "exercises"
-    return [Exercise("tail_mask", "a row whose end is no multiple of the block", triton / "tail_mask.py", _tail_mask),
+    return [Exercise("tail_mask", "a row whose end is no multiple of the block", triton / "tail_mask.py",
+                     _triton("row_mean", _tail_mask)),
             Exercise("barrier", "a tile in shared memory that is used again", cuda / "barrier.cu", _cuda),
-            Exercise("split_merge", "the shares of a split softmax", triton / "split_merge.py", _split_merge),
+            Exercise("split_merge", "the shares of a split softmax", triton / "split_merge.py",
+                     _triton("merge", _split_merge)),
             Exercise("empty_split", "a split without a token", cuda / "empty_split.cu", _cuda),
             Exercise("coalescing", "which thread takes which numbers", cuda / "coalescing.cu", _cuda),
             Exercise("bank_conflict", "a column of a tile in shared memory", cuda / "bank_conflict.cu", _cuda)]

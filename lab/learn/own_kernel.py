@@ -28,8 +28,8 @@ from lab.backends import load
 from lab.check import check_cases
 from lab.contract import BACKENDS, DTYPES, Op
 from lab.dispatch import bind
-from lab.errors import LabError, Unavailable
-from lab.files import python_module
+from lab.errors import LabError, Unavailable, one_line
+from lab.files import python_module, regular_file
 from lab.names import known
 from lab.ops import find
 from lab.worker import Died, Worker
@@ -51,8 +51,9 @@ def function_of(path: Path, op: Op, device: str, built: str | None = None):
 
 
 def require_kernel_file(path: Path) -> None:
-    if not path.is_file():
+    if not path.exists():
         raise LabError(f"{path}: no such file")
+    regular_file(path)
     if path.suffix not in (".cu", ".py"):
         raise LabError(f"{path}: give a .cu file (CUDA) or a .py file (Triton)")
 
@@ -127,10 +128,30 @@ def build(path: Path, op: Op, device: str, folder: Path, timeout: float) -> Path
                    "LAB_TRY_SECONDS": str(timeout)}
     status, said = run_group([*SETUP, str(folder)], environment)
     if status:
+        if advice := for_the_cpu(path, said, device):
+            raise LabError(f"{path}: {advice}")
+        if "not compiled within" in said:
+            raise LabError(f"{path} was not compiled within {timeout:g} s (--timeout)")
         sys.stderr.write(said)
         raise LabError(f"{path} does not compile, or lacks the launcher {op.name} of cuda_src/launchers.h; what the "
                        "compiler says is above")
     return max(folder.glob(f"lab/{name}.*"), key=lambda file: file.stat().st_mtime_ns)
+
+
+def for_the_cpu(path: Path, said: str, device: str) -> str | None:
+    """What to write instead of what nvcc takes and the C++ compiler of the CPU does not; None where that is not it.
+
+    said: the compiler's output.
+    """
+    if device == "cuda":
+        return None
+    if found := re.search(r":(\d+):\d+: error: (use lab::smem.*)", said):
+        return f"line {found[1]}: {found[2]}"
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        if "<<<" in line.partition("//")[0]:
+            return (f"line {number}: kernel<<<grid, block, bytes, stream>>>(...) does not compile for the CPU: write "
+                    'launch({grid, block, bytes, stream}, "name", kernel, ...)')
+    return None
 
 
 def compiled(source: Path, objects: Path) -> bool:
@@ -161,7 +182,10 @@ class CudaFile:
         spec = importlib.util.spec_from_file_location(f"lab_try.{name}", built)
         try:
             extension = importlib.util.module_from_spec(spec)
-        except ImportError as error:                # the linker leaves a missing launcher to the loader
+        except ImportError as error:                # the linker leaves what is missing to the loader
+            symbol = re.search(r"undefined symbol: (\w+)", str(error))
+            if symbol and op.name not in symbol[1]:
+                raise LabError(f"{path} declares and uses {symbol[1]}, which is defined nowhere") from None
             raise LabError(f"{path} lacks the launcher {op.name} of cuda_src/launchers.h, {declaration(op.name)} ({error})"
                            ) from None
         spec.loader.exec_module(extension)
@@ -189,7 +213,8 @@ def main(args) -> int:
     name = args.file.name
     if name in BACKENDS:
         raise LabError(f"{name} is a backend's name: call the file something else")
-    spec = {"file": str(args.file.resolve()), "op": op.name, "device": device, "built": None, "what": str(args.file)}
+    spec = {"module": __name__, "file": str(args.file.resolve()), "op": op.name, "device": device, "built": None,
+            "what": str(args.file)}
     with tempfile.TemporaryDirectory(prefix="lab-try-") as folder:
         if args.file.suffix == ".cu":
             spec["built"] = str(build(args.file, op, device, Path(folder), args.timeout))
@@ -214,7 +239,8 @@ def try_in(worker: Worker, op: Op, name: str, args, dtypes, device: str) -> int:
         return 0
     options = {key: getattr(args, key) for key in ("op", "file", "out", "model", "batch", "context")}
     try:
-        status = worker.ask({"race": op.name, "arguments": (name, options, dtypes)}, limited=False)["status"]
+        status = worker.ask({"run": "race_in_worker", "arguments": (op.name, name, options, dtypes)},
+                            limited=False).get("result")
     except Died as died:
         raise LabError(f"{args.file}: the process of the race {died}") from None
     print("checked again after the race, in the same process:")
@@ -222,12 +248,18 @@ def try_in(worker: Worker, op: Op, name: str, args, dtypes, device: str) -> int:
     if failed:
         print(f"{failed} cases failed after the race: these times are of a kernel that is wrong")
         return 1
-    return status or draw(name, args)
+    return draw(name, args) if status == 0 else 1
 
 
-def race_in_worker(function, name: str, options: dict, dtypes) -> int:
+def in_worker(spec: dict):
+    """name -> the function in spec["file"], in a worker's process."""
+    function = function_of(Path(spec["file"]), find(spec["op"]), spec["device"], spec["built"])
+    return {spec["op"]: function}.__getitem__
+
+
+def race_in_worker(functions, op: str, name: str, options: dict, dtypes) -> int:
     """The measurement, in the process that has loaded the file; its records are read and drawn by the other one."""
-    return measure(find(options["op"]), name, function, SimpleNamespace(**options), dtypes)
+    return measure(find(op), name, functions(op), SimpleNamespace(**options), dtypes)
 
 
 def race(op: Op, name: str, function, args, dtypes) -> int:
@@ -261,11 +293,12 @@ def verdicts(rows, name):
         (True, "graph"), (False, "wall"))]
     for row in (r for r in own if r.run == own[-1].run):
         size = " ".join(f"{k}={v}" for k, v in row.shape.items())
-        line = f"{row.op} {row.role or ''} {row.dtype} batch {row.batch} {size}: "
+        line = one_line(f"{row.op} {row.role or ''} {row.dtype} batch {row.batch} {size}: ") + " "
         if row.error:
-            yield line + f"failed: {row.error}"
+            yield line + one_line(f"failed: {row.error}")
             continue
         share = "" if row.of_ceiling is None else f", {row.of_ceiling:.0%} of the ceiling"
         words = {"faster": "faster than", "slower": "slower than", "same": "the same as"}
         yield line + f"{row.us:.1f} us{share}; " + ", ".join(
-            f"{words.get(verdict, 'too close to call against')} {other}" for other, verdict in (row.verdict or {}).items())
+            f"{words.get(verdict, 'too close to call against')} {one_line(other)}"
+            for other, verdict in (row.verdict or {}).items())

@@ -54,7 +54,7 @@ def validate(q, k_cache, v_cache, block_table, context_lens, scale, splits=1, wo
         refuse(name, f"head_dim {head_dim} is not 64, 96 or 128")
     check_cache(name, k_cache, v_cache, block_table, batch, None, head_dim, dtype)
     kv_heads = k_cache.shape[1]
-    if q_heads % kv_heads or q_heads > kv_heads * MAX_GROUP:
+    if not kv_heads or q_heads % kv_heads or q_heads > kv_heads * MAX_GROUP:
         refuse(name, f"{q_heads} query heads must be 1 to {MAX_GROUP} times the {kv_heads} KV heads")
     if not (context_lens.shape == (batch,) and context_lens.dtype == torch.int32):
         refuse(name, "context_lens must be int32 [batch]")
@@ -68,6 +68,8 @@ def validate(q, k_cache, v_cache, block_table, context_lens, scale, splits=1, wo
         if not (partial.shape == (batch, kv_heads, splits, q_heads // kv_heads, head_dim + 2)
                 and tickets.shape == (batch, kv_heads)):
             refuse(name, "the workspace is of another size")
+        if partial.dtype != torch.float32 or tickets.dtype != torch.int32:
+            refuse(name, "the workspace must hold float32 partial results and int32 tickets")
         dense(name, device, partial, tickets)
     if out is not None:
         if not (out.shape == shape and out.dtype == dtype):
@@ -131,8 +133,17 @@ def torch_(q, k_cache, v_cache, block_table, context_lens, scale, splits=1, work
 
 
 def contents(a):
-    """Raises LabError for a context longer than its row of the table and for a page that the cache does not have."""
+    """Raises LabError for a context longer than its row of the table, for a page that the cache does not have and for a
+    ticket that is not 0."""
     check_context("decode_attention", a.block_table, a.context_lens, a.k_cache)
+    check_tickets("decode_attention", a.workspace)
+
+
+def check_tickets(op, workspace):
+    """Raises LabError for a ticket that is not 0 between launches: the last block of a group would not know itself."""
+    if workspace is not None and bool(workspace.tickets.any()):
+        refuse(op, "the workspace's tickets must be 0 between launches: make it by Workspace.empty, a new one after "
+                   "a launch that failed")
 
 
 def check_context(op, block_table, context_lens, k_cache):

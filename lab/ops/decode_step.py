@@ -10,6 +10,7 @@ A negative position marks an idle row: nothing is written. An id outside the voc
 Rows of every matrix begin at multiples of 16 bytes; a KV head has at most 8 query heads.
 Halves: cuda_src/decode_step.cu, triton_kernels/decode_step.py
 """
+import math
 from dataclasses import dataclass
 
 import torch
@@ -122,12 +123,18 @@ class StepWorkspace:
 
     @classmethod
     def of(cls, m):
-        device, sizes = m.embed.device, (m.embed.shape[1], (m.q_heads + 2 * m.kv_heads) * m.head_dim,
-                                         m.q_heads * m.head_dim, m.intermediate)
-        partial = torch.empty(m.kv_heads, MAX_SPLITS, m.group, m.head_dim + 2, device=device)
-        return cls(*(torch.empty(n, dtype=m.embed.dtype, device=device) for n in sizes), partial,
-                   torch.zeros(sum(sizes) // 2 + partial.numel(), dtype=torch.int64, device=device),
-                   torch.zeros(TICKETS + m.kv_heads, dtype=torch.int32, device=device))
+        return cls(*((torch.zeros if part in ("words", "counters") else torch.empty)(
+            shape, dtype=dtype, device=m.embed.device) for part, (shape, dtype) in cls.sizes(m).items()))
+
+    @staticmethod
+    def sizes(m) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """The shape and the dtype of each tensor."""
+        partial = m.kv_heads, MAX_SPLITS, m.group, m.head_dim + 2
+        rows = dict(h=m.embed.shape[1], qkv=(m.q_heads + 2 * m.kv_heads) * m.head_dim,
+                    attention=m.q_heads * m.head_dim, act=m.intermediate)
+        return {**{name: ((n,), m.embed.dtype) for name, n in rows.items()}, "partial": (partial, torch.float32),
+                "words": ((sum(rows.values()) // 2 + math.prod(partial),), torch.int64),
+                "counters": ((TICKETS + m.kv_heads,), torch.int32)}
 
 
 def validate(ids, positions, model, k_cache, v_cache, block_table, logits, workspace, out=None):
@@ -142,9 +149,10 @@ def validate(ids, positions, model, k_cache, v_cache, block_table, logits, works
     dense(name, device, k_cache, v_cache)
     check_cache(name, k_cache[0], v_cache[0], block_table, 1, model.kv_heads, model.head_dim, model.embed.dtype)
     m, w = model, workspace
-    if not (w.partial.shape == (m.kv_heads, MAX_SPLITS, m.group, m.head_dim + 2) and w.h.shape == (m.embed.shape[1],)
-            and w.act.shape == (m.intermediate,)):
-        refuse(name, "the workspace is of another size: make it by StepWorkspace.of(model)")
+    wanted = StepWorkspace.sizes(m)
+    if any((t := getattr(w, part)).shape != shape or t.dtype != dtype for part, (shape, dtype) in wanted.items()):
+        refuse(name, "the workspace is of another size or dtype: make it by StepWorkspace.of(model)")
+    dense(name, device, *(getattr(w, part) for part in wanted))
     if not (logits.shape == (1, model.lm_head.shape[0]) and logits.dtype == torch.float32):
         refuse(name, "logits must be float32 [1, vocab]")
     dense(name, device, logits)

@@ -94,9 +94,10 @@ def torch_(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, b
 
 def contents(a):
     """Raises LabError for a position past cos_sin or the table, for a page that the cache does not have, and for one that
-    is written while another live row has it."""
+    is written while another live row has it, and for a ticket that is not 0."""
     check_positions("rope_append_attention", a.positions, a.cos_sin.shape[0], "cos_sin")
     check_append("rope_append_attention", a.block_table, a.positions, a.k_cache)
+    decode_attention.check_tickets("rope_append_attention", a.workspace)
 
 
 def inputs(rand, positions, q_heads, kv_heads, head_dim, page_size=16, splits=1, qk_norm=False, poison=False, apart=False,

@@ -408,7 +408,7 @@ MAY_BE_NEGATIVE = (*TIMES, "gbps", "of_ceiling", "of_token", "temperature_c")   
 
 
 def _signs(record):
-    """What is wrong with the sign of a measurement, beginning with the field's name, or None."""
+    """What is wrong with the sign or the order of a measurement's times, beginning with the field's name, or None."""
     kind = record.kind
     if kind not in ("op", "model", "ceiling", "ledger") or kind == "ledger" and record.row in DIFFERENCES:
         return None
@@ -417,6 +417,9 @@ def _signs(record):
         value = values.get(name)
         if value is not None and value < SHORTEST:
             return f"{name} is {shown(value)}, not a time"
+    low, high = values.get("us_p10"), values.get("us_p90")
+    if low is not None and high is not None and low > high:
+        return f"us_p10 is {shown(low)}, more than us_p90"
     for name in ("gbps", "of_ceiling", "of_token"):
         value = values.get(name)
         if value is not None and value < 0:

@@ -8,9 +8,11 @@ import hashlib
 import json
 from pathlib import Path
 
-from lab.errors import LabError
+from lab.errors import LabError, error_text, shown
+from lab.files import is_there, read_text
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+PATHS = "sum", "dot"             # of Triton's matrix products
 FOLDERS = {"cuda": ROOT / "cuda_src/tuned", "triton": ROOT / "triton_kernels/tuned"}
 
 
@@ -35,12 +37,51 @@ def lookup(entries, op, itemsize, rows, shape):
 
 def read(path):
     """The entries of a table; [] where there is none. Raises LabError for a file that is no such table."""
-    try:
-        entries = json.loads(Path(path).read_text())["entries"]
-        for entry in entries:
-            entry["op"], entry["itemsize"], entry["rows"], entry["shape"].items(), entry["settings"].items()
-        return entries
-    except FileNotFoundError:
+    if not is_there(path):
         return []
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise LabError(f"{path} is no table of `lab tune` ({error!r}); delete it or tune again") from None
+    advice = "delete the file or tune again"
+    try:
+        table = json.loads(read_text(path), parse_constant=refuse_constant)
+    except (LabError, ValueError, RecursionError) as error:
+        raise LabError(f"{path} is no table of `lab tune` ({error_text(error)}); {advice}") from None
+    if not isinstance(table, dict) or not isinstance(table.get("entries"), list):
+        raise LabError(f"{path} is no table of `lab tune`: it has no list \"entries\"; {advice}")
+    for i, entry in enumerate(table["entries"]):
+        if problem := wrong(entry):
+            raise LabError(f"{path} is no table of `lab tune`: entry {i}: {problem}; {advice}")
+    return table["entries"]
+
+
+def refuse_constant(name):
+    raise ValueError(f"{name} is no number")
+
+
+def is_count(value) -> bool:
+    """Whether a value is a number of things: a whole one from 1 that a launcher's int holds."""
+    return type(value) is int and 0 < value < 2 ** 31
+
+
+def wrong(entry) -> str | None:
+    """What is wrong with an entry, or None. Launchers take its numbers as they are."""
+    if not isinstance(entry, dict):
+        return f"is {shown(entry)}, not an object"
+    texts = {"by": "", "gpu": "", "compiler": "", **entry}
+    for name in ("op", "by", "gpu", "compiler"):
+        if not isinstance(texts.get(name), str):
+            return f"{name} is {shown(texts.get(name))}, not text"
+    for name in ("itemsize", "rows"):
+        if not is_count(entry.get(name)):
+            return f"{name} is {shown(entry.get(name))}, not a whole number above 0"
+    for name in ("shape", "settings"):
+        if not isinstance(entry.get(name), dict):
+            return f"{name} is {shown(entry.get(name))}, not an object"
+    for name, value in entry["shape"].items():
+        if type(value) is not int or not 0 <= value < 2 ** 31:
+            return f"shape has {shown(name)}: {shown(value)}, not a whole number"
+    for name, value in entry["settings"].items():
+        if type(value) is not bool and not (type(value) is int and 0 <= value < 2 ** 31) and not (
+                name == "path" and value in PATHS):
+            return f"settings has {shown(name)}: {shown(value)}, which no launcher takes"
+    if not (type(entry.get("tried", 0)) is int and entry.get("tried", 0) >= 0):
+        return f"tried is {shown(entry['tried'])}, not a whole number"
+    return None

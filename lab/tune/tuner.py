@@ -92,9 +92,10 @@ class Race:
         from lab.harness import ops_bench, timing
         from lab.ops import find
         self.op, self.backend, self.run = find(point.op), load(backend, torch.device(rig.device)), rig.backends[backend]
+        self.device = rig.device
         self.bound = ops_bench._Bound(self.op, point, DTYPES[dtype_name], rig)
-        self.fresh = timing.clone_args(self.bound.sets[0])      # a residual that a race has added to thousands of times
-        self.want = None                                        # would hide what the last addition did
+        # A residual that a race has added to thousands of times would hide what the last addition did.
+        self.fresh = timing.clone_args(self.bound.sets[0])
 
     def times(self, entrants, seconds):
         """{label: microseconds} of each entry of {label: settings or None}, None standing for those by hand.
@@ -113,26 +114,22 @@ class Race:
         return {label: s.us for label, s in stats.items()}
 
     def error(self, settings):
-        """What is wrong with the output under `settings`, or None."""
-        from lab.check import POISON, compare
+        """What is wrong with two calls under `settings`, on one workspace and between guard zones, or None."""
+        from lab.arena import Arena
+        from lab.check import check_call, values_of
         from lab.harness import timing
-        op, before, args = self.op, self.fresh, timing.clone_args(self.fresh)
-        if self.want is None:
-            self.want = op.reference(*before), op.tolerance(op.bound(*before))
-        want, limits = self.want
-        out = op.outputs(*args)
-        if out is not None:
-            out.fill_(torch.nan if out.is_floating_point() else POISON)
-        with self.backend.forced(op.name, settings or {}):
-            getattr(self.run, op.name)(*args, out=out)
-        a = vars(op.bound(*args))
-        got = ([] if out is None else [out]) + [changed for name in op.mutates if (changed := a[name]) is not None]
-        if op.verify is not None:
-            wrong = op.verify(out, op.bound(*before))
-            if wrong:
-                return wrong
-            got, want = got[1:], want[1:]
-        return next((o.error for o in (compare(g, w, *limits) for g, w in zip(got, want)) if o.error), None)
+        op, arena = self.op, None
+        for _ in range(2):
+            values = values_of(op, timing.clone_args(self.fresh))
+            if arena is None:
+                arena = Arena(values, self.device)
+            else:
+                arena.fill(values, keep=op.state)
+            with self.backend.forced(op.name, settings or {}):
+                outcome = check_call(op, getattr(self.run, op.name), arena, {"out", *op.state})
+            if outcome.error:
+                return outcome.error
+        return None
 
 
 class TokenRace:
@@ -237,7 +234,7 @@ class Table:
     def has(self, point, itemsize, judge=None):
         """judge: the whole tokens that must have chosen the entry; None: whatever did."""
         e = self.entries.get(self._key(point.op, itemsize, point.batch, key_shape(point)))
-        return (e is not None and (e["gpu"], e["compiler"]) == (self.gpu, self.compiler)
+        return (e is not None and (e.get("gpu"), e.get("compiler")) == (self.gpu, self.compiler)
                 and (judge is None or e.get("by", "").startswith(judge + ":")))
 
     def applied(self, point, itemsize):
