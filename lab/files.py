@@ -76,7 +76,7 @@ def is_there(path: str | os.PathLike) -> bool:
     return True
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: str | os.PathLike) -> dict:
     """The object in a JSON file; LabError when it is missing, no regular file, too deeply nested, no object."""
     too_deep = LabError(f"{path} is nested more than {DEEPEST} levels deep; that is no file of a model")
     try:

@@ -5,10 +5,10 @@ cuda_src/tuned/sm_90.json and triton_kernels/tuned/sm_90.json hold what was meas
 (`lab tune --by-token`). Nothing is tuned while a model runs.
 """
 import hashlib
-import json
 from pathlib import Path
 
-from lab.errors import LabError
+from lab.errors import LabError, shown
+from lab.files import is_there, read_json, regular_file
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FOLDERS = {"cuda": ROOT / "cuda_src/tuned", "triton": ROOT / "triton_kernels/tuned"}
@@ -21,7 +21,7 @@ def path_of(backend, arch):
 
 def digests(arch):
     """{backend: the first 8 hexadecimal digits of its table's SHA-256, None where there is no table}."""
-    return {b: hashlib.sha256(p.read_bytes()).hexdigest()[:8] if (p := path_of(b, arch)).exists() else None
+    return {b: hashlib.sha256(regular_file(p).read_bytes()).hexdigest()[:8] if is_there(p := path_of(b, arch)) else None
             for b in FOLDERS}
 
 
@@ -35,12 +35,12 @@ def lookup(entries, op, itemsize, rows, shape):
 
 def read(path):
     """The entries of a table; [] where there is none. Raises LabError for a file that is no such table."""
+    if not is_there(path):
+        return []
     try:
-        entries = json.loads(Path(path).read_text())["entries"]
+        entries = read_json(path)["entries"]
         for entry in entries:
             entry["op"], entry["itemsize"], entry["rows"], entry["shape"].items(), entry["settings"].items()
         return entries
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise LabError(f"{path} is no table of `lab tune` ({error!r}); delete it or tune again") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:          # a LabError of the file, too
+        raise LabError(f"{path} is no table of `lab tune` ({shown(str(error), 200, quotes=False)}); delete it or tune again") from None

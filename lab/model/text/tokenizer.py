@@ -5,6 +5,7 @@ Here the files are read and their ids checked. What was read is used in a proces
 """
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,17 +23,18 @@ PRE_TOKENIZERS = {
     "pixtral": LLAMA3, "midm-2.0": LLAMA3, "lfm2": LLAMA3,
     "qwen2": QWEN2, "deepseek-r1-qwen": QWEN2, "smollm": SMOLLM, "gpt-2": GPT2,
 }
+NO_DEFAULT = "{}: none of its chat templates is the default: text is fed as it is"
 MOST_TEMPLATE = 1 << 24     # bytes of a chat template
 # GGUF token types (llama.cpp's llama_token_type)
-NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 # Tokens that end a turn, by their text, even where the file gives them another type or names another end
 # token: the list that llama.cpp keeps for the same purpose (special_eog_ids in src/llama-vocab.cpp), without
 # its tokens for code infilling. "</s>" counts where it is a control token only: byte-level vocabularies hold
 # it as HTML.
 END_OF_TURN = frozenset((
     "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<EOT>", "_<EOT>", "[EOT]",
-    "<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<end_of_utterance>", "<|return|>", "<|call|>",
-    "<turn|>"))
+    "[EOS]", "<eos>", "<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<end_of_utterance>", "<|return|>",
+    "<|call|>", "<|flush|>", "<|calls|>", "<turn|>", "<|tool_response>"))
 INVALID_BYTE = "<0xFF>"             # the byte-fallback token of a byte that is in no UTF-8 text
 # The special tokens that chat templates know by name, and how GGUF's keys call them (it does spell
 # "seperator" so).
@@ -90,15 +92,33 @@ class Tokenizer:
 
 @dataclass
 class RemoteStream:
-    """A TextStream in the tokenizer's process."""
+    """A TextStream in the tokenizer's process.
+
+    A round trip to the process takes as long as a token of a small model on a GPU, so `push` waits for a
+    hundredth of the time between tokens at most: the text may come with a later token.
+    """
     tokenizer: Tokenizer
     number: int
+    pieces: list[str] = field(default_factory=list)     # text that has come
+    pushed: float = 0.0                                 # when the last token was pushed; time.monotonic()
 
     def push(self, token: int) -> str:
-        return self.tokenizer._request("push", stream=self.number, token=int(token))
+        tokenizer, now = self.tokenizer, time.monotonic()
+        tokenizer.process.post(self.pieces.append, "push", tokenizer.where, "--ids", stream=self.number,
+                               token=int(token))
+        tokenizer.process.collect((now - self.pushed) / 100 if self.pushed else 0.0)
+        self.pushed = now
+        return self._taken()
 
     def finish(self) -> str:
-        return self.tokenizer._request("finish", stream=self.number)
+        """What is still to come, at the end of the output."""
+        rest = self.tokenizer._request("finish", stream=self.number)
+        return self._taken() + rest
+
+    def _taken(self) -> str:
+        text = "".join(self.pieces)
+        self.pieces.clear()
+        return text
 
 
 class TextStream:
@@ -152,10 +172,10 @@ def render_chat(template: str, messages: list[dict[str, str]], special: Mapping[
 def ends_by_text(control: Mapping[str, int], others: Mapping[str, int]) -> dict[str, int]:
     """The tokens (text: id) that end a turn, of those that are control (or special) tokens and of others."""
     found = {text: index for text, index in {**others, **control}.items() if text in END_OF_TURN}
-    if "</s>" in control:
+    if "</s>" in control and "<|tool_response>" not in found:
         found["</s>"] = control["</s>"]
-    if {"<|return|>", "<|call|>", "<|end|>"} <= found.keys():
-        del found["<|end|>"]        # here it ends a part of the turn; llama.cpp leaves it out, too
+    if {"<|return|>", "<|call|>"} <= found.keys() or {"<|flush|>", "<|calls|>"} <= found.keys():
+        found.pop("<|end|>", None)  # here it ends a part of the turn; llama.cpp leaves it out, too
     return found
 
 
@@ -186,7 +206,7 @@ def from_gguf(scalars: Mapping, array: Callable[[str], list | None], where: str)
     if len(kinds) != len(tokens):
         raise LabError(f"{where}: {len(tokens)} tokens but {len(kinds)} token types")
     scores = _numbers(array(key + "scores"), float, where) if model == "llama" else None
-    if model == "llama" and len(scores) != len(tokens):
+    if model == "llama" and (len(scores) != len(tokens) or any(score != score for score in scores)):
         raise LabError(f"{where}: its tokenizer has no score for each token; use --ids")
 
     def flag(name, default):
@@ -213,6 +233,8 @@ def from_gguf(scalars: Mapping, array: Callable[[str], list | None], where: str)
            for name in (*TEMPLATE_TOKENS.values(), "eot", "eom")}
     ends = {ids["eos"], ids["eot"], ids["eom"]} - {None} | ends_of_vocabulary(tokens, kinds)
     template = scalars.get("tokenizer.chat_template")
+    if template is None and any(name.startswith("tokenizer.chat_template.") for name in scalars):
+        warn(NO_DEFAULT.format(where))
     if not isinstance(template, str | None):
         raise LabError(f"{where}: tokenizer.chat_template is no text")
     source = {"kind": "from_vocabulary", "model": model, "pre": pre, "tokens": tokens, "kinds": kinds,
@@ -336,8 +358,9 @@ def _template(options: dict, folder: Path) -> str | None:
                  if isinstance(t, dict) and isinstance(t.get("name"), str)}
         template = named.get("default")
         if template is None:
-            warn(f"{folder / 'tokenizer_config.json'}: none of its chat templates is the default: "
-                 "text is fed as it is")
+            warn(NO_DEFAULT.format(folder / "tokenizer_config.json"))
+    if template is None and any((folder / "additional_chat_templates").glob("*.jinja")):
+        warn(NO_DEFAULT.format(folder / "additional_chat_templates"))
     if not isinstance(template, str | None):
         raise LabError(f"{folder / 'tokenizer_config.json'}: chat_template is no text")
     return template
