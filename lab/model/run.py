@@ -76,7 +76,7 @@ def main(args) -> int:
         raise LabError(f"--json {args.json!r} is a folder: give the name of a file")
     find_plan(args.plan, 1, dtype)
     trace = Trace() if args.trace or args.json else None
-    table = read_table(args.dispatch) if args.dispatch else None
+    table = read_table(args.dispatch) if args.dispatch is not None else None
     overrides = args.override or environment_overrides()
     ops = select(args.backend, device, overrides, trace)
 
@@ -105,12 +105,18 @@ def main(args) -> int:
                       plan=args.plan, eager=args.eager)
     streaming = tokenizer is not None and not args.no_stream
     clean = for_terminal if sys.stdout is not None and sys.stdout.isatty() else str
+    begun = []                              # empty until text was shown
+
+    def show(text: str) -> None:
+        begun.append(True)
+        print(clean(text), end="", flush=True)
+
     try:
         result = generate(decoder, prompt_ids, min(args.max_new_tokens, room), sampling,
                           tokenizer.eos if tokenizer and not args.ignore_eos else (), tokenizer,
-                          on_text=(lambda text: print(clean(text), end="", flush=True)) if streaming else None)
+                          on_text=show if streaming else None)
     except (LabError, KeyboardInterrupt):
-        if streaming:
+        if begun:
             print(flush=True)               # what is said next begins a line
         raise
     shown = result.text if tokenizer else ",".join(map(str, result.output_ids))

@@ -76,9 +76,9 @@ class Tokenizer:
         """Text of `ids` without special tokens and ends of turns; bytes that are no UTF-8 become U+FFFD."""
         return self._request("decode", ids=[int(index) for index in ids])
 
-    def stream(self) -> "RemoteStream":
-        """A TextStream of this tokenizer: ids in, whole characters out."""
-        return RemoteStream(self, self._request("stream"))
+    def stream(self, late: bool = False) -> "RemoteStream":
+        """A TextStream of this tokenizer: ids in, whole characters out. late: text may come with a later token."""
+        return RemoteStream(self, self._request("stream"), late)
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         """Ids of `messages` ({"role", "content"}) through the model's chat template, ready for the reply."""
@@ -94,19 +94,20 @@ class Tokenizer:
 class RemoteStream:
     """A TextStream in the tokenizer's process.
 
-    A round trip to the process takes as long as a token of a small model on a GPU, so `push` waits for a
-    hundredth of the time between tokens at most: the text may come with a later token.
+    A round trip to the process takes as long as a token of a small model on a GPU. So with `late`, `push`
+    waits for a hundredth of the time between tokens at most; the text may come with a later token.
     """
     tokenizer: Tokenizer
     number: int
+    late: bool = False
     pieces: list[str] = field(default_factory=list)     # text that has come
-    pushed: float = 0.0                                 # when the last token was pushed; time.monotonic()
+    pushed: float = field(default_factory=time.monotonic)       # when the last token was
 
     def push(self, token: int) -> str:
         tokenizer, now = self.tokenizer, time.monotonic()
         tokenizer.process.post(self.pieces.append, "push", tokenizer.where, "--ids", stream=self.number,
                                token=int(token))
-        tokenizer.process.collect((now - self.pushed) / 100 if self.pushed else 0.0)
+        tokenizer.process.collect((now - self.pushed) / 100 if self.late else None)
         self.pushed = now
         return self._taken()
 
@@ -294,12 +295,24 @@ def from_huggingface(folder: Path) -> Tokenizer | None:
               "added": _added_tokens(options, folder)}
     process = TextProcess()
     loaded = process.request("load", str(path), "--ids", source=source, eos=special.get("eos_token"))
+    _say_contradiction(options.get("add_bos_token"), loaded["leading"], folder)
     vocabulary = max(loaded["size"], config["vocab_size"] if isinstance(config.get("vocab_size"), int) else 0)
     ends = set(loaded["ends"])
     for name, found in (("generation_config.json", generation), ("config.json", config)):
         ends |= _listed_ends(found.get("eos_token_id"), folder / name, vocabulary)
     return Tokenizer(process, frozenset(ends), tuple(loaded["leading"]), _template(options, folder), special,
                      loaded["size"], str(path), source)
+
+
+def _say_contradiction(add_bos, leading: list[int], folder: Path) -> None:
+    """Warns where add_bos_token of tokenizer_config.json and the post-processor of tokenizer.json differ.
+
+    The post-processor counts, as in transformers 5; transformers 4 followed the flag for some tokenizer classes.
+    """
+    if isinstance(add_bos, bool) and add_bos != bool(leading):
+        does = "puts a token before raw text" if leading else "puts none before raw text"
+        warn(f"{folder / 'tokenizer_config.json'} says add_bos_token {str(add_bos).lower()}, and the "
+             f"post-processor of tokenizer.json {does}: the latter counts")
 
 
 def _optional_json(path: Path) -> dict:
