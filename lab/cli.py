@@ -5,6 +5,7 @@ lab/options.py, so that help and completion come at once. What a user did wrong 
 and exit status 2; anything else that escapes is a fault of the lab and keeps its traceback.
 """
 import argparse
+import contextlib
 import difflib
 import errno
 import importlib
@@ -196,7 +197,8 @@ def main(argv=None):
             traceback.print_exc()
         if getattr(error, "errno", None) == errno.ENOSPC:
             drop_output()
-        print("lab: error: " + one_line(line), file=sys.stderr)
+        with contextlib.suppress(OSError):                      # standard error is full or closed: the status says it
+            print("lab: error: " + one_line(line), file=sys.stderr)
         return 2
 
 

@@ -183,6 +183,36 @@ def test_a_flag_that_contradicts_the_post_processor_is_said(tmp_path, capsys, pr
     assert said in err and bool(err) == bool(said)
 
 
+def folder_with(folder, **files):
+    (folder / "tokenizer.json").write_text(tokenizer_json(272))
+    for stem, content in files.items():
+        (folder / f"{stem}.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_extra_special_tokens_are_special_tokens(tmp_path):
+    """transformers: an object gives further names to templates; transformers 5 writes a list of what 4 called
+    additional_special_tokens."""
+    (tmp_path / "a").mkdir()
+    t = tokenizer.from_huggingface(folder_with(tmp_path / "a", tokenizer_config={
+        "extra_special_tokens": {"image_token": "<unused1>"}, "chat_template": "{{ image_token }}h"}))
+    assert t.encode_chat([]) == [t.encode("<unused1>")[0], t.encode("h")[0]] and len(t.encode("<unused1>")) == 1
+    (tmp_path / "b").mkdir()
+    t = tokenizer.from_huggingface(folder_with(tmp_path / "b", tokenizer_config={"extra_special_tokens": ["<unused1>"]}))
+    assert len(t.encode("<unused1>")) == 1 and t.special["additional_special_tokens"] == ["<unused1>"]
+
+
+@pytest.mark.parametrize("files, says", [
+    ({"special_tokens_map": {"bos_token": 5}}, "special_tokens_map.json: bos_token is 5"),
+    ({"tokenizer_config": {"eos_token": ["<|end|>"]}}, "eos_token is ['<|end|>']"),
+    ({"tokenizer_config": {"bos_token": {"content": None}}}, "bos_token is"),
+    ({"tokenizer_config": {"additional_special_tokens": [7]}}, "additional_special_tokens is 7"),
+    ({"tokenizer_config": {"added_tokens_decoder": [1]}}, "added_tokens_decoder is mangled"),
+    ({"tokenizer_config": {"added_tokens_decoder": {"x": {"content": "a"}}}}, "added_tokens_decoder is mangled")])
+def test_tokens_that_are_no_text_are_refused(tmp_path, files, says):
+    one_line_error(lambda: tokenizer.from_huggingface(folder_with(tmp_path, **files)), says, "--ids")
+
+
 def test_a_templates_refusal_holds_no_control_characters():
     one_line_error(lambda: tokenizer.render_chat("{{ raise_exception('a\x1b[2Jb\nc\x9b1m') }}", [], {}), "a\\x1b[2Jb c")
 

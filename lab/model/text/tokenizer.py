@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lab.errors import LabError, warn
+from lab.errors import LabError, shown, warn
 from lab.files import is_there, read_json, read_text
 from lab.model.text.process import TextProcess
 
@@ -288,9 +288,9 @@ def from_huggingface(folder: Path) -> Tokenizer | None:
         return None
     options, names, generation, config = (_optional_json(folder / name) for name in (
         "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json"))
-    special = _special_tokens(options, names)
+    special = _special_tokens(options, names, folder)
     listed = special.get("additional_special_tokens", [])
-    texts = [text for name, text in special.items() if name in TEMPLATE_TOKENS] + listed
+    texts = [text for name, text in special.items() if name != "additional_special_tokens"] + listed
     source = {"kind": "from_file", "path": str(path), "special": texts,
               "added": _added_tokens(options, folder)}
     process = TextProcess()
@@ -320,29 +320,40 @@ def _optional_json(path: Path) -> dict:
     return read_json(path) if is_there(path) else {}
 
 
-def _special_tokens(options: dict, names: dict) -> dict[str, object]:
-    """Texts by name (bos_token...): of tokenizer_config.json, else of special_tokens_map.json."""
-    def text(token):
-        token = token.get("content") if isinstance(token, dict) else token
-        return token if isinstance(token, str) else None
+def _special_tokens(options: dict, names: dict, folder: Path) -> dict[str, object]:
+    """Texts by name (bos_token...): of tokenizer_config.json, else of special_tokens_map.json.
 
+    extra_special_tokens is a list (transformers 5's name of additional_special_tokens), or an object of
+    further names, which templates know as well.
+    """
     special = {}
-    for name in TEMPLATE_TOKENS:
-        found = text(options.get(name)) or text(names.get(name))
-        if found:
-            special[name] = found
-    for source in (options, names):
-        listed = source.get("additional_special_tokens")
-        if isinstance(listed, list) and listed and "additional_special_tokens" not in special:
-            special["additional_special_tokens"] = [found for found in map(text, listed) if found]
+    for source, file in ((options, "tokenizer_config.json"), (names, "special_tokens_map.json")):
+        extra = source.get("extra_special_tokens")
+        named_so = {name: token for name, token in (extra.items() if isinstance(extra, dict) else ())
+                    if name.endswith("_token")}
+        for name, token in {**named_so, **{name: source.get(name) for name in TEMPLATE_TOKENS}}.items():
+            if token and name not in special:
+                special[name] = _token_text(token, folder / file, name)
+        for name in ("additional_special_tokens", "extra_special_tokens"):
+            listed = source.get(name)
+            if isinstance(listed, list) and listed and "additional_special_tokens" not in special:
+                special["additional_special_tokens"] = [_token_text(token, folder / file, name) for token in listed]
     return special
+
+
+def _token_text(token, path: Path, name: str) -> str:
+    """The text of a token, which the file gives as it is or as the "content" of an object."""
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str):
+        raise LabError(f"{path}: {name} is {shown(token)}; expected the text of a token; use --ids")
+    return text
 
 
 def _added_tokens(options: dict, folder: Path) -> list[dict]:
     """The tokens that tokenizer_config.json adds, in the order of their ids."""
     found = options.get("added_tokens_decoder") or {}
     try:
-        ordered = [found[index] for index in sorted(found, key=int)]
+        ordered = [token for _, token in sorted(found.items(), key=lambda item: int(item[0]))]
         assert all(isinstance(token["content"], str) for token in ordered)
     except (AssertionError, TypeError, ValueError, KeyError, AttributeError):
         raise LabError(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder is mangled; use --ids"
