@@ -170,9 +170,15 @@ def explain(error):
 
 
 def take_any_text():
-    """Lets standard output and error print every text: what their encoding lacks is shown as an escape (\\u6f22)."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):                  # None without a console; a test's own stream
+    """Lets standard output and error print every text: what their encoding lacks is shown as an escape (\\u6f22).
+
+    One that is closed, as by 2>&- in a shell, swallows it.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        stream = getattr(sys, name)
+        if hasattr(stream, "reconfigure"):                  # a test's own stream may not have it
             stream.reconfigure(errors="backslashreplace")
 
 

@@ -90,6 +90,15 @@ def test_a_folder_with_an_adapter_is_refused(tmp_path, whole):
     one_line_error(lambda: open_source(str(folder)), "adapter_config.json", "merge it")
 
 
+@pytest.mark.parametrize("file", ["", ".", "..", "x" * 5000, "a\0b", "../m.safetensors"])
+def test_an_index_that_names_no_file_beside_it(tmp_path, file):
+    folder = write_folder(tmp_path / "m", CONFIGS["llama"], shards=2)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"]["x"] = file
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    one_line_error(lambda: open_source(str(folder)), "model.safetensors.index.json")
+
+
 def test_a_models_name_does_not_steer_the_terminal(tmp_path, capsys):
     folder = write_folder(tmp_path / "a\x1b[2Jb", CONFIGS["llama"])
     config = json.loads((folder / "config.json").read_text())
@@ -213,6 +222,16 @@ def test_tokens_that_are_no_text_are_refused(tmp_path, files, says):
     one_line_error(lambda: tokenizer.from_huggingface(folder_with(tmp_path, **files)), says, "--ids")
 
 
+def test_dropout_of_merges_is_switched_off(tmp_path):
+    """BPE-dropout (Provilkov et al., 2020) is for training; llama.cpp does not know it."""
+    plain = tokenizer.from_huggingface(folder_with(tmp_path)).encode("hello hello hello")
+    found = json.loads(tokenizer_json(272))
+    found["model"]["dropout"] = 0.5
+    (tmp_path / "tokenizer.json").write_text(json.dumps(found))
+    t = tokenizer.from_huggingface(tmp_path)
+    assert [t.encode("hello hello hello") for _ in range(5)] == [plain] * 5
+
+
 def test_a_templates_refusal_holds_no_control_characters():
     one_line_error(lambda: tokenizer.render_chat("{{ raise_exception('a\x1b[2Jb\nc\x9b1m') }}", [], {}), "a\\x1b[2Jb c")
 
@@ -323,6 +342,16 @@ def test_an_error_before_any_text_prints_nothing(tiny_gguf, capfd):
 def test_an_empty_name_of_a_model_is_no_folder(capfd):
     assert cli.main(["run", "", *RUN, "--ids", "1"]) == 2
     assert "unknown model ''" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("closed, status", [("2>&-", 0), (">&-", 0), ("<&- >&- 2>&-", 0), ("2>/dev/full", 2)])
+def test_standard_streams_that_are_closed_or_full(tiny_gguf, tmp_path, closed, status):
+    out = tmp_path / "run.json"
+    words = [sys.executable, "-m", "lab", "run", str(tiny_gguf), *RUN, "--prompt", "hi", "--max-new-tokens", "2"]
+    found = subprocess.run(["sh", "-c", f'exec "$@" {closed}', "sh", *words, "--json", str(out)], cwd=ROOT,
+                           capture_output=True, timeout=300)
+    assert (found.returncode, found.stderr) == (status, b"")
+    assert status or len(json.loads(out.read_text())["output_ids"]) == 2
 
 
 def test_ids_that_are_no_ids_are_shown_briefly(tiny_gguf, capfd):

@@ -104,7 +104,7 @@ def main(args) -> int:
     decoder = Decoder(load(source, dtype, device), ops, max_context=max_context, page_size=args.page_size,
                       plan=args.plan, eager=args.eager)
     streaming = tokenizer is not None and not args.no_stream
-    clean = for_terminal if sys.stdout is not None and sys.stdout.isatty() else str
+    clean = for_terminal if sys.stdout.isatty() else str
     begun = []                              # empty until text was shown
 
     def show(text: str) -> None:

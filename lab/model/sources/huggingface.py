@@ -79,7 +79,7 @@ class HuggingFaceSource:
             raise LabError(f"{self.folder / INDEX}: weight_map is missing or mangled")
         files = {}
         for file in sorted(set(index.values())):
-            if Path(file).name != file:
+            if Path(file).name != file or file in ("", "..") or len(file) > 255:
                 raise LabError(f"{self.folder / INDEX}: {quoted(file)} is not the name of a file beside it")
             if not (self.folder / file).exists():
                 raise LabError(f"{self.folder}: {named(file)}, named in {INDEX}, is missing")

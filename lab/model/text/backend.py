@@ -141,13 +141,16 @@ def _sentencepiece(tokens: list[str], scores: list[float], space_prefix: bool, u
 def from_file(path: str, added: list[dict], special: list[str]) -> Backend:
     """The pipeline of a tokenizer.json, made into what transformers makes of it.
 
-    Truncation and padding that were saved in it are switched off. added: tokens of tokenizer_config.json
+    Truncation and padding that were saved in it are switched off, and so is the dropout of merges, which is
+    for training: with it a text has other ids each time. added: tokens of tokenizer_config.json
     ("added_tokens_decoder"), in order; special: texts of the tokens that the other files name (bos_token and
     so on), which become special tokens if the vocabulary has them.
     """
     backend = Backend.from_file(path)
     backend.no_truncation()
     backend.no_padding()
+    if getattr(backend.model, "dropout", None) is not None:
+        backend.model.dropout = None
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
     backend.add_tokens([AddedToken(token["content"], **{flag: bool(token.get(flag, False)) for flag in flags})
