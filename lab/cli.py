@@ -5,6 +5,7 @@ lab/options.py, so that help and completion come at once. What a user did wrong 
 and exit status 2; anything else that escapes is a fault of the lab and keeps its traceback.
 """
 import argparse
+import contextlib
 import difflib
 import errno
 import importlib
@@ -172,9 +173,15 @@ def explain(error):
 
 
 def take_any_text():
-    """Lets standard output and error print every text: what their encoding lacks is shown as an escape (\\u6f22)."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):                  # None without a console; a test's own stream
+    """Lets standard output and error print every text: what their encoding lacks is shown as an escape (\\u6f22).
+
+    One that is closed, as by 2>&- in a shell, swallows it.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        stream = getattr(sys, name)
+        if hasattr(stream, "reconfigure"):                  # a test's own stream may not have it
             stream.reconfigure(errors="backslashreplace")
 
 
@@ -199,7 +206,8 @@ def main(argv=None):
             traceback.print_exc()
         if getattr(error, "errno", None) == errno.ENOSPC:
             drop_output()
-        print("lab: error: " + one_line(line), file=sys.stderr)
+        with contextlib.suppress(OSError):                      # standard error is full or closed: the status says it
+            print("lab: error: " + one_line(line), file=sys.stderr)
         return 2
 
 

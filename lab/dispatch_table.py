@@ -1,13 +1,12 @@
 """Tables that say which backend is faster for an op at a batch and context, for `lab run --dispatch`."""
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 
 from lab.contract import BACKENDS
-from lab.errors import LabError
+from lab.errors import LabError, shown
+from lab.files import read_json
 from lab.names import known
 
 
@@ -17,19 +16,18 @@ def read_table(path: str) -> dict[str, list[dict]]:
     context null fits any. Raises LabError for a file that is no such table, an unknown op or an unknown backend.
     """
     from lab.ops import find
+    table = read_json(path)
     try:
-        table = json.loads(Path(path).read_text())
         for name, cells in table.items():
             find(name)
             for cell in cells:
                 known(cell["backend"], BACKENDS, "backend")
-                if not (cell["batch"] >= 1 and (cell["context"] is None or cell["context"] >= 1)):
-                    raise ValueError(f"batch {cell['batch']}, context {cell['context']}")
+                sizes = [cell["batch"], *([] if cell["context"] is None else [cell["context"]])]
+                if any(isinstance(size, bool) or not 1 <= size < 2**63 for size in sizes):
+                    raise ValueError(f"batch {shown(cell['batch'])}, context {shown(cell['context'])}")
     except LabError as error:
         raise LabError(f"{path}: {error}") from None
-    except OSError as error:
-        raise LabError(f"cannot read {path}: {error.strerror}") from None
-    except (UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise LabError(f"{path} is no dispatch table ({error}); `lab bench crossover --export FILE` writes one") from None
     return table
 

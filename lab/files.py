@@ -53,19 +53,21 @@ def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
     LabError where the file cannot be written; nothing is left beside it then, nor when the write is interrupted.
     """
     data = content.encode() if isinstance(content, str) else content
-    target = Path(os.path.realpath(path))
-    beside = target.with_name(f".{target.name}.{os.getpid()}.part")
+    beside = None
     try:
+        target = Path(os.path.realpath(path))
+        beside = target.with_name(f".{target.name}.{os.getpid()}.part")
         if Path(path).exists() and not target.is_file():
             Path(path).write_bytes(data)
         else:
             beside.write_bytes(data)
             beside.replace(target)
-    except OSError as error:
-        raise LabError(f"cannot write {path}: {error.strerror}") from None
+    except (OSError, ValueError) as error:              # ValueError: a NUL in the name, or no name
+        raise LabError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
     finally:
-        with contextlib.suppress(OSError):              # in a folder that is not ours nothing was left
-            beside.unlink()
+        if beside is not None:
+            with contextlib.suppress(OSError):          # in a folder that is not ours nothing was left
+                beside.unlink()
 
 
 def is_there(path: str | os.PathLike) -> bool:
@@ -76,7 +78,7 @@ def is_there(path: str | os.PathLike) -> bool:
     return True
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: str | os.PathLike) -> dict:
     """The object in a JSON file; LabError when it is missing, no regular file, too deeply nested, no object."""
     too_deep = LabError(f"{path} is nested more than {DEEPEST} levels deep; that is no file of a model")
     try:

@@ -1,5 +1,13 @@
-"""Text for a terminal: columns that are as wide as what stands in them."""
+"""Text for a terminal: columns that are as wide as what stands in them; what a terminal is spared."""
+import unicodedata
+
 from lab.errors import printable
+
+
+def for_terminal(text):
+    """`text` without what steers a terminal: control characters but for line breaks and tabs become escapes (\\x1b)."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else c.encode("unicode_escape").decode()
+                   for c in text)
 
 
 def columns(rows, right=(), indent=""):

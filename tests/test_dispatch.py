@@ -143,7 +143,7 @@ def test_what_is_no_dispatch_table_is_refused(tmp_path, content, said):
     path.write_text(content)
     with pytest.raises(LabError, match=said):
         read_table(str(path))
-    with pytest.raises(LabError, match="absent.json: No such file"):
+    with pytest.raises(LabError, match="absent.json is missing"):
         read_table(str(tmp_path / "absent.json"))
 
 

@@ -541,9 +541,13 @@ def test_run_refuses_a_mangled_file_beside_the_weights(tmp_path, capsys, file, c
     assert capsys.readouterr().out == ""
 
 
-def test_an_error_after_streamed_text_begins_a_line(tiny_gguf, capsys):
-    with pytest.raises(LabError, match="cache is full"):
-        lab_run(tiny_gguf, "--backend", "torch", "--device", "cpu", "--ids", "32", "--ignore-eos", "--max-context", 9)
+def test_an_error_after_streamed_text_begins_a_line(tiny_gguf, capsys, monkeypatch):
+    def fails(*arguments, on_text, **options):
+        on_text("some text")
+        raise LabError("no more")
+    monkeypatch.setattr("lab.model.generate.generate", fails)
+    with pytest.raises(LabError, match="no more"):
+        lab_run(tiny_gguf, "--backend", "torch", "--device", "cpu", "--ids", "32")
     out = capsys.readouterr().out
     assert len(out) > 1 and out.endswith("\n")
 

@@ -23,7 +23,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from lab.errors import LabError, Unavailable
+from lab.cli import take_any_text
+from lab.errors import LabError, Unavailable, one_line
+from lab.files import read_json, write_whole
 
 TOGETHER = ("check", "memcheck", "racecheck")     # at the same time, for none of them measures; then the others alone
 MARKED = {"tests": "gpu and not oracle", "oracle": "oracle"}       # which tests a step runs
@@ -120,11 +122,11 @@ def logged(words, log):
     """Runs a command, its output appended to a log file; (whether it exited with 0, its last line)."""
     # Without torch's caching allocator every tensor is an allocation of its own, so memcheck sees a step beyond it.
     env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if "--tool" in words else None
-    with open(log, "a") as file:
+    with open(log, "a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(f"$ {' '.join(map(str, words))}\n")
         file.flush()
         status = subprocess.run(words, stdout=file, stderr=subprocess.STDOUT, env=env).returncode
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return status == 0, lines[-1].strip("= ") + ("" if status == 0 else f" (exit status {status}; see {log})")
 
 
@@ -149,17 +151,18 @@ def text(out, model):
             ok, line = logged([*words, *what, *options], out / "text.log")
             if not ok:
                 return False, f"{name}: {line}"
-            run = json.loads(Path(file.name).read_text())
+            run = read_json(file.name)
         runs.setdefault(dtype, []).append(run)
         said.append(f"{name} {1e3 / statistics.median(run['decode_ms']):.0f} tokens/s")
     same = {dtype: all(run["output_ids"] == those[0]["output_ids"] for run in those) for dtype, those in runs.items()}
     said += [f"{dtype} tokens {'identical' if ok else 'DIFFER'}" for dtype, ok in same.items()]
-    (out / "text.json").write_text(json.dumps(runs, indent=1) + "\n")
+    write_whole(out / "text.json", json.dumps(runs, indent=1) + "\n")
     return same["fp32"], note + ", ".join(said)
 
 
 if __name__ == "__main__":
+    take_any_text()
     try:
         sys.exit(main())
     except LabError as error:
-        sys.exit(f"gpu-check: error: {error}")
+        sys.exit(f"gpu-check: error: {one_line(str(error))}")

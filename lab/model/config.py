@@ -34,9 +34,11 @@ def _field(source: Mapping, key: str, kind: type, where: str, default=..., layer
         if default is ...:
             raise LabError(f"{where}: {key} is missing")
         return default
-    numeric = kind in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool)
-    finite = not numeric or (abs(value) < 2**63 and (kind is float or value == int(value)))     # NaN is not
-    if not (numeric or isinstance(value, kind)) or not finite:
+    if isinstance(value, bool) or kind not in (int, float):         # Python counts True as an integer
+        fits = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+    else:                                                           # NaN is below nothing
+        fits = isinstance(value, (int, float)) and abs(value) < 2**63 and (kind is float or value == int(value))
+    if not fits:
         raise LabError(f"{where}: {key} is {quoted(value)}; expected {kind.__name__}")
     return kind(value)
 
@@ -151,7 +153,7 @@ def _huggingface_rope(source: Mapping, where: str) -> tuple[float, Scaling | Non
                        f"{quoted(rope['type'])}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     uses = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
-    if kind not in uses:
+    if not isinstance(kind, str) or kind not in uses:
         raise LabError(f"{where}: rope_type {quoted(kind)} is not supported; supported: {', '.join(uses)}")
     always = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
     for key, value in rope.items():
@@ -160,7 +162,9 @@ def _huggingface_rope(source: Mapping, where: str) -> tuple[float, Scaling | Non
             hint = "; name the rope_type that is meant" if kind == "default" else ""
             raise LabError(f"{where}: the rope parameters have {named(key)} {quoted(value)}, which rope_type "
                            f"{kind!r} does not use{hint}")
-    original = _field(rope, "original_max_position_embeddings", int, where, None)
+    # Beside the rope parameters it goes before the one in them, as in transformers 5 (standardize_rope_params).
+    original = next((_positive(found, "original_max_position_embeddings", where) for holder in (source, rope) if
+                     (found := _field(holder, "original_max_position_embeddings", int, where, None)) is not None), None)
     factor = _positive(_field(rope, "factor", float, where, ... if uses[kind] else 1.0), "factor", where)
     if kind == "default" or (kind == "linear" and factor == 1.0):
         return theta, None, original

@@ -7,12 +7,11 @@ and the torch.compile peer.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import cached_property
 
-from lab.errors import LabError
+from lab.errors import LabError, warn
 from lab.model.rope import Scaling
 
 HEAD_DIMS = (64, 96, 128)       # what the attention kernels are instantiated for
@@ -158,6 +157,6 @@ class ModelConfig:
         stated = self.stated_positions
         if stated is not None and tokens > stated and "said" not in self.__dict__:
             self.__dict__["said"] = True            # not a field: it takes no part in comparisons
-            print(f"lab: model {self.name} states a context of {stated} tokens and a linear RoPE scaling that makes "
-                  f"{self.max_positions} of it; where its context is already the scaled one, text beyond {stated} "
-                  "tokens gets worse", file=sys.stderr)
+            warn(f"model {self.name} states a context of {stated} tokens and a linear RoPE scaling that makes "
+                 f"{self.max_positions} of it; where its context is already the scaled one, text beyond {stated} "
+                 "tokens gets worse")

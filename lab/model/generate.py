@@ -51,7 +51,7 @@ def generate_batch(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_t
     results = [Generation(list(prompt)) for prompt in prompts]
     for result in results:
         decoder.check(result.prompt_ids)
-    streams = [tokenizer.stream() if tokenizer else None for _ in results]
+    streams = [tokenizer.stream(late=True) if tokenizer else None for _ in results]
     trace, most = decoder.ops.trace, decoder.config.max_positions
     texts = [[] for _ in results]
 

@@ -7,10 +7,10 @@ import statistics
 import sys
 from pathlib import Path
 
-from lab.errors import LabError, warn
+from lab.errors import LabError, shown, warn
 from lab.files import write_whole
 from lab.numbers import integer
-from lab.text import columns
+from lab.text import columns, for_terminal
 
 MAX_PROMPT = 1 << 24        # bytes of standard input; more than any model's context holds
 
@@ -76,7 +76,7 @@ def main(args) -> int:
         raise LabError(f"--json {args.json!r} is a folder: give the name of a file")
     find_plan(args.plan, 1, dtype)
     trace = Trace() if args.trace or args.json else None
-    table = read_table(args.dispatch) if args.dispatch else None
+    table = read_table(args.dispatch) if args.dispatch is not None else None
     overrides = args.override or environment_overrides()
     ops = select(args.backend, device, overrides, trace)
 
@@ -94,6 +94,7 @@ def main(args) -> int:
                        (f", all that model {source.name} was made for" if max_context == limit else
                         "; raise --max-context or shorten the prompt"))
     source.config.check_context(max_context)
+    room = max_context - len(prompt_ids) + 1            # the last token that is made need not be read again
     if table is not None:
         mixed = {**from_table(table, 1, max_context), **parse_overrides(overrides)}
         ops = select(args.backend, device, mixed, trace)
@@ -103,18 +104,26 @@ def main(args) -> int:
     decoder = Decoder(load(source, dtype, device), ops, max_context=max_context, page_size=args.page_size,
                       plan=args.plan, eager=args.eager)
     streaming = tokenizer is not None and not args.no_stream
+    clean = for_terminal if sys.stdout.isatty() else str
+    begun = []                              # empty until text was shown
+
+    def show(text: str) -> None:
+        begun.append(True)
+        print(clean(text), end="", flush=True)
+
     try:
-        result = generate(decoder, prompt_ids, args.max_new_tokens, sampling,
+        result = generate(decoder, prompt_ids, min(args.max_new_tokens, room), sampling,
                           tokenizer.eos if tokenizer and not args.ignore_eos else (), tokenizer,
-                          on_text=(lambda text: print(text, end="", flush=True)) if streaming else None)
+                          on_text=show if streaming else None)
     except (LabError, KeyboardInterrupt):
-        if streaming:
+        if begun:
             print(flush=True)               # what is said next begins a line
         raise
     shown = result.text if tokenizer else ",".join(map(str, result.output_ids))
-    print("" if streaming else shown, flush=True)
-    if len(prompt_ids) + len(result.output_ids) > limit and len(result.output_ids) < args.max_new_tokens:
-        warn(f"model {source.name} was made for {limit} tokens, prompt included: it stops there")
+    print("" if streaming else clean(shown), flush=True)
+    if len(result.output_ids) == room < args.max_new_tokens:
+        warn(f"model {source.name} was made for {limit} tokens, prompt included: it stops there" if max_context == limit
+             else f"the cache holds {max_context} tokens, prompt included: the text stops there; raise --max-context")
 
     backend = args.backend or os.environ["LAB_BACKEND"]
     overrides = {op: chosen for op, chosen in ops.chosen.items() if chosen != backend}
@@ -150,7 +159,7 @@ def parse_ids(text: str) -> list[int]:
     try:
         return [integer(item) for item in text.split(",")]
     except ValueError:
-        raise LabError(f"--ids {text!r}: write token ids with commas between, as in 1,2,3") from None
+        raise LabError(f"--ids {shown(text)}: write token ids with commas between, as in 1,2,3") from None
 
 
 def read_prompt(text: str) -> str:

@@ -3,7 +3,7 @@ import sys
 from pathlib import Path
 
 from lab.errors import LabError
-from lab.files import write_whole
+from lab.files import is_there, read_text, write_whole
 
 DRAWN = ".drawn-by-lab-report"      # what the last report wrote into figures/, so that the next can clear it away
 
@@ -61,7 +61,7 @@ def write(out, files):
     """Writes {path below out: bytes}, each beside and renamed, and removes pictures that only an earlier report had."""
     try:
         listing = out / "figures" / DRAWN
-        before = set(listing.read_text().split("\n")) if listing.exists() else set()
+        before = set(read_text(listing).split("\n")) if is_there(listing) else set()
         pictures = sorted(name for name in files if name.startswith("figures/"))
         for name, data in {**files, f"figures/{DRAWN}": "\n".join(pictures).encode()}.items():
             (out / name).parent.mkdir(parents=True, exist_ok=True)

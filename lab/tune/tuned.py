@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 from lab.errors import LabError, error_text, shown
-from lab.files import is_there, read_text
+from lab.files import is_there, read_text, regular_file
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PATHS = "sum", "dot"             # of Triton's matrix products
@@ -23,7 +23,7 @@ def path_of(backend, arch):
 
 def digests(arch):
     """{backend: the first 8 hexadecimal digits of its table's SHA-256, None where there is no table}."""
-    return {b: hashlib.sha256(p.read_bytes()).hexdigest()[:8] if (p := path_of(b, arch)).exists() else None
+    return {b: hashlib.sha256(regular_file(p).read_bytes()).hexdigest()[:8] if is_there(p := path_of(b, arch)) else None
             for b in FOLDERS}
 
 

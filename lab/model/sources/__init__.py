@@ -45,13 +45,13 @@ def _real_source(model: str):
             raise LabError(f"preset {model} comes without weights: give the path of a GGUF file or a Hugging Face "
                            "folder, or use --weights random")
         path = default_model_file()
-    if path.is_dir():
+    if path.is_dir() and model:             # Path("") is the current folder
         from lab.model.sources.huggingface import HuggingFaceSource
         return HuggingFaceSource(path)
     if path.is_file():
         from lab.model.sources.gguf_file import GGUFSource
         return GGUFSource(path)
-    if path.exists():
+    if path.exists() and model:
         regular_file(path)                  # a pipe or a device: says so
     near = difflib.get_close_matches(model, PRESETS, 1)
     hint = f"did you mean {near[0]}? " if near else ""

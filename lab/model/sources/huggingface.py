@@ -18,6 +18,7 @@ except ImportError as error:
                       ) from None
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"         # where transformers finds it, it loads the base model and adds the adapter
 IGNORED = ".rotary_emb.inv_freq"        # RoPE's frequencies, which old checkpoints hold and the config gives
 
 
@@ -27,6 +28,9 @@ class HuggingFaceSource:
     def __init__(self, folder: Path):
         self.folder = Path(folder)
         self.name, self.where = self.folder.resolve().name, str(self.folder)
+        if (self.folder / ADAPTER).exists():
+            raise LabError(f"{self.folder}: {ADAPTER} says that this is an adapter (LoRA) to another model, which is "
+                           "not applied here; merge it into its base model first")
         settings, where = read_json(self.folder / "config.json"), str(self.folder / "config.json")
         config = from_huggingface(settings, self.name, where)
         self.shards = {}                # file name -> open file
@@ -75,7 +79,7 @@ class HuggingFaceSource:
             raise LabError(f"{self.folder / INDEX}: weight_map is missing or mangled")
         files = {}
         for file in sorted(set(index.values())):
-            if Path(file).name != file:
+            if Path(file).name != file or file in ("", "..") or len(file) > 255:
                 raise LabError(f"{self.folder / INDEX}: {quoted(file)} is not the name of a file beside it")
             if not (self.folder / file).exists():
                 raise LabError(f"{self.folder}: {named(file)}, named in {INDEX}, is missing")

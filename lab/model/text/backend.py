@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from lab.errors import LabError, Unavailable
+from lab.errors import Unavailable
 from lab.model.text.tokenizer import (
     CONTROL,
     INVALID_BYTE,
@@ -15,6 +15,7 @@ from lab.model.text.tokenizer import (
     PRE_TOKENIZERS,
     QWEN2,
     SMOLLM,
+    UNKNOWN,
     USER_DEFINED,
     TextStream,
     ends_by_text,
@@ -31,6 +32,9 @@ except ImportError as error:
 # Splits of the pre-tokenizers, as published in the tokenizer.json of Llama 3 and of Qwen2: digits differ.
 _SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
           r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+LONGEST_PIECE = 256     # characters; SentencePiece's own limit is 16 unless its training says otherwise
 
 
 def build(kind: str, **source) -> Backend:
@@ -71,11 +75,11 @@ def from_vocabulary(model: str, pre: str | None, tokens: list[str], kinds: list[
         backend = _sentencepiece(tokens, scores, space_prefix, unknown)
     ends = ends_of_vocabulary(tokens, kinds)
     backend.add_special_tokens([_added(token) for index, (token, kind) in enumerate(zip(tokens, kinds))
-                                if kind == CONTROL or index in ends])
+                                if kind in (CONTROL, UNKNOWN) or index in ends])
     backend.add_tokens([_added(token) for index, (token, kind) in enumerate(zip(tokens, kinds))
                         if kind == USER_DEFINED and index not in ends])
     if backend.get_vocab_size(with_added_tokens=True) != len(tokens):
-        raise LabError("its vocabulary repeats tokens")
+        raise ValueError("its vocabulary repeats tokens")
     return backend
 
 
@@ -111,6 +115,9 @@ def _sentencepiece(tokens: list[str], scores: list[float], space_prefix: bool, u
     As ranked merges: every split of a piece into two pieces, ordered by the score of the whole, best first.
     """
     vocab = {token: index for index, token in enumerate(tokens)}
+    longest = max(map(len, tokens))
+    if longest > LONGEST_PIECE:
+        raise ValueError(f"a token of {longest} characters; at most {LONGEST_PIECE} are taken")
     merges = []
     for piece, score in zip(tokens, scores):
         splits = [(vocab[piece[:cut]], vocab[piece[cut:]]) for cut in range(1, len(piece))
@@ -134,13 +141,16 @@ def _sentencepiece(tokens: list[str], scores: list[float], space_prefix: bool, u
 def from_file(path: str, added: list[dict], special: list[str]) -> Backend:
     """The pipeline of a tokenizer.json, made into what transformers makes of it.
 
-    Truncation and padding that were saved in it are switched off. added: tokens of tokenizer_config.json
+    Truncation and padding that were saved in it are switched off, and so is the dropout of merges, which is
+    for training: with it a text has other ids each time. added: tokens of tokenizer_config.json
     ("added_tokens_decoder"), in order; special: texts of the tokens that the other files name (bos_token and
     so on), which become special tokens if the vocabulary has them.
     """
     backend = Backend.from_file(path)
     backend.no_truncation()
     backend.no_padding()
+    if getattr(backend.model, "dropout", None) is not None:
+        backend.model.dropout = None
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
     backend.add_tokens([AddedToken(token["content"], **{flag: bool(token.get(flag, False)) for flag in flags})

@@ -19,12 +19,14 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from lab.errors import LabError, Unavailable
+from lab.errors import LabError, Unavailable, one_line
 
 MEMORY = 2 << 30                # bytes of address space; a vocabulary of 250,000 tokens takes a quarter
-SECONDS = {"load": 60}          # of processor time, by request
+SECONDS = {"load": 20}          # of processor time, by request
 OTHER_SECONDS = 10
 WALL = 12                       # how many times as long a request may take on a machine that is busy
 MAX_ANSWER = 1 << 27            # bytes
@@ -46,6 +48,7 @@ class TextProcess:
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-c", start], env=environment, start_new_session=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self._asked, self._buffer = deque(), bytearray()
         self._end = weakref.finalize(self, _end, self._process)
 
     def request(self, op: str, subject: str, otherwise: str, **arguments):
@@ -54,40 +57,93 @@ class TextProcess:
         subject, otherwise: what errors begin with ("the chat template") and what to do instead ("--raw").
         Raises LabError for whatever goes wrong, and where a limit is passed; the process is gone then.
         """
-        seconds = SECONDS.get(op, OTHER_SECONDS)
+        taken = []
+        self.post(taken.append, op, subject, otherwise, **arguments)
+        self.collect()
+        return taken[0]
+
+    def post(self, take: Callable, op: str, subject: str, otherwise: str, **arguments) -> None:
+        """Sends a request and does not wait: collect() gives the answer to `take`. See request()."""
+        asked = _Asked(take, op, subject, otherwise, SECONDS.get(op, OTHER_SECONDS))
+        self._asked.append(asked)
         try:
-            request = json.dumps({"op": op, "seconds": seconds, **arguments})
-            self._process.stdin.write(request.encode() + b"\n")
+            line = json.dumps({"op": op, "seconds": asked.seconds, **arguments}).encode() + b"\n"
+            self._process.stdin.write(line)
             self._process.stdin.flush()
-            answer = json.loads(self._read_line(time.monotonic() + WALL * seconds))
-        except _Late:
-            self._end()
-            raise LabError(f"{subject} takes more than {WALL * seconds} s; use {otherwise}") from None
         except (BrokenPipeError, ValueError):       # the process ended: now, or at an earlier request
-            self._end()
-            cause = _cause(self._process.returncode, seconds)
-            raise LabError(f"{subject} {cause}; use {otherwise}") from None
-        if "value" in answer:
-            return answer["value"]
-        kind, message = answer["kind"], answer["error"]
-        if kind == "memory":
-            raise LabError(f"{subject} takes more than the {MEMORY >> 30} GiB of memory that it may; "
-                           f"use {otherwise}")
-        if kind == "other":
-            fails = FAILS.get(op, "cannot decode these ids")
-            raise LabError(f"{subject} {fails} ({message}); use {otherwise}")
-        raise (Unavailable if kind == "unavailable" else LabError)(message)
+            self._fail(asked)
+
+    def collect(self, patience: float | None = None) -> None:
+        """Gives the answers of posted requests to those who take them, in order.
+
+        patience: seconds to wait for those that have not come yet; None: until all are there, within their
+        limits. Raises LabError as request() does.
+        """
+        begun = time.monotonic()
+        while self._asked:
+            asked = self._asked[0]
+            deadline = min(asked.deadline, asked.deadline if patience is None else begun + patience)
+            try:
+                answer = json.loads(self._read_line(deadline))
+            except _Late:
+                if time.monotonic() < asked.deadline:
+                    return
+                self._end()
+                self._asked.clear()
+                raise LabError(f"{asked.subject} takes more than {WALL * asked.seconds} s; use {asked.otherwise}"
+                               ) from None
+            except (BrokenPipeError, ValueError):
+                self._fail(asked)
+            self._asked.popleft().take(_value(answer, asked))
+
+    def _fail(self, asked: _Asked):
+        self._end()
+        self._asked.clear()
+        raise LabError(f"{asked.subject} {_cause(self._process.returncode, asked.seconds)}; use {asked.otherwise}"
+                       ) from None
 
     def _read_line(self, deadline: float) -> bytes:
-        pipe, pieces, size = self._process.stdout.fileno(), [], 0
-        while not pieces or not pieces[-1].endswith(b"\n"):
+        """The next line. What has come of it stays in the buffer where it is not whole at the deadline (_Late)."""
+        pipe, searched = self._process.stdout.fileno(), 0
+        while (end := self._buffer.find(b"\n", searched)) < 0:
+            searched = len(self._buffer)
             if not select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
                 raise _Late
-            pieces.append(os.read(pipe, 1 << 20))
-            size += len(pieces[-1])
-            if not pieces[-1] or size > MAX_ANSWER:
+            piece = os.read(pipe, 1 << 20)
+            self._buffer += piece
+            if not piece or len(self._buffer) > MAX_ANSWER:
                 raise BrokenPipeError
-        return b"".join(pieces)
+        line = bytes(self._buffer[:end])
+        del self._buffer[:end + 1]
+        return line
+
+
+@dataclass
+class _Asked:
+    """A request whose answer has not been read yet."""
+    take: Callable
+    op: str
+    subject: str
+    otherwise: str
+    seconds: int
+    deadline: float = 0.0
+
+    def __post_init__(self):
+        self.deadline = time.monotonic() + WALL * self.seconds
+
+
+def _value(answer: dict, asked: _Asked):
+    """The value in an answer. Raises LabError or Unavailable for an error in it."""
+    if "value" in answer:
+        return answer["value"]
+    kind, message = answer["kind"], answer["error"]
+    if kind == "memory":
+        raise LabError(f"{asked.subject} takes more than the {MEMORY >> 30} GiB of memory that it may; "
+                       f"use {asked.otherwise}")
+    if kind == "other":
+        fails = FAILS.get(asked.op, "cannot decode these ids")
+        raise LabError(f"{asked.subject} {fails} ({message}); use {asked.otherwise}")
+    raise (Unavailable if kind == "unavailable" else LabError)(message)
 
 
 class _Late(Exception):
@@ -154,7 +210,7 @@ def _answer(server: _Server, op: str, **arguments) -> dict:
 
 
 def _short(error: BaseException) -> str:
-    text = " ".join(str(error)[:2000].split())
+    text = one_line(str(error)[:2000])
     return text if len(text) <= 400 else text[:400] + "..."
 
 

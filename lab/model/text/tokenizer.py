@@ -5,11 +5,12 @@ Here the files are read and their ids checked. What was read is used in a proces
 """
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lab.errors import LabError, warn
+from lab.errors import LabError, shown, warn
 from lab.files import is_there, read_json, read_text
 from lab.model.text.process import TextProcess
 
@@ -22,17 +23,18 @@ PRE_TOKENIZERS = {
     "pixtral": LLAMA3, "midm-2.0": LLAMA3, "lfm2": LLAMA3,
     "qwen2": QWEN2, "deepseek-r1-qwen": QWEN2, "smollm": SMOLLM, "gpt-2": GPT2,
 }
+NO_DEFAULT = "{}: none of its chat templates is the default: text is fed as it is"
 MOST_TEMPLATE = 1 << 24     # bytes of a chat template
 # GGUF token types (llama.cpp's llama_token_type)
-NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 # Tokens that end a turn, by their text, even where the file gives them another type or names another end
 # token: the list that llama.cpp keeps for the same purpose (special_eog_ids in src/llama-vocab.cpp), without
 # its tokens for code infilling. "</s>" counts where it is a control token only: byte-level vocabularies hold
 # it as HTML.
 END_OF_TURN = frozenset((
     "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<EOT>", "_<EOT>", "[EOT]",
-    "<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<end_of_utterance>", "<|return|>", "<|call|>",
-    "<turn|>"))
+    "[EOS]", "<eos>", "<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<end_of_utterance>", "<|return|>",
+    "<|call|>", "<|flush|>", "<|calls|>", "<turn|>", "<|tool_response>"))
 INVALID_BYTE = "<0xFF>"             # the byte-fallback token of a byte that is in no UTF-8 text
 # The special tokens that chat templates know by name, and how GGUF's keys call them (it does spell
 # "seperator" so).
@@ -74,9 +76,9 @@ class Tokenizer:
         """Text of `ids` without special tokens and ends of turns; bytes that are no UTF-8 become U+FFFD."""
         return self._request("decode", ids=[int(index) for index in ids])
 
-    def stream(self) -> "RemoteStream":
-        """A TextStream of this tokenizer: ids in, whole characters out."""
-        return RemoteStream(self, self._request("stream"))
+    def stream(self, late: bool = False) -> "RemoteStream":
+        """A TextStream of this tokenizer: ids in, whole characters out. late: text may come with a later token."""
+        return RemoteStream(self, self._request("stream"), late)
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         """Ids of `messages` ({"role", "content"}) through the model's chat template, ready for the reply."""
@@ -90,15 +92,34 @@ class Tokenizer:
 
 @dataclass
 class RemoteStream:
-    """A TextStream in the tokenizer's process."""
+    """A TextStream in the tokenizer's process.
+
+    A round trip to the process takes as long as a token of a small model on a GPU. So with `late`, `push`
+    waits for a hundredth of the time between tokens at most; the text may come with a later token.
+    """
     tokenizer: Tokenizer
     number: int
+    late: bool = False
+    pieces: list[str] = field(default_factory=list)     # text that has come
+    pushed: float = field(default_factory=time.monotonic)       # when the last token was
 
     def push(self, token: int) -> str:
-        return self.tokenizer._request("push", stream=self.number, token=int(token))
+        tokenizer, now = self.tokenizer, time.monotonic()
+        tokenizer.process.post(self.pieces.append, "push", tokenizer.where, "--ids", stream=self.number,
+                               token=int(token))
+        tokenizer.process.collect((now - self.pushed) / 100 if self.late else None)
+        self.pushed = now
+        return self._taken()
 
     def finish(self) -> str:
-        return self.tokenizer._request("finish", stream=self.number)
+        """What is still to come, at the end of the output."""
+        rest = self.tokenizer._request("finish", stream=self.number)
+        return self._taken() + rest
+
+    def _taken(self) -> str:
+        text = "".join(self.pieces)
+        self.pieces.clear()
+        return text
 
 
 class TextStream:
@@ -152,10 +173,10 @@ def render_chat(template: str, messages: list[dict[str, str]], special: Mapping[
 def ends_by_text(control: Mapping[str, int], others: Mapping[str, int]) -> dict[str, int]:
     """The tokens (text: id) that end a turn, of those that are control (or special) tokens and of others."""
     found = {text: index for text, index in {**others, **control}.items() if text in END_OF_TURN}
-    if "</s>" in control:
+    if "</s>" in control and "<|tool_response>" not in found:
         found["</s>"] = control["</s>"]
-    if {"<|return|>", "<|call|>", "<|end|>"} <= found.keys():
-        del found["<|end|>"]        # here it ends a part of the turn; llama.cpp leaves it out, too
+    if {"<|return|>", "<|call|>"} <= found.keys() or {"<|flush|>", "<|calls|>"} <= found.keys():
+        found.pop("<|end|>", None)  # here it ends a part of the turn; llama.cpp leaves it out, too
     return found
 
 
@@ -186,7 +207,7 @@ def from_gguf(scalars: Mapping, array: Callable[[str], list | None], where: str)
     if len(kinds) != len(tokens):
         raise LabError(f"{where}: {len(tokens)} tokens but {len(kinds)} token types")
     scores = _numbers(array(key + "scores"), float, where) if model == "llama" else None
-    if model == "llama" and len(scores) != len(tokens):
+    if model == "llama" and (len(scores) != len(tokens) or any(score != score for score in scores)):
         raise LabError(f"{where}: its tokenizer has no score for each token; use --ids")
 
     def flag(name, default):
@@ -213,6 +234,8 @@ def from_gguf(scalars: Mapping, array: Callable[[str], list | None], where: str)
            for name in (*TEMPLATE_TOKENS.values(), "eot", "eom")}
     ends = {ids["eos"], ids["eot"], ids["eom"]} - {None} | ends_of_vocabulary(tokens, kinds)
     template = scalars.get("tokenizer.chat_template")
+    if template is None and any(name.startswith("tokenizer.chat_template.") for name in scalars):
+        warn(NO_DEFAULT.format(where))
     if not isinstance(template, str | None):
         raise LabError(f"{where}: tokenizer.chat_template is no text")
     source = {"kind": "from_vocabulary", "model": model, "pre": pre, "tokens": tokens, "kinds": kinds,
@@ -265,13 +288,14 @@ def from_huggingface(folder: Path) -> Tokenizer | None:
         return None
     options, names, generation, config = (_optional_json(folder / name) for name in (
         "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json"))
-    special = _special_tokens(options, names)
+    special = _special_tokens(options, names, folder)
     listed = special.get("additional_special_tokens", [])
-    texts = [text for name, text in special.items() if name in TEMPLATE_TOKENS] + listed
+    texts = [text for name, text in special.items() if name != "additional_special_tokens"] + listed
     source = {"kind": "from_file", "path": str(path), "special": texts,
               "added": _added_tokens(options, folder)}
     process = TextProcess()
     loaded = process.request("load", str(path), "--ids", source=source, eos=special.get("eos_token"))
+    _say_contradiction(options.get("add_bos_token"), loaded["leading"], folder)
     vocabulary = max(loaded["size"], config["vocab_size"] if isinstance(config.get("vocab_size"), int) else 0)
     ends = set(loaded["ends"])
     for name, found in (("generation_config.json", generation), ("config.json", config)):
@@ -280,34 +304,56 @@ def from_huggingface(folder: Path) -> Tokenizer | None:
                      loaded["size"], str(path), source)
 
 
+def _say_contradiction(add_bos, leading: list[int], folder: Path) -> None:
+    """Warns where add_bos_token of tokenizer_config.json and the post-processor of tokenizer.json differ.
+
+    The post-processor counts, as in transformers 5; transformers 4 followed the flag for some tokenizer classes.
+    """
+    if isinstance(add_bos, bool) and add_bos != bool(leading):
+        does = "puts a token before raw text" if leading else "puts none before raw text"
+        warn(f"{folder / 'tokenizer_config.json'} says add_bos_token {str(add_bos).lower()}, and the "
+             f"post-processor of tokenizer.json {does}: the latter counts")
+
+
 def _optional_json(path: Path) -> dict:
     """The object in a JSON file, empty where there is no such file."""
     return read_json(path) if is_there(path) else {}
 
 
-def _special_tokens(options: dict, names: dict) -> dict[str, object]:
-    """Texts by name (bos_token...): of tokenizer_config.json, else of special_tokens_map.json."""
-    def text(token):
-        token = token.get("content") if isinstance(token, dict) else token
-        return token if isinstance(token, str) else None
+def _special_tokens(options: dict, names: dict, folder: Path) -> dict[str, object]:
+    """Texts by name (bos_token...): of tokenizer_config.json, else of special_tokens_map.json.
 
+    extra_special_tokens is a list (transformers 5's name of additional_special_tokens), or an object of
+    further names, which templates know as well.
+    """
     special = {}
-    for name in TEMPLATE_TOKENS:
-        found = text(options.get(name)) or text(names.get(name))
-        if found:
-            special[name] = found
-    for source in (options, names):
-        listed = source.get("additional_special_tokens")
-        if isinstance(listed, list) and listed and "additional_special_tokens" not in special:
-            special["additional_special_tokens"] = [found for found in map(text, listed) if found]
+    for source, file in ((options, "tokenizer_config.json"), (names, "special_tokens_map.json")):
+        extra = source.get("extra_special_tokens")
+        named_so = {name: token for name, token in (extra.items() if isinstance(extra, dict) else ())
+                    if name.endswith("_token")}
+        for name, token in {**named_so, **{name: source.get(name) for name in TEMPLATE_TOKENS}}.items():
+            if token and name not in special:
+                special[name] = _token_text(token, folder / file, name)
+        for name in ("additional_special_tokens", "extra_special_tokens"):
+            listed = source.get(name)
+            if isinstance(listed, list) and listed and "additional_special_tokens" not in special:
+                special["additional_special_tokens"] = [_token_text(token, folder / file, name) for token in listed]
     return special
+
+
+def _token_text(token, path: Path, name: str) -> str:
+    """The text of a token, which the file gives as it is or as the "content" of an object."""
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str):
+        raise LabError(f"{path}: {name} is {shown(token)}; expected the text of a token; use --ids")
+    return text
 
 
 def _added_tokens(options: dict, folder: Path) -> list[dict]:
     """The tokens that tokenizer_config.json adds, in the order of their ids."""
     found = options.get("added_tokens_decoder") or {}
     try:
-        ordered = [found[index] for index in sorted(found, key=int)]
+        ordered = [token for _, token in sorted(found.items(), key=lambda item: int(item[0]))]
         assert all(isinstance(token["content"], str) for token in ordered)
     except (AssertionError, TypeError, ValueError, KeyError, AttributeError):
         raise LabError(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder is mangled; use --ids"
@@ -336,8 +382,9 @@ def _template(options: dict, folder: Path) -> str | None:
                  if isinstance(t, dict) and isinstance(t.get("name"), str)}
         template = named.get("default")
         if template is None:
-            warn(f"{folder / 'tokenizer_config.json'}: none of its chat templates is the default: "
-                 "text is fed as it is")
+            warn(NO_DEFAULT.format(folder / "tokenizer_config.json"))
+    if template is None and any((folder / "additional_chat_templates").glob("*.jinja")):
+        warn(NO_DEFAULT.format(folder / "additional_chat_templates"))
     if not isinstance(template, str | None):
         raise LabError(f"{folder / 'tokenizer_config.json'}: chat_template is no text")
     return template
