@@ -86,6 +86,8 @@ MUTANTS = [
           "top-k keeps one more", SAMPLING),
     check(PY + "sample.py", "sample", "top_p * tl.sum(mass, axis=0)", "top_p * 1.001 * tl.sum(mass, axis=0)",
           "top-p's mass off by 0.1 %", SAMPLING),
+    check(PY + "sample.py", "sample", "tl.where(v < 0.0625, series, -tl.log(u))", "-tl.log(u)", "u above a half rounded to float32",
+          SAMPLING),
     check(PY + "sample.py", "sample", "tl.where(bad > 0, -1, winner)", "winner", "a row with NaN gives an index"),
     check(PY + "sample.py", "sample", "        index = tl.where(value > best, token, index)",
           "        index = tl.where(value >= best, token, index)", ">= for >: the last of equals wins"),
