@@ -4,19 +4,21 @@
 
 Each mutant of mutants.py is written into a copy of the project that has the host build, so that only what a mutant changes
 is compiled. Then the op's cases run as in `lab check`, and after them the tests that the mutant names. The mutant is killed
-if one of these fails, crashes or does not end, and survives if all succeed. First everything runs once without a mutant,
-and has to succeed.
+if one of these fails, crashes or does not end, and survives if all succeed. The case or test that failed runs again without
+the mutant, and has to succeed there.
 
 --cases COMMIT asks what the checks and tests of another commit would have noticed. Its whole tree is taken and built, and
 the mutants are planted into that; a mutant whose text is not there is left out. Where a test that a mutant names is not in
 that tree, all tests there that have the op's name run in its place.
 
 Exit status: 0 if all were killed; 1 if some survive or time ran out; 2 for a mistake of the list: a text that is not in its
-file exactly once, a mutant that does not compile, a check or test that fails without one.
+file exactly once, a mutant that does not compile, a case or test that fails without one.
 """
 import argparse
+import functools
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -31,7 +33,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from mutants.mutants import MUTANTS, Mutant  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMIT = 240                                         # seconds of one command: a kernel that hangs is noticed, too
+# Seconds of one command: a kernel that hangs is noticed, too. Of CPU time, which other work on the machine does not
+# change, and longer ones by the clock, for a kernel that sleeps.
+CPU_LIMIT, LIMIT = 240, 1200
 # Not copied: large, or made by runs. The GPU build is not used here.
 IGNORED = (".git", ".venv", "out", "reports", "__pycache__", ".pytest_cache", "_cuda.*", "cuda", "host-thread", "tsan")
 ENVIRONMENT = {"LAB_CUDA": "0", "LAB_BUILD_JOBS": "1", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -53,9 +57,30 @@ def copy(folder: Path, commit: str | None) -> None:
         subprocess.run(["tar", "x"], cwd=folder, input=archive.stdout, check=True)
     else:
         shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*IGNORED), symlinks=True)
+    if (ROOT / ".venv").exists():                   # where the compiler found headers
+        (folder / ".venv").symlink_to(ROOT / ".venv")
     built, said = build(folder, jobs=os.cpu_count())
     if not built:
         raise Mistake(f"the host build fails without a mutant: {said}")
+
+
+def restore(folder: Path, whole: Path, path: Path) -> None:
+    """Puts a file of the copy `folder` back as it is in `whole`, and the build, so that nothing is compiled twice."""
+    shutil.copy2(whole / path.relative_to(folder), path)
+    if path.is_relative_to(folder / "cuda_src"):
+        shutil.rmtree(folder / "build")
+        shutil.copytree(whole / "build", folder / "build")
+        for library in (whole / "lab").glob("_host.*"):
+            shutil.copy2(library, folder / "lab")
+        own_paths(folder, whole)
+
+
+def own_paths(folder: Path, whole: Path) -> None:
+    """Older trees go by the times of the files that the compiler named, with whole paths: here, those of this copy."""
+    for file in (folder / "build").rglob("*.d"):
+        made = file.stat()
+        file.write_text(file.read_text().replace(str(whole), str(folder)))
+        os.utime(file, ns=(made.st_atime_ns, made.st_mtime_ns))
 
 
 def build(folder: Path, jobs: int = 1) -> tuple[bool, str]:
@@ -80,25 +105,27 @@ def last_line(text: str) -> str:
     return lines[-1] if lines else ""
 
 
-def run_forked(function, folder: Path) -> tuple[bool, str]:
-    """(whether function() returned 0, the last line that it printed), called in a child process with the copy's modules.
+def run_forked(command: tuple, folder: Path) -> tuple[bool, str]:
+    """(whether a function with its arguments returned 0, what it printed), called in a child process with the copy's modules.
 
     A child that is forked has torch and Triton imported already, which takes longer than most checks.
     """
-    log = folder / "mutant.log"
+    log = folder.parent / f"{os.getpid()}.log"
+    function, *arguments = command
     child = os.fork()
     if child == 0:
         status = 70
         try:
+            resource.setrlimit(resource.RLIMIT_CPU, (CPU_LIMIT, CPU_LIMIT + 5))
             os.setsid()                             # whatever it starts can be ended with it
-            with open(log, "w") as file:
-                os.dup2(file.fileno(), 1)
-                os.dup2(file.fileno(), 2)
+            sys.stdout = sys.stderr = file = open(log, "w", buffering=1)
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
             os.chdir(folder)
             for name in [name for name in sys.modules if name.partition(".")[0] in ("lab", "triton_kernels", "mutants")]:
                 del sys.modules[name]
             sys.path[:] = [str(folder), *(path for path in sys.path if not Path(path).is_relative_to(ROOT / "tests"))]
-            status = int(function())
+            status = int(function(*arguments))
         except BaseException:
             traceback.print_exc()
         finally:
@@ -106,61 +133,72 @@ def run_forked(function, folder: Path) -> tuple[bool, str]:
             sys.stderr.flush()
             os._exit(status)
     ends, pid = time.monotonic() + LIMIT, 0
-    while pid == 0 and time.monotonic() < ends:
-        pid, status = os.waitpid(child, os.WNOHANG)
-        time.sleep(0 if pid else 0.02)
+    try:
+        while pid == 0 and time.monotonic() < ends:
+            pid, status = os.waitpid(child, os.WNOHANG)
+            time.sleep(0 if pid else 0.02)
+    finally:
+        if pid == 0:                                # too late, or interrupted
+            os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
     if pid == 0:
-        os.killpg(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        return False, f"no end after {LIMIT} s"
-    said = last_line(log.read_text(errors="replace"))
-    return status == 0, said if os.WIFEXITED(status) else f"ended by {signal.Signals(os.WTERMSIG(status)).name}"
+        return False, f"{log.read_text(errors='replace')}\nno end after {LIMIT} s"
+    said = log.read_text(errors="replace")
+    return status == 0, said if os.WIFEXITED(status) else f"{said}\nended by {signal.Signals(os.WTERMSIG(status)).name}"
 
 
-def run_cases(op_name: str, backend: str, dtype: str) -> int:
-    """`lab check` of one op under one backend on the CPU, in this process and up to the first wrong case."""
-    from lab.check import check_case
-    from lab.contract import DTYPES, Rand
-    from lab.dispatch import select
+def run_cases(op_name: str, backend: str, wanted: str, *chosen: tuple[str, int]) -> int:
+    """Cases of an op as in `lab check`, on the CPU and in this process, up to the first wrong one: those chosen as (dtype,
+    number), or all in the wanted dtype, or all."""
+    from lab import check
     from lab.ops import OPS
     op = next(op for op in OPS if op.name == op_name)
-    function = getattr(select(backend, "cpu", {op_name: backend}), op_name)
-    for name in [dtype] if dtype else DTYPES:
-        for case in op.cases if DTYPES[name] in op.dtypes else ():
-            outcome = check_case(op, function, Rand("cpu", DTYPES[name]), case.sizes)
-            if outcome.error:
-                print(f"{name}, {case.why}: {outcome.error}".replace("\n", " "))
-                return 1
+    function = getattr(check.select(backend, "cpu", {op_name: backend}), op_name)
+    dtypes = [name for name, dtype in check.DTYPES.items() if dtype in op.dtypes and wanted in ("", name)]
+    for dtype, number in chosen or [(name, i) for name in dtypes for i in range(len(op.cases))]:
+        print(f"case {dtype} {number}", flush=True)             # for failing_part(), also after a crash
+        outcome = check.check_case(op, function, check.Rand("cpu", check.DTYPES[dtype]), op.cases[number].sizes)
+        if outcome.error:
+            print(f"{dtype}, {op.cases[number].why}: {outcome.error}".replace("\n", " "))
+            return 1
     return 0
 
 
-def run_old_check(op_name: str, backend: str, dtype: str) -> int:
-    """The same by the command's own function, for trees whose modules lie elsewhere."""
-    from lab.cli import main
-    return main(["check", "--op", op_name, "--backend", backend, "--device", "cpu", *(["--dtype", dtype] if dtype else [])])
-
-
-def run_tests(words: list[str]) -> int:
+def run_tests(*words: str) -> int:
     import pytest
-    return pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--durations=0", "--no-header", *words])
+    return pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--no-header", *words])
 
 
-def commands_of(mutant: Mutant, folder: Path, commit: str | None) -> dict[tuple, object]:
-    """{(what, ...): function} of what should notice a mutant, the cheapest first."""
+def commands_of(mutant: Mutant, folder: Path) -> list[tuple]:
+    """(function, arguments) of what should notice a mutant, the cheapest first."""
     backend = "cuda" if mutant.file.startswith("cuda_src") else "triton"
-    check = ("check", mutant.op, backend, mutant.dtype)
-    commands = {check: lambda: (run_old_check if commit else run_cases)(*check[1:])}
+    commands = [(run_cases, mutant.op, backend, mutant.dtype)]
     words = mutant.tests.format(backend=backend).split()
     if words and not (folder / words[0]).exists():
         words = ["tests", "-m", "not oracle", "-k", f"{mutant.op} and not compile"]
-    if words:
-        commands["tests", *words] = lambda: run_tests(words)
-    return commands
+    return commands + ([(run_tests, *words)] if words else [])
+
+
+def failing_part(command: tuple, log: str) -> tuple:
+    """The command of the one case or test that failed, by what a command printed; the whole one if that is not told."""
+    function, *arguments = command
+    if function is run_cases:
+        if begun := re.findall(r"^case (\w+) (\d+)$", log, re.M):
+            return function, *arguments[:3], (begun[-1][0], int(begun[-1][1]))
+    elif failed := re.search(r"^FAILED (.+?) - ", log, re.M):
+        return function, failed[1]
+    return command
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
-def judge(mutant: Mutant, folder: Path, whole: Path, commit: str | None) -> tuple[bool, str]:
+@functools.cache
+def succeeds(command: tuple, whole: Path) -> bool:
+    """Without a mutant. If it did not, it would call every mutant killed."""
+    return run_forked(command, whole)[0]
+
+
+def judge(mutant: Mutant, folder: Path, whole: Path) -> tuple[bool, str]:
     """(killed, by what) of a mutant, planted into the copy `folder` and taken out again. whole: the copy without a fault."""
     path = place(mutant, folder)
     right = path.read_text()
@@ -170,75 +208,70 @@ def judge(mutant: Mutant, folder: Path, whole: Path, commit: str | None) -> tupl
             built, said = build(folder)
             if not built:
                 raise Mistake(f"{mutant.file}, {mutant.why}: does not compile: {said}")
-        for (what, *_), function in commands_of(mutant, folder, commit).items():
-            passed, said = run_forked(function, folder)
+            library = next((folder / "lab").glob("_host.*"))
+            if library.read_bytes() == (whole / "lab" / library.name).read_bytes():
+                raise Mistake(f"{mutant.file}, {mutant.why}: compiles to the same library")
+        for command in commands_of(mutant, folder):
+            passed, log = run_forked(command, folder)
             if not passed:
-                return True, f"{what}: {said}"
+                part = failing_part(command, log)
+                if not succeeds(part, whole):
+                    raise Mistake(f"{' '.join(map(str, part[1:]))} fails without a mutant, too")
+                return True, f"{part[0].__name__.removeprefix('run_')}: {last_line(log)}"
         return False, ""
     finally:
-        path.write_text(right)
-        if path.is_relative_to(folder / "cuda_src"):        # the objects as they were, so that none is compiled twice
-            shutil.rmtree(folder / "build")
-            shutil.copytree(whole / "build", folder / "build")
+        restore(folder, whole, path)
 
 
 class Work:
     """What a process of the pool does: it has a copy of its own."""
 
-    def __init__(self, whole: Path, commit: str | None, ends: float):
-        self.whole, self.commit, self.ends, self.folder = whole, commit, ends, None
+    def __init__(self, whole: Path, ends: float):
+        self.whole, self.ends, self.folder = whole, ends, None
 
-    def own(self) -> Path:
+    def __call__(self, number: int):
+        """(number of a mutant, killed or None for no time left, by what); the mistake, if one is found."""
+        if time.monotonic() > self.ends:
+            return number, None, ""
         if self.folder is None:
             self.folder = self.whole.parent / f"copy-{os.getpid()}"
             shutil.copytree(self.whole, self.folder, symlinks=True)
-        return self.folder
-
-    def without_a_mutant(self, command):
-        name, mutant = command
-        passed, said = run_forked(commands_of(mutant, self.own(), self.commit)[name], self.own())
-        return name, passed, said
-
-    def with_one(self, number):
-        """(number, killed or None for no time, by what)."""
-        if time.monotonic() > self.ends:
-            return number, None, ""
+            own_paths(self.folder, self.whole)
         try:
-            return number, *judge(MUTANTS[number], self.own(), self.whole, self.commit)
+            return number, *judge(MUTANTS[number], self.folder, self.whole)
         except Mistake as mistake:
-            return number, "mistake", str(mistake)
+            return mistake
 
 
-WORK: Work | None = None                            # of this process, set before the pool forks
-
-
-def call(task):
-    return getattr(WORK, task[0])(task[1])
-
-
-def score(chosen: list[int], jobs: int, whole: Path, commit: str | None) -> tuple[int, int, int]:
+def score(chosen: list[int], jobs: int, work: Work) -> tuple[int, int, int]:
     """(killed, survived, not tried). Prints a line about each. Raises Mistake."""
-    commands = {name: MUTANTS[n] for n in chosen for name in commands_of(MUTANTS[n], whole, commit)}
     # What compiles for longest first: at the end the processes are then busy for nearly as long as each other.
     chosen = sorted(chosen, key=lambda n: (Path(MUTANTS[n].file).suffix == ".py", -len(MUTANTS[n].op)))
     counts = {True: 0, False: 0, None: 0}
-    with multiprocessing.get_context("fork").Pool(jobs) as pool:
-        for name, passed, said in pool.imap_unordered(call, [("without_a_mutant", item) for item in commands.items()]):
-            if not passed:
-                raise Mistake(f"{' '.join(name)} fails without a mutant: {said}")
-        for n, dead, by in pool.imap_unordered(call, [("with_one", n) for n in chosen]):
-            if dead == "mistake":
-                raise Mistake(by)
+    with multiprocessing.get_context("fork").Pool(jobs, begin, [work]) as pool:
+        for result in pool.imap_unordered(go_on, chosen):
+            if isinstance(result, Mistake):
+                raise result
+            n, dead, by = result
             counts[dead] += 1
             says = {True: "killed   ", False: "SURVIVED ", None: "not tried"}[dead]
             print(f"{says} {MUTANTS[n].file}: {MUTANTS[n].why}  {by[:100]}", flush=True)
         pool.close()
-        pool.join()
+        pool.join()                                 # so that their CPU time is counted
     return counts[True], counts[False], counts[None]
 
 
-def main() -> int:
+def begin(work: Work) -> None:
+    """In each process of the pool: what go_on() does there."""
     global WORK
+    WORK = work
+
+
+def go_on(number: int):
+    return WORK(number)
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", metavar="COMMIT")
     parser.add_argument("--only", default="", help="mutants whose file and description have this text")
@@ -259,8 +292,8 @@ def main() -> int:
                 raise Mistake("no mutants, or the text of one is not in its file exactly once")
             import torch, triton, pytest  # noqa: E401, F401  for the processes that are forked
             torch.set_num_threads(1)
-            WORK = Work(whole, args.cases, started + args.minutes * 60)
-            killed, survived, late = score([n for n in chosen if n not in absent], args.jobs, whole, args.cases)
+            work = Work(whole, started + args.minutes * 60)
+            killed, survived, late = score([n for n in chosen if n not in absent], args.jobs, work)
     except Mistake as mistake:
         print(f"mutants: error: {mistake}", file=sys.stderr)
         return 2
