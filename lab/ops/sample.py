@@ -141,9 +141,10 @@ def torch_(logits, positions, temperature=0.0, top_k=0, top_p=1.0, seed=0, out=N
         out.copy_(torch.where(logits.isnan().any(-1), -1, drawn))
 
 
-def inputs(rand, batch, vocab, temperature=0.0, top_k=0, top_p=1.0, seed=0, tie=False, distance=None, special=False):
+def inputs(rand, batch, vocab, temperature=0.0, top_k=0, top_p=1.0, seed=0, tie=False, distance=None, special=False,
+           position=None):
     """tie: the maximum stands twice. distance: of the two. special: the last rows hold NaN of either sign, infinities, and
-    -inf for most tokens, as a grammar's mask leaves them."""
+    -inf for most tokens, as a grammar's mask leaves them. position: that of all rows; random by default."""
     logits = rand(batch, vocab, dtype=torch.float32, scale=3.0)
     if tie:                                                      # the lower index must win
         logits[:, [vocab // 2, vocab - 1] if distance is None else [5, 5 + distance]] = 99.0
@@ -151,7 +152,8 @@ def inputs(rand, batch, vocab, temperature=0.0, top_k=0, top_p=1.0, seed=0, tie=
         logits[-1, 0], logits[-2, vocab // 2], logits[-3, vocab - 1] = torch.nan, -torch.nan, torch.nan
         logits[-4, vocab // 3], logits[-5, 1:vocab - 2] = torch.inf, -torch.inf
         logits[-6, [1, 2]] = torch.tensor([torch.inf, torch.nan], device=logits.device)
-    return logits, rand.integers(0, 1000, batch), temperature, top_k, top_p, seed
+    positions = rand.integers(*((0, 1000) if position is None else (position, position + 1)), batch)
+    return logits, positions, temperature, top_k, top_p, seed
 
 
 op = Op(
@@ -176,6 +178,8 @@ op = Op(
            case("the same in a draw", batch=8, vocab=1001, temperature=0.8, seed=5, special=True),
            case("the same with top-k", batch=8, vocab=1001, temperature=0.8, top_k=9, seed=6, special=True),
            case("the same with top-p", batch=8, vocab=1001, temperature=0.8, top_p=0.7, seed=7, special=True),
+           # Token 299 has u = 1 - 2^-25: rounded to float32 it is 1, and the noise infinite instead of 17.3.
+           case("the largest u there is", batch=1, vocab=1001, temperature=0.05, seed=23, position=979),
            case("a tie of tokens that one thread sees one after the other", batch=1, vocab=(1 << 18) + 900, tie=True,
                 distance=1 << 18),
            case("a vocabulary of more than one pass, top-k and top-p", batch=1, vocab=(1 << 18) + 900, temperature=1.0,
