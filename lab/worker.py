@@ -178,7 +178,7 @@ def load(spec: dict):
         return lambda name: ladder.bind(ladder.rung_called(name), spec["rungs"], spec["device"])
     from lab.dispatch import select as select_ops
     ops = select_ops(spec["backend"], spec["device"], {op.name: spec["backend"] for op in OPS},
-                     check_contents=True)
+                     check_contents=True, partial=True)
     return lambda name: getattr(ops, name)
 
 
