@@ -2,10 +2,13 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tiny_models import write_folder
 
+from lab.model.config import PRESETS
 from lab.records import schema
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,7 +86,9 @@ def test_it_is_checked_at_the_ops_that_it_has(lab):
 
 
 def test_a_model_runs_with_its_ops(lab):
-    run = ("run", "smollm2-135m", "--weights", "random", "--device", "cpu", "--ids", "1,2", "--max-new-tokens", "2")
+    config = replace(PRESETS["smollm2-135m"], layers=1, hidden=64, intermediate=96, q_heads=1, kv_heads=1, vocab=300)
+    write_folder(lab.folder / "tiny", config)
+    run = ("run", "tiny", "--device", "cpu", "--ids", "1,2", "--max-new-tokens", "2")
     said = lab(*run, "--backend", "torch", "--override", "silu_mul=toy", "--override", "rmsnorm=toy", "--trace")
     assert "toy_silu_mul" in said and "toy_rmsnorm" in said and "torch:linear" in said
     refused = lab(*run, "--backend", "toy", status=2)
