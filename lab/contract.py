@@ -58,7 +58,7 @@ class Op:
     validate: Callable              # (*args, out=None) -> None, or raises LabError
     outputs: Callable               # (*args) -> an empty tensor for the kernel to fill; None for an op in place
     reference: Callable             # (*args) -> tuple of float64 (or integer) results: the output, then what `mutates` names
-    launchers: Mapping[str, Callable]   # language -> (*args, out) -> None; cuda's takes the table of C++ launchers first
+    launchers: dict[str, Callable]  # language -> (*args, out) -> None; cuda's takes the table of C++ launchers first
     inputs: Callable                # (rand: Rand, **sizes) -> args, random data of one case
     nbytes: Callable                # (a) -> bytes that must cross DRAM at least once
     flops: Callable                 # (a) -> floating-point operations

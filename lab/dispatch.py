@@ -17,7 +17,7 @@ import torch
 
 from lab.backends import load
 from lab.contract import BACKENDS, Op
-from lab.errors import LabError
+from lab.errors import LabError, Unavailable
 from lab.names import known
 from lab.ops import OPS, BasicOps, FusedOps, OtherOps, PersistentOps
 
@@ -45,10 +45,15 @@ class Ops(BasicOps, FusedOps, PersistentOps, OtherOps):
         for name, function in functions.items():
             setattr(self, name, function)
 
+    @property
+    def whole(self) -> bool:
+        """Is there a function for every op, as a decoder needs?"""
+        return all(hasattr(self, op.name) for op in OPS)
+
 
 def select(backend: str | None = None, device: str | torch.device = "cpu",
            overrides: Mapping[str, str] | Sequence[str] = (), trace: Trace | None = None,
-           check_contents: bool | None = None) -> Ops:
+           check_contents: bool | None = None, partial: bool = False) -> Ops:
     """Binds every op to a backend on a device.
 
     backend: "cuda", "triton" or "torch"; None takes the environment's LAB_BACKEND.
@@ -56,6 +61,7 @@ def select(backend: str | None = None, device: str | torch.device = "cpu",
     check_contents: before each launch, read the positions, context lengths and page numbers in the tensors, and raise
     LabError for those that would lead a kernel outside a tensor or into another row's page. A call then waits for the
     GPU, so it cannot be captured in a graph. None takes the environment's LAB_CHECK ("1" or "0").
+    partial: leave out the ops that the backend's language does not have, where that is otherwise Unavailable.
     Raises LabError for an unknown name, Unavailable for a backend that this machine lacks.
     """
     backend = backend or os.environ.get("LAB_BACKEND")
@@ -75,7 +81,12 @@ def select(backend: str | None = None, device: str | torch.device = "cpu",
     loaded = {name: load(name, device) for name in sorted(set(chosen.values()))}
     for one in loaded.values():
         one.set_trace(trace is not None)
-    functions = {op.name: bind(op, loaded[chosen[op.name]], trace, check_contents) for op in OPS}
+    lacking = [op.name for op in OPS if chosen[op.name] not in op.launchers]
+    if lacking and not partial:
+        raise Unavailable(f"backend {chosen[lacking[0]]} has no {', '.join(lacking)}: choose another for them, as in "
+                          f"--override {lacking[0]}=torch")
+    functions = {op.name: bind(op, loaded[chosen[op.name]], trace, check_contents) for op in OPS
+                 if op.name not in lacking}
     return Ops(chosen, functions, device, trace, check_contents)
 
 

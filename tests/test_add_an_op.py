@@ -17,6 +17,28 @@ NAME = "scaled_add"
 BLOCK = re.compile(r"^`([\w./]+)`[^\n]*\n\n```(\w+)\n(.*?)^```$", re.M | re.S)
 
 
+# Asked of the copy of the lab: the tuner's candidates, what a bench on a GPU holds it to and takes from DRAM, its look in
+# a picture, and what it launches under the settings of the first candidate.
+WHAT_ELSE_KNOWS_IT = f"""
+import torch
+from lab.contract import Rand
+from lab.ops import find
+from lab.report import style
+from lab.tune.tuner import candidates
+from triton_kernels import common, settings
+op = find("{NAME}")
+found = candidates("triton", op.name, 1, 2, {{"cols": 576}}, 40)
+print(len(found), "candidates")
+print(op.direction)
+print([name for name in op.names if name in op.cold])
+print(style.part_looks([op.name])[op.name])
+args = op.inputs(Rand("cpu", torch.bfloat16), rows=1, cols=576)
+with common.recording("sm_90") as launches, settings.forced(op.name, found[0]):
+    op.launchers["triton"](*args, out=op.outputs(*args))
+print("BLOCK", launches[0].meta["BLOCK"])
+"""
+
+
 def section():
     """The text of the section."""
     return re.search(r"^## Add an op\n(.*?)^## ", (ROOT / "CONTRIBUTING.md").read_text(), re.M | re.S)[1]
@@ -81,6 +103,14 @@ def test_contributing_adds_an_op(tmp_path):
     assert "1. Locate" in said["explain"] and "2. Add and store" in said["explain"]
     assert "blockIdx.x" in said["explain"] and "tl.program_id(0)" in said["explain"]
     rows = schema.read(tmp_path / "out" / NAME).of_kind("op")
+    assert {(str(row.shape), tuple(row.models)) for row in rows} == {("{'cols': 576}", ("smollm2-135m",))}
     assert {(row.op, row.backend) for row in rows} == {(NAME, backend) for backend in ("cuda", "triton", "torch")}
     assert all(row.us > 0 and not row.error for row in rows)
+    run("-m", "lab", "report", f"out/{NAME}")
+    assert f"Op: {NAME}" in (tmp_path / "out" / NAME / "index.html").read_text()
+    inspected = run("-m", "lab", "inspect", NAME, "--backend", "triton")
+    assert f"{NAME} bf16 for sm_90a" in inspected and "rows=1 cols=4096" in inspected and f"{NAME}_kernel" in inspected
+    assert re.search(rf"^ +OP .*{NAME}, or all", run("-m", "lab", "tune", "--help"), re.M)
+    assert run("-c", WHAT_ELSE_KNOWS_IT).splitlines() == [
+        "6 candidates", "copy", "['y']", "('#aa4499', '')", "BLOCK 512"]
     assert " passed" in run("-m", "pytest", "-q", "tests/test_ops.py", "tests/test_twins.py", "-k", NAME)

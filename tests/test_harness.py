@@ -31,6 +31,7 @@ from lab.records.schema import Ceiling, LedgerRow, OpRow
 from lab.records.session import Session
 
 MIB = 1 << 20
+COLD = {op.name for op in OPS if op.cold}
 TINY = dataclasses.replace(PRESETS["smollm2-135m"], name="tiny", layers=2, hidden=64, intermediate=96, q_heads=2,
                            kv_heads=1, vocab=257, max_positions=128)
 TINY_QK = dataclasses.replace(TINY, name="tiny-qk", architecture="qwen3", qk_norm=True)
@@ -293,7 +294,7 @@ def test_what_matters_most_is_measured_first(monkeypatch):
     assert {"ledger llama-3.1-8b cuda fused", "ledger llama-3.1-8b triton persistent", "swaps llama-3.1-8b fused",
             "ladder of linear"} < set(head)
     assert not [l for l in labels if l.startswith("swaps") and l.endswith("persistent")]
-    assert all(l.endswith("bf16") for l in labels if find(l.split()[0]).cold and labels.index(l) < first["dtype"])
+    assert all(l.endswith("bf16") for l in labels if l.split()[0] in COLD and labels.index(l) < first["dtype"])
     assert first["model"] < first["op"] < first["compiled"] < first["dtype"]
     modes = {(step.run.args[3].batch, step.run.args[4]): step.run.args[5] for step in steps
              if step.run.func is bench.measure_op and step.run.args[3].op == "linear"}

@@ -9,13 +9,12 @@ from collections import defaultdict
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+from lab.contract import BACKENDS
 from lab.errors import LabError
 from lab.files import write_whole
 from lab.harness.shapes import preset
 from lab.records import compare
 from lab.text import columns
-
-BACKENDS = ("cuda", "triton", "torch")      # what `lab run` can dispatch to; vendors' kernels are in the torch backend
 
 
 @dataclass

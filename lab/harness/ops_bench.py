@@ -45,6 +45,10 @@ class Rig:
     plans: tuple = ("basic",)   # of the decoder, for models and ledgers
     lean: bool = False          # the torch reference under the first plan only
 
+    def having(self, op):
+        """Names of the backends that have the op: a language, or the file of `lab try`, may have some alone."""
+        return [name for name, ops in self.backends.items() if hasattr(ops, op.name)]
+
     def sides(self, batch, dtype_name):
         """(backend, plan) of every decoder to measure at a batch and dtype, which rule some plans out.
 
@@ -53,7 +57,8 @@ class Rig:
         """
         once = "fused" in self.plans and list(self.backends) != ["torch"]
         again = self.plans[1:] if self.lean else ("persistent",) if once else ()
-        return [(backend, plan) for plan in self.plans for backend in self.backends
+        whole = [name for name, ops in self.backends.items() if getattr(ops, "whole", True)]
+        return [(backend, plan) for plan in self.plans for backend in whole
                 if not refusal(plan, batch, DTYPES[dtype_name]) and not (backend == "torch" and plan in again)]
 
 
@@ -62,7 +67,7 @@ def load_backends(names, device, asked):
     found, notes = {}, []
     for name in names or BACKENDS:
         try:
-            found[name] = select(name, device)
+            found[name] = select(name, device, partial=True)
         except Unavailable as e:
             if asked:
                 raise
@@ -98,13 +103,14 @@ def measure_point(session, rig, point, dtype_name, modes=None):
                      role=point.role, models=list(point.models), emulated=timer == "wall")
 
     modes = [(c, t) for c, t in modes or rig.modes if c != "in_model" or op.cold]
-    todo = [m for m in modes if not all(session.has(row(b, *m)) for b in rig.backends)]
+    backends = rig.having(op)
+    todo = [m for m in modes if not all(session.has(row(b, *m)) for b in backends)]
     if not todo:
         return
     try:
         bound = _Bound(op, point, dtype, rig)
     except (RuntimeError, LabError) as e:           # out of memory, a size that the op does not take
-        session.add(*(dataclasses.replace(row(b, *m), error=error_text(e)) for m in todo for b in rig.backends))
+        session.add(*(dataclasses.replace(row(b, *m), error=error_text(e)) for m in todo for b in backends))
         return
     cold_us = {}
     for cache, timer in todo:
@@ -187,7 +193,7 @@ class _Bound:
 
     def names(self, cache, timer):
         """Backends and peers that have such a time (see Peer.own)."""
-        return [*self.rig.backends, *(name for name, p in self.peers.items()
+        return [*self.rig.having(self.op), *(name for name, p in self.peers.items()
                                       if not p.own or (timer == "graph" and cache != "in_model"))]
 
     def bind(self, name, in_model=False):

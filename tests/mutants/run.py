@@ -290,7 +290,7 @@ def main() -> int:
                 print(f"left out  {MUTANTS[n].file}: {MUTANTS[n].why}: its text is not there once")
             if absent and not args.cases or len(absent) == len(chosen):
                 raise Mistake("no mutants, or the text of one is not in its file exactly once")
-            import torch, triton, pytest  # noqa: E401, F401  for the processes that are forked
+            import torch  # noqa: E401, F401  for the processes that are forked
             torch.set_num_threads(1)
             work = Work(whole, started + args.minutes * 60)
             killed, survived, late = score([n for n in chosen if n not in absent], args.jobs, work)
