@@ -46,12 +46,12 @@ def test_no_backend_is_an_error_not_a_default(monkeypatch):
 
 def test_a_missing_build_is_an_error_that_says_what_to_do(monkeypatch):
     import lab.backends
-    import lab.backends.cuda
+    import lab.extension
 
     def missing(name):
         raise ImportError("no such module")
 
-    monkeypatch.setattr(lab.backends.cuda, "import_module", missing)
+    monkeypatch.setattr(lab.extension, "import_module", missing)
     lab.backends.load.cache_clear()
     try:
         with pytest.raises(LabError, match="lab._host is not built.*make setup"):
