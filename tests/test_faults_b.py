@@ -16,6 +16,7 @@ from tiny_models import LLAMA
 
 from lab import cli
 from lab.arena import Arena
+from lab.check import check_case
 from lab.contract import BACKENDS, Rand
 from lab.dispatch import select
 from lab.errors import LabError, error_text
@@ -95,6 +96,42 @@ def test_a_triton_exercise_runs_in_a_process_of_its_own(body, said, tmp_path):
     path = tmp_path / "tail_mask.py"
     path.write_text(f"def row_mean(x, y):\n    y.copy_(x.mean(1))\n    {body}")
     assert said in exercises.check("tail_mask", path, timeout=25)
+
+
+TUTORIAL = """
+import triton
+import triton.language as tl
+
+@triton.jit
+def kernel(gate_up, y, n, cols, BLOCK: tl.constexpr = 128):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    gate = gate_up + i // cols * 2 * cols + i % cols
+    g = tl.load(gate, mask=i < n, other=0.0).to(tl.float32)
+    u = tl.load(gate + cols, mask=i < n, other=0.0).to(tl.float32)
+    tl.store(y + i, (g / (1 + tl.exp(-g)) * u).to(y.dtype.element_ty), mask=i < n)
+
+def silu_mul(gate_up, y):
+    n, cols = y.numel(), y.shape[1]
+    LAUNCH
+"""
+
+
+@pytest.mark.parametrize("launch, said", [
+    ("kernel[(triton.cdiv(n, 128),)](gate_up, y, n, cols)", None),
+    ("kernel[lambda meta: (triton.cdiv(n, meta['BLOCK']),)](gate_up, y, n=n, cols=cols, num_warps=2, num_stages=3)", None),
+    ("kernel.run(gate_up, y, n, cols, BLOCK=64, grid=(triton.cdiv(n, 64),), warmup=False)", None),
+    ("kernel[(1,)](gate_up, y, n, cols, 1024, 7)", "kernel: 6 arguments, and the kernel has 5 parameters"),
+    ("kernel[(1,)](gate_up, y, n, cols, cols=cols)", "kernel: argument 'cols' is given twice"),
+    ("kernel[(1,)](gate_up, y, n, cols, BLOCKS=64)", "'BLOCKS' is neither a parameter of the kernel nor an option"),
+    ("kernel[(1,)](gate_up, y, n)", "kernel: argument 'cols' is missing"),
+    ("triton.runtime.driver.active.get_current_device()", "take the device from the tensors that your function is given"),
+], ids=["default", "lambda", "run", "too many", "twice", "unknown", "missing", "driver"])
+def test_launches_are_taken_or_refused_as_on_a_gpu(launch, said, tmp_path):
+    path = tmp_path / "tutorial.py"
+    path.write_text(TUTORIAL.replace("LAUNCH", launch))
+    function = own_kernel.function_of(path, find("silu_mul"), "cpu")
+    outcome = check_case(find("silu_mul"), function, Rand("cpu", torch.float32), dict(rows=2, cols=96))
+    assert outcome.error is None if said is None else said in outcome.error
 
 
 # ---- CUDA files ------------------------------------------------------------------------------------------------------

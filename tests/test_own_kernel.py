@@ -185,8 +185,8 @@ def test_help_says_what_a_file_contains(capsys):
     with pytest.raises(SystemExit):
         cli.main(["try", "--help"])
     said = capsys.readouterr().out
-    assert "def silu_mul(gate_up, y)" in said and "void silu_mul(Ptr gate_up, Ptr y, int rows, int cols, int dtype" in said
-    assert "void silu_mul(Ptr gate_up, Ptr y, int rows, int cols, int dtype, Ptr stream)" in (
+    assert "def silu_mul(gate_up, y)" in said and "void silu_mul(const SiluMulArgs& a)" in said
+    assert "void silu_mul(const SiluMulArgs& a)" in (
         own_kernel.ROOT / "cuda_src/launchers.h").read_text()
 
 

@@ -27,6 +27,7 @@ of microseconds per program whatever its size: launch few programs with large bl
 """
 import ast
 import contextlib
+import dataclasses
 import functools
 import inspect
 import itertools
@@ -439,20 +440,42 @@ def run(kernel, grid, args, meta, reads=()):
 
 @contextlib.contextmanager
 def launches_interpreted():
-    """Within it kernel[grid](...) on CPU tensors is interpreted; an autotuned kernel uses its first
-    configuration."""
+    """Within it kernel[grid](...) on CPU tensors is interpreted, and kernel.run(..., grid=grid) alike; an autotuned
+    kernel uses its first configuration."""
     def launcher(kernel, grid):
         return lambda *args, **meta: launch(kernel, grid, args, meta)
 
     kinds = [kind for kind in (KernelInterface, JITFunction, Autotuner, Heuristics) if "__getitem__" in vars(kind)]
-    before = [kind.__getitem__ for kind in kinds]
-    for kind in kinds:
-        kind.__getitem__ = launcher
+    patches = [(kind, "__getitem__", launcher) for kind in kinds]
+    patches += [(kind, "run", lambda kernel, *args, grid, warmup=False, **meta: launch(kernel, grid, args, meta))
+                for kind in (JITFunction, Autotuner, Heuristics)]
+    before = [getattr(kind, name) for kind, name, _ in patches]
+    for kind, name, method in patches:
+        setattr(kind, name, method)
     try:
         yield
     finally:
-        for kind, method in zip(kinds, before):
-            kind.__getitem__ = method
+        for (kind, name, _), method in zip(patches, before):
+            setattr(kind, name, method)
+
+
+@functools.lru_cache(maxsize=1)
+def compiler_options():
+    """The names of Triton's options for NVIDIA's GPUs: what a launch may be given beside the kernel's parameters."""
+    from triton.backends.nvidia.compiler import CUDAOptions
+    return {f.name for f in dataclasses.fields(CUDAOptions)}
+
+
+def check_arguments(kernel, args, meta):
+    """Raises TypeError for what a launch on a GPU would not take, either."""
+    name, parameters = kernel.fn.__name__, list(_parameters(kernel.fn))
+    if len(args) > len(parameters):
+        raise TypeError(f"{name}: {len(args)} arguments, and the kernel has {len(parameters)} parameters")
+    for key in meta:
+        if key in parameters[:len(args)]:
+            raise TypeError(f"{name}: argument {key!r} is given twice")
+        if key not in parameters and key not in compiler_options():
+            raise TypeError(f"{name}: {key!r} is neither a parameter of the kernel nor an option of the compiler")
 
 
 def launch(kernel, grid, args, meta):
@@ -470,6 +493,7 @@ def launch(kernel, grid, args, meta):
         else:
             raise TypeError(f"{type(kernel).__name__} cannot be interpreted: launch a triton.jit kernel")
         kernel = kernel.fn
+    check_arguments(kernel, args, meta)
     values = {**dict(zip(_parameters(kernel.fn), args)), **meta}
     for hook in hooks:
         hook(values)

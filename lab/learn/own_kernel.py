@@ -78,17 +78,12 @@ class TritonFile:
 
     @staticmethod
     def loaded(path: Path):
-        try:
+        with needs_no_driver(path):
             return python_module(path)
-        except LabError as error:
-            if "active drivers" not in str(error):
-                raise
-            raise LabError(f"{path}: triton.runtime.driver.active needs a GPU: take the device from the tensors that "
-                           "your function is given") from None
 
     def launcher(self, op: Op):
         def launch(*args, **options):
-            with self.in_place():
+            with self.in_place(), needs_no_driver(self.name):
                 op.launchers["triton"](*args, **options)
         return launch
 
@@ -107,6 +102,18 @@ class TritonFile:
             return contextlib.nullcontext()
         from triton_kernels.interpreter import launches_interpreted
         return launches_interpreted()
+
+
+@contextlib.contextmanager
+def needs_no_driver(path):
+    """Says what to write instead of a call of Triton's driver, where Triton itself only counts its drivers."""
+    try:
+        yield
+    except Exception as error:
+        if "active drivers" not in str(error):
+            raise
+        raise LabError(f"{path}: triton.runtime.driver.active needs a GPU: take the device from the tensors that your "
+                       "function is given") from None
 
 
 def build(path: Path, op: Op, device: str, folder: Path, timeout: float) -> Path:
