@@ -16,7 +16,11 @@ def read_table(path: str) -> dict[str, list[dict]]:
     context null fits any. Raises LabError for a file that is no such table, an unknown op or an unknown backend.
     """
     from lab.ops import find
-    table = read_json(path)
+    writes = "`lab bench crossover --export FILE` writes one"
+    try:
+        table = read_json(path)
+    except LabError as error:
+        raise LabError(f"{error}: it is no dispatch table; {writes}") from None
     try:
         for name, cells in table.items():
             find(name)
@@ -28,7 +32,7 @@ def read_table(path: str) -> dict[str, list[dict]]:
     except LabError as error:
         raise LabError(f"{path}: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise LabError(f"{path} is no dispatch table ({error}); `lab bench crossover --export FILE` writes one") from None
+        raise LabError(f"{path} is no dispatch table ({error}); {writes}") from None
     return table
 
 
