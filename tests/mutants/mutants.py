@@ -29,7 +29,8 @@ MUTANTS = [
     check(CU + "kv_append.cu", "kv_append", "v + b * v_stride", "v + b * k_stride", "k's stride used for v"),
     check(CU + "kv_append.cu", "kv_append", "  if (position < 0) return;\n", "", "an idle row is appended"),
     check(CU + "kv_append.cu", "kv_append", "(size_t(page) * kv_heads + h)", "(size_t(page) * kv_heads)", "a head's index"),
-    check(CU + "embedding.cu", "embedding", "id < vocab", "id <= vocab", "id == vocab is taken"),
+    check(CU + "embedding.cu", "embedding", "id < vocab", "id <= vocab", "id == vocab is taken",
+          "tests/test_idle_rows.py -k embedding"),          # behind the table lies NaN in a check, and nothing in that test
     check(CU + "embedding.cu", "embedding", "0 <= id &&", "-1 <= id &&", "id -1 is taken"),
     check(CU + "silu_mul.cu", "silu_mul", "from_float<T>(g / (1.f + expf(-g)) * to_float(up.v[e]))",
           "from_float<T>(to_float(from_float<T>(g / (1.f + expf(-g)))) * to_float(up.v[e]))", "one rounding too many"),
