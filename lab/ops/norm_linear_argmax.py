@@ -85,13 +85,16 @@ def torch_(x, norm_w, eps, w, logits, scratch, out):
     out.copy_(sample.greedy(logits))
 
 
-def inputs(rand, batch, n, k, size=1.0, kind="normal", nan=(), equal=False):
-    """size, kind: of x, as in rmsnorm.py. nan: rows of x with a NaN. equal: the rows of w stand twice, so all logits tie."""
+def inputs(rand, batch, n, k, size=1.0, kind="normal", nan=(), equal=False, negative=False):
+    """size, kind: of x, as in rmsnorm.py. nan: rows of x with a NaN. equal: the rows of w stand twice, so all logits tie.
+    negative: all logits are below 0, the sum of a row of w that is not there."""
     x, norm_w, eps, w, _, _ = norm_linear.inputs(rand, batch, n, k, size=size, kind=kind)
     for row in nan:
         x[row, k // 2] = torch.nan
     if equal:
         w[n // 2:n // 2 * 2] = w[:n // 2]
+    if negative:
+        x, norm_w, w = x.abs(), norm_w.abs(), -w.abs()
     return x, norm_w, eps, w, torch.full((batch, n), torch.nan, device=rand.device), new_scratch(batch, rand.device)
 
 
@@ -114,4 +117,6 @@ op = Op(
            case("one large term among many small ones", batch=2, n=37, k=4096, kind="peak"),
            case("rows with NaN, which have no token", batch=3, n=300, k=72, nan=(0, 2)),
            case("the same in a tensor-core batch", batch=17, n=83, k=200, nan=(3,)),
-           case("every logit stands twice: the first wins", batch=3, n=1000, k=72, equal=True)))
+           case("every logit stands twice: the first wins", batch=3, n=1000, k=72, equal=True),
+           case("all logits negative, no multiple of a tile", batch=3, n=37, k=101, negative=True),
+           case("the same in a tensor-core batch", batch=17, n=83, k=200, negative=True)))

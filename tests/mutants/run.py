@@ -20,6 +20,7 @@ import multiprocessing
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -173,7 +174,7 @@ def commands_of(mutant: Mutant, folder: Path) -> list[tuple]:
     """(function, arguments) of what should notice a mutant, the cheapest first."""
     backend = "cuda" if mutant.file.startswith("cuda_src") else "triton"
     commands = [(run_cases, mutant.op, backend, mutant.dtype)]
-    words = mutant.tests.format(backend=backend).split()
+    words = shlex.split(mutant.tests.format(backend=backend))
     if words and not (folder / words[0]).exists():
         words = ["tests", "-m", "not oracle", "-k", f"{mutant.op} and not compile"]
     return commands + ([(run_tests, *words)] if words else [])
