@@ -6,6 +6,7 @@ from lab.records import compare
 from lab.report import style
 from lab.report.figures import amount
 
+DRAWN = 40          # cases of one picture
 VERDICTS = ("faster", "slower", "same", "ambiguous")
 
 
@@ -79,6 +80,13 @@ def shape_text(shape):
 def in_order(cases):
     """Names of cases without repeats, in the order in which a decode step runs their ops."""
     return list(dict.fromkeys(sorted(cases, key=lambda case: style.part_order(case.split(" ")[0]))))
+
+
+def first_of(order):
+    """(the first DRAWN of the cases, or batches, of a picture; a sentence on those left out, "" where there are none)."""
+    left = len(order) - DRAWN
+    return (order, "") if left <= 0 else (order[:DRAWN], f" {left:,} more are not drawn, so that the picture can be read: "
+                                                         "all are in records.jsonl.")
 
 
 def verdict(row, other):
