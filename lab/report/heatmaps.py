@@ -9,8 +9,7 @@ from matplotlib.patches import Rectangle
 
 from lab.report import style
 from lab.report.figures import Figure, amount, command, conditions, short, table
-from lab.report.ops import VERDICTS, chosen, first_of, in_order, labelled, pairs, score_words, verdict
-
+from lab.report.ops import VERDICTS, by_case, chosen, first_of, in_order, labelled, pairs, score_words, verdict
 
 BATCHES = 12        # across one picture
 
@@ -60,8 +59,8 @@ def winners(run, f, op):
     if run.emulated or rows["backend"].nunique() < 2:
         return None
     found = []
-    for (case, batch), group in rows.groupby(["case", "batch"], sort=False):
-        first, *others = group.sort_values("us").itertuples()
+    for (case, batch), group in by_case(rows):
+        first, *others = sorted(group, key=lambda row: row.us)
         if others:
             found.append(_cell(f, case, batch, verdict(first, others[0]), first, winner=first.backend, us=first.us,
                                second=others[0].backend, second_us=others[0].us,

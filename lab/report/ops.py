@@ -97,10 +97,18 @@ def verdict(row, other):
                                                 for name in ("us", "us_p10", "us_p90", "n")}) for r in (other, row)))
 
 
+def by_case(rows):
+    """((case, batch), [row, ...]) in order of appearance. One itertuples for all: pandas makes a class for each call."""
+    found = {}
+    for row in rows.itertuples():
+        found.setdefault((row.case, row.batch), []).append(row)
+    return found.items()
+
+
 def pairs(rows, a, b):
     """(case, batch, row of a, row of b) wherever both backends have a row; suspects take no part. rows: labelled."""
-    for (case, batch), group in rows[~rows["suspect"]].groupby(["case", "batch"], sort=False):
-        found = {r.backend: r for r in group.itertuples()}
+    for (case, batch), group in by_case(rows[~rows["suspect"]]):
+        found = {r.backend: r for r in group}
         if a in found and b in found:
             yield case, batch, found[a], found[b]
 
