@@ -83,10 +83,10 @@ def in_order(cases):
 
 
 def first_of(order):
-    """(the first DRAWN of the cases, or batches, of a picture; a sentence on those left out, "" where there are none)."""
+    """(the first DRAWN of a picture's cases; a sentence on those left out, "" where there are none)."""
     left = len(order) - DRAWN
-    return (order, "") if left <= 0 else (order[:DRAWN], f" {left:,} more are not drawn, so that the picture can be read: "
-                                                         "all are in records.jsonl.")
+    words = f" {left:,} more are not drawn, so that the picture can be read: all are in records.jsonl."
+    return order[:DRAWN], words if left > 0 else ""
 
 
 def verdict(row, other):
@@ -98,7 +98,10 @@ def verdict(row, other):
 
 
 def by_case(rows):
-    """((case, batch), [row, ...]) in order of appearance. One itertuples for all: pandas makes a class for each call."""
+    """((case, batch), [row, ...]) in order of appearance.
+
+    One itertuples for all groups: pandas makes a class of rows at every call.
+    """
     found = {}
     for row in rows.itertuples():
         found.setdefault((row.case, row.batch), []).append(row)

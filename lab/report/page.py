@@ -211,7 +211,7 @@ def _call(rows):
 
 
 def twin_view(op):
-    """The two halves of an op as HTML, step by step; {"missing": text} where a file is absent."""
+    """The CUDA and the Triton file of an op as HTML, step by step; {"missing": text} where a file is absent."""
     def view():
         cuda, triton = twins.pair(op)
         rows = twins.rows(cuda, triton)
@@ -341,11 +341,12 @@ def duration(us):
 
 
 def frame(table, caption, label):
-    """A table as HTML, its first TABLE_ROWS rows. Written here, for a template takes ten times as long a cell."""
+    """The first TABLE_ROWS rows of a table as HTML. Not in the template, which takes much longer for a cell."""
     right = [pd.api.types.is_numeric_dtype(kind) for kind in table.dtypes]
     if len(table) > TABLE_ROWS:
         caption = (f"{caption} (the first {TABLE_ROWS:,} of {len(table):,} rows; all of them are in records.jsonl)")
-    heads = "".join(f'<th scope="col"{NUMERIC * num}>{escape(str(name))}</th>' for name, num in zip(table.columns, right))
+    heads = "".join(f'<th scope="col"{NUMERIC * num}>{escape(str(name))}</th>'
+                    for name, num in zip(table.columns, right))
     body = []
     for row in table.head(TABLE_ROWS).itertuples(index=False, name=None):
         texts = [escape(cell(value)) for value in row]
@@ -363,7 +364,7 @@ def html(views, title):
 
 
 def twin_page(title, facts, cuda, triton, rows):
-    """Two halves as one page; facts: [(what, text)] above them, rows: of lab.report.twins."""
+    """A CUDA and a Triton file as one page; facts: [(what, text)] above them, rows: of lab.report.twins."""
     return _render(f"{title} in CUDA and in Triton", views=[],
                    only={"facts": facts, "twin": side_by_side(cuda, triton, rows, "Side by side")})
 
