@@ -32,9 +32,11 @@ def crossover(run, f, a="cuda", b="triton"):
 
     def words(cell):
         if cell.verdict in ("same", "ambiguous"):
-            return "same" if cell.verdict == "same" else "too close"
-        return (f"{(look_a if cell.verdict == 'faster' else look_b).label} {max(cell.ratio, 1 / cell.ratio):.2f}×"
-                + ("\n" + cell.tuning if cell.tuning else ""))
+            said = "same" if cell.verdict == "same" else "too close"
+        else:
+            winner = look_a if cell.verdict == "faster" else look_b
+            said = f"{winner.label} {max(cell.ratio, 1 / cell.ratio):.2f}×"
+        return said + ("\n" + cell.tuning if cell.tuning else "")
 
     counts = {v: int((cells["verdict"] == v).sum()) for v in VERDICTS} | {"untuned": int((cells["tuning"] != "").sum())}
     order, left = first_of(in_order(cells["case"]))
