@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -667,3 +668,17 @@ def test_the_probe_finds_planted_faults(tmp_path):
         for word in ("error: planted", "missing is not defined", "wider than the window", "overlap: card and card",
                      "cut off: P Incomp"):
             assert word in faults
+
+
+def test_ten_thousand_rows_are_drawn_in_bounded_time_and_say_what_is_left_out(tmp_path, undrawn):
+    rows = [op_row(backend=backend, shape={"n": n, "k": 8}, batch=batch, models=["m"])
+            for n in range(50) for batch in range(1, 101) for backend in ("cuda", "triton")]
+    synthetic.write(tmp_path, rows)
+    before = time.process_time()
+    assert report(tmp_path) == 0
+    assert time.process_time() - before < 120       # generous: CPU seconds grow on a busy machine
+    words = " ".join("".join(Page((tmp_path / "index.html").read_text()).text).split())
+    assert "10 more are not drawn, so that the picture can be read: all are in records.jsonl." in words
+    assert "Only the smallest 12 of 100 batches are drawn." in words
+    assert "The first 8 of 50 panels are drawn; all rows are in records.jsonl." in words
+    assert "(the first 1,000 of 10,000 rows; all of them are in records.jsonl)" in words

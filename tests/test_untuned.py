@@ -1,11 +1,14 @@
 """A kernel whose settings nobody raced is called untuned wherever its time stands; explain shows one size."""
+from types import SimpleNamespace
+
 import pytest
 import synthetic_records as synthetic
 from test_bad_records import op_row, undrawn  # noqa: F401
 
 from lab import cli
-from lab.harness import untuned
-from lab.records.schema import Env, Fairness, LedgerRow, ModelRow, Writer
+from lab.harness import crossover, untuned
+from lab.learn import own_kernel
+from lab.records.schema import Env, Fairness, LedgerRow, ModelRow, OpRow, Writer
 from lab.report import heatmaps, load, model_figures, op_figures, ops, page
 from lab.tune import tuned
 
@@ -91,3 +94,38 @@ def test_explain_shows_bytes_and_times_of_one_size_from_any_folder(tmp_path, mon
     import torch
     x, w = torch.empty(1, 2048, dtype=torch.bfloat16), torch.empty(128256, 2048, dtype=torch.bfloat16)
     assert f"{contract.nbytes(x, w):,} must cross DRAM" in facts["bytes"]
+
+
+def shape_rows(tuned_of_triton, us=20.0, run="r"):
+    given = dict(op="decode_attention", shape={"q_heads": 8}, batch=1, context=1024, models=["llama-3.2-1b"], dtype="bf16",
+                 us_p10=us, us_p90=us, n=60)
+    return [OpRow(run, backend="cuda", us=us / 2, **given, config={"tuned": True}),
+            OpRow(run, backend="triton", us=us, **given, config={"tuned": tuned_of_triton},
+                  verdict={"cuda": "slower"})]
+
+
+@pytest.mark.parametrize("config, said", [(True, "triton 640.0"), (False, "triton 640.0 (untuned)")])
+def test_crossover_marks_the_untuned_side(tmp_path, capsys, config, said):
+    run_of(tmp_path, *shape_rows(config, us=40.0))
+    assert crossover.main(SimpleNamespace(out=str(tmp_path), names=["llama-3.2-1b"], export=None, dtype=None)) == 0
+    assert capsys.readouterr().out.rstrip().endswith(said)
+
+
+def test_compare_marks_the_side_that_was_untuned(tmp_path, capsys):
+    for name, config, us in (("a", False, 20.0), ("b", True, 10.0), ("c", False, 40.0)):
+        run_of(tmp_path / name, *shape_rows(config, us))
+    for other, said in (("b", "(A untuned)"), ("c", "(untuned)")):
+        cli.main(["compare", str(tmp_path / "a"), str(tmp_path / other)])
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.endswith(said) for line in lines if " triton " in line] == [True]
+        assert not any("untuned" in line for line in lines if " cuda " in line)
+
+
+def test_try_says_that_a_rival_is_untuned():
+    cuda, triton = shape_rows(False)
+    own = OpRow("r", "decode_attention", "mine", "bf16", 1, {"q_heads": 8}, context=1024, us=5.0,
+                verdict={"cuda": "faster", "triton": "faster"})
+    line, = own_kernel.verdicts([cuda, triton, own], "mine")
+    assert line.endswith("faster than cuda, faster than triton (untuned)")
+    line, = own_kernel.verdicts([*shape_rows(True), own], "mine")
+    assert "untuned" not in line

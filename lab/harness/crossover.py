@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from lab.contract import BACKENDS
 from lab.errors import LabError
 from lab.files import write_whole
+from lab.harness import untuned
 from lab.harness.shapes import preset
 from lab.records import compare
 from lab.text import columns
@@ -26,6 +27,7 @@ class Cell:
     us: dict
     winner: str
     verdict: str            # what the winner is next to the runner-up: faster, same or ambiguous; "alone" with no other
+    untuned: tuple = ()     # backends of `us` that ran with settings nobody raced: see lab/harness/untuned.py
 
 
 def calls(config, role):
@@ -36,7 +38,7 @@ def calls(config, role):
 
 def cells(rows, model, dtype="bf16", cache=None):
     """The cells of one run's op rows for a model's shapes, device times only (wall times where there are no others)."""
-    config = preset(model)
+    config, cards = preset(model), untuned.by_cards([r for r in rows if r.kind == "fairness"])
     mine = [r for r in rows if r.kind == "op" and r.us and model in r.models and r.backend in BACKENDS
             and r.timer in ("graph", "wall") and (r.dtype == dtype or r.op == "sample")]
     wished = [cache] if cache else ["in_model", "cold", "warm"]
@@ -54,7 +56,8 @@ def cells(rows, model, dtype="bf16", cache=None):
                 for b in common}
         order = sorted(common, key=lambda b: sums[b].us)
         said = compare.verdict(sums[order[1]], sums[order[0]]) if len(order) > 1 else "alone"
-        result.append(Cell(op, batch, context, {b: sums[b].us for b in common}, order[0], said))
+        left = tuple(b for b in common if any(untuned.is_untuned(by[b], cards) for by in roles.values()))
+        result.append(Cell(op, batch, context, {b: sums[b].us for b in common}, order[0], said, left))
     return sorted(result, key=lambda c: (c.op, c.batch, c.context or 0))
 
 
@@ -98,7 +101,8 @@ def main(args):
                            f"run `lab bench ops --model {model}` first")
         print(f"{model} {dtype}, us of one decode step by op")
         print("\n".join(columns([(c.op, f"b{c.batch}", c.context or "-", c.winner, c.verdict,
-                                  "  ".join(f"{b} {us:.1f}" for b, us in c.us.items())) for c in found],
+                                  "  ".join(f"{b} {us:.1f}" + f" ({untuned.WORD})" * (b in c.untuned)
+                                            for b, us in c.us.items())) for c in found],
                                 right=(2,), indent="  ")))
         if args.export:
             write_whole(args.export, json.dumps(table(found), indent=1) + "\n")

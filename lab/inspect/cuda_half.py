@@ -1,4 +1,4 @@
-"""The CUDA half: what a call launches, asked of lab._cuda itself, and the code of it, taken out of lab._cuda's file.
+"""The CUDA kernel: what a call launches, asked of lab._cuda itself, and the code of it, taken out of lab._cuda's file.
 
 The extension notes launches instead of running them (cuda_src/trace.h), so no GPU and no driver are needed. It gives
 the place of the kernel's host half in its file; the symbol there has the name that the machine code has too.

@@ -23,7 +23,7 @@ BASE = {"common.cuh", "sizes.h", "trace.h", "launchers.h", "common.py", "interpr
 
 
 def fairness(op, dtype, sizes, arch, run=None):
-    """(records, errors): a Fairness record for each kernel of each half, and a line for each half that cannot be had.
+    """(records, errors): a Fairness record for each kernel in each language; a line for each language that has none.
 
     op: a contract of lab.ops. dtype: "bf16" ... sizes: keyword arguments of its `inputs`. arch: "sm_90a" or "sm_80".
     run: the id of the bench run that the card belongs to; None makes one.

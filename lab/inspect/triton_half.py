@@ -1,4 +1,4 @@
-"""The Triton half: what a call launches, recorded by triton_kernels.common, and compiled for the GPU asked for."""
+"""The Triton kernel: what a call launches, recorded by triton_kernels.common, and compiled for the GPU asked for."""
 import importlib
 import tempfile
 import time

@@ -30,6 +30,7 @@ from lab.contract import BACKENDS, DTYPES, Op
 from lab.dispatch import bind
 from lab.errors import LabError, Unavailable, one_line
 from lab.files import python_module, regular_file
+from lab.harness import untuned
 from lab.names import known
 from lab.ops import find
 from lab.worker import Died, Worker
@@ -289,13 +290,20 @@ def draw(name: str, args) -> int:
     return cli.main(["report", out_of(args)])
 
 
+def untuned_beside(row, rows):
+    """The backends that were measured at `row`'s size in its run with settings that nobody raced."""
+    cards = untuned.by_cards([r for r in rows if r.kind == "fairness" and r.run == row.run])
+    return {r.backend for r in rows if r.kind == "op" and (r.run, r.op, r.role, r.dtype, r.batch, r.context, r.shape) ==
+            (row.run, row.op, row.role, row.dtype, row.batch, row.context, row.shape) and untuned.is_untuned(r, cards)}
+
+
 def out_of(args) -> str:
     return args.out or f"out/try/{args.file.stem}"
 
 
 def verdicts(rows, name):
     """A line for each size of the last run that raced this file: its time, its share of the ceiling, and how each other
-    backend did against it."""
+    backend did against it, with "untuned" beside one whose settings nobody raced."""
     own = [r for r in rows if r.kind == "op" and r.backend == name and (r.cache == "cold", r.timer) in (
         (True, "graph"), (False, "wall"))]
     for row in (r for r in own if r.run == own[-1].run):
@@ -305,7 +313,8 @@ def verdicts(rows, name):
             yield line + one_line(f"failed: {row.error}")
             continue
         share = "" if row.of_ceiling is None else f", {row.of_ceiling:.0%} of the ceiling"
+        left = untuned_beside(row, rows)
         words = {"faster": "faster than", "slower": "slower than", "same": "the same as"}
         yield line + f"{row.us:.1f} us{share}; " + ", ".join(
-            f"{words.get(verdict, 'too close to call against')} {one_line(other)}"
+            f"{words.get(verdict, 'too close to call against')} {one_line(other)}" + f" ({untuned.WORD})" * (other in left)
             for other, verdict in (row.verdict or {}).items())

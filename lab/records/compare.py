@@ -166,6 +166,14 @@ def label(row):
     return shown(" ".join(str(w) for w in words if w), LABEL, quotes=False)
 
 
+def untuned(pair):
+    """" (untuned)", " (A untuned)", " (B untuned)" where an op row says that no launch settings were raced for it, else
+    ""."""
+    sides = [name for name, row in (("A", pair.a), ("B", pair.b))
+             if row.kind == "op" and row.config.get("tuned") is False]
+    return f" ({' '.join([*sides, 'untuned'] if len(sides) == 1 else ['untuned'])})" if sides else ""
+
+
 def parse_share(text):
     """"5%" or "0.05" -> 0.05."""
     try:
@@ -258,7 +266,7 @@ def text_of(pairs, only_a, only_b, env_a, env_b, everything=False):
         us_b = "-" if p.b.us is None else f"{p.b.us:.2f}"
         change = "-" if p.change is None else f"{p.change:+.1%}"
         emulated = " (emulated)" if getattr(p.a, "emulated", False) else ""
-        cells.append((f"{p.a.us:.2f}", us_b, change, p.verdict, label(p.a) + emulated))
+        cells.append((f"{p.a.us:.2f}", us_b, change, p.verdict, label(p.a) + emulated + untuned(p)))
     lines += columns(cells, right=(0, 1, 2))
     lines.append(f"{len(pairs)} rows: " + ", ".join(f"{counts[v]} {v} ({counts[v] / len(pairs):.1%})"
                                                    for v in VERDICTS if counts[v]))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
 from PIL import Image
 
@@ -60,12 +61,13 @@ def compose(figure, theme, emulated=False):
 
 def png(figure, theme, emulated=False):
     """The picture as PNG bytes, 1040 pixels wide."""
-    raw = io.BytesIO()
     with matplotlib.rc_context(style.rc(theme)), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")          # a record may hold any character; the font draws a box
-        compose(figure, theme, emulated).savefig(raw, format="png")
+        canvas = FigureCanvasAgg(compose(figure, theme, emulated))
+        canvas.draw()
+        drawn = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     small = io.BytesIO()
-    Image.open(raw).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(small, "png", optimize=True)
+    drawn.quantize(128, dither=Image.Dither.NONE).save(small, "png", optimize=True)
     return small.getvalue()
 
 

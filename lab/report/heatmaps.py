@@ -9,7 +9,9 @@ from matplotlib.patches import Rectangle
 
 from lab.report import style
 from lab.report.figures import Figure, amount, command, conditions, short, table
-from lab.report.ops import VERDICTS, chosen, in_order, labelled, pairs, score_words, verdict
+from lab.report.ops import VERDICTS, by_case, chosen, first_of, in_order, labelled, pairs, score_words, verdict
+
+BATCHES = 12        # across one picture
 
 
 def crossover(run, f, a="cuda", b="triton"):
@@ -30,18 +32,20 @@ def crossover(run, f, a="cuda", b="triton"):
 
     def words(cell):
         if cell.verdict in ("same", "ambiguous"):
-            return "same" if cell.verdict == "same" else "too close"
-        return (f"{(look_a if cell.verdict == 'faster' else look_b).label} {max(cell.ratio, 1 / cell.ratio):.2f}×"
-                + ("\n" + cell.tuning if cell.tuning else ""))
+            said = "same" if cell.verdict == "same" else "too close"
+        else:
+            winner = look_a if cell.verdict == "faster" else look_b
+            said = f"{winner.label} {max(cell.ratio, 1 / cell.ratio):.2f}×"
+        return said + ("\n" + cell.tuning if cell.tuning else "")
 
     counts = {v: int((cells["verdict"] == v).sum()) for v in VERDICTS} | {"untuned": int((cells["tuning"] != "").sum())}
-    order = in_order(cells["case"])
+    order, left = first_of(in_order(cells["case"]))
     return Figure(
         name="crossover", title=f"Who wins where: {look_a.label} against {look_b.label}{f.of_model}",
         conditions=_conditions(run, cells, f),
         reading=score_words(counts, a, b) + " Each cell names the faster side and by how much; the colour is full at "
                 "twice the speed. Hatched cells are no win for either: the spreads overlap or the difference is below "
-                "the resolution.",
+                "the resolution." + left + _batches_left(cells),
         alt=f"Heat map of ops by batch. {score_words(counts, a, b)}",
         table=table(cells, "case batch a_us b_us ratio verdict tuning", a_us=f"{look_a.label} (us)",
                     b_us=f"{look_b.label} (us)", ratio=f"{look_b.label} / {look_a.label}",
@@ -57,8 +61,8 @@ def winners(run, f, op):
     if run.emulated or rows["backend"].nunique() < 2:
         return None
     found = []
-    for (case, batch), group in rows.groupby(["case", "batch"], sort=False):
-        first, *others = group.sort_values("us").itertuples()
+    for (case, batch), group in by_case(rows):
+        first, *others = sorted(group, key=lambda row: row.us)
         if others:
             found.append(_cell(f, case, batch, verdict(first, others[0]), first, winner=first.backend, us=first.us,
                                second=others[0].backend, second_us=others[0].us,
@@ -78,12 +82,12 @@ def winners(run, f, op):
     won = cells[cells["verdict"] == "faster"]["winner"].value_counts()
     counts = ", ".join(f"{style.backend(b).label} in {c}" for b, c in won.items()) or "none decided"
     counts = f"Of {len(cells)} cases: {counts}; {len(cells) - int(won.sum())} undecided."
-    order = list(dict.fromkeys(cells["case"]))
+    order, left = first_of(list(dict.fromkeys(cells["case"])))
     return Figure(
         name=f"{op}-winner", title=f"{op}: the fastest of all backends{f.of_model}",
         conditions=_conditions(run, cells, f),
         reading=counts + " The factor is the time of the second best over that of the best; hatched cells are "
-                         "undecided between the two that they name.",
+                         "undecided between the two that they name." + left + _batches_left(cells),
         alt=f"Heat map of the fastest backend of {op} by batch. {counts}",
         table=table(cells, "case batch winner us second second_us verdict tuning", second_us="second (us)"),
         command=command("ops", [op], cells, f.model), height=0.5 + 0.36 * len(order),
@@ -107,11 +111,17 @@ def _conditions(run, cells, f):
     return said + (" · a cell names the side whose settings are untuned" if (cells["tuning"] != "").any() else "")
 
 
+def _batches_left(cells):
+    count = cells["batch"].nunique()
+    return f" Only the smallest {BATCHES} of {count:,} batches are drawn." if count > BATCHES else ""
+
+
 def _map(canvas, theme, cells, order, face, words):
     """Cases down in `order`, batches across; decided cells in face(cell, theme), the others hatched."""
     ax = canvas.subplots()
-    batches = sorted(cells["batch"].unique())
+    batches = sorted(cells["batch"].unique())[:BATCHES]
     place = {case: i for i, case in enumerate(order)}
+    cells = cells[cells["case"].isin(order) & cells["batch"].isin(batches)]
     for cell in cells.itertuples():
         x, y = batches.index(cell.batch), place[cell.case]
         decided = cell.verdict in ("faster", "slower")

@@ -231,7 +231,7 @@ def _about_machine(run):
     found = []
     env = run.env
     if run.emulated:
-        found.append(Notice("warning", "Emulated on a CPU: the CUDA half ran through its host build, the Triton half "
+        found.append(Notice("warning", "Emulated on a CPU: CUDA kernels ran through their host build, Triton kernels "
                                        "through the interpreter. Times say nothing about a GPU and no bandwidth is "
                                        "claimed."))
     for note in (str(n) for e in run.envs for n in e.notes or []):

@@ -22,8 +22,9 @@ from lab.report.figures import (
     unit,
     with_share,
 )
-from lab.report.ops import chosen, in_order, labelled, of_model, score, score_words
+from lab.report.ops import chosen, first_of, in_order, labelled, of_model, score, score_words
 
+PANELS = 8         # of one picture
 COLUMNS = "case backend tuning batch context us us_p10 us_p90 n bytes gbps share"
 
 
@@ -36,7 +37,8 @@ def utilisation(run, f):
     if not len(rows):
         return None
     rows = with_share(rows).sort_values("context", kind="stable", na_position="first")
-    order = in_order(rows["case"])
+    order, left = first_of(in_order(rows["case"]))
+    everything, rows = rows, rows[rows["case"].isin(order)]
     divisor, unit_name = unit(rows["us"])
 
     def draw(canvas, theme):
@@ -56,14 +58,14 @@ def utilisation(run, f):
     if run.emulated:
         what, found, how = "Time of a call", "", "One row per op and shape; further left is faster."
     else:
-        what, found = "Bandwidth utilisation", f"{score_words(score(rows))} {_best_words(rows)} ".lstrip()
+        what, found = "Bandwidth utilisation", f"{score_words(score(everything))} {_best_words(everything)} ".lstrip()
         how = ("One row per op and shape; the dotted line is the bandwidth that a plain stream reached on this card. "
                "Ops that move little are bound by their launch, not by memory, and stay far from it.")
     return Figure(
         name="utilisation", title=f"{what} per op, batch {amount(rows['batch'].iloc[0])}{f.of_model}",
-        conditions=conditions(run, rows, f.timer), reading=found + how,
+        conditions=conditions(run, rows, f.timer), reading=found + how + left,
         alt=f"Dot plot, one row per op: {what.lower()} of {names(rows['backend'])}. {found}".strip(),
-        table=table(rows, COLUMNS), command=command("ops", (), rows, f.model), height=0.9 + 0.30 * len(order),
+        table=table(everything, COLUMNS), command=command("ops", (), rows, f.model), height=0.9 + 0.30 * len(order),
         draw=draw)
 
 
@@ -141,7 +143,10 @@ def against(run, f, op, y):
     if rows[x].nunique() == 1:
         return None if share else _once(run, f, op, rows)
     rows = rows.assign(panel="batch " + rows["batch"].map(amount) if by_context else rows["case"])
-    panels = list(dict.fromkeys(rows.sort_values("batch", kind="stable")["panel"] if by_context else rows["panel"]))[:8]
+    panels = list(dict.fromkeys(rows.sort_values("batch", kind="stable")["panel"] if by_context else rows["panel"]))
+    left = (f" The first {PANELS} of {len(panels):,} panels are drawn; all rows are in records.jsonl."
+            if len(panels) > PANELS else "")
+    panels = panels[:PANELS]
     rows = rows[rows["panel"].isin(panels)]
     divisor, unit_name = unit(rows["us"])
 
@@ -168,7 +173,7 @@ def against(run, f, op, y):
            "Lower is better. A flat stretch is launch cost or weights, a rising one what each sequence or token adds.")
     return Figure(
         name=f"{op}-{'share' if share else 'time'}", title=f"{op}: {what} against {x}{f.of_model}",
-        conditions=conditions(run, rows, f.timer), reading=how,
+        conditions=conditions(run, rows, f.timer), reading=how + left,
         alt=f"Lines of {names(rows['backend'])}: {what} of {op} against {x}, {len(panels)} panels.",
         table=table(rows.sort_values(["panel", "backend", x]), COLUMNS), command=command("ops", [op], rows, f.model),
         height=0.9 + 1.55 * -(-len(panels) // 2), draw=draw)
@@ -177,10 +182,11 @@ def against(run, f, op, y):
 def _once(run, f, op, rows):
     """The time of an op that was measured at one size of each use only."""
     divisor, unit_name = unit(rows["us"])
-    order = list(dict.fromkeys(rows["case"]))
+    order, left = first_of(list(dict.fromkeys(rows["case"])))
+    drawn = rows[rows["case"].isin(order)]
 
     def draw(canvas, theme):
-        ax, scaled = canvas.subplots(), times(rows, divisor)
+        ax, scaled = canvas.subplots(), times(drawn, divisor)
         dots(ax, scaled, "case", order, "us", "us_p10", "us_p90", theme)
         from_zero_or_log(ax.xaxis, scaled["us"], scaled["us_p90"])
         ax.set_xlabel(f"time of a call ({unit_name})")
@@ -188,7 +194,7 @@ def _once(run, f, op, rows):
 
     return Figure(
         name=f"{op}-time", title=f"{op}: time of a call, batch {amount(rows['batch'].iloc[0])}{f.of_model}",
-        conditions=conditions(run, rows, f.timer), reading="Further left is faster.",
+        conditions=conditions(run, rows, f.timer), reading="Further left is faster." + left,
         alt=f"Dot plot: time of one call of {op} for {names(rows['backend'])}.", table=table(rows, COLUMNS),
         command=command("ops", [op], rows, f.model), height=0.9 + 0.34 * len(order), draw=draw)
 

@@ -6,6 +6,7 @@ from lab.records import compare
 from lab.report import style
 from lab.report.figures import amount
 
+DRAWN = 40          # cases of one picture
 VERDICTS = ("faster", "slower", "same", "ambiguous")
 
 
@@ -81,6 +82,13 @@ def in_order(cases):
     return list(dict.fromkeys(sorted(cases, key=lambda case: style.part_order(case.split(" ")[0]))))
 
 
+def first_of(order):
+    """(the first DRAWN of a picture's cases; a sentence on those left out, "" where there are none)."""
+    left = len(order) - DRAWN
+    words = f" {left:,} more are not drawn, so that the picture can be read: all are in records.jsonl."
+    return order[:DRAWN], words if left > 0 else ""
+
+
 def verdict(row, other):
     """faster | slower | same | ambiguous: `row` next to `other`; the harness's own word where it left one."""
     if row.verdict.get(other.backend) in VERDICTS:
@@ -89,10 +97,21 @@ def verdict(row, other):
                                                 for name in ("us", "us_p10", "us_p90", "n")}) for r in (other, row)))
 
 
+def by_case(rows):
+    """((case, batch), [row, ...]) in order of appearance.
+
+    One itertuples for all groups: pandas makes a class of rows at every call.
+    """
+    found = {}
+    for row in rows.itertuples():
+        found.setdefault((row.case, row.batch), []).append(row)
+    return found.items()
+
+
 def pairs(rows, a, b):
     """(case, batch, row of a, row of b) wherever both backends have a row; suspects take no part. rows: labelled."""
-    for (case, batch), group in rows[~rows["suspect"]].groupby(["case", "batch"], sort=False):
-        found = {r.backend: r for r in group.itertuples()}
+    for (case, batch), group in by_case(rows[~rows["suspect"]]):
+        found = {r.backend: r for r in group}
         if a in found and b in found:
             yield case, batch, found[a], found[b]
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import jinja2
 import pandas as pd
+from markupsafe import Markup
 
 from lab import declared, rungs
 from lab.errors import LabError
@@ -33,6 +34,8 @@ CARD = {"configurations": "configurations to choose from", "tried": "settings th
         "file_s": "nvcc, the whole file: every instantiation and architecture (s)",
         "kernel_s": "Triton, this kernel alone, in a process that has compiled before (s)"}
 COMPILED = {name: CARD[name] for name in ("file_s", "kernel_s")}
+TABLE_ROWS = 1000       # of a table on the page: a browser takes seconds for ten thousand
+NUMERIC, LONG = ' class="num"', ' class="long"'
 # Classes of instructions that say little of how a kernel treats memory: one row of the mix.
 UPKEEP = ("integer and address", "constant and register move", "control flow and fence", "other")
 
@@ -208,7 +211,7 @@ def _call(rows):
 
 
 def twin_view(op):
-    """The two halves of an op as HTML, step by step; {"missing": text} where a file is absent."""
+    """The CUDA and the Triton file of an op as HTML, step by step; {"missing": text} where a file is absent."""
     def view():
         cuda, triton = twins.pair(op)
         rows = twins.rows(cuda, triton)
@@ -337,8 +340,22 @@ def duration(us):
     return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {name}"
 
 
-def numeric(frame, column):
-    return pd.api.types.is_numeric_dtype(frame[column])
+def frame(table, caption, label):
+    """The first TABLE_ROWS rows of a table as HTML. Not in the template, which takes much longer for a cell."""
+    right = [pd.api.types.is_numeric_dtype(kind) for kind in table.dtypes]
+    if len(table) > TABLE_ROWS:
+        caption = (f"{caption} (the first {TABLE_ROWS:,} of {len(table):,} rows; all of them are in records.jsonl)")
+    heads = "".join(f'<th scope="col"{NUMERIC * num}>{escape(str(name))}</th>'
+                    for name, num in zip(table.columns, right))
+    body = []
+    for row in table.head(TABLE_ROWS).itertuples(index=False, name=None):
+        texts = [escape(cell(value)) for value in row]
+        body.append("<tr>" + "".join(f"<td{NUMERIC if num else LONG if len(text) > 50 else ''}>{text}</td>"
+                                     for text, num in zip(texts, right)) + "</tr>")
+    sides = ' class="sides"' if len(table.columns) and not table.columns[0] else ""
+    return Markup(f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}">\n<table{sides}>\n'
+                  f"<caption>{escape(caption)}</caption>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n"
+                  + "\n".join(body) + "\n</tbody>\n</table>\n</div>\n")
 
 
 def html(views, title):
@@ -347,7 +364,7 @@ def html(views, title):
 
 
 def twin_page(title, facts, cuda, triton, rows):
-    """Two halves as one page; facts: [(what, text)] above them, rows: of lab.report.twins."""
+    """A CUDA and a Triton file as one page; facts: [(what, text)] above them, rows: of lab.report.twins."""
     return _render(f"{title} in CUDA and in Triton", views=[],
                    only={"facts": facts, "twin": side_by_side(cuda, triton, rows, "Side by side")})
 
@@ -355,8 +372,7 @@ def twin_page(title, facts, cuda, triton, rows):
 def _render(title, **context):
     env = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined,
                              trim_blocks=True, lstrip_blocks=True)
-    env.filters["cell"] = cell
-    env.globals["numeric"] = numeric
+    env.globals["frame"] = frame
     light, dark = twins.highlight_css()
     return env.get_template("page.html.j2").render(title=title, code_light=light, code_dark=dark, **context)
 

@@ -1,4 +1,4 @@
-"""The two halves of an op, cut at their numbered steps, so that they can stand side by side.
+"""The CUDA and the Triton file of an op, cut at their numbered steps, so that they can stand side by side.
 
 A step begins with a comment `// 2. Load: text` (CUDA) or `# 2. Load: text` (Triton); the comment lines right below
 belong to its text. A file with several kernels repeats the steps: a step then has a chunk of code for each of them.
@@ -74,11 +74,11 @@ class Half:
 
 @dataclass
 class Row:
-    """A step, or a rung, of both halves. `steps`: CUDA's and Triton's Step, or None where `missing` says why."""
+    """A step, or a rung, of both files. `steps`: CUDA's and Triton's Step, or None where `missing` says why."""
     title: str
     steps: tuple
     missing: tuple
-    intro: tuple = ()           # ((what, text), ...) to be said of both halves
+    intro: tuple = ()           # ((what, text), ...) to be said of both files
 
 
 def known_ops(root=ROOT):
@@ -89,7 +89,7 @@ def known_ops(root=ROOT):
 
 
 def half(language, op, root=ROOT):
-    """Reads one half of an op, or of a ladder ("ladder/linear"). Raises LabError when its file is not there."""
+    """The file of an op, or of a ladder ("ladder/linear"), in a language. Raises LabError when it is not there."""
     folder, ending = FOLDERS[language]
     if not NAME.fullmatch(op):                  # of a record, from anywhere: no path out of the project
         raise LabError(f"{shown(op, quotes=False)} has no {language} half: that is no name of an op")
