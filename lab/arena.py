@@ -222,11 +222,15 @@ def pack(values, places) -> bytes:
 
 def unpack(memory: torch.Tensor, layout, recipe: bytes, readdress=True) -> dict:
     """The values of a recipe with their tensors in `memory`."""
+    return unpack_from([memory[start:start + nbytes] for start, nbytes in layout], memory[:0], recipe, readdress)
+
+
+def unpack_from(storages: list[torch.Tensor], nothing: torch.Tensor, recipe: bytes, readdress=True) -> dict:
+    """The values of a recipe with their tensors in `storages`, uint8; `nothing`: where tensors without elements lie."""
     class Unpickler(pickle.Unpickler):
         def persistent_load(self, place):
             storage, *shape = place
-            start, nbytes = (0, 0) if storage is None else layout[storage]
-            return at(memory[start:start + nbytes], *shape)
+            return at(nothing if storage is None else storages[storage], *shape)
 
     values = Unpickler(io.BytesIO(recipe)).load()
     for value in values.values() if readdress else ():

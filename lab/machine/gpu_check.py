@@ -31,7 +31,8 @@ TOGETHER = ("check", "memcheck", "racecheck")     # at the same time, for none o
 MARKED = {"tests": "gpu and not oracle", "oracle": "oracle"}       # which tests a step runs
 STEPS = (*TOGETHER, *MARKED, "text")
 LAB = [sys.executable, "-m", "lab"]
-SANITIZER = ["--error-exitcode", "9", "--print-limit", "20"]
+# `lab check` runs kernels in a process of its own, which is looked at, too.
+SANITIZER = ["--target-processes", "all", "--error-exitcode", "9", "--print-limit", "20"]
 PROMPT = "What is the capital of France?"
 
 
@@ -120,8 +121,10 @@ def sanitizer():
 
 def logged(words, log):
     """Runs a command, its output appended to a log file; (whether it exited with 0, its last line)."""
-    # Without torch's caching allocator every tensor is an allocation of its own, so memcheck sees a step beyond it.
-    env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if "--tool" in words else None
+    # Every tensor is an allocation of its own, without torch's caching allocator and outside the arena of `lab check`, so
+    # that memcheck sees a step beyond it.
+    alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "LAB_CHECK_APART": "1"}
+    env = {**os.environ, **alone} if "--tool" in words else None
     with open(log, "a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(f"$ {' '.join(map(str, words))}\n")
         file.flush()
