@@ -385,7 +385,7 @@ def test_a_failing_backend_is_an_error_row_and_the_others_are_measured(tiny, tmp
     ops = select("torch", "cpu")
     other = select("torch", "cpu")
     other.silu_mul = broken
-    monkeypatch.setattr(ops_bench, "select", lambda name, device: {"torch": ops, "triton": other}[name])
+    monkeypatch.setattr(ops_bench, "select", lambda name, device, **_: {"torch": ops, "triton": other}[name])
     run_bench("ops", "silu_mul", "--model", "tiny", "--backend", "torch,triton", "--device", "cpu", "--out", tmp_path)
     rows = {r.backend: r for r in schema.read(tmp_path).of_kind("op")}
     assert rows["torch"].us > 0 and rows["torch"].verdict == {}

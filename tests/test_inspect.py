@@ -144,7 +144,8 @@ def test_the_host_build_records_too():
     if not hasattr(host, "record_launches"):
         pytest.skip("lab._host is older than its sources")
     table, ids, out = torch.ones(4, 64), torch.zeros(3, dtype=torch.int32), torch.full((3, 64), 7.0)
-    call_it = lambda: host.embedding(ids.data_ptr(), table.data_ptr(), out.data_ptr(), 3, 64, 4, 0, 0)  # noqa: E731
+    call_it = lambda: host.embedding(  # noqa: E731
+        ids=ids.data_ptr(), table=table.data_ptr(), out=out.data_ptr(), rows=3, cols=64, vocab=4, dtype=0, stream=0)
     host.record_launches(132)
     try:
         call_it()

@@ -148,7 +148,7 @@ def test_cuda_faults_are_failed_cases(tmp_path, capsys):
     """One case crashes, one writes an element past the output; the case before and the judge live on."""
     path = own(tmp_path, ".cu", "  store(y + r * cols + c, out);",
                "  store(y + r * cols + c, out);\n  if (rows == 64 && index == 0) y[int64_t(rows) * cols] = out.v[0];")
-    path.write_text(path.read_text().replace("  if (rows == 0) return;", "  if (rows == 3) __builtin_trap();"))
+    path.write_text(path.read_text().replace("  if (a.rows == 0) return;", "  if (a.rows == 3) __builtin_trap();"))
     assert tried(path) == 1
     said = capsys.readouterr().out
     assert "1/3 cases  FAILED" in said and "was ended by SIG" in said

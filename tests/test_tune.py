@@ -266,7 +266,7 @@ def test_a_launch_finds_what_a_compiler_process_left_in_tritons_cache(op, monkey
     point = next(p for p in shapes.points(["smollm2-135m"], [1], (1024,), [op]) if p.case is None)
     args, _ = shapes.arguments(find(op), point, Blank(torch.bfloat16), 132)
     with recording("sm_90") as launches:
-        find(op).triton(*args, out=find(op).outputs(*args))
+        find(op).launchers["triton"](*args, out=find(op).outputs(*args))
     launch, = launches
     monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
     launch.kernel.device_caches.clear()

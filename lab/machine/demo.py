@@ -90,12 +90,13 @@ def main(argv):
 
     import torch
 
-    from lab.model import weights as models
+    from lab.model.sources import open_source
+    from lab.model.weights import load
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    source = models.open_source(MODEL)
+    source = open_source(MODEL)
     tokenizer = source.tokenizer()
-    loaded = models.load(source, torch.float32, device)
+    loaded = load(source, torch.float32, device)
     prompt = tokenizer.encode_chat([{"role": "user", "content": args.prompt}])
     where = f"the GPU {torch.cuda.get_device_name()}" if device == "cuda" else "the CPU"
     print(f"{MODEL}, fp32, on {where}; prompt of {len(prompt)} tokens: {args.prompt}")

@@ -112,7 +112,7 @@ MUTANTS = [
     check(PY + "norm_linear_argmax.py", "norm_linear_argmax", "    candidate = tl.where(nan, -1, candidate)\n", "",
           "a row with NaN gives an index", dtype="bf16"),
     check(PY + "norm_linear_argmax.py", "norm_linear_argmax",
-          "        tl.store(scratch + 2 * MAX_PROGRAMS, 0)             # ready for the next launch\n", "",
+          '        tl.store(scratch + 2 * MAX_PROGRAMS, 0)             # zero for the next launch\n', "",
           "a ticket not reset", dtype="bf16"),
     check(PY + "norm_linear_argmax.py", "norm_linear_argmax", "tl.where(out < n, total, float(\"-inf\"))", "total",
           "what lies past the last row takes part", dtype="bf16"),
