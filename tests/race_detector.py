@@ -71,10 +71,10 @@ def inside(extension: Path, ops: list[str]) -> int:
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     from mutants import planted
 
-    from lab import ladder
     from lab.check import check_case
     from lab.contract import Rand
     from lab.ops import OPS
+    from lab.rungs import RUNGS
     module, wrong = planted.load(extension), 0
 
     def check(what, op, function, dtype, sizes):
@@ -94,7 +94,7 @@ def inside(extension: Path, ops: list[str]) -> int:
                 check(f"{op.name} ({shapes} shapes)", op, planted.bind(op, module), op.dtypes[-1], one)
             print(f"{op.name} {shapes}: done", flush=True)
     os.environ["LAB_HOST_SHAPES"] = "cpu"
-    for rung in ladder.RUNGS:
+    for rung in RUNGS:
         if rung.product or "cuda" in rung.absent or (ops and f"ladder/{rung.op}" not in ops):
             continue
         op = next(op for op in OPS if op.name == rung.op)
@@ -113,14 +113,15 @@ def check_rung(check, rung, op, module):
     """The first case that the rung takes, with the instrumented module in the place of the installed one."""
     import torch
 
-    from lab import ladder
+    from lab import ladder, rungs
     from lab.contract import Rand
+    from lab.learn import ladder_check
     installed = sys.modules.get("lab._host")
     import lab
     sys.modules["lab._host"] = lab._host = module
     try:
-        for case in ladder.CASES[rung.op]:
-            if ladder.fits(rung, op.inputs(Rand("cpu", torch.bfloat16), **case.sizes)):
+        for case in ladder_check.CASES[rung.op]:
+            if rungs.fits(rung, op.inputs(Rand("cpu", torch.bfloat16), **case.sizes)):
                 what = f"ladder/{rung.op} {rung.number}"
                 return check(what, op, ladder.bind(rung, "cuda"), torch.bfloat16, case.sizes)
     finally:
