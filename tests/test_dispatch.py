@@ -185,8 +185,9 @@ def decode_calls():
 @pytest.mark.parametrize("name, args, options", list(decode_calls()),
                          ids=lambda value: value if isinstance(value, str) else "")
 def test_no_call_costs_ten_microseconds(name, args, options):
-    """Loose, for slow machines under load; the average over a layer, below, is the claim."""
-    assert dispatch_us(name, args, options) < 10
+    """Loose, and by the pace of this core, which others may share; the average over a layer, below, is the claim."""
+    cost = dispatch_us(name, args, options)
+    assert cost < 10 * max(1.0, validation_us(torch.ones(2, 3)) / 0.58)
 
 
 def validation_us(x):
