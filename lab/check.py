@@ -37,7 +37,7 @@ def check_case(op: Op, function, rand: Rand, sizes, calls: int = 2) -> Outcome:
     """Runs `function` (ops.<name>, or any callable with the op's arguments and `out=`) on random cases of `op`.
 
     The calls share all tensors: their contents are new each time, and only what Op.state names keeps what the call
-    before left in it. A function with a method run(arena), as lab.worker.Remote, is called somewhere else.
+    before left in it. A function with a method run(arena), as lab.worker.Function, is called somewhere else.
     Raises Unavailable where this machine cannot run the function; any other error of it is the outcome.
     """
     values = values_of(op, op.with_workspace(*op.inputs(rand, **sizes)))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_models import write_folder
 
-from lab.model.config import PRESETS
+from lab.model.families import PRESETS
 from lab.records import schema
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from lab.contract import DTYPES
-from lab.model.config import PRESETS
+from lab.model.families import PRESETS
 from lab.names import known
 from lab.ops import OPS, find
 from lab.records import schema

@@ -10,11 +10,9 @@ from dataclasses import replace
 
 from lab.errors import LabError, named
 from lab.model.description import ModelConfig
-from lab.model.families import FAMILIES, PRESETS, Family, find_gguf
+from lab.model.families import FAMILIES, Family, find_gguf
 from lab.model.rope import DivisorScaling, LinearScaling, Llama3Scaling, Scaling
 from lab.model.unsupported import quoted, refuse_gguf, refuse_huggingface
-
-__all__ = ["PRESETS", "ModelConfig", "from_gguf", "from_huggingface", "huggingface_biases", "with_held_biases"]
 
 
 def _field(source: Mapping, key: str, kind: type, where: str, default=..., layers: int | None = None):
