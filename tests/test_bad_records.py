@@ -293,6 +293,7 @@ def _hold(path, ready, go):
         ready.set()
         go.wait(30)
         file.write(to_line(op_row(batch=7)).encode()[40:])
+        file.flush()                       # before the lock is given back, which happens before the file is closed
 
 
 def test_a_line_that_another_process_is_writing_is_not_cut_off(tmp_path):
