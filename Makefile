@@ -10,7 +10,7 @@ SIDE_BY_SIDE = $(if $(HAS_GPU),,$(shell $(PY) -c 'import importlib.util as u; \
 MEASURED := $(or $(OUT),out/gpu-bench)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test mutants tsan oracle gpu-check gpu-bench gpu-repeat report clean clean-all
+.PHONY: help setup build demo lint format test mutants tsan oracle gpu-check gpu-bench gpu-repeat report clean clean-all
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,17 @@ demo: build .venv/model  ## a real model speaks under CUDA and under Triton, com
 
 test: build  ## the tests (ARGS="-m quick" for those of a minute, ARGS="-k rope" for some)
 	@$(PY) -m pytest -m "not oracle" $(SIDE_BY_SIDE) $(ARGS)
+
+SOURCES_C = $(shell git ls-files '*.cu' '*.cuh' '*.cpp' '*.h')
+
+lint: $(READY)  ## what CI asks of the sources: ruff check and its format, clang-format (make format writes it)
+	@$(PY) -m ruff check
+	@$(PY) -m ruff format --check --quiet || { echo "not formatted: make format"; exit 1; }
+	@.venv/bin/clang-format --dry-run -Werror $(SOURCES_C)
+
+format: $(READY)  ## formats the sources
+	@$(PY) -m ruff format
+	@.venv/bin/clang-format -i $(SOURCES_C)
 
 mutants: build  ## single faults planted in copies of the kernels: is each noticed? (up to 20 minutes; ARGS="--only rope")
 	@$(PY) tests/mutants/run.py $(ARGS)

@@ -1,8 +1,10 @@
 """Builds the kernels' two extensions; the project's metadata is in pyproject.toml.
 
-lab._host   the CUDA kernels for the CPU: cuda_src/*.cu and cuda_src/host/*.cpp by a C++ compiler. Always built.
-lab._cuda   the same kernels for the GPU, by nvcc. Built where nvcc is found: on PATH, in CUDA_HOME or CUDA_PATH, in
-            /usr/local/cuda, or in the pip packages of CUDA's compiler (site-packages/nvidia/*/bin).
+lab._host   the CUDA kernels for the CPU: cuda_src/*.cu and cuda_src/host/*.cpp by a C++ compiler. Always
+            built.
+lab._cuda   the same kernels for the GPU, by nvcc. Built where nvcc is found: on PATH, in CUDA_HOME or
+            CUDA_PATH, in /usr/local/cuda, or in the pip packages of CUDA's compiler
+            (site-packages/nvidia/*/bin).
 
     python3 setup.py build_ext --inplace          pip install -e . --no-build-isolation --no-deps
 
@@ -12,15 +14,19 @@ Environment:
     LAB_HOST_SANITIZE=thread|address    build lab._host with a sanitizer (default: none)
     LAB_BUILD_JOBS=n                    compilers at a time (default: the cores this process may use)
     CXX                                 the C++ compiler (default: g++, else clang++, else c++)
-    LAB_TRY="linear=/path/mine.cu"      build one module, lab._cuda with LAB_CUDA=1 and else lab._host, with this file in
-                                        the place of cuda_src/linear.cu (`lab try`; give it a --build-lib of its own)
+    LAB_TRY="linear=/path/mine.cu"      build one module, lab._cuda with LAB_CUDA=1 and else lab._host, with
+                                        this file in the place of cuda_src/linear.cu (`lab try`; give it a
+                                        --build-lib of its own)
     LAB_TRY_SECONDS=n                   how long compiling that file may take (default: no limit)
 
-Objects are kept in build/ and reused while neither their command nor the contents of a file they include have changed.
-Each extension carries the digests of the files that it was made of: lab/extension.py compares them with the files there
-are when a backend loads it. In build/, too: build/cuda/ptxas.log (what ptxas said), build/cuda/resources.json (registers
-and spills of every kernel), and the seconds that each file took (*.seconds).
+Objects are kept in build/ and reused while neither their command nor the contents of a file they include have
+changed.
+Each extension carries the digests of the files that it was made of: lab/extension.py compares them with the
+files there are when a backend loads it. In build/, too: build/cuda/ptxas.log (what ptxas said),
+build/cuda/resources.json (registers and spills of every kernel), and the seconds that each file took
+(*.seconds).
 """
+
 import hashlib
 import json
 import os
@@ -44,13 +50,15 @@ from setuptools.errors import CompileError, SetupError
 ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "cuda_src"
 BUILD = ROOT / "build"
-DEFAULT_ARCHS = "80;90a;90+ptx"     # A100; H100 and H200 with their own instructions; PTX for what comes after
+DEFAULT_ARCHS = "80;90a;90+ptx"  # A100; H100 and H200 with their own instructions; PTX for what comes after
 SANITIZERS = ("none", "thread", "address")
 
 
 @dataclass
 class Unit:
-    """One source file and the command that compiles it; the object's path and the dependency file are added to it."""
+    """One source file and the command that compiles it; the object's path and the dependency file are added
+    to it."""
+
     source: Path
     command: list[str]
     name: str = ""
@@ -62,14 +70,16 @@ class Unit:
 @dataclass
 class Module:
     """One extension: what to compile, how to link it, and what build_info() will say about it."""
+
     name: str
     directory: Path
     units: list[Unit]
-    link: list[str]                 # everything but the objects and the output
+    link: list[str]  # everything but the objects and the output
     facts: dict = field(default_factory=dict)
 
 
-# ---- what is on this machine -----------------------------------------------------------------------------------------
+# ---- what is on this machine -------------------------------------------------------------------------------
+
 
 def find_compiler() -> list[str]:
     """The C++ compiler as a command; CXX may hold flags too."""
@@ -92,13 +102,16 @@ def find_nvcc() -> Path | None:
 
 
 def cuda_directories(nvcc: Path) -> tuple[list[Path], list[Path]]:
-    """(include, library) directories that this nvcc may not know by itself: pip splits CUDA over several packages."""
+    """(include, library) directories that this nvcc may not know by itself: pip splits CUDA over several
+    packages."""
     packages = nvcc.parent.parent.parent
     if packages.name != "nvidia":
         return [], []
     roots = sorted(path for path in packages.iterdir() if path.is_dir())
-    return ([root / "include" for root in roots if (root / "include").is_dir()],
-            [root / "lib" for root in roots if (root / "lib").is_dir()])
+    return (
+        [root / "include" for root in roots if (root / "include").is_dir()],
+        [root / "lib" for root in roots if (root / "lib").is_dir()],
+    )
 
 
 def first_line(command: list[str], pattern: str = ".*") -> str:
@@ -131,11 +144,14 @@ def choice(name: str, choices: tuple[str, ...], default: str) -> str:
     return value
 
 
-# ---- the two modules -------------------------------------------------------------------------------------------------
+# ---- the two modules ---------------------------------------------------------------------------------------
+
 
 def kernels() -> list[Path]:
     """The largest first: it takes longest, and the others fill the other cores meanwhile."""
-    return sorted([*SOURCES.glob("*.cu"), *SOURCES.glob("ladder/*.cu")], key=lambda path: -path.stat().st_size)
+    return sorted(
+        [*SOURCES.glob("*.cu"), *SOURCES.glob("ladder/*.cu")], key=lambda path: -path.stat().st_size
+    )
 
 
 def tried() -> tuple[Path, Path] | None:
@@ -149,7 +165,7 @@ def kernel_units(command: list[str]) -> list[Unit]:
     units = [Unit(path, command, "_".join(path.relative_to(SOURCES).parts)) for path in kernels()]
     if tried():
         kernel, own = tried()
-        command = [*command, f"-I{SOURCES}", f'-DLAB_TRIED="{own}"']        # another file is another command
+        command = [*command, f"-I{SOURCES}", f'-DLAB_TRIED="{own}"']  # another file is another command
         units = [u for u in units if u.source != kernel] + [Unit(own, command, f"try_{kernel.name}")]
     return units
 
@@ -157,7 +173,16 @@ def kernel_units(command: list[str]) -> list[Unit]:
 def bindings(cxx: list[str], name: str, flags: list[str]) -> Unit:
     """The pybind11 half, which is the same for both modules but for their name; one object per Python."""
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-    command = [*cxx, "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", f"-DLAB_MODULE={name}", *includes, *flags]
+    command = [
+        *cxx,
+        "-std=c++17",
+        "-O1",
+        "-fPIC",
+        "-fvisibility=hidden",
+        f"-DLAB_MODULE={name}",
+        *includes,
+        *flags,
+    ]
     return Unit(SOURCES / "bindings.cpp", command, f"bindings.{sysconfig.get_config_var('SOABI')}")
 
 
@@ -170,21 +195,34 @@ def shared_library(cxx: list[str]) -> list[str]:
 def host_module() -> Module:
     cxx = find_compiler()
     sanitizer = choice("LAB_HOST_SANITIZE", SANITIZERS, "none")
-    instrument = [] if sanitizer == "none" else ["-g", "-O1", "-fno-omit-frame-pointer", f"-fsanitize={sanitizer}"]
+    instrument = (
+        [] if sanitizer == "none" else ["-g", "-O1", "-fno-omit-frame-pointer", f"-fsanitize={sanitizer}"]
+    )
     # The race detector must not see the scheduler's own switching: that half is told about it instead.
     scheduler = ["-g", "-DLAB_HOST_TSAN"] if sanitizer == "thread" else instrument
     common = [*cxx, "-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread"]
     # -O3 would take twice as long to compile, and decodes no faster.
-    kernel_flags = ["-O2", "-ftree-slp-vectorize", "-fno-strict-aliasing", "-fno-math-errno", "-fno-trapping-math",
-                    *vector_flags(), *instrument]
+    kernel_flags = [
+        "-O2",
+        "-ftree-slp-vectorize",
+        "-fno-strict-aliasing",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        *vector_flags(),
+        *instrument,
+    ]
     if sanitizer == "thread":
         kernel_flags.append("-DLAB_HOST_TSAN")
     units = [bindings(cxx, "_host", ["-DLAB_HOST"])]
     units += kernel_units([*common, *kernel_flags, "-x", "c++"])
     units += [Unit(path, [*common, "-O2", *scheduler]) for path in sorted((SOURCES / "host").glob("*.cpp"))]
     link = [*shared_library(cxx), "-pthread", *([] if sanitizer == "none" else [f"-fsanitize={sanitizer}"])]
-    facts = {"compiler": first_line([*cxx, "--version"]), "archs": [platform.machine()], "flags": kernel_flags,
-             "sanitizer": sanitizer}
+    facts = {
+        "compiler": first_line([*cxx, "--version"]),
+        "archs": [platform.machine()],
+        "flags": kernel_flags,
+        "sanitizer": sanitizer,
+    }
     directory = BUILD / ("host" if sanitizer == "none" else f"host-{sanitizer}")
     return Module("lab._host", directory, units, link, facts)
 
@@ -201,7 +239,7 @@ def gencode(arch: str) -> str:
 def cuda_module(nvcc: Path) -> Module:
     archs = re.split("[;,]", os.environ.get("LAB_CUDA_ARCH", DEFAULT_ARCHS).strip(";,"))
     includes, libraries = cuda_directories(nvcc)
-    hopper = int(any("arch=compute_90a," in gencode(arch) for arch in archs))       # wgmma exists there alone
+    hopper = int(any("arch=compute_90a," in gencode(arch) for arch in archs))  # wgmma exists there alone
     flags = ["-std=c++17", "-O3", "-lineinfo", f"-DLAB_SM90A={hopper}", *map(gencode, archs)]
     command = [str(nvcc), *flags, "-Xptxas=-v", "-Xcompiler=-fPIC,-fvisibility=hidden"]
     command += [f"-I{path}" for path in includes]
@@ -209,8 +247,14 @@ def cuda_module(nvcc: Path) -> Module:
     units += kernel_units([*command, "-x", "cu"])
     # The static runtime loads the driver when the first call needs it, so that importing needs no GPU.
     link = [str(nvcc), "-shared", "-cudart=static", *(f"-L{path}" for path in libraries)]
-    facts = {"compiler": first_line([str(nvcc), "--version"], r"release.*"), "nvcc": str(nvcc), "archs": archs,
-             "flags": flags, "host_compiler": first_line([*find_compiler(), "--version"]), "sanitizer": "none"}
+    facts = {
+        "compiler": first_line([str(nvcc), "--version"], r"release.*"),
+        "nvcc": str(nvcc),
+        "archs": archs,
+        "flags": flags,
+        "host_compiler": first_line([*find_compiler(), "--version"]),
+        "sanitizer": "none",
+    }
     return Module("lab._cuda", BUILD / "cuda", units, link, facts)
 
 
@@ -221,14 +265,17 @@ def modules() -> dict[str, Module]:
     if nvcc:
         found["lab._cuda"] = cuda_module(nvcc)
     elif wanted == "1":
-        raise SetupError("LAB_CUDA=1, but there is no nvcc on PATH, in CUDA_HOME, CUDA_PATH, /usr/local/cuda or "
-                         "site-packages/nvidia/*/bin: install the CUDA toolkit, or unset LAB_CUDA")
+        raise SetupError(
+            "LAB_CUDA=1, but there is no nvcc on PATH, in CUDA_HOME, CUDA_PATH, /usr/local/cuda or "
+            "site-packages/nvidia/*/bin: install the CUDA toolkit, or unset LAB_CUDA"
+        )
     if tried():
         found = {name: found[name] for name in ("lab._cuda" if wanted == "1" else "lab._host",)}
     return found
 
 
-# ---- compiling what has changed --------------------------------------------------------------------------------------
+# ---- compiling what has changed ----------------------------------------------------------------------------
+
 
 def digest(path: Path) -> str:
     """16 hexadecimal digits that stand for a file's contents; lab/extension.py makes the same."""
@@ -236,7 +283,8 @@ def digest(path: Path) -> str:
 
 
 def made_of(target: Path) -> dict:
-    """What an object was made of: {"command": ..., "inputs": {file: digest}}; empty where that is not known."""
+    """What an object was made of: {"command": ..., "inputs": {file: digest}}; empty where that is not
+    known."""
     try:
         record = json.loads(target.with_suffix(".made").read_text())
         return record if target.exists() else {}
@@ -249,18 +297,19 @@ def current(target: Path, command: list[str]) -> bool:
     record = made_of(target)
     try:
         return record.get("command") == shlex.join(command) and all(
-            digest(ROOT / name) == made for name, made in record["inputs"].items())
+            digest(ROOT / name) == made for name, made in record["inputs"].items()
+        )
     except OSError:
         return False
 
 
 def inputs(unit: Unit, depfile: Path, started: float) -> dict[str, str]:
-    """{file: digest} of all that the compiler read, by its dependency file; those of the project relative to ROOT, so
-    that a copy of the project with its objects goes by its own files."""
+    """{file: digest} of all that the compiler read, by its dependency file; those of the project relative to
+    ROOT, so that a copy of the project with its objects goes by its own files."""
     found = {}
     for name in shlex.split(depfile.read_text().replace("\\\n", " ").partition(": ")[2]):
         path = Path(name).resolve()
-        if path.stat().st_mtime > started:              # which of its contents the compiler read is not known
+        if path.stat().st_mtime > started:  # which of its contents the compiler read is not known
             raise CompileError(f"{name} changed while {unit.name} was compiled: build again")
         found[str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)] = digest(path)
     return found
@@ -281,9 +330,12 @@ def write(path: Path, text: str) -> None:
 
 
 def run(command: list[str], what: str, seconds: float | None = None) -> str:
-    """Runs a compiler and returns what it printed; a failure shows that and then one line. seconds: its time limit."""
+    """Runs a compiler and returns what it printed; a failure shows that and then one line. seconds: its time
+    limit."""
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds)
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds
+        )
     except subprocess.TimeoutExpired:
         raise CompileError(f"{what}: not compiled within {seconds:g} s") from None
     except OSError as error:
@@ -303,11 +355,14 @@ def compile_unit(unit: Unit, directory: Path) -> tuple[Path, bool]:
     new, depfile, start = beside(target), target.with_suffix(".d"), time.time()
     shown = unit.source.relative_to(ROOT) if unit.source.is_relative_to(ROOT) else unit.source
     limit = os.environ.get("LAB_TRY_SECONDS") if tried() and unit.source == tried()[1] else None
-    output = run([*unit.command, "-c", str(unit.source), "-MMD", "-MF", str(depfile), "-o", str(new)], str(shown),
-                 float(limit) if limit else None)
+    output = run(
+        [*unit.command, "-c", str(unit.source), "-MMD", "-MF", str(depfile), "-o", str(new)],
+        str(shown),
+        float(limit) if limit else None,
+    )
     record = {"command": shlex.join(unit.command), "inputs": inputs(unit, depfile, start)}
     write(target.with_suffix(".log"), output)
-    target.with_suffix(".made").unlink(missing_ok=True)     # until the object is there
+    target.with_suffix(".made").unlink(missing_ok=True)  # until the object is there
     new.replace(target)
     write(target.with_suffix(".made"), json.dumps(record, indent=1))
     seconds = f"{time.time() - start:.1f}"
@@ -317,13 +372,15 @@ def compile_unit(unit: Unit, directory: Path) -> tuple[Path, bool]:
 
 
 # What is compiled, so that a file that was added later is noticed; relative to ROOT.
-PATTERNS = {"lab._host": ["cuda_src/*.cu", "cuda_src/ladder/*.cu", "cuda_src/host/*.cpp"],
-            "lab._cuda": ["cuda_src/*.cu", "cuda_src/ladder/*.cu"]}
+PATTERNS = {
+    "lab._host": ["cuda_src/*.cu", "cuda_src/ladder/*.cu", "cuda_src/host/*.cpp"],
+    "lab._cuda": ["cuda_src/*.cu", "cuda_src/ladder/*.cu"],
+}
 
 
 def folder_of(unit: Unit, module: Module, folder: Path) -> Path:
-    """Where a unit's object is kept. That of a file that is tried is not shared: two that are tried at the same time
-    must not link each other's."""
+    """Where a unit's object is kept. That of a file that is tried is not shared: two that are tried at the
+    same time must not link each other's."""
     return folder if tried() and unit.source == tried()[1] else module.directory
 
 
@@ -346,11 +403,13 @@ def facts_unit(module: Module, folder: Path) -> Unit:
 
 def build(module: Module, output: Path) -> None:
     """Compiles what has changed, and links if anything did."""
-    folder = output.parent if tried() else module.directory     # one of its own for each file that is tried
+    folder = output.parent if tried() else module.directory  # one of its own for each file that is tried
     for directory in (module.directory, folder):
         directory.mkdir(parents=True, exist_ok=True)
     with ThreadPool(jobs()) as pool:
-        made = pool.map(lambda unit: compile_unit(unit, folder_of(unit, module, folder)), module.units, chunksize=1)
+        made = pool.map(
+            lambda unit: compile_unit(unit, folder_of(unit, module, folder)), module.units, chunksize=1
+        )
     made.append(compile_unit(facts_unit(module, folder), folder))
     objects = [str(path) for path, _ in made]
     compiled = sum(fresh for _, fresh in made)
@@ -370,17 +429,24 @@ def build(module: Module, output: Path) -> None:
     print(f"{module.name}: {compiled} of {len(made)} files compiled", flush=True)
 
 
-# ---- what ptxas said -------------------------------------------------------------------------------------------------
+# ---- what ptxas said ---------------------------------------------------------------------------------------
 
-PTXAS = re.compile(r"Compiling entry function '(?P<kernel>\w+)' for '(?P<arch>\w+)'.*?"
-                   r"(?P<stack>\d+) bytes stack frame, (?P<spill_stores>\d+) bytes spill stores, "
-                   r"(?P<spill_loads>\d+) bytes spill loads.*?"
-                   r"Used (?P<registers>\d+) registers", re.S)
+PTXAS = re.compile(
+    r"Compiling entry function '(?P<kernel>\w+)' for '(?P<arch>\w+)'.*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<spill_stores>\d+) bytes spill stores, "
+    r"(?P<spill_loads>\d+) bytes spill loads.*?"
+    r"Used (?P<registers>\d+) registers",
+    re.S,
+)
 
 
 def save_resources(module: Module) -> None:
     """Registers and spills of every kernel, from the logs of all objects, those of earlier runs too."""
-    logs = {unit.name: module.directory / f"{unit.name}.log" for unit in module.units if unit.source.suffix == ".cu"}
+    logs = {
+        unit.name: module.directory / f"{unit.name}.log"
+        for unit in module.units
+        if unit.source.suffix == ".cu"
+    }
     rows, text = [], []
     for source, log in sorted(logs.items()):
         said = log.read_text()
@@ -392,7 +458,10 @@ def save_resources(module: Module) -> None:
     write(module.directory / "resources.json", json.dumps(rows, indent=1))
     for row in rows:
         if row["spill_stores"] or row["spill_loads"]:
-            print(f"  note: {row['source']}: {row['kernel']} spills {row['spill_stores']} bytes on {row['arch']}")
+            print(
+                f"  note: {row['source']}: {row['kernel']} spills {row['spill_stores']} bytes on "
+                f"{row['arch']}"
+            )
 
 
 class BuildKernels(build_ext):
@@ -408,9 +477,19 @@ try:
 except SetupError as error:
     sys.exit(f"setup.py: {error}")
 if "lab._cuda" not in MODULES and "build_ext" in sys.argv and not tried():
-    print("lab._cuda: not built: " + ("LAB_CUDA=0, as make says where there is no GPU; "
-                                        "LAB_CUDA=1 builds it" if os.environ.get("LAB_CUDA") == "0" else "no nvcc found"))
+    print(
+        "lab._cuda: not built: "
+        + (
+            "LAB_CUDA=0, as make says where there is no GPU; LAB_CUDA=1 builds it"
+            if os.environ.get("LAB_CUDA") == "0"
+            else "no nvcc found"
+        )
+    )
 
-setup(ext_modules=[Extension(name, [os.path.relpath(unit.source, ROOT) for unit in module.units])
-                   for name, module in MODULES.items()],
-      cmdclass={"build_ext": BuildKernels})
+setup(
+    ext_modules=[
+        Extension(name, [os.path.relpath(unit.source, ROOT) for unit in module.units])
+        for name, module in MODULES.items()
+    ],
+    cmdclass={"build_ext": BuildKernels},
+)

@@ -20,7 +20,7 @@
 #include "trace.h"
 
 namespace lab {
-const char* build_facts();                        // JSON, written by setup.py
+const char* build_facts();  // JSON, written by setup.py
 }
 
 namespace py = pybind11;
@@ -48,7 +48,8 @@ static py::list take_launches() {
 using Named = std::map<std::string, int>;
 
 // (op, bytes of an element, rows, shape, settings by name)
-static void set_settings(const std::vector<std::tuple<std::string, int, int, lab::settings::Shape, Named>>& entries) {
+static void set_settings(
+    const std::vector<std::tuple<std::string, int, int, lab::settings::Shape, Named>>& entries) {
   decltype(lab::settings::measured) table;
   for (const auto& [op, itemsize, rows, shape, values] : entries) {
     table[{op, itemsize, shape}][rows] = lab::settings::parse(values);
@@ -97,36 +98,43 @@ PYBIND11_MODULE(LAB_MODULE, m) {
   OP(norm_linear, x, norm_w, w, bias, y, normed, rows, n, k, eps, dtype, out_dtype, stream);
   OP(norm_linear_silu_mul, x, norm_w, w, y, normed, rows, n, k, eps, dtype, stream);
   OP(linear_add, x, w, bias, residual, rows, n, k, dtype, stream);
-  OP(rope_append_attention, q, k, v, norms, positions, cos_sin, cache, out, splits, batch, q_heads,
-     head_dim, scale, dtype, stream);
-  OP(norm_linear_argmax, x, norm_w, w, logits, scratch, normed, out, rows, n, k, eps, dtype, stream);
-  OP(decode_step, ids, positions, weights, cache, logits, out, exchange, sizes, q_heads, head_dim, eps,
+  OP(rope_append_attention, q, k, v, norms, positions, cos_sin, cache, out, splits, batch, q_heads, head_dim,
      scale, dtype, stream);
+  OP(norm_linear_argmax, x, norm_w, w, logits, scratch, normed, out, rows, n, k, eps, dtype, stream);
+  OP(decode_step, ids, positions, weights, cache, logits, out, exchange, sizes, q_heads, head_dim, eps, scale,
+     dtype, stream);
   OP(bandwidth, src, dst, bytes, mode, passes, blocks, threads, stream);
   OP(linear_ladder, x, w, bias, y, rows, n, k, dtype, out_dtype, stream);
   OP(rmsnorm_ladder, x, w, residual, y, rows, groups, cols, x_stride, y_stride, eps, dtype, stream);
   OP(decode_attention_ladder, q, cache, context_lens, out, splits, batch, q_heads, head_dim, scale, dtype,
      stream);
 
-  m.def("set_settings", &set_settings,
-        "The launch settings to take from now on: a list of (op, bytes of an element, rows, shape, settings by name).");
+  m.def(
+      "set_settings", &set_settings,
+      "The launch settings to take from now on: a list of (op, bytes of an element, rows, shape, settings by\n"
+      "name).");
   m.def("force_settings", &force_settings,
         "Every launch of an op takes these settings, {} those by rule; None ends that. For the tuner.");
   m.def("set_trace", &lab::set_trace, "Starts or stops recording the names of launched kernels.");
-  m.def("take_trace", &lab::take_trace, "The names of the kernels launched since the last call, oldest first.");
+  m.def("take_trace", &lab::take_trace,
+        "The names of the kernels launched since the last call, oldest first.");
   m.def("record_launches", &lab::record_launches, py::arg("multiprocessors"), py::arg("major") = 9,
-        "From now on launches are noted and not run, as on a GPU of so many multiprocessors and this major compute\n"
-        "capability; 0 ends that.");
-  m.def("take_launches", &take_launches,
-        "list of dict: kernel, offset (of its host half in this file), grid, block, smem_bytes, cluster, pdl.");
+        "From now on launches are noted and not run, as on a GPU of so many multiprocessors and this major\n"
+        "compute capability; 0 ends that.");
+  m.def(
+      "take_launches", &take_launches,
+      "list of dict: kernel, offset (of its host half in this file), grid, block, smem_bytes, cluster, pdl.");
 #ifdef LAB_HOST
-  m.def("set_schedule", &set_schedule, py::kw_only(), py::arg("seed") = py::none(), py::arg("ahead") = py::none(),
-        "The order of threads in later launches: random by a seed, or the `lowest` or `highest` as far ahead as\n"
-        "barriers let it; without an argument as LAB_HOST_SEED and LAB_HOST_AHEAD say.");
+  m.def(
+      "set_schedule", &set_schedule, py::kw_only(), py::arg("seed") = py::none(),
+      py::arg("ahead") = py::none(),
+      "The order of threads in later launches: random by a seed, or the `lowest` or `highest` as far ahead\n"
+      "as barriers let it; without an argument as LAB_HOST_SEED and LAB_HOST_AHEAD say.");
   m.def("hide_until_pdl_wait", &hide_until_pdl_wait,
-        "A list of (address, bytes) that later kernels with programmatic dependent launch find filled with ones until\n"
-        "they call pdl_wait(); [] ends that. For tests.");
+        "A list of (address, bytes) that later kernels with programmatic dependent launch find filled with\n"
+        "ones until they call pdl_wait(); [] ends that. For tests.");
 #endif
-  m.def("build_info", [] { return py::module_::import("json").attr("loads")(lab::build_facts()); },
-        "dict: compiler, archs, flags, sanitizer; for the GPU build also nvcc and host_compiler.");
+  m.def(
+      "build_info", [] { return py::module_::import("json").attr("loads")(lab::build_facts()); },
+      "dict: compiler, archs, flags, sanitizer; for the GPU build also nvcc and host_compiler.");
 }

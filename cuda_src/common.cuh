@@ -50,8 +50,8 @@ using bf16 = __nv_bfloat16;
 using Ptr = std::uintptr_t;  // a device address (or a stream), as Python passes it
 
 // How to launch a kernel. Sizes are in bytes. cluster: blocks per cluster along x.
-// pdl: programmatic dependent launch: the kernel may start before the preceding kernel in the stream has ended,
-// and must call pdl_wait() before it touches anything that the preceding kernel writes.
+// pdl: programmatic dependent launch: the kernel may start before the preceding kernel in the stream has
+// ended, and must call pdl_wait() before it touches anything that the preceding kernel writes.
 // cooperative: all blocks run at the same time and may wait for each other, or the launch fails.
 struct Config {
   dim3 grid;
@@ -63,7 +63,7 @@ struct Config {
   bool cooperative = false;
 };
 
-// ---- bits, vectors, dtypes (both sides) -----------------------------------------------------------------------------
+// ---- bits, vectors, dtypes (both sides) -------------------------------------------------------------------
 
 template <typename To, typename From>
 LAB_HOST_DEVICE To bit_cast(From from) {  // by value: nvcc would load through a reference byte by byte
@@ -92,7 +92,7 @@ template <> struct Word<16> { using type = uint4; };
 // load(p): 16 bytes; load<N>(p): N elements. p must be aligned to the access.
 template <int N, typename T>
 LAB_DEVICE Vec<T, N> load(const T* p) {
-  using Word = typename detail::Word<N * int(sizeof(T))>::type;
+  using Word = typename detail::Word<(N * int(sizeof(T)))>::type;
 #ifdef __CUDACC__
   return bit_cast<Vec<T, N>>(*reinterpret_cast<const Word*>(p));
 #else
@@ -108,7 +108,7 @@ LAB_DEVICE Vec<T> load(const T* p) {
 template <typename T, int N>
 LAB_DEVICE void store(T* p, const Vec<T, N>& value) {
 #ifdef __CUDACC__
-  using Word = typename detail::Word<N * int(sizeof(T))>::type;
+  using Word = typename detail::Word<(N * int(sizeof(T)))>::type;
   *reinterpret_cast<Word*>(p) = bit_cast<Word>(value);
 #else
   *reinterpret_cast<Vec<T, N>*>(p) = value;
@@ -149,16 +149,17 @@ inline void by_dtype(int code, F&& f) {
     case 1: f(half{}); break;
     case 2: f(bf16{}); break;
     default:
-      throw std::invalid_argument("unknown dtype code " + std::to_string(code) + " (f32 = 0, f16 = 1, bf16 = 2)");
+      throw std::invalid_argument("unknown dtype code " + std::to_string(code) +
+                                  " (f32 = 0, f16 = 1, bf16 = 2)");
   }
 }
 
 #ifdef __CUDACC__
-// ===================================================================================================== the GPU side
+// ============================================================================================== the GPU side
 
 constexpr bool kHost = false;
 
-// ---- shared memory and loads ----------------------------------------------------------------------------------------
+// ---- shared memory and loads ------------------------------------------------------------------------------
 
 extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
 
@@ -189,7 +190,8 @@ LAB_DEVICE void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%
 // this thread after cp_async_wait, and to other threads after a barrier as well.
 LAB_DEVICE void cp_async16(void* dst, const void* src, bool valid = true) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(smem_address(dst)), "l"(src),
-               "r"(valid ? 16 : 0) : "memory");
+               "r"(valid ? 16 : 0)
+               : "memory");
 }
 LAB_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
@@ -199,7 +201,7 @@ LAB_DEVICE void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-// ---- barriers and reductions ----------------------------------------------------------------------------------------
+// ---- barriers and reductions ------------------------------------------------------------------------------
 
 // Barrier `id` (1 to 15; 0 is __syncthreads) of `threads` threads, a multiple of 32.
 LAB_DEVICE void named_barrier(int id, int threads) {
@@ -239,7 +241,7 @@ LAB_DEVICE void group_max(float (&v)[N]) {
   }
 }
 
-// ---- tensor cores ---------------------------------------------------------------------------------------------------
+// ---- tensor cores -----------------------------------------------------------------------------------------
 
 // d += a b for one warp: A 16 x 16 row-major, B 16 x 8 column-major, D 16 x 8 float32.
 // With g = lane / 4, t = lane % 4:
@@ -276,7 +278,7 @@ LAB_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
                : "memory");
 }
 
-// ---- programmatic dependent launch: nothing below sm_90 -------------------------------------------------------------
+// ---- programmatic dependent launch: nothing below sm_90 ---------------------------------------------------
 
 // Waits until the preceding kernel in the stream has ended and its writes are visible.
 LAB_DEVICE void pdl_wait() {
@@ -293,7 +295,7 @@ LAB_DEVICE void pdl_launch_dependents() {
 #endif
 }
 
-// ---- Hopper: mbarriers, bulk copies, clusters: for the bodies of kernels in `#if LAB_SM90` --------------------------
+// ---- Hopper: mbarriers, bulk copies, clusters: for the bodies of kernels in `#if LAB_SM90` ----------------
 
 using mbarrier = uint64_t;  // in shared memory, 8-byte aligned
 
@@ -372,7 +374,7 @@ LAB_DEVICE T* cluster_peer(T* p, unsigned rank) {
   return reinterpret_cast<T*>(peer);
 }
 
-// ---- launch ---------------------------------------------------------------------------------------------------------
+// ---- launch -----------------------------------------------------------------------------------------------
 
 namespace detail {
 inline void check(cudaError_t status, const char* kernel) {
@@ -403,7 +405,7 @@ inline int device_major() { return device_attribute<cudaDevAttrComputeCapability
 // synchronisation, as everywhere in CUDA.
 template <typename... Params, typename... Args>
 inline void launch(const Config& config, const char* name, void (*kernel)(Params...), Args&&... args) {
-  if (trace::recorded_multiprocessors()) {        // noted, not run: there may be no GPU
+  if (trace::recorded_multiprocessors()) {  // noted, not run: there may be no GPU
     return trace::record_launch(name, reinterpret_cast<std::uintptr_t>(kernel), config);
   }
   if (config.smem_bytes > 48 * 1024) {
@@ -416,9 +418,10 @@ inline void launch(const Config& config, const char* name, void (*kernel)(Params
   if (config.pdl && detail::device_major() >= 9) {
     // Kernels that overlap must divide a multiprocessor's memory into L1 and shared memory in the same way:
     // the division cannot change while it is in use.
-    detail::check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                       cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
-                  name);
+    detail::check(
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                             cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+        name);
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[count++].val.programmaticStreamSerializationAllowed = 1;
   }
@@ -443,7 +446,7 @@ inline void launch(const Config& config, const char* name, void (*kernel)(Params
   detail::check(cudaLaunchKernelEx(&launch_config, kernel, static_cast<Params>(args)...), name);
 }
 #else
-// ===================================================================================================== the CPU side
+// ============================================================================================== the CPU side
 // The rest is in host/gpu_features.h; the functions below need the definitions above.
 
 template <typename T>
@@ -453,19 +456,21 @@ inline Vec<T> load_stream(const T* p) {
 
 template <typename... Params, typename... Args>
 inline void launch(const Config& config, const char* name, void (*kernel)(Params...), Args&&... args) {
-  if (trace::recorded_multiprocessors()) {        // noted, not run: there may be no GPU
+  if (trace::recorded_multiprocessors()) {  // noted, not run: there may be no GPU
     return trace::record_launch(name, reinterpret_cast<std::uintptr_t>(kernel), config);
   }
   auto run_thread = [&] { kernel(static_cast<Params>(args)...); };
   trace::record(name);
   // A cooperative launch is run as one cluster, whose blocks are all run by one worker, so that they can wait
   // for each other.
-  host::run({name, config.grid, config.block, config.smem_bytes, config.cooperative ? config.grid.x : config.cluster,
-             [](const void* call) { (*static_cast<const decltype(run_thread)*>(call))(); }, &run_thread, config.pdl});
+  host::run({name, config.grid, config.block, config.smem_bytes,
+             config.cooperative ? config.grid.x : config.cluster,
+             [](const void* call) { (*static_cast<const decltype(run_thread)*>(call))(); }, &run_thread,
+             config.pdl});
 }
 #endif  // __CUDACC__
 
-// ---- built from the above (both sides) ------------------------------------------------------------------------------
+// ---- built from the above (both sides) --------------------------------------------------------------------
 
 // Multiprocessors of the current device; on a CPU a small number, so that there, too, a block handles several
 // sets of outputs.
@@ -481,7 +486,9 @@ inline int multiprocessors() {
 
 #ifdef __CUDACC__
 // The major compute capability of the current device, or of the one that launches are recorded for.
-inline int device_major() { return trace::recorded_multiprocessors() ? trace::recorded_major() : detail::device_major(); }
+inline int device_major() {
+  return trace::recorded_multiprocessors() ? trace::recorded_major() : detail::device_major();
+}
 #endif
 
 // Whether the current device has clusters of blocks: sm_90 and later, and the host build.
@@ -517,7 +524,8 @@ LAB_DEVICE float activate(float gate, float up) { return gate / (1.f + expf(-gat
 // CPU, that of a Hopper GPU.
 inline int most_shared_bytes() {
 #ifdef __CUDACC__
-  if (!trace::recorded_multiprocessors()) return detail::device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>();
+  if (!trace::recorded_multiprocessors())
+    return detail::device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>();
 #endif
   return 227 * 1024;
 }
@@ -558,7 +566,9 @@ LAB_DEVICE void load_words(uint64_t (&words)[N], const uint64_t* p) {
     LAB_UNROLL
     for (int i = 0; i < N; i += 2) {
       asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];"
-                   : "=l"(words[i]), "=l"(words[i + 1]) : "l"(p + i) : "memory");
+                   : "=l"(words[i]), "=l"(words[i + 1])
+                   : "l"(p + i)
+                   : "memory");
     }
   }
 #else
@@ -567,14 +577,13 @@ LAB_DEVICE void load_words(uint64_t (&words)[N], const uint64_t* p) {
 }
 LAB_DEVICE void spin_pause() {
 #ifndef __CUDACC__
-  __nanosleep(0);                                 // a CPU thread runs until it lets others run
+  __nanosleep(0);  // a CPU thread runs until it lets others run
 #endif
 }
 // Waits for about this many GPU cycles; does nothing on a CPU.
 LAB_DEVICE void wait_cycles(unsigned cycles) {
 #ifdef __CUDACC__
-  for (const unsigned start = clock(); unsigned(clock()) - start < cycles;) {
-  }
+  for (const unsigned start = clock(); unsigned(clock()) - start < cycles;) {}
 #else
   (void)cycles;
 #endif

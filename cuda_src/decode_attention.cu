@@ -17,7 +17,8 @@ using namespace lab;
 template <typename A, typename T = typename A::T>
 __global__ void __launch_bounds__(A::kMaxThreads, 1)
     decode_attention_kernel(const T* q, PagedCache<T> cache, const int* context_lens, T* out, float* partial,
-                            unsigned* tickets, int splits, int group, int64_t q_stride, float scale_log2, int least) {
+                            unsigned* tickets, int splits, int group, int64_t q_stride, float scale_log2,
+                            int least) {
   // 1. Locate: split s owns the tokens [begin, end) of one sequence. The length is read here, on the device,
   // so that a captured graph serves every length. The copies of the first tiles are issued at once.
   constexpr int D = A::D, N = Vec<T>::size;

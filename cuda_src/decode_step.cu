@@ -72,9 +72,9 @@ enum StepPhase { kQkv, kO, kGateUp, kDown, kLmHead };
 template <typename T>
 struct StepRow {
   static constexpr int N = 8, kStep = kRingThreads * N;
-  T *x, *weight;                                  // [k] in shared memory; weight: of the next norm
+  T *x, *weight;  // [k] in shared memory; weight: of the next norm
   float* squares;
-  float mean;                                     // 1 / k of the rows that are normalised
+  float mean;  // 1 / k of the rows that are normalised
 
   // Issues the copy of the next norm's weight, a phase before its use: otherwise its latency would add to the
   // wait for the row. A thread copies the columns that it will scale.
@@ -90,7 +90,7 @@ struct StepRow {
     if (k <= kStep) return each<1>(row, k, f);
     each<4>(row, k, f);
   }
-  template <int kAhead, typename F>               // kAhead: how many times 8 elements are loaded at once
+  template <int kAhead, typename F>  // kAhead: how many times 8 elements are loaded at once
   LAB_DEVICE static void each(const TaggedRow<T>& row, int k, F f) {
     for (int first = threadIdx.x * N; first < k; first += kAhead * kStep) {
       Vec<T> values[kAhead];
@@ -143,7 +143,7 @@ struct StepRow {
 template <typename T>
 struct StepEpilogue {
   StepPhase phase;
-  bool normed;                                    // a phase with a normalised input adds no residual
+  bool normed;  // a phase with a normalised input adds no residual
   const T* bias;
   float poison;
   TaggedRow<T> h, to;
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
   auto& shared = smem<StepSmem<T, D>>();
   unsigned char* tiles = reinterpret_cast<unsigned char*>(&shared + 1);
   unsigned char* norm_weight = tiles + a.tiles * kTileBytes;
-  unsigned char* row = norm_weight + a.hidden * sizeof(T);            // hidden is a multiple of 8
+  unsigned char* row = norm_weight + a.hidden * sizeof(T);  // hidden is a multiple of 8
   auto* layers = reinterpret_cast<StepLayer<T>*>(row + a.row_bytes);
   const int position = a.positions[0], id = a.ids[0], width = (a.heads.q_heads + 2 * a.heads.kv_heads) * D;
   if (position < 0) return;
@@ -187,7 +187,8 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
   for (int i = threadIdx.x; i < a.layers * 10; i += blockDim.x) {
     reinterpret_cast<const T**>(layers)[i] = reinterpret_cast<const T* const*>(a.table)[i];
   }
-  for (int i = threadIdx.x; i < D; i += blockDim.x) shared.attention.cos_sin[i] = a.cos_sin[size_t(position) * D + i];
+  for (int i = threadIdx.x; i < D; i += blockDim.x)
+    shared.attention.cos_sin[i] = a.cos_sin[size_t(position) * D + i];
   // Bytes of a layer's K and V in the cache.
   const int64_t kv_bytes = int64_t(position) * 2 * a.heads.kv_heads * D * int(sizeof(T));
   WeightRing<T> ring(shared.ring, tiles, a.tiles, kv_bytes <= a.few_up_to ? 1 : 2);
@@ -224,7 +225,7 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
       const int i = step / 4;
       const StepPhase phase = phase_at(step);
       if (phase == kO) attention.send(ring, i);
-      if (phase == kQkv && blockIdx.x == 0 && i + 1 < a.layers) {       // small, but else a wait for DRAM
+      if (phase == kQkv && blockIdx.x == 0 && i + 1 < a.layers) {  // small, but else a wait for DRAM
         bulk_prefetch_l2(layers[i + 1].attn_norm, a.hidden * sizeof(T));
         bulk_prefetch_l2(layers[i + 1].mlp_norm, a.hidden * sizeof(T));
       }
@@ -237,16 +238,16 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
   // without a share of a phase's outputs must not read that row, because the row may be overwritten without
   // waiting for such a block. All matrix products use one copy of the code: five copies are more than the
   // instruction cache holds.
-  uint32_t tag = a.counters[kTag];                // the last tag of the launch before
-  const TaggedRow<T> h{a.h, ++tag};               // the residual
-  TaggedRow<T> last = h;                          // the row that was written last
+  uint32_t tag = a.counters[kTag];   // the last tag of the launch before
+  const TaggedRow<T> h{a.h, ++tag};  // the residual
+  TaggedRow<T> last = h;             // the row that was written last
   StepRow<T> x{reinterpret_cast<T*>(row), reinterpret_cast<T*>(norm_weight), shared.squares, 1.f / a.hidden};
   uint64_t best = 0;
-  const Share owned = ring.share(a.hidden);       // of the embedding
+  const Share owned = ring.share(a.hidden);  // of the embedding
   for (int n = owned.first + 2 * int(threadIdx.x); n < owned.last; n += 2 * kRingThreads) {
     h.store(n, to_float(token[n]), to_float(token[n + 1]));
   }
-  ring_sync();                                    // own() reads what other threads wrote
+  ring_sync();  // own() reads what other threads wrote
   x.start(layers[0].attn_norm, a.hidden);
   for (int step = 0; step <= 4 * a.layers; ++step) {
     const int i = step / 4;
@@ -304,7 +305,8 @@ static void by_half(int dtype, F f) {
 }
 
 void decode_step(const DecodeStepArgs& a) {
-  if (!has_clusters()) throw std::runtime_error("decode_step needs bulk copies (sm_90): use --plan fused on this GPU");
+  if (!has_clusters())
+    throw std::runtime_error("decode_step needs bulk copies (sm_90): use --plan fused on this GPU");
   by_half(a.dtype, [&](auto tag) {
     using T = decltype(tag);
     const auto with_dim = [&](auto dim) {
@@ -316,8 +318,9 @@ void decode_step(const DecodeStepArgs& a) {
                         a.sizes.layers * int(sizeof(StepLayer<T>));
       const int tiles = std::min(kMostTiles, (most_shared_bytes() - fixed) / kTileBytes);
       if (tiles < kMoreUnderWay) {
-        throw std::invalid_argument("decode_step: rows of " + std::to_string(longest) +
-                                    " elements leave this GPU's shared memory no room for tiles (use --plan fused)");
+        throw std::invalid_argument(
+            "decode_step: rows of " + std::to_string(longest) +
+            " elements leave this GPU's shared memory no room for tiles (use --plan fused)");
       }
       // Two tiles in flight in each block keep an H100's DRAM busy. Where a layer is not much larger than the
       // rings, the chain of phases takes longer than DRAM, and the loads and stores of that chain queue less
@@ -336,7 +339,7 @@ void decode_step(const DecodeStepArgs& a) {
       s.cos_sin = as<const float>(a.weights.cos_sin);
       s.logits = as<float>(a.logits);
       s.out = as<int>(a.out);
-      s.h = as<uint64_t>(a.exchange.words);       // the rows follow each other; a word has two elements
+      s.h = as<uint64_t>(a.exchange.words);  // the rows follow each other; a word has two elements
       s.qkv = s.h + a.sizes.hidden / 2;
       s.attention = s.qkv + (a.q_heads + 2 * a.cache.kv_heads) * D / 2;
       s.act = s.attention + a.q_heads * D / 2;
@@ -360,7 +363,7 @@ void decode_step(const DecodeStepArgs& a) {
       s.heads.v_cache = as<T>(a.cache.v);
       Config config{dim3(multiprocessors()), dim3(kRingThreads + 32), size_t(fixed + tiles * kTileBytes),
                     a.stream};
-      config.cooperative = true;                  // all blocks run at once, or the launch fails
+      config.cooperative = true;  // all blocks run at once, or the launch fails
       launch(config, "decode_step_kernel", decode_step_kernel<T, D>, s);
     };
     switch (a.head_dim) {

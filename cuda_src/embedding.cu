@@ -34,12 +34,14 @@ void embedding(const EmbeddingArgs& a) {
   if (a.rows == 0) return;
   by_dtype(a.dtype, [&](auto tag) {
     using T = decltype(tag);
-    by_width<T>([&](auto width) {
-      constexpr int N = decltype(width)::value;
-      int threads = a.cols / N > 128 ? 256 : 128;
-      if (cpu_shapes()) threads = 32;
-      launch({dim3(a.rows), dim3(threads), 0, a.stream, true}, "embedding_kernel", embedding_kernel<T, N>,
-             as<const int>(a.ids), as<const T>(a.table), as<T>(a.out), a.cols, a.vocab);
-    }, a.cols);
+    by_width<T>(
+        [&](auto width) {
+          constexpr int N = decltype(width)::value;
+          int threads = a.cols / N > 128 ? 256 : 128;
+          if (cpu_shapes()) threads = 32;
+          launch({dim3(a.rows), dim3(threads), 0, a.stream, true}, "embedding_kernel", embedding_kernel<T, N>,
+                 as<const int>(a.ids), as<const T>(a.table), as<T>(a.out), a.cols, a.vocab);
+        },
+        a.cols);
   });
 }

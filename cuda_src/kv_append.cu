@@ -42,13 +42,15 @@ void kv_append(const KvAppendArgs& a) {
   if (a.batch == 0) return;
   by_dtype(a.dtype, [&](auto tag) {
     using T = decltype(tag);
-    by_width<T>([&](auto width) {
-      constexpr int N = decltype(width)::value;
-      const int64_t items = int64_t(a.batch) * a.cache.kv_heads * (a.head_dim / N);
-      launch({dim3(blocks_for(items, 128)), dim3(128), 0, a.stream}, "kv_append_kernel",
-             kv_append_kernel<T, N>, as<const T>(a.k.data), as<const T>(a.v.data), as<T>(a.cache.k),
-             as<T>(a.cache.v), as<const int>(a.cache.block_table), as<const int>(a.positions), a.batch,
-             a.cache.kv_heads, a.head_dim, a.cache.page_size, a.cache.max_pages, a.k.stride, a.v.stride);
-    }, a.head_dim, a.k.stride, a.v.stride);
+    by_width<T>(
+        [&](auto width) {
+          constexpr int N = decltype(width)::value;
+          const int64_t items = int64_t(a.batch) * a.cache.kv_heads * (a.head_dim / N);
+          launch({dim3(blocks_for(items, 128)), dim3(128), 0, a.stream}, "kv_append_kernel",
+                 kv_append_kernel<T, N>, as<const T>(a.k.data), as<const T>(a.v.data), as<T>(a.cache.k),
+                 as<T>(a.cache.v), as<const int>(a.cache.block_table), as<const int>(a.positions), a.batch,
+                 a.cache.kv_heads, a.head_dim, a.cache.page_size, a.cache.max_pages, a.k.stride, a.v.stride);
+        },
+        a.head_dim, a.k.stride, a.v.stride);
   });
 }

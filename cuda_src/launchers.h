@@ -7,7 +7,7 @@
 #pragma once
 #include <cstdint>
 
-using Ptr = std::uintptr_t;                       // an address; 0 for an optional argument that is absent
+using Ptr = std::uintptr_t;  // an address; 0 for an optional argument that is absent
 enum class DType : int { f32 = 0, f16 = 1, bf16 = 2 };
 
 // Groups of values that belong together. Python passes a group as a tuple, in the order of its fields.
@@ -180,9 +180,7 @@ struct NormLinearArgmaxArgs {
 void norm_linear_argmax(const NormLinearArgmaxArgs& a);
 
 // The tensors of a model. layers: int64 [layers, 10], the addresses of each layer's tensors.
-struct StepWeights {
-  Ptr embed, layers, final_norm, lm_head, cos_sin;
-};
+struct StepWeights { Ptr embed, layers, final_norm, lm_head, cos_sin; };
 
 // The cache of every layer: k, v [layers, pages, kv_heads, page_size, head_dim]; block_table int32 [1,
 // max_pages].
@@ -193,13 +191,9 @@ struct StepCache {
 
 // Memory through which the blocks exchange results (StepWorkspace of the contract): words int64, counters
 // uint32; zero before the first launch.
-struct StepExchange {
-  Ptr words, counters;
-};
+struct StepExchange { Ptr words, counters; };
 
-struct StepSizes {
-  int layers, vocab, hidden, intermediate;
-};
+struct StepSizes { int layers, vocab, hidden, intermediate; };
 
 // A whole decode step of one sequence in one launch. Needs sm_90.
 struct DecodeStepArgs {

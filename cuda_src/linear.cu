@@ -18,7 +18,8 @@ using namespace lab;
 
 template <typename T, typename C>
 __global__ void __launch_bounds__(C::kThreads, C::kResident)
-    linear_stream_kernel(const T* x, const T* w, const T* bias, void* y, int rows, int n, int k, bool out_f32) {
+    linear_stream_kernel(const T* x, const T* w, const T* bias, void* y, int rows, int n, int k,
+                         bool out_f32) {
   // 1. Locate: R rows of w per lane group, a slice of k per lane.
   RowStream<T, C> stream(smem<StagedSmem<T, C>>().stream, w, n, k);
   for (int b0 = 0; b0 < rows; b0 += C::B) {
@@ -29,7 +30,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
     StagedRows<T, C> x_rows(x, b0, rows, k);
     for (; stream.more(); stream.next()) {
       float base[C::kMine] = {}, acc[C::R][C::B][C::kLanes] = {}, sums[C::R * C::B];
-      if (bias) stream.each_output(b0, rows, [&](int j, int output, int) { base[j] = to_float(bias[output]); });
+      if (bias)
+        stream.each_output(b0, rows, [&](int j, int output, int) { base[j] = to_float(bias[output]); });
       x_rows.multiply(stream, acc);
 
       // 3. Reduce: over the lanes and warps that share k, in a fixed order.
@@ -61,7 +63,8 @@ __global__ void __launch_bounds__(C::kThreads)
 
   // 4. Store: neighbouring threads store neighbouring outputs.
   product.each_output([&](int, int r, int output, int b) {
-    store_as<T>(y, size_t(b) * n + output, product.product(r, b) + (bias ? to_float(bias[output]) : 0.f), out_f32);
+    store_as<T>(y, size_t(b) * n + output, product.product(r, b) + (bias ? to_float(bias[output]) : 0.f),
+                out_f32);
   });
   product.finish();
 }

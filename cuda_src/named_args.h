@@ -40,7 +40,7 @@ namespace lab::named {
 
 namespace py = pybind11;
 
-constexpr size_t kMostKeywords = 15;              // half of CPython's STACK_USE_GUIDELINE: names and values
+constexpr size_t kMostKeywords = 15;  // half of CPython's STACK_USE_GUIDELINE: names and values
 
 // References to the fields of a group, in their order.
 inline auto fields_of(HeadRows& g) { return std::tie(g.data, g.stride); }
@@ -49,7 +49,9 @@ inline auto fields_of(CachePages& g) {
 }
 inline auto fields_of(ContextSplits& g) { return std::tie(g.partial, g.tickets, g.count); }
 inline auto fields_of(HeadNorms& g) { return std::tie(g.q, g.k, g.eps); }
-inline auto fields_of(StepWeights& g) { return std::tie(g.embed, g.layers, g.final_norm, g.lm_head, g.cos_sin); }
+inline auto fields_of(StepWeights& g) {
+  return std::tie(g.embed, g.layers, g.final_norm, g.lm_head, g.cos_sin);
+}
 inline auto fields_of(StepCache& g) {
   return std::tie(g.k, g.v, g.block_table, g.pages, g.kv_heads, g.page_size);
 }
@@ -85,14 +87,16 @@ bool read_value(PyObject* value, T& field) {
 
 template <typename Group, std::enable_if_t<std::is_class_v<Group>, int> = 0>
 bool read_value(PyObject* value, Group& group) {
-  return std::apply([&](auto&... fields) {
-    if (!PyTuple_Check(value) || PyTuple_GET_SIZE(value) != Py_ssize_t(sizeof...(fields))) {
-      PyErr_Format(PyExc_TypeError, "a tuple of %zu values is needed, not %R", sizeof...(fields), value);
-      return false;
-    }
-    Py_ssize_t i = 0;
-    return (read_value(PyTuple_GET_ITEM(value, i++), fields) && ...);
-  }, fields_of(group));
+  return std::apply(
+      [&](auto&... fields) {
+        if (!PyTuple_Check(value) || PyTuple_GET_SIZE(value) != Py_ssize_t(sizeof...(fields))) {
+          PyErr_Format(PyExc_TypeError, "a tuple of %zu values is needed, not %R", sizeof...(fields), value);
+          return false;
+        }
+        Py_ssize_t i = 0;
+        return (read_value(PyTuple_GET_ITEM(value, i++), fields) && ...);
+      },
+      fields_of(group));
 }
 
 template <typename T>
@@ -101,8 +105,8 @@ bool read_at(PyObject* value, void* field) {
 }
 
 struct Field {
-  PyObject* name;                                 // interned
-  size_t offset;                                  // in the struct
+  PyObject* name;  // interned
+  size_t offset;   // in the struct
   bool (*read)(PyObject* value, void* field);
 };
 
@@ -151,7 +155,7 @@ class Function {
     for (size_t i = 0; i < kCount; ++i) {
       if (fields[i].name == argument) return i;
     }
-    for (size_t i = 0; i < kCount; ++i) {         // a name made at run time is not interned
+    for (size_t i = 0; i < kCount; ++i) {  // a name made at run time is not interned
       if (PyUnicode_Compare(fields[i].name, argument) == 0) return i;
     }
     return kCount;
@@ -214,17 +218,19 @@ class Function {
       std::string word;
       std::getline(words >> std::ws, word, ',');
       const size_t offset = reinterpret_cast<char*>(&field) - reinterpret_cast<char*>(&args);
-      fields[i++] = {PyUnicode_InternFromString(word.c_str()), offset, &read_at<std::remove_reference_t<decltype(field)>>};
+      fields[i++] = {PyUnicode_InternFromString(word.c_str()), offset,
+                     &read_at<std::remove_reference_t<decltype(field)>>};
     };
     std::apply([&](auto&... each) { (add(each), ...); }, args.each());
     signature = name + (kPositional ? "(rung, /, *, " : "(*, ") + listed + ")";
-    documentation = signature + "\n--\n\n";      // the form in which inspect.signature() expects it
+    documentation = signature + "\n--\n\n";  // the form in which inspect.signature() expects it
     definition.ml_name = name.c_str();
     definition.ml_meth = reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&call));
     definition.ml_flags = METH_FASTCALL | METH_KEYWORDS;
     definition.ml_doc = documentation.c_str();
     const py::object owner = module.attr("__name__");
-    module.add_object(called, py::reinterpret_steal<py::object>(PyCFunction_NewEx(&definition, nullptr, owner.ptr())));
+    module.add_object(
+        called, py::reinterpret_steal<py::object>(PyCFunction_NewEx(&definition, nullptr, owner.ptr())));
   }
 };
 
@@ -233,12 +239,12 @@ class Function {
 // Defines the Python function of a launcher in module m. The names of its struct's fields follow. All of them
 // must be there, or the structured binding that takes the struct apart does not compile. The derived struct
 // Fields can list them in any order.
-#define OP(launcher, ...)                                                                       \
-  do {                                                                                          \
-    using Args = lab::named::Signature<decltype(&launcher)>::Args;                              \
-    struct Fields : Args {                                                                      \
-      auto each() { return std::tie(__VA_ARGS__); }                                             \
-    };                                                                                          \
-    { [[maybe_unused]] const auto [__VA_ARGS__] = Args{}; }                                     \
-    lab::named::Function<&launcher, Fields>::define(m, #launcher, #__VA_ARGS__);                \
+#define OP(launcher, ...)                                                        \
+  do {                                                                           \
+    using Args = lab::named::Signature<decltype(&launcher)>::Args;               \
+    struct Fields : Args {                                                       \
+      auto each() { return std::tie(__VA_ARGS__); }                              \
+    };                                                                           \
+    { [[maybe_unused]] const auto [__VA_ARGS__] = Args{}; }                      \
+    lab::named::Function<&launcher, Fields>::define(m, #launcher, #__VA_ARGS__); \
   } while (0)

@@ -16,8 +16,8 @@ using namespace lab;
 
 template <typename T, typename C>
 __global__ void __launch_bounds__(C::kThreads, C::kResident)
-    norm_linear_kernel(const T* x, const T* norm_w, const T* w, const T* bias, void* y, int rows, int n, int k,
-                       float eps, bool out_f32) {
+    norm_linear_kernel(const T* x, const T* norm_w, const T* w, const T* bias, void* y, int rows, int n,
+                       int k, float eps, bool out_f32) {
   // 1. Locate: R rows of w per lane group, a slice of k per lane.
   auto& shared = smem<NormSmem<T, C>>();
   RowStream<T, C> stream(shared.stream, w, n, k);
@@ -29,7 +29,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
     for (; stream.more(); stream.next()) {
       // 3. Multiply: weights are loaded from DRAM into registers, x from shared memory.
       float base[C::kMine] = {}, acc[C::R][C::B][C::kLanes] = {}, sums[C::R * C::B];
-      if (bias) stream.each_output(b0, rows, [&](int j, int output, int) { base[j] = to_float(bias[output]); });
+      if (bias)
+        stream.each_output(b0, rows, [&](int j, int output, int) { base[j] = to_float(bias[output]); });
       stream.multiply(acc, 0, k, [&](int b, int col) { return load_packed<C::N>(shared.x + b * k + col); });
 
       // 4. Reduce: over the lanes and warps that share k, in a fixed order.

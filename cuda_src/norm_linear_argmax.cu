@@ -45,13 +45,13 @@ template <typename T, typename C>
 struct ArgmaxSmem {
   uint64_t best[C::kGroups][C::R * C::B];
   int last;
-  NormSmem<T, C> norm;                            // its end grows with k
+  NormSmem<T, C> norm;  // its end grows with k
 };
 
 template <typename T, typename C>
 __global__ void __launch_bounds__(C::kThreads, C::kResident)
-    norm_linear_argmax_kernel(const T* x, const T* norm_w, const T* w, float* logits, int* scratch, int* ids, int rows,
-                              int n, int k, float eps) {
+    norm_linear_argmax_kernel(const T* x, const T* norm_w, const T* w, float* logits, int* scratch, int* ids,
+                              int rows, int n, int k, float eps) {
   // 1. Locate: R rows of w per lane group, a slice of k per lane.
   auto& shared = smem<ArgmaxSmem<T, C>>();
   RowStream<T, C> stream(shared.norm.stream, w, n, k);
@@ -64,7 +64,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
     for (; stream.more(); stream.next()) {
       // 3. Multiply: weights are loaded from DRAM into registers, x from shared memory.
       float acc[C::R][C::B][C::kLanes] = {}, sums[C::R * C::B];
-      stream.multiply(acc, 0, k, [&](int b, int col) { return load_packed<C::N>(shared.norm.x + b * k + col); });
+      stream.multiply(acc, 0, k,
+                      [&](int b, int col) { return load_packed<C::N>(shared.norm.x + b * k + col); });
 
       // 4. Reduce: over the lanes and warps that share k, in a fixed order.
       stream.reduce(sums, acc);
@@ -104,8 +105,8 @@ struct ArgmaxMmaSmem {
 
 template <typename T, typename C>
 __global__ void __launch_bounds__(C::kThreads)
-    norm_linear_argmax_mma_kernel(const T* xn, const T* w, float* logits, int* scratch, int* ids, int rows, int n,
-                                  int k) {
+    norm_linear_argmax_mma_kernel(const T* xn, const T* w, float* logits, int* scratch, int* ids, int rows,
+                                  int n, int k) {
   // 1. Locate: the block owns kRows rows of w; its teams share k.
   auto& shared = smem<ArgmaxMmaSmem<T, C>>();
   MmaRows<T, C> product(shared.mma, xn, w, rows, n, k);

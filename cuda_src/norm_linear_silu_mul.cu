@@ -66,7 +66,8 @@ __global__ void __launch_bounds__(C::kThreads)
   // 5. Activate and store: from the float32 sums, rounded once; neighbouring threads store neighbouring
   // outputs.
   product.each_output([&](int, int r, int output, int b) {
-    y[size_t(b) * n + output] = from_float<T>(activate(product.product(r, b), product.product(r + C::kOutputs, b)));
+    y[size_t(b) * n + output] =
+        from_float<T>(activate(product.product(r, b), product.product(r + C::kOutputs, b)));
   });
   product.finish();
 }

@@ -13,16 +13,14 @@
 
 using namespace lab;
 
-constexpr int kKeep = 4;                          // vectors of a row that one thread holds
+constexpr int kKeep = 4;  // vectors of a row that one thread holds
 
-struct RmsnormSmem {
-  float scratch[32];
-};
+struct RmsnormSmem { float scratch[32]; };
 
 template <typename T, int N, int Threads>
 __global__ void __launch_bounds__(Threads)
-    rmsnorm_kernel(const T* x, const T* w, T* residual, T* y, int groups, int cols, int64_t x_stride, int64_t y_stride,
-                   float eps) {
+    rmsnorm_kernel(const T* x, const T* w, T* residual, T* y, int groups, int cols, int64_t x_stride,
+                   int64_t y_stride, float eps) {
   // 1. Locate: block r owns row (b, g). It goes over the row in panels of kKeep vectors a thread; nearly
   // always there is only one panel.
   constexpr int kPanel = kKeep * Threads * N;
@@ -30,8 +28,8 @@ __global__ void __launch_bounds__(Threads)
   const int first = threadIdx.x * N;
   x += b * x_stride + int64_t(g) * cols;
   y += b * y_stride + int64_t(g) * cols;
-  if (residual) residual += size_t(b) * cols;     // groups = 1 here
-  const T* source = residual ? residual : x;      // what is normalised: with a residual, the sum
+  if (residual) residual += size_t(b) * cols;  // groups = 1 here
+  const T* source = residual ? residual : x;   // what is normalised: with a residual, the sum
   Vec<T, N> v[kKeep], weight[kKeep];
   float squares = 0.f;
 
@@ -102,19 +100,22 @@ void rmsnorm(const RmsnormArgs& a) {
   if (a.rows == 0) return;
   by_dtype(a.dtype, [&](auto tag) {
     using T = decltype(tag);
-    by_width<T>([&](auto width) {
-      constexpr int N = decltype(width)::value;
-      const auto start = [&](auto threads, auto kernel) {
-        launch({dim3(a.rows * a.groups), dim3(threads), sizeof(RmsnormSmem), a.stream, true},
-               "rmsnorm_kernel", kernel, as<const T>(a.x), as<const T>(a.w), as<T>(a.residual), as<T>(a.y),
-               a.groups, a.cols, a.x_stride, a.y_stride, a.eps);
-      };
-      // One warp needs no barrier; so the CPU, which runs threads one after the other, always uses one warp.
-      if (cpu_shapes() || a.cols <= kKeep * 32 * N) {
-        start(32, rmsnorm_kernel<T, N, 32>);
-      } else {
-        start(256, rmsnorm_kernel<T, N, 256>);
-      }
-    }, a.cols, a.x_stride, a.y_stride);
+    by_width<T>(
+        [&](auto width) {
+          constexpr int N = decltype(width)::value;
+          const auto start = [&](auto threads, auto kernel) {
+            launch({dim3(a.rows * a.groups), dim3(threads), sizeof(RmsnormSmem), a.stream, true},
+                   "rmsnorm_kernel", kernel, as<const T>(a.x), as<const T>(a.w), as<T>(a.residual),
+                   as<T>(a.y), a.groups, a.cols, a.x_stride, a.y_stride, a.eps);
+          };
+          // One warp needs no barrier; so the CPU, which runs threads one after the other, always uses one
+          // warp.
+          if (cpu_shapes() || a.cols <= kKeep * 32 * N) {
+            start(32, rmsnorm_kernel<T, N, 32>);
+          } else {
+            start(256, rmsnorm_kernel<T, N, 256>);
+          }
+        },
+        a.cols, a.x_stride, a.y_stride);
   });
 }

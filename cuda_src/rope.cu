@@ -29,7 +29,8 @@ __global__ void rope_kernel(T* q, T* k, const int* positions, const float* cos_s
   // 1. Locate: thread -> (sequence b, head h, pairs i to i + N - 1); an idle sequence has position -1.
   const int half_dim = head_dim / 2, threads_per_head = half_dim / N, heads = q_heads + kv_heads;
   const int index = blockIdx.x * blockDim.x + threadIdx.x;
-  const int i = index % threads_per_head * N, h = index / threads_per_head % heads, b = index / threads_per_head / heads;
+  const int i = index % threads_per_head * N, h = index / threads_per_head % heads,
+            b = index / threads_per_head / heads;
   if (b >= batch) return;
   pdl_wait();
   const int position = positions[b];
@@ -58,12 +59,14 @@ void rope(const RopeArgs& a) {
   if (a.batch == 0) return;
   by_dtype(a.dtype, [&](auto tag) {
     using T = decltype(tag);
-    by_width<T>([&](auto width) {
-      constexpr int N = decltype(width)::value;
-      const int64_t items = int64_t(a.batch) * (a.q_heads + a.kv_heads) * (a.head_dim / 2 / N);
-      launch({dim3(blocks_for(items, 128)), dim3(128), 0, a.stream}, "rope_kernel", rope_kernel<T, N>,
-             as<T>(a.q.data), as<T>(a.k.data), as<const int>(a.positions), as<const float>(a.cos_sin),
-             a.batch, a.q_heads, a.kv_heads, a.head_dim, a.q.stride, a.k.stride);
-    }, a.head_dim / 2, a.q.stride, a.k.stride);
+    by_width<T>(
+        [&](auto width) {
+          constexpr int N = decltype(width)::value;
+          const int64_t items = int64_t(a.batch) * (a.q_heads + a.kv_heads) * (a.head_dim / 2 / N);
+          launch({dim3(blocks_for(items, 128)), dim3(128), 0, a.stream}, "rope_kernel", rope_kernel<T, N>,
+                 as<T>(a.q.data), as<T>(a.k.data), as<const int>(a.positions), as<const float>(a.cos_sin),
+                 a.batch, a.q_heads, a.kv_heads, a.head_dim, a.q.stride, a.k.stride);
+        },
+        a.head_dim / 2, a.q.stride, a.k.stride);
   });
 }

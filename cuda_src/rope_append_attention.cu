@@ -17,15 +17,16 @@ using namespace lab;
 
 template <typename A, typename T = typename A::T>
 __global__ void __launch_bounds__(A::kMaxThreads, 1)
-    rope_append_attention_kernel(const T* q, const T* k, const T* v, const T* q_norm, const T* k_norm, float eps,
-                                 const int* positions, const float* cos_sin, PagedCache<T> cache, T* out,
-                                 float* partial, unsigned* tickets, int splits, int group, int64_t q_stride, int64_t k_stride,
-                                 int64_t v_stride, float scale_log2, int least) {
+    rope_append_attention_kernel(const T* q, const T* k, const T* v, const T* q_norm, const T* k_norm,
+                                 float eps, const int* positions, const float* cos_sin, PagedCache<T> cache,
+                                 T* out, float* partial, unsigned* tickets, int splits, int group,
+                                 int64_t q_stride, int64_t k_stride, int64_t v_stride, float scale_log2,
+                                 int least) {
   // 1. Locate: as decode_attention. What was written before the preceding kernel began may be read before the
   // wait for it, because that kernel has itself waited: this holds for the position, the table and the cache.
   // So the copies of the first tiles are issued here.
   constexpr int D = A::D;
-  const int position = positions[blockIdx.z];     // negative: an idle row, with no tokens
+  const int position = positions[blockIdx.z];  // negative: an idle row, with no tokens
   A attention(cache, splits, group, position + 1, position, least);
   if (attention.unused()) return;
   attention.start();

@@ -21,7 +21,7 @@
 using namespace lab;
 
 constexpr int kThreads = kHost ? 128 : 512;
-constexpr int kDigits = 256;                      // a key is four digits of 8 bits
+constexpr int kDigits = 256;  // a key is four digits of 8 bits
 // Of each counter: the lanes of a warp seldom add to the same one.
 constexpr int kCopies = 8;
 
@@ -29,9 +29,9 @@ struct SampleSmem {
   // 64-bit counters in two parts: atomics in shared memory are 32 bits wide.
   uint32_t low[kCopies * kDigits], high[kCopies * kDigits];
   uint64_t best[kThreads / 32];
-  uint64_t above;                                 // weight of all keys above the digit found
+  uint64_t above;  // weight of all keys above the digit found
   uint64_t target;
-  uint32_t prefix;                                // the digits found so far
+  uint32_t prefix;  // the digits found so far
 };
 
 // The largest of the threads' values; every thread gets it.
@@ -82,7 +82,7 @@ LAB_DEVICE uint32_t select_threshold(SampleSmem& s, Visit visit, Target target) 
         }
         own += weights[i];
       }
-      uint64_t from_here = own;                   // the weight of this lane and of all higher ones
+      uint64_t from_here = own;  // the weight of this lane and of all higher ones
       for (int distance = 1; distance < 32; distance <<= 1) {
         const uint64_t other = __shfl_down_sync(0xffffffffu, from_here, distance);
         if (lane + distance < 32) from_here += other;
@@ -90,7 +90,7 @@ LAB_DEVICE uint32_t select_threshold(SampleSmem& s, Visit visit, Target target) 
       const uint64_t total = __shfl_sync(0xffffffffu, from_here, 0);
       const uint64_t wanted = shift == 24 ? target(total) : s.target;
       uint64_t above = (shift == 24 ? 0 : s.above) + from_here - own;
-      __syncwarp();                               // all lanes have read what one of them overwrites below
+      __syncwarp();  // all lanes have read what one of them overwrites below
       if (lane == 0) s.target = wanted;
       bool found = false;
       for (int i = kOwn - 1; i >= 0; --i) {
@@ -105,7 +105,7 @@ LAB_DEVICE uint32_t select_threshold(SampleSmem& s, Visit visit, Target target) 
     __syncthreads();
   }
   const uint32_t found = s.prefix;
-  __syncthreads();                                // all threads have read it
+  __syncthreads();  // all threads have read it
   return found;
 }
 
@@ -135,8 +135,8 @@ LAB_DEVICE float gumbel(uint32_t r) {
 
 template <int N>
 __global__ void __launch_bounds__(kThreads, 1)
-    sample_kernel(const float* logits, const int* positions, int* out, int vocab, float temperature, int top_k,
-                  float top_p, uint64_t seed) {
+    sample_kernel(const float* logits, const int* positions, int* out, int vocab, float temperature,
+                  int top_k, float top_p, uint64_t seed) {
   // 1. Locate: block r owns row r. pass(f) calls f with each token of this thread and its scaled logit
   // l.
   auto& s = smem<SampleSmem>();
@@ -170,8 +170,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   uint32_t lowest = 0;
   if (0 < top_k && top_k < vocab) {
     lowest = select_threshold(
-        s,
-        [&](auto add) { pass([&](int, float l) { add(order_key(l), 1); }); },
+        s, [&](auto add) { pass([&](int, float l) { add(order_key(l), 1); }); },
         [&](uint64_t) { return uint64_t(top_k); });
   }
 
@@ -208,9 +207,11 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 void sample(const SampleArgs& a) {
   if (a.rows == 0) return;
-  by_width<float>([&](auto width) {
-    launch({dim3(a.rows), dim3(kThreads), sizeof(SampleSmem), a.stream, true}, "sample_kernel",
-           sample_kernel<decltype(width)::value>, as<const float>(a.logits), as<const int>(a.positions),
-           as<int>(a.out), a.vocab, a.temperature, a.top_k, a.top_p, a.seed);
-  }, a.vocab);
+  by_width<float>(
+      [&](auto width) {
+        launch({dim3(a.rows), dim3(kThreads), sizeof(SampleSmem), a.stream, true}, "sample_kernel",
+               sample_kernel<decltype(width)::value>, as<const float>(a.logits), as<const int>(a.positions),
+               as<int>(a.out), a.vocab, a.temperature, a.top_k, a.top_p, a.seed);
+      },
+      a.vocab);
 }

@@ -40,10 +40,13 @@ void silu_mul(const SiluMulArgs& a) {
   if (a.rows == 0) return;
   by_dtype(a.dtype, [&](auto tag) {
     using T = decltype(tag);
-    by_width<T>([&](auto width) {
-      constexpr int N = decltype(width)::value;
-      launch({dim3(blocks_for(int64_t(a.rows) * (a.cols / N), 128)), dim3(128), 0, a.stream},
-             "silu_mul_kernel", silu_mul_kernel<T, N>, as<const T>(a.gate_up), as<T>(a.y), a.rows, a.cols);
-    }, a.cols);
+    by_width<T>(
+        [&](auto width) {
+          constexpr int N = decltype(width)::value;
+          launch({dim3(blocks_for(int64_t(a.rows) * (a.cols / N), 128)), dim3(128), 0, a.stream},
+                 "silu_mul_kernel", silu_mul_kernel<T, N>, as<const T>(a.gate_up), as<T>(a.y), a.rows,
+                 a.cols);
+        },
+        a.cols);
   });
 }

@@ -17,40 +17,45 @@
 namespace lab {
 namespace trace __attribute__((visibility("hidden"))) {
 
-inline std::atomic<bool> enabled{false};
-inline std::mutex mutex;
-inline std::vector<std::string> names;
+  inline std::atomic<bool> enabled{false};
+  inline std::mutex mutex;
+  inline std::vector<std::string> names;
 
-inline void record(const char* kernel) {
-  if (!enabled.load(std::memory_order_relaxed)) return;
-  std::lock_guard<std::mutex> lock(mutex);
-  names.emplace_back(kernel);
-}
+  inline void record(const char* kernel) {
+    if (!enabled.load(std::memory_order_relaxed)) return;
+    std::lock_guard<std::mutex> lock(mutex);
+    names.emplace_back(kernel);
+  }
 
-// A launch requested while recording. function: the address, in this module, of the kernel's host function.
-struct Launch {
-  std::string kernel;
-  std::uintptr_t function;
-  std::array<unsigned, 3> grid, block;
-  size_t smem_bytes;
-  unsigned cluster;
-  bool pdl;
-};
+  // A launch requested while recording. function: the address, in this module, of the kernel's host function.
+  struct Launch {
+    std::string kernel;
+    std::uintptr_t function;
+    std::array<unsigned, 3> grid, block;
+    size_t smem_bytes;
+    unsigned cluster;
+    bool pdl;
+  };
 
-inline std::atomic<int> recording{0};             // multiprocessors of the assumed GPU; 0: launches run
-inline std::atomic<int> recording_major{0};       // its major compute capability
-inline std::vector<Launch> launches;
+  inline std::atomic<int> recording{0};        // multiprocessors of the assumed GPU; 0: launches run
+  inline std::atomic<int> recording_major{0};  // its major compute capability
+  inline std::vector<Launch> launches;
 
-// Multiprocessors of the assumed GPU while launches are recorded, else 0.
-inline int recorded_multiprocessors() { return recording.load(std::memory_order_relaxed); }
-inline int recorded_major() { return recording_major.load(std::memory_order_relaxed); }
+  // Multiprocessors of the assumed GPU while launches are recorded, else 0.
+  inline int recorded_multiprocessors() { return recording.load(std::memory_order_relaxed); }
+  inline int recorded_major() { return recording_major.load(std::memory_order_relaxed); }
 
-template <typename Config>
-inline void record_launch(const char* kernel, std::uintptr_t function, const Config& c) {
-  std::lock_guard<std::mutex> lock(mutex);
-  launches.push_back({kernel, function, {c.grid.x, c.grid.y, c.grid.z}, {c.block.x, c.block.y, c.block.z}, c.smem_bytes,
-                      c.cluster, c.pdl});
-}
+  template <typename Config>
+  inline void record_launch(const char* kernel, std::uintptr_t function, const Config& c) {
+    std::lock_guard<std::mutex> lock(mutex);
+    launches.push_back({kernel,
+                        function,
+                        {c.grid.x, c.grid.y, c.grid.z},
+                        {c.block.x, c.block.y, c.block.z},
+                        c.smem_bytes,
+                        c.cluster,
+                        c.pdl});
+  }
 
 }  // namespace trace
 

@@ -1,4 +1,5 @@
 """`python -m lab` is `lab`."""
+
 import sys
 
 from lab.cli import main

@@ -1,12 +1,13 @@
 """The tensors of one call in one piece of memory, every one of them between guard zones.
 
-A kernel that writes past an end of a tensor overwrites a neighbour in an ordinary allocation and nobody notices. In an
-arena it overwrites a known pattern, which is compared after the call. The pattern is NaN in float32, float16 and
-bfloat16, so that a value that was read past an end spoils the result, too.
+A kernel that writes past an end of a tensor overwrites a neighbour in an ordinary allocation and nobody
+notices. In an arena it overwrites a known pattern, which is compared after the call. The pattern is NaN in
+float32, float16 and bfloat16, so that a value that was read past an end spoils the result, too.
 
-The memory can be a file: then a worker process (lab/worker.py) maps the same file, runs the kernel on it, and what the
-kernel wrote is judged here, by a process that never loads the kernel.
+The memory can be a file: then a worker process (lab/worker.py) maps the same file, runs the kernel on it, and
+what the kernel wrote is judged here, by a process that never loads the kernel.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -21,14 +22,16 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-ALIGNMENT = 256                     # of every storage, in bytes: what CUDA's own allocations have at least
-GUARD_BYTES = 4096, 65536           # of one guard zone: as large as what it guards, within these limits
+ALIGNMENT = 256  # of every storage, in bytes: what CUDA's own allocations have at least
+GUARD_BYTES = 4096, 65536  # of one guard zone: as large as what it guards, within these limits
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass
 class Region:
-    """One storage in the arena. tensors: (path, dtype, size, stride, offset in elements) of those that lie in it."""
+    """One storage in the arena. tensors: (path, dtype, size, stride, offset in elements) of those that lie in
+    it."""
+
     start: int
     nbytes: int
     guard: int
@@ -44,7 +47,8 @@ class Region:
 
 
 def tensors_in(path: str, value) -> Iterator[tuple[str, torch.Tensor]]:
-    """("workspace.tickets", tensor) and so on: the tensors in a value, through dataclasses, lists and tuples."""
+    """("workspace.tickets", tensor) and so on: the tensors in a value, through dataclasses, lists and
+    tuples."""
     if isinstance(value, torch.Tensor):
         yield path, value
     elif isinstance(value, (list, tuple)):
@@ -56,11 +60,12 @@ def tensors_in(path: str, value) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 class Arena:
-    """The values of a call, {"x": tensor, "eps": 1e-5, ...}, with their tensors copied into one guarded memory.
+    """The values of a call, {"x": tensor, "eps": 1e-5, ...}, with their tensors copied into one guarded
+    memory.
 
     device: where the memory lies. file: an open file to hold it instead, on the CPU.
-    Views of one storage stay views of one storage. A value that holds addresses of its own tensors has a method
-    readdress(), which is called wherever the arena is mapped (lab.ops.decode_step.StepModel).
+    Views of one storage stay views of one storage. A value that holds addresses of its own tensors has a
+    method readdress(), which is called wherever the arena is mapped (lab.ops.decode_step.StepModel).
     """
 
     def __init__(self, values: Mapping[str, object], device: str | torch.device = "cpu", file=None):
@@ -78,14 +83,16 @@ class Arena:
                     self.regions.append(Region(round_up(end) + guard, storage.nbytes(), guard))
                     end = self.regions[-1].end + guard
                 self.regions[places[key]].tensors.append(
-                    (path, t.dtype, tuple(t.shape), t.stride(), t.storage_offset()))
+                    (path, t.dtype, tuple(t.shape), t.stride(), t.storage_offset())
+                )
         self.recipe = pack(values, places)
         self.memory = allocate(max(round_up(end), ALIGNMENT), torch.device(device), file)
         self.memory.copy_(guard_pattern(self.memory.numel()))
         self.fill(values)
 
     def fill(self, values: Mapping[str, object], keep: tuple[str, ...] = ()) -> None:
-        """Copies in the contents of other values of the same sizes; what is called one of `keep` stays as it is."""
+        """Copies in the contents of other values of the same sizes; what is called one of `keep` stays as it
+        is."""
         filled = set()
         for name, value in values.items():
             if name in keep:
@@ -96,7 +103,7 @@ class Arena:
                     storage = torch.empty(0, dtype=torch.uint8, device=t.device).set_(t.untyped_storage())
                     if storage.numel() != region.nbytes:
                         raise ValueError(f"{path} has another size than the arena was made for")
-                    self.memory[region.start:region.end].copy_(storage)
+                    self.memory[region.start : region.end].copy_(storage)
                     filled.add(region.start)
 
     def region_of(self, path: str) -> Region:
@@ -111,19 +118,24 @@ class Arena:
         return [(r.start, r.nbytes) for r in self.regions]
 
     def remember(self) -> dict:
-        """Notes the arena's bytes as they are now, and returns the values as they are now, for a reference."""
+        """Notes the arena's bytes as they are now, and returns the values as they are now, for a
+        reference."""
         self.before = self.memory.clone()
         return unpack(self.before, self.layout(), self.recipe, readdress=False)
 
     def damage(self, may_change: set[str]) -> str | None:
-        """What was written since remember() that may not be written, or None. may_change: names or paths of values."""
+        """What was written since remember() that may not be written, or None. may_change: names or paths of
+        values."""
         for r in self.regions:
-            zones = ((r.start - r.guard, r.start, "before the start of"), (r.end, r.end + r.guard, "past the end of"))
+            zones = (
+                (r.start - r.guard, r.start, "before the start of"),
+                (r.end, r.end + r.guard, "past the end of"),
+            )
             for start, end, where in zones:
                 if not torch.equal(self.memory[start:end], self.before[start:end]):
                     return self.overrun(r, start, end, where)
         for r in self.regions:
-            if not torch.equal(self.memory[r.start:r.end], self.before[r.start:r.end]):
+            if not torch.equal(self.memory[r.start : r.end], self.before[r.start : r.end]):
                 wrong = self.changed(r, may_change | self.addresses)
                 if wrong:
                     return wrong
@@ -135,13 +147,16 @@ class Arena:
         elements = torch.div(bytes_, size, rounding_mode="floor").unique()
         nearest = int(elements[0] if where.startswith("past") else elements[-1])
         count = f"{len(elements)} element{'s' if len(elements) > 1 else ''}"
-        return (f"wrote {count} {where} {region.name}: element {nearest} of its memory, which has 0 to "
-                f"{math.ceil(region.nbytes / size) - 1}")
+        return (
+            f"wrote {count} {where} {region.name}: element {nearest} of its memory, which has 0 to "
+            f"{math.ceil(region.nbytes / size) - 1}"
+        )
 
     def changed(self, region: Region, may_change: set[str]) -> str | None:
-        """Names the tensor of a storage that changed though it may not, or says that the memory between tensors did."""
-        different = self.memory[region.start:region.end] != self.before[region.start:region.end]
-        other = torch.ones_like(different)                       # no tensor of the call lies there
+        """Names the tensor of a storage that changed though it may not, or says that the memory between
+        tensors did."""
+        different = self.memory[region.start : region.end] != self.before[region.start : region.end]
+        other = torch.ones_like(different)  # no tensor of the call lies there
         fixed = []
         for path, dtype, size, stride, offset in region.tensors:
             mark = torch.zeros(region.nbytes, dtype=torch.uint8, device=different.device)
@@ -166,8 +181,8 @@ def round_up(n: int) -> int:
 def guard_pattern(nbytes: int) -> torch.Tensor:
     """Bytes that vary, and are NaN as float32, float16 and bfloat16 wherever one begins."""
     index = np.arange(-(-nbytes // 2), dtype=np.uint32)
-    bits = (index * np.uint32(2654435761)) >> np.uint32(16)     # Knuth's multiplicative hash
-    halves = 0x7f81 + bits % 0x7f | (bits & 0x8000)             # sign any, exponent all ones, mantissa not 0
+    bits = (index * np.uint32(2654435761)) >> np.uint32(16)  # Knuth's multiplicative hash
+    halves = 0x7F81 + bits % 0x7F | (bits & 0x8000)  # sign any, exponent all ones, mantissa not 0
     return torch.from_numpy(halves.astype(np.uint16).view(np.uint8)[:nbytes])
 
 
@@ -185,7 +200,7 @@ def resize(file, nbytes: int) -> None:
     """Grows a file to `nbytes`; one that is larger stays so, for what is mapped may not shrink."""
     if os.fstat(file.fileno()).st_size < nbytes:
         os.ftruncate(file.fileno(), nbytes)
-    if hasattr(os, "posix_fallocate"):                           # a full disk is an error here, not a fault later
+    if hasattr(os, "posix_fallocate"):  # a full disk is an error here, not a fault later
         os.posix_fallocate(file.fileno(), 0, nbytes)
 
 
@@ -197,7 +212,7 @@ def at(memory: torch.Tensor, dtype, size, stride, offset) -> torch.Tensor:
     """A tensor of these strides in uint8 memory; on the CPU its storage is `memory` and no byte more."""
     if memory.numel() == 0:
         return torch.empty_strided(size, stride, dtype=dtype, device=memory.device)
-    if memory.device.type == "cpu":                              # so that the interpreter sees where it ends
+    if memory.device.type == "cpu":  # so that the interpreter sees where it ends
         base, start = torch.from_numpy(memory.numpy()), 0
     else:
         base, start = memory, memory.storage_offset()
@@ -207,6 +222,7 @@ def at(memory: torch.Tensor, dtype, size, stride, offset) -> torch.Tensor:
 
 def pack(values, places) -> bytes:
     """The values as bytes, with each tensor as its place: (storage, dtype, size, stride, offset)."""
+
     class Pickler(pickle.Pickler):
         def persistent_id(self, value):
             if not isinstance(value, torch.Tensor):
@@ -222,11 +238,15 @@ def pack(values, places) -> bytes:
 
 def unpack(memory: torch.Tensor, layout, recipe: bytes, readdress=True) -> dict:
     """The values of a recipe with their tensors in `memory`."""
-    return unpack_from([memory[start:start + nbytes] for start, nbytes in layout], memory[:0], recipe, readdress)
+    return unpack_from(
+        [memory[start : start + nbytes] for start, nbytes in layout], memory[:0], recipe, readdress
+    )
 
 
 def unpack_from(storages: list[torch.Tensor], nothing: torch.Tensor, recipe: bytes, readdress=True) -> dict:
-    """The values of a recipe with their tensors in `storages`, uint8; `nothing`: where tensors without elements lie."""
+    """The values of a recipe with their tensors in `storages`, uint8; `nothing`: where tensors without
+    elements lie."""
+
     class Unpickler(pickle.Unpickler):
         def persistent_load(self, place):
             storage, *shape = place

@@ -1,4 +1,5 @@
 """Values on the command line: lists of names and of numbers, durations."""
+
 import argparse
 
 from lab.errors import LabError
@@ -6,12 +7,12 @@ from lab.numbers import integer, number
 
 
 def names(text):
-    """"a,b" -> ["a", "b"]."""
+    """ "a,b" -> ["a", "b"]."""
     return [item for item in (part.strip() for part in text.split(",")) if item]
 
 
 def numbers(text):
-    """"1,8" -> [1, 8]; raises LabError for anything that is no positive integer."""
+    """ "1,8" -> [1, 8]; raises LabError for anything that is no positive integer."""
     try:
         found = [integer(item) for item in names(text)]
     except ValueError:
@@ -22,7 +23,8 @@ def numbers(text):
 
 
 def duration(text):
-    """"0.5" -> 0.5; ValueError, which argparse turns into its message, for anything negative or not finite."""
+    """ "0.5" -> 0.5; ValueError, which argparse turns into its message, for anything negative or not
+    finite."""
     value = number(text)
     if value < 0:
         raise ValueError(text)

@@ -1,12 +1,14 @@
 """`lab check` and `lab ops`: every op of a backend against its reference, at sizes chosen to be awkward.
 
-A case is two calls on the same tensors, on one workspace where the op takes one, with fresh random contents for each; the
-outputs are poisoned with NaN before each call, and every element must lie within the contract's tolerance of a float64
-reference. So zeros, NaN, an output left unwritten, a dropped tail, a counter left dirty and a remembered answer all fail
-(tests/test_check.py plants each and sees it caught). Every tensor lies between guard zones (lab/arena.py); these and the
-inputs that an op may not change must come back unchanged. `lab check` runs the kernels in processes of their own
-(lab/worker.py), so that one that crashes is a failed case.
+A case is two calls on the same tensors, on one workspace where the op takes one, with fresh random contents
+for each; the outputs are poisoned with NaN before each call, and every element must lie within the contract's
+tolerance of a float64 reference. So zeros, NaN, an output left unwritten, a dropped tail, a counter left
+dirty and a remembered answer all fail (tests/test_check.py plants each and sees it caught). Every tensor lies
+between guard zones (lab/arena.py); these and the inputs that an op may not change must come back unchanged.
+`lab check` runs the kernels in processes of their own (lab/worker.py), so that one that crashes is a failed
+case.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -22,23 +24,26 @@ from lab.errors import LabError, Unavailable, error_text, one_line
 from lab.names import known
 from lab.worker import Worker
 
-POISON = -77777777          # for integer outputs, which have no NaN
-LONGEST = 500               # characters of what is said of a case
+POISON = -77777777  # for integer outputs, which have no NaN
+LONGEST = 500  # characters of what is said of a case
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a case showed: `error` says what is wrong, or is None; `used` is the largest share of the tolerance used."""
+    """What a case showed: `error` says what is wrong, or is None; `used` is the largest share of the
+    tolerance used."""
+
     error: str | None
     used: float
 
 
 def check_case(op: Op, function, rand: Rand, sizes, calls: int = 2) -> Outcome:
-    """Runs `function` (ops.<name>, or any callable with the op's arguments and `out=`) on random cases of `op`.
+    """Runs `function` (ops.<name>, or any callable with the op's arguments and `out=`) on random cases of
+    `op`.
 
-    The calls share all tensors: their contents are new each time, and only what Op.state names keeps what the call
-    before left in it. A function with a method run(arena), as lab.worker.Function, is called somewhere else.
-    Raises Unavailable where this machine cannot run the function; any other error of it is the outcome.
+    The calls share all tensors: their contents are new each time, and only what Op.state names keeps what the
+    call before left in it. A function with a method run(arena), as lab.worker.Function, is called somewhere
+    else. Raises Unavailable where this machine cannot run the function; any other error of it is the outcome.
     """
     values = values_of(op, op.with_workspace(*op.inputs(rand, **sizes)))
     arena = Arena(values, rand.device, getattr(function, "file", None))
@@ -48,7 +53,9 @@ def check_case(op: Op, function, rand: Rand, sizes, calls: int = 2) -> Outcome:
             arena.fill(values_of(op, op.with_workspace(*op.inputs(rand, **sizes))), keep=op.state)
         outcome = check_call(op, function, arena, {"out", *op.state})
         if outcome.error and call:
-            outcome = Outcome(f"in call {call + 1}, with new contents in the same tensors: {outcome.error}", outcome.used)
+            outcome = Outcome(
+                f"in call {call + 1}, with new contents in the same tensors: {outcome.error}", outcome.used
+            )
         worst = max(worst, outcome, key=lambda o: o.used)
         if worst.error:
             break
@@ -56,14 +63,15 @@ def check_case(op: Op, function, rand: Rand, sizes, calls: int = 2) -> Outcome:
 
 
 def values_of(op: Op, args) -> dict:
-    """{"x": ..., "out": ...}: an op's arguments by name and its output, NaN (or POISON) wherever nothing was written."""
+    """{"x": ..., "out": ...}: an op's arguments by name and its output, NaN (or POISON) wherever nothing was
+    written."""
     values = dict(zip(op.names, args))
     out = op.outputs(*args)
     if out is not None:
         values["out"] = out.fill_(torch.nan if out.is_floating_point() else POISON)
     for name in op.state:
         for _, t in tensors_in("", values[name]):
-            if t.is_floating_point():                            # scratch, which may begin as anything
+            if t.is_floating_point():  # scratch, which may begin as anything
                 t.fill_(torch.nan)
     return values
 
@@ -73,10 +81,10 @@ def check_call(op: Op, function, arena: Arena, may_change: set[str]) -> Outcome:
     before = arena.remember()
     before.pop("out", None)
     a = op.bound(**before)
-    if op.contents is not None:                                  # no kernel is given integers that lead it astray
+    if op.contents is not None:  # no kernel is given integers that lead it astray
         try:
             op.contents(a)
-        except LabError as error:                                # in the second call: of what the first has left
+        except LabError as error:  # in the second call: of what the first has left
             return Outcome(str(error), torch.inf)
     error = function.run(arena) if hasattr(function, "run") else run_here(function, arena)
     if error is None:
@@ -93,7 +101,9 @@ def check_call(op: Op, function, arena: Arena, may_change: set[str]) -> Outcome:
     if op.verify is not None:
         error = op.verify(out, a)
         outcomes, got, want = [Outcome(error, 0.0 if error is None else torch.inf)], got[1:], want[1:]
-    outcomes += [compare(g, w, *limits) for g, w in zip(got, want)]   # what has no reference (scratch) is not compared
+    outcomes += [
+        compare(g, w, *limits) for g, w in zip(got, want)
+    ]  # what has no reference (scratch) is not compared
     return max(outcomes, key=lambda outcome: outcome.used)
 
 
@@ -121,9 +131,11 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def finite(a):
-    """`a` with 0 for NaN and inf if it is a float tensor: a tolerance comes from the sizes of the values that are finite.
+    """`a` with 0 for NaN and inf if it is a float tensor: a tolerance comes from the sizes of the values that
+    are finite.
 
-    A NaN or inf among an op's inputs would make the limit of every element NaN or inf, though most do not depend on it.
+    A NaN or inf among an op's inputs would make the limit of every element NaN or inf, though most do not
+    depend on it.
     """
     if not (isinstance(a, torch.Tensor) and a.is_floating_point()) or bool(a.isfinite().all()):
         return a
@@ -133,25 +145,28 @@ def finite(a):
 def compare(got: torch.Tensor, want: torch.Tensor, rtol: float, atol: float) -> Outcome:
     """Every element of `got` within rtol * |want| + atol of `want`.
 
-    NaN is right exactly where `want` is NaN; an infinity where `want` is the same infinity, or is finite but so large
-    that a value within the tolerance rounds to that infinity in the dtype of `got`.
+    NaN is right exactly where `want` is NaN; an infinity where `want` is the same infinity, or is finite but
+    so large that a value within the tolerance rounds to that infinity in the dtype of `got`.
     """
     if got.shape != want.shape:
         return Outcome(f"shape {list(got.shape)}, not {list(want.shape)}", torch.inf)
     dtype = got.dtype if got.is_floating_point() else torch.float64
     info = torch.finfo(dtype)
-    subnormal = info.smallest_normal * info.eps                  # below the normal range a rounding step is absolute
+    subnormal = info.smallest_normal * info.eps  # below the normal range a rounding step is absolute
     got, want = got.double(), want.double()
     limit = torch.where(want.isfinite(), rtol * want.abs() + atol + (subnormal if rtol else 0.0), 0.0)
     overflows = got.isinf() & (got.sign() == want.sign()) & (want.abs() + limit).to(dtype).isinf()
     same = (got == want) | got.isnan() & want.isnan() | overflows
     off = torch.where(same, 0.0, (got - want).abs())
-    bad = ~(same | (off <= limit))                               # also true where off is NaN
+    bad = ~(same | (off <= limit))  # also true where off is NaN
     if not bad.any():
         return Outcome(None, float((off / limit.clamp(min=1e-300)).max()) if off.numel() else 0.0)
     first = tuple(int(i) for i in bad.nonzero()[0])
-    return Outcome(f"{int(bad.sum())} of {got.numel()} elements are off, first at {list(first)}: {float(got[first]):.6g}, "
-                   f"not {float(want[first]):.6g} within {float(limit[first]):.1e}", torch.inf)
+    return Outcome(
+        f"{int(bad.sum())} of {got.numel()} elements are off, first at {list(first)}: "
+        f"{float(got[first]):.6g}, not {float(want[first]):.6g} within {float(limit[first]):.1e}",
+        torch.inf,
+    )
 
 
 def check_cases(op, name, function, dtype_name, cases, device, seed) -> int:
@@ -161,6 +176,7 @@ def check_cases(op, name, function, dtype_name, cases, device, seed) -> int:
     used = max(outcome.used for _, outcome in outcomes)
     say = "FAILED" if wrong else "exact" if used == 0 else f"{used:.0%} of the tolerance used"
     from lab.ops import OPS
+
     right = f"{len(cases) - len(wrong)}/{len(cases)} cases"
     print(f"{op.name:{max(len(o.name) for o in OPS)}} {dtype_name:4} {name:6} {right:13} {say}", flush=True)
     for c, outcome in wrong:
@@ -171,28 +187,39 @@ def check_cases(op, name, function, dtype_name, cases, device, seed) -> int:
 def in_worker(spec: dict):
     """name -> function of the ops of spec["backend"], in a worker's process."""
     from lab.ops import OPS
+
     name = spec["backend"]
-    ops = select(name, spec["device"], {op.name: name for op in OPS}, check_contents=True,
-                 partial=True)
+    ops = select(name, spec["device"], {op.name: name for op in OPS}, check_contents=True, partial=True)
     return lambda name: getattr(ops, name)
 
 
 def main(args) -> int:
     from lab.ops import OPS, find
+
     if args.exercise:
         from lab.learn import exercises
+
         return exercises.main(args.exercise, args.timeout)
     chosen = [find(name) for name in args.op] if args.op else OPS
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device not in ("cpu", "cuda"):
         raise LabError(f"unknown device {device!r}: choose cuda or cpu")
-    names = [known(name, BACKENDS, "backend") for name in args.backend.split(",")] if args.backend is not None else None
-    wanted = ([known(name, list(DTYPES), "dtype") for name in args.dtype.split(",")] if args.dtype is not None
-              else list(DTYPES))
+    names = (
+        [known(name, BACKENDS, "backend") for name in args.backend.split(",")]
+        if args.backend is not None
+        else None
+    )
+    wanted = (
+        [known(name, list(DTYPES), "dtype") for name in args.dtype.split(",")]
+        if args.dtype is not None
+        else list(DTYPES)
+    )
     backends = {}
     for name in names or BACKENDS:
         try:
-            backends[name] = select(name, device, {op.name: name for op in OPS}, check_contents=True, partial=True)
+            backends[name] = select(
+                name, device, {op.name: name for op in OPS}, check_contents=True, partial=True
+            )
         except Unavailable as missing:
             if names:
                 raise
@@ -202,19 +229,27 @@ def main(args) -> int:
 
 
 def check_all(args, chosen, backends, wanted, device, stack) -> int:
-    """Runs the cases, each backend in a process of its own that ends with the stack; returns the exit status."""
+    """Runs the cases, each backend in a process of its own that ends with the stack; returns the exit
+    status."""
+
     def functions_of(name, **spec):
-        return stack.enter_context(Worker({"module": __name__, "device": device, "what": name, **spec},
-                                          args.timeout)).function
+        return stack.enter_context(
+            Worker({"module": __name__, "device": device, "what": name, **spec}, args.timeout)
+        ).function
 
     if args.ladder:
         from lab import rungs
         from lab.learn import ladder_check
+
         halves = [name for name in backends if name in rungs.BACKENDS]
         if not halves:
             raise LabError(f"nothing to check: ladders exist in {' and '.join(rungs.BACKENDS)}")
         functions = {name: functions_of(name, module="lab.ladder", backend=name) for name in halves}
-        return 1 if ladder_check.check(args.op or rungs.OPS, functions, wanted, device, args.seed, args.quick) else 0
+        return (
+            1
+            if ladder_check.check(args.op or rungs.OPS, functions, wanted, device, args.seed, args.quick)
+            else 0
+        )
     functions = {name: functions_of(name, backend=name) for name in backends}
     failed = ran = 0
     for op in chosen:
@@ -228,6 +263,8 @@ def check_all(args, chosen, backends, wanted, device, stack) -> int:
                 failed += check_cases(op, name, function(op.name), dtype_name, cases, "cpu", args.seed)
                 ran += len(cases)
     if not ran:
-        raise LabError("nothing to check: the ops chosen take none of the dtypes chosen, or no backend chosen has them")
+        raise LabError(
+            "nothing to check: the ops chosen take none of the dtypes chosen, or no backend chosen has them"
+        )
     print(f"{ran} cases on {device}, {failed} failed")
     return 1 if failed else 0

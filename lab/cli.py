@@ -1,9 +1,11 @@
-"""The command line: one subcommand per verb. The work of a verb lives in its room, imported only when it is called.
+"""The command line: one subcommand per verb. The work of a verb lives in its room, imported only when it is
+called.
 
-A room has `main(args) -> exit status`, and `add_arguments(parser)` unless it imports torch: then its options are in
-lab/options.py, so that help and completion come at once. What a user did wrong is one line on standard error
-and exit status 2; anything else that escapes is a fault of the lab and keeps its traceback.
+A room has `main(args) -> exit status`, and `add_arguments(parser)` unless it imports torch: then its options
+are in lab/options.py, so that help and completion come at once. What a user did wrong is one line on standard
+error and exit status 2; anything else that escapes is a fault of the lab and keeps its traceback.
 """
+
 import argparse
 import contextlib
 import difflib
@@ -19,7 +21,7 @@ from lab import options
 from lab.errors import LabError, one_line
 from lab.numbers import integer, number
 
-VERBS = {       # verb: (room, what it does)
+VERBS = {  # verb: (room, what it does)
     "doctor": ("lab.machine.doctor", "what this machine can run and what is missing"),
     "ops": ("lab.ops.table", "the table of ops"),
     "check": ("lab.check", "every op of a backend against its reference, at awkward sizes"),
@@ -29,8 +31,14 @@ VERBS = {       # verb: (room, what it does)
     "compare": ("lab.records.compare", "did rows of run B get slower than those of run A?"),
     "tune": ("lab.tune.tuner", "find the fastest launch settings of both halves on this GPU, shape by shape"),
     "report": ("lab.report.build", "draw records: pictures, a web page, a summary"),
-    "inspect": ("lab.inspect.command", "what the compilers made of both halves: registers, occupancy, code; no GPU needed"),
-    "try": ("lab.learn.own_kernel", "your own kernel, from one file: checked, raced against both halves, drawn"),
+    "inspect": (
+        "lab.inspect.command",
+        "what the compilers made of both halves: registers, occupancy, code; no GPU needed",
+    ),
+    "try": (
+        "lab.learn.own_kernel",
+        "your own kernel, from one file: checked, raced against both halves, drawn",
+    ),
     "explain": ("lab.learn.explain", "the CUDA and the Triton half of an op side by side, step by step"),
 }
 
@@ -50,7 +58,7 @@ class Parser(argparse.ArgumentParser):
         raise LabError(f"{message}{self.suggestion(message)} (see `{self.prog} --help`)")
 
     def suggestion(self, message):
-        """"; did you mean ops?" for argparse's message about "opps"; empty where nothing is near."""
+        """ "; did you mean ops?" for argparse's message about "opps"; empty where nothing is near."""
         choice = re.search(r"invalid choice: '?([^' ]*)'? \(choose from (.*)\)", message)
         unknown = re.match(r"unrecognized arguments: (--?[\w-]+)", message)
         if choice:
@@ -64,7 +72,9 @@ class Parser(argparse.ArgumentParser):
     def words(self):
         """What may be typed after this parser's name: its options, and the choices of its arguments."""
         usage = self.format_usage()
-        choices = {word for group in re.findall(r"\{(.*?)\}", usage, re.S) for word in re.findall(r"[\w.-]+", group)}
+        choices = {
+            word for group in re.findall(r"\{(.*?)\}", usage, re.S) for word in re.findall(r"[\w.-]+", group)
+        }
         return choices | set(re.findall(r"(?<![\w-])--[a-z][\w-]*", usage))
 
 
@@ -93,11 +103,11 @@ class Completion(argparse.Action):
             print("autoload -U +X bashcompinit && bashcompinit")
         # `compgen -f`: a file or folder may stand wherever a word does.
         print(f"""_lab() {{
-  local words='{' '.join([*VERBS, *sorted(parser.words())])}'
+  local words='{" ".join([*VERBS, *sorted(parser.words())])}'
   case "${{COMP_WORDS[1]}}" in
 {cases}
   esac
-  [ "$COMP_CWORD" = 1 ] && words='{' '.join([*VERBS, *sorted(parser.words())])}'
+  [ "$COMP_CWORD" = 1 ] && words='{" ".join([*VERBS, *sorted(parser.words())])}'
   COMPREPLY=($(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}"))
   local IFS=$'\\n'                           # a file's name may hold spaces
   [ "$COMP_CWORD" = 1 ] || COMPREPLY+=($(compgen -f -- "${{COMP_WORDS[COMP_CWORD]}}"))
@@ -113,17 +123,28 @@ def main_of(room):
 
 def build_parser(verb):
     """The parser of `lab`, with the options of `verb`, whose parser is its attribute `verb`."""
-    parser = Parser(prog="lab", description="Decode kernels of a language model, in CUDA and in Triton, on one bench.",
-                    epilog="`lab VERB --help` lists the options of a verb.")
+    parser = Parser(
+        prog="lab",
+        description="Decode kernels of a language model, in CUDA and in Triton, on one bench.",
+        epilog="`lab VERB --help` lists the options of a verb.",
+    )
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     parser.add_argument("--version", action=Version, help="say which version this is and where it is")
-    parser.add_argument("--completion", action=Completion, choices=("bash", "zsh"),
-                        help='for eval "$(lab --completion bash)" in the shell\'s start file')
+    parser.add_argument(
+        "--completion",
+        action=Completion,
+        choices=("bash", "zsh"),
+        help='for eval "$(lab --completion bash)" in the shell\'s start file',
+    )
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
     for name, (room, summary) in VERBS.items():
         sub = verbs.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}")
-        sub.add_argument("--traceback", action="store_true", default=argparse.SUPPRESS,
-                         help="show where an error came from")
+        sub.add_argument(
+            "--traceback",
+            action="store_true",
+            default=argparse.SUPPRESS,
+            help="show where an error came from",
+        )
         if name == verb:
             add_arguments = options.OF.get(name) or importlib.import_module(room).add_arguments
             add_arguments(sub)
@@ -133,7 +154,8 @@ def build_parser(verb):
 
 
 def parse(argv, verb):
-    """The arguments; an option that nobody knows is the verb's error, which knows what may have been meant."""
+    """The arguments; an option that nobody knows is the verb's error, which knows what may have been
+    meant."""
     parser = build_parser(verb)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -149,8 +171,10 @@ def run(argv):
     verb = words[0]
     if verb not in VERBS and not verb.startswith("-"):
         near = difflib.get_close_matches(verb, VERBS, 1)
-        raise LabError(f"unknown verb {verb!r}: {f'did you mean {near[0]}? ' if near else ''}"
-                       f"choose from {', '.join(VERBS)}")
+        raise LabError(
+            f"unknown verb {verb!r}: {f'did you mean {near[0]}? ' if near else ''}"
+            f"choose from {', '.join(VERBS)}"
+        )
     args = parse(argv, verb)
     return args.main(args)
 
@@ -161,19 +185,24 @@ def explain(error):
         return str(error)
     if type(error) is ValueError and "embedded null" in str(error):
         return "a path holds a NUL, which no file's name does"
-    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith(("lab", "triton_kernels")):
+    if (
+        isinstance(error, ModuleNotFoundError)
+        and error.name
+        and not error.name.startswith(("lab", "triton_kernels"))
+    ):
         return f"the package {error.name} is not installed: run `make setup`, then use .venv/bin/lab"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "the output cannot be written: no space left on device"
-    if type(error).__name__ == "OutOfMemoryError":          # torch's; its first sentence says how much and where
+    if type(error).__name__ == "OutOfMemoryError":  # torch's; its first sentence says how much and where
         return f"{str(error).split('. ')[0]}: try a smaller model, batch or context"
     return None
 
 
 def take_any_text():
-    """Lets standard output and error print every text: what their encoding lacks is shown as an escape (\\u6f22).
+    """Lets standard output and error print every text: what their encoding lacks is shown as an escape
+    (\\u6f22).
 
     One that is closed, as by 2>&- in a shell, swallows it.
     """
@@ -181,7 +210,7 @@ def take_any_text():
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
         stream = getattr(sys, name)
-        if hasattr(stream, "reconfigure"):                  # a test's own stream may not have it
+        if hasattr(stream, "reconfigure"):  # a test's own stream may not have it
             stream.reconfigure(errors="backslashreplace")
 
 
@@ -190,9 +219,9 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         status = run(argv)
-        print(end="", flush=True)                           # what cannot be written is an error here, not at exit
+        print(end="", flush=True)  # what cannot be written is an error here, not at exit
         return status or 0
-    except BrokenPipeError:                                 # the reader went away, as in `lab ops | head -1`
+    except BrokenPipeError:  # the reader went away, as in `lab ops | head -1`
         drop_output()
         return 141
     except KeyboardInterrupt:
@@ -206,7 +235,7 @@ def main(argv=None):
             traceback.print_exc()
         if getattr(error, "errno", None) == errno.ENOSPC:
             drop_output()
-        with contextlib.suppress(OSError):                      # standard error is full or closed: the status says it
+        with contextlib.suppress(OSError):  # standard error is full or closed: the status says it
             print("lab: error: " + one_line(line), file=sys.stderr)
         return 2
 

@@ -1,7 +1,9 @@
 """What the sources of the contracts declare about the ops, read without running them. Never imports torch.
 
-A contract imports torch, which takes seconds; help, completion and reports need only some literals that stand in it.
+A contract imports torch, which takes seconds; help, completion and reports need only some literals that stand
+in it.
 """
+
 import ast
 from functools import cache
 from pathlib import Path
@@ -13,10 +15,15 @@ GROUPS = ("BasicOps", "FusedOps", "PersistentOps", "OtherOps")
 @cache
 def groups() -> dict[str, tuple[str, ...]]:
     """{class of lab/ops/__init__.py: the ops that it declares, in their order}."""
-    classes = {node.name: node for node in ast.parse((FOLDER / "__init__.py").read_text()).body
-               if isinstance(node, ast.ClassDef)}
-    return {name: tuple(line.target.id for line in classes[name].body if isinstance(line, ast.AnnAssign))
-            for name in GROUPS}
+    classes = {
+        node.name: node
+        for node in ast.parse((FOLDER / "__init__.py").read_text()).body
+        if isinstance(node, ast.ClassDef)
+    }
+    return {
+        name: tuple(line.target.id for line in classes[name].body if isinstance(line, ast.AnnAssign))
+        for name in GROUPS
+    }
 
 
 def names() -> list[str]:

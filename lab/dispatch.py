@@ -1,11 +1,15 @@
 """How a call reaches the kernel of the backend that was asked for.
 
 `select("cuda", "cpu", {"rope": "triton"})` checks the choice once and returns an object with one function per
-op; calling `ops.rmsnorm(x, w, eps)` validates, allocates the output unless `out=` is given, and launches. There is no
-fallback: a backend that cannot run raises `Unavailable`, and a `Trace` counts the kernels that really were launched.
+op; calling `ops.rmsnorm(x, w, eps)` validates, allocates the output unless `out=` is given, and launches.
+There is no
+fallback: a backend that cannot run raises `Unavailable`, and a `Trace` counts the kernels that really were
+launched.
 
-The cost of a call is bounded by a test (tests/test_dispatch.py), so that eager decoding stays usable beside graphs.
+The cost of a call is bounded by a test (tests/test_dispatch.py), so that eager decoding stays usable beside
+graphs.
 """
+
 from __future__ import annotations
 
 import os
@@ -25,6 +29,7 @@ from lab.ops import OPS, BasicOps, FusedOps, OtherOps, PersistentOps
 @dataclass
 class Trace:
     """Counts kernel launches by (op, backend, kernel name), as they happen."""
+
     counts: Counter = field(default_factory=Counter)
 
     def add(self, launches: Mapping[tuple[str, str, str], int]) -> None:
@@ -32,15 +37,23 @@ class Trace:
         self.counts.update(launches)
 
     def rows(self) -> list[dict]:
-        return [{"op": op, "backend": backend, "kernel": kernel, "calls": calls}
-                for (op, backend, kernel), calls in self.counts.items()]
+        return [
+            {"op": op, "backend": backend, "kernel": kernel, "calls": calls}
+            for (op, backend, kernel), calls in self.counts.items()
+        ]
 
 
 class Ops(BasicOps, FusedOps, PersistentOps, OtherOps):
     """One callable per op, each bound to its backend; `ops.chosen` maps op names to backend names."""
 
-    def __init__(self, chosen: dict[str, str], functions: dict[str, Callable], device: torch.device,
-                 trace: Trace | None, check_contents: bool = False):
+    def __init__(
+        self,
+        chosen: dict[str, str],
+        functions: dict[str, Callable],
+        device: torch.device,
+        trace: Trace | None,
+        check_contents: bool = False,
+    ):
         self.chosen, self.device, self.trace, self.check_contents = chosen, device, trace, check_contents
         for name, function in functions.items():
             setattr(self, name, function)
@@ -51,16 +64,22 @@ class Ops(BasicOps, FusedOps, PersistentOps, OtherOps):
         return all(hasattr(self, op.name) for op in OPS)
 
 
-def select(backend: str | None = None, device: str | torch.device = "cpu",
-           overrides: Mapping[str, str] | Sequence[str] = (), trace: Trace | None = None,
-           check_contents: bool | None = None, partial: bool = False) -> Ops:
+def select(
+    backend: str | None = None,
+    device: str | torch.device = "cpu",
+    overrides: Mapping[str, str] | Sequence[str] = (),
+    trace: Trace | None = None,
+    check_contents: bool | None = None,
+    partial: bool = False,
+) -> Ops:
     """Binds every op to a backend on a device.
 
     backend: "cuda", "triton" or "torch"; None takes the environment's LAB_BACKEND.
     overrides: {"rope": "triton"} or ["rope=triton"]; empty takes LAB_OVERRIDE ("rope=triton,linear=torch").
-    check_contents: before each launch, read the positions, context lengths and page numbers in the tensors, and raise
-    LabError for those that would lead a kernel outside a tensor or into another row's page. A call then waits for the
-    GPU, so it cannot be captured in a graph. None takes the environment's LAB_CHECK ("1" or "0").
+    check_contents: before each launch, read the positions, context lengths and page numbers in the tensors,
+    and raise LabError for those that would lead a kernel outside a tensor or into another row's page. A call
+    then waits for the GPU, so it cannot be captured in a graph. None takes the environment's LAB_CHECK ("1"
+    or "0").
     partial: leave out the ops that the backend's language does not have, where that is otherwise Unavailable.
     Raises LabError for an unknown name, Unavailable for a backend that this machine lacks.
     """
@@ -83,10 +102,15 @@ def select(backend: str | None = None, device: str | torch.device = "cpu",
         one.set_trace(trace is not None)
     lacking = [op.name for op in OPS if chosen[op.name] not in op.launchers]
     if lacking and not partial:
-        raise Unavailable(f"backend {chosen[lacking[0]]} has no {', '.join(lacking)}: choose another for them, as in "
-                          f"--override {lacking[0]}=torch")
-    functions = {op.name: bind(op, loaded[chosen[op.name]], trace, check_contents) for op in OPS
-                 if op.name not in lacking}
+        raise Unavailable(
+            f"backend {chosen[lacking[0]]} has no {', '.join(lacking)}: choose another for them, as in "
+            f"--override {lacking[0]}=torch"
+        )
+    functions = {
+        op.name: bind(op, loaded[chosen[op.name]], trace, check_contents)
+        for op in OPS
+        if op.name not in lacking
+    }
     return Ops(chosen, functions, device, trace, check_contents)
 
 
@@ -134,12 +158,13 @@ def bind(op: Op, backend, trace: Trace | None = None, check_contents: bool = Fal
 
 
 def with_contents(op: Op, function: Callable) -> Callable:
-    """`function`, which takes the op's arguments, after validation of them and of the integers in their tensors."""
+    """`function`, which takes the op's arguments, after validation of them and of the integers in their
+    tensors."""
     if op.contents is None:
         return function
 
     def call(*args, out=None, **options):
-        op.validate(*args, out=out, **options)              # contents() relies on shapes and dtypes that are right
+        op.validate(*args, out=out, **options)  # contents() relies on shapes and dtypes that are right
         op.contents(op.bound(*args, **options))
         return function(*args, out=out, **options)
 

@@ -1,4 +1,5 @@
 """Tables that say which backend is faster for an op at a batch and context, for `lab run --dispatch`."""
+
 from __future__ import annotations
 
 import math
@@ -11,11 +12,14 @@ from lab.names import known
 
 
 def read_table(path: str) -> dict[str, list[dict]]:
-    """A dispatch table as `lab bench crossover --export` writes it: {"op": [{"batch", "context", "backend"}]}.
+    """A dispatch table as `lab bench crossover --export` writes it: {"op": [{"batch", "context",
+    "backend"}]}.
 
-    context null fits any. Raises LabError for a file that is no such table, an unknown op or an unknown backend.
+    context null fits any. Raises LabError for a file that is no such table, an unknown op or an unknown
+    backend.
     """
     from lab.ops import find
+
     writes = "`lab bench crossover --export FILE` writes one"
     try:
         table = read_json(path)
@@ -37,7 +41,9 @@ def read_table(path: str) -> dict[str, list[dict]]:
 
 
 def from_table(table: Mapping[str, list[dict]], batch: int, context: int) -> dict[str, str]:
-    """The overrides that a dispatch table asks for: for each op the backend of its nearest cell, by ratio of sizes."""
+    """The overrides that a dispatch table asks for: for each op the backend of its nearest cell, by ratio of
+    sizes."""
+
     def distance(cell):
         return (abs(math.log(cell["batch"] / batch)), abs(math.log((cell["context"] or context) / context)))
 

@@ -1,7 +1,8 @@
 """The errors a user can cause: one clear line each; the command line prints it and exits with 2."""
+
 import sys
 
-LONGEST = 10_000        # characters of an exception's text that are looked at
+LONGEST = 10_000  # characters of an exception's text that are looked at
 
 
 class LabError(ValueError):
@@ -16,20 +17,24 @@ def error_text(error: BaseException) -> str:
     """An exception as one short line for a record."""
     try:
         text = one_line(str(error)[:LONGEST]) or type(error).__name__
-    except Exception:                                   # a __str__ of somebody else's that raises
+    except Exception:  # a __str__ of somebody else's that raises
         text = "(its text cannot be had)"
     return one_line(f"{type(error).__name__}: {text}")[:300]
 
 
 def one_line(text: str) -> str:
-    """`text` as one line in which nothing steers a terminal: a control character is shown as its escape (\\x1b)."""
+    """`text` as one line in which nothing steers a terminal: a control character is shown as its escape
+    (\\x1b)."""
     return printable(" ".join(text.split()))
 
 
 def printable(text: str) -> str:
     """`text` with an escape (\\x1b) for each character that would steer a terminal or begin a line."""
-    return text if text.isprintable() else "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return (
+        text
+        if text.isprintable()
+        else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    )
 
 
 def warn(message: str) -> None:
@@ -44,16 +49,17 @@ def named(name: str, longest: int = 80) -> str:
 
 
 def shown(value, longest: int = 60, quotes: bool = True) -> str:
-    """A value from a file as one short line for a message: control characters escaped, so that none reaches a terminal.
+    """A value from a file as one short line for a message: control characters escaped, so that none reaches a
+    terminal.
 
     longest: characters, more are cut off. quotes: around a text, as Python writes it.
     """
     if isinstance(value, str):
-        text = repr(value[:longest + 1])
+        text = repr(value[: longest + 1])
         text = text if quotes else text[1:-1]
     else:
         try:
             text = ascii(value)
-        except (ValueError, RecursionError):        # an integer of too many digits, a list nested too deep
+        except (ValueError, RecursionError):  # an integer of too many digits, a list nested too deep
             text = f"a {type(value).__name__} too large to show"
-    return text if len(text) <= longest else text[:longest - 3] + "..."
+    return text if len(text) <= longest else text[: longest - 3] + "..."

@@ -1,4 +1,6 @@
-"""Files: read where they are regular, written whole or not at all; JSON; and Python of somebody else's, loaded."""
+"""Files: read where they are regular, written whole or not at all; JSON; and Python of somebody else's,
+loaded."""
+
 import contextlib
 import importlib.util
 import json
@@ -8,8 +10,8 @@ from pathlib import Path
 
 from lab.errors import LabError, error_text
 
-LARGEST_TEXT = 1 << 28          # bytes: more than any model's JSON or template takes
-DEEPEST = 100                   # levels of nesting in a JSON file; real ones have about six
+LARGEST_TEXT = 1 << 28  # bytes: more than any model's JSON or template takes
+DEEPEST = 100  # levels of nesting in a JSON file; real ones have about six
 
 
 def regular_file(path: str | os.PathLike) -> Path:
@@ -22,11 +24,18 @@ def regular_file(path: str | os.PathLike) -> Path:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
         raise LabError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:              # ValueError: a NUL in the name
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise LabError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if not stat.S_ISREG(mode):
-        kind = ("a folder" if stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else
-                "a socket" if stat.S_ISSOCK(mode) else "a device")
+        kind = (
+            "a folder"
+            if stat.S_ISDIR(mode)
+            else "a pipe"
+            if stat.S_ISFIFO(mode)
+            else "a socket"
+            if stat.S_ISSOCK(mode)
+            else "a device"
+        )
         raise LabError(f"{path} is {kind}, not a regular file")
     return Path(path)
 
@@ -42,15 +51,18 @@ def read_text(path: str | os.PathLike, limit: int = LARGEST_TEXT) -> str:
     except OSError as error:
         raise LabError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise LabError(f"{path} cannot be read: it is not UTF-8 ({error.reason} at byte {error.start})"
-                       ) from error
+        raise LabError(
+            f"{path} cannot be read: it is not UTF-8 ({error.reason} at byte {error.start})"
+        ) from error
 
 
 def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
-    """Writes text (UTF-8) or bytes beside `path` and renames the file into place, so that a reader never sees half of it.
+    """Writes text (UTF-8) or bytes beside `path` and renames the file into place, so that a reader never sees
+    half of it.
 
-    A link is followed. A pipe or a device (/dev/stdout) is written to: a rename would put a file in its place. Raises
-    LabError where the file cannot be written; nothing is left beside it then, nor when the write is interrupted.
+    A link is followed. A pipe or a device (/dev/stdout) is written to: a rename would put a file in its
+    place. Raises LabError where the file cannot be written; nothing is left beside it then, nor when the
+    write is interrupted.
     """
     data = content.encode() if isinstance(content, str) else content
     beside = None
@@ -62,16 +74,17 @@ def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
         else:
             beside.write_bytes(data)
             beside.replace(target)
-    except (OSError, ValueError) as error:              # ValueError: a NUL in the name, or no name
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name, or no name
         raise LabError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
     finally:
         if beside is not None:
-            with contextlib.suppress(OSError):          # in a folder that is not ours nothing was left
+            with contextlib.suppress(OSError):  # in a folder that is not ours nothing was left
                 beside.unlink()
 
 
 def is_there(path: str | os.PathLike) -> bool:
-    """Whether there is a file. Raises LabError for what is no regular file: reading a pipe or a device may never end."""
+    """Whether there is a file. Raises LabError for what is no regular file: reading a pipe or a device may
+    never end."""
     if not os.path.lexists(path):
         return False
     regular_file(path)
@@ -79,7 +92,8 @@ def is_there(path: str | os.PathLike) -> bool:
 
 
 def read_json(path: str | os.PathLike) -> dict:
-    """The object in a JSON file; LabError when it is missing, no regular file, too deeply nested, no object."""
+    """The object in a JSON file; LabError when it is missing, no regular file, too deeply nested, no
+    object."""
     too_deep = LabError(f"{path} is nested more than {DEEPEST} levels deep; that is no file of a model")
     try:
         found = json.loads(read_text(path))
@@ -100,8 +114,12 @@ def _deeper(value, levels: int) -> bool:
     """Whether a parsed JSON value has more than `levels` levels of lists and objects."""
     level = [value]
     for _ in range(levels + 1):
-        level = [item for outer in level if isinstance(outer, (dict, list))
-                 for item in (outer.values() if isinstance(outer, dict) else outer)]
+        level = [
+            item
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for item in (outer.values() if isinstance(outer, dict) else outer)
+        ]
         if not level:
             return False
     return True
@@ -113,6 +131,6 @@ def python_module(path: Path):
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:                    # sys.exit(0) in it must not end the verb with success
+    except (Exception, SystemExit) as error:  # sys.exit(0) in it must not end the verb with success
         raise LabError(f"{path}: {error_text(error)}") from error
     return module

@@ -1,8 +1,10 @@
-"""The ladders of lab/rungs.py as functions: linear, rmsnorm and decode_attention from naive up to the product.
+"""The ladders of lab/rungs.py as functions: linear, rmsnorm and decode_attention from naive up to the
+product.
 
-`bind` gives a rung as a function with the op's arguments, so that `lab check --ladder` and `lab bench ops --ladder` run
-it like any backend.
+`bind` gives a rung as a function with the op's arguments, so that `lab check --ladder` and `lab bench ops
+--ladder` run it like any backend.
 """
+
 from __future__ import annotations
 
 import importlib
@@ -22,8 +24,8 @@ from lab.rungs import BACKENDS, Rung, rungs
 def bind(rung: Rung, backend: str, device: str | torch.device = "cpu") -> Callable:
     """The rung as a function of the op's arguments and `out=`.
 
-    Raises LabError if the language has no such rung, Unavailable if this machine lacks the backend; the function raises
-    LabError for arguments that the op or the rung does not take.
+    Raises LabError if the language has no such rung, Unavailable if this machine lacks the backend; the
+    function raises LabError for arguments that the op or the rung does not take.
     """
     if backend in rung.absent:
         raise LabError(f"{rung.op} has no rung {rung.title!r} in {backend}: {rung.absent[backend]}")
@@ -33,8 +35,10 @@ def bind(rung: Rung, backend: str, device: str | torch.device = "cpu") -> Callab
     elif backend == "cuda":
         name = f"{op.name}_ladder"
         if not hasattr(room.kernels, name):
-            raise LabError(f"{name} is not in {room.extension.__name__}: build again with "
-                           "`python setup.py build_ext --inplace`")
+            raise LabError(
+                f"{name} is not in {room.extension.__name__}: build again with "
+                "`python setup.py build_ext --inplace`"
+            )
         kernels = {op.name: partial(getattr(room.kernels, name), rung.number), "stream": room.kernels.stream}
         launch = partial(op.launchers["cuda"], SimpleNamespace(**kernels))
     elif backend == "triton":
@@ -68,7 +72,9 @@ def _rmsnorm(rung, x, w, eps, residual=None, out=None):
 
 def _decode_attention(rung, q, k_cache, v_cache, table, lengths, scale, splits=1, workspace=None, out=None):
     w = workspace or Workspace.empty(q.shape[0], q.shape[1], k_cache.shape[1], q.shape[2], splits, q.device)
-    _triton("decode_attention")(rung, q, k_cache, v_cache, table, lengths, scale, splits, w.partial, w.tickets, out)
+    _triton("decode_attention")(
+        rung, q, k_cache, v_cache, table, lengths, scale, splits, w.partial, w.tickets, out
+    )
 
 
 _TRITON = {"linear": _linear, "rmsnorm": _rmsnorm, "decode_attention": _decode_attention}

@@ -1,4 +1,5 @@
 """Names that a user types: looked up in what there is, with a suggestion where one is misspelt."""
+
 from __future__ import annotations
 
 import difflib

@@ -1,15 +1,16 @@
 """What `lab tune` may try: lists of launch settings, by hand pruned to those that can be fast.
 
-Each function takes the number of rows, the bytes of an element and the sizes that the op is tuned by; a contract says
-which of them is its search space in a language (Op.spaces, Op.tuned_by).
+Each function takes the number of rows, the bytes of an element and the sizes that the op is tuned by; a
+contract says which of them is its search space in a language (Op.spaces, Op.tuned_by).
 
-Registers are counted a thread, in 32-bit words. CUDA's settings are explained in cuda_src/settings.h: its kernels are
-compiled ahead, so they are few; Triton's are constexprs and compiler options.
+Registers are counted a thread, in 32-bit words. CUDA's settings are explained in cuda_src/settings.h: its
+kernels are compiled ahead, so they are few; Triton's are constexprs and compiler options.
 """
+
 import itertools
 
-SHARED_BYTES = 200 << 10            # a program's tiles in flight must fit in a multiprocessor's shared memory
-ALL = 64                            # blocks for each multiprocessor that no shape needs: every set of outputs its own
+SHARED_BYTES = 200 << 10  # a program's tiles in flight must fit in a multiprocessor's shared memory
+ALL = 64  # blocks for each multiprocessor that no shape needs: every set of outputs its own
 
 
 def power_of_two(n):
@@ -17,7 +18,8 @@ def power_of_two(n):
     return 1 << max(n - 1, 0).bit_length()
 
 
-# ---- CUDA ------------------------------------------------------------------------------------------------------------
+# ---- CUDA --------------------------------------------------------------------------------------------------
+
 
 def streams(rows, itemsize, n, k, parts=1):
     """Warps that share a row, and blocks of a multiprocessor, of core/stream_rows.cuh."""
@@ -30,7 +32,8 @@ def streams(rows, itemsize, n, k, parts=1):
 
 
 def cuda_product(rows, itemsize, n, k, parts=1, mma=True):
-    """mma: the op has a tensor-core kernel of its own; else more rows go by rmsnorm's and linear's settings."""
+    """mma: the op has a tensor-core kernel of its own; else more rows go by rmsnorm's and linear's
+    settings."""
     if rows <= 2 or itemsize == 4:
         return streams(rows, itemsize, n, k, parts)
     if not mma or rows > 16 or k * itemsize % 16:
@@ -43,10 +46,12 @@ def splits(rows, itemsize, **sizes):
     return [dict(least=tokens) for tokens in (64, 128, 192, 256, 512, 1024)] if itemsize == 2 else []
 
 
-# ---- Triton ----------------------------------------------------------------------------------------------------------
+# ---- Triton ------------------------------------------------------------------------------------------------
+
 
 def products(rows, itemsize, n, k, parts=1, whole_rows=True):
-    """For the fused matrix products: the path with float32 arithmetic up to 8 rows, the one with dots from 4 on."""
+    """For the fused matrix products: the path with float32 arithmetic up to 8 rows, the one with dots from 4
+    on."""
     found = []
     if rows <= 8:
         found += sums(rows, itemsize, n, k, parts, whole_rows)
@@ -59,8 +64,12 @@ def sums(rows, itemsize, n, k, parts, whole_rows):
     found = []
     block_b = power_of_two(rows)
     for warps, block_n in itertools.product((1, 2, 4, 8, 16), (1, 2, 4, 8)):
-        vector = 16 // itemsize * 32 * warps                    # columns that the threads load at once
-        widths = [power_of_two(k)] if whole_rows else sorted({min(vector * i, power_of_two(k)) for i in (1, 2, 4, 8)})
+        vector = 16 // itemsize * 32 * warps  # columns that the threads load at once
+        widths = (
+            [power_of_two(k)]
+            if whole_rows
+            else sorted({min(vector * i, power_of_two(k)) for i in (1, 2, 4, 8)})
+        )
         for block_k in widths:
             lane = block_k * itemsize / (4 * 32 * warps)
             weights, x = block_n * parts * lane, block_b * lane
@@ -81,12 +90,17 @@ def dots(rows, itemsize, n, k, parts):
     block_b = max(power_of_two(rows), 16)
     narrow = itemsize == 2
     for block_n, block_k, warps, stages in itertools.product(
-            (16, 32, 64, 128), (64, 128, 256) if narrow else (16, 32, 64), (2, 4, 8), (3, 4, 6)):
+        (16, 32, 64, 128), (64, 128, 256) if narrow else (16, 32, 64), (2, 4, 8), (3, 4, 6)
+    ):
         rows_of_w = block_n * parts
         tile = (rows_of_w + block_b) * block_k * itemsize
-        if not 16 << 10 <= tile * (stages - 1) <= SHARED_BYTES or rows_of_w > 128 or block_k > power_of_two(k):
+        if (
+            not 16 << 10 <= tile * (stages - 1) <= SHARED_BYTES
+            or rows_of_w > 128
+            or block_k > power_of_two(k)
+        ):
             continue
-        held = (2 * tile / 4 + rows_of_w * block_b) / (32 * warps)          # the first tile, x on its way, the sums
+        held = (2 * tile / 4 + rows_of_w * block_b) / (32 * warps)  # the first tile, x on its way, the sums
         if held > 160 or rows_of_w * block_k < 512 * warps:
             continue
         base = dict(path="dot", BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, STAGES=stages)
@@ -98,20 +112,30 @@ def basic_linear(rows, itemsize, n, k):
     found = []
     block_b = power_of_two(rows)
     if rows <= 8:
-        for warps, block_n, wide, unroll in itertools.product((1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4), (1, 2, 4)):
+        for warps, block_n, wide, unroll in itertools.product(
+            (1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4), (1, 2, 4)
+        ):
             block_k = 512 // itemsize * warps * wide
             lane = block_k * itemsize / (4 * 32 * warps)
             if block_k <= power_of_two(k) and 4 <= block_n * lane <= 32 and block_b * block_n * lane <= 128:
-                found.append(dict(path="sum", BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, STAGES=1,
-                                  UNROLL=unroll))
+                found.append(
+                    dict(
+                        path="sum", BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, STAGES=1, UNROLL=unroll
+                    )
+                )
     if rows >= 4:
-        found += [dict({key: v for key, v in c.items() if key != "per_multiprocessor"}, UNROLL=1)
-                  for c in dots(rows, itemsize, n, k, 1) if "per_multiprocessor" not in c]
+        found += [
+            dict({key: v for key, v in c.items() if key != "per_multiprocessor"}, UNROLL=1)
+            for c in dots(rows, itemsize, n, k, 1)
+            if "per_multiprocessor" not in c
+        ]
     return found
 
 
 def attention(rows, itemsize, head_dim, **sizes):
-    return [dict(tile=tile, min_rows=16, num_warps=warps, num_stages=stages)
-            for tile, warps, stages in itertools.product((32, 64, 128), (1, 2, 4, 8), (3, 4, 5, 6))
-            if 2 * tile * power_of_two(head_dim) * itemsize * (stages - 2) <= SHARED_BYTES
-            and tile * power_of_two(head_dim) >= 1024 * warps]
+    return [
+        dict(tile=tile, min_rows=16, num_warps=warps, num_stages=stages)
+        for tile, warps, stages in itertools.product((32, 64, 128), (1, 2, 4, 8), (3, 4, 5, 6))
+        if 2 * tile * power_of_two(head_dim) * itemsize * (stages - 2) <= SHARED_BYTES
+        and tile * power_of_two(head_dim) >= 1024 * warps
+    ]

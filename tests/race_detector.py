@@ -1,15 +1,19 @@
-"""`make tsan`: the host build under ThreadSanitizer, with every op and every rung of the ladders once at one seed.
+"""`make tsan`: the host build under ThreadSanitizer, with every op and every rung of the ladders once at one
+seed.
 
-    python tests/race_detector.py                    all ops, in the shapes of a CPU and of a GPU, and the ladders
+    python tests/race_detector.py                    all ops, in the shapes of a CPU and of a GPU, and the
+                                                     ladders
     python tests/race_detector.py --op sample        only these (repeatable; ladders: ladder/linear)
-    python tests/race_detector.py --planted [WORD]   instead: each barrier, fence and wait of tests/mutants is left out,
-                                                     built and run (of those whose file and text hold WORD); says what
-                                                     noticed it. Minutes to hours: for changes to the checks themselves
+    python tests/race_detector.py --planted [WORD]   instead: each barrier, fence and wait of tests/mutants is
+                                                     left out, built and run (of those whose file and text
+                                                     hold WORD); says what noticed it. Minutes to hours: for
+                                                     changes to the checks themselves
 
-A race is reported with both places in cuda_src. Exit code: 0, or 1 with the reports. The sanitizer remembers what about
-2,000 CUDA threads of a launch have done, so the grids here are small: a fence between blocks that it has forgotten
-would not be missed.
+A race is reported with both places in cuda_src. Exit code: 0, or 1 with the reports. The sanitizer remembers
+what about 2,000 CUDA threads of a launch have done, so the grids here are small: a fence between blocks that
+it has forgotten would not be missed.
 """
+
 import argparse
 import os
 import re
@@ -21,14 +25,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILT = ROOT / "build" / "tsan"
-RACES = 66                                      # the exit code of a run with races
+RACES = 66  # the exit code of a run with races
 # More splits than a cluster has blocks, so that the last block merges; in few blocks.
-TICKETS = {"decode_attention": dict(lengths=(1100,), q_heads=2, kv_heads=1, head_dim=64, splits=12),
-           "rope_append_attention": dict(positions=(1100,), q_heads=2, kv_heads=1, head_dim=64, splits=12),
-           # the same barriers in a launch of few threads
-           "norm_linear_argmax": dict(batch=2, n=40, k=64)}
-MORE = {"sample": dict(batch=2, vocab=1030, temperature=1.3, top_k=50, top_p=0.8, seed=1),
-        "norm_linear": dict(batch=12, n=40, k=264), "linear": dict(batch=3, n=33, k=7000)}
+TICKETS = {
+    "decode_attention": dict(lengths=(1100,), q_heads=2, kv_heads=1, head_dim=64, splits=12),
+    "rope_append_attention": dict(positions=(1100,), q_heads=2, kv_heads=1, head_dim=64, splits=12),
+    # the same barriers in a launch of few threads
+    "norm_linear_argmax": dict(batch=2, n=40, k=64),
+}
+MORE = {
+    "sample": dict(batch=2, vocab=1030, temperature=1.3, top_k=50, top_p=0.8, seed=1),
+    "norm_linear": dict(batch=12, n=40, k=264),
+    "linear": dict(batch=3, n=33, k=7000),
+}
 
 
 def build() -> Path:
@@ -42,7 +51,9 @@ def build() -> Path:
 def sanitizer() -> str:
     """The sanitizer's library, which has to be there before Python loads anything."""
     compiler = os.environ.get("CXX", "g++").split()[0]
-    found = subprocess.run([compiler, "-print-file-name=libtsan.so"], capture_output=True, text=True).stdout.strip()
+    found = subprocess.run(
+        [compiler, "-print-file-name=libtsan.so"], capture_output=True, text=True
+    ).stdout.strip()
     if not Path(found).is_absolute():
         sys.exit(f"race_detector: {compiler} has no libtsan.so: install it (Debian: it comes with g++)")
     return str(Path(found).resolve())
@@ -52,15 +63,27 @@ def run_inside(extension: Path, ops: list[str], limit_s: int = 600) -> tuple[int
     """(exit code, what was printed) of the cases under the sanitizer, in a process of their own."""
     # No address randomisation: some kernels place memory where the sanitizer does not expect it.
     prefix = ["setarch", "-R"] if shutil.which("setarch") else []
-    environment = {**os.environ, "LD_PRELOAD": sanitizer(), "OMP_NUM_THREADS": "1", "LAB_HOST_SEED": "1",
-                   "TSAN_OPTIONS": f"exitcode={RACES}:ignore_noninstrumented_modules=1:report_thread_leaks=0"
-                                   ":report_signal_unsafe=0:history_size=4"}
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": sanitizer(),
+        "OMP_NUM_THREADS": "1",
+        "LAB_HOST_SEED": "1",
+        "TSAN_OPTIONS": f"exitcode={RACES}:ignore_noninstrumented_modules=1:report_thread_leaks=0"
+        ":report_signal_unsafe=0:history_size=4",
+    }
     command = [*prefix, sys.executable, __file__, "--inside", str(extension)]
     for op in ops:
         command += ["--op", op]
     try:
-        done = subprocess.run(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, timeout=limit_s)
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=limit_s,
+        )
     except subprocess.TimeoutExpired as late:
         return 124, f"{(late.stdout or b'').decode(errors='replace')}\nnot done after {limit_s} s"
     return done.returncode, done.stdout
@@ -75,6 +98,7 @@ def inside(extension: Path, ops: list[str]) -> int:
     from lab.contract import Rand
     from lab.ops import OPS
     from lab.rungs import RUNGS
+
     module, wrong = planted.load(extension), 0
 
     def check(what, op, function, dtype, sizes):
@@ -106,7 +130,7 @@ def inside(extension: Path, ops: list[str]) -> int:
 def small(op):
     """An op's cases, but those of many thread blocks: one seed in a minute or two."""
     most = {"decode_attention": 2, "rope_append_attention": 2, "decode_step": 2}
-    return op.cases[:most.get(op.name, len(op.cases))]
+    return op.cases[: most.get(op.name, len(op.cases))]
 
 
 def check_rung(check, rung, op, module):
@@ -116,8 +140,10 @@ def check_rung(check, rung, op, module):
     from lab import ladder, rungs
     from lab.contract import Rand
     from lab.learn import ladder_check
+
     installed = sys.modules.get("lab._host")
     import lab
+
     sys.modules["lab._host"] = lab._host = module
     try:
         for case in ladder_check.CASES[rung.op]:
@@ -139,6 +165,7 @@ def noticed(mutant, folder: Path) -> str | None:
     """What caught a removal: a race, a wrong result, an error; None if nothing did."""
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     from mutants import planted
+
     for kernel in planted.kernels_with(mutant)[:3]:
         place = Path(tempfile.mkdtemp(dir=folder))
         extension = planted.build(mutant, kernel, place, {"LAB_HOST_SANITIZE": "thread"})
@@ -147,7 +174,11 @@ def noticed(mutant, folder: Path) -> str | None:
         if "WARNING: ThreadSanitizer: data race" in said:
             return f"race in {kernel}: {places(said)}"
         if code:
-            lines = [line for line in said.splitlines() if re.search("WRONG|Error|deadlock|pdl_wait|not done", line)]
+            lines = [
+                line
+                for line in said.splitlines()
+                if re.search("WRONG|Error|deadlock|pdl_wait|not done", line)
+            ]
             return f"{kernel}: {(lines or said.splitlines() or ['died'])[-1][:150]}"
     return None
 
@@ -155,6 +186,7 @@ def noticed(mutant, folder: Path) -> str | None:
 def planted_removals(word: str) -> int:
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     from mutants import synchronisation
+
     build()
     survivors = 0
     with tempfile.TemporaryDirectory(prefix="lab-planted-") as folder:
@@ -168,7 +200,9 @@ def planted_removals(word: str) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--op", action="append", default=[])
     parser.add_argument("--planted", nargs="?", const="", metavar="WORD")
     parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)

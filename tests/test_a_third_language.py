@@ -1,4 +1,5 @@
 """CONTRIBUTING.md's section "Add a language": a toy one, for two ops, that no file of the lab knows."""
+
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from lab.records import schema
 
 ROOT = Path(__file__).resolve().parent.parent
 # numpy's arithmetic on the memory of the tensors: float32 alone holds what both contracts ask.
-TOY = '''
+TOY = """
 import numpy as np
 import torch
 from lab.backends import register
@@ -32,7 +33,8 @@ def rmsnorm(x, w, eps, residual=None, out=None):
     if residual is not None:
         x = residual.copy_(x.float() + residual.float())
     v = values(x)
-    scaled = torch.from_numpy(v / np.sqrt(np.square(v).mean(-1, keepdims=True, dtype=np.float32) + np.float32(eps)))
+    mean = np.square(v).mean(-1, keepdims=True, dtype=np.float32)
+    scaled = torch.from_numpy(v / np.sqrt(mean + np.float32(eps)))
     out.copy_(scaled.to(x.dtype).float() * w.float())
 
 
@@ -57,7 +59,7 @@ class Backend:
 
 
 register("toy", Backend, {"silu_mul": silu_mul, "rmsnorm": rmsnorm})
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +67,22 @@ def lab(tmp_path_factory):
     """lab(*words) runs the command in a process that knows the toy; .folder is where it runs."""
     folder = tmp_path_factory.mktemp("toy")
     (folder / "toy_language.py").write_text(TOY)
-    settings = {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]), "LAB_LANGUAGES": "toy_language",
-                "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
+    settings = {
+        "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]),
+        "LAB_LANGUAGES": "toy_language",
+        "CUDA_VISIBLE_DEVICES": "",
+        "COLUMNS": "200",
+    }
 
     def run(*words, status=0):
-        done = subprocess.run([sys.executable, "-m", "lab", *words], cwd=folder, env={**os.environ, **settings}, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        done = subprocess.run(
+            [sys.executable, "-m", "lab", *words],
+            cwd=folder,
+            env={**os.environ, **settings},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         assert done.returncode == status, f"{' '.join(words)}\n{done.stdout}"
         return done.stdout
 
@@ -81,15 +93,19 @@ def lab(tmp_path_factory):
 def test_it_is_checked_at_the_ops_that_it_has(lab):
     said = lab("check", "--backend", "toy", "--quick")
     assert {line.split()[0] for line in said.splitlines() if " toy " in line} == {"silu_mul", "rmsnorm"}
-    assert "12 cases on cpu, 0 failed" in said                      # 2 ops, 3 dtypes, 2 cases
+    assert "12 cases on cpu, 0 failed" in said  # 2 ops, 3 dtypes, 2 cases
     assert "no backend chosen has them" in lab("check", "--backend", "toy", "--op", "rope", status=2)
 
 
 def test_a_model_runs_with_its_ops(lab):
-    config = replace(PRESETS["smollm2-135m"], layers=1, hidden=64, intermediate=96, q_heads=1, kv_heads=1, vocab=300)
+    config = replace(
+        PRESETS["smollm2-135m"], layers=1, hidden=64, intermediate=96, q_heads=1, kv_heads=1, vocab=300
+    )
     write_folder(lab.folder / "tiny", config)
     run = ("run", "tiny", "--device", "cpu", "--ids", "1,2", "--max-new-tokens", "2")
-    said = lab(*run, "--backend", "torch", "--override", "silu_mul=toy", "--override", "rmsnorm=toy", "--trace")
+    said = lab(
+        *run, "--backend", "torch", "--override", "silu_mul=toy", "--override", "rmsnorm=toy", "--trace"
+    )
     assert "toy_silu_mul" in said and "toy_rmsnorm" in said and "torch:linear" in said
     refused = lab(*run, "--backend", "toy", status=2)
     assert "backend toy has no embedding, linear" in refused and "--override embedding=torch" in refused
@@ -98,10 +114,29 @@ def test_a_model_runs_with_its_ops(lab):
 
 def test_it_is_measured_and_drawn(lab):
     out = str(lab.folder / "out")
-    lab("bench", "ops", "silu_mul", "rope", "--quick", "--device", "cpu", "--backend", "toy,torch", "--seconds", "0.001",
-        "--model", "smollm2-135m", "--out", out)
+    lab(
+        "bench",
+        "ops",
+        "silu_mul",
+        "rope",
+        "--quick",
+        "--device",
+        "cpu",
+        "--backend",
+        "toy,torch",
+        "--seconds",
+        "0.001",
+        "--model",
+        "smollm2-135m",
+        "--out",
+        out,
+    )
     rows = schema.read(out).of_kind("op")
-    assert {(row.op, row.backend) for row in rows} == {("silu_mul", "toy"), ("silu_mul", "torch"), ("rope", "torch")}
+    assert {(row.op, row.backend) for row in rows} == {
+        ("silu_mul", "toy"),
+        ("silu_mul", "torch"),
+        ("rope", "torch"),
+    }
     assert all(row.us > 0 and not row.error for row in rows)
     lab("report", out)
     assert "toy" in (Path(out) / "README.md").read_text() and "toy" in (Path(out) / "index.html").read_text()
@@ -110,11 +145,17 @@ def test_it_is_measured_and_drawn(lab):
 def test_what_cannot_be_a_language_is_refused(lab, tmp_path):
     from lab.backends import register
     from lab.errors import LabError
+
     with pytest.raises(LabError, match="there is a language 'cuda' already"):
         register("cuda", object, {})
     with pytest.raises(LabError, match="unknown op 'silu_mull': did you mean silu_mul"):
         register("other", object, {"silu_mull": print})
-    done = subprocess.run([sys.executable, "-m", "lab", "check", "--backend", "torch"], cwd=ROOT, text=True,
-                          env={**os.environ, "LAB_LANGUAGES": "no_such_module"}, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT)
+    done = subprocess.run(
+        [sys.executable, "-m", "lab", "check", "--backend", "torch"],
+        cwd=ROOT,
+        text=True,
+        env={**os.environ, "LAB_LANGUAGES": "no_such_module"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     assert done.returncode == 2 and "LAB_LANGUAGES=no_such_module: No module named" in done.stdout

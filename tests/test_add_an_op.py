@@ -1,4 +1,6 @@
-"""CONTRIBUTING.md's section "Add an op", followed literally in a copy of the lab: the op it adds must work everywhere."""
+"""CONTRIBUTING.md's section "Add an op", followed literally in a copy of the lab: the op it adds must work
+everywhere."""
+
 import json
 import os
 import re
@@ -17,8 +19,8 @@ NAME = "scaled_add"
 BLOCK = re.compile(r"^`([\w./]+)`[^\n]*\n\n```(\w+)\n(.*?)^```$", re.M | re.S)
 
 
-# Asked of the copy of the lab: the tuner's candidates, what a bench on a GPU holds it to and takes from DRAM, its look in
-# a picture, and what it launches under the settings of the first candidate.
+# Asked of the copy of the lab: the tuner's candidates, what a bench on a GPU holds it to and takes from DRAM,
+# its look in a picture, and what it launches under the settings of the first candidate.
 WHAT_ELSE_KNOWS_IT = f"""
 import torch
 from lab.contract import Rand
@@ -45,7 +47,8 @@ def section():
 
 
 def follow(folder):
-    """Writes every new file and makes every edit that the section asks for; the names of the files, in order."""
+    """Writes every new file and makes every edit that the section asks for; the names of the files, in
+    order."""
     done = []
     for name, language, text in BLOCK.findall(section()):
         path = folder / name
@@ -63,10 +66,14 @@ def follow(folder):
 
 
 def copy(folder):
-    """What building and running needs. Objects come along, so that only what is new is compiled: those of the other
-    kernels as if they did not read launchers.h, in which a new declaration changes nothing for them."""
-    shutil.copytree(ROOT / "build/host", folder / "build/host", copy_function=shutil.copy,
-                    ignore=shutil.ignore_patterns("bindings.*", "*.so"))
+    """What building and running needs. Objects come along, so that only what is new is compiled: those of the
+    other kernels as if they did not read launchers.h, in which a new declaration changes nothing for them."""
+    shutil.copytree(
+        ROOT / "build/host",
+        folder / "build/host",
+        copy_function=shutil.copy,
+        ignore=shutil.ignore_patterns("bindings.*", "*.so"),
+    )
     for path in (folder / "build/host").glob("*.made"):
         record = json.loads(path.read_text())
         record["inputs"].pop("cuda_src/launchers.h", None)
@@ -78,17 +85,31 @@ def copy(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (ROOT / "build/host").is_dir(), reason="needs the objects of the host build: make build")
+@pytest.mark.skipif(
+    not (ROOT / "build/host").is_dir(), reason="needs the objects of the host build: make build"
+)
 def test_contributing_adds_an_op(tmp_path):
     copy(tmp_path)
-    assert follow(tmp_path) == [f"lab/ops/{NAME}.py", f"cuda_src/{NAME}.cu", f"triton_kernels/{NAME}.py",
-                                "cuda_src/launchers.h", "cuda_src/bindings.cpp", "lab/ops/__init__.py"]
+    assert follow(tmp_path) == [
+        f"lab/ops/{NAME}.py",
+        f"cuda_src/{NAME}.cu",
+        f"triton_kernels/{NAME}.py",
+        "cuda_src/launchers.h",
+        "cuda_src/bindings.cpp",
+        "lab/ops/__init__.py",
+    ]
     # No GPU: its build would take minutes.
     settings = {"PYTHONPATH": str(tmp_path), "LAB_CUDA": "0", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
 
     def run(*words):
-        done = subprocess.run([sys.executable, *words], cwd=tmp_path, env={**os.environ, **settings}, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        done = subprocess.run(
+            [sys.executable, *words],
+            cwd=tmp_path,
+            env={**os.environ, **settings},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}"
         return done.stdout
 
@@ -99,18 +120,29 @@ def test_contributing_adds_an_op(tmp_path):
 
     assert re.search(rf"^{NAME} .*out = x \+ scale \* y$", run("-m", "lab", "ops"), re.M)
     for backend in ("cuda", "triton", "torch"):
-        assert len(re.findall(rf"^{NAME} +\w+ {backend} +2/2 cases", said["check"], re.M)) == 3      # dtypes
+        assert len(re.findall(rf"^{NAME} +\w+ {backend} +2/2 cases", said["check"], re.M)) == 3  # dtypes
     assert "1. Locate" in said["explain"] and "2. Add and store" in said["explain"]
     assert "blockIdx.x" in said["explain"] and "tl.program_id(0)" in said["explain"]
     rows = schema.read(tmp_path / "out" / NAME).of_kind("op")
     assert {(str(row.shape), tuple(row.models)) for row in rows} == {("{'cols': 576}", ("smollm2-135m",))}
-    assert {(row.op, row.backend) for row in rows} == {(NAME, backend) for backend in ("cuda", "triton", "torch")}
+    assert {(row.op, row.backend) for row in rows} == {
+        (NAME, backend) for backend in ("cuda", "triton", "torch")
+    }
     assert all(row.us > 0 and not row.error for row in rows)
     run("-m", "lab", "report", f"out/{NAME}")
     assert f"Op: {NAME}" in (tmp_path / "out" / NAME / "index.html").read_text()
     inspected = run("-m", "lab", "inspect", NAME, "--backend", "triton")
-    assert f"{NAME} bf16 for sm_90a" in inspected and "rows=1 cols=4096" in inspected and f"{NAME}_kernel" in inspected
+    assert (
+        f"{NAME} bf16 for sm_90a" in inspected
+        and "rows=1 cols=4096" in inspected
+        and f"{NAME}_kernel" in inspected
+    )
     assert re.search(rf"^ +OP .*{NAME}, or all", run("-m", "lab", "tune", "--help"), re.M)
     assert run("-c", WHAT_ELSE_KNOWS_IT).splitlines() == [
-        "6 candidates", "copy", "['y']", "('#aa4499', '')", "BLOCK 512"]
+        "6 candidates",
+        "copy",
+        "['y']",
+        "('#aa4499', '')",
+        "BLOCK 512",
+    ]
     assert " passed" in run("-m", "pytest", "-q", "tests/test_ops.py", "tests/test_twins.py", "-k", NAME)

@@ -1,4 +1,5 @@
 """Records that no bench wrote: values that cannot be right, two writers at once, names that are paths."""
+
 import json
 import multiprocessing
 import subprocess
@@ -31,8 +32,14 @@ def body(record=None, **changes):
 def write(folder, *lines, run="r"):
     """A records file of an env row, two good rows and these lines, which are numbers 4, 5 ..."""
     folder.mkdir(parents=True, exist_ok=True)
-    good = [to_line(Env(run, "before", "cuda", gpu="H100")), to_line(op_row(run=run)), to_line(op_row(run=run, batch=2))]
-    text = "".join(good) + "".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines)
+    good = [
+        to_line(Env(run, "before", "cuda", gpu="H100")),
+        to_line(op_row(run=run)),
+        to_line(op_row(run=run, batch=2)),
+    ]
+    text = "".join(good) + "".join(
+        line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines
+    )
     (folder / schema.FILE).write_text(text)
     return folder
 
@@ -48,7 +55,7 @@ BAD = [
     ("op", 5, "op is 5, not text"),
     ("us", "fast", "us is 'fast', not a number"),
     ("us", True, "us is True, not a number"),
-    ("us", 10 ** 400, "us is 1000"),
+    ("us", 10**400, "us is 1000"),
     ("us", float("nan"), "us is nan, not a finite number"),
     ("us", float("inf"), "us is inf, not a finite number"),
     ("us", -3.0, "us is -3.0, not a time"),
@@ -81,27 +88,42 @@ BAD = [
 def test_a_value_that_cannot_be_right_leaves_its_line_out_by_name(tmp_path, field, value, says):
     found = read(write(tmp_path, body(**{field: value}), body(op_row(batch=3))))
     assert [r.batch for r in found.rows if r.kind == "op"] == [1, 2, 3]
-    notice, = found.notices
+    (notice,) = found.notices
     assert notice.startswith(f"{tmp_path / schema.FILE}:4: left out: {field} ") and says in notice
     assert len(notice) < len(str(tmp_path)) + 200 and notice.isprintable()
 
 
 def test_every_field_of_every_kind_is_checked():
-    examples = [Env("r", "before", "cuda"), op_row(), ModelRow("r", "m", "cuda", "basic", "graph", "bf16", 1, 64, us=5.0),
-                LedgerRow("r", "m", "cuda", "basic", "bf16", 1, 64, "kernel", us=5.0),
-                schema.Ceiling("r", "read", "cuda", 64, us=5.0), schema.Repeat("r", "a", "b", "c", 1, 0, 0, 0, 0.0, 0.03),
-                schema.Fairness("r", "linear", "cuda", "bf16", "sm_90a", {}, "k")]
+    examples = [
+        Env("r", "before", "cuda"),
+        op_row(),
+        ModelRow("r", "m", "cuda", "basic", "graph", "bf16", 1, 64, us=5.0),
+        LedgerRow("r", "m", "cuda", "basic", "bf16", 1, 64, "kernel", us=5.0),
+        schema.Ceiling("r", "read", "cuda", 64, us=5.0),
+        schema.Repeat("r", "a", "b", "c", 1, 0, 0, 0, 0.0, 0.03),
+        schema.Fairness("r", "linear", "cuda", "bf16", "sm_90a", {}, "k"),
+    ]
     assert {r.kind for r in examples} == set(schema.KINDS)
     for example in examples:
         for name in schema.SCHEMAS[example.kind].checks:
-            for value in (object, float("nan"), [[[[[[]]]]]], 10 ** 400, "\0"):
+            for value in (object, float("nan"), [[[[[[]]]]]], 10**400, "\0"):
                 value = [value] if value is object else value
                 with pytest.raises(LabError, match=f"^{name} "):
                     schema.from_dict(body(example, **{name: value}))
 
 
 def test_differences_of_times_may_be_negative_and_other_times_not():
-    row = dict(schema=1, kind="ledger", run="r", model="m", backend="cuda", plan="basic", dtype="bf16", batch=1, context=1)
+    row = dict(
+        schema=1,
+        kind="ledger",
+        run="r",
+        model="m",
+        backend="cuda",
+        plan="basic",
+        dtype="bf16",
+        batch=1,
+        context=1,
+    )
     for kind in ("chain", "gap", "unexplained"):
         assert schema.from_dict(row | dict(row=kind, us=-1.5, us_p10=-2, of_token=-0.01)).us == -1.5
     for kind in ("kernel", "total", "swap"):
@@ -109,11 +131,19 @@ def test_differences_of_times_may_be_negative_and_other_times_not():
             schema.from_dict(row | dict(row=kind, us=-1.5))
 
 
-@pytest.mark.parametrize("line, says", [
-    ('{"schema":true,"kind":"op"}\n', "no schema version"), ('{"schema":1,"kind":["op"]}\n', "unknown kind"),
-    ('{"schema":1,"kind":{"op":1}}\n', "unknown kind"), ("[" * 100_000 + "\n", "not JSON"),
-    ('{"a":' * 100_000 + "\n", "not JSON"), ('{"schema":1' + "0" * 5000 + ',"kind":"op"}\n', "not JSON"),
-    ("\xff\n", "not JSON|unknown"), ('{"schema":1,"kind":"\\u001b[31m"}\n', r"unknown kind '\\x1b\[31m'")])
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        ('{"schema":true,"kind":"op"}\n', "no schema version"),
+        ('{"schema":1,"kind":["op"]}\n', "unknown kind"),
+        ('{"schema":1,"kind":{"op":1}}\n', "unknown kind"),
+        ("[" * 100_000 + "\n", "not JSON"),
+        ('{"a":' * 100_000 + "\n", "not JSON"),
+        ('{"schema":1' + "0" * 5000 + ',"kind":"op"}\n', "not JSON"),
+        ("\xff\n", "not JSON|unknown"),
+        ('{"schema":1,"kind":"\\u001b[31m"}\n', r"unknown kind '\\x1b\[31m'"),
+    ],
+)
 def test_what_is_no_record_is_one_line(tmp_path, line, says):
     with pytest.raises(LabError, match=rf"records.jsonl:4: .*({says})") as error:
         read(write(tmp_path, line))
@@ -133,6 +163,7 @@ def test_the_published_records_load_without_a_word():
 
 def test_a_pipe_in_the_place_of_a_file_is_one_line(tmp_path):
     import os
+
     os.mkfifo(tmp_path / schema.FILE)
     for use in (read, Writer):
         with pytest.raises(LabError, match="no ordinary file"):
@@ -141,19 +172,34 @@ def test_a_pipe_in_the_place_of_a_file_is_one_line(tmp_path):
 
 # Every verb that reads records
 
+
 def run(*words):
     return cli.main(list(map(str, words)))
 
 
-@pytest.mark.parametrize("field, value", [("us", float("nan")), ("us", "fast"), ("run", ["r"]), ("us", 10 ** 400),
-                                          ("op", "a\0b"), ("us", -1.0), ("batch", True)], ids=str)
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("us", float("nan")),
+        ("us", "fast"),
+        ("run", ["r"]),
+        ("us", 10**400),
+        ("op", "a\0b"),
+        ("us", -1.0),
+        ("batch", True),
+    ],
+    ids=str,
+)
 def test_compare_does_not_pass_over_a_line_without_a_usable_value(tmp_path, capsys, field, value):
     a, b = write(tmp_path / "a", body(batch=3)), write(tmp_path / "b", body(**{"batch": 3, field: value}))
     for one, other in ((a, b), (b, a), (b, b)):
         assert run("compare", one, other) == 2
         said = capsys.readouterr()
         assert "2 same" in said.out and f"{b / schema.FILE}:4: left out: {field}" in said.err
-        assert f"not comparable in full: 1 line of these runs hold no usable value, as {b / schema.FILE}:4:" in said.err
+        assert (
+            f"not comparable in full: 1 line of these runs hold no usable value, as {b / schema.FILE}:4:"
+            in said.err
+        )
     assert run("compare", a, b, "--anyway") == 0
     assert run("compare", a, a) == 0
 
@@ -161,8 +207,12 @@ def test_compare_does_not_pass_over_a_line_without_a_usable_value(tmp_path, caps
 def test_a_bad_line_of_another_run_does_not_matter_to_compare(tmp_path):
     where = write(tmp_path, body(run="old", us="fast"))
     with open(where / schema.FILE, "a") as file:
-        file.write("".join(to_line(Env(name, "before", "cuda", gpu="H100")) + to_line(op_row(run=name))
-                           for name in ("old", "new")))
+        file.write(
+            "".join(
+                to_line(Env(name, "before", "cuda", gpu="H100")) + to_line(op_row(run=name))
+                for name in ("old", "new")
+            )
+        )
     assert run("compare", f"{where}@r", f"{where}@new") == 0
     assert run("compare", f"{where}@old", where) == 2
 
@@ -173,7 +223,10 @@ def test_a_last_run_of_bad_lines_only_is_not_skipped_for_the_one_before(tmp_path
 
 def test_compare_of_differences_around_zero(tmp_path, capsys):
     def ledger(run, us):
-        return LedgerRow(run, "m", "cuda", "basic", "bf16", 1, 32, "chain", op="rope", us=us, us_p10=us, us_p90=us, n=9)
+        return LedgerRow(
+            run, "m", "cuda", "basic", "bf16", 1, 32, "chain", op="rope", us=us, us_p10=us, us_p90=us, n=9
+        )
+
     for name, us in (("a", 0.0), ("b", 5.0), ("c", -2.0)):
         with Writer(tmp_path / name) as out:
             out.append(Env(name, "before", "cuda"), ledger(name, us))
@@ -186,14 +239,19 @@ def test_hostile_names_do_not_control_the_terminal(tmp_path, capsys):
     evil = "\x1b[2J\x1b]0;title\x07\r\n‮"
     for name, us in (("a", 10.0), ("b", 20.0)):
         with Writer(tmp_path / name) as out:
-            out.append(Env(evil, "before", "cuda", gpu=evil, commit=evil), op_row(us, run=evil, op=evil, role=evil))
+            out.append(
+                Env(evil, "before", "cuda", gpu=evil, commit=evil), op_row(us, run=evil, op=evil, role=evil)
+            )
     assert run("compare", tmp_path / "a", tmp_path / "b", "--all") == 1
     said = capsys.readouterr()
     assert all(line.isprintable() for line in (said.out + said.err).split("\n"))
 
 
 def test_identical_rows_are_the_same_however_wide_their_spread(tmp_path, capsys):
-    wide = [OpRow("r", "linear", "cuda", "bf16", b, {"n": 4}, us=100.0, us_p10=70.0, us_p90=130.0, n=5) for b in (1, 2)]
+    wide = [
+        OpRow("r", "linear", "cuda", "bf16", b, {"n": 4}, us=100.0, us_p10=70.0, us_p90=130.0, n=5)
+        for b in (1, 2)
+    ]
     wide += [OpRow("r", "linear", "cuda", "bf16", 4, {"n": 4}, us=100.0)]
     assert compare.verdict(wide[0], wide[1]) == "ambiguous"
     with Writer(tmp_path) as out:
@@ -210,6 +268,7 @@ def undrawn(monkeypatch):
     from PIL import Image
 
     from lab.report import figures
+
     pixel = io.BytesIO()
     Image.new("P", (1, 1)).save(pixel, "png")
     monkeypatch.setattr(figures, "png", lambda *_: pixel.getvalue())
@@ -218,24 +277,34 @@ def undrawn(monkeypatch):
 @pytest.mark.parametrize("field, value, says", BAD, ids=lambda v: str(v)[:30])
 def test_report_leaves_the_line_out_and_says_so_on_the_page(tmp_path, undrawn, field, value, says):
     write(tmp_path, body(**{field: value}))
-    run_, = load.load(tmp_path)
-    assert len(run_.op) == 2 and [n.level for n in run_.notices if f":4: left out: {field} " in n.text] == ["warning"]
+    (run_,) = load.load(tmp_path)
+    assert len(run_.op) == 2 and [n.level for n in run_.notices if f":4: left out: {field} " in n.text] == [
+        "warning"
+    ]
 
 
 def test_a_bench_goes_on_after_bad_lines_and_measures_them_again(tmp_path, monkeypatch):
     now = Env("r", "before", "cpu", settings={"what": "ops"})
-    monkeypatch.setattr(card, "environment", lambda run, *_: Env(run, "before", "cpu", settings={"what": "ops"}))
-    (tmp_path / schema.FILE).write_text(to_line(now) + to_line(op_row()) + json.dumps(body(batch=2, us="fast")) + "\n")
+    monkeypatch.setattr(
+        card, "environment", lambda run, *_: Env(run, "before", "cpu", settings={"what": "ops"})
+    )
+    (tmp_path / schema.FILE).write_text(
+        to_line(now) + to_line(op_row()) + json.dumps(body(batch=2, us="fast")) + "\n"
+    )
     session = Session(tmp_path, "cpu", {"what": "ops"})
-    assert session.resumed and session.run == "r" and session.has(op_row()) and not session.has(op_row(batch=2))
+    assert (
+        session.resumed and session.run == "r" and session.has(op_row()) and not session.has(op_row(batch=2))
+    )
     assert "records.jsonl:3: left out: us is 'fast'" in session.notices[0]
     session.finish(False)
 
 
 # Names that are paths
 
+
 def test_no_file_outside_the_project_gets_onto_the_page(tmp_path, undrawn, monkeypatch):
-    """Ops whose names lead to files beside the project, in it but outside the kernels' folders, and nowhere."""
+    """Ops whose names lead to files beside the project, in it but outside the kernels' folders, and
+    nowhere."""
     secret = "the text of a file that is nobody's business"
     root = tmp_path / "project"
     for folder in ("cuda_src", "triton_kernels", "lab/ops"):
@@ -243,26 +312,49 @@ def test_no_file_outside_the_project_gets_onto_the_page(tmp_path, undrawn, monke
     for place in (tmp_path, root):
         for ending in (".cu", ".py"):
             (place / f"secret{ending}").write_text(f"// {secret}\n")
-    names = ["../../secret", "../secret", str(tmp_path / "secret"), "ladder/../../secret", "./../../secret", "..", ".", "",
-             "x" * 9000, "a/b", "linear\n", "C:\\secret", "‮"]
+    names = [
+        "../../secret",
+        "../secret",
+        str(tmp_path / "secret"),
+        "ladder/../../secret",
+        "./../../secret",
+        "..",
+        ".",
+        "",
+        "x" * 9000,
+        "a/b",
+        "linear\n",
+        "C:\\secret",
+        "‮",
+    ]
     for op in names:
         for language in ("cuda", "triton"):
             with pytest.raises(LabError, match="half"):
                 twins.half(language, op, root)
     monkeypatch.setattr(twins, "ROOT", root)
     monkeypatch.setattr(twins.half, "__defaults__", (root,))
-    write(tmp_path / "in", *[body(op=op, models=[op], us=5.0 + i) for i, op in enumerate(names)],
-          *[body(ModelRow("r", op, "cuda", op, "graph", "bf16", 1, 64, us=5.0)) for op in names])
+    write(
+        tmp_path / "in",
+        *[body(op=op, models=[op], us=5.0 + i) for i, op in enumerate(names)],
+        *[body(ModelRow("r", op, "cuda", op, "graph", "bf16", 1, 64, us=5.0)) for op in names],
+    )
     assert build.main(SimpleNamespace(dir=str(tmp_path / "in"), out=str(tmp_path / "out"), run=None)) == 0
     assert secret not in (tmp_path / "out/index.html").read_text()
     assert {p.relative_to(tmp_path / "out").parts[0] for p in (tmp_path / "out").rglob("*")} == {
-        "index.html", "README.md", "figures"}
+        "index.html",
+        "README.md",
+        "figures",
+    }
     assert {p.name for p in tmp_path.iterdir()} == {"project", "secret.cu", "secret.py", "in", "out"}
 
 
 def test_shown():
     assert shown("\x1b[1m") == r"'\x1b[1m'" and shown("a" * 100, quotes=False) == "a" * 57 + "..."
-    assert shown([float("nan")]) == "[nan]" and shown("é", quotes=False) == "é" and shown("\ud800") == r"'\ud800'"
+    assert (
+        shown([float("nan")]) == "[nan]"
+        and shown("é", quotes=False) == "é"
+        and shown("\ud800") == r"'\ud800'"
+    )
     assert page.slug_of("../../x") == "x"
 
 
@@ -278,8 +370,10 @@ for i in range(int(sys.argv[3])):
 
 
 def test_processes_that_open_and_append_lose_no_line(tmp_path):
-    jobs = [subprocess.Popen([sys.executable, "-c", OPEN_AND_APPEND, str(tmp_path), name, "150"], cwd=ROOT)
-            for name in "abc"]
+    jobs = [
+        subprocess.Popen([sys.executable, "-c", OPEN_AND_APPEND, str(tmp_path), name, "150"], cwd=ROOT)
+        for name in "abc"
+    ]
     assert [j.wait() for j in jobs] == [0, 0, 0]
     found = read(tmp_path)
     assert found.notices == [] and [len(found.of_run(name)) for name in "abc"] == [150, 150, 150]
@@ -293,28 +387,40 @@ def _hold(path, ready, go):
         ready.set()
         go.wait(30)
         file.write(to_line(op_row(batch=7)).encode()[40:])
-        file.flush()                       # before the lock is given back, which happens before the file is closed
+        file.flush()  # before the lock is given back, which happens before the file is closed
 
 
 def test_a_line_that_another_process_is_writing_is_not_cut_off(tmp_path):
-    """Holding the lock, a process has written the first half of a line: opening and reading both wait for the rest."""
+    """Holding the lock, a process has written the first half of a line: opening and reading both wait for the
+    rest."""
     write(tmp_path)
     context = multiprocessing.get_context("fork")
     ready, go = context.Event(), context.Event()
     holder = context.Process(target=_hold, args=(tmp_path / schema.FILE, ready, go))
     holder.start()
     assert ready.wait(30)
-    others = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-              for code in ("import sys; from lab.records import schema; print(len(schema.read(sys.argv[1]).rows))",
-                           OPEN_AND_APPEND.replace("sys.argv[3]", "1").replace("sys.argv[2]", "'other'"))]
+    others = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+        for code in (
+            "import sys; from lab.records import schema; print(len(schema.read(sys.argv[1]).rows))",
+            OPEN_AND_APPEND.replace("sys.argv[3]", "1").replace("sys.argv[2]", "'other'"),
+        )
+    ]
     import time
+
     time.sleep(1.5)
     assert [o.poll() for o in others] == [None, None]
     go.set()
     assert [o.wait(60) for o in others] == [0, 0] and others[0].stdout.read().strip() in ("4", "5")
     holder.join()
     found = read(tmp_path)
-    assert found.notices == [] and [r.batch for r in found.rows if r.kind == "op" and r.run == "r"] == [1, 2, 7]
+    assert found.notices == [] and [r.batch for r in found.rows if r.kind == "op" and r.run == "r"] == [
+        1,
+        2,
+        7,
+    ]
     assert len(found.of_run("other")) == 1
 
 
@@ -331,6 +437,7 @@ def test_a_torn_line_left_by_a_dead_writer_is_cut_off_by_the_next_append(tmp_pat
 def test_a_full_disk_takes_back_what_it_took(tmp_path, monkeypatch):
     import errno
     import os
+
     real = os.write
     with Writer(tmp_path) as out:
         out.append(op_row())
@@ -342,6 +449,7 @@ def test_a_full_disk_takes_back_what_it_took(tmp_path, monkeypatch):
             if not count:
                 raise OSError(errno.ENOSPC, "No space left on device")
             return real(fd, data[:count])
+
         monkeypatch.setattr(os, "write", full)
         with pytest.raises(LabError, match=r"only 50 of 2\d\d bytes .*No space left on device"):
             out.append(op_row(batch=2))

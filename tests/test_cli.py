@@ -1,4 +1,6 @@
-"""The command line as a user meets it: every mistake is one line on standard error, exit status 2, no traceback."""
+"""The command line as a user meets it: every mistake is one line on standard error, exit status 2, no
+traceback."""
+
 import json
 import os
 import re
@@ -18,8 +20,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def lab(*words, env=None, **options):
-    return subprocess.run([sys.executable, "-m", "lab", *words], cwd=ROOT, capture_output=True, text=True, timeout=120,
-                          env={**os.environ, **(env or {})}, **options)
+    return subprocess.run(
+        [sys.executable, "-m", "lab", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **(env or {})},
+        **options,
+    )
 
 
 def refused(capfd, *words):
@@ -43,7 +52,7 @@ def broken_gguf(tmp_path_factory):
     return path
 
 
-TINY = ("run", "TINY", "--backend", "torch", "--device", "cpu")     # TINY: a small model with a tokenizer
+TINY = ("run", "TINY", "--backend", "torch", "--device", "cpu")  # TINY: a small model with a tokenizer
 RUN = ("run", "--prompt", "hi", "--weights", "random", "smollm2-135m", "--backend")
 
 MISTAKES = {
@@ -64,8 +73,14 @@ MISTAKES = {
     "temperature": ((*RUN, "torch", "--temperature", "-1"), "0 (greedy)"),
     "top-p": ((*RUN, "torch", "--top-p", "0"), "above 0"),
     "json folder": ((*RUN, "torch", "--json", "/nowhere/x.json"), "/nowhere/x.json"),
-    "unknown model": (("run", "smolm2-135m", "--prompt", "hi", "--backend", "torch"), "did you mean smollm2-135m"),
-    "model without weights": (("run", "llama-3.2-1b", "--prompt", "hi", "--backend", "torch"), "--weights random"),
+    "unknown model": (
+        ("run", "smolm2-135m", "--prompt", "hi", "--backend", "torch"),
+        "did you mean smollm2-135m",
+    ),
+    "model without weights": (
+        ("run", "llama-3.2-1b", "--prompt", "hi", "--backend", "torch"),
+        "--weights random",
+    ),
     "text without tokenizer": ((*RUN, "torch"), "--ids"),
     "ids": ((*TINY, "--ids", "1,two"), "1,2,3"),
     "ids outside": ((*TINY, "--ids", "1,999999"), "outside the vocabulary"),
@@ -89,15 +104,26 @@ MISTAKES = {
     "bench: sizes": (("bench", "ops", "--batch", "0"), "positive integers"),
     "bench: seconds": (("bench", "ops", "--seconds", "nan"), "invalid duration value: 'nan'"),
     "bench: budget": (("bench", "ops", "--budget-minutes", "-1"), "invalid duration value: '-1'"),
-    "bench: context": (("bench", "model", "smollm2-135m", "--device", "cpu", "--context", "8192", "--out", "/nowhere"),
-                       "contexts below 8192"),
-    "bench: op's context": (("bench", "ops", "decode_attention", "--device", "cpu", "--context", "999999", "--out",
-                             "/nowhere"), "nothing to measure"),
-    "bench: ladder of torch": (("bench", "ops", "--ladder", "--device", "cpu", "--backend", "torch", "--out",
-                                "/nowhere"), "cuda and triton"),
-    "bench: op without a ladder": (("bench", "ops", "rope", "--ladder", "--device", "cpu", "--out", "/nowhere"),
-                                   "rope has no ladder"),
-    "bench: ledger without a GPU": (("bench", "ledger", "--device", "cpu", "--out", "/nowhere"), "needs a GPU"),
+    "bench: context": (
+        ("bench", "model", "smollm2-135m", "--device", "cpu", "--context", "8192", "--out", "/nowhere"),
+        "contexts below 8192",
+    ),
+    "bench: op's context": (
+        ("bench", "ops", "decode_attention", "--device", "cpu", "--context", "999999", "--out", "/nowhere"),
+        "nothing to measure",
+    ),
+    "bench: ladder of torch": (
+        ("bench", "ops", "--ladder", "--device", "cpu", "--backend", "torch", "--out", "/nowhere"),
+        "cuda and triton",
+    ),
+    "bench: op without a ladder": (
+        ("bench", "ops", "rope", "--ladder", "--device", "cpu", "--out", "/nowhere"),
+        "rope has no ladder",
+    ),
+    "bench: ledger without a GPU": (
+        ("bench", "ledger", "--device", "cpu", "--out", "/nowhere"),
+        "needs a GPU",
+    ),
     "explain: op": (("explain", "rmsnrm"), "did you mean rmsnorm"),
     "report: folder": (("report", "/nowhere"), "/nowhere"),
     "ledger: model": (("ledger", "llama-9"), "llama"),
@@ -119,18 +145,34 @@ def test_a_mangled_model_file(capfd, broken_gguf):
 
 def test_an_override_that_is_not_built(capfd, monkeypatch):
     from lab import backends
-    monkeypatch.setitem(sys.modules, "lab._host", None)             # as if it had never been built
+
+    monkeypatch.setitem(sys.modules, "lab._host", None)  # as if it had never been built
     backends.load.cache_clear()
-    said = refused(capfd, "run", "--ids", "1", "--weights", "random", "--backend", "torch", "--override", "rope=cuda",
-                   "--device", "cpu")
+    said = refused(
+        capfd,
+        "run",
+        "--ids",
+        "1",
+        "--weights",
+        "random",
+        "--backend",
+        "torch",
+        "--override",
+        "rope=cuda",
+        "--device",
+        "cpu",
+    )
     backends.load.cache_clear()
     assert "lab._host is not built" in said and "make setup" in said
 
 
 def test_no_gpu(capfd, monkeypatch):
     import torch
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "no usable NVIDIA GPU" in refused(capfd, "run", "--prompt", "hi", "--backend", "torch", "--device", "cuda")
+    assert "no usable NVIDIA GPU" in refused(
+        capfd, "run", "--prompt", "hi", "--backend", "torch", "--device", "cuda"
+    )
 
 
 def test_the_mistake_in_a_real_process():
@@ -149,20 +191,25 @@ def test_traceback_shows_where_an_error_came_from():
 def test_a_fault_of_the_lab_is_not_dressed_up_as_a_mistake(monkeypatch):
     def broken(argv):
         raise ZeroDivisionError("a fault")
+
     monkeypatch.setattr(cli, "run", broken)
     with pytest.raises(ZeroDivisionError):
         cli.main(["doctor"])
 
 
-@pytest.mark.parametrize("error, status, said", [
-    (KeyboardInterrupt(), 130, "interrupted"),
-    (LabError("two\nlines"), 2, "lab: error: two lines\n"),
-    (FileNotFoundError(2, "No such file or directory", "a.json"), 2, "a.json: No such file or directory"),
-    (ModuleNotFoundError("No module named 'gguf'", name="gguf"), 2, "make setup"),
-])
+@pytest.mark.parametrize(
+    "error, status, said",
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (LabError("two\nlines"), 2, "lab: error: two lines\n"),
+        (FileNotFoundError(2, "No such file or directory", "a.json"), 2, "a.json: No such file or directory"),
+        (ModuleNotFoundError("No module named 'gguf'", name="gguf"), 2, "make setup"),
+    ],
+)
 def test_what_escapes_from_a_verb(monkeypatch, capfd, error, status, said):
     def verb(argv):
         raise error
+
     monkeypatch.setattr(cli, "run", verb)
     assert cli.main([]) == status
     assert said in capfd.readouterr().err
@@ -172,7 +219,7 @@ def test_a_reader_that_goes_away():
     script = f"{sys.executable} -m lab run --help | head -c 1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stderr == ""
-    assert done.returncode in (0, 141)                              # 0: everything fitted into the pipe before
+    assert done.returncode in (0, 141)  # 0: everything fitted into the pipe before
 
 
 def test_a_reader_that_goes_away_from_what_rich_prints():
@@ -184,21 +231,34 @@ def test_a_reader_that_goes_away_from_what_rich_prints():
 def test_a_full_disk_is_one_line():
     for buffered in ("", "1"):
         with open("/dev/full", "w") as full:
-            done = subprocess.run([sys.executable, "-m", "lab", "explain", "rmsnorm"], cwd=ROOT, stdout=full, text=True,
-                                  stderr=subprocess.PIPE, timeout=60, env={**os.environ, "PYTHONUNBUFFERED": buffered})
+            done = subprocess.run(
+                [sys.executable, "-m", "lab", "explain", "rmsnorm"],
+                cwd=ROOT,
+                stdout=full,
+                text=True,
+                stderr=subprocess.PIPE,
+                timeout=60,
+                env={**os.environ, "PYTHONUNBUFFERED": buffered},
+            )
         assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "no space left" in done.stderr
 
 
 @pytest.mark.parametrize("verb", [None, *cli.VERBS])
 def test_help_is_instant_for_it_imports_no_torch(verb):
     """CPU time, for other processes may share the cores. 0.2 s on an idle core, where torch alone takes 2."""
-    probe = ("import sys; from lab import cli\n"
-             "try: cli.main(sys.argv[1:])\n"
-             "except SystemExit: pass\n"
-             "print(*sys.modules, file=sys.stderr)")
+    probe = (
+        "import sys; from lab import cli\n"
+        "try: cli.main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "print(*sys.modules, file=sys.stderr)"
+    )
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-c", probe, *([verb] if verb else []), "--help"], cwd=ROOT, text=True,
-                          capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", probe, *([verb] if verb else []), "--help"],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+    )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.stdout.startswith(f"usage: lab {verb or '[-h]'}"), done.stderr
     assert not {"torch", "triton", "numpy", "pandas", "matplotlib"} & set(done.stderr.split())
@@ -208,6 +268,7 @@ def test_help_is_instant_for_it_imports_no_torch(verb):
 
 def test_the_options_name_the_dtypes_of_the_dispatcher():
     from lab import options
+
     assert options.DTYPES == tuple(contract.DTYPES)
 
 
@@ -215,7 +276,9 @@ def test_the_version_says_which_copy_of_the_lab_this_is(capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["--version"])
     assert stopped.value.code == 0
-    assert re.fullmatch(rf"lab (\d[\w.]*|\(not installed\)), {re.escape(str(ROOT / 'lab'))}\n", capsys.readouterr().out)
+    assert re.fullmatch(
+        rf"lab (\d[\w.]*|\(not installed\)), {re.escape(str(ROOT / 'lab'))}\n", capsys.readouterr().out
+    )
 
 
 def test_bench_alone_means_all():
@@ -226,15 +289,21 @@ def test_bench_alone_means_all():
     assert (args.what, args.names) == ("ops", ["linear", "rope"])
 
 
-COMPLETED = {"ru": "run", "bench cro": "crossover", "check --lad": "--ladder", "--vers": "--version",
-             "ledger x --dtype bf": "bf16", "explain --run": "--rungs"}
+COMPLETED = {
+    "ru": "run",
+    "bench cro": "crossover",
+    "check --lad": "--ladder",
+    "--vers": "--version",
+    "ledger x --dtype bf": "bf16",
+    "explain --run": "--rungs",
+}
 
 
 @pytest.mark.parametrize("typed", COMPLETED)
 def test_a_shell_completes(typed, tmp_path):
     script = lab("--completion", "bash").stdout
     words = ["lab", *typed.split()]
-    ask = f"COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; _lab; echo \"${{COMPREPLY[@]}}\""
+    ask = f'COMP_WORDS=({" ".join(words)}); COMP_CWORD={len(words) - 1}; _lab; echo "${{COMPREPLY[@]}}"'
     done = subprocess.run(["bash", "-c", f"{script}\n{ask}"], cwd=tmp_path, capture_output=True, text=True)
     assert (done.stdout.strip(), done.stderr) == (COMPLETED[typed], "")
 
@@ -242,8 +311,12 @@ def test_a_shell_completes(typed, tmp_path):
 def test_completion_offers_files(tmp_path):
     (tmp_path / "mine.cu").touch()
     script = lab("--completion", "bash").stdout
-    done = subprocess.run(["bash", "-c", f"{script}\nCOMP_WORDS=(lab try mi); COMP_CWORD=2; _lab; "
-                           "echo ${COMPREPLY[@]}"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "-c", f"{script}\nCOMP_WORDS=(lab try mi); COMP_CWORD=2; _lab; echo ${{COMPREPLY[@]}}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert done.stdout == "mine.cu\n"
 
 
@@ -262,14 +335,28 @@ def test_the_readme_lists_every_verb(verb):
 
 def test_without_a_gpu_an_old_gpu_build_is_not_missing(monkeypatch):
     from lab.machine import doctor
-    info = {"compiler": "nvcc", "archs": ["90a"], "sanitizer": "none", "sources": {"cuda_src/gone.cu": "0"},
-            "patterns": []}
+
+    info = {
+        "compiler": "nvcc",
+        "archs": ["90a"],
+        "sanitizer": "none",
+        "sources": {"cuda_src/gone.cu": "0"},
+        "patterns": [],
+    }
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: True)
-    monkeypatch.setattr(doctor.importlib, "import_module", lambda name: SimpleNamespace(build_info=lambda: info))
-    for module, gpu, state in (("_cuda", None, "optional"), ("_cuda", (9, 0), "missing"), ("_host", None, "missing")):
+    monkeypatch.setattr(
+        doctor.importlib, "import_module", lambda name: SimpleNamespace(build_info=lambda: info)
+    )
+    for module, gpu, state in (
+        ("_cuda", None, "optional"),
+        ("_cuda", (9, 0), "missing"),
+        ("_host", None, "missing"),
+    ):
         found = []
         doctor.find_extension(found, module, gpu)
-        assert [(f.state, f.text) for f in found] == [(state, "cuda_src/gone.cu is gone since; nvcc, for 90a")]
+        assert [(f.state, f.text) for f in found] == [
+            (state, "cuda_src/gone.cu is gone since; nvcc, for 90a")
+        ]
 
 
 def test_doctor_proves_what_it_calls_ok():

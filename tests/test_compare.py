@@ -1,4 +1,5 @@
 """Compare: verdicts from the spread, matching, what is not comparable, exit codes."""
+
 import argparse
 import json
 import random
@@ -31,18 +32,21 @@ def run(*argv):
     return compare.main(parser.parse_args(list(map(str, argv))))
 
 
-@pytest.mark.parametrize("a, b, expected", [
-    (row(100), row(100), "same"),
-    (row(100), row(100.8), "same"),                        # below the smallest effect
-    (row(100, 0.0001), row(100.9, 0.0001), "same"),        # and stays the same however tight the spread
-    (row(100), row(110), "slower"),
-    (row(110), row(100), "faster"),
-    (row(100, 0.2), row(110, 0.2), "ambiguous"),           # a bare ratio would say slower
-    (row(100, 0.3, n=5), row(100, 0.3, n=5), "ambiguous"),  # equal medians that nobody knows well
-    (row(100, 0.03, n=400), row(100, 0.03, n=400), "same"),
-    (row(2.0), row(2.08), "same"),                         # 4%, but below the grain of a launch
-    (row(100), row(110, n=2), "ambiguous"),
-])
+@pytest.mark.parametrize(
+    "a, b, expected",
+    [
+        (row(100), row(100), "same"),
+        (row(100), row(100.8), "same"),  # below the smallest effect
+        (row(100, 0.0001), row(100.9, 0.0001), "same"),  # and stays the same however tight the spread
+        (row(100), row(110), "slower"),
+        (row(110), row(100), "faster"),
+        (row(100, 0.2), row(110, 0.2), "ambiguous"),  # a bare ratio would say slower
+        (row(100, 0.3, n=5), row(100, 0.3, n=5), "ambiguous"),  # equal medians that nobody knows well
+        (row(100, 0.03, n=400), row(100, 0.03, n=400), "same"),
+        (row(2.0), row(2.08), "same"),  # 4%, but below the grain of a launch
+        (row(100), row(110, n=2), "ambiguous"),
+    ],
+)
 def test_verdicts(a, b, expected):
     assert compare.verdict(a, b) == expected
 
@@ -56,8 +60,10 @@ def test_two_samples_of_one_distribution_rarely_raise_an_alarm():
         r.us_p10, r.us_p90, r.n = s[4], s[36], 40
         return r
 
-    said = [compare.verdict(measured(50), measured(50 * rand.gauss(1, 0.005)), compare.BETWEEN_RUNS)
-            for _ in range(500)]
+    said = [
+        compare.verdict(measured(50), measured(50 * rand.gauss(1, 0.005)), compare.BETWEEN_RUNS)
+        for _ in range(500)
+    ]
     assert said.count("same") > 0.9 * len(said)
     assert said.count("slower") + said.count("faster") < 0.01 * len(said)
     said = [compare.verdict(measured(50), measured(55), compare.BETWEEN_RUNS) for _ in range(500)]
@@ -70,7 +76,10 @@ def test_rows_are_matched_by_key_and_sorted_by_what_needs_a_look():
     b = [row(120), row(50, backend="triton"), row(7, batch=4), failed]
     pairs, only_a, only_b = compare.match(a, b)
     assert [(p.verdict, p.a.backend, p.a.cache) for p in pairs] == [
-        ("slower", "cuda", "cold"), ("failed", "cuda", "warm"), ("same", "triton", "cold")]
+        ("slower", "cuda", "cold"),
+        ("failed", "cuda", "warm"),
+        ("same", "triton", "cold"),
+    ]
     assert pairs[0].change == pytest.approx(0.2)
     assert [r.batch for r in only_a] == [2] and [r.batch for r in only_b] == [4]
 
@@ -97,11 +106,14 @@ def test_exit_codes(tmp_path, capsys):
     assert run(a, slower, "--min-us", 30) == 0
 
 
-@pytest.mark.parametrize("change, said", [
-    (dict(gpu="A100"), r"not comparable: GPU differs \(GPU: H100 and A100\)"),
-    (dict(driver="590", triton="3.7"), "not comparable: driver / triton differ "),
-    (dict(device="cpu", gpu=None), "device / GPU differ"),
-])
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (dict(gpu="A100"), r"not comparable: GPU differs \(GPU: H100 and A100\)"),
+        (dict(driver="590", triton="3.7"), "not comparable: driver / triton differ "),
+        (dict(device="cpu", gpu=None), "device / GPU differ"),
+    ],
+)
 def test_not_comparable_says_what_differs(tmp_path, change, said):
     a = write(tmp_path / "a", env("a"), row(100, run="a"))
     other = env("b")
@@ -152,13 +164,18 @@ def drawn(rand, centre, name, batch):
 
 def test_the_false_alarms_of_one_commit_are_printed_and_recorded(tmp_path, capsys):
     rand = random.Random(0)
-    runs = {name: write(tmp_path / name, env(name, commit="c0ffee"),
-                        *(drawn(rand, us * (1.05 if name == "shifted" else 1), name, us) for us in range(20, 420)))
-            for name in ("a", "b", "shifted")}
+    runs = {
+        name: write(
+            tmp_path / name,
+            env(name, commit="c0ffee"),
+            *(drawn(rand, us * (1.05 if name == "shifted" else 1), name, us) for us in range(20, 420)),
+        )
+        for name in ("a", "b", "shifted")
+    }
     home = write(tmp_path / "home", env("measured"))
     assert run(runs["a"], runs["b"], "--record", home) == 0
     assert "false alarms:" in capsys.readouterr().out
-    found, = (r for r in read(home).rows if r.kind == "repeat")
+    (found,) = (r for r in read(home).rows if r.kind == "repeat")
     assert (found.run, found.a, found.b, found.commit, found.rows) == ("measured", "a", "b", "c0ffee", 400)
     assert found.share == pytest.approx((found.faster + found.slower) / 400, rel=1e-4) and found.share <= 0.05
     pairs, _, _ = compare.match(compare.open_run(runs["a"])[0], compare.open_run(runs["shifted"])[0])
@@ -166,11 +183,19 @@ def test_the_false_alarms_of_one_commit_are_printed_and_recorded(tmp_path, capsy
 
 
 def test_other_tables_are_said_and_are_no_repeat(tmp_path, capsys):
-    a, b = (write(tmp_path / name, env(name, commit="c0ffee", tuned={"cuda": digest, "triton": None}),
-                  row(100, run=name)) for name, digest in (("a", "1a2b3c4d"), ("b", None)))
+    a, b = (
+        write(
+            tmp_path / name,
+            env(name, commit="c0ffee", tuned={"cuda": digest, "triton": None}),
+            row(100, run=name),
+        )
+        for name, digest in (("a", "1a2b3c4d"), ("b", None))
+    )
     assert run(a, b) == 0
     said = capsys.readouterr()
-    assert "tables of lab tune differ" in said.err and "1a2b3c4d" in said.err and "false alarms" not in said.out
+    assert (
+        "tables of lab tune differ" in said.err and "1a2b3c4d" in said.err and "false alarms" not in said.out
+    )
 
 
 def test_other_commits_are_no_repeat(tmp_path, capsys):

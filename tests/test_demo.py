@@ -1,4 +1,5 @@
 """`make demo` on a tiny model: three backends agree, and a single wrong token is not overlooked."""
+
 import pytest
 from tiny_models import CONFIGS, write_gguf
 

@@ -1,4 +1,5 @@
 """What is installed is pinned, hashed and listed with its licence."""
+
 import re
 
 from lab.machine import dependencies, setup_env
@@ -11,11 +12,15 @@ def test_every_pin_is_locked_at_its_version():
     for pin in PINNED:
         name, version = re.match(r"([\w.-]+)==([\w.]+)", pin).groups()
         if not dependencies.WITHOUT_HASHES.match(name):
-            assert version in locked[dependencies.normal(name)], f"{pin}: python -m lab.machine.dependencies --lock"
+            assert version in locked[dependencies.normal(name)], (
+                f"{pin}: python -m lab.machine.dependencies --lock"
+            )
 
 
 def test_nothing_is_locked_without_a_hash():
-    blocks = re.split(r"\n(?=\w)", "\n" + re.sub(r"^#.*\n", "", dependencies.HASHED.read_text(), flags=re.M).strip())
+    blocks = re.split(
+        r"\n(?=\w)", "\n" + re.sub(r"^#.*\n", "", dependencies.HASHED.read_text(), flags=re.M).strip()
+    )
     assert len([b for b in blocks if b.strip()]) > 40
     for block in blocks:
         assert not block.strip() or re.search(r"--hash=sha256:[0-9a-f]{64}\b", block), block

@@ -1,4 +1,5 @@
 """The dispatcher: who is chosen, what is refused, what is counted, and what a call costs."""
+
 import json
 import statistics
 import time
@@ -21,18 +22,24 @@ def test_backend_and_overrides_choose_each_op():
 def test_environment_chooses_when_the_call_does_not(monkeypatch):
     monkeypatch.setenv("LAB_BACKEND", "torch")
     monkeypatch.setenv("LAB_OVERRIDE", "rope=triton,sample=triton")
-    assert select(None, "cpu").chosen == {**select("torch", "cpu", {"x": "y"} and {"rope": "torch"}).chosen,
-                                          "rope": "triton", "sample": "triton"}
-    assert select("triton", "cpu", {"rope": "torch"}).chosen["rope"] == "torch"     # the call goes first
+    assert select(None, "cpu").chosen == {
+        **select("torch", "cpu", {"x": "y"} and {"rope": "torch"}).chosen,
+        "rope": "triton",
+        "sample": "triton",
+    }
+    assert select("triton", "cpu", {"rope": "torch"}).chosen["rope"] == "torch"  # the call goes first
 
 
-@pytest.mark.parametrize("call, said", [
-    (lambda: select("cuad", "cpu"), "unknown backend 'cuad': did you mean cuda?"),
-    (lambda: select("torch", "cpu", ["roep=triton"]), "unknown op 'roep': did you mean rope?"),
-    (lambda: select("torch", "cpu", ["rope=fortran"]), "unknown backend 'fortran'"),
-    (lambda: select("torch", "cpu", ["rope"]), "write OP=BACKEND"),
-    (lambda: find("gemm"), "unknown op 'gemm'"),
-])
+@pytest.mark.parametrize(
+    "call, said",
+    [
+        (lambda: select("cuad", "cpu"), "unknown backend 'cuad': did you mean cuda?"),
+        (lambda: select("torch", "cpu", ["roep=triton"]), "unknown op 'roep': did you mean rope?"),
+        (lambda: select("torch", "cpu", ["rope=fortran"]), "unknown backend 'fortran'"),
+        (lambda: select("torch", "cpu", ["rope"]), "write OP=BACKEND"),
+        (lambda: find("gemm"), "unknown op 'gemm'"),
+    ],
+)
 def test_unknown_names_are_refused_with_the_choices(call, said):
     with pytest.raises(LabError, match=said.replace("?", r"\?")):
         call()
@@ -75,8 +82,10 @@ def test_trace_counts_what_ran(backend, rand, device):
         ops.rmsnorm(x, w, 1e-5)
     ops.silu_mul(x)
     kernel = "torch:rmsnorm" if backend == "torch" else "rmsnorm_kernel"
-    assert trace.rows() == [{"op": "rmsnorm", "backend": backend, "kernel": kernel, "calls": 3},
-                            {"op": "silu_mul", "backend": "torch", "kernel": "torch:silu_mul", "calls": 1}]
+    assert trace.rows() == [
+        {"op": "rmsnorm", "backend": backend, "kernel": kernel, "calls": 3},
+        {"op": "silu_mul", "backend": "torch", "kernel": "torch:silu_mul", "calls": 1},
+    ]
 
 
 def spoiled(x, w):
@@ -103,27 +112,59 @@ def test_limits_are_refused_by_name(rand):
     r = rand()
     refused = [
         (lambda: ops.linear(r(65, 8), r(8, 8)), "1 to 64 rows"),
-        (lambda: ops.rope(r(1, 2, 80), r(1, 1, 80), torch.zeros(1, dtype=torch.int32), r(4, 80)), "head_dim 80"),
+        (
+            lambda: ops.rope(r(1, 2, 80), r(1, 1, 80), torch.zeros(1, dtype=torch.int32), r(4, 80)),
+            "head_dim 80",
+        ),
         (lambda: ops.embedding(torch.zeros(1), r(4, 8)), "ids must be int32"),
         (lambda: ops.sample(r(1, 9), torch.zeros(1, dtype=torch.int32), top_p=0.0), "top_p 0.0"),
-        (lambda: ops.sample(r(1, 9), torch.zeros(1, dtype=torch.int32), temperature=-1.0), "temperature -1.0"),
-        (lambda: ops.decode_attention(r(1, 3, 64), r(2, 2, 16, 64), r(2, 2, 16, 64), torch.zeros(1, 1, dtype=torch.int32),
-                                      torch.ones(1, dtype=torch.int32), 1.0), "3 query heads"),
-        (lambda: ops.kv_append(r(1, 2, 64), r(1, 2, 64), r(2, 2, 24, 64), r(2, 2, 24, 64),
-                               torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)), "page_size 24"),
+        (
+            lambda: ops.sample(r(1, 9), torch.zeros(1, dtype=torch.int32), temperature=-1.0),
+            "temperature -1.0",
+        ),
+        (
+            lambda: ops.decode_attention(
+                r(1, 3, 64),
+                r(2, 2, 16, 64),
+                r(2, 2, 16, 64),
+                torch.zeros(1, 1, dtype=torch.int32),
+                torch.ones(1, dtype=torch.int32),
+                1.0,
+            ),
+            "3 query heads",
+        ),
+        (
+            lambda: ops.kv_append(
+                r(1, 2, 64),
+                r(1, 2, 64),
+                r(2, 2, 24, 64),
+                r(2, 2, 24, 64),
+                torch.zeros(1, 1, dtype=torch.int32),
+                torch.zeros(1, dtype=torch.int32),
+            ),
+            "page_size 24",
+        ),
     ]
     for call, said in refused:
         with pytest.raises(LabError, match=said):
             call()
 
 
-TABLE = {"rope": [{"batch": 1, "context": None, "backend": "triton"}, {"batch": 16, "context": None, "backend": "cuda"}],
-         "decode_attention": [{"batch": 1, "context": 1024, "backend": "cuda"},
-                              {"batch": 1, "context": 8192, "backend": "triton"}]}
+TABLE = {
+    "rope": [
+        {"batch": 1, "context": None, "backend": "triton"},
+        {"batch": 16, "context": None, "backend": "cuda"},
+    ],
+    "decode_attention": [
+        {"batch": 1, "context": 1024, "backend": "cuda"},
+        {"batch": 1, "context": 8192, "backend": "triton"},
+    ],
+}
 
 
 def test_a_dispatch_table_gives_each_op_its_nearest_cell(tmp_path):
     from lab.dispatch_table import from_table, read_table
+
     path = tmp_path / "table.json"
     path.write_text(json.dumps(TABLE))
     table = read_table(str(path))
@@ -131,14 +172,20 @@ def test_a_dispatch_table_gives_each_op_its_nearest_cell(tmp_path):
     assert from_table(table, 12, 7000) == {"rope": "cuda", "decode_attention": "triton"}
 
 
-@pytest.mark.parametrize("content, said", [
-    ("{", "is no dispatch table"), ("[]", "is no dispatch table"), ('{"rope": [{"batch": 1}]}', "is no dispatch table"),
-    ('{"gemm": []}', "unknown op 'gemm'"),
-    ('{"rope": [{"batch": 1, "context": null, "backend": "vulkan"}]}', "unknown backend 'vulkan'"),
-    ('{"rope": [{"batch": 0, "context": null, "backend": "cuda"}]}', "batch 0"),
-])
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("{", "is no dispatch table"),
+        ("[]", "is no dispatch table"),
+        ('{"rope": [{"batch": 1}]}', "is no dispatch table"),
+        ('{"gemm": []}', "unknown op 'gemm'"),
+        ('{"rope": [{"batch": 1, "context": null, "backend": "vulkan"}]}', "unknown backend 'vulkan'"),
+        ('{"rope": [{"batch": 0, "context": null, "backend": "cuda"}]}', "batch 0"),
+    ],
+)
 def test_what_is_no_dispatch_table_is_refused(tmp_path, content, said):
     from lab.dispatch_table import read_table
+
     path = tmp_path / "table.json"
     path.write_text(content)
     with pytest.raises(LabError, match=said):
@@ -149,6 +196,7 @@ def test_what_is_no_dispatch_table_is_refused(tmp_path, content, said):
 
 class Nothing:
     """A backend that does nothing: what remains of a call is the dispatcher."""
+
     name = "nothing"
 
     def launcher(self, op):
@@ -156,8 +204,10 @@ class Nothing:
 
 
 def dispatch_us(name, args, options, rounds=100, repeats=200):
-    """The least microseconds per dispatched call, without the launch; the least is what load from elsewhere spares."""
+    """The least microseconds per dispatched call, without the launch; the least is what load from elsewhere
+    spares."""
     from lab.dispatch import bind
+
     call = bind(find(name), Nothing(), None)
     best = float("inf")
     for _ in range(repeats):
@@ -172,6 +222,7 @@ def decode_calls():
     """One call of each op as the decoder makes it: buffers given, so nothing is allocated."""
     from lab.contract import Rand
     from lab.ops.decode_attention import Workspace
+
     one_row = {"kv_append": {"positions": (130,)}, "decode_attention": {"lengths": (131,)}}
     for op in BASIC:
         args = list(op.inputs(Rand("cpu", op.dtypes[0]), **{**op.cases[0].sizes, **one_row.get(op.name, {})}))
@@ -182,25 +233,36 @@ def decode_calls():
         yield op.name, args, {} if out is None else {"out": out}
 
 
-@pytest.mark.parametrize("name, args, options", list(decode_calls()),
-                         ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    "name, args, options", list(decode_calls()), ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_no_call_costs_ten_microseconds(name, args, options):
-    """Loose, and by the pace of this core, which others may share; the average over a layer, below, is the claim."""
+    """Loose, and by the pace of this core, which others may share; the average over a layer, below, is the
+    claim."""
     cost = dispatch_us(name, args, options)
     assert cost < 10 * max(1.0, validation_us(torch.ones(2, 3)) / 0.58)
 
 
 def validation_us(x):
     """The least microseconds of a function of the kind that validation is made of."""
+
     def check(a, b):
         shape = a.shape
-        return (len(shape) == 2 and shape == b.shape and a.dtype == b.dtype and a.get_device() == b.get_device()
-                and a.is_contiguous() and not a.data_ptr() & 15)
+        return (
+            len(shape) == 2
+            and shape == b.shape
+            and a.dtype == b.dtype
+            and a.get_device() == b.get_device()
+            and a.is_contiguous()
+            and not a.data_ptr() & 15
+        )
+
     return min(timeit.repeat(lambda: check(x, x), number=100, repeat=200)) / 100 * 1e6
 
 
 def test_a_decode_step_pays_under_three_microseconds_a_call(record_property):
-    """The claim is of an idle core of 2025, where validation_us is 0.58. A core that others share changes its pace by half
+    """The claim is of an idle core of 2025, where validation_us is 0.58. A core that others share changes its
+    pace by half
     within seconds: both are measured five times, and the median of their ratios counts."""
     layer = {"rmsnorm": 2, "linear": 4, "rope": 1, "kv_append": 1, "decode_attention": 1, "silu_mul": 1}
     x, calls, means = torch.ones(2, 3), list(decode_calls()), []
@@ -209,6 +271,8 @@ def test_a_decode_step_pays_under_three_microseconds_a_call(record_property):
         mean = sum(costs[name] * times for name, times in layer.items()) / sum(layer.values())
         slowdown = max(1.0, validation_us(x) / 0.58)
         means.append(mean / slowdown)
-        print({name: round(us, 2) for name, us in costs.items()}, f"mean {mean:.2f} us, slowdown {slowdown:.2f}")
+        print(
+            {name: round(us, 2) for name, us in costs.items()}, f"mean {mean:.2f} us, slowdown {slowdown:.2f}"
+        )
     record_property("dispatch_us", means)
     assert statistics.median(means) < 3, means

@@ -1,4 +1,5 @@
 """Every planted fault is caught, with a word that helps; every solution passes; nothing else passes."""
+
 import pytest
 
 from lab.cli import main
@@ -37,11 +38,15 @@ def test_files_ask_and_answer(name):
     assert "Solution of" in answered and "Question:" not in answered
 
 
-MUTANTS = {     # changes of a solution, or of the file itself, that mend nothing
+MUTANTS = {  # changes of a solution, or of the file itself, that mend nothing
     "barrier": ("exercise", "    __syncthreads();\n", ""),
     "coalescing": ("exercise", "watched_load(x + at)", "x[at]"),
     "bank_conflict": ("solution", "watched_load(&tile[lane][row])", "tile[lane][row]"),
-    "empty_split": ("solution", "weight == 0.f ? 0.f : sum / weight, maximum", "sum / (weight + 1e-3f), maximum"),
+    "empty_split": (
+        "solution",
+        "weight == 0.f ? 0.f : sum / weight, maximum",
+        "sum / (weight + 1e-3f), maximum",
+    ),
     "tail_mask": ("solution", "other=0.0", "other=1.0"),
     "split_merge": ("solution", "share * factor[:, None]", "share"),
 }
@@ -67,7 +72,9 @@ def test_command_line(capsys):
     assert "did you mean barrier?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name, text", [("barrier", "int;;this is no C++"), ("tail_mask", "this is no Python")])
+@pytest.mark.parametrize(
+    "name, text", [("barrier", "int;;this is no C++"), ("tail_mask", "this is no Python")]
+)
 def test_a_file_that_does_not_compile_is_one_line(name, text, tmp_path):
     path = tmp_path / exercises.EXERCISES[name].path.name
     path.write_text(text)

@@ -1,4 +1,5 @@
 """lab explain: in the terminal and as a page."""
+
 import re
 from types import SimpleNamespace
 
@@ -42,6 +43,7 @@ def test_bytes_come_from_the_contract():
     import torch
 
     from lab.ops import find
+
     contract = find("silu_mul")
     sizes = contract.cases[0].sizes
     x = torch.empty(sizes["rows"], 2 * sizes["cols"], dtype=torch.bfloat16)
@@ -55,7 +57,8 @@ def test_last_measured_figures(tmp_path):
     synthetic_records.write(tmp_path / "laptop", synthetic_records.make("cpu", emulated=True))
     found = explain.measured("linear", tmp_path)
     assert [where for where, _ in found] == ["size", "bytes", "arithmetic"] + [
-        "Synthetic GPU (not measured), run 20250101T120000-synt"] * 4
+        "Synthetic GPU (not measured), run 20250101T120000-synt"
+    ] * 4
     assert re.match(r"CUDA: [\d.]+ us, \d+% of the ceiling \(cold cache, n 60\)", found[3][1])
     assert explain.measured("no_such_op", tmp_path) == []
 
@@ -80,7 +83,11 @@ def test_rungs_side_by_side_with_why_one_is_absent(capsys, monkeypatch, op):
     flat = " ".join(out.split())
     assert "measured: not yet" in flat
     for rung in rungs.rungs(op):
-        assert f"{rung.title} ─" in out and f"changes: {rung.idea}" in flat and f"should gain: {rung.gain}" in flat
+        assert (
+            f"{rung.title} ─" in out
+            and f"changes: {rung.idea}" in flat
+            and f"should gain: {rung.gain}" in flat
+        )
     absent = sum(len(rung.absent) for rung in rungs.rungs(op))
     assert flat.count("No such rung in Triton: ") == absent > 0
     assert f"The op itself: cuda_src/{op}.cu." in flat and f"The op itself: triton_kernels/{op}.py." in flat
@@ -89,16 +96,38 @@ def test_rungs_side_by_side_with_why_one_is_absent(capsys, monkeypatch, op):
 
 def test_what_a_rung_was_measured_to_gain(tmp_path):
     """A run with a GPU's figures made up for the purpose."""
+
     def row(number, us):
-        return schema.OpRow("r", "rmsnorm", "cuda", "bf16", 64, {"cols": 8192}, us=us, us_p10=us, us_p90=us, n=9,
-                             bytes=1 << 21, rung=number, gbps=1.0, of_ceiling=2.0 / us)
-    synthetic_records.write(tmp_path, [schema.Env("r", "before", "cuda", gpu="made up"), row(1, 80.0), row(2, 4.0)])
+        return schema.OpRow(
+            "r",
+            "rmsnorm",
+            "cuda",
+            "bf16",
+            64,
+            {"cols": 8192},
+            us=us,
+            us_p10=us,
+            us_p90=us,
+            n=9,
+            bytes=1 << 21,
+            rung=number,
+            gbps=1.0,
+            of_ceiling=2.0 / us,
+        )
+
+    synthetic_records.write(
+        tmp_path, [schema.Env("r", "before", "cuda", gpu="made up"), row(1, 80.0), row(2, 4.0)]
+    )
     _, _, rows = twins.ladder("rmsnorm")
     assert explain.measured_rungs("rmsnorm", rows, tmp_path) == [
-        ("measured", "made up, run r: cols=8192, batch 64, bf16, cold cache")]
+        ("measured", "made up, run r: cols=8192, batch 64, bf16, cold cache")
+    ]
     said = [dict(row.intro)["measured"] for row in rows]
-    assert said[:3] == ["CUDA 80.0 us, 2% of the ceiling",
-                        "CUDA 4.0 us, 50% of the ceiling, 20.00 times faster than the rung before", "not in that run"]
+    assert said[:3] == [
+        "CUDA 80.0 us, 2% of the ceiling",
+        "CUDA 4.0 us, 50% of the ceiling, 20.00 times faster than the rung before",
+        "not in that run",
+    ]
 
 
 def test_rungs_as_a_page(tmp_path):

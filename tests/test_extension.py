@@ -1,4 +1,6 @@
-"""An extension that is not of the sources as they are now is refused by name, by every verb that runs kernels."""
+"""An extension that is not of the sources as they are now is refused by name, by every verb that runs
+kernels."""
+
 import importlib.util
 import json
 import os
@@ -56,7 +58,7 @@ def test_contents_count_and_not_times(project):
     assert extension.changed(module, project) is None
     text = path.read_text()
     path.write_text("// r0pe.cu\n")
-    os.utime(path, (1, 1))                                          # as `git checkout` or `cp -p` may leave it
+    os.utime(path, (1, 1))  # as `git checkout` or `cp -p` may leave it
     assert extension.changed(module, project) == "cuda_src/rope.cu has changed"
     path.write_text(text)
     assert extension.changed(module, project) is None
@@ -79,8 +81,11 @@ def test_an_installed_extension_notes_every_kernel_and_header(name):
     info = __import__(f"lab.{name}", fromlist=["build_info"]).build_info()
     if "sources" not in info:
         pytest.skip(f"lab.{name} is an old build, which is refused")
-    files = {f"cuda_src/{path.relative_to(ROOT / 'cuda_src')}" for pattern in ("*.cu", "*.cuh", "*.h", "ladder/*.cu")
-             for path in (ROOT / "cuda_src").glob(pattern)} | {"cuda_src/bindings.cpp", "setup.py"}
+    files = {
+        f"cuda_src/{path.relative_to(ROOT / 'cuda_src')}"
+        for pattern in ("*.cu", "*.cuh", "*.h", "ladder/*.cu")
+        for path in (ROOT / "cuda_src").glob(pattern)
+    } | {"cuda_src/bindings.cpp", "setup.py"}
     if name == "_host":
         files |= {f"cuda_src/host/{path.name}" for path in (ROOT / "cuda_src/host").glob("*.cpp")}
         assert "cuda_src/host/cuda_on_cpu.h" in info["sources"]
@@ -100,7 +105,7 @@ def test_comparing_takes_less_than_50_ms():
     assert min(times) < 0.05
 
 
-# ---- every verb that runs kernels ------------------------------------------------------------------------------------
+# ---- every verb that runs kernels --------------------------------------------------------------------------
 
 TINY = ("--weights", "random", "--ids", "1", "--device", "cpu", "smollm2-135m")
 VERBS = {
@@ -130,16 +135,22 @@ def test_a_verb_refuses_a_stale_build_in_one_line(verb, monkeypatch, capfd, tmp_
         backends.load.cache_clear()
     out, err = capfd.readouterr()
     assert status == 2, out + err
-    assert err.splitlines()[-1] == ("lab: error: cuda_src/rmsnorm.cu has changed since lab._host was built: "
-                                    "run `make build`")
+    assert err.splitlines()[-1] == (
+        "lab: error: cuda_src/rmsnorm.cu has changed since lab._host was built: run `make build`"
+    )
 
 
 def test_inspect_refuses_a_stale_gpu_build(monkeypatch):
     from lab.inspect import cuda_half
+
     monkeypatch.setitem(sys.modules, "lab._cuda", built_from(ROOT, "cuda_src/absent.cu", patterns=()))
     monkeypatch.setattr(extension, "changed", lambda module: "cuda_src/rope.cu has changed")
-    with pytest.raises(LabError, match=re.escape("cuda_src/rope.cu has changed since lab._cuda was built: run "
-                                                 "`LAB_CUDA=1 make build`")):
+    with pytest.raises(
+        LabError,
+        match=re.escape(
+            "cuda_src/rope.cu has changed since lab._cuda was built: run `LAB_CUDA=1 make build`"
+        ),
+    ):
         cuda_half.kernels(None, (), None)
 
 
@@ -151,7 +162,8 @@ def test_another_build_may_be_handed_in():
     assert Backend(torch.device("cpu"), own).compiler == "mine"
 
 
-# ---- the build --------------------------------------------------------------------------------------------------------
+# ---- the build ---------------------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def small_project(tmp_path):
@@ -166,22 +178,39 @@ def small_project(tmp_path):
     (source / "header.h").write_text("#pragma once\ninline int value() { return 1; }\n")
     (source / "kernel.cu").write_text('#include "header.h"\nint kernel() { return value(); }\n')
     (source / "bindings.cpp").write_text(
-        '#include <Python.h>\n#include <string>\nint kernel();\nnamespace lab { const char* build_facts(); }\n'
-        'static PyObject* info(PyObject*, PyObject*) { return Py_BuildValue("si", lab::build_facts(), kernel()); }\n'
+        "#include <Python.h>\n#include <string>\nint kernel();\nnamespace lab { const char* build_facts(); "
+        "}\n"
+        'static PyObject* info(PyObject*, PyObject*) { return Py_BuildValue("si", lab::build_facts(), '
+        "kernel()); }\n"
         'static PyMethodDef methods[] = {{"info", info, METH_NOARGS, ""}, {nullptr, nullptr, 0, nullptr}};\n'
         'static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_host", "", -1, methods};\n'
         'extern "C" __attribute__((visibility("default"))) PyObject* PyInit__host() '
-        '{ return PyModule_Create(&module); }\n')
+        "{ return PyModule_Create(&module); }\n"
+    )
     return tmp_path
 
 
 def build(project):
-    done = subprocess.run([sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], cwd=project, text=True,
-                          capture_output=True, env={**os.environ, "LAB_CUDA": "0", "PYTHONPATH": ""})
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"],
+        cwd=project,
+        text=True,
+        capture_output=True,
+        env={**os.environ, "LAB_CUDA": "0", "PYTHONPATH": ""},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    said = subprocess.run([sys.executable, "-c", "from lab import _host; import json; "
-                           "facts, value = _host.info(); print(json.dumps([json.loads(facts), value]))"],
-                          cwd=project, text=True, capture_output=True, check=True)
+    said = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from lab import _host; import json; "
+            "facts, value = _host.info(); print(json.dumps([json.loads(facts), value]))",
+        ],
+        cwd=project,
+        text=True,
+        capture_output=True,
+        check=True,
+    )
     info, value = json.loads(said.stdout)
     compiled = re.findall(r"^  \S+ (\S+)  [\d.]+ s$", done.stdout, re.M)
     assert extension.changed(SimpleNamespace(build_info=lambda: info), project) is None
@@ -196,7 +225,7 @@ def test_an_edit_with_an_old_date_is_compiled(small_project):
     os.utime(header, (1, 1))
     again = build(small_project)
     assert (again.value, again.compiled) == (2, ["build_facts.cpp", "kernel.cu"])
-    os.utime(header)                                                # a new date alone compiles nothing
+    os.utime(header)  # a new date alone compiles nothing
     assert build(small_project).compiled == []
 
 

@@ -1,4 +1,5 @@
 """A family of models is one file and one line: CONTRIBUTING.md's "Add a model family", followed literally."""
+
 import json
 import re
 from dataclasses import replace
@@ -25,9 +26,10 @@ ROOT = Path(__file__).resolve().parent.parent
 IDS = [int(i) for i in torch.randint(0, 272, (24,), generator=torch.Generator().manual_seed(5))]
 SIZES = dict(layers=2, hidden=96, intermediate=160, q_heads=4, kv_heads=2, vocab=272, max_positions=256)
 # As the section describes the family: what its files leave unsaid is written out here.
-TINY = ModelConfig("tiny", "toy", **SIZES, head_dim=64, rms_eps=1e-3, qkv_bias=True, qk_norm=True,
-                   sliding_window=192)
-TOLERANCE = 2e-5        # float32 over two layers, as in test_model.py
+TINY = ModelConfig(
+    "tiny", "toy", **SIZES, head_dim=64, rms_eps=1e-3, qkv_bias=True, qk_norm=True, sliding_window=192
+)
+TOLERANCE = 2e-5  # float32 over two layers, as in test_model.py
 
 
 def blocks():
@@ -53,8 +55,18 @@ def toy():
 def written(folder, form, weights):
     """A source of TINY: a Hugging Face folder that leaves the family's defaults unsaid, or a GGUF file."""
     if form == "gguf":
-        return open_source(str(write_gguf(folder / "tiny.gguf", TINY, weights, arch="toylm", reordered=True,
-                                          names={"post_attention_layernorm": "post_attention_norm"})))
+        return open_source(
+            str(
+                write_gguf(
+                    folder / "tiny.gguf",
+                    TINY,
+                    weights,
+                    arch="toylm",
+                    reordered=True,
+                    names={"post_attention_layernorm": "post_attention_norm"},
+                )
+            )
+        )
     path = write_folder(folder / "tiny", TINY, weights) / "config.json"
     said = json.loads(path.read_text())
     for key in ("head_dim", "rms_norm_eps", "sliding_window"):
@@ -78,8 +90,9 @@ def test_every_family_file_is_registered():
 
 
 def test_nothing_else_asks_for_a_family_by_its_name():
-    """In lab/model, families' names stand in their files and the registry alone; text has tokenizers' names."""
-    names = re.compile(rf"""["']({'|'.join(BUILT_IN)})["']""")
+    """In lab/model, families' names stand in their files and the registry alone; text has tokenizers'
+    names."""
+    names = re.compile(rf"""["']({"|".join(BUILT_IN)})["']""")
     for path in (ROOT / "lab/model").rglob("*.py"):
         if path.parent.name not in ("families", "text"):
             assert not names.search(path.read_text()), path
@@ -90,7 +103,7 @@ def test_a_registered_family_is_read(toy, tmp_path, form):
     weights = tensors(TINY)
     source = written(tmp_path, form, weights)
     assert source.config == replace(TINY, rms_eps=source.config.rms_eps)
-    assert source.config.rms_eps == pytest.approx(TINY.rms_eps)         # GGUF holds it in float32
+    assert source.config.rms_eps == pytest.approx(TINY.rms_eps)  # GGUF holds it in float32
     loaded = load(source)
     for index, layer in enumerate(loaded.layers):
         at = f"model.layers.{index}."
@@ -108,18 +121,19 @@ def test_a_bias_of_the_family_may_not_be_missing(toy, tmp_path, form):
 
 
 @pytest.mark.parametrize("backend", ["torch", "cuda"])
-@pytest.mark.parametrize("plan, dtype", [("basic", torch.float32), ("fused", torch.float32),
-                                         ("persistent", torch.float16)])
+@pytest.mark.parametrize(
+    "plan, dtype", [("basic", torch.float32), ("fused", torch.float32), ("persistent", torch.float16)]
+)
 @pytest.mark.parametrize("form", ["folder", "gguf"])
 def test_every_plan_decodes_a_registered_family(toy, tmp_path, form, plan, dtype, backend, device):
     weights = tensors(TINY)
     loaded = load(written(tmp_path, form, weights), dtype, device)
     decoder = Decoder(loaded, select(backend, device), max_context=32, plan=plan, splits=2)
-    got = teacher_forced_logits(decoder, IDS, prefilled=15)         # prefill too; the decode crosses a page
+    got = teacher_forced_logits(decoder, IDS, prefilled=15)  # prefill too; the decode crosses a page
     want = reference_logits(TINY, weights, IDS)[15:]
     if dtype == torch.float32:
         limit = TOLERANCE
-    else:                       # about 16 roundings a layer, as test_half_precision of test_model.py
+    else:  # about 16 roundings a layer, as test_half_precision of test_model.py
         limit = 16 * torch.finfo(dtype).eps * float(want.abs().max())
     assert (got - want).abs().max() < limit
 
@@ -128,12 +142,15 @@ def test_a_preset_of_a_registered_family_is_known(toy):
     assert open_source("toy-1b", "random").config is toy.presets[0]
 
 
-@pytest.mark.parametrize("family, says", [
-    (Family("qwen3", None), "there is a family qwen3 already"),
-    (Family("new", "llama"), "architecture llama are of family llama already"),
-    (Family("new", None, (replace(TINY, name="mistral-7b"),)), "preset mistral-7b already"),
-    (Family("new", None, (replace(TINY, name="new-1b"),)), "new-1b is of family toy, not new"),
-])
+@pytest.mark.parametrize(
+    "family, says",
+    [
+        (Family("qwen3", None), "there is a family qwen3 already"),
+        (Family("new", "llama"), "architecture llama are of family llama already"),
+        (Family("new", None, (replace(TINY, name="mistral-7b"),)), "preset mistral-7b already"),
+        (Family("new", None, (replace(TINY, name="new-1b"),)), "new-1b is of family toy, not new"),
+    ],
+)
 def test_a_name_that_is_taken(family, says):
     before = dict(families.FAMILIES), dict(families.PRESETS)
     with pytest.raises(LabError, match=says):
@@ -143,14 +160,15 @@ def test_a_name_that_is_taken(family, says):
 
 # --- the torch.compile peer, which shares the layer with prefill ---
 
+
 def peer_token(config, context, monkeypatch):
     """The token that the peer's step gives after IDS[:context + 1]; earlier keys and values are prefill's."""
     weights = load(RandomSource(config, seed=1), torch.float32, "cpu")
     decoder = Decoder(weights, select("torch", "cpu"), max_context=64)
-    decoder.admit(0, IDS[:context + 1])
+    decoder.admit(0, IDS[: context + 1])
     slots, caches = decoder.cache.slots(0, 0, context), []
     for index in range(config.layers):
-        for held in decoder.cache.read(index, slots):                   # [context, kv_heads, head_dim]
+        for held in decoder.cache.read(index, slots):  # [context, kv_heads, head_dim]
             cache = torch.full((1, config.kv_heads, context + 1, config.head_dim), torch.nan)
             cache[0, :, :context] = held.transpose(0, 1)
             caches.append(cache)
@@ -168,7 +186,7 @@ def peer_token(config, context, monkeypatch):
 def test_the_peer_gives_the_token_of_the_reference(name, context, monkeypatch):
     config = CONFIGS.get(name, TINY)
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    want = reference_logits(config, tensors(config), IDS[:context + 1])[-1]
+    want = reference_logits(config, tensors(config), IDS[: context + 1])[-1]
     assert peer_token(config, context, monkeypatch) == int(want.argmax())
 
 
@@ -182,6 +200,7 @@ def test_the_peer_compiles_one_layer_without_a_break(monkeypatch):
         def backend(graph, inputs):
             made.append(function.__name__)
             return graph
+
         return real(function, backend=backend, **options)
 
     monkeypatch.setattr(torch, "compile", counted)

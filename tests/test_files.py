@@ -1,4 +1,5 @@
 """Files are written whole or not at all."""
+
 import os
 
 import pytest
@@ -9,7 +10,11 @@ from lab.files import write_whole
 
 def test_text_and_bytes_replace_what_was_there(tmp_path):
     path = tmp_path / "a.txt"
-    for content, bytes_ in (("old", b"old"), ("n\u00e9w\n", "n\u00e9w\n".encode()), (b"\x00\xff", b"\x00\xff")):
+    for content, bytes_ in (
+        ("old", b"old"),
+        ("n\u00e9w\n", "n\u00e9w\n".encode()),
+        (b"\x00\xff", b"\x00\xff"),
+    ):
         write_whole(path, content)
         assert path.read_bytes() == bytes_
     assert os.listdir(tmp_path) == ["a.txt"]

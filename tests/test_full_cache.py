@@ -1,4 +1,5 @@
 """A step that cannot run changes nothing: no row's length, no page."""
+
 import pytest
 import torch
 from tiny_models import LLAMA
@@ -16,8 +17,14 @@ def decoder(batch=3, check_contents=False, **options):
 
 
 def state(d):
-    return (list(d.cache.lengths), [list(held) for held in d.cache.held], list(d.cache.free),
-            d.cache.block_table.tolist(), d.state.tolist(), d.ids.tolist())
+    return (
+        list(d.cache.lengths),
+        [list(held) for held in d.cache.held],
+        list(d.cache.free),
+        d.cache.block_table.tolist(),
+        d.state.tolist(),
+        d.ids.tolist(),
+    )
 
 
 @pytest.mark.parametrize("lengths", [(5, 16, 7), (16, 5, 7), (16, 16, 16)])
@@ -32,7 +39,7 @@ def test_a_full_pool_leaves_every_row_as_it_was(lengths):
             d.step()
         assert state(d) == before
     full = lengths.index(16)
-    if lengths.count(16) == 1:                          # the others go on once it has ended
+    if lengths.count(16) == 1:  # the others go on once it has ended
         d.finish(full)
         d.step()
         assert [d.cache.lengths[row] for row in range(3) if row != full] == [6, 8]
@@ -75,6 +82,7 @@ def test_a_step_that_fails_in_an_op_can_be_repeated():
 
 def test_a_prompt_that_fails_leaves_its_row_empty(monkeypatch):
     from lab.model import prefill
+
     d = decoder(batch=1, max_context=40)
     before = state(d)
 

@@ -1,4 +1,5 @@
 """The fused plan against the basic plan: the same tokens and, within rounding, the same logits."""
+
 import random
 from collections import Counter
 
@@ -15,10 +16,10 @@ from lab.model.sampling import GREEDY, Sampling
 from lab.model.sources.random import RandomSource
 from lab.model.weights import load
 
-NAMES = ["llama", "qwen2", "qwen3"]                     # plain, with qkv bias, with per-head norms of q and k
+NAMES = ["llama", "qwen2", "qwen3"]  # plain, with qkv bias, with per-head norms of q and k
 BACKENDS = ["torch", "cuda", "triton"]
 STEPS = 3
-TOLERANCE = 2e-5        # float32 over two layers, as in test_model.py
+TOLERANCE = 2e-5  # float32 over two layers, as in test_model.py
 
 
 def prompts(batch: int) -> dict[int, list[int]]:
@@ -27,14 +28,26 @@ def prompts(batch: int) -> dict[int, list[int]]:
     return {row: draw.choices(range(272), k=(15, 16, 17, 1, 33)[row % 5]) for row in range(batch) if row != 1}
 
 
-def decode(name, plan, backend, device, batch=1, dtype=torch.float32, sampling=GREEDY, o_bias=False, trace=None,
-           steps=STEPS):
+def decode(
+    name,
+    plan,
+    backend,
+    device,
+    batch=1,
+    dtype=torch.float32,
+    sampling=GREEDY,
+    o_bias=False,
+    trace=None,
+    steps=STEPS,
+):
     """(tokens, logits) of each step, a list of [batch] and of [batch, vocab], the idle row left out."""
     weights = load(RandomSource(CONFIGS[name], seed=1), dtype, device)
     if o_bias:
         for layer in weights.layers:
             layer.bo = torch.linspace(-1, 1, CONFIGS[name].hidden, device=device).to(dtype)
-    decoder = Decoder(weights, select(backend, device, trace=trace), batch, max_context=64, plan=plan, splits=2)
+    decoder = Decoder(
+        weights, select(backend, device, trace=trace), batch, max_context=64, plan=plan, splits=2
+    )
     rows = prompts(batch)
     for row, ids in rows.items():
         decoder.admit(row, ids)
@@ -84,8 +97,10 @@ def test_the_bias_of_the_output_projection(backend, device):
 
 def test_sampling_draws_from_the_same_logits(backend, device):
     sampling = Sampling(temperature=0.8, top_k=20, top_p=0.9, seed=3)
-    assert (decode("llama", "fused", backend, device, 3, sampling=sampling)[0]
-            == decode("llama", "basic", backend, device, 3, sampling=sampling)[0])
+    assert (
+        decode("llama", "fused", backend, device, 3, sampling=sampling)[0]
+        == decode("llama", "basic", backend, device, 3, sampling=sampling)[0]
+    )
 
 
 def test_five_kernels_a_layer(device):
@@ -96,8 +111,14 @@ def test_five_kernels_a_layer(device):
     for (op, backend, _), count in trace.counts.items():
         assert backend == "cuda"
         calls[op] += count
-    assert calls == {"embedding": 1, "norm_linear": layers, "rope_append_attention": layers, "linear_add": 2 * layers,
-                     "norm_linear_silu_mul": layers, "norm_linear_argmax": 1}
+    assert calls == {
+        "embedding": 1,
+        "norm_linear": layers,
+        "rope_append_attention": layers,
+        "linear_add": 2 * layers,
+        "norm_linear_silu_mul": layers,
+        "norm_linear_argmax": 1,
+    }
 
 
 def test_runs_repeat_bit_for_bit(backend, device):
@@ -111,5 +132,18 @@ def test_a_tensor_core_batch_needs_room_for_its_normed_rows():
     x, w = torch.zeros(9, 8, dtype=torch.bfloat16), torch.zeros(4, 8, dtype=torch.bfloat16)
     y, code = torch.empty(9, 4, dtype=torch.bfloat16), DTYPE_CODES[torch.bfloat16]
     with pytest.raises(ValueError, match="norm_linear: more than 2 rows of half precision need `normed`"):
-        host.norm_linear(x=x.data_ptr(), norm_w=x.data_ptr(), w=w.data_ptr(), bias=0, y=y.data_ptr(), normed=0,
-                         rows=9, n=4, k=8, eps=1e-5, dtype=code, out_dtype=code, stream=0)
+        host.norm_linear(
+            x=x.data_ptr(),
+            norm_w=x.data_ptr(),
+            w=w.data_ptr(),
+            bias=0,
+            y=y.data_ptr(),
+            normed=0,
+            rows=9,
+            n=4,
+            k=8,
+            eps=1e-5,
+            dtype=code,
+            out_dtype=code,
+            stream=0,
+        )

@@ -1,4 +1,5 @@
 """What `make gpu-check` makes of its steps; commands of no GPU stand in for them."""
+
 import sys
 import time
 
@@ -11,8 +12,12 @@ from lab.machine import gpu_check
 
 def script(step, status=0):
     """Writes when it began and ended, then a last line."""
-    return [sys.executable, "-c", f"import time; print(time.time()); time.sleep(0.4); print(time.time()); "
-                                  f"print('== {step} is done =='); raise SystemExit({status})"]
+    return [
+        sys.executable,
+        "-c",
+        f"import time; print(time.time()); time.sleep(0.4); print(time.time()); "
+        f"print('== {step} is done =='); raise SystemExit({status})",
+    ]
 
 
 @pytest.fixture
@@ -22,13 +27,19 @@ def pretend(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
         monkeypatch.setattr(gpu_check, "oracle_lacks", lambda: lacking)
         monkeypatch.setattr(gpu_check, "command", lambda step: script(step, 3 if step in failing else 0))
-        monkeypatch.setattr(gpu_check, "text", lambda out, model: (time.sleep(0.1) or True, f"{model} said the same"))
+        monkeypatch.setattr(
+            gpu_check, "text", lambda out, model: (time.sleep(0.1) or True, f"{model} said the same")
+        )
+
     return steps
 
 
 def spans(out):
-    return {step: tuple(map(float, (out / f"{step}.log").read_text().splitlines()[1:3]))
-            for step in gpu_check.STEPS if step != "text"}
+    return {
+        step: tuple(map(float, (out / f"{step}.log").read_text().splitlines()[1:3]))
+        for step in gpu_check.STEPS
+        if step != "text"
+    }
 
 
 def test_all_steps_run_and_only_what_measures_runs_alone(pretend, tmp_path, capsys):
@@ -48,18 +59,25 @@ def test_a_failed_step_is_named_and_the_others_still_run(pretend, tmp_path, caps
     assert gpu_check.main(["--out", str(tmp_path)]) == 1
     said = capsys.readouterr().out
     assert said.splitlines()[-1] == "gpu-check: 5 steps passed, 1 failed: racecheck"
-    assert f"racecheck is done (exit status 3; see {tmp_path / 'racecheck.log'})" in said and len(spans(tmp_path)) == 5
+    assert (
+        f"racecheck is done (exit status 3; see {tmp_path / 'racecheck.log'})" in said
+        and len(spans(tmp_path)) == 5
+    )
 
 
 def test_the_oracle_is_left_out_with_a_word_unless_asked_for(pretend, tmp_path, capsys):
     pretend(lacking="transformers")
     assert gpu_check.main(["--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    assert "[oracle] left out: needs transformers" in said and said.endswith("gpu-check: 5 steps passed, 0 failed\n")
+    assert "[oracle] left out: needs transformers" in said and said.endswith(
+        "gpu-check: 5 steps passed, 0 failed\n"
+    )
     assert gpu_check.main(["--out", str(tmp_path), "--steps", "oracle"]) == 0
     assert "oracle is done" in capsys.readouterr().out
 
 
 def test_an_unknown_step(tmp_path):
-    with pytest.raises(LabError, match="unknown step memchek: choose from check, memcheck, racecheck, tests, oracle, text"):
+    with pytest.raises(
+        LabError, match="unknown step memchek: choose from check, memcheck, racecheck, tests, oracle, text"
+    ):
         gpu_check.main(["--out", str(tmp_path), "--steps", "memchek,tests"])

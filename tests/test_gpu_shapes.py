@@ -1,5 +1,7 @@
-"""The CUDA kernels in the shapes of a GPU, on a CPU too: what CPU shapes leave out (tensor cores, warps that share k,
-x staged in parts, blocks with several sets of outputs, contexts that are long enough to be split)."""
+"""The CUDA kernels in the shapes of a GPU, on a CPU too: what CPU shapes leave out (tensor cores, warps that
+share k, x staged in parts, blocks with several sets of outputs, contexts that are long enough to be
+split)."""
+
 import pytest
 import torch
 from test_fused import decode
@@ -12,19 +14,28 @@ from lab.model.sampling import Sampling
 from lab.ops import OPS, find
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-CASES = [pytest.param(op, dtype, c.sizes, id=f"{op.name}-{NAMES[dtype]}-{i}")
-         for op in OPS for dtype in op.dtypes for i, c in enumerate(op.cases)]
+CASES = [
+    pytest.param(op, dtype, c.sizes, id=f"{op.name}-{NAMES[dtype]}-{i}")
+    for op in OPS
+    for dtype in op.dtypes
+    for i, c in enumerate(op.cases)
+]
 # Sizes that the ops' own cases leave out.
-SIZES = {"x in several parts": dict(batch=8, n=40, k=4104), "an uneven last part": dict(batch=3, n=33, k=7000),
-         "several sets of outputs per block": dict(batch=1, n=9000, k=128),
-         "wide tensor-core blocks": dict(batch=12, n=8456, k=72),
-         "many blocks of warpgroups, stages used again": dict(batch=40, n=330, k=1000),
-         "few blocks of warpgroups, stages used again": dict(batch=33, n=150, k=1000),
-         "up to 32 rows, many blocks": dict(batch=20, n=330, k=840),
-         "up to 32 rows, long rows shared by a cluster": dict(batch=17, n=100, k=8200)}
-LONG = {"a merge of several splits": dict(q_heads=8, kv_heads=2, head_dim=128, splits=4),
-        "more splits than are used": dict(q_heads=3, kv_heads=3, head_dim=96, splits=16),
-        "two tiles of heads": dict(q_heads=12, kv_heads=1, head_dim=64, splits=3, page_size=64)}
+SIZES = {
+    "x in several parts": dict(batch=8, n=40, k=4104),
+    "an uneven last part": dict(batch=3, n=33, k=7000),
+    "several sets of outputs per block": dict(batch=1, n=9000, k=128),
+    "wide tensor-core blocks": dict(batch=12, n=8456, k=72),
+    "many blocks of warpgroups, stages used again": dict(batch=40, n=330, k=1000),
+    "few blocks of warpgroups, stages used again": dict(batch=33, n=150, k=1000),
+    "up to 32 rows, many blocks": dict(batch=20, n=330, k=840),
+    "up to 32 rows, long rows shared by a cluster": dict(batch=17, n=100, k=8200),
+}
+LONG = {
+    "a merge of several splits": dict(q_heads=8, kv_heads=2, head_dim=128, splits=4),
+    "more splits than are used": dict(q_heads=3, kv_heads=3, head_dim=96, splits=16),
+    "two tiles of heads": dict(q_heads=12, kv_heads=1, head_dim=64, splits=3, page_size=64),
+}
 STREAMS = ("linear", "linear_add", "norm_linear", "norm_linear_silu_mul", "norm_linear_argmax")
 
 
@@ -39,8 +50,11 @@ def gpu_shapes(monkeypatch):
 @pytest.fixture
 def check(rand, device):
     def check(op, dtype, sizes):
-        outcome = check_case(op, getattr(select("cuda", device, {op.name: "cuda"}), op.name), rand(dtype), sizes)
+        outcome = check_case(
+            op, getattr(select("cuda", device, {op.name: "cuda"}), op.name), rand(dtype), sizes
+        )
         assert outcome.error is None, outcome.error
+
     return check
 
 
@@ -63,7 +77,9 @@ def test_tensor_cores_before_hopper(name, why, check, monkeypatch):
     check(find(name), torch.bfloat16, SIZES[why])
 
 
-@pytest.mark.parametrize("batch, n, k", [(1, 300, 64), (3, 37, 101), (16, 1000, 64), (40, 700, 128), (64, 128, 8200)])
+@pytest.mark.parametrize(
+    "batch, n, k", [(1, 300, 64), (3, 37, 101), (16, 1000, 64), (40, 700, 128), (64, 128, 8200)]
+)
 def test_argmax_leaves_its_scratch_ready(batch, n, k, rand, device):
     """One row, rows that are not aligned, narrow and wide blocks of tensor cores, a cluster that shares k."""
     op = find("norm_linear_argmax")
@@ -78,18 +94,26 @@ def test_argmax_leaves_its_scratch_ready(batch, n, k, rand, device):
     assert run(x, norm_w, eps, w, logits, scratch).tolist() == [0] * batch
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"]
+)
 @pytest.mark.parametrize("why", LONG)
 def test_long_contexts(why, dtype, check):
-    check(find("rope_append_attention"), dtype, dict(positions=(699, 255, -1, 256), qk_norm=True, **LONG[why]))
+    check(
+        find("rope_append_attention"), dtype, dict(positions=(699, 255, -1, 256), qk_norm=True, **LONG[why])
+    )
     check(find("decode_attention"), dtype, dict(lengths=(700, 256, 0, 257), **LONG[why]))
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.8, seed=3)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(temperature=0.8, seed=3)], ids=["greedy", "sampled"]
+)
 @pytest.mark.parametrize("batch", [1, 9])
 def test_plans_agree(batch, sampling, device):
-    assert (decode("qwen3", "fused", "cuda", device, batch, sampling=sampling)[0]
-            == decode("qwen3", "basic", "torch", device, batch, sampling=sampling)[0])
+    assert (
+        decode("qwen3", "fused", "cuda", device, batch, sampling=sampling)[0]
+        == decode("qwen3", "basic", "torch", device, batch, sampling=sampling)[0]
+    )
 
 
 def test_the_persistent_plan_agrees(device):

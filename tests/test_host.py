@@ -1,8 +1,10 @@
 """The host layer: CUDA kernels on a CPU, in small programs of their own (tests/host/*.cu).
 
-features.cu checks every name that kernels use; planted.cu has one bug per kernel, and each must be caught: by wrong
-numbers, by an error that names the place, or by a sanitizer. The clean kernels must pass under every schedule.
+features.cu checks every name that kernels use; planted.cu has one bug per kernel, and each must be caught: by
+wrong numbers, by an error that names the place, or by a sanitizer. The clean kernels must pass under every
+schedule.
 """
+
 import os
 import re
 import shutil
@@ -23,14 +25,42 @@ KERNEL = ["-x", "c++", "-fno-strict-aliasing", "-fno-math-errno", "-fno-trapping
 BUILDS = {
     "plain": (["-O2"], ["-O2"], []),
     "thread": (["-O1", "-g", "-fsanitize=thread"], ["-O1", "-g", "-DLAB_HOST_TSAN"], ["-fsanitize=thread"]),
-    "address": (["-O0", "-g", "-fsanitize=address"], ["-O1", "-g", "-fsanitize=address"], ["-fsanitize=address"]),
+    "address": (
+        ["-O0", "-g", "-fsanitize=address"],
+        ["-O1", "-g", "-fsanitize=address"],
+        ["-fsanitize=address"],
+    ),
 }
-GPU_FEATURES = ["indices", "shuffles", "reductions", "atomics", "mma", "copies", "named_barriers", "float16", "math",
-                "launches", "pipeline", "clusters", "wgmma", "exchange"]
+GPU_FEATURES = [
+    "indices",
+    "shuffles",
+    "reductions",
+    "atomics",
+    "mma",
+    "copies",
+    "named_barriers",
+    "float16",
+    "math",
+    "launches",
+    "pipeline",
+    "clusters",
+    "wgmma",
+    "exchange",
+]
 FEATURES = [*GPU_FEATURES, "threads", "callers", "fork"]
-WRONG = ["store.no_barrier", "store.no_last_barrier", "copy.no_barrier", "copy.no_wait", "copy.short_wait",
-         "copy.no_last_barrier", "bulk.read_before_copy", "product.no_barrier", "product.no_wait",
-         "product.no_last_barrier", "product.early_copy"]
+WRONG = [
+    "store.no_barrier",
+    "store.no_last_barrier",
+    "copy.no_barrier",
+    "copy.no_wait",
+    "copy.short_wait",
+    "copy.no_last_barrier",
+    "bulk.read_before_copy",
+    "product.no_barrier",
+    "product.no_wait",
+    "product.no_last_barrier",
+    "product.early_copy",
+]
 CLEAN = ["store.none", "copy.none", "fault.none", "ticket.none", "bulk.none", "product.none"]
 
 
@@ -73,8 +103,12 @@ class Programs:
             source, target = str(SOURCES / f"{name}.cu"), str(directory / f"{name}.o")
             commands.append([cxx, *COMMON, *KERNEL, *kernel, "-c", source, "-o", target])
         compile_all(commands)
-        compile_all([[cxx, *link, str(directory / f"{name}.o"), *objects, "-pthread", "-o", str(directory / name)]
-                     for name in ("features", "planted")])
+        compile_all(
+            [
+                [cxx, *link, str(directory / f"{name}.o"), *objects, "-pthread", "-o", str(directory / name)]
+                for name in ("features", "planted")
+            ]
+        )
 
     def need_runtime(self, cxx: str, link: list[str]) -> None:
         """Skips where a trivial program does not build or run with this sanitizer."""
@@ -84,7 +118,8 @@ class Programs:
         if made.returncode:
             pytest.skip(f"{link[0]} does not link here: {made.stderr.strip().splitlines()[-1]}")
         if subprocess.run([program], capture_output=True).returncode:
-            # Some kernels place memory where the race detector does not expect it, unless told not to randomise.
+            # Some kernels place memory where the race detector does not expect it, unless told not to
+            # randomise.
             self.prefix = ["setarch", "-R"] if shutil.which("setarch") else []
             if not self.prefix or subprocess.run([*self.prefix, program], capture_output=True).returncode:
                 pytest.skip(f"programs built with {link[0]} do not run here")
@@ -92,10 +127,17 @@ class Programs:
     def run(self, program: str, *arguments: str, **options: object) -> subprocess.CompletedProcess:
         """options: seed, poison, threads, stack, as in LAB_HOST_SEED and so on."""
         environment = {k: v for k, v in os.environ.items() if not k.startswith("LAB_HOST_")}
-        environment |= {f"LAB_HOST_{key.upper()}": str(value) for key, value in options.items() if value is not None}
+        environment |= {
+            f"LAB_HOST_{key.upper()}": str(value) for key, value in options.items() if value is not None
+        }
         environment |= {"TSAN_OPTIONS": "exitcode=66", "ASAN_OPTIONS": "exitcode=67:detect_leaks=0"}
-        return subprocess.run([*self.prefix, str(self.directory / program), *arguments], env=environment,
-                              capture_output=True, text=True, timeout=60)
+        return subprocess.run(
+            [*self.prefix, str(self.directory / program), *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +155,8 @@ def address_sanitizer(tmp_path_factory):
     return Programs("address", tmp_path_factory.mktemp("address"))
 
 
-# ---- what works ------------------------------------------------------------------------------------------------------
+# ---- what works --------------------------------------------------------------------------------------------
+
 
 def test_all_features_are_listed(plain):
     assert sorted(plain.run("features").stdout.split()) == sorted(FEATURES)
@@ -140,18 +183,34 @@ def test_gpu_agrees_with_the_same_program(tmp_path):
     if nvcc is None:
         pytest.skip("no nvcc on PATH or in /usr/local/cuda/bin")
     import torch
+
     program, arch = str(tmp_path / "features"), "sm_%d%d" % torch.cuda.get_device_capability()
-    arch += "a" if arch == "sm_90" else ""          # which wgmma needs
-    compile_all([[nvcc, "-std=c++17", "-O2", f"-arch={arch}", f"-I{ROOT / 'cuda_src'}", "-x", "cu",
-                  str(SOURCES / "features.cu"), "-o", program]])
+    arch += "a" if arch == "sm_90" else ""  # which wgmma needs
+    compile_all(
+        [
+            [
+                nvcc,
+                "-std=c++17",
+                "-O2",
+                f"-arch={arch}",
+                f"-I{ROOT / 'cuda_src'}",
+                "-x",
+                "cu",
+                str(SOURCES / "features.cu"),
+                "-o",
+                program,
+            ]
+        ]
+    )
     checks = [name for name in GPU_FEATURES if name != "wgmma" or arch == "sm_90a"]
     done = subprocess.run([program, *checks], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
 
 def test_no_cuda_toolkit_is_needed():
-    done = subprocess.run([compiler(), *COMMON, *KERNEL, "-M", str(SOURCES / "features.cu")], capture_output=True,
-                          text=True)
+    done = subprocess.run(
+        [compiler(), *COMMON, *KERNEL, "-M", str(SOURCES / "features.cu")], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "common.cuh" in done.stdout
     assert not re.search(r"cuda_runtime|cuda_fp16|cuda_bf16|cuda/include", done.stdout)
@@ -159,13 +218,18 @@ def test_no_cuda_toolkit_is_needed():
 
 def test_static_shared_memory_is_refused(tmp_path):
     source = tmp_path / "static.cu"
-    source.write_text('#include "common.cuh"\n__global__ void kernel() { __shared__ float x[4]; x[0] = 0; }\n')
-    done = subprocess.run([compiler(), *COMMON, *KERNEL, "-fsyntax-only", str(source)], capture_output=True, text=True)
+    source.write_text(
+        '#include "common.cuh"\n__global__ void kernel() { __shared__ float x[4]; x[0] = 0; }\n'
+    )
+    done = subprocess.run(
+        [compiler(), *COMMON, *KERNEL, "-fsyntax-only", str(source)], capture_output=True, text=True
+    )
     assert done.returncode != 0
     assert "use lab::smem" in done.stderr
 
 
-# ---- bugs that show as wrong numbers ---------------------------------------------------------------------------------
+# ---- bugs that show as wrong numbers -----------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("case", WRONG)
 def test_missing_synchronisation_gives_wrong_numbers(plain, case):
@@ -181,7 +245,8 @@ def test_random_schedules_catch_what_a_fixed_order_hides(plain):
 
 
 def test_poison_catches_what_late_landing_hides(plain):
-    """cp.async lands at the wait, after slow readers of the old tile are done; poison at issue does not wait."""
+    """cp.async lands at the wait, after slow readers of the old tile are done; poison at issue does not
+    wait."""
     assert plain.run("planted", "copy.no_last_barrier", poison=0).returncode == 0
     assert plain.run("planted", "copy.no_last_barrier").returncode == 1
 
@@ -189,30 +254,44 @@ def test_poison_catches_what_late_landing_hides(plain):
 def test_a_seed_repeats_its_schedule(plain):
     def reports(seed):
         return {plain.run("planted", "bulk.no_init", seed=seed).stderr for _ in range(3)}
+
     assert len(reports(1)) == 1
     assert len(set.union(*map(reports, range(5)))) > 1
 
 
-# ---- bugs that end the launch ----------------------------------------------------------------------------------------
+# ---- bugs that end the launch ------------------------------------------------------------------------------
 
 FAILURES = {
-    "store.exits_early": [r"kernel store_kernel: deadlock",
-                          rf"block \(0,0,0\): 64 threads \(0-63\) wait in __syncthreads at .*{line('barrier')}",
-                          r"64 threads \(64-127\) have exited"],
-    "store.waits_elsewhere": [rf"64 threads \(0-63\) wait in __syncthreads at .*{line('barrier')}",
-                              rf"64 threads \(64-127\) wait in named_barrier at .*{line('elsewhere')}"],
-    "store.two_places": [r"divergent barrier: __syncthreads at .*planted.cu:\d+ while others wait in __syncthreads"],
-    "bulk.wrong_count": [rf"deadlock.*\n.*128 threads \(0-127\) wait in mbarrier_wait at .*{line('mbarrier')}"],
+    "store.exits_early": [
+        r"kernel store_kernel: deadlock",
+        rf"block \(0,0,0\): 64 threads \(0-63\) wait in __syncthreads at .*{line('barrier')}",
+        r"64 threads \(64-127\) have exited",
+    ],
+    "store.waits_elsewhere": [
+        rf"64 threads \(0-63\) wait in __syncthreads at .*{line('barrier')}",
+        rf"64 threads \(64-127\) wait in named_barrier at .*{line('elsewhere')}",
+    ],
+    "store.two_places": [
+        r"divergent barrier: __syncthreads at .*planted.cu:\d+ while others wait in __syncthreads"
+    ],
+    "bulk.wrong_count": [
+        rf"deadlock.*\n.*128 threads \(0-127\) wait in mbarrier_wait at .*{line('mbarrier')}"
+    ],
     "bulk.no_init": [r"mbarrier_init was not called"],
     "copy.outside_copy": [r"cp_async16 at .*planted.cu:\d+: writes outside shared memory"],
     "fault.small_overrun": [r"access outside shared memory: byte 4096 of 4096", r"thread \(5,0,0\)"],
-    "fault.slack_overrun": [r"written past the end of its 4100 bytes of shared memory", r"in block \(0,0,0\)"],
+    "fault.slack_overrun": [
+        r"written past the end of its 4100 bytes of shared memory",
+        r"in block \(0,0,0\)",
+    ],
     "fault.read_overrun": [r"access outside shared memory: byte 12096 of 4096", r"thread \(5,0,0\)"],
     "fault.wild_pointer": [r"illegal memory access at address 0x", r"thread \(5,0,0\)"],
     "fault.deep_recursion": [r"stack overflow.*LAB_HOST_STACK=65536"],
     "fault.division_by_zero": [r"integer division by zero"],
     "fault.too_little_smem": [r"needs 4096 bytes of shared memory, the launch gave 1000"],
-    "fault.lane_exits": [r"the thread exits while others of its warp wait for it in __shfl_xor_sync at .*planted.cu"],
+    "fault.lane_exits": [
+        r"the thread exits while others of its warp wait for it in __shfl_xor_sync at .*planted.cu"
+    ],
 }
 
 
@@ -240,7 +319,7 @@ def test_bad_option_is_named(plain, name):
     assert done.returncode != 0
 
 
-# ---- sanitizers ------------------------------------------------------------------------------------------------------
+# ---- sanitizers --------------------------------------------------------------------------------------------
 
 RACES = {
     "store.no_barrier": ["store", "load"],
@@ -268,8 +347,9 @@ def test_race_detector_passes_clean_kernels(race_detector, case):
         assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", ["shuffles", "reductions", "mma", "pipeline", "clusters", "copies", "named_barriers",
-                                  "exchange"])
+@pytest.mark.parametrize(
+    "name", ["shuffles", "reductions", "mma", "pipeline", "clusters", "copies", "named_barriers", "exchange"]
+)
 def test_race_detector_passes_features(race_detector, name):
     done = race_detector.run("features", name)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,6 @@
-"""Rows without a sequence, and slots without a token: neither may show in the result of a live row, on any backend."""
+"""Rows without a sequence, and slots without a token: neither may show in the result of a live row, on any
+backend."""
+
 import ctypes
 import mmap
 
@@ -29,7 +31,10 @@ def test_an_idle_row_does_not_undo_a_write_to_its_old_page(backend, order, rand,
     k, v = (rand()(2, 2, 64) for _ in range(2))
     cache = [rand(seed=i)(4, 2, 16, 64) for i in (1, 2)]
     before = [c.clone() for c in cache]
-    table, positions = int32([[2, 3], [3, 0]], device)[order].contiguous(), int32([16, -1], device)[order].contiguous()
+    table, positions = (
+        int32([[2, 3], [3, 0]], device)[order].contiguous(),
+        int32([16, -1], device)[order].contiguous(),
+    )
     chosen(backend, device).kv_append(k, v, *cache, table, positions)
     live = order.index(0)
     for got, old, new in zip(cache, before, (k, v)):
@@ -42,7 +47,9 @@ def test_an_idle_row_does_not_undo_a_write_to_its_old_page(backend, order, rand,
 def test_only_idle_rows_write_nothing(backend, rand, device):
     k, v, *cache = rand()(2, 2, 64), rand()(2, 2, 64), rand()(4, 2, 16, 64), rand()(4, 2, 16, 64)
     before = [c.clone() for c in cache]
-    chosen(backend, device).kv_append(k, v, *cache, int32([[99, -7], [3, 0]], device), int32([-1, -1], device))
+    chosen(backend, device).kv_append(
+        k, v, *cache, int32([[99, -7], [3, 0]], device), int32([-1, -1], device)
+    )
     assert all(map(torch.equal, cache, before))
 
 
@@ -54,7 +61,9 @@ def test_the_fused_append_does_not_undo_it_either(backend, rand, device):
     held = k_cache.clone(), v_cache.clone()
     page = int(args[10][0, 1])
     out = chosen(backend, device).rope_append_attention(*args)
-    assert torch.equal(v_cache[page, :, 0], v[0]) and not torch.equal(k_cache[page, :, 0], held[0][page, :, 0])
+    assert torch.equal(v_cache[page, :, 0], v[0]) and not torch.equal(
+        k_cache[page, :, 0], held[0][page, :, 0]
+    )
     v_cache[page, :, 0], k_cache[page, :, 0] = held[1][page, :, 0], held[0][page, :, 0]
     assert torch.equal(k_cache, held[0]) and torch.equal(v_cache, held[1])
     assert not out[1].any() and positions.tolist() == [16, -1]
@@ -66,7 +75,9 @@ def test_what_is_past_the_context_is_not_multiplied(backend, bad, rand, device):
     """Bit for bit the same result as with zeros there."""
     outs = []
     for fill in (0.0, bad):
-        q, k, v, table, lengths, *rest = decode_attention.inputs(rand(torch.float16), (5, 0, 33), 4, 2, 64, splits=2)
+        q, k, v, table, lengths, *rest = decode_attention.inputs(
+            rand(torch.float16), (5, 0, 33), 4, 2, 64, splits=2
+        )
         for b, length in enumerate((5, None, 33)):
             if length is not None:
                 page, slot = int(table[b, length // 16]), length % 16
@@ -86,7 +97,7 @@ def test_a_prompt_shows_an_overflow_only_to_the_tokens_that_see_it(start, bad, a
     got = attend(q, k, v)
     for i in range(20 - start):
         seen = start + i + 1
-        alone = attend(q[i:i + 1], k[:seen], v[:seen])[0]
+        alone = attend(q[i : i + 1], k[:seen], v[:seen])[0]
         torch.testing.assert_close(got[i], alone, equal_nan=True)
         assert got[i].isfinite().all() == (seen <= at)
 
@@ -95,9 +106,12 @@ def test_a_prompt_shows_an_overflow_only_to_the_tokens_that_see_it(start, bad, a
 @pytest.mark.parametrize("splits", [2, 7, 18])
 @pytest.mark.parametrize("name", ["decode_attention", "rope_append_attention"])
 def test_a_workspace_serves_again(name, splits, backend, rand, device):
-    """Tickets are zero after a call of any number of splits, and another call's answer is as right as the first."""
-    module, ops = {"decode_attention": decode_attention, "rope_append_attention": rope_append_attention}[name], \
-        chosen(backend, device)
+    """Tickets are zero after a call of any number of splits, and another call's answer is as right as the
+    first."""
+    module, ops = (
+        {"decode_attention": decode_attention, "rope_append_attention": rope_append_attention}[name],
+        chosen(backend, device),
+    )
     workspace = Workspace.empty(2, 4, 2, 64, splits, device)
     for seed in (0, 1):
         args = module.inputs(rand(seed=seed), (1199, 39), 4, 2, 64, splits=splits)
@@ -110,7 +124,8 @@ def test_a_workspace_serves_again(name, splits, backend, rand, device):
 
 @pytest.mark.parametrize("backend", ["cuda", "triton", "torch"])
 def test_a_step_leaves_its_workspace_ready(backend, rand, device):
-    """CUDA's rows carry a tag, and the next launch must count on: with the old one it would take the old rows for new."""
+    """CUDA's rows carry a tag, and the next launch must count on: with the old one it would take the old rows
+    for new."""
     ops = chosen(backend, device)
     sizes = find("decode_step").cases[0].sizes
     args = decode_step.inputs(rand(torch.bfloat16), **sizes)
@@ -127,13 +142,14 @@ def test_a_step_leaves_its_workspace_ready(backend, rand, device):
     assert len(tags) == (3 if backend == "cuda" else 1)
 
 
-# ---- no load or store outside a tensor -------------------------------------------------------------------------------
+# ---- no load or store outside a tensor ---------------------------------------------------------------------
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class Fenced:
-    """Copies of tensors that lie between two pages that nobody may touch: at the first byte, or up to the last one."""
+    """Copies of tensors that lie between two pages that nobody may touch: at the first byte, or up to the
+    last one."""
 
     def __init__(self, at_end):
         self.at_end, self.maps = at_end, []
@@ -141,7 +157,9 @@ class Fenced:
     def __call__(self, t):
         if not isinstance(t, torch.Tensor):
             return t
-        storage = t.new_empty(0).set_(t.untyped_storage(), 0, (t.untyped_storage().nbytes() // t.itemsize,), (1,))
+        storage = t.new_empty(0).set_(
+            t.untyped_storage(), 0, (t.untyped_storage().nbytes() // t.itemsize,), (1,)
+        )
         size, page = -(-storage.nbytes // 16) * 16, mmap.PAGESIZE
         inner = -(-size // page) * page
         area = mmap.mmap(-1, inner + 2 * page)

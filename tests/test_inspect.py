@@ -1,4 +1,6 @@
-"""lab inspect: facts of kernels that are known, the occupancy formula, the listings, the fairness cards. No GPU."""
+"""lab inspect: facts of kernels that are known, the occupancy formula, the listings, the fairness cards. No
+GPU."""
+
 import json
 import subprocess
 import sys
@@ -33,30 +35,38 @@ def look(name, backend, dtype="bf16", arch="sm_90a", **sizes):
     built = extension.load("_cuda").build_info()["archs"] if backend == "cuda" else []
     if built and arch.removeprefix("sm_") not in built:
         pytest.skip(f"lab._cuda is built for {', '.join(built)}, not for {arch}")
-    found, errors = command.look(find(name), dtype, sizes or find(name).default_sizes(), gpus.find(arch), [backend])
+    found, errors = command.look(
+        find(name), dtype, sizes or find(name).default_sizes(), gpus.find(arch), [backend]
+    )
     assert not errors
     return found[backend]
 
 
-# ---- occupancy -------------------------------------------------------------------------------------------------------
+# ---- occupancy ---------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("arch, registers, shared, threads, blocks, limit", [
-    ("sm_90a", 32, 0, 256, 8, "warps"),                  # 64 warps / 8
-    ("sm_90a", 32, 0, 32, 32, "blocks"),
-    ("sm_90a", 255, 0, 128, 2, "registers"),             # 255 * 32 -> 8192 a warp; 2 warps in each of 4 partitions
-    ("sm_90a", 168, 0, 128, 3, "registers"),             # 168 * 32 = 5376 a warp; 3 in each partition
-    ("sm_90a", 96, 0, 96, 6, "registers"),               # 3072 a warp; 5 in each partition = 20 warps; 20 / 3
-    ("sm_90a", 64, 72192, 64, 3, "shared memory"),       # (228 KiB) / (72192 + 1024) = 3.2
-    ("sm_80", 64, 72192, 64, 2, "shared memory"),        # (164 KiB) / (72192 + 1024) = 2.3
-    ("sm_90a", 64, 227 << 10, 256, 1, "shared memory"),  # the most that a block may have
-    ("sm_90a", 64, 228 << 10, 256, 0, "shared memory")])
+
+@pytest.mark.parametrize(
+    "arch, registers, shared, threads, blocks, limit",
+    [
+        ("sm_90a", 32, 0, 256, 8, "warps"),  # 64 warps / 8
+        ("sm_90a", 32, 0, 32, 32, "blocks"),
+        ("sm_90a", 255, 0, 128, 2, "registers"),  # 255 * 32 -> 8192 a warp; 2 warps in each of 4 partitions
+        ("sm_90a", 168, 0, 128, 3, "registers"),  # 168 * 32 = 5376 a warp; 3 in each partition
+        ("sm_90a", 96, 0, 96, 6, "registers"),  # 3072 a warp; 5 in each partition = 20 warps; 20 / 3
+        ("sm_90a", 64, 72192, 64, 3, "shared memory"),  # (228 KiB) / (72192 + 1024) = 3.2
+        ("sm_80", 64, 72192, 64, 2, "shared memory"),  # (164 KiB) / (72192 + 1024) = 2.3
+        ("sm_90a", 64, 227 << 10, 256, 1, "shared memory"),  # the most that a block may have
+        ("sm_90a", 64, 228 << 10, 256, 0, "shared memory"),
+    ],
+)
 def test_occupancy_by_hand(arch, registers, shared, threads, blocks, limit):
     found = gpus.occupancy(gpus.find(arch), registers, shared, threads)
     assert (found.blocks, found.limit) == (blocks, limit)
     assert found.share == blocks * (threads // 32) / 64
 
 
-# ---- instructions ----------------------------------------------------------------------------------------------------
+# ---- instructions ------------------------------------------------------------------------------------------
+
 
 def test_mix_tells_instructions_apart():
     code = """
@@ -75,28 +85,46 @@ def test_mix_tells_instructions_apart():
         /*00c0*/                   NOP;
     """
     found = {name: n for name, n in kernels.mix(code).items() if n}
-    assert found == {"global load, 128 bit": 1, "global load, 64 bit": 1, "global load, 32 bit or less": 1,
-                     "cp.async": 1, "global store, 32 bit or less": 1, "tensor core": 1, "fused multiply-add": 1,
-                     "bulk copy": 1, "mbarrier": 1, "block barrier": 1, "local memory (spills)": 1,
-                     "control flow and fence": 1, "all": 12}
+    assert found == {
+        "global load, 128 bit": 1,
+        "global load, 64 bit": 1,
+        "global load, 32 bit or less": 1,
+        "cp.async": 1,
+        "global store, 32 bit or less": 1,
+        "tensor core": 1,
+        "fused multiply-add": 1,
+        "bulk copy": 1,
+        "mbarrier": 1,
+        "block barrier": 1,
+        "local memory (spills)": 1,
+        "control flow and fence": 1,
+        "all": 12,
+    }
 
 
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_80"])
 @pytest.mark.parametrize("backend", BOTH)
 def test_known_kernels(backend, arch):
     """What must be in the machine code of these, whoever compiled them."""
-    embedding, = look("embedding", backend, arch=arch)
-    attention, = look("decode_attention", backend, arch=arch)
-    linear, = look("linear", backend, arch=arch, batch=16, n=6144, k=4096)
-    exact, = look("linear", backend, "fp32", arch, batch=16, n=6144, k=4096)
-    drawn, = look("sample", backend, "fp32", arch, batch=1, vocab=32000, temperature=0.8, top_k=50)
+    (embedding,) = look("embedding", backend, arch=arch)
+    (attention,) = look("decode_attention", backend, arch=arch)
+    (linear,) = look("linear", backend, arch=arch, batch=16, n=6144, k=4096)
+    (exact,) = look("linear", backend, "fp32", arch, batch=16, n=6144, k=4096)
+    (drawn,) = look("sample", backend, "fp32", arch, batch=1, vocab=32000, temperature=0.8, top_k=50)
     assert embedding.mix["global load, 128 bit"] and embedding.mix["global store, 128 bit"]
     assert attention.mix["cp.async"] and attention.mix["special function"] and attention.mix["atomic"]
-    assert attention.shared_dynamic > 16 << 10 and attention.grid[0] * attention.grid[1] * attention.grid[2] == 8 * 33
+    assert (
+        attention.shared_dynamic > 16 << 10
+        and attention.grid[0] * attention.grid[1] * attention.grid[2] == 8 * 33
+    )
     if (backend, arch) == ("cuda", "sm_90a"):
-        short, = look("decode_attention", backend, arch=arch,
-                      **{**find("decode_attention").default_sizes(), "lengths": (1024,), "splits": 16})
-        assert attention.cluster == 1 and short.cluster == 8                # only few blocks merge in clusters
+        (short,) = look(
+            "decode_attention",
+            backend,
+            arch=arch,
+            **{**find("decode_attention").default_sizes(), "lengths": (1024,), "splits": 16},
+        )
+        assert attention.cluster == 1 and short.cluster == 8  # only few blocks merge in clusters
     assert linear.mix["tensor core"] and linear.mix["cp.async"] and not exact.mix["tensor core"]
     assert exact.mix["fused multiply-add"] and drawn.mix["special function"]
     for kernel in (embedding, attention, linear, exact, drawn):
@@ -118,8 +146,8 @@ def test_every_op_can_be_looked_at(op, backend):
 
 @needs_cuda
 def test_the_sizes_choose_the_instantiation():
-    wide, = look("rmsnorm", "cuda", rows=1, cols=4096)
-    narrow, = look("rmsnorm", "cuda", rows=1, cols=4097)
+    (wide,) = look("rmsnorm", "cuda", rows=1, cols=4096)
+    (narrow,) = look("rmsnorm", "cuda", rows=1, cols=4097)
     assert wide.mix["global load, 128 bit"] and not narrow.mix["global load, 128 bit"]
     assert wide.instance != narrow.instance
 
@@ -133,9 +161,11 @@ def test_recording_runs_nothing_and_ends():
 
 @needs_cuda
 def test_a_launch_is_planned_for_the_card_that_is_asked_for():
-    op = find("norm_linear")                                     # many outputs: so many blocks for each multiprocessor
+    op = find("norm_linear")  # many outputs: so many blocks for each multiprocessor
     args = call.arguments(op, "bf16", dict(batch=1, n=128256, k=4096))
-    h100, a100 = (cuda_half.launches(op, args, gpus.find(arch))[-1]["grid"][0] for arch in ("sm_90a", "sm_80"))
+    h100, a100 = (
+        cuda_half.launches(op, args, gpus.find(arch))[-1]["grid"][0] for arch in ("sm_90a", "sm_80")
+    )
     assert h100 * 108 == a100 * 132
 
 
@@ -145,11 +175,19 @@ def test_the_host_build_records_too():
         pytest.skip("lab._host is older than its sources")
     table, ids, out = torch.ones(4, 64), torch.zeros(3, dtype=torch.int32), torch.full((3, 64), 7.0)
     call_it = lambda: host.embedding(  # noqa: E731
-        ids=ids.data_ptr(), table=table.data_ptr(), out=out.data_ptr(), rows=3, cols=64, vocab=4, dtype=0, stream=0)
+        ids=ids.data_ptr(),
+        table=table.data_ptr(),
+        out=out.data_ptr(),
+        rows=3,
+        cols=64,
+        vocab=4,
+        dtype=0,
+        stream=0,
+    )
     host.record_launches(132)
     try:
         call_it()
-        launch, = host.take_launches()
+        (launch,) = host.take_launches()
     finally:
         host.record_launches(0)
     assert launch["kernel"] == "embedding_kernel" and launch["grid"][0] > 0 and bool((out == 7).all())
@@ -157,24 +195,31 @@ def test_the_host_build_records_too():
     assert bool((out == 1).all()) and host.take_launches() == []
 
 
-# ---- listings --------------------------------------------------------------------------------------------------------
+# ---- listings ----------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("kind", ["sass", "ptx", "ttgir"])
 @pytest.mark.parametrize("backend", BOTH)
 def test_code_stands_beside_the_source(backend, kind):
-    kernel, = look("silu_mul", backend)
+    (kernel,) = look("silu_mul", backend)
     if (backend, kind) == ("cuda", "ttgir"):
         with pytest.raises(LabError, match="Triton's own"):
             list(listing.lines(kernel, kind))
         return
-    if (backend, kind) == ("cuda", "ptx") and isinstance(kernel.texts["ptx"], LabError):    # a build for cards alone
+    if (backend, kind) == ("cuda", "ptx") and isinstance(
+        kernel.texts["ptx"], LabError
+    ):  # a build for cards alone
         with pytest.raises(LabError, match=r'LAB_CUDA_ARCH="...;90\+ptx"'):
             list(listing.lines(kernel, kind))
         return
     text = list(listing.lines(kernel, kind))
     name = "silu_mul.cu" if backend == "cuda" else "silu_mul.py"
     beside = [line.split(" | ")[-1] for line in text if f" | {name}:" in line]
-    source = (listing.ROOT / ("cuda_src" if backend == "cuda" else "triton_kernels") / name).read_text().splitlines()
+    source = (
+        (listing.ROOT / ("cuda_src" if backend == "cuda" else "triton_kernels") / name)
+        .read_text()
+        .splitlines()
+    )
     for line in beside:
         place, _, said = line.partition("  ")
         number = int(place.split()[0].rpartition(":")[2])
@@ -184,16 +229,21 @@ def test_code_stands_beside_the_source(backend, kind):
     assert {"sass": "EXIT", "ptx": "ret;", "ttgir": "tt.return"}[kind] in code and ".section" not in code
 
 
-# ---- the fairness card -----------------------------------------------------------------------------------------------
+# ---- the fairness card -------------------------------------------------------------------------------------
+
 
 def test_lines_of_code(tmp_path):
     (tmp_path / "part.h").write_text("int x;\n")
     (tmp_path / "common.cuh").write_text("int y;\n" * 9)
-    (tmp_path / "a.cu").write_text('// text\n#include "common.cuh"\n#include "part.h"\n\n'
-                                   'int f() {  // why\n  /* long\n\n */\n  return puts("// no comment");\n}\n')
+    (tmp_path / "a.cu").write_text(
+        '// text\n#include "common.cuh"\n#include "part.h"\n\n'
+        'int f() {  // why\n  /* long\n\n */\n  return puts("// no comment");\n}\n'
+    )
     assert code_lines(tmp_path / "a.cu") == (5, 1)
-    (tmp_path / "a.py").write_text('"""Doc\n\nstring."""\nimport os\n\n# why\ndef f():\n    """More."""\n'
-                                   '    return (1,\n            2)\n')
+    (tmp_path / "a.py").write_text(
+        '"""Doc\n\nstring."""\nimport os\n\n# why\ndef f():\n    """More."""\n'
+        "    return (1,\n            2)\n"
+    )
     assert code_lines(tmp_path / "a.py") == (4, 0)
 
 
@@ -203,18 +253,22 @@ def test_fairness_records_survive_a_round_trip(tmp_path, backend):
     card = next(row for row in rows if row.backend == backend)
     assert card.configurations > 1 and card.spill_bytes == 0 and 50 < card.code_lines < 1000
     assert backend == "cuda" or card.compile_s > 0.01
-    assert sum(card.mix.values()) == card.instructions and card.mix["tensor core"] > 0 and all(card.mix.values())
+    assert (
+        sum(card.mix.values()) == card.instructions and card.mix["tensor core"] > 0 and all(card.mix.values())
+    )
     with schema.Writer(tmp_path) as writer:
         writer.append(*rows)
     assert schema.read(tmp_path).rows == [schema.from_dict(json.loads(schema.to_line(row))) for row in rows]
     assert len({schema.key(row) for row in rows}) == len(rows)
 
 
-# ---- the command -----------------------------------------------------------------------------------------------------
+# ---- the command -------------------------------------------------------------------------------------------
+
 
 def lab(*words):
-    return subprocess.run([sys.executable, "-m", "lab", "inspect", *words], capture_output=True, text=True,
-                          cwd=listing.ROOT)
+    return subprocess.run(
+        [sys.executable, "-m", "lab", "inspect", *words], capture_output=True, text=True, cwd=listing.ROOT
+    )
 
 
 def test_json_schema():
@@ -224,38 +278,68 @@ def test_json_schema():
     assert body["sizes"] == {"rows": 2, "cols": 576, "residual": True}
     assert {k["backend"] for k in body["kernels"]} | set(body["errors"]) == {"cuda", "triton"}
     for kernel in body["kernels"]:
-        assert set(kernel) == {"backend", "name", "instance", "arch", "grid", "threads", "registers", "spills",
-                               "blocks", "shared_static", "shared_dynamic", "occupancy", "limit", "mix", "cluster",
-                               "dependent_launch"}
+        assert set(kernel) == {
+            "backend",
+            "name",
+            "instance",
+            "arch",
+            "grid",
+            "threads",
+            "registers",
+            "spills",
+            "blocks",
+            "shared_static",
+            "shared_dynamic",
+            "occupancy",
+            "limit",
+            "mix",
+            "cluster",
+            "dependent_launch",
+        }
         assert set(kernel["mix"]) == {*kernels.MIX, "other", "all"}
         assert sum(n for name, n in kernel["mix"].items() if name != "all") == kernel["mix"]["all"]
 
 
 def main(*words):
     from lab import cli
+
     return cli.run(["inspect", *words])
 
 
-@pytest.mark.parametrize("name, words, sizes", [
-    ("linear", ["batch=16"], dict(batch=16, n=28672, k=4096)), ("linear", [], dict(batch=1, n=28672, k=4096)),
-    ("rmsnorm", ["cols=64"], dict(rows=1, cols=64, residual=True)),
-    ("decode_attention", ["lengths=64"], dict(lengths=(64,), splits=33, q_heads=32, kv_heads=8, head_dim=128))])
+@pytest.mark.parametrize(
+    "name, words, sizes",
+    [
+        ("linear", ["batch=16"], dict(batch=16, n=28672, k=4096)),
+        ("linear", [], dict(batch=1, n=28672, k=4096)),
+        ("rmsnorm", ["cols=64"], dict(rows=1, cols=64, residual=True)),
+        (
+            "decode_attention",
+            ["lengths=64"],
+            dict(lengths=(64,), splits=33, q_heads=32, kv_heads=8, head_dim=128),
+        ),
+    ],
+)
 def test_sizes_that_are_not_given_are_those_of_the_default(name, words, sizes):
     assert command.sizes_of(find(name), SimpleNamespace(case=None, sizes=words)) == sizes
     assert call.arguments(find(name), "bf16", sizes)
 
 
-@pytest.mark.parametrize("words, says", [
-    (["linaer"], "did you mean linear"),
-    (["linear", "--arch", "sm_75"], "choose from sm_90a, sm_80"),
-    (["linear", "--dtype", "fp8"], "choose from fp32, fp16, bf16"),
-    (["linear", "--backend", "torch"], "choose from cuda, triton"),
-    (["linear", "--case", "99"], "has no case 99; choose from 0"),
-    (["linear", "--sizes", "batch=1", "m=3"], "unknown size of linear 'm'"),
-    (["linear", "--sizes", "batch"], "write NAME=NUMBER"),
-    (["linear", "--sizes", "batch=65", "n=1", "k=8"], "1 to 64 rows"),
-    (["linear", "--ttgir", "--backend", "cuda"], "Triton's own|lab._cuda"),
-    ([], "name an op"), (["--all"], "--all --out DIR")])
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["linaer"], "did you mean linear"),
+        (["linear", "--arch", "sm_75"], "choose from sm_90a, sm_80"),
+        (["linear", "--dtype", "fp8"], "choose from fp32, fp16, bf16"),
+        (["linear", "--backend", "torch"], "choose from cuda, triton"),
+        (["linear", "--case", "99"], "has no case 99; choose from 0"),
+        (["linear", "--sizes", "batch=1", "m=3"], "unknown size of linear 'm'"),
+        (["linear", "--sizes", "batch"], "write NAME=NUMBER"),
+        (["linear", "--sizes", "batch=65", "n=1", "k=8"], "1 to 64 rows"),
+        (["linear", "--ttgir", "--backend", "cuda"], "Triton's own|lab._cuda"),
+        ([], "name an op"),
+        (["--all"], "--all --out DIR"),
+    ],
+)
 def test_mistakes_are_one_line_that_lists_the_choices(words, says):
     with pytest.raises(LabError, match=says):
         main(*words)

@@ -1,6 +1,8 @@
-"""The Triton interpreter: what the stock one gets wrong on bfloat16 is right, and nothing leaks into the process.
+"""The Triton interpreter: what the stock one gets wrong on bfloat16 is right, and nothing leaks into the
+process.
 
 Rounding points are pinned with float16, which NumPy computes itself; bfloat16 against torch, bit by bit."""
+
 import os
 import pathlib
 import subprocess
@@ -93,10 +95,29 @@ def indirect_kernel(addresses, out, BLOCK: tl.constexpr):
 
 
 def awkward_floats():
-    """Ties, carries into the exponent, the largest finite value, subnormals, infinities, NaN; 4000 random patterns."""
-    special = torch.tensor([0x3F808000, 0x3F818000, 0x3F807FFF, 0x3F808001, 0x3FFFFFFF, 0x7F7FFFFF, 0x7F7F8000,
-                            0x7F7F7FFF, 0x00000001, 0x00008000, 0x00018000, 0x007FFFFF, 0x7F800000, 0x7FC00000,
-                            0x7F800001, 0, 0x477FE000])
+    """Ties, carries into the exponent, the largest finite value, subnormals, infinities, NaN; 4000 random
+    patterns."""
+    special = torch.tensor(
+        [
+            0x3F808000,
+            0x3F818000,
+            0x3F807FFF,
+            0x3F808001,
+            0x3FFFFFFF,
+            0x7F7FFFFF,
+            0x7F7F8000,
+            0x7F7F7FFF,
+            0x00000001,
+            0x00008000,
+            0x00018000,
+            0x007FFFFF,
+            0x7F800000,
+            0x7FC00000,
+            0x7F800001,
+            0,
+            0x477FE000,
+        ]
+    )
     bits = torch.cat([special, torch.randint(0, 1 << 31, (4096 - 2 * len(special),)), special - (1 << 31)])
     return bits.to(torch.int32).view(torch.float32)
 
@@ -114,7 +135,9 @@ def test_cast_to_bf16_rounds_to_nearest_even():
     got = torch.empty(4096, dtype=BF16)
     launch(cast_kernel, (1,), x, got, BLOCK=4096)
     assert same_bits(got, x.to(BF16))
-    assert not same_bits((x.view(torch.int32) & ~0xFFFF).view(torch.float32), x.to(BF16))    # truncation would fail
+    assert not same_bits(
+        (x.view(torch.int32) & ~0xFFFF).view(torch.float32), x.to(BF16)
+    )  # truncation would fail
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int32])
@@ -213,7 +236,7 @@ def test_an_address_outside_every_tensor_is_an_error(store):
     language = dict(vars(tl))
     with pytest.raises(RuntimeError, match="overrun_kernel, program .*outside every tensor"):
         launch(overrun_kernel, (1,), src, dst, 64, BLOCK=1 << 20, STORE=store)
-    assert dict(vars(tl)) == language                           # restored after an error too
+    assert dict(vars(tl)) == language  # restored after an error too
 
 
 def test_programs_of_a_cooperative_launch_wait_for_each_other():
@@ -255,7 +278,9 @@ def test_recording_runs_nothing():
     arguments[-1].fill_(7)
     with recording("sm_90") as launches:
         rmsnorm(*arguments)
-    assert [entry.kernel.fn.__name__ for entry in launches] == ["rmsnorm_kernel"] and bool((arguments[-1] == 7).all())
+    assert [entry.kernel.fn.__name__ for entry in launches] == ["rmsnorm_kernel"] and bool(
+        (arguments[-1] == 7).all()
+    )
 
 
 def test_config_takes_the_nearest_lower_architecture():
@@ -269,9 +294,12 @@ def test_config_takes_the_nearest_lower_architecture():
 
 
 def test_works_with_triton_interpret_set():
-    """A user may have set the variable; triton.jit then returns other objects, and the result must be the same."""
-    code = ("import torch; from triton_kernels.rmsnorm import rmsnorm; x = torch.full((2, 64), 3.0).bfloat16(); "
-            "y = torch.empty_like(x); rmsnorm(x, x[0], 0.0, None, y); assert (y == 3).all(), y")
+    """A user may have set the variable; triton.jit then returns other objects, and the result must be the
+    same."""
+    code = (
+        "import torch; from triton_kernels.rmsnorm import rmsnorm; x = torch.full((2, 64), 3.0).bfloat16(); "
+        "y = torch.empty_like(x); rmsnorm(x, x[0], 0.0, None, y); assert (y == 3).all(), y"
+    )
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

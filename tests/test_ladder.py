@@ -1,4 +1,6 @@
-"""The ladders: every rung in both languages against the reference, the table against the files, and the records."""
+"""The ladders: every rung in both languages against the reference, the table against the files, and the
+records."""
+
 import re
 from pathlib import Path
 
@@ -18,8 +20,12 @@ from lab.report import ladder_figures, load
 ROOT = Path(__file__).resolve().parent.parent
 TITLE = re.compile(r"^\s*(?://|#) (\d+\. [\w ,+\-/]+):", re.M)
 SOURCES = {"cuda": "cuda_src/ladder/{}.cu", "triton": "triton_kernels/ladder/{}.py"}
-RUNGS = [pytest.param(rung, backend, id=f"{rung.op}-{rung.number}-{backend}")
-         for rung in rungs.RUNGS for backend in rungs.BACKENDS if backend not in rung.absent and not rung.product]
+RUNGS = [
+    pytest.param(rung, backend, id=f"{rung.op}-{rung.number}-{backend}")
+    for rung in rungs.RUNGS
+    for backend in rungs.BACKENDS
+    if backend not in rung.absent and not rung.product
+]
 
 
 def fitting(rung, dtype):
@@ -52,7 +58,9 @@ def test_table_and_files_name_the_same_rungs(op):
     assert [rung.product for rung in ladder_of_op] == [False] * (len(ladder_of_op) - 1) + [True]
     for backend, path in SOURCES.items():
         titles = TITLE.findall((ROOT / path.format(op)).read_text())
-        assert titles == [rung.title for rung in ladder_of_op if backend not in rung.absent and not rung.product]
+        assert titles == [
+            rung.title for rung in ladder_of_op if backend not in rung.absent and not rung.product
+        ]
     for rung in ladder_of_op:
         assert rung.idea and rung.gain and all(rung.absent.values())
         assert (rung.fits is None) == (not rung.needs)
@@ -60,6 +68,7 @@ def test_table_and_files_name_the_same_rungs(op):
 
 def test_the_last_rung_is_the_op_itself():
     from triton_kernels import common
+
     rung = rungs.rungs("linear")[-1]
     args = find("linear").inputs(Rand("cpu", torch.float32), batch=1, n=8, k=16)
     common.set_trace(True)
@@ -91,7 +100,9 @@ def test_check_runs_a_ladder(capsys):
 
 
 def test_a_wrong_rung_fails_the_check(capsys, monkeypatch):
-    monkeypatch.setitem(ladder._TRITON, "rmsnorm", lambda rung, x, w, eps, residual=None, out=None: out.zero_())
+    monkeypatch.setitem(
+        ladder._TRITON, "rmsnorm", lambda rung, x, w, eps, residual=None, out=None: out.zero_()
+    )
     functions = {"triton": lambda name: ladder.bind(ladder.rung_called(name), "triton")}
     assert ladder_check.check(["rmsnorm"], functions, ["fp32"], "cpu", 0) > 0
     assert "elements are off" in capsys.readouterr().out
@@ -104,16 +115,45 @@ def test_triton_rungs_compile(architecture):
     from triton_kernels import offline
     from triton_kernels.common import recording
     from triton_kernels.ladder import decode_attention, linear, rmsnorm
+
     bf16 = dict(dtype=torch.bfloat16, device="meta")
     ints = dict(dtype=torch.int32, device="meta")
     cache = torch.empty(64, 8, 16, 128, **bf16)
-    q, table, w = torch.empty(8, 32, 128, **bf16), torch.empty(8, 99, **ints), Workspace.empty(8, 32, 8, 128, 5, "meta")
-    run = {"linear": lambda n: linear.linear(n, torch.empty(1, 14336, **bf16), torch.empty(4096, 14336, **bf16), None,
-                                             torch.empty(1, 4096, **bf16)),
-           "rmsnorm": lambda n: rmsnorm.rmsnorm(n, torch.empty(64, 8192, **bf16), torch.empty(8192, **bf16), 1e-5, None,
-                                                torch.empty(64, 8192, **bf16)),
-           "decode_attention": lambda n: decode_attention.decode_attention(
-               n, q, cache, cache, table, torch.empty(8, **ints), 0.1, 5, w.partial, w.tickets, torch.empty_like(q))}
+    q, table, w = (
+        torch.empty(8, 32, 128, **bf16),
+        torch.empty(8, 99, **ints),
+        Workspace.empty(8, 32, 8, 128, 5, "meta"),
+    )
+    run = {
+        "linear": lambda n: linear.linear(
+            n,
+            torch.empty(1, 14336, **bf16),
+            torch.empty(4096, 14336, **bf16),
+            None,
+            torch.empty(1, 4096, **bf16),
+        ),
+        "rmsnorm": lambda n: rmsnorm.rmsnorm(
+            n,
+            torch.empty(64, 8192, **bf16),
+            torch.empty(8192, **bf16),
+            1e-5,
+            None,
+            torch.empty(64, 8192, **bf16),
+        ),
+        "decode_attention": lambda n: decode_attention.decode_attention(
+            n,
+            q,
+            cache,
+            cache,
+            table,
+            torch.empty(8, **ints),
+            0.1,
+            5,
+            w.partial,
+            w.tickets,
+            torch.empty_like(q),
+        ),
+    }
     for rung in rungs.RUNGS:
         if rung.product or "triton" in rung.absent:
             continue
@@ -133,10 +173,13 @@ def test_triton_rungs_compile(architecture):
 def test_bench_records_every_rung_and_the_report_shows_them(tmp_path, capsys):
     assert main(["bench", "ops", "rmsnorm", "--ladder", "--device", "cpu", "--out", str(tmp_path)]) == 0
     rows = schema.read(tmp_path).of_kind("op")
-    assert {(r.backend, r.rung) for r in rows} == {(b, r.number) for r in rungs.rungs("rmsnorm")
-                                                   for b in rungs.BACKENDS if b not in r.absent}
+    assert {(r.backend, r.rung) for r in rows} == {
+        (b, r.number) for r in rungs.rungs("rmsnorm") for b in rungs.BACKENDS if b not in r.absent
+    }
     assert all(r.us > 0 and r.emulated and r.of_ceiling is None for r in rows)
-    assert {(r.config["rung"], r.config["name"]) for r in rows} == {(r.number, r.name) for r in rungs.rungs("rmsnorm")}
+    assert {(r.config["rung"], r.config["name"]) for r in rows} == {
+        (r.number, r.name) for r in rungs.rungs("rmsnorm")
+    }
     run = load.load(tmp_path)[0]
     assert not len(run.op) and len(run.ladder) == len(rows)
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "page")]) == 0
@@ -150,13 +193,30 @@ def test_bench_records_every_rung_and_the_report_shows_them(tmp_path, capsys):
 
 def test_a_rung_that_fell_short_is_named(tmp_path):
     """A run with a GPU's figures made up for the purpose: rung 2 keeps its promise, rung 3 does not."""
+
     def row(number, us):
-        return schema.OpRow("r", "linear", "cuda", "bf16", 1, {"n": 8, "k": 8}, us=us, us_p10=us, us_p90=us, n=9,
-                             bytes=128, rung=number, gbps=1.0, of_ceiling=1.0 / us, note=f"Because {number}.",
-                             config={"rung": number, "name": f"Name {number}", "promised": 2.0})
+        return schema.OpRow(
+            "r",
+            "linear",
+            "cuda",
+            "bf16",
+            1,
+            {"n": 8, "k": 8},
+            us=us,
+            us_p10=us,
+            us_p90=us,
+            n=9,
+            bytes=128,
+            rung=number,
+            gbps=1.0,
+            of_ceiling=1.0 / us,
+            note=f"Because {number}.",
+            config={"rung": number, "name": f"Name {number}", "promised": 2.0},
+        )
+
     with schema.Writer(tmp_path) as writer:
         writer.append(schema.Env("r", "before", "cuda", gpu="made up"), row(1, 8.0), row(2, 4.0), row(3, 3.0))
-    figure, = ladder_figures.of_run(load.load(tmp_path)[0])
+    (figure,) = ladder_figures.of_run(load.load(tmp_path)[0])
     assert "3. Name 3 gained 1.33x where 2x was promised. Because 3." in figure.reading
     assert "2. Name 2 gained" not in figure.reading
     assert "Name 1 to Name 3 is 2.67 times faster" in figure.reading

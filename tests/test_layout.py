@@ -1,4 +1,5 @@
 """Where files lie: ops beside each other in both languages, and what several of them are made of in core/."""
+
 import re
 from pathlib import Path
 
@@ -6,7 +7,7 @@ from lab.ops import OPS
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA, TRITON = ROOT / "cuda_src", ROOT / "triton_kernels"
-MEASUREMENT = {"bandwidth"}         # a kernel that is no op
+MEASUREMENT = {"bandwidth"}  # a kernel that is no op
 
 
 def stems(folder, ending):
@@ -16,18 +17,25 @@ def stems(folder, ending):
 def test_a_kernel_file_is_an_op_and_cores_stand_apart():
     ops = {op.name for op in OPS} | MEASUREMENT
     assert stems(CUDA, ".cu") == ops and stems(CUDA, ".cuh") == {"common"}
-    kernels = {path.stem for path in TRITON.glob("*.py")
-               if re.search(rf"^@triton\.jit.*\ndef {path.stem}_\w*kernel\(", path.read_text(), re.M)}
+    kernels = {
+        path.stem
+        for path in TRITON.glob("*.py")
+        if re.search(rf"^@triton\.jit.*\ndef {path.stem}_\w*kernel\(", path.read_text(), re.M)
+    }
     assert kernels == ops
     assert stems(CUDA / "core", ".cuh") and stems(TRITON / "core", ".py")
     assert not (stems(CUDA / "core", ".cuh") | stems(TRITON / "core", ".py")) & ops
 
 
 def test_cores_of_one_name_say_the_same_of_themselves():
-    """A name stands for one thing in both languages: where there are two files of it, both begin with the same topic."""
+    """A name stands for one thing in both languages: where there are two files of it, both begin with the
+    same topic."""
     both = stems(CUDA / "core", ".cuh") & stems(TRITON / "core", ".py")
     assert both == {"split_attention"}
     for stem in both:
-        for text in ((CUDA / "core" / f"{stem}.cuh").read_text(), (TRITON / "core" / f"{stem}.py").read_text()):
+        for text in (
+            (CUDA / "core" / f"{stem}.cuh").read_text(),
+            (TRITON / "core" / f"{stem}.py").read_text(),
+        ):
             opening = re.split(r"#pragma|import ", text)[0]
             assert "paged cache" in opening and "softmax" in opening and "merge" in opening

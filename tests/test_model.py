@@ -1,4 +1,6 @@
-"""The decode step against a plain float64 recomputation, the paged cache, tokenizers, generation, `lab run`."""
+"""The decode step against a plain float64 recomputation, the paged cache, tokenizers, generation, `lab
+run`."""
+
 import argparse
 import json
 import random
@@ -31,35 +33,45 @@ from lab.model.text import tokenizer
 from lab.model.text.tokenizer import TextStream, Tokenizer, render_chat
 from lab.model.weights import load
 
-IDS = random.Random(0).choices(range(272), k=40)        # crosses two page boundaries
-TOLERANCE = 2e-5    # float32 over two layers and sums of up to 256 terms; the logits are of size 1 to 4
+IDS = random.Random(0).choices(range(272), k=40)  # crosses two page boundaries
+TOLERANCE = 2e-5  # float32 over two layers and sums of up to 256 terms; the logits are of size 1 to 4
 
 
 def make(name="llama", backend="torch", device="cpu", dtype=torch.float32, trace=None, **options):
     """A decoder with the weights of tiny_models.tensors(CONFIGS[name])."""
     config = CONFIGS[name]
-    return Decoder(load(RandomSource(config, seed=1), dtype, device), select(backend, device, trace=trace),
-                   max_context=options.pop("max_context", 64), **options)
+    return Decoder(
+        load(RandomSource(config, seed=1), dtype, device),
+        select(backend, device, trace=trace),
+        max_context=options.pop("max_context", 64),
+        **options,
+    )
 
 
 @pytest.fixture(autouse=True)
 def same_random_weights(monkeypatch, device):
-    """A GPU's generator gives other values than the CPU's: the tests' models are drawn on the CPU everywhere."""
+    """A GPU's generator gives other values than the CPU's: the tests' models are drawn on the CPU
+    everywhere."""
     fill = RandomSource.fill
     if device != "cpu":
+
         def fill_on_cpu(self, name, out):
             drawn = torch.empty(out.shape)
             fill(self, name, drawn)
             out.copy_(drawn)
+
         monkeypatch.setattr(RandomSource, "fill", fill_on_cpu)
 
 
 # --- the decode step ---
 
+
 @pytest.mark.parametrize("backend", ["torch", "cuda", "triton"])
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_decode_equals_recomputation(name, backend, device):
-    ids = IDS if backend != "triton" or device == "cuda" else IDS[:18]      # interpreted: a fifth of a second a token
+    ids = (
+        IDS if backend != "triton" or device == "cuda" else IDS[:18]
+    )  # interpreted: a fifth of a second a token
     want = reference_logits(CONFIGS[name], tensors(CONFIGS[name]), ids)
     got = teacher_forced_logits(make(name, backend, device, splits=2), ids)
     torch.testing.assert_close(got.double(), want, rtol=0, atol=TOLERANCE)
@@ -133,8 +145,10 @@ def test_greedy_follows_the_largest_logit(device):
 
 def test_sampling_is_seeded(device):
     decoder = make(device=device)
-    draw = [generate(decoder, IDS[:3], 20, Sampling(1.0, top_k=50, top_p=0.9, seed=seed)).output_ids
-            for seed in (1, 1, 2)]
+    draw = [
+        generate(decoder, IDS[:3], 20, Sampling(1.0, top_k=50, top_p=0.9, seed=seed)).output_ids
+        for seed in (1, 1, 2)
+    ]
     assert draw[0] == draw[1] != draw[2]
 
 
@@ -146,9 +160,16 @@ def test_trace_counts_every_op(device):
         assert row["backend"] == "torch"
         calls[row["op"]] += row["calls"]
     steps, layers = 3, 2
-    assert calls == {"embedding": steps, "rmsnorm": steps * (1 + 4 * layers), "linear": steps * (4 * layers + 1),
-                     "rope": steps * layers, "kv_append": steps * layers, "decode_attention": steps * layers,
-                     "silu_mul": steps * layers, "sample": steps}
+    assert calls == {
+        "embedding": steps,
+        "rmsnorm": steps * (1 + 4 * layers),
+        "linear": steps * (4 * layers + 1),
+        "rope": steps * layers,
+        "kv_append": steps * layers,
+        "decode_attention": steps * layers,
+        "silu_mul": steps * layers,
+        "sample": steps,
+    }
 
 
 @pytest.mark.gpu
@@ -166,6 +187,7 @@ def test_graph_equals_eager(backend):
 
 # --- the paged cache ---
 
+
 def cache(**options):
     arguments = {"sequences": 2, "max_context": 64, "dtype": torch.float32, "device": "cpu"} | options
     return PagedKVCache(CONFIGS["llama"], **arguments)
@@ -175,10 +197,10 @@ def test_pages_are_handed_out_shuffled_and_given_back():
     paged = cache()
     paged.extend(0, 40)
     paged.extend(1, 1)
-    paged.extend(0, 9)                                  # 49 tokens: a fourth page
+    paged.extend(0, 9)  # 49 tokens: a fourth page
     used = paged.block_table[0, :4].tolist() + paged.block_table[1, :1].tolist()
     assert used == paged.held[0] + paged.held[1] and len(set(used)) == 5
-    assert used != sorted(used)                         # seeded, so this cannot flicker
+    assert used != sorted(used)  # seeded, so this cannot flicker
     assert paged.utilisation() == {"pages_used": 5 / 8, "tokens_used": 50 / 128, "fill": 50 / 80}
     paged.release(0)
     paged.release(1)
@@ -187,7 +209,7 @@ def test_pages_are_handed_out_shuffled_and_given_back():
 
 def test_write_and_read_through_the_block_table():
     paged = cache()
-    for length in (7, 13):                              # interleaved, so that pages of the two mix
+    for length in (7, 13):  # interleaved, so that pages of the two mix
         for sequence in (0, 1):
             paged.extend(sequence, length)
     k, v = torch.randn(2, 20, 2, 64).unbind()
@@ -203,18 +225,25 @@ def test_write_and_read_through_the_block_table():
 def test_full_cache():
     paged = cache(max_context=40)
     paged.extend(0, 40)
-    with pytest.raises(LabError, match="sequence 0 would hold 41 tokens and its limit is 40; raise --max-context"):
+    with pytest.raises(
+        LabError, match="sequence 0 would hold 41 tokens and its limit is 40; raise --max-context"
+    ):
         paged.extend(0, 1)
     small = cache(pages=3)
     small.extend(0, 20)
     with pytest.raises(LabError, match=r"needs 2 more page\(s\) of 16 tokens and 1 of 3 are free"):
         small.extend(1, 17)
-    assert small.lengths == [20, 0] and len(small.free) == 1    # refused as a whole
+    assert small.lengths == [20, 0] and len(small.free) == 1  # refused as a whole
 
 
-@pytest.mark.parametrize("options, says", [({"page_size": 24}, "page size 24: choose from 16"),
-                                           ({"max_context": 0}, "at least 1"),
-                                           ({"max_context": 257}, "longer than the 256")])
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ({"page_size": 24}, "page size 24: choose from 16"),
+        ({"max_context": 0}, "at least 1"),
+        ({"max_context": 257}, "longer than the 256"),
+    ],
+)
 def test_bad_cache(options, says):
     with pytest.raises(LabError, match=says):
         cache(**options)
@@ -222,12 +251,13 @@ def test_bad_cache(options, says):
 
 # --- generation ---
 
+
 def test_stops_at_eos(device):
     decoder = make(device=device)
     free = generate(decoder, IDS[:9], 10).output_ids
     stop = free[4]
     result = generate(decoder, IDS[:9], 10, stop_ids={stop})
-    assert result.output_ids == free[:free.index(stop) + 1] and result.stopped_by == "stop"
+    assert result.output_ids == free[: free.index(stop) + 1] and result.stopped_by == "stop"
     assert decoder.cache.utilisation()["pages_used"] == 0
 
 
@@ -235,14 +265,20 @@ def test_cache_fills_up_on_the_way(device):
     decoder, seen = make(device=device, max_context=20), []
     with pytest.raises(LabError, match="KV cache is full: sequence 0 would hold 21 tokens"):
         generate(decoder, IDS[:18], 10, on_token=seen.append)
-    assert len(seen) == 3                                # tokens 18, 19 and 20 were read
+    assert len(seen) == 3  # tokens 18, 19 and 20 were read
     assert not decoder.live_rows and decoder.cache.utilisation()["pages_used"] == 0
-    assert len(generate(decoder, IDS[:18], 3).output_ids) == 3       # and the decoder still works
+    assert len(generate(decoder, IDS[:18], 3).output_ids) == 3  # and the decoder still works
 
 
-@pytest.mark.parametrize("prompt, says", [
-    ([], "prompt is empty"), ([3, 272], "id 272 is outside the vocabulary of 272"), ([-1], "id -1 is outside"),
-    ([1] * 65, "has 65 tokens and the cache holds 64")])
+@pytest.mark.parametrize(
+    "prompt, says",
+    [
+        ([], "prompt is empty"),
+        ([3, 272], "id 272 is outside the vocabulary of 272"),
+        ([-1], "id -1 is outside"),
+        ([1] * 65, "has 65 tokens and the cache holds 64"),
+    ],
+)
 def test_bad_prompts(prompt, says):
     with pytest.raises(LabError, match=says):
         generate(make(), prompt, 4)
@@ -258,8 +294,16 @@ def test_nan_is_an_error_not_a_token(device):
 def test_plans_and_sampling_are_checked():
     with pytest.raises(LabError, match="unknown plan 'fast': choose from basic, fused"):
         find_plan("fast", 1, torch.float32)
-    for wrong in ({"temperature": -1.0}, {"temperature": 1e-45}, {"temperature": float("inf")}, {"top_k": -1},
-                  {"top_k": 1 << 31}, {"top_p": 0.0}, {"top_p": 1.5}, {"seed": -1}):
+    for wrong in (
+        {"temperature": -1.0},
+        {"temperature": 1e-45},
+        {"temperature": float("inf")},
+        {"top_k": -1},
+        {"top_k": 1 << 31},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"seed": -1},
+    ):
         with pytest.raises(LabError, match=next(iter(wrong))):
             Sampling(**wrong)
 
@@ -273,8 +317,10 @@ TEXT = "Hello, Grüße 🎉 漢字 123 don't\n\n  x"
 def two_tokenizers(tmp_path_factory):
     """The same tokenizer from a GGUF file and from a Hugging Face folder."""
     folder = tmp_path_factory.mktemp("tokenizers")
-    return {"gguf": open_source(str(write_gguf(folder / "tiny.gguf", CONFIGS["llama"]))).tokenizer(),
-            "folder": open_source(str(write_folder(folder / "tiny", CONFIGS["llama"]))).tokenizer()}
+    return {
+        "gguf": open_source(str(write_gguf(folder / "tiny.gguf", CONFIGS["llama"]))).tokenizer(),
+        "folder": open_source(str(write_folder(folder / "tiny", CONFIGS["llama"]))).tokenizer(),
+    }
 
 
 @pytest.mark.parametrize("kind", ["gguf", "folder"])
@@ -285,7 +331,8 @@ def test_tokenizer(two_tokenizers, kind):
     assert t.encode("<|start|>h") == [256, t.backend.token_to_id("h")] and t.decode([256, 257]) == ""
     assert t.eos == {257} and t.bos is None and t.size == 272
     assert t.encode_chat([{"role": "user", "content": "hello"}]) == t.encode(
-        "<|start|>user\nhello<|end|><|start|>assistant\n")
+        "<|start|>user\nhello<|end|><|start|>assistant\n"
+    )
 
 
 @pytest.mark.parametrize("kind", ["gguf", "folder"])
@@ -299,7 +346,7 @@ def test_streaming_gives_whole_characters(two_tokenizers, kind):
 
 def test_streaming_flushes_what_never_completes(two_tokenizers):
     t = two_tokenizers["gguf"]
-    ids = t.encode("a🎉")[:-1]                          # three of the four bytes
+    ids = t.encode("a🎉")[:-1]  # three of the four bytes
     stream = t.stream()
     assert "".join(map(stream.push, ids)) == "a"
     assert "a" + stream.finish() == t.decode(ids)
@@ -314,23 +361,38 @@ def test_byte_order_of_random_ids_streams_to_the_same_text(two_tokenizers):
 
 
 def gguf_scalars(**changes):
-    return {f"tokenizer.ggml.{key}": value for key, value in {
-        "model": "gpt2", "pre": "smollm", "bos_token_id": 256, "eos_token_id": 257, **changes}.items()}
+    return {
+        f"tokenizer.ggml.{key}": value
+        for key, value in {
+            "model": "gpt2",
+            "pre": "smollm",
+            "bos_token_id": 256,
+            "eos_token_id": 257,
+            **changes,
+        }.items()
+    }
 
 
 def gguf_tokenizer(tokens=None, merges=None, kinds=None, scores=None, **scalars):
     default_tokens, default_merges = byte_level_vocabulary(272)
-    arrays = {"tokens": default_tokens if tokens is None else tokens, "scores": scores, "token_type": kinds,
-              "merges": default_merges if merges is None else merges}
+    arrays = {
+        "tokens": default_tokens if tokens is None else tokens,
+        "scores": scores,
+        "token_type": kinds,
+        "merges": default_merges if merges is None else merges,
+    }
     return tokenizer.from_gguf(gguf_scalars(**scalars), lambda key: arrays[key.rpartition(".")[2]], "file")
 
 
-@pytest.mark.parametrize("pre, text, pieces", [
-    ("llama-bpe", "a1234 b'S\n", ["a", "123", "4", "Ġb", "'S", "Ċ"]),
-    ("qwen2", "a1234 b'S\n", ["a", "1", "2", "3", "4", "Ġb", "'S", "Ċ"]),
-    ("smollm", "a12 b's", ["a", "1", "2", "Ġb", "'s"]),
-    ("gpt-2", "a12 b's", ["a", "12", "Ġb", "'s"]),
-])
+@pytest.mark.parametrize(
+    "pre, text, pieces",
+    [
+        ("llama-bpe", "a1234 b'S\n", ["a", "123", "4", "Ġb", "'S", "Ċ"]),
+        ("qwen2", "a1234 b'S\n", ["a", "1", "2", "3", "4", "Ġb", "'S", "Ċ"]),
+        ("smollm", "a12 b's", ["a", "1", "2", "Ġb", "'s"]),
+        ("gpt-2", "a12 b's", ["a", "12", "Ġb", "'s"]),
+    ],
+)
 def test_pre_tokenizers(pre, text, pieces):
     backend = gguf_tokenizer(pre=pre).backend
     assert [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(text)] == pieces
@@ -341,18 +403,21 @@ def test_qwen2_normalizes():
     assert t.encode("e\u0301") == t.encode("\u00e9")
 
 
-@pytest.mark.parametrize("changes, says", [
-    ({"pre": "tekken"}, "pre-tokenizer 'tekken' is not supported"),
-    ({"model": "t5"}, "tokenizer model 't5' is not supported"),
-    ({"model": None}, "no tokenizer in it; use --ids"),
-    ({"tokens": []}, "no tokenizer in it; use --ids"),
-    ({"kinds": [1, 1]}, "272 tokens but 2 token types"),
-    ({"merges": ["h"]}, "mangled"),
-    ({"merges": ["h zzz"]}, "mangled"),
-    ({"bos_token_id": 272, "add_bos_token": True}, "bos_token_id 272 is outside the vocabulary of 272"),
-    ({"tokens": ["a", "a"], "merges": []}, "repeats tokens"),
-    ({"model": "llama"}, "no score for each token"),
-])
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"pre": "tekken"}, "pre-tokenizer 'tekken' is not supported"),
+        ({"model": "t5"}, "tokenizer model 't5' is not supported"),
+        ({"model": None}, "no tokenizer in it; use --ids"),
+        ({"tokens": []}, "no tokenizer in it; use --ids"),
+        ({"kinds": [1, 1]}, "272 tokens but 2 token types"),
+        ({"merges": ["h"]}, "mangled"),
+        ({"merges": ["h zzz"]}, "mangled"),
+        ({"bos_token_id": 272, "add_bos_token": True}, "bos_token_id 272 is outside the vocabulary of 272"),
+        ({"tokens": ["a", "a"], "merges": []}, "repeats tokens"),
+        ({"model": "llama"}, "no score for each token"),
+    ],
+)
 def test_bad_gguf_tokenizers(changes, says):
     with pytest.raises(LabError, match=says):
         gguf_tokenizer(**changes)
@@ -362,12 +427,14 @@ def sentencepiece_by_hand(text, vocab, scores):
     """llama.cpp's algorithm: merge the adjacent pair whose joined piece scores highest, leftmost first."""
     pieces = list("▁" + text.replace(" ", "▁"))
     while True:
-        best = max(((scores[a + b], -i) for i, (a, b) in enumerate(zip(pieces, pieces[1:])) if a + b in vocab),
-                   default=None)
+        best = max(
+            ((scores[a + b], -i) for i, (a, b) in enumerate(zip(pieces, pieces[1:])) if a + b in vocab),
+            default=None,
+        )
         if best is None:
             break
         i = -best[1]
-        pieces[i:i + 2] = [pieces[i] + pieces[i + 1]]
+        pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
     ids = []
     for piece in pieces:
         ids += [vocab[piece]] if piece in vocab else [vocab[f"<0x{byte:02X}>"] for byte in piece.encode()]
@@ -388,7 +455,9 @@ def test_sentencepiece():
     ranks = {piece: -float(rank) for rank, piece in enumerate(chance.sample(pieces, len(pieces)))}
     scores = [ranks.get(token, -1e6) for token in tokens]
     kinds = [2, 3, 3, *[6] * 256, *[1] * (len(tokens) - 259)]
-    t = gguf_tokenizer(tokens, [], kinds, scores, model="llama", bos_token_id=1, eos_token_id=2, unknown_token_id=0)
+    t = gguf_tokenizer(
+        tokens, [], kinds, scores, model="llama", bos_token_id=1, eos_token_id=2, unknown_token_id=0
+    )
     vocab, by_piece = {token: i for i, token in enumerate(tokens)}, dict(zip(tokens, scores))
     for _ in range(200):
         text = "".join(chance.choices(["a", "b", "c", "d", " ", "é"], k=chance.randint(1, 12)))
@@ -410,8 +479,12 @@ def test_missing_and_broken_tokenizer_of_a_folder(tmp_path):
 
 def test_chat_template_runs_in_a_sandbox():
     messages = [{"role": "user", "content": "hi"}]
-    escapes = ["{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.append(1) }}",
-               "{{ raise_exception.__globals__['json'] }}", "{% for i in range(10**9) %}{% endfor %}"]
+    escapes = [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{{ raise_exception.__globals__['json'] }}",
+        "{% for i in range(10**9) %}{% endfor %}",
+    ]
     for template in escapes:
         with pytest.raises(LabError, match="chat template cannot be rendered"):
             render_chat(template, messages, {})
@@ -423,11 +496,14 @@ def test_chat_template_runs_in_a_sandbox():
 
 
 def test_chat_template_has_what_templates_use():
-    template = ("{{ bos_token }}{% for m in messages %}{% if loop.last %}{% break %}{% endif %}{{ m.content | trim }}"
-                "{% endfor %}{{ messages[1] | tojson }}{{ strftime_now('%Y') | length }}{{ add_generation_prompt }}")
+    template = (
+        "{{ bos_token }}{% for m in messages %}{% if loop.last %}{% break %}{% endif %}{{ m.content | trim }}"
+        "{% endfor %}{{ messages[1] | tojson }}{{ strftime_now('%Y') | length }}{{ add_generation_prompt }}"
+    )
     messages = [{"role": "user", "content": " hi "}, {"role": "assistant", "content": "é<"}]
     assert render_chat(template, messages, {"bos_token": "<s>"}) == (
-        '<s>hi{"role": "assistant", "content": "é<"}4True')
+        '<s>hi{"role": "assistant", "content": "é<"}4True'
+    )
     with pytest.raises(LabError, match="no chat template; use --raw"):
         Tokenizer(gguf_tokenizer().backend).encode_chat(messages)
 
@@ -439,6 +515,7 @@ def test_text_stream_waits_for_a_character():
 
 
 # --- lab run ---
+
 
 def lab_run(*words):
     parser = argparse.ArgumentParser()
@@ -453,18 +530,45 @@ def tiny_gguf(tmp_path_factory):
 
 def test_run_writes_what_it_did(tiny_gguf, tmp_path, capsys, device):
     out = tmp_path / "run.json"
-    status = lab_run(tiny_gguf, "--backend", "torch", "--prompt", "hello", "--max-new-tokens", 6, "--ignore-eos",
-                     "--dtype", "fp32", "--device", device, "--trace", "--json", out)
+    status = lab_run(
+        tiny_gguf,
+        "--backend",
+        "torch",
+        "--prompt",
+        "hello",
+        "--max-new-tokens",
+        6,
+        "--ignore-eos",
+        "--dtype",
+        "fp32",
+        "--device",
+        device,
+        "--trace",
+        "--json",
+        out,
+    )
     written, printed = json.loads(out.read_text()), capsys.readouterr()
     assert status == 0
-    assert set(written) == {"prompt_ids", "output_ids", "text", "backend", "overrides", "plan", "device", "dtype",
-                            "kernels", "prefill_ms", "decode_ms", "stopped_by"}
+    assert set(written) == {
+        "prompt_ids",
+        "output_ids",
+        "text",
+        "backend",
+        "overrides",
+        "plan",
+        "device",
+        "dtype",
+        "kernels",
+        "prefill_ms",
+        "decode_ms",
+        "stopped_by",
+    }
     assert len(written["output_ids"]) == len(written["decode_ms"]) == 6
     assert printed.out == written["text"] + "\n"
     assert "decode_attention" in printed.err and "6 new tokens" in printed.err
     assert {row["op"]: row["calls"] for row in written["kernels"]}["decode_attention"] == 12
     assert (written["backend"], written["overrides"], written["plan"]) == ("torch", {}, "basic")
-    assert list(tmp_path.iterdir()) == [out]            # nothing left beside it
+    assert list(tmp_path.iterdir()) == [out]  # nothing left beside it
     rendered = "<|start|>user\nhello<|end|><|start|>assistant\n"
     assert written["prompt_ids"] == gguf_tokenizer(kinds=[1] * 256 + [3, 3] + [1] * 14).encode(rendered)
 
@@ -474,14 +578,23 @@ def test_run_variants_agree(tiny_gguf, tmp_path, capsys):
     common = ("--backend", "torch", "--device", "cpu", "--max-new-tokens", 5)
     folder = write_folder(tmp_path / "tiny", CONFIGS["llama"], tokenizer=False)
     outputs = []
-    for number, words in enumerate([(tiny_gguf, "--raw", "--prompt", "AB"), (tiny_gguf, "--ids", "32,33"),
-                                    (tiny_gguf, "--ids", "32,33", "--no-stream"), (folder, "--ids", "32,33")]):
+    for number, words in enumerate(
+        [
+            (tiny_gguf, "--raw", "--prompt", "AB"),
+            (tiny_gguf, "--ids", "32,33"),
+            (tiny_gguf, "--ids", "32,33", "--no-stream"),
+            (folder, "--ids", "32,33"),
+        ]
+    ):
         path = tmp_path / f"{number}.json"
         assert lab_run(*words, *common, "--json", path) == 0
         outputs.append((json.loads(path.read_text()), capsys.readouterr().out))
     assert len({tuple(record["output_ids"]) for record, _ in outputs}) == 1
     assert outputs[1][1] == outputs[2][1] == outputs[0][0]["text"] + "\n"
-    assert outputs[3][0]["text"] is None and outputs[3][1] == ",".join(map(str, outputs[3][0]["output_ids"])) + "\n"
+    assert (
+        outputs[3][0]["text"] is None
+        and outputs[3][1] == ",".join(map(str, outputs[3][0]["output_ids"])) + "\n"
+    )
 
 
 def test_run_with_a_tokenizer_that_is_not_supported(tmp_path, capsys):
@@ -495,44 +608,63 @@ def test_run_with_a_tokenizer_that_is_not_supported(tmp_path, capsys):
     assert len(printed.out.split(",")) == 2 and "tekken" in printed.err and "no text is shown" in printed.err
 
 
-@pytest.mark.parametrize("words, says", [
-    (["--ids", "1,272"], "id 272 is outside the vocabulary of 272"),
-    (["--ids", "1,two"], "write token ids with commas"),
-    (["--prompt", "hello", "--max-context", "8"], "prompt has 20 tokens and the cache holds 8; raise --max-context"),
-    (["--ids", ",".join("1" * 257)], "prompt has 257 tokens and the cache holds 256, all that model tiny was made for"),
-    (["--ids", "1", "--max-context", "300"], "longer than the 256"),
-    (["--ids", "1", "--max-context", "0"], "cache holds 0"),
-    (["--ids", "1", "--page-size", "20"], "page size 20"),
-    (["--ids", "1", "--max-new-tokens", "0"], "--max-new-tokens 0"),
-    (["--ids", "1", "--temperature", "-1"], "temperature -1.0"),
-    (["--ids", "1", "--dtype", "fp8"], "unknown dtype 'fp8'"),
-    (["--ids", "1", "--device", "tpu"], "unknown device 'tpu'"),
-    (["--ids", "1", "--device", "cpu:3"], "unknown device 'cpu:3'"),
-    (["--prompt", "a\udcff"], "not valid UTF-8"),                           # how Python passes on a stray byte
-    (["--ids", "1", "--json", "."], "'.' is a folder"),
-    (["--ids", "1", "--plan", "quick"], "unknown plan"),
-    (["--ids", "1", "--override", "rope=metal"], "unknown backend 'metal'"),
-    (["--ids", "1", "--override", "rop=cuda"], "unknown op 'rop': did you mean rope"),
-    (["--ids", "1", "--json", "no/such/folder/x.json"], "its folder does not exist"),
-    (["--prompt", "x", "--weights", "random"], "has no tokenizer here; pass token ids with --ids"),
-])
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["--ids", "1,272"], "id 272 is outside the vocabulary of 272"),
+        (["--ids", "1,two"], "write token ids with commas"),
+        (
+            ["--prompt", "hello", "--max-context", "8"],
+            "prompt has 20 tokens and the cache holds 8; raise --max-context",
+        ),
+        (
+            ["--ids", ",".join("1" * 257)],
+            "prompt has 257 tokens and the cache holds 256, all that model tiny was made for",
+        ),
+        (["--ids", "1", "--max-context", "300"], "longer than the 256"),
+        (["--ids", "1", "--max-context", "0"], "cache holds 0"),
+        (["--ids", "1", "--page-size", "20"], "page size 20"),
+        (["--ids", "1", "--max-new-tokens", "0"], "--max-new-tokens 0"),
+        (["--ids", "1", "--temperature", "-1"], "temperature -1.0"),
+        (["--ids", "1", "--dtype", "fp8"], "unknown dtype 'fp8'"),
+        (["--ids", "1", "--device", "tpu"], "unknown device 'tpu'"),
+        (["--ids", "1", "--device", "cpu:3"], "unknown device 'cpu:3'"),
+        (["--prompt", "a\udcff"], "not valid UTF-8"),  # how Python passes on a stray byte
+        (["--ids", "1", "--json", "."], "'.' is a folder"),
+        (["--ids", "1", "--plan", "quick"], "unknown plan"),
+        (["--ids", "1", "--override", "rope=metal"], "unknown backend 'metal'"),
+        (["--ids", "1", "--override", "rop=cuda"], "unknown op 'rop': did you mean rope"),
+        (["--ids", "1", "--json", "no/such/folder/x.json"], "its folder does not exist"),
+        (["--prompt", "x", "--weights", "random"], "has no tokenizer here; pass token ids with --ids"),
+    ],
+)
 def test_run_refuses(tiny_gguf, tmp_path, monkeypatch, capsys, words, says):
     monkeypatch.chdir(tmp_path)
     extra = [] if "--json" in words else ["--json", "out.json"]
     with pytest.raises(LabError, match=says) as caught:
-        lab_run(tiny_gguf, "--backend", "torch", *([] if "--device" in words else ["--device", "cpu"]), *words, *extra)
+        lab_run(
+            tiny_gguf,
+            "--backend",
+            "torch",
+            *([] if "--device" in words else ["--device", "cpu"]),
+            *words,
+            *extra,
+        )
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir()) and capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("file, content, says", [
-    ("generation_config.json", b'{"eos_token_id": [[1]]}', "eos_token_id is .*; expected token ids"),
-    ("generation_config.json", b'{"eos_token_id": "</s>"}', "eos_token_id is .*; expected token ids"),
-    ("chat_template.jinja", b"\xff\xfe", "chat_template.jinja cannot be read"),
-    ("tokenizer_config.json", b'{"chat_template": "{% for %}"}', "chat template cannot be rendered"),
-    ("tokenizer_config.json", b"[1", "tokenizer_config.json cannot be read"),
-    ("tokenizer.json", b"{}", "tokenizer.json is mangled"),
-])
+@pytest.mark.parametrize(
+    "file, content, says",
+    [
+        ("generation_config.json", b'{"eos_token_id": [[1]]}', "eos_token_id is .*; expected token ids"),
+        ("generation_config.json", b'{"eos_token_id": "</s>"}', "eos_token_id is .*; expected token ids"),
+        ("chat_template.jinja", b"\xff\xfe", "chat_template.jinja cannot be read"),
+        ("tokenizer_config.json", b'{"chat_template": "{% for %}"}', "chat template cannot be rendered"),
+        ("tokenizer_config.json", b"[1", "tokenizer_config.json cannot be read"),
+        ("tokenizer.json", b"{}", "tokenizer.json is mangled"),
+    ],
+)
 def test_run_refuses_a_mangled_file_beside_the_weights(tmp_path, capsys, file, content, says):
     folder = write_folder(tmp_path / "tiny", CONFIGS["llama"])
     (folder / file).write_bytes(content)
@@ -545,6 +677,7 @@ def test_an_error_after_streamed_text_begins_a_line(tiny_gguf, capsys, monkeypat
     def fails(*arguments, on_text, **options):
         on_text("some text")
         raise LabError("no more")
+
     monkeypatch.setattr("lab.model.generate.generate", fails)
     with pytest.raises(LabError, match="no more"):
         lab_run(tiny_gguf, "--backend", "torch", "--device", "cpu", "--ids", "32")
@@ -554,10 +687,26 @@ def test_an_error_after_streamed_text_begins_a_line(tiny_gguf, capsys, monkeypat
 
 def test_the_override_of_the_environment_goes_before_a_table(tiny_gguf, tmp_path, monkeypatch, capsys):
     table = tmp_path / "table.json"
-    table.write_text(json.dumps({op: [{"batch": 1, "context": None, "backend": "cuda"}] for op in ("rope", "sample")}))
+    table.write_text(
+        json.dumps({op: [{"batch": 1, "context": None, "backend": "cuda"}] for op in ("rope", "sample")})
+    )
     monkeypatch.setenv("LAB_OVERRIDE", "rope=triton")
-    assert lab_run(tiny_gguf, "--backend", "torch", "--device", "cpu", "--ids", "32", "--max-new-tokens", 1,
-                   "--dispatch", table) == 0
+    assert (
+        lab_run(
+            tiny_gguf,
+            "--backend",
+            "torch",
+            "--device",
+            "cpu",
+            "--ids",
+            "32",
+            "--max-new-tokens",
+            1,
+            "--dispatch",
+            table,
+        )
+        == 0
+    )
     assert "[torch, rope=triton, sample=cuda, plan basic" in capsys.readouterr().err
 
 

@@ -1,4 +1,6 @@
-"""`make mutants`: its list fits the sources, and its runner tells a mutant that is noticed from one that is not."""
+"""`make mutants`: its list fits the sources, and its runner tells a mutant that is noticed from one that is
+not."""
+
 import os
 import re
 import signal
@@ -8,7 +10,8 @@ from pathlib import Path
 
 import pytest
 from mutants import run
-from mutants.mutants import MUTANTS, Mutant
+from mutants.mutant import Mutant, mutate, places
+from mutants.mutants import MUTANTS
 
 from lab.contract import DTYPES
 from lab.ops import find
@@ -19,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: f"{m.file}: {m.why}")
 def test_a_mutant_changes_one_place_that_is_there(mutant):
     text = (ROOT / mutant.file).read_text()
-    assert text.count(mutant.old) == 1 and mutant.new != mutant.old
+    assert mutate(text, mutant) != text
     assert find(mutant.op) and mutant.dtype in ("", *DTYPES)
     words = mutant.tests.split()
     assert not words or (ROOT / words[0]).is_file()
@@ -44,6 +47,7 @@ def test_a_child_that_fails_crashes_or_ends_is_told_apart(tmp_path):
     def said(function, *arguments):
         passed, log = run.run_forked((function, *arguments), tmp_path)
         return passed, run.last_line(log)
+
     assert said(lambda text: print(text) or 0, "all right\n") == (True, "all right")
     assert said(lambda: print("wrong") or 1) == (False, "wrong")
     assert said(lambda: 1 / 0) == (False, "ZeroDivisionError: division by zero")
@@ -55,27 +59,41 @@ def test_what_failed_is_run_again_without_the_mutant():
     assert run.failing_part(whole, "case bf16 0\ncase bf16 3\nended by SIGSEGV") == (*whole, ("bf16", 3))
     assert run.failing_part(whole, "ImportError: no module") == whole
     tests = (run.run_tests, "tests/test_rope.py", "-k", "cuda")
-    assert run.failing_part(tests, "..F\nFAILED tests/test_rope.py::test_it[idle last-cuda] - assert 1\n") == (
-        run.run_tests, "tests/test_rope.py::test_it[idle last-cuda]")
+    assert run.failing_part(
+        tests, "..F\nFAILED tests/test_rope.py::test_it[idle last-cuda] - assert 1\n"
+    ) == (run.run_tests, "tests/test_rope.py::test_it[idle last-cuda]")
     assert run.failing_part(tests, "ended by SIGSEGV") == tests
 
 
 @pytest.mark.slow
 def test_a_planted_fault_is_killed_and_an_equivalent_one_survives(monkeypatch, capsys):
-    """The runner as a whole, on mutants of a Triton kernel, which compiles nothing but what the build lacks."""
+    """The runner as a whole, on mutants of a Triton kernel, which compiles nothing but what the build
+    lacks."""
+
     def score(old, new):
         mutant = Mutant("triton_kernels/rope.py", old, new, "planted", "rope", dtype="bf16")
         monkeypatch.setattr(run, "MUTANTS", [mutant])
         monkeypatch.setattr(sys, "argv", ["run.py", "--jobs", "1"])
         status = run.main()
         return status, re.search(r"(\d) of 1 mutants killed", capsys.readouterr().out)[1]
+
     old = "(position >= 0)[:, None]"
     assert score(old, "(position >= -1)[:, None]") == (0, "1")
     assert score(old, "(position > -1)[:, None]") == (1, "0")
-    assert score(old, "(position >= 0") == (0, "1")                      # does not even parse
+    assert score(old, "(position >= 0") == (0, "1")  # does not even parse
 
 
 def test_a_list_without_a_mutant_is_a_mistake():
-    done = subprocess.run([sys.executable, ROOT / "tests/mutants/run.py", "--only", "no such mutant"], text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests/mutants/run.py", "--only", "no such mutant"],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     assert done.returncode == 2 and "no mutants" in done.stderr
+
+
+def test_a_place_is_found_however_its_lines_are_broken():
+    assert places("x = f(a,\n        b) + 1", "f(a, b)+1")
+    assert not places("inta;", "int a;") and not places("xf(a)", "f(a)") and places("f(a)f(a)", "f(a)")
+    assert mutate("u = sizes(a, bb) * 2;", Mutant("", "bb) *2", "b) / 2", "")) == "u = sizes(a, b) / 2;"

@@ -2,6 +2,7 @@
 
 On a machine with no GPU `cuda` is the host build and `triton` the interpreter, on the same cases.
 """
+
 import pytest
 import torch
 
@@ -11,8 +12,12 @@ from lab.dispatch import select
 from lab.ops import OPS
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-CASES = [pytest.param(op, dtype, c, id=f"{op.name}-{NAMES[dtype]}-{i}")
-         for op in OPS for dtype in op.dtypes for i, c in enumerate(op.cases)]
+CASES = [
+    pytest.param(op, dtype, c, id=f"{op.name}-{NAMES[dtype]}-{i}")
+    for op in OPS
+    for dtype in op.dtypes
+    for i, c in enumerate(op.cases)
+]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,7 +1,9 @@
-"""The model against Hugging Face transformers: tiny models of every architecture, and SmolLM2-135M's real weights.
+"""The model against Hugging Face transformers: tiny models of every architecture, and SmolLM2-135M's real
+weights.
 
 `make oracle` runs these. The oracle reads the same file in float32 and gets the same ids.
 """
+
 import os
 import time
 
@@ -17,15 +19,26 @@ from lab.model.weights import load
 
 pytestmark = pytest.mark.oracle
 
-LIMIT = 1e-3            # largest logit difference allowed in float32; the logits of SmolLM2 reach about 30
-SECONDS = 180           # what interpreted Triton may take
+LIMIT = 1e-3  # largest logit difference allowed in float32; the logits of SmolLM2 reach about 30
+SECONDS = 180  # what interpreted Triton may take
 QUESTION = "What is the capital of France?"
 ANSWER = [504, 3575, 282, 4649, 314, 7042, 30, 2]
-TEXT = ("The city lies on the river Seine, in the north of the country. About two million people live there, and many "
-        "more come every year to see its museums, its bridges and its food.")
-PROMPTS = [QUESTION, "Write one sentence about the sea.", "Name three colours.", "What is 2 + 2?",
-           "Translate 'good morning' into French.", "Why is the sky blue?", "Who wrote Hamlet?", "List the seasons.",
-           "What does a compiler do?", "Tell me a joke."]
+TEXT = (
+    "The city lies on the river Seine, in the north of the country. About two million people live there, "
+    "and many more come every year to see its museums, its bridges and its food."
+)
+PROMPTS = [
+    QUESTION,
+    "Write one sentence about the sea.",
+    "Name three colours.",
+    "What is 2 + 2?",
+    "Translate 'good morning' into French.",
+    "Why is the sky blue?",
+    "Who wrote Hamlet?",
+    "List the seasons.",
+    "What does a compiler do?",
+    "Tell me a joke.",
+]
 
 
 @pytest.mark.parametrize("style", ["rope_scaling", "rope_parameters"])
@@ -33,6 +46,7 @@ PROMPTS = [QUESTION, "Write one sentence about the sea.", "Name three colours.",
 def test_tiny_models(tmp_path, name, style):
     """config.json means the same to both: as transformers 4 wrote it, and as transformers 5 writes it."""
     from transformers import AutoModelForCausalLM
+
     folder = write_folder(tmp_path / "tiny", CONFIGS[name], shards=2)
     oracle = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if style == "rope_parameters":
@@ -49,8 +63,11 @@ def test_tiny_models(tmp_path, name, style):
 def oracle():
     """SmolLM2-135M by transformers, float32, on the CPU (about 25 s)."""
     from transformers import AutoModelForCausalLM
+
     path = default_model_file()
-    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=DEFAULT_FILE, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=DEFAULT_FILE, dtype=torch.float32
+    ).eval()
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +85,7 @@ def forced(oracle, model):
     answer = tokenizer.encode(TEXT)[:32]
     assert len(answer) == 32
     with torch.no_grad():
-        logits = oracle(torch.tensor([prompt + answer])).logits[0, len(prompt):]
+        logits = oracle(torch.tensor([prompt + answer])).logits[0, len(prompt) :]
     return prompt + answer, len(prompt), logits
 
 
@@ -86,7 +103,7 @@ def test_logits_triton(forced, model, device):
     """All 32 steps on a GPU; interpreted, as many as fit in three minutes and at least two."""
     ids, prompt, want = forced
     decoder = Decoder(model[1], select("triton", device), max_context=128)
-    decoder.admit(0, ids[:prompt + 1])
+    decoder.admit(0, ids[: prompt + 1])
     started, worst = time.monotonic(), []
     while len(worst) < 32 and (device == "cuda" or time.monotonic() - started < SECONDS):
         decoder.ids[0] = ids[prompt + len(worst)]
@@ -105,9 +122,14 @@ def test_greedy_ids(oracle, model, device, backend):
     for number, text in enumerate(PROMPTS[:count]):
         prompt = tokenizer.encode_chat([{"role": "user", "content": text}])
         with torch.no_grad():
-            out = oracle.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=2,
-                                  attention_mask=torch.ones(1, len(prompt)))
-        want = out[0, len(prompt):].tolist()
+            out = oracle.generate(
+                torch.tensor([prompt]),
+                max_new_tokens=24,
+                do_sample=False,
+                eos_token_id=2,
+                attention_mask=torch.ones(1, len(prompt)),
+            )
+        want = out[0, len(prompt) :].tolist()
         got = generate(decoder, prompt, 24, stop_ids={2}, tokenizer=tokenizer)
         assert got.output_ids == want, (text, got.text)
         assert number or got.output_ids == ANSWER
@@ -118,10 +140,14 @@ def test_greedy_ids(oracle, model, device, backend):
 def test_half_precision_logits(forced, device, backend, dtype):
     """Reported, and bounded: 30 layers of about 16 roundings of half an epsilon each."""
     ids, prompt, want = forced
-    decoder = Decoder(load(open_source("smollm2-135m"), dtype, device), select(backend, device), max_context=128)
+    decoder = Decoder(
+        load(open_source("smollm2-135m"), dtype, device), select(backend, device), max_context=128
+    )
     steps = 8 if device == "cpu" else 32
-    got = teacher_forced_logits(decoder, ids[:prompt + steps], prompt)
+    got = teacher_forced_logits(decoder, ids[: prompt + steps], prompt)
     worst, agree = (got - want[:steps]).abs().max(), (got.argmax(1) == want[:steps].argmax(1)).sum()
-    print(f"{backend} on {device}, {dtype}: largest logit difference of {steps} steps {worst:.3f}, "
-          f"same best token in {agree}")
+    print(
+        f"{backend} on {device}, {dtype}: largest logit difference of {steps} steps {worst:.3f}, "
+        f"same best token in {agree}"
+    )
     assert worst < 30 * 16 * torch.finfo(dtype).eps / 2 * want.abs().max()

@@ -1,4 +1,6 @@
-"""`lab try`: a copy of a built-in kernel passes in its place, a broken one does not, and nothing else changes."""
+"""`lab try`: a copy of a built-in kernel passes in its place, a broken one does not, and nothing else
+changes."""
+
 import os
 import re
 import signal
@@ -16,7 +18,10 @@ from lab.learn import own_kernel
 from lab.ops import find
 from lab.records import schema
 
-SOURCES = {".cu": own_kernel.ROOT / "cuda_src/silu_mul.cu", ".py": own_kernel.ROOT / "triton_kernels/silu_mul.py"}
+SOURCES = {
+    ".cu": own_kernel.ROOT / "cuda_src/silu_mul.cu",
+    ".py": own_kernel.ROOT / "triton_kernels/silu_mul.py",
+}
 
 
 def own(folder, suffix, old="", new=""):
@@ -32,11 +37,15 @@ def own(folder, suffix, old="", new=""):
 def test_a_copy_passes_every_case(suffix, tmp_path, capsys):
     assert cli.main(["try", str(own(tmp_path, suffix)), "--op", "silu_mul", "--device", "cpu"]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert [line.split()[:3] for line in said[:-1]] == [["silu_mul", t, f"mine{suffix}"] for t in ("fp32", "fp16", "bf16")]
+    assert [line.split()[:3] for line in said[:-1]] == [
+        ["silu_mul", t, f"mine{suffix}"] for t in ("fp32", "fp16", "bf16")
+    ]
     assert said[-1].startswith("right in every case; not raced")
 
 
-@pytest.mark.parametrize("suffix, old, new", [(".cu", "expf(-g)", "expf(g)"), (".py", "tl.exp(-g)", "tl.exp(g)")])
+@pytest.mark.parametrize(
+    "suffix, old, new", [(".cu", "expf(-g)", "expf(g)"), (".py", "tl.exp(-g)", "tl.exp(g)")]
+)
 def test_a_wrong_kernel_fails_and_the_built_in_ones_stay(suffix, old, new, tmp_path, capsys):
     path = own(tmp_path, suffix, old, new)
     assert cli.main(["try", str(path), "--op", "silu_mul", "--device", "cpu", "--dtype", "fp32"]) == 1
@@ -47,12 +56,23 @@ def test_a_wrong_kernel_fails_and_the_built_in_ones_stay(suffix, old, new, tmp_p
         torch.testing.assert_close(select(backend).silu_mul(gate_up), want)
 
 
-@pytest.mark.parametrize("name, text, message", [
-    ("a.cu", "int x", "does not compile"), ("b.cu", "int x;", "lacks the launcher silu_mul of cuda_src/launchers.h"),
-    ("row_of_numbers.cu", "void silu_mul(unsigned long gate_up, unsigned long y, int rows, int cols, int, unsigned long) {}",
-     "lacks the launcher silu_mul of cuda_src/launchers.h, void silu_mul(const SiluMulArgs& a)"),
-    ("c.py", "x = 1", "has no function silu_mul"), ("d.py", "import nothing_like_it", "ModuleNotFoundError"),
-    ("e.txt", "", "give a .cu file"), ("missing.cu", None, "no such file")])
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("a.cu", "int x", "does not compile"),
+        ("b.cu", "int x;", "lacks the launcher silu_mul of cuda_src/launchers.h"),
+        (
+            "row_of_numbers.cu",
+            "void silu_mul(unsigned long gate_up, unsigned long y, int rows, int cols, int, unsigned long) "
+            "{}",
+            "lacks the launcher silu_mul of cuda_src/launchers.h, void silu_mul(const SiluMulArgs& a)",
+        ),
+        ("c.py", "x = 1", "has no function silu_mul"),
+        ("d.py", "import nothing_like_it", "ModuleNotFoundError"),
+        ("e.txt", "", "give a .cu file"),
+        ("missing.cu", None, "no such file"),
+    ],
+)
 def test_a_file_that_is_no_kernel(name, text, message, tmp_path, capsys):
     if text is not None:
         (tmp_path / name).write_text(text)
@@ -101,12 +121,17 @@ def silu_mul(gate_up, y):
     grid = lambda meta: (triton.cdiv(n, meta["BLOCK"]),)
     kernel[grid](gate_up, y, n, y.shape[1]MORE)
 """
-AUTOTUNE = """@triton.autotune([triton.Config({"BLOCK": 256}, num_warps=4), triton.Config({"BLOCK": 64})], key=["n"])"""
+AUTOTUNE = """@triton.autotune(
+    [triton.Config({"BLOCK": 256}, num_warps=4), triton.Config({"BLOCK": 64})], key=["n"]
+)"""
 HEURISTICS = """@triton.heuristics({"BLOCK": lambda args: triton.next_power_of_2(args["cols"])})"""
 
 
-@pytest.mark.parametrize("decorators, more", [("", ", BLOCK=128"), (AUTOTUNE, ""), (HEURISTICS, "")],
-                         ids=["plain", "autotune", "heuristics"])
+@pytest.mark.parametrize(
+    "decorators, more",
+    [("", ", BLOCK=128"), (AUTOTUNE, ""), (HEURISTICS, "")],
+    ids=["plain", "autotune", "heuristics"],
+)
 def test_a_file_that_launches_as_the_tutorials_do(decorators, more, tmp_path, capsys):
     path = tmp_path / "tutorial.py"
     path.write_text(TUTORIAL.replace("DECORATORS", decorators).replace("MORE", more))
@@ -115,20 +140,60 @@ def test_a_file_that_launches_as_the_tutorials_do(decorators, more, tmp_path, ca
     assert tried(path) == 1
 
 
-@pytest.mark.parametrize("text, status, message", [
-    ("import sys; sys.exit(0)", 2, "SystemExit: 0"),
-    ("import os; os._exit(0)", 2, "ended with exit status 0 before it was done"),
-    ("import os\ndef silu_mul(gate_up, y): os._exit(0)", 1, "ended with exit status 0 before it was done"),
-    ("import os, signal\ndef silu_mul(gate_up, y): os.kill(os.getpid(), signal.SIGSEGV)", 1, "was ended by SIGSEGV"),
-    ("import lab.check, lab.arena\nlab.check.compare = lab.check.check_case = lambda *a: lab.check.Outcome(None, 0.0)\n"
-     "lab.arena.Arena.damage = lambda *a: None\ndef silu_mul(gate_up, y): y.zero_()", 1, "elements are off"),
-    ("import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'{}\\n')\n    except OSError: pass\n"
-     "def silu_mul(gate_up, y): y.zero_()", 2, "wrote into the pipe of the check"),
-    ("def silu_mul(gate_up, y): raise ValueError('planted')", 1, "ValueError: planted"),
-    ("def silu_mul(gate_up): pass", 1, "TypeError"),
-    ("import triton\n@triton.jit\ndef silu_mul(gate_up, y): pass", 2, "write a function silu_mul(gate_up, y)"),
-    ("import triton\nD = triton.runtime.driver.active.get_active_torch_device()", 2, "take the device from the tensors"),
-], ids=["sys.exit", "_exit", "_exit in a call", "crash", "patched", "forged", "raises", "arguments", "jit", "driver"])
+@pytest.mark.parametrize(
+    "text, status, message",
+    [
+        ("import sys; sys.exit(0)", 2, "SystemExit: 0"),
+        ("import os; os._exit(0)", 2, "ended with exit status 0 before it was done"),
+        (
+            "import os\ndef silu_mul(gate_up, y): os._exit(0)",
+            1,
+            "ended with exit status 0 before it was done",
+        ),
+        (
+            "import os, signal\ndef silu_mul(gate_up, y): os.kill(os.getpid(), signal.SIGSEGV)",
+            1,
+            "was ended by SIGSEGV",
+        ),
+        (
+            "import lab.check, lab.arena\nlab.check.compare = lab.check.check_case = lambda *a: "
+            "lab.check.Outcome(None, 0.0)\n"
+            "lab.arena.Arena.damage = lambda *a: None\ndef silu_mul(gate_up, y): y.zero_()",
+            1,
+            "elements are off",
+        ),
+        (
+            "import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'{}\\n')\n    except OSError: pass\n"
+            "def silu_mul(gate_up, y): y.zero_()",
+            2,
+            "wrote into the pipe of the check",
+        ),
+        ("def silu_mul(gate_up, y): raise ValueError('planted')", 1, "ValueError: planted"),
+        ("def silu_mul(gate_up): pass", 1, "TypeError"),
+        (
+            "import triton\n@triton.jit\ndef silu_mul(gate_up, y): pass",
+            2,
+            "write a function silu_mul(gate_up, y)",
+        ),
+        (
+            "import triton\nD = triton.runtime.driver.active.get_active_torch_device()",
+            2,
+            "take the device from the tensors",
+        ),
+    ],
+    ids=[
+        "sys.exit",
+        "_exit",
+        "_exit in a call",
+        "crash",
+        "patched",
+        "forged",
+        "raises",
+        "arguments",
+        "jit",
+        "driver",
+    ],
+)
 def test_a_file_cannot_pass_by_ending_or_patching(text, status, message, tmp_path, capsys):
     path = tmp_path / "hostile.py"
     path.write_text(text)
@@ -139,17 +204,28 @@ def test_a_file_cannot_pass_by_ending_or_patching(text, status, message, tmp_pat
 
 
 def test_a_cuda_file_that_exits_at_loading(tmp_path, capsys):
-    path = own(tmp_path, ".cu", "using namespace lab;",
-               "#include <cstdlib>\nstatic struct Quit { Quit() { exit(0); } } quit;\nusing namespace lab;")
+    path = own(
+        tmp_path,
+        ".cu",
+        "using namespace lab;",
+        "#include <cstdlib>\nstatic struct Quit { Quit() { exit(0); } } quit;\nusing namespace lab;",
+    )
     assert tried(path) == 2
     assert "ended with exit status 0 before it was done" in capsys.readouterr().err
 
 
 def test_cuda_faults_are_failed_cases(tmp_path, capsys):
     """One case crashes, one writes an element past the output; the case before and the judge live on."""
-    path = own(tmp_path, ".cu", "  store(y + r * cols + c, out);",
-               "  store(y + r * cols + c, out);\n  if (rows == 64 && index == 0) y[int64_t(rows) * cols] = out.v[0];")
-    path.write_text(path.read_text().replace("  if (a.rows == 0) return;", "  if (a.rows == 3) __builtin_trap();"))
+    path = own(
+        tmp_path,
+        ".cu",
+        "  store(y + r * cols + c, out);",
+        "  store(y + r * cols + c, out);\n  if (rows == 64 && index == 0) y[int64_t(rows) * cols] = "
+        "out.v[0];",
+    )
+    path.write_text(
+        path.read_text().replace("  if (a.rows == 0) return;", "  if (a.rows == 3) __builtin_trap();")
+    )
     assert tried(path) == 1
     said = capsys.readouterr().out
     assert re.search(r"1/3 cases +FAILED", said) and "was ended by SIG" in said
@@ -169,7 +245,9 @@ def test_an_endless_kernel_ends_at_the_time_limit(tmp_path, capsys):
 
 def test_an_interrupt_ends_the_kernel(tmp_path):
     path, started = tmp_path / "endless.py", tmp_path / "pid"
-    path.write_text(ENDLESS + f"    import os; open({str(started)!r}, 'w').write(str(os.getpid()))\n    while True: pass")
+    path.write_text(
+        ENDLESS + f"    import os; open({str(started)!r}, 'w').write(str(os.getpid()))\n    while True: pass"
+    )
     command = [sys.executable, "-m", "lab", "try", str(path), "--op", "silu_mul", "--device", "cpu"]
     process = subprocess.Popen(command, cwd=own_kernel.ROOT, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
@@ -187,8 +265,7 @@ def test_help_says_what_a_file_contains(capsys):
         cli.main(["try", "--help"])
     said = capsys.readouterr().out
     assert "def silu_mul(gate_up, y)" in said and "void silu_mul(const SiluMulArgs& a)" in said
-    assert "void silu_mul(const SiluMulArgs& a)" in (
-        own_kernel.ROOT / "cuda_src/launchers.h").read_text()
+    assert "void silu_mul(const SiluMulArgs& a)" in (own_kernel.ROOT / "cuda_src/launchers.h").read_text()
 
 
 @pytest.mark.gpu
@@ -196,7 +273,18 @@ def test_help_says_what_a_file_contains(capsys):
 @pytest.mark.parametrize("suffix", SOURCES)
 def test_a_race_on_a_gpu(suffix, tmp_path, capsys):
     path = own(tmp_path, suffix)
-    command = ["try", str(path), "--op", "silu_mul", "--dtype", "bf16", "--batch", "1", "--out", str(tmp_path / "out")]
+    command = [
+        "try",
+        str(path),
+        "--op",
+        "silu_mul",
+        "--dtype",
+        "bf16",
+        "--batch",
+        "1",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert cli.main(command) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if " of the ceiling; " in line)
     assert "cuda" in line and "triton" in line

@@ -1,4 +1,6 @@
-"""The persistent plan against the basic plan: within rounding the same logits, their best token, in one kernel."""
+"""The persistent plan against the basic plan: within rounding the same logits, their best token, in one
+kernel."""
+
 import random
 from dataclasses import replace
 
@@ -17,12 +19,14 @@ from lab.model.sampling import GREEDY, Sampling
 from lab.model.sources.random import RandomSource
 from lab.model.weights import load
 
-HALVES = pytest.mark.parametrize("backend", ["cuda", "triton"])     # what is launched, and its workspace
+HALVES = pytest.mark.parametrize("backend", ["cuda", "triton"])  # what is launched, and its workspace
 BF16 = torch.bfloat16
-PROMPT = random.Random(1).choices(range(272), k=15)                 # the steps cross the end of a page
+PROMPT = random.Random(1).choices(range(272), k=15)  # the steps cross the end of a page
 
 
-def decoder(config, backend, device, plan="persistent", dtype=BF16, prompt=PROMPT, trace=None, o_bias=False, **options):
+def decoder(
+    config, backend, device, plan="persistent", dtype=BF16, prompt=PROMPT, trace=None, o_bias=False, **options
+):
     weights = load(RandomSource(config, seed=1), dtype, device)
     if o_bias:
         for layer in weights.layers:
@@ -34,7 +38,8 @@ def decoder(config, backend, device, plan="persistent", dtype=BF16, prompt=PROMP
 
 
 def agree(name, dtype, backend, device, o_bias=False):
-    """Steps both plans over the same tokens. Half precision's bound is test_fused.py's: the roundings are the same."""
+    """Steps both plans over the same tokens. Half precision's bound is test_fused.py's: the roundings are the
+    same."""
     d = decoder(CONFIGS[name], backend, device, dtype=dtype, o_bias=o_bias)
     basic = decoder(CONFIGS[name], "torch", device, "basic", torch.float32, o_bias=o_bias)
     for _ in range(STEPS):
@@ -95,12 +100,22 @@ def test_an_id_outside_the_vocabulary_gives_no_token(wrong, backend, device):
     d = decoder(CONFIGS["llama"], backend, device)
     d.ids.fill_(wrong)
     assert d.step().tolist() == [-1] and d.logits.isnan().all()
-    assert d.step().tolist() == [-1]                                # which -1 itself is
+    assert d.step().tolist() == [-1]  # which -1 itself is
 
 
-@pytest.mark.parametrize("options, said", [
-    (dict(batch=2), "plan persistent decodes one sequence, not a batch of 2: use --batch 1, or --plan fused"),
-    (dict(dtype=torch.float64), "plan persistent takes models in .*bf16 alone: use --dtype bf16, or --plan fused")])
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (
+            dict(batch=2),
+            "plan persistent decodes one sequence, not a batch of 2: use --batch 1, or --plan fused",
+        ),
+        (
+            dict(dtype=torch.float64),
+            "plan persistent takes models in .*bf16 alone: use --dtype bf16, or --plan fused",
+        ),
+    ],
+)
 def test_what_the_plan_does_not_take_is_refused_before_memory_is_taken(options, said, monkeypatch):
     monkeypatch.setattr(decoders, "PagedKVCache", None)
     with pytest.raises(LabError, match=said):
@@ -113,7 +128,7 @@ def test_a_model_with_too_many_query_heads_is_refused():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("context", [40, 3000])                     # one split, and several of several tiles
+@pytest.mark.parametrize("context", [40, 3000])  # one split, and several of several tiles
 @pytest.mark.parametrize("name", shapes.MODELS)
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_full_widths_on_a_gpu(backend, name, context):
@@ -126,7 +141,7 @@ def test_full_widths_on_a_gpu(backend, name, context):
         model_bench.fill(d, 1, context)
         found = []
         for _ in range(STEPS):
-            d.ids.fill_(7)                                          # the same tokens for all
+            d.ids.fill_(7)  # the same tokens for all
             d.step()
             found.append(d.logits.clone())
         return torch.stack(found)

@@ -1,4 +1,5 @@
 """Records: schema, atomic appends, torn lines, newer schemas, keys."""
+
 import json
 import multiprocessing
 import os
@@ -32,8 +33,18 @@ EXAMPLES = [
     OpRow("r1", "linear", "cuda", "bf16", 1, {"n": 8, "k": 4}, us=8.0, us_p10=7.0, us_p90=9.0, n=20),
     ModelRow("r1", "m", "cuda", "basic", "graph", "bf16", 1, 1024, us=1000.0),
     LedgerRow("r1", "m", "cuda", "basic", "bf16", 1, 1024, "kernel", op="linear", kernel="k", us=1.0),
-    Fairness("r1", "linear", "cuda", "bf16", "sm_90a", {"n": 8, "k": 4}, "k", registers=40, occupancy=0.5,
-             mix={"shuffle": 5}),
+    Fairness(
+        "r1",
+        "linear",
+        "cuda",
+        "bf16",
+        "sm_90a",
+        {"n": 8, "k": 4},
+        "k",
+        registers=40,
+        occupancy=0.5,
+        mix={"shuffle": 5},
+    ),
     Repeat("r1", "a", "b", "c0ffee", 200, 1, 2, 3, 0.015, 0.03),
 ]
 
@@ -77,14 +88,20 @@ def test_torn_last_line_is_a_notice_and_is_cut_on_append(tmp_path):
     assert again.rows == [EXAMPLES[1], EXAMPLES[3]] and again.notices == []
 
 
-@pytest.mark.parametrize("line, what", [
-    ("{broken\n", "not JSON"),
-    ("[1]\n", "not a record"),
-    ('{"kind":"op"}\n', "no schema"),
-    ('{"schema":1,"kind":"song"}\n', "unknown kind"),
-    ('{"schema":1,"kind":"ceiling","run":"r","direction":"read","backend":"x","bytes":1,"speed":3}\n', "unknown speed"),
-    ('{"schema":1,"kind":"ceiling","run":"r","direction":"read"}\n', "no backend, bytes"),
-])
+@pytest.mark.parametrize(
+    "line, what",
+    [
+        ("{broken\n", "not JSON"),
+        ("[1]\n", "not a record"),
+        ('{"kind":"op"}\n', "no schema"),
+        ('{"schema":1,"kind":"song"}\n', "unknown kind"),
+        (
+            '{"schema":1,"kind":"ceiling","run":"r","direction":"read","backend":"x","bytes":1,"speed":3}\n',
+            "unknown speed",
+        ),
+        ('{"schema":1,"kind":"ceiling","run":"r","direction":"read"}\n', "no backend, bytes"),
+    ],
+)
 def test_a_bad_line_is_named(tmp_path, line, what):
     (tmp_path / schema.FILE).write_text(to_line(EXAMPLES[0]) + line)
     with pytest.raises(LabError, match=rf"records\.jsonl:2: .*{what}"):
@@ -109,7 +126,13 @@ def test_keys_ignore_run_time_and_member_order_but_not_identity():
     a = OpRow("r1", "linear", "cuda", "bf16", 1, {"n": 8, "k": 4}, us=8.0)
     b = OpRow("r2", "linear", "cuda", "bf16", 1, {"k": 4, "n": 8}, us=9.0, config={"splits": 4}, models=["m"])
     assert key(a) == key(b)
-    for change in (dict(backend="triton"), dict(batch=2), dict(cache="warm"), dict(timer="event"), dict(dtype="fp16")):
+    for change in (
+        dict(backend="triton"),
+        dict(batch=2),
+        dict(cache="warm"),
+        dict(timer="event"),
+        dict(dtype="fp16"),
+    ):
         assert key(a) != key(OpRow(**{**a.__dict__, **change})), change
     assert len({key(r) for r in EXAMPLES}) == len(EXAMPLES)
 
@@ -132,9 +155,11 @@ def test_two_writers_never_mix_their_lines(tmp_path):
 
 
 def test_a_killed_run_leaves_whole_lines(tmp_path):
-    code = ("import sys; from lab.records.schema import *\n"
-            "w = Writer(sys.argv[1])\n"
-            "while True: w.append(*[OpRow('r', 'linear', 'cuda', 'bf16', 1, {'n': 1}, note='x' * 3000)] * 8)")
+    code = (
+        "import sys; from lab.records.schema import *\n"
+        "w = Writer(sys.argv[1])\n"
+        "while True: w.append(*[OpRow('r', 'linear', 'cuda', 'bf16', 1, {'n': 1}, note='x' * 3000)] * 8)"
+    )
     child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
     path = tmp_path / schema.FILE
     deadline = time.time() + 30

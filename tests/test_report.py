@@ -1,4 +1,6 @@
-"""lab report: pictures and pages from synthetic records, whole and awkward, and the page in a headless Chromium."""
+"""lab report: pictures and pages from synthetic records, whole and awkward, and the page in a headless
+Chromium."""
+
 import html as htmllib
 import io
 import itertools
@@ -46,14 +48,41 @@ def report(source, out=None, run=None):
 
 
 def env(run="r", **fields):
-    return Env(**{"run": run, "when": "before", "device": "cuda", "gpu": "Synthetic GPU", "commit": "0", "throttle": [],
-                  "notes": [synthetic.NOTE], **fields})
+    return Env(
+        **{
+            "run": run,
+            "when": "before",
+            "device": "cuda",
+            "gpu": "Synthetic GPU",
+            "commit": "0",
+            "throttle": [],
+            "notes": [synthetic.NOTE],
+            **fields,
+        }
+    )
 
 
 def op_row(run="r", backend="cuda", **fields):
-    return OpRow(**{"run": run, "op": "linear", "backend": backend, "dtype": "bf16", "batch": 1, "role": "qkv",
-                    "shape": {"n": 8, "k": 8}, "us": 10.0, "us_p10": 9.0, "us_p90": 11.0, "n": 20, "bytes": 20000000,
-                    "flops": 20000000, "gbps": 2000.0, "of_ceiling": 0.66, **fields})
+    return OpRow(
+        **{
+            "run": run,
+            "op": "linear",
+            "backend": backend,
+            "dtype": "bf16",
+            "batch": 1,
+            "role": "qkv",
+            "shape": {"n": 8, "k": 8},
+            "us": 10.0,
+            "us_p10": 9.0,
+            "us_p90": 11.0,
+            "n": 20,
+            "bytes": 20000000,
+            "flops": 20000000,
+            "gbps": 2000.0,
+            "of_ceiling": 0.66,
+            **fields,
+        }
+    )
 
 
 class Page(HTMLParser):
@@ -88,6 +117,7 @@ def one_theme(monkeypatch):
         if theme is style.LIGHT:
             last["png"] = real(figure, theme, emulated)
         return last["png"]
+
     monkeypatch.setattr(figures, "png", png)
 
 
@@ -103,9 +133,11 @@ def undrawn(monkeypatch):
 def folder(tmp_path_factory):
     """A GPU run and an emulated one (both synthetic) in two subfolders, and the report of them."""
     where = tmp_path_factory.mktemp("records")
-    few = {"rmsnorm", "linear", "decode_attention", "sample"}        # of the ops: drawing takes most of the time
-    for name, rows in (("card", synthetic.make(**SMALL)),
-                       ("laptop", synthetic.make("20240101T000000-emul", emulated=True))):
+    few = {"rmsnorm", "linear", "decode_attention", "sample"}  # of the ops: drawing takes most of the time
+    for name, rows in (
+        ("card", synthetic.make(**SMALL)),
+        ("laptop", synthetic.make("20240101T000000-emul", emulated=True)),
+    ):
         synthetic.write(where / name, [r for r in rows if r.kind != "op" or r.op in few])
     assert report(where) == 0
     return where
@@ -117,6 +149,7 @@ def text(folder):
 
 
 # The page
+
 
 def test_every_picture_has_alt_text_a_table_and_a_command(folder, text):
     found = Page(text)
@@ -135,9 +168,14 @@ def test_page_is_self_contained(text):
     found = Page(text)
     for tag, attrs in found.tags:
         for name in ("src", "srcset", "href", "action", "data", "poster"):
-            assert re.match(r"data:image/png;base64,|#", attrs.get(name) or "#"), f"<{tag} {name}={attrs[name][:40]}>"
+            assert re.match(r"data:image/png;base64,|#", attrs.get(name) or "#"), (
+                f"<{tag} {name}={attrs[name][:40]}>"
+            )
     assert not found.of("link") and not found.of("iframe")
-    assert re.search(r"(?:https?:)?//[a-z]+\.", re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", text)) is None
+    assert (
+        re.search(r"(?:https?:)?//[a-z]+\.", re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", text))
+        is None
+    )
     assert "@import" not in text and "url(" not in text
     assert any("default-src 'none'" in m.get("content", "") for m in found.of("meta"))
 
@@ -197,33 +235,52 @@ def test_twins_stand_in_the_sections_of_the_newest_run_only(text):
 
 
 def test_fairness_cards_put_the_sides_beside_each_other(tmp_path, undrawn):
-    side = dict(run="r", op="linear", dtype="bf16", arch="sm_90a", shape={"batch": 1, "n": 8}, occupancy=0.3125)
-    cards = [Fairness(**side, backend="cuda", kernel="linear_stream_kernel", registers=96),
-             Fairness(**side, backend="triton", kernel="linear_kernel", configurations=12)]
+    side = dict(
+        run="r", op="linear", dtype="bf16", arch="sm_90a", shape={"batch": 1, "n": 8}, occupancy=0.3125
+    )
+    cards = [
+        Fairness(**side, backend="cuda", kernel="linear_stream_kernel", registers=96),
+        Fairness(**side, backend="triton", kernel="linear_kernel", configurations=12),
+    ]
     synthetic.write(tmp_path, [env(), op_row(), *cards])
     caption, frame = page.card(page.one_call(load.load(tmp_path)[0].fairness, "bf16"))
     assert caption == "Fairness card: bf16, sm_90a, batch=1 n=8"
     assert list(frame) == ["", "CUDA: linear_stream_kernel", "Triton: linear_kernel"]
     rows = {row[0]: row[1:] for row in frame.itertuples(index=False, name=None)}
-    assert rows["registers of a thread"] == ("96", "–") and rows["configurations to choose from"] == ("–", "12")
+    assert rows["registers of a thread"] == ("96", "–") and rows["configurations to choose from"] == (
+        "–",
+        "12",
+    )
     assert rows["theoretical occupancy"] == ("31%", "31%")
     report(tmp_path)
-    assert (tmp_path / "index.html").read_text().count("Fairness card: bf16") == 3       # summary, label, caption
+    assert (tmp_path / "index.html").read_text().count("Fairness card: bf16") == 3  # summary, label, caption
 
 
 def test_the_instruction_mix_stands_below_the_card(tmp_path, undrawn):
     side = dict(run="r", op="linear", dtype="bf16", arch="sm_90a", shape={"batch": 1, "n": 8})
-    cards = [Fairness(**side, backend="cuda", kernel="a_kernel", mix={"tensor core": 4, "integer and address": 50}),
-             Fairness(**side, backend="triton", kernel="b_kernel", mix={"global load, 128 bit": 1200, "other": 2,
-                                                                        "integer and address": 40, "new class": 1}),
-             Fairness(**side, backend="triton", kernel="old_kernel")]
+    cards = [
+        Fairness(
+            **side, backend="cuda", kernel="a_kernel", mix={"tensor core": 4, "integer and address": 50}
+        ),
+        Fairness(
+            **side,
+            backend="triton",
+            kernel="b_kernel",
+            mix={"global load, 128 bit": 1200, "other": 2, "integer and address": 40, "new class": 1},
+        ),
+        Fairness(**side, backend="triton", kernel="old_kernel"),
+    ]
     synthetic.write(tmp_path, [env(), op_row(), *cards])
     caption, frame = page.mix(page.one_call(load.load(tmp_path)[0].fairness, "bf16"))
     assert caption == "Instructions of machine code, each counted once: bf16, sm_90a, batch=1 n=8"
     assert list(frame) == ["", "CUDA: a_kernel", "Triton: b_kernel", "Triton: old_kernel"]
     shown = {row[0]: row[1:3] for row in frame.itertuples(index=False, name=None)}
-    assert shown == {"global load, 128 bit": (0, 1200), "tensor core": (4, 0), "new class": (0, 1),
-                     "addresses, moves, control flow": (50, 42)}
+    assert shown == {
+        "global load, 128 bit": (0, 1200),
+        "tensor core": (4, 0),
+        "new class": (0, 1),
+        "addresses, moves, control flow": (50, 42),
+    }
     assert frame["Triton: old_kernel"].isna().all()
     report(tmp_path)
     assert "1,200" in (tmp_path / "index.html").read_text()
@@ -240,11 +297,14 @@ def test_without_fairness_cards_the_page_says_what_makes_them(tmp_path, undrawn)
 
 
 def test_fairness_cards_alone(tmp_path, undrawn):
-    card = Fairness(run="r", op="linear", backend="cuda", dtype="bf16", arch="sm_90a", shape={}, kernel="linear_kernel")
+    card = Fairness(
+        run="r", op="linear", backend="cuda", dtype="bf16", arch="sm_90a", shape={}, kernel="linear_kernel"
+    )
     assert "Fairness card: bf16, sm_90a" in draw(tmp_path, [card])
 
 
 # Awkward records
+
 
 def draw(tmp_path, rows):
     synthetic.write(tmp_path, rows)
@@ -280,31 +340,52 @@ def test_missing_backend(tmp_path, undrawn):
 
 
 def test_failures_are_listed(tmp_path, one_theme):
-    words = draw(tmp_path, [env(), op_row(), op_row(backend="triton", us=None, error="out of memory: try less")])
+    words = draw(
+        tmp_path, [env(), op_row(), op_row(backend="triton", us=None, error="out of memory: try less")]
+    )
     assert "1 measurements failed" in words and "out of memory: try less" in words
 
 
 def test_values_that_are_no_numbers_are_left_out(tmp_path, one_theme):
-    lines = [json.dumps({"schema": 1, "kind": "op", "run": "r", "op": "linear", "backend": "cuda", "dtype": "bf16",
-                         "batch": batch, "shape": {"n": i}, "us": us, "n": 3})
-             for i, (batch, us) in enumerate([(1, 5.0), (1, float("nan")), (1, float("inf")), (1, -3.0), (1, "fast"),
-                                              ([4], 5.0), (None, 5.0)])]
+    lines = [
+        json.dumps(
+            {
+                "schema": 1,
+                "kind": "op",
+                "run": "r",
+                "op": "linear",
+                "backend": "cuda",
+                "dtype": "bf16",
+                "batch": batch,
+                "shape": {"n": i},
+                "us": us,
+                "n": 3,
+            }
+        )
+        for i, (batch, us) in enumerate(
+            [(1, 5.0), (1, float("nan")), (1, float("inf")), (1, -3.0), (1, "fast"), ([4], 5.0), (None, 5.0)]
+        )
+    ]
     (tmp_path / "records.jsonl").write_text("\n".join(lines) + "\n")
     report(tmp_path)
     words = "".join(Page((tmp_path / "index.html").read_text()).text)
-    assert all(f"records.jsonl:{line}: left out: {field} is " in words
-               for line, field in enumerate(["us"] * 4 + ["batch"] * 2, 2))
+    assert all(
+        f"records.jsonl:{line}: left out: {field} is " in words
+        for line, field in enumerate(["us"] * 4 + ["batch"] * 2, 2)
+    )
     assert (tmp_path / "figures" / "linear-time.png").exists()
 
 
 def test_missing_spread_and_wrong_types_are_drawn(tmp_path, one_theme):
-    rows = [env(throttle="none", peers="none", settings=3, sm_mhz="fast"),
-            op_row(us_p10=None, us_p90=None, n=None, models="all", verdict="faster", shape=7),
-            op_row(backend="triton", us_p10=None, us_p90=None, n=None, bytes=None, flops=None, of_ceiling=None),
-            ModelRow("r", "m", "cuda", "basic", "graph", "bf16", 1, 64, us=5.0),
-            LedgerRow("r", "m", "cuda", "basic", "bf16", 1, 64, "total", us=5.0),
-            LedgerRow("r", "m", "cuda", "basic", "bf16", 1, 64, "kernel", op="linear", us=4.0),
-            LedgerRow("r", "m", "cuda", "basic", "bf16", 1, 64, "unexplained", us=-1.0)]
+    rows = [
+        env(throttle="none", peers="none", settings=3, sm_mhz="fast"),
+        op_row(us_p10=None, us_p90=None, n=None, models="all", verdict="faster", shape=7),
+        op_row(backend="triton", us_p10=None, us_p90=None, n=None, bytes=None, flops=None, of_ceiling=None),
+        ModelRow("r", "m", "cuda", "basic", "graph", "bf16", 1, 64, us=5.0),
+        LedgerRow("r", "m", "cuda", "basic", "bf16", 1, 64, "total", us=5.0),
+        LedgerRow("r", "m", "cuda", "basic", "bf16", 1, 64, "kernel", op="linear", us=4.0),
+        LedgerRow("r", "m", "cuda", "basic", "bf16", 1, 64, "unexplained", us=-1.0),
+    ]
     assert "p10 and p90 not recorded for all" in draw(tmp_path, rows)
 
 
@@ -316,9 +397,15 @@ def test_newer_schema_among_others_is_a_notice(tmp_path, one_theme):
     assert "skipped 1 lines of a newer schema" in (tmp_path / "index.html").read_text()
 
 
-@pytest.mark.parametrize("content, message", [
-    ("", "no records in"), ('{"schema": 99, "kind": "op"}\n', "newer schema"), ("{not json}\n", "not JSON"),
-    ('{"schema": 1, "kind": "poem", "run": "r"}\n', "unknown kind 'poem'")])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("", "no records in"),
+        ('{"schema": 99, "kind": "op"}\n', "newer schema"),
+        ("{not json}\n", "not JSON"),
+        ('{"schema": 1, "kind": "poem", "run": "r"}\n', "unknown kind 'poem'"),
+    ],
+)
 def test_unusable_records_are_one_clear_error(tmp_path, content, message):
     (tmp_path / "records.jsonl").write_text(content)
     with pytest.raises(LabError, match=message) as error:
@@ -338,7 +425,7 @@ def test_above_the_ceiling_is_flagged_and_no_win(tmp_path, one_theme):
     fast = dict(us=1.0, us_p10=0.9, us_p90=1.1, gbps=20000.0, of_ceiling=6.6)
     machine = [r for r in synthetic.make("r", **SMALL) if r.kind in ("env", "ceiling")]
     words = draw(tmp_path, [*machine, op_row(**fast), op_row(backend="triton")])
-    run, = load.load(tmp_path)
+    (run,) = load.load(tmp_path)
     f = ops.focus(run)
     assert run.suspects["flag"].tolist() == ["above the ceiling"]
     assert "1 measurements are flagged (1 above the ceiling)" in words and "Flagged measurements" in words
@@ -355,16 +442,22 @@ def test_a_warm_figure_above_the_ceiling_is_no_fault(tmp_path):
 
 def test_texts_of_records_are_escaped(tmp_path, one_theme):
     evil = dict(op=EVIL, role=EVIL, dtype=EVIL, models=[EVIL], note=EVIL, shape={EVIL: EVIL})
-    rows = [env(EVIL, gpu=EVIL, notes=[EVIL], driver=EVIL, settings={"command": EVIL}, peers={EVIL: EVIL}),
-            op_row(EVIL, **evil), op_row(EVIL, "triton", **evil), op_row(EVIL, EVIL, **evil),
-            op_row(EVIL, "torch", us=None, error=EVIL),
-            *(ModelRow(EVIL, EVIL, "cuda", EVIL, EVIL, EVIL, batch, 64, us=5.0) for batch in (1, 2)),
-            LedgerRow(EVIL, EVIL, "cuda", EVIL, EVIL, 1, 64, "kernel", op=EVIL, kernel=EVIL, us=5.0)]
+    rows = [
+        env(EVIL, gpu=EVIL, notes=[EVIL], driver=EVIL, settings={"command": EVIL}, peers={EVIL: EVIL}),
+        op_row(EVIL, **evil),
+        op_row(EVIL, "triton", **evil),
+        op_row(EVIL, EVIL, **evil),
+        op_row(EVIL, "torch", us=None, error=EVIL),
+        *(ModelRow(EVIL, EVIL, "cuda", EVIL, EVIL, EVIL, batch, 64, us=5.0) for batch in (1, 2)),
+        LedgerRow(EVIL, EVIL, "cuda", EVIL, EVIL, 1, 64, "kernel", op=EVIL, kernel=EVIL, us=5.0),
+    ]
     synthetic.write(tmp_path / "in", rows)
     report(tmp_path / "in", tmp_path / "out")
     text = (tmp_path / "out" / "index.html").read_text()
     found = Page(text)
-    assert len(found.of("script")) == 1 and 'alert("x")' not in re.sub(r"(?s)<(pre|td|p|dd).*?</\1>", "", text)
+    assert len(found.of("script")) == 1 and 'alert("x")' not in re.sub(
+        r"(?s)<(pre|td|p|dd).*?</\1>", "", text
+    )
     assert "<script>alert" not in text and htmllib.escape("<script>alert") in text
     summary = (tmp_path / "out" / "README.md").read_text()
     outside_code = "\n".join(line for line in summary.splitlines() if not line.startswith("`"))
@@ -388,8 +481,15 @@ def test_choosing_a_run(tmp_path, undrawn):
 
 
 def test_old_pictures_are_cleared_and_foreign_files_left(tmp_path, undrawn):
-    synthetic.write(tmp_path, [env(), op_row(), ModelRow("r", "m", "cuda", "basic", "graph", "bf16", 1, 64, us=5.0),
-                               ModelRow("r", "m", "cuda", "basic", "graph", "bf16", 2, 64, us=6.0)])
+    synthetic.write(
+        tmp_path,
+        [
+            env(),
+            op_row(),
+            ModelRow("r", "m", "cuda", "basic", "graph", "bf16", 1, 64, us=5.0),
+            ModelRow("r", "m", "cuda", "basic", "graph", "bf16", 2, 64, us=6.0),
+        ],
+    )
     report(tmp_path)
     (tmp_path / "figures" / "mine.png").write_bytes(b"mine")
     assert (tmp_path / "figures" / "m-throughput.png").exists()
@@ -412,13 +512,19 @@ def test_an_output_that_cannot_be_written_is_one_line(tmp_path, undrawn):
 
 def test_report_never_imports_torch(tmp_path):
     synthetic.write(tmp_path, [env()])
-    code = ("import sys; sys.modules['torch'] = sys.modules['triton'] = None\n"
-            "from types import SimpleNamespace as N; from lab.report import build\n"
-            f"sys.exit(build.main(N(dir={str(tmp_path)!r}, out=None, run=None)))")
-    assert subprocess.run([sys.executable, "-c", code], cwd=build.Path(build.__file__).parents[2]).returncode == 0
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['triton'] = None\n"
+        "from types import SimpleNamespace as N; from lab.report import build\n"
+        f"sys.exit(build.main(N(dir={str(tmp_path)!r}, out=None, run=None)))"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=build.Path(build.__file__).parents[2]).returncode
+        == 0
+    )
 
 
 # Numbers behind the pictures
+
 
 def test_verdicts_follow_the_spread():
     frame = lambda us, low, high: dict(us=us, us_p10=low, us_p90=high, n=30.0, backend="x", verdict={})
@@ -429,32 +535,44 @@ def test_verdicts_follow_the_spread():
 
 
 def test_the_harness_has_the_last_word_on_a_verdict():
-    frame = pd.DataFrame([
-        dict(us=10.0, us_p10=9.9, us_p90=10.1, n=30.0, backend="cuda", verdict={"triton": "ambiguous"}),
-        dict(us=20.0, us_p10=19.9, us_p90=20.1, n=30.0, backend="triton", verdict={})])
+    frame = pd.DataFrame(
+        [
+            dict(us=10.0, us_p10=9.9, us_p90=10.1, n=30.0, backend="cuda", verdict={"triton": "ambiguous"}),
+            dict(us=20.0, us_p10=19.9, us_p90=20.1, n=30.0, backend="triton", verdict={}),
+        ]
+    )
     assert ops.verdict(*frame.itertuples()) == "ambiguous"
 
 
 def test_throughput_and_linearity(tmp_path):
-    rows = [ModelRow("r", "m", "cuda", "basic", "graph", "bf16", b, 64, us=us, us_p10=us, us_p90=us, n=9)
-            for b, us in ((1, 100.0), (4, 200.0))]
+    rows = [
+        ModelRow("r", "m", "cuda", "basic", "graph", "bf16", b, 64, us=us, us_p10=us, us_p90=us, n=9)
+        for b, us in ((1, 100.0), (4, 200.0))
+    ]
     synthetic.write(tmp_path, [env(), *rows])
     table = model_figures.throughput(load.load(tmp_path)[0], "m").table
-    assert table["linearity"].tolist() == [1.0, 0.5]        # 20,000 tokens/s against an ideal of 40,000
+    assert table["linearity"].tolist() == [1.0, 0.5]  # 20,000 tokens/s against an ideal of 40,000
 
 
 def test_ledger_sums_and_waterfall(tmp_path):
     base = dict(run="r", model="m", plan="basic", dtype="bf16", batch=1, context=64)
-    synthetic.write(tmp_path, [
-        env(), LedgerRow(**base, backend="cuda", row="kernel", op="linear", kernel="k", us=70.0),
-        LedgerRow(**base, backend="cuda", row="gap", us=20.0),
-        LedgerRow(**base, backend="cuda", row="unexplained", us=10.0),
-        LedgerRow(**base, backend="cuda", row="total", us=100.0, us_p10=99.0, us_p90=101.0, n=5),
-        LedgerRow(**base, backend="triton", row="swap", us=150.0),
-        LedgerRow(**base, backend="cuda", row="swap", us=100.0),
-        LedgerRow(**base, backend="triton", row="swap", op="linear", us=110.0, overrides={"linear": "cuda"}),
-        LedgerRow(**base, backend="triton", row="swap", op="rope", us=155.0, overrides={"rope": "cuda"})])
-    run, = load.load(tmp_path)
+    synthetic.write(
+        tmp_path,
+        [
+            env(),
+            LedgerRow(**base, backend="cuda", row="kernel", op="linear", kernel="k", us=70.0),
+            LedgerRow(**base, backend="cuda", row="gap", us=20.0),
+            LedgerRow(**base, backend="cuda", row="unexplained", us=10.0),
+            LedgerRow(**base, backend="cuda", row="total", us=100.0, us_p10=99.0, us_p90=101.0, n=5),
+            LedgerRow(**base, backend="triton", row="swap", us=150.0),
+            LedgerRow(**base, backend="cuda", row="swap", us=100.0),
+            LedgerRow(
+                **base, backend="triton", row="swap", op="linear", us=110.0, overrides={"linear": "cuda"}
+            ),
+            LedgerRow(**base, backend="triton", row="swap", op="rope", us=155.0, overrides={"rope": "cuda"}),
+        ],
+    )
+    (run,) = load.load(tmp_path)
     assert "the rows add up to 100.0% of the replayed token" in ledger_figures.ledger(run, "m").reading
     table = ledger_figures.swap(run, "m", "basic").table
     assert table["step"].tolist() == ["all Triton", "linear", "rope", "together, not alone", "all CUDA"]
@@ -465,19 +583,30 @@ def test_chains_are_labelled_and_every_plan_has_its_waterfall(tmp_path):
     base = dict(run="r", model="m", dtype="bf16", batch=1, context=64)
     rows = [env()]
     for plan, row in (("basic", "kernel"), ("fused", "chain")):
-        rows += [LedgerRow(**base, plan=plan, backend="cuda", row=row, op="linear", kernel="k", us=92.0),
-                 LedgerRow(**base, plan=plan, backend="cuda", row=row, op="rope", kernel="r",
-                           us=-1.0 if row == "chain" else 1.0),       # hidden, but for the noise of two times
-                 LedgerRow(**base, plan=plan, backend="cuda", row="total", us=100.0),
-                 LedgerRow(**base, plan=plan, backend="triton", row="swap", us=150.0),
-                 LedgerRow(**base, plan=plan, backend="triton", row="swap", op="linear", us=110.0)]
+        rows += [
+            LedgerRow(**base, plan=plan, backend="cuda", row=row, op="linear", kernel="k", us=92.0),
+            LedgerRow(
+                **base,
+                plan=plan,
+                backend="cuda",
+                row=row,
+                op="rope",
+                kernel="r",
+                us=-1.0 if row == "chain" else 1.0,
+            ),  # hidden, but for the noise of two times
+            LedgerRow(**base, plan=plan, backend="cuda", row="total", us=100.0),
+            LedgerRow(**base, plan=plan, backend="triton", row="swap", us=150.0),
+            LedgerRow(**base, plan=plan, backend="triton", row="swap", op="linear", us=110.0),
+        ]
     synthetic.write(tmp_path, rows)
-    run, = load.load(tmp_path)
+    (run,) = load.load(tmp_path)
     assert not [n for n in run.notices if "no usable time" in n.text]
     figure = ledger_figures.ledger(run, "m")
     assert figure.table.iloc[:, 0].drop_duplicates().tolist() == ["CUDA basic", "CUDA fused, chains"]
     assert set(figure.table["row"]) == {"kernel", "chain", "total"}
-    assert "CUDA fused, chains: the rows add up to 91.0%" in figure.reading and "do not add up" in figure.reading
+    assert (
+        "CUDA fused, chains: the rows add up to 91.0%" in figure.reading and "do not add up" in figure.reading
+    )
     assert [f.name for f in ledger_figures.swaps(run, "m")] == ["m-swap", "m-swap-fused"]
     only_kernels = [r for r in rows if getattr(r, "plan", "") != "fused"]
     synthetic.write(tmp_path / "kernels", only_kernels)
@@ -489,17 +618,29 @@ def test_error_bars_of_a_share_are_those_of_its_time():
     assert rows[["share", "share_low", "share_high"]].iloc[0].tolist() == [50.0, 25.0, 62.5]
 
 
-@pytest.mark.parametrize("value, shown", [
-    (None, "–"), (float("nan"), "–"), (1234567.0, "1,234,567"), (0.66666, "0.6667"), (12.3456, "12.35"),
-    (float("inf"), "inf"), (True, "yes"), ("a<b", "a<b"), (0.0, "0")])
+@pytest.mark.parametrize(
+    "value, shown",
+    [
+        (None, "–"),
+        (float("nan"), "–"),
+        (1234567.0, "1,234,567"),
+        (0.66666, "0.6667"),
+        (12.3456, "12.35"),
+        (float("inf"), "inf"),
+        (True, "yes"),
+        ("a<b", "a<b"),
+        (0.0, "0"),
+    ],
+)
 def test_cells(value, shown):
     assert page.cell(value) == shown
 
 
 # How it looks
 
+
 def luminance(color):
-    channel = np.array([int(color[i:i + 2], 16) / 255 for i in (1, 3, 5)])
+    channel = np.array([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
     linear = np.where(channel <= 0.04045, channel / 12.92, ((channel + 0.055) / 1.055) ** 2.4)
     return linear
 
@@ -512,9 +653,22 @@ def contrast(a, b):
 
 # Machado, Oliveira and Fernandes 2009, severity 1.0, on linear RGB.
 BLIND = {
-    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
-    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
-    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]]}
+    "protanopia": [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+    "deuteranopia": [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ],
+    "tritanopia": [
+        [1.255528, -0.076749, -0.178779],
+        [-0.078411, 0.930809, 0.147602],
+        [0.004733, 0.691367, 0.303900],
+    ],
+}
 
 
 def lab_of(linear):
@@ -530,7 +684,9 @@ def test_backends_are_readable_on_both_pages_and_stay_apart():
             assert contrast(look.color, theme.page) >= 3, f"{look.label} on {theme.name}"
     for kind, matrix in BLIND.items():
         for a, b in itertools.combinations(("cuda", "triton", "torch"), 2):
-            seen = [lab_of(np.clip(np.array(matrix) @ luminance(style.BACKENDS[n].color), 0, 1)) for n in (a, b)]
+            seen = [
+                lab_of(np.clip(np.array(matrix) @ luminance(style.BACKENDS[n].color), 0, 1)) for n in (a, b)
+            ]
             assert np.linalg.norm(seen[0] - seen[1]) > 20, f"{a} and {b} under {kind}"
     looks = [(look.color, look.marker) for look in style.BACKENDS.values()]
     assert len({c for c, _ in looks}) == len({m for _, m in looks}) == len(looks)
@@ -541,17 +697,24 @@ def test_every_plan_has_a_line_and_markers_of_its_own():
     drawn = {name: how for name, _, _, how in model_figures._lines(rows)}
     assert {line for line, _ in drawn.values()} == {"-", "--", "-."}
     assert [markers for _, markers in drawn.values()] == ["hollow", "full", "rimmed"]
-    assert [how for _, _, _, how in model_figures._lines(rows[rows["plan"] == "persistent"])] == [("-.", "full")]
+    assert [how for _, _, _, how in model_figures._lines(rows[rows["plan"] == "persistent"])] == [
+        ("-.", "full")
+    ]
 
 
 def test_text_in_pictures_does_not_overlap_or_leave_the_canvas(folder):
     """Tick labels of one axis keep apart; titles, tick labels and legends stay inside."""
     for run in load.load(folder):
         f = ops.focus(run)
-        made = [model_figures.ceiling(run), op_figures.utilisation(run, f), op_figures.roofline(run, f),
-                heatmaps.crossover(run, f), *op_figures.of_op(run, f, "linear"),
-                *op_figures.of_op(run, f, "decode_attention"),
-                *model_figures.of_model(run, model_figures.models(run)[0])]
+        made = [
+            model_figures.ceiling(run),
+            op_figures.utilisation(run, f),
+            op_figures.roofline(run, f),
+            heatmaps.crossover(run, f),
+            *op_figures.of_op(run, f, "linear"),
+            *op_figures.of_op(run, f, "decode_attention"),
+            *model_figures.of_model(run, model_figures.models(run)[0]),
+        ]
         for figure in filter(None, made):
             with matplotlib.rc_context(style.rc(style.LIGHT)):
                 canvas = figures.compose(figure, style.LIGHT, run.emulated)
@@ -560,14 +723,19 @@ def test_text_in_pictures_does_not_overlap_or_leave_the_canvas(folder):
                 texts = [*canvas.texts, *(t for legend in canvas.legends for t in legend.get_texts())]
                 for axis in itertools.chain.from_iterable((ax.xaxis, ax.yaxis) for ax in canvas.axes):
                     low, high = sorted(axis.get_view_interval())
-                    labels = [t for at, t in zip(axis.get_majorticklocs(), axis.get_ticklabels())
-                              if t.get_text() and low <= at <= high]
+                    labels = [
+                        t
+                        for at, t in zip(axis.get_majorticklocs(), axis.get_ticklabels())
+                        if t.get_text() and low <= at <= high
+                    ]
                     texts += labels + [axis.label] * bool(axis.label.get_text())
                     for a, b in itertools.combinations([t.get_window_extent() for t in labels], 2):
                         assert not a.overlaps(b), f"{figure.name}: tick labels overlap"
                 for t in texts:
                     (x0, y0), (x1, y1) = t.get_window_extent().get_points()
-                    assert inside.contains(x0, y0) and inside.contains(x1, y1), f"{figure.name}: {t.get_text()}"
+                    assert inside.contains(x0, y0) and inside.contains(x1, y1), (
+                        f"{figure.name}: {t.get_text()}"
+                    )
 
 
 PROBE = """<script>
@@ -576,10 +744,12 @@ const faults = [];
 addEventListener("error", e => faults.push("error: " + e.message));
 addEventListener("unhandledrejection", e => faults.push("rejection: " + e.reason));
 addEventListener("securitypolicyviolation", e => faults.push("blocked: " + e.violatedDirective));
-for (const level of ["error", "warn"]) console[level] = (...words) => faults.push(level + ": " + words.join(" "));
+for (const level of ["error", "warn"])
+  console[level] = (...words) => faults.push(level + ": " + words.join(" "));
 addEventListener("load", () => {
   const look = state => {
-    if (document.documentElement.scrollWidth > innerWidth) faults.push(state + ": the page is wider than the window");
+    if (document.documentElement.scrollWidth > innerWidth)
+      faults.push(state + ": the page is wider than the window");
     for (const e of document.querySelectorAll("h1,h2,h3,h4,p,li,dt,dd,summary,label,select,a,caption")) {
       if (e.closest(".scroll,.skip,[hidden]") || !e.getClientRects().length) continue;
       const box = e.getBoundingClientRect();
@@ -625,20 +795,30 @@ def chromium():
     return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
 
 
-needs_chromium = pytest.mark.skipif(chromium() is None,
-                                    reason="needs Chromium or Chrome (apt-get install chromium), or CHROMIUM=path")
+needs_chromium = pytest.mark.skipif(
+    chromium() is None, reason="needs Chromium or Chrome (apt-get install chromium), or CHROMIUM=path"
+)
 
 
 def probe(text, tmp_path, dark=False):
-    """What PROBE reports of a page in a frame of each width; Chromium's own windows are never narrower than 500 px."""
+    """What PROBE reports of a page in a frame of each width; Chromium's own windows are never narrower than
+    500 px."""
     (tmp_path / "probed.html").write_text(text.replace("<title>", PROBE + "<title>", 1))
     frames = "".join(f'<iframe src="probed.html" width="{w}" height="900"></iframe>' for w in WIDTHS)
     (tmp_path / "frames.html").write_text(FRAMES.format(frames="", frames_after=frames))
     with tempfile.TemporaryDirectory() as profile:
-        command = [chromium(), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}",
-                   "--window-size=1600,1000", "--virtual-time-budget=20000",
-                   f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--dump-dom",
-                   (tmp_path / "frames.html").as_uri()]
+        command = [
+            chromium(),
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            f"--user-data-dir={profile}",
+            "--window-size=1600,1000",
+            "--virtual-time-budget=20000",
+            f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+            "--dump-dom",
+            (tmp_path / "frames.html").as_uri(),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     found = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.S)
     assert found and found[1], f"Chromium printed no result: {done.stderr[-500:]}"
@@ -650,7 +830,8 @@ def probe(text, tmp_path, dark=False):
 @needs_chromium
 @pytest.mark.parametrize("dark", [False, True])
 def test_in_chromium(text, tmp_path, dark):
-    """No console message, nothing wider than the window, nothing cut off or overlapping, every picture decoded."""
+    """No console message, nothing wider than the window, nothing cut off or overlapping, every picture
+    decoded."""
     for seen in probe(text, tmp_path, dark):
         assert seen["faults"] == [], f"at {seen['width']} px"
         assert seen["images"] > 10 and seen["dark"] == dark
@@ -665,18 +846,27 @@ def test_the_probe_finds_planted_faults(tmp_path):
 <script>console.error("planted"); missing()</script>"""
     for seen in probe(planted, tmp_path):
         faults = "\n".join(seen["faults"])
-        for word in ("error: planted", "missing is not defined", "wider than the window", "overlap: card and card",
-                     "cut off: P Incomp"):
+        for word in (
+            "error: planted",
+            "missing is not defined",
+            "wider than the window",
+            "overlap: card and card",
+            "cut off: P Incomp",
+        ):
             assert word in faults
 
 
 def test_ten_thousand_rows_are_drawn_in_bounded_time_and_say_what_is_left_out(tmp_path, undrawn):
-    rows = [op_row(backend=backend, shape={"n": n, "k": 8}, batch=batch, models=["m"])
-            for n in range(50) for batch in range(1, 101) for backend in ("cuda", "triton")]
+    rows = [
+        op_row(backend=backend, shape={"n": n, "k": 8}, batch=batch, models=["m"])
+        for n in range(50)
+        for batch in range(1, 101)
+        for backend in ("cuda", "triton")
+    ]
     synthetic.write(tmp_path, rows)
     before = time.process_time()
     assert report(tmp_path) == 0
-    assert time.process_time() - before < 120       # generous: CPU seconds grow on a busy machine
+    assert time.process_time() - before < 120  # generous: CPU seconds grow on a busy machine
     words = " ".join("".join(Page((tmp_path / "index.html").read_text()).text).split())
     assert "10 more are not drawn, so that the picture can be read: all are in records.jsonl." in words
     assert "Only the smallest 12 of 100 batches are drawn." in words

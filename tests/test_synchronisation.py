@@ -1,10 +1,13 @@
 """Barriers, fences and waits: the checks that fail when one is missing, on a machine with no GPU.
 
-  barriers      every op under schedules in which one thread runs as far ahead of the others as barriers let it
-  pdl_wait      what the kernel before writes is hidden until the wait, so a kernel that does not wait computes NaN
-  fences        the race detector: tests/race_detector.py (`make tsan`); here, what nvcc alone compiles, by its text
-  planted       tests/mutants/synchronisation.py lists removals; the quickest to build are tried here
+barriers      every op under schedules in which one thread runs as far ahead of the others as barriers let it
+pdl_wait      what the kernel before writes is hidden until the wait, so a kernel that does not wait computes
+              NaN
+fences        the race detector: tests/race_detector.py (`make tsan`); here, what nvcc alone compiles, by its
+              text
+planted       tests/mutants/synchronisation.py lists removals; the quickest to build are tried here
 """
+
 import ast
 import inspect
 import os
@@ -28,13 +31,27 @@ ROOT = Path(__file__).resolve().parent.parent
 SCHEDULES = [dict(ahead="lowest"), dict(ahead="highest")]
 CASES = [pytest.param(op, c, id=f"{op.name}-{i}") for op in OPS for i, c in enumerate(op.cases)]
 
-# Arguments that a kernel may read before pdl_wait(): weights and tables, which no kernel writes, and what is older than
-# the kernel before (see rope_append_attention.cu).
-EARLY = {"embedding": {"table"}, "rmsnorm": {"weight", "w"}, "linear": {"w", "bias"}, "linear_add": {"w", "bias"},
-         "norm_linear": {"norm_w", "w", "bias"}, "norm_linear_silu_mul": {"norm_w", "w"},
-         "norm_linear_argmax": {"norm_w", "w"},
-         "rope_append_attention": {"q_norm", "k_norm", "positions", "cos_sin", "k_cache", "v_cache", "block_table",
-                                   "workspace"}}
+# Arguments that a kernel may read before pdl_wait(): weights and tables, which no kernel writes, and what is
+# older than the kernel before (see rope_append_attention.cu).
+EARLY = {
+    "embedding": {"table"},
+    "rmsnorm": {"weight", "w"},
+    "linear": {"w", "bias"},
+    "linear_add": {"w", "bias"},
+    "norm_linear": {"norm_w", "w", "bias"},
+    "norm_linear_silu_mul": {"norm_w", "w"},
+    "norm_linear_argmax": {"norm_w", "w"},
+    "rope_append_attention": {
+        "q_norm",
+        "k_norm",
+        "positions",
+        "cos_sin",
+        "k_cache",
+        "v_cache",
+        "block_table",
+        "workspace",
+    },
+}
 # Kernels with one launch after another, so that nothing overlaps.
 NOT_PDL = {"rope", "kv_append", "silu_mul", "decode_step"}
 
@@ -55,9 +72,10 @@ def emulated(op, extension=None):
     return planted.bind(op, extension)
 
 
-# ---- barriers --------------------------------------------------------------------------------------------------------
+# ---- barriers ----------------------------------------------------------------------------------------------
 
-# What the ops' own cases leave out: a thread whose top-k threshold is lost keeps tokens that top-k has cut off.
+# What the ops' own cases leave out: a thread whose top-k threshold is lost keeps tokens that top-k has cut
+# off.
 BOTH_THRESHOLDS = dict(batch=32, vocab=1030, temperature=4.0, top_k=3, top_p=0.9, seed=5)
 
 
@@ -69,28 +87,40 @@ def test_a_thread_far_ahead_of_the_others_changes_nothing(op, case, options):
     assert outcome.error is None, f"{case.why}: {outcome.error}"
 
 
-@pytest.mark.parametrize("options", [{}, *SCHEDULES, dict(seed=1)], ids=["fixed", "lowest", "highest", "random"])
+@pytest.mark.parametrize(
+    "options", [{}, *SCHEDULES, dict(seed=1)], ids=["fixed", "lowest", "highest", "random"]
+)
 def test_both_thresholds_of_sample_reach_every_thread(options):
     with schedule(**options):
-        outcome = check_case(find("sample"), emulated(find("sample")), Rand("cpu", torch.float32), BOTH_THRESHOLDS)
+        outcome = check_case(
+            find("sample"), emulated(find("sample")), Rand("cpu", torch.float32), BOTH_THRESHOLDS
+        )
     assert outcome.error is None, outcome.error
 
 
 def test_an_unknown_schedule_is_refused():
     with pytest.raises(ValueError, match="lowest or highest"):
         host.set_schedule(ahead="first")
-    done = subprocess.run([sys.executable, "-c", "from lab import _host; _host.set_schedule()"], cwd=ROOT, text=True,
-                          env={**os.environ, "LAB_HOST_AHEAD": "first"}, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", "from lab import _host; _host.set_schedule()"],
+        cwd=ROOT,
+        text=True,
+        env={**os.environ, "LAB_HOST_AHEAD": "first"},
+        capture_output=True,
+    )
     assert done.returncode and "LAB_HOST_AHEAD=first: lowest or highest is needed" in done.stderr
 
 
-# ---- programmatic dependent launch -----------------------------------------------------------------------------------
+# ---- programmatic dependent launch -------------------------------------------------------------------------
+
 
 def tensors(value):
     """The tensors in an argument: itself, or those of a workspace."""
     if isinstance(value, torch.Tensor):
         return [value]
-    return [t for t in vars(value).values() if isinstance(t, torch.Tensor)] if hasattr(value, "__dict__") else []
+    return (
+        [t for t in vars(value).values() if isinstance(t, torch.Tensor)] if hasattr(value, "__dict__") else []
+    )
 
 
 def region(t):
@@ -111,6 +141,7 @@ def waits_for_its_inputs(op, function, extension, dtype, sizes):
             return function(*args) if out is None else function(*args, out=out)
         finally:
             extension.hide_until_pdl_wait([])
+
     return check_case(op, hidden, Rand("cpu", dtype), sizes)
 
 
@@ -140,20 +171,29 @@ def test_every_other_op_is_launched_after_the_kernel_before():
         assert launches and not any(launch["pdl"] for launch in launches), name
 
 
-# ---- what nvcc alone compiles ----------------------------------------------------------------------------------------
+# ---- what nvcc alone compiles ------------------------------------------------------------------------------
 
 COMMON = (ROOT / "cuda_src" / "common.cuh").read_text()
 
 
-@pytest.mark.parametrize("name, instruction", [
-    ("take_ticket", "atom.acq_rel.gpu.global.add.u32"), ("pdl_wait", "griddepcontrol.wait;"),
-    ("pdl_launch_dependents", "griddepcontrol.launch_dependents;"), ("cp_async_wait", "cp.async.wait_group %0;"),
-    ("cp_async_commit", "cp.async.commit_group;"), ("named_barrier", "bar.sync"),
-    ("mbarrier_fence_init", "fence.mbarrier_init.release.cluster;"),
-    ("mbarrier_fence_init", "fence.proxy.async.shared::cta;"), ("mbarrier_wait", "mbarrier.try_wait.parity"),
-    ("mbarrier_arrive", "mbarrier.arrive.shared::cta"), ("store_word", "st.relaxed.gpu.global.u64"),
-    ("load_words", "ld.relaxed.gpu.global.v2.u64"),
-    ("cluster_sync", "barrier.cluster.arrive;\\nbarrier.cluster.wait;")])
+@pytest.mark.parametrize(
+    "name, instruction",
+    [
+        ("take_ticket", "atom.acq_rel.gpu.global.add.u32"),
+        ("pdl_wait", "griddepcontrol.wait;"),
+        ("pdl_launch_dependents", "griddepcontrol.launch_dependents;"),
+        ("cp_async_wait", "cp.async.wait_group %0;"),
+        ("cp_async_commit", "cp.async.commit_group;"),
+        ("named_barrier", "bar.sync"),
+        ("mbarrier_fence_init", "fence.mbarrier_init.release.cluster;"),
+        ("mbarrier_fence_init", "fence.proxy.async.shared::cta;"),
+        ("mbarrier_wait", "mbarrier.try_wait.parity"),
+        ("mbarrier_arrive", "mbarrier.arrive.shared::cta"),
+        ("store_word", "st.relaxed.gpu.global.u64"),
+        ("load_words", "ld.relaxed.gpu.global.v2.u64"),
+        ("cluster_sync", "barrier.cluster.arrive;\\nbarrier.cluster.wait;"),
+    ],
+)
 def test_the_gpu_half_of_a_primitive_has_its_instruction(name, instruction):
     """The host build has its own half of these, so no emulated run notices what is missing here."""
     bodies = re.findall(rf"^LAB_DEVICE [\w ]+\b{name}\(.*?^}}", COMMON, re.M | re.S)
@@ -162,7 +202,7 @@ def test_the_gpu_half_of_a_primitive_has_its_instruction(name, instruction):
     assert '"memory"' in body, "the compiler may move accesses past it"
 
 
-# ---- Triton ----------------------------------------------------------------------------------------------------------
+# ---- Triton ------------------------------------------------------------------------------------------------
 
 TRITON = sorted((ROOT / "triton_kernels").glob("*.py"))
 
@@ -178,9 +218,9 @@ def calls(function):
 
 
 def unordered_arrivals(source):
-    """Functions in which an atomic that releases is not directly after a tl.debug_barrier(): Triton's threads then
-    arrive while others of the program still store. (After another scalar atomic there is nothing of theirs to wait for:
-    one thread does both.) And arrivals that order nothing."""
+    """Functions in which an atomic that releases is not directly after a tl.debug_barrier(): Triton's threads
+    then arrive while others of the program still store. (After another scalar atomic there is nothing of
+    theirs to wait for: one thread does both.) And arrivals that order nothing."""
     wrong = []
     for function in ast.walk(ast.parse(source)):
         if not isinstance(function, ast.FunctionDef):
@@ -203,12 +243,15 @@ def test_triton_programs_arrive_when_all_their_threads_have_stored(path):
     assert unordered_arrivals(path.read_text()) == []
 
 
-@pytest.mark.parametrize("mutant", synchronisation.TRITON, ids=lambda mutant: f"{Path(mutant.file).stem}: {mutant.why}")
+@pytest.mark.parametrize(
+    "mutant", synchronisation.TRITON, ids=lambda mutant: f"{Path(mutant.file).stem}: {mutant.why}"
+)
 def test_a_missing_barrier_in_triton_is_named(mutant):
     assert unordered_arrivals(planted.mutate((ROOT / mutant.file).read_text(), mutant)) != []
 
 
-# ---- planted ---------------------------------------------------------------------------------------------------------
+# ---- planted -----------------------------------------------------------------------------------------------
+
 
 def test_every_planted_removal_is_in_the_sources():
     for mutant in [*synchronisation.CUDA, *synchronisation.TRITON]:
@@ -226,7 +269,9 @@ def test_a_barrier_between_two_thresholds_is_missed(tmp_path):
     errors = []
     for options in SCHEDULES:
         extension.set_schedule(**options)
-        errors.append(check_case(op, emulated(op, extension), Rand("cpu", torch.float32), BOTH_THRESHOLDS).error)
+        errors.append(
+            check_case(op, emulated(op, extension), Rand("cpu", torch.float32), BOTH_THRESHOLDS).error
+        )
     assert any(errors)
 
 
@@ -238,9 +283,12 @@ def test_a_kernel_that_never_waits_is_named(tmp_path):
 
 
 def test_a_kernel_that_waits_too_late_is_wrong(tmp_path):
-    late = planted.Mutant("cuda_src/embedding.cu", "  pdl_wait();\n  pdl_launch_dependents();\n"
-                          "  const int id = ids[blockIdx.x];\n",
-                          "  const int id = ids[blockIdx.x];\n  pdl_wait();\n", "the id is read before the wait")
+    late = planted.Mutant(
+        "cuda_src/embedding.cu",
+        "  pdl_wait();\n  pdl_launch_dependents();\n  const int id = ids[blockIdx.x];\n",
+        "  const int id = ids[blockIdx.x];\n  pdl_wait();\n",
+        "the id is read before the wait",
+    )
     extension, op = planted.load(planted.build(late, "embedding", tmp_path)), find("embedding")
     case = op.cases[0].sizes
     assert check_case(op, emulated(op, extension), Rand("cpu", torch.float32), case).error is None

@@ -1,7 +1,8 @@
 """Every Triton kernel, as its launcher configures it, compiles for the GPUs that this machine need not have.
 
-Narrow loads and spilled registers are mistakes in a kernel or a configuration, and show in the machine code. Shared
-memory must fit what one block may have on the architecture."""
+Narrow loads and spilled registers are mistakes in a kernel or a configuration, and show in the machine code.
+Shared memory must fit what one block may have on the architecture."""
+
 import re
 
 import pytest
@@ -57,28 +58,52 @@ def run_attention(t, ints, head_dim, splits):
 
 def run_step(t, ints, hidden, intermediate, q_heads, kv_heads, head_dim, vocab, qk_norm=False):
     q, kv, norm = q_heads * head_dim, kv_heads * head_dim, t(head_dim) if qk_norm else None
-    layer = Layer(t(hidden), t(q + 2 * kv, hidden), None, norm, norm, t(hidden, q), None, t(hidden),
-                  t(2 * intermediate, hidden), t(hidden, intermediate))
+    layer = Layer(
+        t(hidden),
+        t(q + 2 * kv, hidden),
+        None,
+        norm,
+        norm,
+        t(hidden, q),
+        None,
+        t(hidden),
+        t(2 * intermediate, hidden),
+        t(hidden, intermediate),
+    )
     weights = Weights(None, t(vocab, hidden), [layer], t(hidden), t(vocab, hidden))
     cos_sin, cache = empty(4096, head_dim, dtype=F32), t(1, 256, kv_heads, 16, head_dim)
     model = StepModel.of(weights, cos_sin, q_heads, kv_heads, head_dim, 1e-5)
-    decode_step(ints(1), ints(1), model, cache, cache, ints(1, 256), empty(1, vocab, dtype=F32),
-                StepWorkspace.of(model), ints(1))
+    decode_step(
+        ints(1),
+        ints(1),
+        model,
+        cache,
+        cache,
+        ints(1, 256),
+        empty(1, vocab, dtype=F32),
+        StepWorkspace.of(model),
+        ints(1),
+    )
 
 
 STEPS = {
     "smollm2-135m": dict(hidden=576, intermediate=1536, q_heads=9, kv_heads=3, head_dim=64, vocab=49152),
-    "qwen3-0.6b": dict(hidden=1024, intermediate=3072, q_heads=16, kv_heads=8, head_dim=128, vocab=151936,
-                       qk_norm=True),
+    "qwen3-0.6b": dict(
+        hidden=1024, intermediate=3072, q_heads=16, kv_heads=8, head_dim=128, vocab=151936, qk_norm=True
+    ),
     "llama-3.2-1b": dict(hidden=2048, intermediate=8192, q_heads=32, kv_heads=8, head_dim=64, vocab=128256),
     "llama-3.1-8b": dict(hidden=4096, intermediate=14336, q_heads=32, kv_heads=8, head_dim=128, vocab=128256),
 }
 LAUNCHES = {
-    "linear-1": (run_linear, dict(rows=1)), "linear-4": (run_linear, dict(rows=4)),
-    "linear-16": (run_linear, dict(rows=16)), "linear-16-small": (run_linear, dict(rows=16, n=2048)),
+    "linear-1": (run_linear, dict(rows=1)),
+    "linear-4": (run_linear, dict(rows=4)),
+    "linear-16": (run_linear, dict(rows=16)),
+    "linear-16-small": (run_linear, dict(rows=16, n=2048)),
     "linear-64": (run_linear, dict(rows=64)),
-    "rmsnorm": (run_rmsnorm, dict(rows=1, cols=4096)), "rmsnorm-heads": (run_rmsnorm, dict(rows=4, cols=128, heads=32)),
-    "rope": (run_rope, dict(head_dim=128)), "kv_append": (run_append, dict(head_dim=128)),
+    "rmsnorm": (run_rmsnorm, dict(rows=1, cols=4096)),
+    "rmsnorm-heads": (run_rmsnorm, dict(rows=4, cols=128, heads=32)),
+    "rope": (run_rope, dict(head_dim=128)),
+    "kv_append": (run_append, dict(head_dim=128)),
     "embedding": (lambda t, ints: embedding(ints(4), t(128256, 4096), t(4, 4096)), {}),
     "silu_mul": (lambda t, ints: silu_mul(t(4, 28672), t(4, 14336)), {}),
     "attention-64": (run_attention, dict(head_dim=64, splits=1)),
@@ -103,14 +128,21 @@ def compiled(architecture, run):
     return offline.sass(code)
 
 
-@pytest.mark.parametrize("architecture, dtype, name", [
-    (arch, dtype, name) for arch, dtype in (("sm_90", BF16), ("sm_90", F32), ("sm_80", BF16)) for name in LAUNCHES
-    if dtype == BF16 or not name.startswith("step-")], ids=str)                 # a whole step takes no float32
+@pytest.mark.parametrize(
+    "architecture, dtype, name",
+    [
+        (arch, dtype, name)
+        for arch, dtype in (("sm_90", BF16), ("sm_90", F32), ("sm_80", BF16))
+        for name in LAUNCHES
+        if dtype == BF16 or not name.startswith("step-")
+    ],
+    ids=str,
+)  # a whole step takes no float32
 def test_compiles_with_wide_loads_and_no_spills(architecture, dtype, name):
     run, sizes = LAUNCHES[name]
     tensors, ints = lambda *s: empty(*s, dtype=dtype), lambda *s: empty(*s, dtype=I32)
     code = compiled(architecture, lambda: run(tensors, ints, **sizes))
-    copies = re.findall(r"\bLDGSTS\S*\.128", code)               # to shared memory, past the registers
+    copies = re.findall(r"\bLDGSTS\S*\.128", code)  # to shared memory, past the registers
     wide = copies + re.findall(r"\bLDG\S*\.128", code)
     assert wide, "no 16-byte load"
     if name.startswith("attention") or name in ("linear-16", "linear-64"):
@@ -123,13 +155,19 @@ def test_compiles_with_wide_loads_and_no_spills(architecture, dtype, name):
 @pytest.mark.parametrize("name", SAMPLING)
 @pytest.mark.parametrize("architecture", ["sm_90", "sm_80"])
 def test_sampling_compiles(architecture, name):
-    code = compiled(architecture, lambda: sample(empty(4, 128256, dtype=F32), empty(4, dtype=I32), *SAMPLING[name], 7,
-                                                 empty(4, dtype=I32)))
+    code = compiled(
+        architecture,
+        lambda: sample(
+            empty(4, 128256, dtype=F32), empty(4, dtype=I32), *SAMPLING[name], 7, empty(4, dtype=I32)
+        ),
+    )
     assert re.search(r"\bLDG\S*\.128", code)
 
 
 @pytest.mark.parametrize("name", ["linear-16", "attention-128"])
 def test_float16_uses_tensor_cores(name):
     run, sizes = LAUNCHES[name]
-    code = compiled("sm_90", lambda: run(lambda *s: empty(*s, dtype=F16), lambda *s: empty(*s, dtype=I32), **sizes))
+    code = compiled(
+        "sm_90", lambda: run(lambda *s: empty(*s, dtype=F16), lambda *s: empty(*s, dtype=I32), **sizes)
+    )
     assert re.search(TENSOR_CORE, code)

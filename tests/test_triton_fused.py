@@ -1,4 +1,6 @@
-"""The fused plan's Triton kernels beyond what every op's cases show: many programs, ties, NaN, and the machine code."""
+"""The fused plan's Triton kernels beyond what every op's cases show: many programs, ties, NaN, and the
+machine code."""
+
 import re
 
 import pytest
@@ -22,8 +24,10 @@ DOT = dict(path="dot", BLOCK_N=16, BLOCK_K=32, STAGES=1)
 
 # Programs that take several tiles, one after the other, and programs that take one each.
 
-@pytest.mark.parametrize("chosen", [SUM, dict(SUM, per_multiprocessor=3), DOT, dict(DOT, per_multiprocessor=2)],
-                         ids=str)
+
+@pytest.mark.parametrize(
+    "chosen", [SUM, dict(SUM, per_multiprocessor=3), DOT, dict(DOT, per_multiprocessor=2)], ids=str
+)
 @pytest.mark.parametrize("op", [norm_linear, norm_linear_silu_mul], ids=lambda op: op.op.name)
 def test_tiles_are_shared_out_without_loss(op, chosen):
     args = op.inputs(Rand("cpu", F16), batch=3, n=37, k=101)
@@ -35,7 +39,8 @@ def test_tiles_are_shared_out_without_loss(op, chosen):
 
 
 def argmax(logits_of, chosen, rows=3, n=200):
-    """ids of rows whose logits are `logits_of` [rows, n]: x is the identity, and its norm's weight undoes the norm."""
+    """ids of rows whose logits are `logits_of` [rows, n]: x is the identity, and its norm's weight undoes the
+    norm."""
     x, k = torch.eye(rows, 16), 16
     norm_w = torch.full((k,), (x[0] ** 2).mean().rsqrt().reciprocal().item())
     w = torch.zeros(n, k)
@@ -43,7 +48,7 @@ def argmax(logits_of, chosen, rows=3, n=200):
     scratch, logits = norm_linear_argmax.new_scratch(rows, "cpu"), torch.full((rows, n), torch.nan)
     ids = []
     with settings.forced("norm_linear_argmax", chosen):
-        for _ in range(2):                              # the second launch finds the ticket as the first one left it
+        for _ in range(2):  # the second launch finds the ticket as the first one left it
             out = torch.full((rows,), -7, dtype=I32)
             run_argmax(x, norm_w, 0.0, w, logits, scratch, out)
             ids.append(out.tolist())
@@ -51,20 +56,29 @@ def argmax(logits_of, chosen, rows=3, n=200):
     return ids[0]
 
 
-@pytest.mark.parametrize("chosen", [dict(SUM, BLOCK_K=16), dict(SUM, BLOCK_K=16, per_multiprocessor=5),
-                                    dict(DOT, BLOCK_K=16, per_multiprocessor=3)], ids=str)
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        dict(SUM, BLOCK_K=16),
+        dict(SUM, BLOCK_K=16, per_multiprocessor=5),
+        dict(DOT, BLOCK_K=16, per_multiprocessor=3),
+    ],
+    ids=str,
+)
 def test_argmax_over_many_programs(chosen):
     rand = torch.Generator().manual_seed(1)
     random = torch.randn(3, 200, generator=rand)
     assert argmax(random, chosen) == random.argmax(1).tolist()
     ties = torch.zeros(3, 200)
-    ties[0, [31, 47, 199]] = 1.0                        # in three programs
-    ties[1, [9, 11]] = 1.0                              # in one tile
+    ties[0, [31, 47, 199]] = 1.0  # in three programs
+    ties[1, [9, 11]] = 1.0  # in one tile
     assert argmax(ties, chosen) == [31, 9, 0]
     assert argmax(torch.full((3, 200), -1.0), chosen) == [0, 0, 0]
 
 
-@pytest.mark.parametrize("chosen", [dict(SUM, BLOCK_K=16), dict(SUM, BLOCK_K=16, per_multiprocessor=5)], ids=str)
+@pytest.mark.parametrize(
+    "chosen", [dict(SUM, BLOCK_K=16), dict(SUM, BLOCK_K=16, per_multiprocessor=5)], ids=str
+)
 def test_a_row_with_nan_or_infinity(chosen):
     # One row at a time: 0 * NaN would reach the others.
     for value, index, want in ((torch.nan, 150, -1), (torch.inf, 150, 150)):
@@ -89,19 +103,51 @@ def test_a_row_with_nan_or_infinity(chosen):
 def attention(t, rows, n, k):
     q, key, v = t(rows, 48 * 128).unflatten(1, (48, 128)).split((32, 8, 8), dim=1)
     ints, cache, norm = (lambda *s: empty(*s, dtype=I32)), t(64, 8, 16, 128), t(128)
-    run_attention(q, key, v, norm, norm, 1e-6, ints(rows), empty(4096, 128, dtype=F32), cache, cache, ints(rows, 64),
-                  0.1, 16, empty(rows, 8, 16, 4, 130, dtype=F32), ints(rows, 8), t(rows, 32, 128))
+    run_attention(
+        q,
+        key,
+        v,
+        norm,
+        norm,
+        1e-6,
+        ints(rows),
+        empty(4096, 128, dtype=F32),
+        cache,
+        cache,
+        ints(rows, 64),
+        0.1,
+        16,
+        empty(rows, 8, 16, 4, 130, dtype=F32),
+        ints(rows, 8),
+        t(rows, 32, 128),
+    )
 
 
 RUNS = {
-    "norm_linear": (lambda t, rows, n, k: run_norm_linear(t(rows, k), t(k), 1e-5, t(n, k), None, t(rows, n)),
-                    6144, 4096),
-    "norm_linear_silu_mul": (lambda t, rows, n, k: run_silu_mul(t(rows, k), t(k), 1e-5, t(2 * n, k), t(rows, n)),
-                             14336, 4096),
+    "norm_linear": (
+        lambda t, rows, n, k: run_norm_linear(t(rows, k), t(k), 1e-5, t(n, k), None, t(rows, n)),
+        6144,
+        4096,
+    ),
+    "norm_linear_silu_mul": (
+        lambda t, rows, n, k: run_silu_mul(t(rows, k), t(k), 1e-5, t(2 * n, k), t(rows, n)),
+        14336,
+        4096,
+    ),
     "linear_add": (lambda t, rows, n, k: run_linear_add(t(rows, k), t(n, k), None, t(rows, n)), 4096, 14336),
-    "norm_linear_argmax": (lambda t, rows, n, k: run_argmax(
-        t(rows, k), t(k), 1e-5, t(n, k), empty(rows, n, dtype=F32), empty(rows, norm_linear_argmax.SCRATCH, dtype=I32),
-        empty(rows, dtype=I32)), 128256, 4096),
+    "norm_linear_argmax": (
+        lambda t, rows, n, k: run_argmax(
+            t(rows, k),
+            t(k),
+            1e-5,
+            t(n, k),
+            empty(rows, n, dtype=F32),
+            empty(rows, norm_linear_argmax.SCRATCH, dtype=I32),
+            empty(rows, dtype=I32),
+        ),
+        128256,
+        4096,
+    ),
     "rope_append_attention": (attention, 0, 0),
 }
 
@@ -128,7 +174,7 @@ def test_weights_are_on_their_way_before_the_wait_and_activations_are_not(name, 
     before, wait, after = code.partition("ACQBULK")
     assert wait and "ACQBULK" not in after and "PREEXIT" not in before and after.count("PREEXIT") == 1
     assert "STG" not in before, "something is written before the wait"
-    streamed = r"\bLDG\.E\.EF\S*128|CCTL\.E\.PF2"       # weights (evict_first); the cache, brought to L2
+    streamed = r"\bLDG\.E\.EF\S*128|CCTL\.E\.PF2"  # weights (evict_first); the cache, brought to L2
     assert re.search(streamed, before), "no weights are asked for before the wait"
     assert re.search(r"\bLDG\S*", after), "no activations are read after it"
     # x and the norm's weight are both kept (evict_last). Only the weight, a row's worth, may come before.

@@ -1,4 +1,6 @@
-"""decode_step's Triton half beyond the op's cases: programs that wait for each other, ties, NaN, the machine code."""
+"""decode_step's Triton half beyond the op's cases: programs that wait for each other, ties, NaN, the machine
+code."""
+
 import re
 
 import pytest
@@ -10,7 +12,9 @@ from lab.ops import decode_step
 from triton_kernels import offline, settings
 from triton_kernels.common import recording
 
-SIZES = dict(layers=2, hidden=64, intermediate=136, vocab=101, q_heads=4, kv_heads=2, head_dim=64, position=70)
+SIZES = dict(
+    layers=2, hidden=64, intermediate=136, vocab=101, q_heads=4, kv_heads=2, head_dim=64, position=70
+)
 SETTINGS = dict(elements=1 << 10, tile=16, min_rows=1, splits=3, num_warps=1)
 
 
@@ -41,7 +45,9 @@ def test_heads_that_outnumber_programs_and_programs_that_outnumber_rows():
     args = decode_step.inputs(Rand("cpu", BF16), **dict(SIZES, vocab=3, kv_heads=4))
     want = decode_step.reference(*args)
     token, logits, *_ = run(args, 5)
-    torch.testing.assert_close(logits.double(), want[-1], rtol=0, atol=decode_step.tolerance(decode_step.op.bound(*args))[1])
+    torch.testing.assert_close(
+        logits.double(), want[-1], rtol=0, atol=decode_step.tolerance(decode_step.op.bound(*args))[1]
+    )
     assert 0 <= token < 3
 
 
@@ -49,11 +55,11 @@ def test_the_lowest_of_equal_logits_wins_and_nan_gives_no_token():
     args = decode_step.inputs(Rand("cpu", BF16), **SIZES)
     lm_head = args[2].lm_head
     best = run(args, 4)[0]
-    for twin in (100, 55, 3, 2):                        # of several programs, and of one tile
+    for twin in (100, 55, 3, 2):  # of several programs, and of one tile
         lm_head[twin] = lm_head[best]
         assert run(args, 4)[0] == min(best, twin)
         best = min(best, twin)
-    lm_head[:] = -lm_head[best]                         # all equal, and negative
+    lm_head[:] = -lm_head[best]  # all equal, and negative
     assert run(args, 4)[0] == 0
     lm_head[77] = torch.nan
     assert run(args, 4)[0] == -1 == run(args, 4)[0]
@@ -69,5 +75,7 @@ def test_weights_are_on_their_way_before_every_wait(name):
     between = re.findall(r"\bREDG?\.E\.ADD\.STRONG\.GPU(.*?)CCTL\.IVALL", code, re.S)
     assert len(between) == 5
     for part in between:
-        assert "STG" not in part and re.search(r"\bLDG\.E\.EF\S*128", part), "no weights, keys or values are asked for"
+        assert "STG" not in part and re.search(r"\bLDG\.E\.EF\S*128", part), (
+            "no weights, keys or values are asked for"
+        )
         assert len(re.findall(r"\bLDG\S*STRONG\.GPU", part)) == 1, "something else than the counter is read"

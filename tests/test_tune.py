@@ -1,4 +1,5 @@
 """The tuner's choices, by a made-up clock; its candidates, by the compiler; the table that launchers read."""
+
 import concurrent.futures
 import concurrent.futures.process
 import json
@@ -46,32 +47,43 @@ def chosen(count):
 
 
 def test_the_fastest_of_the_final_wins_not_of_the_first_race():
-    race = FakeRace({tuner.BY_HAND: 9.0, 0: 5.0, 1: 6.0, 2: 7.0, 3: 8.0, 4: 8.5},
-                    {tuner.BY_HAND: 9.0, 0: 7.0, 1: 6.0, 2: 7.0, 3: 8.0})
+    race = FakeRace(
+        {tuner.BY_HAND: 9.0, 0: 5.0, 1: 6.0, 2: 7.0, 3: 8.0, 4: 8.5},
+        {tuner.BY_HAND: 9.0, 0: 7.0, 1: 6.0, 2: 7.0, 3: 8.0},
+    )
     winner, times, dropped = tuner.tune_point(race, chosen(5), [GOOD] * 5)
     assert winner == dict(i=1) and times[0] == 7.0 and not dropped
-    assert race.seen[1] == {tuner.BY_HAND, 0, 1, 2, 3}               # the four fastest, and the settings by hand
+    assert race.seen[1] == {tuner.BY_HAND, 0, 1, 2, 3}  # the four fastest, and the settings by hand
 
 
 def test_what_spills_does_not_compile_or_cannot_be_launched_is_not_raced():
     usages = [dict(GOOD, local=8), {"error": "no"}, GOOD, GOOD]
-    race = FakeRace({tuner.BY_HAND: 9.0, 0: 1.0, 1: 1.0, 3: 5.0})    # 2 fails to launch
+    race = FakeRace({tuner.BY_HAND: 9.0, 0: 1.0, 1: 1.0, 3: 5.0})  # 2 fails to launch
     winner, times, dropped = tuner.tune_point(race, chosen(4), usages)
     assert winner == dict(i=3) and race.seen[0] == {tuner.BY_HAND, 2, 3}
-    assert [(c["i"], why) for c, why in dropped] == [(0, "spills 8 bytes a thread"), (1, "no"),
-                                                     (2, "cannot be launched")]
+    assert [(c["i"], why) for c, why in dropped] == [
+        (0, "spills 8 bytes a thread"),
+        (1, "no"),
+        (2, "cannot be launched"),
+    ]
 
 
 def test_a_wrong_result_never_wins():
     race = FakeRace({tuner.BY_HAND: 9.0, 0: 1.0, 1: 2.0, 2: 3.0}, wrong=(0, 1))
     winner, _, dropped = tuner.tune_point(race, chosen(3), [GOOD] * 3)
-    assert winner == dict(i=2) and race.checked == [0, 1, 2] and [why for _, why in dropped] == ["wrong: zeros"] * 2
+    assert (
+        winner == dict(i=2)
+        and race.checked == [0, 1, 2]
+        and [why for _, why in dropped] == ["wrong: zeros"] * 2
+    )
 
 
 def test_settings_by_hand_stay_unless_beaten_by_more_than_noise(tmp_path):
     race = FakeRace({tuner.BY_HAND: 9.0, 0: 8.95})
     assert tuner.tune_point(race, chosen(1), [GOOD])[0] is None
-    entry = tuner.Table(tmp_path / "t.json", "a GPU", "3.7").add(POINT, 2, None, {tuner.BY_HAND: 9.0, 0: 8.95})
+    entry = tuner.Table(tmp_path / "t.json", "a GPU", "3.7").add(
+        POINT, 2, None, {tuner.BY_HAND: 9.0, 0: 8.95}
+    )
     assert entry["settings"] == {} and entry["us"] == entry["us_by_hand"] == 9.0
 
 
@@ -94,7 +106,7 @@ def test_points_are_tuned_in_order_until_the_budget_is_spent():
     def race(backend, point):
         return FakeRace({tuner.BY_HAND: 9.0, 0: 5.0, 1: float(point.batch)})
 
-    assert tuner.tune(jobs, race, keep, time.monotonic() + 0.3) == 2         # the third never finishes to compile
+    assert tuner.tune(jobs, race, keep, time.monotonic() + 0.3) == 2  # the third never finishes to compile
     assert kept == [(1, dict(i=1)), (4, dict(i=1))]
     assert tuner.tune(jobs, race, keep, time.monotonic() - 1) == 0 and len(kept) == 2
 
@@ -106,15 +118,19 @@ def test_a_compiler_that_dies_is_an_error():
         tuner.tune([("triton", POINT, chosen(1), [broken])], FakeRace, None, time.monotonic() + 5)
 
 
-@pytest.mark.parametrize("op, right", [
-    ("norm_linear", dict(path="sum", BLOCK_N=32, BLOCK_K=1024)), ("linear_add", dict(path="dot", BLOCK_N=64, BLOCK_K=64,
-                                                                                   STAGES=1))])
+@pytest.mark.parametrize(
+    "op, right",
+    [
+        ("norm_linear", dict(path="sum", BLOCK_N=32, BLOCK_K=1024)),
+        ("linear_add", dict(path="dot", BLOCK_N=64, BLOCK_K=64, STAGES=1)),
+    ],
+)
 def test_a_race_sees_what_is_wrong(op, right):
     """Here on the interpreter. Whole rows in tiles that are too narrow for them lose their tail."""
     rig = ops_bench.make_rig(ops_bench.load_backends(["triton"], "cpu", True)[0], "cpu", None)
     point = next(p for p in shapes.points(("smollm2-135m",), (2,), (1024,), [op]))
     race = tuner.Race(rig, "triton", point, "fp32")
-    race.bound.sets[0][0].fill_(torch.nan)                          # what the races leave behind is not what is checked
+    race.bound.sets[0][0].fill_(torch.nan)  # what the races leave behind is not what is checked
     assert race.error(right) is None and race.error(None) is None
     if op == "norm_linear":
         assert "elements are off" in race.error(dict(right, BLOCK_K=512))
@@ -130,8 +146,9 @@ def test_every_candidate_of_cuda_is_right(op, rows, monkeypatch):
     monkeypatch.setenv("LAB_HOST_SHAPES", "gpu")
     rig = ops_bench.make_rig(ops_bench.load_backends(["cuda"], "cpu", True)[0], "cpu", None)
     attends = "attention" in op
-    shape = HEADS if attends else {"n": 83 if op == "norm_linear_argmax" else 200,
-                                         "k": 4616 if rows == 1 else 72}      # a ring of weights goes round there
+    shape = (
+        HEADS if attends else {"n": 83 if op == "norm_linear_argmax" else 200, "k": 4616 if rows == 1 else 72}
+    )  # a ring of weights goes round there
     point = shapes.Point(op, None, rows, 700 if attends else None, shape, ("made up",))
     if attends and rows > 2:
         pytest.skip("the splits are those of two rows")
@@ -163,16 +180,27 @@ def test_launches_read_the_table(tmp_path, monkeypatch):
         by_hand = launched(1)
     won = dict(path="sum", BLOCK_N=8, BLOCK_K=2048, num_warps=8, per_multiprocessor=2)
     narrow = {"n": 960, "k": 576}
-    new_table(tmp_path / "sm_90.json", [(2, won, QKV), (16, dict(won, path="dot", STAGES=3, BLOCK_K=64), QKV),
-                                        (1, {}, narrow), (64, dict(won, path="dot", STAGES=3, BLOCK_K=64), narrow)])
+    new_table(
+        tmp_path / "sm_90.json",
+        [
+            (2, won, QKV),
+            (16, dict(won, path="dot", STAGES=3, BLOCK_K=64), QKV),
+            (1, {}, narrow),
+            (64, dict(won, path="dot", STAGES=3, BLOCK_K=64), narrow),
+        ],
+    )
     monkeypatch.setitem(tuned.FOLDERS, "triton", tmp_path)
     settings.forget()
     try:
         assert by_hand["BLOCK_N"] != 8
         assert (launched(1)["BLOCK_N"], launched(1)["num_warps"], launched(1)["BLOCK_B"]) == (8, 8, 1)
-        assert launched(2)["BLOCK_B"] == 2 and launched(3)["STAGES"] == 3       # the least number of rows that holds 3
+        assert (
+            launched(2)["BLOCK_B"] == 2 and launched(3)["STAGES"] == 3
+        )  # the least number of rows that holds 3
         assert launched(17)["num_warps"] != 8 and launched(1, 960, 576)["BLOCK_N"] != 8
-        assert launched(5, 960, 576)["BLOCK_N"] == 8 != launched(4, 960, 576)["BLOCK_N"]        # 64 rows say nothing of 4
+        assert (
+            launched(5, 960, 576)["BLOCK_N"] == 8 != launched(4, 960, 576)["BLOCK_N"]
+        )  # 64 rows say nothing of 4
         with settings.forced("norm_linear", settings.BY_HAND):
             assert launched(1) == by_hand
         # Beside the tuned table the interpreter keeps its own settings.
@@ -186,11 +214,18 @@ def test_launches_read_the_table(tmp_path, monkeypatch):
 def test_cuda_launches_read_the_table(tmp_path, monkeypatch):
     """The host build records what it would launch on a GPU of 132 multiprocessors."""
     from lab.backends import cuda, load
+
     backend = load("cuda", torch.device("cpu"))
     monkeypatch.setenv("LAB_HOST_SHAPES", "gpu")
     monkeypatch.setitem(tuned.FOLDERS, "cuda", tmp_path)
-    new_table(tuned.path_of("cuda", "sm_90"), [(1, dict(share=4, resident=1), QKV), (8, dict(share=1, resident=64), QKV),
-                                               (16, dict(share=4, resident=1), {"n": 960, "k": 576})])
+    new_table(
+        tuned.path_of("cuda", "sm_90"),
+        [
+            (1, dict(share=4, resident=1), QKV),
+            (8, dict(share=1, resident=64), QKV),
+            (16, dict(share=4, resident=1), {"n": 960, "k": 576}),
+        ],
+    )
 
     def grid(rows, n=3072, k=2048):
         x, w = torch.empty(rows, k, dtype=torch.float16), torch.empty(n, k, dtype=torch.float16)
@@ -205,7 +240,7 @@ def test_cuda_launches_read_the_table(tmp_path, monkeypatch):
     backend.extension.set_settings(cuda.measured_settings("sm_90"))
     try:
         assert by_rule == 384 and grid(1) == 132 and grid(2) == grid(8) == 192
-        assert grid(1, 960, 576) == narrow                                      # 16 rows say nothing of 1
+        assert grid(1, 960, 576) == narrow  # 16 rows say nothing of 1
         with backend.forced("norm_linear", {}):
             assert grid(1) == by_rule
     finally:
@@ -229,19 +264,31 @@ def test_the_table_is_written_so_that_it_can_be_read(tmp_path):
 POINTS = shapes.points(("smollm2-135m", "llama-3.1-8b"), (1, 4, 64), (1024,), tuner.tunable())
 
 
-@pytest.mark.parametrize("point", POINTS,
-                         ids=lambda p: f"{p.op}-{p.batch}-{'-'.join(map(str, tuner.key_shape(p).values()))}")
+@pytest.mark.parametrize(
+    "point", POINTS, ids=lambda p: f"{p.op}-{p.batch}-{'-'.join(map(str, tuner.key_shape(p).values()))}"
+)
 def test_every_shape_has_candidates_and_no_more_than_asked(point):
     found = candidates("triton", point.op, point.batch, 2, tuner.key_shape(point), 30)
-    assert 10 <= len(found) <= 30 and found == candidates("triton", point.op, point.batch, 2, tuner.key_shape(point), 30)
+    assert 10 <= len(found) <= 30 and found == candidates(
+        "triton", point.op, point.batch, 2, tuner.key_shape(point), 30
+    )
     assert len({json.dumps(c) for c in found}) == len(found)
     of_cuda = candidates("cuda", point.op, point.batch, 2, tuner.key_shape(point), 30)
     assert len(of_cuda) == len({json.dumps(c) for c in of_cuda}) and (len(of_cuda) > 1) == (
-        point.batch <= 2 or point.batch <= 16 and point.op != "norm_linear" or "attention" in point.op)
+        point.batch <= 2 or point.batch <= 16 and point.op != "norm_linear" or "attention" in point.op
+    )
 
 
-@pytest.mark.parametrize("op, batch", [("norm_linear", 1), ("linear_add", 4), ("norm_linear_silu_mul", 16),
-                                       ("linear", 1), ("rope_append_attention", 1)])
+@pytest.mark.parametrize(
+    "op, batch",
+    [
+        ("norm_linear", 1),
+        ("linear_add", 4),
+        ("norm_linear_silu_mul", 16),
+        ("linear", 1),
+        ("rope_append_attention", 1),
+    ],
+)
 def test_a_candidate_compiles_without_a_gpu(op, batch):
     point = next(p for p in shapes.points(("llama-3.2-1b",), (batch,), (1024,), [op]))
     found = candidates("triton", op, batch, 2, tuner.key_shape(point), 2)
@@ -250,10 +297,12 @@ def test_a_candidate_compiles_without_a_gpu(op, batch):
     assert "error" in tuner.compile_candidate(point, "bf16", "sm_90", 132, dict(found[0], num_warps=3))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU, whose launches would meet the made-up driver")
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="this machine has a GPU, whose launches would meet the made-up driver"
+)
 @pytest.mark.parametrize("op", ["linear_add", "rope_append_attention"])
 def test_a_launch_finds_what_a_compiler_process_left_in_tritons_cache(op, monkeypatch):
-    class Driver:               # a GPU as far as compiling goes
+    class Driver:  # a GPU as far as compiling goes
         def get_current_target(self):
             return GPUTarget("cuda", 90, 32)
 
@@ -267,7 +316,7 @@ def test_a_launch_finds_what_a_compiler_process_left_in_tritons_cache(op, monkey
     args, _ = shapes.arguments(find(op), point, Blank(torch.bfloat16), 132)
     with recording("sm_90") as launches:
         find(op).launchers["triton"](*args, out=find(op).outputs(*args))
-    launch, = launches
+    (launch,) = launches
     monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
     launch.kernel.device_caches.clear()
     launched = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.meta)
@@ -278,8 +327,14 @@ def test_a_launch_finds_what_a_compiler_process_left_in_tritons_cache(op, monkey
 def test_compilers_are_processes_and_stop(monkeypatch):
     monkeypatch.setattr(tuner, "WORKERS", 1)
     with tuner.compilers() as pool:
-        future = pool.submit(tuner.compile_candidate, POINT, "bf16", "sm_90", 132,
-                             dict(path="sum", BLOCK_N=2, BLOCK_K=2048, num_warps=4))
+        future = pool.submit(
+            tuner.compile_candidate,
+            POINT,
+            "bf16",
+            "sm_90",
+            132,
+            dict(path="sum", BLOCK_N=2, BLOCK_K=2048, num_warps=4),
+        )
         assert future.result(120)["local"] == 0
     with pytest.raises((RuntimeError, concurrent.futures.CancelledError)):
         pool.submit(int).result(5)
@@ -292,7 +347,9 @@ def test_without_a_gpu_there_is_nothing_to_tune(capsys):
 
 
 def test_a_whole_run_with_a_made_up_gpu_and_clock(tmp_path, monkeypatch, capsys):
-    made_up = types.SimpleNamespace(name="Card", major=9, minor=0, multi_processor_count=132, L2_cache_size=50 << 20)
+    made_up = types.SimpleNamespace(
+        name="Card", major=9, minor=0, multi_processor_count=132, L2_cache_size=50 << 20
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: made_up)
@@ -304,26 +361,52 @@ def test_a_whole_run_with_a_made_up_gpu_and_clock(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(tuner, "Race", lambda *_: race)
     monkeypatch.setattr(tuner, "WORKERS", 1)
     out = tmp_path / "tuned"
-    command = ["tune", "linear_add", "--backend", "triton", "--model", "smollm2-135m", "--batch", "1", "--tries", "2", "--out", str(out)]
+    command = [
+        "tune",
+        "linear_add",
+        "--backend",
+        "triton",
+        "--model",
+        "smollm2-135m",
+        "--batch",
+        "1",
+        "--tries",
+        "2",
+        "--out",
+        str(out),
+    ]
     assert cli.main(command) == 0
     entries = tuned.read(out / "triton/sm_90.json")
     assert [(e["shape"], e["us"], e["us_by_hand"], e["tried"], e["gpu"]) for e in entries] == [
-        ({"n": 576, "k": k}, 5.0, 9.0, 2, "Card") for k in (576, 1536)]
+        ({"n": 576, "k": k}, 5.0, 9.0, 2, "Card") for k in (576, 1536)
+    ]
     assert entries[0]["settings"] == candidates("triton", "linear_add", 1, 2, {"n": 576, "k": 576}, 2)[0]
     assert "linear_add o batch 1 n=576 k=576: 5.0 us (by hand 9.0): path=sum" in capsys.readouterr().out
     assert cli.main(command) == 0
-    assert "0 shapes tuned" in capsys.readouterr().out              # the table has them
+    assert "0 shapes tuned" in capsys.readouterr().out  # the table has them
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: settings are chosen by time")
 def test_a_small_run(tmp_path, capsys):
     out = tmp_path / "tuned"
-    command = ["tune", "linear_add", "--model", "smollm2-135m", "--batch", "1", "--tries", "4",
-               "--budget-seconds", "120", "--out", str(out)]
+    command = [
+        "tune",
+        "linear_add",
+        "--model",
+        "smollm2-135m",
+        "--batch",
+        "1",
+        "--tries",
+        "4",
+        "--budget-seconds",
+        "120",
+        "--out",
+        str(out),
+    ]
     assert cli.main(command) == 0
     for backend in tuner.LANGUAGES:
-        entries, = (tuned.read(path) for path in (out / backend).iterdir())
+        (entries,) = (tuned.read(path) for path in (out / backend).iterdir())
         assert len(entries) == 2 and all(e["us"] > 0 and e["us_by_hand"] > 0 for e in entries)
     assert cli.main(command) == 0
     assert "0 shapes tuned" in capsys.readouterr().out.splitlines()[-1]
@@ -331,8 +414,10 @@ def test_a_small_run(tmp_path, capsys):
 
 def test_basic_linear_reads_its_forced_settings():
     args = linear.inputs(Rand("cpu", torch.float16), batch=1, n=64, k=2048)
-    with recording("sm_90") as launches, settings.forced("linear", dict(path="sum", BLOCK_N=8, BLOCK_K=512, num_warps=2,
-                                                                        STAGES=1, UNROLL=4)):
+    with (
+        recording("sm_90") as launches,
+        settings.forced("linear", dict(path="sum", BLOCK_N=8, BLOCK_K=512, num_warps=2, STAGES=1, UNROLL=4)),
+    ):
         linear.triton(*args, out=linear.outputs(*args))
     assert (launches[0].meta["UNROLL"], launches[0].grid) == (4, (8,))
 
@@ -340,13 +425,24 @@ def test_basic_linear_reads_its_forced_settings():
 def test_tokens_judge_what_the_fused_plan_launches():
     points = tuner.token_points(["llama-3.2-1b", "qwen3-0.6b"], [1, 16], 1024, tuner.tunable())
     assert [(p.op, p.role) for p in points[:6]] == [
-        ("norm_linear", "qkv"), ("rope_append_attention", None), ("linear_add", "o"), ("linear_add", "down"),
-        ("norm_linear_silu_mul", "gate_up"), ("norm_linear_argmax", "lm_head")]
-    assert [(p.models, p.batch) for p in points[::6]] == [(("llama-3.2-1b",), 1), (("llama-3.2-1b",), 16),
-                                                         (("qwen3-0.6b",), 1), (("qwen3-0.6b",), 16)]
-    with pytest.raises(LabError, match="--by-token tunes what the fused plan launches: not linear at context 1024"):
+        ("norm_linear", "qkv"),
+        ("rope_append_attention", None),
+        ("linear_add", "o"),
+        ("linear_add", "down"),
+        ("norm_linear_silu_mul", "gate_up"),
+        ("norm_linear_argmax", "lm_head"),
+    ]
+    assert [(p.models, p.batch) for p in points[::6]] == [
+        (("llama-3.2-1b",), 1),
+        (("llama-3.2-1b",), 16),
+        (("qwen3-0.6b",), 1),
+        (("qwen3-0.6b",), 16),
+    ]
+    with pytest.raises(
+        LabError, match="--by-token tunes what the fused plan launches: not linear at context 1024"
+    ):
         tuner.token_points(["llama-3.2-1b"], [1], 1024, ["linear"])
-    with pytest.raises(LabError, match="at context 8192"):                  # the new token would have no place
+    with pytest.raises(LabError, match="at context 8192"):  # the new token would have no place
         tuner.token_points(["smollm2-135m"], [1], 8192, tuner.tunable())
 
 
@@ -355,28 +451,37 @@ def test_a_table_with_another_entry_is_what_a_token_is_timed_with(tmp_path):
     table.add(POINT, 2, dict(BLOCK_N=4), {tuner.BY_HAND: 9.0, 0: 8.0})
     assert [e["settings"] for e in table.with_entry(POINT, 2, None)] == [dict(BLOCK_N=4)]
     assert [e["settings"] for e in table.with_entry(POINT, 2, dict(BLOCK_N=2))] == [dict(BLOCK_N=2)]
-    assert len(table.with_entry(POINT, 4, dict(BLOCK_N=2))) == 2            # float32 has an entry of its own
+    assert len(table.with_entry(POINT, 4, dict(BLOCK_N=2))) == 2  # float32 has an entry of its own
     settings.use(table.with_entry(POINT, 2, dict(path="sum", BLOCK_N=2, BLOCK_K=2048, num_warps=4)))
     try:
         with recording("sm_90") as launches:
-            norm_linear.op.launchers["triton"](*shapes.arguments(norm_linear.op, POINT, Blank(torch.bfloat16), 132)[0],
-                                  out=torch.empty(1, 3072, dtype=torch.bfloat16))
+            norm_linear.op.launchers["triton"](
+                *shapes.arguments(norm_linear.op, POINT, Blank(torch.bfloat16), 132)[0],
+                out=torch.empty(1, 3072, dtype=torch.bfloat16),
+            )
         assert launches[-1].meta["BLOCK_N"] == 2
     finally:
         settings.forget()
 
 
 def test_what_tokens_chose_says_so_and_is_not_tuned_again(tmp_path):
-    table, judge = tuner.Table(tmp_path / "sm_90.json", "H100", "3.6.0"), "whole tokens of llama-3.2-1b, batch 1, context 32"
+    table, judge = (
+        tuner.Table(tmp_path / "sm_90.json", "H100", "3.6.0"),
+        "whole tokens of llama-3.2-1b, batch 1, context 32",
+    )
     table.add(POINT, 2, dict(BLOCK_N=4), {tuner.BY_HAND: 9.0, 0: 8.0})
     assert table.has(POINT, 2) and not table.has(POINT, 2, judge)
     kept = table.add(POINT, 2, None, {tuner.BY_HAND: 1000.0, 0: 1002.0}, judge)
-    assert kept["settings"] == dict(BLOCK_N=4) and kept["by"] == judge + ": 1000.0 to 1000.0 us" and kept["tried"] == 1
+    assert (
+        kept["settings"] == dict(BLOCK_N=4)
+        and kept["by"] == judge + ": 1000.0 to 1000.0 us"
+        and kept["tried"] == 1
+    )
     won = table.add(POINT, 2, dict(BLOCK_N=2), {tuner.BY_HAND: 1000.0, 0: 990.0}, judge)
     assert won["settings"] == dict(BLOCK_N=2) and won["by"] == judge + ": 1000.0 to 990.0 us"
     assert won["by"] in tuner.report("triton", POINT, won, [])
     assert tuner.Table(table.path, "H100", "3.6.0").has(POINT, 2, judge)
-    assert not table.has(POINT, 2, judge[:-1])                              # context 3 is not context 32
+    assert not table.has(POINT, 2, judge[:-1])  # context 3 is not context 32
     by_hand = table.add(POINT, 2, {}, {tuner.BY_HAND: 990.0, 0: 980.0}, judge)
     assert by_hand["settings"] == {}
 
@@ -385,7 +490,7 @@ def test_what_defends_its_place_is_what_the_table_gives(tmp_path):
     table = tuner.Table(tmp_path / "sm_90.json", "H100", "3.6.0")
     assert table.applied(POINT, 2) == {}
     table.add(replace(POINT, batch=64), 2, dict(BLOCK_N=64), {tuner.BY_HAND: 9.0, 0: 8.0})
-    assert table.applied(POINT, 2) == {}                                    # 64 rows say nothing about one
+    assert table.applied(POINT, 2) == {}  # 64 rows say nothing about one
     table.add(replace(POINT, batch=4), 2, dict(BLOCK_N=4), {tuner.BY_HAND: 9.0, 0: 8.0})
     assert table.applied(POINT, 2) == dict(BLOCK_N=4) and table.applied(POINT, 4) == {}
     kept = table.add(POINT, 2, None, {tuner.BY_HAND: 9.0, 0: 9.1}, "whole tokens")

@@ -1,4 +1,5 @@
 """The two halves of every op have the same numbered steps, and point at each other and at their contract."""
+
 import re
 
 import pytest
@@ -13,6 +14,7 @@ TITLE = re.compile(r"^\s*(?://|#) (\d+\. [\w ,+\-/]+):", re.M)
 
 def test_every_op_of_the_lab_has_both_halves():
     from lab.ops import OPS as contracts
+
     assert sorted(OPS) == sorted(op.name for op in contracts)
 
 
@@ -31,7 +33,9 @@ def test_steps_have_the_same_titles(op):
 def test_every_step_says_something_and_has_code(op):
     for half in twins.pair(op):
         for step in half.steps.values():
-            assert step.chunks and all(c.text for c in step.chunks), f"{half.name}: step {step.number} has no text"
+            assert step.chunks and all(c.text for c in step.chunks), (
+                f"{half.name}: step {step.number} has no text"
+            )
             assert any(c.lines for c in step.chunks), f"{half.name}: step {step.number} has no code"
 
 
@@ -50,9 +54,12 @@ def test_no_line_of_a_file_is_lost(op):
     for half in twins.pair(op):
         lines = half.path.read_text().splitlines()
         for chunk in [*half.around, *(c for s in half.steps.values() for c in s.chunks)]:
-            assert lines[chunk.first - 1:chunk.first - 1 + len(chunk.lines)] == chunk.lines
-        shown = {n for c in [*half.around, *(c for s in half.steps.values() for c in s.chunks)]
-                 for n in range(c.first, c.first + len(c.lines))}
+            assert lines[chunk.first - 1 : chunk.first - 1 + len(chunk.lines)] == chunk.lines
+        shown = {
+            n
+            for c in [*half.around, *(c for s in half.steps.values() for c in s.chunks)]
+            for n in range(c.first, c.first + len(c.lines))
+        }
         code = [n for n, line in enumerate(lines, 1) if line.strip() and not twins.COMMENT.match(line)]
         header = twins._header(half.language, lines)[1]
         assert [n for n in code if n not in shown and n > header] == []
@@ -68,7 +75,7 @@ def test_rungs_have_the_same_titles_in_both_languages_and_in_the_table(op):
                 assert step is None and missing.endswith(".")
                 continue
             assert f"{step.number}. {step.title}" == rung.title
-            chunk, = step.chunks
+            (chunk,) = step.chunks
             assert chunk.text and (chunk.lines or chunk.below in cuda.titles), f"{half.name}: {rung.title}"
 
 
@@ -96,8 +103,12 @@ __global__ void b_kernel(int n) {
     half = twins.cut("cuda", twins.Path("cuda_src/ladder/x.cu"), text.splitlines())
     tile, plain, fast = (step.chunks[0] for step in half.steps.values())
     assert half.name == "cuda_src/ladder/x.cu"
-    assert (tile.kernel, tile.text, tile.lines[0], tile.lines[-1]) == ("a_kernel", "a type first and a kernel.",
-                                                                       "struct Tile {", "}")
+    assert (tile.kernel, tile.text, tile.lines[0], tile.lines[-1]) == (
+        "a_kernel",
+        "a type first and a kernel.",
+        "struct Tile {",
+        "}",
+    )
     assert (plain.lines, plain.text, plain.below) == ([], "in words.", "3. Fast")
     assert (fast.kernel, fast.below, len(fast.lines)) == ("b_kernel", "", 2)
     assert half.around[1].lines == ["// For rungs 2 and 3.", "int shared();"]
@@ -122,7 +133,9 @@ void x() { launch(a_kernel); }
 """
     half = twins.cut("cuda", twins.Path("x.cu"), text.splitlines())
     assert [(c.kernel, c.text, c.lines) for c in half.steps[1].chunks] == [
-        ("a_kernel", "here and there.", ["  int i = 0;", "}"]), ("b_kernel", "elsewhere.", ["  int j = 0;", "}"])]
+        ("a_kernel", "here and there.", ["  int i = 0;", "}"]),
+        ("b_kernel", "elsewhere.", ["  int j = 0;", "}"]),
+    ]
     assert half.around[-1].lines == ["void x() { launch(a_kernel); }"]
 
 

@@ -1,10 +1,11 @@
 """bandwidth: only reads, copies or writes a buffer. Its speed is the ceiling for every other kernel.
 
-  src, dst  int32 [n], n a multiple of 4
-  mapping   a persistent grid; program p takes the blocks p, p + programs, ..., with 8192 elements in flight
-  traffic   read: bytes. copy: bytes read + bytes written. write: bytes. Times `passes`
-  used by   lab/harness/ceiling.py          twin  cuda_src/bandwidth.cu
+src, dst  int32 [n], n a multiple of 4
+mapping   a persistent grid; program p takes the blocks p, p + programs, ..., with 8192 elements in flight
+traffic   read: bytes. copy: bytes read + bytes written. write: bytes. Times `passes`
+used by   lab/harness/ceiling.py          twin  cuda_src/bandwidth.cu
 """
+
 import triton
 import triton.language as tl
 

@@ -1,4 +1,5 @@
 """What every Triton launcher shares: launch, trace, and the choice of a configuration by architecture."""
+
 import contextlib
 import functools
 from typing import Any, NamedTuple
@@ -8,12 +9,13 @@ import torch
 from lab.errors import LabError
 from triton_kernels import interpreter
 
-_trace = None           # kernel names launched since the last take_trace(), or None
-_recording = None       # (architecture, list of Launch) while launches are recorded instead of run
+_trace = None  # kernel names launched since the last take_trace(), or None
+_recording = None  # (architecture, list of Launch) while launches are recorded instead of run
 
 
 class Launch(NamedTuple):
     """One launch as a launcher requested it, which the static inspector compiles without running it."""
+
     kernel: Any
     grid: tuple
     args: tuple
@@ -87,12 +89,14 @@ def _nearest(keys, architecture):
     known = [int(key[3:]) for key in keys if key.startswith("sm_")]
     lower = [n for n in known if n <= int(architecture[3:])]
     if not lower:
-        raise LabError(f"no Triton configuration for {architecture}; the oldest supported GPU is sm_{min(known)}")
+        raise LabError(
+            f"no Triton configuration for {architecture}; the oldest supported GPU is sm_{min(known)}"
+        )
     return f"sm_{max(lower)}"
 
 
 def architecture(tensor):
-    """"interpreter" for a CPU tensor, else the GPU's "sm_NN"."""
+    """ "interpreter" for a CPU tensor, else the GPU's "sm_NN"."""
     return _recording[0] if _recording is not None else _architecture(tensor.device)
 
 

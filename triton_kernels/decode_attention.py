@@ -14,6 +14,7 @@ Softmax is computed online (Milakov and Gimelshein, arXiv 1805.02867), and the s
 Flash-Decoding, here by the program of a KV head that finishes last. Scores are kept in base 2, because the
 hardware has exp2: exp(x) = exp2(x * log2(e)).
 """
+
 import math
 
 import triton
@@ -29,15 +30,38 @@ from triton_kernels.settings import measured
 HALF = dict(tile=64, min_rows=16, num_warps=2, num_stages=5)
 FLOAT = dict(tile=32, min_rows=16, num_warps=8, num_stages=4)
 ANY = dict(tile=128, min_rows=1, num_warps=1)
-CONFIGS = {"sm_90": {2: HALF, 4: FLOAT}, "sm_80": {2: HALF, 4: FLOAT}, "interpreter": {2: ANY, 4: ANY}}   # by item size
+CONFIGS = {
+    "sm_90": {2: HALF, 4: FLOAT},
+    "sm_80": {2: HALF, 4: FLOAT},
+    "interpreter": {2: ANY, 4: ANY},
+}  # by item size
 
 
 @triton.jit
-def decode_attention_kernel(q, k_cache, v_cache, block_table, context_lens, out, partial, tickets,
-                            kv_heads, max_pages, splits, q_stride, scale_log2,
-                            GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-                            PAGE: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, HEADS: tl.constexpr,
-                            MERGE: tl.constexpr):
+def decode_attention_kernel(
+    q,
+    k_cache,
+    v_cache,
+    block_table,
+    context_lens,
+    out,
+    partial,
+    tickets,
+    kv_heads,
+    max_pages,
+    splits,
+    q_stride,
+    scale_log2,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    HEADS: tl.constexpr,
+    MERGE: tl.constexpr,
+):
     # 1. Locate: the length is read on the device, so that one captured graph serves a growing context. Split
     # s owns the tokens from s * chunk on; with a short context the last splits are empty, and their programs
     # end here.
@@ -64,9 +88,21 @@ def decode_attention_kernel(q, k_cache, v_cache, block_table, context_lens, out,
     for t0 in tl.range(begin, end, TILE):
         token = t0 + tl.arange(0, TILE)
         live = token < end
-        kt, vt = load_tile(k_cache, v_cache, block_table, token=token, live=live, b=b, kv=kv,
-                           kv_heads=kv_heads, max_pages=max_pages, d=d, in_head=in_head, PAGE=PAGE,
-                           HEAD_DIM=HEAD_DIM)
+        kt, vt = load_tile(
+            k_cache,
+            v_cache,
+            block_table,
+            token=token,
+            live=live,
+            b=b,
+            kv=kv,
+            kv_heads=kv_heads,
+            max_pages=max_pages,
+            d=d,
+            in_head=in_head,
+            PAGE=PAGE,
+            HEAD_DIM=HEAD_DIM,
+        )
 
         # 4. Online softmax: with a new maximum the sums so far are scaled down. Both matrix products run on
         # tensor cores in both languages, so the weights are rounded to T for the second one; their sum is
@@ -78,17 +114,46 @@ def decode_attention_kernel(q, k_cache, v_cache, block_table, context_lens, out,
     out_head = out + (b * kv_heads + kv) * (GROUP * HEAD_DIM)
     if not SPLIT:
         result = acc / tl.where(mass == 0.0, 1.0, mass)[:, None]
-        tl.store(out_head + g[:, None] * HEAD_DIM + d[None, :], result.to(out.dtype.element_ty), mask=live_out)
+        tl.store(
+            out_head + g[:, None] * HEAD_DIM + d[None, :], result.to(out.dtype.element_ty), mask=live_out
+        )
     else:
-        ticket = publish(partial, tickets, b, kv=kv, kv_heads=kv_heads, split=split, splits=splits, top=top,
-                         mass=mass, acc=acc, GROUP=GROUP, ROWS=ROWS, HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D)
+        ticket = publish(
+            partial,
+            tickets,
+            b,
+            kv=kv,
+            kv_heads=kv_heads,
+            split=split,
+            splits=splits,
+            top=top,
+            mass=mass,
+            acc=acc,
+            GROUP=GROUP,
+            ROWS=ROWS,
+            HEAD_DIM=HEAD_DIM,
+            BLOCK_D=BLOCK_D,
+        )
 
         # 6. Merge in the last block: in the order of the splits, so that the result does not depend on which
         # program finished last. The twin merges up to 8 splits through the shared memory of a cluster of
         # blocks, to which Triton gives no access.
         if ticket == used - 1:
-            merge(partial, tickets, out_head, b=b, kv=kv, kv_heads=kv_heads, splits=splits, used=used,
-                  GROUP=GROUP, HEADS=HEADS, HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D, MERGE=MERGE)
+            merge(
+                partial,
+                tickets,
+                out_head,
+                b=b,
+                kv=kv,
+                kv_heads=kv_heads,
+                splits=splits,
+                used=used,
+                GROUP=GROUP,
+                HEADS=HEADS,
+                HEAD_DIM=HEAD_DIM,
+                BLOCK_D=BLOCK_D,
+                MERGE=MERGE,
+            )
 
 
 def decode_attention(q, k_cache, v_cache, block_table, context_lens, scale, splits, partial, tickets, out):
@@ -96,12 +161,44 @@ def decode_attention(q, k_cache, v_cache, block_table, context_lens, scale, spli
     batch, q_heads, head_dim = q.shape
     kv_heads, page_size = k_cache.shape[1:3]
     group = q_heads // kv_heads
-    cfg = (measured("decode_attention", q, batch, q_heads=q_heads, kv_heads=kv_heads, head_dim=head_dim,
-                    page_size=page_size) or config(CONFIGS, q)[q.itemsize])
+    cfg = (
+        measured(
+            "decode_attention",
+            q,
+            batch,
+            q_heads=q_heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            page_size=page_size,
+        )
+        or config(CONFIGS, q)[q.itemsize]
+    )
     options = {key: value for key, value in cfg.items() if key.startswith("num_")}
     heads, block_d = triton.next_power_of_2(group), triton.next_power_of_2(head_dim)
-    launch(decode_attention_kernel, (splits, kv_heads, batch), q, k_cache, v_cache, block_table, context_lens, out,
-           partial, tickets, kv_heads, block_table.shape[1], splits, q.stride(0), scale * math.log2(math.e),
-           GROUP=group, ROWS=max(heads, cfg["min_rows"]), HEAD_DIM=head_dim,
-           BLOCK_D=block_d, PAGE=page_size, TILE=cfg["tile"], SPLIT=splits > 1,
-           HEADS=heads, MERGE=merge_step(splits, heads, block_d), **options)
+    launch(
+        decode_attention_kernel,
+        (splits, kv_heads, batch),
+        q,
+        k_cache,
+        v_cache,
+        block_table,
+        context_lens,
+        out,
+        partial,
+        tickets,
+        kv_heads,
+        block_table.shape[1],
+        splits,
+        q.stride(0),
+        scale * math.log2(math.e),
+        GROUP=group,
+        ROWS=max(heads, cfg["min_rows"]),
+        HEAD_DIM=head_dim,
+        BLOCK_D=block_d,
+        PAGE=page_size,
+        TILE=cfg["tile"],
+        SPLIT=splits > 1,
+        HEADS=heads,
+        MERGE=merge_step(splits, heads, block_d),
+        **options,
+    )

@@ -14,6 +14,7 @@ The weights of a phase depend on no other program, so the loads of its first two
 wait: DRAM is busy while programs wait, and while they normalise. BLOCK_K covers k: a program multiplies whole
 rows of w with a whole row of x, and both stay in registers.
 """
+
 import math
 
 import triton
@@ -28,7 +29,9 @@ from triton_kernels.norm_linear_silu_mul import activate
 from triton_kernels.rope_append_attention import angles, append_and_attend
 from triton_kernels.settings import measured, multiprocessors
 
-BARRIER, BEST, TICKET, TICKETS = map(tl.constexpr, (step_layout.BARRIER, step_layout.BEST, step_layout.TICKET, step_layout.TICKETS))
+BARRIER, BEST, TICKET, TICKETS = map(
+    tl.constexpr, (step_layout.BARRIER, step_layout.BEST, step_layout.TICKET, step_layout.TICKETS)
+)
 # Columns of `table`: LAYER of the contract.
 (ATTN_NORM, WQKV, BQKV, Q_NORM, K_NORM, WO, BO, MLP_NORM, W_GATE_UP, W_DOWN) = map(tl.constexpr, range(10))
 LAYER = tl.constexpr(len(step_layout.LAYER))
@@ -47,7 +50,7 @@ CONFIGS = {"sm_90": HALF, "sm_80": dict(HALF, elements=1 << 13), "interpreter": 
 @triton.jit
 def arrive(counters, target):
     """Tells that this program has stored its results. Returns how many arrivals the next wait must see."""
-    tl.debug_barrier()                                  # every thread's stores come before the arrival
+    tl.debug_barrier()  # every thread's stores come before the arrival
     # The result is not used, so this compiles to a reduction, and no thread waits for an answer.
     tl.atomic_add(counters + BARRIER, 1, sem="release", scope="gpu")
     return target + tl.num_programs(0)
@@ -80,8 +83,23 @@ def load_added(bias, residual, column, end):
 
 
 @triton.jit
-def product(counters, target, x, norm_w, eps, w, bias, residual, y, n, K: tl.constexpr, BLOCK_N: tl.constexpr,
-            BLOCK_K: tl.constexpr, PAIRS: tl.constexpr = False, ARGMAX: tl.constexpr = False):
+def product(
+    counters,
+    target,
+    x,
+    norm_w,
+    eps,
+    w,
+    bias,
+    residual,
+    y,
+    n,
+    K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PAIRS: tl.constexpr = False,
+    ARGMAX: tl.constexpr = False,
+):
     """y[j] = xn . w[j] (+ bias[j]) (+ residual[j]) for this program's share of n outputs; xn: x or its norm.
 
     With PAIRS y[j] = silu(xn . w[j]) * (xn . w[n + j]). With ARGMAX it returns its best outputs and their
@@ -93,7 +111,7 @@ def product(counters, target, x, norm_w, eps, w, bias, residual, y, n, K: tl.con
     end = ((tl.program_id(0) + 1) * n) // tl.num_programs(0)
     column = first + tl.arange(0, BLOCK_N)[None, :]
     i = tl.arange(0, PARTS * BLOCK_N)[None, :, None]
-    row = i // PARTS + (i % PARTS) * n                  # gate and up alternate, as in norm_linear_silu_mul
+    row = i // PARTS + (i % PARTS) * n  # gate and up alternate, as in norm_linear_silu_mul
     left = end - first
     col = tl.arange(0, BLOCK_K)[None, None, :]
 
@@ -131,29 +149,94 @@ def product(counters, target, x, norm_w, eps, w, bias, residual, y, n, K: tl.con
 
 
 @triton.jit
-def first_tile(k_cache, v_cache, block_table, position, item, splits, kv_heads, max_pages, HEAD_DIM: tl.constexpr,
-               BLOCK_D: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr):
+def first_tile(
+    k_cache,
+    v_cache,
+    block_table,
+    position,
+    item,
+    splits,
+    kv_heads,
+    max_pages,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """Bounds of split item % splits, and its first tile of KV head item / splits; zeros past the last."""
     begin, end, used = split_bounds(position + 1, item % splits, splits, TILE)
     d = tl.arange(0, BLOCK_D)
     token = begin + tl.arange(0, TILE)
     live = (token < tl.minimum(end, position)) & (item < kv_heads * splits)
-    kt, vt = load_tile(k_cache, v_cache, block_table, token=token, live=live, b=0, kv=item // splits,
-                       kv_heads=kv_heads, max_pages=max_pages, d=d, in_head=(d < HEAD_DIM)[None, :],
-                       PAGE=PAGE, HEAD_DIM=HEAD_DIM)
+    kt, vt = load_tile(
+        k_cache,
+        v_cache,
+        block_table,
+        token=token,
+        live=live,
+        b=0,
+        kv=item // splits,
+        kv_heads=kv_heads,
+        max_pages=max_pages,
+        d=d,
+        in_head=(d < HEAD_DIM)[None, :],
+        PAGE=PAGE,
+        HEAD_DIM=HEAD_DIM,
+    )
     return begin, end, used, kt, vt
 
 
 @triton.jit
-def decode_step_kernel(embed, ids, positions, table, final_norm, lm_head, cos_sin, k_cache, v_cache, block_table,
-                       logits, out, h, qkv, attention, act, partial, counters, layers, vocab, cache_stride, max_pages,
-                       splits, eps, scale_log2, HIDDEN: tl.constexpr, MIDDLE: tl.constexpr, GROUP: tl.constexpr,
-                       KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_BQKV: tl.constexpr, HAS_BO: tl.constexpr,
-                       HAS_QK_NORM: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
-                       BLOCK_D: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, MERGE: tl.constexpr,
-                       BLOCK_HIDDEN: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_MIDDLE: tl.constexpr,
-                       N_QKV: tl.constexpr, N_O: tl.constexpr, N_GATE: tl.constexpr, N_DOWN: tl.constexpr,
-                       N_HEAD: tl.constexpr):
+def decode_step_kernel(
+    embed,
+    ids,
+    positions,
+    table,
+    final_norm,
+    lm_head,
+    cos_sin,
+    k_cache,
+    v_cache,
+    block_table,
+    logits,
+    out,
+    h,
+    qkv,
+    attention,
+    act,
+    partial,
+    counters,
+    layers,
+    vocab,
+    cache_stride,
+    max_pages,
+    splits,
+    eps,
+    scale_log2,
+    HIDDEN: tl.constexpr,
+    MIDDLE: tl.constexpr,
+    GROUP: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HAS_BQKV: tl.constexpr,
+    HAS_BO: tl.constexpr,
+    HAS_QK_NORM: tl.constexpr,
+    PAGE: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    MERGE: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_MIDDLE: tl.constexpr,
+    N_QKV: tl.constexpr,
+    N_O: tl.constexpr,
+    N_GATE: tl.constexpr,
+    N_DOWN: tl.constexpr,
+    N_HEAD: tl.constexpr,
+):
     # 1. Locate: the residual starts as a row of embed. A token id outside the vocabulary turns everything to
     # NaN, from the first norm on.
     position = tl.load(positions)
@@ -175,59 +258,177 @@ def decode_step_kernel(embed, ids, positions, table, final_norm, lm_head, cos_si
     # 3. Layers: norm and qkv, attention, o, norm and gate and up, down; each phase ends when all programs
     # have arrived. Then the logits, of which a program keeps its best.
     for _ in range(layers):
-        product(counters, target, x=residual, norm_w=tensor_at(table, ATTN_NORM, embed), eps=eps,
-                w=tensor_at(table, WQKV, embed), bias=tensor_at(table, BQKV, embed) if HAS_BQKV else None,
-                residual=None, y=qkv, n=Q + 2 * KV, K=HIDDEN, BLOCK_N=N_QKV, BLOCK_K=BLOCK_HIDDEN)
+        product(
+            counters,
+            target,
+            x=residual,
+            norm_w=tensor_at(table, ATTN_NORM, embed),
+            eps=eps,
+            w=tensor_at(table, WQKV, embed),
+            bias=tensor_at(table, BQKV, embed) if HAS_BQKV else None,
+            residual=None,
+            y=qkv,
+            n=Q + 2 * KV,
+            K=HIDDEN,
+            BLOCK_N=N_QKV,
+            BLOCK_K=BLOCK_HIDDEN,
+        )
         target = arrive(counters, target)
 
         # A program has one split of a KV head, or none; where there are more KV heads than programs, several.
         q_norm = tensor_at(table, Q_NORM, embed)
         k_norm = tensor_at(table, K_NORM, embed)
         item = tl.program_id(0)
-        begin, end, used, kt, vt = first_tile(k_cache, v_cache, block_table, position=position, item=item,
-                                              splits=splits, kv_heads=KV_HEADS, max_pages=max_pages,
-                                              HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D, PAGE=PAGE, TILE=TILE)
+        begin, end, used, kt, vt = first_tile(
+            k_cache,
+            v_cache,
+            block_table,
+            position=position,
+            item=item,
+            splits=splits,
+            kv_heads=KV_HEADS,
+            max_pages=max_pages,
+            HEAD_DIM=HEAD_DIM,
+            BLOCK_D=BLOCK_D,
+            PAGE=PAGE,
+            TILE=TILE,
+        )
         wait(counters, target)
         while item < KV_HEADS * splits:
             if item % splits < used:
-                append_and_attend(qkv, qkv + Q, qkv + Q + KV, q_norm=q_norm, k_norm=k_norm, eps=eps,
-                                  position=position, cosine=cosine, sine=sine, kt=kt, vt=vt, k_cache=k_cache,
-                                  v_cache=v_cache, block_table=block_table, out=attention, partial=partial,
-                                  tickets=counters + TICKETS, b=0, kv=item // splits, split=item % splits,
-                                  begin=begin, end=end, used=used, kv_heads=KV_HEADS, max_pages=max_pages,
-                                  splits=splits, q_stride=0, k_stride=0, v_stride=0, scale_log2=scale_log2,
-                                  HAS_NORM=HAS_QK_NORM, GROUP=GROUP, ROWS=ROWS, HEAD_DIM=HEAD_DIM,
-                                  BLOCK_D=BLOCK_D, PAGE=PAGE, TILE=TILE, SPLIT=SPLIT, HEADS=HEADS,
-                                  MERGE=MERGE)
+                append_and_attend(
+                    qkv,
+                    qkv + Q,
+                    qkv + Q + KV,
+                    q_norm=q_norm,
+                    k_norm=k_norm,
+                    eps=eps,
+                    position=position,
+                    cosine=cosine,
+                    sine=sine,
+                    kt=kt,
+                    vt=vt,
+                    k_cache=k_cache,
+                    v_cache=v_cache,
+                    block_table=block_table,
+                    out=attention,
+                    partial=partial,
+                    tickets=counters + TICKETS,
+                    b=0,
+                    kv=item // splits,
+                    split=item % splits,
+                    begin=begin,
+                    end=end,
+                    used=used,
+                    kv_heads=KV_HEADS,
+                    max_pages=max_pages,
+                    splits=splits,
+                    q_stride=0,
+                    k_stride=0,
+                    v_stride=0,
+                    scale_log2=scale_log2,
+                    HAS_NORM=HAS_QK_NORM,
+                    GROUP=GROUP,
+                    ROWS=ROWS,
+                    HEAD_DIM=HEAD_DIM,
+                    BLOCK_D=BLOCK_D,
+                    PAGE=PAGE,
+                    TILE=TILE,
+                    SPLIT=SPLIT,
+                    HEADS=HEADS,
+                    MERGE=MERGE,
+                )
             item += tl.num_programs(0)
-            begin, end, used, kt, vt = first_tile(k_cache, v_cache, block_table, position=position, item=item,
-                                                  splits=splits, kv_heads=KV_HEADS, max_pages=max_pages,
-                                                  HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D, PAGE=PAGE, TILE=TILE)
+            begin, end, used, kt, vt = first_tile(
+                k_cache,
+                v_cache,
+                block_table,
+                position=position,
+                item=item,
+                splits=splits,
+                kv_heads=KV_HEADS,
+                max_pages=max_pages,
+                HEAD_DIM=HEAD_DIM,
+                BLOCK_D=BLOCK_D,
+                PAGE=PAGE,
+                TILE=TILE,
+            )
         target = arrive(counters, target)
 
         # In the first layer the residual is the row of embed, in the others h.
-        product(counters, target, x=attention, norm_w=None, eps=eps, w=tensor_at(table, WO, embed),
-                bias=tensor_at(table, BO, embed) if HAS_BO else None, residual=residual, y=h, n=HIDDEN, K=Q,
-                BLOCK_N=N_O, BLOCK_K=BLOCK_HEADS)
+        product(
+            counters,
+            target,
+            x=attention,
+            norm_w=None,
+            eps=eps,
+            w=tensor_at(table, WO, embed),
+            bias=tensor_at(table, BO, embed) if HAS_BO else None,
+            residual=residual,
+            y=h,
+            n=HIDDEN,
+            K=Q,
+            BLOCK_N=N_O,
+            BLOCK_K=BLOCK_HEADS,
+        )
         target = arrive(counters, target)
 
-        product(counters, target, x=h, norm_w=tensor_at(table, MLP_NORM, embed), eps=eps,
-                w=tensor_at(table, W_GATE_UP, embed), bias=None, residual=None, y=act, n=MIDDLE, K=HIDDEN,
-                BLOCK_N=N_GATE, BLOCK_K=BLOCK_HIDDEN, PAIRS=True)
+        product(
+            counters,
+            target,
+            x=h,
+            norm_w=tensor_at(table, MLP_NORM, embed),
+            eps=eps,
+            w=tensor_at(table, W_GATE_UP, embed),
+            bias=None,
+            residual=None,
+            y=act,
+            n=MIDDLE,
+            K=HIDDEN,
+            BLOCK_N=N_GATE,
+            BLOCK_K=BLOCK_HIDDEN,
+            PAIRS=True,
+        )
         target = arrive(counters, target)
 
-        product(counters, target, x=act, norm_w=None, eps=eps, w=tensor_at(table, W_DOWN, embed), bias=None,
-                residual=h, y=h, n=HIDDEN, K=MIDDLE, BLOCK_N=N_DOWN, BLOCK_K=BLOCK_MIDDLE)
+        product(
+            counters,
+            target,
+            x=act,
+            norm_w=None,
+            eps=eps,
+            w=tensor_at(table, W_DOWN, embed),
+            bias=None,
+            residual=h,
+            y=h,
+            n=HIDDEN,
+            K=MIDDLE,
+            BLOCK_N=N_DOWN,
+            BLOCK_K=BLOCK_MIDDLE,
+        )
         target = arrive(counters, target)
         residual = h
         table += LAYER
         k_cache += cache_stride
         v_cache += cache_stride
 
-    best, index = product(counters, target, x=residual, norm_w=final_norm, eps=eps, w=lm_head, bias=None,
-                          residual=None, y=logits, n=vocab, K=HIDDEN, BLOCK_N=N_HEAD, BLOCK_K=BLOCK_HIDDEN,
-                          ARGMAX=True)
-    best, index = first_best(best, index, axis=1)            # [1, 1], and a scalar for the atomic
+    best, index = product(
+        counters,
+        target,
+        x=residual,
+        norm_w=final_norm,
+        eps=eps,
+        w=lm_head,
+        bias=None,
+        residual=None,
+        y=logits,
+        n=vocab,
+        K=HIDDEN,
+        BLOCK_N=N_HEAD,
+        BLOCK_K=BLOCK_HIDDEN,
+        ARGMAX=True,
+    )
+    best, index = first_best(best, index, axis=1)  # [1, 1], and a scalar for the atomic
     best = tl.max(tl.reshape(best, [1]), axis=0)
     index = tl.max(tl.reshape(index, [1]), axis=0)
 
@@ -237,8 +438,13 @@ def decode_step_kernel(embed, ids, positions, table, final_norm, lm_head, cos_si
     bits = best.to(tl.int32, bitcast=True)
     ordered = tl.where(bits < 0, ~bits, bits | (-2147483647 - 1)).to(tl.uint32, bitcast=True).to(tl.int64)
     top = (counters + BEST).to(tl.pointer_type(tl.int64))
-    tl.atomic_max(top, (ordered << 31) | (~index + LOW_31_BITS).to(tl.int64), mask=index < vocab, sem="relaxed",
-                  scope="gpu")
+    tl.atomic_max(
+        top,
+        (ordered << 31) | (~index + LOW_31_BITS).to(tl.int64),
+        mask=index < vocab,
+        sem="relaxed",
+        scope="gpu",
+    )
     if tl.atomic_add(counters + TICKET, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
         lowest = (tl.atomic_max(top, 0, sem="relaxed", scope="gpu") & LOW_31_BITS).to(tl.int32)
         tl.store(out, ~lowest + LOW_31_BITS)
@@ -250,30 +456,95 @@ def decode_step_kernel(embed, ids, positions, table, final_norm, lm_head, cos_si
 def decode_step(ids, positions, model, k_cache, v_cache, block_table, logits, workspace, out):
     """Launch one program per multiprocessor; the settings `per_multiprocessor` or `programs` change that."""
     m, w, embed = model, workspace, model.embed
-    (vocab, hidden), middle, kv_heads, head_dim, page_size = (m.lm_head.shape, m.intermediate, m.kv_heads, m.head_dim,
-                                                              k_cache.shape[3])
-    cfg = (measured("decode_step", embed, 1, hidden=hidden, intermediate=middle, q_heads=m.q_heads, kv_heads=kv_heads,
-                    head_dim=head_dim) or config(CONFIGS, embed))
+    (vocab, hidden), middle, kv_heads, head_dim, page_size = (
+        m.lm_head.shape,
+        m.intermediate,
+        m.kv_heads,
+        m.head_dim,
+        k_cache.shape[3],
+    )
+    cfg = measured(
+        "decode_step",
+        embed,
+        1,
+        hidden=hidden,
+        intermediate=middle,
+        q_heads=m.q_heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+    ) or config(CONFIGS, embed)
     programs = cfg.get("programs") or cfg.get("per_multiprocessor", 1) * multiprocessors(embed)
     splits = cfg.get("splits") or max(min(step_layout.MAX_SPLITS, programs // kv_heads), 1)
     options = {key: value for key, value in cfg.items() if key.startswith("num_")}
-    heads, block_d, q = triton.next_power_of_2(m.group), triton.next_power_of_2(head_dim), m.q_heads * head_dim
+    heads, block_d, q = (
+        triton.next_power_of_2(m.group),
+        triton.next_power_of_2(head_dim),
+        m.q_heads * head_dim,
+    )
     layer = m.layers[0]
 
     def rows(n, k, parts=1):
         """BLOCK_N: as many rows as fit into a tile, but no more than a program's share."""
-        return min(max(cfg["elements"] // (parts * triton.next_power_of_2(k)), 1),
-                   triton.next_power_of_2(triton.cdiv(n, programs)))
+        return min(
+            max(cfg["elements"] // (parts * triton.next_power_of_2(k)), 1),
+            triton.next_power_of_2(triton.cdiv(n, programs)),
+        )
 
-    held = (tensor for one in m.layers for part in step_layout.LAYER if (tensor := getattr(one, part)) is not None)
-    launch(decode_step_kernel, (programs,), embed, ids, positions, m.table, m.final_norm, m.lm_head, m.cos_sin, k_cache,
-           v_cache, block_table, logits, out, w.h, w.qkv, w.attention, w.act, w.partial, w.counters, len(m.layers),
-           vocab, k_cache.stride(0), block_table.shape[1], splits, m.eps, m.scale * math.log2(math.e), reads=held,
-           HIDDEN=hidden, MIDDLE=middle, GROUP=m.group, KV_HEADS=kv_heads, HEAD_DIM=head_dim,
-           HAS_BQKV=layer.bqkv is not None, HAS_BO=layer.bo is not None, HAS_QK_NORM=layer.q_norm is not None,
-           PAGE=page_size, ROWS=max(heads, cfg["min_rows"]), HEADS=heads, BLOCK_D=block_d, TILE=cfg["tile"],
-           SPLIT=splits > 1, MERGE=merge_step(splits, heads, block_d), BLOCK_HIDDEN=triton.next_power_of_2(hidden),
-           BLOCK_HEADS=triton.next_power_of_2(q), BLOCK_MIDDLE=triton.next_power_of_2(middle),
-           N_QKV=rows(q + 2 * kv_heads * head_dim, hidden), N_O=rows(hidden, q), N_GATE=rows(middle, hidden, 2),
-           N_DOWN=rows(hidden, middle), N_HEAD=rows(vocab, hidden), launch_cooperative_grid=True,
-           **options)
+    held = (
+        tensor for one in m.layers for part in step_layout.LAYER if (tensor := getattr(one, part)) is not None
+    )
+    launch(
+        decode_step_kernel,
+        (programs,),
+        embed,
+        ids,
+        positions,
+        m.table,
+        m.final_norm,
+        m.lm_head,
+        m.cos_sin,
+        k_cache,
+        v_cache,
+        block_table,
+        logits,
+        out,
+        w.h,
+        w.qkv,
+        w.attention,
+        w.act,
+        w.partial,
+        w.counters,
+        len(m.layers),
+        vocab,
+        k_cache.stride(0),
+        block_table.shape[1],
+        splits,
+        m.eps,
+        m.scale * math.log2(math.e),
+        reads=held,
+        HIDDEN=hidden,
+        MIDDLE=middle,
+        GROUP=m.group,
+        KV_HEADS=kv_heads,
+        HEAD_DIM=head_dim,
+        HAS_BQKV=layer.bqkv is not None,
+        HAS_BO=layer.bo is not None,
+        HAS_QK_NORM=layer.q_norm is not None,
+        PAGE=page_size,
+        ROWS=max(heads, cfg["min_rows"]),
+        HEADS=heads,
+        BLOCK_D=block_d,
+        TILE=cfg["tile"],
+        SPLIT=splits > 1,
+        MERGE=merge_step(splits, heads, block_d),
+        BLOCK_HIDDEN=triton.next_power_of_2(hidden),
+        BLOCK_HEADS=triton.next_power_of_2(q),
+        BLOCK_MIDDLE=triton.next_power_of_2(middle),
+        N_QKV=rows(q + 2 * kv_heads * head_dim, hidden),
+        N_O=rows(hidden, q),
+        N_GATE=rows(middle, hidden, 2),
+        N_DOWN=rows(hidden, middle),
+        N_HEAD=rows(vocab, hidden),
+        launch_cooperative_grid=True,
+        **options,
+    )

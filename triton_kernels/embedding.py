@@ -1,10 +1,11 @@
 """embedding: out[r,:] = table[ids[r],:]
 
-  ids [rows] int32   table [vocab, cols]   out [rows, cols]     row-major, contiguous
-  mapping   a program owns ROWS rows (one on a GPU) times BLOCK columns
-  traffic   one row of the table and one of out per id: latency, not bandwidth
-  contract  lab/ops/embedding.py          twin  cuda_src/embedding.cu
+ids [rows] int32   table [vocab, cols]   out [rows, cols]     row-major, contiguous
+mapping   a program owns ROWS rows (one on a GPU) times BLOCK columns
+traffic   one row of the table and one of out per id: latency, not bandwidth
+contract  lab/ops/embedding.py          twin  cuda_src/embedding.cu
 """
+
 import triton
 import triton.language as tl
 
@@ -38,5 +39,16 @@ def embedding(ids, table, out):
     rows, (vocab, cols) = ids.numel(), table.shape
     tile = min(cfg["rows"], triton.next_power_of_2(rows))
     block = min(cfg["block"], triton.next_power_of_2(cols))
-    launch(embedding_kernel, (triton.cdiv(rows, tile), triton.cdiv(cols, block)), ids, table, out, rows, cols, vocab,
-           ROWS=tile, BLOCK=block, num_warps=cfg["num_warps"])
+    launch(
+        embedding_kernel,
+        (triton.cdiv(rows, tile), triton.cdiv(cols, block)),
+        ids,
+        table,
+        out,
+        rows,
+        cols,
+        vocab,
+        ROWS=tile,
+        BLOCK=block,
+        num_warps=cfg["num_warps"],
+    )

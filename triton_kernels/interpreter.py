@@ -25,6 +25,7 @@ Programs run one after another, so races are not noticed, and a program that wai
 programs of a cooperative launch take turns instead, and change where they wait. A `tl` operation costs tens
 of microseconds per program whatever its size: launch few programs with large blocks.
 """
+
 import ast
 import contextlib
 import dataclasses
@@ -43,7 +44,8 @@ from triton.runtime.autotuner import Autotuner, Heuristics
 from triton.runtime.interpreter import InterpretedFunction, TensorHandle
 from triton.runtime.jit import JITFunction, KernelInterface
 
-# ---- bfloat16 as uint16 bit patterns --------------------------------------------------------------------------------
+# ---- bfloat16 as uint16 bit patterns -----------------------------------------------------------------------
+
 
 def bf16_to_f32(bits):
     """uint16 bit patterns -> float32, exact."""
@@ -60,11 +62,29 @@ def f32_to_bf16(values):
     return rounded.reshape(np.shape(values))
 
 
-_NP_DTYPES = {t.name: np.dtype(n) for t, n in (
-    (tl.int1, bool), (tl.int8, "i1"), (tl.uint8, "u1"), (tl.int16, "i2"), (tl.uint16, "u2"), (tl.int32, "i4"),
-    (tl.uint32, "u4"), (tl.int64, "i8"), (tl.uint64, "u8"), (tl.float16, "f2"), (tl.bfloat16, "u2"), (tl.float32, "f4"),
-    (tl.float64, "f8"), (tl.float8e5, "u1"), (tl.float8e4nv, "u1"), (tl.float8e4b8, "u1"), (tl.float8e4b15, "u1"),
-    (tl.float8e5b16, "u1"))}
+_NP_DTYPES = {
+    t.name: np.dtype(n)
+    for t, n in (
+        (tl.int1, bool),
+        (tl.int8, "i1"),
+        (tl.uint8, "u1"),
+        (tl.int16, "i2"),
+        (tl.uint16, "u2"),
+        (tl.int32, "i4"),
+        (tl.uint32, "u4"),
+        (tl.int64, "i8"),
+        (tl.uint64, "u8"),
+        (tl.float16, "f2"),
+        (tl.bfloat16, "u2"),
+        (tl.float32, "f4"),
+        (tl.float64, "f8"),
+        (tl.float8e5, "u1"),
+        (tl.float8e4nv, "u1"),
+        (tl.float8e4b8, "u1"),
+        (tl.float8e4b15, "u1"),
+        (tl.float8e5b16, "u1"),
+    )
+}
 
 
 def _np_dtype(type):
@@ -91,7 +111,7 @@ class Builder(stock.InterpreterBuilder):
     def __init__(self):
         super().__init__()
         self.options = stock.InterpreterOptions(sanitize_overflow=False)
-        self.turns = None                                       # of a cooperative launch
+        self.turns = None  # of a cooperative launch
 
     def get_bf16(self, value):
         return TensorHandle(f32_to_bf16(np.array([value], dtype=np.float32)), tl.bfloat16)
@@ -118,7 +138,11 @@ class Builder(stock.InterpreterBuilder):
         if not (_is_bf16(lhs) and _is_bf16(rhs)):
             return super().binary_op(lhs, rhs, op)
         out = op(bf16_to_f32(lhs.data), bf16_to_f32(rhs.data))
-        return TensorHandle(out, tl.int1) if out.dtype == np.bool_ else TensorHandle(f32_to_bf16(out), tl.bfloat16)
+        return (
+            TensorHandle(out, tl.int1)
+            if out.dtype == np.bool_
+            else TensorHandle(f32_to_bf16(out), tl.bfloat16)
+        )
 
     def unary_op(self, arg, op):
         return _narrow(super().unary_op(_widen(arg), op)) if _is_bf16(arg) else super().unary_op(arg, op)
@@ -138,7 +162,7 @@ class Builder(stock.InterpreterBuilder):
         return super().create_dot(_widen(a), _widen(b), d, input_precision, max_num_imprecise_acc)
 
     def create_splat(self, ret_ty, arg):
-        return TensorHandle(np.broadcast_to(arg.data, ret_ty.shape), arg.dtype.scalar)      # a view, not a copy
+        return TensorHandle(np.broadcast_to(arg.data, ret_ty.shape), arg.dtype.scalar)  # a view, not a copy
 
     def create_rsqrt(self, arg):
         return TensorHandle(np.reciprocal(np.sqrt(arg.data)), arg.dtype.scalar)
@@ -165,7 +189,9 @@ class Builder(stock.InterpreterBuilder):
     def create_addptr(self, ptr, offset):
         # Broadcast axes (stride 0) of the offset are multiplied once, not once per element.
         step = max(1, ptr.get_element_ty().primitive_bitwidth // 8)
-        offset = offset.data[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in offset.data.strides)]
+        offset = offset.data[
+            tuple(slice(0, 1) if stride == 0 else slice(None) for stride in offset.data.strides)
+        ]
         return TensorHandle(ptr.data + (offset.astype(np.int64) * step).view(np.uint64), ptr.dtype)
 
     def create_load(self, ptr, cache_modifier, eviction_policy, is_volatile):
@@ -214,7 +240,9 @@ class _Memory:
     """The memory of this process from an address on, as a NumPy array."""
 
     def __init__(self, address, count, dtype):
-        self.__array_interface__ = dict(version=3, data=(int(address), True), shape=(count,), typestr=dtype.str)
+        self.__array_interface__ = dict(
+            version=3, data=(int(address), True), shape=(count,), typestr=dtype.str
+        )
 
 
 def _gather(addresses, dtype):
@@ -224,7 +252,6 @@ def _gather(addresses, dtype):
 
 
 class Semantic(TritonSemantic):
-
     def broadcast_impl_value(self, lhs, rhs):
         if lhs.type == rhs.type or not (lhs.type.is_block() or rhs.type.is_block()):
             # Most operations: much faster than finding out.
@@ -236,19 +263,23 @@ BUILDER = Builder()
 SEMANTIC = Semantic(BUILDER)
 
 
-# ---- the language, patched for the length of a launch ---------------------------------------------------------------
+# ---- the language, patched for the length of a launch ------------------------------------------------------
+
 
 def _interpreted_builtin(member):
     """Passes a tl builtin the object that builds its operations; the compiler does it with `_semantic`."""
+
     @functools.wraps(member)
     def call(*args, **kwargs):
         kwargs["_semantic"] = SEMANTIC
         return member(*args, **kwargs)
+
     return call
 
 
 def _reduction(apply):
     """bfloat16 operands of a reduction or scan are widened, and the results rounded once."""
+
     def run(input, axis, combine_fn, option=False, **kwargs):
         option = kwargs.get("keep_dims", kwargs.get("reverse", option))
         operands = input if isinstance(input, tuple) else (input,)
@@ -257,6 +288,7 @@ def _reduction(apply):
         out = apply(axis, combine_fn, option).apply(wide)
         out = tuple(SEMANTIC.cast(t, tl.bfloat16) if n else t for t, n in zip(out, narrow))
         return out if isinstance(input, tuple) else out[0]
+
     return run
 
 
@@ -266,7 +298,7 @@ class _Patches:
     def __init__(self):
         self.values = {}
 
-    def set_attr(self, owner, name, value):             # the name that Triton's own patchers call
+    def set_attr(self, owner, name, value):  # the name that Triton's own patchers call
         self.values[(owner, name)] = value
 
     def builtins(self, owner):
@@ -286,12 +318,17 @@ def _patches():
         patches.set_attr(module, "reduce", _reduction(stock.ReduceOps))
         patches.set_attr(module, "associative_scan", _reduction(stock.ScanOps))
     patches.builtins(tl.math)
-    patches.set_attr(stock, "_get_np_dtype", _np_dtype)         # Triton's own builds a dict at each call
+    patches.set_attr(stock, "_get_np_dtype", _np_dtype)  # Triton's own builds a dict at each call
     patches.builtins(tl.core.tensor_descriptor_base)
     patches.set_attr(tl.core.tensor, "__index__", lambda t: int(t.handle.data.item()))
-    for jitted in (JITFunction, InterpretedFunction):   # a kernel calls another jit function
-        patches.set_attr(jitted, "__call__", lambda self, *args, **kwargs: _rewritten(self.fn)(*args, **kwargs))
-    return [(owner, name, value, owner.__dict__.get(name, _patches)) for (owner, name), value in patches.values.items()]
+    for jitted in (JITFunction, InterpretedFunction):  # a kernel calls another jit function
+        patches.set_attr(
+            jitted, "__call__", lambda self, *args, **kwargs: _rewritten(self.fn)(*args, **kwargs)
+        )
+    return [
+        (owner, name, value, owner.__dict__.get(name, _patches))
+        for (owner, name), value in patches.values.items()
+    ]
 
 
 _lock = threading.RLock()
@@ -300,7 +337,7 @@ _lock = threading.RLock()
 @contextlib.contextmanager
 def interpreting():
     """A context in which `tl` functions compute with NumPy; the language is restored at its end."""
-    with _lock, np.errstate(all="ignore"):              # overflow and 0/0 are defined on a GPU
+    with _lock, np.errstate(all="ignore"):  # overflow and 0/0 are defined on a GPU
         knob = triton.knobs.runtime.interpret
         try:
             triton.knobs.runtime.interpret = True
@@ -309,14 +346,15 @@ def interpreting():
             yield
         finally:
             for owner, name, _, original in _patches():
-                if original is _patches:                # it was inherited, or absent
+                if original is _patches:  # it was inherited, or absent
                     delattr(owner, name)
                 else:
                     setattr(owner, name, original)
             triton.knobs.runtime.interpret = knob
 
 
-# ---- the kernel's source, rewritten once -----------------------------------------------------------------------------
+# ---- the kernel's source, rewritten once -------------------------------------------------------------------
+
 
 class _TensorAssignments(ast.NodeTransformer):
     """`x = value` becomes `x = to_tensor(value)`, because in a kernel a number is a tensor too."""
@@ -332,7 +370,9 @@ def _rewritten(fn):
     lines, first = inspect.getsourcelines(fn)
     start = next(i for i, line in enumerate(lines) if line.lstrip().startswith("def "))
     tree = ast.parse(textwrap.dedent("".join(lines[start:])))
-    tree = ast.increment_lineno(ast.fix_missing_locations(_TensorAssignments().visit(tree)), first + start - 1)
+    tree = ast.increment_lineno(
+        ast.fix_missing_locations(_TensorAssignments().visit(tree)), first + start - 1
+    )
     names = {**fn.__globals__, "__to_tensor": lambda value: SEMANTIC.to_tensor(value, False)}
     exec(compile(tree, inspect.getsourcefile(fn), "exec"), names)
     return names[fn.__name__]
@@ -351,11 +391,13 @@ class _Turns:
         self.handed_over = threading.Semaphore(0)
 
     def run(self):
-        threads = [threading.Thread(target=self._body, args=(program,), daemon=True) for program in self.may_run]
+        threads = [
+            threading.Thread(target=self._body, args=(program,), daemon=True) for program in self.may_run
+        ]
         for thread in threads:
             thread.start()
         while self.may_run:
-            for program in tuple(self.may_run):                 # after an error each program ends at its turn
+            for program in tuple(self.may_run):  # after an error each program ends at its turn
                 BUILDER.set_grid_idx(*program)
                 self.may_run[program].release()
                 self.handed_over.acquire()
@@ -368,7 +410,7 @@ class _Turns:
         self.may_run[program].acquire()
         try:
             if not self.error:
-                with np.errstate(all="ignore"):                 # of this thread
+                with np.errstate(all="ignore"):  # of this thread
                     self.call(program)
         except Exception as error:
             self.error = self.error or error
@@ -388,7 +430,10 @@ class _Turns:
 @functools.lru_cache(maxsize=None)
 def _parameters(fn):
     """name -> (default, is it a tl.constexpr?)"""
-    return {p.name: (p.default, "constexpr" in str(p.annotation)) for p in inspect.signature(fn).parameters.values()}
+    return {
+        p.name: (p.default, "constexpr" in str(p.annotation))
+        for p in inspect.signature(fn).parameters.values()
+    }
 
 
 def run(kernel, grid, args, meta, reads=()):
@@ -436,19 +481,25 @@ def run(kernel, grid, args, meta, reads=()):
             call(program)
 
 
-# ---- kernel[grid](...), as Triton's tutorials write it --------------------------------------------------------------
+# ---- kernel[grid](...), as Triton's tutorials write it -----------------------------------------------------
+
 
 @contextlib.contextmanager
 def launches_interpreted():
-    """Within it kernel[grid](...) on CPU tensors is interpreted, and kernel.run(..., grid=grid) alike; an autotuned
-    kernel uses its first configuration."""
+    """Within it kernel[grid](...) on CPU tensors is interpreted, and kernel.run(..., grid=grid) alike; an
+    autotuned kernel uses its first configuration."""
+
     def launcher(kernel, grid):
         return lambda *args, **meta: launch(kernel, grid, args, meta)
 
-    kinds = [kind for kind in (KernelInterface, JITFunction, Autotuner, Heuristics) if "__getitem__" in vars(kind)]
+    kinds = [
+        kind for kind in (KernelInterface, JITFunction, Autotuner, Heuristics) if "__getitem__" in vars(kind)
+    ]
     patches = [(kind, "__getitem__", launcher) for kind in kinds]
-    patches += [(kind, "run", lambda kernel, *args, grid, warmup=False, **meta: launch(kernel, grid, args, meta))
-                for kind in (JITFunction, Autotuner, Heuristics)]
+    patches += [
+        (kind, "run", lambda kernel, *args, grid, warmup=False, **meta: launch(kernel, grid, args, meta))
+        for kind in (JITFunction, Autotuner, Heuristics)
+    ]
     before = [getattr(kind, name) for kind, name, _ in patches]
     for kind, name, method in patches:
         setattr(kind, name, method)
@@ -461,8 +512,10 @@ def launches_interpreted():
 
 @functools.lru_cache(maxsize=1)
 def compiler_options():
-    """The names of Triton's options for NVIDIA's GPUs: what a launch may be given beside the kernel's parameters."""
+    """The names of Triton's options for NVIDIA's GPUs: what a launch may be given beside the kernel's
+    parameters."""
     from triton.backends.nvidia.compiler import CUDAOptions
+
     return {f.name for f in dataclasses.fields(CUDAOptions)}
 
 
@@ -472,10 +525,12 @@ def check_arguments(kernel, args, meta):
     if len(args) > len(parameters):
         raise TypeError(f"{name}: {len(args)} arguments, and the kernel has {len(parameters)} parameters")
     for key in meta:
-        if key in parameters[:len(args)]:
+        if key in parameters[: len(args)]:
             raise TypeError(f"{name}: argument {key!r} is given twice")
         if key not in parameters and key not in compiler_options():
-            raise TypeError(f"{name}: {key!r} is neither a parameter of the kernel nor an option of the compiler")
+            raise TypeError(
+                f"{name}: {key!r} is neither a parameter of the kernel nor an option of the compiler"
+            )
 
 
 def launch(kernel, grid, args, meta):
@@ -497,6 +552,9 @@ def launch(kernel, grid, args, meta):
     values = {**dict(zip(_parameters(kernel.fn), args)), **meta}
     for hook in hooks:
         hook(values)
-    defaults = {name: default for name, (default, _) in _parameters(kernel.fn).items()
-                if default is not inspect.Parameter.empty}
+    defaults = {
+        name: default
+        for name, (default, _) in _parameters(kernel.fn).items()
+        if default is not inspect.Parameter.empty
+    }
     run(kernel, grid({**defaults, **values}) if callable(grid) else grid, args, meta)

@@ -8,6 +8,7 @@ v likewise
   traffic   k and v read once and written once
   contract  lab/ops/kv_append.py          twin  cuda_src/kv_append.cu
 """
+
 import triton
 import triton.language as tl
 
@@ -21,8 +22,23 @@ CONFIGS = {
 
 
 @triton.jit
-def kv_append_kernel(k, v, k_cache, v_cache, block_table, positions, rows, kv_heads, max_pages, k_stride, v_stride,
-                     PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def kv_append_kernel(
+    k,
+    v,
+    k_cache,
+    v_cache,
+    block_table,
+    positions,
+    rows,
+    kv_heads,
+    max_pages,
+    k_stride,
+    v_stride,
+    PAGE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     # 1. Locate: row r is head r % kv_heads of batch entry r // kv_heads.
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     b = (row // kv_heads).to(tl.int64)
@@ -50,6 +66,23 @@ def kv_append(k, v, k_cache, v_cache, block_table, positions):
     batch, kv_heads, head_dim = k.shape
     rows = batch * kv_heads
     tile = min(cfg["rows"], triton.next_power_of_2(rows))
-    launch(kv_append_kernel, (triton.cdiv(rows, tile),), k, v, k_cache, v_cache, block_table, positions, rows, kv_heads,
-           block_table.shape[1], k.stride(0), v.stride(0), PAGE=k_cache.shape[2], HEAD_DIM=head_dim,
-           BLOCK=triton.next_power_of_2(head_dim), ROWS=tile, num_warps=cfg["num_warps"])
+    launch(
+        kv_append_kernel,
+        (triton.cdiv(rows, tile),),
+        k,
+        v,
+        k_cache,
+        v_cache,
+        block_table,
+        positions,
+        rows,
+        kv_heads,
+        block_table.shape[1],
+        k.stride(0),
+        v.stride(0),
+        PAGE=k_cache.shape[2],
+        HEAD_DIM=head_dim,
+        BLOCK=triton.next_power_of_2(head_dim),
+        ROWS=tile,
+        num_warps=cfg["num_warps"],
+    )

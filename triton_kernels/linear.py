@@ -12,6 +12,7 @@ weights. For more rows, where that arithmetic would take longer than the loads: 
 left operand (its rows fill the tile, which a small batch cannot) and x transposed as the right one, padded to
 BLOCK_B columns.
 """
+
 import functools
 
 import triton
@@ -28,10 +29,14 @@ from triton_kernels.settings import measured
 ANY = 1 << 31
 SM_80 = {
     "sum_rows": 4,
-    "sum": [(1, ANY, dict(BLOCK_N=2, num_warps=4, STAGES=1, UNROLL=1)),
-            (4, ANY, dict(BLOCK_N=4, num_warps=1, STAGES=1, UNROLL=2))],
-    "dot": [(16, 4096, dict(BLOCK_N=16, BLOCK_K=256, num_warps=2, STAGES=5, UNROLL=1)),
-            (64, ANY, dict(BLOCK_N=64, BLOCK_K=128, num_warps=4, STAGES=5, UNROLL=1))],
+    "sum": [
+        (1, ANY, dict(BLOCK_N=2, num_warps=4, STAGES=1, UNROLL=1)),
+        (4, ANY, dict(BLOCK_N=4, num_warps=1, STAGES=1, UNROLL=2)),
+    ],
+    "dot": [
+        (16, 4096, dict(BLOCK_N=16, BLOCK_K=256, num_warps=2, STAGES=5, UNROLL=1)),
+        (64, ANY, dict(BLOCK_N=64, BLOCK_K=128, num_warps=4, STAGES=5, UNROLL=1)),
+    ],
     # float32 on CUDA cores: the tensor cores would round the operands to TF32.
     "dot_f32": [(64, ANY, dict(BLOCK_N=32, BLOCK_K=32, num_warps=4, STAGES=4, UNROLL=1))],
 }
@@ -39,10 +44,24 @@ CONFIGS = {"sm_90": SM_80, "sm_80": SM_80, "interpreter": {"sum_rows": 4}}
 
 
 @triton.jit
-def linear_kernel(x, w, bias, y, rows, n, k,
-                  DOT: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
-                  BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                  STAGES: tl.constexpr, UNROLL: tl.constexpr):
+def linear_kernel(
+    x,
+    w,
+    bias,
+    y,
+    rows,
+    n,
+    k,
+    DOT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
     # 1. Locate: BLOCK_N rows of w. Rows past the end read row 0 again, which is cheaper than a mask, and
     # store nothing. The plain path has three-dimensional addresses [batch, n, k], so that both loads and the
     # sum have the same layout and no data move between threads inside the loop.
@@ -95,11 +114,13 @@ def _interpreter_tile(depth, n, k):
     Measured costs: 1.5 ms a program, 0.5 ms an iteration, 5 ns an element (8 when masked), for tiles of up to
     2^17 elements, which stay in the cache.
     """
+
     def cost(tile):
         block_n, block_k = tile
         programs, steps = triton.cdiv(n, block_n), triton.cdiv(k, block_k)
         element = 8e-9 if k % block_k else 5e-9
         return programs * (1.5e-3 + steps * (0.5e-3 + element * depth * block_n * block_k))
+
     sizes = [1 << i for i in range(4, 18)]
     return min(((bn, bk) for bn in sizes for bk in sizes if depth * bn * bk <= 1 << 17), key=cost)
 
@@ -120,5 +141,20 @@ def linear(x, w, bias, y):
         meta.setdefault("BLOCK_K", 512 // x.itemsize * meta["num_warps"])
     if dot and architecture(x) != "interpreter":
         block_b = max(block_b, 16)
-    launch(linear_kernel, (triton.cdiv(n, meta["BLOCK_N"]),), x, w, bias, y, rows, n, k, DOT=dot,
-           HAS_BIAS=bias is not None, EVEN_K=k % meta["BLOCK_K"] == 0, PRECISION="ieee", BLOCK_B=block_b, **meta)
+    launch(
+        linear_kernel,
+        (triton.cdiv(n, meta["BLOCK_N"]),),
+        x,
+        w,
+        bias,
+        y,
+        rows,
+        n,
+        k,
+        DOT=dot,
+        HAS_BIAS=bias is not None,
+        EVEN_K=k % meta["BLOCK_K"] == 0,
+        PRECISION="ieee",
+        BLOCK_B=block_b,
+        **meta,
+    )

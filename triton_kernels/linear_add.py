@@ -11,6 +11,7 @@ Two kernels, as in norm_linear: float32 arithmetic for few rows, tensor cores fo
 few outputs and long rows, so where BLOCK_K covers k, all of a program's weights are loaded into registers
 before the wait.
 """
+
 import triton
 import triton.language as tl
 
@@ -21,20 +22,39 @@ from triton_kernels.settings import ANY
 
 # See settings.by_hand. UNROLL tiles of the sum path are in flight.
 SM_80 = {
-    "sum_rows": 2, "sum_rows_f32": 4,
-    "sum": [(1, ANY, dict(BLOCK_N=2, lane=16, num_warps=4, UNROLL=1)),
-            (4, ANY, dict(BLOCK_N=2, lane=8, num_warps=4, UNROLL=2))],
-    "dot": [(64, 4096, dict(BLOCK_N=16, BLOCK_K=128, num_warps=4, STAGES=6)),
-            (64, ANY, dict(BLOCK_N=64, BLOCK_K=64, num_warps=4, STAGES=6))],
+    "sum_rows": 2,
+    "sum_rows_f32": 4,
+    "sum": [
+        (1, ANY, dict(BLOCK_N=2, lane=16, num_warps=4, UNROLL=1)),
+        (4, ANY, dict(BLOCK_N=2, lane=8, num_warps=4, UNROLL=2)),
+    ],
+    "dot": [
+        (64, 4096, dict(BLOCK_N=16, BLOCK_K=128, num_warps=4, STAGES=6)),
+        (64, ANY, dict(BLOCK_N=64, BLOCK_K=64, num_warps=4, STAGES=6)),
+    ],
     "dot_f32": [(64, ANY, dict(BLOCK_N=32, BLOCK_K=32, num_warps=4, STAGES=3))],
 }
 CONFIGS = {"sm_90": SM_80, "sm_80": SM_80, "interpreter": {"sum_rows": 4}}
 
 
 @triton.jit
-def linear_add_kernel(x, w, bias, residual, rows, n, k, PDL: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr,
-                      WHOLE_ROW: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                      UNROLL: tl.constexpr):
+def linear_add_kernel(
+    x,
+    w,
+    bias,
+    residual,
+    rows,
+    n,
+    k,
+    PDL: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    WHOLE_ROW: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
     # 1. Locate: BLOCK_N rows of w. Addresses are [batch, n, k], so that all loads and the sum have the same
     # layout and no data move between threads inside the loop.
     b = tl.arange(0, BLOCK_B)[:, None, None]
@@ -71,9 +91,23 @@ def linear_add_kernel(x, w, bias, residual, rows, n, k, PDL: tl.constexpr, HAS_B
 
 
 @triton.jit
-def linear_add_dot_kernel(x, w, bias, residual, rows, n, k, PDL: tl.constexpr, HAS_BIAS: tl.constexpr,
-                          FULL: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
-                          BLOCK_K: tl.constexpr, STAGES: tl.constexpr):
+def linear_add_dot_kernel(
+    x,
+    w,
+    bias,
+    residual,
+    rows,
+    n,
+    k,
+    PDL: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    FULL: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     # 1. Locate: rows as above; w is the left operand [n, k], and x will be the right one [k, batch].
     b = tl.arange(0, BLOCK_B)[:, None]
     out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
@@ -83,8 +117,21 @@ def linear_add_dot_kernel(x, w, bias, residual, rows, n, k, PDL: tl.constexpr, H
     # a hand-written cp.async ring; here the compiler makes it from STAGES.
     tile = load_rows(w, out, out < n, col, k, EVEN_K)
     wait_for_inputs(PDL)
-    acc = dot_rows(tile, w, out, live=out < n, x=x, rows=rows, k=k, b=b, col=col, FULL=FULL, EVEN_K=EVEN_K,
-                   BLOCK_K=BLOCK_K, STAGES=STAGES)
+    acc = dot_rows(
+        tile,
+        w,
+        out,
+        live=out < n,
+        x=x,
+        rows=rows,
+        k=k,
+        b=b,
+        col=col,
+        FULL=FULL,
+        EVEN_K=EVEN_K,
+        BLOCK_K=BLOCK_K,
+        STAGES=STAGES,
+    )
 
     # 3. Reduce: the dot has already done it; its result is transposed.
     total = tl.trans(acc)

@@ -10,6 +10,7 @@ Two kernels. For few rows: float32 arithmetic on the loaded weights, with all of
 each program itself. For more rows, where that arithmetic would take longer than the loads: tensor cores,
 after rmsnorm's kernel.
 """
+
 import triton
 import triton.language as tl
 
@@ -22,21 +23,42 @@ from triton_kernels.settings import ANY
 # See settings.by_hand. 32 warps with 64 registers a thread use all registers of a multiprocessor. Small n
 # needs small tiles, so that every multiprocessor has a program.
 SM_80 = {
-    "sum_rows": 2, "sum_rows_f32": 4,
-    "sum": [(1, 4096, dict(BLOCK_N=2, lane=16)), (1, ANY, dict(BLOCK_N=2, lane=16, warps=32)),
-            (4, ANY, dict(BLOCK_N=2, lane=32, warps=32))],
-    "dot": [(64, 4096, dict(BLOCK_N=16, BLOCK_K=128, num_warps=4, STAGES=4)),
-            (64, 8192, dict(BLOCK_N=32, BLOCK_K=128, num_warps=4, STAGES=4)),
-            (64, ANY, dict(BLOCK_N=64, BLOCK_K=64, num_warps=4, STAGES=6))],
+    "sum_rows": 2,
+    "sum_rows_f32": 4,
+    "sum": [
+        (1, 4096, dict(BLOCK_N=2, lane=16)),
+        (1, ANY, dict(BLOCK_N=2, lane=16, warps=32)),
+        (4, ANY, dict(BLOCK_N=2, lane=32, warps=32)),
+    ],
+    "dot": [
+        (64, 4096, dict(BLOCK_N=16, BLOCK_K=128, num_warps=4, STAGES=4)),
+        (64, 8192, dict(BLOCK_N=32, BLOCK_K=128, num_warps=4, STAGES=4)),
+        (64, ANY, dict(BLOCK_N=64, BLOCK_K=64, num_warps=4, STAGES=6)),
+    ],
     "dot_f32": [(64, ANY, dict(BLOCK_N=32, BLOCK_K=32, num_warps=4, STAGES=3))],
 }
 CONFIGS = {"sm_90": SM_80, "sm_80": SM_80, "interpreter": {"sum_rows": 4}}
 
 
 @triton.jit
-def norm_linear_kernel(x, norm_w, w, bias, y, rows, n, k, eps,
-                       PDL: tl.constexpr, LOOP: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr,
-                       BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def norm_linear_kernel(
+    x,
+    norm_w,
+    w,
+    bias,
+    y,
+    rows,
+    n,
+    k,
+    eps,
+    PDL: tl.constexpr,
+    LOOP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     # 1. Locate: tiles p, p + programs, ... of BLOCK_N rows. Addresses are [batch, n, k], so that all loads
     # and the sum have the same layout and no data move between threads inside the loop. What a lane group
     # does in the twin, a whole program does here.
@@ -72,10 +94,24 @@ def norm_linear_kernel(x, norm_w, w, bias, y, rows, n, k, eps,
 
 
 @triton.jit
-def norm_linear_dot_kernel(xn, w, bias, y, rows, n, k,
-                           PDL: tl.constexpr, LOOP: tl.constexpr, HAS_BIAS: tl.constexpr, FULL: tl.constexpr,
-                           EVEN_K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                           STAGES: tl.constexpr):
+def norm_linear_dot_kernel(
+    xn,
+    w,
+    bias,
+    y,
+    rows,
+    n,
+    k,
+    PDL: tl.constexpr,
+    LOOP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    FULL: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     # 1. Locate: tiles as above; w is the left operand [n, k], and x will be the right one [k, batch].
     b = tl.arange(0, BLOCK_B)[:, None]
     i = tl.arange(0, BLOCK_N)[:, None]
@@ -90,8 +126,21 @@ def norm_linear_dot_kernel(xn, w, bias, y, rows, n, k,
 
     for _ in range(tl.program_id(0), tl.cdiv(n, BLOCK_N), programs):
         # 3. Multiply: the twin has a hand-written cp.async ring; here the compiler makes it from STAGES.
-        acc = dot_rows(tile, w, out, live=out < n, x=xn, rows=rows, k=k, b=b, col=col, FULL=FULL,
-                       EVEN_K=EVEN_K, BLOCK_K=BLOCK_K, STAGES=STAGES)
+        acc = dot_rows(
+            tile,
+            w,
+            out,
+            live=out < n,
+            x=xn,
+            rows=rows,
+            k=k,
+            b=b,
+            col=col,
+            FULL=FULL,
+            EVEN_K=EVEN_K,
+            BLOCK_K=BLOCK_K,
+            STAGES=STAGES,
+        )
 
         # 4. Reduce: the dot has already done it; its result is transposed.
         total = tl.trans(acc)
@@ -100,7 +149,9 @@ def norm_linear_dot_kernel(xn, w, bias, y, rows, n, k,
         # 5. Store: bias added in float32, rounded once.
         if HAS_BIAS:
             total += tl.load(bias + column, mask=column < n, other=0.0).to(tl.float32)
-        tl.store(y + b.to(tl.int64) * n + column, total.to(y.dtype.element_ty), mask=(b < rows) & (column < n))
+        tl.store(
+            y + b.to(tl.int64) * n + column, total.to(y.dtype.element_ty), mask=(b < rows) & (column < n)
+        )
         out += programs * BLOCK_N
         if LOOP:
             tile = load_rows(w, out, out < n, col, k, EVEN_K)

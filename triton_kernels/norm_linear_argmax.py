@@ -13,6 +13,7 @@ xn = rmsnorm(x, norm_w)
 
 The lowest index wins a tie. A row with NaN gives -1.
 """
+
 import triton
 import triton.language as tl
 
@@ -22,12 +23,13 @@ from triton_kernels.core.fused_product import dot_rows, load_rows, normed_rows, 
 from triton_kernels.rmsnorm import normalised
 from triton_kernels.settings import ANY
 
-MAX_PROGRAMS = tl.constexpr(4096)           # MAX_BLOCKS of the contract
+MAX_PROGRAMS = tl.constexpr(4096)  # MAX_BLOCKS of the contract
 NO_INDEX = tl.constexpr(2147483647)
 
 # See settings.by_hand.
 SM_80 = {
-    "sum_rows": 2, "sum_rows_f32": 4,
+    "sum_rows": 2,
+    "sum_rows_f32": 4,
     "sum": [(1, ANY, dict(BLOCK_N=2, lane=16, warps=32)), (4, ANY, dict(BLOCK_N=2, lane=32, warps=32))],
     "dot": [(64, ANY, dict(BLOCK_N=64, BLOCK_K=64, num_warps=4, STAGES=6, per_multiprocessor=2))],
     "dot_f32": [(64, ANY, dict(BLOCK_N=32, BLOCK_K=32, num_warps=4, STAGES=3, per_multiprocessor=4))],
@@ -84,13 +86,29 @@ def publish_best(scratch, ids, rows, b, best, index, BLOCK_B: tl.constexpr, SLOT
             best_all, index_all = keep_best(best_all, index_all, value, found)
         top, lowest = first_best(best_all, index_all, axis=1)
         tl.store(ids + row, lowest, mask=row < rows)
-        tl.store(scratch + 2 * MAX_PROGRAMS, 0)             # zero for the next launch
+        tl.store(scratch + 2 * MAX_PROGRAMS, 0)  # zero for the next launch
 
 
 @triton.jit
-def norm_linear_argmax_kernel(x, norm_w, w, logits, scratch, ids, rows, n, k, eps,
-                              PDL: tl.constexpr, LOOP: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_B: tl.constexpr,
-                              BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SLOTS: tl.constexpr):
+def norm_linear_argmax_kernel(
+    x,
+    norm_w,
+    w,
+    logits,
+    scratch,
+    ids,
+    rows,
+    n,
+    k,
+    eps,
+    PDL: tl.constexpr,
+    LOOP: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
     # 1. Locate: tiles p, p + programs, ... of BLOCK_N rows. Addresses are [batch, n, k], so that all loads
     # and the sum have the same layout and no data move between threads inside the loop. What a lane group
     # does in the twin, a whole program does here.
@@ -127,16 +145,32 @@ def norm_linear_argmax_kernel(x, norm_w, w, logits, scratch, ids, rows, n, k, ep
 
     # 6. Argmax in the last block: first over each program, then over all; a maximum is the same in
     # every order.
-    top, lowest = first_best(tl.reshape(best, [BLOCK_B, BLOCK_N]), tl.reshape(index, [BLOCK_B, BLOCK_N]),
-                             axis=1)
+    top, lowest = first_best(
+        tl.reshape(best, [BLOCK_B, BLOCK_N]), tl.reshape(index, [BLOCK_B, BLOCK_N]), axis=1
+    )
     publish_best(scratch, ids, rows, tl.arange(0, BLOCK_B)[:, None], top, lowest, BLOCK_B, SLOTS)
 
 
 @triton.jit
-def norm_linear_argmax_dot_kernel(xn, w, logits, scratch, ids, rows, n, k,
-                                  PDL: tl.constexpr, LOOP: tl.constexpr, FULL: tl.constexpr, EVEN_K: tl.constexpr,
-                                  BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                                  STAGES: tl.constexpr, SLOTS: tl.constexpr):
+def norm_linear_argmax_dot_kernel(
+    xn,
+    w,
+    logits,
+    scratch,
+    ids,
+    rows,
+    n,
+    k,
+    PDL: tl.constexpr,
+    LOOP: tl.constexpr,
+    FULL: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
     # 1. Locate: tiles as above; w is the left operand [n, k], and x will be the right one [k, batch].
     b = tl.arange(0, BLOCK_B)[:, None]
     i = tl.arange(0, BLOCK_N)[:, None]
@@ -153,8 +187,21 @@ def norm_linear_argmax_dot_kernel(xn, w, logits, scratch, ids, rows, n, k,
     index = tl.full([BLOCK_B, BLOCK_N], NO_INDEX, tl.int32)
     for _ in range(tl.program_id(0), tl.cdiv(n, BLOCK_N), programs):
         # 3. Multiply: the twin has a hand-written cp.async ring; here the compiler makes it from STAGES.
-        acc = dot_rows(tile, w, out, live=out < n, x=xn, rows=rows, k=k, b=b, col=col, FULL=FULL,
-                       EVEN_K=EVEN_K, BLOCK_K=BLOCK_K, STAGES=STAGES)
+        acc = dot_rows(
+            tile,
+            w,
+            out,
+            live=out < n,
+            x=xn,
+            rows=rows,
+            k=k,
+            b=b,
+            col=col,
+            FULL=FULL,
+            EVEN_K=EVEN_K,
+            BLOCK_K=BLOCK_K,
+            STAGES=STAGES,
+        )
 
         # 4. Reduce: the dot has already done it; its result is transposed.
         total = tl.trans(acc)
@@ -176,11 +223,26 @@ def norm_linear_argmax_dot_kernel(xn, w, logits, scratch, ids, rows, n, k,
 def norm_linear_argmax(x, norm_w, eps, w, logits, scratch, out):
     """Launch logits = rmsnorm(x, norm_w) @ w.T, out = argmax; scratch is zero on entry and on exit."""
     (rows, k), n = x.shape, w.shape[0]
-    path, programs, meta = settings.product("norm_linear_argmax", CONFIGS, x, n, k, whole_rows=True,
-                                            most_programs=MAX_PROGRAMS.value)
+    path, programs, meta = settings.product(
+        "norm_linear_argmax", CONFIGS, x, n, k, whole_rows=True, most_programs=MAX_PROGRAMS.value
+    )
     meta["SLOTS"] = 1024 // meta["BLOCK_B"]
     if path == "sum":
-        launch(norm_linear_argmax_kernel, (programs,), x, norm_w, w, logits, scratch, out, rows, n, k, eps, **meta)
+        launch(
+            norm_linear_argmax_kernel,
+            (programs,),
+            x,
+            norm_w,
+            w,
+            logits,
+            scratch,
+            out,
+            rows,
+            n,
+            k,
+            eps,
+            **meta,
+        )
     else:
         xn = normalised(x, norm_w, eps)
         launch(norm_linear_argmax_dot_kernel, (programs,), xn, w, logits, scratch, out, rows, n, k, **meta)

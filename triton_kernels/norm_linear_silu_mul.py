@@ -8,6 +8,7 @@ xn = rmsnorm(x, norm_w)
             y once
   contract  lab/ops/norm_linear_silu_mul.py          twin  cuda_src/norm_linear_silu_mul.cu
 """
+
 import triton
 import triton.language as tl
 
@@ -19,7 +20,8 @@ from triton_kernels.settings import ANY
 
 # See settings.by_hand. BLOCK_N counts outputs, which have two rows of w each.
 SM_80 = {
-    "sum_rows": 2, "sum_rows_f32": 4,
+    "sum_rows": 2,
+    "sum_rows_f32": 4,
     "sum": [(1, ANY, dict(BLOCK_N=1, lane=16, warps=32)), (4, ANY, dict(BLOCK_N=1, lane=32, warps=32))],
     "dot": [(64, ANY, dict(BLOCK_N=32, BLOCK_K=64, num_warps=4, STAGES=6))],
     "dot_f32": [(64, ANY, dict(BLOCK_N=16, BLOCK_K=32, num_warps=4, STAGES=3))],
@@ -35,9 +37,22 @@ def activate(pairs, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def norm_linear_silu_mul_kernel(x, norm_w, w, y, rows, n, k, eps,
-                                PDL: tl.constexpr, LOOP: tl.constexpr, EVEN_K: tl.constexpr,
-                                BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def norm_linear_silu_mul_kernel(
+    x,
+    norm_w,
+    w,
+    y,
+    rows,
+    n,
+    k,
+    eps,
+    PDL: tl.constexpr,
+    LOOP: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     # 1. Locate: tiles p, p + programs, ... of BLOCK_N outputs. Row i of a tile of w belongs to output i / 2:
     # even rows are the gate's and odd ones up's, so that the two sums of an output end up side by side. (The
     # twin gives both rows to one lane group.)
@@ -69,7 +84,9 @@ def norm_linear_silu_mul_kernel(x, norm_w, w, y, rows, n, k, eps,
         result = activate(total, BLOCK_B, BLOCK_N)
         column = first + tl.arange(0, BLOCK_N)[None, :]
         row = tl.arange(0, BLOCK_B)[:, None]
-        tl.store(y + row.to(tl.int64) * n + column, result.to(y.dtype.element_ty), mask=(row < rows) & (column < n))
+        tl.store(
+            y + row.to(tl.int64) * n + column, result.to(y.dtype.element_ty), mask=(row < rows) & (column < n)
+        )
         if LOOP:
             tile = following
         out = ahead
@@ -77,10 +94,22 @@ def norm_linear_silu_mul_kernel(x, norm_w, w, y, rows, n, k, eps,
 
 
 @triton.jit
-def norm_linear_silu_mul_dot_kernel(xn, w, y, rows, n, k,
-                                    PDL: tl.constexpr, LOOP: tl.constexpr, FULL: tl.constexpr, EVEN_K: tl.constexpr,
-                                    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                                    STAGES: tl.constexpr):
+def norm_linear_silu_mul_dot_kernel(
+    xn,
+    w,
+    y,
+    rows,
+    n,
+    k,
+    PDL: tl.constexpr,
+    LOOP: tl.constexpr,
+    FULL: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     # 1. Locate: tiles as above; w is the left operand [n, k], and x will be the right one [k, batch].
     b = tl.arange(0, BLOCK_B)[:, None]
     i = tl.arange(0, 2 * BLOCK_N)[:, None]
@@ -97,8 +126,21 @@ def norm_linear_silu_mul_dot_kernel(xn, w, y, rows, n, k,
 
     for _ in range(tl.program_id(0), tl.cdiv(n, BLOCK_N), programs):
         # 3. Multiply: the twin has a hand-written cp.async ring; here the compiler makes it from STAGES.
-        acc = dot_rows(tile, w, out + part, live=out < n, x=xn, rows=rows, k=k, b=b, col=col, FULL=FULL,
-                       EVEN_K=EVEN_K, BLOCK_K=BLOCK_K, STAGES=STAGES)
+        acc = dot_rows(
+            tile,
+            w,
+            out + part,
+            live=out < n,
+            x=xn,
+            rows=rows,
+            k=k,
+            b=b,
+            col=col,
+            FULL=FULL,
+            EVEN_K=EVEN_K,
+            BLOCK_K=BLOCK_K,
+            STAGES=STAGES,
+        )
 
         # 4. Reduce: the dot has already done it; its result is transposed.
         total = tl.trans(acc)
@@ -106,7 +148,9 @@ def norm_linear_silu_mul_dot_kernel(xn, w, y, rows, n, k,
         # 5. Activate and store: from the float32 sums, rounded once.
         result = activate(total, BLOCK_B, BLOCK_N)
         column = first + tl.arange(0, BLOCK_N)[None, :]
-        tl.store(y + b.to(tl.int64) * n + column, result.to(y.dtype.element_ty), mask=(b < rows) & (column < n))
+        tl.store(
+            y + b.to(tl.int64) * n + column, result.to(y.dtype.element_ty), mask=(b < rows) & (column < n)
+        )
         out += programs * BLOCK_N
         first += programs * BLOCK_N
         if LOOP:
@@ -116,7 +160,9 @@ def norm_linear_silu_mul_dot_kernel(xn, w, y, rows, n, k,
 def norm_linear_silu_mul(x, norm_w, eps, w, y):
     """Launch y = silu(gate) * up, (gate, up) = rmsnorm(x, norm_w) @ w.T."""
     (rows, k), n = x.shape, y.shape[1]
-    path, programs, meta = settings.product("norm_linear_silu_mul", CONFIGS, x, n, k, whole_rows=True, parts=2)
+    path, programs, meta = settings.product(
+        "norm_linear_silu_mul", CONFIGS, x, n, k, whole_rows=True, parts=2
+    )
     if path == "sum":
         launch(norm_linear_silu_mul_kernel, (programs,), x, norm_w, w, y, rows, n, k, eps, **meta)
     else:

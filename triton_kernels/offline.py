@@ -1,9 +1,10 @@
 """Compile a kernel exactly as a launch would, on a machine without a GPU: registers, spills, PTX and SASS.
 
-    with common.recording("sm_90") as launches:
-        rmsnorm(x, w, eps, None, y)                 # tensors on the CPU, or torch.empty(..., device="meta")
-    code = offline.compile(launches[0], "sm_90")    # code.asm["ptx"], code.asm["cubin"], offline.usage(code)
+with common.recording("sm_90") as launches:
+    rmsnorm(x, w, eps, None, y)                 # tensors on the CPU, or torch.empty(..., device="meta")
+code = offline.compile(launches[0], "sm_90")    # code.asm["ptx"], code.asm["cubin"], offline.usage(code)
 """
+
 import pathlib
 import re
 import subprocess
@@ -31,7 +32,7 @@ def _specialised(value, fixed):
     if value is None or (type(value) is int and value == 1 and not fixed):
         return "constexpr", value, False
     if isinstance(value, torch.Tensor):
-        return mangle_type(value), None, value.data_ptr() % 16 == 0         # a meta tensor's address is 0
+        return mangle_type(value), None, value.data_ptr() % 16 == 0  # a meta tensor's address is 0
     return mangle_type(value), None, type(value) is int and value % 16 == 0 and not fixed
 
 
@@ -63,7 +64,9 @@ def _cuobjdump(code, flag):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(code.asm["cubin"])
         file.flush()
-        return subprocess.run([TOOLS / "cuobjdump", flag, file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            [TOOLS / "cuobjdump", flag, file.name], capture_output=True, text=True, check=True
+        ).stdout
 
 
 def usage(code):

@@ -1,12 +1,13 @@
 """rmsnorm: y[b,g,:] = T(x[b,g,:] * rsqrt(mean(x[b,g,:]^2) + eps)) * w
 
-  x [batch, (groups,) cols], any stride(0)   w [cols]   y like x
-  residual [batch, cols] or None: residual += x, rounded to T, then y = norm(residual)
-  mapping   a program owns ROWS whole rows (one, unless they are short): a row is read once and stays in
-            registers
-  traffic   x once, y once (residual twice), w once per row (from L2 after the first row)
-  contract  lab/ops/rmsnorm.py          twin  cuda_src/rmsnorm.cu
+x [batch, (groups,) cols], any stride(0)   w [cols]   y like x
+residual [batch, cols] or None: residual += x, rounded to T, then y = norm(residual)
+mapping   a program owns ROWS whole rows (one, unless they are short): a row is read once and stays in
+          registers
+traffic   x once, y once (residual twice), w once per row (from L2 after the first row)
+contract  lab/ops/rmsnorm.py          twin  cuda_src/rmsnorm.cu
 """
+
 import torch
 import triton
 import triton.language as tl
@@ -25,8 +26,22 @@ CONFIGS = {
 
 
 @triton.jit
-def rmsnorm_kernel(x, w, residual, y, rows, groups, cols, x_stride, y_stride, eps,
-                   PDL: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def rmsnorm_kernel(
+    x,
+    w,
+    residual,
+    y,
+    rows,
+    groups,
+    cols,
+    x_stride,
+    y_stride,
+    eps,
+    PDL: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     # 1. Locate: row r is group r % groups of batch entry r // groups; lanes past the end are masked.
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, BLOCK)[None, :]
@@ -63,9 +78,25 @@ def rmsnorm(x, w, eps, residual, y):
     rows = x.shape[0] * groups
     block = triton.next_power_of_2(cols)
     tile = min(triton.next_power_of_2(rows), max(cfg["elements"] // block, 1))
-    launch(rmsnorm_kernel, (triton.cdiv(rows, tile),), x, w, residual, y, rows, groups, cols, x.stride(0), y.stride(0),
-           eps, HAS_RESIDUAL=residual is not None, ROWS=tile, BLOCK=block,
-           num_warps=min(max(tile * block // cfg["per_warp"], 1), cfg["max_warps"]), **dependent_launch(x))
+    launch(
+        rmsnorm_kernel,
+        (triton.cdiv(rows, tile),),
+        x,
+        w,
+        residual,
+        y,
+        rows,
+        groups,
+        cols,
+        x.stride(0),
+        y.stride(0),
+        eps,
+        HAS_RESIDUAL=residual is not None,
+        ROWS=tile,
+        BLOCK=block,
+        num_warps=min(max(tile * block // cfg["per_warp"], 1), cfg["max_warps"]),
+        **dependent_launch(x),
+    )
 
 
 def normalised(x, w, eps):

@@ -7,6 +7,7 @@ every head, in place
   traffic   q and k read once and written once; a table row per head, from L2
   contract  lab/ops/rope.py          twin  cuda_src/rope.cu
 """
+
 import triton
 import triton.language as tl
 
@@ -20,8 +21,20 @@ CONFIGS = {
 
 
 @triton.jit
-def rope_kernel(q, k, positions, cos_sin, batch, q_heads, kv_heads, q_stride, k_stride,
-                HALF: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def rope_kernel(
+    q,
+    k,
+    positions,
+    cos_sin,
+    batch,
+    q_heads,
+    kv_heads,
+    q_stride,
+    k_stride,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     # 1. Locate: row r is head r % heads of batch entry r // heads; k's heads come after q's. A row whose
     # position is negative is idle and stays as it is.
     heads = q_heads + kv_heads
@@ -32,8 +45,14 @@ def rope_kernel(q, k, positions, cos_sin, batch, q_heads, kv_heads, q_stride, k_
     position = tl.load(positions + b, mask=b < batch, other=-1)
     live = (position >= 0)[:, None] & (i < HALF)
     # One pointer per row, into q or into k; the twin's threads branch instead.
-    first = tl.where(head < q_heads, q + b.to(tl.int64) * q_stride + head * (2 * HALF),
-                     k + b.to(tl.int64) * k_stride + (head - q_heads) * (2 * HALF))[:, None] + i
+    first = (
+        tl.where(
+            head < q_heads,
+            q + b.to(tl.int64) * q_stride + head * (2 * HALF),
+            k + b.to(tl.int64) * k_stride + (head - q_heads) * (2 * HALF),
+        )[:, None]
+        + i
+    )
 
     # 2. Load: both halves of the head, and the angle's cosines and sines.
     table = cos_sin + position.to(tl.int64)[:, None] * (2 * HALF) + i
@@ -53,6 +72,20 @@ def rope(q, k, positions, cos_sin):
     batch, q_heads, head_dim = q.shape
     rows = batch * (q_heads + k.shape[1])
     tile = min(cfg["rows"], triton.next_power_of_2(rows))
-    launch(rope_kernel, (triton.cdiv(rows, tile),), q, k, positions, cos_sin, batch, q_heads, k.shape[1],
-           q.stride(0), k.stride(0), HALF=head_dim // 2, BLOCK=triton.next_power_of_2(head_dim // 2), ROWS=tile,
-           num_warps=cfg["num_warps"])
+    launch(
+        rope_kernel,
+        (triton.cdiv(rows, tile),),
+        q,
+        k,
+        positions,
+        cos_sin,
+        batch,
+        q_heads,
+        k.shape[1],
+        q.stride(0),
+        k.stride(0),
+        HALF=head_dim // 2,
+        BLOCK=triton.next_power_of_2(head_dim // 2),
+        ROWS=tile,
+        num_warps=cfg["num_warps"],
+    )

@@ -8,6 +8,7 @@ out[b,h,:] = sum over tokens t <= positions[b] of softmax_t(scale * q[b,h,:] . k
   traffic   every cached key and value once for all query heads of its group; the rest is small
   contract  lab/ops/rope_append_attention.py          twin  cuda_src/rope_append_attention.cu
 """
+
 import math
 
 import triton
@@ -30,7 +31,11 @@ from triton_kernels.settings import dependent_launch, measured
 HALF = dict(tile=64, min_rows=16, num_warps=4, num_stages=4)
 FLOAT = dict(tile=32, min_rows=16, num_warps=8, num_stages=4)
 CPU = dict(tile=128, min_rows=1, num_warps=1)
-CONFIGS = {"sm_90": {2: HALF, 4: FLOAT}, "sm_80": {2: HALF, 4: FLOAT}, "interpreter": {2: CPU, 4: CPU}}   # by item size
+CONFIGS = {
+    "sm_90": {2: HALF, 4: FLOAT},
+    "sm_80": {2: HALF, 4: FLOAT},
+    "interpreter": {2: CPU, 4: CPU},
+}  # by item size
 
 
 @triton.jit
@@ -63,12 +68,40 @@ def angles(cos_sin, position, d, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
-def rope_append_attention_kernel(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, block_table, out,
-                                 partial, tickets, kv_heads, max_pages, splits, q_stride, k_stride, v_stride,
-                                 scale_log2, PDL: tl.constexpr, HAS_NORM: tl.constexpr, GROUP: tl.constexpr,
-                                 ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
-                                 TILE: tl.constexpr, SPLIT: tl.constexpr, HEADS: tl.constexpr,
-                                 MERGE: tl.constexpr):
+def rope_append_attention_kernel(
+    q,
+    k,
+    v,
+    q_norm,
+    k_norm,
+    eps,
+    positions,
+    cos_sin,
+    k_cache,
+    v_cache,
+    block_table,
+    out,
+    partial,
+    tickets,
+    kv_heads,
+    max_pages,
+    splits,
+    q_stride,
+    k_stride,
+    v_stride,
+    scale_log2,
+    PDL: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    HEADS: tl.constexpr,
+    MERGE: tl.constexpr,
+):
     # 1. Locate: as decode_attention; an idle row has a negative position, which leaves its one split empty.
     # What was written before the preceding kernel began may be read before the wait for it: the position, the
     # table and the cache. The twin starts its cp.async ring here; the compiler's ring cannot start before its
@@ -83,47 +116,161 @@ def rope_append_attention_kernel(q, k, v, q_norm, k_norm, eps, positions, cos_si
     d = tl.arange(0, BLOCK_D)
     cosine, sine = angles(cos_sin, position, d, HEAD_DIM)
     token = begin + tl.arange(0, TILE)
-    kt, vt = load_tile(k_cache, v_cache, block_table, token=token, live=token < tl.minimum(end, position),
-                       b=b, kv=kv, kv_heads=kv_heads, max_pages=max_pages, d=d,
-                       in_head=(d < HEAD_DIM)[None, :], PAGE=PAGE, HEAD_DIM=HEAD_DIM)
+    kt, vt = load_tile(
+        k_cache,
+        v_cache,
+        block_table,
+        token=token,
+        live=token < tl.minimum(end, position),
+        b=b,
+        kv=kv,
+        kv_heads=kv_heads,
+        max_pages=max_pages,
+        d=d,
+        in_head=(d < HEAD_DIM)[None, :],
+        PAGE=PAGE,
+        HEAD_DIM=HEAD_DIM,
+    )
     wait_for_inputs(PDL)
-    append_and_attend(q, k, v, q_norm=q_norm, k_norm=k_norm, eps=eps, position=position, cosine=cosine,
-                      sine=sine, kt=kt, vt=vt, k_cache=k_cache, v_cache=v_cache, block_table=block_table,
-                      out=out, partial=partial, tickets=tickets, b=b, kv=kv, split=split, begin=begin,
-                      end=end, used=used, kv_heads=kv_heads, max_pages=max_pages, splits=splits,
-                      q_stride=q_stride, k_stride=k_stride, v_stride=v_stride, scale_log2=scale_log2,
-                      HAS_NORM=HAS_NORM, GROUP=GROUP, ROWS=ROWS, HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D,
-                      PAGE=PAGE, TILE=TILE, SPLIT=SPLIT, HEADS=HEADS, MERGE=MERGE)
+    append_and_attend(
+        q,
+        k,
+        v,
+        q_norm=q_norm,
+        k_norm=k_norm,
+        eps=eps,
+        position=position,
+        cosine=cosine,
+        sine=sine,
+        kt=kt,
+        vt=vt,
+        k_cache=k_cache,
+        v_cache=v_cache,
+        block_table=block_table,
+        out=out,
+        partial=partial,
+        tickets=tickets,
+        b=b,
+        kv=kv,
+        split=split,
+        begin=begin,
+        end=end,
+        used=used,
+        kv_heads=kv_heads,
+        max_pages=max_pages,
+        splits=splits,
+        q_stride=q_stride,
+        k_stride=k_stride,
+        v_stride=v_stride,
+        scale_log2=scale_log2,
+        HAS_NORM=HAS_NORM,
+        GROUP=GROUP,
+        ROWS=ROWS,
+        HEAD_DIM=HEAD_DIM,
+        BLOCK_D=BLOCK_D,
+        PAGE=PAGE,
+        TILE=TILE,
+        SPLIT=SPLIT,
+        HEADS=HEADS,
+        MERGE=MERGE,
+    )
 
 
 @triton.jit
-def append_and_attend(q, k, v, q_norm, k_norm, eps, position, cosine, sine, kt, vt, k_cache, v_cache, block_table, out,
-                      partial, tickets, b, kv, split, begin, end, used, kv_heads, max_pages, splits, q_stride, k_stride,
-                      v_stride, scale_log2, HAS_NORM: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-                      HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
-                      SPLIT: tl.constexpr, HEADS: tl.constexpr, MERGE: tl.constexpr):
+def append_and_attend(
+    q,
+    k,
+    v,
+    q_norm,
+    k_norm,
+    eps,
+    position,
+    cosine,
+    sine,
+    kt,
+    vt,
+    k_cache,
+    v_cache,
+    block_table,
+    out,
+    partial,
+    tickets,
+    b,
+    kv,
+    split,
+    begin,
+    end,
+    used,
+    kv_heads,
+    max_pages,
+    splits,
+    q_stride,
+    k_stride,
+    v_stride,
+    scale_log2,
+    HAS_NORM: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    HEADS: tl.constexpr,
+    MERGE: tl.constexpr,
+):
     """One split of one KV head; kt and vt are its first tile. decode_step calls it, too."""
     g = tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)
     in_head = (d < HEAD_DIM)[None, :]
     token = begin + tl.arange(0, TILE)
-    stored = tl.minimum(end, position)              # the tokens before the new one
+    stored = tl.minimum(end, position)  # the tokens before the new one
 
     # 2. Norm and rotate the query: the heads of the group become the rows of one tile; rows past the group
     # are zero.
     live_out = (g < GROUP)[:, None] & in_head
-    qv = turned(q + b * q_stride + ((kv * GROUP + g) * HEAD_DIM)[:, None], q_norm, cosine, sine=sine, eps=eps,
-                d=d[None, :], live=live_out, HALF_DIM=HEAD_DIM // 2, HAS_NORM=HAS_NORM)
+    qv = turned(
+        q + b * q_stride + ((kv * GROUP + g) * HEAD_DIM)[:, None],
+        q_norm,
+        cosine,
+        sine=sine,
+        eps=eps,
+        d=d[None, :],
+        live=live_out,
+        HALF_DIM=HEAD_DIM // 2,
+        HAS_NORM=HAS_NORM,
+    )
 
     # 3. Append the new token: the program that owns it writes it to the cache, and starts its softmax with
     # it. The twin puts it into its tile in shared memory instead.
     owner = (position >= begin) & (position < end)
     live_new = in_head & owner
-    key = turned(k + b * k_stride + kv * HEAD_DIM + tl.zeros([1, 1], tl.int32), k_norm, cosine, sine=sine,
-                 eps=eps, d=d[None, :], live=live_new, HALF_DIM=HEAD_DIM // 2, HAS_NORM=HAS_NORM)
+    key = turned(
+        k + b * k_stride + kv * HEAD_DIM + tl.zeros([1, 1], tl.int32),
+        k_norm,
+        cosine,
+        sine=sine,
+        eps=eps,
+        d=d[None, :],
+        live=live_new,
+        HALF_DIM=HEAD_DIM // 2,
+        HAS_NORM=HAS_NORM,
+    )
     value = tl.load(v + b * v_stride + kv * HEAD_DIM + d[None, :], mask=live_new, other=0.0)
-    slot = cache_rows(block_table, position, owner, b=b, kv=kv, kv_heads=kv_heads, max_pages=max_pages,
-                      PAGE=PAGE, HEAD_DIM=HEAD_DIM) + d[None, :]
+    slot = (
+        cache_rows(
+            block_table,
+            position,
+            owner,
+            b=b,
+            kv=kv,
+            kv_heads=kv_heads,
+            max_pages=max_pages,
+            PAGE=PAGE,
+            HEAD_DIM=HEAD_DIM,
+        )
+        + d[None, :]
+    )
     tl.store(k_cache + slot, key, mask=live_new)
     tl.store(v_cache + slot, value, mask=live_new)
     top = tl.sum(qv.to(tl.float32) * key.to(tl.float32), axis=1) * scale_log2
@@ -136,9 +283,21 @@ def append_and_attend(q, k, v, q_norm, k_norm, eps, position, cosine, sine, kt, 
     for t0 in tl.range(begin + TILE, stored, TILE):
         token = t0 + tl.arange(0, TILE)
         live = token < stored
-        kt, vt = load_tile(k_cache, v_cache, block_table, token=token, live=live, b=b, kv=kv,
-                           kv_heads=kv_heads, max_pages=max_pages, d=d, in_head=in_head, PAGE=PAGE,
-                           HEAD_DIM=HEAD_DIM)
+        kt, vt = load_tile(
+            k_cache,
+            v_cache,
+            block_table,
+            token=token,
+            live=live,
+            b=b,
+            kv=kv,
+            kv_heads=kv_heads,
+            max_pages=max_pages,
+            d=d,
+            in_head=in_head,
+            PAGE=PAGE,
+            HEAD_DIM=HEAD_DIM,
+        )
 
         # 5. Online softmax: as in decode_attention.
         top, mass, acc = attend(qv, kt, vt, live, top, mass, acc, scale_log2)
@@ -148,33 +307,118 @@ def append_and_attend(q, k, v, q_norm, k_norm, eps, position, cosine, sine, kt, 
     out_head = out + (b * kv_heads + kv) * (GROUP * HEAD_DIM)
     if not SPLIT:
         result = acc / tl.where(mass == 0.0, 1.0, mass)[:, None]
-        tl.store(out_head + g[:, None] * HEAD_DIM + d[None, :], result.to(out.dtype.element_ty), mask=live_out)
+        tl.store(
+            out_head + g[:, None] * HEAD_DIM + d[None, :], result.to(out.dtype.element_ty), mask=live_out
+        )
     else:
-        ticket = publish(partial, tickets, b, kv=kv, kv_heads=kv_heads, split=split, splits=splits, top=top,
-                         mass=mass, acc=acc, GROUP=GROUP, ROWS=ROWS, HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D)
+        ticket = publish(
+            partial,
+            tickets,
+            b,
+            kv=kv,
+            kv_heads=kv_heads,
+            split=split,
+            splits=splits,
+            top=top,
+            mass=mass,
+            acc=acc,
+            GROUP=GROUP,
+            ROWS=ROWS,
+            HEAD_DIM=HEAD_DIM,
+            BLOCK_D=BLOCK_D,
+        )
 
         # 7. Merge in the last block: in the order of the splits, so that the result does not depend on which
         # program finished last. The twin merges up to 8 splits through the shared memory of a cluster of
         # blocks, to which Triton gives no access.
         if ticket == used - 1:
-            merge(partial, tickets, out_head, b=b, kv=kv, kv_heads=kv_heads, splits=splits, used=used,
-                  GROUP=GROUP, HEADS=HEADS, HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D, MERGE=MERGE)
+            merge(
+                partial,
+                tickets,
+                out_head,
+                b=b,
+                kv=kv,
+                kv_heads=kv_heads,
+                splits=splits,
+                used=used,
+                GROUP=GROUP,
+                HEADS=HEADS,
+                HEAD_DIM=HEAD_DIM,
+                BLOCK_D=BLOCK_D,
+                MERGE=MERGE,
+            )
 
 
-def rope_append_attention(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, block_table, scale,
-                          splits, partial, tickets, out):
+def rope_append_attention(
+    q,
+    k,
+    v,
+    q_norm,
+    k_norm,
+    eps,
+    positions,
+    cos_sin,
+    k_cache,
+    v_cache,
+    block_table,
+    scale,
+    splits,
+    partial,
+    tickets,
+    out,
+):
     """Launch splits x kv_heads x batch programs; partial and tickets may be None where splits is 1."""
     batch, q_heads, head_dim = q.shape
     kv_heads, page_size = k_cache.shape[1:3]
     group = q_heads // kv_heads
-    cfg = (measured("rope_append_attention", q, batch, q_heads=q_heads, kv_heads=kv_heads, head_dim=head_dim,
-                    page_size=page_size) or config(CONFIGS, q)[q.itemsize])
+    cfg = (
+        measured(
+            "rope_append_attention",
+            q,
+            batch,
+            q_heads=q_heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            page_size=page_size,
+        )
+        or config(CONFIGS, q)[q.itemsize]
+    )
     options = {key: value for key, value in cfg.items() if key.startswith("num_")}
     heads, block_d = triton.next_power_of_2(group), triton.next_power_of_2(head_dim)
-    launch(rope_append_attention_kernel, (splits, kv_heads, batch), q, k, v, q_norm, k_norm, eps, positions, cos_sin,
-           k_cache, v_cache, block_table, out, partial, tickets, kv_heads, block_table.shape[1], splits, q.stride(0),
-           k.stride(0), v.stride(0), scale * math.log2(math.e), HAS_NORM=q_norm is not None, GROUP=group,
-           ROWS=max(heads, cfg["min_rows"]), HEAD_DIM=head_dim,
-           BLOCK_D=block_d, PAGE=page_size, TILE=cfg["tile"],
-           SPLIT=splits > 1, HEADS=heads,
-           MERGE=merge_step(splits, heads, block_d), **options, **dependent_launch(q))
+    launch(
+        rope_append_attention_kernel,
+        (splits, kv_heads, batch),
+        q,
+        k,
+        v,
+        q_norm,
+        k_norm,
+        eps,
+        positions,
+        cos_sin,
+        k_cache,
+        v_cache,
+        block_table,
+        out,
+        partial,
+        tickets,
+        kv_heads,
+        block_table.shape[1],
+        splits,
+        q.stride(0),
+        k.stride(0),
+        v.stride(0),
+        scale * math.log2(math.e),
+        HAS_NORM=q_norm is not None,
+        GROUP=group,
+        ROWS=max(heads, cfg["min_rows"]),
+        HEAD_DIM=head_dim,
+        BLOCK_D=block_d,
+        PAGE=page_size,
+        TILE=cfg["tile"],
+        SPLIT=splits > 1,
+        HEADS=heads,
+        MERGE=merge_step(splits, heads, block_d),
+        **options,
+        **dependent_launch(q),
+    )

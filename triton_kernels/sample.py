@@ -12,6 +12,7 @@ Noise: Philox4x32-10 (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3
 
 Thresholds are found bit by bit on integers that order as the floats do: exact, with ties, and without a sort.
 """
+
 import triton
 import triton.language as tl
 
@@ -29,7 +30,7 @@ def _load_chunk(row, start, vocab, BLOCK: tl.constexpr):
     """One chunk: logits (-inf past the end), uint32 keys of the same order (0 past the end), token ids."""
     token = start + tl.arange(0, BLOCK)
     value = tl.load(row + token, mask=token < vocab, other=float("-inf"))
-    value = tl.where(value == 0.0, 0.0, value)                                  # -0 and +0 are equal
+    value = tl.where(value == 0.0, 0.0, value)  # -0 and +0 are equal
     bits = value.to(tl.uint32, bitcast=True)
     key = tl.where(bits >= 0x80000000, ~bits, bits | 0x80000000)
     return value, tl.where(token < vocab, key, 0), token
@@ -64,15 +65,30 @@ def _threshold(row, vocab, lowest, wanted, top, scale, WEIGHTED: tl.constexpr, B
             n3 += tl.where(key >= cut3, weight, 0.0)
         # The sums are taken in one order, so they fall as the candidate rises: those that reach `wanted` are
         # the lowest ones.
-        passed = ((tl.sum(n1, axis=0) >= wanted).to(tl.uint32) + (tl.sum(n2, axis=0) >= wanted).to(tl.uint32)
-                  + (tl.sum(n3, axis=0) >= wanted).to(tl.uint32))
+        passed = (
+            (tl.sum(n1, axis=0) >= wanted).to(tl.uint32)
+            + (tl.sum(n2, axis=0) >= wanted).to(tl.uint32)
+            + (tl.sum(n3, axis=0) >= wanted).to(tl.uint32)
+        )
         cut += passed * step
     return cut
 
 
 @triton.jit(do_not_specialize=["top_k", "seed"])
-def sample_kernel(logits, positions, out, vocab, temperature, top_k, top_p, seed,
-                  GREEDY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, BLOCK: tl.constexpr):
+def sample_kernel(
+    logits,
+    positions,
+    out,
+    vocab,
+    temperature,
+    top_k,
+    top_p,
+    seed,
+    GREEDY: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TOP_P: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     # 1. Locate: program r owns row r.
     r = tl.program_id(0)
     row = logits + r.to(tl.int64) * vocab
@@ -123,8 +139,8 @@ def sample_kernel(logits, positions, out, vocab, temperature, top_k, top_p, seed
             value, key, token = _load_chunk(row, start, vocab, BLOCK)
             word, w1, w2, w3 = tl.philox(seed, token, position, r, 0)
             word = (word >> 8).to(tl.int32)
-            u = (word.to(tl.float32) + 0.5) * 5.9604644775390625e-08                    # 2^-24
-            v = ((16777215 - word).to(tl.float32) + 0.5) * 5.9604644775390625e-08       # 1 - u
+            u = (word.to(tl.float32) + 0.5) * 5.9604644775390625e-08  # 2^-24
+            v = ((16777215 - word).to(tl.float32) + 0.5) * 5.9604644775390625e-08  # 1 - u
             series = v * (1.0 + v * (0.5 + v * (1.0 / 3 + v * (0.25 + v * (0.2 + v * (1.0 / 6))))))
             noisy = tl.div_rn(value, temperature) - tl.log(tl.where(v < 0.0625, series, -tl.log(u)))
             noisy = tl.where((key >= cut) & (token < vocab), noisy, float("-inf"))
@@ -139,6 +155,20 @@ def sample(logits, positions, temperature, top_k, top_p, seed, out):
     """Launch a draw per row; temperature 0 is greedy, top_k 0 and top_p 1 keep everything."""
     cfg = config(CONFIGS, logits)
     rows, vocab = logits.shape
-    launch(sample_kernel, (rows,), logits, positions, out, vocab, float(temperature), top_k, float(top_p), seed,
-           GREEDY=temperature == 0, TOP_K=0 < top_k < vocab, TOP_P=top_p < 1.0,
-           BLOCK=min(triton.next_power_of_2(vocab), cfg["block"]), num_warps=cfg["num_warps"])
+    launch(
+        sample_kernel,
+        (rows,),
+        logits,
+        positions,
+        out,
+        vocab,
+        float(temperature),
+        top_k,
+        float(top_p),
+        seed,
+        GREEDY=temperature == 0,
+        TOP_K=0 < top_k < vocab,
+        TOP_P=top_p < 1.0,
+        BLOCK=min(triton.next_power_of_2(vocab), cfg["block"]),
+        num_warps=cfg["num_warps"],
+    )

@@ -3,6 +3,7 @@ table.
 
 triton_kernels/tuned/sm_90.json is what `lab tune OP` wrote on such a GPU: see lab/tune/tuned.py.
 """
+
 import contextlib
 import functools
 
@@ -13,11 +14,11 @@ from lab.tune import tuned
 from triton_kernels.common import architecture, config
 
 ANY = 1 << 31
-BY_HAND = {}            # for `forced`: ignores what the tuner measured
-_measured = {}          # (op, architecture, itemsize, rows, shape) -> what `measured` found
-_products = {}          # the same -> what `product` chose
-_forced = {}            # op -> settings, while the tuner tries them
-_used = None            # entries used instead of a table's, while the tuner tries whole tables
+BY_HAND = {}  # for `forced`: ignores what the tuner measured
+_measured = {}  # (op, architecture, itemsize, rows, shape) -> what `measured` found
+_products = {}  # the same -> what `product` chose
+_forced = {}  # op -> settings, while the tuner tries them
+_used = None  # entries used instead of a table's, while the tuner tries whole tables
 
 
 @functools.lru_cache(maxsize=None)
@@ -107,13 +108,16 @@ def product(op, table, x, n, k, whole_rows=False, parts=1, most_programs=ANY):
 
 def _product(op, table, x, n, k, whole_rows, parts, most_programs):
     rows = x.shape[0]
-    meta = (measured(op, x, rows, n=n, k=k)
-            or by_hand(config(table, x), x.itemsize, rows, n, k, whole_rows, parts))
+    meta = measured(op, x, rows, n=n, k=k) or by_hand(
+        config(table, x), x.itemsize, rows, n, k, whole_rows, parts
+    )
     path, per_multiprocessor = meta.pop("path"), meta.pop("per_multiprocessor", 0)
-    least = 16 if path == "dot" and architecture(x) != "interpreter" else 1         # of a tensor core
+    least = 16 if path == "dot" and architecture(x) != "interpreter" else 1  # of a tensor core
     meta["BLOCK_B"] = max(triton.next_power_of_2(rows), least)
     tiles = triton.cdiv(n, meta["BLOCK_N"])
-    programs = min(tiles, per_multiprocessor * multiprocessors(x) if per_multiprocessor else tiles, most_programs)
+    programs = min(
+        tiles, per_multiprocessor * multiprocessors(x) if per_multiprocessor else tiles, most_programs
+    )
     meta.update(EVEN_K=k % meta["BLOCK_K"] == 0, **dependent_launch(x))
     if whole_rows:
         meta["LOOP"] = programs < tiles
@@ -139,8 +143,11 @@ def by_hand(table, itemsize, rows, n, k, whole_rows, parts):
             # An lm_head: NumPy's matrix product is faster there.
             path = "dot"
         return _interpreted(path, block_b, n, k, whole_rows, parts)
-    meta = next(dict(m) for most_rows, most_n, m in table["dot_f32" if path == "dot" and itemsize == 4 else path]
-                if rows <= most_rows and n <= most_n)
+    meta = next(
+        dict(m)
+        for most_rows, most_n, m in table["dot_f32" if path == "dot" and itemsize == 4 else path]
+        if rows <= most_rows and n <= most_n
+    )
     if path == "dot":
         return dict(meta, path=path)
     lane = meta.pop("lane") * 2 // itemsize
@@ -159,7 +166,7 @@ def _interpreted(path, block_b, n, k, whole_rows, parts):
     cache."""
     block_k = triton.next_power_of_2(k)
     if path == "dot" and k % 64 == 0:
-        block_k = k & -k                                    # divides k: a mask costs as much as the multiply
+        block_k = k & -k  # divides k: a mask costs as much as the multiply
     depth = 1 if path == "dot" else block_b
     block_n = min(max((1 << 17) // (depth * parts * block_k), 1), triton.next_power_of_2(n))
     meta = dict(path=path, BLOCK_N=block_n, BLOCK_K=block_k)

@@ -1,10 +1,11 @@
 """silu_mul: y[r,c] = T(g / (1 + exp(-g)) * u), g = gate_up[r,c], u = gate_up[r, cols + c]
 
-  gate_up [rows, 2 * cols]   y [rows, cols]     row-major, contiguous
-  mapping   a program owns ROWS rows (one on a GPU) times BLOCK columns
-  traffic   gate_up once, y once
-  contract  lab/ops/silu_mul.py          twin  cuda_src/silu_mul.cu
+gate_up [rows, 2 * cols]   y [rows, cols]     row-major, contiguous
+mapping   a program owns ROWS rows (one on a GPU) times BLOCK columns
+traffic   gate_up once, y once
+contract  lab/ops/silu_mul.py          twin  cuda_src/silu_mul.cu
 """
+
 import triton
 import triton.language as tl
 
@@ -40,5 +41,14 @@ def silu_mul(gate_up, y):
     rows, cols = y.shape
     block = min(cfg["block"], triton.next_power_of_2(cols))
     tile = min(max(cfg["elements"] // block, 1), triton.next_power_of_2(rows))
-    launch(silu_mul_kernel, (triton.cdiv(rows, tile), triton.cdiv(cols, block)), gate_up, y, rows, cols,
-           ROWS=tile, BLOCK=block, num_warps=cfg["num_warps"])
+    launch(
+        silu_mul_kernel,
+        (triton.cdiv(rows, tile), triton.cdiv(cols, block)),
+        gate_up,
+        y,
+        rows,
+        cols,
+        ROWS=tile,
+        BLOCK=block,
+        num_warps=cfg["num_warps"],
+    )

@@ -36,7 +36,8 @@ inline unsigned attention_cluster(int splits, int kv_heads, int batch) {
 // The cache of a launcher's arguments, in the form that the kernels take.
 template <typename T>
 PagedCache<T> paged_cache(const CachePages& cache) {
-  return {as<T>(cache.k), as<T>(cache.v), as<const int>(cache.block_table), log2_of(cache.page_size), cache.max_pages};
+  return {as<T>(cache.k), as<T>(cache.v), as<const int>(cache.block_table), log2_of(cache.page_size),
+          cache.max_pages};
 }
 
 // Calls f with the attention core for these heads. The core is a type, passed in a tag: `using A = typename
@@ -64,13 +65,15 @@ inline void by_group(int group, F&& f) {
 }
 template <typename T, typename F>
 inline void by_attention_core(const char* op, int head_dim, int group, F&& f) {
-  if (group > kMaxGroup) throw std::invalid_argument(std::string(op) + ": more than 16 query heads per KV head");
+  if (group > kMaxGroup)
+    throw std::invalid_argument(std::string(op) + ": more than 16 query heads per KV head");
   switch (head_dim) {
     case 64: return by_group<T, 64>(group, f);
     case 96: return by_group<T, 96>(group, f);
     case 128: return by_group<T, 128>(group, f);
   }
-  throw std::invalid_argument(std::string(op) + ": head_dim " + std::to_string(head_dim) + " is not 64, 96 or 128");
+  throw std::invalid_argument(std::string(op) + ": head_dim " + std::to_string(head_dim) +
+                              " is not 64, 96 or 128");
 }
 
 }  // namespace lab

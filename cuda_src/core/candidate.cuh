@@ -14,7 +14,9 @@ LAB_DEVICE uint32_t order_key(float x) {
 }
 LAB_DEVICE float key_value(uint32_t key) { return bit_cast<float>(key >> 31 ? key & 0x7fffffffu : ~key); }
 
-LAB_DEVICE uint64_t candidate(float value, int index) { return uint64_t(order_key(value)) << 32 | uint32_t(~index); }
+LAB_DEVICE uint64_t candidate(float value, int index) {
+  return uint64_t(order_key(value)) << 32 | uint32_t(~index);
+}
 LAB_DEVICE int candidate_index(uint64_t c) { return int(~uint32_t(c)); }
 
 // The largest candidate among each `lanes` neighbouring lanes (a power of two), returned to each of them. All

@@ -16,9 +16,9 @@ struct LaneAttention : SplitAttention<T, D> {
   // D / N of the L lanes have elements: 12 of 16 for D = 96.
   static constexpr int N = Vec<T>::size, L = lanes_per_token(D / N);
   static constexpr int kTokenWarps = 4, kPerLane = 4, kStages = 3, kTokensPerWarp = 32 / L;
-  static constexpr int kParts = kTokenWarps * kTokensPerWarp;         // running softmaxes of one head
-  static constexpr int kTokens = kParts * kPerLane;                   // tokens of a tile
-  static constexpr int kMaxThreads = kTokenWarps * 32 * 4;            // for a group of 16 query heads
+  static constexpr int kParts = kTokenWarps * kTokensPerWarp;  // running softmaxes of one head
+  static constexpr int kTokens = kParts * kPerLane;            // tokens of a tile
+  static constexpr int kMaxThreads = kTokenWarps * 32 * 4;     // for a group of 16 query heads
   struct Smem {
     T k[kStages][kTokens][D], v[kStages][kTokens][D];
     AttentionInputs<T, D> inputs;
@@ -28,8 +28,8 @@ struct LaneAttention : SplitAttention<T, D> {
   Smem& shared;
   // Lane within its token; its running softmax; first head of its warp; tiles.
   int c, part, head0, count;
-  bool live;                                      // this lane has elements: c * N to c * N + N - 1
-  int pages[kPerLane];                            // page numbers of the tile to copy next
+  bool live;            // this lane has elements: c * N to c * N + N - 1
+  int pages[kPerLane];  // page numbers of the tile to copy next
   float query[Heads][N], acc[Heads][N] = {}, maximum[Heads], weight[Heads] = {};
 
   static int threads(int group) { return kTokenWarps * 32 * ceil_div(group, 4); }
@@ -93,7 +93,8 @@ struct LaneAttention : SplitAttention<T, D> {
         LAB_UNROLL
         for (int h = 0; h < Heads; ++h) {
           LAB_UNROLL
-          for (int e = 0; e < N; ++e) scores[j * Heads + h] = fmadd(query[h][e], key[e], scores[j * Heads + h]);
+          for (int e = 0; e < N; ++e)
+            scores[j * Heads + h] = fmadd(query[h][e], key[e], scores[j * Heads + h]);
         }
       }
     }
@@ -134,7 +135,7 @@ struct LaneAttention : SplitAttention<T, D> {
   }
 
   LAB_DEVICE void publish(T* out, float* partial) {
-    float* sums = &smem<float>();                 // reuses the memory of the tiles
+    float* sums = &smem<float>();  // reuses the memory of the tiles
     cp_async_wait<0>();
     __syncthreads();
     LAB_UNROLL
@@ -167,7 +168,7 @@ struct LaneAttention : SplitAttention<T, D> {
     for (int j = 0; j < kPerLane; ++j) {
       const int row = row0 + j * row_step, token = begin + t * kTokens + row;
       if (!live || row >= kTokens) continue;
-      const bool valid = pages[j] >= 0;           // tokens past the end become zeros
+      const bool valid = pages[j] >= 0;  // tokens past the end become zeros
       const size_t from = valid ? Base::place(pages[j], token) + c * N : 0;
       cp_async16(&shared.k[t % kStages][row][c * N], Base::cache.k + from, valid);
       cp_async16(&shared.v[t % kStages][row][c * N], Base::cache.v + from, valid);

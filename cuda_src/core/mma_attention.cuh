@@ -34,8 +34,10 @@ struct MmaAttention : SplitAttention<T, D> {
   LAB_DEVICE int query_rows() const { return HeadTiles * 8; }
 
   // least: the fewest tokens of a split, where the tuner has measured it; 0 means kLeast.
-  LAB_DEVICE MmaAttention(const PagedCache<T>& cache, int splits_, int group_, int length, int in_cache, int least)
-      : Base(cache, splits_, group_, length, in_cache, kTokens, least ? least : kLeast, least ? least : kAlone),
+  LAB_DEVICE MmaAttention(const PagedCache<T>& cache, int splits_, int group_, int length, int in_cache,
+                          int least)
+      : Base(cache, splits_, group_, length, in_cache, kTokens, least ? least : kLeast,
+             least ? least : kAlone),
         shared(smem<Smem>()) {
     lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int tiles = end > begin ? (end - begin + kTokens - 1) / kTokens : 0;
@@ -99,7 +101,7 @@ struct MmaAttention : SplitAttention<T, D> {
     }
     const int token = token0(t) + lane % 4 * 2;
     uint32_t p[HeadTiles][2];
-    float shrink[HeadTiles][2];                   // for the two heads whose sums this lane holds
+    float shrink[HeadTiles][2];  // for the two heads whose sums this lane holds
     LAB_UNROLL
     for (int h = 0; h < HeadTiles; ++h) {
       float top = maximum[h];
@@ -109,7 +111,7 @@ struct MmaAttention : SplitAttention<T, D> {
         score = token + i / 2 * 8 + i % 2 < end ? score * scale : -INFINITY;
         top = fmaxf(top, score);
       }
-      top = group_max<4>(top);                    // over the lanes that hold the other tokens of this head
+      top = group_max<4>(top);  // over the lanes that hold the other tokens of this head
       const float mine = exp2f(maximum[h] - top);
       maximum[h] = top;
       weight[h] *= mine;
@@ -135,7 +137,7 @@ struct MmaAttention : SplitAttention<T, D> {
   }
 
   LAB_DEVICE void publish(T* out, float* partial) {
-    float* sums = &smem<float>();                 // reuses the memory of the tiles
+    float* sums = &smem<float>();  // reuses the memory of the tiles
     cp_async_wait<0>();
     __syncthreads();
     const int g = lane / 4, t = lane % 4;

@@ -91,7 +91,7 @@ struct MmaRows {
       // Stage i is visible to the team, and none still reads stage i - 1.
       meet();
       if constexpr (C::kWgmma) {
-        start_wgmma(tile);                        // runs while the next copies are issued
+        start_wgmma(tile);  // runs while the next copies are issued
         send(i + kAhead);
         finish_wgmma();
       } else {
@@ -112,7 +112,8 @@ struct MmaRows {
       LAB_UNROLL
       for (int b = 0; b < C::B; ++b) {
         LAB_UNROLL
-        for (int i = 0; i < 4; ++i) shared.partial[team][b * 8 + 2 * t + i % 2][row + g + i / 2 * 8] = acc[m][b][i];
+        for (int i = 0; i < 4; ++i)
+          shared.partial[team][b * 8 + 2 * t + i % 2][row + g + i / 2 * 8] = acc[m][b][i];
       }
     }
     sync();
@@ -268,8 +269,8 @@ struct MmaRows {
     if (chunk(i) >= chunks) return;
     LAB_UNROLL
     for (int part = 0; part < C::kParts; ++part) {
-      copy(shared.tile[team][i % C::kStages] + part * C::kOutputs, w + (size_t(part) * n + output0) * k, C::kOutputs,
-           n - output0, chunk(i));
+      copy(shared.tile[team][i % C::kStages] + part * C::kOutputs, w + (size_t(part) * n + output0) * k,
+           C::kOutputs, n - output0, chunk(i));
     }
   }
   LAB_DEVICE void copy_x(int i) {
@@ -288,42 +289,44 @@ inline Config mma_config(int n, unsigned cluster, size_t smem_bytes, Ptr stream)
   return {dim3(ceil_div(n, C::kOutputs) * cluster), dim3(C::kThreads), smem_bytes, stream, true, cluster};
 }
 
+// clang-format off
 // The shapes. A name says the most rows of x of a launch; the comment says why the shape is as it is. With
 // more rows of w in a block, x is read less often from L2; with fewer there are more blocks.
-//                                       M  B  teams  stages     shared memory
+//                              M  B  teams  stages
 
 // For rows of any length: elements are copied one by one.
 template <int Parts>
-struct Unaligned : Mma<                  2, 8, 4,     3, /*Aligned=*/false, Parts> {};                  // 144 KiB
+struct Unaligned : Mma<         2, 8, 4,     3, /*Aligned=*/false, Parts> {};  // 144 KiB
 
 // 16 rows of w in a block give the most blocks, which narrow matrices need.
 template <int Parts>
-struct UpTo16Narrow : Mma<               1, 2, 4,     4, /*Aligned=*/true, Parts> {};                   // 64 KiB
+struct UpTo16Narrow : Mma<      1, 2, 4,     4, /*Aligned=*/true, Parts> {};  // 64 KiB
 // The same for long rows, where 24 KiB in flight are too few. H100, 8B at batch 16: o takes 11.8 us instead
 // of 13.2.
 template <int Parts>
-struct UpTo16NarrowLong : Mma<           1, 2, 4,     7, /*Aligned=*/true, Parts> {};                   // 112 KiB
+struct UpTo16NarrowLong : Mma<  1, 2, 4,     7, /*Aligned=*/true, Parts> {};  // 112 KiB
 // For matrices of which 32 rows in a block still give each multiprocessor of an H100 two blocks.
 template <int Parts>
-struct UpTo16Wide : Mma<                 2, 2, 4,     3, /*Aligned=*/true, Parts> {};                   // 72 KiB
+struct UpTo16Wide : Mma<        2, 2, 4,     3, /*Aligned=*/true, Parts> {};  // 72 KiB
 template <int Parts>
-struct UpTo32 : Mma<                     2, 4, 4,     3, /*Aligned=*/true, Parts> {};                   // 96 KiB
+struct UpTo32 : Mma<            2, 4, 4,     3, /*Aligned=*/true, Parts> {};  // 96 KiB
 template <int Parts>
-struct UpTo64Narrow : Mma<               2, 8, 4,     3, /*Aligned=*/true, Parts> {};                   // 144 KiB
+struct UpTo64Narrow : Mma<      2, 8, 4,     3, /*Aligned=*/true, Parts> {};  // 144 KiB
 template <int Parts>
-struct UpTo64Wide : Mma<                 4, 8, 2,     3, /*Aligned=*/true, Parts> {};                   // 96 KiB
+struct UpTo64Wide : Mma<        4, 8, 2,     3, /*Aligned=*/true, Parts> {};  // 96 KiB
 
 // wgmma. H100, 8B at batch 64, with mma.sync and with wgmma: gate and up 96.0 and 85.6 us, qkv 27.2 and 20.6,
 // down 46.1 and 44.7, o 14.8 and 15.5. Where there are many blocks they are small, so that two fit on a
 // multiprocessor; else they are large.
 template <int Parts>
-struct WgmmaUpTo32Small : Mma<           4, 4, 2,     4, /*Aligned=*/true, Parts, /*Wgmma=*/true> {};   // 96 KiB
+struct WgmmaUpTo32Small : Mma<  4, 4, 2,     4, /*Aligned=*/true, Parts, /*Wgmma=*/true> {};  // 96 KiB
 template <int Parts>
-struct WgmmaUpTo32Large : Mma<           4, 4, 2,     6, /*Aligned=*/true, Parts, /*Wgmma=*/true> {};   // 144 KiB
+struct WgmmaUpTo32Large : Mma<  4, 4, 2,     6, /*Aligned=*/true, Parts, /*Wgmma=*/true> {};  // 144 KiB
 template <int Parts>
-struct WgmmaUpTo64Small : Mma<           4, 8, 2,     3, /*Aligned=*/true, Parts, /*Wgmma=*/true> {};   // 96 KiB
+struct WgmmaUpTo64Small : Mma<  4, 8, 2,     3, /*Aligned=*/true, Parts, /*Wgmma=*/true> {};  // 96 KiB
 template <int Parts>
-struct WgmmaUpTo64Large : Mma<           4, 8, 2,     5, /*Aligned=*/true, Parts, /*Wgmma=*/true> {};   // 160 KiB
+struct WgmmaUpTo64Large : Mma<  4, 8, 2,     5, /*Aligned=*/true, Parts, /*Wgmma=*/true> {};  // 160 KiB
+// clang-format on
 
 template <typename T, int Parts, typename F>
 inline void by_mma_shape(int rows, int n, int k, const Settings& tuned, F&& f) {

@@ -11,7 +11,7 @@ template <typename T, typename C>
 struct alignas(16) NormSmem {
   StreamSmem<T, C> stream;
   float squares[C::kThreads / 32][C::B];
-  alignas(16) T x[Vec<T>::size];                  // really B rows of k elements: see norm_smem_bytes()
+  alignas(16) T x[Vec<T>::size];  // really B rows of k elements: see norm_smem_bytes()
 };
 
 template <typename T, typename C>
@@ -23,7 +23,8 @@ size_t norm_smem_bytes(int k) {
 // the normalised rows pass through memory that the caller allocated. a: the arguments of the op.
 template <typename Args>
 inline void norm_into(const char* op, const Args& a) {
-  if (!a.normed) throw std::invalid_argument(std::string(op) + ": more than 2 rows of half precision need `normed`");
+  if (!a.normed)
+    throw std::invalid_argument(std::string(op) + ": more than 2 rows of half precision need `normed`");
   RmsnormArgs norm{};
   norm.x = a.x;
   norm.w = a.norm_w;
@@ -45,7 +46,7 @@ inline void by_normed_shape(int rows, int outputs, int k, const Settings& tuned,
   // Bytes: a third of a multiprocessor's, so that several blocks fit.
   constexpr int kLimit = 64 * 1024;
   const int64_t row = int64_t(k) * sizeof(T);
-  int batch = 8;                                  // the most rows that fit in it
+  int batch = 8;  // the most rows that fit in it
   while (batch > 1 && batch * row > kLimit) batch /= 2;
   by_stream_shape<T, Parts, 32, false>(rows, outputs, k, batch, tuned, f);
 }
@@ -70,7 +71,8 @@ struct NormRows {
 
   // shared.x[b] = T(x[b0 + b] * rsqrt(mean(x[b0 + b]^2) + eps)) * norm_w, with rmsnorm's rounding points;
   // visible to all threads when it returns. For rows past the end the last row is repeated.
-  LAB_DEVICE void run(NormSmem<T, C>& shared, const T* x, const T* norm_w, int b0, int rows, int k, float eps) {
+  LAB_DEVICE void run(NormSmem<T, C>& shared, const T* x, const T* norm_w, int b0, int rows, int k,
+                      float eps) {
     const int first = threadIdx.x * N;
     float squares[B] = {};
     for (int panel = first; panel < k; panel += kAhead * kStep) {
@@ -134,13 +136,13 @@ struct NormRows {
 // Starts the multiply of B rows of x: issues the loads of the first weights and of the norm's weight, waits
 // for the preceding kernel, then normalises the rows.
 template <typename T, typename C>
-LAB_DEVICE void start_normed(RowStream<T, C>& stream, NormSmem<T, C>& shared, const T* x, const T* norm_w, int b0,
-                             int rows, float eps) {
+LAB_DEVICE void start_normed(RowStream<T, C>& stream, NormSmem<T, C>& shared, const T* x, const T* norm_w,
+                             int b0, int rows, float eps) {
   NormRows<T, C> norm;
   norm.start(norm_w, stream.k);
   // False: the dependent kernel may be attention, which reads the cache before it waits.
   stream.start(false);
-  if (b0 > 0) __syncthreads();                    // the preceding rows have been multiplied
+  if (b0 > 0) __syncthreads();  // the preceding rows have been multiplied
   norm.run(shared, x, norm_w, b0, rows, stream.k, eps);
 }
 

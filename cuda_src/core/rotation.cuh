@@ -12,7 +12,7 @@ struct Rotation {
   static constexpr int N = Vec<T>::size, L = lanes_per_token(D / N), kHalf = D / 2 / N;
   // Lane within the head; the lane of the warp that has the pairs' other elements.
   int c, partner;
-  bool live;                                      // this lane has elements: c * N to c * N + N - 1
+  bool live;  // this lane has elements: c * N to c * N + N - 1
   float cosine[N], sine[N];
 
   LAB_DEVICE explicit Rotation(const float* row) {

@@ -13,8 +13,8 @@
 
 namespace lab {
 
-constexpr int kMaxGroup = 16;                     // the most query heads of one KV head
-constexpr int kMaxCluster = 8;                    // the most blocks of a cluster on any GPU that has clusters
+constexpr int kMaxGroup = 16;   // the most query heads of one KV head
+constexpr int kMaxCluster = 8;  // the most blocks of a cluster on any GPU that has clusters
 
 // k, v [pages, kv_heads, page_size, D]; table [batch, max_pages]; a page holds 2^page_shift tokens, at least
 // 16.
@@ -42,8 +42,8 @@ struct SplitAttention {
   static constexpr int kRow = D + 4;
   PagedCache<T> cache;
   int split, kv_head, kv_heads, b, group;
-  int splits, used;                               // splits of the grid; those that this context length needs
-  int begin, end;                                 // tokens of this split: [begin, end)
+  int splits, used;  // splits of the grid; those that this context length needs
+  int begin, end;    // tokens of this split: [begin, end)
   // [begin, stored) are in the cache; at most one more token follows.
   int stored;
   // This block's result in shared memory, where a cluster merges.
@@ -54,8 +54,8 @@ struct SplitAttention {
   // otherwise a split has at least `least` tokens. As long as each block of one cluster gets at most `alone`
   // tokens, the context is split among these blocks only: they merge sooner than a larger number of blocks.
   // Tokens from `in_cache` on are not read from the cache: the new token is taken from AttentionInputs.
-  LAB_DEVICE SplitAttention(const PagedCache<T>& cache_, int splits_, int group_, int length, int in_cache, int unit,
-                            int least, int alone)
+  LAB_DEVICE SplitAttention(const PagedCache<T>& cache_, int splits_, int group_, int length, int in_cache,
+                            int unit, int least, int alone)
       : cache(cache_), group(group_), splits(splits_) {
     split = blockIdx.x, kv_head = blockIdx.y, kv_heads = gridDim.y, b = blockIdx.z;
     const int most = length <= blocks_of_cluster() * alone ? min(splits, blocks_of_cluster()) : splits;
@@ -175,7 +175,7 @@ struct SplitAttention {
     if (threadIdx.x == 0) last = take_ticket(ticket) == unsigned(used - 1);
     __syncthreads();
     if (!last) return;
-    __syncthreads();                              // all have read `last`: its memory is reused below
+    __syncthreads();  // all have read `last`: its memory is reused below
     // [used][group][2]; then a factor for each, exp2(maximum - common maximum).
     float* stats = &smem<float>();
     float* factors = stats + used * group * 2;
@@ -232,7 +232,9 @@ struct SplitAttention {
   LAB_DEVICE float* published(float* partial) const {
     return partial + (size_t(b) * kv_heads + kv_head) * splits * group * (D + 2);
   }
-  LAB_DEVICE float* published_stats(float* partial) const { return published(partial) + size_t(splits) * group * D; }
+  LAB_DEVICE float* published_stats(float* partial) const {
+    return published(partial) + size_t(splits) * group * D;
+  }
 };
 
 }  // namespace lab

@@ -13,16 +13,16 @@
 
 namespace lab {
 
-constexpr int kStepSplits = 64;                   // MAX_SPLITS of the contract
-constexpr int kStepGroup = 8;                     // MAX_GROUP of the contract
+constexpr int kStepSplits = 64;  // MAX_SPLITS of the contract
+constexpr int kStepGroup = 8;    // MAX_GROUP of the contract
 
 // What is the same for all layers.
 template <typename T>
 struct StepHeads {
   int q_heads, kv_heads, page_shift;
   float eps, scale_log2;
-  const int* table;                               // the block table
-  int64_t layer;                                  // elements between the K of a layer and that of the next
+  const int* table;  // the block table
+  int64_t layer;     // elements between the K of a layer and that of the next
   T *k_cache, *v_cache;
 };
 
@@ -50,19 +50,22 @@ struct StepAttention {
   // more avoid bank conflicts.
   static constexpr int kPlace = kParts * (D + 2) + 4;
   static constexpr int sums_bytes(int group) { return group * kPlace * int(sizeof(float)); }
-  static_assert(kRingThreads / L >= kStepGroup + 2, "a pass of all lanes takes a group's queries, key and value");
+  static_assert(kRingThreads / L >= kStepGroup + 2,
+                "a pass of all lanes takes a group's queries, key and value");
   static_assert(2 * kTokens * D * sizeof(T) <= kTileBytes, "K and V of a tile's tokens fit");
 
   StepAttentionSmem<T, D>& shared;
-  float* sums;                                    // [group][kPlace]
+  float* sums;  // [group][kPlace]
   const StepHeads<T>& heads;
   const int position, group, splits;
   // Of the present item; its tokens are [begin, end), the new one among them.
   int kv_head, split, used, begin, end;
-  size_t new_place = 0;                           // offset of the new token in a layer's cache
+  size_t new_place = 0;  // offset of the new token in a layer's cache
 
-  LAB_DEVICE StepAttention(StepAttentionSmem<T, D>& shared_, float* sums_, const StepHeads<T>& heads_, int position_)
-      : shared(shared_), sums(sums_), heads(heads_), position(position_), group(heads_.q_heads / heads_.kv_heads),
+  LAB_DEVICE StepAttention(StepAttentionSmem<T, D>& shared_, float* sums_, const StepHeads<T>& heads_,
+                           int position_)
+      : shared(shared_), sums(sums_), heads(heads_), position(position_),
+        group(heads_.q_heads / heads_.kv_heads),
         splits(max(1, min(kStepSplits, int(gridDim.x) / heads_.kv_heads))) {
     locate(blockIdx.x);
   }
@@ -71,11 +74,11 @@ struct StepAttention {
   LAB_DEVICE void send(WeightRing<T>& ring, int layer) {
     const T *k = heads.k_cache + layer * heads.layer, *v = heads.v_cache + layer * heads.layer;
     each_item([&] {
-      const int last = min(end, position);        // the new token is not in the cache yet
+      const int last = min(end, position);  // the new token is not in the cache yet
       for (int first = begin; first < last; first += kTokens) {
         const int tokens = min(kTokens, last - first);
         ring.begin(tokens * 2 * kTokenBytes, ring.few);
-        for (int t = 0; t < tokens;) {            // one copy for all neighbouring tokens of a page
+        for (int t = 0; t < tokens;) {  // one copy for all neighbouring tokens of a page
           const int left = (1 << heads.page_shift) - ((first + t) & ((1 << heads.page_shift) - 1));
           const int run = min(left, tokens - t);
           const size_t from = place(first + t);
@@ -90,8 +93,8 @@ struct StepAttention {
 
   // qkv [(q_heads + 2 kv_heads) D] -> out [q_heads D]. The norms' weights [D] may be null. partial: for each
   // KV head the sums [kStepSplits][group][D], then maxima and weights [kStepSplits][group][2].
-  LAB_DEVICE void run(WeightRing<T>& ring, int layer, const TaggedRow<T>& qkv, const T* q_norm, const T* k_norm,
-                      const TaggedRow<T>& out, TaggedFloats partial) {
+  LAB_DEVICE void run(WeightRing<T>& ring, int layer, const TaggedRow<T>& qkv, const T* q_norm,
+                      const T* k_norm, const TaggedRow<T>& out, TaggedFloats partial) {
     each_item([&] {
       rotate(layer, qkv, q_norm, k_norm);
       ring_sync();
@@ -101,7 +104,7 @@ struct StepAttention {
       mine.words += size_t(kv_head) * kStepSplits * group * (D + 2);
       publish(out, mine);
       if (used > 1) merge(out, mine);
-      ring_sync();                                // no thread still reads `sums`
+      ring_sync();  // no thread still reads `sums`
     });
   }
 
@@ -169,9 +172,7 @@ struct StepAttention {
   //   A of a multiply, a lane's words    k: words a   k: words b
   //   rows 0 to 7: heads, of unit u        word 0       word 2
   //   rows 8 to 15: of unit u + kOther     word 1       word 3
-  struct QueryPlace {
-    int product, word;
-  };
+  struct QueryPlace { int product, word; };
   LAB_DEVICE static QueryPlace query_place(int s, int i) {
     const int unit = 2 * s + i / 2, b = i % 2;
     // Of each 2 * kOther units the first kOther are in rows 0 to 7 of A, the others in rows 8 to 15.
@@ -183,9 +184,9 @@ struct StepAttention {
 
   // A warp's running softmaxes, as lane (g, t) = (lane / 4, lane % 4) holds them: those of head g.
   struct Running {
-    uint32_t query[kSteps][4];                    // in the layout of operand A: see query_place()
-    float acc[4][4] = {};                         // for V's chunks t and t + kChunks / 2
-    float top = -FLT_MAX, weight = 0.f;           // weight: of this lane's tokens alone
+    uint32_t query[kSteps][4];           // in the layout of operand A: see query_place()
+    float acc[4][4] = {};                // for V's chunks t and t + kChunks / 2
+    float top = -FLT_MAX, weight = 0.f;  // weight: of this lane's tokens alone
   };
 
   // Goes over the split's tokens, a tile at a time; then stores the warp's results in `sums`.
@@ -203,7 +204,7 @@ struct StepAttention {
       }
     }
     for (int first = begin; first < end; first += kTokens) {
-      const int cached = position - first;        // index of the new token, which is not in the tile
+      const int cached = position - first;  // index of the new token, which is not in the tile
       if (cached > 0) ring.wait();
       add_tokens(r, ring.tile(), cached);
       if (cached > 0) ring.release();
@@ -216,7 +217,8 @@ struct StepAttention {
     LAB_UNROLL
     for (int j = 0; j < 4; j += 2) {
       store(to + j * 2, Vec<float>{{r.acc[j][0], r.acc[j][2], r.acc[j + 1][0], r.acc[j + 1][2]}});
-      store(to + kChunks * 4 + j * 2, Vec<float>{{r.acc[j][1], r.acc[j][3], r.acc[j + 1][1], r.acc[j + 1][3]}});
+      store(to + kChunks * 4 + j * 2,
+            Vec<float>{{r.acc[j][1], r.acc[j][3], r.acc[j + 1][1], r.acc[j + 1][3]}});
     }
   }
 
@@ -236,12 +238,14 @@ struct StepAttention {
     const T* k_at = (first + g < cached ? tile + (first + g) * D : shared.new_k) + t * 8;
     Vec<uint32_t> key[kSteps], value[2];
     LAB_UNROLL
-    for (int s = 0; s < kSteps; ++s) key[s] = bit_cast<Vec<uint32_t>>(load(k_at + (kExchange ? s ^ g % 2 : s) * 32));
+    for (int s = 0; s < kSteps; ++s)
+      key[s] = bit_cast<Vec<uint32_t>>(load(k_at + (kExchange ? s ^ g % 2 : s) * 32));
     // Column g is assigned the chunk with which lane t gets the sums of two chunks that lie kChunks / 2
     // apart: then its stores touch every bank once. For D = 96 columns 6 and 7 are not needed. Odd lanes load
     // the two 8-byte parts of a chunk in the other order: each bank is then read twice. Loading the same 16
     // bytes of four tokens at a time would read it four times.
-    const int column = min(g, kChunks - 1), chunk = warp() % kHalves * kChunks + column / 2 + column % 2 * (kChunks / 2);
+    const int column = min(g, kChunks - 1),
+              chunk = warp() % kHalves * kChunks + column / 2 + column % 2 * (kChunks / 2);
     LAB_UNROLL
     for (int i = 0; i < 2; ++i) {
       const T* v_at = (token + i < cached ? tile + (kTokens + token + i) * D : shared.new_v) + chunk * 8;
@@ -253,7 +257,7 @@ struct StepAttention {
         value[i].v[2 + j] = t % 2 ? one.v[j] : other.v[j];
       }
     }
-    __syncwarp();                                 // else nvcc loads V only after the scores are known
+    __syncwarp();  // else nvcc loads V only after the scores are known
     float products[2][4] = {};
     const auto add = [&](float (&sums)[4], int i, int unit) {
       const int at = unit % 2 * 2;
@@ -267,7 +271,8 @@ struct StepAttention {
     // Where the sum of token 2 t + 1 is, in the first multiply's result.
     constexpr int kOdd = kExchange ? 3 : 1;
     const float low = token <= cached ? (products[0][0] + products[1][2]) * heads.scale_log2 : -INFINITY;
-    const float high = token < cached ? (products[0][kOdd] + products[1][4 - kOdd]) * heads.scale_log2 : -INFINITY;
+    const float high =
+        token < cached ? (products[0][kOdd] + products[1][4 - kOdd]) * heads.scale_log2 : -INFINITY;
     const float most = fmaxf(r.top, group_max<4>(fmaxf(low, high))), shrink = exp2f(r.top - most);
     const float p_low = exp2f(low - most), p_high = exp2f(high - most);
     const uint32_t p = TaggedRow<T>::pack(p_low, p_high);
@@ -277,7 +282,8 @@ struct StepAttention {
     for (int j = 0; j < 4; ++j) {
       LAB_UNROLL
       for (int e = 0; e < 4; ++e) r.acc[j][e] *= shrink;
-      mma_m16n8k16(r.acc[j], {p & 0xffffu, p << 16, p >> 16, p & 0xffff0000u}, {value[0].v[j], value[1].v[j]}, T{});
+      mma_m16n8k16(r.acc[j], {p & 0xffffu, p << 16, p >> 16, p & 0xffff0000u}, {value[0].v[j], value[1].v[j]},
+                   T{});
     }
   }
   LAB_DEVICE float* stats_at(int head) const { return sums + head * kPlace + kParts * D; }
@@ -316,7 +322,7 @@ struct StepAttention {
   // Merges the splits, in their order. Each thread of a block takes one output; where a group has more
   // outputs than a block has threads, the next blocks take the rest.
   LAB_DEVICE void merge(const TaggedRow<T>& out, const TaggedFloats& partial) {
-    constexpr int kTogether = 8;                  // splits whose loads are in flight at once
+    constexpr int kTogether = 8;  // splits whose loads are in flight at once
     for (int i = split * kRingThreads + threadIdx.x; i < group * D; i += used * kRingThreads) {
       const int head = i / D;
       float most = -FLT_MAX, total = 0.f, sum = 0.f;
@@ -326,7 +332,8 @@ struct StepAttention {
         LAB_UNROLL
         for (int j = 0; j < kTogether; ++j) {
           const int row = min(s0 + j, used - 1) * group + head;
-          at[j] = row * D + i % D, at[kTogether + j] = stats_of(row), at[2 * kTogether + j] = stats_of(row) + 1;
+          at[j] = row * D + i % D, at[kTogether + j] = stats_of(row),
+          at[2 * kTogether + j] = stats_of(row) + 1;
         }
         partial.wait(found, at);
         float next = most;

@@ -35,9 +35,9 @@ struct Stream {
   // Elements of each row prefetched into L2, after those loaded first.
   static constexpr int kPrefetch = 1024;
   static constexpr int kGroups = kThreads / L;
-  static constexpr int kOutputs = R / Parts;      // outputs of a lane group for each row of x
+  static constexpr int kOutputs = R / Parts;  // outputs of a lane group for each row of x
   static constexpr int kOutputsPerBlock = kGroups / S * kOutputs;
-  static constexpr int kStep = S * L * N;         // elements of k in one access of all cooperating lanes
+  static constexpr int kStep = S * L * N;  // elements of k in one access of all cooperating lanes
   // Partial sums per dot product: N on a CPU, whose vector unit wants independent lanes; 1 on a GPU, where a
   // thread is one lane.
   static constexpr int kLanes = L == 1 ? N : 1;
@@ -77,16 +77,17 @@ template <typename T, typename C>
 struct RowStream {
   static constexpr int N = C::N, B = C::B, R = C::R;
   const T* w;
-  int n, k, lane, group, slice, first;            // first: this lane's first column
-  int output;                                     // first of the outputs that are summed now
-  int turn = 0;                                   // which of the two places in `partial` they take
-  int fetch_output, fetch_col;                    // where the next loads read
+  int n, k, lane, group, slice, first;  // first: this lane's first column
+  int output;                           // first of the outputs that are summed now
+  int turn = 0;                         // which of the two places in `partial` they take
+  int fetch_output, fetch_col;          // where the next loads read
   const T* rows_of_w[R];
   StreamSmem<T, C>& shared;
   Packed<T, N> tiles[C::kRing ? 1 : C::U][R];
 
   // w has Parts * n rows of k elements.
-  LAB_DEVICE RowStream(StreamSmem<T, C>& shared_, const T* w_, int n_, int k_) : w(w_), n(n_), k(k_), shared(shared_) {
+  LAB_DEVICE RowStream(StreamSmem<T, C>& shared_, const T* w_, int n_, int k_)
+      : w(w_), n(n_), k(k_), shared(shared_) {
     lane = threadIdx.x % C::L;
     group = threadIdx.x / C::L;
     slice = group % C::S;
@@ -138,7 +139,8 @@ struct RowStream {
             LAB_UNROLL
             for (int r = 0; r < R; ++r) {
               LAB_UNROLL
-              for (int e = 0; e < N; ++e) acc[r][b][e % C::kLanes] = fmadd(wf[r][e], xf[e], acc[r][b][e % C::kLanes]);
+              for (int e = 0; e < N; ++e)
+                acc[r][b][e % C::kLanes] = fmadd(wf[r][e], xf[e], acc[r][b][e % C::kLanes]);
             }
           }
         }
@@ -237,7 +239,7 @@ struct RowStream {
         }
       }
     }
-    if constexpr (C::kRing) cp_async_commit();    // even if nothing was issued: the waits count groups
+    if constexpr (C::kRing) cp_async_commit();  // even if nothing was issued: the waits count groups
   }
   LAB_DEVICE Packed<T, N> tile(int u, int r) const {
     if constexpr (C::kRing) return load_packed<N>(shared.ring[u][r][threadIdx.x]);
@@ -245,7 +247,7 @@ struct RowStream {
   }
 };
 
-// ---- x in shared memory ---------------------------------------------------------------------------------------------
+// ---- x in shared memory -----------------------------------------------------------------------------------
 
 template <typename T, typename C>
 struct alignas(16) StagedSmem {
@@ -273,10 +275,11 @@ struct StagedRows {
   static constexpr bool kStaged = C::L > 1;
   StagedSmem<T, C>& shared;
   const T* x;
-  int b0, rows, k, columns, staged = -1;          // staged: the first column that is now in shared memory
+  int b0, rows, k, columns, staged = -1;  // staged: the first column that is now in shared memory
 
   LAB_DEVICE StagedRows(const T* x_, int b0_, int rows_, int k_)
-      : shared(smem<StagedSmem<T, C>>()), x(x_), b0(b0_), rows(rows_), k(k_), columns(staged_columns<T, C>(k_)) {}
+      : shared(smem<StagedSmem<T, C>>()), x(x_), b0(b0_), rows(rows_), k(k_),
+        columns(staged_columns<T, C>(k_)) {}
 
   // acc += w x^T over all columns, for the present outputs. All threads must call it.
   LAB_DEVICE void multiply(RowStream<T, C>& stream, float (&acc)[C::R][C::B][C::kLanes]) {
@@ -291,7 +294,7 @@ struct StagedRows {
  private:
   LAB_DEVICE const T* row(int b) const { return x + size_t(min(b0 + b, rows - 1)) * k; }
   LAB_DEVICE void stage(int begin) {
-    __syncthreads();                              // the columns staged before have been multiplied
+    __syncthreads();  // the columns staged before have been multiplied
     LAB_UNROLL
     for (int b = 0; b < C::B; ++b) {
       for (int i = threadIdx.x * C::N; i < columns && begin + i < k; i += C::kThreads * C::N) {
@@ -319,7 +322,7 @@ LAB_DEVICE void store_as(void* y, size_t i, float sum, bool f32) {
   }
 }
 
-// ---- shapes of a launch ---------------------------------------------------------------------------------------------
+// ---- shapes of a launch -----------------------------------------------------------------------------------
 
 // Blocks for `outputs` outputs. longer: blocks do something once before they multiply (the norm). Then there
 // are as many blocks as run at once, four on each multiprocessor, and each works on several sets of outputs:
@@ -343,6 +346,7 @@ inline int shared_by(int warps, int k, int panel) {
   return warps < enough || k > panel ? 2 : 1;
 }
 
+// clang-format off
 // The shapes.                                     R  L   S      U               threads
 
 // For a CPU: each thread multiplies 4 rows of w by itself, and nothing is summed across threads.
@@ -353,6 +357,7 @@ struct ThreadStream : Stream<N, B,                 4, 1,  1,     1,             
 // up to 2 rows of x there are enough registers for 4 loads of each row in flight, otherwise 2.
 template <int N, int B, int S, int Parts, bool Ring>
 struct WarpStream : Stream<N, B,                   4, 32, S,     B <= 2 ? 4 : 2, 128, Parts, Ring> {};
+// clang-format on
 
 // Calls f with the shape for `outputs` outputs of Parts rows of w each, k elements long, and for `rows` rows
 // of x, of which at most max_batch are taken at a time; the shape is a type, passed in a tag: `using C =
@@ -366,37 +371,40 @@ struct StreamShape {
 template <typename T, int Parts, int HostThreads, bool Ring, typename F>
 inline void by_stream_shape(int rows, int outputs, int k, int max_batch, const Settings& tuned, F&& f) {
   const int batch = rows < max_batch ? rows : max_batch;
-  by_width<T>([&](auto width) {
-    constexpr int N = decltype(width)::value;
-    const auto with_batch = [&](auto b) {
-      constexpr int B = decltype(b)::value;
-      if constexpr (kHost) {
-        if (cpu_shapes()) return f(StreamShape<ThreadStream<N, B, HostThreads, Parts>>{});
-      }
-      constexpr bool kRing = Ring && B == 1 && N > 1;
-      // Not compiled: no launch takes it, see most_stream_rows().
-      if constexpr (sizeof(T) == 2 && N > 1 && B > 2) {
-        throw std::logic_error("more than 2 rows of half precision are for tensor cores");
-      } else {
-        using Alone = WarpStream<N, B, 1, Parts, kRing>;
+  by_width<T>(
+      [&](auto width) {
+        constexpr int N = decltype(width)::value;
+        const auto with_batch = [&](auto b) {
+          constexpr int B = decltype(b)::value;
+          if constexpr (kHost) {
+            if (cpu_shapes()) return f(StreamShape<ThreadStream<N, B, HostThreads, Parts>>{});
+          }
+          constexpr bool kRing = Ring && B == 1 && N > 1;
+          // Not compiled: no launch takes it, see most_stream_rows().
+          if constexpr (sizeof(T) == 2 && N > 1 && B > 2) {
+            throw std::logic_error("more than 2 rows of half precision are for tensor cores");
+          } else {
+            using Alone = WarpStream<N, B, 1, Parts, kRing>;
+            if constexpr (N > 1) {
+              const int share =
+                  tuned.share ? tuned.share : shared_by(ceil_div(outputs * Parts, 4), k, Alone::U * 32 * N);
+              if (share == 4) return f(StreamShape<WarpStream<N, B, 4, Parts, kRing>>{});
+              if (share == 2) return f(StreamShape<WarpStream<N, B, 2, Parts, kRing>>{});
+            }
+            f(StreamShape<Alone>{});
+          }
+        };
+        // With more rows of x than B, w is read again, from L2, for every B rows.
+        if (batch == 1) return with_batch(std::integral_constant<int, 1>{});
         if constexpr (N > 1) {
-          const int share = tuned.share ? tuned.share : shared_by(ceil_div(outputs * Parts, 4), k, Alone::U * 32 * N);
-          if (share == 4) return f(StreamShape<WarpStream<N, B, 4, Parts, kRing>>{});
-          if (share == 2) return f(StreamShape<WarpStream<N, B, 2, Parts, kRing>>{});
+          if (batch == 2) return with_batch(std::integral_constant<int, 2>{});
         }
-        f(StreamShape<Alone>{});
-      }
-    };
-    // With more rows of x than B, w is read again, from L2, for every B rows.
-    if (batch == 1) return with_batch(std::integral_constant<int, 1>{});
-    if constexpr (N > 1) {
-      if (batch == 2) return with_batch(std::integral_constant<int, 2>{});
-    }
-    if constexpr (kHost && N > 1 && sizeof(T) == 2) {
-      if (batch > 4) return with_batch(std::integral_constant<int, 8>{});
-    }
-    with_batch(std::integral_constant<int, 4>{});
-  }, k);
+        if constexpr (kHost && N > 1 && sizeof(T) == 2) {
+          if (batch > 4) return with_batch(std::integral_constant<int, 8>{});
+        }
+        with_batch(std::integral_constant<int, 4>{});
+      },
+      k);
 }
 
 }  // namespace lab

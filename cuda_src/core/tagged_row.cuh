@@ -23,7 +23,9 @@ struct TaggedRow {
   }
 
   // Stores elements n (even) and n + 1.
-  LAB_DEVICE void store(int n, float low, float high) const { store_word(words + n / 2, tagged(pack(low, high), tag)); }
+  LAB_DEVICE void store(int n, float low, float high) const {
+    store_word(words + n / 2, tagged(pack(low, high), tag));
+  }
 
   // own(): the word with element n, written by this block itself, so it is read without a look at its tag.
   // Below: that element of the word.
@@ -32,7 +34,9 @@ struct TaggedRow {
     load_words(one, words + n / 2);
     return one[0];
   }
-  LAB_DEVICE static float element(uint64_t word, int n) { return to_float(bit_cast<T>(uint16_t(word >> n % 2 * 16))); }
+  LAB_DEVICE static float element(uint64_t word, int n) {
+    return to_float(bit_cast<T>(uint16_t(word >> n % 2 * 16)));
+  }
 
   // Loads Count times 8 elements, at n, n + step, ...; those from `end` on are zero and not waited for.
   template <int Count>

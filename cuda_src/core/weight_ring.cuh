@@ -26,8 +26,8 @@ struct Matrix {
 // The warps that multiply; one more warp issues the copies.
 constexpr int kRingWarps = 8, kRingThreads = kRingWarps * 32;
 constexpr int kTileBytes = 16 * 1024;
-constexpr int kMostTiles = 14;                     // what 227 KiB hold
-constexpr int kMoreUnderWay = 4;                  // the most tiles in flight in the midst of a matrix
+constexpr int kMostTiles = 14;    // what 227 KiB hold
+constexpr int kMoreUnderWay = 4;  // the most tiles in flight in the midst of a matrix
 // Rows whose sums are in shared memory before they are stored.
 constexpr int kBatchRows = 128;
 
@@ -39,16 +39,17 @@ struct RingSmem {
 // ring_sync(): barrier of the warps that multiply. sum_of_warps(): the sum of one value of each of these
 // warps, in a fixed order.
 LAB_DEVICE void ring_sync() { named_barrier(1, kRingThreads); }
-LAB_DEVICE float sum_of_warps(const float* v) {   // v is 16-byte aligned
+LAB_DEVICE float sum_of_warps(const float* v) {  // v is 16-byte aligned
   const Vec<float> low = load(v), high = load(v + 4);
-  return ((low.v[0] + low.v[1]) + (low.v[2] + low.v[3])) + ((high.v[0] + high.v[1]) + (high.v[2] + high.v[3]));
+  return ((low.v[0] + low.v[1]) + (low.v[2] + low.v[3])) +
+         ((high.v[0] + high.v[1]) + (high.v[2] + high.v[3]));
 }
 
 // Rows and columns of a tile. A bulk copy should have 4 KiB or more, because issuing one takes about 100
 // cycles.
 struct TileShape {
-  int row_bits, cols, stride;                     // stride: elements between rows in shared memory
-  LAB_DEVICE explicit TileShape(int k)            // uses shifts: a division takes 30 instructions
+  int row_bits, cols, stride;           // stride: elements between rows in shared memory
+  LAB_DEVICE explicit TileShape(int k)  // uses shifts: a division takes 30 instructions
       : row_bits(k <= 1024 ? 3 : 2), cols(kTileBytes / 2 >> row_bits), stride(min(k, cols)) {}
   LAB_DEVICE int rows() const { return 1 << row_bits; }
 };
@@ -68,7 +69,7 @@ struct WeightRing {
   const uint64_t begins, ends;
   // Tiles of the ring; the most in flight while the block may be waiting for others.
   const int count, few;
-  int stage = 0;                                  // index of the next tile
+  int stage = 0;  // index of the next tile
   // Parity of the next tile's barrier phase: flips with each round of the ring.
   unsigned parity = 0;
   // For the thread that issues copies: tiles in flight, the oldest of them.
@@ -76,8 +77,8 @@ struct WeightRing {
   unsigned oldest_parity = 0;
 
   LAB_DEVICE WeightRing(RingSmem& shared_, unsigned char* tiles_, int count_, int few_)
-      : shared(shared_), tiles(reinterpret_cast<T*>(tiles_)), begins(part(blockIdx.x)), ends(part(blockIdx.x + 1)),
-        count(count_), few(few_) {}
+      : shared(shared_), tiles(reinterpret_cast<T*>(tiles_)), begins(part(blockIdx.x)),
+        ends(part(blockIdx.x + 1)), count(count_), few(few_) {}
 
   // One thread calls it, before a barrier of the block.
   LAB_DEVICE void init() {
@@ -100,7 +101,9 @@ struct WeightRing {
     mbarrier_wait(&shared.empty[stage], parity ^ 1);
     mbarrier_arrive_expect_tx(&shared.full[stage], bytes);
   }
-  LAB_DEVICE void copy(T* to, const T* from, unsigned bytes) { bulk_copy_g2s(to, from, bytes, &shared.full[stage]); }
+  LAB_DEVICE void copy(T* to, const T* from, unsigned bytes) {
+    bulk_copy_g2s(to, from, bytes, &shared.full[stage]);
+  }
 
   // For the other threads. wait() waits until the tile has arrived; each thread then marks it as free with
   // release(). (One lane for its whole warp would be no faster, and compute-sanitizer does not see that it
@@ -124,19 +127,23 @@ struct WeightRing {
   LAB_DEVICE void send(const Matrix<T>& m) {
     const TileShape shape(m.k);
     int sent = 0;
-    each_group(m, share(m.n), [&](int output, int part, int, int rows) {
-      const T* from = m.w + (size_t(part) * m.n + output) * m.k;
-      for (int col = 0; col < m.k; col += shape.cols) {
-        const unsigned bytes = min(shape.cols, m.k - col) * unsigned(sizeof(T));
-        begin(rows * bytes, sent++ < count ? few : kMoreUnderWay);
-        if (m.k <= shape.cols) {                  // whole rows, which are contiguous
-          copy(tile(), from, rows * bytes);
-        } else {
-          for (int r = 0; r < rows; ++r) copy(tile() + r * shape.stride, from + size_t(r) * m.k + col, bytes);
-        }
-        advance();
-      }
-    }, [](int, int) {}, [](int, int) {});
+    each_group(
+        m, share(m.n),
+        [&](int output, int part, int, int rows) {
+          const T* from = m.w + (size_t(part) * m.n + output) * m.k;
+          for (int col = 0; col < m.k; col += shape.cols) {
+            const unsigned bytes = min(shape.cols, m.k - col) * unsigned(sizeof(T));
+            begin(rows * bytes, sent++ < count ? few : kMoreUnderWay);
+            if (m.k <= shape.cols) {  // whole rows, which are contiguous
+              copy(tile(), from, rows * bytes);
+            } else {
+              for (int r = 0; r < rows; ++r)
+                copy(tile() + r * shape.stride, from + size_t(r) * m.k + col, bytes);
+            }
+            advance();
+          }
+        },
+        [](int, int) {}, [](int, int) {});
   }
 
   // Multiplies this block's share of a matrix with x [k], which is in shared memory, and passes the sums to
@@ -146,54 +153,64 @@ struct WeightRing {
   // store(n, this result, the result that the next output's thread has). All warps that multiply must call
   // multiply(). Sums have a fixed order.
   template <typename Base, typename Epilogue>
-  LAB_DEVICE void multiply(const Matrix<T>& m, const Share& share, const T* x, Base base, Epilogue& epilogue) {
+  LAB_DEVICE void multiply(const Matrix<T>& m, const Share& share, const T* x, Base base,
+                           Epilogue& epilogue) {
     const TileShape shape(m.k);
     const Lanes lanes(shape);
     const int i = threadIdx.x;
     uint4 column[kSteps] = {};
-    if (m.k <= shape.cols) load_column(column, lanes, x, 0, m.k);     // the same for all tiles
-    each_group(m, share, [&](int, int part, int row, int) {
-      float sums[kSteps][4] = {};                 // independent sums: a multiply waits for the sum it adds to
-      for (int col = 0; col < m.k; col += shape.cols) {
-        if (m.k > shape.cols) load_column(column, lanes, x, col, m.k);
-        wait();
-        add_products(sums, lanes, column, m.k - col);
-        release();
-      }
-      float(*place)[kRingWarps] = shared.partial + part * (kBatchRows / 2) + row;
-      const float even = (sums[0][0] + sums[1][0]) + (sums[2][0] + sums[3][0]);
-      const float odd = (sums[0][1] + sums[1][1]) + (sums[2][1] + sums[3][1]);
-      if (shape.row_bits == 3) {
-        if (lane() < 4) place[lane() * 2][warp()] = even, place[lane() * 2 + 1][warp()] = odd;
-      } else {
-        const float half = lane() & 4 ? odd : even, whole = half + __shfl_xor_sync(0xffffffffu, half, 4);
-        if (lane() < 4) place[lane()][warp()] = whole;
-      }
-    }, [&](int first, int outputs) {
-      if (first > share.first && i < outputs) base = epilogue.load(first + i);
-    }, [&](int first, int outputs) {
-      ring_sync();
-      float mine = 0.f;
-      if (i < outputs) {
-        const float second = m.parts > 1 ? total(kBatchRows / 2 + i) : 0.f;
-        mine = epilogue.finish(first + i, base, total(i), second);
-      }
-      const float next = __shfl_down_sync(0xffffffffu, mine, 1);
-      if (i < outputs) epilogue.store(first + i, mine, next);
-      ring_sync();                                // no thread still reads `partial`
-    });
+    if (m.k <= shape.cols) load_column(column, lanes, x, 0, m.k);  // the same for all tiles
+    each_group(
+        m, share,
+        [&](int, int part, int row, int) {
+          float sums[kSteps][4] = {};  // independent sums: a multiply waits for the sum it adds to
+          for (int col = 0; col < m.k; col += shape.cols) {
+            if (m.k > shape.cols) load_column(column, lanes, x, col, m.k);
+            wait();
+            add_products(sums, lanes, column, m.k - col);
+            release();
+          }
+          float (*place)[kRingWarps] = shared.partial + part * (kBatchRows / 2) + row;
+          const float even = (sums[0][0] + sums[1][0]) + (sums[2][0] + sums[3][0]);
+          const float odd = (sums[0][1] + sums[1][1]) + (sums[2][1] + sums[3][1]);
+          if (shape.row_bits == 3) {
+            if (lane() < 4) place[lane() * 2][warp()] = even, place[lane() * 2 + 1][warp()] = odd;
+          } else {
+            const float half = lane() & 4 ? odd : even, whole = half + __shfl_xor_sync(0xffffffffu, half, 4);
+            if (lane() < 4) place[lane()][warp()] = whole;
+          }
+        },
+        [&](int first, int outputs) {
+          if (first > share.first && i < outputs) base = epilogue.load(first + i);
+        },
+        [&](int first, int outputs) {
+          ring_sync();
+          float mine = 0.f;
+          if (i < outputs) {
+            const float second = m.parts > 1 ? total(kBatchRows / 2 + i) : 0.f;
+            mine = epilogue.finish(first + i, base, total(i), second);
+          }
+          const float next = __shfl_down_sync(0xffffffffu, mine, 1);
+          if (i < outputs) epilogue.store(first + i, mine, next);
+          ring_sync();  // no thread still reads `partial`
+        });
   }
 
  private:
-  LAB_DEVICE static uint64_t part(unsigned blocks) { return ((uint64_t(blocks) << 32) + gridDim.x - 1) / gridDim.x; }
-  LAB_DEVICE static int edge(int n, uint64_t part) { return min(n, int(uint64_t((n + 1) / 2) * part >> 32) * 2); }
+  LAB_DEVICE static uint64_t part(unsigned blocks) {
+    return ((uint64_t(blocks) << 32) + gridDim.x - 1) / gridDim.x;
+  }
+  LAB_DEVICE static int edge(int n, uint64_t part) {
+    return min(n, int(uint64_t((n + 1) / 2) * part >> 32) * 2);
+  }
   LAB_DEVICE static int lane() { return threadIdx.x % 32; }
   LAB_DEVICE static int warp() { return threadIdx.x / 32; }
 
   // The order of the weights in the ring: batches of outputs; in a batch its parts; in a part the rows, a
   // tile at a time.
   template <typename Group, typename Begin, typename End>
-  LAB_DEVICE static void each_group(const Matrix<T>& m, const Share& share, Group group, Begin begin, End end) {
+  LAB_DEVICE static void each_group(const Matrix<T>& m, const Share& share, Group group, Begin begin,
+                                    End end) {
     const int batch = kBatchRows >> (m.parts - 1), tile_rows = TileShape(m.k).rows();
     for (int output = share.first; output < share.last; output += batch) {
       const int outputs = min(batch, share.last - output);
@@ -225,14 +242,16 @@ struct WeightRing {
       row = (g >> half_bits) * shape.stride;
     }
   };
-  LAB_DEVICE static void load_column(uint4 (&column)[kSteps], const Lanes& lanes, const T* x, int col, int k) {
+  LAB_DEVICE static void load_column(uint4 (&column)[kSteps], const Lanes& lanes, const T* x, int col,
+                                     int k) {
     LAB_UNROLL
     for (int s = 0; s < kSteps; ++s) {
       const int at = col + lanes.col + s * lanes.step;
       column[s] = at < k ? words(x + at) : uint4{};
     }
   }
-  LAB_DEVICE void add_products(float (&sums)[kSteps][4], const Lanes& lanes, const uint4 (&column)[kSteps], int left) const {
+  LAB_DEVICE void add_products(float (&sums)[kSteps][4], const Lanes& lanes, const uint4 (&column)[kSteps],
+                               int left) const {
     uint4 rows[kSteps] = {};
     LAB_UNROLL
     for (int s = 0; s < kSteps; ++s) {

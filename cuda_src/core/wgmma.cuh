@@ -36,7 +36,8 @@ namespace detail {
 // The matrix descriptor of a tile (PTX ISA, "Matrix descriptor"): eight rows are 1024 bytes, with the
 // 128-byte swizzle.
 LAB_DEVICE uint64_t wgmma_tile(const void* p) {
-  return uint64_t(smem_address(p) >> 4 & 0x3fff) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+  return uint64_t(smem_address(p) >> 4 & 0x3fff) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 |
+         uint64_t(1) << 62;
 }
 }  // namespace detail
 
@@ -45,19 +46,20 @@ LAB_DEVICE uint64_t wgmma_tile(const void* p) {
 // their columns (a multiple of 16). Warp i holds the rows 16 i to 16 i + 15 of D; its d[j] has the columns
 // from 8 j on, in the layout of mma_m16n8k16.
 #define LAB_D(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
-#define LAB_WGMMA_OP(TAG, TYPE, EXTENT, N, REGISTERS, A, B, ...)                                                       \
-  LAB_DEVICE void wgmma(float (&d)[EXTENT][4], const TAG* a, const TAG* b) {                                           \
-    asm volatile("{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"                                                        \
-                 "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, " A ", " B          \
-                 ", add, 1, 1, 0, 0;\n}"                                                                               \
-                 : __VA_ARGS__                                                                                         \
-                 : "l"(detail::wgmma_tile(a)), "l"(detail::wgmma_tile(b)));                                            \
+#define LAB_WGMMA_OP(TAG, TYPE, EXTENT, N, REGISTERS, A, B, ...)                                     \
+  LAB_DEVICE void wgmma(float (&d)[EXTENT][4], const TAG* a, const TAG* b) {                         \
+    asm volatile(                                                                                    \
+        "{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"                                               \
+        "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, " A ", " B \
+        ", add, 1, 1, 0, 0;\n}"                                                                      \
+        : __VA_ARGS__                                                                                \
+        : "l"(detail::wgmma_tile(a)), "l"(detail::wgmma_tile(b)));                                   \
   }
-#define LAB_WGMMA_OPS(TAG, TYPE)                                                                                       \
-  LAB_WGMMA_OP(TAG, TYPE, 2, "16", LAB_R8, "%8", "%9", LAB_D(0), LAB_D(1))                                             \
-  LAB_WGMMA_OP(TAG, TYPE, 4, "32", LAB_R16, "%16", "%17", LAB_D(0), LAB_D(1), LAB_D(2), LAB_D(3))                      \
-  LAB_WGMMA_OP(TAG, TYPE, 8, "64", LAB_R32, "%32", "%33", LAB_D(0), LAB_D(1), LAB_D(2), LAB_D(3), LAB_D(4), LAB_D(5),  \
-               LAB_D(6), LAB_D(7))
+#define LAB_WGMMA_OPS(TAG, TYPE)                                                                            \
+  LAB_WGMMA_OP(TAG, TYPE, 2, "16", LAB_R8, "%8", "%9", LAB_D(0), LAB_D(1))                                  \
+  LAB_WGMMA_OP(TAG, TYPE, 4, "32", LAB_R16, "%16", "%17", LAB_D(0), LAB_D(1), LAB_D(2), LAB_D(3))           \
+  LAB_WGMMA_OP(TAG, TYPE, 8, "64", LAB_R32, "%32", "%33", LAB_D(0), LAB_D(1), LAB_D(2), LAB_D(3), LAB_D(4), \
+               LAB_D(5), LAB_D(6), LAB_D(7))
 #define LAB_R8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define LAB_R16 LAB_R8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define LAB_R32 LAB_R16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"

@@ -12,9 +12,7 @@ using namespace lab;
 
 constexpr int kSide = 32;
 
-struct TransposeSmem {
-  float tile[kSide][kSide];
-};
+struct TransposeSmem { float tile[kSide][kSide]; };
 
 __global__ void transpose_kernel(const float* x, float* y) {
   auto& tile = smem<TransposeSmem>().tile;

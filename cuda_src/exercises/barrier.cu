@@ -12,9 +12,7 @@ using namespace lab;
 
 constexpr int kTile = 128;
 
-struct ReverseSmem {
-  float tile[kTile];
-};
+struct ReverseSmem { float tile[kTile]; };
 
 __global__ void reverse_kernel(const float* x, float* y, int tiles) {
   auto& tile = smem<ReverseSmem>().tile;

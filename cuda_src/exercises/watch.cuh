@@ -19,15 +19,19 @@ namespace lab {
 
 #ifdef __CUDACC__
 template <typename T>
-LAB_DEVICE T watched_load(const T* p) { return *p; }
+LAB_DEVICE T watched_load(const T* p) {
+  return *p;
+}
 template <typename T>
-LAB_DEVICE void watched_store(T* p, T value) { *p = value; }
+LAB_DEVICE void watched_store(T* p, T value) {
+  *p = value;
+}
 #else
 namespace watch {
 
-using Access = std::tuple<int, unsigned, unsigned, int>;   // line, block, warp, how many before
-inline std::map<Access, std::vector<uintptr_t>> accesses;          // the addresses of the lanes
-inline std::map<std::tuple<int, unsigned, unsigned>, int> times;   // line, block, thread: how often so far
+using Access = std::tuple<int, unsigned, unsigned, int>;          // line, block, warp, how many before
+inline std::map<Access, std::vector<uintptr_t> > accesses;        // the addresses of the lanes
+inline std::map<std::tuple<int, unsigned, unsigned>, int> times;  // line, block, thread: how often so far
 inline std::mutex mutex;
 
 inline void note(const void* p, int line) {
@@ -48,7 +52,7 @@ inline size_t distinct(const std::vector<uintptr_t>& addresses, uintptr_t bytes)
 // Steps that shared memory needs for one access: the largest number of different 4-byte words in one of its
 // 32 banks.
 inline size_t bank_steps(const std::vector<uintptr_t>& addresses) {
-  std::map<uintptr_t, std::set<uintptr_t>> words;
+  std::map<uintptr_t, std::set<uintptr_t> > words;
   for (uintptr_t a : addresses) words[a / 4 % 32].insert(a / 4);
   size_t most = 0;
   for (const auto& bank : words) most = std::max(most, bank.second.size());

@@ -28,7 +28,8 @@ MbarrierState load_state(const uint64_t* bar, const char* op, Site site) {
   memcpy(&bits, bar, sizeof bits);
   MbarrierState state;
   memcpy(&state, &bits, sizeof state);
-  if (bits == ~uint64_t(0) || !state.valid) fail("%s at %s:%d: mbarrier_init was not called", op, site.file, site.line);
+  if (bits == ~uint64_t(0) || !state.valid)
+    fail("%s at %s:%d: mbarrier_init was not called", op, site.file, site.line);
   return state;
 }
 
@@ -61,7 +62,7 @@ void land(const BulkCopy& copy) {
 
 }  // namespace
 
-// ---- cp.async -------------------------------------------------------------------------------------------------------
+// ---- cp.async ---------------------------------------------------------------------------------------------
 
 void cp_async(void* dst, const void* src, unsigned bytes, unsigned valid, Site site) {
   void* pc = __builtin_return_address(0);
@@ -71,7 +72,8 @@ void cp_async(void* dst, const void* src, unsigned bytes, unsigned valid, Site s
   if (!aligned(dst, bytes) || !aligned(src, bytes)) {
     fail("cp_async%u at %s:%d: addresses must be %u-byte aligned", bytes, site.file, site.line, bytes);
   }
-  if (!in_shared(dst, bytes)) fail("cp_async%u at %s:%d: writes outside shared memory", bytes, site.file, site.line);
+  if (!in_shared(dst, bytes))
+    fail("cp_async%u at %s:%d: writes outside shared memory", bytes, site.file, site.line);
   if (worker->options.poison) memset(dst, 0xff, bytes);
   current->copies.issue({dst, src, bytes, valid});
 }
@@ -89,7 +91,7 @@ void cp_async_wait(unsigned groups_in_flight) {
   });
 }
 
-// ---- mbarriers ------------------------------------------------------------------------------------------------------
+// ---- mbarriers --------------------------------------------------------------------------------------------
 
 void mbarrier_init(uint64_t* bar, unsigned arrivals, Site site) {
   TsanIgnore ignore;
@@ -109,7 +111,8 @@ void mbarrier_arrive(uint64_t* bar, unsigned bytes, Site site) {
   TsanIgnore ignore;
   tsan_release(bar);
   MbarrierState state = load_state(bar, "mbarrier_arrive", site);
-  if (state.pending == 0) fail("mbarrier_arrive at %s:%d: more arrivals than the phase expects", site.file, site.line);
+  if (state.pending == 0)
+    fail("mbarrier_arrive at %s:%d: more arrivals than the phase expects", site.file, site.line);
   state.pending_bytes += bytes;
   --state.pending;
   store_state(bar, state);
@@ -136,7 +139,8 @@ void mbarrier_wait(uint64_t* bar, unsigned parity, Site site) {
     if (load_state(bar, "mbarrier_wait", site).phase != (parity & 1)) break;
     // Only threads of this cluster can complete the phase, and each of them has run many times before this
     // gives up.
-    worker->poll("mbarrier_wait", site, 64 * (uint64_t(block.size) * block.cluster_size + copies.size()) + 4096);
+    worker->poll("mbarrier_wait", site,
+                 64 * (uint64_t(block.size) * block.cluster_size + copies.size()) + 4096);
   }
   tsan_acquire(bar);
 }
@@ -150,7 +154,8 @@ void bulk_copy(void* dst, const void* src, unsigned bytes, uint64_t* bar, Site s
   if (!aligned(dst, 16) || !aligned(src, 16) || bytes % 16 != 0) {
     fail("bulk_copy_g2s at %s:%d: addresses and size must be multiples of 16", site.file, site.line);
   }
-  if (!in_shared(dst, bytes)) fail("bulk_copy_g2s at %s:%d: writes outside shared memory", site.file, site.line);
+  if (!in_shared(dst, bytes))
+    fail("bulk_copy_g2s at %s:%d: writes outside shared memory", site.file, site.line);
   load_state(bar, "bulk_copy_g2s", site);
   if (worker->options.poison) memset(dst, 0xff, bytes);
   worker->blocks[current->block->cluster_rank]->bulk_copies.push_back({dst, src, bytes, bar});

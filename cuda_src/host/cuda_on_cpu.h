@@ -33,11 +33,12 @@
 //   sanitizer.h                  ThreadSanitizer and AddressSanitizer
 //
 // Flags that this layer needs:
-//   kernels (*.cu)   -x c++ -std=c++17 -O3 -fno-strict-aliasing -fno-math-errno -fno-trapping-math -fvisibility=hidden
-//                    and -mavx2 -mfma -mf16c where the CPU has them (four times the speed; nothing depends on them)
+//   kernels (*.cu)   -x c++ -std=c++17 -O2 -fno-strict-aliasing -fno-math-errno -fno-trapping-math
+//                    -fvisibility=hidden, and -mavx2 -mfma -mf16c where the CPU has them (four times the
+//                    speed; nothing depends on them)
 //   host/*.cpp       -std=c++17 -O2 -fvisibility=hidden, linked with -pthread
-//   race detector    kernels: add -g -O1 -fsanitize=thread; host/*.cpp: add -DLAB_HOST_TSAN and NOT -fsanitize=thread;
-//                    link with -fsanitize=thread
+//   race detector    kernels: add -g -O1 -fsanitize=thread; host/*.cpp: add -DLAB_HOST_TSAN and NOT
+//                    -fsanitize=thread; link with -fsanitize=thread
 //   address checks   everything: add -g -O1 -fsanitize=address
 //
 // Options, read once from the environment and changed by lab::host::set_options:

@@ -52,9 +52,12 @@ LAB_THREAD_LOCAL int fault_signal = 0;
          worker->options.stack_bytes);
   }
   for (Block* block : worker->blocks) {
-    if (p >= block->memory - Block::kGuardBytes && p < block->memory + block->memory_bytes + Block::kGuardBytes) {
-      fail("access outside shared memory: byte %td of %zu (a build with LAB_HOST_SANITIZE=address names the line)",
-           p - block->smem, block->smem_bytes);
+    if (p >= block->memory - Block::kGuardBytes &&
+        p < block->memory + block->memory_bytes + Block::kGuardBytes) {
+      fail(
+          "access outside shared memory: byte %td of %zu (a build with LAB_HOST_SANITIZE=address names the "
+          "line)",
+          p - block->smem, block->smem_bytes);
     }
   }
   fail("illegal memory access at address %p", fault_address);

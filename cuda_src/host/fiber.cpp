@@ -26,10 +26,13 @@ constexpr size_t kSavedWords = 7;  // six registers and the address to continue 
 constexpr size_t kResumeWord = 6;
 asm(".text\n"
 #ifndef __APPLE__
-    ".hidden " LAB_SYMBOL "\n"
+    ".hidden " LAB_SYMBOL
+    "\n"
 #endif
-    ".globl " LAB_SYMBOL "\n"
-    ".p2align 4\n" LAB_SYMBOL ":\n"
+    ".globl " LAB_SYMBOL
+    "\n"
+    ".p2align 4\n" LAB_SYMBOL
+    ":\n"
     "  pushq %rbp\n"
     "  pushq %rbx\n"
     "  pushq %r12\n"
@@ -51,10 +54,13 @@ constexpr size_t kSavedWords = 20;  // x19 to x30, d8 to d15
 constexpr size_t kResumeWord = 11;  // x30, the link register
 asm(".text\n"
 #ifndef __APPLE__
-    ".hidden " LAB_SYMBOL "\n"
+    ".hidden " LAB_SYMBOL
+    "\n"
 #endif
-    ".globl " LAB_SYMBOL "\n"
-    ".p2align 4\n" LAB_SYMBOL ":\n"
+    ".globl " LAB_SYMBOL
+    "\n"
+    ".p2align 4\n" LAB_SYMBOL
+    ":\n"
     "  sub sp, sp, #160\n"
     "  stp x19, x20, [sp]\n"
     "  stp x21, x22, [sp, #16]\n"
@@ -109,8 +115,7 @@ void forbid_pages(void* p, size_t bytes) { mprotect(p, bytes, PROT_NONE); }
 
 Fiber::Fiber(size_t stack_bytes, unsigned number, void (*entry)())
     : stack_bytes_((stack_bytes + page_bytes() - 1) / page_bytes() * page_bytes() + page_bytes()),
-      number_(number),
-      entry_(entry) {
+      number_(number), entry_(entry) {
   base_ = static_cast<unsigned char*>(map_pages(page_bytes() + stack_bytes_));
   forbid_pages(base_, page_bytes());
   asan_bottom_ = base_ + page_bytes();

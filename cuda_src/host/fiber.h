@@ -10,8 +10,8 @@ size_t page_bytes();
 // Zeroed; throws std::runtime_error if there is not enough memory.
 void* map_pages(size_t bytes);
 void unmap_pages(void* p, size_t bytes);
-void forget_pages(void* p, size_t bytes);       // zeroed again; the race detector forgets who accessed them
-void forbid_pages(void* p, size_t bytes);       // any access to them faults from now on
+void forget_pages(void* p, size_t bytes);  // zeroed again; the race detector forgets who accessed them
+void forbid_pages(void* p, size_t bytes);  // any access to them faults from now on
 
 class Fiber {
  public:
@@ -24,7 +24,7 @@ class Fiber {
   Fiber(const Fiber&) = delete;
   Fiber& operator=(const Fiber&) = delete;
 
-  void reset();  // abandons what it was doing: the next switch calls entry() again
+  void reset();                            // abandons what it was doing: the next switch calls entry() again
   bool guards(const void* address) const;  // address is in the page below the stack: the stack overflowed
 
   static void change(Fiber& from, Fiber& to);  // suspends `from`, which is running, and continues `to`

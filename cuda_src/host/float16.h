@@ -49,7 +49,8 @@ inline float half_to_float(uint16_t bits) {
   uint32_t magnitude = bits & 0x7fffu;
   // Normal numbers: move exponent and mantissa to a float's places, with the largest exponent bias that still
   // maps infinity to infinity, then scale back. Subnormals: build 0.5 + m * 2^-24 and subtract 0.5.
-  float normal = bits_float((magnitude << 13) + (uint32_t(255 - 31) << 23)) * bits_float(uint32_t(127 - 112) << 23);
+  float normal =
+      bits_float((magnitude << 13) + (uint32_t(255 - 31) << 23)) * bits_float(uint32_t(127 - 112) << 23);
   float subnormal = bits_float((126u << 23) | magnitude) - 0.5f;
   return bits_float(sign | float_bits(magnitude < 0x400u ? subnormal : normal));
 }

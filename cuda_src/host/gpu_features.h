@@ -9,14 +9,15 @@ namespace lab {
 
 constexpr bool kHost = true;
 
-// ---- shared memory --------------------------------------------------------------------------------------------------
+// ---- shared memory ----------------------------------------------------------------------------------------
 
 template <typename S>
 LAB_NO_TSAN inline S& smem() {
   static_assert(alignof(S) <= 128, "shared memory is aligned to 128 bytes");
   const host::BlockInfo* block = host::current->block;
   if (sizeof(S) > block->smem_bytes) {
-    host::fail("smem<S>() needs %zu bytes of shared memory, the launch gave %zu", sizeof(S), block->smem_bytes);
+    host::fail("smem<S>() needs %zu bytes of shared memory, the launch gave %zu", sizeof(S),
+               block->smem_bytes);
   }
   return *reinterpret_cast<S*>(block->smem);
 }
@@ -32,7 +33,7 @@ inline void cp_async_wait() {
   host::cp_async_wait(N);
 }
 
-// ---- barriers and reductions ----------------------------------------------------------------------------------------
+// ---- barriers and reductions ------------------------------------------------------------------------------
 
 inline void named_barrier(int id, int threads, host::Site site = host::Site::here()) {
   host::barrier(id, threads, 0, "named_barrier", site);
@@ -67,9 +68,7 @@ LAB_NO_TSAN inline void reduce(float* v, const char* op, Site site) {
   static_assert(W >= 1 && W <= 32 && (W & (W - 1)) == 0, "groups are a power of two of lanes");
   constexpr int kChunk = N < 16 ? N : 16;  // as many as fit in a slot
   if constexpr (W > 1) {
-    struct Values {
-      float v[kChunk];
-    };
+    struct Values { float v[kChunk]; };
     Values values;
     memcpy(&values, v, sizeof values);
     values = exchange<Values>(0xffffffffu, values, combine_butterfly<W, kChunk, Op>, op, site);
@@ -99,7 +98,7 @@ inline void group_max(float (&v)[N], host::Site site = host::Site::here()) {
   host::reduce<W, host::MaxFloat, N>(v, "group_max", site);
 }
 
-// ---- tensor cores ---------------------------------------------------------------------------------------------------
+// ---- tensor cores -----------------------------------------------------------------------------------------
 
 namespace host {
 
@@ -107,9 +106,7 @@ struct MmaFragments {
   float d[4];
   uint32_t a[4], b[2];
 };
-struct MmaResult {
-  float d[4];
-};
+struct MmaResult { float d[4]; };
 
 template <typename T>
 LAB_NO_TSAN inline void combine_mma(Warp& warp, uint32_t) {
@@ -163,9 +160,7 @@ LAB_NO_TSAN inline void ldmatrix(uint32_t (&r)[4], const void* row, Site site) {
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0) {
     fail("ldmatrix at %s:%d: a row must be 16-byte aligned", site.file, site.line);
   }
-  struct Registers {
-    uint32_t r[4];
-  };
+  struct Registers { uint32_t r[4]; };
   read_shared(row, 16);
   Registers out = exchange<Registers>(0xffffffffu, row, combine_ldmatrix<Transposed>, "ldmatrix", site);
   memcpy(r, out.r, sizeof out.r);
@@ -198,7 +193,7 @@ inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, host::Site site
   host::ldmatrix<true>(r, row, site);
 }
 
-// ---- Hopper ---------------------------------------------------------------------------------------------------------
+// ---- Hopper -----------------------------------------------------------------------------------------------
 
 inline void pdl_wait() { host::pdl_wait(); }
 inline void pdl_launch_dependents() {}

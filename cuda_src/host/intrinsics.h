@@ -18,7 +18,7 @@
 #define gridDim (::lab::host::current->block->grid_dim)
 static constexpr int warpSize = 32;
 
-// ---- barriers and fences --------------------------------------------------------------------------------------------
+// ---- barriers and fences ----------------------------------------------------------------------------------
 
 inline void __syncthreads(lab::host::Site site = lab::host::Site::here()) {
   lab::host::barrier(0, 0, 0, "__syncthreads", site);
@@ -38,12 +38,14 @@ inline void __syncwarp(unsigned mask = 0xffffffffu, lab::host::Site site = lab::
 inline void __threadfence() { lab::host::thread_fence(); }
 inline void __threadfence_block() { lab::host::thread_fence(); }
 inline void __threadfence_system() { lab::host::thread_fence(); }
-inline void __nanosleep(unsigned, lab::host::Site site = lab::host::Site::here()) { lab::host::spin_yield(site); }
+inline void __nanosleep(unsigned, lab::host::Site site = lab::host::Site::here()) {
+  lab::host::spin_yield(site);
+}
 [[noreturn]] inline void __trap(lab::host::Site site = lab::host::Site::here()) {
   lab::host::fail("__trap() at %s:%d", site.file, site.line);
 }
 
-// ---- shuffles -------------------------------------------------------------------------------------------------------
+// ---- shuffles ---------------------------------------------------------------------------------------------
 
 namespace lab {
 namespace host {
@@ -102,7 +104,7 @@ LAB_NO_TSAN inline T __shfl_up_sync(unsigned mask, T value, unsigned delta, int 
   return lab::host::shuffle(mask, value, source, "__shfl_up_sync", site);
 }
 
-// ---- votes and integer reductions -----------------------------------------------------------------------------------
+// ---- votes and integer reductions -------------------------------------------------------------------------
 
 namespace lab {
 namespace host {
@@ -160,7 +162,8 @@ struct Xor {
 }  // namespace lab
 
 inline unsigned __ballot_sync(unsigned mask, int predicate, lab::host::Site site = lab::host::Site::here()) {
-  return lab::host::exchange<uint32_t>(mask, int(predicate != 0), lab::host::combine_ballot, "__ballot_sync", site);
+  return lab::host::exchange<uint32_t>(mask, int(predicate != 0), lab::host::combine_ballot, "__ballot_sync",
+                                       site);
 }
 inline int __any_sync(unsigned mask, int predicate, lab::host::Site site = lab::host::Site::here()) {
   return __ballot_sync(mask, predicate, site) != 0;
@@ -175,10 +178,10 @@ inline unsigned __match_any_sync(unsigned mask, T value, lab::host::Site site = 
   return lab::host::exchange<uint32_t>(mask, bits, lab::host::combine_match, "__match_any_sync", site);
 }
 
-#define LAB_WARP_REDUCE(name, Op)                                                                      \
-  template <typename T>                                                                                \
-  inline T name(unsigned mask, T value, lab::host::Site site = lab::host::Site::here()) {              \
-    return lab::host::exchange<T>(mask, value, lab::host::combine_reduce<T, Op>, #name, site);         \
+#define LAB_WARP_REDUCE(name, Op)                                                              \
+  template <typename T>                                                                        \
+  inline T name(unsigned mask, T value, lab::host::Site site = lab::host::Site::here()) {      \
+    return lab::host::exchange<T>(mask, value, lab::host::combine_reduce<T, Op>, #name, site); \
   }
 LAB_WARP_REDUCE(__reduce_add_sync, lab::host::Add)
 LAB_WARP_REDUCE(__reduce_min_sync, lab::host::Min)
@@ -188,7 +191,7 @@ LAB_WARP_REDUCE(__reduce_or_sync, lab::host::Or)
 LAB_WARP_REDUCE(__reduce_xor_sync, lab::host::Xor)
 #undef LAB_WARP_REDUCE
 
-// ---- atomics: relaxed, as on the GPU; ordering takes a fence --------------------------------------------------------
+// ---- atomics: relaxed, as on the GPU; ordering takes a fence ----------------------------------------------
 
 namespace lab {
 namespace host {
@@ -254,10 +257,11 @@ inline unsigned atomicInc(unsigned* p, unsigned limit) {
   return lab::host::atomic_update(p, [limit](unsigned old) { return old >= limit ? 0u : old + 1; });
 }
 inline unsigned atomicDec(unsigned* p, unsigned limit) {
-  return lab::host::atomic_update(p, [limit](unsigned old) { return old == 0 || old > limit ? limit : old - 1; });
+  return lab::host::atomic_update(
+      p, [limit](unsigned old) { return old == 0 || old > limit ? limit : old - 1; });
 }
 
-// ---- loads and stores with cache hints: hints mean nothing here -----------------------------------------------------
+// ---- loads and stores with cache hints: hints mean nothing here -------------------------------------------
 
 template <typename T> inline T __ldg(const T* p) { return *p; }
 template <typename T> inline T __ldcg(const T* p) { return *p; }
@@ -268,12 +272,13 @@ template <typename T> inline void __stcg(T* p, typename lab::host::Same<T>::type
 template <typename T> inline void __stcs(T* p, typename lab::host::Same<T>::type v) { *p = v; }
 template <typename T> inline void __stwb(T* p, typename lab::host::Same<T>::type v) { *p = v; }
 
-// ---- math -----------------------------------------------------------------------------------------------------------
+// ---- math -------------------------------------------------------------------------------------------------
 
 namespace lab {
 namespace host {
 template <typename A, typename B>
-using Common = std::enable_if_t<std::is_arithmetic<A>::value && std::is_arithmetic<B>::value, std::common_type_t<A, B>>;
+using Common =
+    std::enable_if_t<std::is_arithmetic<A>::value && std::is_arithmetic<B>::value, std::common_type_t<A, B>>;
 }  // namespace host
 }  // namespace lab
 

@@ -67,9 +67,7 @@ class Pool {
     unsigned helpers = unsigned(std::min<size_t>(size_t(options_.threads), clusters_)) - 1;
     if (helpers > 0) {
       std::lock_guard<std::mutex> lock(mutex_);
-      while (threads_ < helpers) {
-        std::thread(&Pool::help, this, threads_++).detach();
-      }
+      while (threads_ < helpers) { std::thread(&Pool::help, this, threads_++).detach(); }
       helpers_ = busy_ = helpers;
       ++generation_;
       wake_.notify_all();
@@ -95,9 +93,7 @@ class Pool {
         std::string failure;
         try {
           failure = mine.run_cluster(*launch_, options_, order_.empty() ? i : order_[i], launch_number_);
-        } catch (const std::exception& error) {
-          failure = error.what();
-        }
+        } catch (const std::exception& error) { failure = error.what(); }
         if (!failure.empty()) {
           std::lock_guard<std::mutex> lock(mutex_);
           if (!failed_) failure_ = failure;
@@ -147,7 +143,7 @@ std::once_flag Pool::once_;
 Pool* Pool::pool_ = nullptr;
 std::mutex launch_mutex;
 
-// ---- programmatic dependent launch ----------------------------------------------------------------------------------
+// ---- programmatic dependent launch ------------------------------------------------------------------------
 // One kernel runs at a time here, so there is nothing to wait for. But what a GPU might not have written yet
 // is hidden.
 
@@ -208,10 +204,11 @@ void run(const Launch& launch) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
     refuse("invalid grid " + index_text(grid.x, grid.y, grid.z));
   }
-  if (threads == 0 || threads > 1024 || block.z > 64) refuse("invalid block " + index_text(block.x, block.y, block.z));
+  if (threads == 0 || threads > 1024 || block.z > 64)
+    refuse("invalid block " + index_text(block.x, block.y, block.z));
   if (launch.smem_bytes > kMaxSharedBytes) {
-    refuse(std::to_string(launch.smem_bytes) + " bytes of shared memory (at most " + std::to_string(kMaxSharedBytes) +
-           ")");
+    refuse(std::to_string(launch.smem_bytes) + " bytes of shared memory (at most " +
+           std::to_string(kMaxSharedBytes) + ")");
   }
   if (launch.cluster == 0 || launch.cluster > 8 || grid.x % launch.cluster != 0) {
     refuse("a cluster of " + std::to_string(launch.cluster) + " blocks does not divide a grid of " +

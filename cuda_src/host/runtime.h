@@ -20,13 +20,13 @@ namespace host {
 struct Site {
   const char* file;
   int line;
-  static constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
+  static constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    return {file, line};
+  }
 };
 
 // What one lane passes to a warp collective, and what it gets back.
-struct alignas(64) Slot {
-  unsigned char bytes[64];
-};
+struct alignas(64) Slot { unsigned char bytes[64]; };
 
 // A warp collective (shuffle, vote, reduction, mma) that some lanes have reached and others have not yet.
 struct Collective {
@@ -120,7 +120,7 @@ struct Thread {
 #endif
 extern LAB_THREAD_LOCAL Thread* current;  // null outside kernels
 
-// ---- options --------------------------------------------------------------------------------------------------------
+// ---- options ----------------------------------------------------------------------------------------------
 
 // Which threads run ahead of the others, as far as barriers let them: none in particular, or among those that
 // can run always the one with the lowest (highest) block, warp and lane. A missing barrier is noticed if the
@@ -138,7 +138,7 @@ struct Options {
 Options get_options();
 void set_options(const Options& options);  // applies to later launches
 
-// ---- launch ---------------------------------------------------------------------------------------------------------
+// ---- launch -----------------------------------------------------------------------------------------------
 
 struct Launch {
   const char* name;
@@ -169,7 +169,7 @@ void pdl_wait();
 // Aborts the launch from inside a kernel; run() throws the message with the kernel, block and thread added.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
-// ---- where threads wait ---------------------------------------------------------------------------------------------
+// ---- where threads wait -----------------------------------------------------------------------------------
 
 // Barrier `id` of the block for `count` threads (0: all). Returns the sum of `value` over the threads that
 // arrived.
@@ -207,7 +207,7 @@ LAB_NO_TSAN inline void put(Slot& slot, const T& value) {
   memcpy(slot.bytes, &value, sizeof value);
 }
 
-// ---- asynchronous copies (async_copy.cpp) ---------------------------------------------------------------------------
+// ---- asynchronous copies (async_copy.cpp) -----------------------------------------------------------------
 
 void cp_async(void* dst, const void* src, unsigned bytes, unsigned valid, Site site);
 void cp_async_commit();

@@ -47,7 +47,9 @@ namespace host {
 constexpr bool kTsan = true;
 inline void tsan_acquire(void* address) { __tsan_acquire(address); }
 inline void tsan_release(void* address) { __tsan_release(address); }
-inline void tsan_read(const void* p, size_t n, void* pc) { __tsan_read_range_pc(const_cast<void*>(p), n, pc); }
+inline void tsan_read(const void* p, size_t n, void* pc) {
+  __tsan_read_range_pc(const_cast<void*>(p), n, pc);
+}
 inline void tsan_write(void* p, size_t n, void* pc) { __tsan_write_range_pc(p, n, pc); }
 
 // While one exists, accesses of this fiber are those of this layer, and not checked.

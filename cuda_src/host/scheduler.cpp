@@ -48,7 +48,7 @@ uint32_t bits_above(uint32_t mask, unsigned bit) { return bit >= 31 ? 0 : mask >
 
 }  // namespace
 
-// ---- failing --------------------------------------------------------------------------------------------------------
+// ---- failing ----------------------------------------------------------------------------------------------
 
 std::string index_text(unsigned x, unsigned y, unsigned z) {
   return "(" + std::to_string(x) + "," + std::to_string(y) + "," + std::to_string(z) + ")";
@@ -63,7 +63,8 @@ void fail(const char* format, ...) {
     if (current == nullptr) throw std::runtime_error(message);
     const uint3& b = current->block->index;
     const uint3& t = current->index;
-    worker->failure = message + "\n  in block " + index_text(b.x, b.y, b.z) + " thread " + index_text(t.x, t.y, t.z);
+    worker->failure =
+        message + "\n  in block " + index_text(b.x, b.y, b.z) + " thread " + index_text(t.x, t.y, t.z);
   }
   worker->abandon();
 }
@@ -115,7 +116,8 @@ std::string Worker::deadlock_report() const {
         exited.push_back(thread.linear);
         continue;
       }
-      std::string place = std::string(thread.op) + " at " + thread.site.file + ":" + std::to_string(thread.site.line);
+      std::string place =
+          std::string(thread.op) + " at " + thread.site.file + ":" + std::to_string(thread.site.line);
       auto same = std::find_if(places.begin(), places.end(), [&](const auto& p) { return p.first == place; });
       if (same == places.end()) same = places.insert(same, {place, {}});
       same->second.push_back(thread.linear);
@@ -126,7 +128,7 @@ std::string Worker::deadlock_report() const {
   return report;
 }
 
-// ---- who runs next --------------------------------------------------------------------------------------------------
+// ---- who runs next ----------------------------------------------------------------------------------------
 
 void Worker::make_ready(Thread* thread) {
   thread->warp->ready |= 1u << thread->lane;
@@ -142,7 +144,9 @@ Thread* Worker::take(Block& block, unsigned warp, unsigned lane) {
 
 Thread* Worker::pick_ahead() {
   const bool lowest = options.ahead == Ahead::lowest;
-  const auto first_of = [&](uint32_t mask) { return unsigned(lowest ? __builtin_ctz(mask) : 31 - __builtin_clz(mask)); };
+  const auto first_of = [&](uint32_t mask) {
+    return unsigned(lowest ? __builtin_ctz(mask) : 31 - __builtin_clz(mask));
+  };
   for (size_t i = 0; i < blocks.size(); ++i) {
     Block& block = *blocks[lowest ? i : blocks.size() - 1 - i];
     for (uint32_t warps = block.ready_warps; warps != 0;) {
@@ -211,7 +215,8 @@ Fiber* Worker::free_fiber() {
     }
   }
   if (free_.empty()) {
-    fibers_.push_back(std::make_unique<Fiber>(fiber_stack_bytes_, unsigned(fibers_.size()), &Worker::fiber_entry));
+    fibers_.push_back(
+        std::make_unique<Fiber>(fiber_stack_bytes_, unsigned(fibers_.size()), &Worker::fiber_entry));
     return fibers_.back().get();
   }
   Fiber* fiber = free_.back();
@@ -270,7 +275,7 @@ void Worker::poll(const char* op, Site site, uint64_t patience) {
   yield();
 }
 
-// ---- a thread's life ------------------------------------------------------------------------------------------------
+// ---- a thread's life --------------------------------------------------------------------------------------
 
 void Worker::fiber_entry() {
   Fiber::begin();
@@ -284,9 +289,7 @@ void Worker::run_threads() {
     Thread* thread = current;
     try {
       launch->run_thread(launch->arguments);
-    } catch (const std::exception& error) {
-      fail("exception in the kernel: %s", error.what());
-    } catch (...) {
+    } catch (const std::exception& error) { fail("exception in the kernel: %s", error.what()); } catch (...) {
       fail("exception in the kernel");
     }
     Thread* next = nullptr;
@@ -317,8 +320,8 @@ void Worker::run_threads() {
 void Worker::finish(Thread* thread) {
   for (const Collective& pending : thread->warp->pending) {
     if (pending.arrived != 0 && (pending.mask >> thread->lane & 1)) {
-      fail("the thread exits while others of its warp wait for it in %s at %s:%d", pending.op, pending.site.file,
-           pending.site.line);
+      fail("the thread exits while others of its warp wait for it in %s at %s:%d", pending.op,
+           pending.site.file, pending.site.line);
     }
   }
   thread->copies.clear();  // never waited for, so no thread may read them
@@ -330,7 +333,7 @@ void Worker::finish(Thread* thread) {
   if (alive_ > 0) release_cluster();
 }
 
-// ---- blocks ---------------------------------------------------------------------------------------------------------
+// ---- blocks -----------------------------------------------------------------------------------------------
 
 void Block::map_memory(size_t bytes) {
   unmap_memory();
@@ -365,7 +368,8 @@ void Worker::prepare(Block& block, size_t index, unsigned rank) {
   const dim3& shape = launch->block;
   unsigned size = shape.x * shape.y * shape.z;
   bool same_shape = block.size == size && block.block_dim.x == shape.x && block.block_dim.y == shape.y;
-  block.index = {unsigned(index % grid.x), unsigned(index / grid.x % grid.y), unsigned(index / grid.x / grid.y)};
+  block.index = {unsigned(index % grid.x), unsigned(index / grid.x % grid.y),
+                 unsigned(index / grid.x / grid.y)};
   block.grid_dim = grid;
   block.block_dim = shape;
   block.cluster_rank = rank;
@@ -464,7 +468,8 @@ std::string Worker::run_cluster(const Launch& l, const Options& o, size_t cluste
       if (std::any_of(static_cast<const unsigned char*>(block->smem) + block->smem_bytes, end,
                       [](unsigned char c) { return c != kCanary; })) {
         failure = "written past the end of its " + std::to_string(block->smem_bytes) +
-                   " bytes of shared memory\n  in block " + index_text(block->index.x, block->index.y, block->index.z);
+                  " bytes of shared memory\n  in block " +
+                  index_text(block->index.x, block->index.y, block->index.z);
         break;
       }
     }
@@ -515,7 +520,8 @@ void Worker::end_launch() {
 }
 
 bool Worker::guards_stack(const void* address) const {
-  return std::any_of(fibers_.begin(), fibers_.end(), [&](const auto& fiber) { return fiber->guards(address); });
+  return std::any_of(fibers_.begin(), fibers_.end(),
+                     [&](const auto& fiber) { return fiber->guards(address); });
 }
 
 }  // namespace host

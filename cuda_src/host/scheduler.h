@@ -49,9 +49,9 @@ struct Block : BlockInfo {
 
   unsigned char* memory = nullptr;  // the pages of shared memory; smem ends where they end
   size_t memory_bytes = 0;
-  unsigned size = 0;         // threads
-  unsigned alive = 0;        // threads that have not returned yet
-  uint32_t ready_warps = 0;  // warps with a lane that could run
+  unsigned size = 0;          // threads
+  unsigned alive = 0;         // threads that have not returned yet
+  uint32_t ready_warps = 0;   // warps with a lane that could run
   uint32_t polling[32] = {};  // lanes of each warp that poll; other threads run before them
   std::vector<Thread> threads;
   std::vector<Warp> warps;
@@ -69,7 +69,8 @@ class Worker {
 
   // Runs the blocks of cluster number `cluster` to their end. Returns an empty string, or why the launch
   // failed.
-  std::string run_cluster(const Launch& launch, const Options& options, size_t cluster, uint64_t launch_number);
+  std::string run_cluster(const Launch& launch, const Options& options, size_t cluster,
+                          uint64_t launch_number);
   void end_launch();
 
   // For the running thread:
@@ -103,8 +104,8 @@ class Worker {
   void prepare(Block& block, size_t index, unsigned rank);
   void place_memory(Block& block);
   Thread* take(Block& block, unsigned warp, unsigned lane);
-  Thread* pick_ahead();              // see Options::ahead; null if all that could run are polling
-  Thread* pick();                    // the next to run: the same warp first
+  Thread* pick_ahead();  // see Options::ahead; null if all that could run are polling
+  Thread* pick();        // the next to run: the same warp first
   // In turn, so that a polling thread does not keep the others from running.
   Thread* pick_after(Thread* thread);
   void start(Thread* thread, Fiber* fiber);

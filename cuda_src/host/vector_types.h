@@ -1,20 +1,14 @@
 // CUDA's built-in vector types: float4, uint2, dim3 ... with the sizes and alignments that CUDA gives them.
 #pragma once
 
-#define LAB_VECTOR2(name, type, align)                        \
-  struct alignas(align) name {                                \
-    type x, y;                                                \
-  };                                                          \
+#define LAB_VECTOR2(name, type, align)       \
+  struct alignas(align) name { type x, y; }; \
   inline name make_##name(type x, type y) { return {x, y}; }
-#define LAB_VECTOR3(name, type)                                              \
-  struct name {                                                              \
-    type x, y, z;                                                            \
-  };                                                                         \
+#define LAB_VECTOR3(name, type)  \
+  struct name { type x, y, z; }; \
   inline name make_##name(type x, type y, type z) { return {x, y, z}; }
-#define LAB_VECTOR4(name, type, align)                                                  \
-  struct alignas(align) name {                                                          \
-    type x, y, z, w;                                                                    \
-  };                                                                                    \
+#define LAB_VECTOR4(name, type, align)             \
+  struct alignas(align) name { type x, y, z, w; }; \
   inline name make_##name(type x, type y, type z, type w) { return {x, y, z, w}; }
 
 LAB_VECTOR2(char2, signed char, 2)

@@ -35,20 +35,21 @@ int barrier(int id, int count, int value, const char* op, Site site) {
   TsanIgnore ignore;
   Thread* self = current;
   Block& block = *worker->blocks[self->block->cluster_rank];
-  if (id < 0 || id > 15) fail("%s at %s:%d: barrier %d does not exist (0 to 15)", op, site.file, site.line, id);
+  if (id < 0 || id > 15)
+    fail("%s at %s:%d: barrier %d does not exist (0 to 15)", op, site.file, site.line, id);
   if (count < 0 || count % 32 != 0 || count > int(block.size + 31) / 32 * 32) {
-    fail("%s at %s:%d: %d threads (a multiple of 32, at most the block's %u)", op, site.file, site.line, count,
-         block.size);
+    fail("%s at %s:%d: %d threads (a multiple of 32, at most the block's %u)", op, site.file, site.line,
+         count, block.size);
   }
   if (count == 0) count = int(block.size);  // exited threads never arrive: reported as a deadlock
   Barrier& b = block.barriers[id];
   if (b.arrived > 0 && b.count != count) {
-    fail("barrier %d: %s at %s:%d expects %d threads, %s at %s:%d expects %d", id, op, site.file, site.line, count,
-         b.op, b.site.file, b.site.line, b.count);
+    fail("barrier %d: %s at %s:%d expects %d threads, %s at %s:%d expects %d", id, op, site.file, site.line,
+         count, b.op, b.site.file, b.site.line, b.count);
   }
   if (b.arrived > 0 && id == 0 && (b.site.line != site.line || strcmp(b.site.file, site.file) != 0)) {
-    fail("divergent barrier: %s at %s:%d while others wait in %s at %s:%d", op, site.file, site.line, b.op, b.site.file,
-         b.site.line);
+    fail("divergent barrier: %s at %s:%d while others wait in %s at %s:%d", op, site.file, site.line, b.op,
+         b.site.file, b.site.line);
   }
   b.op = op;
   b.site = site;
@@ -103,7 +104,8 @@ void collective(uint32_t mask, const char* op, Combine combine, bool orders_memo
   Warp& warp = *self->warp;
   uint32_t bit = 1u << self->lane;
   if (!(mask & bit)) {
-    fail("%s at %s:%d: the calling lane %d is not in the mask %08x", op, site.file, site.line, self->lane, mask);
+    fail("%s at %s:%d: the calling lane %d is not in the mask %08x", op, site.file, site.line, self->lane,
+         mask);
   }
   Collective* entry = nullptr;
   for (Collective& c : warp.pending) {
@@ -113,10 +115,11 @@ void collective(uint32_t mask, const char* op, Combine combine, bool orders_memo
     for (Collective& c : warp.pending) {
       if (c.arrived == 0) entry = &c;
     }
-    if (entry == nullptr) fail("%s at %s:%d: more than four groups of a warp diverge", op, site.file, site.line);
+    if (entry == nullptr)
+      fail("%s at %s:%d: more than four groups of a warp diverge", op, site.file, site.line);
     if (mask & ~warp.alive) {
-      fail("%s at %s:%d: the mask %08x names lanes that have exited or do not exist (lanes there: %08x)", op, site.file,
-           site.line, mask, warp.alive);
+      fail("%s at %s:%d: the mask %08x names lanes that have exited or do not exist (lanes there: %08x)", op,
+           site.file, site.line, mask, warp.alive);
     }
     entry->mask = mask;
     entry->op = op;

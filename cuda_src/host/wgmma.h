@@ -17,7 +17,8 @@ inline const void* tile_chunk(const void* tile, int row, int chunk, Site site) {
   const unsigned char* shared = current->block->smem;
   const size_t at = size_t(static_cast<const unsigned char*>(tile) - shared);
   if (at % 1024 >= 128 || at % 32 != 0) {
-    fail("wgmma at %s:%d: a tile begins at a multiple of 1024 bytes, its columns at one of 32", site.file, site.line);
+    fail("wgmma at %s:%d: a tile begins at a multiple of 1024 bytes, its columns at one of 32", site.file,
+         site.line);
   }
   return shared + ((at + size_t(row) * 128 + size_t(chunk) * 16) ^ size_t(row % 8 * 16));
 }
@@ -25,7 +26,7 @@ inline const void* tile_chunk(const void* tile, int row, int chunk, Site site) {
 // Each thread computes its own part of D; nothing is exchanged.
 template <typename T, int Extent>
 LAB_NO_TSAN inline void multiply_tiles(float* sums, const void* a, const void* b, Site site) {
-  auto* d = reinterpret_cast<float(*)[4]>(sums);
+  auto* d = reinterpret_cast<float (*)[4]>(sums);
   const auto row_of = [&](const void* tile, int row, float (&out)[16]) {
     for (int chunk = 0; chunk < 2; ++chunk) {
       const void* place = tile_chunk(tile, row, chunk, site);

@@ -19,7 +19,7 @@ struct Problem {
   const T *q, *k, *v;
   const int *table, *lengths;
   T* out;
-  float* partial;                   // [batch, kv_heads, splits, group, D + 2]: sums, maximum, weight
+  float* partial;  // [batch, kv_heads, splits, group, D + 2]: sums, maximum, weight
   int batch, q_heads, kv_heads, page_shift, max_pages;
   int64_t q_stride;
   float scale;
@@ -59,7 +59,7 @@ __global__ void attention_naive_kernel(Problem<T> p) {
 // neighbouring lanes, and shuffles add the lanes' parts of the dot product.
 template <typename T, int D>
 __global__ void attention_warp_kernel(Problem<T> p) {
-  constexpr int E = D / 32;                       // elements of a head that a lane holds
+  constexpr int E = D / 32;  // elements of a head that a lane holds
   const int lane = threadIdx.x, h = blockIdx.x, b = blockIdx.y;
   float query[E], acc[E] = {}, maximum = -FLT_MAX, weight = 0.f;
   LAB_UNROLL
@@ -78,7 +78,8 @@ __global__ void attention_warp_kernel(Problem<T> p) {
   }
   LAB_UNROLL
   for (int e = 0; e < E; ++e) {
-    p.out[(size_t(b) * p.q_heads + h) * D + lane + e * 32] = from_float<T>(weight == 0.f ? 0.f : acc[e] / weight);
+    p.out[(size_t(b) * p.q_heads + h) * D + lane + e * 32] =
+        from_float<T>(weight == 0.f ? 0.f : acc[e] / weight);
   }
 }
 
@@ -89,7 +90,7 @@ struct Shape {
   static constexpr int D = D_, W = W_, H = H_, N = Vec<T>::size;
   static constexpr bool kRing = Stages > 0;
   static constexpr int kStages = kRing ? Stages : 1;
-  static constexpr int L = D / N;                 // lanes that share a token, 16 bytes each
+  static constexpr int L = D / N;  // lanes that share a token, 16 bytes each
   // Tokens at a time, which is also the number of running softmaxes of a block.
   static constexpr int kParts = W * 32 / L;
 };
@@ -133,8 +134,9 @@ template <typename T, typename S>
 __global__ void attention_tokens_kernel(Problem<T> p) {
   constexpr int D = S::D, H = S::H, N = S::N, L = S::L, kParts = S::kParts;
   auto& shared = smem<AttentionSmem<T, S>>();
-  const int group = p.group(), teams = parts_of(group, H), split = blockIdx.x, splits = gridDim.x, b = blockIdx.z;
-  const int kv_head = blockIdx.y / teams, head0 = blockIdx.y % teams * H;   // head0: within the group
+  const int group = p.group(), teams = parts_of(group, H), split = blockIdx.x, splits = gridDim.x,
+            b = blockIdx.z;
+  const int kv_head = blockIdx.y / teams, head0 = blockIdx.y % teams * H;  // head0: within the group
   const int c = threadIdx.x % L * N, part = threadIdx.x / L;
   const int length = p.lengths[b], chunk = length > 0 ? parts_of(length, splits) : 0;
   const int begin = min(split * chunk, max(length, 0)), end = min(begin + chunk, length);
@@ -149,8 +151,10 @@ __global__ void attention_tokens_kernel(Problem<T> p) {
     for (int e = 0; e < N; ++e) query[h][e] = to_float(v.v[e]) * p.scale;
     maximum[h] = -FLT_MAX;
   }
-  const auto address = [&](int i) { return p.token(b, kv_head, min(begin + i * kParts + part, end - 1), D) + c; };
-  const auto copy = [&](int i) {                  // past the end of the split nothing is copied
+  const auto address = [&](int i) {
+    return p.token(b, kv_head, min(begin + i * kParts + part, end - 1), D) + c;
+  };
+  const auto copy = [&](int i) {  // past the end of the split nothing is copied
     if (i < steps) {
       const size_t at = address(i);
       cp_async16(shared.ring[i % S::kStages][0][threadIdx.x], p.k + at);
@@ -180,7 +184,7 @@ __global__ void attention_tokens_kernel(Problem<T> p) {
       for (int e = 0; e < N; ++e) score[h] = fmadd(query[h][e], to_float(key.v[e]), score[h]);
     }
     group_sum<L>(score);
-    const bool live = begin + i * kParts + part < end;   // a token past the end has weight zero
+    const bool live = begin + i * kParts + part < end;  // a token past the end has weight zero
     LAB_UNROLL
     for (int h = 0; h < H; ++h) {
       const float top = live ? fmaxf(maximum[h], score[h]) : maximum[h];
@@ -194,7 +198,7 @@ __global__ void attention_tokens_kernel(Problem<T> p) {
 
   if constexpr (S::kRing) {
     cp_async_wait<0>();
-    __syncthreads();                              // the parts' results overwrite the ring
+    __syncthreads();  // the parts' results overwrite the ring
   }
   LAB_UNROLL
   for (int h = 0; h < H; ++h) {
@@ -213,7 +217,8 @@ __global__ void attention_tokens_kernel(Problem<T> p) {
       const float result = all.v[2] == 0.f ? 0.f : all.v[0] / all.v[2];
       p.out[((size_t(b) * p.kv_heads + kv_head) * group + head) * D + d] = from_float<T>(result);
     } else {
-      float* mine = p.partial + (((size_t(b) * p.kv_heads + kv_head) * splits + split) * group + head) * (D + 2);
+      float* mine =
+          p.partial + (((size_t(b) * p.kv_heads + kv_head) * splits + split) * group + head) * (D + 2);
       mine[d] = all.v[0];
       if (d == 0) {
         mine[D] = all.v[1];
@@ -268,10 +273,20 @@ void decode_attention_ladder(int rung, const DecodeAttentionArgs& a) {
   while (1 << page_shift < a.cache.page_size) ++page_shift;
   by_dtype(a.dtype, [&](auto tag) {
     using T = decltype(tag);
-    const Problem<T> p{as<const T>(a.q.data), as<const T>(a.cache.k), as<const T>(a.cache.v),
-                       as<const int>(a.cache.block_table), as<const int>(a.context_lens), as<T>(a.out),
-                       as<float>(a.splits.partial), a.batch, a.q_heads, a.cache.kv_heads, page_shift,
-                       a.cache.max_pages, a.q.stride, a.scale};
+    const Problem<T> p{as<const T>(a.q.data),
+                       as<const T>(a.cache.k),
+                       as<const T>(a.cache.v),
+                       as<const int>(a.cache.block_table),
+                       as<const int>(a.context_lens),
+                       as<T>(a.out),
+                       as<float>(a.splits.partial),
+                       a.batch,
+                       a.q_heads,
+                       a.cache.kv_heads,
+                       page_shift,
+                       a.cache.max_pages,
+                       a.q.stride,
+                       a.scale};
     if (a.head_dim == 64) return climb<T, 64>(rung, p, a.splits.count, a.stream);
     if (a.head_dim == 128) return climb<T, 128>(rung, p, a.splits.count, a.stream);
     throw std::invalid_argument("decode_attention_ladder: head_dim " + std::to_string(a.head_dim) +

@@ -59,9 +59,9 @@ __global__ void linear_tile_kernel(Problem<T> p) {
   const int row0 = blockIdx.x * kTileRows, b = blockIdx.y;
   float sum = 0.f;
   for (int c0 = 0; c0 < p.k; c0 += kTileCols) {
-    __syncthreads();                              // all threads are done with the preceding tile
+    __syncthreads();  // all threads are done with the preceding tile
     LAB_UNROLL
-    for (int i = 0; i < kTileCols; ++i) {         // an element a thread and step, 32 neighbours at a time
+    for (int i = 0; i < kTileCols; ++i) {  // an element a thread and step, 32 neighbours at a time
       const int r = i * kTileRows / kTileCols, c = (i * kTileRows + threadIdx.x) % kTileCols;
       const bool inside = row0 + r < p.n && c0 + c < p.k;
       tile[r][c] = inside ? p.w[size_t(row0 + r) * p.k + c0 + c] : from_float<T>(0.f);
@@ -162,7 +162,8 @@ __global__ void linear_split_kernel(Problem<T> p) {
   constexpr int N = Vec<T>::size, kThreads = kWarps * 32;
   auto& ring = smem<Ring<T>>();
   const int row = blockIdx.x, b = blockIdx.y;
-  const float mine = streamed(ring, p.w + size_t(row) * p.k, p.x + size_t(b) * p.k, p.k, threadIdx.x * N, kThreads * N);
+  const float mine =
+      streamed(ring, p.w + size_t(row) * p.k, p.x + size_t(b) * p.k, p.k, threadIdx.x * N, kThreads * N);
   const float sum = block_sum<kThreads>(mine, ring.scratch);
   if (threadIdx.x == 0) p.put(b, row, sum);
 }
@@ -173,9 +174,7 @@ __global__ void linear_split_kernel(Problem<T> p) {
 // w and x use the same. Warps split k as in rung 7.
 constexpr int kMmaRows = 16, kMmaBatch = 8;
 
-struct MmaSums {
-  float warp[kWarps][kMmaBatch][kMmaRows];
-};
+struct MmaSums { float warp[kWarps][kMmaBatch][kMmaRows]; };
 
 template <typename T>
 __global__ void linear_mma_kernel(Problem<T> p) {
@@ -184,7 +183,8 @@ __global__ void linear_mma_kernel(Problem<T> p) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int row0 = blockIdx.x * kMmaRows, b0 = blockIdx.y * kMmaBatch;
   const auto fragment = [&](const T* matrix, int row, int rows, int c) {  // zeros outside the matrix
-    return row < rows && c < p.k ? bit_cast<uint4>(load(matrix + size_t(row) * p.k + c)) : bit_cast<uint4>(Vec<T>{});
+    return row < rows && c < p.k ? bit_cast<uint4>(load(matrix + size_t(row) * p.k + c))
+                                 : bit_cast<uint4>(Vec<T>{});
   };
   float acc[4] = {};
   for (int c0 = warp * kStep; c0 < p.k; c0 += kWarps * kStep) {
@@ -197,7 +197,7 @@ __global__ void linear_mma_kernel(Problem<T> p) {
   LAB_UNROLL
   for (int i = 0; i < 4; ++i) sums.warp[warp][2 * t + i % 2][g + i / 2 * 8] = acc[i];
   __syncthreads();
-  const int r = threadIdx.x % kMmaRows, b = threadIdx.x / kMmaRows;   // 128 threads, 128 outputs
+  const int r = threadIdx.x % kMmaRows, b = threadIdx.x / kMmaRows;  // 128 threads, 128 outputs
   float sum = 0.f;
   LAB_UNROLL
   for (int s = 0; s < kWarps; ++s) sum += sums.warp[s][b][r];
@@ -210,8 +210,8 @@ void linear_ladder(int rung, const LinearArgs& a) {
   by_dtype(a.dtype, [&](auto tag) {
     using T = decltype(tag);
     const bool out_f32 = a.out_dtype == int(DType::f32);
-    const Problem<T> p{as<const T>(a.x), as<const T>(a.w), as<const T>(a.bias), as<void>(a.y),
-                       a.rows, a.n, a.k, out_f32};
+    const Problem<T> p{
+        as<const T>(a.x), as<const T>(a.w), as<const T>(a.bias), as<void>(a.y), a.rows, a.n, a.k, out_f32};
     const auto start = [&](const char* name, auto kernel, int outputs_per_block, int threads,
                            size_t smem_bytes) {
       launch({dim3(ceil_div(a.n, outputs_per_block), a.rows), dim3(threads), smem_bytes, a.stream}, name,
@@ -224,7 +224,8 @@ void linear_ladder(int rung, const LinearArgs& a) {
       case 3: return start("linear_tile_kernel", linear_tile_kernel<T, kPad>, 32, 32, sizeof(Tile<T, kPad>));
       case 4: return start("linear_warp_kernel", linear_warp_kernel<T>, kWarps, kThreads, 0);
       case 5: return start("linear_vector_kernel", linear_vector_kernel<T>, kWarps, kThreads, 0);
-      case 6: return start("linear_pipeline_kernel", linear_pipeline_kernel<T>, kWarps, kThreads, sizeof(Ring<T>));
+      case 6:
+        return start("linear_pipeline_kernel", linear_pipeline_kernel<T>, kWarps, kThreads, sizeof(Ring<T>));
       case 7: return start("linear_split_kernel", linear_split_kernel<T>, 1, kThreads, sizeof(Ring<T>));
       case 8:
         if constexpr (sizeof(T) == 2) {

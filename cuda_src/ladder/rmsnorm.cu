@@ -48,7 +48,8 @@ template <typename T, typename Sum>
 __global__ void rmsnorm_block_kernel(Problem<T> p) {
   const T* x = p.x + size_t(blockIdx.x) * p.cols;
   float squares = 0.f;
-  for (int c = threadIdx.x; c < p.cols; c += kThreads) squares = fmadd(to_float(x[c]), to_float(x[c]), squares);
+  for (int c = threadIdx.x; c < p.cols; c += kThreads)
+    squares = fmadd(to_float(x[c]), to_float(x[c]), squares);
   const float scale = p.scale(Sum()(squares, &smem<float>()));
   for (int c = threadIdx.x; c < p.cols; c += kThreads) {
     p.y[size_t(blockIdx.x) * p.cols + c] = normed(x[c], scale, p.w[c]);
@@ -113,7 +114,7 @@ __global__ void rmsnorm_vector_kernel(Problem<T> p) {
 }
 
 // 6. One read: the row stays in registers between the passes, and all its loads are in flight at once.
-constexpr int kKeep = 4;                          // vectors a thread holds
+constexpr int kKeep = 4;  // vectors a thread holds
 
 template <typename T>
 __global__ void rmsnorm_register_kernel(Problem<T> p) {

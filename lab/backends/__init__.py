@@ -1,9 +1,10 @@
 """The ways to run an op. `load(name, device)` gives a backend object, or says what to install.
 
-A language is a class that follows the protocol below, and a launcher for each op that it has. Those of this repository
-are modules of this package, with their launchers in the contracts; any other module calls `register`, and the lab imports
-it where the environment's LAB_LANGUAGES names it.
+A language is a class that follows the protocol below, and a launcher for each op that it has. Those of this
+repository are modules of this package, with their launchers in the contracts; any other module calls
+`register`, and the lab imports it where the environment's LAB_LANGUAGES names it.
 """
+
 import importlib
 import os
 from collections.abc import Callable, Mapping
@@ -19,7 +20,8 @@ from lab.ops import find
 
 
 class Backend(Protocol):
-    """What the dispatcher asks of a backend. `__init__(device)` raises Unavailable where this machine cannot run it."""
+    """What the dispatcher asks of a backend. `__init__(device)` raises Unavailable where this machine cannot
+    run it."""
 
     name: str
 
@@ -36,7 +38,7 @@ class Backend(Protocol):
 class Tunable(Backend, Protocol):
     """What `lab tune` asks besides."""
 
-    compiler: str                       # what compiled the kernels, with its version
+    compiler: str  # what compiled the kernels, with its version
 
     def forced(self, op: str, settings: dict) -> AbstractContextManager:
         """Within it every launch of `op` takes these settings; {}: those written by hand."""
@@ -48,15 +50,16 @@ class Tunable(Backend, Protocol):
         """The table of settings is read again at the next launch."""
 
 
-_registered: dict[str, type] = {}       # language -> its class, of those that are no module of this package
+_registered: dict[str, type] = {}  # language -> its class, of those that are no module of this package
 
 
 def register(name: str, backend: type, launchers: Mapping[str, Callable]) -> None:
     """Makes a language known to every verb of the lab.
 
-    backend: a class that follows the protocol Backend. launchers: {an op's name: what `backend.launcher` looks up as
-    op.launchers[name]}. The language may lack ops: it is then checked and measured at those that it has, and runs a model
-    beside another (`lab run --override OP=NAME`). Raises LabError for a name that is taken and for an unknown op.
+    backend: a class that follows the protocol Backend. launchers: {an op's name: what `backend.launcher`
+    looks up as op.launchers[name]}. The language may lack ops: it is then checked and measured at those that
+    it has, and runs a model beside another (`lab run --override OP=NAME`). Raises LabError for a name that is
+    taken and for an unknown op.
     """
     if name in BACKENDS:
         raise LabError(f"there is a language {name!r} already: call this one something else")

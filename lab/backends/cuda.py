@@ -2,6 +2,7 @@
 
 The extension takes raw addresses, sizes and a stream as integers, so it depends on no torch ABI.
 """
+
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
@@ -16,11 +17,14 @@ class Backend:
     name = "cuda"
 
     def __init__(self, device: torch.device, extension=None):
-        """extension: another build than the installed one; whether its sources are as they were is not asked then."""
+        """extension: another build than the installed one; whether its sources are as they were is not asked
+        then."""
         self.extension = extension or load("_cuda" if device.type == "cuda" else "_host")
         self.device = device
         self.forget()
-        launchers = {name: getattr(self.extension, name) for name in dir(self.extension) if not name.startswith("_")}
+        launchers = {
+            name: getattr(self.extension, name) for name in dir(self.extension) if not name.startswith("_")
+        }
         launchers["stream"] = stream_of(device)
         self.kernels = SimpleNamespace(**launchers)
 
@@ -58,7 +62,8 @@ def architecture(device):
 
 
 def measured_settings(arch):
-    """What `lab tune` measured on an architecture, as the extension's set_settings() takes it; [] for None."""
+    """What `lab tune` measured on an architecture, as the extension's set_settings() takes it; [] for
+    None."""
     return settings_of(tuned.read(tuned.path_of("cuda", arch)) if arch else [])
 
 
@@ -67,7 +72,8 @@ def settings_of(entries):
 
 
 def stream_of(device: torch.device):
-    """() -> the current stream's address. The raw getter costs 0.1 us against 1 us for torch.cuda.current_stream()."""
+    """() -> the current stream's address. The raw getter costs 0.1 us against 1 us for
+    torch.cuda.current_stream()."""
     if device.type != "cuda":
         return lambda: 0
     index = device.index if device.index is not None else torch.cuda.current_device()

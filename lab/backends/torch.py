@@ -1,7 +1,9 @@
-"""Torch's own kernels (cuBLAS, SDPA and friends on a GPU): the reference backend and the vendor's side of a race.
+"""Torch's own kernels (cuBLAS, SDPA and friends on a GPU): the reference backend and the vendor's side of a
+race.
 
 Torch picks its device kernels itself, so the trace names the torch path of the op, not a device kernel.
 """
+
 import torch
 
 
@@ -10,7 +12,8 @@ class Backend:
 
     def __init__(self, device: torch.device):
         self.tracing, self.launched = False, []
-        # The contracts ask for float32 accumulation: without this cuBLAS may add the parts of a split k in half precision.
+        # The contracts ask for float32 accumulation: without this cuBLAS may add the parts of a split k in
+        # half precision.
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 

@@ -1,4 +1,5 @@
 """The Triton kernels: compiled for tensors on a GPU, interpreted for tensors on the CPU."""
+
 from importlib.metadata import version
 
 import torch
@@ -15,6 +16,7 @@ class Backend:
         except ImportError as error:
             raise Unavailable(f"backend triton: {error}; install it with `pip install triton`") from None
         from triton_kernels import settings
+
         self.set_trace, self.take_trace = common.set_trace, common.take_trace
         self.forced, self.use, self.forget = settings.forced, settings.use, settings.forget
         self.compiler = version("triton")

@@ -1,9 +1,12 @@
-"""The bandwidth that this card reaches on plain streams, by direction and size: the denominator of every share.
+"""The bandwidth that this card reaches on plain streams, by direction and size: the denominator of every
+share.
 
 Each direction and size is measured with the CUDA kernel (cuda_src/bandwidth.cu), the Triton kernel
-(triton_kernels/bandwidth.py) and, for a copy, torch's own; in several launch shapes; the best one counts. Sizes below
-64 MiB are there because a short stream cannot reach the ceiling, and a small op should be held to what is reachable.
+(triton_kernels/bandwidth.py) and, for a copy, torch's own; in several launch shapes; the best one counts.
+Sizes below 64 MiB are there because a short stream cannot reach the ceiling, and a small op should be held to
+what is reachable.
 """
+
 import math
 from dataclasses import dataclass, field
 
@@ -17,17 +20,24 @@ from lab.records.schema import Ceiling
 MIB = 1 << 20
 SIZES = (MIB // 4, MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB, 1024 * MIB, 4096 * MIB)
 QUICK_SIZES = (MIB, 16 * MIB, 64 * MIB, 256 * MIB, 1024 * MIB, 4096 * MIB)
-DIRECTIONS = ("read", "copy", "write")          # write last: it replaces the random data
+DIRECTIONS = ("read", "copy", "write")  # write last: it replaces the random data
 MODES = {"read": 0, "copy": 1, "write": 2}
-CUDA_SHAPES = ({"blocks_per_sm": 4, "threads": 512}, {"blocks_per_sm": 2, "threads": 1024},
-               {"blocks_per_sm": 16, "threads": 256})
-TRITON_SHAPES = ({"programs_per_sm": 8, "block": 8192, "warps": 8}, {"programs_per_sm": 8, "block": 4096, "warps": 4},
-                 {"programs_per_sm": 4, "block": 16384, "warps": 16})
+CUDA_SHAPES = (
+    {"blocks_per_sm": 4, "threads": 512},
+    {"blocks_per_sm": 2, "threads": 1024},
+    {"blocks_per_sm": 16, "threads": 256},
+)
+TRITON_SHAPES = (
+    {"programs_per_sm": 8, "block": 8192, "warps": 8},
+    {"programs_per_sm": 8, "block": 4096, "warps": 4},
+    {"programs_per_sm": 4, "block": 16384, "warps": 16},
+)
 
 
 @dataclass
 class Ceilings:
     """What plain streams reached in one run: {direction: [(bytes, gbps), ...] by size}; empty on a CPU."""
+
     curves: dict = field(default_factory=dict)
 
     @classmethod
@@ -37,8 +47,12 @@ class Ceilings:
         for r in rows:
             if r.kind == "ceiling" and r.gbps:
                 best[r.direction, r.bytes] = max(r.gbps, best.get((r.direction, r.bytes), 0.0))
-        return cls({d: sorted((size, gbps) for (dd, size), gbps in best.items() if dd == d)
-                    for d in {d for d, _ in best}})
+        return cls(
+            {
+                d: sorted((size, gbps) for (dd, size), gbps in best.items() if dd == d)
+                for d in {d for d, _ in best}
+            }
+        )
 
     def best(self, direction="read"):
         """GB/s of the best stream of any size; None where nothing was measured."""
@@ -49,18 +63,19 @@ class Ceilings:
         curve = self.curves.get(direction)
         if not curve or nbytes <= 0:
             return None
-        times = [(size, size / gbps) for size, gbps in curve]       # ns
+        times = [(size, size / gbps) for size, gbps in curve]  # ns
         if len(times) == 1:
             return curve[0][1]
         upper = next((i for i, (size, _) in enumerate(times) if size >= nbytes), len(times) - 1)
         (s0, t0), (s1, t1) = times[max(upper - 1, 0)], times[max(upper, 1)]
         slope = (t1 - t0) / (s1 - s0)
         if upper == len(times) - 1 and nbytes > s1:
-            return curve[-1][1]                                     # longer than any measured: the longest's rate
+            return curve[-1][1]  # longer than any measured: the longest's rate
         return nbytes / max(t0 + slope * (nbytes - s0), 1e-9)
 
     def fields(self, direction, nbytes, us, cache="cold", l2_bytes=None):
-        """gbps, of_ceiling, of_stream and flag of a measurement; {} with no ceiling (nothing is claimed on a CPU)."""
+        """gbps, of_ceiling, of_stream and flag of a measurement; {} with no ceiling (nothing is claimed on a
+        CPU)."""
         if not self.best(direction) or not us or not nbytes:
             return {}
         gbps = nbytes / us / 1e3
@@ -71,21 +86,37 @@ class Ceilings:
                 flag = "fits in L2"
         elif share > 1.02:
             flag = "above the ceiling"
-        return {"gbps": gbps, "of_ceiling": share, "of_stream": gbps / self.at(direction, nbytes), "flag": flag}
+        return {
+            "gbps": gbps,
+            "of_ceiling": share,
+            "of_stream": gbps / self.at(direction, nbytes),
+            "flag": flag,
+        }
 
 
 def cuda_call(extension, mode, src, dst, blocks, threads, passes=1):
-    """A call of the CUDA bandwidth kernel over torch tensors of equal size (for a read, dst is 16 bytes of sink)."""
+    """A call of the CUDA bandwidth kernel over torch tensors of equal size (for a read, dst is 16 bytes of
+    sink)."""
     nbytes = (dst if mode == MODES["write"] else src).nbytes
 
     def call():
-        extension.bandwidth(src=src.data_ptr(), dst=dst.data_ptr(), bytes=nbytes, mode=mode, passes=passes, blocks=blocks,
-                         threads=threads, stream=torch.cuda.current_stream().cuda_stream if src.is_cuda else 0)
+        extension.bandwidth(
+            src=src.data_ptr(),
+            dst=dst.data_ptr(),
+            bytes=nbytes,
+            mode=mode,
+            passes=passes,
+            blocks=blocks,
+            threads=threads,
+            stream=torch.cuda.current_stream().cuda_stream if src.is_cuda else 0,
+        )
+
     return call
 
 
 def triton_call(mode, src, dst, programs, block, warps, passes=1):
     from triton_kernels.bandwidth import bandwidth
+
     return lambda: bandwidth(src, dst, mode, passes, programs, block, warps)
 
 
@@ -98,33 +129,45 @@ def implementations(direction, sms, payload):
         _cuda = None
     if _cuda is not None:
         for shape in CUDA_SHAPES:
-            tiles = math.ceil(payload / (16 * 8 * shape["threads"]))    # 8 vectors of 16 bytes a thread
+            tiles = math.ceil(payload / (16 * 8 * shape["threads"]))  # 8 vectors of 16 bytes a thread
             blocks = max(1, min(shape["blocks_per_sm"] * sms, tiles))
-            found.append(("cuda", shape, lambda src, dst, b=blocks, t=shape["threads"]: cuda_call(
-                _cuda, mode, src, dst, b, t)))
+            found.append(
+                (
+                    "cuda",
+                    shape,
+                    lambda src, dst, b=blocks, t=shape["threads"]: cuda_call(_cuda, mode, src, dst, b, t),
+                )
+            )
     for shape in TRITON_SHAPES:
         programs = max(1, min(shape["programs_per_sm"] * sms, math.ceil(payload / (4 * shape["block"]))))
-        found.append(("triton", shape, lambda src, dst, p=programs, s=shape: triton_call(
-            mode, src, dst, p, s["block"], s["warps"])))
+        found.append(
+            (
+                "triton",
+                shape,
+                lambda src, dst, p=programs, s=shape: triton_call(mode, src, dst, p, s["block"], s["warps"]),
+            )
+        )
     if direction == "copy":
         found.append(("torch", {}, lambda src, dst: lambda: dst.copy_(src)))
     return found
 
 
 def pieces(arena, direction, size, sink):
-    """[(src, dst)]: distinct parts of the arena, each a stream of `size` bytes (a copy reads half and writes half)."""
+    """[(src, dst)]: distinct parts of the arena, each a stream of `size` bytes (a copy reads half and writes
+    half)."""
     if direction == "copy":
         half, step = arena.numel() // 2, size // 8
         src, dst = arena[:half], arena[half:]
-        return [(src[i:i + step], dst[i:i + step]) for i in range(0, half - step + 1, step)]
-    parts = arena[:arena.numel() // (size // 4) * (size // 4)].split(size // 4)
+        return [(src[i : i + step], dst[i : i + step]) for i in range(0, half - step + 1, step)]
+    parts = arena[: arena.numel() // (size // 4) * (size // 4)].split(size // 4)
     return [(p, sink) if direction == "read" else (p, p) for p in parts]
 
 
 def measure(run, quick=False, device="cuda", progress=None, seconds=0.25, known=()):
     """Measures the ceilings and yields lists of Ceiling records, one list per direction and size.
 
-    known: (direction, bytes) pairs already recorded, left out. A launch shape that fails is a record with `error`.
+    known: (direction, bytes) pairs already recorded, left out. A launch shape that fails is a record with
+    `error`.
     """
     index = torch.cuda.current_device()
     properties = torch.cuda.get_device_properties(index)
@@ -139,7 +182,9 @@ def measure(run, quick=False, device="cuda", progress=None, seconds=0.25, known=
                 continue
             if progress:
                 progress(f"ceiling {direction} {size // MIB or size / MIB} MiB")
-            yield measure_one(run, direction, size, arena, sink, flush, properties, seconds / (2 if quick else 1))
+            yield measure_one(
+                run, direction, size, arena, sink, flush, properties, seconds / (2 if quick else 1)
+            )
 
 
 def measure_one(run, direction, size, arena, sink, flush, properties, seconds):
@@ -155,8 +200,10 @@ def measure_one(run, direction, size, arena, sink, flush, properties, seconds):
         rows.append(row)
         try:
             distinct = [make(*parts[i]) for i in range(sets)]
-            timed[number] = timing.GraphTimed([distinct[i % sets] for i in range(calls)], flush if flushed else None)
-        except Exception as e:                      # one shape that cannot run must not cost the others
+            timed[number] = timing.GraphTimed(
+                [distinct[i % sets] for i in range(calls)], flush if flushed else None
+            )
+        except Exception as e:  # one shape that cannot run must not cost the others
             row.error = error_text(e)
     if timed:
         for number, stats in timing.measure(timed, seconds).items():

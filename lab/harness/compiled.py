@@ -1,9 +1,11 @@
-"""The peer that every engine is held to: the same model in plain torch, compiled by torch.compile, in one CUDA graph.
+"""The peer that every engine is held to: the same model in plain torch, compiled by torch.compile, in one
+CUDA graph.
 
-One layer is compiled and called for all of them, so compiling takes seconds at any depth. The KV cache is contiguous,
-[batch, kv_heads, context + 1, head_dim], and exactly as long as the step attends to, so no mask is needed: the kindest
-case for torch. Random KV; the new token's is written in place.
+One layer is compiled and called for all of them, so compiling takes seconds at any depth. The KV cache is
+contiguous, [batch, kv_heads, context + 1, head_dim], and exactly as long as the step attends to, so no mask
+is needed: the kindest case for torch. Random KV; the new token's is written in place.
 """
+
 import torch
 import torch.nn.functional as F
 
@@ -12,25 +14,31 @@ from lab.model.torch_layer import after_attention, queries_keys_values, rms_norm
 
 
 def compiled_step(weights, batch, context):
-    """A call that decodes one token of `batch` sequences at `context`: ids int32 [batch] in, ids out, in place."""
+    """A call that decodes one token of `batch` sequences at `context`: ids int32 [batch] in, ids out, in
+    place."""
     config, device, description = weights.config, weights.device, weights.config.layer
     table = cos_sin_table(config.head_dim, config.rope_theta, config.rope_scaling, context + 1, device)
     cos, sin = table[context].chunk(2, dim=-1)
     shape = (batch, config.kv_heads, context + 1, config.head_dim)
-    caches = [tuple(torch.randn(shape, dtype=weights.dtype, device=device) for _ in range(2)) for _ in weights.layers]
+    caches = [
+        tuple(torch.randn(shape, dtype=weights.dtype, device=device) for _ in range(2))
+        for _ in weights.layers
+    ]
     ids = torch.randint(0, config.vocab, (batch,), dtype=torch.int32, device=device)
 
     def layer(h, w, k_cache, v_cache):
         q, k, v = queries_keys_values(description, w, h)
         k_cache[:, :, context] = rotate(k, cos, sin)
         v_cache[:, :, context] = v
-        attended = F.scaled_dot_product_attention(rotate(q, cos, sin).unsqueeze(2), k_cache, v_cache, enable_gqa=True)
+        attended = F.scaled_dot_product_attention(
+            rotate(q, cos, sin).unsqueeze(2), k_cache, v_cache, enable_gqa=True
+        )
         return after_attention(description, w, h, attended.reshape(batch, -1))
 
     def head(h, final_norm, lm_head):
         return F.linear(rms_norm(h, final_norm, config.rms_eps), lm_head).argmax(-1).to(torch.int32)
 
-    torch._dynamo.reset()                           # the last configuration's code is of no more use
+    torch._dynamo.reset()  # the last configuration's code is of no more use
     layer, head = (torch.compile(f, fullgraph=True, dynamic=False) for f in (layer, head))
 
     @torch.inference_mode()

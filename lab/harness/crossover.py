@@ -1,8 +1,11 @@
-"""Who wins where: the faster backend for every op, batch and context, from op records; and as a table for `lab run`.
+"""Who wins where: the faster backend for every op, batch and context, from op records; and as a table for
+`lab run`.
 
-An op that a model uses at several shapes (linear) is judged by the sum of its times in one decode step. A cell is
-ambiguous where the spreads overlap; there the table keeps the backend with the smaller median and says so.
+An op that a model uses at several shapes (linear) is judged by the sum of its times in one decode step. A
+cell is ambiguous where the spreads overlap; there the table keeps the backend with the smaller median and
+says so.
 """
+
 import json
 import sys
 from collections import defaultdict
@@ -21,13 +24,14 @@ from lab.text import columns
 @dataclass
 class Cell:
     """One op at one batch and context. us: backend -> microseconds a decode step spends in the op."""
+
     op: str
     batch: int
     context: int | None
     us: dict
     winner: str
-    verdict: str            # what the winner is next to the runner-up: faster, same or ambiguous; "alone" with no other
-    untuned: tuple = ()     # backends of `us` that ran with settings nobody raced: see lab/harness/untuned.py
+    verdict: str  # what the winner is next to the runner-up: faster, same or ambiguous; "alone" with no other
+    untuned: tuple = ()  # backends of `us` that ran with settings nobody raced: see lab/harness/untuned.py
 
 
 def calls(config, role):
@@ -37,13 +41,22 @@ def calls(config, role):
 
 
 def cells(rows, model, dtype="bf16", cache=None):
-    """The cells of one run's op rows for a model's shapes, device times only (wall times where there are no others)."""
+    """The cells of one run's op rows for a model's shapes, device times only (wall times where there are no
+    others)."""
     config, cards = preset(model), untuned.by_cards([r for r in rows if r.kind == "fairness"])
-    mine = [r for r in rows if r.kind == "op" and r.us and model in r.models and r.backend in BACKENDS
-            and r.timer in ("graph", "wall") and (r.dtype == dtype or r.op == "sample")]
+    mine = [
+        r
+        for r in rows
+        if r.kind == "op"
+        and r.us
+        and model in r.models
+        and r.backend in BACKENDS
+        and r.timer in ("graph", "wall")
+        and (r.dtype == dtype or r.op == "sample")
+    ]
     wished = [cache] if cache else ["in_model", "cold", "warm"]
-    found = defaultdict(dict)                        # (op, batch, context) -> role -> backend -> row
-    for wish in reversed(wished):                    # the most wished for comes last and replaces the others
+    found = defaultdict(dict)  # (op, batch, context) -> role -> backend -> row
+    for wish in reversed(wished):  # the most wished for comes last and replaces the others
         for r in mine:
             if r.cache == wish:
                 found[r.op, r.batch, r.context].setdefault(r.role, {})[r.backend] = r
@@ -52,8 +65,10 @@ def cells(rows, model, dtype="bf16", cache=None):
         common = [b for b in BACKENDS if all(b in by_backend for by_backend in roles.values())]
         if not common:
             continue
-        sums = {b: total([(calls(config, role) if op != "embedding" else 1, by[b]) for role, by in roles.items()])
-                for b in common}
+        sums = {
+            b: total([(calls(config, role) if op != "embedding" else 1, by[b]) for role, by in roles.items()])
+            for b in common
+        }
         order = sorted(common, key=lambda b: sums[b].us)
         said = compare.verdict(sums[order[1]], sums[order[0]]) if len(order) > 1 else "alone"
         left = tuple(b for b in common if any(untuned.is_untuned(by[b], cards) for by in roles.values()))
@@ -62,34 +77,48 @@ def cells(rows, model, dtype="bf16", cache=None):
 
 
 def total(parts):
-    """Times of several shapes as one: medians and spreads add up (the spread so errs on the wide side). What a part
-    does not know the sum does not know either."""
+    """Times of several shapes as one: medians and spreads add up (the spread so errs on the wide side). What
+    a part does not know the sum does not know either."""
+
     def combined(field, by):
         known = [(n, getattr(r, field)) for n, r in parts]
         return None if any(value is None for _, value in known) else by(known)
 
-    return SimpleNamespace(**{f: combined(f, lambda known: sum(n * value for n, value in known))
-                              for f in ("us", "us_p10", "us_p90")},
-                           n=combined("n", lambda known: min(value for _, value in known)))
+    return SimpleNamespace(
+        **{
+            f: combined(f, lambda known: sum(n * value for n, value in known))
+            for f in ("us", "us_p10", "us_p90")
+        },
+        n=combined("n", lambda known: min(value for _, value in known)),
+    )
 
 
 def table(found):
     """{"op": [{"batch", "context", "backend"}]}: what `lab run --dispatch` takes. context: null fits any."""
     out = defaultdict(list)
     for c in found:
-        out[c.op].append({"batch": c.batch, "context": c.context, "backend": c.winner,
-                          "ambiguous": c.verdict in (compare.AMBIGUOUS, compare.SAME)})
+        out[c.op].append(
+            {
+                "batch": c.batch,
+                "context": c.context,
+                "backend": c.winner,
+                "ambiguous": c.verdict in (compare.AMBIGUOUS, compare.SAME),
+            }
+        )
     return dict(out)
 
 
 def main(args):
-    """`lab bench crossover [MODEL ...] --out DIR [--export FILE]`: prints the cells of the last run in DIR."""
+    """`lab bench crossover [MODEL ...] --out DIR [--export FILE]`: prints the cells of the last run in
+    DIR."""
     rows, env, notices, _ = compare.open_run(args.out)
     for line in notices:
         print(line, file=sys.stderr)
     models = args.names or sorted({m for r in rows if r.kind == "op" for m in r.models})
     if args.export and len(models) != 1:
-        raise LabError(f"--export writes the table of one model: name it ({', '.join(models) or 'none recorded'})")
+        raise LabError(
+            f"--export writes the table of one model: name it ({', '.join(models) or 'none recorded'})"
+        )
     dtypes = {r.dtype for r in rows if r.kind == "op"}
     dtype = args.dtype or next((d for d in ("bf16", "fp16", "fp32") if d in dtypes), "bf16")
     if env.device != "cuda":
@@ -97,13 +126,33 @@ def main(args):
     for model in models:
         found = cells(rows, model, dtype)
         if not found:
-            raise LabError(f"{args.out} has no op records of {model} in {dtype}: "
-                           f"run `lab bench ops --model {model}` first")
+            raise LabError(
+                f"{args.out} has no op records of {model} in {dtype}: "
+                f"run `lab bench ops --model {model}` first"
+            )
         print(f"{model} {dtype}, us of one decode step by op")
-        print("\n".join(columns([(c.op, f"b{c.batch}", c.context or "-", c.winner, c.verdict,
-                                  "  ".join(f"{b} {us:.1f}" + f" ({untuned.WORD})" * (b in c.untuned)
-                                            for b, us in c.us.items())) for c in found],
-                                right=(2,), indent="  ")))
+        print(
+            "\n".join(
+                columns(
+                    [
+                        (
+                            c.op,
+                            f"b{c.batch}",
+                            c.context or "-",
+                            c.winner,
+                            c.verdict,
+                            "  ".join(
+                                f"{b} {us:.1f}" + f" ({untuned.WORD})" * (b in c.untuned)
+                                for b, us in c.us.items()
+                            ),
+                        )
+                        for c in found
+                    ],
+                    right=(2,),
+                    indent="  ",
+                )
+            )
+        )
         if args.export:
             write_whole(args.export, json.dumps(table(found), indent=1) + "\n")
     return 0

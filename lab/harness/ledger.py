@@ -2,21 +2,24 @@
 
 Four measurements make an account:
   1. The token: the decoder's CUDA graph, replayed between two events. No profiler.
-  2. Chains: the step's uses (an op in its role, as `linear o`) in order of first appearance; T(k) is a graph of all the
-     step's calls of the first k uses, in the step's order, in place, on every layer's own weights and KV. The time of
-     use k is T(k) - T(k-1): what the token grows by when its calls join those before. The sum is T(all) exactly. What
-     a kernel hides behind another is a gain of the later use. Each sample follows a whole token, so L2 holds what it
-     holds when tokens follow each other. That token is a graph of its own, before the sample of the token, too: replays
-     of one graph in a row were faster than replays that alternate with another graph's (SmolLM2-135M, Triton, basic plan,
-     on an H100: 722 us, and the same calls in a graph that alternates 774).
-  3. Kernels: device time stamps (torch's profiler, CUPTI) of the token's kernels. Which op launched which comes from
-     one eager step with a marker kernel around every op; the order of kernels in the graph is the same.
+  2. Chains: the step's uses (an op in its role, as `linear o`) in order of first appearance; T(k) is a graph
+     of all the step's calls of the first k uses, in the step's order, in place, on every layer's own weights
+     and KV. The time of use k is T(k) - T(k-1): what the token grows by when its calls join those before. The
+     sum is T(all) exactly. What a kernel hides behind another is a gain of the later use. Each sample follows
+     a whole token, so L2 holds what it holds when tokens follow each other. That token is a graph of its own,
+     before the sample of the token, too: replays of one graph in a row were faster than replays that
+     alternate with another graph's (SmolLM2-135M, Triton, basic plan, on an H100: 722 us, and the same calls
+     in a graph that alternates 774).
+  3. Kernels: device time stamps (torch's profiler, CUPTI) of the token's kernels. Which op launched which
+     comes from one eager step with a marker kernel around every op; the order of kernels in the graph is the
+     same.
   4. A graph of nothing: what launching a graph costs, which the token pays once.
-Where kernels overlap (programmatic dependent launch), time stamps do not add up: rows are `chain`, the time of a use,
-and `gap` is the graph's launch. Elsewhere rows are `kernel` and `gap` is T(all) minus the time stamps: the device's
-idle time. In both, `unexplained` is the token minus T(all): above 3% of it, the chains are not the token, and a flag
-says so. Gaps cannot be read off the time stamps: the profiler widens them.
+Where kernels overlap (programmatic dependent launch), time stamps do not add up: rows are `chain`, the time
+of a use, and `gap` is the graph's launch. Elsewhere rows are `kernel` and `gap` is T(all) minus the time
+stamps: the device's idle time. In both, `unexplained` is the token minus T(all): above 3% of it, the chains
+are not the token, and a flag says so. Gaps cannot be read off the time stamps: the profiler widens them.
 """
+
 import functools
 import itertools
 import math
@@ -34,29 +37,35 @@ from lab.model.sampling import GREEDY
 from lab.ops import find
 from lab.records.schema import LedgerRow
 
-MARKER = "spin_kernel"          # torch.cuda._sleep's kernel: nothing else in a decode step is called so
-REPLAYS = 20                    # replays under the profiler
-AHEAD = 1_000_000               # cycles, 0.6 ms: the host sends for two graphs meanwhile, so that neither waits for it
-NULLS = 32                      # kernels that do nothing, to tell a graph's launch from a kernel's
-SWAP_SECONDS = 1.0              # of sampling all tokens of a plan's swaps together
-TOLERANCE = 0.03                # of the token, for what is unexplained
-OVERLAP = 0.01                  # of the token; time stamps that overlap by more do not add up
-DEPENDENT = {("cuda", "basic"), ("cuda", "fused"), ("triton", "fused")}    # plans whose kernels let the next one begin
-OTHER = ("other", None)         # the use of what no op launches: moving the positions on
+MARKER = "spin_kernel"  # torch.cuda._sleep's kernel: nothing else in a decode step is called so
+REPLAYS = 20  # replays under the profiler
+AHEAD = 1_000_000  # cycles, 0.6 ms: the host sends for two graphs meanwhile, so that neither waits for it
+NULLS = 32  # kernels that do nothing, to tell a graph's launch from a kernel's
+SWAP_SECONDS = 1.0  # of sampling all tokens of a plan's swaps together
+TOLERANCE = 0.03  # of the token, for what is unexplained
+OVERLAP = 0.01  # of the token; time stamps that overlap by more do not add up
+DEPENDENT = {
+    ("cuda", "basic"),
+    ("cuda", "fused"),
+    ("triton", "fused"),
+}  # plans whose kernels let the next one begin
+OTHER = ("other", None)  # the use of what no op launches: moving the positions on
 
 
 @dataclass
 class Call:
     """One op call of a step: what it is, the bytes it must move, and how to make it again."""
+
     op: str
     role: str | None
     nbytes: int
     again: object
-    kernels: list = field(default_factory=list)     # names, in order
+    kernels: list = field(default_factory=list)  # names, in order
 
 
 class Recorder:
-    """Stands in for a decoder's ops: notes every call; with mark=True a marker kernel runs before and after each."""
+    """Stands in for a decoder's ops: notes every call; with mark=True a marker kernel runs before and after
+    each."""
 
     def __init__(self, ops, config, mark=False):
         self.ops, self.trace, self.mark, self.calls = ops, None, mark, []
@@ -69,22 +78,28 @@ class Recorder:
             a = op.bound(*args, **{k: v for k, v in options.items() if k != "out"})
             # nbytes may read the device, and its kernels must not stand between the marks.
             nbytes = 0 if self.mark else int(op.nbytes(a))
-            self.calls.append(Call(name, role_of(op, self.config, a), nbytes, functools.partial(run, *args, **options)))
+            self.calls.append(
+                Call(name, role_of(op, self.config, a), nbytes, functools.partial(run, *args, **options))
+            )
             if self.mark:
                 torch.cuda._sleep(1)
             result = run(*args, **options)
             if self.mark:
                 torch.cuda._sleep(1)
             return result
+
         return call
 
 
 def role_of(op, config, a):
-    """The role of a call in a model's step: of the use whose sizes are those of its arguments, the last of several."""
+    """The role of a call in a model's step: of the use whose sizes are those of its arguments, the last of
+    several."""
     if op.use_of is None:
         return None
     told = op.use_of(a)
-    roles = [role for role, sizes in op.uses(config) if all(sizes.get(key) == value for key, value in told.items())]
+    roles = [
+        role for role, sizes in op.uses(config) if all(sizes.get(key) == value for key, value in told.items())
+    ]
     return roles[-1] if roles else None
 
 
@@ -107,17 +122,22 @@ def device_events(run):
     """[(name, start ns, duration ns)] of what the device did during run(), in order of start."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
+
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiled:
         run()
         torch.cuda.synchronize()
-    events = [(e.name(), e.start_ns(), e.duration_ns()) for e in profiled.profiler.kineto_results.events()
-              if e.device_type() == DeviceType.CUDA]
+    events = [
+        (e.name(), e.start_ns(), e.duration_ns())
+        for e in profiled.profiler.kineto_results.events()
+        if e.device_type() == DeviceType.CUDA
+    ]
     return sorted(events, key=lambda e: e[1])
 
 
 def split_by_marks(events, calls):
-    """Assigns device events of a marked eager step to its calls (their .kernels); returns the names outside all calls.
+    """Assigns device events of a marked eager step to its calls (their .kernels); returns the names outside
+    all calls.
 
     Events are m K.. m (other) m K.. m ...: one marker before and one after every call.
     """
@@ -131,7 +151,9 @@ def split_by_marks(events, calls):
         else:
             outside.append((index, name))
     if inside or index + 1 != len(calls):
-        raise LabError(f"the profiler saw {index + 1} marked calls of {len(calls)}: no ledger can be made of that")
+        raise LabError(
+            f"the profiler saw {index + 1} marked calls of {len(calls)}: no ledger can be made of that"
+        )
     return outside
 
 
@@ -147,7 +169,8 @@ def sequence(calls, outside):
 
 
 def replays_of(events):
-    """The events of every replay, each of which a marker precedes: [[(name, start ns, duration ns), ...], ...]."""
+    """The events of every replay, each of which a marker precedes: [[(name, start ns, duration ns), ...],
+    ...]."""
     replays = []
     for event in events:
         if MARKER in event[0]:
@@ -162,23 +185,31 @@ def replays_of(events):
 def kernel_times(replays, order):
     """Microseconds of every place of `order`, summarized over replays.
 
-    What follows a replay's kernels are the copies that set the state back for the next one. Raises LabError when the
-    graph's kernels are not those of the eager step.
+    What follows a replay's kernels are the copies that set the state back for the next one. Raises LabError
+    when the graph's kernels are not those of the eager step.
     """
     names = [name for _, name in order]
     for replay in replays:
         seen = [name for name, *_ in replay]
-        if seen[:len(names)] != names or any("Memcpy" not in name for name in seen[len(names):]):
-            wrong = next((f"{i} is {a}, not {b}" for i, (a, b) in enumerate(zip(seen, names)) if a != b), None)
-            raise LabError(f"the graph ran {len(seen)} kernels and the eager step {len(names)}"
-                           + (f": number {wrong}" if wrong else ""))
+        if seen[: len(names)] != names or any("Memcpy" not in name for name in seen[len(names) :]):
+            wrong = next(
+                (f"{i} is {a}, not {b}" for i, (a, b) in enumerate(zip(seen, names)) if a != b), None
+            )
+            raise LabError(
+                f"the graph ran {len(seen)} kernels and the eager step {len(names)}"
+                + (f": number {wrong}" if wrong else "")
+            )
     return [timing.summarize([replay[place][2] / 1e3 for replay in replays]) for place in range(len(names))]
 
 
 def overlap_us(replays, count):
-    """Microseconds of a replay, on average, in which one of its `count` kernels had begun and the one before not ended."""
-    total = sum(max(0, start + duration - after) for replay in replays
-                for (_, start, duration), (_, after, _) in itertools.pairwise(replay[:count]))
+    """Microseconds of a replay, on average, in which one of its `count` kernels had begun and the one before
+    not ended."""
+    total = sum(
+        max(0, start + duration - after)
+        for replay in replays
+        for (_, start, duration), (_, after, _) in itertools.pairwise(replay[:count])
+    )
     return total / len(replays) / 1e3
 
 
@@ -188,7 +219,8 @@ def uses_of(calls):
 
 
 def chains(calls, last):
-    """{use: calls of a graph}: each the step's calls of all uses up to this one. last: the decoder's own kernels."""
+    """{use: calls of a graph}: each the step's calls of all uses up to this one. last: the decoder's own
+    kernels."""
     uses = uses_of(calls)
     made = {use: [c.again for c in calls if (c.op, c.role) in uses[:k]] for k, use in enumerate(uses, 1)}
     made[OTHER].append(last)
@@ -196,29 +228,44 @@ def chains(calls, last):
 
 
 def account(base, calls, order, times, token, chained, launch_us, ceilings, overlap):
-    """The ledger's rows. base: LedgerRow fields common to all. times: Stats per place of `order`. token: Stats.
+    """The ledger's rows. base: LedgerRow fields common to all. times: Stats per place of `order`. token:
+    Stats.
 
-    chained: {use: Stats of its chain} in the chains' order. launch_us: what a graph's own launch adds. overlap: whether
-    kernels overlap, so that the rows are chains and not kernels.
+    chained: {use: Stats of its chain} in the chains' order. launch_us: what a graph's own launch adds.
+    overlap: whether kernels overlap, so that the rows are chains and not kernels.
     """
     together = list(chained.values())[-1].us
     if overlap:
         rows = chain_rows(base, calls, order, token, chained, launch_us, ceilings)
-        gap, note = launch_us, "the graph's launch; kernels overlap, so the gaps between them are in the chains"
+        gap, note = (
+            launch_us,
+            "the graph's launch; kernels overlap, so the gaps between them are in the chains",
+        )
     else:
         rows = kernel_rows(base, calls, order, times, token, ceilings)
         gap, note = together - sum(r.us for r in rows), "the longest chain minus its kernels' time stamps"
     unexplained = token.us - together
-    rows.append(LedgerRow(**base, row="gap", us=gap, of_token=gap / token.us, timer="graph", calls=len(order),
-                          note=note))
-    rows.append(LedgerRow(**base, row="unexplained", us=unexplained, of_token=unexplained / token.us, timer="graph",
-                          flag="above 3% of the token" if abs(unexplained) > TOLERANCE * token.us else None))
+    rows.append(
+        LedgerRow(
+            **base, row="gap", us=gap, of_token=gap / token.us, timer="graph", calls=len(order), note=note
+        )
+    )
+    rows.append(
+        LedgerRow(
+            **base,
+            row="unexplained",
+            us=unexplained,
+            of_token=unexplained / token.us,
+            timer="graph",
+            flag="above 3% of the token" if abs(unexplained) > TOLERANCE * token.us else None,
+        )
+    )
     return rows + [total_row(base, token, calls, ceilings)]
 
 
 def chain_rows(base, calls, order, token, chained, launch_us, ceilings):
     """A row per use: its chain's time minus that of the chain before."""
-    names = defaultdict(dict)                        # use -> its kernels, each once
+    names = defaultdict(dict)  # use -> its kernels, each once
     for index, name in order:
         names[OTHER if index is None else (calls[index].op, calls[index].role)][short(name)] = None
     rows, before = [], timing.Stats(launch_us, launch_us, launch_us, launch_us, token.n)
@@ -227,10 +274,23 @@ def chain_rows(base, calls, order, token, chained, launch_us, ceilings):
         us, mine = stats.us - before.us, [c for c in calls if (c.op, c.role) == use]
         low = math.hypot(stats.us - stats.us_p10, before.us_p90 - before.us)
         high = math.hypot(stats.us_p90 - stats.us, before.us - before.us_p10)
-        rows.append(LedgerRow(
-            **base, row="chain", op=op, role=role, kernel=" + ".join(names[use]), calls=len(mine) or 1, us=us,
-            us_p10=us - low, us_p90=us + high, n=min(stats.n, before.n), of_token=us / token.us, timer="graph",
-            note=f"chain difference: the first {k} uses minus the first {k - 1}, not an isolated kernel"))
+        rows.append(
+            LedgerRow(
+                **base,
+                row="chain",
+                op=op,
+                role=role,
+                kernel=" + ".join(names[use]),
+                calls=len(mine) or 1,
+                us=us,
+                us_p10=us - low,
+                us_p90=us + high,
+                n=min(stats.n, before.n),
+                of_token=us / token.us,
+                timer="graph",
+                note=f"chain difference: the first {k} uses minus the first {k - 1}, not an isolated kernel",
+            )
+        )
         _bandwidth(rows[-1], sum(c.nbytes for c in mine), ceilings)
         before = stats
     return rows
@@ -238,11 +298,11 @@ def chain_rows(base, calls, order, token, chained, launch_us, ceilings):
 
 def kernel_rows(base, calls, order, times, token, ceilings):
     """A row per use and kernel: the sum of its time stamps."""
-    groups = defaultdict(list)                       # (op, role, kernel) -> places; ordered by first appearance
+    groups = defaultdict(list)  # (op, role, kernel) -> places; ordered by first appearance
     for place, (index, name) in enumerate(order):
         op, role = OTHER if index is None else (calls[index].op, calls[index].role)
         groups[op, role, short(name)].append(place)
-    heaviest = {}                                    # (op, role) -> its longest kernel, which gets the op's bytes
+    heaviest = {}  # (op, role) -> its longest kernel, which gets the op's bytes
     for (op, role, name), places in groups.items():
         us = sum(times[p].us for p in places)
         if us > heaviest.get((op, role), ("", -1.0))[1]:
@@ -253,10 +313,22 @@ def kernel_rows(base, calls, order, times, token, ceilings):
     rows = []
     for (op, role, name), places in groups.items():
         us = sum(times[p].us for p in places)
-        rows.append(LedgerRow(
-            **base, row="kernel", op=op, role=role, kernel=name, calls=len(places), us=us,
-            us_p10=sum(times[p].us_p10 for p in places), us_p90=sum(times[p].us_p90 for p in places),
-            n=min(times[p].n for p in places), of_token=us / token.us, timer="kineto"))
+        rows.append(
+            LedgerRow(
+                **base,
+                row="kernel",
+                op=op,
+                role=role,
+                kernel=name,
+                calls=len(places),
+                us=us,
+                us_p10=sum(times[p].us_p10 for p in places),
+                us_p90=sum(times[p].us_p90 for p in places),
+                n=min(times[p].n for p in places),
+                of_token=us / token.us,
+                timer="kineto",
+            )
+        )
         if heaviest[op, role][0] == name:
             _bandwidth(rows[-1], nbytes[op, role], ceilings)
     return rows
@@ -269,15 +341,24 @@ def _bandwidth(row, nbytes, ceilings):
     row.bytes = nbytes
     given = ceilings.fields(find(row.op).direction, nbytes, row.us) if row.us > 0 else {}
     row.gbps = given.get("gbps")
-    if find(row.op).cold:                            # activations come from L2: no share of DRAM's bandwidth
+    if find(row.op).cold:  # activations come from L2: no share of DRAM's bandwidth
         row.of_ceiling, row.flag = given.get("of_ceiling"), given.get("flag")
 
 
 def total_row(base, token, calls, ceilings):
     moved = sum(c.nbytes for c in calls if find(c.op).cold)
     given = ceilings.fields("read", moved, token.us)
-    return LedgerRow(**base, row="total", **token.fields(), bytes=moved, gbps=given.get("gbps"),
-                     of_ceiling=given.get("of_ceiling"), of_token=1.0, timer="graph", calls=len(calls))
+    return LedgerRow(
+        **base,
+        row="total",
+        **token.fields(),
+        bytes=moved,
+        gbps=given.get("gbps"),
+        of_ceiling=given.get("of_ceiling"),
+        of_token=1.0,
+        timer="graph",
+        calls=len(calls),
+    )
 
 
 def short(name):
@@ -296,29 +377,46 @@ def short(name):
 
 def measure(session, rig, weights, name, dtype_name, batch, context, backend, plan):
     """Records the ledger of a model under a backend and plan, once. weights: model_bench.Weights."""
-    base = dict(run=session.run, model=name, backend=backend, plan=plan, dtype=dtype_name, batch=batch, context=context)
+    base = dict(
+        run=session.run,
+        model=name,
+        backend=backend,
+        plan=plan,
+        dtype=dtype_name,
+        batch=batch,
+        context=context,
+    )
 
     def made():
         rows = measure_backend(base, rig, weights.of(name), rig.backends[backend], batch, context)
         for order, row in enumerate(rows):
             row.order = order
         return rows
+
     _record(session, rig, base, LedgerRow(**base, row="total"), made)
 
 
 def measure_swap(session, rig, weights, name, dtype_name, batch, context, plan):
     """Records a token per op swapped of a model and plan, once; see measure_swaps."""
     base = dict(run=session.run, model=name, plan=plan, dtype=dtype_name, batch=batch, context=context)
-    _record(session, rig, base, LedgerRow(**base, backend="triton", row="swap"),
-            lambda: measure_swaps(session.run, rig, weights.of(name), name, plan, dtype_name, batch, context))
+    _record(
+        session,
+        rig,
+        base,
+        LedgerRow(**base, backend="triton", row="swap"),
+        lambda: measure_swaps(session.run, rig, weights.of(name), name, plan, dtype_name, batch, context),
+    )
 
 
 def _record(session, rig, base, failed, made):
-    """Records the rows that made() returns, unless the session has rows of these fields; where it cannot make them, the
-    row `failed` with the error: one ledger must not cost what comes after it. Swaps and accounts are told apart."""
+    """Records the rows that made() returns, unless the session has rows of these fields; where it cannot make
+    them, the row `failed` with the error: one ledger must not cost what comes after it. Swaps and accounts
+    are told apart."""
     swap = failed.row == "swap"
-    if any((r.row == "swap") == swap and all(getattr(r, f) == v for f, v in base.items())
-           for r in session.of_kind("ledger")):
+    if any(
+        (r.row == "swap") == swap and all(getattr(r, f) == v for f, v in base.items())
+        for r in session.of_kind("ledger")
+    ):
         return
     try:
         rows = made()
@@ -331,19 +429,21 @@ def _record(session, rig, base, failed, made):
 
 
 def measure_backend(base, rig, weights, ops, batch, context):
-    device_events(lambda: torch.zeros(1, device=rig.device))     # the profiler attaches before any graph is captured
+    device_events(
+        lambda: torch.zeros(1, device=rig.device)
+    )  # the profiler attaches before any graph is captured
     decoder = Decoder(weights, ops, batch, context + 1, plan=base["plan"])
     model_bench.fill(decoder, batch, context)
     decoder.prepare()
     step = model_bench.timed_step(decoder, "graph")
     graph = step.graph
-    calls = record_step(decoder)                     # with bytes; the marked step below has the kernels
+    calls = record_step(decoder)  # with bytes; the marked step below has the kernels
 
     last = functools.partial(decoder.state.clone().add_, decoder.live)
     whole = timing.GraphTimed([_all([step.before, functools.partial(decoder.run_plan, GREEDY)])])
-    step.before()                                    # the next to be captured runs once before that, too
+    step.before()  # the next to be captured runs once before that, too
 
-    def before():                                    # a whole token, by a graph that is no entry: see chains, above
+    def before():  # a whole token, by a graph that is no entry: see chains, above
         torch.cuda._sleep(AHEAD)
         whole.graph.replay()
         step.before()
@@ -352,7 +452,9 @@ def measure_backend(base, rig, weights, ops, batch, context):
     entries["token"] = timing.GraphTimed([step], before, graph=graph)
     one = torch.zeros(1, device=rig.device)
     for count in (1, 1 + NULLS):
-        entries[f"{count} nulls"] = timing.GraphTimed([_all([functools.partial(one.add_, 1)] * count)], before)
+        entries[f"{count} nulls"] = timing.GraphTimed(
+            [_all([functools.partial(one.add_, 1)] * count)], before
+        )
     stats = timing.measure(entries, rig.seconds * len(entries), 20, 200)
     token, single, many = (stats.pop(key) for key in ("token", "1 nulls", f"{1 + NULLS} nulls"))
     launch_us = max(0.0, single.us - (many.us - single.us) / NULLS)
@@ -373,8 +475,9 @@ def measure_backend(base, rig, weights, ops, batch, context):
 
     replays = replays_of(device_events(replay_all))
     times = kernel_times(replays, order)
-    overlap = ((base["backend"], base["plan"]) in DEPENDENT
-               or overlap_us(replays, len(order)) > OVERLAP * token.us)
+    overlap = (base["backend"], base["plan"]) in DEPENDENT or overlap_us(
+        replays, len(order)
+    ) > OVERLAP * token.us
     rows = account(base, calls, order, times, token, stats, launch_us, rig.ceilings, overlap)
     for entry in (whole, *entries.values()):
         entry.close()
@@ -386,6 +489,7 @@ def _all(calls):
     def run():
         for call in calls:
             call()
+
     return run
 
 
@@ -395,8 +499,20 @@ def measure_swaps(run, rig, weights, name, plan, dtype_name, batch, context):
     sides = [("triton", None), ("cuda", None), *(("triton", op) for op in ops_of_step(weights.config, plan))]
     for order, (backend, op) in enumerate(sides, 100):
         overrides = {op: "cuda"} if op else {}
-        row = LedgerRow(run, name, backend, plan, dtype_name, batch, context, "swap", order=order, op=op,
-                        overrides=overrides, timer="graph")
+        row = LedgerRow(
+            run,
+            name,
+            backend,
+            plan,
+            dtype_name,
+            batch,
+            context,
+            "swap",
+            order=order,
+            op=op,
+            overrides=overrides,
+            timer="graph",
+        )
         rows.append(row)
         try:
             decoder = Decoder(weights, select(backend, rig.device, overrides), batch, context + 1, plan=plan)

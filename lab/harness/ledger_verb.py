@@ -1,4 +1,6 @@
-"""`lab ledger MODEL`: a bench of one model's ledger (lab/harness/ledger.py), and its account on the terminal."""
+"""`lab ledger MODEL`: a bench of one model's ledger (lab/harness/ledger.py), and its account on the
+terminal."""
+
 import torch
 
 from lab.arguments import names
@@ -11,12 +13,15 @@ from lab.text import columns
 
 
 def main(args):
-    """Measures (ceilings first) into a new run of --out and prints the account. Raises LabError without a GPU."""
+    """Measures (ceilings first) into a new run of --out and prints the account. Raises LabError without a
+    GPU."""
     shapes.preset(args.model)
     for name in names(args.backend):
         known(name, BACKENDS, "backend")
     if not torch.cuda.is_available():
-        raise LabError("a ledger needs an NVIDIA GPU: its rows are device time stamps (lab bench works on a CPU)")
+        raise LabError(
+            "a ledger needs an NVIDIA GPU: its rows are device time stamps (lab bench works on a CPU)"
+        )
     words = ["ledger", args.model, "--quick", "--fresh"] + ["--swap"] * args.swap
     for option in ("out", "backend", "dtype", "batch", "context", "weights", "plan"):
         words += [f"--{option}", str(getattr(args, option))] if getattr(args, option) is not None else []
@@ -34,17 +39,29 @@ def text_of(rows):
         one = mine[0]
         lines.append(f"\n{one.model} {backend} {plan} {one.dtype} batch {one.batch} context {one.context}")
         if any(r.row == "chain" for r in mine):
-            lines.append("  kernels overlap: each row is what the chain of rows above it grew by, not an isolated kernel")
+            lines.append(
+                "  kernels overlap: each row is what the chain of rows above it grew by, not an isolated "
+                "kernel"
+            )
         cells = [("op", "kernel", "calls", "us", "MB", "GB/s", "ceiling", "token", "")]
         for r in sorted(mine, key=lambda r: r.order):
             name = " ".join(w for w in (r.op, r.role) if w) if r.row in ("kernel", "chain") else r.row
             if r.error:
                 lines.append("  " + one_line(f"{name} failed: {r.error}"))
                 continue
-            cells.append((name, shown(r.kernel or "", quotes=False), r.calls or "", f"{r.us:.1f}",
-                          "" if r.bytes is None else f"{r.bytes / 1e6:.1f}", "" if r.gbps is None else f"{r.gbps:.0f}",
-                          "" if r.of_ceiling is None else f"{r.of_ceiling:.1%}",
-                          "" if r.of_token is None else f"{r.of_token:.1%}", r.flag or ""))
+            cells.append(
+                (
+                    name,
+                    shown(r.kernel or "", quotes=False),
+                    r.calls or "",
+                    f"{r.us:.1f}",
+                    "" if r.bytes is None else f"{r.bytes / 1e6:.1f}",
+                    "" if r.gbps is None else f"{r.gbps:.0f}",
+                    "" if r.of_ceiling is None else f"{r.of_ceiling:.1%}",
+                    "" if r.of_token is None else f"{r.of_token:.1%}",
+                    r.flag or "",
+                )
+            )
         lines += columns(cells, right=range(2, 8), indent="  ")
     for plan in dict.fromkeys(r.plan for r in rows if r.row == "swap"):
         lines.append(f"\nswap, plan {plan}: one token, us, and the change from all triton")

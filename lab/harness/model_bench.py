@@ -1,10 +1,11 @@
 """`lab bench model`: one decode step of a whole model: throughput, latency, memory, scaling with the batch.
 
-Every configuration is measured for all backends and plans side by side, or for as many as the memory takes. mode=graph
-replays the decoder's CUDA graph (device time); mode=eager launches op by op (host included); mode=compile is the peer in
-lab/harness/compiled.py. The KV cache holds random data at the asked context, and the context is set back before every
-step, so all samples do the same work.
+Every configuration is measured for all backends and plans side by side, or for as many as the memory takes.
+mode=graph replays the decoder's CUDA graph (device time); mode=eager launches op by op (host included);
+mode=compile is the peer in lab/harness/compiled.py. The KV cache holds random data at the asked context, and
+the context is set back before every step, so all samples do the same work.
 """
+
 import gc
 import random
 import time
@@ -22,7 +23,7 @@ from lab.model.weights import load
 from lab.records import compare
 from lab.records.schema import ModelRow
 
-KV_SHARE = 0.75             # of the free memory, what the KV caches of decoders side by side may take
+KV_SHARE = 0.75  # of the free memory, what the KV caches of decoders side by side may take
 
 
 def tensors_of(weights):
@@ -36,7 +37,8 @@ def tensors_of(weights):
 
 
 def step_bytes(weights, batch, context):
-    """Bytes that one step reads at least: all weights but an untied embedding table, and the KV of every sequence."""
+    """Bytes that one step reads at least: all weights but an untied embedding table, and the KV of every
+    sequence."""
     held = sum(t.nbytes for t in tensors_of(weights))
     if weights.lm_head.data_ptr() != weights.embed.data_ptr():
         held -= weights.embed.nbytes
@@ -54,13 +56,14 @@ def fill(decoder, batch, context):
     decoder.cache.k.normal_()
     decoder.cache.v.normal_()
     for row in range(batch):
-        decoder.cache.extend(row, context + 1)      # the page that the new token's KV goes to
+        decoder.cache.extend(row, context + 1)  # the page that the new token's KV goes to
         decoder.cache.lengths[row] = context
         decoder.place(row, rand.randrange(decoder.config.vocab))
 
 
 def timed_step(decoder, mode):
-    """The decode step as something to sample; `mode` is graph, eager or (on a CPU) eager by the wall clock."""
+    """The decode step as something to sample; `mode` is graph, eager or (on a CPU) eager by the wall
+    clock."""
     state, ids = decoder.state.clone(), decoder.ids.clone()
 
     def restore():
@@ -83,7 +86,13 @@ class Weights:
     """The weights of one model at a time, on the rig's device: `of` loads them, `drop` frees the memory."""
 
     def __init__(self, kind, dtype_name, device):
-        self.kind, self.dtype, self.device, self.name, self.held = kind, DTYPES[dtype_name], device, None, None
+        self.kind, self.dtype, self.device, self.name, self.held = (
+            kind,
+            DTYPES[dtype_name],
+            device,
+            None,
+            None,
+        )
 
     def of(self, name):
         """Raises LabError for a model that is too large for this card or has no real weights here."""
@@ -93,29 +102,41 @@ class Weights:
         return self.held
 
     def drop(self):
-        if self.name:                               # a collection takes a tenth of a second
+        if self.name:  # a collection takes a tenth of a second
             self.held = self.name = None
             release(self.device)
 
 
 def release(device):
     """Gives back what nothing needs any more, so that the free memory that is asked next is all there is."""
-    gc.collect()                                    # decoders and their graphs refer to each other
+    gc.collect()  # decoders and their graphs refer to each other
     if device == "cuda":
         torch.cuda.empty_cache()
 
 
 def measure_model(session, rig, weights, name, dtype_name, batch, context):
-    """All rows of one model at one size; a configuration that fails becomes rows with `error`. weights: Weights."""
+    """All rows of one model at one size; a configuration that fails becomes rows with `error`. weights:
+    Weights."""
     rows = _rows(session, rig, name, dtype_name, batch, context)
     if not all(map(session.has, rows)):
         session.add(*_filled(session, rig, weights, rows))
 
 
 def measure_compiled(session, rig, weights, name, dtype_name, batch, context):
-    """The row of the torch.compile peer, interleaved with the graphs of all decoders: a verdict on each is in it."""
-    peer = ModelRow(session.run, name, "torch", "-", "compile", dtype_name, batch, context, "graph",
-                    note="torch.compile layer by layer, one CUDA graph; contiguous KV of this length, no mask")
+    """The row of the torch.compile peer, interleaved with the graphs of all decoders: a verdict on each is in
+    it."""
+    peer = ModelRow(
+        session.run,
+        name,
+        "torch",
+        "-",
+        "compile",
+        dtype_name,
+        batch,
+        context,
+        "graph",
+        note="torch.compile layer by layer, one CUDA graph; contiguous KV of this length, no mask",
+    )
     if not session.has(peer):
         others = [r for r in _rows(session, rig, name, dtype_name, batch, context) if r.mode == "graph"]
         _filled(session, rig, weights, [*others, peer])
@@ -148,7 +169,8 @@ def _filled(session, rig, weights, rows):
 
 
 def together(rig, sides, kv_bytes):
-    """The (backend, plan) pairs `sides`, grouped by what is measured side by side: all, or a plan, or what fits of it.
+    """The (backend, plan) pairs `sides`, grouped by what is measured side by side: all, or a plan, or what
+    fits of it.
 
     kv_bytes: of one decoder's cache; [] when not even one fits beside the weights that are loaded.
     """
@@ -158,7 +180,7 @@ def together(rig, sides, kv_bytes):
     if not fit or fit >= len(sides):
         return [sides] if fit else []
     by_plan = [[side for side in sides if side[1] == plan] for plan in rig.plans]
-    return [one[i:i + fit] for one in by_plan for i in range(0, len(one), fit)]
+    return [one[i : i + fit] for one in by_plan for i in range(0, len(one), fit)]
 
 
 def _modes(rig):
@@ -167,14 +189,28 @@ def _modes(rig):
 
 def _rows(session, rig, name, dtype_name, batch, context):
     timer = {"graph": "graph", "eager": "event" if rig.device == "cuda" else "wall"}
-    return [ModelRow(session.run, name, backend, plan, mode, dtype_name, batch, context, timer[mode],
-                     emulated=rig.device != "cuda")
-            for mode in _modes(rig) for backend, plan in rig.sides(batch, dtype_name)]
+    return [
+        ModelRow(
+            session.run,
+            name,
+            backend,
+            plan,
+            mode,
+            dtype_name,
+            batch,
+            context,
+            timer[mode],
+            emulated=rig.device != "cuda",
+        )
+        for mode in _modes(rig)
+        for backend, plan in rig.sides(batch, dtype_name)
+    ]
 
 
 def _measure(session, rig, weights, rows, sides, batch, context):
-    """Fills in `rows`, those of the (backend, plan) pairs `sides` and perhaps the compiled peer's, side by side."""
-    entries = []                                    # (row, what to sample)
+    """Fills in `rows`, those of the (backend, plan) pairs `sides` and perhaps the compiled peer's, side by
+    side."""
+    entries = []  # (row, what to sample)
     for backend, plan in sides:
         mine = [r for r in rows if (r.backend, r.plan) == (backend, plan)]
         try:
@@ -183,12 +219,13 @@ def _measure(session, rig, weights, rows, sides, batch, context):
                 for field, value in memory.items():
                     setattr(r, field, value)
                 entries.append((r, timed_step(decoder, r.mode)))
-        except Exception as e:                      # one backend that cannot run must not cost the others
+        except Exception as e:  # one backend that cannot run must not cost the others
             for r in mine:
                 r.error = error_text(e)
     for r in (r for r in rows if r.mode == "compile"):
         try:
             from lab.harness.compiled import compiled_step
+
             entries.append((r, timing.GraphTimed([compiled_step(weights, batch, context)])))
         except Exception as e:
             r.error = error_text(e)
@@ -197,7 +234,11 @@ def _measure(session, rig, weights, rows, sides, batch, context):
         group = [(r, t) for r, t in entries if t.timer == timer and not r.error]
         try:
             limits = (2, 5) if timer == "wall" else (20, 300)
-            stats = timing.measure({i: t for i, (_, t) in enumerate(group)}, rig.seconds * 4, *limits) if group else {}
+            stats = (
+                timing.measure({i: t for i, (_, t) in enumerate(group)}, rig.seconds * 4, *limits)
+                if group
+                else {}
+            )
         except Exception as e:
             stats = {}
             for r, _ in group:
@@ -208,7 +249,9 @@ def _measure(session, rig, weights, rows, sides, batch, context):
                 if hasattr(r, field):
                     setattr(r, field, value)
             r.bytes, r.tokens_per_s = nbytes, batch / s.us * 1e6
-            r.verdict = {_name(group[j][0], rig): compare.verdict(other, s) for j, other in stats.items() if j != i}
+            r.verdict = {
+                _name(group[j][0], rig): compare.verdict(other, s) for j, other in stats.items() if j != i
+            }
             r.linearity = _linearity(r, [*session.of_kind("model"), *rows])
 
 
@@ -220,8 +263,15 @@ def _name(row, rig):
 
 def _linearity(row, others):
     """Throughput over the ideal line through the smallest batch measured; 1 at that batch."""
-    same = [o for o in others if o.tokens_per_s and all(
-        getattr(o, f) == getattr(row, f) for f in ("model", "backend", "plan", "mode", "dtype", "context", "timer"))]
+    same = [
+        o
+        for o in others
+        if o.tokens_per_s
+        and all(
+            getattr(o, f) == getattr(row, f)
+            for f in ("model", "backend", "plan", "mode", "dtype", "context", "timer")
+        )
+    ]
     base = min(same, key=lambda o: o.batch)
     return row.tokens_per_s / (base.tokens_per_s * row.batch / base.batch)
 
@@ -250,7 +300,8 @@ def _build(weights, ops, plan, batch, context):
 
 
 def time_to_first_token(decoder, context, tries):
-    """Milliseconds from a prompt of `context` tokens to its first new token, one sequence; the last of `tries`."""
+    """Milliseconds from a prompt of `context` tokens to its first new token, one sequence; the last of
+    `tries`."""
     rand = random.Random(1)
     ids = [rand.randrange(decoder.config.vocab) for _ in range(context)]
     sync = torch.cuda.synchronize if decoder.device.type == "cuda" else lambda: None

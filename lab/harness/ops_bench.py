@@ -1,9 +1,10 @@
 """`lab bench ops`: every op, backend, dtype and size: cold, in-model, warm and host-inclusive times, A B B A.
 
-cache=cold: all arguments rotate over distinct buffers. in_model: weights and KV rotate, activations stay. warm: one
-buffer set. These are device times (timer=graph). timer=event: eager calls, the host's time included. On a CPU one wall
-time is recorded instead, marked emulated.
+cache=cold: all arguments rotate over distinct buffers. in_model: weights and KV rotate, activations stay.
+warm: one buffer set. These are device times (timer=graph). timer=event: eager calls, the host's time
+included. On a CPU one wall time is recorded instead, marked emulated.
 """
+
 import dataclasses
 import functools
 from dataclasses import dataclass
@@ -26,15 +27,16 @@ MODES = (("cold", "graph"), ("in_model", "graph"), ("warm", "graph"), ("cold", "
 QUICK_MODES = (("cold", "graph"), ("cold", "event"))
 EMULATED = (("warm", "wall"),)
 QUICK_SECONDS = 0.06
-EAGER_US = 1500.0               # one eager sample lasts about this long
-FREE_SHARE = 0.6                # of the free memory, what the buffer sets may take
+EAGER_US = 1500.0  # one eager sample lasts about this long
+FREE_SHARE = 0.6  # of the free memory, what the buffer sets may take
 
 
 @dataclass
 class Rig:
     """What measuring a point needs: backends bound to the device, the ceilings, how long to sample."""
+
     device: str
-    backends: dict              # name -> lab.dispatch.Ops
+    backends: dict  # name -> lab.dispatch.Ops
     ceilings: object
     multiprocessors: int = 1
     l2_bytes: int = 0
@@ -42,28 +44,34 @@ class Rig:
     seconds: float = 0.12
     vendor: bool = True
     modes: tuple = MODES
-    plans: tuple = ("basic",)   # of the decoder, for models and ledgers
-    lean: bool = False          # the torch reference under the first plan only
+    plans: tuple = ("basic",)  # of the decoder, for models and ledgers
+    lean: bool = False  # the torch reference under the first plan only
 
     def having(self, op):
-        """Names of the backends that have the op: a language, or the file of `lab try`, may have some alone."""
+        """Names of the backends that have the op: a language, or the file of `lab try`, may have some
+        alone."""
         return [name for name, ops in self.backends.items() if hasattr(ops, op.name)]
 
     def sides(self, batch, dtype_name):
         """(backend, plan) of every decoder to measure at a batch and dtype, which rule some plans out.
 
-        torch has no kernel of a whole step: under persistent it does what it does under fused. Beside other backends it
-        is measured once.
+        torch has no kernel of a whole step: under persistent it does what it does under fused. Beside other
+        backends it is measured once.
         """
         once = "fused" in self.plans and list(self.backends) != ["torch"]
         again = self.plans[1:] if self.lean else ("persistent",) if once else ()
         whole = [name for name, ops in self.backends.items() if getattr(ops, "whole", True)]
-        return [(backend, plan) for plan in self.plans for backend in whole
-                if not refusal(plan, batch, DTYPES[dtype_name]) and not (backend == "torch" and plan in again)]
+        return [
+            (backend, plan)
+            for plan in self.plans
+            for backend in whole
+            if not refusal(plan, batch, DTYPES[dtype_name]) and not (backend == "torch" and plan in again)
+        ]
 
 
 def load_backends(names, device, asked):
-    """({name: Ops}, notes). A backend that this machine lacks is an error when asked for by name, else a note."""
+    """({name: Ops}, notes). A backend that this machine lacks is an error when asked for by name, else a
+    note."""
     found, notes = {}, []
     for name in names or BACKENDS:
         try:
@@ -79,28 +87,54 @@ def load_backends(names, device, asked):
 
 def make_rig(backends, device, ceilings, quick=False, seconds=None):
     if device != "cuda":
-        return Rig(device, backends, ceilings, modes=EMULATED, vendor=False, seconds=0.3 if seconds is None else seconds)
+        return Rig(
+            device,
+            backends,
+            ceilings,
+            modes=EMULATED,
+            vendor=False,
+            seconds=0.3 if seconds is None else seconds,
+        )
     p = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return Rig(device, backends, ceilings, p.multi_processor_count, p.L2_cache_size,
-               timing.Flush(p.L2_cache_size, device),
-               (QUICK_SECONDS if quick else Rig.seconds) if seconds is None else seconds,
-               modes=QUICK_MODES if quick else MODES)
+    return Rig(
+        device,
+        backends,
+        ceilings,
+        p.multi_processor_count,
+        p.L2_cache_size,
+        timing.Flush(p.L2_cache_size, device),
+        (QUICK_SECONDS if quick else Rig.seconds) if seconds is None else seconds,
+        modes=QUICK_MODES if quick else MODES,
+    )
 
 
 def measure_point(session, rig, point, dtype_name, modes=None):
-    """Measures one point in every mode of the rig (or in `modes`) and records the rows that the session lacks.
+    """Measures one point in every mode of the rig (or in `modes`) and records the rows that the session
+    lacks.
 
     What fails is recorded as rows with `error`. Raises LabError when the CUDA context is lost.
     """
     op = find(point.op)
     dtype = DTYPES[dtype_name]
-    if dtype not in op.dtypes:                      # sample takes float32 logits whatever the model's dtype
+    if dtype not in op.dtypes:  # sample takes float32 logits whatever the model's dtype
         dtype = op.dtypes[0]
         dtype_name = next(name for name, d in DTYPES.items() if d == dtype)
 
     def row(backend, cache, timer):
-        return OpRow(session.run, op.name, backend, dtype_name, point.batch, point.shape, point.context, cache, timer,
-                     role=point.role, models=list(point.models), emulated=timer == "wall")
+        return OpRow(
+            session.run,
+            op.name,
+            backend,
+            dtype_name,
+            point.batch,
+            point.shape,
+            point.context,
+            cache,
+            timer,
+            role=point.role,
+            models=list(point.models),
+            emulated=timer == "wall",
+        )
 
     modes = [(c, t) for c, t in modes or rig.modes if c != "in_model" or op.cold]
     backends = rig.having(op)
@@ -109,7 +143,7 @@ def measure_point(session, rig, point, dtype_name, modes=None):
         return
     try:
         bound = _Bound(op, point, dtype, rig)
-    except (RuntimeError, LabError) as e:           # out of memory, a size that the op does not take
+    except (RuntimeError, LabError) as e:  # out of memory, a size that the op does not take
         session.add(*(dataclasses.replace(row(b, *m), error=error_text(e)) for m in todo for b in backends))
         return
     cold_us = {}
@@ -121,14 +155,16 @@ def measure_point(session, rig, point, dtype_name, modes=None):
             rows[name].config = {**bound.config, **_tuned(name, point, dtype, rig)}
             try:
                 timed[name] = bound.timed(name, cache, timer, cold_us.get(name))
-            except Exception as e:                  # one backend that cannot run must not cost the others
+            except Exception as e:  # one backend that cannot run must not cost the others
                 rows[name].error = error_text(e)
         stats = _measured(timed, rig, timer, rows)
         for name, s in stats.items():
-            for field, value in {**s.fields(), **rig.ceilings.fields(op.direction, bound.nbytes, s.us,
-                                                                   cache, rig.l2_bytes)}.items():
+            for field, value in {
+                **s.fields(),
+                **rig.ceilings.fields(op.direction, bound.nbytes, s.us, cache, rig.l2_bytes),
+            }.items():
                 setattr(rows[name], field, value)
-            if timer == "event":                    # the host's time says nothing about a share of the ceiling
+            if timer == "event":  # the host's time says nothing about a share of the ceiling
                 rows[name].of_ceiling = rows[name].of_stream = rows[name].flag = None
             rows[name].verdict = {other: compare.verdict(stats[other], s) for other in stats if other != name}
             if (cache, timer) == ("cold", "graph"):
@@ -141,17 +177,25 @@ def measure_point(session, rig, point, dtype_name, modes=None):
 
 
 def _tuned(backend, point, dtype, rig):
-    """{"tuned": was a setting raced for this launch on this architecture}; {} where there is nothing to choose."""
+    """{"tuned": was a setting raced for this launch on this architecture}; {} where there is nothing to
+    choose."""
     if rig.device != "cuda" or backend not in find(point.op).spaces:
         return {}
     major, minor = torch.cuda.get_device_capability()
-    found = untuned.raced(backend, point.op, point.batch, dtype.itemsize, key_shape(point),
-                          tuned.read(tuned.path_of(backend, f"sm_{major}{minor}")))
+    found = untuned.raced(
+        backend,
+        point.op,
+        point.batch,
+        dtype.itemsize,
+        key_shape(point),
+        tuned.read(tuned.path_of(backend, f"sm_{major}{minor}")),
+    )
     return {} if found is None else {"tuned": found}
 
 
 def _measured(timed, rig, timer, rows):
-    """The statistics of all entries; on a failure, which no entry can be blamed for, every row gets the error."""
+    """The statistics of all entries; on a failure, which no entry can be blamed for, every row gets the
+    error."""
     if not timed:
         return {}
     try:
@@ -165,12 +209,15 @@ def _measured(timed, rig, timer, rows):
 
 
 def alive(what):
-    """Raises LabError when the CUDA context is lost (an illegal access, say): nothing after it can be measured."""
+    """Raises LabError when the CUDA context is lost (an illegal access, say): nothing after it can be
+    measured."""
     try:
         torch.cuda.synchronize()
     except Exception as e:
-        raise LabError(f"the CUDA context is lost after {what} ({error_text(e)}); what was measured is recorded: run the "
-                       "same command again to go on behind it") from None
+        raise LabError(
+            f"the CUDA context is lost after {what} ({error_text(e)}); what was measured is recorded: run "
+            "the same command again to go on behind it"
+        ) from None
 
 
 class _Bound:
@@ -183,27 +230,40 @@ class _Bound:
         self.peers = {p.name: p for p in (peers(op.name, args) if rig.vendor else ())}
         count, self.calls, self.flushed = 1, 1, False
         if rig.device == "cuda":
-            torch.cuda.empty_cache()                # what is free is about to be asked
+            torch.cuda.empty_cache()  # what is free is about to be asked
             storages = {t.untyped_storage().data_ptr(): t.nbytes for t in args if isinstance(t, torch.Tensor)}
             set_bytes = sum(storages.values()) * (1 + sum(p.own for p in self.peers.values()))
-            count, self.calls, self.flushed = timing.plan_sets(self.nbytes, rig.l2_bytes, set_bytes,
-                                                               FREE_SHARE * torch.cuda.mem_get_info()[0])
+            count, self.calls, self.flushed = timing.plan_sets(
+                self.nbytes, rig.l2_bytes, set_bytes, FREE_SHARE * torch.cuda.mem_get_info()[0]
+            )
         self.sets = [args] + [timing.clone_args(args) for _ in range(count - 1)]
         self.outs = [op.outputs(*a) for a in self.sets]
 
     def names(self, cache, timer):
         """Backends and peers that have such a time (see Peer.own)."""
-        return [*self.rig.having(self.op), *(name for name, p in self.peers.items()
-                                      if not p.own or (timer == "graph" and cache != "in_model"))]
+        return [
+            *self.rig.having(self.op),
+            *(
+                name
+                for name, p in self.peers.items()
+                if not p.own or (timer == "graph" and cache != "in_model")
+            ),
+        ]
 
     def bind(self, name, in_model=False):
-        """One call per buffer set. in_model: activations and output of the first set, weights and KV of each."""
+        """One call per buffer set. in_model: activations and output of the first set, weights and KV of
+        each."""
         if (name, in_model) in self.made:
             return self.made[name, in_model]
         sets, outs = self.sets, self.outs
         if in_model:
-            sets = [tuple(own if name in self.op.cold else first
-                          for name, own, first in zip(self.op.names, args, sets[0])) for args in sets]
+            sets = [
+                tuple(
+                    own if name in self.op.cold else first
+                    for name, own, first in zip(self.op.names, args, sets[0])
+                )
+                for args in sets
+            ]
             outs = outs[:1] * len(sets)
         if name in self.peers:
             calls = self.peers[name].make(sets)
@@ -223,5 +283,6 @@ class _Bound:
         if cache == "warm":
             n = int(min(256, max(4, timing.GRAPH_US / (cold_us or timing.LAUNCH_US))))
             return timing.GraphTimed([distinct[0]] * n)
-        return timing.GraphTimed([distinct[i % len(distinct)] for i in range(self.calls)],
-                                 self.rig.flush if self.flushed else None)
+        return timing.GraphTimed(
+            [distinct[i % len(distinct)] for i in range(self.calls)], self.rig.flush if self.flushed else None
+        )

@@ -1,7 +1,9 @@
 """Which sizes of every op to measure: those that one decode step of the model presets asks of it.
 
-A contract says where models use the op (Op.uses); an op that no model uses is measured at the cases of its contract.
+A contract says where models use the op (Op.uses); an op that no model uses is measured at the cases of its
+contract.
 """
+
 import itertools
 from dataclasses import dataclass, field, replace
 
@@ -14,19 +16,23 @@ from lab.ops import OPS, find
 from lab.records import schema
 
 MODELS = ("smollm2-135m", "qwen3-0.6b", "llama-3.2-1b", "llama-3.1-8b")
-MOST_TOKENS = 1 << 19           # batch * context of an attention point: two sets of an 8B layer's KV are then 4 GiB
+MOST_TOKENS = 1 << 19  # batch * context of an attention point: two sets of an 8B layer's KV are then 4 GiB
 
 
 @dataclass(frozen=True)
 class Point:
-    """One op at one size. `shape` is what a record says of it beside op, batch and context; its values are JSON."""
+    """One op at one size. `shape` is what a record says of it beside op, batch and context; its values are
+    JSON."""
+
     op: str
     role: str | None
     batch: int
     context: int | None
     shape: dict = field(hash=False)
     models: tuple = ()
-    case: dict | None = field(default=None, hash=False)     # the contract's own sizes, for an op that no model uses
+    case: dict | None = field(
+        default=None, hash=False
+    )  # the contract's own sizes, for an op that no model uses
 
     @property
     def identity(self):
@@ -39,14 +45,16 @@ def preset(name):
 
 
 def uses(config, plan="basic"):
-    """(op, role, sizes) of every distinct use in one decode step of a model under a plan, in the order of OPS."""
+    """(op, role, sizes) of every distinct use in one decode step of a model under a plan, in the order of
+    OPS."""
     for op in OPS:
         if plan in op.plans:
             yield from ((op.name, role, sizes) for role, sizes in op.uses(config))
 
 
 def points(models=MODELS, batches=(1,), contexts=(1024,), ops=None):
-    """Every distinct point of the models, in the order of OPS; equal shapes of two models are one point of both.
+    """Every distinct point of the models, in the order of OPS; equal shapes of two models are one point of
+    both.
 
     A whole step is no point: at sizes of its own it would be a model that nobody has.
     """
@@ -80,7 +88,8 @@ def plain(value):
 
 
 def arguments(op, point, rand, multiprocessors):
-    """(args, config): the op's random arguments at a point, and the launch configuration that was chosen for them."""
+    """(args, config): the op's random arguments at a point, and the launch configuration that was chosen for
+    them."""
     if point.case is not None:
         return op.inputs(rand, **point.case), {}
     sizes, config = op.sizes_at(point.shape, point.batch, point.context, multiprocessors)

@@ -1,13 +1,15 @@
 """How long a call takes: distinct buffers in one CUDA graph, interleaved samples, medians with their spread.
 
-A `Timed` is something that can be sampled: `GraphTimed` (device time), `EagerTimed` (host included), `WallTimed` (CPU,
-emulated). `measure` samples several of them ABBA, so that a drift of the clock hits all alike.
+A `Timed` is something that can be sampled: `GraphTimed` (device time), `EagerTimed` (host included),
+`WallTimed` (CPU, emulated). `measure` samples several of them ABBA, so that a drift of the clock hits all
+alike.
 
-Why a graph: events around one launch of a few microseconds measure the launch. A graph of hundreds of calls, replayed
-between two events while the queue is never empty, measures the device. Why distinct buffers: an op that re-reads what
-it read a moment ago measures L2. Sets rotate until they total five times L2; where ops are too small for that, an
-untimed read of five times L2 runs between replays and each set is used once a replay.
+Why a graph: events around one launch of a few microseconds measure the launch. A graph of hundreds of calls,
+replayed between two events while the queue is never empty, measures the device. Why distinct buffers: an op
+that re-reads what it read a moment ago measures L2. Sets rotate until they total five times L2; where ops are
+too small for that, an untimed read of five times L2 runs between replays and each set is used once a replay.
 """
+
 import gc
 import math
 import statistics
@@ -17,16 +19,17 @@ from dataclasses import dataclass
 
 import torch
 
-COLD_L2 = 5              # cold: at least this many times L2 passes between two uses of a buffer
-MAX_SETS = 256           # distinct buffer sets a graph rotates over
-GRAPH_US = 700.0         # a graph lasts at least about this long, so that its own launch (1-2 us) is below 0.3%
-ASSUMED_GBPS = 2500.0    # only to size graphs before anything was measured
-LAUNCH_US = 2.0          # the least a kernel in a graph takes, for the same purpose
+COLD_L2 = 5  # cold: at least this many times L2 passes between two uses of a buffer
+MAX_SETS = 256  # distinct buffer sets a graph rotates over
+GRAPH_US = 700.0  # a graph lasts at least about this long, so that its own launch (1-2 us) is below 0.3%
+ASSUMED_GBPS = 2500.0  # only to size graphs before anything was measured
+LAUNCH_US = 2.0  # the least a kernel in a graph takes, for the same purpose
 
 
 @dataclass(frozen=True)
 class Stats:
     """Microseconds per call: median, 10th, 90th and 99th percentile of n samples."""
+
     us: float
     us_p10: float
     us_p90: float
@@ -40,8 +43,13 @@ class Stats:
 
 def summarize(samples: Sequence[float]) -> Stats:
     ordered = sorted(samples)
-    return Stats(statistics.median(ordered), percentile(ordered, 0.10), percentile(ordered, 0.90),
-                 percentile(ordered, 0.99), len(ordered))
+    return Stats(
+        statistics.median(ordered),
+        percentile(ordered, 0.10),
+        percentile(ordered, 0.90),
+        percentile(ordered, 0.99),
+        len(ordered),
+    )
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:
@@ -54,8 +62,10 @@ def percentile(ordered: Sequence[float], share: float) -> float:
 
 # Buffers
 
+
 def clone_args(args: Sequence) -> tuple:
-    """The arguments with every tensor in new memory; views keep their strides and go on sharing one storage."""
+    """The arguments with every tensor in new memory; views keep their strides and go on sharing one
+    storage."""
     storages = {}
 
     def clone(t):
@@ -73,7 +83,8 @@ def clone_args(args: Sequence) -> tuple:
 def plan_sets(nbytes: int, l2_bytes: int, set_bytes: int | None = None, free_bytes: int | None = None):
     """(sets, calls, flush): how many buffer sets, calls a graph, and whether a flush runs between replays.
 
-    nbytes: what one call moves. set_bytes: what one set occupies (default nbytes). free_bytes: memory to stay within.
+    nbytes: what one call moves. set_bytes: what one set occupies (default nbytes). free_bytes: memory to stay
+    within.
     """
     target = COLD_L2 * l2_bytes
     sets = max(2, min(MAX_SETS, math.ceil(target / max(nbytes, 1))))
@@ -86,7 +97,8 @@ def plan_sets(nbytes: int, l2_bytes: int, set_bytes: int | None = None, free_byt
 
 
 class Flush:
-    """Reads five times L2, so that nothing of before is left in it. A read: a write would leave dirty lines behind."""
+    """Reads five times L2, so that nothing of before is left in it. A read: a write would leave dirty lines
+    behind."""
 
     def __init__(self, l2_bytes: int, device):
         self.buffer = torch.randn(COLD_L2 * l2_bytes // 4, device=device)
@@ -97,11 +109,14 @@ class Flush:
 
 # What can be sampled
 
+
 class GraphTimed:
     """`calls` (no arguments each) captured in order in one CUDA graph.
 
-    before: runs untimed before every replay (a flush, a state to restore). graph: one that exists already, instead.
+    before: runs untimed before every replay (a flush, a state to restore). graph: one that exists already,
+    instead.
     """
+
     timer, host = "graph", False
 
     def __init__(self, calls: Sequence[Callable], before: Callable | None = None, graph=None):
@@ -130,7 +145,7 @@ def capture(calls: Sequence[Callable]) -> torch.cuda.CUDAGraph:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        calls[0]()                                  # compiles what compiles at first use, outside the capture
+        calls[0]()  # compiles what compiles at first use, outside the capture
         calls[-1]()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -142,7 +157,9 @@ def capture(calls: Sequence[Callable]) -> torch.cuda.CUDAGraph:
 
 
 class EagerTimed:
-    """Calls made one by one from Python with the queue empty before: the time a caller waits, host included."""
+    """Calls made one by one from Python with the queue empty before: the time a caller waits, host
+    included."""
+
     timer, host = "event", True
 
     def __init__(self, calls: Sequence[Callable], before: Callable | None = None):
@@ -152,7 +169,7 @@ class EagerTimed:
     def sample(self):
         if self.before:
             self.before()
-        torch.cuda.synchronize()                    # or the device's backlog would hide the host's time
+        torch.cuda.synchronize()  # or the device's backlog would hide the host's time
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         for call in self.calls:
@@ -169,11 +186,12 @@ class EagerTimed:
 
 class WallTimed:
     """The host's clock around a call on the CPU. Emulated: it says nothing about a GPU."""
+
     timer, host = "wall", True
 
     def __init__(self, call: Callable, before: Callable | None = None):
         self.call, self.before = call, before
-        self.first_us = self.sample()               # warms up; an interpreted kernel is too slow to do that twice
+        self.first_us = self.sample()  # warms up; an interpreted kernel is too slow to do that twice
 
     def sample(self):
         if self.before:
@@ -192,31 +210,35 @@ class WallTimed:
 def measure(timed: dict, seconds: float = 0.15, least: int = 15, most: int = 200) -> dict[str, Stats]:
     """Samples every entry in turn, A B B A, and summarizes each.
 
-    seconds: about how long the sampling of all entries together lasts; `least` and `most` bound the samples of each.
+    seconds: about how long the sampling of all entries together lasts; `least` and `most` bound the samples
+    of each.
     """
     names = list(timed)
     sync = torch.cuda.synchronize if any(t.timer != "wall" for t in timed.values()) else lambda: None
     collecting = gc.isenabled()
-    gc.disable()                                    # a collection in the middle of an eager sample would be timed
+    gc.disable()  # a collection in the middle of an eager sample would be timed
     try:
         start = time.perf_counter()
-        for name in names:                          # warms up, and says how many rounds fit
+        for name in names:  # warms up, and says how many rounds fit
             if timed[name].timer != "wall":
                 timed[name].sample()
         sync()
-        once = time.perf_counter() - start + sum(t.first_us for t in timed.values() if t.timer == "wall") * 1e-6
+        once = (
+            time.perf_counter() - start + sum(t.first_us for t in timed.values() if t.timer == "wall") * 1e-6
+        )
         rounds = int(min(max(seconds / max(once, 1e-6), least), most))
         samples = {name: [] for name in names}
         for i in range(rounds + 1):
             for name in names if i % 2 == 0 else reversed(names):
-                # The first replay after an idle queue would hold the host's launch time, so graphs take one more.
+                # The first replay after an idle queue would hold the host's launch time, so graphs take one
+                # more.
                 if i or not timed[name].host:
                     samples[name].append(timed[name].sample())
         sync()
     finally:
         if collecting:
             gc.enable()
-    kept = {name: samples[name][0 if timed[name].host else 1:] for name in names}
+    kept = {name: samples[name][0 if timed[name].host else 1 :] for name in names}
     return {name: summarize([timed[name].read(s) for s in kept[name]]) for name in names}
 
 

@@ -1,23 +1,26 @@
 """Which measured kernels were left with settings that nobody raced, though there are others to choose from.
 
-The time of such a kernel is no limit of its language, so whatever shows it says "untuned" beside it. A bench on a GPU
-records it with each op row (config["tuned"]: true or false, absent where there is nothing to choose). For records that
-do not say it, the fairness cards of the run do: an op that `lab tune` knows and of which no setting was raced is
-untuned at every shape. Never imports torch.
+The time of such a kernel is no limit of its language, so whatever shows it says "untuned" beside it. A bench
+on a GPU records it with each op row (config["tuned"]: true or false, absent where there is nothing to
+choose). For records that
+do not say it, the fairness cards of the run do: an op that `lab tune` knows and of which no setting was raced
+is untuned at every shape. Never imports torch.
 """
+
 from lab import declared
 
 WORD = "untuned"
 
 
 def raced(backend, op, rows, itemsize, shape, entries):
-    """True where the tuner's table has an entry for a launch, False where it has none though `lab tune` could have made
-    one; None where there is nothing to choose.
+    """True where the tuner's table has an entry for a launch, False where it has none though `lab tune` could
+    have made one; None where there is nothing to choose.
 
     rows, itemsize (bytes), shape: as lab.tune.tuned.lookup takes them; entries: of the backend's table.
     """
     from lab.ops import find
     from lab.tune import tuned
+
     space = find(op).spaces.get(backend)
     if space is None or not space(rows, itemsize, **shape):
         return None
@@ -30,7 +33,8 @@ def by_cards(cards):
 
 
 def is_untuned(row, cards):
-    """Does an op row say that it was untuned, or, where it does not say, do the cards (of `by_cards`)? The rungs of a
+    """Does an op row say that it was untuned, or, where it does not say, do the cards (of `by_cards`)? The
+    rungs of a
     ladder below the product are written to be compared, not to be tuned: they are never called untuned."""
     tuned = row.config.get("tuned")
     if isinstance(tuned, bool):

@@ -1,7 +1,7 @@
 """What the two compilers made of an op's twins, on a machine with no GPU (`lab inspect`).
 
-A call of the op is recorded instead of run, so what is looked at is the instantiation and the launch that such a call
-really takes. Reading order:
+A call of the op is recorded instead of run, so what is looked at is the instantiation and the launch that
+such a call really takes. Reading order:
   command.py       the verb: sizes of the call, the table, JSON, the listings
   cuda_half.py     the launch as lab._cuda records it, its machine code and PTX out of lab._cuda's file
   triton_half.py   the launch as triton_kernels.common records it, compiled for the GPU that is asked for

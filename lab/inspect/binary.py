@@ -1,4 +1,5 @@
 """Compiled code: the symbols of an ELF file, and what NVIDIA's disassemblers say about a cubin."""
+
 import functools
 import importlib.util
 import re
@@ -12,7 +13,7 @@ from lab.errors import Unavailable
 
 
 class Symbol(NamedTuple):
-    index: int              # in the symbol table: what nvdisasm's -fun wants
+    index: int  # in the symbol table: what nvdisasm's -fun wants
     name: str
     value: int
     function: bool
@@ -28,7 +29,9 @@ def tool(name):
             return str(path)
     found = shutil.which(name)
     if not found:
-        raise Unavailable(f"{name} was not found: `pip install triton` brings it, and so does the CUDA toolkit")
+        raise Unavailable(
+            f"{name} was not found: `pip install triton` brings it, and so does the CUDA toolkit"
+        )
     return found
 
 
@@ -37,25 +40,28 @@ def run(name, *words, cwd=None):
     done = subprocess.run([tool(name), *map(str, words)], capture_output=True, text=True, cwd=cwd)
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines()
-        raise Unavailable(f"{name} failed on {words[-1]}: {said[-1] if said else f'exit code {done.returncode}'}")
+        raise Unavailable(
+            f"{name} failed on {words[-1]}: {said[-1] if said else f'exit code {done.returncode}'}"
+        )
     return done.stdout
 
 
 def symbols(data):
-    """The symbol table of a 64-bit little-endian ELF file (an extension module on Linux, a cubin), [] without one."""
+    """The symbol table of a 64-bit little-endian ELF file (an extension module on Linux, a cubin), [] without
+    one."""
     if data[:6] != b"\x7fELF\x02\x01":
         return []
-    start, = struct.unpack_from("<Q", data, 0x28)
+    (start,) = struct.unpack_from("<Q", data, 0x28)
     size, count = struct.unpack_from("<HH", data, 0x3A)
     sections = [struct.unpack_from("<IIQQQQIIQQ", data, start + i * size) for i in range(count)]
     found = []
     for _, kind, _, _, offset, length, link, *_ in sections:
-        if kind != 2:                                            # SHT_SYMTAB
+        if kind != 2:  # SHT_SYMTAB
             continue
         names = sections[link][4]
         for i in range(length // 24):
             name, info, _, _, value, _ = struct.unpack_from("<IBBHQQ", data, offset + i * 24)
-            text = data[names + name:data.index(b"\0", names + name)].decode()
+            text = data[names + name : data.index(b"\0", names + name)].decode()
             found.append(Symbol(i, text, value, info & 15 == 2))
     return found
 
@@ -69,7 +75,8 @@ def demangled(name):
 
 
 def usage(cubin, function):
-    """dict of the resources of a function in a cubin's file: REG per thread, STACK, LOCAL and SHARED in bytes."""
+    """dict of the resources of a function in a cubin's file: REG per thread, STACK, LOCAL and SHARED in
+    bytes."""
     text = run("cuobjdump", "-res-usage", cubin)
     found = re.search(rf"Function {re.escape(function)}:\s*((?:[\w\[\]]+:\d+ ?)+)", text)
     if not found:
@@ -79,7 +86,9 @@ def usage(cubin, function):
 
 def disassembly(cubin, function):
     """nvdisasm's text of one function, with the source lines that the compiler noted."""
-    index = next((s.index for s in symbols(Path(cubin).read_bytes()) if s.function and s.name == function), None)
+    index = next(
+        (s.index for s in symbols(Path(cubin).read_bytes()) if s.function and s.name == function), None
+    )
     if index is None:
         raise Unavailable(f"{Path(cubin).name} has no function {function}")
     return run("nvdisasm", "-gi", "-c", "-fun", index, cubin)

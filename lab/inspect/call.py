@@ -1,4 +1,5 @@
 """The call that is looked at: an op's arguments of given sizes and dtype, whose values nobody reads."""
+
 import inspect
 
 import torch
@@ -26,7 +27,8 @@ class Blank(Rand):
 
 
 def arguments(op, dtype, sizes):
-    """The op's public arguments. Raises LabError for a dtype, a size's name or a shape that the op does not take."""
+    """The op's public arguments. Raises LabError for a dtype, a size's name or a shape that the op does not
+    take."""
     names = [name for name, value in DTYPES.items() if value in op.dtypes]
     known(dtype, names, f"dtype of {op.name}")
     takes = list(inspect.signature(op.inputs).parameters.values())[1:]
@@ -34,8 +36,10 @@ def arguments(op, dtype, sizes):
         known(name, [p.name for p in takes], f"size of {op.name}")
     missing = [p.name for p in takes if p.default is p.empty and p.name not in sizes]
     if missing:
-        raise LabError(f"{op.name} needs {', '.join(missing)} too, as in --sizes "
-                       + " ".join(f"{k}={_shown(v)}" for k, v in op.cases[0].sizes.items()))
+        raise LabError(
+            f"{op.name} needs {', '.join(missing)} too, as in --sizes "
+            + " ".join(f"{k}={_shown(v)}" for k, v in op.cases[0].sizes.items())
+        )
     try:
         args = op.inputs(Blank(DTYPES[dtype]), **sizes)
     except (TypeError, RuntimeError) as error:
@@ -64,7 +68,9 @@ def _value(text):
     words = {**DTYPES, "True": True, "False": False, "None": None}
     if text in words:
         return words[text]
-    items = [integer(item) if "." not in item and "e" not in item else number(item) for item in text.split(",")]
+    items = [
+        integer(item) if "." not in item and "e" not in item else number(item) for item in text.split(",")
+    ]
     return tuple(items) if len(items) > 1 else items[0]
 
 
@@ -73,7 +79,13 @@ def as_json(sizes):
     names = {value: name for name, value in DTYPES.items()}
 
     def plain(value):
-        return names[value] if isinstance(value, torch.dtype) else list(value) if isinstance(value, tuple) else value
+        return (
+            names[value]
+            if isinstance(value, torch.dtype)
+            else list(value)
+            if isinstance(value, tuple)
+            else value
+        )
 
     return {name: plain(value) for name, value in sizes.items()}
 

@@ -1,7 +1,9 @@
 """`lab inspect OP`: what the compilers made of both twins for one call of an op, side by side. Needs no GPU.
 
-Counts are static: an instruction in a loop counts once. Occupancy is theoretical: how full a multiprocessor can be.
+Counts are static: an instruction in a loop counts once. Occupancy is theoretical: how full a multiprocessor
+can be.
 """
+
 import json
 import sys
 from pathlib import Path
@@ -17,10 +19,13 @@ HALVES = {"cuda": cuda_half, "triton": triton_half}
 
 def main(args) -> int:
     from lab.ops import OPS, find
+
     gpu = gpus.find(args.arch)
     if args.all != bool(args.out) or args.all == bool(args.op):
-        raise LabError("name an op, as in `lab inspect linear`, or ask for every fairness card with --all --out DIR"
-                       + ("" if args.op else f"; ops: {', '.join(op.name for op in OPS)}"))
+        raise LabError(
+            "name an op, as in `lab inspect linear`, or ask for every fairness card with --all --out DIR"
+            + ("" if args.op else f"; ops: {', '.join(op.name for op in OPS)}")
+        )
     if args.all:
         return write_cards(OPS, args, gpu)
     op = find(args.op)
@@ -53,11 +58,13 @@ def default_dtype(op):
 def sizes_of(op, args):
     if args.case is not None and args.sizes:
         raise LabError("give --case or --sizes, not both")
-    if args.case is None:                       # what is not given is that of the default
+    if args.case is None:  # what is not given is that of the default
         return {**op.default_sizes(), **call.parse(args.sizes or [])}
     if not 0 <= args.case < len(op.cases):
-        raise LabError(f"{op.name} has no case {args.case}; choose from "
-                       + ", ".join(f"{i} ({c.why})" for i, c in enumerate(op.cases)))
+        raise LabError(
+            f"{op.name} has no case {args.case}; choose from "
+            + ", ".join(f"{i} ({c.why})" for i, c in enumerate(op.cases))
+        )
     return dict(op.cases[args.case].sizes)
 
 
@@ -77,23 +84,35 @@ def look(op, dtype, sizes, gpu, backends=tuple(HALVES)):
 
 
 def as_json(op, dtype, sizes, gpu, found, errors):
-    return {"op": op.name, "dtype": dtype, "arch": gpu.arch, "sizes": call.as_json(sizes),
-            "kernels": [kernel.facts() for kernels in found.values() for kernel in kernels], "errors": errors}
+    return {
+        "op": op.name,
+        "dtype": dtype,
+        "arch": gpu.arch,
+        "sizes": call.as_json(sizes),
+        "kernels": [kernel.facts() for kernels in found.values() for kernel in kernels],
+        "errors": errors,
+    }
 
 
 def table(op, dtype, sizes, gpu, found):
     """The lines of the comparison: one column for each kernel that the call launches."""
     kernels = [kernel for one in found.values() for kernel in one]
-    launch = [("", [k.backend for k in kernels]), ("kernel", [k.name for k in kernels]),
-              ("grid", [" x ".join(map(str, k.grid)) for k in kernels]),
-              ("threads of a block", [k.threads for k in kernels]),
-              ("registers of a thread", [k.registers for k in kernels]),
-              ("spilled bytes of a thread", [k.spills for k in kernels]),
-              ("shared memory, static", [k.shared_static for k in kernels]),
-              ("shared memory, dynamic", [k.shared_dynamic for k in kernels]),
-              ("blocks on a multiprocessor", [k.blocks for k in kernels]),
-              ("occupancy", [f"{k.occupancy:.0%}" for k in kernels]), ("limited by", [k.limit for k in kernels])]
-    counts = [(name, [k.mix[name] for k in kernels]) for name in kernels[0].mix if any(k.mix[name] for k in kernels)]
+    launch = [
+        ("", [k.backend for k in kernels]),
+        ("kernel", [k.name for k in kernels]),
+        ("grid", [" x ".join(map(str, k.grid)) for k in kernels]),
+        ("threads of a block", [k.threads for k in kernels]),
+        ("registers of a thread", [k.registers for k in kernels]),
+        ("spilled bytes of a thread", [k.spills for k in kernels]),
+        ("shared memory, static", [k.shared_static for k in kernels]),
+        ("shared memory, dynamic", [k.shared_dynamic for k in kernels]),
+        ("blocks on a multiprocessor", [k.blocks for k in kernels]),
+        ("occupancy", [f"{k.occupancy:.0%}" for k in kernels]),
+        ("limited by", [k.limit for k in kernels]),
+    ]
+    counts = [
+        (name, [k.mix[name] for k in kernels]) for name in kernels[0].mix if any(k.mix[name] for k in kernels)
+    ]
     first = max(len(name) for name, _ in launch + counts)
     widths = [max(len(str(values[i])) for _, values in launch + counts) for i in range(len(kernels))]
     yield f"{op.name} {dtype} for {gpu.arch} ({gpu.card}): {call.words(sizes)}"
@@ -101,7 +120,9 @@ def table(op, dtype, sizes, gpu, found):
         if title:
             yield title
         for name, values in rows:
-            yield "  ".join([f"{name:{first}}", *(f"{value!s:>{width}}" for value, width in zip(values, widths))])
+            yield "  ".join(
+                [f"{name:{first}}", *(f"{value!s:>{width}}" for value, width in zip(values, widths))]
+            )
     for kernel in kernels:
         yield f"{kernel.backend}: {kernel.instance}"
 
@@ -109,9 +130,10 @@ def table(op, dtype, sizes, gpu, found):
 def write_cards(ops, args, gpu):
     from lab.inspect.fairness import fairness, new_run
     from lab.records import schema
+
     path, failed = Path(args.out), 0
     try:
-        run = str(schema.read(path).runs()[-1])                 # the cards belong to the run that was measured last
+        run = str(schema.read(path).runs()[-1])  # the cards belong to the run that was measured last
     except LabError:
         if schema.path_of(path).exists():
             raise
@@ -124,9 +146,13 @@ def write_cards(ops, args, gpu):
                 rows, errors = fairness(op, dtype, op.default_sizes(), gpu.arch, run)
                 writer.append(*rows)
                 for row in rows:
-                    print(f"{row.op:{max(len(o.name) for o in ops)}} {row.dtype} {row.backend:6} {row.kernel}: {row.registers} registers, "
-                          f"{row.occupancy:.0%} occupancy, {row.configurations} configurations, {row.code_lines} lines",
-                          flush=True)
+                    width = max(len(o.name) for o in ops)
+                    print(
+                        f"{row.op:{width}} {row.dtype} {row.backend:6} {row.kernel}: "
+                        f"{row.registers} registers, {row.occupancy:.0%} occupancy, "
+                        f"{row.configurations} configurations, {row.code_lines} lines",
+                        flush=True,
+                    )
                 for error in errors:
                     failed += 1
                     print(f"lab: {error}", file=sys.stderr)

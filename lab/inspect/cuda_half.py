@@ -1,8 +1,11 @@
-"""The CUDA kernel: what a call launches, asked of lab._cuda itself, and the code of it, taken out of lab._cuda's file.
+"""The CUDA kernel: what a call launches, asked of lab._cuda itself, and the code of it, taken out of
+lab._cuda's file.
 
-The extension notes launches instead of running them (cuda_src/trace.h), so no GPU and no driver are needed. It gives
-the place of the kernel's host half in its file; the symbol there has the name that the machine code has too.
+The extension notes launches instead of running them (cuda_src/trace.h), so no GPU and no driver are needed.
+It gives the place of the kernel's host half in its file; the symbol there has the name that the machine code
+has too.
 """
+
 import functools
 import math
 import re
@@ -20,9 +23,12 @@ from lab.inspect.kernel import measured
 
 
 def launches(op, args, gpu):
-    """What ops.<op>(*args) on the CUDA backend launches on such a GPU: a list of dicts, described in bindings.cpp."""
+    """What ops.<op>(*args) on the CUDA backend launches on such a GPU: a list of dicts, described in
+    bindings.cpp."""
     module = load("_cuda")
-    kernels = SimpleNamespace(**{name: getattr(module, name) for name in dir(module) if not name.startswith("_")})
+    kernels = SimpleNamespace(
+        **{name: getattr(module, name) for name in dir(module) if not name.startswith("_")}
+    )
     kernels.stream = lambda: 0
     module.record_launches(gpu.multiprocessors, gpu.major)
     module.set_settings(measured_settings(gpu.triton))
@@ -31,7 +37,9 @@ def launches(op, args, gpu):
         return module.take_launches()
     finally:
         module.record_launches(0)
-        module.set_settings(measured_settings(architecture(torch.device("cuda")) if torch.cuda.is_available() else None))
+        module.set_settings(
+            measured_settings(architecture(torch.device("cuda")) if torch.cuda.is_available() else None)
+        )
 
 
 @functools.lru_cache(maxsize=1)
@@ -59,11 +67,15 @@ def _embedded(module, ending, text):
 def cubin(module, symbol, gpu):
     built = module.build_info()["archs"]
     path = _embedded(module, f".{gpu.arch}.cubin", symbol + "\0")
-    if path is None and gpu.arch.removeprefix("sm_") in built:      # the tool of Triton 3.6 leaves the a of sm_90a out
+    if (
+        path is None and gpu.arch.removeprefix("sm_") in built
+    ):  # the tool of Triton 3.6 leaves the a of sm_90a out
         path = _embedded(module, f".{gpu.arch.rstrip('a')}.cubin", symbol + "\0")
     if path is None:
-        raise LabError(f"lab._cuda has no machine code of {symbol} for {gpu.arch}; it was built for {', '.join(built)}: "
-                       "choose one, or rebuild with LAB_CUDA_ARCH")
+        raise LabError(
+            f"lab._cuda has no machine code of {symbol} for {gpu.arch}; it was built for {', '.join(built)}: "
+            "choose one, or rebuild with LAB_CUDA_ARCH"
+        )
     return path
 
 
@@ -76,20 +88,37 @@ def kernels(op, args, gpu):
 def _symbol(module, launch):
     symbol = _host_symbols(module.__file__).get(launch["offset"])
     if symbol is None:
-        raise Unavailable(f"lab._cuda was stripped of its symbols: which {launch['kernel']} it is, is not known")
+        raise Unavailable(
+            f"lab._cuda was stripped of its symbols: which {launch['kernel']} it is, is not known"
+        )
     return symbol
 
 
 def _kernel(module, launch, gpu):
     symbol = _symbol(module, launch)
     path = cubin(module, symbol, gpu)
-    kernel = measured(gpu, path, symbol, math.prod(launch["block"]), launch["smem_bytes"], backend="cuda",
-                      name=launch["kernel"], instance=binary.demangled(symbol), grid=tuple(launch["grid"]),
-                      cluster=launch["cluster"], dependent_launch=launch["pdl"])
+    kernel = measured(
+        gpu,
+        path,
+        symbol,
+        math.prod(launch["block"]),
+        launch["smem_bytes"],
+        backend="cuda",
+        name=launch["kernel"],
+        instance=binary.demangled(symbol),
+        grid=tuple(launch["grid"]),
+        cluster=launch["cluster"],
+        dependent_launch=launch["pdl"],
+    )
     ptx = _embedded(module, ".ptx", f".entry {symbol}(")
-    kernel.texts["ptx"] = entry(ptx.read_text(), symbol) if ptx else LabError(
-        "no PTX in lab._cuda: build it with LAB_CUDA_ARCH=\"...;90+ptx\"")
-    kernel.texts["ttgir"] = LabError("TTGIR is Triton's own: add --backend triton, or look at --ptx or --sass")
+    kernel.texts["ptx"] = (
+        entry(ptx.read_text(), symbol)
+        if ptx
+        else LabError('no PTX in lab._cuda: build it with LAB_CUDA_ARCH="...;90+ptx"')
+    )
+    kernel.texts["ttgir"] = LabError(
+        "TTGIR is Triton's own: add --backend triton, or look at --ptx or --sass"
+    )
     return kernel
 
 
@@ -101,12 +130,13 @@ def entry(ptx, symbol):
 
 
 def instantiations(op, launch, dtype, gpu):
-    """How many instantiations of the launched kernel are compiled in for this dtype: the launcher's choices."""
+    """How many instantiations of the launched kernel are compiled in for this dtype: the launcher's
+    choices."""
     module = load("_cuda")
     symbol = _symbol(module, launch)
     head = symbol.partition("I" + MANGLED[dtype])[0]
     names = {s.name for s in binary.symbols(cubin(module, symbol, gpu).read_bytes()) if s.function}
-    if head == symbol:                                           # not templated on the dtype
+    if head == symbol:  # not templated on the dtype
         base = re.match(r"_ZN?(?:\d+lab)?\d+" + launch["kernel"], symbol)
         return sum(name.startswith(base[0]) for name in names) if base else 1
     return sum(name.startswith(head + "I" + MANGLED[dtype]) for name in names)

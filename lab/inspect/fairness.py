@@ -1,9 +1,11 @@
 """The fairness card of a comparison: what was spent on each side, and what came of it.
 
-A race says little if one side was tuned for a week and the other written in an hour. The card counts, for one call of
-an op: the configurations that each launcher can choose from and those that the tuner raced, the resources of the kernel
-it took, the lines of the twin, and the seconds its compiler needs.
+A race says little if one side was tuned for a week and the other written in an hour. The card counts, for one
+call of
+an op: the configurations that each launcher can choose from and those that the tuner raced, the resources of
+the kernel it took, the lines of the twin, and the seconds its compiler needs.
 """
+
 import ast
 import datetime
 import re
@@ -19,13 +21,22 @@ from lab.records import schema
 from lab.tune import tuned
 
 ROOT = Path(__file__).resolve().parents[2]
-BASE = {"common.cuh", "sizes.h", "trace.h", "launchers.h", "common.py", "interpreter.py"}    # every op stands on these
+BASE = {
+    "common.cuh",
+    "sizes.h",
+    "trace.h",
+    "launchers.h",
+    "common.py",
+    "interpreter.py",
+}  # every op stands on these
 
 
 def fairness(op, dtype, sizes, arch, run=None):
-    """(records, errors): a Fairness record for each kernel in each language; a line for each language that has none.
+    """(records, errors): a Fairness record for each kernel in each language; a line for each language that
+    has none.
 
-    op: a contract of lab.ops. dtype: "bf16" ... sizes: keyword arguments of its `inputs`. arch: "sm_90a" or "sm_80".
+    op: a contract of lab.ops. dtype: "bf16" ... sizes: keyword arguments of its `inputs`. arch: "sm_90a" or
+    "sm_80".
     run: the id of the bench run that the card belongs to; None makes one.
     """
     gpu, run = gpus.find(arch), run or new_run()
@@ -34,21 +45,41 @@ def fairness(op, dtype, sizes, arch, run=None):
     for backend, half in (("cuda", cuda_half), ("triton", triton_half)):
         try:
             kernels, launches = half.kernels(op, args, gpu), half.launches(op, args, gpu)
-            path = ROOT / ("cuda_src" if backend == "cuda" else "triton_kernels") / (op.name + SUFFIX[backend])
+            path = (
+                ROOT / ("cuda_src" if backend == "cuda" else "triton_kernels") / (op.name + SUFFIX[backend])
+            )
             own, shared = code_lines(path)
             for kernel, launch in zip(kernels, launches, strict=True):
                 if backend == "cuda":
                     choices, seconds = cuda_half.instantiations(op, launch, dtype, gpu), built_in(path)
                 else:
-                    choices, seconds = triton_half.configurations(op, gpu), triton_half.compile_seconds(launch, gpu)
-                rows.append(schema.Fairness(
-                    run=run, op=op.name, backend=backend, dtype=dtype, arch=gpu.arch, shape=as_json(sizes),
-                    kernel=kernel.name, configurations=choices, tried=tried(backend, op, gpu),
-                    registers=kernel.registers, spill_bytes=kernel.spills,
-                    shared_bytes=kernel.shared_static + kernel.shared_dynamic, threads=kernel.threads,
-                    occupancy=kernel.occupancy, instructions=kernel.mix["all"],
-                    mix={name: count for name, count in kernel.mix.items() if count and name != "all"},
-                    code_lines=own, shared_lines=shared, compile_s=seconds))
+                    choices, seconds = (
+                        triton_half.configurations(op, gpu),
+                        triton_half.compile_seconds(launch, gpu),
+                    )
+                rows.append(
+                    schema.Fairness(
+                        run=run,
+                        op=op.name,
+                        backend=backend,
+                        dtype=dtype,
+                        arch=gpu.arch,
+                        shape=as_json(sizes),
+                        kernel=kernel.name,
+                        configurations=choices,
+                        tried=tried(backend, op, gpu),
+                        registers=kernel.registers,
+                        spill_bytes=kernel.spills,
+                        shared_bytes=kernel.shared_static + kernel.shared_dynamic,
+                        threads=kernel.threads,
+                        occupancy=kernel.occupancy,
+                        instructions=kernel.mix["all"],
+                        mix={name: count for name, count in kernel.mix.items() if count and name != "all"},
+                        code_lines=own,
+                        shared_lines=shared,
+                        compile_s=seconds,
+                    )
+                )
         except LabError as error:
             errors.append(f"{op.name} {dtype} {backend}: {error}")
     return rows, errors
@@ -56,7 +87,9 @@ def fairness(op, dtype, sizes, arch, run=None):
 
 def tried(backend, op, gpu):
     """How many settings `lab tune` raced for the op on this architecture, over all shapes and dtypes."""
-    return sum(e.get("tried", 0) for e in tuned.read(tuned.path_of(backend, gpu.triton)) if e["op"] == op.name)
+    return sum(
+        e.get("tried", 0) for e in tuned.read(tuned.path_of(backend, gpu.triton)) if e["op"] == op.name
+    )
 
 
 SUFFIX = {"cuda": ".cu", "triton": ".py"}
@@ -68,7 +101,8 @@ def new_run():
 
 
 def built_in(source):
-    """Seconds nvcc took for the file at its last build: all instantiations and architectures. None if unknown."""
+    """Seconds nvcc took for the file at its last build: all instantiations and architectures. None if
+    unknown."""
     try:
         return float((ROOT / "build/cuda" / f"{source.name}.seconds").read_text())
     except (OSError, ValueError):
@@ -76,7 +110,8 @@ def built_in(source):
 
 
 def code_lines(path):
-    """(lines of code of the file, of the project's other files that it takes in): no blanks, comments, docstrings.
+    """(lines of code of the file, of the project's other files that it takes in): no blanks, comments,
+    docstrings.
 
     What every op stands on (common.cuh, common.py ...) is in neither."""
     files, todo = [], [path.resolve()]
@@ -104,18 +139,33 @@ def _taken_in(file):
 
 def _cpp(file):
     """Line numbers that hold C++ code."""
-    blank = lambda m: "\n" * m[0].count("\n") if m[0].startswith("/") else m[0]       # strings stay
+    blank = lambda m: "\n" * m[0].count("\n") if m[0].startswith("/") else m[0]  # strings stay
     text = re.sub(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/\*.*?\*/', blank, file.read_text(), flags=re.S)
     return [i for i, line in enumerate(text.splitlines(), 1) if line.strip()]
 
 
 def _python(file):
     """Line numbers that hold Python code."""
-    skip = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING,
-            tokenize.ENDMARKER)
+    skip = (
+        tokenize.COMMENT,
+        tokenize.NL,
+        tokenize.NEWLINE,
+        tokenize.INDENT,
+        tokenize.DEDENT,
+        tokenize.ENCODING,
+        tokenize.ENDMARKER,
+    )
     with open(file, "rb") as f:
-        held = {n for t in tokenize.tokenize(f.readline) if t.type not in skip for n in range(t.start[0], t.end[0] + 1)}
-    for node in ast.walk(ast.parse(file.read_text())):           # docstrings
-        if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
+        held = {
+            n
+            for t in tokenize.tokenize(f.readline)
+            if t.type not in skip
+            for n in range(t.start[0], t.end[0] + 1)
+        }
+    for node in ast.walk(ast.parse(file.read_text())):  # docstrings
+        if (
+            isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef))
+            and ast.get_docstring(node) is not None
+        ):
             held -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     return sorted(held)

@@ -1,4 +1,5 @@
 """What a multiprocessor of each architecture holds, and how many blocks of a kernel fit in it at a time."""
+
 from dataclasses import dataclass
 
 from lab.errors import LabError
@@ -9,18 +10,19 @@ WARP = 32
 @dataclass(frozen=True)
 class Gpu:
     """Limits from the CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability"."""
-    arch: str                           # as nvcc calls it
-    triton: str                         # as triton_kernels' tables call it
-    multiprocessors: int                # of the card that recorded launches are planned for
+
+    arch: str  # as nvcc calls it
+    triton: str  # as triton_kernels' tables call it
+    multiprocessors: int  # of the card that recorded launches are planned for
     card: str
-    shared: int                         # bytes of shared memory of one multiprocessor
+    shared: int  # bytes of shared memory of one multiprocessor
     registers: int = 64 * 1024
     warps: int = 64
     blocks: int = 32
-    reserved: int = 1024                # bytes of shared memory the driver takes for each block
-    shared_unit: int = 128              # bytes
-    register_unit: int = 256            # registers are given out to a warp in units of this
-    partitions: int = 4                 # each has its own quarter of the registers and the warps
+    reserved: int = 1024  # bytes of shared memory the driver takes for each block
+    shared_unit: int = 128  # bytes
+    register_unit: int = 256  # registers are given out to a warp in units of this
+    partitions: int = 4  # each has its own quarter of the registers and the warps
 
     @property
     def major(self):
@@ -28,8 +30,13 @@ class Gpu:
         return int(self.triton.removeprefix("sm_")) // 10
 
 
-GPUS = {gpu.arch: gpu for gpu in (Gpu("sm_90a", "sm_90", 132, "H100 SXM", 228 << 10),
-                                  Gpu("sm_80", "sm_80", 108, "A100", 164 << 10))}
+GPUS = {
+    gpu.arch: gpu
+    for gpu in (
+        Gpu("sm_90a", "sm_90", 132, "H100 SXM", 228 << 10),
+        Gpu("sm_80", "sm_80", 108, "A100", 164 << 10),
+    )
+}
 
 
 def find(arch):
@@ -42,9 +49,9 @@ def find(arch):
 
 @dataclass(frozen=True)
 class Occupancy:
-    blocks: int             # resident on one multiprocessor
-    share: float            # of its warps
-    limit: str              # what allows no more: registers | shared memory | warps | blocks
+    blocks: int  # resident on one multiprocessor
+    share: float  # of its warps
+    limit: str  # what allows no more: registers | shared memory | warps | blocks
 
 
 def occupancy(gpu, registers, shared, threads):
@@ -52,13 +59,18 @@ def occupancy(gpu, registers, shared, threads):
 
     registers: per thread. shared: static and dynamic bytes per block. threads: per block.
     """
+
     def up(n, unit):
         return -(-n // unit) * unit
 
     warps = -(-threads // WARP)
     per_warp = up(max(registers, 1) * WARP, gpu.register_unit)
     by_registers = gpu.registers // gpu.partitions // per_warp * gpu.partitions // warps
-    limits = {"warps": gpu.warps // warps, "registers": by_registers,
-              "shared memory": gpu.shared // up(shared + gpu.reserved, gpu.shared_unit), "blocks": gpu.blocks}
-    limit = min(limits, key=limits.get)                          # of equals the first
+    limits = {
+        "warps": gpu.warps // warps,
+        "registers": by_registers,
+        "shared memory": gpu.shared // up(shared + gpu.reserved, gpu.shared_unit),
+        "blocks": gpu.blocks,
+    }
+    limit = min(limits, key=limits.get)  # of equals the first
     return Occupancy(limits[limit], limits[limit] * warps / gpu.warps, limit)

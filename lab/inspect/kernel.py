@@ -1,4 +1,5 @@
 """One compiled kernel and the launch it was recorded with: the facts that are compared."""
+
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -6,8 +7,8 @@ from dataclasses import dataclass, field
 from lab.inspect import binary
 from lab.inspect import gpu as gpus
 
-# Opcodes of NVIDIA's machine code by what they do; the first that fits counts. Each instruction counts once, however
-# often a loop runs it. The order is the order of the table.
+# Opcodes of NVIDIA's machine code by what they do; the first that fits counts. Each instruction counts once,
+# however often a loop runs it. The order is the order of the table.
 MIX = {
     "global load, 128 bit": r"LDG\.\S*128",
     "global load, 64 bit": r"LDG\.\S*64",
@@ -32,15 +33,19 @@ MIX = {
     "mbarrier": r"SYNCS",
     "atomic": r"ATOM|RED\b|REDG",
     "dependent launch": r"ACQBULK|PREEXIT",
-    "integer and address": r"U?IMAD|U?IADD|U?LEA|VIADD|U?ISETP|U?SHF|U?LOP3|U?PRMT|IABS|U?IMNMX|VIMNMX|U?BREV|U?FLO"
-                           r"|U?POPC|U?BMSK|U?SGXT|PLOP3|UPLOP3|U?SEL\b|IDP|U?ISCADD|U?LOP",
+    "integer and address": r"U?IMAD|U?IADD|U?LEA|VIADD|U?ISETP|U?SHF|"
+    r"U?LOP3|U?PRMT|IABS|U?IMNMX|VIMNMX|U?BREV|U?FLO"
+    r"|U?POPC|U?BMSK|U?SGXT|PLOP3|UPLOP3|U?SEL\b|IDP|U?ISCADD|U?LOP",
     "constant and register move": r"LDC|ULDC|U?MOV|S2U?R|CS2R|R2UR?|R2P|P2R|UP2UR|UR2UP",
-    "control flow and fence": r"BRA|EXIT|BSSY|BSYNC|CALL|RET|WARPSYNC|NANOSLEEP|YIELD|BREAK|JMP|BRX|NOP|DEPBAR"
-                              r"|LDGDEPBAR|MEMBAR|ERRBAR|FENCE|CCTL|LEPC|ENDCOLLECTIVE|CGAERRBAR|BMOV|BPT|KILL"
-                              r"|UCGABAR|ELECT",
+    "control flow and fence": r"BRA|EXIT|BSSY|BSYNC|CALL|RET|WARPSYNC|"
+    r"NANOSLEEP|YIELD|BREAK|JMP|BRX|NOP|DEPBAR"
+    r"|LDGDEPBAR|MEMBAR|ERRBAR|FENCE|CCTL|LEPC|ENDCOLLECTIVE|CGAERRBAR|BMOV|BPT|KILL"
+    r"|UCGABAR|ELECT",
 }
 PATTERNS = {name: re.compile(pattern) for name, pattern in MIX.items()}
-INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[\w.]+)?)")
+INSTRUCTION = re.compile(
+    r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[\w.]+)?)"
+)
 
 
 def opcodes(sass):
@@ -53,18 +58,23 @@ def opcodes(sass):
 
 def mix(sass):
     """{class of instruction: how many stand in the code}, every class of MIX, then "other" and "all"."""
-    counts = Counter(next((name for name, p in PATTERNS.items() if p.match(code)), "other") for code in opcodes(sass))
+    counts = Counter(
+        next((name for name, p in PATTERNS.items() if p.match(code)), "other") for code in opcodes(sass)
+    )
     return {name: counts[name] for name in (*MIX, "other")} | {"all": counts.total()}
 
 
 @dataclass
 class Kernel:
-    """Of a thread: `registers`, `spills` (bytes of local memory, stack too). Of a block: `threads`, `shared_*` bytes.
+    """Of a thread: `registers`, `spills` (bytes of local memory, stack too). Of a block: `threads`,
+    `shared_*` bytes.
 
-    `blocks`: resident on one multiprocessor; `occupancy`: the share of its warps that they are; see gpu.Occupancy."""
+    `blocks`: resident on one multiprocessor; `occupancy`: the share of its warps that they are; see
+    gpu.Occupancy."""
+
     backend: str
-    name: str                   # as the source calls it
-    instance: str               # the instantiation (CUDA), or the configuration (Triton)
+    name: str  # as the source calls it
+    instance: str  # the instantiation (CUDA), or the configuration (Triton)
     arch: str
     grid: tuple
     threads: int
@@ -78,7 +88,7 @@ class Kernel:
     mix: dict
     cluster: int = 1
     dependent_launch: bool = False
-    texts: dict = field(default_factory=dict, repr=False)       # sass | ptx | ttgir -> text, or why there is none
+    texts: dict = field(default_factory=dict, repr=False)  # sass | ptx | ttgir -> text, or why there is none
 
     def facts(self):
         """Everything but the code, as JSON has it."""
@@ -92,8 +102,18 @@ def measured(gpu, cubin, function, threads, shared_dynamic, **rest):
     static = max(0, used["SHARED"] - gpu.reserved) if gpu.arch != "sm_80" else used["SHARED"]
     fits = gpus.occupancy(gpu, used["REG"], static + shared_dynamic, threads)
     sass = binary.disassembly(cubin, function)
-    kernel = Kernel(arch=gpu.arch, threads=threads, registers=used["REG"], spills=used["STACK"] + used["LOCAL"],
-                    shared_static=static, shared_dynamic=shared_dynamic, blocks=fits.blocks, occupancy=fits.share,
-                    limit=fits.limit, mix=mix(sass), **rest)
+    kernel = Kernel(
+        arch=gpu.arch,
+        threads=threads,
+        registers=used["REG"],
+        spills=used["STACK"] + used["LOCAL"],
+        shared_static=static,
+        shared_dynamic=shared_dynamic,
+        blocks=fits.blocks,
+        occupancy=fits.share,
+        limit=fits.limit,
+        mix=mix(sass),
+        **rest,
+    )
     kernel.texts["sass"] = sass
     return kernel

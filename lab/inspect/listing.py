@@ -1,8 +1,10 @@
 """Compiled code with the source lines it came from beside it.
 
-Each of `sass`, `ptx` and `ttgir` yields (code, place or None): a place is the line of the kernel's own file, and, where
-that line called an inlined function, the place in there as well. None: this line of code says nothing of its own.
+Each of `sass`, `ptx` and `ttgir` yields (code, place or None): a place is the line of the kernel's own file,
+and, where that line called an inlined function, the place in there as well. None: this line of code says
+nothing of its own.
 """
+
 import functools
 import re
 from pathlib import Path
@@ -17,7 +19,7 @@ CODE_COLUMNS = 72
 class Place(NamedTuple):
     file: str
     line: int
-    inner: str = ""             # file:line of the inlined function
+    inner: str = ""  # file:line of the inlined function
 
 
 @functools.lru_cache(maxsize=None)
@@ -44,7 +46,7 @@ def sass(text):
     chain, wanted = [], True
     for line in text.splitlines():
         found = noted.match(line)
-        if found:                                                # the frames of one instruction, innermost first
+        if found:  # the frames of one instruction, innermost first
             chain = [] if wanted else chain
             wanted = False
             chain.append((found[1], int(found[2])))
@@ -77,9 +79,9 @@ def ptx(text):
                 seen.add(outer)
                 outer = callers[outer]
             within = _short(files.get(inner[0], "?"), inner[1]) if inner != outer else ""
-            place = Place(files.get(outer[0], "?"), outer[1], within) if outer[1] else None   # line 0: no line
+            place = Place(files.get(outer[0], "?"), outer[1], within) if outer[1] else None  # line 0: no line
         elif re.match(r"\s*\.(file|section)\b", line):
-            if ".section" in line:                               # debugging tables to the end
+            if ".section" in line:  # debugging tables to the end
                 return
         elif line.strip() and not re.match(r"\s*(//|\$L__tmp)", line):
             yield line.rstrip(), place

@@ -1,4 +1,6 @@
-"""The Triton kernel: what a call launches, recorded by triton_kernels.common, and compiled for the GPU asked for."""
+"""The Triton kernel: what a call launches, recorded by triton_kernels.common, and compiled for the GPU asked
+for."""
+
 import importlib
 import tempfile
 import time
@@ -11,14 +13,18 @@ from lab.tune import tuned
 
 
 def launches(op, args, gpu):
-    """What ops.<op>(*args) on the Triton backend launches on such a GPU: a list of triton_kernels.common.Launch."""
+    """What ops.<op>(*args) on the Triton backend launches on such a GPU: a list of
+    triton_kernels.common.Launch."""
     try:
         from triton_kernels import common
+
         with common.recording(gpu.triton) as found:
             op.launchers["triton"](*args, out=op.outputs(*args))
     except ModuleNotFoundError as error:
         if error.name == f"triton_kernels.{op.name}":
-            raise Unavailable(f"{op.name} has no Triton half: triton_kernels/{op.name}.py does not exist") from None
+            raise Unavailable(
+                f"{op.name} has no Triton half: triton_kernels/{op.name}.py does not exist"
+            ) from None
         raise Unavailable(f"the triton half: {error}; install it with `pip install triton`") from None
     return found
 
@@ -30,15 +36,25 @@ def kernels(op, args, gpu):
 
 def _kernel(launch, gpu):
     from triton_kernels import offline
+
     code = offline.compile(launch, gpu.triton)
     name = code.metadata.name
     settings = {k: v for k, v in launch.meta.items() if k.isupper() or k.startswith("num_")}
     with tempfile.TemporaryDirectory(prefix="lab-inspect-") as folder:
         path = Path(folder, f"{name}.cubin")
         path.write_bytes(code.asm["cubin"])
-        kernel = measured(gpu, path, name, code.metadata.num_warps * WARP, code.metadata.shared, backend="triton",
-                          name=name, instance=" ".join(f"{k}={v}" for k, v in settings.items()),
-                          grid=_grid(launch), dependent_launch=bool(launch.meta.get("launch_pdl")))
+        kernel = measured(
+            gpu,
+            path,
+            name,
+            code.metadata.num_warps * WARP,
+            code.metadata.shared,
+            backend="triton",
+            name=name,
+            instance=" ".join(f"{k}={v}" for k, v in settings.items()),
+            grid=_grid(launch),
+            dependent_launch=bool(launch.meta.get("launch_pdl")),
+        )
     kernel.texts |= {"ptx": code.asm["ptx"], "ttgir": code.asm["ttgir"]}
     return kernel
 
@@ -49,11 +65,12 @@ def _grid(launch):
 
 
 def compile_seconds(launch, gpu):
-    """Seconds Triton takes for one launch's kernel, past its cache. Call it after kernels(): the first compile of a
-    process also starts the compiler."""
+    """Seconds Triton takes for one launch's kernel, past its cache. Call it after kernels(): the first
+    compile of a process also starts the compiler."""
     from triton import knobs
 
     from triton_kernels import offline
+
     with knobs.compilation.scope():
         knobs.compilation.always_compile = True
         start = time.perf_counter()
@@ -62,8 +79,10 @@ def compile_seconds(launch, gpu):
 
 
 def configurations(op, gpu):
-    """How many settings the op's tables, by hand and tuned, hold for this architecture: the launcher's choices."""
+    """How many settings the op's tables, by hand and tuned, hold for this architecture: the launcher's
+    choices."""
     from triton_kernels import common
+
     table = getattr(importlib.import_module(f"triton_kernels.{op.name}"), "CONFIGS", None)
     entries = tuned.read(tuned.path_of("triton", gpu.triton))
     found = {repr(sorted(entry["settings"].items())) for entry in entries if entry["op"] == op.name}

@@ -1,12 +1,13 @@
 """`lab check --exercise NAME`: is the fault that was planted in a small kernel found and mended?
 
-The kernels are cuda_src/exercises/NAME.cu and triton_kernels/exercises/NAME.py, with the question at their top and a
-solution in the folder solutions beside them. CUDA kernels are compiled by the C++ compiler for the CPU, where shared
-memory starts as NaN, and run in a fixed and in random orders of their threads; their checks are in
-cuda_src/exercises/check. Triton kernels run in the interpreter, in a process of their own (lab/worker.py) and with NaN
-around every tensor. What performance
-exercises count (lines and banks that a warp touches) is counted exactly; nothing is timed.
+The kernels are cuda_src/exercises/NAME.cu and triton_kernels/exercises/NAME.py, with the question at their
+top and a solution in the folder solutions beside them. CUDA kernels are compiled by the C++ compiler for the
+CPU, where shared memory starts as NaN, and run in a fixed and in random orders of their threads; their checks
+are in cuda_src/exercises/check. Triton kernels run in the interpreter, in a process of their own
+(lab/worker.py) and with NaN around every tensor. What performance exercises count (lines and banks that a
+warp touches) is counted exactly; nothing is timed.
 """
+
 from __future__ import annotations
 
 import os
@@ -27,7 +28,7 @@ from lab.names import known
 from lab.worker import Worker
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-SEEDS = (None, 1, 2, 3, 4)              # LAB_HOST_SEED: the fixed order of threads, then random ones
+SEEDS = (None, 1, 2, 3, 4)  # LAB_HOST_SEED: the fixed order of threads, then random ones
 FLAGS = ["-std=c++17", "-O1", "-pthread", "-fno-strict-aliasing", "-fno-math-errno", "-fno-trapping-math"]
 
 
@@ -35,8 +36,8 @@ FLAGS = ["-std=c++17", "-O1", "-pthread", "-fno-strict-aliasing", "-fno-math-err
 class Exercise:
     name: str
     summary: str
-    path: Path                          # the file that the learner mends
-    run: Callable                       # (path, limit in seconds) -> what is wrong, or None
+    path: Path  # the file that the learner mends
+    run: Callable  # (path, limit in seconds) -> what is wrong, or None
 
     @property
     def solution(self) -> Path:
@@ -72,7 +73,8 @@ def main(name: str, timeout: float = 60.0) -> int:
     return 1
 
 
-# ---- CUDA: compiled for the CPU --------------------------------------------------------------------------------------
+# ---- CUDA: compiled for the CPU ----------------------------------------------------------------------------
+
 
 def _cuda(path: Path, timeout: float) -> str | None:
     program = _build(path)
@@ -81,9 +83,13 @@ def _cuda(path: Path, timeout: float) -> str | None:
             environment = {k: v for k, v in os.environ.items() if not k.startswith("LAB_HOST_")}
             if seed is not None:
                 environment["LAB_HOST_SEED"] = str(seed)
-            done = subprocess.run([program], env=environment, capture_output=True, errors="replace", timeout=timeout)
+            done = subprocess.run(
+                [program], env=environment, capture_output=True, errors="replace", timeout=timeout
+            )
             if done.returncode:
-                said = (done.stdout + done.stderr).strip() or f"the program ended with exit code {done.returncode}"
+                said = (
+                    done.stdout + done.stderr
+                ).strip() or f"the program ended with exit code {done.returncode}"
                 order = "the fixed order" if seed is None else f"random order {seed}"
                 return f"{said} (threads in {order})"
     except subprocess.TimeoutExpired:
@@ -99,9 +105,24 @@ def _build(path: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     objects = [_host_object(cxx, file, folder) for file in sorted((source / "host").glob("*.cpp"))]
     program = folder / f"{path.stem}-{os.getpid()}"
-    _compile([*cxx, *FLAGS, f"-I{source}", f"-I{source / 'exercises'}", f'-DEXERCISE="{path.resolve()}"', "-x", "c++",
-              str(source / "exercises" / "check" / path.name), "-x", "none", *map(str, objects), "-o",
-              str(program)], path)
+    _compile(
+        [
+            *cxx,
+            *FLAGS,
+            f"-I{source}",
+            f"-I{source / 'exercises'}",
+            f'-DEXERCISE="{path.resolve()}"',
+            "-x",
+            "c++",
+            str(source / "exercises" / "check" / path.name),
+            "-x",
+            "none",
+            *map(str, objects),
+            "-o",
+            str(program),
+        ],
+        path,
+    )
     return program
 
 
@@ -131,11 +152,13 @@ def _compiler() -> list[str]:
     raise Unavailable("exercises in CUDA need a C++ compiler: install g++ or set CXX")
 
 
-# ---- Triton: interpreted ---------------------------------------------------------------------------------------------
+# ---- Triton: interpreted -----------------------------------------------------------------------------------
+
 
 def in_worker(spec: dict) -> Callable:
     """name -> the function of this name in spec["file"], in a worker's process."""
     from triton_kernels.interpreter import launches_interpreted
+
     module = python_module(Path(spec["file"]))
 
     def function(name):
@@ -143,6 +166,7 @@ def in_worker(spec: dict) -> Callable:
             with launches_interpreted():
                 getattr(module, name)(*args, out)
             return out
+
         return call
 
     return function
@@ -153,6 +177,7 @@ def _triton(name: str, cases: Callable) -> Callable:
 
     cases: a function that gives (what the case is, the tensors, the right output).
     """
+
     def run(path: Path, timeout: float) -> str | None:
         spec = {"module": __name__, "device": "cpu", "file": str(path), "what": str(path)}
         with Worker(spec, timeout) as worker:
@@ -162,13 +187,16 @@ def _triton(name: str, cases: Callable) -> Callable:
                 if wrong:
                     return f"{what}: {wrong}"
         return None
+
     return run
 
 
 def _tail_mask():
     for rows, cols in ((3, 64), (4, 40), (2, 7)):
-        memory = torch.full((rows * cols + 64,), torch.nan)     # behind x, so that a read past its end is a wrong mean
-        x = memory[:rows * cols].view(rows, cols).copy_(torch.arange(rows * cols).view(rows, cols) % 13)
+        memory = torch.full(
+            (rows * cols + 64,), torch.nan
+        )  # behind x, so that a read past its end is a wrong mean
+        x = memory[: rows * cols].view(rows, cols).copy_(torch.arange(rows * cols).view(rows, cols) % 13)
         yield f"{rows} rows of {cols}", (x,), x.double().mean(1)
 
 
@@ -182,12 +210,17 @@ def _split_merge():
         weights = [torch.exp(s - s.max()) for s, _ in splits]
         sums = torch.stack([w @ v for w, (_, v) in zip(weights, splits)])
         masses = torch.stack([w.sum() for w in weights])
-        yield (f"splits of {', '.join(map(str, lengths))} tokens, largest scores {', '.join(f'{t:.2f}' for t in tops)}",
-               (sums.float(), tops.float(), masses.float()), torch.softmax(scores, 0) @ values)
+        yield (
+            f"splits of {', '.join(map(str, lengths))} tokens, largest scores "
+            f"{', '.join(f'{t:.2f}' for t in tops)}",
+            (sums.float(), tops.float(), masses.float()),
+            torch.softmax(scores, 0) @ values,
+        )
 
 
 def _differs(function, tensors, want) -> str | None:
-    """Has a worker call function(*tensors, out); says where `out` is not `want`. A kernel that raises is wrong too."""
+    """Has a worker call function(*tensors, out); says where `out` is not `want`. A kernel that raises is
+    wrong too."""
     values = {str(i): t for i, t in enumerate(tensors)} | {"out": torch.full(want.shape, torch.nan)}
     arena = Arena(values, file=function.file)
     arena.remember()
@@ -195,7 +228,7 @@ def _differs(function, tensors, want) -> str | None:
     if error:
         return one_line(error)
     out = arena.values()["out"]
-    bad = ~((out.double() - want).abs() <= 1e-4 * (1 + want.abs()))     # true for NaN as well
+    bad = ~((out.double() - want).abs() <= 1e-4 * (1 + want.abs()))  # true for NaN as well
     if not bad.any():
         return None
     i = int(bad.nonzero()[0])
@@ -204,14 +237,24 @@ def _differs(function, tensors, want) -> str | None:
 
 def _exercises():
     cuda, triton = ROOT / "cuda_src" / "exercises", ROOT / "triton_kernels" / "exercises"
-    return [Exercise("tail_mask", "a row whose end is no multiple of the block", triton / "tail_mask.py",
-                     _triton("row_mean", _tail_mask)),
-            Exercise("barrier", "a tile in shared memory that is used again", cuda / "barrier.cu", _cuda),
-            Exercise("split_merge", "the shares of a split softmax", triton / "split_merge.py",
-                     _triton("merge", _split_merge)),
-            Exercise("empty_split", "a split without a token", cuda / "empty_split.cu", _cuda),
-            Exercise("coalescing", "which thread takes which numbers", cuda / "coalescing.cu", _cuda),
-            Exercise("bank_conflict", "a column of a tile in shared memory", cuda / "bank_conflict.cu", _cuda)]
+    return [
+        Exercise(
+            "tail_mask",
+            "a row whose end is no multiple of the block",
+            triton / "tail_mask.py",
+            _triton("row_mean", _tail_mask),
+        ),
+        Exercise("barrier", "a tile in shared memory that is used again", cuda / "barrier.cu", _cuda),
+        Exercise(
+            "split_merge",
+            "the shares of a split softmax",
+            triton / "split_merge.py",
+            _triton("merge", _split_merge),
+        ),
+        Exercise("empty_split", "a split without a token", cuda / "empty_split.cu", _cuda),
+        Exercise("coalescing", "which thread takes which numbers", cuda / "coalescing.cu", _cuda),
+        Exercise("bank_conflict", "a column of a tile in shared memory", cuda / "bank_conflict.cu", _cuda),
+    ]
 
 
 EXERCISES = {exercise.name: exercise for exercise in _exercises()}

@@ -1,20 +1,26 @@
-"""`lab explain OP`: the two halves of an op side by side, step by step, with its bytes and its last measured times.
+"""`lab explain OP`: the two halves of an op side by side, step by step, with its bytes and its last measured
+times.
 
 With --rungs its ladder: what each rung changes, what that should gain and what it was measured to gain.
 """
+
 from pathlib import Path
 
 from lab.errors import LabError
 from lab.files import write_whole
 
-SIDE_BY_SIDE = 110          # columns; on a narrower terminal the halves stand one below the other
+SIDE_BY_SIDE = 110  # columns; on a narrower terminal the halves stand one below the other
 
 
 def add_arguments(parser):
     parser.add_argument("op", metavar="OP", help="an op of `lab ops`, as in rmsnorm")
-    parser.add_argument("--rungs", action="store_true", help="its ladder instead, from a naive kernel to the product's")
+    parser.add_argument(
+        "--rungs", action="store_true", help="its ladder instead, from a naive kernel to the product's"
+    )
     parser.add_argument("--html", metavar="FILE", help="write a page instead of printing")
-    parser.add_argument("--reports", metavar="DIR", help="where measured records lie (default: the lab's own reports)")
+    parser.add_argument(
+        "--reports", metavar="DIR", help="where measured records lie (default: the lab's own reports)"
+    )
 
 
 def main(args):
@@ -27,6 +33,7 @@ def main(args):
     known = twins.known_ops()
     if args.op not in known:
         import difflib
+
         near = difflib.get_close_matches(args.op, known, 1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise LabError(f"unknown op {args.op!r}: {hint}choose from {', '.join(known)}")
@@ -51,7 +58,8 @@ def main(args):
 
 
 def bytes_of(op):
-    """[(what, text)]: least traffic and arithmetic of the contract's first case, in bf16 where the op takes it."""
+    """[(what, text)]: least traffic and arithmetic of the contract's first case, in bf16 where the op takes
+    it."""
     import torch
 
     from lab.contract import DTYPES, Rand
@@ -64,13 +72,16 @@ def bytes_of(op):
     a = contract.bound(*contract.inputs(Rand("cpu", dtype), **first.sizes))
     nbytes, flops = int(contract.nbytes(a)), int(contract.flops(a))
     sizes = ", ".join(f"{k}={v}" for k, v in first.sizes.items())
-    return [("example", f"{sizes} in {name} ({first.why})"),
-            ("bytes", f"{nbytes:,} must cross DRAM (nbytes in lab/ops/{op}.py)"),
-            ("arithmetic", f"{flops:,} flop, {flops / nbytes:.2f} a byte")]
+    return [
+        ("example", f"{sizes} in {name} ({first.why})"),
+        ("bytes", f"{nbytes:,} must cross DRAM (nbytes in lab/ops/{op}.py)"),
+        ("arithmetic", f"{flops:,} flop, {flops / nbytes:.2f} a byte"),
+    ]
 
 
 def runs_of(reports):
-    """(runs below `reports`, newest first, what to say of them): without records neither, with unreadable ones why."""
+    """(runs below `reports`, newest first, what to say of them): without records neither, with unreadable
+    ones why."""
     from lab.records import schema
     from lab.report import load
 
@@ -99,18 +110,27 @@ def measured_rungs(op, rows, reports):
         for backend in style.backend_order(found["backend"]):
             for one in found[(found["rung"] == number) & (found["backend"] == backend)].itertuples():
                 gain = ladder_figures.gain(found, one)
-                words.append(style.backend(backend).label + (f", {one.tuning}," if one.tuning else "")
-                             + f" {one.us:,.1f} us"
-                             + (f", {one.of_ceiling:.0%} of the ceiling" if one.of_ceiling == one.of_ceiling else "")
-                             + (f", {gain:.2f} times faster than the rung before" if gain == gain else ""))
+                words.append(
+                    style.backend(backend).label
+                    + (f", {one.tuning}," if one.tuning else "")
+                    + f" {one.us:,.1f} us"
+                    + (f", {one.of_ceiling:.0%} of the ceiling" if one.of_ceiling == one.of_ceiling else "")
+                    + (f", {gain:.2f} times faster than the rung before" if gain == gain else "")
+                )
         row.intro += (("measured", "; ".join(words) or "not in that run"),)
     first = found.iloc[0]
-    return said + [("measured", f"{run.device}, run {run.id}: {ops.shape_text(first['shape'])}, batch "
-                                f"{first['batch']:.0f}, {first['dtype']}, {first['cache']} cache")]
+    return said + [
+        (
+            "measured",
+            f"{run.device}, run {run.id}: {ops.shape_text(first['shape'])}, batch "
+            f"{first['batch']:.0f}, {first['dtype']}, {first['cache']} cache",
+        )
+    ]
 
 
 def measured(op, reports):
-    """[(what, text)]: one size, its bytes and arithmetic, and the last GPU times of each folder below `reports` at it.
+    """[(what, text)]: one size, its bytes and arithmetic, and the last GPU times of each folder below
+    `reports` at it.
 
     The size is that of the newest such run with the most bytes at the smallest batch. Without records [].
     """
@@ -132,21 +152,35 @@ def measured(op, reports):
             rows = rows[rows["batch"] == rows["batch"].min()]
             first = rows.loc[rows["bytes"].fillna(0).idxmax()]
             size = _size(first, schema.freeze)
-            found += [("size", f"{first['case']}: {ops.shape_text(first['shape'])}, batch {first['batch']:.0f}, "
-                               f"{first['dtype']}")]
+            found += [
+                (
+                    "size",
+                    f"{first['case']}: {ops.shape_text(first['shape'])}, batch {first['batch']:.0f}, "
+                    f"{first['dtype']}",
+                )
+            ]
             if first["bytes"] > 0:
-                found += [("bytes", f"{first['bytes']:,.0f} must cross DRAM (nbytes in lab/ops/{op}.py)"),
-                          ("arithmetic", f"{first['flops']:,.0f} flop, {first['flops'] / first['bytes']:.2f} a byte")]
+                found += [
+                    ("bytes", f"{first['bytes']:,.0f} must cross DRAM (nbytes in lab/ops/{op}.py)"),
+                    (
+                        "arithmetic",
+                        f"{first['flops']:,.0f} flop, {first['flops'] / first['bytes']:.2f} a byte",
+                    ),
+                ]
         rows = rows[[_size(row, schema.freeze) == size for _, row in rows.iterrows()]]
-        if not len(rows):                       # another run measured other sizes
+        if not len(rows):  # another run measured other sizes
             continue
         seen.add(run.path)
         for backend in style.backend_order(rows["backend"]):
             row = rows[rows["backend"] == backend].iloc[0]
             name = style.backend(backend).label + (f", {row['tuning']}" if row["tuning"] else "")
-            found.append((f"{run.device}, run {run.id}",
-                          f"{name}: {row['us']:,.1f} us, {row['of_ceiling']:.0%} of the ceiling "
-                          f"({row['cache']} cache, n {row['n']:.0f})"))
+            found.append(
+                (
+                    f"{run.device}, run {run.id}",
+                    f"{name}: {row['us']:,.1f} us, {row['of_ceiling']:.0%} of the ceiling "
+                    f"({row['cache']} cache, n {row['n']:.0f})",
+                )
+            )
     return found
 
 
@@ -167,7 +201,7 @@ def show(title, cuda, triton, rows, facts):
     from lab.report import style
 
     class Terminal(Console):
-        def on_broken_pipe(self):           # rich would exit with 1; lab.cli knows what to do
+        def on_broken_pipe(self):  # rich would exit with 1; lab.cli knows what to do
             raise BrokenPipeError
 
     console = Terminal()
@@ -177,8 +211,16 @@ def show(title, cuda, triton, rows, facts):
 
     def code(half, chunk):
         lexer = "cuda" if half.language == "cuda" else "python"
-        return Syntax(chunk.code, lexer, theme="ansi_dark", line_numbers=True, start_line=chunk.first, word_wrap=True,
-                      background_color="default", dedent=False)
+        return Syntax(
+            chunk.code,
+            lexer,
+            theme="ansi_dark",
+            line_numbers=True,
+            start_line=chunk.first,
+            word_wrap=True,
+            background_color="default",
+            dedent=False,
+        )
 
     def side(half, look, step, missing):
         if step is None:
@@ -217,8 +259,12 @@ def show(title, cuda, triton, rows, facts):
     console.rule("Around the steps", align="left")
     for h in halves:
         outside = sum(len(c.lines) for c in h.around)
-        console.print(Text(f"{h.name}: {h.count} lines, {outside} of them outside the steps (declarations and launch)",
-                           style="dim"))
+        console.print(
+            Text(
+                f"{h.name}: {h.count} lines, {outside} of them outside the steps (declarations and launch)",
+                style="dim",
+            )
+        )
 
 
 def write_page(path, title, facts, cuda, triton, rows):

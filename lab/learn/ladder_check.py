@@ -1,4 +1,5 @@
 """`lab check --ladder`: every rung of the ladders against the reference of its op."""
+
 from __future__ import annotations
 
 import torch
@@ -11,17 +12,30 @@ from lab.ops import find
 from lab.rungs import fits, rungs
 
 CASES = {
-    "linear": (case("tails of a tile in n and k", batch=1, n=37, k=136),
-               case("several steps of four warps", batch=3, n=9, k=1096),
-               case("a k of no whole vectors, with bias", batch=1, n=11, k=101, bias=True),
-               case("more rows than 8, float32 out", batch=9, n=20, k=264, bias=True, out_dtype=torch.float32)),
-    "rmsnorm": (case("one row", rows=1, cols=576), case("more rows than a warp has lanes", rows=33, cols=64),
-                case("several steps of 256 vectors", rows=2, cols=2056), case("no whole vectors", rows=3, cols=101)),
+    "linear": (
+        case("tails of a tile in n and k", batch=1, n=37, k=136),
+        case("several steps of four warps", batch=3, n=9, k=1096),
+        case("a k of no whole vectors, with bias", batch=1, n=11, k=101, bias=True),
+        case("more rows than 8, float32 out", batch=9, n=20, k=264, bias=True, out_dtype=torch.float32),
+    ),
+    "rmsnorm": (
+        case("one row", rows=1, cols=576),
+        case("more rows than a warp has lanes", rows=33, cols=64),
+        case("several steps of 256 vectors", rows=2, cols=2056),
+        case("no whole vectors", rows=3, cols=101),
+    ),
     "decode_attention": (
-        case("context 1, around a page's end, an idle row; a group of 3", lengths=(1, 15, 17, 0, 65, 130), q_heads=6,
-             kv_heads=2, head_dim=64, splits=2),
+        case(
+            "context 1, around a page's end, an idle row; a group of 3",
+            lengths=(1, 15, 17, 0, 65, 130),
+            q_heads=6,
+            kv_heads=2,
+            head_dim=64,
+            splits=2,
+        ),
         case("empty splits, a group of 5", lengths=(5, 70), q_heads=5, kv_heads=1, head_dim=128, splits=7),
-        case("one split, a larger page", lengths=(100,), q_heads=2, kv_heads=2, head_dim=128, page_size=64)),
+        case("one split, a larger page", lengths=(100,), q_heads=2, kv_heads=2, head_dim=128, page_size=64),
+    ),
 }
 
 
@@ -29,8 +43,8 @@ def check(ops, functions, dtypes, device, seed, quick=False) -> int:
     """`lab check --ladder`: every rung against the op's reference; returns the number of failed cases.
 
     quick: the first two cases alone.
-    functions: for each of BACKENDS that this machine can run, what gives the function of a rung's name, as "linear 3"
-    (lab.worker.Worker.function). A case that a rung says it does not take must be refused.
+    functions: for each of BACKENDS that this machine can run, what gives the function of a rung's name, as
+    "linear 3" (lab.worker.Worker.function). A case that a rung says it does not take must be refused.
     """
     failed = ran = 0
     for op in ops:
@@ -42,7 +56,11 @@ def check(ops, functions, dtypes, device, seed, quick=False) -> int:
                 if backend in rung.absent:
                     print(f"    {backend:6} absent: {rung.absent[backend]}")
                     continue
-                here, function, said = bind(rung, backend, device), functions[backend](f"{op} {rung.number}"), []
+                here, function, said = (
+                    bind(rung, backend, device),
+                    functions[backend](f"{op} {rung.number}"),
+                    [],
+                )
                 for dtype in dtypes:
                     right = refused = 0
                     for c in cases:
@@ -56,8 +74,10 @@ def check(ops, functions, dtypes, device, seed, quick=False) -> int:
                         if outcome.error:
                             failed += 1
                             said.append(f"\n        {dtype} {c.why} {dict(c.sizes)}: {outcome.error}")
-                    said.append(f" {dtype} {right}/{len(cases) - refused}"
-                                + (f" ({refused} refused)" if refused else ""))
+                    said.append(
+                        f" {dtype} {right}/{len(cases) - refused}"
+                        + (f" ({refused} refused)" if refused else "")
+                    )
                 print(f"    {backend:6}{''.join(said)}", flush=True)
     print(f"{ran} cases of rungs on {device}, {failed} failed")
     return failed

@@ -1,12 +1,15 @@
-"""`lab try FILE --op OP`: a kernel of your own in the place of a built-in one: checked and, on a GPU, raced and drawn.
+"""`lab try FILE --op OP`: a kernel of your own in the place of a built-in one: checked and, on a GPU, raced
+and drawn.
 
-FILE.cu has what cuda_src/OP.cu has: the launcher that launchers.h declares. FILE.py has what triton_kernels/OP.py has: a
-function named OP with the same arguments. A copy of the built-in file is a good start. The contract, its cases, its
-tolerances and the benchmark are the built-in kernels'; in the records the backend is called by the file's name.
+FILE.cu has what cuda_src/OP.cu has: the launcher that launchers.h declares. FILE.py has what
+triton_kernels/OP.py has: a function named OP with the same arguments. A copy of the built-in file is a good
+start. The contract, its cases, its tolerances and the benchmark are the built-in kernels'; in the records the
+backend is called by the file's name.
 
-The file is loaded by a worker process alone (lab/worker.py). This process compares what the kernel wrote, so nothing that
-the file does, ending its process included, can make it pass.
+The file is loaded by a worker process alone (lab/worker.py). This process compares what the kernel wrote, so
+nothing that the file does, ending its process included, can make it pass.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -63,19 +66,23 @@ class TritonFile:
     """Stands in for triton_kernels.<op> while the contract's Triton half runs."""
 
     def __init__(self, path: Path, op: Op, device: torch.device):
-        load("triton", device)                      # Unavailable where there is no Triton
+        load("triton", device)  # Unavailable where there is no Triton
         self.name, self.place = path.name, f"triton_kernels.{op.name}"
-        importlib.import_module(self.place)         # so that nothing else imports the stand-in
+        importlib.import_module(self.place)  # so that nothing else imports the stand-in
         self.device, self.module = device, self.loaded(path)
         function = getattr(self.module, op.name, None)
         built_in = getattr(sys.modules[self.place], op.name)
         wanted = f"{op.name}({', '.join(inspect.signature(built_in).parameters)})"
         if not callable(function):
-            raise LabError(f"{path} has no function {op.name}: write {wanted}, which launches your kernel, as that in "
-                           f"triton_kernels/{op.name}.py does")
-        if hasattr(function, "__getitem__"):        # triton.jit's and triton.autotune's objects
-            raise LabError(f"{path}: {op.name} is a kernel itself: give it another name and write a function {wanted} "
-                           "that launches it, as kernel[grid](...)")
+            raise LabError(
+                f"{path} has no function {op.name}: write {wanted}, which launches your kernel, as that in "
+                f"triton_kernels/{op.name}.py does"
+            )
+        if hasattr(function, "__getitem__"):  # triton.jit's and triton.autotune's objects
+            raise LabError(
+                f"{path}: {op.name} is a kernel itself: give it another name and write a function {wanted} "
+                "that launches it, as kernel[grid](...)"
+            )
 
     @staticmethod
     def loaded(path: Path):
@@ -86,6 +93,7 @@ class TritonFile:
         def launch(*args, **options):
             with self.in_place(), needs_no_driver(self.name):
                 op.launchers["triton"](*args, **options)
+
         return launch
 
     @contextlib.contextmanager
@@ -98,30 +106,36 @@ class TritonFile:
             sys.modules[self.place] = built_in
 
     def interpreted(self):
-        """For tensors on the CPU: kernel[grid](...), as Triton's tutorials launch, goes to the interpreter."""
+        """For tensors on the CPU: kernel[grid](...), as Triton's tutorials launch, goes to the
+        interpreter."""
         if self.device.type == "cuda":
             return contextlib.nullcontext()
         from triton_kernels.interpreter import launches_interpreted
+
         return launches_interpreted()
 
 
 @contextlib.contextmanager
 def needs_no_driver(path):
-    """Says what to write instead of a call of Triton's driver, where Triton itself only counts its drivers."""
+    """Says what to write instead of a call of Triton's driver, where Triton itself only counts its
+    drivers."""
     try:
         yield
     except Exception as error:
         if "active drivers" not in str(error):
             raise
-        raise LabError(f"{path}: triton.runtime.driver.active needs a GPU: take the device from the tensors that your "
-                       "function is given") from None
+        raise LabError(
+            f"{path}: triton.runtime.driver.active needs a GPU: take the device from the tensors that your "
+            "function is given"
+        ) from None
 
 
 def build(path: Path, op: Op, device: str, folder: Path, timeout: float) -> Path:
-    """Builds the extension with the file in the place of cuda_src/<op>.cu into `folder`; returns the extension's path.
+    """Builds the extension with the file in the place of cuda_src/<op>.cu into `folder`; returns the
+    extension's path.
 
-    The other objects are those at hand; what is missing of them is compiled first. Raises LabError for a file that does
-    not compile within `timeout` seconds.
+    The other objects are those at hand; what is missing of them is compiled first. Raises LabError for a file
+    that does not compile within `timeout` seconds.
     """
     if not (ROOT / "cuda_src" / f"{op.name}.cu").exists():
         raise LabError(f"{op.name} has no CUDA half")
@@ -130,10 +144,18 @@ def build(path: Path, op: Op, device: str, folder: Path, timeout: float) -> Path
     sources = [*(ROOT / "cuda_src").glob("*.cu"), *(ROOT / "cuda_src/ladder").glob("*.cu")]
     missing = [source for source in sources if not compiled(source, objects)]
     if missing:
-        print(f"{len(missing)} of the {len(sources)} files in cuda_src are not compiled: that is done first, once, and "
-              "takes minutes", file=sys.stderr, flush=True)
-    environment = {**os.environ, "LAB_TRY": f"{op.name}={path.resolve()}", "LAB_CUDA": of_device,
-                   "LAB_TRY_SECONDS": str(timeout)}
+        print(
+            f"{len(missing)} of the {len(sources)} files in cuda_src are not compiled: that is done first, "
+            "once, and takes minutes",
+            file=sys.stderr,
+            flush=True,
+        )
+    environment = {
+        **os.environ,
+        "LAB_TRY": f"{op.name}={path.resolve()}",
+        "LAB_CUDA": of_device,
+        "LAB_TRY_SECONDS": str(timeout),
+    }
     status, said = run_group([*SETUP, str(folder)], environment)
     if status:
         if advice := for_the_cpu(path, said, device):
@@ -141,13 +163,16 @@ def build(path: Path, op: Op, device: str, folder: Path, timeout: float) -> Path
         if "not compiled within" in said:
             raise LabError(f"{path} was not compiled within {timeout:g} s (--timeout)")
         sys.stderr.write(said)
-        raise LabError(f"{path} does not compile, or lacks the launcher {op.name} of cuda_src/launchers.h; what the "
-                       "compiler says is above")
+        raise LabError(
+            f"{path} does not compile, or lacks the launcher {op.name} of cuda_src/launchers.h; what the "
+            "compiler says is above"
+        )
     return max(folder.glob(f"lab/{name}.*"), key=lambda file: file.stat().st_mtime_ns)
 
 
 def for_the_cpu(path: Path, said: str, device: str) -> str | None:
-    """What to write instead of what nvcc takes and the C++ compiler of the CPU does not; None where that is not it.
+    """What to write instead of what nvcc takes and the C++ compiler of the CPU does not; None where that is
+    not it.
 
     said: the compiler's output.
     """
@@ -157,8 +182,11 @@ def for_the_cpu(path: Path, said: str, device: str) -> str | None:
         return f"line {found[1]}: {found[2]}"
     for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
         if "<<<" in line.partition("//")[0]:
-            return (f"line {number}: kernel<<<grid, block, bytes, stream>>>(...) does not compile for the CPU: write "
-                    'launch({grid, block, bytes, stream}, "name", kernel, ...)')
+            return (
+                f"line {number}: kernel<<<grid, block, bytes, stream>>>(...) does not compile for the CPU: "
+                "write "
+                'launch({grid, block, bytes, stream}, "name", kernel, ...)'
+            )
     return None
 
 
@@ -169,9 +197,18 @@ def compiled(source: Path, objects: Path) -> bool:
 
 
 def run_group(command, environment) -> tuple[int, str]:
-    """(exit status, output) of a command. What it has started ends with it, when this process is interrupted, too."""
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    """(exit status, output) of a command. What it has started ends with it, when this process is interrupted,
+    too."""
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     try:
         said, _ = process.communicate()
         return process.returncode, said
@@ -185,17 +222,20 @@ class CudaFile:
 
     def __init__(self, path: Path, op: Op, device: torch.device, built: str):
         from lab.backends.cuda import Backend
+
         self.name = path.name
         name = "_cuda" if device.type == "cuda" else "_host"
         spec = importlib.util.spec_from_file_location(f"lab_try.{name}", built)
         try:
             extension = importlib.util.module_from_spec(spec)
-        except ImportError as error:                # the linker leaves what is missing to the loader
+        except ImportError as error:  # the linker leaves what is missing to the loader
             symbol = re.search(r"undefined symbol: (\w+)", str(error))
             if symbol and op.name not in symbol[1]:
                 raise LabError(f"{path} declares and uses {symbol[1]}, which is defined nowhere") from None
-            raise LabError(f"{path} lacks the launcher {op.name} of cuda_src/launchers.h, {declaration(op.name)} ({error})"
-                           ) from None
+            raise LabError(
+                f"{path} lacks the launcher {op.name} of cuda_src/launchers.h, {declaration(op.name)} "
+                f"({error})"
+            ) from None
         spec.loader.exec_module(extension)
         self.backend = Backend(device, extension)
 
@@ -214,15 +254,23 @@ def main(args) -> int:
     if device == "cuda" and not torch.cuda.is_available():
         raise Unavailable("device cuda: this machine has no usable NVIDIA GPU; use --device cpu")
     taken = [name for name, dtype in DTYPES.items() if dtype in op.dtypes]
-    dtypes = [known(name, taken, f"dtype of {op.name}") for name in args.dtype.split(",")] if args.dtype else taken
+    dtypes = (
+        [known(name, taken, f"dtype of {op.name}") for name in args.dtype.split(",")] if args.dtype else taken
+    )
     if op.whole_step and device == "cuda" and not args.check_only:
         raise LabError(f"{op.name} is a whole step, which no race of ops has: use --check-only")
     require_kernel_file(args.file)
     name = args.file.name
     if name in BACKENDS:
         raise LabError(f"{name} is a backend's name: call the file something else")
-    spec = {"module": __name__, "file": str(args.file.resolve()), "op": op.name, "device": device, "built": None,
-            "what": str(args.file)}
+    spec = {
+        "module": __name__,
+        "file": str(args.file.resolve()),
+        "op": op.name,
+        "device": device,
+        "built": None,
+        "what": str(args.file),
+    }
     with tempfile.TemporaryDirectory(prefix="lab-try-") as folder:
         if args.file.suffix == ".cu":
             spec["built"] = str(build(args.file, op, device, Path(folder), args.timeout))
@@ -232,7 +280,8 @@ def main(args) -> int:
 
 
 def try_in(worker: Worker, op: Op, name: str, args, dtypes, device: str) -> int:
-    """Checks the file that a worker has loaded, and races it where there is a GPU; returns the exit status."""
+    """Checks the file that a worker has loaded, and races it where there is a GPU; returns the exit
+    status."""
     function = worker.function(op.name)
 
     def check() -> int:
@@ -243,12 +292,15 @@ def try_in(worker: Worker, op: Op, name: str, args, dtypes, device: str) -> int:
         print(f"{failed} cases failed: a kernel that is wrong is not raced")
         return 1
     if args.check_only or device == "cpu":
-        print("right in every case" + ("" if args.check_only else "; not raced, for emulated times say nothing"))
+        print(
+            "right in every case" + ("" if args.check_only else "; not raced, for emulated times say nothing")
+        )
         return 0
     options = {key: getattr(args, key) for key in ("op", "file", "out", "model", "batch", "context")}
     try:
-        status = worker.ask({"run": "race_in_worker", "arguments": (op.name, name, options, dtypes)},
-                            limited=False).get("result")
+        status = worker.ask(
+            {"run": "race_in_worker", "arguments": (op.name, name, options, dtypes)}, limited=False
+        ).get("result")
     except Died as died:
         raise LabError(f"{args.file}: the process of the race {died}") from None
     print("checked again after the race, in the same process:")
@@ -266,25 +318,42 @@ def in_worker(spec: dict):
 
 
 def race_in_worker(functions, op: str, name: str, options: dict, dtypes) -> int:
-    """The measurement, in the process that has loaded the file; its records are read and drawn by the other one."""
+    """The measurement, in the process that has loaded the file; its records are read and drawn by the other
+    one."""
     return measure(find(op), name, functions(op), SimpleNamespace(**options), dtypes)
 
 
 def race(op: Op, name: str, function, args, dtypes) -> int:
-    """Benchmarks a function beside the built-in backends and the vendor's kernels, says who won, and draws the report."""
+    """Benchmarks a function beside the built-in backends and the vendor's kernels, says who won, and draws
+    the report."""
     return measure(op, name, function, args, dtypes) or draw(name, args)
 
 
 def measure(op: Op, name: str, function, args, dtypes) -> int:
     from lab.harness import bench
-    words = ["ops", op.name, "--out", out_of(args), "--model", args.model, "--batch", args.batch, "--context", args.context,
-             "--dtype", ",".join(dtypes), "--fresh"]
+
+    words = [
+        "ops",
+        op.name,
+        "--out",
+        out_of(args),
+        "--model",
+        args.model,
+        "--batch",
+        args.batch,
+        "--context",
+        args.context,
+        "--dtype",
+        ",".join(dtypes),
+        "--fresh",
+    ]
     return bench.main(bench.parse(words), own={name: SimpleNamespace(**{op.name: function})})
 
 
 def draw(name: str, args) -> int:
     from lab import cli
     from lab.records import schema
+
     for line in verdicts(schema.read(out_of(args)).rows, name):
         print(line)
     return cli.main(["report", out_of(args)])
@@ -293,8 +362,14 @@ def draw(name: str, args) -> int:
 def untuned_beside(row, rows):
     """The backends that were measured at `row`'s size in its run with settings that nobody raced."""
     cards = untuned.by_cards([r for r in rows if r.kind == "fairness" and r.run == row.run])
-    return {r.backend for r in rows if r.kind == "op" and (r.run, r.op, r.role, r.dtype, r.batch, r.context, r.shape) ==
-            (row.run, row.op, row.role, row.dtype, row.batch, row.context, row.shape) and untuned.is_untuned(r, cards)}
+    return {
+        r.backend
+        for r in rows
+        if r.kind == "op"
+        and (r.run, r.op, r.role, r.dtype, r.batch, r.context, r.shape)
+        == (row.run, row.op, row.role, row.dtype, row.batch, row.context, row.shape)
+        and untuned.is_untuned(r, cards)
+    }
 
 
 def out_of(args) -> str:
@@ -302,10 +377,15 @@ def out_of(args) -> str:
 
 
 def verdicts(rows, name):
-    """A line for each size of the last run that raced this file: its time, its share of the ceiling, and how each other
-    backend did against it, with "untuned" beside one whose settings nobody raced."""
-    own = [r for r in rows if r.kind == "op" and r.backend == name and (r.cache == "cold", r.timer) in (
-        (True, "graph"), (False, "wall"))]
+    """A line for each size of the last run that raced this file: its time, its share of the ceiling, and how
+    each other backend did against it, with "untuned" beside one whose settings nobody raced."""
+    own = [
+        r
+        for r in rows
+        if r.kind == "op"
+        and r.backend == name
+        and (r.cache == "cold", r.timer) in ((True, "graph"), (False, "wall"))
+    ]
     for row in (r for r in own if r.run == own[-1].run):
         size = " ".join(f"{k}={v}" for k, v in row.shape.items())
         line = one_line(f"{row.op} {row.role or ''} {row.dtype} batch {row.batch} {size}: ") + " "
@@ -315,6 +395,12 @@ def verdicts(rows, name):
         share = "" if row.of_ceiling is None else f", {row.of_ceiling:.0%} of the ceiling"
         left = untuned_beside(row, rows)
         words = {"faster": "faster than", "slower": "slower than", "same": "the same as"}
-        yield line + f"{row.us:.1f} us{share}; " + ", ".join(
-            f"{words.get(verdict, 'too close to call against')} {one_line(other)}" + f" ({untuned.WORD})" * (other in left)
-            for other, verdict in (row.verdict or {}).items())
+        yield (
+            line
+            + f"{row.us:.1f} us{share}; "
+            + ", ".join(
+                f"{words.get(verdict, 'too close to call against')} {one_line(other)}"
+                + f" ({untuned.WORD})" * (other in left)
+                for other, verdict in (row.verdict or {}).items()
+            )
+        )

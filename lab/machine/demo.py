@@ -1,8 +1,10 @@
-"""`make demo`: a real model answers one prompt under CUDA, under Triton and under torch, and the answers are compared.
+"""`make demo`: a real model answers one prompt under CUDA, under Triton and under torch, compared.
 
-All three share weights, prompt, prefill and plan in fp32; what differs is the kernels of the decode step. Exit status 1
-if a single token differs. The measurements go to OUT/records.jsonl and are drawn as a report beside it.
+All three share weights, prompt, prefill and plan in fp32; what differs is the kernels of the decode step.
+Exit status 1 if a single token differs. The measurements go to OUT/records.jsonl and are drawn as a report
+beside it.
 """
+
 import statistics
 import sys
 import time
@@ -14,17 +16,19 @@ from lab.errors import LabError, one_line
 
 MODEL = "smollm2-135m"
 PROMPT = "What is the capital of France?"
-TOKENS = 32             # at most; the model usually ends its answer before
-LEAST = 4               # tokens that every backend decodes, however slow the machine
+TOKENS = 32  # at most; the model usually ends its answer before
+LEAST = 4  # tokens that every backend decodes, however slow the machine
 
 
 @dataclass
 class Answer:
-    """What one backend said. ids end with the stop token unless the time ran out; ms is one entry per token."""
+    """What one backend said. ids end with the stop token unless the time ran out; ms is one entry per
+    token."""
+
     backend: str
     ids: list = field(default_factory=list)
     ms: list = field(default_factory=list)
-    launches: int = 0       # kernels that the trace counted
+    launches: int = 0  # kernels that the trace counted
     complete: bool = False  # ended by itself, or at TOKENS
 
 
@@ -34,7 +38,7 @@ def decode(backend, weights, prompt, stop_ids, seconds, on_token):
     from lab.model.decoder import Decoder
 
     trace = dispatch.Trace()
-    everywhere = {op.name: backend for op in ops.OPS}       # whatever LAB_OVERRIDE says
+    everywhere = {op.name: backend for op in ops.OPS}  # whatever LAB_OVERRIDE says
     bound = dispatch.select(backend, weights.device, everywhere, trace)
     decoder = Decoder(weights, bound, max_context=len(prompt) + TOKENS)
     decoder.prepare()
@@ -42,7 +46,7 @@ def decode(backend, weights, prompt, stop_ids, seconds, on_token):
     answer, began = Answer(backend), time.perf_counter()
     while len(answer.ids) < TOKENS:
         started = time.perf_counter()
-        token = int(decoder.step()[0])                      # waits for the device
+        token = int(decoder.step()[0])  # waits for the device
         answer.ms.append((time.perf_counter() - started) * 1e3)
         answer.ids.append(token)
         on_token(token)
@@ -65,18 +69,22 @@ def show(answers, tokenizer):
     """Prints the comparison; returns whether every pair agrees."""
     print(f"\n{'backend':<8} {'tokens':>6} {'median ms':>10} {'launches':>12}  ids")
     for a in answers:
-        print(f"{a.backend:<8} {len(a.ids):>6} {statistics.median(a.ms):>10.1f} {a.launches:>12}  "
-              f"{' '.join(map(str, a.ids))}{'' if a.complete else ' ... (out of time)'}")
+        print(
+            f"{a.backend:<8} {len(a.ids):>6} {statistics.median(a.ms):>10.1f} {a.launches:>12}  "
+            f"{' '.join(map(str, a.ids))}{'' if a.complete else ' ... (out of time)'}"
+        )
     agree = True
     for i, a in enumerate(answers):
-        for b in answers[i + 1:]:
+        for b in answers[i + 1 :]:
             at, common = first_difference(a, b), min(len(a.ids), len(b.ids))
             if at is None:
                 print(f"{a.backend} and {b.backend}: the same {common} tokens")
             else:
                 agree = False
-                print(f"{a.backend} and {b.backend}: DIFFER at token {at + 1}: {tokenizer.decode([a.ids[at]])!r} "
-                      f"against {tokenizer.decode([b.ids[at]])!r}")
+                print(
+                    f"{a.backend} and {b.backend}: DIFFER at token {at + 1}: "
+                    f"{tokenizer.decode([a.ids[at]])!r} against {tokenizer.decode([b.ids[at]])!r}"
+                )
     return agree
 
 
@@ -84,9 +92,11 @@ def main(argv):
     parser = cli.Parser(prog="make demo", description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="out/demo", help="folder of the records and the report")
     parser.add_argument("--prompt", default=PROMPT)
-    parser.add_argument("--seconds", type=float, default=90, help="time limit of the slowest backend (default 90)")
+    parser.add_argument(
+        "--seconds", type=float, default=90, help="time limit of the slowest backend (default 90)"
+    )
     args = parser.parse_args(argv)
-    Path(args.out).mkdir(parents=True, exist_ok=True)       # what cannot be written is said before minutes of work
+    Path(args.out).mkdir(parents=True, exist_ok=True)  # what cannot be written is said before minutes of work
 
     import torch
 
@@ -108,18 +118,33 @@ def main(argv):
     for backend in ("torch", "cuda", "triton"):
         print(f"\n[{backend}] {how[backend]}\n  ", end="", flush=True)
         stream = tokenizer.stream()
-        answers.append(decode(backend, loaded, prompt, tokenizer.eos, args.seconds,
-                              lambda token: print(stream.push(token), end="", flush=True)))
+        answers.append(
+            decode(
+                backend,
+                loaded,
+                prompt,
+                tokenizer.eos,
+                args.seconds,
+                lambda token: print(stream.push(token), end="", flush=True),
+            )
+        )
         print(stream.finish())
     agree = show(answers, tokenizer)
-    print("All three agree token for token." if agree else "The backends DISAGREE: a fault; `lab check` narrows it.")
+    print(
+        "All three agree token for token."
+        if agree
+        else "The backends DISAGREE: a fault; `lab check` narrows it."
+    )
     return max(report(args.out), 0 if agree else 1)
 
 
 def report(out):
-    """Measures the ops and a decode step of this model briefly and draws what was measured; the exit status."""
+    """Measures the ops and a decode step of this model briefly and draws what was measured; the exit
+    status."""
     print("\nMeasuring every op and a whole decode step, briefly ...", flush=True)
-    status = cli.main(["bench", "all", "--quick", "--model", MODEL, "--weights", "auto", "--fresh", "--out", out])
+    status = cli.main(
+        ["bench", "all", "--quick", "--model", MODEL, "--weights", "auto", "--fresh", "--out", out]
+    )
     return status or cli.main(["report", out])
 
 

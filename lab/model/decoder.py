@@ -1,9 +1,12 @@
-"""The decode step of a Llama-family model: one new token for every sequence of a batch, through the dispatcher's ops.
+"""The decode step of a Llama-family model: one new token for every sequence of a batch, through the
+dispatcher's ops.
 
-The step itself is a plan (lab/model/plans: basic.py is the textbook model); this module keeps the sequences' state. All
-buffers are allocated once, so on a GPU the whole step is captured as one CUDA graph and replayed: positions, context
-lengths and sampled ids live and advance on the device.
+The step itself is a plan (lab/model/plans: basic.py is the textbook model); this module keeps the sequences'
+state. All
+buffers are allocated once, so on a GPU the whole step is captured as one CUDA graph and replayed: positions,
+context lengths and sampled ids live and advance on the device.
 """
+
 from __future__ import annotations
 
 from collections import Counter
@@ -24,20 +27,32 @@ class Decoder:
     """A batch of sequences and the buffers of their decode step.
 
     batch: rows, each empty (idle) or one sequence; max_context: most tokens of one sequence, prompt included.
-    eager: launch op by op on a GPU too, instead of replaying a CUDA graph. splits: blocks that share one KV head's
-    context in decode_attention; None fills the device. Raises LabError for a plan, page size or context that is not
-    to be had, and for a batch or a model that the plan does not take; `Unavailable` comes earlier, from
-    lab.dispatch.select.
+    eager: launch op by op on a GPU too, instead of replaying a CUDA graph. splits: blocks that share one KV
+    head's context in decode_attention; None fills the device. Raises LabError for a plan, page size or
+    context that is not to be had, and for a batch or a model that the plan does not take; `Unavailable` comes
+    earlier, from lab.dispatch.select.
     """
 
-    def __init__(self, weights: Weights, ops: Ops, batch: int = 1, max_context: int = 1024, page_size: int = 16,
-                 plan: str = "basic", eager: bool = False, splits: int | None = None, pages: int | None = None):
+    def __init__(
+        self,
+        weights: Weights,
+        ops: Ops,
+        batch: int = 1,
+        max_context: int = 1024,
+        page_size: int = 16,
+        plan: str = "basic",
+        eager: bool = False,
+        splits: int | None = None,
+        pages: int | None = None,
+    ):
         self.plan, self.plan_step = plan, find_plan(plan, batch, weights.dtype)
         self.weights, self.ops, self.batch, self.config = weights, ops, batch, weights.config
         self.device = weights.device
         # With check_contents every launch reads tensors on the host, which a graph would not do again.
         self.eager = eager or weights.device.type != "cuda" or ops.check_contents
-        self.cache = PagedKVCache(weights.config, batch, max_context, weights.dtype, weights.device, page_size, pages)
+        self.cache = PagedKVCache(
+            weights.config, batch, max_context, weights.dtype, weights.device, page_size, pages
+        )
         self.buffers = StepBuffers(weights, ops, self.cache, batch, splits, persistent=plan == "persistent")
         # The state of the sequences, which the step advances on the device; the tensors stay where they are.
         self.ids, self.logits = self.buffers.ids, self.buffers.logits
@@ -49,7 +64,8 @@ class Decoder:
     def admit(self, row: int, ids: list[int]) -> None:
         """Gives an idle row a sequence: prefills all but its last id, which the next step reads.
 
-        Raises LabError for an empty prompt, an id outside the vocabulary, a row in use and a cache that is full.
+        Raises LabError for an empty prompt, an id outside the vocabulary, a row in use and a cache that is
+        full.
         """
         self.check(ids)
         if row in self.live_rows:
@@ -58,7 +74,7 @@ class Decoder:
             try:
                 prefill(self.weights, self.cache, self.buffers.cos_sin, row, ids[:-1])
             except BaseException:
-                self.cache.release(row)             # the row stays idle and empty
+                self.cache.release(row)  # the row stays idle and empty
                 raise
         self.place(row, ids[-1])
 
@@ -71,12 +87,18 @@ class Decoder:
             raise LabError(f"token id {wrong[0]} is outside the vocabulary of {self.config.vocab}")
         if len(ids) > self.cache.max_context:
             most = self.config.max_positions
-            raise LabError(f"the prompt has {len(ids)} tokens and the cache holds {self.cache.max_context}" +
-                           (f", all that model {self.config.name} was made for" if self.cache.max_context == most else
-                            "; raise --max-context or shorten the prompt"))
+            raise LabError(
+                f"the prompt has {len(ids)} tokens and the cache holds {self.cache.max_context}"
+                + (
+                    f", all that model {self.config.name} was made for"
+                    if self.cache.max_context == most
+                    else "; raise --max-context or shorten the prompt"
+                )
+            )
 
     def place(self, row: int, token: int) -> None:
-        """Makes a row live: `token` follows whatever the cache holds for it. (Benchmarks fill the cache themselves.)"""
+        """Makes a row live: `token` follows whatever the cache holds for it. (Benchmarks fill the cache
+        themselves.)"""
         length = self.cache.lengths[row]
         self.ids[row] = token
         self.positions[row], self.context_lens[row] = length, length + 1
@@ -98,12 +120,13 @@ class Decoder:
     def step(self, sampling: Sampling = GREEDY) -> torch.Tensor:
         """Decodes one token of every live row. Returns d.ids, int32 [batch] on the device: a static buffer.
 
-        A row whose logits hold NaN gets -1. Raises LabError when the cache is full, before anything is launched.
+        A row whose logits hold NaN gets -1. Raises LabError when the cache is full, before anything is
+        launched.
         """
         self.cache.extend_all(self.live_rows, 1)
         try:
             self._run(sampling)
-        except BaseException:                       # no row has moved on the device, so none has on the host
+        except BaseException:  # no row has moved on the device, so none has on the host
             self.cache.shorten(self.live_rows, 1)
             raise
         return self.ids
@@ -120,7 +143,8 @@ class Decoder:
 
     @torch.inference_mode()
     def prepare(self, sampling: Sampling = GREEDY) -> None:
-        """On a GPU, compiles what is compiled at first use and captures the step's graph; on the CPU, nothing.
+        """On a GPU, compiles what is compiled at first use and captures the step's graph; on the CPU,
+        nothing.
 
         The warm-up runs on idle rows, which neither write the cache nor move, and is kept out of the trace.
         """
@@ -130,7 +154,7 @@ class Decoder:
         before = Counter(trace.counts) if trace is not None else Counter()
         saved = [(t, t.clone()) for t in (self.ids, self.state, self.live)]
         self.ids.zero_(), self.state[0].fill_(-1), self.state[1].zero_(), self.live.zero_()
-        stream = torch.cuda.Stream(self.device)                             # capture wants a stream of its own
+        stream = torch.cuda.Stream(self.device)  # capture wants a stream of its own
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             self.run_plan(sampling)

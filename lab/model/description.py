@@ -1,9 +1,10 @@
 """The description of a model: its sizes, and what one of its layers consists of.
 
 `ModelConfig` is the whole model, `LayerDescription` one of its layers. The latter is read by whatever has to
-know what a layer is made of: the loader (lab/model/weights.py), and, through lab/model/torch_layer.py, prefill
-and the torch.compile peer.
+know what a layer is made of: the loader (lab/model/weights.py), and, through lab/model/torch_layer.py,
+prefill and the torch.compile peer.
 """
+
 from __future__ import annotations
 
 import math
@@ -14,7 +15,7 @@ from functools import cached_property
 from lab.errors import LabError, warn
 from lab.model.rope import Scaling
 
-HEAD_DIMS = (64, 96, 128)       # what the attention kernels are instantiated for
+HEAD_DIMS = (64, 96, 128)  # what the attention kernels are instantiated for
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Part:
     tensors: of each its name, as Hugging Face names it, without "model.layers.N.", and its rows.
     columns: None for a vector.
     """
-    name: str                               # a field of lab.model.weights.Layer
+
+    name: str  # a field of lab.model.weights.Layer
     tensors: tuple[tuple[str, int], ...]
     columns: int | None = None
 
@@ -43,6 +45,7 @@ class LayerDescription:
 
     Sizes in elements; the fields are those of the same names in ModelConfig.
     """
+
     hidden: int
     intermediate: int
     q_heads: int
@@ -88,28 +91,38 @@ class LayerDescription:
 @dataclass(frozen=True)
 class ModelConfig:
     """Sizes in elements; `layers` blocks of attention and SwiGLU, RMSNorm before each, RoPE on q and k."""
+
     name: str
-    architecture: str           # the name of its family: one of lab.model.families.FAMILIES
+    architecture: str  # the name of its family: one of lab.model.families.FAMILIES
     layers: int
     hidden: int
-    intermediate: int           # width of gate and of up
+    intermediate: int  # width of gate and of up
     q_heads: int
     kv_heads: int
     head_dim: int
     vocab: int
-    max_positions: int          # the longest context the model was made for
+    max_positions: int  # the longest context the model was made for
     rms_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: Scaling | None = None
-    qkv_bias: bool = False      # of q, k and v together; zeros where the file has it for some of them alone
+    qkv_bias: bool = False  # of q, k and v together; zeros where the file has it for some of them alone
     o_bias: bool = False
-    qk_norm: bool = False       # RMSNorm over head_dim of each q and k head, before RoPE
+    qk_norm: bool = False  # RMSNorm over head_dim of each q and k head, before RoPE
     tie_embeddings: bool = False
     sliding_window: int | None = None
-    stated_positions: int | None = None     # the file's, where max_positions may scale it once too often
+    stated_positions: int | None = None  # the file's, where max_positions may scale it once too often
 
     def __post_init__(self):
-        for field in ("layers", "hidden", "intermediate", "q_heads", "kv_heads", "head_dim", "vocab", "max_positions"):
+        for field in (
+            "layers",
+            "hidden",
+            "intermediate",
+            "q_heads",
+            "kv_heads",
+            "head_dim",
+            "vocab",
+            "max_positions",
+        ):
             value = getattr(self, field)
             if not isinstance(value, int) or value < 1:
                 raise LabError(f"model {self.name}: {field} is {value!r}; it must be a positive integer")
@@ -118,10 +131,14 @@ class ModelConfig:
         if not (math.isfinite(self.rope_theta) and self.rope_theta > 0):
             raise LabError(f"model {self.name}: rope_theta is {self.rope_theta}; it must be a number above 0")
         if self.q_heads % self.kv_heads:
-            raise LabError(f"model {self.name}: {self.q_heads} query heads do not divide over {self.kv_heads} KV heads")
+            raise LabError(
+                f"model {self.name}: {self.q_heads} query heads do not divide over {self.kv_heads} KV heads"
+            )
         if self.head_dim not in HEAD_DIMS:
-            raise LabError(f"model {self.name}: head_dim {self.head_dim} is not built; the kernels take "
-                           f"{', '.join(map(str, HEAD_DIMS))}")
+            raise LabError(
+                f"model {self.name}: head_dim {self.head_dim} is not built; the kernels take "
+                f"{', '.join(map(str, HEAD_DIMS))}"
+            )
 
     @cached_property
     def layer(self) -> LayerDescription:
@@ -149,14 +166,20 @@ class ModelConfig:
         Says on standard error, once for a model, where the tokens may be more than it was made for.
         """
         if tokens > self.max_positions:
-            raise LabError(f"a context of {tokens} tokens is longer than the {self.max_positions} that model "
-                           f"{self.name} was made for")
+            raise LabError(
+                f"a context of {tokens} tokens is longer than the {self.max_positions} that model "
+                f"{self.name} was made for"
+            )
         if self.sliding_window is not None and tokens > self.sliding_window:
-            raise LabError(f"a context of {tokens} tokens exceeds the sliding window of {self.sliding_window} of model "
-                           f"{self.name}; sliding-window attention is not built: use a shorter context")
+            raise LabError(
+                f"a context of {tokens} tokens exceeds the sliding window of {self.sliding_window} of model "
+                f"{self.name}; sliding-window attention is not built: use a shorter context"
+            )
         stated = self.stated_positions
         if stated is not None and tokens > stated and "said" not in self.__dict__:
-            self.__dict__["said"] = True            # not a field: it takes no part in comparisons
-            warn(f"model {self.name} states a context of {stated} tokens and a linear RoPE scaling that makes "
-                 f"{self.max_positions} of it; where its context is already the scaled one, text beyond {stated} "
-                 "tokens gets worse")
+            self.__dict__["said"] = True  # not a field: it takes no part in comparisons
+            warn(
+                f"model {self.name} states a context of {stated} tokens and a linear RoPE scaling that "
+                f"makes {self.max_positions} of it; where its context is already the scaled one, text "
+                f"beyond {stated} tokens gets worse"
+            )

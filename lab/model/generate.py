@@ -1,4 +1,5 @@
 """Generation on a Decoder: prompts in, tokens and text out as they come, with the time of each step."""
+
 from __future__ import annotations
 
 import time
@@ -14,35 +15,61 @@ from lab.model.sampling import GREEDY, Sampling
 
 @dataclass
 class Generation:
-    """What one prompt gave. output_ids include the stop token; times are wall time in ms, device work included."""
+    """What one prompt gave. output_ids include the stop token; times are wall time in ms, device work
+    included."""
+
     prompt_ids: list[int]
     output_ids: list[int] = field(default_factory=list)
-    text: str | None = None             # None without a tokenizer
-    prefill_ms: float = 0.0             # the prompt but for its last token
-    decode_ms: list[float] = field(default_factory=list)    # one per output id; a batch shares each step's time
-    stopped_by: str = "length"          # "stop" (an end token) or "length" (max_new_tokens, or all the model can hold)
-    kernels: list[dict] = field(default_factory=list)       # rows of the trace: op, backend, kernel, calls
+    text: str | None = None  # None without a tokenizer
+    prefill_ms: float = 0.0  # the prompt but for its last token
+    decode_ms: list[float] = field(default_factory=list)  # one per output id; a batch shares each step's time
+    stopped_by: str = (
+        "length"  # "stop" (an end token) or "length" (max_new_tokens, or all the model can hold)
+    )
+    kernels: list[dict] = field(default_factory=list)  # rows of the trace: op, backend, kernel, calls
 
 
-def generate(decoder: Decoder, prompt_ids: Sequence[int], max_new_tokens: int = 64, sampling: Sampling = GREEDY,
-             stop_ids: Collection[int] = (), tokenizer=None, on_text: Callable[[str], None] | None = None,
-             on_token: Callable[[int], None] | None = None) -> Generation:
+def generate(
+    decoder: Decoder,
+    prompt_ids: Sequence[int],
+    max_new_tokens: int = 64,
+    sampling: Sampling = GREEDY,
+    stop_ids: Collection[int] = (),
+    tokenizer=None,
+    on_text: Callable[[str], None] | None = None,
+    on_token: Callable[[int], None] | None = None,
+) -> Generation:
     """One prompt. on_text gets whole characters as they complete, on_token each id. See generate_batch."""
-    return generate_batch(decoder, [prompt_ids], max_new_tokens, sampling, stop_ids, tokenizer,
-                          on_text and (lambda _, text: on_text(text)),
-                          on_token and (lambda _, token: on_token(token)))[0]
+    return generate_batch(
+        decoder,
+        [prompt_ids],
+        max_new_tokens,
+        sampling,
+        stop_ids,
+        tokenizer,
+        on_text and (lambda _, text: on_text(text)),
+        on_token and (lambda _, token: on_token(token)),
+    )[0]
 
 
-def generate_batch(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int = 64,
-                   sampling: Sampling = GREEDY, stop_ids: Collection[int] = (), tokenizer=None,
-                   on_text: Callable[[int, str], None] | None = None,
-                   on_token: Callable[[int, int], None] | None = None) -> list[Generation]:
-    """Prompts of any lengths, at most decoder.batch of them, decoded together; the callbacks get the row first.
+def generate_batch(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int = 64,
+    sampling: Sampling = GREEDY,
+    stop_ids: Collection[int] = (),
+    tokenizer=None,
+    on_text: Callable[[int, str], None] | None = None,
+    on_token: Callable[[int, int], None] | None = None,
+) -> list[Generation]:
+    """Prompts of any lengths, at most decoder.batch of them, decoded together; the callbacks get the row
+    first.
 
-    Every output token comes from a decode step: prefill stops one short of the prompt's end. A row ends at an id of
-    `stop_ids`, after max_new_tokens, or when it is as long as the longest context that the model was made for. Raises
-    LabError for a prompt that the model or the cache cannot take (before any work), for a cache smaller than that which
-    fills up on the way, and for logits that are not numbers. The rows are idle afterwards.
+    Every output token comes from a decode step: prefill stops one short of the prompt's end. A row ends at an
+    id of `stop_ids`, after max_new_tokens, or when it is as long as the longest context that the model was
+    made for. Raises LabError for a prompt that the model or the cache cannot take (before any work), for a
+    cache smaller than that which fills up on the way, and for logits that are not numbers. The rows are idle
+    afterwards.
     """
     if not 1 <= len(prompts) <= decoder.batch:
         raise LabError(f"{len(prompts)} prompts for a batch of {decoder.batch}")
@@ -74,13 +101,15 @@ def generate_batch(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_t
             result.prefill_ms = _now(decoder) - started
         while decoder.live_rows:
             started = _now(decoder)
-            tokens = decoder.step(sampling).tolist()        # waits for the device
+            tokens = decoder.step(sampling).tolist()  # waits for the device
             elapsed = _now(decoder) - started
             for row in sorted(decoder.live_rows):
                 result, token = results[row], tokens[row]
                 if token < 0:
-                    raise LabError(f"the logits after token {len(result.prompt_ids) + len(result.output_ids)} are not "
-                                   f"numbers ({decoder.weights.dtype}); try another --dtype, or check the weights")
+                    raise LabError(
+                        f"the logits after token {len(result.prompt_ids) + len(result.output_ids)} are not "
+                        f"numbers ({decoder.weights.dtype}); try another --dtype, or check the weights"
+                    )
                 result.output_ids.append(token)
                 result.decode_ms.append(elapsed)
                 if on_token:
@@ -103,8 +132,8 @@ def generate_batch(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_t
 def teacher_forced_logits(decoder: Decoder, ids: Sequence[int], prefilled: int = 0) -> torch.Tensor:
     """Logits of the decode path over given ids: float32 [len(ids) - prefilled, vocab] on the CPU.
 
-    Row t holds the logits after reading ids[prefilled + t]; the first `prefilled` ids go through prefill. What the
-    model would have sampled is ignored. Uses row 0 of the batch.
+    Row t holds the logits after reading ids[prefilled + t]; the first `prefilled` ids go through prefill.
+    What the model would have sampled is ignored. Uses row 0 of the batch.
     """
     ids = list(ids)
     if not 0 <= prefilled < len(ids):
@@ -113,8 +142,8 @@ def teacher_forced_logits(decoder: Decoder, ids: Sequence[int], prefilled: int =
     decoder.prepare()
     rows = []
     try:
-        decoder.admit(0, ids[:prefilled + 1])
-        for following in [*ids[prefilled + 1:], None]:
+        decoder.admit(0, ids[: prefilled + 1])
+        for following in [*ids[prefilled + 1 :], None]:
             decoder.step()
             rows.append(decoder.logits[0].cpu().clone())
             if following is not None:

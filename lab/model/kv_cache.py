@@ -2,9 +2,11 @@
 
 Token t of sequence b in layer l lies in page block_table[b, t // page_size], row t % page_size:
     k[l][page, kv_head, row, :]
-A page holds `page_size` tokens of one sequence in every layer. The page numbers are decided on the host; the kernels
-read them from the block table on the device, so that a captured CUDA graph keeps working while sequences grow.
+A page holds `page_size` tokens of one sequence in every layer. The page numbers are decided on the host; the
+kernels read them from the block table on the device, so that a captured CUDA graph keeps working while
+sequences grow.
 """
+
 from __future__ import annotations
 
 import math
@@ -25,53 +27,79 @@ def pages_for(tokens: int, page_size: int) -> int:
 
 
 class PagedKVCache:
-    """k, v: [layers, pages, kv_heads, page_size, head_dim]; block_table: int32 [sequences, max_pages] on the device.
+    """k, v: [layers, pages, kv_heads, page_size, head_dim]; block_table: int32 [sequences, max_pages] on the
+    device.
 
     pages: size of the pool; by default enough for every sequence to reach max_context.
     shuffle: hand pages out in a seeded random order, so that no kernel can get away with assuming neighbours.
-    Raises LabError for a page size that the kernels do not take and for a context that the model cannot attend to.
+    Raises LabError for a page size that the kernels do not take and for a context that the model cannot
+    attend to.
     """
 
-    def __init__(self, config: ModelConfig, sequences: int, max_context: int, dtype: torch.dtype,
-                 device: str | torch.device, page_size: int = 16, pages: int | None = None, shuffle: bool = True):
+    def __init__(
+        self,
+        config: ModelConfig,
+        sequences: int,
+        max_context: int,
+        dtype: torch.dtype,
+        device: str | torch.device,
+        page_size: int = 16,
+        pages: int | None = None,
+        shuffle: bool = True,
+    ):
         if page_size not in PAGE_SIZES:
             raise LabError(f"page size {page_size}: choose from {', '.join(map(str, PAGE_SIZES))}")
         if max_context < 1 or sequences < 1:
-            raise LabError(f"a KV cache of {sequences} sequences of {max_context} tokens: both must be at least 1")
+            raise LabError(
+                f"a KV cache of {sequences} sequences of {max_context} tokens: both must be at least 1"
+            )
         config.check_context(max_context)
         self.page_size, self.max_context, self.sequences = page_size, max_context, sequences
-        self.most = config.max_positions                                # tokens of a sequence that the model was made for
+        self.most = config.max_positions  # tokens of a sequence that the model was made for
         self.max_pages = pages_for(max_context, page_size)
         self.pages = self.max_pages * sequences if pages is None else pages
         shape = (config.layers, self.pages, config.kv_heads, page_size, config.head_dim)
-        require_memory(2 * math.prod(shape) * dtype.itemsize, device,
-                       f"a KV cache of {sequences} x {max_context} tokens",
-                       "use a shorter --max-context or fewer sequences")
+        require_memory(
+            2 * math.prod(shape) * dtype.itemsize,
+            device,
+            f"a KV cache of {sequences} x {max_context} tokens",
+            "use a shorter --max-context or fewer sequences",
+        )
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.block_table = torch.zeros(sequences, self.max_pages, dtype=torch.int32, device=device)
         self.free = list(range(self.pages))
         if shuffle:
             random.Random(0).shuffle(self.free)
-        self.held: list[list[int]] = [[] for _ in range(sequences)]     # page numbers of each sequence, in order
-        self.lengths = [0] * sequences                                  # tokens of each sequence, on the host
+        self.held: list[list[int]] = [[] for _ in range(sequences)]  # page numbers of each sequence, in order
+        self.lengths = [0] * sequences  # tokens of each sequence, on the host
 
     def extend(self, sequence: int, tokens: int) -> None:
-        """Makes room for `tokens` more tokens of a sequence. Raises LabError, changing nothing, when they don't fit."""
+        """Makes room for `tokens` more tokens of a sequence. Raises LabError, changing nothing, when they
+        don't fit."""
         self.extend_all([sequence], tokens)
 
     def extend_all(self, sequences: Iterable[int], tokens: int) -> None:
-        """Makes room for `tokens` more tokens of each sequence. Raises LabError, changing nothing, unless all fit."""
+        """Makes room for `tokens` more tokens of each sequence. Raises LabError, changing nothing, unless all
+        fit."""
         grown, free = [], len(self.free)
         for sequence in sequences:
             length, missing = self.lengths[sequence] + tokens, self.missing(sequence, tokens)
             if length > self.max_context:
-                advice = "all that the model was made for" if self.max_context == self.most else "raise --max-context"
-                raise LabError(f"the KV cache is full: sequence {sequence} would hold {length} tokens and its limit is "
-                               f"{self.max_context}; {advice}")
+                advice = (
+                    "all that the model was made for"
+                    if self.max_context == self.most
+                    else "raise --max-context"
+                )
+                raise LabError(
+                    f"the KV cache is full: sequence {sequence} would hold {length} tokens and its limit is "
+                    f"{self.max_context}; {advice}"
+                )
             if missing > free:
-                raise LabError(f"the KV cache is full: sequence {sequence} needs {missing} more page(s) of "
-                               f"{self.page_size} tokens and {free} of {self.pages} are free")
+                raise LabError(
+                    f"the KV cache is full: sequence {sequence} needs {missing} more page(s) of "
+                    f"{self.page_size} tokens and {free} of {self.pages} are free"
+                )
             free -= missing
             grown.append((sequence, length, missing))
         for sequence, length, missing in grown:
@@ -79,7 +107,7 @@ class PagedKVCache:
             if missing:
                 new = [self.free.pop() for _ in range(missing)]
                 row = torch.tensor(new, dtype=torch.int32)
-                self.block_table[sequence, len(held):len(held) + missing].copy_(row)
+                self.block_table[sequence, len(held) : len(held) + missing].copy_(row)
                 held += new
             self.lengths[sequence] = length
 
@@ -88,7 +116,8 @@ class PagedKVCache:
         return max(0, pages_for(self.lengths[sequence] + tokens, self.page_size) - len(self.held[sequence]))
 
     def shorten(self, sequences: Iterable[int], tokens: int) -> None:
-        """Takes back the last extension of each sequence by `tokens`, for work that failed. The pages stay with it."""
+        """Takes back the last extension of each sequence by `tokens`, for work that failed. The pages stay
+        with it."""
         for sequence in sequences:
             self.lengths[sequence] -= tokens
 
@@ -98,10 +127,14 @@ class PagedKVCache:
         self.held[sequence], self.lengths[sequence] = [], 0
 
     def utilisation(self) -> dict[str, float]:
-        """pages_used and tokens_used as shares of the pool, and fill, the share of the used pages that holds tokens."""
+        """pages_used and tokens_used as shares of the pool, and fill, the share of the used pages that holds
+        tokens."""
         used, tokens = self.pages - len(self.free), sum(self.lengths)
-        return {"pages_used": used / self.pages, "tokens_used": tokens / (self.pages * self.page_size),
-                "fill": tokens / (used * self.page_size) if used else 0.0}
+        return {
+            "pages_used": used / self.pages,
+            "tokens_used": tokens / (self.pages * self.page_size),
+            "fill": tokens / (used * self.page_size) if used else 0.0,
+        }
 
     # Torch's side of the cache, for prefill and checks.
 
@@ -110,7 +143,9 @@ class PagedKVCache:
         token = torch.arange(start, stop, device=self.k.device)
         return self.block_table[sequence, token // self.page_size].long(), token % self.page_size
 
-    def write(self, layer: int, slots: tuple[torch.Tensor, torch.Tensor], k: torch.Tensor, v: torch.Tensor) -> None:
+    def write(
+        self, layer: int, slots: tuple[torch.Tensor, torch.Tensor], k: torch.Tensor, v: torch.Tensor
+    ) -> None:
         """k, v: [tokens, kv_heads, head_dim] to the slots of those tokens."""
         page, row = slots
         self.k[layer][page, :, row] = k

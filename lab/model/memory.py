@@ -1,4 +1,6 @@
-"""Asks for memory before taking it: a model too large for a laptop should be one line, not a machine that swaps."""
+"""Asks for memory before taking it: a model too large for a laptop should be one line, not a machine that
+swaps."""
+
 import torch
 
 from lab.errors import LabError
@@ -20,5 +22,6 @@ def require_memory(nbytes: int, device: str | torch.device, what: str, remedy: s
     """Raises LabError when `nbytes` are not free on the device."""
     free = free_bytes(torch.device(device))
     if free is not None and nbytes > free:
-        raise LabError(f"{what} needs {nbytes / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free on {device}; "
-                       f"{remedy}")
+        raise LabError(
+            f"{what} needs {nbytes / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free on {device}; {remedy}"
+        )

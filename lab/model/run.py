@@ -1,4 +1,5 @@
 """`lab run`: a prompt in, the model's text out as it comes, and what was measured as JSON."""
+
 from __future__ import annotations
 
 import json
@@ -12,36 +13,69 @@ from lab.files import write_whole
 from lab.numbers import integer
 from lab.text import columns, for_terminal
 
-MAX_PROMPT = 1 << 24        # bytes of standard input; more than any model's context holds
+MAX_PROMPT = 1 << 24  # bytes of standard input; more than any model's context holds
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("model", metavar="MODEL", nargs="?", default="smollm2-135m",
-                        help="a preset, a GGUF file or a Hugging Face folder (default: smollm2-135m)")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        default="smollm2-135m",
+        help="a preset, a GGUF file or a Hugging Face folder (default: smollm2-135m)",
+    )
     parser.add_argument("--backend", metavar="NAME", help="cuda, triton or torch (default: LAB_BACKEND)")
-    parser.add_argument("--override", metavar="OP=BACKEND", action="append", default=[],
-                        help="another backend for one op; may be repeated")
-    parser.add_argument("--dispatch", metavar="FILE", help="a backend for each op by batch and context, as "
-                        "`lab bench crossover --export` writes it; --override goes first")
-    parser.add_argument("--plan", default="basic", help="basic: one kernel per op; fused: few per layer; persistent: "
-                        "one for the whole step")
+    parser.add_argument(
+        "--override",
+        metavar="OP=BACKEND",
+        action="append",
+        default=[],
+        help="another backend for one op; may be repeated",
+    )
+    parser.add_argument(
+        "--dispatch",
+        metavar="FILE",
+        help="a backend for each op by batch and context, as "
+        "`lab bench crossover --export` writes it; --override goes first",
+    )
+    parser.add_argument(
+        "--plan",
+        default="basic",
+        help="basic: one kernel per op; fused: few per layer; persistent: one for the whole step",
+    )
     prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", metavar="TEXT", help="text; goes through the model's chat template if it has "
-                        "one; - reads it from standard input, up to a line break at its end")
+    prompt.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help="text; goes through the model's chat template if it has "
+        "one; - reads it from standard input, up to a line break at its end",
+    )
     prompt.add_argument("--ids", metavar="1,2,3", help="token ids instead of text")
-    parser.add_argument("--raw", action="store_true", help="feed --prompt as it is, without the chat template")
+    parser.add_argument(
+        "--raw", action="store_true", help="feed --prompt as it is, without the chat template"
+    )
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=64)
     parser.add_argument("--ignore-eos", action="store_true", help="do not stop at the end-of-text token")
-    parser.add_argument("--temperature", metavar="T", type=float, default=0.0, help="0 is greedy (the default)")
+    parser.add_argument(
+        "--temperature", metavar="T", type=float, default=0.0, help="0 is greedy (the default)"
+    )
     parser.add_argument("--top-k", metavar="K", type=int, default=0, help="0 keeps every token")
     parser.add_argument("--top-p", metavar="P", type=float, default=1.0, help="1 keeps every token")
     parser.add_argument("--seed", metavar="N", type=int, default=0)
     parser.add_argument("--device", help="cuda or cpu (default: cuda where there is a GPU)")
     parser.add_argument("--dtype", help="fp32, fp16 or bf16 (default: fp32 on the CPU, bf16 on a GPU)")
-    parser.add_argument("--weights", metavar="SOURCE", default="auto", help="auto, or random for the shape alone")
-    parser.add_argument("--max-context", metavar="N", type=int, help="size of the KV cache in tokens (default: as needed)")
-    parser.add_argument("--page-size", metavar="N", type=int, default=16, help="tokens of a KV-cache page, 16 to 256")
-    parser.add_argument("--eager", action="store_true", help="on a GPU, launch op by op instead of a CUDA graph")
+    parser.add_argument(
+        "--weights", metavar="SOURCE", default="auto", help="auto, or random for the shape alone"
+    )
+    parser.add_argument(
+        "--max-context", metavar="N", type=int, help="size of the KV cache in tokens (default: as needed)"
+    )
+    parser.add_argument(
+        "--page-size", metavar="N", type=int, default=16, help="tokens of a KV-cache page, 16 to 256"
+    )
+    parser.add_argument(
+        "--eager", action="store_true", help="on a GPU, launch op by op instead of a CUDA graph"
+    )
     parser.add_argument("--no-stream", action="store_true", help="print the text at the end only")
     parser.add_argument("--trace", action="store_true", help="list the kernels that ran, on standard error")
     parser.add_argument("--json", metavar="FILE", help="write ids, text, kernels and times to a file")
@@ -82,62 +116,96 @@ def main(args) -> int:
 
     source = open_source(args.model, args.weights)
     tokenizer = find_tokenizer(source, needed=args.ids is None)
-    prompt_ids = parse_ids(args.ids) if args.ids is not None else encode(
-        tokenizer, read_prompt(args.prompt), args.raw)
+    prompt_ids = (
+        parse_ids(args.ids) if args.ids is not None else encode(tokenizer, read_prompt(args.prompt), args.raw)
+    )
     wrong = [token for token in prompt_ids if not 0 <= token < source.config.vocab]
     if wrong:
         raise LabError(f"token id {wrong[0]} is outside the vocabulary of {source.config.vocab}")
     limit, wanted = source.config.max_positions, len(prompt_ids) + args.max_new_tokens
     max_context = min(wanted, limit) if args.max_context is None else args.max_context
     if len(prompt_ids) > max_context:
-        raise LabError(f"the prompt has {len(prompt_ids)} tokens and the cache holds {max_context}" +
-                       (f", all that model {source.name} was made for" if max_context == limit else
-                        "; raise --max-context or shorten the prompt"))
+        raise LabError(
+            f"the prompt has {len(prompt_ids)} tokens and the cache holds {max_context}"
+            + (
+                f", all that model {source.name} was made for"
+                if max_context == limit
+                else "; raise --max-context or shorten the prompt"
+            )
+        )
     source.config.check_context(max_context)
-    room = max_context - len(prompt_ids) + 1            # the last token that is made need not be read again
+    room = max_context - len(prompt_ids) + 1  # the last token that is made need not be read again
     if table is not None:
         mixed = {**from_table(table, 1, max_context), **parse_overrides(overrides)}
         ops = select(args.backend, device, mixed, trace)
 
     if slow := slowness(ops, args.plan, device):
         warn(slow)
-    decoder = Decoder(load(source, dtype, device), ops, max_context=max_context, page_size=args.page_size,
-                      plan=args.plan, eager=args.eager)
+    decoder = Decoder(
+        load(source, dtype, device),
+        ops,
+        max_context=max_context,
+        page_size=args.page_size,
+        plan=args.plan,
+        eager=args.eager,
+    )
     streaming = tokenizer is not None and not args.no_stream
     clean = for_terminal if sys.stdout.isatty() else str
-    begun = []                              # empty until text was shown
+    begun = []  # empty until text was shown
 
     def show(text: str) -> None:
         begun.append(True)
         print(clean(text), end="", flush=True)
 
     try:
-        result = generate(decoder, prompt_ids, min(args.max_new_tokens, room), sampling,
-                          tokenizer.eos if tokenizer and not args.ignore_eos else (), tokenizer,
-                          on_text=show if streaming else None)
+        result = generate(
+            decoder,
+            prompt_ids,
+            min(args.max_new_tokens, room),
+            sampling,
+            tokenizer.eos if tokenizer and not args.ignore_eos else (),
+            tokenizer,
+            on_text=show if streaming else None,
+        )
     except (LabError, KeyboardInterrupt):
         if begun:
-            print(flush=True)               # what is said next begins a line
+            print(flush=True)  # what is said next begins a line
         raise
     shown = result.text if tokenizer else ",".join(map(str, result.output_ids))
     print("" if streaming else clean(shown), flush=True)
     if len(result.output_ids) == room < args.max_new_tokens:
-        warn(f"model {source.name} was made for {limit} tokens, prompt included: it stops there" if max_context == limit
-             else f"the cache holds {max_context} tokens, prompt included: the text stops there; raise --max-context")
+        warn(
+            f"model {source.name} was made for {limit} tokens, prompt included: it stops there"
+            if max_context == limit
+            else f"the cache holds {max_context} tokens, prompt included: the text stops there; raise "
+            "--max-context"
+        )
 
     backend = args.backend or os.environ["LAB_BACKEND"]
     overrides = {op: chosen for op, chosen in ops.chosen.items() if chosen != backend}
     print(summary(result, backend, overrides, args.plan, device, dtype_name), file=sys.stderr)
     if args.trace:
-        for line in columns([(row["op"], row["backend"], row["kernel"], row["calls"]) for row in result.kernels],
-                            right=(3,), indent="  "):
+        for line in columns(
+            [(row["op"], row["backend"], row["kernel"], row["calls"]) for row in result.kernels],
+            right=(3,),
+            indent="  ",
+        ):
             print(line, file=sys.stderr)
     if args.json:
         record = {
-            "prompt_ids": result.prompt_ids, "output_ids": result.output_ids, "text": result.text,
-            "backend": backend, "overrides": overrides, "plan": args.plan, "device": device, "dtype": dtype_name,
-            "kernels": result.kernels, "prefill_ms": result.prefill_ms, "decode_ms": result.decode_ms,
-            "stopped_by": result.stopped_by}
+            "prompt_ids": result.prompt_ids,
+            "output_ids": result.output_ids,
+            "text": result.text,
+            "backend": backend,
+            "overrides": overrides,
+            "plan": args.plan,
+            "device": device,
+            "dtype": dtype_name,
+            "kernels": result.kernels,
+            "prefill_ms": result.prefill_ms,
+            "decode_ms": result.decode_ms,
+            "stopped_by": result.stopped_by,
+        }
         write_whole(args.json, json.dumps(record, indent=1) + "\n")
     return 0
 
@@ -182,17 +250,21 @@ def slowness(ops, plan: str, device: str) -> str | None:
     if device != "cpu":
         return None
     if plan == "persistent" and ops.chosen["decode_step"] != "torch":
-        return (f"plan persistent on a CPU emulates a whole GPU ({ops.chosen['decode_step']}): many seconds a token; "
-                "--plan basic is faster")
+        return (
+            f"plan persistent on a CPU emulates a whole GPU ({ops.chosen['decode_step']}): many seconds a "
+            "token; --plan basic is faster"
+        )
     if "triton" in ops.chosen.values():
-        return "on a CPU the Triton kernels are interpreted: seconds a token; --backend torch or cuda is faster"
+        return (
+            "on a CPU the Triton kernels are interpreted: seconds a token; --backend torch or cuda is faster"
+        )
     return None
 
 
 def encode(tokenizer, text: str, raw: bool) -> list[int]:
     try:
         text.encode()
-    except UnicodeEncodeError:              # bytes of the command line that were no UTF-8
+    except UnicodeEncodeError:  # bytes of the command line that were no UTF-8
         raise LabError("--prompt is not valid UTF-8 text") from None
     if raw or tokenizer.chat_template is None:
         return tokenizer.encode(text)
@@ -203,7 +275,9 @@ def summary(result, backend, overrides, plan, device, dtype) -> str:
     median = statistics.median(result.decode_ms)
     mix = "".join(f", {op}={other}" for op, other in overrides.items())
     emulated = " (emulated)" if device == "cpu" and {backend, *overrides.values()} != {"torch"} else ""
-    return (f"[{backend}{mix}, plan {plan}, {dtype} on {device}{emulated}]\n"
-            f"prompt: {len(result.prompt_ids)} tokens, prefill {result.prefill_ms:.1f} ms\n"
-            f"output: {len(result.output_ids)} new tokens ({result.stopped_by}), median {median:.2f} ms a token, "
-            f"{1e3 / median:.1f} tokens/s")
+    return (
+        f"[{backend}{mix}, plan {plan}, {dtype} on {device}{emulated}]\n"
+        f"prompt: {len(result.prompt_ids)} tokens, prefill {result.prefill_ms:.1f} ms\n"
+        f"output: {len(result.output_ids)} new tokens ({result.stopped_by}), median {median:.2f} ms a token, "
+        f"{1e3 / median:.1f} tokens/s"
+    )

@@ -1,4 +1,5 @@
 """How the next token is chosen: the options of the op `sample`."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -8,7 +9,9 @@ from lab.ops.sample import check_options
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen (lab/ops/sample.py). temperature 0 is greedy; top_k 0 and top_p 1 keep all."""
+    """How the next token is chosen (lab/ops/sample.py). temperature 0 is greedy; top_k 0 and top_p 1 keep
+    all."""
+
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0

@@ -8,6 +8,7 @@ They differ in where keys and values lie, so each attends by itself, between the
 
 The rounding points are those of the decode ops. w: a lab.model.weights.Layer.
 """
+
 from __future__ import annotations
 
 import torch
@@ -29,8 +30,9 @@ def queries_keys_values(description: LayerDescription, w, h: torch.Tensor) -> tu
     return q, k, v
 
 
-def after_attention(description: LayerDescription, w, h: torch.Tensor,
-                    attended: torch.Tensor) -> torch.Tensor:
+def after_attention(
+    description: LayerDescription, w, h: torch.Tensor, attended: torch.Tensor
+) -> torch.Tensor:
     """The residual stream [tokens, hidden] after the layer. attended [tokens, q_heads * head_dim]."""
     h = h + F.linear(attended, w.wo, w.bo)
     gate, up = F.linear(rms_norm(h, w.mlp_norm, description.rms_eps), w.w_gate_up).chunk(2, dim=-1)

@@ -1,10 +1,13 @@
-"""What a model's metadata may ask for and the lab does not compute. Ignored, it would give plausible, wrong text.
+"""What a model's metadata may ask for and the lab does not compute. Ignored, it would give plausible, wrong
+text.
 
 A GGUF file keeps its model's keys under the name of its architecture, so that every key there is read by
-`config.from_gguf`, known to change nothing, or refused. A config.json holds keys of many other programs beside
+`config.from_gguf`, known to change nothing, or refused. A config.json holds keys of many other programs
+beside
 those of the model: there the keys that are known to change the logits are refused, unless their value is the
 neutral one.
 """
+
 from __future__ import annotations
 
 import math
@@ -16,26 +19,55 @@ from lab.errors import LabError, named
 
 # Keys of a GGUF file, without the architecture, that change no logits of a dense model within its window.
 GGUF_HARMLESS = {
-    "tensor_data_layout", "pooling_type", "attention.sliding_window_pattern", "rope.scaling.finetuned",
-    "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",       # of YaRN, whose type is refused
+    "tensor_data_layout",
+    "pooling_type",
+    "attention.sliding_window_pattern",
+    "rope.scaling.finetuned",
+    "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow",  # of YaRN, whose type is refused
 }
 
 # Keys of config.json by the values that change nothing; null is neutral for all of them.
 OFF = {
-    "add_cross_attention", "alibi", "attention_chunk_size", "attn_output_gate", "attn_temperature_tuning",
-    "block_configs", "clip_qkv", "cross_attention_layers", "kv_lora_rank", "lm_head_bias", "mlp_bias",
-    "n_routed_experts", "num_experts", "num_kv_shared_layers", "num_local_experts", "parallel_attn",
-    "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "rope_interleave", "rope_interleaved",
+    "add_cross_attention",
+    "alibi",
+    "attention_chunk_size",
+    "attn_output_gate",
+    "attn_temperature_tuning",
+    "block_configs",
+    "clip_qkv",
+    "cross_attention_layers",
+    "kv_lora_rank",
+    "lm_head_bias",
+    "mlp_bias",
+    "n_routed_experts",
+    "num_experts",
+    "num_kv_shared_layers",
+    "num_local_experts",
+    "parallel_attn",
+    "q_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "rope_interleave",
+    "rope_interleaved",
     "rope_local_base_freq",
-    "rope_traditional", "transformers_weights", "use_alibi", "use_bidirectional_attention", "use_dynamic_ntk",
-    "use_logn_attn", "use_mrope", "use_parallel_residual",
+    "rope_traditional",
+    "transformers_weights",
+    "use_alibi",
+    "use_bidirectional_attention",
+    "use_dynamic_ntk",
+    "use_logn_attn",
+    "use_mrope",
+    "use_parallel_residual",
 }
 ONE = {"scale_emb", "rotary_pct", "rotary_percent", "rope_condense_ratio", "rope_ratio"}
 HEAD_DIM = {"query_pre_attn_scalar", "qk_head_dim", "rotary_dim", "v_head_dim"}
 ATTENTION_SCALE = {"attention_multiplier", "attention_scale", "softmax_scale"}  # neutral: 1/sqrt(head_dim)
 QK_NORM = {"qk_layernorm", "qk_norm", "use_qk_layernorm", "use_qk_norm"}
 ACTIVATION = {"activation_function", "hidden_act", "hidden_activation", "mlp_hidden_act"}
-FACTOR = re.compile(r"(?<!ffn_dim_)multipliers?$|logits?_scal(e|ing)$|(^|_)(depth|embeddings?|residual)_scale$")
+FACTOR = re.compile(
+    r"(?<!ffn_dim_)multipliers?$|logits?_scal(e|ing)$|(^|_)(depth|embeddings?|residual)_scale$"
+)
 SOFT_CAP = re.compile(r"soft_?cap(ping)?$")
 
 
@@ -48,7 +80,7 @@ def refuse_huggingface(source: Mapping, qk_norm: bool, head_dim: int, where: str
         if value is None:
             continue
         if key in ATTENTION_SCALE:
-            neutral = close(value, head_dim ** -0.5)
+            neutral = close(value, head_dim**-0.5)
         elif key in HEAD_DIM:
             neutral = close(value, head_dim)
         elif key in ACTIVATION:
@@ -57,7 +89,7 @@ def refuse_huggingface(source: Mapping, qk_norm: bool, head_dim: int, where: str
             neutral = qk_norm or not value
         elif key == "is_causal":
             neutral = value is True
-        elif key == "no_rope_layers":                           # 1 where a layer has RoPE
+        elif key == "no_rope_layers":  # 1 where a layer has RoPE
             neutral = isinstance(value, list) and all(layer == 1 for layer in value)
         elif key in OFF or SOFT_CAP.search(key):
             neutral = not value
@@ -66,29 +98,45 @@ def refuse_huggingface(source: Mapping, qk_norm: bool, head_dim: int, where: str
         else:
             neutral = True
         if not neutral:
-            raise LabError(f"{where}: {named(key)} {quoted(value)} is not supported: it changes what the model "
-                           "computes")
+            raise LabError(
+                f"{where}: {named(key)} {quoted(value)} is not supported: it changes what the model computes"
+            )
 
 
-def refuse_gguf(fields: Mapping, read: set[str], architecture: str, head_dim: int, rms_eps: float,
-                rope_theta: float, where: str) -> None:
+def refuse_gguf(
+    fields: Mapping,
+    read: set[str],
+    architecture: str,
+    head_dim: int,
+    rms_eps: float,
+    rope_theta: float,
+    where: str,
+) -> None:
     """Raises LabError for the first key of the architecture that is not in `read`, harmless or neutral.
 
     Zero is neutral for a key that is not known here: it is how llama.cpp's files say that a feature is off.
     """
     neutral_values = {
-        "attention.causal": (True,), "attention.scale": (0.0, head_dim ** -0.5),
+        "attention.causal": (True,),
+        "attention.scale": (0.0, head_dim**-0.5),
         "attention.layer_norm_epsilon": (rms_eps,),
-        "embedding_scale": (0.0, 1.0), "logit_scale": (0.0, 1.0), "residual_scale": (0.0, 1.0),
-        "rope.freq_base_swa": (rope_theta,), "rope.scaling.attn_factor": (1.0,),
-        "rope.scaling.yarn_attn_factor": (1.0,), "rope.scaling.yarn_ext_factor": (0.0, -1.0)}   # -1: not set
+        "embedding_scale": (0.0, 1.0),
+        "logit_scale": (0.0, 1.0),
+        "residual_scale": (0.0, 1.0),
+        "rope.freq_base_swa": (rope_theta,),
+        "rope.scaling.attn_factor": (1.0,),
+        "rope.scaling.yarn_attn_factor": (1.0,),
+        "rope.scaling.yarn_ext_factor": (0.0, -1.0),
+    }  # -1: not set
     for key, value in fields.items():
         prefix, _, name = key.partition(".")
         if prefix != architecture or key in read or name in GGUF_HARMLESS:
             continue
         if not any(close(value, neutral) for neutral in neutral_values.get(name, (0,))):
-            raise LabError(f"{where}: {named(key)} {quoted(value)} is not supported: it may change what the "
-                           "model computes")
+            raise LabError(
+                f"{where}: {named(key)} {quoted(value)} is not supported: it may change what the "
+                "model computes"
+            )
 
 
 def close(value, wanted: float) -> bool:

@@ -1,7 +1,9 @@
 """Every op by name. A name declared in one of the four classes is in checks, tests, benchmarks and reports.
 
-The classes are what lab.dispatch.Ops inherits: `ops.rmsnorm` is declared here, and its contract is lab/ops/rmsnorm.py.
+The classes are what lab.dispatch.Ops inherits: `ops.rmsnorm` is declared here, and its contract is
+lab/ops/rmsnorm.py.
 """
+
 from collections.abc import Callable
 from importlib import import_module
 from inspect import get_annotations
@@ -9,11 +11,12 @@ from inspect import get_annotations
 from lab.contract import Op
 from lab.names import known
 
-Call = Callable     # (*args, out=None) -> the output; the arguments are those of the contract's `validate`
+Call = Callable  # (*args, out=None) -> the output; the arguments are those of the contract's `validate`
 
 
 class BasicOps:
     """One op per textbook step, in the order a decode step runs them."""
+
     embedding: Call
     rmsnorm: Call
     linear: Call
@@ -26,6 +29,7 @@ class BasicOps:
 
 class FusedOps:
     """What takes their place in the fused plan."""
+
     norm_linear: Call
     rope_append_attention: Call
     linear_add: Call
@@ -35,6 +39,7 @@ class FusedOps:
 
 class PersistentOps:
     """The persistent plan: all of a step in one launch."""
+
     decode_step: Call
 
 

@@ -1,13 +1,17 @@
-"""decode_attention: out[b, h] = softmax(scale * q[b, h] . K[b, h / group]) V[b, h / group], one new token a sequence
+"""decode_attention: out[b, h] = softmax(scale * q[b, h] . K[b, h / group]) V[b, h / group],
+one new token a sequence
 
   q [batch, q_heads, head_dim]   views of the packed qkv
-  k_cache, v_cache [pages, kv_heads, page_size, head_dim]   block_table [batch, max_pages] int32   context_lens [batch] int32
+  k_cache, v_cache [pages, kv_heads, page_size, head_dim]
+  block_table [batch, max_pages] int32   context_lens [batch] int32
   out [batch, q_heads, head_dim]
-Split-KV: `splits` blocks share a sequence's context and the last to finish merges them (the online softmax of Milakov
-and Gimelshein, arXiv 1805.02867; FlashDecoding's split). The context is read on the device, so a captured graph serves
-a growing one. A context of 0 gives zeros. Rounding: float32 throughout, one rounding at the end.
+Split-KV: `splits` blocks share a sequence's context and the last to finish merges them (the online softmax of
+Milakov and Gimelshein, arXiv 1805.02867; FlashDecoding's split). The context is read on the device, so a
+captured graph serves a growing one. A context of 0 gives zeros. Rounding: float32 throughout, one rounding at
+the end.
 Halves: cuda_src/decode_attention.cu, triton_kernels/decode_attention.py
 """
+
 import math
 from dataclasses import dataclass
 
@@ -21,24 +25,29 @@ from lab.ops.rope import packed_qkv
 
 HEAD_DIMS = (64, 96, 128)
 MAX_GROUP = 16
-MIN_TOKENS_PER_SPLIT = 64       # below one tile a split costs a merge and saves no bandwidth
-BLOCKS_PER_MULTIPROCESSOR = 2   # enough 16-byte loads in flight to hide DRAM latency on sm_80 and sm_90
+MIN_TOKENS_PER_SPLIT = 64  # below one tile a split costs a merge and saves no bandwidth
+BLOCKS_PER_MULTIPROCESSOR = 2  # enough 16-byte loads in flight to hide DRAM latency on sm_80 and sm_90
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """Where splits publish: partial float32 [batch, kv_heads, splits, group, head_dim + 2], tickets int32, zero."""
+    """Where splits publish: partial float32 [batch, kv_heads, splits, group, head_dim + 2], tickets int32,
+    zero."""
+
     partial: torch.Tensor
     tickets: torch.Tensor
 
     @classmethod
     def empty(cls, batch, q_heads, kv_heads, head_dim, splits, device):
-        return cls(torch.empty(batch, kv_heads, splits, q_heads // kv_heads, head_dim + 2, device=device),
-                   torch.zeros(batch, kv_heads, dtype=torch.int32, device=device))
+        return cls(
+            torch.empty(batch, kv_heads, splits, q_heads // kv_heads, head_dim + 2, device=device),
+            torch.zeros(batch, kv_heads, dtype=torch.int32, device=device),
+        )
 
 
 def choose_splits(batch: int, kv_heads: int, max_context: int, multiprocessors: int) -> int:
-    """How many blocks share one KV head's context: enough to fill the card, none under MIN_TOKENS_PER_SPLIT tokens."""
+    """How many blocks share one KV head's context: enough to fill the card, none under MIN_TOKENS_PER_SPLIT
+    tokens."""
     fill = math.ceil(BLOCKS_PER_MULTIPROCESSOR * multiprocessors / (batch * kv_heads))
     return max(1, min(fill, math.ceil(max_context / MIN_TOKENS_PER_SPLIT)))
 
@@ -65,8 +74,10 @@ def validate(q, k_cache, v_cache, block_table, context_lens, scale, splits=1, wo
     dense(name, device, context_lens)
     if workspace is not None:
         partial, tickets = workspace.partial, workspace.tickets
-        if not (partial.shape == (batch, kv_heads, splits, q_heads // kv_heads, head_dim + 2)
-                and tickets.shape == (batch, kv_heads)):
+        if not (
+            partial.shape == (batch, kv_heads, splits, q_heads // kv_heads, head_dim + 2)
+            and tickets.shape == (batch, kv_heads)
+        ):
             refuse(name, "the workspace is of another size")
         if partial.dtype != torch.float32 or tickets.dtype != torch.int32:
             refuse(name, "the workspace must hold float32 partial results and int32 tickets")
@@ -92,9 +103,11 @@ def reference(q, k_cache, v_cache, block_table, context_lens, scale, splits=1, w
     for b, length in enumerate(context_lens.tolist()):
         if length <= 0:
             continue
-        pages = block_table[b, :-(-length // page)].long()
-        keys, values = (cache[pages].double().transpose(1, 2).flatten(0, 1)[:length].repeat_interleave(group, dim=1)
-                        for cache in (k_cache, v_cache))                 # [length, q_heads, head_dim]
+        pages = block_table[b, : -(-length // page)].long()
+        keys, values = (
+            cache[pages].double().transpose(1, 2).flatten(0, 1)[:length].repeat_interleave(group, dim=1)
+            for cache in (k_cache, v_cache)
+        )  # [length, q_heads, head_dim]
         weight = torch.softmax(torch.einsum("hd,lhd->hl", q[b].double(), keys) * scale, dim=-1)
         out[b] = torch.einsum("hl,lhd->hd", weight, values)
     return (out,)
@@ -106,44 +119,78 @@ def cuda(kernels, q, k_cache, v_cache, block_table, context_lens, scale, splits=
     _, kv_heads, page_size, _ = k_cache.shape
     kernels.decode_attention(
         q=(q.data_ptr(), q.stride(0)),
-        cache=(k_cache.data_ptr(), v_cache.data_ptr(), block_table.data_ptr(), kv_heads, page_size,
-               block_table.shape[1]),
-        context_lens=context_lens.data_ptr(), out=out.data_ptr(),
-        splits=(workspace.partial.data_ptr(), workspace.tickets.data_ptr(), splits), batch=batch, q_heads=q_heads,
-        head_dim=head_dim, scale=scale, dtype=DTYPE_CODES[q.dtype], stream=kernels.stream())
+        cache=(
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            block_table.data_ptr(),
+            kv_heads,
+            page_size,
+            block_table.shape[1],
+        ),
+        context_lens=context_lens.data_ptr(),
+        out=out.data_ptr(),
+        splits=(workspace.partial.data_ptr(), workspace.tickets.data_ptr(), splits),
+        batch=batch,
+        q_heads=q_heads,
+        head_dim=head_dim,
+        scale=scale,
+        dtype=DTYPE_CODES[q.dtype],
+        stream=kernels.stream(),
+    )
 
 
 def triton(q, k_cache, v_cache, block_table, context_lens, scale, splits=1, workspace=None, out=None):
     from triton_kernels.decode_attention import decode_attention
+
     workspace = workspace or new_workspace(q, k_cache, splits)
-    decode_attention(q, k_cache, v_cache, block_table, context_lens, scale, splits, workspace.partial,
-                     workspace.tickets, out)
+    decode_attention(
+        q,
+        k_cache,
+        v_cache,
+        block_table,
+        context_lens,
+        scale,
+        splits,
+        workspace.partial,
+        workspace.tickets,
+        out,
+    )
 
 
 def torch_(q, k_cache, v_cache, block_table, context_lens, scale, splits=1, workspace=None, out=None):
     page_size, width = k_cache.shape[2], block_table.shape[1]
     live = torch.arange(width * page_size, device=q.device) < context_lens[:, None]
-    pages = torch.where(live[:, ::page_size], block_table, 0).long()       # entries past the context may hold anything
-    # So may slots past it: a weight of 0 makes NaN of a NaN or inf, so what is not live becomes 0 before the products.
-    keys, values = (torch.where(live[:, None, :, None], cache[pages].transpose(1, 2).flatten(2, 3), 0)
-                    for cache in (k_cache, v_cache))
-    attended = F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=live[:, None, None],
-                                              scale=scale, enable_gqa=True)[:, :, 0]
+    pages = torch.where(
+        live[:, ::page_size], block_table, 0
+    ).long()  # entries past the context may hold anything
+    # So may slots past it: a weight of 0 makes NaN of a NaN or inf, so what is not live becomes 0 before the
+    # products.
+    keys, values = (
+        torch.where(live[:, None, :, None], cache[pages].transpose(1, 2).flatten(2, 3), 0)
+        for cache in (k_cache, v_cache)
+    )
+    attended = F.scaled_dot_product_attention(
+        q[:, :, None], keys, values, attn_mask=live[:, None, None], scale=scale, enable_gqa=True
+    )[:, :, 0]
     out.copy_(torch.where(context_lens[:, None, None] > 0, attended, 0))
 
 
 def contents(a):
-    """Raises LabError for a context longer than its row of the table, for a page that the cache does not have and for a
-    ticket that is not 0."""
+    """Raises LabError for a context longer than its row of the table, for a page that the cache does not have
+    and for a ticket that is not 0."""
     check_context("decode_attention", a.block_table, a.context_lens, a.k_cache)
     check_tickets("decode_attention", a.workspace)
 
 
 def check_tickets(op, workspace):
-    """Raises LabError for a ticket that is not 0 between launches: the last block of a group would not know itself."""
+    """Raises LabError for a ticket that is not 0 between launches: the last block of a group would not know
+    itself."""
     if workspace is not None and bool(workspace.tickets.any()):
-        refuse(op, "the workspace's tickets must be 0 between launches: make it by Workspace.empty, a new one after "
-                   "a launch that failed")
+        refuse(
+            op,
+            "the workspace's tickets must be 0 between launches: make it by Workspace.empty, a new one after "
+            "a launch that failed",
+        )
 
 
 def check_context(op, block_table, context_lens, k_cache):
@@ -151,26 +198,29 @@ def check_context(op, block_table, context_lens, k_cache):
     check_pages(op, block_table.tolist(), last, k_cache, "context_lens", context_lens)
 
 
-def inputs(rand, lengths, q_heads, kv_heads, head_dim, page_size=16, splits=1, poison=False, sharp=1.0, mean=0.0):
-    """poison: NaN and inf in every slot that holds no token. sharp: a factor of q, so of the scores; 0 makes all weights
-    equal. mean: of v."""
+def inputs(
+    rand, lengths, q_heads, kv_heads, head_dim, page_size=16, splits=1, poison=False, sharp=1.0, mean=0.0
+):
+    """poison: NaN and inf in every slot that holds no token. sharp: a factor of q, so of the scores; 0 makes
+    all weights equal. mean: of v."""
     q, _, _ = packed_qkv(rand, len(lengths), q_heads, kv_heads, head_dim)
     k_cache, v_cache, block_table = paged_cache(rand, lengths, kv_heads, head_dim, page_size)
     if poison:
         poison_unused(lengths, lengths, k_cache, v_cache, block_table)
     context_lens = torch.tensor(lengths, dtype=torch.int32, device=rand.device)
-    return q.mul_(sharp), k_cache, v_cache.add_(mean), block_table, context_lens, head_dim ** -0.5, splits
+    return q.mul_(sharp), k_cache, v_cache.add_(mean), block_table, context_lens, head_dim**-0.5, splits
 
 
 def poison_unused(cached, lengths, k_cache, v_cache, block_table):
-    """NaN, inf and -inf in all slots but those of the first cached[b] tokens of each row; table entries past lengths[b]
-    tokens become page numbers that the cache does not have. Rows without a token keep their entries."""
+    """NaN, inf and -inf in all slots but those of the first cached[b] tokens of each row; table entries past
+    lengths[b] tokens become page numbers that the cache does not have. Rows without a token keep their
+    entries."""
     page_size, used = k_cache.shape[2], torch.zeros(k_cache.shape[0], k_cache.shape[2], dtype=torch.bool)
     for b, (tokens, length) in enumerate(zip(cached, lengths, strict=True)):
         for i, page in enumerate(block_table[b].tolist()):
-            used[page, :max(0, tokens - i * page_size)] = True
+            used[page, : max(0, tokens - i * page_size)] = True
         if length > 0:
-            block_table[b, -(-length // page_size):] = 1 << 30
+            block_table[b, -(-length // page_size) :] = 1 << 30
     page, slot = (~used).nonzero(as_tuple=True)
     bad = torch.tensor([torch.nan, torch.inf, -torch.inf], dtype=k_cache.dtype, device=k_cache.device)
     for i, cache in enumerate((k_cache, v_cache)):
@@ -178,7 +228,8 @@ def poison_unused(cached, lengths, k_cache, v_cache, block_table):
 
 
 def nbytes(a):
-    """K and V of every token once, q, out, and the block-table entries that name the pages. Reads context_lens."""
+    """K and V of every token once, q, out, and the block-table entries that name the pages. Reads
+    context_lens."""
     return attended_bytes(a.q, a.k_cache, a.context_lens)
 
 
@@ -189,10 +240,10 @@ def attended_bytes(q, k_cache, context_lens):
 
 
 def tolerance(a):
-    """One rounding to T. A score's float32 error is a few eps of |q||k|, and moves a weight by that share; the output
-    is an average of v, so its error is that share of the largest v; so is that of a float32 sum of n terms, about sqrt(n)
-    halves of a step at most. Half-precision tensor cores round the weights
-    themselves to T before the product with V (as FlashAttention does): half an eps of the largest average of |v|."""
+    """One rounding to T. A score's float32 error is a few eps of |q||k|, and moves a weight by that share;
+    the output is an average of v, so its error is that share of the largest v; so is that of a float32 sum of
+    n terms, about sqrt(n) halves of a step at most. Half-precision tensor cores round the weights themselves
+    to T before the product with V (as FlashAttention does): half an eps of the largest average of |v|."""
     eps = torch.finfo(a.q.dtype).eps
     score = a.scale * float(a.q.double().norm(dim=-1).max()) * float(a.k_cache.double().norm(dim=-1).max())
     v_max = float(a.v_cache.double().abs().max())
@@ -206,37 +257,126 @@ def launch(batch, context, multiprocessors, sizes):
 
 
 op = Op(
-    name="decode_attention", summary="out = softmax(scale * q K^T) V over a paged KV cache", dtypes=FLOATS,
-    validate=validate, outputs=outputs, reference=reference, inputs=inputs,
+    name="decode_attention",
+    summary="out = softmax(scale * q K^T) V over a paged KV cache",
+    dtypes=FLOATS,
+    validate=validate,
+    outputs=outputs,
+    reference=reference,
+    inputs=inputs,
     launchers={"cuda": cuda, "triton": triton, "torch": torch_},
     nbytes=nbytes,
     flops=lambda a: 4 * a.q.shape[1] * a.q.shape[2] * int(a.context_lens.clamp(min=0).sum()),
-    tolerance=tolerance, state=("workspace",), contents=contents,
+    tolerance=tolerance,
+    state=("workspace",),
+    contents=contents,
     workspace=lambda a: new_workspace(a.q, a.k_cache, a.splits),
-    plans=("basic",), uses=lambda c: [(None, paged_heads_of(c))], launch=launch, has_context=True,
+    plans=("basic",),
+    uses=lambda c: [(None, paged_heads_of(c))],
+    launch=launch,
+    has_context=True,
     rows=lambda batch, context: {"lengths": (context,) * batch},
-    cold=("k_cache", "v_cache"), color="#ddcc77",
+    cold=("k_cache", "v_cache"),
+    color="#ddcc77",
     inspect_sizes=dict(lengths=(8192,), splits=33, q_heads=32, kv_heads=8, head_dim=128),
     tuned_by=("q_heads", "kv_heads", "head_dim", "page_size"),
     spaces={"cuda": spaces.splits, "triton": spaces.attention},
-    cases=(case("context 1, page boundary minus and plus one, an idle row, a tile's boundary; GQA group 3",
-                lengths=(1, 15, 16, 17, 0, 64, 65, 130), q_heads=9, kv_heads=3, head_dim=64, splits=2),
-           case("more splits than tiles: empty splits", lengths=(5, 200, 70), q_heads=8, kv_heads=2, head_dim=128,
-                splits=7),
-           case("more splits than one merging step takes", lengths=(1100, 40), q_heads=4, kv_heads=2, head_dim=64,
-                splits=18),
-           case("one sequence, one split, MHA, head 96", lengths=(97,), q_heads=2, kv_heads=2, head_dim=96),
-           case("MQA with the largest group, a larger page", lengths=(31, 129), q_heads=16, kv_heads=1, head_dim=64,
-                page_size=64, splits=3),
-           case("a group of 5, no power of two; head 96", lengths=(33,), q_heads=10, kv_heads=2, head_dim=96, splits=2),
-           case("64 sequences of different lengths", lengths=tuple(range(1, 65)), q_heads=4, kv_heads=1, head_dim=64,
-                splits=2),
-           case("NaN, inf and wrong pages wherever there is no token", lengths=(1, 15, 0, 17, 64, 70), q_heads=4,
-                kv_heads=2, head_dim=64, splits=2, poison=True),
-           case("the same with one split and a larger page", lengths=(3, 65, 40), q_heads=4, kv_heads=2, head_dim=128,
-                page_size=64, poison=True),
-           case("scores whose exponentials overflow unless the largest is taken off", lengths=(1, 60, 300), q_heads=4,
-                kv_heads=2, head_dim=64, splits=3, sharp=30.0),
-           case("a sum of many equal weights", lengths=(3000,), q_heads=2, kv_heads=1, head_dim=64, sharp=0.0, mean=4.0),
-           case("the same in splits", lengths=(3000,), q_heads=2, kv_heads=1, head_dim=64, splits=9, sharp=0.0,
-                mean=4.0)))
+    cases=(
+        case(
+            "context 1, page boundary minus and plus one, an idle row, a tile's boundary; GQA group 3",
+            lengths=(1, 15, 16, 17, 0, 64, 65, 130),
+            q_heads=9,
+            kv_heads=3,
+            head_dim=64,
+            splits=2,
+        ),
+        case(
+            "more splits than tiles: empty splits",
+            lengths=(5, 200, 70),
+            q_heads=8,
+            kv_heads=2,
+            head_dim=128,
+            splits=7,
+        ),
+        case(
+            "more splits than one merging step takes",
+            lengths=(1100, 40),
+            q_heads=4,
+            kv_heads=2,
+            head_dim=64,
+            splits=18,
+        ),
+        case("one sequence, one split, MHA, head 96", lengths=(97,), q_heads=2, kv_heads=2, head_dim=96),
+        case(
+            "MQA with the largest group, a larger page",
+            lengths=(31, 129),
+            q_heads=16,
+            kv_heads=1,
+            head_dim=64,
+            page_size=64,
+            splits=3,
+        ),
+        case(
+            "a group of 5, no power of two; head 96",
+            lengths=(33,),
+            q_heads=10,
+            kv_heads=2,
+            head_dim=96,
+            splits=2,
+        ),
+        case(
+            "64 sequences of different lengths",
+            lengths=tuple(range(1, 65)),
+            q_heads=4,
+            kv_heads=1,
+            head_dim=64,
+            splits=2,
+        ),
+        case(
+            "NaN, inf and wrong pages wherever there is no token",
+            lengths=(1, 15, 0, 17, 64, 70),
+            q_heads=4,
+            kv_heads=2,
+            head_dim=64,
+            splits=2,
+            poison=True,
+        ),
+        case(
+            "the same with one split and a larger page",
+            lengths=(3, 65, 40),
+            q_heads=4,
+            kv_heads=2,
+            head_dim=128,
+            page_size=64,
+            poison=True,
+        ),
+        case(
+            "scores whose exponentials overflow unless the largest is taken off",
+            lengths=(1, 60, 300),
+            q_heads=4,
+            kv_heads=2,
+            head_dim=64,
+            splits=3,
+            sharp=30.0,
+        ),
+        case(
+            "a sum of many equal weights",
+            lengths=(3000,),
+            q_heads=2,
+            kv_heads=1,
+            head_dim=64,
+            sharp=0.0,
+            mean=4.0,
+        ),
+        case(
+            "the same in splits",
+            lengths=(3000,),
+            q_heads=2,
+            kv_heads=1,
+            head_dim=64,
+            splits=9,
+            sharp=0.0,
+            mean=4.0,
+        ),
+    ),
+)

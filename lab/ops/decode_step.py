@@ -1,15 +1,18 @@
-"""decode_step: the whole decode step of one sequence in one launch: embedding, every layer, lm_head and argmax
+"""decode_step: the whole decode step of one sequence in one launch:
+embedding, every layer, lm_head and argmax
 
   ids, positions int32 [1]   block_table int32 [1, max_pages]
   k_cache, v_cache [layers, pages, kv_heads, page_size, head_dim]
   logits float32 [1, vocab], written   out int32 [1]: the next token; it may be ids itself
-The fused plan's ops with the same rounding points (lab/model/plans/fused.py), but the blocks wait for each other's results
-where that plan has a new kernel: so what needs no activation, the weights, can stream on meanwhile.
-A negative position marks an idle row: nothing is written. An id outside the vocabulary gives logits of NaN and the token
--1; what it leaves in the cache is undefined. CUDA needs sm_90.
+The fused plan's ops with the same rounding points (lab/model/plans/fused.py), but the blocks wait for each
+other's results where that plan has a new kernel: so what needs no activation, the weights, can stream on
+meanwhile.
+A negative position marks an idle row: nothing is written. An id outside the vocabulary gives logits of NaN
+and the token -1; what it leaves in the cache is undefined. CUDA needs sm_90.
 Rows of every matrix begin at multiples of 16 bytes; a KV head has at most 8 query heads.
 Halves: cuda_src/decode_step.cu, triton_kernels/decode_step.py
 """
+
 import math
 from dataclasses import dataclass
 
@@ -33,10 +36,13 @@ from lab.ops.step_layout import LAYER, MAX_GROUP, MAX_SPLITS, OPTIONAL, TICKETS
 
 @dataclass(frozen=True)
 class StepModel:
-    """A model's tensors as the kernels take them. table int64 [layers, len(LAYER)]: addresses, 0 for what is not there.
+    """A model's tensors as the kernels take them. table int64 [layers, len(LAYER)]: addresses, 0 for what is
+    not there.
 
-    layers: objects with LAYER's attributes, as lab.model.weights.Layer; cos_sin float32 [max_positions, head_dim].
+    layers: objects with LAYER's attributes, as lab.model.weights.Layer; cos_sin float32 [max_positions,
+    head_dim].
     """
+
     embed: torch.Tensor
     layers: tuple
     final_norm: torch.Tensor
@@ -51,23 +57,44 @@ class StepModel:
 
     @classmethod
     def of(cls, weights, cos_sin, q_heads, kv_heads, head_dim, eps):
-        """weights: an object with embed, layers, final_norm and lm_head. Raises LabError for sizes that neither takes."""
+        """weights: an object with embed, layers, final_norm and lm_head. Raises LabError for sizes that
+        neither takes."""
         name, embed = "decode_step", weights.embed
         device, item = embed.get_device(), embed.element_size()
         hidden, q, kv = embed.shape[1], q_heads * head_dim, kv_heads * head_dim
         if head_dim not in decode_attention.HEAD_DIMS or q_heads % kv_heads or q_heads > kv_heads * MAX_GROUP:
-            refuse(name, f"{q_heads} query and {kv_heads} KV heads of {head_dim}: head_dim must be 64, 96 or 128, and "
-                         f"a KV head have at most {MAX_GROUP} query heads (use --plan fused)")
+            refuse(
+                name,
+                f"{q_heads} query and {kv_heads} KV heads of {head_dim}: head_dim must be 64, 96 or 128, and "
+                f"a KV head have at most {MAX_GROUP} query heads (use --plan fused)",
+            )
         if not weights.layers:
             refuse(name, "the model has no layers")
         middle = weights.layers[0].w_down.shape[1]
         if embed.dtype not in op.dtypes:
-            refuse(name, f"takes float16 and bfloat16, not {str(embed.dtype).removeprefix('torch.')} (use --plan fused)")
+            refuse(
+                name,
+                f"takes float16 and bfloat16, not {str(embed.dtype).removeprefix('torch.')} (use --plan "
+                "fused)",
+            )
         if hidden * item % 16 or middle * item % 16:
-            refuse(name, f"rows of {hidden} and {middle} elements must begin at multiples of 16 bytes (use --plan fused)")
-        shapes = dict(attn_norm=(hidden,), wqkv=(q + 2 * kv, hidden), bqkv=(q + 2 * kv,), q_norm=(head_dim,),
-                      k_norm=(head_dim,), wo=(hidden, q), bo=(hidden,), mlp_norm=(hidden,),
-                      w_gate_up=(2 * middle, hidden), w_down=(hidden, middle))
+            refuse(
+                name,
+                f"rows of {hidden} and {middle} elements must begin at multiples of 16 bytes (use --plan "
+                "fused)",
+            )
+        shapes = dict(
+            attn_norm=(hidden,),
+            wqkv=(q + 2 * kv, hidden),
+            bqkv=(q + 2 * kv,),
+            q_norm=(head_dim,),
+            k_norm=(head_dim,),
+            wo=(hidden, q),
+            bo=(hidden,),
+            mlp_norm=(hidden,),
+            w_gate_up=(2 * middle, hidden),
+            w_down=(hidden, middle),
+        )
         for layer in weights.layers:
             for part, shape in shapes.items():
                 tensor = getattr(layer, part)
@@ -86,15 +113,28 @@ class StepModel:
             refuse(name, f"cos_sin must be float32 [max_positions, {head_dim}]")
         dense(name, device, embed, weights.final_norm, weights.lm_head, cos_sin)
         table = torch.zeros(len(weights.layers), len(LAYER), dtype=torch.int64, device=embed.device)
-        model = cls(embed, tuple(weights.layers), weights.final_norm, weights.lm_head, cos_sin, q_heads, kv_heads,
-                    head_dim, eps, head_dim ** -0.5, table)
+        model = cls(
+            embed,
+            tuple(weights.layers),
+            weights.final_norm,
+            weights.lm_head,
+            cos_sin,
+            q_heads,
+            kv_heads,
+            head_dim,
+            eps,
+            head_dim**-0.5,
+            table,
+        )
         model.readdress()
         return model
 
     def readdress(self):
         """Writes where the layers' tensors lie now into `table`."""
-        rows = [[0 if getattr(layer, part) is None else getattr(layer, part).data_ptr() for part in LAYER]
-                for layer in self.layers]
+        rows = [
+            [0 if getattr(layer, part) is None else getattr(layer, part).data_ptr() for part in LAYER]
+            for layer in self.layers
+        ]
         self.table.copy_(torch.tensor(rows, dtype=torch.int64))
 
     @property
@@ -108,49 +148,74 @@ class StepModel:
 
 @dataclass(frozen=True)
 class StepWorkspace:
-    """What passes between the step's phases, each half's in its own form; words and counters are zero at first.
+    """What passes between the step's phases, each half's in its own form; words and counters are zero at
+    first.
 
-    Triton: a row of each result in the model's dtype, and float32 splits of attention. CUDA: the same values in words of
-    64 bits, two elements of a row or one of a split, and a tag.
+    Triton: a row of each result in the model's dtype, and float32 splits of attention. CUDA: the same values
+    in words of 64 bits, two elements of a row or one of a split, and a tag.
     """
-    h: torch.Tensor                     # [hidden]: the residual stream
-    qkv: torch.Tensor                   # [(q_heads + 2 kv_heads) head_dim]
-    attention: torch.Tensor             # [q_heads head_dim]
-    act: torch.Tensor                   # [intermediate]
-    partial: torch.Tensor               # float32 [kv_heads, MAX_SPLITS, group, head_dim + 2]
-    words: torch.Tensor                 # int64 [a half of the rows' elements, and all of partial's]
-    counters: torch.Tensor              # int32 [TICKETS + kv_heads]
+
+    h: torch.Tensor  # [hidden]: the residual stream
+    qkv: torch.Tensor  # [(q_heads + 2 kv_heads) head_dim]
+    attention: torch.Tensor  # [q_heads head_dim]
+    act: torch.Tensor  # [intermediate]
+    partial: torch.Tensor  # float32 [kv_heads, MAX_SPLITS, group, head_dim + 2]
+    words: torch.Tensor  # int64 [a half of the rows' elements, and all of partial's]
+    counters: torch.Tensor  # int32 [TICKETS + kv_heads]
 
     @classmethod
     def of(cls, m):
-        return cls(*((torch.zeros if part in ("words", "counters") else torch.empty)(
-            shape, dtype=dtype, device=m.embed.device) for part, (shape, dtype) in cls.sizes(m).items()))
+        return cls(
+            *(
+                (torch.zeros if part in ("words", "counters") else torch.empty)(
+                    shape, dtype=dtype, device=m.embed.device
+                )
+                for part, (shape, dtype) in cls.sizes(m).items()
+            )
+        )
 
     @staticmethod
     def sizes(m) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """The shape and the dtype of each tensor."""
         partial = m.kv_heads, MAX_SPLITS, m.group, m.head_dim + 2
-        rows = dict(h=m.embed.shape[1], qkv=(m.q_heads + 2 * m.kv_heads) * m.head_dim,
-                    attention=m.q_heads * m.head_dim, act=m.intermediate)
-        return {**{name: ((n,), m.embed.dtype) for name, n in rows.items()}, "partial": (partial, torch.float32),
-                "words": ((sum(rows.values()) // 2 + math.prod(partial),), torch.int64),
-                "counters": ((TICKETS + m.kv_heads,), torch.int32)}
+        rows = dict(
+            h=m.embed.shape[1],
+            qkv=(m.q_heads + 2 * m.kv_heads) * m.head_dim,
+            attention=m.q_heads * m.head_dim,
+            act=m.intermediate,
+        )
+        return {
+            **{name: ((n,), m.embed.dtype) for name, n in rows.items()},
+            "partial": (partial, torch.float32),
+            "words": ((sum(rows.values()) // 2 + math.prod(partial),), torch.int64),
+            "counters": ((TICKETS + m.kv_heads,), torch.int32),
+        }
 
 
 def validate(ids, positions, model, k_cache, v_cache, block_table, logits, workspace, out=None):
     name, device = "decode_step", model.embed.get_device()
     for t in (ids, positions, *([] if out is None else [out])):
         if not (t.shape == (1,) and t.dtype == torch.int32 and t.get_device() == device):
-            refuse(name, "one sequence only: ids, positions and out must be int32 [1] on the model's device (use "
-                         "--batch 1, or --plan fused)")
-    if not (k_cache.dim() == v_cache.dim() == 5 and k_cache.shape == v_cache.shape
-            and k_cache.shape[0] == len(model.layers)):
+            refuse(
+                name,
+                "one sequence only: ids, positions and out must be int32 [1] on the model's device (use "
+                "--batch 1, or --plan fused)",
+            )
+    if not (
+        k_cache.dim() == v_cache.dim() == 5
+        and k_cache.shape == v_cache.shape
+        and k_cache.shape[0] == len(model.layers)
+    ):
         refuse(name, "k_cache and v_cache must be [layers, pages, kv_heads, page_size, head_dim]")
     dense(name, device, k_cache, v_cache)
-    check_cache(name, k_cache[0], v_cache[0], block_table, 1, model.kv_heads, model.head_dim, model.embed.dtype)
+    check_cache(
+        name, k_cache[0], v_cache[0], block_table, 1, model.kv_heads, model.head_dim, model.embed.dtype
+    )
     m, w = model, workspace
     wanted = StepWorkspace.sizes(m)
-    if any((t := getattr(w, part)).shape != shape or t.dtype != dtype for part, (shape, dtype) in wanted.items()):
+    if any(
+        (t := getattr(w, part)).shape != shape or t.dtype != dtype for part, (shape, dtype) in wanted.items()
+    ):
         refuse(name, "the workspace is of another size or dtype: make it by StepWorkspace.of(model)")
     dense(name, device, *(getattr(w, part) for part in wanted))
     if not (logits.shape == (1, model.lm_head.shape[0]) and logits.dtype == torch.float32):
@@ -163,7 +228,8 @@ def outputs(ids, *args, **options):
 
 
 def reference(ids, positions, model, k_cache, v_cache, block_table, logits, workspace):
-    """The references of the fused plan's ops, one after the other, each result rounded to the model's dtype."""
+    """The references of the fused plan's ops, one after the other, each result rounded to the model's
+    dtype."""
     m, dtype = model, model.embed.dtype
     k_cache, v_cache = k_cache.clone(), v_cache.clone()
     h = embedding.reference(ids, m.embed)[0].to(dtype)
@@ -171,8 +237,19 @@ def reference(ids, positions, model, k_cache, v_cache, block_table, logits, work
         qkv = norm_linear.reference(h, layer.attn_norm, m.eps, layer.wqkv, layer.bqkv)[0].to(dtype)
         q, k, v = qkv.view(1, -1, m.head_dim).split([m.q_heads, m.kv_heads, m.kv_heads], dim=1)
         a, k_new, v_new = rope_append_attention.reference(
-            q, k, v, layer.q_norm, layer.k_norm, m.eps, positions, m.cos_sin, k_cache[i], v_cache[i], block_table,
-            m.scale)
+            q,
+            k,
+            v,
+            layer.q_norm,
+            layer.k_norm,
+            m.eps,
+            positions,
+            m.cos_sin,
+            k_cache[i],
+            v_cache[i],
+            block_table,
+            m.scale,
+        )
         k_cache[i], v_cache[i] = k_new, v_new
         h = linear_add.reference(a.to(dtype).view(1, -1), layer.wo, h, layer.bo)[0].to(dtype)
         act = norm_linear_silu_mul.reference(h, layer.mlp_norm, m.eps, layer.w_gate_up)[0].to(dtype)
@@ -184,15 +261,17 @@ def reference(ids, positions, model, k_cache, v_cache, block_table, logits, work
 
 
 def tolerance(a):
-    """About 16 roundings a layer move the residual stream by half a step of T each, with random signs: 2 steps in all.
-    The sums are float32's. What moves is of the size of the largest logit, or of the largest key."""
+    """About 16 roundings a layer move the residual stream by half a step of T each, with random signs: 2
+    steps in all. The sums are float32's. What moves is of the size of the largest logit, or of the largest
+    key."""
     want = reference(*vars(a).values())
     size = max(float(want[3].nan_to_num().abs().max()), float(want[1].double().abs().max()))
     return 0.0, (2 * torch.finfo(a.model.embed.dtype).eps + 16 * EPS32) * (len(a.model.layers) + 1) * size
 
 
 def verify(got, a):
-    """The token must be the best in float64, or one that the logits' tolerance cannot tell from it. An idle row has none."""
+    """The token must be the best in float64, or one that the logits' tolerance cannot tell from it. An idle
+    row has none."""
     if int(a.positions) < 0:
         return None if int(got) < -1 else f"a token for an idle row: {int(got)}"
     exact, (_, atol) = reference(*vars(a).values())[3][0], tolerance(a)
@@ -205,21 +284,38 @@ def verify(got, a):
 def cuda(kernels, ids, positions, model, k_cache, v_cache, block_table, logits, workspace, out):
     m, w = model, workspace
     if m.embed.is_cuda and torch.cuda.get_device_capability(m.embed.device)[0] < 9:
-        raise Unavailable("decode_step by CUDA needs an sm_90 GPU (bulk copies): use --plan fused, or --backend triton")
+        raise Unavailable(
+            "decode_step by CUDA needs an sm_90 GPU (bulk copies): use --plan fused, or --backend triton"
+        )
     vocab, hidden = m.embed.shape
     layers, pages, kv_heads, page_size, head_dim = k_cache.shape
     kernels.decode_step(
-        ids=ids.data_ptr(), positions=positions.data_ptr(),
-        weights=(m.embed.data_ptr(), m.table.data_ptr(), m.final_norm.data_ptr(), m.lm_head.data_ptr(),
-                 m.cos_sin.data_ptr()),
+        ids=ids.data_ptr(),
+        positions=positions.data_ptr(),
+        weights=(
+            m.embed.data_ptr(),
+            m.table.data_ptr(),
+            m.final_norm.data_ptr(),
+            m.lm_head.data_ptr(),
+            m.cos_sin.data_ptr(),
+        ),
         cache=(k_cache.data_ptr(), v_cache.data_ptr(), block_table.data_ptr(), pages, kv_heads, page_size),
-        logits=logits.data_ptr(), out=out.data_ptr(), exchange=(w.words.data_ptr(), w.counters.data_ptr()),
-        sizes=(layers, vocab, hidden, m.intermediate), q_heads=m.q_heads, head_dim=head_dim, eps=m.eps, scale=m.scale,
-        dtype=DTYPE_CODES[m.embed.dtype], stream=kernels.stream())
+        logits=logits.data_ptr(),
+        out=out.data_ptr(),
+        exchange=(w.words.data_ptr(), w.counters.data_ptr()),
+        sizes=(layers, vocab, hidden, m.intermediate),
+        q_heads=m.q_heads,
+        head_dim=head_dim,
+        eps=m.eps,
+        scale=m.scale,
+        dtype=DTYPE_CODES[m.embed.dtype],
+        stream=kernels.stream(),
+    )
 
 
 def triton(ids, positions, model, k_cache, v_cache, block_table, logits, workspace, out):
     from triton_kernels.decode_step import decode_step
+
     decode_step(ids, positions, model, k_cache, v_cache, block_table, logits, workspace, out)
 
 
@@ -232,44 +328,87 @@ def torch_(ids, positions, model, k_cache, v_cache, block_table, logits, workspa
     for i, layer in enumerate(m.layers):
         norm_linear.torch_(h, layer.attn_norm, m.eps, layer.wqkv, layer.bqkv, out=qkv)
         q, k, v = qkv.view(1, -1, m.head_dim).split([m.q_heads, m.kv_heads, m.kv_heads], dim=1)
-        rope_append_attention.torch_(q, k, v, layer.q_norm, layer.k_norm, m.eps, positions, m.cos_sin, k_cache[i],
-                                     v_cache[i], block_table, m.scale, out=attention)
+        rope_append_attention.torch_(
+            q,
+            k,
+            v,
+            layer.q_norm,
+            layer.k_norm,
+            m.eps,
+            positions,
+            m.cos_sin,
+            k_cache[i],
+            v_cache[i],
+            block_table,
+            m.scale,
+            out=attention,
+        )
         linear_add.torch_(attention.view(1, -1), layer.wo, h, layer.bo)
         norm_linear_silu_mul.torch_(h, layer.mlp_norm, m.eps, layer.w_gate_up, out=act)
         linear_add.torch_(act, layer.w_down, h)
     norm_linear_argmax.torch_(h, m.final_norm, m.eps, m.lm_head, found, None, out=token)
-    logits.copy_(torch.where(live, found, logits))              # an idle row leaves both as they are
+    logits.copy_(torch.where(live, found, logits))  # an idle row leaves both as they are
     out.copy_(torch.where(live, token, out))
 
 
 def contents(a):
-    """Raises LabError for a position past cos_sin or the table and for a page that the cache does not have."""
+    """Raises LabError for a position past cos_sin or the table and for a page that the cache does not
+    have."""
     check_positions("decode_step", a.positions, a.model.cos_sin.shape[0], "cos_sin")
     check_append("decode_step", a.block_table, a.positions, a.k_cache[0])
 
 
-def inputs(rand, layers, hidden, intermediate, vocab, q_heads, kv_heads, head_dim, position, page_size=16, bias=False,
-           qk_norm=False, poison=False, size=1.0):
-    """Weights that keep activations near 1, as those of lab.model.sources.random.RandomSource. poison: NaN and inf in every slot
-    that holds no token. size: a factor of the embedding and of what is added to it: a small one makes a norm's eps count."""
+def inputs(
+    rand,
+    layers,
+    hidden,
+    intermediate,
+    vocab,
+    q_heads,
+    kv_heads,
+    head_dim,
+    position,
+    page_size=16,
+    bias=False,
+    qk_norm=False,
+    poison=False,
+    size=1.0,
+):
+    """Weights that keep activations near 1, as those of lab.model.sources.random.RandomSource. poison: NaN
+    and inf in every slot that holds no token. size: a factor of the embedding and of what is added to it: a
+    small one makes a norm's eps count."""
     from lab.model.rope import cos_sin_table
     from lab.model.weights import Layer, Weights
+
     q, kv = q_heads * head_dim, kv_heads * head_dim
 
     def matrix(n, k, scale=1.0):
-        return rand(n, k, scale=scale * k ** -0.5)
+        return rand(n, k, scale=scale * k**-0.5)
 
     def norm(n):
         return (rand(n, scale=0.1, dtype=torch.float32) + 1).to(rand.dtype)
 
     def layer():
-        return Layer(norm(hidden), matrix(q + 2 * kv, hidden), rand(q + 2 * kv, scale=0.1) if bias else None,
-                     norm(head_dim) if qk_norm else None, norm(head_dim) if qk_norm else None,
-                     matrix(hidden, q, size * (2 * layers) ** -0.5), rand(hidden, scale=0.1) if bias else None,
-                     norm(hidden), matrix(2 * intermediate, hidden),
-                     matrix(hidden, intermediate, size * (2 * layers) ** -0.5))
+        return Layer(
+            norm(hidden),
+            matrix(q + 2 * kv, hidden),
+            rand(q + 2 * kv, scale=0.1) if bias else None,
+            norm(head_dim) if qk_norm else None,
+            norm(head_dim) if qk_norm else None,
+            matrix(hidden, q, size * (2 * layers) ** -0.5),
+            rand(hidden, scale=0.1) if bias else None,
+            norm(hidden),
+            matrix(2 * intermediate, hidden),
+            matrix(hidden, intermediate, size * (2 * layers) ** -0.5),
+        )
 
-    weights = Weights(None, rand(vocab, hidden, scale=size), [layer() for _ in range(layers)], norm(hidden), matrix(vocab, hidden))
+    weights = Weights(
+        None,
+        rand(vocab, hidden, scale=size),
+        [layer() for _ in range(layers)],
+        norm(hidden),
+        matrix(vocab, hidden),
+    )
     cos_sin = cos_sin_table(head_dim, 10000.0, None, max(1, position + 1), rand.device)
     model = StepModel.of(weights, cos_sin, q_heads, kv_heads, head_dim, 1e-5)
     k, v, block_table = paged_cache(rand, [position + 1], kv_heads, head_dim, page_size)
@@ -277,8 +416,16 @@ def inputs(rand, layers, hidden, intermediate, vocab, q_heads, kv_heads, head_di
         decode_attention.poison_unused([position], [position + 1], k, v, block_table)
     k_cache, v_cache = (torch.stack([cache / (i + 1) for i in range(layers)]) for cache in (k, v))
     ids = rand.integers(0, vocab, 1)
-    return (ids, torch.full_like(ids, position), model, k_cache, v_cache, block_table,
-            torch.full((1, vocab), torch.nan, device=rand.device), StepWorkspace.of(model))
+    return (
+        ids,
+        torch.full_like(ids, position),
+        model,
+        k_cache,
+        v_cache,
+        block_table,
+        torch.full((1, vocab), torch.nan, device=rand.device),
+        StepWorkspace.of(model),
+    )
 
 
 def nbytes(a):
@@ -292,33 +439,129 @@ def nbytes(a):
 
 def flops(a):
     m = a.model
-    matrices = sum(t.numel() for layer in m.layers for t in (layer.wqkv, layer.wo, layer.w_gate_up, layer.w_down))
-    return 2 * (matrices + m.lm_head.numel()) + 4 * len(m.layers) * m.q_heads * m.head_dim * (int(a.positions) + 1)
+    matrices = sum(
+        t.numel() for layer in m.layers for t in (layer.wqkv, layer.wo, layer.w_gate_up, layer.w_down)
+    )
+    return 2 * (matrices + m.lm_head.numel()) + 4 * len(m.layers) * m.q_heads * m.head_dim * (
+        int(a.positions) + 1
+    )
 
 
 op = Op(
-    name="decode_step", summary="a whole greedy decode step of one sequence", dtypes=(torch.float16, torch.bfloat16),
-    validate=validate, outputs=outputs, reference=reference, inputs=inputs,
+    name="decode_step",
+    summary="a whole greedy decode step of one sequence",
+    dtypes=(torch.float16, torch.bfloat16),
+    validate=validate,
+    outputs=outputs,
+    reference=reference,
+    inputs=inputs,
     launchers={"cuda": cuda, "triton": triton, "torch": torch_},
-    nbytes=nbytes, flops=flops, tolerance=tolerance, verify=verify, contents=contents,
-    mutates=("k_cache", "v_cache", "logits"), state=("workspace",),
-    plans=("persistent",), whole_step=True, cold=("model", "k_cache", "v_cache"),
+    nbytes=nbytes,
+    flops=flops,
+    tolerance=tolerance,
+    verify=verify,
+    contents=contents,
+    mutates=("k_cache", "v_cache", "logits"),
+    state=("workspace",),
+    plans=("persistent",),
+    whole_step=True,
+    cold=("model", "k_cache", "v_cache"),
     uses=lambda c: [(None, {"layers": c.layers, "hidden": c.hidden, "vocab": c.vocab})],
-    color="#44aa99",                # of its matrices, which take most of it
+    color="#44aa99",  # of its matrices, which take most of it
     # One layer of them: the kernel of all is the same.
-    inspect_sizes=dict(layers=1, hidden=4096, intermediate=14336, vocab=128256, position=8191, q_heads=32, kv_heads=8,
-                       head_dim=128),
-    cases=(case("first token; GQA group 3; sizes that are no multiple of a tile", layers=2, hidden=72, intermediate=136,
-                vocab=101, q_heads=3, kv_heads=1, head_dim=64, position=0),
-           case("Qwen3's per-head norm, Qwen2's biases, several splits, head 128", layers=2, hidden=264,
-                intermediate=520, vocab=300, q_heads=4, kv_heads=2, head_dim=128, position=130, bias=True, qk_norm=True),
-           case("MHA, head 96, a page's last slot; more KV heads than the host build has blocks", layers=1, hidden=96,
-                intermediate=64, vocab=83, q_heads=5, kv_heads=5, head_dim=96, position=63, page_size=64),
-           case("the largest group; rows longer than a tile's", layers=1, hidden=2112, intermediate=2056, vocab=40,
-                q_heads=8, kv_heads=1, head_dim=64, position=33),
-           case("an idle row", layers=1, hidden=72, intermediate=64, vocab=83, q_heads=2, kv_heads=1, head_dim=64,
-                position=-1),
-           case("NaN and inf wherever there is no token", layers=2, hidden=72, intermediate=136, vocab=101, q_heads=4,
-                kv_heads=2, head_dim=64, position=69, poison=True),
-           case("activations so small that eps counts", layers=2, hidden=264, intermediate=136, vocab=101, q_heads=4,
-                kv_heads=2, head_dim=64, position=20, qk_norm=True, size=2e-3)))
+    inspect_sizes=dict(
+        layers=1,
+        hidden=4096,
+        intermediate=14336,
+        vocab=128256,
+        position=8191,
+        q_heads=32,
+        kv_heads=8,
+        head_dim=128,
+    ),
+    cases=(
+        case(
+            "first token; GQA group 3; sizes that are no multiple of a tile",
+            layers=2,
+            hidden=72,
+            intermediate=136,
+            vocab=101,
+            q_heads=3,
+            kv_heads=1,
+            head_dim=64,
+            position=0,
+        ),
+        case(
+            "Qwen3's per-head norm, Qwen2's biases, several splits, head 128",
+            layers=2,
+            hidden=264,
+            intermediate=520,
+            vocab=300,
+            q_heads=4,
+            kv_heads=2,
+            head_dim=128,
+            position=130,
+            bias=True,
+            qk_norm=True,
+        ),
+        case(
+            "MHA, head 96, a page's last slot; more KV heads than the host build has blocks",
+            layers=1,
+            hidden=96,
+            intermediate=64,
+            vocab=83,
+            q_heads=5,
+            kv_heads=5,
+            head_dim=96,
+            position=63,
+            page_size=64,
+        ),
+        case(
+            "the largest group; rows longer than a tile's",
+            layers=1,
+            hidden=2112,
+            intermediate=2056,
+            vocab=40,
+            q_heads=8,
+            kv_heads=1,
+            head_dim=64,
+            position=33,
+        ),
+        case(
+            "an idle row",
+            layers=1,
+            hidden=72,
+            intermediate=64,
+            vocab=83,
+            q_heads=2,
+            kv_heads=1,
+            head_dim=64,
+            position=-1,
+        ),
+        case(
+            "NaN and inf wherever there is no token",
+            layers=2,
+            hidden=72,
+            intermediate=136,
+            vocab=101,
+            q_heads=4,
+            kv_heads=2,
+            head_dim=64,
+            position=69,
+            poison=True,
+        ),
+        case(
+            "activations so small that eps counts",
+            layers=2,
+            hidden=264,
+            intermediate=136,
+            vocab=101,
+            q_heads=4,
+            kv_heads=2,
+            head_dim=64,
+            position=20,
+            qk_norm=True,
+            size=2e-3,
+        ),
+    ),
+)

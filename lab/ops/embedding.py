@@ -1,9 +1,11 @@
 """embedding: out[b, :] = table[ids[b], :]
 
   ids [batch] int32   table [vocab, hidden]   out [batch, hidden]
-An id outside the vocabulary gives a row of NaN: loud, and no fault. (The model checks the ids that users pass.)
+An id outside the vocabulary gives a row of NaN: loud, and no fault. (The model checks the ids that users
+pass.)
 Halves: cuda_src/embedding.cu, triton_kernels/embedding.py
 """
+
 import torch
 
 from lab.contract import DTYPE_CODES, FLOATS, Op, case, dense, refuse
@@ -31,12 +33,21 @@ def reference(ids, table):
 
 def cuda(k, ids, table, out):
     vocab, cols = table.shape
-    k.embedding(ids=ids.data_ptr(), table=table.data_ptr(), out=out.data_ptr(), rows=ids.shape[0], cols=cols,
-                vocab=vocab, dtype=DTYPE_CODES[table.dtype], stream=k.stream())
+    k.embedding(
+        ids=ids.data_ptr(),
+        table=table.data_ptr(),
+        out=out.data_ptr(),
+        rows=ids.shape[0],
+        cols=cols,
+        vocab=vocab,
+        dtype=DTYPE_CODES[table.dtype],
+        stream=k.stream(),
+    )
 
 
 def triton(ids, table, out):
     from triton_kernels.embedding import embedding
+
     embedding(ids, table, out)
 
 
@@ -55,16 +66,33 @@ def inputs(rand, batch, vocab, hidden, outside=False):
 
 
 op = Op(
-    name="embedding", summary="out[b] = table[ids[b]]", dtypes=FLOATS,
-    validate=validate, outputs=outputs, reference=reference, inputs=inputs,
+    name="embedding",
+    summary="out[b] = table[ids[b]]",
+    dtypes=FLOATS,
+    validate=validate,
+    outputs=outputs,
+    reference=reference,
+    inputs=inputs,
     launchers={"cuda": cuda, "triton": triton, "torch": torch_},
     nbytes=lambda a: a.ids.nbytes + 2 * a.ids.shape[0] * a.table.shape[1] * a.table.itemsize,
     flops=lambda a: 0,
-    tolerance=lambda a: (0.0, 0.0),                              # a copy is exact
-    plans=("basic", "fused"), uses=lambda c: [(None, {"vocab": c.vocab, "hidden": c.hidden})],
-    cold=("table",), direction="copy", color="#5f55c4",
+    tolerance=lambda a: (0.0, 0.0),  # a copy is exact
+    plans=("basic", "fused"),
+    uses=lambda c: [(None, {"vocab": c.vocab, "hidden": c.hidden})],
+    cold=("table",),
+    direction="copy",
+    color="#5f55c4",
     inspect_sizes=dict(batch=1, vocab=128256, hidden=4096),
-    cases=(case("one row, SmolLM2's width", batch=1, vocab=1000, hidden=576),
-           case("a width that is no multiple of the 16-byte vector", batch=3, vocab=17, hidden=101),
-           case("the largest batch", batch=64, vocab=300, hidden=136),
-           case("ids outside the vocabulary, the first and the last inside", batch=8, vocab=40, hidden=72, outside=True)))
+    cases=(
+        case("one row, SmolLM2's width", batch=1, vocab=1000, hidden=576),
+        case("a width that is no multiple of the 16-byte vector", batch=3, vocab=17, hidden=101),
+        case("the largest batch", batch=64, vocab=300, hidden=136),
+        case(
+            "ids outside the vocabulary, the first and the last inside",
+            batch=8,
+            vocab=40,
+            hidden=72,
+            outside=True,
+        ),
+    ),
+)

@@ -1,25 +1,32 @@
-"""kv_append: writes the token's k and v into its page: cache[block_table[b, p / page], :, p % page] = k[b], p = positions[b]
+"""kv_append: writes the token's k and v into its page:
+cache[block_table[b, p / page], :, p % page] = k[b], p = positions[b]
 
   k, v [batch, kv_heads, head_dim]   views of the packed qkv
-  k_cache, v_cache [pages, kv_heads, page_size, head_dim]   block_table [batch, max_pages] int32   positions [batch] int32
-A negative position marks an idle row of a padded batch, which is skipped. Rows own their pages: no two write one slot.
+  k_cache, v_cache [pages, kv_heads, page_size, head_dim]
+  block_table [batch, max_pages] int32   positions [batch] int32
+A negative position marks an idle row of a padded batch, which is skipped. Rows own their pages: no two write
+one slot.
 Source of paging: Kwon et al., PagedAttention (arXiv 2309.06180).
 Halves: cuda_src/kv_append.cu, triton_kernels/kv_append.py
 """
+
 import torch
 
 from lab.contract import DTYPE_CODES, FLOATS, Op, case, dense, refuse, rows_of_heads
 from lab.ops.rope import heads_of, packed_qkv
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
-PAGE_SIZE = 16                      # of what is measured
+PAGE_SIZE = 16  # of what is measured
 
 
 def check_cache(op, k_cache, v_cache, block_table, batch, heads, head_dim, dtype):
-    """Conditions that kv_append and decode_attention share. heads: the cache's, or None where it may choose."""
+    """Conditions that kv_append and decode_attention share. heads: the cache's, or None where it may
+    choose."""
     shape = k_cache.shape
     if not (len(shape) == 4 and shape == v_cache.shape and k_cache.dtype == v_cache.dtype == dtype):
-        refuse(op, "k_cache and v_cache must be [pages, kv_heads, page_size, head_dim] in the dtype of the heads")
+        refuse(
+            op, "k_cache and v_cache must be [pages, kv_heads, page_size, head_dim] in the dtype of the heads"
+        )
     _, cached_heads, page, cached_dim = shape
     if cached_dim != head_dim or (heads is not None and cached_heads != heads):
         refuse(op, f"the cache has {cached_heads} heads of {cached_dim}, which is not what the call has")
@@ -62,23 +69,36 @@ def cuda(kernels, k, v, k_cache, v_cache, block_table, positions, out=None):
     batch, max_pages = block_table.shape
     _, kv_heads, page_size, head_dim = k_cache.shape
     kernels.kv_append(
-        k=(k.data_ptr(), k.stride(0)), v=(v.data_ptr(), v.stride(0)),
-        cache=(k_cache.data_ptr(), v_cache.data_ptr(), block_table.data_ptr(), kv_heads, page_size, max_pages),
-        positions=positions.data_ptr(), batch=batch, head_dim=head_dim, dtype=DTYPE_CODES[k.dtype],
-        stream=kernels.stream())
+        k=(k.data_ptr(), k.stride(0)),
+        v=(v.data_ptr(), v.stride(0)),
+        cache=(
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            block_table.data_ptr(),
+            kv_heads,
+            page_size,
+            max_pages,
+        ),
+        positions=positions.data_ptr(),
+        batch=batch,
+        head_dim=head_dim,
+        dtype=DTYPE_CODES[k.dtype],
+        stream=kernels.stream(),
+    )
 
 
 def triton(k, v, k_cache, v_cache, block_table, positions, out=None):
     from triton_kernels.kv_append import kv_append
+
     kv_append(k, v, k_cache, v_cache, block_table, positions)
 
 
 def torch_(k, v, k_cache, v_cache, block_table, positions, out=None):
     if not k.shape[0]:
         return
-    # A captured graph has fixed shapes, so every row writes. An idle row has no slot of its own, and what its table entry
-    # names may belong to a live row by now: it repeats the write of the first live row, the same values to the same slot.
-    # Where all rows are idle, all write back what page 0 holds.
+    # A captured graph has fixed shapes, so every row writes. An idle row has no slot of its own, and what its
+    # table entry names may belong to a live row by now: it repeats the write of the first live row, the same
+    # values to the same slot. Where all rows are idle, all write back what page 0 holds.
     live = positions >= 0
     some = live.any()
     row = torch.where(live, torch.arange(k.shape[0], device=k.device), live.int().argmax())
@@ -90,36 +110,52 @@ def torch_(k, v, k_cache, v_cache, block_table, positions, out=None):
 
 
 def contents(a):
-    """Raises LabError where a live row would write outside the cache, or into a page that another live row has."""
+    """Raises LabError where a live row would write outside the cache, or into a page that another live row
+    has."""
     check_append("kv_append", a.block_table, a.positions, a.k_cache)
 
 
 def check_append(op, block_table, positions, k_cache):
-    """positions int32 [batch]: the tokens appended. Raises LabError for one past the table, for a page that the cache does
-    not have, and for a page that is written while a live row has it elsewhere in its table."""
+    """positions int32 [batch]: the tokens appended. Raises LabError for one past the table, for a page that
+    the cache does not have, and for a page that is written while a live row has it elsewhere in its table."""
     page_size, table = k_cache.shape[2], block_table.tolist()
-    check_pages(op, table, [p // page_size if p >= 0 else -1 for p in positions.tolist()], k_cache, "positions", positions)
-    held = {}                                                    # page: where a live row has it
+    check_pages(
+        op,
+        table,
+        [p // page_size if p >= 0 else -1 for p in positions.tolist()],
+        k_cache,
+        "positions",
+        positions,
+    )
+    held = {}  # page: where a live row has it
     for b, position in enumerate(positions.tolist()):
         for i in range(position // page_size + 1):
             held.setdefault(table[b][i], []).append(f"block_table[{b}, {i}]")
     for b, position in enumerate(positions.tolist()):
         places = held[table[b][position // page_size]] if position >= 0 else []
         if len(places) > 1:
-            refuse(op, f"row {b} writes page {table[b][position // page_size]}, which {' and '.join(places[:2])} both name: "
-                       "a page that is written must belong to one live row, once")
+            refuse(
+                op,
+                f"row {b} writes page {table[b][position // page_size]}, which {' and '.join(places[:2])} "
+                "both name: a page that is written must belong to one live row, once",
+            )
 
 
 def check_pages(op, table, last, k_cache, what, tokens):
-    """table: a list of rows. Raises LabError unless entries 0 to last[b] of each row b are pages of the cache (-1: none).
+    """table: a list of rows. Raises LabError unless entries 0 to last[b] of each row b are pages of the cache
+    (-1: none).
 
     what, tokens: the tensor from which `last` comes, for the message.
     """
     pages, page_size, width = k_cache.shape[0], k_cache.shape[2], len(table[0]) if table else 0
     for b, count in enumerate(last):
         if count >= width:
-            refuse(op, f"{what}[{b}] is {int(tokens[b])}, and a row of block_table ends after {width * page_size} tokens")
-        for i, page in enumerate(table[b][:count + 1]):
+            refuse(
+                op,
+                f"{what}[{b}] is {int(tokens[b])}, and a row of block_table ends after {width * page_size} "
+                "tokens",
+            )
+        for i, page in enumerate(table[b][: count + 1]):
             if not 0 <= page < pages:
                 refuse(op, f"block_table[{b}, {i}] is {page}, and the cache has pages 0 to {pages - 1}")
 
@@ -127,14 +163,18 @@ def check_pages(op, table, last, k_cache, what, tokens):
 def inputs(rand, positions, q_heads, kv_heads, head_dim, page_size=16, apart=False):
     """apart: k and v are views of buffers with different strides."""
     _, k, v = packed_qkv(rand, len(positions), q_heads, kv_heads, head_dim, apart)
-    k_cache, v_cache, block_table = paged_cache(rand, [p + 1 for p in positions], kv_heads, head_dim, page_size)
+    k_cache, v_cache, block_table = paged_cache(
+        rand, [p + 1 for p in positions], kv_heads, head_dim, page_size
+    )
     return k, v, k_cache, v_cache, block_table, torch.tensor(positions, dtype=torch.int32, device=rand.device)
 
 
 def paged_cache(rand, lengths, kv_heads, head_dim, page_size):
-    """Random caches that hold `lengths` tokens, their pages in random order, as after a long-running server's work.
+    """Random caches that hold `lengths` tokens, their pages in random order, as after a long-running server's
+    work.
 
-    All entries of an idle row (of no token) name the page with a live row's last token, as after its old page was handed
+    All entries of an idle row (of no token) name the page with a live row's last token, as after its old page
+    was handed
     out again: the first idle row's that of the first live row, and so on.
     """
     max_pages = max(1, max(-(-n // page_size) for n in lengths))
@@ -155,24 +195,53 @@ def paged_heads_of(c):
 
 
 op = Op(
-    name="kv_append", summary="cache[page of p, :, slot of p] = k, v", dtypes=FLOATS,
-    validate=validate, outputs=lambda *args: None, reference=reference, inputs=inputs,
+    name="kv_append",
+    summary="cache[page of p, :, slot of p] = k, v",
+    dtypes=FLOATS,
+    validate=validate,
+    outputs=lambda *args: None,
+    reference=reference,
+    inputs=inputs,
     launchers={"cuda": cuda, "triton": triton, "torch": torch_},
     nbytes=lambda a: 2 * (a.k.nbytes + a.v.nbytes) + 2 * a.positions.nbytes,
     flops=lambda a: 0,
-    tolerance=lambda a: (0.0, 0.0),                              # a copy is exact
+    tolerance=lambda a: (0.0, 0.0),  # a copy is exact
     contents=contents,
     mutates=("k_cache", "v_cache"),
-    plans=("basic",), uses=lambda c: [(None, paged_heads_of(c))],
+    plans=("basic",),
+    uses=lambda c: [(None, paged_heads_of(c))],
     # The last slot of a page: the rest of a long cache would only take memory.
     rows=lambda batch, context: {"positions": (PAGE_SIZE - 1,) * batch},
-    cold=("k_cache", "v_cache"), direction="copy", color="#999933",
+    cold=("k_cache", "v_cache"),
+    direction="copy",
+    color="#999933",
     inspect_sizes=dict(positions=(15,), q_heads=32, kv_heads=8, head_dim=128),
-    cases=(case("first token, last slot of a page, first of the next, idle rows whose table names the pages written",
-                positions=(0, 15, 16, -1, 47, -1, -1, -1), q_heads=9, kv_heads=3, head_dim=64),
-           case("k and v of different strides, an idle row in front", positions=(-1, 5, 16, 33), q_heads=4, kv_heads=2,
-                head_dim=64, apart=True),
-           case("no live row", positions=(-1, -1), q_heads=4, kv_heads=2, head_dim=64),
-           case("head 96, one KV head, a larger page", positions=(63, 64, 7), q_heads=4, kv_heads=1, head_dim=96,
-                page_size=64),
-           case("head 128, the largest batch", positions=tuple(range(64)), q_heads=8, kv_heads=2, head_dim=128)))
+    cases=(
+        case(
+            "first token, last slot of a page, first of the next, idle rows whose table names the pages "
+            "written",
+            positions=(0, 15, 16, -1, 47, -1, -1, -1),
+            q_heads=9,
+            kv_heads=3,
+            head_dim=64,
+        ),
+        case(
+            "k and v of different strides, an idle row in front",
+            positions=(-1, 5, 16, 33),
+            q_heads=4,
+            kv_heads=2,
+            head_dim=64,
+            apart=True,
+        ),
+        case("no live row", positions=(-1, -1), q_heads=4, kv_heads=2, head_dim=64),
+        case(
+            "head 96, one KV head, a larger page",
+            positions=(63, 64, 7),
+            q_heads=4,
+            kv_heads=1,
+            head_dim=96,
+            page_size=64,
+        ),
+        case("head 128, the largest batch", positions=tuple(range(64)), q_heads=8, kv_heads=2, head_dim=128),
+    ),
+)

@@ -1,9 +1,11 @@
 """linear: y[b, n] = sum_k x[b, k] * w[n, k] (+ bias[n])
 
   x [batch, k]   w [n, k]   bias [n] or None   y [batch, n] in x's dtype, or float32 with out_dtype (logits)
-Rounding: float32 accumulation, one rounding at the end. Batch 1 to 64; the weights stream from DRAM once for all of it.
+Rounding: float32 accumulation, one rounding at the end. Batch 1 to 64; the weights stream from DRAM once for
+all of it.
 Halves: cuda_src/linear.cu, triton_kernels/linear.py
 """
+
 import torch
 from torch.nn import functional as F
 
@@ -44,20 +46,30 @@ def reference(x, w, bias=None, out_dtype=None):
 
 def cuda(k, x, w, bias=None, out_dtype=None, out=None):
     rows, columns = x.shape
-    k.linear(x=x.data_ptr(), w=w.data_ptr(), bias=0 if bias is None else bias.data_ptr(), y=out.data_ptr(),
-             rows=rows, n=w.shape[0], k=columns, dtype=DTYPE_CODES[x.dtype], out_dtype=DTYPE_CODES[out.dtype],
-             stream=k.stream())
+    k.linear(
+        x=x.data_ptr(),
+        w=w.data_ptr(),
+        bias=0 if bias is None else bias.data_ptr(),
+        y=out.data_ptr(),
+        rows=rows,
+        n=w.shape[0],
+        k=columns,
+        dtype=DTYPE_CODES[x.dtype],
+        out_dtype=DTYPE_CODES[out.dtype],
+        stream=k.stream(),
+    )
 
 
 def triton(x, w, bias=None, out_dtype=None, out=None):
     from triton_kernels.linear import linear
+
     linear(x, w, bias, out)
 
 
 def torch_(x, w, bias=None, out_dtype=None, out=None):
     if out.dtype == x.dtype:
         out.copy_(F.linear(x, w, bias)) if bias is not None else torch.mm(x, w.T, out=out)
-    elif x.is_cuda:                                              # cuBLAS keeps its float32 accumulator
+    elif x.is_cuda:  # cuBLAS keeps its float32 accumulator
         out.copy_(torch.mm(x, w.T, out_dtype=out.dtype))
         if bias is not None:
             out.add_(bias)
@@ -66,7 +78,8 @@ def torch_(x, w, bias=None, out_dtype=None, out=None):
 
 
 def tolerance(a):
-    """One rounding to y's dtype, and the float32 sum: a few eps of |x||w| (the norm bounds a sum of k products)."""
+    """One rounding to y's dtype, and the float32 sum: a few eps of |x||w| (the norm bounds a sum of k
+    products)."""
     size = float(a.x.double().norm(dim=1).max() * a.w.double().norm(dim=1).max())
     return torch.finfo(a.out_dtype or a.x.dtype).eps, 4 * EPS32 * size
 
@@ -81,9 +94,13 @@ def nbytes(a):
 
 
 def uses(c):
-    return [("qkv", {"n": c.q_width + 2 * c.kv_width, "k": c.hidden}), ("o", {"n": c.hidden, "k": c.q_width}),
-            ("gate_up", {"n": 2 * c.intermediate, "k": c.hidden}), ("down", {"n": c.hidden, "k": c.intermediate}),
-            ("lm_head", {"n": c.vocab, "k": c.hidden, "out_dtype": "fp32"})]
+    return [
+        ("qkv", {"n": c.q_width + 2 * c.kv_width, "k": c.hidden}),
+        ("o", {"n": c.hidden, "k": c.q_width}),
+        ("gate_up", {"n": 2 * c.intermediate, "k": c.hidden}),
+        ("down", {"n": c.hidden, "k": c.intermediate}),
+        ("lm_head", {"n": c.vocab, "k": c.hidden, "out_dtype": "fp32"}),
+    ]
 
 
 def size_of(a):
@@ -92,21 +109,40 @@ def size_of(a):
 
 
 op = Op(
-    name="linear", summary="y = x w^T (+ bias)", dtypes=FLOATS,
-    validate=validate, outputs=outputs, reference=reference, inputs=inputs,
+    name="linear",
+    summary="y = x w^T (+ bias)",
+    dtypes=FLOATS,
+    validate=validate,
+    outputs=outputs,
+    reference=reference,
+    inputs=inputs,
     launchers={"cuda": cuda, "triton": triton, "torch": torch_},
     nbytes=nbytes,
     flops=lambda a: 2 * a.x.shape[0] * a.w.numel(),
     tolerance=tolerance,
-    plans=("basic",), uses=uses, use_of=size_of, cold=("w", "bias"), color="#44aa99",
+    plans=("basic",),
+    uses=uses,
+    use_of=size_of,
+    cold=("w", "bias"),
+    color="#44aa99",
     inspect_sizes=dict(batch=1, n=28672, k=4096),
-    tuned_by=("n", "k"), spaces={"cuda": spaces.cuda_product, "triton": spaces.basic_linear},
-    cases=(case("SmolLM2's qkv, one row", batch=1, n=960, k=576),
-           case("rows and columns that are no multiple of a tile or vector, with bias", batch=1, n=37, k=101, bias=True),
-           case("k a multiple of the vector but not of the tile", batch=3, n=50, k=1096),
-           case("one output column", batch=2, n=1, k=64),
-           case("shorter than one vector", batch=1, n=9, k=5),
-           case("logits in float32", batch=2, n=130, k=576, out_dtype=torch.float32),
-           case("one past the widest batch of the GEMV path", batch=9, n=72, k=328, bias=True),
-           case("a batch that fills no tensor-core tile, odd n", batch=17, n=83, k=200),
-           case("the largest batch", batch=64, n=96, k=264, out_dtype=torch.float32)))
+    tuned_by=("n", "k"),
+    spaces={"cuda": spaces.cuda_product, "triton": spaces.basic_linear},
+    cases=(
+        case("SmolLM2's qkv, one row", batch=1, n=960, k=576),
+        case(
+            "rows and columns that are no multiple of a tile or vector, with bias",
+            batch=1,
+            n=37,
+            k=101,
+            bias=True,
+        ),
+        case("k a multiple of the vector but not of the tile", batch=3, n=50, k=1096),
+        case("one output column", batch=2, n=1, k=64),
+        case("shorter than one vector", batch=1, n=9, k=5),
+        case("logits in float32", batch=2, n=130, k=576, out_dtype=torch.float32),
+        case("one past the widest batch of the GEMV path", batch=9, n=72, k=328, bias=True),
+        case("a batch that fills no tensor-core tile, odd n", batch=17, n=83, k=200),
+        case("the largest batch", batch=64, n=96, k=264, out_dtype=torch.float32),
+    ),
+)

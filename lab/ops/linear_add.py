@@ -4,6 +4,7 @@
 Rounding: float32 accumulation, the residual added in float32, one rounding at the end. Batch 1 to 64.
 Halves: cuda_src/linear_add.cu, triton_kernels/linear_add.py
 """
+
 from functools import partial
 
 import torch
@@ -28,13 +29,22 @@ def reference(x, w, residual, bias=None):
 
 def cuda(k, x, w, residual, bias=None, out=None):
     rows, columns = x.shape
-    k.linear_add(x=x.data_ptr(), w=w.data_ptr(), bias=0 if bias is None else bias.data_ptr(),
-                 residual=residual.data_ptr(), rows=rows, n=w.shape[0], k=columns, dtype=DTYPE_CODES[x.dtype],
-                 stream=k.stream())
+    k.linear_add(
+        x=x.data_ptr(),
+        w=w.data_ptr(),
+        bias=0 if bias is None else bias.data_ptr(),
+        residual=residual.data_ptr(),
+        rows=rows,
+        n=w.shape[0],
+        k=columns,
+        dtype=DTYPE_CODES[x.dtype],
+        stream=k.stream(),
+    )
 
 
 def triton(x, w, residual, bias=None, out=None):
     from triton_kernels.linear_add import linear_add
+
     linear_add(x, w, bias, residual)
 
 
@@ -53,23 +63,36 @@ def tolerance(a):
 
 
 def inputs(rand, batch, n, k, bias=False):
-    return rand(batch, k), rand(n, k, scale=k ** -0.5), rand(batch, n), rand(n) if bias else None
+    return rand(batch, k), rand(n, k, scale=k**-0.5), rand(batch, n), rand(n) if bias else None
 
 
 op = Op(
-    name="linear_add", summary="residual += x w^T (+ bias), in place", dtypes=FLOATS,
-    validate=validate, outputs=lambda *args: None, reference=reference, inputs=inputs,
+    name="linear_add",
+    summary="residual += x w^T (+ bias), in place",
+    dtypes=FLOATS,
+    validate=validate,
+    outputs=lambda *args: None,
+    reference=reference,
+    inputs=inputs,
     launchers={"cuda": cuda, "triton": triton, "torch": torch_},
-    nbytes=lambda a: a.x.nbytes + a.w.nbytes + 2 * a.residual.nbytes + (0 if a.bias is None else a.bias.nbytes),
+    nbytes=lambda a: (
+        a.x.nbytes + a.w.nbytes + 2 * a.residual.nbytes + (0 if a.bias is None else a.bias.nbytes)
+    ),
     flops=lambda a: 2 * a.x.shape[0] * a.w.numel() + a.residual.numel(),
     tolerance=tolerance,
     mutates=("residual",),
-    plans=("fused",), use_of=linear.size_of,
+    plans=("fused",),
+    use_of=linear.size_of,
     uses=lambda c: [("o", {"n": c.hidden, "k": c.q_width}), ("down", {"n": c.hidden, "k": c.intermediate})],
-    cold=("w", "bias"), color="#88ccee", inspect_sizes=dict(batch=1, n=4096, k=14336),
+    cold=("w", "bias"),
+    color="#88ccee",
+    inspect_sizes=dict(batch=1, n=4096, k=14336),
     tuned_by=("n", "k"),
     spaces={"cuda": spaces.cuda_product, "triton": partial(spaces.products, whole_rows=False)},
-    cases=(case("SmolLM2's down projection, one row", batch=1, n=576, k=1536),
-           case("no multiple of a tile or vector, with bias", batch=3, n=37, k=101, bias=True),
-           case("the widest batch of the GEMV path", batch=8, n=40, k=520),
-           case("a tensor-core batch, odd n", batch=17, n=83, k=200)))
+    cases=(
+        case("SmolLM2's down projection, one row", batch=1, n=576, k=1536),
+        case("no multiple of a tile or vector, with bias", batch=3, n=37, k=101, bias=True),
+        case("the widest batch of the GEMV path", batch=8, n=40, k=520),
+        case("a tensor-core batch, odd n", batch=17, n=83, k=200),
+    ),
+)

@@ -1,10 +1,12 @@
 """norm_linear: y = rmsnorm(x, norm_w) w^T (+ bias), and what the fused plan makes of it
 
-  x [batch, k]   norm_w [k]   w [n, k]   bias [n] or None   y [batch, n] in x's dtype, or float32 with out_dtype
-The norm of rmsnorm.py (same rounding points), recomputed by each block from L2 rather than passed through memory, unless
-the batch is one for tensor cores; then the linear of linear.py. Batch 1 to 64.
+  x [batch, k]   norm_w [k]   w [n, k]   bias [n] or None
+  y [batch, n] in x's dtype, or float32 with out_dtype
+The norm of rmsnorm.py (same rounding points), recomputed by each block from L2 rather than passed through
+memory, unless the batch is one for tensor cores; then the linear of linear.py. Batch 1 to 64.
 Halves: cuda_src/norm_linear.cu, triton_kernels/norm_linear.py
 """
+
 from functools import partial
 
 import torch
@@ -40,14 +42,16 @@ def reference(x, norm_w, eps, w, bias=None, out_dtype=None):
 
 
 def tolerance(a):
-    """linear's, and each normed value may round to a neighbour (2 steps of T): random signs, so sqrt of k of them."""
+    """linear's, and each normed value may round to a neighbour (2 steps of T): random signs, so sqrt of k of
+    them."""
     rtol, atol = linear.tolerance(linear.op.bound(normed(a.x, a.norm_w, a.eps), a.w, a.bias, a.out_dtype))
     return rtol, atol + norm_slack(a.x, a.norm_w, a.eps, a.w)
 
 
 def norm_slack(x, norm_w, eps, w):
-    """How far a sum of k products moves when normed values fall on the other side of a rounding tie. Only those whose
-    float32 scale differs from the float64 one near a tie move, about 8 EPS32 / eps(T) of them; 3 standard deviations."""
+    """How far a sum of k products moves when normed values fall on the other side of a rounding tie. Only
+    those whose float32 scale differs from the float64 one near a tie move, about 8 EPS32 / eps(T) of them; 3
+    standard deviations."""
     step = torch.finfo(x.dtype).eps
     share = min(1.0, 8 * EPS32 / step)
     size = float((normed(x, norm_w, eps).double().abs().amax()) * w.double().norm(dim=1).max())
@@ -55,7 +59,8 @@ def norm_slack(x, norm_w, eps, w):
 
 
 def workspace(x):
-    """Where CUDA passes the normed rows of a tensor-core batch through memory: its room, [batch, k]; else None.
+    """Where CUDA passes the normed rows of a tensor-core batch through memory: its room, [batch, k]; else
+    None.
 
     Which batches those are: most_stream_rows() of cuda_src/sizes.h.
     """
@@ -65,14 +70,26 @@ def workspace(x):
 def cuda(k, x, norm_w, eps, w, bias=None, out_dtype=None, out=None):
     room = workspace(x)
     rows, columns = x.shape
-    k.norm_linear(x=x.data_ptr(), norm_w=norm_w.data_ptr(), w=w.data_ptr(),
-                  bias=0 if bias is None else bias.data_ptr(), y=out.data_ptr(),
-                  normed=0 if room is None else room.data_ptr(), rows=rows, n=w.shape[0], k=columns, eps=eps,
-                  dtype=DTYPE_CODES[x.dtype], out_dtype=DTYPE_CODES[out.dtype], stream=k.stream())
+    k.norm_linear(
+        x=x.data_ptr(),
+        norm_w=norm_w.data_ptr(),
+        w=w.data_ptr(),
+        bias=0 if bias is None else bias.data_ptr(),
+        y=out.data_ptr(),
+        normed=0 if room is None else room.data_ptr(),
+        rows=rows,
+        n=w.shape[0],
+        k=columns,
+        eps=eps,
+        dtype=DTYPE_CODES[x.dtype],
+        out_dtype=DTYPE_CODES[out.dtype],
+        stream=k.stream(),
+    )
 
 
 def triton(x, norm_w, eps, w, bias=None, out_dtype=None, out=None):
     from triton_kernels.norm_linear import norm_linear
+
     norm_linear(x, norm_w, eps, w, bias, out)
 
 
@@ -89,20 +106,39 @@ def inputs(rand, batch, n, k, bias=False, out_dtype=None, size=1.0, kind="normal
 
 
 op = Op(
-    name="norm_linear", summary="y = rmsnorm(x) w^T (+ bias)", dtypes=FLOATS,
-    validate=validate, outputs=outputs, reference=reference, inputs=inputs,
+    name="norm_linear",
+    summary="y = rmsnorm(x) w^T (+ bias)",
+    dtypes=FLOATS,
+    validate=validate,
+    outputs=outputs,
+    reference=reference,
+    inputs=inputs,
     launchers={"cuda": cuda, "triton": triton, "torch": torch_},
     nbytes=lambda a: linear.nbytes(a) + a.norm_w.nbytes,
     flops=lambda a: 2 * a.x.shape[0] * a.w.numel() + 4 * a.x.numel(),
     tolerance=tolerance,
-    plans=("fused",), uses=lambda c: [("qkv", {"n": c.q_width + 2 * c.kv_width, "k": c.hidden})],
-    use_of=linear.size_of, cold=("w", "bias"), color="#44aa99", inspect_sizes=dict(batch=1, n=6144, k=4096),
-    tuned_by=("n", "k"), spaces={"cuda": partial(spaces.cuda_product, mma=False), "triton": spaces.products},
-    cases=(case("SmolLM2's qkv, one row", batch=1, n=960, k=576),
-           case("no multiple of a tile or vector, with bias", batch=3, n=37, k=101, bias=True),
-           case("logits in float32; wider than a block holds at once", batch=2, n=40, k=4104, out_dtype=torch.float32),
-           case("a tensor-core batch, odd n", batch=17, n=83, k=200),
-           case("x so small that eps counts", batch=2, n=37, k=576, size=1e-3),
-           case("the same in a tensor-core batch", batch=17, n=37, k=200, size=1e-3),
-           case("one large term among many small ones", batch=2, n=37, k=4096, kind="peak"),
-           case("long rows of equal elements", batch=2, n=9, k=16384, kind="flat")))
+    plans=("fused",),
+    uses=lambda c: [("qkv", {"n": c.q_width + 2 * c.kv_width, "k": c.hidden})],
+    use_of=linear.size_of,
+    cold=("w", "bias"),
+    color="#44aa99",
+    inspect_sizes=dict(batch=1, n=6144, k=4096),
+    tuned_by=("n", "k"),
+    spaces={"cuda": partial(spaces.cuda_product, mma=False), "triton": spaces.products},
+    cases=(
+        case("SmolLM2's qkv, one row", batch=1, n=960, k=576),
+        case("no multiple of a tile or vector, with bias", batch=3, n=37, k=101, bias=True),
+        case(
+            "logits in float32; wider than a block holds at once",
+            batch=2,
+            n=40,
+            k=4104,
+            out_dtype=torch.float32,
+        ),
+        case("a tensor-core batch, odd n", batch=17, n=83, k=200),
+        case("x so small that eps counts", batch=2, n=37, k=576, size=1e-3),
+        case("the same in a tensor-core batch", batch=17, n=37, k=200, size=1e-3),
+        case("one large term among many small ones", batch=2, n=37, k=4096, kind="peak"),
+        case("long rows of equal elements", batch=2, n=9, k=16384, kind="flat"),
+    ),
+)

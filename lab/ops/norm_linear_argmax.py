@@ -1,11 +1,13 @@
-"""norm_linear_argmax: ids[b] = argmax over n of logits[b, n], logits = rmsnorm(x, norm_w) w^T: a greedy step's end
+"""norm_linear_argmax: ids[b] = argmax over n of logits[b, n], logits = rmsnorm(x, norm_w) w^T:
+a greedy step's end
 
   x [batch, k]   norm_w [k]   w [n, k] (lm_head)   logits float32 [batch, n], written   out [batch] int32
-The lowest index wins a tie and a row with NaN gives -1, as in sample.py. The last block to finish stores the ids:
-`scratch` int32 [batch, SCRATCH] holds the blocks' candidates, or each row's best so far, and the tickets; zero before the
-first call and left ready for the next. Batch 1 to 64.
+The lowest index wins a tie and a row with NaN gives -1, as in sample.py. The last block to finish stores the
+ids: `scratch` int32 [batch, SCRATCH] holds the blocks' candidates, or each row's best so far, and the
+tickets; zero before the first call and left ready for the next. Batch 1 to 64.
 Halves: cuda_src/norm_linear_argmax.cu, triton_kernels/norm_linear_argmax.py
 """
+
 import torch
 
 from lab import spaces
@@ -13,8 +15,10 @@ from lab.contract import DTYPE_CODES, FLOATS, Op, case, dense, refuse
 from lab.ops import linear, norm_linear, sample
 from lab.ops.norm_linear import check_norm, normed
 
-MAX_BLOCKS = 4096                   # most candidates of a row that a kernel may leave
-SCRATCH = 2 * MAX_BLOCKS + 4        # a value (float32 bits) and an index for each, then a ticket, padding, the best so far
+MAX_BLOCKS = 4096  # most candidates of a row that a kernel may leave
+SCRATCH = (
+    2 * MAX_BLOCKS + 4
+)  # a value (float32 bits) and an index for each, then a ticket, padding, the best so far
 
 
 def validate(x, norm_w, eps, w, logits, scratch, out=None):
@@ -49,7 +53,7 @@ def tolerance(a):
 def verify(got, a):
     """The token must be the best in float64, or one that the logits' tolerance cannot tell from it."""
     want, exact = reference(*vars(a).values())
-    none = want < 0                                              # rows with NaN, which have no token
+    none = want < 0  # rows with NaN, which have no token
     if bool((got[none] != -1).any()):
         return f"a token for a row with NaN: {got.tolist()}"
     if bool(none.all()):
@@ -60,23 +64,40 @@ def verify(got, a):
     rtol, atol = tolerance(op.bound(**{**vars(a), "x": a.x.nan_to_num()}))
     best = exact.gather(1, want[:, None].long())
     short = best - exact.gather(1, got[:, None].long()) - 2 * (rtol * best.abs() + atol)
-    first = (exact == exact.gather(1, got[:, None].long())).int().argmax(-1)     # equal rows of w have equal logits
+    first = (
+        (exact == exact.gather(1, got[:, None].long())).int().argmax(-1)
+    )  # equal rows of w have equal logits
     if bool((first != got).any()):
         return f"token {got.tolist()}, and of equal logits the first is {first.tolist()}"
     worst = int(short.argmax())
-    return None if bool((short <= 0).all()) else f"row {worst}: token {int(got[worst])}, not {int(want[worst])}"
+    return (
+        None if bool((short <= 0).all()) else f"row {worst}: token {int(got[worst])}, not {int(want[worst])}"
+    )
 
 
 def cuda(k, x, norm_w, eps, w, logits, scratch, out):
     room = norm_linear.workspace(x)
     rows, columns = x.shape
-    k.norm_linear_argmax(x=x.data_ptr(), norm_w=norm_w.data_ptr(), w=w.data_ptr(), logits=logits.data_ptr(),
-                         scratch=scratch.data_ptr(), normed=0 if room is None else room.data_ptr(), out=out.data_ptr(),
-                         rows=rows, n=w.shape[0], k=columns, eps=eps, dtype=DTYPE_CODES[x.dtype], stream=k.stream())
+    k.norm_linear_argmax(
+        x=x.data_ptr(),
+        norm_w=norm_w.data_ptr(),
+        w=w.data_ptr(),
+        logits=logits.data_ptr(),
+        scratch=scratch.data_ptr(),
+        normed=0 if room is None else room.data_ptr(),
+        out=out.data_ptr(),
+        rows=rows,
+        n=w.shape[0],
+        k=columns,
+        eps=eps,
+        dtype=DTYPE_CODES[x.dtype],
+        stream=k.stream(),
+    )
 
 
 def triton(x, norm_w, eps, w, logits, scratch, out):
     from triton_kernels.norm_linear_argmax import norm_linear_argmax
+
     norm_linear_argmax(x, norm_w, eps, w, logits, scratch, out)
 
 
@@ -86,37 +107,60 @@ def torch_(x, norm_w, eps, w, logits, scratch, out):
 
 
 def inputs(rand, batch, n, k, size=1.0, kind="normal", nan=(), equal=False, negative=False):
-    """size, kind: of x, as in rmsnorm.py. nan: rows of x with a NaN. equal: the rows of w stand twice, so all logits tie.
+    """size, kind: of x, as in rmsnorm.py. nan: rows of x with a NaN. equal: the rows of w stand twice, so all
+    logits tie.
     negative: all logits are below 0, the sum of a row of w that is not there."""
     x, norm_w, eps, w, _, _ = norm_linear.inputs(rand, batch, n, k, size=size, kind=kind)
     for row in nan:
         x[row, k // 2] = torch.nan
     if equal:
-        w[n // 2:n // 2 * 2] = w[:n // 2]
+        w[n // 2 : n // 2 * 2] = w[: n // 2]
     if negative:
         x, norm_w, w = x.abs(), norm_w.abs(), -w.abs()
-    return x, norm_w, eps, w, torch.full((batch, n), torch.nan, device=rand.device), new_scratch(batch, rand.device)
+    return (
+        x,
+        norm_w,
+        eps,
+        w,
+        torch.full((batch, n), torch.nan, device=rand.device),
+        new_scratch(batch, rand.device),
+    )
 
 
 op = Op(
-    name="norm_linear_argmax", summary="ids = argmax of rmsnorm(x) w^T", dtypes=FLOATS,
-    validate=validate, outputs=outputs, reference=reference, inputs=inputs,
+    name="norm_linear_argmax",
+    summary="ids = argmax of rmsnorm(x) w^T",
+    dtypes=FLOATS,
+    validate=validate,
+    outputs=outputs,
+    reference=reference,
+    inputs=inputs,
     launchers={"cuda": cuda, "triton": triton, "torch": torch_},
     nbytes=lambda a: a.x.nbytes + a.norm_w.nbytes + a.w.nbytes + a.logits.nbytes,
     flops=lambda a: 2 * a.x.shape[0] * a.w.numel() + 4 * a.x.numel(),
-    tolerance=tolerance, verify=verify,
-    mutates=("logits", "scratch"), state=("scratch",),
-    plans=("fused",), uses=lambda c: [("lm_head", {"n": c.vocab, "k": c.hidden})], use_of=linear.size_of,
-    cold=("w",), color="#882255", inspect_sizes=dict(batch=1, n=128256, k=4096),
-    tuned_by=("n", "k"), spaces={"cuda": spaces.cuda_product, "triton": spaces.products},
-    cases=(case("SmolLM2's width, one row", batch=1, n=1000, k=576),
-           case("no multiple of a tile or vector", batch=3, n=37, k=101),
-           case("the widest batch of the GEMV path", batch=8, n=1041, k=520),
-           case("a tensor-core batch, odd n", batch=17, n=83, k=200),
-           case("x so small that eps counts", batch=2, n=37, k=576, size=1e-3),
-           case("one large term among many small ones", batch=2, n=37, k=4096, kind="peak"),
-           case("rows with NaN, which have no token", batch=3, n=300, k=72, nan=(0, 2)),
-           case("the same in a tensor-core batch", batch=17, n=83, k=200, nan=(3,)),
-           case("every logit stands twice: the first wins", batch=3, n=1000, k=72, equal=True),
-           case("all logits negative, no multiple of a tile", batch=3, n=37, k=101, negative=True),
-           case("the same in a tensor-core batch", batch=17, n=83, k=200, negative=True)))
+    tolerance=tolerance,
+    verify=verify,
+    mutates=("logits", "scratch"),
+    state=("scratch",),
+    plans=("fused",),
+    uses=lambda c: [("lm_head", {"n": c.vocab, "k": c.hidden})],
+    use_of=linear.size_of,
+    cold=("w",),
+    color="#882255",
+    inspect_sizes=dict(batch=1, n=128256, k=4096),
+    tuned_by=("n", "k"),
+    spaces={"cuda": spaces.cuda_product, "triton": spaces.products},
+    cases=(
+        case("SmolLM2's width, one row", batch=1, n=1000, k=576),
+        case("no multiple of a tile or vector", batch=3, n=37, k=101),
+        case("the widest batch of the GEMV path", batch=8, n=1041, k=520),
+        case("a tensor-core batch, odd n", batch=17, n=83, k=200),
+        case("x so small that eps counts", batch=2, n=37, k=576, size=1e-3),
+        case("one large term among many small ones", batch=2, n=37, k=4096, kind="peak"),
+        case("rows with NaN, which have no token", batch=3, n=300, k=72, nan=(0, 2)),
+        case("the same in a tensor-core batch", batch=17, n=83, k=200, nan=(3,)),
+        case("every logit stands twice: the first wins", batch=3, n=1000, k=72, equal=True),
+        case("all logits negative, no multiple of a tile", batch=3, n=37, k=101, negative=True),
+        case("the same in a tensor-core batch", batch=17, n=83, k=200, negative=True),
+    ),
+)

@@ -4,6 +4,7 @@
 Rounding: the norm as in rmsnorm.py; g and u stay in float32; one rounding at the end. Batch 1 to 64.
 Halves: cuda_src/norm_linear_silu_mul.cu, triton_kernels/norm_linear_silu_mul.py
 """
+
 from functools import partial
 
 import torch
@@ -36,7 +37,8 @@ def reference(x, norm_w, eps, w):
 
 
 def tolerance(a):
-    """Each factor's error times the largest of the other: silu's slope is at most 1.1 and |silu(g)| at most |g|."""
+    """Each factor's error times the largest of the other: silu's slope is at most 1.1 and |silu(g)| at most
+    |g|."""
     y = normed(a.x, a.norm_w, a.eps)
     largest = float(linear.reference(y, a.w)[0].abs().max())
     error = linear.tolerance(linear.op.bound(y, a.w))[1] + norm_slack(a.x, a.norm_w, a.eps, a.w)
@@ -46,13 +48,24 @@ def tolerance(a):
 def cuda(k, x, norm_w, eps, w, out):
     room = norm_linear.workspace(x)
     rows, columns = x.shape
-    k.norm_linear_silu_mul(x=x.data_ptr(), norm_w=norm_w.data_ptr(), w=w.data_ptr(), y=out.data_ptr(),
-                           normed=0 if room is None else room.data_ptr(), rows=rows, n=out.shape[1], k=columns, eps=eps,
-                           dtype=DTYPE_CODES[x.dtype], stream=k.stream())
+    k.norm_linear_silu_mul(
+        x=x.data_ptr(),
+        norm_w=norm_w.data_ptr(),
+        w=w.data_ptr(),
+        y=out.data_ptr(),
+        normed=0 if room is None else room.data_ptr(),
+        rows=rows,
+        n=out.shape[1],
+        k=columns,
+        eps=eps,
+        dtype=DTYPE_CODES[x.dtype],
+        stream=k.stream(),
+    )
 
 
 def triton(x, norm_w, eps, w, out):
     from triton_kernels.norm_linear_silu_mul import norm_linear_silu_mul
+
     norm_linear_silu_mul(x, norm_w, eps, w, out)
 
 
@@ -64,26 +77,39 @@ def torch_(x, norm_w, eps, w, out):
 
 def inputs(rand, batch, n, k, size=1.0, kind="normal"):
     """size, kind: of x, as in rmsnorm.py."""
-    return rmsnorm.shaped(rand(batch, k), kind).mul_(size), rand(k), 1e-5, rand(2 * n, k, scale=k ** -0.5)
+    return rmsnorm.shaped(rand(batch, k), kind).mul_(size), rand(k), 1e-5, rand(2 * n, k, scale=k**-0.5)
 
 
 op = Op(
-    name="norm_linear_silu_mul", summary="y = silu(g) * u, (g, u) = rmsnorm(x) w^T", dtypes=FLOATS,
-    validate=validate, outputs=outputs, reference=reference, inputs=inputs,
+    name="norm_linear_silu_mul",
+    summary="y = silu(g) * u, (g, u) = rmsnorm(x) w^T",
+    dtypes=FLOATS,
+    validate=validate,
+    outputs=outputs,
+    reference=reference,
+    inputs=inputs,
     launchers={"cuda": cuda, "triton": triton, "torch": torch_},
-    nbytes=lambda a: (a.x.nbytes + a.norm_w.nbytes + a.w.nbytes
-                      + a.x.shape[0] * a.w.shape[0] // 2 * a.x.itemsize),
+    nbytes=lambda a: (
+        a.x.nbytes + a.norm_w.nbytes + a.w.nbytes + a.x.shape[0] * a.w.shape[0] // 2 * a.x.itemsize
+    ),
     flops=lambda a: 2 * a.x.shape[0] * a.w.numel() + 4 * a.x.numel(),
     tolerance=tolerance,
-    plans=("fused",), uses=lambda c: [("gate_up", {"n": c.intermediate, "k": c.hidden})],
+    plans=("fused",),
+    uses=lambda c: [("gate_up", {"n": c.intermediate, "k": c.hidden})],
     use_of=lambda a: {"n": a.w.shape[0] // 2, "k": a.w.shape[1]},
-    cold=("w",), color="#cc6677", inspect_sizes=dict(batch=1, n=14336, k=4096), tuned_by=("n", "k"),
+    cold=("w",),
+    color="#cc6677",
+    inspect_sizes=dict(batch=1, n=14336, k=4096),
+    tuned_by=("n", "k"),
     spaces={"cuda": partial(spaces.cuda_product, parts=2), "triton": partial(spaces.products, parts=2)},
-    cases=(case("SmolLM2's gate and up, one row", batch=1, n=1536, k=576),
-           case("no multiple of a tile or vector", batch=3, n=37, k=101),
-           case("the widest batch of the GEMV path", batch=8, n=40, k=520),
-           case("a tensor-core batch, odd n", batch=17, n=83, k=200),
-           case("x so small that eps counts", batch=2, n=37, k=576, size=1e-3),
-           case("the same in a tensor-core batch", batch=17, n=37, k=200, size=1e-3),
-           case("one large term among many small ones", batch=2, n=37, k=4096, kind="peak"),
-           case("long rows of equal elements", batch=2, n=9, k=16384, kind="flat")))
+    cases=(
+        case("SmolLM2's gate and up, one row", batch=1, n=1536, k=576),
+        case("no multiple of a tile or vector", batch=3, n=37, k=101),
+        case("the widest batch of the GEMV path", batch=8, n=40, k=520),
+        case("a tensor-core batch, odd n", batch=17, n=83, k=200),
+        case("x so small that eps counts", batch=2, n=37, k=576, size=1e-3),
+        case("the same in a tensor-core batch", batch=17, n=37, k=200, size=1e-3),
+        case("one large term among many small ones", batch=2, n=37, k=4096, kind="peak"),
+        case("long rows of equal elements", batch=2, n=9, k=16384, kind="flat"),
+    ),
+)

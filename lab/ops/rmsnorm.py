@@ -2,9 +2,11 @@
 
   x [rows, cols], or [batch, heads, head_dim] views of a packed qkv (the per-head norm of Qwen3)
   w [cols]   residual [rows, cols] or None, updated in place and rounded to T before it is normalised
-Rounding: statistics in float32, rounded to T before the weight and after it, as Hugging Face's LlamaRMSNorm does.
+Rounding: statistics in float32, rounded to T before the weight and after it, as Hugging Face's LlamaRMSNorm
+does.
 Halves: cuda_src/rmsnorm.cu, triton_kernels/rmsnorm.py
 """
+
 import torch
 
 from lab.contract import DTYPE_CODES, EPS32, FLOATS, Op, case, dense, refuse, rows_of_heads, some_rows
@@ -50,12 +52,16 @@ def scaled(v, eps):
 
 
 def tolerance(a):
-    """Half a step of T for the last rounding, and what the first one may change: a value near the middle of two numbers of
-    T goes to either where the float32 sum moves it across. So (rtol, atol), and atol is a tensor like y, which is 0 for
+    """Half a step of T for the last rounding, and what the first one may change: a value near the middle of
+    two numbers of T goes to either where the float32 sum moves it across. So (rtol, atol), and atol is a
+    tensor like y, which is 0 for
     most elements: statistics that are less exact than float32 show in the others."""
     x = a.x
     v = x.double() if a.residual is None else reference(x, a.w, a.eps, a.residual)[-1]
-    unit, off = scaled(v, a.eps), (8 + x.shape[-1] / 16) * EPS32    # the sum's order is free: a step for every 16 terms
+    unit, off = (
+        scaled(v, a.eps),
+        (8 + x.shape[-1] / 16) * EPS32,
+    )  # the sum's order is free: a step for every 16 terms
     low, exact, high = (value.to(x.dtype).double() for value in (unit * (1 - off), unit, unit * (1 + off)))
     moved = torch.maximum((low - exact).abs(), (high - exact).abs()) * a.w.double().abs()
     return torch.finfo(x.dtype).eps / 2 + 2 * EPS32, moved + 1e-30
@@ -63,13 +69,25 @@ def tolerance(a):
 
 def cuda(k, x, w, eps, residual=None, out=None):
     rows, groups, cols = (x.shape[0], 1, x.shape[1]) if x.dim() == 2 else x.shape
-    k.rmsnorm(x=x.data_ptr(), w=w.data_ptr(), residual=0 if residual is None else residual.data_ptr(),
-              y=out.data_ptr(), rows=rows, groups=groups, cols=cols, x_stride=x.stride(0), y_stride=out.stride(0),
-              eps=eps, dtype=DTYPE_CODES[x.dtype], stream=k.stream())
+    k.rmsnorm(
+        x=x.data_ptr(),
+        w=w.data_ptr(),
+        residual=0 if residual is None else residual.data_ptr(),
+        y=out.data_ptr(),
+        rows=rows,
+        groups=groups,
+        cols=cols,
+        x_stride=x.stride(0),
+        y_stride=out.stride(0),
+        eps=eps,
+        dtype=DTYPE_CODES[x.dtype],
+        stream=k.stream(),
+    )
 
 
 def triton(x, w, eps, residual=None, out=None):
     from triton_kernels.rmsnorm import rmsnorm
+
     rmsnorm(x, w, eps, residual, out)
 
 
@@ -80,11 +98,11 @@ def torch_(x, w, eps, residual=None, out=None):
 
 
 def inputs(rand, rows, cols, groups=1, residual=False, size=1.0, kind="normal"):
-    """size: a factor of x. kind: normal; flat, all elements of a row equal, so that a sum's roundings do not cancel; peak,
-    one element far larger than the others; zero, the first row."""
-    if groups > 1:                                               # heads in the middle of a packed qkv row
+    """size: a factor of x. kind: normal; flat, all elements of a row equal, so that a sum's roundings do not
+    cancel; peak, one element far larger than the others; zero, the first row."""
+    if groups > 1:  # heads in the middle of a packed qkv row
         packed = rand(rows, (groups + 2) * cols)
-        return packed[:, cols:(groups + 1) * cols].view(rows, groups, cols), rand(cols), 1e-6
+        return packed[:, cols : (groups + 1) * cols].view(rows, groups, cols), rand(cols), 1e-6
     x = shaped(rand(rows, cols), kind).mul_(size)
     return (x, rand(cols), 1e-5) + ((rand(rows, cols).mul_(size),) if residual else ())
 
@@ -104,29 +122,43 @@ def uses(c):
     """The norms of the residual stream; where the model has them, those of each head of q and of k."""
     found = [("hidden", {"cols": c.hidden, "residual": True})]
     if c.qk_norm:
-        found += [("q_head", {"cols": c.head_dim, "groups": c.q_heads}),
-                  ("k_head", {"cols": c.head_dim, "groups": c.kv_heads})]
+        found += [
+            ("q_head", {"cols": c.head_dim, "groups": c.q_heads}),
+            ("k_head", {"cols": c.head_dim, "groups": c.kv_heads}),
+        ]
     return found
 
 
 op = Op(
-    name="rmsnorm", summary="y = T(v * rsqrt(mean(v^2) + eps)) * w, v = x or residual += x", dtypes=FLOATS,
-    validate=validate, outputs=outputs, reference=reference, inputs=inputs,
+    name="rmsnorm",
+    summary="y = T(v * rsqrt(mean(v^2) + eps)) * w, v = x or residual += x",
+    dtypes=FLOATS,
+    validate=validate,
+    outputs=outputs,
+    reference=reference,
+    inputs=inputs,
     launchers={"cuda": cuda, "triton": triton, "torch": torch_},
     nbytes=lambda a: (2 if a.residual is None else 4) * a.x.nbytes + a.w.nbytes,
     flops=lambda a: 4 * a.x.numel(),
     tolerance=tolerance,
     mutates=("residual",),
-    plans=("basic",), uses=uses, rows=some_rows,
+    plans=("basic",),
+    uses=uses,
+    rows=some_rows,
     use_of=lambda a: {"cols": a.x.shape[-1], "groups": a.x.shape[1] if a.x.dim() == 3 else None},
-    direction="copy", inspect_sizes=dict(rows=1, cols=4096, residual=True), color="#88ccee",
-    cases=(case("one row, SmolLM2's width", rows=1, cols=576),
-           case("residual add, several rows, Llama-1B's width", rows=5, cols=2048, residual=True),
-           case("a width that is no multiple of the vector", rows=3, cols=101, residual=True),
-           case("wider than one block's threads hold at once", rows=2, cols=8200),
-           case("narrower than a warp's vectors", rows=64, cols=16),
-           case("heads inside a packed qkv (Qwen3)", rows=3, cols=128, groups=5),
-           case("x so small that eps counts", rows=3, cols=576, size=1e-3),
-           case("a row of zeros", rows=2, cols=136, kind="zero"),
-           case("one large term among many small ones", rows=2, cols=4096, kind="peak"),
-           case("long rows of equal elements", rows=2, cols=32768, kind="flat")))
+    direction="copy",
+    inspect_sizes=dict(rows=1, cols=4096, residual=True),
+    color="#88ccee",
+    cases=(
+        case("one row, SmolLM2's width", rows=1, cols=576),
+        case("residual add, several rows, Llama-1B's width", rows=5, cols=2048, residual=True),
+        case("a width that is no multiple of the vector", rows=3, cols=101, residual=True),
+        case("wider than one block's threads hold at once", rows=2, cols=8200),
+        case("narrower than a warp's vectors", rows=64, cols=16),
+        case("heads inside a packed qkv (Qwen3)", rows=3, cols=128, groups=5),
+        case("x so small that eps counts", rows=3, cols=576, size=1e-3),
+        case("a row of zeros", rows=2, cols=136, kind="zero"),
+        case("one large term among many small ones", rows=2, cols=4096, kind="peak"),
+        case("long rows of equal elements", rows=2, cols=32768, kind="flat"),
+    ),
+)

@@ -2,12 +2,14 @@
 
   q [batch, q_heads, head_dim]   k [batch, kv_heads, head_dim]   views of the packed qkv, rotated in place
   positions [batch] int32        cos_sin [max_positions, head_dim] float32: cosines, then sines
-The table holds the model's frequencies (plain or Llama-3 scaled: lab/model/rope.py), so both halves share them.
+The table holds the model's frequencies (plain or Llama-3 scaled: lab/model/rope.py), so both halves share
+them.
 Source: Su et al., RoFormer (arXiv 2104.09864), in the rotate-half order of Hugging Face's Llama.
-Rounding: float32 arithmetic, one rounding at the end. A negative position marks an idle row, which stays as it is; the
-caller's table reaches to its last position (a kernel sees no table's end).
+Rounding: float32 arithmetic, one rounding at the end. A negative position marks an idle row, which stays as
+it is; the caller's table reaches to its last position (a kernel sees no table's end).
 Halves: cuda_src/rope.cu, triton_kernels/rope.py
 """
+
 import torch
 
 from lab.contract import DTYPE_CODES, EPS32, FLOATS, Op, case, dense, refuse, rows_of_heads
@@ -17,8 +19,12 @@ def validate(q, k, positions, cos_sin, out=None):
     if out is not None:
         refuse("rope", "works in place; out= is not taken")
     q_shape, k_shape, dtype = q.shape, k.shape, q.dtype
-    if not (len(q_shape) == len(k_shape) == 3 and q_shape[0] == k_shape[0] and q_shape[2] == k_shape[2]
-            and dtype == k.dtype):
+    if not (
+        len(q_shape) == len(k_shape) == 3
+        and q_shape[0] == k_shape[0]
+        and q_shape[2] == k_shape[2]
+        and dtype == k.dtype
+    ):
         refuse("rope", "q and k must be [batch, heads, head_dim] of one dtype")
     if dtype not in FLOATS:
         refuse("rope", f"takes no {dtype}: q and k must be float32, float16 or bfloat16")
@@ -48,13 +54,23 @@ def reference(q, k, positions, cos_sin):
 
 def cuda(kernels, q, k, positions, cos_sin, out=None):
     batch, q_heads, head_dim = q.shape
-    kernels.rope(q=(q.data_ptr(), q.stride(0)), k=(k.data_ptr(), k.stride(0)), positions=positions.data_ptr(),
-                 cos_sin=cos_sin.data_ptr(), batch=batch, q_heads=q_heads, kv_heads=k.shape[1], head_dim=head_dim,
-                 dtype=DTYPE_CODES[q.dtype], stream=kernels.stream())
+    kernels.rope(
+        q=(q.data_ptr(), q.stride(0)),
+        k=(k.data_ptr(), k.stride(0)),
+        positions=positions.data_ptr(),
+        cos_sin=cos_sin.data_ptr(),
+        batch=batch,
+        q_heads=q_heads,
+        kv_heads=k.shape[1],
+        head_dim=head_dim,
+        dtype=DTYPE_CODES[q.dtype],
+        stream=kernels.stream(),
+    )
 
 
 def triton(q, k, positions, cos_sin, out=None):
     from triton_kernels.rope import rope
+
     rope(q, k, positions, cos_sin)
 
 
@@ -78,8 +94,10 @@ def check_positions(op, positions, rows, table):
 def inputs(rand, batch, q_heads, kv_heads, head_dim, max_positions=512, idle=(), apart=False):
     """idle: rows without a sequence. apart: q and k are views of buffers with different strides."""
     q, k, _ = packed_qkv(rand, batch, q_heads, kv_heads, head_dim, apart)
-    angle = torch.outer(torch.arange(max_positions, dtype=torch.float64),
-                        10000.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim))
+    angle = torch.outer(
+        torch.arange(max_positions, dtype=torch.float64),
+        10000.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim),
+    )
     table = torch.cat((angle.cos(), angle.sin()), dim=1).float().to(rand.device)
     positions = rand.integers(0, max_positions, batch)
     positions[list(idle)] = -1
@@ -87,10 +105,11 @@ def inputs(rand, batch, q_heads, kv_heads, head_dim, max_positions=512, idle=(),
 
 
 def packed_qkv(rand, batch, q_heads, kv_heads, head_dim, apart=False):
-    """q, k and v as a model has them: views of one packed row. apart: each of a buffer of its own, with another stride."""
+    """q, k and v as a model has them: views of one packed row. apart: each of a buffer of its own, with
+    another stride."""
     if apart:
         sizes = ((q_heads, q_heads + 3), (kv_heads, kv_heads + 2), (kv_heads, kv_heads + 5))
-        return tuple(rand(batch, row, head_dim)[:, 1:heads + 1] for heads, row in sizes)
+        return tuple(rand(batch, row, head_dim)[:, 1 : heads + 1] for heads, row in sizes)
     packed = rand(batch, (q_heads + 2 * kv_heads) * head_dim)
     heads = packed.view(batch, q_heads + 2 * kv_heads, head_dim)
     return heads.split((q_heads, kv_heads, kv_heads), dim=1)
@@ -102,20 +121,35 @@ def heads_of(c):
 
 
 op = Op(
-    name="rope", summary="(a, b) -> (a cos - b sin, b cos + a sin), in place", dtypes=FLOATS,
-    validate=validate, outputs=lambda *args: None, reference=reference, inputs=inputs,
+    name="rope",
+    summary="(a, b) -> (a cos - b sin, b cos + a sin), in place",
+    dtypes=FLOATS,
+    validate=validate,
+    outputs=lambda *args: None,
+    reference=reference,
+    inputs=inputs,
     launchers={"cuda": cuda, "triton": triton, "torch": torch_},
     nbytes=lambda a: 2 * (a.q.nbytes + a.k.nbytes) + a.positions.nbytes + 4 * a.q.shape[0] * a.q.shape[2],
     flops=lambda a: 3 * (a.q.numel() + a.k.numel()),
-    # One rounding to T (half a step), and two products that may cancel: a few float32 steps of the operands (N(0, 1), so
-    # below 8).
+    # One rounding to T (half a step), and two products that may cancel: a few float32 steps of the operands
+    # (N(0, 1), so below 8).
     tolerance=lambda a: (torch.finfo(a.q.dtype).eps / 2 + EPS32, 8 * EPS32),
     contents=contents,
     mutates=("q", "k"),
-    plans=("basic",), uses=lambda c: [(None, heads_of(c))], direction="copy",
-    inspect_sizes=dict(batch=1, q_heads=32, kv_heads=8, head_dim=128), color="#117733",
-    cases=(case("SmolLM2's heads, one row", batch=1, q_heads=9, kv_heads=3, head_dim=64),
-           case("head 96, several positions", batch=5, q_heads=4, kv_heads=2, head_dim=96),
-           case("head 128, one KV head, the largest batch", batch=64, q_heads=3, kv_heads=1, head_dim=128),
-           case("idle rows, which stay as they are", batch=6, q_heads=3, kv_heads=1, head_dim=64, idle=(0, 3, 5)),
-           case("q and k of different strides", batch=3, q_heads=3, kv_heads=2, head_dim=64, idle=(1,), apart=True)))
+    plans=("basic",),
+    uses=lambda c: [(None, heads_of(c))],
+    direction="copy",
+    inspect_sizes=dict(batch=1, q_heads=32, kv_heads=8, head_dim=128),
+    color="#117733",
+    cases=(
+        case("SmolLM2's heads, one row", batch=1, q_heads=9, kv_heads=3, head_dim=64),
+        case("head 96, several positions", batch=5, q_heads=4, kv_heads=2, head_dim=96),
+        case("head 128, one KV head, the largest batch", batch=64, q_heads=3, kv_heads=1, head_dim=128),
+        case(
+            "idle rows, which stay as they are", batch=6, q_heads=3, kv_heads=1, head_dim=64, idle=(0, 3, 5)
+        ),
+        case(
+            "q and k of different strides", batch=3, q_heads=3, kv_heads=2, head_dim=64, idle=(1,), apart=True
+        ),
+    ),
+)

@@ -1,13 +1,17 @@
-"""rope_append_attention: per-head norm (Qwen3), rope, kv_append and decode_attention of one token, in one kernel
+"""rope_append_attention: per-head norm (Qwen3), rope, kv_append and decode_attention of one token,
+in one kernel
 
   q [batch, q_heads, head_dim], k, v [batch, kv_heads, head_dim]   views of the packed qkv, left as they are
   q_norm, k_norm [head_dim] or None   positions [batch] int32   cos_sin [max_positions, head_dim] float32
-  caches, block_table, scale, splits, workspace and out as in decode_attention.py; the context is positions + 1
-The new token's key and value are written to their page by the block that owns the token, and attended to by it.
+  caches, block_table, scale, splits, workspace and out as in decode_attention.py;
+  the context is positions + 1
+The new token's key and value are written to their page by the block that owns the token, and attended to by
+it.
 A negative position marks an idle row: nothing is appended and its output is zeros.
 Rounding: as the single ops do: after the norm, after rope (both to T), once at the end.
 Halves: cuda_src/rope_append_attention.cu, triton_kernels/rope_append_attention.py
 """
+
 import torch
 
 from lab import spaces
@@ -17,8 +21,23 @@ from lab.ops.kv_append import check_append, paged_cache, paged_heads_of
 from lab.ops.rope import check_positions, packed_qkv
 
 
-def validate(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, block_table, scale, splits=1,
-             workspace=None, out=None):
+def validate(
+    q,
+    k,
+    v,
+    q_norm,
+    k_norm,
+    eps,
+    positions,
+    cos_sin,
+    k_cache,
+    v_cache,
+    block_table,
+    scale,
+    splits=1,
+    workspace=None,
+    out=None,
+):
     name = "rope_append_attention"
     decode_attention.validate(q, k_cache, v_cache, block_table, positions, scale, splits, workspace, out)
     shape = (q.shape[0], k_cache.shape[1], q.shape[2])
@@ -49,40 +68,134 @@ def rotated(q, k, q_norm, k_norm, eps, positions, cos_sin):
     return q_rotated.to(q.dtype), k_rotated.to(k.dtype)
 
 
-def reference(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, block_table, scale, splits=1,
-              workspace=None):
+def reference(
+    q,
+    k,
+    v,
+    q_norm,
+    k_norm,
+    eps,
+    positions,
+    cos_sin,
+    k_cache,
+    v_cache,
+    block_table,
+    scale,
+    splits=1,
+    workspace=None,
+):
     q, k = rotated(q, k, q_norm, k_norm, eps, positions, cos_sin)
     caches = kv_append.reference(k, v, k_cache, v_cache, block_table, positions)
-    out = decode_attention.reference(q, *(c.to(q.dtype) for c in caches), block_table, positions + 1, scale)[0]
+    out = decode_attention.reference(q, *(c.to(q.dtype) for c in caches), block_table, positions + 1, scale)[
+        0
+    ]
     return out, *caches
 
 
-def cuda(kernels, q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, block_table, scale, splits=1,
-         workspace=None, out=None):
+def cuda(
+    kernels,
+    q,
+    k,
+    v,
+    q_norm,
+    k_norm,
+    eps,
+    positions,
+    cos_sin,
+    k_cache,
+    v_cache,
+    block_table,
+    scale,
+    splits=1,
+    workspace=None,
+    out=None,
+):
     workspace = workspace or decode_attention.new_workspace(q, k_cache, splits)
     batch, q_heads, head_dim = q.shape
     _, kv_heads, page_size, _ = k_cache.shape
     kernels.rope_append_attention(
-        q=(q.data_ptr(), q.stride(0)), k=(k.data_ptr(), k.stride(0)), v=(v.data_ptr(), v.stride(0)),
+        q=(q.data_ptr(), q.stride(0)),
+        k=(k.data_ptr(), k.stride(0)),
+        v=(v.data_ptr(), v.stride(0)),
         norms=(0, 0, eps) if q_norm is None else (q_norm.data_ptr(), k_norm.data_ptr(), eps),
-        positions=positions.data_ptr(), cos_sin=cos_sin.data_ptr(),
-        cache=(k_cache.data_ptr(), v_cache.data_ptr(), block_table.data_ptr(), kv_heads, page_size,
-               block_table.shape[1]),
-        out=out.data_ptr(), splits=(workspace.partial.data_ptr(), workspace.tickets.data_ptr(), splits),
-        batch=batch, q_heads=q_heads, head_dim=head_dim, scale=scale, dtype=DTYPE_CODES[q.dtype],
-        stream=kernels.stream())
+        positions=positions.data_ptr(),
+        cos_sin=cos_sin.data_ptr(),
+        cache=(
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            block_table.data_ptr(),
+            kv_heads,
+            page_size,
+            block_table.shape[1],
+        ),
+        out=out.data_ptr(),
+        splits=(workspace.partial.data_ptr(), workspace.tickets.data_ptr(), splits),
+        batch=batch,
+        q_heads=q_heads,
+        head_dim=head_dim,
+        scale=scale,
+        dtype=DTYPE_CODES[q.dtype],
+        stream=kernels.stream(),
+    )
 
 
-def triton(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, block_table, scale, splits=1,
-           workspace=None, out=None):
+def triton(
+    q,
+    k,
+    v,
+    q_norm,
+    k_norm,
+    eps,
+    positions,
+    cos_sin,
+    k_cache,
+    v_cache,
+    block_table,
+    scale,
+    splits=1,
+    workspace=None,
+    out=None,
+):
     from triton_kernels.rope_append_attention import rope_append_attention
+
     workspace = workspace or decode_attention.new_workspace(q, k_cache, splits)
-    rope_append_attention(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, block_table, scale,
-                          splits, workspace.partial, workspace.tickets, out)
+    rope_append_attention(
+        q,
+        k,
+        v,
+        q_norm,
+        k_norm,
+        eps,
+        positions,
+        cos_sin,
+        k_cache,
+        v_cache,
+        block_table,
+        scale,
+        splits,
+        workspace.partial,
+        workspace.tickets,
+        out,
+    )
 
 
-def torch_(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, block_table, scale, splits=1,
-           workspace=None, out=None):
+def torch_(
+    q,
+    k,
+    v,
+    q_norm,
+    k_norm,
+    eps,
+    positions,
+    cos_sin,
+    k_cache,
+    v_cache,
+    block_table,
+    scale,
+    splits=1,
+    workspace=None,
+    out=None,
+):
     q, k = q.clone(), k.clone()
     if q_norm is not None:
         rmsnorm.torch_(q, q_norm, eps, out=q)
@@ -93,17 +206,28 @@ def torch_(q, k, v, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, b
 
 
 def contents(a):
-    """Raises LabError for a position past cos_sin or the table, for a page that the cache does not have, and for one that
-    is written while another live row has it, and for a ticket that is not 0."""
+    """Raises LabError for a position past cos_sin or the table, for a page that the cache does not have, and
+    for one that is written while another live row has it, and for a ticket that is not 0."""
     check_positions("rope_append_attention", a.positions, a.cos_sin.shape[0], "cos_sin")
     check_append("rope_append_attention", a.block_table, a.positions, a.k_cache)
     decode_attention.check_tickets("rope_append_attention", a.workspace)
 
 
-def inputs(rand, positions, q_heads, kv_heads, head_dim, page_size=16, splits=1, qk_norm=False, poison=False, apart=False,
-           size=1.0):
-    """poison: NaN and inf in every slot that holds no token. apart: q, k and v have different strides. size: a factor of q
-    and k, which a norm takes off again but for its eps."""
+def inputs(
+    rand,
+    positions,
+    q_heads,
+    kv_heads,
+    head_dim,
+    page_size=16,
+    splits=1,
+    qk_norm=False,
+    poison=False,
+    apart=False,
+    size=1.0,
+):
+    """poison: NaN and inf in every slot that holds no token. apart: q, k and v have different strides. size:
+    a factor of q and k, which a norm takes off again but for its eps."""
     lengths = [p + 1 for p in positions]
     q, k, v = packed_qkv(rand, len(lengths), q_heads, kv_heads, head_dim, apart)
     q.mul_(size), k.mul_(size)
@@ -112,57 +236,143 @@ def inputs(rand, positions, q_heads, kv_heads, head_dim, page_size=16, splits=1,
         decode_attention.poison_unused(positions, lengths, k_cache, v_cache, block_table)
     norms = (rand(head_dim), rand(head_dim)) if qk_norm else (None, None)
     cos_sin = rope.inputs(rand, 1, 1, 1, head_dim, max_positions=max(512, *lengths))[3]
-    return (q, k, v, *norms, 1e-6, torch.tensor(positions, dtype=torch.int32, device=rand.device), cos_sin, k_cache,
-            v_cache, block_table, head_dim ** -0.5, splits)
+    return (
+        q,
+        k,
+        v,
+        *norms,
+        1e-6,
+        torch.tensor(positions, dtype=torch.int32, device=rand.device),
+        cos_sin,
+        k_cache,
+        v_cache,
+        block_table,
+        head_dim**-0.5,
+        splits,
+    )
 
 
 def nbytes(a):
-    """The attention over the cached tokens; the new k and v read and appended; a row of the table for each sequence."""
+    """The attention over the cached tokens; the new k and v read and appended; a row of the table for each
+    sequence."""
     appended = 2 * (a.k.nbytes + a.v.nbytes) + a.cos_sin.itemsize * a.q.shape[0] * a.q.shape[2]
     return appended + decode_attention.attended_bytes(a.q, a.k_cache, a.positions)
 
 
 def tolerance(a):
-    """The appended key may round to a neighbour (one step of T after norm, rope: 3 in all); attention's own beside it,
-    with scores that such steps of q and of the new key move."""
+    """The appended key may round to a neighbour (one step of T after norm, rope: 3 in all); attention's own
+    beside it, with scores that such steps of q and of the new key move."""
     q_r, _ = rotated(a.q, a.k, a.q_norm, a.k_norm, a.eps, a.positions, a.cos_sin)
     attends = decode_attention.op.bound(q_r, a.k_cache, a.v_cache, a.block_table, a.positions, a.scale)
     rtol, atol = decode_attention.tolerance(attends)
     step = torch.finfo(a.q.dtype).eps
-    moved = step * a.scale * float(q_r.double().norm(dim=-1).max() * a.k_cache.double().norm(dim=-1).max()) * 0.25
+    moved = (
+        step * a.scale * float(q_r.double().norm(dim=-1).max() * a.k_cache.double().norm(dim=-1).max()) * 0.25
+    )
     return 3 * rtol, atol + moved * float(a.v_cache.double().abs().max()) * 0.25 + 1e-6
 
 
 op = Op(
-    name="rope_append_attention", summary="norm and rope of q and k, append k and v, attend", dtypes=FLOATS,
-    validate=validate, outputs=outputs, reference=reference, inputs=inputs,
+    name="rope_append_attention",
+    summary="norm and rope of q and k, append k and v, attend",
+    dtypes=FLOATS,
+    validate=validate,
+    outputs=outputs,
+    reference=reference,
+    inputs=inputs,
     launchers={"cuda": cuda, "triton": triton, "torch": torch_},
     nbytes=nbytes,
     flops=lambda a: 4 * a.q.shape[1] * a.q.shape[2] * int((a.positions + 1).clamp(min=0).sum()),
     tolerance=tolerance,
     contents=contents,
-    mutates=("k_cache", "v_cache"), state=("workspace",),
+    mutates=("k_cache", "v_cache"),
+    state=("workspace",),
     workspace=lambda a: decode_attention.new_workspace(a.q, a.k_cache, a.splits),
-    plans=("fused",), uses=lambda c: [(None, {**paged_heads_of(c), "qk_norm": c.qk_norm})],
+    plans=("fused",),
+    uses=lambda c: [(None, {**paged_heads_of(c), "qk_norm": c.qk_norm})],
     rows=lambda batch, context: {"positions": (context - 1,) * batch},
-    launch=decode_attention.launch, has_context=True, cold=("k_cache", "v_cache"), color="#ddcc77",
+    launch=decode_attention.launch,
+    has_context=True,
+    cold=("k_cache", "v_cache"),
+    color="#ddcc77",
     inspect_sizes=dict(positions=(8191,), splits=33, q_heads=32, kv_heads=8, head_dim=128),
     tuned_by=("q_heads", "kv_heads", "head_dim", "page_size"),
     spaces={"cuda": spaces.splits, "triton": spaces.attention},
-    cases=(case("first token, page boundaries, an idle row; GQA group 3", positions=(0, 15, 16, -1, 63, 64, 130),
-                q_heads=9, kv_heads=3, head_dim=64, splits=2),
-           case("Qwen3's per-head norm, empty splits, head 128", positions=(4, 199, 69), q_heads=8, kv_heads=2,
-                head_dim=128, splits=7, qk_norm=True),
-           case("one sequence, one split, MHA, head 96", positions=(96,), q_heads=2, kv_heads=2, head_dim=96),
-           case("the largest group, a larger page", positions=(31, 128), q_heads=16, kv_heads=1, head_dim=64,
-                page_size=64, splits=3, qk_norm=True),
-           case("idle rows in front and behind, whose table names the pages written; q, k and v of different strides",
-                positions=(-1, 0, 16, 47, -1, -1), q_heads=4, kv_heads=2, head_dim=64, splits=2, apart=True),
-           case("NaN, inf and wrong pages wherever there is no token", positions=(0, 14, -1, 16, 63, 69), q_heads=4,
-                kv_heads=2, head_dim=64, splits=2, poison=True),
-           case("the same with one split and a larger page", positions=(2, 64, 40), q_heads=4, kv_heads=2, head_dim=128,
-                page_size=64, qk_norm=True, poison=True),
-           case("more splits than one merging step takes", positions=(1100, 40), q_heads=4, kv_heads=2, head_dim=64,
-                splits=18),
-           case("heads so small that eps counts", positions=(33, 5), q_heads=4, kv_heads=2, head_dim=64, splits=2,
-                qk_norm=True, size=1e-3)))
+    cases=(
+        case(
+            "first token, page boundaries, an idle row; GQA group 3",
+            positions=(0, 15, 16, -1, 63, 64, 130),
+            q_heads=9,
+            kv_heads=3,
+            head_dim=64,
+            splits=2,
+        ),
+        case(
+            "Qwen3's per-head norm, empty splits, head 128",
+            positions=(4, 199, 69),
+            q_heads=8,
+            kv_heads=2,
+            head_dim=128,
+            splits=7,
+            qk_norm=True,
+        ),
+        case("one sequence, one split, MHA, head 96", positions=(96,), q_heads=2, kv_heads=2, head_dim=96),
+        case(
+            "the largest group, a larger page",
+            positions=(31, 128),
+            q_heads=16,
+            kv_heads=1,
+            head_dim=64,
+            page_size=64,
+            splits=3,
+            qk_norm=True,
+        ),
+        case(
+            "idle rows in front and behind, whose table names the pages written; q, k and v of different "
+            "strides",
+            positions=(-1, 0, 16, 47, -1, -1),
+            q_heads=4,
+            kv_heads=2,
+            head_dim=64,
+            splits=2,
+            apart=True,
+        ),
+        case(
+            "NaN, inf and wrong pages wherever there is no token",
+            positions=(0, 14, -1, 16, 63, 69),
+            q_heads=4,
+            kv_heads=2,
+            head_dim=64,
+            splits=2,
+            poison=True,
+        ),
+        case(
+            "the same with one split and a larger page",
+            positions=(2, 64, 40),
+            q_heads=4,
+            kv_heads=2,
+            head_dim=128,
+            page_size=64,
+            qk_norm=True,
+            poison=True,
+        ),
+        case(
+            "more splits than one merging step takes",
+            positions=(1100, 40),
+            q_heads=4,
+            kv_heads=2,
+            head_dim=64,
+            splits=18,
+        ),
+        case(
+            "heads so small that eps counts",
+            positions=(33, 5),
+            q_heads=4,
+            kv_heads=2,
+            head_dim=64,
+            splits=2,
+            qk_norm=True,
+            size=1e-3,
+        ),
+    ),
+)

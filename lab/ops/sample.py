@@ -2,18 +2,21 @@
 
   logits float32 [batch, vocab]   positions [batch] int32   out [batch] int32
 Greedy (temperature 0): the largest logit; the lowest index wins a tie. A row with NaN gives -1.
-Draw: l = logit / temperature; keep the top_k largest (0 keeps all, ties at the k-th stay); of those keep l >= t for the
-largest t whose kept mass reaches top_p of what top-k left; then token = argmax over the kept of l + g (the Gumbel-max
-trick), g = -log(-log(u)), u = ((r >> 8) + 0.5) / 2^24, r = word 0 of Philox4x32-10 with key = seed and
-counter = (token, position, row, 0). The draw so depends on nothing but the seed, the position, the row and the logits.
+Draw: l = logit / temperature; keep the top_k largest (0 keeps all, ties at the k-th stay); of those keep l >=
+t for the largest t whose kept mass reaches top_p of what top-k left; then token = argmax over the kept of l +
+g (the Gumbel-max trick), g = -log(-log(u)), u = ((r >> 8) + 0.5) / 2^24, r = word 0 of Philox4x32-10 with key
+= seed and counter = (token, position, row, 0). The draw so depends on nothing but the seed, the position, the
+row and the logits.
 Source of Philox: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (SC 2011).
 Halves: cuda_src/sample.cu, triton_kernels/sample.py
 """
+
 import torch
 
 from lab.contract import Op, case, dense, refuse
 
-SLACK = 1e-4    # how far in logits a float32 draw may lie from the float64 best: log, exp and mass sums differ by less
+# how far in logits a float32 draw may lie from the float64 best: log, exp and mass sums differ by less
+SLACK = 1e-4
 
 
 def check_options(temperature, top_k, top_p, seed):
@@ -44,7 +47,8 @@ def outputs(logits, *args, **options):
 
 
 def philox(seed: int, token: torch.Tensor, position: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
-    """Word 0 of Philox4x32-10 as int64 in [0, 2^32), for counter (token, position, row, 0); the arguments broadcast."""
+    """Word 0 of Philox4x32-10 as int64 in [0, 2^32), for counter (token, position, row, 0); the arguments
+    broadcast."""
     low = 0xFFFFFFFF
     token, position, row = torch.broadcast_tensors(token.long(), position.long() & low, row.long())
     c = [token, position, row, torch.zeros_like(token)]
@@ -58,8 +62,8 @@ def philox(seed: int, token: torch.Tensor, position: torch.Tensor, row: torch.Te
 
 
 def _mul32(a: torch.Tensor, constant: int) -> tuple[torch.Tensor, torch.Tensor]:
-    upper, lower = a * (constant >> 16), a * (constant & 0xFFFF)         # each below 2^48
-    total = (upper & 0xFFFF) * 65536 + lower                             # below 2^49: the low part with its carry
+    upper, lower = a * (constant >> 16), a * (constant & 0xFFFF)  # each below 2^48
+    total = (upper & 0xFFFF) * 65536 + lower  # below 2^49: the low part with its carry
     return (upper >> 16) + (total >> 32), total & 0xFFFFFFFF
 
 
@@ -67,8 +71,12 @@ def gumbel(logits, positions, seed):
     """float64 [batch, vocab]: the noise that the draw adds."""
     batch, vocab = logits.shape
     device = logits.device
-    r = philox(seed, torch.arange(vocab, device=device)[None], positions[:, None],
-               torch.arange(batch, device=device)[:, None])
+    r = philox(
+        seed,
+        torch.arange(vocab, device=device)[None],
+        positions[:, None],
+        torch.arange(batch, device=device)[:, None],
+    )
     return -torch.log(-torch.log(((r >> 8).double() + 0.5) / (1 << 24)))
 
 
@@ -102,7 +110,8 @@ def reference(logits, positions, temperature=0.0, top_k=0, top_p=1.0, seed=0):
 
 
 def verify(got, a):
-    """A greedy token must be the token. A drawn one may differ from the float64 draw only where float32 ties."""
+    """A greedy token must be the token. A drawn one may differ from the float64 draw only where float32
+    ties."""
     want, logits, temperature = reference(*vars(a).values())[0], a.logits, a.temperature
     if torch.equal(got, want):
         return None
@@ -110,7 +119,7 @@ def verify(got, a):
     message = f"row {bad}: token {int(got[bad])}, not {int(want[bad])}"
     if temperature == 0 or bool(((got < 0) | (got >= logits.shape[1])).any()):
         return message
-    if bool(((want < 0) & (got != want)).any()):                # a token for a row that holds NaN
+    if bool(((want < 0) & (got != want)).any()):  # a token for a row that holds NaN
         return message
     scaled = logits.double() / temperature
     score = scaled + gumbel(logits, a.positions, a.seed)
@@ -122,12 +131,23 @@ def verify(got, a):
 
 def cuda(k, logits, positions, temperature=0.0, top_k=0, top_p=1.0, seed=0, out=None):
     rows, vocab = logits.shape
-    k.sample(logits=logits.data_ptr(), positions=positions.data_ptr(), out=out.data_ptr(), rows=rows, vocab=vocab,
-             temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stream=k.stream())
+    k.sample(
+        logits=logits.data_ptr(),
+        positions=positions.data_ptr(),
+        out=out.data_ptr(),
+        rows=rows,
+        vocab=vocab,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stream=k.stream(),
+    )
 
 
 def triton(logits, positions, temperature=0.0, top_k=0, top_p=1.0, seed=0, out=None):
     from triton_kernels.sample import sample
+
     sample(logits, positions, temperature, top_k, top_p, seed, out)
 
 
@@ -141,46 +161,93 @@ def torch_(logits, positions, temperature=0.0, top_k=0, top_p=1.0, seed=0, out=N
         out.copy_(torch.where(logits.isnan().any(-1), -1, drawn))
 
 
-def inputs(rand, batch, vocab, temperature=0.0, top_k=0, top_p=1.0, seed=0, tie=False, distance=None, special=False,
-           position=None):
-    """tie: the maximum stands twice. distance: of the two. special: the last rows hold NaN of either sign, infinities, and
+def inputs(
+    rand,
+    batch,
+    vocab,
+    temperature=0.0,
+    top_k=0,
+    top_p=1.0,
+    seed=0,
+    tie=False,
+    distance=None,
+    special=False,
+    position=None,
+):
+    """tie: the maximum stands twice. distance: of the two. special: the last rows hold NaN of either sign,
+    infinities, and
     -inf for most tokens, as a grammar's mask leaves them. position: that of all rows; random by default."""
     logits = rand(batch, vocab, dtype=torch.float32, scale=3.0)
-    if tie:                                                      # the lower index must win
+    if tie:  # the lower index must win
         logits[:, [vocab // 2, vocab - 1] if distance is None else [5, 5 + distance]] = 99.0
     if special:
         logits[-1, 0], logits[-2, vocab // 2], logits[-3, vocab - 1] = torch.nan, -torch.nan, torch.nan
-        logits[-4, vocab // 3], logits[-5, 1:vocab - 2] = torch.inf, -torch.inf
+        logits[-4, vocab // 3], logits[-5, 1 : vocab - 2] = torch.inf, -torch.inf
         logits[-6, [1, 2]] = torch.tensor([torch.inf, torch.nan], device=logits.device)
     positions = rand.integers(*((0, 1000) if position is None else (position, position + 1)), batch)
     return logits, positions, temperature, top_k, top_p, seed
 
 
 op = Op(
-    name="sample", summary="next token: argmax, or a seeded draw after temperature, top-k, top-p",
+    name="sample",
+    summary="next token: argmax, or a seeded draw after temperature, top-k, top-p",
     dtypes=(torch.float32,),
-    validate=validate, outputs=outputs, reference=reference, inputs=inputs,
+    validate=validate,
+    outputs=outputs,
+    reference=reference,
+    inputs=inputs,
     launchers={"cuda": cuda, "triton": triton, "torch": torch_},
     nbytes=lambda a: a.logits.nbytes + 4 * a.logits.shape[0],
     flops=lambda a: a.logits.numel(),
     tolerance=lambda a: (0.0, 0.0),
     verify=verify,
-    plans=("basic",), uses=lambda c: [("greedy", {"vocab": c.vocab})],
-    inspect_sizes=dict(batch=1, vocab=128256), color="#882255",
-    cases=(case("greedy, one row", batch=1, vocab=1000),
-           case("greedy, ties, a vocabulary that is no multiple of a vector", batch=5, vocab=4099, tie=True),
-           case("temperature alone", batch=3, vocab=1001, temperature=0.8, seed=1),
-           case("top-k", batch=4, vocab=777, temperature=1.0, top_k=7, seed=2),
-           case("top-p with a seed past 32 bits", batch=4, vocab=1030, temperature=1.3, top_p=0.8, seed=(1 << 40) + 3),
-           case("top-k and top-p; a vocabulary smaller than a warp", batch=64, vocab=19, temperature=0.7, top_k=11,
-                top_p=0.6, seed=4),
-           case("NaN, infinities, masked tokens; greedy", batch=8, vocab=1001, special=True),
-           case("the same in a draw", batch=8, vocab=1001, temperature=0.8, seed=5, special=True),
-           case("the same with top-k", batch=8, vocab=1001, temperature=0.8, top_k=9, seed=6, special=True),
-           case("the same with top-p", batch=8, vocab=1001, temperature=0.8, top_p=0.7, seed=7, special=True),
-           # Token 299 has u = 1 - 2^-25: rounded to float32 it is 1, and the noise infinite instead of 17.3.
-           case("the largest u there is", batch=1, vocab=1001, temperature=0.05, seed=23, position=979),
-           case("a tie of tokens that one thread sees one after the other", batch=1, vocab=(1 << 18) + 900, tie=True,
-                distance=1 << 18),
-           case("a vocabulary of more than one pass, top-k and top-p", batch=1, vocab=(1 << 18) + 900, temperature=1.0,
-                top_k=5000, top_p=0.5, seed=8)))
+    plans=("basic",),
+    uses=lambda c: [("greedy", {"vocab": c.vocab})],
+    inspect_sizes=dict(batch=1, vocab=128256),
+    color="#882255",
+    cases=(
+        case("greedy, one row", batch=1, vocab=1000),
+        case("greedy, ties, a vocabulary that is no multiple of a vector", batch=5, vocab=4099, tie=True),
+        case("temperature alone", batch=3, vocab=1001, temperature=0.8, seed=1),
+        case("top-k", batch=4, vocab=777, temperature=1.0, top_k=7, seed=2),
+        case(
+            "top-p with a seed past 32 bits",
+            batch=4,
+            vocab=1030,
+            temperature=1.3,
+            top_p=0.8,
+            seed=(1 << 40) + 3,
+        ),
+        case(
+            "top-k and top-p; a vocabulary smaller than a warp",
+            batch=64,
+            vocab=19,
+            temperature=0.7,
+            top_k=11,
+            top_p=0.6,
+            seed=4,
+        ),
+        case("NaN, infinities, masked tokens; greedy", batch=8, vocab=1001, special=True),
+        case("the same in a draw", batch=8, vocab=1001, temperature=0.8, seed=5, special=True),
+        case("the same with top-k", batch=8, vocab=1001, temperature=0.8, top_k=9, seed=6, special=True),
+        case("the same with top-p", batch=8, vocab=1001, temperature=0.8, top_p=0.7, seed=7, special=True),
+        # Token 299 has u = 1 - 2^-25: rounded to float32 it is 1, and the noise infinite instead of 17.3.
+        case("the largest u there is", batch=1, vocab=1001, temperature=0.05, seed=23, position=979),
+        case(
+            "a tie of tokens that one thread sees one after the other",
+            batch=1,
+            vocab=(1 << 18) + 900,
+            tie=True,
+            distance=1 << 18,
+        ),
+        case(
+            "a vocabulary of more than one pass, top-k and top-p",
+            batch=1,
+            vocab=(1 << 18) + 900,
+            temperature=1.0,
+            top_k=5000,
+            top_p=0.5,
+            seed=8,
+        ),
+    ),
+)

@@ -4,6 +4,7 @@
 Source: Shazeer, GLU Variants (arXiv 2002.05202). Rounding: float32 arithmetic, one rounding at the end.
 Halves: cuda_src/silu_mul.cu, triton_kernels/silu_mul.py
 """
+
 import torch
 from torch.nn import functional as F
 
@@ -15,7 +16,9 @@ def validate(gate_up, out=None):
         refuse("silu_mul", f"takes no {gate_up.dtype}: gate_up must be float32, float16 or bfloat16")
     if not (gate_up.dim() == 2 and gate_up.shape[1] % 2 == 0):
         refuse("silu_mul", "gate_up must be [rows, 2 * cols]")
-    if not (out is None or (out.shape == (gate_up.shape[0], gate_up.shape[1] // 2) and out.dtype == gate_up.dtype)):
+    if not (
+        out is None or (out.shape == (gate_up.shape[0], gate_up.shape[1] // 2) and out.dtype == gate_up.dtype)
+    ):
         refuse("silu_mul", "out must be [rows, cols] in gate_up's dtype")
     dense("silu_mul", gate_up.get_device(), gate_up, *(() if out is None else (out,)))
 
@@ -31,12 +34,19 @@ def reference(gate_up):
 
 def cuda(k, gate_up, out):
     rows, cols = out.shape
-    k.silu_mul(gate_up=gate_up.data_ptr(), y=out.data_ptr(), rows=rows, cols=cols, dtype=DTYPE_CODES[out.dtype],
-               stream=k.stream())
+    k.silu_mul(
+        gate_up=gate_up.data_ptr(),
+        y=out.data_ptr(),
+        rows=rows,
+        cols=cols,
+        dtype=DTYPE_CODES[out.dtype],
+        stream=k.stream(),
+    )
 
 
 def triton(gate_up, out):
     from triton_kernels.silu_mul import silu_mul
+
     silu_mul(gate_up, out)
 
 
@@ -46,17 +56,28 @@ def torch_(gate_up, out):
 
 
 op = Op(
-    name="silu_mul", summary="y = silu(gate) * up", dtypes=FLOATS,
-    validate=validate, outputs=outputs, reference=reference,
+    name="silu_mul",
+    summary="y = silu(gate) * up",
+    dtypes=FLOATS,
+    validate=validate,
+    outputs=outputs,
+    reference=reference,
     launchers={"cuda": cuda, "triton": triton, "torch": torch_},
-    inputs=lambda rand, rows, cols: (rand(rows, 2 * cols, scale=3.0),),   # past where the sigmoid saturates
+    inputs=lambda rand, rows, cols: (rand(rows, 2 * cols, scale=3.0),),  # past where the sigmoid saturates
     nbytes=lambda a: a.gate_up.nbytes + a.gate_up.nbytes // 2,
     flops=lambda a: 5 * a.gate_up.numel() // 2,
-    # One rounding to T (half a step), and the fast exponential of both languages: 2 ulp, amplified by at most |g| in
-    # 1 + exp(-g).
+    # One rounding to T (half a step), and the fast exponential of both languages: 2 ulp, amplified by at most
+    # |g| in 1 + exp(-g).
     tolerance=lambda a: (torch.finfo(a.gate_up.dtype).eps / 2 + 32 * EPS32, 1e-30),
-    plans=("basic",), uses=lambda c: [(None, {"cols": c.intermediate})], rows=some_rows, direction="copy",
-    inspect_sizes=dict(rows=1, cols=14336), color="#cc6677",
-    cases=(case("one row, SmolLM2's width", rows=1, cols=1536),
-           case("a width that is no multiple of the vector", rows=3, cols=101),
-           case("the largest batch", rows=64, cols=264)))
+    plans=("basic",),
+    uses=lambda c: [(None, {"cols": c.intermediate})],
+    rows=some_rows,
+    direction="copy",
+    inspect_sizes=dict(rows=1, cols=14336),
+    color="#cc6677",
+    cases=(
+        case("one row, SmolLM2's width", rows=1, cols=1536),
+        case("a width that is no multiple of the vector", rows=3, cols=101),
+        case("the largest batch", rows=64, cols=264),
+    ),
+)

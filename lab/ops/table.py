@@ -1,20 +1,34 @@
 """`lab ops`: the table of ops."""
+
 from lab.contract import DTYPES
 
 
 def main(args) -> int:
     from lab.ops import OPS
+
     names = {dtype: name for name, dtype in DTYPES.items()}
-    rows = [{"op": op.name, "dtypes": [names[d] for d in op.dtypes], "cases": len(op.cases), "formula": op.summary,
-             "cuda": f"cuda_src/{op.name}.cu", "triton": f"triton_kernels/{op.name}.py",
-             "contract": f"lab/ops/{op.name}.py"} for op in OPS]
+    rows = [
+        {
+            "op": op.name,
+            "dtypes": [names[d] for d in op.dtypes],
+            "cases": len(op.cases),
+            "formula": op.summary,
+            "cuda": f"cuda_src/{op.name}.cu",
+            "triton": f"triton_kernels/{op.name}.py",
+            "contract": f"lab/ops/{op.name}.py",
+        }
+        for op in OPS
+    ]
     if args.json:
         import json
+
         print(json.dumps(rows, indent=1))
         return 0
     width = max(len(row["op"]) for row in rows)
     for row in rows:
         print(f"{row['op']:{width}}  {','.join(row['dtypes']):14}  {row['formula']}")
-    print("\nOp X: its contract is lab/ops/X.py, its halves are cuda_src/X.cu and triton_kernels/X.py;\n"
-          "`lab explain X` shows them side by side.")
+    print(
+        "\nOp X: its contract is lab/ops/X.py, its halves are cuda_src/X.cu and triton_kernels/X.py;\n"
+        "`lab explain X` shows them side by side."
+    )
     return 0

@@ -1,4 +1,6 @@
-"""The state of the card and the software, as an env record. Reads only: no setting of the card is ever changed."""
+"""The state of the card and the software, as an env record. Reads only: no setting of the card is ever
+changed."""
+
 import datetime
 import hashlib
 import importlib.metadata
@@ -12,20 +14,43 @@ import torch
 from lab.records.schema import Env
 from lab.tune import tuned
 
-PEERS = {"flashinfer": "flashinfer-python", "liger_kernel": "liger-kernel"}      # module -> distribution
-# nvidia-smi's bit mask of reasons why the clock is below its maximum (NVML's nvmlClocksEventReason...), idle aside.
-THROTTLE = {0x2: "application clocks", 0x4: "software power cap", 0x8: "hardware slowdown",
-            0x10: "sync boost", 0x20: "software thermal", 0x40: "hardware thermal", 0x80: "hardware power brake",
-            0x100: "display clocks"}
-QUERY = {"driver": "driver_version", "sm_mhz": "clocks.sm", "mem_mhz": "clocks.mem", "sm_max_mhz": "clocks.max.sm",
-         "power_w": "power.draw", "power_limit_w": "power.limit", "temperature_c": "temperature.gpu",
-         "ecc": "ecc.mode.current", "throttle": "clocks_throttle_reasons.active"}
+PEERS = {"flashinfer": "flashinfer-python", "liger_kernel": "liger-kernel"}  # module -> distribution
+# nvidia-smi's bit mask of reasons why the clock is below its maximum (NVML's nvmlClocksEventReason...), idle
+# aside.
+THROTTLE = {
+    0x2: "application clocks",
+    0x4: "software power cap",
+    0x8: "hardware slowdown",
+    0x10: "sync boost",
+    0x20: "software thermal",
+    0x40: "hardware thermal",
+    0x80: "hardware power brake",
+    0x100: "display clocks",
+}
+QUERY = {
+    "driver": "driver_version",
+    "sm_mhz": "clocks.sm",
+    "mem_mhz": "clocks.mem",
+    "sm_max_mhz": "clocks.max.sm",
+    "power_w": "power.draw",
+    "power_limit_w": "power.limit",
+    "temperature_c": "temperature.gpu",
+    "ecc": "ecc.mode.current",
+    "throttle": "clocks_throttle_reasons.active",
+}
 # Without these a throttled card or a noisy one looks like a slow kernel.
-HARMFUL = ("software power cap", "hardware slowdown", "software thermal", "hardware thermal", "hardware power brake")
+HARMFUL = (
+    "software power cap",
+    "hardware slowdown",
+    "software thermal",
+    "hardware thermal",
+    "hardware power brake",
+)
 
 
 def parse_query(text: str, fields) -> dict:
-    """The values of one line of `nvidia-smi --query-gpu=... --format=csv,noheader,nounits`; what is absent is None."""
+    """The values of one line of `nvidia-smi --query-gpu=... --format=csv,noheader,nounits`; what is absent is
+    None."""
     values = {}
     for field, raw in zip(fields, (part.strip() for part in text.split(","))):
         if not raw or raw.startswith("[") or raw in ("N/A", "Unknown Error"):
@@ -40,9 +65,14 @@ def parse_query(text: str, fields) -> dict:
 
 
 def state(index: int = 0) -> dict:
-    """Clocks (MHz), power (W), temperature (C), throttle reasons, driver and ECC now; {} where nvidia-smi is absent."""
-    command = ["nvidia-smi", f"--id={visible(index)}", "--query-gpu=" + ",".join(QUERY.values()),
-               "--format=csv,noheader,nounits"]
+    """Clocks (MHz), power (W), temperature (C), throttle reasons, driver and ECC now; {} where nvidia-smi is
+    absent."""
+    command = [
+        "nvidia-smi",
+        f"--id={visible(index)}",
+        "--query-gpu=" + ",".join(QUERY.values()),
+        "--format=csv,noheader,nounits",
+    ]
     try:
         out = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
         return parse_query(out.strip().splitlines()[0], QUERY)
@@ -57,15 +87,19 @@ def visible(index: int) -> str:
 
 
 def commit() -> str | None:
-    """The git commit of this code, with + and a hash of the difference when files were edited; None outside git.
+    """The git commit of this code, with + and a hash of the difference when files were edited; None outside
+    git.
 
     LAB_COMMIT names it where a copy of the tree travelled without its history.
     """
     if os.environ.get("LAB_COMMIT"):
         return os.environ["LAB_COMMIT"]
+
     def git(*words):
-        return subprocess.run(["git", "-C", str(Path(__file__).parent), *words], capture_output=True, timeout=20,
-                              check=True).stdout
+        return subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *words], capture_output=True, timeout=20, check=True
+        ).stdout
+
     try:
         name = git("rev-parse", "--short", "HEAD").decode().strip()
         # Untracked kernels are as much a part of what ran; reports and records are not.
@@ -86,6 +120,7 @@ def compiler() -> str | None:
     """The nvcc that built the CUDA extension; None where it is not built."""
     try:
         from lab import _cuda
+
         return str(_cuda.build_info().get("compiler"))
     except (ImportError, AttributeError):
         return None
@@ -101,10 +136,22 @@ def processor() -> str | None:
 
 def environment(run: str, when: str, device: str, settings: dict, notes=()) -> Env:
     """The env record of this moment. when: before | after."""
-    row = Env(run, when, device, time=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-              torch=torch.__version__, triton=version("triton"), nvcc=compiler(), python=platform.python_version(),
-              cpu=processor(), commit=commit(), cuda=torch.version.cuda, settings=settings, notes=list(notes),
-              peers={module: version(dist) or "not installed" for module, dist in PEERS.items()})
+    row = Env(
+        run,
+        when,
+        device,
+        time=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        torch=torch.__version__,
+        triton=version("triton"),
+        nvcc=compiler(),
+        python=platform.python_version(),
+        cpu=processor(),
+        commit=commit(),
+        cuda=torch.version.cuda,
+        settings=settings,
+        notes=list(notes),
+        peers={module: version(dist) or "not installed" for module, dist in PEERS.items()},
+    )
     if device == "cuda":
         index = torch.cuda.current_device()
         p = torch.cuda.get_device_properties(index)

@@ -1,53 +1,59 @@
 """Records: one JSON object a line, the only thing a report or a comparison reads. Never imports torch.
 
 Every line has `schema` (this file's SCHEMA), `kind` and `run` (the id that joins the lines of one bench run).
-A field that is absent is null. Units: `us` microseconds, `ms` milliseconds, `bytes` bytes, `gbps` 1e9 bytes per
-second, `mhz`, `w` watts, `c` degrees Celsius; `of_*` are fractions (0.93, not 93). `us` is a median, `us_p10` and
-`us_p90` the spread of the `n` samples it is the median of.
+A field that is absent is null. Units: `us` microseconds, `ms` milliseconds, `bytes` bytes, `gbps` 1e9 bytes
+per second, `mhz`, `w` watts, `c` degrees Celsius; `of_*` are fractions (0.93, not 93). `us` is a median,
+`us_p10` and `us_p90` the spread of the `n` samples it is the median of.
 
 `env`: the machine and the software, once before and once after what was measured.
-  {"schema":1,"kind":"env","run":"20250101T120000-1a2b","when":"before","device":"cuda","gpu":"NVIDIA H100 80GB HBM3",
+  {"schema":1,"kind":"env","run":"20250101T120000-1a2b","when":"before","device":"cuda",
+   "gpu":"NVIDIA H100 80GB HBM3",
    "driver":"580.1","torch":"2.11.0","triton":"3.6.0","commit":"1a2b3c4","sm_mhz":1980,"throttle":[],"settings":{}}
 `ceiling`: bandwidth of a plain stream. `bytes` is what crosses DRAM (a copy counts its read and its write).
   {"schema":1,"kind":"ceiling","run":"...","direction":"read","backend":"cuda","bytes":4294967296,"us":1404.1,
    "us_p10":1403.2,"us_p90":1405.9,"n":40,"gbps":3058.9,"config":{"blocks_per_sm":4,"threads":512},"best":true}
-`op`: one op, backend, dtype and shape. cache: cold | warm | in_model. timer: graph (device time) | event (eager calls
-between two events, the host's time included) | wall (host clock; emulated, says nothing about a GPU).
+`op`: one op, backend, dtype and shape. cache: cold | warm | in_model. timer: graph (device time) | event
+(eager calls between two events, the host's time included) | wall (host clock; emulated, says nothing about a
+GPU).
   {"schema":1,"kind":"op","run":"...","op":"linear","backend":"cuda","role":"gate_up","models":["llama-3.1-8b"],
    "dtype":"bf16","batch":1,"shape":{"n":28672,"k":4096},"cache":"cold","timer":"graph","us":81.0,"us_p10":80.8,
    "us_p90":81.4,"n":60,"bytes":234946560,"flops":234881024,"gbps":2900.6,"of_ceiling":0.948,"of_stream":0.981,
    "verdict":{"triton":"faster","cublas":"same"}}
-`model`: one decode step of a whole model. `us` is the time of one step (one token for each of `batch` sequences).
+`model`: one decode step of a whole model. `us` is the time of one step (one token for each of `batch`
+  sequences).
   {"schema":1,"kind":"model","run":"...","model":"llama-3.2-1b","backend":"cuda","plan":"basic","mode":"graph",
    "dtype":"bf16","batch":1,"context":1024,"timer":"graph","us":1100.0,"us_p10":1098.0,"us_p90":1105.0,"us_p99":1110.0,
    "n":64,"tokens_per_s":909.1,"ttft_ms":21.0,"bytes":2503000000,"gbps":2275.0,"of_ceiling":0.744,
    "weight_bytes":2471000000,"kv_bytes":33554432,"workspace_bytes":1000000,"steady_bytes":2600000000,
    "peak_bytes":2700000000,"page_utilisation":0.98,"linearity":1.0}
-`ledger`: one line of the account of one decode step. row: kernel | chain (the time that a use adds to those before it,
-where kernels overlap: lab/harness/ledger.py) | gap | unexplained | total (the graph-replayed token; the others add up
-to it) | swap (a whole token with `overrides`; `op` names what was swapped).
+`ledger`: one line of the account of one decode step. row: kernel | chain (the time that a use adds to those
+before it,
+where kernels overlap: lab/harness/ledger.py) | gap | unexplained | total (the graph-replayed token; the
+others add up to it) | swap (a whole token with `overrides`; `op` names what was swapped).
   {"schema":1,"kind":"ledger","run":"...","model":"llama-3.2-1b","backend":"cuda","plan":"basic","dtype":"bf16",
    "batch":1,"context":1024,"row":"kernel","order":3,"op":"linear","kernel":"linear_kernel","calls":65,"us":830.0,
    "bytes":2471000000,"gbps":2977.0,"of_ceiling":0.973,"of_token":0.755,"timer":"kineto"}
-`fairness`: what was spent on one side of a comparison (`lab inspect --all`), one line for each kernel of the call.
+`fairness`: what was spent on one side of a comparison (`lab inspect --all`), one line for each kernel of the
+  call.
   {"schema":1,"kind":"fairness","run":"...","op":"linear","backend":"cuda","dtype":"bf16","arch":"sm_90a",
    "shape":{"batch":1,"n":28672,"k":4096},"kernel":"linear_stream_kernel","configurations":12,"tried":40,"registers":96,
-   "spill_bytes":0,"shared_bytes":0,"threads":128,"occupancy":0.3125,"instructions":700,
-   "mix":{"global load, 128 bit":48,"fused multiply-add":256,"shuffle":20},"code_lines":210,"shared_lines":160,
-   "compile_s":41.5}
+   "spill_bytes":0,"shared_bytes":0,"threads":128,"occupancy":0.3125,"instructions":700, "mix":{"global load,
+   128 bit":48,"fused multiply-add":256,"shuffle":20},"code_lines":210,"shared_lines":160, "compile_s":41.5}
 
-`repeat`: two runs of one commit on one card, compared (`lab compare A B --record`): `share` of the `rows` were called
-faster or slower, each of them a false alarm.
+`repeat`: two runs of one commit on one card, compared (`lab compare A B --record`): `share` of the `rows`
+were called faster or slower, each of them a false alarm.
   {"schema":1,"kind":"repeat","run":"...","a":"...","b":"...","commit":"1a2b3c4","rows":480,"faster":2,"slower":3,
    "ambiguous":9,"share":0.0104,"min_effect":0.03}
 
-A measurement that failed is a line with `error` (one line of text) and no time. `emulated` lines have timer wall and
-neither gbps nor of_ceiling. `flag` says why a line must not be read as a win ("above the ceiling", "fits in L2").
+A measurement that failed is a line with `error` (one line of text) and no time. `emulated` lines have timer
+wall and neither gbps nor of_ceiling. `flag` says why a line must not be read as a win ("above the ceiling",
+"fits in L2").
 
-Reading checks every value against the annotation of its field (see `from_dict`). A line with a value that cannot be
-right is left out of what is read, with a notice that names the line and the field. A line that is no record at all
-(not JSON, an unknown kind or field, a field missing) is an error.
+Reading checks every value against the annotation of its field (see `from_dict`). A line with a value that
+cannot be right is left out of what is read, with a notice that names the line and the field. A line that is
+no record at all (not JSON, an unknown kind or field, a field missing) is an error.
 """
+
 import contextlib
 import dataclasses
 import gc
@@ -64,49 +70,52 @@ from lab.errors import LabError, shown
 
 try:
     import fcntl
-except ImportError:             # Windows
+except ImportError:  # Windows
     fcntl = None
     import msvcrt
 
 SCHEMA = 1
 FILE = "records.jsonl"
-LONGEST = 10_000        # characters of a text, entries of a list or an object
-LARGEST = 2 ** 63       # every number is smaller
-DEEPEST = 4             # objects and lists within one another
-SHORTEST = 1e-6         # microseconds: less than a picosecond is no time that a clock measured
-NAMED = 10              # lines left out that a notice each names; the others are counted
+LONGEST = 10_000  # characters of a text, entries of a list or an object
+LARGEST = 2**63  # every number is smaller
+DEEPEST = 4  # objects and lists within one another
+SHORTEST = 1e-6  # microseconds: less than a picosecond is no time that a clock measured
+NAMED = 10  # lines left out that a notice each names; the others are counted
 
 
 @dataclass
 class Env:
     """The machine, the software and the state of the card. `settings` is what the bench was asked for."""
+
     run: str
-    when: str                             # before | after
-    device: str                           # cuda | cpu
-    time: str | None = None               # ISO 8601, UTC
-    gpu: str | None = None                # marketing name, as the driver gives it
-    capability: str | None = None         # "9.0"
+    when: str  # before | after
+    device: str  # cuda | cpu
+    time: str | None = None  # ISO 8601, UTC
+    gpu: str | None = None  # marketing name, as the driver gives it
+    capability: str | None = None  # "9.0"
     sms: int | None = None
     l2_bytes: int | None = None
     memory_bytes: int | None = None
     driver: str | None = None
-    cuda: str | None = None               # the CUDA version torch was built with
+    cuda: str | None = None  # the CUDA version torch was built with
     torch: str | None = None
     triton: str | None = None
     nvcc: str | None = None
     python: str | None = None
     cpu: str | None = None
-    commit: str | None = None             # git commit; "+" and a hash of the difference when the tree was edited
-    tuned: dict[str, str | None] | None = None      # of the tables of `lab tune` that launchers read: lab.tune.tuned.digests
+    commit: str | None = None  # git commit; "+" and a hash of the difference when the tree was edited
+    tuned: dict[str, str | None] | None = (
+        None  # of the tables of `lab tune` that launchers read: lab.tune.tuned.digests
+    )
     sm_mhz: float | None = None
     mem_mhz: float | None = None
     sm_max_mhz: float | None = None
     power_w: float | None = None
     power_limit_w: float | None = None
     temperature_c: float | None = None
-    throttle: list[str] | None = None     # reasons active at the time; [] is none
+    throttle: list[str] | None = None  # reasons active at the time; [] is none
     ecc: str | None = None
-    peers: dict[str, str] = field(default_factory=dict)     # optional package -> version, or why it is absent
+    peers: dict[str, str] = field(default_factory=dict)  # optional package -> version, or why it is absent
     settings: dict = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     kind = "env"
@@ -115,10 +124,12 @@ class Env:
 
 @dataclass
 class Ceiling:
-    """The bandwidth of a plain stream of `bytes`. `best` marks the best launch shape of its direction and size."""
+    """The bandwidth of a plain stream of `bytes`. `best` marks the best launch shape of its direction and
+    size."""
+
     run: str
-    direction: str                        # read | copy | write
-    backend: str                          # cuda | triton | torch: what the kernel was written in
+    direction: str  # read | copy | write
+    backend: str  # cuda | triton | torch: what the kernel was written in
     bytes: int
     us: float | None = None
     us_p10: float | None = None
@@ -136,30 +147,33 @@ class Ceiling:
 @dataclass
 class OpRow:
     """One op by one backend at one shape. See the module's text for the fields' units."""
+
     run: str
     op: str
-    backend: str                          # cuda | triton | torch | cublas | sdpa_flash | cudnn | flashinfer | liger ...
-    dtype: str                            # fp32 | fp16 | bf16
+    backend: str  # cuda | triton | torch | cublas | sdpa_flash | cudnn | flashinfer | liger ...
+    dtype: str  # fp32 | fp16 | bf16
     batch: int
-    shape: dict                           # the op's own sizes, e.g. {"n": 4096, "k": 4096}
-    context: int | None = None            # tokens in the KV cache, where the op has one
-    cache: str = "cold"                   # cold | warm | in_model
-    timer: str = "graph"                  # graph | event | wall
-    role: str | None = None               # which use of the op: qkv, o, gate_up, down, lm_head, hidden, head ...
-    models: list[str] = field(default_factory=list)         # presets with this shape
-    plan: str | None = None               # basic | fused, where the op belongs to one plan only
-    rung: int | None = None               # of the op's ladder (lab bench ops --ladder); config then has its name
+    shape: dict  # the op's own sizes, e.g. {"n": 4096, "k": 4096}
+    context: int | None = None  # tokens in the KV cache, where the op has one
+    cache: str = "cold"  # cold | warm | in_model
+    timer: str = "graph"  # graph | event | wall
+    role: str | None = None  # which use of the op: qkv, o, gate_up, down, lm_head, hidden, head ...
+    models: list[str] = field(default_factory=list)  # presets with this shape
+    plan: str | None = None  # basic | fused, where the op belongs to one plan only
+    rung: int | None = None  # of the op's ladder (lab bench ops --ladder); config then has its name
     us: float | None = None
     us_p10: float | None = None
     us_p90: float | None = None
     n: int | None = None
-    bytes: int | None = None              # what must cross DRAM at least once
+    bytes: int | None = None  # what must cross DRAM at least once
     flops: int | None = None
-    gbps: float | None = None             # bytes / us
-    of_ceiling: float | None = None       # gbps / the best read, copy or write bandwidth of this run
-    of_stream: float | None = None        # gbps / what a plain stream of these bytes reached in this run
-    config: dict = field(default_factory=dict)      # launch configuration, splits ...
-    verdict: dict[str, str] = field(default_factory=dict)   # other backend -> faster | slower | same | ambiguous
+    gbps: float | None = None  # bytes / us
+    of_ceiling: float | None = None  # gbps / the best read, copy or write bandwidth of this run
+    of_stream: float | None = None  # gbps / what a plain stream of these bytes reached in this run
+    config: dict = field(default_factory=dict)  # launch configuration, splits ...
+    verdict: dict[str, str] = field(
+        default_factory=dict
+    )  # other backend -> faster | slower | same | ambiguous
     flag: str | None = None
     emulated: bool = False
     note: str | None = None
@@ -170,35 +184,37 @@ class OpRow:
 
 @dataclass
 class ModelRow:
-    """One decode step of a model. `bytes`: weights read a step (no embedding table) plus KV read at this context."""
+    """One decode step of a model. `bytes`: weights read a step (no embedding table) plus KV read at this
+    context."""
+
     run: str
     model: str
     backend: str
-    plan: str                             # basic | fused | persistent; "-" for a peer
-    mode: str                             # graph | eager | compile
+    plan: str  # basic | fused | persistent; "-" for a peer
+    mode: str  # graph | eager | compile
     dtype: str
     batch: int
     context: int
     timer: str = "graph"
-    overrides: dict[str, str] = field(default_factory=dict)         # op -> backend
-    weights: str = "random"               # random | file
+    overrides: dict[str, str] = field(default_factory=dict)  # op -> backend
+    weights: str = "random"  # random | file
     us: float | None = None
     us_p10: float | None = None
     us_p90: float | None = None
     us_p99: float | None = None
     n: int | None = None
-    tokens_per_s: float | None = None     # batch / us
-    ttft_ms: float | None = None          # prefill of `context` tokens and the first token
+    tokens_per_s: float | None = None  # batch / us
+    ttft_ms: float | None = None  # prefill of `context` tokens and the first token
     bytes: int | None = None
     gbps: float | None = None
     of_ceiling: float | None = None
     weight_bytes: int | None = None
-    kv_bytes: int | None = None           # the cache as allocated
-    workspace_bytes: int | None = None    # steady - weights - KV
-    steady_bytes: int | None = None       # allocated between steps
-    peak_bytes: int | None = None         # highest allocated, prefill and capture included
+    kv_bytes: int | None = None  # the cache as allocated
+    workspace_bytes: int | None = None  # steady - weights - KV
+    steady_bytes: int | None = None  # allocated between steps
+    peak_bytes: int | None = None  # highest allocated, prefill and capture included
     page_utilisation: float | None = None  # tokens held / tokens the allocated pages could hold
-    linearity: float | None = None        # tokens_per_s / (batch * tokens_per_s at the smallest batch / that batch)
+    linearity: float | None = None  # tokens_per_s / (batch * tokens_per_s at the smallest batch / that batch)
     verdict: dict[str, str] = field(default_factory=dict)
     flag: str | None = None
     emulated: bool = False
@@ -211,6 +227,7 @@ class ModelRow:
 @dataclass
 class LedgerRow:
     """One line of a token's account; `calls`, `us` and `bytes` are totals of one decode step."""
+
     run: str
     model: str
     backend: str
@@ -218,10 +235,10 @@ class LedgerRow:
     dtype: str
     batch: int
     context: int
-    row: str                              # kernel | chain | gap | unexplained | total | swap
-    order: int = 0                        # the order of the lines
+    row: str  # kernel | chain | gap | unexplained | total | swap
+    order: int = 0  # the order of the lines
     op: str | None = None
-    role: str | None = None               # which use of the op, as in op records
+    role: str | None = None  # which use of the op, as in op records
     kernel: str | None = None
     overrides: dict[str, str] = field(default_factory=dict)
     calls: int | None = None
@@ -229,42 +246,59 @@ class LedgerRow:
     us_p10: float | None = None
     us_p90: float | None = None
     n: int | None = None
-    bytes: int | None = None              # ideal: what must cross DRAM at least once
+    bytes: int | None = None  # ideal: what must cross DRAM at least once
     gbps: float | None = None
     of_ceiling: float | None = None
     of_token: float | None = None
-    timer: str = "kineto"                 # kineto (device time stamps) | graph | wall
+    timer: str = "kineto"  # kineto (device time stamps) | graph | wall
     flag: str | None = None
     emulated: bool = False
     note: str | None = None
     error: str | None = None
     kind = "ledger"
-    key_fields = ("model", "backend", "plan", "dtype", "batch", "context", "row", "op", "role", "kernel", "overrides")
+    key_fields = (
+        "model",
+        "backend",
+        "plan",
+        "dtype",
+        "batch",
+        "context",
+        "row",
+        "op",
+        "role",
+        "kernel",
+        "overrides",
+    )
 
 
 @dataclass
 class Fairness:
     """One kernel of one side of a comparison, as it was compiled for `arch`; see lab/inspect/fairness.py."""
+
     run: str
     op: str
-    backend: str                          # cuda | triton
+    backend: str  # cuda | triton
     dtype: str
-    arch: str                             # sm_90a | sm_80
-    shape: dict                           # the sizes of the call that took this kernel
+    arch: str  # sm_90a | sm_80
+    shape: dict  # the sizes of the call that took this kernel
     kernel: str
-    configurations: int | None = None     # CUDA: instantiations compiled in for the dtype; Triton: entries of the table
-    tried: int | None = None              # settings that `lab tune` raced for the op on this architecture, all shapes
-    registers: int | None = None          # per thread
-    spill_bytes: int | None = None        # per thread
-    shared_bytes: int | None = None       # per block, static and dynamic
-    threads: int | None = None            # per block
-    occupancy: float | None = None        # theoretical, of a multiprocessor's warps
-    instructions: int | None = None       # of machine code
-    mix: dict[str, int] = field(default_factory=dict)       # of them, by class (lab/inspect/kernel.py), no zeros;
-                                                            # {}: unknown
-    code_lines: int | None = None         # of the twin's file, no blanks, comments, docstrings
-    shared_lines: int | None = None       # of the files it shares with other ops; the base of all ops not counted
-    compile_s: float | None = None        # nvcc: the whole file, every instantiation and architecture; Triton: this kernel
+    configurations: int | None = (
+        None  # CUDA: instantiations compiled in for the dtype; Triton: entries of the table
+    )
+    tried: int | None = None  # settings that `lab tune` raced for the op on this architecture, all shapes
+    registers: int | None = None  # per thread
+    spill_bytes: int | None = None  # per thread
+    shared_bytes: int | None = None  # per block, static and dynamic
+    threads: int | None = None  # per block
+    occupancy: float | None = None  # theoretical, of a multiprocessor's warps
+    instructions: int | None = None  # of machine code
+    mix: dict[str, int] = field(default_factory=dict)  # of them, by class (lab/inspect/kernel.py), no zeros;
+    # {}: unknown
+    code_lines: int | None = None  # of the twin's file, no blanks, comments, docstrings
+    shared_lines: int | None = None  # of the files it shares with other ops; the base of all ops not counted
+    compile_s: float | None = (
+        None  # nvcc: the whole file, every instantiation and architecture; Triton: this kernel
+    )
     kind = "fairness"
     key_fields = ("op", "backend", "dtype", "arch", "shape", "kernel")
 
@@ -272,18 +306,19 @@ class Fairness:
 @dataclass
 class Repeat:
     """What comparing two runs that measured the same thing said: the false-alarm rate of `lab compare`."""
-    run: str                              # the run beside which it is recorded
-    a: str                                # the runs compared
+
+    run: str  # the run beside which it is recorded
+    a: str  # the runs compared
     b: str
     commit: str
-    rows: int                             # rows of both runs, without those that failed
+    rows: int  # rows of both runs, without those that failed
     faster: int
     slower: int
     ambiguous: int
-    share: float                          # (faster + slower) / rows
-    min_effect: float                     # the smallest change called faster or slower
-    host_rows: int = 0                    # of `rows`, those whose times include the host's
-    host_called: int = 0                  # of those, called faster or slower
+    share: float  # (faster + slower) / rows
+    min_effect: float  # the smallest change called faster or slower
+    host_rows: int = 0  # of `rows`, those whose times include the host's
+    host_called: int = 0  # of those, called faster or slower
     kind = "repeat"
     key_fields = ("a", "b")
 
@@ -293,13 +328,20 @@ KINDS = {c.kind: c for c in (Env, Ceiling, OpRow, ModelRow, LedgerRow, Fairness,
 
 def to_line(record):
     """The record as one line of JSON, newline included. Null fields are left out; six digits are kept."""
-    body = {k: float(f"{v:.6g}") if isinstance(v, float) else v
-            for k, v in dataclasses.asdict(record).items() if v is not None}
+    body = {
+        k: float(f"{v:.6g}") if isinstance(v, float) else v
+        for k, v in dataclasses.asdict(record).items()
+        if v is not None
+    }
     # Not a number is no JSON, and a record that holds one is a bug in whoever measured.
-    return json.dumps({"schema": SCHEMA, "kind": record.kind, **body}, allow_nan=False, separators=(",", ":")) + "\n"
+    return (
+        json.dumps({"schema": SCHEMA, "kind": record.kind, **body}, allow_nan=False, separators=(",", ":"))
+        + "\n"
+    )
 
 
 # What a value may be. A check is called with a value and gives None, or what is wrong with it in words.
+
 
 class BadValue(LabError):
     """A record whose fields are all known, one of which holds what it cannot hold."""
@@ -307,7 +349,7 @@ class BadValue(LabError):
 
 def _text(value):
     if type(value) is str and value.isascii() and len(value) < LONGEST and "\0" not in value:
-        return None                             # nearly every text
+        return None  # nearly every text
     if type(value) is not str:
         return f"is {shown(value)}, not text"
     if len(value) > LONGEST:
@@ -316,7 +358,7 @@ def _text(value):
         return f"is {shown(value)}: it holds a NUL"
     try:
         value.encode()
-    except UnicodeEncodeError:                  # half of a surrogate pair, which no file and no terminal takes
+    except UnicodeEncodeError:  # half of a surrogate pair, which no file and no terminal takes
         return f"is {shown(value)}, which is no valid Unicode"
 
 
@@ -332,13 +374,14 @@ def _number(whole, least):
     def check(value):
         kind = type(value)
         if kind is (int if whole else float) and least <= value < LARGEST:
-            return None                         # nearly every number
+            return None  # nearly every number
         if kind is not int and (kind is not float or whole and not value.is_integer()):
             return f"is {shown(value)}, not {what}"
-        if not -LARGEST < value < LARGEST:      # also false for NaN
+        if not -LARGEST < value < LARGEST:  # also false for NaN
             return f"is {shown(value)}, not a finite number below 2^63"
         if value < least:
             return f"is {shown(value)}, less than {least:g}"
+
     return check
 
 
@@ -366,6 +409,7 @@ SIGNED = _number(False, -LARGEST)
 
 def _object(of=_json):
     """The check of an object (dict) whose values pass `of`."""
+
     def check(value):
         if type(value) is not dict:
             return f"is {shown(value)}, not an object"
@@ -377,6 +421,7 @@ def _object(of=_json):
             problem = _text(name) or (of(inner, 1) if of is _json else of(inner))
             if problem:
                 return f"has an entry {shown(name)} that {problem}"
+
     return check
 
 
@@ -387,28 +432,39 @@ def _list(of):
         if len(value) > LONGEST:
             return f"has {len(value)} entries, more than {LONGEST}"
         return next((f"has an entry that {problem}" for problem in map(of, value) if problem), None)
+
     return check
 
 
 def _check_of(annotation, name=""):
     """The check that the annotation of a field asks for. Numbers are 0 or more, `batch` is 1 or more."""
     if typing.get_origin(annotation) is types.UnionType:
-        inner, = (_check_of(a, name) for a in typing.get_args(annotation) if a is not type(None))
+        (inner,) = (_check_of(a, name) for a in typing.get_args(annotation) if a is not type(None))
         return lambda value: None if value is None else inner(value)
     if typing.get_origin(annotation) in (dict, list):
         *_, item = map(_check_of, typing.get_args(annotation))
         return _object(item) if typing.get_origin(annotation) is dict else _list(item)
-    return {str: _text, bool: _flag, dict: _object(), int: _number(True, 1 if name == "batch" else 0),
-            float: SIGNED if name in MAY_BE_NEGATIVE else _number(False, 0)}[annotation]
+    return {
+        str: _text,
+        bool: _flag,
+        dict: _object(),
+        int: _number(True, 1 if name == "batch" else 0),
+        float: SIGNED if name in MAY_BE_NEGATIVE else _number(False, 0),
+    }[annotation]
 
 
 TIMES = ("us", "us_p10", "us_p90", "us_p99")
-DIFFERENCES = ("chain", "gap", "unexplained")   # rows of a ledger that subtract times: by their noise they go below 0
-MAY_BE_NEGATIVE = (*TIMES, "gbps", "of_ceiling", "of_token", "temperature_c")     # in a difference: see _signs
+DIFFERENCES = (
+    "chain",
+    "gap",
+    "unexplained",
+)  # rows of a ledger that subtract times: by their noise they go below 0
+MAY_BE_NEGATIVE = (*TIMES, "gbps", "of_ceiling", "of_token", "temperature_c")  # in a difference: see _signs
 
 
 def _signs(record):
-    """What is wrong with the sign or the order of a measurement's times, beginning with the field's name, or None."""
+    """What is wrong with the sign or the order of a measurement's times, beginning with the field's name, or
+    None."""
     kind = record.kind
     if kind not in ("op", "model", "ceiling", "ledger") or kind == "ledger" and record.row in DIFFERENCES:
         return None
@@ -430,31 +486,40 @@ def _signs(record):
 @dataclass
 class _Schema:
     """What from_dict and key need to know of a kind of record."""
-    checks: dict            # field -> check of a value that is not null
-    optional: set           # fields that may be null
-    defaults: dict          # field -> value, where it may be absent
-    makers: dict            # the same where the value is an object or a list of its own -> what makes one
+
+    checks: dict  # field -> check of a value that is not null
+    optional: set  # fields that may be null
+    defaults: dict  # field -> value, where it may be absent
+    makers: dict  # the same where the value is an object or a list of its own -> what makes one
     required: set
-    identity: object        # record -> the values of key_fields
-    unhashable: list        # which of these are lists or objects
+    identity: object  # record -> the values of key_fields
+    unhashable: list  # which of these are lists or objects
 
 
 def _without_none(annotation):
-    inner, = (a for a in typing.get_args(annotation) if a is not types.NoneType)
+    (inner,) = (a for a in typing.get_args(annotation) if a is not types.NoneType)
     return inner
 
 
 def _schema(cls):
     fields = {f.name: f for f in dataclasses.fields(cls)}
     optional = {name for name, f in fields.items() if types.NoneType in typing.get_args(f.type)}
-    return _Schema({name: _check_of(_without_none(f.type) if name in optional else f.type, name)
-                    for name, f in fields.items()}, optional,
-                   {n: f.default for n, f in fields.items() if f.default is not dataclasses.MISSING},
-                   {n: f.default_factory for n, f in fields.items() if f.default_factory is not dataclasses.MISSING},
-                   {n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING},
-                   operator.attrgetter(*cls.key_fields, "run"),     # with "run" always a tuple
-                   [i for i, n in enumerate(cls.key_fields) if (typing.get_origin(fields[n].type) or fields[n].type)
-                    in (dict, list)])
+    return _Schema(
+        {
+            name: _check_of(_without_none(f.type) if name in optional else f.type, name)
+            for name, f in fields.items()
+        },
+        optional,
+        {n: f.default for n, f in fields.items() if f.default is not dataclasses.MISSING},
+        {n: f.default_factory for n, f in fields.items() if f.default_factory is not dataclasses.MISSING},
+        {n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING},
+        operator.attrgetter(*cls.key_fields, "run"),  # with "run" always a tuple
+        [
+            i
+            for i, n in enumerate(cls.key_fields)
+            if (typing.get_origin(fields[n].type) or fields[n].type) in (dict, list)
+        ],
+    )
 
 
 SCHEMAS = {kind: _schema(cls) for kind, cls in KINDS.items()}
@@ -463,10 +528,10 @@ SCHEMAS = {kind: _schema(cls) for kind, cls in KINDS.items()}
 def from_dict(body):
     """A record from a decoded line.
 
-    Raises BadValue for a value that its field cannot hold: of another type than its annotation (true and false are no
-    numbers), not finite or 2^63 and above, negative (but for differences of times), no valid Unicode, with a NUL, or
-    longer or nested deeper than LONGEST and DEEPEST. Raises another LabError for what is no record: an unknown kind,
-    schema or field, or a missing field.
+    Raises BadValue for a value that its field cannot hold: of another type than its annotation (true and
+    false are no numbers), not finite or 2^63 and above, negative (but for differences of times), no valid
+    Unicode, with a NUL, or longer or nested deeper than LONGEST and DEEPEST. Raises another LabError for what
+    is no record: an unknown kind, schema or field, or a missing field.
     """
     if type(body) is not dict:
         raise LabError("not a record: expected a JSON object")
@@ -475,15 +540,22 @@ def from_dict(body):
     if type(schema) is not int or schema < 1:
         raise LabError(f"not a record: no schema version (got {shown(schema)})")
     if schema > SCHEMA:
-        raise LabError(f"schema version {shown(schema)} is newer than this lab's {SCHEMA}: update the lab to read it")
+        raise LabError(
+            f"schema version {shown(schema)} is newer than this lab's {SCHEMA}: update the lab to read it"
+        )
     if type(kind) is not str or kind not in KINDS:
         raise LabError(f"unknown kind {shown(kind)}: expected one of {', '.join(KINDS)}")
     known = SCHEMAS[kind]
     if not (values.keys() <= known.checks.keys() and known.required <= values.keys()):
         unknown, missing = sorted(values.keys() - known.checks.keys()), sorted(known.required - values.keys())
-        raise LabError(f"a {kind} record with " + " and ".join(
-            f"{what} {shown(', '.join(names), quotes=False)}" for what, names in (("unknown", unknown), ("no", missing))
-            if names))
+        raise LabError(
+            f"a {kind} record with "
+            + " and ".join(
+                f"{what} {shown(', '.join(names), quotes=False)}"
+                for what, names in (("unknown", unknown), ("no", missing))
+                if names
+            )
+        )
     checks = known.checks
     for name, value in values.items():
         problem = checks[name](value) if value is not None or name not in known.optional else None
@@ -492,7 +564,9 @@ def from_dict(body):
     for name, make in known.makers.items():
         if name not in values:
             values[name] = make()
-    record = object.__new__(KINDS[kind])        # __init__ with its 30 keywords takes most of the time of a long file
+    record = object.__new__(
+        KINDS[kind]
+    )  # __init__ with its 30 keywords takes most of the time of a long file
     record.__dict__ = {**known.defaults, **values}
     problem = _signs(record)
     if problem:
@@ -513,7 +587,9 @@ def key(record):
 def freeze(value):
     """A hashable form of a JSON value, independent of the order of an object's members."""
     if isinstance(value, dict):
-        items = sorted(value.items()) if len(value) > 1 else value.items()      # names differ: no values are compared
+        items = (
+            sorted(value.items()) if len(value) > 1 else value.items()
+        )  # names differ: no values are compared
         for _, inner in items:
             if isinstance(inner, (dict, list, tuple)):
                 return tuple((name, freeze(v)) for name, v in items)
@@ -532,14 +608,17 @@ def path_of(where):
 @dataclass(frozen=True)
 class LeftOut:
     """A line that was not read, for a value in it. run: None where not even that could be read."""
+
     line: int
     run: str | None
-    problem: str            # names the field
+    problem: str  # names the field
 
 
 @dataclass
 class Records:
-    """What a file holds. `notices` are lines for the user: a torn last line, lines left out or skipped as too new."""
+    """What a file holds. `notices` are lines for the user: a torn last line, lines left out or skipped as too
+    new."""
+
     path: Path
     rows: list
     notices: list = field(default_factory=list)
@@ -559,9 +638,9 @@ class Records:
 def read(where, newer="error"):
     """Reads a records file (or a folder that holds records.jsonl) into Records.
 
-    newer: "error" raises LabError at a line with a schema newer than SCHEMA, "skip" leaves such lines out with a
-    notice. A torn last line (a run killed by a full disk) is a notice, and so is a line that holds a value that cannot
-    be right (BadValue); any other bad line is a LabError.
+    newer: "error" raises LabError at a line with a schema newer than SCHEMA, "skip" leaves such lines out
+    with a notice. A torn last line (a run killed by a full disk) is a notice, and so is a line that holds a
+    value that cannot be right (BadValue); any other bad line is a LabError.
     """
     path = path_of(where)
     *lines, tail = _content(path).split(b"\n")
@@ -570,10 +649,14 @@ def read(where, newer="error"):
         skipped = _add_rows(found, lines, newer)
     found.notices += [f"{path}:{bad.line}: left out: {bad.problem}" for bad in found.left_out[:NAMED]]
     if len(found.left_out) > NAMED:
-        found.notices.append(f"{path}: left out {len(found.left_out) - NAMED} more lines with such values, up to line "
-                             f"{found.left_out[-1].line}")
+        found.notices.append(
+            f"{path}: left out {len(found.left_out) - NAMED} more lines with such values, up to line "
+            f"{found.left_out[-1].line}"
+        )
     if skipped:
-        found.notices.append(f"{path}: skipped {skipped} lines of a newer schema than {SCHEMA}; update the lab")
+        found.notices.append(
+            f"{path}: skipped {skipped} lines of a newer schema than {SCHEMA}; update the lab"
+        )
     if tail.strip():
         found.notices.append(f"{path}: the last line is torn ({len(tail)} bytes) and was left out")
     return found
@@ -581,7 +664,8 @@ def read(where, newer="error"):
 
 @contextlib.contextmanager
 def no_collection():
-    """No search for garbage meanwhile: rows are none, and looking for some as they grow takes as long as reading them."""
+    """No search for garbage meanwhile: rows are none, and looking for some as they grow takes as long as
+    reading them."""
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -594,12 +678,12 @@ def no_collection():
 def _add_rows(found, lines, newer):
     """Adds what the lines of a file hold to its Records; returns how many were skipped as too new."""
     path, skipped = found.path, 0
-    scan = json.JSONDecoder().scan_once         # of a text that begins with a value: half the time of json.loads
+    scan = json.JSONDecoder().scan_once  # of a text that begins with a value: half the time of json.loads
     for number, line in enumerate(lines, 1):
         if not line or line.isspace():
             continue
         try:
-            text = line.decode()                    # json.loads would guess the encoding of bytes
+            text = line.decode()  # json.loads would guess the encoding of bytes
             body, end = scan(text, 0) if text[0] == "{" else (None, 0)
             if end != len(text):
                 body = json.loads(text)
@@ -622,13 +706,17 @@ def _add_rows(found, lines, newer):
 def _content(path):
     """The bytes of a records file, read while nobody writes."""
     try:
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):       # a pipe or a device may never end
+        with open(
+            path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
+        ) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # a pipe or a device may never end
                 raise LabError(f"cannot read {path}: it is no ordinary file")
             with locked(file.fileno(), shared=True):
                 return file.read()
     except FileNotFoundError:
-        raise LabError(f"no records: {path} does not exist; `lab bench all --out {path.parent}` writes it") from None
+        raise LabError(
+            f"no records: {path} does not exist; `lab bench all --out {path.parent}` writes it"
+        ) from None
     except OSError as e:
         raise LabError(f"cannot read {path}: {e.strerror}") from None
 
@@ -637,8 +725,8 @@ def _content(path):
 def locked(fd, shared=False):
     """Holds the lock of an open records file: one writer at a time, and no reader while one writes.
 
-    The kernel lets go of it when its process ends, however that happens. Yields None, or why there is no lock (a file
-    system without locks).
+    The kernel lets go of it when its process ends, however that happens. Yields None, or why there is no lock
+    (a file system without locks).
     """
     problem = None
     try:
@@ -663,8 +751,8 @@ def locked(fd, shared=False):
 class Writer:
     """Appends records, one lot of whole lines at a time, which are on disk when `append` returns.
 
-    Several writers may have one file open: each holds the file's lock while it writes. A writer that was killed, or
-    that found the disk full, may leave a torn last line; the next one cuts it off (see `notices`).
+    Several writers may have one file open: each holds the file's lock while it writes. A writer that was
+    killed, or that found the disk full, may leave a torn last line; the next one cuts it off (see `notices`).
     """
 
     def __init__(self, where):
@@ -672,7 +760,9 @@ class Writer:
         self.notices = []
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0), 0o644)
+            self._fd = os.open(
+                self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0), 0o644
+            )
         except OSError as e:
             raise LabError(f"cannot write {self.path}: {e.strerror}") from None
         if not stat.S_ISREG(os.fstat(self._fd).st_mode):
@@ -680,11 +770,14 @@ class Writer:
             raise LabError(f"cannot write {self.path}: it is no ordinary file")
         with locked(self._fd) as problem:
             if problem:
-                self.notices.append(f"{self.path}: cannot be locked ({problem}): let no other process write to it")
+                self.notices.append(
+                    f"{self.path}: cannot be locked ({problem}): let no other process write to it"
+                )
             self._cut_torn_tail()
 
     def _cut_torn_tail(self):
-        """Call it with the lock held: without it the tail may be another writer's line that is being written."""
+        """Call it with the lock held: without it the tail may be another writer's line that is being
+        written."""
         size = end = os.fstat(self._fd).st_size
         block = 1 << 16
         while end:
@@ -706,7 +799,7 @@ class Writer:
         """Writes the records' lines, all or none of them; raises LabError where the disk takes no more."""
         data = memoryview("".join(map(to_line, records)).encode())
         with locked(self._fd):
-            self._cut_torn_tail()               # of a writer that was killed since
+            self._cut_torn_tail()  # of a writer that was killed since
             before, written = os.fstat(self._fd).st_size, 0
             try:
                 while written < len(data):
@@ -714,8 +807,10 @@ class Writer:
                 os.fsync(self._fd)
             except OSError as e:
                 os.ftruncate(self._fd, before)
-                raise LabError(f"{self.path}: only {written} of {len(data)} bytes could be written ({e.strerror}); "
-                               "they were taken back") from None
+                raise LabError(
+                    f"{self.path}: only {written} of {len(data)} bytes could be written ({e.strerror}); "
+                    "they were taken back"
+                ) from None
 
     def close(self):
         os.close(self._fd)

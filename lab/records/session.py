@@ -1,4 +1,6 @@
-"""One bench run: its id, what it has recorded, its deadline, its progress. A stopped run is resumed by asking again."""
+"""One bench run: its id, what it has recorded, its deadline, its progress. A stopped run is resumed by asking
+again."""
+
 import datetime
 import secrets
 import sys
@@ -10,8 +12,9 @@ from lab.records import card, compare, schema
 class Session:
     """Writes the records of one run to `out`.
 
-    Asked again with the same settings on the same card, software, tables and commit, it continues the last run of the
-    file if that was stopped (it has no "after" env row): what `has` says is recorded need not be measured again.
+    Asked again with the same settings on the same card, software, tables and commit, it continues the last
+    run of the file if that was stopped (it has no "after" env row): what `has` says is recorded need not be
+    measured again.
     fresh: never continue. budget_minutes: `over()` is true after that.
     """
 
@@ -69,7 +72,8 @@ class Session:
 
 
 class Progress:
-    """A bar with the time left on stderr, where that is a terminal; nothing elsewhere. total: in about seconds."""
+    """A bar with the time left on stderr, where that is a terminal; nothing elsewhere. total: in about
+    seconds."""
 
     def __init__(self, total):
         self.total, self.bar, self.running = total, None, 0.0
@@ -79,8 +83,15 @@ class Progress:
             from rich.console import Console
             from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
-            self.bar = Bar(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(),
-                           console=Console(stderr=True), transient=True)
+
+            self.bar = Bar(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
             self.bar.start()
             self.task = self.bar.add_task("", total=self.total)
         return self

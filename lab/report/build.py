@@ -1,21 +1,26 @@
-"""`lab report DIR`: PNG pictures, one self-contained index.html and a README.md from the records below DIR."""
+"""`lab report DIR`: PNG pictures, one self-contained index.html and a README.md from the records below
+DIR."""
+
 import sys
 from pathlib import Path
 
 from lab.errors import LabError
 from lab.files import is_there, read_text, write_whole
 
-DRAWN = ".drawn-by-lab-report"      # what the last report wrote into figures/, so that the next can clear it away
+DRAWN = ".drawn-by-lab-report"  # what the last report wrote into figures/, so that the next can clear it away
 
 
 def add_arguments(parser):
     parser.add_argument("dir", metavar="DIR", help="a folder with records.jsonl, in itself or in subfolders")
-    parser.add_argument("--out", metavar="DIR", help="where to write index.html, README.md and figures/ (default: DIR)")
+    parser.add_argument(
+        "--out", metavar="DIR", help="where to write index.html, README.md and figures/ (default: DIR)"
+    )
     parser.add_argument("--run", metavar="ID", help="draw only this run (default: all, newest first)")
 
 
 def main(args):
-    """Writes the report and prints where it is. Returns 0; raises LabError (exit status 2) for unusable input."""
+    """Writes the report and prints where it is. Returns 0; raises LabError (exit status 2) for unusable
+    input."""
     from lab.report import load, page
 
     source = Path(args.dir)
@@ -49,16 +54,22 @@ def main(args):
     if all(r.emulated for r in runs):
         title += " (emulated)"
     files = {p.file: p.light for v in views for p in v.pictures}
-    files |= {"README.md": page.markdown(views, title).encode(), "index.html": page.html(views, title).encode()}
+    files |= {
+        "README.md": page.markdown(views, title).encode(),
+        "index.html": page.html(views, title).encode(),
+    }
     write(out, files)
     warnings = sum(n.level == "warning" for r in runs for n in r.notices)
-    print(f"{out / 'index.html'}: {len(files) - 2} pictures of {len(runs)} run{'s' * (len(runs) > 1)}"
-          + (f", {warnings} warning{'s' * (warnings > 1)} on the page" if warnings else ""))
+    print(
+        f"{out / 'index.html'}: {len(files) - 2} pictures of {len(runs)} run{'s' * (len(runs) > 1)}"
+        + (f", {warnings} warning{'s' * (warnings > 1)} on the page" if warnings else "")
+    )
     return 0
 
 
 def write(out, files):
-    """Writes {path below out: bytes}, each beside and renamed, and removes pictures that only an earlier report had."""
+    """Writes {path below out: bytes}, each beside and renamed, and removes pictures that only an earlier
+    report had."""
     try:
         listing = out / "figures" / DRAWN
         before = set(read_text(listing).split("\n")) if is_there(listing) else set()

@@ -1,8 +1,9 @@
 """What every picture has in common: its conditions, its table, its command, and how it becomes a PNG.
 
-Pictures are 5.2 inches wide, so that their text can be read on a phone, and are drawn twice: for the light page and
-for the dark one. Error bars are p10 and p90 of the samples.
+Pictures are 5.2 inches wide, so that their text can be read on a phone, and are drawn twice: for the light
+page and for the dark one. Error bars are p10 and p90 of the samples.
 """
+
 import io
 import shlex
 import textwrap
@@ -19,27 +20,29 @@ from PIL import Image
 
 from lab.report import style
 
-WIDTH = 5.2         # inches
-WRAP = 99           # characters of the subtitle that fit on a line
+WIDTH = 5.2  # inches
+WRAP = 99  # characters of the subtitle that fit on a line
 
 
 @dataclass
 class Figure:
     """One picture and what stands around it. `draw(canvas, theme)` fills an empty matplotlib figure."""
-    name: str                   # file name without ending; unique in a run
+
+    name: str  # file name without ending; unique in a run
     title: str
-    conditions: str             # device, dtype, cache, ceiling, n
-    reading: str                # what it shows and how to read it
+    conditions: str  # device, dtype, cache, ceiling, n
+    reading: str  # what it shows and how to read it
     alt: str
     table: pd.DataFrame
-    command: str                # reproduces the records behind it
-    height: float               # inches, without the title; a legend of one row included
+    command: str  # reproduces the records behind it
+    height: float  # inches, without the title; a legend of one row included
     draw: Callable
     wide: bool = False
 
 
 def compose(figure, theme, emulated=False):
-    """The picture as a matplotlib figure in the theme's colours; call it inside rc_context(style.rc(theme))."""
+    """The picture as a matplotlib figure in the theme's colours; call it inside
+    rc_context(style.rc(theme))."""
     title, lines = textwrap.wrap(figure.title, 56), textwrap.wrap(figure.conditions, WRAP)
     canvas = Canvas(figsize=(WIDTH, figure.height), layout="constrained")
     figure.draw(canvas, theme)
@@ -48,21 +51,46 @@ def compose(figure, theme, emulated=False):
     height = head + figure.height + 0.17 * max(0, legend_rows - 1)
     canvas.set_size_inches(WIDTH, height)
     canvas.get_layout_engine().set(rect=(0.005, 0.005, 0.985, 1 - head / height - 0.005))
-    canvas.text(0.015, 1 - 0.08 / height, "\n".join(title), fontsize=10.5, fontweight="bold", va="top",
-                linespacing=1.1)
-    canvas.text(0.015, 1 - (0.12 + 0.19 * len(title)) / height, "\n".join(lines), fontsize=7, va="top",
-                color=theme.muted, linespacing=1.2)
+    canvas.text(
+        0.015,
+        1 - 0.08 / height,
+        "\n".join(title),
+        fontsize=10.5,
+        fontweight="bold",
+        va="top",
+        linespacing=1.1,
+    )
+    canvas.text(
+        0.015,
+        1 - (0.12 + 0.19 * len(title)) / height,
+        "\n".join(lines),
+        fontsize=7,
+        va="top",
+        color=theme.muted,
+        linespacing=1.2,
+    )
     if emulated:
         for ax in canvas.axes:
-            ax.text(0.5, 0.5, "emulated", transform=ax.transAxes, ha="center", va="center", fontsize=26,
-                    color=theme.muted, alpha=0.16, rotation=20, zorder=0)
+            ax.text(
+                0.5,
+                0.5,
+                "emulated",
+                transform=ax.transAxes,
+                ha="center",
+                va="center",
+                fontsize=26,
+                color=theme.muted,
+                alpha=0.16,
+                rotation=20,
+                zorder=0,
+            )
     return canvas
 
 
 def png(figure, theme, emulated=False):
     """The picture as PNG bytes, 1040 pixels wide."""
     with matplotlib.rc_context(style.rc(theme)), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")          # a record may hold any character; the font draws a box
+        warnings.filterwarnings("ignore", "Glyph")  # a record may hold any character; the font draws a box
         canvas = FigureCanvasAgg(compose(figure, theme, emulated))
         canvas.draw()
         drawn = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
@@ -73,6 +101,7 @@ def png(figure, theme, emulated=False):
 
 # The words of a picture
 
+
 def conditions(run, rows, *extra):
     """Device, dtype, cache state, timer, ceiling and sample count of the rows a picture shows, one line."""
     words = [f"EMULATED on {run.device}: says nothing about a GPU" if run.emulated else run.device]
@@ -80,7 +109,9 @@ def conditions(run, rows, *extra):
         if column in rows and len(rows):
             values = [v for v in dict.fromkeys(rows[column]) if v]
             what = " cache" if column == "cache" else ""
-            words.append(", ".join(v.replace("_", " ") for v in values) + what if values else f"{column} not recorded")
+            words.append(
+                ", ".join(v.replace("_", " ") for v in values) + what if values else f"{column} not recorded"
+            )
     words += [e for e in extra if e]
     words += filter(None, [untuned_words(rows)])
     if not run.emulated:
@@ -98,24 +129,31 @@ def conditions(run, rows, *extra):
 
 
 def untuned_words(rows):
-    """"untuned: Triton decode_attention" for the rows of a picture (frames of lab.report.load), "" where all are tuned."""
+    """ "untuned: Triton decode_attention" for the rows of a picture (frames of lab.report.load), "" where all
+    are tuned."""
     if "tuning" not in rows:
         return ""
     found = rows[rows["tuning"] != ""]
-    which = [f"{style.backend(r.backend).label} {getattr(r, 'op', '') or r.tuning.partition(': ')[2]}"
-             for r in found.itertuples()]
+    which = [
+        f"{style.backend(r.backend).label} {getattr(r, 'op', '') or r.tuning.partition(': ')[2]}"
+        for r in found.itertuples()
+    ]
     return f"untuned: {', '.join(dict.fromkeys(which))}" if which else ""
 
 
 def ceiling_words(run):
-    """The denominators of all shares: ops that read are held to the read ceiling, ops that copy to the copy ceiling."""
+    """The denominators of all shares: ops that read are held to the read ceiling, ops that copy to the copy
+    ceiling."""
     best = {direction: run.best_ceiling(direction) for direction in dict.fromkeys(run.ceiling["direction"])}
-    words = ", ".join(f"{direction} {best[direction]:,.0f}" for direction in ("read", "copy") if best.get(direction))
+    words = ", ".join(
+        f"{direction} {best[direction]:,.0f}" for direction in ("read", "copy") if best.get(direction)
+    )
     return f"ceiling of this run {words} GB/s" if words else "no ceiling measured"
 
 
 def command(what, ops=(), rows=None, model=None, *flags):
-    """The command line that measures these rows again and draws them: `lab bench WHAT NAMES ... && lab report ...`."""
+    """The command line that measures these rows again and draws them: `lab bench WHAT NAMES ... && lab report
+    ...`."""
     words = ["lab bench", what, *map(shlex.quote, ops)]
     if model:
         words += ["--model", shlex.quote(model)]
@@ -123,7 +161,10 @@ def command(what, ops=(), rows=None, model=None, *flags):
         values = pd.Series(dtype=object) if rows is None or option not in rows else rows[option].dropna()
         values = values.mode()[:1] if option == "dtype" else sorted(set(values))
         if len(values):
-            words += [f"--{option}", shlex.quote(",".join(v if isinstance(v, str) else f"{v:.0f}" for v in values))]
+            words += [
+                f"--{option}",
+                shlex.quote(",".join(v if isinstance(v, str) else f"{v:.0f}" for v in values)),
+            ]
     return " ".join([*words, *flags, "--out out/again && lab report out/again"])
 
 
@@ -154,19 +195,36 @@ def times(rows, divisor):
 
 def short(text, width=34):
     text = str(text)
-    return text if len(text) <= width else text[:width - 1] + "…"
+    return text if len(text) <= width else text[: width - 1] + "…"
 
 
-HEADS = {       # column of a frame: head of a table
-    "case": "op", "series": "backend", "bar": "backend", "part": "op", "role": "use", "context": "context (tokens)",
-    "us": "median (us)", "us_p10": "p10 (us)", "us_p90": "p90 (us)", "us_p99": "p99 (us)", "gbps": "GB/s",
-    "share": "of ceiling (%)", "of_token": "of token (%)", "flops": "flop", "intensity": "flop/byte",
-    "tflops": "Tflop/s", "tokens_per_s": "tokens/s", "ttft_ms": "first token (ms)",
-    "page_utilisation": "KV pages in use", "tuning": "settings"}
+HEADS = {  # column of a frame: head of a table
+    "case": "op",
+    "series": "backend",
+    "bar": "backend",
+    "part": "op",
+    "role": "use",
+    "context": "context (tokens)",
+    "us": "median (us)",
+    "us_p10": "p10 (us)",
+    "us_p90": "p90 (us)",
+    "us_p99": "p99 (us)",
+    "gbps": "GB/s",
+    "share": "of ceiling (%)",
+    "of_token": "of token (%)",
+    "flops": "flop",
+    "intensity": "flop/byte",
+    "tflops": "Tflop/s",
+    "tokens_per_s": "tokens/s",
+    "ttft_ms": "first token (ms)",
+    "page_utilisation": "KV pages in use",
+    "tuning": "settings",
+}
 
 
 def table(rows, columns, **heads):
-    """The numbers behind a picture: these columns, as far as they hold anything, with units in their heads."""
+    """The numbers behind a picture: these columns, as far as they hold anything, with units in their
+    heads."""
     if "of_ceiling" in rows:
         rows = with_share(rows)
     shown = rows[[c for c in columns.split() if c in rows]]
@@ -175,6 +233,7 @@ def table(rows, columns, **heads):
 
 
 # The marks of a picture
+
 
 def spread(rows, y, low, high):
     """Asymmetric error bars of y, zero where an end is absent."""
@@ -186,30 +245,53 @@ def spread(rows, y, low, high):
 def with_share(rows):
     """Adds share, share_low, share_high in per cent of the ceiling; the spread is that of the time."""
     share = 100 * rows["of_ceiling"]
-    return rows.assign(share=share, share_low=share * rows["us"] / rows["us_p90"],
-                       share_high=share * rows["us"] / rows["us_p10"])
+    return rows.assign(
+        share=share,
+        share_low=share * rows["us"] / rows["us_p90"],
+        share_high=share * rows["us"] / rows["us_p10"],
+    )
 
 
 def line(ax, rows, x, y, low, high, look, label, dash="-", markers="full"):
     """markers: hollow, full or rimmed."""
     rows = rows.dropna(subset=[x, y]).sort_values(x)
     if len(rows):
-        rim = {"markeredgecolor": matplotlib.rcParams["text.color"], "markersize": 6} if markers == "rimmed" else {}
-        ax.errorbar(rows[x], rows[y], yerr=spread(rows, y, low, high), color=look.color, marker=look.marker,
-                    label=label, linestyle=dash,
-                    fillstyle="none" if markers == "hollow" else "full", **rim)
+        rim = (
+            {"markeredgecolor": matplotlib.rcParams["text.color"], "markersize": 6}
+            if markers == "rimmed"
+            else {}
+        )
+        ax.errorbar(
+            rows[x],
+            rows[y],
+            yerr=spread(rows, y, low, high),
+            color=look.color,
+            marker=look.marker,
+            label=label,
+            linestyle=dash,
+            fillstyle="none" if markers == "hollow" else "full",
+            **rim,
+        )
 
 
 def dots(ax, rows, column, order, x, low, high, theme):
-    """One row of the axis per value of `column`, top down in `order`; one mark with its spread per backend in each."""
+    """One row of the axis per value of `column`, top down in `order`; one mark with its spread per backend in
+    each."""
     backends = style.backend_order(rows["backend"])
     place = {name: i for i, name in enumerate(order)}
     apart = 0.7 / len(backends) if rows[column].duplicated().any() else 0
     for i, name in enumerate(backends):
         mine, look = rows[rows["backend"] == name], style.backend(name)
         at = np.array([place[v] for v in mine[column]]) + (i - (len(backends) - 1) / 2) * apart
-        ax.errorbar(mine[x], at, xerr=spread(mine, x, low, high), linestyle="none", color=look.color,
-                    marker=look.marker, label=look.label)
+        ax.errorbar(
+            mine[x],
+            at,
+            xerr=spread(mine, x, low, high),
+            linestyle="none",
+            color=look.color,
+            marker=look.marker,
+            label=look.label,
+        )
     for i in range(0, len(order), 2):
         ax.axhspan(i - 0.5, i + 0.5, color=theme.grid, alpha=0.35, zorder=0, linewidth=0)
     ax.set_yticks(range(len(order)), [short(v) for v in order])
@@ -249,7 +331,9 @@ def from_zero_or_log(axis, values, ends):
     if values.max() > 8 * values.min():
         plain_log(axis)
     else:
-        (axis.axes.set_xlim if axis.axis_name == "x" else axis.axes.set_ylim)(0, max(values.max(), ends.max()) * 1.08)
+        (axis.axes.set_xlim if axis.axis_name == "x" else axis.axes.set_ylim)(
+            0, max(values.max(), ends.max()) * 1.08
+        )
 
 
 def legend(canvas, axes):
@@ -259,9 +343,15 @@ def legend(canvas, axes):
         for handle, label in zip(*ax.get_legend_handles_labels()):
             found.setdefault(label, handle)
     if found:
-        column = 0.68 + 0.068 * max(map(len, found))         # inches: handle and gap, and 8-point letters
-        canvas.legend(found.values(), found.keys(), loc="outside lower center", handlelength=2.4, columnspacing=1.2,
-                      ncols=max(1, min(len(found), int(WIDTH / column))))
+        column = 0.68 + 0.068 * max(map(len, found))  # inches: handle and gap, and 8-point letters
+        canvas.legend(
+            found.values(),
+            found.keys(),
+            loc="outside lower center",
+            handlelength=2.4,
+            columnspacing=1.2,
+            ncols=max(1, min(len(found), int(WIDTH / column))),
+        )
 
 
 def grid_of(canvas, count, xlabel, columns=2, **options):
@@ -270,6 +360,6 @@ def grid_of(canvas, count, xlabel, columns=2, **options):
     axes = list(canvas.subplots(-(-count // columns), columns, squeeze=False, **options).ravel())
     for ax in axes[count:]:
         ax.remove()
-    for ax in axes[max(0, count - columns):count]:
+    for ax in axes[max(0, count - columns) : count]:
         ax.set_xlabel(xlabel)
     return axes[:count]

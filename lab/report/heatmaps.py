@@ -2,6 +2,7 @@
 
 Emulated runs have neither: the host build against an interpreter is a race that says nothing.
 """
+
 import numpy as np
 import pandas as pd
 from matplotlib.colors import LinearSegmentedColormap
@@ -9,18 +10,39 @@ from matplotlib.patches import Rectangle
 
 from lab.report import style
 from lab.report.figures import Figure, amount, command, conditions, short, table
-from lab.report.ops import VERDICTS, by_case, chosen, first_of, in_order, labelled, pairs, score_words, verdict
+from lab.report.ops import (
+    VERDICTS,
+    by_case,
+    chosen,
+    first_of,
+    in_order,
+    labelled,
+    pairs,
+    score_words,
+    verdict,
+)
 
-BATCHES = 12        # across one picture
+BATCHES = 12  # across one picture
 
 
 def crossover(run, f, a="cuda", b="triton"):
     """Heat map of b's time over a's: ops, uses and contexts down, batch across."""
     if run.emulated:
         return None
-    found = [_cell(f, case, batch, verdict(one, other), one, a_us=one.us, b_us=other.us, ratio=other.us / one.us,
-                   tuning=_untuned(one, other))
-             for case, batch, one, other in pairs(labelled(chosen(run.op, f)), a, b)]
+    found = [
+        _cell(
+            f,
+            case,
+            batch,
+            verdict(one, other),
+            one,
+            a_us=one.us,
+            b_us=other.us,
+            ratio=other.us / one.us,
+            tuning=_untuned(one, other),
+        )
+        for case, batch, one, other in pairs(labelled(chosen(run.op, f)), a, b)
+    ]
     if not found:
         return None
     cells = pd.DataFrame(found)
@@ -38,24 +60,36 @@ def crossover(run, f, a="cuda", b="triton"):
             said = f"{winner.label} {max(cell.ratio, 1 / cell.ratio):.2f}×"
         return said + ("\n" + cell.tuning if cell.tuning else "")
 
-    counts = {v: int((cells["verdict"] == v).sum()) for v in VERDICTS} | {"untuned": int((cells["tuning"] != "").sum())}
+    counts = {v: int((cells["verdict"] == v).sum()) for v in VERDICTS} | {
+        "untuned": int((cells["tuning"] != "").sum())
+    }
     order, left = first_of(in_order(cells["case"]))
     return Figure(
-        name="crossover", title=f"Who wins where: {look_a.label} against {look_b.label}{f.of_model}",
+        name="crossover",
+        title=f"Who wins where: {look_a.label} against {look_b.label}{f.of_model}",
         conditions=_conditions(run, cells, f),
-        reading=score_words(counts, a, b) + " Each cell names the faster side and by how much; the colour is full at "
-                "twice the speed. Hatched cells are no win for either: the spreads overlap or the difference is below "
-                "the resolution." + left + _batches_left(cells),
+        reading=score_words(counts, a, b)
+        + " Each cell names the faster side and by how much; the colour is full at twice the speed. "
+        "Hatched cells are no win for either: the spreads overlap or the difference is below the "
+        "resolution." + left + _batches_left(cells),
         alt=f"Heat map of ops by batch. {score_words(counts, a, b)}",
-        table=table(cells, "case batch a_us b_us ratio verdict tuning", a_us=f"{look_a.label} (us)",
-                    b_us=f"{look_b.label} (us)", ratio=f"{look_b.label} / {look_a.label}",
-                    verdict=f"{look_a.label} is"),
-        command=command("ops", (), cells, f.model), height=0.5 + 0.27 * len(order),
-        draw=lambda canvas, theme: _map(canvas, theme, cells, order, face, words))
+        table=table(
+            cells,
+            "case batch a_us b_us ratio verdict tuning",
+            a_us=f"{look_a.label} (us)",
+            b_us=f"{look_b.label} (us)",
+            ratio=f"{look_b.label} / {look_a.label}",
+            verdict=f"{look_a.label} is",
+        ),
+        command=command("ops", (), cells, f.model),
+        height=0.5 + 0.27 * len(order),
+        draw=lambda canvas, theme: _map(canvas, theme, cells, order, face, words),
+    )
 
 
 def winners(run, f, op):
-    """Heat map of the fastest backend of one op, the vendor's included: uses and contexts down, batch across."""
+    """Heat map of the fastest backend of one op, the vendor's included: uses and contexts down, batch
+    across."""
     rows = chosen(run.op, f)
     rows = labelled(rows[(rows["op"] == op) & ~rows["suspect"]])
     if run.emulated or rows["backend"].nunique() < 2:
@@ -64,19 +98,34 @@ def winners(run, f, op):
     for (case, batch), group in by_case(rows):
         first, *others = sorted(group, key=lambda row: row.us)
         if others:
-            found.append(_cell(f, case, batch, verdict(first, others[0]), first, winner=first.backend, us=first.us,
-                               second=others[0].backend, second_us=others[0].us,
-                               tuning=_untuned(first, others[0])))
+            found.append(
+                _cell(
+                    f,
+                    case,
+                    batch,
+                    verdict(first, others[0]),
+                    first,
+                    winner=first.backend,
+                    us=first.us,
+                    second=others[0].backend,
+                    second_us=others[0].us,
+                    tuning=_untuned(first, others[0]),
+                )
+            )
     if not found:
         return None
     cells = pd.DataFrame(found)
 
     def face(cell, theme):
-        return (*[int(style.backend(cell.winner).color[i:i + 2], 16) / 255 for i in (1, 3, 5)], 0.45)
+        return (*[int(style.backend(cell.winner).color[i : i + 2], 16) / 255 for i in (1, 3, 5)], 0.45)
 
     def words(cell):
         first, second = style.backend(cell.winner).label, style.backend(cell.second).label
-        said = f"{first}\n{cell.second_us / cell.us:.2f}×" if cell.verdict == "faster" else f"{first} or\n{second}"
+        said = (
+            f"{first}\n{cell.second_us / cell.us:.2f}×"
+            if cell.verdict == "faster"
+            else f"{first} or\n{second}"
+        )
         return said + ("\n" + cell.tuning if cell.tuning else "")
 
     won = cells[cells["verdict"] == "faster"]["winner"].value_counts()
@@ -84,31 +133,49 @@ def winners(run, f, op):
     counts = f"Of {len(cells)} cases: {counts}; {len(cells) - int(won.sum())} undecided."
     order, left = first_of(list(dict.fromkeys(cells["case"])))
     return Figure(
-        name=f"{op}-winner", title=f"{op}: the fastest of all backends{f.of_model}",
+        name=f"{op}-winner",
+        title=f"{op}: the fastest of all backends{f.of_model}",
         conditions=_conditions(run, cells, f),
-        reading=counts + " The factor is the time of the second best over that of the best; hatched cells are "
-                         "undecided between the two that they name." + left + _batches_left(cells),
+        reading=counts
+        + " The factor is the time of the second best over that of the best; hatched cells are "
+        "undecided between the two that they name." + left + _batches_left(cells),
         alt=f"Heat map of the fastest backend of {op} by batch. {counts}",
         table=table(cells, "case batch winner us second second_us verdict tuning", second_us="second (us)"),
-        command=command("ops", [op], cells, f.model), height=0.5 + 0.36 * len(order),
-        draw=lambda canvas, theme: _map(canvas, theme, cells, order, face, words))
+        command=command("ops", [op], cells, f.model),
+        height=0.5 + 0.36 * len(order),
+        draw=lambda canvas, theme: _map(canvas, theme, cells, order, face, words),
+    )
 
 
 def _untuned(*rows):
-    """"Triton untuned" where one of the rows beside each other is, so that the verdict is no limit of a language."""
+    """ "Triton untuned" where one of the rows beside each other is, so that the verdict is no limit of a
+    language."""
     names = [style.backend(r.backend).label for r in rows if r.tuning]
     return f"{', '.join(names)} untuned" if names else ""
 
 
 def _cell(f, case, batch, said, row, **values):
     """What a cell holds; n and the spread are there for the picture's conditions."""
-    return dict(case=case, batch=batch, verdict=said, dtype=f.dtype, cache=f.cache, n=row.n, us_p10=row.us_p10,
-                us_p90=row.us_p90, **values)
+    return dict(
+        case=case,
+        batch=batch,
+        verdict=said,
+        dtype=f.dtype,
+        cache=f.cache,
+        n=row.n,
+        us_p10=row.us_p10,
+        us_p90=row.us_p90,
+        **values,
+    )
 
 
 def _conditions(run, cells, f):
-    said = conditions(run, cells.drop(columns="tuning"), f.timer).replace("bars p10 to p90", "verdicts from p10 to p90")
-    return said + (" · a cell names the side whose settings are untuned" if (cells["tuning"] != "").any() else "")
+    said = conditions(run, cells.drop(columns="tuning"), f.timer).replace(
+        "bars p10 to p90", "verdicts from p10 to p90"
+    )
+    return said + (
+        " · a cell names the side whose settings are untuned" if (cells["tuning"] != "").any() else ""
+    )
 
 
 def _batches_left(cells):
@@ -125,10 +192,28 @@ def _map(canvas, theme, cells, order, face, words):
     for cell in cells.itertuples():
         x, y = batches.index(cell.batch), place[cell.case]
         decided = cell.verdict in ("faster", "slower")
-        ax.add_patch(Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, facecolor=face(cell, theme) if decided else theme.grid,
-                               edgecolor=theme.muted, linewidth=0, hatch="" if decided else "////"))
-        ax.text(x, y, words(cell), ha="center", va="center", fontsize=6.5, color=theme.ink, linespacing=1.1,
-                bbox=None if decided else {"facecolor": theme.page, "edgecolor": "none", "pad": 1})
+        ax.add_patch(
+            Rectangle(
+                (x - 0.48, y - 0.46),
+                0.96,
+                0.92,
+                facecolor=face(cell, theme) if decided else theme.grid,
+                edgecolor=theme.muted,
+                linewidth=0,
+                hatch="" if decided else "////",
+            )
+        )
+        ax.text(
+            x,
+            y,
+            words(cell),
+            ha="center",
+            va="center",
+            fontsize=6.5,
+            color=theme.ink,
+            linespacing=1.1,
+            bbox=None if decided else {"facecolor": theme.page, "edgecolor": "none", "pad": 1},
+        )
     ax.set_xlim(-0.5, len(batches) - 0.5)
     ax.set_ylim(len(order) - 0.5, -0.5)
     ax.set_xticks(range(len(batches)), [amount(v) for v in batches])

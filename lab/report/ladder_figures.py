@@ -1,4 +1,5 @@
 """The ladders: share of the ceiling rung by rung, from the naive kernel to the product's."""
+
 import textwrap
 
 from lab.report import style
@@ -19,7 +20,7 @@ from lab.report.figures import (
 from lab.report.ops import shape_text
 from lab.rungs import RUNGS
 
-SAME = 0.01         # a shortfall by less is none
+SAME = 0.01  # a shortfall by less is none
 
 
 def of_run(run):
@@ -30,8 +31,10 @@ def of_run(run):
 def climb(run, op):
     """Share of the ceiling (emulated runs: time) against the rung, a line for each language."""
     rows = with_share(run.ladder[run.ladder["op"] == op])
-    rows = rows.assign(name=rows["config"].map(lambda c: str(c.get("name", ""))),
-                       idea=rows["config"].map(lambda c: str(c.get("idea", "")))).sort_values(["rung", "backend"])
+    rows = rows.assign(
+        name=rows["config"].map(lambda c: str(c.get("name", ""))),
+        idea=rows["config"].map(lambda c: str(c.get("idea", ""))),
+    ).sort_values(["rung", "backend"])
     rows = rows.assign(gain=[gain(rows, row) for row in rows.itertuples()])
     y, low, high = ("us", "us_p10", "us_p90") if run.emulated else ("share", "share_low", "share_high")
     rungs = rows.drop_duplicates("rung")
@@ -60,13 +63,21 @@ def climb(run, op):
     if first["context"] == first["context"]:
         at += f", context {amount(first['context'])}"
     return Figure(
-        name=f"ladder-{op}", title=f"The ladder of {op} ({at})", conditions=conditions(run, rows, *set(rows["timer"])),
+        name=f"ladder-{op}",
+        title=f"The ladder of {op} ({at})",
+        conditions=conditions(run, rows, *set(rows["timer"])),
         reading=f"{climbed(rows)} {shortfalls(run, rows)}".strip(),
         alt=f"Lines of {names(rows['backend'])} over {len(rungs)} rungs of {op}: "
-            + ("time of a call." if run.emulated else "share of the bandwidth ceiling."),
-        table=table(rows, "rung name idea backend tuning us us_p10 us_p90 n gbps share gain",
-                    gain="times faster than the rung before"),
-        command=command("ops", [op], None, None, "--ladder"), height=3.4, draw=draw)
+        + ("time of a call." if run.emulated else "share of the bandwidth ceiling."),
+        table=table(
+            rows,
+            "rung name idea backend tuning us us_p10 us_p90 n gbps share gain",
+            gain="times faster than the rung before",
+        ),
+        command=command("ops", [op], None, None, "--ladder"),
+        height=3.4,
+        draw=draw,
+    )
 
 
 def gain(rows, row):
@@ -80,8 +91,10 @@ def climbed(rows):
     for backend in style.backend_order(rows["backend"]):
         mine = rows[rows["backend"] == backend].sort_values("rung")
         low, top = mine.iloc[0], mine.iloc[-1]
-        words.append(f"{style.backend(backend).label}: {low['name']} to {top['name']} is {low['us'] / top['us']:.3g} "
-                     f"times faster in {len(mine)} rungs.")
+        words.append(
+            f"{style.backend(backend).label}: {low['name']} to {top['name']} is {low['us'] / top['us']:.3g} "
+            f"times faster in {len(mine)} rungs."
+        )
     return " ".join(words)
 
 
@@ -94,6 +107,8 @@ def shortfalls(run, rows):
         promised = row.config.get("promised", 1.0)
         if row.gain == row.gain and isinstance(promised, (int, float)) and row.gain < promised * (1 - SAME):
             why = row.note or next((r.otherwise for r in RUNGS if (r.op, r.number) == (row.op, row.rung)), "")
-            words.append(f"{style.backend(row.backend).label} {row.rung:.0f}. {row.name} gained {row.gain:.2f}x where "
-                         f"{promised:g}x was promised. {why}".strip())
+            words.append(
+                f"{style.backend(row.backend).label} {row.rung:.0f}. {row.name} gained {row.gain:.2f}x where "
+                f"{promised:g}x was promised. {why}".strip()
+            )
     return " ".join(words) or "Every rung gained what it promised."

@@ -1,4 +1,5 @@
 """The account of one token: stacked bars of where its time goes, and the waterfall of swapping op by op."""
+
 from dataclasses import dataclass
 
 import pandas as pd
@@ -6,12 +7,13 @@ import pandas as pd
 from lab.report import style
 from lab.report.figures import Figure, amount, command, conditions, legend, short, spread, table, times, unit
 
-CHAINS = ", chains"         # what the bar of a plan whose kernels overlap is called by
-IDLE = {"launch gaps": "....", "unexplained": "xxxx"}       # what is no kernel, and its hatch
+CHAINS = ", chains"  # what the bar of a plan whose kernels overlap is called by
+IDLE = {"launch gaps": "....", "unexplained": "xxxx"}  # what is no kernel, and its hatch
 
 
 def accounts(run, model):
-    """The ledger rows of one model at its first batch and context; `bar` names the account that each belongs to."""
+    """The ledger rows of one model at its first batch and context; `bar` names the account that each belongs
+    to."""
     rows = run.ledger[run.ledger["model"] == model]
     if not len(rows):
         return rows.assign(bar=[])
@@ -19,12 +21,19 @@ def accounts(run, model):
         rows = rows[rows[column] == rows[column].iloc[0]]
     several = rows["plan"].nunique() > 1
     chained = set(rows.loc[rows["row"] == "chain", ["backend", "plan"]].itertuples(index=False, name=None))
-    return rows.assign(bar=[style.backend(r.backend).label + (f" {r.plan}" if several and r.plan else "")
-                            + (CHAINS if (r.backend, r.plan) in chained else "") for r in rows.itertuples()])
+    return rows.assign(
+        bar=[
+            style.backend(r.backend).label
+            + (f" {r.plan}" if several and r.plan else "")
+            + (CHAINS if (r.backend, r.plan) in chained else "")
+            for r in rows.itertuples()
+        ]
+    )
 
 
 def ledger(run, model):
-    """Where the time of one token goes: one stacked bar per backend, by op, with gaps and what is unexplained."""
+    """Where the time of one token goes: one stacked bar per backend, by op, with gaps and what is
+    unexplained."""
     rows = accounts(run, model)
     rows = rows[rows["row"] != "swap"]
     if not len(rows):
@@ -34,9 +43,17 @@ def ledger(run, model):
     rows = rows.assign(part=named.where(named.isin([*IDLE, "total"]), kernel))
     divisor, unit_name = unit(rows["us"])
     scaled = times(rows, divisor)
-    bars = [bar for backend in style.backend_order(rows["backend"])
-            for bar in dict.fromkeys(rows.loc[rows["backend"] == backend, "bar"])]
-    pieces = scaled[scaled["part"] != "total"].groupby(["bar", "part"], sort=False)["us"].sum().unstack(fill_value=0.0)
+    bars = [
+        bar
+        for backend in style.backend_order(rows["backend"])
+        for bar in dict.fromkeys(rows.loc[rows["backend"] == backend, "bar"])
+    ]
+    pieces = (
+        scaled[scaled["part"] != "total"]
+        .groupby(["bar", "part"], sort=False)["us"]
+        .sum()
+        .unstack(fill_value=0.0)
+    )
     pieces = pieces.reindex(index=bars, fill_value=0.0)
     kernels = sorted((p for p in pieces if p not in IDLE), key=style.part_order)
     pieces = pieces[[*kernels, *(p for p in IDLE if p in pieces)]]
@@ -52,20 +69,47 @@ def ledger(run, model):
             if width.max() == 0:
                 continue
             color, hatch = looks[part][0] or theme.grid, looks[part][1]
-            ax.barh(range(len(bars)), width, left=left, height=0.6, color=color, edgecolor=theme.page, linewidth=0.5,
-                    hatch=hatch, label=short(part))
+            ax.barh(
+                range(len(bars)),
+                width,
+                left=left,
+                height=0.6,
+                color=color,
+                edgecolor=theme.page,
+                linewidth=0.5,
+                hatch=hatch,
+                label=short(part),
+            )
             for y, bar in enumerate(bars):
                 if width[bar] > 0.09 * widest:
-                    ax.text(left[bar] + width[bar] / 2, y, f"{width[bar] / pieces.loc[bar].sum():.0%}", ha="center",
-                            va="center", fontsize=7.5, color=theme.ink if part in IDLE else style.text_on(color))
+                    ax.text(
+                        left[bar] + width[bar] / 2,
+                        y,
+                        f"{width[bar] / pieces.loc[bar].sum():.0%}",
+                        ha="center",
+                        va="center",
+                        fontsize=7.5,
+                        color=theme.ink if part in IDLE else style.text_on(color),
+                    )
             left += width
         for y, bar in enumerate(bars):
             if bar in totals.index:
                 token = totals.loc[[bar]]
-                ax.vlines(token["us"], y - 0.36, y + 0.36, color=theme.ink, linewidth=2,
-                          label="token, replayed" if bar == totals.index[0] else None)
-                ax.errorbar(token["us"], [y], xerr=spread(token, "us", "us_p10", "us_p90"), color=theme.ink,
-                            linestyle="none")
+                ax.vlines(
+                    token["us"],
+                    y - 0.36,
+                    y + 0.36,
+                    color=theme.ink,
+                    linewidth=2,
+                    label="token, replayed" if bar == totals.index[0] else None,
+                )
+                ax.errorbar(
+                    token["us"],
+                    [y],
+                    xerr=spread(token, "us", "us_p10", "us_p90"),
+                    color=theme.ink,
+                    linestyle="none",
+                )
         ax.set_yticks(range(len(bars)), bars)
         ax.set_ylim(len(bars) - 0.5, -0.5)
         ax.set_xlim(0, widest * 1.04)
@@ -74,32 +118,48 @@ def ledger(run, model):
         legend(canvas, [ax])
 
     sums = pieces.sum(axis=1)
-    most = [f"{bar}: {pieces.loc[bar].idxmax()} takes {pieces.loc[bar].max() / sums[bar]:.0%}"
-            for bar in bars if sums[bar] > 0]
+    most = [
+        f"{bar}: {pieces.loc[bar].idxmax()} takes {pieces.loc[bar].max() / sums[bar]:.0%}"
+        for bar in bars
+        if sums[bar] > 0
+    ]
     chained = [bar for bar in bars if bar.endswith(CHAINS)]
-    adds = [f"{bar}: the rows add up to {sums[bar] / totals.loc[bar, 'us']:.1%} of the replayed token"
-            for bar in bars if bar in totals.index and sums[bar] > 0]
+    adds = [
+        f"{bar}: the rows add up to {sums[bar] / totals.loc[bar, 'us']:.1%} of the replayed token"
+        for bar in bars
+        if bar in totals.index and sums[bar] > 0
+    ]
     first = rows.iloc[0]
     return Figure(
         name=f"{model}-ledger",
         title=f"{model}: where one token goes, batch {amount(first['batch'])} @{amount(first['context'])}",
         conditions=conditions(run, rows, ", ".join(filter(None, dict.fromkeys(rows["timer"])))),
         reading="".join(f"{'; '.join(words)}. " for words in (most, adds) if words)
-                + "The upright mark is the whole token as replayed; launch gaps are the time between kernels."
-                + (" Chains: where kernels overlap, times of single kernels do not add up; a part is what the token "
-                   "grows by when its calls join those before it, and the only gap is the graph's launch."
-                   if chained else ""),
+        + "The upright mark is the whole token as replayed; launch gaps are the time between kernels."
+        + (
+            " Chains: where kernels overlap, times of single kernels do not add up; a part is what the token "
+            "grows by when its calls join those before it, and the only gap is the graph's launch."
+            if chained
+            else ""
+        ),
         alt=f"Stacked bars, one per backend, of {unit_name} by op. {'; '.join(most)}",
-        table=table(rows.assign(of_token=100 * rows["of_token"]), "bar row part tuning role kernel calls us us_p10 us_p90 n bytes "
-                    "gbps share of_token flag"),
-        command=command("ledger", [model], rows.iloc[:1]), height=1.15 + 0.5 * len(bars), draw=draw)
+        table=table(
+            rows.assign(of_token=100 * rows["of_token"]),
+            "bar row part tuning role kernel calls us us_p10 us_p90 n bytes gbps share of_token flag",
+        ),
+        command=command("ledger", [model], rows.iloc[:1]),
+        height=1.15 + 0.5 * len(bars),
+        draw=draw,
+    )
 
 
 @dataclass
 class Step:
-    """One bar of the waterfall, from `begin` to `end`; `row` holds the token measured there, None for a difference."""
+    """One bar of the waterfall, from `begin` to `end`; `row` holds the token measured there, None for a
+    difference."""
+
     name: str
-    kind: str               # whole | alone | together
+    kind: str  # whole | alone | together
     begin: float
     end: float
     row: pd.DataFrame | None = None
@@ -116,7 +176,8 @@ class Step:
 
 
 def steps(rows, start, end):
-    """The waterfall's steps of one plan's rows, largest gain first; [] where the all-`start` token or swaps are missing."""
+    """The waterfall's steps of one plan's rows, largest gain first; [] where the all-`start` token or swaps
+    are missing."""
     swaps = rows[rows["row"] == "swap"]
 
     def whole(backend):
@@ -131,7 +192,7 @@ def steps(rows, start, end):
     level = base = float(first["us"].iloc[0])
     made = [Step(f"all {style.backend(start).label}", "whole", 0.0, base, first)]
     for i in range(len(alone)):
-        row = alone.iloc[i:i + 1]
+        row = alone.iloc[i : i + 1]
         made.append(Step(row["op"].iloc[0], "alone", level, level + float(row["us"].iloc[0]) - base, row))
         level = made[-1].end
     if last is not None:
@@ -149,7 +210,8 @@ def swaps(run, model):
 
 
 def swap(run, model, plan, start="triton", end="cuda"):
-    """From the all-Triton token to the all-CUDA one: what swapping each op alone gains, and what is left over."""
+    """From the all-Triton token to the all-CUDA one: what swapping each op alone gains, and what is left
+    over."""
     rows = accounts(run, model)
     rows = rows[rows["plan"] == plan]
     divisor, unit_name = unit(rows["us"])
@@ -162,10 +224,21 @@ def swap(run, model, plan, start="triton", end="cuda"):
     def draw(canvas, theme):
         ax = canvas.subplots()
         for y, step in enumerate(found):
-            color = {"whole": old.color if y == 0 else new.color, "together": theme.muted,
-                     "alone": (new if step.change < 0 else old).color}[step.kind]
-            ax.barh(y, step.change, left=step.begin, height=0.62, color=color, edgecolor=theme.page, linewidth=0.5,
-                    hatch="////" if step.kind == "together" else "")
+            color = {
+                "whole": old.color if y == 0 else new.color,
+                "together": theme.muted,
+                "alone": (new if step.change < 0 else old).color,
+            }[step.kind]
+            ax.barh(
+                y,
+                step.change,
+                left=step.begin,
+                height=0.62,
+                color=color,
+                edgecolor=theme.page,
+                linewidth=0.5,
+                hatch="////" if step.kind == "together" else "",
+            )
             if step.row is not None:
                 ax.errorbar([step.end], [y], xerr=spread(step.row, "us", "us_p10", "us_p90"), color=theme.ink)
             if step.kind != "whole":
@@ -178,24 +251,45 @@ def swap(run, model, plan, start="triton", end="cuda"):
         ax.set_yticks(range(len(found)), [short(s.name) for s in found])
         ax.set_ylim(len(found) - 0.5, -0.5)
         ax.grid(axis="y", visible=False)
-        ax.set_xlabel(f"{unit_name} of one decode step" + (", emulated" if run.emulated else "")
-                      + ("; the axis does not begin at 0" if left else ""))
+        ax.set_xlabel(
+            f"{unit_name} of one decode step"
+            + (", emulated" if run.emulated else "")
+            + ("; the axis does not begin at 0" if left else "")
+        )
 
     alone = [s for s in found if s.kind == "alone"]
     most = max(alone, key=lambda s: abs(s.change))
-    words = (f"Swapping {most.name} alone changes the token by {most.change:+,.{digits}f} {unit_name} of "
-             f"{found[0].end:,.{digits}f}.")
+    words = (
+        f"Swapping {most.name} alone changes the token by {most.change:+,.{digits}f} {unit_name} of "
+        f"{found[0].end:,.{digits}f}."
+    )
     measured = pd.concat([s.row for s in alone])
-    values = [{"step": s.name, "change": None if s.kind == "whole" else s.change,
-               **({} if s.row is None else s.row[["us", "us_p10", "us_p90", "n"]].iloc[0].to_dict())} for s in found]
+    values = [
+        {
+            "step": s.name,
+            "change": None if s.kind == "whole" else s.change,
+            **({} if s.row is None else s.row[["us", "us_p10", "us_p90", "n"]].iloc[0].to_dict()),
+        }
+        for s in found
+    ]
     return Figure(
         name=f"{model}-swap" + (f"-{plan}" if plan not in ("", "basic") else ""),
-        title=f"{model}: from all {old.label} to all {new.label}, op by op" + (f", plan {plan}" if plan else ""),
+        title=f"{model}: from all {old.label} to all {new.label}, op by op"
+        + (f", plan {plan}" if plan else ""),
         conditions=conditions(run, measured, measured["timer"].iloc[0]),
-        reading=f"{words} Each step is one op swapped alone, measured as a whole token; in {new.label}'s colour where "
-                f"the swap gains, in {old.label}'s where it loses. “Together” is what swaps change only in company.",
+        reading=f"{words} Each step is one op swapped alone, measured as a whole token; in {new.label}'s "
+        "colour where "
+        f"the swap gains, in {old.label}'s where it loses. “Together” is what swaps change only in company.",
         alt=f"Waterfall from all {old.label} to all {new.label}. {words}",
-        table=table(pd.DataFrame(values), "step change us us_p10 us_p90 n", change=f"change ({unit_name})",
-                    us=f"token ({unit_name})", us_p10=f"p10 ({unit_name})", us_p90=f"p90 ({unit_name})"),
-        command=command("ledger", [model], measured.iloc[:1], None, "--swap"), height=0.75 + 0.3 * len(found),
-        draw=draw)
+        table=table(
+            pd.DataFrame(values),
+            "step change us us_p10 us_p90 n",
+            change=f"change ({unit_name})",
+            us=f"token ({unit_name})",
+            us_p10=f"p10 ({unit_name})",
+            us_p90=f"p90 ({unit_name})",
+        ),
+        command=command("ledger", [model], measured.iloc[:1], None, "--swap"),
+        height=0.75 + 0.3 * len(found),
+        draw=draw,
+    )

@@ -1,9 +1,10 @@
 """Records to tidy pandas frames, one set per run, with everything a reader must be warned of.
 
 A line is left out of the frames, and a notice says so, when it failed or holds no usable number. Rows above
-102% of the measured ceiling, or flagged by the harness, stay in the frames with `suspect` set: they are listed, and no
-bandwidth picture shows them. Emulated rows lose any bandwidth they claim.
+102% of the measured ceiling, or flagged by the harness, stay in the frames with `suspect` set: they are
+listed, and no bandwidth picture shows them. Emulated rows lose any bandwidth they claim.
 """
+
 import dataclasses
 import math
 import re
@@ -16,19 +17,52 @@ from lab.errors import LabError
 from lab.harness import untuned
 from lab.records import compare, schema
 
-ABOVE = 1.02        # of the ceiling; more is a fault of the measurement, not a fast kernel
-NUMBERS = {"batch", "context", "us", "us_p10", "us_p90", "us_p99", "n", "bytes", "flops", "gbps", "of_ceiling",
-           "of_stream", "of_token", "rung", "calls", "order", "tokens_per_s", "ttft_ms", "weight_bytes", "kv_bytes",
-           "workspace_bytes", "steady_bytes", "peak_bytes", "page_utilisation", "linearity", "configurations", "tried",
-           "registers", "spill_bytes", "shared_bytes", "threads", "occupancy", "instructions", "code_lines",
-           "shared_lines", "compile_s"}
+ABOVE = 1.02  # of the ceiling; more is a fault of the measurement, not a fast kernel
+NUMBERS = {
+    "batch",
+    "context",
+    "us",
+    "us_p10",
+    "us_p90",
+    "us_p99",
+    "n",
+    "bytes",
+    "flops",
+    "gbps",
+    "of_ceiling",
+    "of_stream",
+    "of_token",
+    "rung",
+    "calls",
+    "order",
+    "tokens_per_s",
+    "ttft_ms",
+    "weight_bytes",
+    "kv_bytes",
+    "workspace_bytes",
+    "steady_bytes",
+    "peak_bytes",
+    "page_utilisation",
+    "linearity",
+    "configurations",
+    "tried",
+    "registers",
+    "spill_bytes",
+    "shared_bytes",
+    "threads",
+    "occupancy",
+    "instructions",
+    "code_lines",
+    "shared_lines",
+    "compile_s",
+}
 OBJECTS = {"shape": dict, "config": dict, "verdict": dict, "overrides": dict, "models": list, "mix": dict}
 BANDWIDTH = ("gbps", "of_ceiling", "of_stream")
 
 
 @dataclass(frozen=True)
 class Notice:
-    level: str          # warning: changes how the figures may be read | note
+    level: str  # warning: changes how the figures may be read | note
     text: str
 
 
@@ -36,9 +70,10 @@ class Notice:
 class Run:
     """One bench run. Frames have every field of the record's dataclass as a column, also when they are empty.
 
-    Numbers are floats with NaN where absent, texts are "" where absent; `suspect` marks what no win may rest on.
-    `tuning` of op, model and ledger rows is "untuned" (of a model's row with the ops that are), or "".
+    Numbers are floats with NaN where absent, texts are "" where absent; `suspect` marks what no win may rest
+    on. `tuning` of op, model and ledger rows is "untuned" (of a model's row with the ops that are), or "".
     """
+
     id: str
     path: Path
     envs: list
@@ -49,7 +84,9 @@ class Run:
     fairness: pd.DataFrame
     failures: pd.DataFrame
     notices: list = field(default_factory=list)
-    ladder: pd.DataFrame = field(default_factory=pd.DataFrame)      # op rows that are rungs; `op` holds the others
+    ladder: pd.DataFrame = field(
+        default_factory=pd.DataFrame
+    )  # op rows that are rungs; `op` holds the others
 
     @property
     def env(self):
@@ -78,9 +115,18 @@ class Run:
 
     @property
     def suspects(self):
-        return pd.concat([f[f["suspect"]].assign(kind=kind) for kind, f in
-                          (("op", self.op), ("op", self.ladder), ("model", self.model), ("ledger", self.ledger))],
-                         ignore_index=True)
+        return pd.concat(
+            [
+                f[f["suspect"]].assign(kind=kind)
+                for kind, f in (
+                    ("op", self.op),
+                    ("op", self.ladder),
+                    ("model", self.model),
+                    ("ledger", self.ledger),
+                )
+            ],
+            ignore_index=True,
+        )
 
 
 def load(where):
@@ -93,7 +139,9 @@ def load(where):
         raise LabError(f"no such folder: {where}")
     paths = [where] if where.is_file() else sorted(where.rglob(schema.FILE))
     if not paths:
-        raise LabError(f"no {schema.FILE} in {where} or its subfolders; `lab bench all --out {where}` writes one")
+        raise LabError(
+            f"no {schema.FILE} in {where} or its subfolders; `lab bench all --out {where}` writes one"
+        )
     runs, skipped = [], []
     for path in paths:
         found = schema.read(path, newer="skip")
@@ -109,10 +157,18 @@ def load(where):
 
 
 def _run(run, path, rows, notices):
-    run = Run(run, path, [r for r in rows if r.kind == "env"],
-              *(_frame([r for r in rows if r.kind == kind], kind)
-                for kind in ("ceiling", "op", "model", "ledger", "fairness")),
-              failures=pd.DataFrame(), ladder=_frame([], "op"), notices=[Notice("warning", n) for n in notices])
+    run = Run(
+        run,
+        path,
+        [r for r in rows if r.kind == "env"],
+        *(
+            _frame([r for r in rows if r.kind == kind], kind)
+            for kind in ("ceiling", "op", "model", "ledger", "fairness")
+        ),
+        failures=pd.DataFrame(),
+        ladder=_frame([], "op"),
+        notices=[Notice("warning", n) for n in notices],
+    )
     _mark_untuned(run, rows)
     _drop_failures(run)
     _drop_unusable(run)
@@ -126,7 +182,9 @@ def _run(run, path, rows, notices):
 
 def _frame(rows, kind):
     cls = schema.KINDS[kind]
-    rows = list({schema.key(r): r for r in rows}.values())     # a resumed bench may have measured a key again: the last
+    rows = list(
+        {schema.key(r): r for r in rows}.values()
+    )  # a resumed bench may have measured a key again: the last
     columns = [f.name for f in dataclasses.fields(cls)]
     data = {}
     for column in columns:
@@ -135,7 +193,9 @@ def _frame(rows, kind):
             data[column] = pd.Series(values, dtype=float)
         elif column in OBJECTS:
             kind_of = OBJECTS[column]
-            data[column] = pd.Series([v if isinstance(v, kind_of) else kind_of() for v in values], dtype=object)
+            data[column] = pd.Series(
+                [v if isinstance(v, kind_of) else kind_of() for v in values], dtype=object
+            )
         elif column in ("emulated", "best"):
             data[column] = pd.Series([v is True for v in values], dtype=bool)
         else:
@@ -146,8 +206,8 @@ def _frame(rows, kind):
 
 
 def _mark_untuned(run, rows):
-    """Adds the column `tuning`. An op of a model or a ledger counts as untuned where the cards, or all of its backend's
-    op rows, say so; which ops a plan runs is read from the ledgers."""
+    """Adds the column `tuning`. An op of a model or a ledger counts as untuned where the cards, or all of its
+    backend's op rows, say so; which ops a plan runs is read from the ledgers."""
     cards = untuned.by_cards([r for r in rows if r.kind == "fairness"])
     marks = {schema.key(r): untuned.is_untuned(r, cards) for r in rows if r.kind == "op"}
     run.op["tuning"] = [untuned.WORD if mark else "" for mark in marks.values()]
@@ -156,17 +216,26 @@ def _mark_untuned(run, rows):
         always[r.backend, r.op] = always.get((r.backend, r.op), True) and r.tuning == untuned.WORD
     whole = {which for which, untuned_everywhere in always.items() if untuned_everywhere}
     led = run.ledger
-    led["tuning"] = [untuned.WORD if (r.backend, r.op) in whole and r.row in ("kernel", "chain") else ""
-                     for r in led.itertuples()]
+    led["tuning"] = [
+        untuned.WORD if (r.backend, r.op) in whole and r.row in ("kernel", "chain") else ""
+        for r in led.itertuples()
+    ]
     steps = {}
     for r in led[led["tuning"] != ""].itertuples():
         steps.setdefault((r.backend, r.plan), {})[r.op] = None
-    run.model["tuning"] = [f"{untuned.WORD}: {', '.join(found)}" if found else ""
-                           for found in (steps.get((r.backend, r.plan), {}) for r in run.model.itertuples())]
+    run.model["tuning"] = [
+        f"{untuned.WORD}: {', '.join(found)}" if found else ""
+        for found in (steps.get((r.backend, r.plan), {}) for r in run.model.itertuples())
+    ]
     if whole and not run.emulated:
         named = ", ".join(f"{backend} {op}" for backend, op in sorted(whole))
-        run.notices.append(Notice("warning", f"Untuned: {named}: no launch settings were raced for it by `lab tune`, so "
-                                             "its times are no limit of its language; they are marked wherever they stand."))
+        run.notices.append(
+            Notice(
+                "warning",
+                f"Untuned: {named}: no launch settings were raced for it by `lab tune`, so "
+                "its times are no limit of its language; they are marked wherever they stand.",
+            )
+        )
 
 
 def _drop_failures(run):
@@ -178,8 +247,13 @@ def _drop_failures(run):
         setattr(run, kind, frame[~bad].reset_index(drop=True))
     run.failures = pd.concat(failed, ignore_index=True)
     if len(run.failures):
-        run.notices.append(Notice("warning", f"{len(run.failures)} measurements failed and are in no picture; "
-                                             "they are listed under Failures."))
+        run.notices.append(
+            Notice(
+                "warning",
+                f"{len(run.failures)} measurements failed and are in no picture; "
+                "they are listed under Failures.",
+            )
+        )
 
 
 def _drop_unusable(run):
@@ -187,16 +261,22 @@ def _drop_unusable(run):
     for kind in ("ceiling", "op", "model", "ledger"):
         frame = getattr(run, kind)
         ok = frame["us"].map(math.isfinite) & (frame["us"] > 0)
-        if kind == "ledger":            # these are differences: nothing, or below it by the noise of two times
-            ok = frame["us"].map(math.isfinite) & ((frame["us"] > 0)
-                                                   | frame["row"].isin(["chain", "gap", "unexplained"]))
+        if kind == "ledger":  # these are differences: nothing, or below it by the noise of two times
+            ok = frame["us"].map(math.isfinite) & (
+                (frame["us"] > 0) | frame["row"].isin(["chain", "gap", "unexplained"])
+            )
         if "batch" in frame:
             ok &= frame["batch"] > 0
         if kind == "model":
             ok &= frame["context"] >= 0
         if (~ok).any():
-            run.notices.append(Notice("warning", f"{int((~ok).sum())} {kind} records hold no usable time "
-                                                 "(missing, not a number, or not positive) and were left out."))
+            run.notices.append(
+                Notice(
+                    "warning",
+                    f"{int((~ok).sum())} {kind} records hold no usable time "
+                    "(missing, not a number, or not positive) and were left out.",
+                )
+            )
         setattr(run, kind, frame[ok].reset_index(drop=True))
 
 
@@ -207,22 +287,29 @@ def _check_bandwidth(run):
         frame["emulated"] = emulated
         columns = [c for c in BANDWIDTH if c in frame]
         if frame.loc[emulated, columns].notna().any(axis=None):
-            run.notices.append(Notice("warning", f"Emulated {kind} records claim a bandwidth; it was ignored."))
+            run.notices.append(
+                Notice("warning", f"Emulated {kind} records claim a bandwidth; it was ignored.")
+            )
         frame.loc[emulated, columns] = float("nan")
         # Warm figures come from the caches: they may exceed the ceiling and no bandwidth picture shows them.
         warm = frame.get("cache", pd.Series("", index=frame.index)) == "warm"
         frame.loc[(frame["of_ceiling"] > ABOVE) & (frame["flag"] == "") & ~warm, "flag"] = "above the ceiling"
         frame["suspect"] = (frame["flag"] != "") & ~warm & (frame["us"] > 0)
-        if kind == "ledger":            # its other flags say how well the account adds up; its table shows them
+        if kind == "ledger":  # its other flags say how well the account adds up; its table shows them
             frame["suspect"] &= frame["flag"] == "above the ceiling"
     suspects = run.suspects
     if len(suspects):
         why = suspects["flag"].value_counts()
-        run.notices.append(Notice("warning", f"{len(suspects)} measurements are flagged ("
-                                  + ", ".join(f"{count} {flag}" for flag, count in why.items())
-                                  + f"); no bandwidth picture shows them and they count as no win. More than "
-                                    f"{ABOVE:.0%} of the ceiling means that the measurement is wrong or that caches "
-                                    "served it."))
+        run.notices.append(
+            Notice(
+                "warning",
+                f"{len(suspects)} measurements are flagged ("
+                + ", ".join(f"{count} {flag}" for flag, count in why.items())
+                + f"); no bandwidth picture shows them and they count as no win. More than "
+                f"{ABOVE:.0%} of the ceiling means that the measurement is wrong or that caches "
+                "served it.",
+            )
+        )
 
 
 def _about_machine(run):
@@ -231,17 +318,30 @@ def _about_machine(run):
     found = []
     env = run.env
     if run.emulated:
-        found.append(Notice("warning", "Emulated on a CPU: CUDA kernels ran through their host build, Triton kernels "
-                                       "through the interpreter. Times say nothing about a GPU and no bandwidth is "
-                                       "claimed."))
+        found.append(
+            Notice(
+                "warning",
+                "Emulated on a CPU: CUDA kernels ran through their host build, Triton kernels "
+                "through the interpreter. Times say nothing about a GPU and no bandwidth is "
+                "claimed.",
+            )
+        )
     for note in (str(n) for e in run.envs for n in e.notes or []):
-        if not (run.emulated and note.startswith("emulated")):          # said above
-            found.append(Notice("warning" if re.search("throttled|synthetic|left out", note, re.I) else "note", note))
+        if not (run.emulated and note.startswith("emulated")):  # said above
+            found.append(
+                Notice("warning" if re.search("throttled|synthetic|left out", note, re.I) else "note", note)
+            )
     after = next((e for e in run.envs if e.when == "after"), None)
     if after is None and not run.emulated:
-        found.append(Notice("warning", "No env record from after the run: it was stopped early, or is still running."))
-    elif after and _number(env.sm_mhz) and _number(after.sm_mhz) and abs(after.sm_mhz / env.sm_mhz - 1) > 0.05:
-        found.append(Notice("warning", f"The SM clock moved from {env.sm_mhz:.0f} to {after.sm_mhz:.0f} MHz."))
+        found.append(
+            Notice("warning", "No env record from after the run: it was stopped early, or is still running.")
+        )
+    elif (
+        after and _number(env.sm_mhz) and _number(after.sm_mhz) and abs(after.sm_mhz / env.sm_mhz - 1) > 0.05
+    ):
+        found.append(
+            Notice("warning", f"The SM clock moved from {env.sm_mhz:.0f} to {after.sm_mhz:.0f} MHz.")
+        )
     if "+" in str(env.commit or ""):
         found.append(Notice("note", f"The source tree had uncommitted edits ({env.commit})."))
     peers = env.peers if isinstance(env.peers, dict) else {}
@@ -252,9 +352,12 @@ def _about_machine(run):
 
 
 def _about_repeat(r):
-    return Notice("note", f"Two runs of commit {r.commit} on one card, compared: {compare.alarms(r)}: false alarms "
-                          f"(runs {r.a} and {r.b}; a change below {r.min_effect:.0%} is called the same; `make gpu-repeat` "
-                          "measures it again).")
+    return Notice(
+        "note",
+        f"Two runs of commit {r.commit} on one card, compared: {compare.alarms(r)}: false alarms "
+        f"(runs {r.a} and {r.b}; a change below {r.min_effect:.0%} is called the same; `make gpu-repeat` "
+        "measures it again).",
+    )
 
 
 def _about_gaps(run):
@@ -262,14 +365,23 @@ def _about_gaps(run):
     measured = set(run.op["backend"]) | set(run.ladder["backend"]) | set(run.model["backend"])
     for name in ("cuda", "triton"):
         if name not in measured and measured:
-            found.append(Notice("warning", f"No usable measurement of the {name} backend: the pictures show what there "
-                                           "is, and comparisons that need it are left out."))
+            found.append(
+                Notice(
+                    "warning",
+                    f"No usable measurement of the {name} backend: the pictures show what there "
+                    "is, and comparisons that need it are left out.",
+                )
+            )
     if not measured and not len(run.ledger):
         found.append(Notice("warning", "No op, model or ledger measurement in this run yet."))
     if not run.emulated and run.best_ceiling() is None:
-        found.append(Notice("warning", "No ceiling was measured in this run: shares are those that the rows state."))
+        found.append(
+            Notice("warning", "No ceiling was measured in this run: shares are those that the rows state.")
+        )
     return found
 
 
 def _number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    return (
+        isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    )

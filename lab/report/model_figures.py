@@ -1,4 +1,5 @@
 """Pictures of a run as a whole: the ceiling, and a model's latency, throughput and memory."""
+
 import numpy as np
 
 from lab.report import ledger_figures, style
@@ -22,9 +23,14 @@ from lab.report.figures import (
 )
 
 DIRECTIONS = {"read": ("o", "-"), "copy": ("s", "--"), "write": ("^", ":")}
-HELD = (("weights", "weight_bytes", "#5f55c4", ""), ("KV cache", "kv_bytes", "#88ccee", ""),
-        ("workspace", "workspace_bytes", "#ddcc77", "///"))
-COLUMNS = ("series tuning batch context us us_p10 us_p90 us_p99 n tokens_per_s ttft_ms gbps share linearity flag")
+HELD = (
+    ("weights", "weight_bytes", "#5f55c4", ""),
+    ("KV cache", "kv_bytes", "#88ccee", ""),
+    ("workspace", "workspace_bytes", "#ddcc77", "///"),
+)
+COLUMNS = (
+    "series tuning batch context us us_p10 us_p90 us_p99 n tokens_per_s ttft_ms gbps share linearity flag"
+)
 
 
 def ceiling(run):
@@ -34,7 +40,9 @@ def ceiling(run):
         return None
     rows = rows.loc[rows.groupby(["direction", "bytes"])["gbps"].idxmax()]
     rows = rows.assign(low=rows["bytes"] / rows["us_p90"] / 1e3, high=rows["bytes"] / rows["us_p10"] / 1e3)
-    groups = sorted(rows.groupby("direction"), key=lambda g: list(DIRECTIONS).index(g[0]) if g[0] in DIRECTIONS else 9)
+    groups = sorted(
+        rows.groupby("direction"), key=lambda g: list(DIRECTIONS).index(g[0]) if g[0] in DIRECTIONS else 9
+    )
 
     def draw(canvas, theme):
         ax = canvas.subplots()
@@ -42,8 +50,15 @@ def ceiling(run):
         for i, (direction, group) in enumerate(groups):
             marker, dash = DIRECTIONS.get(direction, ("D", "-."))
             group = group.sort_values("bytes")
-            ax.errorbar(group["bytes"], group["gbps"], yerr=spread(group, "gbps", "low", "high"), marker=marker,
-                        linestyle=dash, color=colors[i % 4], label=direction)
+            ax.errorbar(
+                group["bytes"],
+                group["gbps"],
+                yerr=spread(group, "gbps", "low", "high"),
+                marker=marker,
+                linestyle=dash,
+                color=colors[i % 4],
+                label=direction,
+            )
         log_ticks(ax.xaxis, rows["bytes"])
         ax.set_ylim(0, rows["gbps"].max() * 1.08)
         ax.set_xlabel("bytes streamed")
@@ -51,12 +66,19 @@ def ceiling(run):
         legend(canvas, [ax])
 
     return Figure(
-        name="ceiling", title="The ceiling: bandwidth of a plain stream on this card", conditions=conditions(run, rows),
-        reading="Best launch shape of each direction and size. The highest point of a direction is 100% for the ops "
-                "that it bounds; a short stream cannot reach it, and no more can a small kernel.",
-        alt=f"Lines of GB/s against stream size for {', '.join(d for d, _ in groups)}; best {rows['gbps'].max():,.0f}.",
-        table=table(rows, "direction bytes backend gbps us us_p10 us_p90 n"), command=command("ops", ["embedding"]),
-        height=2.6, draw=draw)
+        name="ceiling",
+        title="The ceiling: bandwidth of a plain stream on this card",
+        conditions=conditions(run, rows),
+        reading="Best launch shape of each direction and size. The highest point of a direction is 100% for "
+        "the ops "
+        "that it bounds; a short stream cannot reach it, and no more can a small kernel.",
+        alt=f"Lines of GB/s against stream size for {', '.join(d for d, _ in groups)}; best "
+        f"{rows['gbps'].max():,.0f}.",
+        table=table(rows, "direction bytes backend gbps us us_p10 us_p90 n"),
+        command=command("ops", ["embedding"]),
+        height=2.6,
+        draw=draw,
+    )
 
 
 def models(run):
@@ -65,7 +87,8 @@ def models(run):
 
 
 def series(run, model):
-    """The rows of one model without overrides, in its main dtype; `series` names the line that each belongs to."""
+    """The rows of one model without overrides, in its main dtype; `series` names the line that each belongs
+    to."""
     rows = run.model[(run.model["model"] == model) & (run.model["overrides"].map(len) == 0)]
     if not len(rows):
         return rows.assign(series=[])
@@ -81,15 +104,20 @@ def model_table(rows):
 
 
 def _lines(rows):
-    """(name, rows, look, (line style, markers)) of every line, in the backends' order: eager steps dotted, the others
-    in their plan's style, and where there are several plans, with its markers."""
+    """(name, rows, look, (line style, markers)) of every line, in the backends' order: eager steps dotted,
+    the others in their plan's style, and where there are several plans, with its markers."""
     several, plans = rows["mode"].nunique() > 1, rows["plan"].nunique() > 1
     for backend in style.backend_order(rows["backend"]):
         for name, group in rows[rows["backend"] == backend].groupby("series", sort=False):
             mode, plan = group["mode"].iloc[0], group["plan"].iloc[0]
             look = style.backend("compile" if mode == "compile" and backend == "torch" else backend)
             dash, markers = style.PLANS.get(plan, ("-", "full"))
-            yield name, group, look, (":" if several and mode == "eager" else dash, markers if plans else "full")
+            yield (
+                name,
+                group,
+                look,
+                (":" if several and mode == "eager" else dash, markers if plans else "full"),
+            )
 
 
 def _modes(rows):
@@ -102,7 +130,8 @@ def _fixed(rows, column):
 
 
 def against(run, model, x):
-    """Latency of a step and its share of the ceiling against context (smallest batch) or batch (one context)."""
+    """Latency of a step and its share of the ceiling against context (smallest batch) or batch (one
+    context)."""
     rows = series(run, model)
     if not len(rows):
         return None
@@ -134,19 +163,28 @@ def against(run, model, x):
 
     how = "A step makes one token for every sequence of the batch."
     if panels == 2:
-        how += " Below: the bytes that a step must read (weights and KV) over its time, as share of the ceiling."
+        how += (
+            " Below: the bytes that a step must read (weights and KV) over its time, as share of the ceiling."
+        )
         how += " Flagged rows are missing from the lower panel." if len(bandwidth) < len(rows) else ""
     what = "time per step" + (" and share of the ceiling" if panels == 2 else "")
     return Figure(
-        name=f"{model}-latency-{x}", title=f"{model}: latency of a decode step against {x}, {other} {amount(fixed)}",
-        conditions=conditions(run, rows, _modes(rows)), reading=how,
+        name=f"{model}-latency-{x}",
+        title=f"{model}: latency of a decode step against {x}, {other} {amount(fixed)}",
+        conditions=conditions(run, rows, _modes(rows)),
+        reading=how,
         alt=f"Lines of {names(rows['backend'])}: {what} against {x} from {amount(rows[x].min())} to "
-            f"{amount(rows[x].max())}.",
-        table=model_table(rows), command=command("model", [model], rows), height=0.8 + 1.55 * panels, draw=draw)
+        f"{amount(rows[x].max())}.",
+        table=model_table(rows),
+        command=command("model", [model], rows),
+        height=0.8 + 1.55 * panels,
+        draw=draw,
+    )
 
 
 def latency(run, model):
-    """Latency of a decode step for models measured at one batch and one context: one row for every kind of step."""
+    """Latency of a decode step for models measured at one batch and one context: one row for every kind of
+    step."""
     rows = series(run, model)
     if not len(rows):
         return None
@@ -162,11 +200,16 @@ def latency(run, model):
 
     at = f"batch {amount(rows['batch'].iloc[0])} @{amount(rows['context'].iloc[0])}"
     return Figure(
-        name=f"{model}-latency", title=f"{model}: latency of a decode step, {at}",
+        name=f"{model}-latency",
+        title=f"{model}: latency of a decode step, {at}",
         conditions=conditions(run, rows, _modes(rows)),
         reading="A step makes one token for every sequence of the batch; further left is faster.",
-        alt=f"Dot plot: time of a decode step of {model} for {names(rows['backend'])}.", table=model_table(rows),
-        command=command("model", [model], rows), height=0.6 + 0.36 * len(order), draw=draw)
+        alt=f"Dot plot: time of a decode step of {model} for {names(rows['backend'])}.",
+        table=model_table(rows),
+        command=command("model", [model], rows),
+        height=0.6 + 0.36 * len(order),
+        draw=draw,
+    )
 
 
 def throughput(run, model):
@@ -179,7 +222,9 @@ def throughput(run, model):
     if rows["batch"].nunique() < 2:
         return None
     tokens = rows["batch"] * 1e6
-    rows = rows.assign(tokens_per_s=tokens / rows["us"], low=tokens / rows["us_p90"], high=tokens / rows["us_p10"])
+    rows = rows.assign(
+        tokens_per_s=tokens / rows["us"], low=tokens / rows["us_p90"], high=tokens / rows["us_p10"]
+    )
     first = rows.sort_values("batch").groupby("series")[["batch", "tokens_per_s"]].first()
     per_sequence = first["tokens_per_s"] / first["batch"]
     rows = rows.assign(linearity=rows["tokens_per_s"] / (rows["batch"] * rows["series"].map(per_sequence)))
@@ -190,14 +235,28 @@ def throughput(run, model):
         ideal = per_sequence.max()
         for name, group, look, drawn in _lines(rows):
             line(ax, group, "batch", "tokens_per_s", "low", "high", look, name, *drawn)
-        ax.plot([low, top], [ideal * low, ideal * top], color=theme.muted, linewidth=1, linestyle="-.", label="ideal")
-        # The linearity at the right end of each line, pushed apart upwards; eager steps have theirs in the table only.
+        ax.plot(
+            [low, top],
+            [ideal * low, ideal * top],
+            color=theme.muted,
+            linewidth=1,
+            linestyle="-.",
+            label="ideal",
+        )
+        # The linearity at the right end of each line, pushed apart upwards; eager steps have theirs in the
+        # table only.
         ends = rows[(rows["batch"] == top) & ((rows["mode"] != "eager") | (rows["mode"] == "eager").all())]
         at, step = -np.inf, 0.08 * np.log10(max(ideal * top / rows["tokens_per_s"].min(), 2))
         for row in ends.sort_values("tokens_per_s").itertuples():
             at = max(np.log10(row.tokens_per_s), at + step)
-            ax.annotate(f"{row.linearity:.0%}", (top, row.tokens_per_s), xytext=(top * 1.16, 10 ** at), fontsize=7.5,
-                        va="center", arrowprops={"arrowstyle": "-", "color": theme.muted, "linewidth": 0.5})
+            ax.annotate(
+                f"{row.linearity:.0%}",
+                (top, row.tokens_per_s),
+                xytext=(top * 1.16, 10**at),
+                fontsize=7.5,
+                va="center",
+                arrowprops={"arrowstyle": "-", "color": theme.muted, "linewidth": 0.5},
+            )
         plain_log(ax.yaxis)
         ax.set_ylim(top=max(ax.get_ylim()[1], 10 ** (at + step)))
         log_ticks(ax.xaxis, rows["batch"])
@@ -207,16 +266,23 @@ def throughput(run, model):
         legend(canvas, [ax])
 
     return Figure(
-        name=f"{model}-throughput", title=f"{model}: throughput against batch, context {amount(fixed)}",
+        name=f"{model}-throughput",
+        title=f"{model}: throughput against batch, context {amount(fixed)}",
         conditions=conditions(run, rows, _modes(rows)),
-        reading="The dash-dotted line is perfect scaling from the best first point. The figure at the end of a line is "
-                "its linearity: its throughput over that of perfect scaling from its own smallest batch.",
+        reading="The dash-dotted line is perfect scaling from the best first point. The figure at the end "
+        "of a line is "
+        "its linearity: its throughput over that of perfect scaling from its own smallest batch.",
         alt=f"Lines of tokens per second of {names(rows['backend'])} against batch, with the ideal line.",
-        table=model_table(rows), command=command("model", [model], rows), height=2.9, draw=draw)
+        table=model_table(rows),
+        command=command("model", [model], rows),
+        height=2.9,
+        draw=draw,
+    )
 
 
 def memory(run, model):
-    """What the memory holds: weights, KV cache, workspace; the peak as a mark. One backend: they hold the same."""
+    """What the memory holds: weights, KV cache, workspace; the peak as a mark. One backend: they hold the
+    same."""
     rows = series(run, model)
     rows = rows[rows[["weight_bytes", "kv_bytes"]].notna().all(axis=1)]
     if not len(rows):
@@ -226,7 +292,10 @@ def memory(run, model):
     rows = rows[rows["series"] == rows["series"].iloc[0]]
     rows = rows.sort_values(["batch", "context"]).drop_duplicates(["batch", "context"])
     rows = rows.iloc[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), 9)).astype(int))]
-    gib = {c: rows[c] / 2 ** 30 for c in ("weight_bytes", "kv_bytes", "workspace_bytes", "steady_bytes", "peak_bytes")}
+    gib = {
+        c: rows[c] / 2**30
+        for c in ("weight_bytes", "kv_bytes", "workspace_bytes", "steady_bytes", "peak_bytes")
+    }
     top = np.nanmax([*sum(gib[column].fillna(0) for _, column, *_ in HELD), *gib["peak_bytes"].fillna(0)])
 
     def draw(canvas, theme):
@@ -234,13 +303,32 @@ def memory(run, model):
         left = np.zeros(len(rows))
         for name, column, color, hatch in HELD:
             width = gib[column].fillna(0).to_numpy()
-            ax.barh(range(len(rows)), width, left=left, color=color, label=name, height=0.68, hatch=hatch,
-                    edgecolor=theme.page, linewidth=0.6)
+            ax.barh(
+                range(len(rows)),
+                width,
+                left=left,
+                color=color,
+                label=name,
+                height=0.68,
+                hatch=hatch,
+                edgecolor=theme.page,
+                linewidth=0.6,
+            )
             left += width
         if gib["peak_bytes"].notna().any():
-            ax.plot(gib["peak_bytes"], range(len(rows)), linestyle="none", marker="|", markersize=12,
-                    markeredgewidth=2, color=theme.ink, label="peak")
-        ax.set_yticks(range(len(rows)), [f"batch {amount(r.batch)} @{amount(r.context)}" for r in rows.itertuples()])
+            ax.plot(
+                gib["peak_bytes"],
+                range(len(rows)),
+                linestyle="none",
+                marker="|",
+                markersize=12,
+                markeredgewidth=2,
+                color=theme.ink,
+                label="peak",
+            )
+        ax.set_yticks(
+            range(len(rows)), [f"batch {amount(r.batch)} @{amount(r.context)}" for r in rows.itertuples()]
+        )
         ax.invert_yaxis()
         ax.set_xlim(0, top * 1.06)
         ax.grid(axis="y", visible=False)
@@ -248,19 +336,34 @@ def memory(run, model):
         legend(canvas, [ax])
 
     return Figure(
-        name=f"{model}-memory", title=f"{model}: what the memory holds ({style.backend(backend).label})",
-        conditions=conditions(run, rows, _modes(rows)).replace("bars p10 to p90", "allocated bytes, no spread"),
-        reading="Allocated between steps; the mark is the highest allocation, prefill and graph capture included. The "
-                "KV cache is what was allocated for it; the table gives the share of its pages that held tokens.",
+        name=f"{model}-memory",
+        title=f"{model}: what the memory holds ({style.backend(backend).label})",
+        conditions=conditions(run, rows, _modes(rows)).replace(
+            "bars p10 to p90", "allocated bytes, no spread"
+        ),
+        reading="Allocated between steps; the mark is the highest allocation, prefill and graph capture "
+        "included. The "
+        "KV cache is what was allocated for it; the table gives the share of its pages that held tokens.",
         alt=f"Stacked bars of GiB by batch and context: weights, KV cache, workspace; at most {top:.2f} GiB.",
-        table=table(rows.assign(**gib), "batch context weight_bytes kv_bytes workspace_bytes steady_bytes peak_bytes "
-                    "page_utilisation", **{c: f"{c.removesuffix('_bytes')} (GiB)" for c in gib}),
-        command=command("model", [model], rows), height=0.9 + 0.3 * len(rows), draw=draw)
+        table=table(
+            rows.assign(**gib),
+            "batch context weight_bytes kv_bytes workspace_bytes steady_bytes peak_bytes page_utilisation",
+            **{c: f"{c.removesuffix('_bytes')} (GiB)" for c in gib},
+        ),
+        command=command("model", [model], rows),
+        height=0.9 + 0.3 * len(rows),
+        draw=draw,
+    )
 
 
 def of_model(run, model):
     """The pictures of one model's section."""
     curves = [m for m in (against(run, model, "context"), against(run, model, "batch")) if m]
-    made = [*(curves or [latency(run, model)]), throughput(run, model), memory(run, model),
-            ledger_figures.ledger(run, model), *ledger_figures.swaps(run, model)]
+    made = [
+        *(curves or [latency(run, model)]),
+        throughput(run, model),
+        memory(run, model),
+        ledger_figures.ledger(run, model),
+        *ledger_figures.swaps(run, model),
+    ]
     return [m for m in made if m]

@@ -1,4 +1,5 @@
 """Pictures of single ops: share of the ceiling, roofline, time against batch or context, caches."""
+
 import numpy as np
 
 from lab.report import heatmaps, style
@@ -24,7 +25,7 @@ from lab.report.figures import (
 )
 from lab.report.ops import chosen, first_of, in_order, labelled, of_model, score, score_words
 
-PANELS = 8         # of one picture
+PANELS = 8  # of one picture
 COLUMNS = "case backend tuning batch context us us_p10 us_p90 n bytes gbps share"
 
 
@@ -58,15 +59,26 @@ def utilisation(run, f):
     if run.emulated:
         what, found, how = "Time of a call", "", "One row per op and shape; further left is faster."
     else:
-        what, found = "Bandwidth utilisation", f"{score_words(score(everything))} {_best_words(everything)} ".lstrip()
-        how = ("One row per op and shape; the dotted line is the bandwidth that a plain stream reached on this card. "
-               "Ops that move little are bound by their launch, not by memory, and stay far from it.")
+        what, found = (
+            "Bandwidth utilisation",
+            f"{score_words(score(everything))} {_best_words(everything)} ".lstrip(),
+        )
+        how = (
+            "One row per op and shape; the dotted line is the bandwidth that a plain stream reached on this "
+            "card. "
+            "Ops that move little are bound by their launch, not by memory, and stay far from it."
+        )
     return Figure(
-        name="utilisation", title=f"{what} per op, batch {amount(rows['batch'].iloc[0])}{f.of_model}",
-        conditions=conditions(run, rows, f.timer), reading=found + how + left,
+        name="utilisation",
+        title=f"{what} per op, batch {amount(rows['batch'].iloc[0])}{f.of_model}",
+        conditions=conditions(run, rows, f.timer),
+        reading=found + how + left,
         alt=f"Dot plot, one row per op: {what.lower()} of {names(rows['backend'])}. {found}".strip(),
-        table=table(everything, COLUMNS), command=command("ops", (), rows, f.model), height=0.9 + 0.30 * len(order),
-        draw=draw)
+        table=table(everything, COLUMNS),
+        command=command("ops", (), rows, f.model),
+        height=0.9 + 0.30 * len(order),
+        draw=draw,
+    )
 
 
 def _best_words(rows):
@@ -87,10 +99,14 @@ def roofline(run, f):
     rows = rows[~rows["suspect"] & (rows["flops"] > 0) & (rows["bytes"] > 0) & rows["gbps"].notna()]
     if not len(rows):
         return None
-    tera = rows["flops"] / 1e6          # flop per us -> Tflop/s
-    rows = rows.assign(intensity=rows["flops"] / rows["bytes"], tflops=tera / rows["us"], low=tera / rows["us_p90"],
-                       high=tera / rows["us_p10"])
-    roof = run.best_ceiling() / 1e3     # TB/s: Tflop/s at 1 flop/byte
+    tera = rows["flops"] / 1e6  # flop per us -> Tflop/s
+    rows = rows.assign(
+        intensity=rows["flops"] / rows["bytes"],
+        tflops=tera / rows["us"],
+        low=tera / rows["us_p90"],
+        high=tera / rows["us_p10"],
+    )
+    roof = run.best_ceiling() / 1e3  # TB/s: Tflop/s at 1 flop/byte
 
     def draw(canvas, theme):
         ax = canvas.subplots()
@@ -100,8 +116,17 @@ def roofline(run, f):
         ax.fill_between(x, roof * x, roof * x * 100, color=theme.grid, alpha=0.5, linewidth=0)
         for name in style.backend_order(rows["backend"]):
             mine, look = rows[rows["backend"] == name], style.backend(name)
-            ax.errorbar(mine["intensity"], mine["tflops"], yerr=spread(mine, "tflops", "low", "high"), alpha=0.85,
-                        color=look.color, marker=look.marker, label=look.label, markersize=4, linestyle="none")
+            ax.errorbar(
+                mine["intensity"],
+                mine["tflops"],
+                yerr=spread(mine, "tflops", "low", "high"),
+                alpha=0.85,
+                color=look.color,
+                marker=look.marker,
+                label=look.label,
+                markersize=4,
+                linestyle="none",
+            )
         plain_log(ax.xaxis)
         plain_log(ax.yaxis)
         ax.set_xlim(*x)
@@ -111,26 +136,39 @@ def roofline(run, f):
         for row in rows.loc[rows.groupby("op")["tflops"].idxmin()].sort_values("tflops").itertuples():
             at = max(np.log10(row.tflops), at + step)
             right = row.intensity < x[1] / 8
-            ax.text(row.intensity * (1.25 if right else 0.8), 10 ** at, short(row.op), fontsize=7.5, va="center",
-                    ha="left" if right else "right")
+            ax.text(
+                row.intensity * (1.25 if right else 0.8),
+                10**at,
+                short(row.op),
+                fontsize=7.5,
+                va="center",
+                ha="left" if right else "right",
+            )
         ax.set_xlabel("arithmetic intensity (flop / byte)")
         ax.set_ylabel("Tflop/s")
         legend(canvas, [ax])
 
     return Figure(
-        name="roofline", title="Roofline: every op under the measured memory roof",
+        name="roofline",
+        title="Roofline: every op under the measured memory roof",
         conditions=conditions(run, rows, f.timer),
-        reading="The line is the measured bandwidth times the intensity; no kernel that moves its bytes through DRAM "
-                "can lie in the grey. The vertical distance to the line is what is left to gain. Each op runs from "
-                f"batch {amount(rows['batch'].min())} to {amount(rows['batch'].max())}. The arithmetic peak was not "
-                "measured and is not drawn; ops that only move data have no place here.",
-        alt=f"Roofline on log axes: {len(rows)} points of {names(rows['backend'])} below the line of the bandwidth.",
+        reading="The line is the measured bandwidth times the intensity; no kernel that moves its bytes "
+        "through DRAM "
+        "can lie in the grey. The vertical distance to the line is what is left to gain. Each op runs from "
+        f"batch {amount(rows['batch'].min())} to {amount(rows['batch'].max())}. The arithmetic peak was not "
+        "measured and is not drawn; ops that only move data have no place here.",
+        alt=f"Roofline on log axes: {len(rows)} points of {names(rows['backend'])} below the line of the "
+        "bandwidth.",
         table=table(rows, "case backend tuning batch intensity tflops us us_p10 us_p90 n gbps share"),
-        command=command("ops", (), rows, f.model), height=3.6, draw=draw)
+        command=command("ops", (), rows, f.model),
+        height=3.6,
+        draw=draw,
+    )
 
 
 def against(run, f, op, y):
-    """One op's time (y = "us") or share of the ceiling ("share") against context where it has several, else batch."""
+    """One op's time (y = "us") or share of the ceiling ("share") against context where it has several, else
+    batch."""
     rows = chosen(run.op, f)
     rows = with_share(labelled(rows[rows["op"] == op]))
     share = y == "share"
@@ -143,15 +181,22 @@ def against(run, f, op, y):
     if rows[x].nunique() == 1:
         return None if share else _once(run, f, op, rows)
     rows = rows.assign(panel="batch " + rows["batch"].map(amount) if by_context else rows["case"])
-    panels = list(dict.fromkeys(rows.sort_values("batch", kind="stable")["panel"] if by_context else rows["panel"]))
-    left = (f" The first {PANELS} of {len(panels):,} panels are drawn; all rows are in records.jsonl."
-            if len(panels) > PANELS else "")
+    panels = list(
+        dict.fromkeys(rows.sort_values("batch", kind="stable")["panel"] if by_context else rows["panel"])
+    )
+    left = (
+        f" The first {PANELS} of {len(panels):,} panels are drawn; all rows are in records.jsonl."
+        if len(panels) > PANELS
+        else ""
+    )
     panels = panels[:PANELS]
     rows = rows[rows["panel"].isin(panels)]
     divisor, unit_name = unit(rows["us"])
 
     def draw(canvas, theme):
-        axes = grid_of(canvas, len(panels), "context (tokens)" if by_context else "batch (sequences)", sharey=share)
+        axes = grid_of(
+            canvas, len(panels), "context (tokens)" if by_context else "batch (sequences)", sharey=share
+        )
         for ax, name in zip(axes, panels):
             here = times(rows[rows["panel"] == name], divisor)
             for backend in style.backend_order(here["backend"]):
@@ -165,18 +210,29 @@ def against(run, f, op, y):
                 ax.axhline(100, color=theme.ink, linewidth=1, linestyle=":")
             else:
                 from_zero_or_log(ax.yaxis, here["us"], here["us_p90"])
-        canvas.supylabel("share of the ceiling (%)" if share else f"time of a call ({unit_name})", fontsize=8.5)
+        canvas.supylabel(
+            "share of the ceiling (%)" if share else f"time of a call ({unit_name})", fontsize=8.5
+        )
         legend(canvas, axes)
 
     what = "share of the bandwidth ceiling" if share else "time of a call"
-    how = ("Higher is better; the dotted line is the measured ceiling." if share else
-           "Lower is better. A flat stretch is launch cost or weights, a rising one what each sequence or token adds.")
+    how = (
+        "Higher is better; the dotted line is the measured ceiling."
+        if share
+        else "Lower is better. A flat stretch is launch cost or weights, a rising one what each sequence or "
+        "token adds."
+    )
     return Figure(
-        name=f"{op}-{'share' if share else 'time'}", title=f"{op}: {what} against {x}{f.of_model}",
-        conditions=conditions(run, rows, f.timer), reading=how + left,
+        name=f"{op}-{'share' if share else 'time'}",
+        title=f"{op}: {what} against {x}{f.of_model}",
+        conditions=conditions(run, rows, f.timer),
+        reading=how + left,
         alt=f"Lines of {names(rows['backend'])}: {what} of {op} against {x}, {len(panels)} panels.",
-        table=table(rows.sort_values(["panel", "backend", x]), COLUMNS), command=command("ops", [op], rows, f.model),
-        height=0.9 + 1.55 * -(-len(panels) // 2), draw=draw)
+        table=table(rows.sort_values(["panel", "backend", x]), COLUMNS),
+        command=command("ops", [op], rows, f.model),
+        height=0.9 + 1.55 * -(-len(panels) // 2),
+        draw=draw,
+    )
 
 
 def _once(run, f, op, rows):
@@ -193,16 +249,25 @@ def _once(run, f, op, rows):
         legend(canvas, [ax])
 
     return Figure(
-        name=f"{op}-time", title=f"{op}: time of a call, batch {amount(rows['batch'].iloc[0])}{f.of_model}",
-        conditions=conditions(run, rows, f.timer), reading="Further left is faster." + left,
-        alt=f"Dot plot: time of one call of {op} for {names(rows['backend'])}.", table=table(rows, COLUMNS),
-        command=command("ops", [op], rows, f.model), height=0.9 + 0.34 * len(order), draw=draw)
+        name=f"{op}-time",
+        title=f"{op}: time of a call, batch {amount(rows['batch'].iloc[0])}{f.of_model}",
+        conditions=conditions(run, rows, f.timer),
+        reading="Further left is faster." + left,
+        alt=f"Dot plot: time of one call of {op} for {names(rows['backend'])}.",
+        table=table(rows, COLUMNS),
+        command=command("ops", [op], rows, f.model),
+        height=0.9 + 0.34 * len(order),
+        draw=draw,
+    )
 
 
 def caches(run, f, op):
-    """One op at the smallest batch and its largest case: cold, warm, in the model, and with the host's time."""
+    """One op at the smallest batch and its largest case: cold, warm, in the model, and with the host's
+    time."""
     rows = run.op[run.op["op"] == op]
-    rows = of_model(rows[rows["dtype"] == (f.dtype if (rows["dtype"] == f.dtype).any() else rows["dtype"].iloc[0])], f)
+    rows = of_model(
+        rows[rows["dtype"] == (f.dtype if (rows["dtype"] == f.dtype).any() else rows["dtype"].iloc[0])], f
+    )
     rows = rows[(rows["batch"] == rows["batch"].min()) & ~rows["suspect"]]
     if not len(rows):
         return None
@@ -210,7 +275,9 @@ def caches(run, f, op):
     rows = rows[rows["case"] == rows.loc[rows["bytes"].fillna(0).idxmax(), "case"]]
     state = rows["timer"].where(rows["timer"] != "graph", rows["cache"])
     rows = rows.assign(state=state.replace({"in_model": "in model", "event": "eager, host included"}))
-    states = [s for s in ("cold", "in model", "warm", "eager, host included", "wall") if (rows["state"] == s).any()]
+    states = [
+        s for s in ("cold", "in model", "warm", "eager, host included", "wall") if (rows["state"] == s).any()
+    ]
     if len(states) < 2:
         return None
     divisor, unit_name = unit(rows["us"])
@@ -227,16 +294,23 @@ def caches(run, f, op):
         name=f"{op}-caches",
         title=f"{op}: what caches and the host change ({case}, batch {amount(rows['batch'].iloc[0])})",
         conditions=conditions(run, rows),
-        reading="Cold: every call reads memory that no cache holds. In model: weights cold, activations warm. Warm: "
-                "the same buffers again. Eager: launched one by one, the host's time included; the others are device "
-                "time inside one graph.",
+        reading="Cold: every call reads memory that no cache holds. In model: weights cold, activations "
+        "warm. Warm: the same buffers again. Eager: launched one by one, the host's time included; "
+        "the others are device time inside one graph.",
         alt=f"Dot plot: time of one call of {case} by cache state for {names(rows['backend'])}.",
-        table=table(rows, "state backend tuning us us_p10 us_p90 n gbps"), command=command("ops", [op], rows, f.model),
-        height=0.9 + 0.38 * len(states), draw=draw)
+        table=table(rows, "state backend tuning us us_p10 us_p90 n gbps"),
+        command=command("ops", [op], rows, f.model),
+        height=0.9 + 0.38 * len(states),
+        draw=draw,
+    )
 
 
 def of_op(run, f, op):
     """The pictures of one op's section."""
-    made = [against(run, f, op, "us"), None if run.emulated else against(run, f, op, "share"),
-            heatmaps.winners(run, f, op), caches(run, f, op)]
+    made = [
+        against(run, f, op, "us"),
+        None if run.emulated else against(run, f, op, "share"),
+        heatmaps.winners(run, f, op),
+        caches(run, f, op),
+    ]
     return [m for m in made if m]

@@ -1,4 +1,5 @@
 """Which op rows a picture shows, what they are called, and which of two is faster."""
+
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -6,13 +7,15 @@ from lab.records import compare
 from lab.report import style
 from lab.report.figures import amount
 
-DRAWN = 40          # cases of one picture
+DRAWN = 40  # cases of one picture
 VERDICTS = ("faster", "slower", "same", "ambiguous")
 
 
 @dataclass(frozen=True)
 class Focus:
-    """The rows that the overview shows: one dtype, one timer, one cache state, and the shapes of one model."""
+    """The rows that the overview shows: one dtype, one timer, one cache state, and the shapes of one
+    model."""
+
     dtype: str
     timer: str
     cache: str
@@ -24,7 +27,8 @@ class Focus:
 
 
 def focus(run):
-    """bf16, graph time and cold caches where the run has them; the model with the most ops, the largest of several such.
+    """bf16, graph time and cold caches where the run has them; the model with the most ops, the largest of
+    several such.
 
     None for a run without op rows.
     """
@@ -45,7 +49,9 @@ def focus(run):
         for model in map(str, models):
             ops.setdefault(model, set()).add(op)
             largest[model] = max(largest.get(model, 0), nbytes)
-    return Focus(dtype, timer, cache, max(ops, key=lambda model: (len(ops[model]), largest[model]), default=None))
+    return Focus(
+        dtype, timer, cache, max(ops, key=lambda model: (len(ops[model]), largest[model]), default=None)
+    )
 
 
 def of_model(rows, f):
@@ -54,14 +60,16 @@ def of_model(rows, f):
 
 
 def chosen(rows, f):
-    """The rows of a focus. An op that has none in its dtype (sample takes float32 logits) is shown in its own."""
+    """The rows of a focus. An op that has none in its dtype (sample takes float32 logits) is shown in its
+    own."""
     right = rows["dtype"] == f.dtype
     right |= ~rows["op"].isin(rows.loc[right, "op"])
     return of_model(rows[right & (rows["timer"] == f.timer) & (rows["cache"] == f.cache)], f)
 
 
 def labelled(rows):
-    """Adds `case`, what a row is called: op, use, context; and the sizes where two rows would be called the same."""
+    """Adds `case`, what a row is called: op, use, context; and the sizes where two rows would be called the
+    same."""
     plain = []
     for row in rows.itertuples():
         at = f"@{amount(row.context)}" if row.context == row.context else ""
@@ -70,7 +78,9 @@ def labelled(rows):
     called = {}
     for name, size in zip(plain, sizes):
         called.setdefault(name, set()).add(size)
-    return rows.assign(case=[f"{name} {size}" if len(called[name]) > 1 else name for name, size in zip(plain, sizes)])
+    return rows.assign(
+        case=[f"{name} {size}" if len(called[name]) > 1 else name for name, size in zip(plain, sizes)]
+    )
 
 
 def shape_text(shape):
@@ -93,8 +103,17 @@ def verdict(row, other):
     """faster | slower | same | ambiguous: `row` next to `other`; the harness's own word where it left one."""
     if row.verdict.get(other.backend) in VERDICTS:
         return row.verdict[other.backend]
-    return compare.verdict(*(SimpleNamespace(**{name: None if (value := getattr(r, name)) != value else value
-                                                for name in ("us", "us_p10", "us_p90", "n")}) for r in (other, row)))
+    return compare.verdict(
+        *(
+            SimpleNamespace(
+                **{
+                    name: None if (value := getattr(r, name)) != value else value
+                    for name in ("us", "us_p10", "us_p90", "n")
+                }
+            )
+            for r in (other, row)
+        )
+    )
 
 
 def by_case(rows):
@@ -109,7 +128,8 @@ def by_case(rows):
 
 
 def pairs(rows, a, b):
-    """(case, batch, row of a, row of b) wherever both backends have a row; suspects take no part. rows: labelled."""
+    """(case, batch, row of a, row of b) wherever both backends have a row; suspects take no part. rows:
+    labelled."""
     for (case, batch), group in by_case(rows[~rows["suspect"]]):
         found = {r.backend: r for r in group}
         if a in found and b in found:
@@ -130,6 +150,8 @@ def score_words(counts, a="cuda", b="triton"):
     if not total:
         return ""
     a, b = style.backend(a).label, style.backend(b).label
-    return (f"{a} is faster in {counts['faster']} of {total} cases, {b} in {counts['slower']}; "
-            f"{counts['same']} are the same and {counts['ambiguous']} too close to call."
-            + (f" In {left} of them one side is untuned." if left else ""))
+    return (
+        f"{a} is faster in {counts['faster']} of {total} cases, {b} in {counts['slower']}; "
+        f"{counts['same']} are the same and {counts['ambiguous']} too close to call."
+        + (f" In {left} of them one side is untuned." if left else "")
+    )

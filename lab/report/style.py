@@ -1,9 +1,10 @@
 """How a backend, an op and a page look: one colour and one marker each, the same in every picture.
 
-The backends' colours keep a contrast of at least 3:1 on the light and on the dark page, and CUDA, Triton and torch
-stay apart under protanopia, deuteranopia and tritanopia (tests/test_report.py computes both). Markers differ as well,
-so that no picture depends on colour alone.
+The backends' colours keep a contrast of at least 3:1 on the light and on the dark page, and CUDA, Triton and
+torch stay apart under protanopia, deuteranopia and tritanopia (tests/test_report.py computes both). Markers
+differ as well, so that no picture depends on colour alone.
 """
+
 from dataclasses import dataclass
 
 import matplotlib
@@ -31,8 +32,9 @@ BACKENDS = {
     "liger": Look("Liger", "#3f9aa8", "<"),
     "compile": Look("torch.compile", "#a5654b", ">"),
 }
-# What a token's time is made of: the colours that the contracts declare (Op.color; Paul Tol's "muted" scheme, not used for
-# backends). A fused op has the colour of what it does most, hatched; a whole step is hatched the other way.
+# What a token's time is made of: the colours that the contracts declare (Op.color; Paul Tol's "muted" scheme,
+# not used for backends). A fused op has the colour of what it does most, hatched; a whole step is hatched the
+# other way.
 HATCHES = {"FusedOps": "\\\\", "PersistentOps": "//"}
 OTHERS = ("#aa4499", "#5f6b7a", "#a5654b", "#3f9aa8")
 
@@ -60,7 +62,7 @@ def part_order(op):
 
 def text_on(color):
     """White or near-black, whichever can be read on a colour."""
-    red, green, blue = (int(color[i:i + 2], 16) / 255 for i in (1, 3, 5))
+    red, green, blue = (int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
     return "#ffffff" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.55 else "#1b1f23"
 
 
@@ -80,9 +82,9 @@ def part_looks(parts):
 @dataclass(frozen=True)
 class Theme:
     name: str
-    page: str         # background
-    ink: str          # text
-    muted: str        # secondary text
+    page: str  # background
+    ink: str  # text
+    muted: str  # secondary text
     grid: str
 
 
@@ -93,15 +95,37 @@ DARK = Theme("dark", "#171b20", "#e8eaed", "#a2abb5", "#31373e")
 def rc(theme):
     """matplotlib settings of a theme, for matplotlib.rc_context."""
     return {
-        "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 8.5,
-        "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8, "legend.frameon": False,
-        "figure.facecolor": theme.page, "savefig.facecolor": theme.page, "axes.facecolor": theme.page,
-        "text.color": theme.ink, "axes.labelcolor": theme.ink, "axes.titlecolor": theme.ink,
-        "xtick.color": theme.muted, "ytick.color": theme.muted, "axes.edgecolor": theme.muted,
-        "xtick.labelcolor": theme.ink, "ytick.labelcolor": theme.ink,
-        "grid.color": theme.grid, "grid.linewidth": 0.8, "axes.grid": True, "axes.axisbelow": True,
-        "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8,
-        "lines.linewidth": 1.6, "lines.markersize": 5, "errorbar.capsize": 2.5,
-        "hatch.linewidth": 0.6, "figure.dpi": 200, "text.parse_math": False,
+        "font.family": "DejaVu Sans",
+        "font.size": 9,
+        "axes.titlesize": 9,
+        "axes.labelsize": 8.5,
+        "xtick.labelsize": 8,
+        "ytick.labelsize": 8,
+        "legend.fontsize": 8,
+        "legend.frameon": False,
+        "figure.facecolor": theme.page,
+        "savefig.facecolor": theme.page,
+        "axes.facecolor": theme.page,
+        "text.color": theme.ink,
+        "axes.labelcolor": theme.ink,
+        "axes.titlecolor": theme.ink,
+        "xtick.color": theme.muted,
+        "ytick.color": theme.muted,
+        "axes.edgecolor": theme.muted,
+        "xtick.labelcolor": theme.ink,
+        "ytick.labelcolor": theme.ink,
+        "grid.color": theme.grid,
+        "grid.linewidth": 0.8,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.linewidth": 0.8,
+        "lines.linewidth": 1.6,
+        "lines.markersize": 5,
+        "errorbar.capsize": 2.5,
+        "hatch.linewidth": 0.6,
+        "figure.dpi": 200,
+        "text.parse_math": False,
         "axes.unicode_minus": False,
     }

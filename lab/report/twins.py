@@ -1,9 +1,11 @@
 """The CUDA and the Triton file of an op, cut at their numbered steps, so that they can stand side by side.
 
-A step begins with a comment `// 2. Load: text` (CUDA) or `# 2. Load: text` (Triton); the comment lines right below
-belong to its text. A file with several kernels repeats the steps: a step then has a chunk of code for each of them.
-In the file of a ladder the steps are its rungs (lab/rungs.py); several rungs may be one kernel in several shapes.
+A step begins with a comment `// 2. Load: text` (CUDA) or `# 2. Load: text` (Triton); the comment lines right
+below belong to its text. A file with several kernels repeats the steps: a step then has a chunk of code for
+each of them. In the file of a ladder the steps are its rungs (lab/rungs.py); several rungs may be one kernel
+in several shapes.
 """
+
 import re
 from dataclasses import dataclass, field, replace
 from html import escape
@@ -24,11 +26,12 @@ FOLDERS = {"cuda": ("cuda_src", ".cu"), "triton": ("triton_kernels", ".py")}
 @dataclass
 class Chunk:
     """Consecutive lines of a file. `first` is the number of the first line, counted from 1."""
+
     first: int
     lines: list
     kernel: str = ""
-    text: str = ""          # the comment under the step's title
-    below: str = ""         # the step that has the code, where this one has none of its own
+    text: str = ""  # the comment under the step's title
+    below: str = ""  # the step that has the code, where this one has none of its own
 
     @property
     def code(self):
@@ -49,18 +52,19 @@ class Chunk:
 class Step:
     number: int
     title: str
-    chunks: list = field(default_factory=list)      # one for each kernel of the file
+    chunks: list = field(default_factory=list)  # one for each kernel of the file
 
 
 @dataclass
 class Half:
     """One language's file: what it says at its top, its steps by number, and the code around them."""
-    language: str               # cuda | triton
+
+    language: str  # cuda | triton
     path: Path
     header: str
     steps: dict
     around: list
-    count: int                  # lines of the file
+    count: int  # lines of the file
 
     @property
     def titles(self):
@@ -74,11 +78,13 @@ class Half:
 
 @dataclass
 class Row:
-    """A step, or a rung, of both files. `steps`: CUDA's and Triton's Step, or None where `missing` says why."""
+    """A step, or a rung, of both files. `steps`: CUDA's and Triton's Step, or None where `missing` says
+    why."""
+
     title: str
     steps: tuple
     missing: tuple
-    intro: tuple = ()           # ((what, text), ...) to be said of both files
+    intro: tuple = ()  # ((what, text), ...) to be said of both files
 
 
 def known_ops(root=ROOT):
@@ -89,9 +95,10 @@ def known_ops(root=ROOT):
 
 
 def half(language, op, root=ROOT):
-    """The file of an op, or of a ladder ("ladder/linear"), in a language. Raises LabError when it is not there."""
+    """The file of an op, or of a ladder ("ladder/linear"), in a language. Raises LabError when it is not
+    there."""
     folder, ending = FOLDERS[language]
-    if not NAME.fullmatch(op):                  # of a record, from anywhere: no path out of the project
+    if not NAME.fullmatch(op):  # of a record, from anywhere: no path out of the project
         raise LabError(f"{shown(op, quotes=False)} has no {language} half: that is no name of an op")
     path = root / folder / (op + ending)
     try:
@@ -117,8 +124,10 @@ def cut(language, path, lines):
                 i += 1
             step = steps.setdefault(number, Step(number, title))
             if step.title != title:
-                raise LabError(f"{path}:{i}: step {number} is called {title!r} here and {step.title!r} before")
-            inside = line[0].isspace()      # else the step stands above its kernel, and ends with it
+                raise LabError(
+                    f"{path}:{i}: step {number} is called {title!r} here and {step.title!r} before"
+                )
+            inside = line[0].isspace()  # else the step stands above its kernel, and ends with it
             chunk = Chunk(i + 1, [], kernel if inside else "", " ".join(t.strip() for t in text if t.strip()))
             step.chunks.append(chunk)
             order.append((f"{number}. {title}", chunk))
@@ -163,7 +172,7 @@ def _header(language, lines):
         return "\n".join(line[2:].removeprefix(" ") for line in lines[:count]), count
     text = "\n".join(lines)
     found = re.match(r'\s*"""(.*?)"""', text, re.S)
-    return (found[1].strip("\n"), text[:found.end()].count("\n") + 1) if found else ("", 0)
+    return (found[1].strip("\n"), text[: found.end()].count("\n") + 1) if found else ("", 0)
 
 
 def pair(op, root=ROOT):
@@ -173,27 +182,52 @@ def pair(op, root=ROOT):
 
 def rows(cuda, triton):
     """[Row] in order of the steps' numbers."""
-    return [Row(f"{n}. {(cuda.steps.get(n) or triton.steps[n]).title}", (cuda.steps.get(n), triton.steps.get(n)),
-                tuple(f"{style.backend(h.language).label} has no such step." for h in (cuda, triton)))
-            for n in sorted(cuda.steps.keys() | triton.steps.keys())]
+    return [
+        Row(
+            f"{n}. {(cuda.steps.get(n) or triton.steps[n]).title}",
+            (cuda.steps.get(n), triton.steps.get(n)),
+            tuple(f"{style.backend(h.language).label} has no such step." for h in (cuda, triton)),
+        )
+        for n in sorted(cuda.steps.keys() | triton.steps.keys())
+    ]
 
 
 def ladder(op, root=ROOT):
-    """(CUDA half, Triton half, [Row]) of an op's ladder, the lowest rung first; LabError for an op without one."""
+    """(CUDA half, Triton half, [Row]) of an op's ladder, the lowest rung first; LabError for an op without
+    one."""
     climbed = rungs.rungs(op)
     cuda, triton = pair(f"ladder/{op}", root)
 
     def missing(half, rung):
         if rung.product:
             return f"The op itself: {FOLDERS[half.language][0]}/{half.path.name}."
-        return f"No such rung in {style.backend(half.language).label}: {rung.absent.get(half.language, 'not written.')}"
+        return (
+            f"No such rung in {style.backend(half.language).label}: "
+            f"{rung.absent.get(half.language, 'not written.')}"
+        )
 
     def said(rung):
-        texts = {"changes": rung.idea, "should gain": rung.gain, "may fall short": rung.otherwise, "needs": rung.needs}
+        texts = {
+            "changes": rung.idea,
+            "should gain": rung.gain,
+            "may fall short": rung.otherwise,
+            "needs": rung.needs,
+        }
         return tuple((what, text) for what, text in texts.items() if text)
 
-    return cuda, triton, [Row(rung.title, tuple(h.steps.get(rung.number) for h in (cuda, triton)),
-                              tuple(missing(h, rung) for h in (cuda, triton)), said(rung)) for rung in climbed]
+    return (
+        cuda,
+        triton,
+        [
+            Row(
+                rung.title,
+                tuple(h.steps.get(rung.number) for h in (cuda, triton)),
+                tuple(missing(h, rung) for h in (cuda, triton)),
+                said(rung),
+            )
+            for rung in climbed
+        ],
+    )
 
 
 def highlight(language, code):
@@ -209,10 +243,16 @@ def highlight(language, code):
 
 
 def highlight_css():
-    """(rules for the light page, rules for the dark page) of `highlight`'s classes; empty without pygments."""
+    """(rules for the light page, rules for the dark page) of `highlight`'s classes; empty without
+    pygments."""
     try:
         from pygments.formatters import HtmlFormatter
     except ImportError:
         return "", ""
-    rules = (HtmlFormatter(style=name).get_style_defs("pre.code").splitlines() for name in ("default", "github-dark"))
-    return tuple("\n".join(r for r in one if r.startswith("pre.code .") and "linenos" not in r) for one in rules)
+    rules = (
+        HtmlFormatter(style=name).get_style_defs("pre.code").splitlines()
+        for name in ("default", "github-dark")
+    )
+    return tuple(
+        "\n".join(r for r in one if r.startswith("pre.code .") and "linenos" not in r) for one in rules
+    )

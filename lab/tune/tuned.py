@@ -1,9 +1,11 @@
-"""The tables that `lab tune` writes: launch settings by op, bytes of an element, rows and shape, for one architecture.
+"""The tables that `lab tune` writes: launch settings by op, bytes of an element, rows and shape, for one
+architecture.
 
-cuda_src/tuned/sm_90.json and triton_kernels/tuned/sm_90.json hold what was measured on such a GPU: a list of entries
-{"op", "itemsize", "rows", "shape", "settings", "gpu", "compiler", ...}; "by" says so where whole tokens chose
-(`lab tune --by-token`). Nothing is tuned while a model runs.
+cuda_src/tuned/sm_90.json and triton_kernels/tuned/sm_90.json hold what was measured on such a GPU: a list of
+entries {"op", "itemsize", "rows", "shape", "settings", "gpu", "compiler", ...}; "by" says so where whole
+tokens chose (`lab tune --by-token`). Nothing is tuned while a model runs.
 """
+
 import hashlib
 import json
 from pathlib import Path
@@ -12,7 +14,7 @@ from lab.errors import LabError, error_text, shown
 from lab.files import is_there, read_text, regular_file
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-PATHS = "sum", "dot"             # of Triton's matrix products
+PATHS = "sum", "dot"  # of Triton's matrix products
 FOLDERS = {"cuda": ROOT / "cuda_src/tuned", "triton": ROOT / "triton_kernels/tuned"}
 
 
@@ -23,15 +25,25 @@ def path_of(backend, arch):
 
 def digests(arch):
     """{backend: the first 8 hexadecimal digits of its table's SHA-256, None where there is no table}."""
-    return {b: hashlib.sha256(regular_file(p).read_bytes()).hexdigest()[:8] if is_there(p := path_of(b, arch)) else None
-            for b in FOLDERS}
+    return {
+        b: hashlib.sha256(regular_file(p).read_bytes()).hexdigest()[:8]
+        if is_there(p := path_of(b, arch))
+        else None
+        for b in FOLDERS
+    }
 
 
 def lookup(entries, op, itemsize, rows, shape):
-    """The settings that a launch with `rows` rows takes, or None: of the entry for this shape with the least number of
-    rows that holds `rows` and is not 16 times as many, for those of 64 say nothing about 1."""
-    found = [entry for entry in entries if entry["op"] == op and entry["itemsize"] == itemsize
-             and entry["shape"] == shape and rows <= entry["rows"] < 16 * rows]
+    """The settings that a launch with `rows` rows takes, or None: of the entry for this shape with the least
+    number of rows that holds `rows` and is not 16 times as many, for those of 64 say nothing about 1."""
+    found = [
+        entry
+        for entry in entries
+        if entry["op"] == op
+        and entry["itemsize"] == itemsize
+        and entry["shape"] == shape
+        and rows <= entry["rows"] < 16 * rows
+    ]
     return min(found, key=lambda entry: entry["rows"])["settings"] if found else None
 
 
@@ -45,7 +57,7 @@ def read(path):
     except (LabError, ValueError, RecursionError) as error:
         raise LabError(f"{path} is no table of `lab tune` ({error_text(error)}); {advice}") from None
     if not isinstance(table, dict) or not isinstance(table.get("entries"), list):
-        raise LabError(f"{path} is no table of `lab tune`: it has no list \"entries\"; {advice}")
+        raise LabError(f'{path} is no table of `lab tune`: it has no list "entries"; {advice}')
     for i, entry in enumerate(table["entries"]):
         if problem := wrong(entry):
             raise LabError(f"{path} is no table of `lab tune`: entry {i}: {problem}; {advice}")
@@ -58,7 +70,7 @@ def refuse_constant(name):
 
 def is_count(value) -> bool:
     """Whether a value is a number of things: a whole one from 1 that a launcher's int holds."""
-    return type(value) is int and 0 < value < 2 ** 31
+    return type(value) is int and 0 < value < 2**31
 
 
 def wrong(entry) -> str | None:
@@ -76,11 +88,14 @@ def wrong(entry) -> str | None:
         if not isinstance(entry.get(name), dict):
             return f"{name} is {shown(entry.get(name))}, not an object"
     for name, value in entry["shape"].items():
-        if type(value) is not int or not 0 <= value < 2 ** 31:
+        if type(value) is not int or not 0 <= value < 2**31:
             return f"shape has {shown(name)}: {shown(value)}, not a whole number"
     for name, value in entry["settings"].items():
-        if type(value) is not bool and not (type(value) is int and 0 <= value < 2 ** 31) and not (
-                name == "path" and value in PATHS):
+        if (
+            type(value) is not bool
+            and not (type(value) is int and 0 <= value < 2**31)
+            and not (name == "path" and value in PATHS)
+        ):
             return f"settings has {shown(name)}: {shown(value)}, which no launcher takes"
     if not (type(entry.get("tried", 0)) is int and entry.get("tried", 0) >= 0):
         return f"tried is {shown(entry['tried'])}, not a whole number"

@@ -1,15 +1,17 @@
-"""`lab tune OP ...`: tries launch settings of both halves on this GPU, shape by shape; keeps the fastest that is right.
+"""`lab tune OP ...`: tries launch settings of both halves on this GPU, shape by shape; keeps the fastest that
+is right.
 
-For each shape of the presets a bounded list of candidates (its contract's `spaces`) races over rotating cold weights
-inside CUDA graphs, the four fastest again with more samples, and the fastest whose output is right joins the backend's
-tuned/sm_NN.json, with GPU and compiler version. Triton's are first compiled, in parallel and without the GPU, and those
-that spill are dropped. Launchers read that table before their own rules. A run that the budget stops keeps what it
-found; the same command again goes on after it.
+For each shape of the presets a bounded list of candidates (its contract's `spaces`) races over rotating cold
+weights inside CUDA graphs, the four fastest again with more samples, and the fastest whose output is right
+joins the backend's tuned/sm_NN.json, with GPU and compiler version. Triton's are first compiled, in parallel
+and without the GPU, and those that spill are dropped. Launchers read that table before their own rules. A run
+that the budget stops keeps what it found; the same command again goes on after it.
 
-With --by-token it is the whole decode step of a model under the fused plan that judges: a kernel that is fastest alone
-may leave the next one no room beside it. A candidate takes the place of its entry of the table in a step, which races
-the step with the table as it is; what wins stays while the other ops are tried.
+With --by-token it is the whole decode step of a model under the fused plan that judges: a kernel that is
+fastest alone may leave the next one no room beside it. A candidate takes the place of its entry of the table
+in a step, which races the step with the table as it is; what wins stays while the other ops are tried.
 """
+
 import concurrent.futures
 import concurrent.futures.process
 import contextlib
@@ -31,51 +33,59 @@ from lab.names import known
 from lab.tune import tuned
 
 FINALISTS = 4
-RACE_S, FINAL_S = 0.02, 0.1         # seconds of samples of each candidate in the first race, and of each finalist
-GAIN = 0.01                         # a candidate must beat the settings by hand by more than that
-TOKEN_RACE_S, TOKEN_GAIN = 0.08, 0.001          # the same where whole tokens judge: seconds of each pair
+RACE_S, FINAL_S = 0.02, 0.1  # seconds of samples of each candidate in the first race, and of each finalist
+GAIN = 0.01  # a candidate must beat the settings by hand by more than that
+TOKEN_RACE_S, TOKEN_GAIN = 0.08, 0.001  # the same where whole tokens judge: seconds of each pair
 WORKERS = 16
 BY_HAND = "by hand"
-LANGUAGES = ["cuda", "triton"]      # those with tables of settings: see lab/tune/tuned.py
+LANGUAGES = ["cuda", "triton"]  # those with tables of settings: see lab/tune/tuned.py
 
 
 def tunable():
     """Names of the ops that have launch settings to choose from."""
     from lab.ops import OPS
+
     return [op.name for op in OPS if op.spaces]
 
 
 def candidates(backend, op, rows, itemsize, shape, tries):
-    """At most `tries` settings of an op's space: all, or the same random choice every time; [] where there is no choice."""
+    """At most `tries` settings of an op's space: all, or the same random choice every time; [] where there is
+    no choice."""
     from lab.ops import find
+
     spaces = find(op).spaces
     space = spaces[backend](rows, itemsize, **shape) if backend in spaces else []
     return space if len(space) <= tries else random.Random(0).sample(space, tries)
 
 
-# Compiling: in processes of their own, without the GPU; Triton's cache on disk hands the result to this process.
+# Compiling: in processes of their own, without the GPU; Triton's cache on disk hands the result to this
+# process.
+
 
 def compile_candidate(point, dtype_name, arch, multiprocessors, settings):
-    """dict(regs, stack, local, shared) of the kernel that `settings` give, or {"error": what the compiler said}."""
+    """dict(regs, stack, local, shared) of the kernel that `settings` give, or {"error": what the compiler
+    said}."""
     from lab.inspect.call import Blank
     from lab.ops import find
     from triton_kernels import common, offline
     from triton_kernels.settings import forced
+
     try:
         op = find(point.op)
         args, _ = shapes.arguments(op, point, Blank(DTYPES[dtype_name]), multiprocessors)
         with forced(op.name, settings), common.recording(arch) as launches:
             op.launchers["triton"](*args, out=op.outputs(*args))
         return offline.usage(offline.compile(launches[-1], arch))
-    except Exception as error:          # whatever a compiler raises: this candidate cannot be launched
+    except Exception as error:  # whatever a compiler raises: this candidate cannot be launched
         return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
 
 
 @contextlib.contextmanager
 def compilers():
     """An executor of processes that know nothing of this one's CUDA context."""
-    pool = concurrent.futures.ProcessPoolExecutor(min(WORKERS, os.cpu_count() or 1),
-                                                  multiprocessing.get_context("spawn"))
+    pool = concurrent.futures.ProcessPoolExecutor(
+        min(WORKERS, os.cpu_count() or 1), multiprocessing.get_context("spawn")
+    )
     try:
         yield pool
     finally:
@@ -84,6 +94,7 @@ def compilers():
 
 # Timing, on the GPU.
 
+
 class Race:
     """Times settings of one point on one backend against each other, and checks what they compute."""
 
@@ -91,7 +102,12 @@ class Race:
         from lab.backends import load
         from lab.harness import ops_bench, timing
         from lab.ops import find
-        self.op, self.backend, self.run = find(point.op), load(backend, torch.device(rig.device)), rig.backends[backend]
+
+        self.op, self.backend, self.run = (
+            find(point.op),
+            load(backend, torch.device(rig.device)),
+            rig.backends[backend],
+        )
         self.device = rig.device
         self.bound = ops_bench._Bound(self.op, point, DTYPES[dtype_name], rig)
         # A residual that a race has added to thousands of times would hide what the last addition did.
@@ -103,21 +119,27 @@ class Race:
         from triton.runtime.errors import OutOfResources
 
         from lab.harness import ops_bench, timing
+
         timed = {}
         for label, settings in entrants.items():
-            with self.backend.forced(self.op.name, settings or {}), contextlib.suppress(RuntimeError, OutOfResources):
+            with (
+                self.backend.forced(self.op.name, settings or {}),
+                contextlib.suppress(RuntimeError, OutOfResources),
+            ):
                 timed[label] = self.bound.timed(self.backend.name, "in_model", "graph", None)
-        ops_bench.alive(self.op.name)               # one that broke the CUDA context must not pass as one that lost
+        ops_bench.alive(self.op.name)  # one that broke the CUDA context must not pass as one that lost
         stats = timing.measure(timed, seconds * len(timed), 5, 100) if timed else {}
         for one in timed.values():
             one.close()
         return {label: s.us for label, s in stats.items()}
 
     def error(self, settings):
-        """What is wrong with two calls under `settings`, on one workspace and between guard zones, or None."""
+        """What is wrong with two calls under `settings`, on one workspace and between guard zones, or
+        None."""
         from lab.arena import Arena
         from lab.check import check_call, values_of
         from lab.harness import timing
+
         op, arena = self.op, None
         for _ in range(2):
             values = values_of(op, timing.clone_args(self.fresh))
@@ -137,8 +159,14 @@ class TokenRace:
 
     def __init__(self, rig, backend, point, dtype_name, weights, table, context):
         from lab.backends import load
+
         self.backend, self.run = load(backend, torch.device(rig.device)), rig.backends[backend]
-        self.point, self.weights, self.table, self.context = point, weights.of(point.models[0]), table, context
+        self.point, self.weights, self.table, self.context = (
+            point,
+            weights.of(point.models[0]),
+            table,
+            context,
+        )
         self.itemsize = DTYPES[dtype_name].itemsize
         self.alone = rig, backend, point, dtype_name
 
@@ -147,9 +175,11 @@ class TokenRace:
         return Race(*self.alone).error(settings)
 
     def step(self, settings):
-        """One step as a CUDA graph, with `settings` in the place of the point's entry (None: as the table is)."""
+        """One step as a CUDA graph, with `settings` in the place of the point's entry (None: as the table
+        is)."""
         from lab.harness import model_bench
         from lab.model.decoder import Decoder
+
         self.backend.use(self.table.with_entry(self.point, self.itemsize, settings))
         try:
             decoder = Decoder(self.weights, self.run, self.point.batch, self.context + 1, plan="fused")
@@ -159,11 +189,12 @@ class TokenRace:
             self.backend.forget()
 
     def times(self, entrants, seconds):
-        """{label: microseconds a token}: each entrant against the table as it is, at the same time; what cannot be
-        launched is left out. `seconds` is what a kernel alone would get."""
+        """{label: microseconds a token}: each entrant against the table as it is, at the same time; what
+        cannot be launched is left out. `seconds` is what a kernel alone would get."""
         from triton.runtime.errors import OutOfResources
 
         from lab.harness import model_bench, ops_bench, timing
+
         base, found = self.step(None), {}
         for label, settings in entrants.items():
             if settings is None:
@@ -175,12 +206,15 @@ class TokenRace:
                 found.setdefault(BY_HAND, pair[BY_HAND].us)
                 found[label] = pair[label].us / pair[BY_HAND].us * found[BY_HAND]
             except torch.OutOfMemoryError:
-                raise LabError(f"two decoders of {self.point.models[0]}, batch {self.point.batch}, context {self.context} "
-                               "do not fit in this GPU's memory: tune with a smaller --batch or --context") from None
+                raise LabError(
+                    f"two decoders of {self.point.models[0]}, batch {self.point.batch}, context "
+                    f"{self.context} "
+                    "do not fit in this GPU's memory: tune with a smaller --batch or --context"
+                ) from None
             except (RuntimeError, OutOfResources):
-                pass                                # it cannot be launched
+                pass  # it cannot be launched
             ops_bench.alive(self.point.op)
-            one = None                              # a decoder's memory, before the next one's
+            one = None  # a decoder's memory, before the next one's
             model_bench.release("cuda")
         base = None
         model_bench.release("cuda")
@@ -188,9 +222,11 @@ class TokenRace:
 
 
 def tune_point(race, settings, usages, gain=GAIN):
-    """(winner, times, dropped): the fastest right settings (None: those by hand), {label: us}, and why others fell out.
+    """(winner, times, dropped): the fastest right settings (None: those by hand), {label: us}, and why others
+    fell out.
 
-    settings: the candidates. usages: the compiler's report of each, in the same order. race: `times` and `error`.
+    settings: the candidates. usages: the compiler's report of each, in the same order. race: `times` and
+    `error`.
     gain: the share of its time by which a winner must be faster than the settings by hand.
     """
     dropped, entrants = [], {BY_HAND: None}
@@ -202,7 +238,9 @@ def tune_point(race, settings, usages, gain=GAIN):
         else:
             entrants[i] = candidate
     first = race.times(entrants, RACE_S)
-    dropped += [(entrants[label], "cannot be launched") for label in entrants if label not in [*first, BY_HAND]]
+    dropped += [
+        (entrants[label], "cannot be launched") for label in entrants if label not in [*first, BY_HAND]
+    ]
     best = sorted((label for label in first if label != BY_HAND), key=first.get)[:FINALISTS]
     final = race.times({label: entrants[label] for label in [BY_HAND, *best] if label in first}, FINAL_S)
     times = {**first, **final}
@@ -218,8 +256,10 @@ def tune_point(race, settings, usages, gain=GAIN):
 
 # The table.
 
+
 class Table:
-    """A table in a file, to which what this GPU and this compiler gave is added; written whole at each addition."""
+    """A table in a file, to which what this GPU and this compiler gave is added; written whole at each
+    addition."""
 
     def __init__(self, path, gpu, compiler, start=None):
         """start: the table to begin with where `path` has none."""
@@ -234,8 +274,11 @@ class Table:
     def has(self, point, itemsize, judge=None):
         """judge: the whole tokens that must have chosen the entry; None: whatever did."""
         e = self.entries.get(self._key(point.op, itemsize, point.batch, key_shape(point)))
-        return (e is not None and (e.get("gpu"), e.get("compiler")) == (self.gpu, self.compiler)
-                and (judge is None or e.get("by", "").startswith(judge + ":")))
+        return (
+            e is not None
+            and (e.get("gpu"), e.get("compiler")) == (self.gpu, self.compiler)
+            and (judge is None or e.get("by", "").startswith(judge + ":"))
+        )
 
     def applied(self, point, itemsize):
         """The settings that a launch takes from the table; {}: none."""
@@ -250,26 +293,38 @@ class Table:
         return list({**self.entries, self._key(op, itemsize, rows, shape): mine}.values())
 
     def add(self, point, itemsize, winner, times, judge=None):
-        """Returns the entry. winner None: what a launch takes without it stays, and the entry records it: the settings by
-        hand, {}, or where whole tokens judged (`judge` says which) what the table gave."""
+        """Returns the entry. winner None: what a launch takes without it stays, and the entry records it: the
+        settings by hand, {}, or where whole tokens judged (`judge` says which) what the table gave."""
         before = times.get(BY_HAND)
         after = min(times.values()) if winner is not None else before
         if winner is None:
             winner = self.applied(point, itemsize) if judge else {}
-        entry = {"op": point.op, "itemsize": itemsize, "rows": point.batch, "shape": key_shape(point), "settings": winner,
-                 "us": round(after, 3) if after and not judge else None,
-                 "us_by_hand": round(before, 3) if before and not judge else None,
-                 "tried": len(times) - (BY_HAND in times), "context": None if judge else point.context, "gpu": self.gpu,
-                 "compiler": self.compiler}
+        entry = {
+            "op": point.op,
+            "itemsize": itemsize,
+            "rows": point.batch,
+            "shape": key_shape(point),
+            "settings": winner,
+            "us": round(after, 3) if after and not judge else None,
+            "us_by_hand": round(before, 3) if before and not judge else None,
+            "tried": len(times) - (BY_HAND in times),
+            "context": None if judge else point.context,
+            "gpu": self.gpu,
+            "compiler": self.compiler,
+        }
         if judge:
-            entry["by"] = judge + (f": {before:.1f} to {after:.1f} us" if before else ": none could be launched")
+            entry["by"] = judge + (
+                f": {before:.1f} to {after:.1f} us" if before else ": none could be launched"
+            )
         self.entries[self._key(point.op, itemsize, point.batch, entry["shape"])] = entry
         self._write()
         return entry
 
     def _write(self):
         """One entry a line, so that a difference can be read."""
-        ordered = sorted(self.entries.values(), key=lambda e: (e["op"], *e["shape"].values(), e["itemsize"], e["rows"]))
+        ordered = sorted(
+            self.entries.values(), key=lambda e: (e["op"], *e["shape"].values(), e["itemsize"], e["rows"])
+        )
         text = '{"entries": [\n' + ",\n".join(json.dumps(e) for e in ordered) + "\n]}\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.path, text)
@@ -278,11 +333,13 @@ class Table:
 def main(args) -> int:
     started = time.monotonic()
     from lab.arguments import names, numbers
+
     if not torch.cuda.is_available():
         raise LabError("lab tune needs a GPU: settings are chosen by time")
     from lab.backends import load
     from lab.harness import ops_bench
     from lab.harness.model_bench import Weights
+
     every = tunable()
     ops = every if args.op == ["all"] else [known(name, every, "op to tune") for name in args.op]
     backends = [known(name, LANGUAGES, "backend to tune") for name in names(args.backend)]
@@ -293,9 +350,15 @@ def main(args) -> int:
     rig.vendor = False
     gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
     arch = f"sm_{gpu.major}{gpu.minor}"
-    tables = {b: Table(Path(args.out, b, f"{arch}.json") if args.out else tuned.path_of(b, arch), gpu.name,
-                       load(b, torch.device("cuda")).compiler, tuned.path_of(b, arch) if args.by_token else None)
-              for b in backends}
+    tables = {
+        b: Table(
+            Path(args.out, b, f"{arch}.json") if args.out else tuned.path_of(b, arch),
+            gpu.name,
+            load(b, torch.device("cuda")).compiler,
+            tuned.path_of(b, arch) if args.by_token else None,
+        )
+        for b in backends
+    }
     itemsize, batches = DTYPES[args.dtype].itemsize, numbers(args.batch)
     models = names(args.model) if args.model else shapes.MODELS
     if args.by_token:
@@ -304,16 +367,24 @@ def main(args) -> int:
         points = [p for p in shapes.points(models, batches, (args.context,), ops) if p.case is None]
 
     def judge(point):
-        return f"whole tokens of {point.models[0]}, batch {point.batch}, context {args.context}" if args.by_token else None
+        return (
+            f"whole tokens of {point.models[0]}, batch {point.batch}, context {args.context}"
+            if args.by_token
+            else None
+        )
 
-    todo = [(backend, point) for point in points for backend in backends
-            if args.again or not tables[backend].has(point, itemsize, judge(point))]
+    todo = [
+        (backend, point)
+        for point in points
+        for backend in backends
+        if args.again or not tables[backend].has(point, itemsize, judge(point))
+    ]
 
     def keep(backend, point, winner, times, dropped):
         entry = tables[backend].add(point, itemsize, winner, times, judge(point))
         print(report(backend, point, entry, dropped), flush=True)
 
-    weights = Weights("random", args.dtype, "cuda")                 # of the models whose tokens judge
+    weights = Weights("random", args.dtype, "cuda")  # of the models whose tokens judge
 
     def race_of(backend, point):
         if args.by_token:
@@ -325,10 +396,12 @@ def main(args) -> int:
         for backend, point in todo:
             chosen = candidates(backend, point.op, point.batch, itemsize, key_shape(point), args.tries)
             if chosen and args.by_token and tables[backend].applied(point, itemsize):
-                chosen = [{}, *chosen]              # what the table has may be worse in a token than the rule
+                chosen = [{}, *chosen]  # what the table has may be worse in a token than the rule
             if backend == "triton":
-                usages = [pool.submit(compile_candidate, point, args.dtype, arch, gpu.multi_processor_count, c)
-                          for c in chosen]
+                usages = [
+                    pool.submit(compile_candidate, point, args.dtype, arch, gpu.multi_processor_count, c)
+                    for c in chosen
+                ]
             else:
                 usages = [compiled() for _ in chosen]
             if chosen:
@@ -337,16 +410,22 @@ def main(args) -> int:
     for backend in backends:
         load(backend, torch.device("cuda")).forget()
     if done < len(jobs):
-        print(f"stopped by the budget of {args.budget_seconds:.0f} s after {done} of {len(jobs)} shapes; the same "
-              "command goes on from here")
-    print(f"{done} shapes tuned in {time.monotonic() - started:.0f} s; "
-          + ", ".join(f"{t.path} has {len(t.entries)}" for t in tables.values()))
+        print(
+            f"stopped by the budget of {args.budget_seconds:.0f} s after {done} of {len(jobs)} shapes; the "
+            "same command goes on from here"
+        )
+    print(
+        f"{done} shapes tuned in {time.monotonic() - started:.0f} s; "
+        + ", ".join(f"{t.path} has {len(t.entries)}" for t in tables.values())
+    )
     return 0
 
 
 def token_points(models, batches, context, ops):
-    """Every distinct op and shape of the fused plan's step, model by model; raises LabError if `ops` has none."""
+    """Every distinct op and shape of the fused plan's step, model by model; raises LabError if `ops` has
+    none."""
     from lab.ops import find
+
     found = {}
     for name in models:
         for batch in batches:
@@ -358,7 +437,9 @@ def token_points(models, batches, context, ops):
                     point = shapes.Point(op, role, batch, at, shape, (name,))
                     found.setdefault((name, point.identity), point)
     if not found:
-        raise LabError(f"--by-token tunes what the fused plan launches: not {', '.join(ops)} at context {context}")
+        raise LabError(
+            f"--by-token tunes what the fused plan launches: not {', '.join(ops)} at context {context}"
+        )
     return list(found.values())
 
 
@@ -384,8 +465,10 @@ def tune(jobs, race_of, keep, deadline, gain=GAIN):
             except concurrent.futures.TimeoutError:
                 return done
             except concurrent.futures.process.BrokenProcessPool:
-                raise LabError(f"a compiler process died over {point.op} {point.shape}, batch {point.batch}; what was "
-                               "found is kept: tune the other shapes, or this one with fewer --tries") from None
+                raise LabError(
+                    f"a compiler process died over {point.op} {point.shape}, batch {point.batch}; what was "
+                    "found is kept: tune the other shapes, or this one with fewer --tries"
+                ) from None
         if time.monotonic() > deadline:
             return done
         keep(backend, point, *tune_point(race_of(backend, point), chosen, usages, gain))

@@ -1,6 +1,6 @@
-// Every name of common.cuh at work, against plain C++. `features NAME ...` runs checks: exit code 0 when all values are
-// right, 1 and a line on stderr when not. Built by g++ it tests the host layer; built by nvcc, the same kernels test
-// the GPU side, which must agree.
+// Every name of common.cuh at work, against plain C++. `features NAME ...` runs checks: exit code 0 when all
+// values are right, 1 and a line on stderr when not. Built by g++ it tests the host layer; built by nvcc, the
+// same kernels test the GPU side, which must agree.
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -27,7 +27,9 @@ void expect(bool right, const char* what, double got, double expected) {
   if (right) return;
   if (++wrong <= 5) fprintf(stderr, "%s: got %g, expected %g\n", what, got, expected);
 }
-void expect_equal(const char* what, double got, double expected) { expect(got == expected, what, got, expected); }
+void expect_equal(const char* what, double got, double expected) {
+  expect(got == expected, what, got, expected);
+}
 void expect_close(const char* what, double got, double expected, double tolerance) {
   expect(std::fabs(got - expected) <= tolerance, what, got, expected);  // false for NaN
 }
@@ -77,7 +79,7 @@ Config blocks_of(unsigned blocks, unsigned threads, size_t smem_bytes = 0, unsig
   return config;
 }
 
-// ---- indices --------------------------------------------------------------------------------------------------------
+// ---- indices ----------------------------------------------------------------------------------------------
 
 __global__ void index_kernel(int* out) {
   int block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
@@ -96,7 +98,7 @@ void check_indices() {
   for (int i = 0; i < n; ++i) expect_equal("index", out[i], i / 210 * 1000 + i % 210);
 }
 
-// ---- shuffles, votes, reductions ------------------------------------------------------------------------------------
+// ---- shuffles, votes, reductions --------------------------------------------------------------------------
 
 __global__ void shuffle_kernel(int* out) {
   int lane = threadIdx.x % 32;
@@ -140,7 +142,10 @@ void check_shuffles() {
     expect_equal("__match_any_sync", unsigned(mine[7]), same);
     expect_equal("__reduce_add_sync", mine[8], 496);
     expect_equal("__reduce_max_sync", mine[9], 30);
-    expect_equal("shuffles of a part of the warp", mine[10], lane < 8 ? lane ^ 1 : lane < 30 ? lane + 2 : lane);
+    expect_equal("shuffles of a part of the warp", mine[10],
+                 lane < 8    ? lane ^ 1
+                 : lane < 30 ? lane + 2
+                             : lane);
     expect_equal("__syncthreads_count", mine[11], 6);
     expect_equal("__syncthreads_or, _and", mine[12], 3);
   }
@@ -148,9 +153,7 @@ void check_shuffles() {
 
 template <int W>
 __global__ void reduce_kernel(const float* x, float* out, float* out_max) {
-  struct Shared {
-    float scratch[4];
-  };
+  struct Shared { float scratch[4]; };
   auto& s = smem<Shared>();
   float values[19];
   for (int i = 0; i < 19; ++i) values[i] = x[threadIdx.x] * float(i + 1);
@@ -172,7 +175,8 @@ void check_reduction() {
   Array<float> x(128), out(128 * 24), out_max(128 * 8);
   std::mt19937 random(W);
   for (float& v : x) v = float(int(random() % 1000)) - 500.0f;  // sums are exact
-  launch(blocks_of(1, 128, 16), "reduce_kernel", reduce_kernel<W>, x.device(), out.device(), out_max.device());
+  launch(blocks_of(1, 128, 16), "reduce_kernel", reduce_kernel<W>, x.device(), out.device(),
+         out_max.device());
   out.fetch();
   out_max.fetch();
   double total = 0;
@@ -189,7 +193,8 @@ void check_reduction() {
     expect_equal("group_max of an array", out_max[t * 8], high);
     expect_equal("group_max of an array", out_max[t * 8 + 1], -low);
     expect_equal("group_max", out_max[t * 8 + 3], high);
-    for (int round = 0; round < 3; ++round) expect_equal("block_sum", out[t * 24 + 20 + round], total + 128 * round);
+    for (int round = 0; round < 3; ++round)
+      expect_equal("block_sum", out[t * 24 + 20 + round], total + 128 * round);
     expect_equal("block_max", out_max[t * 8 + 4], *std::max_element(x.begin(), x.end()));
   }
 }
@@ -201,7 +206,7 @@ void check_reductions() {
   check_reduction<32>();
 }
 
-// ---- atomics, a ticket ----------------------------------------------------------------------------------------------
+// ---- atomics, a ticket ------------------------------------------------------------------------------------
 
 __global__ void atomic_kernel(int* counters, float* sum, unsigned* ticket, float* partial, float* total) {
   struct Shared {
@@ -240,8 +245,8 @@ void check_atomics() {
   Array<int> counters(5);
   Array<float> sum(1), total(1), partial(64);
   Array<unsigned> ticket(1);
-  launch(blocks_of(blocks, 64, 16), "atomic_kernel", atomic_kernel, counters.device(), sum.device(), ticket.device(),
-         partial.device(), total.device());
+  launch(blocks_of(blocks, 64, 16), "atomic_kernel", atomic_kernel, counters.device(), sum.device(),
+         ticket.device(), partial.device(), total.device());
   counters.fetch();
   sum.fetch();
   total.fetch();
@@ -256,14 +261,13 @@ void check_atomics() {
   expect_equal("ticket", ticket[0], 0);
 }
 
-// ---- tensor cores ---------------------------------------------------------------------------------------------------
+// ---- tensor cores -----------------------------------------------------------------------------------------
 
-// C[16, 8] = A[16, k] B[8, k]^T by one warp; BT: B arrives as [k, 8] and goes through the transposing ldmatrix.
+// C[16, 8] = A[16, k] B[8, k]^T by one warp; BT: B arrives as [k, 8] and goes through the transposing
+// ldmatrix.
 template <typename T>
 __global__ void mma_kernel(const T* a, const T* b, const T* bt, float* c, float* c_trans, int k) {
-  struct Shared {
-    alignas(16) T a[16][24], b[8][24], bt[16][8];
-  };
+  struct Shared { alignas(16) T a[16][24], b[8][24], bt[16][8]; };
   auto& s = smem<Shared>();
   int lane = threadIdx.x;
   float d[4] = {0, 0, 0, 0}, e[4] = {0, 0, 0, 0};
@@ -323,14 +327,12 @@ void check_mma() {
 template <typename T, int B>
 __global__ void wgmma_kernel(const T* a, const T* b, float* c, int k) {
 #if LAB_WGMMA
-  struct Shared {
-    T a[2][64][64], b[8 * B][64];
-  };
+  struct Shared { T a[2][64][64], b[8 * B][64]; };
   auto& s = smem<Shared>();
   const int thread = threadIdx.x, group = thread / 128, lane = thread % 32, chunk = thread % 8;
   float d[B][4] = {};
   for (int k0 = 0; k0 < k; k0 += 64) {
-    const auto bring = [&](T (*tile)[64], const T* from, int row) {
+    const auto bring = [&](T(*tile)[64], const T* from, int row) {
       cp_async16(&tile[row][(chunk ^ (row % 8)) * 8], from + row * k + k0 + chunk * 8);
     };
     for (int row = thread / 8; row < 128; row += 32) bring(s.a[0], a, row);
@@ -380,7 +382,7 @@ void check_wgmma() {
   check_wgmma_of<bf16, 8>("wgmma of bf16, 64 columns");
 }
 
-// ---- Hopper ---------------------------------------------------------------------------------------------------------
+// ---- Hopper -----------------------------------------------------------------------------------------------
 
 // One producer warp streams tiles through a ring of bulk copies; four warps add them up.
 template <int Stages, int Tile>
@@ -431,7 +433,8 @@ void check_pipeline() {
   const int tile = 256, tiles = 11, blocks = 3;
   Array<float> x(blocks * tiles * tile), out(blocks);
   for (int i = 0; i < blocks * tiles * tile; ++i) x[i] = float(i % 7);
-  launch(blocks_of(blocks, 160, 3200), "pipeline_kernel", pipeline_kernel<3, tile>, x.device(), out.device(), tiles);
+  launch(blocks_of(blocks, 160, 3200), "pipeline_kernel", pipeline_kernel<3, tile>, x.device(), out.device(),
+         tiles);
   out.fetch();
   for (int b = 0; b < blocks; ++b) {
     double sum = 0;
@@ -440,8 +443,8 @@ void check_pipeline() {
   }
 }
 
-// Blocks that run together pass values on in tagged words, round after round: each adds up what all have written. A round's
-// words are written again two rounds later, when all blocks have read them.
+// Blocks that run together pass values on in tagged words, round after round: each adds up what all have
+// written. A round's words are written again two rounds later, when all blocks have read them.
 __global__ void exchange_kernel(uint64_t* words, float* out, int rounds) {
   float value = float(blockIdx.x + 1);
   for (int round = 1; round <= rounds; ++round) {
@@ -450,7 +453,8 @@ __global__ void exchange_kernel(uint64_t* words, float* out, int rounds) {
     float sum = 0;
     for (unsigned block = 0; block < gridDim.x; block += 2) {
       uint64_t found[2];
-      for (load_words(found, mine + block); found[0] >> 32 != unsigned(round) || found[1] >> 32 != unsigned(round);) {
+      for (load_words(found, mine + block);
+           found[0] >> 32 != unsigned(round) || found[1] >> 32 != unsigned(round);) {
         spin_pause();
         load_words(found, mine + block);
       }
@@ -480,9 +484,7 @@ void check_exchange() {
 
 __global__ void cluster_kernel(const float* x, float* out, int n) {
 #if LAB_SM90
-  struct Shared {
-    float part;
-  };
+  struct Shared { float part; };
   auto& s = smem<Shared>();
   float sum = 0;
   for (int i = threadIdx.x; i < n; i += 32) sum += x[blockIdx.x * n + i];
@@ -512,9 +514,7 @@ void check_clusters() {
 
 // Two halves of a block, each with its own barrier, pass a value along their warps.
 __global__ void named_barrier_kernel(int* out) {
-  struct Shared {
-    int value[2];
-  };
+  struct Shared { int value[2]; };
   auto& s = smem<Shared>();
   int half_block = threadIdx.x / 64, at = threadIdx.x % 64;
   if (at == 0) s.value[half_block] = 100 * half_block;
@@ -533,12 +533,10 @@ void check_named_barriers() {
   for (int t = 0; t < 128; ++t) expect_equal("named_barrier", out[t], t < 64 ? 64 : 164);
 }
 
-// ---- cp.async: groups, zero fill ------------------------------------------------------------------------------------
+// ---- cp.async: groups, zero fill --------------------------------------------------------------------------
 
 __global__ void copy_kernel(const float* x, float* out, int tiles) {
-  struct Shared {
-    alignas(16) float tile[3][32][4];
-  };
+  struct Shared { alignas(16) float tile[3][32][4]; };
   auto& s = smem<Shared>();
   int lane = threadIdx.x;
   for (int t = 0; t < 2; ++t) {
@@ -573,7 +571,7 @@ void check_copies() {
   }
 }
 
-// ---- 16-bit floats, vectors, math -----------------------------------------------------------------------------------
+// ---- 16-bit floats, vectors, math -------------------------------------------------------------------------
 
 template <typename T>
 __global__ void decode_kernel(float* out) {
@@ -586,7 +584,8 @@ __global__ void encode_kernel(const float* x, uint16_t* out) {
   out[i] = bit_cast<uint16_t>(from_float<T>(x[i]));
 }
 
-// All 65536 values there and back; between two neighbours, rounding to the nearest and halfway to the even one.
+// All 65536 values there and back; between two neighbours, rounding to the nearest and halfway to the even
+// one.
 template <typename T>
 void check_float16_of(const char* what, int mantissa_bits, int bias) {
   const unsigned n = 65536, infinity = 0x8000u - (1u << mantissa_bits);
@@ -595,7 +594,8 @@ void check_float16_of(const char* what, int mantissa_bits, int bias) {
   launch(blocks_of(n / 256, 256), "decode_kernel", decode_kernel<T>, value.device());
   value.fetch();
   for (unsigned i = 0; i < n; ++i) {
-    double mantissa = i % (1u << mantissa_bits), scale = std::ldexp(1.0, -mantissa_bits), sign = i & 0x8000u ? -1 : 1;
+    double mantissa = i % (1u << mantissa_bits), scale = std::ldexp(1.0, -mantissa_bits),
+           sign = i & 0x8000u ? -1 : 1;
     int exponent = int((i & 0x7fffu) >> mantissa_bits);
     if ((i & 0x7fffu) > infinity) {
       expect(value[i] != value[i], what, value[i], NAN);
@@ -694,7 +694,7 @@ void check_math() {
   for (int i = 0; i < 16; ++i) expect_equal("load, store", float(x[i]), want_x[i]);
 }
 
-// ---- launches -------------------------------------------------------------------------------------------------------
+// ---- launches ---------------------------------------------------------------------------------------------
 
 __global__ void add_kernel(int* out, int value) { atomicAdd(out, value); }
 
@@ -740,13 +740,15 @@ void check_launches() {
   refused("big block", "invalid block (1025,1,1)", blocks_of(1, 1025));
   refused("shared memory", "1048576 bytes of shared memory", blocks_of(1, 1, 1 << 20));
   refused("cluster", "a cluster of 4", blocks_of(6, 1, 0, 4));
-  launch(blocks_of(1, 1, 150 * 1024), "big_smem", add_kernel, sum, 1);  // above 48 KiB a GPU must be asked first
+  launch(blocks_of(1, 1, 150 * 1024), "big_smem", add_kernel, sum,
+         1);  // above 48 KiB a GPU must be asked first
   Config dependent = blocks_of(2, 1);
   dependent.pdl = true;
   launch(dependent, "dependent", waiting_add_kernel, sum, 1);
 #ifndef __CUDACC__
-  int ignored = 0;                                // a kernel that has run all the same
-  expect_throw("no wait", "kernel add_kernel: allows programmatic dependent launch, but no thread called pdl_wait()",
+  int ignored = 0;  // a kernel that has run all the same
+  expect_throw("no wait",
+               "kernel add_kernel: allows programmatic dependent launch, but no thread called pdl_wait()",
                [&] { launch(dependent, "add_kernel", add_kernel, &ignored, 1); });
 #endif
   out.fetch();
@@ -757,7 +759,7 @@ void check_launches() {
   expect_equal("by_dtype", codes, 422);
 }
 
-// ---- the host layer alone -------------------------------------------------------------------------------------------
+// ---- the host layer alone ---------------------------------------------------------------------------------
 
 #ifndef __CUDACC__
 void check_threads() {  // more and fewer OS threads, from one launch to the next

@@ -1,6 +1,6 @@
-// Kernels with a planted bug each, and their clean versions. `planted CASE` runs one: exit code 0 when the result is
-// right, 1 when it is wrong, 2 when the launch failed (its message goes to stderr), 3 when a clean kernel run after
-// that did not work. Comments `line:` mark the places that a report must name.
+// Kernels with a planted bug each, and their clean versions. `planted CASE` runs one: exit code 0 when the
+// result is right, 1 when it is wrong, 2 when the launch failed (its message goes to stderr), 3 when a clean
+// kernel run after that did not work. Comments `line:` mark the places that a report must name.
 #include <cmath>
 #include <cstdio>
 #include <map>
@@ -17,18 +17,18 @@ namespace {
 
 enum class Bug {
   none,
-  no_barrier,        // a tile is read before all have written it
-  no_wait,           // cp.async is never waited for
-  short_wait,        // one group fewer than needed
-  no_last_barrier,   // the next tile overwrites one that is still being read
-  lower_neighbour,   // no barrier either, but whoever runs in order finds what it needs
-  exits_early,       // half of the block returns before a barrier
-  waits_elsewhere,   // half of the block waits at another barrier
-  two_places,        // both branches of an if have a barrier
-  small_overrun,     // one float past the end of shared memory
-  slack_overrun,     // the same, where the size is no multiple of the alignment
-  read_overrun,      // far past the end, reading
-  wild_pointer,      // an index into global memory gone wrong
+  no_barrier,       // a tile is read before all have written it
+  no_wait,          // cp.async is never waited for
+  short_wait,       // one group fewer than needed
+  no_last_barrier,  // the next tile overwrites one that is still being read
+  lower_neighbour,  // no barrier either, but whoever runs in order finds what it needs
+  exits_early,      // half of the block returns before a barrier
+  waits_elsewhere,  // half of the block waits at another barrier
+  two_places,       // both branches of an if have a barrier
+  small_overrun,    // one float past the end of shared memory
+  slack_overrun,    // the same, where the size is no multiple of the alignment
+  read_overrun,     // far past the end, reading
+  wild_pointer,     // an index into global memory gone wrong
   deep_recursion,
   division_by_zero,
   too_little_smem,   // the launch gives less than the kernel's struct
@@ -50,9 +50,7 @@ LAB_HOST_DEVICE int partner(int tid) {
   return bug == Bug::lower_neighbour ? (tid > 0 ? tid - 1 : 0) : (tid + 37) % kThreads;
 }
 
-struct TileShared {
-  alignas(16) float tile[2][kThreads][4];
-};
+struct TileShared { alignas(16) float tile[2][kThreads][4]; };
 
 // Each thread adds up values that another thread brought: plain stores, single buffer.
 template <Bug bug>
@@ -129,7 +127,8 @@ __global__ void fault_kernel(const float* x, float* out, int tiles) {
   if (bug == Bug::slack_overrun && threadIdx.x == 5) tile[size + 1] = 1;
   if (bug == Bug::read_overrun && threadIdx.x == 5) out[0] = tile[size + 2000];
   if (bug == Bug::wild_pointer && threadIdx.x == 5) out[0] = x[size_t(1) << 40];
-  if (bug == Bug::deep_recursion && threadIdx.x == 5) out[0] = float(recursion(100000, reinterpret_cast<int*>(out)));
+  if (bug == Bug::deep_recursion && threadIdx.x == 5)
+    out[0] = float(recursion(100000, reinterpret_cast<int*>(out)));
   if (bug == Bug::division_by_zero && threadIdx.x == 5) out[0] = float(100 / (tiles - 5));
   if (bug == Bug::lane_exits) {
     if (threadIdx.x == 5) return;
@@ -179,7 +178,7 @@ __global__ void bulk_kernel(const float* x, float* out) {
   out[threadIdx.x] = s.tile[(threadIdx.x + 37) % kThreads];               // line: bulk read
 }
 
-// ---- running them ---------------------------------------------------------------------------------------------------
+// ---- running them -----------------------------------------------------------------------------------------
 
 constexpr int kTiles = 5;
 
@@ -200,7 +199,8 @@ Config config_of(unsigned blocks, unsigned threads, size_t smem_bytes) {
 }
 
 template <Bug bug, typename Kernel>
-bool run_tiles(const char* name, Kernel kernel, int width, int tiles = kTiles, size_t smem_bytes = sizeof(TileShared)) {
+bool run_tiles(const char* name, Kernel kernel, int width, int tiles = kTiles,
+               size_t smem_bytes = sizeof(TileShared)) {
   Buffer x(tiles * kThreads * width), out(kThreads);
   for (int i = 0; i < tiles * kThreads * width; ++i) x.data[i] = float(i % 17 + 1);
   launch(config_of(1, kThreads, smem_bytes), name, kernel, x.data, out.data, tiles);
@@ -219,14 +219,12 @@ constexpr int kRows = 64, kColumns = 16, kDepth = 3 * 64;
 // out = a b^T by a warpgroup: tiles of 64 columns pass one after the other through one place.
 template <Bug bug>
 __global__ void product_kernel(const bf16* a, const bf16* b, float* out) {
-  struct Shared {
-    bf16 a[kRows][64], b[kColumns][64];
-  };
+  struct Shared { bf16 a[kRows][64], b[kColumns][64]; };
   auto& s = smem<Shared>();
   const int thread = threadIdx.x, lane = thread % 32, chunk = thread % 8;
   float d[kColumns / 8][4] = {};
   const auto send = [&](int k0) {
-    const auto bring = [&](bf16 (*tile)[64], const bf16* from, int row) {
+    const auto bring = [&](bf16(*tile)[64], const bf16* from, int row) {
       if (k0 < kDepth) cp_async16(&tile[row][(chunk ^ (row % 8)) * 8], from + row * kDepth + k0 + chunk * 8);
     };
     for (int row = thread / 8; row < kRows; row += 16) bring(s.a, a, row);
@@ -259,11 +257,12 @@ bool run_product() {
   Buffer out(kRows * kColumns);
   for (size_t i = 0; i < a.size(); ++i) a[i] = bf16(float(i % 7));
   for (size_t i = 0; i < b.size(); ++i) b[i] = bf16(float(i % 5));
-  launch(config_of(1, 128, (kRows + kColumns) * 128), "product_kernel", product_kernel<bug>, a.data(), b.data(),
-         out.data);
+  launch(config_of(1, 128, (kRows + kColumns) * 128), "product_kernel", product_kernel<bug>, a.data(),
+         b.data(), out.data);
   for (int i = 0; i < kRows * kColumns; ++i) {
     float sum = 0;
-    for (int k = 0; k < kDepth; ++k) sum += float(a[i / kColumns * kDepth + k]) * float(b[i % kColumns * kDepth + k]);
+    for (int k = 0; k < kDepth; ++k)
+      sum += float(a[i / kColumns * kDepth + k]) * float(b[i % kColumns * kDepth + k]);
     if (!(out.data[i] == sum)) return false;
   }
   return true;
@@ -295,7 +294,8 @@ bool run_ticket() {
   unsigned ticket = 0;
   float sum = 0;
   for (int i = 0; i < blocks * 64; ++i) sum += x.data[i] = float(i % 17);
-  launch(config_of(blocks, 64, 16), "ticket_kernel", ticket_kernel<bug>, x.data, partial.data, &ticket, out.data);
+  launch(config_of(blocks, 64, 16), "ticket_kernel", ticket_kernel<bug>, x.data, partial.data, &ticket,
+         out.data);
   return out.data[0] == sum;
 }
 
@@ -356,9 +356,7 @@ int main(int argc, char** argv) {
   }
   try {
     return cases.at(argv[1])() ? 0 : 1;
-  } catch (const std::runtime_error& error) {
-    fprintf(stderr, "%s\n", error.what());
-  }
+  } catch (const std::runtime_error& error) { fprintf(stderr, "%s\n", error.what()); }
   for (const char* clean : {"store.none", "copy.none", "ticket.none", "bulk.none"}) {
     try {
       if (!cases.at(clean)()) return 3;

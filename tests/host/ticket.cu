@@ -1,4 +1,5 @@
-// Blocks leave values and take a ticket (common.cuh); the last one adds up what all have left. For the race detector.
+// Blocks leave values and take a ticket (common.cuh); the last one adds up what all have left. For the race
+// detector.
 #include <cstdio>
 
 #include "common.cuh"

@@ -2,18 +2,19 @@
 
     python tests/mutants/run.py [--only TEXT] [--jobs N] [--minutes M] [--cases COMMIT]
 
-Each mutant of mutants.py is written into a copy of the project that has the host build, so that only what a mutant changes
-is compiled. Then the op's cases run as in `lab check`, and after them the tests that the mutant names. The mutant is killed
-if one of these fails, crashes or does not end, and survives if all succeed. The case or test that failed runs again without
-the mutant, and has to succeed there.
+Each mutant of mutants.py is written into a copy of the project that has the host build, so that only what a
+mutant changes is compiled. Then the op's cases run as in `lab check`, and after them the tests that the
+mutant names. The mutant is killed if one of these fails, crashes or does not end, and survives if all
+succeed. The case or test that failed runs again without the mutant, and has to succeed there.
 
---cases COMMIT asks what the checks and tests of another commit would have noticed. Its whole tree is taken and built, and
-the mutants are planted into that; a mutant whose text is not there is left out. Where a test that a mutant names is not in
-that tree, all tests there that have the op's name run in its place.
+--cases COMMIT asks what the checks and tests of another commit would have noticed. Its whole tree is taken
+and built, and the mutants are planted into that; a mutant whose text is not there is left out. Where a test
+that a mutant names is not in that tree, all tests there that have the op's name run in its place.
 
-Exit status: 0 if all were killed; 1 if some survive or time ran out; 2 for a mistake of the list: a text that is not in its
-file exactly once, a mutant that does not compile, a case or test that fails without one.
+Exit status: 0 if all were killed; 1 if some survive or time ran out; 2 for a mistake of the list: a text that
+is not in its file exactly once, a mutant that does not compile, a case or test that fails without one.
 """
+
 import argparse
 import functools
 import multiprocessing
@@ -31,14 +32,26 @@ import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from mutants.mutants import MUTANTS, Mutant  # noqa: E402
+from mutants.mutant import Mutant, mutate, places  # noqa: E402
+from mutants.mutants import MUTANTS  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
-# Seconds of one command: a kernel that hangs is noticed, too. Of CPU time, which other work on the machine does not
-# change, and longer ones by the clock, for a kernel that sleeps.
+# Seconds of one command: a kernel that hangs is noticed, too. Of CPU time, which other work on the machine
+# does not change, and longer ones by the clock, for a kernel that sleeps.
 CPU_LIMIT, LIMIT = 240, 1200
 # Not copied: large, or made by runs. The GPU build is not used here.
-IGNORED = (".git", ".venv", "out", "reports", "__pycache__", ".pytest_cache", "_cuda.*", "cuda", "host-thread", "tsan")
+IGNORED = (
+    ".git",
+    ".venv",
+    "out",
+    "reports",
+    "__pycache__",
+    ".pytest_cache",
+    "_cuda.*",
+    "cuda",
+    "host-thread",
+    "tsan",
+)
 ENVIRONMENT = {"LAB_CUDA": "0", "LAB_BUILD_JOBS": "1", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
@@ -46,7 +59,8 @@ class Mistake(Exception):
     """What makes a score meaningless; the message says what it is."""
 
 
-# ---- copies of the project -------------------------------------------------------------------------------------------
+# ---- copies of the project ---------------------------------------------------------------------------------
+
 
 def copy(folder: Path, commit: str | None) -> None:
     """Makes `folder` a built copy of the project as it is, or as it was at a commit."""
@@ -58,7 +72,7 @@ def copy(folder: Path, commit: str | None) -> None:
         subprocess.run(["tar", "x"], cwd=folder, input=archive.stdout, check=True)
     else:
         shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*IGNORED), symlinks=True)
-    if (ROOT / ".venv").exists():                   # where the compiler found headers
+    if (ROOT / ".venv").exists():  # where the compiler found headers
         (folder / ".venv").symlink_to(ROOT / ".venv")
     built, said = build(folder, jobs=os.cpu_count())
     if not built:
@@ -66,7 +80,8 @@ def copy(folder: Path, commit: str | None) -> None:
 
 
 def restore(folder: Path, whole: Path, path: Path) -> None:
-    """Puts a file of the copy `folder` back as it is in `whole`, and the build, so that nothing is compiled twice."""
+    """Puts a file of the copy `folder` back as it is in `whole`, and the build, so that nothing is compiled
+    twice."""
     shutil.copy2(whole / path.relative_to(folder), path)
     if path.is_relative_to(folder / "cuda_src"):
         shutil.rmtree(folder / "build")
@@ -77,7 +92,8 @@ def restore(folder: Path, whole: Path, path: Path) -> None:
 
 
 def own_paths(folder: Path, whole: Path) -> None:
-    """Older trees go by the times of the files that the compiler named, with whole paths: here, those of this copy."""
+    """Older trees go by the times of the files that the compiler named, with whole paths: here, those of this
+    copy."""
     for file in (folder / "build").rglob("*.d"):
         made = file.stat()
         file.write_text(file.read_text().replace(str(whole), str(folder)))
@@ -86,20 +102,28 @@ def own_paths(folder: Path, whole: Path) -> None:
 
 def build(folder: Path, jobs: int = 1) -> tuple[bool, str]:
     """(succeeded, what was printed last)."""
-    done = subprocess.run([sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], cwd=folder, text=True,
-                          env={**os.environ, "LAB_BUILD_JOBS": str(jobs)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"],
+        cwd=folder,
+        text=True,
+        env={**os.environ, "LAB_BUILD_JOBS": str(jobs)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     return done.returncode == 0, last_line(done.stdout)
 
 
 def place(mutant: Mutant, folder: Path) -> Path | None:
-    """The file of a mutant in a copy, wherever it lay there; None if its text is not in one of that name once."""
+    """The file of a mutant in a copy, wherever it lay there; None if its text is not in one of that name
+    once."""
     wanted = Path(mutant.file)
     found = [folder / wanted, *sorted((folder / wanted.parts[0]).rglob(wanted.name))]
-    found = [path for path in found if path.is_file() and path.read_text().count(mutant.old) == 1]
+    found = [path for path in found if path.is_file() and len(places(path.read_text(), mutant.old)) == 1]
     return found[0] if found else None
 
 
-# ---- checks and tests, in processes that are forked when torch has been imported -------------------------------------
+# ---- checks and tests, in processes that are forked when torch has been imported ---------------------------
+
 
 def last_line(text: str) -> str:
     lines = [line for line in text.splitlines() if line.strip()]
@@ -107,7 +131,8 @@ def last_line(text: str) -> str:
 
 
 def run_forked(command: tuple, folder: Path) -> tuple[bool, str]:
-    """(whether a function with its arguments returned 0, what it printed), called in a child process with the copy's modules.
+    """(whether a function with its arguments returned 0, what it printed), called in a child process with the
+    copy's modules.
 
     A child that is forked has torch and Triton imported already, which takes longer than most checks.
     """
@@ -118,14 +143,19 @@ def run_forked(command: tuple, folder: Path) -> tuple[bool, str]:
         status = 70
         try:
             resource.setrlimit(resource.RLIMIT_CPU, (CPU_LIMIT, CPU_LIMIT + 5))
-            os.setsid()                             # whatever it starts can be ended with it
+            os.setsid()  # whatever it starts can be ended with it
             sys.stdout = sys.stderr = file = open(log, "w", buffering=1)
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
             os.chdir(folder)
-            for name in [name for name in sys.modules if name.partition(".")[0] in ("lab", "triton_kernels", "mutants")]:
+            for name in [
+                name for name in sys.modules if name.partition(".")[0] in ("lab", "triton_kernels", "mutants")
+            ]:
                 del sys.modules[name]
-            sys.path[:] = [str(folder), *(path for path in sys.path if not Path(path).is_relative_to(ROOT / "tests"))]
+            sys.path[:] = [
+                str(folder),
+                *(path for path in sys.path if not Path(path).is_relative_to(ROOT / "tests")),
+            ]
             status = int(function(*arguments))
         except BaseException:
             traceback.print_exc()
@@ -139,26 +169,31 @@ def run_forked(command: tuple, folder: Path) -> tuple[bool, str]:
             pid, status = os.waitpid(child, os.WNOHANG)
             time.sleep(0 if pid else 0.02)
     finally:
-        if pid == 0:                                # too late, or interrupted
+        if pid == 0:  # too late, or interrupted
             os.killpg(child, signal.SIGKILL)
             os.waitpid(child, 0)
     if pid == 0:
         return False, f"{log.read_text(errors='replace')}\nno end after {LIMIT} s"
     said = log.read_text(errors="replace")
-    return status == 0, said if os.WIFEXITED(status) else f"{said}\nended by {signal.Signals(os.WTERMSIG(status)).name}"
+    return status == 0, said if os.WIFEXITED(
+        status
+    ) else f"{said}\nended by {signal.Signals(os.WTERMSIG(status)).name}"
 
 
 def run_cases(op_name: str, backend: str, wanted: str, *chosen: tuple[str, int]) -> int:
-    """Cases of an op as in `lab check`, on the CPU and in this process, up to the first wrong one: those chosen as (dtype,
-    number), or all in the wanted dtype, or all."""
+    """Cases of an op as in `lab check`, on the CPU and in this process, up to the first wrong one: those
+    chosen as (dtype, number), or all in the wanted dtype, or all."""
     from lab import check
     from lab.ops import OPS
+
     op = next(op for op in OPS if op.name == op_name)
     function = getattr(check.select(backend, "cpu", {op_name: backend}), op_name)
     dtypes = [name for name, dtype in check.DTYPES.items() if dtype in op.dtypes and wanted in ("", name)]
     for dtype, number in chosen or [(name, i) for name in dtypes for i in range(len(op.cases))]:
-        print(f"case {dtype} {number}", flush=True)             # for failing_part(), also after a crash
-        outcome = check.check_case(op, function, check.Rand("cpu", check.DTYPES[dtype]), op.cases[number].sizes)
+        print(f"case {dtype} {number}", flush=True)  # for failing_part(), also after a crash
+        outcome = check.check_case(
+            op, function, check.Rand("cpu", check.DTYPES[dtype]), op.cases[number].sizes
+        )
         if outcome.error:
             print(f"{dtype}, {op.cases[number].why}: {outcome.error}".replace("\n", " "))
             return 1
@@ -167,6 +202,7 @@ def run_cases(op_name: str, backend: str, wanted: str, *chosen: tuple[str, int])
 
 def run_tests(*words: str) -> int:
     import pytest
+
     return pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--no-header", *words])
 
 
@@ -181,7 +217,8 @@ def commands_of(mutant: Mutant, folder: Path) -> list[tuple]:
 
 
 def failing_part(command: tuple, log: str) -> tuple:
-    """The command of the one case or test that failed, by what a command printed; the whole one if that is not told."""
+    """The command of the one case or test that failed, by what a command printed; the whole one if that is
+    not told."""
     function, *arguments = command
     if function is run_cases:
         if begun := re.findall(r"^case (\w+) (\d+)$", log, re.M):
@@ -191,7 +228,8 @@ def failing_part(command: tuple, log: str) -> tuple:
     return command
 
 
-# ---- the run ---------------------------------------------------------------------------------------------------------
+# ---- the run -----------------------------------------------------------------------------------------------
+
 
 @functools.cache
 def succeeds(command: tuple, whole: Path) -> bool:
@@ -200,11 +238,12 @@ def succeeds(command: tuple, whole: Path) -> bool:
 
 
 def judge(mutant: Mutant, folder: Path, whole: Path) -> tuple[bool, str]:
-    """(killed, by what) of a mutant, planted into the copy `folder` and taken out again. whole: the copy without a fault."""
+    """(killed, by what) of a mutant, planted into the copy `folder` and taken out again. whole: the copy
+    without a fault."""
     path = place(mutant, folder)
     right = path.read_text()
     try:
-        path.write_text(right.replace(mutant.old, mutant.new))
+        path.write_text(mutate(right, mutant))
         if path.is_relative_to(folder / "cuda_src"):
             built, said = build(folder)
             if not built:
@@ -246,7 +285,8 @@ class Work:
 
 def score(chosen: list[int], jobs: int, work: Work) -> tuple[int, int, int]:
     """(killed, survived, not tried). Prints a line about each. Raises Mistake."""
-    # What compiles for longest first: at the end the processes are then busy for nearly as long as each other.
+    # What compiles for longest first: at the end the processes are then busy for nearly as long as each
+    # other.
     chosen = sorted(chosen, key=lambda n: (Path(MUTANTS[n].file).suffix == ".py", -len(MUTANTS[n].op)))
     counts = {True: 0, False: 0, None: 0}
     with multiprocessing.get_context("fork").Pool(jobs, begin, [work]) as pool:
@@ -258,7 +298,7 @@ def score(chosen: list[int], jobs: int, work: Work) -> tuple[int, int, int]:
             says = {True: "killed   ", False: "SURVIVED ", None: "not tried"}[dead]
             print(f"{says} {MUTANTS[n].file}: {MUTANTS[n].why}  {by[:100]}", flush=True)
         pool.close()
-        pool.join()                                 # so that their CPU time is counted
+        pool.join()  # so that their CPU time is counted
     return counts[True], counts[False], counts[None]
 
 
@@ -292,6 +332,7 @@ def main() -> int:
             if absent and not args.cases or len(absent) == len(chosen):
                 raise Mistake("no mutants, or the text of one is not in its file exactly once")
             import torch  # noqa: E401, F401  for the processes that are forked
+
             torch.set_num_threads(1)
             work = Work(whole, started + args.minutes * 60)
             killed, survived, late = score([n for n in chosen if n not in absent], args.jobs, work)
@@ -299,9 +340,13 @@ def main() -> int:
         print(f"mutants: error: {mistake}", file=sys.stderr)
         return 2
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    print(f"{killed} of {killed + survived} mutants killed"
-          + (f"; {len(absent)} left out" if absent else "") + (f"; {late} not tried: time is up" if late else "")
-          + f"; {time.monotonic() - started:.0f} s, {sum(u.ru_utime + u.ru_stime for u in used):.0f} s of CPU time")
+    print(
+        f"{killed} of {killed + survived} mutants killed"
+        + (f"; {len(absent)} left out" if absent else "")
+        + (f"; {late} not tried: time is up" if late else "")
+        + f"; {time.monotonic() - started:.0f} s, {sum(u.ru_utime + u.ru_stime for u in used):.0f} s of CPU "
+        "time"
+    )
     return 1 if survived or late else 0
 
 

@@ -3,19 +3,33 @@
 The CUDA ones are found in the sources, so that a new one is on the list by itself. What catches each:
 `python tests/race_detector.py --planted`.
 """
+
 from mutants.planted import Mutant, removals, sources
 
 CUDA = [mutant for path in sources() for mutant in removals(path)]
-CUDA += [Mutant("cuda_src/common.cuh", "__ATOMIC_ACQ_REL", f"__ATOMIC_{left}", f"take_ticket: {left.lower()} alone")
-         for left in ("RELAXED", "ACQUIRE", "RELEASE")]
+CUDA += [
+    Mutant(
+        "cuda_src/common.cuh", "__ATOMIC_ACQ_REL", f"__ATOMIC_{left}", f"take_ticket: {left.lower()} alone"
+    )
+    for left in ("RELAXED", "ACQUIRE", "RELEASE")
+]
 
 ARRIVALS = ("decode_step", "core/split_attention", "norm_linear_argmax")
-NO_ORDER = [("decode_step", "acq_rel"), ("decode_step", "release"), ("decode_step", "acquire"),
-            ("core/split_attention", "acq_rel"), ("norm_linear_argmax", "acq_rel")]
-TRITON = [Mutant(f"triton_kernels/{name}.py", "tl.debug_barrier()", "pass", "an arrival without a barrier")
-          for name in ARRIVALS]
-TRITON += [Mutant(f"triton_kernels/{name}.py", f'sem="{order}"', 'sem="relaxed"', f"an atomic without {order}")
-           for name, order in NO_ORDER]
+NO_ORDER = [
+    ("decode_step", "acq_rel"),
+    ("decode_step", "release"),
+    ("decode_step", "acquire"),
+    ("core/split_attention", "acq_rel"),
+    ("norm_linear_argmax", "acq_rel"),
+]
+TRITON = [
+    Mutant(f"triton_kernels/{name}.py", "tl.debug_barrier()", "pass", "an arrival without a barrier")
+    for name in ARRIVALS
+]
+TRITON += [
+    Mutant(f"triton_kernels/{name}.py", f'sem="{order}"', 'sem="relaxed"', f"an atomic without {order}")
+    for name, order in NO_ORDER
+]
 
 MUTANTS = CUDA + TRITON
 

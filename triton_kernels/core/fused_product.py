@@ -4,6 +4,7 @@ Programmatic dependent launch (sm_90): a kernel starts while the preceding one s
 tile of its weights, which no kernel writes, into registers, and waits before it reads an activation. On other
 GPUs PDL is False.
 """
+
 import triton
 import triton.language as tl
 
@@ -45,8 +46,21 @@ def normed_rows(x, weight, rows, k, eps, b, col):
 
 
 @triton.jit
-def dot_rows(first, w, row, live, x, rows, k, b, col, FULL: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr,
-             STAGES: tl.constexpr):
+def dot_rows(
+    first,
+    w,
+    row,
+    live,
+    x,
+    rows,
+    k,
+    b,
+    col,
+    FULL: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     """Rows of w times the rows of x: float32 sums [BLOCK_N, BLOCK_B]; `first` is w's tile at column 0.
 
     On tensor cores w is the left operand, because its rows fill the tile, which a small batch cannot. FULL: x

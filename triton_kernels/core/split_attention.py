@@ -5,6 +5,7 @@ Flash-Decoding. A running softmax over ROWS query heads is top [ROWS] (the large
 because the hardware has exp2), mass [ROWS] (the sum of weights) and acc [ROWS, BLOCK_D] (the weighted sum of
 values).
 """
+
 import triton
 import triton.language as tl
 
@@ -18,18 +19,45 @@ def split_bounds(length, split, splits, TILE: tl.constexpr):
 
 
 @triton.jit
-def cache_rows(block_table, token, live, b, kv, kv_heads, max_pages, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr):
+def cache_rows(
+    block_table, token, live, b, kv, kv_heads, max_pages, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr
+):
     """Offset of each token's row of KV head `kv` in a cache."""
     page = tl.load(block_table + b * max_pages + token // PAGE, mask=live, other=0).to(tl.int64)
     return ((page * kv_heads + kv) * PAGE + token % PAGE) * HEAD_DIM
 
 
 @triton.jit
-def load_tile(k_cache, v_cache, block_table, token, live, b, kv, kv_heads, max_pages, d, in_head, PAGE: tl.constexpr,
-              HEAD_DIM: tl.constexpr):
+def load_tile(
+    k_cache,
+    v_cache,
+    block_table,
+    token,
+    live,
+    b,
+    kv,
+    kv_heads,
+    max_pages,
+    d,
+    in_head,
+    PAGE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
     """Keys and values of the tokens, [TILE, BLOCK_D], zeros where not live. Read only once."""
-    where = cache_rows(block_table, token, live, b=b, kv=kv, kv_heads=kv_heads, max_pages=max_pages,
-                       PAGE=PAGE, HEAD_DIM=HEAD_DIM)[:, None] + d[None, :]
+    where = (
+        cache_rows(
+            block_table,
+            token,
+            live,
+            b=b,
+            kv=kv,
+            kv_heads=kv_heads,
+            max_pages=max_pages,
+            PAGE=PAGE,
+            HEAD_DIM=HEAD_DIM,
+        )[:, None]
+        + d[None, :]
+    )
     kt = tl.load(k_cache + where, mask=live[:, None] & in_head, other=0.0, eviction_policy="evict_first")
     vt = tl.load(v_cache + where, mask=live[:, None] & in_head, other=0.0, eviction_policy="evict_first")
     return kt, vt
@@ -51,8 +79,22 @@ def attend(qv, kt, vt, live, top, mass, acc, scale_log2):
 
 
 @triton.jit
-def publish(partial, tickets, b, kv, kv_heads, split, splits, top, mass, acc, GROUP: tl.constexpr,
-            ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def publish(
+    partial,
+    tickets,
+    b,
+    kv,
+    kv_heads,
+    split,
+    splits,
+    top,
+    mass,
+    acc,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """Stores a split's running softmax in `partial` and returns the ticket that it drew, from 0 on."""
     STRIDE: tl.constexpr = HEAD_DIM + 2
     g = tl.arange(0, ROWS)
@@ -68,8 +110,21 @@ def publish(partial, tickets, b, kv, kv_heads, split, splits, top, mass, acc, GR
 
 
 @triton.jit
-def merge(partial, tickets, out_head, b, kv, kv_heads, splits, used, GROUP: tl.constexpr, HEADS: tl.constexpr,
-          HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MERGE: tl.constexpr):
+def merge(
+    partial,
+    tickets,
+    out_head,
+    b,
+    kv,
+    kv_heads,
+    splits,
+    used,
+    GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MERGE: tl.constexpr,
+):
     """Merges the used splits of one KV head into out_head [GROUP, HEAD_DIM], and resets the ticket to zero.
 
     It takes MERGE splits of all heads at a time, so that their loads are in flight together. HEADS is GROUP
@@ -90,8 +145,12 @@ def merge(partial, tickets, out_head, b, kv, kv_heads, splits, used, GROUP: tl.c
         # .cg reads past L1: other multiprocessors wrote these, and their stores are in L2.
         tops = tl.load(part + HEAD_DIM, mask=live, other=float("-inf"), cache_modifier=".cg")
         masses = tl.load(part + HEAD_DIM + 1, mask=live, other=0.0, cache_modifier=".cg")
-        sums = tl.load(part[:, :, None] + d[None, None, :], mask=live[:, :, None] & (d < HEAD_DIM)[None, None, :],
-                       other=0.0, cache_modifier=".cg")
+        sums = tl.load(
+            part[:, :, None] + d[None, None, :],
+            mask=live[:, :, None] & (d < HEAD_DIM)[None, None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
         new_top = tl.maximum(top, tl.max(tops, axis=0))
         # All -inf: avoid infinity minus infinity.
         peak = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -101,8 +160,10 @@ def merge(partial, tickets, out_head, b, kv, kv_heads, splits, used, GROUP: tl.c
         acc = acc * shrink[:, None] + tl.sum(factor[:, :, None] * sums, axis=0)
         top = new_top
     result = acc / tl.where(mass == 0.0, 1.0, mass)[:, None]
-    tl.store(out_head + g[:, None] * HEAD_DIM + d[None, :], result.to(out_head.dtype.element_ty), mask=live_head)
-    tl.store(tickets + b * kv_heads + kv, 0)                    # ready for the next launch
+    tl.store(
+        out_head + g[:, None] * HEAD_DIM + d[None, :], result.to(out_head.dtype.element_ty), mask=live_head
+    )
+    tl.store(tickets + b * kv_heads + kv, 0)  # ready for the next launch
 
 
 def merge_step(splits, heads, block_d):

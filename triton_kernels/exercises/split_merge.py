@@ -8,6 +8,7 @@ be multiplied before they may be added?
 
 Correct it here, then: lab check --exercise split_merge          Solution: solutions/split_merge.py
 """
+
 import triton
 import triton.language as tl
 

@@ -5,6 +5,7 @@ otherwise, and what must it read?
 
 Correct it here, then: lab check --exercise tail_mask          Solution: solutions/tail_mask.py
 """
+
 import triton
 import triton.language as tl
 

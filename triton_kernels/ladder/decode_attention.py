@@ -1,10 +1,11 @@
-"""The ladder of decode_attention: out[b,h,:] = softmax(scale * q[b,h,:] . K^T) V, from token by token to a
-pipeline.
+"""The ladder of decode_attention: out[b,h,:] = softmax(scale * q[b,h,:] . K^T) V, from token by
+token to a pipeline.
 
   Each rung changes one thing of the rung before it. What it should gain, and why: lab/rungs.py.
   head_dim 64 or 128. Numbers and names are the twin's; rungs that Triton's compiler decides about are absent.
   twin  cuda_src/ladder/decode_attention.cu          the op's own kernel  triton_kernels/decode_attention.py
 """
+
 import triton
 import triton.language as tl
 
@@ -12,8 +13,21 @@ from triton_kernels.common import launch
 
 
 @triton.jit
-def attention_naive_kernel(q, k_cache, v_cache, block_table, context_lens, out, kv_heads, max_pages, q_stride, scale,
-                           GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr):
+def attention_naive_kernel(
+    q,
+    k_cache,
+    v_cache,
+    block_table,
+    context_lens,
+    out,
+    kv_heads,
+    max_pages,
+    q_stride,
+    scale,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+):
     # 1. Naive: a program of one warp per query head goes through its context token by token.
     h, b = tl.program_id(0), tl.program_id(1)
     d = tl.arange(0, D)
@@ -30,12 +44,14 @@ def attention_naive_kernel(q, k_cache, v_cache, block_table, context_lens, out, 
         mass = mass * shrink + weight
         acc = acc * shrink + weight * tl.load(v_cache + at).to(tl.float32)
         top = new_top
-    result = acc / tl.where(mass == 0.0, 1.0, mass)             # without any token: zeros
+    result = acc / tl.where(mass == 0.0, 1.0, mass)  # without any token: zeros
     tl.store(out + (b.to(tl.int64) * kv_heads * GROUP + h) * D + d, result.to(out.dtype.element_ty))
 
 
 @triton.jit
-def publish(out, partial, row, split, splits, acc, top, mass, live, group, D: tl.constexpr, SPLIT: tl.constexpr):
+def publish(
+    out, partial, row, split, splits, acc, top, mass, live, group, D: tl.constexpr, SPLIT: tl.constexpr
+):
     """Stores the result of the rows `row` of [batch * q_heads], or their part of it for the merge kernel.
 
     partial [batch, kv_heads, splits, group, D + 2]: sums, maximum, mass."""
@@ -51,9 +67,25 @@ def publish(out, partial, row, split, splits, acc, top, mass, live, group, D: tl
 
 
 @triton.jit
-def attention_head_kernel(q, k_cache, v_cache, block_table, context_lens, out, partial, kv_heads, max_pages, splits,
-                          q_stride, scale, GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
-                          TILE: tl.constexpr, SPLIT: tl.constexpr):
+def attention_head_kernel(
+    q,
+    k_cache,
+    v_cache,
+    block_table,
+    context_lens,
+    out,
+    partial,
+    kv_heads,
+    max_pages,
+    splits,
+    q_stride,
+    scale,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
     # 3. Vectorised: a tile of tokens in each step, so that a warp loads 16 bytes a lane of several tokens at
     # once.
     #
@@ -82,14 +114,44 @@ def attention_head_kernel(q, k_cache, v_cache, block_table, context_lens, out, p
         top = new_top
     one = tl.zeros([1], tl.int64)
     row = one + b * (kv_heads * GROUP) + h
-    publish(out, partial, row, split=split, splits=splits, acc=acc[None, :], top=top + one.to(tl.float32),
-            mass=mass + one.to(tl.float32), live=one == 0, group=GROUP, D=D, SPLIT=SPLIT)
+    publish(
+        out,
+        partial,
+        row,
+        split=split,
+        splits=splits,
+        acc=acc[None, :],
+        top=top + one.to(tl.float32),
+        mass=mass + one.to(tl.float32),
+        live=one == 0,
+        group=GROUP,
+        D=D,
+        SPLIT=SPLIT,
+    )
 
 
 @triton.jit
-def attention_group_kernel(q, k_cache, v_cache, block_table, context_lens, out, partial, kv_heads, max_pages, splits,
-                           q_stride, scale, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
-                           PAGE: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr):
+def attention_group_kernel(
+    q,
+    k_cache,
+    v_cache,
+    block_table,
+    context_lens,
+    out,
+    partial,
+    kv_heads,
+    max_pages,
+    splits,
+    q_stride,
+    scale,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     # 5. Group: a program serves all query heads of a KV head, so that each key and value is loaded once for
     # all of them. The heads are the rows of a tensor-core tile, padded to 16. Where the twin multiplies head
     # by head, here both matrix products are dots, and the weights are rounded to T for the second one.
@@ -97,8 +159,11 @@ def attention_group_kernel(q, k_cache, v_cache, block_table, context_lens, out, 
     # 6. Pipeline: the same kernel with STAGES tiles in flight; the compiler writes the cp.async ring.
     split, kv, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     d, g = tl.arange(0, D), tl.arange(0, ROWS)
-    query = tl.load(q + b.to(tl.int64) * q_stride + (kv * GROUP + g)[:, None] * D + d[None, :],
-                    mask=(g < GROUP)[:, None], other=0.0)
+    query = tl.load(
+        q + b.to(tl.int64) * q_stride + (kv * GROUP + g)[:, None] * D + d[None, :],
+        mask=(g < GROUP)[:, None],
+        other=0.0,
+    )
     length = tl.maximum(tl.load(context_lens + b), 0)
     chunk = tl.cdiv(length, splits)
     end = tl.minimum(split * chunk + chunk, length)
@@ -120,8 +185,20 @@ def attention_group_kernel(q, k_cache, v_cache, block_table, context_lens, out, 
         acc = tl.dot(weight.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
         top = new_top
     row = b.to(tl.int64) * (kv_heads * GROUP) + kv * GROUP + g
-    publish(out, partial, row, split=split, splits=splits, acc=acc, top=top, mass=mass, live=g < GROUP,
-            group=GROUP, D=D, SPLIT=SPLIT)
+    publish(
+        out,
+        partial,
+        row,
+        split=split,
+        splits=splits,
+        acc=acc,
+        top=top,
+        mass=mass,
+        live=g < GROUP,
+        group=GROUP,
+        D=D,
+        SPLIT=SPLIT,
+    )
 
 
 @triton.jit
@@ -142,7 +219,9 @@ def attention_merge_kernel(partial, out, splits, GROUP: tl.constexpr, D: tl.cons
     tl.store(out + row * D + d, result.to(out.dtype.element_ty))
 
 
-def decode_attention(rung, q, k_cache, v_cache, block_table, context_lens, scale, splits, partial, tickets, out):
+def decode_attention(
+    rung, q, k_cache, v_cache, block_table, context_lens, scale, splits, partial, tickets, out
+):
     """Launch rung 1, 3, 4, 5 or 6: from 4 on, with splits > 1, two kernels. Only the op's own kernel uses
     tickets."""
     batch, q_heads, dim = q.shape
@@ -152,17 +231,48 @@ def decode_attention(rung, q, k_cache, v_cache, block_table, context_lens, scale
     sizes = (q.stride(0), scale)
     meta = dict(GROUP=group, D=dim, PAGE=page)
     if rung == 1:
-        return launch(attention_naive_kernel, (q_heads, batch), *args, kv_heads, block_table.shape[1], *sizes, **meta,
-                      num_warps=1)
+        return launch(
+            attention_naive_kernel,
+            (q_heads, batch),
+            *args,
+            kv_heads,
+            block_table.shape[1],
+            *sizes,
+            **meta,
+            num_warps=1,
+        )
     splits = 1 if rung == 3 else splits
     args = (*args, partial, kv_heads, block_table.shape[1], splits, *sizes)
     meta["SPLIT"] = splits > 1
     if rung in (3, 4):
-        launch(attention_head_kernel, (splits, q_heads, batch), *args, **meta, TILE=16, num_warps={3: 1, 4: 4}[rung])
+        launch(
+            attention_head_kernel,
+            (splits, q_heads, batch),
+            *args,
+            **meta,
+            TILE=16,
+            num_warps={3: 1, 4: 4}[rung],
+        )
     else:
         rows = max(16, triton.next_power_of_2(group))
-        launch(attention_group_kernel, (splits, kv_heads, batch), *args, **meta, ROWS=rows, TILE=128 // q.itemsize,
-               STAGES={5: 1, 6: 4}[rung], num_warps=4)
+        launch(
+            attention_group_kernel,
+            (splits, kv_heads, batch),
+            *args,
+            **meta,
+            ROWS=rows,
+            TILE=128 // q.itemsize,
+            STAGES={5: 1, 6: 4}[rung],
+            num_warps=4,
+        )
     if splits > 1:
-        launch(attention_merge_kernel, (batch * q_heads,), partial, out, splits, GROUP=group, D=dim,
-               SPLITS=triton.next_power_of_2(splits))
+        launch(
+            attention_merge_kernel,
+            (batch * q_heads,),
+            partial,
+            out,
+            splits,
+            GROUP=group,
+            D=dim,
+            SPLITS=triton.next_power_of_2(splits),
+        )

@@ -1,9 +1,10 @@
 """The ladder of linear: y[b,n] = sum_k x[b,k] * w[n,k] (+ bias[n]), from a sum in every step to tensor cores.
 
-  Each rung changes one thing of the rung before it. What it should gain, and why: lab/rungs.py.
-  Numbers and names are those of the twin; rungs that Triton's compiler decides about are absent.
-  twin  cuda_src/ladder/linear.cu          the op's own kernel  triton_kernels/linear.py
+Each rung changes one thing of the rung before it. What it should gain, and why: lab/rungs.py.
+Numbers and names are those of the twin; rungs that Triton's compiler decides about are absent.
+twin  cuda_src/ladder/linear.cu          the op's own kernel  triton_kernels/linear.py
 """
+
 import triton
 import triton.language as tl
 
@@ -33,8 +34,9 @@ def linear_naive_kernel(x, w, bias, y, rows, n, k, HAS_BIAS: tl.constexpr, BLOCK
 
 
 @triton.jit
-def linear_row_kernel(x, w, bias, y, rows, n, k,
-                      HAS_BIAS: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr):
+def linear_row_kernel(
+    x, w, bias, y, rows, n, k, HAS_BIAS: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr
+):
     # 4. Warp reduction: each lane keeps a sum of its own, and one reduction at the end adds the lanes.
     # BLOCK_K is 32: an element a lane and step.
     #
@@ -55,9 +57,20 @@ def linear_row_kernel(x, w, bias, y, rows, n, k,
 
 
 @triton.jit
-def linear_dot_kernel(x, w, bias, y, rows, n, k,
-                      HAS_BIAS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                      STAGES: tl.constexpr):
+def linear_dot_kernel(
+    x,
+    w,
+    bias,
+    y,
+    rows,
+    n,
+    k,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     # 8. Tensor cores: w is the left operand, whose 16 rows fill the tile; x, transposed and padded to 16
     # columns, is the right one. So w is read once for up to 16 rows of x.
     out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -74,13 +87,22 @@ def linear_dot_kernel(x, w, bias, y, rows, n, k,
 def linear(rung, x, w, bias, y):
     """Launch rung 1, 4, 5, 6, 7 or 8 of y = x @ w.T + bias; bias None or [n], y of x's dtype or float32."""
     (rows, k), n = x.shape, w.shape[0]
-    wide = 32 * 16 // x.itemsize                    # elements that a warp loads at once, 16 bytes a lane
+    wide = 32 * 16 // x.itemsize  # elements that a warp loads at once, 16 bytes a lane
     args, shared = (x, w, bias, y, rows, n, k), dict(HAS_BIAS=bias is not None)
     if rung == 1:
         launch(linear_naive_kernel, (n, rows), *args, **shared, BLOCK_K=32, num_warps=1)
     elif rung == 8:
-        launch(linear_dot_kernel, (triton.cdiv(n, 16), triton.cdiv(rows, 16)), *args, **shared, BLOCK_B=16, BLOCK_N=16,
-               BLOCK_K=256, STAGES=4, num_warps=4)
+        launch(
+            linear_dot_kernel,
+            (triton.cdiv(n, 16), triton.cdiv(rows, 16)),
+            *args,
+            **shared,
+            BLOCK_B=16,
+            BLOCK_N=16,
+            BLOCK_K=256,
+            STAGES=4,
+            num_warps=4,
+        )
     else:
         block_k, warps, stages = {4: (32, 1, 1), 5: (wide, 1, 1), 6: (wide, 1, 8), 7: (4 * wide, 4, 4)}[rung]
         launch(linear_row_kernel, (n, rows), *args, **shared, BLOCK_K=block_k, STAGES=stages, num_warps=warps)

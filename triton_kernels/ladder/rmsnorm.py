@@ -1,10 +1,11 @@
 """The ladder of rmsnorm: y[b,:] = T(x[b,:] * rsqrt(mean(x[b,:]^2) + eps)) * w, from step sums to wide loads.
 
-  Each rung changes one thing of the rung before it. What it should gain, and why: lab/rungs.py.
-  x, y [rows, cols] contiguous. Numbers and names are the twin's; rungs that Triton's compiler decides about
-  are absent.
-  twin  cuda_src/ladder/rmsnorm.cu          the op's own kernel  triton_kernels/rmsnorm.py
+Each rung changes one thing of the rung before it. What it should gain, and why: lab/rungs.py.
+x, y [rows, cols] contiguous. Numbers and names are the twin's; rungs that Triton's compiler decides about
+are absent.
+twin  cuda_src/ladder/rmsnorm.cu          the op's own kernel  triton_kernels/rmsnorm.py
 """
+
 import triton
 import triton.language as tl
 
@@ -59,5 +60,14 @@ def rmsnorm(rung, x, w, eps, residual, y):
     if rung == 1:
         launch(rmsnorm_naive_kernel, (rows,), x, w, y, cols, eps, BLOCK=32, num_warps=1)
     else:
-        launch(rmsnorm_block_kernel, (rows,), x, w, y, cols, eps, BLOCK={4: 256, 5: 256 * 16 // x.itemsize}[rung],
-               num_warps=8)
+        launch(
+            rmsnorm_block_kernel,
+            (rows,),
+            x,
+            w,
+            y,
+            cols,
+            eps,
+            BLOCK={4: 256, 5: 256 * 16 // x.itemsize}[rung],
+            num_warps=8,
+        )

@@ -8,7 +8,8 @@
 int main() {
   std::vector<float> x(kSide * kSide), y(x.size(), -1.f);
   for (size_t i = 0; i < x.size(); ++i) x[i] = float(i);
-  launch({dim3(1), dim3(kSide), sizeof(TransposeSmem)}, "transpose_kernel", transpose_kernel, x.data(), y.data());
+  launch({dim3(1), dim3(kSide), sizeof(TransposeSmem)}, "transpose_kernel", transpose_kernel, x.data(),
+         y.data());
   for (int i = 0; i < kSide * kSide; ++i) {
     const float want = x[i % kSide * kSide + i / kSide];
     if (y[i] == want) continue;

@@ -18,12 +18,14 @@ int main() {
     return 1;
   }
   const auto lines = [](const auto& addresses) { return watch::distinct(addresses, 128); };
-  const auto fewest = [](const auto& addresses) { return (watch::distinct(addresses, sizeof(float)) * 4 + 127) / 128; };
+  const auto fewest = [](const auto& addresses) {
+    return (watch::distinct(addresses, sizeof(float)) * 4 + 127) / 128;
+  };
   for (const auto& [name, array] : {std::pair{"load", x}, std::pair{"store", y}}) {
     const auto worst = watch::worst(array, array + kCount, lines, fewest);
     if (worst.lanes < size_t(kCount)) {
-      printf("only %zu of %d %ss were watched: use watched_load and watched_store for x and y\n", worst.lanes, kCount,
-             name);
+      printf("only %zu of %d %ss were watched: use watched_load and watched_store for x and y\n", worst.lanes,
+             kCount, name);
       return 1;
     }
     if (worst.cost <= worst.fewest) continue;

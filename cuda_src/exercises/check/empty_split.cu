@@ -18,9 +18,10 @@ int main() {
     const double want = length ? sum / weight : 0;
     Split published[kSplits];
     float got = -1.f;
-    launch({dim3(kSplits), dim3(32)}, "split_kernel", split_kernel, scores.data(), values.data(), length, published);
+    launch({dim3(kSplits), dim3(32)}, "split_kernel", split_kernel, scores.data(), values.data(), length,
+           published);
     launch({dim3(1), dim3(1)}, "merge_kernel", merge_kernel, published, kSplits, &got);
-    if (fabs(got - want) <= 1e-5 * (1 + fabs(want))) continue;        // false for NaN
+    if (fabs(got - want) <= 1e-5 * (1 + fabs(want))) continue;  // false for NaN
     printf("%d tokens in %d splits give %g, not %g\n", length, kSplits, got, want);
     return 1;
   }

@@ -9,7 +9,7 @@ using namespace lab;
 constexpr int kSide = 32;
 
 struct TransposeSmem {
-  float tile[kSide][kSide + 1];                   // 33: each row begins one bank further
+  float tile[kSide][kSide + 1];  // 33: each row begins one bank further
 };
 
 __global__ void transpose_kernel(const float* x, float* y) {

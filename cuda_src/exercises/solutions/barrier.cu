@@ -9,9 +9,7 @@ using namespace lab;
 
 constexpr int kTile = 128;
 
-struct ReverseSmem {
-  float tile[kTile];
-};
+struct ReverseSmem { float tile[kTile]; };
 
 __global__ void reverse_kernel(const float* x, float* y, int tiles) {
   auto& tile = smem<ReverseSmem>().tile;
@@ -19,6 +17,6 @@ __global__ void reverse_kernel(const float* x, float* y, int tiles) {
     tile[threadIdx.x] = x[t * kTile + threadIdx.x];
     __syncthreads();
     y[t * kTile + threadIdx.x] = tile[kTile - 1 - threadIdx.x];
-    __syncthreads();                              // all threads have read the tile
+    __syncthreads();  // all threads have read the tile
   }
 }

@@ -8,9 +8,7 @@
 
 using namespace lab;
 
-struct Split {
-  float average, maximum, weight;
-};
+struct Split { float average, maximum, weight; };
 
 // A warp per split: average = sum of exp(score - maximum) * value / weight, weight = sum of exp(score -
 // maximum).
@@ -39,5 +37,5 @@ __global__ void merge_kernel(const Split* published, int splits, float* out) {
     weight += share;
     sum += share * published[s].average;
   }
-  *out = weight == 0.f ? 0.f : sum / weight;      // without any token: zero
+  *out = weight == 0.f ? 0.f : sum / weight;  // without any token: zero
 }

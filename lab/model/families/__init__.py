@@ -3,6 +3,7 @@
 A family here differs from Llama in names, defaults, biases and norms of q and k. One whose layers are of
 another kind also changes lab/model/description.py, lab/model/torch_layer.py and lab/model/plans.
 """
+
 from __future__ import annotations
 
 from importlib import import_module
@@ -14,8 +15,8 @@ from lab.model.families.family import Family
 # Each is a file beside this one.
 BUILT_IN = ("llama", "mistral", "qwen2", "qwen3")
 
-FAMILIES: dict[str, Family] = {}        # by Family.name
-PRESETS: dict[str, ModelConfig] = {}    # of all families, by ModelConfig.name
+FAMILIES: dict[str, Family] = {}  # by Family.name
+PRESETS: dict[str, ModelConfig] = {}  # of all families, by ModelConfig.name
 
 
 def register(family: Family) -> None:

@@ -1,8 +1,9 @@
 """Decode plans: how the step of one token is cut into kernels. A plan is one function in a file of its own.
 
-A step is called as step(buffers, sampling): it reads buffers.ids and buffers.positions, and leaves buffers.logits and
-the sampled token in buffers.ids.
+A step is called as step(buffers, sampling): it reads buffers.ids and buffers.positions, and leaves
+buffers.logits and the sampled token in buffers.ids.
 """
+
 from __future__ import annotations
 
 import torch
@@ -19,6 +20,7 @@ PLANS = {"basic": basic_step, "fused": fused_step, "persistent": persistent_step
 def refusal(plan: str, batch: int, dtype: torch.dtype) -> str | None:
     """Why a plan does not decode a batch of this size, or a model of this dtype; None where it does."""
     from lab.ops.decode_step import op
+
     if plan != "persistent":
         return None
     if batch != 1:

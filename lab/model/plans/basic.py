@@ -1,4 +1,5 @@
 """The basic plan: the decode step of a Llama-family model with one kernel for each textbook op."""
+
 from __future__ import annotations
 
 import torch
@@ -8,25 +9,37 @@ from lab.model.sampling import Sampling
 
 
 def basic_step(b: StepBuffers, sampling: Sampling) -> None:
-    """One kernel per textbook op. Reads b.ids and b.positions, leaves b.logits and the sampled token in b.ids."""
+    """One kernel per textbook op. Reads b.ids and b.positions, leaves b.logits and the sampled token in
+    b.ids."""
     ops, eps = b.ops, b.config.rms_eps
-    h = ops.embedding(b.ids, b.weights.embed, out=b.h)                      # the residual stream [batch, hidden]
+    h = ops.embedding(b.ids, b.weights.embed, out=b.h)  # the residual stream [batch, hidden]
     x = ops.rmsnorm(h, b.weights.layers[0].attn_norm, eps, out=b.x)
     for layer, k_cache, v_cache, next_norm in b.blocks:
-        ops.linear(x, layer.wqkv, layer.bqkv, out=b.qkv)                    # b.q, b.k, b.v are views of b.qkv
+        ops.linear(x, layer.wqkv, layer.bqkv, out=b.qkv)  # b.q, b.k, b.v are views of b.qkv
         if layer.q_norm is not None:
             ops.rmsnorm(b.q, layer.q_norm, eps, out=b.q)
             ops.rmsnorm(b.k, layer.k_norm, eps, out=b.k)
         ops.rope(b.q, b.k, b.positions, b.cos_sin)
         ops.kv_append(b.k, b.v, k_cache, v_cache, b.cache.block_table, b.positions)
-        ops.decode_attention(b.q, k_cache, v_cache, b.cache.block_table, b.context_lens, b.scale, b.splits,
-                             b.workspace, out=b.attention)
+        ops.decode_attention(
+            b.q,
+            k_cache,
+            v_cache,
+            b.cache.block_table,
+            b.context_lens,
+            b.scale,
+            b.splits,
+            b.workspace,
+            out=b.attention,
+        )
         ops.linear(b.attention_rows, layer.wo, layer.bo, out=x)
-        ops.rmsnorm(x, layer.mlp_norm, eps, residual=h, out=x)              # h += x, then x = norm(h)
+        ops.rmsnorm(x, layer.mlp_norm, eps, residual=h, out=x)  # h += x, then x = norm(h)
         ops.linear(x, layer.w_gate_up, out=b.gate_up)
         ops.silu_mul(b.gate_up, out=b.act)
         ops.linear(b.act, layer.w_down, out=x)
         ops.rmsnorm(x, next_norm, eps, residual=h, out=x)
     ops.linear(x, b.weights.lm_head, out_dtype=torch.float32, out=b.logits)
-    ops.sample(b.logits, b.positions, sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed, out=b.ids)
-    b.state.add_(b.live)                                                    # positions and context_lens of live rows
+    ops.sample(
+        b.logits, b.positions, sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed, out=b.ids
+    )
+    b.state.add_(b.live)  # positions and context_lens of live rows

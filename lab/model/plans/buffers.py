@@ -2,6 +2,7 @@
 
 Their addresses never change, so that a step can be captured as a CUDA graph and replayed.
 """
+
 from __future__ import annotations
 
 import torch
@@ -16,25 +17,40 @@ from lab.ops.norm_linear_argmax import new_scratch
 
 
 class StepBuffers:
-    """Activations are of the model's dtype, [batch, ...]; q, k and v are views [batch, heads, head_dim] of qkv.
+    """Activations are of the model's dtype, [batch, ...]; q, k and v are views [batch, heads, head_dim] of
+    qkv.
 
     ids int32 [batch]: the token that the step reads, then the one it sampled. logits float32 [batch, vocab].
-    positions, context_lens int32 [batch]: of each row's sequence; -1 and 0 for an idle row. blocks: for every layer its
-    weights, its K and V cache, and the weight of the norm that follows it.
+    positions, context_lens int32 [batch]: of each row's sequence; -1 and 0 for an idle row. blocks: for every
+    layer its weights, its K and V cache, and the weight of the norm that follows it.
 
-    splits: blocks that share one KV head's context in decode_attention; None fills the device. persistent: also what
-    the plan of that name takes, step_model and step_workspace. Raises LabError for a model which that plan does not take.
+    splits: blocks that share one KV head's context in decode_attention; None fills the device. persistent:
+    also what the plan of that name takes, step_model and step_workspace. Raises LabError for a model which
+    that plan does not take.
     """
 
-    def __init__(self, weights: Weights, ops: Ops, cache: PagedKVCache, batch: int, splits: int | None,
-                 persistent: bool):
+    def __init__(
+        self,
+        weights: Weights,
+        ops: Ops,
+        cache: PagedKVCache,
+        batch: int,
+        splits: int | None,
+        persistent: bool,
+    ):
         config, device, dtype = weights.config, weights.device, weights.dtype
         self.weights, self.ops, self.cache, self.config = weights, ops, cache, config
-        self.cos_sin = cos_sin_table(config.head_dim, config.rope_theta, config.rope_scaling, cache.max_context, device)
-        self.scale = config.head_dim ** -0.5
-        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+        self.cos_sin = cos_sin_table(
+            config.head_dim, config.rope_theta, config.rope_scaling, cache.max_context, device
+        )
+        self.scale = config.head_dim**-0.5
+        multiprocessors = (
+            torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+        )
         self.splits = splits or choose_splits(batch, config.kv_heads, cache.max_context, multiprocessors)
-        self.workspace = Workspace.empty(batch, config.q_heads, config.kv_heads, config.head_dim, self.splits, device)
+        self.workspace = Workspace.empty(
+            batch, config.q_heads, config.kv_heads, config.head_dim, self.splits, device
+        )
 
         def buffer(*shape, dtype=dtype):
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -49,14 +65,16 @@ class StepBuffers:
         self.logits = buffer(batch, config.vocab, dtype=torch.float32)
         self.argmax_scratch = new_scratch(batch, device)
         self.ids = buffer(batch, dtype=torch.int32)
-        # positions and context_lens are rows of one tensor, padded so that both begin at 16 bytes: one add moves both.
+        # positions and context_lens are rows of one tensor, padded so that both begin at 16 bytes: one add
+        # moves both.
         self.state = buffer(2, -(-batch // 4) * 4, dtype=torch.int32)
-        self.live = buffer(2, self.state.shape[1], dtype=torch.int32)       # 1 for live rows, 0 for idle ones
+        self.live = buffer(2, self.state.shape[1], dtype=torch.int32)  # 1 for live rows, 0 for idle ones
         self.positions, self.context_lens = self.state[0, :batch], self.state[1, :batch]
-        self.state[0] = -1                                                  # idle: see lab/ops/kv_append.py
+        self.state[0] = -1  # idle: see lab/ops/kv_append.py
         next_norms = [layer.attn_norm for layer in weights.layers[1:]] + [weights.final_norm]
         self.blocks = list(zip(weights.layers, cache.k.unbind(), cache.v.unbind(), next_norms))
         if persistent:
-            self.step_model = StepModel.of(weights, self.cos_sin, config.q_heads, config.kv_heads, config.head_dim,
-                                           config.rms_eps)
+            self.step_model = StepModel.of(
+                weights, self.cos_sin, config.q_heads, config.kv_heads, config.head_dim, config.rms_eps
+            )
             self.step_workspace = StepWorkspace.of(self.step_model)

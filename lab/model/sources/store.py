@@ -1,4 +1,5 @@
 """A tensor read from a file, checked and copied into place."""
+
 import torch
 
 from lab.errors import LabError
@@ -7,11 +8,14 @@ from lab.errors import LabError
 def check_shape(shape, out: torch.Tensor, name: str, where: str) -> None:
     """LabError where a tensor of a file has another shape than its place, `out`."""
     if tuple(shape) != tuple(out.shape):
-        raise LabError(f"{where}: tensor {name} is {list(shape)}; the model's shape asks for {list(out.shape)}")
+        raise LabError(
+            f"{where}: tensor {name} is {list(shape)}; the model's shape asks for {list(out.shape)}"
+        )
 
 
 def store(values: torch.Tensor, out: torch.Tensor, name: str, where: str) -> None:
-    """Copies a tensor read from a file into place; LabError if its shape is wrong or a value is not finite."""
+    """Copies a tensor read from a file into place; LabError if its shape is wrong or a value is not
+    finite."""
     check_shape(values.shape, out, name, where)
     out.copy_(values)
     if not torch.isfinite(out).all():

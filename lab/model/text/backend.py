@@ -3,6 +3,7 @@
 All of this runs in a process of its own (lab/model/text/process.py): vocabularies, normalizers and decoders
 are somebody else's data, and some of them take all memory, all time, or abort the process that uses them.
 """
+
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
@@ -26,15 +27,18 @@ try:
     from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as Backend
 except ImportError as error:
-    raise Unavailable(f"text needs the package tokenizers ({error}): run `pip install tokenizers`, "
-                      "or use --ids") from None
+    raise Unavailable(
+        f"text needs the package tokenizers ({error}): run `pip install tokenizers`, or use --ids"
+    ) from None
 
 # Splits of the pre-tokenizers, as published in the tokenizer.json of Llama 3 and of Qwen2: digits differ.
-_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
-          r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
-LONGEST_PIECE = 256     # characters; SentencePiece's own limit is 16 unless its training says otherwise
+LONGEST_PIECE = 256  # characters; SentencePiece's own limit is 16 unless its training says otherwise
 
 
 def build(kind: str, **source) -> Backend:
@@ -66,18 +70,37 @@ class TextBackend:
 
 # --- GGUF: a vocabulary with merges or scores; the pipeline of each pre-tokenizer name is rebuilt here ---
 
-def from_vocabulary(model: str, pre: str | None, tokens: list[str], kinds: list[int], merges: list[str],
-                    scores: list[float] | None, space_prefix: bool, unknown: str | None) -> Backend:
+
+def from_vocabulary(
+    model: str,
+    pre: str | None,
+    tokens: list[str],
+    kinds: list[int],
+    merges: list[str],
+    scores: list[float] | None,
+    space_prefix: bool,
+    unknown: str | None,
+) -> Backend:
     """model, pre: GGUF's tokenizer.ggml.model and .pre; a name that is not listed was refused before."""
     if model == "gpt2":
         backend = _byte_level(tokens, merges, pre)
     else:
         backend = _sentencepiece(tokens, scores, space_prefix, unknown)
     ends = ends_of_vocabulary(tokens, kinds)
-    backend.add_special_tokens([_added(token) for index, (token, kind) in enumerate(zip(tokens, kinds))
-                                if kind in (CONTROL, UNKNOWN) or index in ends])
-    backend.add_tokens([_added(token) for index, (token, kind) in enumerate(zip(tokens, kinds))
-                        if kind == USER_DEFINED and index not in ends])
+    backend.add_special_tokens(
+        [
+            _added(token)
+            for index, (token, kind) in enumerate(zip(tokens, kinds))
+            if kind in (CONTROL, UNKNOWN) or index in ends
+        ]
+    )
+    backend.add_tokens(
+        [
+            _added(token)
+            for index, (token, kind) in enumerate(zip(tokens, kinds))
+            if kind == USER_DEFINED and index not in ends
+        ]
+    )
     if backend.get_vocab_size(with_added_tokens=True) != len(tokens):
         raise ValueError("its vocabulary repeats tokens")
     return backend
@@ -91,25 +114,35 @@ def _byte_level(tokens: list[str], merges: list[str], pre: str | None) -> Backen
     """Byte-level BPE (GPT-2): text is split, its bytes become printable characters, pairs merge by rank."""
     kind = PRE_TOKENIZERS[pre]
     pairs = [tuple(merge.split(" ", 1)) for merge in merges]
-    backend = Backend(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=pairs,
-                                 ignore_merges=kind == LLAMA3))
+    backend = Backend(
+        models.BPE(
+            vocab={token: index for index, token in enumerate(tokens)},
+            merges=pairs,
+            ignore_merges=kind == LLAMA3,
+        )
+    )
     if kind == QWEN2:
         backend.normalizer = normalizers.NFC()
     if kind in (LLAMA3, QWEN2):
         split = Regex(_SPLIT % ("{1,3}" if kind == LLAMA3 else ""))
-        backend.pre_tokenizer = pre_tokenizers.Sequence([
-            pre_tokenizers.Split(split, "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(split, "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
     else:
         digits = [pre_tokenizers.Digits(individual_digits=True)] if kind == SMOLLM else []
-        backend.pre_tokenizer = pre_tokenizers.Sequence([
-            *digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [*digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
     backend.decoder = decoders.ByteLevel()
     return backend
 
 
-def _sentencepiece(tokens: list[str], scores: list[float], space_prefix: bool, unknown: str | None
-                   ) -> Backend:
+def _sentencepiece(
+    tokens: list[str], scores: list[float], space_prefix: bool, unknown: str | None
+) -> Backend:
     """SentencePiece BPE (Llama 2, Mistral): the adjacent pair whose joined piece scores highest merges first.
 
     As ranked merges: every split of a piece into two pieces, ordered by the score of the whole, best first.
@@ -120,12 +153,22 @@ def _sentencepiece(tokens: list[str], scores: list[float], space_prefix: bool, u
         raise ValueError(f"a token of {longest} characters; at most {LONGEST_PIECE} are taken")
     merges = []
     for piece, score in zip(tokens, scores):
-        splits = [(vocab[piece[:cut]], vocab[piece[cut:]]) for cut in range(1, len(piece))
-                  if piece[:cut] in vocab and piece[cut:] in vocab]
+        splits = [
+            (vocab[piece[:cut]], vocab[piece[cut:]])
+            for cut in range(1, len(piece))
+            if piece[:cut] in vocab and piece[cut:] in vocab
+        ]
         merges += [(-score, tokens[left], tokens[right]) for left, right in sorted(splits)]
     merges.sort(key=lambda merge: merge[0])
-    backend = Backend(models.BPE(vocab=vocab, merges=[(left, right) for _, left, right in merges],
-                                 unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    backend = Backend(
+        models.BPE(
+            vocab=vocab,
+            merges=[(left, right) for _, left, right in merges],
+            unk_token=unknown,
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
     spaces = normalizers.Replace(" ", "▁")
     if space_prefix:
         backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces])
@@ -137,6 +180,7 @@ def _sentencepiece(tokens: list[str], scores: list[float], space_prefix: bool, u
 
 
 # --- Hugging Face: a whole pipeline ---
+
 
 def from_file(path: str, added: list[dict], special: list[str]) -> Backend:
     """The pipeline of a tokenizer.json, made into what transformers makes of it.
@@ -153,12 +197,22 @@ def from_file(path: str, added: list[dict], special: list[str]) -> Backend:
         backend.model.dropout = None
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-    backend.add_tokens([AddedToken(token["content"], **{flag: bool(token.get(flag, False)) for flag in flags})
-                        for token in added if token["content"] not in known])
+    backend.add_tokens(
+        [
+            AddedToken(token["content"], **{flag: bool(token.get(flag, False)) for flag in flags})
+            for token in added
+            if token["content"] not in known
+        ]
+    )
     known = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
     ends = ends_of_file(backend)
-    backend.add_special_tokens([_added(token) for token in dict.fromkeys([*special, *ends])
-                                if token not in known and backend.token_to_id(token) is not None])
+    backend.add_special_tokens(
+        [
+            _added(token)
+            for token in dict.fromkeys([*special, *ends])
+            if token not in known and backend.token_to_id(token) is not None
+        ]
+    )
     return backend
 
 
@@ -178,4 +232,4 @@ def leading_tokens(backend: Backend) -> list[int]:
     probe = Backend(models.WordLevel({"a": 0}, unk_token="a"))
     probe.post_processor = backend.post_processor
     tried = probe.encode("a", add_special_tokens=True)
-    return tried.ids[:tried.special_tokens_mask.index(0)]
+    return tried.ids[: tried.special_tokens_mask.index(0)]

@@ -9,6 +9,7 @@ goes wrong in it is one LabError here.
 The two processes exchange lines of JSON over a pair of pipes: {"op", arguments..., "seconds"}, answered by
 {"value"} or {"error", "kind"}.
 """
+
 from __future__ import annotations
 
 import json
@@ -25,11 +26,11 @@ from dataclasses import dataclass
 
 from lab.errors import LabError, Unavailable, one_line
 
-MEMORY = 2 << 30                # bytes of address space; a vocabulary of 250,000 tokens takes a quarter
-SECONDS = {"load": 20}          # of processor time, by request
+MEMORY = 2 << 30  # bytes of address space; a vocabulary of 250,000 tokens takes a quarter
+SECONDS = {"load": 20}  # of processor time, by request
 OTHER_SECONDS = 10
-WALL = 12                       # how many times as long a request may take on a machine that is busy
-MAX_ANSWER = 1 << 27            # bytes
+WALL = 12  # how many times as long a request may take on a machine that is busy
+MAX_ANSWER = 1 << 27  # bytes
 FAILS = {"load": "is mangled", "render": "cannot be rendered", "encode": "cannot encode this text"}
 
 
@@ -38,16 +39,22 @@ class TextProcess:
 
     def __init__(self):
         # -I: neither environment nor current folder adds modules. The import path is the caller's own.
-        start = (f"import sys; sys.path = {sys.path!r}; from lab.model.text.process import serve; "
-                 f"serve({MEMORY})")
+        start = (
+            f"import sys; sys.path = {sys.path!r}; from lab.model.text.process import serve; serve({MEMORY})"
+        )
         # One thread and one heap: each further one reserves address space, which is what the limit counts.
         # Libraries preloaded for the lab (a sanitizer's) reserve terabytes. A session of its own: Ctrl-C is
         # the caller's to handle.
         environment = {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}
         environment |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-c", start], env=environment, start_new_session=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            [sys.executable, "-I", "-c", start],
+            env=environment,
+            start_new_session=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
         self._asked, self._buffer = deque(), bytearray()
         self._end = weakref.finalize(self, _end, self._process)
 
@@ -70,7 +77,7 @@ class TextProcess:
             line = json.dumps({"op": op, "seconds": asked.seconds, **arguments}).encode() + b"\n"
             self._process.stdin.write(line)
             self._process.stdin.flush()
-        except (BrokenPipeError, ValueError):       # the process ended: now, or at an earlier request
+        except (BrokenPipeError, ValueError):  # the process ended: now, or at an earlier request
             self._fail(asked)
 
     def collect(self, patience: float | None = None) -> None:
@@ -90,8 +97,9 @@ class TextProcess:
                     return
                 self._end()
                 self._asked.clear()
-                raise LabError(f"{asked.subject} takes more than {WALL * asked.seconds} s; use {asked.otherwise}"
-                               ) from None
+                raise LabError(
+                    f"{asked.subject} takes more than {WALL * asked.seconds} s; use {asked.otherwise}"
+                ) from None
             except (BrokenPipeError, ValueError):
                 self._fail(asked)
             self._asked.popleft().take(_value(answer, asked))
@@ -99,11 +107,13 @@ class TextProcess:
     def _fail(self, asked: _Asked):
         self._end()
         self._asked.clear()
-        raise LabError(f"{asked.subject} {_cause(self._process.returncode, asked.seconds)}; use {asked.otherwise}"
-                       ) from None
+        raise LabError(
+            f"{asked.subject} {_cause(self._process.returncode, asked.seconds)}; use {asked.otherwise}"
+        ) from None
 
     def _read_line(self, deadline: float) -> bytes:
-        """The next line. What has come of it stays in the buffer where it is not whole at the deadline (_Late)."""
+        """The next line. What has come of it stays in the buffer where it is not whole at the deadline
+        (_Late)."""
         pipe, searched = self._process.stdout.fileno(), 0
         while (end := self._buffer.find(b"\n", searched)) < 0:
             searched = len(self._buffer)
@@ -114,13 +124,14 @@ class TextProcess:
             if not piece or len(self._buffer) > MAX_ANSWER:
                 raise BrokenPipeError
         line = bytes(self._buffer[:end])
-        del self._buffer[:end + 1]
+        del self._buffer[: end + 1]
         return line
 
 
 @dataclass
 class _Asked:
     """A request whose answer has not been read yet."""
+
     take: Callable
     op: str
     subject: str
@@ -138,8 +149,10 @@ def _value(answer: dict, asked: _Asked):
         return answer["value"]
     kind, message = answer["kind"], answer["error"]
     if kind == "memory":
-        raise LabError(f"{asked.subject} takes more than the {MEMORY >> 30} GiB of memory that it may; "
-                       f"use {asked.otherwise}")
+        raise LabError(
+            f"{asked.subject} takes more than the {MEMORY >> 30} GiB of memory that it may; "
+            f"use {asked.otherwise}"
+        )
     if kind == "other":
         fails = FAILS.get(asked.op, "cannot decode these ids")
         raise LabError(f"{asked.subject} {fails} ({message}); use {asked.otherwise}")
@@ -156,7 +169,7 @@ def _end(process: subprocess.Popen) -> None:
     for pipe in (process.stdin, process.stdout):
         try:
             pipe.close()
-        except BrokenPipeError:     # what was not written yet has no reader any more
+        except BrokenPipeError:  # what was not written yet has no reader any more
             pass
     process.wait()
 
@@ -165,11 +178,14 @@ def _cause(status: int, seconds: int) -> str:
     if -status == signal.SIGXCPU:
         return f"takes more than {seconds} s of processor time"
     how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-    return (f"ends its process ({how}): it is mangled, or takes more than the {MEMORY >> 30} GiB of memory "
-            "that it may")
+    return (
+        f"ends its process ({how}): it is mangled, or takes more than the {MEMORY >> 30} GiB of memory "
+        "that it may"
+    )
 
 
 # --- the process itself ---
+
 
 def serve(memory: int) -> None:
     """Answers requests from standard input until it is closed."""
@@ -178,7 +194,7 @@ def serve(memory: int) -> None:
     limit(resource, resource.RLIMIT_AS, memory)
     limit(resource, resource.RLIMIT_CORE, 0)
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)                   # a stray print goes nowhere
+    os.dup2(2, 1)  # a stray print goes nowhere
     server = _Server()
     for line in sys.stdin.buffer:
         request = json.loads(line)
@@ -228,11 +244,15 @@ class _Server:
         ends = set(pipelines.ends_of_file(backend).values()) if source["kind"] == "from_file" else set()
         ends |= {backend.token_to_id(eos)} - {None} if eos is not None else set()
         self.text = pipelines.TextBackend(backend, {*hidden, *ends})
-        return {"size": backend.get_vocab_size(with_added_tokens=True), "ends": sorted(ends),
-                "leading": pipelines.leading_tokens(backend)}
+        return {
+            "size": backend.get_vocab_size(with_added_tokens=True),
+            "ends": sorted(ends),
+            "leading": pipelines.leading_tokens(backend),
+        }
 
     def render(self, template: str, messages: list[dict], special: dict) -> str:
         from lab.model.text.chat_template import render
+
         return render(template, messages, special)
 
     def encode(self, text: str) -> list[int]:

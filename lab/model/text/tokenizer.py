@@ -3,6 +3,7 @@
 Here the files are read and their ids checked. What was read is used in a process of its own
 (process.py), where backend.py builds the pipeline and chat_template.py renders.
 """
+
 from __future__ import annotations
 
 import time
@@ -19,27 +20,63 @@ from lab.model.text.process import TextProcess
 # the beginning token.
 LLAMA3, QWEN2, SMOLLM, GPT2 = "llama3", "qwen2", "smollm", "gpt2"
 PRE_TOKENIZERS = {
-    "llama-bpe": LLAMA3, "llama-v3": LLAMA3, "llama3": LLAMA3, "falcon3": LLAMA3, "falcon-h1": LLAMA3,
-    "pixtral": LLAMA3, "midm-2.0": LLAMA3, "lfm2": LLAMA3,
-    "qwen2": QWEN2, "deepseek-r1-qwen": QWEN2, "smollm": SMOLLM, "gpt-2": GPT2,
+    "llama-bpe": LLAMA3,
+    "llama-v3": LLAMA3,
+    "llama3": LLAMA3,
+    "falcon3": LLAMA3,
+    "falcon-h1": LLAMA3,
+    "pixtral": LLAMA3,
+    "midm-2.0": LLAMA3,
+    "lfm2": LLAMA3,
+    "qwen2": QWEN2,
+    "deepseek-r1-qwen": QWEN2,
+    "smollm": SMOLLM,
+    "gpt-2": GPT2,
 }
 NO_DEFAULT = "{}: none of its chat templates is the default: text is fed as it is"
-MOST_TEMPLATE = 1 << 24     # bytes of a chat template
+MOST_TEMPLATE = 1 << 24  # bytes of a chat template
 # GGUF token types (llama.cpp's llama_token_type)
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 # Tokens that end a turn, by their text, even where the file gives them another type or names another end
 # token: the list that llama.cpp keeps for the same purpose (special_eog_ids in src/llama-vocab.cpp), without
 # its tokens for code infilling. "</s>" counts where it is a control token only: byte-level vocabularies hold
 # it as HTML.
-END_OF_TURN = frozenset((
-    "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<EOT>", "_<EOT>", "[EOT]",
-    "[EOS]", "<eos>", "<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<end_of_utterance>", "<|return|>",
-    "<|call|>", "<|flush|>", "<|calls|>", "<turn|>", "<|tool_response>"))
-INVALID_BYTE = "<0xFF>"             # the byte-fallback token of a byte that is in no UTF-8 text
+END_OF_TURN = frozenset(
+    (
+        "<|im_end|>",
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<|end|>",
+        "<end_of_turn>",
+        "<EOT>",
+        "_<EOT>",
+        "[EOT]",
+        "[EOS]",
+        "<eos>",
+        "<|endoftext|>",
+        "<|end_of_text|>",
+        "<｜end▁of▁sentence｜>",
+        "<end_of_utterance>",
+        "<|return|>",
+        "<|call|>",
+        "<|flush|>",
+        "<|calls|>",
+        "<turn|>",
+        "<|tool_response>",
+    )
+)
+INVALID_BYTE = "<0xFF>"  # the byte-fallback token of a byte that is in no UTF-8 text
 # The special tokens that chat templates know by name, and how GGUF's keys call them (it does spell
 # "seperator" so).
-TEMPLATE_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "sep_token": "seperator",
-                   "pad_token": "padding", "cls_token": "cls", "mask_token": "mask"}
+TEMPLATE_TOKENS = {
+    "bos_token": "bos",
+    "eos_token": "eos",
+    "unk_token": "unknown",
+    "sep_token": "seperator",
+    "pad_token": "padding",
+    "cls_token": "cls",
+    "mask_token": "mask",
+}
 # What llama.cpp takes where a vocabulary of kind "llama" names none.
 SENTENCEPIECE_IDS = {"unknown": 0, "bos": 1, "eos": 2}
 
@@ -47,19 +84,21 @@ SENTENCEPIECE_IDS = {"unknown": 0, "bos": 1, "eos": 2}
 @dataclass
 class Tokenizer:
     """`eos` are the ids that end generation; `leading` go before raw text, as the model's tokenizer does."""
+
     process: TextProcess | None
     eos: frozenset[int] = frozenset()
     leading: tuple[int, ...] = ()
     chat_template: str | None = None
-    special: Mapping[str, object] = field(default_factory=dict)     # bos_token... as templates name them
-    size: int = 0                       # of the vocabulary, added tokens included
-    where: str = "the tokenizer"        # what errors begin with
-    source: dict = field(default_factory=dict, repr=False)          # what the pipeline is built from
+    special: Mapping[str, object] = field(default_factory=dict)  # bos_token... as templates name them
+    size: int = 0  # of the vocabulary, added tokens included
+    where: str = "the tokenizer"  # what errors begin with
+    source: dict = field(default_factory=dict, repr=False)  # what the pipeline is built from
 
     @property
     def backend(self):
         """The pipeline, built once more, in this process and without limits: to look into a trusted one."""
         from lab.model.text.backend import build
+
         return build(**self.source)
 
     @property
@@ -77,7 +116,8 @@ class Tokenizer:
         return self._request("decode", ids=[int(index) for index in ids])
 
     def stream(self, late: bool = False) -> "RemoteStream":
-        """A TextStream of this tokenizer: ids in, whole characters out. late: text may come with a later token."""
+        """A TextStream of this tokenizer: ids in, whole characters out. late: text may come with a later
+        token."""
         return RemoteStream(self, self._request("stream"), late)
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
@@ -97,16 +137,18 @@ class RemoteStream:
     A round trip to the process takes as long as a token of a small model on a GPU. So with `late`, `push`
     waits for a hundredth of the time between tokens at most; the text may come with a later token.
     """
+
     tokenizer: Tokenizer
     number: int
     late: bool = False
-    pieces: list[str] = field(default_factory=list)     # text that has come
-    pushed: float = field(default_factory=time.monotonic)       # when the last token was
+    pieces: list[str] = field(default_factory=list)  # text that has come
+    pushed: float = field(default_factory=time.monotonic)  # when the last token was
 
     def push(self, token: int) -> str:
         tokenizer, now = self.tokenizer, time.monotonic()
-        tokenizer.process.post(self.pieces.append, "push", tokenizer.where, "--ids", stream=self.number,
-                               token=int(token))
+        tokenizer.process.post(
+            self.pieces.append, "push", tokenizer.where, "--ids", stream=self.number, token=int(token)
+        )
         tokenizer.process.collect((now - self.pushed) / 100 if self.late else None)
         self.pushed = now
         return self._taken()
@@ -135,15 +177,15 @@ class TextStream:
 
     def __init__(self, decode: Callable[[Iterable[int]], str], invalid_byte: int | None = None):
         self.decode, self.invalid_byte, self.ids = decode, invalid_byte, []
-        self.start = self.emitted = 0       # ids[start:emitted] is the left context, already emitted
+        self.start = self.emitted = 0  # ids[start:emitted] is the left context, already emitted
 
     def push(self, token: int) -> str:
         self.ids.append(token)
         text = self._pending()
         if not text or text.endswith("\N{REPLACEMENT CHARACTER}"):
-            return ""                       # perhaps an unfinished character: wait for its other bytes
+            return ""  # perhaps an unfinished character: wait for its other bytes
         if self.invalid_byte is not None and not self._pending(self.invalid_byte).startswith(text):
-            return ""                       # an unfinished run of bytes
+            return ""  # an unfinished run of bytes
         self.start, self.emitted = self.emitted, len(self.ids)
         return text
 
@@ -154,20 +196,25 @@ class TextStream:
         return text
 
     def _pending(self, *following: int) -> str:
-        before = self.decode(self.ids[self.start:self.emitted]) if self.emitted else ""
-        return self.decode([*self.ids[self.start:], *following])[len(before):]
+        before = self.decode(self.ids[self.start : self.emitted]) if self.emitted else ""
+        return self.decode([*self.ids[self.start :], *following])[len(before) :]
 
 
-def render_chat(template: str, messages: list[dict[str, str]], special: Mapping[str, object],
-                process: TextProcess | None = None) -> str:
+def render_chat(
+    template: str,
+    messages: list[dict[str, str]],
+    special: Mapping[str, object],
+    process: TextProcess | None = None,
+) -> str:
     """The text that a Hugging Face chat template makes of `messages` (see chat_template.py), in a process of
     its own.
 
     Raises LabError for a template that refuses the messages, cannot be rendered, or takes too much memory or
     time.
     """
-    return (process or TextProcess()).request("render", "the chat template", "--raw", template=template,
-                                              messages=messages, special=dict(special))
+    return (process or TextProcess()).request(
+        "render", "the chat template", "--raw", template=template, messages=messages, special=dict(special)
+    )
 
 
 def ends_by_text(control: Mapping[str, int], others: Mapping[str, int]) -> dict[str, int]:
@@ -190,6 +237,7 @@ def ends_of_vocabulary(tokens: list[str], kinds: list[int]) -> set[int]:
 
 # --- GGUF ---
 
+
 def from_gguf(scalars: Mapping, array: Callable[[str], list | None], where: str) -> Tokenizer:
     """scalars: metadata by key; array(key): an array of the metadata or None."""
     key = "tokenizer.ggml."
@@ -197,12 +245,15 @@ def from_gguf(scalars: Mapping, array: Callable[[str], list | None], where: str)
     if not tokens or model is None:
         raise LabError(f"{where}: there is no tokenizer in it; use --ids")
     if model not in ("gpt2", "llama"):
-        raise LabError(f"{where}: tokenizer model {model!r} is not supported (supported: gpt2, llama); "
-                       "use --ids")
+        raise LabError(
+            f"{where}: tokenizer model {model!r} is not supported (supported: gpt2, llama); use --ids"
+        )
     pre = scalars.get(key + "pre", "default")
     if model == "gpt2" and pre not in PRE_TOKENIZERS:
-        raise LabError(f"{where}: pre-tokenizer {pre!r} is not supported (supported: "
-                       f"{', '.join(PRE_TOKENIZERS)}); use --ids")
+        raise LabError(
+            f"{where}: pre-tokenizer {pre!r} is not supported (supported: "
+            f"{', '.join(PRE_TOKENIZERS)}); use --ids"
+        )
     kinds = _numbers(array(key + "token_type"), int, where) or [NORMAL] * len(tokens)
     if len(kinds) != len(tokens):
         raise LabError(f"{where}: {len(tokens)} tokens but {len(kinds)} token types")
@@ -230,18 +281,27 @@ def from_gguf(scalars: Mapping, array: Callable[[str], list | None], where: str)
         warn(f"{where}: {name}_token_id {wrong}; it is left out")
         return None
 
-    ids = {name: token_id(name, needed=name == "unknown" and model == "llama" or name == "bos" and add_bos)
-           for name in (*TEMPLATE_TOKENS.values(), "eot", "eom")}
+    ids = {
+        name: token_id(name, needed=name == "unknown" and model == "llama" or name == "bos" and add_bos)
+        for name in (*TEMPLATE_TOKENS.values(), "eot", "eom")
+    }
     ends = {ids["eos"], ids["eot"], ids["eom"]} - {None} | ends_of_vocabulary(tokens, kinds)
     template = scalars.get("tokenizer.chat_template")
     if template is None and any(name.startswith("tokenizer.chat_template.") for name in scalars):
         warn(NO_DEFAULT.format(where))
     if not isinstance(template, str | None):
         raise LabError(f"{where}: tokenizer.chat_template is no text")
-    source = {"kind": "from_vocabulary", "model": model, "pre": pre, "tokens": tokens, "kinds": kinds,
-              "merges": _strings(array(key + "merges"), where), "scores": scores,
-              "space_prefix": flag("add_space_prefix", True),
-              "unknown": None if ids["unknown"] is None else tokens[ids["unknown"]]}
+    source = {
+        "kind": "from_vocabulary",
+        "model": model,
+        "pre": pre,
+        "tokens": tokens,
+        "kinds": kinds,
+        "merges": _strings(array(key + "merges"), where),
+        "scores": scores,
+        "space_prefix": flag("add_space_prefix", True),
+        "unknown": None if ids["unknown"] is None else tokens[ids["unknown"]],
+    }
     process, subject = TextProcess(), f"{where}: its tokenizer"
     process.request("load", subject, "--ids", source=source, hidden=sorted(ends))
     special = {name: tokens[ids[short]] for name, short in TEMPLATE_TOKENS.items() if ids[short] is not None}
@@ -260,8 +320,9 @@ def _numbers(values, kind: type, where: str) -> list:
     try:
         return [] if values is None else [kind(value) for value in values]
     except (TypeError, ValueError):
-        raise LabError(f"{where}: its tokenizer is mangled: types or scores that are no numbers; use --ids"
-                       ) from None
+        raise LabError(
+            f"{where}: its tokenizer is mangled: types or scores that are no numbers; use --ids"
+        ) from None
 
 
 def _is_integer(value) -> bool:
@@ -277,6 +338,7 @@ def _wrong_id(index, size: int) -> str | None:
 
 # --- Hugging Face ---
 
+
 def from_huggingface(folder: Path) -> Tokenizer | None:
     """From tokenizer.json, tokenizer_config.json, special_tokens_map.json, generation_config.json,
     config.json and chat_template.jinja.
@@ -286,13 +348,24 @@ def from_huggingface(folder: Path) -> Tokenizer | None:
     path = folder / "tokenizer.json"
     if not is_there(path):
         return None
-    options, names, generation, config = (_optional_json(folder / name) for name in (
-        "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json"))
+    options, names, generation, config = (
+        _optional_json(folder / name)
+        for name in (
+            "tokenizer_config.json",
+            "special_tokens_map.json",
+            "generation_config.json",
+            "config.json",
+        )
+    )
     special = _special_tokens(options, names, folder)
     listed = special.get("additional_special_tokens", [])
     texts = [text for name, text in special.items() if name != "additional_special_tokens"] + listed
-    source = {"kind": "from_file", "path": str(path), "special": texts,
-              "added": _added_tokens(options, folder)}
+    source = {
+        "kind": "from_file",
+        "path": str(path),
+        "special": texts,
+        "added": _added_tokens(options, folder),
+    }
     process = TextProcess()
     loaded = process.request("load", str(path), "--ids", source=source, eos=special.get("eos_token"))
     _say_contradiction(options.get("add_bos_token"), loaded["leading"], folder)
@@ -300,19 +373,30 @@ def from_huggingface(folder: Path) -> Tokenizer | None:
     ends = set(loaded["ends"])
     for name, found in (("generation_config.json", generation), ("config.json", config)):
         ends |= _listed_ends(found.get("eos_token_id"), folder / name, vocabulary)
-    return Tokenizer(process, frozenset(ends), tuple(loaded["leading"]), _template(options, folder), special,
-                     loaded["size"], str(path), source)
+    return Tokenizer(
+        process,
+        frozenset(ends),
+        tuple(loaded["leading"]),
+        _template(options, folder),
+        special,
+        loaded["size"],
+        str(path),
+        source,
+    )
 
 
 def _say_contradiction(add_bos, leading: list[int], folder: Path) -> None:
     """Warns where add_bos_token of tokenizer_config.json and the post-processor of tokenizer.json differ.
 
-    The post-processor counts, as in transformers 5; transformers 4 followed the flag for some tokenizer classes.
+    The post-processor counts, as in transformers 5; transformers 4 followed the flag for some tokenizer
+    classes.
     """
     if isinstance(add_bos, bool) and add_bos != bool(leading):
         does = "puts a token before raw text" if leading else "puts none before raw text"
-        warn(f"{folder / 'tokenizer_config.json'} says add_bos_token {str(add_bos).lower()}, and the "
-             f"post-processor of tokenizer.json {does}: the latter counts")
+        warn(
+            f"{folder / 'tokenizer_config.json'} says add_bos_token {str(add_bos).lower()}, and the "
+            f"post-processor of tokenizer.json {does}: the latter counts"
+        )
 
 
 def _optional_json(path: Path) -> dict:
@@ -329,15 +413,20 @@ def _special_tokens(options: dict, names: dict, folder: Path) -> dict[str, objec
     special = {}
     for source, file in ((options, "tokenizer_config.json"), (names, "special_tokens_map.json")):
         extra = source.get("extra_special_tokens")
-        named_so = {name: token for name, token in (extra.items() if isinstance(extra, dict) else ())
-                    if name.endswith("_token")}
+        named_so = {
+            name: token
+            for name, token in (extra.items() if isinstance(extra, dict) else ())
+            if name.endswith("_token")
+        }
         for name, token in {**named_so, **{name: source.get(name) for name in TEMPLATE_TOKENS}}.items():
             if token and name not in special:
                 special[name] = _token_text(token, folder / file, name)
         for name in ("additional_special_tokens", "extra_special_tokens"):
             listed = source.get(name)
             if isinstance(listed, list) and listed and "additional_special_tokens" not in special:
-                special["additional_special_tokens"] = [_token_text(token, folder / file, name) for token in listed]
+                special["additional_special_tokens"] = [
+                    _token_text(token, folder / file, name) for token in listed
+                ]
     return special
 
 
@@ -356,8 +445,9 @@ def _added_tokens(options: dict, folder: Path) -> list[dict]:
         ordered = [token for _, token in sorted(found.items(), key=lambda item: int(item[0]))]
         assert all(isinstance(token["content"], str) for token in ordered)
     except (AssertionError, TypeError, ValueError, KeyError, AttributeError):
-        raise LabError(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder is mangled; use --ids"
-                       ) from None
+        raise LabError(
+            f"{folder / 'tokenizer_config.json'}: added_tokens_decoder is mangled; use --ids"
+        ) from None
     return ordered
 
 
@@ -377,9 +467,12 @@ def _template(options: dict, folder: Path) -> str | None:
     if is_there(path):
         return read_text(path, MOST_TEMPLATE)
     template = options.get("chat_template")
-    if isinstance(template, list):          # several named templates
-        named = {t["name"]: t.get("template") for t in template
-                 if isinstance(t, dict) and isinstance(t.get("name"), str)}
+    if isinstance(template, list):  # several named templates
+        named = {
+            t["name"]: t.get("template")
+            for t in template
+            if isinstance(t, dict) and isinstance(t.get("name"), str)
+        }
         template = named.get("default")
         if template is None:
             warn(NO_DEFAULT.format(folder / "tokenizer_config.json"))

@@ -3,6 +3,7 @@
 The weights of split s are exp(score - tops[s]), each split with a maximum of its own. Before sums and masses
 may be added they must refer to the same maximum: multiply them by exp(tops[s] - the largest top).
 """
+
 import triton
 import triton.language as tl
 

@@ -3,6 +3,7 @@
 The last step of a row read on into the next row, and in the last row beyond the end of x. Masked lanes read
 nothing and count as zero, which adds nothing to a sum.
 """
+
 import triton
 import triton.language as tl
 
