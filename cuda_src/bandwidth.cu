@@ -7,7 +7,7 @@
 //   traffic   read: bytes. copy: bytes read + bytes written. write: bytes. Times `passes`
 //   used by   lab/harness/ceiling.py          twin  triton_kernels/bandwidth.py
 #include "common.cuh"
-#include "launchers.h"
+#include "launchers/bandwidth.h"
 
 namespace lab {
 namespace {

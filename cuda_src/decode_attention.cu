@@ -10,7 +10,7 @@
 //   contract  lab/ops/decode_attention.py          twin  triton_kernels/decode_attention.py
 #include "common.cuh"
 #include "core/attention.cuh"
-#include "launchers.h"
+#include "launchers/decode_attention.h"
 
 using namespace lab;
 

@@ -18,7 +18,7 @@
 #include "common.cuh"
 #include "core/candidate.cuh"
 #include "core/step_attention.cuh"
-#include "launchers.h"
+#include "launchers/decode_step.h"
 #include "sizes.h"
 
 using namespace lab;

@@ -5,7 +5,7 @@
 //   traffic   rows * cols elements read and written, and the ids
 //   contract  lab/ops/embedding.py          twin  triton_kernels/embedding.py
 #include "common.cuh"
-#include "launchers.h"
+#include "launchers/embedding.h"
 #include "sizes.h"
 
 using namespace lab;

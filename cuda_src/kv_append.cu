@@ -7,7 +7,7 @@
 //   traffic   2 * batch * kv_heads * D elements read and written
 //   contract  lab/ops/kv_append.py          twin  triton_kernels/kv_append.py
 #include "common.cuh"
-#include "launchers.h"
+#include "launchers/kv_append.h"
 #include "sizes.h"
 
 using namespace lab;

@@ -12,7 +12,7 @@
 #include "common.cuh"
 #include "core/mma_rows.cuh"
 #include "core/stream_rows.cuh"
-#include "launchers.h"
+#include "launchers/linear.h"
 
 using namespace lab;
 

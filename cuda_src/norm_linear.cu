@@ -10,7 +10,8 @@
 //   contract  lab/ops/norm_linear.py          twin  triton_kernels/norm_linear.py
 #include "common.cuh"
 #include "core/norm_rows.cuh"
-#include "launchers.h"
+#include "launchers/linear.h"
+#include "launchers/norm_linear.h"
 
 using namespace lab;
 

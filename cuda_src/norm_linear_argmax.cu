@@ -14,7 +14,7 @@
 #include "core/candidate.cuh"
 #include "core/mma_rows.cuh"
 #include "core/norm_rows.cuh"
-#include "launchers.h"
+#include "launchers/norm_linear_argmax.h"
 
 using namespace lab;
 

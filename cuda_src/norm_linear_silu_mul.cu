@@ -11,7 +11,7 @@
 #include "common.cuh"
 #include "core/mma_rows.cuh"
 #include "core/norm_rows.cuh"
-#include "launchers.h"
+#include "launchers/norm_linear_silu_mul.h"
 
 using namespace lab;
 

@@ -8,7 +8,7 @@
 //   traffic   x once, y once, w once per row (from L2 after the first); with a residual, that twice more
 //   contract  lab/ops/rmsnorm.py          twin  triton_kernels/rmsnorm.py
 #include "common.cuh"
-#include "launchers.h"
+#include "launchers/rmsnorm.h"
 #include "sizes.h"
 
 using namespace lab;

@@ -7,7 +7,7 @@
 //   traffic   q and k read and written once; the row of the table once per head (from L1 after the first)
 //   contract  lab/ops/rope.py          twin  triton_kernels/rope.py
 #include "common.cuh"
-#include "launchers.h"
+#include "launchers/rope.h"
 #include "sizes.h"
 
 using namespace lab;

@@ -11,7 +11,7 @@
 #include "common.cuh"
 #include "core/attention.cuh"
 #include "core/rotation.cuh"
-#include "launchers.h"
+#include "launchers/rope_append_attention.h"
 
 using namespace lab;
 

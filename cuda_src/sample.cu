@@ -15,7 +15,7 @@
 // exact, and the same in every order of additions.
 #include "common.cuh"
 #include "core/candidate.cuh"
-#include "launchers.h"
+#include "launchers/sample.h"
 #include "sizes.h"
 
 using namespace lab;

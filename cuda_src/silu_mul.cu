@@ -6,7 +6,7 @@
 //   traffic   2 * rows * cols elements read, rows * cols written
 //   contract  lab/ops/silu_mul.py          twin  triton_kernels/silu_mul.py
 #include "common.cuh"
-#include "launchers.h"
+#include "launchers/silu_mul.h"
 #include "sizes.h"
 
 using namespace lab;

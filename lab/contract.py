@@ -21,7 +21,7 @@ BACKENDS = ["cuda", "triton", "torch"]  # lab.backends.register() adds others
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 EPS32 = torch.finfo(torch.float32).eps
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # mirrors DType in cuda_src/launchers.h
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # DType of launchers/arguments.h
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ DTYPES = ("fp32", "fp16", "bf16")  # the names of lab.dispatch.DTYPES; a test co
 
 WHAT_A_FILE_CONTAINS = """\
 what FILE must contain:
-  FILE.cu  the launcher that cuda_src/launchers.h declares for the op, such as
+  FILE.cu  the launcher that cuda_src/launchers/OP.h declares, such as
              void silu_mul(const SiluMulArgs& a)
            with a.gate_up, a.y, a.rows, a.cols, a.dtype and a.stream, and the kernels that it launches.
-           Include "common.cuh" and "launchers.h". Kernels are launched by
+           Include "common.cuh" and "launchers/OP.h". Kernels are launched by
            launch({grid, block, bytes of dynamic shared memory, stream}, "name", kernel, arguments...),
            not by <<<>>>, and shared memory is auto& shared = lab::smem<Struct>(), not __shared__, so that
            they run on a CPU too.

@@ -16,10 +16,10 @@ from lab.ops import OPS
 
 _host = pytest.importorskip("lab._host")
 ROOT = Path(__file__).resolve().parent.parent
-HEADERS = [ROOT / "cuda_src/launchers.h", ROOT / "cuda_src/ladder/launchers.h"]
+HEADERS = [*sorted((ROOT / "cuda_src/launchers").glob("*.h")), ROOT / "cuda_src/ladder/launchers.h"]
 DECLARATION = re.compile(r"^void (\w+)\(([^)]*)\);", re.M)
 MOST = 8  # arguments that a reader can tell apart by their place
-FLOAT32 = 0  # DType in launchers.h
+FLOAT32 = 0  # DType in launchers/arguments.h
 
 
 def launchers():
@@ -35,7 +35,7 @@ def test_no_launcher_takes_a_row_of_numbers():
     found = launchers()
     assert {name for name, _ in found} >= {op.name for op in OPS}
     assert {name: len(parameters) for name, parameters in found if len(parameters) > MOST} == {}
-    structs = re.findall(r"struct (\w+) \{(.*?)\};", HEADERS[0].read_text(), re.S)
+    structs = re.findall(r"struct (\w+) \{(.*?)\};", "".join(h.read_text() for h in HEADERS), re.S)
     for name, parameters in found:
         assert re.fullmatch(r"const \w+Args& a", parameters[-1].strip()), name
         assert parameters[-1].split()[1].rstrip("&") in dict(structs), name

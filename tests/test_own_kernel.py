@@ -60,12 +60,13 @@ def test_a_wrong_kernel_fails_and_the_built_in_ones_stay(suffix, old, new, tmp_p
     "name, text, message",
     [
         ("a.cu", "int x", "does not compile"),
-        ("b.cu", "int x;", "lacks the launcher silu_mul of cuda_src/launchers.h"),
+        ("b.cu", "int x;", "lacks the launcher silu_mul of cuda_src/launchers/silu_mul.h"),
         (
             "row_of_numbers.cu",
             "void silu_mul(unsigned long gate_up, unsigned long y, int rows, int cols, int, unsigned long) "
             "{}",
-            "lacks the launcher silu_mul of cuda_src/launchers.h, void silu_mul(const SiluMulArgs& a)",
+            "lacks the launcher silu_mul of cuda_src/launchers/silu_mul.h, "
+            "void silu_mul(const SiluMulArgs& a)",
         ),
         ("c.py", "x = 1", "has no function silu_mul"),
         ("d.py", "import nothing_like_it", "ModuleNotFoundError"),
@@ -265,7 +266,7 @@ def test_help_says_what_a_file_contains(capsys):
         cli.main(["try", "--help"])
     said = capsys.readouterr().out
     assert "def silu_mul(gate_up, y)" in said and "void silu_mul(const SiluMulArgs& a)" in said
-    assert "void silu_mul(const SiluMulArgs& a)" in (own_kernel.ROOT / "cuda_src/launchers.h").read_text()
+    assert own_kernel.declaration("silu_mul") == "void silu_mul(const SiluMulArgs& a)"
 
 
 @pytest.mark.gpu

@@ -2,7 +2,7 @@
 // group, and the shared memory it needs.
 #pragma once
 #include "lane_attention.cuh"
-#include "../launchers.h"
+#include "../launchers/arguments.h"
 #include "mma_attention.cuh"
 #include "../settings.h"
 #include "../sizes.h"

@@ -2,7 +2,7 @@
 // reading them from L2, and keeps them in shared memory. That costs less than a kernel of its own, which
 // would write the normalised rows to memory and read them back.
 #pragma once
-#include "../launchers.h"
+#include "../launchers/rmsnorm.h"
 #include "stream_rows.cuh"
 
 namespace lab {

@@ -1,8 +1,10 @@
 // The ladders: the rungs below the ops' own kernels, one entry point per op. `rung` is a number of
-// lab/rungs.py; the arguments are those of the op (../launchers.h). Arguments that a rung cannot take are
+// lab/rungs.py; the arguments are those of the op. Arguments that a rung cannot take are
 // refused in lab/ladder.py.
 #pragma once
-#include "../launchers.h"
+#include "../launchers/decode_attention.h"
+#include "../launchers/linear.h"
+#include "../launchers/rmsnorm.h"
 
 void linear_ladder(int rung, const LinearArgs& a);
 void rmsnorm_ladder(int rung, const RmsnormArgs& a);

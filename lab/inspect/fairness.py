@@ -134,7 +134,7 @@ def _taken_in(file):
         found = [package / (name.replace(".", "/") + ".py") for name in names]
     else:
         found = [(file.parent / name).resolve() for name in re.findall(r'^#include "([^"]+)"', text, re.M)]
-    return [path for path in found if path.name not in BASE and path.parent.name != "host"]
+    return [path for path in found if path.name not in BASE and path.parent.name not in ("host", "launchers")]
 
 
 def _cpp(file):

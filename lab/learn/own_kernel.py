@@ -1,7 +1,7 @@
 """`lab try FILE --op OP`: a kernel of your own in the place of a built-in one: checked and, on a GPU, raced
 and drawn.
 
-FILE.cu has what cuda_src/OP.cu has: the launcher that launchers.h declares. FILE.py has what
+FILE.cu has what cuda_src/OP.cu has: the launcher that launchers/OP.h declares. FILE.py has what
 triton_kernels/OP.py has: a function named OP with the same arguments. A copy of the built-in file is a good
 start. The contract, its cases, its tolerances and the benchmark are the built-in kernels'; in the records the
 backend is called by the file's name.
@@ -164,8 +164,8 @@ def build(path: Path, op: Op, device: str, folder: Path, timeout: float) -> Path
             raise LabError(f"{path} was not compiled within {timeout:g} s (--timeout)")
         sys.stderr.write(said)
         raise LabError(
-            f"{path} does not compile, or lacks the launcher {op.name} of cuda_src/launchers.h; what the "
-            "compiler says is above"
+            f"{path} does not compile, or lacks the launcher {op.name} of cuda_src/launchers/{op.name}.h; "
+            "what the compiler says is above"
         )
     return max(folder.glob(f"lab/{name}.*"), key=lambda file: file.stat().st_mtime_ns)
 
@@ -233,8 +233,8 @@ class CudaFile:
             if symbol and op.name not in symbol[1]:
                 raise LabError(f"{path} declares and uses {symbol[1]}, which is defined nowhere") from None
             raise LabError(
-                f"{path} lacks the launcher {op.name} of cuda_src/launchers.h, {declaration(op.name)} "
-                f"({error})"
+                f"{path} lacks the launcher {op.name} of cuda_src/launchers/{op.name}.h, "
+                f"{declaration(op.name)} ({error})"
             ) from None
         spec.loader.exec_module(extension)
         self.backend = Backend(device, extension)
@@ -244,8 +244,8 @@ class CudaFile:
 
 
 def declaration(name: str) -> str:
-    """A launcher's declaration, as launchers.h has it."""
-    text = (ROOT / "cuda_src" / "launchers.h").read_text()
+    """A launcher's declaration, as its header has it."""
+    text = (ROOT / "cuda_src" / "launchers" / f"{name}.h").read_text()
     return re.search(rf"^void {name}\(.*?\)(?=;)", text, re.M | re.S)[0]
 
 

@@ -17,7 +17,11 @@ class Mutant(NamedTuple):
 
 
 def places(text: str, old: str) -> list[re.Match]:
-    """Where `old` stands in `text`, however either is broken into lines and indented."""
+    """Where `old` stands in `text`: as it is written if it is there once, else however either is broken into
+    lines and indented."""
+    exact = list(re.finditer(re.escape(old), text))
+    if len(exact) == 1:
+        return exact
     tokens = re.findall(r"\w+|[^\w\s]", old)
     pattern = r"\b" if tokens[0][0].isalnum() else ""
     for token, following in zip(tokens, [*tokens[1:], ""]):

@@ -1,0 +1,10 @@
+#pragma once
+#include "arguments.h"
+
+// out[r, :] = table[ids[r], :]; an id outside [0, vocab) gives a row of NaN.
+struct EmbeddingArgs {
+  Ptr ids, table, out;
+  int rows, cols, vocab, dtype;
+  Ptr stream;
+};
+void embedding(const EmbeddingArgs& a);

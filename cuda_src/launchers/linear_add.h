@@ -1,0 +1,10 @@
+#pragma once
+#include "arguments.h"
+
+// residual[b, n] += sum over k of x[b, k] * w[n, k] (+ bias[n]).
+struct LinearAddArgs {
+  Ptr x, w, bias, residual;
+  int rows, n, k, dtype;
+  Ptr stream;
+};
+void linear_add(const LinearAddArgs& a);

@@ -1,0 +1,14 @@
+#pragma once
+#include "arguments.h"
+
+// y[b, n] = sum over k of xn[b, k] * w[n, k] (+ bias[n]), xn = rmsnorm(x, norm_w).
+// Above 2 rows in half precision two kernels are launched, and the first writes the normalised rows:
+// normed [rows, k] in x's dtype; otherwise 0.
+struct NormLinearArgs {
+  Ptr x, norm_w, w, bias, y, normed;
+  int rows, n, k;
+  float eps;
+  int dtype, out_dtype;
+  Ptr stream;
+};
+void norm_linear(const NormLinearArgs& a);

@@ -1,0 +1,13 @@
+#pragma once
+#include "arguments.h"
+
+// y[b, j] = silu(xn[b] . w[j]) * (xn[b] . w[n + j]), w [2 n, k].
+// normed: see norm_linear.h.
+struct NormLinearSiluMulArgs {
+  Ptr x, norm_w, w, y, normed;
+  int rows, n, k;
+  float eps;
+  int dtype;
+  Ptr stream;
+};
+void norm_linear_silu_mul(const NormLinearSiluMulArgs& a);
