@@ -286,7 +286,7 @@ def test_bad_prompts(prompt, says):
 
 def test_nan_is_an_error_not_a_token(device):
     decoder = make(device=device)
-    decoder.weights.layers[1].w_down.fill_(torch.nan)
+    decoder.weights.layers[1].w_down.data.fill_(torch.nan)
     with pytest.raises(LabError, match="logits after token 3 are not numbers"):
         generate(decoder, IDS[:3], 4)
 

@@ -38,7 +38,7 @@ def _chunk(
     weights: Weights, cache: PagedKVCache, cos_sin: torch.Tensor, sequence: int, ids: list[int], start: int
 ) -> torch.Tensor:
     config, layer, tokens = weights.config, weights.config.layer, len(ids)
-    h = F.embedding(torch.tensor(ids, device=weights.device), weights.embed)
+    h = weights.embed.lookup(torch.tensor(ids, device=weights.device))
     cos, sin = cos_sin[start : start + tokens, None].chunk(2, dim=-1)
     here, seen = cache.slots(sequence, start, start + tokens), cache.slots(sequence, 0, start + tokens)
     for index, w in enumerate(weights.layers):
