@@ -1,4 +1,4 @@
-"""The type of a model's matrices: it alone knows how numbers are stored, and no reader changes when that does."""
+"""The type of a model's matrices: it alone knows how numbers are stored; no reader changes when that does."""
 
 from dataclasses import dataclass, replace
 
