@@ -52,9 +52,9 @@ def triton(ids, table, out):
 
 
 def torch_(ids, table, out):
-    inside = (ids >= 0) & (ids < table.shape[0])
-    torch.index_select(table, 0, torch.where(inside, ids, 0), out=out)
-    out.masked_fill_(~inside[:, None], torch.nan)
+    inside = ids.clamp(0, table.shape[0] - 1)
+    torch.index_select(table, 0, inside, out=out)
+    out.masked_fill_((inside != ids)[:, None], torch.nan)
 
 
 def inputs(rand, batch, vocab, hidden, outside=False):
