@@ -195,7 +195,7 @@ class ModelConfig:
     def check_context(self, tokens: int) -> None:
         """Raises LabError where this model cannot attend to `tokens` tokens at once.
 
-        Says on standard error, once for a model, where the tokens may be more than it was made for.
+        Warns on standard error, once for a model, where the tokens may be more than it was made for.
         """
         if tokens > self.max_positions:
             raise LabError(

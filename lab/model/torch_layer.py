@@ -1,12 +1,12 @@
 """A layer's mathematics in plain torch: what prefill and the torch.compile peer share.
 
-They differ in where keys and values lie, so each attends by itself, between the two functions for a layer:
+They keep keys and values in different places, so each attends by itself, between two functions of a layer:
 
     q, k, v = queries_keys_values(description, w, h)
     ...                                 rotate q and k, store k and v, attend
     h = after_attention(description, w, h, attended)
 
-The rounding points are those of the decode ops. w: a lab.model.weights.Layer.
+Values are rounded to the model's dtype where the decode ops round them. w: a lab.model.weights.Layer.
 """
 
 from __future__ import annotations

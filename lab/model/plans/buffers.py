@@ -17,8 +17,8 @@ from lab.ops.norm_linear_argmax import new_scratch
 
 
 class StepBuffers:
-    """Activations are of the model's dtype, [batch, ...]; q, k and v are views [batch, heads, head_dim] of
-    qkv.
+    """Activations have the model's dtype and shape [batch, ...]; q, k and v are views of qkv, [batch, heads,
+    head_dim].
 
     ids int32 [batch]: the token that the step reads, then the one it sampled. logits float32 [batch, vocab].
     positions, context_lens int32 [batch]: of each row's sequence; -1 and 0 for an idle row. weights: each
@@ -26,8 +26,8 @@ class StepBuffers:
     its weights, its K and V cache, and the weight of the norm that follows it.
 
     splits: blocks that share one KV head's context in decode_attention; None fills the device. persistent:
-    also what the plan of that name takes, step_model and step_workspace. Raises LabError for a model which
-    that plan does not take.
+    also make what the plan of that name takes, step_model and step_workspace. Raises LabError for a model
+    that this plan does not take.
     """
 
     def __init__(
@@ -68,10 +68,10 @@ class StepBuffers:
         self.logits = buffer(batch, parts["lm_head"].rows, dtype=torch.float32)
         self.argmax_scratch = new_scratch(batch, device)
         self.ids = buffer(batch, dtype=torch.int32)
-        # positions and context_lens are rows of one tensor, padded so that both begin at 16 bytes: one add
-        # moves both.
+        # Rows of one tensor, so that one add advances both; padded, so that each begins at 16 bytes.
         self.state = buffer(2, -(-batch // 4) * 4, dtype=torch.int32)
-        self.live = buffer(2, self.state.shape[1], dtype=torch.int32)  # 1 for live rows, 0 for idle ones
+        # What a step adds to state: 1 for live rows, 0 for idle ones.
+        self.live = buffer(2, self.state.shape[1], dtype=torch.int32)
         self.positions, self.context_lens = self.state[0, :batch], self.state[1, :batch]
         self.state[0] = -1  # idle: see lab/ops/kv_append.py
         layers = self.weights.layers
