@@ -1,8 +1,8 @@
-"""Prefill by torch: the prompt's tokens in chunks through every layer, their keys and values into the paged
-cache.
+"""Prefill by torch: runs a prompt through every layer, chunk by chunk, and writes its keys and values to the
+paged cache.
 
-The lab is about decode kernels; here torch's own kernels (matrix products, scaled_dot_product_attention) do
-the work, with the same weights and the same rounding points as the decode step.
+The lab is about decode kernels. Here torch's own kernels (matrix products, scaled_dot_product_attention) do
+the work, with the same weights as the decode step and with roundings at the same places.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def _chunk(
 ) -> torch.Tensor:
     """The hidden states of one chunk, which begins at token `start` of its sequence.
 
-    The host waits for the device once: whether every key and value of the chunk is finite is not known before
-    all layers have run. Where one is not (an overflow, mostly), the chunk runs again, more slowly, and writes
-    the same slots.
+    All layers run as if every key and value of the chunk were finite. Whether they are, the host then reads
+    once; before, it would have to wait for the device in every layer. Where one is not (an overflow, mostly),
+    the chunk runs again, more slowly, and writes the same slots.
     """
     hidden, finite = _layers(weights, cache, cos_sin, sequence, ids, start, attend_to_finite)
     if not finite:
@@ -86,15 +86,15 @@ def attend_to_finite(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """attend_to_finite() for any keys and values: each query gets what it would get if the text ended there.
 
-    The queries before the first token that is not finite go together, each later one by itself, over no more
-    than it may see. Reads one number on the host.
+    The queries before the first of their keys and values that is not finite go together, each later one by
+    itself, over no more than it may see. Reads one number on the host.
     """
-    queries, keys = q.shape[0], k.shape[0]
-    bad = ~(k.isfinite().flatten(1).all(1) & v.isfinite().flatten(1).all(1))
-    clean = int(F.pad(bad.int(), (0, 1), value=1).argmax())  # tokens before the first that is not finite
-    together = max(0, clean - (keys - queries))
-    parts = [attend_to_finite(q[:together], k[:clean], v[:clean])] if together else []
+    queries, before = q.shape[0], k.shape[0] - q.shape[0]
+    bad = ~(k[before:].isfinite().flatten(1).all(1) & v[before:].isfinite().flatten(1).all(1))
+    together = int(F.pad(bad.int(), (0, 1), value=1).argmax())  # all where none is bad
+    seen = before + together
+    parts = [attend_to_finite(q[:together], k[:seen], v[:seen])] if together else []
     for i in range(together, queries):
-        seen = keys - queries + i + 1
+        seen = before + i + 1
         parts.append(attend_to_finite(q[i : i + 1], k[:seen], v[:seen]))
     return torch.cat(parts)
