@@ -107,7 +107,9 @@ def test_a_registered_family_is_read(toy, tmp_path, form):
     loaded = load(source)
     for index, layer in enumerate(loaded.layers):
         at = f"model.layers.{index}."
-        assert torch.equal(layer.wqkv, torch.cat([weights[f"{at}self_attn.{x}_proj.weight"] for x in "qkv"]))
+        assert torch.equal(
+            layer.wqkv.data, torch.cat([weights[f"{at}self_attn.{x}_proj.weight"] for x in "qkv"])
+        )
         assert torch.equal(layer.bqkv, torch.cat([weights[f"{at}self_attn.{x}_proj.bias"] for x in "qkv"]))
         assert torch.equal(layer.mlp_norm, weights[at + "post_attention_layernorm.weight"])
 

@@ -89,7 +89,7 @@ def test_a_prompt_that_fails_leaves_its_row_empty(monkeypatch):
     def fail(*args):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(prefill, "attend", fail)
+    monkeypatch.setattr(prefill, "attend_to_finite", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         d.admit(0, [1] * 20)
     assert d.cache.lengths == [0] and sorted(d.cache.free) == sorted(before[2]) and not d.live_rows

@@ -17,6 +17,7 @@ from tiny_models import (
     write_folder,
     write_gguf,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lab.dispatch import Trace, select
 from lab.errors import LabError
@@ -84,6 +85,46 @@ def test_prefill_equals_recomputation(name, chunk, device, monkeypatch):
     want = reference_logits(CONFIGS[name], tensors(CONFIGS[name]), IDS)
     got = teacher_forced_logits(make(name, device=device), IDS, prefilled=33)
     torch.testing.assert_close(got.double(), want[33:], rtol=0, atol=TOLERANCE)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the numbers that the host reads from tensors: on a GPU it waits for each."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.count += op.name() in ("aten::is_nonzero", "aten::item", "aten::_local_scalar_dense")
+        return op(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("chunk, chunks", [(2048, 1), (7, 5)])
+def test_prefill_waits_for_the_device_once_a_chunk(chunk, chunks, monkeypatch):
+    monkeypatch.setattr(prefill_module, "CHUNK", chunk)
+    decoder = make()
+    with HostReads() as reads:
+        prefill_module.prefill(decoder.weights, decoder.cache, decoder.buffers.cos_sin, 0, IDS[:33])
+    assert reads.count == chunks
+
+
+@pytest.mark.parametrize("chunk", [2048, 7])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("at", [0, 9, 19])
+def test_prefill_shows_an_overflow_only_to_the_tokens_that_follow(at, bad, chunk, device, monkeypatch):
+    monkeypatch.setattr(prefill_module, "CHUNK", chunk)
+    ids, states = [*IDS[:20]], []
+    ids[at] = 271  # no other token is
+    assert ids.count(271) == 1
+    for value in (0.0, bad):
+        decoder = make(device=device)
+        decoder.weights.embed.data[271, 3] = value
+        states.append(prefill_module.prefill(decoder.weights, decoder.cache, decoder.buffers.cos_sin, 0, ids))
+    torch.testing.assert_close(states[1][:at], states[0][:at])
+    assert not states[1][at:].isfinite().all(1).any()
+    page, slot = decoder.cache.slots(0, 0, at)
+    for cache in (decoder.cache.k, decoder.cache.v):
+        assert cache[:, page, :, slot].isfinite().all()
 
 
 @pytest.mark.parametrize("backend", ["torch", "cuda"])
@@ -286,7 +327,7 @@ def test_bad_prompts(prompt, says):
 
 def test_nan_is_an_error_not_a_token(device):
     decoder = make(device=device)
-    decoder.weights.layers[1].w_down.fill_(torch.nan)
+    decoder.weights.layers[1].w_down.data.fill_(torch.nan)
     with pytest.raises(LabError, match="logits after token 3 are not numbers"):
         generate(decoder, IDS[:3], 4)
 

@@ -13,6 +13,7 @@ from lab.errors import LabError
 from lab.model import memory, sources
 from lab.model.config import from_huggingface
 from lab.model.families import PRESETS
+from lab.model.matrix import Matrix
 from lab.model.rope import LinearScaling, Llama3Scaling, cos_sin_table, inverse_frequencies
 from lab.model.sources import open_source
 from lab.model.sources.random import RandomSource
@@ -22,18 +23,18 @@ ALL = sorted(CONFIGS)
 
 
 def check_packed(loaded, want, config, same):
-    assert same(loaded.embed, want["model.embed_tokens.weight"])
+    assert same(loaded.embed.data, want["model.embed_tokens.weight"])
     assert same(loaded.final_norm, want["model.norm.weight"])
     assert (loaded.lm_head is loaded.embed) == config.tie_embeddings
     for index, layer in enumerate(loaded.layers):
         prefix = f"model.layers.{index}."
         attention, mlp = prefix + "self_attn.", prefix + "mlp."
-        assert same(layer.wqkv, torch.cat([want[f"{attention}{x}_proj.weight"] for x in "qkv"]))
-        assert same(layer.wo, want[attention + "o_proj.weight"])
+        assert same(layer.wqkv.data, torch.cat([want[f"{attention}{x}_proj.weight"] for x in "qkv"]))
+        assert same(layer.wo.data, want[attention + "o_proj.weight"])
         assert same(
-            layer.w_gate_up, torch.cat([want[mlp + "gate_proj.weight"], want[mlp + "up_proj.weight"]])
+            layer.w_gate_up.data, torch.cat([want[mlp + "gate_proj.weight"], want[mlp + "up_proj.weight"]])
         )
-        assert same(layer.w_down, want[mlp + "down_proj.weight"])
+        assert same(layer.w_down.data, want[mlp + "down_proj.weight"])
         assert same(layer.attn_norm, want[prefix + "input_layernorm.weight"])
         assert same(layer.mlp_norm, want[prefix + "post_attention_layernorm.weight"])
         assert (layer.bqkv is not None) == config.qkv_bias
@@ -128,13 +129,37 @@ def test_parameters_counts_what_is_loaded():
         assert config.parameters == sum(t.numel() for t in tensors(config).values())
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_bytes_are_known_before_loading_and_counted_once(name):
+    """What load() asks memory for is what the model then takes; a step reads all but an untied embedding."""
+    config = CONFIGS[name]
+    loaded = load(RandomSource(config), torch.bfloat16)
+    assert loaded.nbytes == config.nbytes(torch.bfloat16) == 2 * config.parameters
+    embedding = 0 if config.tie_embeddings else 2 * config.vocab * config.hidden
+    assert loaded.step_nbytes == loaded.nbytes - embedding
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_each_part_of_the_description_is_loaded_at_its_shape(name):
+    config = CONFIGS[name]
+    loaded = load(RandomSource(config))
+    held = {**vars(loaded), **vars(loaded.layers[-1])}
+    there = {name for name, value in held.items() if value is not None}
+    assert there == {"config", "layers", *config.parts}
+    for part in config.parts.values():
+        value = held[part.name]
+        assert isinstance(value, Matrix) == part.is_matrix
+        assert ((value.rows, value.cols) if part.is_matrix else value.shape) == part.shape
+
+
 def test_random_weights_are_seeded_and_differ_between_layers():
     config = CONFIGS["qwen3"]
     a, b, c = (load(RandomSource(config, seed)) for seed in (0, 0, 1))
-    assert torch.equal(a.layers[1].wqkv, b.layers[1].wqkv)
-    assert not torch.equal(a.layers[1].wqkv, c.layers[1].wqkv)
-    assert not torch.equal(a.layers[0].wqkv, a.layers[1].wqkv)
-    assert not torch.equal(a.layers[0].w_gate_up[:160], a.layers[0].w_gate_up[160:])
+    assert torch.equal(a.layers[1].wqkv.data, b.layers[1].wqkv.data)
+    assert not torch.equal(a.layers[1].wqkv.data, c.layers[1].wqkv.data)
+    assert not torch.equal(a.layers[0].wqkv.data, a.layers[1].wqkv.data)
+    gate, up = a.layers[0].w_gate_up.data.split(160)
+    assert not torch.equal(gate, up)
 
 
 def test_random_weights_of_a_file_keep_its_shape(tmp_path):

@@ -36,14 +36,14 @@ def compiled_step(weights, batch, context):
         return after_attention(description, w, h, attended.reshape(batch, -1))
 
     def head(h, final_norm, lm_head):
-        return F.linear(rms_norm(h, final_norm, config.rms_eps), lm_head).argmax(-1).to(torch.int32)
+        return lm_head.product(rms_norm(h, final_norm, config.rms_eps)).argmax(-1).to(torch.int32)
 
     torch._dynamo.reset()  # the last configuration's code is of no more use
     layer, head = (torch.compile(f, fullgraph=True, dynamic=False) for f in (layer, head))
 
     @torch.inference_mode()
     def step():
-        h = F.embedding(ids, weights.embed)
+        h = weights.embed.lookup(ids)
         for w, (k_cache, v_cache) in zip(weights.layers, caches):
             h = layer(h, w, k_cache, v_cache)
         ids.copy_(head(h, weights.final_norm, weights.lm_head))

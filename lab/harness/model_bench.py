@@ -26,23 +26,9 @@ from lab.records.schema import ModelRow
 KV_SHARE = 0.75  # of the free memory, what the KV caches of decoders side by side may take
 
 
-def tensors_of(weights):
-    """Every distinct tensor of a model's weights."""
-    found = {}
-    for part in [weights, *weights.layers]:
-        for value in vars(part).values():
-            if isinstance(value, torch.Tensor):
-                found[value.data_ptr()] = value
-    return list(found.values())
-
-
 def step_bytes(weights, batch, context):
-    """Bytes that one step reads at least: all weights but an untied embedding table, and the KV of every
-    sequence."""
-    held = sum(t.nbytes for t in tensors_of(weights))
-    if weights.lm_head.data_ptr() != weights.embed.data_ptr():
-        held -= weights.embed.nbytes
-    return held + batch * context * kv_bytes_per_token(weights)
+    """Bytes that one step reads at least: the weights, and the KV of every sequence."""
+    return weights.step_nbytes + batch * context * kv_bytes_per_token(weights)
 
 
 def kv_bytes_per_token(weights):
@@ -288,7 +274,7 @@ def _build(weights, ops, plan, batch, context):
     decoder.prepare()
     fields = {"ttft_ms": time_to_first_token(decoder, context, 2 if cuda else 1)}
     fill(decoder, batch, context)
-    fields["weight_bytes"] = sum(t.nbytes for t in tensors_of(weights))
+    fields["weight_bytes"] = weights.nbytes
     fields["kv_bytes"] = decoder.cache.k.nbytes + decoder.cache.v.nbytes
     fields["page_utilisation"] = decoder.cache.utilisation()["fill"]
     if cuda:

@@ -1,1 +1,1 @@
-"""A Llama-family decoder: config, weights, tokenizer, paged KV cache, the decode step and generation."""
+"""A Llama-family model: its description, weights, tokenizer, paged KV cache, decode step and generation."""

@@ -190,7 +190,7 @@ def _huggingface_rope(source: Mapping, where: str) -> tuple[float, Scaling | Non
                 f"{where}: the rope parameters have {named(key)} {quoted(value)}, which rope_type "
                 f"{kind!r} does not use{hint}"
             )
-    # Beside the rope parameters it goes before the one in them, as in transformers 5
+    # The one outside the rope parameters counts where there are two, as in transformers 5
     # (standardize_rope_params).
     original = next(
         (
@@ -321,8 +321,8 @@ def from_gguf(
         rope_scaling=scaling,
         qk_norm=family.qk_norm,
         tie_embeddings="output.weight" not in tensors,
-        sliding_window=get("attention.sliding_window", int, None) or None,
-    )  # 0: there is none
+        sliding_window=get("attention.sliding_window", int, None) or None,  # 0: there is none
+    )
     refuse_gguf(fields, noted.read, architecture, head_dim, config.rms_eps, config.rope_theta, where)
     return config
 

@@ -1,10 +1,9 @@
-"""The decode step of a Llama-family model: one new token for every sequence of a batch, through the
-dispatcher's ops.
+"""The decode step of a Llama-family model: one new token for every sequence of a batch.
 
-The step itself is a plan (lab/model/plans: basic.py is the textbook model); this module keeps the sequences'
-state. All
-buffers are allocated once, so on a GPU the whole step is captured as one CUDA graph and replayed: positions,
-context lengths and sampled ids live and advance on the device.
+The step itself is a plan, a list of the dispatcher's ops (lab/model/plans; basic.py is the textbook model).
+This module keeps the state of the sequences. All buffers are allocated once, and positions, context lengths
+and sampled ids stay on the device and advance there, so that on a GPU the whole step is captured as one
+CUDA graph and replayed.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ from lab.model.weights import Weights
 class Decoder:
     """A batch of sequences and the buffers of their decode step.
 
-    batch: rows, each empty (idle) or one sequence; max_context: most tokens of one sequence, prompt included.
-    eager: launch op by op on a GPU too, instead of replaying a CUDA graph. splits: blocks that share one KV
-    head's context in decode_attention; None fills the device. Raises LabError for a plan, page size or
-    context that is not to be had, and for a batch or a model that the plan does not take; `Unavailable` comes
-    earlier, from lab.dispatch.select.
+    batch: rows, each empty (idle) or one sequence; max_context: most tokens of one sequence, prompt
+    included. eager: launch op by op on a GPU too, instead of replaying a CUDA graph. splits: blocks that
+    share one KV head's context in decode_attention; None fills the device. Raises LabError for an unknown
+    plan, a page size or context that is not supported, and a batch or model that the plan does not take. A
+    backend that cannot run was refused before, by lab.dispatch.select.
     """
 
     def __init__(
@@ -48,7 +47,7 @@ class Decoder:
         self.plan, self.plan_step = plan, find_plan(plan, batch, weights.dtype)
         self.weights, self.ops, self.batch, self.config = weights, ops, batch, weights.config
         self.device = weights.device
-        # With check_contents every launch reads tensors on the host, which a graph would not do again.
+        # With check_contents every op first reads tensors on the host; a replayed graph would leave that out.
         self.eager = eager or weights.device.type != "cuda" or ops.check_contents
         self.cache = PagedKVCache(
             weights.config, batch, max_context, weights.dtype, weights.device, page_size, pages
@@ -64,8 +63,7 @@ class Decoder:
     def admit(self, row: int, ids: list[int]) -> None:
         """Gives an idle row a sequence: prefills all but its last id, which the next step reads.
 
-        Raises LabError for an empty prompt, an id outside the vocabulary, a row in use and a cache that is
-        full.
+        Raises LabError for an empty prompt, an id outside the vocabulary, a row in use and a full cache.
         """
         self.check(ids)
         if row in self.live_rows:
@@ -97,8 +95,8 @@ class Decoder:
             )
 
     def place(self, row: int, token: int) -> None:
-        """Makes a row live: `token` follows whatever the cache holds for it. (Benchmarks fill the cache
-        themselves.)"""
+        """Makes a row live: the next step reads `token`, which follows the tokens that the cache holds for
+        the row. Benchmarks fill the cache themselves and call this alone."""
         length = self.cache.lengths[row]
         self.ids[row] = token
         self.positions[row], self.context_lens[row] = length, length + 1
@@ -113,15 +111,15 @@ class Decoder:
         self.cache.release(row)
 
     def run_plan(self, sampling: Sampling) -> None:
-        """Launches the step's kernels one by one, on live and idle rows alike."""
+        """Launches the kernels of one step, one by one, for live and idle rows alike."""
         self.plan_step(self.buffers, sampling)
 
     @torch.inference_mode()
     def step(self, sampling: Sampling = GREEDY) -> torch.Tensor:
-        """Decodes one token of every live row. Returns d.ids, int32 [batch] on the device: a static buffer.
+        """Decodes one token of every live row. Returns self.ids, int32 [batch] on the device, which the next
+        step overwrites.
 
-        A row whose logits hold NaN gets -1. Raises LabError when the cache is full, before anything is
-        launched.
+        A row whose logits hold NaN gets -1. Raises LabError for a full cache, before anything is launched.
         """
         self.cache.extend_all(self.live_rows, 1)
         try:
@@ -143,10 +141,11 @@ class Decoder:
 
     @torch.inference_mode()
     def prepare(self, sampling: Sampling = GREEDY) -> None:
-        """On a GPU, compiles what is compiled at first use and captures the step's graph; on the CPU,
-        nothing.
+        """On a GPU, runs a step once, so that kernels are compiled, and captures it as a graph. On a CPU it
+        does nothing.
 
-        The warm-up runs on idle rows, which neither write the cache nor move, and is kept out of the trace.
+        In both runs all rows are idle, so that the cache and the positions stay as they are; the trace leaves
+        them out.
         """
         if self.device.type != "cuda" or sampling in self.graphs:
             return
@@ -154,7 +153,7 @@ class Decoder:
         before = Counter(trace.counts) if trace is not None else Counter()
         saved = [(t, t.clone()) for t in (self.ids, self.state, self.live)]
         self.ids.zero_(), self.state[0].fill_(-1), self.state[1].zero_(), self.live.zero_()
-        stream = torch.cuda.Stream(self.device)  # capture wants a stream of its own
+        stream = torch.cuda.Stream(self.device)  # capture needs a CUDA stream other than the default one
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             self.run_plan(sampling)

@@ -1,8 +1,11 @@
 """The description of a model: its sizes, and what one of its layers consists of.
 
-`ModelConfig` is the whole model, `LayerDescription` one of its layers. The latter is read by whatever has to
-know what a layer is made of: the loader (lab/model/weights.py), and, through lab/model/torch_layer.py,
-prefill and the torch.compile peer.
+`ModelConfig` is the whole model, `LayerDescription` one of its layers. Both list their tensors as `Part`s;
+nothing else states the names and shapes of a model's weights. The parts are read by
+  - the loader and the check that a model fits into memory (lab/model/weights.py),
+  - the buffers of the decode plans (lab/model/plans/buffers.py),
+  - prefill and the torch.compile peer (lab/model/torch_layer.py),
+  - the sizes at which ops are measured (`uses` in the contracts, lab/ops).
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import cached_property
 
+import torch
+
 from lab.errors import LabError, warn
 from lab.model.rope import Scaling
 
@@ -20,13 +25,13 @@ HEAD_DIMS = (64, 96, 128)  # what the attention kernels are instantiated for
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor of a loaded layer: one or more tensors of the file, stacked by rows.
+    """One tensor of a loaded model: one or more tensors of the file, stacked by rows.
 
-    tensors: of each its name, as Hugging Face names it, without "model.layers.N.", and its rows.
+    tensors: of each its name, as Hugging Face names it, in a layer without "model.layers.N.", and its rows.
     columns: None for a vector.
     """
 
-    name: str  # a field of lab.model.weights.Layer
+    name: str  # a field of lab.model.weights.Layer or Weights
     tensors: tuple[tuple[str, int], ...]
     columns: int | None = None
 
@@ -35,13 +40,22 @@ class Part:
         return sum(rows for _, rows in self.tensors)
 
     @property
+    def is_matrix(self) -> bool:
+        return self.columns is not None
+
+    @property
     def shape(self) -> tuple[int, ...]:
-        return (self.rows,) if self.columns is None else (self.rows, self.columns)
+        return (self.rows, self.columns) if self.is_matrix else (self.rows,)
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        """Bytes that it takes once loaded; a matrix the same as Matrix.nbytes says then."""
+        return math.prod(self.shape) * dtype.itemsize
 
 
 @dataclass(frozen=True)
 class LayerDescription:
-    """One layer: RMSNorm, attention with RoPE, RMSNorm, SwiGLU; each half adds to the residual stream.
+    """One layer: RMSNorm, attention with RoPE, RMSNorm, SwiGLU; attention and SwiGLU each add to the residual
+    stream.
 
     Sizes in elements; the fields are those of the same names in ModelConfig.
     """
@@ -154,16 +168,34 @@ class ModelConfig:
     def kv_width(self) -> int:
         return self.layer.kv_width
 
+    def outer_parts(self) -> Iterator[Part]:
+        """The tensors outside the layers."""
+        yield Part("embed", (("model.embed_tokens.weight", self.vocab),), self.hidden)
+        yield Part("final_norm", (("model.norm.weight", self.hidden),))
+        if not self.tie_embeddings:
+            yield Part("lm_head", (("lm_head.weight", self.vocab),), self.hidden)
+
+    @cached_property
+    def parts(self) -> dict[str, Part]:
+        """The parts of one layer and those outside the layers, by name; a tied lm_head is embed's part."""
+        found = {part.name: part for part in (*self.outer_parts(), *self.layer.parts())}
+        return {"lm_head": found["embed"], **found}
+
     @property
     def parameters(self) -> int:
         """Number of weights, a tied embedding counted once."""
-        matrices = 1 if self.tie_embeddings else 2
-        return self.layers * self.layer.parameters + self.hidden + matrices * self.vocab * self.hidden
+        outer = sum(math.prod(part.shape) for part in self.outer_parts())
+        return self.layers * self.layer.parameters + outer
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        """Bytes that the weights take once loaded in `dtype`, a tied embedding counted once."""
+        layer = sum(part.nbytes(dtype) for part in self.layer.parts())
+        return self.layers * layer + sum(part.nbytes(dtype) for part in self.outer_parts())
 
     def check_context(self, tokens: int) -> None:
         """Raises LabError where this model cannot attend to `tokens` tokens at once.
 
-        Says on standard error, once for a model, where the tokens may be more than it was made for.
+        Warns on standard error, once for a model, where the tokens may be more than it was made for.
         """
         if tokens > self.max_positions:
             raise LabError(

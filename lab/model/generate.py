@@ -23,9 +23,7 @@ class Generation:
     text: str | None = None  # None without a tokenizer
     prefill_ms: float = 0.0  # the prompt but for its last token
     decode_ms: list[float] = field(default_factory=list)  # one per output id; a batch shares each step's time
-    stopped_by: str = (
-        "length"  # "stop" (an end token) or "length" (max_new_tokens, or all the model can hold)
-    )
+    stopped_by: str = "length"  # "stop" (an end token) or "length" (max_new_tokens, or the model's context)
     kernels: list[dict] = field(default_factory=list)  # rows of the trace: op, backend, kernel, calls
 
 
@@ -62,14 +60,14 @@ def generate_batch(
     on_text: Callable[[int, str], None] | None = None,
     on_token: Callable[[int, int], None] | None = None,
 ) -> list[Generation]:
-    """Prompts of any lengths, at most decoder.batch of them, decoded together; the callbacks get the row
-    first.
+    """Prompts of any lengths, at most decoder.batch of them, decoded together. The callbacks' first
+    argument is the row.
 
-    Every output token comes from a decode step: prefill stops one short of the prompt's end. A row ends at an
-    id of `stop_ids`, after max_new_tokens, or when it is as long as the longest context that the model was
-    made for. Raises LabError for a prompt that the model or the cache cannot take (before any work), for a
-    cache smaller than that which fills up on the way, and for logits that are not numbers. The rows are idle
-    afterwards.
+    Every output token comes from a decode step: prefill stops one short of the prompt's end. A row ends at
+    an id of `stop_ids`, after max_new_tokens, or when it is as long as the longest context that the model
+    was made for. Raises LabError for a prompt that the model or the cache cannot take (before any work),
+    for a cache that is smaller than that context and becomes full, and for logits that are not numbers. The
+    rows are idle afterwards.
     """
     if not 1 <= len(prompts) <= decoder.batch:
         raise LabError(f"{len(prompts)} prompts for a batch of {decoder.batch}")

@@ -31,7 +31,7 @@ class PagedKVCache:
     device.
 
     pages: size of the pool; by default enough for every sequence to reach max_context.
-    shuffle: hand pages out in a seeded random order, so that no kernel can get away with assuming neighbours.
+    shuffle: hand pages out in a seeded random order, so that a kernel that assumes neighbouring pages fails.
     Raises LabError for a page size that the kernels do not take and for a context that the model cannot
     attend to.
     """
@@ -75,13 +75,12 @@ class PagedKVCache:
         self.lengths = [0] * sequences  # tokens of each sequence, on the host
 
     def extend(self, sequence: int, tokens: int) -> None:
-        """Makes room for `tokens` more tokens of a sequence. Raises LabError, changing nothing, when they
-        don't fit."""
+        """Gives a sequence the pages for `tokens` more tokens. Raises LabError, changing nothing, where there
+        are too few."""
         self.extend_all([sequence], tokens)
 
     def extend_all(self, sequences: Iterable[int], tokens: int) -> None:
-        """Makes room for `tokens` more tokens of each sequence. Raises LabError, changing nothing, unless all
-        fit."""
+        """extend() for several sequences. Raises LabError, changing nothing, unless all can grow."""
         grown, free = [], len(self.free)
         for sequence in sequences:
             length, missing = self.lengths[sequence] + tokens, self.missing(sequence, tokens)
@@ -116,8 +115,8 @@ class PagedKVCache:
         return max(0, pages_for(self.lengths[sequence] + tokens, self.page_size) - len(self.held[sequence]))
 
     def shorten(self, sequences: Iterable[int], tokens: int) -> None:
-        """Takes back the last extension of each sequence by `tokens`, for work that failed. The pages stay
-        with it."""
+        """Undoes an extension of each sequence by `tokens`, for a step that failed. The sequence keeps its
+        pages."""
         for sequence in sequences:
             self.lengths[sequence] -= tokens
 
@@ -127,8 +126,8 @@ class PagedKVCache:
         self.held[sequence], self.lengths[sequence] = [], 0
 
     def utilisation(self) -> dict[str, float]:
-        """pages_used and tokens_used as shares of the pool, and fill, the share of the used pages that holds
-        tokens."""
+        """Shares from 0 to 1: pages_used and tokens_used of the whole pool, and fill, tokens of what the used
+        pages could hold."""
         used, tokens = self.pages - len(self.free), sum(self.lengths)
         return {
             "pages_used": used / self.pages,
@@ -136,7 +135,7 @@ class PagedKVCache:
             "fill": tokens / (used * self.page_size) if used else 0.0,
         }
 
-    # Torch's side of the cache, for prefill and checks.
+    # How torch reads and writes the cache, for prefill and checks.
 
     def slots(self, sequence: int, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(page, row) of tokens start..stop-1, int64 on the device."""

@@ -1,5 +1,5 @@
-"""Asks for memory before taking it: a model too large for a laptop should be one line, not a machine that
-swaps."""
+"""Checks that memory is free before it is taken: a model that is too large gives one line of error, and no
+machine that swaps."""
 
 import torch
 

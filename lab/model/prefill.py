@@ -1,8 +1,8 @@
-"""Prefill by torch: the prompt's tokens in chunks through every layer, their keys and values into the paged
-cache.
+"""Prefill by torch: runs a prompt through every layer, chunk by chunk, and writes its keys and values to the
+paged cache.
 
-The lab is about decode kernels; here torch's own kernels (matrix products, scaled_dot_product_attention) do
-the work, with the same weights and the same rounding points as the decode step.
+The lab is about decode kernels. Here torch's own kernels (matrix products, scaled_dot_product_attention) do
+the work, with the same weights as the decode step and with roundings at the same places.
 """
 
 from __future__ import annotations
@@ -37,52 +37,64 @@ def prefill(
 def _chunk(
     weights: Weights, cache: PagedKVCache, cos_sin: torch.Tensor, sequence: int, ids: list[int], start: int
 ) -> torch.Tensor:
+    """The hidden states of one chunk, which begins at token `start` of its sequence.
+
+    All layers run as if every key and value of the chunk were finite. Whether they are, the host then reads
+    once; before, it would have to wait for the device in every layer. Where one is not (an overflow, mostly),
+    the chunk runs again, more slowly, and writes the same slots.
+    """
+    hidden, finite = _layers(weights, cache, cos_sin, sequence, ids, start, attend_to_finite)
+    if not finite:
+        hidden, _ = _layers(weights, cache, cos_sin, sequence, ids, start, attend)
+    return hidden
+
+
+def _layers(weights, cache, cos_sin, sequence, ids, start, attend) -> tuple[torch.Tensor, torch.Tensor]:
+    """(hidden states, whether the keys and values of these tokens are finite in all layers: bool [])."""
     config, layer, tokens = weights.config, weights.config.layer, len(ids)
-    h = F.embedding(torch.tensor(ids, device=weights.device), weights.embed)
+    h = weights.embed.lookup(torch.tensor(ids, device=weights.device))
     cos, sin = cos_sin[start : start + tokens, None].chunk(2, dim=-1)
     here, seen = cache.slots(sequence, start, start + tokens), cache.slots(sequence, 0, start + tokens)
+    finite = []
     for index, w in enumerate(weights.layers):
         q, k, v = queries_keys_values(layer, w, h)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        finite += [k.isfinite().all(), v.isfinite().all()]
         cache.write(index, here, k, v)
         if start:
             k, v = cache.read(index, seen)
         h = after_attention(layer, w, h, attend(q, k, v))
-    return rms_norm(h, weights.final_norm, config.rms_eps)
+    return rms_norm(h, weights.final_norm, config.rms_eps), torch.stack(finite).all()
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Causal attention of the last len(q) tokens over all len(k): [len(q), q_heads * head_dim]."""
+def attend_to_finite(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Causal attention of the last len(q) tokens over all len(k): [len(q), q_heads * head_dim].
+
+    The last len(q) keys and values must be finite: a query multiplies those that it may not see by 0, which
+    would make NaN of a NaN or inf. What lies before them is seen by every query and may be anything.
+    """
     queries, keys, group = q.shape[0], k.shape[0], q.shape[1] // k.shape[1]
-    if not (k.isfinite().all() and v.isfinite().all()):
-        return _attend_to_prefixes(q, k, v)
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    mask = None
-    if queries != keys:  # is_causal would align the mask to the first key, not to the last
+    causal, mask = queries == keys, None
+    if not causal and queries > 1:  # is_causal would align the mask to the first key, not to the last
         mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     return out[0].transpose(0, 1).flatten(1)
 
 
-def _attend_to_prefixes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """attend() where a key or value is NaN or inf: each query multiplies only what it may see, for a masked
-    weight of 0 would make NaN of these. The queries before the first of them still go together."""
-    queries, keys = q.shape[0], k.shape[0]
-    finite = k.isfinite().flatten(1).all(1) & v.isfinite().flatten(1).all(1)
-    clean = int((~finite).int().argmax())  # keys before the first that is not finite
-    together = max(0, clean - (keys - queries))
-    parts = [attend(q[:together], k[:clean], v[:clean])] if together else []
-    group = q.shape[1] // k.shape[1]
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """attend_to_finite() for any keys and values: each query gets what it would get if the text ended there.
+
+    The queries before the first of their keys and values that is not finite go together, each later one by
+    itself, over no more than it may see. Reads one number on the host.
+    """
+    queries, before = q.shape[0], k.shape[0] - q.shape[0]
+    bad = ~(k[before:].isfinite().flatten(1).all(1) & v[before:].isfinite().flatten(1).all(1))
+    together = int(F.pad(bad.int(), (0, 1), value=1).argmax())  # all where none is bad
+    seen = before + together
+    parts = [attend_to_finite(q[:together], k[:seen], v[:seen])] if together else []
     for i in range(together, queries):
-        seen = keys - queries + i + 1
-        one, many, values = (
-            t.transpose(0, 1)[None]
-            for t in (
-                q[i : i + 1],
-                k[:seen].repeat_interleave(group, dim=1),
-                v[:seen].repeat_interleave(group, dim=1),
-            )
-        )
-        parts.append(F.scaled_dot_product_attention(one, many, values)[0].transpose(0, 1).flatten(1))
+        seen = before + i + 1
+        parts.append(attend_to_finite(q[i : i + 1], k[:seen], v[:seen]))
     return torch.cat(parts)

@@ -41,7 +41,7 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--plan",
         default="basic",
-        help="basic: one kernel per op; fused: few per layer; persistent: one for the whole step",
+        help="basic: one kernel for each op; fused: five for each layer; persistent: one for the whole step",
     )
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument(
@@ -65,7 +65,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--device", help="cuda or cpu (default: cuda where there is a GPU)")
     parser.add_argument("--dtype", help="fp32, fp16 or bf16 (default: fp32 on the CPU, bf16 on a GPU)")
     parser.add_argument(
-        "--weights", metavar="SOURCE", default="auto", help="auto, or random for the shape alone"
+        "--weights", metavar="SOURCE", default="auto", help="auto: those of the model; random: only its shape"
     )
     parser.add_argument(
         "--max-context", metavar="N", type=int, help="size of the KV cache in tokens (default: as needed)"
@@ -134,7 +134,7 @@ def main(args) -> int:
             )
         )
     source.config.check_context(max_context)
-    room = max_context - len(prompt_ids) + 1  # the last token that is made need not be read again
+    most_new = max_context - len(prompt_ids) + 1  # the last new token is never read, so it needs no slot
     if table is not None:
         mixed = {**from_table(table, 1, max_context), **parse_overrides(overrides)}
         ops = select(args.backend, device, mixed, trace)
@@ -161,7 +161,7 @@ def main(args) -> int:
         result = generate(
             decoder,
             prompt_ids,
-            min(args.max_new_tokens, room),
+            min(args.max_new_tokens, most_new),
             sampling,
             tokenizer.eos if tokenizer and not args.ignore_eos else (),
             tokenizer,
@@ -173,7 +173,7 @@ def main(args) -> int:
         raise
     shown = result.text if tokenizer else ",".join(map(str, result.output_ids))
     print("" if streaming else clean(shown), flush=True)
-    if len(result.output_ids) == room < args.max_new_tokens:
+    if len(result.output_ids) == most_new < args.max_new_tokens:
         warn(
             f"model {source.name} was made for {limit} tokens, prompt included: it stops there"
             if max_context == limit

@@ -1,12 +1,12 @@
 """A layer's mathematics in plain torch: what prefill and the torch.compile peer share.
 
-They differ in where keys and values lie, so each attends by itself, between the two functions for a layer:
+They keep keys and values in different places, so each attends by itself, between two functions of a layer:
 
     q, k, v = queries_keys_values(description, w, h)
     ...                                 rotate q and k, store k and v, attend
     h = after_attention(description, w, h, attended)
 
-The rounding points are those of the decode ops. w: a lab.model.weights.Layer.
+Values are rounded to the model's dtype where the decode ops round them. w: a lab.model.weights.Layer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def queries_keys_values(description: LayerDescription, w, h: torch.Tensor) -> tu
     q and k are normed where the model does that, and not yet rotated.
     """
     d, eps = description, description.rms_eps
-    qkv = F.linear(rms_norm(h, w.attn_norm, eps), w.wqkv, w.bqkv).view(h.shape[0], -1, d.head_dim)
+    qkv = w.wqkv.product(rms_norm(h, w.attn_norm, eps), w.bqkv).view(h.shape[0], -1, d.head_dim)
     q, k, v = qkv.split((d.q_heads, d.kv_heads, d.kv_heads), dim=1)
     if d.qk_norm:
         q, k = rms_norm(q, w.q_norm, eps), rms_norm(k, w.k_norm, eps)
@@ -34,9 +34,9 @@ def after_attention(
     description: LayerDescription, w, h: torch.Tensor, attended: torch.Tensor
 ) -> torch.Tensor:
     """The residual stream [tokens, hidden] after the layer. attended [tokens, q_heads * head_dim]."""
-    h = h + F.linear(attended, w.wo, w.bo)
-    gate, up = F.linear(rms_norm(h, w.mlp_norm, description.rms_eps), w.w_gate_up).chunk(2, dim=-1)
-    return h + F.linear(F.silu(gate) * up, w.w_down)
+    h = h + w.wo.product(attended, w.bo)
+    gate, up = w.w_gate_up.product(rms_norm(h, w.mlp_norm, description.rms_eps)).chunk(2, dim=-1)
+    return h + w.w_down.product(F.silu(gate) * up)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

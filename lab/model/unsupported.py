@@ -1,10 +1,9 @@
-"""What a model's metadata may ask for and the lab does not compute. Ignored, it would give plausible, wrong
-text.
+"""Refuses what a model's metadata ask for and the lab does not compute. If it were ignored, the text would
+look plausible and be wrong.
 
-A GGUF file keeps its model's keys under the name of its architecture, so that every key there is read by
-`config.from_gguf`, known to change nothing, or refused. A config.json holds keys of many other programs
-beside
-those of the model: there the keys that are known to change the logits are refused, unless their value is the
+A GGUF file keeps its model's keys under the name of its architecture, so every key there is read by
+`config.from_gguf`, known to change nothing, or refused. A config.json also holds the keys of many other
+programs, so there the keys that are known to change the logits are refused, unless their value is the
 neutral one.
 """
 
@@ -72,7 +71,8 @@ SOFT_CAP = re.compile(r"soft_?cap(ping)?$")
 
 
 def refuse_huggingface(source: Mapping, qk_norm: bool, head_dim: int, where: str) -> None:
-    """Raises LabError for the first key of a config.json whose value changes the logits as nothing here does.
+    """Raises LabError for the first key of a config.json whose value changes the logits in a way that is not
+    computed here.
 
     qk_norm: whether the family norms q and k whatever the config says.
     """

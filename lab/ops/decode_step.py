@@ -57,8 +57,8 @@ class StepModel:
 
     @classmethod
     def of(cls, weights, cos_sin, q_heads, kv_heads, head_dim, eps):
-        """weights: an object with embed, layers, final_norm and lm_head. Raises LabError for sizes that
-        neither takes."""
+        """weights: embed, layers, final_norm and lm_head, as lab.model.weights.Weights.operands() gives them.
+        Raises LabError for sizes that neither kernel takes."""
         name, embed = "decode_step", weights.embed
         device, item = embed.get_device(), embed.element_size()
         hidden, q, kv = embed.shape[1], q_heads * head_dim, kv_heads * head_dim

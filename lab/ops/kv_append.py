@@ -94,19 +94,24 @@ def triton(k, v, k_cache, v_cache, block_table, positions, out=None):
 
 
 def torch_(k, v, k_cache, v_cache, block_table, positions, out=None):
-    if not k.shape[0]:
+    # A captured graph has fixed shapes, so every row writes: an idle row writes back what it reads. Its own
+    # table may name pages that live rows have by now. So it takes the page that the longest live row writes
+    # into, which no other row does, and there a slot beside the one written. Where all rows are idle, their
+    # position stays negative, and they take page 0.
+    batch, page_size = k.shape[0], k_cache.shape[2]
+    if not batch:
         return
-    # A captured graph has fixed shapes, so every row writes. An idle row has no slot of its own, and what its
-    # table entry names may belong to a live row by now: it repeats the write of the first live row, the same
-    # values to the same slot. Where all rows are idle, all write back what page 0 holds.
-    live = positions >= 0
-    some = live.any()
-    row = torch.where(live, torch.arange(k.shape[0], device=k.device), live.int().argmax())
-    where = positions[row].clamp(min=0).long()
-    page = torch.where(some, block_table[row, where // k_cache.shape[2]], 0).long()
-    slot = where % k_cache.shape[2]
+    idle = positions < 0
+    row, token, nowhere = 0, positions.long(), idle
+    if batch > 1:
+        row = torch.where(idle, token.argmax(), torch.arange(batch, device=k.device))
+        token = token[row] ^ idle  # the neighbour within a pair, so within a page, and below 0 for -1
+        nowhere = token < 0
+    # Rounding down, -1 // page_size is -1: the last entry of the table, read and not used.
+    page = block_table[row, token // page_size].masked_fill(nowhere, 0).long()
+    slot = token % page_size
     for cache, new in ((k_cache, k), (v_cache, v)):
-        cache[page, :, slot] = torch.where(some, new[row], cache[page, :, slot])
+        cache[page, :, slot] = torch.where(idle[:, None, None], cache[page, :, slot], new)
 
 
 def contents(a):

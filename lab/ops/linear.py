@@ -95,12 +95,17 @@ def nbytes(a):
 
 def uses(c):
     return [
-        ("qkv", {"n": c.q_width + 2 * c.kv_width, "k": c.hidden}),
-        ("o", {"n": c.hidden, "k": c.q_width}),
-        ("gate_up", {"n": 2 * c.intermediate, "k": c.hidden}),
-        ("down", {"n": c.hidden, "k": c.intermediate}),
-        ("lm_head", {"n": c.vocab, "k": c.hidden, "out_dtype": "fp32"}),
+        ("qkv", sizes_of(c, "wqkv")),
+        ("o", sizes_of(c, "wo")),
+        ("gate_up", sizes_of(c, "w_gate_up")),
+        ("down", sizes_of(c, "w_down")),
+        ("lm_head", {**sizes_of(c, "lm_head"), "out_dtype": "fp32"}),
     ]
+
+
+def sizes_of(c, matrix):
+    """n and k of a matrix of a model, named as in lab/model/description.py."""
+    return {"n": c.parts[matrix].rows, "k": c.parts[matrix].columns}
 
 
 def size_of(a):

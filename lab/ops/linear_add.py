@@ -83,7 +83,7 @@ op = Op(
     mutates=("residual",),
     plans=("fused",),
     use_of=linear.size_of,
-    uses=lambda c: [("o", {"n": c.hidden, "k": c.q_width}), ("down", {"n": c.hidden, "k": c.intermediate})],
+    uses=lambda c: [("o", linear.sizes_of(c, "wo")), ("down", linear.sizes_of(c, "w_down"))],
     cold=("w", "bias"),
     color="#88ccee",
     inspect_sizes=dict(batch=1, n=4096, k=14336),

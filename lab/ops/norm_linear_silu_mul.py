@@ -95,7 +95,8 @@ op = Op(
     flops=lambda a: 2 * a.x.shape[0] * a.w.numel() + 4 * a.x.numel(),
     tolerance=tolerance,
     plans=("fused",),
-    uses=lambda c: [("gate_up", {"n": c.intermediate, "k": c.hidden})],
+    # n counts the outputs; w has two rows for each.
+    uses=lambda c: [("gate_up", {"n": c.parts["w_gate_up"].rows // 2, "k": c.parts["w_gate_up"].columns})],
     use_of=lambda a: {"n": a.w.shape[0] // 2, "k": a.w.shape[1]},
     cold=("w",),
     color="#cc6677",

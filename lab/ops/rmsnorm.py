@@ -120,11 +120,11 @@ def shaped(x, kind):
 
 def uses(c):
     """The norms of the residual stream; where the model has them, those of each head of q and of k."""
-    found = [("hidden", {"cols": c.hidden, "residual": True})]
-    if c.qk_norm:
+    found = [("hidden", {"cols": c.parts["attn_norm"].rows, "residual": True})]
+    if "q_norm" in c.parts:
         found += [
-            ("q_head", {"cols": c.head_dim, "groups": c.q_heads}),
-            ("k_head", {"cols": c.head_dim, "groups": c.kv_heads}),
+            ("q_head", {"cols": c.parts["q_norm"].rows, "groups": c.q_heads}),
+            ("k_head", {"cols": c.parts["k_norm"].rows, "groups": c.kv_heads}),
         ]
     return found
 

@@ -75,8 +75,16 @@ def triton(q, k, positions, cos_sin, out=None):
 
 
 def torch_(q, k, positions, cos_sin, out=None):
-    for x in (q, k):
-        x.copy_(rotate(x, positions, cos_sin))
+    # In few calls, for each is a kernel: q and k go together, and the products of both halves of a head.
+    x = torch.cat((q, k), dim=1).unflatten(2, (2, -1))  # [batch, heads, 2, head_dim / 2]
+    a, b = x.unbind(2)
+    cos, sin = cos_sin.index_select(0, positions.clamp(min=0))[:, None].chunk(2, dim=-1)
+    turned = x * cos[:, :, None]
+    turned[:, :, 0].addcmul_(b, sin, value=-1)
+    turned[:, :, 1].addcmul_(a, sin)
+    rows = torch.where(positions[:, None, None, None] < 0, x, turned).flatten(2)
+    q.copy_(rows[:, : q.shape[1]])
+    k.copy_(rows[:, q.shape[1] :])
 
 
 def contents(a):

@@ -202,7 +202,7 @@ op = Op(
     tolerance=lambda a: (0.0, 0.0),
     verify=verify,
     plans=("basic",),
-    uses=lambda c: [("greedy", {"vocab": c.vocab})],
+    uses=lambda c: [("greedy", {"vocab": c.parts["lm_head"].rows})],
     inspect_sizes=dict(batch=1, vocab=128256),
     color="#882255",
     cases=(

@@ -70,7 +70,7 @@ op = Op(
     # |g| in 1 + exp(-g).
     tolerance=lambda a: (torch.finfo(a.gate_up.dtype).eps / 2 + 32 * EPS32, 1e-30),
     plans=("basic",),
-    uses=lambda c: [(None, {"cols": c.intermediate})],
+    uses=lambda c: [(None, {"cols": c.parts["w_down"].columns})],
     rows=some_rows,
     direction="copy",
     inspect_sizes=dict(rows=1, cols=14336),

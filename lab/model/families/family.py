@@ -1,4 +1,4 @@
-"""What distinguishes one family of models from another, where their layers are of the same kind."""
+"""What distinguishes one family of models from another, where their layers have the same structure."""
 
 from __future__ import annotations
 

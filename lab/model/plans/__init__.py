@@ -1,6 +1,6 @@
 """Decode plans: how the step of one token is cut into kernels. A plan is one function in a file of its own.
 
-A step is called as step(buffers, sampling): it reads buffers.ids and buffers.positions, and leaves
+It is called as step(buffers, sampling): it reads buffers.ids and buffers.positions, and leaves the logits in
 buffers.logits and the sampled token in buffers.ids.
 """
 

@@ -1,4 +1,4 @@
-"""The basic plan: the decode step of a Llama-family model with one kernel for each textbook op."""
+"""The basic plan: the decode step of a Llama-family model, with one kernel for each op of the textbook."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from lab.model.sampling import Sampling
 
 
 def basic_step(b: StepBuffers, sampling: Sampling) -> None:
-    """One kernel per textbook op. Reads b.ids and b.positions, leaves b.logits and the sampled token in
-    b.ids."""
+    """Reads b.ids and b.positions, leaves b.logits and the sampled token in b.ids."""
     ops, eps = b.ops, b.config.rms_eps
     h = ops.embedding(b.ids, b.weights.embed, out=b.h)  # the residual stream [batch, hidden]
     x = ops.rmsnorm(h, b.weights.layers[0].attn_norm, eps, out=b.x)

@@ -17,16 +17,17 @@ from lab.ops.norm_linear_argmax import new_scratch
 
 
 class StepBuffers:
-    """Activations are of the model's dtype, [batch, ...]; q, k and v are views [batch, heads, head_dim] of
-    qkv.
+    """Activations have the model's dtype and shape [batch, ...]; q, k and v are views of qkv, [batch, heads,
+    head_dim].
 
     ids int32 [batch]: the token that the step reads, then the one it sampled. logits float32 [batch, vocab].
-    positions, context_lens int32 [batch]: of each row's sequence; -1 and 0 for an idle row. blocks: for every
-    layer its weights, its K and V cache, and the weight of the norm that follows it.
+    positions, context_lens int32 [batch]: of each row's sequence; -1 and 0 for an idle row. weights: each
+    matrix as the ops take it (Weights.operands), found once and not in every step. blocks: for every layer
+    its weights, its K and V cache, and the weight of the norm that follows it.
 
     splits: blocks that share one KV head's context in decode_attention; None fills the device. persistent:
-    also what the plan of that name takes, step_model and step_workspace. Raises LabError for a model which
-    that plan does not take.
+    also make what the plan of that name takes, step_model and step_workspace. Raises LabError for a model
+    that this plan does not take.
     """
 
     def __init__(
@@ -39,7 +40,8 @@ class StepBuffers:
         persistent: bool,
     ):
         config, device, dtype = weights.config, weights.device, weights.dtype
-        self.weights, self.ops, self.cache, self.config = weights, ops, cache, config
+        parts = config.parts
+        self.weights, self.ops, self.cache, self.config = weights.operands(), ops, cache, config
         self.cos_sin = cos_sin_table(
             config.head_dim, config.rope_theta, config.rope_scaling, cache.max_context, device
         )
@@ -56,25 +58,27 @@ class StepBuffers:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self.h, self.x = buffer(batch, config.hidden), buffer(batch, config.hidden)
-        self.qkv = buffer(batch, config.q_width + 2 * config.kv_width)
+        self.qkv = buffer(batch, parts["wqkv"].rows)
         heads = self.qkv.view(batch, -1, config.head_dim)
         self.q, self.k, self.v = heads.split([config.q_heads, config.kv_heads, config.kv_heads], dim=1)
         self.attention = buffer(batch, config.q_heads, config.head_dim)
         self.attention_rows = self.attention.view(batch, -1)
-        self.gate_up, self.act = buffer(batch, 2 * config.intermediate), buffer(batch, config.intermediate)
-        self.logits = buffer(batch, config.vocab, dtype=torch.float32)
+        self.gate_up = buffer(batch, parts["w_gate_up"].rows)
+        self.act = buffer(batch, parts["w_down"].columns)
+        self.logits = buffer(batch, parts["lm_head"].rows, dtype=torch.float32)
         self.argmax_scratch = new_scratch(batch, device)
         self.ids = buffer(batch, dtype=torch.int32)
-        # positions and context_lens are rows of one tensor, padded so that both begin at 16 bytes: one add
-        # moves both.
+        # Rows of one tensor, so that one add advances both; padded, so that each begins at 16 bytes.
         self.state = buffer(2, -(-batch // 4) * 4, dtype=torch.int32)
-        self.live = buffer(2, self.state.shape[1], dtype=torch.int32)  # 1 for live rows, 0 for idle ones
+        # What a step adds to state: 1 for live rows, 0 for idle ones.
+        self.live = buffer(2, self.state.shape[1], dtype=torch.int32)
         self.positions, self.context_lens = self.state[0, :batch], self.state[1, :batch]
         self.state[0] = -1  # idle: see lab/ops/kv_append.py
-        next_norms = [layer.attn_norm for layer in weights.layers[1:]] + [weights.final_norm]
-        self.blocks = list(zip(weights.layers, cache.k.unbind(), cache.v.unbind(), next_norms))
+        layers = self.weights.layers
+        next_norms = [layer.attn_norm for layer in layers[1:]] + [weights.final_norm]
+        self.blocks = list(zip(layers, cache.k.unbind(), cache.v.unbind(), next_norms))
         if persistent:
             self.step_model = StepModel.of(
-                weights, self.cos_sin, config.q_heads, config.kv_heads, config.head_dim, config.rms_eps
+                self.weights, self.cos_sin, config.q_heads, config.kv_heads, config.head_dim, config.rms_eps
             )
             self.step_workspace = StepWorkspace.of(self.step_model)

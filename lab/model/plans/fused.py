@@ -1,5 +1,5 @@
-"""The fused plan: the model of lab/model/plans/basic.py in five kernels a layer, so that little but weights
-and KV moves."""
+"""The fused plan: the model of lab/model/plans/basic.py in five kernels a layer. Hardly anything but weights,
+keys and values then goes through memory."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ def fused_step(b: StepBuffers, sampling: Sampling) -> None:
     ops, eps = b.ops, b.config.rms_eps
     h = ops.embedding(b.ids, b.weights.embed, out=b.h)  # the residual stream [batch, hidden]
     for layer, k_cache, v_cache, _ in b.blocks:
-        ops.norm_linear(
-            h, layer.attn_norm, eps, layer.wqkv, layer.bqkv, out=b.qkv
-        )  # b.q, b.k, b.v are views of it
+        # b.q, b.k and b.v are views of b.qkv.
+        ops.norm_linear(h, layer.attn_norm, eps, layer.wqkv, layer.bqkv, out=b.qkv)
         ops.rope_append_attention(
             b.q,
             b.k,

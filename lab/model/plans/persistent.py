@@ -1,5 +1,5 @@
-"""The persistent plan: the whole greedy step of one sequence in one kernel, which never lets the stream of
-weights stop."""
+"""The persistent plan: the whole greedy step of one sequence in one kernel, which goes on loading weights
+while it waits for activations."""
 
 from __future__ import annotations
 

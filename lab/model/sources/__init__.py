@@ -1,9 +1,13 @@
 """Where weights come from: a GGUF file, a Hugging Face folder, or a seeded generator.
 
-A source has `name`, `where` (the words that begin an error), `config`, `holds(name)` and `fill(name, out)`,
-which writes one tensor (named as Hugging Face names it) into `out` converted to its dtype and device,
-`unread()`, the names of the file's tensors that were never asked for and would change the logits, and
-`tokenizer()`, which may be None.
+A source is an object with
+  name              the model's
+  where             what an error begins with, the file for example
+  config            a ModelConfig
+  holds(name)       whether it has a tensor, named as Hugging Face names it
+  fill(name, out)   writes that tensor into `out`, converted to the dtype and device of `out`
+  unread()          the names of tensors that were never asked for, though they would change the logits
+  tokenizer()       a lab.model.text.tokenizer.Tokenizer, or None
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ def _strings(data: np.ndarray) -> list[str]:
 
 
 class GGUFSource:
-    """A source (see lab.model.weights) backed by one GGUF file. Raises LabError for a file it cannot read."""
+    """A source (see lab/model/sources/__init__.py). Raises LabError for a file that it cannot read."""
 
     def __init__(self, path: Path):
         self.path, self.name, self.where = Path(path), Path(path).stem, f"GGUF file {path}"
@@ -186,7 +186,8 @@ class GGUFSource:
         if stored not in self.tensors:
             raise LabError(f"{self.where}: tensor {stored} is missing")
         self.asked.add(stored)
-        check_shape(self.shapes[stored], out, stored, self.where)  # before it is made 16 times larger
+        # Checked before it is dequantized, which makes a tensor up to 16 times as large.
+        check_shape(self.shapes[stored], out, stored, self.where)
         values = torch.from_numpy(self._dequantize(stored))
         if self.family.gguf_pairs_rows and ("q_proj" in name or "k_proj" in name):
             heads = self.config.q_heads if "q_proj" in name else self.config.kv_heads

@@ -25,7 +25,7 @@ IGNORED = ".rotary_emb.inv_freq"  # RoPE's frequencies, which old checkpoints ho
 
 
 class HuggingFaceSource:
-    """A source (see lab.model.weights) backed by a folder. Raises LabError for one it cannot read."""
+    """A source (see lab/model/sources/__init__.py). Raises LabError for a folder that it cannot read."""
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)

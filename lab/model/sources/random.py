@@ -13,9 +13,9 @@ from lab.model.description import ModelConfig
 class RandomSource:
     """Weights of any shape from a seed, generated on the device (a CPU and a GPU give different values).
 
-    Each tensor has its own stream, keyed by its name, so layers differ. Matrices are N(0, 1/in) and the two
-    that add to the residual stream are smaller by sqrt(2 * layers), which keeps activations near 1 at any
-    depth.
+    Each tensor has a generator of its own, seeded by the tensor's name, so layers differ. Matrices are
+    drawn from N(0, 1/columns); the two of a layer that add to the residual stream are divided by sqrt(2 *
+    layers), which keeps activations near 1 at any depth.
     """
 
     def __init__(self, config: ModelConfig, seed: int = 0):
@@ -26,8 +26,8 @@ class RandomSource:
         return not (self.config.tie_embeddings and name == "lm_head.weight")
 
     def fill(self, name: str, out: torch.Tensor) -> None:
-        stream = zlib.crc32(f"{self.seed} {name}".encode())  # 32 bits: all that torch's CPU generator takes
-        generator = torch.Generator(out.device).manual_seed(stream)
+        seed = zlib.crc32(f"{self.seed} {name}".encode())  # 32 bits: all that torch's CPU generator takes
+        generator = torch.Generator(out.device).manual_seed(seed)
         if "norm" in name:
             out.normal_(1.0, 0.1, generator=generator)
         elif name.endswith("bias"):

@@ -1,4 +1,4 @@
-"""A tensor read from a file, checked and copied into place."""
+"""Checks a tensor that was read from a file, and copies it into the model."""
 
 import torch
 
@@ -6,7 +6,7 @@ from lab.errors import LabError
 
 
 def check_shape(shape, out: torch.Tensor, name: str, where: str) -> None:
-    """LabError where a tensor of a file has another shape than its place, `out`."""
+    """Raises LabError where a tensor of a file has another shape than `out`, to which it is copied."""
     if tuple(shape) != tuple(out.shape):
         raise LabError(
             f"{where}: tensor {name} is {list(shape)}; the model's shape asks for {list(out.shape)}"
@@ -14,8 +14,8 @@ def check_shape(shape, out: torch.Tensor, name: str, where: str) -> None:
 
 
 def store(values: torch.Tensor, out: torch.Tensor, name: str, where: str) -> None:
-    """Copies a tensor read from a file into place; LabError if its shape is wrong or a value is not
-    finite."""
+    """Copies a tensor read from a file to `out`. Raises LabError where its shape is wrong, or a value is not
+    finite in out's dtype."""
     check_shape(values.shape, out, name, where)
     out.copy_(values)
     if not torch.isfinite(out).all():

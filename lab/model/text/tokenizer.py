@@ -116,8 +116,7 @@ class Tokenizer:
         return self._request("decode", ids=[int(index) for index in ids])
 
     def stream(self, late: bool = False) -> "RemoteStream":
-        """A TextStream of this tokenizer: ids in, whole characters out. late: text may come with a later
-        token."""
+        """A TextStream of this tokenizer: ids in, whole characters out. late: see RemoteStream."""
         return RemoteStream(self, self._request("stream"), late)
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
@@ -134,8 +133,9 @@ class Tokenizer:
 class RemoteStream:
     """A TextStream in the tokenizer's process.
 
-    A round trip to the process takes as long as a token of a small model on a GPU. So with `late`, `push`
-    waits for a hundredth of the time between tokens at most; the text may come with a later token.
+    A request and its answer take as long as a token of a small model on a GPU. So with `late`, `push` waits
+    for the answer for at most a hundredth of the time between two tokens; the text may then come with a
+    later token.
     """
 
     tokenizer: Tokenizer
@@ -452,8 +452,14 @@ def _added_tokens(options: dict, folder: Path) -> list[dict]:
 
 
 def _listed_ends(found, path: Path, vocabulary: int) -> set[int]:
-    """The token ids of an eos_token_id: one, or a list. What no model gives is left out."""
-    ids = [] if found is None else found if isinstance(found, list) else [found]
+    """The token ids of an eos_token_id: one, or a list. One outside the vocabulary is left out, with a
+    warning."""
+    if found is None:
+        ids = []
+    elif isinstance(found, list):
+        ids = found
+    else:
+        ids = [found]
     if not all(map(_is_integer, ids)):
         raise LabError(f"{path}: eos_token_id is {found!r}; expected token ids")
     for index in ids:
