@@ -142,7 +142,7 @@ def measure_point(session, rig, point, dtype_name, modes=None):
     if not todo:
         return
     try:
-        bound = _Bound(op, point, dtype, rig)
+        bound = BoundPoint(op, point, dtype, rig)
     except (RuntimeError, LabError) as e:  # out of memory, a size that the op does not take
         session.add(*(dataclasses.replace(row(b, *m), error=error_text(e)) for m in todo for b in backends))
         return
@@ -220,7 +220,7 @@ def alive(what):
         ) from None
 
 
-class _Bound:
+class BoundPoint:
     """The buffers of one point, and calls over them by backend."""
 
     def __init__(self, op, point, dtype, rig):

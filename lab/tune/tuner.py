@@ -109,7 +109,7 @@ class Race:
             rig.backends[backend],
         )
         self.device = rig.device
-        self.bound = ops_bench._Bound(self.op, point, DTYPES[dtype_name], rig)
+        self.bound = ops_bench.BoundPoint(self.op, point, DTYPES[dtype_name], rig)
         # A residual that a race has added to thousands of times would hide what the last addition did.
         self.fresh = timing.clone_args(self.bound.sets[0])
 
