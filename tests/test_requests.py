@@ -24,29 +24,27 @@ def modules():
 
 
 def test_nobody_reaches_into_another_modules_private_names():
-    """An attribute _x of anything but self or cls is one that the same file defines; nor is a _x imported. The
-    compiled extensions lab._cuda and lab._host are called so because nobody should import them but the lab."""
+    """An attribute _x is one that the same file defines; nor is a _x imported, but for the compiled
+    extensions."""
     found = []
     for path, tree in modules():
-        own = {n.name for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
-        own |= {
-            n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)
-        }
-        for node in ast.walk(tree):
+        nodes = list(ast.walk(tree))
+        own = {n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+        own |= {n.attr for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
+        for node in nodes:
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lab"):
                 names = [alias.name for alias in node.names if alias.name not in ("_cuda", "_host")]
-            elif isinstance(node, ast.Attribute) and not of_torch(node):
-                names = [node.attr] if node.attr not in own else []
+            elif isinstance(node, ast.Attribute) and node.attr not in own and not nameless(node):
+                names = [node.attr]
             else:
                 continue
-            found += [
-                f"{path}:{node.lineno} {n}" for n in names if n.startswith("_") and not n.endswith("__")
-            ]
+            private = [n for n in names if n.startswith("_") and not n.endswith("__")]
+            found += [f"{path}:{node.lineno} {n}" for n in private]
     assert not found
 
 
-def of_torch(node):
-    """torch.cuda._sleep and torch._dynamo.reset have no public name; os._exit and _ncols of matplotlib, too."""
+def nameless(node):
+    """Has no public name: torch.cuda._sleep, torch._dynamo.reset; os._exit and matplotlib's _ncols."""
     while isinstance(node, ast.Attribute):
         if node.attr in ("_exit", "_ncols"):
             return True
@@ -135,8 +133,8 @@ def test_own_kernel_and_demo_ask_for_what_they_did_by_words(tmp_path, monkeypatc
     assert own_kernel.race("mine.cu", None, own_kernel.race_of(find("linear"), args, ["bf16", "fp16"])) == 3
     words = (
         f"all --quick --model {demo.MODEL} --weights auto --fresh --out there",
-        "ops linear --out out/try/mine --model llama-3.2-1b --batch 1,16 --context 1024,8192 --dtype bf16,fp16 "
-        "--fresh",
+        "ops linear --out out/try/mine --model llama-3.2-1b --batch 1,16 --context 1024,8192 "
+        "--dtype bf16,fp16 --fresh",
     )
     assert asked == [bench.request_of(cli.parse(["bench", *line.split()], "bench")) for line in words]
 
