@@ -1,6 +1,7 @@
 """The ladders: every rung in both languages against the reference, the table against the files, and the
 records."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -32,8 +33,8 @@ def fitting(rung, dtype):
     """Cases that the rung takes in this dtype, and those that it must refuse."""
     op = find(rung.op)
     split = {True: [], False: []}
-    for c in ladder_check.CASES[rung.op]:
-        split[rungs.fits(rung, op.inputs(Rand("cpu", dtype), **c.sizes))].append(c)
+    for c in ladder_check.cases_of(rung.op):
+        split[rung.takes(op.bound(*op.inputs(Rand("cpu", dtype), **c.sizes)))].append(c)
     return split[True], split[False]
 
 
@@ -100,9 +101,8 @@ def test_check_runs_a_ladder(capsys):
 
 
 def test_a_wrong_rung_fails_the_check(capsys, monkeypatch):
-    monkeypatch.setitem(
-        ladder._TRITON, "rmsnorm", lambda rung, x, w, eps, residual=None, out=None: out.zero_()
-    )
+    wrong = dataclasses.replace(rungs.ladder_of("rmsnorm"), triton=lambda number, a, out: out.zero_())
+    monkeypatch.setitem(rungs.LADDERS, "rmsnorm", wrong)
     functions = {"triton": lambda name: ladder.bind(ladder.rung_called(name), "triton")}
     assert ladder_check.check(["rmsnorm"], functions, ["fp32"], "cpu", 0) > 0
     assert "elements are off" in capsys.readouterr().out

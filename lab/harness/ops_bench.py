@@ -15,7 +15,6 @@ from lab.contract import BACKENDS, DTYPES, Rand
 from lab.dispatch import select
 from lab.errors import LabError, Unavailable, error_text
 from lab.harness import timing, untuned
-from lab.harness.peers import peers
 from lab.harness.shapes import arguments, key_shape
 from lab.model.plans import refusal
 from lab.ops import find
@@ -226,13 +225,14 @@ class BoundPoint:
     def __init__(self, op, point, dtype, rig):
         self.op, self.rig, self.made = op, rig, {}
         args, self.config = arguments(op, point, Rand(rig.device, dtype), rig.multiprocessors)
-        self.nbytes, self.flops = int(op.nbytes(op.bound(*args))), int(op.flops(op.bound(*args)))
-        self.peers = {p.name: p for p in (peers(op.name, args) if rig.vendor else ())}
+        a = op.bound(*args)
+        self.nbytes, self.flops = int(op.nbytes(a)), int(op.flops(a))
+        self.peers = {p.name: p for p in op.peers if rig.vendor and p.takes(a) and p.installed}
         count, self.calls, self.flushed = 1, 1, False
         if rig.device == "cuda":
             torch.cuda.empty_cache()  # what is free is about to be asked
             storages = {t.untyped_storage().data_ptr(): t.nbytes for t in args if isinstance(t, torch.Tensor)}
-            set_bytes = sum(storages.values()) * (1 + sum(p.own for p in self.peers.values()))
+            set_bytes = sum(storages.values()) * (1 + sum(p.copies for p in self.peers.values()))
             count, self.calls, self.flushed = timing.plan_sets(
                 self.nbytes, rig.l2_bytes, set_bytes, FREE_SHARE * torch.cuda.mem_get_info()[0]
             )
@@ -240,13 +240,13 @@ class BoundPoint:
         self.outs = [op.outputs(*a) for a in self.sets]
 
     def names(self, cache, timer):
-        """Backends and peers that have such a time (see Peer.own)."""
+        """Backends and peers that have such a time (see Peer.copies)."""
         return [
             *self.rig.having(self.op),
             *(
                 name
                 for name, p in self.peers.items()
-                if not p.own or (timer == "graph" and cache != "in_model")
+                if not p.copies or (timer == "graph" and cache != "in_model")
             ),
         ]
 
