@@ -32,7 +32,7 @@ FREE_SHARE = 0.6  # of the free memory, what the buffer sets may take
 
 @dataclass
 class Rig:
-    """What measuring a point needs: backends bound to the device, the ceilings, how long to sample."""
+    """What measuring on one device needs: its backends, the ceilings, its properties, how long to sample."""
 
     device: str
     backends: dict  # name -> lab.dispatch.Ops
@@ -57,8 +57,11 @@ class Rig:
         torch has no kernel of a whole step: under persistent it does what it does under fused. Beside other
         backends it is measured once.
         """
-        once = "fused" in self.plans and list(self.backends) != ["torch"]
-        again = self.plans[1:] if self.lean else ("persistent",) if once else ()
+        again = ()  # plans under which torch is left out
+        if self.lean:
+            again = self.plans[1:]
+        elif "fused" in self.plans and list(self.backends) != ["torch"]:
+            again = ("persistent",)
         whole = [name for name, ops in self.backends.items() if getattr(ops, "whole", True)]
         return [
             (backend, plan)
@@ -85,6 +88,7 @@ def load_backends(names, device, asked):
 
 
 def make_rig(backends, device, ceilings, quick=False, seconds=None):
+    """seconds: of sampling; None: what the device and `quick` ask for."""
     if device != "cuda":
         return Rig(
             device,
@@ -94,6 +98,8 @@ def make_rig(backends, device, ceilings, quick=False, seconds=None):
             vendor=False,
             seconds=0.3 if seconds is None else seconds,
         )
+    if seconds is None:
+        seconds = QUICK_SECONDS if quick else Rig.seconds
     p = torch.cuda.get_device_properties(torch.cuda.current_device())
     return Rig(
         device,
@@ -102,7 +108,7 @@ def make_rig(backends, device, ceilings, quick=False, seconds=None):
         p.multi_processor_count,
         p.L2_cache_size,
         timing.Flush(p.L2_cache_size, device),
-        (QUICK_SECONDS if quick else Rig.seconds) if seconds is None else seconds,
+        seconds,
         modes=QUICK_MODES if quick else MODES,
     )
 
@@ -220,7 +226,7 @@ def alive(what):
 
 
 class BoundPoint:
-    """The buffers of one point, and calls over them by backend."""
+    """One op at one size: its buffers, and calls on them by each backend and peer."""
 
     def __init__(self, op, point, dtype, rig):
         self.op, self.rig, self.made = op, rig, {}

@@ -65,7 +65,8 @@ def require_kernel_file(path: Path) -> None:
 
 
 class TritonFile:
-    """Stands in for triton_kernels.<op> while the contract's Triton half runs."""
+    """A file with a Triton kernel, as a backend: while the contract's launcher runs, the file takes the place
+    of the module triton_kernels.<op>, from which the launcher imports the function that it calls."""
 
     def __init__(self, path: Path, op: Op, device: torch.device):
         load("triton", device)  # Unavailable where there is no Triton
@@ -119,8 +120,8 @@ class TritonFile:
 
 @contextlib.contextmanager
 def needs_no_driver(path):
-    """Says what to write instead of a call of Triton's driver, where Triton itself only counts its
-    drivers."""
+    """Says what to write instead of a call of Triton's driver. Triton's own message says how many drivers are
+    active, and not that one of the file's lines asked for one."""
     try:
         yield
     except Exception as error:
@@ -140,7 +141,7 @@ def build(path: Path, op: Op, device: str, folder: Path, timeout: float) -> Path
     that does not compile within `timeout` seconds.
     """
     if not (ROOT / "cuda_src" / f"{op.name}.cu").exists():
-        raise LabError(f"{op.name} has no CUDA half")
+        raise LabError(f"{op.name} has no CUDA kernel")
     of_device, name = ("1", "_cuda") if device == "cuda" else ("0", "_host")
     objects = ROOT / "build" / name.strip("_")
     sources = [*(ROOT / "cuda_src").glob("*.cu"), *(ROOT / "cuda_src/ladder").glob("*.cu")]
@@ -173,8 +174,8 @@ def build(path: Path, op: Op, device: str, folder: Path, timeout: float) -> Path
 
 
 def for_the_cpu(path: Path, said: str, device: str) -> str | None:
-    """What to write instead of what nvcc takes and the C++ compiler of the CPU does not; None where that is
-    not it.
+    """Advice for a file that uses what nvcc compiles and the C++ compiler of the CPU does not; None where it
+    failed for another reason.
 
     said: the compiler's output.
     """
