@@ -28,7 +28,7 @@ def bind(rung: Rung, backend: str, device: str | torch.device = "cpu") -> Callab
     if backend in rung.absent:
         raise LabError(f"{rung.op} has no rung {rung.title!r} in {backend}: {rung.absent[backend]}")
     op, language = find(rung.op), load(backend, torch.device(device))
-    if rung.product:
+    if rung.own_kernel:
         launch = language.launcher(op)
     elif backend == "cuda":
         name = f"{op.name}_ladder"

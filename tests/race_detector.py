@@ -119,7 +119,7 @@ def inside(extension: Path, ops: list[str]) -> int:
             print(f"{op.name} {shapes}: done", flush=True)
     os.environ["LAB_HOST_SHAPES"] = "cpu"
     for rung in RUNGS:
-        if rung.product or "cuda" in rung.absent or (ops and f"ladder/{rung.op}" not in ops):
+        if rung.own_kernel or "cuda" in rung.absent or (ops and f"ladder/{rung.op}" not in ops):
             continue
         op = next(op for op in OPS if op.name == rung.op)
         print(f"ladder {rung.op} {rung.number}", flush=True)

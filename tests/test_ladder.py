@@ -25,7 +25,7 @@ RUNGS = [
     pytest.param(rung, backend, id=f"{rung.op}-{rung.number}-{backend}")
     for rung in rungs.RUNGS
     for backend in rungs.BACKENDS
-    if backend not in rung.absent and not rung.product
+    if backend not in rung.absent and not rung.own_kernel
 ]
 
 
@@ -56,11 +56,11 @@ def test_rung_agrees_with_the_reference_and_refuses_the_rest(rung, backend):
 def test_table_and_files_name_the_same_rungs(op):
     ladder_of_op = rungs.rungs(op)
     assert [rung.number for rung in ladder_of_op] == list(range(1, len(ladder_of_op) + 1))
-    assert [rung.product for rung in ladder_of_op] == [False] * (len(ladder_of_op) - 1) + [True]
+    assert [rung.own_kernel for rung in ladder_of_op] == [False] * (len(ladder_of_op) - 1) + [True]
     for backend, path in SOURCES.items():
         titles = TITLE.findall((ROOT / path.format(op)).read_text())
         assert titles == [
-            rung.title for rung in ladder_of_op if backend not in rung.absent and not rung.product
+            rung.title for rung in ladder_of_op if backend not in rung.absent and not rung.own_kernel
         ]
     for rung in ladder_of_op:
         assert rung.idea and rung.gain and all(rung.absent.values())
@@ -155,7 +155,7 @@ def test_triton_rungs_compile(architecture):
         ),
     }
     for rung in rungs.RUNGS:
-        if rung.product or "triton" in rung.absent:
+        if rung.own_kernel or "triton" in rung.absent:
             continue
         with recording(architecture) as launches:
             run[rung.op](rung.number)

@@ -199,7 +199,7 @@ def ladder(op, root=ROOT):
     cuda, triton = pair(f"ladder/{op}", root)
 
     def missing(half, rung):
-        if rung.product:
+        if rung.own_kernel:
             return f"The op itself: {FOLDERS[half.language][0]}/{half.path.name}."
         return (
             f"No such rung in {style.backend(half.language).label}: "

@@ -28,7 +28,7 @@ class Rung:
         return f"{self.number}. {self.name}"
 
     @property
-    def product(self) -> bool:
+    def own_kernel(self) -> bool:
         """Is it the op's own kernel?"""
         return self.name == "Product"
 
