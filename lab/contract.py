@@ -45,8 +45,8 @@ class Peer:
     make: Callable  # (list of the arguments of calls, all of one shape) -> a function () -> output for each.
     #                 What the peer must prepare, a layout or a plan of its own, is so left out of the timing
     takes: Callable = lambda a: True  # (a) -> whether the peer takes such a call
-    copies: bool = False  # `make` copies the bulk of the data into another layout: no time in a model or by a
-    #                       caller's clock is then measured, for there the copy would be part of it
+    copies: bool = False  # `make` copies the bulk of the data into another layout. A model would pay for that
+    #                       at every call, so such a peer has no in-model time and no host-inclusive one
     module: str | None = None  # the package that it needs
 
     @property
