@@ -6,15 +6,23 @@ from lab.errors import LabError
 from lab.numbers import integer, number
 
 
-def names(text):
-    """ "a,b" -> ["a", "b"]."""
+def items(text):
+    """ "a, b" -> ["a", "b"]."""
     return [item for item in (part.strip() for part in text.split(",")) if item]
+
+
+def names(text):
+    """ "a,b" -> ["a", "b"]; raises LabError where there is none."""
+    found = items(text)
+    if not found:
+        raise LabError(f"{text!r}: write names with commas, as in a,b")
+    return found
 
 
 def numbers(text):
     """ "1,8" -> [1, 8]; raises LabError for anything that is no positive integer."""
     try:
-        found = [integer(item) for item in names(text)]
+        found = [integer(item) for item in items(text)]
     except ValueError:
         found = []
     if not found or min(found) < 1:

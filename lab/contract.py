@@ -7,6 +7,7 @@ else: it imports nothing of the lab but the errors, and the contracts in lab/ops
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -34,6 +35,41 @@ class Case:
 
 def case(why: str, **sizes) -> Case:
     return Case(why, sizes)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """The vendor's or another project's kernel for the work of an op, measured beside its own kernels."""
+
+    name: str
+    make: Callable  # (list of the arguments of calls, all of one shape) -> a function () -> output for each.
+    #                 What the peer must prepare, a layout or a plan of its own, is so left out of the timing
+    takes: Callable = lambda a: True  # (a) -> whether the peer takes such a call
+    copies: bool = False  # `make` copies the bulk of the data into another layout. A model would pay for that
+    #                       at every call, so such a peer has no in-model time and no host-inclusive one
+    module: str | None = None  # the package that it needs
+
+    @property
+    def installed(self) -> bool:
+        return self.module is None or importlib.util.find_spec(self.module) is not None
+
+
+def with_dtypes(sizes: Mapping) -> dict:
+    """Sizes whose dtypes are given by name, as records have them, with torch's dtypes."""
+    return {
+        key: DTYPES[value] if isinstance(value, str) and value in DTYPES else value
+        for key, value in sizes.items()
+    }
+
+
+def once_a_layer(config, role: str | None) -> int:
+    """How often a decode step makes a use of an op that each layer has."""
+    return config.layers
+
+
+def once(config, role: str | None) -> int:
+    """The same for a use that a step makes before or after its layers."""
+    return 1
 
 
 def one_batch(batch: int, context: int | None) -> dict:
@@ -87,6 +123,7 @@ class Op:
     uses: Callable | None = (
         None  # (config: ModelConfig) -> ((role or None, sizes of `inputs`), ...) in one step
     )
+    calls: Callable = once_a_layer  # (config, role) -> how often one step makes that use
     rows: Callable = one_batch  # (batch, context) -> the other sizes of `inputs`
     launch: Callable | None = (
         None  # (batch, context, multiprocessors, sizes) -> sizes that a decoder chooses: splits
@@ -104,6 +141,7 @@ class Op:
     inspect_sizes: Mapping | None = (
         None  # a decode step of Llama 3.1 8B at 8192 tokens; None: the first case's sizes
     )
+    peers: tuple[Peer, ...] = ()  # see lab/peers.py
     color: str | None = None  # in pictures of what a token's time is made of
 
     # Launch settings that `lab tune` may try: see lab/spaces.py.
@@ -143,11 +181,7 @@ class Op:
     ) -> tuple[dict, dict]:
         """(sizes of `inputs`, those of them that a decoder chooses) for one use by a model: see `uses`."""
         chosen = {} if self.launch is None else self.launch(batch, context, multiprocessors, sizes)
-        given = {
-            key: DTYPES[value] if isinstance(value, str) and value in DTYPES else value
-            for key, value in sizes.items()
-        }
-        return {**self.rows(batch, context), **given, **chosen}, chosen
+        return {**self.rows(batch, context), **with_dtypes(sizes), **chosen}, chosen
 
     def default_sizes(self) -> dict:
         """Sizes of the call that is inspected where none are given."""

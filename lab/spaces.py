@@ -10,7 +10,7 @@ kernels are compiled ahead, so they are few; Triton's are constexprs and compile
 import itertools
 
 SHARED_BYTES = 200 << 10  # a program's tiles in flight must fit in a multiprocessor's shared memory
-ALL = 64  # blocks for each multiprocessor that no shape needs: every set of outputs its own
+ALL = 64  # more blocks for each multiprocessor than any shape needs: every block then has one set of outputs
 
 
 def power_of_two(n):
@@ -21,8 +21,8 @@ def power_of_two(n):
 # ---- CUDA --------------------------------------------------------------------------------------------------
 
 
-def streams(rows, itemsize, n, k, parts=1):
-    """Warps that share a row, and blocks of a multiprocessor, of core/stream_rows.cuh."""
+def shared_rows(rows, itemsize, n, k, parts=1):
+    """For core/stream_rows.cuh: how many warps share a row of w, and blocks for each multiprocessor."""
     found = []
     for share in (1, 2, 4) if k * itemsize % 16 == 0 else (0,):
         blocks = -(-n * parts * max(share, 1) // 16)
@@ -32,10 +32,10 @@ def streams(rows, itemsize, n, k, parts=1):
 
 
 def cuda_product(rows, itemsize, n, k, parts=1, mma=True):
-    """mma: the op has a tensor-core kernel of its own; else more rows go by rmsnorm's and linear's
-    settings."""
+    """mma: whether the op has a tensor-core kernel of its own. Without one, more rows than 2 run as rmsnorm
+    and linear, with linear's settings."""
     if rows <= 2 or itemsize == 4:
-        return streams(rows, itemsize, n, k, parts)
+        return shared_rows(rows, itemsize, n, k, parts)
     if not mma or rows > 16 or k * itemsize % 16:
         return []
     return [dict(tiles=1, stages=4), dict(tiles=1, stages=7), dict(tiles=2)]
@@ -50,8 +50,8 @@ def splits(rows, itemsize, **sizes):
 
 
 def products(rows, itemsize, n, k, parts=1, whole_rows=True):
-    """For the fused matrix products: the path with float32 arithmetic up to 8 rows, the one with dots from 4
-    on."""
+    """For the fused matrix products: float32 arithmetic (`sums`) up to 8 rows, tensor cores (`dots`) from 4
+    rows on. Between the two, both are tried."""
     found = []
     if rows <= 8:
         found += sums(rows, itemsize, n, k, parts, whole_rows)

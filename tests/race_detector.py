@@ -119,7 +119,7 @@ def inside(extension: Path, ops: list[str]) -> int:
             print(f"{op.name} {shapes}: done", flush=True)
     os.environ["LAB_HOST_SHAPES"] = "cpu"
     for rung in RUNGS:
-        if rung.product or "cuda" in rung.absent or (ops and f"ladder/{rung.op}" not in ops):
+        if rung.own_kernel or "cuda" in rung.absent or (ops and f"ladder/{rung.op}" not in ops):
             continue
         op = next(op for op in OPS if op.name == rung.op)
         print(f"ladder {rung.op} {rung.number}", flush=True)
@@ -137,7 +137,7 @@ def check_rung(check, rung, op, module):
     """The first case that the rung takes, with the instrumented module in the place of the installed one."""
     import torch
 
-    from lab import ladder, rungs
+    from lab import ladder
     from lab.contract import Rand
     from lab.learn import ladder_check
 
@@ -146,8 +146,8 @@ def check_rung(check, rung, op, module):
 
     sys.modules["lab._host"] = lab._host = module
     try:
-        for case in ladder_check.CASES[rung.op]:
-            if rungs.fits(rung, op.inputs(Rand("cpu", torch.bfloat16), **case.sizes)):
+        for case in ladder_check.cases_of(rung.op):
+            if rung.takes(op.bound(*op.inputs(Rand("cpu", torch.bfloat16), **case.sizes))):
                 what = f"ladder/{rung.op} {rung.number}"
                 return check(what, op, ladder.bind(rung, "cuda"), torch.bfloat16, case.sizes)
     finally:

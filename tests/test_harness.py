@@ -21,7 +21,18 @@ from lab import options
 from lab.contract import BACKENDS, Rand
 from lab.dispatch import select
 from lab.errors import LabError
-from lab.harness import bench, ceiling, crossover, ledger, ledger_verb, model_bench, ops_bench, shapes, timing
+from lab.harness import (
+    bench,
+    ceiling,
+    crossover,
+    ledger,
+    ledger_verb,
+    model_bench,
+    ops_bench,
+    request,
+    shapes,
+    timing,
+)
 from lab.harness.ceiling import Ceilings
 from lab.model.families import PRESETS
 from lab.model.plans import PLANS
@@ -57,10 +68,18 @@ def tiny(monkeypatch):
     return TINY
 
 
-def run_bench(*argv):
+def options_of_bench(argv):
     parser = argparse.ArgumentParser()
     options.bench(parser)
-    return bench.main(parser.parse_args([str(a) for a in argv]))
+    return parser.parse_args([str(a) for a in argv])
+
+
+def run_bench(*argv):
+    return bench.main(options_of_bench(argv))
+
+
+def settings_of(*argv):
+    return request.settings_of(bench.request_of(options_of_bench(argv)))
 
 
 # Statistics and sampling
@@ -348,7 +367,7 @@ def test_an_interrupted_bench_says_so_and_exits_as_interrupted(tiny, tmp_path, c
 def test_when_every_row_fails_the_bench_fails(tiny, tmp_path, capsys, monkeypatch):
     ops = select("torch", "cpu")
     monkeypatch.setattr(ops_bench, "load_backends", lambda *_, **__: ({"torch": ops}, []))
-    monkeypatch.setattr(ops_bench._Bound, "timed", lambda *_: 1 / 0)
+    monkeypatch.setattr(ops_bench.BoundPoint, "timed", lambda *_: 1 / 0)
     assert run_bench("ops", "silu_mul", "--model", "tiny", "--device", "cpu", "--out", tmp_path) == 1
     assert (
         capsys.readouterr()
@@ -360,8 +379,8 @@ def test_when_every_row_fails_the_bench_fails(tiny, tmp_path, capsys, monkeypatc
 def test_what_matters_most_is_measured_first(monkeypatch):
     """The steps of the full set as on a GPU, none of them run."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    settings = bench.settings_of(bench.parse(["all"]))
-    rig = ops_bench.Rig("cuda", dict.fromkeys(BACKENDS), None, plans=tuple(settings["plans"]))
+    settings = settings_of("all")
+    rig = ops_bench.Rig("cuda", dict.fromkeys(BACKENDS), None, plans=settings.plans)
     steps = bench.steps_of(None, rig, settings)
     labels = [step.label for step in steps]
     first = {
@@ -396,16 +415,14 @@ def test_what_matters_most_is_measured_first(monkeypatch):
 def test_the_sets_are_expected_to_take_no_longer_than_promised(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for words, minutes in ((["all"], 12), (["all", "--quick"], 2)):
-        settings = bench.settings_of(bench.parse(words))
-        rig = ops_bench.Rig(
-            "cuda", dict.fromkeys(BACKENDS), None, plans=tuple(settings["plans"]), lean=settings["quick"]
-        )
-        if settings["quick"]:
+        settings = settings_of(*words)
+        rig = ops_bench.Rig("cuda", dict.fromkeys(BACKENDS), None, plans=settings.plans, lean=settings.quick)
+        if settings.quick:
             rig.seconds, rig.modes = ops_bench.QUICK_SECONDS, ops_bench.QUICK_MODES
         steps = bench.steps_of(None, rig, settings)
         assert 0.3 * minutes < sum(step.seconds for step in steps) / 60 < 0.9 * minutes
         torch_plans = {step.label for step in steps if "torch" in step.label}
-        assert ("ledger llama-3.2-1b torch fused" in torch_plans) != settings["quick"]
+        assert ("ledger llama-3.2-1b torch fused" in torch_plans) != settings.quick
 
 
 def test_every_step_of_a_made_up_gpu_is_recorded_once_and_within_its_budget(tiny, tmp_path, monkeypatch):
@@ -434,8 +451,8 @@ def test_every_step_of_a_made_up_gpu_is_recorded_once_and_within_its_budget(tiny
     monkeypatch.setattr(ledger, "measure_swaps", failing)
     for module in (model_bench, ledger):
         monkeypatch.setattr(module, "alive", lambda _: None)
-    settings = bench.settings_of(bench.parse(["all", "--model", "tiny", "--batch", "1,2", "--context", "16"]))
-    session = Session(tmp_path, "cpu", settings, budget_minutes=0)
+    settings = settings_of("all", "--model", "tiny", "--batch", "1,2", "--context", "16")
+    session = Session(tmp_path, "cpu", settings.recorded(), budget_minutes=0)
     assert not bench.run_all(session, settings, rig.backends) and not calls
     session.deadline = None
     assert bench.run_all(session, settings, rig.backends)

@@ -1,6 +1,7 @@
 """The ladders: every rung in both languages against the reference, the table against the files, and the
 records."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -24,7 +25,7 @@ RUNGS = [
     pytest.param(rung, backend, id=f"{rung.op}-{rung.number}-{backend}")
     for rung in rungs.RUNGS
     for backend in rungs.BACKENDS
-    if backend not in rung.absent and not rung.product
+    if backend not in rung.absent and not rung.own_kernel
 ]
 
 
@@ -32,8 +33,8 @@ def fitting(rung, dtype):
     """Cases that the rung takes in this dtype, and those that it must refuse."""
     op = find(rung.op)
     split = {True: [], False: []}
-    for c in ladder_check.CASES[rung.op]:
-        split[rungs.fits(rung, op.inputs(Rand("cpu", dtype), **c.sizes))].append(c)
+    for c in ladder_check.cases_of(rung.op):
+        split[rung.takes(op.bound(*op.inputs(Rand("cpu", dtype), **c.sizes)))].append(c)
     return split[True], split[False]
 
 
@@ -55,11 +56,11 @@ def test_rung_agrees_with_the_reference_and_refuses_the_rest(rung, backend):
 def test_table_and_files_name_the_same_rungs(op):
     ladder_of_op = rungs.rungs(op)
     assert [rung.number for rung in ladder_of_op] == list(range(1, len(ladder_of_op) + 1))
-    assert [rung.product for rung in ladder_of_op] == [False] * (len(ladder_of_op) - 1) + [True]
+    assert [rung.own_kernel for rung in ladder_of_op] == [False] * (len(ladder_of_op) - 1) + [True]
     for backend, path in SOURCES.items():
         titles = TITLE.findall((ROOT / path.format(op)).read_text())
         assert titles == [
-            rung.title for rung in ladder_of_op if backend not in rung.absent and not rung.product
+            rung.title for rung in ladder_of_op if backend not in rung.absent and not rung.own_kernel
         ]
     for rung in ladder_of_op:
         assert rung.idea and rung.gain and all(rung.absent.values())
@@ -100,9 +101,8 @@ def test_check_runs_a_ladder(capsys):
 
 
 def test_a_wrong_rung_fails_the_check(capsys, monkeypatch):
-    monkeypatch.setitem(
-        ladder._TRITON, "rmsnorm", lambda rung, x, w, eps, residual=None, out=None: out.zero_()
-    )
+    wrong = dataclasses.replace(rungs.ladder_of("rmsnorm"), triton=lambda number, a, out: out.zero_())
+    monkeypatch.setitem(rungs.LADDERS, "rmsnorm", wrong)
     functions = {"triton": lambda name: ladder.bind(ladder.rung_called(name), "triton")}
     assert ladder_check.check(["rmsnorm"], functions, ["fp32"], "cpu", 0) > 0
     assert "elements are off" in capsys.readouterr().out
@@ -155,7 +155,7 @@ def test_triton_rungs_compile(architecture):
         ),
     }
     for rung in rungs.RUNGS:
-        if rung.product or "triton" in rung.absent:
+        if rung.own_kernel or "triton" in rung.absent:
             continue
         with recording(architecture) as launches:
             run[rung.op](rung.number)

@@ -89,7 +89,8 @@ def test_a_race_is_recorded_and_drawn(tmp_path, monkeypatch, capsys):
     before = sys.modules["triton_kernels.silu_mul"] if "triton_kernels.silu_mul" in sys.modules else None
     function = own_kernel.function_of(path, op, "cpu")
     args = SimpleNamespace(file=path, out=str(out), model="smollm2-135m", batch="1", context="16")
-    assert own_kernel.race(op, path.name, function, args, ["fp32"]) == 0
+    request = own_kernel.race_of(op, args, ["fp32"])
+    assert own_kernel.race(path.name, function, request) == 0 == own_kernel.draw(path.name, request.out)
     rows = [r for r in schema.read(out).rows if r.kind == "op"]
     assert {r.backend for r in rows} == {"mine.py", "cuda", "triton", "torch"} and all(r.us > 0 for r in rows)
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("silu_mul"))

@@ -1,7 +1,7 @@
 // The ladder of decode_attention: out[b, h, :] = softmax(scale * q[b, h, :] . K^T) V over the paged cache,
 // from one thread per query head to a cp.async ring.
 //
-//   Each rung changes one thing of the rung before it. What it should gain, and why: lab/rungs.py.
+//   Each rung changes one thing of the rung before it. What it should gain, and why: lab/rungs/.
 //   head_dim 64 or 128. All rungs keep a running softmax: with a new maximum the sums so far are scaled down.
 //   twin  triton_kernels/ladder/decode_attention.py         the op's own kernel  cuda_src/decode_attention.cu
 #include <cfloat>

@@ -1,5 +1,5 @@
 // The ladders: the rungs below the ops' own kernels, one entry point per op. `rung` is a number of
-// lab/rungs.py; the arguments are those of the op. Arguments that a rung cannot take are
+// lab/rungs/; the arguments are those of the op. Arguments that a rung cannot take are
 // refused in lab/ladder.py.
 #pragma once
 #include "../launchers/decode_attention.h"

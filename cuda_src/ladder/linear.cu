@@ -1,7 +1,7 @@
 // The ladder of linear: y[b, n] = sum over k of x[b, k] * w[n, k] (+ bias[n]), from one thread per output to
 // tensor cores.
 //
-//   Each rung changes one thing of the rung before it. What it should gain, and why: lab/rungs.py.
+//   Each rung changes one thing of the rung before it. What it should gain, and why: lab/rungs/.
 //   All rungs but the last two read w once for every row of x; the ladder is measured with one row.
 //   twin  triton_kernels/ladder/linear.py          the op's own kernel  cuda_src/linear.cu
 #include "../common.cuh"

@@ -1,7 +1,7 @@
 // The ladder of rmsnorm: y[b, :] = T(x[b, :] * rsqrt(mean(x[b, :]^2) + eps)) * w, from one thread per row to
 // reading the row only once.
 //
-//   Each rung changes one thing of the rung before it. What it should gain, and why: lab/rungs.py.
+//   Each rung changes one thing of the rung before it. What it should gain, and why: lab/rungs/.
 //   x, y [rows, cols] contiguous; only the op's own kernel takes a residual, or the heads of q and k.
 //   twin  triton_kernels/ladder/rmsnorm.py          the op's own kernel  cuda_src/rmsnorm.cu
 #include "../common.cuh"

@@ -1,1 +1,1 @@
-"""Measurement: ceiling, timing, op and model benchmarks, the ledger of a token, records, compare."""
+"""Measurement: what is asked for (request), timing, ceilings, ops, models, ladders, a token's ledger."""

@@ -1,10 +1,9 @@
-"""The bandwidth that this card reaches on plain streams, by direction and size: the denominator of every
-share.
+"""The bandwidth that a plain read, copy or write reaches on this card, by size: what every share divides by.
 
 Each direction and size is measured with the CUDA kernel (cuda_src/bandwidth.cu), the Triton kernel
 (triton_kernels/bandwidth.py) and, for a copy, torch's own; in several launch shapes; the best one counts.
-Sizes below 64 MiB are there because a short stream cannot reach the ceiling, and a small op should be held to
-what is reachable.
+Sizes below 64 MiB are there because a short read or copy cannot reach the ceiling, and a small op should be
+held to what is reachable at its size.
 """
 
 import math
@@ -36,7 +35,7 @@ TRITON_SHAPES = (
 
 @dataclass
 class Ceilings:
-    """What plain streams reached in one run: {direction: [(bytes, gbps), ...] by size}; empty on a CPU."""
+    """The ceilings of one run: {direction: [(bytes, gbps), ...] by size}; empty on a CPU."""
 
     curves: dict = field(default_factory=dict)
 
@@ -55,11 +54,12 @@ class Ceilings:
         )
 
     def best(self, direction="read"):
-        """GB/s of the best stream of any size; None where nothing was measured."""
+        """GB/s of the best size; None where nothing was measured."""
         return max((gbps for _, gbps in self.curves.get(direction, ())), default=None)
 
     def at(self, direction, nbytes):
-        """GB/s that a stream of nbytes reached: its time interpolated linearly between the sizes measured."""
+        """GB/s that a plain kernel of nbytes reaches: its time interpolated linearly between the sizes
+        measured."""
         curve = self.curves.get(direction)
         if not curve or nbytes <= 0:
             return None
@@ -121,7 +121,8 @@ def triton_call(mode, src, dst, programs, block, warps, passes=1):
 
 
 def implementations(direction, sms, payload):
-    """[(backend, config, make)] where make(src, dst) is a call; grids never exceed the tiles there are."""
+    """[(backend, config, make)] where make(src, dst) is a call; a grid has at most one block for each
+    tile."""
     mode, found = MODES[direction], []
     try:
         _cuda = load("_cuda")
@@ -153,8 +154,8 @@ def implementations(direction, sms, payload):
 
 
 def pieces(arena, direction, size, sink):
-    """[(src, dst)]: distinct parts of the arena, each a stream of `size` bytes (a copy reads half and writes
-    half)."""
+    """[(src, dst)]: distinct parts of the arena, each of `size` bytes in all: a copy reads the one half and
+    writes the other."""
     if direction == "copy":
         half, step = arena.numel() // 2, size // 8
         src, dst = arena[:half], arena[half:]

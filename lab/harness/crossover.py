@@ -12,11 +12,12 @@ from collections import defaultdict
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-from lab.contract import BACKENDS
+from lab.contract import BACKENDS, DTYPES
 from lab.errors import LabError
 from lab.files import write_whole
 from lab.harness import untuned
 from lab.harness.shapes import preset
+from lab.ops import OPS
 from lab.records import compare
 from lab.text import columns
 
@@ -34,10 +35,20 @@ class Cell:
     untuned: tuple = ()  # backends of `us` that ran with settings nobody raced: see lab/harness/untuned.py
 
 
-def calls(config, role):
-    """How often one decode step of a model makes this use of an op."""
-    per_layer = {"hidden": 2}.get(role, 1) * config.layers
-    return {"lm_head": 1, "greedy": 1}.get(role, per_layer)
+CONTRACTS = {op.name: op for op in OPS}
+
+
+def calls(op, config, role):
+    """How often one decode step of a model makes this use of an op; a record may name an op that is no
+    more."""
+    return CONTRACTS[op].calls(config, role) if op in CONTRACTS else config.layers
+
+
+def of_dtype(row, dtype):
+    """Does the row belong to a model of this dtype? An op may take another one whatever the model's is:
+    sample takes float32 logits."""
+    op = CONTRACTS.get(row.op)
+    return row.dtype == dtype or (op is not None and DTYPES[dtype] not in op.dtypes)
 
 
 def cells(rows, model, dtype="bf16", cache=None):
@@ -52,7 +63,7 @@ def cells(rows, model, dtype="bf16", cache=None):
         and model in r.models
         and r.backend in BACKENDS
         and r.timer in ("graph", "wall")
-        and (r.dtype == dtype or r.op == "sample")
+        and of_dtype(r, dtype)
     ]
     wished = [cache] if cache else ["in_model", "cold", "warm"]
     found = defaultdict(dict)  # (op, batch, context) -> role -> backend -> row
@@ -65,10 +76,7 @@ def cells(rows, model, dtype="bf16", cache=None):
         common = [b for b in BACKENDS if all(b in by_backend for by_backend in roles.values())]
         if not common:
             continue
-        sums = {
-            b: total([(calls(config, role) if op != "embedding" else 1, by[b]) for role, by in roles.items()])
-            for b in common
-        }
+        sums = {b: total([(calls(op, config, role), by[b]) for role, by in roles.items()]) for b in common}
         order = sorted(common, key=lambda b: sums[b].us)
         said = compare.verdict(sums[order[1]], sums[order[0]]) if len(order) > 1 else "alone"
         left = tuple(b for b in common if any(untuned.is_untuned(by[b], cards) for by in roles.values()))

@@ -18,41 +18,30 @@ from lab.harness import timing
 from lab.harness.ops_bench import FREE_SHARE, alive
 from lab.harness.shapes import Point, arguments
 from lab.ops import find
-from lab.ops.kv_append import PAGE_SIZE
 from lab.records.schema import OpRow
 
-HEADS = {"q_heads": 32, "kv_heads": 8, "head_dim": 128, "page_size": PAGE_SIZE}
-POINTS = {  # a batch of 64 hidden states, and layers of Llama-3.1-8B
-    "cuda": (
-        Point("linear", None, 1, None, {"n": 4096, "k": 14336}),
-        Point("rmsnorm", None, 64, None, {"cols": 8192}),
-        Point("decode_attention", None, 8, 4096, HEADS),
-    ),
-    "cpu": (
-        Point("linear", None, 1, None, {"n": 64, "k": 512}),
-        Point("rmsnorm", None, 4, None, {"cols": 512}),
-        Point("decode_attention", None, 2, 64, HEADS | {"q_heads": 4, "kv_heads": 2, "head_dim": 64}),
-    ),
-}
 SECONDS = 2.0  # of sampling all rungs of an op together
 LEAST, MOST = 10, 60  # samples of each
 
 
 def points(device, ops):
+    """Where the ladders of `ops` are measured; all ladders where there are none. Raises LabError for an op
+    without a ladder."""
     for op in ops:
-        rungs.rungs(op)  # an op without a ladder is an error
-    return [p for p in POINTS[device] if not ops or p.op in ops]
+        rungs.ladder_of(op)
+    chosen = [ladder for op, ladder in rungs.LADDERS.items() if not ops or op in ops]
+    return [Point(ladder.op, None, **ladder.points[device]) for ladder in chosen]
 
 
-def measure(session, rig, point, dtype_name):
-    """Measures all rungs of one op that the session lacks; those that fail are recorded with `error`."""
-    op, (cache, timer) = find(point.op), ("cold", "graph") if rig.device == "cuda" else ("warm", "wall")
-    args, config = arguments(op, point, Rand(rig.device, DTYPES[dtype_name]), rig.multiprocessors)
+def rows_of(session, rig, point, dtype_name, args, launch_config):
+    """{(rung, backend): row} of what is to be measured at a point: what the session lacks of the rungs that
+    take these arguments."""
+    op, rows = find(point.op), {}
     a = op.bound(*args)
-    nbytes, rows = int(op.nbytes(a)), {}
+    cache, timer = ("cold", "graph") if rig.device == "cuda" else ("warm", "wall")
     for rung in rungs.rungs(op.name):
         for backend in rig.backends:
-            if backend not in rungs.BACKENDS or backend in rung.absent or not rungs.fits(rung, args):
+            if backend not in rungs.BACKENDS or backend in rung.absent or not rung.takes(a):
                 continue
             row = OpRow(
                 session.run,
@@ -65,7 +54,7 @@ def measure(session, rig, point, dtype_name):
                 cache,
                 timer,
                 rung=rung.number,
-                bytes=nbytes,
+                bytes=int(op.nbytes(a)),
                 flops=int(op.flops(a)),
                 note=rung.otherwise or None,
                 emulated=timer == "wall",
@@ -74,13 +63,23 @@ def measure(session, rig, point, dtype_name):
                     "name": rung.name,
                     "idea": rung.idea,
                     "promised": rung.factor,
-                    **config,
+                    **launch_config,
                 },
             )
             if not session.has(row):
                 rows[rung, backend] = row
+    return rows
+
+
+def measure(session, rig, point, dtype_name):
+    """Measures all rungs of one op that the session lacks; those that fail are recorded with `error`."""
+    op = find(point.op)
+    args, config = arguments(op, point, Rand(rig.device, DTYPES[dtype_name]), rig.multiprocessors)
+    rows = rows_of(session, rig, point, dtype_name, args, config)
     if not rows:
         return
+    a_row = next(iter(rows.values()))
+    nbytes, cache, timer = a_row.bytes, a_row.cache, a_row.timer
     sets, flush = [args], None
     if rig.device == "cuda":
         torch.cuda.empty_cache()

@@ -1,23 +1,24 @@
-"""`lab ledger MODEL`: one decode step, use by use, and where the rest of the token's time went.
+"""`lab ledger MODEL`: where the time of one decode step goes. A use is an op in its role, as `linear o`.
 
-Four measurements make an account:
+Four things are measured:
   1. The token: the decoder's CUDA graph, replayed between two events. No profiler.
-  2. Chains: the step's uses (an op in its role, as `linear o`) in order of first appearance; T(k) is a graph
-     of all the step's calls of the first k uses, in the step's order, in place, on every layer's own weights
-     and KV. The time of use k is T(k) - T(k-1): what the token grows by when its calls join those before. The
-     sum is T(all) exactly. What a kernel hides behind another is a gain of the later use. Each sample follows
-     a whole token, so L2 holds what it holds when tokens follow each other. That token is a graph of its own,
-     before the sample of the token, too: replays of one graph in a row were faster than replays that
-     alternate with another graph's (SmolLM2-135M, Triton, basic plan, on an H100: 722 us, and the same calls
-     in a graph that alternates 774).
+  2. Chains: T(k) is the time of a graph of all calls of the step's first k uses, in order of their first
+     appearance. The calls keep the step's order and run in place, on every layer's own weights and KV. The
+     time of use k is T(k) - T(k-1): by how much the chain grows when the calls of use k join. These times add
+     up to T(all) exactly. Where two kernels overlap, the time saved is taken from the later use.
+     Before each sample a whole token runs, so that L2 holds what it holds when tokens follow each other. That
+     token is a graph of its own, also before the sample of the token itself: replays of one graph in a row
+     were faster than replays that alternate with another graph's (SmolLM2-135M, Triton, basic plan, on an
+     H100: 722 us, and the same calls in a graph that alternates 774).
   3. Kernels: device time stamps (torch's profiler, CUPTI) of the token's kernels. Which op launched which
      comes from one eager step with a marker kernel around every op; the order of kernels in the graph is the
      same.
-  4. A graph of nothing: what launching a graph costs, which the token pays once.
-Where kernels overlap (programmatic dependent launch), time stamps do not add up: rows are `chain`, the time
-of a use, and `gap` is the graph's launch. Elsewhere rows are `kernel` and `gap` is T(all) minus the time
-stamps: the device's idle time. In both, `unexplained` is the token minus T(all): above 3% of it, the chains
-are not the token, and a flag says so. Gaps cannot be read off the time stamps: the profiler widens them.
+  4. A graph that does nothing: what launching a graph costs, which the token pays once.
+Where kernels overlap (programmatic dependent launch), time stamps do not add up: then the rows are `chain`,
+the time of a use by its chain, and `gap` is the graph's launch. Elsewhere the rows are `kernel`, and `gap` is
+T(all) minus the time stamps: the device's idle time. In both, `unexplained` is the token minus T(all); above
+3% of the token a flag says that the chains do not stand for the token. Gaps cannot be read off the time
+stamps: the profiler widens them.
 """
 
 import functools
@@ -39,17 +40,17 @@ from lab.records.schema import LedgerRow
 
 MARKER = "spin_kernel"  # torch.cuda._sleep's kernel: nothing else in a decode step is called so
 REPLAYS = 20  # replays under the profiler
-AHEAD = 1_000_000  # cycles, 0.6 ms: the host sends for two graphs meanwhile, so that neither waits for it
+AHEAD = 1_000_000  # cycles, 0.6 ms, in which the host launches two graphs: neither then waits for the host
 NULLS = 32  # kernels that do nothing, to tell a graph's launch from a kernel's
 SWAP_SECONDS = 1.0  # of sampling all tokens of a plan's swaps together
 TOLERANCE = 0.03  # of the token, for what is unexplained
 OVERLAP = 0.01  # of the token; time stamps that overlap by more do not add up
-DEPENDENT = {
-    ("cuda", "basic"),
-    ("cuda", "fused"),
-    ("triton", "fused"),
-}  # plans whose kernels let the next one begin
-OTHER = ("other", None)  # the use of what no op launches: moving the positions on
+# (language, plan) whose kernels overlap: one allows the next to launch before it has ended, and the next is
+# launched so. That takes two kernels, so it is a fact of a plan and not of an op. They are named so that the
+# kind of their rows does not depend on how much they happened to overlap in a run; of other languages and
+# plans the time stamps tell (OVERLAP).
+DEPENDENT = {("cuda", "basic"), ("cuda", "fused"), ("triton", "fused")}
+OTHER = ("other", None)  # stands for a use: the kernel that advances the positions, which no op launches
 
 
 @dataclass
@@ -64,7 +65,7 @@ class Call:
 
 
 class Recorder:
-    """Stands in for a decoder's ops: notes every call; with mark=True a marker kernel runs before and after
+    """Takes the place of a decoder's ops and notes every call. mark: a marker kernel runs before and after
     each."""
 
     def __init__(self, ops, config, mark=False):
@@ -92,8 +93,8 @@ class Recorder:
 
 
 def role_of(op, config, a):
-    """The role of a call in a model's step: of the use whose sizes are those of its arguments, the last of
-    several."""
+    """The role of a call in a model's step: that of the use which has the sizes of its arguments, of the last
+    one where several have."""
     if op.use_of is None:
         return None
     told = op.use_of(a)

@@ -3,10 +3,11 @@ terminal."""
 
 import torch
 
-from lab.arguments import names
+from lab.arguments import names, numbers
 from lab.contract import BACKENDS
 from lab.errors import LabError, one_line, shown
 from lab.harness import bench, shapes
+from lab.harness.request import Request
 from lab.names import known
 from lab.records import compare
 from lab.text import columns
@@ -15,17 +16,28 @@ from lab.text import columns
 def main(args):
     """Measures (ceilings first) into a new run of --out and prints the account. Raises LabError without a
     GPU."""
+    request = Request(
+        "ledger",
+        args.out,
+        models=(args.model,),
+        backends=tuple(names(args.backend)),
+        dtypes=(args.dtype,),
+        batches=tuple(numbers(str(args.batch))),
+        contexts=tuple(numbers(str(args.context))),
+        plans=tuple(names(args.plan)) if args.plan else None,
+        weights=args.weights,
+        quick=True,
+        fresh=True,
+        swap=args.swap,
+    )
     shapes.preset(args.model)
-    for name in names(args.backend):
+    for name in request.backends:
         known(name, BACKENDS, "backend")
     if not torch.cuda.is_available():
         raise LabError(
             "a ledger needs an NVIDIA GPU: its rows are device time stamps (lab bench works on a CPU)"
         )
-    words = ["ledger", args.model, "--quick", "--fresh"] + ["--swap"] * args.swap
-    for option in ("out", "backend", "dtype", "batch", "context", "weights", "plan"):
-        words += [f"--{option}", str(getattr(args, option))] if getattr(args, option) is not None else []
-    status = bench.main(bench.parse(words))
+    status = bench.measure(request)
     rows = compare.open_run(args.out).rows
     print(text_of([r for r in rows if r.kind == "ledger"]))
     return status

@@ -15,7 +15,6 @@ from lab.contract import BACKENDS, DTYPES, Rand
 from lab.dispatch import select
 from lab.errors import LabError, Unavailable, error_text
 from lab.harness import timing, untuned
-from lab.harness.peers import peers
 from lab.harness.shapes import arguments, key_shape
 from lab.model.plans import refusal
 from lab.ops import find
@@ -33,7 +32,7 @@ FREE_SHARE = 0.6  # of the free memory, what the buffer sets may take
 
 @dataclass
 class Rig:
-    """What measuring a point needs: backends bound to the device, the ceilings, how long to sample."""
+    """What measuring on one device needs: its backends, the ceilings, its properties, how long to sample."""
 
     device: str
     backends: dict  # name -> lab.dispatch.Ops
@@ -58,8 +57,11 @@ class Rig:
         torch has no kernel of a whole step: under persistent it does what it does under fused. Beside other
         backends it is measured once.
         """
-        once = "fused" in self.plans and list(self.backends) != ["torch"]
-        again = self.plans[1:] if self.lean else ("persistent",) if once else ()
+        again = ()  # plans under which torch is left out
+        if self.lean:
+            again = self.plans[1:]
+        elif "fused" in self.plans and list(self.backends) != ["torch"]:
+            again = ("persistent",)
         whole = [name for name, ops in self.backends.items() if getattr(ops, "whole", True)]
         return [
             (backend, plan)
@@ -86,6 +88,7 @@ def load_backends(names, device, asked):
 
 
 def make_rig(backends, device, ceilings, quick=False, seconds=None):
+    """seconds: of sampling; None: what the device and `quick` ask for."""
     if device != "cuda":
         return Rig(
             device,
@@ -95,6 +98,8 @@ def make_rig(backends, device, ceilings, quick=False, seconds=None):
             vendor=False,
             seconds=0.3 if seconds is None else seconds,
         )
+    if seconds is None:
+        seconds = QUICK_SECONDS if quick else Rig.seconds
     p = torch.cuda.get_device_properties(torch.cuda.current_device())
     return Rig(
         device,
@@ -103,7 +108,7 @@ def make_rig(backends, device, ceilings, quick=False, seconds=None):
         p.multi_processor_count,
         p.L2_cache_size,
         timing.Flush(p.L2_cache_size, device),
-        (QUICK_SECONDS if quick else Rig.seconds) if seconds is None else seconds,
+        seconds,
         modes=QUICK_MODES if quick else MODES,
     )
 
@@ -142,7 +147,7 @@ def measure_point(session, rig, point, dtype_name, modes=None):
     if not todo:
         return
     try:
-        bound = _Bound(op, point, dtype, rig)
+        bound = BoundPoint(op, point, dtype, rig)
     except (RuntimeError, LabError) as e:  # out of memory, a size that the op does not take
         session.add(*(dataclasses.replace(row(b, *m), error=error_text(e)) for m in todo for b in backends))
         return
@@ -220,19 +225,20 @@ def alive(what):
         ) from None
 
 
-class _Bound:
-    """The buffers of one point, and calls over them by backend."""
+class BoundPoint:
+    """One op at one size: its buffers, and calls on them by each backend and peer."""
 
     def __init__(self, op, point, dtype, rig):
         self.op, self.rig, self.made = op, rig, {}
         args, self.config = arguments(op, point, Rand(rig.device, dtype), rig.multiprocessors)
-        self.nbytes, self.flops = int(op.nbytes(op.bound(*args))), int(op.flops(op.bound(*args)))
-        self.peers = {p.name: p for p in (peers(op.name, args) if rig.vendor else ())}
+        a = op.bound(*args)
+        self.nbytes, self.flops = int(op.nbytes(a)), int(op.flops(a))
+        self.peers = {p.name: p for p in op.peers if rig.vendor and p.takes(a) and p.installed}
         count, self.calls, self.flushed = 1, 1, False
         if rig.device == "cuda":
             torch.cuda.empty_cache()  # what is free is about to be asked
             storages = {t.untyped_storage().data_ptr(): t.nbytes for t in args if isinstance(t, torch.Tensor)}
-            set_bytes = sum(storages.values()) * (1 + sum(p.own for p in self.peers.values()))
+            set_bytes = sum(storages.values()) * (1 + sum(p.copies for p in self.peers.values()))
             count, self.calls, self.flushed = timing.plan_sets(
                 self.nbytes, rig.l2_bytes, set_bytes, FREE_SHARE * torch.cuda.mem_get_info()[0]
             )
@@ -240,13 +246,13 @@ class _Bound:
         self.outs = [op.outputs(*a) for a in self.sets]
 
     def names(self, cache, timer):
-        """Backends and peers that have such a time (see Peer.own)."""
+        """Backends and peers that have such a time (see Peer.copies)."""
         return [
             *self.rig.having(self.op),
             *(
                 name
                 for name, p in self.peers.items()
-                if not p.own or (timer == "graph" and cache != "in_model")
+                if not p.copies or (timer == "graph" and cache != "in_model")
             ),
         ]
 

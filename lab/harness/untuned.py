@@ -2,9 +2,8 @@
 
 The time of such a kernel is no limit of its language, so whatever shows it says "untuned" beside it. A bench
 on a GPU records it with each op row (config["tuned"]: true or false, absent where there is nothing to
-choose). For records that
-do not say it, the fairness cards of the run do: an op that `lab tune` knows and of which no setting was raced
-is untuned at every shape. Never imports torch.
+choose). For records that do not say it, the fairness cards of the run do: an op that `lab tune` knows and of
+which no setting was raced is untuned at every shape. What reports call imports no torch.
 """
 
 from lab import declared
@@ -34,10 +33,10 @@ def by_cards(cards):
 
 def is_untuned(row, cards):
     """Does an op row say that it was untuned, or, where it does not say, do the cards (of `by_cards`)? The
-    rungs of a
-    ladder below the product are written to be compared, not to be tuned: they are never called untuned."""
+    rungs of a ladder are written to be compared, not to be tuned: only the last, the op's own kernel, can be
+    untuned."""
     tuned = row.config.get("tuned")
     if isinstance(tuned, bool):
         return not tuned
-    product = row.rung is None or row.config.get("name") == "Product"
-    return product and not row.emulated and (row.backend, row.op) in cards
+    own_kernel = row.rung is None or row.config.get("name") == "Product"
+    return own_kernel and not row.emulated and (row.backend, row.op) in cards

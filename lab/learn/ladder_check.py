@@ -2,41 +2,17 @@
 
 from __future__ import annotations
 
-import torch
-
 from lab.check import check_case
-from lab.contract import DTYPES, Rand, case
+from lab.contract import DTYPES, Case, Rand, with_dtypes
 from lab.errors import LabError
 from lab.ladder import bind
 from lab.ops import find
-from lab.rungs import fits, rungs
+from lab.rungs import Rung, ladder_of
 
-CASES = {
-    "linear": (
-        case("tails of a tile in n and k", batch=1, n=37, k=136),
-        case("several steps of four warps", batch=3, n=9, k=1096),
-        case("a k of no whole vectors, with bias", batch=1, n=11, k=101, bias=True),
-        case("more rows than 8, float32 out", batch=9, n=20, k=264, bias=True, out_dtype=torch.float32),
-    ),
-    "rmsnorm": (
-        case("one row", rows=1, cols=576),
-        case("more rows than a warp has lanes", rows=33, cols=64),
-        case("several steps of 256 vectors", rows=2, cols=2056),
-        case("no whole vectors", rows=3, cols=101),
-    ),
-    "decode_attention": (
-        case(
-            "context 1, around a page's end, an idle row; a group of 3",
-            lengths=(1, 15, 17, 0, 65, 130),
-            q_heads=6,
-            kv_heads=2,
-            head_dim=64,
-            splits=2,
-        ),
-        case("empty splits, a group of 5", lengths=(5, 70), q_heads=5, kv_heads=1, head_dim=128, splits=7),
-        case("one split, a larger page", lengths=(100,), q_heads=2, kv_heads=2, head_dim=128, page_size=64),
-    ),
-}
+
+def cases_of(op: str) -> list[Case]:
+    """Those of a ladder."""
+    return [Case(why, with_dtypes(sizes)) for why, sizes in ladder_of(op).cases]
 
 
 def check(ops, functions, dtypes, device, seed, quick=False) -> int:
@@ -48,45 +24,55 @@ def check(ops, functions, dtypes, device, seed, quick=False) -> int:
     """
     failed = ran = 0
     for op in ops:
-        cases = CASES[op][:2] if quick else CASES[op]
-        for rung in rungs(op):
+        cases = cases_of(op)[: 2 if quick else None]
+        for rung in ladder_of(op).rungs:
             needs = f"; needs {rung.needs}" if rung.needs else ""
             print(f"{op} {rung.title}: {rung.idea}\n    should gain: {rung.gain}{needs}")
             for backend in functions:
                 if backend in rung.absent:
                     print(f"    {backend:6} absent: {rung.absent[backend]}")
                     continue
-                here, function, said = (
-                    bind(rung, backend, device),
+                function, here, said = (
                     functions[backend](f"{op} {rung.number}"),
-                    [],
+                    bind(rung, backend, device),
+                    "",
                 )
                 for dtype in dtypes:
-                    right = refused = 0
+                    taken = [c for c in cases if takes(rung, c, device, dtype, seed)]
                     for c in cases:
-                        rand = Rand(device, DTYPES[dtype], seed)
-                        if not fits(rung, find(op).inputs(rand, **c.sizes)):
-                            refused += _is_refused(here, find(op).inputs(rand, **c.sizes))
-                            continue
-                        outcome = check_case(find(op), function, Rand("cpu", DTYPES[dtype], seed), c.sizes)
-                        ran += 1
-                        right += outcome.error is None
-                        if outcome.error:
-                            failed += 1
-                            said.append(f"\n        {dtype} {c.why} {dict(c.sizes)}: {outcome.error}")
-                    said.append(
-                        f" {dtype} {right}/{len(cases) - refused}"
-                        + (f" ({refused} refused)" if refused else "")
-                    )
-                print(f"    {backend:6}{''.join(said)}", flush=True)
+                        if c not in taken:
+                            require_refusal(
+                                here, find(op).inputs(Rand(device, DTYPES[dtype], seed), **c.sizes)
+                            )
+                    wrong = wrong_cases(op, function, taken, dtype, seed)
+                    ran, failed, refused = ran + len(taken), failed + len(wrong), len(cases) - len(taken)
+                    said += "".join(f"\n        {line}" for line in wrong)
+                    said += f" {dtype} {len(taken) - len(wrong)}/{len(taken)}"
+                    said += f" ({refused} refused)" if refused else ""
+                print(f"    {backend:6}{said}", flush=True)
     print(f"{ran} cases of rungs on {device}, {failed} failed")
     return failed
 
 
-def _is_refused(function, args) -> bool:
-    """True; raises if arguments that a rung does not take are taken."""
+def takes(rung: Rung, case: Case, device: str, dtype: str, seed: int) -> bool:
+    op = find(rung.op)
+    return rung.takes(op.bound(*op.inputs(Rand(device, DTYPES[dtype], seed), **case.sizes)))
+
+
+def wrong_cases(op: str, function, cases, dtype: str, seed: int) -> list[str]:
+    """A line for each case in which the function of a rung does not agree with the reference."""
+    found = []
+    for c in cases:
+        outcome = check_case(find(op), function, Rand("cpu", DTYPES[dtype], seed), c.sizes)
+        if outcome.error:
+            found.append(f"{dtype} {c.why} {dict(c.sizes)}: {outcome.error}")
+    return found
+
+
+def require_refusal(function, args) -> None:
+    """Raises AssertionError if a rung takes arguments that it says it does not take."""
     try:
         function(*args)
     except LabError:
-        return True
+        return
     raise AssertionError("the rung took arguments that it says it does not take")

@@ -27,6 +27,7 @@ from types import SimpleNamespace
 
 import torch
 
+from lab.arguments import names, numbers
 from lab.backends import load
 from lab.check import check_cases
 from lab.contract import BACKENDS, DTYPES, Op
@@ -34,6 +35,7 @@ from lab.dispatch import bind
 from lab.errors import LabError, Unavailable, one_line
 from lab.files import python_module, regular_file
 from lab.harness import untuned
+from lab.harness.request import Request
 from lab.names import known
 from lab.ops import find
 from lab.worker import Died, Worker
@@ -63,7 +65,8 @@ def require_kernel_file(path: Path) -> None:
 
 
 class TritonFile:
-    """Stands in for triton_kernels.<op> while the contract's Triton half runs."""
+    """A file with a Triton kernel, as a backend: while the contract's launcher runs, the file takes the place
+    of the module triton_kernels.<op>, from which the launcher imports the function that it calls."""
 
     def __init__(self, path: Path, op: Op, device: torch.device):
         load("triton", device)  # Unavailable where there is no Triton
@@ -117,8 +120,8 @@ class TritonFile:
 
 @contextlib.contextmanager
 def needs_no_driver(path):
-    """Says what to write instead of a call of Triton's driver, where Triton itself only counts its
-    drivers."""
+    """Says what to write instead of a call of Triton's driver. Triton's own message says how many drivers are
+    active, and not that one of the file's lines asked for one."""
     try:
         yield
     except Exception as error:
@@ -138,7 +141,7 @@ def build(path: Path, op: Op, device: str, folder: Path, timeout: float) -> Path
     that does not compile within `timeout` seconds.
     """
     if not (ROOT / "cuda_src" / f"{op.name}.cu").exists():
-        raise LabError(f"{op.name} has no CUDA half")
+        raise LabError(f"{op.name} has no CUDA kernel")
     of_device, name = ("1", "_cuda") if device == "cuda" else ("0", "_host")
     objects = ROOT / "build" / name.strip("_")
     sources = [*(ROOT / "cuda_src").glob("*.cu"), *(ROOT / "cuda_src/ladder").glob("*.cu")]
@@ -171,8 +174,8 @@ def build(path: Path, op: Op, device: str, folder: Path, timeout: float) -> Path
 
 
 def for_the_cpu(path: Path, said: str, device: str) -> str | None:
-    """What to write instead of what nvcc takes and the C++ compiler of the CPU does not; None where that is
-    not it.
+    """Advice for a file that uses what nvcc compiles and the C++ compiler of the CPU does not; None where it
+    failed for another reason.
 
     said: the compiler's output.
     """
@@ -255,7 +258,7 @@ def main(args) -> int:
         raise Unavailable("device cuda: this machine has no usable NVIDIA GPU; use --device cpu")
     taken = [name for name, dtype in DTYPES.items() if dtype in op.dtypes]
     dtypes = (
-        [known(name, taken, f"dtype of {op.name}") for name in args.dtype.split(",")] if args.dtype else taken
+        [known(name, taken, f"dtype of {op.name}") for name in names(args.dtype)] if args.dtype else taken
     )
     if op.whole_step and device == "cuda" and not args.check_only:
         raise LabError(f"{op.name} is a whole step, which no race of ops has: use --check-only")
@@ -263,6 +266,7 @@ def main(args) -> int:
     name = args.file.name
     if name in BACKENDS:
         raise LabError(f"{name} is a backend's name: call the file something else")
+    request = race_of(op, args, dtypes)
     spec = {
         "module": __name__,
         "file": str(args.file.resolve()),
@@ -276,16 +280,18 @@ def main(args) -> int:
             spec["built"] = str(build(args.file, op, device, Path(folder), args.timeout))
         with Worker(spec, args.timeout) as worker:
             worker.start()
-            return try_in(worker, op, name, args, dtypes, device)
+            return try_in(worker, op, args, request, device)
 
 
-def try_in(worker: Worker, op: Op, name: str, args, dtypes, device: str) -> int:
+def try_in(worker: Worker, op: Op, args, request: Request, device: str) -> int:
     """Checks the file that a worker has loaded, and races it where there is a GPU; returns the exit
     status."""
-    function = worker.function(op.name)
+    name, function = args.file.name, worker.function(op.name)
 
     def check() -> int:
-        return sum(check_cases(op, name, function, dtype, op.cases, "cpu", args.seed) for dtype in dtypes)
+        return sum(
+            check_cases(op, name, function, dtype, op.cases, "cpu", args.seed) for dtype in request.dtypes
+        )
 
     failed = check()
     if failed:
@@ -296,11 +302,10 @@ def try_in(worker: Worker, op: Op, name: str, args, dtypes, device: str) -> int:
             "right in every case" + ("" if args.check_only else "; not raced, for emulated times say nothing")
         )
         return 0
-    options = {key: getattr(args, key) for key in ("op", "file", "out", "model", "batch", "context")}
     try:
-        status = worker.ask(
-            {"run": "race_in_worker", "arguments": (op.name, name, options, dtypes)}, limited=False
-        ).get("result")
+        status = worker.ask({"run": "race_in_worker", "arguments": (name, request)}, limited=False).get(
+            "result"
+        )
     except Died as died:
         raise LabError(f"{args.file}: the process of the race {died}") from None
     print("checked again after the race, in the same process:")
@@ -308,7 +313,7 @@ def try_in(worker: Worker, op: Op, name: str, args, dtypes, device: str) -> int:
     if failed:
         print(f"{failed} cases failed after the race: these times are of a kernel that is wrong")
         return 1
-    return draw(name, args) if status == 0 else 1
+    return draw(name, request.out) if status == 0 else 1
 
 
 def in_worker(spec: dict):
@@ -317,46 +322,40 @@ def in_worker(spec: dict):
     return {spec["op"]: function}.__getitem__
 
 
-def race_in_worker(functions, op: str, name: str, options: dict, dtypes) -> int:
-    """The measurement, in the process that has loaded the file; its records are read and drawn by the other
-    one."""
-    return measure(find(op), name, functions(op), SimpleNamespace(**options), dtypes)
+def race_of(op: Op, args, dtypes) -> Request:
+    """The bench that races a file: its op alone, beside the built-in kernels and the vendor's."""
+    return Request(
+        "ops",
+        args.out or f"out/try/{args.file.stem}",
+        ops=(op.name,),
+        models=tuple(names(args.model)),
+        batches=tuple(numbers(args.batch)),
+        contexts=tuple(numbers(args.context)),
+        dtypes=tuple(dtypes),
+        fresh=True,
+    )
 
 
-def race(op: Op, name: str, function, args, dtypes) -> int:
-    """Benchmarks a function beside the built-in backends and the vendor's kernels, says who won, and draws
-    the report."""
-    return measure(op, name, function, args, dtypes) or draw(name, args)
+def race_in_worker(functions, name: str, request: Request) -> int:
+    """The race, in the process that has loaded the file; its records are read and drawn by the other one."""
+    return race(name, functions(request.ops[0]), request)
 
 
-def measure(op: Op, name: str, function, args, dtypes) -> int:
+def race(name: str, function, request: Request) -> int:
+    """Benchmarks a function beside the built-in backends and the vendor's kernels; the exit status."""
     from lab.harness import bench
 
-    words = [
-        "ops",
-        op.name,
-        "--out",
-        out_of(args),
-        "--model",
-        args.model,
-        "--batch",
-        args.batch,
-        "--context",
-        args.context,
-        "--dtype",
-        ",".join(dtypes),
-        "--fresh",
-    ]
-    return bench.main(bench.parse(words), own={name: SimpleNamespace(**{op.name: function})})
+    return bench.measure(request, own={name: SimpleNamespace(**{request.ops[0]: function})})
 
 
-def draw(name: str, args) -> int:
-    from lab import cli
+def draw(name: str, out: str) -> int:
+    """Says who won, by the records in `out`, and draws the report."""
     from lab.records import schema
+    from lab.report import build
 
-    for line in verdicts(schema.read(out_of(args)).rows, name):
+    for line in verdicts(schema.read(out).rows, name):
         print(line)
-    return cli.main(["report", out_of(args)])
+    return build.report(out)
 
 
 def untuned_beside(row, rows):
@@ -370,10 +369,6 @@ def untuned_beside(row, rows):
         == (row.run, row.op, row.role, row.dtype, row.batch, row.context, row.shape)
         and untuned.is_untuned(r, cards)
     }
-
-
-def out_of(args) -> str:
-    return args.out or f"out/try/{args.file.stem}"
 
 
 def verdicts(rows, name):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lab import cli
-from lab.errors import LabError, one_line
+from lab.errors import one_line
 
 MODEL = "smollm2-135m"
 PROMPT = "What is the capital of France?"
@@ -142,10 +142,12 @@ def report(out):
     """Measures the ops and a decode step of this model briefly and draws what was measured; the exit
     status."""
     print("\nMeasuring every op and a whole decode step, briefly ...", flush=True)
-    status = cli.main(
-        ["bench", "all", "--quick", "--model", MODEL, "--weights", "auto", "--fresh", "--out", out]
-    )
-    return status or cli.main(["report", out])
+    from lab.harness import bench
+    from lab.harness.request import Request
+    from lab.report import build
+
+    status = bench.measure(Request("all", out, models=(MODEL,), weights="auto", quick=True, fresh=True))
+    return status or build.report(out)
 
 
 def run(argv):
@@ -153,8 +155,11 @@ def run(argv):
     cli.take_any_text()
     try:
         return main(argv)
-    except (LabError, OSError) as error:
-        print(f"demo: error: {one_line(cli.explain(error) or str(error))}", file=sys.stderr)
+    except Exception as error:
+        line = cli.explain(error) or (str(error) if isinstance(error, OSError) else None)
+        if line is None:
+            raise
+        print(f"demo: error: {one_line(line)}", file=sys.stderr)
         return 2
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from lab import spaces
+from lab import peers, spaces
 from lab.contract import DTYPE_CODES, EPS32, FLOATS, Op, case, dense, refuse, rows_of_heads
 from lab.ops.kv_append import check_cache, check_pages, paged_cache, paged_heads_of
 from lab.ops.rope import packed_qkv
@@ -277,6 +277,7 @@ op = Op(
     has_context=True,
     rows=lambda batch, context: {"lengths": (context,) * batch},
     cold=("k_cache", "v_cache"),
+    peers=(peers.SDPA_FLASH, peers.CUDNN, peers.FLASHINFER),
     color="#ddcc77",
     inspect_sizes=dict(lengths=(8192,), splits=33, q_heads=32, kv_heads=8, head_dim=128),
     tuned_by=("q_heads", "kv_heads", "head_dim", "page_size"),

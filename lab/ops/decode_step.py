@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lab.contract import DTYPE_CODES, EPS32, Op, case, dense, refuse
+from lab.contract import DTYPE_CODES, EPS32, Op, case, dense, once, refuse
 from lab.errors import Unavailable
 from lab.ops import (
     decode_attention,
@@ -466,6 +466,7 @@ op = Op(
     plans=("persistent",),
     whole_step=True,
     cold=("model", "k_cache", "v_cache"),
+    calls=once,
     uses=lambda c: [(None, {"layers": c.layers, "hidden": c.hidden, "vocab": c.vocab})],
     color="#44aa99",  # of its matrices, which take most of it
     # One layer of them: the kernel of all is the same.

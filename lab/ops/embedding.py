@@ -8,7 +8,7 @@ Halves: cuda_src/embedding.cu, triton_kernels/embedding.py
 
 import torch
 
-from lab.contract import DTYPE_CODES, FLOATS, Op, case, dense, refuse
+from lab.contract import DTYPE_CODES, FLOATS, Op, case, dense, once, refuse
 
 
 def validate(ids, table, out=None):
@@ -78,6 +78,7 @@ op = Op(
     flops=lambda a: 0,
     tolerance=lambda a: (0.0, 0.0),  # a copy is exact
     plans=("basic", "fused"),
+    calls=once,
     uses=lambda c: [(None, {"vocab": c.parts["embed"].rows, "hidden": c.parts["embed"].columns})],
     cold=("table",),
     direction="copy",

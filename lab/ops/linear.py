@@ -9,7 +9,7 @@ Halves: cuda_src/linear.cu, triton_kernels/linear.py
 import torch
 from torch.nn import functional as F
 
-from lab import spaces
+from lab import peers, spaces
 from lab.contract import DTYPE_CODES, EPS32, FLOATS, Op, case, dense, refuse
 
 MAX_BATCH = 64
@@ -127,8 +127,10 @@ op = Op(
     tolerance=tolerance,
     plans=("basic",),
     uses=uses,
+    calls=lambda c, role: 1 if role == "lm_head" else c.layers,
     use_of=size_of,
     cold=("w", "bias"),
+    peers=(peers.CUBLAS,),
     color="#44aa99",
     inspect_sizes=dict(batch=1, n=28672, k=4096),
     tuned_by=("n", "k"),

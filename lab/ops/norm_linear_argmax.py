@@ -11,7 +11,7 @@ Halves: cuda_src/norm_linear_argmax.cu, triton_kernels/norm_linear_argmax.py
 import torch
 
 from lab import spaces
-from lab.contract import DTYPE_CODES, FLOATS, Op, case, dense, refuse
+from lab.contract import DTYPE_CODES, FLOATS, Op, case, dense, once, refuse
 from lab.ops import linear, norm_linear, sample
 from lab.ops.norm_linear import check_norm, normed
 
@@ -143,6 +143,7 @@ op = Op(
     mutates=("logits", "scratch"),
     state=("scratch",),
     plans=("fused",),
+    calls=once,
     uses=lambda c: [("lm_head", linear.sizes_of(c, "lm_head"))],
     use_of=linear.size_of,
     cold=("w",),

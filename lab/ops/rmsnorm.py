@@ -9,6 +9,7 @@ Halves: cuda_src/rmsnorm.cu, triton_kernels/rmsnorm.py
 
 import torch
 
+from lab import peers
 from lab.contract import DTYPE_CODES, EPS32, FLOATS, Op, case, dense, refuse, rows_of_heads, some_rows
 
 
@@ -144,10 +145,12 @@ op = Op(
     mutates=("residual",),
     plans=("basic",),
     uses=uses,
+    calls=lambda c, role: 2 * c.layers + 1 if role == "hidden" else c.layers,  # the final norm is one more
     rows=some_rows,
     use_of=lambda a: {"cols": a.x.shape[-1], "groups": a.x.shape[1] if a.x.dim() == 3 else None},
     direction="copy",
     inspect_sizes=dict(rows=1, cols=4096, residual=True),
+    peers=(peers.LIGER_RMSNORM,),
     color="#88ccee",
     cases=(
         case("one row, SmolLM2's width", rows=1, cols=576),

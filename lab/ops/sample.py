@@ -13,7 +13,7 @@ Halves: cuda_src/sample.cu, triton_kernels/sample.py
 
 import torch
 
-from lab.contract import Op, case, dense, refuse
+from lab.contract import Op, case, dense, once, refuse
 
 # how far in logits a float32 draw may lie from the float64 best: log, exp and mass sums differ by less
 SLACK = 1e-4
@@ -202,6 +202,7 @@ op = Op(
     tolerance=lambda a: (0.0, 0.0),
     verify=verify,
     plans=("basic",),
+    calls=once,
     uses=lambda c: [("greedy", {"vocab": c.parts["lm_head"].rows})],
     inspect_sizes=dict(batch=1, vocab=128256),
     color="#882255",

@@ -8,6 +8,7 @@ Halves: cuda_src/silu_mul.cu, triton_kernels/silu_mul.py
 import torch
 from torch.nn import functional as F
 
+from lab import peers
 from lab.contract import DTYPE_CODES, EPS32, FLOATS, Op, case, dense, refuse, some_rows
 
 
@@ -74,6 +75,7 @@ op = Op(
     rows=some_rows,
     direction="copy",
     inspect_sizes=dict(rows=1, cols=14336),
+    peers=(peers.LIGER_SILU_MUL,),
     color="#cc6677",
     cases=(
         case("one row, SmolLM2's width", rows=1, cols=1536),

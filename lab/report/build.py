@@ -19,18 +19,29 @@ def add_arguments(parser):
 
 
 def main(args):
+    return report(args.dir, args.out, args.run)
+
+
+def report(folder, out=None, only=None):
     """Writes the report and prints where it is. Returns 0; raises LabError (exit status 2) for unusable
-    input."""
+    input.
+
+    folder: of the records. out: where to write; default: there.
+    only: the id of the run to draw; default: all.
+    """
     from lab.report import load, page
 
-    source = Path(args.dir)
+    source = Path(folder)
     runs = load.load(source)
-    if args.run:
+    if only:
         ids = [r.id for r in runs]
-        runs = [r for r in runs if r.id == args.run]
+        runs = [r for r in runs if r.id == only]
         if not runs:
-            raise LabError(f"no run {args.run!r} in {source}: it has {', '.join(ids)}")
-    out = Path(args.out) if args.out else source if source.is_dir() else source.parent
+            raise LabError(f"no run {only!r} in {source}: it has {', '.join(ids)}")
+    if out:
+        out = Path(out)
+    else:
+        out = source if source.is_dir() else source.parent
     if out.exists() and not out.is_dir():
         raise LabError(f"--out {out}: is a file; name a folder")
 

@@ -2,7 +2,7 @@
 
 A step begins with a comment `// 2. Load: text` (CUDA) or `# 2. Load: text` (Triton); the comment lines right
 below belong to its text. A file with several kernels repeats the steps: a step then has a chunk of code for
-each of them. In the file of a ladder the steps are its rungs (lab/rungs.py); several rungs may be one kernel
+each of them. In the file of a ladder the steps are its rungs (lab/rungs/); several rungs may be one kernel
 in several shapes.
 """
 
@@ -199,7 +199,7 @@ def ladder(op, root=ROOT):
     cuda, triton = pair(f"ladder/{op}", root)
 
     def missing(half, rung):
-        if rung.product:
+        if rung.own_kernel:
             return f"The op itself: {FOLDERS[half.language][0]}/{half.path.name}."
         return (
             f"No such rung in {style.backend(half.language).label}: "

@@ -1,5 +1,5 @@
-"""`lab tune OP ...`: tries launch settings of both halves on this GPU, shape by shape; keeps the fastest that
-is right.
+"""`lab tune OP ...`: tries launch settings of the CUDA and the Triton kernel on this GPU, shape by shape, and
+keeps the fastest that is right.
 
 For each shape of the presets a bounded list of candidates (its contract's `spaces`) races over rotating cold
 weights inside CUDA graphs, the four fastest again with more samples, and the fastest whose output is right
@@ -7,9 +7,9 @@ joins the backend's tuned/sm_NN.json, with GPU and compiler version. Triton's ar
 and without the GPU, and those that spill are dropped. Launchers read that table before their own rules. A run
 that the budget stops keeps what it found; the same command again goes on after it.
 
-With --by-token it is the whole decode step of a model under the fused plan that judges: a kernel that is
-fastest alone may leave the next one no room beside it. A candidate takes the place of its entry of the table
-in a step, which races the step with the table as it is; what wins stays while the other ops are tried.
+With --by-token the time of a whole decode step of a model under the fused plan decides: a kernel that is
+fastest alone may leave the next one no resources to start beside it. A step with the candidate in the table
+races a step with the table as it is; what wins stays while the other ops are tried.
 """
 
 import concurrent.futures
@@ -109,8 +109,9 @@ class Race:
             rig.backends[backend],
         )
         self.device = rig.device
-        self.bound = ops_bench._Bound(self.op, point, DTYPES[dtype_name], rig)
-        # A residual that a race has added to thousands of times would hide what the last addition did.
+        self.bound = ops_bench.BoundPoint(self.op, point, DTYPES[dtype_name], rig)
+        # Checked on fresh arguments: a race adds to a residual thousands of times, and in so large a sum the
+        # last addition, right or wrong, would not show.
         self.fresh = timing.clone_args(self.bound.sets[0])
 
     def times(self, entrants, seconds):

@@ -1,7 +1,7 @@
 """The ladder of decode_attention: out[b,h,:] = softmax(scale * q[b,h,:] . K^T) V, from token by
 token to a pipeline.
 
-  Each rung changes one thing of the rung before it. What it should gain, and why: lab/rungs.py.
+  Each rung changes one thing of the rung before it. What it should gain, and why: lab/rungs/.
   head_dim 64 or 128. Numbers and names are the twin's; rungs that Triton's compiler decides about are absent.
   twin  cuda_src/ladder/decode_attention.cu          the op's own kernel  triton_kernels/decode_attention.py
 """

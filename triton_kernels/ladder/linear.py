@@ -1,6 +1,6 @@
 """The ladder of linear: y[b,n] = sum_k x[b,k] * w[n,k] (+ bias[n]), from a sum in every step to tensor cores.
 
-Each rung changes one thing of the rung before it. What it should gain, and why: lab/rungs.py.
+Each rung changes one thing of the rung before it. What it should gain, and why: lab/rungs/.
 Numbers and names are those of the twin; rungs that Triton's compiler decides about are absent.
 twin  cuda_src/ladder/linear.cu          the op's own kernel  triton_kernels/linear.py
 """

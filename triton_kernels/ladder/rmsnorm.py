@@ -1,6 +1,6 @@
 """The ladder of rmsnorm: y[b,:] = T(x[b,:] * rsqrt(mean(x[b,:]^2) + eps)) * w, from step sums to wide loads.
 
-Each rung changes one thing of the rung before it. What it should gain, and why: lab/rungs.py.
+Each rung changes one thing of the rung before it. What it should gain, and why: lab/rungs/.
 x, y [rows, cols] contiguous. Numbers and names are the twin's; rungs that Triton's compiler decides about
 are absent.
 twin  cuda_src/ladder/rmsnorm.cu          the op's own kernel  triton_kernels/rmsnorm.py

@@ -1,51 +1,19 @@
-"""The vendor's and other projects' kernels for the same work, as calls on the arguments of an op's contract.
+"""The vendor's and other projects' kernels for the same work as an op's, as calls on its arguments.
 
-`peers(op, args)` lists Peer objects. `make(sets)` takes a list of argument tuples of one shape, prepares
-whatever the peer needs outside the timing (its own KV layout, its plan) and returns one call per set. A peer
-that is not installed is not listed; the env record says so. Peers run on a GPU only.
+A contract says which of them are its peers (Op.peers). They run on a GPU only; one whose package is not
+installed is left out, and the env record says so.
 """
 
 import functools
-import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-
-@dataclass(frozen=True)
-class Peer:
-    """own: it copies the bulk of the data into a layout of its own, so it has no in-model time and no
-    caller's time."""
-
-    name: str
-    op: str
-    make: Callable
-    own: bool = False
-    module: str | None = None  # the package it needs
-
-
-def peers(op: str, args) -> list[Peer]:
-    return [
-        p
-        for p in TABLE
-        if p.op == op and fits(p, args) and (p.module is None or importlib.util.find_spec(p.module))
-    ]
-
-
-def fits(peer, args):
-    """Peers take 16-bit floats, except cuBLAS; Liger has no residual add and no norm of heads inside a packed
-    row."""
-    if peer.name == "cublas":
-        return True
-    if peer.name == "liger" and (args[0].ndim != 2 or len(args) > 3):
-        return False
-    return args[0].dtype in (torch.float16, torch.bfloat16)
+from lab.contract import Peer
 
 
 def each(make_one):
-    """make(sets) from a function of one set's arguments."""
+    """Peer.make from a function that takes the arguments of one call."""
     return lambda sets: [make_one(*args) for args in sets]
 
 
@@ -119,7 +87,7 @@ def flashinfer(sets):
     return [bind(*args[:3]) for args in sets]
 
 
-def liger_rmsnorm(x, w, eps):
+def liger_rmsnorm(x, w, eps, *_):
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
     return lambda: LigerRMSNormFunction.apply(x, w, eps, 0.0, "llama", False)
@@ -132,11 +100,34 @@ def liger_silu_mul(gate_up, *_):
     return lambda: LigerSiLUMulFunction.apply(gate, up)
 
 
-TABLE = (
-    Peer("cublas", "linear", each(cublas)),
-    Peer("sdpa_flash", "decode_attention", each(functools.partial(sdpa, "FLASH_ATTENTION")), own=True),
-    Peer("cudnn", "decode_attention", each(functools.partial(sdpa, "CUDNN_ATTENTION")), own=True),
-    Peer("flashinfer", "decode_attention", flashinfer, module="flashinfer"),
-    Peer("liger", "rmsnorm", each(liger_rmsnorm), module="liger_kernel"),
-    Peer("liger", "silu_mul", each(liger_silu_mul), own=True, module="liger_kernel"),
+def half_precision(tensor):
+    return tensor.dtype in (torch.float16, torch.bfloat16)
+
+
+CUBLAS = Peer("cublas", each(cublas))
+SDPA_FLASH = Peer(
+    "sdpa_flash",
+    each(functools.partial(sdpa, "FLASH_ATTENTION")),
+    takes=lambda a: half_precision(a.q),
+    copies=True,
+)
+CUDNN = Peer(
+    "cudnn",
+    each(functools.partial(sdpa, "CUDNN_ATTENTION")),
+    takes=lambda a: half_precision(a.q),
+    copies=True,
+)
+FLASHINFER = Peer("flashinfer", flashinfer, takes=lambda a: half_precision(a.q), module="flashinfer")
+LIGER_RMSNORM = Peer(  # it has no residual add and no norm of heads inside a packed row
+    "liger",
+    each(liger_rmsnorm),
+    takes=lambda a: half_precision(a.x) and a.x.dim() == 2 and a.residual is None,
+    module="liger_kernel",
+)
+LIGER_SILU_MUL = Peer(
+    "liger",
+    each(liger_silu_mul),
+    takes=lambda a: half_precision(a.gate_up),
+    copies=True,
+    module="liger_kernel",
 )

@@ -1,0 +1,212 @@
+"""What a bench is asked to measure: `Request`, made by the command line or by another verb, and `Settings`,
+the same with every default filled in.
+
+A run records its settings in the env row, and a stopped run goes on where its settings are those that are
+asked for now.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+from lab import rungs
+from lab.contract import BACKENDS, DTYPES
+from lab.errors import LabError
+from lab.harness import ladder_bench, shapes
+from lab.model.plans import PLANS, find_plan, refusal
+from lab.names import known
+from lab.ops import find
+
+
+@dataclass(frozen=True)
+class Request:
+    """One run of the bench. None: the default, which depends on the device and on `quick`."""
+
+    what: str = "all"  # ops, model, ledger or all
+    out: str = "out/bench"  # the folder of records.jsonl
+    ops: tuple[str, ...] = ()  # for ops: which; none: all
+    models: tuple[str, ...] | None = None  # presets: of the ops' shapes, or those that are measured
+    device: str | None = None  # cuda or cpu
+    backends: tuple[str, ...] | None = None  # named ones must be there; by default those that can run
+    dtypes: tuple[str, ...] | None = None  # named ones are measured at every size; by default the first alone
+    batches: tuple[int, ...] | None = None
+    contexts: tuple[int, ...] | None = None  # tokens in the KV cache
+    plans: tuple[str, ...] | None = None  # of the models' decode steps
+    weights: str = "random"  # of the models: random, or auto, which reads real ones
+    seconds: float | None = None  # of sampling, for each configuration and timer
+    quick: bool = False  # fewer sizes, shorter samples
+    ladder: bool = False  # for ops: the rungs of their ladders instead
+    swap: bool = False  # for a ledger: also a token for each op swapped
+    vendor: bool = True  # also the ops' peers: cuBLAS, cuDNN, ...
+    compile: bool = True  # also the models' torch.compile peer
+    fresh: bool = False  # begin a new run even where a stopped one could go on
+    budget_minutes: float | None = None  # stop cleanly after so long
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured, all defaults filled in: two runs of equal settings measure the same rows."""
+
+    what: str
+    device: str
+    quick: bool
+    ops: tuple[str, ...]  # none: all
+    models: tuple[str, ...]
+    backends: tuple[str, ...]
+    dtypes: tuple[str, ...]  # all sizes are measured at the first
+    ledger_models: tuple[str, ...]
+    batches: tuple[int, ...]  # of ops
+    contexts: tuple[int, ...]
+    model_batches: tuple[int, ...]  # of models and ledgers
+    model_contexts: tuple[int, ...]
+    all_dtypes_everywhere: bool  # the other dtypes at every size, too
+    weights: str
+    seconds: float | None
+    vendor: bool
+    compile: bool
+    swap: bool
+    plans: tuple[str, ...]
+    ladder: bool
+
+    def recorded(self) -> dict:
+        """As a record has them: JSON."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What is measured where nothing is asked for."""
+
+    models: tuple[str, ...]
+    batches: tuple[int, ...]  # of ops
+    contexts: tuple[int, ...]
+    model_batches: tuple[int, ...]
+    model_contexts: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    ledger_models: tuple[str, ...]
+
+
+DEFAULTS = {  # (device, quick)
+    ("cuda", False): Defaults(
+        models=shapes.MODELS,
+        batches=(1, 4, 16, 64),
+        contexts=(1024, 8192, 32768),
+        model_batches=(1, 4, 16, 64),
+        model_contexts=(1024, 8192),
+        dtypes=("bf16", "fp16", "fp32"),
+        # Where a token goes: in the one launches take most of it, in the other bytes do.
+        ledger_models=("llama-3.2-1b", "llama-3.1-8b"),
+    ),
+    ("cuda", True): Defaults(
+        models=("smollm2-135m", "llama-3.2-1b"),
+        batches=(1, 16),
+        contexts=(1024,),
+        model_batches=(1, 16),
+        model_contexts=(1024,),
+        dtypes=("bf16",),
+        ledger_models=("llama-3.2-1b",),
+    ),
+    ("cpu", False): Defaults(
+        models=("smollm2-135m",),
+        batches=(1, 4),
+        contexts=(64, 256),
+        model_batches=(1,),
+        model_contexts=(32,),
+        dtypes=("fp32",),
+        ledger_models=("smollm2-135m",),
+    ),
+    ("cpu", True): Defaults(
+        models=("smollm2-135m",),
+        batches=(1,),
+        contexts=(64,),
+        model_batches=(1,),
+        model_contexts=(16,),
+        dtypes=("fp32",),
+        ledger_models=("smollm2-135m",),
+    ),
+}
+
+
+def settings_of(request: Request) -> Settings:
+    """The request with its defaults filled in. Raises LabError for what there is not, or not here."""
+    device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise LabError("device cuda: this machine has no usable NVIDIA GPU; use --device cpu")
+    if request.ladder and request.what != "ops":
+        raise LabError("--ladder measures ops: lab bench ops --ladder")
+    for name in request.ops:
+        if find(name).whole_step:
+            raise LabError(f"{name} is a whole step, measured as a token: lab bench model --plan persistent")
+    default = DEFAULTS[device, request.quick]
+    models = request.models or default.models
+    for name in models:
+        shapes.preset(name)
+    settings = Settings(
+        what=request.what,
+        device=device,
+        quick=request.quick or request.ladder,
+        ops=request.ops,
+        models=models,
+        backends=tuple(known(name, BACKENDS, "backend") for name in request.backends or BACKENDS),
+        dtypes=tuple(known(name, list(DTYPES), "dtype") for name in request.dtypes or default.dtypes),
+        ledger_models=request.models or default.ledger_models,
+        batches=request.batches or default.batches,
+        contexts=request.contexts or default.contexts,
+        model_batches=request.batches or default.model_batches,
+        model_contexts=request.contexts or default.model_contexts,
+        all_dtypes_everywhere=bool(request.dtypes),
+        weights=request.weights,
+        seconds=request.seconds,
+        vendor=request.vendor,
+        compile=request.compile and not request.quick,
+        swap=request.swap or request.what == "all",
+        plans=request.plans or (tuple(PLANS) if device == "cuda" else ("basic",)),
+        ladder=request.ladder,
+    )
+    if request.plans:
+        require_plans(settings)
+    return settings
+
+
+def require_plans(settings: Settings) -> None:
+    """Raises LabError for a plan that takes none of the batches. Only for plans that were asked for: by
+    default such a plan is left out."""
+    dtype, tried = DTYPES[settings.dtypes[0]], settings.model_batches
+    if settings.what == "ledger":
+        tried = tried[:1]  # a ledger is of one batch
+    for name in settings.plans:
+        taken = (batch for batch in tried if not refusal(name, batch, dtype))
+        find_plan(name, next(taken, tried[0]), dtype)
+
+
+def require_work(settings: Settings) -> None:
+    """Raises LabError for settings that measure nothing: a context that no model takes, an op without a
+    ladder."""
+    longest = max(shapes.preset(name).max_positions for name in settings.models)
+    if settings.what == "ledger" and settings.device == "cpu":
+        raise LabError(
+            "a ledger needs a GPU: its rows are device time stamps (lab bench ops|model run on a CPU)"
+        )
+    if settings.ladder:
+        ladder_bench.points(settings.device, settings.ops)
+        if not set(settings.backends) & set(rungs.BACKENDS):
+            raise LabError(f"nothing to measure: ladders exist in {' and '.join(rungs.BACKENDS)}")
+    if settings.what == "model" and min(settings.model_contexts) >= longest:
+        raise LabError(f"nothing to measure: the models take contexts below {longest} tokens")
+    if settings.what == "ops" and not op_points(settings):
+        raise LabError("nothing to measure: no op takes these batches and contexts in these models")
+
+
+def op_points(settings: Settings) -> list:
+    """[(dtype, Point)]: the first dtype at every size, the others at the first batch and context, unless
+    asked for."""
+    found = []
+    for i, dtype in enumerate(settings.dtypes):
+        batches, contexts = settings.batches, settings.contexts
+        if i and not settings.all_dtypes_everywhere:
+            batches, contexts = batches[:1], contexts[:1]
+        points = shapes.points(settings.models, batches, contexts, settings.ops or None)
+        found += [(dtype, point) for point in points]
+    return found

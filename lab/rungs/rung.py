@@ -1,0 +1,56 @@
+"""What a ladder and a rung are. No import of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One step of a ladder. The sizes that `gain` argues about are those of `lab bench ops --ladder`."""
+
+    op: str
+    number: int
+    name: str
+    idea: str  # what it changes
+    gain: str  # what that should gain on an H100, and why
+    factor: float = 1.0  # promised speed over the rung before, at least; 1: no promise
+    otherwise: str = ""  # why it may gain less
+    absent: Mapping[str, str] = field(
+        default_factory=dict, hash=False
+    )  # backend -> why there is no such rung
+    needs: str = ""  # what its arguments must be, in words
+    fits: Callable | None = None  # (a) -> whether they are that; a: the op's arguments by name
+
+    @property
+    def title(self) -> str:
+        return f"{self.number}. {self.name}"
+
+    @property
+    def own_kernel(self) -> bool:
+        """Is it the op's own kernel?"""
+        return self.name == "Product"
+
+    def takes(self, a) -> bool:
+        """Does the rung take these arguments of its op, by name?"""
+        return self.fits is None or self.fits(a)
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """The kernels of one op from a naive one to its own, and what they are checked and measured with."""
+
+    op: str
+    rungs: tuple[Rung, ...]  # the lowest first
+    triton: Callable  # (number of a rung, a, out) -> None: launches it; a: the op's arguments by name
+    cases: tuple[tuple[str, Mapping], ...]  # (why, sizes of the op's inputs) of `lab check --ladder`
+    points: Mapping[str, Mapping]  # device -> batch, context, and shape of `lab bench ops --ladder`
+
+
+def whole_vectors(x) -> bool:
+    """Do the rows of x consist of whole 16-byte vectors?"""
+    return x.shape[-1] * x.itemsize % 16 == 0
+
+
+COMPILER_LAYOUT = "Triton's compiler chooses the layout of shared memory, with its swizzles, itself."
