@@ -95,5 +95,5 @@ def test_a_list_without_a_mutant_is_a_mistake():
 
 def test_a_place_is_found_however_its_lines_are_broken():
     assert places("x = f(a,\n        b) + 1", "f(a, b)+1")
-    assert not places("inta;", "int a;") and not places("xf(a)", "f(a)") and places("f(a)f(a)", "f(a)")
+    assert not places("inta;", "int a;") and not places("xf( a)", "f(a)") and places("f(a)f(a)", "f(a)")
     assert mutate("u = sizes(a, bb) * 2;", Mutant("", "bb) *2", "b) / 2", "")) == "u = sizes(a, b) / 2;"
