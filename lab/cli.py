@@ -29,17 +29,17 @@ VERBS = {  # verb: (room, what it does)
     "bench": ("lab.harness.bench", "measure ops, models or a token's ledger into records"),
     "ledger": ("lab.harness.ledger_verb", "one token, kernel by kernel"),
     "compare": ("lab.records.compare", "did rows of run B get slower than those of run A?"),
-    "tune": ("lab.tune.tuner", "find the fastest launch settings of both halves on this GPU, shape by shape"),
+    "tune": ("lab.tune.tuner", "find the fastest launch settings of both kernels on this GPU"),
     "report": ("lab.report.build", "draw records: pictures, a web page, a summary"),
     "inspect": (
         "lab.inspect.command",
-        "what the compilers made of both halves: registers, occupancy, code; no GPU needed",
+        "what the compilers made of both kernels: registers, occupancy, code; no GPU needed",
     ),
     "try": (
         "lab.learn.own_kernel",
-        "your own kernel, from one file: checked, raced against both halves, drawn",
+        "your own kernel, from one file: checked, raced against both kernels of the op, drawn",
     ),
-    "explain": ("lab.learn.explain", "the CUDA and the Triton half of an op side by side, step by step"),
+    "explain": ("lab.learn.explain", "the CUDA and the Triton kernel of an op side by side, step by step"),
 }
 
 

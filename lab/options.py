@@ -147,7 +147,7 @@ def tune(parser):
     tunable = [name for name in declared.names() if declared.spaces(name)]
     parser.add_argument("op", metavar="OP", nargs="+", help=f"{', '.join(tunable)}, or all")
     parser.add_argument(
-        "--backend", default="cuda,triton", metavar="A,B", help="halves to tune (default cuda,triton)"
+        "--backend", default="cuda,triton", metavar="A,B", help="languages to tune (default cuda,triton)"
     )
     parser.add_argument(
         "--model", metavar="A,B", help="presets whose shapes to tune (default: the four of the benchmark)"

@@ -14,7 +14,7 @@ import tokenize
 from pathlib import Path
 
 from lab.errors import LabError
-from lab.inspect import cuda_half, triton_half
+from lab.inspect import cuda_code, triton_code
 from lab.inspect import gpu as gpus
 from lab.inspect.call import arguments, as_json
 from lab.records import schema
@@ -42,20 +42,20 @@ def fairness(op, dtype, sizes, arch, run=None):
     gpu, run = gpus.find(arch), run or new_run()
     args = arguments(op, dtype, sizes)
     rows, errors = [], []
-    for backend, half in (("cuda", cuda_half), ("triton", triton_half)):
+    for backend, code in (("cuda", cuda_code), ("triton", triton_code)):
         try:
-            kernels, launches = half.kernels(op, args, gpu), half.launches(op, args, gpu)
+            kernels, launches = code.kernels(op, args, gpu), code.launches(op, args, gpu)
             path = (
                 ROOT / ("cuda_src" if backend == "cuda" else "triton_kernels") / (op.name + SUFFIX[backend])
             )
             own, shared = code_lines(path)
             for kernel, launch in zip(kernels, launches, strict=True):
                 if backend == "cuda":
-                    choices, seconds = cuda_half.instantiations(op, launch, dtype, gpu), built_in(path)
+                    choices, seconds = cuda_code.instantiations(op, launch, dtype, gpu), built_in(path)
                 else:
                     choices, seconds = (
-                        triton_half.configurations(op, gpu),
-                        triton_half.compile_seconds(launch, gpu),
+                        triton_code.configurations(op, gpu),
+                        triton_code.compile_seconds(launch, gpu),
                     )
                 rows.append(
                     schema.Fairness(

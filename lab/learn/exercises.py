@@ -127,7 +127,8 @@ def _build(path: Path) -> Path:
 
 
 def _host_object(cxx, source: Path, folder: Path) -> Path:
-    """The host layer's half of every program, compiled once until a file of that layer changes."""
+    """The object file of a source of the host layer, which every program links. It is compiled again only
+    after a file of that layer changed."""
     target = folder / f"{source.stem}.o"
     newest = max(file.stat().st_mtime for file in source.parent.iterdir())
     if not target.exists() or target.stat().st_mtime < newest:

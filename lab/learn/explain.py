@@ -1,4 +1,4 @@
-"""`lab explain OP`: the two halves of an op side by side, step by step, with its bytes and its last measured
+"""`lab explain OP`: the two kernels of an op side by side, step by step, with its bytes and its last measured
 times.
 
 With --rungs its ladder: what each rung changes, what that should gain and what it was measured to gain.
@@ -9,7 +9,7 @@ from pathlib import Path
 from lab.errors import LabError
 from lab.files import write_whole
 
-SIDE_BY_SIDE = 110  # columns; on a narrower terminal the halves stand one below the other
+SIDE_BY_SIDE = 110  # columns; on a narrower terminal the kernels stand one below the other
 
 
 def add_arguments(parser):
@@ -26,7 +26,7 @@ def add_arguments(parser):
 def main(args):
     """Prints the twins, or writes them as a page. Returns 0.
 
-    Raises LabError for an unknown op, a missing half, or an op without a ladder where that was asked for.
+    Raises LabError for an unknown op, a missing kernel, or an op without a ladder where that was asked for.
     """
     from lab.report import twins
 
@@ -206,11 +206,11 @@ def show(title, cuda, triton, rows, facts):
 
     console = Terminal()
     wide = console.width >= SIDE_BY_SIDE
-    halves = (cuda, triton)
-    looks = [style.backend(h.language) for h in halves]
+    twins = (cuda, triton)
+    looks = [style.backend(twin.language) for twin in twins]
 
-    def code(half, chunk):
-        lexer = "cuda" if half.language == "cuda" else "python"
+    def code(twin, chunk):
+        lexer = "cuda" if twin.language == "cuda" else "python"
         return Syntax(
             chunk.code,
             lexer,
@@ -222,7 +222,7 @@ def show(title, cuda, triton, rows, facts):
             dedent=False,
         )
 
-    def side(half, look, step, missing):
+    def side(twin, look, step, missing):
         if step is None:
             return Text(missing, style="dim")
         parts = []
@@ -230,7 +230,7 @@ def show(title, cuda, triton, rows, facts):
             which = f", {chunk.kernel}" if len(step.chunks) > 1 and chunk.kernel else ""
             parts.append(Text.assemble((f"{look.label}{which}: ", f"bold {look.color}"), chunk.text))
             if chunk.lines:
-                parts.append(code(half, chunk))
+                parts.append(code(twin, chunk))
             elif chunk.below:
                 parts.append(Text(f"The code is that of {chunk.below}, below.", style="dim"))
         return Group(*parts)
@@ -247,7 +247,12 @@ def show(title, cuda, triton, rows, facts):
         console.print(table)
 
     console.rule(f"[bold]{escape(title)}[/bold]")
-    both(*(Group(Text(h.name, style=f"bold {look.color}"), Text(h.header)) for h, look in zip(halves, looks)))
+    both(
+        *(
+            Group(Text(twin.name, style=f"bold {look.color}"), Text(twin.header))
+            for twin, look in zip(twins, looks)
+        )
+    )
     console.print()
     for what, text in facts:
         console.print(Text.assemble((what + ": ", "bold"), text))
@@ -255,13 +260,14 @@ def show(title, cuda, triton, rows, facts):
         console.rule(escape(row.title), align="left")
         for what, text in row.intro:
             console.print(Text.assemble((what + ": ", "bold"), text))
-        both(*map(side, halves, looks, row.steps, row.missing))
+        both(*map(side, twins, looks, row.steps, row.missing))
     console.rule("Around the steps", align="left")
-    for h in halves:
-        outside = sum(len(c.lines) for c in h.around)
+    for twin in twins:
+        outside = sum(len(c.lines) for c in twin.around)
         console.print(
             Text(
-                f"{h.name}: {h.count} lines, {outside} of them outside the steps (declarations and launch)",
+                f"{twin.name}: {twin.count} lines, {outside} of them outside the steps "
+                "(declarations and launch)",
                 style="dim",
             )
         )

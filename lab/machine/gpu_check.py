@@ -3,7 +3,7 @@ in OUT.
 
 check       every op, both backends, all dtypes and cases, against the reference
 memcheck    the small cases again under compute-sanitizer: no access outside an allocation
-racecheck   the small cases of the CUDA half again: no two threads race for shared memory
+racecheck   the small cases of the CUDA kernels again: no two threads race for shared memory
 tests       the tests marked gpu
 oracle      the model's logits and greedy tokens against Hugging Face transformers; left out where that is not
             installed

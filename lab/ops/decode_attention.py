@@ -9,7 +9,7 @@ Split-KV: `splits` blocks share a sequence's context and the last to finish merg
 Milakov and Gimelshein, arXiv 1805.02867; FlashDecoding's split). The context is read on the device, so a
 captured graph serves a growing one. A context of 0 gives zeros. Rounding: float32 throughout, one rounding at
 the end.
-Halves: cuda_src/decode_attention.cu, triton_kernels/decode_attention.py
+Kernels: cuda_src/decode_attention.cu, triton_kernels/decode_attention.py
 """
 
 import math

@@ -10,7 +10,7 @@ meanwhile.
 A negative position marks an idle row: nothing is written. An id outside the vocabulary gives logits of NaN
 and the token -1; what it leaves in the cache is undefined. CUDA needs sm_90.
 Rows of every matrix begin at multiples of 16 bytes; a KV head has at most 8 query heads.
-Halves: cuda_src/decode_step.cu, triton_kernels/decode_step.py
+Kernels: cuda_src/decode_step.cu, triton_kernels/decode_step.py
 """
 
 import math

@@ -3,7 +3,7 @@
   ids [batch] int32   table [vocab, hidden]   out [batch, hidden]
 An id outside the vocabulary gives a row of NaN: loud, and no fault. (The model checks the ids that users
 pass.)
-Halves: cuda_src/embedding.cu, triton_kernels/embedding.py
+Kernels: cuda_src/embedding.cu, triton_kernels/embedding.py
 """
 
 import torch

@@ -7,7 +7,7 @@ cache[block_table[b, p / page], :, p % page] = k[b], p = positions[b]
 A negative position marks an idle row of a padded batch, which is skipped. Rows own their pages: no two write
 one slot.
 Source of paging: Kwon et al., PagedAttention (arXiv 2309.06180).
-Halves: cuda_src/kv_append.cu, triton_kernels/kv_append.py
+Kernels: cuda_src/kv_append.cu, triton_kernels/kv_append.py
 """
 
 import torch

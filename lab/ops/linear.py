@@ -3,7 +3,7 @@
   x [batch, k]   w [n, k]   bias [n] or None   y [batch, n] in x's dtype, or float32 with out_dtype (logits)
 Rounding: float32 accumulation, one rounding at the end. Batch 1 to 64; the weights stream from DRAM once for
 all of it.
-Halves: cuda_src/linear.cu, triton_kernels/linear.py
+Kernels: cuda_src/linear.cu, triton_kernels/linear.py
 """
 
 import torch

@@ -2,7 +2,7 @@
 
   x [batch, k]   w [n, k]   residual [batch, n]   bias [n] or None
 Rounding: float32 accumulation, the residual added in float32, one rounding at the end. Batch 1 to 64.
-Halves: cuda_src/linear_add.cu, triton_kernels/linear_add.py
+Kernels: cuda_src/linear_add.cu, triton_kernels/linear_add.py
 """
 
 from functools import partial

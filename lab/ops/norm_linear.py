@@ -4,7 +4,7 @@
   y [batch, n] in x's dtype, or float32 with out_dtype
 The norm of rmsnorm.py (same rounding points), recomputed by each block from L2 rather than passed through
 memory, unless the batch is one for tensor cores; then the linear of linear.py. Batch 1 to 64.
-Halves: cuda_src/norm_linear.cu, triton_kernels/norm_linear.py
+Kernels: cuda_src/norm_linear.cu, triton_kernels/norm_linear.py
 """
 
 from functools import partial

@@ -5,7 +5,7 @@ a greedy step's end
 The lowest index wins a tie and a row with NaN gives -1, as in sample.py. The last block to finish stores the
 ids: `scratch` int32 [batch, SCRATCH] holds the blocks' candidates, or each row's best so far, and the
 tickets; zero before the first call and left ready for the next. Batch 1 to 64.
-Halves: cuda_src/norm_linear_argmax.cu, triton_kernels/norm_linear_argmax.py
+Kernels: cuda_src/norm_linear_argmax.cu, triton_kernels/norm_linear_argmax.py
 """
 
 import torch

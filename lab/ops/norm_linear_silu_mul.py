@@ -2,7 +2,7 @@
 
   x [batch, k]   norm_w [k]   w [2 n, k], the gate's rows first   y [batch, n]
 Rounding: the norm as in rmsnorm.py; g and u stay in float32; one rounding at the end. Batch 1 to 64.
-Halves: cuda_src/norm_linear_silu_mul.cu, triton_kernels/norm_linear_silu_mul.py
+Kernels: cuda_src/norm_linear_silu_mul.cu, triton_kernels/norm_linear_silu_mul.py
 """
 
 from functools import partial

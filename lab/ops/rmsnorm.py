@@ -4,7 +4,7 @@
   w [cols]   residual [rows, cols] or None, updated in place and rounded to T before it is normalised
 Rounding: statistics in float32, rounded to T before the weight and after it, as Hugging Face's LlamaRMSNorm
 does.
-Halves: cuda_src/rmsnorm.cu, triton_kernels/rmsnorm.py
+Kernels: cuda_src/rmsnorm.cu, triton_kernels/rmsnorm.py
 """
 
 import torch

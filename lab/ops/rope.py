@@ -2,12 +2,12 @@
 
   q [batch, q_heads, head_dim]   k [batch, kv_heads, head_dim]   views of the packed qkv, rotated in place
   positions [batch] int32        cos_sin [max_positions, head_dim] float32: cosines, then sines
-The table holds the model's frequencies (plain or Llama-3 scaled: lab/model/rope.py), so both halves share
+The table holds the model's frequencies (plain or Llama-3 scaled: lab/model/rope.py), so both kernels share
 them.
 Source: Su et al., RoFormer (arXiv 2104.09864), in the rotate-half order of Hugging Face's Llama.
 Rounding: float32 arithmetic, one rounding at the end. A negative position marks an idle row, which stays as
 it is; the caller's table reaches to its last position (a kernel sees no table's end).
-Halves: cuda_src/rope.cu, triton_kernels/rope.py
+Kernels: cuda_src/rope.cu, triton_kernels/rope.py
 """
 
 import torch

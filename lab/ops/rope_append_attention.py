@@ -9,7 +9,7 @@ The new token's key and value are written to their page by the block that owns t
 it.
 A negative position marks an idle row: nothing is appended and its output is zeros.
 Rounding: as the single ops do: after the norm, after rope (both to T), once at the end.
-Halves: cuda_src/rope_append_attention.cu, triton_kernels/rope_append_attention.py
+Kernels: cuda_src/rope_append_attention.cu, triton_kernels/rope_append_attention.py
 """
 
 import torch

@@ -8,7 +8,7 @@ g (the Gumbel-max trick), g = -log(-log(u)), u = ((r >> 8) + 0.5) / 2^24, r = wo
 = seed and counter = (token, position, row, 0). The draw so depends on nothing but the seed, the position, the
 row and the logits.
 Source of Philox: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (SC 2011).
-Halves: cuda_src/sample.cu, triton_kernels/sample.py
+Kernels: cuda_src/sample.cu, triton_kernels/sample.py
 """
 
 import torch
