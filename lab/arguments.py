@@ -7,12 +7,12 @@ from lab.numbers import integer, number
 
 
 def names(text):
-    """ "a,b" -> ["a", "b"]."""
+    """Splits "a,b" into ["a", "b"]."""
     return [item for item in (part.strip() for part in text.split(",")) if item]
 
 
 def numbers(text):
-    """ "1,8" -> [1, 8]; raises LabError for anything that is no positive integer."""
+    """Converts "1,8" to [1, 8]. Raises LabError for anything that is no positive integer."""
     try:
         found = [integer(item) for item in names(text)]
     except ValueError:
@@ -23,8 +23,8 @@ def numbers(text):
 
 
 def duration(text):
-    """ "0.5" -> 0.5; ValueError, which argparse turns into its message, for anything negative or not
-    finite."""
+    """Converts "0.5" to 0.5. Raises ValueError, which argparse turns into its message, for a negative or
+    infinite number."""
     value = number(text)
     if value < 0:
         raise ValueError(text)
@@ -32,7 +32,7 @@ def duration(text):
 
 
 def seconds(text: str) -> float:
-    """A time limit as the command line has it."""
+    """A time limit in seconds, from the command line."""
     try:
         value = number(text)
     except ValueError:
