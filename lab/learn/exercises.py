@@ -87,9 +87,8 @@ def _cuda(path: Path, timeout: float) -> str | None:
                 [program], env=environment, capture_output=True, errors="replace", timeout=timeout
             )
             if done.returncode:
-                said = (
-                    done.stdout + done.stderr
-                ).strip() or f"the program ended with exit code {done.returncode}"
+                said = (done.stdout + done.stderr).strip()
+                said = said or f"the program ended with exit code {done.returncode}"
                 order = "the fixed order" if seed is None else f"random order {seed}"
                 return f"{said} (threads in {order})"
     except subprocess.TimeoutExpired:
@@ -195,9 +194,8 @@ def _triton(name: str, cases: Callable) -> Callable:
 
 def _tail_mask():
     for rows, cols in ((3, 64), (4, 40), (2, 7)):
-        memory = torch.full(
-            (rows * cols + 64,), torch.nan
-        )  # NaN after x, so that a read past its end spoils the mean
+        # NaN follows x in memory, so that a read past its end spoils the mean.
+        memory = torch.full((rows * cols + 64,), torch.nan)
         x = memory[: rows * cols].view(rows, cols).copy_(torch.arange(rows * cols).view(rows, cols) % 13)
         yield f"{rows} rows of {cols}", (x,), x.double().mean(1)
 

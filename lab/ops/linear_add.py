@@ -55,7 +55,8 @@ def torch_(x, w, residual, bias=None, out=None):
 
 
 def tolerance(a):
-    """linear's; the torch backend rounds twice where there is a bias: two steps of T of the largest sum."""
+    """linear's tolerance. With a bias the torch backend rounds twice, which adds two steps of T of the
+    largest sum."""
     rtol, atol = linear.tolerance(linear.op.bound(a.x, a.w, a.bias))
     if a.bias is not None:
         atol += rtol * float(reference(a.x, a.w, a.residual)[0].abs().max())
