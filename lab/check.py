@@ -266,6 +266,6 @@ def check_all(args, chosen, backends, wanted, device, stack) -> int:
                 failed += check_cases(op, name, function(op.name), dtype_name, cases, "cpu", args.seed)
                 ran += len(cases)
     if not ran:
-        raise LabError("nothing to check: no chosen backend has a chosen op that takes a chosen dtype")
+        raise LabError("nothing to check: none of the chosen backends has a chosen op in a chosen dtype")
     print(f"{ran} cases on {device}, {failed} failed")
     return 1 if failed else 0

@@ -37,7 +37,7 @@ VERBS = {  # verb: (module, what it does)
     ),
     "try": (
         "lab.learn.own_kernel",
-        "your own kernel, from one file: checked, raced against both kernels of the op, drawn",
+        "your own kernel, from one file: checked, and on a GPU measured against the op's kernels",
     ),
     "explain": ("lab.learn.explain", "the CUDA and the Triton kernel of an op side by side, step by step"),
 }

@@ -139,10 +139,15 @@ def ledger(parser):
     parser.add_argument(
         "--backend", metavar="A,B", default="cuda,triton,torch", help="default: cuda,triton,torch"
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: bf16")
+    parser.add_argument("--batch", type=int, default=1, help="batch size (default 1)")
     parser.add_argument("--context", type=int, default=1024, help="tokens in the KV cache (default 1024)")
-    parser.add_argument("--weights", choices=("random", "auto"), default="random")
+    parser.add_argument(
+        "--weights",
+        choices=("random", "auto"),
+        default="random",
+        help="random ones, or with auto the real ones",
+    )
     parser.add_argument(
         "--swap",
         action="store_true",
