@@ -143,10 +143,7 @@ def ledger(parser):
     parser.add_argument("--batch", type=int, default=1, help="batch size (default 1)")
     parser.add_argument("--context", type=int, default=1024, help="tokens in the KV cache (default 1024)")
     parser.add_argument(
-        "--weights",
-        choices=("random", "auto"),
-        default="random",
-        help="random ones, or with auto the real ones",
+        "--weights", choices=("random", "auto"), default="random", help="random, or auto: the real ones"
     )
     parser.add_argument(
         "--swap",
