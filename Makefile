@@ -1,4 +1,4 @@
-# `make` lists the targets. PYTHON=... picks the interpreter; one that already has a CUDA build of torch lends it.
+# `make` lists the targets. PYTHON=... picks the interpreter; if it has a CUDA build of torch, .venv uses that.
 PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/ready

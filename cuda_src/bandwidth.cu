@@ -25,8 +25,7 @@ LAB_DEVICE Vec<uint32_t> take(const uint32_t* src, int64_t at) {
   }
 }
 
-// A second pass goes over the buffer again: such a kernel is half as fast as it should be, and tests the
-// harness.
+// With passes = 2 a kernel takes twice as long as it should. A test of the harness uses that.
 template <int M>
 __global__ void bandwidth_kernel(const uint32_t* src, uint32_t* dst, int64_t vectors, int passes) {
   const int64_t tile = int64_t(kUnroll) * blockDim.x;

@@ -109,30 +109,31 @@ PYBIND11_MODULE(LAB_MODULE, m) {
   OP(decode_attention_ladder, q, cache, context_lens, out, splits, batch, q_heads, head_dim, scale, dtype,
      stream);
 
+  m.def("set_settings", &set_settings,
+        "Sets the settings of later launches: a list of (op, bytes of an element, rows, shape, settings by\n"
+        "name).");
   m.def(
-      "set_settings", &set_settings,
-      "The launch settings to take from now on: a list of (op, bytes of an element, rows, shape, settings by\n"
-      "name).");
-  m.def("force_settings", &force_settings,
-        "Every launch of an op takes these settings, {} those by rule; None ends that. For the tuner.");
+      "force_settings", &force_settings,
+      "Makes every launch of an op use these settings, with {} its own rule; None ends this. For the tuner.");
   m.def("set_trace", &lab::set_trace, "Starts or stops recording the names of launched kernels.");
   m.def("take_trace", &lab::take_trace,
         "The names of the kernels launched since the last call, oldest first.");
-  m.def("record_launches", &lab::record_launches, py::arg("multiprocessors"), py::arg("major") = 9,
-        "From now on launches are noted and not run, as on a GPU of so many multiprocessors and this major\n"
-        "compute capability; 0 ends that.");
+  m.def(
+      "record_launches", &lab::record_launches, py::arg("multiprocessors"), py::arg("major") = 9,
+      "Makes later launches be recorded instead of run, as on a GPU with this number of multiprocessors and\n"
+      "this major compute capability; 0 ends this.");
   m.def(
       "take_launches", &take_launches,
-      "list of dict: kernel, offset (of its host half in this file), grid, block, smem_bytes, cluster, pdl.");
+      "list of dict: kernel, offset (of its host function in this file), grid, block, smem_bytes, cluster,\n"
+      "pdl.");
 #ifdef LAB_HOST
-  m.def(
-      "set_schedule", &set_schedule, py::kw_only(), py::arg("seed") = py::none(),
-      py::arg("ahead") = py::none(),
-      "The order of threads in later launches: random by a seed, or the `lowest` or `highest` as far ahead\n"
-      "as barriers let it; without an argument as LAB_HOST_SEED and LAB_HOST_AHEAD say.");
+  m.def("set_schedule", &set_schedule, py::kw_only(), py::arg("seed") = py::none(),
+        py::arg("ahead") = py::none(),
+        "Sets the order of threads in later launches: random by a seed, or the `lowest` or `highest` thread\n"
+        "runs as far ahead as barriers let it; without an argument as LAB_HOST_SEED and LAB_HOST_AHEAD say.");
   m.def("hide_until_pdl_wait", &hide_until_pdl_wait,
         "A list of (address, bytes) that later kernels with programmatic dependent launch find filled with\n"
-        "ones until they call pdl_wait(); [] ends that. For tests.");
+        "ones until they call pdl_wait(); [] ends this. For tests.");
 #endif
   m.def(
       "build_info", [] { return py::module_::import("json").attr("loads")(lab::build_facts()); },

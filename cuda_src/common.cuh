@@ -530,9 +530,9 @@ inline int most_shared_bytes() {
   return 227 * 1024;
 }
 
-// Adds 1 to *counter and returns the value before. All that this thread has seen before, including stores of
-// its block before a barrier, becomes visible to the block that takes a later ticket, after a barrier there.
-// One thread of a block calls it.
+// Adds 1 to *counter and returns the value before. Everything that this thread has seen before, including
+// stores of its block before a barrier, becomes visible to the block that takes a later ticket, after a
+// barrier there. One thread of a block calls it.
 LAB_DEVICE unsigned take_ticket(unsigned* counter) {
 #ifdef __CUDACC__
   unsigned before;

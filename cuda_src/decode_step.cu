@@ -46,7 +46,7 @@ struct StepArguments {
   StepHeads<T> heads;
 };
 
-// What a sum is added to: the word that has the element of the residual, and a bias.
+// The values that are added to a sum: an element of the residual, in its word, and a bias.
 template <typename T>
 struct Base {
   uint64_t word;
@@ -79,7 +79,7 @@ struct StepRow {
   // Issues the copy of the next norm's weight, a phase before its use: otherwise its latency would add to the
   // wait for the row. A thread copies the columns that it will scale.
   LAB_DEVICE void start(const T* norm_w, int k) {
-    // For a block that had no share of the last normalised product.
+    // A block without a share of the last normalised product calls this instead.
     cp_async_wait<0>();
     for (int col = threadIdx.x * N; col < k; col += kStep) cp_async16(weight + col, norm_w + col);
     cp_async_commit();
@@ -132,7 +132,7 @@ struct StepRow {
   }
 };
 
-// What happens to the sums of a phase's matrix product.
+// The epilogue of a phase's matrix product: what is added to its sums, and where the results go.
 //
 //   phase     added to the sum              finished by          stored in
 //   kQkv      the bias, if there is one                          the row qkv
@@ -225,7 +225,8 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
       const int i = step / 4;
       const StepPhase phase = phase_at(step);
       if (phase == kO) attention.send(ring, i);
-      if (phase == kQkv && blockIdx.x == 0 && i + 1 < a.layers) {  // small, but else a wait for DRAM
+      // The norms' weights are few bytes, but without the prefetch each would be a wait for DRAM.
+      if (phase == kQkv && blockIdx.x == 0 && i + 1 < a.layers) {
         bulk_prefetch_l2(layers[i + 1].attn_norm, a.hidden * sizeof(T));
         bulk_prefetch_l2(layers[i + 1].mlp_norm, a.hidden * sizeof(T));
       }
@@ -268,9 +269,9 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
       const StepEpilogue<T> epilogue{phase, normed, bias_of(layer, phase), poison, h, to, a.logits, best};
       const int n = share.first + int(threadIdx.x);
       const Base<T> base = n < share.last ? epilogue.load(n) : Base<T>{};
-      // Where DRAM is the limit the row never arrives sooner than this, and polling for it costs L2
-      // bandwidth: 1B at 32 tokens 845 us without this pause, 834 with it, on an H100. (A pause between two
-      // polls costs more than it saves.)
+      // If DRAM is the limit, the row never arrives sooner than this, and polling for it costs L2 bandwidth:
+      // 1B at 32 tokens takes 845 us without this pause, 834 with it, on an H100. (A pause between two polls
+      // costs more than it saves.)
       if (ring.few > 1) wait_cycles(600);
       normed ? x.norm(last, m.k, a.heads.eps) : x.copy(last, m.k);
       ring.multiply(m, share, x.x, base, epilogue);
@@ -322,10 +323,10 @@ void decode_step(const DecodeStepArgs& a) {
             "decode_step: rows of " + std::to_string(longest) +
             " elements leave this GPU's shared memory no room for tiles (use --plan fused)");
       }
-      // Two tiles in flight in each block keep an H100's DRAM busy. Where a layer is not much larger than the
-      // rings, the chain of phases takes longer than DRAM, and the loads and stores of that chain queue less
-      // behind one tile in flight (Qwen3-0.6B at 1024 tokens: 650 us with two, 630 with one). At 8192 tokens,
-      // with as many bytes of K and V as of weights, one tile is too few.
+      // Two tiles in flight in each block keep an H100's DRAM busy. If a layer is not much larger than the
+      // rings, the chain of phases takes longer than DRAM, and with one tile in flight its loads and stores
+      // queue less behind the copies (Qwen3-0.6B at 1024 tokens: 650 us with two, 630 with one). At 8192
+      // tokens, where K and V have as many bytes as the weights, one tile is too few.
       const int layer_width = 2 * (a.q_heads + a.cache.kv_heads) * D + 3 * a.sizes.intermediate;
       const int64_t layer = int64_t(a.sizes.hidden) * layer_width * int64_t(sizeof(T));
       const int64_t few_up_to = int64_t(tiles) * kTileBytes * multiprocessors() * 3 / 2 - layer;

@@ -1,5 +1,5 @@
-// Launch settings that `lab tune` measured for an op and a shape. Where it measured none, a launcher follows
-// its own rule.
+// Launch settings that `lab tune` measured for an op and a shape. For all others a launcher follows its own
+// rule.
 //
 // Plain C++, so that bindings.cpp can fill the table from cuda_src/tuned/<arch>.json. Hidden visibility keeps
 // the tables of the GPU extension and of the host extension apart.
@@ -18,11 +18,10 @@ namespace lab {
 struct Settings {
   // Warps that share the same rows of w: 1, 2 or 4 (core/stream_rows.cuh).
   int share = 0;
-  // Blocks per multiprocessor, each for several sets of outputs; with too many for that, each for one set.
+  // Blocks per multiprocessor, each of which computes several sets of outputs; a large number: one set each.
   int resident = 0;
-  int tiles = 0;   // up to 16 rows of x: 16-row tiles of w that a block owns,
-                   // 1 or 2 (core/mma_rows.cuh)
-  int stages = 0;  // of such a block with one tile: 4 or 7 stages
+  int tiles = 0;   // up to 16 rows of x: how many 16-row tiles of w a block owns, 1 or 2 (core/mma_rows.cuh)
+  int stages = 0;  // with tiles = 1: the stages of the block's pipeline, 4 or 7
   int least = 0;   // the fewest tokens of a split (core/mma_attention.cuh)
 };
 

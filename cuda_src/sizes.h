@@ -8,7 +8,7 @@
 #include "common.cuh"
 
 #ifndef LAB_SM90A
-// Setup.py defines it as 1 where it compiles code for sm_90a.
+// setup.py defines this as 1 when it compiles code for sm_90a.
 #define LAB_SM90A 0
 #endif
 

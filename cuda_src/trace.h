@@ -1,6 +1,6 @@
-// Tracing: a list of the names of launched kernels, kept only while tracing is on. Recording: launches are
-// noted in full and not run, so that a machine without a GPU can tell which instantiation a call launches,
-// and with which configuration.
+// Tracing: while it is on, the names of launched kernels are collected. Recording: launches are noted in full
+// and not run, so that a machine without a GPU can tell which instantiation a call launches, and with which
+// configuration.
 //
 // Plain C++, so that bindings.cpp can include it too. Hidden visibility keeps the lists of the GPU extension
 // and of the host extension apart when both are loaded in one process.
@@ -72,9 +72,9 @@ inline std::vector<std::string> take_trace() {
   return std::exchange(trace::names, {});
 }
 
-// From now on launches are noted and not run, as on a GPU with this many multiprocessors and this major
-// compute capability (the host build ignores the latter and looks at LAB_HOST_SHAPES). 0 multiprocessors ends
-// it.
+// Makes later launches be noted and not run, as on a GPU with this many multiprocessors and this major
+// compute capability (the host build ignores the latter and uses LAB_HOST_SHAPES). 0 multiprocessors ends
+// this.
 inline void record_launches(int multiprocessors, int major) {
   std::lock_guard<std::mutex> lock(trace::mutex);
   trace::launches.clear();

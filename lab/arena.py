@@ -1,11 +1,11 @@
-"""The tensors of one call in one piece of memory, every one of them between guard zones.
+"""The tensors of one call in one piece of memory, each between two guard zones.
 
-A kernel that writes past an end of a tensor overwrites a neighbour in an ordinary allocation and nobody
+In an ordinary allocation, a kernel that writes past the end of a tensor overwrites a neighbour, and nobody
 notices. In an arena it overwrites a known pattern, which is compared after the call. The pattern is NaN in
 float32, float16 and bfloat16, so that a value that was read past an end spoils the result, too.
 
-The memory can be a file: then a worker process (lab/worker.py) maps the same file, runs the kernel on it, and
-what the kernel wrote is judged here, by a process that never loads the kernel.
+The memory can be a file. Then a worker process (lab/worker.py) maps the same file and runs the kernel on it,
+and this process, which never loads the kernel, judges what the kernel wrote.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-ALIGNMENT = 256  # of every storage, in bytes: what CUDA's own allocations have at least
-GUARD_BYTES = 4096, 65536  # of one guard zone: as large as what it guards, within these limits
+ALIGNMENT = 256  # bytes, of every storage: CUDA's own allocations have at least this alignment
+GUARD_BYTES = 4096, 65536  # size of a guard zone: that of the storage it guards, within these limits
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass
 class Region:
-    """One storage in the arena. tensors: (path, dtype, size, stride, offset in elements) of those that lie in
+    """One storage in the arena. tensors: (path, dtype, size, stride, offset in elements) of each tensor in
     it."""
 
     start: int
@@ -47,8 +47,7 @@ class Region:
 
 
 def tensors_in(path: str, value) -> Iterator[tuple[str, torch.Tensor]]:
-    """("workspace.tickets", tensor) and so on: the tensors in a value, through dataclasses, lists and
-    tuples."""
+    """All tensors in a value, through dataclasses, lists and tuples, as ("workspace.tickets", tensor)."""
     if isinstance(value, torch.Tensor):
         yield path, value
     elif isinstance(value, (list, tuple)):
@@ -63,9 +62,9 @@ class Arena:
     """The values of a call, {"x": tensor, "eps": 1e-5, ...}, with their tensors copied into one guarded
     memory.
 
-    device: where the memory lies. file: an open file to hold it instead, on the CPU.
-    Views of one storage stay views of one storage. A value that holds addresses of its own tensors has a
-    method readdress(), which is called wherever the arena is mapped (lab.ops.decode_step.StepModel).
+    device: where the memory lies. file: an open file that holds it instead, on the CPU. Views of one storage
+    stay views of one storage. A value that holds addresses of its own tensors has a method readdress(), which
+    is called wherever the arena is mapped (lab.ops.decode_step.StepModel).
     """
 
     def __init__(self, values: Mapping[str, object], device: str | torch.device = "cpu", file=None):
@@ -91,8 +90,8 @@ class Arena:
         self.fill(values)
 
     def fill(self, values: Mapping[str, object], keep: tuple[str, ...] = ()) -> None:
-        """Copies in the contents of other values of the same sizes; what is called one of `keep` stays as it
-        is."""
+        """Copies in the contents of other values of the same sizes, except those whose names are in
+        `keep`."""
         filled = set()
         for name, value in values.items():
             if name in keep:
@@ -110,7 +109,7 @@ class Arena:
         return next(r for r in self.regions if any(p == path for p, *_ in r.tensors))
 
     def values(self) -> dict:
-        """The values, with tensors that lie in the arena: what a kernel is called with."""
+        """The values, with their tensors in the arena: the arguments for a kernel."""
         return unpack(self.memory, self.layout(), self.recipe)
 
     def layout(self) -> list[tuple[int, int]]:
@@ -118,14 +117,13 @@ class Arena:
         return [(r.start, r.nbytes) for r in self.regions]
 
     def remember(self) -> dict:
-        """Notes the arena's bytes as they are now, and returns the values as they are now, for a
-        reference."""
+        """Keeps a copy of the arena's bytes, and returns the values in that copy, for a reference."""
         self.before = self.memory.clone()
         return unpack(self.before, self.layout(), self.recipe, readdress=False)
 
     def damage(self, may_change: set[str]) -> str | None:
-        """What was written since remember() that may not be written, or None. may_change: names or paths of
-        values."""
+        """A message about a write since remember() that is not allowed, or None. may_change: names or paths
+        of the values that may be written."""
         for r in self.regions:
             zones = (
                 (r.start - r.guard, r.start, "before the start of"),
@@ -153,10 +151,10 @@ class Arena:
         )
 
     def changed(self, region: Region, may_change: set[str]) -> str | None:
-        """Names the tensor of a storage that changed though it may not, or says that the memory between
-        tensors did."""
+        """A message about a change in a storage that is not allowed, to a tensor or to the memory between
+        tensors; or None."""
         different = self.memory[region.start : region.end] != self.before[region.start : region.end]
-        other = torch.ones_like(different)  # no tensor of the call lies there
+        other = torch.ones_like(different)  # the bytes that belong to no tensor of the call
         fixed = []
         for path, dtype, size, stride, offset in region.tensors:
             mark = torch.zeros(region.nbytes, dtype=torch.uint8, device=different.device)
@@ -179,7 +177,8 @@ def round_up(n: int) -> int:
 
 
 def guard_pattern(nbytes: int) -> torch.Tensor:
-    """Bytes that vary, and are NaN as float32, float16 and bfloat16 wherever one begins."""
+    """A pattern of varying bytes that reads as NaN in float32, float16 and bfloat16 at every aligned
+    address."""
     index = np.arange(-(-nbytes // 2), dtype=np.uint32)
     bits = (index * np.uint32(2654435761)) >> np.uint32(16)  # Knuth's multiplicative hash
     halves = 0x7F81 + bits % 0x7F | (bits & 0x8000)  # sign any, exponent all ones, mantissa not 0
@@ -197,7 +196,7 @@ def allocate(nbytes: int, device: torch.device, file=None) -> torch.Tensor:
 
 
 def resize(file, nbytes: int) -> None:
-    """Grows a file to `nbytes`; one that is larger stays so, for what is mapped may not shrink."""
+    """Grows a file to `nbytes`. A larger file keeps its size, because a mapped file may not shrink."""
     if os.fstat(file.fileno()).st_size < nbytes:
         os.ftruncate(file.fileno(), nbytes)
     if hasattr(os, "posix_fallocate"):  # a full disk is an error here, not a fault later
@@ -209,10 +208,10 @@ def map_file(file, nbytes: int) -> torch.Tensor:
 
 
 def at(memory: torch.Tensor, dtype, size, stride, offset) -> torch.Tensor:
-    """A tensor of these strides in uint8 memory; on the CPU its storage is `memory` and no byte more."""
+    """A tensor of these strides in uint8 memory. On the CPU its storage is exactly `memory`."""
     if memory.numel() == 0:
         return torch.empty_strided(size, stride, dtype=dtype, device=memory.device)
-    if memory.device.type == "cpu":  # so that the interpreter sees where it ends
+    if memory.device.type == "cpu":  # so that the interpreter knows where the memory ends
         base, start = torch.from_numpy(memory.numpy()), 0
     else:
         base, start = memory, memory.storage_offset()
@@ -221,7 +220,7 @@ def at(memory: torch.Tensor, dtype, size, stride, offset) -> torch.Tensor:
 
 
 def pack(values, places) -> bytes:
-    """The values as bytes, with each tensor as its place: (storage, dtype, size, stride, offset)."""
+    """The values as bytes. Each tensor is replaced by its place: (storage, dtype, size, stride, offset)."""
 
     class Pickler(pickle.Pickler):
         def persistent_id(self, value):
@@ -244,8 +243,8 @@ def unpack(memory: torch.Tensor, layout, recipe: bytes, readdress=True) -> dict:
 
 
 def unpack_from(storages: list[torch.Tensor], nothing: torch.Tensor, recipe: bytes, readdress=True) -> dict:
-    """The values of a recipe with their tensors in `storages`, uint8; `nothing`: where tensors without
-    elements lie."""
+    """The values of a recipe with their tensors in `storages`, uint8. nothing: memory for tensors without
+    elements."""
 
     class Unpickler(pickle.Unpickler):
         def persistent_load(self, place):

@@ -7,12 +7,12 @@ from lab.numbers import integer, number
 
 
 def items(text):
-    """ "a, b" -> ["a", "b"]."""
+    """Splits "a, b" into ["a", "b"]."""
     return [item for item in (part.strip() for part in text.split(",")) if item]
 
 
 def names(text):
-    """ "a,b" -> ["a", "b"]; raises LabError where there is none."""
+    """As items(). Raises LabError where there is none."""
     found = items(text)
     if not found:
         raise LabError(f"{text!r}: write names with commas, as in a,b")
@@ -20,7 +20,7 @@ def names(text):
 
 
 def numbers(text):
-    """ "1,8" -> [1, 8]; raises LabError for anything that is no positive integer."""
+    """Converts "1,8" to [1, 8]. Raises LabError for anything that is no positive integer."""
     try:
         found = [integer(item) for item in items(text)]
     except ValueError:
@@ -31,8 +31,8 @@ def numbers(text):
 
 
 def duration(text):
-    """ "0.5" -> 0.5; ValueError, which argparse turns into its message, for anything negative or not
-    finite."""
+    """Converts "0.5" to 0.5. Raises ValueError, which argparse turns into its message, for a negative or
+    infinite number."""
     value = number(text)
     if value < 0:
         raise ValueError(text)
@@ -40,7 +40,7 @@ def duration(text):
 
 
 def seconds(text: str) -> float:
-    """A time limit as the command line has it."""
+    """A time limit in seconds, from the command line."""
     try:
         value = number(text)
     except ValueError:

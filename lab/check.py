@@ -1,12 +1,12 @@
-"""`lab check` and `lab ops`: every op of a backend against its reference, at sizes chosen to be awkward.
+"""`lab check`: every op of a backend against its reference, at sizes chosen to be awkward.
 
-A case is two calls on the same tensors, on one workspace where the op takes one, with fresh random contents
-for each; the outputs are poisoned with NaN before each call, and every element must lie within the contract's
-tolerance of a float64 reference. So zeros, NaN, an output left unwritten, a dropped tail, a counter left
-dirty and a remembered answer all fail (tests/test_check.py plants each and sees it caught). Every tensor lies
-between guard zones (lab/arena.py); these and the inputs that an op may not change must come back unchanged.
-`lab check` runs the kernels in processes of their own (lab/worker.py), so that one that crashes is a failed
-case.
+A case is two calls on the same tensors, and on the same workspace if the op takes one, with new random
+contents for each call. Before each call the outputs are filled with NaN. Afterwards every element must lie
+within the contract's tolerance of a float64 reference. So zeros, NaN, an output left unwritten, a dropped
+tail, a counter that was not reset and a remembered answer all fail (tests/test_check.py plants each of these
+faults). Every tensor lies between guard zones (lab/arena.py). These, and the inputs that an op may not
+change, must be unchanged. `lab check` runs the kernels in processes of their own (lab/worker.py), so that a
+crash is a failed case.
 """
 
 from __future__ import annotations
@@ -25,25 +25,26 @@ from lab.names import known
 from lab.worker import Worker
 
 POISON = -77777777  # for integer outputs, which have no NaN
-LONGEST = 500  # characters of what is said of a case
+LONGEST = 500  # characters of the message about a case
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a case showed: `error` says what is wrong, or is None; `used` is the largest share of the
-    tolerance used."""
+    """The result of a case: `error` says what is wrong, or is None; `used` is the largest share of the
+    tolerance that an element took."""
 
     error: str | None
     used: float
 
 
 def check_case(op: Op, function, rand: Rand, sizes, calls: int = 2) -> Outcome:
-    """Runs `function` (ops.<name>, or any callable with the op's arguments and `out=`) on random cases of
-    `op`.
+    """Runs `function` (ops.<name>, or any callable with the op's arguments and `out=`) on random inputs of
+    these sizes.
 
-    The calls share all tensors: their contents are new each time, and only what Op.state names keeps what the
-    call before left in it. A function with a method run(arena), as lab.worker.Function, is called somewhere
-    else. Raises Unavailable where this machine cannot run the function; any other error of it is the outcome.
+    All calls use the same tensors, with new contents each time; only the arguments named in Op.state keep
+    what the call before left in them. A function with a method run(arena), such as lab.worker.Function, is
+    called through that method. Raises Unavailable if this machine cannot run the function; any other error of
+    it is the outcome.
     """
     values = values_of(op, op.with_workspace(*op.inputs(rand, **sizes)))
     arena = Arena(values, rand.device, getattr(function, "file", None))
@@ -63,28 +64,29 @@ def check_case(op: Op, function, rand: Rand, sizes, calls: int = 2) -> Outcome:
 
 
 def values_of(op: Op, args) -> dict:
-    """{"x": ..., "out": ...}: an op's arguments by name and its output, NaN (or POISON) wherever nothing was
-    written."""
+    """The arguments by name and the output, {"x": ..., "out": ...}. The output is filled with NaN, or POISON
+    if it has integers."""
     values = dict(zip(op.names, args))
     out = op.outputs(*args)
     if out is not None:
         values["out"] = out.fill_(torch.nan if out.is_floating_point() else POISON)
     for name in op.state:
         for _, t in tensors_in("", values[name]):
-            if t.is_floating_point():  # scratch, which may begin as anything
+            if t.is_floating_point():  # scratch memory, whose first contents do not matter
                 t.fill_(torch.nan)
     return values
 
 
 def check_call(op: Op, function, arena: Arena, may_change: set[str]) -> Outcome:
-    """One call on what is in the arena, judged by the arena's own copy of what went in."""
+    """Calls the function once on the arena's values and judges the result by a copy of its inputs in the
+    arena."""
     before = arena.remember()
     before.pop("out", None)
     a = op.bound(**before)
-    if op.contents is not None:  # no kernel is given integers that lead it astray
+    if op.contents is not None:  # a kernel is never given integers that could lead it outside a tensor
         try:
             op.contents(a)
-        except LabError as error:  # in the second call: of what the first has left
+        except LabError as error:  # in the second call: the first left something wrong in `state`
             return Outcome(str(error), torch.inf)
     error = function.run(arena) if hasattr(function, "run") else run_here(function, arena)
     if error is None:
@@ -131,11 +133,11 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def finite(a):
-    """`a` with 0 for NaN and inf if it is a float tensor: a tolerance comes from the sizes of the values that
-    are finite.
+    """`a` with 0 for NaN and inf if it is a float tensor, so that the tolerance follows from the finite
+    values.
 
-    A NaN or inf among an op's inputs would make the limit of every element NaN or inf, though most do not
-    depend on it.
+    Otherwise one NaN or inf among an op's inputs would make the tolerance of every element NaN or inf, though
+    most elements do not depend on it.
     """
     if not (isinstance(a, torch.Tensor) and a.is_floating_point()) or bool(a.isfinite().all()):
         return a
@@ -170,7 +172,8 @@ def compare(got: torch.Tensor, want: torch.Tensor, rtol: float, atol: float) -> 
 
 
 def check_cases(op, name, function, dtype_name, cases, device, seed) -> int:
-    """Checks the cases, prints a line about them and one about each that failed; returns how many did."""
+    """Checks the cases and prints one line about them and one about each failure. Returns the number of
+    failures."""
     outcomes = [(c, check_case(op, function, Rand(device, DTYPES[dtype_name], seed), c.sizes)) for c in cases]
     wrong = [(c, outcome) for c, outcome in outcomes if outcome.error]
     used = max(outcome.used for _, outcome in outcomes)
@@ -185,7 +188,7 @@ def check_cases(op, name, function, dtype_name, cases, device, seed) -> int:
 
 
 def in_worker(spec: dict):
-    """name -> function of the ops of spec["backend"], in a worker's process."""
+    """In a worker's process: returns a function that gives the op of a name in spec["backend"]."""
     from lab.ops import OPS
 
     name = spec["backend"]
@@ -229,7 +232,7 @@ def main(args) -> int:
 
 
 def check_all(args, chosen, backends, wanted, device, stack) -> int:
-    """Runs the cases, each backend in a process of its own that ends with the stack; returns the exit
+    """Runs all cases, each backend in a process of its own, which ends with `stack`. Returns the exit
     status."""
 
     def functions_of(name, **spec):
@@ -263,8 +266,6 @@ def check_all(args, chosen, backends, wanted, device, stack) -> int:
                 failed += check_cases(op, name, function(op.name), dtype_name, cases, "cpu", args.seed)
                 ran += len(cases)
     if not ran:
-        raise LabError(
-            "nothing to check: the ops chosen take none of the dtypes chosen, or no backend chosen has them"
-        )
+        raise LabError("nothing to check: none of the chosen backends has a chosen op in a chosen dtype")
     print(f"{ran} cases on {device}, {failed} failed")
     return 1 if failed else 0

@@ -1,9 +1,9 @@
-"""The command line: one subcommand per verb. The work of a verb lives in its room, imported only when it is
+"""The command line: one subcommand per verb. Each verb is a module of its own, imported only when it is
 called.
 
-A room has `main(args) -> exit status`, and `add_arguments(parser)` unless it imports torch: then its options
-are in lab/options.py, so that help and completion come at once. What a user did wrong is one line on standard
-error and exit status 2; anything else that escapes is a fault of the lab and keeps its traceback.
+Such a module has `main(args) -> exit status` and `add_arguments(parser)`. If it imports torch, its options
+are in lab/options.py instead, so that help and completion do not wait for torch. A mistake of the user is one
+line on standard error and exit status 2. Any other exception is a fault of the lab and keeps its traceback.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from lab import options
 from lab.errors import LabError, one_line
 from lab.numbers import integer, number
 
-VERBS = {  # verb: (room, what it does)
+VERBS = {  # verb: (module, what it does)
     "doctor": ("lab.machine.doctor", "what this machine can run and what is missing"),
     "ops": ("lab.ops.table", "the table of ops"),
     "check": ("lab.check", "every op of a backend against its reference, at awkward sizes"),
@@ -29,24 +29,24 @@ VERBS = {  # verb: (room, what it does)
     "bench": ("lab.harness.bench", "measure ops, models or a token's ledger into records"),
     "ledger": ("lab.harness.ledger_verb", "one token, kernel by kernel"),
     "compare": ("lab.records.compare", "did rows of run B get slower than those of run A?"),
-    "tune": ("lab.tune.tuner", "find the fastest launch settings of both halves on this GPU, shape by shape"),
+    "tune": ("lab.tune.tuner", "find the fastest launch settings of both kernels on this GPU"),
     "report": ("lab.report.build", "draw records: pictures, a web page, a summary"),
     "inspect": (
         "lab.inspect.command",
-        "what the compilers made of both halves: registers, occupancy, code; no GPU needed",
+        "what the compilers made of both kernels: registers, occupancy, code; no GPU needed",
     ),
     "try": (
         "lab.learn.own_kernel",
-        "your own kernel, from one file: checked, raced against both halves, drawn",
+        "your own kernel, from one file: checked, and on a GPU measured against the op's kernels",
     ),
-    "explain": ("lab.learn.explain", "the CUDA and the Triton half of an op side by side, step by step"),
+    "explain": ("lab.learn.explain", "the CUDA and the Triton kernel of an op side by side, step by step"),
 }
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse prints a usage text before its error; here a mistake is one line, like every other.
+    """An argument parser that reports a mistake as one line, where argparse would print a usage text first.
 
-    type=int and type=float take plain notation alone (lab/numbers.py).
+    type=int and type=float accept plain notation only (lab/numbers.py).
     """
 
     def __init__(self, *args, **options):
@@ -70,7 +70,7 @@ class Parser(argparse.ArgumentParser):
         return f"; did you mean {near[0]}?" if near else ""
 
     def words(self):
-        """What may be typed after this parser's name: its options, and the choices of its arguments."""
+        """The words that may follow this parser's name: its options, and the choices of its arguments."""
         usage = self.format_usage()
         choices = {
             word for group in re.findall(r"\{(.*?)\}", usage, re.S) for word in re.findall(r"[\w.-]+", group)
@@ -94,7 +94,7 @@ class Version(argparse.Action):
 
 
 class Completion(argparse.Action):
-    """--completion SHELL: what the shell evaluates to complete verbs, options and choices."""
+    """--completion SHELL: prints shell code that completes verbs, options and choices."""
 
     def __call__(self, parser, namespace, shell, option_string=None):
         words = {verb: sorted(build_parser(verb).verb.words()) for verb in VERBS}
@@ -116,13 +116,14 @@ complete -o filenames -F _lab lab""")
         parser.exit()
 
 
-def main_of(room):
-    """The verb's main(), imported when it is called."""
-    return lambda args: importlib.import_module(room).main(args)
+def main_of(module):
+    """A function that imports a verb's module and calls its main()."""
+    return lambda args: importlib.import_module(module).main(args)
 
 
 def build_parser(verb):
-    """The parser of `lab`, with the options of `verb`, whose parser is its attribute `verb`."""
+    """The parser of `lab`, with the options of `verb` only; the parser of that verb is its attribute
+    `verb`."""
     parser = Parser(
         prog="lab",
         description="Decode kernels of a language model, in CUDA and in Triton, on one bench.",
@@ -137,7 +138,7 @@ def build_parser(verb):
         help='for eval "$(lab --completion bash)" in the shell\'s start file',
     )
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
-    for name, (room, summary) in VERBS.items():
+    for name, (module, summary) in VERBS.items():
         sub = verbs.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}")
         sub.add_argument(
             "--traceback",
@@ -146,16 +147,16 @@ def build_parser(verb):
             help="show where an error came from",
         )
         if name == verb:
-            add_arguments = options.OF.get(name) or importlib.import_module(room).add_arguments
+            add_arguments = options.OF.get(name) or importlib.import_module(module).add_arguments
             add_arguments(sub)
-            sub.set_defaults(main=main_of(room))
+            sub.set_defaults(main=main_of(module))
             parser.verb = sub
     return parser
 
 
 def parse(argv, verb):
-    """The arguments; an option that nobody knows is the verb's error, which knows what may have been
-    meant."""
+    """Parses the arguments. An unknown option is reported by the verb's parser, which can suggest one of its
+    own."""
     parser = build_parser(verb)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -180,7 +181,7 @@ def run(argv):
 
 
 def explain(error):
-    """One line for an error that a user can mend; None for a fault of the lab."""
+    """One line about an error that the user can mend; None for a fault of the lab."""
     if isinstance(error, LabError):
         return str(error)
     if type(error) is ValueError and "embedded null" in str(error):
@@ -195,16 +196,17 @@ def explain(error):
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "the output cannot be written: no space left on device"
-    if type(error).__name__ == "OutOfMemoryError":  # torch's; its first sentence says how much and where
+    # torch's error; its first sentence says how much memory was asked for.
+    if type(error).__name__ == "OutOfMemoryError":
         return f"{str(error).split('. ')[0]}: try a smaller model, batch or context"
     return None
 
 
 def take_any_text():
-    """Lets standard output and error print every text: what their encoding lacks is shown as an escape
-    (\\u6f22).
+    """Lets standard output and error print every text: characters that their encoding lacks are shown as
+    escapes (\\u6f22).
 
-    One that is closed, as by 2>&- in a shell, swallows it.
+    If one of them is closed, as by 2>&- in a shell, what is printed to it is dropped.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
@@ -219,7 +221,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         status = run(argv)
-        print(end="", flush=True)  # what cannot be written is an error here, not at exit
+        print(end="", flush=True)  # a write error is raised here, not at exit
         return status or 0
     except BrokenPipeError:  # the reader went away, as in `lab ops | head -1`
         drop_output()
@@ -235,13 +237,13 @@ def main(argv=None):
             traceback.print_exc()
         if getattr(error, "errno", None) == errno.ENOSPC:
             drop_output()
-        with contextlib.suppress(OSError):  # standard error is full or closed: the status says it
+        with contextlib.suppress(OSError):  # standard error is full or closed: the exit status remains
             print("lab: error: " + one_line(line), file=sys.stderr)
         return 2
 
 
 def drop_output():
-    """Lets Python's own flush at exit succeed: what standard output still holds goes nowhere."""
+    """Drops what standard output still holds, so that Python's own flush at exit succeeds."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

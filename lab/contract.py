@@ -1,8 +1,9 @@
-"""The contract of an op: what both of its kernels must do, and what its checks and measurements are made of.
+"""The contract of an op: what its kernels must do in every language, and how the lab checks and measures
+them.
 
 An `Op` is one meaning (`reference`), one set of conditions (`validate`) and one launcher for each language.
-What other parts of the lab must know of an op stands in its contract, too. This module lies below everything
-else: it imports nothing of the lab but the errors, and the contracts in lab/ops import it.
+Whatever other parts of the lab need to know about an op is a field of its contract, too. This module lies
+below everything else: it imports nothing of the lab but the errors, and the contracts in lab/ops import it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # DType o
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes for one check or benchmark of an op, and why they were chosen."""
+    """Sizes for one check of an op, and the reason why they were chosen."""
 
     why: str
     sizes: Mapping[str, object]
@@ -73,86 +74,84 @@ def once(config, role: str | None) -> int:
 
 
 def one_batch(batch: int, context: int | None) -> dict:
-    """The sizes of `inputs` that say how many rows there are, for an op that calls them `batch`."""
+    """{"batch": batch}: the sizes of `inputs` that depend on the batch, for an op that calls its rows
+    `batch`."""
     return {"batch": batch}
 
 
 def some_rows(batch: int, context: int | None) -> dict:
-    """The same for an op that calls them `rows`."""
+    """{"rows": batch}: the same for an op that calls its rows `rows`."""
     return {"rows": batch}
 
 
 @dataclass(frozen=True)
 class Op:
-    """The contract that the kernels of one op meet in every language, and what the lab must know of it to
+    """The contract of one op: what its kernels must do in every language, and what the lab must know to
     measure it.
 
-    What a call runs through (`validate`, `outputs`, the launchers) and `reference` take the op's public
-    arguments in their order; a launcher takes the output tensor as the keyword `out`. What is asked about a
-    call takes one object with the arguments by name, `a.x`, which `bound` makes.
+    `validate`, `outputs`, `reference` and the launchers take the op's public arguments in their order; a
+    launcher takes the output tensor as the keyword `out`. The functions that are off the path of a call
+    (`nbytes`, `tolerance` ...) take one object `a` that holds the arguments by name, as in `a.x`; `bound`
+    makes it.
     """
 
     name: str
     summary: str  # the formula, one line
     dtypes: tuple  # dtypes of the activations that every backend takes
     validate: Callable  # (*args, out=None) -> None, or raises LabError
-    outputs: Callable  # (*args) -> an empty tensor for the kernel to fill; None for an op in place
-    reference: (
-        Callable  # (*args) -> tuple of float64 (or integer) results: the output, then what `mutates` names
-    )
-    launchers: dict[
-        str, Callable
-    ]  # language -> (*args, out) -> None; cuda's takes the table of C++ launchers first
-    inputs: Callable  # (rand: Rand, **sizes) -> args, random data of one case
+    outputs: Callable  # (*args) -> an empty tensor for the kernel to fill; None for an op that works in place
+    # (*args) -> a tuple of float64 or integer tensors: the right output, then the right `mutates`
+    reference: Callable
+    # language -> (*args, out) -> None; the CUDA launcher takes the extension's functions as first argument
+    launchers: dict[str, Callable]
+    inputs: Callable  # (rand: Rand, **sizes) -> args: random data of these sizes
     nbytes: Callable  # (a) -> bytes that must cross DRAM at least once
     flops: Callable  # (a) -> floating-point operations
     tolerance: Callable  # (a) -> (rtol, atol) against `reference`, derived from the dtypes' epsilon
-    cases: tuple[Case, ...] = ()
+    cases: tuple[Case, ...] = ()  # the sizes that `lab check` runs
     mutates: tuple[str, ...] = ()  # arguments that the op changes in place
-    contents: Callable | None = (
-        None  # (a) -> None; raises LabError for integers in tensors that no kernel may be given
-    )
-    verify: Callable | None = None  # (got, a) -> what is wrong, or None; replaces the comparison by tolerance
-    state: tuple[str, ...] = ()  # arguments in which a call leaves what the next one finds: tickets, scratch
-    workspace: Callable | None = (
-        None  # (a) -> the argument `workspace`, where a call may bring one or leave it out
-    )
+    # (a) -> None; raises LabError for integers in tensors (page numbers, positions) that no kernel may be
+    # given
+    contents: Callable | None = None
+    # (output, a) -> what is wrong with it, or None; takes the place of the comparison by tolerance
+    verify: Callable | None = None
+    # arguments that keep values from one call to the next, such as tickets
+    state: tuple[str, ...] = ()
+    # (a) -> a new argument `workspace`, for an op that a caller may call without one
+    workspace: Callable | None = None
 
-    # Where models use the op. Sizes are JSON, dtypes by name: a record says them as they are.
+    # Where models use the op. Sizes are written as JSON has them, dtypes by name, because records hold them.
     plans: tuple[str, ...] = ()  # the decode plans that call it
-    uses: Callable | None = (
-        None  # (config: ModelConfig) -> ((role or None, sizes of `inputs`), ...) in one step
-    )
-    calls: Callable = once_a_layer  # (config, role) -> how often one step makes that use
+    # (config: ModelConfig) -> ((role or None, sizes of `inputs`), ...): each call in one step
+    uses: Callable | None = None
+    # (config, role) -> how often one step makes that use
+    calls: Callable = once_a_layer
     rows: Callable = one_batch  # (batch, context) -> the other sizes of `inputs`
-    launch: Callable | None = (
-        None  # (batch, context, multiprocessors, sizes) -> sizes that a decoder chooses: splits
-    )
-    has_context: bool = False  # does its time depend on how many tokens the KV cache holds?
-    whole_step: bool = False  # a whole decode step, measured as a token and not as an op
-    use_of: Callable | None = None  # (a) -> the sizes that tell which of its uses a call is
+    # (batch, context, multiprocessors, sizes) -> the sizes that a decoder chooses, such as splits
+    launch: Callable | None = None
+    has_context: bool = False  # whether its time depends on the number of tokens in the KV cache
+    whole_step: bool = False  # whether it is a whole decode step, which is measured as a token, not as an op
+    use_of: Callable | None = None  # (a) -> the sizes by which a call is recognised as one of the op's uses
 
-    # What is measured and shown.
-    cold: tuple[
-        str, ...
-    ] = ()  # arguments that a model reads from DRAM: weights, the KV cache. The others are
-    #                                 activations, which the kernel before has just written
-    direction: str = "read"  # the ceiling that it is held to: read, copy or write
-    inspect_sizes: Mapping | None = (
-        None  # a decode step of Llama 3.1 8B at 8192 tokens; None: the first case's sizes
-    )
+    # How the op is measured and shown.
+    # Arguments that a model reads from DRAM: weights and the KV cache. The preceding kernel has just written
+    # the others.
+    cold: tuple[str, ...] = ()
+    direction: str = "read"  # the ceiling that it is compared with: read, copy or write
+    # The sizes that `lab inspect` shows by default: a decode step of Llama 3.1 8B at 8192 tokens. None: the
+    # sizes of the first case.
+    inspect_sizes: Mapping | None = None
     peers: tuple[Peer, ...] = ()  # see lab/peers.py
-    color: str | None = None  # in pictures of what a token's time is made of
+    color: str | None = None  # its colour in pictures that divide a token's time among the ops
 
     # Launch settings that `lab tune` may try: see lab/spaces.py.
-    tuned_by: tuple[str, ...] = ()  # the sizes by which settings are looked up, beside the number of rows
-    spaces: Mapping[str, Callable] = field(
-        default_factory=dict
-    )  # language -> (rows, itemsize, **sizes) -> settings
+    tuned_by: tuple[str, ...] = ()  # the sizes by which settings are looked up, besides the number of rows
+    # language -> (rows, itemsize, **sizes) -> a list of settings to try
+    spaces: Mapping[str, Callable] = field(default_factory=dict)
 
     @cached_property
     def signature(self) -> inspect.Signature:
-        """Of the public arguments, without `out`."""
+        """The signature of the public arguments, without `out`."""
         whole = inspect.signature(self.validate)
         return whole.replace(parameters=[p for p in whole.parameters.values() if p.name != "out"])
 
@@ -162,13 +161,13 @@ class Op:
         return tuple(self.signature.parameters)
 
     def bound(self, *args, **options) -> SimpleNamespace:
-        """The arguments of a call by name, those left out at their defaults."""
+        """The arguments of a call by name, with the defaults of those that it leaves out."""
         call = self.signature.bind(*args, **options)
         call.apply_defaults()
         return SimpleNamespace(**call.arguments)
 
     def with_workspace(self, *args) -> tuple:
-        """The arguments of a call with a workspace, where the op takes one and they bring none."""
+        """The arguments of a call; if the op takes a workspace and the call has none, a new one is added."""
         if self.workspace is None:
             return args
         a = self.bound(*args)
@@ -179,12 +178,13 @@ class Op:
     def sizes_at(
         self, sizes: Mapping, batch: int, context: int | None, multiprocessors: int
     ) -> tuple[dict, dict]:
-        """(sizes of `inputs`, those of them that a decoder chooses) for one use by a model: see `uses`."""
+        """(all sizes of `inputs`, those of them that a decoder chooses) for one use by a model: see
+        `uses`."""
         chosen = {} if self.launch is None else self.launch(batch, context, multiprocessors, sizes)
         return {**self.rows(batch, context), **with_dtypes(sizes), **chosen}, chosen
 
     def default_sizes(self) -> dict:
-        """Sizes of the call that is inspected where none are given."""
+        """The sizes of the call that `lab inspect` shows by default."""
         return dict(self.cases[0].sizes if self.inspect_sizes is None else self.inspect_sizes)
 
 
@@ -211,9 +211,9 @@ class Rand:
         return torch.randperm(n, generator=self.generator, device=self.device).to(torch.int32)
 
 
-# What validation is made of. A raw pointer carries no shape, stride, device or alignment: each is checked
-# here, once. Conditions stand in the callers' own `if`, so that a message is formatted only when it is
-# needed.
+# The checks that `validate` functions share. A raw pointer carries no shape, stride, device or alignment, so
+# all of these are checked here, once. Other conditions are an `if` in the caller, so that a message is
+# formatted only when it is needed.
 
 
 def refuse(op: str, what: str) -> None:
@@ -230,8 +230,8 @@ def dense(op: str, device: int, *tensors: torch.Tensor) -> None:
 
 
 def rows_of_heads(op: str, device: int, *tensors: torch.Tensor) -> None:
-    """Views [batch, heads, head_dim] of a packed buffer: the two last dimensions contiguous, the first
-    free."""
+    """All are views [batch, heads, head_dim] of a packed buffer: contiguous but for the stride of the first
+    dimension, which may be any multiple of 16 bytes."""
     for t in tensors:
         ok = t.get_device() == device and not t.data_ptr() & 15
         if ok and not t.is_contiguous():  # one sequence's view of a packed row is contiguous

@@ -1,7 +1,6 @@
-"""What the sources of the contracts declare about the ops, read without running them. Never imports torch.
+"""What the contracts declare, read from their source text without running it. Never imports torch.
 
-A contract imports torch, which takes seconds; help, completion and reports need only some literals that stand
-in it.
+A contract imports torch, which takes seconds. Help, completion and reports need only a few literals of it.
 """
 
 import ast
@@ -14,7 +13,7 @@ GROUPS = ("BasicOps", "FusedOps", "PersistentOps", "OtherOps")
 
 @cache
 def groups() -> dict[str, tuple[str, ...]]:
-    """{class of lab/ops/__init__.py: the ops that it declares, in their order}."""
+    """{class of lab/ops/__init__.py: the names of the ops that it declares, in their order}."""
     classes = {
         node.name: node
         for node in ast.parse((FOLDER / "__init__.py").read_text()).body
@@ -33,7 +32,7 @@ def names() -> list[str]:
 
 @cache
 def contract(name: str) -> dict[str, ast.expr]:
-    """The keyword arguments of Op(...) in lab/ops/<name>.py, not evaluated; {} for what is no op."""
+    """The keyword arguments of Op(...) in lab/ops/<name>.py, not evaluated; {} if there is no such op."""
     if name not in names():
         return {}
     for node in ast.parse((FOLDER / f"{name}.py").read_text()).body:

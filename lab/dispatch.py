@@ -1,13 +1,11 @@
 """How a call reaches the kernel of the backend that was asked for.
 
 `select("cuda", "cpu", {"rope": "triton"})` checks the choice once and returns an object with one function per
-op; calling `ops.rmsnorm(x, w, eps)` validates, allocates the output unless `out=` is given, and launches.
-There is no
-fallback: a backend that cannot run raises `Unavailable`, and a `Trace` counts the kernels that really were
-launched.
+op. A call such as `ops.rmsnorm(x, w, eps)` validates the arguments, allocates the output unless `out=` is
+given, and launches. There is no fallback: a backend that cannot run raises `Unavailable`, and a `Trace`
+counts the kernels that were really launched.
 
-The cost of a call is bounded by a test (tests/test_dispatch.py), so that eager decoding stays usable beside
-graphs.
+A test (tests/test_dispatch.py) bounds the cost of a call, so that decoding without CUDA graphs stays usable.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ class Trace:
     counts: Counter = field(default_factory=Counter)
 
     def add(self, launches: Mapping[tuple[str, str, str], int]) -> None:
-        """Counts again what a captured graph launches; the decoder calls it at each replay."""
+        """Adds the launches of a captured graph; the decoder calls it at each replay."""
         self.counts.update(launches)
 
     def rows(self) -> list[dict]:
@@ -60,7 +58,7 @@ class Ops(BasicOps, FusedOps, PersistentOps, OtherOps):
 
     @property
     def whole(self) -> bool:
-        """Is there a function for every op, as a decoder needs?"""
+        """Whether there is a function for every op, as a decoder needs."""
         return all(hasattr(self, op.name) for op in OPS)
 
 
@@ -74,13 +72,12 @@ def select(
 ) -> Ops:
     """Binds every op to a backend on a device.
 
-    backend: "cuda", "triton" or "torch"; None takes the environment's LAB_BACKEND.
-    overrides: {"rope": "triton"} or ["rope=triton"]; empty takes LAB_OVERRIDE ("rope=triton,linear=torch").
-    check_contents: before each launch, read the positions, context lengths and page numbers in the tensors,
-    and raise LabError for those that would lead a kernel outside a tensor or into another row's page. A call
-    then waits for the GPU, so it cannot be captured in a graph. None takes the environment's LAB_CHECK ("1"
-    or "0").
-    partial: leave out the ops that the backend's language does not have, where that is otherwise Unavailable.
+    backend: "cuda", "triton" or "torch"; None means the environment's LAB_BACKEND. overrides: {"rope":
+    "triton"} or ["rope=triton"]; empty means LAB_OVERRIDE ("rope=triton,linear=torch"). check_contents:
+    before each launch, read the positions, context lengths and page numbers in the tensors, and raise
+    LabError for those that would lead a kernel outside a tensor or into another row's page. A call then waits
+    for the GPU, so it cannot be captured in a graph. None means the environment's LAB_CHECK ("1" or "0").
+    partial: leave out the ops that the backend's language does not have; otherwise they raise Unavailable.
     Raises LabError for an unknown name, Unavailable for a backend that this machine lacks.
     """
     backend = backend or os.environ.get("LAB_BACKEND")
@@ -130,9 +127,10 @@ def parse_overrides(overrides: Mapping[str, str] | Sequence[str]) -> dict[str, s
 
 
 def bind(op: Op, backend, trace: Trace | None = None, check_contents: bool = False) -> Callable:
-    """The function behind ops.<name>: validate, allocate, launch; with a trace, count what was launched.
+    """The function behind ops.<name>: validates, allocates, launches, and with a trace counts the launched
+    kernels.
 
-    check_contents: validate the integers in the tensors, too (see select).
+    check_contents: also validate the integers in the tensors (see select).
     """
     validate, outputs, launch = op.validate, op.outputs, backend.launcher(op)
 
@@ -158,8 +156,7 @@ def bind(op: Op, backend, trace: Trace | None = None, check_contents: bool = Fal
 
 
 def with_contents(op: Op, function: Callable) -> Callable:
-    """`function`, which takes the op's arguments, after validation of them and of the integers in their
-    tensors."""
+    """`function` with a check in front: validates the op's arguments and the integers in their tensors."""
     if op.contents is None:
         return function
 

@@ -15,8 +15,8 @@ def read_table(path: str) -> dict[str, list[dict]]:
     """A dispatch table as `lab bench crossover --export` writes it: {"op": [{"batch", "context",
     "backend"}]}.
 
-    context null fits any. Raises LabError for a file that is no such table, an unknown op or an unknown
-    backend.
+    context is null for ops that do not depend on it. Raises LabError for a file that is no such table, an
+    unknown op or an unknown backend.
     """
     from lab.ops import find
 
@@ -41,8 +41,8 @@ def read_table(path: str) -> dict[str, list[dict]]:
 
 
 def from_table(table: Mapping[str, list[dict]], batch: int, context: int) -> dict[str, str]:
-    """The overrides that a dispatch table asks for: for each op the backend of its nearest cell, by ratio of
-    sizes."""
+    """The overrides that a dispatch table prescribes: for each op the backend of the cell whose sizes are
+    nearest, compared by their ratio."""
 
     def distance(cell):
         return (abs(math.log(cell["batch"] / batch)), abs(math.log((cell["context"] or context) / context)))

@@ -1,8 +1,8 @@
-"""The errors a user can cause: one clear line each; the command line prints it and exits with 2."""
+"""The errors that a user can cause. The command line prints each as one line and exits with status 2."""
 
 import sys
 
-LONGEST = 10_000  # characters of an exception's text that are looked at
+LONGEST = 10_000  # characters of an exception's text that are used
 
 
 class LabError(ValueError):
@@ -17,42 +17,40 @@ def error_text(error: BaseException) -> str:
     """An exception as one short line for a record."""
     try:
         text = one_line(str(error)[:LONGEST]) or type(error).__name__
-    except Exception:  # a __str__ of somebody else's that raises
-        text = "(its text cannot be had)"
+    except Exception:  # an exception class of a user may raise in __str__
+        text = "(its text cannot be read)"
     return one_line(f"{type(error).__name__}: {text}")[:300]
 
 
 def one_line(text: str) -> str:
-    """`text` as one line in which nothing steers a terminal: a control character is shown as its escape
-    (\\x1b)."""
+    """`text` as one line without control characters: each is shown as its escape (\\x1b)."""
     return printable(" ".join(text.split()))
 
 
 def printable(text: str) -> str:
-    """`text` with an escape (\\x1b) for each character that would steer a terminal or begin a line."""
-    return (
-        text
-        if text.isprintable()
-        else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    )
+    """`text` with each character that would control a terminal or begin a line shown as its escape
+    (\\x1b)."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def warn(message: str) -> None:
-    """Says on standard error what was left out or will be slow, in one line."""
+    """Prints a warning of one line to standard error, such as what was left out or will be slow."""
     print(f"lab: {one_line(message)}", file=sys.stderr, flush=True)
 
 
 def named(name: str, longest: int = 80) -> str:
-    """A name from a file for a message: as it is where it is short and printable."""
+    """A name from a file, for a message: unchanged if it is short and printable."""
     text = name if name.isprintable() else repr(name)
     return text if len(text) <= longest else text[:longest] + "..."
 
 
 def shown(value, longest: int = 60, quotes: bool = True) -> str:
-    """A value from a file as one short line for a message: control characters escaped, so that none reaches a
-    terminal.
+    """A value from a file as one short line for a message, with control characters escaped so that none
+    reaches a terminal.
 
-    longest: characters, more are cut off. quotes: around a text, as Python writes it.
+    longest: characters; longer text is cut off. quotes: whether a text is quoted, as Python writes it.
     """
     if isinstance(value, str):
         text = repr(value[: longest + 1])

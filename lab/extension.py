@@ -1,8 +1,8 @@
-"""lab._host and lab._cuda, the compiled CUDA kernels: loaded only where they are made of the sources as they
-are now.
+"""Loads lab._host and lab._cuda, the compiled CUDA kernels, if they were built from the sources as they are
+now.
 
-setup.py links the digests of all that went into an extension into it (build_info()["sources"]). A kernel that
-has been edited since is not in the extension, and every number that it gave would be the old kernel's.
+setup.py links the digests of all source files into an extension (build_info()["sources"]). A kernel that was
+edited after the build is not in the extension, so every number that it gave would be the old kernel's.
 """
 
 import hashlib
@@ -16,8 +16,8 @@ BUILD = {"_host": "make build", "_cuda": "LAB_CUDA=1 make build"}
 
 
 def load(name: str):
-    """The module lab.<name>, for name "_host" or "_cuda". Raises Unavailable where it is not built or does
-    not load, and LabError where a file that it was made of has changed, gone or been added since."""
+    """The module lab.<name>, for name "_host" or "_cuda". Raises Unavailable if it is not built or does not
+    load, and LabError if a file that it was built from has changed or gone, or one was added."""
     try:
         module = import_module(f"lab.{name}")
     except ImportError as error:
@@ -31,9 +31,9 @@ def load(name: str):
 
 
 def changed(module, root: Path = ROOT) -> str | None:
-    """What distinguishes the sources in `root` from those that an extension was made of, as in
-    "cuda_src/rope.cu has changed"; None where nothing does, or where there are no sources, as beside an
-    installed package."""
+    """The difference between the sources in `root` and those that an extension was built from, as in
+    "cuda_src/rope.cu has changed". None if there is no difference, or no sources, as beside an installed
+    package."""
     if not (root / "cuda_src").is_dir():
         return None
     info = module.build_info()
@@ -53,7 +53,8 @@ def changed(module, root: Path = ROOT) -> str | None:
 
 
 def digest(path: Path) -> str | None:
-    """16 hexadecimal digits that stand for a file's contents, as setup.py makes them; None for no file."""
+    """A digest of a file's contents, 16 hexadecimal digits, as setup.py computes it; None if there is no
+    file."""
     try:
         return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
     except FileNotFoundError:

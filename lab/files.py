@@ -1,5 +1,5 @@
-"""Files: read where they are regular, written whole or not at all; JSON; and Python of somebody else's,
-loaded."""
+"""Reads regular files, writes files whole or not at all, parses JSON, and loads a Python file that a user
+wrote."""
 
 import contextlib
 import importlib.util
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lab.errors import LabError, error_text
 
-LARGEST_TEXT = 1 << 28  # bytes: more than any model's JSON or template takes
+LARGEST_TEXT = 1 << 28  # bytes: larger than the JSON file or template of any model
 DEEPEST = 100  # levels of nesting in a JSON file; real ones have about six
 
 
@@ -27,17 +27,14 @@ def regular_file(path: str | os.PathLike) -> Path:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise LabError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if not stat.S_ISREG(mode):
-        kind = (
-            "a folder"
-            if stat.S_ISDIR(mode)
-            else "a pipe"
-            if stat.S_ISFIFO(mode)
-            else "a socket"
-            if stat.S_ISSOCK(mode)
-            else "a device"
-        )
-        raise LabError(f"{path} is {kind}, not a regular file")
+        raise LabError(f"{path} is {_kind(mode)}, not a regular file")
     return Path(path)
+
+
+def _kind(mode: int) -> str:
+    """What a file that is not regular is, from its st_mode."""
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 def read_text(path: str | os.PathLike, limit: int = LARGEST_TEXT) -> str:
@@ -57,12 +54,12 @@ def read_text(path: str | os.PathLike, limit: int = LARGEST_TEXT) -> str:
 
 
 def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
-    """Writes text (UTF-8) or bytes beside `path` and renames the file into place, so that a reader never sees
-    half of it.
+    """Writes text (UTF-8) or bytes to a new file beside `path` and renames it to `path`, so that no reader
+    sees a part of it.
 
-    A link is followed. A pipe or a device (/dev/stdout) is written to: a rename would put a file in its
-    place. Raises LabError where the file cannot be written; nothing is left beside it then, nor when the
-    write is interrupted.
+    A link is followed. A pipe or a device (/dev/stdout) is written to directly, because a rename would
+    replace it by a file. Raises LabError if the file cannot be written. The new file is removed after a
+    failure or an interruption.
     """
     data = content.encode() if isinstance(content, str) else content
     beside = None
@@ -78,13 +75,13 @@ def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
         raise LabError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
     finally:
         if beside is not None:
-            with contextlib.suppress(OSError):  # in a folder that is not ours nothing was left
+            with contextlib.suppress(OSError):  # there is nothing to remove after the rename
                 beside.unlink()
 
 
 def is_there(path: str | os.PathLike) -> bool:
-    """Whether there is a file. Raises LabError for what is no regular file: reading a pipe or a device may
-    never end."""
+    """Whether the file exists. Raises LabError if it is not a regular file, because reading a pipe or a
+    device may never end."""
     if not os.path.lexists(path):
         return False
     regular_file(path)
@@ -92,9 +89,9 @@ def is_there(path: str | os.PathLike) -> bool:
 
 
 def read_json(path: str | os.PathLike) -> dict:
-    """The object in a JSON file; LabError when it is missing, no regular file, too deeply nested, no
-    object."""
-    too_deep = LabError(f"{path} is nested more than {DEEPEST} levels deep; that is no file of a model")
+    """The object in a JSON file. Raises LabError if the file is missing or not regular, is nested too deeply
+    or holds no object."""
+    too_deep = LabError(f"{path} is nested more than {DEEPEST} levels deep; no file of a model is")
     try:
         found = json.loads(read_text(path))
     except LabError:
@@ -126,7 +123,7 @@ def _deeper(value, levels: int) -> bool:
 
 
 def python_module(path: Path):
-    """The module in a Python file that somebody else wrote. Raises LabError for whatever goes wrong in it."""
+    """Loads a Python file that a user wrote as a module. Raises LabError for any error in it."""
     spec = importlib.util.spec_from_file_location(f"file_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     try:

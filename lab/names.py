@@ -1,4 +1,4 @@
-"""Names that a user types: looked up in what there is, with a suggestion where one is misspelt."""
+"""Names that a user types: looked up among the known ones, with a suggestion for a misspelt one."""
 
 from __future__ import annotations
 

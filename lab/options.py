@@ -1,4 +1,5 @@
-"""The options of the verbs whose modules import torch: kept apart, so that help and completion come at once.
+"""The options of the verbs whose modules import torch. They stand here so that help and completion do not
+wait for torch.
 
 Each function adds the options of one verb to an argparse parser; `lab.cli` and the verb's own module call it.
 """
@@ -10,7 +11,7 @@ from lab import declared
 from lab.arguments import duration, seconds
 from lab.inspect.gpu import GPUS
 
-DTYPES = ("fp32", "fp16", "bf16")  # the names of lab.dispatch.DTYPES; a test compares them
+DTYPES = ("fp32", "fp16", "bf16")  # the names of lab.contract.DTYPES; a test compares them
 
 
 WHAT_A_FILE_CONTAINS = """\
@@ -27,8 +28,8 @@ what FILE must contain:
              def silu_mul(gate_up, y)
            and the @triton.jit kernels that it launches by kernel[grid](...), with @triton.autotune if you
            like.
-A copy of cuda_src/OP.cu or triton_kernels/OP.py is a good start. The file is loaded by a process of its own,
-in which a kernel that crashes, exits or does not end is a failed case.
+A copy of cuda_src/OP.cu or triton_kernels/OP.py is a good start. The file is loaded by a process of its
+own: a kernel that crashes, exits or does not end is a failed case.
 """
 
 
@@ -39,23 +40,25 @@ def ops(parser):
 def check(parser):
     parser.add_argument("--op", action="append", help="only this op (repeatable); default: all")
     parser.add_argument(
-        "--backend", help="backends with commas between; default: all that this machine can run"
+        "--backend", help="backends, separated by commas; default: all that this machine can run"
     )
     parser.add_argument(
-        "--dtype", help=f"{', '.join(DTYPES)}, with commas between; default: all that the op takes"
+        "--dtype", help=f"{', '.join(DTYPES)}, separated by commas; default: all that the op takes"
     )
     parser.add_argument("--device", default=None, help="cuda or cpu; default: cuda where there is a GPU")
     parser.add_argument("--quick", action="store_true", help="the first two cases of every op, or rung")
-    parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random inputs")
     parser.add_argument(
         "--timeout",
         type=seconds,
         default=300.0,
         metavar="SECONDS",
-        help="limit for each case, after which its kernel's process is ended (default 300)",
+        help="time limit of a case; then the process of its kernel is ended (default 300)",
     )
     parser.add_argument(
-        "--exercise", metavar="NAME", help="is the fault of this exercise mended? `list` names them"
+        "--exercise",
+        metavar="NAME",
+        help="check whether the fault of this exercise is mended; `list` lists the exercises",
     )
     parser.add_argument("--ladder", action="store_true", help="the rungs of the ladders instead of the ops")
 
@@ -66,7 +69,8 @@ def bench(parser):
         nargs="?",
         default="all",
         choices=("ops", "model", "ledger", "all", "crossover"),
-        help="what to measure (default: all); crossover: who wins where, from the records in --out",
+        help="what to measure (default: all); crossover: which backend is faster at which size, from the "
+        "records in --out",
     )
     parser.add_argument(
         "names",
@@ -75,23 +79,26 @@ def bench(parser):
         help="ops (for ops) or presets (for model, ledger, crossover); default: all ops, four presets",
     )
     parser.add_argument(
-        "--out", metavar="DIR", default="out/bench", help="where records.jsonl is (default out/bench)"
+        "--out", metavar="DIR", default="out/bench", help="folder of records.jsonl (default out/bench)"
     )
-    parser.add_argument("--backend", metavar="A,B", help="default: every one that this machine has")
+    parser.add_argument("--backend", metavar="A,B", help="default: all that this machine can run")
     parser.add_argument(
-        "--dtype", metavar="A,B", help="fp32, fp16, bf16 (default: bf16, fewer sizes of the others)"
+        "--dtype", metavar="A,B", help="fp32, fp16, bf16 (default: bf16, and the others at fewer sizes)"
     )
-    parser.add_argument("--model", metavar="A,B", help="presets whose shapes the ops take")
+    parser.add_argument("--model", metavar="A,B", help="presets; the ops are measured at their shapes")
     parser.add_argument("--batch", metavar="N,N", help="batch sizes")
     parser.add_argument("--context", metavar="N,N", help="tokens in the KV cache")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     parser.add_argument(
         "--plan",
         metavar="A,B",
-        help="decode plans of the models (default: all, persistent at batch 1 alone; on a CPU basic)",
+        help="decode plans of the models (default: all, persistent at batch 1 only; on a CPU basic)",
     )
     parser.add_argument(
-        "--weights", choices=("random", "auto"), default="random", help="of the models; auto reads real ones"
+        "--weights",
+        choices=("random", "auto"),
+        default="random",
+        help="weights of the models: random ones, or with auto the real ones",
     )
     parser.add_argument("--quick", action="store_true", help="a small set in under 2 minutes of GPU time")
     parser.add_argument(
@@ -104,22 +111,26 @@ def bench(parser):
         help="stop cleanly after M minutes; run again to resume",
     )
     parser.add_argument(
-        "--fresh", action="store_true", help="begin a new run even where a stopped one could go on"
+        "--fresh", action="store_true", help="begin a new run even if a stopped one could be resumed"
     )
     parser.add_argument(
-        "--no-vendor", action="store_true", help="leave cuBLAS, SDPA, cuDNN and other peers out"
+        "--no-vendor", action="store_true", help="do not measure cuBLAS, SDPA, cuDNN and other peers"
     )
     parser.add_argument(
-        "--no-compile", action="store_true", help="leave the torch.compile peer of the models out"
+        "--no-compile", action="store_true", help="do not measure the models under torch.compile"
     )
     parser.add_argument(
-        "--swap", action="store_true", help="for ledger: also a token per op swapped (always in `all`)"
+        "--swap",
+        action="store_true",
+        help="for ledger: also a token with each op in turn from the other backend (always part of `all`)",
     )
     parser.add_argument(
         "--ladder", action="store_true", help="for ops: the rungs of the ladders, at one size each"
     )
     parser.add_argument(
-        "--export", metavar="FILE", help="for crossover: write the winners as a table for lab run --dispatch"
+        "--export",
+        metavar="FILE",
+        help="for crossover: write the faster backends as a table for lab run --dispatch",
     )
 
 
@@ -128,18 +139,22 @@ def ledger(parser):
     parser.add_argument(
         "--backend", metavar="A,B", default="cuda,triton,torch", help="default: cuda,triton,torch"
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: bf16")
+    parser.add_argument("--batch", type=int, default=1, help="batch size (default 1)")
     parser.add_argument("--context", type=int, default=1024, help="tokens in the KV cache (default 1024)")
-    parser.add_argument("--weights", choices=("random", "auto"), default="random")
     parser.add_argument(
-        "--swap", action="store_true", help="also all-triton, all-cuda and each op swapped alone"
+        "--weights", choices=("random", "auto"), default="random", help="random, or auto: the real ones"
     )
     parser.add_argument(
-        "--plan", metavar="A,B", help="decode plans (default: all, persistent at batch 1 alone)"
+        "--swap",
+        action="store_true",
+        help="also tokens all in CUDA, all in Triton, and with each op in turn swapped",
     )
     parser.add_argument(
-        "--out", metavar="DIR", default="out/ledger", help="for records.jsonl (default out/ledger)"
+        "--plan", metavar="A,B", help="decode plans (default: all, persistent at batch 1 only)"
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", default="out/ledger", help="folder of records.jsonl (default out/ledger)"
     )
 
 
@@ -147,33 +162,40 @@ def tune(parser):
     tunable = [name for name in declared.names() if declared.spaces(name)]
     parser.add_argument("op", metavar="OP", nargs="+", help=f"{', '.join(tunable)}, or all")
     parser.add_argument(
-        "--backend", default="cuda,triton", metavar="A,B", help="halves to tune (default cuda,triton)"
+        "--backend", default="cuda,triton", metavar="A,B", help="languages to tune (default cuda,triton)"
     )
     parser.add_argument(
         "--model", metavar="A,B", help="presets whose shapes to tune (default: the four of the benchmark)"
     )
     parser.add_argument("--batch", default="1,4,16,64", metavar="N,N", help="batch sizes (default 1,4,16,64)")
     parser.add_argument(
-        "--context", type=int, default=8192, metavar="N", help="of the attention ops (default 8192)"
+        "--context", type=int, default=8192, metavar="N", help="context of the attention ops (default 8192)"
     )
     parser.add_argument("--dtype", default="bf16", help="bf16 (default; fp16 shares its settings) or fp32")
     parser.add_argument(
-        "--tries", type=int, default=40, metavar="N", help="most candidates of a shape (default 40)"
+        "--tries",
+        type=int,
+        default=40,
+        metavar="N",
+        help="how many settings to try for a shape, at most (default 40)",
     )
     parser.add_argument(
         "--budget-seconds",
         type=float,
         default=600.0,
         metavar="S",
-        help="stop cleanly after S seconds; run again to go on (default 600)",
+        help="stop cleanly after S seconds; run again to resume (default 600)",
     )
     parser.add_argument(
         "--by-token",
         action="store_true",
-        help="whole decode steps (plan fused, --context tokens of context) judge, not the kernel alone",
+        help="compare settings by the time of a whole decode step (plan fused, context of --context tokens), "
+        "not by that of the kernel alone",
     )
     parser.add_argument(
-        "--again", action="store_true", help="also the shapes that the table has from this GPU and compiler"
+        "--again",
+        action="store_true",
+        help="also tune the shapes that the table already has from this GPU and compiler",
     )
     parser.add_argument(
         "--out",
@@ -184,7 +206,7 @@ def tune(parser):
 
 
 def inspect(parser):
-    parser.add_argument("op", metavar="OP", nargs="?", help="an op, as `lab ops` lists them")
+    parser.add_argument("op", metavar="OP", nargs="?", help="an op; `lab ops` lists them")
     parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}; default: bf16, or what the op takes")
     parser.add_argument("--arch", default="sm_90a", help=f"{', '.join(GPUS)}; default: sm_90a")
     parser.add_argument("--case", type=int, metavar="N", help="sizes of the contract's case N, from 0")
@@ -193,20 +215,30 @@ def inspect(parser):
         nargs="+",
         metavar="NAME=N",
         help="sizes of the call, as in batch=16 n=6144 k=4096 "
-        "or lengths=1024,2048; what is not given: a decode step of Llama 3.1 8B, batch 1",
+        "or lengths=1024,2048; sizes that are left out are those of a decode step of Llama 3.1 8B, batch 1",
     )
     parser.add_argument("--backend", help="cuda or triton; default: both")
     form = parser.add_mutually_exclusive_group()
     form.add_argument(
-        "--sass", action="store_const", dest="listing", const="sass", help="machine code, source beside"
+        "--sass",
+        action="store_const",
+        dest="listing",
+        const="sass",
+        help="print the machine code, with the source lines",
     )
-    form.add_argument("--ptx", action="store_const", dest="listing", const="ptx", help="PTX, source beside")
     form.add_argument(
-        "--ttgir", action="store_const", dest="listing", const="ttgir", help="Triton's GPU dialect, too"
+        "--ptx", action="store_const", dest="listing", const="ptx", help="print PTX, with the source lines"
     )
-    form.add_argument("--json", action="store_true", help="the table as JSON")
+    form.add_argument(
+        "--ttgir",
+        action="store_const",
+        dest="listing",
+        const="ttgir",
+        help="print Triton's intermediate code for GPUs",
+    )
+    form.add_argument("--json", action="store_true", help="print the table as JSON")
     parser.add_argument(
-        "--all", action="store_true", help="every op and dtype: fairness cards into --out DIR"
+        "--all", action="store_true", help="write fairness cards of every op and dtype to --out DIR"
     )
     parser.add_argument("--out", metavar="DIR", help="with --all: append the cards to DIR/records.jsonl")
 
@@ -214,28 +246,35 @@ def inspect(parser):
 def try_(parser):
     parser.epilog, parser.formatter_class = WHAT_A_FILE_CONTAINS, argparse.RawDescriptionHelpFormatter
     parser.add_argument("file", type=Path, metavar="FILE", help="a .cu file (CUDA) or a .py file (Triton)")
-    parser.add_argument("--op", required=True, help="the op whose place it takes")
+    parser.add_argument("--op", required=True, help="the op that the file implements")
     parser.add_argument(
-        "--dtype", help=f"{', '.join(DTYPES)}, with commas between; default: all that the op takes"
+        "--dtype", help=f"{', '.join(DTYPES)}, separated by commas; default: all that the op takes"
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
-    parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random inputs")
     parser.add_argument(
         "--timeout",
         type=seconds,
         default=120.0,
         metavar="SECONDS",
-        help="limit for compiling the file, for loading it and for each case (default 120)",
-    )
-    parser.add_argument("--check-only", action="store_true", help="no race, on a GPU either")
-    parser.add_argument(
-        "--model", default="llama-3.2-1b", metavar="A,B", help="presets whose shapes to race at"
+        help="time limit for compiling the file, for loading it and for each case (default 120)",
     )
     parser.add_argument(
-        "--batch", default="1,16", metavar="N,N", help="batch sizes to race at (default 1,16)"
+        "--check-only", action="store_true", help="check the kernel, but do not measure it on a GPU"
+    )
+    parser.add_argument(
+        "--model",
+        default="llama-3.2-1b",
+        metavar="A,B",
+        help="presets; the kernel is measured at their shapes",
+    )
+    parser.add_argument(
+        "--batch", default="1,16", metavar="N,N", help="batch sizes to measure at (default 1,16)"
     )
     parser.add_argument("--context", default="1024,8192", metavar="N,N", help="tokens in the KV cache")
-    parser.add_argument("--out", metavar="DIR", help="records and report of the race (default out/try/FILE)")
+    parser.add_argument(
+        "--out", metavar="DIR", help="folder of the records and the report (default out/try/FILE)"
+    )
 
 
 OF = {

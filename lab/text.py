@@ -1,4 +1,4 @@
-"""Text for a terminal: columns that are as wide as what stands in them; what a terminal is spared."""
+"""Text for a terminal: columns as wide as their contents, and control characters escaped."""
 
 import unicodedata
 
@@ -6,8 +6,7 @@ from lab.errors import printable
 
 
 def for_terminal(text):
-    """`text` without what steers a terminal: control characters but for line breaks and tabs become escapes
-    (\\x1b)."""
+    """`text` with control characters, except line breaks and tabs, as escapes (\\x1b)."""
     return "".join(
         c if c in "\n\t" or unicodedata.category(c) != "Cc" else c.encode("unicode_escape").decode()
         for c in text
@@ -15,11 +14,10 @@ def for_terminal(text):
 
 
 def columns(rows, right=(), indent=""):
-    """Lines of a table: each column as wide as its longest cell, two spaces between, no spaces at a line's
-    end.
+    """The lines of a table. Each column is as wide as its longest cell; two spaces separate columns.
 
-    rows: sequences of cells, turned into text by str; a shorter row leaves the last columns empty. right: the
-    numbers, from 0, of the columns whose cells end at one place.
+    rows: sequences of cells, converted by str; a row may lack its last cells. right: the indices of the
+    columns that are aligned to the right.
     """
     rows = [[printable(str(cell)) for cell in row] for row in rows]  # cells may come from a file
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows), default=0))]

@@ -1,10 +1,11 @@
-"""A process of its own for kernels that are checked: whatever they do, the judge stays alive, and judges.
+"""Runs the kernels that are checked in a process of their own, so that the checking process survives whatever
+they do.
 
-A `Worker` loads one file or backend in a new Python process: spec["module"] names the module whose
-in_worker(spec) does. `Worker.function(name)` is a function whose method run(arena) has that process call the
-op of this name on the arena's tensors, in memory that both processes map. Only the tensors' contents count:
-the worker's word that a call is done makes nothing right, and a worker that ends, by exit(0) too, that
-crashes or takes too long is a failed case with a message. The next case gets a new process.
+A `Worker` loads one file or backend in a new Python process: spec["module"] names the module, whose function
+in_worker(spec) does the loading. `Worker.function(name)` returns a function with a method run(arena): the
+process calls the op of this name on the arena's tensors, in memory that both processes map. Only the contents
+of the tensors count as a result. A worker that crashes, exits (with status 0, too) or takes too long is a
+failed case with a message, and the next case gets a new process.
 """
 
 from __future__ import annotations
@@ -27,22 +28,23 @@ from pathlib import Path
 from lab.errors import LabError, Unavailable, error_text
 
 ROOT = Path(__file__).resolve().parent.parent
-LARGEST_FILE = 1 << 30  # bytes that a kernel may write into one
+LARGEST_FILE = 1 << 30  # bytes: the largest file that a kernel may write
 LONGEST_REPLY = 1 << 20  # bytes
-MOST_DEATHS = 5  # then the remaining cases are not tried: each new process costs seconds
+MOST_DEATHS = 5  # after so many the remaining cases are not run, because each new process costs seconds
 
 
 class Died(Exception):
-    """The worker ended, or took too long. The message is the rest of a sentence that begins with what it
-    ran."""
+    """The worker ended, or took too long. The message completes a sentence about it, such as "was ended by
+    SIGSEGV"."""
 
 
 class Worker:
-    """Runs what `spec` names in a process of its own. A context manager: at its end the process is killed.
+    """Runs the kernels that `spec` names in a process of its own. A context manager: at its end the process
+    is killed.
 
-    spec: "module", whose function in_worker(spec) gives name -> function of an op's arguments; "device";
-    "what" is loaded, for messages; and what the module wants.
-    timeout: seconds for loading it and for each call; None: no limit.
+    spec: "module", with a function in_worker(spec) that returns name -> function of an op's arguments;
+    "device"; "what" is loaded, for messages; and the values that the module needs. timeout: seconds for
+    loading and for each call; None means no limit.
     """
 
     def __init__(self, spec: dict, timeout: float | None):
@@ -61,7 +63,8 @@ class Worker:
         return Function(self, name)
 
     def start(self) -> None:
-        """Starts the process and loads the kernels. Raises LabError for what they say or do meanwhile."""
+        """Starts the process and loads the kernels. Raises LabError if they fail to load, Unavailable if this
+        machine cannot run them."""
         requests, self.requests = os.pipe()
         self.replies, replies = os.pipe()
         environment = {
@@ -85,12 +88,12 @@ class Worker:
             raise LabError(f"while {self.spec['what']} was loaded, its process {died}") from None
 
     def ask(self, request: dict, limited: bool = True) -> dict:
-        """Sends a request, waits for the answer. Raises Died, LabError if the worker refuses, Unavailable
-        likewise."""
+        """Sends a request and waits for the answer. Raises Died if there is none, and LabError or Unavailable
+        if the worker answers with one."""
         nonce = secrets.token_hex(8)
         message = pickle.dumps({**request, "nonce": nonce})
         deadline = time.monotonic() + self.timeout if limited and self.timeout is not None else None
-        with contextlib.suppress(BrokenPipeError):  # it has ended: its exit status says more
+        with contextlib.suppress(BrokenPipeError):  # it has ended: read_line() reports how
             self.send(len(message).to_bytes(8, "little") + message, deadline)
         try:
             reply = json.loads(self.read_line(deadline))
@@ -108,10 +111,11 @@ class Worker:
     def send(self, data: bytes, deadline: float | None) -> None:
         while data:
             self.wait_for([], [self.requests], deadline)
-            data = data[os.write(self.requests, data[:4096]) :]  # what select says a pipe has room for
+            # A pipe that select() calls writable takes at least 4096 bytes.
+            data = data[os.write(self.requests, data[:4096]) :]
 
     def read_line(self, deadline: float | None) -> bytes:
-        """Raises ValueError for more than an answer may be, Died where none comes."""
+        """The next line of the worker's answers. Raises ValueError if it is too long, Died if none comes."""
         line = b""
         while not line.endswith(b"\n"):
             self.wait_for([self.replies], [], deadline)
@@ -124,8 +128,8 @@ class Worker:
         return line
 
     def wait_for(self, readable: list, writable: list, deadline: float | None) -> None:
-        """Returns when one of the pipes is ready. Raises Died at the deadline, and where the process has
-        ended though one that it started has the pipe open still."""
+        """Returns when one of the pipes is ready. Raises Died at the deadline, and when the process has ended
+        although a process that it started still holds the pipe open."""
         while True:
             ended = self.process.poll() is not None
             left = None if deadline is None else deadline - time.monotonic()
@@ -138,8 +142,8 @@ class Worker:
                 raise Died(how_it_ended(self.wait()))
 
     def wait(self) -> int | None:
-        """The exit status of a process that has closed its pipe, as subprocess has it; None where it lived
-        on."""
+        """The exit status of a process that has closed its pipe, in the form that subprocess uses; None if
+        the process still runs."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(5)
         status = self.process.poll()
@@ -147,10 +151,11 @@ class Worker:
         return status
 
     def kill(self) -> None:
-        """Ends the process and all that it started."""
+        """Ends the process and all processes that it started."""
         if self.process is None:
             return
-        started = descendants(self.process.pid)  # those in a session of their own are in no group of it
+        # A process that has begun a session of its own is no longer in the worker's process group.
+        started = descendants(self.process.pid)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         for pid in started:
@@ -162,7 +167,7 @@ class Worker:
         self.process = None
 
     def call(self, name: str, arena) -> str | None:
-        """Has the op called on an arena that lies in `file`; returns what went wrong, or None."""
+        """Lets the worker call the op on an arena that lies in `file`; returns what went wrong, or None."""
         if self.given_up:
             return self.given_up
         if self.process is None:
@@ -190,7 +195,7 @@ class Worker:
 
 
 class Function:
-    """An op in a worker, for lab.check.check_case: run(arena) instead of a call."""
+    """An op in a worker. lab.check.check_case calls its run(arena) instead of a function."""
 
     def __init__(self, worker: Worker, name: str):
         self.worker, self.name, self.file = worker, name, worker.file
@@ -200,8 +205,8 @@ class Function:
 
 
 def arena_file():
-    """(a file for arenas, the name by which a worker opens it). On Linux it is memory that nobody can
-    shorten: a file cut off by a kernel would end the process that reads it, the judge, by SIGBUS."""
+    """A file for arenas, and the name by which a worker opens it. On Linux it is memory that cannot be
+    shortened: if a kernel cut the file off, reading it would end the checking process by SIGBUS."""
     if not hasattr(os, "memfd_create"):
         file = tempfile.NamedTemporaryFile(prefix="lab-arena-")
         return file, file.name
@@ -213,7 +218,8 @@ def arena_file():
 
 
 def descendants(pid: int) -> list[int]:
-    """The processes that a process has started, and those that they have; [] where there is no /proc."""
+    """The ids of all processes below a process: those that it started, those that these started, and so on.
+    [] on a system without /proc."""
     found = []
     for file in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):
@@ -242,7 +248,7 @@ def how_it_ended(status: int | None) -> str:
 
 
 def call(function, device: str, request: dict) -> dict:
-    """Runs a function on the arena of a request; what it wrote is in the file when this returns."""
+    """Runs a function on the arena of a request. When it returns, the file has what the function wrote."""
     import torch
 
     from lab.arena import map_file, unpack_from
@@ -251,8 +257,8 @@ def call(function, device: str, request: dict) -> dict:
         shared = map_file(file, request["nbytes"])
     memory = shared.to(device)
     storages = [memory[start : start + nbytes] for start, nbytes in request["layout"]]
-    # Under compute-sanitizer each storage is an allocation of its own: memcheck then sees an access beyond
-    # it, which in the arena would be an access to a guard zone.
+    # Under compute-sanitizer each storage is an allocation of its own, so that memcheck sees an access beyond
+    # it. In the arena such an access would hit a guard zone, which is valid memory.
     apart = (
         [storage.clone() for storage in storages] if os.environ.get("LAB_CHECK_APART") == "1" else storages
     )
@@ -264,10 +270,10 @@ def call(function, device: str, request: dict) -> dict:
             for storage, mine in zip(storages, apart, strict=True):
                 storage.copy_(mine)
         if memory.is_cuda:
-            shared.copy_(memory)  # waits for the kernel
+            shared.copy_(memory)  # this also waits for the kernel
     except Unavailable as error:
         return {"unavailable": str(error)}
-    except BaseException as error:  # sys.exit() in a kernel, too
+    except BaseException as error:  # also of sys.exit() in a kernel's file
         broken = False
         if memory.is_cuda:
             try:
@@ -292,17 +298,20 @@ def answer(state: dict, request: dict) -> dict:
         return {"unavailable": str(error)}
     except LabError as error:
         return {"refused": str(error)}
-    except BaseException as error:  # of the file that is loaded: the lab's own are tested
+    except BaseException as error:  # raised by the file that is loaded
         return {"refused": f"{state['spec']['what']}: {error_text(error)}"}
 
 
 def main(requests: int, replies: int) -> None:
-    if sys.platform == "linux":  # ends with its parent, whatever the kernel does
+    if sys.platform == "linux":
+        # PR_SET_PDEATHSIG: this process is killed when its parent ends.
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-        ctypes.CDLL(None).prctl(36, 1)  # and is the parent of what a child of it leaves behind
+        # PR_SET_CHILD_SUBREAPER: orphaned descendants become its children, so that Worker.kill() finds them.
+        ctypes.CDLL(None).prctl(36, 1)
         import resource
 
-        resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_FILE, LARGEST_FILE))  # the arena's file is memory
+        # The arena's file lies in memory, which a kernel must not fill.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_FILE, LARGEST_FILE))
     state, pipe = {}, os.fdopen(requests, "rb")
     while size := pipe.read(8):
         request = pickle.loads(pipe.read(int.from_bytes(size, "little")))
@@ -310,7 +319,7 @@ def main(requests: int, replies: int) -> None:
         sys.stdout.flush()
         try:
             write_all(replies, json.dumps(reply).encode() + b"\n")
-        except OSError:  # a kernel has closed it
+        except OSError:  # the kernel has closed the pipe
             os._exit(1)
 
 

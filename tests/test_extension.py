@@ -141,7 +141,7 @@ def test_a_verb_refuses_a_stale_build_in_one_line(verb, monkeypatch, capfd, tmp_
 
 
 def test_inspect_refuses_a_stale_gpu_build(monkeypatch):
-    from lab.inspect import cuda_half
+    from lab.inspect import cuda_code
 
     monkeypatch.setitem(sys.modules, "lab._cuda", built_from(ROOT, "cuda_src/absent.cu", patterns=()))
     monkeypatch.setattr(extension, "changed", lambda module: "cuda_src/rope.cu has changed")
@@ -151,7 +151,7 @@ def test_inspect_refuses_a_stale_gpu_build(monkeypatch):
             "cuda_src/rope.cu has changed since lab._cuda was built: run `LAB_CUDA=1 make build`"
         ),
     ):
-        cuda_half.kernels(None, (), None)
+        cuda_code.kernels(None, (), None)
 
 
 def test_another_build_may_be_handed_in():

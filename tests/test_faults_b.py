@@ -51,7 +51,7 @@ def tried(path, *words):
         (
             "class E(Exception):\n    def __str__(self): raise ValueError('no')\nraise E()",
             2,
-            "E: (its text cannot be had)",
+            "E: (its text cannot be read)",
         ),
         (
             "import os\nos.closerange(3, 256)\ndef silu_mul(gate_up, y): pass",

@@ -11,7 +11,7 @@ import torch
 
 from lab import extension
 from lab.errors import LabError
-from lab.inspect import binary, call, command, cuda_half, listing
+from lab.inspect import binary, call, command, cuda_code, listing
 from lab.inspect import gpu as gpus
 from lab.inspect import kernel as kernels
 from lab.inspect.fairness import code_lines, fairness
@@ -155,7 +155,7 @@ def test_the_sizes_choose_the_instantiation():
 @needs_cuda
 def test_recording_runs_nothing_and_ends():
     module, op = extension.load("_cuda"), find("silu_mul")
-    first = cuda_half.launches(op, call.arguments(op, "bf16", {"rows": 2, "cols": 64}), gpus.find("sm_90a"))
+    first = cuda_code.launches(op, call.arguments(op, "bf16", {"rows": 2, "cols": 64}), gpus.find("sm_90a"))
     assert [launch["kernel"] for launch in first] == ["silu_mul_kernel"] and module.take_launches() == []
 
 
@@ -164,7 +164,7 @@ def test_a_launch_is_planned_for_the_card_that_is_asked_for():
     op = find("norm_linear")  # many outputs: so many blocks for each multiprocessor
     args = call.arguments(op, "bf16", dict(batch=1, n=128256, k=4096))
     h100, a100 = (
-        cuda_half.launches(op, args, gpus.find(arch))[-1]["grid"][0] for arch in ("sm_90a", "sm_80")
+        cuda_code.launches(op, args, gpus.find(arch))[-1]["grid"][0] for arch in ("sm_90a", "sm_80")
     )
     assert h100 * 108 == a100 * 132
 

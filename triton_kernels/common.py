@@ -1,4 +1,5 @@
-"""What every Triton launcher shares: launch, trace, and the choice of a configuration by architecture."""
+"""Functions that all Triton launchers share: launch, trace, and the choice of a configuration by
+architecture."""
 
 import contextlib
 import functools
@@ -14,7 +15,7 @@ _recording = None  # (architecture, list of Launch) while launches are recorded 
 
 
 class Launch(NamedTuple):
-    """One launch as a launcher requested it, which the static inspector compiles without running it."""
+    """One launch as a launcher requested it, which `lab inspect` compiles without running it."""
 
     kernel: Any
     grid: tuple
@@ -23,14 +24,14 @@ class Launch(NamedTuple):
 
 
 def launch(kernel, grid, *args, reads=(), **meta):
-    """Run a triton.jit `kernel` over `grid`: interpreted for CPU tensors, compiled for CUDA tensors.
+    """Runs a triton.jit `kernel` over `grid`: interpreted for CPU tensors, compiled for CUDA tensors.
 
-    args[0] is a tensor and decides which. The CUDA stream is torch's current one, so a launch can be captured
-    in a graph. `meta` has the kernel's constexprs and the compiler's options (num_warps, num_stages,
-    launch_pdl ...). reads: tensors whose addresses the kernel finds in memory; the interpreter lets it access
-    no other memory.
+    args[0] is a tensor, which decides between the two. The CUDA stream is torch's current one, so a launch
+    can be captured in a graph. `meta` has the kernel's constexprs and the compiler's options (num_warps,
+    num_stages, launch_pdl ...). reads: tensors whose addresses the kernel finds in memory; besides its
+    arguments, the interpreter lets it access only these.
     """
-    # Rounds a * b + c once: not the default of every Triton release.
+    # Makes the compiler round a * b + c once, which is not the default of every Triton release.
     meta["enable_fp_fusion"] = True
     if _recording is not None:
         _recording[1].append(Launch(kernel, grid, args, meta))
@@ -103,6 +104,7 @@ def architecture(tensor):
 def config(table, tensor):
     """The entry of `table` ("sm_90", "sm_80", "interpreter") for the tensor's device.
 
-    An architecture that the table does not name takes the nearest lower one; below all of them: LabError.
+    For an architecture without an entry it is that of the nearest lower one. Raises LabError below all of
+    them.
     """
     return table[_nearest(tuple(table), architecture(tensor))]

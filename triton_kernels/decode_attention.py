@@ -24,17 +24,13 @@ from triton_kernels.common import config, launch
 from triton_kernels.core.split_attention import attend, load_tile, merge, merge_step, publish, split_bounds
 from triton_kernels.settings import measured
 
-# tile: tokens per step. min_rows: a group's query heads are padded to the 16 rows of a tensor-core tile. Two
-# of the num_stages hide the latency of the page lookup, on which the loads of K and V depend. float32's dots
-# run on CUDA cores.
+# Settings by architecture and bytes of an element. tile: tokens per step. min_rows: a group's query heads are
+# padded to the 16 rows of a tensor-core tile. Two of the num_stages hide the latency of the page lookup, on
+# which the loads of K and V depend. The dots of float32 run on CUDA cores.
 HALF = dict(tile=64, min_rows=16, num_warps=2, num_stages=5)
 FLOAT = dict(tile=32, min_rows=16, num_warps=8, num_stages=4)
 ANY = dict(tile=128, min_rows=1, num_warps=1)
-CONFIGS = {
-    "sm_90": {2: HALF, 4: FLOAT},
-    "sm_80": {2: HALF, 4: FLOAT},
-    "interpreter": {2: ANY, 4: ANY},
-}  # by item size
+CONFIGS = {"sm_90": {2: HALF, 4: FLOAT}, "sm_80": {2: HALF, 4: FLOAT}, "interpreter": {2: ANY, 4: ANY}}
 
 
 @triton.jit

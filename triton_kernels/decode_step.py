@@ -37,11 +37,11 @@ BARRIER, BEST, TICKET, TICKETS = map(
 LAYER = tl.constexpr(len(step_layout.LAYER))
 LOW_31_BITS = tl.constexpr(2147483647)
 
-# elements: of a tile of weights: 32 KiB, which are 32 registers a thread; two tiles are in flight. An H100
-# needs about 32 KiB in flight in each multiprocessor, an A100 20; the rest covers the waits. A program of 8
-# warps has all registers of a multiprocessor; with 16 warps, the values that every thread keeps would take
-# twice as many registers, and spill. tile, min_rows: as in rope_append_attention. splits: of a KV head; if
-# not given, as many as there are programs for.
+# elements: the size of a tile of weights, 32 KiB, which takes 32 registers of each thread; two tiles are in
+# flight. An H100 needs about 32 KiB in flight in each multiprocessor, an A100 20; the rest covers the waits.
+# A program of 8 warps has all registers of a multiprocessor. With 16 warps, the values that every thread
+# keeps would take twice as many registers, and spill. tile, min_rows: as in rope_append_attention. splits: of
+# a KV head; by default as many as there are programs for.
 HALF = dict(elements=1 << 14, tile=64, min_rows=16, num_warps=8, num_stages=5)
 CPU = dict(elements=1 << 18, tile=32, min_rows=1, num_warps=1, programs=2, splits=4)
 CONFIGS = {"sm_90": HALF, "sm_80": dict(HALF, elements=1 << 13), "interpreter": CPU}
@@ -49,7 +49,8 @@ CONFIGS = {"sm_90": HALF, "sm_80": dict(HALF, elements=1 << 13), "interpreter": 
 
 @triton.jit
 def arrive(counters, target):
-    """Tells that this program has stored its results. Returns how many arrivals the next wait must see."""
+    """Counts this program as arrived: it has stored its results. Returns the number of arrivals that the next
+    wait must see."""
     tl.debug_barrier()  # every thread's stores come before the arrival
     # The result is not used, so this compiles to a reduction, and no thread waits for an answer.
     tl.atomic_add(counters + BARRIER, 1, sem="release", scope="gpu")
@@ -59,7 +60,7 @@ def arrive(counters, target):
 @triton.jit
 def wait(counters, target):
     """Waits until all programs have arrived: one thread polls for all. The acquire also invalidates the L1,
-    so that ordinary loads read what other multiprocessors have written."""
+    so that later ordinary loads read what other multiprocessors have written."""
     while tl.atomic_add(counters + BARRIER, 0, sem="acquire", scope="gpu") < target:
         pass
 
@@ -72,7 +73,8 @@ def tensor_at(table, part: tl.constexpr, like):
 
 @triton.jit
 def load_added(bias, residual, column, end):
-    """What a tile's sums are added to. No other program writes it, so it may be read before a wait."""
+    """The values to which a tile's sums are added. No other program writes them, so they may be read before a
+    wait."""
     b = tl.zeros(column.shape, tl.float32)
     r = tl.zeros(column.shape, tl.float32)
     if bias is not None:
@@ -484,7 +486,7 @@ def decode_step(ids, positions, model, k_cache, v_cache, block_table, logits, wo
     layer = m.layers[0]
 
     def rows(n, k, parts=1):
-        """BLOCK_N: as many rows as fit into a tile, but no more than a program's share."""
+        """BLOCK_N: as many rows as fit into a tile, but at most a program's share."""
         return min(
             max(cfg["elements"] // (parts * triton.next_power_of_2(k)), 1),
             triton.next_power_of_2(triton.cdiv(n, programs)),

@@ -1,29 +1,25 @@
-"""Run a Triton kernel on the CPU, one launch at a time, in a process that can also compile kernels.
+"""Runs a Triton kernel on the CPU, one launch at a time, in a process that can also compile kernels.
 
 Triton has an interpreter (with NumPy arrays instead of registers), but TRITON_INTERPRET=1 switches the whole
 process to it before `import triton`, and its bfloat16 is wrong. Here the interpreter is chosen per launch,
 and corrected:
 
-  bfloat16   NumPy has no such type: the values are uint16 bit patterns. Triton's own interpreter truncates
-  where the
-             hardware rounds to nearest even, and its arithmetic, comparisons, reductions and dots treat the
-             patterns as integers. Here each of them widens to float32, computes, and rounds once.
+  bfloat16   NumPy has no such type, so the values are uint16 bit patterns. Triton's own interpreter truncates
+             where the hardware rounds to nearest even, and its arithmetic, comparisons, reductions and dots
+             treat the patterns as integers. Here each of them widens to float32, computes, and rounds once.
   NumPy 2    rejects int() of a one-element array, which Triton 3.6 needs for `range(tensor)`, and -1 as an
-  unsigned
-             number, which `~x` needs.
-  overflow   the check that Triton adds to each integer operation only reports in debug builds on a GPU; it is
-  off
-             here too, because with it one address would cost ten operations.
-  memory     a load is one NumPy gather (Triton's own goes through the elements at 16 ns each), and an address
-  outside
-             every tensor of the launch is an error that says so, not a crash or silent garbage.
+             unsigned number, which `~x` needs.
+  overflow   Triton adds a check to each integer operation, which reports only in debug builds on a GPU. Here
+             the check is off, because with it one address would cost ten operations.
+  memory     A load is one NumPy gather (Triton's own goes through the elements at 16 ns each). An address
+             outside every tensor of the launch is an error with a message, not a crash or silent garbage.
 
 `tl` is one module for compiling and interpreting, so it is patched only during a launch, under a lock. Do not
 compile a kernel in one thread while another thread interprets.
 
-Programs run one after another, so races are not noticed, and a program that waits for a later one hangs. The
-programs of a cooperative launch take turns instead, and change where they wait. A `tl` operation costs tens
-of microseconds per program whatever its size: launch few programs with large blocks.
+Programs run one after another, so races are not noticed, and a program that waits for a later one hangs. Only
+the programs of a cooperative launch take turns: they change where one of them waits. A `tl` operation costs
+tens of microseconds per program, whatever its size, so launch few programs with large blocks.
 """
 
 import ast
@@ -111,7 +107,7 @@ class Builder(stock.InterpreterBuilder):
     def __init__(self):
         super().__init__()
         self.options = stock.InterpreterOptions(sanitize_overflow=False)
-        self.turns = None  # of a cooperative launch
+        self.turns = None  # the _Turns of a cooperative launch
 
     def get_bf16(self, value):
         return TensorHandle(f32_to_bf16(np.array([value], dtype=np.float32)), tl.bfloat16)
@@ -254,7 +250,7 @@ def _gather(addresses, dtype):
 class Semantic(TritonSemantic):
     def broadcast_impl_value(self, lhs, rhs):
         if lhs.type == rhs.type or not (lhs.type.is_block() or rhs.type.is_block()):
-            # Most operations: much faster than finding out.
+            # The common case, which is much faster than the general one.
             return lhs, rhs
         return super().broadcast_impl_value(lhs, rhs)
 
@@ -293,7 +289,7 @@ def _reduction(apply):
 
 
 class _Patches:
-    """What Triton's own interpreter would set on `tl`, collected once instead of at each launch."""
+    """The attributes that Triton's own interpreter would set on `tl` at each launch, collected once."""
 
     def __init__(self):
         self.values = {}
@@ -318,7 +314,7 @@ def _patches():
         patches.set_attr(module, "reduce", _reduction(stock.ReduceOps))
         patches.set_attr(module, "associative_scan", _reduction(stock.ScanOps))
     patches.builtins(tl.math)
-    patches.set_attr(stock, "_get_np_dtype", _np_dtype)  # Triton's own builds a dict at each call
+    patches.set_attr(stock, "_get_np_dtype", _np_dtype)  # Triton's own function builds a dict at each call
     patches.builtins(tl.core.tensor_descriptor_base)
     patches.set_attr(tl.core.tensor, "__index__", lambda t: int(t.handle.data.item()))
     for jitted in (JITFunction, InterpretedFunction):  # a kernel calls another jit function
@@ -486,7 +482,7 @@ def run(kernel, grid, args, meta, reads=()):
 
 @contextlib.contextmanager
 def launches_interpreted():
-    """Within it kernel[grid](...) on CPU tensors is interpreted, and kernel.run(..., grid=grid) alike; an
+    """A context in which kernel[grid](...) and kernel.run(..., grid=grid) on CPU tensors are interpreted. An
     autotuned kernel uses its first configuration."""
 
     def launcher(kernel, grid):
@@ -512,7 +508,7 @@ def launches_interpreted():
 
 @functools.lru_cache(maxsize=1)
 def compiler_options():
-    """The names of Triton's options for NVIDIA's GPUs: what a launch may be given beside the kernel's
+    """The names of Triton's compiler options for NVIDIA's GPUs, which a launch may pass besides the kernel's
     parameters."""
     from triton.backends.nvidia.compiler import CUDAOptions
 
@@ -520,7 +516,7 @@ def compiler_options():
 
 
 def check_arguments(kernel, args, meta):
-    """Raises TypeError for what a launch on a GPU would not take, either."""
+    """Raises TypeError for arguments that a launch on a GPU would reject, too."""
     name, parameters = kernel.fn.__name__, list(_parameters(kernel.fn))
     if len(args) > len(parameters):
         raise TypeError(f"{name}: {len(args)} arguments, and the kernel has {len(parameters)} parameters")
@@ -534,7 +530,7 @@ def check_arguments(kernel, args, meta):
 
 
 def launch(kernel, grid, args, meta):
-    """Interprets a kernel that has decorators around triton.jit's: autotune and heuristics."""
+    """Interprets a kernel with decorators around triton.jit: autotune and heuristics."""
     meta, hooks = dict(meta), []
     while not isinstance(kernel, JITFunction):
         if isinstance(kernel, Autotuner):

@@ -22,10 +22,10 @@ from triton_kernels.common import architecture, config, launch
 from triton_kernels.settings import measured
 
 # sum_rows: the most rows of x that the plain path takes. Each path has a list of (most rows, largest n,
-# settings), of which the first that fits is taken. Small n needs small tiles, so that every multiprocessor
-# has a program; more rows need larger ones, because each program reads all of x. STAGES tiles are in flight
-# through shared memory; with 1, loads go directly to registers. A warp of the plain path reads 512 bytes of a
-# row at a time.
+# settings); the first entry that fits is used. Small n needs small tiles, so that every multiprocessor has a
+# program; more rows need larger ones, because each program reads all of x. STAGES tiles are in flight through
+# shared memory; with 1, loads go directly to registers. A warp of the plain path reads 512 bytes of a row at
+# a time.
 ANY = 1 << 31
 SM_80 = {
     "sum_rows": 4,
@@ -109,10 +109,10 @@ def linear_kernel(
 
 @functools.lru_cache(maxsize=None)
 def _interpreter_tile(depth, n, k):
-    """BLOCK_N and BLOCK_K with the least time in the interpreter for `depth` rows of x in a tile.
+    """BLOCK_N and BLOCK_K that take the interpreter the least time, for `depth` rows of x in a tile.
 
-    Measured costs: 1.5 ms a program, 0.5 ms an iteration, 5 ns an element (8 when masked), for tiles of up to
-    2^17 elements, which stay in the cache.
+    Measured costs: 1.5 ms a program, 0.5 ms an iteration, 5 ns an element (8 if masked), for tiles of up to
+    2^17 elements, which fit in the cache.
     """
 
     def cost(tile):
@@ -136,7 +136,9 @@ def linear(x, w, bias, y):
         block_n, block_k = _interpreter_tile(1 if dot else block_b, n, k)
         meta = dict(BLOCK_N=block_n, BLOCK_K=block_k, STAGES=1, UNROLL=1)
     elif meta is None:
-        path = "sum" if not dot else "dot_f32" if x.itemsize == 4 else "dot"
+        path = "sum"
+        if dot:
+            path = "dot_f32" if x.itemsize == 4 else "dot"
         meta = next(dict(m) for most_rows, most_n, m in cfg[path] if rows <= most_rows and n <= most_n)
         meta.setdefault("BLOCK_K", 512 // x.itemsize * meta["num_warps"])
     if dot and architecture(x) != "interpreter":

@@ -41,8 +41,8 @@ CONFIGS = {"sm_90": SM_80, "sm_80": SM_80, "interpreter": {"sum_rows": 4}}
 def keep_best(best, index, value, candidate):
     """The larger of (best, index) and (value, candidate), element by element.
 
-    Successive calls have rising candidates, so of equal values the first stays. A NaN, once seen, stays as
-    (inf, -1): no value is larger, and no index lower.
+    Successive calls must have rising candidates, so that of equal values the first is kept. A NaN is kept as
+    (inf, -1): no later value is larger, and no index lower.
     """
     nan = value != value
     value = tl.where(nan, float("inf"), value)
@@ -61,7 +61,8 @@ def first_best(best, index, axis: tl.constexpr):
 
 @triton.jit
 def publish_best(scratch, ids, rows, b, best, index, BLOCK_B: tl.constexpr, SLOTS: tl.constexpr):
-    """Stores the program's best of each row; the program that draws the last ticket compares them all."""
+    """Stores the program's best candidate of each row. The program that draws the last ticket compares those
+    of all programs."""
     STRIDE: tl.constexpr = 2 * MAX_PROGRAMS + 4
     mine = scratch + b * STRIDE + tl.program_id(0)
     tl.store(mine, best.to(tl.int32, bitcast=True), mask=b < rows)

@@ -1,4 +1,4 @@
-"""Compile a kernel exactly as a launch would, on a machine without a GPU: registers, spills, PTX and SASS.
+"""Compiles a kernel exactly as a launch would, on a machine without a GPU: registers, spills, PTX and SASS.
 
 with common.recording("sm_90") as launches:
     rmsnorm(x, w, eps, None, y)                 # tensors on the CPU, or torch.empty(..., device="meta")
@@ -16,8 +16,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import mangle_type
 
-# Which arguments a launch's source lists: since Triton 3.7 also those without an attribute. A kernel compiled
-# here must list the same ones, or a launch would not find it in Triton's cache.
+# Which arguments the source of a compiled launch lists. Since Triton 3.7 these include arguments without an
+# attribute. A kernel compiled here must list the same ones, or a launch would not find it in Triton's cache.
 LISTS_EMPTY = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
 TOOLS = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -70,8 +70,8 @@ def _cuobjdump(code, flag):
 
 
 def usage(code):
-    """dict: regs per thread, stack and local in bytes per thread (not 0: spills), shared in bytes per
-    block."""
+    """The resources of a kernel as a dict: regs per thread; stack and local in bytes per thread (if not 0,
+    registers were spilled); shared in bytes per block."""
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", _cuobjdump(code, "-res-usage"))
     regs, stack, _, local = map(int, found.groups())
     return dict(regs=regs, stack=stack, local=local, shared=code.metadata.shared)

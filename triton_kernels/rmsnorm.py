@@ -16,8 +16,9 @@ from triton_kernels.common import config, launch
 from triton_kernels.core.fused_product import wait_for_inputs
 from triton_kernels.settings import dependent_launch
 
-# elements: the fewest that a program takes, in whole rows, so that a warp reads 16 bytes a lane of short rows
-# too (the heads of q and k). The interpreter takes as many rows as fit, because its cost is per program.
+# elements: the fewest elements that a program takes, in whole rows, so that a warp reads 16 bytes a lane even
+# if rows are short (the heads of q and k). The interpreter takes as many rows as fit, because its cost is per
+# program.
 CONFIGS = {
     "sm_90": dict(elements=512, per_warp=512, max_warps=16),
     "sm_80": dict(elements=512, per_warp=512, max_warps=16),

@@ -27,20 +27,17 @@ from triton_kernels.core.split_attention import (
 )
 from triton_kernels.settings import dependent_launch, measured
 
-# As in decode_attention, but with registers for the first tile.
+# As in decode_attention, except that the first tile needs registers.
 HALF = dict(tile=64, min_rows=16, num_warps=4, num_stages=4)
 FLOAT = dict(tile=32, min_rows=16, num_warps=8, num_stages=4)
 CPU = dict(tile=128, min_rows=1, num_warps=1)
-CONFIGS = {
-    "sm_90": {2: HALF, 4: FLOAT},
-    "sm_80": {2: HALF, 4: FLOAT},
-    "interpreter": {2: CPU, 4: CPU},
-}  # by item size
+CONFIGS = {"sm_90": {2: HALF, 4: FLOAT}, "sm_80": {2: HALF, 4: FLOAT}, "interpreter": {2: CPU, 4: CPU}}
 
 
 @triton.jit
 def turned(head, norm, cosine, sine, eps, d, live, HALF_DIM: tl.constexpr, HAS_NORM: tl.constexpr):
-    """The heads at the pointers `head` [rows, 1], as [rows, BLOCK_D]: normed and rotated, each rounded to T.
+    """The heads at the pointers `head` [rows, 1] as [rows, BLOCK_D]: normalised and rotated, rounded to T
+    after each.
 
     Element d rotates with the element half a head away. That one is loaded again, from L1, which is cheaper
     than moving it between threads.

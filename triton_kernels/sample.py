@@ -38,7 +38,8 @@ def _load_chunk(row, start, vocab, BLOCK: tl.constexpr):
 
 @triton.jit
 def _weight(value, top, scale):
-    """exp((value - top) / temperature), for scale = log2(e) / temperature; 1 at an infinite top, too."""
+    """exp((value - top) / temperature), with scale = log2(e) / temperature. It is 1 at an infinite top,
+    too."""
     return tl.where(value == top, 1.0, tl.exp2((value - top) * scale))
 
 
@@ -63,8 +64,8 @@ def _threshold(row, vocab, lowest, wanted, top, scale, WEIGHTED: tl.constexpr, B
             n1 += tl.where(key >= cut1, weight, 0.0)
             n2 += tl.where(key >= cut2, weight, 0.0)
             n3 += tl.where(key >= cut3, weight, 0.0)
-        # The sums are taken in one order, so they fall as the candidate rises: those that reach `wanted` are
-        # the lowest ones.
+        # All sums are computed in the same order, so they fall as the candidate rises: the candidates that
+        # reach `wanted` are the lowest ones.
         passed = (
             (tl.sum(n1, axis=0) >= wanted).to(tl.uint32)
             + (tl.sum(n2, axis=0) >= wanted).to(tl.uint32)

@@ -1,7 +1,7 @@
-"""Launch settings by shape: what the tuner measured on this architecture, else the op's own hand-written
+"""Launch settings by shape: those that the tuner measured on this architecture, or else the op's hand-written
 table.
 
-triton_kernels/tuned/sm_90.json is what `lab tune OP` wrote on such a GPU: see lab/tune/tuned.py.
+`lab tune OP` writes triton_kernels/tuned/sm_90.json on such a GPU: see lab/tune/tuned.py.
 """
 
 import contextlib
@@ -14,9 +14,9 @@ from lab.tune import tuned
 from triton_kernels.common import architecture, config
 
 ANY = 1 << 31
-BY_HAND = {}  # for `forced`: ignores what the tuner measured
-_measured = {}  # (op, architecture, itemsize, rows, shape) -> what `measured` found
-_products = {}  # the same -> what `product` chose
+BY_HAND = {}  # for `forced`: use the hand-written table, not the tuned one
+_measured = {}  # (op, architecture, itemsize, rows, shape) -> result of `measured`
+_products = {}  # (op, architecture, itemsize, rows, n, k) -> result of `product`
 _forced = {}  # op -> settings, while the tuner tries them
 _used = None  # entries used instead of a table's, while the tuner tries whole tables
 
@@ -27,15 +27,15 @@ def _multiprocessors(device):
 
 
 def multiprocessors(tensor):
-    """Multiprocessors of the tensor's GPU; 1 for a CPU. While launches are recorded: 132 (H100) or 108
-    (A100)."""
+    """The number of multiprocessors of the tensor's GPU; 1 for a CPU. While launches are recorded: 132 (H100)
+    or 108 (A100)."""
     if tensor.is_cuda:
         return _multiprocessors(tensor.device)
     return {"interpreter": 1, "sm_90": 132}.get(architecture(tensor), 108)
 
 
 def dependent_launch(tensor):
-    """The keywords of programmatic dependent launch (sm_90 and later): a constexpr, and the launch
+    """The keywords for programmatic dependent launch (sm_90 and later): a constexpr and the launch
     attribute."""
     name = architecture(tensor)
     on = name != "interpreter" and int(name[3:]) >= 90
@@ -61,12 +61,12 @@ def measured(op, tensor, rows, **shape):
 
 
 def forget():
-    """Forgets what was read and chosen, after the tables have changed."""
+    """Forgets all settings that were read and chosen, after the tables have changed."""
     use(None)
 
 
 def use(entries):
-    """Makes launches use these entries instead of those of the table (None: those of the table again)."""
+    """Makes launches use these entries instead of the table's; None restores the table."""
     global _used
     _used = entries
     _clear()
@@ -80,7 +80,8 @@ def _clear():
 
 @contextlib.contextmanager
 def forced(op, settings):
-    """Makes every launch of `op` use `settings`, or those BY_HAND: this is how the tuner tries them."""
+    """Makes every launch of `op` use `settings`, or with BY_HAND the hand-written ones. The tuner tries
+    settings this way."""
     before = dict(_forced)
     _forced[op] = settings
     _clear()
@@ -112,7 +113,7 @@ def _product(op, table, x, n, k, whole_rows, parts, most_programs):
         config(table, x), x.itemsize, rows, n, k, whole_rows, parts
     )
     path, per_multiprocessor = meta.pop("path"), meta.pop("per_multiprocessor", 0)
-    least = 16 if path == "dot" and architecture(x) != "interpreter" else 1  # of a tensor core
+    least = 16 if path == "dot" and architecture(x) != "interpreter" else 1  # columns of a tensor-core tile
     meta["BLOCK_B"] = max(triton.next_power_of_2(rows), least)
     tiles = triton.cdiv(n, meta["BLOCK_N"])
     programs = min(
@@ -130,17 +131,17 @@ def by_hand(table, itemsize, rows, n, k, whole_rows, parts):
     """Settings from an op's hand-written entry for an architecture.
 
     sum_rows: the most rows that the sum path takes; sum_rows_f32: the same in float32, which has no tensor
-    cores. sum, dot, dot_f32: lists of (most rows, largest n, settings), of which the first that fits is
-    taken. lane: elements of a tile's row, over all rows of x, that a thread holds (twice the bytes in
-    float32). warps: the warps of all programs that a multiprocessor runs; each program then takes several
-    tiles. Without it each program has one tile.
+    cores. sum, dot, dot_f32: lists of (most rows, largest n, settings); the first entry that fits is used.
+    lane: how many elements of a tile's row, over all rows of x, a thread holds (in float32 half as many).
+    warps: the warps of all programs on a multiprocessor; each program then takes several tiles. Without
+    `warps` each program has one tile.
     """
     block_b = triton.next_power_of_2(rows)
     most = table.get("sum_rows_f32", table["sum_rows"]) if itemsize == 4 else table["sum_rows"]
     path = "sum" if rows <= most else "dot"
     if "sum" not in table:
         if n * k >= 1 << 22:
-            # An lm_head: NumPy's matrix product is faster there.
+            # This is the size of an lm_head: there NumPy's matrix product is faster.
             path = "dot"
         return _interpreted(path, block_b, n, k, whole_rows, parts)
     meta = next(
@@ -162,8 +163,8 @@ def by_hand(table, itemsize, rows, n, k, whole_rows, parts):
 
 
 def _interpreted(path, block_b, n, k, whole_rows, parts):
-    """Few programs, because interpreting costs by the operation; tiles of up to 2^17 elements, which stay in
-    cache."""
+    """Settings for the interpreter: few programs, because it costs per operation, and tiles of up to 2^17
+    elements, which fit in the cache."""
     block_k = triton.next_power_of_2(k)
     if path == "dot" and k % 64 == 0:
         block_k = k & -k  # divides k: a mask costs as much as the multiply
@@ -172,4 +173,8 @@ def _interpreted(path, block_b, n, k, whole_rows, parts):
     meta = dict(path=path, BLOCK_N=block_n, BLOCK_K=block_k)
     if whole_rows:
         meta["per_multiprocessor"] = 1
-    return dict(meta, STAGES=1) if path == "dot" else meta if whole_rows else dict(meta, UNROLL=1)
+    if path == "dot":
+        meta["STAGES"] = 1
+    elif not whole_rows:
+        meta["UNROLL"] = 1
+    return meta

@@ -305,7 +305,7 @@ struct UpTo16Narrow : Mma<      1, 2, 4,     4, /*Aligned=*/true, Parts> {};  //
 // of 13.2.
 template <int Parts>
 struct UpTo16NarrowLong : Mma<  1, 2, 4,     7, /*Aligned=*/true, Parts> {};  // 112 KiB
-// For matrices of which 32 rows in a block still give each multiprocessor of an H100 two blocks.
+// For matrices that give each multiprocessor of an H100 two blocks even with 32 rows in a block.
 template <int Parts>
 struct UpTo16Wide : Mma<        2, 2, 4,     3, /*Aligned=*/true, Parts> {};  // 72 KiB
 template <int Parts>
@@ -316,8 +316,8 @@ template <int Parts>
 struct UpTo64Wide : Mma<        4, 8, 2,     3, /*Aligned=*/true, Parts> {};  // 96 KiB
 
 // wgmma. H100, 8B at batch 64, with mma.sync and with wgmma: gate and up 96.0 and 85.6 us, qkv 27.2 and 20.6,
-// down 46.1 and 44.7, o 14.8 and 15.5. Where there are many blocks they are small, so that two fit on a
-// multiprocessor; else they are large.
+// down 46.1 and 44.7, o 14.8 and 15.5. If there are many blocks they are small, so that two fit on a
+// multiprocessor; otherwise they are large.
 template <int Parts>
 struct WgmmaUpTo32Small : Mma<  4, 4, 2,     4, /*Aligned=*/true, Parts, /*Wgmma=*/true> {};  // 96 KiB
 template <int Parts>
@@ -334,8 +334,8 @@ inline void by_mma_shape(int rows, int n, int k, const Settings& tuned, F&& f) {
   const bool aligned = k % Vec<T>::size == 0;
   if (!aligned) return alone(MmaShape<Unaligned<Parts>>{});
 
-  // wgmma where there are many rows of x and enough blocks or long rows. For a small matrix with long rows,
-  // two blocks share k.
+  // wgmma needs many rows of x, and enough blocks or long rows. For a small matrix with long rows, two blocks
+  // share k.
   const int blocks = ceil_div(n * Parts, 64);
   if (rows > 16 && has_wgmma() && (3 * blocks > 2 * multiprocessors() || k >= 8192)) {
     const bool many = blocks > multiprocessors();

@@ -4,7 +4,7 @@
 
 namespace lab {
 
-// L lanes handle one head, of which D / N lanes hold N elements each. Rope rotates pairs (x[i], x[i + D/2]):
+// L lanes handle one head; D / N of them hold N elements each. Rope rotates pairs (x[i], x[i + D/2]):
 // a lane keeps the cosines and sines of its elements and knows which lane holds the other elements of its
 // pairs.
 template <typename T, int D>

@@ -25,7 +25,7 @@ struct PagedCache {
   int page_shift, max_pages;
 };
 
-// What a block reads before its tiles: the queries, and a new token that is not in the cache yet.
+// The values that a block reads before its tiles: the queries, and a new token that is not in the cache yet.
 template <typename T, int D>
 struct AttentionInputs {
   alignas(16) T q[kMaxGroup][D];

@@ -16,7 +16,7 @@ namespace lab {
 constexpr int kStepSplits = 64;  // MAX_SPLITS of the contract
 constexpr int kStepGroup = 8;    // MAX_GROUP of the contract
 
-// What is the same for all layers.
+// The values that are the same for all layers.
 template <typename T>
 struct StepHeads {
   int q_heads, kv_heads, page_shift;
@@ -78,7 +78,7 @@ struct StepAttention {
       for (int first = begin; first < last; first += kTokens) {
         const int tokens = min(kTokens, last - first);
         ring.begin(tokens * 2 * kTokenBytes, ring.few);
-        for (int t = 0; t < tokens;) {  // one copy for all neighbouring tokens of a page
+        for (int t = 0; t < tokens;) {  // one copy for all tokens that are neighbours in a page
           const int left = (1 << heads.page_shift) - ((first + t) & ((1 << heads.page_shift) - 1));
           const int run = min(left, tokens - t);
           const size_t from = place(first + t);
@@ -257,7 +257,7 @@ struct StepAttention {
         value[i].v[2 + j] = t % 2 ? one.v[j] : other.v[j];
       }
     }
-    __syncwarp();  // else nvcc loads V only after the scores are known
+    __syncwarp();  // without it nvcc loads V only after the scores are known
     float products[2][4] = {};
     const auto add = [&](float (&sums)[4], int i, int unit) {
       const int at = unit % 2 * 2;

@@ -324,12 +324,12 @@ LAB_DEVICE void store_as(void* y, size_t i, float sum, bool f32) {
 
 // ---- shapes of a launch -----------------------------------------------------------------------------------
 
-// Blocks for `outputs` outputs. longer: blocks do something once before they multiply (the norm). Then there
-// are as many blocks as run at once, four on each multiprocessor, and each works on several sets of outputs:
-// that one-time cost is paid seldom, and no last wave leaves multiprocessors without work. Otherwise each set
-// of outputs gets a block of its own where that makes eight waves or more: then at any time some block has
-// just issued all its loads. Measured on an H100, 8B at batch 1: gate and up 77 us in 14 waves, 79 us with
-// all blocks at once; with the norm 90 and 79 us.
+// The number of blocks for `outputs` outputs. longer: blocks do something once before they multiply (the
+// norm). Then there are as many blocks as run at once, four on each multiprocessor, and each works on several
+// sets of outputs: the one-time cost is paid seldom, and no last wave leaves multiprocessors without work.
+// Otherwise each set of outputs gets a block of its own, if that makes eight waves or more: then at any time
+// some block has just issued all its loads. Measured on an H100, 8B at batch 1: gate and up 77 us in 14
+// waves, 79 us with all blocks at once; with the norm 90 and 79 us.
 template <typename C>
 inline int stream_blocks(int outputs, bool longer, const Settings& tuned) {
   const int all = ceil_div(outputs, C::kOutputsPerBlock), slots = C::kSlots * multiprocessors();
@@ -337,8 +337,8 @@ inline int stream_blocks(int outputs, bool longer, const Settings& tuned) {
   return few < all && (tuned.resident || longer || all < 8 * slots) ? few : all;
 }
 
-// How many warps share their rows of w. Enough that they can issue the loads of whole rows at once (`panel`
-// elements for each warp), because a wait in the middle of a row leaves fewer loads in flight; and more where
+// How many warps share their rows of w: enough that they can issue the loads of whole rows at once (`panel`
+// elements for each warp), because a wait in the middle of a row leaves fewer loads in flight; and more if
 // there are too few rows to fill the device.
 inline int shared_by(int warps, int k, int panel) {
   const int enough = 6 * multiprocessors();
@@ -360,10 +360,10 @@ struct WarpStream : Stream<N, B,                   4, 32, S,     B <= 2 ? 4 : 2,
 // clang-format on
 
 // Calls f with the shape for `outputs` outputs of Parts rows of w each, k elements long, and for `rows` rows
-// of x, of which at most max_batch are taken at a time; the shape is a type, passed in a tag: `using C =
+// of x; at most max_batch of these are taken at a time. The shape is a type, passed in a tag: `using C =
 // typename decltype(shape)::type;`. HostThreads: threads in a block on a CPU. Ring: for a single row of x,
 // weights in flight are in shared memory. On an H100 that is 1 to 8% faster (8B's o 11.5 us; with registers
-// 12.4), but not where a block normalises first (8B's gate and up 78.8 us; with registers 78.3).
+// 12.4), but not if a block normalises first (8B's gate and up 78.8 us; with registers 78.3).
 template <typename C>
 struct StreamShape {
   using type = C;

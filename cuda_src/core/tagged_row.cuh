@@ -27,8 +27,8 @@ struct TaggedRow {
     store_word(words + n / 2, tagged(pack(low, high), tag));
   }
 
-  // own(): the word with element n, written by this block itself, so it is read without a look at its tag.
-  // Below: that element of the word.
+  // own(): the word with element n. This block has written it itself, so its tag needs no check. element():
+  // that element of the word.
   LAB_DEVICE uint64_t own(int n) const {
     uint64_t one[1];
     load_words(one, words + n / 2);
@@ -38,7 +38,8 @@ struct TaggedRow {
     return to_float(bit_cast<T>(uint16_t(word >> n % 2 * 16)));
   }
 
-  // Loads Count times 8 elements, at n, n + step, ...; those from `end` on are zero and not waited for.
+  // Loads Count times 8 elements, at n, n + step, ..., and waits until all have the tag. Those from `end` on
+  // are zero and are not waited for.
   template <int Count>
   LAB_DEVICE void wait(Vec<T> (&values)[Count], int n, int step, int end) const {
     uint64_t found[Count][4] = {};

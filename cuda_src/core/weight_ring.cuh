@@ -26,7 +26,7 @@ struct Matrix {
 // The warps that multiply; one more warp issues the copies.
 constexpr int kRingWarps = 8, kRingThreads = kRingWarps * 32;
 constexpr int kTileBytes = 16 * 1024;
-constexpr int kMostTiles = 14;    // what 227 KiB hold
+constexpr int kMostTiles = 14;    // as many as fit in 227 KiB
 constexpr int kMoreUnderWay = 4;  // the most tiles in flight in the midst of a matrix
 // Rows whose sums are in shared memory before they are stored.
 constexpr int kBatchRows = 128;
@@ -65,7 +65,7 @@ struct WeightRing {
   static_assert(sizeof(T) == 2, "tensor cores multiply 16-bit elements");
   RingSmem& shared;
   T* tiles;
-  // This block's share of any matrix's rows, as fractions times 2^32.
+  // This block's share of the rows of any matrix, as fractions times 2^32.
   const uint64_t begins, ends;
   // Tiles of the ring; the most in flight while the block may be waiting for others.
   const int count, few;
@@ -105,9 +105,9 @@ struct WeightRing {
     bulk_copy_g2s(to, from, bytes, &shared.full[stage]);
   }
 
-  // For the other threads. wait() waits until the tile has arrived; each thread then marks it as free with
-  // release(). (One lane for its whole warp would be no faster, and compute-sanitizer does not see that it
-  // stands for the others.)
+  // For the other threads. wait() waits until the tile has arrived; then each thread marks it as free with
+  // release(). (If one lane did this for its whole warp it would be no faster, and compute-sanitizer would
+  // not see that it stands for the others.)
   LAB_DEVICE void wait() { mbarrier_wait(&shared.full[stage], parity); }
   LAB_DEVICE void release() {
     mbarrier_arrive(&shared.empty[stage]);

@@ -1,7 +1,7 @@
-// Loads and stores that are watched: on a GPU they are plain ones, on a CPU they are also noted, so that an
-// exercise can count what a warp touches. Accesses of a warp's lanes count as one when they are the nth of
-// their thread in the same line of the source, for the same n. That is right for kernels whose warps do not
-// diverge there, as in the exercises.
+// Loads and stores that are watched: on a GPU they are plain ones; on a CPU they are also noted, so that an
+// exercise can count the lines or banks that a warp touches. Accesses by several lanes of a warp count as one
+// access if they come from the same line of the source and each is the nth of its thread there. That is right
+// for kernels whose warps do not diverge at that line, as in the exercises.
 #pragma once
 #include "common.cuh"
 

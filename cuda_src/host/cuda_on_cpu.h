@@ -16,7 +16,7 @@
 //   - a kernel launched with programmatic dependent launch that never calls pdl_wait() is an error;
 //   - LAB_HOST_SEED and LAB_HOST_AHEAD vary the order of threads and blocks; builds with -fsanitize=thread
 //     report data races.
-// It tells nothing about speed on a GPU, weak memory order, tensor-core rounding or approximate math.
+// It says nothing about speed on a GPU, weak memory order, tensor-core rounding or approximate math.
 //
 // The files, in reading order:
 //   vector_types.h, float16.h    float4, uint4 ...; __half, __nv_bfloat16
@@ -44,7 +44,7 @@
 // Options, read once from the environment and changed by lab::host::set_options:
 //   LAB_HOST_THREADS=n   OS threads (default: the cores this process may use)
 //   LAB_HOST_SEED=n      a random but repeatable schedule (default: a fixed order)
-//   LAB_HOST_AHEAD=x     lowest or highest: of the threads that can run, always run that one; ignored with
+//   LAB_HOST_AHEAD=x     lowest or highest: always run the lowest (highest) thread that can run; ignored with
 //                        LAB_HOST_SEED
 //   LAB_HOST_POISON=0    shared memory starts zeroed instead of NaN (default: 1)
 //   LAB_HOST_STACK=n     bytes of stack per thread (default: 65536)

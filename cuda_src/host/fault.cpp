@@ -93,7 +93,8 @@ void on_fault(int signal, siginfo_t* info, void* context) {
     fault_signal = signal;
     if (redirect(context, &report_fault, report_stack_top)) return;
   }
-  for (int i = 0; i < 3; ++i) {  // not ours: it happens again on return, with the earlier handler
+  // Not a fault of a kernel: it happens again on return, and the earlier handler gets it.
+  for (int i = 0; i < 3; ++i) {
     if (kSignals[i] == signal) sigaction(signal, &previous[i], nullptr);
   }
 }

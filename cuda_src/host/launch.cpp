@@ -143,9 +143,8 @@ std::once_flag Pool::once_;
 Pool* Pool::pool_ = nullptr;
 std::mutex launch_mutex;
 
-// ---- programmatic dependent launch ------------------------------------------------------------------------
-// One kernel runs at a time here, so there is nothing to wait for. But what a GPU might not have written yet
-// is hidden.
+// Here one kernel runs at a time, so there is nothing to wait for. But memory that a GPU might not have
+// written yet is hidden.
 
 std::mutex hidden_mutex;
 std::vector<Region> hidden;

@@ -122,9 +122,9 @@ extern LAB_THREAD_LOCAL Thread* current;  // null outside kernels
 
 // ---- options ----------------------------------------------------------------------------------------------
 
-// Which threads run ahead of the others, as far as barriers let them: none in particular, or among those that
-// can run always the one with the lowest (highest) block, warp and lane. A missing barrier is noticed if the
-// threads on its two sides are far apart.
+// Which threads run ahead of the others, as far as barriers let them: either none in particular, or always
+// the one with the lowest (highest) block, warp and lane among those that can run. A missing barrier is
+// noticed if the threads on its two sides are far apart.
 enum class Ahead { nobody, lowest, highest };
 
 struct Options {

@@ -52,7 +52,7 @@ inline void tsan_read(const void* p, size_t n, void* pc) {
 }
 inline void tsan_write(void* p, size_t n, void* pc) { __tsan_write_range_pc(p, n, pc); }
 
-// While one exists, accesses of this fiber are those of this layer, and not checked.
+// While an object of this type exists, accesses of this fiber belong to this layer and are not checked.
 struct TsanIgnore {
   TsanIgnore() { __tsan_ignore_thread_begin(); }
   ~TsanIgnore() { __tsan_ignore_thread_end(); }

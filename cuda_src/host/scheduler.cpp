@@ -489,7 +489,7 @@ void Worker::retire_tsan_fibers() {
 #ifdef LAB_HOST_TSAN
   if (!failure.empty()) {
     // Abandoned fibers cannot be destroyed, because they stopped in the middle of this layer. But they are
-    // finished, and what they did happened before what the caller does next.
+    // finished: what they did happened before anything that the caller does next.
     void* self = __tsan_get_current_fiber();
     for (void* fiber : tsan_fibers_) {
       if (fiber == nullptr) continue;

@@ -1,8 +1,10 @@
-"""The ways to run an op. `load(name, device)` gives a backend object, or says what to install.
+"""The backends: the ways to run an op. `load(name, device)` returns a backend object, or says what to
+install.
 
-A language is a class that follows the protocol below, and a launcher for each op that it has. Those of this
-repository are modules of this package, with their launchers in the contracts; any other module calls
-`register`, and the lab imports it where the environment's LAB_LANGUAGES names it.
+A language is a class that follows the protocol Backend below, and a launcher for each op that the language
+has. The languages of this repository are modules of this package, and the contracts hold their launchers. Any
+other module adds its language by `register`; the environment variable LAB_LANGUAGES names the modules to
+import.
 """
 
 import importlib
@@ -20,7 +22,7 @@ from lab.ops import find
 
 
 class Backend(Protocol):
-    """What the dispatcher asks of a backend. `__init__(device)` raises Unavailable where this machine cannot
+    """What the dispatcher needs of a backend. `__init__(device)` raises Unavailable if this machine cannot
     run it."""
 
     name: str
@@ -29,40 +31,40 @@ class Backend(Protocol):
         """A callable that takes the op's arguments and `out=`, launches its kernels and returns None."""
 
     def set_trace(self, on: bool) -> None:
-        """Begins or ends the recording of the names of the kernels that are launched."""
+        """Starts or stops recording the names of the kernels that are launched."""
 
     def take_trace(self) -> list[str]:
         """The names of the kernels launched since the last call, in their order."""
 
 
 class Tunable(Backend, Protocol):
-    """What `lab tune` asks besides."""
+    """What `lab tune` needs of a backend, in addition."""
 
     compiler: str  # what compiled the kernels, with its version
 
     def forced(self, op: str, settings: dict) -> AbstractContextManager:
-        """Within it every launch of `op` takes these settings; {}: those written by hand."""
+        """A context in which every launch of `op` uses these settings; {} means those written by hand."""
 
     def use(self, entries: list[dict] | None) -> None:
-        """Launches take these entries in the place of the table's."""
+        """Makes launches use these entries instead of the tuned table; None means the table again."""
 
     def forget(self) -> None:
-        """The table of settings is read again at the next launch."""
+        """Forgets the table of settings, so that the next launch reads it again."""
 
 
-_registered: dict[str, type] = {}  # language -> its class, of those that are no module of this package
+_registered: dict[str, type] = {}  # language -> its class, for those added by register()
 
 
 def register(name: str, backend: type, launchers: Mapping[str, Callable]) -> None:
     """Makes a language known to every verb of the lab.
 
-    backend: a class that follows the protocol Backend. launchers: {an op's name: what `backend.launcher`
-    looks up as op.launchers[name]}. The language may lack ops: it is then checked and measured at those that
-    it has, and runs a model beside another (`lab run --override OP=NAME`). Raises LabError for a name that is
-    taken and for an unknown op.
+    backend: a class that follows the protocol Backend. launchers: {op's name: launcher}; they are added to
+    `Op.launchers` of each op, where `backend.launcher` finds them. The language need not have every op: it is
+    checked and measured at those that it has, and can run a model together with another language (`lab run
+    --override OP=NAME`). Raises LabError if the name is taken, or for an unknown op.
     """
     if name in BACKENDS:
-        raise LabError(f"there is a language {name!r} already: call this one something else")
+        raise LabError(f"there is a language {name!r} already: choose another name")
     ops = {op: find(op) for op in launchers}
     for op, launcher in launchers.items():
         ops[op].launchers[name] = launcher
@@ -78,7 +80,7 @@ def load(name: str, device: torch.device) -> Backend:
 
 
 def import_languages() -> None:
-    """Imports the modules that LAB_LANGUAGES names, with commas between; they call register()."""
+    """Imports the modules that LAB_LANGUAGES names, separated by commas; each calls register()."""
     for module in filter(None, os.environ.get("LAB_LANGUAGES", "").split(",")):
         try:
             importlib.import_module(module.strip())

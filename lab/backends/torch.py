@@ -1,7 +1,7 @@
-"""Torch's own kernels (cuBLAS, SDPA and friends on a GPU): the reference backend and the vendor's side of a
-race.
+"""Torch's own kernels (on a GPU those of cuBLAS, SDPA ...): the reference, and the vendor's side of a
+comparison.
 
-Torch picks its device kernels itself, so the trace names the torch path of the op, not a device kernel.
+Torch picks its device kernels itself, so the trace names the op's function in torch, not a device kernel.
 """
 
 import torch

@@ -13,7 +13,7 @@ from lab.errors import Unavailable
 
 
 class Symbol(NamedTuple):
-    index: int  # in the symbol table: what nvdisasm's -fun wants
+    index: int  # in the symbol table, for nvdisasm -fun
     name: str
     value: int
     function: bool
@@ -21,7 +21,8 @@ class Symbol(NamedTuple):
 
 @functools.lru_cache(maxsize=None)
 def tool(name):
-    """The path of cuobjdump or nvdisasm: Triton's own, else the CUDA toolkit's on PATH."""
+    """The path of cuobjdump or nvdisasm: the one that Triton brings, or else that of the CUDA toolkit on
+    PATH."""
     triton = importlib.util.find_spec("triton")
     if triton and triton.origin:
         path = Path(triton.origin).parent / "backends/nvidia/bin" / name
@@ -36,7 +37,7 @@ def tool(name):
 
 
 def run(name, *words, cwd=None):
-    """What a tool of NVIDIA's prints; Unavailable where it cannot read the file."""
+    """What a tool of NVIDIA prints. Raises Unavailable if it cannot read the file."""
     done = subprocess.run([tool(name), *map(str, words)], capture_output=True, text=True, cwd=cwd)
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines()
@@ -47,8 +48,8 @@ def run(name, *words, cwd=None):
 
 
 def symbols(data):
-    """The symbol table of a 64-bit little-endian ELF file (an extension module on Linux, a cubin), [] without
-    one."""
+    """The symbol table of a 64-bit little-endian ELF file (an extension module on Linux, or a cubin); [] if
+    it has none."""
     if data[:6] != b"\x7fELF\x02\x01":
         return []
     (start,) = struct.unpack_from("<Q", data, 0x28)
@@ -67,7 +68,7 @@ def symbols(data):
 
 
 def demangled(name):
-    """A C++ name as it is written, without parameters; as it came where there is no c++filt."""
+    """A C++ name as the source writes it, without parameters. Without c++filt, the name is unchanged."""
     if not name.startswith("_Z") or not shutil.which("c++filt"):
         return name
     text = subprocess.run(["c++filt", "-p", name], capture_output=True, text=True).stdout.strip()
@@ -75,7 +76,7 @@ def demangled(name):
 
 
 def usage(cubin, function):
-    """dict of the resources of a function in a cubin's file: REG per thread, STACK, LOCAL and SHARED in
+    """The resources of a function in a cubin's file, as a dict: REG per thread; STACK, LOCAL and SHARED in
     bytes."""
     text = run("cuobjdump", "-res-usage", cubin)
     found = re.search(rf"Function {re.escape(function)}:\s*((?:[\w\[\]]+:\d+ ?)+)", text)

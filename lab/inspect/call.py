@@ -1,4 +1,4 @@
-"""The call that is looked at: an op's arguments of given sizes and dtype, whose values nobody reads."""
+"""The call that is inspected: an op's arguments of given sizes and dtype. Nobody reads their values."""
 
 import inspect
 
@@ -11,7 +11,8 @@ from lab.numbers import integer, number
 
 
 class Blank(Rand):
-    """Tensors of the right shape that take no time to make and, until they are written, no memory."""
+    """Makes tensors of the right shape that take no time to fill and, until something is written, no
+    memory."""
 
     def __init__(self, dtype):
         self.device, self.dtype = torch.device("cpu"), dtype
@@ -27,8 +28,8 @@ class Blank(Rand):
 
 
 def arguments(op, dtype, sizes):
-    """The op's public arguments. Raises LabError for a dtype, a size's name or a shape that the op does not
-    take."""
+    """The op's public arguments. Raises LabError for a dtype, a name of a size or a shape that the op does
+    not accept."""
     names = [name for name, value in DTYPES.items() if value in op.dtypes]
     known(dtype, names, f"dtype of {op.name}")
     takes = list(inspect.signature(op.inputs).parameters.values())[1:]
@@ -49,7 +50,8 @@ def arguments(op, dtype, sizes):
 
 
 def parse(words):
-    """{"batch": 16, "lengths": (1024, 2048)} from ["batch=16", "lengths=1024,2048"]; dtypes by name."""
+    """Converts ["batch=16", "lengths=1024,2048"] to {"batch": 16, "lengths": (1024, 2048)}; dtypes are given
+    by name."""
     sizes = {}
     for word in words:
         name, equals, value = word.partition("=")
@@ -75,17 +77,13 @@ def _value(text):
 
 
 def as_json(sizes):
-    """Sizes as JSON has them: dtypes by name, tuples as lists."""
+    """Sizes as JSON can hold them: dtypes by name, tuples as lists."""
     names = {value: name for name, value in DTYPES.items()}
 
     def plain(value):
-        return (
-            names[value]
-            if isinstance(value, torch.dtype)
-            else list(value)
-            if isinstance(value, tuple)
-            else value
-        )
+        if isinstance(value, torch.dtype):
+            return names[value]
+        return list(value) if isinstance(value, tuple) else value
 
     return {name: plain(value) for name, value in sizes.items()}
 
@@ -96,5 +94,5 @@ def _shown(value):
 
 
 def words(sizes):
-    """Sizes as the command line takes them."""
+    """Sizes as they are written on the command line."""
     return " ".join(f"{name}={_shown(value)}" for name, value in sizes.items())

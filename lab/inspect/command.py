@@ -1,7 +1,8 @@
-"""`lab inspect OP`: what the compilers made of both twins for one call of an op, side by side. Needs no GPU.
+"""`lab inspect OP`: what the compilers made of both kernels for one call of an op, side by side. Needs no
+GPU.
 
-Counts are static: an instruction in a loop counts once. Occupancy is theoretical: how full a multiprocessor
-can be.
+Instructions are counted in the code, not in a run: one in a loop counts once. Occupancy is theoretical: the
+share of a multiprocessor's warps that can be resident.
 """
 
 import json
@@ -10,11 +11,11 @@ from pathlib import Path
 
 from lab.contract import DTYPES
 from lab.errors import LabError
-from lab.inspect import call, cuda_half, listing, triton_half
+from lab.inspect import call, cuda_code, listing, triton_code
 from lab.inspect import gpu as gpus
 from lab.names import known
 
-HALVES = {"cuda": cuda_half, "triton": triton_half}
+COMPILED = {"cuda": cuda_code, "triton": triton_code}
 
 
 def main(args) -> int:
@@ -29,7 +30,7 @@ def main(args) -> int:
     if args.all:
         return write_cards(OPS, args, gpu)
     op = find(args.op)
-    backends = [known(args.backend, list(HALVES), "backend")] if args.backend else list(HALVES)
+    backends = [known(args.backend, list(COMPILED), "backend")] if args.backend else list(COMPILED)
     dtype, sizes = args.dtype or default_dtype(op), sizes_of(op, args)
     if args.listing == "ttgir" and not args.backend:
         backends = ["triton"]
@@ -58,7 +59,7 @@ def default_dtype(op):
 def sizes_of(op, args):
     if args.case is not None and args.sizes:
         raise LabError("give --case or --sizes, not both")
-    if args.case is None:  # what is not given is that of the default
+    if args.case is None:  # sizes that were not given keep their defaults
         return {**op.default_sizes(), **call.parse(args.sizes or [])}
     if not 0 <= args.case < len(op.cases):
         raise LabError(
@@ -68,13 +69,13 @@ def sizes_of(op, args):
     return dict(op.cases[args.case].sizes)
 
 
-def look(op, dtype, sizes, gpu, backends=tuple(HALVES)):
-    """({backend: its Kernels}, {backend: why there are none})."""
+def look(op, dtype, sizes, gpu, backends=tuple(COMPILED)):
+    """({backend: its list of Kernels}, {backend: why it has none}) for a call of these sizes."""
     arguments = call.arguments(op, dtype, sizes)
     found, errors = {}, {}
     for backend in backends:
         try:
-            found[backend] = HALVES[backend].kernels(op, arguments, gpu)
+            found[backend] = COMPILED[backend].kernels(op, arguments, gpu)
             if not found[backend]:
                 raise LabError(f"{op.name} launches nothing for {call.words(sizes)}")
         except LabError as error:

@@ -1,9 +1,9 @@
-"""The fairness card of a comparison: what was spent on each side, and what came of it.
+"""The fairness card of a comparison: how much effort went into each of the two kernels, and what came of it.
 
-A race says little if one side was tuned for a week and the other written in an hour. The card counts, for one
-call of
-an op: the configurations that each launcher can choose from and those that the tuner raced, the resources of
-the kernel it took, the lines of the twin, and the seconds its compiler needs.
+A comparison says little if one kernel was tuned for a week and the other written in an hour. For one call of
+an op, the card states for each language: how many configurations the launcher can choose from, how many the
+tuner measured, the resources of the launched kernel, the lines of code of its file, and the seconds that its
+compiler takes.
 """
 
 import ast
@@ -14,49 +14,40 @@ import tokenize
 from pathlib import Path
 
 from lab.errors import LabError
-from lab.inspect import cuda_half, triton_half
+from lab.inspect import cuda_code, triton_code
 from lab.inspect import gpu as gpus
 from lab.inspect.call import arguments, as_json
 from lab.records import schema
 from lab.tune import tuned
 
 ROOT = Path(__file__).resolve().parents[2]
-BASE = {
-    "common.cuh",
-    "sizes.h",
-    "trace.h",
-    "launchers.h",
-    "common.py",
-    "interpreter.py",
-}  # every op stands on these
+# Files that every op uses. Their lines count for none.
+BASE = {"common.cuh", "sizes.h", "trace.h", "launchers.h", "common.py", "interpreter.py"}
 
 
 def fairness(op, dtype, sizes, arch, run=None):
-    """(records, errors): a Fairness record for each kernel in each language; a line for each language that
-    has none.
+    """(records, errors): a Fairness record for each kernel in each language, and a line for each language
+    that has none.
 
     op: a contract of lab.ops. dtype: "bf16" ... sizes: keyword arguments of its `inputs`. arch: "sm_90a" or
-    "sm_80".
-    run: the id of the bench run that the card belongs to; None makes one.
+    "sm_80". run: the id of the bench run that the card belongs to; None makes a new one.
     """
     gpu, run = gpus.find(arch), run or new_run()
     args = arguments(op, dtype, sizes)
     rows, errors = [], []
-    for backend, half in (("cuda", cuda_half), ("triton", triton_half)):
+    for backend, code in (("cuda", cuda_code), ("triton", triton_code)):
         try:
-            kernels, launches = half.kernels(op, args, gpu), half.launches(op, args, gpu)
+            kernels, launches = code.kernels(op, args, gpu), code.launches(op, args, gpu)
             path = (
                 ROOT / ("cuda_src" if backend == "cuda" else "triton_kernels") / (op.name + SUFFIX[backend])
             )
             own, shared = code_lines(path)
             for kernel, launch in zip(kernels, launches, strict=True):
                 if backend == "cuda":
-                    choices, seconds = cuda_half.instantiations(op, launch, dtype, gpu), built_in(path)
+                    choices, seconds = cuda_code.instantiations(op, launch, dtype, gpu), built_in(path)
                 else:
-                    choices, seconds = (
-                        triton_half.configurations(op, gpu),
-                        triton_half.compile_seconds(launch, gpu),
-                    )
+                    choices = triton_code.configurations(op, gpu)
+                    seconds = triton_code.compile_seconds(launch, gpu)
                 rows.append(
                     schema.Fairness(
                         run=run,
@@ -86,7 +77,7 @@ def fairness(op, dtype, sizes, arch, run=None):
 
 
 def tried(backend, op, gpu):
-    """How many settings `lab tune` raced for the op on this architecture, over all shapes and dtypes."""
+    """How many settings `lab tune` measured for the op on this architecture, over all shapes and dtypes."""
     return sum(
         e.get("tried", 0) for e in tuned.read(tuned.path_of(backend, gpu.triton)) if e["op"] == op.name
     )
@@ -101,8 +92,8 @@ def new_run():
 
 
 def built_in(source):
-    """Seconds nvcc took for the file at its last build: all instantiations and architectures. None if
-    unknown."""
+    """How many seconds nvcc took for the file in its last build, with all instantiations and architectures;
+    None if that is unknown."""
     try:
         return float((ROOT / "build/cuda" / f"{source.name}.seconds").read_text())
     except (OSError, ValueError):
@@ -110,10 +101,8 @@ def built_in(source):
 
 
 def code_lines(path):
-    """(lines of code of the file, of the project's other files that it takes in): no blanks, comments,
-    docstrings.
-
-    What every op stands on (common.cuh, common.py ...) is in neither."""
+    """(lines of code of the file, lines of code of the project's files that it includes or imports), without
+    blank lines, comments and docstrings. The files in BASE count for neither."""
     files, todo = [], [path.resolve()]
     while todo:
         file = todo.pop()
@@ -138,14 +127,15 @@ def _taken_in(file):
 
 
 def _cpp(file):
-    """Line numbers that hold C++ code."""
-    blank = lambda m: "\n" * m[0].count("\n") if m[0].startswith("/") else m[0]  # strings stay
+    """The numbers of the lines that hold C++ code."""
+    # Blanks the comments. Strings are matched too, and kept, because they may contain //.
+    blank = lambda m: "\n" * m[0].count("\n") if m[0].startswith("/") else m[0]
     text = re.sub(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/\*.*?\*/', blank, file.read_text(), flags=re.S)
     return [i for i, line in enumerate(text.splitlines(), 1) if line.strip()]
 
 
 def _python(file):
-    """Line numbers that hold Python code."""
+    """The numbers of the lines that hold Python code."""
     skip = (
         tokenize.COMMENT,
         tokenize.NL,

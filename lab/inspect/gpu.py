@@ -1,4 +1,5 @@
-"""What a multiprocessor of each architecture holds, and how many blocks of a kernel fit in it at a time."""
+"""The limits of a multiprocessor of each architecture, and how many blocks of a kernel fit in one at a
+time."""
 
 from dataclasses import dataclass
 
@@ -13,20 +14,20 @@ class Gpu:
 
     arch: str  # as nvcc calls it
     triton: str  # as triton_kernels' tables call it
-    multiprocessors: int  # of the card that recorded launches are planned for
+    multiprocessors: int  # of `card`, for which launches are recorded
     card: str
     shared: int  # bytes of shared memory of one multiprocessor
     registers: int = 64 * 1024
     warps: int = 64
     blocks: int = 32
-    reserved: int = 1024  # bytes of shared memory the driver takes for each block
+    reserved: int = 1024  # bytes of shared memory that the driver takes for each block
     shared_unit: int = 128  # bytes
-    register_unit: int = 256  # registers are given out to a warp in units of this
+    register_unit: int = 256  # a warp gets its registers in units of this many
     partitions: int = 4  # each has its own quarter of the registers and the warps
 
     @property
     def major(self):
-        """Of the compute capability: 9 for sm_90a."""
+        """The major number of the compute capability: 9 for sm_90a."""
         return int(self.triton.removeprefix("sm_")) // 10
 
 
@@ -51,7 +52,7 @@ def find(arch):
 class Occupancy:
     blocks: int  # resident on one multiprocessor
     share: float  # of its warps
-    limit: str  # what allows no more: registers | shared memory | warps | blocks
+    limit: str  # what prevents more blocks: registers | shared memory | warps | blocks
 
 
 def occupancy(gpu, registers, shared, threads):
@@ -72,5 +73,5 @@ def occupancy(gpu, registers, shared, threads):
         "shared memory": gpu.shared // up(shared + gpu.reserved, gpu.shared_unit),
         "blocks": gpu.blocks,
     }
-    limit = min(limits, key=limits.get)  # of equals the first
+    limit = min(limits, key=limits.get)  # the first of equals
     return Occupancy(limits[limit], limits[limit] * warps / gpu.warps, limit)

@@ -1,4 +1,4 @@
-"""One compiled kernel and the launch it was recorded with: the facts that are compared."""
+"""One compiled kernel and its recorded launch: the facts that `lab inspect` compares."""
 
 import re
 from collections import Counter
@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from lab.inspect import binary
 from lab.inspect import gpu as gpus
 
-# Opcodes of NVIDIA's machine code by what they do; the first that fits counts. Each instruction counts once,
-# however often a loop runs it. The order is the order of the table.
+# Classes of NVIDIA's machine instructions by what they do. An opcode belongs to the first class whose pattern
+# fits. An instruction counts once, however often a loop runs it. The table has the classes in this order.
 MIX = {
     "global load, 128 bit": r"LDG\.\S*128",
     "global load, 64 bit": r"LDG\.\S*64",
@@ -49,7 +49,7 @@ INSTRUCTION = re.compile(
 
 
 def opcodes(sass):
-    """The opcodes of a disassembly, in order, without the padding at its end."""
+    """The opcodes of a disassembly in their order, without the padding at the end."""
     found = [m[1] for m in map(INSTRUCTION.match, sass.splitlines()) if m]
     while found and found[-1] == "NOP":
         found.pop()
@@ -57,7 +57,7 @@ def opcodes(sass):
 
 
 def mix(sass):
-    """{class of instruction: how many stand in the code}, every class of MIX, then "other" and "all"."""
+    """{class of instruction: its number in the code}: every class of MIX, then "other" and "all"."""
     counts = Counter(
         next((name for name, p in PATTERNS.items() if p.match(code)), "other") for code in opcodes(sass)
     )
@@ -66,11 +66,12 @@ def mix(sass):
 
 @dataclass
 class Kernel:
-    """Of a thread: `registers`, `spills` (bytes of local memory, stack too). Of a block: `threads`,
-    `shared_*` bytes.
+    """The facts about a kernel.
 
-    `blocks`: resident on one multiprocessor; `occupancy`: the share of its warps that they are; see
-    gpu.Occupancy."""
+    Per thread: `registers`, `spills` (bytes of local memory, including the stack). Per block: `threads`,
+    `shared_*` in bytes. `blocks`: how many can be resident on one multiprocessor; `occupancy`: their share of
+    its warps; see gpu.Occupancy.
+    """
 
     backend: str
     name: str  # as the source calls it
@@ -88,17 +89,18 @@ class Kernel:
     mix: dict
     cluster: int = 1
     dependent_launch: bool = False
-    texts: dict = field(default_factory=dict, repr=False)  # sass | ptx | ttgir -> text, or why there is none
+    # sass | ptx | ttgir -> text, or the LabError that says why there is none
+    texts: dict = field(default_factory=dict, repr=False)
 
     def facts(self):
-        """Everything but the code, as JSON has it."""
+        """All facts but the code, for JSON."""
         return {key: value for key, value in vars(self).items() if key != "texts"}
 
 
 def measured(gpu, cubin, function, threads, shared_dynamic, **rest):
-    """A Kernel from a cubin's file and the launch."""
+    """Makes a Kernel from the file of a cubin and the launch."""
     used = binary.usage(cubin, function)
-    # From sm_90 on the number includes what the driver reserves, in kernels that use shared memory.
+    # From sm_90 on, the shared memory of a kernel that uses any includes what the driver reserves.
     static = max(0, used["SHARED"] - gpu.reserved) if gpu.arch != "sm_80" else used["SHARED"]
     fits = gpus.occupancy(gpu, used["REG"], static + shared_dynamic, threads)
     sass = binary.disassembly(cubin, function)

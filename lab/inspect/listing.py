@@ -1,8 +1,8 @@
-"""Compiled code with the source lines it came from beside it.
+"""Compiled code, each line with the source line that it comes from.
 
-Each of `sass`, `ptx` and `ttgir` yields (code, place or None): a place is the line of the kernel's own file,
-and, where that line called an inlined function, the place in there as well. None: this line of code says
-nothing of its own.
+`sass`, `ptx` and `ttgir` each yield (code, place or None). A place is a line of the kernel's own file and, if
+that line called an inlined function, also the line in that function. None means that nothing is known about
+this line of code.
 """
 
 import functools
@@ -24,7 +24,8 @@ class Place(NamedTuple):
 
 @functools.lru_cache(maxsize=None)
 def _lines(file):
-    # A cubin names the file where it was compiled; a moved checkout has it under the same folder.
+    # A cubin has the path of the source at compile time. If the checkout was moved since, the file is in the
+    # folder of the same name.
     for path in (Path(file), ROOT.joinpath(*Path(file).parts[-2:])):
         if path.is_file():
             return path.read_text(errors="replace").splitlines()
@@ -46,7 +47,7 @@ def sass(text):
     chain, wanted = [], True
     for line in text.splitlines():
         found = noted.match(line)
-        if found:  # the frames of one instruction, innermost first
+        if found:  # the inlined calls of one instruction, innermost first
             chain = [] if wanted else chain
             wanted = False
             chain.append((found[1], int(found[2])))
@@ -81,7 +82,7 @@ def ptx(text):
             within = _short(files.get(inner[0], "?"), inner[1]) if inner != outer else ""
             place = Place(files.get(outer[0], "?"), outer[1], within) if outer[1] else None  # line 0: no line
         elif re.match(r"\s*\.(file|section)\b", line):
-            if ".section" in line:  # debugging tables to the end
+            if ".section" in line:  # only debugging tables follow
                 return
         elif line.strip() and not re.match(r"\s*(//|\$L__tmp)", line):
             yield line.rstrip(), place
@@ -92,7 +93,8 @@ def ttgir(text):
     known = dict(re.findall(r"^(#loc\d*) = loc\((.*)\)$", text, re.M))
 
     def resolve(what, depth=0):
-        """The outermost file and line of a location: a name, a fusion and a call site refer to others."""
+        """The outermost file and line of a location, which may refer to others: a name, a fusion or a call
+        site does."""
         found = re.match(r'"([^"]+)":(\d+):\d+', what)
         if found:
             return Place(found[1], int(found[2]))
@@ -116,7 +118,7 @@ KINDS = {"sass": sass, "ptx": ptx, "ttgir": ttgir}
 
 
 def lines(kernel, kind):
-    """The listing of a Kernel, line by line. Raises LabError where its compiler has no such text."""
+    """The lines of a Kernel's listing. Raises LabError if its compiler has no such text."""
     text = kernel.texts[kind]
     if isinstance(text, LabError):
         raise text

@@ -1,11 +1,11 @@
-"""`lab check --exercise NAME`: is the fault that was planted in a small kernel found and mended?
+"""`lab check --exercise NAME`: checks whether the fault that was planted in a small kernel has been mended.
 
-The kernels are cuda_src/exercises/NAME.cu and triton_kernels/exercises/NAME.py, with the question at their
-top and a solution in the folder solutions beside them. CUDA kernels are compiled by the C++ compiler for the
-CPU, where shared memory starts as NaN, and run in a fixed and in random orders of their threads; their checks
-are in cuda_src/exercises/check. Triton kernels run in the interpreter, in a process of their own
-(lab/worker.py) and with NaN around every tensor. What performance exercises count (lines and banks that a
-warp touches) is counted exactly; nothing is timed.
+The kernels are cuda_src/exercises/NAME.cu and triton_kernels/exercises/NAME.py, with a question at the top;
+the folder solutions beside them has a solution of each. CUDA kernels are compiled for the CPU by the C++
+compiler. Their shared memory starts as NaN, and their threads run in a fixed order and in random ones; their
+checks are in cuda_src/exercises/check. Triton kernels run in the interpreter, in a process of their own
+(lab/worker.py) and with NaN around every tensor. Performance exercises count exactly how many lines or banks
+of memory a warp touches; nothing is timed.
 """
 
 from __future__ import annotations
@@ -45,11 +45,10 @@ class Exercise:
 
 
 def check(name: str, path: Path | None = None, timeout: float = 60.0) -> str | None:
-    """What is wrong with the exercise (or with the file `path` in its place), or None if it is mended.
+    """What is still wrong with the exercise (or with the file `path` in its place), or None if it is mended.
 
-    timeout: seconds that a call of a kernel may take.
-
-    Raises LabError for an unknown name and for a file that does not compile.
+    timeout: seconds that a call of a kernel may take. Raises LabError for an unknown name and for a file that
+    does not compile.
     """
     exercise = EXERCISES[known(name, list(EXERCISES), "exercise")]
     path = path or exercise.path
@@ -59,7 +58,8 @@ def check(name: str, path: Path | None = None, timeout: float = 60.0) -> str | N
 
 
 def main(name: str, timeout: float = 60.0) -> int:
-    """Prints whether the exercise is mended; `list` names all. Returns the exit status."""
+    """Prints whether the exercise is mended; the name `list` prints all exercises. Returns the exit
+    status."""
     if name == "list":
         for exercise in EXERCISES.values():
             print(f"{exercise.name:14} {exercise.summary}  ({exercise.path.relative_to(ROOT)})")
@@ -87,9 +87,8 @@ def _cuda(path: Path, timeout: float) -> str | None:
                 [program], env=environment, capture_output=True, errors="replace", timeout=timeout
             )
             if done.returncode:
-                said = (
-                    done.stdout + done.stderr
-                ).strip() or f"the program ended with exit code {done.returncode}"
+                said = (done.stdout + done.stderr).strip()
+                said = said or f"the program ended with exit code {done.returncode}"
                 order = "the fixed order" if seed is None else f"random order {seed}"
                 return f"{said} (threads in {order})"
     except subprocess.TimeoutExpired:
@@ -100,7 +99,8 @@ def _cuda(path: Path, timeout: float) -> str | None:
 
 
 def _build(path: Path) -> Path:
-    """The check of an exercise with the kernel of `path`, as a program of its own for this process."""
+    """Compiles the check of an exercise with the kernel in `path` into a program that only this process
+    uses."""
     cxx, folder, source = _compiler(), ROOT / "build" / "exercises", ROOT / "cuda_src"
     folder.mkdir(parents=True, exist_ok=True)
     objects = [_host_object(cxx, file, folder) for file in sorted((source / "host").glob("*.cpp"))]
@@ -127,7 +127,8 @@ def _build(path: Path) -> Path:
 
 
 def _host_object(cxx, source: Path, folder: Path) -> Path:
-    """The host layer's half of every program, compiled once until a file of that layer changes."""
+    """The object file of a source of the host layer, which every program links. It is compiled again only
+    after a file of that layer changed."""
     target = folder / f"{source.stem}.o"
     newest = max(file.stat().st_mtime for file in source.parent.iterdir())
     if not target.exists() or target.stat().st_mtime < newest:
@@ -141,7 +142,7 @@ def _compile(command, path) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.stderr.write(done.stderr)
-        raise LabError(f"{path} does not compile; what the compiler says is above")
+        raise LabError(f"{path} does not compile; the compiler's messages are above")
 
 
 def _compiler() -> list[str]:
@@ -156,7 +157,7 @@ def _compiler() -> list[str]:
 
 
 def in_worker(spec: dict) -> Callable:
-    """name -> the function of this name in spec["file"], in a worker's process."""
+    """Returns a function that gives the function of a name in spec["file"], in a worker's process."""
     from triton_kernels.interpreter import launches_interpreted
 
     module = python_module(Path(spec["file"]))
@@ -173,9 +174,9 @@ def in_worker(spec: dict) -> Callable:
 
 
 def _triton(name: str, cases: Callable) -> Callable:
-    """The run of an Exercise whose file has a function `name`, of tensors and the output.
+    """The `run` of an Exercise whose file has a function `name`, which takes tensors and the output.
 
-    cases: a function that gives (what the case is, the tensors, the right output).
+    cases: yields (a description of the case, the tensors, the right output).
     """
 
     def run(path: Path, timeout: float) -> str | None:
@@ -193,9 +194,8 @@ def _triton(name: str, cases: Callable) -> Callable:
 
 def _tail_mask():
     for rows, cols in ((3, 64), (4, 40), (2, 7)):
-        memory = torch.full(
-            (rows * cols + 64,), torch.nan
-        )  # behind x, so that a read past its end is a wrong mean
+        # NaN follows x in memory, so that a read past its end spoils the mean.
+        memory = torch.full((rows * cols + 64,), torch.nan)
         x = memory[: rows * cols].view(rows, cols).copy_(torch.arange(rows * cols).view(rows, cols) % 13)
         yield f"{rows} rows of {cols}", (x,), x.double().mean(1)
 
@@ -219,8 +219,8 @@ def _split_merge():
 
 
 def _differs(function, tensors, want) -> str | None:
-    """Has a worker call function(*tensors, out); says where `out` is not `want`. A kernel that raises is
-    wrong too."""
+    """Calls function(*tensors, out) in a worker. Says where `out` differs from `want`, or what else went
+    wrong; or None."""
     values = {str(i): t for i, t in enumerate(tensors)} | {"out": torch.full(want.shape, torch.nan)}
     arena = Arena(values, file=function.file)
     arena.remember()
@@ -244,15 +244,15 @@ def _exercises():
             triton / "tail_mask.py",
             _triton("row_mean", _tail_mask),
         ),
-        Exercise("barrier", "a tile in shared memory that is used again", cuda / "barrier.cu", _cuda),
+        Exercise("barrier", "a tile in shared memory that is overwritten", cuda / "barrier.cu", _cuda),
         Exercise(
             "split_merge",
-            "the shares of a split softmax",
+            "how the parts of a split softmax are merged",
             triton / "split_merge.py",
             _triton("merge", _split_merge),
         ),
         Exercise("empty_split", "a split without a token", cuda / "empty_split.cu", _cuda),
-        Exercise("coalescing", "which thread takes which numbers", cuda / "coalescing.cu", _cuda),
+        Exercise("coalescing", "which thread reads which numbers", cuda / "coalescing.cu", _cuda),
         Exercise("bank_conflict", "a column of a tile in shared memory", cuda / "bank_conflict.cu", _cuda),
     ]
 

@@ -1,7 +1,8 @@
-"""`lab explain OP`: the two halves of an op side by side, step by step, with its bytes and its last measured
-times.
+"""`lab explain OP`: the two kernels of an op side by side, step by step, with the bytes that it moves and its
+last measured times.
 
-With --rungs its ladder: what each rung changes, what that should gain and what it was measured to gain.
+With --rungs it shows the op's ladder: what each rung changes, what that should gain and what it gained when
+it was measured.
 """
 
 from pathlib import Path
@@ -9,13 +10,13 @@ from pathlib import Path
 from lab.errors import LabError
 from lab.files import write_whole
 
-SIDE_BY_SIDE = 110  # columns; on a narrower terminal the halves stand one below the other
+SIDE_BY_SIDE = 110  # columns; on a narrower terminal the kernels stand one below the other
 
 
 def add_arguments(parser):
     parser.add_argument("op", metavar="OP", help="an op of `lab ops`, as in rmsnorm")
     parser.add_argument(
-        "--rungs", action="store_true", help="its ladder instead, from a naive kernel to the product's"
+        "--rungs", action="store_true", help="the op's ladder instead, from a naive kernel to its own kernel"
     )
     parser.add_argument("--html", metavar="FILE", help="write a page instead of printing")
     parser.add_argument(
@@ -24,9 +25,9 @@ def add_arguments(parser):
 
 
 def main(args):
-    """Prints the twins, or writes them as a page. Returns 0.
+    """Prints the two kernels, or writes them as a page. Returns 0.
 
-    Raises LabError for an unknown op, a missing half, or an op without a ladder where that was asked for.
+    Raises LabError for an unknown op, a missing kernel, or, with --rungs, an op that has no ladder.
     """
     from lab.report import twins
 
@@ -58,8 +59,8 @@ def main(args):
 
 
 def bytes_of(op):
-    """[(what, text)]: least traffic and arithmetic of the contract's first case, in bf16 where the op takes
-    it."""
+    """The least traffic and the arithmetic of the contract's first case, in bf16 if the op takes it: [(what,
+    text)]."""
     import torch
 
     from lab.contract import DTYPES, Rand
@@ -80,8 +81,8 @@ def bytes_of(op):
 
 
 def runs_of(reports):
-    """(runs below `reports`, newest first, what to say of them): without records neither, with unreadable
-    ones why."""
+    """The runs below `reports`, newest first, and messages about unreadable records: (runs, [(what,
+    text)])."""
     from lab.records import schema
     from lab.report import load
 
@@ -94,7 +95,7 @@ def runs_of(reports):
 
 
 def measured_rungs(op, rows, reports):
-    """Adds to the rungs what the last run on a GPU measured of them; returns [(what, text)] about that run.
+    """Adds to the rungs what the last run on a GPU measured of them. Returns [(what, text)] about that run.
 
     rows: the Rows of twins.ladder(op), which begin with rung 1.
     """
@@ -129,10 +130,10 @@ def measured_rungs(op, rows, reports):
 
 
 def measured(op, reports):
-    """[(what, text)]: one size, its bytes and arithmetic, and the last GPU times of each folder below
-    `reports` at it.
+    """One size of the op with its bytes and arithmetic, and the last GPU times at that size of each folder
+    below `reports`: [(what, text)], [] without records.
 
-    The size is that of the newest such run with the most bytes at the smallest batch. Without records [].
+    The size comes from the newest run on a GPU: at the smallest batch, the one with the most bytes.
     """
     from lab.records import schema
     from lab.report import ops, style
@@ -185,13 +186,13 @@ def measured(op, reports):
 
 
 def _size(row, freeze):
-    """What tells the sizes of two op rows of a frame apart."""
+    """The values by which the sizes of two rows of op measurements are compared."""
     context = None if row["context"] != row["context"] else row["context"]
     return row["dtype"], row["batch"], context, freeze(row["shape"])
 
 
 def show(title, cuda, triton, rows, facts):
-    """Prints to the terminal: side by side where it is wide enough. rows: of lab.report.twins."""
+    """Prints the kernels to the terminal, side by side if it is wide enough. rows: of lab.report.twins."""
     from rich.console import Console, Group
     from rich.markup import escape
     from rich.syntax import Syntax
@@ -201,16 +202,16 @@ def show(title, cuda, triton, rows, facts):
     from lab.report import style
 
     class Terminal(Console):
-        def on_broken_pipe(self):  # rich would exit with 1; lab.cli knows what to do
+        def on_broken_pipe(self):  # rich would exit with status 1; lab.cli handles this error
             raise BrokenPipeError
 
     console = Terminal()
     wide = console.width >= SIDE_BY_SIDE
-    halves = (cuda, triton)
-    looks = [style.backend(h.language) for h in halves]
+    twins = (cuda, triton)
+    looks = [style.backend(twin.language) for twin in twins]
 
-    def code(half, chunk):
-        lexer = "cuda" if half.language == "cuda" else "python"
+    def code(twin, chunk):
+        lexer = "cuda" if twin.language == "cuda" else "python"
         return Syntax(
             chunk.code,
             lexer,
@@ -222,7 +223,7 @@ def show(title, cuda, triton, rows, facts):
             dedent=False,
         )
 
-    def side(half, look, step, missing):
+    def side(twin, look, step, missing):
         if step is None:
             return Text(missing, style="dim")
         parts = []
@@ -230,7 +231,7 @@ def show(title, cuda, triton, rows, facts):
             which = f", {chunk.kernel}" if len(step.chunks) > 1 and chunk.kernel else ""
             parts.append(Text.assemble((f"{look.label}{which}: ", f"bold {look.color}"), chunk.text))
             if chunk.lines:
-                parts.append(code(half, chunk))
+                parts.append(code(twin, chunk))
             elif chunk.below:
                 parts.append(Text(f"The code is that of {chunk.below}, below.", style="dim"))
         return Group(*parts)
@@ -247,7 +248,12 @@ def show(title, cuda, triton, rows, facts):
         console.print(table)
 
     console.rule(f"[bold]{escape(title)}[/bold]")
-    both(*(Group(Text(h.name, style=f"bold {look.color}"), Text(h.header)) for h, look in zip(halves, looks)))
+    both(
+        *(
+            Group(Text(twin.name, style=f"bold {look.color}"), Text(twin.header))
+            for twin, look in zip(twins, looks)
+        )
+    )
     console.print()
     for what, text in facts:
         console.print(Text.assemble((what + ": ", "bold"), text))
@@ -255,20 +261,21 @@ def show(title, cuda, triton, rows, facts):
         console.rule(escape(row.title), align="left")
         for what, text in row.intro:
             console.print(Text.assemble((what + ": ", "bold"), text))
-        both(*map(side, halves, looks, row.steps, row.missing))
+        both(*map(side, twins, looks, row.steps, row.missing))
     console.rule("Around the steps", align="left")
-    for h in halves:
-        outside = sum(len(c.lines) for c in h.around)
+    for twin in twins:
+        outside = sum(len(c.lines) for c in twin.around)
         console.print(
             Text(
-                f"{h.name}: {h.count} lines, {outside} of them outside the steps (declarations and launch)",
+                f"{twin.name}: {twin.count} lines, {outside} of them outside the steps "
+                "(declarations and launch)",
                 style="dim",
             )
         )
 
 
 def write_page(path, title, facts, cuda, triton, rows):
-    """Writes the twins as one self-contained page."""
+    """Writes the two kernels as one self-contained page."""
     from lab.report import page
 
     try:

@@ -1,8 +1,8 @@
-"""`make demo`: a real model answers one prompt under CUDA, under Triton and under torch, compared.
+"""`make demo`: a real model answers one prompt under CUDA, Triton and torch, and the answers are compared.
 
-All three share weights, prompt, prefill and plan in fp32; what differs is the kernels of the decode step.
-Exit status 1 if a single token differs. The measurements go to OUT/records.jsonl and are drawn as a report
-beside it.
+The three share weights, prompt, prefill and plan, in fp32; only the kernels of the decode step differ. Exit
+status 1 if a token differs. The measurements go to OUT/records.jsonl, and a report of them is drawn beside
+it.
 """
 
 import statistics
@@ -16,20 +16,20 @@ from lab.errors import one_line
 
 MODEL = "smollm2-135m"
 PROMPT = "What is the capital of France?"
-TOKENS = 32  # at most; the model usually ends its answer before
-LEAST = 4  # tokens that every backend decodes, however slow the machine
+TOKENS = 32  # at most; the answer is usually shorter
+LEAST = 4  # tokens that every backend decodes, even on a slow machine
 
 
 @dataclass
 class Answer:
-    """What one backend said. ids end with the stop token unless the time ran out; ms is one entry per
-    token."""
+    """The answer of one backend. ids ends with the stop token unless the time ran out; ms has the time of
+    each token."""
 
     backend: str
     ids: list = field(default_factory=list)
     ms: list = field(default_factory=list)
     launches: int = 0  # kernels that the trace counted
-    complete: bool = False  # ended by itself, or at TOKENS
+    complete: bool = False  # whether it ended with a stop token or at TOKENS
 
 
 def decode(backend, weights, prompt, stop_ids, seconds, on_token):
@@ -38,7 +38,7 @@ def decode(backend, weights, prompt, stop_ids, seconds, on_token):
     from lab.model.decoder import Decoder
 
     trace = dispatch.Trace()
-    everywhere = {op.name: backend for op in ops.OPS}  # whatever LAB_OVERRIDE says
+    everywhere = {op.name: backend for op in ops.OPS}  # so that LAB_OVERRIDE has no effect
     bound = dispatch.select(backend, weights.device, everywhere, trace)
     decoder = Decoder(weights, bound, max_context=len(prompt) + TOKENS)
     decoder.prepare()
@@ -61,12 +61,12 @@ def decode(backend, weights, prompt, stop_ids, seconds, on_token):
 
 
 def first_difference(a, b):
-    """The index of the first token that differs, over what both decoded; None if they agree."""
+    """The index of the first token that differs among those that both have decoded; None if they agree."""
     return next((i for i, (x, y) in enumerate(zip(a.ids, b.ids)) if x != y), None)
 
 
 def show(answers, tokenizer):
-    """Prints the comparison; returns whether every pair agrees."""
+    """Prints the comparison. Returns whether all answers agree."""
     print(f"\n{'backend':<8} {'tokens':>6} {'median ms':>10} {'launches':>12}  ids")
     for a in answers:
         print(
@@ -96,7 +96,7 @@ def main(argv):
         "--seconds", type=float, default=90, help="time limit of the slowest backend (default 90)"
     )
     args = parser.parse_args(argv)
-    Path(args.out).mkdir(parents=True, exist_ok=True)  # what cannot be written is said before minutes of work
+    Path(args.out).mkdir(parents=True, exist_ok=True)  # fails now rather than after minutes of work
 
     import torch
 
@@ -130,16 +130,15 @@ def main(argv):
         )
         print(stream.finish())
     agree = show(answers, tokenizer)
-    print(
-        "All three agree token for token."
-        if agree
-        else "The backends DISAGREE: a fault; `lab check` narrows it."
-    )
+    if agree:
+        print("All three agree token for token.")
+    else:
+        print("The backends DISAGREE, which is a fault: `lab check` shows which op is wrong.")
     return max(report(args.out), 0 if agree else 1)
 
 
 def report(out):
-    """Measures the ops and a decode step of this model briefly and draws what was measured; the exit
+    """Measures the ops and a decode step of this model briefly, and draws the measurements. Returns the exit
     status."""
     print("\nMeasuring every op and a whole decode step, briefly ...", flush=True)
     from lab.harness import bench
@@ -151,7 +150,7 @@ def report(out):
 
 
 def run(argv):
-    """main, with a user's mistake as one line."""
+    """Calls main(); prints a user's mistake as one line."""
     cli.take_any_text()
     try:
         return main(argv)

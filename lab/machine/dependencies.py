@@ -1,11 +1,11 @@
-"""What the lab installs, made anew when pyproject.toml's pins change:
+"""Lists what the lab installs. Run it again when the pins in pyproject.toml change:
 
-    python -m lab.machine.dependencies --lock       requirements-hashed.txt, by `uv pip compile` (pip install
-                                                    uv; needs network)
-    python -m lab.machine.dependencies --licences   docs/dependencies.md, from the metadata of what is
-                                                    installed here
+    python -m lab.machine.dependencies --lock       writes requirements-hashed.txt by `uv pip compile` (pip
+                                                    install uv; needs a network)
+    python -m lab.machine.dependencies --licences   writes docs/dependencies.md from the metadata of the
+                                                    packages that are installed here
 
-Standard library only.
+Uses the standard library only.
 """
 
 import re
@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 HASHED = ROOT / "requirements-hashed.txt"
 LICENCES = ROOT / "docs" / "dependencies.md"
-WITHOUT_HASHES = re.compile(r"torch|nvidia-|cuda-")  # one version of torch has builds on several indexes
+WITHOUT_HASHES = re.compile(r"torch|nvidia-|cuda-")  # several indexes have builds of one version of torch
 HEAD = """\
 # What `make setup` installs, with the SHA-256 of every file of these releases on PyPI: pip refuses any other.
 # Made by `python -m lab.machine.dependencies --lock`, not by hand. torch and the nvidia-*, cuda-* packages
@@ -64,8 +64,7 @@ def lock() -> None:
 
 
 def licence(name: str) -> str:
-    """The licence in the metadata of an installed package: an SPDX expression, or what its classifiers
-    say."""
+    """The licence in the metadata of an installed package: its SPDX expression, or else its classifiers."""
     about = metadata(name)
     classifiers = [
         c.rpartition(" :: ")[2] for c in about.get_all("Classifier") or [] if c.startswith("License ::")

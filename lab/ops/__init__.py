@@ -1,6 +1,7 @@
-"""Every op by name. A name declared in one of the four classes is in checks, tests, benchmarks and reports.
+"""Every op by name. Declaring a name in one of the four classes adds the op to checks, tests, benchmarks and
+reports.
 
-The classes are what lab.dispatch.Ops inherits: `ops.rmsnorm` is declared here, and its contract is
+lab.dispatch.Ops inherits from these classes: `ops.rmsnorm` is declared here, and its contract is
 lab/ops/rmsnorm.py.
 """
 
@@ -28,7 +29,7 @@ class BasicOps:
 
 
 class FusedOps:
-    """What takes their place in the fused plan."""
+    """The ops of the fused plan, which replace several basic ops each."""
 
     norm_linear: Call
     rope_append_attention: Call
@@ -38,17 +39,17 @@ class FusedOps:
 
 
 class PersistentOps:
-    """The persistent plan: all of a step in one launch."""
+    """The op of the persistent plan: a whole step in one launch."""
 
     decode_step: Call
 
 
 class OtherOps:
-    """In no plan of the decoder: called by name, as select(...).<name>."""
+    """Ops that no plan of the decoder uses: callers name them, as select(...).<name>."""
 
 
 def _contracts(declared: type) -> tuple[Op, ...]:
-    """The contracts lab/ops/<name>.py of the names that a class declares."""
+    """The contracts, lab/ops/<name>.py, of the names that a class declares."""
     return tuple(import_module(f"lab.ops.{name}").op for name in get_annotations(declared))
 
 

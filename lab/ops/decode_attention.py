@@ -1,15 +1,15 @@
 """decode_attention: out[b, h] = softmax(scale * q[b, h] . K[b, h / group]) V[b, h / group],
-one new token a sequence
+for one new token of each sequence
 
   q [batch, q_heads, head_dim]   views of the packed qkv
   k_cache, v_cache [pages, kv_heads, page_size, head_dim]
   block_table [batch, max_pages] int32   context_lens [batch] int32
   out [batch, q_heads, head_dim]
-Split-KV: `splits` blocks share a sequence's context and the last to finish merges them (the online softmax of
-Milakov and Gimelshein, arXiv 1805.02867; FlashDecoding's split). The context is read on the device, so a
-captured graph serves a growing one. A context of 0 gives zeros. Rounding: float32 throughout, one rounding at
-the end.
-Halves: cuda_src/decode_attention.cu, triton_kernels/decode_attention.py
+Split-KV: `splits` blocks share a sequence's context, and the last one to finish merges their results (the
+online softmax of Milakov and Gimelshein, arXiv 1805.02867; FlashDecoding's split). The context's length is
+read on the device, so one captured graph serves a growing context. A context of 0 gives zeros. Rounding:
+float32 throughout, one rounding at the end.
+Kernels: cuda_src/decode_attention.cu, triton_kernels/decode_attention.py
 """
 
 import math
@@ -25,14 +25,14 @@ from lab.ops.rope import packed_qkv
 
 HEAD_DIMS = (64, 96, 128)
 MAX_GROUP = 16
-MIN_TOKENS_PER_SPLIT = 64  # below one tile a split costs a merge and saves no bandwidth
+MIN_TOKENS_PER_SPLIT = 64  # a smaller split has less than a tile: it adds to the merge and gains no bandwidth
 BLOCKS_PER_MULTIPROCESSOR = 2  # enough 16-byte loads in flight to hide DRAM latency on sm_80 and sm_90
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """Where splits publish: partial float32 [batch, kv_heads, splits, group, head_dim + 2], tickets int32,
-    zero."""
+    """Memory for the results of the splits: partial float32 [batch, kv_heads, splits, group, head_dim + 2],
+    and tickets int32 [batch, kv_heads], zero between launches."""
 
     partial: torch.Tensor
     tickets: torch.Tensor
@@ -46,8 +46,8 @@ class Workspace:
 
 
 def choose_splits(batch: int, kv_heads: int, max_context: int, multiprocessors: int) -> int:
-    """How many blocks share one KV head's context: enough to fill the card, none under MIN_TOKENS_PER_SPLIT
-    tokens."""
+    """How many blocks share one KV head's context: enough to fill the card, but with at least
+    MIN_TOKENS_PER_SPLIT tokens each."""
     fill = math.ceil(BLOCKS_PER_MULTIPROCESSOR * multiprocessors / (batch * kv_heads))
     return max(1, min(fill, math.ceil(max_context / MIN_TOKENS_PER_SPLIT)))
 
@@ -93,7 +93,8 @@ def outputs(q, *args, **options):
 
 
 def new_workspace(q, k_cache, splits):
-    """For a call that brings none; a decode step brings its own, so that nothing is allocated in it."""
+    """A workspace for a call without one. A decode step passes its own, so that no memory is allocated in
+    it."""
     return Workspace.empty(q.shape[0], q.shape[1], k_cache.shape[1], q.shape[2], splits, q.device)
 
 
@@ -104,10 +105,10 @@ def reference(q, k_cache, v_cache, block_table, context_lens, scale, splits=1, w
         if length <= 0:
             continue
         pages = block_table[b, : -(-length // page)].long()
-        keys, values = (
+        keys, values = (  # [length, q_heads, head_dim]
             cache[pages].double().transpose(1, 2).flatten(0, 1)[:length].repeat_interleave(group, dim=1)
             for cache in (k_cache, v_cache)
-        )  # [length, q_heads, head_dim]
+        )
         weight = torch.softmax(torch.einsum("hd,lhd->hl", q[b].double(), keys) * scale, dim=-1)
         out[b] = torch.einsum("hl,lhd->hd", weight, values)
     return (out,)
@@ -160,11 +161,9 @@ def triton(q, k_cache, v_cache, block_table, context_lens, scale, splits=1, work
 def torch_(q, k_cache, v_cache, block_table, context_lens, scale, splits=1, workspace=None, out=None):
     page_size, width = k_cache.shape[2], block_table.shape[1]
     live = torch.arange(width * page_size, device=q.device) < context_lens[:, None]
-    pages = torch.where(
-        live[:, ::page_size], block_table, 0
-    ).long()  # entries past the context may hold anything
-    # So may slots past it: a weight of 0 makes NaN of a NaN or inf, so what is not live becomes 0 before the
-    # products.
+    # Table entries and slots past the context may hold anything. Slots are set to 0 before the products,
+    # because a weight of 0 times NaN or inf would be NaN.
+    pages = torch.where(live[:, ::page_size], block_table, 0).long()
     keys, values = (
         torch.where(live[:, None, :, None], cache[pages].transpose(1, 2).flatten(2, 3), 0)
         for cache in (k_cache, v_cache)
@@ -176,20 +175,20 @@ def torch_(q, k_cache, v_cache, block_table, context_lens, scale, splits=1, work
 
 
 def contents(a):
-    """Raises LabError for a context longer than its row of the table, for a page that the cache does not have
-    and for a ticket that is not 0."""
+    """Raises LabError for a context longer than its row of the table, for a page that the cache does not
+    have, and for a ticket that is not 0."""
     check_context("decode_attention", a.block_table, a.context_lens, a.k_cache)
     check_tickets("decode_attention", a.workspace)
 
 
 def check_tickets(op, workspace):
-    """Raises LabError for a ticket that is not 0 between launches: the last block of a group would not know
-    itself."""
+    """Raises LabError for a ticket that is not 0 between launches: no block would then be counted as the last
+    of its group."""
     if workspace is not None and bool(workspace.tickets.any()):
         refuse(
             op,
-            "the workspace's tickets must be 0 between launches: make it by Workspace.empty, a new one after "
-            "a launch that failed",
+            "the workspace's tickets must be 0 between launches: make a new one by Workspace.empty, also "
+            "after a launch that failed",
         )
 
 
@@ -201,8 +200,8 @@ def check_context(op, block_table, context_lens, k_cache):
 def inputs(
     rand, lengths, q_heads, kv_heads, head_dim, page_size=16, splits=1, poison=False, sharp=1.0, mean=0.0
 ):
-    """poison: NaN and inf in every slot that holds no token. sharp: a factor of q, so of the scores; 0 makes
-    all weights equal. mean: of v."""
+    """poison: NaN and inf in every slot that holds no token. sharp: a factor of q, and so of the scores; 0
+    makes all weights equal. mean: the mean of v."""
     q, _, _ = packed_qkv(rand, len(lengths), q_heads, kv_heads, head_dim)
     k_cache, v_cache, block_table = paged_cache(rand, lengths, kv_heads, head_dim, page_size)
     if poison:
@@ -212,9 +211,9 @@ def inputs(
 
 
 def poison_unused(cached, lengths, k_cache, v_cache, block_table):
-    """NaN, inf and -inf in all slots but those of the first cached[b] tokens of each row; table entries past
-    lengths[b] tokens become page numbers that the cache does not have. Rows without a token keep their
-    entries."""
+    """Writes NaN, inf and -inf into all slots but those of the first cached[b] tokens of each row. Table
+    entries past lengths[b] tokens become page numbers that the cache does not have; rows without a token keep
+    their entries."""
     page_size, used = k_cache.shape[2], torch.zeros(k_cache.shape[0], k_cache.shape[2], dtype=torch.bool)
     for b, (tokens, length) in enumerate(zip(cached, lengths, strict=True)):
         for i, page in enumerate(block_table[b].tolist()):
@@ -240,10 +239,13 @@ def attended_bytes(q, k_cache, context_lens):
 
 
 def tolerance(a):
-    """One rounding to T. A score's float32 error is a few eps of |q||k|, and moves a weight by that share;
-    the output is an average of v, so its error is that share of the largest v; so is that of a float32 sum of
-    n terms, about sqrt(n) halves of a step at most. Half-precision tensor cores round the weights themselves
-    to T before the product with V (as FlashAttention does): half an eps of the largest average of |v|."""
+    """(rtol, atol): one rounding to T, and the float32 errors of the softmax.
+
+    A score's float32 error is a few eps of |q||k|, and changes a weight by that share. The output is an
+    average of v, so its error is that share of the largest v. A float32 sum of n terms adds at most about
+    sqrt(n) / 2 eps. Half-precision tensor cores round the weights themselves to T before the product with V
+    (as FlashAttention does), which adds half an eps of the largest average of |v|.
+    """
     eps = torch.finfo(a.q.dtype).eps
     score = a.scale * float(a.q.double().norm(dim=-1).max()) * float(a.k_cache.double().norm(dim=-1).max())
     v_max = float(a.v_cache.double().abs().max())
@@ -252,7 +254,7 @@ def tolerance(a):
 
 
 def launch(batch, context, multiprocessors, sizes):
-    """What a decoder chooses for a batch at a context."""
+    """The sizes that a decoder chooses for a batch at a context."""
     return {"splits": choose_splits(batch, sizes["kv_heads"], context, multiprocessors)}
 
 
@@ -300,7 +302,7 @@ op = Op(
             splits=7,
         ),
         case(
-            "more splits than one merging step takes",
+            "more splits than one step of the merge handles",
             lengths=(1100, 40),
             q_heads=4,
             kv_heads=2,
@@ -352,7 +354,7 @@ op = Op(
             poison=True,
         ),
         case(
-            "scores whose exponentials overflow unless the largest is taken off",
+            "scores whose exponentials overflow unless the largest score is subtracted",
             lengths=(1, 60, 300),
             q_heads=4,
             kv_heads=2,

@@ -4,13 +4,13 @@ embedding, every layer, lm_head and argmax
   ids, positions int32 [1]   block_table int32 [1, max_pages]
   k_cache, v_cache [layers, pages, kv_heads, page_size, head_dim]
   logits float32 [1, vocab], written   out int32 [1]: the next token; it may be ids itself
-The fused plan's ops with the same rounding points (lab/model/plans/fused.py), but the blocks wait for each
-other's results where that plan has a new kernel: so what needs no activation, the weights, can stream on
-meanwhile.
+It computes the fused plan's ops with the same rounding points (lab/model/plans/fused.py). Where that plan
+starts a new kernel, the blocks wait for each other's results instead. Weights depend on no result, so their
+copies from DRAM continue during the wait.
 A negative position marks an idle row: nothing is written. An id outside the vocabulary gives logits of NaN
 and the token -1; what it leaves in the cache is undefined. CUDA needs sm_90.
 Rows of every matrix begin at multiples of 16 bytes; a KV head has at most 8 query heads.
-Halves: cuda_src/decode_step.cu, triton_kernels/decode_step.py
+Kernels: cuda_src/decode_step.cu, triton_kernels/decode_step.py
 """
 
 import math
@@ -36,10 +36,10 @@ from lab.ops.step_layout import LAYER, MAX_GROUP, MAX_SPLITS, OPTIONAL, TICKETS
 
 @dataclass(frozen=True)
 class StepModel:
-    """A model's tensors as the kernels take them. table int64 [layers, len(LAYER)]: addresses, 0 for what is
-    not there.
+    """A model's tensors as the kernels take them. table int64 [layers, len(LAYER)]: addresses, 0 for an
+    absent tensor.
 
-    layers: objects with LAYER's attributes, as lab.model.weights.Layer; cos_sin float32 [max_positions,
+    layers: objects with LAYER's attributes, such as lab.model.weights.Layer; cos_sin float32 [max_positions,
     head_dim].
     """
 
@@ -130,7 +130,7 @@ class StepModel:
         return model
 
     def readdress(self):
-        """Writes where the layers' tensors lie now into `table`."""
+        """Writes the present addresses of the layers' tensors into `table`."""
         rows = [
             [0 if getattr(layer, part) is None else getattr(layer, part).data_ptr() for part in LAYER]
             for layer in self.layers
@@ -148,11 +148,13 @@ class StepModel:
 
 @dataclass(frozen=True)
 class StepWorkspace:
-    """What passes between the step's phases, each half's in its own form; words and counters are zero at
+    """The memory in which the phases of a step pass results to each other. `words` and `counters` are zero at
     first.
 
-    Triton: a row of each result in the model's dtype, and float32 splits of attention. CUDA: the same values
-    in words of 64 bits, two elements of a row or one of a split, and a tag.
+    The Triton kernel uses a row of each result in the model's dtype, and float32 results of attention's
+    splits in `partial`. The CUDA kernel passes the same values in `words` of 64 bits: two elements of a row,
+    or one element of a split's result, and a tag, by which a reader knows that the word has been written in
+    this phase.
     """
 
     h: torch.Tensor  # [hidden]: the residual stream
@@ -160,7 +162,7 @@ class StepWorkspace:
     attention: torch.Tensor  # [q_heads head_dim]
     act: torch.Tensor  # [intermediate]
     partial: torch.Tensor  # float32 [kv_heads, MAX_SPLITS, group, head_dim + 2]
-    words: torch.Tensor  # int64 [a half of the rows' elements, and all of partial's]
+    words: torch.Tensor  # int64 [rows' elements / 2 + partial's elements]
     counters: torch.Tensor  # int32 [TICKETS + kv_heads]
 
     @classmethod
@@ -228,7 +230,7 @@ def outputs(ids, *args, **options):
 
 
 def reference(ids, positions, model, k_cache, v_cache, block_table, logits, workspace):
-    """The references of the fused plan's ops, one after the other, each result rounded to the model's
+    """The references of the fused plan's ops, one after the other, with each result rounded to the model's
     dtype."""
     m, dtype = model, model.embed.dtype
     k_cache, v_cache = k_cache.clone(), v_cache.clone()
@@ -261,17 +263,17 @@ def reference(ids, positions, model, k_cache, v_cache, block_table, logits, work
 
 
 def tolerance(a):
-    """About 16 roundings a layer move the residual stream by half a step of T each, with random signs: 2
-    steps in all. The sums are float32's. What moves is of the size of the largest logit, or of the largest
-    key."""
+    """(rtol, atol) of the logits. About 16 roundings a layer, each of half a step of T and random sign, move
+    the residual stream by 2 steps in all; the sums are float32's. The error is relative to the largest logit,
+    or to the largest key."""
     want = reference(*vars(a).values())
     size = max(float(want[3].nan_to_num().abs().max()), float(want[1].double().abs().max()))
     return 0.0, (2 * torch.finfo(a.model.embed.dtype).eps + 16 * EPS32) * (len(a.model.layers) + 1) * size
 
 
 def verify(got, a):
-    """The token must be the best in float64, or one that the logits' tolerance cannot tell from it. An idle
-    row has none."""
+    """The token must be the best one in float64, or one whose logit is equal to the best within the
+    tolerance. An idle row has none."""
     if int(a.positions) < 0:
         return None if int(got) < -1 else f"a token for an idle row: {int(got)}"
     exact, (_, atol) = reference(*vars(a).values())[3][0], tolerance(a)
@@ -320,7 +322,7 @@ def triton(ids, positions, model, k_cache, v_cache, block_table, logits, workspa
 
 
 def torch_(ids, positions, model, k_cache, v_cache, block_table, logits, workspace, out):
-    """torch has no such kernel: the fused plan's ops by torch, one after the other."""
+    """The fused plan's ops by torch, one after the other, because torch has no such kernel."""
     m, h, qkv, act = model, workspace.h[None], workspace.qkv[None], workspace.act[None]
     live, found, token = positions >= 0, torch.empty_like(logits), torch.empty_like(ids)
     attention = workspace.attention.view(1, m.q_heads, m.head_dim)
@@ -347,12 +349,12 @@ def torch_(ids, positions, model, k_cache, v_cache, block_table, logits, workspa
         norm_linear_silu_mul.torch_(h, layer.mlp_norm, m.eps, layer.w_gate_up, out=act)
         linear_add.torch_(act, layer.w_down, h)
     norm_linear_argmax.torch_(h, m.final_norm, m.eps, m.lm_head, found, None, out=token)
-    logits.copy_(torch.where(live, found, logits))  # an idle row leaves both as they are
+    logits.copy_(torch.where(live, found, logits))  # an idle row changes neither the logits nor the token
     out.copy_(torch.where(live, token, out))
 
 
 def contents(a):
-    """Raises LabError for a position past cos_sin or the table and for a page that the cache does not
+    """Raises LabError for a position past cos_sin or the table, and for a page that the cache does not
     have."""
     check_positions("decode_step", a.positions, a.model.cos_sin.shape[0], "cos_sin")
     check_append("decode_step", a.block_table, a.positions, a.k_cache[0])
@@ -374,9 +376,9 @@ def inputs(
     poison=False,
     size=1.0,
 ):
-    """Weights that keep activations near 1, as those of lab.model.sources.random.RandomSource. poison: NaN
-    and inf in every slot that holds no token. size: a factor of the embedding and of what is added to it: a
-    small one makes a norm's eps count."""
+    """Random weights that keep activations near 1, like those of lab.model.sources.random.RandomSource.
+    poison: NaN and inf in every slot that holds no token. size: a factor of the embedding and of everything
+    that is added to it; a small one makes a norm's eps count."""
     from lab.model.rope import cos_sin_table
     from lab.model.weights import Layer, Weights
 
@@ -468,8 +470,8 @@ op = Op(
     cold=("model", "k_cache", "v_cache"),
     calls=once,
     uses=lambda c: [(None, {"layers": c.layers, "hidden": c.hidden, "vocab": c.vocab})],
-    color="#44aa99",  # of its matrices, which take most of it
-    # One layer of them: the kernel of all is the same.
+    color="#44aa99",  # that of matrix products, which take most of its time
+    # One layer is enough: the kernel is the same for any number of layers.
     inspect_sizes=dict(
         layers=1,
         hidden=4096,
@@ -518,7 +520,7 @@ op = Op(
             page_size=64,
         ),
         case(
-            "the largest group; rows longer than a tile's",
+            "the largest group; rows longer than a tile",
             layers=1,
             hidden=2112,
             intermediate=2056,

@@ -1,9 +1,9 @@
 """embedding: out[b, :] = table[ids[b], :]
 
   ids [batch] int32   table [vocab, hidden]   out [batch, hidden]
-An id outside the vocabulary gives a row of NaN: loud, and no fault. (The model checks the ids that users
-pass.)
-Halves: cuda_src/embedding.cu, triton_kernels/embedding.py
+An id outside the vocabulary gives a row of NaN, which is noticed, and no invalid access. (The model checks
+the ids that users pass.)
+Kernels: cuda_src/embedding.cu, triton_kernels/embedding.py
 """
 
 import torch

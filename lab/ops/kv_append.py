@@ -4,10 +4,10 @@ cache[block_table[b, p / page], :, p % page] = k[b], p = positions[b]
   k, v [batch, kv_heads, head_dim]   views of the packed qkv
   k_cache, v_cache [pages, kv_heads, page_size, head_dim]
   block_table [batch, max_pages] int32   positions [batch] int32
-A negative position marks an idle row of a padded batch, which is skipped. Rows own their pages: no two write
-one slot.
+A negative position marks an idle row of a padded batch, which is skipped. A page belongs
+to one row, so no two rows write to one slot.
 Source of paging: Kwon et al., PagedAttention (arXiv 2309.06180).
-Halves: cuda_src/kv_append.cu, triton_kernels/kv_append.py
+Kernels: cuda_src/kv_append.cu, triton_kernels/kv_append.py
 """
 
 import torch
@@ -16,12 +16,12 @@ from lab.contract import DTYPE_CODES, FLOATS, Op, case, dense, refuse, rows_of_h
 from lab.ops.rope import heads_of, packed_qkv
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
-PAGE_SIZE = 16  # of what is measured
+PAGE_SIZE = 16  # the page size that is measured
 
 
 def check_cache(op, k_cache, v_cache, block_table, batch, heads, head_dim, dtype):
-    """Conditions that kv_append and decode_attention share. heads: the cache's, or None where it may
-    choose."""
+    """Conditions that kv_append and decode_attention share. heads: the number of KV heads, or None if it may
+    be any."""
     shape = k_cache.shape
     if not (len(shape) == 4 and shape == v_cache.shape and k_cache.dtype == v_cache.dtype == dtype):
         refuse(
@@ -29,7 +29,7 @@ def check_cache(op, k_cache, v_cache, block_table, batch, heads, head_dim, dtype
         )
     _, cached_heads, page, cached_dim = shape
     if cached_dim != head_dim or (heads is not None and cached_heads != heads):
-        refuse(op, f"the cache has {cached_heads} heads of {cached_dim}, which is not what the call has")
+        refuse(op, f"the cache has {cached_heads} heads of {cached_dim}, but the call needs others")
     if page not in PAGE_SIZES:
         refuse(op, f"page_size {page} is not a power of two from 16 to 256")
     table = block_table.shape
@@ -115,14 +115,14 @@ def torch_(k, v, k_cache, v_cache, block_table, positions, out=None):
 
 
 def contents(a):
-    """Raises LabError where a live row would write outside the cache, or into a page that another live row
-    has."""
+    """Raises LabError if a live row would write outside the cache, or into a page of another live row."""
     check_append("kv_append", a.block_table, a.positions, a.k_cache)
 
 
 def check_append(op, block_table, positions, k_cache):
-    """positions int32 [batch]: the tokens appended. Raises LabError for one past the table, for a page that
-    the cache does not have, and for a page that is written while a live row has it elsewhere in its table."""
+    """positions int32 [batch]: the tokens that are appended. Raises LabError for one past the table, for a
+    page that the cache does not have, and for a page that is written although it stands elsewhere in a live
+    row's table."""
     page_size, table = k_cache.shape[2], block_table.tolist()
     check_pages(
         op,
@@ -132,7 +132,7 @@ def check_append(op, block_table, positions, k_cache):
         "positions",
         positions,
     )
-    held = {}  # page: where a live row has it
+    held = {}  # page -> the places in live rows' tables that name it
     for b, position in enumerate(positions.tolist()):
         for i in range(position // page_size + 1):
             held.setdefault(table[b][i], []).append(f"block_table[{b}, {i}]")
@@ -147,10 +147,9 @@ def check_append(op, block_table, positions, k_cache):
 
 
 def check_pages(op, table, last, k_cache, what, tokens):
-    """table: a list of rows. Raises LabError unless entries 0 to last[b] of each row b are pages of the cache
-    (-1: none).
+    """Raises LabError unless entries 0 to last[b] of each row b are pages of the cache (-1: no entries).
 
-    what, tokens: the tensor from which `last` comes, for the message.
+    table: a list of rows. what, tokens: the tensor from which `last` was computed, for the message.
     """
     pages, page_size, width = k_cache.shape[0], k_cache.shape[2], len(table[0]) if table else 0
     for b, count in enumerate(last):
@@ -175,12 +174,11 @@ def inputs(rand, positions, q_heads, kv_heads, head_dim, page_size=16, apart=Fal
 
 
 def paged_cache(rand, lengths, kv_heads, head_dim, page_size):
-    """Random caches that hold `lengths` tokens, their pages in random order, as after a long-running server's
-    work.
+    """Random caches that hold `lengths` tokens, with their pages in random order, as in a server that has run
+    for long.
 
-    All entries of an idle row (of no token) name the page with a live row's last token, as after its old page
-    was handed
-    out again: the first idle row's that of the first live row, and so on.
+    All entries of an idle row (one without a token) name the page of a live row's last token, as if the idle
+    row's old page had been given to that row: the first idle row names the first live row's page, and so on.
     """
     max_pages = max(1, max(-(-n // page_size) for n in lengths))
     pages = len(lengths) * max_pages
@@ -195,7 +193,7 @@ def paged_cache(rand, lengths, kv_heads, head_dim, page_size):
 
 
 def paged_heads_of(c):
-    """heads_of() a model and the page size of its cache where the harness makes one."""
+    """heads_of() a model, and the page size of the cache that the harness makes."""
     return {**heads_of(c), "page_size": PAGE_SIZE}
 
 
@@ -215,7 +213,7 @@ op = Op(
     mutates=("k_cache", "v_cache"),
     plans=("basic",),
     uses=lambda c: [(None, paged_heads_of(c))],
-    # The last slot of a page: the rest of a long cache would only take memory.
+    # The last slot of a page. A longer cache would only take memory.
     rows=lambda batch, context: {"positions": (PAGE_SIZE - 1,) * batch},
     cold=("k_cache", "v_cache"),
     direction="copy",

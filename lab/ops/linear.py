@@ -1,9 +1,9 @@
 """linear: y[b, n] = sum_k x[b, k] * w[n, k] (+ bias[n])
 
   x [batch, k]   w [n, k]   bias [n] or None   y [batch, n] in x's dtype, or float32 with out_dtype (logits)
-Rounding: float32 accumulation, one rounding at the end. Batch 1 to 64; the weights stream from DRAM once for
-all of it.
-Halves: cuda_src/linear.cu, triton_kernels/linear.py
+Rounding: float32 accumulation, one rounding at the end. Batch 1 to 64; the weights are read
+from DRAM once for all rows.
+Kernels: cuda_src/linear.cu, triton_kernels/linear.py
 """
 
 import torch
@@ -78,8 +78,8 @@ def torch_(x, w, bias=None, out_dtype=None, out=None):
 
 
 def tolerance(a):
-    """One rounding to y's dtype, and the float32 sum: a few eps of |x||w| (the norm bounds a sum of k
-    products)."""
+    """(rtol, atol): one rounding to y's dtype, and a few eps of |x||w| for the float32 sum (the norms bound a
+    sum of k products)."""
     size = float(a.x.double().norm(dim=1).max() * a.w.double().norm(dim=1).max())
     return torch.finfo(a.out_dtype or a.x.dtype).eps, 4 * EPS32 * size
 
@@ -109,7 +109,7 @@ def sizes_of(c, matrix):
 
 
 def size_of(a):
-    """n and k of a call of an op that takes w [n, k]."""
+    """n and k of a call of an op that takes w [n, k], by which its use is recognised."""
     return {"n": a.w.shape[0], "k": a.w.shape[1]}
 
 

@@ -2,7 +2,7 @@
 
   x [batch, k]   w [n, k]   residual [batch, n]   bias [n] or None
 Rounding: float32 accumulation, the residual added in float32, one rounding at the end. Batch 1 to 64.
-Halves: cuda_src/linear_add.cu, triton_kernels/linear_add.py
+Kernels: cuda_src/linear_add.cu, triton_kernels/linear_add.py
 """
 
 from functools import partial
@@ -55,7 +55,8 @@ def torch_(x, w, residual, bias=None, out=None):
 
 
 def tolerance(a):
-    """linear's; the torch backend rounds twice where there is a bias: two steps of T of the largest sum."""
+    """linear's tolerance. With a bias the torch backend rounds twice, which adds two steps of T of the
+    largest sum."""
     rtol, atol = linear.tolerance(linear.op.bound(a.x, a.w, a.bias))
     if a.bias is not None:
         atol += rtol * float(reference(a.x, a.w, a.residual)[0].abs().max())

@@ -1,10 +1,11 @@
-"""norm_linear: y = rmsnorm(x, norm_w) w^T (+ bias), and what the fused plan makes of it
+"""norm_linear: y = rmsnorm(x, norm_w) w^T (+ bias)
 
   x [batch, k]   norm_w [k]   w [n, k]   bias [n] or None
   y [batch, n] in x's dtype, or float32 with out_dtype
-The norm of rmsnorm.py (same rounding points), recomputed by each block from L2 rather than passed through
-memory, unless the batch is one for tensor cores; then the linear of linear.py. Batch 1 to 64.
-Halves: cuda_src/norm_linear.cu, triton_kernels/norm_linear.py
+First the norm of rmsnorm.py (same rounding points), then the linear of linear.py. Each block computes the
+norm itself, from x in L2. Only for a batch that is multiplied on tensor cores do the normalised rows pass
+through memory. Batch 1 to 64.
+Kernels: cuda_src/norm_linear.cu, triton_kernels/norm_linear.py
 """
 
 from functools import partial
@@ -33,7 +34,7 @@ def outputs(x, norm_w, eps, w, bias=None, out_dtype=None):
 
 
 def normed(x, norm_w, eps):
-    """rmsnorm's reference, rounded to x's dtype: what the linear multiplies."""
+    """The normalised rows, by rmsnorm's reference, rounded to x's dtype: the input of the linear."""
     return rmsnorm.reference(x, norm_w, eps)[0].to(x.dtype)
 
 
@@ -42,16 +43,15 @@ def reference(x, norm_w, eps, w, bias=None, out_dtype=None):
 
 
 def tolerance(a):
-    """linear's, and each normed value may round to a neighbour (2 steps of T): random signs, so sqrt of k of
-    them."""
+    """linear's tolerance, and norm_slack() for normalised values that are rounded to a neighbour."""
     rtol, atol = linear.tolerance(linear.op.bound(normed(a.x, a.norm_w, a.eps), a.w, a.bias, a.out_dtype))
     return rtol, atol + norm_slack(a.x, a.norm_w, a.eps, a.w)
 
 
 def norm_slack(x, norm_w, eps, w):
-    """How far a sum of k products moves when normed values fall on the other side of a rounding tie. Only
-    those whose float32 scale differs from the float64 one near a tie move, about 8 EPS32 / eps(T) of them; 3
-    standard deviations."""
+    """How far a sum of k products moves if normalised values are rounded to the other neighbour. Only those
+    near a rounding tie can be, because the float32 scale differs from the float64 one: a share of about 8
+    EPS32 / eps(T). Returns 3 standard deviations."""
     step = torch.finfo(x.dtype).eps
     share = min(1.0, 8 * EPS32 / step)
     size = float((normed(x, norm_w, eps).double().abs().amax()) * w.double().norm(dim=1).max())
@@ -59,16 +59,16 @@ def norm_slack(x, norm_w, eps, w):
 
 
 def workspace(x):
-    """Where CUDA passes the normed rows of a tensor-core batch through memory: its room, [batch, k]; else
-    None.
+    """The memory, [batch, k], through which the CUDA kernels pass the normalised rows of a batch that is
+    multiplied on tensor cores; None for other batches.
 
-    Which batches those are: most_stream_rows() of cuda_src/sizes.h.
+    cuda_src/sizes.h decides which batches are which (most_stream_rows()).
     """
     return torch.empty_like(x) if x.shape[0] > 2 and x.element_size() == 2 else None
 
 
 def cuda(k, x, norm_w, eps, w, bias=None, out_dtype=None, out=None):
-    room = workspace(x)
+    memory = workspace(x)
     rows, columns = x.shape
     k.norm_linear(
         x=x.data_ptr(),
@@ -76,7 +76,7 @@ def cuda(k, x, norm_w, eps, w, bias=None, out_dtype=None, out=None):
         w=w.data_ptr(),
         bias=0 if bias is None else bias.data_ptr(),
         y=out.data_ptr(),
-        normed=0 if room is None else room.data_ptr(),
+        normed=0 if memory is None else memory.data_ptr(),
         rows=rows,
         n=w.shape[0],
         k=columns,

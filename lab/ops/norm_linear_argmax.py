@@ -2,10 +2,11 @@
 a greedy step's end
 
   x [batch, k]   norm_w [k]   w [n, k] (lm_head)   logits float32 [batch, n], written   out [batch] int32
-The lowest index wins a tie and a row with NaN gives -1, as in sample.py. The last block to finish stores the
-ids: `scratch` int32 [batch, SCRATCH] holds the blocks' candidates, or each row's best so far, and the
-tickets; zero before the first call and left ready for the next. Batch 1 to 64.
-Halves: cuda_src/norm_linear_argmax.cu, triton_kernels/norm_linear_argmax.py
+The lowest index wins a tie, and a row with NaN gives -1, as in sample.py. The last block to finish stores the
+ids. Until then `scratch` int32 [batch, SCRATCH] holds the candidates of the blocks (Triton) or each row's
+best so far (CUDA), and a ticket. It is zero before the first call, and each call leaves it ready for the
+next. Batch 1 to 64.
+Kernels: cuda_src/norm_linear_argmax.cu, triton_kernels/norm_linear_argmax.py
 """
 
 import torch
@@ -15,10 +16,10 @@ from lab.contract import DTYPE_CODES, FLOATS, Op, case, dense, once, refuse
 from lab.ops import linear, norm_linear, sample
 from lab.ops.norm_linear import check_norm, normed
 
-MAX_BLOCKS = 4096  # most candidates of a row that a kernel may leave
-SCRATCH = (
-    2 * MAX_BLOCKS + 4
-)  # a value (float32 bits) and an index for each, then a ticket, padding, the best so far
+MAX_BLOCKS = 4096  # the most candidates of a row that a kernel may write to scratch
+# A value (float32 bits) and an index for each candidate; then a ticket, padding, and the best so far (64
+# bits).
+SCRATCH = 2 * MAX_BLOCKS + 4
 
 
 def validate(x, norm_w, eps, w, logits, scratch, out=None):
@@ -51,7 +52,8 @@ def tolerance(a):
 
 
 def verify(got, a):
-    """The token must be the best in float64, or one that the logits' tolerance cannot tell from it."""
+    """The token must be the best one in float64, or one whose logit is equal to the best within the
+    tolerance."""
     want, exact = reference(*vars(a).values())
     none = want < 0  # rows with NaN, which have no token
     if bool((got[none] != -1).any()):
@@ -64,19 +66,18 @@ def verify(got, a):
     rtol, atol = tolerance(op.bound(**{**vars(a), "x": a.x.nan_to_num()}))
     best = exact.gather(1, want[:, None].long())
     short = best - exact.gather(1, got[:, None].long()) - 2 * (rtol * best.abs() + atol)
-    first = (
-        (exact == exact.gather(1, got[:, None].long())).int().argmax(-1)
-    )  # equal rows of w have equal logits
+    # Equal rows of w have equal logits: the first of them must have won.
+    first = (exact == exact.gather(1, got[:, None].long())).int().argmax(-1)
     if bool((first != got).any()):
         return f"token {got.tolist()}, and of equal logits the first is {first.tolist()}"
     worst = int(short.argmax())
-    return (
-        None if bool((short <= 0).all()) else f"row {worst}: token {int(got[worst])}, not {int(want[worst])}"
-    )
+    if bool((short <= 0).all()):
+        return None
+    return f"row {worst}: token {int(got[worst])}, not {int(want[worst])}"
 
 
 def cuda(k, x, norm_w, eps, w, logits, scratch, out):
-    room = norm_linear.workspace(x)
+    memory = norm_linear.workspace(x)
     rows, columns = x.shape
     k.norm_linear_argmax(
         x=x.data_ptr(),
@@ -84,7 +85,7 @@ def cuda(k, x, norm_w, eps, w, logits, scratch, out):
         w=w.data_ptr(),
         logits=logits.data_ptr(),
         scratch=scratch.data_ptr(),
-        normed=0 if room is None else room.data_ptr(),
+        normed=0 if memory is None else memory.data_ptr(),
         out=out.data_ptr(),
         rows=rows,
         n=w.shape[0],
@@ -107,9 +108,8 @@ def torch_(x, norm_w, eps, w, logits, scratch, out):
 
 
 def inputs(rand, batch, n, k, size=1.0, kind="normal", nan=(), equal=False, negative=False):
-    """size, kind: of x, as in rmsnorm.py. nan: rows of x with a NaN. equal: the rows of w stand twice, so all
-    logits tie.
-    negative: all logits are below 0, the sum of a row of w that is not there."""
+    """size, kind: of x, as in rmsnorm.py. nan: the rows of x that have a NaN. equal: w has each row twice, so
+    that every logit has an equal. negative: all logits are below 0."""
     x, norm_w, eps, w, _, _ = norm_linear.inputs(rand, batch, n, k, size=size, kind=kind)
     for row in nan:
         x[row, k // 2] = torch.nan

@@ -1,8 +1,9 @@
-"""norm_linear_silu_mul: y = silu(g) * u, with (g, u) the halves of rmsnorm(x, norm_w) w^T
+"""norm_linear_silu_mul: y = silu(g) * u, with g and u the first and the last n columns of
+rmsnorm(x, norm_w) w^T
 
   x [batch, k]   norm_w [k]   w [2 n, k], the gate's rows first   y [batch, n]
 Rounding: the norm as in rmsnorm.py; g and u stay in float32; one rounding at the end. Batch 1 to 64.
-Halves: cuda_src/norm_linear_silu_mul.cu, triton_kernels/norm_linear_silu_mul.py
+Kernels: cuda_src/norm_linear_silu_mul.cu, triton_kernels/norm_linear_silu_mul.py
 """
 
 from functools import partial
@@ -37,8 +38,8 @@ def reference(x, norm_w, eps, w):
 
 
 def tolerance(a):
-    """Each factor's error times the largest of the other: silu's slope is at most 1.1 and |silu(g)| at most
-    |g|."""
+    """(rtol, atol): the error of each factor times the largest value of the other. silu's slope is at most
+    1.1, and |silu(g)| at most |g|."""
     y = normed(a.x, a.norm_w, a.eps)
     largest = float(linear.reference(y, a.w)[0].abs().max())
     error = linear.tolerance(linear.op.bound(y, a.w))[1] + norm_slack(a.x, a.norm_w, a.eps, a.w)
@@ -46,14 +47,14 @@ def tolerance(a):
 
 
 def cuda(k, x, norm_w, eps, w, out):
-    room = norm_linear.workspace(x)
+    memory = norm_linear.workspace(x)
     rows, columns = x.shape
     k.norm_linear_silu_mul(
         x=x.data_ptr(),
         norm_w=norm_w.data_ptr(),
         w=w.data_ptr(),
         y=out.data_ptr(),
-        normed=0 if room is None else room.data_ptr(),
+        normed=0 if memory is None else memory.data_ptr(),
         rows=rows,
         n=out.shape[1],
         k=columns,

@@ -4,7 +4,7 @@
   w [cols]   residual [rows, cols] or None, updated in place and rounded to T before it is normalised
 Rounding: statistics in float32, rounded to T before the weight and after it, as Hugging Face's LlamaRMSNorm
 does.
-Halves: cuda_src/rmsnorm.cu, triton_kernels/rmsnorm.py
+Kernels: cuda_src/rmsnorm.cu, triton_kernels/rmsnorm.py
 """
 
 import torch
@@ -53,16 +53,17 @@ def scaled(v, eps):
 
 
 def tolerance(a):
-    """Half a step of T for the last rounding, and what the first one may change: a value near the middle of
-    two numbers of T goes to either where the float32 sum moves it across. So (rtol, atol), and atol is a
-    tensor like y, which is 0 for
-    most elements: statistics that are less exact than float32 show in the others."""
+    """(rtol, atol): rtol is half a step of T for the last rounding; atol is what the first rounding may
+    change.
+
+    A value near the middle between two numbers of T may be rounded to either, because the float32 sum moves
+    it a little. So atol is a tensor like y that is 0 for most elements: an error of the statistics beyond
+    float32's shows in those.
+    """
     x = a.x
     v = x.double() if a.residual is None else reference(x, a.w, a.eps, a.residual)[-1]
-    unit, off = (
-        scaled(v, a.eps),
-        (8 + x.shape[-1] / 16) * EPS32,
-    )  # the sum's order is free: a step for every 16 terms
+    unit = scaled(v, a.eps)
+    off = (8 + x.shape[-1] / 16) * EPS32  # the order of the sum is free: allow a step for every 16 terms
     low, exact, high = (value.to(x.dtype).double() for value in (unit * (1 - off), unit, unit * (1 + off)))
     moved = torch.maximum((low - exact).abs(), (high - exact).abs()) * a.w.double().abs()
     return torch.finfo(x.dtype).eps / 2 + 2 * EPS32, moved + 1e-30
@@ -99,8 +100,8 @@ def torch_(x, w, eps, residual=None, out=None):
 
 
 def inputs(rand, rows, cols, groups=1, residual=False, size=1.0, kind="normal"):
-    """size: a factor of x. kind: normal; flat, all elements of a row equal, so that a sum's roundings do not
-    cancel; peak, one element far larger than the others; zero, the first row."""
+    """size: a factor of x. kind: normal; flat (all elements of a row are equal, so that a sum's roundings do
+    not cancel); peak (one element is far larger than the others); zero (the first row is 0)."""
     if groups > 1:  # heads in the middle of a packed qkv row
         packed = rand(rows, (groups + 2) * cols)
         return packed[:, cols : (groups + 1) * cols].view(rows, groups, cols), rand(cols), 1e-6
@@ -109,7 +110,7 @@ def inputs(rand, rows, cols, groups=1, residual=False, size=1.0, kind="normal"):
 
 
 def shaped(x, kind):
-    """x [rows, cols] made to one of inputs()'s kinds, in place."""
+    """Changes x [rows, cols] in place to one of the kinds of inputs()."""
     if kind == "flat":
         x.copy_(torch.full_like(x, 1.0625) + torch.arange(x.shape[0], device=x.device)[:, None] / 8)
     elif kind == "peak":

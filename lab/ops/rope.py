@@ -2,12 +2,12 @@
 
   q [batch, q_heads, head_dim]   k [batch, kv_heads, head_dim]   views of the packed qkv, rotated in place
   positions [batch] int32        cos_sin [max_positions, head_dim] float32: cosines, then sines
-The table holds the model's frequencies (plain or Llama-3 scaled: lab/model/rope.py), so both halves share
+The table holds the model's frequencies (plain or Llama-3 scaled: lab/model/rope.py), so both kernels share
 them.
 Source: Su et al., RoFormer (arXiv 2104.09864), in the rotate-half order of Hugging Face's Llama.
 Rounding: float32 arithmetic, one rounding at the end. A negative position marks an idle row, which stays as
-it is; the caller's table reaches to its last position (a kernel sees no table's end).
-Halves: cuda_src/rope.cu, triton_kernels/rope.py
+it is; the caller's table must reach its last position, because a kernel does not know the end of the table.
+Kernels: cuda_src/rope.cu, triton_kernels/rope.py
 """
 
 import torch
@@ -88,12 +88,13 @@ def torch_(q, k, positions, cos_sin, out=None):
 
 
 def contents(a):
-    """Raises LabError for a live position that the table of angles does not have."""
+    """Raises LabError for a live position beyond the table of angles."""
     check_positions("rope", a.positions, a.cos_sin.shape[0], "cos_sin")
 
 
 def check_positions(op, positions, rows, table):
-    """Raises LabError if a live position is not one of the `rows` rows of what `table` names."""
+    """Raises LabError unless every live position is below `rows`, the length of the table that `table` names
+    in the message."""
     for b, position in enumerate(positions.tolist()):
         if position >= rows:
             refuse(op, f"positions[{b}] is {position}, and {table} ends after {rows} positions")
@@ -113,8 +114,8 @@ def inputs(rand, batch, q_heads, kv_heads, head_dim, max_positions=512, idle=(),
 
 
 def packed_qkv(rand, batch, q_heads, kv_heads, head_dim, apart=False):
-    """q, k and v as a model has them: views of one packed row. apart: each of a buffer of its own, with
-    another stride."""
+    """q, k and v as in a model: views of one packed row per sequence. apart: views of separate buffers with
+    different strides."""
     if apart:
         sizes = ((q_heads, q_heads + 3), (kv_heads, kv_heads + 2), (kv_heads, kv_heads + 5))
         return tuple(rand(batch, row, head_dim)[:, 1 : heads + 1] for heads, row in sizes)
@@ -124,7 +125,7 @@ def packed_qkv(rand, batch, q_heads, kv_heads, head_dim, apart=False):
 
 
 def heads_of(c):
-    """Sizes of a model's attention, as the ops that take heads call them."""
+    """The sizes of a model's attention, by the names that ops with heads use."""
     return {"q_heads": c.q_heads, "kv_heads": c.kv_heads, "head_dim": c.head_dim}
 
 

@@ -5,11 +5,10 @@ in one kernel
   q_norm, k_norm [head_dim] or None   positions [batch] int32   cos_sin [max_positions, head_dim] float32
   caches, block_table, scale, splits, workspace and out as in decode_attention.py;
   the context is positions + 1
-The new token's key and value are written to their page by the block that owns the token, and attended to by
-it.
+The block that owns the new token writes its key and value to their page, and attends to it.
 A negative position marks an idle row: nothing is appended and its output is zeros.
 Rounding: as the single ops do: after the norm, after rope (both to T), once at the end.
-Halves: cuda_src/rope_append_attention.cu, triton_kernels/rope_append_attention.py
+Kernels: cuda_src/rope_append_attention.cu, triton_kernels/rope_append_attention.py
 """
 
 import torch
@@ -61,7 +60,7 @@ def outputs(q, *args, **options):
 
 
 def rotated(q, k, q_norm, k_norm, eps, positions, cos_sin):
-    """q and k after norm and rope, rounded to their dtype after each, as float64 arithmetic gives them."""
+    """q and k after norm and rope, in float64 arithmetic, rounded to their dtype after each of the two."""
     if q_norm is not None:
         q, k = (rmsnorm.reference(x, w, eps)[0].to(x.dtype) for x, w in ((q, q_norm), (k, k_norm)))
     q_rotated, k_rotated = rope.reference(q, k, positions, cos_sin)
@@ -206,8 +205,8 @@ def torch_(
 
 
 def contents(a):
-    """Raises LabError for a position past cos_sin or the table, for a page that the cache does not have, and
-    for one that is written while another live row has it, and for a ticket that is not 0."""
+    """Raises LabError for a position past cos_sin or the table, for a page that the cache does not have, for
+    a page that is written while another live row has it, and for a ticket that is not 0."""
     check_positions("rope_append_attention", a.positions, a.cos_sin.shape[0], "cos_sin")
     check_append("rope_append_attention", a.block_table, a.positions, a.k_cache)
     decode_attention.check_tickets("rope_append_attention", a.workspace)
@@ -227,7 +226,7 @@ def inputs(
     size=1.0,
 ):
     """poison: NaN and inf in every slot that holds no token. apart: q, k and v have different strides. size:
-    a factor of q and k, which a norm takes off again but for its eps."""
+    a factor of q and k; a norm removes it, except for the effect of eps."""
     lengths = [p + 1 for p in positions]
     q, k, v = packed_qkv(rand, len(lengths), q_heads, kv_heads, head_dim, apart)
     q.mul_(size), k.mul_(size)
@@ -253,15 +252,16 @@ def inputs(
 
 
 def nbytes(a):
-    """The attention over the cached tokens; the new k and v read and appended; a row of the table for each
+    """The attention over the cached tokens; the new k and v, read and appended; a row of cos_sin for each
     sequence."""
     appended = 2 * (a.k.nbytes + a.v.nbytes) + a.cos_sin.itemsize * a.q.shape[0] * a.q.shape[2]
     return appended + decode_attention.attended_bytes(a.q, a.k_cache, a.positions)
 
 
 def tolerance(a):
-    """The appended key may round to a neighbour (one step of T after norm, rope: 3 in all); attention's own
-    beside it, with scores that such steps of q and of the new key move."""
+    """(rtol, atol): the appended key may be rounded to a neighbour (one step of T after norm and after rope,
+    3 in all). To attention's own tolerance come the changes of the scores by such steps of q and of the new
+    key."""
     q_r, _ = rotated(a.q, a.k, a.q_norm, a.k_norm, a.eps, a.positions, a.cos_sin)
     attends = decode_attention.op.bound(q_r, a.k_cache, a.v_cache, a.block_table, a.positions, a.scale)
     rtol, atol = decode_attention.tolerance(attends)
@@ -357,7 +357,7 @@ op = Op(
             poison=True,
         ),
         case(
-            "more splits than one merging step takes",
+            "more splits than one step of the merge handles",
             positions=(1100, 40),
             q_heads=4,
             kv_heads=2,

@@ -5,22 +5,23 @@ Greedy (temperature 0): the largest logit; the lowest index wins a tie. A row wi
 Draw: l = logit / temperature; keep the top_k largest (0 keeps all, ties at the k-th stay); of those keep l >=
 t for the largest t whose kept mass reaches top_p of what top-k left; then token = argmax over the kept of l +
 g (the Gumbel-max trick), g = -log(-log(u)), u = ((r >> 8) + 0.5) / 2^24, r = word 0 of Philox4x32-10 with key
-= seed and counter = (token, position, row, 0). The draw so depends on nothing but the seed, the position, the
-row and the logits.
+= seed and counter = (token, position, row, 0). So the draw depends only on the seed, the position, the row
+and the logits.
 Source of Philox: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (SC 2011).
-Halves: cuda_src/sample.cu, triton_kernels/sample.py
+Kernels: cuda_src/sample.cu, triton_kernels/sample.py
 """
 
 import torch
 
 from lab.contract import Op, case, dense, once, refuse
 
-# how far in logits a float32 draw may lie from the float64 best: log, exp and mass sums differ by less
+# How far below the best float64 score a float32 draw may be: log, exp and sums of the mass differ by less.
 SLACK = 1e-4
 
 
 def check_options(temperature, top_k, top_p, seed):
-    """Raises LabError for options that the kernels do not take; float32 logits overflow below 1e-6."""
+    """Raises LabError for options that the kernels do not support. Temperatures below 1e-6 would make float32
+    logits overflow."""
     if not (temperature == 0 or 1e-6 <= temperature <= 1e6):
         refuse("sample", f"temperature {temperature}: it must be 0 (greedy) or from 1e-6 to 1e6")
     if not (0 <= top_k < 1 << 31):
@@ -54,7 +55,8 @@ def philox(seed: int, token: torch.Tensor, position: torch.Tensor, row: torch.Te
     c = [token, position, row, torch.zeros_like(token)]
     key = [seed & low, seed >> 32]
     for _ in range(10):
-        # 32 x 32-bit products do not fit a signed 64-bit integer: multiply by halves of the constant.
+        # A product of two 32-bit numbers does not fit a signed 64-bit integer, so the constant is split into
+        # 16-bit parts.
         (hi0, lo0), (hi1, lo1) = (_mul32(c[0], 0xD2511F53), _mul32(c[2], 0xCD9E8D57))
         c = [hi1 ^ c[1] ^ key[0], lo1, hi0 ^ c[3] ^ key[1], lo0]
         key = [(key[0] + 0x9E3779B9) & low, (key[1] + 0xBB67AE85) & low]
@@ -110,8 +112,8 @@ def reference(logits, positions, temperature=0.0, top_k=0, top_p=1.0, seed=0):
 
 
 def verify(got, a):
-    """A greedy token must be the token. A drawn one may differ from the float64 draw only where float32
-    ties."""
+    """A greedy token must be exactly the right one. A drawn token may differ from the float64 draw only by a
+    tie in float32."""
     want, logits, temperature = reference(*vars(a).values())[0], a.logits, a.temperature
     if torch.equal(got, want):
         return None
@@ -119,7 +121,7 @@ def verify(got, a):
     message = f"row {bad}: token {int(got[bad])}, not {int(want[bad])}"
     if temperature == 0 or bool(((got < 0) | (got >= logits.shape[1])).any()):
         return message
-    if bool(((want < 0) & (got != want)).any()):  # a token for a row that holds NaN
+    if bool(((want < 0) & (got != want)).any()):  # a row with NaN must give -1
         return message
     scaled = logits.double() / temperature
     score = scaled + gumbel(logits, a.positions, a.seed)
@@ -174,9 +176,9 @@ def inputs(
     special=False,
     position=None,
 ):
-    """tie: the maximum stands twice. distance: of the two. special: the last rows hold NaN of either sign,
-    infinities, and
-    -inf for most tokens, as a grammar's mask leaves them. position: that of all rows; random by default."""
+    """tie: the maximum stands twice. distance: between the two. special: the last rows hold NaN of either
+    sign, infinities, and -inf for most tokens, as a grammar's mask leaves them. position: that of all rows;
+    random by default."""
     logits = rand(batch, vocab, dtype=torch.float32, scale=3.0)
     if tie:  # the lower index must win
         logits[:, [vocab // 2, vocab - 1] if distance is None else [5, 5 + distance]] = 99.0

@@ -2,7 +2,7 @@
 
   gate_up [rows, 2 * cols], the gate first, as the packed gate+up projection writes it   y [rows, cols]
 Source: Shazeer, GLU Variants (arXiv 2002.05202). Rounding: float32 arithmetic, one rounding at the end.
-Halves: cuda_src/silu_mul.cu, triton_kernels/silu_mul.py
+Kernels: cuda_src/silu_mul.cu, triton_kernels/silu_mul.py
 """
 
 import torch

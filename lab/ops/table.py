@@ -28,7 +28,7 @@ def main(args) -> int:
     for row in rows:
         print(f"{row['op']:{width}}  {','.join(row['dtypes']):14}  {row['formula']}")
     print(
-        "\nOp X: its contract is lab/ops/X.py, its halves are cuda_src/X.cu and triton_kernels/X.py;\n"
+        "\nOp X: its contract is lab/ops/X.py, its kernels are cuda_src/X.cu and triton_kernels/X.py;\n"
         "`lab explain X` shows them side by side."
     )
     return 0

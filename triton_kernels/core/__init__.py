@@ -1,1 +1,2 @@
-"""Device code that several ops share, as in cuda_src/core/: files of the same name hold the same thing."""
+"""Device code that several ops share, as cuda_src/core/ has it for CUDA. Files of the same name do the same
+in both."""

@@ -1,6 +1,6 @@
 """Device code of the fused matrix products: the wait for the preceding kernel, the norm, the multiply.
 
-Programmatic dependent launch (sm_90): a kernel starts while the preceding one still runs, loads the first
+Programmatic dependent launch (sm_90): a kernel starts while the preceding one still runs. It loads the first
 tile of its weights, which no kernel writes, into registers, and waits before it reads an activation. On other
 GPUs PDL is False.
 """
@@ -19,7 +19,8 @@ def wait_for_inputs(PDL: tl.constexpr):
 
 @triton.jit
 def load_rows(w, row, live, col, k, EVEN_K: tl.constexpr):
-    """w[row, col], zero past k; not to be used where a row is not live. Read only once: evict_first."""
+    """w[row, col], zero past k; the values of rows that are not live must not be used. Read only once, so
+    evict_first."""
     at = w + row.to(tl.int64) * k + col
     if EVEN_K:
         values = tl.load(at, mask=live, eviction_policy="evict_first")
@@ -75,8 +76,8 @@ def dot_rows(
 
 @triton.jit
 def _columns(x, rows, k, b, col, FULL: tl.constexpr, EVEN_K: tl.constexpr):
-    """x[b, col] transposed, zero past the end. (If row 0 were read past the end, all programs would read the
-    same lines of L2.)"""
+    """x[b, col] transposed, zero past the end. Masked, because if all programs read row 0 past the end they
+    would all read the same lines of L2."""
     at = x + b * k + col
     if FULL and EVEN_K:
         v = tl.load(at, eviction_policy="evict_last")

@@ -12,7 +12,8 @@ import triton.language as tl
 
 @triton.jit
 def split_bounds(length, split, splits, TILE: tl.constexpr):
-    """begin and end of a split's tokens, in whole tiles, and the number of splits that this length uses."""
+    """The first and the last + 1 of a split's tokens, in whole tiles, and the number of splits that this
+    length uses."""
     chunk = tl.maximum(tl.cdiv(tl.cdiv(length, splits), TILE), 1) * TILE
     begin = split * chunk
     return begin, tl.minimum(begin + chunk, length), tl.maximum(tl.cdiv(length, chunk), 1)
@@ -167,5 +168,6 @@ def merge(
 
 
 def merge_step(splits, heads, block_d):
-    """MERGE, the splits of one step: up to 4096 numbers of all heads, 64 registers a thread of two warps."""
+    """MERGE, the number of splits merged at a time: up to 4096 numbers over all heads, which take 64
+    registers of each thread of two warps."""
     return max(min(triton.next_power_of_2(splits), 16, 4096 // (heads * block_d)), 1)

@@ -1,1 +1,1 @@
-"""The ladders in Triton: the rungs below the ops' own kernels. What each should gain is in lab/rungs/."""
+"""The ladders in Triton: the rungs below the ops' own kernels. lab/rungs/ says what each should gain."""

@@ -1,9 +1,9 @@
-"""The CUDA kernel: what a call launches, asked of lab._cuda itself, and the code of it, taken out of
-lab._cuda's file.
+"""The CUDA side of `lab inspect`: which kernels a call launches, as lab._cuda says, and their machine code
+and PTX, read from lab._cuda's file.
 
-The extension notes launches instead of running them (cuda_src/trace.h), so no GPU and no driver are needed.
-It gives the place of the kernel's host half in its file; the symbol there has the name that the machine code
-has too.
+The extension records launches instead of running them (cuda_src/trace.h), so no GPU and no driver are needed.
+With each launch it gives the offset of the kernel's host function in its file. The symbol at that offset has
+the same name as the kernel's machine code.
 """
 
 import functools
@@ -23,8 +23,8 @@ from lab.inspect.kernel import measured
 
 
 def launches(op, args, gpu):
-    """What ops.<op>(*args) on the CUDA backend launches on such a GPU: a list of dicts, described in
-    bindings.cpp."""
+    """What ops.<op>(*args) would launch with the CUDA backend on `gpu`: a list of dicts, which
+    take_launches() of cuda_src/bindings.cpp describes."""
     module = load("_cuda")
     kernels = SimpleNamespace(
         **{name: getattr(module, name) for name in dir(module) if not name.startswith("_")}
@@ -49,7 +49,8 @@ def _host_symbols(path):
 
 @functools.lru_cache(maxsize=1)
 def _folder(path):
-    """Where all that is embedded in the extension lies as files, for as long as this process lives."""
+    """A temporary folder with the cubins and PTX files that are embedded in the extension. It lives as long
+    as this process."""
     folder = tempfile.TemporaryDirectory(prefix="lab-inspect-")
     binary.run("cuobjdump", "-xelf", "all", path, cwd=folder.name)
     binary.run("cuobjdump", "-xptx", "all", path, cwd=folder.name)
@@ -57,7 +58,7 @@ def _folder(path):
 
 
 def _embedded(module, ending, text):
-    """The embedded file of this ending that has the text."""
+    """The path of the embedded file with this ending that contains `text`, or None."""
     for path in sorted(Path(_folder(module.__file__).name).glob(f"*{ending}")):
         if text.encode() in path.read_bytes():
             return path
@@ -67,20 +68,19 @@ def _embedded(module, ending, text):
 def cubin(module, symbol, gpu):
     built = module.build_info()["archs"]
     path = _embedded(module, f".{gpu.arch}.cubin", symbol + "\0")
-    if (
-        path is None and gpu.arch.removeprefix("sm_") in built
-    ):  # the tool of Triton 3.6 leaves the a of sm_90a out
+    # The cuobjdump of Triton 3.6 writes sm_90 where the architecture is sm_90a.
+    if path is None and gpu.arch.removeprefix("sm_") in built:
         path = _embedded(module, f".{gpu.arch.rstrip('a')}.cubin", symbol + "\0")
     if path is None:
         raise LabError(
             f"lab._cuda has no machine code of {symbol} for {gpu.arch}; it was built for {', '.join(built)}: "
-            "choose one, or rebuild with LAB_CUDA_ARCH"
+            "choose one of these, or rebuild with LAB_CUDA_ARCH"
         )
     return path
 
 
 def kernels(op, args, gpu):
-    """The Kernels that a call launches, in order."""
+    """A Kernel for each launch of a call, in their order."""
     module = load("_cuda")
     return [_kernel(module, launch, gpu) for launch in launches(op, args, gpu)]
 
@@ -89,7 +89,7 @@ def _symbol(module, launch):
     symbol = _host_symbols(module.__file__).get(launch["offset"])
     if symbol is None:
         raise Unavailable(
-            f"lab._cuda was stripped of its symbols: which {launch['kernel']} it is, is not known"
+            f"lab._cuda was stripped of its symbols: the instantiation of {launch['kernel']} is unknown"
         )
     return symbol
 
@@ -116,9 +116,7 @@ def _kernel(module, launch, gpu):
         if ptx
         else LabError('no PTX in lab._cuda: build it with LAB_CUDA_ARCH="...;90+ptx"')
     )
-    kernel.texts["ttgir"] = LabError(
-        "TTGIR is Triton's own: add --backend triton, or look at --ptx or --sass"
-    )
+    kernel.texts["ttgir"] = LabError("only Triton has TTGIR: add --backend triton, or use --ptx or --sass")
     return kernel
 
 
@@ -130,8 +128,8 @@ def entry(ptx, symbol):
 
 
 def instantiations(op, launch, dtype, gpu):
-    """How many instantiations of the launched kernel are compiled in for this dtype: the launcher's
-    choices."""
+    """How many instantiations of the launched kernel lab._cuda contains for this dtype. The launcher chooses
+    one of them."""
     module = load("_cuda")
     symbol = _symbol(module, launch)
     head = symbol.partition("I" + MANGLED[dtype])[0]

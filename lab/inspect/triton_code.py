@@ -1,5 +1,5 @@
-"""The Triton kernel: what a call launches, recorded by triton_kernels.common, and compiled for the GPU asked
-for."""
+"""The Triton side of `lab inspect`: which kernels a call launches, as triton_kernels.common records them,
+compiled for the architecture that was asked for."""
 
 import importlib
 import tempfile
@@ -13,7 +13,7 @@ from lab.tune import tuned
 
 
 def launches(op, args, gpu):
-    """What ops.<op>(*args) on the Triton backend launches on such a GPU: a list of
+    """What ops.<op>(*args) would launch with the Triton backend on `gpu`: a list of
     triton_kernels.common.Launch."""
     try:
         from triton_kernels import common
@@ -23,14 +23,14 @@ def launches(op, args, gpu):
     except ModuleNotFoundError as error:
         if error.name == f"triton_kernels.{op.name}":
             raise Unavailable(
-                f"{op.name} has no Triton half: triton_kernels/{op.name}.py does not exist"
+                f"{op.name} has no Triton kernel: triton_kernels/{op.name}.py does not exist"
             ) from None
-        raise Unavailable(f"the triton half: {error}; install it with `pip install triton`") from None
+        raise Unavailable(f"the Triton kernel: {error}; install it with `pip install triton`") from None
     return found
 
 
 def kernels(op, args, gpu):
-    """The Kernels that a call launches, in order."""
+    """A Kernel for each launch of a call, in their order."""
     return [_kernel(launch, gpu) for launch in launches(op, args, gpu)]
 
 
@@ -65,8 +65,8 @@ def _grid(launch):
 
 
 def compile_seconds(launch, gpu):
-    """Seconds Triton takes for one launch's kernel, past its cache. Call it after kernels(): the first
-    compile of a process also starts the compiler."""
+    """How many seconds Triton takes to compile the kernel of one launch without its cache. Call it after
+    kernels(): the first compile of a process also starts the compiler."""
     from triton import knobs
 
     from triton_kernels import offline
@@ -79,8 +79,8 @@ def compile_seconds(launch, gpu):
 
 
 def configurations(op, gpu):
-    """How many settings the op's tables, by hand and tuned, hold for this architecture: the launcher's
-    choices."""
+    """How many launch settings the op has for this architecture, written by hand and tuned. The launcher
+    chooses one of them."""
     from triton_kernels import common
 
     table = getattr(importlib.import_module(f"triton_kernels.{op.name}"), "CONFIGS", None)
