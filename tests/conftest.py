@@ -1,5 +1,6 @@
 """What the tests share: markers that skip with a reason, the device, seeded random tensors."""
 
+import functools
 import importlib.util
 import os
 
@@ -63,3 +64,13 @@ def device():
 def rand(device):
     """rand(dtype, seed=0) -> lab.dispatch.Rand on the device of the tests."""
     return lambda dtype=torch.float32, seed=0: Rand(device, dtype, seed)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def sources_are_highlighted_once():
+    """Each page shows the same kernels' sources, and colouring them takes longer than most of the other work."""
+    from lab.report import twins
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(twins, "highlight", functools.cache(twins.highlight))
+        yield
