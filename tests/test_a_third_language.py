@@ -1,6 +1,8 @@
 """CONTRIBUTING.md's section "Add a language": a toy one, for two ops, that no file of the lab knows."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -62,9 +64,19 @@ register("toy", Backend, {"silu_mul": silu_mul, "rmsnorm": rmsnorm})
 """
 
 
+# Several commands in one process, for torch takes seconds to import.
+COMMANDS = """
+import json, sys
+from lab.cli import main
+for words in json.loads(sys.argv[1]):
+    print("<status>", main(words), "<end>", sep="", flush=True)
+"""
+
+
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """lab(*words) runs the command in a process that knows the toy; .folder is where it runs."""
+    """lab(command, ..) runs commands, each a list of words, in a process that knows the toy; gives the status
+    and the output of each. .folder is where they run."""
     folder = tmp_path_factory.mktemp("toy")
     (folder / "toy_language.py").write_text(TOY)
     settings = {
@@ -74,27 +86,31 @@ def lab(tmp_path_factory):
         "COLUMNS": "200",
     }
 
-    def run(*words, status=0):
+    def run(*commands):
         done = subprocess.run(
-            [sys.executable, "-m", "lab", *words],
+            [sys.executable, "-c", COMMANDS, json.dumps(commands)],
             cwd=folder,
             env={**os.environ, **settings},
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
-        assert done.returncode == status, f"{' '.join(words)}\n{done.stdout}"
-        return done.stdout
+        said = re.findall(r"(.*?)<status>(\d+)<end>\n", done.stdout, re.S)
+        assert len(said) == len(commands), done.stdout
+        return [(int(status), text) for text, status in said]
 
     run.folder = folder
     return run
 
 
 def test_it_is_checked_at_the_ops_that_it_has(lab):
-    said = lab("check", "--backend", "toy", "--quick")
+    (status, said), refused = lab(
+        ["check", "--backend", "toy", "--quick"], ["check", "--backend", "toy", "--op", "rope"]
+    )
+    assert status == 0
     assert {line.split()[0] for line in said.splitlines() if " toy " in line} == {"silu_mul", "rmsnorm"}
     assert "12 cases on cpu, 0 failed" in said  # 2 ops, 3 dtypes, 2 cases
-    assert "no backend chosen has them" in lab("check", "--backend", "toy", "--op", "rope", status=2)
+    assert refused[0] == 2 and "no backend chosen has them" in refused[1]
 
 
 def test_a_model_runs_with_its_ops(lab):
@@ -103,34 +119,22 @@ def test_a_model_runs_with_its_ops(lab):
     )
     write_folder(lab.folder / "tiny", config)
     run = ("run", "tiny", "--device", "cpu", "--ids", "1,2", "--max-new-tokens", "2")
-    said = lab(
-        *run, "--backend", "torch", "--override", "silu_mul=toy", "--override", "rmsnorm=toy", "--trace"
+    (status, said), (refused, why), (too, why_too) = lab(
+        [*run, "--backend", "torch", "--override", "silu_mul=toy", "--override", "rmsnorm=toy", "--trace"],
+        [*run, "--backend", "toy"],
+        [*run, "--backend", "torch", "--override", "rope=toy"],
     )
+    assert (status, refused, too) == (0, 2, 2), (said, why, why_too)
     assert "toy_silu_mul" in said and "toy_rmsnorm" in said and "torch:linear" in said
-    refused = lab(*run, "--backend", "toy", status=2)
-    assert "backend toy has no embedding, linear" in refused and "--override embedding=torch" in refused
-    assert "backend toy has no rope" in lab(*run, "--backend", "torch", "--override", "rope=toy", status=2)
+    assert "backend toy has no embedding, linear" in why and "--override embedding=torch" in why
+    assert "backend toy has no rope" in why_too
 
 
 def test_it_is_measured_and_drawn(lab):
     out = str(lab.folder / "out")
-    lab(
-        "bench",
-        "ops",
-        "silu_mul",
-        "rope",
-        "--quick",
-        "--device",
-        "cpu",
-        "--backend",
-        "toy,torch",
-        "--seconds",
-        "0.001",
-        "--model",
-        "smollm2-135m",
-        "--out",
-        out,
-    )
+    bench = ["bench", "ops", "silu_mul", "rope", "--quick", "--device", "cpu", "--backend", "toy,torch"]
+    done = lab([*bench, "--seconds", "0.001", "--model", "smollm2-135m", "--out", out], ["report", out])
+    assert [status for status, _ in done] == [0, 0], done
     rows = schema.read(out).of_kind("op")
     assert {(row.op, row.backend) for row in rows} == {
         ("silu_mul", "toy"),
@@ -138,7 +142,6 @@ def test_it_is_measured_and_drawn(lab):
         ("rope", "torch"),
     }
     assert all(row.us > 0 and not row.error for row in rows)
-    lab("report", out)
     assert "toy" in (Path(out) / "README.md").read_text() and "toy" in (Path(out) / "index.html").read_text()
 
 
