@@ -1,13 +1,12 @@
 """CONTRIBUTING.md's section "Add a language": a toy one, for two ops, that no file of the lab knows."""
 
-import json
 import os
-import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import commands
 import pytest
 from tiny_models import write_folder
 
@@ -64,15 +63,6 @@ register("toy", Backend, {"silu_mul": silu_mul, "rmsnorm": rmsnorm})
 """
 
 
-# Several commands in one process, for torch takes seconds to import.
-COMMANDS = """
-import json, sys
-from lab.cli import main
-for words in json.loads(sys.argv[1]):
-    print("<status>", main(words), "<end>", sep="", flush=True)
-"""
-
-
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     """lab(command, ..) runs commands, each a list of words, in a process that knows the toy; gives the status
@@ -86,18 +76,8 @@ def lab(tmp_path_factory):
         "COLUMNS": "200",
     }
 
-    def run(*commands):
-        done = subprocess.run(
-            [sys.executable, "-c", COMMANDS, json.dumps(commands)],
-            cwd=folder,
-            env={**os.environ, **settings},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        said = re.findall(r"(.*?)<status>(\d+)<end>\n", done.stdout, re.S)
-        assert len(said) == len(commands), done.stdout
-        return [(int(status), text) for text, status in said]
+    def run(*given):
+        return commands.run(given, folder, settings)
 
     run.folder = folder
     return run
