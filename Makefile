@@ -35,7 +35,7 @@ build: $(READY)
 demo: build .venv/model  ## a real model speaks under CUDA and under Triton, compared; report in out/demo (OUT=...)
 	@$(PY) -m lab.machine.demo --out $(or $(OUT),out/demo)
 
-test: build  ## the tests (ARGS="-m quick" for those of a minute, ARGS="-k rope" for some)
+test: build  ## the tests (ARGS="-m quick" for those of two minutes, ARGS="-k rope" for some)
 	@$(PY) -m pytest -m "not oracle" $(SIDE_BY_SIDE) $(ARGS)
 
 SOURCES_C = $(shell git ls-files '*.cu' '*.cuh' '*.cpp' '*.h')

@@ -1,6 +1,8 @@
 """What the tests share: markers that skip with a reason, the device, seeded random tensors."""
 
+import functools
 import importlib.util
+import io
 import os
 
 # Side by side (pytest -n) each process takes its share of the cores; before torch is imported, and for child
@@ -15,29 +17,44 @@ from lab.contract import Rand
 
 GPU = torch.cuda.is_available()
 # Of these files nothing is `quick`: they compile programs, run sanitizers, emulate a GPU's shapes, compile
-# Triton kernels for GPUs, interpret whole models or open a browser.
+# Triton kernels for GPUs, interpret whole models, open a browser or start many processes that import torch.
 NOT_QUICK = {
-    "test_host",
-    "test_exercises",
-    "test_own_kernel",
-    "test_extension",
+    "test_a_third_language",
     "test_add_an_op",
-    "test_gpu_shapes",
-    "test_tune",
-    "test_triton_compile",
-    "test_inspect",
-    "test_triton_fused",
-    "test_triton_step",
-    "test_persistent",
+    "test_demo",
+    "test_exercises",
+    "test_extension",
+    "test_faults_a",
+    "test_faults_b",
     "test_fused",
+    "test_gpu_check",
+    "test_gpu_shapes",
+    "test_harness",
+    "test_host",
+    "test_inspect",
     "test_interpreter",
     "test_ladder",
-    "test_report",
-    "test_demo",
-    "test_gpu_check",
-    "test_harness",
+    "test_mutants",
     "test_oracle",
+    "test_own_kernel",
+    "test_persistent",
+    "test_report",
+    "test_sampling",
+    "test_synchronisation",
+    "test_text_faults",
+    "test_triton_compile",
+    "test_triton_fused",
+    "test_triton_step",
+    "test_tune",
+    "test_untuned",
 }
+
+
+def pytest_configure(config):
+    """With --dist loadfile files go in the order of their names. pytest-xdist would take those of most tests
+    first, and end with a long file of a single test on one worker alone."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
@@ -63,3 +80,44 @@ def device():
 def rand(device):
     """rand(dtype, seed=0) -> lab.dispatch.Rand on the device of the tests."""
     return lambda dtype=torch.float32, seed=0: Rand(device, dtype, seed)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def sources_are_highlighted_once():
+    """Each page shows the same kernels' sources, and colouring them takes longest."""
+    from lab.report import twins
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(twins, "highlight", functools.cache(twins.highlight))
+        yield
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Every picture of a report is one pixel: for tests of what stands around the pictures."""
+    from PIL import Image
+
+    from lab.report import figures
+
+    pixel = io.BytesIO()
+    Image.new("P", (1, 1)).save(pixel, "png")
+    monkeypatch.setattr(figures, "png", lambda *_: pixel.getvalue())
+
+
+@pytest.fixture
+def limited_calls(monkeypatch):
+    """limited_calls(seconds): a kernel's process has so long for each call, but as long as it takes to start.
+    Tests of what exceeds a limit then need not wait for long, and pass on a busy machine, too."""
+    from lab.worker import Worker
+
+    def limit(seconds):
+        start = Worker.start
+
+        def start_unlimited(self):
+            self.timeout = None
+            start(self)
+            self.timeout = seconds
+
+        monkeypatch.setattr(Worker, "start", start_unlimited)
+
+    return limit

@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import commands
 import pytest
 from tiny_models import write_folder
 
@@ -64,7 +65,8 @@ register("toy", Backend, {"silu_mul": silu_mul, "rmsnorm": rmsnorm})
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """lab(*words) runs the command in a process that knows the toy; .folder is where it runs."""
+    """lab(command, ..) runs commands, each a list of words, in a process that knows the toy; gives the status
+    and the output of each. .folder is where they run."""
     folder = tmp_path_factory.mktemp("toy")
     (folder / "toy_language.py").write_text(TOY)
     settings = {
@@ -74,27 +76,21 @@ def lab(tmp_path_factory):
         "COLUMNS": "200",
     }
 
-    def run(*words, status=0):
-        done = subprocess.run(
-            [sys.executable, "-m", "lab", *words],
-            cwd=folder,
-            env={**os.environ, **settings},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        assert done.returncode == status, f"{' '.join(words)}\n{done.stdout}"
-        return done.stdout
+    def run(*given):
+        return commands.run(given, folder, settings)
 
     run.folder = folder
     return run
 
 
 def test_it_is_checked_at_the_ops_that_it_has(lab):
-    said = lab("check", "--backend", "toy", "--quick")
+    (status, said), refused = lab(
+        ["check", "--backend", "toy", "--quick"], ["check", "--backend", "toy", "--op", "rope"]
+    )
+    assert status == 0
     assert {line.split()[0] for line in said.splitlines() if " toy " in line} == {"silu_mul", "rmsnorm"}
     assert "12 cases on cpu, 0 failed" in said  # 2 ops, 3 dtypes, 2 cases
-    assert "none of the chosen backends has" in lab("check", "--backend", "toy", "--op", "rope", status=2)
+    assert refused[0] == 2 and "none of the chosen backends has" in refused[1]
 
 
 def test_a_model_runs_with_its_ops(lab):
@@ -103,34 +99,22 @@ def test_a_model_runs_with_its_ops(lab):
     )
     write_folder(lab.folder / "tiny", config)
     run = ("run", "tiny", "--device", "cpu", "--ids", "1,2", "--max-new-tokens", "2")
-    said = lab(
-        *run, "--backend", "torch", "--override", "silu_mul=toy", "--override", "rmsnorm=toy", "--trace"
+    (status, said), (refused, why), (too, why_too) = lab(
+        [*run, "--backend", "torch", "--override", "silu_mul=toy", "--override", "rmsnorm=toy", "--trace"],
+        [*run, "--backend", "toy"],
+        [*run, "--backend", "torch", "--override", "rope=toy"],
     )
+    assert (status, refused, too) == (0, 2, 2), (said, why, why_too)
     assert "toy_silu_mul" in said and "toy_rmsnorm" in said and "torch:linear" in said
-    refused = lab(*run, "--backend", "toy", status=2)
-    assert "backend toy has no embedding, linear" in refused and "--override embedding=torch" in refused
-    assert "backend toy has no rope" in lab(*run, "--backend", "torch", "--override", "rope=toy", status=2)
+    assert "backend toy has no embedding, linear" in why and "--override embedding=torch" in why
+    assert "backend toy has no rope" in why_too
 
 
 def test_it_is_measured_and_drawn(lab):
     out = str(lab.folder / "out")
-    lab(
-        "bench",
-        "ops",
-        "silu_mul",
-        "rope",
-        "--quick",
-        "--device",
-        "cpu",
-        "--backend",
-        "toy,torch",
-        "--seconds",
-        "0.001",
-        "--model",
-        "smollm2-135m",
-        "--out",
-        out,
-    )
+    bench = ["bench", "ops", "silu_mul", "rope", "--quick", "--device", "cpu", "--backend", "toy,torch"]
+    done = lab([*bench, "--seconds", "0.001", "--model", "smollm2-135m", "--out", out], ["report", out])
+    assert [status for status, _ in done] == [0, 0], done
     rows = schema.read(out).of_kind("op")
     assert {(row.op, row.backend) for row in rows} == {
         ("silu_mul", "toy"),
@@ -138,7 +122,6 @@ def test_it_is_measured_and_drawn(lab):
         ("rope", "torch"),
     }
     assert all(row.us > 0 and not row.error for row in rows)
-    lab("report", out)
     assert "toy" in (Path(out) / "README.md").read_text() and "toy" in (Path(out) / "index.html").read_text()
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import commands
 import pytest
 
 from lab.records import schema
@@ -108,14 +109,24 @@ def test_contributing_adds_an_op(tmp_path):
         assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}"
         return done.stdout
 
-    build, *commands = re.search(r"^```sh\n(.*?)^```", section(), re.M | re.S)[1].splitlines()
+    build, *of_section = re.search(r"^```sh\n(.*?)^```", section(), re.M | re.S)[1].splitlines()
     assert build == "make build"
     made = run("setup.py", "build_ext", "--inplace")
     # No kernel of another op was compiled again: its file, the bindings and what the build says of itself.
     assert f"{NAME}.cu" in made and "lab._host: 3 of " in made, made
-    said = {words[1]: run("-m", *words) for words in map(str.split, commands)}
+    asked = [
+        *of_section,
+        "lab ops",
+        f"lab report out/{NAME}",
+        f"lab inspect {NAME} --backend triton",
+        "lab tune --help",
+    ]
+    asked = [line.removeprefix("lab ").split() for line in asked]
+    found = commands.run(asked, tmp_path, settings)
+    assert [status for status, _ in found] == [0] * len(asked), found
+    said = {words[0]: text for words, (_, text) in zip(asked, found)}
 
-    assert re.search(rf"^{NAME} .*out = x \+ scale \* y$", run("-m", "lab", "ops"), re.M)
+    assert re.search(rf"^{NAME} .*out = x \+ scale \* y$", said["ops"], re.M)
     for backend in ("cuda", "triton", "torch"):
         assert len(re.findall(rf"^{NAME} +\w+ {backend} +2/2 cases", said["check"], re.M)) == 3  # dtypes
     assert "1. Locate" in said["explain"] and "2. Add and store" in said["explain"]
@@ -126,15 +137,10 @@ def test_contributing_adds_an_op(tmp_path):
         (NAME, backend) for backend in ("cuda", "triton", "torch")
     }
     assert all(row.us > 0 and not row.error for row in rows)
-    run("-m", "lab", "report", f"out/{NAME}")
     assert f"Op: {NAME}" in (tmp_path / "out" / NAME / "index.html").read_text()
-    inspected = run("-m", "lab", "inspect", NAME, "--backend", "triton")
-    assert (
-        f"{NAME} bf16 for sm_90a" in inspected
-        and "rows=1 cols=4096" in inspected
-        and f"{NAME}_kernel" in inspected
-    )
-    assert re.search(rf"^ +OP .*{NAME}, or all", run("-m", "lab", "tune", "--help"), re.M)
+    for words in (f"{NAME} bf16 for sm_90a", "rows=1 cols=4096", f"{NAME}_kernel"):
+        assert words in said["inspect"]
+    assert re.search(rf"^ +OP .*{NAME}, or all", said["tune"], re.M)
     assert run("-c", WHAT_ELSE_KNOWS_IT).splitlines() == [
         "6 candidates",
         "copy",

@@ -260,22 +260,8 @@ def test_identical_rows_are_the_same_however_wide_their_spread(tmp_path, capsys)
     assert "3 rows: 3 same (100.0%)" in capsys.readouterr().out
 
 
-@pytest.fixture
-def undrawn(monkeypatch):
-    """A picture is one pixel."""
-    import io
-
-    from PIL import Image
-
-    from lab.report import figures
-
-    pixel = io.BytesIO()
-    Image.new("P", (1, 1)).save(pixel, "png")
-    monkeypatch.setattr(figures, "png", lambda *_: pixel.getvalue())
-
-
 @pytest.mark.parametrize("field, value, says", BAD, ids=lambda v: str(v)[:30])
-def test_report_leaves_the_line_out_and_says_so_on_the_page(tmp_path, undrawn, field, value, says):
+def test_report_leaves_the_line_out_and_says_so_on_the_page(tmp_path, field, value, says):
     write(tmp_path, body(**{field: value}))
     (run_,) = load.load(tmp_path)
     assert len(run_.op) == 2 and [n.level for n in run_.notices if f":4: left out: {field} " in n.text] == [

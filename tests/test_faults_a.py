@@ -393,7 +393,7 @@ def test_control_characters_are_escaped_for_a_terminal(text, shown):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_text_of_a_model_does_not_steer_the_terminal(tmp_path, stream):
+def test_text_of_a_model_does_not_steer_the_terminal(tmp_path, capfdbinary, stream):
     """A model that says one byte for ever, ESC: shown as an escape on a terminal, as it is in a file."""
     config, escape = CONFIGS["llama"], byte_level_vocabulary(272)[0].index(chr(256 + 27))
     weights = {
@@ -404,29 +404,14 @@ def test_text_of_a_model_does_not_steer_the_terminal(tmp_path, stream):
     head[escape] = weights["model.norm.weight"].sign() * weights["model.embed_tokens.weight"][32].sign()
     weights["lm_head.weight"] = head
     path = write_gguf(tmp_path / "m.gguf", config, weights)
-    words = [
-        sys.executable,
-        "-m",
-        "lab",
-        "run",
-        str(path),
-        *RUN,
-        "--ids",
-        "32",
-        "--max-new-tokens",
-        "1",
-        *([] if stream else ["--no-stream"]),
-    ]
-    plain = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=300)
-    assert plain.stdout == b"\x1b\n"
-    master, terminal = pty.openpty()
+    words = ["run", str(path), *RUN, "--ids", "32", "--max-new-tokens", "1"]
+    words += [] if stream else ["--no-stream"]
+    assert cli.main(words) == 0
+    assert capfdbinary.readouterr().out == b"\x1b\n"
+    words, master, terminal = [sys.executable, "-m", "lab", *words], *pty.openpty()
     try:
-        assert (
-            subprocess.run(
-                words, cwd=ROOT, stdout=terminal, stderr=subprocess.DEVNULL, timeout=300
-            ).returncode
-            == 0
-        )
+        done = subprocess.run(words, cwd=ROOT, stdout=terminal, stderr=subprocess.DEVNULL, timeout=300)
+        assert done.returncode == 0
         assert os.read(master, 1000) == b"\\x1b\r\n"
     finally:
         os.close(master)

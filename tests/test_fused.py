@@ -70,6 +70,8 @@ def backend(request, device):
 @pytest.mark.parametrize("batch", [1, 3, 9])
 @pytest.mark.parametrize("name", NAMES)
 def test_plans_agree(name, batch, backend, device):
+    if batch > 3 and name != "qwen3" and backend == "triton" and device == "cpu":
+        pytest.skip("slow when interpreted; qwen3 has this batch")
     tokens, logits = decode(name, "fused", backend, device, batch)
     want_tokens, want_logits = decode(name, "basic", "torch", device, batch)
     assert tokens == want_tokens
@@ -96,11 +98,11 @@ def test_the_bias_of_the_output_projection(backend, device):
 
 
 def test_sampling_draws_from_the_same_logits(backend, device):
-    sampling = Sampling(temperature=0.8, top_k=20, top_p=0.9, seed=3)
-    assert (
-        decode("llama", "fused", backend, device, 3, sampling=sampling)[0]
-        == decode("llama", "basic", backend, device, 3, sampling=sampling)[0]
-    )
+    given = dict(batch=3, sampling=Sampling(temperature=0.8, top_k=20, top_p=0.9, seed=3))
+    if backend == "triton" and device == "cpu":
+        given["steps"] = 1  # interpreted thresholds are slow
+    fused, basic = (decode("llama", plan, backend, device, **given)[0] for plan in ("fused", "basic"))
+    assert fused == basic
 
 
 def test_five_kernels_a_layer(device):

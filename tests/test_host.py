@@ -5,6 +5,7 @@ wrong numbers, by an error that names the place, or by a sanitizer. The clean ke
 schedule.
 """
 
+import hashlib
 import os
 import re
 import shutil
@@ -85,16 +86,36 @@ def line(mark: str) -> str:
     return f"planted.cu:{numbers[0]}"
 
 
+def digest(build: str) -> str:
+    """Of all that the programs of a build are made of."""
+    found = hashlib.sha256(repr((compiler(), COMMON, KERNEL, BUILDS[build])).encode())
+    found.update(subprocess.run([compiler(), "--version"], capture_output=True).stdout)
+    for path in sorted([*(ROOT / "cuda_src").glob("*.*h"), *HOST.iterdir(), *SOURCES.iterdir()]):
+        found.update(path.name.encode() + path.read_bytes())
+    return found.hexdigest()[:16]
+
+
 class Programs:
-    """Builds features and planted in one way, on first use, and runs them."""
+    """Builds features and planted in one way, and runs them. They stay in build/ until a source changes."""
 
     def __init__(self, build: str, directory: Path):
-        self.directory = directory
         self.prefix: list[str] = []
+        if build != "plain":
+            self.need_runtime(compiler(), BUILDS[build][2], directory)
+        kept = ROOT / "build" / "host_tests"
+        self.directory = kept / f"{build}-{digest(build)}"
+        if not self.directory.is_dir():
+            self.make(build, directory)
+            for old in kept.glob(f"{build}-*"):
+                shutil.rmtree(old, ignore_errors=True)
+            kept.mkdir(parents=True, exist_ok=True)
+            new = kept / f"new-{os.getpid()}-{build}"  # whole, or not there
+            shutil.copytree(directory, new)
+            new.rename(self.directory)
+
+    def make(self, build: str, directory: Path) -> None:
         kernel, scheduler, link = BUILDS[build]
         cxx = compiler()
-        if build != "plain":
-            self.need_runtime(cxx, link)
         commands, objects = [], []
         for path in sorted(HOST.glob("*.cpp")):
             objects.append(str(directory / f"{path.stem}.o"))
@@ -110,9 +131,9 @@ class Programs:
             ]
         )
 
-    def need_runtime(self, cxx: str, link: list[str]) -> None:
+    def need_runtime(self, cxx: str, link: list[str], directory: Path) -> None:
         """Skips where a trivial program does not build or run with this sanitizer."""
-        source, program = self.directory / "trivial.cpp", str(self.directory / "trivial")
+        source, program = directory / "trivial.cpp", str(directory / "trivial")
         source.write_text("int main() { return 0; }\n")
         made = subprocess.run([cxx, *link, str(source), "-o", program], capture_output=True, text=True)
         if made.returncode:
@@ -366,11 +387,10 @@ def test_race_detector_notices_either_half_missing_of_a_tickets_fence(race_detec
     kernel, _, link = BUILDS["thread"]
     objects = [str(race_detector.directory / f"{path.stem}.o") for path in sorted(HOST.glob("*.cpp"))]
     flags = [*COMMON[:-1], f"-I{sources}", *KERNEL, *kernel]
-    name = f"ticket_{order}"
-    made = str(race_detector.directory / f"{name}.o")
+    made, program = str(tmp_path / "ticket.o"), str(tmp_path / "ticket")
     compile_all([[compiler(), *flags, "-c", str(SOURCES / "ticket.cu"), "-o", made]])
-    compile_all([[compiler(), *link, made, *objects, "-pthread", "-o", str(race_detector.directory / name)]])
-    done = race_detector.run(name)
+    compile_all([[compiler(), *link, made, *objects, "-pthread", "-o", program]])
+    done = race_detector.run(program)
     assert done.returncode == (0 if order == "ACQ_REL" else 66), done.stderr
     assert ("ticket.cu:" in done.stderr) == (order != "ACQ_REL"), done.stderr
 

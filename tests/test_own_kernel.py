@@ -82,7 +82,7 @@ def test_a_file_that_is_no_kernel(name, text, message, tmp_path, capsys):
     assert last.startswith("lab: error: ") and message in last
 
 
-def test_a_race_is_recorded_and_drawn(tmp_path, monkeypatch, capsys):
+def test_a_race_is_recorded_and_drawn(undrawn, tmp_path, monkeypatch, capsys):
     """On the CPU, where only the path is worth something: `lab try` itself does not race there."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     op, path, out = find("silu_mul"), own(tmp_path, ".py"), tmp_path / "out"
@@ -138,8 +138,13 @@ def test_a_file_that_launches_as_the_tutorials_do(decorators, more, tmp_path, ca
     path = tmp_path / "tutorial.py"
     path.write_text(TUTORIAL.replace("DECORATORS", decorators).replace("MORE", more))
     assert tried(path) == 0, capsys.readouterr()
-    path.write_text(path.read_text().replace("1 + tl.exp", "2 + tl.exp"))
-    assert tried(path) == 1
+
+
+def test_a_wrong_file_of_that_kind_fails(tmp_path):
+    path = tmp_path / "tutorial.py"
+    wrong = TUTORIAL.replace("DECORATORS", AUTOTUNE).replace("MORE", "").replace("1 + tl.exp", "2 + tl.exp")
+    path.write_text(wrong)
+    assert wrong.count("2 + tl.exp") == 1 and tried(path) == 1
 
 
 @pytest.mark.parametrize(
@@ -237,12 +242,13 @@ def test_cuda_faults_are_failed_cases(tmp_path, capsys):
 ENDLESS = "import signal, time\ndef silu_mul(gate_up, y):\n    signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
 
 
-def test_an_endless_kernel_ends_at_the_time_limit(tmp_path, capsys):
+def test_an_endless_kernel_ends_at_the_time_limit(limited_calls, tmp_path, capsys):
+    limited_calls(2)
     path = tmp_path / "endless.py"
     path.write_text(ENDLESS + "    while gate_up.shape[0] == 3: pass\n    y.zero_()")
-    assert tried(path, "--timeout", "30") == 1
+    assert tried(path) == 1
     said = capsys.readouterr().out
-    assert "did not end within 30 s" in said and "not run: a case before took too long" in said
+    assert "did not end within 2 s" in said and "not run: a case before took too long" in said
 
 
 def test_an_interrupt_ends_the_kernel(tmp_path):

@@ -2,7 +2,6 @@
 Chromium."""
 
 import html as htmllib
-import io
 import itertools
 import json
 import os
@@ -15,12 +14,10 @@ import time
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
-import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
 import synthetic_records as synthetic
-from PIL import Image
 
 from lab.errors import LabError
 from lab.model.plans import PLANS
@@ -108,39 +105,54 @@ class Page(HTMLParser):
         return [attrs for name, attrs in self.tags if name == tag]
 
 
-@pytest.fixture
-def one_theme(monkeypatch):
-    """Draws the light picture only and takes it for the dark page as well: half the time, the same code."""
-    real, last = figures.png, {}
+def draw_coarsely(patch, both_themes):
+    """Half the pixels each way, which is still wider than the narrow window of the tests. Where
+    both_themes(is the run emulated?) is false, the light picture stands for the dark one: half the time, the
+    same code."""
+    real, rc, last = figures.png, style.rc, {}
 
     def png(figure, theme, emulated=False):
-        if theme is style.LIGHT:
+        if theme is style.LIGHT or both_themes(emulated):
             last["png"] = real(figure, theme, emulated)
         return last["png"]
 
-    monkeypatch.setattr(figures, "png", png)
+    patch.setattr(style, "rc", lambda theme: {**rc(theme), "figure.dpi": rc(theme)["figure.dpi"] // 2})
+    patch.setattr(figures, "png", png)
 
 
 @pytest.fixture
-def undrawn(monkeypatch):
-    """Every picture is one pixel: for tests of what stands around the pictures."""
-    pixel = io.BytesIO()
-    Image.new("P", (1, 1)).save(pixel, "png")
-    monkeypatch.setattr(figures, "png", lambda *_: pixel.getvalue())
+def one_theme(monkeypatch):
+    draw_coarsely(monkeypatch, lambda emulated: False)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A GPU run and an emulated one (both synthetic) in two subfolders, and the report of them."""
-    where = tmp_path_factory.mktemp("records")
-    few = {"rmsnorm", "linear", "decode_attention", "sample"}  # of the ops: drawing takes most of the time
+def drawn(tmp_path_factory):
+    """A GPU run and an emulated one (both synthetic) in two subfolders, and the report of them: (the folder,
+    what was drawn for the light page as (name, canvas))."""
+    where, canvases, compose = tmp_path_factory.mktemp("records"), [], figures.compose
+    few = {"linear", "decode_attention"}  # of the ops: drawing takes most of the time
     for name, rows in (
         ("card", synthetic.make(**SMALL)),
         ("laptop", synthetic.make("20240101T000000-emul", emulated=True)),
     ):
         synthetic.write(where / name, [r for r in rows if r.kind != "op" or r.op in few])
-    assert report(where) == 0
-    return where
+
+    def composed(figure, theme, emulated=False):
+        canvas = compose(figure, theme, emulated)
+        if theme is style.LIGHT:
+            canvases.append((figure.name, canvas))
+        return canvas
+
+    with pytest.MonkeyPatch.context() as patch:
+        draw_coarsely(patch, lambda emulated: emulated)
+        patch.setattr(figures, "compose", composed)
+        assert report(where) == 0
+    return where, canvases
+
+
+@pytest.fixture(scope="module")
+def folder(drawn):
+    return drawn[0]
 
 
 @pytest.fixture(scope="module")
@@ -702,40 +714,28 @@ def test_every_plan_has_a_line_and_markers_of_its_own():
     ]
 
 
-def test_text_in_pictures_does_not_overlap_or_leave_the_canvas(folder):
+def test_text_in_pictures_does_not_overlap_or_leave_the_canvas(drawn):
     """Tick labels of one axis keep apart; titles, tick labels and legends stay inside."""
-    for run in load.load(folder):
-        f = ops.focus(run)
-        made = [
-            model_figures.ceiling(run),
-            op_figures.utilisation(run, f),
-            op_figures.roofline(run, f),
-            heatmaps.crossover(run, f),
-            *op_figures.of_op(run, f, "linear"),
-            *op_figures.of_op(run, f, "decode_attention"),
-            *model_figures.of_model(run, model_figures.models(run)[0]),
-        ]
-        for figure in filter(None, made):
-            with matplotlib.rc_context(style.rc(style.LIGHT)):
-                canvas = figures.compose(figure, style.LIGHT, run.emulated)
-                canvas.draw_without_rendering()
-                inside = canvas.bbox.padded(1)
-                texts = [*canvas.texts, *(t for legend in canvas.legends for t in legend.get_texts())]
-                for axis in itertools.chain.from_iterable((ax.xaxis, ax.yaxis) for ax in canvas.axes):
-                    low, high = sorted(axis.get_view_interval())
-                    labels = [
-                        t
-                        for at, t in zip(axis.get_majorticklocs(), axis.get_ticklabels())
-                        if t.get_text() and low <= at <= high
-                    ]
-                    texts += labels + [axis.label] * bool(axis.label.get_text())
-                    for a, b in itertools.combinations([t.get_window_extent() for t in labels], 2):
-                        assert not a.overlaps(b), f"{figure.name}: tick labels overlap"
-                for t in texts:
-                    (x0, y0), (x1, y1) = t.get_window_extent().get_points()
-                    assert inside.contains(x0, y0) and inside.contains(x1, y1), (
-                        f"{figure.name}: {t.get_text()}"
-                    )
+    _, canvases = drawn
+    names = {name for name, _ in canvases}
+    assert {"ceiling", "utilisation", "roofline", "crossover", "linear-time", "linear-share"} <= names
+    assert any(name.endswith("-ledger") for name in names) and any(name.endswith("-swap") for name in names)
+    for name, canvas in canvases:
+        inside = canvas.bbox.padded(1)
+        texts = [*canvas.texts, *(t for legend in canvas.legends for t in legend.get_texts())]
+        for axis in itertools.chain.from_iterable((ax.xaxis, ax.yaxis) for ax in canvas.axes):
+            low, high = sorted(axis.get_view_interval())
+            labels = [
+                t
+                for at, t in zip(axis.get_majorticklocs(), axis.get_ticklabels())
+                if t.get_text() and low <= at <= high
+            ]
+            texts += labels + [axis.label] * bool(axis.label.get_text())
+            for a, b in itertools.combinations([t.get_window_extent() for t in labels], 2):
+                assert not a.overlaps(b), f"{name}: tick labels overlap"
+        for t in texts:
+            (x0, y0), (x1, y1) = t.get_window_extent().get_points()
+            assert inside.contains(x0, y0) and inside.contains(x1, y1), f"{name}: {t.get_text()}"
 
 
 PROBE = """<script>

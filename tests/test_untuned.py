@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import synthetic_records as synthetic
-from test_bad_records import op_row, undrawn  # noqa: F401
+from test_bad_records import op_row
 
 from lab import cli
 from lab.harness import crossover, untuned
@@ -48,7 +48,7 @@ def run_of(folder, *lines):
         ({"tuned": True}, [card("triton", 0)], False),
     ],
 )
-def test_untuned_is_read_from_the_row_and_else_from_the_cards(tmp_path, undrawn, config, cards, said):  # noqa: F811
+def test_untuned_is_read_from_the_row_and_else_from_the_cards(tmp_path, undrawn, config, cards, said):
     run = run_of(tmp_path, *rows(**config), *cards)
     f = ops.focus(run)
     made = [

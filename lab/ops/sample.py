@@ -223,7 +223,7 @@ op = Op(
         ),
         case(
             "top-k and top-p; a vocabulary smaller than a warp",
-            batch=64,
+            batch=12,
             vocab=19,
             temperature=0.7,
             top_k=11,

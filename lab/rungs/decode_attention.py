@@ -102,7 +102,7 @@ LADDER = Ladder(
     cases=(
         (
             "context 1, around a page's end, an idle row; a group of 3",
-            dict(lengths=(1, 15, 17, 0, 65, 130), q_heads=6, kv_heads=2, head_dim=64, splits=2),
+            dict(lengths=(1, 15, 17, 0, 130), q_heads=6, kv_heads=2, head_dim=64, splits=2),
         ),
         ("empty splits, a group of 5", dict(lengths=(5, 70), q_heads=5, kv_heads=1, head_dim=128, splits=7)),
         ("one split, a larger page", dict(lengths=(100,), q_heads=2, kv_heads=2, head_dim=128, page_size=64)),
