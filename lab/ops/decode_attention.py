@@ -198,12 +198,26 @@ def check_context(op, block_table, context_lens, k_cache):
 
 
 def inputs(
-    rand, lengths, q_heads, kv_heads, head_dim, page_size=16, splits=1, poison=False, sharp=1.0, mean=0.0
+    rand,
+    lengths,
+    q_heads,
+    kv_heads,
+    head_dim,
+    page_size=16,
+    splits=1,
+    poison=False,
+    sharp=1.0,
+    mean=0.0,
+    low=False,
 ):
     """poison: NaN and inf in every slot that holds no token. sharp: a factor of q, and so of the scores; 0
-    makes all weights equal. mean: the mean of v."""
+    makes all weights equal. mean: the mean of v. low: q above 0 and k below, so that every score is below
+    0."""
     q, _, _ = packed_qkv(rand, len(lengths), q_heads, kv_heads, head_dim)
     k_cache, v_cache, block_table = paged_cache(rand, lengths, kv_heads, head_dim, page_size)
+    if low:
+        q.abs_()
+        k_cache.abs_().neg_()
     if poison:
         poison_unused(lengths, lengths, k_cache, v_cache, block_table)
     context_lens = torch.tensor(lengths, dtype=torch.int32, device=rand.device)
@@ -352,6 +366,16 @@ op = Op(
             head_dim=128,
             page_size=64,
             poison=True,
+        ),
+        case(
+            "scores so far below 0 that their exponentials vanish unless the largest score is subtracted",
+            lengths=(1, 60, 300),
+            q_heads=4,
+            kv_heads=2,
+            head_dim=64,
+            splits=3,
+            sharp=40.0,
+            low=True,
         ),
         case(
             "scores whose exponentials overflow unless the largest score is subtracted",
