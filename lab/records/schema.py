@@ -27,18 +27,18 @@ GPU).
    "weight_bytes":2471000000,"kv_bytes":33554432,"workspace_bytes":1000000,"steady_bytes":2600000000,
    "peak_bytes":2700000000,"page_utilisation":0.98,"linearity":1.0}
 `ledger`: one line of the account of one decode step. row: kernel | chain (the time that a use adds to those
-  before it, where kernels overlap: lab/harness/ledger.py) | gap | unexplained | total (the graph-replayed token; the
-others add up to it) | swap (a whole token with `overrides`; `op` names what was swapped).
+  before it, where kernels overlap: lab/harness/ledger.py) | gap | unexplained | total (the token replayed
+  as one graph; the others add up to it) | swap (a whole token with `overrides`; `op` names what was swapped).
   {"schema":1,"kind":"ledger","run":"...","model":"llama-3.2-1b","backend":"cuda","plan":"basic","dtype":"bf16",
    "batch":1,"context":1024,"row":"kernel","order":3,"op":"linear","kernel":"linear_kernel","calls":65,"us":830.0,
    "bytes":2471000000,"gbps":2977.0,"of_ceiling":0.973,"of_token":0.755,"timer":"kineto"}
 `fairness`: what was spent on one side of a comparison (`lab inspect --all`), one line for each kernel of the
   call.
   {"schema":1,"kind":"fairness","run":"...","op":"linear","backend":"cuda","dtype":"bf16","arch":"sm_90a",
-   "shape":{"batch":1,"n":28672,"k":4096},"kernel":"linear_stream_kernel","configurations":12,"tried":40,"registers":96,
-   "spill_bytes":0,"shared_bytes":0,"threads":128,"occupancy":0.3125,"instructions":700,
-   "mix":{"global load, 128 bit":48,"fused multiply-add":256,"shuffle":20},"code_lines":210,"shared_lines":160,
-   "compile_s":41.5}
+   "shape":{"batch":1,"n":28672,"k":4096},"kernel":"linear_stream_kernel","configurations":12,"tried":40,
+   "registers":96,"spill_bytes":0,"shared_bytes":0,"threads":128,"occupancy":0.3125,"instructions":700,
+   "mix":{"global load, 128 bit":48,"fused multiply-add":256,"shuffle":20},"code_lines":210,
+   "shared_lines":160,"compile_s":41.5}
 
 `repeat`: two runs of one commit on one card, compared (`lab compare A B --record`): `share` of the `rows`
 were called faster or slower, each of them a false alarm.
@@ -359,7 +359,7 @@ def _text(value):
         return f"is {shown(value)}: it holds a NUL"
     try:
         value.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which no file and no terminal takes
+    except UnicodeEncodeError:  # a lone surrogate, which no file and no terminal takes
         return f"is {shown(value)}, which is no valid Unicode"
 
 
@@ -417,8 +417,8 @@ def _object(of=_json):
             if problem:
                 return f"has an entry {shown(name)} that {problem}"
 
-    # The same few shapes and settings stand in thousands of lines. 1, 1.0 and true are equal and so would share
-    # an answer: that is right where any JSON value may stand, and is not kept where only numbers may.
+    # The same few shapes and settings stand in thousands of lines. 1, 1.0 and true are equal and so share an
+    # answer: right where any JSON value may stand; where only numbers may, no answer is kept.
     known = functools.lru_cache(maxsize=4096)(problem_of) if of in (_json, _text) else problem_of
 
     def check(value):
@@ -539,9 +539,9 @@ def _schema(cls):
 SCHEMAS = {kind: _schema(cls) for kind, cls in KINDS.items()}
 
 
-# The lines of a bench name the same fields in the same order. So what depends on the names alone is worked out
-# once for all of them, and the values of a line are checked by a few calls for all texts, all whole numbers and
-# all other numbers at once. Where these find something, or cannot tell, the checks of the fields say what it is.
+# The lines of a bench name the same fields in the same order. So what depends on the names alone is worked
+# out once for all of them (_Layout), and all texts, all whole numbers and all other numbers of a line are
+# checked together. Where that finds something, or cannot tell, the check of each field says what it is.
 
 TEXT_TYPES = {str, str | None}
 WHOLE_TYPES = {int, int | None}
@@ -777,7 +777,7 @@ def no_collection():
 def _add_rows(found, lines, newer):
     """Adds what the lines of a file hold to its Records; returns how many were skipped as too new."""
     path, skipped = found.path, 0
-    scan = json.JSONDecoder().scan_once  # of a text that begins with a value: half the time of json.loads
+    scan = json.JSONDecoder().scan_once  # of a text that begins with a value: twice as fast as json.loads
     for number, line in enumerate(lines, 1):
         if not line or line.isspace():
             continue
