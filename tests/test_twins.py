@@ -147,5 +147,5 @@ def test_one_number_with_two_titles_is_an_error():
 def test_a_missing_kernel_is_one_line(tmp_path):
     (tmp_path / "cuda_src").mkdir()
     (tmp_path / "cuda_src" / "x.cu").write_text("// x: y\n")
-    with pytest.raises(LabError, match="x has no triton file"):
+    with pytest.raises(LabError, match="x has no Triton kernel"):
         twins.pair("x", tmp_path)

@@ -37,7 +37,7 @@ class Figure:
     command: str  # reproduces the records behind it
     height: float  # inches, without the title; a legend of one row included
     draw: Callable
-    wide: bool = False
+    places: tuple = ()  # of its axes and texts, once laid out; see png()
 
 
 def compose(figure, theme, emulated=False):
@@ -88,11 +88,26 @@ def compose(figure, theme, emulated=False):
 
 
 def png(figure, theme, emulated=False):
-    """The picture as PNG bytes, 1040 pixels wide."""
+    """The picture as PNG bytes, 1040 pixels wide.
+
+    A theme changes colours only. So the layout, which takes a third of the time, is found once for all themes.
+    """
     with matplotlib.rc_context(style.rc(theme)), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # a record may hold any character; the font draws a box
-        canvas = FigureCanvasAgg(compose(figure, theme, emulated))
+        drawing = compose(figure, theme, emulated)
+        canvas = FigureCanvasAgg(drawing)
+        if figure.places:
+            axes, texts = figure.places
+            drawing.set_layout_engine("none")
+            for ax, place in zip(drawing.axes, axes, strict=True):
+                ax.set_position(place)
+            for text, place in zip(drawing.texts, texts, strict=True):
+                text.set_position(place)
         canvas.draw()
+        figure.places = (
+            [ax.get_position() for ax in drawing.axes],
+            [text.get_position() for text in drawing.texts],
+        )
         drawn = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     small = io.BytesIO()
     drawn.quantize(128, dither=Image.Dither.NONE).save(small, "png", optimize=True)
