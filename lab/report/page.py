@@ -464,9 +464,11 @@ def cell(value):
     """A value of a table as text: thousands separated, four significant digits, a dash for nothing."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "–"
+    if isinstance(value, str):
+        return value
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, (int, float)):
         if math.isinf(value):
             return str(value)
         if value == int(value):
@@ -538,7 +540,7 @@ def _render(title, **context):
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    env.globals["frame"] = frame
+    env.globals |= {"frame": frame, "points": figures.POINTS}
     light, dark = twins.highlight_css()
     return env.get_template("page.html.j2").render(title=title, code_light=light, code_dark=dark, **context)
 
