@@ -315,10 +315,10 @@ def test_no_file_outside_the_project_gets_onto_the_page(tmp_path, undrawn, monke
     ]
     for op in names:
         for language in ("cuda", "triton"):
-            with pytest.raises(LabError, match="half"):
-                twins.half(language, op, root)
+            with pytest.raises(LabError, match="kernel"):
+                twins.source(language, op, root)
     monkeypatch.setattr(twins, "ROOT", root)
-    monkeypatch.setattr(twins.half, "__defaults__", (root,))
+    monkeypatch.setattr(twins.source, "__defaults__", (root,))
     write(
         tmp_path / "in",
         *[body(op=op, models=[op], us=5.0 + i) for i, op in enumerate(names)],

@@ -25,43 +25,43 @@ def test_steps_have_the_same_titles(op):
     assert len(cuda.titles) >= 2
     assert [step.number for step in cuda.steps.values()] == list(range(1, len(cuda.titles) + 1))
     # The parser sees what a plain search of the file sees.
-    for half in (cuda, triton):
-        assert set(half.titles) == set(TITLE.findall(half.path.read_text()))
+    for file in (cuda, triton):
+        assert set(file.titles) == set(TITLE.findall(file.path.read_text()))
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_every_step_says_something_and_has_code(op):
-    for half in twins.pair(op):
-        for step in half.steps.values():
+    for file in twins.pair(op):
+        for step in file.steps.values():
             assert step.chunks and all(c.text for c in step.chunks), (
-                f"{half.name}: step {step.number} has no text"
+                f"{file.name}: step {step.number} has no text"
             )
-            assert any(c.lines for c in step.chunks), f"{half.name}: step {step.number} has no code"
+            assert any(c.lines for c in step.chunks), f"{file.name}: step {step.number} has no code"
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_the_header_names_formula_traffic_contract_and_twin(op):
     cuda, triton = twins.pair(op)
-    for half, other in ((cuda, triton), (triton, cuda)):
-        assert half.header.startswith(f"{op}:")
+    for file, other in ((cuda, triton), (triton, cuda)):
+        assert file.header.startswith(f"{op}:")
         for word in ("mapping", "traffic", f"lab/ops/{op}.py", other.name):
-            assert word in half.header, f"{half.name} does not say {word!r} at its top"
+            assert word in file.header, f"{file.name} does not say {word!r} at its top"
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_no_line_of_a_file_is_lost(op):
     """Header, chunks and step comments together are the file."""
-    for half in twins.pair(op):
-        lines = half.path.read_text().splitlines()
-        for chunk in [*half.around, *(c for s in half.steps.values() for c in s.chunks)]:
+    for file in twins.pair(op):
+        lines = file.path.read_text().splitlines()
+        for chunk in [*file.around, *(c for s in file.steps.values() for c in s.chunks)]:
             assert lines[chunk.first - 1 : chunk.first - 1 + len(chunk.lines)] == chunk.lines
         shown = {
             n
-            for c in [*half.around, *(c for s in half.steps.values() for c in s.chunks)]
+            for c in [*file.around, *(c for s in file.steps.values() for c in s.chunks)]
             for n in range(c.first, c.first + len(c.lines))
         }
         code = [n for n, line in enumerate(lines, 1) if line.strip() and not twins.COMMENT.match(line)]
-        header = twins._header(half.language, lines)[1]
+        header = twins._header(file.language, lines)[1]
         assert [n for n in code if n not in shown and n > header] == []
 
 
@@ -70,13 +70,13 @@ def test_rungs_have_the_same_titles_in_both_languages_and_in_the_table(op):
     cuda, triton, rows = twins.ladder(op)
     assert [row.title for row in rows] == [rung.title for rung in rungs.rungs(op)]
     for rung, row in zip(rungs.rungs(op), rows):
-        for half, step, missing in zip((cuda, triton), row.steps, row.missing):
-            if rung.own_kernel or half.language in rung.absent:
+        for file, step, missing in zip((cuda, triton), row.steps, row.missing):
+            if rung.own_kernel or file.language in rung.absent:
                 assert step is None and missing.endswith(".")
                 continue
             assert f"{step.number}. {step.title}" == rung.title
             (chunk,) = step.chunks
-            assert chunk.text and (chunk.lines or chunk.below in cuda.titles), f"{half.name}: {rung.title}"
+            assert chunk.text and (chunk.lines or chunk.below in cuda.titles), f"{file.name}: {rung.title}"
 
 
 def test_a_rung_ends_with_its_kernel_or_where_the_next_begins():
@@ -100,9 +100,9 @@ int shared();
 __global__ void b_kernel(int n) {
 }
 """
-    half = twins.cut("cuda", twins.Path("cuda_src/ladder/x.cu"), text.splitlines())
-    tile, plain, fast = (step.chunks[0] for step in half.steps.values())
-    assert half.name == "cuda_src/ladder/x.cu"
+    file = twins.cut("cuda", twins.Path("cuda_src/ladder/x.cu"), text.splitlines())
+    tile, plain, fast = (step.chunks[0] for step in file.steps.values())
+    assert file.name == "cuda_src/ladder/x.cu"
     assert (tile.kernel, tile.text, tile.lines[0], tile.lines[-1]) == (
         "a_kernel",
         "a type first and a kernel.",
@@ -111,7 +111,7 @@ __global__ void b_kernel(int n) {
     )
     assert (plain.lines, plain.text, plain.below) == ([], "in words.", "3. Fast")
     assert (fast.kernel, fast.below, len(fast.lines)) == ("b_kernel", "", 2)
-    assert half.around[1].lines == ["// For rungs 2 and 3.", "int shared();"]
+    assert file.around[1].lines == ["// For rungs 2 and 3.", "int shared();"]
 
 
 def test_a_file_with_two_kernels_gives_a_chunk_for_each():
@@ -131,12 +131,12 @@ __global__ void b_kernel(int n) {
 
 void x() { launch(a_kernel); }
 """
-    half = twins.cut("cuda", twins.Path("x.cu"), text.splitlines())
-    assert [(c.kernel, c.text, c.lines) for c in half.steps[1].chunks] == [
+    file = twins.cut("cuda", twins.Path("x.cu"), text.splitlines())
+    assert [(c.kernel, c.text, c.lines) for c in file.steps[1].chunks] == [
         ("a_kernel", "here and there.", ["  int i = 0;", "}"]),
         ("b_kernel", "elsewhere.", ["  int j = 0;", "}"]),
     ]
-    assert half.around[-1].lines == ["void x() { launch(a_kernel); }"]
+    assert file.around[-1].lines == ["void x() { launch(a_kernel); }"]
 
 
 def test_one_number_with_two_titles_is_an_error():
@@ -144,8 +144,8 @@ def test_one_number_with_two_titles_is_an_error():
         twins.cut("triton", twins.Path("x.py"), ["    # 1. Locate: a", "    i = 0", "    # 1. Load: b"])
 
 
-def test_a_missing_half_is_one_line(tmp_path):
+def test_a_missing_kernel_is_one_line(tmp_path):
     (tmp_path / "cuda_src").mkdir()
     (tmp_path / "cuda_src" / "x.cu").write_text("// x: y\n")
-    with pytest.raises(LabError, match="x has no triton half"):
+    with pytest.raises(LabError, match="x has no Triton kernel"):
         twins.pair("x", tmp_path)

@@ -27,18 +27,18 @@ GPU).
    "weight_bytes":2471000000,"kv_bytes":33554432,"workspace_bytes":1000000,"steady_bytes":2600000000,
    "peak_bytes":2700000000,"page_utilisation":0.98,"linearity":1.0}
 `ledger`: one line of the account of one decode step. row: kernel | chain (the time that a use adds to those
-before it,
-where kernels overlap: lab/harness/ledger.py) | gap | unexplained | total (the graph-replayed token; the
-others add up to it) | swap (a whole token with `overrides`; `op` names what was swapped).
+  before it, where kernels overlap: lab/harness/ledger.py) | gap | unexplained | total (the token replayed
+  as one graph; the others add up to it) | swap (a whole token with `overrides`; `op` names what was swapped).
   {"schema":1,"kind":"ledger","run":"...","model":"llama-3.2-1b","backend":"cuda","plan":"basic","dtype":"bf16",
    "batch":1,"context":1024,"row":"kernel","order":3,"op":"linear","kernel":"linear_kernel","calls":65,"us":830.0,
    "bytes":2471000000,"gbps":2977.0,"of_ceiling":0.973,"of_token":0.755,"timer":"kineto"}
 `fairness`: what was spent on one side of a comparison (`lab inspect --all`), one line for each kernel of the
   call.
   {"schema":1,"kind":"fairness","run":"...","op":"linear","backend":"cuda","dtype":"bf16","arch":"sm_90a",
-   "shape":{"batch":1,"n":28672,"k":4096},"kernel":"linear_stream_kernel","configurations":12,"tried":40,"registers":96,
-   "spill_bytes":0,"shared_bytes":0,"threads":128,"occupancy":0.3125,"instructions":700, "mix":{"global load,
-   128 bit":48,"fused multiply-add":256,"shuffle":20},"code_lines":210,"shared_lines":160, "compile_s":41.5}
+   "shape":{"batch":1,"n":28672,"k":4096},"kernel":"linear_stream_kernel","configurations":12,"tried":40,
+   "registers":96,"spill_bytes":0,"shared_bytes":0,"threads":128,"occupancy":0.3125,"instructions":700,
+   "mix":{"global load, 128 bit":48,"fused multiply-add":256,"shuffle":20},"code_lines":210,
+   "shared_lines":160,"compile_s":41.5}
 
 `repeat`: two runs of one commit on one card, compared (`lab compare A B --record`): `share` of the `rows`
 were called faster or slower, each of them a false alarm.
@@ -56,6 +56,7 @@ no record at all (not JSON, an unknown kind or field, a field missing) is an err
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import json
 import operator
@@ -358,7 +359,7 @@ def _text(value):
         return f"is {shown(value)}: it holds a NUL"
     try:
         value.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which no file and no terminal takes
+    except UnicodeEncodeError:  # a lone surrogate, which no file and no terminal takes
         return f"is {shown(value)}, which is no valid Unicode"
 
 
@@ -410,6 +411,16 @@ SIGNED = _number(False, -LARGEST)
 def _object(of=_json):
     """The check of an object (dict) whose values pass `of`."""
 
+    def problem_of(items):
+        for name, inner in items:
+            problem = _text(name) or (of(inner, 1) if of is _json else of(inner))
+            if problem:
+                return f"has an entry {shown(name)} that {problem}"
+
+    # The same few shapes and settings stand in thousands of lines. 1, 1.0 and true are equal and so share an
+    # answer: right where any JSON value may stand; where only numbers may, no answer is kept.
+    known = functools.lru_cache(maxsize=4096)(problem_of) if of in (_json, _text) else problem_of
+
     def check(value):
         if type(value) is not dict:
             return f"is {shown(value)}, not an object"
@@ -417,10 +428,10 @@ def _object(of=_json):
             return None
         if len(value) > LONGEST:
             return f"has {len(value)} entries, more than {LONGEST}"
-        for name, inner in value.items():
-            problem = _text(name) or (of(inner, 1) if of is _json else of(inner))
-            if problem:
-                return f"has an entry {shown(name)} that {problem}"
+        try:
+            return known(tuple(value.items()))
+        except TypeError:  # it holds a list or an object, which cannot be looked up
+            return problem_of(value.items())
 
     return check
 
@@ -431,7 +442,10 @@ def _list(of):
             return f"is {shown(value)}, not a list"
         if len(value) > LONGEST:
             return f"has {len(value)} entries, more than {LONGEST}"
-        return next((f"has an entry that {problem}" for problem in map(of, value) if problem), None)
+        for inner in value:
+            problem = of(inner)
+            if problem:
+                return f"has an entry that {problem}"
 
     return check
 
@@ -487,10 +501,10 @@ def _signs(record):
 class _Schema:
     """What from_dict and key need to know of a kind of record."""
 
+    cls: type
     checks: dict  # field -> check of a value that is not null
     optional: set  # fields that may be null
-    defaults: dict  # field -> value, where it may be absent
-    makers: dict  # the same where the value is an object or a list of its own -> what makes one
+    makers: dict  # field -> what makes its value where it is absent and an object or a list of its own
     required: set
     identity: object  # record -> the values of key_fields
     unhashable: list  # which of these are lists or objects
@@ -505,12 +519,12 @@ def _schema(cls):
     fields = {f.name: f for f in dataclasses.fields(cls)}
     optional = {name for name, f in fields.items() if types.NoneType in typing.get_args(f.type)}
     return _Schema(
+        cls,
         {
             name: _check_of(_without_none(f.type) if name in optional else f.type, name)
             for name, f in fields.items()
         },
         optional,
-        {n: f.default for n, f in fields.items() if f.default is not dataclasses.MISSING},
         {n: f.default_factory for n, f in fields.items() if f.default_factory is not dataclasses.MISSING},
         {n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING},
         operator.attrgetter(*cls.key_fields, "run"),  # with "run" always a tuple
@@ -525,6 +539,102 @@ def _schema(cls):
 SCHEMAS = {kind: _schema(cls) for kind, cls in KINDS.items()}
 
 
+# The lines of a bench name the same fields in the same order. So what depends on the names alone is worked
+# out once for all of them (_Layout), and all texts, all whole numbers and all other numbers of a line are
+# checked together. Where that finds something, or cannot tell, the check of each field says what it is.
+
+TEXT_TYPES = {str, str | None}
+WHOLE_TYPES = {int, int | None}
+NUMBER_TYPES = {float, float | None}
+A_NUMBER = frozenset((int, float))
+A_WHOLE_NUMBER = frozenset((int,))
+
+
+@dataclass
+class _Layout:
+    """What is known of a line from its kind and the names of its fields."""
+
+    schema: _Schema
+    texts: object  # decoded line -> the values of the fields that hold a text
+    wholes: object  # ... a whole number; None where the line has none
+    numbers: object  # ... a number; None where the line has none
+    times: object  # ... a time that must be above zero; None where the line has none
+    others: list  # [(field, check)] of the remaining fields
+    spread: bool  # whether both us_p10 and us_p90 are there
+    makers: (
+        list  # [(field, what makes its value)] of the fields that are absent and do not have a plain default
+    )
+
+
+def _getter(names):
+    """decoded line -> a tuple of these fields' values; None for no names."""
+    names = list(names)
+    return operator.itemgetter(*names, *names[:1]) if names else None  # of two names or more: always a tuple
+
+
+@functools.lru_cache(maxsize=1024)
+def _layout(kind, keys):
+    """The _Layout of lines of a kind with these members. Raises LabError for an unknown field, or a missing
+    one."""
+    schema = SCHEMAS[kind]
+    names = tuple(name for name in keys if name not in ("schema", "kind"))
+    unknown, missing = sorted(set(names) - schema.checks.keys()), sorted(schema.required - set(names))
+    if unknown or missing:
+        raise LabError(
+            f"a {kind} record with "
+            + " and ".join(
+                f"{what} {shown(', '.join(found), quotes=False)}"
+                for what, found in (("unknown", unknown), ("no", missing))
+                if found
+            )
+        )
+    annotations = {f.name: f.type for f in dataclasses.fields(schema.cls)}
+
+    def of(annotated):
+        return [name for name in names if annotations[name] in annotated and name != "batch"]
+
+    texts, wholes, numbers = of(TEXT_TYPES), of(WHOLE_TYPES), of(NUMBER_TYPES)
+    return _Layout(
+        schema,
+        _getter(texts),
+        _getter(wholes),
+        _getter(numbers),
+        _getter(name for name in names if name in TIMES),
+        [(name, schema.checks[name]) for name in names if name not in {*texts, *wholes, *numbers}],
+        {"us_p10", "us_p90"} <= set(names),
+        [(name, make) for name, make in schema.makers.items() if name not in names],
+    )
+
+
+def _surely_right(layout, body):
+    """True: every value of the line passes its check, and _signs the record. False: they may do so, too."""
+    try:
+        text = "".join(layout.texts(body))
+        if not (text.isascii() and len(text) < LONGEST and "\0" not in text):
+            return False
+        # The sum of numbers that are not below zero is no smaller than any of them, and NaN with a NaN.
+        if layout.wholes:
+            values = layout.wholes(body)
+            if not (A_WHOLE_NUMBER.issuperset(map(type, values)) and min(values) >= 0):
+                return False
+            if not sum(values) < LARGEST:
+                return False
+        if layout.numbers:
+            values = layout.numbers(body)
+            if not (A_NUMBER.issuperset(map(type, values)) and min(values) >= 0 and sum(values) < LARGEST):
+                return False
+        if layout.times and min(layout.times(body)) < SHORTEST:
+            return False
+        if layout.spread and body["us_p10"] > body["us_p90"]:
+            return False
+        for name, check in layout.others:
+            if check(body[name]):
+                return False
+    except (TypeError, OverflowError):  # a null, a text in the place of a number, an integer of 400 digits
+        return False
+    return True
+
+
 def from_dict(body):
     """A record from a decoded line.
 
@@ -535,8 +645,7 @@ def from_dict(body):
     """
     if type(body) is not dict:
         raise LabError("not a record: expected a JSON object")
-    values = dict(body)
-    schema, kind = values.pop("schema", None), values.pop("kind", None)
+    schema, kind = body.get("schema"), body.get("kind")
     if type(schema) is not int or schema < 1:
         raise LabError(f"not a record: no schema version (got {shown(schema)})")
     if schema > SCHEMA:
@@ -545,32 +654,22 @@ def from_dict(body):
         )
     if type(kind) is not str or kind not in KINDS:
         raise LabError(f"unknown kind {shown(kind)}: expected one of {', '.join(KINDS)}")
-    known = SCHEMAS[kind]
-    if not (values.keys() <= known.checks.keys() and known.required <= values.keys()):
-        unknown, missing = sorted(values.keys() - known.checks.keys()), sorted(known.required - values.keys())
-        raise LabError(
-            f"a {kind} record with "
-            + " and ".join(
-                f"{what} {shown(', '.join(names), quotes=False)}"
-                for what, names in (("unknown", unknown), ("no", missing))
-                if names
-            )
-        )
-    checks = known.checks
-    for name, value in values.items():
-        problem = checks[name](value) if value is not None or name not in known.optional else None
+    layout = _layout(kind, tuple(body))
+    record = object.__new__(layout.schema.cls)  # __init__ would cost as much as all else here
+    # What has a plain default and is absent is found in the class, where @dataclass leaves the defaults.
+    values = record.__dict__ = body.copy()
+    del values["schema"], values["kind"]
+    if not _surely_right(layout, body):
+        checks, optional = layout.schema.checks, layout.schema.optional
+        for name, value in values.items():
+            problem = checks[name](value) if value is not None or name not in optional else None
+            if problem:
+                raise BadValue(f"{name} {problem}")
+        problem = _signs(record)
         if problem:
-            raise BadValue(f"{name} {problem}")
-    for name, make in known.makers.items():
-        if name not in values:
-            values[name] = make()
-    record = object.__new__(
-        KINDS[kind]
-    )  # __init__ with its 30 keywords takes most of the time of a long file
-    record.__dict__ = {**known.defaults, **values}
-    problem = _signs(record)
-    if problem:
-        raise BadValue(problem)
+            raise BadValue(problem)
+    for name, make in layout.makers:
+        values[name] = make()
     return record
 
 
@@ -678,7 +777,7 @@ def no_collection():
 def _add_rows(found, lines, newer):
     """Adds what the lines of a file hold to its Records; returns how many were skipped as too new."""
     path, skipped = found.path, 0
-    scan = json.JSONDecoder().scan_once  # of a text that begins with a value: half the time of json.loads
+    scan = json.JSONDecoder().scan_once  # of a text that begins with a value: twice as fast as json.loads
     for number, line in enumerate(lines, 1):
         if not line or line.isspace():
             continue

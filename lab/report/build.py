@@ -4,9 +4,10 @@ DIR."""
 import sys
 from pathlib import Path
 
-from lab.errors import LabError
+from lab.errors import LabError, shown
 from lab.files import is_there, read_text, write_whole
 
+RUNS = 6  # of one page: each takes seconds to draw, and a browser has to hold all of their pictures
 DRAWN = ".drawn-by-lab-report"  # what the last report wrote into figures/, so that the next can clear it away
 
 
@@ -15,7 +16,9 @@ def add_arguments(parser):
     parser.add_argument(
         "--out", metavar="DIR", help="where to write index.html, README.md and figures/ (default: DIR)"
     )
-    parser.add_argument("--run", metavar="ID", help="draw only this run (default: all, newest first)")
+    parser.add_argument(
+        "--run", metavar="ID", help=f"draw only this run (default: the newest {RUNS}, newest first)"
+    )
 
 
 def main(args):
@@ -38,6 +41,16 @@ def report(folder, out=None, only=None):
         runs = [r for r in runs if r.id == only]
         if not runs:
             raise LabError(f"no run {only!r} in {source}: it has {', '.join(ids)}")
+    runs, older = runs[:RUNS], [r.id for r in runs[RUNS:]]
+    if older:
+        runs[0].notices.append(
+            load.Notice(
+                "note",
+                f"{len(older)} older runs are not drawn: `lab report DIR --run ID` draws one of them "
+                f"({', '.join(shown(name, quotes=False) for name in older[:20])}"
+                + (", and others)." if len(older) > 20 else ")."),
+            )
+        )
     if out:
         out = Path(out)
     else:

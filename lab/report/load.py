@@ -96,9 +96,9 @@ class Run:
     @property
     def emulated(self):
         """True when nothing in the run was timed on a GPU."""
-        rows = [emulated for f in (self.op, self.model, self.ledger) for emulated in f["emulated"]]
-        if rows:
-            return all(rows)
+        frames = [f["emulated"] for f in (self.op, self.model, self.ledger) if len(f)]
+        if frames:
+            return all(bool(emulated.all()) for emulated in frames)
         return self.env is not None and self.env.device != "cuda"
 
     @property

@@ -19,6 +19,7 @@ from lab.report.figures import (
     short,
     spread,
     table,
+    thinned,
     times,
     unit,
     with_share,
@@ -26,6 +27,7 @@ from lab.report.figures import (
 from lab.report.ops import chosen, first_of, in_order, labelled, of_model, score, score_words
 
 PANELS = 8  # of one picture
+DOTS = 500  # of one backend in the roofline
 COLUMNS = "case backend tuning batch context us us_p10 us_p90 n bytes gbps share"
 
 
@@ -106,6 +108,7 @@ def roofline(run, f):
         low=tera / rows["us_p90"],
         high=tera / rows["us_p10"],
     )
+    crowded = rows["backend"].value_counts().max() > DOTS
     roof = run.best_ceiling() / 1e3  # TB/s: Tflop/s at 1 flop/byte
 
     def draw(canvas, theme):
@@ -115,7 +118,7 @@ def roofline(run, f):
         ax.plot(x, roof * x, color=theme.ink, linewidth=1.2)
         ax.fill_between(x, roof * x, roof * x * 100, color=theme.grid, alpha=0.5, linewidth=0)
         for name in style.backend_order(rows["backend"]):
-            mine, look = rows[rows["backend"] == name], style.backend(name)
+            mine, look = thinned(rows[rows["backend"] == name], DOTS), style.backend(name)
             ax.errorbar(
                 mine["intensity"],
                 mine["tflops"],
@@ -156,7 +159,8 @@ def roofline(run, f):
         "through DRAM "
         "can lie in the grey. The vertical distance to the line is what is left to gain. Each op runs from "
         f"batch {amount(rows['batch'].min())} to {amount(rows['batch'].max())}. The arithmetic peak was not "
-        "measured and is not drawn; ops that only move data have no place here.",
+        "measured and is not drawn; ops that only move data have no place here."
+        + (f" Of each backend {DOTS} points at most are drawn, evenly chosen." if crowded else ""),
         alt=f"Roofline on log axes: {len(rows)} points of {names(rows['backend'])} below the line of the "
         "bandwidth.",
         table=table(rows, "case backend tuning batch intensity tflops us us_p10 us_p90 n gbps share"),

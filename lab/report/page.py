@@ -313,16 +313,16 @@ def _or_missing(view):
 def side_by_side(cuda, triton, rows, title):
     """Rows of lab.report.twins as the template shows them."""
 
-    def side(half, step, missing):
+    def side(file, step, missing):
         return {
-            "label": style.backend(half.language).label,
+            "label": style.backend(file.language).label,
             "missing": missing,
-            "chunks": _chunks(half, step.chunks if step else []),
+            "chunks": _chunks(file, step.chunks if step else []),
         }
 
     return {
         "title": title,
-        "halves": [
+        "sides": [
             {
                 "label": style.backend(h.language).label,
                 "name": h.name,
@@ -336,14 +336,14 @@ def side_by_side(cuda, triton, rows, title):
             {
                 "title": row.title,
                 "intro": row.intro,
-                "halves": list(map(side, (cuda, triton), row.steps, row.missing)),
+                "sides": list(map(side, (cuda, triton), row.steps, row.missing)),
             }
             for row in rows
         ],
     }
 
 
-def _chunks(half, chunks):
+def _chunks(file, chunks):
     return [
         {
             "first": c.first,
@@ -351,7 +351,7 @@ def _chunks(half, chunks):
             "kernel": c.kernel,
             "text": c.text,
             "below": c.below,
-            "html": twins.highlight(half.language, textwrap.dedent(c.code)),
+            "html": twins.highlight(file.language, textwrap.dedent(c.code)),
         }
         for c in chunks
         if c.lines or c.text
@@ -464,9 +464,11 @@ def cell(value):
     """A value of a table as text: thousands separated, four significant digits, a dash for nothing."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "–"
+    if isinstance(value, str):
+        return value
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, (int, float)):
         if math.isinf(value):
             return str(value)
         if value == int(value):
@@ -538,7 +540,7 @@ def _render(title, **context):
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    env.globals["frame"] = frame
+    env.globals |= {"frame": frame, "points": figures.POINTS}
     light, dark = twins.highlight_css()
     return env.get_template("page.html.j2").render(title=title, code_light=light, code_dark=dark, **context)
 

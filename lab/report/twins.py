@@ -56,7 +56,7 @@ class Step:
 
 
 @dataclass
-class Half:
+class Source:
     """One language's file: what it says at its top, its steps by number, and the code around them."""
 
     language: str  # cuda | triton
@@ -94,22 +94,23 @@ def known_ops(root=ROOT):
     return sorted(found, key=lambda n: (style.part_order(n), n))
 
 
-def half(language, op, root=ROOT):
+def source(language, op, root=ROOT):
     """The file of an op, or of a ladder ("ladder/linear"), in a language. Raises LabError when it is not
     there."""
     folder, ending = FOLDERS[language]
+    label = style.backend(language).label
     if not NAME.fullmatch(op):  # of a record, from anywhere: no path out of the project
-        raise LabError(f"{shown(op, quotes=False)} has no {language} half: that is no name of an op")
+        raise LabError(f"{shown(op, quotes=False)} has no {label} kernel: that is no name of an op")
     path = root / folder / (op + ending)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
-        raise LabError(f"{op} has no {language} half: {path} does not exist") from None
+        raise LabError(f"{op} has no {label} kernel: {path} does not exist") from None
     return cut(language, path, lines)
 
 
 def cut(language, path, lines):
-    """A Half from the lines of a file."""
+    """A Source from the lines of a file."""
     header, begin = _header(language, lines)
     steps, around, kernel, order = {}, [Chunk(begin + 1, [])], "", []
     chunk, ended, i = around[0], False, begin
@@ -155,7 +156,7 @@ def cut(language, path, lines):
     around = [c.trimmed() for c in around if any(line.strip() for line in c.lines)]
     for step in steps.values():
         step.chunks = [c.trimmed() for c in step.chunks]
-    return Half(language, path, header, dict(sorted(steps.items())), around, len(lines))
+    return Source(language, path, header, dict(sorted(steps.items())), around, len(lines))
 
 
 def _leaves(language, line):
@@ -176,8 +177,8 @@ def _header(language, lines):
 
 
 def pair(op, root=ROOT):
-    """(CUDA half, Triton half) of an op. Raises LabError naming the file that is missing."""
-    return half("cuda", op, root), half("triton", op, root)
+    """(CUDA's Source, Triton's Source) of an op. Raises LabError naming the file that is missing."""
+    return source("cuda", op, root), source("triton", op, root)
 
 
 def rows(cuda, triton):
@@ -193,17 +194,19 @@ def rows(cuda, triton):
 
 
 def ladder(op, root=ROOT):
-    """(CUDA half, Triton half, [Row]) of an op's ladder, the lowest rung first; LabError for an op without
-    one."""
+    """(CUDA's Source, Triton's Source, [Row]) of an op's ladder, the lowest rung first.
+
+    Raises LabError for an op without one.
+    """
     climbed = rungs.rungs(op)
     cuda, triton = pair(f"ladder/{op}", root)
 
-    def missing(half, rung):
+    def missing(file, rung):
         if rung.own_kernel:
-            return f"The op itself: {FOLDERS[half.language][0]}/{half.path.name}."
+            return f"The op itself: {FOLDERS[file.language][0]}/{file.path.name}."
         return (
-            f"No such rung in {style.backend(half.language).label}: "
-            f"{rung.absent.get(half.language, 'not written.')}"
+            f"No such rung in {style.backend(file.language).label}: "
+            f"{rung.absent.get(file.language, 'not written.')}"
         )
 
     def said(rung):
