@@ -171,7 +171,7 @@ def kernel_units(command: list[str]) -> list[Unit]:
 
 
 def bindings(cxx: list[str], name: str, flags: list[str]) -> Unit:
-    """The pybind11 half, which is the same for both modules but for their name; one object per Python."""
+    """What Python calls, by pybind11: the same for both modules but for their name; one object per Python."""
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     command = [
         *cxx,
@@ -198,7 +198,7 @@ def host_module() -> Module:
     instrument = (
         [] if sanitizer == "none" else ["-g", "-O1", "-fno-omit-frame-pointer", f"-fsanitize={sanitizer}"]
     )
-    # The race detector must not see the scheduler's own switching: that half is told about it instead.
+    # The race detector must not see how the scheduler switches threads: host/*.cpp tells it of each switch.
     scheduler = ["-g", "-DLAB_HOST_TSAN"] if sanitizer == "thread" else instrument
     common = [*cxx, "-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread"]
     # -O2 and -O3 take 1.6 and 3 times as long to compile, and decode no faster.

@@ -224,13 +224,13 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
     for (int step = 0; step <= 4 * a.layers; ++step) {
       const int i = step / 4;
       const StepPhase phase = phase_at(step);
-      if (phase == kO) attention.send(ring, i);
+      if (phase == kO) attention.issue(ring, i);
       // The norms' weights are few bytes, but without the prefetch each would be a wait for DRAM.
       if (phase == kQkv && blockIdx.x == 0 && i + 1 < a.layers) {
         bulk_prefetch_l2(layers[i + 1].attn_norm, a.hidden * sizeof(T));
         bulk_prefetch_l2(layers[i + 1].mlp_norm, a.hidden * sizeof(T));
       }
-      ring.send(matrix_of(i, phase));
+      ring.issue(matrix_of(i, phase));
     }
     return;
   }
@@ -318,7 +318,7 @@ void decode_step(const DecodeStepArgs& a) {
       const int fixed = int(sizeof(StepSmem<T, D>)) + a.sizes.hidden * int(sizeof(T)) + row_bytes +
                         a.sizes.layers * int(sizeof(StepLayer<T>));
       const int tiles = std::min(kMostTiles, (most_shared_bytes() - fixed) / kTileBytes);
-      if (tiles < kMoreUnderWay) {
+      if (tiles < kMostInFlight) {
         throw std::invalid_argument(
             "decode_step: rows of " + std::to_string(longest) +
             " elements leave this GPU's shared memory no room for tiles (use --plan fused)");

@@ -177,9 +177,12 @@ def check_cases(op, name, function, dtype_name, cases, device, seed) -> int:
     outcomes = [(c, check_case(op, function, Rand(device, DTYPES[dtype_name], seed), c.sizes)) for c in cases]
     wrong = [(c, outcome) for c, outcome in outcomes if outcome.error]
     used = max(outcome.used for _, outcome in outcomes)
-    say = "FAILED" if wrong else "exact" if used == 0 else f"{used:.0%} of the tolerance used"
     from lab.ops import OPS
 
+    if wrong:
+        say = "FAILED"
+    else:
+        say = f"{used:.0%} of the tolerance used" if used else "exact"
     right = f"{len(cases) - len(wrong)}/{len(cases)} cases"
     print(f"{op.name:{max(len(o.name) for o in OPS)}} {dtype_name:4} {name:6} {right:13} {say}", flush=True)
     for c, outcome in wrong:
@@ -244,15 +247,12 @@ def check_all(args, chosen, backends, wanted, device, stack) -> int:
         from lab import rungs
         from lab.learn import ladder_check
 
-        halves = [name for name in backends if name in rungs.BACKENDS]
-        if not halves:
+        languages = [name for name in backends if name in rungs.BACKENDS]
+        if not languages:
             raise LabError(f"nothing to check: ladders exist in {' and '.join(rungs.BACKENDS)}")
-        functions = {name: functions_of(name, module="lab.ladder", backend=name) for name in halves}
-        return (
-            1
-            if ladder_check.check(args.op or rungs.OPS, functions, wanted, device, args.seed, args.quick)
-            else 0
-        )
+        functions = {name: functions_of(name, module="lab.ladder", backend=name) for name in languages}
+        failed = ladder_check.check(args.op or rungs.OPS, functions, wanted, device, args.seed, args.quick)
+        return 1 if failed else 0
     functions = {name: functions_of(name, backend=name) for name in backends}
     failed = ran = 0
     for op in chosen:

@@ -20,7 +20,7 @@ from lab.records import schema
 
 
 def cuda_missing():
-    """Why the CUDA half cannot be looked at here, or None."""
+    """Why the CUDA kernels cannot be looked at here, or None."""
     try:
         extension.load("_cuda")
     except LabError as error:
@@ -140,7 +140,7 @@ def test_every_op_can_be_looked_at(op, backend):
     try:
         found = look(op, backend, "fp32" if op == "sample" else "bf16")
     except ModuleNotFoundError:
-        pytest.skip(f"{op} has no {backend} half yet")
+        pytest.skip(f"{op} has no {backend} kernel yet")
     assert found and all(k.mix["all"] > 10 and k.spills == 0 for k in found)
 
 

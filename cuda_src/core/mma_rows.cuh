@@ -92,10 +92,10 @@ struct MmaRows {
       meet();
       if constexpr (C::kWgmma) {
         start_wgmma(tile);  // runs while the next copies are issued
-        send(i + kAhead);
+        issue(i + kAhead);
         finish_wgmma();
       } else {
-        send(i + kAhead);
+        issue(i + kAhead);
         multiply(tile);
       }
     }
@@ -258,7 +258,7 @@ struct MmaRows {
       }
     }
   }
-  LAB_DEVICE void send(int i) {
+  LAB_DEVICE void issue(int i) {
     copy_w(i);
     copy_x(i);
     cp_async_commit();

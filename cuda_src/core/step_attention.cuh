@@ -71,7 +71,7 @@ struct StepAttention {
   }
 
   // Issues the bulk copies of one layer's K and V for this block's items.
-  LAB_DEVICE void send(WeightRing<T>& ring, int layer) {
+  LAB_DEVICE void issue(WeightRing<T>& ring, int layer) {
     const T *k = heads.k_cache + layer * heads.layer, *v = heads.v_cache + layer * heads.layer;
     each_item([&] {
       const int last = min(end, position);  // the new token is not in the cache yet

@@ -27,7 +27,7 @@ struct Matrix {
 constexpr int kRingWarps = 8, kRingThreads = kRingWarps * 32;
 constexpr int kTileBytes = 16 * 1024;
 constexpr int kMostTiles = 14;    // as many as fit in 227 KiB
-constexpr int kMoreUnderWay = 4;  // the most tiles in flight in the midst of a matrix
+constexpr int kMostInFlight = 4;  // the most tiles in flight in the midst of a matrix
 // Rows whose sums are in shared memory before they are stored.
 constexpr int kBatchRows = 128;
 
@@ -124,16 +124,16 @@ struct WeightRing {
   LAB_DEVICE Share share(int n) const { return {edge(n, begins), edge(n, ends)}; }
 
   // Issues the copies of this block's share of a matrix.
-  LAB_DEVICE void send(const Matrix<T>& m) {
+  LAB_DEVICE void issue(const Matrix<T>& m) {
     const TileShape shape(m.k);
-    int sent = 0;
+    int issued = 0;
     each_group(
         m, share(m.n),
         [&](int output, int part, int, int rows) {
           const T* from = m.w + (size_t(part) * m.n + output) * m.k;
           for (int col = 0; col < m.k; col += shape.cols) {
             const unsigned bytes = min(shape.cols, m.k - col) * unsigned(sizeof(T));
-            begin(rows * bytes, sent++ < count ? few : kMoreUnderWay);
+            begin(rows * bytes, issued++ < count ? few : kMostInFlight);
             if (m.k <= shape.cols) {  // whole rows, which are contiguous
               copy(tile(), from, rows * bytes);
             } else {
