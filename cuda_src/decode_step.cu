@@ -65,7 +65,8 @@ struct alignas(128) StepSmem {
   uint64_t best[kRingWarps];
 };
 
-// The matrix products of a step in their order: four in each layer, then the last one.
+// The phases with a matrix product, in the order of a step: four in each layer, then the last one. Attention is a
+// phase, too, between kQkv and kO, but it has no value here: it runs before kO's product.
 enum StepPhase { kQkv, kO, kGateUp, kDown, kLmHead };
 
 // Brings a row of x into shared memory, where the matrix products read it.
@@ -215,15 +216,17 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
     if (phase == kQkv) return a.qkv;
     return phase == kGateUp ? a.act : a.h;
   };
-  const auto phase_at = [&](int step) { return step == 4 * a.layers ? kLmHead : StepPhase(step % 4); };
+  const auto phase_at = [&](int product) {
+    return product == 4 * a.layers ? kLmHead : StepPhase(product % 4);
+  };
 
   // 2. Load ahead: one thread issues the copies of everything that the step reads, as tiles of the ring
   // become free.
   if (threadIdx.x >= kRingThreads) {
     if (threadIdx.x > kRingThreads) return;
-    for (int step = 0; step <= 4 * a.layers; ++step) {
-      const int i = step / 4;
-      const StepPhase phase = phase_at(step);
+    for (int product = 0; product <= 4 * a.layers; ++product) {
+      const int i = product / 4;  // the layer
+      const StepPhase phase = phase_at(product);
       if (phase == kO) attention.issue(ring, i);
       // The norms' weights are few bytes, but without the prefetch each would be a wait for DRAM.
       if (phase == kQkv && blockIdx.x == 0 && i + 1 < a.layers) {
@@ -250,9 +253,9 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
   }
   ring_sync();  // own() reads what other threads wrote
   x.start(layers[0].attn_norm, a.hidden);
-  for (int step = 0; step <= 4 * a.layers; ++step) {
-    const int i = step / 4;
-    const StepPhase phase = phase_at(step);
+  for (int product = 0; product <= 4 * a.layers; ++product) {
+    const int i = product / 4;  // the layer
+    const StepPhase phase = phase_at(product);
     const StepLayer<T>& layer = layers[phase == kLmHead ? 0 : i];
     if (phase == kO) {
       const TaggedRow<T> heads{a.attention, ++tag};

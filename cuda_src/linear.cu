@@ -2,8 +2,8 @@
 //
 //   x [rows, k]   w [n, k]   bias [n] (optional)   y [rows, n] in the dtype of x or float32
 //   row-major, rows <= 64
-//   mapping   up to 2 rows, and float32: the lanes of a warp share k and multiply 4 rows of w; for narrow w,
-//             2 or 4 warps share them (core/stream_rows.cuh)
+//   mapping   up to 2 rows, and float32: the lanes of a warp share k and multiply 4 rows of w; for long
+//             rows, or few outputs, 2 or 4 warps share them (shared_by in core/stream_rows.cuh)
 //             more rows in float16 or bfloat16: tensor cores; a block owns 16 to 64 rows of w, and its warps
 //             share k; on Hopper, from 17 rows on, its warpgroups do, and for long rows of w the two blocks
 //             of a cluster (core/mma_rows.cuh)

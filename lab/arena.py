@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 ALIGNMENT = 256  # bytes, of every storage: CUDA's own allocations have at least this alignment
-GUARD_BYTES = 4096, 65536  # size of a guard zone: that of the storage it guards, within these limits
+GUARD_BYTES = 4096, 65536  # of a guard zone, least and most; between them it is as large as its storage
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

@@ -18,7 +18,7 @@ and corrected:
 compile a kernel in one thread while another thread interprets.
 
 Programs run one after another, so races are not noticed, and a program that waits for a later one hangs. Only
-the programs of a cooperative launch take turns: they change where one of them waits. A `tl` operation costs
+in a cooperative launch do programs take turns: where one waits, the next one goes on. A `tl` operation costs
 tens of microseconds per program, whatever its size, so launch few programs with large blocks.
 """
 

@@ -1,10 +1,11 @@
-// All weights that a decode step reads, in order, through one ring of tiles in shared memory. One thread of
-// the block issues bulk copies of the matrices' tiles, in the order in which the other warps multiply them.
+// All matrices that a decode step multiplies, in order, and the context's K and V between them, through one ring of
+// tiles in shared memory. (The weights of norms, biases and a row of the embedding are read without it.) One thread of
+// the block issues bulk copies of the tiles, in the order in which the other warps use them.
 // That thread waits only for a free tile and for copies in flight, never for another block, so DRAM stays
 // busy while its block waits: 12 tiles of 16 KiB (11 for an 8B's longer rows) on each of an H100's 132
 // multiprocessors are 26 MB, which is 8 us of its bandwidth. Only a few tiles are in flight at a time, no
 // more than DRAM's full bandwidth needs: all other loads and stores, L2 hits too, queue behind the copies in
-// flight (with 12 tiles in flight for 5 us, measured on an H100).
+// flight. With 12 tiles in flight they wait 5 us, measured on an H100.
 //
 // Each block owns a share of every matrix's rows; a tile is a few of these rows. Tensor cores multiply them
 // with x because a block that had to wait must catch up on the tiles that have arrived meanwhile. (On CUDA
@@ -224,13 +225,19 @@ struct WeightRing {
     }
   }
 
-  // How a warp multiplies a tile; sums [step][row of A][column of B]. Rows of w are the columns of B (16 x
-  // 8); A (16 x 16) has x in each of its first 8 rows. Any assignment of elements to k is right as long as A
-  // and B use the same, so a lane loads 8 contiguous elements, which are its part of two multiplies. A tile
-  // with only 4 rows of w has each of them in two columns of B, with two neighbouring groups of 32 elements;
-  // row r of w is column 2 r, valid with even rows of A, and column 2 r + 1, valid with odd ones. Sums of
-  // elements of w with other elements' x are ignored. Rows past the block's last one hold older data: their
-  // sums are never stored.
+  // How a warp multiplies a tile. The columns of B (16 x 8) are rows of w; A (16 x 16) has x in its first 8
+  // rows, and zeros below. Any assignment of elements to k is right as long as A and B use the same, so a
+  // lane loads 8 contiguous elements: 4 for each of two multiplies. Of sums[step], which are one lane's, [0]
+  // and [1] belong to row lane / 4 of A and to the columns 2 * (lane % 4) and 2 * (lane % 4) + 1 of B; [2]
+  // and [3] belong to the rows of zeros.
+  //
+  // In a tile of 8 rows of w, column r of B is row r, and the 8 rows of A are all the same. In a tile of 4
+  // rows, the columns 2 r and 2 r + 1 are both row r, but 32 elements apart: even columns have one group of
+  // 32 elements of w, odd columns the next 32. Likewise even rows of A have x of the first group, odd rows x
+  // of the next. So a sum is of use only if its row and its column are both even or both odd; multiply() adds
+  // one of each kind and ignores the other sums.
+  //
+  // Rows past the block's last one hold older data: their sums are never stored.
   static constexpr int kSteps = 4;
   struct Lanes {
     // A lane's first column; the distance to its next ones; the offset of its row in a tile.

@@ -13,8 +13,8 @@ namespace host {
 
 std::string index_text(unsigned x, unsigned y, unsigned z);  // "(x,y,z)"
 
-// A small random generator (splitmix64), seeded per block, so that a block's schedule does not depend on
-// which OS thread runs it.
+// A small random generator (splitmix64), seeded per cluster, so that a cluster's schedule does not depend
+// on which OS thread runs it.
 struct Random {
   uint64_t state = 0;
   uint64_t next() {

@@ -140,7 +140,8 @@ def split_by_marks(events, calls):
     """Assigns device events of a marked eager step to its calls (their .kernels); returns the names outside
     all calls.
 
-    Events are m K.. m (other) m K.. m ...: one marker before and one after every call.
+    Every call has one marker before it and one after it. So the events are: marker, the first call's kernels,
+    marker, kernels outside all calls, marker, the second call's kernels, marker, and so on.
     """
     inside, index, outside = False, -1, []
     for name, *_ in events:
@@ -444,7 +445,7 @@ def measure_backend(base, rig, weights, ops, batch, context):
     whole = timing.GraphTimed([_all([step.before, functools.partial(decoder.run_plan, GREEDY)])])
     step.before()  # the next to be captured runs once before that, too
 
-    def before():  # a whole token, by a graph that is no entry: see chains, above
+    def before():  # a whole token, by a graph that is no entry: see Chains in the module's text
         torch.cuda._sleep(AHEAD)
         whole.graph.replay()
         step.before()

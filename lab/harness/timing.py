@@ -230,8 +230,8 @@ def measure(timed: dict, seconds: float = 0.15, least: int = 15, most: int = 200
         samples = {name: [] for name in names}
         for i in range(rounds + 1):
             for name in names if i % 2 == 0 else reversed(names):
-                # The first replay after an idle queue would hold the host's launch time, so graphs take one
-                # more.
+                # A graph's first replay finds the queue idle, so its time would hold the host's launch time.
+                # Graphs therefore take one sample more in round 0, which is dropped below.
                 if i or not timed[name].host:
                     samples[name].append(timed[name].sample())
         sync()

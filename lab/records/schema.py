@@ -607,7 +607,8 @@ def _layout(kind, keys):
 
 
 def _surely_right(layout, body):
-    """True: every value of the line passes its check, and _signs the record. False: they may do so, too."""
+    """A fast test. True: every value of the line passes its check, and _signs() finds nothing wrong with the
+    record. False: not known, the caller must check each value."""
     try:
         text = "".join(layout.texts(body))
         if not (text.isascii() and len(text) < LONGEST and "\0" not in text):
@@ -763,8 +764,8 @@ def read(where, newer="error"):
 
 @contextlib.contextmanager
 def no_collection():
-    """No search for garbage meanwhile: rows are none, and looking for some as they grow takes as long as
-    reading them."""
+    """The garbage collector does not run meanwhile. Rows that are read are not garbage, and searching them for
+    it, again and again as they grow in number, takes as long as reading them."""
     collecting = gc.isenabled()
     gc.disable()
     try:
