@@ -65,8 +65,8 @@ struct alignas(128) StepSmem {
   uint64_t best[kRingWarps];
 };
 
-// The phases with a matrix product, in the order of a step: four in each layer, then the last one. Attention is a
-// phase, too, between kQkv and kO, but it has no value here: it runs before kO's product.
+// The phases with a matrix product, in the order of a step: four in each layer, then the last one. Attention,
+// between kQkv and kO, is a phase as well, but has no name here: it runs before kO's product.
 enum StepPhase { kQkv, kO, kGateUp, kDown, kLmHead };
 
 // Brings a row of x into shared memory, where the matrix products read it.

@@ -43,8 +43,8 @@ def test_no_launcher_takes_a_row_of_numbers():
 
 @pytest.mark.parametrize("name", [name for name, _ in launchers()])
 def test_python_sees_the_names(name):
-    """What help() shows: all arguments by name, but for the rung of a ladder; at most 15, of which CPython makes no
-    dict."""
+    """What help() shows: all arguments by name, but for the rung of a ladder; at most 15, because of
+    more CPython makes a dict."""
     parameters = inspect.signature(getattr(_host, name)).parameters.values()
     named = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
     assert [p.name for p in parameters if p.name not in named] == (

@@ -62,9 +62,10 @@ def linear_kernel(
     STAGES: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    # 1. Locate: BLOCK_N rows of w. Rows past the end read row 0 again, which is cheaper than a mask, and
-    # store nothing. The plain path has three-dimensional addresses [batch, n, k], so that both loads and the
-    # sum have the same layout and no data move between threads inside the loop.
+    # 1. Locate: BLOCK_N rows of w. Rows past the end, of w (only in the last program) and of x, read row 0
+    # again, which is cheaper than a mask, and store nothing. (For tensor cores core/fused_product.py masks
+    # rows of x instead; _columns there says why.) The plain path has three-dimensional addresses [batch, n,
+    # k], so that both loads and the sum have the same layout and no data move between threads in the loop.
     b = tl.arange(0, BLOCK_B)
     out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     col = tl.arange(0, BLOCK_K)

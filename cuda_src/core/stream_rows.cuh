@@ -15,9 +15,9 @@ namespace lab {
 
 // How many blocks of 128 threads a multiprocessor must have registers for. B = 1, and B = 4 (whose U is 2),
 // need 128 registers a thread: then four blocks fit. The other shapes need 168: then three fit. (With five
-// blocks, of 102 registers a thread, weights in flight are spilled.) With a ring no weights wait in registers, so 64 are enough; what
-// four blocks leave of registers and shared memory then holds the first blocks of the dependent kernel, which
-// issue the loads of their weights while these blocks still work.
+// blocks, of 102 registers a thread, weights in flight are spilled.) With a ring no weights wait in
+// registers, so 64 are enough; what four blocks leave of registers and shared memory then holds the first
+// blocks of the dependent kernel, which issue the loads of their weights while these blocks still work.
 constexpr int stream_resident(bool ring, int b) {
   if (ring) return 6;
   return b == 1 || b == 4 ? 4 : 3;
@@ -38,8 +38,8 @@ struct Stream {
   static constexpr int kOutputs = R / Parts;  // outputs of a lane group for each row of x
   static constexpr int kOutputsPerBlock = kGroups / S * kOutputs;
   static constexpr int kStep = S * L * N;  // elements of k in one access of all cooperating lanes
-  // Partial sums that a thread keeps for each dot product: N on a CPU, one for each lane of its vector unit; 1
-  // on a GPU. (The lanes of a group are L.)
+  // Partial sums that a thread keeps for each dot product: N on a CPU, one for each lane of its vector unit;
+  // 1 on a GPU. (The lanes of a group are L.)
   static constexpr int kLanes = L == 1 ? N : 1;
   static constexpr int kMine = L == 1 ? R * B : 1;  // sums that one thread holds after the reduction
   static_assert(L == 1 || (L == 32 && R * B <= 32), "a warp has a lane for each of its sums");

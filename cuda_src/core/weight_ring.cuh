@@ -1,11 +1,11 @@
-// All matrices that a decode step multiplies, in order, and the context's K and V between them, through one ring of
-// tiles in shared memory. (The weights of norms, biases and a row of the embedding are read without it.) One thread of
-// the block issues bulk copies of the tiles, in the order in which the other warps use them.
-// That thread waits only for a free tile and for copies in flight, never for another block, so DRAM stays
-// busy while its block waits: 12 tiles of 16 KiB (11 for an 8B's longer rows) on each of an H100's 132
-// multiprocessors are 26 MB, which is 8 us of its bandwidth. Only a few tiles are in flight at a time, no
-// more than DRAM's full bandwidth needs: all other loads and stores, L2 hits too, queue behind the copies in
-// flight. With 12 tiles in flight they wait 5 us, measured on an H100.
+// One ring of tiles in shared memory, through which a block reads all matrices that a decode step multiplies,
+// in order, and the context's K and V between them. (Norms' weights, biases and the token's row of the
+// embedding do not pass through it.) One thread of the block issues bulk copies into the tiles, in the order
+// in which the other warps use them. That thread waits only for a free tile and for copies in flight, never
+// for another block, so DRAM stays busy while its block waits: 12 tiles of 16 KiB (11 for an 8B's longer
+// rows) on each of an H100's 132 multiprocessors are 26 MB, which is 8 us of its bandwidth. Only a few tiles
+// are in flight at a time, no more than DRAM's full bandwidth needs: all other loads and stores, L2 hits too,
+// queue behind the copies in flight. With 12 tiles in flight they wait 5 us, measured on an H100.
 //
 // Each block owns a share of every matrix's rows; a tile is a few of these rows. Tensor cores multiply them
 // with x because a block that had to wait must catch up on the tiles that have arrived meanwhile. (On CUDA

@@ -1,11 +1,12 @@
-// Runs one cluster of blocks, and decides which CUDA thread runs next. A cooperative grid is run as one cluster,
-// so that all its blocks can wait for each other.
+// Runs one cluster of blocks, and decides which CUDA thread runs next. A cooperative grid is run as one
+// cluster, so that all its blocks can wait for each other.
 //
 // A thread runs until it waits. Which threads could run is kept in bit masks, one of lanes for each warp and
 // one of warps for each block, so a choice costs a count of trailing zeros. In a fixed schedule the scheduler
-// stays in one warp as long as it can, lowest lane first. In a random one it draws a block, then one of its ready
-// warps, then one of the warp's ready lanes, and sometimes switches where it need not. With Options::ahead the same thread runs whenever it can, so that
-// it gets as far ahead of the others as barriers allow.
+// stays in one warp as long as it can, lowest lane first. In a random one it draws a block, then
+// one of its ready warps, then one of the warp's ready lanes, and sometimes switches where it need not. With
+// Options::ahead the same thread runs whenever it can, so that it gets as far ahead of the others as barriers
+// allow.
 //
 // If threads are left and none can run, that is a deadlock: the report says how many threads wait, and where.
 // After a failure all fibers of the cluster are abandoned where they are. Their destructors do not run, so
@@ -302,8 +303,8 @@ void Worker::run_threads() {
       if (alive_ > 0 && next == nullptr) deadlock();
       bool fresh = next != nullptr && !(next->warp->started >> next->lane & 1);
       if (kTsan) {
-        // If another thread of this block took over its stack, ThreadSanitizer would report races between the
-        // two where there are none. So its fiber is not free yet.
+        // No other thread of this block may take over its stack: ThreadSanitizer would report races between
+        // the two where there are none. So its fiber is not free yet.
         tsan_release(&done_);
         used_.push_back(self);
         if (fresh) start(next, free_fiber());

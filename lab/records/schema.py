@@ -764,8 +764,8 @@ def read(where, newer="error"):
 
 @contextlib.contextmanager
 def no_collection():
-    """The garbage collector does not run meanwhile. Rows that are read are not garbage, and searching them for
-    it, again and again as they grow in number, takes as long as reading them."""
+    """The garbage collector does not run meanwhile. Rows are not garbage, and to search them again and
+    again while more are read takes as long as reading them."""
     collecting = gc.isenabled()
     gc.disable()
     try:

@@ -76,8 +76,8 @@ def dot_rows(
 
 @triton.jit
 def _columns(x, rows, k, b, col, FULL: tl.constexpr, EVEN_K: tl.constexpr):
-    """x[b, col] transposed, zero past the end. Masked, because if all programs read row 0 past the end they
-    would all read the same lines of L2."""
+    """x[b, col] transposed, zero past the end. Masked: tensor cores pad a few rows to 16, and if all programs
+    read row 0 for the padding, they would all read the same lines of L2. (Row 0 is what linear.py reads.)"""
     at = x + b * k + col
     if FULL and EVEN_K:
         v = tl.load(at, eviction_policy="evict_last")

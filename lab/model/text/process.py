@@ -112,8 +112,8 @@ class TextProcess:
         ) from None
 
     def _read_line(self, deadline: float) -> bytes:
-        """The next line. Raises _Late where it is not complete at the deadline; the part that has come stays in
-        the buffer, for the next call."""
+        """The next line. Raises _Late where it is not complete at the deadline; what has come of it then
+        stays in the buffer, for the next call."""
         pipe, searched = self._process.stdout.fileno(), 0
         while (end := self._buffer.find(b"\n", searched)) < 0:
             searched = len(self._buffer)
