@@ -12,12 +12,14 @@ import sys
 import tempfile
 import time
 from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import synthetic_records as synthetic
+from matplotlib.colors import to_hex, to_rgb
 
 from lab.errors import LabError
 from lab.model.plans import PLANS
@@ -105,30 +107,21 @@ class Page(HTMLParser):
         return [attrs for name, attrs in self.tags if name == tag]
 
 
-def draw_coarsely(patch, both_themes):
-    """Half the pixels each way, which is still wider than the narrow window of the tests. Where
-    both_themes(is the run emulated?) is false, the light picture stands for the dark one: half the time, the
-    same code."""
-    real, rc, last = figures.png, style.rc, {}
-
-    def png(figure, theme, emulated=False):
-        if theme is style.LIGHT or both_themes(emulated):
-            last["png"] = real(figure, theme, emulated)
-        return last["png"]
-
+def draw_coarsely(patch):
+    """Half the pixels each way, which is still wider than the narrow window of the tests."""
+    rc = style.rc
     patch.setattr(style, "rc", lambda theme: {**rc(theme), "figure.dpi": rc(theme)["figure.dpi"] // 2})
-    patch.setattr(figures, "png", png)
 
 
 @pytest.fixture
-def one_theme(monkeypatch):
-    draw_coarsely(monkeypatch, lambda emulated: False)
+def coarse(monkeypatch):
+    draw_coarsely(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     """A GPU run and an emulated one (both synthetic) in two subfolders, and the report of them: (the folder,
-    what was drawn for the light page as (name, canvas))."""
+    what was drawn as (name, canvas))."""
     where, canvases, compose = tmp_path_factory.mktemp("records"), [], figures.compose
     few = {"linear", "decode_attention"}  # of the ops: drawing takes most of the time
     for name, rows in (
@@ -139,12 +132,11 @@ def drawn(tmp_path_factory):
 
     def composed(figure, theme, emulated=False):
         canvas = compose(figure, theme, emulated)
-        if theme is style.LIGHT:
-            canvases.append((figure.name, canvas))
+        canvases.append((figure.name, canvas))
         return canvas
 
     with pytest.MonkeyPatch.context() as patch:
-        draw_coarsely(patch, lambda emulated: emulated)
+        draw_coarsely(patch)
         patch.setattr(figures, "compose", composed)
         assert report(where) == 0
     return where, canvases
@@ -169,7 +161,7 @@ def test_every_picture_has_alt_text_a_table_and_a_command(folder, text):
     files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.png"))
     assert len(pictures) == len(files) > 20
     assert all(len(p["alt"]) > 20 and p["src"].startswith("data:image/png;base64,") for p in pictures)
-    assert all(s["media"] == "(prefers-color-scheme: dark)" and s["srcset"] for s in found.of("source"))
+    assert all(p["class"] == "plot" for p in pictures)  # what the dark page inverts
     words = "".join(found.text)
     assert words.count("Table behind this picture (") == words.count("Measured again by ") == len(pictures)
     assert len(re.findall(r"Table behind this picture \([1-9]\d* rows\)", words)) == len(pictures)
@@ -324,17 +316,17 @@ def draw(tmp_path, rows):
     return "".join(Page((tmp_path / "index.html").read_text()).text)
 
 
-def test_one_row(tmp_path, one_theme):
+def test_one_row(tmp_path, coarse):
     words = draw(tmp_path, [env(), op_row()])
     assert "No usable measurement of the triton backend" in words and "No ceiling was measured" in words
     assert (tmp_path / "figures" / "utilisation.png").exists()
 
 
-def test_only_an_env_row(tmp_path, one_theme):
+def test_only_an_env_row(tmp_path, coarse):
     assert "No op, model or ledger measurement" in draw(tmp_path, [env()])
 
 
-def test_no_env_row(tmp_path, one_theme):
+def test_no_env_row(tmp_path, coarse):
     assert "No env record" in draw(tmp_path, [op_row(), op_row(backend="triton")])
 
 
@@ -351,14 +343,14 @@ def test_missing_backend(tmp_path, undrawn):
     assert "roofline" in names and "crossover" not in names and "llama-3.2-1b-swap" not in names
 
 
-def test_failures_are_listed(tmp_path, one_theme):
+def test_failures_are_listed(tmp_path, coarse):
     words = draw(
         tmp_path, [env(), op_row(), op_row(backend="triton", us=None, error="out of memory: try less")]
     )
     assert "1 measurements failed" in words and "out of memory: try less" in words
 
 
-def test_values_that_are_no_numbers_are_left_out(tmp_path, one_theme):
+def test_values_that_are_no_numbers_are_left_out(tmp_path, coarse):
     lines = [
         json.dumps(
             {
@@ -388,7 +380,7 @@ def test_values_that_are_no_numbers_are_left_out(tmp_path, one_theme):
     assert (tmp_path / "figures" / "linear-time.png").exists()
 
 
-def test_missing_spread_and_wrong_types_are_drawn(tmp_path, one_theme):
+def test_missing_spread_and_wrong_types_are_drawn(tmp_path, coarse):
     rows = [
         env(throttle="none", peers="none", settings=3, sm_mhz="fast"),
         op_row(us_p10=None, us_p90=None, n=None, models="all", verdict="faster", shape=7),
@@ -401,7 +393,7 @@ def test_missing_spread_and_wrong_types_are_drawn(tmp_path, one_theme):
     assert "p10 and p90 not recorded for all" in draw(tmp_path, rows)
 
 
-def test_newer_schema_among_others_is_a_notice(tmp_path, one_theme):
+def test_newer_schema_among_others_is_a_notice(tmp_path, coarse):
     synthetic.write(tmp_path, [env(), op_row()])
     with open(tmp_path / "records.jsonl", "a") as file:
         file.write('{"schema": 99, "kind": "op", "run": "r", "wonder": 1}\n')
@@ -433,7 +425,7 @@ def test_no_records_at_all(tmp_path):
         report(tmp_path / "absent")
 
 
-def test_above_the_ceiling_is_flagged_and_no_win(tmp_path, one_theme):
+def test_above_the_ceiling_is_flagged_and_no_win(tmp_path, coarse):
     fast = dict(us=1.0, us_p10=0.9, us_p90=1.1, gbps=20000.0, of_ceiling=6.6)
     machine = [r for r in synthetic.make("r", **SMALL) if r.kind in ("env", "ceiling")]
     words = draw(tmp_path, [*machine, op_row(**fast), op_row(backend="triton")])
@@ -452,7 +444,7 @@ def test_a_warm_figure_above_the_ceiling_is_no_fault(tmp_path):
     assert len(load.load(tmp_path)[0].suspects) == 0
 
 
-def test_texts_of_records_are_escaped(tmp_path, one_theme):
+def test_texts_of_records_are_escaped(tmp_path, coarse):
     evil = dict(op=EVIL, role=EVIL, dtype=EVIL, models=[EVIL], note=EVIL, shape={EVIL: EVIL})
     rows = [
         env(EVIL, gpu=EVIL, notes=[EVIL], driver=EVIL, settings={"command": EVIL}, peers={EVIL: EVIL}),
@@ -490,6 +482,23 @@ def test_choosing_a_run(tmp_path, undrawn):
     assert "/b/" not in "".join(str(p) for p in (tmp_path / "out").rglob("*.png"))
     with pytest.raises(LabError, match="no run 'c' in .*: it has"):
         report(tmp_path, tmp_path / "out", run="c")
+
+
+def test_older_runs_are_named_and_not_drawn(tmp_path, undrawn, monkeypatch):
+    synthetic.write(tmp_path, [row for name in "abcdefgh" for row in (env(name), op_row(name))])
+    report(tmp_path)
+    said = (tmp_path / "index.html").read_text()
+    assert (
+        "2 older runs are not drawn" in said
+        and "b, a" in said
+        and len(list(tmp_path.glob("figures/*/"))) == 6
+    )
+    monkeypatch.setattr(build, "ROWS", 2)  # one row each
+    report(tmp_path, tmp_path / "few")
+    assert len(list((tmp_path / "few").glob("figures/*/"))) == 2
+    monkeypatch.setattr(build, "ROWS", 0)
+    report(tmp_path, tmp_path / "one")
+    assert "7 older runs are not drawn" in (tmp_path / "one" / "index.html").read_text()
 
 
 def test_old_pictures_are_cleared_and_foreign_files_left(tmp_path, undrawn):
@@ -690,10 +699,20 @@ def lab_of(linear):
     return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
 
 
+def on_the_dark_page(color):
+    """A colour of a picture after the page's filter, as the CSS specification Filter Effects 1 defines it."""
+    template = (Path(page.__file__).parent / "page.html.j2").read_text()
+    amount = float(re.search(r"\.plot \{ filter: invert\((\.\d+)\) hue-rotate\(180deg\); \}", template)[1])
+    inverted = amount + np.array(to_rgb(color)) * (1 - 2 * amount)
+    sums = np.array([0.213, 0.715, 0.072])
+    return to_hex(np.clip(2 * sums @ inverted - inverted, 0, 1))
+
+
 def test_backends_are_readable_on_both_pages_and_stay_apart():
     for look in style.BACKENDS.values():
-        for theme in (style.LIGHT, style.DARK):
-            assert contrast(look.color, theme.page) >= 3, f"{look.label} on {theme.name}"
+        assert contrast(look.color, style.THEME.page) >= 3, look.label
+        assert contrast(on_the_dark_page(look.color), on_the_dark_page(style.THEME.page)) >= 3, look.label
+    assert contrast(on_the_dark_page(style.THEME.muted), on_the_dark_page(style.THEME.page)) >= 4.5
     for kind, matrix in BLIND.items():
         for a, b in itertools.combinations(("cuda", "triton", "torch"), 2):
             seen = [

@@ -7,7 +7,9 @@ from pathlib import Path
 from lab.errors import LabError, shown
 from lab.files import is_there, read_text, write_whole
 
-RUNS = 6  # of one page: each takes seconds to draw, and a browser has to hold all of their pictures
+# Of one page: a run takes seconds to draw, one of 3,400 rows most of a minute, and a browser has to hold
+# all pictures.
+RUNS, ROWS = 6, 5000
 DRAWN = ".drawn-by-lab-report"  # what the last report wrote into figures/, so that the next can clear it away
 
 
@@ -17,7 +19,9 @@ def add_arguments(parser):
         "--out", metavar="DIR", help="where to write index.html, README.md and figures/ (default: DIR)"
     )
     parser.add_argument(
-        "--run", metavar="ID", help=f"draw only this run (default: the newest {RUNS}, newest first)"
+        "--run",
+        metavar="ID",
+        help=f"draw only this run (default: the newest {RUNS}, or fewer with more than {ROWS:,} rows)",
     )
 
 
@@ -41,7 +45,8 @@ def report(folder, out=None, only=None):
         runs = [r for r in runs if r.id == only]
         if not runs:
             raise LabError(f"no run {only!r} in {source}: it has {', '.join(ids)}")
-    runs, older = runs[:RUNS], [r.id for r in runs[RUNS:]]
+    count = how_many(runs)
+    runs, older = runs[:count], [r.id for r in runs[count:]]
     if older:
         runs[0].notices.append(
             load.Notice(
@@ -77,7 +82,7 @@ def report(folder, out=None, only=None):
     title = "Decode kernels on " + (devices[0] if len(devices) == 1 else f"{len(devices)} machines")
     if all(r.emulated for r in runs):
         title += " (emulated)"
-    files = {p.file: p.light for v in views for p in v.pictures}
+    files = {p.file: p.png for v in views for p in v.pictures}
     files |= {
         "README.md": page.markdown(views, title).encode(),
         "index.html": page.html(views, title).encode(),
@@ -89,6 +94,17 @@ def report(folder, out=None, only=None):
         + (f", {warnings} warning{'s' * (warnings > 1)} on the page" if warnings else "")
     )
     return 0
+
+
+def how_many(runs):
+    """How many of the runs, newest first, fit on one page; at least the newest."""
+    count = rows = 0
+    for run in runs[:RUNS]:
+        rows += sum(map(len, (run.op, run.model, run.ledger, run.ladder, run.fairness)))
+        if count and rows > ROWS:
+            break
+        count += 1
+    return count
 
 
 def write(out, files):

@@ -1,7 +1,7 @@
 """What every picture has in common: its conditions, its table, its command, and how it becomes a PNG.
 
-Pictures are 5.2 inches wide, so that their text can be read on a phone, and are drawn twice: for the light
-page and for the dark one. Error bars are p10 and p90 of the samples.
+Pictures are 5.2 inches wide, so that their text can be read on a phone. Error bars are p10 and p90 of
+the samples.
 """
 
 import io
@@ -38,7 +38,6 @@ class Figure:
     command: str  # reproduces the records behind it
     height: float  # inches, without the title; a legend of one row included
     draw: Callable
-    places: tuple = ()  # of its axes and texts, once laid out; see png()
 
 
 def compose(figure, theme, emulated=False):
@@ -88,32 +87,15 @@ def compose(figure, theme, emulated=False):
     return canvas
 
 
-def png(figure, theme, emulated=False):
-    """The picture as PNG bytes, 1040 pixels wide.
-
-    A theme changes colours only, so the layout, a good part of the time, is found once for all themes.
-    """
-    with matplotlib.rc_context(style.rc(theme)), warnings.catch_warnings():
+def png(figure, emulated=False):
+    """The picture as PNG bytes, 1040 pixels wide."""
+    with matplotlib.rc_context(style.rc(style.THEME)), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # a record may hold any character; the font draws a box
-        drawing = compose(figure, theme, emulated)
-        canvas = FigureCanvasAgg(drawing)
-        if figure.places:
-            axes, texts = figure.places
-            drawing.set_layout_engine("none")
-            for ax, place in zip(drawing.axes, axes, strict=True):
-                ax.set_position(place)
-            for text, place in zip(drawing.texts, texts, strict=True):
-                text.set_position(place)
+        canvas = FigureCanvasAgg(compose(figure, style.THEME, emulated))
         canvas.draw()
-        figure.places = (
-            [ax.get_position() for ax in drawing.axes],
-            [text.get_position() for text in drawing.texts],
-        )
         drawn = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     small = io.BytesIO()
-    # The light picture becomes a file and is packed as tightly as can be; that takes six times as long.
-    packing = {"optimize": True} if theme is style.LIGHT else {"compress_level": 6}
-    drawn.quantize(128, dither=Image.Dither.NONE).save(small, "png", **packing)
+    drawn.quantize(128, dither=Image.Dither.NONE).save(small, "png", optimize=True)
     return small.getvalue()
 
 

@@ -1,8 +1,7 @@
 """One self-contained HTML page and one Markdown summary from the runs of a folder.
 
-Every picture is embedded twice (light and dark page) as a data URI; jinja2 escapes every string of a record.
-The page
-loads nothing from anywhere: its Content-Security-Policy forbids it.
+Every picture is embedded as a data URI; the dark page inverts it by CSS. jinja2 escapes every string of a
+record. The page loads nothing from anywhere: its Content-Security-Policy forbids it.
 """
 
 import base64
@@ -55,21 +54,16 @@ UPKEEP = ("integer and address", "constant and register move", "control flow and
 class Picture:
     figure: figures.Figure
     file: str  # path below the output folder
-    light: bytes
-    dark: bytes
+    png: bytes
 
     @property
-    def light_uri(self):
-        return _uri(self.light)
-
-    @property
-    def dark_uri(self):
-        return _uri(self.dark)
+    def uri(self):
+        return _uri(self.png)
 
     @property
     def size(self):
         """(width, height) in CSS pixels; a PNG's header holds them at bytes 16 to 24."""
-        return tuple(int.from_bytes(self.light[at : at + 4], "big") // 2 for at in (16, 20))
+        return tuple(int.from_bytes(self.png[at : at + 4], "big") // 2 for at in (16, 20))
 
 
 @dataclass
@@ -107,13 +101,7 @@ def view(run, slug, folder, with_twins, progress):
         for figure in filter(None, found):
             name = slug_of(figure.name, taken)
             progress(name)
-            pictures.append(
-                Picture(
-                    figure,
-                    f"{folder}/{name}.png",
-                    *(figures.png(figure, theme, run.emulated) for theme in (style.LIGHT, style.DARK)),
-                )
-            )
+            pictures.append(Picture(figure, f"{folder}/{name}.png", figures.png(figure, run.emulated)))
         return pictures
 
     f = ops.focus(run)

@@ -81,15 +81,13 @@ def part_looks(parts):
 
 @dataclass(frozen=True)
 class Theme:
-    name: str
     page: str  # background
     ink: str  # text
     muted: str  # secondary text
     grid: str
 
 
-LIGHT = Theme("light", "#ffffff", "#1b1f23", "#59636e", "#e3e6ea")
-DARK = Theme("dark", "#171b20", "#e8eaed", "#a2abb5", "#31373e")
+THEME = Theme("#ffffff", "#1b1f23", "#59636e", "#e3e6ea")
 
 
 def rc(theme):
