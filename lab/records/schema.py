@@ -9,7 +9,8 @@ per second, `mhz`, `w` watts, `c` degrees Celsius; `of_*` are fractions (0.93, n
   {"schema":1,"kind":"env","run":"20250101T120000-1a2b","when":"before","device":"cuda",
    "gpu":"NVIDIA H100 80GB HBM3",
    "driver":"580.1","torch":"2.11.0","triton":"3.6.0","commit":"1a2b3c4","sm_mhz":1980,"throttle":[],"settings":{}}
-`ceiling`: bandwidth of a plain stream. `bytes` is what crosses DRAM (a copy counts its read and its write).
+`ceiling`: bandwidth of a plain read, copy or write. `bytes` is what crosses DRAM (a copy counts its read and
+its write).
   {"schema":1,"kind":"ceiling","run":"...","direction":"read","backend":"cuda","bytes":4294967296,"us":1404.1,
    "us_p10":1403.2,"us_p90":1405.9,"n":40,"gbps":3058.9,"config":{"blocks_per_sm":4,"threads":512},"best":true}
 `op`: one op, backend, dtype and shape. cache: cold | warm | in_model. timer: graph (device time) | event
@@ -125,8 +126,8 @@ class Env:
 
 @dataclass
 class Ceiling:
-    """The bandwidth of a plain stream of `bytes`. `best` marks the best launch shape of its direction and
-    size."""
+    """The bandwidth of a plain read, copy or write of `bytes`. `best` marks the best launch shape of its
+    direction and size."""
 
     run: str
     direction: str  # read | copy | write
@@ -170,7 +171,7 @@ class OpRow:
     flops: int | None = None
     gbps: float | None = None  # bytes / us
     of_ceiling: float | None = None  # gbps / the best read, copy or write bandwidth of this run
-    of_stream: float | None = None  # gbps / what a plain stream of these bytes reached in this run
+    of_stream: float | None = None  # gbps / what plain access to as many bytes reached in this run
     config: dict = field(default_factory=dict)  # launch configuration, splits ...
     verdict: dict[str, str] = field(
         default_factory=dict

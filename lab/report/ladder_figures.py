@@ -1,4 +1,4 @@
-"""The ladders: share of the ceiling rung by rung, from the naive kernel to the product's."""
+"""The ladders: share of the ceiling rung by rung, from the naive kernel to the op's own."""
 
 import textwrap
 

@@ -34,7 +34,7 @@ COLUMNS = (
 
 
 def ceiling(run):
-    """Bandwidth of a plain stream against its size: the denominator of every share."""
+    """Bandwidth of plain reads, copies and writes against their size: the denominator of every share."""
     rows = run.ceiling[run.ceiling["gbps"].notna() & (run.ceiling["bytes"] > 0)]
     if not len(rows):
         return None
@@ -67,7 +67,7 @@ def ceiling(run):
 
     return Figure(
         name="ceiling",
-        title="The ceiling: bandwidth of a plain stream on this card",
+        title="The ceiling: plain reads, copies and writes on this card",
         conditions=conditions(run, rows),
         reading="Best launch shape of each direction and size. The highest point of a direction is 100% for "
         "the ops "

@@ -66,7 +66,7 @@ def utilisation(run, f):
             f"{score_words(score(everything))} {_best_words(everything)} ".lstrip(),
         )
         how = (
-            "One row per op and shape; the dotted line is the bandwidth that a plain stream reached on this "
+            "One row per op and shape; the dotted line is the bandwidth that plain access reached on this "
             "card. "
             "Ops that move little are bound by their launch, not by memory, and stay far from it."
         )

@@ -155,7 +155,7 @@ def view(run, slug, folder, with_twins, progress):
         sections.append(
             Section(
                 "ladders",
-                "Ladders: from a naive kernel to the product's",
+                "Ladders: from a naive kernel to the op's own",
                 "One idea a rung, in both languages; `lab explain OP --rungs` shows them in the terminal.",
                 drawn(ladder_figures.of_run(run)),
                 twins=[
