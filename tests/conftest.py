@@ -1,18 +1,25 @@
 """What the tests share: markers that skip with a reason, the device, seeded random tensors."""
 
+import faulthandler
 import functools
 import importlib.util
 import io
 import os
+import subprocess
+import sys
+import time
+import traceback
+from types import SimpleNamespace
 
 # Side by side (pytest -n) each process takes its share of the cores; before torch is imported, and for child
 # processes.
-if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+if side_by_side := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // side_by_side)))
 
 import pytest
 import torch
 
+from lab import worker
 from lab.contract import Rand
 
 GPU = torch.cuda.is_available()
@@ -121,3 +128,53 @@ def limited_calls(monkeypatch):
         monkeypatch.setattr(Worker, "start", start_unlimited)
 
     return limit
+
+
+class Forked:
+    """What lab.worker takes of a subprocess.Popen, for a copy of this process: torch and Triton, which take
+    seconds to import, are there already."""
+
+    def __init__(self, command, pass_fds, **_):
+        self.returncode = None
+        self.pid = os.fork()
+        if self.pid:
+            return
+        try:
+            faulthandler.disable()
+            os.setsid()
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            os.dup2(2, 1)
+            kept = sorted([0, 1, 2, *pass_fds, os.sysconf("SC_OPEN_MAX")])
+            for before, after in zip(kept, kept[1:]):
+                os.closerange(before + 1, after)
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
+            worker.main(*map(int, command[-2:]))
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+
+    def poll(self):
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self, timeout=float("inf")):
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("a forked worker", timeout)
+            time.sleep(0.01)
+        return self.returncode
+
+
+@pytest.fixture(autouse=True)
+def workers_are_forked(request, monkeypatch):
+    """Kernels' processes begin as copies of this one, but for tests with the marker own_process, and on a
+    GPU, which a copy could not use."""
+    if GPU or not hasattr(os, "fork") or "own_process" in request.keywords:
+        return
+    starts = SimpleNamespace(**{**vars(subprocess), "Popen": Forked})
+    monkeypatch.setattr(worker, "subprocess", starts)

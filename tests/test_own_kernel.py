@@ -33,6 +33,7 @@ def own(folder, suffix, old="", new=""):
     return path
 
 
+@pytest.mark.own_process
 @pytest.mark.parametrize("suffix", SOURCES)
 def test_a_copy_passes_every_case(suffix, tmp_path, capsys):
     assert cli.main(["try", str(own(tmp_path, suffix)), "--op", "silu_mul", "--device", "cpu"]) == 0
