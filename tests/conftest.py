@@ -28,6 +28,7 @@ GPU = torch.cuda.is_available()
 NOT_QUICK = {
     "test_a_third_language",
     "test_add_an_op",
+    "test_cli",
     "test_demo",
     "test_exercises",
     "test_extension",
@@ -41,6 +42,7 @@ NOT_QUICK = {
     "test_inspect",
     "test_interpreter",
     "test_ladder",
+    "test_model",
     "test_mutants",
     "test_oracle",
     "test_own_kernel",
