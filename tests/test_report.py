@@ -110,7 +110,7 @@ class Page(HTMLParser):
 def draw_coarsely(patch):
     """Half the pixels each way, which is still wider than the narrow window of the tests."""
     rc = style.rc
-    patch.setattr(style, "rc", lambda theme: {**rc(theme), "figure.dpi": rc(theme)["figure.dpi"] // 2})
+    patch.setattr(style, "rc", lambda: {**rc(), "figure.dpi": rc()["figure.dpi"] // 2})
 
 
 @pytest.fixture
@@ -130,8 +130,8 @@ def drawn(tmp_path_factory):
     ):
         synthetic.write(where / name, [r for r in rows if r.kind != "op" or r.op in few])
 
-    def composed(figure, theme, emulated=False):
-        canvas = compose(figure, theme, emulated)
+    def composed(figure, emulated=False):
+        canvas = compose(figure, emulated)
         canvases.append((figure.name, canvas))
         return canvas
 
@@ -710,9 +710,9 @@ def on_the_dark_page(color):
 
 def test_backends_are_readable_on_both_pages_and_stay_apart():
     for look in style.BACKENDS.values():
-        assert contrast(look.color, style.THEME.page) >= 3, look.label
-        assert contrast(on_the_dark_page(look.color), on_the_dark_page(style.THEME.page)) >= 3, look.label
-    assert contrast(on_the_dark_page(style.THEME.muted), on_the_dark_page(style.THEME.page)) >= 4.5
+        assert contrast(look.color, style.PAGE) >= 3, look.label
+        assert contrast(on_the_dark_page(look.color), on_the_dark_page(style.PAGE)) >= 3, look.label
+    assert contrast(on_the_dark_page(style.MUTED), on_the_dark_page(style.PAGE)) >= 4.5
     for kind, matrix in BLIND.items():
         for a, b in itertools.combinations(("cuda", "triton", "torch"), 2):
             seen = [

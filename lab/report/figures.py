@@ -27,7 +27,7 @@ WRAP = 99  # characters of the subtitle that fit on a line
 
 @dataclass
 class Figure:
-    """One picture and what stands around it. `draw(canvas, theme)` fills an empty matplotlib figure."""
+    """One picture and what stands around it. `draw(canvas)` fills an empty matplotlib figure."""
 
     name: str  # file name without ending; unique in a run
     title: str
@@ -40,12 +40,11 @@ class Figure:
     draw: Callable
 
 
-def compose(figure, theme, emulated=False):
-    """The picture as a matplotlib figure in the theme's colours; call it inside
-    rc_context(style.rc(theme))."""
+def compose(figure, emulated=False):
+    """The picture as a matplotlib figure; call it inside rc_context(style.rc())."""
     title, lines = textwrap.wrap(figure.title, 56), textwrap.wrap(figure.conditions, WRAP)
     canvas = Canvas(figsize=(WIDTH, figure.height), layout="constrained")
-    figure.draw(canvas, theme)
+    figure.draw(canvas)
     legend_rows = sum(-(-len(found.get_texts()) // found._ncols) for found in canvas.legends)
     head = 0.18 + 0.19 * len(title) + 0.135 * len(lines)
     height = head + figure.height + 0.17 * max(0, legend_rows - 1)
@@ -66,7 +65,7 @@ def compose(figure, theme, emulated=False):
         "\n".join(lines),
         fontsize=7,
         va="top",
-        color=theme.muted,
+        color=style.MUTED,
         linespacing=1.2,
     )
     if emulated:
@@ -79,7 +78,7 @@ def compose(figure, theme, emulated=False):
                 ha="center",
                 va="center",
                 fontsize=26,
-                color=theme.muted,
+                color=style.MUTED,
                 alpha=0.16,
                 rotation=20,
                 zorder=0,
@@ -89,9 +88,9 @@ def compose(figure, theme, emulated=False):
 
 def png(figure, emulated=False):
     """The picture as PNG bytes, 1040 pixels wide."""
-    with matplotlib.rc_context(style.rc(style.THEME)), warnings.catch_warnings():
+    with matplotlib.rc_context(style.rc()), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # a record may hold any character; the font draws a box
-        canvas = FigureCanvasAgg(compose(figure, style.THEME, emulated))
+        canvas = FigureCanvasAgg(compose(figure, emulated))
         canvas.draw()
         drawn = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     small = io.BytesIO()
@@ -281,7 +280,7 @@ def line(ax, rows, x, y, low, high, look, label, dash="-", markers="full"):
         )
 
 
-def dots(ax, rows, column, order, x, low, high, theme):
+def dots(ax, rows, column, order, x, low, high):
     """One row of the axis per value of `column`, top down in `order`; one mark with its spread per backend in
     each."""
     backends = style.backend_order(rows["backend"])
@@ -300,7 +299,7 @@ def dots(ax, rows, column, order, x, low, high, theme):
             label=look.label,
         )
     for i in range(0, len(order), 2):
-        ax.axhspan(i - 0.5, i + 0.5, color=theme.grid, alpha=0.35, zorder=0, linewidth=0)
+        ax.axhspan(i - 0.5, i + 0.5, color=style.GRID, alpha=0.35, zorder=0, linewidth=0)
     ax.set_yticks(range(len(order)), [short(v) for v in order])
     ax.set_ylim(len(order) - 0.5, -0.5)
     ax.grid(axis="y", visible=False)

@@ -48,8 +48,8 @@ def crossover(run, f, a="cuda", b="triton"):
     cells = pd.DataFrame(found)
     look_a, look_b = style.backend(a), style.backend(b)
 
-    def face(cell, theme):
-        ramp = LinearSegmentedColormap.from_list("who", [look_b.color, theme.grid, look_a.color])
+    def face(cell):
+        ramp = LinearSegmentedColormap.from_list("who", [look_b.color, style.GRID, look_a.color])
         return ramp(0.5 + 0.5 * np.clip(np.log2(cell.ratio), -1, 1))
 
     def words(cell):
@@ -83,7 +83,7 @@ def crossover(run, f, a="cuda", b="triton"):
         ),
         command=command("ops", (), cells, f.model),
         height=0.5 + 0.27 * len(order),
-        draw=lambda canvas, theme: _map(canvas, theme, cells, order, face, words),
+        draw=lambda canvas: _map(canvas, cells, order, face, words),
     )
 
 
@@ -116,7 +116,7 @@ def winners(run, f, op):
         return None
     cells = pd.DataFrame(found)
 
-    def face(cell, theme):
+    def face(cell):
         return (*[int(style.backend(cell.winner).color[i : i + 2], 16) / 255 for i in (1, 3, 5)], 0.45)
 
     def words(cell):
@@ -143,7 +143,7 @@ def winners(run, f, op):
         table=table(cells, "case batch winner us second second_us verdict tuning", second_us="second (us)"),
         command=command("ops", [op], cells, f.model),
         height=0.5 + 0.36 * len(order),
-        draw=lambda canvas, theme: _map(canvas, theme, cells, order, face, words),
+        draw=lambda canvas: _map(canvas, cells, order, face, words),
     )
 
 
@@ -183,8 +183,8 @@ def _batches_left(cells):
     return f" Only the smallest {BATCHES} of {count:,} batches are drawn." if count > BATCHES else ""
 
 
-def _map(canvas, theme, cells, order, face, words):
-    """Cases down in `order`, batches across; decided cells in face(cell, theme), the others hatched."""
+def _map(canvas, cells, order, face, words):
+    """Cases down in `order`, batches across; decided cells in face(cell), the others hatched."""
     ax = canvas.subplots()
     batches = sorted(cells["batch"].unique())[:BATCHES]
     place = {case: i for i, case in enumerate(order)}
@@ -197,8 +197,8 @@ def _map(canvas, theme, cells, order, face, words):
                 (x - 0.48, y - 0.46),
                 0.96,
                 0.92,
-                facecolor=face(cell, theme) if decided else theme.grid,
-                edgecolor=theme.muted,
+                facecolor=face(cell) if decided else style.GRID,
+                edgecolor=style.MUTED,
                 linewidth=0,
                 hatch="" if decided else "////",
             )
@@ -210,9 +210,9 @@ def _map(canvas, theme, cells, order, face, words):
             ha="center",
             va="center",
             fontsize=6.5,
-            color=theme.ink,
+            color=style.INK,
             linespacing=1.1,
-            bbox=None if decided else {"facecolor": theme.page, "edgecolor": "none", "pad": 1},
+            bbox=None if decided else {"facecolor": style.PAGE, "edgecolor": "none", "pad": 1},
         )
     ax.set_xlim(-0.5, len(batches) - 0.5)
     ax.set_ylim(len(order) - 0.5, -0.5)

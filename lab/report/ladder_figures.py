@@ -40,7 +40,7 @@ def climb(run, op):
     rungs = rows.drop_duplicates("rung")
     divisor, unit_name = unit(rows["us"])
 
-    def draw(canvas, theme):
+    def draw(canvas):
         ax, shown = canvas.subplots(), times(rows, divisor)
         for backend in style.backend_order(rows["backend"]):
             look = style.backend(backend)
@@ -53,8 +53,8 @@ def climb(run, op):
             ax.set_ylabel(f"time of a call ({unit_name}), emulated")
         else:
             ax.set_ylim(0, 108)
-            ax.axhline(100, color=theme.ink, linewidth=1, linestyle=":")
-            ax.text(rungs["rung"].min(), 100, "ceiling", va="bottom", fontsize=7, color=theme.muted)
+            ax.axhline(100, color=style.INK, linewidth=1, linestyle=":")
+            ax.text(rungs["rung"].min(), 100, "ceiling", va="bottom", fontsize=7, color=style.MUTED)
             ax.set_ylabel("share of the ceiling (%)")
         legend(canvas, [ax])
 

@@ -60,7 +60,7 @@ def ledger(run, model):
     totals = scaled[scaled["part"] == "total"].drop_duplicates("bar").set_index("bar")
     looks = {**style.part_looks(kernels), **{part: (None, hatch) for part, hatch in IDLE.items()}}
 
-    def draw(canvas, theme):
+    def draw(canvas):
         ax = canvas.subplots()
         widest = max([*pieces.clip(lower=0).sum(axis=1), *totals["us"]])
         left = pd.Series(0.0, index=bars)
@@ -68,14 +68,14 @@ def ledger(run, model):
             width = pieces[part].clip(lower=0)
             if width.max() == 0:
                 continue
-            color, hatch = looks[part][0] or theme.grid, looks[part][1]
+            color, hatch = looks[part][0] or style.GRID, looks[part][1]
             ax.barh(
                 range(len(bars)),
                 width,
                 left=left,
                 height=0.6,
                 color=color,
-                edgecolor=theme.page,
+                edgecolor=style.PAGE,
                 linewidth=0.5,
                 hatch=hatch,
                 label=short(part),
@@ -89,7 +89,7 @@ def ledger(run, model):
                         ha="center",
                         va="center",
                         fontsize=7.5,
-                        color=theme.ink if part in IDLE else style.text_on(color),
+                        color=style.INK if part in IDLE else style.text_on(color),
                     )
             left += width
         for y, bar in enumerate(bars):
@@ -99,7 +99,7 @@ def ledger(run, model):
                     token["us"],
                     y - 0.36,
                     y + 0.36,
-                    color=theme.ink,
+                    color=style.INK,
                     linewidth=2,
                     label="token, replayed" if bar == totals.index[0] else None,
                 )
@@ -107,7 +107,7 @@ def ledger(run, model):
                     token["us"],
                     [y],
                     xerr=spread(token, "us", "us_p10", "us_p90"),
-                    color=theme.ink,
+                    color=style.INK,
                     linestyle="none",
                 )
         ax.set_yticks(range(len(bars)), bars)
@@ -221,12 +221,12 @@ def swap(run, model, plan, start="triton", end="cuda"):
     digits = 1 if unit_name == "us" else 3
     old, new = style.backend(start), style.backend(end)
 
-    def draw(canvas, theme):
+    def draw(canvas):
         ax = canvas.subplots()
         for y, step in enumerate(found):
             color = {
                 "whole": old.color if y == 0 else new.color,
-                "together": theme.muted,
+                "together": style.MUTED,
                 "alone": (new if step.change < 0 else old).color,
             }[step.kind]
             ax.barh(
@@ -235,14 +235,14 @@ def swap(run, model, plan, start="triton", end="cuda"):
                 left=step.begin,
                 height=0.62,
                 color=color,
-                edgecolor=theme.page,
+                edgecolor=style.PAGE,
                 linewidth=0.5,
                 hatch="////" if step.kind == "together" else "",
             )
             if step.row is not None:
-                ax.errorbar([step.end], [y], xerr=spread(step.row, "us", "us_p10", "us_p90"), color=theme.ink)
+                ax.errorbar([step.end], [y], xerr=spread(step.row, "us", "us_p10", "us_p90"), color=style.INK)
             if step.kind != "whole":
-                ax.plot([step.begin] * 2, [y - 0.7, y + 0.31], color=theme.muted, linewidth=0.7)
+                ax.plot([step.begin] * 2, [y - 0.7, y + 0.31], color=style.MUTED, linewidth=0.7)
             words = f"{step.end:,.{digits}f}" if step.kind == "whole" else f"{step.change:+,.{digits}f}"
             ax.text(step.reach, y, f"  {words}", va="center", fontsize=7.5)
         low, high = min(s.end for s in found), max(s.reach for s in found)

@@ -44,9 +44,9 @@ def ceiling(run):
         rows.groupby("direction"), key=lambda g: list(DIRECTIONS).index(g[0]) if g[0] in DIRECTIONS else 9
     )
 
-    def draw(canvas, theme):
+    def draw(canvas):
         ax = canvas.subplots()
-        colors = (theme.ink, theme.muted, "#cc6677", "#999933")
+        colors = (style.INK, style.MUTED, "#cc6677", "#999933")
         for i, (direction, group) in enumerate(groups):
             marker, dash = DIRECTIONS.get(direction, ("D", "-."))
             group = group.sort_values("bytes")
@@ -145,7 +145,7 @@ def against(run, model, x):
     bandwidth = scaled[~rows["suspect"] & rows["share"].notna()]
     panels = 1 if run.emulated or not len(bandwidth) else 2
 
-    def draw(canvas, theme):
+    def draw(canvas):
         axes = canvas.subplots(panels, 1, sharex=True, squeeze=False).ravel()
         for name, group, look, drawn in _lines(scaled):
             line(axes[0], group, x, "us", "us_p10", "us_p90", look, name, *drawn)
@@ -155,7 +155,7 @@ def against(run, model, x):
             for name, group, look, drawn in _lines(bandwidth):
                 line(axes[1], group, x, "share", "share_low", "share_high", look, name, *drawn)
             axes[1].set_ylim(0, 108)
-            axes[1].axhline(100, color=theme.ink, linewidth=1, linestyle=":")
+            axes[1].axhline(100, color=style.INK, linewidth=1, linestyle=":")
             axes[1].set_ylabel("of the ceiling (%)")
         log_ticks(axes[-1].xaxis, rows[x])
         axes[-1].set_xlabel("context (tokens)" if x == "context" else "batch (sequences)")
@@ -192,9 +192,9 @@ def latency(run, model):
     divisor, unit_name = unit(rows["us"])
     order = list(dict.fromkeys(rows.sort_values("us")["series"]))
 
-    def draw(canvas, theme):
+    def draw(canvas):
         ax, scaled = canvas.subplots(), times(rows, divisor)
-        dots(ax, scaled, "series", order, "us", "us_p10", "us_p90", theme)
+        dots(ax, scaled, "series", order, "us", "us_p10", "us_p90")
         from_zero_or_log(ax.xaxis, scaled["us"], scaled["us_p90"])
         ax.set_xlabel(f"{unit_name} per step" + (", emulated" if run.emulated else ""))
 
@@ -229,7 +229,7 @@ def throughput(run, model):
     per_sequence = first["tokens_per_s"] / first["batch"]
     rows = rows.assign(linearity=rows["tokens_per_s"] / (rows["batch"] * rows["series"].map(per_sequence)))
 
-    def draw(canvas, theme):
+    def draw(canvas):
         ax = canvas.subplots()
         low, top = rows["batch"].min(), rows["batch"].max()
         ideal = per_sequence.max()
@@ -238,7 +238,7 @@ def throughput(run, model):
         ax.plot(
             [low, top],
             [ideal * low, ideal * top],
-            color=theme.muted,
+            color=style.MUTED,
             linewidth=1,
             linestyle="-.",
             label="ideal",
@@ -255,7 +255,7 @@ def throughput(run, model):
                 xytext=(top * 1.16, 10**at),
                 fontsize=7.5,
                 va="center",
-                arrowprops={"arrowstyle": "-", "color": theme.muted, "linewidth": 0.5},
+                arrowprops={"arrowstyle": "-", "color": style.MUTED, "linewidth": 0.5},
             )
         plain_log(ax.yaxis)
         ax.set_ylim(top=max(ax.get_ylim()[1], 10 ** (at + step)))
@@ -298,7 +298,7 @@ def memory(run, model):
     }
     top = np.nanmax([*sum(gib[column].fillna(0) for _, column, *_ in HELD), *gib["peak_bytes"].fillna(0)])
 
-    def draw(canvas, theme):
+    def draw(canvas):
         ax = canvas.subplots()
         left = np.zeros(len(rows))
         for name, column, color, hatch in HELD:
@@ -311,7 +311,7 @@ def memory(run, model):
                 label=name,
                 height=0.68,
                 hatch=hatch,
-                edgecolor=theme.page,
+                edgecolor=style.PAGE,
                 linewidth=0.6,
             )
             left += width
@@ -323,7 +323,7 @@ def memory(run, model):
                 marker="|",
                 markersize=12,
                 markeredgewidth=2,
-                color=theme.ink,
+                color=style.INK,
                 label="peak",
             )
         ax.set_yticks(

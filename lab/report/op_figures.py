@@ -44,17 +44,17 @@ def utilisation(run, f):
     everything, rows = rows, rows[rows["case"].isin(order)]
     divisor, unit_name = unit(rows["us"])
 
-    def draw(canvas, theme):
+    def draw(canvas):
         ax = canvas.subplots()
         if run.emulated:
-            dots(ax, times(rows, divisor), "case", order, "us", "us_p10", "us_p90", theme)
+            dots(ax, times(rows, divisor), "case", order, "us", "us_p10", "us_p90")
             plain_log(ax.xaxis)
             ax.set_xlabel(f"time of a call ({unit_name}, log scale), emulated")
         else:
-            dots(ax, rows, "case", order, "share", "share_low", "share_high", theme)
+            dots(ax, rows, "case", order, "share", "share_low", "share_high")
             ax.set_xlim(0, 106)
-            ax.axvline(100, color=theme.ink, linewidth=1, linestyle=":")
-            ax.text(100, -0.62, "ceiling", ha="center", va="bottom", fontsize=7, color=theme.muted)
+            ax.axvline(100, color=style.INK, linewidth=1, linestyle=":")
+            ax.text(100, -0.62, "ceiling", ha="center", va="bottom", fontsize=7, color=style.MUTED)
             ax.set_xlabel("share of the measured bandwidth ceiling (%)")
         legend(canvas, [ax])
 
@@ -111,12 +111,12 @@ def roofline(run, f):
     crowded = rows["backend"].value_counts().max() > DOTS
     roof = run.best_ceiling() / 1e3  # TB/s: Tflop/s at 1 flop/byte
 
-    def draw(canvas, theme):
+    def draw(canvas):
         ax = canvas.subplots()
         x = np.array([rows["intensity"].min() / 2, rows["intensity"].max() * 2])
         floor, top = rows["tflops"].min() / 2, roof * x[1] * 1.3
-        ax.plot(x, roof * x, color=theme.ink, linewidth=1.2)
-        ax.fill_between(x, roof * x, roof * x * 100, color=theme.grid, alpha=0.5, linewidth=0)
+        ax.plot(x, roof * x, color=style.INK, linewidth=1.2)
+        ax.fill_between(x, roof * x, roof * x * 100, color=style.GRID, alpha=0.5, linewidth=0)
         for name in style.backend_order(rows["backend"]):
             mine, look = thinned(rows[rows["backend"] == name], DOTS), style.backend(name)
             ax.errorbar(
@@ -197,7 +197,7 @@ def against(run, f, op, y):
     rows = rows[rows["panel"].isin(panels)]
     divisor, unit_name = unit(rows["us"])
 
-    def draw(canvas, theme):
+    def draw(canvas):
         axes = grid_of(
             canvas, len(panels), "context (tokens)" if by_context else "batch (sequences)", sharey=share
         )
@@ -211,7 +211,7 @@ def against(run, f, op, y):
             ax.set_title(short(name), loc="left")
             if share:
                 ax.set_ylim(0, 108)
-                ax.axhline(100, color=theme.ink, linewidth=1, linestyle=":")
+                ax.axhline(100, color=style.INK, linewidth=1, linestyle=":")
             else:
                 from_zero_or_log(ax.yaxis, here["us"], here["us_p90"])
         canvas.supylabel(
@@ -245,9 +245,9 @@ def _once(run, f, op, rows):
     order, left = first_of(list(dict.fromkeys(rows["case"])))
     drawn = rows[rows["case"].isin(order)]
 
-    def draw(canvas, theme):
+    def draw(canvas):
         ax, scaled = canvas.subplots(), times(drawn, divisor)
-        dots(ax, scaled, "case", order, "us", "us_p10", "us_p90", theme)
+        dots(ax, scaled, "case", order, "us", "us_p10", "us_p90")
         from_zero_or_log(ax.xaxis, scaled["us"], scaled["us_p90"])
         ax.set_xlabel(f"time of a call ({unit_name})")
         legend(canvas, [ax])
@@ -286,9 +286,9 @@ def caches(run, f, op):
         return None
     divisor, unit_name = unit(rows["us"])
 
-    def draw(canvas, theme):
+    def draw(canvas):
         ax, scaled = canvas.subplots(), times(rows, divisor)
-        dots(ax, scaled, "state", states, "us", "us_p10", "us_p90", theme)
+        dots(ax, scaled, "state", states, "us", "us_p10", "us_p90")
         ax.set_xlim(0, scaled["us_p90"].fillna(scaled["us"]).max() * 1.08)
         ax.set_xlabel(f"time of a call ({unit_name})")
         legend(canvas, [ax])

@@ -79,19 +79,14 @@ def part_looks(parts):
     return looks
 
 
-@dataclass(frozen=True)
-class Theme:
-    page: str  # background
-    ink: str  # text
-    muted: str  # secondary text
-    grid: str
+PAGE = "#ffffff"  # the background of a picture
+INK = "#1b1f23"  # its text
+MUTED = "#59636e"  # its secondary text
+GRID = "#e3e6ea"
 
 
-THEME = Theme("#ffffff", "#1b1f23", "#59636e", "#e3e6ea")
-
-
-def rc(theme):
-    """matplotlib settings of a theme, for matplotlib.rc_context."""
+def rc():
+    """The pictures' matplotlib settings, for matplotlib.rc_context."""
     return {
         "font.family": "DejaVu Sans",
         "font.size": 9,
@@ -101,18 +96,18 @@ def rc(theme):
         "ytick.labelsize": 8,
         "legend.fontsize": 8,
         "legend.frameon": False,
-        "figure.facecolor": theme.page,
-        "savefig.facecolor": theme.page,
-        "axes.facecolor": theme.page,
-        "text.color": theme.ink,
-        "axes.labelcolor": theme.ink,
-        "axes.titlecolor": theme.ink,
-        "xtick.color": theme.muted,
-        "ytick.color": theme.muted,
-        "axes.edgecolor": theme.muted,
-        "xtick.labelcolor": theme.ink,
-        "ytick.labelcolor": theme.ink,
-        "grid.color": theme.grid,
+        "figure.facecolor": PAGE,
+        "savefig.facecolor": PAGE,
+        "axes.facecolor": PAGE,
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "axes.titlecolor": INK,
+        "xtick.color": MUTED,
+        "ytick.color": MUTED,
+        "axes.edgecolor": MUTED,
+        "xtick.labelcolor": INK,
+        "ytick.labelcolor": INK,
+        "grid.color": GRID,
         "grid.linewidth": 0.8,
         "axes.grid": True,
         "axes.axisbelow": True,
