@@ -1,6 +1,7 @@
 """linear: y[b, n] = sum_k x[b, k] * w[n, k] (+ bias[n])
 
   x [batch, k]   w [n, k]   bias [n] or None   y [batch, n] in x's dtype, or float32 with out_dtype (logits)
+  w is a tensor in x's dtype, or packed in one of the formats of lab/formats
 Rounding: float32 accumulation, one rounding at the end. Batch 1 to 64; the weights are read
 from DRAM once for all rows.
 Kernels: cuda_src/linear.cu, triton_kernels/linear.py
@@ -11,20 +12,17 @@ from torch.nn import functional as F
 
 from lab import peers, spaces
 from lab.contract import DTYPE_CODES, EPS32, FLOATS, Op, case, dense, refuse
+from lab.formats import operand
 
 MAX_BATCH = 64
 
 
 def validate(x, w, bias=None, out_dtype=None, out=None):
-    if not (x.dim() == 2 and w.dim() == 2 and x.shape[1] == w.shape[1] and x.dtype == w.dtype):
-        refuse("linear", "x [batch, k] and w [n, k] must agree in k and dtype")
-    if x.dtype not in FLOATS:
-        refuse("linear", f"takes no {x.dtype}: x and w must be float32, float16 or bfloat16")
+    operand.check("linear", x, w)
     if not (1 <= x.shape[0] <= MAX_BATCH):
         refuse("linear", f"takes 1 to {MAX_BATCH} rows of x; split larger batches")
     if not (out_dtype is None or out_dtype == torch.float32 or out_dtype == x.dtype):
         refuse("linear", "out_dtype must be float32 or x's dtype")
-    dense("linear", w.get_device(), x, w)
     if bias is not None:
         if not (bias.shape == w.shape[:1] and bias.dtype == x.dtype):
             refuse("linear", "bias must be [n] in x's dtype")
@@ -48,7 +46,7 @@ def cuda(k, x, w, bias=None, out_dtype=None, out=None):
     rows, columns = x.shape
     k.linear(
         x=x.data_ptr(),
-        w=w.data_ptr(),
+        w=operand.pointers(w),
         bias=0 if bias is None else bias.data_ptr(),
         y=out.data_ptr(),
         rows=rows,
@@ -67,6 +65,9 @@ def triton(x, w, bias=None, out_dtype=None, out=None):
 
 
 def torch_(x, w, bias=None, out_dtype=None, out=None):
+    if not isinstance(w, torch.Tensor):  # torch has no product for these formats: expanded at each call
+        out.copy_(F.linear(x.float(), operand.as_float(w), None if bias is None else bias.float()))
+        return
     if out.dtype == x.dtype:
         out.copy_(F.linear(x, w, bias)) if bias is not None else torch.mm(x, w.T, out=out)
     elif x.is_cuda:  # cuBLAS keeps its float32 accumulator
@@ -80,12 +81,13 @@ def torch_(x, w, bias=None, out_dtype=None, out=None):
 def tolerance(a):
     """(rtol, atol): one rounding to y's dtype, and a few eps of |x||w| for the float32 sum (the norms bound a
     sum of k products)."""
-    size = float(a.x.double().norm(dim=1).max() * a.w.double().norm(dim=1).max())
+    size = float(a.x.double().norm(dim=1).max() * operand.magnitude(a.w).norm(dim=1).max())
     return torch.finfo(a.out_dtype or a.x.dtype).eps, 4 * EPS32 * size
 
 
-def inputs(rand, batch, n, k, bias=False, out_dtype=None):
-    return (rand(batch, k), rand(n, k), rand(n) if bias else None, out_dtype)
+def inputs(rand, batch, n, k, bias=False, out_dtype=None, format=None):
+    """format: of w, one of lab.formats.FORMATS; None: a tensor in x's dtype."""
+    return (rand(batch, k), operand.of_random(rand(n, k), format), rand(n) if bias else None, out_dtype)
 
 
 def nbytes(a):
@@ -151,5 +153,6 @@ op = Op(
         case("one past the widest batch of the GEMV path", batch=9, n=72, k=328, bias=True),
         case("a batch that fills no tensor-core tile, odd n", batch=17, n=83, k=200),
         case("the largest batch", batch=64, n=96, k=264, out_dtype=torch.float32),
+        *operand.format_cases(bias=True),
     ),
 )

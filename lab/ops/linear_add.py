@@ -1,6 +1,6 @@
 """linear_add: residual += x w^T (+ bias), in place
 
-  x [batch, k]   w [n, k]   residual [batch, n]   bias [n] or None
+  x [batch, k]   w [n, k], a tensor or packed   residual [batch, n]   bias [n] or None
 Rounding: float32 accumulation, the residual added in float32, one rounding at the end. Batch 1 to 64.
 Kernels: cuda_src/linear_add.cu, triton_kernels/linear_add.py
 """
@@ -11,6 +11,7 @@ import torch
 
 from lab import spaces
 from lab.contract import DTYPE_CODES, FLOATS, Op, case, dense, refuse
+from lab.formats import operand
 from lab.ops import linear
 
 
@@ -31,7 +32,7 @@ def cuda(k, x, w, residual, bias=None, out=None):
     rows, columns = x.shape
     k.linear_add(
         x=x.data_ptr(),
-        w=w.data_ptr(),
+        w=operand.pointers(w),
         bias=0 if bias is None else bias.data_ptr(),
         residual=residual.data_ptr(),
         rows=rows,
@@ -49,6 +50,11 @@ def triton(x, w, residual, bias=None, out=None):
 
 
 def torch_(x, w, residual, bias=None, out=None):
+    if not isinstance(w, torch.Tensor):
+        sums = torch.empty(residual.shape, dtype=torch.float32, device=x.device)
+        linear.torch_(x, w, bias, torch.float32, out=sums)
+        residual.copy_(residual.float() + sums)
+        return
     torch.addmm(residual, x, w.T, out=residual)
     if bias is not None:
         residual.add_(bias)
@@ -63,8 +69,9 @@ def tolerance(a):
     return rtol, atol
 
 
-def inputs(rand, batch, n, k, bias=False):
-    return rand(batch, k), rand(n, k, scale=k**-0.5), rand(batch, n), rand(n) if bias else None
+def inputs(rand, batch, n, k, bias=False, format=None):
+    w = operand.of_random(rand(n, k, scale=k**-0.5), format)
+    return rand(batch, k), w, rand(batch, n), rand(n) if bias else None
 
 
 op = Op(
@@ -95,5 +102,6 @@ op = Op(
         case("no multiple of a tile or vector, with bias", batch=3, n=37, k=101, bias=True),
         case("the widest batch of the GEMV path", batch=8, n=40, k=520),
         case("a tensor-core batch, odd n", batch=17, n=83, k=200),
+        *operand.format_cases(bias=True),
     ),
 )

@@ -1,6 +1,6 @@
 """norm_linear: y = rmsnorm(x, norm_w) w^T (+ bias)
 
-  x [batch, k]   norm_w [k]   w [n, k]   bias [n] or None
+  x [batch, k]   norm_w [k]   w [n, k], a tensor or packed   bias [n] or None
   y [batch, n] in x's dtype, or float32 with out_dtype
 First the norm of rmsnorm.py (same rounding points), then the linear of linear.py. Each block computes the
 norm itself, from x in L2. Only for a batch that is multiplied on tensor cores do the normalised rows pass
@@ -14,6 +14,7 @@ import torch
 
 from lab import spaces
 from lab.contract import DTYPE_CODES, EPS32, FLOATS, Op, case, dense, refuse
+from lab.formats import PackedMatrix, operand
 from lab.ops import linear, rmsnorm
 
 
@@ -54,26 +55,28 @@ def norm_slack(x, norm_w, eps, w):
     EPS32 / eps(T). Returns 3 standard deviations."""
     step = torch.finfo(x.dtype).eps
     share = min(1.0, 8 * EPS32 / step)
-    size = float((normed(x, norm_w, eps).double().abs().amax()) * w.double().norm(dim=1).max())
+    size = float((normed(x, norm_w, eps).double().abs().amax()) * operand.magnitude(w).norm(dim=1).max())
     return 3 * step * size * max(share, 1.0 / x.shape[1]) ** 0.5
 
 
-def workspace(x):
-    """The memory, [batch, k], through which the CUDA kernels pass the normalised rows of a batch that is
-    multiplied on tensor cores; None for other batches.
+def workspace(x, w):
+    """The memory, [batch, k], through which the CUDA kernels pass the normalised rows: of packed weights, and
+    of a batch that is multiplied on tensor cores; None for other batches.
 
     cuda_src/sizes.h decides which batches are which (most_stream_rows()).
     """
-    return torch.empty_like(x) if x.shape[0] > 2 and x.element_size() == 2 else None
+    if type(w) is PackedMatrix or (x.shape[0] > 2 and x.element_size() == 2):
+        return torch.empty_like(x)
+    return None
 
 
 def cuda(k, x, norm_w, eps, w, bias=None, out_dtype=None, out=None):
-    memory = workspace(x)
+    memory = workspace(x, w)
     rows, columns = x.shape
     k.norm_linear(
         x=x.data_ptr(),
         norm_w=norm_w.data_ptr(),
-        w=w.data_ptr(),
+        w=operand.pointers(w),
         bias=0 if bias is None else bias.data_ptr(),
         y=out.data_ptr(),
         normed=0 if memory is None else memory.data_ptr(),
@@ -99,9 +102,9 @@ def torch_(x, norm_w, eps, w, bias=None, out_dtype=None, out=None):
     linear.torch_(y, w, bias, out_dtype, out)
 
 
-def inputs(rand, batch, n, k, bias=False, out_dtype=None, size=1.0, kind="normal"):
-    """size, kind: of x, as in rmsnorm.py."""
-    x, w, b, out_dtype = linear.inputs(rand, batch, n, k, bias, out_dtype)
+def inputs(rand, batch, n, k, bias=False, out_dtype=None, size=1.0, kind="normal", format=None):
+    """size, kind: of x, as in rmsnorm.py. format: of w, as in linear.py."""
+    x, w, b, out_dtype = linear.inputs(rand, batch, n, k, bias, out_dtype, format)
     return rmsnorm.shaped(x, kind).mul_(size), rand(k), 1e-5, w, b, out_dtype
 
 
@@ -140,5 +143,6 @@ op = Op(
         case("the same in a tensor-core batch", batch=17, n=37, k=200, size=1e-3),
         case("one large term among many small ones", batch=2, n=37, k=4096, kind="peak"),
         case("long rows of equal elements", batch=2, n=9, k=16384, kind="flat"),
+        *operand.format_cases(bias=True),
     ),
 )

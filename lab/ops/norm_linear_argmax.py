@@ -1,7 +1,8 @@
 """norm_linear_argmax: ids[b] = argmax over n of logits[b, n], logits = rmsnorm(x, norm_w) w^T:
 a greedy step's end
 
-  x [batch, k]   norm_w [k]   w [n, k] (lm_head)   logits float32 [batch, n], written   out [batch] int32
+  x [batch, k]   norm_w [k]   w [n, k] (lm_head), a tensor or packed
+  logits float32 [batch, n], written   out [batch] int32
 The lowest index wins a tie, and a row with NaN gives -1, as in sample.py. The last block to finish stores the
 ids. Until then `scratch` int32 [batch, SCRATCH] holds the candidates of the blocks (Triton) or each row's
 best so far (CUDA), and a ticket. It is zero before the first call, and each call leaves it ready for the
@@ -13,6 +14,7 @@ import torch
 
 from lab import spaces
 from lab.contract import DTYPE_CODES, FLOATS, Op, case, dense, once, refuse
+from lab.formats import operand
 from lab.ops import linear, norm_linear, sample
 from lab.ops.norm_linear import check_norm, normed
 
@@ -77,12 +79,12 @@ def verify(got, a):
 
 
 def cuda(k, x, norm_w, eps, w, logits, scratch, out):
-    memory = norm_linear.workspace(x)
+    memory = norm_linear.workspace(x, w)
     rows, columns = x.shape
     k.norm_linear_argmax(
         x=x.data_ptr(),
         norm_w=norm_w.data_ptr(),
-        w=w.data_ptr(),
+        w=operand.pointers(w),
         logits=logits.data_ptr(),
         scratch=scratch.data_ptr(),
         normed=0 if memory is None else memory.data_ptr(),
@@ -107,9 +109,9 @@ def torch_(x, norm_w, eps, w, logits, scratch, out):
     out.copy_(sample.greedy(logits))
 
 
-def inputs(rand, batch, n, k, size=1.0, kind="normal", nan=(), equal=False, negative=False):
+def inputs(rand, batch, n, k, size=1.0, kind="normal", nan=(), equal=False, negative=False, format=None):
     """size, kind: of x, as in rmsnorm.py. nan: the rows of x that have a NaN. equal: w has each row twice, so
-    that every logit has an equal. negative: all logits are below 0."""
+    that every logit has an equal. negative: all logits are below 0. format: of w, as in linear.py."""
     x, norm_w, eps, w, _, _ = norm_linear.inputs(rand, batch, n, k, size=size, kind=kind)
     for row in nan:
         x[row, k // 2] = torch.nan
@@ -117,6 +119,7 @@ def inputs(rand, batch, n, k, size=1.0, kind="normal", nan=(), equal=False, nega
         w[n // 2 : n // 2 * 2] = w[: n // 2]
     if negative:
         x, norm_w, w = x.abs(), norm_w.abs(), -w.abs()
+    w = operand.of_random(w, format)
     return (
         x,
         norm_w,
@@ -163,5 +166,6 @@ op = Op(
         case("every logit stands twice: the first wins", batch=3, n=1000, k=72, equal=True),
         case("all logits negative, no multiple of a tile", batch=3, n=37, k=101, negative=True),
         case("the same in a tensor-core batch", batch=17, n=83, k=200, negative=True),
+        *operand.format_cases(),
     ),
 )

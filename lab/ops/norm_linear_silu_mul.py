@@ -1,7 +1,7 @@
 """norm_linear_silu_mul: y = silu(g) * u, with g and u the first and the last n columns of
 rmsnorm(x, norm_w) w^T
 
-  x [batch, k]   norm_w [k]   w [2 n, k], the gate's rows first   y [batch, n]
+  x [batch, k]   norm_w [k]   w [2 n, k], the gate's rows first, a tensor or packed   y [batch, n]
 Rounding: the norm as in rmsnorm.py; g and u stay in float32; one rounding at the end. Batch 1 to 64.
 Kernels: cuda_src/norm_linear_silu_mul.cu, triton_kernels/norm_linear_silu_mul.py
 """
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from lab import spaces
 from lab.contract import DTYPE_CODES, FLOATS, Op, case, dense, refuse
+from lab.formats import operand
 from lab.ops import linear, norm_linear, rmsnorm, silu_mul
 from lab.ops.norm_linear import check_norm, norm_slack, normed
 
@@ -47,12 +48,12 @@ def tolerance(a):
 
 
 def cuda(k, x, norm_w, eps, w, out):
-    memory = norm_linear.workspace(x)
+    memory = norm_linear.workspace(x, w)
     rows, columns = x.shape
     k.norm_linear_silu_mul(
         x=x.data_ptr(),
         norm_w=norm_w.data_ptr(),
-        w=w.data_ptr(),
+        w=operand.pointers(w),
         y=out.data_ptr(),
         normed=0 if memory is None else memory.data_ptr(),
         rows=rows,
@@ -76,9 +77,10 @@ def torch_(x, norm_w, eps, w, out):
     silu_mul.torch_(gate_up, out)
 
 
-def inputs(rand, batch, n, k, size=1.0, kind="normal"):
-    """size, kind: of x, as in rmsnorm.py."""
-    return rmsnorm.shaped(rand(batch, k), kind).mul_(size), rand(k), 1e-5, rand(2 * n, k, scale=k**-0.5)
+def inputs(rand, batch, n, k, size=1.0, kind="normal", format=None):
+    """size, kind: of x, as in rmsnorm.py. format: of w, as in linear.py."""
+    x = rmsnorm.shaped(rand(batch, k), kind).mul_(size)
+    return x, rand(k), 1e-5, operand.of_random(rand(2 * n, k, scale=k**-0.5), format)
 
 
 op = Op(
@@ -113,5 +115,6 @@ op = Op(
         case("the same in a tensor-core batch", batch=17, n=37, k=200, size=1e-3),
         case("one large term among many small ones", batch=2, n=37, k=4096, kind="peak"),
         case("long rows of equal elements", batch=2, n=9, k=16384, kind="flat"),
+        *operand.format_cases(),
     ),
 )

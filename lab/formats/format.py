@@ -1,0 +1,223 @@
+"""What a weight format is, and the layout in which every kernel reads packed weights.
+
+    weight[n, k] = scale[n, k / group] * (decode(code[n, k]) - zero) + minimum
+
+`codes` are packed by rows, in segments of 64 bytes, so that a lane of a tensor-core tile finds its weights in
+one load of 16 bytes. A segment holds K = 512 / bits columns (128 of 4 bits, 64 of 8 bits): K / 32 runs of 32
+columns. Lane t of the four lanes that share a row takes the bytes 16 t to 16 t + 15, which are 8 codes of
+each run:
+
+    code j of run i of lane t     column 32 i + 16 (j / 4) + 4 t + j % 4 of the segment
+
+The 8 codes are in the order in which two of them at a time can be cut out with one mask:
+
+    4 bits, one word of 32 bits   code 2p in bits 4p .. 4p + 3, code 2p + 1 in bits 16 + 4p ..
+    8 bits, two words             codes 0, 2, 1, 3 in the bytes of the first, 4, 6, 5, 7 of the second
+
+Columns past k fill the last segment with codes that stand for 0 (or for a minimum); kernels multiply them by
+zeros of x. `scales` has one entry for each row and group, or two, if the format has a minimum or a zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from lab.errors import LabError
+
+SEGMENT = 64  # bytes
+RUN = 32  # columns
+
+
+@dataclass(frozen=True)
+class Format:
+    """The contract of one weight format: how numbers are stored, and what they are worth.
+
+    `encode` and `decode` are the reference in torch; the kernels' files of the same name unpack the same
+    codes in registers.
+    """
+
+    name: str
+    summary: str
+    number: int  # what kernels know it by: Format of cuda_src/launchers/arguments.h
+    bits: int  # of a code: 4 or 8
+    group: int | None  # columns that share a scale; None: the whole row
+    scale_dtype: torch.dtype
+    # (codes uint8) -> float64: the number that a code stands for, before zero, scale and minimum
+    decode: Callable[[torch.Tensor], torch.Tensor]
+    # (w float32 [rows, groups, group]) -> (codes uint8 of that shape, scales [rows, groups, entries]): round
+    # to nearest
+    encode: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    second: str | None = None  # the second entry of a scale: "minimum", "zero", or none
+    blank: int = 0  # the code of the columns past k
+    # (scales as stored) -> float64
+    scale_value: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.double
+
+    @property
+    def entries(self) -> int:
+        return 2 if self.second else 1
+
+    @property
+    def columns(self) -> int:
+        """Columns in a segment."""
+        return SEGMENT * 8 // self.bits
+
+    def segments(self, k: int) -> int:
+        return -(-k // self.columns)
+
+    def groups(self, k: int) -> int:
+        """Entries of `scales` in a row; as many as whole segments need."""
+        return 1 if self.group is None else -(-self.segments(k) * self.columns // self.group)
+
+    def bytes_of(self, rows: int, k: int) -> int:
+        """Bytes of a packed matrix [rows, k], scales included."""
+        return rows * (self.segments(k) * SEGMENT + self.groups(k) * self.entries * self.scale_dtype.itemsize)
+
+    def quantise(self, w: torch.Tensor) -> PackedMatrix:
+        """w [rows, k] of any float dtype, rounded to the nearest codes of this format.
+
+        Raises LabError for weights that are not finite, or too large for the format's scales.
+        """
+        rows, k = w.shape
+        if not bool(w.isfinite().all()):
+            raise LabError(f"format {self.name}: the weights hold NaN or inf, which it cannot store")
+        # Padding with zeros changes no group's largest weight.
+        width = self.group or k
+        padded = torch.zeros(rows, -(-k // width) * width, dtype=torch.float32, device=w.device)
+        padded[:, :k] = w
+        codes, scales = self.encode(padded.unflatten(1, (-1, width)))
+        if scales.is_floating_point() and not bool(scales.isfinite().all()):
+            raise LabError(f"format {self.name}: a weight is too large for its scale in {self.scale_dtype}")
+        return self.from_codes(codes.flatten(1)[:, :k], scales)
+
+    def from_codes(self, codes: torch.Tensor, scales: torch.Tensor) -> PackedMatrix:
+        """Packs codes uint8 [rows, k] with scales [rows, groups, entries], which are kept as they are.
+
+        Raises LabError if their sizes do not belong together.
+        """
+        rows, k = codes.shape
+        needed = 1 if self.group is None else -(-k // self.group)
+        if scales.shape != (rows, needed, self.entries):
+            raise LabError(
+                f"format {self.name}: scales {list(scales.shape)} do not fit codes {list(codes.shape)}: "
+                f"{[rows, needed, self.entries]} are needed"
+            )
+        padded = codes.new_full((rows, self.segments(k) * self.columns), self.blank)
+        padded[:, :k] = codes
+        all_scales = torch.zeros(
+            rows, self.groups(k), self.entries, dtype=self.scale_dtype, device=codes.device
+        )
+        all_scales[:, :needed] = scales.to(self.scale_dtype)
+        return PackedMatrix(self.name, k, pack(padded, self.bits), all_scales)
+
+
+@dataclass(eq=False)
+class PackedMatrix:
+    """A matrix [rows, k] of packed weights: what the ops take in the place of a tensor `w`.
+
+    codes uint8 [rows, segments * 64], scales [rows, groups, entries] in the format's dtype. It answers those
+    questions of a tensor that contracts ask: shape, device, numel, nbytes, double.
+    """
+
+    format_name: str
+    k: int
+    codes: torch.Tensor
+    scales: torch.Tensor
+
+    @property
+    def format(self) -> Format:
+        from lab.formats import FORMATS
+
+        return FORMATS[self.format_name]
+
+    @property
+    def rows(self) -> int:
+        return self.codes.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.k
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.scales.nbytes
+
+    def dim(self) -> int:
+        return 2
+
+    def numel(self) -> int:
+        return self.codes.shape[0] * self.k
+
+    def get_device(self) -> int:
+        return self.codes.get_device()
+
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.codes, self.scales
+
+    def raw_codes(self) -> torch.Tensor:
+        """uint8 [rows, k], one code each."""
+        return unpack(self.codes, self.format.bits)[:, : self.k]
+
+    def double(self) -> torch.Tensor:
+        """The weights, exactly: float64 [rows, k]."""
+        return self.double_padded()[:, : self.k]
+
+    def double_padded(self) -> torch.Tensor:
+        """The same with the columns past k that fill the last segment."""
+        f = self.format
+        value = f.decode(unpack(self.codes, f.bits))
+        scales = self.scales
+        width = value.shape[1] // scales.shape[1]
+        value = value.unflatten(1, (-1, width))
+        scale = f.scale_value(scales[:, :, :1])
+        if f.second == "zero":
+            value = (value - scales[:, :, 1:].double()) * scale
+        elif f.second == "minimum":
+            value = value * scale + scales[:, :, 1:].double()
+        else:
+            value = value * scale
+        return value.flatten(1)
+
+    def to(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weights as a tensor, rounded to a dtype."""
+        return self.double().to(dtype)
+
+    def some_rows(self, ids: torch.Tensor) -> PackedMatrix:
+        """The rows of these numbers, [len(ids), k]."""
+        return PackedMatrix(self.format_name, self.k, self.codes[ids.long()], self.scales[ids.long()])
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 [rows, segments * 64] from codes uint8 [rows, whole segments]: see the layout above."""
+    lanes = _lanes(codes, bits)
+    if bits == 8:
+        return lanes[..., [0, 2, 1, 3, 4, 6, 5, 7]].flatten(1).contiguous()
+    # Byte b of the word holds bits 8b ..: codes 0 and 2, 4 and 6, 1 and 3, 5 and 7.
+    return (lanes[..., [0, 4, 1, 5]] | lanes[..., [2, 6, 3, 7]] << 4).flatten(1).contiguous()
+
+
+def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """The inverse of pack(): uint8 [rows, columns of whole segments]."""
+    rows, columns = packed.shape[0], packed.shape[1] * 8 // bits
+    runs = SEGMENT * 8 // bits // RUN
+    if bits == 8:
+        lanes = packed.view(rows, -1, 4, runs, 8)[..., [0, 2, 1, 3, 4, 6, 5, 7]]
+    else:
+        by_byte = packed.view(rows, -1, 4, runs, 4)
+        low, high = by_byte & 15, by_byte >> 4  # of code pairs (0, 2), (4, 6), (1, 3), (5, 7)
+        lanes = torch.cat((low, high), -1)[..., [0, 2, 4, 6, 1, 3, 5, 7]]
+    # [rows, segment, t, run, half, e] -> [rows, segment, run, half, t, e]
+    return lanes.unflatten(4, (2, 4)).permute(0, 1, 3, 4, 2, 5).reshape(rows, columns)
+
+
+def _lanes(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """[rows, segment, lane t, run i, code j] of codes [rows, columns]."""
+    runs = SEGMENT * 8 // bits // RUN
+    by_column = codes.view(codes.shape[0], -1, runs, 2, 4, 4)  # segment, run, half, t, e
+    return by_column.permute(0, 1, 4, 2, 3, 5).flatten(4)

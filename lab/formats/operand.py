@@ -1,0 +1,75 @@
+"""The weights of a product as an op takes them: a plain tensor in the dtype of x, or a PackedMatrix."""
+
+from __future__ import annotations
+
+import torch
+
+from lab.contract import FLOATS, Case, case, dense, refuse
+from lab.formats import FORMATS, PackedMatrix
+
+Operand = torch.Tensor | PackedMatrix
+
+
+def check(op: str, x: torch.Tensor, w: Operand) -> None:
+    """Raises LabError unless x [batch, k] can be multiplied by w [n, k]."""
+    if x.dtype not in FLOATS:
+        refuse(op, f"takes no {x.dtype}: x must be float32, float16 or bfloat16")
+    if type(w) is PackedMatrix:
+        if not (x.dim() == 2 and x.shape[1] == w.k):
+            refuse(op, "x [batch, k] and w [n, k] must agree in k")
+        dense(op, w.get_device(), x, w.codes, w.scales)
+        check_packed(op, w)
+    else:
+        if not (x.dim() == 2 and w.dim() == 2 and x.shape[1] == w.shape[1] and x.dtype == w.dtype):
+            refuse(op, "x [batch, k] and w [n, k] must agree in k and dtype")
+        dense(op, w.get_device(), x, w)
+
+
+def check_packed(op: str, w: PackedMatrix) -> None:
+    """Raises LabError unless the tensors of a packed matrix have the sizes and dtypes of its format."""
+    f, rows = w.format, w.codes.shape[0]
+    if w.codes.shape != (rows, f.segments(w.k) * 64) or w.codes.dtype != torch.uint8:
+        refuse(op, f"codes of {f.name} for k = {w.k} must be uint8 {[rows, f.segments(w.k) * 64]}")
+    if w.scales.shape != (rows, f.groups(w.k), f.entries) or w.scales.dtype != f.scale_dtype:
+        refuse(op, f"scales of {f.name} must be {f.scale_dtype} {[rows, f.groups(w.k), f.entries]}")
+
+
+def pointers(w: Operand) -> tuple[int, int, int]:
+    """(address of the numbers, address of the scales, number of the format): Weights of arguments.h."""
+    if type(w) is PackedMatrix:
+        return w.codes.data_ptr(), w.scales.data_ptr(), w.format.number
+    return w.data_ptr(), 0, 0
+
+
+def as_float(w: Operand) -> torch.Tensor:
+    """The weights in float32, for torch's own product."""
+    return w.to(torch.float32)
+
+
+def magnitude(w: Operand) -> torch.Tensor:
+    """float64 [n, k]: the size of the numbers that a kernel adds up for each weight. With a minimum these are
+    two, scale * code and the minimum, which may be much larger than their sum."""
+    if type(w) is PackedMatrix and w.format.second == "minimum":
+        least = w.scales[:, :, 1:].double()
+        width = w.format.group
+        by_group = w.double_padded().unflatten(1, (-1, width))
+        return ((by_group - least).abs() + least.abs()).flatten(1)[:, : w.k]
+    return w.double().abs()
+
+
+def of_random(w: torch.Tensor, format: str | None) -> Operand:
+    """w itself, or w in a format: for the inputs of a check."""
+    return w if format is None else FORMATS[format].quantise(w)
+
+
+def format_cases(**more) -> tuple[Case, ...]:
+    """Sizes at which `lab check` runs a product with weights of each format. more: sizes of a batch that is
+    neither one row nor fills a tile."""
+    found = []
+    for name in FORMATS:
+        found += [
+            case(f"{name}: no whole segment of k, no whole tile of n", batch=1, n=37, k=300, format=name),
+            case(f"{name}: a few rows", batch=5, n=50, k=576, format=name, **more),
+            case(f"{name}: more rows than a tile has columns", batch=19, n=24, k=1100, format=name),
+        ]
+    return tuple(found)
