@@ -40,7 +40,7 @@ void embedding(const EmbeddingArgs& a) {
           int threads = a.cols / N > 128 ? 256 : 128;
           if (cpu_shapes()) threads = 32;
           launch({dim3(a.rows), dim3(threads), 0, a.stream, true}, "embedding_kernel", embedding_kernel<T, N>,
-                 as<const int>(a.ids), as<const T>(a.table), as<T>(a.out), a.cols, a.vocab);
+                 as<const int>(a.ids), as<const T>(a.table.data), as<T>(a.out), a.cols, a.vocab);
         },
         a.cols);
   });

@@ -7,10 +7,12 @@
 //             more rows in float16 or bfloat16: tensor cores; a block owns 16 to 64 rows of w, and its warps
 //             share k; on Hopper, from 17 rows on, its warpgroups do, and for long rows of w the two blocks
 //             of a cluster (core/mma_rows.cuh)
+//             packed w (formats/): core/packed_product.cuh
 //   traffic   w once (the only traffic that counts), x once per block from L2, y once
 //   contract  lab/ops/linear.py          twin  triton_kernels/linear.py
 #include "common.cuh"
 #include "core/mma_rows.cuh"
+#include "core/packed_product.cuh"
 #include "core/stream_rows.cuh"
 #include "launchers/linear.h"
 
@@ -69,14 +71,43 @@ __global__ void __launch_bounds__(C::kThreads)
   product.finish();
 }
 
+template <typename P>
+__global__ void __launch_bounds__(P::kThreads)
+    linear_packed_kernel(PackedProduct<typename P::T> inputs, const typename P::T* bias, void* y,
+                         bool out_f32) {
+  // 1. Locate: 16 rows of w per block, a slice of k per warp (in float32: 4 rows per warp).
+  P product(inputs);
+  product.start();
+  for (; product.more(); product.next()) {
+    // 2. Multiply: packed weights go from DRAM into registers and become numbers there. The first loads are
+    // issued before the wait for the preceding kernel.
+    // 3. Reduce: over the warps that share k, in a fixed order.
+    product.multiply();
+
+    // 4. Store: neighbouring threads store neighbouring outputs.
+    product.each_output([&](int output, int b, float sum, float) {
+      const float base = bias ? to_float(bias[output]) : 0.f;
+      store_as<typename P::T>(y, size_t(b) * inputs.n + output, sum + base, out_f32);
+    });
+  }
+}
+
 void linear(const LinearArgs& a) {
   if (a.rows == 0 || a.n == 0) return;
   by_dtype(a.dtype, [&](auto tag) {
     using T = decltype(tag);
+    if (a.w.format != int(Format::plain)) {
+      const auto product = packed_product<T>(a.x, a.w, a.rows, a.n, a.k);
+      return by_packed<T, 1>(product, [&](const auto& how) {
+        using P = typename std::decay_t<decltype(how)>::P;
+        launch(how.config(a.stream), "linear_packed_kernel", linear_packed_kernel<P>, product,
+               as<const T>(a.bias), as<void>(a.y), a.out_dtype == int(DType::f32));
+      });
+    }
     const Settings tuned = settings::find("linear", sizeof(T), a.rows, {a.n, a.k});
     const auto start = [&](const char* name, const Config& config, auto kernel) {
-      launch(config, name, kernel, as<const T>(a.x), as<const T>(a.w), as<const T>(a.bias), as<void>(a.y),
-             a.rows, a.n, a.k, a.out_dtype == int(DType::f32));
+      launch(config, name, kernel, as<const T>(a.x), as<const T>(a.w.data), as<const T>(a.bias),
+             as<void>(a.y), a.rows, a.n, a.k, a.out_dtype == int(DType::f32));
     };
     if constexpr (sizeof(T) == 2) {
       if (a.rows > most_stream_rows()) {

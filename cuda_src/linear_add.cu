@@ -77,8 +77,8 @@ void linear_add(const LinearAddArgs& a) {
     using T = decltype(tag);
     const Settings tuned = settings::find("linear_add", sizeof(T), a.rows, {a.n, a.k});
     const auto start = [&](const char* name, const Config& config, auto kernel) {
-      launch(config, name, kernel, as<const T>(a.x), as<const T>(a.w), as<const T>(a.bias), as<T>(a.residual),
-             a.rows, a.n, a.k);
+      launch(config, name, kernel, as<const T>(a.x), as<const T>(a.w.data), as<const T>(a.bias),
+             as<T>(a.residual), a.rows, a.n, a.k);
     };
     if constexpr (sizeof(T) == 2) {
       if (a.rows > most_stream_rows()) {

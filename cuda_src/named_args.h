@@ -43,6 +43,7 @@ namespace py = pybind11;
 constexpr size_t kMostKeywords = 15;  // half of CPython's STACK_USE_GUIDELINE: names and values
 
 // References to the fields of a group, in their order.
+inline auto fields_of(Weights& g) { return std::tie(g.data, g.scales, g.format); }
 inline auto fields_of(HeadRows& g) { return std::tie(g.data, g.stride); }
 inline auto fields_of(CachePages& g) {
   return std::tie(g.k, g.v, g.block_table, g.kv_heads, g.page_size, g.max_pages);

@@ -70,7 +70,7 @@ void norm_linear(const NormLinearArgs& a) {
       launch({dim3(stream_blocks<C>(a.n, true, tuned)), dim3(C::kThreads), norm_smem_bytes<T, C>(a.k),
               a.stream, true},
              "norm_linear_kernel", norm_linear_kernel<T, C>, as<const T>(a.x), as<const T>(a.norm_w),
-             as<const T>(a.w), as<const T>(a.bias), as<void>(a.y), a.rows, a.n, a.k, a.eps,
+             as<const T>(a.w.data), as<const T>(a.bias), as<void>(a.y), a.rows, a.n, a.k, a.eps,
              a.out_dtype == int(DType::f32));
     });
   });

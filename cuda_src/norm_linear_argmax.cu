@@ -153,7 +153,8 @@ void norm_linear_argmax(const NormLinearArgmaxArgs& a) {
           using C = typename decltype(shape)::type;
           launch(mma_config<C>(a.n, cluster, sizeof(ArgmaxMmaSmem<T, C>), a.stream),
                  "norm_linear_argmax_mma_kernel", norm_linear_argmax_mma_kernel<T, C>, as<const T>(a.normed),
-                 as<const T>(a.w), as<float>(a.logits), as<int>(a.scratch), as<int>(a.out), a.rows, a.n, a.k);
+                 as<const T>(a.w.data), as<float>(a.logits), as<int>(a.scratch), as<int>(a.out), a.rows, a.n,
+                 a.k);
         });
       }
     }
@@ -162,8 +163,8 @@ void norm_linear_argmax(const NormLinearArgmaxArgs& a) {
       const size_t bytes = sizeof(ArgmaxSmem<T, C>) + size_t(C::B) * a.k * sizeof(T);
       launch({dim3(stream_blocks<C>(a.n, true, tuned)), dim3(C::kThreads), bytes, a.stream, true},
              "norm_linear_argmax_kernel", norm_linear_argmax_kernel<T, C>, as<const T>(a.x),
-             as<const T>(a.norm_w), as<const T>(a.w), as<float>(a.logits), as<int>(a.scratch), as<int>(a.out),
-             a.rows, a.n, a.k, a.eps);
+             as<const T>(a.norm_w), as<const T>(a.w.data), as<float>(a.logits), as<int>(a.scratch),
+             as<int>(a.out), a.rows, a.n, a.k, a.eps);
     });
   });
 }

@@ -84,7 +84,7 @@ void norm_linear_silu_mul(const NormLinearSiluMulArgs& a) {
           using C = typename decltype(shape)::type;
           launch(mma_config<C>(a.n, cluster, sizeof(MmaSmem<T, C>), a.stream),
                  "norm_linear_silu_mul_mma_kernel", norm_linear_silu_mul_mma_kernel<T, C>,
-                 as<const T>(a.normed), as<const T>(a.w), as<T>(a.y), a.rows, a.n, a.k);
+                 as<const T>(a.normed), as<const T>(a.w.data), as<T>(a.y), a.rows, a.n, a.k);
         });
       }
     }
@@ -93,7 +93,7 @@ void norm_linear_silu_mul(const NormLinearSiluMulArgs& a) {
       launch({dim3(stream_blocks<C>(a.n, true, tuned)), dim3(C::kThreads), norm_smem_bytes<T, C>(a.k),
               a.stream, true},
              "norm_linear_silu_mul_stream_kernel", norm_linear_silu_mul_stream_kernel<T, C>, as<const T>(a.x),
-             as<const T>(a.norm_w), as<const T>(a.w), as<T>(a.y), a.rows, a.n, a.k, a.eps);
+             as<const T>(a.norm_w), as<const T>(a.w.data), as<T>(a.y), a.rows, a.n, a.k, a.eps);
     });
   });
 }

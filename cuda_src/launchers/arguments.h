@@ -10,7 +10,26 @@
 using Ptr = std::uintptr_t;  // an address; 0 for an optional argument that is absent
 enum class DType : int { f32 = 0, f16 = 1, bf16 = 2 };
 
+// Formats of packed weights: `number` in lab/formats. plain: a tensor of the activations' dtype.
+enum class Format : int {
+  plain = 0,
+  int8 = 1,
+  int8_g32 = 2,
+  int4_g32 = 3,
+  int4_g32_min = 4,
+  int4_g128 = 5,
+  int4_g128_zero = 6,
+  fp8 = 7,
+  mxfp4 = 8,
+};
+
 // Groups of values that belong together. Python passes a group as a tuple, in the order of its fields.
+
+// The weights of a product [n, k]: a tensor, or codes and scales in the layout of lab/formats/format.py.
+struct Weights {
+  Ptr data, scales;
+  int format;  // a Format
+};
 
 // The queries, keys or values of a batch, [batch, heads, head_dim]: a sequence's heads are contiguous, and
 // the next sequence's begin `stride` elements further on.

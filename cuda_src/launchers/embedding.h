@@ -3,7 +3,9 @@
 
 // out[r, :] = table[ids[r], :]; an id outside [0, vocab) gives a row of NaN.
 struct EmbeddingArgs {
-  Ptr ids, table, out;
+  Ptr ids;
+  Weights table;
+  Ptr out;
   int rows, cols, vocab, dtype;
   Ptr stream;
 };

@@ -3,7 +3,9 @@
 
 // y[b, n] = sum over k of x[b, k] * w[n, k] (+ bias[n]), b < rows <= 64.
 struct LinearArgs {
-  Ptr x, w, bias, y;
+  Ptr x;
+  Weights w;
+  Ptr bias, y;
   int rows, n, k, dtype, out_dtype;
   Ptr stream;
 };

@@ -3,7 +3,9 @@
 
 // residual[b, n] += sum over k of x[b, k] * w[n, k] (+ bias[n]).
 struct LinearAddArgs {
-  Ptr x, w, bias, residual;
+  Ptr x;
+  Weights w;
+  Ptr bias, residual;
   int rows, n, k, dtype;
   Ptr stream;
 };

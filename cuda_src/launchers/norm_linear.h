@@ -5,7 +5,9 @@
 // Above 2 rows in half precision two kernels are launched, and the first writes the normalised rows:
 // normed [rows, k] in x's dtype; otherwise 0.
 struct NormLinearArgs {
-  Ptr x, norm_w, w, bias, y, normed;
+  Ptr x, norm_w;
+  Weights w;
+  Ptr bias, y, normed;
   int rows, n, k;
   float eps;
   int dtype, out_dtype;

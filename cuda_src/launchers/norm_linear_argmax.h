@@ -5,7 +5,9 @@
 // exit.
 // normed: see norm_linear.h.
 struct NormLinearArgmaxArgs {
-  Ptr x, norm_w, w, logits, scratch, normed, out;
+  Ptr x, norm_w;
+  Weights w;
+  Ptr logits, scratch, normed, out;
   int rows, n, k;
   float eps;
   int dtype;

@@ -4,7 +4,9 @@
 // y[b, j] = silu(xn[b] . w[j]) * (xn[b] . w[n + j]), w [2 n, k].
 // normed: see norm_linear.h.
 struct NormLinearSiluMulArgs {
-  Ptr x, norm_w, w, y, normed;
+  Ptr x, norm_w;
+  Weights w;
+  Ptr y, normed;
   int rows, n, k;
   float eps;
   int dtype;

@@ -1,0 +1,63 @@
+// Which way packed weights are multiplied: the choice between packed_rows.cuh and packed_stream.cuh.
+//
+// Both are classes with the same functions, so that an op has one kernel for packed weights:
+//
+//   P product(PackedProduct<T>);            where the weights and x are
+//   product.start();                        first loads, and the wait for the preceding kernel
+//   for (; product.more(); product.next())  the block's sets of outputs
+//     product.multiply();
+//     product.each_output([&](int output, int b, float sum, float second) { ... });
+#pragma once
+#include "packed_rows.cuh"
+#include "packed_stream.cuh"
+
+namespace lab {
+
+// How to launch a kernel that is made of P.
+template <typename P_>
+struct PackedLaunch {
+  using P = P_;
+  dim3 grid;
+  size_t smem_bytes;
+
+  Config config(Ptr stream) const { return {grid, dim3(P::kThreads), smem_bytes, stream, true}; }
+};
+
+template <typename T>
+PackedProduct<T> packed_product(Ptr x, const Weights& w, int rows, int n, int k) {
+  return {as<const T>(x), {as<const uint8_t>(w.data), as<const uint8_t>(w.scales), w.format}, rows, n, k};
+}
+
+template <typename T, int B, int L, int Threads, int Parts>
+PackedLaunch<PackedStream<T, PackedStreamShape<B, L, Threads, Parts>>> packed_stream_launch(int n) {
+  return {dim3(ceil_div(n, PackedStreamShape<B, L, Threads, Parts>::kOutputsPerBlock)), 0};
+}
+
+// Calls f(PackedLaunch<P>) with the way that fits: `using P = typename decltype(how)::P;`. n: outputs, each of
+// Parts rows of w. Throws std::invalid_argument for a format that is not known.
+template <typename T, int Parts, typename Use>
+inline void by_packed(const PackedProduct<T>& p, Use&& use) {
+  if (p.w.format < int(Format::int8) || p.w.format > int(Format::mxfp4)) {
+    throw std::invalid_argument("unknown weight format " + std::to_string(p.w.format));
+  }
+  if constexpr (kHost) {
+    if (cpu_shapes()) {
+      return p.rows == 1 ? use(packed_stream_launch<T, 1, 1, 8, Parts>(p.n))
+                         : use(packed_stream_launch<T, 4, 1, 8, Parts>(p.n));
+    }
+  }
+  if constexpr (sizeof(T) == 4) {
+    use(packed_stream_launch<T, 2, 32, 128, Parts>(p.n));
+  } else {
+    by_format(p.w.format, [&](auto format) {
+      using F = decltype(format);
+      by_packed_shape<Parts>(p.rows, p.n, [&](auto shape) {
+        using C = decltype(shape);
+        using P = PackedRows<T, F, C>;
+        use(PackedLaunch<P>{dim3(packed_blocks<C>(p.n)), packed_smem_bytes<T, F, C>(p.rows, p.k)});
+      });
+    });
+  }
+}
+
+}  // namespace lab

@@ -1,0 +1,41 @@
+// fp8: floating-point numbers of 8 bits (e4m3) with one scale a row
+//
+//   weight = scale * number(code)
+//   contract  lab/formats/fp8.py          twin  triton_kernels/formats/fp8.py
+#pragma once
+#include "codes.cuh"
+
+namespace lab {
+
+struct Fp8 {
+  static constexpr int kBits = 8, kGroup = 0;
+  static constexpr bool kSecond = false, kMinimum = false, kZero = false;
+  using Scale = float;
+
+  template <typename T>
+  static LAB_DEVICE uint32_t zero_pair(float) {
+    return 0;
+  }
+
+  // Exponent and mantissa move to where T has the ends of its own, the sign stays at the top. The bits are
+  // then a number of T, 2^-8 (float16) or 2^-120 (bfloat16) as large, because T's exponent has another bias;
+  // subnormal numbers come out right as well.
+  template <typename T>
+  static LAB_DEVICE void numbers(uint32_t (&pairs)[4], const uint32_t* words, uint32_t) {
+    constexpr bool kHalf = std::is_same_v<T, half>;
+    LAB_UNROLL
+    for (int p = 0; p < 4; ++p) {
+      const uint32_t bytes = p % 2 ? words[p / 2] : words[p / 2] << 8;
+      const uint32_t bits = (bytes & 0x80008000u) | (bytes & 0x7f007f00u) >> (kHalf ? 1 : 4);
+      pairs[p] = multiply_pair<T>(bits, kHalf ? 0x5c005c00u : 0x7b807b80u);
+    }
+  }
+
+  static LAB_DEVICE float value(const uint32_t* words, int j) {
+    const uint32_t code = words[j / 4] >> (8 * (j % 4 / 2 + j % 2 * 2)) & 0xffu;
+    // The same in float32, whose exponent has the bias of bfloat16's.
+    return bit_cast<float>((code & 0x80u) << 24 | (code & 0x7fu) << 20) * 0x1p120f;
+  }
+};
+
+}  // namespace lab

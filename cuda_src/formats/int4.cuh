@@ -1,0 +1,45 @@
+// int4: integers of 4 bits with a scale for every 32 or 128 columns
+//
+//   int4-g32        weight = scale * (code - 8)
+//   int4-g32-min    weight = scale * code + minimum
+//   int4-g128       weight = scale * (code - 8)
+//   int4-g128-zero  weight = scale * (code - zero)
+//   contract  lab/formats/int4.py          twin  triton_kernels/formats/int4.py
+#pragma once
+#include "codes.cuh"
+
+namespace lab {
+
+enum class Int4Kind { symmetric, minimum, zero };
+
+template <int Group, Int4Kind Kind>
+struct Int4 {
+  static constexpr int kBits = 4, kGroup = Group;
+  static constexpr bool kSecond = Kind != Int4Kind::symmetric, kMinimum = Kind == Int4Kind::minimum;
+  static constexpr bool kZero = Kind == Int4Kind::zero;
+  using Scale = half;
+
+  // What numbers() subtracts: the zero, on top of what the bit pattern adds. second: the scale's second entry.
+  template <typename T>
+  static LAB_DEVICE uint32_t zero_pair(float second) {
+    const float zero = Kind == Int4Kind::symmetric ? 8.f : kZero ? second : 0.f;
+    return pair_of(from_float<T>(Magic<T>::kValue + zero));
+  }
+
+  // Pair p is cut out with one mask, because codes 2p and 2p + 1 lie 16 bits apart; together with the OR this
+  // is one instruction (LOP3). The subtraction is exact.
+  template <typename T>
+  static LAB_DEVICE void numbers(uint32_t (&pairs)[4], const uint32_t* word, uint32_t zero) {
+    LAB_UNROLL
+    for (int p = 0; p < 4; ++p) {
+      pairs[p] = subtract_pair<T>((word[0] >> (4 * p) & 0x000f000fu) | Magic<T>::kPair, zero);
+    }
+  }
+
+  static LAB_DEVICE float value(const uint32_t* word, int j) {
+    const int code = int(word[0] >> (j % 2 * 16 + j / 2 * 4) & 15u);
+    return float(Kind == Int4Kind::symmetric ? code - 8 : code);
+  }
+};
+
+}  // namespace lab

@@ -1,0 +1,39 @@
+// int8: signed integers of 8 bits with one scale a row, or one for every 32 columns
+//
+//   weight = scale * code
+//   contract  lab/formats/int8.py          twin  triton_kernels/formats/int8.py
+#pragma once
+#include "codes.cuh"
+
+namespace lab {
+
+template <int Group>
+struct Int8 {
+  static constexpr int kBits = 8, kGroup = Group;
+  static constexpr bool kSecond = false, kMinimum = false, kZero = false;
+  using Scale = std::conditional_t<Group == 0, float, half>;
+
+  template <typename T>
+  static LAB_DEVICE uint32_t zero_pair(float) {
+    return 0;
+  }
+
+  // A signed byte is its low 7 bits minus 128 times its sign bit. Each becomes a number of T by an OR, the
+  // latter because 128 with the sign bit added to its bits is 256 (for float16: 1024 + 128).
+  template <typename T>
+  static LAB_DEVICE void numbers(uint32_t (&pairs)[4], const uint32_t* words, uint32_t) {
+    LAB_UNROLL
+    for (int p = 0; p < 4; ++p) {
+      const uint32_t bytes = words[p / 2] >> (p % 2 * 8);
+      pairs[p] =
+          subtract_pair<T>((bytes & 0x007f007fu) | Magic<T>::kPair, (bytes & 0x00800080u) | Magic<T>::kPair);
+    }
+  }
+
+  static LAB_DEVICE float value(const uint32_t* words, int j) {
+    const int byte = j % 4 / 2 + j % 2 * 2;  // codes 0, 2, 1, 3
+    return float(int8_t(words[j / 4] >> (8 * byte)));
+  }
+};
+
+}  // namespace lab
