@@ -237,8 +237,7 @@ class BoundPoint:
         count, self.calls, self.flushed = 1, 1, False
         if rig.device == "cuda":
             torch.cuda.empty_cache()  # what is free is about to be asked
-            storages = {t.untyped_storage().data_ptr(): t.nbytes for t in args if isinstance(t, torch.Tensor)}
-            set_bytes = sum(storages.values()) * (1 + sum(p.copies for p in self.peers.values()))
+            set_bytes = timing.bytes_of_args(args) * (1 + sum(p.copies for p in self.peers.values()))
             count, self.calls, self.flushed = timing.plan_sets(
                 self.nbytes, rig.l2_bytes, set_bytes, FREE_SHARE * torch.cuda.mem_get_info()[0]
             )

@@ -15,9 +15,11 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+
+from lab.formats import PackedMatrix
 
 COLD_L2 = 5  # cold: at least this many times L2 passes between two uses of a buffer
 MAX_SETS = 256  # distinct buffer sets a graph rotates over
@@ -69,6 +71,8 @@ def clone_args(args: Sequence) -> tuple:
     storages = {}
 
     def clone(t):
+        if isinstance(t, PackedMatrix):
+            return replace(t, codes=clone(t.codes), scales=clone(t.scales))
         if not isinstance(t, torch.Tensor):
             return t
         old = t.untyped_storage()
@@ -78,6 +82,14 @@ def clone_args(args: Sequence) -> tuple:
         return new.set_(storages[old.data_ptr()], t.storage_offset(), t.size(), t.stride())
 
     return tuple(clone(a) for a in args)
+
+
+def bytes_of_args(args: Sequence) -> int:
+    """Bytes of memory that the tensors of a call occupy, each storage counted once."""
+    tensors = [t for a in args for t in (a.tensors() if isinstance(a, PackedMatrix) else (a,))]
+    return sum(
+        {t.untyped_storage().data_ptr(): t.nbytes for t in tensors if isinstance(t, torch.Tensor)}.values()
+    )
 
 
 def plan_sets(nbytes: int, l2_bytes: int, set_bytes: int | None = None, free_bytes: int | None = None):
