@@ -241,6 +241,15 @@ LAB_DEVICE void group_max(float (&v)[N]) {
   }
 }
 
+// (word & Mask) | Bits in one instruction. Without it the compiler takes two, because an instruction holds one
+// constant only; here it keeps the other in a register.
+template <uint32_t Mask, uint32_t Bits>
+LAB_DEVICE uint32_t cut_into(uint32_t word) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(word), "n"(Mask), "n"(Bits));
+  return result;
+}
+
 // ---- tensor cores -----------------------------------------------------------------------------------------
 
 // d += a b for one warp: A 16 x 16 row-major, B 16 x 8 column-major, D 16 x 8 float32.

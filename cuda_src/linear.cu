@@ -73,8 +73,8 @@ __global__ void __launch_bounds__(C::kThreads)
 
 template <typename P>
 __global__ void __launch_bounds__(P::kThreads)
-    linear_packed_kernel(PackedProduct<typename P::T> inputs, const typename P::T* bias, void* y,
-                         bool out_f32) {
+    linear_packed_kernel(PackedProduct<typename P::T> inputs, const typename P::T* bias,
+                         const typename P::T* residual, void* y, bool out_f32) {
   // 1. Locate: 16 rows of w per block, a slice of k per warp (in float32: 4 rows per warp).
   P product(inputs);
   product.start();
@@ -84,26 +84,34 @@ __global__ void __launch_bounds__(P::kThreads)
     // 3. Reduce: over the warps that share k, in a fixed order.
     product.multiply();
 
-    // 4. Store: neighbouring threads store neighbouring outputs.
+    // 4. Store: neighbouring threads store neighbouring outputs. (linear_add's residual is added here.)
     product.each_output([&](int output, int b, float sum, float) {
-      const float base = bias ? to_float(bias[output]) : 0.f;
-      store_as<typename P::T>(y, size_t(b) * inputs.n + output, sum + base, out_f32);
+      const size_t place = size_t(b) * inputs.n + output;
+      float base = bias ? to_float(bias[output]) : 0.f;
+      if (residual) base += to_float(residual[place]);
+      store_as<typename P::T>(y, place, sum + base, out_f32);
     });
   }
 }
 
-void linear(const LinearArgs& a) {
+void packed_linear(const LinearArgs& a, Ptr residual) {
   if (a.rows == 0 || a.n == 0) return;
   by_dtype(a.dtype, [&](auto tag) {
     using T = decltype(tag);
-    if (a.w.format != int(Format::plain)) {
-      const auto product = packed_product<T>(a.x, a.w, a.rows, a.n, a.k);
-      return by_packed<T, 1>(product, [&](const auto& how) {
-        using P = typename std::decay_t<decltype(how)>::P;
-        launch(how.config(a.stream), "linear_packed_kernel", linear_packed_kernel<P>, product,
-               as<const T>(a.bias), as<void>(a.y), a.out_dtype == int(DType::f32));
-      });
-    }
+    const auto product = packed_product<T>(a.x, a.w, a.rows, a.n, a.k);
+    by_packed<T, 1>(product, [&](const auto& how) {
+      using P = typename std::decay_t<decltype(how)>::P;
+      launch(how.config(a.stream), "linear_packed_kernel", linear_packed_kernel<P>, product,
+             as<const T>(a.bias), as<const T>(residual), as<void>(a.y), a.out_dtype == int(DType::f32));
+    });
+  });
+}
+
+void linear(const LinearArgs& a) {
+  if (a.w.format != int(Format::plain)) return packed_linear(a, 0);
+  if (a.rows == 0 || a.n == 0) return;
+  by_dtype(a.dtype, [&](auto tag) {
+    using T = decltype(tag);
     const Settings tuned = settings::find("linear", sizeof(T), a.rows, {a.n, a.k});
     const auto start = [&](const char* name, const Config& config, auto kernel) {
       launch(config, name, kernel, as<const T>(a.x), as<const T>(a.w.data), as<const T>(a.bias),

@@ -1,12 +1,14 @@
 // linear_add: residual[b, n] += sum over k of x[b, k] * w[n, k] (+ bias[n]), float32 arithmetic, rounded once
 //
 //   x [rows, k]   w [n, k]   bias [n] (optional)   residual [rows, n]     row-major, rows <= 64
-//   mapping   as linear: CUDA cores up to 2 rows and for float32, tensor cores for more
+//   mapping   as linear: CUDA cores up to 2 rows and for float32, tensor cores for more; packed w (formats/):
+//             linear's own kernel
 //   traffic   w once (the only traffic that counts), x once per block from L2, residual read and written once
 //   contract  lab/ops/linear_add.py          twin  triton_kernels/linear_add.py
 #include "common.cuh"
 #include "core/mma_rows.cuh"
 #include "core/stream_rows.cuh"
+#include "launchers/linear.h"
 #include "launchers/linear_add.h"
 
 using namespace lab;
@@ -73,6 +75,15 @@ __global__ void __launch_bounds__(C::kThreads)
 
 void linear_add(const LinearAddArgs& a) {
   if (a.rows == 0 || a.n == 0) return;
+  if (a.w.format != int(Format::plain)) {  // packed weights: linear's kernel, which adds the residual
+    LinearArgs product{};
+    product.x = a.x, product.w = a.w, product.bias = a.bias;
+    product.y = a.residual;
+    product.rows = a.rows, product.n = a.n, product.k = a.k;
+    product.dtype = product.out_dtype = a.dtype;
+    product.stream = a.stream;
+    return packed_linear(product, a.residual);
+  }
   by_dtype(a.dtype, [&](auto tag) {
     using T = decltype(tag);
     const Settings tuned = settings::find("linear_add", sizeof(T), a.rows, {a.n, a.k});

@@ -4,7 +4,7 @@
 //   rows <= 64
 //   normed [rows, k]: workspace, used on tensor cores
 //   mapping   up to 2 rows, and float32: as linear; each block normalises all rows itself, into shared memory
-//             more rows in float16 or bfloat16: rmsnorm's kernel, then linear's for tensor cores
+//             more rows in float16 or bfloat16, and packed w: rmsnorm's kernel, then linear's
 //   traffic   w once (the only traffic that counts); x and norm_w, or on tensor cores normed, once per block
 //             from L2; y once
 //   contract  lab/ops/norm_linear.py          twin  triton_kernels/norm_linear.py
@@ -50,7 +50,7 @@ void norm_linear(const NormLinearArgs& a) {
   by_dtype(a.dtype, [&](auto tag) {
     using T = decltype(tag);
     const Settings tuned = settings::find("norm_linear", sizeof(T), a.rows, {a.n, a.k});
-    if (sizeof(T) == 2 && a.rows > most_stream_rows()) {
+    if (a.w.format != int(Format::plain) || (sizeof(T) == 2 && a.rows > most_stream_rows())) {
       norm_into("norm_linear", a);
       LinearArgs product{};
       product.x = a.normed;

@@ -8,12 +8,14 @@
 //   mapping   up to 2 rows, and float32: as norm_linear; more rows in half precision: rmsnorm's kernel, then
 //             as linear; each block raises each row's best by atomicMax (a maximum is the same in every
 //             order); the last block reads them
+//             packed w (formats/): rmsnorm's kernel, linear's, and one that reads the logits again
 //   traffic   w once (the only traffic that counts), logits written once
 //   contract  lab/ops/norm_linear_argmax.py          twin  triton_kernels/norm_linear_argmax.py
 #include "common.cuh"
 #include "core/candidate.cuh"
 #include "core/mma_rows.cuh"
 #include "core/norm_rows.cuh"
+#include "launchers/linear.h"
 #include "launchers/norm_linear_argmax.h"
 
 using namespace lab;
@@ -141,8 +143,44 @@ __global__ void __launch_bounds__(C::kThreads)
   finish_argmax(scratch, ids, rows, shared.last);
 }
 
+// The argmax of logits that linear's kernel has stored: block x takes a part of each row of the logits, block
+// y one row.
+constexpr int kArgmaxThreads = 256, kArgmaxBlocks = 64;
+__global__ void __launch_bounds__(kArgmaxThreads)
+    argmax_of_logits_kernel(const float* logits, int* scratch, int* ids, int rows, int n) {
+  pdl_wait();
+  pdl_launch_dependents();
+  int& last = smem<int>();
+  const int b = blockIdx.x % rows;
+  uint64_t best = 0;
+  const int stride = gridDim.x / rows * blockDim.x;
+  for (int i = blockIdx.x / rows * blockDim.x + threadIdx.x; i < n; i += stride) {
+    const uint64_t one = candidate(logits[size_t(b) * n + i], i);
+    best = one > best ? one : best;
+  }
+  best = warp_best(best);
+  if (threadIdx.x % 32 == 0) atomicMax(best_of(scratch, b), static_cast<unsigned long long>(best));
+  finish_argmax(scratch, ids, rows, last);
+}
+
+// With packed weights the product is linear's kernel, so that it exists once.
+static void packed_argmax(const NormLinearArgmaxArgs& a) {
+  norm_into("norm_linear_argmax", a);
+  LinearArgs product{};
+  product.x = a.normed, product.w = a.w, product.y = a.logits;
+  product.rows = a.rows, product.n = a.n, product.k = a.k;
+  product.dtype = a.dtype, product.out_dtype = int(DType::f32);
+  product.stream = a.stream;
+  packed_linear(product, 0);
+  const int blocks = cpu_shapes() ? 1 : kArgmaxBlocks;
+  launch({dim3(blocks * a.rows), dim3(cpu_shapes() ? 32 : kArgmaxThreads), sizeof(int), a.stream, true},
+         "argmax_of_logits_kernel", argmax_of_logits_kernel, as<const float>(a.logits), as<int>(a.scratch),
+         as<int>(a.out), a.rows, a.n);
+}
+
 void norm_linear_argmax(const NormLinearArgmaxArgs& a) {
   if (a.rows == 0 || a.n == 0) return;
+  if (a.w.format != int(Format::plain)) return packed_argmax(a);
   by_dtype(a.dtype, [&](auto tag) {
     using T = decltype(tag);
     const Settings tuned = settings::find("norm_linear_argmax", sizeof(T), a.rows, {a.n, a.k});

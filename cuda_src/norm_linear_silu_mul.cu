@@ -5,12 +5,14 @@
 //   normed [rows, k]: workspace, used on tensor cores
 //   silu(g) = g / (1 + exp(-g))
 //   mapping   as norm_linear; the threads that sum row j of the gate also sum row j of up
+//             packed w (formats/): rmsnorm's kernel, then core/packed_product.cuh
 //   traffic   w once (the only traffic that counts); x and norm_w, or on tensor cores normed, once per block
 //             from L2; y once
 //   contract  lab/ops/norm_linear_silu_mul.py          twin  triton_kernels/norm_linear_silu_mul.py
 #include "common.cuh"
 #include "core/mma_rows.cuh"
 #include "core/norm_rows.cuh"
+#include "core/packed_product.cuh"
 #include "launchers/norm_linear_silu_mul.h"
 
 using namespace lab;
@@ -72,10 +74,40 @@ __global__ void __launch_bounds__(C::kThreads)
   product.finish();
 }
 
+template <typename P>
+__global__ void __launch_bounds__(P::kThreads)
+    norm_linear_silu_mul_packed_kernel(PackedProduct<typename P::T> normed, typename P::T* y) {
+  // 1. Locate: 8 rows of the gate and the same rows of up per block, a slice of k per warp.
+  P product(normed);
+
+  // 2. Norm: already done by rmsnorm's kernel. The loads of the first weights are issued before the wait for
+  // it.
+  product.start();
+  for (; product.more(); product.next()) {
+    // 3. Multiply: packed weights go from DRAM into registers and become numbers there.
+    // 4. Reduce: over the warps that share k, in a fixed order.
+    product.multiply();
+
+    // 5. Activate and store: from the float32 sums, rounded once.
+    product.each_output([&](int output, int b, float gate, float up) {
+      y[size_t(b) * normed.n + output] = from_float<typename P::T>(activate(gate, up));
+    });
+  }
+}
+
 void norm_linear_silu_mul(const NormLinearSiluMulArgs& a) {
   if (a.rows == 0 || a.n == 0) return;
   by_dtype(a.dtype, [&](auto tag) {
     using T = decltype(tag);
+    if (a.w.format != int(Format::plain)) {
+      norm_into("norm_linear_silu_mul", a);
+      const auto product = packed_product<T>(a.normed, a.w, a.rows, a.n, a.k);
+      return by_packed<T, 2>(product, [&](const auto& how) {
+        using P = typename std::decay_t<decltype(how)>::P;
+        launch(how.config(a.stream), "norm_linear_silu_mul_packed_kernel",
+               norm_linear_silu_mul_packed_kernel<P>, product, as<T>(a.y));
+      });
+    }
     const Settings tuned = settings::find("norm_linear_silu_mul", sizeof(T), a.rows, {a.n, a.k});
     if constexpr (sizeof(T) == 2) {
       if (a.rows > most_stream_rows()) {

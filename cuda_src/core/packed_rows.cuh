@@ -71,7 +71,7 @@ struct PackedRows {
   const uint8_t *codes_of[2], *scales_of[2];  // of rows g and g + 8
   Vec<uint32_t, 4> words[U][2];
   Scales scales[U][2];
-  float acc[C::kTiles][4];
+  float acc[C::kTiles][4], fetched_scale[2] = {1.f, 1.f};  // of the rows of w, if a whole row shares one
 
   explicit LAB_DEVICE PackedRows(const PackedProduct<T>& p)
       : shared(smem<PackedSmem<T, C>>()), x(p.x), w(p.w), rows(p.rows), n(p.n), k(p.k) {
@@ -89,6 +89,8 @@ struct PackedRows {
     LAB_UNROLL
     for (int u = 0; u < U; ++u) fetch(u);
     advance();
+    // A block that has issued all its loads allows the dependent kernel to launch before the wait.
+    release();
     pdl_wait();
     release();
   }
@@ -97,13 +99,7 @@ struct PackedRows {
 
   // The sums of the present outputs; all threads must call it. each_output() then reads them.
   LAB_DEVICE void multiply() {
-    float row_scale[2] = {1.f, 1.f};
-    if constexpr (F::kGroup == 0) {
-      LAB_UNROLL
-      for (int r = 0; r < 2; ++r) {
-        row_scale[r] = reinterpret_cast<const float*>(w.scales)[row_of(output, r)];
-      }
-    }
+    const float row_scale[2] = {fetched_scale[0], fetched_scale[1]};  // before aim() loads the next
     LAB_UNROLL
     for (int tile = 0; tile < C::kTiles; ++tile) {
       LAB_UNROLL
@@ -169,6 +165,7 @@ struct PackedRows {
       const size_t row = row_of(min(to, n - 1), r);
       codes_of[r] = w.codes + row * segments * kSegmentBytes + t * 16;
       scales_of[r] = w.scales + row * scale_bytes;
+      if constexpr (F::kGroup == 0) fetched_scale[r] = *reinterpret_cast<const float*>(scales_of[r]);
     }
   }
   LAB_DEVICE void advance() {
@@ -286,10 +283,7 @@ inline void by_packed_shape(int rows, int n, Use&& use) {
   // The host build has one shape, which all numbers of rows fit: each costs it half a second for every op.
   if constexpr (kHost) return use(PackedShape<8, 4, 2, Parts>{});
   if (rows > 16) return use(PackedShape<8, 4, 1, Parts>{});
-  if (rows > 8) return use(PackedShape<2, 8, 2, Parts>{});
-  // More warps share k where there are few rows of w, so that all multiprocessors have loads in flight.
-  const int tiles = ceil_div(n, PackedShape<1, 4, 4, Parts>::kOutputs);
-  if (tiles < 4 * multiprocessors()) return use(PackedShape<1, 8, 4, Parts>{});
+  if (rows > 8) return use(PackedShape<2, 4, 2, Parts>{});
   use(PackedShape<1, 4, 4, Parts>{});
 }
 

@@ -27,8 +27,7 @@ struct PackedStream {
   using T = T_;
   using C = C_;
   static constexpr int B = C::B, R = C::R, kThreads = C::kThreads;
-  // The most columns that 16 bytes hold.
-  static constexpr int kMost = 32;
+  static constexpr int kMost = kMostUnitColumns;
 
   const T* x;
   PackedWeights w;
@@ -62,7 +61,7 @@ struct PackedStream {
       for (int b = 0; b < B; ++b) load_x(xf[b], min(b0 + b, rows - 1), unit);
       LAB_UNROLL
       for (int r = 0; r < R; ++r) {
-        unpack_unit(wf, row_of(r), unit);
+        unpack_unit(wf, w, sizes, row_of(r), unit);
         LAB_UNROLL
         for (int b = 0; b < B; ++b) {
           for (int i = 0; i < sizes.unit_columns; i += 8) {
@@ -104,38 +103,13 @@ struct PackedStream {
   }
   // The columns of a unit, in the order of its codes; zeros past k.
   LAB_DEVICE void load_x(float (&f)[kMost], int b, int unit) const {
-    const int first = unit / 4 * sizes.columns + unit % 4 * 4;
+    const int first = sizes.first_column(unit);
     const T* row = x + size_t(b) * k;
     for (int i = 0; i < sizes.unit_columns; i += 4) {
-      const int col = first + i * 4;  // pieces of 4 columns lie 16 apart
+      const int col = first + i * 4;
       LAB_UNROLL
       for (int e = 0; e < 4; ++e) f[i + e] = col + e < k ? to_float(row[col + e]) : 0.f;
     }
-  }
-  LAB_DEVICE void unpack_unit(float (&f)[kMost], size_t row, int unit) const {
-    const auto words = load(reinterpret_cast<const uint32_t*>(w.codes + row * sizes.segments * kSegmentBytes +
-                                                              size_t(unit) * 16));
-    const uint8_t* scales = w.scales + row * sizes.scale_bytes;
-    by_format(sizes.format, [&](auto format) {
-      using F = decltype(format);
-      using L = Layout<F>;
-      const uint8_t* of_segment = scales + unit / 4 * L::kSegmentScales;
-      LAB_UNROLL
-      for (int run = 0; run < L::kRuns; ++run) {
-        const int group = F::kGroup ? run / L::kRunsPerGroup : 0;
-        const float scale = load_scale<F>(of_segment, group, 0);
-        const float second = F::kSecond ? load_scale<F>(of_segment, group, 1) : 0.f;
-        LAB_UNROLL
-        for (int j = 0; j < 8; ++j) {
-          const float value = F::value(words.v + run * L::kWords, j);
-          if constexpr (F::kMinimum) {
-            f[run * 8 + j] = fmadd(value, scale, second);
-          } else {
-            f[run * 8 + j] = (value - second) * scale;
-          }
-        }
-      }
-    });
   }
 };
 

@@ -23,9 +23,10 @@ LAB_HOST_DEVICE void by_format(int format, Use&& use) {
   }
 }
 
-// What a kernel that learns the format at run time must know about it.
+// What a kernel that learns the format at run time must know about it. A unit is 16 bytes of codes: what lane
+// unit % 4 has of segment unit / 4. Its columns come in pieces of 4, which lie 16 columns apart.
 struct FormatSizes {
-  int format, columns, segments, unit_columns, scale_bytes;  // unit: 16 bytes of codes
+  int format, columns, segments, unit_columns, scale_bytes;  // columns: of a segment; the rest: of a row
 
   LAB_HOST_DEVICE FormatSizes(int format_, int k) : format(format_) {
     by_format(format, [&](auto of) {
@@ -35,6 +36,32 @@ struct FormatSizes {
       scale_bytes = L::kGroups ? segments * L::kSegmentScales : L::kScaleBytes;
     });
   }
+  LAB_HOST_DEVICE int first_column(int unit) const { return unit / 4 * columns + unit % 4 * 4; }
 };
+constexpr int kMostUnitColumns = 32;
+
+// The weights of one unit of a row, exactly but for the addition of a minimum, in the order of their codes.
+LAB_DEVICE void unpack_unit(float (&f)[kMostUnitColumns], const PackedWeights& w, const FormatSizes& sizes,
+                            size_t row, int unit) {
+  const size_t first = row * sizes.segments * kSegmentBytes + size_t(unit) * 16;
+  const auto words = load(reinterpret_cast<const uint32_t*>(w.codes + first));
+  const uint8_t* scales = w.scales + row * sizes.scale_bytes;
+  by_format(sizes.format, [&](auto format) {
+    using F = decltype(format);
+    using L = Layout<F>;
+    const uint8_t* of_segment = scales + unit / 4 * L::kSegmentScales;
+    LAB_UNROLL
+    for (int run = 0; run < L::kRuns; ++run) {
+      const int group = F::kGroup ? run / L::kRunsPerGroup : 0;
+      const float scale = load_scale<F>(of_segment, group, 0);
+      const float second = F::kSecond ? load_scale<F>(of_segment, group, 1) : 0.f;
+      LAB_UNROLL
+      for (int j = 0; j < 8; ++j) {
+        const float value = F::value(words.v + run * L::kWords, j);
+        f[run * 8 + j] = F::kMinimum ? fmadd(value, scale, second) : (value - second) * scale;
+      }
+    }
+  });
+}
 
 }  // namespace lab

@@ -32,7 +32,7 @@ struct Int4 {
   static LAB_DEVICE void numbers(uint32_t (&pairs)[4], const uint32_t* word, uint32_t zero) {
     LAB_UNROLL
     for (int p = 0; p < 4; ++p) {
-      pairs[p] = subtract_pair<T>((word[0] >> (4 * p) & 0x000f000fu) | Magic<T>::kPair, zero);
+      pairs[p] = subtract_pair<T>(cut_into<0x000f000fu, Magic<T>::kPair>(word[0] >> (4 * p)), zero);
     }
   }
 

@@ -25,8 +25,8 @@ struct Int8 {
     LAB_UNROLL
     for (int p = 0; p < 4; ++p) {
       const uint32_t bytes = words[p / 2] >> (p % 2 * 8);
-      pairs[p] =
-          subtract_pair<T>((bytes & 0x007f007fu) | Magic<T>::kPair, (bytes & 0x00800080u) | Magic<T>::kPair);
+      pairs[p] = subtract_pair<T>(cut_into<0x007f007fu, Magic<T>::kPair>(bytes),
+                                  cut_into<0x00800080u, Magic<T>::kPair>(bytes));
     }
   }
 

@@ -178,6 +178,11 @@ LAB_NO_TSAN inline void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_
 
 }  // namespace host
 
+template <uint32_t Mask, uint32_t Bits>
+inline uint32_t cut_into(uint32_t word) {
+  return (word & Mask) | Bits;
+}
+
 inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __half,
                          host::Site site = host::Site::here()) {
   host::mma<__half>(d, a, b, site);
