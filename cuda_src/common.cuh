@@ -182,6 +182,13 @@ LAB_DEVICE Vec<T> load_stream(const T* p) {
   return bit_cast<Vec<T>>(r);
 }
 
+// Loads one read-only float here and not, as the compiler might choose, where it is used.
+LAB_DEVICE float load_now(const float* p) {
+  float value;
+  asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(value) : "l"(p));
+  return value;
+}
+
 // Prefetches the cache line of p into L2. Only a hint: p may be any valid global address.
 LAB_DEVICE void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 

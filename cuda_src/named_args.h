@@ -26,13 +26,14 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <sstream>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 #include <type_traits>
+#include <vector>
 
 #include "launchers.h"
 
@@ -42,22 +43,25 @@ namespace py = pybind11;
 
 constexpr size_t kMostKeywords = 15;  // half of CPython's STACK_USE_GUIDELINE: names and values
 
-// References to the fields of a group, in their order.
-inline auto fields_of(Weights& g) { return std::tie(g.data, g.scales, g.format); }
-inline auto fields_of(HeadRows& g) { return std::tie(g.data, g.stride); }
-inline auto fields_of(CachePages& g) {
-  return std::tie(g.k, g.v, g.block_table, g.kv_heads, g.page_size, g.max_pages);
+// Calls f with references to the fields of a group, in their order. (std::tie would be one line shorter, but a
+// tuple for each launcher costs the compiler more than all the rest of this file.)
+template <typename F> bool with_fields(Weights& g, F f) { return f(g.data, g.scales, g.format); }
+template <typename F> bool with_fields(HeadRows& g, F f) { return f(g.data, g.stride); }
+template <typename F> bool with_fields(CachePages& g, F f) {
+  return f(g.k, g.v, g.block_table, g.kv_heads, g.page_size, g.max_pages);
 }
-inline auto fields_of(ContextSplits& g) { return std::tie(g.partial, g.tickets, g.count); }
-inline auto fields_of(HeadNorms& g) { return std::tie(g.q, g.k, g.eps); }
-inline auto fields_of(StepWeights& g) {
-  return std::tie(g.embed, g.layers, g.final_norm, g.lm_head, g.cos_sin);
+template <typename F> bool with_fields(ContextSplits& g, F f) { return f(g.partial, g.tickets, g.count); }
+template <typename F> bool with_fields(HeadNorms& g, F f) { return f(g.q, g.k, g.eps); }
+template <typename F> bool with_fields(StepWeights& g, F f) {
+  return f(g.embed, g.layers, g.final_norm, g.lm_head, g.cos_sin);
 }
-inline auto fields_of(StepCache& g) {
-  return std::tie(g.k, g.v, g.block_table, g.pages, g.kv_heads, g.page_size);
+template <typename F> bool with_fields(StepCache& g, F f) {
+  return f(g.k, g.v, g.block_table, g.pages, g.kv_heads, g.page_size);
 }
-inline auto fields_of(StepExchange& g) { return std::tie(g.words, g.counters); }
-inline auto fields_of(StepSizes& g) { return std::tie(g.layers, g.vocab, g.hidden, g.intermediate); }
+template <typename F> bool with_fields(StepExchange& g, F f) { return f(g.words, g.counters); }
+template <typename F> bool with_fields(StepSizes& g, F f) {
+  return f(g.layers, g.vocab, g.hidden, g.intermediate);
+}
 
 // Each read_value() converts a Python value and writes it to a field. It returns false, with a Python error
 // set, if the value does not fit.
@@ -88,16 +92,14 @@ bool read_value(PyObject* value, T& field) {
 
 template <typename Group, std::enable_if_t<std::is_class_v<Group>, int> = 0>
 bool read_value(PyObject* value, Group& group) {
-  return std::apply(
-      [&](auto&... fields) {
-        if (!PyTuple_Check(value) || PyTuple_GET_SIZE(value) != Py_ssize_t(sizeof...(fields))) {
-          PyErr_Format(PyExc_TypeError, "a tuple of %zu values is needed, not %R", sizeof...(fields), value);
-          return false;
-        }
-        Py_ssize_t i = 0;
-        return (read_value(PyTuple_GET_ITEM(value, i++), fields) && ...);
-      },
-      fields_of(group));
+  return with_fields(group, [&](auto&... fields) {
+    if (!PyTuple_Check(value) || PyTuple_GET_SIZE(value) != Py_ssize_t(sizeof...(fields))) {
+      PyErr_Format(PyExc_TypeError, "a tuple of %zu values is needed, not %R", sizeof...(fields), value);
+      return false;
+    }
+    Py_ssize_t i = 0;
+    return (read_value(PyTuple_GET_ITEM(value, i++), fields) && ...);
+  });
 }
 
 template <typename T>
@@ -126,11 +128,36 @@ struct Signature<void (*)(int rung, const Struct&)> {
   static constexpr int kPositional = 1;
 };
 
+// The fields of a launcher's struct, as OP lists them: called with references to them and with their names.
+struct FieldList {
+  const char* begin;  // of the struct
+  std::istringstream words;
+  std::vector<Field> fields;
+
+  FieldList(const void* args, const char* listed) : begin(static_cast<const char*>(args)), words(listed) {}
+  template <typename... T>
+  void operator()(T&... each) {
+    (add(reinterpret_cast<const char*>(&each) - begin, &read_at<T>), ...);
+  }
+  void add(size_t offset, bool (*read)(PyObject*, void*)) {
+    std::string word;
+    std::getline(words >> std::ws, word, ',');
+    fields.push_back({PyUnicode_InternFromString(word.c_str()), offset, read});
+  }
+};
+
+// How many names there are in a list of names separated by commas.
+constexpr size_t count_of(const char* listed) {
+  size_t count = 1;
+  for (; *listed; ++listed) count += *listed == ',';
+  return count;
+}
+
 // The Python function of one launcher. Fields is the launcher's struct of arguments with a method each() that
-// returns references to all its fields.
+// passes all its fields to a FieldList, and count(), their number.
 template <auto launcher, typename Fields>
 class Function {
-  static constexpr size_t kCount = std::tuple_size_v<decltype(std::declval<Fields&>().each())>;
+  static constexpr size_t kCount = Fields::count();
   static constexpr int kPositional = Signature<decltype(launcher)>::kPositional;
   static_assert(kCount <= kMostKeywords, "put arguments that belong together into a group");
 
@@ -213,16 +240,9 @@ class Function {
   static void define(py::module_& module, const char* called, const char* listed) {
     name = called;
     Fields args{};
-    std::istringstream words(listed);
-    size_t i = 0;
-    const auto add = [&](auto& field) {
-      std::string word;
-      std::getline(words >> std::ws, word, ',');
-      const size_t offset = reinterpret_cast<char*>(&field) - reinterpret_cast<char*>(&args);
-      fields[i++] = {PyUnicode_InternFromString(word.c_str()), offset,
-                     &read_at<std::remove_reference_t<decltype(field)>>};
-    };
-    std::apply([&](auto&... each) { (add(each), ...); }, args.each());
+    FieldList list(&args, listed);
+    args.each(list);
+    std::copy(list.fields.begin(), list.fields.end(), fields.begin());
     signature = name + (kPositional ? "(rung, /, *, " : "(*, ") + listed + ")";
     documentation = signature + "\n--\n\n";  // the form in which inspect.signature() expects it
     definition.ml_name = name.c_str();
@@ -240,12 +260,13 @@ class Function {
 // Defines the Python function of a launcher in module m. The names of its struct's fields follow. All of them
 // must be there, or the structured binding that takes the struct apart does not compile. The derived struct
 // Fields can list them in any order.
-#define OP(launcher, ...)                                                        \
-  do {                                                                           \
-    using Args = lab::named::Signature<decltype(&launcher)>::Args;               \
-    struct Fields : Args {                                                       \
-      auto each() { return std::tie(__VA_ARGS__); }                              \
-    };                                                                           \
-    { [[maybe_unused]] const auto [__VA_ARGS__] = Args{}; }                      \
-    lab::named::Function<&launcher, Fields>::define(m, #launcher, #__VA_ARGS__); \
+#define OP(launcher, ...)                                                            \
+  do {                                                                               \
+    using Args = lab::named::Signature<decltype(&launcher)>::Args;                   \
+    struct Fields : Args {                                                           \
+      static constexpr size_t count() { return lab::named::count_of(#__VA_ARGS__); } \
+      void each(lab::named::FieldList& list) { list(__VA_ARGS__); }                  \
+    };                                                                               \
+    { [[maybe_unused]] const auto [__VA_ARGS__] = Args{}; }                          \
+    lab::named::Function<&launcher, Fields>::define(m, #launcher, #__VA_ARGS__);     \
   } while (0)

@@ -71,7 +71,7 @@ struct PackedRows {
   const uint8_t *codes_of[2], *scales_of[2];  // of rows g and g + 8
   Vec<uint32_t, 4> words[U][2];
   Scales scales[U][2];
-  float acc[C::kTiles][4], fetched_scale[2] = {1.f, 1.f};  // of the rows of w, if a whole row shares one
+  float acc[C::kTiles][4];
 
   explicit LAB_DEVICE PackedRows(const PackedProduct<T>& p)
       : shared(smem<PackedSmem<T, C>>()), x(p.x), w(p.w), rows(p.rows), n(p.n), k(p.k) {
@@ -99,7 +99,13 @@ struct PackedRows {
 
   // The sums of the present outputs; all threads must call it. each_output() then reads them.
   LAB_DEVICE void multiply() {
-    const float row_scale[2] = {fetched_scale[0], fetched_scale[1]};  // before aim() loads the next
+    float row_scale[2] = {1.f, 1.f};  // loaded now, used at the end
+    if constexpr (F::kGroup == 0) {
+      LAB_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        row_scale[r] = load_now(reinterpret_cast<const float*>(w.scales) + row_of(output, r));
+      }
+    }
     LAB_UNROLL
     for (int tile = 0; tile < C::kTiles; ++tile) {
       LAB_UNROLL
@@ -165,7 +171,6 @@ struct PackedRows {
       const size_t row = row_of(min(to, n - 1), r);
       codes_of[r] = w.codes + row * segments * kSegmentBytes + t * 16;
       scales_of[r] = w.scales + row * scale_bytes;
-      if constexpr (F::kGroup == 0) fetched_scale[r] = *reinterpret_cast<const float*>(scales_of[r]);
     }
   }
   LAB_DEVICE void advance() {

@@ -178,6 +178,8 @@ LAB_NO_TSAN inline void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_
 
 }  // namespace host
 
+inline float load_now(const float* p) { return *p; }
+
 template <uint32_t Mask, uint32_t Bits>
 inline uint32_t cut_into(uint32_t word) {
   return (word & Mask) | Bits;
