@@ -63,9 +63,9 @@ struct PackedRows {
   PackedSmem<T, C>& shared;
   const T* x;
   PackedWeights w;
-  int rows, n, k, segments, scale_bytes;  // segments and bytes of scales of a row of w
-  int lane, g, t, warp;                   // g, t: row and quarter of the lane in a tensor core's tile
-  int output;                             // first of the block's outputs that are summed now
+  int rows, n, k, segments;  // segments: of a row of w
+  int lane, g, t, warp;      // g, t: row and quarter of the lane in a tensor core's tile
+  int output;                // first of the block's outputs that are summed now
   int stride, panel, staged = -1, turn = 0;
   int fetch_output, fetch_segment;            // where the next loads read
   const uint8_t *codes_of[2], *scales_of[2];  // of rows g and g + 8
@@ -76,7 +76,6 @@ struct PackedRows {
   explicit LAB_DEVICE PackedRows(const PackedProduct<T>& p)
       : shared(smem<PackedSmem<T, C>>()), x(p.x), w(p.w), rows(p.rows), n(p.n), k(p.k) {
     segments = (k + L::kColumns - 1) / L::kColumns;
-    scale_bytes = F::kGroup ? segments * L::kSegmentScales : L::kScaleBytes;
     stride = staged_stride<F, C>(rows, k), panel = staged_segments<F, C>(rows, k);
     lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   }
@@ -169,8 +168,8 @@ struct PackedRows {
     LAB_UNROLL
     for (int r = 0; r < 2; ++r) {
       const size_t row = row_of(min(to, n - 1), r);
-      codes_of[r] = w.codes + row * segments * kSegmentBytes + t * 16;
-      scales_of[r] = w.scales + row * scale_bytes;
+      codes_of[r] = w.codes + segment_place(row, segments, kSegmentBytes) + t * 16;
+      scales_of[r] = w.scales + segment_place(row, segments, L::kSegmentScales);
     }
   }
   LAB_DEVICE void advance() {
@@ -186,10 +185,11 @@ struct PackedRows {
     if (segment >= segments) return;
     LAB_UNROLL
     for (int r = 0; r < 2; ++r) {
-      words[u][r] =
-          load_stream(reinterpret_cast<const uint32_t*>(codes_of[r] + size_t(segment) * kSegmentBytes));
+      words[u][r] = load_stream(
+          reinterpret_cast<const uint32_t*>(codes_of[r] + size_t(segment) * (kBlockRows * kSegmentBytes)));
       if constexpr (F::kGroup != 0) {
-        const auto* at = reinterpret_cast<const ScaleWord*>(scales_of[r] + segment * L::kSegmentScales);
+        const auto* at =
+            reinterpret_cast<const ScaleWord*>(scales_of[r] + segment * (kBlockRows * L::kSegmentScales));
         scales[u][r] = load<Scales::size>(at);
       }
     }

@@ -26,14 +26,13 @@ LAB_HOST_DEVICE void by_format(int format, Use&& use) {
 // What a kernel that learns the format at run time must know about it. A unit is 16 bytes of codes: what lane
 // unit % 4 has of segment unit / 4. Its columns come in pieces of 4, which lie 16 columns apart.
 struct FormatSizes {
-  int format, columns, segments, unit_columns, scale_bytes;  // columns: of a segment; the rest: of a row
+  int format, columns, segments, unit_columns;  // columns: of a segment; unit_columns: of a unit
 
   LAB_HOST_DEVICE FormatSizes(int format_, int k) : format(format_) {
     by_format(format, [&](auto of) {
       using L = Layout<decltype(of)>;
       columns = L::kColumns, unit_columns = L::kColumns / 4;
       segments = (k + columns - 1) / columns;
-      scale_bytes = L::kGroups ? segments * L::kSegmentScales : L::kScaleBytes;
     });
   }
   LAB_HOST_DEVICE int first_column(int unit) const { return unit / 4 * columns + unit % 4 * 4; }
@@ -43,13 +42,18 @@ constexpr int kMostUnitColumns = 32;
 // The weights of one unit of a row, exactly but for the addition of a minimum, in the order of their codes.
 LAB_DEVICE void unpack_unit(float (&f)[kMostUnitColumns], const PackedWeights& w, const FormatSizes& sizes,
                             size_t row, int unit) {
-  const size_t first = row * sizes.segments * kSegmentBytes + size_t(unit) * 16;
-  const auto words = load(reinterpret_cast<const uint32_t*>(w.codes + first));
-  const uint8_t* scales = w.scales + row * sizes.scale_bytes;
+  const int segment = unit / 4, lane = unit % 4;
+  const size_t first = segment_place(row, sizes.segments, kSegmentBytes);
+  const uint8_t* codes = w.codes + first + size_t(segment) * (kBlockRows * kSegmentBytes) + lane * 16;
+  const auto words = load(reinterpret_cast<const uint32_t*>(codes));
   by_format(sizes.format, [&](auto format) {
     using F = decltype(format);
     using L = Layout<F>;
-    const uint8_t* of_segment = scales + unit / 4 * L::kSegmentScales;
+    const uint8_t* of_segment = w.scales + row * L::kScaleBytes;
+    if constexpr (F::kGroup != 0) {
+      const size_t first_scale = segment_place(row, sizes.segments, L::kSegmentScales);
+      of_segment = w.scales + first_scale + size_t(segment) * (kBlockRows * L::kSegmentScales);
+    }
     LAB_UNROLL
     for (int run = 0; run < L::kRuns; ++run) {
       const int group = F::kGroup ? run / L::kRunsPerGroup : 0;

@@ -31,7 +31,12 @@ struct PackedProduct {
   int rows, n, k;
 };
 
-constexpr int kSegmentBytes = 64, kRunColumns = 32;
+constexpr int kSegmentBytes = 64, kRunColumns = 32, kBlockRows = 8;
+
+// Where a row's first segment lies, of `bytes` bytes; the next ones are kBlockRows * bytes further on each.
+LAB_HOST_DEVICE size_t segment_place(size_t row, int segments, int bytes) {
+  return (row / kBlockRows * segments * kBlockRows + row % kBlockRows) * bytes;
+}
 
 template <typename F>
 struct Layout {

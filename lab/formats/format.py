@@ -2,10 +2,10 @@
 
     weight[n, k] = scale[n, k / group] * (decode(code[n, k]) - zero) + minimum
 
-`codes` are packed by rows, in segments of 64 bytes, so that a lane of a tensor-core tile finds its weights in
-one load of 16 bytes. A segment holds K = 512 / bits columns (128 of 4 bits, 64 of 8 bits): K / 32 runs of 32
-columns. Lane t of the four lanes that share a row takes the bytes 16 t to 16 t + 15, which are 8 codes of
-each run:
+A row's codes are packed in segments of 64 bytes, so that a lane of a tensor-core tile finds its weights in
+one load of 16 bytes. The segments of 8 rows lie together, 512 bytes that a warp loads at once. A segment
+holds K = 512 / bits columns (128 of 4 bits, 64 of 8 bits): K / 32 runs of 32 columns. Lane t of the four
+lanes that share a row takes the bytes 16 t to 16 t + 15, which are 8 codes of each run:
 
     code j of run i of lane t     column 32 i + 16 (j / 4) + 4 t + j % 4 of the segment
 
@@ -15,11 +15,16 @@ The 8 codes are in the order in which two of them at a time can be cut out with 
     8 bits, two words             codes 0, 2, 1, 3 in the bytes of the first, 4, 6, 5, 7 of the second
 
 Columns past k fill the last segment with codes that stand for 0 (or for a minimum); kernels multiply them by
-zeros of x. `scales` has one entry for each row and group, or two, if the format has a minimum or a zero.
+zeros of x. Rows past the last fill its block of 8; no kernel uses them.
+
+    codes   uint8 [row / 8, segment, row % 8, 64]
+    scales  [row / 8, segment, row % 8, entries]: for each group of the segment one entry, or two, if the
+            format has a minimum or a zero; with one scale a row, [row / 8, 1, row % 8, 1]
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,6 +34,7 @@ from lab.errors import LabError
 
 SEGMENT = 64  # bytes
 RUN = 32  # columns
+BLOCK = 8  # rows whose segments lie together
 
 
 @dataclass(frozen=True)
@@ -67,13 +73,19 @@ class Format:
     def segments(self, k: int) -> int:
         return -(-k // self.columns)
 
-    def groups(self, k: int) -> int:
-        """Entries of `scales` in a row; as many as whole segments need."""
-        return 1 if self.group is None else -(-self.segments(k) * self.columns // self.group)
+    def codes_shape(self, rows: int, k: int) -> tuple[int, int, int, int]:
+        return -(-rows // BLOCK), self.segments(k), BLOCK, SEGMENT
+
+    def scales_shape(self, rows: int, k: int) -> tuple[int, int, int, int]:
+        blocks = -(-rows // BLOCK)
+        if self.group is None:
+            return blocks, 1, BLOCK, self.entries
+        return blocks, self.segments(k), BLOCK, self.columns // self.group * self.entries
 
     def bytes_of(self, rows: int, k: int) -> int:
         """Bytes of a packed matrix [rows, k], scales included."""
-        return rows * (self.segments(k) * SEGMENT + self.groups(k) * self.entries * self.scale_dtype.itemsize)
+        scales = math.prod(self.scales_shape(rows, k)) * self.scale_dtype.itemsize
+        return math.prod(self.codes_shape(rows, k)) + scales
 
     def quantise(self, w: torch.Tensor) -> PackedMatrix:
         """w [rows, k] of any float dtype, rounded to the nearest codes of this format.
@@ -104,24 +116,28 @@ class Format:
                 f"format {self.name}: scales {list(scales.shape)} do not fit codes {list(codes.shape)}: "
                 f"{[rows, needed, self.entries]} are needed"
             )
-        padded = codes.new_full((rows, self.segments(k) * self.columns), self.blank)
-        padded[:, :k] = codes
+        blocks, segments, _, in_segment = self.scales_shape(rows, k)
+        padded = codes.new_full((blocks * BLOCK, self.segments(k) * self.columns), self.blank)
+        padded[:rows, :k] = codes
         all_scales = torch.zeros(
-            rows, self.groups(k), self.entries, dtype=self.scale_dtype, device=codes.device
+            blocks * BLOCK, segments * in_segment, dtype=self.scale_dtype, device=codes.device
         )
-        all_scales[:, :needed] = scales.to(self.scale_dtype)
-        return PackedMatrix(self.name, k, pack(padded, self.bits), all_scales)
+        all_scales[:rows, : needed * self.entries] = scales.flatten(1).to(self.scale_dtype)
+        return PackedMatrix(
+            self.name, rows, k, by_blocks(pack(padded, self.bits), SEGMENT), by_blocks(all_scales, in_segment)
+        )
 
 
 @dataclass(eq=False)
 class PackedMatrix:
     """A matrix [rows, k] of packed weights: what the ops take in the place of a tensor `w`.
 
-    codes uint8 [rows, segments * 64], scales [rows, groups, entries] in the format's dtype. It answers those
-    questions of a tensor that contracts ask: shape, device, numel, nbytes, double.
+    codes and scales: see above. It answers those questions of a tensor that contracts ask: shape, device,
+    numel, nbytes, double.
     """
 
     format_name: str
+    rows: int
     k: int
     codes: torch.Tensor
     scales: torch.Tensor
@@ -133,12 +149,8 @@ class PackedMatrix:
         return FORMATS[self.format_name]
 
     @property
-    def rows(self) -> int:
-        return self.codes.shape[0]
-
-    @property
     def shape(self) -> tuple[int, int]:
-        return self.codes.shape[0], self.k
+        return self.rows, self.k
 
     @property
     def device(self) -> torch.device:
@@ -152,7 +164,7 @@ class PackedMatrix:
         return 2
 
     def numel(self) -> int:
-        return self.codes.shape[0] * self.k
+        return self.rows * self.k
 
     def get_device(self) -> int:
         return self.codes.get_device()
@@ -160,9 +172,9 @@ class PackedMatrix:
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.codes, self.scales
 
-    def raw_codes(self) -> torch.Tensor:
-        """uint8 [rows, k], one code each."""
-        return unpack(self.codes, self.format.bits)[:, : self.k]
+    def scales_by_row(self) -> torch.Tensor:
+        """[rows, groups of whole segments, entries]."""
+        return by_rows(self.scales)[: self.rows].unflatten(1, (-1, self.format.entries))
 
     def double(self) -> torch.Tensor:
         """The weights, exactly: float64 [rows, k]."""
@@ -171,8 +183,8 @@ class PackedMatrix:
     def double_padded(self) -> torch.Tensor:
         """The same with the columns past k that fill the last segment."""
         f = self.format
-        value = f.decode(unpack(self.codes, f.bits))
-        scales = self.scales
+        value = f.decode(unpack(by_rows(self.codes)[: self.rows], f.bits))
+        scales = self.scales_by_row()
         width = value.shape[1] // scales.shape[1]
         value = value.unflatten(1, (-1, width))
         scale = f.scale_value(scales[:, :, :1])
@@ -190,7 +202,20 @@ class PackedMatrix:
 
     def some_rows(self, ids: torch.Tensor) -> PackedMatrix:
         """The rows of these numbers, [len(ids), k]."""
-        return PackedMatrix(self.format_name, self.k, self.codes[ids.long()], self.scales[ids.long()])
+        codes, scales = (by_rows(t)[ids.long()] for t in self.tensors())
+        scales = scales.unflatten(1, (-1, self.format.entries))
+        needed = 1 if self.format.group is None else -(-self.k // self.format.group)
+        return self.format.from_codes(unpack(codes, self.format.bits)[:, : self.k], scales[:, :needed])
+
+
+def by_blocks(rows: torch.Tensor, width: int) -> torch.Tensor:
+    """[blocks, segments, 8, width] from [rows, segments * width]; rows are a multiple of 8."""
+    return rows.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, width)).transpose(1, 2).contiguous()
+
+
+def by_rows(blocks: torch.Tensor) -> torch.Tensor:
+    """The inverse of by_blocks()."""
+    return blocks.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:

@@ -27,11 +27,12 @@ def check(op: str, x: torch.Tensor, w: Operand) -> None:
 
 def check_packed(op: str, w: PackedMatrix) -> None:
     """Raises LabError unless the tensors of a packed matrix have the sizes and dtypes of its format."""
-    f, rows = w.format, w.codes.shape[0]
-    if w.codes.shape != (rows, f.segments(w.k) * 64) or w.codes.dtype != torch.uint8:
-        refuse(op, f"codes of {f.name} for k = {w.k} must be uint8 {[rows, f.segments(w.k) * 64]}")
-    if w.scales.shape != (rows, f.groups(w.k), f.entries) or w.scales.dtype != f.scale_dtype:
-        refuse(op, f"scales of {f.name} must be {f.scale_dtype} {[rows, f.groups(w.k), f.entries]}")
+    f = w.format
+    codes, scales = f.codes_shape(*w.shape), f.scales_shape(*w.shape)
+    if w.codes.shape != codes or w.codes.dtype != torch.uint8:
+        refuse(op, f"codes of {f.name} for {list(w.shape)} must be uint8 {list(codes)}")
+    if w.scales.shape != scales or w.scales.dtype != f.scale_dtype:
+        refuse(op, f"scales of {f.name} for {list(w.shape)} must be {f.scale_dtype} {list(scales)}")
 
 
 def pointers(w: Operand) -> tuple[int, int, int]:
@@ -50,7 +51,7 @@ def magnitude(w: Operand) -> torch.Tensor:
     """float64 [n, k]: the size of the numbers that a kernel adds up for each weight. With a minimum these are
     two, scale * code and the minimum, which may be much larger than their sum."""
     if type(w) is PackedMatrix and w.format.second == "minimum":
-        least = w.scales[:, :, 1:].double()
+        least = w.scales_by_row()[:, :, 1:].double()
         width = w.format.group
         by_group = w.double_padded().unflatten(1, (-1, width))
         return ((by_group - least).abs() + least.abs()).flatten(1)[:, : w.k]
