@@ -62,8 +62,12 @@ BANDWIDTH = ("gbps", "of_ceiling", "of_stream")
 
 @dataclass(frozen=True)
 class Notice:
-    level: str  # warning: changes how the figures may be read | note
+    level: str  # first: no figure may be read without it | warning: changes how some may be read | note
     text: str
+
+    @property
+    def label(self):
+        return "Note" if self.level == "note" else "Warning"
 
 
 @dataclass
@@ -83,6 +87,7 @@ class Run:
     ledger: pd.DataFrame
     fairness: pd.DataFrame
     failures: pd.DataFrame
+    skipped: pd.DataFrame  # rows whose configuration does not fit the memory
     notices: list = field(default_factory=list)
     ladder: pd.DataFrame = field(
         default_factory=pd.DataFrame
@@ -166,6 +171,7 @@ def _run(run, path, rows, notices):
             for kind in ("ceiling", "op", "model", "ledger", "fairness")
         ),
         failures=pd.DataFrame(),
+        skipped=pd.DataFrame(),
         ladder=_frame([], "op"),
         notices=[Notice("warning", n) for n in notices],
     )
@@ -245,7 +251,13 @@ def _drop_failures(run):
         bad = frame["error"] != ""
         failed.append(frame[bad].assign(kind=kind))
         setattr(run, kind, frame[~bad].reset_index(drop=True))
-    run.failures = pd.concat(failed, ignore_index=True)
+    failed = pd.concat(failed, ignore_index=True)
+    too_large = failed["error"].str.startswith("does not fit")
+    run.skipped, run.failures = failed[too_large], failed[~too_large]
+    if len(run.skipped):
+        run.notices.append(
+            Notice("note", f"{len(run.skipped)} configurations were skipped, for they do not fit the memory.")
+        )
     if len(run.failures):
         run.notices.append(
             Notice(
@@ -320,7 +332,7 @@ def _about_machine(run):
     if run.emulated:
         found.append(
             Notice(
-                "warning",
+                "first",
                 "Emulated on a CPU: CUDA kernels ran through their host build, Triton kernels "
                 "through the interpreter. Times say nothing about a GPU and no bandwidth is "
                 "claimed.",
@@ -328,9 +340,8 @@ def _about_machine(run):
         )
     for note in (str(n) for e in run.envs for n in e.notes or []):
         if not (run.emulated and note.startswith("emulated")):  # said above
-            found.append(
-                Notice("warning" if re.search("throttled|synthetic|left out", note, re.I) else "note", note)
-            )
+            said = re.search("(synthetic)|throttled|left out", note, re.I)
+            found.append(Notice("note" if not said else "first" if said[1] else "warning", note))
     after = next((e for e in run.envs if e.when == "after"), None)
     if after is None and not run.emulated:
         found.append(
@@ -354,7 +365,7 @@ def _about_machine(run):
 def _about_repeat(r):
     return Notice(
         "note",
-        f"Two runs of commit {r.commit} on one card, compared: {compare.alarms(r)}: false alarms "
+        f"Two runs of commit {str(r.commit)[:8]} on one card, compared: {compare.alarms(r)}: false alarms "
         f"(runs {r.a} and {r.b}; a change below {r.min_effect:.0%} is called the same; `make gpu-repeat` "
         "measures it again).",
     )

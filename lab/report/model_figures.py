@@ -1,27 +1,41 @@
 """Pictures of a run as a whole: the ceiling, and a model's latency, throughput and memory."""
 
 import numpy as np
+import pandas as pd
 
-from lab.report import ledger_figures, style
+from lab.report import style
 from lab.report.figures import (
+    AHEAD,
     Figure,
     amount,
     command,
     conditions,
+    digits,
     dots,
+    draw_floor,
+    floors,
     from_zero_or_log,
+    grid_of,
     legend,
     line,
     log_ticks,
     names,
     plain_log,
+    short,
     spread,
     table,
     times,
-    unit,
-    with_share,
+    token_unit,
 )
 
+SIDES = ("cuda", "triton", "peer")  # peer: the fastest of the other backends
+BARS = 5  # of our steps in the first picture
+BARS_MODELS = 8  # of the picture of all models
+MODES = {  # how a step was launched: in words
+    "graph": "one CUDA graph a step",
+    "eager": "kernels launched one by one",
+    "compile": "torch.compile",
+}
 DIRECTIONS = {"read": ("o", "-"), "copy": ("s", "--"), "write": ("^", ":")}
 HELD = (
     ("weights", "weight_bytes", "#5f55c4", ""),
@@ -82,8 +96,10 @@ def ceiling(run):
 
 
 def models(run):
-    """Model names, in the order of the records."""
-    return list(dict.fromkeys([*run.model["model"], *run.ledger["model"]]))
+    """Model names, the one that holds the most bytes first."""
+    names = list(dict.fromkeys([*run.model["model"], *run.ledger["model"]]))
+    held = run.model.groupby("model")["weight_bytes"].max().fillna(0)
+    return sorted(names, key=lambda name: -held.get(name, 0))
 
 
 def series(run, model):
@@ -103,25 +119,195 @@ def model_table(rows):
     return table(rows, COLUMNS)
 
 
-def _lines(rows):
-    """(name, rows, look, (line style, markers)) of every line, in the backends' order: eager steps dotted,
-    the others in their plan's style, and where there are several plans, with its markers."""
-    several, plans = rows["mode"].nunique() > 1, rows["plan"].nunique() > 1
-    for backend in style.backend_order(rows["backend"]):
-        for name, group in rows[rows["backend"] == backend].groupby("series", sort=False):
-            mode, plan = group["mode"].iloc[0], group["plan"].iloc[0]
-            look = style.backend("compile" if mode == "compile" and backend == "torch" else backend)
-            dash, markers = style.PLANS.get(plan, ("-", "full"))
-            yield (
-                name,
-                group,
-                look,
-                (":" if several and mode == "eager" else dash, markers if plans else "full"),
+def launched(rows, eager=False):
+    """The rows of steps that a graph replays, or of those launched one by one; all rows where there is one
+    kind only. torch.compile counts as the first."""
+    right = (rows["mode"] == "eager") == eager
+    return rows[right] if right.any() else rows
+
+
+def first_size(rows):
+    """The rows of the smallest batch and, of those, of the smallest context."""
+    rows = rows[rows["batch"] == rows["batch"].min()]
+    return rows[rows["context"] == rows["context"].min()]
+
+
+def with_side(rows):
+    """Adds `side`: cuda, triton, or peer for every other backend."""
+    return rows.assign(side=rows["backend"].where(rows["backend"].isin(["cuda", "triton"]), "peer"))
+
+
+def fastest(rows, keys=()):
+    """The fastest row of each side, or of each side and each value of the keys."""
+    return with_side(rows).sort_values("us", kind="stable").drop_duplicates(["side", *keys])
+
+
+def side_look(side):
+    """Label, colour and marker of one of the three sides."""
+    return style.backend(side) if side != "peer" else style.Look("best peer", style.MUTED, "D")
+
+
+def words(row):
+    """ "CUDA persistent", "torch.compile": what a row of series() ran."""
+    if row.mode == "compile":
+        return f"{style.backend(row.backend).label}.compile"
+    return " ".join([style.backend(row.backend).label, *(w for w in (row.plan,) if w not in ("", "-"))])
+
+
+def floor_of(rows):
+    """The time in us that the bytes of these rows (of one size) take at the measured bandwidth, or None."""
+    known = rows[rows["of_ceiling"].notna() & ~rows["suspect"]]
+    return float((known["us"] * known["of_ceiling"]).median()) if len(known) else None
+
+
+def main_model(run):
+    """The model of which most is said first: the one that holds the most bytes of those that CUDA or Triton
+    ran; None without model rows."""
+    rows = run.model
+    ours = rows[rows["backend"].isin(["cuda", "triton"])]
+    rows = ours if len(ours) else rows
+    held = rows.groupby("model", sort=False)["weight_bytes"].max().fillna(0)
+    return None if not len(rows) else held.idxmax()
+
+
+def headline(run):
+    """Bars of the time of a token of the main model: our fastest steps and the best peer."""
+    model = main_model(run)
+    rows = launched(first_size(series(run, model))) if model else []
+    if not len(rows):
+        return None
+    rows = with_side(rows).sort_values("us", kind="stable")
+    peer, ours = rows[rows["side"] == "peer"].head(1), rows[rows["side"] != "peer"].head(BARS)
+    shown, floor = pd.concat([ours, peer]).sort_values("us"), floor_of(rows)
+    divisor, unit_name = token_unit(shown["us"])
+
+    def draw(canvas):
+        ax, scaled = canvas.subplots(), times(shown, divisor)
+        colors = [side_look(side).color for side in shown["side"]]
+        spreads = spread(scaled, "us", "us_p10", "us_p90")
+        at = range(len(shown))
+        ax.barh(at, scaled["us"], xerr=spreads, color=colors, height=0.66, ecolor=style.INK)
+        for y, row in zip(at, scaled.itertuples()):
+            end = row.us if row.us_p90 != row.us_p90 else row.us_p90
+            ax.text(end, y, f"{AHEAD}{digits(row.us)}", va="center", weight="bold")
+        if floor:
+            look = dict(color=style.INK, linewidth=1.2, linestyle=":")
+            ax.vlines(floor / divisor, -0.5, len(shown) - 0.5, **look)
+            ax.text(
+                floor / divisor,
+                -0.6,
+                f"floor {digits(floor / divisor)}",
+                ha="center",
+                va="bottom",
+                fontsize=8,
             )
+        ax.set_xlim(0, scaled["us"].max() * 1.13)
+        ax.set_yticks(at, [words(row) for row in shown.itertuples()])
+        ax.set_ylim(len(shown) - 0.5, -1.1)
+        ax.grid(axis="y", visible=False)
+        ax.set_xlabel(f"{unit_name} a token" + (", emulated" if run.emulated else ""))
+
+    first = shown.iloc[0]
+    at = f"batch {amount(first['batch'])}, context {amount(first['context'])}"
+    floor_words = (
+        " The dotted line is the floor: its weights and KV cache at the bandwidth that was measured."
+        if floor
+        else ""
+    )
+    return Figure(
+        name="verdict",
+        title=f"One token of {model}, {at}",
+        conditions=conditions(run, shown, _modes(shown)),
+        reading=f"The {len(ours)} fastest of our steps"
+        + (" and the best peer." if len(peer) else ".")
+        + floor_words,
+        alt="Bars: "
+        + "; ".join(f"{words(row)} {digits(row.us / divisor)} {unit_name}" for row in shown.itertuples())
+        + (f"; floor {digits(floor / divisor)}" if floor else ""),
+        table=model_table(shown),
+        command=command("model", [model], shown),
+        height=0.62 + 0.25 * len(shown),
+        draw=draw,
+    )
+
+
+def overview(run):
+    """Bars of every model's token: best CUDA, best Triton, best peer, with the bandwidth floor."""
+    found = []
+    for model in models(run):
+        rows = series(run, model)
+        if len(rows):
+            rows = launched(first_size(rows))
+            found.append(fastest(rows).assign(floor=floor_of(rows) or np.nan))
+    if not found:
+        return None
+    rows = pd.concat(found)
+    order = list(dict.fromkeys(rows["model"]))[:BARS_MODELS]
+    rows = rows[rows["model"].isin(order)]
+    divisor, unit_name = token_unit(rows["us"])
+    sides = [s for s in SIDES if (rows["side"] == s).any()]
+
+    def draw(canvas):
+        ax, scaled = canvas.subplots(), times(rows, divisor)
+        for i, side in enumerate(sides):
+            mine, look = scaled[scaled["side"] == side], side_look(side)
+            at = np.array([order.index(m) for m in mine["model"]]) + (i - (len(sides) - 1) / 2) * 0.27
+            spreads = spread(mine, "us", "us_p10", "us_p90")
+            ax.barh(
+                at,
+                mine["us"],
+                xerr=spreads,
+                height=0.25,
+                color=look.color,
+                label=look.label,
+                ecolor=style.INK,
+            )
+            for y, row in zip(at, mine.itertuples()):
+                said = f"{AHEAD}{digits(row.us)}" + (
+                    f" {words(row)}" if side == "peer" else f" {row.plan}".rstrip("- ")
+                )
+                ax.text(max(row.us, row.us_p90), y, said, va="center", fontsize=7)
+        floors = scaled.drop_duplicates("model")
+        at = np.array([order.index(m) for m in floors["model"]])
+        if floors["floor"].notna().any():
+            ax.vlines(
+                floors["floor"] / divisor,
+                at - 0.42,
+                at + 0.42,
+                color=style.INK,
+                linestyle=":",
+                linewidth=1.4,
+                label="bandwidth floor",
+            )
+        ax.set_yticks(range(len(order)), [short(m, 16) for m in order])
+        ax.set_ylim(len(order) - 0.45, -0.55)
+        ax.set_xlim(0, scaled["us"].max() * 1.3)
+        ax.grid(axis="y", visible=False)
+        ax.set_xlabel(f"{unit_name} a token" + (", emulated" if run.emulated else ""))
+        legend(canvas, [ax])
+
+    first = rows.iloc[0]
+    return Figure(
+        name="models",
+        title="Time of a token, smallest batch and context",
+        conditions=conditions(run, rows, _modes(rows)),
+        reading=f"Smallest batch and context of each model ({amount(first['batch'])} and "
+        f"{amount(first['context'])} tokens here). The dotted mark is the floor: the bytes of weights and KV "
+        "cache over the measured bandwidth." * bool(rows["floor"].notna().any()),
+        alt=f"Bars of the time of a token for {len(order)} models: best CUDA, best Triton and best peer.",
+        table=table(
+            rows,
+            "model side backend plan mode tuning batch context us us_p10 us_p90 n floor share",
+            floor="bandwidth floor (us)",
+        ),
+        command=command("model", order, rows),
+        height=0.75 + 0.2 * len(sides) * len(order) * 1.15,
+        draw=draw,
+    )
 
 
 def _modes(rows):
-    return ", ".join(m for m in dict.fromkeys(rows["mode"]) if m)
+    return ", ".join(MODES.get(m, m) for m in dict.fromkeys(rows["mode"]) if m)
 
 
 def _fixed(rows, column):
@@ -129,56 +315,74 @@ def _fixed(rows, column):
     return max(sorted(rows[column].unique()), key=lambda v: ((rows[column] == v).sum(), -v))
 
 
-def against(run, model, x):
-    """Latency of a step and its share of the ceiling against context (smallest batch) or batch (one
-    context)."""
+def lines(run, model, eager=False):
+    """Latency of a decode step against batch and against context: CUDA, Triton and the best peer.
+
+    Drawn for the fastest plan at each point (class k0) and for each plan (k1, k2 ...); the page shows one."""
     rows = series(run, model)
-    if not len(rows):
+    if not len(rows) or (eager and not ((rows["mode"] == "eager").any() and (rows["mode"] != "eager").any())):
         return None
-    other = "batch" if x == "context" else "context"
-    fixed = rows["batch"].min() if x == "context" else _fixed(rows, "context")
-    rows = with_share(rows[rows[other] == fixed])
-    if rows[x].nunique() < 2:
-        return None
-    divisor, unit_name = unit(rows["us"])
-    scaled = times(rows, divisor)
-    bandwidth = scaled[~rows["suspect"] & rows["share"].notna()]
-    panels = 1 if run.emulated or not len(bandwidth) else 2
+    rows = with_side(launched(rows, eager))
+    context, batch = _fixed(rows, "context"), rows["batch"].min()
+    panels = [
+        (x, found)
+        for x, found in (
+            ("batch", rows[rows["context"] == context]),
+            ("context", rows[rows["batch"] == batch]),
+        )
+        if found[x].nunique() > 1
+    ]
+    if not panels:
+        return None if eager else latency(run, model)
+    drawn = pd.concat([found for _, found in panels])
+    drawn = drawn[~drawn.index.duplicated()]
+    divisor, unit_name = token_unit(drawn["us"])
+    plans = ["best", *plans_of(rows)]
 
     def draw(canvas):
-        axes = canvas.subplots(panels, 1, sharex=True, squeeze=False).ravel()
-        for name, group, look, drawn in _lines(scaled):
-            line(axes[0], group, x, "us", "us_p10", "us_p90", look, name, *drawn)
-        from_zero_or_log(axes[0].yaxis, scaled["us"], scaled["us_p90"])
-        axes[0].set_ylabel(f"{unit_name} per step" + (", emulated" if run.emulated else ""))
-        if panels == 2:
-            for name, group, look, drawn in _lines(bandwidth):
-                line(axes[1], group, x, "share", "share_low", "share_high", look, name, *drawn)
-            axes[1].set_ylim(0, 108)
-            axes[1].axhline(100, color=style.INK, linewidth=1, linestyle=":")
-            axes[1].set_ylabel("of the ceiling (%)")
-        log_ticks(axes[-1].xaxis, rows[x])
-        axes[-1].set_xlabel("context (tokens)" if x == "context" else "batch (sequences)")
+        axes = grid_of(canvas, len(panels), "", sharey=True)
+        for ax, (x, found) in zip(axes, panels):
+            for i, plan in enumerate(plans):
+                mine = found if plan == "best" else found[found["plan"] == plan]
+                mine = times(fastest(mine, [x]), divisor)
+                for side in SIDES:
+                    look = side_look(side)
+                    label = look.label if plan == "best" else "_"
+                    gid = f"class s k{i}"
+                    line(ax, mine[mine["side"] == side], x, "us", "us_p10", "us_p90", look, label, gid)
+            floor = floors(found, [x])
+            draw_floor(ax, floor[x], floor["floor"] / divisor)
+            log_ticks(ax.xaxis, found[x])
+            fixed = f"context {amount(context)}" if x == "batch" else f"batch {amount(batch)}"
+            ax.set_xlabel(f"{'batch' if x == 'batch' else 'context (tokens)'}, at {fixed}")
+        plain_log(axes[0].yaxis)
+        axes[0].set_ylabel(f"{unit_name} a step" + (", emulated" if run.emulated else ""))
         legend(canvas, axes)
 
-    how = "A step makes one token for every sequence of the batch."
-    if panels == 2:
-        how += (
-            " Below: the bytes that a step must read (weights and KV) over its time, as share of the ceiling."
-        )
-        how += " Flagged rows are missing from the lower panel." if len(bandwidth) < len(rows) else ""
-    what = "time per step" + (" and share of the ceiling" if panels == 2 else "")
+    how = "launched one by one" if eager else _modes(rows)
     return Figure(
-        name=f"{model}-latency-{x}",
-        title=f"{model}: latency of a decode step against {x}, {other} {amount(fixed)}",
-        conditions=conditions(run, rows, _modes(rows)),
-        reading=how,
-        alt=f"Lines of {names(rows['backend'])}: {what} against {x} from {amount(rows[x].min())} to "
-        f"{amount(rows[x].max())}.",
-        table=model_table(rows),
-        command=command("model", [model], rows),
-        height=0.8 + 1.55 * panels,
+        name=f"{model}-{'eager' if eager else 'latency'}",
+        title=f"{model}: time of a decode step" + (", kernels launched one by one" if eager else ""),
+        conditions=conditions(run, drawn, how),
+        reading="A step makes one token for each sequence of the batch; lower is better. The fastest plan is "
+        "chosen at each point.",
+        alt=f"Lines of the best CUDA, the best Triton and the best peer: time of a step of {model} against "
+        f"{' and '.join(x for x, _ in panels)}.",
+        table=model_table(drawn),
+        command=command("model", [model], drawn),
+        css="eager" if eager else "graph",
+        height=2.3,
         draw=draw,
+    )
+
+
+def plans_of(rows):
+    """The plans that CUDA or Triton ran, where there are several; in their order."""
+    found = set(rows.loc[rows["backend"].isin(["cuda", "triton"]), "plan"]) - {"", "-"}
+    return (
+        sorted(found, key=lambda p: (style.PLANS.index(p) if p in style.PLANS else 9, p))
+        if len(found) > 1
+        else []
     )
 
 
@@ -189,7 +393,7 @@ def latency(run, model):
     if not len(rows):
         return None
     rows = rows[(rows["batch"] == rows["batch"].iloc[0]) & (rows["context"] == rows["context"].iloc[0])]
-    divisor, unit_name = unit(rows["us"])
+    divisor, unit_name = token_unit(rows["us"])
     order = list(dict.fromkeys(rows.sort_values("us")["series"]))
 
     def draw(canvas):
@@ -213,69 +417,50 @@ def latency(run, model):
 
 
 def throughput(run, model):
-    """Tokens per second against batch, with the line of perfect scaling."""
+    """Tokens per second against batch: the best of each side, with the line of perfect scaling."""
     rows = series(run, model)
     if not len(rows):
         return None
     fixed = _fixed(rows, "context")
-    rows = rows[rows["context"] == fixed]
+    rows = launched(rows[rows["context"] == fixed])
     if rows["batch"].nunique() < 2:
         return None
+    rows = fastest(rows, ["batch"])
     tokens = rows["batch"] * 1e6
     rows = rows.assign(
         tokens_per_s=tokens / rows["us"], low=tokens / rows["us_p90"], high=tokens / rows["us_p10"]
     )
-    first = rows.sort_values("batch").groupby("series")[["batch", "tokens_per_s"]].first()
+    first = rows.sort_values("batch").groupby("side")[["batch", "tokens_per_s"]].first()
     per_sequence = first["tokens_per_s"] / first["batch"]
-    rows = rows.assign(linearity=rows["tokens_per_s"] / (rows["batch"] * rows["series"].map(per_sequence)))
+    rows = rows.assign(linearity=rows["tokens_per_s"] / (rows["batch"] * rows["side"].map(per_sequence)))
 
     def draw(canvas):
         ax = canvas.subplots()
-        low, top = rows["batch"].min(), rows["batch"].max()
-        ideal = per_sequence.max()
-        for name, group, look, drawn in _lines(rows):
-            line(ax, group, "batch", "tokens_per_s", "low", "high", look, name, *drawn)
+        ends = np.array([rows["batch"].min(), rows["batch"].max()])
+        for side in SIDES:
+            mine, look = rows[rows["side"] == side], side_look(side)
+            line(ax, mine, "batch", "tokens_per_s", "low", "high", look, look.label)
         ax.plot(
-            [low, top],
-            [ideal * low, ideal * top],
-            color=style.MUTED,
-            linewidth=1,
-            linestyle="-.",
-            label="ideal",
+            ends, per_sequence.max() * ends, color=style.MUTED, linewidth=1, linestyle="-.", label="ideal"
         )
-        # The linearity at the right end of each line, pushed apart upwards; eager steps have theirs in the
-        # table only.
-        ends = rows[(rows["batch"] == top) & ((rows["mode"] != "eager") | (rows["mode"] == "eager").all())]
-        at, step = -np.inf, 0.08 * np.log10(max(ideal * top / rows["tokens_per_s"].min(), 2))
-        for row in ends.sort_values("tokens_per_s").itertuples():
-            at = max(np.log10(row.tokens_per_s), at + step)
-            ax.annotate(
-                f"{row.linearity:.0%}",
-                (top, row.tokens_per_s),
-                xytext=(top * 1.16, 10**at),
-                fontsize=7.5,
-                va="center",
-                arrowprops={"arrowstyle": "-", "color": style.MUTED, "linewidth": 0.5},
-            )
         plain_log(ax.yaxis)
-        ax.set_ylim(top=max(ax.get_ylim()[1], 10 ** (at + step)))
         log_ticks(ax.xaxis, rows["batch"])
-        ax.set_xlim(right=top * 1.7)
         ax.set_xlabel("batch (sequences)")
         ax.set_ylabel("tokens / s" + (", emulated" if run.emulated else ""))
         legend(canvas, [ax])
 
+    last = rows[rows["batch"] == rows["batch"].max()]
+    kept = ", ".join(f"{side_look(r.side).label} {r.linearity:.0%}" for r in last.itertuples())
     return Figure(
         name=f"{model}-throughput",
         title=f"{model}: throughput against batch, context {amount(fixed)}",
         conditions=conditions(run, rows, _modes(rows)),
-        reading="The dash-dotted line is perfect scaling from the best first point. The figure at the end "
-        "of a line is "
-        "its linearity: its throughput over that of perfect scaling from its own smallest batch.",
+        reading="The dash-dotted line is perfect scaling from the best first point. Of its own perfect "
+        f"scaling remains at batch {amount(rows['batch'].max())}: {kept}.",
         alt=f"Lines of tokens per second of {names(rows['backend'])} against batch, with the ideal line.",
         table=model_table(rows),
         command=command("model", [model], rows),
-        height=2.9,
+        height=2.3,
         draw=draw,
     )
 
@@ -354,16 +539,3 @@ def memory(run, model):
         height=0.9 + 0.3 * len(rows),
         draw=draw,
     )
-
-
-def of_model(run, model):
-    """The pictures of one model's section."""
-    curves = [m for m in (against(run, model, "context"), against(run, model, "batch")) if m]
-    made = [
-        *(curves or [latency(run, model)]),
-        throughput(run, model),
-        memory(run, model),
-        ledger_figures.ledger(run, model),
-        *ledger_figures.swaps(run, model),
-    ]
-    return [m for m in made if m]

@@ -152,6 +152,7 @@ def score_words(counts, a="cuda", b="triton"):
     a, b = style.backend(a).label, style.backend(b).label
     return (
         f"{a} is faster in {counts['faster']} of {total} cases, {b} in {counts['slower']}; "
-        f"{counts['same']} are the same and {counts['ambiguous']} too close to call."
+        f"{counts['same']} {'is' if counts['same'] == 1 else 'are'} the same, "
+        f"{counts['ambiguous']} too close to call."
         + (f" In {left} of them one side is untuned." if left else "")
     )
