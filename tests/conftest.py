@@ -48,6 +48,8 @@ NOT_QUICK = {
     "test_own_kernel",
     "test_persistent",
     "test_report",
+    "test_report_page",
+    "test_report_records",
     "test_sampling",
     "test_synchronisation",
     "test_text_faults",

@@ -39,14 +39,14 @@ def report(folder, out=None, only=None):
     from lab.report import load, page, summary
 
     source = Path(folder)
-    runs = load.load(source)
+    stored = load.find(source)
     if only:
-        ids = [r.id for r in runs]
-        runs = [r for r in runs if r.id == only]
-        if not runs:
+        ids = [r.id for r in stored]
+        stored = [r for r in stored if r.id == only]
+        if not stored:
             raise LabError(f"no run {only!r} in {source}: it has {', '.join(ids)}")
-    count = how_many(runs)
-    runs, older = runs[:count], [r.id for r in runs[count:]]
+    count = how_many(stored)
+    runs, older = [r.run() for r in stored[:count]], [r.id for r in stored[count:]]
     if older:
         runs[0].notices.append(
             load.Notice(
@@ -97,11 +97,11 @@ def report(folder, out=None, only=None):
     return 0
 
 
-def how_many(runs):
+def how_many(stored):
     """How many of the runs, newest first, fit on one page; at least the newest."""
     count = rows = 0
-    for run in runs[:RUNS]:
-        rows += sum(map(len, (run.op, run.model, run.ledger, run.ladder, run.fairness)))
+    for run in stored[:RUNS]:
+        rows += sum(r.kind in ("op", "model", "ledger", "fairness") for r in run.rows)
         if count and rows > ROWS:
             break
         count += 1

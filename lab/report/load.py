@@ -134,8 +134,52 @@ class Run:
         )
 
 
+@dataclass
+class Stored:
+    """One run's records as they were read: making frames of them takes longer than reading them."""
+
+    id: str
+    path: Path
+    rows: list
+    notices: list  # of the whole file
+
+    @property
+    def time(self):
+        """When the run began, as its env row says; "" without one."""
+        envs = sorted((r for r in self.rows if r.kind == "env"), key=lambda r: r.when != "before")
+        return str(envs[0].time or "") if envs else ""
+
+    def run(self):
+        """The run with its frames."""
+        by_kind = {kind: [r for r in self.rows if r.kind == kind] for kind in schema.KINDS}
+        run = Run(
+            self.id,
+            self.path,
+            by_kind["env"],
+            *(_frame(by_kind[kind], kind) for kind in ("ceiling", "op", "model", "ledger", "fairness")),
+            failures=pd.DataFrame(),
+            skipped=pd.DataFrame(),
+            ladder=_frame([], "op"),
+            notices=[Notice("warning", n) for n in self.notices],
+        )
+        _mark_untuned(run, self.rows)
+        _drop_failures(run)
+        _drop_unusable(run)
+        _check_bandwidth(run)
+        rung = run.op["rung"].notna()
+        run.ladder, run.op = run.op[rung].reset_index(drop=True), run.op[~rung].reset_index(drop=True)
+        repeats = list(map(_about_repeat, by_kind["repeat"]))
+        run.notices = _about_machine(run) + run.notices + _about_gaps(run) + repeats
+        return run
+
+
 def load(where):
-    """Every run found in records.jsonl of a folder and of its subfolders, newest first.
+    """Every Run found in records.jsonl of a folder and of its subfolders, newest first. Raises as `find`."""
+    return [stored.run() for stored in find(where)]
+
+
+def find(where):
+    """Every run as Stored, newest first.
 
     Raises LabError when there is no file, no readable line, or a damaged one.
     """
@@ -154,36 +198,10 @@ def load(where):
         by_run = {}
         for row in found.rows:
             by_run.setdefault(row.run, []).append(row)
-        for run, rows in by_run.items():
-            runs.append(_run(run, path, rows, found.notices))
+        runs += [Stored(run, path, rows, found.notices) for run, rows in by_run.items()]
     if not runs:
         raise LabError("; ".join(skipped) or f"no records in {', '.join(map(str, paths))}")
-    return sorted(runs, key=lambda r: (str(r.env.time or "") if r.env else "", r.id), reverse=True)
-
-
-def _run(run, path, rows, notices):
-    run = Run(
-        run,
-        path,
-        [r for r in rows if r.kind == "env"],
-        *(
-            _frame([r for r in rows if r.kind == kind], kind)
-            for kind in ("ceiling", "op", "model", "ledger", "fairness")
-        ),
-        failures=pd.DataFrame(),
-        skipped=pd.DataFrame(),
-        ladder=_frame([], "op"),
-        notices=[Notice("warning", n) for n in notices],
-    )
-    _mark_untuned(run, rows)
-    _drop_failures(run)
-    _drop_unusable(run)
-    _check_bandwidth(run)
-    repeats = [r for r in rows if r.kind == "repeat"]
-    rung = run.op["rung"].notna()
-    run.ladder, run.op = run.op[rung].reset_index(drop=True), run.op[~rung].reset_index(drop=True)
-    run.notices = _about_machine(run) + run.notices + _about_gaps(run) + list(map(_about_repeat, repeats))
-    return run
+    return sorted(runs, key=lambda run: (run.time, run.id), reverse=True)
 
 
 def _frame(rows, kind):

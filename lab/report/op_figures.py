@@ -21,7 +21,6 @@ from lab.report.figures import (
     short,
     spread,
     table,
-    thinned,
     times,
     unit,
     with_share,
@@ -30,8 +29,8 @@ from lab.report.ops import chosen, first_of, in_order, labelled, of_model, score
 
 PANELS = 8  # of one picture
 LINES = 3  # of other backends than CUDA and Triton in one picture
+FAR = 0.1  # of the fastest time: a floor further below is not drawn, as it would press all lines together
 TINY = 1.0  # us: ops that move less than the card reads in this time are bound by their launch
-DOTS = 500  # of one backend in the roofline
 COLUMNS = "case backend tuning batch context us us_p10 us_p90 n bytes gbps share"
 
 
@@ -151,83 +150,6 @@ def _best_words(rows):
     return "; ".join(words) + "." if words else ""
 
 
-def roofline(run, f):
-    """Every op on a log-log plot of flop/s against flop/byte, under the measured bandwidth roof."""
-    if run.emulated or run.best_ceiling() is None:
-        return None
-    rows = labelled(chosen(run.op, f))
-    rows = rows[~rows["suspect"] & (rows["flops"] > 0) & (rows["bytes"] > 0) & rows["gbps"].notna()]
-    if not len(rows):
-        return None
-    tera = rows["flops"] / 1e6  # flop per us -> Tflop/s
-    rows = rows.assign(
-        intensity=rows["flops"] / rows["bytes"],
-        tflops=tera / rows["us"],
-        low=tera / rows["us_p90"],
-        high=tera / rows["us_p10"],
-    )
-    crowded = rows["backend"].value_counts().max() > DOTS
-    roof = run.best_ceiling() / 1e3  # TB/s: Tflop/s at 1 flop/byte
-
-    def draw(canvas):
-        ax = canvas.subplots()
-        x = np.array([rows["intensity"].min() / 2, rows["intensity"].max() * 2])
-        floor, top = rows["tflops"].min() / 2, roof * x[1] * 1.3
-        ax.plot(x, roof * x, color=style.INK, linewidth=1.2)
-        ax.fill_between(x, roof * x, roof * x * 100, color=style.GRID, alpha=0.5, linewidth=0)
-        for name in style.backend_order(rows["backend"]):
-            mine, look = thinned(rows[rows["backend"] == name], DOTS), style.backend(name)
-            ax.errorbar(
-                mine["intensity"],
-                mine["tflops"],
-                yerr=spread(mine, "tflops", "low", "high"),
-                alpha=0.85,
-                color=look.color,
-                marker=look.marker,
-                label=look.label,
-                markersize=4,
-                linestyle="none",
-            )
-        plain_log(ax.xaxis)
-        plain_log(ax.yaxis)
-        ax.set_xlim(*x)
-        ax.set_ylim(floor, top)
-        # Each op is named at its slowest point, names pushed apart upwards.
-        at, step = -np.inf, 0.05 * np.log10(top / floor)
-        for row in rows.loc[rows.groupby("op")["tflops"].idxmin()].sort_values("tflops").itertuples():
-            at = max(np.log10(row.tflops), at + step)
-            right = row.intensity < x[1] / 8
-            ax.text(
-                row.intensity * (1.25 if right else 0.8),
-                10**at,
-                short(row.op),
-                fontsize=7.5,
-                va="center",
-                ha="left" if right else "right",
-            )
-        ax.set_xlabel("arithmetic intensity (flop / byte)")
-        ax.set_ylabel("Tflop/s")
-        legend(canvas, [ax])
-
-    return Figure(
-        name="roofline",
-        title="Roofline: every op under the measured memory roof",
-        conditions=conditions(run, rows, f.timer),
-        reading="The line is the measured bandwidth times the intensity; no kernel that moves its bytes "
-        "through DRAM "
-        "can lie in the grey. The vertical distance to the line is what is left to gain. Each op runs from "
-        f"batch {amount(rows['batch'].min())} to {amount(rows['batch'].max())}. The arithmetic peak was not "
-        "measured and is not drawn; ops that only move data have no place here."
-        + (f" Of each backend {DOTS} points at most are drawn, evenly chosen." if crowded else ""),
-        alt=f"Roofline on log axes: {len(rows)} points of {names(rows['backend'])} below the line of the "
-        "bandwidth.",
-        table=table(rows, "case backend tuning batch intensity tflops us us_p10 us_p90 n gbps share"),
-        command=command("ops", (), rows, f.model),
-        height=3.2,
-        draw=draw,
-    )
-
-
 def telling(rows):
     """The rows of CUDA, Triton and the LINES fastest other backends: more lines than that cannot be told
     apart."""
@@ -260,6 +182,8 @@ def against(run, f, op):
     rows = rows[rows["panel"].isin(panels)]
     divisor, unit_name = unit(rows["us"])
     floor = floors(rows, ["panel", x])
+    lowest = floor["panel"].map(rows.groupby("panel")["us"].min())
+    floor = floor[floor["floor"] > FAR * lowest]
 
     def draw(canvas):
         axes = grid_of(canvas, len(panels), "context (tokens)" if by_context else "batch (sequences)")

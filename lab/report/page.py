@@ -20,9 +20,12 @@ from lab.report import (
     heatmaps,
     ladder_figures,
     ledger_figures,
+    machine_figures,
     model_figures,
     op_figures,
     ops,
+    overview_figures,
+    sides,
     sources,
     style,
     svg,
@@ -106,14 +109,14 @@ def view(run, slug, folder, with_twins, progress):
         return made
 
     f = ops.focus(run)
-    headline = drawn(model_figures.headline(run))
+    headline = drawn(overview_figures.headline(run))
     return View(
         run,
         slug,
         verdict.sentences(run, f),
         headline[0] if headline else None,
         [part for part in _top(run, f, drawn, with_twins) if part.everything or part.tables],
-        [_model(run, model, drawn) for model in model_figures.models(run)],
+        [_model(run, model, drawn) for model in sides.models(run)],
         _ops(run, f, drawn, with_twins),
         _below(run, f, drawn),
         _facts(run),
@@ -122,8 +125,8 @@ def view(run, slug, folder, with_twins, progress):
 
 def _top(run, f, drawn, with_twins):
     """The five sections that say most."""
-    model = model_figures.main_model(run)
-    overview = model_figures.overview(run)
+    model = sides.main_model(run)
+    overview = overview_figures.overview(run)
     plans = ledger_figures.plans(run, model) if model else []
     return [
         Part("models", "Every model: the best of each side", shown=drawn(overview)),
@@ -158,24 +161,25 @@ def _top(run, f, drawn, with_twins):
 
 
 def _model(run, model, drawn):
-    rows = model_figures.series(run, model)
+    rows = sides.series(run, model)
     part = Part(f"model-{slug_of(model)}", f"Model: {model}", cards=verdict.cards(run, model))
     part.shown = drawn(model_figures.lines(run, model), model_figures.lines(run, model, eager=True))
-    part.plans = model_figures.plans_of(rows) if len(rows) else []
+    part.plans = sides.plans_of(rows) if len(rows) else []
+    at_top = model == sides.main_model(run)  # the first ledger of this one stands there
     folds = [
         ("throughput", "Throughput", [model_figures.throughput(run, model)]),
         ("memory", "Memory", [model_figures.memory(run, model)]),
-        ("ledger", "Where a token goes, plan by plan", ledger_figures.ledgers(run, model)),
+        ("ledger", "Where a token goes, plan by plan", ledger_figures.ledgers(run, model)[at_top:]),
         ("swaps", "Swapping one op at a time, Triton to CUDA", ledger_figures.swaps(run, model)),
     ]
     for id, title, found in folds:
         if any(found):
             part.folds.append(Part(f"{part.id}-{id}", title, shown=drawn(*found)))
-            if id == "ledger":
-                account = ledger_figures.account_table(run, model)
-                part.folds[-1].tables.append((f"The whole account of {model}", account, False))
     if len(rows):
-        part.tables.append((f"All measurements of {model}", model_figures.model_table(rows), not part.shown))
+        part.tables.append((f"All measurements of {model}", sides.measurements(rows), not part.shown))
+    account = ledger_figures.account_table(run, model)
+    if len(account):
+        part.tables.append((f"The whole account of a token of {model}, kernel by kernel", account, False))
     return part
 
 
@@ -193,9 +197,9 @@ def _ops(run, f, drawn, with_twins):
                 "A whole step: the models' sections have its times, as tokens of the plan persistent."
             )
         if (run.fairness["op"] == op).any():
-            sides = fairness.one_call(run.fairness[run.fairness["op"] == op], f.dtype if f else "")
-            part.tables.append((*fairness.card(sides), True))
-            part.tables += [(*found, False) for found in [fairness.mix(sides)] if found]
+            call = fairness.one_call(run.fairness[run.fairness["op"] == op], f.dtype if f else "")
+            part.tables.append((*fairness.card(call), True))
+            part.tables += [(*found, False) for found in [fairness.mix(call)] if found]
         if len(rows):
             part.shown = drawn(op_figures.against(run, f, op), heatmaps.winners(run, f, op))
             part.tables += [(*found, True) for found in [op_figures.caches(run, f, op)] if found]
@@ -209,7 +213,7 @@ def _below(run, f, drawn):
     machine = Part(
         "machine",
         "What was run, on what",
-        shown=drawn(model_figures.ceiling(run), f and op_figures.roofline(run, f)),
+        shown=drawn(machine_figures.ceiling(run), f and machine_figures.roofline(run, f)),
     )
     made = [machine, Part("notes", f"Notes ({len(run.notices)})")]
     rows = run.fairness

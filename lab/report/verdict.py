@@ -1,7 +1,7 @@
 """What a run says in three sentences, and the best of each side in a card for each model."""
 
-from lab.report import model_figures, ops, style
-from lab.report.model_figures import SIDES, fastest, first_size, floor_of, launched, series, side_look, words
+from lab.report import ops, sides, style
+from lab.report.sides import SIDES, fastest, first_size, floor_of, launched, series, side_look, words
 from lab.report.tables import duration
 
 
@@ -20,7 +20,7 @@ def sentences(run, f):
 
 
 def _of_model(run):
-    model = model_figures.main_model(run)
+    model = sides.main_model(run)
     rows = launched(first_size(series(run, model))) if model else []
     if not len(rows):
         return []
