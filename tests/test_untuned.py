@@ -60,7 +60,7 @@ def test_untuned_is_read_from_the_row_and_else_from_the_cards(tmp_path, undrawn,
     for figure in made:
         words = figure.conditions + figure.table.to_string()
         assert ("untuned" in figure.conditions) == ("untuned" in figure.table.to_string()) == said, words
-    assert ("In 1 of them one side is untuned" in made[0].reading) == said
+    assert ("in 1 one side is untuned" in made[0].reading) == said
     assert any(n.text.startswith("Untuned: triton decode_attention:") for n in run.notices) == said
     assert cli.main(["report", str(tmp_path)]) == 0
     assert (

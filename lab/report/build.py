@@ -47,6 +47,7 @@ def report(folder, out=None, only=None):
             raise LabError(f"no run {only!r} in {source}: it has {', '.join(ids)}")
     count = how_many(stored)
     runs, older = [r.run() for r in stored[:count]], [r.id for r in stored[count:]]
+    del stored  # of 100,000 records, which each collection of garbage would walk through
     if older:
         runs[0].notices.append(
             load.Notice(

@@ -68,12 +68,7 @@ def climb(run, op):
         name=f"ladder-{op}",
         title=op,
         conditions=conditions(run, rows, *set(rows["timer"])),
-        reading=f"{at}. {climbed(rows)}"
-        + (
-            ""
-            if run.emulated
-            else " On the right: what a rung promised over the one before, and what it gave."
-        ),
+        reading=f"{at}. {climbed(rows)}",
         more=shortfalls(run, rows),
         alt=f"Lines of {names(rows['backend'])} over {len(rungs)} rungs of {op}: "
         + ("time of a call." if run.emulated else "share of the bandwidth ceiling."),

@@ -116,19 +116,20 @@ def tiny(run, f):
 
 
 def dumbbells(ax, rows, order, x, low, high):
-    """A line of the axis for each case, top down in `order`: CUDA's and Triton's marks joined by a bar, and
-    the fastest of the others."""
+    """A line of the axis for each case, top down in `order`: CUDA's and Triton's marks joined by a bar, the
+    fastest of their peers, and a kernel of the user's own."""
     place = {case: i for i, case in enumerate(order)}
     rows = rows[rows["case"].isin(order)]
+    own = [name for name in style.backend_order(rows["backend"]) if name not in style.BACKENDS]
     ours = rows["backend"].isin(["cuda", "triton"])
     ends = rows[ours].groupby("case")[x].agg(["min", "max"])
     at = [place[case] for case in ends.index]
     ax.hlines(at, ends["min"], ends["max"], color=style.GRID, linewidth=4)
-    others = rows[~ours].sort_values("us").drop_duplicates("case")
+    others = rows[~ours & ~rows["backend"].isin(own)].sort_values("us").drop_duplicates("case")
     if len(others):
         at = [place[case] for case in others["case"]]
         ax.plot(others[x], at, "D", color=style.MUTED, fillstyle="none", markersize=4, label="best peer")
-    for name in ("cuda", "triton"):
+    for name in ("cuda", "triton", *own):
         mine, look = rows[rows["backend"] == name], style.backend(name)
         if len(mine):
             at = [place[case] for case in mine["case"]]
@@ -151,11 +152,13 @@ def _best_words(rows):
 
 
 def telling(rows):
-    """The rows of CUDA, Triton and the LINES fastest other backends: more lines than that cannot be told
-    apart."""
+    """The rows of CUDA, Triton and LINES other backends, a kernel of the user's own first, then the fastest
+    peers: more lines than that cannot be told apart."""
     behind = rows["us"] / rows.groupby(["case", "batch"])["us"].transform("min")
-    rank = behind.groupby(rows["backend"]).mean().drop(["cuda", "triton"], errors="ignore").nsmallest(LINES)
-    return rows[rows["backend"].isin(["cuda", "triton", *rank.index])]
+    behind = behind.groupby(rows["backend"]).mean()
+    own = [name for name in behind.index if name not in style.BACKENDS]
+    peers = behind.drop(["cuda", "triton", *own], errors="ignore").nsmallest(LINES - len(own[:LINES]))
+    return rows[rows["backend"].isin(["cuda", "triton", *own[:LINES], *peers.index])]
 
 
 def against(run, f, op):

@@ -35,6 +35,11 @@ from lab.report import (
 )
 
 HERE = Path(__file__).parent
+LADDERS = "One idea a rung, in both languages; lab explain OP --rungs shows them in the terminal."
+PROMISES = (
+    " On the right of a picture: how many times faster than the rung before it a rung promised to be, and what "
+    "it gave in each language."
+)
 
 
 @dataclass
@@ -149,7 +154,7 @@ def _top(run, f, drawn, with_twins):
         Part(
             "ladders",
             "Ladders: from a naive kernel to the op's own",
-            "One idea a rung, in both languages. In the terminal: lab explain OP --rungs",
+            LADDERS + PROMISES * (not run.emulated),
             drawn(*ladder_figures.of_run(run)),
             twins=[
                 sources.ladder_view(op)
