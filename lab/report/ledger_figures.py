@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from lab import declared
 from lab.report import style
 from lab.report.figures import (
     AHEAD,
@@ -64,23 +65,17 @@ def account_table(run, model):
 
 
 def plans(run, model):
-    """The plans whose tokens can be divided, that of the fastest token of both languages first."""
+    """The plans whose tokens can be divided, that of the fastest token of both languages first. A whole step
+    in one kernel cannot: its bar would say nothing."""
     rows = accounts(run, model)
-    totals = rows[rows["row"] == "total"]
-    ours = totals[totals["backend"].isin(["cuda", "triton"])]
-    slower = ours.groupby("plan")["us"].agg(["size", "max"])  # a plan of both languages before one of one
-    divided = rows[~rows["row"].isin([*IDLE, "total", "swap"])].groupby("plan")["part"].nunique()
-    found = [p for p in dict.fromkeys(rows.loc[rows["row"] != "swap", "plan"]) if divided.get(p, 0) > 0]
-    whole = [p for p in found if not _one_part(rows[rows["plan"] == p])]
-    at = {p: (-slower.loc[p, "size"], slower.loc[p, "max"]) if p in slower.index else (0, 0) for p in whole}
-    return sorted(whole, key=at.get)
-
-
-def _one_part(rows):
-    """Whether a plan's token is one kernel, of which a bar says nothing."""
-    rows = rows[~rows["row"].isin(["total", "swap"]) & rows["backend"].isin(["cuda", "triton"])]
-    parts = rows.groupby(["backend", "part"])["us"].sum().groupby("backend")
-    return len(rows) > 0 and bool((parts.max() > 0.98 * parts.sum()).all())
+    rows = rows[rows["row"] != "swap"]
+    whole = set(rows.loc[rows["op"].isin(declared.groups()["PersistentOps"]), "plan"])
+    kernels = rows[~rows["row"].isin([*IDLE, "total"])]
+    totals = rows[(rows["row"] == "total") & rows["backend"].isin(["cuda", "triton"])]
+    slower = totals.groupby("plan")["us"].agg(["size", "max"])
+    found = [plan for plan in dict.fromkeys(kernels["plan"]) if plan not in whole]
+    at = {p: (-slower.loc[p, "size"], slower.loc[p, "max"]) if p in slower.index else (0, 0) for p in found}
+    return sorted(found, key=at.get)
 
 
 def ledgers(run, model):

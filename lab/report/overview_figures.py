@@ -160,8 +160,12 @@ def overview(run):
         title="Time of a token, smallest batch and context",
         conditions=conditions(run, rows, modes(rows)),
         reading=f"Smallest batch and context of each model ({amount(first['batch'])} and "
-        f"{amount(first['context'])} tokens here). The dotted mark is the floor: the bytes of weights and KV "
-        "cache over the measured bandwidth." * bool(rows["floor"].notna().any()),
+        f"{amount(first['context'])} tokens here)."
+        + (
+            " The dotted mark is the floor: the bytes of weights and KV cache over the measured bandwidth."
+            if rows["floor"].notna().any()
+            else ""
+        ),
         alt=f"Bars of the time of a token for {len(order)} models: best CUDA, best Triton and best peer.",
         table=table(
             rows,

@@ -37,8 +37,8 @@ from lab.report import (
 HERE = Path(__file__).parent
 LADDERS = "One idea a rung, in both languages; lab explain OP --rungs shows them in the terminal."
 PROMISES = (
-    " On the right of a picture: how many times faster than the rung before it a rung promised to be, and what "
-    "it gave in each language."
+    " On the right of a picture: how many times faster than the rung before it a rung promised to be, and "
+    "what it gave in each language."
 )
 
 

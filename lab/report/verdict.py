@@ -25,7 +25,8 @@ def _of_model(run):
     if not len(rows):
         return []
     floor = floor_of(rows)
-    best = [f"{duration(row.us)} with {_who(row)}" for row in fastest(rows).itertuples()]
+    found = {row.side: row for row in fastest(rows).itertuples()}
+    best = [f"{duration(found[side].us)} with {_who(found[side])}" for side in SIDES if side in found]
     token = f"One token of {model} takes {_listed(best)}" + (", emulated" if run.emulated else "")
     if floor:
         token += (
