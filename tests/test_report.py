@@ -3,6 +3,7 @@
 import itertools
 import re
 import time
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import synthetic_records as synthetic
 from report_pages import SMALL, Page, draw, env, needs_chromium, op_row, probe, report
 
 from lab.records.schema import Fairness
-from lab.report import fairness, figures, load, page, sources, style, twins
+from lab.report import fairness, figures, load, page, sources, style, svg, twins
 
 
 @pytest.fixture(scope="module")
@@ -253,6 +254,29 @@ def test_backends_are_readable_on_both_pages_and_stay_apart():
             assert np.linalg.norm(seen[0] - seen[1]) > 20, f"{a} and {b} under {kind}"
     looks = [(look.color, look.marker) for look in style.BACKENDS.values()]
     assert len({c for c, _ in looks}) == len({m for _, m in looks}) == len(looks)
+
+
+@pytest.mark.parametrize(
+    "font", ["font: 700 8px 'DejaVu Sans', sans-serif", "font-weight: 700; font-size: 8px; font-family: 'X'"]
+)
+def test_a_picture_follows_the_theme_and_brings_no_font_or_name_of_its_own(font):
+    """Both ways in which releases of matplotlib write a font; the second picture's names differ."""
+    root = ElementTree.fromstring(
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9"><metadata/>'
+        '<defs><path id="m1" d="M 0 0"/></defs>'
+        f'<g id="figure_1"><g id="class s k1"><use href="#m1" x="1.23456" style="fill: {style.INK}"/></g>'
+        f'<text style="{font}; fill: {style.INK}; text-anchor: end">a &lt; b</text></g></svg>'
+    )
+    styles = {}
+    shown = [svg.inline(root, prefix, 'so "it" is', styles) for prefix in ("one", "two")]
+    assert 'aria-label="so &quot;it&quot; is"' in shown[0] and "a &lt; b" in shown[0]
+    assert '<path id="one-0" d="M 0 0"/>' in shown[0] and '<use href="#two-0" x="1.23"' in shown[1]
+    assert '<g class="s k1">' in shown[0] and "figure_1" not in shown[0]
+    rules = svg.rules(styles)
+    assert "{fill:var(--p-ink)}" in rules and style.INK not in rules and "font-family" not in rules
+    assert "font-size:8px" in rules and "font-weight:700" in rules and "text-anchor:end" in rules
+    alone = svg.alone(root, "t", "d")
+    assert "prefers-color-scheme:dark" in alone and ElementTree.fromstring(alone) is not None
 
 
 def test_text_in_pictures_does_not_overlap_or_leave_the_canvas(drawn):

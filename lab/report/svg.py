@@ -24,6 +24,7 @@ LINK = "{http://www.w3.org/1999/xlink}href"
 NO_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 DIGITS = re.compile(r"(\d+\.\d\d)\d+")
 REFERENCE = re.compile(r"#([\w-]+)")
+SHORT_FONT = re.compile(r"font:(?:[a-z-]+ )*(?:(\d+) )?([\d.]+px)[^;]*")  # of matplotlib before 3.11
 DROPPED = re.compile(r"(?:^|;)(?:font-family|stroke-linejoin):[^;]*")  # the page says them once
 
 
@@ -90,7 +91,9 @@ def _attributes(e, names, styles):
             elif value in names:
                 yield key, names[value]
         elif key == "style":
-            css = DROPPED.sub("", style.themed(value.replace("; ", ";").replace(": ", ":"))).strip(";")
+            css = style.themed(value.replace("; ", ";").replace(": ", ":"))
+            css = SHORT_FONT.sub(lambda m: f"font-size:{m[2]}" + f";font-weight:{m[1]}" * bool(m[1]), css)
+            css = DROPPED.sub("", css).strip(";")
             css = REFERENCE.sub(lambda m: "#" + names.get(m[1], m[1]), css)
             if css:
                 yield "class", styles.setdefault(css, f"p{len(styles)}")
