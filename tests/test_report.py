@@ -10,6 +10,7 @@ import pytest
 import synthetic_records as synthetic
 from report_pages import SMALL, Page, draw, env, needs_chromium, op_row, probe, report
 
+from lab import declared
 from lab.records.schema import Fairness
 from lab.report import fairness, figures, load, page, sources, style, svg, twins
 
@@ -277,6 +278,14 @@ def test_a_picture_follows_the_theme_and_brings_no_font_or_name_of_its_own(font)
     assert "font-size:8px" in rules and "font-weight:700" in rules and "text-anchor:end" in rules
     alone = svg.alone(root, "t", "d")
     assert "prefers-color-scheme:dark" in alone and ElementTree.fromstring(alone) is not None
+
+
+def test_no_colour_of_a_token_is_used_twice():
+    ops = [op for group in declared.groups().values() for op in group]
+    for parts in (*itertools.combinations(ops, 5), ["new", "newer", "linear", "norm_linear", "other"]):
+        colors = list(style.part_colors(parts).values())
+        assert len(set(colors)) == len(parts) and not {style.REST, style.GRID} & set(colors)
+        assert not set(colors) & {look.color for look in style.BACKENDS.values()} - set(style.OTHERS)
 
 
 def test_text_in_pictures_does_not_overlap_or_leave_the_canvas(drawn):
