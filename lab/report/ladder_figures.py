@@ -91,12 +91,14 @@ def gain(rows, row):
 
 
 def promise(rows, rung):
-    """ "2x: 1.90, 2.1": what a rung promised over the one before, and what it gave in each language."""
+    """ "2x: 1.90, 2.1": what a rung promised over the one before, and what it gave in each language; a dash
+    where it is absent."""
 
     def told(gain):
         return "–" if gain != gain else f"{gain:.{2 if gain < 2 else 1 if gain < 10 else 0}f}"
 
-    gave = [told(r.gain) for r in rows[rows["rung"] == rung.rung].itertuples()]
+    gains = {r.backend: r.gain for r in rows[rows["rung"] == rung.rung].itertuples()}
+    gave = [told(gains.get(name, float("nan"))) for name in style.backend_order(rows["backend"])]
     promised = rung.config.get("promised")
     known = isinstance(promised, (int, float)) and set(gave) != {"–"}
     return f"{promised:g}x: {', '.join(gave)}" if known else ""

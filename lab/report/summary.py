@@ -27,8 +27,7 @@ def pictures(view):
 def _of_run(view, several):
     run, deeper = view.run, "#" * several
     out = [f"## Run {markdown(run.id)}", ""] if several else []
-    for n in run.notices:
-        out += [f"> **{n.label}**: {markdown(n.text)}", ">"]
+    out += _notices(n for n in run.notices if n.level == "first")
     out += ["", *(line for sentence in view.verdict for line in (markdown(sentence), ""))]
     out += _shown(view.headline) if view.headline else []
     for part in view.top + view.models:
@@ -40,7 +39,11 @@ def _of_run(view, several):
         for one in part.shown:
             out += _shown(one)
     out += [f"##{deeper} What was run, on what", "", *markdown_rows(["", ""], view.facts), ""]
-    return out
+    return [*out, *_notices(n for n in run.notices if n.level != "first"), ""]
+
+
+def _notices(notices):
+    return [line for n in notices for line in (f"> **{n.label}**: {markdown(n.text)}", ">")]
 
 
 def _shown(one):
