@@ -23,6 +23,7 @@ from lab.report import (
     model_figures,
     op_figures,
     ops,
+    page,
     tables,
 )
 
@@ -33,6 +34,13 @@ def test_one_row(tmp_path):
     words = draw(tmp_path, [env(), op_row()])
     assert "No usable measurement of the triton backend" in words and "No ceiling was measured" in words
     assert (tmp_path / "figures" / "utilisation.svg").exists()
+
+
+def test_without_a_model_the_ops_stand_first(tmp_path, undrawn):
+    draw(tmp_path, [env(), op_row(), op_row(backend="triton", us=20.0, us_p10=19.0, us_p90=21.0)])
+    (view,) = [page.view(run, "x", "f", False, lambda name: None) for run in load.load(tmp_path)]
+    assert view.headline.figure.name == "utilisation" and not [p for p in view.top if p.id == "bandwidth"]
+    assert view.verdict == ["Op by op, CUDA is faster in 1 of 1 cases, Triton in 0."]
 
 
 def test_only_an_env_row(tmp_path):

@@ -114,13 +114,15 @@ def view(run, slug, folder, with_twins, progress):
         return made
 
     f = ops.focus(run)
-    headline = drawn(overview_figures.headline(run))
+    of_ops = [op_figures.utilisation(run, f), op_figures.tiny(run, f)] if f else []
+    first, *of_ops = [*filter(None, [overview_figures.headline(run), *of_ops])] or [None]
+    headline = drawn(first)
     return View(
         run,
         slug,
         verdict.sentences(run, f),
         headline[0] if headline else None,
-        [part for part in _top(run, f, drawn, with_twins) if part.everything or part.tables],
+        [part for part in _top(run, f, of_ops, drawn, with_twins) if part.everything or part.tables],
         [_model(run, model, drawn) for model in sides.models(run)],
         _ops(run, f, drawn, with_twins),
         _below(run, f, drawn),
@@ -128,8 +130,8 @@ def view(run, slug, folder, with_twins, progress):
     )
 
 
-def _top(run, f, drawn, with_twins):
-    """The five sections that say most."""
+def _top(run, f, of_ops, drawn, with_twins):
+    """The five sections that say most. of_ops: figures of the ops, but for one that stands above all."""
     model = sides.main_model(run)
     overview = overview_figures.overview(run)
     plans = ledger_figures.plans(run, model) if model else []
@@ -144,7 +146,7 @@ def _top(run, f, drawn, with_twins):
         Part(
             "bandwidth",
             "Times of the ops" if run.emulated else "How much of the bandwidth the ops reach",
-            shown=drawn(*((op_figures.utilisation(run, f), op_figures.tiny(run, f)) if f else ())),
+            shown=drawn(*of_ops),
         ),
         Part(
             "token",
