@@ -3,13 +3,13 @@
 import faulthandler
 import functools
 import importlib.util
-import io
 import os
 import subprocess
 import sys
 import time
 import traceback
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 # Side by side (pytest -n) each process takes its share of the cores; before torch is imported, and for child
 # processes.
@@ -48,6 +48,8 @@ NOT_QUICK = {
     "test_own_kernel",
     "test_persistent",
     "test_report",
+    "test_report_page",
+    "test_report_records",
     "test_sampling",
     "test_synchronisation",
     "test_text_faults",
@@ -103,14 +105,11 @@ def sources_are_highlighted_once():
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Every picture of a report is one pixel: for tests of what stands around the pictures."""
-    from PIL import Image
-
+    """Every picture of a report is empty: for tests of what stands around the pictures."""
     from lab.report import figures
 
-    pixel = io.BytesIO()
-    Image.new("P", (1, 1)).save(pixel, "png")
-    monkeypatch.setattr(figures, "png", lambda *_: pixel.getvalue())
+    empty = ElementTree.fromstring('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9"/>')
+    monkeypatch.setattr(figures, "drawn", lambda *_: empty)
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ found = candidates("triton", op.name, 1, 2, {{"cols": 576}}, 40)
 print(len(found), "candidates")
 print(op.direction)
 print([name for name in op.names if name in op.cold])
-print(style.part_looks([op.name])[op.name])
+print(style.part_colors([op.name])[op.name])
 args = op.inputs(Rand("cpu", torch.bfloat16), rows=1, cols=576)
 with common.recording("sm_90") as launches, settings.forced(op.name, found[0]):
     op.launchers["triton"](*args, out=op.outputs(*args))
@@ -137,7 +137,7 @@ def test_contributing_adds_an_op(tmp_path):
         (NAME, backend) for backend in ("cuda", "triton", "torch")
     }
     assert all(row.us > 0 and not row.error for row in rows)
-    assert f"Op: {NAME}" in (tmp_path / "out" / NAME / "index.html").read_text()
+    assert f"<summary>{NAME}</summary>" in (tmp_path / "out" / NAME / "index.html").read_text()
     for words in (f"{NAME} bf16 for sm_90a", "rows=1 cols=4096", f"{NAME}_kernel"):
         assert words in said["inspect"]
     assert re.search(rf"^ +OP .*{NAME}, or all", said["tune"], re.M)
@@ -145,7 +145,7 @@ def test_contributing_adds_an_op(tmp_path):
         "6 candidates",
         "copy",
         "['y']",
-        "('#aa4499', '')",
+        "#aa4499",
         "BLOCK 512",
     ]
     assert " passed" in run("-m", "pytest", "-q", "tests/test_ops.py", "tests/test_twins.py", "-k", NAME)

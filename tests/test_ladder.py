@@ -186,7 +186,7 @@ def test_bench_records_every_rung_and_the_report_shows_them(tmp_path, capsys):
     run = load.load(tmp_path)[0]
     assert not len(run.op) and len(run.ladder) == len(rows)
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "page")]) == 0
-    assert (tmp_path / "page/figures/ladder-rmsnorm.png").stat().st_size > 1000
+    assert (tmp_path / "page/figures/ladder-rmsnorm.svg").stat().st_size > 1000
     page = (tmp_path / "page/index.html").read_text()
     assert page.count("The rungs of rmsnorm side by side") == 1 and "The rungs of linear" not in page
     assert page.count("No such rung in Triton: ") == sum(len(rung.absent) for rung in rungs.rungs("rmsnorm"))
@@ -220,6 +220,6 @@ def test_a_rung_that_fell_short_is_named(tmp_path):
     with schema.Writer(tmp_path) as writer:
         writer.append(schema.Env("r", "before", "cuda", gpu="made up"), row(1, 8.0), row(2, 4.0), row(3, 3.0))
     (figure,) = ladder_figures.of_run(load.load(tmp_path)[0])
-    assert "3. Name 3 gained 1.33x where 2x was promised. Because 3." in figure.reading
-    assert "2. Name 2 gained" not in figure.reading
+    assert "3. Name 3 gained 1.33x where 2x was promised. Because 3." in figure.more
+    assert "2. Name 2 gained" not in figure.more
     assert "Name 1 to Name 3 is 2.67 times faster" in figure.reading

@@ -10,7 +10,7 @@ from lab import cli
 from lab.harness import crossover, untuned
 from lab.learn import own_kernel
 from lab.records.schema import Env, Fairness, LedgerRow, ModelRow, OpRow, Writer
-from lab.report import heatmaps, load, model_figures, op_figures, ops, page
+from lab.report import fairness, heatmaps, load, model_figures, op_figures, ops, verdict
 from lab.tune import tuned
 
 
@@ -55,12 +55,12 @@ def test_untuned_is_read_from_the_row_and_else_from_the_cards(tmp_path, undrawn,
         op_figures.utilisation(run, f),
         heatmaps.crossover(run, f),
         heatmaps.winners(run, f, "decode_attention"),
-        op_figures.against(run, f, "decode_attention", "us"),
+        op_figures.against(run, f, "decode_attention"),
     ]
     for figure in made:
         words = figure.conditions + figure.table.to_string()
         assert ("untuned" in figure.conditions) == ("untuned" in figure.table.to_string()) == said, words
-    assert ("In 1 of them one side is untuned" in made[0].reading) == said
+    assert ("in 1 one side is untuned" in made[0].reading) == said
     assert any(n.text.startswith("Untuned: triton decode_attention:") for n in run.notices) == said
     assert cli.main(["report", str(tmp_path)]) == 0
     assert (
@@ -91,19 +91,20 @@ def test_tokens_of_a_plan_with_an_untuned_op_say_which(tmp_path):
         LedgerRow(**base, row="kernel", op="decode_attention", us=5.0),
         LedgerRow(**base, row="total", us=9.0),
         ModelRow(**base, mode="graph", us=9.0),
-        ModelRow(**(base | {"plan": "fused"}), mode="graph", us=8.0),
+        ModelRow(**(base | {"plan": "fused"}), mode="graph", us=9.5),
     )
     assert run.model.set_index("plan")["tuning"].to_dict() == {
         "basic": "untuned: decode_attention",
         "fused": "",
     }
     assert "untuned: Triton decode_attention" in model_figures.latency(run, "m").conditions
-    assert any("(untuned: decode_attention)" in detail for _, _, detail in page._tiles(run, ops.focus(run)))
+    assert any("(untuned: decode_attention)" in detail for _, _, detail in verdict.cards(run, "m"))
+    assert "the best Triton (basic, untuned: decode_attention)" in verdict.sentences(run, ops.focus(run))[0]
 
 
 def test_compile_times_of_a_file_and_of_a_kernel_stand_in_rows_of_their_own(tmp_path):
     run = run_of(tmp_path, card("cuda", 54, compile_s=20.6), card("triton", 0, compile_s=1.27))
-    _, frame = page.card(run.fairness)
+    _, frame = fairness.card(run.fairness)
     shown = {row[0]: row[1:] for row in frame.itertuples(index=False, name=None)}
     assert [v for k, v in shown.items() if "(s)" in k] == [("20.60", "–"), ("–", "1.270")]
     assert shown["settings the tuner raced"] == ("54", "0 (untuned)")

@@ -1,4 +1,4 @@
-"""`lab report DIR`: PNG pictures, one self-contained index.html and a README.md from the records below
+"""`lab report DIR`: pictures, one self-contained index.html and a README.md from the records below
 DIR."""
 
 import sys
@@ -36,17 +36,18 @@ def report(folder, out=None, only=None):
     folder: of the records. out: where to write; default: there.
     only: the id of the run to draw; default: all.
     """
-    from lab.report import load, page
+    from lab.report import load, page, summary
 
     source = Path(folder)
-    runs = load.load(source)
+    stored = load.find(source)
     if only:
-        ids = [r.id for r in runs]
-        runs = [r for r in runs if r.id == only]
-        if not runs:
+        ids = [r.id for r in stored]
+        stored = [r for r in stored if r.id == only]
+        if not stored:
             raise LabError(f"no run {only!r} in {source}: it has {', '.join(ids)}")
-    count = how_many(runs)
-    runs, older = runs[:count], [r.id for r in runs[count:]]
+    count = how_many(stored)
+    runs, older = [r.run() for r in stored[:count]], [r.id for r in stored[count:]]
+    del stored  # of 100,000 records, which each collection of garbage would walk through
     if older:
         runs[0].notices.append(
             load.Notice(
@@ -82,25 +83,26 @@ def report(folder, out=None, only=None):
     title = "Decode kernels on " + (devices[0] if len(devices) == 1 else f"{len(devices)} machines")
     if all(r.emulated for r in runs):
         title += " (emulated)"
-    files = {p.file: p.png for v in views for p in v.pictures}
+    files = {p.file: p.svg for v in views for p in summary.pictures(v)}
     files |= {
-        "README.md": page.markdown(views, title).encode(),
+        "README.md": summary.summary(views, title).encode(),
         "index.html": page.html(views, title).encode(),
     }
     write(out, files)
-    warnings = sum(n.level == "warning" for r in runs for n in r.notices)
+    warnings = sum(n.level != "note" for r in runs for n in r.notices)
+    pictures = sum(len(v.pictures) for v in views)
     print(
-        f"{out / 'index.html'}: {len(files) - 2} pictures of {len(runs)} run{'s' * (len(runs) > 1)}"
+        f"{out / 'index.html'}: {pictures} pictures of {len(runs)} run{'s' * (len(runs) > 1)}"
         + (f", {warnings} warning{'s' * (warnings > 1)} on the page" if warnings else "")
     )
     return 0
 
 
-def how_many(runs):
+def how_many(stored):
     """How many of the runs, newest first, fit on one page; at least the newest."""
     count = rows = 0
-    for run in runs[:RUNS]:
-        rows += sum(map(len, (run.op, run.model, run.ledger, run.ladder, run.fairness)))
+    for run in stored[:RUNS]:
+        rows += sum(r.kind in ("op", "model", "ledger", "fairness") for r in run.rows)
         if count and rows > ROWS:
             break
         count += 1
@@ -118,7 +120,7 @@ def write(out, files):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             write_whole(out / name, data)
         for name in before - set(pictures):
-            if name.startswith("figures/") and name.endswith(".png") and ".." not in name:
+            if name.startswith("figures/") and name.endswith((".svg", ".png")) and ".." not in name:
                 (out / name).unlink(missing_ok=True)
     except OSError as e:
         raise LabError(f"cannot write {e.filename or out}: {e.strerror}") from None

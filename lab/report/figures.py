@@ -1,33 +1,30 @@
-"""What every picture has in common: its conditions, its table, its command, and how it becomes a PNG.
+"""What every picture has in common: its conditions, its table, its command, and how it is drawn.
 
-Pictures are 5.2 inches wide, so that their text can be read on a phone. Error bars are p10 and p90 of
-the samples.
+Pictures are narrow, so that their text can be read on a phone. Error bars are p10 and p90 of the samples.
 """
 
-import io
 import shlex
-import textwrap
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure as Canvas
-from PIL import Image
 
-from lab.report import style
+from lab.report import style, svg
 
-WIDTH = 5.2  # inches
+WIDTH = 4.6  # inches
+LEGEND = 0.17  # inches of a row of it
 POINTS = 60  # of one line; the page says so under "How to read this page"
-WRAP = 99  # characters of the subtitle that fit on a line
 
 
 @dataclass
-class Figure:
-    """One picture and what stands around it. `draw(canvas)` fills an empty matplotlib figure."""
+class Shown:
+    """Something that shows measurements, and what stands around it."""
 
     name: str  # file name without ending; unique in a run
     title: str
@@ -36,38 +33,46 @@ class Figure:
     alt: str
     table: pd.DataFrame
     command: str  # reproduces the records behind it
-    height: float  # inches, without the title; a legend of one row included
+    more: str = field(default="", kw_only=True)  # said beside the table, not beside the picture
+    css: str = field(default="", kw_only=True)  # classes by which the page hides it
+
+
+@dataclass
+class Figure(Shown):
+    """A picture. `draw(canvas)` fills an empty matplotlib figure."""
+
+    height: float  # inches; a legend of one row included
     draw: Callable
+    width: float = WIDTH  # inches
+
+
+@dataclass
+class Cell:
+    """What a grid says of one case at one batch."""
+
+    words: str
+    backend: str = ""  # whose colour it has; "" where nothing was decided
+    strength: float = 1.0  # of that colour, 0 to 1
+    note: str = ""
+
+
+@dataclass
+class Grid(Shown):
+    """Cases down, batches across, as a table in the page's own text."""
+
+    batches: list
+    rows: list  # (group, case, [Cell, or None where nothing was measured])
 
 
 def compose(figure, emulated=False):
     """The picture as a matplotlib figure; call it inside rc_context(style.rc())."""
-    title, lines = textwrap.wrap(figure.title, 56), textwrap.wrap(figure.conditions, WRAP)
-    canvas = Canvas(figsize=(WIDTH, figure.height), layout="constrained")
+    canvas = Canvas(figsize=(figure.width, figure.height))
+    FigureCanvasAgg(canvas)  # measures text
     figure.draw(canvas)
     legend_rows = sum(-(-len(found.get_texts()) // found._ncols) for found in canvas.legends)
-    head = 0.18 + 0.19 * len(title) + 0.135 * len(lines)
-    height = head + figure.height + 0.17 * max(0, legend_rows - 1)
-    canvas.set_size_inches(WIDTH, height)
-    canvas.get_layout_engine().set(rect=(0.005, 0.005, 0.985, 1 - head / height - 0.005))
-    canvas.text(
-        0.015,
-        1 - 0.08 / height,
-        "\n".join(title),
-        fontsize=10.5,
-        fontweight="bold",
-        va="top",
-        linespacing=1.1,
-    )
-    canvas.text(
-        0.015,
-        1 - (0.12 + 0.19 * len(title)) / height,
-        "\n".join(lines),
-        fontsize=7,
-        va="top",
-        color=style.MUTED,
-        linespacing=1.2,
-    )
+    height = figure.height + LEGEND * max(0, legend_rows - 1)
+    canvas.set_size_inches(figure.width, height)
+    canvas.tight_layout(pad=0.3, rect=(0, (LEGEND * legend_rows + 0.05) / height if legend_rows else 0, 1, 1))
     if emulated:
         for ax in canvas.axes:
             ax.text(
@@ -86,19 +91,20 @@ def compose(figure, emulated=False):
     return canvas
 
 
-def png(figure, emulated=False):
-    """The picture as PNG bytes, 1040 pixels wide."""
+def drawn(figure, emulated=False):
+    """The picture as an SVG tree of lab.report.svg."""
     with matplotlib.rc_context(style.rc()), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # a record may hold any character; the font draws a box
-        canvas = FigureCanvasAgg(compose(figure, emulated))
-        canvas.draw()
-        drawn = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    small = io.BytesIO()
-    drawn.quantize(128, dither=Image.Dither.NONE).save(small, "png", optimize=True)
-    return small.getvalue()
+        return svg.draw(compose(figure, emulated))
 
 
 # The words of a picture
+
+HOW = {  # timer of a row: in words
+    "graph": "device time inside one CUDA graph",
+    "event": "launched one by one, the host included",
+    "wall": "host clock",
+}
 
 
 def conditions(run, rows, *extra):
@@ -111,7 +117,7 @@ def conditions(run, rows, *extra):
             words.append(
                 ", ".join(v.replace("_", " ") for v in values) + what if values else f"{column} not recorded"
             )
-    words += [e for e in extra if e]
+    words += [HOW.get(e, e) for e in extra if e]
     words += filter(None, [untuned_words(rows)])
     if not run.emulated:
         words.append(ceiling_words(run))
@@ -187,6 +193,19 @@ def unit(us):
     return (1e6, "s") if top >= 2e6 else (1e3, "ms") if top >= 2e4 else (1.0, "us")
 
 
+def token_unit(us):
+    """As `unit` for times of whole steps, which are told in ms from 1 ms on."""
+    return (1e3, "ms") if 1e3 <= np.nanmax(np.asarray(us, float)) < 2e6 else unit(us)
+
+
+def digits(value):
+    """A number in three significant digits: 5.01, 12.3, 415, 4,321."""
+    return f"{value:,.{2 if abs(value) < 10 else 1 if abs(value) < 100 else 0}f}"
+
+
+AHEAD = "\u2002"  # before a label at the end of a bar: SVG drops plain spaces there
+
+
 def times(rows, divisor):
     """us, us_p10 and us_p90 divided by a unit's divisor."""
     return rows.assign(**{c: rows[c] / divisor for c in ("us", "us_p10", "us_p90")})
@@ -258,26 +277,34 @@ def thinned(rows, most=POINTS):
     return rows.iloc[np.unique(np.linspace(0, len(rows) - 1, most).round().astype(int))]
 
 
-def line(ax, rows, x, y, low, high, look, label, dash="-", markers="full"):
-    """A line through at most POINTS of the rows. markers: hollow, full or rimmed."""
+def line(ax, rows, x, y, low, high, look, label, gid=None):
+    """A line with its spread through at most POINTS of the rows. gid: of everything drawn."""
     rows = thinned(rows.dropna(subset=[x, y]).sort_values(x))
     if len(rows):
-        rim = (
-            {"markeredgecolor": matplotlib.rcParams["text.color"], "markersize": 6}
-            if markers == "rimmed"
-            else {}
-        )
-        ax.errorbar(
+        drawn = ax.errorbar(
             rows[x],
             rows[y],
             yerr=spread(rows, y, low, high),
             color=look.color,
             marker=look.marker,
             label=label,
-            linestyle=dash,
-            fillstyle="none" if markers == "hollow" else "full",
-            **rim,
         )
+        for artist in (drawn.lines[0], *drawn.lines[2]):
+            artist.set_gid(gid)
+
+
+def floors(rows, keys):
+    """A row for each of the keys with `floor`, the time in us that the bytes take at the ceiling; rows that
+    do not know it are left out."""
+    known = rows[rows["of_ceiling"].notna() & ~rows["suspect"]]
+    return (
+        known.assign(floor=known["us"] * known["of_ceiling"]).groupby(keys, as_index=False)["floor"].median()
+    )
+
+
+def draw_floor(ax, x, floor):
+    if len(floor):
+        ax.plot(x, floor, color=style.INK, linewidth=1.2, linestyle=":", label="bandwidth floor")
 
 
 def dots(ax, rows, column, order, x, low, high):
@@ -343,20 +370,25 @@ def from_zero_or_log(axis, values, ends):
 
 
 def legend(canvas, axes):
-    """One legend under all axes, in as many columns as its longest label leaves room for."""
+    """One legend under all axes, backends first, in as many columns as its longest label leaves room for."""
     found = {}
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels()):
-            found.setdefault(label, handle)
+            bars = isinstance(handle, ErrorbarContainer) and handle.lines[0] is not None
+            found.setdefault(label, handle.lines[0] if bars else handle)
+    first = [look.label for look in style.BACKENDS.values()]
+    order = sorted(found, key=lambda label: first.index(label) if label in first else len(first))
     if found:
         column = 0.68 + 0.068 * max(map(len, found))  # inches: handle and gap, and 8-point letters
+        width = canvas.get_size_inches()[0]
         canvas.legend(
-            found.values(),
-            found.keys(),
-            loc="outside lower center",
+            [found[label] for label in order],
+            order,
+            loc="lower center",
+            borderaxespad=0.2,
             handlelength=2.4,
             columnspacing=1.2,
-            ncols=max(1, min(len(found), int(WIDTH / column))),
+            ncols=max(1, min(len(found), int(width / column))),
         )
 
 

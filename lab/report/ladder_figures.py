@@ -1,7 +1,5 @@
 """The ladders: share of the ceiling rung by rung, from the naive kernel to the op's own."""
 
-import textwrap
-
 from lab.report import style
 from lab.report.figures import (
     Figure,
@@ -10,8 +8,9 @@ from lab.report.figures import (
     conditions,
     from_zero_or_log,
     legend,
-    line,
     names,
+    short,
+    spread,
     table,
     times,
     unit,
@@ -43,19 +42,22 @@ def climb(run, op):
     def draw(canvas):
         ax, shown = canvas.subplots(), times(rows, divisor)
         for backend in style.backend_order(rows["backend"]):
-            look = style.backend(backend)
-            line(ax, shown[shown["backend"] == backend], "rung", y, low, high, look, look.label)
-        labels = [f"{r.rung:.0f}\n" + textwrap.fill(r.name, 10) for r in rungs.itertuples()]
-        ax.set_xticks(rungs["rung"], labels, fontsize=7)
-        ax.set_xlabel("rung")
+            mine, look = shown[shown["backend"] == backend], style.backend(backend)
+            looks = dict(color=look.color, marker=look.marker, label=look.label, linewidth=1)
+            ax.errorbar(mine[y], mine["rung"], xerr=spread(mine, y, low, high), **looks)
+        ax.set_yticks(rungs["rung"], [f"{r.rung:.0f}. {short(r.name, 17)}" for r in rungs.itertuples()])
+        ax.set_ylim(rungs["rung"].max() + 0.5, rungs["rung"].min() - 0.5)
         if run.emulated:
-            from_zero_or_log(ax.yaxis, shown["us"], shown["us_p90"])
-            ax.set_ylabel(f"time of a call ({unit_name}), emulated")
+            from_zero_or_log(ax.xaxis, shown["us"], shown["us_p90"])
+            ax.set_xlabel(f"time of a call ({unit_name}), emulated")
         else:
-            ax.set_ylim(0, 108)
-            ax.axhline(100, color=style.INK, linewidth=1, linestyle=":")
-            ax.text(rungs["rung"].min(), 100, "ceiling", va="bottom", fontsize=7, color=style.MUTED)
-            ax.set_ylabel("share of the ceiling (%)")
+            ax.set_xlim(0, 104)
+            ax.axvline(100, color=style.INK, linewidth=1, linestyle=":")
+            ax.set_xlabel("share of the measured bandwidth (%)")
+            said = ax.secondary_yaxis("right")
+            said.set_yticks(rungs["rung"], [promise(rows, r) for r in rungs.itertuples()], fontsize=7.5)
+            said.tick_params(length=0)
+            said.spines["right"].set_visible(False)
         legend(canvas, [ax])
 
     first = rows.iloc[0]
@@ -64,9 +66,10 @@ def climb(run, op):
         at += f", context {amount(first['context'])}"
     return Figure(
         name=f"ladder-{op}",
-        title=f"The ladder of {op} ({at})",
+        title=op,
         conditions=conditions(run, rows, *set(rows["timer"])),
-        reading=f"{climbed(rows)} {shortfalls(run, rows)}".strip(),
+        reading=f"{at}. {climbed(rows)}",
+        more=shortfalls(run, rows),
         alt=f"Lines of {names(rows['backend'])} over {len(rungs)} rungs of {op}: "
         + ("time of a call." if run.emulated else "share of the bandwidth ceiling."),
         table=table(
@@ -75,8 +78,9 @@ def climb(run, op):
             gain="times faster than the rung before",
         ),
         command=command("ops", [op], None, None, "--ladder"),
-        height=3.4,
+        height=0.75 + 0.24 * len(rungs),
         draw=draw,
+        width=3.7,
     )
 
 
@@ -84,6 +88,20 @@ def gain(rows, row):
     """How many times faster a rung is than the one below it in the same language; NaN for the lowest."""
     below = rows[(rows["backend"] == row.backend) & (rows["rung"] < row.rung)]
     return below.loc[below["rung"].idxmax(), "us"] / row.us if len(below) else float("nan")
+
+
+def promise(rows, rung):
+    """ "2x: 1.90, 2.1": what a rung promised over the one before, and what it gave in each language; a dash
+    where it is absent."""
+
+    def told(gain):
+        return "–" if gain != gain else f"{gain:.{2 if gain < 2 else 1 if gain < 10 else 0}f}"
+
+    gains = {r.backend: r.gain for r in rows[rows["rung"] == rung.rung].itertuples()}
+    gave = [told(gains.get(name, float("nan"))) for name in style.backend_order(rows["backend"])]
+    promised = rung.config.get("promised")
+    known = isinstance(promised, (int, float)) and set(gave) != {"–"}
+    return f"{promised:g}x: {', '.join(gave)}" if known else ""
 
 
 def climbed(rows):

@@ -4,61 +4,102 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from lab import declared
 from lab.report import style
-from lab.report.figures import Figure, amount, command, conditions, legend, short, spread, table, times, unit
+from lab.report.figures import (
+    AHEAD,
+    Figure,
+    amount,
+    command,
+    conditions,
+    digits,
+    legend,
+    short,
+    spread,
+    table,
+    times,
+    token_unit,
+)
 
 CHAINS = ", chains"  # what the bar of a plan whose kernels overlap is called by
-IDLE = {"launch gaps": "....", "unexplained": "xxxx"}  # what is no kernel, and its hatch
+IDLE = ("gap", "unexplained")  # rows that are no kernel
+PARTS = 5  # of a token that have a colour; the others are one part
+REST = "all else, gaps included"
+NAMES = {"gap": "launch gaps", "unexplained": "unexplained"}
+WHY_SWAPS_LOSE = (
+    " A swap alone can lose although the op itself is faster: the kernels of one language overlap, for each "
+    "starts while the one before still runs. A foreign kernel between them breaks that, above all where it "
+    "asks for another division of the memory that a multiprocessor shares between L1 and shared memory: the "
+    "card then waits until it is idle before it divides anew."
+)
 
 
 def accounts(run, model):
     """The ledger rows of one model at its first batch and context; `bar` names the account that each belongs
-    to."""
+    to, `part` what it is the time of."""
     rows = run.ledger[run.ledger["model"] == model]
     if not len(rows):
-        return rows.assign(bar=[])
+        return rows.assign(bar=[], part=[])
     for column in ("batch", "context", "dtype"):
         rows = rows[rows[column] == rows[column].iloc[0]]
-    several = rows["plan"].nunique() > 1
+    kernel = rows["op"].where(rows["op"] != "", rows["kernel"])
+    part = kernel.where(~rows["row"].isin([*IDLE, "total"]), rows["row"].replace(NAMES))
     chained = set(rows.loc[rows["row"] == "chain", ["backend", "plan"]].itertuples(index=False, name=None))
-    return rows.assign(
-        bar=[
-            style.backend(r.backend).label
-            + (f" {r.plan}" if several and r.plan else "")
-            + (CHAINS if (r.backend, r.plan) in chained else "")
-            for r in rows.itertuples()
-        ]
-    )
+    bars = [
+        style.backend(r.backend).label
+        + (f" {r.plan}" if r.plan else "")
+        + (CHAINS if (r.backend, r.plan) in chained else "")
+        for r in rows.itertuples()
+    ]
+    return rows.assign(bar=bars, part=part)
 
 
-def ledger(run, model):
-    """Where the time of one token goes: one stacked bar per backend, by op, with gaps and what is
-    unexplained."""
+def account_table(run, model):
+    """All rows of a model's ledger, for the page's table."""
     rows = accounts(run, model)
     rows = rows[rows["row"] != "swap"]
-    if not len(rows):
-        return None
-    named = rows["row"].replace({"gap": "launch gaps"})
-    kernel = rows["op"].where(rows["op"] != "", rows["kernel"])
-    rows = rows.assign(part=named.where(named.isin([*IDLE, "total"]), kernel))
-    divisor, unit_name = unit(rows["us"])
-    scaled = times(rows, divisor)
-    bars = [
-        bar
-        for backend in style.backend_order(rows["backend"])
-        for bar in dict.fromkeys(rows.loc[rows["backend"] == backend, "bar"])
-    ]
-    pieces = (
-        scaled[scaled["part"] != "total"]
-        .groupby(["bar", "part"], sort=False)["us"]
-        .sum()
-        .unstack(fill_value=0.0)
+    return table(
+        rows.assign(of_token=100 * rows["of_token"]),
+        "bar row part tuning role kernel calls us us_p10 us_p90 n bytes gbps share of_token flag",
     )
-    pieces = pieces.reindex(index=bars, fill_value=0.0)
-    kernels = sorted((p for p in pieces if p not in IDLE), key=style.part_order)
-    pieces = pieces[[*kernels, *(p for p in IDLE if p in pieces)]]
+
+
+def plans(run, model):
+    """The plans whose tokens can be divided, that of the fastest token of both languages first. A whole step
+    in one kernel cannot: its bar would say nothing."""
+    rows = accounts(run, model)
+    rows = rows[rows["row"] != "swap"]
+    whole = set(rows.loc[rows["op"].isin(declared.groups()["PersistentOps"]), "plan"])
+    kernels = rows[~rows["row"].isin([*IDLE, "total"])]
+    totals = rows[(rows["row"] == "total") & rows["backend"].isin(["cuda", "triton"])]
+    slower = totals.groupby("plan")["us"].agg(["size", "max"])
+    found = [plan for plan in dict.fromkeys(kernels["plan"]) if plan not in whole]
+    at = {p: (-slower.loc[p, "size"], slower.loc[p, "max"]) if p in slower.index else (0, 0) for p in found}
+    return sorted(found, key=at.get)
+
+
+def ledgers(run, model):
+    return [token(run, model, plan) for plan in plans(run, model)]
+
+
+def token(run, model, plan):
+    """Where the time of one token goes under one plan: a stacked bar for each language, by op."""
+    rows = accounts(run, model)
+    rows = rows[(rows["row"] != "swap") & (rows["plan"] == plan)]
+    ours = rows[rows["backend"].isin(["cuda", "triton"])]
+    rows = ours if len(ours) else rows
+    divisor, unit_name = token_unit(rows["us"])
+    scaled = times(rows, divisor)
+    bars = list(dict.fromkeys(scaled["bar"]))
+    kernels = scaled[~scaled["row"].isin([*IDLE, "total"])]
+    largest = list(kernels.groupby("part")["us"].sum().nlargest(PARTS).index)
+    order = [*sorted(largest, key=style.part_order), REST]
+    pieces = scaled[scaled["part"] != "total"]
+    pieces = pieces.assign(part=pieces["part"].where(pieces["part"].isin(largest), REST))
+    pieces = pieces.groupby(["bar", "part"])["us"].sum().unstack(fill_value=0.0)
+    pieces = pieces.reindex(index=bars, columns=order, fill_value=0.0)
     totals = scaled[scaled["part"] == "total"].drop_duplicates("bar").set_index("bar")
-    looks = {**style.part_looks(kernels), **{part: (None, hatch) for part, hatch in IDLE.items()}}
+    colors = style.part_colors(largest) | {REST: style.REST}
 
     def draw(canvas):
         ax = canvas.subplots()
@@ -66,89 +107,59 @@ def ledger(run, model):
         left = pd.Series(0.0, index=bars)
         for part in pieces:
             width = pieces[part].clip(lower=0)
-            if width.max() == 0:
-                continue
-            color, hatch = looks[part][0] or style.GRID, looks[part][1]
-            ax.barh(
-                range(len(bars)),
-                width,
-                left=left,
-                height=0.6,
-                color=color,
-                edgecolor=style.PAGE,
-                linewidth=0.5,
-                hatch=hatch,
-                label=short(part),
-            )
+            look = dict(color=colors[part], edgecolor=style.PAGE, linewidth=0.5)
+            ax.barh(range(len(bars)), width, left=left, height=0.6, label=short(part), **look)
             for y, bar in enumerate(bars):
-                if width[bar] > 0.09 * widest:
-                    ax.text(
-                        left[bar] + width[bar] / 2,
-                        y,
-                        f"{width[bar] / pieces.loc[bar].sum():.0%}",
-                        ha="center",
-                        va="center",
-                        fontsize=7.5,
-                        color=style.INK if part in IDLE else style.text_on(color),
-                    )
+                if width[bar] > 0.06 * widest:
+                    said = digits(width[bar])
+                    at = dict(ha="center", va="center", fontsize=7.5, color=style.text_on(colors[part]))
+                    ax.text(left[bar] + width[bar] / 2, y, said, **at)
             left += width
         for y, bar in enumerate(bars):
             if bar in totals.index:
-                token = totals.loc[[bar]]
-                ax.vlines(
-                    token["us"],
-                    y - 0.36,
-                    y + 0.36,
-                    color=style.INK,
-                    linewidth=2,
-                    label="token, replayed" if bar == totals.index[0] else None,
-                )
-                ax.errorbar(
-                    token["us"],
-                    [y],
-                    xerr=spread(token, "us", "us_p10", "us_p90"),
-                    color=style.INK,
-                    linestyle="none",
-                )
-        ax.set_yticks(range(len(bars)), bars)
+                mark = dict(color=style.INK, linewidth=2)
+                ax.vlines(totals.loc[bar, "us"], y - 0.36, y + 0.36, **mark)
+        ax.set_yticks(range(len(bars)), [bar.replace(CHAINS, "").replace(f" {plan}", "") for bar in bars])
         ax.set_ylim(len(bars) - 0.5, -0.5)
-        ax.set_xlim(0, widest * 1.04)
+        ax.set_xlim(0, widest * 1.03)
         ax.grid(axis="y", visible=False)
         ax.set_xlabel(f"{unit_name} of one decode step" + (", emulated" if run.emulated else ""))
         legend(canvas, [ax])
 
     sums = pieces.sum(axis=1)
     most = [
-        f"{bar}: {pieces.loc[bar].idxmax()} takes {pieces.loc[bar].max() / sums[bar]:.0%}"
+        f"{bar.replace(CHAINS, '')}: {pieces.loc[bar].idxmax()} takes {pieces.loc[bar].max() / sums[bar]:.0%}"
         for bar in bars
         if sums[bar] > 0
     ]
-    chained = [bar for bar in bars if bar.endswith(CHAINS)]
     adds = [
-        f"{bar}: the rows add up to {sums[bar] / totals.loc[bar, 'us']:.1%} of the replayed token"
+        f"{bar.replace(CHAINS, '')}: the rows add up to {sums[bar] / totals.loc[bar, 'us']:.1%} "
+        "of the replayed token"
         for bar in bars
         if bar in totals.index and sums[bar] > 0
     ]
     first = rows.iloc[0]
     return Figure(
-        name=f"{model}-ledger",
-        title=f"{model}: where one token goes, batch {amount(first['batch'])} @{amount(first['context'])}",
+        name=f"{model}-ledger" + (f"-{plan}" if plan else ""),
+        title=f"{model}: where one token goes"
+        + (f", plan {plan}" if plan else "")
+        + f", batch {amount(first['batch'])}, context {amount(first['context'])}",
         conditions=conditions(run, rows, ", ".join(filter(None, dict.fromkeys(rows["timer"])))),
         reading="".join(f"{'; '.join(words)}. " for words in (most, adds) if words)
-        + "The upright mark is the whole token as replayed; launch gaps are the time between kernels."
+        + ("The upright mark is the whole token as replayed. " if len(totals) else "")
         + (
-            " Chains: where kernels overlap, times of single kernels do not add up; a part is what the token "
-            "grows by when its calls join those before it, and the only gap is the graph's launch."
-            if chained
+            "Where kernels overlap (chains), a part is what the token grows by when its calls join those "
+            "before it: times of single kernels would not add up."
+            if any(bar.endswith(CHAINS) for bar in bars)
             else ""
         ),
         alt=f"Stacked bars, one per backend, of {unit_name} by op. {'; '.join(most)}",
         table=table(
             rows.assign(of_token=100 * rows["of_token"]),
-            "bar row part tuning role kernel calls us us_p10 us_p90 n bytes gbps share of_token flag",
+            "bar row part tuning calls us us_p10 us_p90 n bytes gbps share of_token",
         ),
         command=command("ledger", [model], rows.iloc[:1]),
-        height=1.15 + 0.5 * len(bars),
+        height=1.15 + 0.36 * len(bars),
         draw=draw,
     )
 
@@ -214,7 +225,7 @@ def swap(run, model, plan, start="triton", end="cuda"):
     over."""
     rows = accounts(run, model)
     rows = rows[rows["plan"] == plan]
-    divisor, unit_name = unit(rows["us"])
+    divisor, unit_name = token_unit(rows["us"])
     found = steps(times(rows, divisor), start, end)
     if not found:
         return None
@@ -230,21 +241,14 @@ def swap(run, model, plan, start="triton", end="cuda"):
                 "alone": (new if step.change < 0 else old).color,
             }[step.kind]
             ax.barh(
-                y,
-                step.change,
-                left=step.begin,
-                height=0.62,
-                color=color,
-                edgecolor=style.PAGE,
-                linewidth=0.5,
-                hatch="////" if step.kind == "together" else "",
+                y, step.change, left=step.begin, height=0.62, color=color, edgecolor=style.PAGE, linewidth=0.5
             )
             if step.row is not None:
                 ax.errorbar([step.end], [y], xerr=spread(step.row, "us", "us_p10", "us_p90"), color=style.INK)
             if step.kind != "whole":
                 ax.plot([step.begin] * 2, [y - 0.7, y + 0.31], color=style.MUTED, linewidth=0.7)
             words = f"{step.end:,.{digits}f}" if step.kind == "whole" else f"{step.change:+,.{digits}f}"
-            ax.text(step.reach, y, f"  {words}", va="center", fontsize=7.5)
+            ax.text(step.reach, y, f"{AHEAD}{words}", va="center", fontsize=7.5)
         low, high = min(s.end for s in found), max(s.reach for s in found)
         left = max(0.0, low - 1.2 * (high - low)) if high - low < 0.5 * high else 0.0
         ax.set_xlim(left, high + 0.16 * (high - left))
@@ -279,7 +283,8 @@ def swap(run, model, plan, start="triton", end="cuda"):
         conditions=conditions(run, measured, measured["timer"].iloc[0]),
         reading=f"{words} Each step is one op swapped alone, measured as a whole token; in {new.label}'s "
         "colour where "
-        f"the swap gains, in {old.label}'s where it loses. “Together” is what swaps change only in company.",
+        f"the swap gains, in {old.label}'s where it loses. “Together” is what swaps change only in company."
+        + (WHY_SWAPS_LOSE if any(s.change > 0 for s in alone) and not run.emulated else ""),
         alt=f"Waterfall from all {old.label} to all {new.label}. {words}",
         table=table(
             pd.DataFrame(values),
@@ -290,6 +295,6 @@ def swap(run, model, plan, start="triton", end="cuda"):
             us_p90=f"p90 ({unit_name})",
         ),
         command=command("ledger", [model], measured.iloc[:1], None, "--swap"),
-        height=0.75 + 0.3 * len(found),
+        height=0.6 + 0.24 * len(found),
         draw=draw,
     )

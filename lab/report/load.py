@@ -62,8 +62,12 @@ BANDWIDTH = ("gbps", "of_ceiling", "of_stream")
 
 @dataclass(frozen=True)
 class Notice:
-    level: str  # warning: changes how the figures may be read | note
+    level: str  # first: no figure may be read without it | warning: changes how some may be read | note
     text: str
+
+    @property
+    def label(self):
+        return "Note" if self.level == "note" else "Warning"
 
 
 @dataclass
@@ -83,6 +87,7 @@ class Run:
     ledger: pd.DataFrame
     fairness: pd.DataFrame
     failures: pd.DataFrame
+    skipped: pd.DataFrame  # rows whose configuration does not fit the memory
     notices: list = field(default_factory=list)
     ladder: pd.DataFrame = field(
         default_factory=pd.DataFrame
@@ -129,8 +134,52 @@ class Run:
         )
 
 
+@dataclass
+class Stored:
+    """One run's records as they were read: making frames of them takes longer than reading them."""
+
+    id: str
+    path: Path
+    rows: list
+    notices: list  # of the whole file
+
+    @property
+    def time(self):
+        """When the run began, as its env row says; "" without one."""
+        envs = sorted((r for r in self.rows if r.kind == "env"), key=lambda r: r.when != "before")
+        return str(envs[0].time or "") if envs else ""
+
+    def run(self):
+        """The run with its frames."""
+        by_kind = {kind: [r for r in self.rows if r.kind == kind] for kind in schema.KINDS}
+        run = Run(
+            self.id,
+            self.path,
+            by_kind["env"],
+            *(_frame(by_kind[kind], kind) for kind in ("ceiling", "op", "model", "ledger", "fairness")),
+            failures=pd.DataFrame(),
+            skipped=pd.DataFrame(),
+            ladder=_frame([], "op"),
+            notices=[Notice("warning", n) for n in self.notices],
+        )
+        _mark_untuned(run, self.rows)
+        _drop_failures(run)
+        _drop_unusable(run)
+        _check_bandwidth(run)
+        rung = run.op["rung"].notna()
+        run.ladder, run.op = run.op[rung].reset_index(drop=True), run.op[~rung].reset_index(drop=True)
+        repeats = list(map(_about_repeat, by_kind["repeat"]))
+        run.notices = _about_machine(run) + run.notices + _about_gaps(run) + repeats
+        return run
+
+
 def load(where):
-    """Every run found in records.jsonl of a folder and of its subfolders, newest first.
+    """Every Run found in records.jsonl of a folder and of its subfolders, newest first. Raises as `find`."""
+    return [stored.run() for stored in find(where)]
+
+
+def find(where):
+    """Every run as Stored, newest first.
 
     Raises LabError when there is no file, no readable line, or a damaged one.
     """
@@ -149,35 +198,10 @@ def load(where):
         by_run = {}
         for row in found.rows:
             by_run.setdefault(row.run, []).append(row)
-        for run, rows in by_run.items():
-            runs.append(_run(run, path, rows, found.notices))
+        runs += [Stored(run, path, rows, found.notices) for run, rows in by_run.items()]
     if not runs:
         raise LabError("; ".join(skipped) or f"no records in {', '.join(map(str, paths))}")
-    return sorted(runs, key=lambda r: (str(r.env.time or "") if r.env else "", r.id), reverse=True)
-
-
-def _run(run, path, rows, notices):
-    run = Run(
-        run,
-        path,
-        [r for r in rows if r.kind == "env"],
-        *(
-            _frame([r for r in rows if r.kind == kind], kind)
-            for kind in ("ceiling", "op", "model", "ledger", "fairness")
-        ),
-        failures=pd.DataFrame(),
-        ladder=_frame([], "op"),
-        notices=[Notice("warning", n) for n in notices],
-    )
-    _mark_untuned(run, rows)
-    _drop_failures(run)
-    _drop_unusable(run)
-    _check_bandwidth(run)
-    repeats = [r for r in rows if r.kind == "repeat"]
-    rung = run.op["rung"].notna()
-    run.ladder, run.op = run.op[rung].reset_index(drop=True), run.op[~rung].reset_index(drop=True)
-    run.notices = _about_machine(run) + run.notices + _about_gaps(run) + list(map(_about_repeat, repeats))
-    return run
+    return sorted(runs, key=lambda run: (run.time, run.id), reverse=True)
 
 
 def _frame(rows, kind):
@@ -245,7 +269,13 @@ def _drop_failures(run):
         bad = frame["error"] != ""
         failed.append(frame[bad].assign(kind=kind))
         setattr(run, kind, frame[~bad].reset_index(drop=True))
-    run.failures = pd.concat(failed, ignore_index=True)
+    failed = pd.concat(failed, ignore_index=True)
+    too_large = failed["error"].str.startswith("does not fit")
+    run.skipped, run.failures = failed[too_large], failed[~too_large]
+    if len(run.skipped):
+        run.notices.append(
+            Notice("note", f"{len(run.skipped)} configurations were skipped, for they do not fit the memory.")
+        )
     if len(run.failures):
         run.notices.append(
             Notice(
@@ -320,7 +350,7 @@ def _about_machine(run):
     if run.emulated:
         found.append(
             Notice(
-                "warning",
+                "first",
                 "Emulated on a CPU: CUDA kernels ran through their host build, Triton kernels "
                 "through the interpreter. Times say nothing about a GPU and no bandwidth is "
                 "claimed.",
@@ -328,9 +358,8 @@ def _about_machine(run):
         )
     for note in (str(n) for e in run.envs for n in e.notes or []):
         if not (run.emulated and note.startswith("emulated")):  # said above
-            found.append(
-                Notice("warning" if re.search("throttled|synthetic|left out", note, re.I) else "note", note)
-            )
+            said = re.search("(synthetic)|throttled|left out", note, re.I)
+            found.append(Notice("note" if not said else "first" if said[1] else "warning", note))
     after = next((e for e in run.envs if e.when == "after"), None)
     if after is None and not run.emulated:
         found.append(
@@ -354,7 +383,7 @@ def _about_machine(run):
 def _about_repeat(r):
     return Notice(
         "note",
-        f"Two runs of commit {r.commit} on one card, compared: {compare.alarms(r)}: false alarms "
+        f"Two runs of commit {str(r.commit)[:8]} on one card, compared: {compare.alarms(r)}: false alarms "
         f"(runs {r.a} and {r.b}; a change below {r.min_effect:.0%} is called the same; `make gpu-repeat` "
         "measures it again).",
     )

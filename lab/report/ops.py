@@ -146,12 +146,15 @@ def score(rows, a="cuda", b="triton"):
 
 
 def score_words(counts, a="cuda", b="triton"):
+    """ "CUDA is faster in 46 of 86 cases, Triton in 26; 14 are the same; in 11 one side is untuned." """
     total, left = sum(counts[v] for v in VERDICTS), counts.get("untuned", 0)
     if not total:
         return ""
     a, b = style.backend(a).label, style.backend(b).label
-    return (
-        f"{a} is faster in {counts['faster']} of {total} cases, {b} in {counts['slower']}; "
-        f"{counts['same']} are the same and {counts['ambiguous']} too close to call."
-        + (f" In {left} of them one side is untuned." if left else "")
-    )
+    said = [f"{a} is faster in {counts['faster']} of {total} cases, {b} in {counts['slower']}"]
+    for verdict, words in (("same", "the same"), ("ambiguous", "too close to call")):
+        if counts[verdict]:
+            said.append(f"{counts[verdict]} {'is' if counts[verdict] == 1 else 'are'} {words}")
+    if left:
+        said.append(f"in {left} one side is untuned")
+    return "; ".join(said) + "."

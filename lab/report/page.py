@@ -1,79 +1,77 @@
-"""One self-contained HTML page and one Markdown summary from the runs of a folder.
+"""What stands where: the pictures, tables and words of a run, and the page made of them.
 
-Every picture is embedded as a data URI; the dark page inverts it by CSS. jinja2 escapes every string of a
-record. The page loads nothing from anywhere: its Content-Security-Policy forbids it.
+The first screen is a verdict and one picture; five sections follow, then the models and the ops; what was run
+on what, notes and failures stand below, folded. Every picture is inline SVG, whose colours follow the page's
+theme. jinja2 escapes every string of a record. The page loads nothing from anywhere: its
+Content-Security-Policy forbids it.
 """
 
-import base64
-import itertools
-import json
-import math
 import re
-import textwrap
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 
 import jinja2
-import pandas as pd
 from markupsafe import Markup
 
 from lab import declared, rungs
-from lab.errors import LabError
-from lab.harness import untuned
-from lab.inspect.kernel import MIX
-from lab.report import figures, heatmaps, ladder_figures, model_figures, op_figures, ops, style, twins
+from lab.report import (
+    fairness,
+    figures,
+    heatmaps,
+    ladder_figures,
+    ledger_figures,
+    machine_figures,
+    model_figures,
+    op_figures,
+    ops,
+    overview_figures,
+    sides,
+    sources,
+    style,
+    svg,
+    tables,
+    twins,
+    verdict,
+)
 
 HERE = Path(__file__).parent
-FAIRNESS = (
-    "op backend dtype arch kernel configurations tried registers spill_bytes shared_bytes threads occupancy "
-    "instructions code_lines shared_lines file_s kernel_s"
+LADDERS = "One idea a rung, in both languages; lab explain OP --rungs shows them in the terminal."
+PROMISES = (
+    " On the right of a picture: how many times faster than the rung before it a rung promised to be, and "
+    "what it gave in each language."
 )
-CARD = {
-    "configurations": "configurations to choose from",
-    "tried": "settings the tuner raced",
-    "registers": "registers of a thread",
-    "spill_bytes": "spilled bytes of a thread",
-    "shared_bytes": "shared memory of a block (bytes)",
-    "threads": "threads of a block",
-    "occupancy": "theoretical occupancy",
-    "instructions": "machine instructions",
-    "code_lines": "lines of code",
-    "shared_lines": "lines shared with other ops",
-    "file_s": "nvcc, the whole file: every instantiation and architecture (s)",
-    "kernel_s": "Triton, this kernel alone, in a process that has compiled before (s)",
-}
-COMPILED = {name: CARD[name] for name in ("file_s", "kernel_s")}
-TABLE_ROWS = 1000  # of a table on the page: a browser takes seconds for ten thousand
-NUMERIC, LONG = ' class="num"', ' class="long"'
-# Classes of instructions that say little of how a kernel treats memory: one row of the mix.
-UPKEEP = ("integer and address", "constant and register move", "control flow and fence", "other")
 
 
 @dataclass
 class Picture:
     figure: figures.Figure
     file: str  # path below the output folder
-    png: bytes
+    root: object  # tree of lab.report.svg
 
     @property
-    def uri(self):
-        return _uri(self.png)
-
-    @property
-    def size(self):
-        """(width, height) in CSS pixels; a PNG's header holds them at bytes 16 to 24."""
-        return tuple(int.from_bytes(self.png[at : at + 4], "big") // 2 for at in (16, 20))
+    def svg(self):
+        """The picture as a file."""
+        f = self.figure
+        return svg.alone(self.root, f.title, f"{f.alt} {f.conditions}").encode()
 
 
 @dataclass
-class Section:
+class Part:
+    """Pictures and tables under a heading: a section of the page, or what unfolds in one."""
+
     id: str
     title: str
     intro: str = ""
-    pictures: list = field(default_factory=list)
-    tables: list = field(default_factory=list)  # (title, frame, open)
-    twins: list = field(default_factory=list)  # of side_by_side()
+    shown: list = field(default_factory=list)  # Picture or Grid
+    tables: list = field(default_factory=list)  # (caption, frame, open)
+    twins: list = field(default_factory=list)  # of lab.report.sources
+    cards: list = field(default_factory=list)  # (what, figure, detail)
+    plans: list = field(default_factory=list)  # of the lines in `shown`, to choose from
+    folds: list = field(default_factory=list)  # Parts
+
+    @property
+    def everything(self):
+        return [*self.shown, *(one for fold in self.folds for one in fold.everything)]
 
 
 @dataclass
@@ -82,13 +80,22 @@ class View:
 
     run: object
     slug: str
-    tiles: list
+    verdict: list  # sentences
+    headline: Picture | None
+    top: list  # Parts: the five sections
+    models: list  # a Part for each model
+    ops: list  # a Part for each op
+    below: list  # Parts: everything else
     facts: list
-    sections: list
+
+    @property
+    def parts(self):
+        return [*self.top, *self.models, *self.ops, *self.below]
 
     @property
     def pictures(self):
-        return [p for s in self.sections for p in s.pictures]
+        shown = [self.headline] * bool(self.headline) + [s for part in self.parts for s in part.everything]
+        return [one for one in shown if isinstance(one, Picture)]
 
 
 def view(run, slug, folder, with_twins, progress):
@@ -96,95 +103,94 @@ def view(run, slug, folder, with_twins, progress):
     each."""
     taken = set()
 
-    def drawn(found):
-        pictures = []
-        for figure in filter(None, found):
-            name = slug_of(figure.name, taken)
-            progress(name)
-            pictures.append(Picture(figure, f"{folder}/{name}.png", figures.png(figure, run.emulated)))
-        return pictures
+    def drawn(*found):
+        made = []
+        for one in filter(None, found):
+            if isinstance(one, figures.Figure):
+                name = slug_of(one.name, taken)
+                progress(name)
+                one = Picture(one, f"{folder}/{name}.svg", figures.drawn(one, run.emulated))
+            made.append(one)
+        return made
 
     f = ops.focus(run)
-    sections = [Section("machine", "What was run, on what", pictures=drawn([model_figures.ceiling(run)]))]
-    if f:
-        sections.append(
-            Section(
-                "ops",
-                "The ops at a glance",
-                _focus_words(run, f),
-                drawn(
-                    [op_figures.utilisation(run, f), op_figures.roofline(run, f), heatmaps.crossover(run, f)]
-                ),
-            )
-        )
-    for model in model_figures.models(run):
-        pictures = drawn(model_figures.of_model(run, model))
-        rows = model_figures.series(run, model)
-        tables = (
-            [(f"All measurements of {model}", model_figures.model_table(rows), not pictures)]
-            if len(rows)
-            else []
-        )
-        sections.append(Section(f"model-{slug_of(model)}", f"Model: {model}", "", pictures, tables))
-    if len(run.fairness):
-        sections.append(
-            Section(
-                "fairness",
-                "Fairness cards",
-                "What was spent on each side, and what came of it: a race says little if one side was "
-                "tuned for longer. Every op's card, and the mix of its instructions, is in its section.",
-                tables=[
-                    (
-                        "All fairness cards",
-                        figures.table(compile_times(run.fairness), FAIRNESS, **COMPILED),
-                        False,
-                    )
-                ],
-            )
-        )
-    else:
-        sections.append(
-            Section(
-                "fairness",
-                "Fairness cards",
-                "None in this run: `lab inspect --all --out DIR` adds "
-                "them to the records in DIR, without a GPU.",
-            )
-        )
-    if len(run.ladder):
-        sections.append(
-            Section(
-                "ladders",
-                "Ladders: from a naive kernel to the op's own",
-                "One idea a rung, in both languages; `lab explain OP --rungs` shows them in the terminal.",
-                drawn(ladder_figures.of_run(run)),
-                twins=[
-                    ladder_view(op)
-                    for op in sorted(rungs.OPS, key=style.part_order)
-                    if with_twins and (run.ladder["op"] == op).any()
-                ],
-            )
-        )
-    sections += _op_sections(run, f, drawn, with_twins)
-    if len(run.suspects):
-        listed = figures.table(
-            run.suspects, "kind flag op role model backend dtype batch context cache us gbps share"
-        )
-        sections.append(
-            Section(
-                "flagged",
-                "Flagged measurements",
-                "Listed so that nothing is hidden; no bandwidth picture shows them.",
-                tables=[("Flagged measurements", listed, False)],
-            )
-        )
-    if len(run.failures):
-        listed = figures.table(run.failures, "kind error op role model backend dtype batch context")
-        sections.append(Section("failures", "Failures", tables=[("Failures", listed, True)]))
-    return View(run, slug, _tiles(run, f), _facts(run), sections)
+    of_ops = [op_figures.utilisation(run, f), op_figures.tiny(run, f)] if f else []
+    first, *of_ops = [*filter(None, [overview_figures.headline(run), *of_ops])] or [None]
+    headline = drawn(first)
+    return View(
+        run,
+        slug,
+        verdict.sentences(run, f),
+        headline[0] if headline else None,
+        [part for part in _top(run, f, of_ops, drawn, with_twins) if part.everything or part.tables],
+        [_model(run, model, drawn) for model in sides.models(run)],
+        _ops(run, f, drawn, with_twins),
+        _below(run, f, drawn),
+        _facts(run),
+    )
 
 
-def _op_sections(run, f, drawn, with_twins):
+def _top(run, f, of_ops, drawn, with_twins):
+    """The five sections that say most. of_ops: figures of the ops, but for one that stands above all."""
+    model = sides.main_model(run)
+    overview = overview_figures.overview(run)
+    plans = ledger_figures.plans(run, model) if model else []
+    return [
+        Part("models", "Every model: the best of each side", shown=drawn(overview)),
+        Part(
+            "wins",
+            "Who wins where",
+            _focus_words(run, f) if f else "",
+            drawn(heatmaps.crossover(run, f)) if f else [],
+        ),
+        Part(
+            "bandwidth",
+            "Times of the ops" if run.emulated else "How much of the bandwidth the ops reach",
+            shown=drawn(*of_ops),
+        ),
+        Part(
+            "token",
+            "Where one token goes",
+            shown=drawn(ledger_figures.token(run, model, plans[0])) if plans else [],
+        ),
+        Part(
+            "ladders",
+            "Ladders: from a naive kernel to the op's own",
+            LADDERS + PROMISES * (not run.emulated),
+            drawn(*ladder_figures.of_run(run)),
+            twins=[
+                sources.ladder_view(op)
+                for op in sorted(rungs.OPS, key=style.part_order)
+                if with_twins and (run.ladder["op"] == op).any()
+            ],
+        ),
+    ]
+
+
+def _model(run, model, drawn):
+    rows = sides.series(run, model)
+    part = Part(f"model-{slug_of(model)}", f"Model: {model}", cards=verdict.cards(run, model))
+    part.shown = drawn(model_figures.lines(run, model), model_figures.lines(run, model, eager=True))
+    part.plans = sides.plans_of(rows) if len(rows) else []
+    at_top = model == sides.main_model(run)  # the first ledger of this one stands there
+    folds = [
+        ("throughput", "Throughput", [model_figures.throughput(run, model)]),
+        ("memory", "Memory", [model_figures.memory(run, model)]),
+        ("ledger", "Where a token goes, plan by plan", ledger_figures.ledgers(run, model)[at_top:]),
+        ("swaps", "Swapping one op at a time, Triton to CUDA", ledger_figures.swaps(run, model)),
+    ]
+    for id, title, found in folds:
+        if any(found):
+            part.folds.append(Part(f"{part.id}-{id}", title, shown=drawn(*found)))
+    if len(rows):
+        part.tables.append((f"All measurements of {model}", sides.measurements(rows), not part.shown))
+    account = ledger_figures.account_table(run, model)
+    if len(account):
+        part.tables.append((f"The whole account of a token of {model}, kernel by kernel", account, False))
+    return part
+
+
+def _ops(run, f, drawn, with_twins):
     names = list(dict.fromkeys([*run.op["op"], *run.fairness["op"]]))
     if with_twins:
         names += [op for op in twins.known_ops() if op not in names]
@@ -192,161 +198,60 @@ def _op_sections(run, f, drawn, with_twins):
     made = []
     for op in names:
         rows = run.op[run.op["op"] == op]
-        section = Section(f"op-{slug_of(op)}", f"Op: {op}", twins=[twin_view(op)] if with_twins else [])
+        part = Part(f"op-{slug_of(op)}", op, twins=[sources.twin_view(op)] if with_twins else [])
         if op in declared.groups()["PersistentOps"]:
-            section.intro = (
+            part.intro = (
                 "A whole step: the models' sections have its times, as tokens of the plan persistent."
             )
         if (run.fairness["op"] == op).any():
-            sides = one_call(run.fairness[run.fairness["op"] == op], f.dtype if f else "")
-            section.tables += [(*made, True) for made in (card(sides), mix(sides)) if made]
+            call = fairness.one_call(run.fairness[run.fairness["op"] == op], f.dtype if f else "")
+            part.tables.append((*fairness.card(call), True))
+            part.tables += [(*found, False) for found in [fairness.mix(call)] if found]
         if len(rows):
-            section.pictures = drawn(op_figures.of_op(run, f, op))
-            listed = ops.labelled(rows).assign(shape=rows["shape"].map(ops.shape_text))
-            listed = figures.table(
-                listed,
-                "case backend tuning dtype batch context shape cache timer us us_p10 us_p90 n "
-                "bytes gbps share flag",
-            )
-            section.tables.append((f"All {len(rows)} measurements of {op}", listed, False))
-        made.append(section)
-    if made and with_twins:
-        made[0].intro = "The sources shown are those of the folder that the report was built in" + (
-            f"; the run was made at commit {run.env.commit}." if run.env and run.env.commit else "."
-        )
+            part.shown = drawn(op_figures.against(run, f, op), heatmaps.winners(run, f, op))
+            part.tables += [(*found, True) for found in [op_figures.caches(run, f, op)] if found]
+            part.tables.append((f"All {len(rows)} measurements of {op}", op_figures.all_rows(rows), False))
+        made.append(part)
     return made
 
 
-def one_call(rows, dtype):
-    """One op's fairness records of a dtype (its first, where it has none of that) and of one architecture."""
-    rows = rows[rows["dtype"] == (dtype if (rows["dtype"] == dtype).any() else rows["dtype"].iloc[0])]
-    return rows[rows["arch"] == rows["arch"].iloc[0]]
-
-
-def compile_times(rows):
-    """Fairness records with `compile_s` apart by what it is the time of, since the two cannot be set side by
-    side."""
-    cuda = rows["backend"] == "cuda"
-    return rows.assign(file_s=rows["compile_s"].where(cuda), kernel_s=rows["compile_s"].where(~cuda))
-
-
-def card(rows):
-    """(caption, frame) of what was spent on each side; a column for each kernel. rows: of one_call()."""
-    sides, rows = {"": list(CARD.values())}, compile_times(rows)
-    for row in rows.itertuples():
-        shown = {field: cell(getattr(row, field)) for field in CARD}
-        if row.occupancy == row.occupancy:
-            shown["occupancy"] = f"{row.occupancy:.0%}"
-        if untuned.by_cards([row]):
-            shown["tried"] += f" ({untuned.WORD})"
-        sides[_kernel(row)] = list(shown.values())
-    return f"Fairness card: {_call(rows)}", pd.DataFrame(sides)
-
-
-def mix(rows):
-    """(caption, frame) of the instructions by what they do, as `card`; None for records that do not hold
-    them."""
-    counts = {
-        _kernel(row): {str(name): n for name, n in row.mix.items() if isinstance(n, int) and n > 0}
-        for row in rows.itertuples()
-    }
-    found = [
-        name for name in (*MIX, *itertools.chain(*counts.values())) if any(name in c for c in counts.values())
-    ]
-    if not found:
-        return None
-    named = [name for name in dict.fromkeys(found) if name not in UPKEEP]
-    sides = {"": [*named, "addresses, moves, control flow"]}
-    for kernel, count in counts.items():
-        upkeep = sum(count.get(name, 0) for name in UPKEEP)
-        sides[kernel] = (
-            [*(count.get(name, 0) for name in named), upkeep] if count else [math.nan] * (len(named) + 1)
+def _below(run, f, drawn):
+    """What was run on what, and what is not on the page."""
+    machine = Part(
+        "machine",
+        "What was run, on what",
+        shown=drawn(machine_figures.ceiling(run), f and machine_figures.roofline(run, f)),
+    )
+    made = [machine, Part("notes", f"Notes ({len(run.notices)})")]
+    rows = run.fairness
+    if len(rows):
+        listed = figures.table(fairness.compile_times(rows), fairness.COLUMNS, **fairness.COMPILED)
+        intro = (
+            "What was spent on each side, and what came of it: a race says little if one side was tuned for "
+            "longer. Every op's card is in its section."
         )
-    return f"Instructions of machine code, each counted once: {_call(rows)}", pd.DataFrame(sides)
+        made.append(Part("fairness", "Fairness cards", intro, tables=[("All fairness cards", listed, True)]))
+    else:
+        made.append(
+            Part(
+                "fairness",
+                "Fairness cards",
+                "None in this run: `lab inspect --all --out DIR` adds them to the records in DIR, without a "
+                "GPU.",
+            )
+        )
+    for id, title, found in (
+        ("flagged", "Flagged measurements", run.suspects),
+        ("skipped", "Skipped: what does not fit", run.skipped),
+        ("failures", "Failures", run.failures),
+    ):
+        if len(found):
+            what = "kind flag error op role model backend plan mode dtype batch context cache us gbps share"
+            made.append(Part(id, title, tables=[(title, figures.table(found, what), True)]))
+    return made
 
 
-def _kernel(row):
-    return f"{style.backend(row.backend).label}: {row.kernel}"
-
-
-def _call(rows):
-    first = rows.iloc[0]
-    return f"{first['dtype']}, {first['arch']}, {ops.shape_text(first['shape'])}"
-
-
-def twin_view(op):
-    """The CUDA and the Triton file of an op as HTML, step by step; {"missing": text} where a file is
-    absent."""
-
-    def view():
-        cuda, triton = twins.pair(op)
-        rows = twins.rows(cuda, triton)
-        return side_by_side(cuda, triton, rows, f"The twins side by side: {len(rows)} steps")
-
-    return _or_missing(view)
-
-
-def ladder_view(op):
-    """The two files of an op's ladder as HTML, rung by rung; {"missing": text} where a file is absent."""
-    return _or_missing(lambda: side_by_side(*twins.ladder(op), f"The rungs of {op} side by side"))
-
-
-def _or_missing(view):
-    try:
-        return view()
-    except LabError as e:
-        return {"missing": str(e).replace(str(twins.ROOT) + "/", "")}
-
-
-def side_by_side(cuda, triton, rows, title):
-    """Rows of lab.report.twins as the template shows them."""
-
-    def side(file, step, missing):
-        return {
-            "label": style.backend(file.language).label,
-            "missing": missing,
-            "chunks": _chunks(file, step.chunks if step else []),
-        }
-
-    return {
-        "title": title,
-        "sides": [
-            {
-                "label": style.backend(h.language).label,
-                "name": h.name,
-                "header": h.header,
-                "lines": h.count,
-                "around": _chunks(h, h.around),
-            }
-            for h in (cuda, triton)
-        ],
-        "steps": [
-            {
-                "title": row.title,
-                "intro": row.intro,
-                "sides": list(map(side, (cuda, triton), row.steps, row.missing)),
-            }
-            for row in rows
-        ],
-    }
-
-
-def _chunks(file, chunks):
-    return [
-        {
-            "first": c.first,
-            "last": c.first + len(c.lines) - 1,
-            "kernel": c.kernel,
-            "text": c.text,
-            "below": c.below,
-            "html": twins.highlight(file.language, textwrap.dedent(c.code)),
-        }
-        for c in chunks
-        if c.lines or c.text
-    ]
-
-
-# Words and numbers above the pictures
+# Words and numbers around the pictures
 
 
 def _focus_words(run, f):
@@ -360,48 +265,6 @@ def _focus_words(run, f):
         + (f", the shapes of {f.model}" if f.model else "")
         + ". Everything else is in the sections of the ops."
     )
-
-
-def _tiles(run, f):
-    """[(figure, what it is, detail)]: the few numbers that a reader wants first."""
-    tiles = []
-    if run.best_ceiling("read") and not run.emulated:
-        tiles.append(
-            (f"{run.best_ceiling('read'):,.0f} GB/s", "measured ceiling", "the best plain read of this run")
-        )
-    for model in model_figures.models(run):
-        rows = model_figures.series(run, model)
-        if not len(rows):
-            continue
-        rows = rows[rows["batch"] == rows["batch"].min()]
-        rows = rows[rows["context"] == rows["context"].min()].sort_values("us")
-        first = rows.iloc[0]
-        words = []
-        for row in rows.head(3).itertuples():
-            known = row.of_ceiling == row.of_ceiling and not row.suspect
-            share = f", {row.of_ceiling:.0%} of the ceiling" if known else ""
-            words.append(
-                f"{row.series} {duration(row.us)}{share}" + (f" ({row.tuning})" if row.tuning else "")
-            )
-        at = f"batch {figures.amount(first['batch'])} @{figures.amount(first['context'])}"
-        tiles.append(
-            (
-                duration(first["us"]),
-                f"a step of {model}, {at}" + (", emulated" if run.emulated else ""),
-                "; ".join(words),
-            )
-        )
-    if f and not run.emulated:
-        counts = ops.score(ops.chosen(run.op, f))
-        if sum(counts.values()):
-            tiles.append(
-                (
-                    f"{counts['faster']} : {counts['slower']}",
-                    "cases won, CUDA to Triton",
-                    ops.score_words(counts),
-                )
-            )
-    return tiles
 
 
 def _facts(run):
@@ -439,88 +302,33 @@ def _facts(run):
         ("triton", env.triton),
         ("python", env.python),
         ("CPU", env.cpu),
-        ("commit", env.commit),
+        ("commit", env.commit and tables.brief(env.commit)),
         ("tables of lab tune", ", ".join(f"{k} {v or 'none'}" for k, v in (env.tuned or {}).items())),
     ]
-    return [(name, value) for name, value in facts if value not in (None, "")]
+    return [(name, tables.brief(value)) for name, value in facts if value not in (None, "")]
 
 
 # Rendering
 
 
-def cell(value):
-    """A value of a table as text: thousands separated, four significant digits, a dash for nothing."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return "–"
-    if isinstance(value, str):
-        return value
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, (int, float)):
-        if math.isinf(value):
-            return str(value)
-        if value == int(value):
-            return f"{int(value):,}"
-        digits = max(0, 3 - math.floor(math.log10(abs(value)))) if value else 0
-        return f"{value:,.{min(digits, 6)}f}"
-    if isinstance(value, (dict, list)):
-        return json.dumps(value, default=str)
-    return str(value)
-
-
-def duration(us):
-    """123.456 -> "123 us", 1234.5 -> "1.23 ms", 1.64e6 -> "1.64 s"."""
-    divisor, name = (1e6, "s") if us >= 1e6 else (1e3, "ms") if us >= 1e3 else (1.0, "us")
-    value = us / divisor
-    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {name}"
-
-
-def frame(table, caption, label):
-    """The first TABLE_ROWS rows of a table as HTML. Not in the template, which takes much longer for a
-    cell."""
-    right = [pd.api.types.is_numeric_dtype(kind) for kind in table.dtypes]
-    if len(table) > TABLE_ROWS:
-        caption = (
-            f"{caption} (the first {TABLE_ROWS:,} of {len(table):,} rows; all of them are in records.jsonl)"
-        )
-    heads = "".join(
-        f'<th scope="col"{NUMERIC * num}>{escape(str(name))}</th>' for name, num in zip(table.columns, right)
-    )
-    body = []
-    for row in table.head(TABLE_ROWS).itertuples(index=False, name=None):
-        texts = [escape(cell(value)) for value in row]
-        body.append(
-            "<tr>"
-            + "".join(
-                f"<td{NUMERIC if num else LONG if len(text) > 50 else ''}>{text}</td>"
-                for text, num in zip(texts, right)
-            )
-            + "</tr>"
-        )
-    sides = ' class="sides"' if len(table.columns) and not table.columns[0] else ""
-    return Markup(
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}">\n<table{sides}>\n'
-        f"<caption>{escape(caption)}</caption>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n"
-        + "\n".join(body)
-        + "\n</tbody>\n</table>\n</div>\n"
-    )
-
-
 def html(views, title):
     """The report as one page."""
-    return _render(title, views=views, only=None)
+    styles = {}
+    for v in views:
+        for p in v.pictures:
+            prefix = f"{v.slug}-{Path(p.file).stem}"
+            p.inline = Markup(svg.inline(p.root, prefix, p.figure.alt, styles))
+    return _render(title, views=views, only=None, css=style.css() + svg.rules(styles))
 
 
 def twin_page(title, facts, cuda, triton, rows):
     """A CUDA and a Triton file as one page; facts: [(what, text)] above them, rows: of lab.report.twins."""
-    return _render(
-        f"{title} in CUDA and in Triton",
-        views=[],
-        only={"facts": facts, "twin": side_by_side(cuda, triton, rows, "Side by side")},
-    )
+    twin = sources.side_by_side(cuda, triton, rows, "Side by side")
+    title = f"{title} in CUDA and in Triton"
+    return _render(title, views=[], css="", only={"facts": facts, "twin": twin})
 
 
-def _render(title, **context):
+def _render(title, css, **context):
     env = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
         autoescape=True,
@@ -528,53 +336,17 @@ def _render(title, **context):
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    env.globals |= {"frame": frame, "points": figures.POINTS}
+    env.globals |= {
+        "frame": tables.frame,
+        "grid": tables.grid,
+        "brief": tables.brief,
+        "points": figures.POINTS,
+    }
     light, dark = twins.highlight_css()
-    return env.get_template("page.html.j2").render(title=title, code_light=light, code_dark=dark, **context)
-
-
-def markdown(views, title):
-    """The summary for a code host: warnings, machine, headline numbers, every picture with its text."""
-    out = [
-        f"# {md(title)}",
-        "",
-        "Drawn by `lab report` from records.jsonl, which also writes the full report, "
-        "index.html, with the tables behind the pictures and the sources side by side.",
-        "",
-    ]
-    for view in views:
-        run = view.run
-        if len(views) > 1:
-            out += [f"## Run {md(run.id)}", ""]
-        out += [
-            f"> **{'Warning' if n.level == 'warning' else 'Note'}**: {md(n.text)}\n>" for n in run.notices
-        ]
-        out += ["", "| | |", "|---|---|"]
-        out += [f"| **{md(value)}** | {md(what)}: {md(detail)} |" for value, what, detail in view.tiles]
-        out += [f"| {md(name)} | {md(value)} |" for name, value in view.facts]
-        out.append("")
-        for section in view.sections:
-            if section.pictures:
-                out += [f"##{'#' if len(views) > 1 else ''} {md(section.title)}", ""]
-            for p in section.pictures:
-                out += [
-                    f"![{md(p.figure.alt)}]({p.file})",
-                    "",
-                    md(p.figure.reading),
-                    "",
-                    f"`{_code(p.figure.command)}`",
-                    "",
-                ]
-    return "\n".join(out).rstrip() + "\n"
-
-
-def md(text):
-    """Text that Markdown shows as it is, on one line."""
-    return re.sub(r"([\\`*_\[\]|~#!])", r"\\\1", escape(" ".join(str(text).split()), quote=False))
-
-
-def _code(text):
-    return " ".join(str(text).replace("`", "'").split())
+    css += tables.alignment() + light + "@media(prefers-color-scheme:dark){" + dark + "}"
+    css += (HERE / "page.css").read_text()
+    script = (HERE / "page.js").read_text()
+    return env.get_template("page.html.j2").render(title=title, css=css, script=script, **context)
 
 
 def slug_of(text, taken=None):
@@ -586,7 +358,3 @@ def slug_of(text, taken=None):
             slug, count = f"{base}-{count}", count + 1
         taken.add(slug)
     return slug
-
-
-def _uri(data):
-    return "data:image/png;base64," + base64.b64encode(data).decode()

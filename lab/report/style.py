@@ -32,15 +32,13 @@ BACKENDS = {
     "liger": Look("Liger", "#3f9aa8", "<"),
     "compile": Look("torch.compile", "#a5654b", ">"),
 }
-# What a token's time is made of: the colours that the contracts declare (Op.color; Paul Tol's "muted" scheme,
-# not used for backends). A fused op has the colour of what it does most, hatched; a whole step is hatched the
-# other way.
-HATCHES = {"FusedOps": "\\\\", "PersistentOps": "//"}
-OTHERS = ("#aa4499", "#5f6b7a", "#a5654b", "#3f9aa8")
+# What a token's time is made of has the colours that the contracts declare (Op.color; Paul Tol's "muted"
+# scheme, not used for backends); parts without one take these.
+OTHERS = ("#5f55c4", "#aa4499", "#a5654b", "#3f9aa8", "#999933", "#117733")
+REST = "#8a939c"
 
 
-# plan: its line's style, and its markers': hollow, full, or full with a rim in the colour of the text.
-PLANS = {"basic": ("-", "hollow"), "fused": ("--", "full"), "persistent": ("-.", "rimmed")}
+PLANS = ("basic", "fused", "persistent")  # in this order wherever they are listed
 
 
 def backend(name):
@@ -61,28 +59,43 @@ def part_order(op):
 
 
 def text_on(color):
-    """White or near-black, whichever can be read on a colour."""
+    """White or near-black, whichever can be read on a colour; the same on the light and the dark page."""
     red, green, blue = (int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
-    return "#ffffff" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.55 else "#1b1f23"
+    return "#fdfdfd" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.55 else "#15181c"
 
 
-def part_looks(parts):
-    """part -> (colour, hatch); the lab's ops always have the same one, others take what is left, in order."""
-    hatches = {op: HATCHES.get(group, "") for group, ops in declared.groups().items() for op in ops}
-    looks, others = {}, 0
+def part_colors(parts):
+    """part -> colour, no colour twice: what the op declares, where no part before it has that."""
+    colors = {}
     for part in parts:
-        color = declared.color(part)
-        if color is None:
-            color = OTHERS[others % len(OTHERS)]
-            others += 1
-        looks[part] = color, hatches.get(part, "")
-    return looks
+        wished = [declared.color(part), *OTHERS]
+        colors[part] = next((c for c in wished if c and c not in colors.values()), REST)
+    return colors
 
 
 PAGE = "#ffffff"  # the background of a picture
 INK = "#1b1f23"  # its text
 MUTED = "#59636e"  # its secondary text
 GRID = "#e3e6ea"
+NEUTRAL = {  # name of the CSS variable: (colour of a picture, what the dark page makes of it)
+    "page": (PAGE, "#171b20"),
+    "ink": (INK, "#e8eaed"),
+    "muted": (MUTED, "#a2abb5"),
+    "grid": (GRID, "#31373e"),
+}
+
+
+def themed(css):
+    """CSS with the variable in the place of every colour that differs between the light and the dark page."""
+    for name, (light, _) in NEUTRAL.items():
+        css = css.replace(light, f"var(--p-{name})")
+    return css
+
+
+def css():
+    """The definition of the variables."""
+    light, dark = ("".join(f"--p-{name}:{colors[i]};" for name, colors in NEUTRAL.items()) for i in (0, 1))
+    return f":root{{{light}}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}"
 
 
 def rc():
@@ -96,9 +109,9 @@ def rc():
         "ytick.labelsize": 8,
         "legend.fontsize": 8,
         "legend.frameon": False,
-        "figure.facecolor": PAGE,
-        "savefig.facecolor": PAGE,
-        "axes.facecolor": PAGE,
+        "figure.facecolor": "none",
+        "savefig.facecolor": "none",
+        "axes.facecolor": "none",
         "text.color": INK,
         "axes.labelcolor": INK,
         "axes.titlecolor": INK,
@@ -109,6 +122,8 @@ def rc():
         "ytick.labelcolor": INK,
         "grid.color": GRID,
         "grid.linewidth": 0.8,
+        "xtick.major.size": 0,
+        "ytick.major.size": 0,
         "axes.grid": True,
         "axes.axisbelow": True,
         "axes.spines.top": False,
@@ -116,9 +131,10 @@ def rc():
         "axes.linewidth": 0.8,
         "lines.linewidth": 1.6,
         "lines.markersize": 5,
-        "errorbar.capsize": 2.5,
+        "errorbar.capsize": 0,
         "hatch.linewidth": 0.6,
-        "figure.dpi": 200,
+        "figure.dpi": 72,
+        "svg.fonttype": "none",  # text stays text
         "text.parse_math": False,
         "axes.unicode_minus": False,
     }
