@@ -143,6 +143,7 @@ class Forked:
             return
         try:
             faulthandler.disable()
+            torch.set_num_threads(1)  # the other threads of OpenMP were not copied, and would be waited for
             os.setsid()
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.dup2(2, 1)
@@ -172,11 +173,13 @@ class Forked:
         return self.returncode
 
 
+FORKS = SimpleNamespace(**{**vars(subprocess), "Popen": Forked})  # in the place of lab.worker's subprocess
+
+
 @pytest.fixture(autouse=True)
 def workers_are_forked(request, monkeypatch):
     """Kernels' processes begin as copies of this one, but for tests with the marker own_process, and on a
     GPU, which a copy could not use."""
     if GPU or not hasattr(os, "fork") or "own_process" in request.keywords:
         return
-    starts = SimpleNamespace(**{**vars(subprocess), "Popen": Forked})
-    monkeypatch.setattr(worker, "subprocess", starts)
+    monkeypatch.setattr(worker, "subprocess", FORKS)
