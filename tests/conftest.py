@@ -2,6 +2,8 @@
 
 import faulthandler
 import functools
+import hashlib
+import html
 import importlib.util
 import io
 import os
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import time
 import traceback
+from pathlib import Path
 from types import SimpleNamespace
 
 # Side by side (pytest -n) each process takes its share of the cores; before torch is imported, and for child
@@ -103,14 +106,42 @@ def sources_are_highlighted_once():
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Every picture of a report is one pixel: for tests of what stands around the pictures."""
+    """Every picture of a report is one pixel, and sources are not coloured: for tests of what stands around
+    them."""
     from PIL import Image
 
-    from lab.report import figures
+    from lab.report import figures, twins
 
     pixel = io.BytesIO()
     Image.new("P", (1, 1)).save(pixel, "png")
     monkeypatch.setattr(figures, "png", lambda *_: pixel.getvalue())
+    monkeypatch.setattr(twins, "highlight", lambda language, code: html.escape(code))
+
+
+@pytest.fixture(scope="session")
+def kept_listings():
+    """Machine code is disassembled once on this machine: its listing stays in Triton's cache, as the compiled
+    kernel does, for NVIDIA's disassembler takes a third of a second to start."""
+    from triton.runtime.cache import get_cache_manager
+
+    from lab.inspect import binary
+    from triton_kernels import offline
+
+    tools = [(path.name, path.stat().st_size) for path in sorted(offline.TOOLS.glob("*dis*"))]
+
+    def kept(disassemble, code_of):
+        def listing(*given):
+            key = hashlib.sha256(repr((disassemble.__name__, given[1:], tools)).encode() + code_of(given[0]))
+            cache = get_cache_manager(key.hexdigest())
+            path = cache.get_file("listing") or cache.put(disassemble(*given), "listing", binary=False)
+            return Path(path).read_text()
+
+        return listing
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(offline, "sass", kept(offline.sass, lambda code: code.asm["cubin"]))
+        patch.setattr(binary, "disassembly", kept(binary.disassembly, lambda path: Path(path).read_bytes()))
+        yield
 
 
 @pytest.fixture
