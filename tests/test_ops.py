@@ -35,7 +35,9 @@ def test_meets_its_contract(op, dtype, case, backend, rand, device, monkeypatch)
     if (backend, device, dtype) == ("triton", "cpu", torch.float16) and case not in op.cases[:2]:
         pytest.skip("interpreted, float16 differs from bfloat16 by the name of the dtype")
     function = getattr(select(backend, device, {op.name: backend}), op.name)
-    outcome = check_case(with_remembered_reference(op), function, rand(dtype), case.sizes)
+    # What a call leaves in a workspace does not depend on the dtype: interpreted, one dtype is called twice.
+    calls = 1 if (backend, device) == ("triton", "cpu") and dtype != op.dtypes[-1] else 2
+    outcome = check_case(with_remembered_reference(op), function, rand(dtype), case.sizes, calls)
     assert outcome.error is None, f"{case.why}: {outcome.error}"
 
 
