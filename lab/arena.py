@@ -86,7 +86,9 @@ class Arena:
                 )
         self.recipe = pack(values, places)
         self.memory = allocate(max(round_up(end), ALIGNMENT), torch.device(device), file)
-        self.memory.copy_(guard_pattern(self.memory.numel()))
+        ends = [0, *(r.end for r in self.regions)]
+        for start, end in zip(ends, [*(r.start for r in self.regions), self.memory.numel()], strict=True):
+            self.memory[start:end].copy_(guard_pattern(start, end))  # the storages are filled below
         self.fill(values)
 
     def fill(self, values: Mapping[str, object], keep: tuple[str, ...] = ()) -> None:
@@ -176,13 +178,13 @@ def round_up(n: int) -> int:
     return -(-n // ALIGNMENT) * ALIGNMENT
 
 
-def guard_pattern(nbytes: int) -> torch.Tensor:
-    """A pattern of varying bytes that reads as NaN in float32, float16 and bfloat16 at every aligned
-    address."""
-    index = np.arange(-(-nbytes // 2), dtype=np.uint32)
+def guard_pattern(start: int, end: int) -> torch.Tensor:
+    """Bytes `start` to `end` of a pattern of varying bytes that reads as NaN in float32, float16 and bfloat16
+    at every aligned address."""
+    index = np.arange(start // 2, -(-end // 2), dtype=np.uint32)
     bits = (index * np.uint32(2654435761)) >> np.uint32(16)  # Knuth's multiplicative hash
     halves = 0x7F81 + bits % 0x7F | (bits & 0x8000)  # sign any, exponent all ones, mantissa not 0
-    return torch.from_numpy(halves.astype(np.uint16).view(np.uint8)[:nbytes])
+    return torch.from_numpy(halves.astype(np.uint16).view(np.uint8)[start % 2 :][: end - start])
 
 
 def allocate(nbytes: int, device: torch.device, file=None) -> torch.Tensor:

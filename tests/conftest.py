@@ -2,12 +2,15 @@
 
 import faulthandler
 import functools
+import hashlib
+import html
 import importlib.util
 import os
 import subprocess
 import sys
 import time
 import traceback
+from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
@@ -105,11 +108,39 @@ def sources_are_highlighted_once():
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Every picture of a report is empty: for tests of what stands around the pictures."""
-    from lab.report import figures
+    """Every picture of a report is empty, and sources are not coloured: for tests of what stands around
+    them."""
+    from lab.report import figures, twins
 
     empty = ElementTree.fromstring('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9"/>')
     monkeypatch.setattr(figures, "drawn", lambda *_: empty)
+    monkeypatch.setattr(twins, "highlight", lambda language, code: html.escape(code))
+
+
+@pytest.fixture(scope="session")
+def kept_listings():
+    """Machine code is disassembled once on this machine: its listing stays in Triton's cache, as the compiled
+    kernel does, for NVIDIA's disassembler takes a third of a second to start."""
+    from triton.runtime.cache import get_cache_manager
+
+    from lab.inspect import binary
+    from triton_kernels import offline
+
+    tools = [(path.name, path.stat().st_size) for path in sorted(offline.TOOLS.glob("*dis*"))]
+
+    def kept(disassemble, code_of):
+        def listing(*given):
+            key = hashlib.sha256(repr((disassemble.__name__, given[1:], tools)).encode() + code_of(given[0]))
+            cache = get_cache_manager(key.hexdigest())
+            path = cache.get_file("listing") or cache.put(disassemble(*given), "listing", binary=False)
+            return Path(path).read_text()
+
+        return listing
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(offline, "sass", kept(offline.sass, lambda code: code.asm["cubin"]))
+        patch.setattr(binary, "disassembly", kept(binary.disassembly, lambda path: Path(path).read_bytes()))
+        yield
 
 
 @pytest.fixture
@@ -142,6 +173,7 @@ class Forked:
             return
         try:
             faulthandler.disable()
+            torch.set_num_threads(1)  # the other threads of OpenMP were not copied, and would be waited for
             os.setsid()
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.dup2(2, 1)
@@ -171,11 +203,13 @@ class Forked:
         return self.returncode
 
 
+FORKS = SimpleNamespace(**{**vars(subprocess), "Popen": Forked})  # in the place of lab.worker's subprocess
+
+
 @pytest.fixture(autouse=True)
 def workers_are_forked(request, monkeypatch):
     """Kernels' processes begin as copies of this one, but for tests with the marker own_process, and on a
     GPU, which a copy could not use."""
     if GPU or not hasattr(os, "fork") or "own_process" in request.keywords:
         return
-    starts = SimpleNamespace(**{**vars(subprocess), "Popen": Forked})
-    monkeypatch.setattr(worker, "subprocess", starts)
+    monkeypatch.setattr(worker, "subprocess", FORKS)

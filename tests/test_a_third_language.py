@@ -77,7 +77,8 @@ def lab(tmp_path_factory):
     }
 
     def run(*given):
-        return commands.run(given, folder, settings)
+        done = [commands.lab(*words, folder=folder, env=settings) for words in given]
+        return [(d.returncode, d.stdout + d.stderr) for d in done]
 
     run.folder = folder
     return run

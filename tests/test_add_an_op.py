@@ -1,6 +1,7 @@
 """CONTRIBUTING.md's section "Add an op", followed literally in a copy of the lab: the op it adds must work
 everywhere."""
 
+import json
 import os
 import re
 import shutil
@@ -8,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import commands
 import pytest
 
 from lab.records import schema
@@ -38,6 +38,27 @@ args = op.inputs(Rand("cpu", torch.bfloat16), rows=1, cols=576)
 with common.recording("sm_90") as launches, settings.forced(op.name, found[0]):
     op.launchers["triton"](*args, out=op.outputs(*args))
 print("BLOCK", launches[0].meta["BLOCK"])
+"""
+
+# All that is asked of the copy, in one process, for a process takes seconds to import torch.
+ASK = """
+import json, sys
+sys.path.insert(0, "tests")
+from conftest import FORKS
+from lab import worker
+from lab.cli import main
+worker.subprocess = FORKS
+def end(status):
+    print("<status>", status, "<end>", sep="", flush=True)
+for words in json.loads(sys.argv[1]):
+    try:
+        end(main(words))
+    except SystemExit as ended:  # --help
+        end(ended.code or 0)
+exec(sys.argv[2])
+end(0)
+import pytest
+end(int(pytest.main(sys.argv[3:])))
 """
 
 
@@ -122,9 +143,12 @@ def test_contributing_adds_an_op(tmp_path):
         "lab tune --help",
     ]
     asked = [line.removeprefix("lab ").split() for line in asked]
-    found = commands.run(asked, tmp_path, settings)
-    assert [status for status, _ in found] == [0] * len(asked), found
-    said = {words[0]: text for words, (_, text) in zip(asked, found)}
+    tests = ["-q", "tests/test_ops.py", "tests/test_twins.py", "-k", NAME]
+    shown = run("-c", ASK, json.dumps(asked), WHAT_ELSE_KNOWS_IT, *tests)
+    found = re.findall(r"(.*?)<status>(\d+)<end>\n", shown, re.S)
+    assert [status for _, status in found] == ["0"] * (len(asked) + 2), shown
+    *answers, (known, _), (tested, _) = found
+    said = {words[0]: text for words, (text, _) in zip(asked, answers, strict=True)}
 
     assert re.search(rf"^{NAME} .*out = x \+ scale \* y$", said["ops"], re.M)
     for backend in ("cuda", "triton", "torch"):
@@ -141,11 +165,5 @@ def test_contributing_adds_an_op(tmp_path):
     for words in (f"{NAME} bf16 for sm_90a", "rows=1 cols=4096", f"{NAME}_kernel"):
         assert words in said["inspect"]
     assert re.search(rf"^ +OP .*{NAME}, or all", said["tune"], re.M)
-    assert run("-c", WHAT_ELSE_KNOWS_IT).splitlines() == [
-        "6 candidates",
-        "copy",
-        "['y']",
-        "#aa4499",
-        "BLOCK 512",
-    ]
-    assert " passed" in run("-m", "pytest", "-q", "tests/test_ops.py", "tests/test_twins.py", "-k", NAME)
+    assert known.splitlines() == ["6 candidates", "copy", "['y']", "#aa4499", "BLOCK 512"]
+    assert " passed" in tested and " failed" not in tested

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import commands
 import pytest
 from tiny_models import CONFIGS, write_gguf
 
@@ -223,23 +224,15 @@ def test_a_reader_that_goes_away():
 
 
 def test_a_reader_that_goes_away_from_what_rich_prints():
-    script = f"{sys.executable} -m lab explain decode_attention | head -1; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    with subprocess.Popen(["head", "-1"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as reader:
+        done = commands.lab("explain", "decode_attention", given={1: reader.stdin})
     assert (done.stderr, done.returncode) == ("", 141)
 
 
 def test_a_full_disk_is_one_line():
     for buffered in ("", "1"):
         with open("/dev/full", "w") as full:
-            done = subprocess.run(
-                [sys.executable, "-m", "lab", "explain", "rmsnorm"],
-                cwd=ROOT,
-                stdout=full,
-                text=True,
-                stderr=subprocess.PIPE,
-                timeout=60,
-                env={**os.environ, "PYTHONUNBUFFERED": buffered},
-            )
+            done = commands.lab("explain", "rmsnorm", given={1: full}, env={"PYTHONUNBUFFERED": buffered})
         assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "no space left" in done.stderr
 
 
@@ -360,7 +353,7 @@ def test_without_a_gpu_an_old_gpu_build_is_not_missing(monkeypatch):
 
 
 def test_doctor_proves_what_it_calls_ok():
-    done = lab("doctor", "--json")
+    done = commands.lab("doctor", "--json")
     found = json.loads(done.stdout)
     assert done.returncode == (0 if found["usable"] else 1)
     by_name = {f["name"]: f for f in found["findings"]}

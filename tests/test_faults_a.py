@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import commands
 import pytest
 import torch
 from test_text_faults import ROOT, RUN, gguf_tokenizer, with_tokens
@@ -408,10 +409,9 @@ def test_text_of_a_model_does_not_steer_the_terminal(tmp_path, capfdbinary, stre
     words += [] if stream else ["--no-stream"]
     assert cli.main(words) == 0
     assert capfdbinary.readouterr().out == b"\x1b\n"
-    words, master, terminal = [sys.executable, "-m", "lab", *words], *pty.openpty()
+    master, terminal = pty.openpty()
     try:
-        done = subprocess.run(words, cwd=ROOT, stdout=terminal, stderr=subprocess.DEVNULL, timeout=300)
-        assert done.returncode == 0
+        assert commands.lab(*words, given={1: terminal}).returncode == 0
         assert os.read(master, 1000) == b"\\x1b\r\n"
     finally:
         os.close(master)
@@ -429,29 +429,23 @@ def test_an_empty_name_of_a_model_is_no_folder(capfd):
     assert "unknown model ''" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("closed, status", [("2>&-", 0), (">&-", 0), ("<&- >&- 2>&-", 0), ("2>/dev/full", 2)])
+@pytest.mark.parametrize("closed, status", [((2,), 0), ((1,), 0), ((0, 1, 2), 0), ("2>/dev/full", 2)])
 def test_standard_streams_that_are_closed_or_full(tiny_gguf, tmp_path, closed, status):
     out = tmp_path / "run.json"
-    words = [
-        sys.executable,
-        "-m",
-        "lab",
-        "run",
-        str(tiny_gguf),
-        *RUN,
-        "--prompt",
-        "hi",
-        "--max-new-tokens",
-        "2",
-    ]
-    found = subprocess.run(
-        ["sh", "-c", f'exec "$@" {closed}', "sh", *words, "--json", str(out)],
-        cwd=ROOT,
-        capture_output=True,
-        timeout=300,
-    )
-    assert found.returncode == status and b"Traceback" not in found.stderr
+    words = ["run", tiny_gguf, *RUN, "--prompt", "hi", "--max-new-tokens", "2", "--json", out]
+    with open("/dev/full", "wb") as full:
+        given = {2: full} if closed == "2>/dev/full" else dict.fromkeys(closed)
+        found = commands.lab(*words, given=given)
+    assert found.returncode == status and "Traceback" not in found.stderr
     assert status or len(json.loads(out.read_text())["output_ids"]) == 2
+
+
+def test_a_real_process_without_standard_streams(tiny_gguf, tmp_path):
+    out = tmp_path / "run.json"
+    words = [sys.executable, "-m", "lab", "run", tiny_gguf, *RUN, "--ids", "1", "--max-new-tokens", "2"]
+    script = 'exec "$@" <&- >&- 2>&-'
+    assert subprocess.run(["sh", "-c", script, "sh", *words, "--json", out], cwd=ROOT).returncode == 0
+    assert len(json.loads(out.read_text())["output_ids"]) == 2
 
 
 def test_ids_that_are_no_ids_are_shown_briefly(tiny_gguf, capfd):

@@ -1,6 +1,6 @@
 """The CUDA kernels in the shapes of a GPU, on a CPU too: what CPU shapes leave out (tensor cores, warps that
 share k, x staged in parts, blocks with several sets of outputs, contexts that are long enough to be
-split)."""
+split). tests/test_ops.py runs the ops' own cases in them."""
 
 import pytest
 import torch
@@ -8,18 +8,10 @@ from test_fused import decode
 from test_persistent import agree
 
 from lab.check import check_case
-from lab.contract import DTYPES
 from lab.dispatch import select
 from lab.model.sampling import Sampling
-from lab.ops import OPS, find
+from lab.ops import find
 
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-CASES = [
-    pytest.param(op, dtype, c.sizes, id=f"{op.name}-{NAMES[dtype]}-{i}")
-    for op in OPS
-    for dtype in op.dtypes
-    for i, c in enumerate(op.cases)
-]
 # Sizes that the ops' own cases leave out.
 SIZES = {
     "x in several parts": dict(batch=8, n=40, k=4104),
@@ -56,11 +48,6 @@ def check(rand, device):
         assert outcome.error is None, outcome.error
 
     return check
-
-
-@pytest.mark.parametrize("op, dtype, sizes", CASES)
-def test_meets_its_contract(op, dtype, sizes, check):
-    check(op, dtype, sizes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -18,6 +18,8 @@ from lab.inspect.fairness import code_lines, fairness
 from lab.ops import OPS, find
 from lab.records import schema
 
+pytestmark = pytest.mark.usefixtures("kept_listings")
+
 
 def cuda_missing():
     """Why the CUDA kernels cannot be looked at here, or None."""

@@ -18,6 +18,7 @@ from lab.ops import find
 from lab.records import schema
 from lab.report import ladder_figures, load
 
+pytestmark = pytest.mark.usefixtures("kept_listings")
 ROOT = Path(__file__).resolve().parent.parent
 TITLE = re.compile(r"^\s*(?://|#) (\d+\. [\w ,+\-/]+):", re.M)
 SOURCES = {"cuda": "cuda_src/ladder/{}.cu", "triton": "triton_kernels/ladder/{}.py"}
@@ -41,12 +42,15 @@ def fitting(rung, dtype):
 @pytest.mark.parametrize("rung, backend", RUNGS)
 def test_rung_agrees_with_the_reference_and_refuses_the_rest(rung, backend):
     op, function = find(rung.op), ladder.bind(rung, backend)
-    # bfloat16 in all cases; float32 in one, since interpreted kernels are slow
+    # bfloat16 in all cases; float32 in one, since interpreted kernels are slow. Interpreted rungs without a
+    # workspace are called a second time in their first case alone.
+    stateless = backend == "triton" and (rung.op != "decode_attention" or rung.number < 4)
     for dtype in (torch.bfloat16, torch.float32):
         taken, refused = fitting(rung, dtype)
         assert taken or dtype == torch.float32, "a rung that is never run"
         for c in taken if dtype == torch.bfloat16 else taken[:1]:
-            assert check_case(op, function, Rand("cpu", dtype), c.sizes).error is None, c.why
+            calls = 2 if not stateless or (dtype == torch.bfloat16 and c is taken[0]) else 1
+            assert check_case(op, function, Rand("cpu", dtype), c.sizes, calls).error is None, c.why
         for c in refused:
             with pytest.raises(LabError, match=re.escape(rung.needs)):
                 function(*op.inputs(Rand("cpu", dtype), **c.sizes))

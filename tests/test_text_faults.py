@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import commands
 import pytest
 from tiny_models import CONFIGS, byte_level_vocabulary, tokenizer_json, write_folder, write_gguf
 
@@ -64,17 +65,6 @@ def with_tokens(*texts):
     """The tokens of the tiny vocabulary, the last ones replaced."""
     tokens, _ = byte_level_vocabulary(272)
     return tokens[: 272 - len(texts)] + list(texts)
-
-
-def lab(*words, env=None, **options):
-    return subprocess.run(
-        [sys.executable, "-m", "lab", *map(str, words)],
-        cwd=ROOT,
-        capture_output=True,
-        timeout=300,
-        env={**os.environ, **(env or {})},
-        **options,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -651,7 +641,7 @@ def test_run_writes_what_it_has_when_the_models_limit_is_reached(tiny_gguf, tmp_
 def test_text_that_the_output_cannot_hold(tmp_path, words):
     """The tiny model's answer has bytes that are no UTF-8, so U+FFFD, which is no ASCII."""
     folder = write_folder(tmp_path / "tiny", CONFIGS["llama"])
-    done = lab(
+    done = commands.lab(
         "run",
         folder,
         *RUN,
@@ -664,8 +654,8 @@ def test_text_that_the_output_cannot_hold(tmp_path, words):
         env={"PYTHONIOENCODING": "ascii:strict"},
     )
     text = json.loads((tmp_path / "x.json").read_bytes().decode("utf-8"))["text"]
-    assert done.returncode == 0 and b"Traceback" not in done.stderr
-    assert done.stdout.decode("ascii") == text.encode("ascii", "backslashreplace").decode() + "\n"
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert done.stdout == text.encode("ascii", "backslashreplace").decode() + "\n"
     assert not text.isascii()
 
 

@@ -22,6 +22,7 @@ from triton_kernels.rope import rope
 from triton_kernels.sample import sample
 from triton_kernels.silu_mul import silu_mul
 
+pytestmark = pytest.mark.usefixtures("kept_listings")
 TENSOR_CORE = r"\bHG?MMA\b"
 MAX_SHARED = {"sm_90": 227 << 10, "sm_80": 163 << 10}
 F32, F16, BF16, I32 = torch.float32, torch.float16, torch.bfloat16, torch.int32

@@ -17,6 +17,7 @@ from triton_kernels.norm_linear_argmax import norm_linear_argmax as run_argmax
 from triton_kernels.norm_linear_silu_mul import norm_linear_silu_mul as run_silu_mul
 from triton_kernels.rope_append_attention import rope_append_attention as run_attention
 
+pytestmark = pytest.mark.usefixtures("kept_listings")
 F32, F16, BF16, I32 = torch.float32, torch.float16, torch.bfloat16, torch.int32
 SUM = dict(path="sum", BLOCK_N=4, BLOCK_K=128)
 DOT = dict(path="dot", BLOCK_N=16, BLOCK_K=32, STAGES=1)

@@ -12,6 +12,7 @@ from lab.ops import decode_step
 from triton_kernels import offline, settings
 from triton_kernels.common import recording
 
+pytestmark = pytest.mark.usefixtures("kept_listings")
 SIZES = dict(
     layers=2, hidden=64, intermediate=136, vocab=101, q_heads=4, kv_heads=2, head_dim=64, position=70
 )
