@@ -29,6 +29,7 @@ from lab.errors import LabError
 
 SEGMENT = 64  # bytes
 RUN = 32  # columns
+EXPANDED_AT_ONCE = 1 << 22  # weights
 
 
 @dataclass(frozen=True)
@@ -185,8 +186,46 @@ class PackedMatrix:
         return value.flatten(1)
 
     def to(self, dtype: torch.dtype) -> torch.Tensor:
-        """The weights as a tensor, rounded to a dtype."""
-        return self.double().to(dtype)
+        """The weights as a tensor: rounded to float32, then to dtype. Expands a few rows at a time, so that
+        hardly more memory is taken than that of the result."""
+        out = torch.empty(self.rows, self.k, dtype=dtype, device=self.device)
+        step = max(1, EXPANDED_AT_ONCE // self.k)
+        for codes, scales, rows in zip(self.codes.split(step), self.scales.split(step), out.split(step)):
+            rows.copy_(self._float(codes, scales)[:, : self.k])
+        return out
+
+    def _float(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """Some rows in float32. Only the last operation rounds: a code has at most 8 bits, and a scale that
+        is followed by a minimum 11, so that their product is exact."""
+        f = self.format
+        every = torch.arange(1 << f.bits, dtype=torch.uint8, device=codes.device)
+        number = f.decode(every).float()
+        value = number.index_select(0, unpack(codes, f.bits).flatten().int())
+        value = value.view(scales.shape[0], scales.shape[1], -1)
+        if f.second == "zero":
+            value.sub_(scales[:, :, 1:].float())
+        value.mul_(f.scale_value(scales[:, :, :1]).float())
+        if f.second == "minimum":
+            value.add_(scales[:, :, 1:].float())
+        return value.flatten(1)
+
+    def same(self, other: object) -> bool:
+        """Whether `other` is a packed matrix of the same format with the same codes and scales."""
+        return (
+            type(other) is PackedMatrix
+            and (self.format_name, self.k) == (other.format_name, other.k)
+            and torch.equal(self.codes, other.codes)
+            and torch.equal(self.scales, other.scales)
+        )
+
+    @staticmethod
+    def stacked(matrices: list[PackedMatrix]) -> PackedMatrix:
+        """One matrix with the rows of all, which have the same format and k."""
+        first = matrices[0]
+        if len(matrices) == 1:
+            return first
+        codes, scales = torch.cat([m.codes for m in matrices]), torch.cat([m.scales for m in matrices])
+        return PackedMatrix(first.format_name, first.k, codes, scales)
 
     def some_rows(self, ids: torch.Tensor) -> PackedMatrix:
         """The rows of these numbers, [len(ids), k]."""
@@ -206,14 +245,20 @@ def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
     """The inverse of pack(): uint8 [rows, columns of whole segments]."""
     rows, columns = packed.shape[0], packed.shape[1] * 8 // bits
     runs = SEGMENT * 8 // bits // RUN
+    # Four copies into every fourth column: one of a whole permuted tensor takes four times as long on a CPU.
+    codes = packed.new_empty(
+        rows, columns // (runs * RUN), runs, 2, 4, 4
+    )  # row, segment, run, half, t, j % 4
     if bits == 8:
-        lanes = packed.view(rows, -1, 4, runs, 8)[..., [0, 2, 1, 3, 4, 6, 5, 7]]
-    else:
-        by_byte = packed.view(rows, -1, 4, runs, 4)
-        low, high = by_byte & 15, by_byte >> 4  # of code pairs (0, 2), (4, 6), (1, 3), (5, 7)
-        lanes = torch.cat((low, high), -1)[..., [0, 2, 4, 6, 1, 3, 5, 7]]
-    # [rows, segment, t, run, half, e] -> [rows, segment, run, half, t, e]
-    return lanes.unflatten(4, (2, 4)).permute(0, 1, 3, 4, 2, 5).reshape(rows, columns)
+        by_byte = packed.view(rows, -1, 4, runs, 2, 4).permute(0, 1, 3, 4, 2, 5)
+        for byte, code in enumerate((0, 2, 1, 3)):
+            codes[..., code] = by_byte[..., byte]
+    else:  # byte 2 p + half of a word holds codes p and p + 2 of that half
+        by_byte = packed.view(rows, -1, 4, runs, 2, 2).permute(0, 1, 3, 5, 2, 4)
+        for p in range(2):
+            torch.bitwise_and(by_byte[..., p], 15, out=codes[..., p])
+            torch.bitwise_right_shift(by_byte[..., p], 4, out=codes[..., p + 2])
+    return codes.view(rows, columns)
 
 
 def _lanes(codes: torch.Tensor, bits: int) -> torch.Tensor:

@@ -5,7 +5,10 @@ A source is an object with
   where             what an error begins with, the file for example
   config            a ModelConfig
   holds(name)       whether it has a tensor, named as Hugging Face names it
-  fill(name, out)   writes that tensor into `out`, converted to the dtype and device of `out`
+  stored(name)      a lab.model.sources.store.Stored: how it stores that tensor
+  fill(name, out)   writes that tensor into `out`, expanded and converted to the dtype and device of `out`
+  packed(name, shape, device)
+                    the matrix of that name as a PackedMatrix of the format that stored(name) says, exactly
   unread()          the names of tensors that were never asked for, though they would change the logits
   tokenizer()       a lab.model.text.tokenizer.Tokenizer, or None
 """

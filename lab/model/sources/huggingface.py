@@ -9,7 +9,7 @@ import torch
 from lab.errors import LabError, Unavailable, named
 from lab.files import read_json, regular_file
 from lab.model.config import from_huggingface, huggingface_biases, with_held_biases
-from lab.model.sources.store import store
+from lab.model.sources.store import Stored, store
 from lab.model.unsupported import quoted
 
 try:
@@ -49,11 +49,17 @@ class HuggingFaceSource:
     def unread(self) -> list[str]:
         return sorted(name for name in self.files.keys() - self.asked if not name.endswith(IGNORED))
 
-    def fill(self, name: str, out: torch.Tensor) -> None:
+    def stored(self, name: str) -> Stored:
+        return Stored(self._open(self._file(name)).get_slice(name).get_dtype())
+
+    def _file(self, name: str) -> Path:
         if name not in self.files:
             raise LabError(f"{self.folder}: tensor {name} is in none of the safetensors files")
+        return self.folder / self.files[name]
+
+    def fill(self, name: str, out: torch.Tensor) -> None:
+        path = self._file(name)
         self.asked.add(name)
-        path = self.folder / self.files[name]
         try:
             values = self._open(path).get_tensor(name)
         except LabError:

@@ -8,6 +8,7 @@ import zlib
 import torch
 
 from lab.model.description import ModelConfig
+from lab.model.sources.store import Stored
 
 
 class RandomSource:
@@ -24,6 +25,9 @@ class RandomSource:
 
     def holds(self, name: str) -> bool:
         return not (self.config.tie_embeddings and name == "lm_head.weight")
+
+    def stored(self, name: str) -> Stored:
+        return Stored("random numbers")
 
     def fill(self, name: str, out: torch.Tensor) -> None:
         seed = zlib.crc32(f"{self.seed} {name}".encode())  # 32 bits: all that torch's CPU generator takes
