@@ -1,5 +1,6 @@
 """Models whose weights stay quantised: what is read from a file is what the file stores, exactly."""
 
+import json
 from dataclasses import replace
 
 import gguf
@@ -8,16 +9,22 @@ import pytest
 import torch
 from tiny_models import CONFIGS, tensors, write_folder, write_gguf
 
+from lab import cli
 from lab.dispatch import select
 from lab.errors import LabError
 from lab.formats import FORMATS
+from lab.harness import model_bench
+from lab.harness.ops_bench import Rig
+from lab.harness.request import Request, settings_of
 from lab.model.decoder import Decoder
+from lab.model.families import PRESETS
 from lab.model.generate import teacher_forced_logits
 from lab.model.sources import open_source
 from lab.model.sources.gguf_file import FORMAT_OF, codes_and_scales
 from lab.model.sources.random import RandomSource
 from lab.model.weight_formats import AS_STORED, EXPANDED, Storage, dtype_of, storage_of
 from lab.model.weights import load, planned
+from lab.records import card, compare, schema
 
 WIDE = replace(CONFIGS["llama-3"], hidden=256, intermediate=512)  # multiples of a block of Q6_K
 IDS = [5, 9, 200, 31, 7, 64]
@@ -238,3 +245,100 @@ def test_options():
     assert dtype_of("bf16", None) == dtype_of("bf16", "bf16") == "bf16"
     with pytest.raises(LabError, match="--weights-as bf16 and --dtype fp32 contradict each other"):
         dtype_of("bf16", "fp32")
+
+
+# --- the verbs ---
+
+
+def run(*words):
+    return cli.main(["run", *map(str, words)])
+
+
+def test_run_says_the_formats(tmp_path, capsys):
+    path = write_gguf(tmp_path / "tiny.gguf", CONFIGS["llama"], kind="Q4_1")
+    words = path, "--backend", "torch", "--device", "cpu", "--ids", "1,2,3", "--max-new-tokens", "3"
+    ids = []
+    for more, formats in (
+        ((), "int4-g32-min"),
+        (("--weights-as", "fp32"), "fp32"),
+        (("--weights-as", "bf16"), "bf16"),
+        (("--weights-as", "fp32", "--quantise", "fp8"), "fp8, lm_head int8"),
+    ):
+        assert run(*words, *more, "--json", tmp_path / "run.json") == 0
+        written, said = json.loads((tmp_path / "run.json").read_text()), capsys.readouterr().err
+        assert written["weights"] == formats
+        assert written["dtype"] == ("bf16" if "bf16" in more else "fp32")
+        packed = formats not in ("fp32", "bf16")
+        assert (f"fp32, weights {formats} on cpu" in said) == packed == ("expands them" in said)
+        ids.append(written["output_ids"])
+    assert ids[0] == ids[1]
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (("--weights-as", "bf16", "--dtype", "fp32"), "contradict each other"),
+        (("--weights-as", "int8"), "unknown weights 'int8'"),
+        (("--quantise", "int4"), "unknown format 'int4'"),
+        (("--quantise-head", "int8"), "--quantise-head needs --quantise"),
+        (("--plan", "persistent", "--dtype", "bf16"), "persistent takes no packed weights yet"),
+        (("--plan", "persistent", "--dtype", "bf16", "--quantise", "fp8"), "takes no packed weights yet"),
+        (("--quantise", "fp8"), "quantised already (Q8_0)"),
+    ],
+)
+def test_run_refuses_in_one_line(tmp_path, capsys, words, says):
+    path = write_gguf(tmp_path / "tiny.gguf", CONFIGS["llama"], kind="Q8_0")
+    assert run(path, "--backend", "torch", "--device", "cpu", "--ids", "1", *words) == 2
+    said = capsys.readouterr().err
+    assert says in said and said.count("\n") == 1
+
+
+@pytest.fixture
+def tiny_preset(monkeypatch):
+    monkeypatch.setitem(PRESETS, "tiny", CONFIGS["llama"])
+    monkeypatch.setattr(card, "commit", lambda: "c0ffee")
+    monkeypatch.setattr(model_bench, "open_source", lambda name, kind: RandomSource(PRESETS[name]))
+
+
+def bench(*words):
+    words = "bench", "model", "tiny", "--backend", "torch", "--device", "cpu", "--context", "16", *words
+    return cli.main([str(word) for word in words])
+
+
+def test_bench_records_the_formats_and_their_bytes(tmp_path, tiny_preset):
+    for words in ((), ("--quantise", "int4-g32"), ("--quantise", "int4-g32", "--quantise-head", "none")):
+        assert bench("--out", tmp_path, *words) == 0
+    records = schema.read(tmp_path)
+    plain, packed, headless = records.of_kind("model")
+    assert (plain.weight_format, packed.weight_format) == (None, "int4-g32, lm_head int8")
+    assert headless.weight_format == "int4-g32, lm_head fp32"
+    assert len({schema.key(r) for r in (plain, packed, headless)}) == 3
+    loaded = load(RandomSource(CONFIGS["llama"]), storage=storage_of(None, "int4-g32"))
+    kv = 17 * 2 * 2 * CONFIGS["llama"].kv_width * 4
+    assert packed.weight_bytes == loaded.nbytes and packed.bytes == loaded.step_nbytes + kv
+    assert plain.weight_bytes > 5 * packed.weight_bytes and plain.error is packed.error is None
+    assert "int4-g32, lm_head int8" in compare.label(packed)
+
+
+def test_what_a_bench_is_asked_of_formats():
+    settings = settings_of(Request("model", device="cpu", quantise="fp8"))
+    assert settings.storage == storage_of(None, "fp8")
+    rig = Rig({"torch": None}, "cpu", plans=("basic", "persistent"))
+    assert rig.sides(1, "bf16", packed=True) == [("torch", "basic")]
+    assert rig.sides(1, "bf16") == [("torch", "basic"), ("torch", "persistent")]
+    assert settings_of(Request("model", device="cpu", weights_as="fp16")).dtypes == ("fp16",)
+    with pytest.raises(LabError, match="contradict each other"):
+        settings_of(Request("model", device="cpu", weights_as="fp16", dtypes=("bf16",)))
+    with pytest.raises(LabError, match="unknown format"):
+        settings_of(Request("model", device="cpu", quantise="int5"))
+    with pytest.raises(LabError, match="persistent takes no packed weights yet"):
+        settings_of(Request("model", device="cpu", quantise="fp8", plans=("persistent",), dtypes=("bf16",)))
+
+
+def test_old_records_have_no_format_and_compare(tmp_path):
+    """A line as it was written before there were formats is the same measurement as one of plain weights."""
+    row = schema.ModelRow("r", "m", "torch", "basic", "graph", "bf16", 1, 16)
+    line = json.loads(schema.to_line(row))
+    assert "weight_format" not in line  # null fields are left out
+    assert schema.key(schema.from_dict(line)) == schema.key(row)
+    assert schema.key(row) != schema.key(replace(row, weight_format="int8"))
