@@ -323,7 +323,7 @@ def test_bench_records_the_formats_and_their_bytes(tmp_path, tiny_preset):
 def test_what_a_bench_is_asked_of_formats():
     settings = settings_of(Request("model", device="cpu", quantise="fp8"))
     assert settings.storage == storage_of(None, "fp8")
-    rig = Rig({"torch": None}, "cpu", plans=("basic", "persistent"))
+    rig = Rig("cpu", {"torch": None}, None, plans=("basic", "persistent"))
     assert rig.sides(1, "bf16", packed=True) == [("torch", "basic")]
     assert rig.sides(1, "bf16") == [("torch", "basic"), ("torch", "persistent")]
     assert settings_of(Request("model", device="cpu", weights_as="fp16")).dtypes == ("fp16",)
