@@ -70,7 +70,7 @@ def dtype_of(weights_as: str | None, dtype: str | None) -> str | None:
 class Formats:
     """The format of each matrix of a model by the name of its part, None for a plain one.
 
-    notes: lines that say what was expanded although the file stores it in fewer bits.
+    notes: lines for the user, that say for example what is expanded although the file has fewer bits for it.
     """
 
     outer: dict[str, str | None] = field(default_factory=dict)
@@ -119,7 +119,7 @@ def formats_of(source, config: ModelConfig, storage: Storage, dtype: torch.dtype
 
     Raises LabError for a tensor that is missing, and for weights to be quantised that are already.
     """
-    found, expanded, mixed = Formats(), Counter(), defaultdict(int)
+    found, expanded, mixed = Formats(notes=list(source.notes)), Counter(), defaultdict(int)
 
     def of(part: Part, prefix: str = "") -> str | None:
         stored = [source.stored(prefix + name) for name, _ in part.tensors]

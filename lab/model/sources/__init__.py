@@ -4,6 +4,7 @@ A source is an object with
   name              the model's
   where             what an error begins with, the file for example
   config            a ModelConfig
+  notes             lines that the user is told when it is loaded
   holds(name)       whether it has a tensor, named as Hugging Face names it
   stored(name)      a lab.model.sources.store.Stored: how it stores that tensor
   fill(name, out)   writes that tensor into `out`, expanded and converted to the dtype and device of `out`

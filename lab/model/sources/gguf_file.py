@@ -164,7 +164,7 @@ class GGUFSource:
         config = from_gguf(scalars | layered, self.shapes, freqs, self.name, self.where)
         self.family = FAMILIES[config.architecture]
         self.config = with_held_biases(config, self.family.biases, self.tensors, self._stored, self.where)
-        self.asked = {"rope_freqs.weight"}
+        self.asked, self.notes = {"rope_freqs.weight"}, ()
 
     def array(self, key: str) -> list | None:
         """The values of an array in the metadata; None where there is none of that name."""

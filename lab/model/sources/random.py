@@ -21,7 +21,7 @@ class RandomSource:
 
     def __init__(self, config: ModelConfig, seed: int = 0):
         self.name, self.config, self.seed = config.name, config, seed
-        self.where = f"model {self.name}"
+        self.where, self.notes = f"model {self.name}", ()
 
     def holds(self, name: str) -> bool:
         return not (self.config.tie_embeddings and name == "lm_head.weight")
