@@ -62,6 +62,15 @@ def test_a_gguf_model_keeps_its_format_and_gives_the_logits_of_its_numbers(tmp_p
     torch.testing.assert_close(logits(stored), logits(expanded), rtol=1e-4, atol=1e-4)
 
 
+def test_a_large_matrix_is_converted_some_rows_at_a_time(tmp_path, monkeypatch):
+    path = str(write_gguf(tmp_path / "tiny.gguf", CONFIGS["llama"], kind="Q4_1"))
+    whole = load(open_source(path))
+    monkeypatch.setattr("lab.model.sources.gguf_file.CONVERTED_AT_ONCE", 1000)
+    parts = load(open_source(path))
+    assert parts.embed.same(whole.embed)
+    assert all(a.same(b) for a, b in zip(parts.matrices(), whole.matrices(), strict=True))
+
+
 def test_mixed_files_keep_each_matrix_format(tmp_path):
     kinds = {"embed": "Q8_0", "lm_head": "F16", "down": "Q4_0", "o_proj": "BF16"}
     path = write_gguf(

@@ -38,6 +38,7 @@ LAYER_NAMES = {
     "mlp.down_proj": "ffn_down",
 }
 MOST_ENTRIES = 20000
+CONVERTED_AT_ONCE = 1 << 24  # weights
 BLOCK = 32  # weights of a block of Q8_0, Q4_0 and Q4_1
 OTHER_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
@@ -205,9 +206,13 @@ class GGUFSource:
             blocks = torch.from_numpy(np.array(tensor.data)).view(shape[0], shape[1] // BLOCK, -1)
         except (OSError, ValueError, RuntimeError) as error:
             raise LabError(f"{self.where}: tensor {stored} is mangled: {_first_line(error)}") from error
-        codes, scales = codes_and_scales(kind, self._rows_in_order(name, blocks.to(device)))
-        check_scales(scales, stored, self.where)
-        return FORMATS[FORMAT_OF[kind]].from_codes(codes, scales)
+        parts = []
+        # Some rows at a time: codes take a byte each on the way, and an output head is larger than a layer.
+        for some in self._rows_in_order(name, blocks).split(max(1, CONVERTED_AT_ONCE // shape[1])):
+            codes, scales = codes_and_scales(kind, some.to(device))
+            check_scales(scales, stored, self.where)
+            parts.append(FORMATS[FORMAT_OF[kind]].from_codes(codes, scales))
+        return PackedMatrix.stacked(parts)
 
     def _found(self, name: str) -> str:
         stored = self._stored(name)
