@@ -52,7 +52,7 @@ def test_every_stored_weight_is_the_expanded_one(models):
 
 
 def test_ten_prompts_give_the_same_greedy_tokens(models, monkeypatch):
-    """One batch, for torch expands packed weights anew in every step. They prefill the first prompt themselves;
+    """One batch, for torch expands packed weights anew in every step. They prefill the first prompt alone;
     the others are prefilled by the expanded weights, which saves their expansion for each."""
     tokenizer, stored, expanded = models
     prompts = [tokenizer.encode(text) for text in PROMPTS]
