@@ -25,6 +25,8 @@ from lab.model.sources.random import RandomSource
 from lab.model.weight_formats import AS_STORED, EXPANDED, Storage, dtype_of, storage_of
 from lab.model.weights import load, planned
 from lab.records import card, compare, schema
+from lab.report import figures
+from lab.report import load as report
 
 WIDE = replace(CONFIGS["llama-3"], hidden=256, intermediate=512)  # multiples of a block of Q6_K
 IDS = [5, 9, 200, 31, 7, 64]
@@ -327,6 +329,10 @@ def test_bench_records_the_formats_and_their_bytes(tmp_path, tiny_preset):
     assert packed.weight_bytes == loaded.nbytes and packed.bytes == loaded.step_nbytes + kv
     assert plain.weight_bytes > 5 * packed.weight_bytes and plain.error is packed.error is None
     assert "int4-g32, lm_head int8" in compare.label(packed)
+    runs = sorted(report.load(tmp_path), key=lambda run: run.id)
+    said = [figures.conditions(run, run.model) for run in runs]
+    assert ["weights int4-g32, lm_head int8" in text for text in said] == [False, True, False]
+    assert "weights int4-g32, lm_head fp32" in said[2]
 
 
 def test_what_a_bench_is_asked_of_formats():
