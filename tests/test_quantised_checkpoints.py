@@ -250,6 +250,8 @@ W = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "grou
         (made.awq({}, group_size="128")[2], "group_size is '128'; expected int"),
         (made.gptq({}, bits=3)[2], "bits 3 is not supported"),
         (made.gptq({}, checkpoint_format="marlin")[2], "checkpoint_format 'marlin' is not supported"),
+        (made.gptq({}, format="gptq_v2")[2], "checkpoint_format 'gptq' and 'gptq_v2' is not supported"),
+        (made.awq({}, format="gemv_fast")[2], "format 'gemv_fast' is not supported"),
         (made.gptq({}, dynamic={"-:lm_head": {}})[2], "dynamic .* is not supported"),
         (made.fp8({}, "fp8", weight_block_size=[128, 128])[2], r"weight_block_size \[128, 128\]"),
         (made.compressed("marlin-24", W), "format 'marlin-24' of int4 is not supported"),

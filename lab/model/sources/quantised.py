@@ -220,7 +220,8 @@ class _Config:
 def _awq(config: _Config) -> Scheme:
     config.require("bits", int, 4)
     config.require("zero_point", bool, True)
-    config.require("version", str, "gemm", "GEMM", default="gemm")
+    for key in ("version", "format", "checkpoint_format"):  # of AutoAWQ, and of GPTQModel
+        config.require(key, str, "gemm", "GEMM", default="gemm")
     group = config.group()
     return Scheme(f"AWQ of group {group}", "int4", group, True, "qweight", read_awq)
 
@@ -228,7 +229,13 @@ def _awq(config: _Config) -> Scheme:
 def _gptq(config: _Config) -> Scheme:
     config.require("bits", int, 4)
     config.refuse("dynamic", "is_marlin_format")
-    layout = config.require("checkpoint_format", str, "gptq", "gptq_v2", default="gptq")
+    given = {config.get(key, str, None) for key in ("checkpoint_format", "format")} - {None}
+    if not given <= {"gptq", "gptq_v2"} or len(given) > 1:
+        raise LabError(
+            f"{config.where}: checkpoint_format {' and '.join(sorted(map(quoted, given)))} is not supported; "
+            "supported: 'gptq' or 'gptq_v2'"
+        )
+    layout = given.pop() if given else "gptq"
     group, symmetric = config.group(), config.get("sym", bool, False)
 
     ordered = config.get("desc_act", bool, False)
