@@ -59,7 +59,7 @@ def test_a_packed_matrix_multiplies_and_looks_up_as_its_numbers_do(format, dtype
 
 
 def test_a_large_packed_matrix_is_expanded_some_rows_at_a_time(monkeypatch):
-    monkeypatch.setattr(format_module, "EXPANDED_AT_ONCE", 1000)
+    monkeypatch.setitem(format_module.EXPANDED_AT_ONCE, "cpu", 1000)
     packed = FORMATS["int4-g32-min"].quantise(torch.randn(37, 300))
     assert torch.equal(packed.to(torch.float32), packed.double().float())
 

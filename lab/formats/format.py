@@ -29,7 +29,7 @@ from lab.errors import LabError
 
 SEGMENT = 64  # bytes
 RUN = 32  # columns
-EXPANDED_AT_ONCE = 1 << 22  # weights
+EXPANDED_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 24}  # weights: what stays in a cache; what fills a GPU
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ class PackedMatrix:
         """The weights as a tensor: rounded to float32, then to dtype. Expands a few rows at a time, so that
         hardly more memory is taken than that of the result."""
         out = torch.empty(self.rows, self.k, dtype=dtype, device=self.device)
-        step = max(1, EXPANDED_AT_ONCE // self.k)
+        step = max(1, EXPANDED_AT_ONCE[self.device.type] // self.k)
         for codes, scales, rows in zip(self.codes.split(step), self.scales.split(step), out.split(step)):
             rows.copy_(self._float(codes, scales)[:, : self.k])
         return out
@@ -243,22 +243,19 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
     """The inverse of pack(): uint8 [rows, columns of whole segments]."""
-    rows, columns = packed.shape[0], packed.shape[1] * 8 // bits
-    runs = SEGMENT * 8 // bits // RUN
-    # Four copies into every fourth column: one of a whole permuted tensor takes four times as long on a CPU.
-    codes = packed.new_empty(
-        rows, columns // (runs * RUN), runs, 2, 4, 4
-    )  # row, segment, run, half, t, j % 4
-    if bits == 8:
-        by_byte = packed.view(rows, -1, 4, runs, 2, 4).permute(0, 1, 3, 4, 2, 5)
-        for byte, code in enumerate((0, 2, 1, 3)):
-            codes[..., code] = by_byte[..., byte]
-    else:  # byte 2 p + half of a word holds codes p and p + 2 of that half
-        by_byte = packed.view(rows, -1, 4, runs, 2, 2).permute(0, 1, 3, 5, 2, 4)
-        for p in range(2):
-            torch.bitwise_and(by_byte[..., p], 15, out=codes[..., p])
-            torch.bitwise_right_shift(by_byte[..., p], 4, out=codes[..., p + 2])
-    return codes.view(rows, columns)
+    rows, runs = packed.shape[0], SEGMENT * 8 // bits // RUN
+    word = packed.view(torch.int32).view(rows, -1, 4, runs * bits // 4)  # row, segment, t, run (and half)
+    word = word.unflatten(3, (runs, -1)).permute(0, 1, 3, 4, 2)  # row, segment, run, half, t
+    codes = torch.empty(*word.shape[:3], 2, 4, dtype=torch.int32, device=packed.device)
+    for half in range(2):  # four codes, a byte each, are a word of the result
+        if bits == 8:
+            x = word[:, :, :, half]
+            some = (x & ~0xFFFF00) | (x & 0xFF00) << 8 | (x >> 8) & 0xFF00  # bytes 1 and 2 change places
+        else:
+            x = word[:, :, :, 0] >> 8 * half
+            some = (x & 0xF) | (x >> 8) & 0xF00 | (x & 0xF0) << 12 | (x & 0xF00000) << 4
+        codes[:, :, :, half] = some
+    return codes.view(torch.uint8).view(rows, -1)
 
 
 def _lanes(codes: torch.Tensor, bits: int) -> torch.Tensor:
