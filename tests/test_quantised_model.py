@@ -329,8 +329,8 @@ def test_bench_records_the_formats_and_their_bytes(tmp_path, tiny_preset):
     assert packed.weight_bytes == loaded.nbytes and packed.bytes == loaded.step_nbytes + kv
     assert plain.weight_bytes > 5 * packed.weight_bytes and plain.error is packed.error is None
     assert "int4-g32, lm_head int8" in compare.label(packed)
-    runs = sorted(report.load(tmp_path), key=lambda run: run.id)
-    said = [figures.conditions(run, run.model) for run in runs]
+    runs = {run.id: run for run in report.load(tmp_path)}
+    said = [figures.conditions(runs[r.run], runs[r.run].model) for r in (plain, packed, headless)]
     assert ["weights int4-g32, lm_head int8" in text for text in said] == [False, True, False]
     assert "weights int4-g32, lm_head fp32" in said[2]
 
