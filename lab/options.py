@@ -63,6 +63,25 @@ def check(parser):
     parser.add_argument("--ladder", action="store_true", help="the rungs of the ladders instead of the ops")
 
 
+def weight_formats(parser):
+    parser.add_argument(
+        "--weights-as",
+        metavar="HOW",
+        help="stored: quantised weights stay in the format of their file (the default); fp32, fp16 or bf16: "
+        "expanded to that dtype",
+    )
+    parser.add_argument(
+        "--quantise",
+        metavar="FORMAT",
+        help="round float weights to a weight format, as int8, int4-g128 or fp8 (an unknown name lists all)",
+    )
+    parser.add_argument(
+        "--quantise-head",
+        metavar="FORMAT",
+        help="with --quantise, the format of the output head and of a tied embedding, or none (default int8)",
+    )
+
+
 def bench(parser):
     parser.add_argument(
         "what",
@@ -100,6 +119,7 @@ def bench(parser):
         default="random",
         help="weights of the models: random ones, or with auto the real ones",
     )
+    weight_formats(parser)
     parser.add_argument("--quick", action="store_true", help="a small set in under 2 minutes of GPU time")
     parser.add_argument(
         "--seconds", type=duration, metavar="S", help="sampling time per configuration and timer"
@@ -139,12 +159,13 @@ def ledger(parser):
     parser.add_argument(
         "--backend", metavar="A,B", default="cuda,triton,torch", help="default: cuda,triton,torch"
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: bf16")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bf16")
     parser.add_argument("--batch", type=int, default=1, help="batch size (default 1)")
     parser.add_argument("--context", type=int, default=1024, help="tokens in the KV cache (default 1024)")
     parser.add_argument(
         "--weights", choices=("random", "auto"), default="random", help="random, or auto: the real ones"
     )
+    weight_formats(parser)
     parser.add_argument(
         "--swap",
         action="store_true",

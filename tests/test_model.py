@@ -601,6 +601,7 @@ def test_run_writes_what_it_did(tiny_gguf, tmp_path, capsys, device):
         "plan",
         "device",
         "dtype",
+        "weights",
         "kernels",
         "prefill_ms",
         "decode_ms",

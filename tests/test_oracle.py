@@ -15,6 +15,7 @@ from lab.dispatch import select
 from lab.model.decoder import Decoder
 from lab.model.generate import generate, teacher_forced_logits
 from lab.model.sources import DEFAULT_FILE, default_model_file, open_source
+from lab.model.weight_formats import EXPANDED, Storage
 from lab.model.weights import load
 
 pytestmark = pytest.mark.oracle
@@ -74,7 +75,13 @@ def oracle():
 def model(device):
     """(tokenizer, weights) of the same file, float32, on the device of the tests."""
     source = open_source("smollm2-135m")
-    return source.tokenizer(), load(source, torch.float32, device)
+    stored = load(source, torch.float32, device)
+    # torch has no product for packed weights and would expand them in every step.
+    return source.tokenizer(), {
+        "torch": load(source, torch.float32, device, EXPANDED),
+        "cuda": stored,
+        "triton": stored,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +99,7 @@ def forced(oracle, model):
 @pytest.mark.parametrize("backend", ["torch", "cuda"])
 def test_logits(forced, model, device, backend):
     ids, prompt, want = forced
-    decoder = Decoder(model[1], select(backend, device), max_context=128)
+    decoder = Decoder(model[1][backend], select(backend, device), max_context=128)
     worst = (teacher_forced_logits(decoder, ids, prompt) - want).abs().amax(1)
     print(f"{backend} on {device}: largest logit difference of 32 steps {worst.max():.2e}")
     assert worst.shape == (32,) and (worst < LIMIT).all(), worst
@@ -102,7 +109,7 @@ def test_logits(forced, model, device, backend):
 def test_logits_triton(forced, model, device):
     """All 32 steps on a GPU; interpreted, as many as fit in three minutes and at least two."""
     ids, prompt, want = forced
-    decoder = Decoder(model[1], select("triton", device), max_context=128)
+    decoder = Decoder(model[1]["triton"], select("triton", device), max_context=128)
     decoder.admit(0, ids[: prompt + 1])
     started, worst = time.monotonic(), []
     while len(worst) < 32 and (device == "cuda" or time.monotonic() - started < SECONDS):
@@ -118,7 +125,7 @@ def test_greedy_ids(oracle, model, device, backend):
     """Ten prompts on a GPU, three on the CPU (LAB_ORACLE_PROMPTS sets another number)."""
     tokenizer, weights = model
     count = int(os.environ.get("LAB_ORACLE_PROMPTS", 10 if device == "cuda" else 3))
-    decoder = Decoder(weights, select(backend, device), max_context=128)
+    decoder = Decoder(weights[backend], select(backend, device), max_context=128)
     for number, text in enumerate(PROMPTS[:count]):
         prompt = tokenizer.encode_chat([{"role": "user", "content": text}])
         with torch.no_grad():
@@ -141,7 +148,9 @@ def test_half_precision_logits(forced, device, backend, dtype):
     """Reported, and bounded: 30 layers of about 16 roundings of half an epsilon each."""
     ids, prompt, want = forced
     decoder = Decoder(
-        load(open_source("smollm2-135m"), dtype, device), select(backend, device), max_context=128
+        load(open_source("smollm2-135m"), dtype, device, Storage(stored=backend != "torch")),
+        select(backend, device),
+        max_context=128,
     )
     steps = 8 if device == "cpu" else 32
     got = teacher_forced_logits(decoder, ids[: prompt + steps], prompt)

@@ -1,6 +1,7 @@
 """The page of synthetic records: what it says and holds, and how it looks in a headless Chromium."""
 
 import itertools
+import json
 import re
 import time
 from xml.etree import ElementTree
@@ -11,7 +12,7 @@ import synthetic_records as synthetic
 from report_pages import SMALL, Page, draw, env, needs_chromium, op_row, probe, report
 
 from lab import declared
-from lab.records.schema import Fairness
+from lab.records.schema import Fairness, to_line
 from lab.report import fairness, figures, load, page, sources, style, svg, twins
 
 

@@ -184,7 +184,7 @@ def write_gguf(
     path,
     config: ModelConfig,
     weights=None,
-    kind: str = "F32",
+    kind="F32",
     tokenizer=True,
     extra=(),
     pre="smollm",
@@ -194,7 +194,7 @@ def write_gguf(
     names={},
 ):
     """As llama.cpp's converter writes it: matrices of type `kind`, the rest F32, Llama's q and k rows
-    reordered.
+    reordered. kind: also a function of a tensor's Hugging Face name.
 
     extra: further calls of the writer, (method, *arguments). changed: another argument for one of the calls
     below, by its method; with None it is left out. Of a family that is not known here, arch: its architecture
@@ -242,11 +242,10 @@ def write_gguf(
         if reordered and stem in ("self_attn.q_proj", "self_attn.k_proj"):
             heads = config.q_heads if "q_proj" in stem else config.kv_heads
             values = values.reshape(heads, 2, config.head_dim // 2, -1).swapaxes(1, 2).reshape(values.shape)
-        stored = gguf.GGMLQuantizationType[kind if values.ndim == 2 else "F32"]
+        chosen = kind(name) if callable(kind) else kind
+        stored = gguf.GGMLQuantizationType[chosen if values.ndim == 2 else "F32"]
         writer.add_tensor(
-            f"{prefix}{(GGUF_NAMES | names)[stem]}.{ending}",
-            gguf.quants.quantize(values, stored),
-            raw_dtype=stored,
+            f"{prefix}{(GGUF_NAMES | names)[stem]}.{ending}", quantised(values, stored), raw_dtype=stored
         )
     if config.rope_scaling:
         writer.add_tensor("rope_freqs.weight", llama3_divisors(config).astype(np.float32))
@@ -255,6 +254,15 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def quantised(values: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+    """The blocks of a type; of Q6_K, which the package gguf cannot write, any codes with a small scale."""
+    if kind != gguf.GGMLQuantizationType.Q6_K:
+        return gguf.quants.quantize(values, kind)
+    blocks = np.random.default_rng(0).integers(0, 256, (values.size // 256, 210), np.uint8)
+    blocks[:, 208:] = np.frombuffer(np.float16(1e-5).tobytes(), np.uint8)
+    return blocks.reshape(values.shape[0], -1)
 
 
 def llama3_divisors(config: ModelConfig) -> np.ndarray:

@@ -35,6 +35,7 @@ from lab.errors import LabError
 SEGMENT = 64  # bytes
 RUN = 32  # columns
 BLOCK = 8  # rows whose segments lie together
+EXPANDED_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 24}  # weights: what stays in a cache; what fills a GPU
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,10 @@ class PackedMatrix:
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.codes, self.scales
 
+    def raw_codes(self) -> torch.Tensor:
+        """uint8 [rows, k], one code each."""
+        return unpack(by_rows(self.codes)[: self.rows], self.format.bits)[:, : self.k]
+
     def scales_by_row(self) -> torch.Tensor:
         """[rows, groups of whole segments, entries]."""
         return by_rows(self.scales)[: self.rows].unflatten(1, (-1, self.format.entries))
@@ -197,8 +202,57 @@ class PackedMatrix:
         return value.flatten(1)
 
     def to(self, dtype: torch.dtype) -> torch.Tensor:
-        """The weights as a tensor, rounded to a dtype."""
-        return self.double().to(dtype)
+        """The weights as a tensor: rounded to float32, then to dtype. Expands a few rows at a time, so that
+        hardly more memory is taken than that of the result."""
+        out = torch.empty(self.rows, self.k, dtype=dtype, device=self.device)
+        step = max(1, EXPANDED_AT_ONCE[self.device.type] // self.k // BLOCK)
+        blocks = zip(self.codes.split(step), self.scales.split(step), out.split(step * BLOCK))
+        for codes, scales, rows in blocks:
+            expanded = self._float(by_rows(codes), by_rows(scales).unflatten(1, (-1, self.format.entries)))
+            rows.copy_(expanded[: len(rows), : self.k])
+        return out
+
+    def _float(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """Some rows in float32. Only the last operation rounds: a code has at most 8 bits, and a scale that
+        is followed by a minimum 11, so that their product is exact."""
+        f = self.format
+        every = torch.arange(1 << f.bits, dtype=torch.uint8, device=codes.device)
+        number = f.decode(every).float()
+        value = number.index_select(0, unpack(codes, f.bits).flatten().int())
+        value = value.view(scales.shape[0], scales.shape[1], -1)
+        if f.second == "zero":
+            value.sub_(scales[:, :, 1:].float())
+        value.mul_(f.scale_value(scales[:, :, :1]).float())
+        if f.second == "minimum":
+            value.add_(scales[:, :, 1:].float())
+        return value.flatten(1)
+
+    def same(self, other: object) -> bool:
+        """Whether `other` is a packed matrix of the same format with the same codes and scales."""
+        return (
+            type(other) is PackedMatrix
+            and (self.format_name, self.shape) == (other.format_name, other.shape)
+            and torch.equal(self.codes, other.codes)
+            and torch.equal(self.scales, other.scales)
+        )
+
+    @staticmethod
+    def stacked(matrices: list[PackedMatrix]) -> PackedMatrix:
+        """One matrix with the rows of all, which have the same format and k."""
+        first = matrices[0]
+        if len(matrices) == 1:
+            return first
+        rows = sum(m.rows for m in matrices)
+        if all(m.rows % BLOCK == 0 for m in matrices[:-1]):
+            tensors = [torch.cat(parts) for parts in zip(*(m.tensors() for m in matrices))]
+        else:  # blocks of 8 rows begin elsewhere
+            tensors = []
+            for parts in zip(*(m.tensors() for m in matrices)):
+                together = torch.cat([by_rows(t)[: m.rows] for t, m in zip(parts, matrices)])
+                padded = together.new_zeros(-(-rows // BLOCK) * BLOCK, together.shape[1])
+                padded[:rows] = together
+                tensors.append(by_blocks(padded, parts[0].shape[-1]))
+        return PackedMatrix(first.format_name, rows, first.k, *tensors)
 
     def some_rows(self, ids: torch.Tensor) -> PackedMatrix:
         """The rows of these numbers, [len(ids), k]."""
@@ -229,16 +283,19 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
     """The inverse of pack(): uint8 [rows, columns of whole segments]."""
-    rows, columns = packed.shape[0], packed.shape[1] * 8 // bits
-    runs = SEGMENT * 8 // bits // RUN
-    if bits == 8:
-        lanes = packed.view(rows, -1, 4, runs, 8)[..., [0, 2, 1, 3, 4, 6, 5, 7]]
-    else:
-        by_byte = packed.view(rows, -1, 4, runs, 4)
-        low, high = by_byte & 15, by_byte >> 4  # of code pairs (0, 2), (4, 6), (1, 3), (5, 7)
-        lanes = torch.cat((low, high), -1)[..., [0, 2, 4, 6, 1, 3, 5, 7]]
-    # [rows, segment, t, run, half, e] -> [rows, segment, run, half, t, e]
-    return lanes.unflatten(4, (2, 4)).permute(0, 1, 3, 4, 2, 5).reshape(rows, columns)
+    rows, runs = packed.shape[0], SEGMENT * 8 // bits // RUN
+    word = packed.view(torch.int32).view(rows, -1, 4, runs * bits // 4)  # row, segment, t, run (and half)
+    word = word.unflatten(3, (runs, -1)).permute(0, 1, 3, 4, 2)  # row, segment, run, half, t
+    codes = torch.empty(*word.shape[:3], 2, 4, dtype=torch.int32, device=packed.device)
+    for half in range(2):  # four codes, a byte each, are a word of the result
+        if bits == 8:
+            x = word[:, :, :, half]
+            some = (x & ~0xFFFF00) | (x & 0xFF00) << 8 | (x >> 8) & 0xFF00  # bytes 1 and 2 change places
+        else:
+            x = word[:, :, :, 0] >> 8 * half
+            some = (x & 0xF) | (x >> 8) & 0xF00 | (x & 0xF0) << 12 | (x & 0xF00000) << 4
+        codes[:, :, :, half] = some
+    return codes.view(torch.uint8).view(rows, -1)
 
 
 def _lanes(codes: torch.Tensor, bits: int) -> torch.Tensor:

@@ -59,6 +59,9 @@ def request_of(args):
         contexts=tuple(numbers(args.context)) if args.context else None,
         plans=tuple(names(args.plan)) if args.plan else None,
         weights=args.weights,
+        weights_as=args.weights_as,
+        quantise=args.quantise,
+        quantise_head=args.quantise_head,
         seconds=args.seconds,
         quick=args.quick,
         ladder=args.ladder,
@@ -157,7 +160,7 @@ def run_all(session, settings, backends):
 
 def steps_of(session, rig, settings):
     """The measurements in order of importance (STAGES), so that a run that is cut has the headline."""
-    weights = model_bench.Weights(settings.weights, settings.dtypes[0], settings.device)
+    weights = model_bench.Weights(settings.weights, settings.dtypes[0], settings.device, settings.storage)
     found = []
     if settings.what in ("ops", "all") and not settings.ladder:
         found += op_steps(session, rig, settings, weights)
@@ -195,7 +198,7 @@ def model_steps(session, rig, settings, weights):
     for name in settings.models:
         for size in sizes:
             batch, context = size
-            sides = rig.sides(batch, dtype)
+            sides = rig.sides(batch, dtype, weights.format_of(name) is not None)
             if context >= shapes.preset(name).max_positions or not sides:
                 continue
             first, seconds = size == sizes[0], len(sides) * PER_DECODER + 8 * rig.seconds
@@ -215,7 +218,8 @@ def ledger_steps(session, rig, settings, weights):
     batch, context = settings.model_batches[0], settings.model_contexts[0]
     for name in settings.ledger_models:
         given = session, rig, weights, name, dtype, batch, context
-        for backend, plan in rig.sides(batch, dtype):
+        packed = weights.format_of(name) is not None
+        for backend, plan in rig.sides(batch, dtype, packed):
             run = functools.partial(ledger.measure, *given, backend, plan)
             found.append(
                 ("ledgers", Step(f"ledger {name} {backend} {plan}", PER_LEDGER + 12 * rig.seconds, run))

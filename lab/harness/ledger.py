@@ -387,6 +387,7 @@ def measure(session, rig, weights, name, dtype_name, batch, context, backend, pl
         dtype=dtype_name,
         batch=batch,
         context=context,
+        weight_format=weights.format_of(name),
     )
 
     def made():
@@ -400,7 +401,15 @@ def measure(session, rig, weights, name, dtype_name, batch, context, backend, pl
 
 def measure_swap(session, rig, weights, name, dtype_name, batch, context, plan):
     """Records a token per op swapped of a model and plan, once; see measure_swaps."""
-    base = dict(run=session.run, model=name, plan=plan, dtype=dtype_name, batch=batch, context=context)
+    base = dict(
+        run=session.run,
+        model=name,
+        plan=plan,
+        dtype=dtype_name,
+        batch=batch,
+        context=context,
+        weight_format=weights.format_of(name),
+    )
     _record(
         session,
         rig,

@@ -8,6 +8,7 @@ from lab.contract import BACKENDS
 from lab.errors import LabError, one_line, shown
 from lab.harness import bench, shapes
 from lab.harness.request import Request
+from lab.model.weight_formats import dtype_of
 from lab.names import known
 from lab.records import compare
 from lab.text import columns
@@ -21,11 +22,14 @@ def main(args):
         args.out,
         models=(args.model,),
         backends=tuple(names(args.backend)),
-        dtypes=(args.dtype,),
+        dtypes=(dtype_of(args.weights_as, args.dtype) or "bf16",),
         batches=tuple(numbers(str(args.batch))),
         contexts=tuple(numbers(str(args.context))),
         plans=tuple(names(args.plan)) if args.plan else None,
         weights=args.weights,
+        weights_as=args.weights_as,
+        quantise=args.quantise,
+        quantise_head=args.quantise_head,
         quick=True,
         fresh=True,
         swap=args.swap,
@@ -49,7 +53,10 @@ def text_of(rows):
     for backend, plan in dict.fromkeys((r.backend, r.plan) for r in rows if r.row != "swap"):
         mine = [r for r in rows if (r.backend, r.plan) == (backend, plan) and r.row != "swap"]
         one = mine[0]
-        lines.append(f"\n{one.model} {backend} {plan} {one.dtype} batch {one.batch} context {one.context}")
+        stored = f" {one.weight_format}" if one.weight_format else ""
+        lines.append(
+            f"\n{one.model} {backend} {plan} {one.dtype}{stored} batch {one.batch} context {one.context}"
+        )
         if any(r.row == "chain" for r in mine):
             lines.append(
                 "  kernels overlap: each row is what the chain of rows above it grew by, not an isolated "

@@ -19,7 +19,8 @@ from lab.harness.ops_bench import alive
 from lab.model.decoder import Decoder
 from lab.model.sampling import GREEDY
 from lab.model.sources import open_source
-from lab.model.weights import load
+from lab.model.weight_formats import AS_STORED
+from lab.model.weights import load, planned
 from lab.records import compare
 from lab.records.schema import ModelRow
 
@@ -71,21 +72,31 @@ def timed_step(decoder, mode):
 class Weights:
     """The weights of one model at a time, on the rig's device: `of` loads them, `drop` frees the memory."""
 
-    def __init__(self, kind, dtype_name, device):
-        self.kind, self.dtype, self.device, self.name, self.held = (
-            kind,
-            DTYPES[dtype_name],
-            device,
-            None,
-            None,
-        )
+    def __init__(self, kind, dtype_name, device, storage=AS_STORED):
+        self.kind, self.dtype, self.device, self.storage = kind, DTYPES[dtype_name], device, storage
+        self.name = self.held = None
+        self.formats = {}  # of the models asked for
 
     def of(self, name):
         """Raises LabError for a model that is too large for this card or has no real weights here."""
         if self.name != name:
             self.drop()
-            self.held, self.name = load(open_source(name, self.kind), self.dtype, self.device), name
+            source = open_source(name, self.kind)
+            self.held, self.name = load(source, self.dtype, self.device, self.storage), name
         return self.held
+
+    def format_of(self, name):
+        """The weight formats of a model as records name them, found without loading it; None where all its
+        matrices are plain, or it has no real weights here."""
+        if self.kind == "random" and self.storage.quantise is None:
+            return None
+        if name not in self.formats:
+            try:
+                config, formats = planned(open_source(name, self.kind), self.dtype, self.storage)
+                self.formats[name] = formats.text(config, self.dtype) if formats.packed else None
+            except LabError:  # of() will say it again
+                self.formats[name] = None
+        return self.formats[name]
 
     def drop(self):
         if self.name:  # a collection takes a tenth of a second
@@ -103,7 +114,7 @@ def release(device):
 def measure_model(session, rig, weights, name, dtype_name, batch, context):
     """All rows of one model at one size; a configuration that fails becomes rows with `error`. weights:
     Weights."""
-    rows = _rows(session, rig, name, dtype_name, batch, context)
+    rows = _rows(session, rig, weights, name, dtype_name, batch, context)
     if not all(map(session.has, rows)):
         session.add(*_filled(session, rig, weights, rows))
 
@@ -121,10 +132,12 @@ def measure_compiled(session, rig, weights, name, dtype_name, batch, context):
         batch,
         context,
         "graph",
+        weight_format=weights.format_of(name),
         note="torch.compile layer by layer, one CUDA graph; contiguous KV of this length, no mask",
     )
     if not session.has(peer):
-        others = [r for r in _rows(session, rig, name, dtype_name, batch, context) if r.mode == "graph"]
+        rows = _rows(session, rig, weights, name, dtype_name, batch, context)
+        others = [r for r in rows if r.mode == "graph"]
         _filled(session, rig, weights, [*others, peer])
         session.add(peer)
 
@@ -173,8 +186,9 @@ def _modes(rig):
     return ("graph", "eager") if rig.device == "cuda" else ("eager",)
 
 
-def _rows(session, rig, name, dtype_name, batch, context):
+def _rows(session, rig, weights, name, dtype_name, batch, context):
     timer = {"graph": "graph", "eager": "event" if rig.device == "cuda" else "wall"}
+    packed = weights.format_of(name)
     return [
         ModelRow(
             session.run,
@@ -186,10 +200,11 @@ def _rows(session, rig, name, dtype_name, batch, context):
             batch,
             context,
             timer[mode],
+            weight_format=packed,
             emulated=rig.device != "cuda",
         )
         for mode in _modes(rig)
-        for backend, plan in rig.sides(batch, dtype_name)
+        for backend, plan in rig.sides(batch, dtype_name, packed is not None)
     ]
 
 
@@ -255,7 +270,7 @@ def _linearity(row, others):
         if o.tokens_per_s
         and all(
             getattr(o, f) == getattr(row, f)
-            for f in ("model", "backend", "plan", "mode", "dtype", "context", "timer")
+            for f in ("model", "backend", "plan", "mode", "dtype", "context", "timer", "weight_format")
         )
     ]
     base = min(same, key=lambda o: o.batch)

@@ -51,8 +51,9 @@ class Rig:
         alone."""
         return [name for name, ops in self.backends.items() if hasattr(ops, op.name)]
 
-    def sides(self, batch, dtype_name):
-        """(backend, plan) of every decoder to measure at a batch and dtype, which rule some plans out.
+    def sides(self, batch, dtype_name, packed=False):
+        """(backend, plan) of every decoder to measure at a batch and dtype, which rule some plans out, as
+        packed weights do.
 
         torch has no kernel of a whole step: under persistent it does what it does under fused. Beside other
         backends it is measured once.
@@ -67,7 +68,8 @@ class Rig:
             (backend, plan)
             for plan in self.plans
             for backend in whole
-            if not refusal(plan, batch, DTYPES[dtype_name]) and not (backend == "torch" and plan in again)
+            if not refusal(plan, batch, DTYPES[dtype_name], packed)
+            and not (backend == "torch" and plan in again)
         ]
 
 

@@ -15,6 +15,7 @@ from lab.contract import BACKENDS, DTYPES
 from lab.errors import LabError
 from lab.harness import ladder_bench, shapes
 from lab.model.plans import PLANS, find_plan, refusal
+from lab.model.weight_formats import Storage, dtype_of, storage_of
 from lab.names import known
 from lab.ops import find
 
@@ -34,6 +35,9 @@ class Request:
     contexts: tuple[int, ...] | None = None  # tokens in the KV cache
     plans: tuple[str, ...] | None = None  # of the models' decode steps
     weights: str = "random"  # of the models: random, or auto, which reads real ones
+    weights_as: str | None = None  # of the models: stored (the default) or a dtype
+    quantise: str | None = None  # of the models: a weight format
+    quantise_head: str | None = None  # that of the output head, or none
     seconds: float | None = None  # of sampling, for each configuration and timer
     quick: bool = False  # fewer sizes, shorter samples
     ladder: bool = False  # for ops: the rungs of their ladders instead
@@ -62,12 +66,20 @@ class Settings:
     model_contexts: tuple[int, ...]
     all_dtypes_everywhere: bool  # the other dtypes at every size, too
     weights: str
+    weights_as: str | None
+    quantise: str | None
+    quantise_head: str | None
     seconds: float | None
     vendor: bool
     compile: bool
     swap: bool
     plans: tuple[str, ...]
     ladder: bool
+
+    @property
+    def storage(self) -> Storage:
+        """In which formats the models' weights are kept."""
+        return storage_of(self.weights_as, self.quantise, self.quantise_head)
 
     def recorded(self) -> dict:
         """As a record has them: JSON."""
@@ -143,6 +155,8 @@ def settings_of(request: Request) -> Settings:
     models = request.models or default.models
     for name in models:
         shapes.preset(name)
+    of_weights = dtype_of(request.weights_as, request.dtypes[0] if request.dtypes else None)
+    dtypes = request.dtypes or ((of_weights,) if of_weights else default.dtypes)
     settings = Settings(
         what=request.what,
         device=device,
@@ -150,7 +164,7 @@ def settings_of(request: Request) -> Settings:
         ops=request.ops,
         models=models,
         backends=tuple(known(name, BACKENDS, "backend") for name in request.backends or BACKENDS),
-        dtypes=tuple(known(name, list(DTYPES), "dtype") for name in request.dtypes or default.dtypes),
+        dtypes=tuple(known(name, list(DTYPES), "dtype") for name in dtypes),
         ledger_models=request.models or default.ledger_models,
         batches=request.batches or default.batches,
         contexts=request.contexts or default.contexts,
@@ -158,6 +172,9 @@ def settings_of(request: Request) -> Settings:
         model_contexts=request.contexts or default.model_contexts,
         all_dtypes_everywhere=bool(request.dtypes),
         weights=request.weights,
+        weights_as=request.weights_as,
+        quantise=request.quantise,
+        quantise_head=request.quantise_head,
         seconds=request.seconds,
         vendor=request.vendor,
         compile=request.compile and not request.quick,
@@ -165,6 +182,9 @@ def settings_of(request: Request) -> Settings:
         plans=request.plans or (tuple(PLANS) if device == "cuda" else ("basic",)),
         ladder=request.ladder,
     )
+    storage = settings.storage  # raises LabError for names that are unknown
+    if storage.quantise is not None and settings.what == "ops":
+        raise LabError("--quantise is of the models' weights: lab bench model --quantise")
     if request.plans:
         require_plans(settings)
     return settings
@@ -174,11 +194,12 @@ def require_plans(settings: Settings) -> None:
     """Raises LabError for a plan that takes none of the batches. Only for plans that were asked for: by
     default such a plan is left out."""
     dtype, tried = DTYPES[settings.dtypes[0]], settings.model_batches
+    packed = settings.quantise is not None
     if settings.what == "ledger":
         tried = tried[:1]  # a ledger is of one batch
     for name in settings.plans:
-        taken = (batch for batch in tried if not refusal(name, batch, dtype))
-        find_plan(name, next(taken, tried[0]), dtype)
+        taken = (batch for batch in tried if not refusal(name, batch, dtype, packed))
+        find_plan(name, next(taken, tried[0]), dtype, packed)
 
 
 def require_work(settings: Settings) -> None:

@@ -101,16 +101,25 @@ def main(argv):
     import torch
 
     from lab.model.sources import open_source
+    from lab.model.weight_formats import EXPANDED
     from lab.model.weights import load
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     source = open_source(MODEL)
     tokenizer = source.tokenizer()
     loaded = load(source, torch.float32, device)
+    # torch has no product for packed weights. The same numbers, expanded, are a reference of another kind.
+    expanded = load(source, torch.float32, device, EXPANDED)
     prompt = tokenizer.encode_chat([{"role": "user", "content": args.prompt}])
     where = f"the GPU {torch.cuda.get_device_name()}" if device == "cuda" else "the CPU"
-    print(f"{MODEL}, fp32, on {where}; prompt of {len(prompt)} tokens: {args.prompt}")
-    how = {"torch": "the reference", "cuda": "our CUDA kernels", "triton": "our Triton kernels"}
+    print(
+        f"{MODEL}, fp32, weights {loaded.formats}, on {where}; prompt of {len(prompt)} tokens: {args.prompt}"
+    )
+    how = {
+        "torch": "the reference, weights expanded",
+        "cuda": "our CUDA kernels",
+        "triton": "our Triton kernels",
+    }
     if device == "cpu":
         how["cuda"] += ", compiled by g++ and emulated"
         how["triton"] += ", interpreted: seconds a token"
@@ -121,7 +130,7 @@ def main(argv):
         answers.append(
             decode(
                 backend,
-                loaded,
+                expanded if backend == "torch" else loaded,
                 prompt,
                 tokenizer.eos,
                 args.seconds,

@@ -80,8 +80,6 @@ def from_huggingface(source: Mapping, name: str, where: str) -> ModelConfig:
         raise LabError(
             f"{where}: model_type {quoted(architecture)} is not supported; supported: {', '.join(FAMILIES)}"
         )
-    if source.get("quantization_config") or source.get("compression_config"):
-        raise LabError(f"{where}: quantized checkpoints are not supported; use float weights or a GGUF file")
     layers = _field(source, "num_hidden_layers", int, where)
 
     def get(key, kind, default=...):

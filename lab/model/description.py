@@ -18,6 +18,7 @@ from functools import cached_property
 import torch
 
 from lab.errors import LabError, warn
+from lab.formats import FORMATS
 from lab.model.rope import Scaling
 
 HEAD_DIMS = (64, 96, 128)  # what the attention kernels are instantiated for
@@ -47,8 +48,13 @@ class Part:
     def shape(self) -> tuple[int, ...]:
         return (self.rows, self.columns) if self.is_matrix else (self.rows,)
 
-    def nbytes(self, dtype: torch.dtype) -> int:
-        """Bytes that it takes once loaded; a matrix the same as Matrix.nbytes says then."""
+    def nbytes(self, dtype: torch.dtype, format: str | None = None) -> int:
+        """Bytes that it takes once loaded; a matrix the same as Matrix.nbytes says then.
+
+        format: of a matrix, a name of lab.formats.FORMATS; None: plain, in dtype.
+        """
+        if format is not None:
+            return FORMATS[format].bytes_of(*self.shape)
         return math.prod(self.shape) * dtype.itemsize
 
 
@@ -188,7 +194,7 @@ class ModelConfig:
         return self.layers * self.layer.parameters + outer
 
     def nbytes(self, dtype: torch.dtype) -> int:
-        """Bytes that the weights take once loaded in `dtype`, a tied embedding counted once."""
+        """Bytes that plain weights take once loaded in `dtype`, a tied embedding counted once."""
         layer = sum(part.nbytes(dtype) for part in self.layer.parts())
         return self.layers * layer + sum(part.nbytes(dtype) for part in self.outer_parts())
 

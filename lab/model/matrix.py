@@ -9,11 +9,9 @@ Everything that reads a matrix goes through `Matrix` and asks for what it needs:
     the check that a model fits into memory                     Part.nbytes() in lab/model/description.py
     the loader (lab/model/weights.py)                           Matrix(values), once for each matrix
 
-Today the numbers are a plain tensor. A format that stores them in fewer bits adds its fields here (the
-format's name, the scales) and says in the methods above what each reader gets; the ops learn to multiply by
-the new operand. Matrices of one model may then have different formats, since each carries its own. What the
-loader stacks into one matrix (q, k and v; gate and up: see Part) is stacked before the Matrix is made, and so
-has one format.
+The numbers are a tensor in the dtype of the activations, or packed in a weight format (lab/formats). Matrices
+of one model may have different formats. What the loader stacks into one matrix (q, k and v; gate and up: see
+Part) has one format.
 """
 
 from __future__ import annotations
@@ -23,12 +21,22 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from lab.formats import PackedMatrix
+
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """[rows, cols], row-major: one row for each output of a product, or for each token of an embedding."""
+    """[rows, cols], row-major: one row for each output of a product, or for each token of an embedding.
 
-    data: torch.Tensor
+    dtype: of the activations that it multiplies and of the rows that lookup() gives; a tensor's own.
+    """
+
+    data: torch.Tensor | PackedMatrix
+    dtype: torch.dtype = None
+
+    def __post_init__(self):
+        if self.dtype is None:
+            object.__setattr__(self, "dtype", self.data.dtype)
 
     @property
     def rows(self) -> int:
@@ -39,32 +47,41 @@ class Matrix:
         return self.data.shape[1]
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of the activations that it multiplies and of the rows that lookup() gives."""
-        return self.data.dtype
-
-    @property
     def device(self) -> torch.device:
         return self.data.device
 
     @property
-    def operand(self) -> torch.Tensor:
+    def format(self) -> str | None:
+        """The name of its weight format; None where it is plain."""
+        return self.data.format_name if isinstance(self.data, PackedMatrix) else None
+
+    @property
+    def operand(self) -> torch.Tensor | PackedMatrix:
         """What the ops take as `w` (linear and the fused products) or `table` (embedding)."""
         return self.data
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """Every tensor in which it is stored."""
-        return (self.data,)
+        return self.data.tensors() if isinstance(self.data, PackedMatrix) else (self.data,)
 
     @property
     def nbytes(self) -> int:
         """Bytes that it takes in memory, and that reading it once moves."""
         return sum(t.nbytes for t in self.tensors())
 
+    def same(self, other: Matrix) -> bool:
+        """Whether the other has the same numbers, stored in the same way."""
+        if isinstance(self.data, PackedMatrix):
+            return self.data.same(other.data)
+        return isinstance(other.data, torch.Tensor) and torch.equal(self.data, other.data)
+
     def product(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """x [tokens, cols] times the transposed matrix, plus bias [rows], by torch: [tokens, rows]."""
-        return F.linear(x, self.data, bias)
+        """x [tokens, cols] times the transposed matrix, plus bias [rows], by torch: [tokens, rows]. A packed
+        matrix is expanded for this call."""
+        return F.linear(x, self.data.to(self.dtype), bias)
 
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
         """The rows of these numbers, by torch: [len(ids), cols]. ids are checked by the caller."""
+        if isinstance(self.data, PackedMatrix):
+            return self.data.some_rows(ids).to(self.dtype)
         return F.embedding(ids, self.data)

@@ -11,6 +11,7 @@ from pathlib import Path
 from lab.errors import LabError, shown, warn
 from lab.files import write_whole
 from lab.numbers import integer
+from lab.options import weight_formats
 from lab.text import columns, for_terminal
 
 MAX_PROMPT = 1 << 24  # bytes of standard input; more than any model's context holds
@@ -67,6 +68,7 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--weights", metavar="SOURCE", default="auto", help="auto: those of the model; random: only its shape"
     )
+    weight_formats(parser)
     parser.add_argument(
         "--max-context", metavar="N", type=int, help="size of the KV cache in tokens (default: as needed)"
     )
@@ -92,14 +94,16 @@ def main(args) -> int:
     from lab.model.plans import find_plan
     from lab.model.sampling import Sampling
     from lab.model.sources import open_source
-    from lab.model.weights import load
+    from lab.model.weight_formats import dtype_of, storage_of
+    from lab.model.weights import load, planned
     from lab.names import known
 
     # What costs nothing to check comes before what takes seconds.
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device not in ("cuda", "cpu"):
         raise LabError(f"unknown device {device!r}: choose cuda or cpu")
-    dtype_name = args.dtype or ("bf16" if device != "cpu" else "fp32")
+    storage = storage_of(args.weights_as, args.quantise, args.quantise_head)
+    dtype_name = dtype_of(args.weights_as, args.dtype) or ("bf16" if device != "cpu" else "fp32")
     dtype = DTYPES[known(dtype_name, tuple(DTYPES), "dtype")]
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     if args.max_new_tokens < 1:
@@ -108,13 +112,15 @@ def main(args) -> int:
         raise LabError(f"--json {args.json}: its folder does not exist")
     if args.json is not None and Path(args.json).is_dir():
         raise LabError(f"--json {args.json!r} is a folder: give the name of a file")
-    find_plan(args.plan, 1, dtype)
+    find_plan(args.plan, 1, dtype, storage.quantise is not None)
     trace = Trace() if args.trace or args.json else None
     table = read_table(args.dispatch) if args.dispatch is not None else None
     overrides = args.override or environment_overrides()
     ops = select(args.backend, device, overrides, trace)
 
     source = open_source(args.model, args.weights)
+    packed = planned(source, dtype, storage)[1].packed
+    find_plan(args.plan, 1, dtype, packed)
     tokenizer = find_tokenizer(source, needed=args.ids is None)
     prompt_ids = (
         parse_ids(args.ids) if args.ids is not None else encode(tokenizer, read_prompt(args.prompt), args.raw)
@@ -139,15 +145,11 @@ def main(args) -> int:
         mixed = {**from_table(table, 1, max_context), **parse_overrides(overrides)}
         ops = select(args.backend, device, mixed, trace)
 
-    if slow := slowness(ops, args.plan, device):
+    if slow := slowness(ops, args.plan, device, packed):
         warn(slow)
+    weights = load(source, dtype, device, storage)
     decoder = Decoder(
-        load(source, dtype, device),
-        ops,
-        max_context=max_context,
-        page_size=args.page_size,
-        plan=args.plan,
-        eager=args.eager,
+        weights, ops, max_context=max_context, page_size=args.page_size, plan=args.plan, eager=args.eager
     )
     streaming = tokenizer is not None and not args.no_stream
     clean = for_terminal if sys.stdout.isatty() else str
@@ -183,7 +185,8 @@ def main(args) -> int:
 
     backend = args.backend or os.environ["LAB_BACKEND"]
     overrides = {op: chosen for op, chosen in ops.chosen.items() if chosen != backend}
-    print(summary(result, backend, overrides, args.plan, device, dtype_name), file=sys.stderr)
+    numbers = dtype_name + (f", weights {weights.formats}" if weights.packed else "")
+    print(summary(result, backend, overrides, args.plan, device, numbers), file=sys.stderr)
     if args.trace:
         for line in columns(
             [(row["op"], row["backend"], row["kernel"], row["calls"]) for row in result.kernels],
@@ -201,6 +204,7 @@ def main(args) -> int:
             "plan": args.plan,
             "device": device,
             "dtype": dtype_name,
+            "weights": weights.formats,
             "kernels": result.kernels,
             "prefill_ms": result.prefill_ms,
             "decode_ms": result.decode_ms,
@@ -245,10 +249,15 @@ def read_prompt(text: str) -> str:
         raise LabError("--prompt -: standard input is not valid UTF-8 text") from None
 
 
-def slowness(ops, plan: str, device: str) -> str | None:
-    """What to expect of a choice that is slow on a CPU, or None."""
+def slowness(ops, plan: str, device: str, packed: bool = False) -> str | None:
+    """What to expect of a choice that is slow on a CPU, or None. packed: whether weights are."""
     if device != "cpu":
         return None
+    if packed and "torch" in {ops.chosen["linear"], ops.chosen["norm_linear"]}:
+        return (
+            "torch has no product for packed weights and expands them for every token; --weights-as fp32 or "
+            "--backend cuda is faster"
+        )
     if plan == "persistent" and ops.chosen["decode_step"] != "torch":
         return (
             f"plan persistent on a CPU emulates a whole GPU ({ops.chosen['decode_step']}): many seconds a "

@@ -8,10 +8,15 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from lab.errors import LabError, named
+from lab.contract import DTYPES
+from lab.errors import LabError, named, warn
+from lab.formats import FORMATS, PackedMatrix
 from lab.model.description import ModelConfig, Part
 from lab.model.matrix import Matrix
 from lab.model.memory import require_memory
+from lab.model.weight_formats import AS_STORED, Formats, Storage, described, formats_of
+
+QUANTISED_AT_ONCE = 1 << 24  # weights
 
 
 @dataclass
@@ -49,6 +54,24 @@ class Weights:
     def device(self) -> torch.device:
         return self.embed.device
 
+    def matrices(self) -> list[Matrix]:
+        """The matrices of the layers."""
+        return [value for layer in self.layers for value in vars(layer).values() if isinstance(value, Matrix)]
+
+    @property
+    def packed(self) -> bool:
+        """Whether any matrix is packed in a weight format."""
+        return any(matrix.format for matrix in (self.embed, self.lm_head, *self.matrices()))
+
+    @property
+    def formats(self) -> str:
+        """For example "int4-g128, lm_head int8", or "bf16" where all are plain."""
+        plain = next(name for name, one in DTYPES.items() if one == self.dtype)
+        return described(
+            ((matrix.format or plain, matrix.rows * matrix.cols) for matrix in self.matrices()),
+            self.lm_head.format or plain,
+        )
+
     def operands(self) -> Weights:
         """The same weights with each Matrix replaced by its operand, as plans and ops take them."""
         return replace(_operands(self), layers=[_operands(layer) for layer in self.layers])
@@ -81,22 +104,33 @@ def _operands(holder: Layer | Weights) -> Layer | Weights:
     return replace(holder, **{name: matrix.operand for name, matrix in matrices.items()})
 
 
-def load(source, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Weights:
+def load(
+    source,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    storage: Storage = AS_STORED,
+) -> Weights:
     """Reads every tensor of `source` once and packs it. Shows a progress bar where stderr is a terminal.
+
+    dtype: of activations and of all that is not packed. storage: which matrices are packed in a weight
+    format. What is expanded although the file stores it in fewer bits is said on standard error.
 
     An output head that the file holds is used even where the metadata call the embeddings tied, as
     transformers 5 and llama.cpp do. Raises LabError where the model does not fit into memory, for a tensor
     that is missing or of the wrong shape, and for one that was not read: the model would be another one
     without it.
     """
-    config = source.config
-    if config.tie_embeddings and source.holds("lm_head.weight"):
-        config = replace(config, tie_embeddings=False)
+    config, formats = planned(source, dtype, storage)
     require_memory(
-        config.nbytes(dtype), device, f"model {source.name} in {dtype}", "use a smaller model or dtype"
+        formats.nbytes(config, dtype),
+        device,
+        f"model {source.name} in {formats.text(config, dtype)}",
+        "use a smaller model or dtype, or --quantise",
     )
+    for note in formats.notes:
+        warn(note)
     with _progress(f"loading {source.name}", 2 + config.layers) as advance:
-        loaded = _pack(source, config, dtype, torch.device(device), advance)
+        loaded = _pack(source, config, formats, storage, dtype, torch.device(device), advance)
     if unread := source.unread():
         more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
         raise LabError(
@@ -107,10 +141,42 @@ def load(source, dtype: torch.dtype = torch.float32, device: str | torch.device 
     return loaded
 
 
-def _pack(source, config: ModelConfig, dtype: torch.dtype, device: torch.device, advance) -> Weights:
-    """config: source.config, with tie_embeddings as the source holds an output head or not."""
+def planned(source, dtype: torch.dtype, storage: Storage) -> tuple[ModelConfig, Formats]:
+    """(config, formats) of what load() would make of a source: its configuration, with tie_embeddings as it
+    holds an output head or not, and the format of each matrix. Raises LabError as formats_of() does."""
+    config = source.config
+    if config.tie_embeddings and source.holds("lm_head.weight"):
+        config = replace(config, tie_embeddings=False)
+    return config, formats_of(source, config, storage, dtype)
 
-    def read(part: Part, prefix: str = "") -> Matrix | torch.Tensor:
+
+def _pack(
+    source,
+    config: ModelConfig,
+    formats: Formats,
+    storage: Storage,
+    dtype: torch.dtype,
+    device: torch.device,
+    advance,
+) -> Weights:
+    """config, formats: see planned()."""
+
+    def packed(name: str, shape: tuple[int, int], format: str) -> PackedMatrix:
+        if storage.quantise is None:
+            return source.packed(name, shape, device)
+        values = torch.empty(shape, device=device)
+        source.fill(name, values)
+        try:
+            # Some rows at a time, since rounding takes several times their memory.
+            some = values.split(max(1, QUANTISED_AT_ONCE // shape[1]))
+            return PackedMatrix.stacked([FORMATS[format].quantise(rows) for rows in some])
+        except LabError as error:
+            raise LabError(f"{source.where}: tensor {name}: {error}") from None
+
+    def read(part: Part, prefix: str = "", format: str | None = None) -> Matrix | torch.Tensor:
+        if format is not None:
+            shapes = ((prefix + name, (rows, part.columns)) for name, rows in part.tensors)
+            return Matrix(PackedMatrix.stacked([packed(*one, format) for one in shapes]), dtype)
         out = torch.empty(part.shape, dtype=dtype, device=device)
         for (name, _), rows in zip(part.tensors, out.split([rows for _, rows in part.tensors])):
             if name.endswith(".bias") and not source.holds(prefix + name):
@@ -120,17 +186,18 @@ def _pack(source, config: ModelConfig, dtype: torch.dtype, device: torch.device,
         return Matrix(out) if part.is_matrix else out
 
     def layer(index: int) -> Layer:
-        loaded = {part.name: read(part, f"model.layers.{index}.") for part in config.layer.parts()}
+        chosen, prefix = formats.layers[index], f"model.layers.{index}."
+        loaded = {part.name: read(part, prefix, chosen.get(part.name)) for part in config.layer.parts()}
         advance()
         return Layer(**{field.name: loaded.get(field.name) for field in fields(Layer)})
 
     outer = {part.name: part for part in config.outer_parts()}
-    embed = read(outer["embed"])
+    embed = read(outer["embed"], format=formats.outer["embed"])
     advance()
     layers = [layer(index) for index in range(config.layers)]
     final_norm = read(outer["final_norm"])
-    lm_head = read(outer["lm_head"]) if "lm_head" in outer else embed
-    if lm_head is not embed and torch.equal(lm_head.data, embed.data):
+    lm_head = read(outer["lm_head"], format=formats.outer["lm_head"]) if "lm_head" in outer else embed
+    if lm_head is not embed and lm_head.same(embed):
         lm_head = embed  # kept once
     if config.tie_embeddings != (lm_head is embed):
         config = replace(config, tie_embeddings=lm_head is embed)

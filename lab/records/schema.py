@@ -163,6 +163,7 @@ class OpRow:
     models: list[str] = field(default_factory=list)  # presets with this shape
     plan: str | None = None  # basic | fused, where the op belongs to one plan only
     rung: int | None = None  # of the op's ladder (lab bench ops --ladder); config then has its name
+    weight_format: str | None = None  # of the weights, as "int4-g128"; null: plain, in dtype
     us: float | None = None
     us_p10: float | None = None
     us_p90: float | None = None
@@ -181,7 +182,19 @@ class OpRow:
     note: str | None = None
     error: str | None = None
     kind = "op"
-    key_fields = ("op", "backend", "dtype", "batch", "context", "shape", "cache", "timer", "plan", "rung")
+    key_fields = (
+        "op",
+        "backend",
+        "dtype",
+        "batch",
+        "context",
+        "shape",
+        "cache",
+        "timer",
+        "plan",
+        "rung",
+        "weight_format",
+    )
 
 
 @dataclass
@@ -200,6 +213,7 @@ class ModelRow:
     timer: str = "graph"
     overrides: dict[str, str] = field(default_factory=dict)  # op -> backend
     weights: str = "random"  # random | file
+    weight_format: str | None = None  # of the matrices, as "int4-g128, lm_head int8"; null: plain, in dtype
     us: float | None = None
     us_p10: float | None = None
     us_p90: float | None = None
@@ -223,7 +237,18 @@ class ModelRow:
     note: str | None = None
     error: str | None = None
     kind = "model"
-    key_fields = ("model", "backend", "plan", "mode", "dtype", "batch", "context", "overrides", "timer")
+    key_fields = (
+        "model",
+        "backend",
+        "plan",
+        "mode",
+        "dtype",
+        "batch",
+        "context",
+        "overrides",
+        "timer",
+        "weight_format",
+    )
 
 
 @dataclass
@@ -243,6 +268,7 @@ class LedgerRow:
     role: str | None = None  # which use of the op, as in op records
     kernel: str | None = None
     overrides: dict[str, str] = field(default_factory=dict)
+    weight_format: str | None = None  # as in model records
     calls: int | None = None
     us: float | None = None
     us_p10: float | None = None
@@ -270,6 +296,7 @@ class LedgerRow:
         "role",
         "kernel",
         "overrides",
+        "weight_format",
     )
 
 

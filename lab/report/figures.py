@@ -108,7 +108,8 @@ HOW = {  # timer of a row: in words
 
 
 def conditions(run, rows, *extra):
-    """Device, dtype, cache state, timer, ceiling and sample count of the rows a picture shows, one line."""
+    """Device, dtype, weight formats, cache state, timer, ceiling and sample count of the rows a picture
+    shows, one line."""
     words = [f"EMULATED on {run.device}: says nothing about a GPU" if run.emulated else run.device]
     for column in ("dtype", "cache"):
         if column in rows and len(rows):
@@ -117,6 +118,8 @@ def conditions(run, rows, *extra):
             words.append(
                 ", ".join(v.replace("_", " ") for v in values) + what if values else f"{column} not recorded"
             )
+    if "weight_format" in rows:
+        words += [f"weights {v}" for v in dict.fromkeys(rows["weight_format"]) if v]
     words += [HOW.get(e, e) for e in extra if e]
     words += filter(None, [untuned_words(rows)])
     if not run.emulated:

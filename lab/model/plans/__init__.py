@@ -17,8 +17,11 @@ from lab.model.plans.persistent import persistent_step
 PLANS = {"basic": basic_step, "fused": fused_step, "persistent": persistent_step}
 
 
-def refusal(plan: str, batch: int, dtype: torch.dtype) -> str | None:
-    """Why a plan does not decode a batch of this size, or a model of this dtype; None where it does."""
+def refusal(plan: str, batch: int, dtype: torch.dtype, packed: bool = False) -> str | None:
+    """Why a plan does not decode a batch of this size, or a model of this dtype; None where it does.
+
+    packed: whether matrices of the model are packed in a weight format.
+    """
     from lab.ops.decode_step import op
 
     if plan != "persistent":
@@ -28,13 +31,16 @@ def refusal(plan: str, batch: int, dtype: torch.dtype) -> str | None:
     if dtype not in op.dtypes:
         names = " or ".join(name for name, one in DTYPES.items() if one in op.dtypes)
         return f"plan persistent takes models in {names} alone: use --dtype bf16, or --plan fused"
+    if packed:
+        return "plan persistent takes no packed weights yet: use --weights-as bf16, or --plan fused"
     return None
 
 
-def find_plan(name: str, batch: int, dtype: torch.dtype):
-    """The plan's step. Raises LabError for an unknown plan and for one that takes no such batch or dtype."""
+def find_plan(name: str, batch: int, dtype: torch.dtype, packed: bool = False):
+    """The plan's step. Raises LabError for an unknown plan and for one that takes no such batch, dtype or
+    weights."""
     if name not in PLANS:
         raise LabError(f"unknown plan {name!r}: choose from {', '.join(PLANS)}")
-    if why := refusal(name, batch, dtype):
+    if why := refusal(name, batch, dtype, packed):
         raise LabError(why)
     return PLANS[name]

@@ -11,7 +11,7 @@ from lab.model.sampling import Sampling
 def basic_step(b: StepBuffers, sampling: Sampling) -> None:
     """Reads b.ids and b.positions, leaves b.logits and the sampled token in b.ids."""
     ops, eps = b.ops, b.config.rms_eps
-    h = ops.embedding(b.ids, b.weights.embed, out=b.h)  # the residual stream [batch, hidden]
+    h = ops.embedding(b.ids, b.weights.embed, b.h.dtype, out=b.h)  # the residual stream [batch, hidden]
     x = ops.rmsnorm(h, b.weights.layers[0].attn_norm, eps, out=b.x)
     for layer, k_cache, v_cache, next_norm in b.blocks:
         ops.linear(x, layer.wqkv, layer.bqkv, out=b.qkv)  # b.q, b.k, b.v are views of b.qkv

@@ -12,7 +12,7 @@ from lab.model.sampling import Sampling
 def fused_step(b: StepBuffers, sampling: Sampling) -> None:
     """Reads b.ids and b.positions, leaves b.logits and the sampled token in b.ids."""
     ops, eps = b.ops, b.config.rms_eps
-    h = ops.embedding(b.ids, b.weights.embed, out=b.h)  # the residual stream [batch, hidden]
+    h = ops.embedding(b.ids, b.weights.embed, b.h.dtype, out=b.h)  # the residual stream [batch, hidden]
     for layer, k_cache, v_cache, _ in b.blocks:
         # b.q, b.k and b.v are views of b.qkv.
         ops.norm_linear(h, layer.attn_norm, eps, layer.wqkv, layer.bqkv, out=b.qkv)

@@ -4,8 +4,12 @@ A source is an object with
   name              the model's
   where             what an error begins with, the file for example
   config            a ModelConfig
+  notes             lines that the user is told when it is loaded
   holds(name)       whether it has a tensor, named as Hugging Face names it
-  fill(name, out)   writes that tensor into `out`, converted to the dtype and device of `out`
+  stored(name)      a lab.model.sources.store.Stored: how it stores that tensor
+  fill(name, out)   writes that tensor into `out`, expanded and converted to the dtype and device of `out`
+  packed(name, shape, device)
+                    the matrix of that name as a PackedMatrix of the format that stored(name) says, exactly
   unread()          the names of tensors that were never asked for, though they would change the logits
   tokenizer()       a lab.model.text.tokenizer.Tokenizer, or None
 """

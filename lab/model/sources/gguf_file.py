@@ -11,9 +11,10 @@ import torch
 
 from lab.errors import LabError, Unavailable, named
 from lab.files import regular_file
+from lab.formats import FORMATS, PackedMatrix
 from lab.model.config import from_gguf, with_held_biases
 from lab.model.families import FAMILIES, Family
-from lab.model.sources.store import check_shape, store
+from lab.model.sources.store import Stored, check_scales, check_shape, store
 
 try:
     from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
@@ -37,7 +38,14 @@ LAYER_NAMES = {
     "mlp.down_proj": "ffn_down",
 }
 MOST_ENTRIES = 20000
+CONVERTED_AT_ONCE = 1 << 24  # weights
+BLOCK = 32  # weights of a block of Q8_0, Q4_0 and Q4_1
 OTHER_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+# Types of numbers, and the weight format that holds a quantised type exactly.
+PLAIN = {"F64", "F32", "F16", "BF16"}
+FORMAT_OF = {"Q8_0": "int8-g32", "Q4_0": "int4-g32", "Q4_1": "int4-g32-min"}
 
 
 def gguf_name(family: Family, name: str) -> str:
@@ -157,7 +165,7 @@ class GGUFSource:
         config = from_gguf(scalars | layered, self.shapes, freqs, self.name, self.where)
         self.family = FAMILIES[config.architecture]
         self.config = with_held_biases(config, self.family.biases, self.tensors, self._stored, self.where)
-        self.asked = {"rope_freqs.weight"}
+        self.asked, self.notes = {"rope_freqs.weight"}, ()
 
     def array(self, key: str) -> list | None:
         """The values of an array in the metadata; None where there is none of that name."""
@@ -181,18 +189,50 @@ class GGUFSource:
     def unread(self) -> list[str]:
         return sorted(self.tensors.keys() - self.asked)
 
+    def stored(self, name: str) -> Stored:
+        kind = GGMLQuantizationType(self.tensors[self._found(name)].tensor_type).name
+        return Stored(kind, kind not in PLAIN, FORMAT_OF.get(kind))
+
     def fill(self, name: str, out: torch.Tensor) -> None:
+        stored = self._asked(name, out.shape)
+        values = self._rows_in_order(name, torch.from_numpy(self._dequantize(stored)))
+        store(values, out, stored, self.where)
+
+    def packed(self, name: str, shape: tuple[int, int], device: torch.device) -> PackedMatrix:
+        stored = self._asked(name, shape)
+        tensor = self.tensors[stored]
+        kind = GGMLQuantizationType(tensor.tensor_type).name
+        try:
+            blocks = torch.from_numpy(np.array(tensor.data)).view(shape[0], shape[1] // BLOCK, -1)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise LabError(f"{self.where}: tensor {stored} is mangled: {_first_line(error)}") from error
+        parts = []
+        # Some rows at a time: codes take a byte each on the way, and an output head is larger than a layer.
+        for some in self._rows_in_order(name, blocks).split(max(1, CONVERTED_AT_ONCE // shape[1])):
+            codes, scales = codes_and_scales(kind, some.to(device))
+            check_scales(scales, stored, self.where)
+            parts.append(FORMATS[FORMAT_OF[kind]].from_codes(codes, scales))
+        return PackedMatrix.stacked(parts)
+
+    def _found(self, name: str) -> str:
         stored = self._stored(name)
         if stored not in self.tensors:
             raise LabError(f"{self.where}: tensor {stored} is missing")
+        return stored
+
+    def _asked(self, name: str, shape) -> str:
+        """The file's name of a tensor that is now read. Its shape is checked before it is dequantized, which
+        makes it up to 16 times as large."""
+        stored = self._found(name)
         self.asked.add(stored)
-        # Checked before it is dequantized, which makes a tensor up to 16 times as large.
-        check_shape(self.shapes[stored], out, stored, self.where)
-        values = torch.from_numpy(self._dequantize(stored))
+        check_shape(self.shapes[stored], shape, stored, self.where)
+        return stored
+
+    def _rows_in_order(self, name: str, values: torch.Tensor) -> torch.Tensor:
         if self.family.gguf_pairs_rows and ("q_proj" in name or "k_proj" in name):
             heads = self.config.q_heads if "q_proj" in name else self.config.kv_heads
-            values = rotate_half_order(values, heads)
-        store(values, out, stored, self.where)
+            return rotate_half_order(values, heads)
+        return values
 
     def tokenizer(self):
         from lab.model.text.tokenizer import from_gguf as tokenizer_from_gguf
@@ -210,6 +250,19 @@ class GGUFSource:
             ) from None
         except Exception as error:
             raise LabError(f"{self.where}: tensor {name} is mangled: {_first_line(error)}") from error
+
+
+def codes_and_scales(kind: str, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes uint8 [rows, k], scales float16 [rows, k / 32, 1 or 2]) of blocks uint8 [rows, k / 32, bytes].
+
+    A block is a scale, in Q4_1 a minimum, and 32 codes: signed bytes in Q8_0, otherwise 16 bytes of which
+    byte j holds code j in its low half and code j + 16 in its high half (ggml-common.h of llama.cpp).
+    """
+    head = 4 if kind == "Q4_1" else 2
+    scales, codes = blocks[..., :head].contiguous().view(torch.float16), blocks[..., head:]
+    if kind != "Q8_0":
+        codes = torch.cat((codes & 15, codes >> 4), -1)
+    return codes.flatten(1), scales
 
 
 def rotate_half_order(values: torch.Tensor, heads: int) -> torch.Tensor:

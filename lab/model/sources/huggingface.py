@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from lab.errors import LabError, Unavailable, named
 from lab.files import read_json, regular_file
+from lab.formats import PackedMatrix
 from lab.model.config import from_huggingface, huggingface_biases, with_held_biases
-from lab.model.sources.store import store
+from lab.model.sources import quantised
+from lab.model.sources.store import Stored, store
 from lab.model.unsupported import quoted
 
 try:
@@ -37,34 +40,67 @@ class HuggingFaceSource:
             )
         settings, where = read_json(self.folder / "config.json"), str(self.folder / "config.json")
         config = from_huggingface(settings, self.name, where)
+        self.scheme = quantised.scheme_of(settings, where)
         self.shards = {}  # file name -> open file
         self.files = self._files()  # tensor name -> file name
         required = huggingface_biases(settings, where)
+        self.notes = [f"{self.where}: {self.scheme.note}"] if self.scheme and self.scheme.note else []
         self.config = with_held_biases(config, required, self.files, str, self.where)
         self.asked = set()
 
     def holds(self, name: str) -> bool:
-        return name in self.files
+        return name in self.files or self._stem(name) is not None
 
     def unread(self) -> list[str]:
         return sorted(name for name in self.files.keys() - self.asked if not name.endswith(IGNORED))
 
+    def stored(self, name: str) -> Stored:
+        if self._stem(name) is not None:
+            return Stored(self.scheme.type, True, self.scheme.format)
+        return Stored(self._open(self._file(name)).get_slice(name).get_dtype())
+
     def fill(self, name: str, out: torch.Tensor) -> None:
-        if name not in self.files:
-            raise LabError(f"{self.folder}: tensor {name} is in none of the safetensors files")
-        self.asked.add(name)
+        if (stem := self._stem(name)) is not None:
+            codes = quantised.read(self.scheme, stem, tuple(out.shape), str(self.folder), self._find)
+            store(quantised.expanded(self.scheme, codes), out, name, str(self.folder))
+            return
+        values = self._read(name)
         path = self.folder / self.files[name]
-        try:
-            values = self._open(path).get_tensor(name)
-        except LabError:
-            raise
-        except Exception as error:
-            raise LabError(f"{path}: tensor {name} cannot be read: {named(str(error), 200)}") from error
         if values.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise LabError(
                 f"{path}: tensor {name} is {values.dtype}; only float32, float16 and bfloat16 are supported"
             )
         store(values, out, name, str(path))
+
+    def packed(self, name: str, shape: tuple[int, int], device: torch.device) -> PackedMatrix:
+        stem, where = self._stem(name), str(self.folder)
+        codes = quantised.read(self.scheme, stem, shape, where, self._find)
+        matrix = quantised.packed(self.scheme, codes, stem, where)
+        return replace(matrix, codes=matrix.codes.to(device), scales=matrix.scales.to(device))
+
+    def _stem(self, name: str) -> str | None:
+        """NAME of a matrix NAME.weight that the checkpoint quantises; None for another tensor."""
+        stem = name.removesuffix(".weight")
+        there = self.scheme is not None and stem != name and f"{stem}.{self.scheme.marker}" in self.files
+        return stem if there else None
+
+    def _find(self, name: str) -> torch.Tensor | None:
+        return self._read(name) if name in self.files else None
+
+    def _file(self, name: str) -> Path:
+        if name not in self.files:
+            raise LabError(f"{self.folder}: tensor {name} is in none of the safetensors files")
+        return self.folder / self.files[name]
+
+    def _read(self, name: str) -> torch.Tensor:
+        path = self._file(name)
+        self.asked.add(name)
+        try:
+            return self._open(path).get_tensor(name)
+        except LabError:
+            raise
+        except Exception as error:
+            raise LabError(f"{path}: tensor {name} cannot be read: {named(str(error), 200)}") from error
 
     def tokenizer(self):
         from lab.model.text.tokenizer import from_huggingface as tokenizer_from_huggingface

@@ -8,6 +8,7 @@ import zlib
 import torch
 
 from lab.model.description import ModelConfig
+from lab.model.sources.store import Stored
 
 
 class RandomSource:
@@ -20,10 +21,13 @@ class RandomSource:
 
     def __init__(self, config: ModelConfig, seed: int = 0):
         self.name, self.config, self.seed = config.name, config, seed
-        self.where = f"model {self.name}"
+        self.where, self.notes = f"model {self.name}", ()
 
     def holds(self, name: str) -> bool:
         return not (self.config.tie_embeddings and name == "lm_head.weight")
+
+    def stored(self, name: str) -> Stored:
+        return Stored("random numbers")
 
     def fill(self, name: str, out: torch.Tensor) -> None:
         seed = zlib.crc32(f"{self.seed} {name}".encode())  # 32 bits: all that torch's CPU generator takes
