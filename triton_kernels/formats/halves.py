@@ -1,0 +1,20 @@
+"""Two codes in the halves of a 32-bit word, as two elements.
+
+The formats work on words as long as they can, because then one instruction does the work for two codes. The
+compiler sees that the halves of a word go to one register of a tensor-core operand, and moves nothing.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def halves(words):
+    """int16 [..., 2]: the low and the high half of each word."""
+    return tl.join(words.to(tl.int16), (words >> 16).to(tl.int16))
+
+
+@triton.jit
+def wide_halves(words):
+    """int32 [..., 2]: the same, widened without the sign."""
+    return tl.join(words & 0xFFFF, (words >> 16) & 0xFFFF)
