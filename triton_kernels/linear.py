@@ -23,7 +23,7 @@ import triton.language as tl
 from lab.formats import PackedMatrix
 from triton_kernels import settings
 from triton_kernels.common import architecture, config, launch
-from triton_kernels.core.packed_rows import operands, packed_product
+from triton_kernels.core.packed_rows import PACKED, operands, packed_product
 from triton_kernels.settings import measured
 
 # sum_rows: the most rows of x that the plain path takes. Each path has a list of (most rows, largest n,
@@ -46,14 +46,6 @@ SM_80 = {
     "dot_f32": [(64, ANY, dict(BLOCK_N=32, BLOCK_K=32, num_warps=4, STAGES=4, UNROLL=1))],
 }
 CONFIGS = {"sm_90": SM_80, "sm_80": SM_80, "interpreter": {"sum_rows": 4}}
-
-# Packed weights: see settings.packed. A step of the ring has BLOCK_N * SEGMENTS * 64 bytes of weights.
-PACKED_SM_80 = [
-    (8, ANY, dict(BLOCK_N=32, SEGMENTS=4, STAGES=4)),
-    (16, ANY, dict(BLOCK_N=32, SEGMENTS=4, STAGES=4)),
-    (64, ANY, dict(BLOCK_N=16, SEGMENTS=4, STAGES=3)),
-]
-PACKED = {"sm_90": PACKED_SM_80, "sm_80": PACKED_SM_80}
 
 
 @triton.jit

@@ -17,9 +17,11 @@ The lowest index wins a tie. A row with NaN gives -1.
 import triton
 import triton.language as tl
 
+from lab.formats import PackedMatrix
 from triton_kernels import settings
 from triton_kernels.common import launch
 from triton_kernels.core.fused_product import dot_rows, load_rows, normed_rows, wait_for_inputs
+from triton_kernels.core.packed_rows import PACKED, operands, packed_product
 from triton_kernels.rmsnorm import normalised
 from triton_kernels.settings import ANY
 
@@ -221,9 +223,85 @@ def norm_linear_argmax_dot_kernel(
     publish_best(scratch, ids, rows, b, top, lowest, BLOCK_B, SLOTS)
 
 
+@triton.jit
+def packed_norm_linear_argmax_kernel(
+    xn,
+    words,
+    scales,
+    logits,
+    scratch,
+    ids,
+    rows,
+    n,
+    k,
+    PDL: tl.constexpr,
+    SLOTS: tl.constexpr,
+    FORMAT: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SECOND: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    # 1. Locate: tiles p, p + programs, ... of BLOCK_N rows.
+    b = tl.arange(0, BLOCK_B)[:, None]
+    programs = tl.num_programs(0)
+
+    # 2. Norm: already done by rmsnorm's kernel.
+    wait_for_inputs(PDL)
+
+    best = tl.full([BLOCK_B, BLOCK_N], float("-inf"), tl.float32)
+    index = tl.full([BLOCK_B, BLOCK_N], NO_INDEX, tl.int32)
+    for tile in range(tl.program_id(0), tl.cdiv(n, BLOCK_N), programs):
+        # 3. Multiply: packed weights are unpacked in registers and multiplied on tensor cores, for any number
+        # of rows.
+        # 4. Reduce: the warps of a program divide k, and their sums are added at the end.
+        out = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        total = packed_product(
+            xn,
+            words,
+            scales,
+            out,
+            live=out < n,
+            rows=rows,
+            k=k,
+            FORMAT=FORMAT,
+            BITS=BITS,
+            GROUP=GROUP,
+            SECOND=SECOND,
+            EVEN_K=EVEN_K,
+            BLOCK_B=BLOCK_B,
+            BLOCK_N=BLOCK_N,
+            SEGMENTS=SEGMENTS,
+            STAGES=STAGES,
+        )
+
+        # 5. Store: the logits; the best so far stays in registers.
+        column = out[None, :]
+        tl.store(logits + b.to(tl.int64) * n + column, total, mask=(b < rows) & (column < n))
+        best, index = keep_best(best, index, tl.where(column < n, total, float("-inf")), column)
+
+    # 6. Argmax in the last block: first over each program, then over all.
+    top, lowest = first_best(best, index, axis=1)
+    publish_best(scratch, ids, rows, b, top, lowest, BLOCK_B, SLOTS)
+
+
 def norm_linear_argmax(x, norm_w, eps, w, logits, scratch, out):
-    """Launch logits = rmsnorm(x, norm_w) @ w.T, out = argmax; scratch is zero on entry and on exit."""
+    """Launch logits = rmsnorm(x, norm_w) @ w.T, out = argmax; w may be a PackedMatrix; scratch is zero on
+    entry and on exit."""
     (rows, k), n = x.shape, w.shape[0]
+    if type(w) is PackedMatrix:
+        programs, meta = settings.packed(PACKED, x, w, n)
+        meta.update(SLOTS=1024 // meta["BLOCK_B"], **settings.dependent_launch(x))
+        grid = (min(programs, MAX_PROGRAMS.value),)
+        xn = normalised(x, norm_w, eps)
+        launch(
+            packed_norm_linear_argmax_kernel, grid, xn, *operands(w), logits, scratch, out, rows, n, k, **meta
+        )
+        return
     path, programs, meta = settings.product(
         "norm_linear_argmax", CONFIGS, x, n, k, whole_rows=True, most_programs=MAX_PROGRAMS.value
     )

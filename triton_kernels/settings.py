@@ -127,36 +127,38 @@ def _product(op, table, x, n, k, whole_rows, parts, most_programs):
     return path, programs, meta
 
 
+def packed_format(f):
+    """A weight format as the device code of core/packed_rows.py takes it."""
+    return dict(FORMAT=f.number, BITS=f.bits, GROUP=f.group or 0, SECOND=f.second or "")
+
+
 def packed(table, x, w, n, parts=1):
     """(programs, meta) to multiply x [rows, k] with a PackedMatrix w [parts * n, k].
 
-    table: an op's entries for packed weights, a list for each architecture of (most rows, largest n,
-    settings), of which the first that fits is used. A program takes BLOCK_N outputs, `parts` rows of w each,
-    and its warps divide k.
+    table: for each architecture, "half" (x of 16 bits) and "float" (of 32): lists of (most rows, largest n,
+    settings); the first entry that fits is used. A program takes BLOCK_N rows of w, `parts` for each output.
     """
     rows, k = x.shape
     f, name = w.format, architecture(x)
     if name == "interpreter":
-        meta = _packed_interpreted(f, n, k, parts)
+        meta = _packed_interpreted(f, n * parts, k)
     else:
-        meta = next(dict(m) for most_rows, most_n, m in config(table, x) if rows <= most_rows and n <= most_n)
-        meta["num_warps"] = meta["SEGMENTS"]
+        entries = config(table, x)["float" if x.itemsize == 4 else "half"]
+        meta = next(dict(m) for most_rows, most_n, m in entries if rows <= most_rows and n * parts <= most_n)
+        meta.setdefault("num_warps", meta["SEGMENTS"])
     meta.update(
-        FORMAT=f.number,
-        BITS=f.bits,
-        GROUP=f.group or 0,
-        SECOND=f.second or "",
+        **packed_format(f),
         EVEN_K=k % (meta["SEGMENTS"] * f.columns) == 0,
-        # 8 columns are the narrowest tile of tensor cores; the interpreter needs no padding.
+        # 8 rows of x are the narrowest tile of tensor cores; the interpreter needs no padding.
         BLOCK_B=max(triton.next_power_of_2(rows), 1 if name == "interpreter" else 8),
     )
-    return triton.cdiv(n, meta["BLOCK_N"]), meta
+    return triton.cdiv(n * parts, meta["BLOCK_N"]), meta
 
 
-def _packed_interpreted(f, n, k, parts):
+def _packed_interpreted(f, n, k):
     """Settings for the interpreter: whole rows, and tiles of up to 2^17 weights, as in _interpreted."""
     segments = triton.next_power_of_2(f.segments(k))
-    most = max((1 << 17) // (segments * f.columns * parts), 1)
+    most = max((1 << 17) // (segments * f.columns), 2)
     return dict(BLOCK_N=min(most, triton.next_power_of_2(n)), SEGMENTS=segments, STAGES=1)
 
 

@@ -44,9 +44,16 @@ def numbers(pairs, T: tl.constexpr, FORMAT: tl.constexpr):
 
 @triton.jit
 def scale_number(entry, FORMAT: tl.constexpr):
-    """float32: what an entry of `scales` stands for."""
+    """float32: the scale of an entry of `scales`: the bits of a float16, the low ones of 32 if a second
+    number follows, or the exponent of mxfp4."""
     if FORMAT == MXFP4:
         result = mxfp4_scale(entry)
     else:
-        result = entry.to(tl.float32)
+        result = entry.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     return result
+
+
+@triton.jit
+def second_number(entry):
+    """float32: the minimum or zero of an entry."""
+    return (entry >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
