@@ -228,6 +228,6 @@ def linear(x, w, bias, y):
 def packed_linear(x, w, bias, y):
     """The same for a PackedMatrix."""
     (rows, k), n = x.shape, w.shape[0]
-    programs, meta = settings.packed(PACKED, x, w, n)
+    programs, meta = settings.packed("linear", PACKED, x, w, n)
     meta["HAS_BIAS"] = bias is not None
     launch(packed_linear_kernel, (programs,), x, *operands(w), bias, y, rows, n, k, **meta)

@@ -212,7 +212,7 @@ def linear_add(x, w, bias, residual):
     """Launch residual += x @ w.T + bias; w may be a PackedMatrix, bias None or [n]."""
     (rows, k), n = x.shape, w.shape[0]
     if type(w) is PackedMatrix:
-        programs, meta = settings.packed(PACKED, x, w, n)
+        programs, meta = settings.packed("linear_add", PACKED, x, w, n)
         meta.update(HAS_BIAS=bias is not None, **settings.dependent_launch(x))
         launch(packed_linear_add_kernel, (programs,), x, *operands(w), bias, residual, rows, n, k, **meta)
         return

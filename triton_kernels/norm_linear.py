@@ -222,7 +222,7 @@ def norm_linear(x, norm_w, eps, w, bias, y):
     or float32."""
     (rows, k), n = x.shape, w.shape[0]
     if type(w) is PackedMatrix:
-        programs, meta = settings.packed(PACKED, x, w, n)
+        programs, meta = settings.packed("norm_linear", PACKED, x, w, n)
         meta.update(HAS_BIAS=bias is not None, **settings.dependent_launch(x))
         xn = normalised(x, norm_w, eps)
         launch(packed_norm_linear_kernel, (programs,), xn, *operands(w), bias, y, rows, n, k, **meta)

@@ -294,7 +294,7 @@ def norm_linear_argmax(x, norm_w, eps, w, logits, scratch, out):
     entry and on exit."""
     (rows, k), n = x.shape, w.shape[0]
     if type(w) is PackedMatrix:
-        programs, meta = settings.packed(PACKED, x, w, n)
+        programs, meta = settings.packed("norm_linear_argmax", PACKED, x, w, n)
         meta.update(SLOTS=1024 // meta["BLOCK_B"], **settings.dependent_launch(x))
         grid = (min(programs, MAX_PROGRAMS.value),)
         xn = normalised(x, norm_w, eps)

@@ -220,7 +220,7 @@ def norm_linear_silu_mul(x, norm_w, eps, w, y):
     """Launch y = silu(gate) * up, (gate, up) = rmsnorm(x, norm_w) @ w.T; w may be a PackedMatrix."""
     (rows, k), n = x.shape, y.shape[1]
     if type(w) is PackedMatrix:
-        programs, meta = settings.packed(PACKED, x, w, n, parts=2)
+        programs, meta = settings.packed("norm_linear_silu_mul", PACKED, x, w, n, parts=2)
         meta.update(settings.dependent_launch(x))
         xn = normalised(x, norm_w, eps)
         launch(packed_norm_linear_silu_mul_kernel, (programs,), xn, *operands(w), y, rows, n, k, **meta)

@@ -132,25 +132,28 @@ def packed_format(f):
     return dict(FORMAT=f.number, BITS=f.bits, GROUP=f.group or 0, SECOND=f.second or "")
 
 
-def packed(table, x, w, n, parts=1):
+def packed(op, table, x, w, n, parts=1):
     """(programs, meta) to multiply x [rows, k] with a PackedMatrix w [parts * n, k].
 
     table: for each architecture, "half" (x of 16 bits) and "float" (of 32): lists of (most rows, largest n,
-    settings); the first entry that fits is used. A program takes BLOCK_N rows of w, `parts` for each output.
+    settings), of which the first that fits is used. A program takes BLOCK_N rows of w, `parts` for each
+    output.
     """
     rows, k = x.shape
-    f, name = w.format, architecture(x)
-    if name == "interpreter":
+    f, interpreted = w.format, architecture(x) == "interpreter"
+    if _forced.get(op):
+        meta = dict(_forced[op])
+    elif interpreted:
         meta = _packed_interpreted(f, n * parts, k)
     else:
         entries = config(table, x)["float" if x.itemsize == 4 else "half"]
         meta = next(dict(m) for most_rows, most_n, m in entries if rows <= most_rows and n * parts <= most_n)
-        meta.setdefault("num_warps", meta["SEGMENTS"])
+    meta.setdefault("num_warps", meta["SEGMENTS"])
     meta.update(
         **packed_format(f),
         EVEN_K=k % (meta["SEGMENTS"] * f.columns) == 0,
         # 8 rows of x are the narrowest tile of tensor cores; the interpreter needs no padding.
-        BLOCK_B=max(triton.next_power_of_2(rows), 1 if name == "interpreter" else 8),
+        BLOCK_B=max(triton.next_power_of_2(rows), 1 if interpreted else 8),
     )
     return triton.cdiv(n * parts, meta["BLOCK_N"]), meta
 

@@ -274,7 +274,10 @@ SM_80 = {
         (64, settings.ANY, dict(BLOCK_N=128, SEGMENTS=1, STAGES=4, num_warps=8)),
     ],
     # float32 on CUDA cores: the tensor cores would round the operands to TF32.
-    "float": [(64, settings.ANY, dict(BLOCK_N=16, SEGMENTS=2, STAGES=2))],
+    "float": [
+        (16, settings.ANY, dict(BLOCK_N=32, SEGMENTS=1, STAGES=2, num_warps=4)),
+        (64, settings.ANY, dict(BLOCK_N=16, SEGMENTS=1, STAGES=2, num_warps=4)),
+    ],
 }
 PACKED = {"sm_90": SM_80, "sm_80": SM_80}
 
