@@ -21,7 +21,7 @@ from lab.formats import PackedMatrix
 from triton_kernels import settings
 from triton_kernels.common import launch
 from triton_kernels.core.fused_product import dot_rows, load_rows, wait_for_inputs
-from triton_kernels.core.packed_rows import PACKED, operands, packed_product
+from triton_kernels.core.packed_rows import PACKED, operands, packed_product, prefetch_rows
 from triton_kernels.settings import ANY
 
 # See settings.by_hand. UNROLL tiles of the sum path are in flight.
@@ -179,6 +179,7 @@ def packed_linear_add_kernel(
     # 2. Multiply: packed weights are unpacked in registers and multiplied on tensor cores, for any number of
     # rows.
     # 3. Reduce: the warps of a program divide k, and their sums are added at the end.
+    prefetch_rows(words, out, out < n, k, BITS, SEGMENTS, PDL)
     wait_for_inputs(PDL)
     total = packed_product(
         x,

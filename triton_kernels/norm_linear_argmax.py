@@ -21,7 +21,8 @@ from lab.formats import PackedMatrix
 from triton_kernels import settings
 from triton_kernels.common import launch
 from triton_kernels.core.fused_product import dot_rows, load_rows, normed_rows, wait_for_inputs
-from triton_kernels.core.packed_rows import PACKED, operands, packed_product
+from triton_kernels.core.packed_rows import SM_80 as PACKED_ROWS
+from triton_kernels.core.packed_rows import operands, packed_product, prefetch_rows
 from triton_kernels.rmsnorm import normalised
 from triton_kernels.settings import ANY
 
@@ -37,6 +38,17 @@ SM_80 = {
     "dot_f32": [(64, ANY, dict(BLOCK_N=32, BLOCK_K=32, num_warps=4, STAGES=3, per_multiprocessor=4))],
 }
 CONFIGS = {"sm_90": SM_80, "sm_80": SM_80, "interpreter": {"sum_rows": 4}}
+
+# Packed weights: see settings.packed. The other products' tile for many rows would need more registers than
+# there are, because the argmax needs some.
+PACKED_SM_80 = {
+    "half": [
+        *(entry for entry in PACKED_ROWS["half"] if entry[0] < 64),
+        (64, ANY, dict(BLOCK_N=64, SEGMENTS=1, STAGES=4, num_warps=8)),
+    ],
+    "float": PACKED_ROWS["float"],
+}
+PACKED = {"sm_90": PACKED_SM_80, "sm_80": PACKED_SM_80}
 
 
 @triton.jit
@@ -250,11 +262,13 @@ def packed_norm_linear_argmax_kernel(
     b = tl.arange(0, BLOCK_B)[:, None]
     programs = tl.num_programs(0)
 
-    # 2. Norm: already done by rmsnorm's kernel.
+    # 2. Norm: already done by rmsnorm's kernel. Before the wait for it the first weights are asked for.
+    out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    prefetch_rows(words, out, out < n, k, BITS, SEGMENTS, PDL)
     wait_for_inputs(PDL)
 
-    best = tl.full([BLOCK_B, BLOCK_N], float("-inf"), tl.float32)
-    index = tl.full([BLOCK_B, BLOCK_N], NO_INDEX, tl.int32)
+    best = tl.full([BLOCK_B, 1], float("-inf"), tl.float32)
+    index = tl.full([BLOCK_B, 1], NO_INDEX, tl.int32)
     for tile in range(tl.program_id(0), tl.cdiv(n, BLOCK_N), programs):
         # 3. Multiply: packed weights are unpacked in registers and multiplied on tensor cores, for any number
         # of rows.
@@ -279,14 +293,22 @@ def packed_norm_linear_argmax_kernel(
             STAGES=STAGES,
         )
 
-        # 5. Store: the logits; the best so far stays in registers.
+        # 5. Store: the logits; the best of each row so far stays in registers. Most programs have one tile,
+        # so the best of a tile can be found at once, which frees the registers.
         column = out[None, :]
         tl.store(logits + b.to(tl.int64) * n + column, total, mask=(b < rows) & (column < n))
-        best, index = keep_best(best, index, tl.where(column < n, total, float("-inf")), column)
+        top, lowest = keep_best(
+            tl.full([BLOCK_B, BLOCK_N], float("-inf"), tl.float32),
+            tl.full([BLOCK_B, BLOCK_N], NO_INDEX, tl.int32),
+            tl.where(column < n, total, float("-inf")),
+            column,
+        )
+        top, lowest = first_best(top, lowest, axis=1)
+        better = (top > best) | ((top == best) & (lowest < index))
+        best, index = tl.where(better, top, best), tl.where(better, lowest, index)
 
-    # 6. Argmax in the last block: first over each program, then over all.
-    top, lowest = first_best(best, index, axis=1)
-    publish_best(scratch, ids, rows, b, top, lowest, BLOCK_B, SLOTS)
+    # 6. Argmax in the last block: over all programs.
+    publish_best(scratch, ids, rows, b, best, index, BLOCK_B, SLOTS)
 
 
 def norm_linear_argmax(x, norm_w, eps, w, logits, scratch, out):

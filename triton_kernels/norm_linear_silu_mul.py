@@ -16,7 +16,7 @@ from lab.formats import PackedMatrix
 from triton_kernels import settings
 from triton_kernels.common import launch
 from triton_kernels.core.fused_product import dot_rows, load_rows, normed_rows, wait_for_inputs
-from triton_kernels.core.packed_rows import PACKED, operands, packed_product
+from triton_kernels.core.packed_rows import PACKED, operands, packed_product, prefetch_rows
 from triton_kernels.rmsnorm import normalised
 from triton_kernels.settings import ANY
 
@@ -185,7 +185,8 @@ def packed_norm_linear_silu_mul_kernel(
     first = tl.program_id(0) * (BLOCK_N // 2)
     out = first + i // 2
 
-    # 2. Norm: already done by rmsnorm's kernel.
+    # 2. Norm: already done by rmsnorm's kernel. Before the wait for it the first weights are asked for.
+    prefetch_rows(words, out + (i % 2) * n, out < n, k, BITS, SEGMENTS, PDL)
     wait_for_inputs(PDL)
 
     # 3. Multiply: packed weights are unpacked in registers and multiplied on tensor cores, for any number of

@@ -114,6 +114,20 @@ def packed_product(
 
 
 @triton.jit
+def prefetch_rows(words, row, live, k, BITS: tl.constexpr, SEGMENTS: tl.constexpr, PDL: tl.constexpr):
+    """Asks L2 for the weights of the first four steps: before the wait for the preceding kernel, which writes x
+    but no weights."""
+    if PDL:
+        LINE: tl.constexpr = 32  # words
+        width = tl.cdiv(k, 512 // BITS) * WORDS
+        at = LINE * tl.arange(0, 4 * SEGMENTS * 16 // LINE)[None, :]
+        first = tl.where(live, row, 0).to(tl.int64) * width
+        line = words + first[:, None] + tl.where(at < width, at, 0)
+        asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
+        tl.inline_asm_elementwise(asm, "=r,l", [line.to(tl.int64)], tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def load_columns(x, b, column, rows, k, EVEN_K: tl.constexpr):
     """x[b, column], 0 past the end. Every program reads it, so it should stay in the cache (evict_last)."""
     if EVEN_K:
