@@ -1,4 +1,4 @@
-"""The Triton kernels' side of the weight formats, beyond what every op's cases show: every code of every format,
+"""The Triton kernels with packed weights, beyond what every op's cases show: every code of every format,
 programs of other shapes than the interpreter's, and the machine code."""
 
 import re

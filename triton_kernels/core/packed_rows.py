@@ -115,8 +115,8 @@ def packed_product(
 
 @triton.jit
 def prefetch_rows(words, row, live, k, BITS: tl.constexpr, SEGMENTS: tl.constexpr, PDL: tl.constexpr):
-    """Asks L2 for the weights of the first four steps: before the wait for the preceding kernel, which writes x
-    but no weights."""
+    """Asks L2 for the weights of the first four steps: before the wait for the preceding kernel, which writes
+    x but no weights."""
     if PDL:
         LINE: tl.constexpr = 32  # words
         width = tl.cdiv(k, 512 // BITS) * WORDS
@@ -197,6 +197,7 @@ def unpack(
     # 1. Cut out two codes at a time: [s, n, t, i, p], p = 2 q + u.
     shift = (BITS * tl.arange(0, 16 // BITS))[None, None, None, None, :]
     MASK: tl.constexpr = 0x000F000F if BITS == 4 else 0x00FF00FF
+    # (With a reshape in place of expand_dims the compiler would pass the tile through shared memory.)
     pairs = (tl.expand_dims(lanes, 4) >> shift) & MASK
     # 2. Make them numbers: [s, n, t, i, p, h].
     values = numbers(pairs, T, FORMAT)

@@ -9,6 +9,16 @@ import triton.language as tl
 
 
 @triton.jit
+def in_register(constant):
+    """The constant, as a value that the compiler does not know: no launch has a third axis of programs.
+
+    One instruction (LOP3) computes `x & mask | constant` if mask or constant is in a register. If the compiler
+    knows both, it takes two.
+    """
+    return constant + tl.program_id(2)
+
+
+@triton.jit
 def halves(words):
     """int16 [..., 2]: the low and the high half of each word."""
     return tl.join(words.to(tl.int16), (words >> 16).to(tl.int16))

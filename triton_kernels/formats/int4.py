@@ -6,7 +6,7 @@ contract  lab/formats/int4.py          twin  cuda_src/formats/int4.cuh
 import triton
 import triton.language as tl
 
-from triton_kernels.formats.halves import halves, wide_halves
+from triton_kernels.formats.halves import halves, in_register, wide_halves
 
 
 @triton.jit
@@ -17,9 +17,10 @@ def int4_numbers(pairs, T: tl.constexpr, MIDDLE: tl.constexpr):
     # does slowly.
     # 2. Subtract: P + c and P + MIDDLE are exact in T, and so is their difference.
     if T == tl.bfloat16:
-        result = halves(pairs | 0x43004300).to(tl.bfloat16, bitcast=True) - (128.0 + MIDDLE)
+        result = halves(pairs | in_register(0x43004300)).to(tl.bfloat16, bitcast=True) - (128.0 + MIDDLE)
     elif T == tl.float16:
-        result = halves(pairs | 0x64006400).to(tl.float16, bitcast=True) - (1024.0 + MIDDLE)
+        result = halves(pairs | in_register(0x64006400)).to(tl.float16, bitcast=True) - (1024.0 + MIDDLE)
     else:
-        result = (wide_halves(pairs) | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + MIDDLE)
+        bits = wide_halves(pairs) | in_register(0x4B000000)
+        result = bits.to(tl.float32, bitcast=True) - (8388608.0 + MIDDLE)
     return result
