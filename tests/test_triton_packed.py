@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from test_triton_compile import empty
 
 from lab.contract import Rand
 from lab.formats import FORMATS, PackedMatrix
@@ -88,6 +89,26 @@ def packed(name, n, k):
     return PackedMatrix(name, k, codes, scales)
 
 
+def compiled(architecture, run):
+    """The last of the kernels that `run` launches, and its machine code: no register spills, and there is
+    enough shared memory."""
+    with recording(architecture) as launches:
+        run()
+    code = offline.compile(launches[-1], architecture)
+    usage = offline.usage(code)
+    assert usage["local"] == usage["stack"] == 0, f"spills: {usage}"
+    assert usage["shared"] <= {"sm_90": 227, "sm_80": 163}[architecture] << 10
+    return code, offline.sass(code)
+
+
+def check_product(code, sass):
+    """16-byte copies run ahead of the arithmetic on tensor cores, and no unpacked weights are stored."""
+    assert re.search(r"\bLDGSTS\S*\.128", sass) and re.search(r"\bHG?MMA\b", sass)
+    # Registers are stored only to add up the warps' sums: float32. Unpacked weights are bfloat16.
+    stored = re.findall(r"ttg\.local_alloc %.*bf16|ttg\.local_store.*bf16", code.asm["ttgir"])
+    assert not stored, "unpacked weights pass through shared memory"
+
+
 @pytest.mark.parametrize(
     "architecture, name, rows, n",
     [
@@ -98,16 +119,40 @@ def packed(name, n, k):
     ],
 )
 def test_codes_go_from_wide_loads_to_tensor_cores(architecture, name, rows, n):
-    """16-byte copies run ahead of the arithmetic, no register spills, and no unpacked weights are stored."""
-    k = 4096
-    x, y = (torch.empty(rows, c, dtype=BF16, device="meta") for c in (k, n))
-    with recording(architecture) as launches:
-        run_linear(x, packed(name, n, k), None, y)
-    code = offline.compile(launches[0], architecture)
-    usage, sass = offline.usage(code), offline.sass(code)
-    assert usage["local"] == usage["stack"] == 0, f"spills: {usage}"
-    assert usage["shared"] <= {"sm_90": 227, "sm_80": 163}[architecture] << 10
-    assert re.search(r"\bLDGSTS\S*\.128", sass) and re.search(r"\bHG?MMA\b", sass)
-    # Registers are stored only to add up the warps' sums: float32. Unpacked weights are bfloat16.
-    stored = re.findall(r"ttg\.local_alloc %.*bf16|ttg\.local_store.*bf16", code.asm["ttgir"])
-    assert not stored, "unpacked weights pass through shared memory"
+    x, y = empty(rows, 4096, dtype=BF16), empty(rows, n, dtype=BF16)
+    check_product(*compiled(architecture, lambda: run_linear(x, packed(name, n, 4096), None, y)))
+
+
+@pytest.mark.parametrize("rows", (1, 64))
+@pytest.mark.parametrize("op", PRODUCTS[1:], ids=lambda op: op.op.name)
+def test_the_fused_products_do_not_wait_before_they_ask_for_weights(op, rows):
+    k, n = 4096, 4096
+    x, norm_w = empty(rows, k, dtype=BF16), empty(k, dtype=BF16)
+    logits, scratch = empty(rows, n, dtype=F32), norm_linear_argmax.new_scratch(rows, "meta")
+    w = packed("int4-g32-min", 2 * n if op is norm_linear_silu_mul else n, k)
+    args = {
+        linear_add: (x, w, empty(rows, n, dtype=BF16)),
+        norm_linear: (x, norm_w, 1e-5, w),
+        norm_linear_silu_mul: (x, norm_w, 1e-5, w),
+        norm_linear_argmax: (x, norm_w, 1e-5, w, logits, scratch),
+    }[op]
+    out = op.op.outputs(*args)
+    code, sass = compiled("sm_90", lambda: op.op.launchers["triton"](*args, out=out))
+    check_product(code, sass)
+    ptx = code.asm["ptx"]
+    assert ptx.index("prefetch.global.L2") < ptx.index("griddepcontrol.wait") < ptx.index("cp.async")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_embedding_reads_codes_16_bytes_at_a_time(name):
+    table, ids, out = packed(name, 128256, 4096), empty(4, dtype=I32), empty(4, 4096, dtype=BF16)
+    _, sass = compiled("sm_90", lambda: embedding(ids, table, out))
+    assert re.search(r"\bLDG\S*\.128", sass)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_float32_stays_off_the_tensor_cores(name):
+    """They would round x to TF32."""
+    x, y = empty(4, 4096, dtype=F32), empty(4, 4096, dtype=F32)
+    _, sass = compiled("sm_90", lambda: run_linear(x, packed(name, 4096, 4096), None, y))
+    assert not re.search(r"\bHG?MMA\b.*TF32", sass)

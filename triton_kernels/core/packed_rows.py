@@ -285,7 +285,7 @@ SM_80 = {
         (8, settings.ANY, dict(BLOCK_N=32, SEGMENTS=4, STAGES=4)),
         (16, 8192, dict(BLOCK_N=16, SEGMENTS=8, STAGES=3)),
         (16, settings.ANY, dict(BLOCK_N=64, SEGMENTS=4, STAGES=3)),
-        (64, 8192, dict(BLOCK_N=32, SEGMENTS=1, STAGES=4, num_warps=4)),
+        (64, 8192, dict(BLOCK_N=64, SEGMENTS=1, STAGES=5, num_warps=4)),
         (64, settings.ANY, dict(BLOCK_N=128, SEGMENTS=1, STAGES=4, num_warps=8)),
     ],
     # float32 on CUDA cores: the tensor cores would round the operands to TF32.

@@ -12,8 +12,8 @@ import triton.language as tl
 def in_register(constant):
     """The constant, as a value that the compiler does not know: no launch has a third axis of programs.
 
-    One instruction (LOP3) computes `x & mask | constant` if mask or constant is in a register. If the compiler
-    knows both, it takes two.
+    One instruction (LOP3) computes `x & mask | constant` if mask or constant is in a register. It takes two
+    if the compiler knows both.
     """
     return constant + tl.program_id(2)
 
