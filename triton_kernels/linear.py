@@ -11,6 +11,8 @@ The launcher chooses one of two ways to multiply. For few rows: plain float32 ar
 weights. For more rows, where that arithmetic would take longer than the loads: tensor cores, with w as the
 left operand (its rows fill the tile, which a small batch cannot) and x transposed as the right one, padded to
 BLOCK_B columns.
+
+Packed weights have a kernel of their own, for every format: core/packed_rows.py unpacks and multiplies them.
 """
 
 import functools
@@ -18,7 +20,10 @@ import functools
 import triton
 import triton.language as tl
 
+from lab.formats import PackedMatrix
+from triton_kernels import settings
 from triton_kernels.common import architecture, config, launch
+from triton_kernels.core.packed_rows import PACKED, operands, packed_product
 from triton_kernels.settings import measured
 
 # sum_rows: the most rows of x that the plain path takes. Each path has a list of (most rows, largest n,
@@ -108,6 +113,60 @@ def linear_kernel(
     tl.store(where, total.to(y.dtype.element_ty), mask=(b < rows)[:, None] & (out < n)[None, :])
 
 
+@triton.jit
+def packed_linear_kernel(
+    x,
+    words,
+    scales,
+    bias,
+    y,
+    rows,
+    n,
+    k,
+    HAS_BIAS: tl.constexpr,
+    FORMAT: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SECOND: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    # 1. Locate: BLOCK_N rows of w.
+    b = tl.arange(0, BLOCK_B)[:, None]
+    out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+
+    # 2. Multiply: packed weights are unpacked in registers and multiplied on tensor cores, for any number of
+    # rows.
+    # 3. Reduce: the warps of a program divide k, and their sums are added at the end.
+    total = packed_product(
+        x,
+        words,
+        scales,
+        out,
+        live=out < n,
+        rows=rows,
+        k=k,
+        FORMAT=FORMAT,
+        BITS=BITS,
+        GROUP=GROUP,
+        SECOND=SECOND,
+        EVEN_K=EVEN_K,
+        BLOCK_B=BLOCK_B,
+        BLOCK_N=BLOCK_N,
+        SEGMENTS=SEGMENTS,
+        STAGES=STAGES,
+    )
+
+    # 4. Store: bias added in float32, rounded once.
+    if HAS_BIAS:
+        total += tl.load(bias + out, mask=out < n, other=0.0).to(tl.float32)[None, :]
+    where = y + b.to(tl.int64) * n + out[None, :]
+    tl.store(where, total.to(y.dtype.element_ty), mask=(b < rows) & (out < n)[None, :])
+
+
 @functools.lru_cache(maxsize=None)
 def _interpreter_tile(depth, n, k):
     """BLOCK_N and BLOCK_K that take the interpreter the least time, for `depth` rows of x in a tile.
@@ -127,7 +186,10 @@ def _interpreter_tile(depth, n, k):
 
 
 def linear(x, w, bias, y):
-    """Launch y = x @ w.T + bias; bias None or [n], y of x's dtype or float32."""
+    """Launch y = x @ w.T + bias; w may be a PackedMatrix, bias None or [n], y of x's dtype or float32."""
+    if type(w) is PackedMatrix:
+        packed_linear(x, w, bias, y)
+        return
     cfg = config(CONFIGS, x)
     (rows, k), n = x.shape, w.shape[0]
     block_b = triton.next_power_of_2(rows)
@@ -161,3 +223,11 @@ def linear(x, w, bias, y):
         BLOCK_B=block_b,
         **meta,
     )
+
+
+def packed_linear(x, w, bias, y):
+    """The same for a PackedMatrix."""
+    (rows, k), n = x.shape, w.shape[0]
+    programs, meta = settings.packed("linear", PACKED, x, w, n)
+    meta["HAS_BIAS"] = bias is not None
+    launch(packed_linear_kernel, (programs,), x, *operands(w), bias, y, rows, n, k, **meta)

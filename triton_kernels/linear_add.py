@@ -10,14 +10,18 @@ accumulated in float32, rounded once
 Two kernels, as in norm_linear: float32 arithmetic for few rows, tensor cores for more. These matrices have
 few outputs and long rows, so where BLOCK_K covers k, all of a program's weights are loaded into registers
 before the wait.
+
+Packed weights have a kernel of their own, for every format: core/packed_rows.py unpacks and multiplies them.
 """
 
 import triton
 import triton.language as tl
 
+from lab.formats import PackedMatrix
 from triton_kernels import settings
 from triton_kernels.common import launch
 from triton_kernels.core.fused_product import dot_rows, load_rows, wait_for_inputs
+from triton_kernels.core.packed_rows import PACKED, operands, packed_product, prefetch_rows
 from triton_kernels.settings import ANY
 
 # See settings.by_hand. UNROLL tiles of the sum path are in flight.
@@ -146,9 +150,73 @@ def linear_add_dot_kernel(
     tl.store(target, total.to(residual.dtype.element_ty), mask=live)
 
 
+@triton.jit
+def packed_linear_add_kernel(
+    x,
+    words,
+    scales,
+    bias,
+    residual,
+    rows,
+    n,
+    k,
+    PDL: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    FORMAT: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SECOND: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    # 1. Locate: BLOCK_N rows of w.
+    b = tl.arange(0, BLOCK_B)[:, None]
+    out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+
+    # 2. Multiply: packed weights are unpacked in registers and multiplied on tensor cores, for any number of
+    # rows.
+    # 3. Reduce: the warps of a program divide k, and their sums are added at the end.
+    prefetch_rows(words, out, out < n, k, BITS, SEGMENTS, PDL)
+    wait_for_inputs(PDL)
+    total = packed_product(
+        x,
+        words,
+        scales,
+        out,
+        live=out < n,
+        rows=rows,
+        k=k,
+        FORMAT=FORMAT,
+        BITS=BITS,
+        GROUP=GROUP,
+        SECOND=SECOND,
+        EVEN_K=EVEN_K,
+        BLOCK_B=BLOCK_B,
+        BLOCK_N=BLOCK_N,
+        SEGMENTS=SEGMENTS,
+        STAGES=STAGES,
+    )
+
+    # 4. Add and store: each output is read and written by one program.
+    target = residual + b.to(tl.int64) * n + out[None, :]
+    live = (b < rows) & (out < n)[None, :]
+    if HAS_BIAS:
+        total += tl.load(bias + out, mask=out < n, other=0.0).to(tl.float32)[None, :]
+    total += tl.load(target, mask=live, other=0.0).to(tl.float32)
+    tl.store(target, total.to(residual.dtype.element_ty), mask=live)
+
+
 def linear_add(x, w, bias, residual):
-    """Launch residual += x @ w.T + bias; bias None or [n]."""
+    """Launch residual += x @ w.T + bias; w may be a PackedMatrix, bias None or [n]."""
     (rows, k), n = x.shape, w.shape[0]
+    if type(w) is PackedMatrix:
+        programs, meta = settings.packed("linear_add", PACKED, x, w, n)
+        meta.update(HAS_BIAS=bias is not None, **settings.dependent_launch(x))
+        launch(packed_linear_add_kernel, (programs,), x, *operands(w), bias, residual, rows, n, k, **meta)
+        return
     path, programs, meta = settings.product("linear_add", CONFIGS, x, n, k)
     kernel = linear_add_kernel if path == "sum" else linear_add_dot_kernel
     if path == "sum":

@@ -14,9 +14,11 @@ after rmsnorm's kernel.
 import triton
 import triton.language as tl
 
+from lab.formats import PackedMatrix
 from triton_kernels import settings
 from triton_kernels.common import launch
 from triton_kernels.core.fused_product import dot_rows, load_rows, normed_rows, wait_for_inputs
+from triton_kernels.core.packed_rows import PACKED, operands, packed_product, prefetch_rows
 from triton_kernels.rmsnorm import normalised
 from triton_kernels.settings import ANY
 
@@ -157,9 +159,75 @@ def norm_linear_dot_kernel(
             tile = load_rows(w, out, out < n, col, k, EVEN_K)
 
 
+@triton.jit
+def packed_norm_linear_kernel(
+    xn,
+    words,
+    scales,
+    bias,
+    y,
+    rows,
+    n,
+    k,
+    PDL: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    FORMAT: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SECOND: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    # 1. Locate: BLOCK_N rows of w.
+    b = tl.arange(0, BLOCK_B)[:, None]
+    out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+
+    # 2. Norm: already done by rmsnorm's kernel. Before the wait for it the first weights are asked for.
+    prefetch_rows(words, out, out < n, k, BITS, SEGMENTS, PDL)
+    wait_for_inputs(PDL)
+
+    # 3. Multiply: packed weights are unpacked in registers and multiplied on tensor cores, for any number of
+    # rows.
+    # 4. Reduce: the warps of a program divide k, and their sums are added at the end.
+    total = packed_product(
+        xn,
+        words,
+        scales,
+        out,
+        live=out < n,
+        rows=rows,
+        k=k,
+        FORMAT=FORMAT,
+        BITS=BITS,
+        GROUP=GROUP,
+        SECOND=SECOND,
+        EVEN_K=EVEN_K,
+        BLOCK_B=BLOCK_B,
+        BLOCK_N=BLOCK_N,
+        SEGMENTS=SEGMENTS,
+        STAGES=STAGES,
+    )
+
+    # 5. Store: bias added in float32, rounded once.
+    if HAS_BIAS:
+        total += tl.load(bias + out, mask=out < n, other=0.0).to(tl.float32)[None, :]
+    where = y + b.to(tl.int64) * n + out[None, :]
+    tl.store(where, total.to(y.dtype.element_ty), mask=(b < rows) & (out < n)[None, :])
+
+
 def norm_linear(x, norm_w, eps, w, bias, y):
-    """Launch y = rmsnorm(x, norm_w) @ w.T + bias; bias None or [n], y of x's dtype or float32."""
+    """Launch y = rmsnorm(x, norm_w) @ w.T + bias; w may be a PackedMatrix, bias None or [n], y of x's dtype
+    or float32."""
     (rows, k), n = x.shape, w.shape[0]
+    if type(w) is PackedMatrix:
+        programs, meta = settings.packed("norm_linear", PACKED, x, w, n)
+        meta.update(HAS_BIAS=bias is not None, **settings.dependent_launch(x))
+        xn = normalised(x, norm_w, eps)
+        launch(packed_norm_linear_kernel, (programs,), xn, *operands(w), bias, y, rows, n, k, **meta)
+        return
     path, programs, meta = settings.product("norm_linear", CONFIGS, x, n, k, whole_rows=True)
     meta["HAS_BIAS"] = bias is not None
     if path == "sum":

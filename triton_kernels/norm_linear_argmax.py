@@ -17,9 +17,12 @@ The lowest index wins a tie. A row with NaN gives -1.
 import triton
 import triton.language as tl
 
+from lab.formats import PackedMatrix
 from triton_kernels import settings
 from triton_kernels.common import launch
 from triton_kernels.core.fused_product import dot_rows, load_rows, normed_rows, wait_for_inputs
+from triton_kernels.core.packed_rows import SM_80 as PACKED_ROWS
+from triton_kernels.core.packed_rows import operands, packed_product, prefetch_rows
 from triton_kernels.rmsnorm import normalised
 from triton_kernels.settings import ANY
 
@@ -35,6 +38,17 @@ SM_80 = {
     "dot_f32": [(64, ANY, dict(BLOCK_N=32, BLOCK_K=32, num_warps=4, STAGES=3, per_multiprocessor=4))],
 }
 CONFIGS = {"sm_90": SM_80, "sm_80": SM_80, "interpreter": {"sum_rows": 4}}
+
+# Packed weights: see settings.packed. The other products' tile for many rows would need more registers than
+# there are, because the argmax needs some.
+PACKED_SM_80 = {
+    "half": [
+        *(entry for entry in PACKED_ROWS["half"] if entry[0] < 64),
+        (64, ANY, dict(BLOCK_N=64, SEGMENTS=1, STAGES=4, num_warps=8)),
+    ],
+    "float": PACKED_ROWS["float"],
+}
+PACKED = {"sm_90": PACKED_SM_80, "sm_80": PACKED_SM_80}
 
 
 @triton.jit
@@ -221,9 +235,95 @@ def norm_linear_argmax_dot_kernel(
     publish_best(scratch, ids, rows, b, top, lowest, BLOCK_B, SLOTS)
 
 
+@triton.jit
+def packed_norm_linear_argmax_kernel(
+    xn,
+    words,
+    scales,
+    logits,
+    scratch,
+    ids,
+    rows,
+    n,
+    k,
+    PDL: tl.constexpr,
+    SLOTS: tl.constexpr,
+    FORMAT: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SECOND: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    # 1. Locate: tiles p, p + programs, ... of BLOCK_N rows.
+    b = tl.arange(0, BLOCK_B)[:, None]
+    programs = tl.num_programs(0)
+
+    # 2. Norm: already done by rmsnorm's kernel. Before the wait for it the first weights are asked for.
+    out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    prefetch_rows(words, out, out < n, k, BITS, SEGMENTS, PDL)
+    wait_for_inputs(PDL)
+
+    best = tl.full([BLOCK_B, 1], float("-inf"), tl.float32)
+    index = tl.full([BLOCK_B, 1], NO_INDEX, tl.int32)
+    for tile in range(tl.program_id(0), tl.cdiv(n, BLOCK_N), programs):
+        # 3. Multiply: packed weights are unpacked in registers and multiplied on tensor cores, for any number
+        # of rows.
+        # 4. Reduce: the warps of a program divide k, and their sums are added at the end.
+        out = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        total = packed_product(
+            xn,
+            words,
+            scales,
+            out,
+            live=out < n,
+            rows=rows,
+            k=k,
+            FORMAT=FORMAT,
+            BITS=BITS,
+            GROUP=GROUP,
+            SECOND=SECOND,
+            EVEN_K=EVEN_K,
+            BLOCK_B=BLOCK_B,
+            BLOCK_N=BLOCK_N,
+            SEGMENTS=SEGMENTS,
+            STAGES=STAGES,
+        )
+
+        # 5. Store: the logits; the best of each row so far stays in registers. Most programs have one tile,
+        # so the best of a tile can be found at once, which frees the registers.
+        column = out[None, :]
+        tl.store(logits + b.to(tl.int64) * n + column, total, mask=(b < rows) & (column < n))
+        top, lowest = keep_best(
+            tl.full([BLOCK_B, BLOCK_N], float("-inf"), tl.float32),
+            tl.full([BLOCK_B, BLOCK_N], NO_INDEX, tl.int32),
+            tl.where(column < n, total, float("-inf")),
+            column,
+        )
+        top, lowest = first_best(top, lowest, axis=1)
+        better = (top > best) | ((top == best) & (lowest < index))
+        best, index = tl.where(better, top, best), tl.where(better, lowest, index)
+
+    # 6. Argmax in the last block: over all programs.
+    publish_best(scratch, ids, rows, b, best, index, BLOCK_B, SLOTS)
+
+
 def norm_linear_argmax(x, norm_w, eps, w, logits, scratch, out):
-    """Launch logits = rmsnorm(x, norm_w) @ w.T, out = argmax; scratch is zero on entry and on exit."""
+    """Launch logits = rmsnorm(x, norm_w) @ w.T, out = argmax; w may be a PackedMatrix; scratch is zero on
+    entry and on exit."""
     (rows, k), n = x.shape, w.shape[0]
+    if type(w) is PackedMatrix:
+        programs, meta = settings.packed("norm_linear_argmax", PACKED, x, w, n)
+        meta.update(SLOTS=1024 // meta["BLOCK_B"], **settings.dependent_launch(x))
+        grid = (min(programs, MAX_PROGRAMS.value),)
+        xn = normalised(x, norm_w, eps)
+        launch(
+            packed_norm_linear_argmax_kernel, grid, xn, *operands(w), logits, scratch, out, rows, n, k, **meta
+        )
+        return
     path, programs, meta = settings.product(
         "norm_linear_argmax", CONFIGS, x, n, k, whole_rows=True, most_programs=MAX_PROGRAMS.value
     )

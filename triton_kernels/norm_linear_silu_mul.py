@@ -12,9 +12,11 @@ xn = rmsnorm(x, norm_w)
 import triton
 import triton.language as tl
 
+from lab.formats import PackedMatrix
 from triton_kernels import settings
 from triton_kernels.common import launch
 from triton_kernels.core.fused_product import dot_rows, load_rows, normed_rows, wait_for_inputs
+from triton_kernels.core.packed_rows import PACKED, operands, packed_product, prefetch_rows
 from triton_kernels.rmsnorm import normalised
 from triton_kernels.settings import ANY
 
@@ -157,9 +159,73 @@ def norm_linear_silu_mul_dot_kernel(
             tile = load_rows(w, out + part, out < n, col, k, EVEN_K)
 
 
+@triton.jit
+def packed_norm_linear_silu_mul_kernel(
+    xn,
+    words,
+    scales,
+    y,
+    rows,
+    n,
+    k,
+    PDL: tl.constexpr,
+    FORMAT: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SECOND: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    # 1. Locate: BLOCK_N rows of w, of the gate and of up in turn, as above.
+    b = tl.arange(0, BLOCK_B)[:, None]
+    i = tl.arange(0, BLOCK_N)
+    first = tl.program_id(0) * (BLOCK_N // 2)
+    out = first + i // 2
+
+    # 2. Norm: already done by rmsnorm's kernel. Before the wait for it the first weights are asked for.
+    prefetch_rows(words, out + (i % 2) * n, out < n, k, BITS, SEGMENTS, PDL)
+    wait_for_inputs(PDL)
+
+    # 3. Multiply: packed weights are unpacked in registers and multiplied on tensor cores, for any number of
+    # rows.
+    # 4. Reduce: the warps of a program divide k, and their sums are added at the end.
+    total = packed_product(
+        xn,
+        words,
+        scales,
+        out + (i % 2) * n,
+        live=out < n,
+        rows=rows,
+        k=k,
+        FORMAT=FORMAT,
+        BITS=BITS,
+        GROUP=GROUP,
+        SECOND=SECOND,
+        EVEN_K=EVEN_K,
+        BLOCK_B=BLOCK_B,
+        BLOCK_N=BLOCK_N,
+        SEGMENTS=SEGMENTS,
+        STAGES=STAGES,
+    )
+
+    # 5. Activate and store: from the float32 sums, rounded once.
+    result = activate(total, BLOCK_B, BLOCK_N // 2)
+    column = first + tl.arange(0, BLOCK_N // 2)[None, :]
+    tl.store(y + b.to(tl.int64) * n + column, result.to(y.dtype.element_ty), mask=(b < rows) & (column < n))
+
+
 def norm_linear_silu_mul(x, norm_w, eps, w, y):
-    """Launch y = silu(gate) * up, (gate, up) = rmsnorm(x, norm_w) @ w.T."""
+    """Launch y = silu(gate) * up, (gate, up) = rmsnorm(x, norm_w) @ w.T; w may be a PackedMatrix."""
     (rows, k), n = x.shape, y.shape[1]
+    if type(w) is PackedMatrix:
+        programs, meta = settings.packed("norm_linear_silu_mul", PACKED, x, w, n, parts=2)
+        meta.update(settings.dependent_launch(x))
+        xn = normalised(x, norm_w, eps)
+        launch(packed_norm_linear_silu_mul_kernel, (programs,), xn, *operands(w), y, rows, n, k, **meta)
+        return
     path, programs, meta = settings.product(
         "norm_linear_silu_mul", CONFIGS, x, n, k, whole_rows=True, parts=2
     )

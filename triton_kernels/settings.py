@@ -16,7 +16,7 @@ from triton_kernels.common import architecture, config
 ANY = 1 << 31
 BY_HAND = {}  # for `forced`: use the hand-written table, not the tuned one
 _measured = {}  # (op, architecture, itemsize, rows, shape) -> result of `measured`
-_products = {}  # (op, architecture, itemsize, rows, n, k) -> result of `product`
+_products = {}  # (op, architecture, itemsize, rows, n, k) -> result of `product`; with a format, of `packed`
 _forced = {}  # op -> settings, while the tuner tries them
 _used = None  # entries used instead of a table's, while the tuner tries whole tables
 
@@ -125,6 +125,52 @@ def _product(op, table, x, n, k, whole_rows, parts, most_programs):
     if path == "dot":
         meta["FULL"] = rows == meta["BLOCK_B"]
     return path, programs, meta
+
+
+def packed_format(f):
+    """A weight format as the device code of core/packed_rows.py takes it."""
+    return dict(FORMAT=f.number, BITS=f.bits, GROUP=f.group or 0, SECOND=f.second or "")
+
+
+def packed(op, table, x, w, n, parts=1):
+    """(programs, meta) to multiply x [rows, k] with a PackedMatrix w [parts * n, k].
+
+    table: for each architecture, "half" (x of 16 bits) and "float" (of 32): lists of (most rows, largest n,
+    settings), of which the first that fits is used. A program takes BLOCK_N rows of w, `parts` for each
+    output.
+    """
+    key = op, architecture(x), x.itemsize, x.shape[0], n, w.k, w.format_name
+    if key not in _products:
+        _products[key] = _packed(op, table, x, w, n * parts)
+    programs, meta = _products[key]
+    return programs, dict(meta)
+
+
+def _packed(op, table, x, w, n):
+    rows, k = x.shape
+    f, interpreted = w.format, architecture(x) == "interpreter"
+    if _forced.get(op):
+        meta = dict(_forced[op])
+    elif interpreted:
+        meta = _packed_interpreted(f, n, k)
+    else:
+        entries = config(table, x)["float" if x.itemsize == 4 else "half"]
+        meta = next(dict(m) for most_rows, most_n, m in entries if rows <= most_rows and n <= most_n)
+    meta.setdefault("num_warps", meta["SEGMENTS"])
+    meta.update(
+        **packed_format(f),
+        EVEN_K=k % (meta["SEGMENTS"] * f.columns) == 0,
+        # 8 rows of x are the narrowest tile of tensor cores; the interpreter needs no padding.
+        BLOCK_B=max(triton.next_power_of_2(rows), 1 if interpreted else 8),
+    )
+    return triton.cdiv(n, meta["BLOCK_N"]), meta
+
+
+def _packed_interpreted(f, n, k):
+    """Settings for the interpreter: whole rows, and tiles of up to 2^17 weights, as in _interpreted."""
+    segments = triton.next_power_of_2(f.segments(k))
+    most = max((1 << 17) // (segments * f.columns), 2)
+    return dict(BLOCK_N=min(most, triton.next_power_of_2(n)), SEGMENTS=segments, STAGES=1)
 
 
 def by_hand(table, itemsize, rows, n, k, whole_rows, parts):

@@ -1,0 +1,158 @@
+"""The Triton kernels with packed weights, beyond what every op's cases show: every code of every format,
+programs of other shapes than the interpreter's, and the machine code."""
+
+import re
+
+import pytest
+import torch
+from test_triton_compile import empty
+
+from lab.contract import Rand
+from lab.formats import FORMATS, PackedMatrix
+from lab.ops import linear, linear_add, norm_linear, norm_linear_argmax, norm_linear_silu_mul
+from triton_kernels import offline, settings
+from triton_kernels.common import recording
+from triton_kernels.embedding import embedding
+from triton_kernels.linear import linear as run_linear
+
+F32, F16, BF16, I32 = torch.float32, torch.float16, torch.bfloat16, torch.int32
+PRODUCTS = (linear, linear_add, norm_linear, norm_linear_silu_mul, norm_linear_argmax)
+
+
+def every_code(name):
+    """A matrix whose rows have every code in every place of a segment, with other scales in each row."""
+    f = FORMATS[name]
+    usable = [c for c in range(1 << f.bits) if not (name == "fp8" and c & 127 == 127)]  # these are NaN
+    rows = torch.tensor([[usable[(i + j) % len(usable)] for j in range(256)] for i in range(len(usable))])
+    scales = torch.rand(len(rows), f.groups(256), f.entries, generator=torch.Generator().manual_seed(3))
+    if name == "mxfp4":
+        # Every exponent whose products with the codes float32 can hold, the subnormal ones included.
+        count = scales.numel()
+        scales = (torch.arange(count) * 251 // count + 1).reshape(scales.shape)
+        scales[0] = 0
+    elif f.second == "zero":
+        scales[:, :, 1] = torch.arange(scales[:, :, 1].numel()).reshape(scales.shape[:2]) % 17
+    return f.from_codes(rows.to(torch.uint8), scales.to(f.scale_dtype))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_code_is_unpacked_exactly(name):
+    table = every_code(name)
+    out = torch.full(table.shape, torch.nan)
+    embedding(torch.arange(table.rows, dtype=I32), table, out)
+    assert torch.equal(out, table.double().float())  # at most the last step is rounded
+
+
+@pytest.mark.parametrize("dtype", (F32, F16, BF16), ids=str)
+@pytest.mark.parametrize("name", FORMATS)
+def test_products_multiply_every_code_exactly(name, dtype):
+    """x picks out one column at a time, so a sum has one term: its code, zero and scale must be exact."""
+    table = every_code(name)
+    for first in (0, 64, 192):
+        x = torch.zeros(64, 256, dtype=dtype)
+        x[torch.arange(64), first + torch.arange(64)] = 1
+        y = torch.full((64, table.rows), torch.nan)
+        run_linear(x, table, None, y)
+        torch.testing.assert_close(
+            y.double(), table.double()[:, first : first + 64].T, rtol=torch.finfo(F32).eps, atol=0
+        )
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [dict(BLOCK_N=16, SEGMENTS=2, STAGES=1), dict(BLOCK_N=16, SEGMENTS=1, STAGES=1)],
+    ids=["warps divide k", "warps divide rows"],
+)
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("op", PRODUCTS, ids=lambda op: op.op.name)
+def test_tiles_are_shared_out_without_loss(op, name, chosen):
+    """As on a GPU: several programs, several steps along k, the last ones of each not full."""
+    args = op.inputs(Rand("cpu", F16), batch=3, n=37, k=424, format=name)
+    bound = op.op.bound(*args)
+    with settings.forced(op.op.name, chosen):
+        out = op.op.outputs(*args)
+        before = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+        op.op.launchers["triton"](*args, out=out)
+    if op is norm_linear_argmax:
+        assert op.verify(out, bound) is None
+        return
+    got = args[2] if op is linear_add else out
+    rtol, atol = op.tolerance(op.op.bound(*before))
+    torch.testing.assert_close(got.double(), op.reference(*before)[0], rtol=rtol, atol=atol)
+
+
+def packed(name, n, k):
+    """A matrix of which only the sizes are known."""
+    f = FORMATS[name]
+    codes = torch.empty(n, f.segments(k) * 64, dtype=torch.uint8, device="meta")
+    scales = torch.empty(n, f.groups(k), f.entries, dtype=f.scale_dtype, device="meta")
+    return PackedMatrix(name, k, codes, scales)
+
+
+def compiled(architecture, run):
+    """The last of the kernels that `run` launches, and its machine code: no register spills, and there is
+    enough shared memory."""
+    with recording(architecture) as launches:
+        run()
+    code = offline.compile(launches[-1], architecture)
+    usage = offline.usage(code)
+    assert usage["local"] == usage["stack"] == 0, f"spills: {usage}"
+    assert usage["shared"] <= {"sm_90": 227, "sm_80": 163}[architecture] << 10
+    return code, offline.sass(code)
+
+
+def check_product(code, sass):
+    """16-byte copies run ahead of the arithmetic on tensor cores, and no unpacked weights are stored."""
+    assert re.search(r"\bLDGSTS\S*\.128", sass) and re.search(r"\bHG?MMA\b", sass)
+    # Registers are stored only to add up the warps' sums: float32. Unpacked weights are bfloat16.
+    stored = re.findall(r"ttg\.local_alloc %.*bf16|ttg\.local_store.*bf16", code.asm["ttgir"])
+    assert not stored, "unpacked weights pass through shared memory"
+
+
+@pytest.mark.parametrize(
+    "architecture, name, rows, n",
+    [
+        *(("sm_90", name, 1, 28672) for name in FORMATS),
+        *(("sm_90", name, 64, 28672) for name in ("int4-g128", "int4-g32-min", "int8")),
+        *(("sm_90", "int4-g128", rows, n) for rows, n in ((1, 4096), (16, 28672), (16, 4096), (64, 4096))),
+        *(("sm_80", name, rows, 28672) for name in ("int4-g128", "fp8") for rows in (1, 64)),
+    ],
+)
+def test_codes_go_from_wide_loads_to_tensor_cores(architecture, name, rows, n):
+    x, y = empty(rows, 4096, dtype=BF16), empty(rows, n, dtype=BF16)
+    check_product(*compiled(architecture, lambda: run_linear(x, packed(name, n, 4096), None, y)))
+
+
+@pytest.mark.parametrize("rows", (1, 64))
+@pytest.mark.parametrize("op", PRODUCTS[1:], ids=lambda op: op.op.name)
+def test_the_fused_products_do_not_wait_before_they_ask_for_weights(op, rows):
+    k, n = 4096, 4096
+    x, norm_w = empty(rows, k, dtype=BF16), empty(k, dtype=BF16)
+    logits, scratch = empty(rows, n, dtype=F32), norm_linear_argmax.new_scratch(rows, "meta")
+    w = packed("int4-g32-min", 2 * n if op is norm_linear_silu_mul else n, k)
+    args = {
+        linear_add: (x, w, empty(rows, n, dtype=BF16)),
+        norm_linear: (x, norm_w, 1e-5, w),
+        norm_linear_silu_mul: (x, norm_w, 1e-5, w),
+        norm_linear_argmax: (x, norm_w, 1e-5, w, logits, scratch),
+    }[op]
+    out = op.op.outputs(*args)
+    code, sass = compiled("sm_90", lambda: op.op.launchers["triton"](*args, out=out))
+    check_product(code, sass)
+    ptx = code.asm["ptx"]
+    assert ptx.index("prefetch.global.L2") < ptx.index("griddepcontrol.wait") < ptx.index("cp.async")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_embedding_reads_codes_16_bytes_at_a_time(name):
+    table, ids, out = packed(name, 128256, 4096), empty(4, dtype=I32), empty(4, 4096, dtype=BF16)
+    _, sass = compiled("sm_90", lambda: embedding(ids, table, out))
+    assert re.search(r"\bLDG\S*\.128", sass)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_float32_stays_off_the_tensor_cores(name):
+    """They would round x to TF32."""
+    x, y = empty(4, 4096, dtype=F32), empty(4, 4096, dtype=F32)
+    _, sass = compiled("sm_90", lambda: run_linear(x, packed(name, 4096, 4096), None, y))
+    assert not re.search(r"\bHG?MMA\b.*TF32", sass)

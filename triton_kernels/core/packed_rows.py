@@ -1,0 +1,307 @@
+"""Device code of the products with packed weights: rows of w times the rows of x, on tensor cores, in any
+format.
+
+Packed rows are read as words of 32 bits. The 16 words of a segment belong to four lanes, four words each, and
+lab/formats/format.py gives the columns of their codes. Unpacked, a lane's codes are those that a lane of a
+tensor-core tile holds, so they go from the load to the multiplication without leaving their thread.
+
+Tensor cores serve every number of rows of x, one row included: the multiplication itself is nearly free then,
+and the instructions that remain are those that unpack.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from triton_kernels import settings
+from triton_kernels.formats import numbers, scale_number, second_number
+
+WORDS = tl.constexpr(16)  # of 32 bits, in a segment
+
+
+@triton.jit
+def packed_product(
+    x,
+    words,
+    scales,
+    row,
+    live,
+    rows,
+    k,
+    FORMAT: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SECOND: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Rows `row` [BLOCK_N] of w, of which only `live` ones are read, times the rows of x: float32 sums
+    [BLOCK_B, BLOCK_N].
+
+    GROUP: columns that share a scale, or 0 for the whole row. SECOND: "minimum", "zero" or "". A step takes
+    SEGMENTS segments of each row. EVEN_K: whole steps cover k.
+
+    Who does what: with several segments, every warp multiplies its own ones. Warps divide k, so that few rows
+    of w are enough to occupy a program. With one segment they divide the rows of w, and a program has more of
+    them. That is for many rows of x, because each program reads all of x.
+    """
+    # 1. Locate. The part of a segment that shares a scale is the unit of multiplication: PARTS of WIDTH
+    # columns, UNITS in a step. Those of one segment are numbered so that they go to the same warp.
+    COLUMNS: tl.constexpr = 512 // BITS
+    PARTS: tl.constexpr = COLUMNS // GROUP if GROUP else 1
+    WIDTH: tl.constexpr = COLUMNS // PARTS
+    UNITS: tl.constexpr = PARTS * SEGMENTS
+    segments = tl.cdiv(k, COLUMNS)
+    segment = tl.arange(0, SEGMENTS)
+    unit = tl.arange(0, UNITS)
+    part = (unit % SEGMENTS) * PARTS + unit // SEGMENTS
+    row = row.to(tl.int64)
+    word_at = words + (row * (segments * WORDS))[None, :, None] + (segment * WORDS)[:, None, None]
+    word_at += tl.arange(0, WORDS)[None, None, :]
+    entry_at = scales + (row * (segments * PARTS))[None, :] + part[:, None]
+    b = tl.arange(0, BLOCK_B)
+    if SEGMENTS == 1:
+        column = tl.arange(0, WIDTH)[None, :]
+        b = b[:, None]
+        acc = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
+    else:
+        column = part[:, None, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
+        b = b[None, :, None]
+        acc = tl.zeros([SEGMENTS, BLOCK_N, BLOCK_B], tl.float32)
+
+    # 2. Load: the compiler makes a cp.async ring of STAGES steps from the loads of w, which is read only once
+    # (evict_first), and of x. Not from those of the scales, so they are loaded a step ahead by hand. What
+    # lies past the end of a row is 0.
+    entry = 0
+    if GROUP:
+        entry = tl.load(entry_at, mask=live[None, :] & (part[:, None] < segments * PARTS), other=0)
+    for first in tl.range(0, segments, SEGMENTS, num_stages=STAGES):
+        there = live[None, :, None]
+        if not EVEN_K:
+            there &= (first + segment < segments)[:, None, None]
+        packed = tl.load(word_at + first * WORDS, mask=there, other=0, eviction_policy="evict_first")
+        lanes = tl.reshape(packed, [SEGMENTS, BLOCK_N, 4, 4])
+        if GROUP:
+            ahead = (first + SEGMENTS) * PARTS
+            known = live[None, :] & (ahead + part[:, None] < segments * PARTS)
+            following = tl.load(entry_at + ahead, mask=known, other=0)
+
+        # 3. Unpack and multiply: one unit after the other, or all at once.
+        if SEGMENTS == 1:
+            for p in tl.static_range(PARTS):
+                xv = load_columns(x, b, first * COLUMNS + p * WIDTH + column, rows, k, EVEN_K)
+                mine = entry
+                if GROUP:
+                    mine = pick_row(entry, p, PARTS)
+                words_p = pick_words(lanes, p, PARTS)
+                acc = add_unpacked(acc, words_p, xv, mine, 1, FORMAT, BITS, GROUP, SECOND)
+        else:
+            xv = load_columns(x, b, first * COLUMNS + column, rows, k, EVEN_K)
+            acc = add_unpacked(acc, lanes, xv, entry, PARTS, FORMAT, BITS, GROUP, SECOND)
+        if GROUP:
+            entry = following
+
+    # 4. Reduce: over the warps, if they divide k. A scale of the whole row is applied here.
+    total = acc
+    if SEGMENTS > 1:
+        total = tl.sum(acc, axis=0)
+    if not GROUP:
+        total *= tl.load(scales + row, mask=live, other=0)[:, None]
+    return tl.trans(total)
+
+
+@triton.jit
+def prefetch_rows(words, row, live, k, BITS: tl.constexpr, SEGMENTS: tl.constexpr, PDL: tl.constexpr):
+    """Asks L2 for the weights of the first four steps: before the wait for the preceding kernel, which writes
+    x but no weights."""
+    if PDL:
+        LINE: tl.constexpr = 32  # words
+        width = tl.cdiv(k, 512 // BITS) * WORDS
+        at = LINE * tl.arange(0, 4 * SEGMENTS * 16 // LINE)[None, :]
+        first = tl.where(live, row, 0).to(tl.int64) * width
+        line = words + first[:, None] + tl.where(at < width, at, 0)
+        asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
+        tl.inline_asm_elementwise(asm, "=r,l", [line.to(tl.int64)], tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def load_columns(x, b, column, rows, k, EVEN_K: tl.constexpr):
+    """x[b, column], 0 past the end. Every program reads it, so it should stay in the cache (evict_last)."""
+    if EVEN_K:
+        value = tl.load(x + b * k + column, mask=b < rows, other=0.0, eviction_policy="evict_last")
+    else:
+        inside = (b < rows) & (column < k)
+        value = tl.load(x + b * k + column, mask=inside, other=0.0, eviction_policy="evict_last")
+    return value
+
+
+@triton.jit
+def add_unpacked(
+    acc,
+    lanes,
+    xv,
+    entry,
+    PARTS: tl.constexpr,
+    FORMAT: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SECOND: tl.constexpr,
+):
+    """acc [segments, rows of w, rows of x] with the product of some columns added: scaled, unless the whole
+    row has one scale.
+
+    lanes int32 [segments, rows of w, 4, words]; xv [PARTS * segments, rows of x, columns of a part]; entry
+    [PARTS * segments, rows of w]. If acc has no first axis, nor have xv and entry.
+    """
+    # The numbers are exact in x's dtype, so only the sums are rounded.
+    FLAT: tl.constexpr = len(xv.shape) == 2
+    xt = tl.trans(xv) if FLAT else tl.permute(xv, 0, 2, 1)
+    tile = unpack(lanes, xv.dtype, FORMAT, BITS, PARTS, FLAT)
+    if not GROUP:
+        acc = tl.dot(tile, xt, acc, input_precision="ieee")
+    else:
+        if SECOND == "zero":
+            tile -= tl.expand_dims(second_number(entry).to(tile.dtype), -1)
+        sums = tl.dot(tile, xt, input_precision="ieee") * tl.expand_dims(scale_number(entry, FORMAT), -1)
+        if SECOND == "minimum":
+            # A minimum counts once for each column, so it is multiplied by the sum of x over the group:
+            # another dot, with ones. Only the compiler's last passes see that these are constants (code 1 in
+            # every place): its first ones must take them for weights, or they would arrange x in two ways.
+            ones = unpack(((lanes & 0xFF) >> 8) | 0x11111111, xv.dtype, FORMAT, BITS, PARTS, FLAT)
+            minimum = tl.expand_dims(second_number(entry), -1)
+            sums += tl.dot(ones, xt, input_precision="ieee") * minimum
+        if not FLAT:
+            sums = tl.sum(tl.reshape(sums, [PARTS, acc.shape[0], acc.shape[1], acc.shape[2]]), axis=0)
+        acc += sums
+    return acc
+
+
+@triton.jit
+def unpack(
+    lanes, T: tl.constexpr, FORMAT: tl.constexpr, BITS: tl.constexpr, PARTS: tl.constexpr, FLAT: tl.constexpr
+):
+    """Numbers [PARTS * segments, rows, columns of a part] in T, from words [segments, rows, 4, words]. FLAT:
+    without the first axis, which is 1.
+
+    The axes that the comments name are those of lab/formats/format.py: lane t, word i, and code j of a word,
+    which is 2 p + h, of pair p. A word has the codes of 4 columns, or of 8 in two quarters q, 16 columns
+    apart.
+    """
+    S: tl.constexpr = lanes.shape[0]
+    N: tl.constexpr = lanes.shape[1]
+    COUNT: tl.constexpr = lanes.shape[3] // PARTS
+    QUARTERS: tl.constexpr = 8 // BITS
+    # 1. Cut out two codes at a time: [s, n, t, i, p], p = 2 q + u.
+    shift = (BITS * tl.arange(0, 16 // BITS))[None, None, None, None, :]
+    MASK: tl.constexpr = 0x000F000F if BITS == 4 else 0x00FF00FF
+    # (With a reshape in place of expand_dims the compiler would pass the tile through shared memory.)
+    pairs = (tl.expand_dims(lanes, 4) >> shift) & MASK
+    # 2. Make them numbers: [s, n, t, i, p, h].
+    values = numbers(pairs, T, FORMAT)
+    # 3. Name the axes in the order of the columns, i q t u h, with the part (the first axis of i) in front.
+    # No number moves to another thread.
+    named = tl.reshape(values, [S, N, 4, PARTS, COUNT, QUARTERS, 2, 2])
+    ordered = tl.permute(named, 3, 0, 1, 4, 5, 2, 6, 7)
+    if FLAT:
+        tile = tl.reshape(ordered, [N, COUNT * QUARTERS * 16])
+    else:
+        tile = tl.reshape(ordered, [PARTS * S, N, COUNT * QUARTERS * 16])
+    return tile
+
+
+@triton.jit
+def unpacked_rows(
+    words,
+    scales,
+    row,
+    live,
+    first,
+    k,
+    FORMAT: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SECOND: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):
+    """(weights float32 [units, BLOCK_N, columns of a unit], their columns [units, 1, columns of a unit]) of
+    the segments from `first` on. The weights are exact, or with a minimum rounded once."""
+    COLUMNS: tl.constexpr = 512 // BITS
+    PARTS: tl.constexpr = COLUMNS // GROUP if GROUP else 1
+    WIDTH: tl.constexpr = COLUMNS // PARTS
+    segments = tl.cdiv(k, COLUMNS)
+    segment = first + tl.arange(0, SEGMENTS)
+    unit = tl.arange(0, PARTS * SEGMENTS)
+    part = (first + unit % SEGMENTS) * PARTS + unit // SEGMENTS
+    row = row.to(tl.int64)
+    word_at = words + (row * (segments * WORDS))[None, :, None] + (segment * WORDS)[:, None, None]
+    there = live[None, :, None] & (segment < segments)[:, None, None]
+    packed = tl.load(word_at + tl.arange(0, WORDS)[None, None, :], mask=there, other=0)
+    lanes = tl.reshape(packed, [SEGMENTS, BLOCK_N, 4, 4])
+    value = unpack(lanes, tl.float32, FORMAT, BITS, PARTS, False)
+    if not GROUP:
+        value *= tl.load(scales + row, mask=live, other=0)[None, :, None]
+    else:
+        known = live[None, :] & (part[:, None] < segments * PARTS)
+        entry_at = scales + (row * (segments * PARTS))[None, :] + part[:, None]
+        entry = tl.load(entry_at, mask=known, other=0)[:, :, None]
+        if SECOND == "zero":
+            value -= second_number(entry)
+        value *= scale_number(entry, FORMAT)
+        if SECOND == "minimum":
+            value += second_number(entry)
+    return value, part[:, None, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
+
+
+@triton.jit
+def pick_row(v, p: tl.constexpr, COUNT: tl.constexpr):
+    """Row p of v, int [COUNT, n], as int32: a thread has all rows of its column, so nothing is computed."""
+    return tl.sum(tl.where(tl.arange(0, COUNT)[:, None] == p, v.to(tl.int32), 0), axis=0)
+
+
+@triton.jit
+def pick_words(lanes, p: tl.constexpr, PARTS: tl.constexpr):
+    """The words of part p: [1, n, 4, 4 / PARTS] of lanes [1, n, 4, 4]."""
+    mine = lanes
+    if PARTS > 1:
+        first, second = tl.split(tl.permute(tl.reshape(lanes, [1, lanes.shape[1], 4, 2, 2]), 0, 1, 2, 4, 3))
+        HALF: tl.constexpr = p * 2 // PARTS
+        mine = second if HALF else first
+    if PARTS > 2:
+        first, second = tl.split(mine)
+        mine = tl.expand_dims(second if p % 2 else first, 3)
+    return mine
+
+
+# The settings of all products until they are measured one by one: see settings.packed. A step of the ring
+# holds BLOCK_N * SEGMENTS * 64 bytes of weights for each part of an output, and with one segment `num_warps`
+# warps divide the rows of w.
+SM_80 = {
+    "half": [
+        (8, 8192, dict(BLOCK_N=16, SEGMENTS=8, STAGES=4)),
+        (8, settings.ANY, dict(BLOCK_N=32, SEGMENTS=4, STAGES=4)),
+        (16, 8192, dict(BLOCK_N=16, SEGMENTS=8, STAGES=3)),
+        (16, settings.ANY, dict(BLOCK_N=64, SEGMENTS=4, STAGES=3)),
+        (64, 8192, dict(BLOCK_N=64, SEGMENTS=1, STAGES=5, num_warps=4)),
+        (64, settings.ANY, dict(BLOCK_N=128, SEGMENTS=1, STAGES=4, num_warps=8)),
+    ],
+    # float32 on CUDA cores: the tensor cores would round the operands to TF32.
+    "float": [
+        (16, settings.ANY, dict(BLOCK_N=32, SEGMENTS=1, STAGES=2, num_warps=4)),
+        (64, settings.ANY, dict(BLOCK_N=16, SEGMENTS=1, STAGES=2, num_warps=4)),
+    ],
+}
+PACKED = {"sm_90": SM_80, "sm_80": SM_80}
+
+
+def operands(w):
+    """(words, scales) of a PackedMatrix as kernels take them.
+
+    Both are integers: codes int32 [rows, 16 * segments], and scales [rows, groups], so that scale and minimum
+    or zero, which are two float16, are one number of 32 bits. Only the scales of whole rows are float32.
+    """
+    scales = w.scales.squeeze(-1) if w.scales.shape[-1] == 1 else w.scales.view(torch.int32)
+    return w.codes.view(torch.int32), scales.view(torch.int16) if scales.dtype == torch.float16 else scales

@@ -1,0 +1,59 @@
+"""The weight formats in Triton: codes become numbers, and entries of `scales` become scales, in registers.
+
+One file a format, as in cuda_src/formats/; this file chooses among them by FORMAT, the number of the format
+in lab/formats. The layout of packed rows is described in lab/formats/format.py and unpacked in
+core/packed_rows.py.
+
+A kernel unpacks to T, the dtype of x. Each number (a code less the zero of its format) is exact in float32,
+float16 and bfloat16, so no rounding happens before the multiplication. The scale is applied to the float32
+sums.
+"""
+
+import triton
+import triton.language as tl
+
+from triton_kernels.formats.fp8 import fp8_numbers
+from triton_kernels.formats.int4 import int4_numbers
+from triton_kernels.formats.int8 import int8_numbers
+from triton_kernels.formats.mxfp4 import mxfp4_numbers, mxfp4_scale
+
+# Format.number of lab/formats.
+INT8, INT8_G32, INT4_G32, INT4_G32_MIN = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3), tl.constexpr(4)
+INT4_G128, INT4_G128_ZERO, FP8, MXFP4 = tl.constexpr(5), tl.constexpr(6), tl.constexpr(7), tl.constexpr(8)
+
+
+@triton.jit
+def numbers(pairs, T: tl.constexpr, FORMAT: tl.constexpr):
+    """What the codes stand for, before zero, scale and minimum: T [..., 2].
+
+    pairs int32 [...]: two codes each, one in the low bits of either half, the other bits 0.
+    """
+    if FORMAT == INT8 or FORMAT == INT8_G32:
+        result = int8_numbers(pairs, T)
+    elif FORMAT == INT4_G32 or FORMAT == INT4_G128:
+        result = int4_numbers(pairs, T, 8)
+    elif FORMAT == INT4_G32_MIN or FORMAT == INT4_G128_ZERO:
+        result = int4_numbers(pairs, T, 0)
+    elif FORMAT == FP8:
+        result = fp8_numbers(pairs, T)
+    else:
+        tl.static_assert(FORMAT == MXFP4, "a weight format without a file in triton_kernels/formats")
+        result = mxfp4_numbers(pairs, T)
+    return result
+
+
+@triton.jit
+def scale_number(entry, FORMAT: tl.constexpr):
+    """float32: the scale of an entry of `scales`: the bits of a float16, the low ones of 32 if a second
+    number follows, or the exponent of mxfp4."""
+    if FORMAT == MXFP4:
+        result = mxfp4_scale(entry)
+    else:
+        result = entry.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return result
+
+
+@triton.jit
+def second_number(entry):
+    """float32: the minimum or zero of an entry."""
+    return (entry >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
