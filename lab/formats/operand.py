@@ -70,7 +70,18 @@ def format_cases(**more) -> tuple[Case, ...]:
     for name in FORMATS:
         found += [
             case(f"{name}: no whole segment of k, no whole tile of n", batch=1, n=37, k=300, format=name),
-            case(f"{name}: a few rows", batch=5, n=50, k=576, format=name, **more),
-            case(f"{name}: more rows than a tile has columns", batch=19, n=24, k=1100, format=name),
+            case(f"{name}: a few rows, several segments", batch=5, n=50, k=1100, format=name, **more),
         ]
+    found.append(
+        case("packed: more rows than a tile has columns", batch=19, n=24, k=576, format="int4-g32-min")
+    )
     return tuple(found)
+
+
+def some_format_cases(**more) -> tuple[Case, ...]:
+    """The same for a product whose packed weights are multiplied by the kernel of another: one format with
+    scales for groups and a minimum, one with scales for rows."""
+    return (
+        case("packed, one row", batch=1, n=37, k=300, format="int4-g32-min"),
+        case("packed, a few rows", batch=5, n=50, k=576, format="int8", **more),
+    )

@@ -143,6 +143,6 @@ op = Op(
         case("the same in a tensor-core batch", batch=17, n=37, k=200, size=1e-3),
         case("one large term among many small ones", batch=2, n=37, k=4096, kind="peak"),
         case("long rows of equal elements", batch=2, n=9, k=16384, kind="flat"),
-        *operand.format_cases(bias=True),
+        *operand.some_format_cases(bias=True),
     ),
 )

@@ -17,6 +17,13 @@ from triton_kernels import settings
 from triton_kernels.formats import numbers, scale_number, second_number
 
 WORDS = tl.constexpr(16)  # of 32 bits, in a segment
+ROWS = tl.constexpr(8)  # whose segments lie together: a segment's next one is ROWS * WORDS words further on
+
+
+@triton.jit
+def entry_of(part, PARTS: tl.constexpr):
+    """Where the scale of part `part` of a row lies, from the row's first one on."""
+    return part // PARTS * (ROWS * PARTS) + part % PARTS
 
 
 @triton.jit
@@ -59,9 +66,10 @@ def packed_product(
     unit = tl.arange(0, UNITS)
     part = (unit % SEGMENTS) * PARTS + unit // SEGMENTS
     row = row.to(tl.int64)
-    word_at = words + (row * (segments * WORDS))[None, :, None] + (segment * WORDS)[:, None, None]
+    in_block = row // ROWS * (segments * ROWS) + row % ROWS
+    word_at = words + (in_block * WORDS)[None, :, None] + (segment * (ROWS * WORDS))[:, None, None]
     word_at += tl.arange(0, WORDS)[None, None, :]
-    entry_at = scales + (row * (segments * PARTS))[None, :] + part[:, None]
+    entry_at = scales + (in_block * PARTS)[None, :] + entry_of(part, PARTS)[:, None]
     b = tl.arange(0, BLOCK_B)
     if SEGMENTS == 1:
         column = tl.arange(0, WIDTH)[None, :]
@@ -82,12 +90,12 @@ def packed_product(
         there = live[None, :, None]
         if not EVEN_K:
             there &= (first + segment < segments)[:, None, None]
-        packed = tl.load(word_at + first * WORDS, mask=there, other=0, eviction_policy="evict_first")
+        packed = tl.load(word_at + first * (ROWS * WORDS), mask=there, other=0, eviction_policy="evict_first")
         lanes = tl.reshape(packed, [SEGMENTS, BLOCK_N, 4, 4])
         if GROUP:
             ahead = (first + SEGMENTS) * PARTS
             known = live[None, :] & (ahead + part[:, None] < segments * PARTS)
-            following = tl.load(entry_at + ahead, mask=known, other=0)
+            following = tl.load(entry_at + ahead * ROWS, mask=known, other=0)
 
         # 3. Unpack and multiply: one unit after the other, or all at once.
         if SEGMENTS == 1:
@@ -237,7 +245,8 @@ def unpacked_rows(
     unit = tl.arange(0, PARTS * SEGMENTS)
     part = (first + unit % SEGMENTS) * PARTS + unit // SEGMENTS
     row = row.to(tl.int64)
-    word_at = words + (row * (segments * WORDS))[None, :, None] + (segment * WORDS)[:, None, None]
+    in_block = row // ROWS * (segments * ROWS) + row % ROWS
+    word_at = words + (in_block * WORDS)[None, :, None] + (segment * (ROWS * WORDS))[:, None, None]
     there = live[None, :, None] & (segment < segments)[:, None, None]
     packed = tl.load(word_at + tl.arange(0, WORDS)[None, None, :], mask=there, other=0)
     lanes = tl.reshape(packed, [SEGMENTS, BLOCK_N, 4, 4])
@@ -246,7 +255,7 @@ def unpacked_rows(
         value *= tl.load(scales + row, mask=live, other=0)[None, :, None]
     else:
         known = live[None, :] & (part[:, None] < segments * PARTS)
-        entry_at = scales + (row * (segments * PARTS))[None, :] + part[:, None]
+        entry_at = scales + (in_block * PARTS)[None, :] + entry_of(part, PARTS)[:, None]
         entry = tl.load(entry_at, mask=known, other=0)[:, :, None]
         if SECOND == "zero":
             value -= second_number(entry)
@@ -300,8 +309,10 @@ PACKED = {"sm_90": SM_80, "sm_80": SM_80}
 def operands(w):
     """(words, scales) of a PackedMatrix as kernels take them.
 
-    Both are integers: codes int32 [rows, 16 * segments], and scales [rows, groups], so that scale and minimum
-    or zero, which are two float16, are one number of 32 bits. Only the scales of whole rows are float32.
+    Both are integers: codes int32, and scales so that scale and minimum or zero, which are two float16, are
+    one number of 32 bits. Only the scales of whole rows are float32.
     """
-    scales = w.scales.squeeze(-1) if w.scales.shape[-1] == 1 else w.scales.view(torch.int32)
-    return w.codes.view(torch.int32), scales.view(torch.int16) if scales.dtype == torch.float16 else scales
+    scales = w.scales
+    if scales.dtype == torch.float16:
+        scales = scales.view(torch.int32 if w.format.second else torch.int16)
+    return w.codes.view(torch.int32), scales
