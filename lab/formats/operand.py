@@ -72,9 +72,8 @@ def format_cases(**more) -> tuple[Case, ...]:
             case(f"{name}: no whole segment of k, no whole tile of n", batch=1, n=37, k=300, format=name),
             case(f"{name}: a few rows, several segments", batch=5, n=50, k=1100, format=name, **more),
         ]
-    found.append(
-        case("packed: more rows than a tile has columns", batch=19, n=24, k=576, format="int4-g32-min")
-    )
+    more_rows = dict(batch=19, n=24, k=576, format="int4-g32-min")
+    found.append(case("packed: more rows than a tile has columns", **more_rows))
     return tuple(found)
 
 
