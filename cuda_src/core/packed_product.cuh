@@ -28,6 +28,19 @@ PackedProduct<T> packed_product(Ptr x, const Weights& w, int rows, int n, int k)
   return {as<const T>(x), {as<const uint8_t>(w.data), as<const uint8_t>(w.scales), w.format}, rows, n, k};
 }
 
+// Calls f(product, b0) for as many rows of x at a time as a launch takes, from row b0 on. (More than 16 rows read
+// w again, mostly from L2.)
+template <typename T, typename Use>
+inline void by_packed_rows(const PackedProduct<T>& all, Use&& use) {
+  const int most = sizeof(T) == 2 && !cpu_shapes() ? kMostPackedRows : all.rows;
+  for (int b0 = 0; b0 < all.rows; b0 += most) {
+    PackedProduct<T> some = all;
+    some.x += size_t(b0) * all.k;
+    some.rows = min(most, all.rows - b0);
+    use(some, b0);
+  }
+}
+
 template <typename T, int B, int L, int Threads, int Parts>
 PackedLaunch<PackedStream<T, PackedStreamShape<B, L, Threads, Parts>>> packed_stream_launch(int n) {
   return {dim3(ceil_div(n, PackedStreamShape<B, L, Threads, Parts>::kOutputsPerBlock)), 0};
@@ -36,7 +49,7 @@ PackedLaunch<PackedStream<T, PackedStreamShape<B, L, Threads, Parts>>> packed_st
 // Calls f(PackedLaunch<P>) with the way that fits: `using P = typename decltype(how)::P;`. n: outputs, each of
 // Parts rows of w. Throws std::invalid_argument for a format that is not known.
 template <typename T, int Parts, typename Use>
-inline void by_packed(const PackedProduct<T>& p, Use&& use) {
+inline void by_packed(const PackedProduct<T>& p, const Settings& tuned, Use&& use) {
   if (p.w.format < int(Format::int8) || p.w.format > int(Format::mxfp4)) {
     throw std::invalid_argument("unknown weight format " + std::to_string(p.w.format));
   }
@@ -51,7 +64,7 @@ inline void by_packed(const PackedProduct<T>& p, Use&& use) {
   } else {
     by_format(p.w.format, [&](auto format) {
       using F = decltype(format);
-      by_packed_shape<Parts>(p.rows, p.n, [&](auto shape) {
+      by_packed_shape<Parts>(p.rows, p.n, tuned, [&](auto shape) {
         using C = decltype(shape);
         using P = PackedRows<T, F, C>;
         use(PackedLaunch<P>{dim3(packed_blocks<C>(p.n)), packed_smem_bytes<T, F, C>(p.rows, p.k)});

@@ -1,6 +1,6 @@
-// Matrix product of up to 64 rows of x with packed rows of w (formats/) on tensor cores.
+// Matrix product of up to 16 rows of x with packed rows of w (formats/) on tensor cores.
 //
-// A block owns 16 rows of w; its warps share k, one segment of 64 bytes of each row at a time. The tensor
+// A block owns 16 or 32 rows of w; its warps share k, one segment of 64 bytes of each row at a time. The tensor
 // core's left operand is 16 rows of w by 16 columns, its right one 16 columns of 8 rows of x. Codes go from
 // DRAM into registers and become the left operand there: weights pass through no memory in between. Which
 // column a lane holds is free, as long as w and x agree; the layout of the codes is made for it.
@@ -13,13 +13,13 @@
 
 namespace lab {
 
-// Tiles: of 8 rows of x. Warps: that share k. U: segments of each row that a warp has in flight. Parts: rows
-// of w for one output (gate and up: 2), n rows apart.
-template <int Tiles_, int Warps_, int U_, int Parts_>
+// Tiles: of 8 rows of x. R: tiles of 16 rows of w. Warps: that share k. U: segments of each row that a warp has
+// in flight. Parts: rows of w for one output (gate and up: 2), n rows apart. Staged: KiB of x that a block holds.
+template <int Tiles_, int R_, int Warps_, int U_, int Parts_, int Staged>
 struct PackedShape {
-  static constexpr int kTiles = Tiles_, kWarps = Warps_, U = U_, kParts = Parts_;
-  static constexpr int kThreads = 32 * Warps_, kOutputs = 16 / Parts_;
-  static constexpr int kSums = 20;  // floats between two columns of partial sums: no bank conflicts
+  static constexpr int kTiles = Tiles_, R = R_, kWarps = Warps_, U = U_, kParts = Parts_, kStaged = Staged;
+  static constexpr int kThreads = 32 * Warps_, kTileOutputs = 16 / Parts_, kOutputs = R * kTileOutputs;
+  static constexpr int kSums = 16 * R + 4;  // floats between two columns of partial sums: no bank conflicts
 };
 
 template <typename T, typename C>
@@ -29,12 +29,12 @@ struct alignas(16) PackedSmem {
   alignas(16) T x[8];  // really `rows` rows of staged columns: see packed_smem_bytes()
 };
 
-// Segments of x that a block holds at a time: all, unless they take more than 64 KiB; whole rounds of loads.
+// Segments of x that a block holds at a time: all, unless they take more than kStaged; whole rounds of loads.
 template <typename F, typename C>
 LAB_HOST_DEVICE int staged_segments(int rows, int k) {
   constexpr int kRound = C::kWarps * C::U;
   const int all = (k + Layout<F>::kColumns - 1) / Layout<F>::kColumns;
-  const int most = 64 * 1024 / (rows * Layout<F>::kColumns * 2) / kRound * kRound;
+  const int most = C::kStaged * 1024 / (rows * Layout<F>::kColumns * 2) / kRound * kRound;
   const int fit = most > kRound ? most : kRound;
   return all < fit ? all : fit;
 }
@@ -54,7 +54,7 @@ struct PackedRows {
   using T = T_;
   using C = C_;
   using L = Layout<F>;
-  static constexpr int kThreads = C::kThreads, kOutputs = C::kOutputs, U = C::U;
+  static constexpr int kThreads = C::kThreads, kOutputs = C::kOutputs, U = C::U, R = C::R;
   // The scales of a segment of a row, in words; see PackedType in unpack.cuh for why not in smaller elements.
   static constexpr bool kShort = L::kSegmentScales < 4;
   using ScaleWord = std::conditional_t<kShort, uint16_t, uint32_t>;
@@ -67,11 +67,11 @@ struct PackedRows {
   int lane, g, t, warp;      // g, t: row and quarter of the lane in a tensor core's tile
   int output;                // first of the block's outputs that are summed now
   int stride, panel, staged = -1, turn = 0;
-  int fetch_output, fetch_segment;            // where the next loads read
-  const uint8_t *codes_of[2], *scales_of[2];  // of rows g and g + 8
-  Vec<uint32_t, 4> words[U][2];
-  Scales scales[U][2];
-  float acc[C::kTiles][4];
+  int fetch_output, fetch_segment;                  // where the next loads read
+  const uint8_t *codes_of[R][2], *scales_of[R][2];  // of rows g and g + 8 of each tile
+  Vec<uint32_t, 4> words[U][R][2];
+  Scales scales[U][R][2];
+  float acc[R][C::kTiles][4];
 
   explicit LAB_DEVICE PackedRows(const PackedProduct<T>& p)
       : shared(smem<PackedSmem<T, C>>()), x(p.x), w(p.w), rows(p.rows), n(p.n), k(p.k) {
@@ -98,17 +98,22 @@ struct PackedRows {
 
   // The sums of the present outputs; all threads must call it. each_output() then reads them.
   LAB_DEVICE void multiply() {
-    float row_scale[2] = {1.f, 1.f};  // loaded now, used at the end
-    if constexpr (F::kGroup == 0) {
-      LAB_UNROLL
-      for (int r = 0; r < 2; ++r) {
-        row_scale[r] = load_now(reinterpret_cast<const float*>(w.scales) + row_of(output, r));
-      }
-    }
+    float row_scale[R][2];  // loaded now, used at the end
     LAB_UNROLL
-    for (int tile = 0; tile < C::kTiles; ++tile) {
+    for (int r = 0; r < R; ++r) {
       LAB_UNROLL
-      for (int i = 0; i < 4; ++i) acc[tile][i] = 0.f;
+      for (int side = 0; side < 2; ++side) {
+        row_scale[r][side] = 1.f;
+        if constexpr (F::kGroup == 0) {
+          const auto* scale_of_row = reinterpret_cast<const float*>(w.scales) + row_of(output, r, side);
+          row_scale[r][side] = load_now(scale_of_row);
+        }
+      }
+      LAB_UNROLL
+      for (int tile = 0; tile < C::kTiles; ++tile) {
+        LAB_UNROLL
+        for (int i = 0; i < 4; ++i) acc[r][tile][i] = 0.f;
+      }
     }
     for (int begin = 0; begin < segments; begin += panel) {
       if (staged != begin) stage(begin);
@@ -117,7 +122,7 @@ struct PackedRows {
         LAB_UNROLL
         for (int u = 0; u < U; ++u) {
           const int segment = first + u * C::kWarps + warp;
-          if (segment < end) add(u, shared.x + (segment - begin) * L::kColumns);
+          if (segment < end) add(u, segment - begin);
           fetch(u);
         }
         advance();
@@ -130,7 +135,11 @@ struct PackedRows {
       LAB_UNROLL
       for (int i = 0; i < 4; ++i) {
         const int b = tile * 8 + 2 * t + i % 2;
-        if (b < rows) partial[warp][b][g + i / 2 * 8] = acc[tile][i] * row_scale[i / 2];
+        if (b >= rows) continue;
+        LAB_UNROLL
+        for (int r = 0; r < R; ++r) {
+          partial[warp][b][r * 16 + g + i / 2 * 8] = acc[r][tile][i] * row_scale[r][i / 2];
+        }
       }
     }
     __syncthreads();
@@ -144,11 +153,12 @@ struct PackedRows {
     for (int i = threadIdx.x; i < kOutputs * rows; i += kThreads) {
       const int r = i % kOutputs, b = i / kOutputs;
       if (output + r >= n) continue;
+      const int row = r / C::kTileOutputs * 16 + r % C::kTileOutputs;
       float sum = 0.f, second = 0.f;
       LAB_UNROLL
       for (int s = 0; s < C::kWarps; ++s) {
-        sum += partial[s][b][r];
-        if constexpr (C::kParts == 2) second += partial[s][b][r + 8];
+        sum += partial[s][b][row];
+        if constexpr (C::kParts == 2) second += partial[s][b][row + 8];
       }
       use(output + r, b, sum, second);
     }
@@ -156,20 +166,23 @@ struct PackedRows {
   }
 
  private:
-  // The row of w that row g (r = 0) or g + 8 (r = 1) of the tile stands for. Rows past the end repeat the last
-  // one; their sums are never stored.
-  LAB_DEVICE int row_of(int first, int r) const {
-    if constexpr (C::kParts == 2) return r * n + min(first + g, n - 1);
-    return min(first + g + 8 * r, n - 1);
+  // The row of w that row g (side = 0) or g + 8 (side = 1) of tile r stands for. Rows past the end repeat the
+  // last one; their sums are never stored.
+  LAB_DEVICE int row_of(int first, int r, int side) const {
+    if constexpr (C::kParts == 2) return side * n + min(first + 8 * r + g, n - 1);
+    return min(first + 16 * r + g + 8 * side, n - 1);
   }
   LAB_DEVICE void aim(int to) {
     fetch_output = to;
     fetch_segment = to < n ? 0 : segments;
     LAB_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      const size_t row = row_of(min(to, n - 1), r);
-      codes_of[r] = w.codes + segment_place(row, segments, kSegmentBytes) + t * 16;
-      scales_of[r] = w.scales + segment_place(row, segments, L::kSegmentScales);
+    for (int r = 0; r < R; ++r) {
+      LAB_UNROLL
+      for (int side = 0; side < 2; ++side) {
+        const size_t row = row_of(min(to, n - 1), r, side);
+        codes_of[r][side] = w.codes + segment_place(row, segments, kSegmentBytes) + t * 16;
+        scales_of[r][side] = w.scales + segment_place(row, segments, L::kSegmentScales);
+      }
     }
   }
   LAB_DEVICE void advance() {
@@ -184,71 +197,111 @@ struct PackedRows {
     const int segment = fetch_segment + u * C::kWarps + warp;
     if (segment >= segments) return;
     LAB_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      words[u][r] = load_stream(
-          reinterpret_cast<const uint32_t*>(codes_of[r] + size_t(segment) * (kBlockRows * kSegmentBytes)));
-      if constexpr (F::kGroup != 0) {
-        const auto* at =
-            reinterpret_cast<const ScaleWord*>(scales_of[r] + segment * (kBlockRows * L::kSegmentScales));
-        scales[u][r] = load<Scales::size>(at);
+    for (int r = 0; r < R; ++r) {
+      LAB_UNROLL
+      for (int side = 0; side < 2; ++side) {
+        const uint8_t* from = codes_of[r][side] + size_t(segment) * (kBlockRows * kSegmentBytes);
+        words[u][r][side] = load_stream(reinterpret_cast<const uint32_t*>(from));
+        if constexpr (F::kGroup != 0) {
+          const uint8_t* at = scales_of[r][side] + segment * (kBlockRows * L::kSegmentScales);
+          scales[u][r][side] = load<Scales::size>(reinterpret_cast<const ScaleWord*>(at));
+        }
       }
     }
   }
 
-  // acc += the 16 rows of one segment of w times that segment of all rows of x.
-  LAB_DEVICE void add(int u, const T* xs) {
-    // Sums of one group, of x alone as well where the format has a minimum.
-    float sums[C::kTiles][4] = {}, of_x[C::kTiles][4] = {};
-    const uint32_t ones = pair_of(from_float<T>(1.f));
+  // acc += the rows of one segment of w times that segment of all rows of x.
+  LAB_DEVICE void add(int u, int segment) {
+    // The right operands first, all at once: each is needed for every tile of w, and a load from shared memory
+    // takes 30 cycles. Rows of x past the last repeat it; their sums are never stored.
+    uint32_t of_x[C::kTiles][L::kRuns][2][2];
     LAB_UNROLL
-    for (int run = 0; run < L::kRuns; ++run) {
-      const int group = F::kGroup ? run / L::kRunsPerGroup : 0;
-      uint32_t pairs[2][4];
+    for (int tile = 0; tile < C::kTiles; ++tile) {
+      const T* row = shared.x + min(tile * 8 + g, rows - 1) * stride + segment * L::kColumns + 4 * t;
       LAB_UNROLL
-      for (int r = 0; r < 2; ++r) {
-        F::template numbers<T>(pairs[r], words[u][r].v + run * L::kWords,
-                               F::template zero_pair<T>(F::kZero ? entry(u, r, group, 1) : 0.f));
-      }
-      LAB_UNROLL
-      for (int half_run = 0; half_run < 2; ++half_run) {
-        const int p = 2 * half_run;
-        const uint32_t a[4] = {pairs[0][p], pairs[1][p], pairs[0][p + 1], pairs[1][p + 1]};
+      for (int run = 0; run < L::kRuns; ++run) {
         LAB_UNROLL
-        for (int tile = 0; tile < C::kTiles; ++tile) {
-          // Rows past the last repeat it; their sums are never stored.
-          const T* row =
-              xs + min(tile * 8 + g, rows - 1) * stride + run * kRunColumns + half_run * 16 + 4 * t;
-          const auto of_row = bit_cast<Vec<uint32_t, 2>>(load<4>(row));
-          const uint32_t b[2] = {of_row.v[0], of_row.v[1]};
-          mma_m16n8k16(F::kGroup ? sums[tile] : acc[tile], a, b, T{});
-          if constexpr (F::kMinimum) mma_m16n8k16(of_x[tile], {ones, ones, ones, ones}, b, T{});
+        for (int part = 0; part < 2; ++part) {
+          const auto pair = bit_cast<Vec<uint32_t, 2>>(load<4>(row + run * kRunColumns + part * 16));
+          of_x[tile][run][part][0] = pair.v[0], of_x[tile][run][part][1] = pair.v[1];
         }
       }
-      if constexpr (F::kGroup != 0) {
-        if ((run + 1) % L::kRunsPerGroup == 0) {
+    }
+    LAB_UNROLL
+    for (int r = 0; r < R; ++r) {
+      if constexpr (F::kGroup == 0) {
+        LAB_UNROLL
+        for (int run = 0; run < L::kRuns; ++run) add_run(acc[r], u, r, run, of_x);
+      } else {
+        LAB_UNROLL
+        for (int group = 0; group < L::kGroups; ++group) {
+          float sums[C::kTiles][4] = {};
           LAB_UNROLL
-          for (int r = 0; r < 2; ++r) {
-            const float scale = entry(u, r, group, 0), minimum = F::kMinimum ? entry(u, r, group, 1) : 0.f;
-            LAB_UNROLL
-            for (int tile = 0; tile < C::kTiles; ++tile) {
-              LAB_UNROLL
-              for (int i = 2 * r; i < 2 * r + 2; ++i) {
-                acc[tile][i] = fmadd(scale, sums[tile][i], acc[tile][i]);
-                if constexpr (F::kMinimum) acc[tile][i] = fmadd(minimum, of_x[tile][i], acc[tile][i]);
-                sums[tile][i] = of_x[tile][i] = 0.f;
-              }
-            }
+          for (int i = 0; i < L::kRunsPerGroup; ++i) add_run(sums, u, r, group * L::kRunsPerGroup + i, of_x);
+          add_group(sums, u, r, group, of_x);
+        }
+      }
+    }
+  }
+
+  // sums += one run of tile r of w times that run of x, without the scale.
+  LAB_DEVICE void add_run(float (&sums)[C::kTiles][4], int u, int r, int run,
+                          const uint32_t (&of_x)[C::kTiles][L::kRuns][2][2]) {
+    uint32_t pairs[2][4];
+    LAB_UNROLL
+    for (int side = 0; side < 2; ++side) {
+      const float zero =
+          F::kZero ? entry(u, r, side, run / (L::kRunsPerGroup ? L::kRunsPerGroup : 1), 1) : 0.f;
+      F::template numbers<T>(pairs[side], words[u][r][side].v + run * L::kWords,
+                             F::template zero_pair<T>(zero));
+    }
+    LAB_UNROLL
+    for (int part = 0; part < 2; ++part) {
+      const int p = 2 * part;
+      const uint32_t a[4] = {pairs[0][p], pairs[1][p], pairs[0][p + 1], pairs[1][p + 1]};
+      LAB_UNROLL
+      for (int tile = 0; tile < C::kTiles; ++tile) mma_m16n8k16(sums[tile], a, of_x[tile][run][part], T{});
+    }
+  }
+
+  // acc[r] += the scale of a group times the group's sums, and its minimum times the sum of x over the group.
+  LAB_DEVICE void add_group(const float (&sums)[C::kTiles][4], int u, int r, int group,
+                            const uint32_t (&of_x)[C::kTiles][L::kRuns][2][2]) {
+    float x_sums[C::kTiles][4] = {};
+    if constexpr (F::kMinimum) {
+      const uint32_t one = pair_of(from_float<T>(1.f)), ones[4] = {one, one, one, one};
+      LAB_UNROLL
+      for (int i = 0; i < L::kRunsPerGroup; ++i) {
+        LAB_UNROLL
+        for (int part = 0; part < 2; ++part) {
+          LAB_UNROLL
+          for (int tile = 0; tile < C::kTiles; ++tile) {
+            mma_m16n8k16(x_sums[tile], ones, of_x[tile][group * L::kRunsPerGroup + i][part], T{});
           }
         }
       }
     }
+    LAB_UNROLL
+    for (int side = 0; side < 2; ++side) {
+      const float scale = entry(u, r, side, group, 0),
+                  minimum = F::kMinimum ? entry(u, r, side, group, 1) : 0.f;
+      LAB_UNROLL
+      for (int tile = 0; tile < C::kTiles; ++tile) {
+        LAB_UNROLL
+        for (int i = 2 * side; i < 2 * side + 2; ++i) {
+          acc[r][tile][i] = fmadd(scale, sums[tile][i], acc[r][tile][i]);
+          if constexpr (F::kMinimum) acc[r][tile][i] = fmadd(minimum, x_sums[tile][i], acc[r][tile][i]);
+        }
+      }
+    }
   }
 
-  // An entry of a scale of the segment in flight: 0 is the scale, 1 its second entry.
-  LAB_DEVICE float entry(int u, int r, int group, int which) const {
+  // An entry of the scale of a group of the segment in flight: 0 is the scale, 1 its second entry.
+  LAB_DEVICE float entry(int u, int r, int side, int group, int which) const {
     constexpr int kBits = 8 * int(sizeof(typename F::Scale)), kPerWord = 8 * int(sizeof(ScaleWord)) / kBits;
     const int i = group * L::kEntries + which;
-    return scale_of<typename F::Scale>(uint32_t(scales[u][r].v[i / kPerWord]) >> (i % kPerWord * kBits));
+    return scale_of<typename F::Scale>(uint32_t(scales[u][r][side].v[i / kPerWord]) >>
+                                       (i % kPerWord * kBits));
   }
 
   // Copies `panel` segments of all rows of x to shared memory, with zeros past k.
@@ -278,18 +331,24 @@ struct PackedRows {
 // for each set.
 template <typename C>
 inline int packed_blocks(int outputs) {
-  const int all = ceil_div(outputs, C::kOutputs), slots = 16 / C::kWarps * multiprocessors();
-  return slots < all ? slots : all;
+  const int all = ceil_div(outputs, C::kOutputs), at_once = C::kTiles == 1 ? 16 / C::kWarps : 1;
+  return min(all, at_once * multiprocessors());
 }
+
+constexpr int kMostPackedRows = 16;  // of x, in one launch
 
 // Calls f with the shape of a launch: f(PackedShape<...>{}).
 template <int Parts, typename Use>
-inline void by_packed_shape(int rows, int n, Use&& use) {
-  // The host build has one shape, which all numbers of rows fit: each costs it half a second for every op.
-  if constexpr (kHost) return use(PackedShape<8, 4, 2, Parts>{});
-  if (rows > 16) return use(PackedShape<8, 4, 1, Parts>{});
-  if (rows > 8) return use(PackedShape<2, 4, 2, Parts>{});
-  use(PackedShape<1, 4, 4, Parts>{});
+inline void by_packed_shape(int rows, int n, const Settings& tuned, Use&& use) {
+  // A block that has more rows of x keeps all of them, where they fit, and has a multiprocessor of its own:
+  // to copy them anew for each set of outputs would take longer than the loads of w.
+  using Many = PackedShape<2, 2, 8, 2, Parts, 144>;
+  if constexpr (kHost) return use(Many{});  // one shape for all, because each costs compile time
+  if (rows > 8) return use(Many{});
+  if (tuned.share == 8 && tuned.stages == 2) return use(PackedShape<1, 1, 8, 2, Parts, 64>{});
+  if (tuned.share == 8) return use(PackedShape<1, 1, 8, 4, Parts, 64>{});
+  if (tuned.stages == 2) return use(PackedShape<1, 1, 4, 2, Parts, 64>{});
+  use(PackedShape<1, 1, 4, 4, Parts, 64>{});
 }
 
 }  // namespace lab
