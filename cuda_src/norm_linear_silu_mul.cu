@@ -101,10 +101,9 @@ void norm_linear_silu_mul(const NormLinearSiluMulArgs& a) {
     using T = decltype(tag);
     if (a.w.format != int(Format::plain)) {
       norm_into("norm_linear_silu_mul", a);
-      const Settings tuned = settings::find("norm_linear_silu_mul", 0, a.rows, {a.n, a.k});
       const auto all = packed_product<T>(a.normed, a.w, a.rows, a.n, a.k);
       return by_packed_rows(all, [&](const auto& product, int b0) {
-        by_packed<T, 2>(product, tuned, [&](const auto& how) {
+        by_packed<T, 2>(product, [&](const auto& how) {
           using P = typename std::decay_t<decltype(how)>::P;
           launch(how.config(a.stream), "norm_linear_silu_mul_packed_kernel",
                  norm_linear_silu_mul_packed_kernel<P>, product, as<T>(a.y) + size_t(b0) * a.n);

@@ -49,7 +49,7 @@ PackedLaunch<PackedStream<T, PackedStreamShape<B, L, Threads, Parts>>> packed_st
 // Calls f(PackedLaunch<P>) with the way that fits: `using P = typename decltype(how)::P;`. n: outputs, each of
 // Parts rows of w. Throws std::invalid_argument for a format that is not known.
 template <typename T, int Parts, typename Use>
-inline void by_packed(const PackedProduct<T>& p, const Settings& tuned, Use&& use) {
+inline void by_packed(const PackedProduct<T>& p, Use&& use) {
   if (p.w.format < int(Format::int8) || p.w.format > int(Format::mxfp4)) {
     throw std::invalid_argument("unknown weight format " + std::to_string(p.w.format));
   }
@@ -64,7 +64,7 @@ inline void by_packed(const PackedProduct<T>& p, const Settings& tuned, Use&& us
   } else {
     by_format(p.w.format, [&](auto format) {
       using F = decltype(format);
-      by_packed_shape<Parts>(p.rows, p.n, tuned, [&](auto shape) {
+      by_packed_shape<Parts>(p.rows, [&](auto shape) {
         using C = decltype(shape);
         using P = PackedRows<T, F, C>;
         use(PackedLaunch<P>{dim3(packed_blocks<C>(p.n)), packed_smem_bytes<T, F, C>(p.rows, p.k)});

@@ -244,7 +244,9 @@ struct PackedRows {
     }
   }
 
-  // sums += one run of tile r of w times that run of x, without the scale.
+  // sums += one run of tile r of w times that run of x, without the scale. The multiplications of a run begin
+  // with zeros: in one chain through the whole row each would have to wait for the one before (8B's gate and up,
+  // int8, one row of x: 44 us in one chain).
   LAB_DEVICE void add_run(float (&sums)[C::kTiles][4], int u, int r, int run,
                           const uint32_t (&of_x)[C::kTiles][L::kRuns][2][2]) {
     uint32_t pairs[2][4];
@@ -255,12 +257,18 @@ struct PackedRows {
       F::template numbers<T>(pairs[side], words[u][r][side].v + run * L::kWords,
                              F::template zero_pair<T>(zero));
     }
+    float of_run[C::kTiles][4] = {};
     LAB_UNROLL
     for (int part = 0; part < 2; ++part) {
       const int p = 2 * part;
       const uint32_t a[4] = {pairs[0][p], pairs[1][p], pairs[0][p + 1], pairs[1][p + 1]};
       LAB_UNROLL
-      for (int tile = 0; tile < C::kTiles; ++tile) mma_m16n8k16(sums[tile], a, of_x[tile][run][part], T{});
+      for (int tile = 0; tile < C::kTiles; ++tile) mma_m16n8k16(of_run[tile], a, of_x[tile][run][part], T{});
+    }
+    LAB_UNROLL
+    for (int tile = 0; tile < C::kTiles; ++tile) {
+      LAB_UNROLL
+      for (int i = 0; i < 4; ++i) sums[tile][i] += of_run[tile][i];
     }
   }
 
@@ -339,16 +347,13 @@ constexpr int kMostPackedRows = 16;  // of x, in one launch
 
 // Calls f with the shape of a launch: f(PackedShape<...>{}).
 template <int Parts, typename Use>
-inline void by_packed_shape(int rows, int n, const Settings& tuned, Use&& use) {
+inline void by_packed_shape(int rows, Use&& use) {
   // A block that has more rows of x keeps all of them, where they fit, and has a multiprocessor of its own:
   // to copy them anew for each set of outputs would take longer than the loads of w.
   using Many = PackedShape<2, 2, 8, 2, Parts, 144>;
   if constexpr (kHost) return use(Many{});  // one shape for all, because each costs compile time
   if (rows > 8) return use(Many{});
-  if (tuned.share == 8 && tuned.stages == 2) return use(PackedShape<1, 1, 8, 2, Parts, 64>{});
-  if (tuned.share == 8) return use(PackedShape<1, 1, 8, 4, Parts, 64>{});
-  if (tuned.stages == 2) return use(PackedShape<1, 1, 4, 2, Parts, 64>{});
-  use(PackedShape<1, 1, 4, 4, Parts, 64>{});
+  use(PackedShape<1, 1, 8, 4, Parts, 64>{});
 }
 
 }  // namespace lab
