@@ -105,9 +105,14 @@ struct PackedStream {
   LAB_DEVICE void load_x(float (&f)[kMost], int b, int unit) const {
     const int first = sizes.first_column(unit);
     const T* row = x + size_t(b) * k;
+    const bool whole = (unit / 4 + 1) * sizes.columns <= k;
     for (int i = 0; i < sizes.unit_columns; i += 4) {
       const int col = first + i * 4;
-      LAB_UNROLL
+      if (whole) {
+        LAB_UNROLL
+        for (int e = 0; e < 4; ++e) f[i + e] = to_float(row[col + e]);
+        continue;
+      }
       for (int e = 0; e < 4; ++e) f[i + e] = col + e < k ? to_float(row[col + e]) : 0.f;
     }
   }

@@ -59,10 +59,11 @@ LAB_DEVICE void unpack_unit(float (&f)[kMostUnitColumns], const PackedWeights& w
       const int group = F::kGroup ? run / L::kRunsPerGroup : 0;
       const float scale = load_scale<F>(of_segment, group, 0);
       const float second = F::kSecond ? load_scale<F>(of_segment, group, 1) : 0.f;
+      float values[8];
+      F::values(values, words.v + run * L::kWords);
       LAB_UNROLL
       for (int j = 0; j < 8; ++j) {
-        const float value = F::value(words.v + run * L::kWords, j);
-        f[run * 8 + j] = F::kMinimum ? fmadd(value, scale, second) : (value - second) * scale;
+        f[run * 8 + j] = F::kMinimum ? fmadd(values[j], scale, second) : (values[j] - second) * scale;
       }
     }
   });

@@ -10,7 +10,7 @@
 //   kSecond     whether a scale has a second entry, a minimum or a zero; kMinimum: it is a minimum
 //   Scale       the type of an entry of `scales`
 //   numbers<T>  8 codes as 4 pairs of T, exactly: the operand of a tensor core. `zero` as zero_pair() made it
-//   value       one code as a float, before zero, scale and minimum
+//   values      8 codes as floats, before zero, scale and minimum; a loop that a CPU's compiler vectorises
 #pragma once
 #include "../common.cuh"
 #include "../launchers/arguments.h"

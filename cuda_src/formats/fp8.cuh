@@ -31,10 +31,14 @@ struct Fp8 {
     }
   }
 
-  static LAB_DEVICE float value(const uint32_t* words, int j) {
-    const uint32_t code = words[j / 4] >> (8 * (j % 4 / 2 + j % 2 * 2)) & 0xffu;
-    // The same in float32, whose exponent has the bias of bfloat16's.
-    return bit_cast<float>((code & 0x80u) << 24 | (code & 0x7fu) << 20) * 0x1p120f;
+  // The same in float32, whose exponent has the bias of bfloat16's.
+  static LAB_DEVICE void values(float (&f)[8], const uint32_t* words) {
+    constexpr int kToTop[8] = {24, 8, 16, 0, 24, 8, 16, 0};
+    LAB_UNROLL
+    for (int j = 0; j < 8; ++j) {
+      const uint32_t code = words[j / 4] << kToTop[j];
+      f[j] = bit_cast<float>((code & 0x80000000u) | (code & 0x7f000000u) >> 4) * 0x1p120f;
+    }
   }
 };
 

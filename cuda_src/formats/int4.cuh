@@ -36,9 +36,10 @@ struct Int4 {
     }
   }
 
-  static LAB_DEVICE float value(const uint32_t* word, int j) {
-    const int code = int(word[0] >> (j % 2 * 16 + j / 2 * 4) & 15u);
-    return float(Kind == Int4Kind::symmetric ? code - 8 : code);
+  static LAB_DEVICE void values(float (&f)[8], const uint32_t* word) {
+    constexpr int kShift[8] = {0, 16, 4, 20, 8, 24, 12, 28}, kMiddle = Kind == Int4Kind::symmetric ? 8 : 0;
+    LAB_UNROLL
+    for (int j = 0; j < 8; ++j) f[j] = float(int(word[0] >> kShift[j] & 15u) - kMiddle);
   }
 };
 

@@ -30,9 +30,10 @@ struct Int8 {
     }
   }
 
-  static LAB_DEVICE float value(const uint32_t* words, int j) {
-    const int byte = j % 4 / 2 + j % 2 * 2;  // codes 0, 2, 1, 3
-    return float(int8_t(words[j / 4] >> (8 * byte)));
+  static LAB_DEVICE void values(float (&f)[8], const uint32_t* words) {
+    constexpr int kToTop[8] = {24, 8, 16, 0, 24, 8, 16, 0};
+    LAB_UNROLL
+    for (int j = 0; j < 8; ++j) f[j] = float(int32_t(words[j / 4] << kToTop[j]) >> 24);
   }
 };
 

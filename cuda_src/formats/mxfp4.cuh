@@ -31,9 +31,13 @@ struct Mxfp4 {
     }
   }
 
-  static LAB_DEVICE float value(const uint32_t* word, int j) {
-    const uint32_t code = word[0] >> (j % 2 * 16 + j / 2 * 4) & 15u;
-    return bit_cast<float>((code & 8u) << 28 | (code & 7u) << 22) * 0x1p126f;
+  static LAB_DEVICE void values(float (&f)[8], const uint32_t* word) {
+    constexpr int kShift[8] = {0, 16, 4, 20, 8, 24, 12, 28};
+    LAB_UNROLL
+    for (int j = 0; j < 8; ++j) {
+      const uint32_t code = word[0] >> kShift[j];
+      f[j] = bit_cast<float>((code & 8u) << 28 | (code & 7u) << 22) * 0x1p126f;
+    }
   }
 };
 
