@@ -11,13 +11,21 @@
 
 using namespace lab;
 
-template <typename T, int N>
-__global__ void embedding_kernel(const int* ids, const T* table, T* out, int cols, int vocab) {
-  // 1. Locate: block r owns row r; an id outside the vocabulary is never used as an address.
+LAB_DEVICE bool inside(int id, int vocab) { return 0 <= id && id < vocab; }
+
+// The id of this block's row, which the preceding kernel may have written.
+LAB_DEVICE int id_of_block(const int* ids) {
   pdl_wait();
   pdl_launch_dependents();
   const int id = ids[blockIdx.x];
-  const bool known = 0 <= id && id < vocab;
+  return id;
+}
+
+template <typename T, int N>
+__global__ void embedding_kernel(const int* ids, const T* table, T* out, int cols, int vocab) {
+  // 1. Locate: block r owns row r; an id outside the vocabulary is never used as an address.
+  const int id = id_of_block(ids);
+  const bool known = inside(id, vocab);
   const T* from = table + size_t(known ? id : 0) * cols;
   T* to = out + size_t(blockIdx.x) * cols;
 
@@ -35,10 +43,8 @@ __global__ void embedding_kernel(const int* ids, const T* table, T* out, int col
 template <typename T>
 __global__ void embedding_packed_kernel(const int* ids, PackedWeights table, T* out, int cols, int vocab) {
   // 1. Locate: block r owns row r; an id outside the vocabulary is never used as an address.
-  pdl_wait();
-  pdl_launch_dependents();
-  const int id = ids[blockIdx.x];
-  const bool known = 0 <= id && id < vocab;
+  const int id = id_of_block(ids);
+  const bool known = inside(id, vocab);
   const FormatSizes sizes(table.format, cols);
   T* to = out + size_t(blockIdx.x) * cols;
 

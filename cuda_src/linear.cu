@@ -12,6 +12,7 @@
 //   contract  lab/ops/linear.py          twin  triton_kernels/linear.py
 #include "common.cuh"
 #include "core/mma_rows.cuh"
+#include "core/packed_linear.h"
 #include "core/packed_product.cuh"
 #include "core/stream_rows.cuh"
 #include "launchers/linear.h"

@@ -7,8 +7,8 @@
 //   contract  lab/ops/linear_add.py          twin  triton_kernels/linear_add.py
 #include "common.cuh"
 #include "core/mma_rows.cuh"
+#include "core/packed_linear.h"
 #include "core/stream_rows.cuh"
-#include "launchers/linear.h"
 #include "launchers/linear_add.h"
 
 using namespace lab;

@@ -15,7 +15,7 @@
 #include "core/candidate.cuh"
 #include "core/mma_rows.cuh"
 #include "core/norm_rows.cuh"
-#include "launchers/linear.h"
+#include "core/packed_linear.h"
 #include "launchers/norm_linear_argmax.h"
 
 using namespace lab;

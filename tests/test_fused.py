@@ -141,7 +141,7 @@ def test_a_tensor_core_batch_needs_room_for_its_normed_rows():
         host.norm_linear(
             x=x.data_ptr(),
             norm_w=x.data_ptr(),
-            w=w.data_ptr(),
+            w=(w.data_ptr(), 0, 0),
             bias=0,
             y=y.data_ptr(),
             normed=0,

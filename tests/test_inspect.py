@@ -178,7 +178,7 @@ def test_the_host_build_records_too():
     table, ids, out = torch.ones(4, 64), torch.zeros(3, dtype=torch.int32), torch.full((3, 64), 7.0)
     call_it = lambda: host.embedding(  # noqa: E731
         ids=ids.data_ptr(),
-        table=table.data_ptr(),
+        table=(table.data_ptr(), 0, 0),
         out=out.data_ptr(),
         rows=3,
         cols=64,

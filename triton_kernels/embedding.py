@@ -24,13 +24,19 @@ CONFIGS = {
 
 
 @triton.jit
+def inside(token, vocab):
+    """Whether an id is in the vocabulary."""
+    return (token >= 0) & (token < vocab)
+
+
+@triton.jit
 def embedding_kernel(ids, table, out, rows, cols, vocab, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     # 1. Locate: an id outside the vocabulary gives a row of NaN, which is noticed, and no invalid access.
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
     live = (row < rows)[:, None] & (col < cols)
     token = tl.load(ids + row, mask=row < rows, other=-1)
-    known = (token >= 0) & (token < vocab)
+    known = inside(token, vocab)
 
     # 2. Copy: contiguous lanes read 16 bytes each; the compiler makes the vectors.
     source = table + token.to(tl.int64)[:, None] * cols + col
@@ -58,7 +64,7 @@ def packed_embedding_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(1) * SEGMENTS
     token = tl.load(ids + row, mask=row < rows, other=-1)
-    known = (token >= 0) & (token < vocab)
+    known = inside(token, vocab)
 
     # 2. Copy: unpacked in float32, so that the numbers are rounded once.
     value, col = unpacked_rows(

@@ -10,7 +10,3 @@ struct LinearArgs {
   Ptr stream;
 };
 void linear(const LinearArgs& a);
-
-// The same with packed weights. residual: 0; or [rows, n] in x's dtype, which is added to the product
-// (linear_add: y is the same memory).
-void packed_linear(const LinearArgs& a, Ptr residual);

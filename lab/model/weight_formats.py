@@ -153,7 +153,7 @@ def formats_of(source, config: ModelConfig, storage: Storage, dtype: torch.dtype
     matrices = [part for part in config.layer.parts() if part.is_matrix]
     for index in range(config.layers):
         found.layers.append({part.name: of(part, f"model.layers.{index}.") for part in matrices})
-    name = next(name for name, one in DTYPES.items() if one == dtype)
+    name = next((name for name, one in DTYPES.items() if one == dtype), str(dtype))
     if expanded:
         types = ", ".join(f"{kind} ({count} tensors)" for kind, count in expanded.most_common())
         found.notes.append(f"{source.where}: expanded to {name}, for there is no weight format yet: {types}")

@@ -19,6 +19,41 @@ VOCABULARY = "tests/test_contents.py -k 'outside_the_vocabulary and {backend}'"
 IDLE = "tests/test_idle_rows.py -k {backend}"
 MUTANTS = [
     check(
+        CU + "formats/int4.cuh",
+        "linear",
+        "kShift[8] = {0, 16, 4, 20, 8, 24, 12, 28}, kMiddle",
+        "kShift[8] = {0, 16, 4, 20, 8, 24, 28, 12}, kMiddle",
+        "two codes in each other's place",
+    ),
+    check(
+        CU + "formats/by_format.cuh",
+        "linear",
+        "fmadd(values[j], scale, second)",
+        "fmadd(values[j], second, scale)",
+        "scale and minimum exchanged",
+    ),
+    check(
+        CU + "core/packed_stream.cuh",
+        "linear",
+        "col + e < k ? to_float",
+        "col + e <= k ? to_float",
+        "a column past k is multiplied",
+    ),
+    check(
+        CU + "formats/codes.cuh",
+        "linear",
+        "row % kBlockRows) * bytes",
+        "row % (kBlockRows / 2)) * bytes",
+        "rows of a block of packed weights confused",
+    ),
+    check(
+        PY + "core/packed_rows.py",
+        "linear",
+        "part // PARTS * (ROWS * PARTS) + part % PARTS",
+        "part // PARTS * (ROWS * PARTS) + part % PARTS // 2 * 2",
+        "the scale of a neighbouring group",
+    ),
+    check(
         CU + "rope.cu",
         "rope",
         "  if (position < 0) return;\n",
@@ -336,8 +371,11 @@ MUTANTS = [
     check(
         PY + "linear.py",
         "linear",
-        "total += tl.load(bias + out",
-        "total = total.to(y.dtype.element_ty).to(tl.float32) + tl.load(bias + out",
+        "total += tl.load(bias + out, mask=out < n, other=0.0).to(tl.float32)[None, :]\n"
+        "    where = y + b.to(tl.int64)[:, None]",
+        "total = total.to(y.dtype.element_ty).to(tl.float32)\n"
+        "        total += tl.load(bias + out, mask=out < n, other=0.0).to(tl.float32)[None, :]\n"
+        "    where = y + b.to(tl.int64)[:, None]",
         "rounded before the bias",
         dtype="bf16",
     ),
