@@ -176,6 +176,40 @@ def kernel_units(command: list[str]) -> list[Unit]:
     return units
 
 
+def host_kernel_units(command: list[str], sanitized: bool) -> list[Unit]:
+    """As kernel_units; but a kernel for which there is a file in host/by_shapes/ is compiled twice, with the
+    launch shapes of a CPU and, hardly optimised, with those of a GPU, which only tests take: that halves the
+    time. The file that is tried has both at once, and so has all that a sanitizer watches.
+
+    Those with a GPU's shapes come last. Where both have the same function the linker takes the first.
+    """
+    once, of_cpu, of_gpu = [], [], []
+    for unit in kernel_units(command):
+        chooser = SOURCES / "host/by_shapes" / f"{unit.source.stem}.cpp"
+        if sanitized or not chooser.exists() or unit.source != SOURCES / f"{unit.source.stem}.cu":
+            once.append(unit)
+            continue
+        launchers = re.findall(r"^BY_SHAPES\((\w+)", chooser.read_text(), re.M)
+
+        def renamed(shapes, names=launchers):
+            return [f"-D{name}={name}_{shapes}_shapes" for name in names]
+
+        of_cpu.append(Unit(unit.source, [*unit.command, "-DLAB_HOST_PART=1", *renamed("cpu")], unit.name))
+        of_gpu.append(
+            Unit(
+                unit.source,
+                [*unit.command, "-O1", "-DLAB_HOST_PART=2", *renamed("gpu")],
+                f"{unit.source.stem}.gpu_shapes.cu",
+            )
+        )
+        once.append(
+            Unit(
+                chooser, [part for part in command if part not in ("-x", "c++")], f"by_shapes_{chooser.name}"
+            )
+        )
+    return once + of_cpu + of_gpu
+
+
 def bindings(cxx: list[str], name: str, flags: list[str]) -> Unit:
     """What Python calls, by pybind11: the same for both modules but for their name; one object per Python."""
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
@@ -226,7 +260,7 @@ def host_module() -> Module:
     if sanitizer == "thread":
         kernel_flags.append("-DLAB_HOST_TSAN")
     units = [bindings(cxx, "_host", ["-DLAB_HOST"])]
-    units += kernel_units([*common, *kernel_flags, "-x", "c++"])
+    units += host_kernel_units([*common, *kernel_flags, "-x", "c++"], sanitizer != "none")
     units += [Unit(path, [*common, "-O2", *scheduler]) for path in sorted((SOURCES / "host").glob("*.cpp"))]
     link = [*shared_library(cxx), "-pthread", *([] if sanitizer == "none" else [f"-fsanitize={sanitizer}"])]
     facts = {
@@ -385,7 +419,12 @@ def compile_unit(unit: Unit, directory: Path) -> tuple[Path, bool]:
 
 # What is compiled, so that a file that was added later is noticed; relative to ROOT.
 PATTERNS = {
-    "lab._host": ["cuda_src/*.cu", "cuda_src/ladder/*.cu", "cuda_src/host/*.cpp"],
+    "lab._host": [
+        "cuda_src/*.cu",
+        "cuda_src/ladder/*.cu",
+        "cuda_src/host/*.cpp",
+        "cuda_src/host/by_shapes/*.cpp",
+    ],
     "lab._cuda": ["cuda_src/*.cu", "cuda_src/ladder/*.cu"],
 }
 

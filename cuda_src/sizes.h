@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "common.cuh"
+#include "host/shapes.h"
 
 #ifndef LAB_SM90A
 // setup.py defines this as 1 when it compiles code for sm_90a.
@@ -17,15 +18,19 @@ namespace lab {
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
 
-// LAB_HOST_SHAPES=gpu makes the host build use the launch shapes of a Hopper GPU, and LAB_HOST_SHAPES=sm_80
-// those of older GPUs, so that tests and the race detector reach them without a GPU.
-inline bool host_takes_shapes_of(const char* gpu) {
-  const char* shapes = std::getenv("LAB_HOST_SHAPES");
-  return shapes && std::strcmp(shapes, gpu) == 0;
-}
+// setup.py compiles the large kernels of the host build twice, because that takes less time: LAB_HOST_PART=1 is
+// optimised and has the launch shapes of a CPU alone, LAB_HOST_PART=2 is hardly optimised and has those of a
+// GPU alone. host/by_shapes/ chooses between the two at each launch. All other files, and what nvcc compiles,
+// are compiled once (0).
+#ifndef LAB_HOST_PART
+#define LAB_HOST_PART 0
+#endif
+constexpr bool kHasCpuShapes = kHost && LAB_HOST_PART != 2;
+constexpr bool kHasGpuShapes = !kHost || LAB_HOST_PART != 1;
 
-// Whether a launcher should use the launch shapes for a CPU.
-inline bool cpu_shapes() { return kHost && !host_takes_shapes_of("gpu") && !host_takes_shapes_of("sm_80"); }
+// Whether a launcher should use the launch shapes for a CPU. Static, as all that depends on the part: the two
+// parts are linked into one extension, where inline functions of one name become one function.
+static inline bool cpu_shapes() { return kHasCpuShapes && !(kHasGpuShapes && host_takes_gpu_shapes()); }
 
 // Whether the current device has wgmma (core/wgmma.cuh), and this build has the code for it.
 inline bool has_wgmma() {
@@ -39,7 +44,7 @@ inline bool has_wgmma() {
 // The most rows of half precision that matrix products take on CUDA cores; more rows go to tensor cores. On
 // an H100 16 rows on tensor cores were faster than 4 on CUDA cores (8B's token: 6.34 and 6.51 ms). On a CPU,
 // which emulates tensor cores slowly, the limit is higher.
-inline int most_stream_rows() { return cpu_shapes() ? 8 : 2; }
+static inline int most_stream_rows() { return cpu_shapes() ? kMostStreamRowsOfCpu : 2; }
 
 inline int log2_of(int power_of_two) {
   int shift = 0;

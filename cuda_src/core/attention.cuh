@@ -48,13 +48,13 @@ struct AttentionCore {
 };
 template <typename T, int D, typename F>
 inline void by_group(int group, F&& f) {
-  if constexpr (sizeof(T) == 2) {
+  if constexpr (sizeof(T) == 2 && kHasGpuShapes) {
     if (!cpu_shapes()) {
       if (group <= 8) return f(AttentionCore<MmaAttention<T, D, 1>>{});
       return f(AttentionCore<MmaAttention<T, D, 2>>{});
     }
   }
-  if constexpr (sizeof(T) == 4 || kHost) {
+  if constexpr (sizeof(T) == 4 || kHasCpuShapes) {
     switch (ceil_div(group, ceil_div(group, 4))) {  // query heads that one warp serves
       case 1: return f(AttentionCore<LaneAttention<T, D, 1>>{});
       case 2: return f(AttentionCore<LaneAttention<T, D, 2>>{});

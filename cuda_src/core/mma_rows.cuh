@@ -330,7 +330,14 @@ struct WgmmaUpTo64Large : Mma<  4, 8, 2,     5, /*Aligned=*/true, Parts, /*Wgmma
 
 template <typename T, int Parts, typename F>
 inline void by_mma_shape(int rows, int n, int k, const Settings& tuned, F&& f) {
-  const auto alone = [&](auto shape) { f(shape, 1u); };
+  const auto clusters_of = [&](unsigned cluster, auto shape) {
+    if constexpr (kHasGpuShapes) {
+      f(shape, cluster);
+    } else {
+      throw std::logic_error("tensor cores are in the part of the host build that has a GPU's shapes");
+    }
+  };
+  const auto alone = [&](auto shape) { clusters_of(1, shape); };
   const bool aligned = k % Vec<T>::size == 0;
   if (!aligned) return alone(MmaShape<Unaligned<Parts>>{});
 
@@ -340,7 +347,7 @@ inline void by_mma_shape(int rows, int n, int k, const Settings& tuned, F&& f) {
   if (rows > 16 && has_wgmma() && (3 * blocks > 2 * multiprocessors() || k >= 8192)) {
     const bool many = blocks > multiprocessors();
     const unsigned cluster = 2 * blocks <= multiprocessors() && k >= 8192 ? 2 : 1;
-    const auto clustered = [&](auto shape) { f(shape, cluster); };
+    const auto clustered = [&](auto shape) { clusters_of(cluster, shape); };
     if (rows <= 32 && many) return clustered(MmaShape<WgmmaUpTo32Small<Parts>>{});
     if (rows <= 32) return clustered(MmaShape<WgmmaUpTo32Large<Parts>>{});
     if (many) return clustered(MmaShape<WgmmaUpTo64Small<Parts>>{});

@@ -53,13 +53,15 @@ inline void by_packed(const PackedProduct<T>& p, Use&& use) {
   if (p.w.format < int(Format::int8) || p.w.format > int(Format::mxfp4)) {
     throw std::invalid_argument("unknown weight format " + std::to_string(p.w.format));
   }
-  if constexpr (kHost) {
+  if constexpr (kHasCpuShapes) {
     if (cpu_shapes()) {
       return p.rows == 1 ? use(packed_stream_launch<T, 1, 1, 8, Parts>(p.n))
                          : use(packed_stream_launch<T, 4, 1, 8, Parts>(p.n));
     }
   }
-  if constexpr (sizeof(T) == 4) {
+  if constexpr (!kHasGpuShapes) {
+    throw std::logic_error("this part of the host build has a CPU's shapes alone");
+  } else if constexpr (sizeof(T) == 4) {
     use(packed_stream_launch<T, 2, 32, 128, Parts>(p.n));
   } else {
     by_format(p.w.format, [&](auto format) {

@@ -376,12 +376,12 @@ inline void by_stream_shape(int rows, int outputs, int k, int max_batch, const S
         constexpr int N = decltype(width)::value;
         const auto with_batch = [&](auto b) {
           constexpr int B = decltype(b)::value;
-          if constexpr (kHost) {
+          if constexpr (kHasCpuShapes) {
             if (cpu_shapes()) return f(StreamShape<ThreadStream<N, B, HostThreads, Parts>>{});
           }
           constexpr bool kRing = Ring && B == 1 && N > 1;
           // Not compiled: no launch takes it, see most_stream_rows().
-          if constexpr (sizeof(T) == 2 && N > 1 && B > 2) {
+          if constexpr (!kHasGpuShapes || (sizeof(T) == 2 && N > 1 && B > 2)) {
             throw std::logic_error("more than 2 rows of half precision are for tensor cores");
           } else {
             using Alone = WarpStream<N, B, 1, Parts, kRing>;
@@ -399,7 +399,7 @@ inline void by_stream_shape(int rows, int outputs, int k, int max_batch, const S
         if constexpr (N > 1) {
           if (batch == 2) return with_batch(std::integral_constant<int, 2>{});
         }
-        if constexpr (kHost && N > 1 && sizeof(T) == 2) {
+        if constexpr (kHasCpuShapes && N > 1 && sizeof(T) == 2) {
           if (batch > 4) return with_batch(std::integral_constant<int, 8>{});
         }
         with_batch(std::integral_constant<int, 4>{});
