@@ -71,7 +71,7 @@ struct PackedRows {
   const uint8_t *codes_of[R][2], *scales_of[R][2];  // of rows g and g + 8 of each tile
   Vec<uint32_t, 4> words[U][R][2];
   Scales scales[U][R][2];
-  float acc[R][C::kTiles][4];
+  float acc[R][C::kTiles][4], row_scale[R][2];  // row_scale: of rows that share one scale; else 1
 
   explicit LAB_DEVICE PackedRows(const PackedProduct<T>& p)
       : shared(smem<PackedSmem<T, C>>()), x(p.x), w(p.w), rows(p.rows), n(p.n), k(p.k) {
@@ -88,27 +88,22 @@ struct PackedRows {
     LAB_UNROLL
     for (int u = 0; u < U; ++u) fetch(u);
     advance();
+    load_row_scales();
     // A block that has issued all its loads allows the dependent kernel to launch before the wait.
     release();
     pdl_wait();
     release();
   }
   LAB_DEVICE bool more() const { return output < n; }
-  LAB_DEVICE void next() { output += gridDim.x * kOutputs; }
+  LAB_DEVICE void next() {
+    output += gridDim.x * kOutputs;
+    if (more()) load_row_scales();
+  }
 
   // The sums of the present outputs; all threads must call it. each_output() then reads them.
   LAB_DEVICE void multiply() {
-    float row_scale[R][2];  // loaded now, used at the end
     LAB_UNROLL
     for (int r = 0; r < R; ++r) {
-      LAB_UNROLL
-      for (int side = 0; side < 2; ++side) {
-        row_scale[r][side] = 1.f;
-        if constexpr (F::kGroup == 0) {
-          const auto* scale_of_row = reinterpret_cast<const float*>(w.scales) + row_of(output, r, side);
-          row_scale[r][side] = load_now(scale_of_row);
-        }
-      }
       LAB_UNROLL
       for (int tile = 0; tile < C::kTiles; ++tile) {
         LAB_UNROLL
@@ -182,6 +177,19 @@ struct PackedRows {
         const size_t row = row_of(min(to, n - 1), r, side);
         codes_of[r][side] = w.codes + segment_place(row, segments, kSegmentBytes) + t * 16;
         scales_of[r][side] = w.scales + segment_place(row, segments, L::kSegmentScales);
+      }
+    }
+  }
+  // Long before they are used.
+  LAB_DEVICE void load_row_scales() {
+    LAB_UNROLL
+    for (int r = 0; r < R; ++r) {
+      LAB_UNROLL
+      for (int side = 0; side < 2; ++side) {
+        row_scale[r][side] = 1.f;
+        if constexpr (F::kGroup == 0) {
+          row_scale[r][side] = load_now(reinterpret_cast<const float*>(w.scales) + row_of(output, r, side));
+        }
       }
     }
   }
