@@ -92,7 +92,7 @@ class Formats:
     def text(self, config: ModelConfig, dtype: torch.dtype) -> str:
         """For example "int4-g128, lm_head int8": the formats of the layers, that of most weights first, and
         the output head's where it is another."""
-        plain = next(name for name, one in DTYPES.items() if one == dtype)
+        plain = next((name for name, one in DTYPES.items() if one == dtype), str(dtype))
         return described(
             (
                 (formats[part.name] or plain, part.rows * part.columns)
