@@ -55,6 +55,11 @@ class Peer:
         return self.module is None or importlib.util.find_spec(self.module) is not None
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Its short name, as "bf16"; torch's own of a dtype that has none here."""
+    return next((name for name, one in DTYPES.items() if one == dtype), str(dtype))
+
+
 def with_dtypes(sizes: Mapping) -> dict:
     """Sizes whose dtypes are given by name, as records have them, with torch's dtypes."""
     return {

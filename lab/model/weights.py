@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from lab.contract import DTYPES
+from lab.contract import dtype_name
 from lab.errors import LabError, named, warn
 from lab.formats import FORMATS, PackedMatrix
 from lab.model.description import ModelConfig, Part
