@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lab.contract import DTYPES
+from lab.contract import DTYPES, dtype_name
 from lab.errors import LabError
 from lab.formats import FORMATS
 from lab.model.description import ModelConfig, Part
@@ -92,7 +92,7 @@ class Formats:
     def text(self, config: ModelConfig, dtype: torch.dtype) -> str:
         """For example "int4-g128, lm_head int8": the formats of the layers, that of most weights first, and
         the output head's where it is another."""
-        plain = next((name for name, one in DTYPES.items() if one == dtype), str(dtype))
+        plain = dtype_name(dtype)
         return described(
             (
                 (formats[part.name] or plain, part.rows * part.columns)
@@ -153,7 +153,7 @@ def formats_of(source, config: ModelConfig, storage: Storage, dtype: torch.dtype
     matrices = [part for part in config.layer.parts() if part.is_matrix]
     for index in range(config.layers):
         found.layers.append({part.name: of(part, f"model.layers.{index}.") for part in matrices})
-    name = next((name for name, one in DTYPES.items() if one == dtype), str(dtype))
+    name = dtype_name(dtype)
     if expanded:
         types = ", ".join(f"{kind} ({count} tensors)" for kind, count in expanded.most_common())
         found.notes.append(f"{source.where}: expanded to {name}, for there is no weight format yet: {types}")

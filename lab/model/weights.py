@@ -66,7 +66,7 @@ class Weights:
     @property
     def formats(self) -> str:
         """For example "int4-g128, lm_head int8", or "bf16" where all are plain."""
-        plain = next(name for name, one in DTYPES.items() if one == self.dtype)
+        plain = dtype_name(self.dtype)
         return described(
             ((matrix.format or plain, matrix.rows * matrix.cols) for matrix in self.matrices()),
             self.lm_head.format or plain,
