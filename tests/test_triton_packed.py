@@ -24,7 +24,8 @@ def every_code(name):
     f = FORMATS[name]
     usable = [c for c in range(1 << f.bits) if not (name == "fp8" and c & 127 == 127)]  # these are NaN
     rows = torch.tensor([[usable[(i + j) % len(usable)] for j in range(256)] for i in range(len(usable))])
-    scales = torch.rand(len(rows), f.groups(256), f.entries, generator=torch.Generator().manual_seed(3))
+    groups = 256 // f.group if f.group else 1
+    scales = torch.rand(len(rows), groups, f.entries, generator=torch.Generator().manual_seed(3))
     if name == "mxfp4":
         # Every exponent whose products with the codes float32 can hold, the subnormal ones included.
         count = scales.numel()
@@ -84,9 +85,9 @@ def test_tiles_are_shared_out_without_loss(op, name, chosen):
 def packed(name, n, k):
     """A matrix of which only the sizes are known."""
     f = FORMATS[name]
-    codes = torch.empty(n, f.segments(k) * 64, dtype=torch.uint8, device="meta")
-    scales = torch.empty(n, f.groups(k), f.entries, dtype=f.scale_dtype, device="meta")
-    return PackedMatrix(name, k, codes, scales)
+    codes = torch.empty(f.codes_shape(n, k), dtype=torch.uint8, device="meta")
+    scales = torch.empty(f.scales_shape(n, k), dtype=f.scale_dtype, device="meta")
+    return PackedMatrix(name, n, k, codes, scales)
 
 
 def compiled(architecture, run):
