@@ -304,8 +304,8 @@ def pick_words(lanes, p: tl.constexpr, PARTS: tl.constexpr):
 
 
 # The settings of all products until they are measured one by one: see settings.packed. A step of the ring
-# holds BLOCK_N * SEGMENTS * 64 bytes of weights for each part of an output, and with one segment `num_warps`
-# warps divide the rows of w.
+# holds BLOCK_N * SEGMENTS * 64 bytes of weights; BLOCK_N is a multiple of 8, so that whole blocks of rows are
+# read. With one segment, `num_warps` warps divide the rows of w.
 SM_80 = {
     "half": [
         (8, 8192, dict(BLOCK_N=16, SEGMENTS=8, STAGES=4)),
