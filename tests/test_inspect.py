@@ -11,12 +11,13 @@ import torch
 
 from lab import extension
 from lab.errors import LabError
-from lab.inspect import binary, call, command, cuda_code, listing
+from lab.inspect import binary, call, command, cuda_code, listing, triton_code
 from lab.inspect import gpu as gpus
 from lab.inspect import kernel as kernels
 from lab.inspect.fairness import code_lines, fairness
 from lab.ops import OPS, find
 from lab.records import schema
+from triton_kernels.core.packed_rows import PACKED
 
 pytestmark = pytest.mark.usefixtures("kept_listings")
 
@@ -247,6 +248,14 @@ def test_lines_of_code(tmp_path):
         "    return (1,\n            2)\n"
     )
     assert code_lines(tmp_path / "a.py") == (4, 0)
+
+
+def test_settings_for_packed_weights_are_counted(monkeypatch):
+    counted = triton_code.configurations(find("linear"), gpus.find("sm_90a"))
+    monkeypatch.delattr("triton_kernels.linear.PACKED")
+    of_packed = {str(m) for entries in PACKED["sm_90"].values() for *_, m in entries}
+    assert len(of_packed) > 4
+    assert counted - triton_code.configurations(find("linear"), gpus.find("sm_90a")) == len(of_packed)
 
 
 @pytest.mark.parametrize("backend", BOTH)

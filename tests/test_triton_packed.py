@@ -5,13 +5,16 @@ import re
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from test_triton_compile import empty
 
 from lab.contract import Rand
 from lab.formats import FORMATS, PackedMatrix
 from lab.ops import linear, linear_add, norm_linear, norm_linear_argmax, norm_linear_silu_mul
 from triton_kernels import offline, settings
-from triton_kernels.common import recording
+from triton_kernels.common import launch, recording
+from triton_kernels.core.packed_rows import first_lines
 from triton_kernels.embedding import embedding
 from triton_kernels.linear import linear as run_linear
 
@@ -24,7 +27,8 @@ def every_code(name):
     f = FORMATS[name]
     usable = [c for c in range(1 << f.bits) if not (name == "fp8" and c & 127 == 127)]  # these are NaN
     rows = torch.tensor([[usable[(i + j) % len(usable)] for j in range(256)] for i in range(len(usable))])
-    scales = torch.rand(len(rows), f.groups(256), f.entries, generator=torch.Generator().manual_seed(3))
+    groups = 256 // f.group if f.group else 1
+    scales = torch.rand(len(rows), groups, f.entries, generator=torch.Generator().manual_seed(3))
     if name == "mxfp4":
         # Every exponent whose products with the codes float32 can hold, the subnormal ones included.
         count = scales.numel()
@@ -81,12 +85,38 @@ def test_tiles_are_shared_out_without_loss(op, name, chosen):
     torch.testing.assert_close(got.double(), op.reference(*before)[0], rtol=rtol, atol=atol)
 
 
+@triton.jit
+def first_lines_kernel(
+    row, at, n, k, BITS: tl.constexpr, ROWS: tl.constexpr, SEGMENTS: tl.constexpr, LINES: tl.constexpr
+):
+    i = tl.arange(0, ROWS)
+    rows = tl.load(row + i)
+    lines = first_lines(rows, rows < n, k, BITS=BITS, SEGMENTS=SEGMENTS)
+    tl.store(at + i[:, None] * LINES + tl.arange(0, LINES)[None, :], lines)
+
+
+@pytest.mark.parametrize("name, k", [("int4-g128", 4096), ("int8", 4096), ("int8", 320), ("int4-g32", 128)])
+def test_what_is_asked_for_ahead_is_what_the_first_steps_read(name, k):
+    """Lines of 128 bytes: every segment of the first four steps is in one of them, and no other is."""
+    f, n, segments = FORMATS[name], 64, 4
+    rows = torch.cat([torch.arange(16, 24), torch.arange(40, 48)]).to(I32)  # as of gate and up
+    at = torch.full((16, 2 * segments), -1)
+    launch(
+        first_lines_kernel, (1,), rows, at, n, k, BITS=f.bits, ROWS=16, SEGMENTS=segments, LINES=2 * segments
+    )
+    asked = torch.zeros(f.codes_shape(n, k), dtype=torch.uint8)
+    asked.view(-1, 128)[at.flatten() * 4 // 128] = 1
+    wanted = torch.zeros_like(asked)
+    wanted[[2, 5], : 4 * segments] = 1
+    assert bool((at * 4 % 128 == 0).all()) and torch.equal(asked, wanted)
+
+
 def packed(name, n, k):
     """A matrix of which only the sizes are known."""
     f = FORMATS[name]
-    codes = torch.empty(n, f.segments(k) * 64, dtype=torch.uint8, device="meta")
-    scales = torch.empty(n, f.groups(k), f.entries, dtype=f.scale_dtype, device="meta")
-    return PackedMatrix(name, k, codes, scales)
+    codes = torch.empty(f.codes_shape(n, k), dtype=torch.uint8, device="meta")
+    scales = torch.empty(f.scales_shape(n, k), dtype=f.scale_dtype, device="meta")
+    return PackedMatrix(name, n, k, codes, scales)
 
 
 def compiled(architecture, run):
@@ -102,8 +132,15 @@ def compiled(architecture, run):
 
 
 def check_product(code, sass):
-    """16-byte copies run ahead of the arithmetic on tensor cores, and no unpacked weights are stored."""
-    assert re.search(r"\bLDGSTS\S*\.128", sass) and re.search(r"\bHG?MMA\b", sass)
+    """16-byte copies run ahead of the arithmetic on tensor cores, a warp's ones of weights being the segments
+    of 8 rows, and no unpacked weights are stored."""
+    copies = re.findall(r"\bLDGSTS\S*", sass)
+    assert copies and all(".128" in copy for copy in copies) and re.search(r"\bHG?MMA\b", sass)
+    layouts = re.findall(r"async_copy_global_to_local .*!tt.ptr<i32>, (#\w+)>", code.asm["ttgir"])
+    assert layouts
+    for layout in set(layouts):
+        threads = re.search(rf"^{layout} = .*", code.asm["ttgir"], re.M)[0]
+        assert "sizePerThread = [1, 1, 4], threadsPerWarp = [1, 8, 4]" in threads  # segment, row, word
     # Registers are stored only to add up the warps' sums: float32. Unpacked weights are bfloat16.
     stored = re.findall(r"ttg\.local_alloc %.*bf16|ttg\.local_store.*bf16", code.asm["ttgir"])
     assert not stored, "unpacked weights pass through shared memory"

@@ -68,7 +68,18 @@ def packed_embedding_kernel(
 
     # 2. Copy: unpacked in float32, so that the numbers are rounded once.
     value, col = unpacked_rows(
-        words, scales, token, known, first, cols, FORMAT, BITS, GROUP, SECOND, ROWS, SEGMENTS
+        words,
+        scales,
+        token,
+        live=known,
+        first=first,
+        k=cols,
+        FORMAT=FORMAT,
+        BITS=BITS,
+        GROUP=GROUP,
+        SECOND=SECOND,
+        BLOCK_N=ROWS,
+        SEGMENTS=SEGMENTS,
     )
     value = tl.where(known[None, :, None], value, float("nan"))
     live = (row < rows)[None, :, None] & (col < cols)

@@ -79,15 +79,16 @@ def compile_seconds(launch, gpu):
 
 
 def configurations(op, gpu):
-    """How many launch settings the op has for this architecture, written by hand and tuned. The launcher
-    chooses one of them."""
+    """How many launch settings the op has for this architecture, written by hand and tuned, those for packed
+    weights included. The launcher chooses one of them."""
     from triton_kernels import common
 
-    table = getattr(importlib.import_module(f"triton_kernels.{op.name}"), "CONFIGS", None)
+    module = importlib.import_module(f"triton_kernels.{op.name}")
+    tables = [getattr(module, name) for name in ("CONFIGS", "PACKED") if hasattr(module, name)]
     entries = tuned.read(tuned.path_of("triton", gpu.triton))
     found = {repr(sorted(entry["settings"].items())) for entry in entries if entry["op"] == op.name}
     with common.recording(gpu.triton):
-        found |= _leaves(common.config(table, None)) if table else set()
+        found = found.union(*(_leaves(common.config(table, None)) for table in tables))
     return max(1, len(found))
 
 

@@ -1,9 +1,12 @@
-"""Device code of the products with packed weights: rows of w times the rows of x, on tensor cores, in any
-format.
+"""Matrix product of x with packed rows of w (formats/) on tensor cores, for any number of rows of x; and the
+unpacking alone, for embedding.
 
 Packed rows are read as words of 32 bits. The 16 words of a segment belong to four lanes, four words each, and
-lab/formats/format.py gives the columns of their codes. Unpacked, a lane's codes are those that a lane of a
-tensor-core tile holds, so they go from the load to the multiplication without leaving their thread.
+lab/formats/format.py gives the columns of their codes. The segments of 8 rows lie together, so the 32 threads
+of a warp, four for each row, read 512 contiguous bytes. Unpacked, a lane's codes are those that a lane of a
+tensor-core tile holds, so no code is moved to another thread after the copy to shared memory.
+
+Sums of one group of columns are multiplied by its scale in float32, so that a weight is never rounded.
 
 Tensor cores serve every number of rows of x, one row included: the multiplication itself is nearly free then,
 and the instructions that remain are those that unpack.
@@ -17,7 +20,8 @@ from triton_kernels import settings
 from triton_kernels.formats import numbers, scale_number, second_number
 
 WORDS = tl.constexpr(16)  # of 32 bits, in a segment
-ROWS = tl.constexpr(8)  # whose segments lie together: a segment's next one is ROWS * WORDS words further on
+ROWS = tl.constexpr(8)  # whose segments lie together: a row's next segment is ROWS * WORDS words further on
+LINE = tl.constexpr(32)  # words that one prefetch brings to L2
 
 
 @triton.jit
@@ -105,10 +109,14 @@ def packed_product(
                 if GROUP:
                     mine = pick_row(entry, p, PARTS)
                 words_p = pick_words(lanes, p, PARTS)
-                acc = add_unpacked(acc, words_p, xv, mine, 1, FORMAT, BITS, GROUP, SECOND)
+                acc = add_unpacked(
+                    acc, words_p, xv, mine, PARTS=1, FORMAT=FORMAT, BITS=BITS, GROUP=GROUP, SECOND=SECOND
+                )
         else:
             xv = load_columns(x, b, first * COLUMNS + column, rows, k, EVEN_K)
-            acc = add_unpacked(acc, lanes, xv, entry, PARTS, FORMAT, BITS, GROUP, SECOND)
+            acc = add_unpacked(
+                acc, lanes, xv, entry, PARTS=PARTS, FORMAT=FORMAT, BITS=BITS, GROUP=GROUP, SECOND=SECOND
+            )
         if GROUP:
             entry = following
 
@@ -126,13 +134,23 @@ def prefetch_rows(words, row, live, k, BITS: tl.constexpr, SEGMENTS: tl.constexp
     """Asks L2 for the weights of the first four steps: before the wait for the preceding kernel, which writes
     x but no weights."""
     if PDL:
-        LINE: tl.constexpr = 32  # words
-        width = tl.cdiv(k, 512 // BITS) * WORDS
-        at = LINE * tl.arange(0, 4 * SEGMENTS * 16 // LINE)[None, :]
-        first = tl.where(live, row, 0).to(tl.int64) * width
-        line = words + first[:, None] + tl.where(at < width, at, 0)
+        line = words + first_lines(row, live, k, BITS, SEGMENTS)
         asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
         tl.inline_asm_elementwise(asm, "=r,l", [line.to(tl.int64)], tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def first_lines(row, live, k, BITS: tl.constexpr, SEGMENTS: tl.constexpr):
+    """Where the lines of the first four steps begin, in words: int64 [BLOCK_N, 2 * SEGMENTS].
+
+    The segments of a step are contiguous for the 8 rows of a block, and a line has segments of two rows. So
+    each row asks for an eighth of what its block needs.
+    """
+    SHARE: tl.constexpr = 4 * SEGMENTS * 16  # words
+    block_words = tl.cdiv(k, 512 // BITS) * (ROWS * WORDS)
+    row = tl.where(live, row, 0).to(tl.int64)[:, None]
+    at = row % ROWS * SHARE + LINE * tl.arange(0, SHARE // LINE)[None, :]
+    return row // ROWS * block_words + tl.where(at < block_words, at, 0)
 
 
 @triton.jit
@@ -250,7 +268,7 @@ def unpacked_rows(
     there = live[None, :, None] & (segment < segments)[:, None, None]
     packed = tl.load(word_at + tl.arange(0, WORDS)[None, None, :], mask=there, other=0)
     lanes = tl.reshape(packed, [SEGMENTS, BLOCK_N, 4, 4])
-    value = unpack(lanes, tl.float32, FORMAT, BITS, PARTS, False)
+    value = unpack(lanes, tl.float32, FORMAT, BITS, PARTS, FLAT=False)
     if not GROUP:
         value *= tl.load(scales + row, mask=live, other=0)[None, :, None]
     else:
@@ -286,8 +304,8 @@ def pick_words(lanes, p: tl.constexpr, PARTS: tl.constexpr):
 
 
 # The settings of all products until they are measured one by one: see settings.packed. A step of the ring
-# holds BLOCK_N * SEGMENTS * 64 bytes of weights for each part of an output, and with one segment `num_warps`
-# warps divide the rows of w.
+# holds BLOCK_N * SEGMENTS * 64 bytes of weights; BLOCK_N is a multiple of 8, so that whole blocks of rows are
+# read. With one segment, `num_warps` warps divide the rows of w.
 SM_80 = {
     "half": [
         (8, 8192, dict(BLOCK_N=16, SEGMENTS=8, STAGES=4)),

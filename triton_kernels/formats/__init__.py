@@ -31,9 +31,9 @@ def numbers(pairs, T: tl.constexpr, FORMAT: tl.constexpr):
     if FORMAT == INT8 or FORMAT == INT8_G32:
         result = int8_numbers(pairs, T)
     elif FORMAT == INT4_G32 or FORMAT == INT4_G128:
-        result = int4_numbers(pairs, T, 8)
+        result = int4_numbers(pairs, T, MIDDLE=8)
     elif FORMAT == INT4_G32_MIN or FORMAT == INT4_G128_ZERO:
-        result = int4_numbers(pairs, T, 0)
+        result = int4_numbers(pairs, T, MIDDLE=0)
     elif FORMAT == FP8:
         result = fp8_numbers(pairs, T)
     else:

@@ -7,6 +7,12 @@ compiler sees that the halves of a word go to one register of a tensor-core oper
 import triton
 import triton.language as tl
 
+# The bits of powers of two so large that the last bit of the mantissa counts 1: 2^7 in bfloat16 and 2^10 in
+# float16, in both halves of a word, and 2^23 in float32.
+BF16_PAIR_128 = tl.constexpr(0x43004300)
+F16_PAIR_1024 = tl.constexpr(0x64006400)
+F32_8388608 = tl.constexpr(0x4B000000)
+
 
 @triton.jit
 def in_register(constant):
@@ -15,7 +21,7 @@ def in_register(constant):
     One instruction (LOP3) computes `x & mask | constant` if mask or constant is in a register. It takes two
     if the compiler knows both.
     """
-    return constant + tl.program_id(2)
+    return tl.program_id(2) + constant
 
 
 @triton.jit

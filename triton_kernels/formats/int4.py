@@ -6,7 +6,14 @@ contract  lab/formats/int4.py          twin  cuda_src/formats/int4.cuh
 import triton
 import triton.language as tl
 
-from triton_kernels.formats.halves import halves, in_register, wide_halves
+from triton_kernels.formats.halves import (
+    BF16_PAIR_128,
+    F16_PAIR_1024,
+    F32_8388608,
+    halves,
+    in_register,
+    wide_halves,
+)
 
 
 @triton.jit
@@ -17,10 +24,10 @@ def int4_numbers(pairs, T: tl.constexpr, MIDDLE: tl.constexpr):
     # does slowly.
     # 2. Subtract: P + c and P + MIDDLE are exact in T, and so is their difference.
     if T == tl.bfloat16:
-        result = halves(pairs | in_register(0x43004300)).to(tl.bfloat16, bitcast=True) - (128.0 + MIDDLE)
+        result = halves(pairs | in_register(BF16_PAIR_128)).to(tl.bfloat16, bitcast=True) - (128.0 + MIDDLE)
     elif T == tl.float16:
-        result = halves(pairs | in_register(0x64006400)).to(tl.float16, bitcast=True) - (1024.0 + MIDDLE)
+        result = halves(pairs | in_register(F16_PAIR_1024)).to(tl.float16, bitcast=True) - (1024.0 + MIDDLE)
     else:
-        bits = wide_halves(pairs) | in_register(0x4B000000)
+        bits = wide_halves(pairs) | in_register(F32_8388608)
         result = bits.to(tl.float32, bitcast=True) - (8388608.0 + MIDDLE)
     return result

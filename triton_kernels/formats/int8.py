@@ -6,7 +6,10 @@ contract  lab/formats/int8.py          twin  cuda_src/formats/int8.cuh
 import triton
 import triton.language as tl
 
-from triton_kernels.formats.halves import halves, in_register, wide_halves
+from triton_kernels.formats.halves import BF16_PAIR_128, halves, in_register, wide_halves
+
+# 2^10 in float16, and the sign bit of a code: in both halves of a word.
+F16_PAIR_1024_FLIPPED = tl.constexpr(0x64806480)
 
 
 @triton.jit
@@ -17,11 +20,11 @@ def int8_numbers(pairs, T: tl.constexpr):
     # which counts -128, becomes a number of its own: P + 0, or P + 128 where the code is negative.
     # 2. Subtract: all terms are exact in T, and so is their difference.
     if T == tl.bfloat16:
-        low = halves((pairs & 0x007F007F) | in_register(0x43004300)).to(tl.bfloat16, bitcast=True)
-        sign = halves((pairs & 0x00800080) | in_register(0x43004300)).to(tl.bfloat16, bitcast=True)
+        low = halves((pairs & 0x007F007F) | in_register(BF16_PAIR_128)).to(tl.bfloat16, bitcast=True)
+        sign = halves((pairs & 0x00800080) | in_register(BF16_PAIR_128)).to(tl.bfloat16, bitcast=True)
         result = low - sign
     elif T == tl.float16:
-        result = halves(pairs ^ in_register(0x64806480)).to(tl.float16, bitcast=True) - 1152.0
+        result = halves(pairs ^ in_register(F16_PAIR_1024_FLIPPED)).to(tl.float16, bitcast=True) - 1152.0
     else:
         result = (wide_halves(pairs) ^ 0x4B000080).to(tl.float32, bitcast=True) - 8388736.0
     return result
