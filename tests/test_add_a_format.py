@@ -1,5 +1,5 @@
-"""CONTRIBUTING.md's section "Add a weight format", followed literally in a copy of the lab: the format must be
-packed, unpacked exactly and multiplied in every language.
+"""CONTRIBUTING.md's section "Add a weight format", followed literally in a copy of the lab: the format is
+to be packed, unpacked exactly and multiplied in every language.
 
 Of CUDA one kernel is compiled, embedding's, for those of the products take minutes.
 """
