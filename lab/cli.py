@@ -23,7 +23,7 @@ from lab.numbers import integer, number
 
 VERBS = {  # verb: (module, what it does)
     "doctor": ("lab.machine.doctor", "what this machine can run and what is missing"),
-    "ops": ("lab.ops.table", "the table of ops"),
+    "ops": ("lab.ops.table", "the table of ops, and the weight formats"),
     "check": ("lab.check", "every op of a backend against its reference, at awkward sizes"),
     "run": ("lab.model.run", "answer a prompt with a model, under the backend of your choice"),
     "bench": ("lab.harness.bench", "measure ops, models or a token's ledger into records"),
@@ -39,7 +39,10 @@ VERBS = {  # verb: (module, what it does)
         "lab.learn.own_kernel",
         "your own kernel, from one file: checked, and on a GPU measured against the op's kernels",
     ),
-    "explain": ("lab.learn.explain", "the CUDA and the Triton kernel of an op side by side, step by step"),
+    "explain": (
+        "lab.learn.explain",
+        "the CUDA and the Triton code of an op or of a weight format side by side, step by step",
+    ),
 }
 
 

@@ -30,6 +30,7 @@ GPU = torch.cuda.is_available()
 # Triton kernels for GPUs, interpret whole models, open a browser or start many processes that import torch.
 NOT_QUICK = {
     "test_a_third_language",
+    "test_add_a_format",
     "test_add_an_op",
     "test_cli",
     "test_demo",

@@ -62,23 +62,26 @@ end(int(pytest.main(sys.argv[3:])))
 """
 
 
-def section():
-    """The text of the section."""
-    return re.search(r"^## Add an op\n(.*?)^## ", (ROOT / "CONTRIBUTING.md").read_text(), re.M | re.S)[1]
+def section(title="Add an op"):
+    """The text of a section."""
+    return re.search(rf"^## {title}\n(.*?)^## ", (ROOT / "CONTRIBUTING.md").read_text(), re.M | re.S)[1]
 
 
-def follow(folder):
+def follow(folder, title="Add an op"):
     """Writes every new file and makes every edit that the section asks for; the names of the files, in
     order."""
     done = []
-    for name, language, text in BLOCK.findall(section()):
+    for name, language, text in BLOCK.findall(section(title)):
         path = folder / name
         if language == "diff":
-            old = "".join(line[1:] for line in text.splitlines(True) if line[0] in " -")
-            new = "".join(line[1:] for line in text.splitlines(True) if line[0] in " +")
-            before = path.read_text()
-            assert before.count(old) == 1, f"{name} does not hold what CONTRIBUTING.md changes there: {old}"
-            path.write_text(before.replace(old, new))
+            for place in text.split("@@\n"):
+                old = "".join(line[1:] for line in place.splitlines(True) if line[0] in " -")
+                new = "".join(line[1:] for line in place.splitlines(True) if line[0] in " +")
+                before = path.read_text()
+                assert before.count(old) == 1, (
+                    f"{name} does not hold what CONTRIBUTING.md changes there: {old}"
+                )
+                path.write_text(before.replace(old, new))
         else:
             assert not path.exists(), f"CONTRIBUTING.md writes over {name}"
             path.write_text(text)

@@ -147,3 +147,46 @@ def test_an_op_without_a_ladder():
 def test_unknown_op():
     with pytest.raises(LabError, match="unknown op 'rmsnrom': did you mean rmsnorm"):
         explain.main(arguments("rmsnrom"))
+    with pytest.raises(LabError, match="unknown op 'int5': did you mean int8.* weight format: .*mxfp4"):
+        explain.main(arguments("int5"))
+
+
+@pytest.mark.parametrize("name", ("int4", "int4-g128"))
+def test_a_weight_format_side_by_side(capsys, monkeypatch, name):
+    out = run(capsys, monkeypatch, name, 140, reports=None)
+    for title in twins.pair("formats/int4")[0].titles:
+        assert f"{title} ─" in out
+    assert any("CUDA: " in line and "Triton: " in line for line in out.splitlines())
+    assert "subtract_pair<T>(" in out and "if T == tl.bfloat16:" in out
+    # 32 bits of scale and minimum for 32 codes of 4 bits, 16 bits of scale for 128.
+    assert "int4-g32-min: 5 bits a weight; " in out and "int4-g128: 4.125 bits a weight; " in out
+
+
+def test_every_weight_format_as_a_page(tmp_path, capsys):
+    for name in twins.known_formats():
+        page = tmp_path / f"{name}.html"
+        assert explain.main(arguments(name, reports=None, html=str(page))) == 0
+        text = page.read_text()
+        assert f"{name} in CUDA and in Triton" in text
+        assert f"cuda_src/formats/{name}.cuh" in text and f"triton_kernels/formats/{name}.py" in text
+
+
+def test_what_a_weight_format_has_not():
+    with pytest.raises(LabError, match="unknown weight format 'int4-g64': choose from int4-g32, "):
+        explain.main(arguments("int4-g64", reports=None))
+    with pytest.raises(LabError, match="--rungs is about ops, and fp8 is a weight format"):
+        explain.main(arguments("fp8", reports=None, rungs=True))
+    with pytest.raises(LabError, match="--reports is about ops, and fp8 is a weight format"):
+        explain.main(arguments("fp8", reports="reports"))
+
+
+def test_the_table_of_ops_ends_with_the_weight_formats(capsys):
+    from lab.formats import FORMATS
+    from lab.ops import table
+
+    assert table.main(SimpleNamespace(json=False)) == 0
+    shown = dict(re.findall(r"^(\S+) +([\d.]+) bits a weight  \w", capsys.readouterr().out, re.M))
+    assert list(shown) == list(FORMATS)
+    for name, f in FORMATS.items():
+        rows, k = 8, 1 << 16  # so many columns that the scale of a row does not count
+        assert float(shown[name]) == pytest.approx(8 * f.bytes_of(rows, k) / (rows * k), rel=1e-3)

@@ -1,5 +1,7 @@
-"""The two halves of every op have the same numbered steps, and point at each other and at their contract."""
+"""The two halves of every op and of every weight format have the same numbered steps, and point at each other
+and at their contract."""
 
+import importlib
 import re
 
 import pytest
@@ -9,6 +11,7 @@ from lab.errors import LabError
 from lab.report import twins
 
 OPS = twins.known_ops()
+FORMATS = [f"{twins.FORMATS}/{name}" for name in twins.known_formats()]
 TITLE = re.compile(r"^\s*(?://|#) (\d+\. [\w ,+\-/]+):", re.M)
 
 
@@ -18,7 +21,17 @@ def test_every_op_of_the_lab_has_both_halves():
     assert sorted(OPS) == sorted(op.name for op in contracts)
 
 
-@pytest.mark.parametrize("op", OPS)
+def test_every_weight_format_has_both_halves():
+    """A format's name begins with that of its file: by it `lab explain` finds the file."""
+    from lab.formats import FORMATS as formats
+
+    assert {name.split("-")[0] for name in formats} == set(twins.known_formats())
+    for file in twins.known_formats():
+        own = importlib.import_module(f"lab.formats.{file}").FORMATS
+        assert {f.name for f in own} == {name for name in formats if name.split("-")[0] == file}
+
+
+@pytest.mark.parametrize("op", OPS + FORMATS)
 def test_steps_have_the_same_titles(op):
     cuda, triton = twins.pair(op)
     assert cuda.titles == triton.titles
@@ -29,14 +42,16 @@ def test_steps_have_the_same_titles(op):
         assert set(file.titles) == set(TITLE.findall(file.path.read_text()))
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", OPS + FORMATS)
 def test_every_step_says_something_and_has_code(op):
     for file in twins.pair(op):
         for step in file.steps.values():
             assert step.chunks and all(c.text for c in step.chunks), (
                 f"{file.name}: step {step.number} has no text"
             )
-            assert any(c.lines for c in step.chunks), f"{file.name}: step {step.number} has no code"
+            # Two steps of a format may be one expression, which stands below the second of them.
+            has_code = any(c.lines or (op in FORMATS and c.below) for c in step.chunks)
+            assert has_code, f"{file.name}: step {step.number} has no code"
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -48,7 +63,16 @@ def test_the_header_names_formula_traffic_contract_and_twin(op):
             assert word in file.header, f"{file.name} does not say {word!r} at its top"
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_header_of_a_format_names_contract_and_twin(name):
+    cuda, triton = twins.pair(name)
+    for file, other in ((cuda, triton), (triton, cuda)):
+        assert file.header.startswith(f"{name.removeprefix('formats/')}:")
+        assert f"lab/{name}.py" in file.header and other.name in file.header
+        assert (twins.ROOT / f"lab/{name}.py").is_file() and (twins.ROOT / other.name).is_file()
+
+
+@pytest.mark.parametrize("op", OPS + FORMATS)
 def test_no_line_of_a_file_is_lost(op):
     """Header, chunks and step comments together are the file."""
     for file in twins.pair(op):

@@ -50,7 +50,7 @@ PackedLaunch<PackedStream<T, PackedStreamShape<B, L, Threads, Parts>>> packed_st
 // Parts rows of w. Throws std::invalid_argument for a format that is not known.
 template <typename T, int Parts, typename Use>
 inline void by_packed(const PackedProduct<T>& p, Use&& use) {
-  if (p.w.format < int(Format::int8) || p.w.format > int(Format::mxfp4)) {
+  if (!known_format(p.w.format)) {
     throw std::invalid_argument("unknown weight format " + std::to_string(p.w.format));
   }
   if constexpr (kHasCpuShapes) {

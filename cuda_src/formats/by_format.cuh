@@ -23,6 +23,13 @@ LAB_HOST_DEVICE void by_format(int format, Use&& use) {
   }
 }
 
+// Whether it is the number of a format of packed weights.
+LAB_HOST_DEVICE bool known_format(int format) {
+  bool known = false;
+  by_format(format, [&](auto) { known = true; });
+  return known;
+}
+
 // What a kernel that learns the format at run time must know about it. A unit is 16 bytes of codes: what lane
 // unit % 4 has of segment unit / 4. Its columns come in pieces of 4, which lie 16 columns apart.
 struct FormatSizes {

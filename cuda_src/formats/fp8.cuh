@@ -17,9 +17,10 @@ struct Fp8 {
     return 0;
   }
 
-  // Exponent and mantissa move to where T has the ends of its own, the sign stays at the top. The bits are
-  // then a number of T, 2^-8 (float16) or 2^-120 (bfloat16) as large, because T's exponent has another bias;
-  // subnormal numbers come out right as well.
+  // 1. Move the fields: exponent and mantissa to where T has the ends of its own; the sign stays at the top.
+  // The bits are then a number of T, 2^-8 (float16) or 2^-120 (bfloat16) as large, because T's exponent has
+  // another bias.
+  // 2. Multiply: by that power of two. Exact, for subnormal numbers (exponent 0), too.
   template <typename T>
   static LAB_DEVICE void numbers(uint32_t (&pairs)[4], const uint32_t* words, uint32_t) {
     constexpr bool kHalf = std::is_same_v<T, half>;
@@ -31,7 +32,8 @@ struct Fp8 {
     }
   }
 
-  // The same in float32, whose exponent has the bias of bfloat16's.
+  // 1. Move the fields: the same in float32, whose exponent has the bias of bfloat16's.
+  // 2. Multiply: by 2^120.
   static LAB_DEVICE void values(float (&f)[8], const uint32_t* words) {
     constexpr int kToTop[8] = {24, 8, 16, 0, 24, 8, 16, 0};
     LAB_UNROLL

@@ -26,8 +26,10 @@ struct Int4 {
     return pair_of(from_float<T>(Magic<T>::kValue + zero));
   }
 
-  // Pair p is cut out with one mask, because codes 2p and 2p + 1 lie 16 bits apart; together with the OR this
-  // is one instruction (LOP3). The subtraction is exact.
+  // 1. Make a number around the code: pair p is cut out with one mask, because codes 2p and 2p + 1 lie 16
+  // bits apart, and an OR makes its bits the last ones of a power of two P; the number is P + code. Mask and
+  // OR are one instruction (LOP3).
+  // 2. Subtract: P and the zero, at once. Both terms are exact in T, and so is their difference.
   template <typename T>
   static LAB_DEVICE void numbers(uint32_t (&pairs)[4], const uint32_t* word, uint32_t zero) {
     LAB_UNROLL
@@ -36,6 +38,8 @@ struct Int4 {
     }
   }
 
+  // 1. Make a number around the code: in float32 by a conversion from integer, which a CPU does at once.
+  // 2. Subtract: before that, as integers.
   static LAB_DEVICE void values(float (&f)[8], const uint32_t* word) {
     constexpr int kShift[8] = {0, 16, 4, 20, 8, 24, 12, 28}, kMiddle = Kind == Int4Kind::symmetric ? 8 : 0;
     LAB_UNROLL

@@ -18,8 +18,10 @@ struct Int8 {
     return 0;
   }
 
-  // A signed byte is its low 7 bits minus 128 times its sign bit. Each becomes a number of T by an OR, the
-  // latter because 128 with the sign bit added to its bits is 256 (for float16: 1024 + 128).
+  // 1. Make a number around the code: a signed byte is its low 7 bits minus 128 times its sign bit. Either
+  // becomes a number of T by an OR, which makes its bits the last ones of a power of two P: P + low bits, and
+  // P or P + 128. (In bfloat16 P is 128, and with the sign bit 256.)
+  // 2. Subtract: the second number from the first. Both are exact in T, and so is their difference.
   template <typename T>
   static LAB_DEVICE void numbers(uint32_t (&pairs)[4], const uint32_t* words, uint32_t) {
     LAB_UNROLL
@@ -30,6 +32,8 @@ struct Int8 {
     }
   }
 
+  // 1. Make a number around the code: in float32 by a conversion from integer, which a CPU does at once.
+  // 2. Subtract: nothing, for the conversion knows the sign.
   static LAB_DEVICE void values(float (&f)[8], const uint32_t* words) {
     constexpr int kToTop[8] = {24, 8, 16, 0, 24, 8, 16, 0};
     LAB_UNROLL

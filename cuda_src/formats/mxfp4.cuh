@@ -17,7 +17,8 @@ struct Mxfp4 {
     return 0;
   }
 
-  // As fp8's: sign, exponent and mantissa move to the places of T's, and a product makes good for the bias.
+  // 1. Move the fields: sign, exponent and mantissa to the places of T's, as in fp8.
+  // 2. Multiply: by the power of two that is the difference of the biases.
   template <typename T>
   static LAB_DEVICE void numbers(uint32_t (&pairs)[4], const uint32_t* word, uint32_t) {
     constexpr bool kHalf = std::is_same_v<T, half>;
@@ -31,6 +32,8 @@ struct Mxfp4 {
     }
   }
 
+  // 1. Move the fields: the same in float32, whose exponent has the bias of bfloat16's.
+  // 2. Multiply: by 2^126.
   static LAB_DEVICE void values(float (&f)[8], const uint32_t* word) {
     constexpr int kShift[8] = {0, 16, 4, 20, 8, 24, 12, 28};
     LAB_UNROLL

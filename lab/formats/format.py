@@ -71,6 +71,12 @@ class Format:
         """Columns in a segment."""
         return SEGMENT * 8 // self.bits
 
+    @property
+    def bits_a_weight(self) -> float:
+        """With the scales of groups; the scale of a whole row hardly counts."""
+        of_group = self.entries * self.scale_dtype.itemsize * 8 / self.group if self.group else 0
+        return self.bits + of_group
+
     def segments(self, k: int) -> int:
         return -(-k // self.columns)
 

@@ -1,5 +1,5 @@
 """`lab explain OP`: the two kernels of an op side by side, step by step, with the bytes that it moves and its
-last measured times.
+last measured times. `lab explain FORMAT`: how both languages unpack a weight format, with its bits a weight.
 
 With --rungs it shows the op's ladder: what each rung changes, what that should gain and what it gained when
 it was measured.
@@ -14,7 +14,9 @@ SIDE_BY_SIDE = 110  # columns; on a narrower terminal the kernels stand one belo
 
 
 def add_arguments(parser):
-    parser.add_argument("op", metavar="OP", help="an op of `lab ops`, as in rmsnorm")
+    parser.add_argument(
+        "op", metavar="NAME", help="an op or a weight format of `lab ops`, as in rmsnorm or int4-g128"
+    )
     parser.add_argument(
         "--rungs", action="store_true", help="the op's ladder instead, from a naive kernel to its own kernel"
     )
@@ -25,19 +27,26 @@ def add_arguments(parser):
 
 
 def main(args):
-    """Prints the two kernels, or writes them as a page. Returns 0.
+    """Prints the two kernels, or the two files of a weight format, or writes them as a page. Returns 0.
 
-    Raises LabError for an unknown op, a missing kernel, or, with --rungs, an op that has no ladder.
+    Raises LabError for an unknown name, a missing kernel, or, with --rungs, an op that has no ladder.
     """
     from lab.report import twins
 
-    known = twins.known_ops()
+    known, formats = twins.known_ops(), twins.known_formats()
+    # int4-g128 is one of the formats of the file int4.
+    format_file = args.op if args.op in formats else args.op.split("-")[0]
+    if args.op not in known and format_file in formats:
+        return explain_format(format_file, args)
     if args.op not in known:
         import difflib
 
-        near = difflib.get_close_matches(args.op, known, 1)
+        near = difflib.get_close_matches(args.op, known + formats, 1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise LabError(f"unknown op {args.op!r}: {hint}choose from {', '.join(known)}")
+        raise LabError(
+            f"unknown op {args.op!r}: {hint}choose from {', '.join(known)}, or a weight format: "
+            f"{', '.join(formats)}"
+        )
     reports = twins.ROOT / "reports" if args.reports is None else Path(args.reports)
     if args.rungs:
         (cuda, triton, rows), title = twins.ladder(args.op), f"The ladder of {args.op}"
@@ -50,12 +59,39 @@ def main(args):
             facts = bytes_of(args.op) + facts
     if args.reports is not None and not reports.is_dir():
         facts.append(("measured", f"not shown: there is no folder {reports}"))
-    if args.html:
-        write_page(Path(args.html), title, facts, cuda, triton, rows)
-        print(args.html)
+    give(args.html, title, facts, cuda, triton, rows)
+    return 0
+
+
+def explain_format(name, args):
+    """The two files that unpack the weight formats of lab/formats/NAME.py. Returns 0.
+
+    Raises LabError for a format that the file does not have, and for options that are about ops.
+    """
+    import importlib
+
+    from lab.report import twins
+
+    for option, value in (("--rungs", args.rungs), ("--reports", args.reports is not None)):
+        if value:
+            raise LabError(f"{option} is about ops, and {args.op} is a weight format")
+    formats = {f.name: f for f in importlib.import_module(f"lab.formats.{name}").FORMATS}
+    if args.op != name and args.op not in formats:
+        raise LabError(f"unknown weight format {args.op!r}: choose from {', '.join(formats)}")
+    facts = [(f.name, f"{f.bits_a_weight:g} bits a weight; {f.summary}") for f in formats.values()]
+    facts.append(("scales", "multiplied with float32 sums, in packed_rows of both languages' folders core"))
+    cuda, triton = twins.pair(f"{twins.FORMATS}/{name}")
+    give(args.html, name, facts, cuda, triton, twins.rows(cuda, triton))
+    return 0
+
+
+def give(html, title, facts, cuda, triton, rows):
+    """Writes the page `html`, or prints if it is None."""
+    if html:
+        write_page(Path(html), title, facts, cuda, triton, rows)
+        print(html)
     else:
         show(title, cuda, triton, rows, facts)
-    return 0
 
 
 def bytes_of(op):

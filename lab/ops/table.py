@@ -1,9 +1,10 @@
-"""`lab ops`: the table of ops."""
+"""`lab ops`: the table of ops, and the weight formats."""
 
 from lab.contract import DTYPES
 
 
 def main(args) -> int:
+    from lab.formats import FORMATS
     from lab.ops import OPS
 
     names = {dtype: name for name, dtype in DTYPES.items()}
@@ -29,6 +30,13 @@ def main(args) -> int:
         print(f"{row['op']:{width}}  {','.join(row['dtypes']):14}  {row['formula']}")
     print(
         "\nOp X: its contract is lab/ops/X.py, its kernels are cuda_src/X.cu and triton_kernels/X.py;\n"
-        "`lab explain X` shows them side by side."
+        "`lab explain X` shows them side by side.\n\nWeight formats, of --quantise and of files:"
+    )
+    width = max(map(len, FORMATS))
+    for f in FORMATS.values():
+        print(f"{f.name:{width}}  {f.bits_a_weight:5g} bits a weight  {f.summary}")
+    print(
+        "\nFormats X and X-... are in lab/formats/X.py, cuda_src/formats/X.cuh and\n"
+        "triton_kernels/formats/X.py; `lab explain X` shows the last two side by side."
     )
     return 0

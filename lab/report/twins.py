@@ -1,9 +1,10 @@
-"""The CUDA and the Triton file of an op, cut at their numbered steps, so that they can stand side by side.
+"""The CUDA and the Triton file of an op or of a weight format, cut at their numbered steps, so that they can
+stand side by side.
 
 A step begins with a comment `// 2. Load: text` (CUDA) or `# 2. Load: text` (Triton); the comment lines right
 below belong to its text. A file with several kernels repeats the steps: a step then has a chunk of code for
-each of them. In the file of a ladder the steps are its rungs (lab/rungs/); several rungs may be one kernel
-in several shapes.
+each of them. So may the file of a weight format, for 16-bit numbers and for float32. In the file of a ladder
+the steps are its rungs (lab/rungs/); several rungs may be one kernel in several shapes.
 """
 
 import re
@@ -19,10 +20,11 @@ ROOT = Path(__file__).resolve().parents[2]
 STEP = re.compile(r"^\s*(?://|#) (\d+)\. ([\w ,+\-/]+):\s*(.*)$")
 COMMENT = re.compile(r"^\s*(?://|#) ?(.*)$")
 KERNEL = re.compile(r"\b(\w+_kernel)\s*\(")
-NAME = re.compile(r"(ladder/)?\w{1,80}", re.ASCII)
+NAME = re.compile(r"(ladder/|formats/)?\w{1,80}", re.ASCII)
 # Names, operators, punctuation and spaces, which look like plain text: two thirds of the marked-up source.
 PLAIN = re.compile(r'<span class="(?:n|nn|o|p|w|err|nb|bp)">([^<]*)</span>')
 FOLDERS = {"cuda": ("cuda_src", ".cu"), "triton": ("triton_kernels", ".py")}
+FORMATS = "formats"  # the folder of weight formats, in lab and in both languages
 
 
 @dataclass
@@ -74,7 +76,8 @@ class Source:
 
     @property
     def name(self):
-        inner = "ladder/" if self.path.parent.name == "ladder" else ""
+        folder = self.path.parent.name
+        inner = f"{folder}/" if folder in ("ladder", FORMATS) else ""
         return f"{FOLDERS[self.language][0]}/{inner}{self.path.name}"
 
 
@@ -96,10 +99,19 @@ def known_ops(root=ROOT):
     return sorted(found, key=lambda n: (style.part_order(n), n))
 
 
+def known_formats(root=ROOT):
+    """The files of weight formats: those of lab/formats that have a CUDA file of the same name. A file has
+    one format or several, as int4 has int4-g32 and int4-g128."""
+    found = {p.stem for p in (root / "lab" / FORMATS).glob("[!_]*.py")}
+    return sorted(found & {p.stem for p in (root / "cuda_src" / FORMATS).glob("*.cuh")})
+
+
 def source(language, op, root=ROOT):
-    """The file of an op, or of a ladder ("ladder/linear"), in a language. Raises LabError when it is not
-    there."""
+    """The file of an op, of a ladder ("ladder/linear") or of a weight format ("formats/int4") in a language.
+    Raises LabError when it is not there."""
     folder, ending = FOLDERS[language]
+    if language == "cuda" and op.startswith(f"{FORMATS}/"):
+        ending = ".cuh"
     label = style.backend(language).label
     if not NAME.fullmatch(op):  # of a record, from anywhere: no path out of the project
         raise LabError(f"{shown(op, quotes=False)} has no {label} kernel: that is no name of an op")

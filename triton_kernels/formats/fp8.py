@@ -14,9 +14,9 @@ TWO_120 = tl.constexpr(float(1 << 120))
 @triton.jit
 def fp8_numbers(pairs, T: tl.constexpr):
     """T [..., 2]: the numbers of both codes of each word."""
-    # 1. Move the fields to their places in T: the sign to the top, exponent and mantissa so that the
-    # mantissas begin at the same bit.
-    # 2. Multiply by the power of two that is the difference of the biases. Exact, for the numbers without a
+    # 1. Move the fields: the sign to the top of T, exponent and mantissa so that the mantissas begin at the
+    # same bit.
+    # 2. Multiply: by the power of two that is the difference of the biases. Exact, for the numbers without a
     # leading one (exponent 0), too: they are subnormal in T before, and normal after.
     if T == tl.bfloat16:
         moved = (pairs & 0x00800080) << 8 | (pairs & 0x007F007F) << 4

@@ -19,7 +19,7 @@ from triton_kernels.formats.halves import (
 @triton.jit
 def int4_numbers(pairs, T: tl.constexpr, MIDDLE: tl.constexpr):
     """T [..., 2]: c - MIDDLE of both codes of each word."""
-    # 1. Make a floating-point number around the code: its bits become the last bits of the mantissa of a
+    # 1. Make a number around the code: its bits become the last bits of the mantissa of a
     # power of two P, so the number is P + c. This replaces the conversion from integer, which the hardware
     # does slowly.
     # 2. Subtract: P + c and P + MIDDLE are exact in T, and so is their difference.

@@ -15,9 +15,9 @@ F16_PAIR_1024_FLIPPED = tl.constexpr(0x64806480)
 @triton.jit
 def int8_numbers(pairs, T: tl.constexpr):
     """T [..., 2]: the integers of both codes of each word."""
-    # 1. Make a floating-point number around the code, as int4 does: with the sign bit flipped a code is c +
-    # 128, so the number is P + c + 128. The mantissa of bfloat16 has room for 7 of the 8 bits, so the sign,
-    # which counts -128, becomes a number of its own: P + 0, or P + 128 where the code is negative.
+    # 1. Make a number around the code: as int4 does. With the sign bit flipped a code is c + 128, so the
+    # number is P + c + 128. The mantissa of bfloat16 has room for 7 of the 8 bits, so the sign, which counts
+    # -128, becomes a number of its own: P + 0, or P + 128 where the code is negative.
     # 2. Subtract: all terms are exact in T, and so is their difference.
     if T == tl.bfloat16:
         low = halves((pairs & 0x007F007F) | in_register(BF16_PAIR_128)).to(tl.bfloat16, bitcast=True)

@@ -15,8 +15,8 @@ TWO_126 = tl.constexpr(float(1 << 126))
 @triton.jit
 def mxfp4_numbers(pairs, T: tl.constexpr):
     """T [..., 2]: the numbers of both codes of each word."""
-    # 1. Move the fields to their places in T, as in fp8.
-    # 2. Multiply by the power of two that is the difference of the biases.
+    # 1. Move the fields: sign, exponent and mantissa to the places of T's, as in fp8.
+    # 2. Multiply: by the power of two that is the difference of the biases.
     if T == tl.bfloat16:
         moved = (pairs & 0x00080008) << 12 | (pairs & 0x00070007) << 6
         result = halves(moved).to(tl.bfloat16, bitcast=True) * TWO_126
