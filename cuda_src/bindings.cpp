@@ -16,7 +16,7 @@
 #include "ladder/launchers.h"
 #include "launchers.h"
 #include "named_args.h"
-#include "settings.h"
+#include "settings_table.h"
 #include "trace.h"
 
 namespace lab {

@@ -26,11 +26,15 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #define LAB_DEVICE __device__ __forceinline__
+#define LAB_DEVICE_ONCE LAB_DEVICE
 #define LAB_HOST_DEVICE __host__ __device__ __forceinline__
 #define LAB_UNROLL _Pragma("unroll")
 #else
 #include "host/cuda_on_cpu.h"
 #define LAB_DEVICE inline
+// For large functions that a thread calls once: on a CPU they are not inlined, and so compiled once, not once
+// more in each kernel.
+#define LAB_DEVICE_ONCE inline __attribute__((noinline))
 #define LAB_HOST_DEVICE inline
 #define LAB_UNROLL
 #endif

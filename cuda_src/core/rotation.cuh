@@ -37,7 +37,7 @@ struct Rotation {
   LAB_DEVICE Vec<T> turn(const T* from, bool valid, const T* norm, float eps) const {
     return turn(valid ? load(from + c * N) : Vec<T>{}, valid, norm, eps);
   }
-  LAB_DEVICE Vec<T> turn(const Vec<T>& from, bool valid, const T* norm, float eps) const {
+  LAB_DEVICE_ONCE Vec<T> turn(const Vec<T>& from, bool valid, const T* norm, float eps) const {
     float x[N];
     unpack<T>(x, bit_cast<Packed<T, N>>(from));
     if (norm) {

@@ -83,7 +83,7 @@ struct SplitAttention {
   // behind what was merged; else to `partial`, which has for each sequence and KV head the sums
   // [splits][group][D], followed by maxima and weights [splits][group][2].
   template <int Parts>
-  LAB_DEVICE void publish(float* sums, T* out, float* partial) {
+  LAB_DEVICE_ONCE void publish(float* sums, T* out, float* partial) {
     const float* stats = sums + Parts * group * kRow;
     merged = sums + Parts * group * (kRow + 2);
     for (int i = threadIdx.x * 4; i < group * D; i += blockDim.x * 4) {
@@ -115,7 +115,7 @@ struct SplitAttention {
 
   // Merges the splits. If one cluster has them all this happens through shared memory, which saves two round
   // trips to L2.
-  LAB_DEVICE void merge(T* out, float* partial, unsigned* tickets) const {
+  LAB_DEVICE_ONCE void merge(T* out, float* partial, unsigned* tickets) const {
     if (used == 1) return;
     if (in_cluster()) return merge_in_cluster(out);
     merge_in_last_block(out, partial, tickets);

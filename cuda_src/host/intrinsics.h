@@ -6,7 +6,7 @@
 #include <math.h>
 #include <stdio.h>
 
-#include <chrono>
+#include <time.h>
 #include <type_traits>
 
 #include "float16.h"
@@ -364,4 +364,8 @@ inline int __dp4a(int a, int b, int c) {
   for (int i = 0; i < 4; ++i) c += int(int8_t(a >> (8 * i))) * int(int8_t(b >> (8 * i)));
   return c;
 }
-inline long long clock64() { return std::chrono::steady_clock::now().time_since_epoch().count(); }
+inline long long clock64() {
+  timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return now.tv_sec * 1000000000ll + now.tv_nsec;
+}
