@@ -211,7 +211,8 @@ void linear_ladder(int rung, const LinearArgs& a) {
     using T = decltype(tag);
     const bool out_f32 = a.out_dtype == int(DType::f32);
     const Problem<T> p{
-        as<const T>(a.x), as<const T>(a.w.data), as<const T>(a.bias), as<void>(a.y), a.rows, a.n, a.k, out_f32};
+        as<const T>(a.x), as<const T>(a.w.data), as<const T>(a.bias), as<void>(a.y), a.rows, a.n, a.k,
+        out_f32};
     const auto start = [&](const char* name, auto kernel, int outputs_per_block, int threads,
                            size_t smem_bytes) {
       launch({dim3(ceil_div(a.n, outputs_per_block), a.rows), dim3(threads), smem_bytes, a.stream}, name,
