@@ -58,8 +58,8 @@ SKIPPED_PASSES = """
     tree-tail-merge store-merging isolate-erroneous-paths-dereference optimize-strlen caller-saves
     devirtualize optimize-sibling-calls tree-switch-conversion gcse
 """.split()
-# What only tests run (host_kernel_units()). -O0 and -Og would compile in half the time, and take four times as
-# long to run.
+# Of what little else than tests runs (host_kernel_units()). -O0 and -Og would compile in half the time, and
+# take four times as long to run.
 LITTLE_OPTIMISED = ["-O1", "-fno-tree-slp-vectorize"]
 
 
