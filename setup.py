@@ -1,7 +1,7 @@
 """Builds the kernels' two extensions; the project's metadata is in pyproject.toml.
 
 lab._host   the CUDA kernels for the CPU: cuda_src/*.cu and cuda_src/host/*.cpp by a C++ compiler. Always
-            built.
+            built. The large kernels are compiled twice, see host_kernel_units().
 lab._cuda   the same kernels for the GPU, by nvcc. Built where nvcc is found: on PATH, in CUDA_HOME or
             CUDA_PATH, in /usr/local/cuda, or in the pip packages of CUDA's compiler
             (site-packages/nvidia/*/bin).
@@ -180,11 +180,11 @@ def kernel_units(command: list[str]) -> list[Unit]:
 
 
 def host_kernel_units(command: list[str], sanitized: bool) -> list[Unit]:
-    """As kernel_units; but a kernel for which there is a file in host/by_shapes/ is compiled twice, with the
-    launch shapes of a CPU and, hardly optimised, with those of a GPU, which only tests take: that halves the
-    time. The file that is tried has both at once, and so has all that a sanitizer watches.
+    """As kernel_units; but a kernel for which there is a file in host/by_shapes/ is compiled twice: with the
+    launch shapes of a CPU, and, with less optimisation and so in less time, with those of a GPU, which little
+    else than tests takes. The file that is tried has both at once, and so has all that a sanitizer watches.
 
-    Those with a GPU's shapes come last. Where both have the same function the linker takes the first.
+    Those with a GPU's shapes come last: of a function that both have the linker takes the first.
     """
     once, of_cpu, of_gpu = [], [], []
     for unit in kernel_units(command):
