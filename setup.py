@@ -471,7 +471,9 @@ def build(module: Module, output: Path) -> None:
     library.parent.mkdir(parents=True, exist_ok=True)
     command = [*module.link, *objects]
     record = library.with_suffix(".link")
-    if compiled or not library.exists() or not record.exists() or record.read_text() != shlex.join(command):
+    linked = library.exists() and record.exists() and record.read_text() == shlex.join(command)
+    # An object may be newer though nothing was compiled: a build that was interrupted before it linked.
+    if compiled or not linked or any(library.stat().st_mtime < path.stat().st_mtime for path, _ in made):
         new = beside(library)
         run([*command, "-o", str(new)], module.name)
         new.replace(library)
