@@ -1,7 +1,7 @@
 """Builds the kernels' two extensions; the project's metadata is in pyproject.toml.
 
 lab._host   the CUDA kernels for the CPU: cuda_src/*.cu and cuda_src/host/*.cpp by a C++ compiler. Always
-            built.
+            built. The large kernels are compiled twice, see host_kernel_units().
 lab._cuda   the same kernels for the GPU, by nvcc. Built where nvcc is found: on PATH, in CUDA_HOME or
             CUDA_PATH, in /usr/local/cuda, or in the pip packages of CUDA's compiler
             (site-packages/nvidia/*/bin).
@@ -58,8 +58,8 @@ SKIPPED_PASSES = """
     tree-tail-merge store-merging isolate-erroneous-paths-dereference optimize-strlen caller-saves
     devirtualize optimize-sibling-calls tree-switch-conversion gcse
 """.split()
-# What only tests run (host_kernel_units()). -O0 and -Og would compile in half the time, and take four times as
-# long to run.
+# Of what little else than tests runs (host_kernel_units()). -O0 and -Og would compile in half the time, and
+# take four times as long to run.
 LITTLE_OPTIMISED = ["-O1", "-fno-tree-slp-vectorize"]
 
 
@@ -180,11 +180,11 @@ def kernel_units(command: list[str]) -> list[Unit]:
 
 
 def host_kernel_units(command: list[str], sanitized: bool) -> list[Unit]:
-    """As kernel_units; but a kernel for which there is a file in host/by_shapes/ is compiled twice, with the
-    launch shapes of a CPU and, hardly optimised, with those of a GPU, which only tests take: that halves the
-    time. The file that is tried has both at once, and so has all that a sanitizer watches.
+    """As kernel_units; but a kernel for which there is a file in host/by_shapes/ is compiled twice: with the
+    launch shapes of a CPU, and, with less optimisation and so in less time, with those of a GPU, which little
+    else than tests takes. The file that is tried has both at once, and so has all that a sanitizer watches.
 
-    Those with a GPU's shapes come last. Where both have the same function the linker takes the first.
+    Those with a GPU's shapes come last: of a function that both have the linker takes the first.
     """
     once, of_cpu, of_gpu = [], [], []
     for unit in kernel_units(command):
@@ -471,7 +471,9 @@ def build(module: Module, output: Path) -> None:
     library.parent.mkdir(parents=True, exist_ok=True)
     command = [*module.link, *objects]
     record = library.with_suffix(".link")
-    if compiled or not library.exists() or not record.exists() or record.read_text() != shlex.join(command):
+    linked = library.exists() and record.exists() and record.read_text() == shlex.join(command)
+    # An object may be newer though nothing was compiled: a build that was interrupted before it linked.
+    if compiled or not linked or any(library.stat().st_mtime < path.stat().st_mtime for path, _ in made):
         new = beside(library)
         run([*command, "-o", str(new)], module.name)
         new.replace(library)

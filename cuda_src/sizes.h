@@ -18,10 +18,10 @@ namespace lab {
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
 
-// setup.py compiles the large kernels of the host build twice, because that takes less time: LAB_HOST_PART=1 is
-// optimised and has the launch shapes of a CPU alone, LAB_HOST_PART=2 is hardly optimised and has those of a
-// GPU alone. host/by_shapes/ chooses between the two at each launch. All other files, and what nvcc compiles,
-// are compiled once (0).
+// setup.py compiles the large kernels of the host build twice, which takes less time than once:
+// LAB_HOST_PART=1 is optimised and has the launch shapes of a CPU alone, LAB_HOST_PART=2 is less optimised and
+// has those of a GPU alone. host/by_shapes/ chooses between the two at each launch. All other files, and what
+// nvcc compiles, are compiled once (0).
 #ifndef LAB_HOST_PART
 #define LAB_HOST_PART 0
 #endif

@@ -54,7 +54,8 @@ inline void by_group(int group, F&& f) {
       return f(AttentionCore<MmaAttention<T, D, 2>>{});
     }
   }
-  if constexpr (sizeof(T) == 4 || kHasCpuShapes) {
+  // float32 has one shape: in the host build it is in the part with a CPU's shapes (host/by_shapes/).
+  if constexpr (kHasCpuShapes || (sizeof(T) == 4 && !kHost)) {
     switch (ceil_div(group, ceil_div(group, 4))) {  // query heads that one warp serves
       case 1: return f(AttentionCore<LaneAttention<T, D, 1>>{});
       case 2: return f(AttentionCore<LaneAttention<T, D, 2>>{});

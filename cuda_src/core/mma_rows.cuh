@@ -328,6 +328,10 @@ template <int Parts>
 struct WgmmaUpTo64Large : Mma<  4, 8, 2,     5, /*Aligned=*/true, Parts, /*Wgmma=*/true> {};  // 160 KiB
 // clang-format on
 
+// The host build takes the second of two shapes that differ in the number of stages alone.
+template <typename OnGpu, typename OnCpu>
+using MoreStages = MmaShape<std::conditional_t<kHost, OnCpu, OnGpu>>;
+
 template <typename T, int Parts, typename F>
 inline void by_mma_shape(int rows, int n, int k, const Settings& tuned, F&& f) {
   const auto clusters_of = [&](unsigned cluster, auto shape) {
@@ -349,16 +353,16 @@ inline void by_mma_shape(int rows, int n, int k, const Settings& tuned, F&& f) {
     const unsigned cluster = 2 * blocks <= multiprocessors() && k >= 8192 ? 2 : 1;
     const auto clustered = [&](auto shape) { clusters_of(cluster, shape); };
     if (rows <= 32 && many) return clustered(MmaShape<WgmmaUpTo32Small<Parts>>{});
-    if (rows <= 32) return clustered(MmaShape<WgmmaUpTo32Large<Parts>>{});
+    if (rows <= 32) return clustered(MoreStages<WgmmaUpTo32Large<Parts>, WgmmaUpTo32Small<Parts>>{});
     if (many) return clustered(MmaShape<WgmmaUpTo64Small<Parts>>{});
-    return clustered(MmaShape<WgmmaUpTo64Large<Parts>>{});
+    return clustered(MoreStages<WgmmaUpTo64Large<Parts>, WgmmaUpTo64Small<Parts>>{});
   }
 
   if (rows <= 16) {
     const bool wide = tuned.tiles ? tuned.tiles > 1 : n * Parts >= 32 * 2 * 132;
     const bool is_long = tuned.stages ? tuned.stages == 7 : k >= 1536;
     if (wide) return alone(MmaShape<UpTo16Wide<Parts>>{});
-    if (is_long) return alone(MmaShape<UpTo16NarrowLong<Parts>>{});
+    if (is_long) return alone(MoreStages<UpTo16NarrowLong<Parts>, UpTo16Narrow<Parts>>{});
     return alone(MmaShape<UpTo16Narrow<Parts>>{});
   }
   if (rows <= 32) return alone(MmaShape<UpTo32<Parts>>{});

@@ -8,20 +8,17 @@
 
 namespace lab {
 
-// Matrix products of many rows of half precision take tensor cores. On a CPU, which emulates them, too: so a
-// launch of these is always one with a GPU's shapes.
+// Whether a launch is one with a GPU's shapes. A matrix product of many rows of half precision is, because it
+// takes tensor cores on a CPU, too, which emulates them.
 template <typename Args>
-auto takes_tensor_cores(const Args& a, int) -> decltype(a.rows > a.w.format) {
-  return a.rows > kMostStreamRowsOfCpu && a.dtype != int(DType::f32) && a.w.format == int(Format::plain);
+auto takes_gpu_shapes(const Args& a, int) -> decltype(a.rows > a.w.format) {
+  const bool half = a.dtype != int(DType::f32), plain = a.w.format == int(Format::plain);
+  return host_takes_gpu_shapes() || (half && plain && a.rows > kMostStreamRowsOfCpu);
 }
+// Attention, which has neither rows nor weights. In float32 its shape is the same on CPUs and GPUs.
 template <typename Args>
-bool takes_tensor_cores(const Args&, ...) {  // attention, which has neither rows nor weights
-  return false;
-}
-
-template <typename Args>
-bool takes_gpu_shapes(const Args& a) {
-  return host_takes_gpu_shapes() || takes_tensor_cores(a, 0);
+bool takes_gpu_shapes(const Args& a, ...) {
+  return host_takes_gpu_shapes() && a.dtype != int(DType::f32);
 }
 
 }  // namespace lab
@@ -31,7 +28,7 @@ bool takes_gpu_shapes(const Args& a) {
   void launcher##_cpu_shapes parameters;           \
   void launcher##_gpu_shapes parameters;           \
   void launcher parameters {                       \
-    if (lab::takes_gpu_shapes(a)) {                \
+    if (lab::takes_gpu_shapes(a, 0)) {             \
       launcher##_gpu_shapes arguments;             \
     } else {                                       \
       launcher##_cpu_shapes arguments;             \
