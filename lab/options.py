@@ -67,8 +67,8 @@ def weight_formats(parser):
     parser.add_argument(
         "--weights-as",
         metavar="HOW",
-        help="stored: quantised weights stay in the format of their file (the default); fp32, fp16 or bf16: "
-        "expanded to that dtype",
+        help="stored: quantised weights stay in the format of their file (the default on a GPU); fp32, fp16 "
+        "or bf16: expanded to that dtype (the default on a CPU: expanded to the model's dtype)",
     )
     parser.add_argument(
         "--quantise",

@@ -270,7 +270,8 @@ def test_run_says_the_formats(tmp_path, capsys):
     words = path, "--backend", "torch", "--device", "cpu", "--ids", "1,2,3", "--max-new-tokens", "3"
     ids = []
     for more, formats in (
-        ((), "int4-g32-min"),
+        (("--weights-as", "stored"), "int4-g32-min"),
+        ((), "fp32"),  # the default of a CPU
         (("--weights-as", "fp32"), "fp32"),
         (("--weights-as", "bf16"), "bf16"),
         (("--weights-as", "fp32", "--quantise", "fp8"), "fp8, lm_head int8"),
@@ -292,7 +293,10 @@ def test_run_says_the_formats(tmp_path, capsys):
         (("--weights-as", "int8"), "unknown weights 'int8'"),
         (("--quantise", "int4"), "unknown format 'int4'"),
         (("--quantise-head", "int8"), "--quantise-head needs --quantise"),
-        (("--plan", "persistent", "--dtype", "bf16"), "persistent takes no packed weights yet"),
+        (
+            ("--plan", "persistent", "--dtype", "bf16", "--weights-as", "stored"),
+            "persistent takes no packed weights yet",
+        ),
         (("--plan", "persistent", "--dtype", "bf16", "--quantise", "fp8"), "takes no packed weights yet"),
         (("--quantise", "fp8"), "quantised already (Q8_0)"),
     ],

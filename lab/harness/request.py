@@ -79,7 +79,7 @@ class Settings:
     @property
     def storage(self) -> Storage:
         """In which formats the models' weights are kept."""
-        return storage_of(self.weights_as, self.quantise, self.quantise_head)
+        return storage_of(self.weights_as, self.quantise, self.quantise_head, self.device)
 
     def recorded(self) -> dict:
         """As a record has them: JSON."""

@@ -101,22 +101,22 @@ def main(argv):
     import torch
 
     from lab.model.sources import open_source
-    from lab.model.weight_formats import EXPANDED
+    from lab.model.weight_formats import EXPANDED, storage_of
     from lab.model.weights import load
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     source = open_source(MODEL)
     tokenizer = source.tokenizer()
-    loaded = load(source, torch.float32, device)
+    loaded = load(source, torch.float32, device, storage_of(device=device))
     # torch has no product for packed weights. The same numbers, expanded, are a reference of another kind.
-    expanded = load(source, torch.float32, device, EXPANDED)
+    packed = loaded.formats != "fp32"
+    expanded = load(source, torch.float32, device, EXPANDED) if packed else loaded
     prompt = tokenizer.encode_chat([{"role": "user", "content": args.prompt}])
     where = f"the GPU {torch.cuda.get_device_name()}" if device == "cuda" else "the CPU"
-    print(
-        f"{MODEL}, fp32, weights {loaded.formats}, on {where}; prompt of {len(prompt)} tokens: {args.prompt}"
-    )
+    dtype = f"fp32, weights {loaded.formats}" if packed else "fp32"
+    print(f"{MODEL}, {dtype}, on {where}; prompt of {len(prompt)} tokens: {args.prompt}")
     how = {
-        "torch": "the reference, weights expanded",
+        "torch": "the reference, weights expanded" if packed else "the reference",
         "cuda": "our CUDA kernels",
         "triton": "our Triton kernels",
     }

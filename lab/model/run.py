@@ -102,7 +102,7 @@ def main(args) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device not in ("cuda", "cpu"):
         raise LabError(f"unknown device {device!r}: choose cuda or cpu")
-    storage = storage_of(args.weights_as, args.quantise, args.quantise_head)
+    storage = storage_of(args.weights_as, args.quantise, args.quantise_head, device)
     dtype_name = dtype_of(args.weights_as, args.dtype) or ("bf16" if device != "cpu" else "fp32")
     dtype = DTYPES[known(dtype_name, tuple(DTYPES), "dtype")]
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
