@@ -66,6 +66,6 @@ def test_ten_prompts_give_the_same_greedy_tokens(models, monkeypatch):
     texts = []
     for weights in (stored, expanded):
         decoder = Decoder(weights, select("torch", "cpu"), batch=len(prompts), max_context=32)
-        texts.append([result.output_ids for result in generate_batch(decoder, prompts, 5)])
+        texts.append([result.output_ids for result in generate_batch(decoder, prompts, 2)])
     assert texts[0] == texts[1] and prefilled.count(True) == len(prompts)
     assert tokenizer.decode(texts[0][0]).startswith(" Paris")
