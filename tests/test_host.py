@@ -90,7 +90,8 @@ def digest(build: str) -> str:
     """Of all that the programs of a build are made of."""
     found = hashlib.sha256(repr((compiler(), COMMON, KERNEL, BUILDS[build])).encode())
     found.update(subprocess.run([compiler(), "--version"], capture_output=True).stdout)
-    for path in sorted([*(ROOT / "cuda_src").glob("*.*h"), *HOST.iterdir(), *SOURCES.iterdir()]):
+    files = [*(ROOT / "cuda_src").glob("*.*h"), *HOST.iterdir(), *SOURCES.iterdir()]
+    for path in sorted(path for path in files if path.is_file()):
         found.update(path.name.encode() + path.read_bytes())
     return found.hexdigest()[:16]
 

@@ -280,7 +280,7 @@ def test_a_barrier_between_two_thresholds_is_missed(tmp_path):
 
 
 def test_a_kernel_that_never_waits_is_named(tmp_path):
-    mutant = synchronisation.of("cuda_src/embedding.cu", "embedding_kernel: without pdl_wait")
+    mutant = synchronisation.of("cuda_src/embedding.cu", "id_of_block: without pdl_wait")
     extension, op = planted.load(planted.build(mutant, "embedding", tmp_path)), find("embedding")
     outcome = check_case(op, emulated(op, extension), Rand("cpu", torch.float32), op.cases[0].sizes)
     assert re.search("embedding_kernel: .*no thread called pdl_wait", outcome.error)
