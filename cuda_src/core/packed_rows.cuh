@@ -8,7 +8,6 @@
 // Sums of one group of columns are multiplied by its scale in float32, so that a weight is never rounded.
 #pragma once
 #include "../formats/codes.cuh"
-#include "../settings.h"
 #include "../sizes.h"
 
 namespace lab {
@@ -253,8 +252,8 @@ struct PackedRows {
   }
 
   // sums += one run of tile r of w times that run of x, without the scale. The multiplications of a run begin
-  // with zeros: in one chain through the whole row each would have to wait for the one before (8B's gate and up,
-  // int8, one row of x: 44 us in one chain).
+  // with zeros, so that runs need not wait for each other. (8B's gate and up, int8, one row of x: 44 us, and 44
+  // in one chain through the whole row.)
   LAB_DEVICE void add_run(float (&sums)[C::kTiles][4], int u, int r, int run,
                           const uint32_t (&of_x)[C::kTiles][L::kRuns][2][2]) {
     uint32_t pairs[2][4];

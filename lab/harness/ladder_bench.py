@@ -83,11 +83,8 @@ def measure(session, rig, point, dtype_name):
     sets, flush = [args], None
     if rig.device == "cuda":
         torch.cuda.empty_cache()
-        size = sum(
-            {t.untyped_storage().data_ptr(): t.nbytes for t in args if isinstance(t, torch.Tensor)}.values()
-        )
         count, _, flushed = timing.plan_sets(
-            nbytes, rig.l2_bytes, size, FREE_SHARE * torch.cuda.mem_get_info()[0]
+            nbytes, rig.l2_bytes, timing.bytes_of_args(args), FREE_SHARE * torch.cuda.mem_get_info()[0]
         )
         sets += [timing.clone_args(args) for _ in range(count - 1)]
         flush = rig.flush if flushed else None

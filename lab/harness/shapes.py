@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from lab.contract import DTYPES
+from lab.contract import dtype_name
 from lab.model.families import PRESETS
 from lab.names import known
 from lab.ops import OPS, find
@@ -83,7 +83,7 @@ def points(models=MODELS, batches=(1,), contexts=(1024,), ops=None):
 def plain(value):
     """A contract's size as JSON: dtypes by name, tuples as lists."""
     if isinstance(value, torch.dtype):
-        return next(name for name, dtype in DTYPES.items() if dtype == value)
+        return dtype_name(value)
     return list(value) if isinstance(value, tuple) else value
 
 

@@ -99,12 +99,12 @@ def bytes_of(op):
     text)]."""
     import torch
 
-    from lab.contract import DTYPES, Rand
+    from lab.contract import Rand, dtype_name
     from lab.ops import find
 
     contract = find(op)
     dtype = torch.bfloat16 if torch.bfloat16 in contract.dtypes else contract.dtypes[0]
-    name = next(n for n, d in DTYPES.items() if d == dtype)
+    name = dtype_name(dtype)
     first = contract.cases[0]
     a = contract.bound(*contract.inputs(Rand("cpu", dtype), **first.sizes))
     nbytes, flops = int(contract.nbytes(a)), int(contract.flops(a))
