@@ -1,7 +1,7 @@
 """Builds the kernels' two extensions; the project's metadata is in pyproject.toml.
 
 lab._host   the CUDA kernels for the CPU: cuda_src/*.cu and cuda_src/host/*.cpp by a C++ compiler. Always
-            built. The large kernels are compiled twice, see host_kernel_units().
+            built.
 lab._cuda   the same kernels for the GPU, by nvcc. Built where nvcc is found: on PATH, in CUDA_HOME or
             CUDA_PATH, in /usr/local/cuda, or in the pip packages of CUDA's compiler
             (site-packages/nvidia/*/bin).
@@ -11,6 +11,7 @@ lab._cuda   the same kernels for the GPU, by nvcc. Built where nvcc is found: on
 Environment:
     LAB_CUDA=0|1                        skip lab._cuda | fail when nvcc is missing
     LAB_CUDA_ARCH="80;90a;90+ptx"       GPU architectures; +ptx embeds PTX, for GPUs newer than the list
+    LAB_HOST_GPU_SHAPES=0|1             lab._host with the launch shapes of a GPU, too, for tests (default: 0)
     LAB_HOST_SANITIZE=thread|address    build lab._host with a sanitizer (default: none)
     LAB_BUILD_JOBS=n                    compilers at a time (default: the cores this process may use)
     CXX                                 the C++ compiler (default: g++, else clang++, else c++)
@@ -58,9 +59,6 @@ SKIPPED_PASSES = """
     tree-tail-merge store-merging isolate-erroneous-paths-dereference optimize-strlen caller-saves
     devirtualize optimize-sibling-calls tree-switch-conversion gcse
 """.split()
-# Of what little else than tests runs (host_kernel_units()). -O0 and -Og would compile in half the time, and
-# take four times as long to run.
-LITTLE_OPTIMISED = ["-O1", "-fno-tree-slp-vectorize"]
 
 
 @dataclass
@@ -179,38 +177,9 @@ def kernel_units(command: list[str]) -> list[Unit]:
     return units
 
 
-def host_kernel_units(command: list[str], sanitized: bool) -> list[Unit]:
-    """As kernel_units; but a kernel for which there is a file in host/by_shapes/ is compiled twice: with the
-    launch shapes of a CPU, and, with less optimisation and so in less time, with those of a GPU, which little
-    else than tests takes. The file that is tried has both at once, and so has all that a sanitizer watches.
-
-    Those with a GPU's shapes come last: of a function that both have the linker takes the first.
-    """
-    once, of_cpu, of_gpu = [], [], []
-    for unit in kernel_units(command):
-        chooser = SOURCES / "host/by_shapes" / f"{unit.source.stem}.cpp"
-        if sanitized or not chooser.exists() or unit.source != SOURCES / f"{unit.source.stem}.cu":
-            once.append(unit)
-            continue
-        launchers = re.findall(r"^BY_SHAPES\((\w+)", chooser.read_text(), re.M)
-
-        def renamed(shapes, names=launchers):
-            return [f"-D{name}={name}_{shapes}_shapes" for name in names]
-
-        of_cpu.append(Unit(unit.source, [*unit.command, "-DLAB_HOST_PART=1", *renamed("cpu")], unit.name))
-        of_gpu.append(
-            Unit(
-                unit.source,
-                [*unit.command, *LITTLE_OPTIMISED, "-DLAB_HOST_PART=2", *renamed("gpu")],
-                f"{unit.source.stem}.gpu_shapes.cu",
-            )
-        )
-        once.append(
-            Unit(
-                chooser, [part for part in command if part not in ("-x", "c++")], f"by_shapes_{chooser.name}"
-            )
-        )
-    return once + of_cpu + of_gpu
+def built_with_gpu_shapes() -> str:
+    """LAB_HOST_GPU_SHAPES of the extension at hand, whose objects a file that is tried is linked with."""
+    return "1" if any("gpu_shapes_" in link.read_text() for link in (BUILD / "host").glob("*.link")) else "0"
 
 
 def bindings(cxx: list[str], name: str, flags: list[str]) -> Unit:
@@ -263,7 +232,14 @@ def host_module() -> Module:
     if sanitizer == "thread":
         kernel_flags.append("-DLAB_HOST_TSAN")
     units = [bindings(cxx, "_host", ["-DLAB_HOST"])]
-    units += host_kernel_units([*common, *kernel_flags, "-x", "c++"], sanitizer != "none")
+    # Objects with and without a GPU's shapes are kept side by side: `make test` and `make build` take turns.
+    gpu_shapes = choice("LAB_HOST_GPU_SHAPES", ("0", "1"), built_with_gpu_shapes() if tried() else "0") == "1"
+    kernels_for_cpu = kernel_units(
+        [*common, *kernel_flags, f"-DLAB_HOST_GPU_SHAPES={int(gpu_shapes)}", "-x", "c++"]
+    )
+    for unit in kernels_for_cpu:
+        unit.name = f"gpu_shapes_{unit.name}" if gpu_shapes else unit.name
+    units += kernels_for_cpu
     units += [Unit(path, [*common, "-O2", *scheduler]) for path in sorted((SOURCES / "host").glob("*.cpp"))]
     link = [*shared_library(cxx), "-pthread", *([] if sanitizer == "none" else [f"-fsanitize={sanitizer}"])]
     facts = {
@@ -271,6 +247,7 @@ def host_module() -> Module:
         "archs": [platform.machine()],
         "flags": kernel_flags,
         "sanitizer": sanitizer,
+        "gpu_shapes": gpu_shapes,
     }
     directory = BUILD / ("host" if sanitizer == "none" else f"host-{sanitizer}")
     return Module("lab._host", directory, units, link, facts)
@@ -422,12 +399,7 @@ def compile_unit(unit: Unit, directory: Path) -> tuple[Path, bool]:
 
 # What is compiled, so that a file that was added later is noticed; relative to ROOT.
 PATTERNS = {
-    "lab._host": [
-        "cuda_src/*.cu",
-        "cuda_src/ladder/*.cu",
-        "cuda_src/host/*.cpp",
-        "cuda_src/host/by_shapes/*.cpp",
-    ],
+    "lab._host": ["cuda_src/*.cu", "cuda_src/ladder/*.cu", "cuda_src/host/*.cpp"],
     "lab._cuda": ["cuda_src/*.cu", "cuda_src/ladder/*.cu"],
 }
 
@@ -450,9 +422,7 @@ def facts_unit(module: Module, folder: Path) -> Unit:
     """What build_info() says, as a source file in `folder`."""
     facts = folder / "build_facts.cpp"
     folder.mkdir(parents=True, exist_ok=True)
-    # A sanitizer's build has no files of host/by_shapes.
-    patterns = [p for p in PATTERNS[module.name] if any(unit.source.match(p) for unit in module.units)]
-    text = json.dumps({**module.facts, "sources": sources(module, folder), "patterns": patterns})
+    text = json.dumps({**module.facts, "sources": sources(module, folder), "patterns": PATTERNS[module.name]})
     write(facts, f'namespace lab {{\nconst char* build_facts() {{ return R"json({text})json"; }}\n}}\n')
     return Unit(facts, [*find_compiler(), "-O1", "-fPIC", "-fvisibility=hidden"])
 

@@ -146,8 +146,7 @@ __global__ void __launch_bounds__(C::kThreads)
 // The argmax of logits that linear's kernel has stored: block x takes a part of each row of the logits, block
 // y one row.
 constexpr int kArgmaxThreads = 256, kArgmaxBlocks = 64;
-template <int Threads>  // a template, as every kernel in a file that the host build compiles twice (sizes.h)
-__global__ void __launch_bounds__(Threads)
+__global__ void __launch_bounds__(kArgmaxThreads)
     argmax_of_logits_kernel(const float* logits, int* scratch, int* ids, int rows, int n) {
   pdl_wait();
   pdl_launch_dependents();
@@ -175,8 +174,8 @@ static void packed_argmax(const NormLinearArgmaxArgs& a) {
   packed_linear(product, 0);
   const int blocks = cpu_shapes() ? 1 : kArgmaxBlocks;
   launch({dim3(blocks * a.rows), dim3(cpu_shapes() ? 32 : kArgmaxThreads), sizeof(int), a.stream, true},
-         "argmax_of_logits_kernel", argmax_of_logits_kernel<kArgmaxThreads>, as<const float>(a.logits),
-         as<int>(a.scratch), as<int>(a.out), a.rows, a.n);
+         "argmax_of_logits_kernel", argmax_of_logits_kernel, as<const float>(a.logits), as<int>(a.scratch),
+         as<int>(a.out), a.rows, a.n);
 }
 
 void norm_linear_argmax(const NormLinearArgmaxArgs& a) {

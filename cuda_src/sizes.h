@@ -3,6 +3,8 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
+#include <stdexcept>
 #include <type_traits>
 
 #include "common.cuh"
@@ -18,19 +20,20 @@ namespace lab {
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
 
-// setup.py compiles the large kernels of the host build twice, which takes less time than once:
-// LAB_HOST_PART=1 is optimised and has the launch shapes of a CPU alone, LAB_HOST_PART=2 is less optimised and
-// has those of a GPU alone. host/by_shapes/ chooses between the two at each launch. All other files, and what
-// nvcc compiles, are compiled once (0).
-#ifndef LAB_HOST_PART
-#define LAB_HOST_PART 0
+// The host build has the launch shapes of a CPU, and those of a GPU, which take as long to compile again, only
+// where setup.py is asked for them (LAB_HOST_GPU_SHAPES=1): `make test` does, for tests alone launch them.
+#ifndef LAB_HOST_GPU_SHAPES
+#define LAB_HOST_GPU_SHAPES 0
 #endif
-constexpr bool kHasCpuShapes = kHost && LAB_HOST_PART != 2;
-constexpr bool kHasGpuShapes = !kHost || LAB_HOST_PART != 1;
+constexpr bool kHasGpuShapes = !kHost || LAB_HOST_GPU_SHAPES;
 
-// Whether a launcher should use the launch shapes for a CPU. Static, as all that depends on the part: the two
-// parts are linked into one extension, where inline functions of one name become one function.
-static inline bool cpu_shapes() { return kHasCpuShapes && !(kHasGpuShapes && host_takes_gpu_shapes()); }
+// Whether a launcher should use the launch shapes for a CPU.
+inline bool cpu_shapes() {
+  if (!kHost) return false;
+  if (!host_takes_gpu_shapes()) return true;
+  if (!kHasGpuShapes) throw std::runtime_error(kNoGpuShapes);
+  return false;
+}
 
 // Whether the current device has wgmma (core/wgmma.cuh), and this build has the code for it.
 inline bool has_wgmma() {
@@ -42,9 +45,9 @@ inline bool has_wgmma() {
 }
 
 // The most rows of half precision that matrix products take on CUDA cores; more rows go to tensor cores. On
-// an H100 16 rows on tensor cores were faster than 4 on CUDA cores (8B's token: 6.34 and 6.51 ms). On a CPU,
-// which emulates tensor cores slowly, the limit is higher.
-static inline int most_stream_rows() { return cpu_shapes() ? kMostStreamRowsOfCpu : 2; }
+// an H100 16 rows on tensor cores were faster than 4 on CUDA cores (8B's token: 6.34 and 6.51 ms). A CPU would
+// have to emulate tensor cores, slowly.
+inline int most_stream_rows() { return cpu_shapes() ? std::numeric_limits<int>::max() : 2; }
 
 inline int log2_of(int power_of_two) {
   int shift = 0;

@@ -97,6 +97,16 @@ def rand(device):
     return lambda dtype=torch.float32, seed=0: Rand(device, dtype, seed)
 
 
+@pytest.fixture
+def gpu_shapes(monkeypatch, device):
+    """On a CPU the CUDA kernels have the launch shapes of a GPU."""
+    from lab import _host
+
+    if device == "cpu" and not _host.build_info()["gpu_shapes"]:
+        pytest.skip("needs a host build with LAB_HOST_GPU_SHAPES=1: make test")
+    monkeypatch.setenv("LAB_HOST_SHAPES", "gpu")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def sources_are_highlighted_once():
     """Each page shows the same kernels' sources, and colouring them takes longest."""

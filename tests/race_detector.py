@@ -40,9 +40,12 @@ MORE = {
 }
 
 
+INSTRUMENTED = {"LAB_CUDA": "0", "LAB_HOST_SANITIZE": "thread", "LAB_HOST_GPU_SHAPES": "1"}
+
+
 def build() -> Path:
     """The instrumented extension; what has not changed is not compiled again."""
-    environment = {**os.environ, "LAB_CUDA": "0", "LAB_HOST_SANITIZE": "thread"}
+    environment = {**os.environ, **INSTRUMENTED}
     command = [sys.executable, str(ROOT / "setup.py"), "--quiet", "build_ext", "--build-lib", str(BUILT)]
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
     return max((BUILT / "lab").glob("_host.*"), key=lambda file: file.stat().st_mtime_ns)
@@ -168,7 +171,7 @@ def noticed(mutant, folder: Path) -> str | None:
 
     for kernel in planted.kernels_with(mutant)[:3]:
         place = Path(tempfile.mkdtemp(dir=folder))
-        extension = planted.build(mutant, kernel, place, {"LAB_HOST_SANITIZE": "thread"})
+        extension = planted.build(mutant, kernel, place, INSTRUMENTED)
         code, said = run_inside(extension, [kernel])
         shutil.rmtree(place)
         if "WARNING: ThreadSanitizer: data race" in said:

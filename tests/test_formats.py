@@ -88,9 +88,8 @@ def test_every_code_is_worth_the_same_everywhere(name, backend):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize("name", EVERY)
-def test_tensor_cores_get_every_code_exactly(name, dtype, monkeypatch):
+def test_tensor_cores_get_every_code_exactly(name, dtype, gpu_shapes):
     """Rows of the identity times the matrix are its columns, so nothing is rounded but sums of one number."""
-    monkeypatch.setenv("LAB_HOST_SHAPES", "gpu")
     w, ops = every_code(name), select("cuda", "cpu")
     for first in range(0, w.k, 64):
         some = min(64, w.k - first)

@@ -34,9 +34,7 @@ STREAMS = ("linear", "linear_add", "norm_linear", "norm_linear_silu_mul", "norm_
 BATCHES = [why for why, sizes in SIZES.items() if sizes["batch"] > 2]
 
 
-@pytest.fixture(autouse=True)
-def gpu_shapes(monkeypatch):
-    monkeypatch.setenv("LAB_HOST_SHAPES", "gpu")
+pytestmark = pytest.mark.usefixtures("gpu_shapes")
 
 
 @pytest.fixture

@@ -28,9 +28,9 @@ GPU_SHAPES = pytest.param("cuda in a GPU's shapes", marks=pytest.mark.slow, id="
 @pytest.mark.usefixtures("decode_step_is_remembered")
 @pytest.mark.parametrize("backend", [*BACKENDS, GPU_SHAPES])
 @pytest.mark.parametrize("op, dtype, case", CASES)
-def test_meets_its_contract(op, dtype, case, backend, rand, device, monkeypatch):
+def test_meets_its_contract(op, dtype, case, backend, rand, device, request):
     if backend.endswith("shapes"):
-        monkeypatch.setenv("LAB_HOST_SHAPES", "gpu")
+        request.getfixturevalue("gpu_shapes")
         backend = "cuda"
     if (backend, device, dtype) == ("triton", "cpu", torch.float16) and case not in op.cases[:2]:
         pytest.skip("interpreted, float16 differs from bfloat16 by the name of the dtype")

@@ -151,8 +151,9 @@ def waits_for_its_inputs(op, function, extension, dtype, sizes):
 
 @pytest.mark.parametrize("shapes", ["cpu", "gpu"])
 @pytest.mark.parametrize("op, case", [p for p in CASES if p.values[0].name not in NOT_PDL])
-def test_what_the_kernel_before_writes_is_touched_after_the_wait(op, case, shapes, monkeypatch):
-    monkeypatch.setenv("LAB_HOST_SHAPES", shapes)
+def test_what_the_kernel_before_writes_is_touched_after_the_wait(op, case, shapes, request):
+    if shapes == "gpu":
+        request.getfixturevalue("gpu_shapes")
     outcome = waits_for_its_inputs(op, emulated(op), host, op.dtypes[-1], case.sizes)
     assert outcome.error is None, f"{case.why}: {outcome.error}"
 

@@ -141,9 +141,8 @@ HEADS = {"q_heads": 8, "kv_heads": 2, "head_dim": 64, "page_size": 16}
 
 @pytest.mark.parametrize("op", tuner.tunable())
 @pytest.mark.parametrize("rows", [1, 2, 16, 64])
-def test_every_candidate_of_cuda_is_right(op, rows, monkeypatch):
+def test_every_candidate_of_cuda_is_right(op, rows, gpu_shapes):
     """Here in the host build, which takes the GPU's shapes: tiles, splits and how the blocks walk differ."""
-    monkeypatch.setenv("LAB_HOST_SHAPES", "gpu")
     rig = ops_bench.make_rig(ops_bench.load_backends(["cuda"], "cpu", True)[0], "cpu", None)
     attends = "attention" in op
     shape = (
@@ -211,12 +210,11 @@ def test_launches_read_the_table(tmp_path, monkeypatch):
         settings.forget()
 
 
-def test_cuda_launches_read_the_table(tmp_path, monkeypatch):
+def test_cuda_launches_read_the_table(tmp_path, monkeypatch, gpu_shapes):
     """The host build records what it would launch on a GPU of 132 multiprocessors."""
     from lab.backends import cuda, load
 
     backend = load("cuda", torch.device("cpu"))
-    monkeypatch.setenv("LAB_HOST_SHAPES", "gpu")
     monkeypatch.setitem(tuned.FOLDERS, "cuda", tmp_path)
     new_table(
         tuned.path_of("cuda", "sm_90"),

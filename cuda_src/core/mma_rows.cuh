@@ -338,7 +338,7 @@ inline void by_mma_shape(int rows, int n, int k, const Settings& tuned, F&& f) {
     if constexpr (kHasGpuShapes) {
       f(shape, cluster);
     } else {
-      throw std::logic_error("tensor cores are in the part of the host build that has a GPU's shapes");
+      throw std::logic_error(kNoGpuShapes);
     }
   };
   const auto alone = [&](auto shape) { clusters_of(1, shape); };

@@ -53,14 +53,14 @@ inline void by_packed(const PackedProduct<T>& p, Use&& use) {
   if (!known_format(p.w.format)) {
     throw std::invalid_argument("unknown weight format " + std::to_string(p.w.format));
   }
-  if constexpr (kHasCpuShapes) {
+  if constexpr (kHost) {
     if (cpu_shapes()) {
       return p.rows == 1 ? use(packed_stream_launch<T, 1, 1, 8, Parts>(p.n))
                          : use(packed_stream_launch<T, 4, 1, 8, Parts>(p.n));
     }
   }
   if constexpr (!kHasGpuShapes) {
-    throw std::logic_error("this part of the host build has a CPU's shapes alone");
+    throw std::logic_error(kNoGpuShapes);
   } else if constexpr (sizeof(T) == 4) {
     use(packed_stream_launch<T, 2, 32, 128, Parts>(p.n));
   } else {

@@ -376,7 +376,7 @@ inline void by_stream_shape(int rows, int outputs, int k, int max_batch, const S
         constexpr int N = decltype(width)::value;
         const auto with_batch = [&](auto b) {
           constexpr int B = decltype(b)::value;
-          if constexpr (kHasCpuShapes) {
+          if constexpr (kHost) {
             if (cpu_shapes()) return f(StreamShape<ThreadStream<N, B, HostThreads, Parts>>{});
           }
           constexpr bool kRing = Ring && B == 1 && N > 1;
@@ -399,7 +399,7 @@ inline void by_stream_shape(int rows, int outputs, int k, int max_batch, const S
         if constexpr (N > 1) {
           if (batch == 2) return with_batch(std::integral_constant<int, 2>{});
         }
-        if constexpr (kHasCpuShapes && N > 1 && sizeof(T) == 2) {
+        if constexpr (kHost && N > 1 && sizeof(T) == 2) {
           if (batch > 4) return with_batch(std::integral_constant<int, 8>{});
         }
         with_batch(std::integral_constant<int, 4>{});

@@ -29,12 +29,11 @@
 //   waiting.cpp                  barriers and warp collectives
 //   launch.cpp, options.cpp      a grid over OS threads
 //   async_copy.cpp               cp.async, mbarriers, bulk copies
-//   shapes.h, by_shapes/         launches with the shapes of a CPU or with those of a GPU
+//   shapes.h                     launches with the shapes of a CPU or with those of a GPU
 //   fault.h, .cpp                turns an invalid memory access in a kernel into an error of the launch
 //   sanitizer.h                  ThreadSanitizer and AddressSanitizer
 //
 // Flags that this layer needs:
-//   (setup.py compiles the large kernels twice, see LAB_HOST_PART in ../sizes.h; once is enough)
 //   kernels (*.cu)   -x c++ -std=c++17 -O2 -fno-strict-aliasing -fno-math-errno -fno-trapping-math
 //                    -fvisibility=hidden, and -mavx2 -mfma -mf16c where the CPU has them (four times the
 //                    speed; nothing depends on them)

@@ -13,7 +13,8 @@ inline bool host_takes_shapes_of(const char* gpu) {
 }
 inline bool host_takes_gpu_shapes() { return host_takes_shapes_of("gpu") || host_takes_shapes_of("sm_80"); }
 
-// The most rows of half precision that matrix products take on emulated CUDA cores; see most_stream_rows().
-constexpr int kMostStreamRowsOfCpu = 8;
+constexpr const char* kNoGpuShapes =
+    "LAB_HOST_SHAPES asks for the launch shapes of a GPU, which this build for the CPU leaves out: build it "
+    "with LAB_HOST_GPU_SHAPES=1 python3 setup.py build_ext --inplace";
 
 }  // namespace lab

@@ -1,4 +1,0 @@
-#include "../../launchers/decode_attention.h"
-#include "by_shapes.h"
-
-BY_SHAPES(decode_attention, (const DecodeAttentionArgs& a), (a))

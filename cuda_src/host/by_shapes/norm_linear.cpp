@@ -1,4 +1,0 @@
-#include "../../launchers/norm_linear.h"
-#include "by_shapes.h"
-
-BY_SHAPES(norm_linear, (const NormLinearArgs& a), (a))

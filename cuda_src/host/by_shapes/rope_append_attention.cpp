@@ -1,4 +1,0 @@
-#include "../../launchers/rope_append_attention.h"
-#include "by_shapes.h"
-
-BY_SHAPES(rope_append_attention, (const RopeAppendAttentionArgs& a), (a))
