@@ -27,14 +27,17 @@
 #include <cuda_runtime.h>
 #define LAB_DEVICE __device__ __forceinline__
 #define LAB_DEVICE_ONCE LAB_DEVICE
+#define LAB_DEVICE_CALL __device__ __noinline__
 #define LAB_HOST_DEVICE __host__ __device__ __forceinline__
 #define LAB_UNROLL _Pragma("unroll")
 #else
 #include "host/cuda_on_cpu.h"
 #define LAB_DEVICE inline
-// For large functions that a thread calls once: on a CPU they are not inlined, and so compiled once, not once
+// LAB_DEVICE_CALL: a function that is called, not inlined.
+// LAB_DEVICE_ONCE: for large functions that a thread calls once: on a CPU they are not inlined, and so compiled once, not once
 // more in each kernel.
 #define LAB_DEVICE_ONCE inline __attribute__((noinline))
+#define LAB_DEVICE_CALL inline __attribute__((noinline))
 #define LAB_HOST_DEVICE inline
 #define LAB_UNROLL
 #endif

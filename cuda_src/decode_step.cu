@@ -1,7 +1,8 @@
 // decode_step: one token of one sequence in one launch: embedding; for every layer norm + qkv, norm + rope +
 // append + attention, o + residual, norm + gate and up + silu * mul, down + residual; norm + lm_head + argmax
 //
-//   ids, positions, out [1] int32   table [layers, 10] addresses (LAYER of the contract)
+//   ids, positions, out [1] int32   table [layers, 10] addresses (LAYER of the contract); with packed weights 15
+//   columns (MATRICES)
 //   logits [1, vocab] float32
 //   caches [layers, pages, kv_heads, page_size, D]   block_table [1, max_pages]
 //   cos_sin [max_positions, D] float32
@@ -17,6 +18,7 @@
 
 #include "common.cuh"
 #include "core/candidate.cuh"
+#include "core/packed_ring.cuh"
 #include "core/step_attention.cuh"
 #include "launchers/decode_step.h"
 #include "sizes.h"
@@ -29,12 +31,38 @@ struct StepLayer {
   const T *attn_norm, *wqkv, *bqkv, *q_norm, *k_norm, *wo, *bo, *mlp_norm, *w_gate_up, *w_down;
 };
 
+// The same of a model with packed weights, whose matrices are codes.
+template <typename T>
+struct PackedStepLayer : StepLayer<T> {
+  const uint8_t *wqkv_scales, *wo_scales, *w_gate_up_scales, *w_down_scales;
+  uint64_t formats;  // a byte for each of the four
+
+  LAB_DEVICE int format(int matrix) const { return int(formats >> (8 * matrix) & 0xff); }
+};
+
+// What differs between models with packed weights and others.
+template <typename T, bool Packed>
+struct StepTypes {
+  using Layer = StepLayer<T>;
+  using Ring = WeightRing<T>;
+  using StepMatrix = Matrix<T>;
+  static constexpr int kTile = kTileBytes;
+};
+template <typename T>
+struct StepTypes<T, true> {
+  using Layer = PackedStepLayer<T>;
+  using Ring = PackedRing<T>;
+  using StepMatrix = PackedMatrix<T>;
+  static constexpr int kTile = kPackedTileBytes;
+};
+
 template <typename T>
 struct StepArguments {
   const int *ids, *positions;
-  const T* embed;
-  const StepLayer<T>* table;
-  const T *final_norm, *lm_head;
+  PackedWeights embed, lm_head;  // codes: the elements of a plain matrix
+  const void* table;
+  int columns;  // of table
+  const T* final_norm;
   const float* cos_sin;
   float* logits;
   int* out;
@@ -67,6 +95,7 @@ struct alignas(128) StepSmem {
 
 // The phases with a matrix product, in the order of a step: four in each layer, then the last one. Attention,
 // between kQkv and kO, is a phase as well, but has no name here: it runs before kO's product.
+// The last is 4 for a reason: the others are the numbers of a layer's matrices (MATRICES of the contract).
 enum StepPhase { kQkv, kO, kGateUp, kDown, kLmHead };
 
 // Brings a row of x into shared memory, where the matrix products read it.
@@ -74,6 +103,7 @@ template <typename T>
 struct StepRow {
   static constexpr int N = 8, kStep = kRingThreads * N;
   T *x, *weight;  // [k] in shared memory; weight: of the next norm
+  bool padded;    // with packed weights: x has zeros from k to the end of the last segment
   float* squares;
   float mean;  // 1 / k of the rows that are normalised
 
@@ -102,8 +132,16 @@ struct StepRow {
       }
     }
   }
+  LAB_DEVICE void pad(int k) {
+    if (padded && k % kMostColumns) {
+      for (int col = k + threadIdx.x; col < round_up(k, kMostColumns); col += kRingThreads) {
+        x[col] = from_float<T>(0.f);
+      }
+    }
+  }
   LAB_DEVICE void copy(const TaggedRow<T>& row, int k) {
     each(row, k, [&](int col, const Vec<T>& v) { store(x + col, v); });
+    pad(k);
     ring_sync();
   }
   // x = T(T(row * rsqrt(mean(row^2) + eps)) * weight): rmsnorm's rounding points.
@@ -115,6 +153,7 @@ struct StepRow {
       for (int e = 0; e < N; ++e) sum = fmadd(f[e], f[e], sum);
       store(x + col, v);
     });
+    pad(k);
     sum = group_sum<32>(sum);
     if (threadIdx.x % 32 == 0) squares[threadIdx.x / 32] = sum;
     ring_sync();
@@ -171,44 +210,74 @@ struct StepEpilogue {
   }
 };
 
-template <typename T, int D>
+// Elements n and n + 1 of the token's embedding; n is even.
+template <bool Packed, typename T>
+LAB_DEVICE void token_elements(float (&two)[2], const StepArguments<T>& a, int token, int n) {
+  if (!Packed || a.embed.format == int(Format::plain)) {
+    const T* row = reinterpret_cast<const T*>(a.embed.codes) + size_t(token) * a.hidden;
+    two[0] = to_float(row[n]), two[1] = to_float(row[n + 1]);
+    return;
+  }
+  const FormatSizes sizes(a.embed.format, a.hidden);
+  const int col = n % sizes.columns, half = col % kRunColumns / 16;
+  float unit[kMostUnitColumns];
+  unpack_unit(unit, a.embed, sizes, token, n / sizes.columns * 4 + col % 16 / 4);
+  const int first = col / kRunColumns * 8 + half * 4 + col % 4;
+  two[0] = unit[first], two[1] = unit[first + 1];
+}
+
+template <typename T, int D, bool Packed>
 __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const StepArguments<T> a) {
 #if LAB_SM90
   // 1. Locate: the token and its position; an idle row has none.
   auto& shared = smem<StepSmem<T, D>>();
   unsigned char* tiles = reinterpret_cast<unsigned char*>(&shared + 1);
-  unsigned char* norm_weight = tiles + a.tiles * kTileBytes;
+  using Types = StepTypes<T, Packed>;
+  using Layer = typename Types::Layer;
+  constexpr int kAddresses = sizeof(Layer) / 8;
+  unsigned char* norm_weight = tiles + a.tiles * Types::kTile;
   unsigned char* row = norm_weight + a.hidden * sizeof(T);  // hidden is a multiple of 8
-  auto* layers = reinterpret_cast<StepLayer<T>*>(row + a.row_bytes);
+  auto* layers = reinterpret_cast<Layer*>(row + a.row_bytes);
   const int position = a.positions[0], id = a.ids[0], width = (a.heads.q_heads + 2 * a.heads.kv_heads) * D;
   if (position < 0) return;
-  const T* token = a.embed + size_t(id >= 0 && id < a.vocab ? id : 0) * a.hidden;
   // Added to the logits: NaN if the token id is invalid.
   const float poison = id >= 0 && id < a.vocab ? 0.f : NAN;
-  for (int i = threadIdx.x; i < a.layers * 10; i += blockDim.x) {
-    reinterpret_cast<const T**>(layers)[i] = reinterpret_cast<const T* const*>(a.table)[i];
+  for (int i = threadIdx.x; i < a.layers * kAddresses; i += blockDim.x) {
+    const int column =
+        i % kAddresses;  // a model without packed weights has fewer, and runs with Packed on a CPU
+    const bool there = !Packed || column < a.columns;
+    reinterpret_cast<uint64_t*>(layers)[i] =
+        there ? static_cast<const uint64_t*>(a.table)[Packed ? i / kAddresses * a.columns + column : i] : 0;
   }
   for (int i = threadIdx.x; i < D; i += blockDim.x)
     shared.attention.cos_sin[i] = a.cos_sin[size_t(position) * D + i];
   // Bytes of a layer's K and V in the cache.
   const int64_t kv_bytes = int64_t(position) * 2 * a.heads.kv_heads * D * int(sizeof(T));
-  WeightRing<T> ring(shared.ring, tiles, a.tiles, kv_bytes <= a.few_up_to ? 1 : 2);
+  typename Types::Ring ring(shared.ring, tiles, a.tiles, kv_bytes <= a.few_up_to ? 1 : 2);
   StepAttention<T, D> attention(shared.attention, reinterpret_cast<float*>(row), a.heads, position);
   if (threadIdx.x == 0) ring.init();
   __syncthreads();
 
   // For each phase: its matrix (w, the number of outputs, k, and how many rows of w an output has); then the
   // bias that it adds, and the row that its results go to.
-  const auto matrix_of = [&](int i, StepPhase phase) -> Matrix<T> {
-    switch (phase) {
-      case kQkv: return {layers[i].wqkv, width, a.hidden, 1};
-      case kO: return {layers[i].wo, a.hidden, a.heads.q_heads * D, 1};
-      case kGateUp: return {layers[i].w_gate_up, a.intermediate, a.hidden, 2};
-      case kDown: return {layers[i].w_down, a.hidden, a.intermediate, 1};
-      default: return {a.lm_head, a.vocab, a.hidden, 1};
+  const auto matrix_of = [&](int i, StepPhase phase) -> typename Types::StepMatrix {
+    const auto plain = [&]() -> Matrix<T> {
+      switch (phase) {
+        case kQkv: return {layers[i].wqkv, width, a.hidden, 1};
+        case kO: return {layers[i].wo, a.hidden, a.heads.q_heads * D, 1};
+        case kGateUp: return {layers[i].w_gate_up, a.intermediate, a.hidden, 2};
+        case kDown: return {layers[i].w_down, a.hidden, a.intermediate, 1};
+        default: return {reinterpret_cast<const T*>(a.lm_head.codes), a.vocab, a.hidden, 1};
+      }
+    };
+    if constexpr (!Packed) {
+      return plain();
+    } else {
+      if (phase == kLmHead) return {plain(), a.lm_head.scales, a.lm_head.format};
+      return {plain(), (&layers[i].wqkv_scales)[phase], layers[i].format(phase)};
     }
   };
-  const auto bias_of = [&](const StepLayer<T>& layer, StepPhase phase) -> const T* {
+  const auto bias_of = [&](const Layer& layer, StepPhase phase) -> const T* {
     if (phase == kQkv) return layer.bqkv;
     return phase == kO ? layer.bo : nullptr;
   };
@@ -245,24 +314,27 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
   uint32_t tag = a.counters[kTag];   // the last tag of the launch before
   const TaggedRow<T> h{a.h, ++tag};  // the residual
   TaggedRow<T> last = h;             // the row that was written last
-  StepRow<T> x{reinterpret_cast<T*>(row), reinterpret_cast<T*>(norm_weight), shared.squares, 1.f / a.hidden};
+  StepRow<T> x{reinterpret_cast<T*>(row), reinterpret_cast<T*>(norm_weight), Packed, shared.squares,
+               1.f / a.hidden};
   uint64_t best = 0;
   const Share owned = ring.share(a.hidden);  // of the embedding
   for (int n = owned.first + 2 * int(threadIdx.x); n < owned.last; n += 2 * kRingThreads) {
-    h.store(n, to_float(token[n]), to_float(token[n + 1]));
+    float two[2];
+    token_elements<Packed>(two, a, id >= 0 && id < a.vocab ? id : 0, n);
+    h.store(n, two[0], two[1]);
   }
   ring_sync();  // own() reads what other threads wrote
   x.start(layers[0].attn_norm, a.hidden);
   for (int product = 0; product <= 4 * a.layers; ++product) {
     const int i = product / 4;  // the layer
     const StepPhase phase = phase_at(product);
-    const StepLayer<T>& layer = layers[phase == kLmHead ? 0 : i];
+    const Layer& layer = layers[phase == kLmHead ? 0 : i];
     if (phase == kO) {
       const TaggedRow<T> heads{a.attention, ++tag};
       attention.run(ring, i, last, layer.q_norm, layer.k_norm, heads, {a.partial, tag});
       last = heads;
     }
-    const Matrix<T> m = matrix_of(i, phase);
+    const auto m = matrix_of(i, phase);
     const Share share = ring.share(m.n);
     const TaggedRow<T> to{output_of(phase), ++tag};
     const bool normed = phase != kO && phase != kDown;
@@ -308,6 +380,68 @@ static void by_half(int dtype, F f) {
   throw std::invalid_argument("decode_step takes float16 and bfloat16");
 }
 
+template <typename T, int D, bool Packed>
+static void launch_step(const DecodeStepArgs& a) {
+  const auto packed_weights = [](const Weights& w) {
+    return PackedWeights{as<const uint8_t>(w.data), as<const uint8_t>(w.scales), w.format};
+  };
+  using Types = StepTypes<T, Packed>;
+  const int longest = std::max({a.sizes.hidden, a.sizes.intermediate, a.q_heads * D});
+  const int row_bytes =
+      std::max(round_up((Packed ? round_up(longest, kMostColumns) : longest) * int(sizeof(T)), 16),
+               StepAttention<T, D>::sums_bytes(a.q_heads / a.cache.kv_heads));
+  const int fixed = int(sizeof(StepSmem<T, D>)) + a.sizes.hidden * int(sizeof(T)) + row_bytes +
+                    a.sizes.layers * int(sizeof(typename Types::Layer));
+  const int tiles = std::min(kMostTiles, (most_shared_bytes() - fixed) / Types::kTile);
+  if (tiles < kMostInFlight) {
+    throw std::invalid_argument(
+        "decode_step: rows of " + std::to_string(longest) +
+        " elements leave this GPU's shared memory no room for tiles (use --plan fused)");
+  }
+  // Two tiles in flight in each block keep an H100's DRAM busy. If a layer is not much larger than the
+  // rings, the chain of phases takes longer than DRAM, and with one tile in flight its loads and stores
+  // queue less behind the copies (Qwen3-0.6B at 1024 tokens: 650 us with two, 630 with one). At 8192
+  // tokens, where K and V have as many bytes as the weights, one tile is too few.
+  const int64_t few_up_to = int64_t(tiles) * Types::kTile * multiprocessors() * 3 / 2 - a.sizes.layer_bytes;
+  StepArguments<T> s{};
+  s.ids = as<const int>(a.ids);
+  s.positions = as<const int>(a.positions);
+  s.embed = packed_weights(a.weights.embed);
+  s.table = as<const void>(a.weights.layers);
+  s.columns = int((a.weights.packed ? sizeof(PackedStepLayer<T>) : sizeof(StepLayer<T>)) / sizeof(uint64_t));
+  s.final_norm = as<const T>(a.weights.final_norm);
+  s.lm_head = packed_weights(a.weights.lm_head);
+  s.cos_sin = as<const float>(a.weights.cos_sin);
+  s.logits = as<float>(a.logits);
+  s.out = as<int>(a.out);
+  s.h = as<uint64_t>(a.exchange.words);  // the rows follow each other; a word has two elements
+  s.qkv = s.h + a.sizes.hidden / 2;
+  s.attention = s.qkv + (a.q_heads + 2 * a.cache.kv_heads) * D / 2;
+  s.act = s.attention + a.q_heads * D / 2;
+  s.partial = s.act + a.sizes.intermediate / 2;
+  s.counters = as<unsigned>(a.exchange.counters);
+  s.layers = a.sizes.layers;
+  s.vocab = a.sizes.vocab;
+  s.hidden = a.sizes.hidden;
+  s.intermediate = a.sizes.intermediate;
+  s.tiles = tiles;
+  s.row_bytes = row_bytes;
+  s.few_up_to = few_up_to;
+  s.heads.q_heads = a.q_heads;
+  s.heads.kv_heads = a.cache.kv_heads;
+  s.heads.page_shift = log2_of(a.cache.page_size);
+  s.heads.eps = a.eps;
+  s.heads.scale_log2 = a.scale * 1.4426950408889634f;
+  s.heads.table = as<const int>(a.cache.block_table);
+  s.heads.layer = int64_t(a.cache.pages) * a.cache.kv_heads * a.cache.page_size * D;
+  s.heads.k_cache = as<T>(a.cache.k);
+  s.heads.v_cache = as<T>(a.cache.v);
+  Config config{dim3(multiprocessors()), dim3(kRingThreads + 32), size_t(fixed + tiles * Types::kTile),
+                a.stream};
+  config.cooperative = true;  // all blocks run at once, or the launch fails
+  launch(config, "decode_step_kernel", decode_step_kernel<T, D, Packed>, s);
+}
+
 void decode_step(const DecodeStepArgs& a) {
   if (!has_clusters())
     throw std::runtime_error("decode_step needs bulk copies (sm_90): use --plan fused on this GPU");
@@ -315,60 +449,11 @@ void decode_step(const DecodeStepArgs& a) {
     using T = decltype(tag);
     const auto with_dim = [&](auto dim) {
       constexpr int D = decltype(dim)::value;
-      const int longest = std::max({a.sizes.hidden, a.sizes.intermediate, a.q_heads * D});
-      const int row_bytes = std::max(round_up(longest * int(sizeof(T)), 16),
-                                     StepAttention<T, D>::sums_bytes(a.q_heads / a.cache.kv_heads));
-      const int fixed = int(sizeof(StepSmem<T, D>)) + a.sizes.hidden * int(sizeof(T)) + row_bytes +
-                        a.sizes.layers * int(sizeof(StepLayer<T>));
-      const int tiles = std::min(kMostTiles, (most_shared_bytes() - fixed) / kTileBytes);
-      if (tiles < kMostInFlight) {
-        throw std::invalid_argument(
-            "decode_step: rows of " + std::to_string(longest) +
-            " elements leave this GPU's shared memory no room for tiles (use --plan fused)");
+      // One kernel for both on a CPU, which saves compile time: it takes plain matrices, too.
+      if constexpr (!kHost) {
+        if (!a.weights.packed) return launch_step<T, D, false>(a);
       }
-      // Two tiles in flight in each block keep an H100's DRAM busy. If a layer is not much larger than the
-      // rings, the chain of phases takes longer than DRAM, and with one tile in flight its loads and stores
-      // queue less behind the copies (Qwen3-0.6B at 1024 tokens: 650 us with two, 630 with one). At 8192
-      // tokens, where K and V have as many bytes as the weights, one tile is too few.
-      const int layer_width = 2 * (a.q_heads + a.cache.kv_heads) * D + 3 * a.sizes.intermediate;
-      const int64_t layer = int64_t(a.sizes.hidden) * layer_width * int64_t(sizeof(T));
-      const int64_t few_up_to = int64_t(tiles) * kTileBytes * multiprocessors() * 3 / 2 - layer;
-      StepArguments<T> s{};
-      s.ids = as<const int>(a.ids);
-      s.positions = as<const int>(a.positions);
-      s.embed = as<const T>(a.weights.embed);
-      s.table = as<const StepLayer<T>>(a.weights.layers);
-      s.final_norm = as<const T>(a.weights.final_norm);
-      s.lm_head = as<const T>(a.weights.lm_head);
-      s.cos_sin = as<const float>(a.weights.cos_sin);
-      s.logits = as<float>(a.logits);
-      s.out = as<int>(a.out);
-      s.h = as<uint64_t>(a.exchange.words);  // the rows follow each other; a word has two elements
-      s.qkv = s.h + a.sizes.hidden / 2;
-      s.attention = s.qkv + (a.q_heads + 2 * a.cache.kv_heads) * D / 2;
-      s.act = s.attention + a.q_heads * D / 2;
-      s.partial = s.act + a.sizes.intermediate / 2;
-      s.counters = as<unsigned>(a.exchange.counters);
-      s.layers = a.sizes.layers;
-      s.vocab = a.sizes.vocab;
-      s.hidden = a.sizes.hidden;
-      s.intermediate = a.sizes.intermediate;
-      s.tiles = tiles;
-      s.row_bytes = row_bytes;
-      s.few_up_to = few_up_to;
-      s.heads.q_heads = a.q_heads;
-      s.heads.kv_heads = a.cache.kv_heads;
-      s.heads.page_shift = log2_of(a.cache.page_size);
-      s.heads.eps = a.eps;
-      s.heads.scale_log2 = a.scale * 1.4426950408889634f;
-      s.heads.table = as<const int>(a.cache.block_table);
-      s.heads.layer = int64_t(a.cache.pages) * a.cache.kv_heads * a.cache.page_size * D;
-      s.heads.k_cache = as<T>(a.cache.k);
-      s.heads.v_cache = as<T>(a.cache.v);
-      Config config{dim3(multiprocessors()), dim3(kRingThreads + 32), size_t(fixed + tiles * kTileBytes),
-                    a.stream};
-      config.cooperative = true;  // all blocks run at once, or the launch fails
-      launch(config, "decode_step_kernel", decode_step_kernel<T, D>, s);
+      launch_step<T, D, true>(a);
     };
     switch (a.head_dim) {
       case 64: return with_dim(std::integral_constant<int, 64>{});

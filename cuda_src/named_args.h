@@ -53,14 +53,14 @@ template <typename F> bool with_fields(CachePages& g, F f) {
 template <typename F> bool with_fields(ContextSplits& g, F f) { return f(g.partial, g.tickets, g.count); }
 template <typename F> bool with_fields(HeadNorms& g, F f) { return f(g.q, g.k, g.eps); }
 template <typename F> bool with_fields(StepWeights& g, F f) {
-  return f(g.embed, g.layers, g.final_norm, g.lm_head, g.cos_sin);
+  return f(g.embed, g.layers, g.final_norm, g.lm_head, g.cos_sin, g.packed);
 }
 template <typename F> bool with_fields(StepCache& g, F f) {
   return f(g.k, g.v, g.block_table, g.pages, g.kv_heads, g.page_size);
 }
 template <typename F> bool with_fields(StepExchange& g, F f) { return f(g.words, g.counters); }
 template <typename F> bool with_fields(StepSizes& g, F f) {
-  return f(g.layers, g.vocab, g.hidden, g.intermediate);
+  return f(g.layers, g.vocab, g.hidden, g.intermediate, g.layer_bytes);
 }
 
 // Each read_value() converts a Python value and writes it to a field. It returns false, with a Python error

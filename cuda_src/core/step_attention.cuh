@@ -71,7 +71,8 @@ struct StepAttention {
   }
 
   // Issues the bulk copies of one layer's K and V for this block's items.
-  LAB_DEVICE void issue(WeightRing<T>& ring, int layer) {
+  template <typename Ring>
+  LAB_DEVICE void issue(Ring& ring, int layer) {
     const T *k = heads.k_cache + layer * heads.layer, *v = heads.v_cache + layer * heads.layer;
     each_item([&] {
       const int last = min(end, position);  // the new token is not in the cache yet
@@ -93,8 +94,9 @@ struct StepAttention {
 
   // qkv [(q_heads + 2 kv_heads) D] -> out [q_heads D]. The norms' weights [D] may be null. partial: for each
   // KV head the sums [kStepSplits][group][D], then maxima and weights [kStepSplits][group][2].
-  LAB_DEVICE void run(WeightRing<T>& ring, int layer, const TaggedRow<T>& qkv, const T* q_norm,
-                      const T* k_norm, const TaggedRow<T>& out, TaggedFloats partial) {
+  template <typename Ring>
+  LAB_DEVICE void run(Ring& ring, int layer, const TaggedRow<T>& qkv, const T* q_norm, const T* k_norm,
+                      const TaggedRow<T>& out, TaggedFloats partial) {
     each_item([&] {
       rotate(layer, qkv, q_norm, k_norm);
       ring_sync();
@@ -190,7 +192,8 @@ struct StepAttention {
   };
 
   // Goes over the split's tokens, a tile at a time; then stores the warp's results in `sums`.
-  LAB_DEVICE void attend(WeightRing<T>& ring) {
+  template <typename Ring>
+  LAB_DEVICE void attend(Ring& ring) {
     const int g = lane() / 4, t = lane() % 4, part = warp() / kHalves, half = warp() % kHalves;
     Running r;
     LAB_UNROLL

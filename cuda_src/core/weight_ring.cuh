@@ -61,7 +61,9 @@ struct Share {
   LAB_DEVICE bool empty() const { return first >= last; }
 };
 
-template <typename T>
+// TileBytes: a tile's place in shared memory. Edge: a block's share of a matrix begins and ends at multiples of
+// so many outputs; 2 of them are one word of a row that passes between blocks.
+template <typename T, int TileBytes = kTileBytes, int Edge = 2>
 struct WeightRing {
   static_assert(sizeof(T) == 2, "tensor cores multiply 16-bit elements");
   RingSmem& shared;
@@ -115,12 +117,12 @@ struct WeightRing {
     advance();
   }
 
-  LAB_DEVICE T* tile() const { return tiles + stage * (kTileBytes / int(sizeof(T))); }
+  LAB_DEVICE T* tile() const { return tiles + stage * (TileBytes / int(sizeof(T))); }
   LAB_DEVICE void advance() {
     if (++stage == count) stage = 0, parity ^= 1;
   }
 
-  // This block's share of n outputs; it begins and ends at even outputs. (A division here costs 270 cycles,
+  // This block's share of n outputs. (A division here costs 270 cycles,
   // twice a phase.)
   LAB_DEVICE Share share(int n) const { return {edge(n, begins), edge(n, ends)}; }
 
@@ -184,17 +186,22 @@ struct WeightRing {
         [&](int first, int outputs) {
           if (first > share.first && i < outputs) base = epilogue.load(first + i);
         },
-        [&](int first, int outputs) {
-          ring_sync();
-          float mine = 0.f;
-          if (i < outputs) {
-            const float second = m.parts > 1 ? total(kBatchRows / 2 + i) : 0.f;
-            mine = epilogue.finish(first + i, base, total(i), second);
-          }
-          const float next = __shfl_down_sync(0xffffffffu, mine, 1);
-          if (i < outputs) epilogue.store(first + i, mine, next);
-          ring_sync();  // no thread still reads `partial`
-        });
+        [&](int first, int outputs) { store_sums(m.parts, first, outputs, base, epilogue); });
+  }
+
+  // The end of a batch of outputs: passes the sums in `partial` to the epilogue.
+  template <typename Base, typename Epilogue>
+  LAB_DEVICE void store_sums(int parts, int first, int outputs, const Base& base, Epilogue& epilogue) {
+    const int i = threadIdx.x;
+    ring_sync();
+    float mine = 0.f;
+    if (i < outputs) {
+      const float second = parts > 1 ? total(kBatchRows / 2 + i) : 0.f;
+      mine = epilogue.finish(first + i, base, total(i), second);
+    }
+    const float next = __shfl_down_sync(0xffffffffu, mine, 1);
+    if (i < outputs) epilogue.store(first + i, mine, next);
+    ring_sync();  // no thread still reads `partial`
   }
 
  private:
@@ -202,7 +209,7 @@ struct WeightRing {
     return ((uint64_t(blocks) << 32) + gridDim.x - 1) / gridDim.x;
   }
   LAB_DEVICE static int edge(int n, uint64_t part) {
-    return min(n, int(uint64_t((n + 1) / 2) * part >> 32) * 2);
+    return min(n, int(uint64_t((n + Edge - 1) / Edge) * part >> 32) * Edge);
   }
   LAB_DEVICE static int lane() { return threadIdx.x % 32; }
   LAB_DEVICE static int warp() { return threadIdx.x / 32; }

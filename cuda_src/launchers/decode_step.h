@@ -1,8 +1,15 @@
 #pragma once
 #include "arguments.h"
 
-// The tensors of a model. layers: int64 [layers, 10], the addresses of each layer's tensors.
-struct StepWeights { Ptr embed, layers, final_norm, lm_head, cos_sin; };
+// The tensors of a model. layers: int64 [layers, 10], the addresses of each layer's tensors. packed: whether any
+// matrix is; then it is [layers, 15], with the scales and formats of the four matrices.
+struct StepWeights {
+  Weights embed;
+  Ptr layers, final_norm;
+  Weights lm_head;
+  Ptr cos_sin;
+  int packed;
+};
 
 // The cache of every layer: k, v [layers, pages, kv_heads, page_size, head_dim]; block_table int32 [1,
 // max_pages].
@@ -15,7 +22,11 @@ struct StepCache {
 // uint32; zero before the first launch.
 struct StepExchange { Ptr words, counters; };
 
-struct StepSizes { int layers, vocab, hidden, intermediate; };
+// layer_bytes: of the four matrices of a layer.
+struct StepSizes {
+  int layers, vocab, hidden, intermediate;
+  int64_t layer_bytes;
+};
 
 // A whole decode step of one sequence in one launch. Needs sm_90.
 struct DecodeStepArgs {

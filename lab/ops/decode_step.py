@@ -9,10 +9,12 @@ starts a new kernel, the blocks wait for each other's results instead. Weights d
 copies from DRAM continue during the wait.
 A negative position marks an idle row: nothing is written. An id outside the vocabulary gives logits of NaN
 and the token -1; what it leaves in the cache is undefined. CUDA needs sm_90.
-Rows of every matrix begin at multiples of 16 bytes; a KV head has at most 8 query heads.
+Each matrix may be packed in a weight format of its own (lab/formats). Rows of all others begin at
+multiples of 16 bytes. A KV head has at most 8 query heads.
 Kernels: cuda_src/decode_step.cu, triton_kernels/decode_step.py
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -20,6 +22,9 @@ import torch
 
 from lab.contract import DTYPE_CODES, EPS32, Op, case, dense, once, refuse
 from lab.errors import Unavailable
+from lab.formats import FORMATS, PackedMatrix
+from lab.formats.format import BLOCK
+from lab.formats.operand import Operand, check_packed, of_random, pointers
 from lab.ops import (
     decode_attention,
     embedding,
@@ -31,22 +36,22 @@ from lab.ops import (
 )
 from lab.ops.kv_append import check_append, check_cache, paged_cache
 from lab.ops.rope import check_positions
-from lab.ops.step_layout import LAYER, MAX_GROUP, MAX_SPLITS, OPTIONAL, TICKETS
+from lab.ops.step_layout import LAYER, MATRICES, MAX_GROUP, MAX_SPLITS, OPTIONAL, TICKETS
 
 
 @dataclass(frozen=True)
 class StepModel:
     """A model's tensors as the kernels take them. table int64 [layers, len(LAYER)]: addresses, 0 for an
-    absent tensor.
+    absent tensor; where any matrix is packed, [layers, len(LAYER) + len(MATRICES) + 1].
 
     layers: objects with LAYER's attributes, such as lab.model.weights.Layer; cos_sin float32 [max_positions,
     head_dim].
     """
 
-    embed: torch.Tensor
+    embed: Operand
     layers: tuple
     final_norm: torch.Tensor
-    lm_head: torch.Tensor
+    lm_head: Operand
     cos_sin: torch.Tensor
     q_heads: int
     kv_heads: int
@@ -60,7 +65,8 @@ class StepModel:
         """weights: embed, layers, final_norm and lm_head, as lab.model.weights.Weights.operands() gives them.
         Raises LabError for sizes that neither kernel takes."""
         name, embed = "decode_step", weights.embed
-        device, item = embed.get_device(), embed.element_size()
+        device, dtype = embed.get_device(), weights.final_norm.dtype
+        row = 16 // dtype.itemsize  # elements
         hidden, q, kv = embed.shape[1], q_heads * head_dim, kv_heads * head_dim
         if head_dim not in decode_attention.HEAD_DIMS or q_heads % kv_heads or q_heads > kv_heads * MAX_GROUP:
             refuse(
@@ -71,13 +77,12 @@ class StepModel:
         if not weights.layers:
             refuse(name, "the model has no layers")
         middle = weights.layers[0].w_down.shape[1]
-        if embed.dtype not in op.dtypes:
+        if dtype not in op.dtypes:
             refuse(
                 name,
-                f"takes float16 and bfloat16, not {str(embed.dtype).removeprefix('torch.')} (use --plan "
-                "fused)",
+                f"takes float16 and bfloat16, not {str(dtype).removeprefix('torch.')} (use --plan fused)",
             )
-        if hidden * item % 16 or middle * item % 16:
+        if hidden % row or middle % row:
             refuse(
                 name,
                 f"rows of {hidden} and {middle} elements must begin at multiples of 16 bytes (use --plan "
@@ -98,21 +103,32 @@ class StepModel:
         for layer in weights.layers:
             for part, shape in shapes.items():
                 tensor = getattr(layer, part)
+                if part in MATRICES and type(tensor) is PackedMatrix and tensor.shape == shape:
+                    check_matrix(name, device, part, tensor)
+                    continue
                 if (tensor is None) != (getattr(weights.layers[0], part) is None):
                     refuse(name, f"{part} must be in all layers or in none")
                 if tensor is None and part in OPTIONAL:
                     continue
-                if tensor is None or tensor.shape != shape or tensor.dtype != embed.dtype:
-                    refuse(name, f"{part} must be {list(shape)} in the dtype of embed")
+                if tensor is None or tensor.shape != shape or tensor.dtype != dtype:
+                    refuse(name, f"{part} must be {list(shape)} in the dtype of final_norm")
                 dense(name, device, tensor)
-        for part, shape in (("final_norm", (hidden,)), ("lm_head", tuple(embed.shape))):
+        vocab = embed.shape[0]
+        for part, shape in dict(embed=(vocab, hidden), final_norm=(hidden,), lm_head=(vocab, hidden)).items():
             tensor = getattr(weights, part)
-            if tensor.shape != shape or tensor.dtype != embed.dtype:
-                refuse(name, f"{part} must be {list(shape)} in the dtype of embed")
+            if type(tensor) is PackedMatrix and part != "final_norm" and tensor.shape == shape:
+                check_matrix(name, device, part, tensor)
+                continue
+            if tensor.shape != shape or tensor.dtype != dtype:
+                refuse(name, f"{part} must be {list(shape)} in the dtype of final_norm")
+            dense(name, device, tensor)
         if cos_sin.dim() != 2 or cos_sin.shape[1] != head_dim or cos_sin.dtype != torch.float32:
             refuse(name, f"cos_sin must be float32 [max_positions, {head_dim}]")
-        dense(name, device, embed, weights.final_norm, weights.lm_head, cos_sin)
-        table = torch.zeros(len(weights.layers), len(LAYER), dtype=torch.int64, device=embed.device)
+        dense(name, device, cos_sin)
+        matrices = [getattr(layer, part) for layer in weights.layers for part in MATRICES]
+        packed = any(type(m) is PackedMatrix for m in (embed, weights.lm_head, *matrices))
+        columns = len(LAYER) + (len(MATRICES) + 1 if packed else 0)
+        table = torch.zeros(len(weights.layers), columns, dtype=torch.int64, device=embed.device)
         model = cls(
             embed,
             tuple(weights.layers),
@@ -131,11 +147,30 @@ class StepModel:
 
     def readdress(self):
         """Writes the present addresses of the layers' tensors into `table`."""
-        rows = [
-            [0 if getattr(layer, part) is None else getattr(layer, part).data_ptr() for part in LAYER]
-            for layer in self.layers
-        ]
+        rows = []
+        for layer in self.layers:
+            tensors = [getattr(layer, part) for part in LAYER]
+            row = [0 if t is None else pointers(t)[0] for t in tensors]
+            if self.packed:
+                _, scales, formats = zip(*(pointers(getattr(layer, part)) for part in MATRICES))
+                row += [*scales, int.from_bytes(formats, "little")]
+            rows.append(row)
         self.table.copy_(torch.tensor(rows, dtype=torch.int64))
+
+    @property
+    def packed(self) -> bool:
+        """Whether any matrix is packed in a weight format."""
+        return self.table.shape[1] > len(LAYER)
+
+    @functools.cached_property
+    def layer_nbytes(self) -> int:
+        """Bytes of the four matrices of a layer."""
+        return sum(getattr(self.layers[0], part).nbytes for part in MATRICES)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the activations."""
+        return self.final_norm.dtype
 
     @property
     def group(self):
@@ -144,6 +179,16 @@ class StepModel:
     @property
     def intermediate(self):
         return self.layers[0].w_down.shape[1]
+
+
+def check_matrix(op: str, device: int, part: str, w: PackedMatrix) -> None:
+    """Raises LabError for a packed matrix that the kernels do not take."""
+    dense(op, device, *w.tensors())
+    check_packed(op, w)
+    if part == "w_gate_up" and w.rows // 2 % BLOCK:
+        refuse(
+            op, f"packed gate and up have {w.rows // 2} rows each, no multiple of {BLOCK} (use --plan fused)"
+        )
 
 
 @dataclass(frozen=True)
@@ -187,7 +232,7 @@ class StepWorkspace:
             act=m.intermediate,
         )
         return {
-            **{name: ((n,), m.embed.dtype) for name, n in rows.items()},
+            **{name: ((n,), m.dtype) for name, n in rows.items()},
             "partial": (partial, torch.float32),
             "words": ((sum(rows.values()) // 2 + math.prod(partial),), torch.int64),
             "counters": ((TICKETS + m.kv_heads,), torch.int32),
@@ -210,9 +255,7 @@ def validate(ids, positions, model, k_cache, v_cache, block_table, logits, works
     ):
         refuse(name, "k_cache and v_cache must be [layers, pages, kv_heads, page_size, head_dim]")
     dense(name, device, k_cache, v_cache)
-    check_cache(
-        name, k_cache[0], v_cache[0], block_table, 1, model.kv_heads, model.head_dim, model.embed.dtype
-    )
+    check_cache(name, k_cache[0], v_cache[0], block_table, 1, model.kv_heads, model.head_dim, model.dtype)
     m, w = model, workspace
     wanted = StepWorkspace.sizes(m)
     if any(
@@ -232,7 +275,7 @@ def outputs(ids, *args, **options):
 def reference(ids, positions, model, k_cache, v_cache, block_table, logits, workspace):
     """The references of the fused plan's ops, one after the other, with each result rounded to the model's
     dtype."""
-    m, dtype = model, model.embed.dtype
+    m, dtype = model, model.dtype
     k_cache, v_cache = k_cache.clone(), v_cache.clone()
     h = embedding.reference(ids, m.embed)[0].to(dtype)
     for i, layer in enumerate(m.layers):
@@ -268,7 +311,7 @@ def tolerance(a):
     or to the largest key."""
     want = reference(*vars(a).values())
     size = max(float(want[3].nan_to_num().abs().max()), float(want[1].double().abs().max()))
-    return 0.0, (2 * torch.finfo(a.model.embed.dtype).eps + 16 * EPS32) * (len(a.model.layers) + 1) * size
+    return 0.0, (2 * torch.finfo(a.model.dtype).eps + 16 * EPS32) * (len(a.model.layers) + 1) * size
 
 
 def verify(got, a):
@@ -285,7 +328,7 @@ def verify(got, a):
 
 def cuda(kernels, ids, positions, model, k_cache, v_cache, block_table, logits, workspace, out):
     m, w = model, workspace
-    if m.embed.is_cuda and torch.cuda.get_device_capability(m.embed.device)[0] < 9:
+    if m.table.is_cuda and torch.cuda.get_device_capability(m.embed.device)[0] < 9:
         raise Unavailable(
             "decode_step by CUDA needs an sm_90 GPU (bulk copies): use --plan fused, or --backend triton"
         )
@@ -295,22 +338,23 @@ def cuda(kernels, ids, positions, model, k_cache, v_cache, block_table, logits, 
         ids=ids.data_ptr(),
         positions=positions.data_ptr(),
         weights=(
-            m.embed.data_ptr(),
+            pointers(m.embed),
             m.table.data_ptr(),
             m.final_norm.data_ptr(),
-            m.lm_head.data_ptr(),
+            pointers(m.lm_head),
             m.cos_sin.data_ptr(),
+            m.packed,
         ),
         cache=(k_cache.data_ptr(), v_cache.data_ptr(), block_table.data_ptr(), pages, kv_heads, page_size),
         logits=logits.data_ptr(),
         out=out.data_ptr(),
         exchange=(w.words.data_ptr(), w.counters.data_ptr()),
-        sizes=(layers, vocab, hidden, m.intermediate),
+        sizes=(layers, vocab, hidden, m.intermediate, m.layer_nbytes),
         q_heads=m.q_heads,
         head_dim=head_dim,
         eps=m.eps,
         scale=m.scale,
-        dtype=DTYPE_CODES[m.embed.dtype],
+        dtype=DTYPE_CODES[m.dtype],
         stream=kernels.stream(),
     )
 
@@ -375,17 +419,20 @@ def inputs(
     qk_norm=False,
     poison=False,
     size=1.0,
+    format=None,
+    head_format=None,
 ):
     """Random weights that keep activations near 1, like those of lab.model.sources.random.RandomSource.
     poison: NaN and inf in every slot that holds no token. size: a factor of the embedding and of everything
-    that is added to it; a small one makes a norm's eps count."""
+    that is added to it; a small one makes a norm's eps count. format, head_format: the weight format of the
+    layers' matrices, and that of the embedding and of lm_head; None: plain."""
     from lab.model.rope import cos_sin_table
     from lab.model.weights import Layer, Weights
 
     q, kv = q_heads * head_dim, kv_heads * head_dim
 
-    def matrix(n, k, scale=1.0):
-        return rand(n, k, scale=scale * k**-0.5)
+    def matrix(n, k, scale=1.0, format=format):
+        return of_random(rand(n, k, scale=scale * k**-0.5), format)
 
     def norm(n):
         return (rand(n, scale=0.1, dtype=torch.float32) + 1).to(rand.dtype)
@@ -406,10 +453,10 @@ def inputs(
 
     weights = Weights(
         None,
-        rand(vocab, hidden, scale=size),
+        of_random(rand(vocab, hidden, scale=size), head_format),
         [layer() for _ in range(layers)],
         norm(hidden),
-        matrix(vocab, hidden),
+        matrix(vocab, hidden, format=head_format),
     )
     cos_sin = cos_sin_table(head_dim, 10000.0, None, max(1, position + 1), rand.device)
     model = StepModel.of(weights, cos_sin, q_heads, kv_heads, head_dim, 1e-5)
@@ -436,7 +483,7 @@ def nbytes(a):
     kv = 2 * len(m.layers) * m.kv_heads * m.head_dim * a.k_cache.itemsize
     held = [getattr(layer, part) for layer in m.layers for part in LAYER]
     weights = sum(t.nbytes for t in (*held, m.final_norm, m.lm_head) if t is not None)
-    return weights + (int(a.positions) + 1) * kv + m.embed[0].nbytes + a.logits.nbytes
+    return weights + (int(a.positions) + 1) * kv + m.embed.nbytes // m.embed.shape[0] + a.logits.nbytes
 
 
 def flops(a):
@@ -565,6 +612,35 @@ op = Op(
             position=20,
             qk_norm=True,
             size=2e-3,
+        ),
+        case(
+            "packed: several tiles of a row, the last with an odd number of segments",
+            layers=1,
+            hidden=2328,
+            intermediate=1096,
+            vocab=40,
+            q_heads=2,
+            kv_heads=1,
+            head_dim=64,
+            position=3,
+            format="int8-g32",
+        ),
+        *(
+            case(
+                f"{name}: no whole segments and no whole blocks of rows; the head in another format",
+                layers=2,
+                hidden=264,
+                intermediate=136,
+                vocab=101,
+                q_heads=3,
+                kv_heads=1,
+                head_dim=64,
+                position=5,
+                bias=True,
+                format=name,
+                head_format=head,
+            )
+            for name, head in zip(FORMATS, [None, *FORMATS])
         ),
     ),
 )

@@ -31,8 +31,6 @@ def refusal(plan: str, batch: int, dtype: torch.dtype, packed: bool = False) -> 
     if dtype not in op.dtypes:
         names = " or ".join(name for name, one in DTYPES.items() if one in op.dtypes)
         return f"plan persistent takes models in {names} alone: use --dtype bf16, or --plan fused"
-    if packed:
-        return "plan persistent takes no packed weights yet: use --weights-as bf16, or --plan fused"
     return None
 
 

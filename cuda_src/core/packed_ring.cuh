@@ -1,0 +1,196 @@
+// The ring of weight_ring.cuh for matrices of which some or all are packed (formats/).
+//
+// A tile is up to 32 segments of a block of 8 rows, which lie together in memory, and their scales: two bulk
+// copies. A warp takes two segments at a time. The tensor core's left operand has the 8 rows of one segment in its
+// upper half and the same rows of the other segment in its lower half; of the right operand, even columns are x
+// of the first segment and odd columns x of the second. So in the result, the upper half's even columns and the
+// lower half's odd columns are sums; the rest is of no use.
+#pragma once
+#include "../formats/by_format.cuh"
+#include "weight_ring.cuh"
+
+namespace lab {
+
+// A matrix that is packed, or, with format 0, a plain one.
+template <typename T>
+struct PackedMatrix : Matrix<T> {
+  const uint8_t* scales;
+  int format;
+};
+
+constexpr int kPackedTileBytes = 18 * 1024;  // 32 segments of 8 rows, and 8 bytes of scales for each of a row
+constexpr int kMostTileSegments = 32;
+constexpr int kMostColumns = 128;  // of a segment
+
+// How the segments of a row are divided among tiles.
+struct PackedTiles {
+  int segments, most;  // of a row; in a tile: an even number
+  LAB_DEVICE PackedTiles(int segments_, int segment_bytes) : segments(segments_) {
+    const int fit = min(kMostTileSegments, kPackedTileBytes / segment_bytes) & ~1;
+    const int tiles = (segments + fit - 1) / fit;
+    most = ((segments + tiles - 1) / tiles + 1) & ~1;
+  }
+};
+
+// Bytes of a segment of 8 rows: codes; scales of their groups.
+constexpr int kBlockCodes = kBlockRows * kSegmentBytes;
+template <typename F>
+constexpr int kBlockScales = kBlockRows * Layout<F>::kSegmentScales;
+
+template <typename T>
+struct PackedRing : WeightRing<T, kPackedTileBytes, kBlockRows> {
+  using Plain = WeightRing<T, kPackedTileBytes, kBlockRows>;
+  using Plain::Plain;
+
+  // As WeightRing::issue().
+  LAB_DEVICE void issue(const PackedMatrix<T>& m) {
+    if (m.format == int(Format::plain)) return Plain::issue(m);
+    by_format(m.format, [&](auto format) { issue_packed<decltype(format)>(m); });
+  }
+
+  // As WeightRing::multiply(). x has zeros from k to the end of the last segment.
+  template <typename Base, typename Epilogue>
+  LAB_DEVICE void multiply(const PackedMatrix<T>& m, const Share& share, const T* x, Base base,
+                           Epilogue& epilogue) {
+    if (m.format == int(Format::plain)) return Plain::multiply(m, share, x, base, epilogue);
+    const int batch = kBatchRows >> (m.parts - 1);
+    for (int first = share.first; first < share.last; first += batch) {
+      const int outputs = min(batch, share.last - first);
+      if (first > share.first && int(threadIdx.x) < outputs) base = epilogue.load(first + threadIdx.x);
+      for (int part = 0; part < m.parts; ++part) {
+        by_format(m.format, [&](auto format) {
+          const auto to = sum_rows<decltype(format)>(*this, x, m.k, outputs, part * (kBatchRows / 2));
+          this->stage = to.stage, this->parity = to.parity;
+        });
+      }
+      this->store_sums(m.parts, first, outputs, base, epilogue);
+    }
+  }
+
+ private:
+  template <typename F>
+  LAB_DEVICE void issue_packed(const PackedMatrix<T>& m) {
+    using L = Layout<F>;
+    static_assert(kBlockScales<F> % 16 == 0, "bulk copies have multiples of 16 bytes");
+    const PackedTiles tiles((m.k + L::kColumns - 1) / L::kColumns, kBlockCodes + kBlockScales<F>);
+    const auto* codes = reinterpret_cast<const unsigned char*>(m.w);
+    const Share share = this->share(m.n);
+    const int batch = kBatchRows >> (m.parts - 1);
+    int issued = 0;
+    for (int first = share.first; first < share.last; first += batch) {
+      for (int part = 0; part < m.parts; ++part) {
+        const int begin = part * m.n + first, end = begin + min(batch, share.last - first);
+        for (int row = begin; row < end; row += kBlockRows) {
+          const size_t block = size_t(row / kBlockRows);
+          for (int segment = 0; segment < tiles.segments; segment += tiles.most) {
+            const int here = min(tiles.most, tiles.segments - segment);
+            const bool row_scales = F::kGroup == 0 && segment + here == tiles.segments;
+            const unsigned code_bytes = here * kBlockCodes;
+            const unsigned scale_bytes = F::kGroup    ? here * kBlockScales<F>
+                                         : row_scales ? kBlockRows * L::kScaleBytes
+                                                      : 0;
+            // As many bytes in flight as with whole tiles.
+            const int most =
+                (issued++ < this->count ? this->few : kMostInFlight) * kTileBytes / int(code_bytes);
+            this->begin(code_bytes + scale_bytes, max(1, min(most, this->count)));
+            auto* to = reinterpret_cast<unsigned char*>(this->tile());
+            auto* full = &this->shared.full[this->stage];
+            const size_t at = block * tiles.segments + segment;
+            bulk_copy_g2s(to, codes + at * kBlockCodes, code_bytes, full);
+            const size_t scales_at = F::kGroup ? at * kBlockScales<F> : block * kBlockRows * L::kScaleBytes;
+            if (scale_bytes) bulk_copy_g2s(to + code_bytes, m.scales + scales_at, scale_bytes, full);
+            this->advance();
+          }
+        }
+      }
+    }
+  }
+
+  // Multiplies the next tiles with x: `outputs` rows of one part, whose sums go to `partial` from row `first` on.
+  // Returns the ring as it is then. Called, not inlined: with one copy for each format in each phase the kernel
+  // would not fit the instruction cache.
+  template <typename F>
+  static LAB_DEVICE_CALL Plain sum_rows(Plain ring, const T* x, int k, int outputs, int first) {
+    using L = Layout<F>;
+    const PackedTiles tiles((k + L::kColumns - 1) / L::kColumns, kBlockCodes + kBlockScales<F>);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    for (int row = 0; row < outputs; row += kBlockRows) {
+      float sums[2] = {}, row_scale = 1.f;  // of the even and of the odd segments
+      for (int begin = 0; begin < tiles.segments; begin += tiles.most) {
+        const int here = min(tiles.most, tiles.segments - begin);
+        ring.wait();
+        const auto* codes = reinterpret_cast<const uint8_t*>(ring.tile());
+        const uint8_t* scales = codes + here * kBlockCodes;
+        for (int even = 2 * warp; even < here; even += 2 * kRingWarps) {
+          // An odd number of segments: the last one is multiplied twice, and counts once.
+          const int odd = min(even + 1, here - 1);
+          const T* of_lane = x + (begin + (g % 2 ? odd : even)) * L::kColumns + 4 * t;
+          const int of_row = even * kBlockRows + g, of_odd = odd * kBlockRows + g;
+          float both[2] = {};
+          add_pair<F>(both, of_lane, codes + of_row * kSegmentBytes + t * 16,
+                      codes + of_odd * kSegmentBytes + t * 16, scales + of_row * L::kSegmentScales,
+                      scales + of_odd * L::kSegmentScales);
+          sums[0] += both[0];
+          if (odd > even) sums[1] += both[1];
+        }
+        if (F::kGroup == 0 && begin + here == tiles.segments) {
+          row_scale = reinterpret_cast<const float*>(scales)[g];
+        }
+        ring.release();
+      }
+      if (t == 0) ring.shared.partial[first + row + g][warp] = (sums[0] + sums[1]) * row_scale;
+    }
+    return ring;
+  }
+
+  // sums[i] += the products of segment i, of this lane's row, with x.
+  template <typename F>
+  static LAB_DEVICE void add_pair(float (&sums)[2], const T* x, const uint8_t* even, const uint8_t* odd,
+                                  const uint8_t* even_scales, const uint8_t* odd_scales) {
+    using L = Layout<F>;
+    const Vec<uint32_t, 4> words[2] = {load(reinterpret_cast<const uint32_t*>(even)),
+                                       load(reinterpret_cast<const uint32_t*>(odd))};
+    const uint8_t* scales[2] = {even_scales, odd_scales};
+    constexpr int kGroups = F::kGroup ? L::kGroups : 1, kRuns = L::kRuns / kGroups;  // runs of a group
+    LAB_UNROLL
+    for (int group = 0; group < kGroups; ++group) {
+      float of_group[4] = {}, of_x[4] = {};
+      LAB_UNROLL
+      for (int i = 0; i < kRuns; ++i) {
+        const int run = group * kRuns + i;
+        uint32_t pairs[2][4];
+        LAB_UNROLL
+        for (int side = 0; side < 2; ++side) {
+          const float zero = F::kZero ? load_scale<F>(scales[side], group, 1) : 0.f;
+          F::template numbers<T>(pairs[side], words[side].v + run * L::kWords,
+                                 F::template zero_pair<T>(zero));
+        }
+        LAB_UNROLL
+        for (int part = 0; part < 2; ++part) {
+          const int p = 2 * part;
+          const auto b = bit_cast<Vec<uint32_t, 2>>(load<4>(x + run * kRunColumns + part * 16));
+          mma_m16n8k16(of_group, {pairs[0][p], pairs[1][p], pairs[0][p + 1], pairs[1][p + 1]},
+                       {b.v[0], b.v[1]}, T{});
+          if constexpr (F::kMinimum) {
+            const uint32_t one = pair_of(from_float<T>(1.f));
+            mma_m16n8k16(of_x, {one, one, one, one}, {b.v[0], b.v[1]}, T{});
+          }
+        }
+      }
+      LAB_UNROLL
+      for (int side = 0; side < 2; ++side) {
+        const float sum = of_group[3 * side];
+        if constexpr (F::kGroup == 0) {
+          sums[side] += sum;
+        } else {
+          sums[side] = fmadd(load_scale<F>(scales[side], group, 0), sum, sums[side]);
+          if constexpr (F::kMinimum) {
+            sums[side] = fmadd(load_scale<F>(scales[side], group, 1), of_x[3 * side], sums[side]);
+          }
+        }
+      }
+    }
+  }
+};
+
+}  // namespace lab
