@@ -133,11 +133,9 @@ struct StepRow {
     }
   }
   LAB_DEVICE void pad(int k) {
-    if (padded && k % kMostColumns) {
-      for (int col = k + threadIdx.x; col < round_up(k, kMostColumns); col += kRingThreads) {
-        x[col] = from_float<T>(0.f);
-      }
-    }
+    if (!padded) return;
+    const int end = (k + kMostColumns - 1) / kMostColumns * kMostColumns;
+    for (int col = k + threadIdx.x; col < end; col += kRingThreads) x[col] = from_float<T>(0.f);
   }
   LAB_DEVICE void copy(const TaggedRow<T>& row, int k) {
     each(row, k, [&](int col, const Vec<T>& v) { store(x + col, v); });
@@ -210,11 +208,11 @@ struct StepEpilogue {
   }
 };
 
-// Elements n and n + 1 of the token's embedding; n is even.
+// Elements n and n + 1 of the embedding of a token; n is even. row: where the token's elements are, unless the
+// embedding is packed.
 template <bool Packed, typename T>
-LAB_DEVICE void token_elements(float (&two)[2], const StepArguments<T>& a, int token, int n) {
+LAB_DEVICE void token_elements(float (&two)[2], const StepArguments<T>& a, const T* row, int token, int n) {
   if (!Packed || a.embed.format == int(Format::plain)) {
-    const T* row = reinterpret_cast<const T*>(a.embed.codes) + size_t(token) * a.hidden;
     two[0] = to_float(row[n]), two[1] = to_float(row[n + 1]);
     return;
   }
@@ -240,6 +238,8 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
   auto* layers = reinterpret_cast<Layer*>(row + a.row_bytes);
   const int position = a.positions[0], id = a.ids[0], width = (a.heads.q_heads + 2 * a.heads.kv_heads) * D;
   if (position < 0) return;
+  const int token = id >= 0 && id < a.vocab ? id : 0;
+  const T* token_row = reinterpret_cast<const T*>(a.embed.codes) + size_t(token) * a.hidden;
   // Added to the logits: NaN if the token id is invalid.
   const float poison = id >= 0 && id < a.vocab ? 0.f : NAN;
   for (int i = threadIdx.x; i < a.layers * kAddresses; i += blockDim.x) {
@@ -320,7 +320,7 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
   const Share owned = ring.share(a.hidden);  // of the embedding
   for (int n = owned.first + 2 * int(threadIdx.x); n < owned.last; n += 2 * kRingThreads) {
     float two[2];
-    token_elements<Packed>(two, a, id >= 0 && id < a.vocab ? id : 0, n);
+    token_elements<Packed>(two, a, token_row, token, n);
     h.store(n, two[0], two[1]);
   }
   ring_sync();  // own() reads what other threads wrote
