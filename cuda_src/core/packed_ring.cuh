@@ -37,6 +37,12 @@ constexpr int kBlockCodes = kBlockRows * kSegmentBytes;
 template <typename F>
 constexpr int kBlockScales = kBlockRows * Layout<F>::kSegmentScales;
 
+// A tile that has arrived.
+struct PackedTile {
+  const uint8_t *codes, *scales;
+  int segments;
+};
+
 template <typename T>
 struct PackedRing : WeightRing<T, kPackedTileBytes, kBlockRows> {
   using Plain = WeightRing<T, kPackedTileBytes, kBlockRows>;
@@ -113,80 +119,109 @@ struct PackedRing : WeightRing<T, kPackedTileBytes, kBlockRows> {
   static LAB_DEVICE_CALL Plain sum_rows(Plain ring, const T* x, int k, int outputs, int first) {
     using L = Layout<F>;
     const PackedTiles tiles((k + L::kColumns - 1) / L::kColumns, kBlockCodes + kBlockScales<F>);
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4;
     for (int row = 0; row < outputs; row += kBlockRows) {
-      float sums[2] = {}, row_scale = 1.f;  // of the even and of the odd segments
+      float sum = 0.f, row_scale = 1.f;
       for (int begin = 0; begin < tiles.segments; begin += tiles.most) {
         const int here = min(tiles.most, tiles.segments - begin);
         ring.wait();
         const auto* codes = reinterpret_cast<const uint8_t*>(ring.tile());
-        const uint8_t* scales = codes + here * kBlockCodes;
-        for (int even = 2 * warp; even < here; even += 2 * kRingWarps) {
-          // An odd number of segments: the last one is multiplied twice, and counts once.
-          const int odd = min(even + 1, here - 1);
-          const T* of_lane = x + (begin + (g % 2 ? odd : even)) * L::kColumns + 4 * t;
-          const int of_row = even * kBlockRows + g, of_odd = odd * kBlockRows + g;
-          float both[2] = {};
-          add_pair<F>(both, of_lane, codes + of_row * kSegmentBytes + t * 16,
-                      codes + of_odd * kSegmentBytes + t * 16, scales + of_row * L::kSegmentScales,
-                      scales + of_odd * L::kSegmentScales);
-          sums[0] += both[0];
-          if (odd > even) sums[1] += both[1];
+        const PackedTile tile{codes, codes + here * kBlockCodes, here};
+        // Up to two pairs of segments for each warp, at once: their instructions hide each other's latency.
+        if (here > 2 * kRingWarps) {
+          sum += sum_pairs<F, 2>(tile, x + begin * L::kColumns);
+        } else {
+          sum += sum_pairs<F, 1>(tile, x + begin * L::kColumns);
         }
         if (F::kGroup == 0 && begin + here == tiles.segments) {
-          row_scale = reinterpret_cast<const float*>(scales)[g];
+          row_scale = reinterpret_cast<const float*>(tile.scales)[g];
         }
         ring.release();
       }
-      if (t == 0) ring.shared.partial[first + row + g][warp] = (sums[0] + sums[1]) * row_scale;
+      if (lane % 4 == 0) ring.shared.partial[first + row + g][warp] = sum * row_scale;
     }
     return ring;
   }
 
-  // sums[i] += the products of segment i, of this lane's row, with x.
-  template <typename F>
-  static LAB_DEVICE void add_pair(float (&sums)[2], const T* x, const uint8_t* even, const uint8_t* odd,
-                                  const uint8_t* even_scales, const uint8_t* odd_scales) {
+  // The products of this warp's pairs of segments, of this lane's row, with x. x: of the tile's first segment.
+  // Each sum of a run begins with zero, so that no multiply waits for another run's.
+  template <typename F, int Pairs>
+  static LAB_DEVICE float sum_pairs(const PackedTile& tile, const T* x) {
     using L = Layout<F>;
-    const Vec<uint32_t, 4> words[2] = {load(reinterpret_cast<const uint32_t*>(even)),
-                                       load(reinterpret_cast<const uint32_t*>(odd))};
-    const uint8_t* scales[2] = {even_scales, odd_scales};
-    constexpr int kGroups = F::kGroup ? L::kGroups : 1, kRuns = L::kRuns / kGroups;  // runs of a group
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    Vec<uint32_t, 4> words[Pairs][2];
+    const uint8_t* scales[Pairs][2];
+    const T* of_x[Pairs];
+    bool counts[Pairs][2];
     LAB_UNROLL
-    for (int group = 0; group < kGroups; ++group) {
-      float of_group[4] = {}, of_x[4] = {};
-      LAB_UNROLL
-      for (int i = 0; i < kRuns; ++i) {
-        const int run = group * kRuns + i;
-        uint32_t pairs[2][4];
-        LAB_UNROLL
-        for (int side = 0; side < 2; ++side) {
-          const float zero = F::kZero ? load_scale<F>(scales[side], group, 1) : 0.f;
-          F::template numbers<T>(pairs[side], words[side].v + run * L::kWords,
-                                 F::template zero_pair<T>(zero));
-        }
-        LAB_UNROLL
-        for (int part = 0; part < 2; ++part) {
-          const int p = 2 * part;
-          const auto b = bit_cast<Vec<uint32_t, 2>>(load<4>(x + run * kRunColumns + part * 16));
-          mma_m16n8k16(of_group, {pairs[0][p], pairs[1][p], pairs[0][p + 1], pairs[1][p + 1]},
-                       {b.v[0], b.v[1]}, T{});
-          if constexpr (F::kMinimum) {
-            const uint32_t one = pair_of(from_float<T>(1.f));
-            mma_m16n8k16(of_x, {one, one, one, one}, {b.v[0], b.v[1]}, T{});
-          }
-        }
-      }
+    for (int i = 0; i < Pairs; ++i) {
       LAB_UNROLL
       for (int side = 0; side < 2; ++side) {
-        const float sum = of_group[3 * side];
-        if constexpr (F::kGroup == 0) {
-          sums[side] += sum;
-        } else {
-          sums[side] = fmadd(load_scale<F>(scales[side], group, 0), sum, sums[side]);
-          if constexpr (F::kMinimum) {
-            sums[side] = fmadd(load_scale<F>(scales[side], group, 1), of_x[3 * side], sums[side]);
-          }
+        // Past the end the last segment is multiplied once more, and does not count.
+        const int segment = 2 * (warp + i * kRingWarps) + side, there = min(segment, tile.segments - 1);
+        const int place = there * kBlockRows + g;
+        words[i][side] = load(reinterpret_cast<const uint32_t*>(tile.codes + place * kSegmentBytes + t * 16));
+        scales[i][side] = tile.scales + place * L::kSegmentScales;
+        counts[i][side] = segment == there;
+        if (g % 2 == side) of_x[i] = x + there * L::kColumns + 4 * t;
+      }
+    }
+    // In the odd segments the runs of a pair change places: otherwise the two x of a load would lie in the same
+    // banks.
+    const int swap = g % 2 ? kRunColumns : 0;
+    float sums[Pairs][2] = {};
+    LAB_UNROLL
+    for (int run = 0; run < L::kRuns; ++run) {
+      LAB_UNROLL
+      for (int i = 0; i < Pairs; ++i) {
+        const T* from = of_x[i] + (run % 2 ? run * kRunColumns - swap : run * kRunColumns + swap);
+        add_run<F>(sums[i], words[i], scales[i], from, run);
+      }
+    }
+    float sum = 0.f;
+    LAB_UNROLL
+    for (int i = 0; i < Pairs; ++i) {
+      LAB_UNROLL
+      for (int side = 0; side < 2; ++side) sum += counts[i][side] ? sums[i][side] : 0.f;
+    }
+    return sum;
+  }
+
+  // sums[side] += run `run` of the even segment (side 0), and the run that it changes places with of the odd one.
+  template <typename F>
+  static LAB_DEVICE void add_run(float (&sums)[2], const Vec<uint32_t, 4> (&words)[2],
+                                 const uint8_t* const (&scales)[2], const T* x, int run) {
+    using L = Layout<F>;
+    uint32_t pairs[2][4];
+    const int runs[2] = {run, run ^ 1};
+    int group[2] = {};
+    LAB_UNROLL
+    for (int side = 0; side < 2; ++side) {
+      if constexpr (F::kGroup != 0) group[side] = runs[side] / L::kRunsPerGroup;
+      const float zero = F::kZero ? load_scale<F>(scales[side], group[side], 1) : 0.f;
+      F::template numbers<T>(pairs[side], words[side].v + runs[side] * L::kWords,
+                             F::template zero_pair<T>(zero));
+    }
+    float products[4] = {}, of_x[4] = {};
+    LAB_UNROLL
+    for (int part = 0; part < 2; ++part) {
+      const int p = 2 * part;
+      const auto b = bit_cast<Vec<uint32_t, 2>>(load<4>(x + part * 16));
+      mma_m16n8k16(products, {pairs[0][p], pairs[1][p], pairs[0][p + 1], pairs[1][p + 1]}, {b.v[0], b.v[1]},
+                   T{});
+      if constexpr (F::kMinimum) {
+        const uint32_t one = pair_of(from_float<T>(1.f));
+        mma_m16n8k16(of_x, {one, one, one, one}, {b.v[0], b.v[1]}, T{});
+      }
+    }
+    LAB_UNROLL
+    for (int side = 0; side < 2; ++side) {
+      if constexpr (F::kGroup == 0) {
+        sums[side] += products[3 * side];
+      } else {
+        sums[side] = fmadd(load_scale<F>(scales[side], group[side], 0), products[3 * side], sums[side]);
+        if constexpr (F::kMinimum) {
+          sums[side] = fmadd(load_scale<F>(scales[side], group[side], 1), of_x[3 * side], sums[side]);
         }
       }
     }
