@@ -10,7 +10,7 @@ import triton.language as tl
 from test_triton_compile import empty
 
 from lab.contract import Rand
-from lab.formats import FORMATS, PackedMatrix
+from lab.formats import FORMATS, PackedMatrix, q4_k, q6_k
 from lab.ops import linear, linear_add, norm_linear, norm_linear_argmax, norm_linear_silu_mul
 from triton_kernels import offline, settings
 from triton_kernels.common import launch, recording
@@ -25,15 +25,22 @@ PRODUCTS = (linear, linear_add, norm_linear, norm_linear_silu_mul, norm_linear_a
 def every_code(name):
     """A matrix whose rows have every code in every place of a segment, with other scales in each row."""
     f = FORMATS[name]
-    usable = [c for c in range(1 << f.bits) if not (name == "fp8" and c & 127 == 127)]  # these are NaN
+    usable = [c for c in range(1 << f.bits) if not (name.startswith("fp8") and c & 127 == 127)]  # are NaN
     rows = torch.tensor([[usable[(i + j) % len(usable)] for j in range(256)] for i in range(len(usable))])
-    groups = 256 // f.group if f.group else 1
-    scales = torch.rand(len(rows), groups, f.entries, generator=torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    shape = len(rows), f.pieces(256), f.items
+    scales = torch.rand(*shape, generator=generator)
     if name == "mxfp4":
         # Every exponent whose products with the codes float32 can hold, the subnormal ones included.
         count = scales.numel()
         scales = (torch.arange(count) * 251 // count + 1).reshape(scales.shape)
         scales[0] = 0
+    elif name == "q4_k":
+        d = torch.randn(*shape[:2], 2, generator=generator).half()
+        scales = q4_k.pieces(d, *torch.randint(0, 64, (2, *shape[:2], 8), generator=generator).byte())
+    elif name == "q6_k":
+        d = torch.randn(*shape[:2], 1, generator=generator).half()
+        scales = q6_k.pieces(d, torch.randint(-128, 128, (*shape[:2], 16), generator=generator).to(torch.int8))
     elif f.second == "zero":
         scales[:, :, 1] = torch.arange(scales[:, :, 1].numel()).reshape(scales.shape[:2]) % 17
     return f.from_codes(rows.to(torch.uint8), scales.to(f.scale_dtype))

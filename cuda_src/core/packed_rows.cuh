@@ -32,7 +32,7 @@ struct alignas(16) PackedSmem {
 template <typename F, typename C>
 LAB_HOST_DEVICE int staged_segments(int rows, int k) {
   constexpr int kRound = C::kWarps * C::U;
-  const int all = (k + Layout<F>::kColumns - 1) / Layout<F>::kColumns;
+  const int all = Layout<F>::segments(k);
   const int most = C::kStaged * 1024 / (rows * Layout<F>::kColumns * 2) / kRound * kRound;
   const int fit = most > kRound ? most : kRound;
   return all < fit ? all : fit;
@@ -54,10 +54,7 @@ struct PackedRows {
   using C = C_;
   using L = Layout<F>;
   static constexpr int kThreads = C::kThreads, kOutputs = C::kOutputs, U = C::U, R = C::R;
-  // The scales of a segment of a row, in words; see PackedType in unpack.cuh for why not in smaller elements.
-  static constexpr bool kShort = L::kSegmentScales < 4;
-  using ScaleWord = std::conditional_t<kShort, uint16_t, uint32_t>;
-  using Scales = Vec<ScaleWord, kShort ? 1 : L::kSegmentScales / 4>;
+  using Scales = typename L::Scales;
 
   PackedSmem<T, C>& shared;
   const T* x;
@@ -68,13 +65,13 @@ struct PackedRows {
   int stride, panel, staged = -1, turn = 0;
   int fetch_output, fetch_segment;                  // where the next loads read
   const uint8_t *codes_of[R][2], *scales_of[R][2];  // of rows g and g + 8 of each tile
-  Vec<uint32_t, 4> words[U][R][2];
+  UnitWords<F> words[U][R][2];
   Scales scales[U][R][2];
   float acc[R][C::kTiles][4], row_scale[R][2];  // row_scale: of rows that share one scale; else 1
 
   explicit LAB_DEVICE PackedRows(const PackedProduct<T>& p)
       : shared(smem<PackedSmem<T, C>>()), x(p.x), w(p.w), rows(p.rows), n(p.n), k(p.k) {
-    segments = (k + L::kColumns - 1) / L::kColumns;
+    segments = L::segments(k);
     stride = staged_stride<F, C>(rows, k), panel = staged_segments<F, C>(rows, k);
     lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   }
@@ -174,8 +171,8 @@ struct PackedRows {
       LAB_UNROLL
       for (int side = 0; side < 2; ++side) {
         const size_t row = row_of(min(to, n - 1), r, side);
-        codes_of[r][side] = w.codes + segment_place(row, segments, kSegmentBytes) + t * 16;
-        scales_of[r][side] = w.scales + segment_place(row, segments, L::kSegmentScales);
+        codes_of[r][side] = w.codes + segment_place(row, segments, L::kSegmentBytes) + t * 16;
+        scales_of[r][side] = w.scales + segment_place(row, segments / L::kSpan, Scales::kBytes);
       }
     }
   }
@@ -207,11 +204,11 @@ struct PackedRows {
     for (int r = 0; r < R; ++r) {
       LAB_UNROLL
       for (int side = 0; side < 2; ++side) {
-        const uint8_t* from = codes_of[r][side] + size_t(segment) * (kBlockRows * kSegmentBytes);
-        words[u][r][side] = load_stream(reinterpret_cast<const uint32_t*>(from));
+        const uint8_t* from = codes_of[r][side] + size_t(segment) * (kBlockRows * L::kSegmentBytes);
+        words[u][r][side] = load_unit<F>(from, t);
         if constexpr (F::kGroup != 0) {
-          const uint8_t* at = scales_of[r][side] + segment * (kBlockRows * L::kSegmentScales);
-          scales[u][r][side] = load<Scales::size>(reinterpret_cast<const ScaleWord*>(at));
+          const uint8_t* at = scales_of[r][side] + segment / L::kSpan * (kBlockRows * Scales::kBytes);
+          scales[u][r][side].load_from(at, segment % L::kSpan);
         }
       }
     }
@@ -219,6 +216,7 @@ struct PackedRows {
 
   // acc += the rows of one segment of w times that segment of all rows of x.
   LAB_DEVICE void add(int u, int segment) {
+    const int place = segment % L::kSpan;  // in its span: what is staged begins with a whole span
     // The right operands first, all at once: each is needed for every tile of w, and a load from shared memory
     // takes 30 cycles. Rows of x past the last repeat it; their sums are never stored.
     uint32_t of_x[C::kTiles][L::kRuns][2][2];
@@ -239,13 +237,16 @@ struct PackedRows {
       if constexpr (F::kGroup == 0) {
         LAB_UNROLL
         for (int run = 0; run < L::kRuns; ++run) add_run(acc[r], u, r, run, of_x);
+      } else if constexpr (L::kPart == 16) {
+        LAB_UNROLL
+        for (int run = 0; run < L::kRuns; ++run) add_two_groups(u, r, run, of_x, place);
       } else {
         LAB_UNROLL
         for (int group = 0; group < L::kGroups; ++group) {
           float sums[C::kTiles][4] = {};
           LAB_UNROLL
           for (int i = 0; i < L::kRunsPerGroup; ++i) add_run(sums, u, r, group * L::kRunsPerGroup + i, of_x);
-          add_group(sums, u, r, group, of_x);
+          add_group(sums, u, r, group, of_x, place);
         }
       }
     }
@@ -257,13 +258,7 @@ struct PackedRows {
   LAB_DEVICE void add_run(float (&sums)[C::kTiles][4], int u, int r, int run,
                           const uint32_t (&of_x)[C::kTiles][L::kRuns][2][2]) {
     uint32_t pairs[2][4];
-    LAB_UNROLL
-    for (int side = 0; side < 2; ++side) {
-      const float zero =
-          F::kZero ? entry(u, r, side, run / (L::kRunsPerGroup ? L::kRunsPerGroup : 1), 1) : 0.f;
-      F::template numbers<T>(pairs[side], words[u][r][side].v + run * L::kWords,
-                             F::template zero_pair<T>(zero));
-    }
+    unpack_run(pairs, u, r, run);
     float of_run[C::kTiles][4] = {};
     LAB_UNROLL
     for (int part = 0; part < 2; ++part) {
@@ -279,9 +274,37 @@ struct PackedRows {
     }
   }
 
+  // The numbers of a run of tile r, of both of the lane's rows.
+  LAB_DEVICE void unpack_run(uint32_t (&pairs)[2][4], int u, int r, int run) {
+    LAB_UNROLL
+    for (int side = 0; side < 2; ++side) {
+      float zero = 0.f;
+      if constexpr (F::kZero) zero = scales[u][r][side].second(run / L::kRunsPerGroup, 0);
+      F::template numbers<T>(pairs[side], run_words<F>(words[u][r][side], run).v,
+                             F::template zero_pair<T>(zero));
+    }
+  }
+
+  // The same for a run of two groups, scales included: a group is what one multiplication takes.
+  LAB_DEVICE void add_two_groups(int u, int r, int run, const uint32_t (&of_x)[C::kTiles][L::kRuns][2][2],
+                                 int place) {
+    uint32_t pairs[2][4];
+    unpack_run(pairs, u, r, run);
+    LAB_UNROLL
+    for (int part = 0; part < 2; ++part) {
+      const int p = 2 * part;
+      const uint32_t a[4] = {pairs[0][p], pairs[1][p], pairs[0][p + 1], pairs[1][p + 1]};
+      float sums[C::kTiles][4] = {};
+      LAB_UNROLL
+      for (int tile = 0; tile < C::kTiles; ++tile) mma_m16n8k16(sums[tile], a, of_x[tile][run][part], T{});
+      add_group(sums, u, r, 2 * run + part, of_x, place);
+    }
+  }
+
   // acc[r] += the scale of a group times the group's sums, and its minimum times the sum of x over the group.
   LAB_DEVICE void add_group(const float (&sums)[C::kTiles][4], int u, int r, int group,
-                            const uint32_t (&of_x)[C::kTiles][L::kRuns][2][2]) {
+                            const uint32_t (&of_x)[C::kTiles][L::kRuns][2][2], int place) {
+    static_assert(!F::kMinimum || L::kRunsPerGroup > 0, "a minimum is for whole runs");
     float x_sums[C::kTiles][4] = {};
     if constexpr (F::kMinimum) {
       const uint32_t one = pair_of(from_float<T>(1.f)), ones[4] = {one, one, one, one};
@@ -298,8 +321,9 @@ struct PackedRows {
     }
     LAB_UNROLL
     for (int side = 0; side < 2; ++side) {
-      const float scale = entry(u, r, side, group, 0),
-                  minimum = F::kMinimum ? entry(u, r, side, group, 1) : 0.f;
+      const float scale = scales[u][r][side].scale(group, place);
+      float minimum = 0.f;
+      if constexpr (F::kMinimum) minimum = scales[u][r][side].second(group, place);
       LAB_UNROLL
       for (int tile = 0; tile < C::kTiles; ++tile) {
         LAB_UNROLL
@@ -309,14 +333,6 @@ struct PackedRows {
         }
       }
     }
-  }
-
-  // An entry of the scale of a group of the segment in flight: 0 is the scale, 1 its second entry.
-  LAB_DEVICE float entry(int u, int r, int side, int group, int which) const {
-    constexpr int kBits = 8 * int(sizeof(typename F::Scale)), kPerWord = 8 * int(sizeof(ScaleWord)) / kBits;
-    const int i = group * L::kEntries + which;
-    return scale_of<typename F::Scale>(uint32_t(scales[u][r][side].v[i / kPerWord]) >>
-                                       (i % kPerWord * kBits));
   }
 
   // Copies `panel` segments of all rows of x to shared memory, with zeros past k.

@@ -16,10 +16,25 @@ from triton_kernels.formats.fp8 import fp8_numbers
 from triton_kernels.formats.int4 import int4_numbers
 from triton_kernels.formats.int8 import int8_numbers
 from triton_kernels.formats.mxfp4 import mxfp4_numbers, mxfp4_scale
+from triton_kernels.formats.q4_k import q4_k_scales
+from triton_kernels.formats.q6_k import q6_k_numbers, q6_k_scale
 
 # Format.number of lab/formats.
 INT8, INT8_G32, INT4_G32, INT4_G32_MIN = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3), tl.constexpr(4)
 INT4_G128, INT4_G128_ZERO, FP8, MXFP4 = tl.constexpr(5), tl.constexpr(6), tl.constexpr(7), tl.constexpr(8)
+FP8_G128, Q4_K, Q6_K = tl.constexpr(9), tl.constexpr(10), tl.constexpr(11)
+
+
+@triton.constexpr_function
+def span_of(format):
+    """Segments whose scales are stored together: Format.span of lab/formats."""
+    return 2 if format in (9, 10, 11) else 1
+
+
+@triton.constexpr_function
+def items_of(format, parts):
+    """Numbers of the scales of a span; parts: scales of a segment."""
+    return {9: 1, 10: 4, 11: 5}.get(format, parts)
 
 
 @triton.jit
@@ -32,10 +47,12 @@ def numbers(pairs, T: tl.constexpr, FORMAT: tl.constexpr):
         result = int8_numbers(pairs, T)
     elif FORMAT == INT4_G32 or FORMAT == INT4_G128:
         result = int4_numbers(pairs, T, MIDDLE=8)
-    elif FORMAT == INT4_G32_MIN or FORMAT == INT4_G128_ZERO:
+    elif FORMAT == INT4_G32_MIN or FORMAT == INT4_G128_ZERO or FORMAT == Q4_K:
         result = int4_numbers(pairs, T, MIDDLE=0)
-    elif FORMAT == FP8:
+    elif FORMAT == FP8 or FORMAT == FP8_G128:
         result = fp8_numbers(pairs, T)
+    elif FORMAT == Q6_K:
+        result = q6_k_numbers(pairs, T)
     else:
         tl.static_assert(FORMAT == MXFP4, "a weight format without a file in triton_kernels/formats")
         result = mxfp4_numbers(pairs, T)
@@ -43,17 +60,40 @@ def numbers(pairs, T: tl.constexpr, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def scale_number(entry, FORMAT: tl.constexpr):
-    """float32: the scale of an entry of `scales`: the bits of a float16, the low ones of 32 if a second
-    number follows, or the exponent of mxfp4."""
-    if FORMAT == MXFP4:
-        result = mxfp4_scale(entry)
+def load_entry(at, group, known, FORMAT: tl.constexpr):
+    """An entry: (scale, second number) of a group as scale_number() and second_number() take it.
+
+    at: where the scales of its span begin. group: which of them it is.
+    """
+    if FORMAT == Q4_K:
+        entry = q4_k_scales(at, group, known)
+    elif FORMAT == Q6_K:
+        scale = q6_k_scale(at, group, known)
+        entry = scale, scale
     else:
-        result = entry.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        scale = tl.load(at if FORMAT == FP8_G128 else at + group, mask=known, other=0)
+        entry = scale, scale
+    return entry
+
+
+@triton.jit
+def scale_number(scale, FORMAT: tl.constexpr):
+    """float32: the scale of an entry: the bits of a float16, the low ones of 32 if a second number follows, or
+    the exponent of mxfp4."""
+    if FORMAT == MXFP4:
+        result = mxfp4_scale(scale)
+    elif FORMAT == FP8_G128 or FORMAT == Q4_K or FORMAT == Q6_K:
+        result = scale  # is one
+    else:
+        result = scale.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     return result
 
 
 @triton.jit
-def second_number(entry):
+def second_number(second, FORMAT: tl.constexpr):
     """float32: the minimum or zero of an entry."""
-    return (entry >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    if FORMAT == Q4_K:
+        result = second
+    else:
+        result = (second >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return result

@@ -1,0 +1,33 @@
+"""q6_k: integers of 6 bits; a code c stands for c - 32; the scale of a group is an integer of 8 bits times d
+
+contract  lab/formats/q6_k.py          twin  cuda_src/formats/q6_k.cuh
+"""
+
+import triton
+import triton.language as tl
+
+from triton_kernels.formats.int4 import int4_numbers
+
+
+@triton.jit
+def q6_k_pairs(low, high):
+    """Two codes in each word: of `low` their lower four bits, of `high` the upper two, in the lowest places of
+    either half."""
+    # 1. Put together: all six bits.
+    return low | high << 4
+
+
+@triton.jit
+def q6_k_numbers(pairs, T: tl.constexpr):
+    """T [..., 2]: c - 32 of both codes of each word."""
+    # 2. Subtract: 32, as int4 subtracts its middle; 6 bits are not too many for it.
+    return int4_numbers(pairs, T, MIDDLE=32)
+
+
+@triton.jit
+def q6_k_scale(at, group, known):
+    """float32: the scale of group `group` of the 16 whose scales are the five words from `at` on. Exact: the
+    product has 18 bits."""
+    integers = tl.load(at + group // 4, mask=known, other=0)
+    d = tl.load(at + 4, mask=known, other=0).to(tl.float32, bitcast=True)
+    return d * (integers << (24 - group % 4 * 8) >> 24).to(tl.float32)
