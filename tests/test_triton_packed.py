@@ -157,7 +157,7 @@ def check_product(code, sass):
     "architecture, name, rows, n",
     [
         *(("sm_90", name, 1, 28672) for name in FORMATS),
-        *(("sm_90", name, 64, 28672) for name in ("int4-g128", "int4-g32-min", "int8")),
+        *(("sm_90", name, 64, 28672) for name in ("int4-g128", "int4-g32-min", "int8", "fp8-g128", "q4_k", "q6_k")),
         *(("sm_90", "int4-g128", rows, n) for rows, n in ((1, 4096), (16, 28672), (16, 4096), (64, 4096))),
         *(("sm_80", name, rows, 28672) for name in ("int4-g128", "fp8") for rows in (1, 64)),
     ],

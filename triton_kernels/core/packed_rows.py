@@ -18,7 +18,16 @@ import triton
 import triton.language as tl
 
 from triton_kernels import settings
-from triton_kernels.formats import items_of, load_entry, numbers, scale_number, second_number, span_of
+from triton_kernels.formats import (
+    in_words,
+    items_of,
+    load_words,
+    numbers,
+    scale_number,
+    scales_of_words,
+    second_number,
+    span_of,
+)
 from triton_kernels.formats.q6_k import q6_k_pairs
 
 WORDS = tl.constexpr(16)  # of 32 bits, in a segment of codes of 4 or 8 bits
@@ -54,13 +63,51 @@ def segments_of(k, FORMAT: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def load_entries(scales, row, part, segments, known, FORMAT: tl.constexpr, PARTS: tl.constexpr):
-    """The entries of the parts `part` [units] of the rows `row` [BLOCK_N]: see load_entry()."""
+def load_entries(
+    scales, row, first, segments, live, FORMAT: tl.constexpr, PARTS: tl.constexpr, SEGMENTS: tl.constexpr
+):
+    """What entry_numbers() makes the scales of SEGMENTS segments of, from `first` on: a tuple of one entry
+    [units, BLOCK_N], or of words [SEGMENTS, BLOCK_N]."""
     SPAN: tl.constexpr = span_of(FORMAT)
     ITEMS: tl.constexpr = items_of(FORMAT, PARTS)
     in_block = row // ROWS * (segments // SPAN * ROWS) + row % ROWS
-    at = scales + (in_block * ITEMS)[None, :] + (part // (PARTS * SPAN) * (ROWS * ITEMS))[:, None]
-    return load_entry(at, (part % (PARTS * SPAN))[:, None], known, FORMAT)
+    at = scales + (in_block * ITEMS)[None, :]
+    if in_words(FORMAT):
+        segment = (first + tl.arange(0, SEGMENTS))[:, None]
+        at += segment // SPAN * (ROWS * ITEMS)
+        entry = load_words(at, segment % SPAN, live[None, :] & (segment < segments), FORMAT)
+    else:
+        unit = tl.arange(0, PARTS * SEGMENTS)[:, None]
+        segment = first + unit % SEGMENTS
+        at += segment // SPAN * (ROWS * ITEMS) + unit // SEGMENTS
+        entry = (tl.load(at, mask=live[None, :] & (segment < segments), other=0),)
+    return entry
+
+
+@triton.jit
+def entry_numbers(
+    entry, part, first, FORMAT: tl.constexpr, SECOND: tl.constexpr, PARTS: tl.constexpr, SEGMENTS: tl.constexpr
+):
+    """(scale, minimum or zero), float32 [units, BLOCK_N]. part, first: None and those of load_entries(); of one
+    segment, a part, whose numbers [BLOCK_N] are wanted. Without a minimum or zero the second means nothing."""
+    N: tl.constexpr = entry[0].shape[1]
+    if in_words(FORMAT):
+        ONE: tl.constexpr = part is not None
+        group = part if ONE else tl.arange(0, PARTS)[:, None, None]
+        place = ((first + tl.arange(0, SEGMENTS)) % span_of(FORMAT))[None, :, None]
+        a, b, c = entry
+        scale, second = scales_of_words((a[None, :, :], b[None, :, :], c[None, :, :]), group, place, FORMAT)
+        scale = tl.reshape(scale, [N] if ONE else [PARTS * SEGMENTS, N])
+        second = tl.reshape(second, [N] if ONE else [PARTS * SEGMENTS, N])
+    else:
+        mine = entry[0]
+        if part is not None:
+            mine = pick_row(mine, part, PARTS)
+        scale = scale_number(mine, FORMAT)
+        second = scale
+        if SECOND != "":
+            second = second_number(mine)
+    return scale, second
 
 
 @triton.jit
@@ -119,35 +166,35 @@ def packed_product(
     # 2. Load: the compiler makes a cp.async ring of STAGES steps from the loads of w, which is read only once
     # (evict_first), and of x. Not from those of the scales, so they are loaded a step ahead by hand. What
     # lies past the end of a row is 0.
-    entry = 0, 0
+    entry = (0,)
     if GROUP:
-        known = live[None, :] & (part[:, None] < segments * PARTS)
-        entry = load_entries(scales, row, part, segments, known, FORMAT, PARTS)
+        entry = load_entries(scales, row, 0, segments, live, FORMAT, PARTS, SEGMENTS)
     for first in tl.range(0, segments, SEGMENTS, num_stages=STAGES):
         there = live[None, :, None]
         if not EVEN_K:
             there &= (first + segment < segments)[:, None, None]
         lanes = load_lanes(word_at + first * (ROWS * STRIDE), there, BITS)
         if GROUP:
-            ahead = (first + SEGMENTS) * PARTS + part
-            known = live[None, :] & (ahead[:, None] < segments * PARTS)
-            following = load_entries(scales, row, ahead, segments, known, FORMAT, PARTS)
+            following = load_entries(scales, row, first + SEGMENTS, segments, live, FORMAT, PARTS, SEGMENTS)
 
         # 3. Unpack and multiply: one unit after the other, or all at once.
         if SEGMENTS == 1:
             for p in tl.static_range(PARTS):
                 xv = load_columns(x, b, first * COLUMNS + p * WIDTH + column, rows, k, EVEN_K)
-                mine = entry
+                mine = 1.0, 0.0
                 if GROUP:
-                    mine = pick_row(entry[0], p, PARTS), pick_row(entry[1], p, PARTS)
+                    mine = entry_numbers(entry, p, first, FORMAT, SECOND, PARTS, SEGMENTS)
                 words_p = pick_words(lanes, p, PARTS)
                 acc = add_unpacked(
                     acc, words_p, xv, mine, PARTS=1, FORMAT=FORMAT, BITS=BITS, GROUP=GROUP, SECOND=SECOND
                 )
         else:
             xv = load_columns(x, b, first * COLUMNS + column, rows, k, EVEN_K)
+            mine = 1.0, 0.0
+            if GROUP:
+                mine = entry_numbers(entry, None, first, FORMAT, SECOND, PARTS, SEGMENTS)
             acc = add_unpacked(
-                acc, lanes, xv, entry, PARTS=PARTS, FORMAT=FORMAT, BITS=BITS, GROUP=GROUP, SECOND=SECOND
+                acc, lanes, xv, mine, PARTS=PARTS, FORMAT=FORMAT, BITS=BITS, GROUP=GROUP, SECOND=SECOND
             )
         if GROUP:
             entry = following
@@ -202,7 +249,7 @@ def add_unpacked(
     acc,
     lanes,
     xv,
-    entry,
+    scales,
     PARTS: tl.constexpr,
     FORMAT: tl.constexpr,
     BITS: tl.constexpr,
@@ -212,8 +259,8 @@ def add_unpacked(
     """acc [segments, rows of w, rows of x] with the product of some columns added: scaled, unless the whole
     row has one scale.
 
-    lanes: as load_lanes() gives them; xv [PARTS * segments, rows of x, columns of a part]; entry: two [PARTS *
-    segments, rows of w]. If acc has no first axis, nor have xv and entry.
+    lanes: as load_lanes() gives them; xv [PARTS * segments, rows of x, columns of a part]; scales: scale, and
+    minimum or zero, [PARTS * segments, rows of w]. If acc has no first axis, nor have xv and scales.
     """
     # The numbers are exact in x's dtype, so only the sums are rounded.
     FLAT: tl.constexpr = len(xv.shape) == 2
@@ -223,17 +270,15 @@ def add_unpacked(
         acc = tl.dot(tile, xt, acc, input_precision="ieee")
     else:
         if SECOND == "zero":
-            tile -= tl.expand_dims(second_number(entry[1], FORMAT).to(tile.dtype), -1)
-        scale = tl.expand_dims(scale_number(entry[0], FORMAT), -1)
-        sums = tl.dot(tile, xt, input_precision="ieee") * scale
+            tile -= tl.expand_dims(scales[1].to(tile.dtype), -1)
+        sums = tl.dot(tile, xt, input_precision="ieee") * tl.expand_dims(scales[0], -1)
         if SECOND == "minimum":
             # A minimum counts once for each column, so it is multiplied by the sum of x over the group:
             # another dot, with ones. Only the compiler's last passes see that these are constants (code 1 in
             # every place): its first ones must take them for weights, or they would arrange x in two ways.
             one = ((lanes[0] & 0xFF) >> 8) | 0x11111111
             ones = unpack((one, one), xv.dtype, FORMAT, BITS, PARTS, FLAT)
-            minimum = tl.expand_dims(second_number(entry[1], FORMAT), -1)
-            sums += tl.dot(ones, xt, input_precision="ieee") * minimum
+            sums += tl.dot(ones, xt, input_precision="ieee") * tl.expand_dims(scales[1], -1)
         if not FLAT:
             sums = tl.sum(tl.reshape(sums, [PARTS, acc.shape[0], acc.shape[1], acc.shape[2]]), axis=0)
         acc += sums
@@ -323,13 +368,13 @@ def unpacked_rows(
     if not GROUP:
         value *= tl.load(scales + row, mask=live, other=0)[None, :, None]
     else:
-        known = live[None, :] & (part[:, None] < segments * PARTS)
-        scale, second = load_entries(scales, row, part, segments, known, FORMAT, PARTS)
+        entry = load_entries(scales, row, first, segments, live, FORMAT, PARTS, SEGMENTS)
+        scale, second = entry_numbers(entry, None, first, FORMAT, SECOND, PARTS, SEGMENTS)
         if SECOND == "zero":
-            value -= second_number(second, FORMAT)[:, :, None]
-        value *= scale_number(scale, FORMAT)[:, :, None]
+            value -= second[:, :, None]
+        value *= scale[:, :, None]
         if SECOND == "minimum":
-            value += second_number(second, FORMAT)[:, :, None]
+            value += second[:, :, None]
     return value, part[:, None, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
 
 

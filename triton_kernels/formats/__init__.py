@@ -16,8 +16,8 @@ from triton_kernels.formats.fp8 import fp8_numbers
 from triton_kernels.formats.int4 import int4_numbers
 from triton_kernels.formats.int8 import int8_numbers
 from triton_kernels.formats.mxfp4 import mxfp4_numbers, mxfp4_scale
-from triton_kernels.formats.q4_k import q4_k_scales
-from triton_kernels.formats.q6_k import q6_k_numbers, q6_k_scale
+from triton_kernels.formats.q4_k import q4_k_scales, q4_k_words
+from triton_kernels.formats.q6_k import q6_k_numbers, q6_k_scale, q6_k_words
 
 # Format.number of lab/formats.
 INT8, INT8_G32, INT4_G32, INT4_G32_MIN = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3), tl.constexpr(4)
@@ -28,13 +28,23 @@ FP8_G128, Q4_K, Q6_K = tl.constexpr(9), tl.constexpr(10), tl.constexpr(11)
 @triton.constexpr_function
 def span_of(format):
     """Segments whose scales are stored together: Format.span of lab/formats."""
-    return 2 if format in (9, 10, 11) else 1
+    return 2 if format in (FP8_G128, Q4_K, Q6_K) else 1
 
 
 @triton.constexpr_function
 def items_of(format, parts):
     """Numbers of the scales of a span; parts: scales of a segment."""
-    return {9: 1, 10: 4, 11: 5}.get(format, parts)
+    if format == Q4_K:
+        return 4
+    if format == Q6_K:
+        return 5
+    return parts
+
+
+@triton.constexpr_function
+def in_words(format):
+    """Whether the scales of a segment are made of a few words: see load_words()."""
+    return format in (Q4_K, Q6_K)
 
 
 @triton.jit
@@ -60,40 +70,41 @@ def numbers(pairs, T: tl.constexpr, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def load_entry(at, group, known, FORMAT: tl.constexpr):
-    """An entry: (scale, second number) of a group as scale_number() and second_number() take it.
-
-    at: where the scales of its span begin. group: which of them it is.
-    """
+def load_words(at, place, known, FORMAT: tl.constexpr):
+    """Three words of which scales_of_words() makes the scales of a segment. at: where the scales of its span
+    begin. place: of the segment in the span."""
     if FORMAT == Q4_K:
-        entry = q4_k_scales(at, group, known)
-    elif FORMAT == Q6_K:
-        scale = q6_k_scale(at, group, known)
-        entry = scale, scale
+        words = q4_k_words(at, place, known)
     else:
-        scale = tl.load(at if FORMAT == FP8_G128 else at + group, mask=known, other=0)
-        entry = scale, scale
-    return entry
+        words = q6_k_words(at, place, known)
+    return words
 
 
 @triton.jit
-def scale_number(scale, FORMAT: tl.constexpr):
-    """float32: the scale of an entry: the bits of a float16, the low ones of 32 if a second number follows, or
-    the exponent of mxfp4."""
+def scales_of_words(words, group, place, FORMAT: tl.constexpr):
+    """(scale, minimum), float32: of group `group` of a segment. Without a minimum the second means nothing."""
+    if FORMAT == Q4_K:
+        result = q4_k_scales(words, group, place)
+    else:
+        scale = q6_k_scale(words, group)
+        result = scale, scale
+    return result
+
+
+@triton.jit
+def scale_number(entry, FORMAT: tl.constexpr):
+    """float32: the scale of an entry of `scales`: the bits of a float16, the low ones of 32 if a second number
+    follows, or the exponent of mxfp4."""
     if FORMAT == MXFP4:
-        result = mxfp4_scale(scale)
-    elif FORMAT == FP8_G128 or FORMAT == Q4_K or FORMAT == Q6_K:
-        result = scale  # is one
+        result = mxfp4_scale(entry)
+    elif FORMAT == FP8_G128:
+        result = entry
     else:
-        result = scale.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        result = entry.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     return result
 
 
 @triton.jit
-def second_number(second, FORMAT: tl.constexpr):
+def second_number(entry):
     """float32: the minimum or zero of an entry."""
-    if FORMAT == Q4_K:
-        result = second
-    else:
-        result = (second >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    return result
+    return (entry >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)

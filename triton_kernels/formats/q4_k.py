@@ -8,13 +8,22 @@ import triton.language as tl
 
 
 @triton.jit
-def q4_k_scales(at, group, known):
-    """(scale, minimum), float32: of group `group` of the 8 whose scales are the four words from `at` on."""
-    shift = group % 4 * 8
+def q4_k_words(at, place, known):
+    """Of the four words from `at` on those that the scales of a segment are made of. place: 0 or 1, of the
+    segment in its span."""
     d = tl.load(at, mask=known, other=0)
-    low = tl.load(at + 1 + group // 4, mask=known, other=0) >> shift
-    high = tl.load(at + 3, mask=known, other=0) >> (shift + group // 4 * 4)
+    low = tl.load(at + 1 + place, mask=known, other=0)
+    high = tl.load(at + 3, mask=known, other=0)
+    return d, low, high
+
+
+@triton.jit
+def q4_k_scales(words, group, place):
+    """(scale, minimum), float32: of group `group` of the four of a segment."""
+    d, low, high = words
     # 1. Put together: the lower four bits of a group's integers and the upper two.
+    low >>= 8 * group
+    high >>= 8 * group + 4 * place
     scale = (low & 15) | (high & 3) << 4
     minimum = (low >> 4 & 15) | (high & 12) << 2
     # 2. Multiply: the product has 17 bits, so it is exact.

@@ -25,9 +25,18 @@ def q6_k_numbers(pairs, T: tl.constexpr):
 
 
 @triton.jit
-def q6_k_scale(at, group, known):
-    """float32: the scale of group `group` of the 16 whose scales are the five words from `at` on. Exact: the
-    product has 18 bits."""
-    integers = tl.load(at + group // 4, mask=known, other=0)
-    d = tl.load(at + 4, mask=known, other=0).to(tl.float32, bitcast=True)
-    return d * (integers << (24 - group % 4 * 8) >> 24).to(tl.float32)
+def q6_k_words(at, place, known):
+    """Of the five words from `at` on those that the scales of a segment are made of. place: 0 or 1, of the
+    segment in its span."""
+    first = tl.load(at + 2 * place, mask=known, other=0)
+    second = tl.load(at + 2 * place + 1, mask=known, other=0)
+    d = tl.load(at + 4, mask=known, other=0)
+    return first, second, d
+
+
+@triton.jit
+def q6_k_scale(words, group):
+    """float32: the scale of group `group` of the eight of a segment. Exact: the product has 18 bits."""
+    first, second, d = words
+    integers = tl.where(group < 4, first, second) << (24 - group % 4 * 8)
+    return d.to(tl.float32, bitcast=True) * (integers >> 24).to(tl.float32)
