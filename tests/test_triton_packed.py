@@ -40,7 +40,9 @@ def every_code(name):
         scales = q4_k.pieces(d, *torch.randint(0, 64, (2, *shape[:2], 8), generator=generator).byte())
     elif name == "q6_k":
         d = torch.randn(*shape[:2], 1, generator=generator).half()
-        scales = q6_k.pieces(d, torch.randint(-128, 128, (*shape[:2], 16), generator=generator).to(torch.int8))
+        scales = q6_k.pieces(
+            d, torch.randint(-128, 128, (*shape[:2], 16), generator=generator).to(torch.int8)
+        )
     elif f.second == "zero":
         scales[:, :, 1] = torch.arange(scales[:, :, 1].numel()).reshape(scales.shape[:2]) % 17
     return f.from_codes(rows.to(torch.uint8), scales.to(f.scale_dtype))
@@ -157,7 +159,10 @@ def check_product(code, sass):
     "architecture, name, rows, n",
     [
         *(("sm_90", name, 1, 28672) for name in FORMATS),
-        *(("sm_90", name, 64, 28672) for name in ("int4-g128", "int4-g32-min", "int8", "fp8-g128", "q4_k", "q6_k")),
+        *(
+            ("sm_90", name, 64, 28672)
+            for name in ("int4-g128", "int4-g32-min", "int8", "fp8-g128", "q4_k", "q6_k")
+        ),
         *(("sm_90", "int4-g128", rows, n) for rows, n in ((1, 4096), (16, 28672), (16, 4096), (64, 4096))),
         *(("sm_80", name, rows, 28672) for name in ("int4-g128", "fp8") for rows in (1, 64)),
     ],

@@ -160,9 +160,7 @@ class Format:
         blocks, spans, _, in_span = self.scales_shape(rows, k)
         padded = codes.new_full((blocks * BLOCK, self.segments(k) * self.columns), self.blank)
         padded[:rows, :k] = codes
-        all_scales = torch.zeros(
-            blocks * BLOCK, spans * in_span, dtype=self.scale_dtype, device=codes.device
-        )
+        all_scales = torch.zeros(blocks * BLOCK, spans * in_span, dtype=self.scale_dtype, device=codes.device)
         all_scales[:rows, : needed * self.items] = scales.flatten(1).to(self.scale_dtype)
         packed = by_blocks(pack(padded, self.bits), self.segment_bytes)
         return PackedMatrix(self.name, rows, k, packed, by_blocks(all_scales, in_span))

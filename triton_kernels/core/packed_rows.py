@@ -86,7 +86,13 @@ def load_entries(
 
 @triton.jit
 def entry_numbers(
-    entry, part, first, FORMAT: tl.constexpr, SECOND: tl.constexpr, PARTS: tl.constexpr, SEGMENTS: tl.constexpr
+    entry,
+    part,
+    first,
+    FORMAT: tl.constexpr,
+    SECOND: tl.constexpr,
+    PARTS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
 ):
     """(scale, minimum or zero), float32 [units, BLOCK_N]. part, first: None and those of load_entries(); of one
     segment, a part, whose numbers [BLOCK_N] are wanted. Without a minimum or zero the second means nothing."""

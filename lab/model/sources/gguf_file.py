@@ -44,13 +44,7 @@ OTHER_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", 
 
 # Types of numbers, and the weight format that holds a quantised type exactly.
 PLAIN = {"F64", "F32", "F16", "BF16"}
-FORMAT_OF = {
-    "Q8_0": "int8-g32",
-    "Q4_0": "int4-g32",
-    "Q4_1": "int4-g32-min",
-    "Q4_K": "q4_k",
-    "Q6_K": "q6_k",
-}
+FORMAT_OF = {"Q8_0": "int8-g32", "Q4_0": "int4-g32", "Q4_1": "int4-g32-min", "Q4_K": "q4_k", "Q6_K": "q6_k"}
 
 
 def gguf_name(family: Family, name: str) -> str:
