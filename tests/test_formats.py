@@ -9,9 +9,8 @@ from lab.formats import FORMATS, PackedMatrix, q4_k, q6_k
 from lab.formats.format import pack, unpack
 
 EVERY = sorted(FORMATS)
-NAN_CODES = dict.fromkeys(
-    ("fp8", "fp8-g128"), (0x7F, 0xFF)
-)  # refused where they are read, so no kernel must know them
+# Refused where they are read, so no kernel must know them.
+NAN_CODES = dict.fromkeys(("fp8", "fp8-g128"), (0x7F, 0xFF))
 
 
 def every_code(name: str, rows: int = 24, k: int = 300) -> PackedMatrix:

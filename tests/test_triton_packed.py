@@ -19,6 +19,7 @@ from triton_kernels.embedding import embedding
 from triton_kernels.linear import linear as run_linear
 
 F32, F16, BF16, I32 = torch.float32, torch.float16, torch.bfloat16, torch.int32
+K_QUANTS = ("q4_k", "q6_k")
 PRODUCTS = (linear, linear_add, norm_linear, norm_linear_silu_mul, norm_linear_argmax)
 
 
@@ -40,9 +41,8 @@ def every_code(name):
         scales = q4_k.pieces(d, *torch.randint(0, 64, (2, *shape[:2], 8), generator=generator).byte())
     elif name == "q6_k":
         d = torch.randn(*shape[:2], 1, generator=generator).half()
-        scales = q6_k.pieces(
-            d, torch.randint(-128, 128, (*shape[:2], 16), generator=generator).to(torch.int8)
-        )
+        integers = torch.randint(-128, 128, (*shape[:2], 16), generator=generator)
+        scales = q6_k.pieces(d, integers.to(torch.int8))
     elif f.second == "zero":
         scales[:, :, 1] = torch.arange(scales[:, :, 1].numel()).reshape(scales.shape[:2]) % 17
     return f.from_codes(rows.to(torch.uint8), scales.to(f.scale_dtype))
@@ -140,15 +140,18 @@ def compiled(architecture, run):
     return code, offline.sass(code)
 
 
-def check_product(code, sass):
+def check_product(code, sass, bits=4):
     """16-byte copies run ahead of the arithmetic on tensor cores, a warp's ones of weights being the segments
-    of 8 rows, and no unpacked weights are stored."""
+    of 8 rows, and no unpacked weights are stored. (The upper two of 6 bits may be copied in 8 bytes.)"""
     copies = re.findall(r"\bLDGSTS\S*", sass)
-    assert copies and all(".128" in copy for copy in copies) and re.search(r"\bHG?MMA\b", sass)
+    wide = ".128" if bits != 6 else (".128", ".64")
+    assert copies and all(copy.endswith(wide) for copy in copies) and re.search(r"\bHG?MMA\b", sass)
     layouts = re.findall(r"async_copy_global_to_local .*!tt.ptr<i32>, (#\w+)>", code.asm["ttgir"])
     assert layouts
     for layout in set(layouts):
         threads = re.search(rf"^{layout} = .*", code.asm["ttgir"], re.M)[0]
+        if bits == 6 and "threadsPerWarp = [1, 16, 2]" in threads:
+            continue  # of the upper two bits
         assert "sizePerThread = [1, 1, 4], threadsPerWarp = [1, 8, 4]" in threads  # segment, row, word
     # Registers are stored only to add up the warps' sums: float32. Unpacked weights are bfloat16.
     stored = re.findall(r"ttg\.local_alloc %.*bf16|ttg\.local_store.*bf16", code.asm["ttgir"])
@@ -161,15 +164,17 @@ def check_product(code, sass):
         *(("sm_90", name, 1, 28672) for name in FORMATS),
         *(
             ("sm_90", name, 64, 28672)
-            for name in ("int4-g128", "int4-g32-min", "int8", "fp8-g128", "q4_k", "q6_k")
+            for name in ("int4-g128", "int4-g32-min", "int8", "fp8-g128", *K_QUANTS)
         ),
+        *(("sm_90", name, 16, 28672) for name in ("int4-g32-min", *K_QUANTS)),
         *(("sm_90", "int4-g128", rows, n) for rows, n in ((1, 4096), (16, 28672), (16, 4096), (64, 4096))),
         *(("sm_80", name, rows, 28672) for name in ("int4-g128", "fp8") for rows in (1, 64)),
     ],
 )
 def test_codes_go_from_wide_loads_to_tensor_cores(architecture, name, rows, n):
     x, y = empty(rows, 4096, dtype=BF16), empty(rows, n, dtype=BF16)
-    check_product(*compiled(architecture, lambda: run_linear(x, packed(name, n, 4096), None, y)))
+    found = compiled(architecture, lambda: run_linear(x, packed(name, n, 4096), None, y))
+    check_product(*found, FORMATS[name].bits)
 
 
 @pytest.mark.parametrize("rows", (1, 64))

@@ -44,10 +44,8 @@ def encode(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     depth = -groups.amin(-1).clamp(max=0)
     size = (groups.amax(-1).clamp(min=0) + depth) / 15
     d = torch.stack((size.amax(-1), depth.amax(-1)), -1).div(LARGEST).to(torch.float16)
-    wide = usable(d)
-    scales, minima = (
-        (x / wide[..., i : i + 1]).round().clamp(0, LARGEST) for i, x in enumerate((size, depth))
-    )
+    integers = torch.stack((size, depth), -2) / usable(d)[..., None]
+    scales, minima = integers.round_().clamp_(0, LARGEST).unbind(-2)
     stored = pieces(d, scales.to(torch.uint8), minima.to(torch.uint8))
     worth = scale_value(stored).float().view(*scales.shape, 2)
     codes = ((groups - worth[..., 1:]) / usable(worth[..., :1])).round_().clamp_(0, 15)

@@ -54,7 +54,8 @@ class Part:
     def nbytes(self, dtype: torch.dtype, format: str | None | tuple[str | None, ...] = None) -> int:
         """Bytes that it takes once loaded; a matrix the same as Matrix.nbytes says then.
 
-        format: of a matrix, a name of lab.formats.FORMATS; None: plain, in dtype; a tuple: one for each tensor.
+        format: of a matrix, a name of lab.formats.FORMATS; None: plain, in dtype; a tuple: one for each
+        tensor.
         """
         if isinstance(format, tuple):
             return sum(part.nbytes(dtype, one) for part, one in self.apart(format))

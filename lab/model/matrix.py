@@ -10,9 +10,9 @@ Everything that reads a matrix goes through `Matrix` and asks for what it needs:
     the loader (lab/model/weights.py)                           Matrix(values), once for each matrix
 
 The numbers are a tensor in the dtype of the activations, or packed in a weight format (lab/formats). Matrices
-of one model may have different formats. What the loader stacks into one matrix (gate and up, say: see Part) has
-one format. Only q, k and v may differ: they are then several matrices below each other, each with an operand of
-its own.
+of one model may have different formats. What the loader stacks into one matrix (gate and up, say: see Part)
+has one format. Only q, k and v may differ: they are then several matrices below each other, each with an
+operand of its own.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from lab.formats import PackedMatrix
 class Matrix:
     """[rows, cols], row-major: one row for each output of a product, or for each token of an embedding.
 
-    data: several where the rows are stored apart. dtype: of the activations that it multiplies and of the rows
-    that lookup() gives; a tensor's own.
+    data: several where the rows are stored apart. dtype: of the activations that it multiplies and of the
+    rows that lookup() gives; a tensor's own.
     """
 
     data: torch.Tensor | PackedMatrix | tuple[torch.Tensor | PackedMatrix, ...]
@@ -60,7 +60,8 @@ class Matrix:
 
     @property
     def format(self) -> str | None:
-        """The name of its weight format; None where it is plain. Of rows that are stored apart ask apart()."""
+        """The name of its weight format; None where it is plain, and where rows are stored apart: ask
+        apart()."""
         return self.data.format_name if isinstance(self.data, PackedMatrix) else None
 
     @property

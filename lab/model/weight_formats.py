@@ -73,8 +73,8 @@ def dtype_of(weights_as: str | None, dtype: str | None) -> str | None:
 
 @dataclass
 class Formats:
-    """The format of each matrix of a model by the name of its part, None for a plain one, a tuple with that of
-    each tensor where they are stored apart.
+    """The format of each matrix of a model by the name of its part, None for a plain one, a tuple with that
+    of each tensor where they are stored apart.
 
     notes: lines for the user, that say for example what is expanded although the file has fewer bits for it.
     """

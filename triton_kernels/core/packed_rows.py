@@ -3,9 +3,9 @@ unpacking alone, for embedding.
 
 Packed rows are read as words of 32 bits. The 16 words of a segment belong to four lanes, four words each, and
 lab/formats/format.py gives the columns of their codes. The segments of 8 rows lie together, so the 32 threads
-of a warp, four for each row, read 512 contiguous bytes. (Codes of 6 bits have 8 words more, with their upper two
-bits.) Unpacked, a lane's codes are those that a lane of a
-tensor-core tile holds, so no code is moved to another thread after the copy to shared memory.
+of a warp, four for each row, read 512 contiguous bytes. (Codes of 6 bits have 8 words more, with their upper
+two bits.) Unpacked, a lane's codes are those that a lane of a tensor-core tile holds, so no code is moved to
+another thread after the copy to shared memory.
 
 Sums of one group of columns are multiplied by its scale in float32, so that a weight is never rounded.
 
@@ -94,8 +94,10 @@ def entry_numbers(
     PARTS: tl.constexpr,
     SEGMENTS: tl.constexpr,
 ):
-    """(scale, minimum or zero), float32 [units, BLOCK_N]. part, first: None and those of load_entries(); of one
-    segment, a part, whose numbers [BLOCK_N] are wanted. Without a minimum or zero the second means nothing."""
+    """(scale, minimum or zero), float32 [units, BLOCK_N]; without a minimum or zero the second means nothing.
+
+    entry, first: of load_entries(). part: None; or of a single segment the part whose numbers, [BLOCK_N], are
+    wanted."""
     N: tl.constexpr = entry[0].shape[1]
     if in_words(FORMAT):
         ONE: tl.constexpr = part is not None
@@ -216,8 +218,8 @@ def packed_product(
 
 @triton.jit
 def prefetch_rows(words, row, live, k, BITS: tl.constexpr, SEGMENTS: tl.constexpr, PDL: tl.constexpr):
-    """Asks L2 for the weights of the first steps: before the wait for the preceding kernel, which writes x but
-    no weights."""
+    """Asks L2 for the weights of the first steps: before the wait for the preceding kernel, which writes x
+    but no weights."""
     if PDL:
         line = words + first_lines(row, live, k, BITS, SEGMENTS)
         asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
@@ -226,8 +228,8 @@ def prefetch_rows(words, row, live, k, BITS: tl.constexpr, SEGMENTS: tl.constexp
 
 @triton.jit
 def first_lines(row, live, k, BITS: tl.constexpr, SEGMENTS: tl.constexpr):
-    """Where the lines of the first four steps (of 6 bits, two thirds of them) begin, in words: int64 [BLOCK_N,
-    2 * SEGMENTS].
+    """Where the lines of the first four steps (of 6 bits, two thirds of them) begin, in words: int64
+    [BLOCK_N, 2 * SEGMENTS].
 
     The segments of a step are contiguous for the 8 rows of a block, and a line has segments of two rows. So
     each row asks for an eighth of what its block needs.
@@ -329,7 +331,8 @@ def unpack(
 
 @triton.jit
 def high_pairs(high, pair):
-    """[s, n, t, i, p]: words of `high` whose lowest bits in either half are the upper two of a pair's codes."""
+    """[s, n, t, i, p]: words of `high` whose lowest bits in either half are the upper two of a pair's
+    codes."""
     S: tl.constexpr = high.shape[0]
     N: tl.constexpr = high.shape[1]
     if high.shape[3] == 1:
@@ -386,8 +389,8 @@ def unpacked_rows(
 
 @triton.jit
 def load_lanes(word_at, there, BITS: tl.constexpr):
-    """(low, high), int32 [segments, rows, 4, words of a lane]: high has the upper two of 6 bits; of other codes
-    it means nothing. word_at [segments, rows, 1]: where the segments begin."""
+    """(low, high), int32 [segments, rows, 4, words of a lane]: high has the upper two of 6 bits; of other
+    codes it means nothing. word_at [segments, rows, 1]: where the segments begin."""
     S: tl.constexpr = word_at.shape[0]
     N: tl.constexpr = word_at.shape[1]
     at = word_at + tl.arange(0, WORDS)[None, None, :]
@@ -412,9 +415,9 @@ def pick_row(v, p: tl.constexpr, COUNT: tl.constexpr):
 
 @triton.jit
 def pick_words(lanes, p: tl.constexpr, PARTS: tl.constexpr):
-    """What unpack() needs for part p of PARTS, of lanes as load_lanes() gives them: the words of low that have
-    it. A part of 16 columns is a quarter of a word, which goes to its lowest bits, and so do the two bits of
-    high."""
+    """What unpack() needs for part p of PARTS, of lanes as load_lanes() gives them: the words of low that
+    have it. A part of 16 columns is a quarter of a word, which goes to its lowest bits, and so do the two
+    bits of high."""
     low, high = lanes
     if PARTS == 8:
         RUN: tl.constexpr = p // 2

@@ -82,7 +82,7 @@ def load_words(at, place, known, FORMAT: tl.constexpr):
 
 @triton.jit
 def scales_of_words(words, group, place, FORMAT: tl.constexpr):
-    """(scale, minimum), float32: of group `group` of a segment. Without a minimum the second means nothing."""
+    """(scale, minimum), float32: of group `group` of a segment; without a minimum the second is not one."""
     if FORMAT == Q4_K:
         result = q4_k_scales(words, group, place)
     else:
@@ -93,8 +93,8 @@ def scales_of_words(words, group, place, FORMAT: tl.constexpr):
 
 @triton.jit
 def scale_number(entry, FORMAT: tl.constexpr):
-    """float32: the scale of an entry of `scales`: the bits of a float16, the low ones of 32 if a second number
-    follows, or the exponent of mxfp4."""
+    """float32: the scale of an entry of `scales`: the bits of a float16, the low ones of 32 if a second
+    number follows, or the exponent of mxfp4."""
     if FORMAT == MXFP4:
         result = mxfp4_scale(entry)
     elif FORMAT == FP8_G128:

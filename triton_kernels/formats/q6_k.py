@@ -11,8 +11,8 @@ from triton_kernels.formats.int4 import int4_numbers
 
 @triton.jit
 def q6_k_pairs(low, high):
-    """Two codes in each word: of `low` their lower four bits, of `high` the upper two, in the lowest places of
-    either half."""
+    """Two codes in each word, in the lowest bits of either half: of `low` their lower four bits, of `high`
+    the upper two."""
     # 1. Put together: all six bits.
     return low | high << 4
 

@@ -257,8 +257,8 @@ def codes_and_scales(kind: str, blocks: torch.Tensor) -> tuple[torch.Tensor, tor
     format of FORMAT_OF stores them.
 
     A block (ggml-common.h of llama.cpp) of Q8_0, Q4_0 and Q4_1 is a scale, in Q4_1 a minimum, and 32 codes:
-    signed bytes in Q8_0, otherwise 16 bytes of which byte j holds code j in its low half and code j + 16 in its
-    high half.
+    signed bytes in Q8_0, otherwise 16 bytes of which byte j holds code j in its low half and code j + 16 in
+    its high half.
     """
     if kind == "Q4_K":
         return q4_k_blocks(blocks)
@@ -272,8 +272,9 @@ def codes_and_scales(kind: str, blocks: torch.Tensor) -> tuple[torch.Tensor, tor
 
 
 def q4_k_blocks(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same of Q4_K, blocks of 256 codes: d and dmin; 12 bytes with the 6-bit scales and minima of 8 groups;
-    4 times 32 bytes, of which each holds a code of one group in its low half and of the next in its high half.
+    """The same of Q4_K, blocks of 256 codes: d and dmin; 12 bytes with the 6-bit scales and minima of 8
+    groups; 4 times 32 bytes, of which each holds a code of one group in its low half and of the next in its
+    high half.
 
     Of the 12 bytes, byte j has the scale of group j, and byte 4 + j its minimum, below two bits of those of
     group 4 + j: their upper ones; byte 8 + j has the lower four bits of both.
@@ -290,9 +291,9 @@ def q6_k_blocks(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The same of Q6_K, blocks of 256 codes: 128 bytes with their lower four bits, 64 with the upper two, 16
     scales, d.
 
-    Either half of the codes has 64 bytes and 32: codes j and j + 32 are in the low halves of its bytes j, codes
-    j + 64 and j + 96 in the high halves; the upper two bits of the four are in bits 0, 2, 4 and 6 of byte j %
-    32 behind.
+    Either half of the codes has 64 of the first bytes and 32 of the second. For j from 0 to 31, codes j and
+    j + 32 are in the low halves of its first bytes j and j + 32, codes j + 64 and j + 96 in their high
+    halves; the upper two bits of the four are in bits 0, 2, 4 and 6 of its second byte j.
     """
     low, high, scales, d = blocks.split((128, 64, 16, 2), -1)
     low = low.unflatten(-1, (2, 1, 64))
