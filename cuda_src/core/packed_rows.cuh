@@ -19,6 +19,8 @@ struct PackedShape {
   static constexpr int kTiles = Tiles_, R = R_, kWarps = Warps_, U = U_, kParts = Parts_, kStaged = Staged;
   static constexpr int kThreads = 32 * Warps_, kTileOutputs = 16 / Parts_, kOutputs = R * kTileOutputs;
   static constexpr int kSums = 16 * R + 4;  // floats between two columns of partial sums: no bank conflicts
+  // Blocks that a multiprocessor runs at once. (The registers must allow it: see the kernels' launch bounds.)
+  static constexpr int kResident = Tiles_ == 1 ? 16 / Warps_ : 1;
 };
 
 template <typename T, typename C>
@@ -53,7 +55,8 @@ struct PackedRows {
   using T = T_;
   using C = C_;
   using L = Layout<F>;
-  static constexpr int kThreads = C::kThreads, kOutputs = C::kOutputs, U = C::U, R = C::R;
+  static constexpr int kThreads = C::kThreads, kResident = C::kResident, kOutputs = C::kOutputs;
+  static constexpr int U = C::U, R = C::R;
   using Scales = typename L::Scales;
 
   PackedSmem<T, C>& shared;
@@ -61,6 +64,7 @@ struct PackedRows {
   PackedWeights w;
   int rows, n, k, segments;  // segments: of a row of w
   int lane, g, t, warp;      // g, t: row and quarter of the lane in a tensor core's tile
+  int place;                 // of a segment in its span: the same for all segments of a warp
   int output;                // first of the block's outputs that are summed now
   int stride, panel, staged = -1, turn = 0;
   int fetch_output, fetch_segment;                  // where the next loads read
@@ -74,6 +78,8 @@ struct PackedRows {
     segments = L::segments(k);
     stride = staged_stride<F, C>(rows, k), panel = staged_segments<F, C>(rows, k);
     lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    static_assert(C::kWarps % L::kSpan == 0, "rounds of loads begin with whole spans");
+    place = warp % L::kSpan;
   }
 
   // Issues the first loads, which are of weights and so depend on no earlier kernel, and waits for the
@@ -207,8 +213,8 @@ struct PackedRows {
         const uint8_t* from = codes_of[r][side] + size_t(segment) * (kBlockRows * L::kSegmentBytes);
         words[u][r][side] = load_unit<F>(from, t);
         if constexpr (F::kGroup != 0) {
-          const uint8_t* at = scales_of[r][side] + segment / L::kSpan * (kBlockRows * Scales::kBytes);
-          scales[u][r][side].load_from(at, segment % L::kSpan);
+          const int span = unsigned(fetch_segment + warp) / L::kSpan + u * (C::kWarps / L::kSpan);
+          scales[u][r][side].load_from(scales_of[r][side] + span * (kBlockRows * Scales::kBytes), place);
         }
       }
     }
@@ -216,7 +222,6 @@ struct PackedRows {
 
   // acc += the rows of one segment of w times that segment of all rows of x.
   LAB_DEVICE void add(int u, int segment) {
-    const int place = segment % L::kSpan;  // in its span: what is staged begins with a whole span
     // The right operands first, all at once: each is needed for every tile of w, and a load from shared memory
     // takes 30 cycles. Rows of x past the last repeat it; their sums are never stored.
     uint32_t of_x[C::kTiles][L::kRuns][2][2];
@@ -239,14 +244,14 @@ struct PackedRows {
         for (int run = 0; run < L::kRuns; ++run) add_run(acc[r], u, r, run, of_x);
       } else if constexpr (L::kPart == 16) {
         LAB_UNROLL
-        for (int run = 0; run < L::kRuns; ++run) add_two_groups(u, r, run, of_x, place);
+        for (int run = 0; run < L::kRuns; ++run) add_two_groups(u, r, run, of_x);
       } else {
         LAB_UNROLL
         for (int group = 0; group < L::kGroups; ++group) {
           float sums[C::kTiles][4] = {};
           LAB_UNROLL
           for (int i = 0; i < L::kRunsPerGroup; ++i) add_run(sums, u, r, group * L::kRunsPerGroup + i, of_x);
-          add_group(sums, u, r, group, of_x, place);
+          add_group(sums, u, r, group, of_x);
         }
       }
     }
@@ -286,8 +291,7 @@ struct PackedRows {
   }
 
   // The same for a run of two groups, scales included: a group is what one multiplication takes.
-  LAB_DEVICE void add_two_groups(int u, int r, int run, const uint32_t (&of_x)[C::kTiles][L::kRuns][2][2],
-                                 int place) {
+  LAB_DEVICE void add_two_groups(int u, int r, int run, const uint32_t (&of_x)[C::kTiles][L::kRuns][2][2]) {
     uint32_t pairs[2][4];
     unpack_run(pairs, u, r, run);
     LAB_UNROLL
@@ -297,13 +301,13 @@ struct PackedRows {
       float sums[C::kTiles][4] = {};
       LAB_UNROLL
       for (int tile = 0; tile < C::kTiles; ++tile) mma_m16n8k16(sums[tile], a, of_x[tile][run][part], T{});
-      add_group(sums, u, r, 2 * run + part, of_x, place);
+      add_group(sums, u, r, 2 * run + part, of_x);
     }
   }
 
   // acc[r] += the scale of a group times the group's sums, and its minimum times the sum of x over the group.
   LAB_DEVICE void add_group(const float (&sums)[C::kTiles][4], int u, int r, int group,
-                            const uint32_t (&of_x)[C::kTiles][L::kRuns][2][2], int place) {
+                            const uint32_t (&of_x)[C::kTiles][L::kRuns][2][2]) {
     static_assert(!F::kMinimum || L::kRunsPerGroup > 0, "a minimum is for whole runs");
     float x_sums[C::kTiles][4] = {};
     if constexpr (F::kMinimum) {
@@ -362,8 +366,7 @@ struct PackedRows {
 // for each set.
 template <typename C>
 inline int packed_blocks(int outputs) {
-  const int all = ceil_div(outputs, C::kOutputs), at_once = C::kTiles == 1 ? 16 / C::kWarps : 1;
-  return min(all, at_once * multiprocessors());
+  return min(ceil_div(outputs, C::kOutputs), C::kResident * multiprocessors());
 }
 
 constexpr int kMostPackedRows = 16;  // of x, in one launch

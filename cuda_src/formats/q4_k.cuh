@@ -11,34 +11,44 @@ namespace lab {
 struct Q4K : Int4<32, Int4Kind::minimum> {
   struct Scales {
     static constexpr int kSpan = 2, kBytes = 16;
-    Vec<uint32_t, 4> words;
+    uint32_t low;
+    Vec<uint32_t, 2> d_and_high;
 
-    LAB_DEVICE void load_from(const uint8_t* at, int) {
-      words = load<4>(reinterpret_cast<const uint32_t*>(at));
+    LAB_DEVICE void load_from(const uint8_t* at, int place) {
+      low = reinterpret_cast<const uint32_t*>(at)[place];
+      d_and_high = load<2>(reinterpret_cast<const uint32_t*>(at) + 2);
     }
 
     // 1. Put together: the lower four bits of a group's integer and the upper two, for the four groups of a
     // segment at once, each in its byte.
     static constexpr uint32_t kLow = 0x0f0f0f0fu, kHigh = 0x30303030u;
-    LAB_DEVICE uint32_t four_scales(int place) const {
-      return (low(place) & kLow) | (high(place) << 4 & kHigh);
-    }
+    LAB_DEVICE uint32_t four_scales(int place) const { return (low & kLow) | (high(place) & kHigh); }
     LAB_DEVICE uint32_t four_minima(int place) const {
-      return (low(place) >> 4 & kLow) | (high(place) << 2 & kHigh);
+      return (low >> 4 & kLow) | (high(place) >> 2 & kHigh);
     }
 
     // 2. Multiply: the product has 17 bits, so it is exact.
     LAB_DEVICE float scale(int group, int place) const {
-      return to_float(bit_cast<half>(uint16_t(words.v[0]))) * byte(four_scales(place), group);
+      return times_byte(to_float(bit_cast<half>(uint16_t(d_and_high.v[0]))), four_scales(place), group);
     }
     LAB_DEVICE float second(int group, int place) const {
-      return -to_float(bit_cast<half>(uint16_t(words.v[0] >> 16))) * byte(four_minima(place), group);
+      return times_byte(-to_float(bit_cast<half>(uint16_t(d_and_high.v[0] >> 16))), four_minima(place),
+                        group);
     }
 
    private:
-    LAB_DEVICE uint32_t low(int place) const { return place ? words.v[2] : words.v[1]; }
-    LAB_DEVICE uint32_t high(int place) const { return words.v[3] >> (4 * place); }
-    static LAB_DEVICE float byte(uint32_t word, int i) { return float(word >> (8 * i) & 0xffu); }
+    // The upper bits of scales in the bits 4 and 5 of each byte, of minima in 6 and 7.
+    LAB_DEVICE uint32_t high(int place) const { return d_and_high.v[1] << (4 - 4 * place); }
+
+    // d * byte i of the word, without a conversion from integer: one instruction makes the byte the last bits of
+    // 2^23, and from the product d * (2^23 + byte) a fused multiply-add subtracts d * 2^23.
+    static LAB_DEVICE float times_byte(float d, uint32_t word, int i) {
+#ifdef __CUDACC__
+      return fmadd(bit_cast<float>(__byte_perm(word, 0x4b000000u, 0x7440u | i)), d, d * -0x1p23f);
+#else
+      return d * float(word >> (8 * i) & 0xffu);
+#endif
+    }
   };
 };
 

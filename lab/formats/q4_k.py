@@ -5,8 +5,8 @@
 code 0 .. 15; scale and minimum 0 .. 63; d and dmin float16. The 8 groups of 256 columns are one piece of 16
 bytes, four words:
 
-    word 0       d in the lower half, dmin in the upper
-    word 1, 2    byte j: of group j, and 4 + j, the lower 4 bits of scale (in bits 0 ..) and minimum (4 ..)
+    word 0, 1    byte j: of group j, and 4 + j, the lower 4 bits of scale (in bits 0 ..) and minimum (4 ..)
+    word 2       d in the lower half, dmin in the upper
     word 3       byte j: the upper 2 bits of group j's scale (0 ..) and minimum (2 ..), and of group 4 + j's
 Kernels: cuda_src/formats/q4_k.cuh, triton_kernels/formats/q4_k.py
 """
@@ -24,14 +24,14 @@ def pieces(d: torch.Tensor, scales: torch.Tensor, minima: torch.Tensor) -> torch
     low = scales & 15 | (minima & 15) << 4
     high = scales >> 4 | minima >> 4 << 2
     high = high[..., :4] | high[..., 4:] << 4
-    return torch.cat((d.contiguous().view(torch.uint8), low, high), -1).view(torch.int32)
+    return torch.cat((low, d.contiguous().view(torch.uint8), high), -1).view(torch.int32)
 
 
 def scale_value(stored: torch.Tensor) -> torch.Tensor:
     """float64 [rows, 8 * pieces, 2]: d * scale and -dmin * minimum, both of 17 bits."""
     by_byte = stored.contiguous().view(torch.uint8)
-    d = by_byte[..., :4].contiguous().view(torch.float16).double()
-    low, high = by_byte[..., 4:12], by_byte[..., 12:]
+    d = by_byte[..., 8:12].contiguous().view(torch.float16).double()
+    low, high = by_byte[..., :8], by_byte[..., 12:]
     high = torch.cat((high & 15, high >> 4), -1)
     scales, minima = low & 15 | (high & 3) << 4, low >> 4 | (high & 12) << 2
     return torch.stack((d[..., :1] * scales, -d[..., 1:] * minima), -1).flatten(1, 2)

@@ -11,8 +11,8 @@ import triton.language as tl
 def q4_k_words(at, place, known):
     """Of the four words from `at` on those that the scales of a segment are made of. place: 0 or 1, of the
     segment in its span."""
-    d = tl.load(at, mask=known, other=0)
-    low = tl.load(at + 1 + place, mask=known, other=0)
+    low = tl.load(at + place, mask=known, other=0)
+    d = tl.load(at + 2, mask=known, other=0)
     high = tl.load(at + 3, mask=known, other=0)
     return d, low, high
 
