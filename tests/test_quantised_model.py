@@ -212,6 +212,22 @@ def test_scales_that_are_no_numbers_are_refused_by_the_tensors_name(tmp_path, ki
         load(open_source(path))
 
 
+@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K"])
+def test_rows_that_are_no_whole_blocks_are_refused_in_one_line(tmp_path, capsys, kind):
+    """Of 96 columns: a type that only a mangled file names, since no program can write it."""
+    path = write_gguf(tmp_path / "tiny.gguf", CONFIGS["llama"], kind="Q8_0")
+    data, name = bytearray(path.read_bytes()), b"blk.1.ffn_gate.weight"
+    at = data.index(name) + len(name) + 4 + 2 * 8  # its number of dimensions, and these
+    assert data[at] == gguf.GGMLQuantizationType.Q8_0
+    data[at] = gguf.GGMLQuantizationType[kind]
+    path.write_bytes(data)
+    assert run(path, "--backend", "torch", "--device", "cpu", "--ids", "1") == 2
+    said = capsys.readouterr().err
+    assert (
+        said.count("\n") == 1 and f"not a multiple of {kind} block size (256)" in said and str(path) in said
+    )
+
+
 def test_a_quantised_tensor_of_another_size_is_refused(tmp_path):
     weights = tensors(CONFIGS["llama"])
     weights["model.layers.0.mlp.down_proj.weight"] = torch.zeros(96, 192)
