@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(C::kThreads)
 }
 
 template <typename P>
-__global__ void __launch_bounds__(P::kThreads)
+__global__ void __launch_bounds__(P::kThreads, P::kResident)
     linear_packed_kernel(PackedProduct<typename P::T> inputs, const typename P::T* bias,
                          const typename P::T* residual, void* y, bool out_f32) {
   // 1. Locate: 16 rows of w per block, a slice of k per warp (in float32: 4 rows per warp).

@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(C::kThreads)
 }
 
 template <typename P>
-__global__ void __launch_bounds__(P::kThreads)
+__global__ void __launch_bounds__(P::kThreads, P::kResident)
     norm_linear_silu_mul_packed_kernel(PackedProduct<typename P::T> normed, typename P::T* y) {
   // 1. Locate: 8 rows of the gate and the same rows of up per block, a slice of k per warp.
   P product(normed);

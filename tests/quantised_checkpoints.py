@@ -181,6 +181,30 @@ def fp8(weights, method="fbgemm_fp8", **changes):
     return *converted(weights, convert), {"quant_method": method} | changes
 
 
+def fp8_blocks(weights, rows=128, columns=128, dtype=torch.float32):
+    """As DeepSeek-V3 and Qwen3-FP8 are published: a scale for each block, weight = value * scale_inv."""
+
+    def convert(stem, w):
+        n, k = w.shape
+        scale = torch.stack(
+            [
+                torch.stack([block.abs().amax() / 448 for block in some.split(columns, 1)])
+                for some in w.split(rows)
+            ]
+        ).to(dtype)
+        each = scale.float().repeat_interleave(rows, 0)[:n].repeat_interleave(columns, 1)[:, :k]
+        value = (w / each).clamp(-448, 448).to(torch.float8_e4m3fn)
+        return {"weight": value, "weight_scale_inv": scale}, value.float() * each
+
+    config = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "weight_block_size": [rows, columns],
+    }
+    return *converted(weights, convert), config
+
+
 def write(folder, config, file, quantization_config):
     folder.mkdir(exist_ok=True)
     settings = huggingface_config(config) | {"quantization_config": quantization_config}

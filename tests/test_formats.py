@@ -5,11 +5,12 @@ import torch
 
 from lab.dispatch import select
 from lab.errors import LabError
-from lab.formats import FORMATS, PackedMatrix
+from lab.formats import FORMATS, PackedMatrix, q4_k, q6_k
 from lab.formats.format import pack, unpack
 
 EVERY = sorted(FORMATS)
-NAN_CODES = {"fp8": (0x7F, 0xFF)}  # refused where they are read, so no kernel must know them
+# Refused where they are read, so no kernel must know them.
+NAN_CODES = dict.fromkeys(("fp8", "fp8-g128"), (0x7F, 0xFF))
 
 
 def every_code(name: str, rows: int = 24, k: int = 300) -> PackedMatrix:
@@ -18,21 +19,31 @@ def every_code(name: str, rows: int = 24, k: int = 300) -> PackedMatrix:
     codes = torch.arange(rows * k).view(rows, k) % (1 << f.bits)
     for code in NAN_CODES.get(name, ()):
         codes[codes == code] = 0
-    groups = 1 if f.group is None else -(-k // f.group)
+    pieces = f.pieces(k)
     generator = torch.Generator().manual_seed(1)
+
+    def integers(first, end, *shape):
+        return torch.randint(first, end, (rows, pieces, *shape), generator=generator)
+
     if f.scale_dtype == torch.uint8:
-        scales = torch.randint(110, 140, (rows, groups, 1), generator=generator).to(torch.uint8)
+        scales = integers(110, 140, 1).to(torch.uint8)
+    elif name == "q4_k":
+        d = torch.randn(rows, pieces, 2, generator=generator).half()
+        scales = q4_k.pieces(d, integers(0, 64, 8).byte(), integers(0, 64, 8).byte())
+    elif name == "q6_k":
+        d = torch.randn(rows, pieces, 1, generator=generator).half()
+        scales = q6_k.pieces(d, integers(-128, 128, 16).to(torch.int8))
     else:
-        scales = torch.rand(rows, groups, f.entries, generator=generator) + 0.01
+        scales = torch.rand(rows, pieces, f.items, generator=generator) + 0.01
         if f.second == "zero":
-            scales[:, :, 1] = torch.randint(0, 17, (rows, groups), generator=generator)
+            scales[:, :, 1] = integers(0, 17)
         scales = scales.to(f.scale_dtype)
     return f.from_codes(codes.to(torch.uint8), scales)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 6, 8])
 def test_packing_loses_nothing(bits):
-    codes = torch.randint(0, 1 << bits, (16, 3 * 512 // bits), dtype=torch.uint8)
+    codes = torch.randint(0, 1 << bits, (16, 3 * 128), dtype=torch.uint8)
     assert torch.equal(unpack(pack(codes, bits), bits), codes)
 
 
@@ -54,6 +65,20 @@ def test_where_a_code_lies(bits):
         assert found == {word: ((1 << bits) - 1) << shift}
 
 
+def test_where_the_bits_of_a_six_bit_code_lie():
+    """The lower four as those of 4 bits, the upper two in the words behind them."""
+    for column in range(128):
+        one = torch.zeros(1, 128, dtype=torch.uint8)
+        one[0, column] = 63
+        packed = pack(one, 6)
+        assert torch.equal(packed[:, :64], pack(one & 15, 4))
+        run, half, t, e = column // 32, column % 32 // 16, column % 16 // 4, column % 4
+        p, h = (4 * half + e) // 2, e % 2
+        high = packed[:, 64:].contiguous().view(torch.int32)[0].tolist()
+        want = 3 << (16 * h + 8 * (run % 2) + 2 * p)
+        assert {i: w & 0xFFFFFFFF for i, w in enumerate(high) if w} == {2 * t + run // 2: want}
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_rounding_is_to_the_nearest_number(name):
     """No other code of the same scale is nearer to a weight."""
@@ -66,10 +91,10 @@ def test_rounding_is_to_the_nearest_number(name):
     numbers = f.decode(every)
     width = f.group or 300
     group = torch.arange(300) // width
-    scales = packed.scales_by_row()[:, group]
-    scale = f.scale_value(scales[:, :, :1])
-    best = numbers - (scales[:, :, 1:].double() if f.second == "zero" else 0)
-    best = best * scale + (scales[:, :, 1:].double() if f.second == "minimum" else 0)
+    scales = packed.scale_values()[:, group]
+    scale = scales[:, :, :1]
+    best = numbers - (scales[:, :, 1:] if f.second == "zero" else 0)
+    best = best * scale + (scales[:, :, 1:] if f.second == "minimum" else 0)
     nearest = (best - w[:, :, None]).abs().nan_to_num(torch.inf).amin(-1)
     # The rounded scale decides; the float32 quotient may be a tie's other side.
     assert bool((error <= nearest + 1e-6 * scale[..., 0]).all())

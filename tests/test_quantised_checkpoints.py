@@ -35,6 +35,9 @@ SCHEMES = {  # name: (what writes it, the format of its matrices)
     "float-quantized": (made.float_quantized, "fp8"),
     "float-quantized, one scale": (lambda w: made.float_quantized(w, "tensor"), "fp8"),
     "fbgemm_fp8": (made.fp8, "fp8"),
+    "fp8, blocks": (made.fp8_blocks, "fp8-g128"),
+    "fp8, blocks with scales in bf16": (lambda w: made.fp8_blocks(w, dtype=torch.bfloat16), "fp8-g128"),
+    "fp8, blocks of few rows": (lambda w: made.fp8_blocks(w, 48), "fp8-g128"),
     "fp8, one scale": (lambda w: made.fp8(w, "fp8", activation_scheme="static"), "fp8"),
 }
 # Schemes for whose groups there is no format: they are expanded, and that is said.
@@ -46,6 +49,7 @@ WITHOUT = {
         lambda w: made.pack_quantized(w, 8, 128),
         "compressed-tensors pack-quantized int8 of group 128",
     ),
+    "fp8, blocks of 64 columns": (lambda w: made.fp8_blocks(w, 128, 64), "FP8 of blocks of 128 x 64"),
     "4 bits, a scale for a row": (
         lambda w: made.pack_quantized(w, 4, None),
         "compressed-tensors pack-quantized int4",
@@ -67,7 +71,7 @@ def check_numbers(loaded, means):
             "w_down": ["mlp.down_proj"],
         }
         for part, names in want.items():
-            got = getattr(layer, part).data.to(loaded.dtype)
+            got = torch.cat([one.data.to(loaded.dtype) for one in getattr(layer, part).apart()])
             assert torch.equal(got, torch.cat([means[f"{at}{name}.weight"] for name in names])), part
 
 
@@ -96,7 +100,7 @@ def test_groups_without_a_format_are_expanded_and_that_is_said(tmp_path, name, c
     file, means, config = write(tensors(CONFIG))
     loaded = load(open_source(made.write(tmp_path / "tiny", CONFIG, file, config)))
     said = capsys.readouterr().err
-    assert said.count("\n") == 1
+    assert said.count("\n") == 1 + ("activations" in said)
     assert f"expanded to fp32, for there is no weight format yet: {says} (14 tensors)" in said
     check_numbers(loaded, means)
     assert not loaded.packed
@@ -113,7 +117,8 @@ def test_what_a_checkpoint_leaves_unquantised_is_read_as_it_is(tmp_path, capsys)
     loaded = load(open_source(made.write(tmp_path / "tiny", CONFIG, file, config)))
     check_numbers(loaded, means)
     assert loaded.layers[0].w_down.format is None and loaded.layers[1].w_down.format == "int4-g128-zero"
-    assert "one fused matrix has one format: wqkv of AWQ of group 128 and F32 (1)" in capsys.readouterr().err
+    assert [m.format for m in loaded.layers[1].wqkv.apart()] == ["int4-g128-zero", None]
+    assert capsys.readouterr().err == ""
 
 
 def test_a_quantised_checkpoint_is_not_quantised_again(tmp_path):
@@ -180,6 +185,24 @@ DAMAGE = {
         "weight",
         lambda t: at_zero(0x7F)(t.view(torch.uint8)).view(torch.float8_e4m3fn),
         "weight holds NaN",
+    ),
+    "a scale of a block that is NaN": (
+        made.fp8_blocks,
+        "weight_scale_inv",
+        at_zero(torch.nan),
+        r"down_proj.weight has scales that are NaN",
+    ),
+    "a scale of a block that is zero": (
+        made.fp8_blocks,
+        "weight_scale_inv",
+        at_zero(0.0),
+        "scales of zero for weights",
+    ),
+    "too few blocks": (
+        made.fp8_blocks,
+        "weight_scale_inv",
+        lambda t: t[:1],
+        r"weight_scale_inv is \[1, 3\].* \[2, 3\]",
     ),
     "floats where there are codes": (
         made.int_quantized,
@@ -253,7 +276,17 @@ W = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "grou
         (made.gptq({}, format="gptq_v2")[2], "checkpoint_format 'gptq' and 'gptq_v2' is not supported"),
         (made.awq({}, format="gemv_fast")[2], "format 'gemv_fast' is not supported"),
         (made.gptq({}, dynamic={"-:lm_head": {}})[2], "dynamic .* is not supported"),
-        (made.fp8({}, "fp8", weight_block_size=[128, 128])[2], r"weight_block_size \[128, 128\]"),
+        (made.fp8({}, weight_block_size=[128, 128])[2], r"weight_block_size \[128, 128\] is not supported"),
+        (
+            made.fp8({}, "fp8", weight_block_size=[128])[2],
+            r"weight_block_size \[128\] is not supported; it must",
+        ),
+        (made.fp8({}, "fp8", weight_block_size=[128, 0.5])[2], r"weight_block_size \[128, 0.5\] is not supp"),
+        (
+            made.fp8({}, "fp8", weight_block_size="128x128")[2],
+            "weight_block_size is '128x128'; expected list",
+        ),
+        (made.fp8({}, "fp8", fmt="e5m2")[2], "fmt 'e5m2' is not supported"),
         (made.compressed("marlin-24", W), "format 'marlin-24' of int4 is not supported"),
         (made.compressed("float-quantized", W), "format 'float-quantized' of int4 is not supported"),
         (made.compressed("pack-quantized", W | {"num_bits": 3}), "num_bits 3 is not supported"),

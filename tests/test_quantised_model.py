@@ -19,6 +19,7 @@ from lab.harness.request import Request, settings_of
 from lab.model.decoder import Decoder
 from lab.model.families import PRESETS
 from lab.model.generate import teacher_forced_logits
+from lab.model.sampling import GREEDY
 from lab.model.sources import open_source
 from lab.model.sources.gguf_file import FORMAT_OF, codes_and_scales
 from lab.model.sources.random import RandomSource
@@ -28,7 +29,8 @@ from lab.records import card, compare, schema
 from lab.report import figures
 from lab.report import load as report
 
-WIDE = replace(CONFIGS["llama-3"], hidden=256, intermediate=512)  # multiples of a block of Q6_K
+WIDTHS = dict(hidden=256, intermediate=512, q_heads=4, kv_heads=2)  # multiples of a block of Q4_K and Q6_K
+WIDE = replace(CONFIGS["llama-3"], **WIDTHS)
 IDS = [5, 9, 200, 31, 7, 64]
 
 
@@ -45,19 +47,24 @@ def test_every_code_of_a_block_is_what_the_gguf_package_makes_of_it(kind):
     stored = gguf.GGMLQuantizationType[kind]
     size = gguf.GGML_QUANT_SIZES[stored][1]
     blocks = np.random.default_rng(1).integers(0, 256, (5, 40, size), np.uint8)
-    blocks[:, :, 1] &= 0xBF  # no scale that is NaN or inf
-    blocks[:, :, 3] &= 0xBF
+    for at in (209,) if kind == "Q6_K" else (1, 3):
+        blocks[:, :, at] &= 0xBF  # no scale that is NaN or inf
     want = torch.from_numpy(gguf.quants.dequantize(blocks.reshape(5, -1), stored))
     codes, scales = codes_and_scales(kind, torch.from_numpy(blocks))
     packed = FORMATS[FORMAT_OF[kind]].from_codes(codes, scales)
     assert torch.equal(packed.to(torch.float32), want)
-    assert packed.raw_codes().unique().numel() == (256 if kind == "Q8_0" else 16)
+    assert packed.raw_codes().unique().numel() == 1 << packed.format.bits
+    # No more bytes than the file has, but for Q6_K's 16 scales and a float16, which are kept in 20 bytes.
+    one_block = packed.nbytes / (8 * 40), size + 2 * (kind == "Q6_K")
+    if kind in ("Q4_K", "Q6_K"):
+        assert one_block[0] == one_block[1]
 
 
 @pytest.mark.parametrize("kind", FORMAT_OF)
 @pytest.mark.parametrize("name", ["llama", "qwen2"])  # llama's q and k have their rows reordered
 def test_a_gguf_model_keeps_its_format_and_gives_the_logits_of_its_numbers(tmp_path, name, kind):
-    path = str(write_gguf(tmp_path / "tiny.gguf", CONFIGS[name], kind=kind))
+    config = replace(CONFIGS[name], **WIDTHS) if kind.endswith("_K") else CONFIGS[name]
+    path = str(write_gguf(tmp_path / "tiny.gguf", config, kind=kind))
     stored, expanded = (load(open_source(path), storage=how) for how in (AS_STORED, EXPANDED))
     assert stored.formats == FORMAT_OF[kind] and expanded.formats == "fp32"
     assert {m.format for m in stored.matrices()} == {FORMAT_OF[kind]}
@@ -97,11 +104,11 @@ def test_mixed_files_keep_each_matrix_format(tmp_path):
 
 
 def test_a_type_without_a_format_is_expanded_and_that_is_said(tmp_path, capsys):
-    path = str(write_gguf(tmp_path / "tiny.gguf", WIDE, kind=lambda n: "Q6_K" if "down" in n else "Q8_0"))
+    path = str(write_gguf(tmp_path / "tiny.gguf", WIDE, kind=lambda n: "Q5_0" if "down" in n else "Q8_0"))
     loaded = load(open_source(path), torch.bfloat16)
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert "expanded to bf16, for there is no weight format yet: Q6_K (2 tensors)" in said
+    assert "expanded to bf16, for there is no weight format yet: Q5_0 (2 tensors)" in said
     want = load(open_source(path), torch.bfloat16, storage=EXPANDED)
     assert capsys.readouterr().err == ""  # it was asked for
     assert loaded.layers[0].w_down.format is None
@@ -109,18 +116,76 @@ def test_a_type_without_a_format_is_expanded_and_that_is_said(tmp_path, capsys):
     assert loaded.layers[0].wo.format == "int8-g32"
 
 
-@pytest.mark.parametrize("other", ["Q8_0", "Q6_K", "F32"])
-def test_a_fused_matrix_of_several_formats_is_expanded_and_that_is_said(tmp_path, capsys, other):
-    kind = lambda name: other if "v_proj" in name else "Q4_1"
+@pytest.mark.parametrize("other", ["Q8_0", "Q6_K", "Q5_0", "F32"])
+def test_gate_and_up_of_several_formats_are_expanded_and_that_is_said(tmp_path, capsys, other):
+    kind = lambda name: other if "up_proj" in name else "Q4_1"
     path = str(write_gguf(tmp_path / "tiny.gguf", WIDE, kind=kind))
     loaded = load(open_source(path))
     said = capsys.readouterr().err
     kinds = " and ".join(sorted(("Q4_1", other)))
     assert said.count("\n") == 1
-    assert f"expanded to fp32, for one fused matrix has one format: wqkv of {kinds} (2)" in said
+    assert f"expanded to fp32, for one fused matrix has one format: w_gate_up of {kinds} (2)" in said
     want = load(open_source(path), storage=EXPANDED)
-    assert torch.equal(loaded.layers[1].wqkv.data, want.layers[1].wqkv.data)
-    assert loaded.layers[1].w_gate_up.format == "int4-g32-min"
+    assert torch.equal(loaded.layers[1].w_gate_up.data, want.layers[1].w_gate_up.data)
+    assert loaded.layers[1].wqkv.format == "int4-g32-min"
+
+
+def q4_k_m(name):
+    """As llama.cpp's Q4_K_M: Q6_K for the output head, and in some layers for v and down."""
+    more = "layers.1" in name and ("v_proj" in name or "down_proj" in name)
+    return "Q6_K" if more or "lm_head" in name else "Q4_K"
+
+
+@pytest.mark.parametrize(
+    "kind, formats, matrices",
+    [
+        (q4_k_m, "q4_k and q6_k, lm_head q6_k", ["q4_k", "q6_k"]),
+        (lambda n: "Q8_0" if "k_proj" in n else "Q4_1", None, ["int4-g32-min", "int8-g32", "int4-g32-min"]),
+        (lambda n: "F32" if "q_proj" in n else "Q4_1", None, [None, "int4-g32-min"]),
+        (lambda n: "Q5_0" if "v_proj" in n else "Q4_1", None, ["int4-g32-min", None]),
+    ],
+    ids=["Q4_K_M", "three", "q plain", "v without a format"],
+)
+@pytest.mark.parametrize("name", ["llama-3", "qwen2", "qwen3"])  # qwen2 has biases, qwen3 norms of q and k
+def test_q_k_and_v_of_several_formats_are_kept_apart(tmp_path, capsys, name, kind, formats, matrices):
+    config = replace(CONFIGS[name], **WIDTHS)
+    path = str(write_gguf(tmp_path / "tiny.gguf", config, kind=kind))
+    stored, said = load(open_source(path)), capsys.readouterr().err
+    assert ("expanded to fp32, for there is no weight format yet: Q5_0 (2 tensors)" in said) == (said != "")
+    assert [m.format for m in stored.layers[1].wqkv.apart()] == matrices
+    if formats and not config.tie_embeddings:
+        assert stored.formats == formats
+    planned_config, planned_formats = planned(open_source(path), torch.float32, AS_STORED)
+    assert planned_formats.nbytes(planned_config, torch.float32) == stored.nbytes
+    assert planned_formats.text(planned_config, torch.float32) == stored.formats
+    expanded = load(open_source(path), storage=EXPANDED)
+    numbers = torch.cat([m.data.to(torch.float32) for m in stored.layers[1].wqkv.apart()])
+    assert torch.equal(numbers, expanded.layers[1].wqkv.data)
+    for plan in ("basic", "fused"):
+        for batch in (1, 3):
+            got, want = (several_logits(w, plan, batch) for w in (stored, expanded))
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def several_logits(weights, plan, batch, backend="torch"):
+    """[steps, batch, vocab] of prompts of different lengths."""
+    decoder = Decoder(weights, select(backend, "cpu"), batch, max_context=32, plan=plan)
+    for row in range(batch):
+        decoder.admit(row, IDS[: row + 2])
+    found = []
+    for _ in range(3):
+        decoder.step(GREEDY)
+        found.append(decoder.logits.clone())
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_a_mixed_file_gives_its_logits_in_both_languages(tmp_path, backend):
+    path = str(write_gguf(tmp_path / "tiny.gguf", WIDE, kind=q4_k_m))
+    stored, expanded = (load(open_source(path), storage=how) for how in (AS_STORED, EXPANDED))
+    for plan in ("basic", "fused"):
+        got, want = several_logits(stored, plan, 2, backend), several_logits(expanded, plan, 2)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 def rewritten(path, tensor, change):
@@ -132,9 +197,12 @@ def rewritten(path, tensor, change):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize("kind, at", [("Q8_0", 0), ("Q4_0", 18), ("Q4_1", 22)])  # a scale; Q4_1's minimum
+@pytest.mark.parametrize(  # where a scale is, or a minimum's, in a row
+    "kind, at", [("Q8_0", 0), ("Q4_0", 18), ("Q4_1", 22), ("Q4_K", 0), ("Q4_K", 2), ("Q6_K", 208)]
+)
 def test_scales_that_are_no_numbers_are_refused_by_the_tensors_name(tmp_path, kind, at, value):
-    path = write_gguf(tmp_path / "tiny.gguf", CONFIGS["llama"], kind=kind)
+    config = replace(CONFIGS["llama"], **WIDTHS)
+    path = write_gguf(tmp_path / "tiny.gguf", config, kind=kind)
 
     def change(blocks):
         blocks[3, at : at + 2] = np.frombuffer(np.float16(value).tobytes(), np.uint8)
@@ -142,6 +210,22 @@ def test_scales_that_are_no_numbers_are_refused_by_the_tensors_name(tmp_path, ki
     path = rewritten(path, "blk.1.attn_output.weight", change)
     with pytest.raises(LabError, match=r"tensor blk.1.attn_output.weight has scales that are NaN or inf"):
         load(open_source(path))
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K"])
+def test_rows_that_are_no_whole_blocks_are_refused_in_one_line(tmp_path, capsys, kind):
+    """Of 96 columns: a type that only a mangled file names, since no program can write it."""
+    path = write_gguf(tmp_path / "tiny.gguf", CONFIGS["llama"], kind="Q8_0")
+    data, name = bytearray(path.read_bytes()), b"blk.1.ffn_gate.weight"
+    at = data.index(name) + len(name) + 4 + 2 * 8  # its number of dimensions, and these
+    assert data[at] == gguf.GGMLQuantizationType.Q8_0
+    data[at] = gguf.GGMLQuantizationType[kind]
+    path.write_bytes(data)
+    assert run(path, "--backend", "torch", "--device", "cpu", "--ids", "1") == 2
+    said = capsys.readouterr().err
+    assert (
+        said.count("\n") == 1 and f"not a multiple of {kind} block size (256)" in said and str(path) in said
+    )
 
 
 def test_a_quantised_tensor_of_another_size_is_refused(tmp_path):

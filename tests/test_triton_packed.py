@@ -10,7 +10,7 @@ import triton.language as tl
 from test_triton_compile import empty
 
 from lab.contract import Rand
-from lab.formats import FORMATS, PackedMatrix
+from lab.formats import FORMATS, PackedMatrix, q4_k, q6_k
 from lab.ops import linear, linear_add, norm_linear, norm_linear_argmax, norm_linear_silu_mul
 from triton_kernels import offline, settings
 from triton_kernels.common import launch, recording
@@ -19,21 +19,30 @@ from triton_kernels.embedding import embedding
 from triton_kernels.linear import linear as run_linear
 
 F32, F16, BF16, I32 = torch.float32, torch.float16, torch.bfloat16, torch.int32
+K_QUANTS = ("q4_k", "q6_k")
 PRODUCTS = (linear, linear_add, norm_linear, norm_linear_silu_mul, norm_linear_argmax)
 
 
 def every_code(name):
     """A matrix whose rows have every code in every place of a segment, with other scales in each row."""
     f = FORMATS[name]
-    usable = [c for c in range(1 << f.bits) if not (name == "fp8" and c & 127 == 127)]  # these are NaN
+    usable = [c for c in range(1 << f.bits) if not (name.startswith("fp8") and c & 127 == 127)]  # are NaN
     rows = torch.tensor([[usable[(i + j) % len(usable)] for j in range(256)] for i in range(len(usable))])
-    groups = 256 // f.group if f.group else 1
-    scales = torch.rand(len(rows), groups, f.entries, generator=torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    shape = len(rows), f.pieces(256), f.items
+    scales = torch.rand(*shape, generator=generator)
     if name == "mxfp4":
         # Every exponent whose products with the codes float32 can hold, the subnormal ones included.
         count = scales.numel()
         scales = (torch.arange(count) * 251 // count + 1).reshape(scales.shape)
         scales[0] = 0
+    elif name == "q4_k":
+        d = torch.randn(*shape[:2], 2, generator=generator).half()
+        scales = q4_k.pieces(d, *torch.randint(0, 64, (2, *shape[:2], 8), generator=generator).byte())
+    elif name == "q6_k":
+        d = torch.randn(*shape[:2], 1, generator=generator).half()
+        integers = torch.randint(-128, 128, (*shape[:2], 16), generator=generator)
+        scales = q6_k.pieces(d, integers.to(torch.int8))
     elif f.second == "zero":
         scales[:, :, 1] = torch.arange(scales[:, :, 1].numel()).reshape(scales.shape[:2]) % 17
     return f.from_codes(rows.to(torch.uint8), scales.to(f.scale_dtype))
@@ -131,15 +140,18 @@ def compiled(architecture, run):
     return code, offline.sass(code)
 
 
-def check_product(code, sass):
+def check_product(code, sass, bits=4):
     """16-byte copies run ahead of the arithmetic on tensor cores, a warp's ones of weights being the segments
-    of 8 rows, and no unpacked weights are stored."""
+    of 8 rows, and no unpacked weights are stored. (The upper two of 6 bits may be copied in 8 bytes.)"""
     copies = re.findall(r"\bLDGSTS\S*", sass)
-    assert copies and all(".128" in copy for copy in copies) and re.search(r"\bHG?MMA\b", sass)
+    wide = ".128" if bits != 6 else (".128", ".64")
+    assert copies and all(copy.endswith(wide) for copy in copies) and re.search(r"\bHG?MMA\b", sass)
     layouts = re.findall(r"async_copy_global_to_local .*!tt.ptr<i32>, (#\w+)>", code.asm["ttgir"])
     assert layouts
     for layout in set(layouts):
         threads = re.search(rf"^{layout} = .*", code.asm["ttgir"], re.M)[0]
+        if bits == 6 and "threadsPerWarp = [1, 16, 2]" in threads:
+            continue  # of the upper two bits
         assert "sizePerThread = [1, 1, 4], threadsPerWarp = [1, 8, 4]" in threads  # segment, row, word
     # Registers are stored only to add up the warps' sums: float32. Unpacked weights are bfloat16.
     stored = re.findall(r"ttg\.local_alloc %.*bf16|ttg\.local_store.*bf16", code.asm["ttgir"])
@@ -150,14 +162,19 @@ def check_product(code, sass):
     "architecture, name, rows, n",
     [
         *(("sm_90", name, 1, 28672) for name in FORMATS),
-        *(("sm_90", name, 64, 28672) for name in ("int4-g128", "int4-g32-min", "int8")),
+        *(
+            ("sm_90", name, 64, 28672)
+            for name in ("int4-g128", "int4-g32-min", "int8", "fp8-g128", *K_QUANTS)
+        ),
+        *(("sm_90", name, 16, 28672) for name in ("int4-g32-min", *K_QUANTS)),
         *(("sm_90", "int4-g128", rows, n) for rows, n in ((1, 4096), (16, 28672), (16, 4096), (64, 4096))),
         *(("sm_80", name, rows, 28672) for name in ("int4-g128", "fp8") for rows in (1, 64)),
     ],
 )
 def test_codes_go_from_wide_loads_to_tensor_cores(architecture, name, rows, n):
     x, y = empty(rows, 4096, dtype=BF16), empty(rows, n, dtype=BF16)
-    check_product(*compiled(architecture, lambda: run_linear(x, packed(name, n, 4096), None, y)))
+    found = compiled(architecture, lambda: run_linear(x, packed(name, n, 4096), None, y))
+    check_product(*found, FORMATS[name].bits)
 
 
 @pytest.mark.parametrize("rows", (1, 64))

@@ -257,11 +257,14 @@ def write_gguf(
 
 
 def quantised(values: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
-    """The blocks of a type; of Q6_K, which the package gguf cannot write, any codes with a small scale."""
-    if kind != gguf.GGMLQuantizationType.Q6_K:
+    """The blocks of a type; of Q4_K and Q6_K, which the package gguf cannot write, any codes with small
+    scales."""
+    scales = {"Q4_K": (0, [2e-5, 1.5e-4]), "Q6_K": (208, [1e-5])}  # where they are in a block
+    if kind.name not in scales:
         return gguf.quants.quantize(values, kind)
-    blocks = np.random.default_rng(0).integers(0, 256, (values.size // 256, 210), np.uint8)
-    blocks[:, 208:] = np.frombuffer(np.float16(1e-5).tobytes(), np.uint8)
+    size, (at, numbers) = gguf.GGML_QUANT_SIZES[kind][1], scales[kind.name]
+    blocks = np.random.default_rng(values.size).integers(0, 256, (values.size // 256, size), np.uint8)
+    blocks[:, at : at + 2 * len(numbers)] = np.frombuffer(np.float16(numbers).tobytes(), np.uint8)
     return blocks.reshape(values.shape[0], -1)
 
 

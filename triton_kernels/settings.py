@@ -156,6 +156,9 @@ def _packed(op, table, x, w, n):
     else:
         entries = config(table, x)["float" if x.itemsize == 4 else "half"]
         meta = next(dict(m) for most_rows, most_n, m in entries if rows <= most_rows and n <= most_n)
+        if rows > 8 and meta["SEGMENTS"] > 1 and f.group and f.group <= 32:
+            # Each part of a segment has its sums until they are scaled, which would not fit into registers.
+            meta["BLOCK_N"] = min(meta["BLOCK_N"], 32)
     meta.setdefault("num_warps", meta["SEGMENTS"])
     meta.update(
         **packed_format(f),

@@ -19,6 +19,8 @@ struct PackedShape {
   static constexpr int kTiles = Tiles_, R = R_, kWarps = Warps_, U = U_, kParts = Parts_, kStaged = Staged;
   static constexpr int kThreads = 32 * Warps_, kTileOutputs = 16 / Parts_, kOutputs = R * kTileOutputs;
   static constexpr int kSums = 16 * R + 4;  // floats between two columns of partial sums: no bank conflicts
+  // Blocks that a multiprocessor runs at once. (The registers must allow it: see the kernels' launch bounds.)
+  static constexpr int kResident = Tiles_ == 1 ? 16 / Warps_ : 1;
 };
 
 template <typename T, typename C>
@@ -32,7 +34,7 @@ struct alignas(16) PackedSmem {
 template <typename F, typename C>
 LAB_HOST_DEVICE int staged_segments(int rows, int k) {
   constexpr int kRound = C::kWarps * C::U;
-  const int all = (k + Layout<F>::kColumns - 1) / Layout<F>::kColumns;
+  const int all = Layout<F>::segments(k);
   const int most = C::kStaged * 1024 / (rows * Layout<F>::kColumns * 2) / kRound * kRound;
   const int fit = most > kRound ? most : kRound;
   return all < fit ? all : fit;
@@ -53,30 +55,31 @@ struct PackedRows {
   using T = T_;
   using C = C_;
   using L = Layout<F>;
-  static constexpr int kThreads = C::kThreads, kOutputs = C::kOutputs, U = C::U, R = C::R;
-  // The scales of a segment of a row, in words; see PackedType in unpack.cuh for why not in smaller elements.
-  static constexpr bool kShort = L::kSegmentScales < 4;
-  using ScaleWord = std::conditional_t<kShort, uint16_t, uint32_t>;
-  using Scales = Vec<ScaleWord, kShort ? 1 : L::kSegmentScales / 4>;
+  static constexpr int kThreads = C::kThreads, kResident = C::kResident, kOutputs = C::kOutputs;
+  static constexpr int U = C::U, R = C::R;
+  using Scales = typename L::Scales;
 
   PackedSmem<T, C>& shared;
   const T* x;
   PackedWeights w;
   int rows, n, k, segments;  // segments: of a row of w
   int lane, g, t, warp;      // g, t: row and quarter of the lane in a tensor core's tile
+  int place;                 // of a segment in its span: the same for all segments of a warp
   int output;                // first of the block's outputs that are summed now
   int stride, panel, staged = -1, turn = 0;
   int fetch_output, fetch_segment;                  // where the next loads read
   const uint8_t *codes_of[R][2], *scales_of[R][2];  // of rows g and g + 8 of each tile
-  Vec<uint32_t, 4> words[U][R][2];
+  UnitWords<F> words[U][R][2];
   Scales scales[U][R][2];
   float acc[R][C::kTiles][4], row_scale[R][2];  // row_scale: of rows that share one scale; else 1
 
   explicit LAB_DEVICE PackedRows(const PackedProduct<T>& p)
       : shared(smem<PackedSmem<T, C>>()), x(p.x), w(p.w), rows(p.rows), n(p.n), k(p.k) {
-    segments = (k + L::kColumns - 1) / L::kColumns;
+    segments = L::segments(k);
     stride = staged_stride<F, C>(rows, k), panel = staged_segments<F, C>(rows, k);
     lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    static_assert(C::kWarps % L::kSpan == 0, "rounds of loads begin with whole spans");
+    place = warp % L::kSpan;
   }
 
   // Issues the first loads, which are of weights and so depend on no earlier kernel, and waits for the
@@ -174,8 +177,8 @@ struct PackedRows {
       LAB_UNROLL
       for (int side = 0; side < 2; ++side) {
         const size_t row = row_of(min(to, n - 1), r, side);
-        codes_of[r][side] = w.codes + segment_place(row, segments, kSegmentBytes) + t * 16;
-        scales_of[r][side] = w.scales + segment_place(row, segments, L::kSegmentScales);
+        codes_of[r][side] = w.codes + segment_place(row, segments, L::kSegmentBytes) + t * 16;
+        scales_of[r][side] = w.scales + segment_place(row, segments / L::kSpan, Scales::kBytes);
       }
     }
   }
@@ -207,11 +210,11 @@ struct PackedRows {
     for (int r = 0; r < R; ++r) {
       LAB_UNROLL
       for (int side = 0; side < 2; ++side) {
-        const uint8_t* from = codes_of[r][side] + size_t(segment) * (kBlockRows * kSegmentBytes);
-        words[u][r][side] = load_stream(reinterpret_cast<const uint32_t*>(from));
+        const uint8_t* from = codes_of[r][side] + size_t(segment) * (kBlockRows * L::kSegmentBytes);
+        words[u][r][side] = load_unit<F>(from, t);
         if constexpr (F::kGroup != 0) {
-          const uint8_t* at = scales_of[r][side] + segment * (kBlockRows * L::kSegmentScales);
-          scales[u][r][side] = load<Scales::size>(reinterpret_cast<const ScaleWord*>(at));
+          const int span = unsigned(fetch_segment + warp) / L::kSpan + u * (C::kWarps / L::kSpan);
+          scales[u][r][side].load_from(scales_of[r][side] + span * (kBlockRows * Scales::kBytes), place);
         }
       }
     }
@@ -239,6 +242,9 @@ struct PackedRows {
       if constexpr (F::kGroup == 0) {
         LAB_UNROLL
         for (int run = 0; run < L::kRuns; ++run) add_run(acc[r], u, r, run, of_x);
+      } else if constexpr (L::kPart == 16) {
+        LAB_UNROLL
+        for (int run = 0; run < L::kRuns; ++run) add_two_groups(u, r, run, of_x);
       } else {
         LAB_UNROLL
         for (int group = 0; group < L::kGroups; ++group) {
@@ -257,13 +263,7 @@ struct PackedRows {
   LAB_DEVICE void add_run(float (&sums)[C::kTiles][4], int u, int r, int run,
                           const uint32_t (&of_x)[C::kTiles][L::kRuns][2][2]) {
     uint32_t pairs[2][4];
-    LAB_UNROLL
-    for (int side = 0; side < 2; ++side) {
-      const float zero =
-          F::kZero ? entry(u, r, side, run / (L::kRunsPerGroup ? L::kRunsPerGroup : 1), 1) : 0.f;
-      F::template numbers<T>(pairs[side], words[u][r][side].v + run * L::kWords,
-                             F::template zero_pair<T>(zero));
-    }
+    unpack_run(pairs, u, r, run);
     float of_run[C::kTiles][4] = {};
     LAB_UNROLL
     for (int part = 0; part < 2; ++part) {
@@ -279,9 +279,36 @@ struct PackedRows {
     }
   }
 
+  // The numbers of a run of tile r, of both of the lane's rows.
+  LAB_DEVICE void unpack_run(uint32_t (&pairs)[2][4], int u, int r, int run) {
+    LAB_UNROLL
+    for (int side = 0; side < 2; ++side) {
+      float zero = 0.f;
+      if constexpr (F::kZero) zero = scales[u][r][side].second(run / L::kRunsPerGroup, 0);
+      F::template numbers<T>(pairs[side], run_words<F>(words[u][r][side], run).v,
+                             F::template zero_pair<T>(zero));
+    }
+  }
+
+  // The same for a run of two groups, scales included: a group is what one multiplication takes.
+  LAB_DEVICE void add_two_groups(int u, int r, int run, const uint32_t (&of_x)[C::kTiles][L::kRuns][2][2]) {
+    uint32_t pairs[2][4];
+    unpack_run(pairs, u, r, run);
+    LAB_UNROLL
+    for (int part = 0; part < 2; ++part) {
+      const int p = 2 * part;
+      const uint32_t a[4] = {pairs[0][p], pairs[1][p], pairs[0][p + 1], pairs[1][p + 1]};
+      float sums[C::kTiles][4] = {};
+      LAB_UNROLL
+      for (int tile = 0; tile < C::kTiles; ++tile) mma_m16n8k16(sums[tile], a, of_x[tile][run][part], T{});
+      add_group(sums, u, r, 2 * run + part, of_x);
+    }
+  }
+
   // acc[r] += the scale of a group times the group's sums, and its minimum times the sum of x over the group.
   LAB_DEVICE void add_group(const float (&sums)[C::kTiles][4], int u, int r, int group,
                             const uint32_t (&of_x)[C::kTiles][L::kRuns][2][2]) {
+    static_assert(!F::kMinimum || L::kRunsPerGroup > 0, "a minimum is for whole runs");
     float x_sums[C::kTiles][4] = {};
     if constexpr (F::kMinimum) {
       const uint32_t one = pair_of(from_float<T>(1.f)), ones[4] = {one, one, one, one};
@@ -298,8 +325,9 @@ struct PackedRows {
     }
     LAB_UNROLL
     for (int side = 0; side < 2; ++side) {
-      const float scale = entry(u, r, side, group, 0),
-                  minimum = F::kMinimum ? entry(u, r, side, group, 1) : 0.f;
+      const float scale = scales[u][r][side].scale(group, place);
+      float minimum = 0.f;
+      if constexpr (F::kMinimum) minimum = scales[u][r][side].second(group, place);
       LAB_UNROLL
       for (int tile = 0; tile < C::kTiles; ++tile) {
         LAB_UNROLL
@@ -309,14 +337,6 @@ struct PackedRows {
         }
       }
     }
-  }
-
-  // An entry of the scale of a group of the segment in flight: 0 is the scale, 1 its second entry.
-  LAB_DEVICE float entry(int u, int r, int side, int group, int which) const {
-    constexpr int kBits = 8 * int(sizeof(typename F::Scale)), kPerWord = 8 * int(sizeof(ScaleWord)) / kBits;
-    const int i = group * L::kEntries + which;
-    return scale_of<typename F::Scale>(uint32_t(scales[u][r][side].v[i / kPerWord]) >>
-                                       (i % kPerWord * kBits));
   }
 
   // Copies `panel` segments of all rows of x to shared memory, with zeros past k.
@@ -346,8 +366,7 @@ struct PackedRows {
 // for each set.
 template <typename C>
 inline int packed_blocks(int outputs) {
-  const int all = ceil_div(outputs, C::kOutputs), at_once = C::kTiles == 1 ? 16 / C::kWarps : 1;
-  return min(all, at_once * multiprocessors());
+  return min(ceil_div(outputs, C::kOutputs), C::kResident * multiprocessors());
 }
 
 constexpr int kMostPackedRows = 16;  // of x, in one launch

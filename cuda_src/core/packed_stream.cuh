@@ -26,7 +26,7 @@ template <typename T_, typename C_>
 struct PackedStream {
   using T = T_;
   using C = C_;
-  static constexpr int B = C::B, R = C::R, kThreads = C::kThreads;
+  static constexpr int B = C::B, R = C::R, kThreads = C::kThreads, kResident = 1;
   static constexpr int kMost = kMostUnitColumns;
 
   const T* x;

@@ -1,4 +1,4 @@
-// fp8: floating-point numbers of 8 bits (e4m3) with one scale a row
+// fp8: floating-point numbers of 8 bits (e4m3) with one scale a row, or one for every 128 columns
 //
 //   weight = scale * number(code)
 //   contract  lab/formats/fp8.py          twin  triton_kernels/formats/fp8.py
@@ -7,8 +7,9 @@
 
 namespace lab {
 
+template <int Group>
 struct Fp8 {
-  static constexpr int kBits = 8, kGroup = 0;
+  static constexpr int kBits = 8, kGroup = Group;
   static constexpr bool kSecond = false, kMinimum = false, kZero = false;
   using Scale = float;
 

@@ -21,6 +21,9 @@ enum class Format : int {
   int4_g128_zero = 6,
   fp8 = 7,
   mxfp4 = 8,
+  fp8_g128 = 9,
+  q4_k = 10,
+  q6_k = 11,
 };
 
 // Groups of values that belong together. Python passes a group as a tuple, in the order of its fields.

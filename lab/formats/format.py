@@ -4,8 +4,8 @@
 
 A row's codes are packed in segments of 64 bytes, so that a lane of a tensor-core tile finds its weights in
 one load of 16 bytes. The segments of 8 rows lie together, 512 bytes that a warp loads at once. A segment
-holds K = 512 / bits columns (128 of 4 bits, 64 of 8 bits): K / 32 runs of 32 columns. Lane t of the four
-lanes that share a row takes the bytes 16 t to 16 t + 15, which are 8 codes of each run:
+holds 128 columns of 4 bits, or 64 of 8 bits, in runs of 32 columns. Lane t of the four lanes that share a row
+takes the bytes 16 t to 16 t + 15, which are 8 codes of each run:
 
     code j of run i of lane t     column 32 i + 16 (j / 4) + 4 t + j % 4 of the segment
 
@@ -14,12 +14,22 @@ The 8 codes are in the order in which two of them at a time can be cut out with 
     4 bits, one word of 32 bits   code 2p in bits 4p .. 4p + 3, code 2p + 1 in bits 16 + 4p ..
     8 bits, two words             codes 0, 2, 1, 3 in the bytes of the first, 4, 6, 5, 7 of the second
 
-Columns past k fill the last segment with codes that stand for 0 (or for a minimum); kernels multiply them by
+Codes of 6 bits have a segment of 96 bytes for 128 columns. The first 64 bytes hold the lower four bits of
+each code, as above; of the other 32 lane t takes 8, two words of two runs each, with the upper two bits:
+
+    6 bits, upper two             run i is in word i / 2, code 2p + h of it in bits 16 h + 8 (i % 2) + 2p ..
+
+The scales of a row are stored in pieces. A piece belongs to a group, or to several groups whose scales are
+small integers times a number that they share (GGUF's super-blocks). If a piece is for more columns than a
+segment has, the segments of a row are filled up to whole pieces: such segments form a span.
+
+Columns past k fill the last span with codes that stand for 0 (or for a minimum); kernels multiply them by
 zeros of x. Rows past the last fill its block of 8; no kernel uses them.
 
-    codes   uint8 [row / 8, segment, row % 8, 64]
-    scales  [row / 8, segment, row % 8, entries]: for each group of the segment one entry, or two, if the
-            format has a minimum or a zero; with one scale a row, [row / 8, 1, row % 8, 1]
+    codes   uint8 [row / 8, segment, row % 8, bytes of a segment]
+    scales  [row / 8, span, row % 8, items]: the pieces of the span. A span is one segment, unless a piece is
+            for more columns. A piece is one number for each group, or two, if the format has a minimum or a
+            zero, where the format does not say otherwise; with one scale a row, [row / 8, 1, row % 8, 1]
 """
 
 from __future__ import annotations
@@ -32,7 +42,7 @@ import torch
 
 from lab.errors import LabError
 
-SEGMENT = 64  # bytes
+SEGMENT = 64  # bytes that hold 4 or 8 bits of each code of a segment
 RUN = 32  # columns
 BLOCK = 8  # rows whose segments lie together
 EXPANDED_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 24}  # weights: what stays in a cache; what fills a GPU
@@ -49,45 +59,69 @@ class Format:
     name: str
     summary: str
     number: int  # what kernels know it by: Format of cuda_src/launchers/arguments.h
-    bits: int  # of a code: 4 or 8
+    bits: int  # of a code: 4, 6 or 8
     group: int | None  # columns that share a scale; None: the whole row
-    scale_dtype: torch.dtype
+    scale_dtype: torch.dtype  # of the numbers of a piece
     # (codes uint8) -> float64: the number that a code stands for, before zero, scale and minimum
     decode: Callable[[torch.Tensor], torch.Tensor]
-    # (w float32 [rows, groups, group]) -> (codes uint8 of that shape, scales [rows, groups, entries]): round
-    # to nearest
+    # (w float32 [rows, pieces, columns of a piece]) -> (codes uint8 of that shape, scales [rows, pieces,
+    # items]): round to nearest
     encode: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     second: str | None = None  # the second entry of a scale: "minimum", "zero", or none
     blank: int = 0  # the code of the columns past k
-    # (scales as stored) -> float64
+    # (scales as stored [rows, pieces, items]) -> float64 [rows, groups, entries]
     scale_value: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.double
+    # (columns, items) of a piece that is for several groups
+    piece: tuple[int, int] | None = None
 
     @property
     def entries(self) -> int:
         return 2 if self.second else 1
 
     @property
+    def piece_columns(self) -> int | None:
+        return self.piece[0] if self.piece else self.group
+
+    @property
+    def items(self) -> int:
+        """Numbers of a piece."""
+        return self.piece[1] if self.piece else self.entries
+
+    @property
     def columns(self) -> int:
         """Columns in a segment."""
-        return SEGMENT * 8 // self.bits
+        return 64 if self.bits == 8 else 128
+
+    @property
+    def segment_bytes(self) -> int:
+        return self.columns * self.bits // 8
+
+    @property
+    def span(self) -> int:
+        """Segments in a span."""
+        return max(1, (self.piece_columns or 0) // self.columns)
 
     @property
     def bits_a_weight(self) -> float:
         """With the scales of groups; the scale of a whole row hardly counts."""
-        of_group = self.entries * self.scale_dtype.itemsize * 8 / self.group if self.group else 0
-        return self.bits + of_group
+        of_piece = self.items * self.scale_dtype.itemsize * 8
+        return self.bits + (of_piece / self.piece_columns if self.group else 0)
 
     def segments(self, k: int) -> int:
-        return -(-k // self.columns)
+        return -(-k // (self.columns * self.span)) * self.span
+
+    def pieces(self, k: int) -> int:
+        return 1 if self.group is None else -(-k // self.piece_columns)
 
     def codes_shape(self, rows: int, k: int) -> tuple[int, int, int, int]:
-        return -(-rows // BLOCK), self.segments(k), BLOCK, SEGMENT
+        return -(-rows // BLOCK), self.segments(k), BLOCK, self.segment_bytes
 
     def scales_shape(self, rows: int, k: int) -> tuple[int, int, int, int]:
         blocks = -(-rows // BLOCK)
         if self.group is None:
             return blocks, 1, BLOCK, self.entries
-        return blocks, self.segments(k), BLOCK, self.columns // self.group * self.entries
+        in_span = self.columns * self.span // self.piece_columns * self.items
+        return blocks, self.segments(k) // self.span, BLOCK, in_span
 
     def bytes_of(self, rows: int, k: int) -> int:
         """Bytes of a packed matrix [rows, k], scales included."""
@@ -103,36 +137,33 @@ class Format:
         if not bool(w.isfinite().all()):
             raise LabError(f"format {self.name}: the weights hold NaN or inf, which it cannot store")
         # Padding with zeros changes no group's largest weight.
-        width = self.group or k
+        width = self.piece_columns or k
         padded = torch.zeros(rows, -(-k // width) * width, dtype=torch.float32, device=w.device)
         padded[:, :k] = w
         codes, scales = self.encode(padded.unflatten(1, (-1, width)))
-        if scales.is_floating_point() and not bool(scales.isfinite().all()):
-            raise LabError(f"format {self.name}: a weight is too large for its scale in {self.scale_dtype}")
+        if not bool(self.scale_value(scales).isfinite().all()):
+            raise LabError(f"format {self.name}: a weight is too large for its scale")
         return self.from_codes(codes.flatten(1)[:, :k], scales)
 
     def from_codes(self, codes: torch.Tensor, scales: torch.Tensor) -> PackedMatrix:
-        """Packs codes uint8 [rows, k] with scales [rows, groups, entries], which are kept as they are.
+        """Packs codes uint8 [rows, k] with scales [rows, pieces, items], which are kept as they are.
 
         Raises LabError if their sizes do not belong together.
         """
         rows, k = codes.shape
-        needed = 1 if self.group is None else -(-k // self.group)
-        if scales.shape != (rows, needed, self.entries):
+        needed = self.pieces(k)
+        if scales.shape != (rows, needed, self.items):
             raise LabError(
                 f"format {self.name}: scales {list(scales.shape)} do not fit codes {list(codes.shape)}: "
-                f"{[rows, needed, self.entries]} are needed"
+                f"{[rows, needed, self.items]} are needed"
             )
-        blocks, segments, _, in_segment = self.scales_shape(rows, k)
+        blocks, spans, _, in_span = self.scales_shape(rows, k)
         padded = codes.new_full((blocks * BLOCK, self.segments(k) * self.columns), self.blank)
         padded[:rows, :k] = codes
-        all_scales = torch.zeros(
-            blocks * BLOCK, segments * in_segment, dtype=self.scale_dtype, device=codes.device
-        )
-        all_scales[:rows, : needed * self.entries] = scales.flatten(1).to(self.scale_dtype)
-        return PackedMatrix(
-            self.name, rows, k, by_blocks(pack(padded, self.bits), SEGMENT), by_blocks(all_scales, in_segment)
-        )
+        all_scales = torch.zeros(blocks * BLOCK, spans * in_span, dtype=self.scale_dtype, device=codes.device)
+        all_scales[:rows, : needed * self.items] = scales.flatten(1).to(self.scale_dtype)
+        packed = by_blocks(pack(padded, self.bits), self.segment_bytes)
+        return PackedMatrix(self.name, rows, k, packed, by_blocks(all_scales, in_span))
 
 
 @dataclass(eq=False)
@@ -184,27 +215,29 @@ class PackedMatrix:
         return unpack(by_rows(self.codes)[: self.rows], self.format.bits)[:, : self.k]
 
     def scales_by_row(self) -> torch.Tensor:
-        """[rows, groups of whole segments, entries]."""
-        return by_rows(self.scales)[: self.rows].unflatten(1, (-1, self.format.entries))
+        """As stored: [rows, pieces of whole spans, items]."""
+        return by_rows(self.scales)[: self.rows].unflatten(1, (-1, self.format.items))
+
+    def scale_values(self) -> torch.Tensor:
+        """What they are worth: float64 [rows, groups of whole spans, entries]."""
+        return self.format.scale_value(self.scales_by_row())
 
     def double(self) -> torch.Tensor:
         """The weights, exactly: float64 [rows, k]."""
         return self.double_padded()[:, : self.k]
 
     def double_padded(self) -> torch.Tensor:
-        """The same with the columns past k that fill the last segment."""
+        """The same with the columns past k that fill the last span."""
         f = self.format
         value = f.decode(unpack(by_rows(self.codes)[: self.rows], f.bits))
-        scales = self.scales_by_row()
-        width = value.shape[1] // scales.shape[1]
-        value = value.unflatten(1, (-1, width))
-        scale = f.scale_value(scales[:, :, :1])
+        scales = self.scale_values()
+        value = value.unflatten(1, (scales.shape[1], -1))
         if f.second == "zero":
-            value = (value - scales[:, :, 1:].double()) * scale
+            value = (value - scales[:, :, 1:]) * scales[:, :, :1]
         elif f.second == "minimum":
-            value = value * scale + scales[:, :, 1:].double()
+            value = value * scales[:, :, :1] + scales[:, :, 1:]
         else:
-            value = value * scale
+            value = value * scales
         return value.flatten(1)
 
     def to(self, dtype: torch.dtype) -> torch.Tensor:
@@ -214,23 +247,25 @@ class PackedMatrix:
         step = max(1, EXPANDED_AT_ONCE[self.device.type] // self.k // BLOCK)
         blocks = zip(self.codes.split(step), self.scales.split(step), out.split(step * BLOCK))
         for codes, scales, rows in blocks:
-            expanded = self._float(by_rows(codes), by_rows(scales).unflatten(1, (-1, self.format.entries)))
+            expanded = self._float(by_rows(codes), by_rows(scales).unflatten(1, (-1, self.format.items)))
             rows.copy_(expanded[: len(rows), : self.k])
         return out
 
     def _float(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """Some rows in float32. Only the last operation rounds: a code has at most 8 bits, and a scale that
-        is followed by a minimum 11, so that their product is exact."""
+        """Some rows in float32. Only the last operation rounds: an integer has at most 8 bits, and a scale
+        that is followed by a minimum or multiplied by an integer for its group at most 17, so that their
+        product is exact."""
         f = self.format
         every = torch.arange(1 << f.bits, dtype=torch.uint8, device=codes.device)
         number = f.decode(every).float()
         value = number.index_select(0, unpack(codes, f.bits).flatten().int())
-        value = value.view(scales.shape[0], scales.shape[1], -1)
+        worth = f.scale_value(scales).float()
+        value = value.view(*worth.shape[:2], -1)
         if f.second == "zero":
-            value.sub_(scales[:, :, 1:].float())
-        value.mul_(f.scale_value(scales[:, :, :1]).float())
+            value.sub_(worth[:, :, 1:])
+        value.mul_(worth[:, :, :1])
         if f.second == "minimum":
-            value.add_(scales[:, :, 1:].float())
+            value.add_(worth[:, :, 1:])
         return value.flatten(1)
 
     def same(self, other: object) -> bool:
@@ -263,9 +298,9 @@ class PackedMatrix:
     def some_rows(self, ids: torch.Tensor) -> PackedMatrix:
         """The rows of these numbers, [len(ids), k]."""
         codes, scales = (by_rows(t)[ids.long()] for t in self.tensors())
-        scales = scales.unflatten(1, (-1, self.format.entries))
-        needed = 1 if self.format.group is None else -(-self.k // self.format.group)
-        return self.format.from_codes(unpack(codes, self.format.bits)[:, : self.k], scales[:, :needed])
+        f = self.format
+        pieces = scales.unflatten(1, (-1, f.items))[:, : f.pieces(self.k)]
+        return f.from_codes(unpack(codes, f.bits)[:, : self.k], pieces)
 
 
 def by_blocks(rows: torch.Tensor, width: int) -> torch.Tensor:
@@ -279,16 +314,27 @@ def by_rows(blocks: torch.Tensor) -> torch.Tensor:
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """uint8 [rows, segments * 64] from codes uint8 [rows, whole segments]: see the layout above."""
+    """uint8 [rows, bytes of whole segments] from codes uint8 [rows, whole segments]: see the layout above."""
     lanes = _lanes(codes, bits)
     if bits == 8:
         return lanes[..., [0, 2, 1, 3, 4, 6, 5, 7]].flatten(1).contiguous()
     # Byte b of the word holds bits 8b ..: codes 0 and 2, 4 and 6, 1 and 3, 5 and 7.
-    return (lanes[..., [0, 4, 1, 5]] | lanes[..., [2, 6, 3, 7]] << 4).flatten(1).contiguous()
+    low = lanes & 15
+    low = (low[..., [0, 4, 1, 5]] | low[..., [2, 6, 3, 7]] << 4).flatten(2)  # row, segment, byte
+    if bits == 4:
+        return low.flatten(1).contiguous()
+    high = (lanes >> 4).unflatten(4, (4, 2)).unflatten(3, (2, 2))  # row, segment, t, word, i % 2, p, h
+    shift = 2 * torch.arange(4, dtype=torch.uint8, device=codes.device)[:, None]
+    high = (high << shift).sum(5, dtype=torch.uint8).transpose(4, 5).flatten(2)  # t, word, h, i % 2
+    return torch.cat((low, high), -1).flatten(1)
 
 
 def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
     """The inverse of pack(): uint8 [rows, columns of whole segments]."""
+    if bits == 6:
+        by_segment = packed.unflatten(1, (-1, SEGMENT * 3 // 2))
+        low, high = by_segment[..., :SEGMENT], by_segment[..., SEGMENT:]
+        return unpack(low.flatten(1), 4) | _upper_two(high) << 4
     rows, runs = packed.shape[0], SEGMENT * 8 // bits // RUN
     word = packed.view(torch.int32).view(rows, -1, 4, runs * bits // 4)  # row, segment, t, run (and half)
     word = word.unflatten(3, (runs, -1)).permute(0, 1, 3, 4, 2)  # row, segment, run, half, t
@@ -304,8 +350,16 @@ def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
     return codes.view(torch.uint8).view(rows, -1)
 
 
+def _upper_two(high: torch.Tensor) -> torch.Tensor:
+    """uint8 [rows, columns]: the upper two bits of codes of 6 bits, of bytes [rows, segments, 32]."""
+    high = high.unflatten(2, (4, 2, 2, 2, 1))  # row, segment, t, word, h, i % 2
+    shift = 2 * torch.arange(4, dtype=torch.uint8, device=high.device)
+    pairs = (high >> shift & 3).unflatten(6, (2, 2))  # p = 2 * half + u
+    return pairs.permute(0, 1, 3, 5, 6, 2, 7, 4).flatten(1)  # row, segment, word, i % 2, half, t, u, h
+
+
 def _lanes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """[rows, segment, lane t, run i, code j] of codes [rows, columns]."""
-    runs = SEGMENT * 8 // bits // RUN
+    runs = (64 if bits == 8 else 128) // RUN
     by_column = codes.view(codes.shape[0], -1, runs, 2, 4, 4)  # segment, run, half, t, e
     return by_column.permute(0, 1, 4, 2, 3, 5).flatten(4)

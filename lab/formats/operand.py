@@ -51,7 +51,7 @@ def magnitude(w: Operand) -> torch.Tensor:
     """float64 [n, k]: the size of the numbers that a kernel adds up for each weight. With a minimum these are
     two, scale * code and the minimum, which may be much larger than their sum."""
     if type(w) is PackedMatrix and w.format.second == "minimum":
-        least = w.scales_by_row()[:, :, 1:].double()
+        least = w.scale_values()[:, :, 1:]
         width = w.format.group
         by_group = w.double_padded().unflatten(1, (-1, width))
         return ((by_group - least).abs() + least.abs()).flatten(1)[:, : w.k]

@@ -10,9 +10,10 @@ nothing else states the names and shapes of a model's weights. The parts are rea
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import torch
@@ -29,12 +30,14 @@ class Part:
     """One tensor of a loaded model: one or more tensors of the file, stacked by rows.
 
     tensors: of each its name, as Hugging Face names it, in a layer without "model.layers.N.", and its rows.
-    columns: None for a vector.
+    columns: None for a vector. separable: of a matrix, whether its tensors may be stored apart, as several
+    matrices, where they have different weight formats.
     """
 
     name: str  # a field of lab.model.weights.Layer or Weights
     tensors: tuple[tuple[str, int], ...]
     columns: int | None = None
+    separable: bool = False
 
     @property
     def rows(self) -> int:
@@ -48,14 +51,26 @@ class Part:
     def shape(self) -> tuple[int, ...]:
         return (self.rows, self.columns) if self.is_matrix else (self.rows,)
 
-    def nbytes(self, dtype: torch.dtype, format: str | None = None) -> int:
+    def nbytes(self, dtype: torch.dtype, format: str | None | tuple[str | None, ...] = None) -> int:
         """Bytes that it takes once loaded; a matrix the same as Matrix.nbytes says then.
 
-        format: of a matrix, a name of lab.formats.FORMATS; None: plain, in dtype.
+        format: of a matrix, a name of lab.formats.FORMATS; None: plain, in dtype; a tuple: one for each
+        tensor.
         """
+        if isinstance(format, tuple):
+            return sum(part.nbytes(dtype, one) for part, one in self.apart(format))
         if format is not None:
             return FORMATS[format].bytes_of(*self.shape)
         return math.prod(self.shape) * dtype.itemsize
+
+    def apart(self, formats: tuple[str | None, ...]) -> list[tuple[Part, str | None]]:
+        """The matrices as which a separable one is stored whose tensors have these formats: neighbours of one
+        format stay together."""
+        found, tensors = [], iter(self.tensors)
+        for format, same in itertools.groupby(formats):
+            some = tuple(itertools.islice(tensors, len(list(same))))
+            found.append((replace(self, tensors=some), format))
+        return found
 
 
 @dataclass(frozen=True)
@@ -88,7 +103,8 @@ class LayerDescription:
         """The tensors that a layer of this model has, in the order in which they are loaded."""
         heads = ("q", self.q_width), ("k", self.kv_width), ("v", self.kv_width)
         yield Part("attn_norm", (("input_layernorm.weight", self.hidden),))
-        yield Part("wqkv", tuple((f"self_attn.{x}_proj.weight", rows) for x, rows in heads), self.hidden)
+        qkv = tuple((f"self_attn.{x}_proj.weight", rows) for x, rows in heads)
+        yield Part("wqkv", qkv, self.hidden, separable=True)
         if self.qkv_bias:
             yield Part("bqkv", tuple((f"self_attn.{x}_proj.bias", rows) for x, rows in heads))
         if self.qk_norm:

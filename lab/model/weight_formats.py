@@ -73,13 +73,14 @@ def dtype_of(weights_as: str | None, dtype: str | None) -> str | None:
 
 @dataclass
 class Formats:
-    """The format of each matrix of a model by the name of its part, None for a plain one.
+    """The format of each matrix of a model by the name of its part, None for a plain one, a tuple with that
+    of each tensor where they are stored apart.
 
     notes: lines for the user, that say for example what is expanded although the file has fewer bits for it.
     """
 
     outer: dict[str, str | None] = field(default_factory=dict)
-    layers: list[dict[str, str | None]] = field(default_factory=list)
+    layers: list[dict[str, str | None | tuple[str | None, ...]]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -100,13 +101,18 @@ class Formats:
         plain = dtype_name(dtype)
         return described(
             (
-                (formats[part.name] or plain, part.rows * part.columns)
+                (format or plain, some.rows * some.columns)
                 for part in config.layer.parts()
                 if part.is_matrix
                 for formats in self.layers
+                for some, format in _stored_as(part, formats[part.name])
             ),
             self.outer.get("lm_head", self.outer["embed"]) or plain,
         )
+
+
+def _stored_as(part: Part, format) -> list[tuple[Part, str | None]]:
+    return part.apart(format) if isinstance(format, tuple) else [(part, format)]
 
 
 def described(layers, head: str) -> str:
@@ -126,7 +132,7 @@ def formats_of(source, config: ModelConfig, storage: Storage, dtype: torch.dtype
     """
     found, expanded, mixed = Formats(notes=list(source.notes)), Counter(), defaultdict(int)
 
-    def of(part: Part, prefix: str = "") -> str | None:
+    def of(part: Part, prefix: str = "") -> str | None | tuple[str | None, ...]:
         stored = [source.stored(prefix + name) for name, _ in part.tensors]
         if storage.quantise is not None:
             already = next((one for one in stored if one.quantised), None)
@@ -140,11 +146,12 @@ def formats_of(source, config: ModelConfig, storage: Storage, dtype: torch.dtype
             return None
         if len({one.format for one in stored}) == 1 and stored[0].format:
             return stored[0].format
-        if any(one.format for one in stored):
+        packed = any(one.format for one in stored)
+        if packed and not part.separable:
             mixed[part.name, " and ".join(sorted({one.type for one in stored}))] += 1
-        else:
-            expanded.update(one.type for one in stored if one.quantised)
-        return None
+            return None
+        expanded.update(one.type for one in stored if one.quantised and not one.format)
+        return tuple(one.format for one in stored) if packed else None
 
     for part in config.outer_parts():
         if part.is_matrix:

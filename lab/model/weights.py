@@ -27,7 +27,7 @@ class Layer:
     """
 
     attn_norm: torch.Tensor  # [hidden]
-    wqkv: Matrix  # [(q_heads + 2 * kv_heads) * head_dim, hidden]: q, then k, then v
+    wqkv: Matrix  # [(q_heads + 2 * kv_heads) * head_dim, hidden]: q, then k, then v; they may be stored apart
     bqkv: torch.Tensor | None
     q_norm: torch.Tensor | None  # [head_dim]
     k_norm: torch.Tensor | None
@@ -55,8 +55,14 @@ class Weights:
         return self.embed.device
 
     def matrices(self) -> list[Matrix]:
-        """The matrices of the layers."""
-        return [value for layer in self.layers for value in vars(layer).values() if isinstance(value, Matrix)]
+        """The matrices of the layers, as they are stored."""
+        return [
+            one
+            for layer in self.layers
+            for value in vars(layer).values()
+            if isinstance(value, Matrix)
+            for one in value.apart()
+        ]
 
     @property
     def packed(self) -> bool:
@@ -173,7 +179,11 @@ def _pack(
         except LabError as error:
             raise LabError(f"{source.where}: tensor {name}: {error}") from None
 
-    def read(part: Part, prefix: str = "", format: str | None = None) -> Matrix | torch.Tensor:
+    def read(
+        part: Part, prefix: str = "", format: str | None | tuple[str | None, ...] = None
+    ) -> Matrix | torch.Tensor:
+        if isinstance(format, tuple):
+            return Matrix(tuple(read(some, prefix, one).data for some, one in part.apart(format)), dtype)
         if format is not None:
             shapes = ((prefix + name, (rows, part.columns)) for name, rows in part.tensors)
             return Matrix(PackedMatrix.stacked([packed(*one, format) for one in shapes]), dtype)

@@ -13,15 +13,16 @@ def basic_step(b: StepBuffers, sampling: Sampling) -> None:
     ops, eps = b.ops, b.config.rms_eps
     h = ops.embedding(b.ids, b.weights.embed, b.h.dtype, out=b.h)  # the residual stream [batch, hidden]
     x = ops.rmsnorm(h, b.weights.layers[0].attn_norm, eps, out=b.x)
-    for layer, k_cache, v_cache, next_norm in b.blocks:
-        ops.linear(x, layer.wqkv, layer.bqkv, out=b.qkv)  # b.q, b.k, b.v are views of b.qkv
+    for layer, qkv, k_cache, v_cache, next_norm in b.blocks:
+        for w, bias, out in qkv.products:
+            ops.linear(x, w, bias, out=out)
         if layer.q_norm is not None:
-            ops.rmsnorm(b.q, layer.q_norm, eps, out=b.q)
-            ops.rmsnorm(b.k, layer.k_norm, eps, out=b.k)
-        ops.rope(b.q, b.k, b.positions, b.cos_sin)
-        ops.kv_append(b.k, b.v, k_cache, v_cache, b.cache.block_table, b.positions)
+            ops.rmsnorm(qkv.q, layer.q_norm, eps, out=qkv.q)
+            ops.rmsnorm(qkv.k, layer.k_norm, eps, out=qkv.k)
+        ops.rope(qkv.q, qkv.k, b.positions, b.cos_sin)
+        ops.kv_append(qkv.k, qkv.v, k_cache, v_cache, b.cache.block_table, b.positions)
         ops.decode_attention(
-            b.q,
+            qkv.q,
             k_cache,
             v_cache,
             b.cache.block_table,

@@ -5,6 +5,8 @@ Their addresses never change, so that a step can be captured as a CUDA graph and
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from lab.dispatch import Ops
@@ -16,14 +18,27 @@ from lab.ops.decode_step import StepModel, StepWorkspace
 from lab.ops.norm_linear_argmax import new_scratch
 
 
+@dataclass
+class Projections:
+    """Queries, keys and values of a layer, views [batch, heads, head_dim] of what its products write.
+
+    products: (w, bias or None, out [batch, rows of w]). It is one product, unless the layer stores the three
+    apart (lab/model/matrix.py); their outputs are then tensors of their own, as ops want them.
+    """
+
+    products: list[tuple]
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+
+
 class StepBuffers:
-    """Activations have the model's dtype and shape [batch, ...]; q, k and v are views of qkv, [batch, heads,
-    head_dim].
+    """Activations have the model's dtype and shape [batch, ...].
 
     ids int32 [batch]: the token that the step reads, then the one it sampled. logits float32 [batch, vocab].
     positions, context_lens int32 [batch]: of each row's sequence; -1 and 0 for an idle row. weights: each
     matrix as the ops take it (Weights.operands), found once and not in every step. blocks: for every layer
-    its weights, its K and V cache, and the weight of the norm that follows it.
+    its weights, its Projections, its K and V cache, and the weight of the norm that follows it.
 
     splits: blocks that share one KV head's context in decode_attention; None fills the device. persistent:
     also make what the plan of that name takes, step_model and step_workspace. Raises LabError for a model
@@ -58,9 +73,24 @@ class StepBuffers:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self.h, self.x = buffer(batch, config.hidden), buffer(batch, config.hidden)
-        self.qkv = buffer(batch, parts["wqkv"].rows)
-        heads = self.qkv.view(batch, -1, config.head_dim)
-        self.q, self.k, self.v = heads.split([config.q_heads, config.kv_heads, config.kv_heads], dim=1)
+        self.qkv = {}  # outputs by their widths: of all layers that store q, k and v alike the same
+
+        def projections(layer):
+            matrices = layer.wqkv if isinstance(layer.wqkv, tuple) else (layer.wqkv,)
+            widths = tuple(w.shape[0] for w in matrices)
+            if widths not in self.qkv:
+                self.qkv[widths] = [buffer(batch, width) for width in widths]
+            outs = self.qkv[widths]
+            biases = layer.bqkv.split(widths) if layer.bqkv is not None else [None] * len(widths)
+            heads = [config.q_heads, config.kv_heads, config.kv_heads]
+            found = []
+            for out in outs:
+                rows = out.view(batch, -1, config.head_dim)
+                while rows.shape[1]:
+                    found.append(rows[:, : heads[len(found)]])
+                    rows = rows[:, found[-1].shape[1] :]
+            return Projections(list(zip(matrices, biases, outs)), *found)
+
         self.attention = buffer(batch, config.q_heads, config.head_dim)
         self.attention_rows = self.attention.view(batch, -1)
         self.gate_up = buffer(batch, parts["w_gate_up"].rows)
@@ -76,7 +106,9 @@ class StepBuffers:
         self.state[0] = -1  # idle: see lab/ops/kv_append.py
         layers = self.weights.layers
         next_norms = [layer.attn_norm for layer in layers[1:]] + [weights.final_norm]
-        self.blocks = list(zip(layers, cache.k.unbind(), cache.v.unbind(), next_norms))
+        self.blocks = list(
+            zip(layers, map(projections, layers), cache.k.unbind(), cache.v.unbind(), next_norms)
+        )
         if persistent:
             self.step_model = StepModel.of(
                 self.weights, self.cos_sin, config.q_heads, config.kv_heads, config.head_dim, config.rms_eps

@@ -13,13 +13,13 @@ def fused_step(b: StepBuffers, sampling: Sampling) -> None:
     """Reads b.ids and b.positions, leaves b.logits and the sampled token in b.ids."""
     ops, eps = b.ops, b.config.rms_eps
     h = ops.embedding(b.ids, b.weights.embed, b.h.dtype, out=b.h)  # the residual stream [batch, hidden]
-    for layer, k_cache, v_cache, _ in b.blocks:
-        # b.q, b.k and b.v are views of b.qkv.
-        ops.norm_linear(h, layer.attn_norm, eps, layer.wqkv, layer.bqkv, out=b.qkv)
+    for layer, qkv, k_cache, v_cache, _ in b.blocks:
+        for w, bias, out in qkv.products:
+            ops.norm_linear(h, layer.attn_norm, eps, w, bias, out=out)
         ops.rope_append_attention(
-            b.q,
-            b.k,
-            b.v,
+            qkv.q,
+            qkv.k,
+            qkv.v,
             layer.q_norm,
             layer.k_norm,
             eps,

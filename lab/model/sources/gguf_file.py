@@ -11,7 +11,7 @@ import torch
 
 from lab.errors import LabError, Unavailable, named
 from lab.files import regular_file
-from lab.formats import FORMATS, PackedMatrix
+from lab.formats import FORMATS, PackedMatrix, q4_k, q6_k
 from lab.model.config import from_gguf, with_held_biases
 from lab.model.families import FAMILIES, Family
 from lab.model.sources.store import Stored, check_scales, check_shape, store
@@ -39,13 +39,12 @@ LAYER_NAMES = {
 }
 MOST_ENTRIES = 20000
 CONVERTED_AT_ONCE = 1 << 24  # weights
-BLOCK = 32  # weights of a block of Q8_0, Q4_0 and Q4_1
 OTHER_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
 # Types of numbers, and the weight format that holds a quantised type exactly.
 PLAIN = {"F64", "F32", "F16", "BF16"}
-FORMAT_OF = {"Q8_0": "int8-g32", "Q4_0": "int4-g32", "Q4_1": "int4-g32-min"}
+FORMAT_OF = {"Q8_0": "int8-g32", "Q4_0": "int4-g32", "Q4_1": "int4-g32-min", "Q4_K": "q4_k", "Q6_K": "q6_k"}
 
 
 def gguf_name(family: Family, name: str) -> str:
@@ -202,16 +201,17 @@ class GGUFSource:
         stored = self._asked(name, shape)
         tensor = self.tensors[stored]
         kind = GGMLQuantizationType(tensor.tensor_type).name
+        format = FORMATS[FORMAT_OF[kind]]
         try:
-            blocks = torch.from_numpy(np.array(tensor.data)).view(shape[0], shape[1] // BLOCK, -1)
+            blocks = torch.from_numpy(np.array(tensor.data)).view(shape[0], format.pieces(shape[1]), -1)
         except (OSError, ValueError, RuntimeError) as error:
             raise LabError(f"{self.where}: tensor {stored} is mangled: {_first_line(error)}") from error
         parts = []
         # Some rows at a time: codes take a byte each on the way, and an output head is larger than a layer.
         for some in self._rows_in_order(name, blocks).split(max(1, CONVERTED_AT_ONCE // shape[1])):
             codes, scales = codes_and_scales(kind, some.to(device))
-            check_scales(scales, stored, self.where)
-            parts.append(FORMATS[FORMAT_OF[kind]].from_codes(codes, scales))
+            check_scales(format.scale_value(scales), stored, self.where)
+            parts.append(format.from_codes(codes, scales))
         return PackedMatrix.stacked(parts)
 
     def _found(self, name: str) -> str:
@@ -253,16 +253,55 @@ class GGUFSource:
 
 
 def codes_and_scales(kind: str, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes uint8 [rows, k], scales float16 [rows, k / 32, 1 or 2]) of blocks uint8 [rows, k / 32, bytes].
+    """(codes uint8 [rows, k], scales [rows, blocks, items]) of blocks uint8 [rows, blocks, bytes], as the
+    format of FORMAT_OF stores them.
 
-    A block is a scale, in Q4_1 a minimum, and 32 codes: signed bytes in Q8_0, otherwise 16 bytes of which
-    byte j holds code j in its low half and code j + 16 in its high half (ggml-common.h of llama.cpp).
+    A block (ggml-common.h of llama.cpp) of Q8_0, Q4_0 and Q4_1 is a scale, in Q4_1 a minimum, and 32 codes:
+    signed bytes in Q8_0, otherwise 16 bytes of which byte j holds code j in its low half and code j + 16 in
+    its high half.
     """
+    if kind == "Q4_K":
+        return q4_k_blocks(blocks)
+    if kind == "Q6_K":
+        return q6_k_blocks(blocks)
     head = 4 if kind == "Q4_1" else 2
     scales, codes = blocks[..., :head].contiguous().view(torch.float16), blocks[..., head:]
     if kind != "Q8_0":
         codes = torch.cat((codes & 15, codes >> 4), -1)
     return codes.flatten(1), scales
+
+
+def q4_k_blocks(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of Q4_K, blocks of 256 codes: d and dmin; 12 bytes with the 6-bit scales and minima of 8
+    groups; 4 times 32 bytes, of which each holds a code of one group in its low half and of the next in its
+    high half.
+
+    Of the 12 bytes, byte j has the scale of group j, and byte 4 + j its minimum, below two bits of those of
+    group 4 + j: their upper ones; byte 8 + j has the lower four bits of both.
+    """
+    d = blocks[..., :4].contiguous().view(torch.float16)
+    first, second, third = blocks[..., 4:16].unflatten(-1, (3, 4)).unbind(-2)
+    scales = torch.cat((first & 63, third & 15 | first >> 6 << 4), -1)
+    minima = torch.cat((second & 63, third >> 4 | second >> 6 << 4), -1)
+    codes = blocks[..., 16:].unflatten(-1, (4, 1, 32))
+    return torch.cat((codes & 15, codes >> 4), -2).flatten(1), q4_k.pieces(d, scales, minima)
+
+
+def q6_k_blocks(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of Q6_K, blocks of 256 codes: 128 bytes with their lower four bits, 64 with the upper two, 16
+    scales, d.
+
+    Either half of the codes has 64 of the first bytes and 32 of the second. For j from 0 to 31, codes j and
+    j + 32 are in the low halves of its first bytes j and j + 32, codes j + 64 and j + 96 in their high
+    halves; the upper two bits of the four are in bits 0, 2, 4 and 6 of its second byte j.
+    """
+    low, high, scales, d = blocks.split((128, 64, 16, 2), -1)
+    low = low.unflatten(-1, (2, 1, 64))
+    low = torch.cat((low & 15, low >> 4), -2).flatten(-2)
+    high = high.unflatten(-1, (2, 1, 32))
+    high = torch.cat([high >> shift & 3 for shift in (0, 2, 4, 6)], -2).flatten(-2)
+    d = d.contiguous().view(torch.float16)
+    return (low | high << 4).flatten(1), q6_k.pieces(d, scales.contiguous().view(torch.int8))
 
 
 def rotate_half_order(values: torch.Tensor, heads: int) -> torch.Tensor:

@@ -16,6 +16,8 @@ compressed-tensors               W[n, k] = weight_scale[n, g] * (code[n, k] - ze
     float-quantized   weight float8_e4m3fn [n, k]
 fp8, fbgemm_fp8                  W[n, k] = weight_scale[n] * weight[n, k], float8_e4m3fn; one scale a row, or
     one for all
+fp8 with weight_block_size       W[n, k] = weight_scale_inv[n / 128, k / 128] * weight[n, k], float8_e4m3fn: a
+    scale for a block of (for example) 128 x 128; the last blocks may have fewer rows
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ FORMAT_OF = {
     ("int8", 32, False): "int8-g32",
     ("int8", None, False): "int8",
     ("fp8", None, False): "fp8",
+    ("fp8", 128, False): "fp8-g128",
 }
 
 
@@ -172,10 +175,25 @@ def read_unpacked(t: _Tensors, scheme: Scheme) -> Codes:
     zeros = t.find(f"{t.stem}.weight_zero_point")
     if zeros is not None and bool((zeros != 0).any()):
         t.refuse("weight_zero_point", "is not 0 throughout, although the checkpoint calls itself symmetric")
-    codes = weight.view(torch.uint8)
-    if scheme.kind == "fp8" and bool((codes & 127 == 127).any()):
+    if scheme.kind == "fp8":
+        refuse_nan(t, weight)
+    return Codes(weight.view(torch.uint8), scales.reshape(-1, scheme.groups(k)).expand(n, -1))
+
+
+def read_blocks(t: _Tensors, scheme: Scheme, rows: int) -> Codes:
+    """rows: of a block that shares a scale; its columns are scheme.group."""
+    n, k = t.shape
+    weight = t.get("weight", (torch.float8_e4m3fn,), (n, k))
+    scales = t.get("weight_scale_inv", SCALES, (-(-n // rows), scheme.groups(k)))
+    t.find(f"{t.stem}.input_scale")  # of activations, which are kept: see Scheme.note
+    refuse_nan(t, weight)
+    return Codes(weight.view(torch.uint8), scales.repeat_interleave(rows, 0)[:n])
+
+
+def refuse_nan(t: _Tensors, weight: torch.Tensor) -> None:
+    """Raises LabError where a float8_e4m3fn is NaN."""
+    if bool((weight.view(torch.uint8) & 127 == 127).any()):
         t.refuse("weight", "holds NaN; the file is mangled")
-    return Codes(codes, scales.reshape(-1, scheme.groups(k)).expand(n, -1))
 
 
 # --- what a config.json says ---
@@ -304,14 +322,36 @@ ACTIVATIONS = (
 
 
 def _fp8(config: _Config) -> Scheme:
-    config.refuse("weight_block_size")  # a scale for a block of 128 x 128, for which there is no format yet
-    return Scheme("FP8", "fp8", None, False, "weight_scale", read_unpacked, ACTIVATIONS)
+    config.require("fmt", str, "e4m3", default="e4m3")
+    block = config.get("weight_block_size", list, None)
+    if block is None:
+        return Scheme("FP8", "fp8", None, False, "weight_scale", read_unpacked, ACTIVATIONS)
+    if len(block) != 2 or not all(type(size) is int and size >= 1 for size in block) or block[1] % 8:
+        raise LabError(
+            f"{config.where}: weight_block_size {quoted(block)} is not supported; it must be two numbers, "
+            "rows and columns, the columns a multiple of 8"
+        )
+    rows, columns = block
+    return Scheme(
+        f"FP8 of blocks of {rows} x {columns}",
+        "fp8",
+        columns,
+        False,
+        "weight_scale_inv",
+        lambda tensors, scheme: read_blocks(tensors, scheme, rows),
+        ACTIVATIONS,
+    )
+
+
+def _fbgemm_fp8(config: _Config) -> Scheme:
+    config.refuse("weight_block_size")
+    return _fp8(config)
 
 
 METHODS = {
     "awq": _awq,
     "compressed-tensors": _compressed_tensors,
-    "fbgemm_fp8": _fp8,
+    "fbgemm_fp8": _fbgemm_fp8,
     "fp8": _fp8,
     "gptq": _gptq,
 }
