@@ -87,15 +87,17 @@ def bench(parser):
         "what",
         nargs="?",
         default="all",
-        choices=("ops", "model", "ledger", "all", "crossover"),
-        help="what to measure (default: all); crossover: which backend is faster at which size, from the "
+        choices=("ops", "model", "accuracy", "ledger", "all", "crossover"),
+        help="what to measure (default: all); accuracy: what weight formats cost a model with real weights; "
+        "crossover: which backend is faster at which size, from the "
         "records in --out",
     )
     parser.add_argument(
         "names",
         nargs="*",
         metavar="NAME",
-        help="ops (for ops) or presets (for model, ledger, crossover); default: all ops, four presets",
+        help="ops (for ops), presets (for model, ledger, crossover), or presets, GGUF files and folders (for "
+        "accuracy); default: all ops, four presets, smollm2-135m",
     )
     parser.add_argument(
         "--out", metavar="DIR", default="out/bench", help="folder of records.jsonl (default out/bench)"
@@ -120,6 +122,12 @@ def bench(parser):
         help="weights of the models: random ones, or with auto the real ones",
     )
     weight_formats(parser)
+    parser.add_argument(
+        "--weight-format",
+        metavar="A,B",
+        help="weight formats, one after the other, and none for plain weights: for ops those that have "
+        "weights, for model and accuracy the models rounded to each (accuracy: one of each kind by default)",
+    )
     parser.add_argument("--quick", action="store_true", help="a small set in under 2 minutes of GPU time")
     parser.add_argument(
         "--seconds", type=duration, metavar="S", help="sampling time per configuration and timer"
