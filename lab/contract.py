@@ -48,7 +48,7 @@ class Peer:
     takes: Callable = lambda a: True  # (a) -> whether the peer takes such a call
     copies: bool = False  # `make` copies the bulk of the data into another layout. A model would pay for that
     #                       at every call, so such a peer has no in-model time and no host-inclusive one
-    error: float = 0.01  # of packed weights: by how much its result may differ from the reference (relative RMS)
+    error: float = 0.01  # with packed weights, how far its result may be from the reference (relative RMS)
     module: str | None = None  # the package that it needs
 
     @property

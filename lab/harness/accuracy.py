@@ -1,7 +1,7 @@
 """`lab bench accuracy [MODEL]`: what weight formats cost a model with real weights.
 
-The same text is read with the weights expanded, as they stand in their file, and with each weight rounded to a
-format. After every token of it both give a distribution of the next one, and these are compared: by the mean
+The same text is read with the weights expanded, as they stand in their file, and with each weight rounded to
+a format. After every token of it both give a distribution of the next one. These are compared by their mean
 Kullback-Leibler divergence, and by how often both have the same most likely token. What counts as not rounded
 is what the file holds: where it stores 4-bit weights, their numbers, and the record says so.
 
@@ -30,8 +30,9 @@ TOKENS = 256  # of the text, at most
 # Prose, speech, a list, numbers and code: what models are used for.
 TEXT = """\
 The ferry leaves at six in the morning, when the harbour is still grey and the gulls have the quay to \
-themselves. Marta has worked on it for eleven years. She checks the ropes first, then the pumps, and only then \
-does she drink her coffee. "You could set a clock by you," says the captain. "Somebody has to," she answers.
+themselves. Marta has worked on it for eleven years. She checks the ropes first, then the pumps, and only \
+then does she drink her coffee. "One could set a clock by you," says the captain. "Somebody has to," she \
+answers.
 
 The crossing takes 35 minutes in calm water. On an ordinary day the boat carries:
 - 120 passengers, most of whom go to school or to work on the mainland,
@@ -48,14 +49,14 @@ def sails(wind, wave_height):
 
 It is right on 9 days of 10. What it cannot know is the captain, who has been seen to sail at 18 metres per \
 second with a doctor on board, and to stay at home in the sunshine on the day his daughter was married. In \
-winter the wind often comes from the north-west, and the island is alone for a day or two. People do not mind. \
-They bake, mend nets, repair their radios, and visit each other along the only road.
+winter the wind often comes from the north-west, and the island is alone for a day or two. People do not \
+mind. They bake, mend nets, repair their radios, and visit each other along the only road.
 """
 
 
 def measure(session, plain, quantised, name, dtype_name):
-    """Records what one weight format costs a model, once. plain, quantised: Weights of lab.harness.model_bench
-    that share a shelf, the first of the weights that are not rounded."""
+    """Records what one weight format costs a model, once. plain, quantised: model_bench.Weights that share a
+    shelf, the first those that are not rounded."""
     text = quantised.format_of(name)
     row = Accuracy(session.run, name, text or quantised.storage.quantise, dtype_name, NAME)
     if session.has(row):
@@ -143,6 +144,8 @@ def _pairs(before, after):
     for one, other in zip(before.layers, after.layers):
         for name, matrix in vars(one).items():
             if isinstance(matrix, Matrix):
-                use = name.removeprefix("w_").removeprefix("w")  # named as in records of ops: qkv, gate_up ...
+                use = name.removeprefix("w_").removeprefix(
+                    "w"
+                )  # named as in records of ops: qkv, gate_up ...
                 yield use, matrix, getattr(other, name)
     yield "lm_head", before.lm_head, after.lm_head

@@ -14,7 +14,7 @@ import torch
 
 from lab.arguments import names, numbers
 from lab.errors import one_line
-from lab.harness import accuracy, ceiling, crossover, ladder_bench, ledger, model_bench, ops_bench, shapes, timing
+from lab.harness import accuracy, ceiling, crossover, ladder_bench, ledger, model_bench, ops_bench, timing
 from lab.harness.request import Request, op_points, require_work, settings_of
 from lab.records.session import Progress, Session
 
@@ -123,10 +123,7 @@ def say(session, complete):
     """How the run ended, on the terminal; 1 if rows failed and none has a time, else 0."""
     errors = [r for r in session.rows if getattr(r, "error", None)]
     measured = any(
-        r.kind in ("op", "model", "ledger")
-        and r.us is not None
-        or r.kind == "accuracy"
-        and r.kl is not None
+        r.kind in ("op", "model", "ledger") and r.us is not None or r.kind == "accuracy" and r.kl is not None
         for r in session.rows
     )
     failed = f", {len(errors)} failed" if errors else ""

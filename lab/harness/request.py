@@ -16,12 +16,13 @@ from lab.errors import LabError
 from lab.formats import FORMATS
 from lab.harness import accuracy, ladder_bench, shapes
 from lab.model.plans import PLANS, find_plan, refusal
+from lab.model.sources import DEFAULT_MODEL
 from lab.model.weight_formats import Storage, dtype_of, storage_of
 from lab.names import known
-from lab.model.sources import DEFAULT_MODEL
 from lab.ops import OPS, find
 
 PLAIN = "none"  # stands for plain weights among weight formats
+
 
 @dataclass(frozen=True)
 class Request:
@@ -293,7 +294,6 @@ def op_points(settings: Settings) -> list:
     if of_all and settings.device == "cuda" and not settings.quick:
         points = shapes.points(IN_FORMATS_MODELS, IN_FORMATS_BATCHES, (), ("linear",))
         found += [
-            (settings.dtypes[0], point)
-            for point in shapes.in_formats(points, settings.formats or IN_FORMATS)
+            (settings.dtypes[0], point) for point in shapes.in_formats(points, settings.formats or IN_FORMATS)
         ]
     return found

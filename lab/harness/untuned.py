@@ -38,5 +38,7 @@ def is_untuned(row, cards):
     tuned = row.config.get("tuned")
     if isinstance(tuned, bool):
         return not tuned
+    if row.weight_format is not None:
+        return False  # the cards are of plain weights
     own_kernel = row.rung is None or row.config.get("name") == "Product"
     return own_kernel and not row.emulated and (row.backend, row.op) in cards

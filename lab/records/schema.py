@@ -35,8 +35,8 @@ GPU).
    "bytes":2471000000,"gbps":2977.0,"of_ceiling":0.973,"of_token":0.755,"timer":"kineto"}
 `accuracy`: what a weight format costs a model with real weights, over a fixed text (lab/harness/accuracy.py).
   {"schema":1,"kind":"accuracy","run":"...","model":"smollm2-135m","weight_format":"int4-g128, lm_head int8",
-   "dtype":"fp32","text":"a mill","tokens":300,"kl":0.05,"top1":0.88,"bytes":102000000,"bytes_before":538000000,
-   "products":{"qkv":0.09,"down":0.1},"stored":"Q4_1 and Q8_0"}
+   "dtype":"fp32","text":"ferry","tokens":256,"kl":0.05,"top1":0.88,"bytes":102000000,
+   "bytes_before":538000000,"products":{"qkv":0.09,"down":0.1},"stored":"Q4_1 and Q8_0"}
 `fairness`: what was spent on one side of a comparison (`lab inspect --all`), one line for each kernel of the
   call.
   {"schema":1,"kind":"fairness","run":"...","op":"linear","backend":"cuda","dtype":"bf16","arch":"sm_90a",
@@ -317,11 +317,15 @@ class Accuracy:
     dtype: str  # of activations, and of the weights that are not rounded
     text: str | None = None  # the name of the text
     tokens: int | None = None  # of it, each of which gives a distribution
-    kl: float | None = None  # mean Kullback-Leibler divergence from the unrounded weights' distribution, in nats
+    kl: float | None = (
+        None  # mean Kullback-Leibler divergence from the unrounded weights' distribution, in nats
+    )
     top1: float | None = None  # share of the tokens after which both have the same best next token
     bytes: int | None = None  # of the weights that a token reads
     bytes_before: int | None = None  # the same of the unrounded weights, in dtype
-    products: dict[str, float] = field(default_factory=dict)  # role -> RMS of its weights' changes over that of
+    products: dict[str, float] = field(
+        default_factory=dict
+    )  # role -> RMS of its weights' changes over that of
     # its weights, all layers: the relative RMS error of the product with x of independent numbers
     stored: str | None = None  # how the file stores the weights that count as unrounded, as "Q4_1"
     note: str | None = None
