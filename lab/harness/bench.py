@@ -130,7 +130,8 @@ def say(session, complete):
     print(f"run {session.run}: {session.new} new lines in {session.path}{failed}")
     for r in errors[:5]:
         name = getattr(r, "op", None) or getattr(r, "model", "")
-        print("  " + one_line(f"failed: {r.kind} {name} {r.backend}: {r.error}"))
+        side = getattr(r, "backend", None) or r.weight_format
+        print("  " + one_line(f"failed: {r.kind} {name} {side}: {r.error}"))
     if not complete:
         print("stopped before the end: the same command goes on from here")
     if errors and not measured:

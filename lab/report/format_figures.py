@@ -70,7 +70,7 @@ def looks(formats):
 
 def formats_of(rows):
     """Names of the formats of rows, the one with the most bytes first."""
-    return list(rows.groupby("format")["bytes"].sum().sort_values(ascending=False, kind="stable").index)
+    return list(rows.groupby("format")["bytes"].max().sort_values(ascending=False, kind="stable").index)
 
 
 def left_words(formats):
