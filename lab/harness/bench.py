@@ -21,7 +21,7 @@ from lab.records.session import Progress, Session
 # About how many seconds a step takes on an H100 beside its sampling: buffers, graphs, warming up. Only the
 # estimate of the time left comes from these.
 PER_MODE, PER_DECODER, PER_COMPILATION, PER_LEDGER, PER_LADDER = 0.3, 0.6, 15.0, 1.5, 2.0
-PER_FORMAT = 0.5  # rounding an op's weights to a format, and its result by the reference
+PER_FORMAT = 0.2  # rounding an op's weights to a format, and its result by the reference
 PER_ACCURACY = 10.0
 PER_CEILING = 0.35  # all of one direction and size
 STAGES = (  # of a run, what matters most first
@@ -202,7 +202,8 @@ def op_steps(session, rig, settings, weights):
             stage = "other ops"
         modes = modes_of(rig, settings, dtype, point)
         run = functools.partial(measure_op, session, rig, weights, point, dtype, modes)
-        label = f"{point.op} {point.role or ''} b{point.batch} {point.context or ''} {point.format or dtype}"
+        size = f"b{point.batch} {point.context or ''} {point.format or ''}"
+        label = f"{point.op} {point.role or ''} {size} {dtype}"
         seconds = len(modes) * (rig.seconds + PER_MODE) + (PER_FORMAT if point.format else 0)
         found.append((stage, Step(label, seconds, run)))
     return found

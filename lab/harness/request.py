@@ -122,13 +122,9 @@ class Defaults:
     ledger_models: tuple[str, ...]
 
 
-# What `all` measures of linear with packed weights: enough to see how each kind of format fares, in half a
-# minute.
-IN_FORMATS, IN_FORMATS_MODELS, IN_FORMATS_BATCHES = (
-    ("int4-g128", "fp8", "int8-g32"),
-    ("llama-3.1-8b",),
-    (1, 16, 64),
-)
+# What `all` measures with packed weights, of the products of a layer of its last model, under the basic plan:
+# enough to see how each kind of format fares, in half a minute.
+IN_FORMATS, IN_FORMATS_BATCHES = ("int4-g128", "fp8", "int8-g32"), (1, 16, 64)
 
 DEFAULTS = {  # (device, quick)
     ("cuda", False): Defaults(
@@ -292,8 +288,17 @@ def op_points(settings: Settings) -> list:
             points = shapes.in_formats(points, settings.formats)
         found += [(dtype, point) for point in points]
     if of_all and settings.device == "cuda" and not settings.quick:
-        points = shapes.points(IN_FORMATS_MODELS, IN_FORMATS_BATCHES, (), ("linear",))
-        found += [
-            (settings.dtypes[0], point) for point in shapes.in_formats(points, settings.formats or IN_FORMATS)
-        ]
+        points = shapes.in_formats(of_a_layer(settings), settings.formats or IN_FORMATS)
+        found += [(settings.dtypes[0], point) for point in points]
     return found
+
+
+def of_a_layer(settings: Settings) -> list:
+    """The points of what each layer of the last model does, under the basic plan alone and at any context."""
+    model = settings.models[-1]
+    config, batches = shapes.preset(model), [b for b in IN_FORMATS_BATCHES if b in settings.batches]
+    return [
+        point
+        for point in shapes.points((model,), batches, ())
+        if find(point.op).plans == ("basic",) and find(point.op).calls(config, point.role) == config.layers
+    ]
