@@ -200,6 +200,11 @@ def tune(parser):
     parser.add_argument(
         "--context", type=int, default=8192, metavar="N", help="context of the attention ops (default 8192)"
     )
+    parser.add_argument(
+        "--weight-format",
+        metavar="A,B",
+        help="tune for weights in these formats instead of plain ones (in Triton)",
+    )
     parser.add_argument("--dtype", default="bf16", help="bf16 (default; fp16 shares its settings) or fp32")
     parser.add_argument(
         "--tries",
@@ -246,6 +251,7 @@ def inspect(parser):
         help="sizes of the call, as in batch=16 n=6144 k=4096 "
         "or lengths=1024,2048; sizes that are left out are those of a decode step of Llama 3.1 8B, batch 1",
     )
+    parser.add_argument("--weight-format", metavar="FORMAT", help="weights in this format; default: plain")
     parser.add_argument("--backend", help="cuda or triton; default: both")
     form = parser.add_mutually_exclusive_group()
     form.add_argument(

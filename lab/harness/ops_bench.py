@@ -190,7 +190,7 @@ def measure_point(session, rig, point, dtype_name, modes=None):
 def _tuned(backend, point, dtype, rig):
     """{"tuned": was a setting raced for this launch on this architecture}; {} where there is nothing to
     choose."""
-    if rig.device != "cuda" or backend not in find(point.op).spaces or point.format is not None:
+    if rig.device != "cuda" or backend not in find(point.op).spaces:
         return {}
     major, minor = torch.cuda.get_device_capability()
     found = untuned.raced(
@@ -200,6 +200,7 @@ def _tuned(backend, point, dtype, rig):
         dtype.itemsize,
         key_shape(point),
         tuned.read(tuned.path_of(backend, f"sm_{major}{minor}")),
+        point.format,
     )
     return {} if found is None else {"tuned": found}
 

@@ -19,7 +19,7 @@ from lab.model.plans import PLANS, find_plan, refusal
 from lab.model.sources import DEFAULT_MODEL
 from lab.model.weight_formats import Storage, dtype_of, storage_of
 from lab.names import known
-from lab.ops import OPS, find
+from lab.ops import find, require_formats
 
 PLAIN = "none"  # stands for plain weights among weight formats
 
@@ -177,7 +177,7 @@ def settings_of(request: Request) -> Settings:
     for name in request.ops:
         if find(name).whole_step:
             raise LabError(f"{name} is a whole step, measured as a token: lab bench model --plan persistent")
-    require_formats(request)
+    check_formats(request)
     default = DEFAULTS[device, request.quick]
     models = request.models or default.models
     of_accuracy = request.what == "accuracy"
@@ -222,7 +222,7 @@ def settings_of(request: Request) -> Settings:
     return settings
 
 
-def require_formats(request: Request) -> None:
+def check_formats(request: Request) -> None:
     """Raises LabError for weight formats that are unknown, or asked of what has none."""
     if not request.weight_formats:
         return
@@ -236,9 +236,7 @@ def require_formats(request: Request) -> None:
         other = "--quantise" if request.quantise is not None else "--weights-as stored"
         raise LabError(f"--weight-format and {other} contradict each other: leave one of them out")
     for name in request.ops:
-        if not find(name).takes_formats:
-            takes = ", ".join(op.name for op in OPS if op.takes_formats)
-            raise LabError(f"{name} has no weights in a format: --weight-format is of {takes}")
+        require_formats(find(name))
 
 
 def require_plans(settings: Settings) -> None:
