@@ -14,8 +14,10 @@ from lab.contract import Peer
 from lab.dispatch import select
 from lab.errors import LabError
 from lab.formats import FORMATS
-from lab.harness import accuracy, bench, crossover, model_bench, ops_bench, request, shapes
+from lab.harness import accuracy, bench, crossover, ledger, model_bench, ops_bench, request, shapes
+from lab.harness.ceiling import Ceilings
 from lab.harness.request import Request, op_points, settings_of
+from lab.model.decoder import Decoder
 from lab.model.families import PRESETS
 from lab.model.sources import open_source
 from lab.model.sources.random import RandomSource
@@ -174,6 +176,46 @@ def test_weights_of_several_storages_hold_one_model(monkeypatch):
     assert packed.of("tiny").packed and len(plain.shelf) == 1
     packed.drop()
     assert plain.shelf == {} and plain.config_of("tiny") is CONFIGS["llama"]
+
+
+# The ledger
+
+
+@pytest.mark.parametrize("plan", ["basic", "fused"])
+def test_a_ledger_counts_the_bytes_of_packed_weights(plan):
+    """Every use has the bytes of its matrices in all layers, codes and scales, and of its activations."""
+    config = CONFIGS["llama"]
+    moved = {}
+    for storage in (EXPANDED, Storage(False, "int4-g32-min", "fp8")):
+        weights = load(RandomSource(config), storage=storage)
+        decoder = Decoder(weights, select("torch", "cpu"), 1, 17, plan=plan)
+        model_bench.fill(decoder, 1, 16)
+        found = moved[storage] = {}
+        for call in ledger.record_step(decoder):
+            found[call.op, call.role] = found.get((call.op, call.role), 0) + call.nbytes
+    plain, packed = moved.values()
+    assert list(plain) == list(packed)
+    matrices = {"qkv": "wqkv", "o": "wo", "gate_up": "w_gate_up", "down": "w_down", "lm_head": "lm_head"}
+    seen = set()
+    for (op, role), nbytes in packed.items():
+        if not find(op).takes_formats or role is None:
+            continue
+        name, times = matrices[role], 1 if role == "lm_head" else config.layers
+        part = config.parts[name]
+        format = FORMATS["fp8" if role == "lm_head" else "int4-g32-min"]
+        less = times * (4 * part.rows * part.columns - format.bytes_of(part.rows, part.columns))
+        assert plain[op, role] - nbytes == less, (op, role)
+        seen.add(role)
+    assert seen == set(matrices)
+
+
+def test_swaps_name_the_weight_format(monkeypatch):
+    monkeypatch.setattr(ledger, "select", lambda backend, device, overrides=(): select("torch", device))
+    monkeypatch.setattr(ledger, "SWAP_SECONDS", 0.01)
+    weights = load(RandomSource(CONFIGS["llama"]), storage=Storage(False, "fp8", None))
+    rig = ops_bench.Rig("cpu", {}, Ceilings())
+    rows = ledger.measure_swaps("r", rig, weights, "m", "fused", "fp32", 1, 8, "fp8, lm_head fp32")
+    assert {r.weight_format for r in rows} == {"fp8, lm_head fp32"} and all(r.us > 0 for r in rows)
 
 
 # lab bench accuracy

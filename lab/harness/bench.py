@@ -146,7 +146,7 @@ def run_all(session, settings, backends):
     sizes = ceiling.QUICK_SIZES if quick else ceiling.SIZES
     rig = ops_bench.make_rig(backends, device, ceiling.Ceilings(), quick, settings.seconds)
     rig.vendor, rig.plans = rig.vendor and settings.vendor, settings.plans
-    rig.lean = quick and settings.what == "all"
+    rig.lean = quick and settings.what == "all" or settings.what == "accuracy"
     steps = steps_of(session, rig, settings)
     total = sum(step.seconds for step in steps)
     if device == "cuda":
