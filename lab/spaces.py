@@ -157,10 +157,12 @@ def packed(rows, itemsize):
     ]
     if rows > 8:
         shapes += [(block_n, 1, warps) for block_n, warps in itertools.product((32, 64, 128), (4, 8))]
+    x = max(power_of_two(rows), 8) * 128 * itemsize  # bytes of a segment's columns, which are 128 at most
     return [
         dict(BLOCK_N=block_n, SEGMENTS=segments, STAGES=stages, num_warps=warps)
         for (block_n, segments, warps), stages in itertools.product(shapes, (2, 3, 4, 5, 6))
-        if 8 << 10 <= block_n * segments * 64 * (stages - 1) <= SHARED_BYTES
+        if block_n * 64 * segments * (stages - 1) >= 8 << 10
+        and (block_n * 64 + x) * segments * (stages - 1) <= SHARED_BYTES
     ]
 
 
