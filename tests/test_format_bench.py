@@ -25,7 +25,7 @@ from lab.model.weight_formats import EXPANDED, Storage
 from lab.model.weights import load
 from lab.ops import OPS, find
 from lab.records import card, compare, schema
-from lab.report import format_figures, sides
+from lab.report import format_figures, sides, style
 from lab.report import load as report_load
 
 PRODUCTS = ["embedding", "linear", "linear_add", "norm_linear", "norm_linear_argmax", "norm_linear_silu_mul"]
@@ -360,8 +360,17 @@ def test_more_formats_than_a_picture_shows_are_named(tmp_path):
     rows = [packed_row("cuda", f"format-{i}", bytes=1000 * (i + 1)) for i in range(8)]
     synthetic.write(tmp_path, [env(), *rows])
     figure = format_figures.products(report_load.load(tmp_path)[0])
-    assert figure.reading.endswith("Not drawn, but in the table: format-2, format-1, format-0.")
-    assert len(format_figures.looks([f"f{i}" for i in range(9)])) == format_figures.DRAWN
+    assert figure.reading.endswith("Not drawn, but in the table: format-6, format-4, format-1.")
+
+
+def test_a_format_looks_the_same_in_every_picture(tmp_path):
+    synthetic.write(tmp_path, synthetic.make(models=["llama-3.2-1b"], batches=(1, 4), contexts=(1024,)))
+    run = report_load.load(tmp_path)[0]
+    every = list(synthetic.FORMATS)
+    one, other = (format_figures.looks(run, formats) for formats in (every, ["bf16", *every[::-1]]))
+    assert len(one) == len(other) == format_figures.DRAWN and other["bf16"].color == style.MUTED
+    assert all(one[name] == look for name, look in other.items() if name in one)
+    assert len({(look.color, look.marker) for look in one.values()}) == len(one)
 
 
 def test_time_and_error_meet_in_one_picture(tmp_path):

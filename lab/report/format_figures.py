@@ -60,12 +60,29 @@ def packed(run):
     return with_share(labelled(both)).assign(model=model)
 
 
-def looks(formats):
-    """{format: its look} of the formats that a picture can show, most bytes first as they are given."""
-    markers = "osD^vP"
-    return {
-        name: style.Look(name, style.OTHERS[i], markers[i]) for i, name in enumerate(list(formats)[:DRAWN])
+def looks(run, formats):
+    """{format: its look} of the formats that a picture shows: DRAWN of them, evenly chosen. A format looks the
+    same in all pictures of a run; plain weights, which are named by their dtype, are grey."""
+    every = {
+        name.partition(", lm_head")[0] for f in (run.packed, run.accuracy) for name in f["weight_format"]
     }
+    order = sorted(every) + [name for name in formats if name not in every]
+    markers, found = "osD^vP", {}
+    for name in drawn(formats):
+        i = order.index(name)
+        plain = name in ("bf16", "fp16", "fp32")
+        color = style.MUTED if plain else style.OTHERS[i % len(style.OTHERS)]
+        found[name] = style.Look(
+            name, color, "X" if plain else markers[(i + i // len(markers)) % len(markers)]
+        )
+    return found
+
+
+def drawn(formats):
+    """DRAWN of the formats, the first and the last among them."""
+    if len(formats) <= DRAWN:
+        return list(formats)
+    return [formats[i] for i in np.linspace(0, len(formats) - 1, DRAWN).round().astype(int)]
 
 
 def formats_of(rows):
@@ -74,7 +91,7 @@ def formats_of(rows):
 
 
 def left_words(formats):
-    left = formats[DRAWN:]
+    left = [name for name in formats if name not in drawn(formats)]
     return f" Not drawn, but in the table: {', '.join(left)}." if left else ""
 
 
@@ -102,7 +119,7 @@ def products(run):
         axes = grid_of(canvas, len(panels), "bytes of a call (MB)", sharey=True, sharex=True)
         for ax, name in zip(axes, panels):
             mine = times(shown[shown["backend"] == name], divisor)
-            for format, look in looks(formats).items():
+            for format, look in looks(run, formats).items():
                 here = mine[mine["format"] == format]
                 ax.errorbar(
                     here["bytes"] / 1e6,
@@ -132,7 +149,7 @@ def products(run):
         + ("The dotted line is the time that the bytes take at the measured bandwidth. " if ceiling else "")
         + "Bytes are those of the codes and scales, of x and of y."
         + left_words(formats),
-        alt=f"Marks of {', '.join(formats[:DRAWN])}: time of linear against its bytes, for {names(panels)}.",
+        alt=f"Marks of {', '.join(drawn(formats))}: time of linear against its bytes, for {names(panels)}.",
         table=table(rows.sort_values(["case", "bytes"]), COLUMNS, **HEADS),
         command=_again(rows, formats),
         height=2.5,
@@ -204,7 +221,7 @@ def layer(run):
         axes = grid_of(canvas, len(panels), "batch (sequences)", sharey=True)
         for ax, name in zip(axes, panels):
             mine = times(sums[sums["backend"] == name], divisor)
-            for format, look in looks(formats).items():
+            for format, look in looks(run, formats).items():
                 here = mine[mine["format"] == format]
                 line(ax, here, "batch", "us", "us_p10", "us_p90", look, look.label)
             log_ticks(ax.xaxis, sums["batch"])
@@ -218,7 +235,7 @@ def layer(run):
         title=f"The four products of a layer together, by weight format{_of(rows)}",
         conditions=conditions(run, rows, rows["timer"].iloc[0]),
         reading="The times of qkv, o, gate and up, and down, added; lower is better." + left_words(formats),
-        alt=f"Lines of {', '.join(formats[:DRAWN])}: time of the products of a layer against the batch, for "
+        alt=f"Lines of {', '.join(drawn(formats))}: time of the products of a layer against the batch, for "
         f"{names(panels)}.",
         table=table(sums, "backend format batch us us_p10 us_p90 n bytes", **HEADS),
         command=_again(rows, formats),
@@ -248,7 +265,7 @@ def accuracy(run, model):
         label = f"{unit_name} a token" if len(timed) else "MB of weights that a token reads"
         axes = grid_of(canvas, len(panels), label, sharey=True, sharex=True)
         for ax, name in zip(axes, panels):
-            for format, look in looks(formats).items():
+            for format, look in looks(run, formats).items():
                 here = timed[timed["backend"] == name] if name else rows.assign(us=rows["bytes"])
                 here = here[here["format"] == format]
                 at = here["kl"].clip(lower=SMALLEST)
@@ -279,7 +296,7 @@ def accuracy(run, model):
         reading="Lower and further left is better. How far the distribution of the next token moves from "
         f"that of the weights that were not rounded{stored}, on average over a fixed text. The dotted line "
         f"is the token with those weights in {first['dtype']}." + left_words(formats),
-        alt=f"Marks of {', '.join(formats[:DRAWN])}: mean KL divergence against "
+        alt=f"Marks of {', '.join(drawn(formats))}: mean KL divergence against "
         + ("the time of a token." if len(timed) else "bytes a token reads."),
         table=_accuracy_table(rows, timed),
         command=f"lab bench accuracy {model} --weight-format {','.join(formats)} --out out/again && "

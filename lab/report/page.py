@@ -175,9 +175,9 @@ def _formats(run, drawn):
     models = list(dict.fromkeys(run.accuracy["model"]))
     part.shown = drawn(
         format_figures.products(run),
-        format_figures.shares(run),
         format_figures.layer(run),
         *(format_figures.accuracy(run, model) for model in models),
+        format_figures.shares(run),
     )
     part.tables = [(*found, False) for found in [format_figures.errors(run)] if found]
     if len(run.packed):
