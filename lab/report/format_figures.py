@@ -61,20 +61,18 @@ def packed(run):
 
 
 def looks(run, formats):
-    """{format: its look} of the formats that a picture shows: DRAWN of them, evenly chosen. A format looks the
-    same in all pictures of a run; plain weights, which are named by their dtype, are grey."""
-    every = {
-        name.partition(", lm_head")[0] for f in (run.packed, run.accuracy) for name in f["weight_format"]
-    }
+    """{format: its look} of the formats that a picture shows. A format looks the same in all pictures of a
+    run; plain weights, which are named by their dtype, are grey."""
+    recorded = [*run.packed["weight_format"], *run.accuracy["weight_format"]]
+    every = {name.partition(", lm_head")[0] for name in recorded}
     order = sorted(every) + [name for name in formats if name not in every]
     markers, found = "osD^vP", {}
     for name in drawn(formats):
         i = order.index(name)
-        plain = name in ("bf16", "fp16", "fp32")
-        color = style.MUTED if plain else style.OTHERS[i % len(style.OTHERS)]
-        found[name] = style.Look(
-            name, color, "X" if plain else markers[(i + i // len(markers)) % len(markers)]
-        )
+        marker = markers[(i + i // len(markers)) % len(markers)]
+        found[name] = style.Look(name, style.OTHERS[i % len(style.OTHERS)], marker)
+        if name in ("bf16", "fp16", "fp32"):
+            found[name] = style.Look(name, style.MUTED, "X")
     return found
 
 
@@ -256,6 +254,7 @@ def accuracy(run, model):
         rows = rows.assign(format=rows["weight_format"])
     plain, timed = _timed(run, rows)
     formats = list(rows["format"])
+    asked = ",".join(dict.fromkeys(name.partition(", lm_head")[0] for name in formats))
     panels = languages_of(timed) if len(timed) else [None]
     divisor, unit_name = token_unit(timed["us"]) if len(timed) else (1e6, "MB")
     before = rows["bytes_before"].iloc[0]
@@ -277,6 +276,7 @@ def accuracy(run, model):
                 dtype = rows["dtype"].iloc[0]
                 ax.axvline(without / divisor, color=style.INK, linewidth=1.2, linestyle=":", label=dtype)
             plain_log(ax.yaxis)
+            ax.set_ylim(max(rows["kl"].min(), SMALLEST) / 1.6, max(rows["kl"].max(), SMALLEST) * 1.6)
             ax.set_xlim(0, 1.08 * widest / divisor)
             if name:
                 ax.set_title(style.backend(name).label, loc="left")
@@ -299,8 +299,7 @@ def accuracy(run, model):
         alt=f"Marks of {', '.join(drawn(formats))}: mean KL divergence against "
         + ("the time of a token." if len(timed) else "bytes a token reads."),
         table=_accuracy_table(rows, timed),
-        command=f"lab bench accuracy {model} --weight-format {','.join(formats)} --out out/again && "
-        "lab report out/again",
+        command=command("accuracy", [model], None, None, f"--weight-format {asked}"),
         height=2.4,
         draw=draw,
     )
