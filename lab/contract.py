@@ -48,6 +48,7 @@ class Peer:
     takes: Callable = lambda a: True  # (a) -> whether the peer takes such a call
     copies: bool = False  # `make` copies the bulk of the data into another layout. A model would pay for that
     #                       at every call, so such a peer has no in-model time and no host-inclusive one
+    error: float = 0.01  # with packed weights, how far its result may be from the reference (relative RMS)
     module: str | None = None  # the package that it needs
 
     @property
@@ -159,6 +160,11 @@ class Op:
         """The signature of the public arguments, without `out`."""
         whole = inspect.signature(self.validate)
         return whole.replace(parameters=[p for p in whole.parameters.values() if p.name != "out"])
+
+    @property
+    def takes_formats(self) -> bool:
+        """Whether it takes weights in the formats of lab/formats: then its `inputs` take `format`."""
+        return "format" in inspect.signature(self.inputs).parameters
 
     @property
     def names(self) -> tuple[str, ...]:

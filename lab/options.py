@@ -87,15 +87,17 @@ def bench(parser):
         "what",
         nargs="?",
         default="all",
-        choices=("ops", "model", "ledger", "all", "crossover"),
-        help="what to measure (default: all); crossover: which backend is faster at which size, from the "
+        choices=("ops", "model", "accuracy", "ledger", "all", "crossover"),
+        help="what to measure (default: all); accuracy: what weight formats cost a model with real weights; "
+        "crossover: which backend is faster at which size, from the "
         "records in --out",
     )
     parser.add_argument(
         "names",
         nargs="*",
         metavar="NAME",
-        help="ops (for ops) or presets (for model, ledger, crossover); default: all ops, four presets",
+        help="ops (for ops), presets (for model, ledger, crossover), or presets, GGUF files and folders (for "
+        "accuracy); default: all ops, four presets, smollm2-135m",
     )
     parser.add_argument(
         "--out", metavar="DIR", default="out/bench", help="folder of records.jsonl (default out/bench)"
@@ -120,6 +122,12 @@ def bench(parser):
         help="weights of the models: random ones, or with auto the real ones",
     )
     weight_formats(parser)
+    parser.add_argument(
+        "--weight-format",
+        metavar="A,B",
+        help="weight formats, one after the other, and none for plain weights: for ops those that have "
+        "weights, for model and accuracy the models rounded to each (accuracy: one of each kind by default)",
+    )
     parser.add_argument("--quick", action="store_true", help="a small set in under 2 minutes of GPU time")
     parser.add_argument(
         "--seconds", type=duration, metavar="S", help="sampling time per configuration and timer"
@@ -192,6 +200,11 @@ def tune(parser):
     parser.add_argument(
         "--context", type=int, default=8192, metavar="N", help="context of the attention ops (default 8192)"
     )
+    parser.add_argument(
+        "--weight-format",
+        metavar="A,B",
+        help="tune for weights in these formats instead of plain ones (in Triton)",
+    )
     parser.add_argument("--dtype", default="bf16", help="bf16 (default; fp16 shares its settings) or fp32")
     parser.add_argument(
         "--tries",
@@ -238,6 +251,7 @@ def inspect(parser):
         help="sizes of the call, as in batch=16 n=6144 k=4096 "
         "or lengths=1024,2048; sizes that are left out are those of a decode step of Llama 3.1 8B, batch 1",
     )
+    parser.add_argument("--weight-format", metavar="FORMAT", help="weights in this format; default: plain")
     parser.add_argument("--backend", help="cuda or triton; default: both")
     form = parser.add_mutually_exclusive_group()
     form.add_argument(

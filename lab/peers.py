@@ -24,6 +24,43 @@ def cublas(x, w, bias=None, *_):
     return lambda: torch.addmm(bias, x, w.t(), out=out)
 
 
+def int4_mm(x, w, *_):
+    """torch's _weight_int4pack_mm on weights of int4-g128, repacked in its own layout.
+
+    It wants weight = (code - 8) * scale + zero, scale and zero in bfloat16 [groups, n, 2]: so the scale is
+    rounded, which lets its result differ a little from the reference.
+    """
+    codes = w.raw_codes()
+    scales = w.scales_by_row()[:, : -(-w.k // w.format.group), 0].to(torch.bfloat16).t()
+    scales_and_zeros = torch.stack((scales, torch.zeros_like(scales)), -1).contiguous()
+    if x.is_cuda:
+        pairs = codes[:, ::2] << 4 | codes[:, 1::2]  # of two columns the first in the upper 4 bits
+        packed = torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), 8)
+        run = torch.ops.aten._weight_int4pack_mm
+    else:
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 8)
+        run = torch.ops.aten._weight_int4pack_mm_for_cpu
+    return lambda: run(x, packed, w.format.group, scales_and_zeros)
+
+
+def fp8_mm(x, w, *_):
+    """torch's _scaled_mm on weights of fp8, a scale a row. It multiplies fp8 by fp8, so x is rounded to it as
+    well, here and not in its time; its rows are padded to a multiple of 16."""
+    rows = x.shape[0]
+    padded = torch.zeros(-(-rows // 16) * 16, x.shape[1], device=x.device)
+    padded[:rows] = x
+    scale = (padded.abs().amax(1, keepdim=True) / FP8_LARGEST).clamp_(min=1e-12)
+    x8 = (padded / scale).to(torch.float8_e4m3fn)
+    w8 = w.raw_codes().contiguous().view(torch.float8_e4m3fn).t()
+    scale_w = w.scales_by_row()[:, 0].float().t().contiguous()
+    out_dtype = x.dtype
+
+    def call():
+        return torch._scaled_mm(x8, w8, scale_a=scale, scale_b=scale_w, out_dtype=out_dtype)[:rows]
+
+    return call
+
+
 def contiguous_kv(cache, block_table, context):
     """[batch, kv_heads, context, head_dim] of one paged cache [pages, kv_heads, page_size, head_dim]."""
     paged = cache[block_table.long()]  # [batch, pages, kv_heads, page_size, head_dim]
@@ -104,7 +141,25 @@ def half_precision(tensor):
     return tensor.dtype in (torch.float16, torch.bfloat16)
 
 
-CUBLAS = Peer("cublas", each(cublas))
+def in_format(a, name):
+    """Whether the weights of a call of linear are packed in a format, and it has what peers of packed
+    weights want: x in bf16 and no bias."""
+    return getattr(a.w, "format_name", None) == name and a.x.dtype == torch.bfloat16 and a.bias is None
+
+
+FP8_LARGEST = 448.0
+CUBLAS = Peer("cublas", each(cublas), takes=lambda a: isinstance(a.w, torch.Tensor))
+INT4_MM = Peer(
+    "int4pack_mm",
+    each(int4_mm),
+    takes=lambda a: in_format(a, "int4-g128") and a.w.k % 128 == 0 and a.w.rows % 8 == 0,
+)
+SCALED_MM = Peer(
+    "scaled_mm",
+    each(fp8_mm),
+    takes=lambda a: in_format(a, "fp8") and a.w.k % 16 == 0 and a.w.rows % 16 == 0,
+    error=0.06,  # of x rounded to fp8
+)
 SDPA_FLASH = Peer(
     "sdpa_flash",
     each(functools.partial(sdpa, "FLASH_ATTENTION")),

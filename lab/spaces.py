@@ -13,6 +13,16 @@ SHARED_BYTES = 200 << 10  # a program's tiles in flight must fit in a multiproce
 ALL = 64  # more blocks for each multiprocessor than any shape needs: every block then has one set of outputs
 
 
+def of(op, backend, rows, itemsize, shape, format=None):
+    """The settings that may be tried for a call of an op (a contract); [] where there is no choice. format:
+    of packed weights, which all products of a language multiply in one way."""
+    if backend not in op.spaces:
+        return []
+    if format is not None:
+        return packed(rows, itemsize) if backend == "triton" else []
+    return op.spaces[backend](rows, itemsize, **shape)
+
+
 def power_of_two(n):
     """The least power of two that is at least n."""
     return 1 << max(n - 1, 0).bit_length()
@@ -130,6 +140,30 @@ def basic_linear(rows, itemsize, n, k):
             if "per_multiprocessor" not in c
         ]
     return found
+
+
+def packed(rows, itemsize):
+    """For core/packed_rows.py: how many rows of w a program takes, and how many segments of 64 bytes of each
+    at once. With several segments every warp multiplies its own."""
+    if itemsize == 4:
+        return [
+            dict(BLOCK_N=block_n, SEGMENTS=1, STAGES=stages, num_warps=warps)
+            for block_n, stages, warps in itertools.product((16, 32, 64), (2, 3), (4, 8))
+        ]
+    shapes = [
+        (block_n, segments, segments)
+        for block_n, segments in itertools.product((16, 32, 64), (2, 4, 8, 16))
+        if block_n * power_of_two(rows) <= 1024
+    ]
+    if rows > 8:
+        shapes += [(block_n, 1, warps) for block_n, warps in itertools.product((32, 64, 128), (4, 8))]
+    x = max(power_of_two(rows), 8) * 128 * itemsize  # bytes of a segment's columns, which are 128 at most
+    return [
+        dict(BLOCK_N=block_n, SEGMENTS=segments, STAGES=stages, num_warps=warps)
+        for (block_n, segments, warps), stages in itertools.product(shapes, (2, 3, 4, 5, 6))
+        if block_n * 64 * segments * (stages - 1) >= 8 << 10
+        and (block_n * 64 + x) * segments * (stages - 1) <= SHARED_BYTES
+    ]
 
 
 def attention(rows, itemsize, head_dim, **sizes):

@@ -405,7 +405,9 @@ def test_what_matters_most_is_measured_first(monkeypatch):
     modes = {
         (step.run.args[3].batch, step.run.args[4]): step.run.args[5]
         for step in steps
-        if step.run.func is bench.measure_op and step.run.args[3].op == "linear"
+        if step.run.func is bench.measure_op
+        and step.run.args[3].op == "linear"
+        and step.run.args[3].format is None
     }
     assert modes[1, "bf16"] == ops_bench.MODES and modes[64, "bf16"] == modes[1, "fp16"] == (
         ("cold", "graph"),

@@ -331,8 +331,19 @@ def main(*words):
     ],
 )
 def test_sizes_that_are_not_given_are_those_of_the_default(name, words, sizes):
-    assert command.sizes_of(find(name), SimpleNamespace(case=None, sizes=words)) == sizes
+    assert command.sizes_of(find(name), SimpleNamespace(case=None, sizes=words, weight_format=None)) == sizes
     assert call.arguments(find(name), "bf16", sizes)
+
+
+def test_a_call_with_packed_weights():
+    """The kernel that is shown is that of the format, though no weights are rounded for it."""
+    for name, matrix in (("linear", "w"), ("norm_linear_silu_mul", "w"), ("embedding", "table")):
+        op = find(name)
+        args = SimpleNamespace(case=None, sizes=["batch=2"], weight_format="int4-g128")
+        a = op.bound(*call.arguments(op, "bf16", command.sizes_of(op, args)))
+        assert getattr(a, matrix).format_name == "int4-g128"
+    (kernel,) = look("linear", "triton", batch=1, n=64, k=256, format="fp8")
+    assert kernel.name == "packed_linear_kernel" and "FORMAT=7" in kernel.instance
 
 
 @pytest.mark.parametrize(
@@ -346,6 +357,8 @@ def test_sizes_that_are_not_given_are_those_of_the_default(name, words, sizes):
         (["linear", "--sizes", "batch=1", "m=3"], "unknown size of linear 'm'"),
         (["linear", "--sizes", "batch"], "write NAME=NUMBER"),
         (["linear", "--sizes", "batch=65", "n=1", "k=8"], "1 to 64 rows"),
+        (["linear", "--weight-format", "int5"], "unknown weight format 'int5'"),
+        (["rope", "--weight-format", "fp8"], "rope has no weights in a format"),
         (["linear", "--ttgir", "--backend", "cuda"], "only Triton has TTGIR|lab._cuda"),
         ([], "name an op"),
         (["--all"], "--all --out DIR"),

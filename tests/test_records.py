@@ -15,6 +15,7 @@ import synthetic_records as synthetic
 from lab.errors import LabError
 from lab.records import schema
 from lab.records.schema import (
+    Accuracy,
     Ceiling,
     Env,
     Fairness,
@@ -46,6 +47,7 @@ EXAMPLES = [
         occupancy=0.5,
         mix={"shuffle": 5},
     ),
+    Accuracy("r1", "m", "fp8", "fp32", "t", 256, 0.01, 0.9, 8, 32, {"qkv": 0.02}, "F32"),
     Repeat("r1", "a", "b", "c0ffee", 200, 1, 2, 3, 0.015, 0.03),
 ]
 

@@ -13,10 +13,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from lab import cli
+from lab.backends import cuda
 from lab.contract import Rand
 from lab.errors import LabError
 from lab.harness import ops_bench, shapes
-from lab.inspect.call import Blank
+from lab.inspect.call import Blank, packed
 from lab.ops import find, linear, norm_linear
 from lab.tune import tuned, tuner
 from lab.tune.tuner import candidates
@@ -495,3 +496,79 @@ def test_what_defends_its_place_is_what_the_table_gives(tmp_path):
     assert kept["rows"] == 1 and kept["settings"] == dict(BLOCK_N=4)
     other = tuner.Table(tmp_path / "out.json", "H100", "3.6.0", start=table.path)
     assert other.entries == table.entries and not other.path.exists()
+
+
+# Packed weights
+
+
+def packed_point(op, rows, shape, format="int4-g128"):
+    return shapes.Point(op, None, rows, None, shape, ("made up",), format=format)
+
+
+def packed_launch(rows, format, n=3072, k=2048):
+    x = torch.empty(rows, k, dtype=torch.float16)
+    w = packed(find("linear"), (x, torch.empty(n, k, dtype=torch.float16)), format, torch.float16)[1]
+    with recording("sm_90") as launches:
+        find("linear").launchers["triton"](x, w, out=torch.empty(rows, n, dtype=torch.float16))
+    return launches[-1].meta
+
+
+def test_launches_with_packed_weights_read_entries_of_their_format(tmp_path, monkeypatch):
+    won = dict(BLOCK_N=64, SEGMENTS=2, STAGES=6, num_warps=2)
+    table = tuner.Table(tmp_path / "sm_90.json", "a GPU", "3.7")
+    plain = shapes.Point("linear", None, 16, None, QKV)
+    table.add(packed_point("linear", 16, QKV), 2, won, {tuner.BY_HAND: 2.0, 0: 1.0})
+    table.add(plain, 2, dict(path="dot", BLOCK_N=32), {tuner.BY_HAND: 2.0, 0: 1.0})
+    again = tuner.Table(table.path, "a GPU", "3.7")
+    assert len(again.entries) == 2 and again.has(packed_point("linear", 16, QKV), 2)
+    assert not again.has(packed_point("linear", 16, QKV, "fp8"), 2) and again.has(plain, 2)
+    assert again.applied(packed_point("linear", 8, QKV), 2) == won and again.applied(plain, 2) != won
+    monkeypatch.setitem(tuned.FOLDERS, "triton", tmp_path)
+    settings.forget()
+    try:
+        found = packed_launch(16, "int4-g128")
+        assert {name: found[name] for name in won} == won
+        assert packed_launch(16, "fp8")["STAGES"] != 6 and packed_launch(16, "int4-g128", n=64)["STAGES"] != 6
+        with settings.forced("linear", settings.BY_HAND):
+            assert packed_launch(16, "int4-g128")["STAGES"] != 6
+    finally:
+        monkeypatch.undo()
+        settings.forget()
+    assert [entry[4] for entry in cuda.settings_of(tuned.read(table.path))] == [
+        dict(path="dot", BLOCK_N=32)  # CUDA has none for packed weights
+    ]
+
+
+def test_settings_for_packed_weights_that_may_be_tried():
+    for op in ("linear", "linear_add", "norm_linear", "norm_linear_silu_mul", "norm_linear_argmax"):
+        for rows, itemsize in ((1, 2), (16, 2), (64, 2), (1, 4)):
+            assert 8 <= len(candidates("triton", op, rows, itemsize, QKV, 1000, "fp8")) <= 100
+        assert candidates("cuda", op, 1, 2, QKV, 1000, "fp8") == []
+    assert candidates("triton", "embedding", 1, 2, QKV, 1000, "fp8") == []
+
+
+@pytest.mark.parametrize("op", ["linear", "norm_linear_silu_mul"])
+def test_a_candidate_for_packed_weights_compiles_and_is_right(op):
+    point = packed_point(op, 3, {"n": 64, "k": 512}, "int4-g32-min")
+    (first, *_) = candidates("triton", op, 3, 2, point.shape, 1000, point.format)
+    usage = tuner.compile_candidate(point, "bf16", "sm_90", 132, first)
+    assert usage.get("regs", 0) > 16 and not usage["local"], usage
+    rig = ops_bench.make_rig(ops_bench.load_backends(["triton"], "cpu", True)[0], "cpu", None)
+    race = tuner.Race(rig, "triton", point, "bf16")
+    assert race.error(dict(first, BLOCK_N=16)) is None and race.error(None) is None
+
+
+def test_what_cannot_be_tuned_for_packed_weights_is_said():
+    def ask(*op, backends=("cuda", "triton"), formats="fp8", by_token=False):
+        args = types.SimpleNamespace(op=list(op), weight_format=formats, by_token=by_token)
+        return tuner.formats_of(args, list(op), list(backends))
+
+    assert ask("linear") == ["fp8"] and ask("linear", formats=None) == []
+    for words, options, says in (
+        (["decode_attention"], {}, "no weights in a format"),
+        (["linear"], dict(backends=["cuda"]), "in Triton alone"),
+        (["linear"], dict(formats="fp9"), "unknown weight format"),
+        (["linear"], dict(by_token=True), "--by-token tunes for plain weights"),
+    ):
+        with pytest.raises(LabError, match=says):
+            ask(*words, **options)

@@ -15,7 +15,7 @@ from triton_kernels.common import architecture, config
 
 ANY = 1 << 31
 BY_HAND = {}  # for `forced`: use the hand-written table, not the tuned one
-_measured = {}  # (op, architecture, itemsize, rows, shape) -> result of `measured`
+_measured = {}  # (op, architecture, itemsize, rows, format, shape) -> result of `measured`
 _products = {}  # (op, architecture, itemsize, rows, n, k) -> result of `product`; with a format, of `packed`
 _forced = {}  # op -> settings, while the tuner tries them
 _used = None  # entries used instead of a table's, while the tuner tries whole tables
@@ -47,16 +47,16 @@ def _tuned(name):
     return tuned.read(tuned.path_of("triton", name)) if _used is None else _used
 
 
-def measured(op, tensor, rows, **shape):
+def measured(op, tensor, rows, format=None, **shape):
     """The settings that the tuner found for this architecture and shape (tuned.lookup chooses them), or None.
 
-    They take precedence over the op's own table.
+    They take precedence over the op's own table. format: of packed weights.
     """
     if op in _forced:
         return dict(_forced[op]) or None
-    key = op, architecture(tensor), tensor.itemsize, rows, *shape.values()
+    key = op, architecture(tensor), tensor.itemsize, rows, format, *shape.values()
     if key not in _measured:
-        _measured[key] = tuned.lookup(_tuned(key[1]), op, tensor.itemsize, rows, shape)
+        _measured[key] = tuned.lookup(_tuned(key[1]), op, tensor.itemsize, rows, shape, format)
     return dict(_measured[key]) if _measured[key] else None
 
 
@@ -136,24 +136,23 @@ def packed(op, table, x, w, n, parts=1):
     """(programs, meta) to multiply x [rows, k] with a PackedMatrix w [parts * n, k].
 
     table: for each architecture, "half" (x of 16 bits) and "float" (of 32): lists of (most rows, largest n,
-    settings), of which the first that fits is used. A program takes BLOCK_N rows of w, `parts` for each
-    output.
+    settings), of which the first that fits is used, unless the tuner found better ones. A program takes
+    BLOCK_N rows of w, `parts` for each output.
     """
     key = op, architecture(x), x.itemsize, x.shape[0], n, w.k, w.format_name
     if key not in _products:
-        _products[key] = _packed(op, table, x, w, n * parts)
+        _products[key] = _packed(op, table, x, w, n, parts)
     programs, meta = _products[key]
     return programs, dict(meta)
 
 
-def _packed(op, table, x, w, n):
+def _packed(op, table, x, w, outputs, parts):
     rows, k = x.shape
-    f, interpreted = w.format, architecture(x) == "interpreter"
-    if _forced.get(op):
-        meta = dict(_forced[op])
-    elif interpreted:
+    f, n, interpreted = w.format, outputs * parts, architecture(x) == "interpreter"
+    meta = measured(op, x, rows, format=f.name, n=outputs, k=k)
+    if meta is None and interpreted:
         meta = _packed_interpreted(f, n, k)
-    else:
+    elif meta is None:
         entries = config(table, x)["float" if x.itemsize == 4 else "half"]
         meta = next(dict(m) for most_rows, most_n, m in entries if rows <= most_rows and n <= most_n)
         if rows > 8 and meta["SEGMENTS"] > 1 and f.group and f.group <= 32:

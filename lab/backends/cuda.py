@@ -68,7 +68,12 @@ def measured_settings(arch):
 
 
 def settings_of(entries):
-    return [(e["op"], e["itemsize"], e["rows"], list(e["shape"].values()), e["settings"]) for e in entries]
+    """Those for plain weights: launchers of packed ones have no settings to choose."""
+    return [
+        (e["op"], e["itemsize"], e["rows"], list(e["shape"].values()), e["settings"])
+        for e in entries
+        if "format" not in e
+    ]
 
 
 def stream_of(device: torch.device):

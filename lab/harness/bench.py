@@ -1,4 +1,4 @@
-"""`lab bench ops|model|ledger|all|crossover`: measurements into DIR/records.jsonl.
+"""`lab bench ops|model|accuracy|ledger|all|crossover`: measurements into DIR/records.jsonl.
 
 The full set (`all`) is made to take under 12 minutes of GPU time, `--quick` under 2; what matters most comes
 first, `--budget-minutes` stops cleanly, and the same command again goes on where it stopped. On a CPU only
@@ -14,19 +14,23 @@ import torch
 
 from lab.arguments import names, numbers
 from lab.errors import one_line
-from lab.harness import ceiling, crossover, ladder_bench, ledger, model_bench, ops_bench, shapes, timing
+from lab.harness import accuracy, ceiling, crossover, ladder_bench, ledger, model_bench, ops_bench, timing
 from lab.harness.request import Request, op_points, require_work, settings_of
 from lab.records.session import Progress, Session
 
 # About how many seconds a step takes on an H100 beside its sampling: buffers, graphs, warming up. Only the
 # estimate of the time left comes from these.
 PER_MODE, PER_DECODER, PER_COMPILATION, PER_LEDGER, PER_LADDER = 0.3, 0.6, 15.0, 1.5, 2.0
+PER_FORMAT = 0.2  # rounding an op's weights to a format, and its result by the reference
+PER_ACCURACY = 10.0
 PER_CEILING = 0.35  # all of one direction and size
 STAGES = (  # of a run, what matters most first
+    "accuracy",
     "first ops",  # at the first dtype and batch
     "first sizes of models",
     "ledgers",
     "ladders",
+    "ops in weight formats",  # of `all`
     "other sizes of models",
     "other ops",
     "compiled",  # compiling is slow
@@ -62,6 +66,7 @@ def request_of(args):
         weights_as=args.weights_as,
         quantise=args.quantise,
         quantise_head=args.quantise_head,
+        weight_formats=tuple(names(args.weight_format)) if args.weight_format else None,
         seconds=args.seconds,
         quick=args.quick,
         ladder=args.ladder,
@@ -117,12 +122,16 @@ def measure(request, own=None):
 def say(session, complete):
     """How the run ended, on the terminal; 1 if rows failed and none has a time, else 0."""
     errors = [r for r in session.rows if getattr(r, "error", None)]
-    measured = any(r.kind in ("op", "model", "ledger") and r.us is not None for r in session.rows)
+    measured = any(
+        r.kind in ("op", "model", "ledger") and r.us is not None or r.kind == "accuracy" and r.kl is not None
+        for r in session.rows
+    )
     failed = f", {len(errors)} failed" if errors else ""
     print(f"run {session.run}: {session.new} new lines in {session.path}{failed}")
     for r in errors[:5]:
         name = getattr(r, "op", None) or getattr(r, "model", "")
-        print("  " + one_line(f"failed: {r.kind} {name} {r.backend}: {r.error}"))
+        side = getattr(r, "backend", None) or r.weight_format
+        print("  " + one_line(f"failed: {r.kind} {name} {side}: {r.error}"))
     if not complete:
         print("stopped before the end: the same command goes on from here")
     if errors and not measured:
@@ -137,7 +146,7 @@ def run_all(session, settings, backends):
     sizes = ceiling.QUICK_SIZES if quick else ceiling.SIZES
     rig = ops_bench.make_rig(backends, device, ceiling.Ceilings(), quick, settings.seconds)
     rig.vendor, rig.plans = rig.vendor and settings.vendor, settings.plans
-    rig.lean = quick and settings.what == "all"
+    rig.lean = quick and settings.what == "all" or settings.what == "accuracy"
     steps = steps_of(session, rig, settings)
     total = sum(step.seconds for step in steps)
     if device == "cuda":
@@ -160,12 +169,17 @@ def run_all(session, settings, backends):
 
 def steps_of(session, rig, settings):
     """The measurements in order of importance (STAGES), so that a run that is cut has the headline."""
-    weights = model_bench.Weights(settings.weights, settings.dtypes[0], settings.device, settings.storage)
+    given = settings.weights, settings.dtypes[0], settings.device
+    weights, *_ = every = model_bench.Weights.of_storages(*given, settings.storages)
     found = []
     if settings.what in ("ops", "all") and not settings.ladder:
         found += op_steps(session, rig, settings, weights)
-    if settings.what in ("model", "all"):
-        found += model_steps(session, rig, settings, weights)
+    if settings.what == "accuracy":
+        found += accuracy_steps(session, settings, every)
+    # Emulated times say nothing about what a format saves.
+    if settings.what in ("model", "all") or settings.what == "accuracy" and settings.device == "cuda":
+        for one in every:
+            found += model_steps(session, rig, settings, one)
     if settings.what in ("ledger", "all") and settings.device == "cuda":  # it is made of device time stamps
         found += ledger_steps(session, rig, settings, weights)
     whole_set = settings.what == "all" and settings.device == "cuda" and not settings.quick
@@ -178,7 +192,9 @@ def op_steps(session, rig, settings, weights):
     """[(stage, Step)] of the ops, batch by batch, so that a run that is cut has whole batches."""
     found = []
     for dtype, point in sorted(op_points(settings), key=lambda pair: pair[1].batch):
-        if dtype != settings.dtypes[0]:
+        if point.format is not None and settings.what == "all":
+            stage = "ops in weight formats"
+        elif dtype != settings.dtypes[0]:
             stage = "other dtypes"
         elif point.batch == settings.batches[0]:
             stage = "first ops"
@@ -186,8 +202,10 @@ def op_steps(session, rig, settings, weights):
             stage = "other ops"
         modes = modes_of(rig, settings, dtype, point)
         run = functools.partial(measure_op, session, rig, weights, point, dtype, modes)
-        label = f"{point.op} {point.role or ''} b{point.batch} {point.context or ''} {dtype}"
-        found.append((stage, Step(label, len(modes) * (rig.seconds + PER_MODE), run)))
+        size = f"b{point.batch} {point.context or ''} {point.format or ''}"
+        label = f"{point.op} {point.role or ''} {size} {dtype}"
+        seconds = len(modes) * (rig.seconds + PER_MODE) + (PER_FORMAT if point.format else 0)
+        found.append((stage, Step(label, seconds, run)))
     return found
 
 
@@ -199,7 +217,7 @@ def model_steps(session, rig, settings, weights):
         for size in sizes:
             batch, context = size
             sides = rig.sides(batch, dtype, weights.format_of(name) is not None)
-            if context >= shapes.preset(name).max_positions or not sides:
+            if context >= weights.config_of(name).max_positions or not sides:
                 continue
             first, seconds = size == sizes[0], len(sides) * PER_DECODER + 8 * rig.seconds
             given = session, rig, weights, name, dtype, batch, context
@@ -209,6 +227,18 @@ def model_steps(session, rig, settings, weights):
             if first and settings.compile and settings.device == "cuda":
                 run = functools.partial(model_bench.measure_compiled, *given)
                 found.append(("compiled", Step(f"{name} compiled", seconds + PER_COMPILATION, run)))
+    return found
+
+
+def accuracy_steps(session, settings, every):
+    """[(stage, Step)] of the models' accuracy, format by format. every: the plain weights first."""
+    found, (plain, *quantised) = [], every
+    for name in settings.models:
+        for weights in quantised:
+            given = session, plain, weights, name, settings.dtypes[0]
+            run = functools.partial(accuracy.measure, *given)
+            label = f"accuracy of {name} in {weights.storage.quantise}"
+            found.append(("accuracy", Step(label, PER_ACCURACY, run)))
     return found
 
 
@@ -247,7 +277,8 @@ def modes_of(rig, settings, dtype, point):
     if rig.device != "cuda":
         return rig.modes
     other_dtype = dtype != settings.dtypes[0] and not settings.all_dtypes_everywhere
-    if settings.what == "all" and (other_dtype or point.batch != settings.batches[0]):
+    elsewhere = other_dtype or point.batch != settings.batches[0] or point.format is not None
+    if settings.what == "all" and elsewhere:
         return rig.modes[:1]
     return ops_bench.QUICK_MODES if other_dtype else rig.modes
 

@@ -60,6 +60,7 @@ def cells(rows, model, dtype="bf16", cache=None):
         for r in rows
         if r.kind == "op"
         and r.us
+        and r.weight_format is None
         and model in r.models
         and r.backend in BACKENDS
         and r.timer in ("graph", "wall")

@@ -410,13 +410,12 @@ def measure_swap(session, rig, weights, name, dtype_name, batch, context, plan):
         context=context,
         weight_format=weights.format_of(name),
     )
-    _record(
-        session,
-        rig,
-        base,
-        LedgerRow(**base, backend="triton", row="swap"),
-        lambda: measure_swaps(session.run, rig, weights.of(name), name, plan, dtype_name, batch, context),
-    )
+
+    def made():
+        given = name, plan, dtype_name, batch, context, base["weight_format"]
+        return measure_swaps(session.run, rig, weights.of(name), *given)
+
+    _record(session, rig, base, LedgerRow(**base, backend="triton", row="swap"), made)
 
 
 def _record(session, rig, base, failed, made):
@@ -504,7 +503,7 @@ def _all(calls):
     return run
 
 
-def measure_swaps(run, rig, weights, name, plan, dtype_name, batch, context):
+def measure_swaps(run, rig, weights, name, plan, dtype_name, batch, context, weight_format=None):
     """Tokens of all-Triton, all-CUDA, and Triton with each op in turn swapped to CUDA, interleaved."""
     rows, timed = [], {}
     sides = [("triton", None), ("cuda", None), *(("triton", op) for op in ops_of_step(weights.config, plan))]
@@ -522,6 +521,7 @@ def measure_swaps(run, rig, weights, name, plan, dtype_name, batch, context):
             order=order,
             op=op,
             overrides=overrides,
+            weight_format=weight_format,
             timer="graph",
         )
         rows.append(row)

@@ -17,6 +17,7 @@ from lab.errors import LabError, error_text
 from lab.harness import timing
 from lab.harness.ops_bench import alive
 from lab.model.decoder import Decoder
+from lab.model.families import PRESETS
 from lab.model.sampling import GREEDY
 from lab.model.sources import open_source
 from lab.model.weight_formats import AS_STORED
@@ -72,18 +73,28 @@ def timed_step(decoder, mode):
 class Weights:
     """The weights of one model at a time, on the rig's device: `of` loads them, `drop` frees the memory."""
 
-    def __init__(self, kind, dtype_name, device, storage=AS_STORED):
+    def __init__(self, kind, dtype_name, device, storage=AS_STORED, shelf=None):
         self.kind, self.dtype, self.device, self.storage = kind, DTYPES[dtype_name], device, storage
-        self.name = self.held = None
+        self.shelf = {} if shelf is None else shelf  # what is in memory, by model and storage
         self.formats = {}  # of the models asked for
+
+    @classmethod
+    def of_storages(cls, kind, dtype_name, device, storages):
+        """One for each storage; together they hold one model at a time."""
+        shelf = {}
+        return [cls(kind, dtype_name, device, storage, shelf) for storage in storages]
 
     def of(self, name):
         """Raises LabError for a model that is too large for this card or has no real weights here."""
-        if self.name != name:
+        key = name, self.storage
+        if key not in self.shelf:
             self.drop()
-            source = open_source(name, self.kind)
-            self.held, self.name = load(source, self.dtype, self.device, self.storage), name
-        return self.held
+            self.shelf[key] = load(open_source(name, self.kind), self.dtype, self.device, self.storage)
+        return self.shelf[key]
+
+    def config_of(self, name):
+        """The configuration of a preset, a file or a folder."""
+        return PRESETS[name] if name in PRESETS else open_source(name, self.kind).config
 
     def format_of(self, name):
         """The weight formats of a model as records name them, found without loading it; None where all its
@@ -99,8 +110,8 @@ class Weights:
         return self.formats[name]
 
     def drop(self):
-        if self.name:  # a collection takes a tenth of a second
-            self.held = self.name = None
+        if self.shelf:  # a collection takes a tenth of a second
+            self.shelf.clear()
             release(self.device)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lab.contract import BACKENDS, DTYPES, Rand
+from lab.contract import BACKENDS, DTYPES, Peer, Rand
 from lab.dispatch import select
 from lab.errors import LabError, Unavailable, error_text
 from lab.harness import timing, untuned
@@ -46,10 +46,12 @@ class Rig:
     plans: tuple = ("basic",)  # of the decoder, for models and ledgers
     lean: bool = False  # the torch reference under the first plan only
 
-    def having(self, op):
-        """Names of the backends that have the op: a language, or the file of `lab try`, may have some
-        alone."""
-        return [name for name, ops in self.backends.items() if hasattr(ops, op.name)]
+    def having(self, op, packed=False):
+        """Names of the backends that have the op: a language, or the file of `lab try`, may have some alone.
+        torch has no kernels for packed weights: it expands them at every call, and is measured only where
+        nothing else is."""
+        found = [name for name, ops in self.backends.items() if hasattr(ops, op.name)]
+        return [name for name in found if name != "torch"] or found if packed else found
 
     def sides(self, batch, dtype_name, packed=False):
         """(backend, plan) of every decoder to measure at a batch and dtype, which rule some plans out, as
@@ -140,11 +142,12 @@ def measure_point(session, rig, point, dtype_name, modes=None):
             timer,
             role=point.role,
             models=list(point.models),
+            weight_format=point.format,
             emulated=timer == "wall",
         )
 
     modes = [(c, t) for c, t in modes or rig.modes if c != "in_model" or op.cold]
-    backends = rig.having(op)
+    backends = rig.having(op, point.format is not None)
     todo = [m for m in modes if not all(session.has(row(b, *m)) for b in backends)]
     if not todo:
         return
@@ -161,6 +164,7 @@ def measure_point(session, rig, point, dtype_name, modes=None):
             rows[name].bytes, rows[name].flops = bound.nbytes, bound.flops
             rows[name].config = {**bound.config, **_tuned(name, point, dtype, rig)}
             try:
+                rows[name].rms_error = bound.checked(name)
                 timed[name] = bound.timed(name, cache, timer, cold_us.get(name))
             except Exception as e:  # one backend that cannot run must not cost the others
                 rows[name].error = error_text(e)
@@ -196,6 +200,7 @@ def _tuned(backend, point, dtype, rig):
         dtype.itemsize,
         key_shape(point),
         tuned.read(tuned.path_of(backend, f"sm_{major}{minor}")),
+        point.format,
     )
     return {} if found is None else {"tuned": found}
 
@@ -227,13 +232,30 @@ def alive(what):
         ) from None
 
 
+def _result(op, found):
+    """The product among what an op, or its reference, gives: numbers, not the token that they choose."""
+    return next(t for t in found if t.is_floating_point())
+
+
+def rms_error(got, want):
+    """The root mean square of the difference over that of `want`."""
+    return float((got.double() - want).square().mean().sqrt() / want.square().mean().sqrt())
+
+
 class BoundPoint:
     """One op at one size: its buffers, and calls on them by each backend and peer."""
 
     def __init__(self, op, point, dtype, rig):
-        self.op, self.rig, self.made = op, rig, {}
+        self.op, self.rig, self.made, self.errors = op, rig, {}, {}
+        self.packed = point.format is not None
         args, self.config = arguments(op, point, Rand(rig.device, dtype), rig.multiprocessors)
         a = op.bound(*args)
+        if self.packed:  # the reference's results, with these weights and with those that they were made of
+            self.exact = _result(op, op.reference(*args))
+            plain = dataclasses.replace(point, format=None)
+            plain, _ = arguments(op, plain, Rand(rig.device, dtype), rig.multiprocessors)
+            self.unquantised = _result(op, op.reference(*plain))
+            del plain
         self.nbytes, self.flops = int(op.nbytes(a)), int(op.flops(a))
         self.peers = {p.name: p for p in op.peers if rig.vendor and p.takes(a) and p.installed}
         count, self.calls, self.flushed = 1, 1, False
@@ -249,13 +271,42 @@ class BoundPoint:
     def names(self, cache, timer):
         """Backends and peers that have such a time (see Peer.copies)."""
         return [
-            *self.rig.having(self.op),
+            *self.rig.having(self.op, self.packed),
             *(
                 name
                 for name, p in self.peers.items()
                 if not p.copies or (timer == "graph" and cache != "in_model")
             ),
         ]
+
+    def checked(self, name):
+        """With packed weights, the error of what a backend or a peer computes against the product of the
+        weights that were rounded: relative RMS (see rms_error). Else None: `lab check` is for that.
+
+        Raises LabError for one that does not multiply the packed weights, which must not be timed.
+        """
+        if not self.packed:
+            return None
+        if name not in self.errors:
+            sound = timing.clone_args(self.sets[0])  # an op may change its arguments
+            got = self.result_of(name, sound)
+            away = rms_error(got, self.exact)
+            most = self.peers[name].error if name in self.peers else Peer.error
+            self.errors[name] = rms_error(got, self.unquantised), away if not away <= most else None
+        error, away = self.errors[name]
+        if away is not None:
+            raise LabError(f"not timed: its result is {away:.2g} away from the reference (relative RMS)")
+        return error
+
+    def result_of(self, name, args):
+        """What a backend or a peer computes from these arguments, which it may change."""
+        if name in self.peers:
+            return self.peers[name].make([args])[0]()
+        out = self.op.outputs(*args)
+        getattr(self.rig.backends[name], self.op.name)(*args, out=out)
+        changed = self.op.bound(*args)
+        found = ([] if out is None else [out]) + [getattr(changed, each) for each in self.op.mutates]
+        return _result(self.op, found)
 
     def bind(self, name, in_model=False):
         """One call per buffer set. in_model: activations and output of the first set, weights and KV of

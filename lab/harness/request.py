@@ -13,18 +13,22 @@ import torch
 from lab import rungs
 from lab.contract import BACKENDS, DTYPES
 from lab.errors import LabError
-from lab.harness import ladder_bench, shapes
+from lab.formats import FORMATS
+from lab.harness import accuracy, ladder_bench, shapes
 from lab.model.plans import PLANS, find_plan, refusal
+from lab.model.sources import DEFAULT_MODEL
 from lab.model.weight_formats import Storage, dtype_of, storage_of
 from lab.names import known
-from lab.ops import find
+from lab.ops import find, require_formats
+
+PLAIN = "none"  # stands for plain weights among weight formats
 
 
 @dataclass(frozen=True)
 class Request:
     """One run of the bench. None: the default, which depends on the device and on `quick`."""
 
-    what: str = "all"  # ops, model, ledger or all
+    what: str = "all"  # ops, model, accuracy, ledger or all
     out: str = "out/bench"  # the folder of records.jsonl
     ops: tuple[str, ...] = ()  # for ops: which; none: all
     models: tuple[str, ...] | None = None  # presets: of the ops' shapes, or those that are measured
@@ -38,6 +42,7 @@ class Request:
     weights_as: str | None = None  # of the models: stored (the default) or a dtype
     quantise: str | None = None  # of the models: a weight format
     quantise_head: str | None = None  # that of the output head, or none
+    weight_formats: tuple[str, ...] | None = None  # of ops or models, each in turn; "none": plain weights
     seconds: float | None = None  # of sampling, for each configuration and timer
     quick: bool = False  # fewer sizes, shorter samples
     ladder: bool = False  # for ops: the rungs of their ladders instead
@@ -69,6 +74,7 @@ class Settings:
     weights_as: str | None
     quantise: str | None
     quantise_head: str | None
+    weight_formats: tuple[str, ...]  # none: what `quantise` says
     seconds: float | None
     vendor: bool
     compile: bool
@@ -80,6 +86,22 @@ class Settings:
     def storage(self) -> Storage:
         """In which formats the models' weights are kept."""
         return storage_of(self.weights_as, self.quantise, self.quantise_head, self.device)
+
+    @property
+    def storages(self) -> list[Storage]:
+        """The same for each of the weight formats that models are measured in, one after the other."""
+        if not self.weight_formats or self.what == "all":
+            return [self.storage]
+        first = (PLAIN,) if self.what == "accuracy" else ()  # what the others are held to
+        return [
+            storage_of("fp32", *((None, None) if name == PLAIN else (name, self.quantise_head)))
+            for name in dict.fromkeys((*first, *self.weight_formats))
+        ]
+
+    @property
+    def formats(self) -> list[str | None]:
+        """The weight formats of ops, None for plain weights."""
+        return [None if name == PLAIN else name for name in self.weight_formats]
 
     def recorded(self) -> dict:
         """As a record has them: JSON."""
@@ -99,6 +121,10 @@ class Defaults:
     dtypes: tuple[str, ...]
     ledger_models: tuple[str, ...]
 
+
+# What `all` measures with packed weights, of the products of a layer of its last model, under the basic plan:
+# enough to see how each kind of format fares, in half a minute.
+IN_FORMATS, IN_FORMATS_BATCHES = ("int4-g128", "fp8", "int8-g32"), (1, 16, 64)
 
 DEFAULTS = {  # (device, quick)
     ("cuda", False): Defaults(
@@ -151,10 +177,15 @@ def settings_of(request: Request) -> Settings:
     for name in request.ops:
         if find(name).whole_step:
             raise LabError(f"{name} is a whole step, measured as a token: lab bench model --plan persistent")
+    check_formats(request)
     default = DEFAULTS[device, request.quick]
     models = request.models or default.models
-    for name in models:
-        shapes.preset(name)
+    of_accuracy = request.what == "accuracy"
+    if of_accuracy:  # of real weights, so a model may be a file or a folder, too
+        models = request.models or (DEFAULT_MODEL,)
+    else:
+        for name in models:
+            shapes.preset(name)
     of_weights = dtype_of(request.weights_as, request.dtypes[0] if request.dtypes else None)
     dtypes = request.dtypes or ((of_weights,) if of_weights else default.dtypes)
     settings = Settings(
@@ -168,33 +199,51 @@ def settings_of(request: Request) -> Settings:
         ledger_models=request.models or default.ledger_models,
         batches=request.batches or default.batches,
         contexts=request.contexts or default.contexts,
-        model_batches=request.batches or default.model_batches,
-        model_contexts=request.contexts or default.model_contexts,
+        model_batches=request.batches or default.model_batches[: 1 if of_accuracy else None],
+        model_contexts=request.contexts or default.model_contexts[: 1 if of_accuracy else None],
         all_dtypes_everywhere=bool(request.dtypes),
-        weights=request.weights,
+        weights="auto" if of_accuracy else request.weights,
         weights_as=request.weights_as,
         quantise=request.quantise,
         quantise_head=request.quantise_head,
+        weight_formats=tuple(request.weight_formats or (accuracy.FORMATS if of_accuracy else ())),
         seconds=request.seconds,
         vendor=request.vendor,
-        compile=request.compile and not request.quick,
+        compile=request.compile and not request.quick and not of_accuracy,
         swap=request.swap or request.what == "all",
         plans=request.plans or (tuple(PLANS) if device == "cuda" else ("basic",)),
         ladder=request.ladder,
     )
-    storage = settings.storage  # raises LabError for names that are unknown
-    if storage.quantise is not None and settings.what == "ops":
-        raise LabError("--quantise is of the models' weights: lab bench model --quantise")
+    settings.storages  # raises LabError for names that are unknown
+    if settings.quantise is not None and settings.what == "ops":
+        raise LabError("--quantise is of the models' weights: for ops, lab bench ops --weight-format")
     if request.plans:
         require_plans(settings)
     return settings
+
+
+def check_formats(request: Request) -> None:
+    """Raises LabError for weight formats that are unknown, or asked of what has none."""
+    if not request.weight_formats:
+        return
+    for name in request.weight_formats:
+        known(name, (*FORMATS, PLAIN), "weight format")
+    if request.what == "ledger":
+        raise LabError("--weight-format: a ledger is of one format, which --quantise names")
+    if request.ladder:
+        raise LabError("--weight-format: ladders have plain weights")
+    if request.quantise is not None or request.weights_as == "stored":
+        other = "--quantise" if request.quantise is not None else "--weights-as stored"
+        raise LabError(f"--weight-format and {other} contradict each other: leave one of them out")
+    for name in request.ops:
+        require_formats(find(name))
 
 
 def require_plans(settings: Settings) -> None:
     """Raises LabError for a plan that takes none of the batches. Only for plans that were asked for: by
     default such a plan is left out."""
     dtype, tried = DTYPES[settings.dtypes[0]], settings.model_batches
-    packed = settings.quantise is not None
+    packed = all(storage.quantise for storage in settings.storages)
     if settings.what == "ledger":
         tried = tried[:1]  # a ledger is of one batch
     for name in settings.plans:
@@ -205,6 +254,8 @@ def require_plans(settings: Settings) -> None:
 def require_work(settings: Settings) -> None:
     """Raises LabError for settings that measure nothing: a context that no model takes, an op without a
     ladder."""
+    if settings.what == "accuracy":
+        return
     longest = max(shapes.preset(name).max_positions for name in settings.models)
     if settings.what == "ledger" and settings.device == "cpu":
         raise LabError(
@@ -222,12 +273,30 @@ def require_work(settings: Settings) -> None:
 
 def op_points(settings: Settings) -> list:
     """[(dtype, Point)]: the first dtype at every size, the others at the first batch and context, unless
-    asked for."""
+    asked for. With weight formats, the ops that take them, in each format; in `all`, a few of them beside all
+    plain ones."""
     found = []
+    of_all = settings.what == "all"
     for i, dtype in enumerate(settings.dtypes):
         batches, contexts = settings.batches, settings.contexts
         if i and not settings.all_dtypes_everywhere:
             batches, contexts = batches[:1], contexts[:1]
         points = shapes.points(settings.models, batches, contexts, settings.ops or None)
+        if settings.weight_formats and not of_all:
+            points = shapes.in_formats(points, settings.formats)
         found += [(dtype, point) for point in points]
+    if of_all and settings.device == "cuda" and not settings.quick:
+        points = shapes.in_formats(of_a_layer(settings), settings.formats or IN_FORMATS)
+        found += [(settings.dtypes[0], point) for point in points]
     return found
+
+
+def of_a_layer(settings: Settings) -> list:
+    """The points of what each layer of the last model does, under the basic plan alone and at any context."""
+    model = settings.models[-1]
+    config, batches = shapes.preset(model), [b for b in IN_FORMATS_BATCHES if b in settings.batches]
+    return [
+        point
+        for point in shapes.points((model,), batches, ())
+        if find(point.op).plans == ("basic",) and find(point.op).calls(config, point.role) == config.layers
+    ]

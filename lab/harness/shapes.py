@@ -33,10 +33,11 @@ class Point:
     case: dict | None = field(
         default=None, hash=False
     )  # the contract's own sizes, for an op that no model uses
+    format: str | None = None  # of the weights; None: plain
 
     @property
     def identity(self):
-        return self.op, self.batch, self.context, schema.freeze(self.shape)
+        return self.op, self.batch, self.context, schema.freeze(self.shape), self.format
 
 
 def preset(name):
@@ -80,6 +81,16 @@ def points(models=MODELS, batches=(1,), contexts=(1024,), ops=None):
     return sorted(found.values(), key=lambda p: order[p.op])
 
 
+def in_formats(points, formats):
+    """The points of the ops that take packed weights, once with weights of each format (None: plain)."""
+    return [
+        replace(point, format=format)
+        for point in points
+        if find(point.op).takes_formats and point.case is None
+        for format in formats
+    ]
+
+
 def plain(value):
     """A contract's size as JSON: dtypes by name, tuples as lists."""
     if isinstance(value, torch.dtype):
@@ -93,6 +104,8 @@ def arguments(op, point, rand, multiprocessors):
     if point.case is not None:
         return op.inputs(rand, **point.case), {}
     sizes, config = op.sizes_at(point.shape, point.batch, point.context, multiprocessors)
+    if point.format is not None:
+        sizes["format"] = point.format
     return op.with_workspace(*op.inputs(rand, **sizes)), config
 
 

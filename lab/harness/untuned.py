@@ -11,19 +11,20 @@ from lab import declared
 WORD = "untuned"
 
 
-def raced(backend, op, rows, itemsize, shape, entries):
+def raced(backend, op, rows, itemsize, shape, entries, format=None):
     """True where the tuner's table has an entry for a launch, False where it has none though `lab tune` could
     have made one; None where there is nothing to choose.
 
-    rows, itemsize (bytes), shape: as lab.tune.tuned.lookup takes them; entries: of the backend's table.
+    rows, itemsize (bytes), shape, format: as lab.tune.tuned.lookup takes them; entries: of the backend's
+    table.
     """
+    from lab import spaces
     from lab.ops import find
     from lab.tune import tuned
 
-    space = find(op).spaces.get(backend)
-    if space is None or not space(rows, itemsize, **shape):
+    if not spaces.of(find(op), backend, rows, itemsize, shape, format):
         return None
-    return tuned.lookup(entries, op, itemsize, rows, shape) is not None
+    return tuned.lookup(entries, op, itemsize, rows, shape, format) is not None
 
 
 def by_cards(cards):
@@ -38,5 +39,7 @@ def is_untuned(row, cards):
     tuned = row.config.get("tuned")
     if isinstance(tuned, bool):
         return not tuned
+    if row.weight_format is not None:
+        return False  # the cards are of plain weights
     own_kernel = row.rung is None or row.config.get("name") == "Product"
     return own_kernel and not row.emulated and (row.backend, row.op) in cards

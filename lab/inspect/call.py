@@ -6,6 +6,7 @@ import torch
 
 from lab.contract import DTYPES, Rand
 from lab.errors import LabError
+from lab.formats import FORMATS, PackedMatrix
 from lab.names import known
 from lab.numbers import integer, number
 
@@ -41,12 +42,28 @@ def arguments(op, dtype, sizes):
             f"{op.name} needs {', '.join(missing)} too, as in --sizes "
             + " ".join(f"{k}={_shown(v)}" for k, v in op.cases[0].sizes.items())
         )
+    plain = {name: value for name, value in sizes.items() if name != "format"}
     try:
-        args = op.inputs(Blank(DTYPES[dtype]), **sizes)
+        args = op.inputs(Blank(DTYPES[dtype]), **plain)
     except (TypeError, RuntimeError) as error:
         raise LabError(f"{op.name} cannot be called with these sizes: {str(error).splitlines()[0]}") from None
+    if sizes.get("format") is not None:
+        args = packed(op, args, sizes["format"], DTYPES[dtype])
     op.validate(*args)
     return args
+
+
+def packed(op, args, format, dtype):
+    """The arguments with the op's matrix in a weight format, in memory that nothing is written to."""
+    f, values = FORMATS[known(format, list(FORMATS), "weight format")], op.bound(*args)
+    name = op.cold[0]
+    rows, k = getattr(values, name).shape
+    codes = torch.empty(f.codes_shape(rows, k), dtype=torch.uint8)
+    scales = torch.empty(f.scales_shape(rows, k), dtype=f.scale_dtype)
+    setattr(values, name, PackedMatrix(format, rows, k, codes, scales))
+    if "dtype" in op.names:  # a packed matrix has none of its own
+        values.dtype = dtype
+    return tuple(vars(values).values())
 
 
 def parse(words):

@@ -19,7 +19,7 @@ COMPILED = {"cuda": cuda_code, "triton": triton_code}
 
 
 def main(args) -> int:
-    from lab.ops import OPS, find
+    from lab.ops import OPS, find, require_formats
 
     gpu = gpus.find(args.arch)
     if args.all != bool(args.out) or args.all == bool(args.op):
@@ -30,6 +30,8 @@ def main(args) -> int:
     if args.all:
         return write_cards(OPS, args, gpu)
     op = find(args.op)
+    if args.weight_format:
+        require_formats(op)
     backends = [known(args.backend, list(COMPILED), "backend")] if args.backend else list(COMPILED)
     dtype, sizes = args.dtype or default_dtype(op), sizes_of(op, args)
     if args.listing == "ttgir" and not args.backend:
@@ -59,14 +61,15 @@ def default_dtype(op):
 def sizes_of(op, args):
     if args.case is not None and args.sizes:
         raise LabError("give --case or --sizes, not both")
+    format = {"format": args.weight_format} if args.weight_format else {}
     if args.case is None:  # sizes that were not given keep their defaults
-        return {**op.default_sizes(), **call.parse(args.sizes or [])}
+        return {**op.default_sizes(), **call.parse(args.sizes or []), **format}
     if not 0 <= args.case < len(op.cases):
         raise LabError(
             f"{op.name} has no case {args.case}; choose from "
             + ", ".join(f"{i} ({c.why})" for i, c in enumerate(op.cases))
         )
-    return dict(op.cases[args.case].sizes)
+    return {**op.cases[args.case].sizes, **format}
 
 
 def look(op, dtype, sizes, gpu, backends=tuple(COMPILED)):

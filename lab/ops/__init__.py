@@ -10,6 +10,7 @@ from importlib import import_module
 from inspect import get_annotations
 
 from lab.contract import Op
+from lab.errors import LabError
 from lab.names import known
 
 Call = Callable  # (*args, out=None) -> the output; the arguments are those of the contract's `validate`
@@ -55,6 +56,13 @@ def _contracts(declared: type) -> tuple[Op, ...]:
 
 BASIC, FUSED, PERSISTENT, OTHERS = map(_contracts, (BasicOps, FusedOps, PersistentOps, OtherOps))
 OPS = BASIC + FUSED + PERSISTENT + OTHERS
+
+
+def require_formats(op: Op) -> None:
+    """Raises LabError for an op that takes no packed weights, with the list of those that do."""
+    if not op.takes_formats:
+        takes = ", ".join(one.name for one in OPS if one.takes_formats)
+        raise LabError(f"{op.name} has no weights in a format; --weight-format is of {takes}")
 
 
 def find(name: str) -> Op:

@@ -33,6 +33,10 @@ GPU).
   {"schema":1,"kind":"ledger","run":"...","model":"llama-3.2-1b","backend":"cuda","plan":"basic","dtype":"bf16",
    "batch":1,"context":1024,"row":"kernel","order":3,"op":"linear","kernel":"linear_kernel","calls":65,"us":830.0,
    "bytes":2471000000,"gbps":2977.0,"of_ceiling":0.973,"of_token":0.755,"timer":"kineto"}
+`accuracy`: what a weight format costs a model with real weights, over a fixed text (lab/harness/accuracy.py).
+  {"schema":1,"kind":"accuracy","run":"...","model":"smollm2-135m","weight_format":"int4-g128, lm_head int8",
+   "dtype":"fp32","text":"ferry","tokens":256,"kl":0.05,"top1":0.88,"bytes":102000000,
+   "bytes_before":538000000,"products":{"qkv":0.09,"down":0.1},"stored":"Q4_1 and Q8_0"}
 `fairness`: what was spent on one side of a comparison (`lab inspect --all`), one line for each kernel of the
   call.
   {"schema":1,"kind":"fairness","run":"...","op":"linear","backend":"cuda","dtype":"bf16","arch":"sm_90a",
@@ -164,6 +168,8 @@ class OpRow:
     plan: str | None = None  # basic | fused, where the op belongs to one plan only
     rung: int | None = None  # of the op's ladder (lab bench ops --ladder); config then has its name
     weight_format: str | None = None  # of the weights, as "int4-g128"; null: plain, in dtype
+    rms_error: float | None = None  # of the result against that with the weights before they were rounded to
+    # the format, in float64: root mean square of the difference over that of the result
     us: float | None = None
     us_p10: float | None = None
     us_p90: float | None = None
@@ -301,6 +307,34 @@ class LedgerRow:
 
 
 @dataclass
+class Accuracy:
+    """What a weight format costs a model with real weights: the distributions of its next token over a fixed
+    text, next to those of the same weights expanded and not rounded."""
+
+    run: str
+    model: str
+    weight_format: str  # as in model records
+    dtype: str  # of activations, and of the weights that are not rounded
+    text: str | None = None  # the name of the text
+    tokens: int | None = None  # of it, each of which gives a distribution
+    kl: float | None = (
+        None  # mean Kullback-Leibler divergence from the unrounded weights' distribution, in nats
+    )
+    top1: float | None = None  # share of the tokens after which both have the same best next token
+    bytes: int | None = None  # of the weights that a token reads
+    bytes_before: int | None = None  # the same of the unrounded weights, in dtype
+    products: dict[str, float] = field(
+        default_factory=dict
+    )  # role -> RMS of its weights' changes over that of
+    # its weights, all layers: the relative RMS error of the product with x of independent numbers
+    stored: str | None = None  # how the file stores the weights that count as unrounded, as "Q4_1"
+    note: str | None = None
+    error: str | None = None
+    kind = "accuracy"
+    key_fields = ("model", "weight_format", "dtype", "text")
+
+
+@dataclass
 class Fairness:
     """One kernel of one side of a comparison, as it was compiled for `arch`; see lab/inspect/fairness.py."""
 
@@ -352,7 +386,7 @@ class Repeat:
     key_fields = ("a", "b")
 
 
-KINDS = {c.kind: c for c in (Env, Ceiling, OpRow, ModelRow, LedgerRow, Fairness, Repeat)}
+KINDS = {c.kind: c for c in (Env, Ceiling, OpRow, ModelRow, LedgerRow, Accuracy, Fairness, Repeat)}
 
 
 def to_line(record):

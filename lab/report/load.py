@@ -55,8 +55,21 @@ NUMBERS = {
     "code_lines",
     "shared_lines",
     "compile_s",
+    "rms_error",
+    "tokens",
+    "kl",
+    "top1",
+    "bytes_before",
 }
-OBJECTS = {"shape": dict, "config": dict, "verdict": dict, "overrides": dict, "models": list, "mix": dict}
+OBJECTS = {
+    "shape": dict,
+    "config": dict,
+    "verdict": dict,
+    "overrides": dict,
+    "models": list,
+    "mix": dict,
+    "products": dict,
+}
 BANDWIDTH = ("gbps", "of_ceiling", "of_stream")
 
 
@@ -82,16 +95,16 @@ class Run:
     path: Path
     envs: list
     ceiling: pd.DataFrame
-    op: pd.DataFrame
+    op: pd.DataFrame  # those that are not in `ladder` or `packed`
     model: pd.DataFrame
     ledger: pd.DataFrame
     fairness: pd.DataFrame
     failures: pd.DataFrame
     skipped: pd.DataFrame  # rows whose configuration does not fit the memory
     notices: list = field(default_factory=list)
-    ladder: pd.DataFrame = field(
-        default_factory=pd.DataFrame
-    )  # op rows that are rungs; `op` holds the others
+    ladder: pd.DataFrame = field(default_factory=pd.DataFrame)  # op rows that are rungs
+    packed: pd.DataFrame = field(default_factory=pd.DataFrame)  # op rows with packed weights
+    accuracy: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     @property
     def env(self):
@@ -101,7 +114,7 @@ class Run:
     @property
     def emulated(self):
         """True when nothing in the run was timed on a GPU."""
-        frames = [f["emulated"] for f in (self.op, self.model, self.ledger) if len(f)]
+        frames = [f["emulated"] for f in (self.op, self.packed, self.model, self.ledger) if len(f)]
         if frames:
             return all(bool(emulated.all()) for emulated in frames)
         return self.env is not None and self.env.device != "cuda"
@@ -126,6 +139,7 @@ class Run:
                 for kind, f in (
                     ("op", self.op),
                     ("op", self.ladder),
+                    ("op", self.packed),
                     ("model", self.model),
                     ("ledger", self.ledger),
                 )
@@ -160,6 +174,8 @@ class Stored:
             failures=pd.DataFrame(),
             skipped=pd.DataFrame(),
             ladder=_frame([], "op"),
+            packed=_frame([], "op"),
+            accuracy=_frame(by_kind["accuracy"], "accuracy"),
             notices=[Notice("warning", n) for n in self.notices],
         )
         _mark_untuned(run, self.rows)
@@ -167,7 +183,10 @@ class Stored:
         _drop_unusable(run)
         _check_bandwidth(run)
         rung = run.op["rung"].notna()
-        run.ladder, run.op = run.op[rung].reset_index(drop=True), run.op[~rung].reset_index(drop=True)
+        packed = run.op["weight_format"] != ""
+        run.ladder, run.packed, run.op = (
+            run.op[mine].reset_index(drop=True) for mine in (rung, packed, ~rung & ~packed)
+        )
         repeats = list(map(_about_repeat, by_kind["repeat"]))
         run.notices = _about_machine(run) + run.notices + _about_gaps(run) + repeats
         return run
@@ -264,7 +283,7 @@ def _mark_untuned(run, rows):
 
 def _drop_failures(run):
     failed = []
-    for kind in ("ceiling", "op", "model", "ledger"):
+    for kind in ("ceiling", "op", "model", "ledger", "accuracy"):
         frame = getattr(run, kind)
         bad = frame["error"] != ""
         failed.append(frame[bad].assign(kind=kind))
@@ -391,7 +410,7 @@ def _about_repeat(r):
 
 def _about_gaps(run):
     found = []
-    measured = set(run.op["backend"]) | set(run.ladder["backend"]) | set(run.model["backend"])
+    measured = set().union(*(f["backend"] for f in (run.op, run.ladder, run.packed, run.model)))
     for name in ("cuda", "triton"):
         if name not in measured and measured:
             found.append(
@@ -401,7 +420,7 @@ def _about_gaps(run):
                     "is, and comparisons that need it are left out.",
                 )
             )
-    if not measured and not len(run.ledger):
+    if not measured and not len(run.ledger) and not len(run.accuracy):
         found.append(Notice("warning", "No op, model or ledger measurement in this run yet."))
     if not run.emulated and run.best_ceiling() is None:
         found.append(

@@ -283,6 +283,7 @@ def all_rows(rows):
     """Every measurement of one op, for the page's table."""
     listed = labelled(rows).assign(shape=rows["shape"].map(shape_text))
     columns = (
-        "case backend tuning dtype batch context shape cache timer us us_p10 us_p90 n bytes gbps share flag"
+        "case weight_format backend tuning dtype batch context shape cache timer us us_p10 us_p90 n bytes "
+        "gbps share flag"
     )
     return table(listed, columns)

@@ -1,6 +1,6 @@
 """What stands where: the pictures, tables and words of a run, and the page made of them.
 
-The first screen is a verdict and one picture; five sections follow, then the models and the ops; what was run
+The first screen is a verdict and one picture; six sections follow, then the models and the ops; what was run
 on what, notes and failures stand below, folded. Every picture is inline SVG, whose colours follow the page's
 theme. jinja2 escapes every string of a record. The page loads nothing from anywhere: its
 Content-Security-Policy forbids it.
@@ -17,6 +17,7 @@ from lab import declared, rungs
 from lab.report import (
     fairness,
     figures,
+    format_figures,
     heatmaps,
     ladder_figures,
     ledger_figures,
@@ -82,7 +83,7 @@ class View:
     slug: str
     verdict: list  # sentences
     headline: Picture | None
-    top: list  # Parts: the five sections
+    top: list  # Parts: the six sections
     models: list  # a Part for each model
     ops: list  # a Part for each op
     below: list  # Parts: everything else
@@ -131,7 +132,7 @@ def view(run, slug, folder, with_twins, progress):
 
 
 def _top(run, f, of_ops, drawn, with_twins):
-    """The five sections that say most. of_ops: figures of the ops, but for one that stands above all."""
+    """The six sections that say most. of_ops: figures of the ops, but for one that stands above all."""
     model = sides.main_model(run)
     overview = overview_figures.overview(run)
     plans = ledger_figures.plans(run, model) if model else []
@@ -148,6 +149,7 @@ def _top(run, f, of_ops, drawn, with_twins):
             "Times of the ops" if run.emulated else "How much of the bandwidth the ops reach",
             shown=drawn(*of_ops),
         ),
+        _formats(run, drawn),
         Part(
             "token",
             "Where one token goes",
@@ -165,6 +167,23 @@ def _top(run, f, of_ops, drawn, with_twins):
             ],
         ),
     ]
+
+
+def _formats(run, drawn):
+    """Weight formats: what fewer bits gain and cost."""
+    part = Part("formats", "Fewer bits: weight formats", "lab explain FORMAT shows how each is unpacked.")
+    models = list(dict.fromkeys(run.accuracy["model"]))
+    part.shown = drawn(
+        format_figures.products(run),
+        format_figures.layer(run),
+        *(format_figures.accuracy(run, model) for model in models),
+        format_figures.shares(run),
+    )
+    part.tables = [(*found, False) for found in [format_figures.errors(run)] if found]
+    if len(run.packed):
+        caption = f"All {len(run.packed)} measurements with packed weights"
+        part.tables.append((caption, op_figures.all_rows(run.packed), False))
+    return part
 
 
 def _model(run, model, drawn):

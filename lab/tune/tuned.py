@@ -2,8 +2,9 @@
 architecture.
 
 cuda_src/tuned/sm_90.json and triton_kernels/tuned/sm_90.json hold what was measured on such a GPU: a list of
-entries {"op", "itemsize", "rows", "shape", "settings", "gpu", "compiler", ...}; "by" says so where whole
-tokens chose (`lab tune --by-token`). Nothing is tuned while a model runs.
+entries {"op", "itemsize", "rows", "shape", "settings", "gpu", "compiler", ...}; "format" is the weight format
+of packed weights, and "by" says so where whole tokens chose (`lab tune --by-token`). Nothing is tuned while a
+model runs.
 """
 
 import hashlib
@@ -33,15 +34,17 @@ def digests(arch):
     }
 
 
-def lookup(entries, op, itemsize, rows, shape):
-    """The settings that a launch with `rows` rows takes, or None: of the entry for this shape with the least
-    number of rows that holds `rows` and is not 16 times as many, for those of 64 say nothing about 1."""
+def lookup(entries, op, itemsize, rows, shape, format=None):
+    """The settings that a launch with `rows` rows takes, or None: of the entry for this shape and format (of
+    packed weights, or None) with the least number of rows that holds `rows` and is not 16 times as many, for
+    those of 64 say nothing about 1."""
     found = [
         entry
         for entry in entries
         if entry["op"] == op
         and entry["itemsize"] == itemsize
         and entry["shape"] == shape
+        and entry.get("format") == format
         and rows <= entry["rows"] < 16 * rows
     ]
     return min(found, key=lambda entry: entry["rows"])["settings"] if found else None
@@ -77,8 +80,8 @@ def wrong(entry) -> str | None:
     """What is wrong with an entry, or None. Launchers take its numbers as they are."""
     if not isinstance(entry, dict):
         return f"is {shown(entry)}, not an object"
-    texts = {"by": "", "gpu": "", "compiler": "", **entry}
-    for name in ("op", "by", "gpu", "compiler"):
+    texts = {"by": "", "gpu": "", "compiler": "", "format": "", **entry}
+    for name in ("op", "by", "gpu", "compiler", "format"):
         if not isinstance(texts.get(name), str):
             return f"{name} is {shown(texts.get(name))}, not text"
     for name in ("itemsize", "rows"):

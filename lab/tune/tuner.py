@@ -15,6 +15,7 @@ races a step with the table as it is; what wins stays while the other ops are tr
 import concurrent.futures
 import concurrent.futures.process
 import contextlib
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from lab import spaces
 from lab.contract import DTYPES
 from lab.errors import LabError
 from lab.files import write_whole
@@ -48,13 +50,12 @@ def tunable():
     return [op.name for op in OPS if op.spaces]
 
 
-def candidates(backend, op, rows, itemsize, shape, tries):
+def candidates(backend, op, rows, itemsize, shape, tries, format=None):
     """At most `tries` settings of an op's space: all, or the same random choice every time; [] where there is
-    no choice."""
+    no choice. format: of packed weights."""
     from lab.ops import find
 
-    spaces = find(op).spaces
-    space = spaces[backend](rows, itemsize, **shape) if backend in spaces else []
+    space = spaces.of(find(op), backend, rows, itemsize, shape, format)
     return space if len(space) <= tries else random.Random(0).sample(space, tries)
 
 
@@ -65,14 +66,17 @@ def candidates(backend, op, rows, itemsize, shape, tries):
 def compile_candidate(point, dtype_name, arch, multiprocessors, settings):
     """dict(regs, stack, local, shared) of the kernel that `settings` give, or {"error": what the compiler
     said}."""
-    from lab.inspect.call import Blank
+    from lab.inspect.call import Blank, packed
     from lab.ops import find
     from triton_kernels import common, offline
     from triton_kernels.settings import forced
 
     try:
         op = find(point.op)
-        args, _ = shapes.arguments(op, point, Blank(DTYPES[dtype_name]), multiprocessors)
+        dtype, plain = DTYPES[dtype_name], dataclasses.replace(point, format=None)
+        args, _ = shapes.arguments(op, plain, Blank(dtype), multiprocessors)
+        if point.format is not None:
+            args = packed(op, args, point.format, dtype)
         with forced(op.name, settings), common.recording(arch) as launches:
             op.launchers["triton"](*args, out=op.outputs(*args))
         return offline.usage(offline.compile(launches[-1], arch))
@@ -266,15 +270,22 @@ class Table:
         """start: the table to begin with where `path` has none."""
         self.path, self.gpu, self.compiler = Path(path), gpu, compiler
         entries = tuned.read(path if start is None or self.path.exists() else start)
-        self.entries = {self._key(e["op"], e["itemsize"], e["rows"], e["shape"]): e for e in entries}
+        self.entries = {self._key(e): e for e in entries}
 
     @staticmethod
-    def _key(op, itemsize, rows, shape):
-        return op, itemsize, rows, tuple(shape.items())
+    def _key(entry):
+        e = entry
+        return e["op"], e["itemsize"], e["rows"], tuple(e["shape"].items()), e.get("format")
+
+    @staticmethod
+    def _entry(point, itemsize, **more):
+        """An entry for a point."""
+        found = {"op": point.op, "itemsize": itemsize, "rows": point.batch, "shape": key_shape(point)}
+        return found | ({} if point.format is None else {"format": point.format}) | more
 
     def has(self, point, itemsize, judge=None):
         """judge: the whole tokens that must have chosen the entry; None: whatever did."""
-        e = self.entries.get(self._key(point.op, itemsize, point.batch, key_shape(point)))
+        e = self.entries.get(self._key(self._entry(point, itemsize)))
         return (
             e is not None
             and (e.get("gpu"), e.get("compiler")) == (self.gpu, self.compiler)
@@ -283,15 +294,16 @@ class Table:
 
     def applied(self, point, itemsize):
         """The settings that a launch takes from the table; {}: none."""
-        return tuned.lookup(self.entries.values(), point.op, itemsize, point.batch, key_shape(point)) or {}
+        e = self._entry(point, itemsize)
+        given = e["op"], itemsize, e["rows"], e["shape"], point.format
+        return tuned.lookup(self.entries.values(), *given) or {}
 
     def with_entry(self, point, itemsize, settings):
         """All entries, the point's with other settings; None: as they are."""
         if settings is None:
             return list(self.entries.values())
-        op, rows, shape = point.op, point.batch, key_shape(point)
-        mine = {"op": op, "itemsize": itemsize, "rows": rows, "shape": shape, "settings": settings}
-        return list({**self.entries, self._key(op, itemsize, rows, shape): mine}.values())
+        mine = self._entry(point, itemsize, settings=settings)
+        return list({**self.entries, self._key(mine): mine}.values())
 
     def add(self, point, itemsize, winner, times, judge=None):
         """Returns the entry. winner None: what a launch takes without it stays, and the entry records it: the
@@ -300,31 +312,30 @@ class Table:
         after = min(times.values()) if winner is not None else before
         if winner is None:
             winner = self.applied(point, itemsize) if judge else {}
-        entry = {
-            "op": point.op,
-            "itemsize": itemsize,
-            "rows": point.batch,
-            "shape": key_shape(point),
-            "settings": winner,
-            "us": round(after, 3) if after and not judge else None,
-            "us_by_hand": round(before, 3) if before and not judge else None,
-            "tried": len(times) - (BY_HAND in times),
-            "context": None if judge else point.context,
-            "gpu": self.gpu,
-            "compiler": self.compiler,
-        }
+        entry = self._entry(
+            point,
+            itemsize,
+            settings=winner,
+            us=round(after, 3) if after and not judge else None,
+            us_by_hand=round(before, 3) if before and not judge else None,
+            tried=len(times) - (BY_HAND in times),
+            context=None if judge else point.context,
+            gpu=self.gpu,
+            compiler=self.compiler,
+        )
         if judge:
             entry["by"] = judge + (
                 f": {before:.1f} to {after:.1f} us" if before else ": none could be launched"
             )
-        self.entries[self._key(point.op, itemsize, point.batch, entry["shape"])] = entry
+        self.entries[self._key(entry)] = entry
         self._write()
         return entry
 
     def _write(self):
         """One entry a line, so that a difference can be read."""
         ordered = sorted(
-            self.entries.values(), key=lambda e: (e["op"], *e["shape"].values(), e["itemsize"], e["rows"])
+            self.entries.values(),
+            key=lambda e: (e["op"], *e["shape"].values(), e["itemsize"], e.get("format", ""), e["rows"]),
         )
         text = '{"entries": [\n' + ",\n".join(json.dumps(e) for e in ordered) + "\n]}\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -347,6 +358,7 @@ def main(args) -> int:
     known(args.dtype, list(DTYPES), "dtype")
     if args.tries < 1 or args.budget_seconds <= 0 or args.context < 1:
         raise LabError("--tries, --context and --budget-seconds must be positive")
+    formats = formats_of(args, ops, backends)
     rig = ops_bench.make_rig(ops_bench.load_backends(backends, "cuda", True)[0], "cuda", None)
     rig.vendor = False
     gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -366,6 +378,8 @@ def main(args) -> int:
         points = token_points(models, batches, args.context, ops)
     else:
         points = [p for p in shapes.points(models, batches, (args.context,), ops) if p.case is None]
+        if formats:
+            points = shapes.in_formats(points, formats)
 
     def judge(point):
         return (
@@ -395,7 +409,8 @@ def main(args) -> int:
     with compilers() as pool:
         jobs = []
         for backend, point in todo:
-            chosen = candidates(backend, point.op, point.batch, itemsize, key_shape(point), args.tries)
+            size = point.batch, itemsize, key_shape(point)
+            chosen = candidates(backend, point.op, *size, args.tries, point.format)
             if chosen and args.by_token and tables[backend].applied(point, itemsize):
                 chosen = [{}, *chosen]  # what the table has may be worse in a token than the rule
             if backend == "triton":
@@ -420,6 +435,24 @@ def main(args) -> int:
         + ", ".join(f"{t.path} has {len(t.entries)}" for t in tables.values())
     )
     return 0
+
+
+def formats_of(args, ops, backends):
+    """The weight formats to tune for; [] for plain weights. Raises LabError for what cannot be tuned."""
+    from lab.arguments import names
+    from lab.formats import FORMATS
+    from lab.ops import find, require_formats
+
+    if not args.weight_format:
+        return []
+    if args.by_token:
+        raise LabError("--by-token tunes for plain weights: leave --weight-format or --by-token out")
+    if args.op != ["all"]:
+        for op in ops:
+            require_formats(find(op))
+    if "triton" not in backends:
+        raise LabError("packed weights have settings to choose from in Triton alone: --backend triton")
+    return [known(name, list(FORMATS), "weight format") for name in names(args.weight_format)]
 
 
 def token_points(models, batches, context, ops):
@@ -481,7 +514,8 @@ def report(backend, point, entry, dropped):
     shape = " ".join(f"{k}={v}" for k, v in point.shape.items())
     won = " ".join(f"{k}={v}" for k, v in entry["settings"].items()) or "the settings by hand"
     wrong = [why for _, why in dropped if why.startswith("wrong")]
-    line = f"{backend} {point.op} {point.role or ''} batch {point.batch} {shape}: "
+    format = f" {point.format}" if point.format else ""
+    line = f"{backend} {point.op} {point.role or ''} batch {point.batch} {shape}{format}: "
     line += f"{entry['by']}: " if "by" in entry else f"{entry['us']} us (by hand {entry['us_by_hand']}): "
     line += f"{won}; {entry['tried']} raced, {len(dropped)} dropped"
     return line + (f", {len(wrong)} of them {wrong[0]}" if wrong else "")
