@@ -167,6 +167,15 @@ class StepModel:
         """Bytes of the four matrices of a layer."""
         return sum(getattr(self.layers[0], part).nbytes for part in MATRICES)
 
+    @functools.cached_property
+    def by_format(self) -> dict[str, tuple[Operand, ...]]:
+        """Of each of a layer's matrices one for every weight format that it has in some layer, plain first."""
+        found = {}
+        for part in MATRICES:
+            numbers = {pointers(w)[2]: w for w in (getattr(layer, part) for layer in self.layers)}
+            found[part] = tuple(numbers[number] for number in sorted(numbers))
+        return found
+
     @property
     def dtype(self) -> torch.dtype:
         """That of the activations."""
@@ -197,7 +206,7 @@ class StepWorkspace:
     first.
 
     The Triton kernel uses a row of each result in the model's dtype, and float32 results of attention's
-    splits in `partial`. The CUDA kernel passes the same values in `words` of 64 bits: two elements of a row,
+    splits in `partial`; `normed` only where weights are packed. The CUDA kernel passes the same values in `words` of 64 bits: two elements of a row,
     or one element of a split's result, and a tag, by which a reader knows that the word has been written in
     this phase.
     """
@@ -206,6 +215,7 @@ class StepWorkspace:
     qkv: torch.Tensor  # [(q_heads + 2 kv_heads) head_dim]
     attention: torch.Tensor  # [q_heads head_dim]
     act: torch.Tensor  # [intermediate]
+    normed: torch.Tensor  # [hidden]: the norm of h
     partial: torch.Tensor  # float32 [kv_heads, MAX_SPLITS, group, head_dim + 2]
     words: torch.Tensor  # int64 [rows' elements / 2 + partial's elements]
     counters: torch.Tensor  # int32 [TICKETS + kv_heads]
@@ -233,6 +243,7 @@ class StepWorkspace:
         )
         return {
             **{name: ((n,), m.dtype) for name, n in rows.items()},
+            "normed": ((rows["h"],), m.dtype),
             "partial": (partial, torch.float32),
             "words": ((sum(rows.values()) // 2 + math.prod(partial),), torch.int64),
             "counters": ((TICKETS + m.kv_heads,), torch.int32),
