@@ -125,7 +125,6 @@ STEPS = {
 PACKED_STEPS = {
     "8b-int4-g128": dict(STEPS["llama-3.1-8b"], formats=("int4-g128",), head_format="int8"),
     "1b-fp8": dict(STEPS["llama-3.2-1b"], formats=("fp8",), head_format="fp8"),
-    "smollm2-135m-mixed": dict(STEPS["smollm2-135m"], formats=("int4-g32-min", "int8-g32", None)),
 }
 LAUNCHES = {
     "linear-1": (run_linear, dict(rows=1)),

@@ -1,7 +1,7 @@
 """decode_step: a whole decode step of one sequence in one launch: embedding, every layer, lm_head and argmax
 
   ids, positions, out [1] int32; out may be ids   logits [1, vocab] float32
-  table [layers, 10] int64: addresses
+  table [layers, 10] int64: addresses; [layers, 15] where any matrix is packed (lab/ops/step_layout.py)
   k_cache, v_cache [layers, pages, kv_heads, page_size, head_dim]   block_table [1, max_pages] int32
   h, qkv, attention, act: rows that one phase writes and the next reads   counters: zero on entry and on exit
   mapping   one program per multiprocessor, all resident. A program has an equal share of every matrix's rows,
@@ -12,7 +12,8 @@
 
 The weights of a phase depend on no other program, so the loads of its first two tiles are issued before the
 wait: DRAM is busy while programs wait, and while they normalise. BLOCK_K covers k: a program multiplies whole
-rows of w with a whole row of x, and both stay in registers.
+rows of w with a whole row of x, and both stay in registers. Packed weights go through shared memory, and L2
+is asked for the first ones before the wait: see core/step_product.py.
 """
 
 import math
@@ -48,7 +49,8 @@ LOW_31_BITS = tl.constexpr(2147483647)
 # flight. An H100 needs about 32 KiB in flight in each multiprocessor, an A100 20; the rest covers the waits.
 # A program of 8 warps has all registers of a multiprocessor. With 16 warps, the values that every thread
 # keeps would take twice as many registers, and spill. tile, min_rows: as in rope_append_attention. splits: of
-# a KV head; by default as many as there are programs for.
+# a KV head; by default as many as there are programs for. packed: as in core/packed_rows.py; every warp has
+# segments of its own, and L2 is asked for as many bytes ahead as a tile has in four steps, 64 KiB.
 PACKED = dict(BLOCK_N=32, SEGMENTS=8, STAGES=4)
 HALF = dict(elements=1 << 14, packed=PACKED, tile=64, min_rows=16, num_warps=8, num_stages=5)
 CPU = dict(elements=1 << 18, packed=None, tile=32, min_rows=1, num_warps=1, programs=2, splits=4)
@@ -167,8 +169,8 @@ def decode_step_kernel(
     cosine, sine = angles(cos_sin, position, tl.arange(0, BLOCK_D), HEAD_DIM)
 
     # 2. Load ahead: the twin has a thread that copies the weights of all phases ahead. Here each phase issues
-    # the loads of two tiles into registers and then waits for `target` arrivals (see product()); the first
-    # phase waits for none.
+    # the loads of two tiles into registers and then waits for `target` arrivals (see product(); of packed
+    # weights, it asks L2 for a tile); the first phase waits for none.
     target = 0
 
     # 3. Layers: norm and qkv, attention, o, norm and gate and up, down; each phase ends when all programs

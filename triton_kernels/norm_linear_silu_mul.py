@@ -40,9 +40,9 @@ def activate(pairs, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def paired_rows(first, n, BLOCK_N: tl.constexpr):
-    """(outputs, rows of w), int32 [BLOCK_N] each, from output `first` on: 8 rows of the gate and 8 of up in turn.
-    8 packed rows are contiguous, and a thread of a tensor-core tile has the sums of rows that are 8 apart. (The
-    interpreter's tile may have fewer rows.)"""
+    """(outputs, rows of w), int32 [BLOCK_N] each, from output `first` on: 8 rows of the gate and 8 of up in
+    turn. 8 packed rows are contiguous, and a thread of a tensor-core tile has the sums of rows that are 8
+    apart. (The interpreter's tile may have fewer rows.)"""
     RUN: tl.constexpr = 8 if BLOCK_N >= 16 else BLOCK_N // 2
     i = tl.arange(0, BLOCK_N)
     out = first + i // (2 * RUN) * RUN + i % RUN

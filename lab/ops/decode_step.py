@@ -169,7 +169,7 @@ class StepModel:
 
     @functools.cached_property
     def by_format(self) -> dict[str, tuple[Operand, ...]]:
-        """Of each of a layer's matrices one for every weight format that it has in some layer, plain first."""
+        """Of each of a layer's matrices one for every weight format that it has in any layer."""
         found = {}
         for part in MATRICES:
             numbers = {pointers(w)[2]: w for w in (getattr(layer, part) for layer in self.layers)}
@@ -206,9 +206,9 @@ class StepWorkspace:
     first.
 
     The Triton kernel uses a row of each result in the model's dtype, and float32 results of attention's
-    splits in `partial`; `normed` only where weights are packed. The CUDA kernel passes the same values in `words` of 64 bits: two elements of a row,
-    or one element of a split's result, and a tag, by which a reader knows that the word has been written in
-    this phase.
+    splits in `partial`; `normed` only where weights are packed. The CUDA kernel passes the same values in
+    `words` of 64 bits: two elements of a row, or one element of a split's result, and a tag, by which a
+    reader knows that the word has been written in this phase.
     """
 
     h: torch.Tensor  # [hidden]: the residual stream

@@ -15,8 +15,8 @@ BARRIER = tl.constexpr(step_layout.BARRIER)
 # Columns of `table` where any matrix is packed: scales, and a word of formats' numbers.
 SCALES = tl.constexpr(len(step_layout.LAYER))
 FORMATS = tl.constexpr(len(step_layout.LAYER) + len(step_layout.MATRICES))
-# A WAY says how a matrix in one weight format is multiplied: (FORMAT, BLOCK_N, BLOCK_K), where FORMAT is 0 for a
-# plain one; a packed one continues with BITS, GROUP, SECOND, EVEN_K, BLOCK_B, SEGMENTS, STAGES (see
+# A WAY says how a matrix in one weight format is multiplied: (FORMAT, BLOCK_N, BLOCK_K), where FORMAT is 0 for
+# a plain one; a packed one continues with BITS, GROUP, SECOND, EVEN_K, BLOCK_B, SEGMENTS, STAGES (see
 # packed_product()), and the type of the elements of its scales.
 
 
@@ -208,8 +208,8 @@ def packed_product_of_share(
     else:
         operand = x
 
-    # Only row 0 of the BLOCK_B rows of sums is used. "flatten" makes one loop of this one and of the one over k
-    # in packed_product(), so that the copies of the next rows are issued while the last of these are multiplied.
+    # Only row 0 of the BLOCK_B rows of sums is used. "flatten" makes one loop of this one and of the one over
+    # k in packed_product(), so that copies of the next tile are issued while this one is multiplied.
     b = tl.arange(0, BLOCK_B)[:, None]
     best = tl.full([BLOCK_B, OUTPUTS], float("-inf"), tl.float32)
     index = tl.full([BLOCK_B, OUTPUTS], NO_INDEX, tl.int32)
@@ -337,8 +337,11 @@ def layer_product(
     PREFETCH: tl.constexpr,
     PAIRS: tl.constexpr = False,
 ):
-    """product() of one of a layer's MATRICES, whose address is in COLUMN of the table. WAYS: one for each weight
-    format that the matrix has in some layer."""
+    """product() of one of a layer's MATRICES, whose address is in COLUMN of the table.
+
+    WAYS: one for each weight format that the matrix has in any layer. Several are several copies of the code,
+    of which a layer takes one.
+    """
     COUNT: tl.constexpr = len(WAYS)
     if COUNT > 1:
         format = (tl.load(table + FORMATS) >> (8 * MATRIX)) & 0xFF
