@@ -26,14 +26,7 @@ from lab.ops import step_layout
 from triton_kernels.common import architecture, config, launch
 from triton_kernels.core.packed_rows import operands
 from triton_kernels.core.split_attention import load_tile, merge_step, split_bounds
-from triton_kernels.core.step_product import (
-    any_product,
-    arrive,
-    layer_product,
-    tensor_at,
-    unpack_token,
-    wait,
-)
+from triton_kernels.core.step_product import any_product, arrive, layer_product, tensor_at, unpack_token, wait
 from triton_kernels.norm_linear_argmax import first_best
 from triton_kernels.rope_append_attention import angles, append_and_attend
 from triton_kernels.settings import measured, multiprocessors, packed_interpreted

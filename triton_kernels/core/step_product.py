@@ -15,8 +15,8 @@ BARRIER = tl.constexpr(step_layout.BARRIER)
 # Columns of `table` where any matrix is packed: scales, and a word of formats' numbers.
 SCALES = tl.constexpr(len(step_layout.LAYER))
 FORMATS = tl.constexpr(len(step_layout.LAYER) + len(step_layout.MATRICES))
-# A WAY says how a matrix in one weight format is multiplied: (FORMAT, BLOCK_N, BLOCK_K), where FORMAT is 0 for
-# a plain one; a packed one continues with BITS, GROUP, SECOND, EVEN_K, BLOCK_B, SEGMENTS, STAGES (see
+# A WAY says how a matrix in one weight format is multiplied: (FORMAT, BLOCK_N, BLOCK_K), with FORMAT 0 for a
+# plain one; a packed one continues with BITS, GROUP, SECOND, EVEN_K, BLOCK_B, SEGMENTS, STAGES (see
 # packed_product()), and the type of the elements of its scales.
 
 
