@@ -11,13 +11,16 @@ from tiny_models import CONFIGS, LLAMA
 
 from lab.dispatch import Trace, select
 from lab.errors import LabError
+from lab.formats import FORMATS
 from lab.harness import model_bench, shapes
 from lab.model import decoder as decoders
 from lab.model.decoder import Decoder
 from lab.model.families import PRESETS
+from lab.model.matrix import Matrix
 from lab.model.sampling import GREEDY, Sampling
 from lab.model.sources.random import RandomSource
 from lab.model.weights import load
+from lab.ops.step_layout import MATRICES
 
 HALVES = pytest.mark.parametrize("backend", ["cuda", "triton"])  # what is launched, and its workspace
 BF16 = torch.bfloat16
@@ -125,6 +128,27 @@ def test_what_the_plan_does_not_take_is_refused_before_memory_is_taken(options, 
 def test_a_model_with_too_many_query_heads_is_refused():
     with pytest.raises(LabError, match="decode_step: 9 query and 1 KV heads of 64: .* at most 8 query heads"):
         decoder(replace(LLAMA, q_heads=9, kv_heads=1), "torch", "cpu")
+
+
+@HALVES
+@pytest.mark.parametrize("layers", [("int4-g32-min", "int4-g32-min"), ("int8", None), ("int4-g128", "fp8")])
+def test_packed_weights_give_the_fused_plans_tokens(layers, backend, device):
+    """Also where layers differ in format, or one is plain."""
+
+    def tokens(plan):
+        weights = load(RandomSource(CONFIGS["llama-3"], seed=1), BF16, device)
+        for layer, name in zip(weights.layers, layers):
+            for part in MATRICES if name else ():
+                packed = FORMATS[name].quantise(getattr(layer, part).data.float())
+                setattr(layer, part, Matrix(packed, BF16))
+        weights.embed = Matrix(FORMATS["int8-g32"].quantise(weights.embed.data.float()), BF16)
+        d = Decoder(weights, select(backend, device), max_context=64, plan=plan)
+        d.admit(0, PROMPT)
+        return [d.step().tolist() for _ in range(2)], d.logits
+
+    (got, logits), (want, wanted) = tokens("persistent"), tokens("fused")
+    assert got == want
+    assert (logits - wanted).abs().max() < 16 * torch.finfo(BF16).eps * wanted.abs().max()
 
 
 @pytest.mark.gpu

@@ -377,11 +377,6 @@ def test_run_says_the_formats(tmp_path, capsys):
         (("--weights-as", "int8"), "unknown weights 'int8'"),
         (("--quantise", "int4"), "unknown format 'int4'"),
         (("--quantise-head", "int8"), "--quantise-head needs --quantise"),
-        (
-            ("--plan", "persistent", "--dtype", "bf16", "--weights-as", "stored"),
-            "persistent takes no packed weights yet",
-        ),
-        (("--plan", "persistent", "--dtype", "bf16", "--quantise", "fp8"), "takes no packed weights yet"),
         (("--quantise", "fp8"), "quantised already (Q8_0)"),
     ],
 )
@@ -427,15 +422,13 @@ def test_what_a_bench_is_asked_of_formats():
     settings = settings_of(Request("model", device="cpu", quantise="fp8"))
     assert settings.storage == storage_of(None, "fp8")
     rig = Rig("cpu", {"torch": None}, None, plans=("basic", "persistent"))
-    assert rig.sides(1, "bf16", packed=True) == [("torch", "basic")]
-    assert rig.sides(1, "bf16") == [("torch", "basic"), ("torch", "persistent")]
+    both = [("torch", "basic"), ("torch", "persistent")]
+    assert rig.sides(1, "bf16", packed=True) == rig.sides(1, "bf16") == both
     assert settings_of(Request("model", device="cpu", weights_as="fp16")).dtypes == ("fp16",)
     with pytest.raises(LabError, match="contradict each other"):
         settings_of(Request("model", device="cpu", weights_as="fp16", dtypes=("bf16",)))
     with pytest.raises(LabError, match="unknown format"):
         settings_of(Request("model", device="cpu", quantise="int5"))
-    with pytest.raises(LabError, match="persistent takes no packed weights yet"):
-        settings_of(Request("model", device="cpu", quantise="fp8", plans=("persistent",), dtypes=("bf16",)))
 
 
 def test_old_records_have_no_format_and_compare(tmp_path):

@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 
+from lab.formats import FORMATS, PackedMatrix
 from lab.model.weights import Layer, Weights
 from lab.ops.decode_step import StepModel, StepWorkspace
 from triton_kernels import offline
@@ -57,22 +58,48 @@ def run_attention(t, ints, head_dim, splits):
     decode_attention(q, cache, cache, ints(4, 16), ints(4), 0.1, splits, partial, ints(4, 8), q)
 
 
-def run_step(t, ints, hidden, intermediate, q_heads, kv_heads, head_dim, vocab, qk_norm=False):
+def in_format(t, name, rows, k):
+    """A matrix: plain, or packed in the format of this name."""
+    if name is None:
+        return t(rows, k)
+    f = FORMATS[name]
+    shapes = (f.codes_shape(rows, k), torch.uint8), (f.scales_shape(rows, k), f.scale_dtype)
+    return PackedMatrix(name, rows, k, *(empty(*shape, dtype=dtype) for shape, dtype in shapes))
+
+
+def run_step(
+    t,
+    ints,
+    hidden,
+    intermediate,
+    q_heads,
+    kv_heads,
+    head_dim,
+    vocab,
+    qk_norm=False,
+    formats=(None,),
+    head_format=None,
+):
+    """formats: of the matrices of each layer."""
     q, kv, norm = q_heads * head_dim, kv_heads * head_dim, t(head_dim) if qk_norm else None
-    layer = Layer(
-        t(hidden),
-        t(q + 2 * kv, hidden),
-        None,
-        norm,
-        norm,
-        t(hidden, q),
-        None,
-        t(hidden),
-        t(2 * intermediate, hidden),
-        t(hidden, intermediate),
-    )
-    weights = Weights(None, t(vocab, hidden), [layer], t(hidden), t(vocab, hidden))
-    cos_sin, cache = empty(4096, head_dim, dtype=F32), t(1, 256, kv_heads, 16, head_dim)
+    layers = [
+        Layer(
+            t(hidden),
+            in_format(t, name, q + 2 * kv, hidden),
+            None,
+            norm,
+            norm,
+            in_format(t, name, hidden, q),
+            None,
+            t(hidden),
+            in_format(t, name, 2 * intermediate, hidden),
+            in_format(t, name, hidden, intermediate),
+        )
+        for name in formats
+    ]
+    head = in_format(t, head_format, vocab, hidden)
+    weights = Weights(None, head, layers, t(hidden), head)
+    cos_sin, cache = empty(4096, head_dim, dtype=F32), t(len(layers), 256, kv_heads, 16, head_dim)
     model = StepModel.of(weights, cos_sin, q_heads, kv_heads, head_dim, 1e-5)
     decode_step(
         ints(1),
@@ -95,6 +122,10 @@ STEPS = {
     "llama-3.2-1b": dict(hidden=2048, intermediate=8192, q_heads=32, kv_heads=8, head_dim=64, vocab=128256),
     "llama-3.1-8b": dict(hidden=4096, intermediate=14336, q_heads=32, kv_heads=8, head_dim=128, vocab=128256),
 }
+PACKED_STEPS = {
+    "8b-int4-g128": dict(STEPS["llama-3.1-8b"], formats=("int4-g128",), head_format="int8"),
+    "1b-fp8": dict(STEPS["llama-3.2-1b"], formats=("fp8",), head_format="fp8"),
+}
 LAUNCHES = {
     "linear-1": (run_linear, dict(rows=1)),
     "linear-4": (run_linear, dict(rows=4)),
@@ -112,7 +143,7 @@ LAUNCHES = {
     "attention-128": (run_attention, dict(head_dim=128, splits=1)),
     "attention-64-split": (run_attention, dict(head_dim=64, splits=64)),
     "attention-128-split": (run_attention, dict(head_dim=128, splits=264)),
-    **{f"step-{name}": (run_step, sizes) for name, sizes in STEPS.items()},
+    **{f"step-{name}": (run_step, sizes) for name, sizes in (STEPS | PACKED_STEPS).items()},
 }
 # What is compiled for sm_80, too: every kernel, and of several shapes the largest ones, which come closest to
 # the limits of shared memory and registers.

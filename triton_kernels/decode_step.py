@@ -1,7 +1,7 @@
 """decode_step: a whole decode step of one sequence in one launch: embedding, every layer, lm_head and argmax
 
   ids, positions, out [1] int32; out may be ids   logits [1, vocab] float32
-  table [layers, 10] int64: addresses
+  table [layers, 10] int64: addresses; [layers, 15] where any matrix is packed (lab/ops/step_layout.py)
   k_cache, v_cache [layers, pages, kv_heads, page_size, head_dim]   block_table [1, max_pages] int32
   h, qkv, attention, act: rows that one phase writes and the next reads   counters: zero on entry and on exit
   mapping   one program per multiprocessor, all resident. A program has an equal share of every matrix's rows,
@@ -12,7 +12,8 @@
 
 The weights of a phase depend on no other program, so the loads of its first two tiles are issued before the
 wait: DRAM is busy while programs wait, and while they normalise. BLOCK_K covers k: a program multiplies whole
-rows of w with a whole row of x, and both stay in registers.
+rows of w with a whole row of x, and both stay in registers. Packed weights go through shared memory, and L2
+is asked for the first ones before the wait: see core/step_product.py.
 """
 
 import math
@@ -20,134 +21,33 @@ import math
 import triton
 import triton.language as tl
 
+from lab.formats import PackedMatrix
 from lab.ops import step_layout
-from triton_kernels.common import config, launch
-from triton_kernels.core.fused_product import load_rows, normed_rows
+from triton_kernels.common import architecture, config, launch
+from triton_kernels.core.packed_rows import operands
 from triton_kernels.core.split_attention import load_tile, merge_step, split_bounds
-from triton_kernels.norm_linear_argmax import first_best, keep_best
-from triton_kernels.norm_linear_silu_mul import activate
+from triton_kernels.core.step_product import any_product, arrive, layer_product, tensor_at, unpack_token, wait
+from triton_kernels.norm_linear_argmax import first_best
 from triton_kernels.rope_append_attention import angles, append_and_attend
-from triton_kernels.settings import measured, multiprocessors
+from triton_kernels.settings import measured, multiprocessors, packed_interpreted
 
 BARRIER, BEST, TICKET, TICKETS = map(
     tl.constexpr, (step_layout.BARRIER, step_layout.BEST, step_layout.TICKET, step_layout.TICKETS)
 )
 # Columns of `table`: LAYER of the contract.
 (ATTN_NORM, WQKV, BQKV, Q_NORM, K_NORM, WO, BO, MLP_NORM, W_GATE_UP, W_DOWN) = map(tl.constexpr, range(10))
-LAYER = tl.constexpr(len(step_layout.LAYER))
 LOW_31_BITS = tl.constexpr(2147483647)
 
 # elements: the size of a tile of weights, 32 KiB, which takes 32 registers of each thread; two tiles are in
 # flight. An H100 needs about 32 KiB in flight in each multiprocessor, an A100 20; the rest covers the waits.
 # A program of 8 warps has all registers of a multiprocessor. With 16 warps, the values that every thread
 # keeps would take twice as many registers, and spill. tile, min_rows: as in rope_append_attention. splits: of
-# a KV head; by default as many as there are programs for.
-HALF = dict(elements=1 << 14, tile=64, min_rows=16, num_warps=8, num_stages=5)
-CPU = dict(elements=1 << 18, tile=32, min_rows=1, num_warps=1, programs=2, splits=4)
+# a KV head; by default as many as there are programs for. packed: as in core/packed_rows.py; every warp has
+# segments of its own, and L2 is asked for as many bytes ahead as a tile has in four steps, 64 KiB.
+PACKED = dict(BLOCK_N=32, SEGMENTS=8, STAGES=4)
+HALF = dict(elements=1 << 14, packed=PACKED, tile=64, min_rows=16, num_warps=8, num_stages=5)
+CPU = dict(elements=1 << 18, packed=None, tile=32, min_rows=1, num_warps=1, programs=2, splits=4)
 CONFIGS = {"sm_90": HALF, "sm_80": dict(HALF, elements=1 << 13), "interpreter": CPU}
-
-
-@triton.jit
-def arrive(counters, target):
-    """Counts this program as arrived: it has stored its results. Returns the number of arrivals that the next
-    wait must see."""
-    tl.debug_barrier()  # every thread's stores come before the arrival
-    # The result is not used, so this compiles to a reduction, and no thread waits for an answer.
-    tl.atomic_add(counters + BARRIER, 1, sem="release", scope="gpu")
-    return target + tl.num_programs(0)
-
-
-@triton.jit
-def wait(counters, target):
-    """Waits until all programs have arrived: one thread polls for all. The acquire also invalidates the L1,
-    so that later ordinary loads read what other multiprocessors have written."""
-    while tl.atomic_add(counters + BARRIER, 0, sem="acquire", scope="gpu") < target:
-        pass
-
-
-@triton.jit
-def tensor_at(table, part: tl.constexpr, like):
-    """The address of a layer's tensor, as a pointer of the type of `like`."""
-    return tl.multiple_of(tl.load(table + part).to(like.dtype), 16)
-
-
-@triton.jit
-def load_added(bias, residual, column, end):
-    """The values to which a tile's sums are added. No other program writes them, so they may be read before a
-    wait."""
-    b = tl.zeros(column.shape, tl.float32)
-    r = tl.zeros(column.shape, tl.float32)
-    if bias is not None:
-        b = tl.load(bias + column, mask=column < end, other=0.0).to(tl.float32)
-    if residual is not None:
-        r = tl.load(residual + column, mask=column < end, other=0.0).to(tl.float32)
-    return b, r
-
-
-@triton.jit
-def product(
-    counters,
-    target,
-    x,
-    norm_w,
-    eps,
-    w,
-    bias,
-    residual,
-    y,
-    n,
-    K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PAIRS: tl.constexpr = False,
-    ARGMAX: tl.constexpr = False,
-):
-    """y[j] = xn . w[j] (+ bias[j]) (+ residual[j]) for this program's share of n outputs; xn: x or its norm.
-
-    With PAIRS y[j] = silu(xn . w[j]) * (xn . w[n + j]). With ARGMAX it returns its best outputs and their
-    indices, [1, BLOCK_N]. Optional arguments may be None.
-    """
-    PARTS: tl.constexpr = 2 if PAIRS else 1
-    EVEN_K: tl.constexpr = K == BLOCK_K
-    first = (tl.program_id(0) * n) // tl.num_programs(0)
-    end = ((tl.program_id(0) + 1) * n) // tl.num_programs(0)
-    column = first + tl.arange(0, BLOCK_N)[None, :]
-    i = tl.arange(0, PARTS * BLOCK_N)[None, :, None]
-    row = i // PARTS + (i % PARTS) * n  # gate and up alternate, as in norm_linear_silu_mul
-    left = end - first
-    col = tl.arange(0, BLOCK_K)[None, None, :]
-
-    # The rows of a tile are at constant distances from w, so that one register holds all their addresses.
-    w += first.to(tl.int64) * K
-    tile = load_rows(w, row, i < PARTS * left, col, K, EVEN_K)
-    ahead = load_rows(w + BLOCK_N * K, row, i < PARTS * (left - BLOCK_N), col, K, EVEN_K)
-    b, r = load_added(bias, residual, column, end)
-    if norm_w is not None:
-        weight = tl.load(norm_w + col, mask=col < K, other=0.0, eviction_policy="evict_last")
-    wait(counters, target)
-    if norm_w is not None:
-        xn = normed_rows(x, weight, rows=1, k=K, eps=eps, b=tl.zeros([1, 1, 1], tl.int32), col=col)
-    else:
-        xn = tl.load(x + col, mask=col < K, other=0.0, eviction_policy="evict_last")
-
-    best = tl.full([1, BLOCK_N], float("-inf"), tl.float32)
-    index = tl.full([1, BLOCK_N], LOW_31_BITS, tl.int32)
-    for _ in range(first, end, BLOCK_N):
-        total = tl.sum(tile.to(tl.float32) * xn.to(tl.float32), axis=2)
-        tile = ahead
-        w += BLOCK_N * K
-        left -= BLOCK_N
-        ahead = load_rows(w + BLOCK_N * K, row, i < PARTS * (left - BLOCK_N), col, K, EVEN_K)
-        if PAIRS:
-            total = activate(total, BLOCK_B=1, BLOCK_N=BLOCK_N)
-        else:
-            total = r + (total + b)
-        tl.store(y + column, total.to(y.dtype.element_ty), mask=column < end)
-        if ARGMAX:
-            best, index = keep_best(best, index, tl.where(column < end, total, float("-inf")), column)
-        column += BLOCK_N
-        b, r = load_added(bias, residual, column, end)
-    return best, index
 
 
 @triton.jit
@@ -191,11 +91,13 @@ def first_tile(
 @triton.jit
 def decode_step_kernel(
     embed,
+    embed_scales,
     ids,
     positions,
     table,
     final_norm,
     lm_head,
+    head_scales,
     cos_sin,
     k_cache,
     v_cache,
@@ -206,6 +108,7 @@ def decode_step_kernel(
     qkv,
     attention,
     act,
+    normed,
     partial,
     counters,
     layers,
@@ -230,14 +133,14 @@ def decode_step_kernel(
     TILE: tl.constexpr,
     SPLIT: tl.constexpr,
     MERGE: tl.constexpr,
-    BLOCK_HIDDEN: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
-    BLOCK_MIDDLE: tl.constexpr,
-    N_QKV: tl.constexpr,
-    N_O: tl.constexpr,
-    N_GATE: tl.constexpr,
-    N_DOWN: tl.constexpr,
-    N_HEAD: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    EMBED_WAY: tl.constexpr,
+    QKV_WAYS: tl.constexpr,
+    O_WAYS: tl.constexpr,
+    GATE_UP_WAYS: tl.constexpr,
+    DOWN_WAYS: tl.constexpr,
+    HEAD_WAY: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):
     # 1. Locate: the residual starts as a row of embed. A token id outside the vocabulary turns everything to
     # NaN, from the first norm on.
@@ -247,39 +150,48 @@ def decode_step_kernel(
     token = tl.load(ids)
     known = (token >= 0) & (token < vocab)
     eps = tl.where(known, eps, float("nan"))
-    residual = embed + tl.where(known, token, 0).to(tl.int64) * HIDDEN
+    token = tl.where(known, token, 0)
+    if EMBED_WAY[0] == 0:
+        residual = embed + token.to(tl.int64) * HIDDEN
+    else:
+        unpack_token(embed, embed_scales, token, h, HIDDEN, EMBED_WAY)
+        residual = h
+    T: tl.constexpr = final_norm.dtype
     Q: tl.constexpr = GROUP * KV_HEADS * HEAD_DIM
     KV: tl.constexpr = KV_HEADS * HEAD_DIM
     cosine, sine = angles(cos_sin, position, tl.arange(0, BLOCK_D), HEAD_DIM)
 
     # 2. Load ahead: the twin has a thread that copies the weights of all phases ahead. Here each phase issues
-    # the loads of two tiles into registers and then waits for `target` arrivals (see product()); the first
-    # phase waits for none.
+    # the loads of two tiles into registers and then waits for `target` arrivals (see product(); of packed
+    # weights, it asks L2 for a tile); the first phase waits for none.
     target = 0
 
     # 3. Layers: norm and qkv, attention, o, norm and gate and up, down; each phase ends when all programs
     # have arrived. Then the logits, of which a program keeps its best.
     for _ in range(layers):
-        product(
+        layer_product(
             counters,
             target,
+            table,
             x=residual,
-            norm_w=tensor_at(table, ATTN_NORM, embed),
+            norm_w=tensor_at(table, ATTN_NORM, T),
+            normed=normed,
             eps=eps,
-            w=tensor_at(table, WQKV, embed),
-            bias=tensor_at(table, BQKV, embed) if HAS_BQKV else None,
+            bias=tensor_at(table, BQKV, T) if HAS_BQKV else None,
             residual=None,
             y=qkv,
             n=Q + 2 * KV,
             K=HIDDEN,
-            BLOCK_N=N_QKV,
-            BLOCK_K=BLOCK_HIDDEN,
+            COLUMN=WQKV,
+            MATRIX=0,
+            WAYS=QKV_WAYS,
+            PREFETCH=PREFETCH,
         )
         target = arrive(counters, target)
 
         # A program has one split of a KV head, or none; where there are more KV heads than programs, several.
-        q_norm = tensor_at(table, Q_NORM, embed)
-        k_norm = tensor_at(table, K_NORM, embed)
+        q_norm = tensor_at(table, Q_NORM, T)
+        k_norm = tensor_at(table, K_NORM, T)
         item = tl.program_id(0)
         begin, end, used, kt, vt = first_tile(
             k_cache,
@@ -358,76 +270,87 @@ def decode_step_kernel(
         target = arrive(counters, target)
 
         # In the first layer the residual is the row of embed, in the others h.
-        product(
+        layer_product(
             counters,
             target,
+            table,
             x=attention,
             norm_w=None,
+            normed=normed,
             eps=eps,
-            w=tensor_at(table, WO, embed),
-            bias=tensor_at(table, BO, embed) if HAS_BO else None,
+            bias=tensor_at(table, BO, T) if HAS_BO else None,
             residual=residual,
             y=h,
             n=HIDDEN,
             K=Q,
-            BLOCK_N=N_O,
-            BLOCK_K=BLOCK_HEADS,
+            COLUMN=WO,
+            MATRIX=1,
+            WAYS=O_WAYS,
+            PREFETCH=PREFETCH,
         )
         target = arrive(counters, target)
 
-        product(
+        layer_product(
             counters,
             target,
+            table,
             x=h,
-            norm_w=tensor_at(table, MLP_NORM, embed),
+            norm_w=tensor_at(table, MLP_NORM, T),
+            normed=normed,
             eps=eps,
-            w=tensor_at(table, W_GATE_UP, embed),
             bias=None,
             residual=None,
             y=act,
             n=MIDDLE,
             K=HIDDEN,
-            BLOCK_N=N_GATE,
-            BLOCK_K=BLOCK_HIDDEN,
+            COLUMN=W_GATE_UP,
+            MATRIX=2,
+            WAYS=GATE_UP_WAYS,
+            PREFETCH=PREFETCH,
             PAIRS=True,
         )
         target = arrive(counters, target)
 
-        product(
+        layer_product(
             counters,
             target,
+            table,
             x=act,
             norm_w=None,
+            normed=normed,
             eps=eps,
-            w=tensor_at(table, W_DOWN, embed),
             bias=None,
             residual=h,
             y=h,
             n=HIDDEN,
             K=MIDDLE,
-            BLOCK_N=N_DOWN,
-            BLOCK_K=BLOCK_MIDDLE,
+            COLUMN=W_DOWN,
+            MATRIX=3,
+            WAYS=DOWN_WAYS,
+            PREFETCH=PREFETCH,
         )
         target = arrive(counters, target)
         residual = h
-        table += LAYER
+        table += COLUMNS
         k_cache += cache_stride
         v_cache += cache_stride
 
-    best, index = product(
+    best, index = any_product(
         counters,
         target,
         x=residual,
         norm_w=final_norm,
+        normed=normed,
         eps=eps,
         w=lm_head,
+        scales=head_scales,
         bias=None,
         residual=None,
         y=logits,
         n=vocab,
         K=HIDDEN,
-        BLOCK_N=N_HEAD,
-        BLOCK_K=BLOCK_HIDDEN,
+        WAY=HEAD_WAY,
+        PREFETCH=PREFETCH,
         ARGMAX=True,
     )
     best, index = first_best(best, index, axis=1)  # [1, 1], and a scalar for the atomic
@@ -455,9 +378,44 @@ def decode_step_kernel(
         tl.store(counters + BARRIER, 0)
 
 
+def tensors(w):
+    """Those in which a tensor or a PackedMatrix is stored."""
+    return w.tensors() if type(w) is PackedMatrix else (w,)
+
+
+def numbers_and_scales(w):
+    """A matrix as the kernel takes it: with scales, or None for a plain one."""
+    return operands(w) if type(w) is PackedMatrix else (w, None)
+
+
+def way(w, parts, cfg, programs):
+    """The WAY of core/step_product.py to multiply w [parts * n, k]."""
+    n, k = w.shape[0] // parts, w.shape[1]
+    block_k = triton.next_power_of_2(k)
+    if type(w) is not PackedMatrix:
+        # As many rows as fit into a tile, but at most a program's share.
+        rows = max(cfg["elements"] // (parts * block_k), 1)
+        return 0, min(rows, triton.next_power_of_2(triton.cdiv(n, programs))), block_k
+    f, tile = w.format, cfg["packed"] or packed_interpreted(w.format, n * parts, k)
+    segments, scale = tile["SEGMENTS"], operands(w)[1].dtype
+    return (  # in the order of core/step_product.py
+        f.number,
+        tile["BLOCK_N"],
+        block_k,
+        f.bits,
+        f.group or 0,
+        tl.constexpr(f.second or ""),
+        k % (segments * f.columns) == 0,
+        8 if cfg["packed"] else 1,  # as in settings.packed
+        segments,
+        tile["STAGES"],
+        getattr(tl, str(scale).removeprefix("torch.")),
+    )
+
+
 def decode_step(ids, positions, model, k_cache, v_cache, block_table, logits, workspace, out):
     """Launch one program per multiprocessor; the settings `per_multiprocessor` or `programs` change that."""
-    m, w, embed = model, workspace, model.embed
+    m, w = model, workspace
     (vocab, hidden), middle, kv_heads, head_dim, page_size = (
         m.lm_head.shape,
         m.intermediate,
@@ -467,43 +425,34 @@ def decode_step(ids, positions, model, k_cache, v_cache, block_table, logits, wo
     )
     cfg = measured(
         "decode_step",
-        embed,
+        w.h,
         1,
         hidden=hidden,
         intermediate=middle,
         q_heads=m.q_heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-    ) or config(CONFIGS, embed)
-    programs = cfg.get("programs") or cfg.get("per_multiprocessor", 1) * multiprocessors(embed)
+    ) or config(CONFIGS, w.h)
+    programs = cfg.get("programs") or cfg.get("per_multiprocessor", 1) * multiprocessors(w.h)
     splits = cfg.get("splits") or max(min(step_layout.MAX_SPLITS, programs // kv_heads), 1)
     options = {key: value for key, value in cfg.items() if key.startswith("num_")}
-    heads, block_d, q = (
-        triton.next_power_of_2(m.group),
-        triton.next_power_of_2(head_dim),
-        m.q_heads * head_dim,
-    )
+    heads, block_d = triton.next_power_of_2(m.group), triton.next_power_of_2(head_dim)
     layer = m.layers[0]
 
-    def rows(n, k, parts=1):
-        """BLOCK_N: as many rows as fit into a tile, but at most a program's share."""
-        return min(
-            max(cfg["elements"] // (parts * triton.next_power_of_2(k)), 1),
-            triton.next_power_of_2(triton.cdiv(n, programs)),
-        )
+    def ways(*matrices, parts=1):
+        return tuple(tl.constexpr(way(one, parts, cfg, programs)) for one in matrices)
 
-    held = (
-        tensor for one in m.layers for part in step_layout.LAYER if (tensor := getattr(one, part)) is not None
-    )
+    parts = [getattr(one, part) for one in m.layers for part in step_layout.LAYER]
+    held = [tensor for part in parts if part is not None for tensor in tensors(part)]
     launch(
         decode_step_kernel,
         (programs,),
-        embed,
+        *numbers_and_scales(m.embed),
         ids,
         positions,
         m.table,
         m.final_norm,
-        m.lm_head,
+        *numbers_and_scales(m.lm_head),
         m.cos_sin,
         k_cache,
         v_cache,
@@ -514,6 +463,7 @@ def decode_step(ids, positions, model, k_cache, v_cache, block_table, logits, wo
         w.qkv,
         w.attention,
         w.act,
+        w.normed if m.packed else None,
         w.partial,
         w.counters,
         len(m.layers),
@@ -539,14 +489,14 @@ def decode_step(ids, positions, model, k_cache, v_cache, block_table, logits, wo
         TILE=cfg["tile"],
         SPLIT=splits > 1,
         MERGE=merge_step(splits, heads, block_d),
-        BLOCK_HIDDEN=triton.next_power_of_2(hidden),
-        BLOCK_HEADS=triton.next_power_of_2(q),
-        BLOCK_MIDDLE=triton.next_power_of_2(middle),
-        N_QKV=rows(q + 2 * kv_heads * head_dim, hidden),
-        N_O=rows(hidden, q),
-        N_GATE=rows(middle, hidden, 2),
-        N_DOWN=rows(hidden, middle),
-        N_HEAD=rows(vocab, hidden),
+        COLUMNS=m.table.shape[1],
+        EMBED_WAY=way(m.embed, 1, cfg, programs),
+        QKV_WAYS=ways(*m.by_format["wqkv"]),
+        O_WAYS=ways(*m.by_format["wo"]),
+        GATE_UP_WAYS=ways(*m.by_format["w_gate_up"], parts=2),
+        DOWN_WAYS=ways(*m.by_format["w_down"]),
+        HEAD_WAY=way(m.lm_head, 1, cfg, programs),
+        PREFETCH=architecture(w.h) != "interpreter",
         launch_cooperative_grid=True,
         **options,
     )

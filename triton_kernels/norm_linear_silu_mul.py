@@ -39,6 +39,27 @@ def activate(pairs, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def paired_rows(first, n, BLOCK_N: tl.constexpr):
+    """(outputs, rows of w), int32 [BLOCK_N] each, from output `first` on: 8 rows of the gate and 8 of up in
+    turn. 8 packed rows are contiguous, and a thread of a tensor-core tile has the sums of rows that are 8
+    apart. (The interpreter's tile may have fewer rows.)"""
+    RUN: tl.constexpr = 8 if BLOCK_N >= 16 else BLOCK_N // 2
+    i = tl.arange(0, BLOCK_N)
+    out = first + i // (2 * RUN) * RUN + i % RUN
+    return out, out + i // RUN % 2 * n
+
+
+@triton.jit
+def activated_runs(total, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
+    """silu(gate) * up, [BLOCK_B, BLOCK_N / 2]; total [BLOCK_B, BLOCK_N]: sums of the rows that paired_rows()
+    gives."""
+    RUN: tl.constexpr = 8 if BLOCK_N >= 16 else BLOCK_N // 2
+    runs = tl.reshape(total, [BLOCK_B, BLOCK_N // 2 // RUN, 2, RUN])
+    pairs = tl.reshape(tl.permute(runs, 0, 1, 3, 2), [BLOCK_B, BLOCK_N])
+    return activate(pairs, BLOCK_B, BLOCK_N // 2)
+
+
+@triton.jit
 def norm_linear_silu_mul_kernel(
     x,
     norm_w,
@@ -179,14 +200,10 @@ def packed_norm_linear_silu_mul_kernel(
     SEGMENTS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    # 1. Locate: BLOCK_N rows of w, 8 of the gate and 8 of up in turn. 8 rows are contiguous, and a thread of
-    # a tensor-core tile has the sums of rows that are 8 apart. (The interpreter's tile may have fewer rows.)
-    RUN: tl.constexpr = 8 if BLOCK_N >= 16 else BLOCK_N // 2
+    # 1. Locate: BLOCK_N rows of w.
     b = tl.arange(0, BLOCK_B)[:, None]
-    i = tl.arange(0, BLOCK_N)
     first = tl.program_id(0) * (BLOCK_N // 2)
-    out = first + i // (2 * RUN) * RUN + i % RUN
-    row = out + i // RUN % 2 * n
+    out, row = paired_rows(first, n, BLOCK_N)
 
     # 2. Norm: already done by rmsnorm's kernel. Before the wait for it the first weights are asked for.
     prefetch_rows(words, row, out < n, k, BITS, SEGMENTS, PDL)
@@ -215,9 +232,7 @@ def packed_norm_linear_silu_mul_kernel(
     )
 
     # 5. Activate and store: from the float32 sums, rounded once.
-    runs = tl.reshape(total, [BLOCK_B, BLOCK_N // 2 // RUN, 2, RUN])
-    pairs = tl.reshape(tl.permute(runs, 0, 1, 3, 2), [BLOCK_B, BLOCK_N])
-    result = activate(pairs, BLOCK_B, BLOCK_N // 2)
+    result = activated_runs(total, BLOCK_B, BLOCK_N)
     column = first + tl.arange(0, BLOCK_N // 2)[None, :]
     tl.store(y + b.to(tl.int64) * n + column, result.to(y.dtype.element_ty), mask=(b < rows) & (column < n))
 

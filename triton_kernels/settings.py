@@ -151,7 +151,7 @@ def _packed(op, table, x, w, outputs, parts):
     f, n, interpreted = w.format, outputs * parts, architecture(x) == "interpreter"
     meta = measured(op, x, rows, format=f.name, n=outputs, k=k)
     if meta is None and interpreted:
-        meta = _packed_interpreted(f, n, k)
+        meta = packed_interpreted(f, n, k)
     elif meta is None:
         entries = config(table, x)["float" if x.itemsize == 4 else "half"]
         meta = next(dict(m) for most_rows, most_n, m in entries if rows <= most_rows and n <= most_n)
@@ -168,7 +168,7 @@ def _packed(op, table, x, w, outputs, parts):
     return triton.cdiv(n, meta["BLOCK_N"]), meta
 
 
-def _packed_interpreted(f, n, k):
+def packed_interpreted(f, n, k):
     """Settings for the interpreter: whole rows, and tiles of up to 2^17 weights, as in _interpreted."""
     segments = triton.next_power_of_2(f.segments(k))
     most = max((1 << 17) // (segments * f.columns), 2)

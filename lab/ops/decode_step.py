@@ -38,6 +38,9 @@ from lab.ops.kv_append import check_append, check_cache, paged_cache
 from lab.ops.rope import check_positions
 from lab.ops.step_layout import LAYER, MATRICES, MAX_GROUP, MAX_SPLITS, OPTIONAL, TICKETS
 
+# Formats that the kernels take: not those whose scales belong to several segments.
+STEP_FORMATS = [name for name, f in FORMATS.items() if f.span == 1]
+
 
 @dataclass(frozen=True)
 class StepModel:
@@ -103,6 +106,8 @@ class StepModel:
         for layer in weights.layers:
             for part, shape in shapes.items():
                 tensor = getattr(layer, part)
+                if isinstance(tensor, tuple):
+                    refuse(name, "q, k and v of different weight formats (use --plan fused)")
                 if part in MATRICES and type(tensor) is PackedMatrix and tensor.shape == shape:
                     check_matrix(name, device, part, tensor)
                     continue
@@ -167,6 +172,15 @@ class StepModel:
         """Bytes of the four matrices of a layer."""
         return sum(getattr(self.layers[0], part).nbytes for part in MATRICES)
 
+    @functools.cached_property
+    def by_format(self) -> dict[str, tuple[Operand, ...]]:
+        """Of each of a layer's matrices one for every weight format that it has in any layer."""
+        found = {}
+        for part in MATRICES:
+            numbers = {pointers(w)[2]: w for w in (getattr(layer, part) for layer in self.layers)}
+            found[part] = tuple(numbers[number] for number in sorted(numbers))
+        return found
+
     @property
     def dtype(self) -> torch.dtype:
         """That of the activations."""
@@ -185,6 +199,8 @@ def check_matrix(op: str, device: int, part: str, w: PackedMatrix) -> None:
     """Raises LabError for a packed matrix that the kernels do not take."""
     dense(op, device, *w.tensors())
     check_packed(op, w)
+    if w.format.name not in STEP_FORMATS:
+        refuse(op, f"takes no weights in {w.format.name} yet (use --plan fused)")
     if part == "w_gate_up" and w.rows // 2 % BLOCK:
         refuse(
             op, f"packed gate and up have {w.rows // 2} rows each, no multiple of {BLOCK} (use --plan fused)"
@@ -197,15 +213,16 @@ class StepWorkspace:
     first.
 
     The Triton kernel uses a row of each result in the model's dtype, and float32 results of attention's
-    splits in `partial`. The CUDA kernel passes the same values in `words` of 64 bits: two elements of a row,
-    or one element of a split's result, and a tag, by which a reader knows that the word has been written in
-    this phase.
+    splits in `partial`; `normed` only where weights are packed. The CUDA kernel passes the same values in
+    `words` of 64 bits: two elements of a row, or one element of a split's result, and a tag, by which a
+    reader knows that the word has been written in this phase.
     """
 
     h: torch.Tensor  # [hidden]: the residual stream
     qkv: torch.Tensor  # [(q_heads + 2 kv_heads) head_dim]
     attention: torch.Tensor  # [q_heads head_dim]
     act: torch.Tensor  # [intermediate]
+    normed: torch.Tensor  # [hidden]: the norm of h
     partial: torch.Tensor  # float32 [kv_heads, MAX_SPLITS, group, head_dim + 2]
     words: torch.Tensor  # int64 [rows' elements / 2 + partial's elements]
     counters: torch.Tensor  # int32 [TICKETS + kv_heads]
@@ -233,6 +250,7 @@ class StepWorkspace:
         )
         return {
             **{name: ((n,), m.dtype) for name, n in rows.items()},
+            "normed": ((rows["h"],), m.dtype),
             "partial": (partial, torch.float32),
             "words": ((sum(rows.values()) // 2 + math.prod(partial),), torch.int64),
             "counters": ((TICKETS + m.kv_heads,), torch.int32),
@@ -640,7 +658,7 @@ op = Op(
                 format=name,
                 head_format=head,
             )
-            for name, head in zip(FORMATS, [None, *FORMATS])
+            for name, head in zip(STEP_FORMATS, [None, *STEP_FORMATS])
         ),
     ),
 )
