@@ -173,7 +173,9 @@ def kernel_units(command: list[str]) -> list[Unit]:
     if tried():
         kernel, own = tried()
         command = [*command, f"-I{SOURCES}", f'-DLAB_TRIED="{own}"']  # another file is another command
-        units = [u for u in units if u.source != kernel] + [Unit(own, command, f"try_{kernel.name}")]
+        # First: of a function in a header, which other kernels have too, the linker takes the first. The
+        # file may come with headers of its own.
+        units = [Unit(own, command, f"try_{kernel.name}"), *(u for u in units if u.source != kernel)]
     return units
 
 

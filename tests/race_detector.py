@@ -4,10 +4,8 @@ seed.
     python tests/race_detector.py                    all ops, in the shapes of a CPU and of a GPU, and the
                                                      ladders
     python tests/race_detector.py --op sample        only these (repeatable; ladders: ladder/linear)
-    python tests/race_detector.py --planted [WORD]   instead: each barrier, fence and wait of tests/mutants is
-                                                     left out, built and run (of those whose file and text
-                                                     hold WORD); says what noticed it. Minutes to hours: for
-                                                     changes to the checks themselves
+
+`python tests/mutants/run.py --planted` leaves out each barrier, fence and wait and asks whether this notices.
 
 A race is reported with both places in cuda_src. Exit code: 0, or 1 with the reports. The sanitizer remembers
 what about 2,000 CUDA threads of a launch have done, so the grids here are small: a fence between blocks that
@@ -20,7 +18,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,6 +29,12 @@ TICKETS = {
     "rope_append_attention": dict(positions=(1100,), q_heads=2, kv_heads=1, head_dim=64, splits=12),
     # the same barriers in a launch of few threads
     "norm_linear_argmax": dict(batch=2, n=40, k=64),
+}
+# Few splits, which one cluster merges, and long rows of which its blocks share k: in the shapes of a GPU.
+CLUSTERS = {
+    "decode_attention": dict(lengths=(700,), q_heads=2, kv_heads=1, head_dim=64, splits=4),
+    "rope_append_attention": dict(positions=(699,), q_heads=2, kv_heads=1, head_dim=64, splits=4),
+    "linear": dict(batch=17, n=8, k=8200),
 }
 MORE = {
     "sample": dict(batch=2, vocab=1030, temperature=1.3, top_k=50, top_p=0.8, seed=1),
@@ -116,7 +119,7 @@ def inside(extension: Path, ops: list[str]) -> int:
         for op in OPS:
             if ops and op.name not in ops:
                 continue
-            sizes = [extra[op.name] for extra in (TICKETS, MORE) if op.name in extra]
+            sizes = [extra[op.name] for extra in (TICKETS, CLUSTERS, MORE) if op.name in extra]
             for one in [*sizes, *(c.sizes for c in small(op))]:
                 check(f"{op.name} ({shapes} shapes)", op, planted.bind(op, module), op.dtypes[-1], one)
             print(f"{op.name} {shapes}: done", flush=True)
@@ -164,56 +167,15 @@ def places(report: str) -> str:
     return ", ".join(dict.fromkeys(name.split("cuda_src/")[-1] for name in named[:6]))
 
 
-def noticed(mutant, folder: Path) -> str | None:
-    """What caught a removal: a race, a wrong result, an error; None if nothing did."""
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-    from mutants import planted
-
-    for kernel in planted.kernels_with(mutant)[:3]:
-        place = Path(tempfile.mkdtemp(dir=folder))
-        extension = planted.build(mutant, kernel, place, INSTRUMENTED)
-        code, said = run_inside(extension, [kernel])
-        shutil.rmtree(place)
-        if "WARNING: ThreadSanitizer: data race" in said:
-            return f"race in {kernel}: {places(said)}"
-        if code:
-            lines = [
-                line
-                for line in said.splitlines()
-                if re.search("WRONG|Error|deadlock|pdl_wait|not done", line)
-            ]
-            return f"{kernel}: {(lines or said.splitlines() or ['died'])[-1][:150]}"
-    return None
-
-
-def planted_removals(word: str) -> int:
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-    from mutants import synchronisation
-
-    build()
-    survivors = 0
-    with tempfile.TemporaryDirectory(prefix="lab-planted-") as folder:
-        for mutant in synchronisation.CUDA:
-            if word in f"{mutant.file}: {mutant.why}":
-                by = noticed(mutant, Path(folder))
-                survivors += by is None
-                print(f"{mutant.file}: {mutant.why}: {by or 'SURVIVES'}", flush=True)
-    print(f"{survivors} survive")
-    return 0
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--op", action="append", default=[])
-    parser.add_argument("--planted", nargs="?", const="", metavar="WORD")
     parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.inside:
         return inside(args.inside, args.op)
-    if args.planted is not None:
-        return planted_removals(args.planted)
     code, said = run_inside(build(), args.op, 3600)
     print(said, end="")
     races = said.count("WARNING: ThreadSanitizer: data race")

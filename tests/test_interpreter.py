@@ -17,6 +17,7 @@ from triton.runtime.jit import JITFunction
 from lab.errors import LabError
 from triton_kernels import offline
 from triton_kernels.common import config, launch, recording, set_trace, take_trace
+from triton_kernels.interpreter import SEMANTIC, interpreting
 from triton_kernels.rmsnorm import rmsnorm
 from triton_kernels.silu_mul import silu_mul
 
@@ -303,3 +304,16 @@ def test_works_with_triton_interpret_set():
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_is_made_once_keeps_the_types_apart():
+    """Constants that compare equal have types of their own, and 16.0 is no size although 16 is."""
+    with interpreting():
+        made = [SEMANTIC.to_tensor(value).dtype for value in (True, 1, 1.0, 2**40, False, 0, 0.0)]
+        assert made == [tl.int1, tl.int32, tl.float32, tl.int64, tl.int1, tl.int32, tl.float32]
+        assert tl.full([16], 1.0, tl.float32).type == tl.block_type(tl.float32, [16])
+        assert tl.full([16], 1.0, tl.bfloat16).type != tl.full([16], 1.0, tl.float32).type
+        with pytest.raises(TypeError, match="Shape element 0 must have type"):
+            tl.full([16.0], 1.0, tl.float32)
+        with pytest.raises(ValueError, match="power of 2"):
+            tl.full([24], 1.0, tl.float32)

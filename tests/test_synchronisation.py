@@ -8,7 +8,6 @@ fences        the race detector: tests/race_detector.py (`make tsan`); here, wha
 planted       tests/mutants/synchronisation.py lists removals; the quickest to build are tried here
 """
 
-import ast
 import inspect
 import os
 import re
@@ -20,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from mutants import planted, synchronisation
+from mutants.order import missing_fences, unordered_arrivals
 from references import decode_step_is_remembered, with_remembered_reference  # noqa: F401
 
 from lab.check import check_case
@@ -207,40 +207,25 @@ def test_the_gpu_half_of_a_primitive_has_its_instruction(name, instruction):
     assert '"memory"' in body, "the compiler may move accesses past it"
 
 
+FENCES = ("wgmma_begin", "wgmma_publish", "mbarrier_fence_init")
+
+
+@pytest.mark.parametrize("path", planted.sources(), ids=lambda path: path.stem)
+def test_fences_of_other_paths_to_memory_are_where_they_belong(path):
+    assert missing_fences(path.read_text()) == []
+
+
+@pytest.mark.parametrize("fence", FENCES)
+def test_a_missing_fence_of_another_path_to_memory_is_named(fence):
+    left_out = [m for m in synchronisation.CUDA if m.why.partition("without ")[2].partition(",")[0] == fence]
+    assert left_out
+    for mutant in left_out:
+        assert missing_fences(planted.mutate((ROOT / mutant.file).read_text(), mutant)) != []
+
+
 # ---- Triton ------------------------------------------------------------------------------------------------
 
 TRITON = sorted((ROOT / "triton_kernels").glob("*.py"))
-
-
-def calls(function):
-    """(line, name, keywords) of the calls in a function, in the order of the text."""
-    found = []
-    for node in ast.walk(function):
-        if isinstance(node, ast.Call):
-            keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
-            found.append((node.lineno, node.col_offset, ast.unparse(node.func), keywords))
-    return [(name, keywords) for _, _, name, keywords in sorted(found, key=lambda c: c[:2])]
-
-
-def unordered_arrivals(source):
-    """Functions in which an atomic that releases is not directly after a tl.debug_barrier(): Triton's threads
-    then arrive while others of the program still store. (After another scalar atomic there is nothing of
-    theirs to wait for: one thread does both.) And arrivals that order nothing."""
-    wrong = []
-    for function in ast.walk(ast.parse(source)):
-        if not isinstance(function, ast.FunctionDef):
-            continue
-        before = ""
-        for name, keywords in calls(function):
-            if name == "tl.atomic_add":
-                order = keywords.get("sem", "'acq_rel'").strip("'")
-                if order in ("release", "acq_rel") and before not in ("tl.debug_barrier", "tl.atomic_max"):
-                    wrong.append(f"{function.name}: no tl.debug_barrier() before the arrival")
-                if keywords.get("scope", "'gpu'") != "'gpu'" or order == "relaxed":
-                    wrong.append(f"{function.name}: an arrival that orders nothing between programs")
-            if name.startswith("tl.") and name not in ("tl.arange", "tl.program_id", "tl.num_programs"):
-                before = name
-    return wrong
 
 
 @pytest.mark.parametrize("path", TRITON, ids=lambda path: path.stem)
@@ -261,6 +246,12 @@ def test_a_missing_barrier_in_triton_is_named(mutant):
 def test_every_planted_removal_is_in_the_sources():
     for mutant in [*synchronisation.CUDA, *synchronisation.TRITON]:
         planted.mutate((ROOT / mutant.file).read_text(), mutant)
+
+
+def test_what_is_explained_or_tested_elsewhere_is_on_the_list():
+    names = {(mutant.file, mutant.why) for mutant in synchronisation.MUTANTS}
+    assert {*synchronisation.REASONS, *synchronisation.TESTS} <= names
+    assert not set(synchronisation.REASONS) & set(synchronisation.TESTS)
 
 
 def test_descriptions_of_removals_are_unique():

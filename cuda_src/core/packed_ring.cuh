@@ -33,9 +33,19 @@ struct PackedTiles {
 };
 
 // Bytes of a segment of 8 rows: codes; scales of their groups.
-constexpr int kBlockCodes = kBlockRows * kSegmentBytes;
+constexpr int kSegmentBytes = 64, kBlockCodes = kBlockRows * kSegmentBytes;
 template <typename F>
-constexpr int kBlockScales = kBlockRows * Layout<F>::kSegmentScales;
+constexpr int kSegmentScales = F::kGroup ? Layout<F>::Scales::kBytes : 0;
+template <typename F>
+constexpr int kBlockScales = kBlockRows * kSegmentScales<F>;
+
+// The formats that the ring takes: not those whose scales belong to several segments, which the contract refuses.
+template <typename Use>
+LAB_DEVICE void by_ring_format(int number, Use&& use) {
+  by_format(number, [&](auto format) {
+    if constexpr (Layout<decltype(format)>::kSpan == 1) use(format);
+  });
+}
 
 // A tile that has arrived.
 struct PackedTile {
@@ -51,7 +61,7 @@ struct PackedRing : WeightRing<T, kPackedTileBytes, kBlockRows> {
   // As WeightRing::issue().
   LAB_DEVICE void issue(const PackedMatrix<T>& m) {
     if (m.format == int(Format::plain)) return Plain::issue(m);
-    by_format(m.format, [&](auto format) { issue_packed<decltype(format)>(m); });
+    by_ring_format(m.format, [&](auto format) { issue_packed<decltype(format)>(m); });
   }
 
   // As WeightRing::multiply(). x has zeros from k to the end of the last segment.
@@ -64,7 +74,7 @@ struct PackedRing : WeightRing<T, kPackedTileBytes, kBlockRows> {
       const int outputs = min(batch, share.last - first);
       if (first > share.first && int(threadIdx.x) < outputs) base = epilogue.load(first + threadIdx.x);
       for (int part = 0; part < m.parts; ++part) {
-        by_format(m.format, [&](auto format) {
+        by_ring_format(m.format, [&](auto format) {
           const auto to = sum_rows<decltype(format)>(*this, x, m.k, outputs, part * (kBatchRows / 2));
           this->stage = to.stage, this->parity = to.parity;
         });
@@ -93,7 +103,7 @@ struct PackedRing : WeightRing<T, kPackedTileBytes, kBlockRows> {
             const bool row_scales = F::kGroup == 0 && segment + here == tiles.segments;
             const unsigned code_bytes = here * kBlockCodes;
             const unsigned scale_bytes = F::kGroup    ? here * kBlockScales<F>
-                                         : row_scales ? kBlockRows * L::kScaleBytes
+                                         : row_scales ? kBlockRows * L::Scales::kBytes
                                                       : 0;
             // As many bytes in flight as with whole tiles.
             const int most =
@@ -103,7 +113,8 @@ struct PackedRing : WeightRing<T, kPackedTileBytes, kBlockRows> {
             auto* full = &this->shared.full[this->stage];
             const size_t at = block * tiles.segments + segment;
             bulk_copy_g2s(to, codes + at * kBlockCodes, code_bytes, full);
-            const size_t scales_at = F::kGroup ? at * kBlockScales<F> : block * kBlockRows * L::kScaleBytes;
+            const size_t scales_at =
+                F::kGroup ? at * kBlockScales<F> : block * kBlockRows * L::Scales::kBytes;
             if (scale_bytes) bulk_copy_g2s(to + code_bytes, m.scales + scales_at, scale_bytes, full);
             this->advance();
           }
@@ -150,7 +161,7 @@ struct PackedRing : WeightRing<T, kPackedTileBytes, kBlockRows> {
     using L = Layout<F>;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     Vec<uint32_t, 4> words[Pairs][2];
-    const uint8_t* scales[Pairs][2];
+    typename L::Scales scales[Pairs][2];
     const T* of_x[Pairs];
     bool counts[Pairs][2];
     LAB_UNROLL
@@ -161,7 +172,7 @@ struct PackedRing : WeightRing<T, kPackedTileBytes, kBlockRows> {
         const int segment = 2 * (warp + i * kRingWarps) + side, there = min(segment, tile.segments - 1);
         const int place = there * kBlockRows + g;
         words[i][side] = load(reinterpret_cast<const uint32_t*>(tile.codes + place * kSegmentBytes + t * 16));
-        scales[i][side] = tile.scales + place * L::kSegmentScales;
+        if constexpr (F::kGroup != 0) scales[i][side].load_from(tile.scales + place * kSegmentScales<F>, 0);
         counts[i][side] = segment == there;
         if (g % 2 == side) of_x[i] = x + there * L::kColumns + 4 * t;
       }
@@ -190,7 +201,7 @@ struct PackedRing : WeightRing<T, kPackedTileBytes, kBlockRows> {
   // sums[side] += run `run` of the even segment (side 0), and the run that it changes places with of the odd one.
   template <typename F>
   static LAB_DEVICE void add_run(float (&sums)[2], const Vec<uint32_t, 4> (&words)[2],
-                                 const uint8_t* const (&scales)[2], const T* x, int run) {
+                                 const typename Layout<F>::Scales (&scales)[2], const T* x, int run) {
     using L = Layout<F>;
     uint32_t pairs[2][4];
     const int runs[2] = {run, run ^ 1};
@@ -198,8 +209,8 @@ struct PackedRing : WeightRing<T, kPackedTileBytes, kBlockRows> {
     LAB_UNROLL
     for (int side = 0; side < 2; ++side) {
       if constexpr (F::kGroup != 0) group[side] = runs[side] / L::kRunsPerGroup;
-      const float zero = F::kZero ? load_scale<F>(scales[side], group[side], 1) : 0.f;
-      F::template numbers<T>(pairs[side], words[side].v + runs[side] * L::kWords,
+      const float zero = F::kZero ? scales[side].second(group[side], 0) : 0.f;
+      F::template numbers<T>(pairs[side], words[side].v + runs[side] * (F::kBits / 4),
                              F::template zero_pair<T>(zero));
     }
     float products[4] = {}, of_x[4] = {};
@@ -219,9 +230,9 @@ struct PackedRing : WeightRing<T, kPackedTileBytes, kBlockRows> {
       if constexpr (F::kGroup == 0) {
         sums[side] += products[3 * side];
       } else {
-        sums[side] = fmadd(load_scale<F>(scales[side], group[side], 0), products[3 * side], sums[side]);
+        sums[side] = fmadd(scales[side].scale(group[side], 0), products[3 * side], sums[side]);
         if constexpr (F::kMinimum) {
-          sums[side] = fmadd(load_scale<F>(scales[side], group[side], 1), of_x[3 * side], sums[side]);
+          sums[side] = fmadd(scales[side].second(group[side], 0), of_x[3 * side], sums[side]);
         }
       }
     }

@@ -328,10 +328,19 @@ void Worker::finish(Thread* thread) {
            pending.site.file, pending.site.line);
     }
   }
-  thread->copies.clear();  // never waited for, so no thread may read them
-  thread->products.clear();
+  bool in_flight = false;
+  thread->copies.commit();
+  thread->copies.wait(0, [&](const AsyncCopy&) { in_flight = true; });
+  if (in_flight) {
+    fail(
+        "the thread exits while its cp.async copies are in flight; without a wait they may land on whatever "
+        "their place holds by then");
+  }
+  thread->products.clear();  // never waited for, so no thread may read them
   thread->warp->alive &= ~(1u << thread->lane);
-  --blocks[thread->block->cluster_rank]->alive;
+  Block& block = *blocks[thread->block->cluster_rank];
+  // Shared memory ends with its block: what others of the cluster still read of it is lost.
+  if (--block.alive == 0 && blocks.size() > 1 && options.poison) memset(block.smem, 0xff, block.smem_bytes);
   --alive_;
   idle_ = 0;
   if (alive_ > 0) release_cluster();

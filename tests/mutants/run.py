@@ -1,6 +1,7 @@
 """`make mutants`: single faults planted in copies of the kernels; do the checks and tests notice each?
 
     python tests/mutants/run.py [--only TEXT] [--jobs N] [--minutes M] [--cases COMMIT]
+    python tests/mutants/run.py --planted [--only TEXT] [--minutes M]
 
 Each mutant of mutants.py is written into a copy of the project that has the host build, so that only what a
 mutant changes is compiled. Then the op's cases run as in `lab check`, and after them the tests that the
@@ -10,6 +11,9 @@ succeed. The case or test that failed runs again without the mutant, and has to 
 --cases COMMIT asks what the checks and tests of another commit would have noticed. Its whole tree is taken
 and built, and the mutants are planted into that; a mutant whose text is not there is left out. Where a test
 that a mutant names is not in that tree, all tests there that have the op's name run in its place.
+
+--planted leaves out each barrier, fence and wait instead, and says what notices it: see notice.py. All of
+them take more than an hour.
 
 Exit status: 0 if all were killed; 1 if some survive or time ran out; 2 for a mistake of the list: a text that
 is not in its file exactly once, a mutant that does not compile, a case or test that fails without one.
@@ -318,8 +322,14 @@ def main() -> int:
     parser.add_argument("--only", default="", help="mutants whose file and description have this text")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--planted", action="store_true")
     args = parser.parse_args()
     os.environ.update(ENVIRONMENT)
+    if args.planted:
+        sys.path.insert(0, str(ROOT))
+        from mutants import notice
+
+        return notice.main(args.only, args.minutes)
     started = time.monotonic()
     chosen = [n for n, m in enumerate(MUTANTS) if args.only in f"{m.file}: {m.why}"]
     try:

@@ -1,7 +1,8 @@
 """Barriers, fences and waits left out one at a time; a list of (file, old, new, why).
 
-The CUDA ones are found in the sources, so that a new one is on the list by itself. What catches each:
-`python tests/race_detector.py --planted`.
+The CUDA ones are found in the sources, so that a new one is on the list by itself. What notices each is asked
+by `python tests/mutants/run.py --planted` (notice.py). REASONS explains those that nothing need notice, or
+that nothing on a CPU can.
 """
 
 from mutants.planted import Mutant, removals, sources
@@ -32,6 +33,29 @@ TRITON += [
 ]
 
 MUTANTS = CUDA + TRITON
+
+# (file, description) of what a test plants by itself: the words for pytest.
+TESTS = {
+    ("cuda_src/common.cuh", f"take_ticket: {left} alone"): (
+        "tests/test_host.py",
+        "-k",
+        f"fence and {left.upper()}",
+    )
+    for left in ("relaxed", "acquire", "release")
+}
+
+COPIES_LANDED = (
+    "every copy that is not empty has landed: the last round of the loop before has waited for it, and what "
+    "was issued since are empty groups"
+)
+# (file, description): why nothing notices it, and nothing need.
+REASONS = {
+    ("cuda_src/core/mma_rows.cuh", "reduce: without cp_async_wait"): COPIES_LANDED,
+    ("cuda_src/core/mma_attention.cuh", "publish: without cp_async_wait"): COPIES_LANDED,
+    ("cuda_src/core/step_attention.cuh", "add_tokens: without __syncwarp"): (
+        "it orders nothing that is shared; for time it keeps nvcc from loading V only after the scores"
+    ),
+}
 
 
 def of(file: str, why: str) -> Mutant:

@@ -1,0 +1,84 @@
+"""`python tests/mutants/run.py --planted`: what notices that a barrier, a fence or a wait is missing?
+
+    text   what is checked of the order in the text (order.py): fences that have no effect on a CPU, and all
+           of Triton's, whose interpreter runs one program after another
+    test   a test that plants the fault itself
+    race   the host build of up to three kernels that have the fault, under ThreadSanitizer
+           (race_detector.py): a race, a wrong number, a deadlock or an error
+
+Of those that cannot be noticed, or change nothing, synchronisation.py says why. What is neither noticed nor
+explained is reported as UNJUDGED.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import race_detector
+
+from mutants import planted, synchronisation
+from mutants.mutant import Mutant, mutate
+from mutants.order import missing_fences, unordered_arrivals
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def by_text(mutant: Mutant) -> str | None:
+    text = mutate((ROOT / mutant.file).read_text(), mutant)
+    wrong = unordered_arrivals(text) if mutant.file.endswith(".py") else missing_fences(text)
+    return f"text: {wrong[0]}" if wrong else None
+
+
+def by_test(mutant: Mutant) -> str | None:
+    words = synchronisation.TESTS.get((mutant.file, mutant.why))
+    if words is None:
+        return None
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", *words], cwd=ROOT, capture_output=True)
+    return f"test: {' '.join(words)}" if done.returncode == 0 else None
+
+
+def by_race(mutant: Mutant) -> str | None:
+    if mutant.file.endswith(".py"):
+        return None
+    for kernel in planted.kernels_with(mutant)[:3]:
+        with tempfile.TemporaryDirectory(prefix="lab-planted-") as folder:
+            extension = planted.build(
+                mutant, kernel, Path(folder), {"LAB_HOST_SANITIZE": "thread", "LAB_HOST_GPU_SHAPES": "1"}
+            )
+            code, said = race_detector.run_inside(extension, [kernel])
+        if "WARNING: ThreadSanitizer: data race" in said:
+            return f"race in {kernel}: {race_detector.places(said)}"
+        if code:
+            told = re.compile("WRONG|Error|deadlock|pdl_wait|not done")
+            lines = [line for line in said.splitlines() if told.search(line)]
+            return f"race: {kernel}: {(lines or said.splitlines() or ['died'])[-1][:150]}"
+    return None
+
+
+def main(only: str, minutes: float) -> int:
+    """Judges those whose file and description hold `only`. 0 if each is noticed or explained."""
+    chosen = [m for m in synchronisation.MUTANTS if only in f"{m.file}: {m.why}"]
+    if not chosen:
+        print(f"mutants: error: nothing planted has {only!r} in its name", file=sys.stderr)
+        return 2
+    ends, counts, built = time.monotonic() + minutes * 60, Counter(), False
+    for mutant in chosen:
+        name, reason = f"{mutant.file}: {mutant.why}", synchronisation.REASONS.get((mutant.file, mutant.why))
+        says, by = "explained", reason
+        if reason is None:
+            by = by_text(mutant) or by_test(mutant)
+            if not by and time.monotonic() > ends:
+                says, by = "not tried", "time is up"
+            else:
+                if not by and not built:
+                    built = bool(race_detector.build())  # so that what is not planted is compiled once
+                by = by or by_race(mutant)
+                says = "noticed" if by else "UNJUDGED"
+        counts[says] += 1
+        print(f"{says:9} {name}  {by or ''}", flush=True)
+    print(", ".join(f"{n} {says}" for says, n in counts.most_common()))
+    return 1 if counts["UNJUDGED"] or counts["not tried"] else 0
