@@ -19,6 +19,10 @@ from xml.etree import ElementTree
 if side_by_side := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // side_by_side)))
 
+# Kernels that tests compile are linked with the objects of this build.
+if list((Path(__file__).parent.parent / "build/host").glob("gpu_shapes_linear.cu.o")):
+    os.environ.setdefault("LAB_HOST_GPU_SHAPES", "1")
+
 import pytest
 import torch
 

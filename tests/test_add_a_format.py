@@ -143,7 +143,7 @@ def test_contributing_adds_a_weight_format(tmp_path):
         "triton_kernels/formats/__init__.py",
     ]
     (tmp_path / "of_format.cu").write_text(CUDA)
-    host = sorted((ROOT / "build/host").glob("*.cpp.o"))
+    host = [ROOT / "build/host" / f"{path.name}.o" for path in sorted((ROOT / "cuda_src/host").glob("*.cpp"))]
     built = tmp_path / "of_format.so"
     flags = ["-std=c++17", "-O0", "-fPIC", "-pthread", "-shared", "-Wl,-Bsymbolic"]
     compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]

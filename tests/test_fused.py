@@ -133,7 +133,7 @@ def test_runs_repeat_bit_for_bit(backend, device):
     assert first[0] == second[0] and torch.equal(first[1], second[1])
 
 
-def test_a_tensor_core_batch_needs_room_for_its_normed_rows():
+def test_a_tensor_core_batch_needs_room_for_its_normed_rows(gpu_shapes):
     host = load_backend("cuda", torch.device("cpu")).extension
     x, w = torch.zeros(9, 8, dtype=torch.bfloat16), torch.zeros(4, 8, dtype=torch.bfloat16)
     y, code = torch.empty(9, 4, dtype=torch.bfloat16), DTYPE_CODES[torch.bfloat16]

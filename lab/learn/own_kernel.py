@@ -195,8 +195,10 @@ def for_the_cpu(path: Path, said: str, device: str) -> str | None:
 
 def compiled(source: Path, objects: Path) -> bool:
     """Whether there is an object of a kernel's file that is newer than the file (setup.py looks closer)."""
-    target = objects / ("_".join(source.relative_to(ROOT / "cuda_src").parts) + ".o")
-    return target.exists() and target.stat().st_mtime >= source.stat().st_mtime
+    name = "_".join(source.relative_to(ROOT / "cuda_src").parts) + ".o"
+    # The second is the object with a GPU's shapes (LAB_HOST_GPU_SHAPES): see setup.py.
+    targets = [objects / name, objects / f"gpu_shapes_{name}"]
+    return any(t.exists() and t.stat().st_mtime >= source.stat().st_mtime for t in targets)
 
 
 def run_group(command, environment) -> tuple[int, str]:

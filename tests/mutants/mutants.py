@@ -47,13 +47,6 @@ MUTANTS = [
         "rows of a block of packed weights confused",
     ),
     check(
-        PY + "core/packed_rows.py",
-        "linear",
-        "part // PARTS * (ROWS * PARTS) + part % PARTS",
-        "part // PARTS * (ROWS * PARTS) + part % PARTS // 2 * 2",
-        "the scale of a neighbouring group",
-    ),
-    check(
         CU + "rope.cu",
         "rope",
         "  if (position < 0) return;\n",

@@ -15,11 +15,11 @@ CUDA += [
     for left in ("RELAXED", "ACQUIRE", "RELEASE")
 ]
 
-ARRIVALS = ("decode_step", "core/split_attention", "norm_linear_argmax")
+ARRIVALS = ("core/step_product", "core/split_attention", "norm_linear_argmax")
 NO_ORDER = [
     ("decode_step", "acq_rel"),
-    ("decode_step", "release"),
-    ("decode_step", "acquire"),
+    ("core/step_product", "release"),
+    ("core/step_product", "acquire"),
     ("core/split_attention", "acq_rel"),
     ("norm_linear_argmax", "acq_rel"),
 ]

@@ -176,7 +176,9 @@ def packed_product(
     # lies past the end of a row is 0.
     entry = (0,)
     if GROUP:
-        entry = load_entries(scales, row, 0, segments, live, FORMAT, PARTS, SEGMENTS)
+        entry = load_entries(
+            scales, row, first=0, segments=segments, live=live, FORMAT=FORMAT, PARTS=PARTS, SEGMENTS=SEGMENTS
+        )
     for first in tl.range(0, segments, SEGMENTS, num_stages=STAGES):
         there = live[None, :, None]
         if not EVEN_K:
