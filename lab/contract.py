@@ -163,8 +163,8 @@ class Op:
 
     @property
     def takes_formats(self) -> bool:
-        """Whether it takes weights in the formats of lab/formats: then its `inputs` take `format`."""
-        return "format" in inspect.signature(self.inputs).parameters
+        """Whether it is a product of weights in the formats of lab/formats: then its `inputs` take `format`."""
+        return not self.whole_step and "format" in inspect.signature(self.inputs).parameters
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -15,7 +15,11 @@ CUDA += [
     for left in ("RELAXED", "ACQUIRE", "RELEASE")
 ]
 
-ARRIVALS = ("core/step_product", "core/split_attention", "norm_linear_argmax")
+ARRIVALS = {
+    "core/step_product": "tl.debug_barrier()  # every thread's stores come before the arrival",
+    "core/split_attention": "tl.debug_barrier()",
+    "norm_linear_argmax": "tl.debug_barrier()",
+}
 NO_ORDER = [
     ("decode_step", "acq_rel"),
     ("core/step_product", "release"),
@@ -24,8 +28,8 @@ NO_ORDER = [
     ("norm_linear_argmax", "acq_rel"),
 ]
 TRITON = [
-    Mutant(f"triton_kernels/{name}.py", "tl.debug_barrier()", "pass", "an arrival without a barrier")
-    for name in ARRIVALS
+    Mutant(f"triton_kernels/{name}.py", barrier, "pass", "an arrival without a barrier")
+    for name, barrier in ARRIVALS.items()
 ]
 TRITON += [
     Mutant(f"triton_kernels/{name}.py", f'sem="{order}"', 'sem="relaxed"', f"an atomic without {order}")

@@ -202,7 +202,15 @@ def packed_product(
             xv = load_columns(x, b, first * COLUMNS + column, rows, k, EVEN_K)
             mine = 1.0, 0.0
             if GROUP:
-                mine = entry_numbers(entry, None, first, FORMAT, SECOND, PARTS, SEGMENTS)
+                mine = entry_numbers(
+                    entry,
+                    part=None,
+                    first=first,
+                    FORMAT=FORMAT,
+                    SECOND=SECOND,
+                    PARTS=PARTS,
+                    SEGMENTS=SEGMENTS,
+                )
             acc = add_unpacked(
                 acc, lanes, xv, mine, PARTS=PARTS, FORMAT=FORMAT, BITS=BITS, GROUP=GROUP, SECOND=SECOND
             )
@@ -380,7 +388,9 @@ def unpacked_rows(
         value *= tl.load(scales + row, mask=live, other=0)[None, :, None]
     else:
         entry = load_entries(scales, row, first, segments, live, FORMAT, PARTS, SEGMENTS)
-        scale, second = entry_numbers(entry, None, first, FORMAT, SECOND, PARTS, SEGMENTS)
+        scale, second = entry_numbers(
+            entry, part=None, first=first, FORMAT=FORMAT, SECOND=SECOND, PARTS=PARTS, SEGMENTS=SEGMENTS
+        )
         if SECOND == "zero":
             value -= second[:, :, None]
         value *= scale[:, :, None]
@@ -425,7 +435,10 @@ def pick_words(lanes, p: tl.constexpr, PARTS: tl.constexpr):
         RUN: tl.constexpr = p // 2
         first, second = tl.split(high)
         word = second if RUN // 2 else first
-        mine = pick_run(low, RUN, 4) >> 8 * (p % 2), tl.expand_dims(word >> 8 * (RUN % 2) + 4 * (p % 2), 3)
+        mine = (
+            pick_run(low, RUN, PARTS=4) >> 8 * (p % 2),
+            tl.expand_dims(word >> 8 * (RUN % 2) + 4 * (p % 2), 3),
+        )
     else:
         run = pick_run(low, p, PARTS)
         mine = run, run
