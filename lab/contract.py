@@ -163,7 +163,7 @@ class Op:
 
     @property
     def takes_formats(self) -> bool:
-        """Whether it is a product of weights in the formats of lab/formats: then its `inputs` take `format`."""
+        """Whether it is a product of weights in formats (lab/formats): then its `inputs` take `format`."""
         return not self.whole_step and "format" in inspect.signature(self.inputs).parameters
 
     @property
