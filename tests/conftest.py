@@ -19,10 +19,6 @@ from xml.etree import ElementTree
 if side_by_side := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // side_by_side)))
 
-# Kernels that tests compile are linked with the objects of this build.
-if list((Path(__file__).parent.parent / "build/host").glob("gpu_shapes_linear.cu.o")):
-    os.environ.setdefault("LAB_HOST_GPU_SHAPES", "1")
-
 import pytest
 import torch
 
@@ -30,6 +26,19 @@ from lab import worker
 from lab.contract import Rand
 
 GPU = torch.cuda.is_available()
+
+
+def built_with_gpu_shapes() -> bool:
+    """Whether the host build has the launch shapes of a GPU, too."""
+    try:
+        from lab import _host
+    except ImportError:
+        return False
+    return _host.build_info()["gpu_shapes"]
+
+
+# Kernels that tests compile are linked with the objects of this build.
+os.environ.setdefault("LAB_HOST_GPU_SHAPES", str(int(built_with_gpu_shapes())))
 # Of these files nothing is `quick`: they compile programs, run sanitizers, emulate a GPU's shapes, compile
 # Triton kernels for GPUs, interpret whole models, open a browser or start many processes that import torch.
 NOT_QUICK = {
@@ -104,9 +113,7 @@ def rand(device):
 @pytest.fixture
 def gpu_shapes(monkeypatch, device):
     """On a CPU the CUDA kernels have the launch shapes of a GPU."""
-    from lab import _host
-
-    if device == "cpu" and not _host.build_info()["gpu_shapes"]:
+    if device == "cpu" and not built_with_gpu_shapes():
         pytest.skip("needs a host build with LAB_HOST_GPU_SHAPES=1: make test")
     monkeypatch.setenv("LAB_HOST_SHAPES", "gpu")
 

@@ -423,7 +423,7 @@ def test_what_a_bench_is_asked_of_formats():
     assert settings.storage == storage_of(None, "fp8")
     rig = Rig("cpu", {"torch": None}, None, plans=("basic", "persistent"))
     both = [("torch", "basic"), ("torch", "persistent")]
-    assert rig.sides(1, "bf16", packed=True) == rig.sides(1, "bf16") == both
+    assert rig.sides(1, "bf16") == both
     assert settings_of(Request("model", device="cpu", weights_as="fp16")).dtypes == ("fp16",)
     with pytest.raises(LabError, match="contradict each other"):
         settings_of(Request("model", device="cpu", weights_as="fp16", dtypes=("bf16",)))

@@ -54,8 +54,8 @@ inline void by_group(int group, F&& f) {
       return f(AttentionCore<MmaAttention<T, D, 2>>{});
     }
   }
-  // Query heads that one warp serves. The host build without a GPU's shapes has two of these four, which
-  // saves a fifth of its compile time; where there are fewer heads than that, the rest is masked.
+  // Query heads that one warp serves. The host build without a GPU's shapes has two of these four, to save
+  // compile time; where there are fewer heads than that, the rest is masked.
   const int heads = ceil_div(group, ceil_div(group, 4));
   if (heads == 1) return f(AttentionCore<LaneAttention<T, D, 1>>{});
   if constexpr (kHasGpuShapes) {

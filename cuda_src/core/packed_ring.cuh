@@ -33,7 +33,8 @@ struct PackedTiles {
 };
 
 // Bytes of a segment of 8 rows: codes; scales of their groups.
-constexpr int kSegmentBytes = 64, kBlockCodes = kBlockRows * kSegmentBytes;
+template <typename F>
+constexpr int kBlockCodes = kBlockRows * Layout<F>::kSegmentBytes;
 template <typename F>
 constexpr int kSegmentScales = F::kGroup ? Layout<F>::Scales::kBytes : 0;
 template <typename F>
@@ -88,7 +89,7 @@ struct PackedRing : WeightRing<T, kPackedTileBytes, kBlockRows> {
   LAB_DEVICE void issue_packed(const PackedMatrix<T>& m) {
     using L = Layout<F>;
     static_assert(kBlockScales<F> % 16 == 0, "bulk copies have multiples of 16 bytes");
-    const PackedTiles tiles((m.k + L::kColumns - 1) / L::kColumns, kBlockCodes + kBlockScales<F>);
+    const PackedTiles tiles(L::segments(m.k), kBlockCodes<F> + kBlockScales<F>);
     const auto* codes = reinterpret_cast<const unsigned char*>(m.w);
     const Share share = this->share(m.n);
     const int batch = kBatchRows >> (m.parts - 1);
@@ -101,7 +102,7 @@ struct PackedRing : WeightRing<T, kPackedTileBytes, kBlockRows> {
           for (int segment = 0; segment < tiles.segments; segment += tiles.most) {
             const int here = min(tiles.most, tiles.segments - segment);
             const bool row_scales = F::kGroup == 0 && segment + here == tiles.segments;
-            const unsigned code_bytes = here * kBlockCodes;
+            const unsigned code_bytes = here * kBlockCodes<F>;
             const unsigned scale_bytes = F::kGroup    ? here * kBlockScales<F>
                                          : row_scales ? kBlockRows * L::Scales::kBytes
                                                       : 0;
@@ -112,7 +113,7 @@ struct PackedRing : WeightRing<T, kPackedTileBytes, kBlockRows> {
             auto* to = reinterpret_cast<unsigned char*>(this->tile());
             auto* full = &this->shared.full[this->stage];
             const size_t at = block * tiles.segments + segment;
-            bulk_copy_g2s(to, codes + at * kBlockCodes, code_bytes, full);
+            bulk_copy_g2s(to, codes + at * kBlockCodes<F>, code_bytes, full);
             const size_t scales_at =
                 F::kGroup ? at * kBlockScales<F> : block * kBlockRows * L::Scales::kBytes;
             if (scale_bytes) bulk_copy_g2s(to + code_bytes, m.scales + scales_at, scale_bytes, full);
@@ -129,7 +130,7 @@ struct PackedRing : WeightRing<T, kPackedTileBytes, kBlockRows> {
   template <typename F>
   static LAB_DEVICE_CALL Plain sum_rows(Plain ring, const T* x, int k, int outputs, int first) {
     using L = Layout<F>;
-    const PackedTiles tiles((k + L::kColumns - 1) / L::kColumns, kBlockCodes + kBlockScales<F>);
+    const PackedTiles tiles(L::segments(k), kBlockCodes<F> + kBlockScales<F>);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4;
     for (int row = 0; row < outputs; row += kBlockRows) {
       float sum = 0.f, row_scale = 1.f;
@@ -137,7 +138,7 @@ struct PackedRing : WeightRing<T, kPackedTileBytes, kBlockRows> {
         const int here = min(tiles.most, tiles.segments - begin);
         ring.wait();
         const auto* codes = reinterpret_cast<const uint8_t*>(ring.tile());
-        const PackedTile tile{codes, codes + here * kBlockCodes, here};
+        const PackedTile tile{codes, codes + here * kBlockCodes<F>, here};
         // Up to two pairs of segments for each warp, at once: their instructions hide each other's latency.
         if (here > 2 * kRingWarps) {
           sum += sum_pairs<F, 2>(tile, x + begin * L::kColumns);
@@ -171,7 +172,8 @@ struct PackedRing : WeightRing<T, kPackedTileBytes, kBlockRows> {
         // Past the end the last segment is multiplied once more, and does not count.
         const int segment = 2 * (warp + i * kRingWarps) + side, there = min(segment, tile.segments - 1);
         const int place = there * kBlockRows + g;
-        words[i][side] = load(reinterpret_cast<const uint32_t*>(tile.codes + place * kSegmentBytes + t * 16));
+        words[i][side] =
+            load(reinterpret_cast<const uint32_t*>(tile.codes + place * L::kSegmentBytes + t * 16));
         if constexpr (F::kGroup != 0) scales[i][side].load_from(tile.scales + place * kSegmentScales<F>, 0);
         counts[i][side] = segment == there;
         if (g % 2 == side) of_x[i] = x + there * L::kColumns + 4 * t;

@@ -243,12 +243,11 @@ def require_plans(settings: Settings) -> None:
     """Raises LabError for a plan that takes none of the batches. Only for plans that were asked for: by
     default such a plan is left out."""
     dtype, tried = DTYPES[settings.dtypes[0]], settings.model_batches
-    packed = all(storage.quantise for storage in settings.storages)
     if settings.what == "ledger":
         tried = tried[:1]  # a ledger is of one batch
     for name in settings.plans:
-        taken = (batch for batch in tried if not refusal(name, batch, dtype, packed))
-        find_plan(name, next(taken, tried[0]), dtype, packed)
+        taken = (batch for batch in tried if not refusal(name, batch, dtype))
+        find_plan(name, next(taken, tried[0]), dtype)
 
 
 def require_work(settings: Settings) -> None:

@@ -173,8 +173,6 @@ def text(out, model):
         name = f"{backend} {plan} {dtype}"
         with tempfile.NamedTemporaryFile(suffix=".json") as file:
             options = ["--backend", backend, "--plan", plan, "--dtype", dtype, "--json", file.name]
-            if refusal(plan, 1, DTYPES[dtype], packed=True):  # the model's file is quantised
-                options += ["--weights-as", dtype]
             ok, line = logged([*words, *what, *options], out / "text.log")
             if not ok:
                 return False, f"{name}: {line}"

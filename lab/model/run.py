@@ -112,7 +112,7 @@ def main(args) -> int:
         raise LabError(f"--json {args.json}: its folder does not exist")
     if args.json is not None and Path(args.json).is_dir():
         raise LabError(f"--json {args.json!r} is a folder: give the name of a file")
-    find_plan(args.plan, 1, dtype, storage.quantise is not None)
+    find_plan(args.plan, 1, dtype)
     trace = Trace() if args.trace or args.json else None
     table = read_table(args.dispatch) if args.dispatch is not None else None
     overrides = args.override or environment_overrides()
@@ -120,7 +120,6 @@ def main(args) -> int:
 
     source = open_source(args.model, args.weights)
     packed = planned(source, dtype, storage)[1].packed
-    find_plan(args.plan, 1, dtype, packed)
     tokenizer = find_tokenizer(source, needed=args.ids is None)
     prompt_ids = (
         parse_ids(args.ids) if args.ids is not None else encode(tokenizer, read_prompt(args.prompt), args.raw)

@@ -17,11 +17,8 @@ from lab.model.plans.persistent import persistent_step
 PLANS = {"basic": basic_step, "fused": fused_step, "persistent": persistent_step}
 
 
-def refusal(plan: str, batch: int, dtype: torch.dtype, packed: bool = False) -> str | None:
-    """Why a plan does not decode a batch of this size, or a model of this dtype; None where it does.
-
-    packed: whether matrices of the model are packed in a weight format.
-    """
+def refusal(plan: str, batch: int, dtype: torch.dtype) -> str | None:
+    """Why a plan does not decode a batch of this size, or a model of this dtype; None where it does."""
     from lab.ops.decode_step import op
 
     if plan != "persistent":
@@ -34,11 +31,10 @@ def refusal(plan: str, batch: int, dtype: torch.dtype, packed: bool = False) -> 
     return None
 
 
-def find_plan(name: str, batch: int, dtype: torch.dtype, packed: bool = False):
-    """The plan's step. Raises LabError for an unknown plan and for one that takes no such batch, dtype or
-    weights."""
+def find_plan(name: str, batch: int, dtype: torch.dtype):
+    """The plan's step. Raises LabError for an unknown plan and for one that takes no such batch or dtype."""
     if name not in PLANS:
         raise LabError(f"unknown plan {name!r}: choose from {', '.join(PLANS)}")
-    if why := refusal(name, batch, dtype, packed):
+    if why := refusal(name, batch, dtype):
         raise LabError(why)
     return PLANS[name]
