@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 
 from lab import declared
-from lab.arguments import duration, seconds
+from lab.arguments import duration, gibibytes, seconds
 from lab.inspect.gpu import GPUS
 
 DTYPES = ("fp32", "fp16", "bf16")  # the names of lab.contract.DTYPES; a test compares them
@@ -272,13 +272,23 @@ def try_(parser):
         "--dtype", help=f"{', '.join(DTYPES)}, separated by commas; default: all that the op takes"
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random inputs")
+    parser.add_argument(
+        "--seed", type=int, help="seed of the random inputs; default: a new one, which a failure names"
+    )
     parser.add_argument(
         "--timeout",
         type=seconds,
         default=120.0,
         metavar="SECONDS",
-        help="time limit for compiling the file, for loading it and for each case (default 120)",
+        help="time limit for compiling the file, for loading it, for each case and each step of the race "
+        "(default 120)",
+    )
+    parser.add_argument(
+        "--memory",
+        type=gibibytes,
+        default=16.0,
+        metavar="GIB",
+        help="how much memory of the host the kernel's process may take (default 16)",
     )
     parser.add_argument(
         "--check-only", action="store_true", help="check the kernel, but do not measure it on a GPU"
