@@ -31,8 +31,8 @@ LONGEST = 500  # characters of the message about a case
 @dataclass(frozen=True)
 class Outcome:
     """The result of a case: `error` says what is wrong, or is None; `used` is the largest share of the
-    tolerance that an element took; `kind` of an error: wrong, raised, overrun (a write outside of a tensor) or
-    changed (one to an input)."""
+    tolerance that an element took; `kind` of an error: wrong, raised, overrun (a write outside of a tensor)
+    or changed (one to an input)."""
 
     error: str | None
     used: float

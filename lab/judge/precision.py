@@ -21,9 +21,9 @@ from lab.judge.refusal import Refusal
 
 FLOAT32_SHARE = 8.0  # of the tolerance beyond one step: the standard deviation of the float32 arithmetic
 FEWEST = 64  # elements, from which on statistics say something
-# The kernels of this repository, of all ops and in both languages, have sizes up to 1.00 and biases up to 0.08 in
-# fp16 and bf16. One more rounding of each product gives 1.2 and more; results that are cut off give 2.0 and a bias of
-# 1.7. In fp32, where the order of a sum is seen, sizes go up to 1.0 and biases of correlated elements up to 0.25.
+# The kernels of this repository, of all ops and in both languages, have sizes up to 1.00 and biases up to
+# 0.08 in fp16 and bf16. Results that are cut off give 2.0 and a bias of 1.7, a second rounding at the end 1.4.
+# In fp32, where the order of a sum is seen, sizes go up to 1.0 and biases of correlated elements up to 0.25.
 LARGEST, MOST_BIAS = {2: 1.12, 4: 2.0}, {2: 0.2, 4: 1.0}  # by the bytes of an element
 
 
@@ -75,14 +75,14 @@ class Errors:
             where = "away from" if self.bias > 0 else "towards"
             return Refusal(
                 "biased rounding",
-                f"results lie {where} 0 by {abs(self.bias):.2f} of a rounding's standard deviation on average, as "
-                "when digits are cut off: round to the nearest",
+                f"results lie {where} 0 by {abs(self.bias):.2f} standard deviations of a rounding on average, "
+                "as when digits are cut off: round to the nearest",
             )
         if self.size > LARGEST[self.itemsize]:
             return Refusal(
                 "low precision",
-                f"errors are {self.size:.2f} times those of float32 arithmetic that is rounded once: the contract "
-                "allows no other rounding between",
+                f"errors are {self.size:.2f} times those of float32 arithmetic that is rounded once: the "
+                "contract allows no other rounding in between",
             )
         return None
 

@@ -114,7 +114,7 @@ class Judge:
     def refusal(self, outcome, arena, outputs, earlier, later) -> Refusal | None:
         reply = self.remote.reply
         if reply.get("kind"):
-            return Refusal(reply["kind"], outcome.error)
+            return Refusal(reply["kind"], str(outcome.error).removeprefix("not run: "))
         if patched := reply.get("patched"):
             return Refusal("patched functions", f"the file replaced {', '.join(map(str, patched[:4]))}")
         if outcome.kind == "raised":
@@ -126,12 +126,12 @@ class Judge:
         if reply.get("late") or outcome.error and still_written(arena, self.remote.at_return):
             return Refusal(
                 "late work",
-                "memory was written after the call had returned: work on other threads or streams must be joined",
+                "memory was written after the call had returned: join the work of other threads and streams",
             )
         if not reply.get("launched"):
-            wrong = f", and {outcome.error}" if outcome.error else ""
+            also = f", and {outcome.error}" if outcome.error else ""
             return Refusal(
-                "no kernel", f"the call launched none (CUDA: launch(...), Triton: kernel[grid](...)){wrong}"
+                "no kernel", f"the call launched none: use launch() in CUDA, kernel[grid]() in Triton{also}"
             )
         if outcome.error:
             return wrong(self.op, outcome, arena, outputs, earlier)
@@ -157,6 +157,10 @@ def wrong(op: Op, outcome, arena: Arena, outputs: Outputs, earlier: list) -> Ref
         same_shape = old.shape == want.shape and got.is_floating_point()
         if same_shape and not torch.equal(old, want) and compare(got, old, *limits).error is None:
             return Refusal("remembered result", "it is the right one of the call before, of other contents")
+    if outputs.all and all(map(nearly_right, outputs.all)):
+        return Refusal(
+            "low precision", f"{outcome.error}; all are off by little, as after one more rounding in between"
+        )
     if op.verify is not None and earlier_token(op, arena):
         return Refusal("unwritten output", outcome.error)
     return Refusal("wrong result", outcome.error)
@@ -201,6 +205,14 @@ def off(got, want, rtol, atol) -> torch.Tensor:
     got, want = got.double(), want.double()
     near = (got == want) | (got.isnan() & want.isnan()) | ((got - want).abs() <= rtol * want.abs() + atol)
     return ~near
+
+
+def nearly_right(output) -> bool:
+    """Whether no element is off by more than a tenth of the usual size of the right values."""
+    got, want, *_ = output
+    if not got.is_floating_point() or not bool(got.isfinite().all() & want.isfinite().all()):
+        return False
+    return float((got.double() - want).abs().max()) <= 0.1 * float(want.double().square().mean().sqrt())
 
 
 def still_written(arena: Arena, at_return: torch.Tensor) -> bool:
