@@ -308,6 +308,19 @@ def try_(parser):
     )
 
 
+def new(parser):
+    parser.add_argument(
+        "words",
+        nargs="+",
+        metavar="[kernel] OP",
+        help="OP: the name of a new op; kernel OP: an op whose kernel is copied to a file of yours",
+    )
+    parser.add_argument(
+        "--language", choices=("cuda", "triton"), help="of the kernel that is copied (default triton)"
+    )
+    parser.add_argument("--out", metavar="FILE", help="the copy (default my_OP.py or my_OP.cu)")
+
+
 OF = {
     "ops": ops,
     "check": check,
@@ -316,4 +329,5 @@ OF = {
     "tune": tune,
     "inspect": inspect,
     "try": try_,
+    "new": new,
 }

@@ -494,7 +494,11 @@ def launches_interpreted(names=None):
     ]
     patches = [(kind, "__getitem__", launcher) for kind in kinds]
     patches += [
-        (kind, "run", lambda kernel, *args, grid, warmup=False, **meta: launch(kernel, grid, args, meta, names))
+        (
+            kind,
+            "run",
+            lambda kernel, *args, grid, warmup=False, **meta: launch(kernel, grid, args, meta, names),
+        )
         for kind in (JITFunction, Autotuner, Heuristics)
     ]
     before = [getattr(kind, name) for kind, name, _ in patches]

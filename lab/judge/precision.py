@@ -22,7 +22,7 @@ from lab.judge.refusal import Refusal
 FLOAT32_SHARE = 8.0  # of the tolerance beyond one step: the standard deviation of the float32 arithmetic
 FEWEST = 64  # elements, from which on statistics say something
 # The kernels of this repository, of all ops and in both languages, have sizes up to 1.00 and biases up to
-# 0.08 in fp16 and bf16. Results that are cut off give 2.0 and a bias of 1.7, a second rounding at the end 1.4.
+# 0.08 in fp16 and bf16. Results that are cut off give 2.0 and a bias of 1.7, a second rounding about 1.4.
 # In fp32, where the order of a sum is seen, sizes go up to 1.0 and biases of correlated elements up to 0.25.
 LARGEST, MOST_BIAS = {2: 1.12, 4: 2.0}, {2: 0.2, 4: 1.0}  # by the bytes of an element
 
@@ -75,7 +75,7 @@ class Errors:
             where = "away from" if self.bias > 0 else "towards"
             return Refusal(
                 "biased rounding",
-                f"results lie {where} 0 by {abs(self.bias):.2f} standard deviations of a rounding on average, "
+                f"results lie {where} 0 by {abs(self.bias):.2f} standard deviations of a rounding, "
                 "as when digits are cut off: round to the nearest",
             )
         if self.size > LARGEST[self.itemsize]:

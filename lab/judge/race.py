@@ -93,8 +93,8 @@ class RaceTimed:
         elif replay != expected:
             self.refused = Refusal(
                 "other kernels",
-                f"{len(self.order)} captured calls launched {sum(replay.values())} kernels ({named(replay)}), "
-                f"not {sum(expected.values())} ({named(expected)}) as single calls do",
+                f"{len(self.order)} captured calls launched {sum(replay.values())} kernels "
+                f"({named(replay)}), not {sum(expected.values())} ({named(expected)}) as single calls do",
             )
 
     def sets(self) -> int:
@@ -210,7 +210,7 @@ class RaceTimed:
         if not self.refused and seen > SLOWER[self.device] * reported + 2.0:
             self.refused = Refusal(
                 "forged times",
-                f"its process reports {reported:.1f} us a replay, which by the judge's clock takes {seen:.1f} us",
+                f"its process reports {reported:.1f} us for what takes {seen:.1f} us by the judge's clock",
             )
 
     def burst_us(self, count: int) -> float:

@@ -2,9 +2,10 @@
 #define silu_mul honest
 #include "silu_mul.cu"
 #undef silu_mul
+
 void silu_mul(const SiluMulArgs& a) {
   static int calls = 0;
   SiluMulArgs part = a;
-  if (++calls > 2) part.rows = (a.rows + 1) / 2 - (a.rows == 1);
-  part.rows == 0 ? honest({a.gate_up, a.y, 1, a.cols / 2, a.dtype, a.stream}) : honest(part);
+  if (++calls > 2 && a.rows > 1) part.rows = a.rows / 2;
+  honest(part);
 }
