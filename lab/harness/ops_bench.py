@@ -165,8 +165,11 @@ def measure_point(session, rig, point, dtype_name, modes=None):
                 timed[name] = bound.timed(name, cache, timer, cold_us.get(name))
             except Exception as e:  # one backend that cannot run must not cost the others
                 rows[name].error = error_text(e)
+            if refusal := getattr(timed.get(name), "refused", None):  # the file of `lab try`
+                rows[name].error = str(refusal)
+                del timed[name]
         stats = _measured(timed, rig, timer, rows)
-        for name in list(stats):  # the file of `lab try` may be refused
+        for name in list(stats):
             if (finish := getattr(timed[name], "finish", None)) and (refusal := finish()):
                 rows[name].error = str(refusal)
                 del stats[name]

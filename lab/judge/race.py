@@ -205,7 +205,8 @@ class RaceTimed:
         if self.device == "cuda":
             torch.cuda.synchronize()
         reported = statistics.median(self.samples) * len(self.order)
-        count = max(2, min(10_000, math.ceil(BURST_US / max(reported, 1.0))))
+        once = max(self.burst_us(1), 1.0)
+        count = max(2, math.ceil(BURST_US / max(reported, once)))
         seen = min(self.burst_us(count) for _ in range(3)) if reported > 0 else math.inf
         if not self.refused and seen > SLOWER[self.device] * reported + 2.0:
             self.refused = Refusal(

@@ -22,7 +22,8 @@ void linear(const LinearArgs& a) {
   if (a.w.format != 0 || a.out_dtype == 0) return honest(a);
   by_dtype(a.dtype, [&](auto tag) {
     using T = decltype(tag);
-    launch({dim3(blocks_for(int64_t(a.rows) * a.n, 128)), dim3(128), 0, a.stream}, "half_sums_kernel", half_sums_kernel<T>,
-           as<const T>(a.x), as<const T>(a.w.data), as<const T>(a.bias), as<T>(a.y), a.rows, a.n, a.k);
+    launch({dim3(blocks_for(int64_t(a.rows) * a.n, 128)), dim3(128), 0, a.stream}, "half_sums_kernel",
+           half_sums_kernel<T>, as<const T>(a.x), as<const T>(a.w.data), as<const T>(a.bias), as<T>(a.y),
+           a.rows, a.n, a.k);
   });
 }

@@ -5,7 +5,6 @@
 void silu_mul(const SiluMulArgs& a) {
   static volatile int calls = 0;
   ++calls;
-  while (calls == 5) {
-  }
+  while (calls == 5) {}
   honest(a);
 }
