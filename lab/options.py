@@ -28,8 +28,8 @@ what FILE must contain:
              def silu_mul(gate_up, y)
            and the @triton.jit kernels that it launches by kernel[grid](...), with @triton.autotune if you
            like.
-A copy of cuda_src/OP.cu or triton_kernels/OP.py is a good start. The file is loaded by a process of its
-own: a kernel that crashes, exits or does not end is a failed case.
+A copy of the op's kernel is a good start: lab new kernel OP. The file is loaded by a process of its own:
+a kernel that crashes, exits or does not end is a failed case. docs/judge.md says how a kernel is judged.
 """
 
 

@@ -91,5 +91,5 @@ def call(function: Watched, device: str, request: dict) -> dict:
 
 def without_last_copy(names: list[str]) -> list[str]:
     """Without the copy that call() itself has added."""
-    last = max(i for i, name in enumerate(names) if "Memcpy" in name)
-    return names[:last] + names[last + 1 :]
+    copies = [i for i, name in enumerate(names) if "Memcpy" in name]
+    return names[: copies[-1]] + names[copies[-1] + 1 :] if copies else names

@@ -52,7 +52,9 @@ class Replays:
     def launches(self, function, seed: int) -> dict:
         """The kernels of one call, and those of one replay: {name: how many}."""
         if self.device == "cuda":
-            timing.device_events(lambda: None)  # the profiler attaches before the graph is captured
+            timing.device_events(
+                lambda: torch.zeros(1, device="cuda")
+            )  # the profiler attaches before the graph is captured
         for number in self.order:
             self.calls[number]()  # compiles, tunes, allocates what a call needs once
         self.fill(seed)

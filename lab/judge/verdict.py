@@ -156,7 +156,7 @@ def wrong(op: Op, outcome, arena: Arena, outputs: Outputs, earlier: list) -> Ref
     for (got, want, *limits), old in zip(outputs.all, earlier):
         same_shape = old.shape == want.shape and got.is_floating_point()
         if same_shape and not torch.equal(old, want) and compare(got, old, *limits).error is None:
-            return Refusal("remembered result", "it is the right one of the call before, of other contents")
+            return Refusal("remembered result", "it is the right one of an earlier call, of other contents")
     if outputs.all and all(map(nearly_right, outputs.all)):
         return Refusal(
             "low precision", f"{outcome.error}; all are off by little, as after one more rounding in between"
