@@ -2,6 +2,10 @@
 
 from dataclasses import dataclass
 
+from lab.errors import one_line
+
+LONGEST = 500  # characters
+
 
 @dataclass(frozen=True)
 class Refusal:
@@ -12,4 +16,4 @@ class Refusal:
     seen: str
 
     def __str__(self) -> str:
-        return f"{self.kind}: {self.seen}"
+        return one_line(f"{self.kind}: {self.seen}")[:LONGEST]

@@ -50,9 +50,14 @@ class Remote:
     def run(self, arena: Arena) -> str | None:
         before = self.worker.threads() if self.worker.process else None
         self.reply = self.worker.exchange(self.name, arena)
-        after = self.worker.threads() if self.worker.process else None
-        self.new_threads = 0 if None in (before, after) else after - before
         self.at_return = arena.memory.clone()
+        self.new_threads = 0
+        deadline = time.monotonic() + LOOK_AGAIN  # a thread that has been joined is gone a moment later
+        while before is not None and self.worker.process is not None:
+            self.new_threads = self.worker.threads() - before
+            if self.new_threads <= 0 or time.monotonic() > deadline:
+                break
+            time.sleep(0.01)
         error = self.reply.get("error")
         return None if error is None else str(error)
 
@@ -108,7 +113,10 @@ class Judge:
     ) -> tuple[Refusal | None, float]:
         """Calls the kernel once. earlier: the right values of the call before, in the same tensors; later:
         whether there was one."""
+        self.remote.reply = {}
         outcome = check_call(self.op, self.remote, arena, {"out", *self.op.state}, outputs)
+        if not self.remote.reply:  # the call before left something in `state` that no kernel may be given
+            return Refusal("wrong result", outcome.error), outcome.used
         return self.refusal(outcome, arena, outputs, earlier, later), outcome.used
 
     def refusal(self, outcome, arena, outputs, earlier, later) -> Refusal | None:

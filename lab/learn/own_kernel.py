@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 
 from lab.arguments import names, numbers
-from lab.check import LONGEST
 from lab.contract import BACKENDS, DTYPES, Op
 from lab.errors import LabError, Unavailable, one_line
 from lab.harness import untuned
@@ -113,7 +112,7 @@ def judge_again(judge: Judge, dtypes) -> int:
 
 
 def line_about(case, refusal) -> str:
-    return f"    {case.why} {dict(case.sizes)}: {one_line(str(refusal))[:LONGEST]}"
+    return f"    {case.why} {dict(case.sizes)}: {refusal}"
 
 
 def race_of(op: Op, args, dtypes) -> Request:
