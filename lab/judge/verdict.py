@@ -45,6 +45,7 @@ class Remote:
         self.worker, self.name, self.file = worker, name, worker.file
         self.reply: dict = {}
         self.new_threads = 0
+        self.late = False  # whether the arena has changed since the answer came
         self.at_return = None  # the arena's bytes when the answer came
 
     def run(self, arena: Arena) -> str | None:
@@ -58,6 +59,7 @@ class Remote:
             if self.new_threads <= 0 or time.monotonic() > deadline:
                 break
             time.sleep(0.01)
+        self.late = not torch.equal(arena.memory, self.at_return)
         error = self.reply.get("error")
         return None if error is None else str(error)
 
@@ -131,7 +133,8 @@ class Judge:
             return Refusal("out of bounds", outcome.error)
         if outcome.kind == "changed":
             return Refusal("changed input", outcome.error)
-        if reply.get("late") or outcome.error and still_written(arena, self.remote.at_return):
+        late = reply.get("late") or self.remote.late
+        if late or outcome.error and still_written(arena, self.remote.at_return):
             return Refusal(
                 "late work",
                 "memory was written after the call had returned: join the work of other threads and streams",
