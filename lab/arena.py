@@ -125,7 +125,8 @@ class Arena:
 
     def damage(self, may_change: set[str]) -> str | None:
         """A message about a write since remember() that is not allowed, or None. may_change: names or paths
-        of the values that may be written."""
+        of the values that may be written. Afterwards `overran` says whether it was outside of all tensors."""
+        self.overran = True
         for r in self.regions:
             zones = (
                 (r.start - r.guard, r.start, "before the start of"),
@@ -134,6 +135,7 @@ class Arena:
             for start, end, where in zones:
                 if not torch.equal(self.memory[start:end], self.before[start:end]):
                     return self.overrun(r, start, end, where)
+        self.overran = False
         for r in self.regions:
             if not torch.equal(self.memory[r.start : r.end], self.before[r.start : r.end]):
                 wrong = self.changed(r, may_change | self.addresses)

@@ -48,3 +48,14 @@ def seconds(text: str) -> float:
     if not 0 < value < 1e6:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
     return value
+
+
+def gibibytes(text: str) -> float:
+    """An amount of memory in GiB, from the command line."""
+    try:
+        value = number(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of GiB")
+    return value

@@ -31,10 +31,12 @@ LONGEST = 500  # characters of the message about a case
 @dataclass(frozen=True)
 class Outcome:
     """The result of a case: `error` says what is wrong, or is None; `used` is the largest share of the
-    tolerance that an element took."""
+    tolerance that an element took; `kind` of an error: wrong, raised, overrun (a write outside of a tensor)
+    or changed (one to an input)."""
 
     error: str | None
     used: float
+    kind: str = "wrong"
 
 
 def check_case(op: Op, function, rand: Rand, sizes, calls: int = 2) -> Outcome:
@@ -77,9 +79,12 @@ def values_of(op: Op, args) -> dict:
     return values
 
 
-def check_call(op: Op, function, arena: Arena, may_change: set[str]) -> Outcome:
+def check_call(op: Op, function, arena: Arena, may_change: set[str], errors=None) -> Outcome:
     """Calls the function once on the arena's values and judges the result by a copy of its inputs in the
-    arena."""
+    arena.
+
+    errors: counts the errors of all elements (lab.judge.precision.Errors).
+    """
     before = arena.remember()
     before.pop("out", None)
     a = op.bound(**before)
@@ -89,10 +94,10 @@ def check_call(op: Op, function, arena: Arena, may_change: set[str]) -> Outcome:
         except LabError as error:  # in the second call: the first left something wrong in `state`
             return Outcome(str(error), torch.inf)
     error = function.run(arena) if hasattr(function, "run") else run_here(function, arena)
-    if error is None:
-        error = arena.damage(may_change | set(op.mutates))
     if error is not None:
-        return Outcome(error, torch.inf)
+        return Outcome(error, torch.inf, "raised")
+    if damage := arena.damage(may_change | set(op.mutates)):
+        return Outcome(damage, torch.inf, "overrun" if arena.overran else "changed")
     want = op.reference(**before)
     limits = op.tolerance(op.bound(**{name: finite(value) for name, value in before.items()}))
     after = arena.values()
@@ -103,9 +108,10 @@ def check_call(op: Op, function, arena: Arena, may_change: set[str]) -> Outcome:
     if op.verify is not None:
         error = op.verify(out, a)
         outcomes, got, want = [Outcome(error, 0.0 if error is None else torch.inf)], got[1:], want[1:]
-    outcomes += [
-        compare(g, w, *limits) for g, w in zip(got, want)
-    ]  # what has no reference (scratch) is not compared
+    for g, w in zip(got, want):  # what has no reference (scratch) is not compared
+        outcomes.append(compare(g, w, *limits))
+        if errors is not None:
+            errors.add(g, w, *limits)
     return max(outcomes, key=lambda outcome: outcome.used)
 
 

@@ -37,8 +37,9 @@ VERBS = {  # verb: (module, what it does)
     ),
     "try": (
         "lab.learn.own_kernel",
-        "your own kernel, from one file: checked, and on a GPU measured against the op's kernels",
+        "your own kernel, from one file: judged, and on a GPU measured against the op's kernels",
     ),
+    "new": ("lab.learn.new", "the files of a new op, or a copy of an op's kernel to begin with"),
     "explain": (
         "lab.learn.explain",
         "the CUDA and the Triton code of an op or of a weight format side by side, step by step",

@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 
 from lab import declared
-from lab.arguments import duration, seconds
+from lab.arguments import duration, gibibytes, seconds
 from lab.inspect.gpu import GPUS
 
 DTYPES = ("fp32", "fp16", "bf16")  # the names of lab.contract.DTYPES; a test compares them
@@ -28,8 +28,8 @@ what FILE must contain:
              def silu_mul(gate_up, y)
            and the @triton.jit kernels that it launches by kernel[grid](...), with @triton.autotune if you
            like.
-A copy of cuda_src/OP.cu or triton_kernels/OP.py is a good start. The file is loaded by a process of its
-own: a kernel that crashes, exits or does not end is a failed case.
+A copy of the op's kernel is a good start: lab new kernel OP. The file is loaded by a process of its own:
+a kernel that crashes, exits or does not end is a failed case. docs/judge.md says how a kernel is judged.
 """
 
 
@@ -286,13 +286,23 @@ def try_(parser):
         "--dtype", help=f"{', '.join(DTYPES)}, separated by commas; default: all that the op takes"
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random inputs")
+    parser.add_argument(
+        "--seed", type=int, help="seed of the random inputs; default: a new one, which a failure names"
+    )
     parser.add_argument(
         "--timeout",
         type=seconds,
         default=120.0,
         metavar="SECONDS",
-        help="time limit for compiling the file, for loading it and for each case (default 120)",
+        help="time limit for compiling the file, for loading it, for each case and each step of the race "
+        "(default 120)",
+    )
+    parser.add_argument(
+        "--memory",
+        type=gibibytes,
+        default=16.0,
+        metavar="GIB",
+        help="how much memory of the host the kernel's process may take (default 16)",
     )
     parser.add_argument(
         "--check-only", action="store_true", help="check the kernel, but do not measure it on a GPU"
@@ -312,6 +322,19 @@ def try_(parser):
     )
 
 
+def new(parser):
+    parser.add_argument(
+        "words",
+        nargs="+",
+        metavar="[kernel] OP",
+        help="OP: the name of a new op; kernel OP: an op whose kernel is copied to a file of yours",
+    )
+    parser.add_argument(
+        "--language", choices=("cuda", "triton"), help="of the kernel that is copied (default triton)"
+    )
+    parser.add_argument("--out", metavar="FILE", help="the copy (default my_OP.py or my_OP.cu)")
+
+
 OF = {
     "ops": ops,
     "check": check,
@@ -320,4 +343,5 @@ OF = {
     "tune": tune,
     "inspect": inspect,
     "try": try_,
+    "new": new,
 }

@@ -31,11 +31,16 @@ ROOT = Path(__file__).resolve().parent.parent
 LARGEST_FILE = 1 << 30  # bytes: the largest file that a kernel may write
 LONGEST_REPLY = 1 << 20  # bytes
 MOST_DEATHS = 5  # after so many the remaining cases are not run, because each new process costs seconds
+LOOK_SECONDS = 0.2  # how often the memory of a worker that has a limit is read
 
 
 class Died(Exception):
     """The worker ended, or took too long. The message completes a sentence about it, such as "was ended by
-    SIGSEGV"."""
+    SIGSEGV". kind: what happened, in two words."""
+
+    def __init__(self, message: str, kind: str = "process ended"):
+        super().__init__(message)
+        self.kind = kind
 
 
 class Worker:
@@ -44,11 +49,13 @@ class Worker:
 
     spec: "module", with a function in_worker(spec) that returns name -> function of an op's arguments;
     "device"; "what" is loaded, for messages; and the values that the module needs. timeout: seconds for
-    loading and for each call; None means no limit.
+    loading and for each call; None means no limit. memory: bytes by which the process and what it starts may
+    grow, of memory that is not shared; None means no limit.
     """
 
-    def __init__(self, spec: dict, timeout: float | None):
+    def __init__(self, spec: dict, timeout: float | None, memory: int | None = None):
         self.spec, self.timeout, self.process = spec, timeout, None
+        self.memory, self.memory_before = memory, 0
         self.file, self.file_name = arena_file()
         self.deaths, self.given_up = 0, None
 
@@ -79,6 +86,7 @@ class Worker:
             start_new_session=True,
             pass_fds=(requests, replies, self.file.fileno()),
         )
+        self.memory_before = anonymous_bytes([self.process.pid])
         os.set_blocking(self.requests, False)
         os.close(requests)
         os.close(replies)
@@ -101,7 +109,7 @@ class Worker:
                 raise ValueError
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             self.kill()
-            raise Died("wrote into the pipe of the check") from None
+            raise Died("wrote into the pipe of the check", "forged reply") from None
         if "unavailable" in reply:
             raise Unavailable(reply["unavailable"])
         if "refused" in reply:
@@ -135,11 +143,30 @@ class Worker:
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
                 self.kill()
-                raise Died(f"did not end within {self.timeout:g} s (--timeout)")
-            if any(select.select(readable, writable, [], 0 if ended else min(1.0, left or 1.0))):
+                raise Died(f"did not end within {self.timeout:g} s (--timeout)", "time limit")
+            if not ended:
+                self.limit_memory()
+            longest = 1.0 if self.memory is None else LOOK_SECONDS
+            if any(select.select(readable, writable, [], 0 if ended else min(longest, left or longest))):
                 return
             if ended:
                 raise Died(how_it_ended(self.wait()))
+
+    def limit_memory(self) -> None:
+        """Raises Died if the process has taken more memory than it may. Its address space says nothing: CUDA
+        reserves more than any machine has."""
+        if self.memory is None:
+            return
+        pids = [self.process.pid, *descendants(self.process.pid)]
+        if anonymous_bytes(pids) - self.memory_before > self.memory:
+            self.kill()
+            raise Died(f"took more than {self.memory / 2**30:g} GiB of memory (--memory)", "memory limit")
+
+    def threads(self) -> int:
+        """How many threads the process has now; 0 on a system without /proc."""
+        with contextlib.suppress(OSError):
+            return len(os.listdir(f"/proc/{self.process.pid}/task"))
+        return 0
 
     def wait(self) -> int | None:
         """The exit status of a process that has closed its pipe, in the form that subprocess uses; None if
@@ -168,30 +195,36 @@ class Worker:
 
     def call(self, name: str, arena) -> str | None:
         """Lets the worker call the op on an arena that lies in `file`; returns what went wrong, or None."""
+        error = self.exchange(name, arena).get("error")
+        return None if error is None else str(error)
+
+    def exchange(self, name: str, arena) -> dict:
+        """The same; returns the worker's whole answer, or {"error", "kind"} if there was none."""
         if self.given_up:
-            return self.given_up
+            return {"error": self.given_up, "kind": "not run"}
         if self.process is None:
             self.start()
         try:
-            reply = self.ask(
-                {
-                    "call": name,
-                    "file": self.file_name,
-                    "nbytes": arena.memory.numel(),
-                    "layout": arena.layout(),
-                    "recipe": arena.recipe,
-                }
-            )
+            reply = self.ask({"call": name, **self.place_of(arena)})
         except Died as died:
             self.deaths += 1
-            if "--timeout" in str(died):
+            if died.kind == "time limit":
                 self.given_up = "not run: a case before took too long"
             elif self.deaths >= MOST_DEATHS:
                 self.given_up = f"not run: its process has ended {MOST_DEATHS} times"
-            return f"the kernel's process {died}"
+            return {"error": f"the kernel's process {died}", "kind": died.kind}
         if reply.get("broken"):
             self.kill()
-        return str(reply["error"]) if reply.get("error") is not None else None
+        return reply
+
+    def place_of(self, arena) -> dict:
+        """What the worker must know to find an arena's tensors in `file`."""
+        return {
+            "file": self.file_name,
+            "nbytes": arena.memory.numel(),
+            "layout": arena.layout(),
+            "recipe": arena.recipe,
+        }
 
 
 class Function:
@@ -228,6 +261,16 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
+def anonymous_bytes(pids: list[int]) -> int:
+    """The memory of processes that is neither shared nor a file's; 0 on a system without /proc."""
+    total = 0
+    for pid in pids:
+        with contextlib.suppress(OSError, ValueError):
+            status = Path(f"/proc/{pid}/status").read_text()
+            total += int(status.split("RssAnon:")[1].split()[0]) << 10 if "RssAnon:" in status else 0
+    return total
+
+
 def write_all(fd: int, data: bytes) -> None:
     while data:
         data = data[os.write(fd, data) :]
@@ -249,12 +292,10 @@ def how_it_ended(status: int | None) -> str:
 
 def call(function, device: str, request: dict) -> dict:
     """Runs a function on the arena of a request. When it returns, the file has what the function wrote."""
-    import torch
 
-    from lab.arena import map_file, unpack_from
+    from lab.arena import unpack_from
 
-    with open(request["file"], "r+b") as file:
-        shared = map_file(file, request["nbytes"])
+    shared = shared_memory(request["file"], request["nbytes"])
     memory = shared.to(device)
     storages = [memory[start : start + nbytes] for start, nbytes in request["layout"]]
     # Under compute-sanitizer each storage is an allocation of its own, so that memcheck sees an access beyond
@@ -274,14 +315,34 @@ def call(function, device: str, request: dict) -> dict:
     except Unavailable as error:
         return {"unavailable": str(error)}
     except BaseException as error:  # also of sys.exit() in a kernel's file
-        broken = False
-        if memory.is_cuda:
-            try:
-                torch.cuda.synchronize()
-            except Exception:  # the CUDA context is lost
-                broken = True
-        return {"error": error_text(error), "broken": broken}
+        return {"error": error_text(error), "broken": memory.is_cuda and context_is_lost()}
     return {} if out is None or returned is out else {"error": "did not return the tensor given as out="}
+
+
+def shared_memory(name: str, nbytes: int):
+    """The first `nbytes` of the file of arenas as a uint8 tensor: in one place as long as they are as
+    many."""
+    from lab.arena import map_file
+
+    if _mapped.get("nbytes") != nbytes:
+        _mapped.clear()  # unmaps the old one
+        with open(name, "r+b") as file:
+            _mapped.update(nbytes=nbytes, memory=map_file(file, nbytes))
+    return _mapped["memory"]
+
+
+_mapped: dict = {}
+
+
+def context_is_lost() -> bool:
+    """Whether the CUDA context has failed for good, as after an illegal access."""
+    import torch
+
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        return True
+    return False
 
 
 def answer(state: dict, request: dict) -> dict:
@@ -292,7 +353,8 @@ def answer(state: dict, request: dict) -> dict:
             state["functions"] = state["module"].in_worker(spec)
             return {}
         if "call" in request:
-            return call(state["functions"](request["call"]), state["spec"]["device"], request)
+            run = getattr(state["module"], "call", call)  # a module may watch its kernels more closely
+            return run(state["functions"](request["call"]), state["spec"]["device"], request)
         return {"result": getattr(state["module"], request["run"])(state["functions"], *request["arguments"])}
     except Unavailable as error:
         return {"unavailable": str(error)}

@@ -22,6 +22,7 @@ from lab.contract import BACKENDS, Rand
 from lab.dispatch import select
 from lab.errors import LabError, error_text
 from lab.harness import bench, crossover
+from lab.judge import kernel_file
 from lab.learn import exercises, own_kernel
 from lab.model.decoder import Decoder
 from lab.model.kv_cache import PagedKVCache
@@ -179,14 +180,14 @@ def silu_mul(gate_up, y):
 def test_launches_are_taken_or_refused_as_on_a_gpu(launch, said, tmp_path):
     path = tmp_path / "tutorial.py"
     path.write_text(TUTORIAL.replace("LAUNCH", launch))
-    function = own_kernel.function_of(path, find("silu_mul"), "cpu")
+    function = kernel_file.function_of(path, find("silu_mul"), "cpu")
     outcome = check_case(find("silu_mul"), function, Rand("cpu", torch.float32), dict(rows=2, cols=96))
     assert outcome.error is None if said is None else said in outcome.error
 
 
 # ---- CUDA files --------------------------------------------------------------------------------------------
 
-COPY = (own_kernel.ROOT / "cuda_src/silu_mul.cu").read_text()
+COPY = (kernel_file.ROOT / "cuda_src/silu_mul.cu").read_text()
 
 
 @pytest.mark.parametrize(
@@ -217,11 +218,11 @@ def test_what_only_nvcc_takes_is_one_line_that_says_what_to_write(old, new, said
 
 def test_files_that_are_tried_at_the_same_time_do_not_share_an_object(tmp_path):
     """Both were build/host/try_silu_mul.cu.o: one was linked, and judged, in the other's place."""
-    shared = own_kernel.ROOT / "build/host/try_silu_mul.cu.o"
+    shared = kernel_file.ROOT / "build/host/try_silu_mul.cu.o"
     before = shared.stat().st_mtime_ns if shared.exists() else None
     path = tmp_path / "mine.cu"
     path.write_text(COPY)
-    own_kernel.build(path, find("silu_mul"), "cpu", tmp_path / "built", 300)
+    kernel_file.build(path, find("silu_mul"), "cpu", tmp_path / "built", 300)
     assert len(list((tmp_path / "built").rglob("*try_silu_mul.cu.o"))) == 1
     assert before == (shared.stat().st_mtime_ns if shared.exists() else None)
 

@@ -14,13 +14,16 @@ import torch
 
 from lab import cli
 from lab.dispatch import select
+from lab.judge import kernel_file
+from lab.judge.race import RacedFile
 from lab.learn import own_kernel
 from lab.ops import find
 from lab.records import schema
+from lab.worker import Worker
 
 SOURCES = {
-    ".cu": own_kernel.ROOT / "cuda_src/silu_mul.cu",
-    ".py": own_kernel.ROOT / "triton_kernels/silu_mul.py",
+    ".cu": kernel_file.ROOT / "cuda_src/silu_mul.cu",
+    ".py": kernel_file.ROOT / "triton_kernels/silu_mul.py",
 }
 
 
@@ -88,10 +91,12 @@ def test_a_race_is_recorded_and_drawn(undrawn, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     op, path, out = find("silu_mul"), own(tmp_path, ".py"), tmp_path / "out"
     before = sys.modules["triton_kernels.silu_mul"] if "triton_kernels.silu_mul" in sys.modules else None
-    function = own_kernel.function_of(path, op, "cpu")
     args = SimpleNamespace(file=path, out=str(out), model="smollm2-135m", batch="1", context="16")
     request = own_kernel.race_of(op, args, ["fp32"])
-    assert own_kernel.race(path.name, function, request) == 0 == own_kernel.draw(path.name, request.out)
+    spec = {"module": "lab.judge.child", "file": str(path), "op": op.name, "device": "cpu", "built": None}
+    with Worker({**spec, "what": path.name}, 60) as worker:
+        assert own_kernel.race(path.name, RacedFile(op, worker), request) == 0
+    assert own_kernel.draw(path.name, request.out) == 0
     rows = [r for r in schema.read(out).rows if r.kind == "op"]
     assert {r.backend for r in rows} == {"mine.py", "cuda", "triton", "torch"} and all(r.us > 0 for r in rows)
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("silu_mul"))
@@ -258,7 +263,7 @@ def test_an_interrupt_ends_the_kernel(tmp_path):
         ENDLESS + f"    import os; open({str(started)!r}, 'w').write(str(os.getpid()))\n    while True: pass"
     )
     command = [sys.executable, "-m", "lab", "try", str(path), "--op", "silu_mul", "--device", "cpu"]
-    process = subprocess.Popen(command, cwd=own_kernel.ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=kernel_file.ROOT, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not (started.exists() and started.read_text()) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -274,7 +279,7 @@ def test_help_says_what_a_file_contains(capsys):
         cli.main(["try", "--help"])
     said = capsys.readouterr().out
     assert "def silu_mul(gate_up, y)" in said and "void silu_mul(const SiluMulArgs& a)" in said
-    assert own_kernel.declaration("silu_mul") == "void silu_mul(const SiluMulArgs& a)"
+    assert kernel_file.declaration("silu_mul") == "void silu_mul(const SiluMulArgs& a)"
 
 
 @pytest.mark.gpu

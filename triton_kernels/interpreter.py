@@ -480,19 +480,24 @@ def run(kernel, grid, args, meta, reads=()):
 
 
 @contextlib.contextmanager
-def launches_interpreted():
+def launches_interpreted(names=None):
     """A context in which kernel[grid](...) and kernel.run(..., grid=grid) on CPU tensors are interpreted. An
-    autotuned kernel uses its first configuration."""
+    autotuned kernel uses its first configuration. names: a list to which each launched kernel's name is
+    added."""
 
     def launcher(kernel, grid):
-        return lambda *args, **meta: launch(kernel, grid, args, meta)
+        return lambda *args, **meta: launch(kernel, grid, args, meta, names)
 
     kinds = [
         kind for kind in (KernelInterface, JITFunction, Autotuner, Heuristics) if "__getitem__" in vars(kind)
     ]
     patches = [(kind, "__getitem__", launcher) for kind in kinds]
     patches += [
-        (kind, "run", lambda kernel, *args, grid, warmup=False, **meta: launch(kernel, grid, args, meta))
+        (
+            kind,
+            "run",
+            lambda kernel, *args, grid, warmup=False, **meta: launch(kernel, grid, args, meta, names),
+        )
         for kind in (JITFunction, Autotuner, Heuristics)
     ]
     before = [getattr(kind, name) for kind, name, _ in patches]
@@ -528,8 +533,9 @@ def check_arguments(kernel, args, meta):
             )
 
 
-def launch(kernel, grid, args, meta):
-    """Interprets a kernel with decorators around triton.jit: autotune and heuristics."""
+def launch(kernel, grid, args, meta, names=None):
+    """Interprets a kernel with decorators around triton.jit: autotune and heuristics. names: see
+    launches_interpreted()."""
     meta, hooks = dict(meta), []
     while not isinstance(kernel, JITFunction):
         if isinstance(kernel, Autotuner):
@@ -543,6 +549,8 @@ def launch(kernel, grid, args, meta):
         else:
             raise TypeError(f"{type(kernel).__name__} cannot be interpreted: launch a triton.jit kernel")
         kernel = kernel.fn
+    if names is not None:
+        names.append(kernel.fn.__name__)
     check_arguments(kernel, args, meta)
     values = {**dict(zip(_parameters(kernel.fn), args)), **meta}
     for hook in hooks:

@@ -88,7 +88,8 @@ def measure(request, own=None):
     """Measures what a Request asks for and records it; returns the exit status. Raises LabError for a request
     that cannot be met.
 
-    own: more backends, {name: an object with a function for each op that it has} (`lab try`).
+    own: more backends, {name: an object with a function for each op that it has}, or lab.judge.race.RacedFile
+    (`lab try`).
     """
     settings = settings_of(request)
     device = settings.device
@@ -146,6 +147,8 @@ def run_all(session, settings, backends):
     sizes = ceiling.QUICK_SIZES if quick else ceiling.SIZES
     rig = ops_bench.make_rig(backends, device, ceiling.Ceilings(), quick, settings.seconds)
     rig.vendor, rig.plans = rig.vendor and settings.vendor, settings.plans
+    if any(hasattr(backend, "timed") for backend in backends.values()):
+        rig.modes = ops_bench.EMULATED if device == "cpu" else ops_bench.RACE_MODES
     rig.lean = quick and settings.what == "all" or settings.what == "accuracy"
     steps = steps_of(session, rig, settings)
     total = sum(step.seconds for step in steps)
@@ -276,6 +279,8 @@ def modes_of(rig, settings, dtype, point):
     if rig.device != "cuda":
         return rig.modes
     other_dtype = dtype != settings.dtypes[0] and not settings.all_dtypes_everywhere
+    if rig.modes == ops_bench.RACE_MODES:
+        return rig.modes
     elsewhere = other_dtype or point.batch != settings.batches[0] or point.format is not None
     if settings.what == "all" and elsewhere:
         return rig.modes[:1]

@@ -14,6 +14,7 @@ import torch
 from lab.errors import Unavailable, error_text
 from lab.extension import load
 from lab.harness import timing
+from lab.records.compare import MOST_OF_CEILING
 from lab.records.schema import Ceiling
 
 MIB = 1 << 20
@@ -84,7 +85,7 @@ class Ceilings:
         if cache == "warm":
             if l2_bytes and nbytes < l2_bytes:
                 flag = "fits in L2"
-        elif share > 1.02:
+        elif share > MOST_OF_CEILING:
             flag = "above the ceiling"
         return {
             "gbps": gbps,

@@ -33,6 +33,7 @@ from lab.dispatch import select
 from lab.errors import LabError, error_text
 from lab.harness import model_bench, shapes, timing
 from lab.harness.ops_bench import alive
+from lab.harness.timing import device_events
 from lab.model.decoder import Decoder
 from lab.model.sampling import GREEDY
 from lab.ops import find
@@ -117,23 +118,6 @@ def record_step(decoder, mark=False):
         decoder.state.copy_(state)
         decoder.ids.copy_(ids)
     return recorder.calls
-
-
-def device_events(run):
-    """[(name, start ns, duration ns)] of what the device did during run(), in order of start."""
-    from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity, profile
-
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiled:
-        run()
-        torch.cuda.synchronize()
-    events = [
-        (e.name(), e.start_ns(), e.duration_ns())
-        for e in profiled.profiler.kineto_results.events()
-        if e.device_type() == DeviceType.CUDA
-    ]
-    return sorted(events, key=lambda e: e[1])
 
 
 def split_by_marks(events, calls):

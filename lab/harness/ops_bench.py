@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lab.contract import BACKENDS, DTYPES, Peer, Rand
+from lab.contract import BACKENDS, DTYPES, Peer, Rand, dtype_name
 from lab.dispatch import select
 from lab.errors import LabError, Unavailable, error_text
 from lab.harness import timing, untuned
@@ -24,6 +24,7 @@ from lab.tune import tuned
 
 MODES = (("cold", "graph"), ("in_model", "graph"), ("warm", "graph"), ("cold", "event"))
 QUICK_MODES = (("cold", "graph"), ("cold", "event"))
+RACE_MODES = (("cold", "graph"),)  # beside a file of `lab try`, whose own process measures no other
 EMULATED = (("warm", "wall"),)
 QUICK_SECONDS = 0.06
 EAGER_US = 1500.0  # one eager sample lasts about this long
@@ -166,7 +167,14 @@ def measure_point(session, rig, point, dtype_name, modes=None):
                 timed[name] = bound.timed(name, cache, timer, cold_us.get(name))
             except Exception as e:  # one backend that cannot run must not cost the others
                 rows[name].error = error_text(e)
+            if refusal := getattr(timed.get(name), "refused", None):  # the file of `lab try`
+                rows[name].error = str(refusal)
+                del timed[name]
         stats = _measured(timed, rig, timer, rows)
+        for name in list(stats):
+            if (finish := getattr(timed[name], "finish", None)) and (refusal := finish()):
+                rows[name].error = str(refusal)
+                del stats[name]
         for name, s in stats.items():
             for field, value in {
                 **s.fields(),
@@ -175,9 +183,14 @@ def measure_point(session, rig, point, dtype_name, modes=None):
                 setattr(rows[name], field, value)
             if timer == "event":  # the host's time says nothing about a share of the ceiling
                 rows[name].of_ceiling = rows[name].of_stream = rows[name].flag = None
-            rows[name].verdict = {other: compare.verdict(stats[other], s) for other in stats if other != name}
             if (cache, timer) == ("cold", "graph"):
                 cold_us[name] = s.us
+        for name, s in stats.items():
+            rows[name].verdict = {
+                other: compare.without_win(compare.verdict(stats[other], s), rows[other], rows[name])
+                for other in stats
+                if other != name
+            }
         for t in timed.values():
             t.close()
         session.add(*rows.values())
@@ -244,8 +257,8 @@ class BoundPoint:
     """One op at one size: its buffers, and calls on them by each backend and peer."""
 
     def __init__(self, op, point, dtype, rig):
-        self.op, self.rig, self.made, self.errors = op, rig, {}, {}
-        self.packed = point.format is not None
+        self.op, self.point, self.dtype_name, self.rig, self.made = op, point, dtype_name(dtype), rig, {}
+        self.errors, self.packed = {}, point.format is not None
         args, self.config = arguments(op, point, Rand(rig.device, dtype), rig.multiprocessors)
         a = op.bound(*args)
         if self.packed:  # the reference's results, with these weights and with those that they were made of
@@ -330,6 +343,9 @@ class BoundPoint:
         return calls
 
     def timed(self, name, cache, timer, cold_us):
+        file = self.rig.backends.get(name)
+        if hasattr(file, "timed"):  # it is called in a process of its own
+            return file.timed(self.point, self.dtype_name, self.rig, self.nbytes)
         distinct = self.bind(name, cache == "in_model")
         if timer == "wall":
             return timing.WallTimed(distinct[0])

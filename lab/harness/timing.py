@@ -254,6 +254,23 @@ def measure(timed: dict, seconds: float = 0.15, least: int = 15, most: int = 200
     return {name: summarize([timed[name].read(s) for s in kept[name]]) for name in names}
 
 
+def device_events(run):
+    """[(name, start ns, duration ns)] of what the device did during run(), in order of start."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiled:
+        run()
+        torch.cuda.synchronize()
+    events = [
+        (e.name(), e.start_ns(), e.duration_ns())
+        for e in profiled.profiler.kineto_results.events()
+        if e.device_type() == DeviceType.CUDA
+    ]
+    return sorted(events, key=lambda e: e[1])
+
+
 def settle(timed, window_s: float = 0.1, tolerance: float = 0.005, limit_s: float = 4.0) -> dict:
     """Runs `timed` until the medians of two successive windows agree: the clocks have settled.
 

@@ -28,6 +28,7 @@ FASTER, SLOWER, SAME, AMBIGUOUS, FAILED = "faster", "slower", "same", "ambiguous
 VERDICTS = (SLOWER, FAILED, AMBIGUOUS, FASTER, SAME)  # the order of the table: what needs a look comes first
 WITHIN_RUN = 0.01  # smallest relative effect called real between interleaved measurements of one process
 BETWEEN_RUNS = 0.03  # and between two processes: memory layout, clocks and temperature differ
+MOST_OF_CEILING = 1.02  # share of the measured bandwidth above which a time is not believed
 RESOLUTION_US = 0.1  # differences below this are the grain of launching graph nodes, not of the kernel
 LABEL = 400  # characters of a row's name that are printed
 HOST_TIMERS = ("event", "wall")  # whose times include the host's
@@ -66,6 +67,20 @@ def verdict(a, b, min_effect=WITHIN_RUN):
         * math.hypot((a.us_p90 - a.us_p10) / math.sqrt(a.n), (b.us_p90 - b.us_p10) / math.sqrt(b.n))
     )
     return SAME if abs(difference) + 2 * error <= 2 * smallest else AMBIGUOUS
+
+
+def above_ceiling(row):
+    """Whether a row's bytes would have come faster than this card can read or write: then the time is not
+    that of all the work, and no win rests on it."""
+    return row.flag == "above the ceiling" or (
+        getattr(row, "cache", None) != "warm" and (row.of_ceiling or 0) > MOST_OF_CEILING
+    )
+
+
+def without_win(said, a, b):
+    """A verdict about b next to a, in which a row above the ceiling is not the faster one."""
+    winner = {FASTER: b, SLOWER: a}.get(said)
+    return AMBIGUOUS if winner is not None and above_ceiling(winner) else said
 
 
 @dataclass
@@ -159,7 +174,7 @@ def match(rows_a, rows_b, min_effect=BETWEEN_RUNS):
             if other.error
             else SAME
             if _statistics(row) == _statistics(other)
-            else verdict(row, other, min_effect)
+            else without_win(verdict(row, other, min_effect), row, other)
         )
         pairs.append(Pair(row, other, said))
     pairs.sort(key=lambda p: (VERDICTS.index(p.verdict), -abs(p.change or 0)))

@@ -17,7 +17,7 @@ from lab.errors import LabError
 from lab.harness import untuned
 from lab.records import compare, schema
 
-ABOVE = 1.02  # of the ceiling; more is a fault of the measurement, not a fast kernel
+ABOVE = compare.MOST_OF_CEILING  # more is a fault of the measurement, not a fast kernel
 NUMBERS = {
     "batch",
     "context",

@@ -1,0 +1,286 @@
+"""The judge of `lab try`: each planted cheat (tests/cheats) is caught and named, honest kernels are not,
+whatever happens in the race costs one row, and a time above the ceiling is no win."""
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lab import cli
+from lab.judge.kernel_file import build
+from lab.judge.precision import ErrorsByWidth
+from lab.judge.race import RacedFile
+from lab.learn import own_kernel
+from lab.ops import find
+from lab.records import compare, schema
+from lab.worker import Worker
+
+CHEATS = Path(__file__).parent / "cheats"
+ROOT = Path(__file__).parent.parent
+# (file, dtype, what its refusal is called, more words for `lab try`); those of linear are of another op
+CAUGHT = (
+    ("idle_when_known", "fp32", "no kernel", ()),
+    ("old_inputs", "fp32", "remembered result", ()),
+    ("half", "fp32", "unwritten output", ()),
+    ("overrun", "fp32", "out of bounds", ()),
+    ("spoils_input", "fp32", "changed input", ()),
+    ("thread", "fp32", "late work", ()),
+    ("patches_timer", "fp32", "patched functions", ()),
+    ("not_repeatable", "fp32", "not repeatable", ()),
+    ("other_kernel", "fp32", "other kernels", ()),
+    ("no_kernel", "fp32", "no kernel", ()),
+    ("exits", "fp32", "process ended", ()),
+    ("hangs", "fp32", "time limit", ()),
+    ("hoards", "fp32", "memory limit", ("--memory", "0.25")),
+    ("cuts_digits", "bf16", "biased rounding", ()),
+    ("rounds_products", "bf16", "low precision", ()),
+    ("half_sums", "fp16", "low precision", ()),
+)
+OF_LINEAR = {"cuts_digits", "rounds_products", "half_sums"}
+
+
+@pytest.mark.parametrize("suffix", [".py", ".cu"])
+@pytest.mark.parametrize("name, dtype, kind, words", CAUGHT, ids=[name for name, *_ in CAUGHT])
+def test_a_cheat_is_caught_by_its_name(name, dtype, kind, words, suffix, limited_calls, capsys):
+    if name == "hangs":
+        limited_calls(2)
+    op = "linear" if name in OF_LINEAR else "silu_mul"
+    path = CHEATS / f"{name}{suffix}"
+    assert cli.main(["try", str(path), "--op", op, "--device", "cpu", "--dtype", dtype, *words]) == 1
+    said = capsys.readouterr().out
+    assert f": {kind}: " in said and "right in every case" not in said
+    assert all(line.isprintable() for line in said.splitlines())
+
+
+def test_every_cheat_stands_in_both_languages():
+    files = {path.name for path in CHEATS.glob("*.*")}
+    assert files == {f"{name}{suffix}" for name, *_ in CAUGHT for suffix in (".py", ".cu")}
+
+
+# Kernels of this repository as files of their own, and variants of them.
+VARIANTS = {
+    "float64.py": (
+        "triton_kernels/silu_mul.py",
+        "out = g / (1.0 + tl.exp(-g)) * u",
+        "out = g.to(tl.float64) / (1.0 + tl.exp(-g.to(tl.float64))) * u",
+    ),
+    "small_blocks.py": ("triton_kernels/silu_mul.py", "block=1 << 14", "block=64"),
+    "one_element.cu": ("cuda_src/silu_mul.cu", "by_width<T>(", "by_one<T>("),
+    "more_threads.cu": ("cuda_src/silu_mul.cu", "dim3(128)", "dim3(64)"),
+}
+BY_ONE = """
+template <typename T, typename F>
+static void by_one(F&& f, int) { f(std::integral_constant<int, 1>{}); }
+"""
+HONEST = [
+    *((f"{folder}/{op}{suffix}", op) for folder, suffix in (("triton_kernels", ".py"), ("cuda_src", ".cu"))
+      for op in ("silu_mul", "rmsnorm", "rope", "embedding", "kv_append")),
+    *((name, "silu_mul") for name in VARIANTS),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, op", HONEST, ids=[name for name, _ in HONEST])
+def test_an_honest_kernel_is_judged_honest(name, op, tmp_path, capsys):
+    path = ROOT / name
+    if name in VARIANTS:
+        source, old, new = VARIANTS[name]
+        text = (ROOT / source).read_text()
+        assert old in text
+        text = text.replace(old, new)
+        if "by_one" in new:
+            text = text.replace("using namespace lab;", "using namespace lab;" + BY_ONE)
+        if name == "more_threads.cu":
+            text = text.replace("a.cols / N), 128)", "a.cols / N), 64)")
+        path = tmp_path / name
+        path.write_text(text)
+    words = ["--dtype", "fp16"]
+    assert cli.main(["try", str(path), "--op", op, "--device", "cpu", *words]) == 0, capsys.readouterr()
+    assert "right in every case" in capsys.readouterr().out
+
+
+# ---- precision ---------------------------------------------------------------------------------------------
+
+
+def errors_of(got, want):
+    errors = ErrorsByWidth()
+    errors.add(got, want, torch.finfo(got.dtype).eps, 1e-6)
+    return errors
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_statistics_tell_one_rounding_from_two_and_from_none(dtype):
+    want = torch.randn(4096, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 30
+    once = want.to(dtype)
+    assert errors_of(once, want).refusal() is None
+    step = torch.exp2(torch.floor(torch.log2(want.abs()))) * torch.finfo(dtype).eps
+    noisy = want + step / 12**0.5 * torch.randn(4096, generator=torch.Generator().manual_seed(2))
+    assert errors_of(noisy.to(dtype), want).refusal().kind == "low precision"
+    cut = (torch.trunc(want / step) * step).to(dtype)
+    assert errors_of(cut, want).refusal().kind == "biased rounding"
+    assert errors_of(noisy[:40].to(dtype), want[:40]).refusal() is None  # too few to say
+
+
+def test_copied_values_do_not_hide_errors():
+    want = torch.randn(512, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    cut = torch.trunc(want * 256) / 256
+    copied = torch.ones(1 << 16, dtype=torch.float64)
+    got = torch.cat([cut, copied]).half()
+    assert errors_of(got, torch.cat([want, copied])).refusal() is not None
+
+
+# ---- the race ----------------------------------------------------------------------------------------------
+
+
+def raced(path, tmp_path, monkeypatch, batch="1", seconds=60):
+    """The rows of a race on the CPU, where only the path is worth something: `lab try` itself does not race
+    there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    op, out = find("silu_mul"), tmp_path / "out"
+    args = SimpleNamespace(file=path, out=str(out), model="smollm2-135m", batch=batch, context="16")
+    request = dataclasses.replace(own_kernel.race_of(op, args, ["fp32"]), backends=("torch",))
+    built = str(build(path, op, "cpu", tmp_path / "b", 300)) if path.suffix == ".cu" else None
+    spec = {"module": "lab.judge.child", "file": str(path), "op": op.name, "device": "cpu", "built": built}
+    with Worker({**spec, "what": path.name}, seconds, 1 << 30) as worker:
+        worker.start()
+        own_kernel.race(path.name, RacedFile(op, worker), request)
+    rows = [r for r in schema.read(out).rows if r.kind == "op"]
+    return [r for r in rows if r.backend == path.name], [r for r in rows if r.backend == "torch"]
+
+
+@pytest.mark.parametrize("suffix", [".py", ".cu"])
+def test_an_honest_file_is_raced(suffix, tmp_path, monkeypatch):
+    path = ROOT / ("triton_kernels/silu_mul.py" if suffix == ".py" else "cuda_src/silu_mul.cu")
+    (mine,), (other,) = raced(path, tmp_path, monkeypatch)
+    assert mine.error is None and mine.us > 0 and "torch" in mine.verdict
+    assert other.us > 0 and path.name in other.verdict
+
+
+START = """
+from triton_kernels.silu_mul import silu_mul as honest
+
+CALLS = []
+
+
+def silu_mul(gate_up, y):
+    CALLS.append(1)
+    import ctypes, os, time, torch
+"""
+# In a race of 3 buffer sets the first 7 calls come before the first replay that is timed.
+RACE_CHEATS = {
+    "empty graph": """
+    if len(CALLS) <= 4:
+        honest(gate_up, y)
+""",
+    "other kernels": """
+    honest(gate_up, y)
+    if len(CALLS) > 5:
+        honest(gate_up, y)
+""",
+    "unwritten output": """
+    kernel[(1,)](gate_up, y, 768 if len(CALLS) > 7 else 1536, 1536, BLOCK=2048)
+""",
+    "remembered result": """
+    seen = SEEN.setdefault(y.data_ptr(), gate_up.clone())
+    honest(seen if len(CALLS) > 7 else gate_up, y)
+""",
+    "out of bounds": """
+    honest(gate_up, y)
+    if len(CALLS) > 7:
+        ctypes.c_ubyte.from_address(y.data_ptr() + y.nbytes).value ^= 1
+""",
+    "process ended": """
+    honest(gate_up, y)
+    if len(CALLS) > 8:
+        os.kill(os.getpid(), 11)
+""",
+    "time limit": """
+    while len(CALLS) > 8:
+        pass
+    honest(gate_up, y)
+""",
+    "patched functions": """
+    honest(gate_up, y)
+    if len(CALLS) > 8:
+        time.perf_counter = lambda: 0.0
+""",
+    "error": """
+    if len(CALLS) > 8:
+        raise ValueError("planted")
+    honest(gate_up, y)
+""",
+    "not repeatable": """
+    honest(gate_up, y)
+    if len(CALLS) > 7:
+        y.view(torch.int32)[0] ^= len(CALLS) // 3 & 1
+""",
+    "forged times": """
+    honest(gate_up, y)
+
+
+from lab.judge import replay
+
+REAL = replay.Replays.replay
+replay.Replays.replay = lambda self, seed: REAL(self, seed) / 1000
+""",
+}
+KERNEL = """import triton
+import triton.language as tl
+
+SEEN = {}
+
+
+@triton.jit
+def kernel(gate_up, y, n, cols, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    g = tl.load(gate_up + i, mask=i < n, other=0.0)
+    u = tl.load(gate_up + cols + i, mask=i < n, other=0.0)
+    tl.store(y + i, g / (1 + tl.exp(-g)) * u, mask=i < n)
+
+
+"""
+
+
+@pytest.mark.parametrize("kind", RACE_CHEATS)
+def test_a_cheat_in_the_race_costs_its_row_alone(kind, limited_calls, tmp_path, monkeypatch):
+    if kind == "time limit":
+        limited_calls(3)
+    path = tmp_path / "cheat.py"
+    path.write_text(KERNEL + START + RACE_CHEATS[kind])
+    (mine,), (other,) = raced(path, tmp_path, monkeypatch)
+    assert mine.error.startswith(f"{kind}: "), mine.error
+    assert mine.us is None and other.us > 0 and not other.verdict
+    (line,) = own_kernel.verdicts([mine], "cheat.py")
+    assert "failed: " in line and "faster" not in line
+
+
+def test_the_next_size_gets_a_new_process(tmp_path, monkeypatch):
+    """With one row of y the process dies in the race; with two the file is measured."""
+    path = tmp_path / "cheat.py"
+    path.write_text(
+        START + "    honest(gate_up, y)\n    if y.shape[0] == 1 and len(CALLS) > 8:\n        os._exit(0)\n"
+    )
+    mine, others = raced(path, tmp_path, monkeypatch, batch="1,2")
+    assert "process ended: in the race" in mine[0].error and mine[1].error is None and mine[1].us > 0
+    assert all(other.us > 0 for other in others)
+
+
+# ---- above the ceiling -------------------------------------------------------------------------------------
+
+ROW = schema.OpRow(
+    "r", "silu_mul", "mine.cu", "bf16", 1, {"cols": 1536}, us=1.4, us_p10=1.39, us_p90=1.41, n=60,
+    bytes=9216, gbps=9e3, of_ceiling=1.99, flag="above the ceiling", verdict={"cuda": "faster"},
+)  # fmt: skip
+
+
+def test_a_time_above_the_ceiling_is_no_win():
+    (line,) = own_kernel.verdicts([ROW], "mine.cu")
+    assert "above the ceiling" in line and "no win" in line and "faster" not in line
+    slow = dataclasses.replace(ROW, us=3.0, us_p10=2.99, us_p90=3.01, of_ceiling=0.9, flag=None)
+    (pair,), _, _ = compare.match([slow], [ROW])
+    assert pair.verdict == compare.AMBIGUOUS
+    (pair,), _, _ = compare.match([ROW], [slow])
+    assert pair.verdict == compare.AMBIGUOUS
+    (pair,), _, _ = compare.match([slow], [dataclasses.replace(ROW, of_ceiling=0.95, flag=None)])
+    assert pair.verdict == compare.FASTER

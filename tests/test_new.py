@@ -1,0 +1,99 @@
+"""`lab new`: the files of a new op build and say what to fill in; a copied kernel passes; nothing is written
+over."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+from test_add_an_op import ROOT, copy
+
+from lab import cli
+from lab.errors import LabError
+from lab.learn import new
+
+
+def bare(folder):
+    """The files of the lab that get a line."""
+    for path in new.NEW_LINES:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, folder / path)
+    for path in ("cuda_src/launchers", "triton_kernels"):
+        (folder / path).mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def test_a_new_op_has_four_files_and_three_lines(tmp_path, capsys):
+    root = bare(tmp_path)
+    assert new.new_op("soft_cap", root) == 0
+    said = capsys.readouterr().out
+    for path in new.NEW_FILES:
+        text = (root / path.replace("NAME", "soft_cap")).read_text()
+        assert "FILL IN" in text and "NAME" not in text and "CAMEL" not in text
+        assert path.replace("NAME", "soft_cap") in said
+    assert "struct SoftCapArgs" in (root / "cuda_src/launchers/soft_cap.h").read_text()
+    before = {path: path.read_text() for path in root.rglob("*.*")}
+    with pytest.raises(LabError, match="exists already"):
+        new.new_op("soft_cap", root)
+    assert before == {path: path.read_text() for path in root.rglob("*.*")}
+
+
+@pytest.mark.parametrize("name", ["linear", "silu_mul"])
+def test_an_op_that_exists_is_not_written_over(name, capsys):
+    assert cli.main(["new", name]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words", [["Upper"], ["a-b"], ["../x"], ["class"], ["namespace"], ["kernel"], ["a", "b"]]
+)
+def test_a_name_that_is_none(words, capsys):
+    assert cli.main(["new", *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("lab: error: ")
+
+
+@pytest.mark.parametrize("language, name", [("triton", "my_silu_mul.py"), ("cuda", "my_silu_mul.cu")])
+def test_a_copied_kernel_is_tried_as_it_is(language, name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["new", "kernel", "silu_mul", "--language", language]) == 0
+    assert f"lab try {name} --op silu_mul" in capsys.readouterr().out
+    assert cli.main(["try", name, "--op", "silu_mul", "--device", "cpu", "--dtype", "fp32"]) == 0
+    (tmp_path / name).write_text("mine")
+    assert cli.main(["new", "kernel", "silu_mul", "--language", language]) == 2
+    assert "exists already" in capsys.readouterr().err and (tmp_path / name).read_text() == "mine"
+    assert cli.main(["new", "kernel", "silu_mull"]) == 2
+    assert "silu_mul" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (ROOT / "build/host").is_dir(), reason="needs the objects of the host build: make build"
+)
+def test_a_new_op_builds_and_its_check_fails_in_one_line(tmp_path):
+    """Until it is filled in; with a reference that says what its kernels do, it passes."""
+    copy(tmp_path)
+
+    def run(*words):
+        return subprocess.run(
+            [sys.executable, *words],
+            cwd=tmp_path,
+            text=True,
+            capture_output=True,
+            env={"PATH": "/usr/bin:/bin"},
+        )
+
+    assert run("-m", "lab", "new", "soft_cap").returncode == 0
+    built = run("setup.py", "--quiet", "build_ext", "--inplace")
+    assert built.returncode == 0, built.stderr[-2000:]
+    check = run("-m", "lab", "check", "--op", "soft_cap", "--backend", "cuda,triton")
+    (line,) = [line for line in check.stderr.splitlines() if "lab:" in line]
+    assert check.returncode == 2 and "begin with reference() in lab/ops/soft_cap.py" in line
+    contract = tmp_path / "lab/ops/soft_cap.py"
+    filled = contract.read_text().replace(
+        'raise LabError("soft_cap is not filled in yet: begin with reference() in lab/ops/soft_cap.py")',
+        "return (x.double(),)",
+    )
+    contract.write_text(filled)
+    check = run("-m", "lab", "check", "--op", "soft_cap")
+    assert check.returncode == 0, check.stdout + check.stderr
