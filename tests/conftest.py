@@ -25,8 +25,18 @@ import torch
 
 from lab import worker
 from lab.contract import Rand
+from lab.errors import LabError
+from lab.model.sources import default_model_file
 
 GPU = torch.cuda.is_available()
+
+
+def has_model() -> bool:
+    """Whether the demo's model is on this machine: CI, for one, does not download it."""
+    try:
+        return default_model_file().is_file()
+    except LabError:
+        return False
 
 
 def built_with_gpu_shapes() -> bool:
@@ -93,6 +103,7 @@ def pytest_collection_modifyitems(items):
     reasons = {
         "gpu": None if GPU else "needs an NVIDIA GPU (make gpu-check runs these)",
         "oracle": None if importlib.util.find_spec("transformers") else "needs transformers (make oracle)",
+        "real_model": None if has_model() else "needs the model of `make demo`",
     }
     for item in items:
         if item.path.stem not in NOT_QUICK and "slow" not in item.keywords:

@@ -282,6 +282,7 @@ def test_accuracy_of_what_cannot_be_read_is_one_line(tmp_path, capsys, monkeypat
     assert "comes without weights" in said.out and "every row failed" in said.err
 
 
+@pytest.mark.real_model
 def test_the_text_is_read_with_the_models_tokens():
     source = open_source("smollm2-135m")
     ids = accuracy.tokens_of(source)

