@@ -103,9 +103,9 @@ def check_call(op: Op, function, arena: Arena, may_change: set[str]) -> Outcome:
     if op.verify is not None:
         error = op.verify(out, a)
         outcomes, got, want = [Outcome(error, 0.0 if error is None else torch.inf)], got[1:], want[1:]
-    outcomes += [
-        compare(g, w, *limits) for g, w in zip(got, want)
-    ]  # what has no reference (scratch) is not compared
+    # What has no reference (scratch) is not compared.
+    each = limits if isinstance(limits, list) else [limits] * len(got)
+    outcomes += [compare(g, w, *limit) for g, w, limit in zip(got, want, each)]
     return max(outcomes, key=lambda outcome: outcome.used)
 
 
