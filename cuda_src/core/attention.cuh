@@ -1,4 +1,4 @@
-// How the attention ops launch: the choice of the core by dtype, head dim and number of query heads in a
+// How the attention ops launch: the choice of the core by dtype, what the cache stores, head dim and number of query heads in a
 // group, and the shared memory it needs.
 #pragma once
 #include "lane_attention.cuh"
@@ -34,10 +34,15 @@ inline unsigned attention_cluster(int splits, int kv_heads, int batch) {
 }
 
 // The cache of a launcher's arguments, in the form that the kernels take.
-template <typename T>
-PagedCache<T> paged_cache(const CachePages& cache) {
-  return {as<T>(cache.k), as<T>(cache.v), as<const int>(cache.block_table), log2_of(cache.page_size),
-          cache.max_pages};
+template <typename C>
+KvCache<C> kv_cache(const CachePages& cache) {
+  const PagedCache<C> pages{as<C>(cache.k), as<C>(cache.v), as<const int>(cache.block_table),
+                            log2_of(cache.page_size), cache.max_pages};
+  if constexpr (kIsCode<C>) {
+    return {pages, kv_scales<C>(cache)};
+  } else {
+    return pages;
+  }
 }
 
 // Calls f with the attention core for these heads. The core is a type, passed in a tag: `using A = typename
@@ -46,16 +51,18 @@ template <typename A>
 struct AttentionCore {
   using type = A;
 };
-template <typename T, int D, typename F>
+template <typename T, int D, typename C, typename F>
 inline void by_group(int group, F&& f) {
   if constexpr (sizeof(T) == 2 && kHasGpuShapes) {
     if (!cpu_shapes()) {
-      if (group <= 8) return f(AttentionCore<MmaAttention<T, D, 1>>{});
-      return f(AttentionCore<MmaAttention<T, D, 2>>{});
+      if (group <= 8) return f(AttentionCore<MmaAttention<T, D, 1, C>>{});
+      return f(AttentionCore<MmaAttention<T, D, 2, C>>{});
     }
   }
   // float32 has one shape: in the host build it is in the part with a CPU's shapes (host/by_shapes/).
   if constexpr (kHasCpuShapes || (sizeof(T) == 4 && !kHost)) {
+    // Fewer kernels to compile: no GPU runs these for the sake of a quantised cache.
+    if constexpr (kIsCode<C>) return f(AttentionCore<LaneAttention<T, D, 4, C>>{});
     switch (ceil_div(group, ceil_div(group, 4))) {  // query heads that one warp serves
       case 1: return f(AttentionCore<LaneAttention<T, D, 1>>{});
       case 2: return f(AttentionCore<LaneAttention<T, D, 2>>{});
@@ -65,16 +72,19 @@ inline void by_group(int group, F&& f) {
   }
 }
 template <typename T, typename F>
-inline void by_attention_core(const char* op, int head_dim, int group, F&& f) {
+inline void by_attention_core(const char* op, const CachePages& cache, int head_dim, int group, F&& f) {
   if (group > kMaxGroup)
     throw std::invalid_argument(std::string(op) + ": more than 16 query heads per KV head");
-  switch (head_dim) {
-    case 64: return by_group<T, 64>(group, f);
-    case 96: return by_group<T, 96>(group, f);
-    case 128: return by_group<T, 128>(group, f);
-  }
-  throw std::invalid_argument(std::string(op) + ": head_dim " + std::to_string(head_dim) +
-                              " is not 64, 96 or 128");
+  by_cache<T>(cache.format, [&](auto code) {
+    using C = decltype(code);
+    switch (head_dim) {
+      case 64: return by_group<T, 64, C>(group, f);
+      case 96: return by_group<T, 96, C>(group, f);
+      case 128: return by_group<T, 128, C>(group, f);
+    }
+    throw std::invalid_argument(std::string(op) + ": head_dim " + std::to_string(head_dim) +
+                                " is not 64, 96 or 128");
+  });
 }
 
 }  // namespace lab

@@ -19,6 +19,7 @@ from lab.ops.rope import heads_of, packed_qkv
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
 PAGE_SIZE = 16  # the page size that is measured
+MAX_QUANTISED = 256  # the largest head of a quantised cache
 
 
 def check_cache(
@@ -55,6 +56,8 @@ def validate(k, v, k_cache, v_cache, block_table, positions, k_scales=None, v_sc
     )
     if not (positions.shape == (batch,) and positions.dtype == torch.int32):
         refuse("kv_append", "positions must be int32 [batch]")
+    if k_scales is not None and head_dim > MAX_QUANTISED:
+        refuse("kv_append", f"a quantised cache takes heads of at most {MAX_QUANTISED}, not {head_dim}")
     device = k_cache.get_device()
     rows_of_heads("kv_append", device, k, v)
     dense("kv_append", device, positions)
@@ -203,7 +206,7 @@ def inputs(
             t[0] = 0.0
             t[1, 0], t[2, 0], t[3, 0] = torch.nan, torch.inf, -torch.inf
             t[1, :, 1], t[2, :, 2], t[3, :, 3] = torch.nan, torch.inf, -torch.inf
-            t[4].mul_(1e-7), t[5].mul_(3e4)
+            t[4, 0].mul_(1e-7), t[4, 1:].mul_(1e-4), t[5, 0].mul_(3e4), t[5, 1:].mul_(3e7)
             steps = torch.arange(head_dim, device=rand.device, dtype=torch.float32)
             t[6] = (steps - head_dim // 2 + 0.5).to(t.dtype)
             t[7] = ((steps + 1) * 2.0**-11).to(t.dtype)
