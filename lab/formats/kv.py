@@ -53,8 +53,7 @@ def check(op: str, k_cache, v_cache, k_scales, v_scales, dtype: torch.dtype) -> 
     for scales in (k_scales, v_scales):
         if scales is None or scales.dtype != wanted or scales.shape != shape or not scales.is_contiguous():
             refuse(
-                op,
-                f"a cache in {name} needs k_scales and v_scales, each {dtype_name(wanted)} {list(shape)}",
+                op, f"a cache in {name} needs k_scales and v_scales, each {dtype_name(wanted)} {list(shape)}"
             )
         # The scales of 8 tokens are one access. A layer's one number is part of a tensor of all layers.
         if scales.get_device() != k_cache.get_device() or scales.data_ptr() & (15 if name == "int8" else 3):

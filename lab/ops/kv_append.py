@@ -51,9 +51,7 @@ def validate(k, v, k_cache, v_cache, block_table, positions, k_scales=None, v_sc
     if dtype not in FLOATS:
         refuse("kv_append", f"takes no {dtype}: k and v must be float32, float16 or bfloat16")
     batch, heads, head_dim = shape
-    check_cache(
-        "kv_append", k_cache, v_cache, block_table, batch, heads, head_dim, dtype, k_scales, v_scales
-    )
+    check_cache("kv_append", k_cache, v_cache, block_table, batch, heads, head_dim, dtype, k_scales, v_scales)
     if not (positions.shape == (batch,) and positions.dtype == torch.int32):
         refuse("kv_append", "positions must be int32 [batch]")
     if k_scales is not None and head_dim > MAX_QUANTISED:
@@ -194,9 +192,7 @@ def check_pages(op, table, last, k_cache, what, tokens):
                 refuse(op, f"block_table[{b}, {i}] is {page}, and the cache has pages 0 to {pages - 1}")
 
 
-def inputs(
-    rand, positions, q_heads, kv_heads, head_dim, page_size=16, apart=False, kv_dtype=None, odd=False
-):
+def inputs(rand, positions, q_heads, kv_heads, head_dim, page_size=16, apart=False, kv_dtype=None, odd=False):
     """apart: k and v are views of buffers with different strides. kv_dtype: the format of the cache. odd: heads
     that are hard to quantise: zeros, NaN, an infinity, very small and very large numbers, numbers between two
     codes."""

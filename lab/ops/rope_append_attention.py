@@ -268,7 +268,13 @@ def nbytes(a):
     """The attention over the cached tokens; the new k and v, read and appended; a row of cos_sin for each
     sequence."""
     rotation = a.cos_sin.itemsize * a.q.shape[0] * a.q.shape[2]
-    return a.k.nbytes + a.v.nbytes + appended_bytes(a) + rotation + decode_attention.attended_bytes(a.q, a.k_cache, a.positions)
+    return (
+        a.k.nbytes
+        + a.v.nbytes
+        + appended_bytes(a)
+        + rotation
+        + decode_attention.attended_bytes(a.q, a.k_cache, a.positions)
+    )
 
 
 def tolerance(a):
