@@ -104,20 +104,25 @@ def half_precision(tensor):
     return tensor.dtype in (torch.float16, torch.bfloat16)
 
 
+def half_attention(a):
+    """Halves, and a KV cache that is not quantised."""
+    return half_precision(a.q) and a.k_cache.dtype == a.q.dtype
+
+
 CUBLAS = Peer("cublas", each(cublas))
 SDPA_FLASH = Peer(
     "sdpa_flash",
     each(functools.partial(sdpa, "FLASH_ATTENTION")),
-    takes=lambda a: half_precision(a.q),
+    takes=half_attention,
     copies=True,
 )
 CUDNN = Peer(
     "cudnn",
     each(functools.partial(sdpa, "CUDNN_ATTENTION")),
-    takes=lambda a: half_precision(a.q),
+    takes=half_attention,
     copies=True,
 )
-FLASHINFER = Peer("flashinfer", flashinfer, takes=lambda a: half_precision(a.q), module="flashinfer")
+FLASHINFER = Peer("flashinfer", flashinfer, takes=half_attention, module="flashinfer")
 LIGER_RMSNORM = Peer(  # it has no residual add and no norm of heads inside a packed row
     "liger",
     each(liger_rmsnorm),

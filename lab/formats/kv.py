@@ -30,9 +30,9 @@ def scale_shape(name: str, pages: int, kv_heads: int, page_size: int) -> tuple[i
     return (1,) if name == "fp8" else (pages, kv_heads, page_size)
 
 
-def scale_bytes(codes: torch.Tensor) -> int:
-    """Bytes of scales that are read with the codes of one head of one token."""
-    return 2 if codes.dtype == torch.int8 else 0
+def scale_bytes(dtype: torch.dtype) -> int:
+    """Bytes of scales that go with one head of one token, in a cache of this dtype."""
+    return SCALE_DTYPES["int8"].itemsize if dtype == DTYPES["int8"] else 0
 
 
 def check(op: str, k_cache, v_cache, k_scales, v_scales, dtype: torch.dtype) -> None:

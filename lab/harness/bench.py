@@ -62,6 +62,7 @@ def request_of(args):
         weights_as=args.weights_as,
         quantise=args.quantise,
         quantise_head=args.quantise_head,
+        kv_dtype=args.kv_dtype,
         seconds=args.seconds,
         quick=args.quick,
         ladder=args.ladder,
@@ -137,6 +138,7 @@ def run_all(session, settings, backends):
     sizes = ceiling.QUICK_SIZES if quick else ceiling.SIZES
     rig = ops_bench.make_rig(backends, device, ceiling.Ceilings(), quick, settings.seconds)
     rig.vendor, rig.plans = rig.vendor and settings.vendor, settings.plans
+    rig.kv_dtype = settings.kv_dtype
     rig.lean = quick and settings.what == "all"
     steps = steps_of(session, rig, settings)
     total = sum(step.seconds for step in steps)

@@ -45,6 +45,7 @@ class Rig:
     modes: tuple = MODES
     plans: tuple = ("basic",)  # of the decoder, for models and ledgers
     lean: bool = False  # the torch reference under the first plan only
+    kv_dtype: str | None = None  # of the models' KV cache; None: the model's dtype
 
     def having(self, op):
         """Names of the backends that have the op: a language, or the file of `lab try`, may have some
@@ -53,7 +54,7 @@ class Rig:
 
     def sides(self, batch, dtype_name, packed=False):
         """(backend, plan) of every decoder to measure at a batch and dtype, which rule some plans out, as
-        packed weights do.
+        packed weights and a quantised KV cache do.
 
         torch has no kernel of a whole step: under persistent it does what it does under fused. Beside other
         backends it is measured once.
@@ -68,7 +69,7 @@ class Rig:
             (backend, plan)
             for plan in self.plans
             for backend in whole
-            if not refusal(plan, batch, DTYPES[dtype_name], packed)
+            if not refusal(plan, batch, DTYPES[dtype_name], packed, self.kv_dtype)
             and not (backend == "torch" and plan in again)
         ]
 
@@ -139,6 +140,7 @@ def measure_point(session, rig, point, dtype_name, modes=None):
             cache,
             timer,
             role=point.role,
+            kv_dtype=point.shape.get("kv_dtype"),
             models=list(point.models),
             emulated=timer == "wall",
         )
@@ -186,7 +188,7 @@ def measure_point(session, rig, point, dtype_name, modes=None):
 def _tuned(backend, point, dtype, rig):
     """{"tuned": was a setting raced for this launch on this architecture}; {} where there is nothing to
     choose."""
-    if rig.device != "cuda" or backend not in find(point.op).spaces:
+    if rig.device != "cuda" or backend not in find(point.op).spaces or "kv_dtype" in point.shape:
         return {}
     major, minor = torch.cuda.get_device_capability()
     found = untuned.raced(

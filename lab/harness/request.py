@@ -14,6 +14,7 @@ from lab import rungs
 from lab.contract import BACKENDS, DTYPES
 from lab.errors import LabError
 from lab.harness import ladder_bench, shapes
+from lab.model.kv_cache import kv_dtype_of
 from lab.model.plans import PLANS, find_plan, refusal
 from lab.model.weight_formats import Storage, dtype_of, storage_of
 from lab.names import known
@@ -38,6 +39,7 @@ class Request:
     weights_as: str | None = None  # of the models: stored (the default) or a dtype
     quantise: str | None = None  # of the models: a weight format
     quantise_head: str | None = None  # that of the output head, or none
+    kv_dtype: str | None = None  # of the KV cache, of models and of ops: auto (the default), fp8 or int8
     seconds: float | None = None  # of sampling, for each configuration and timer
     quick: bool = False  # fewer sizes, shorter samples
     ladder: bool = False  # for ops: the rungs of their ladders instead
@@ -69,6 +71,7 @@ class Settings:
     weights_as: str | None
     quantise: str | None
     quantise_head: str | None
+    kv_dtype: str | None  # None: the dtype of the model, or of the op
     seconds: float | None
     vendor: bool
     compile: bool
@@ -151,7 +154,7 @@ def settings_of(request: Request) -> Settings:
     for name in request.ops:
         if find(name).whole_step:
             raise LabError(f"{name} is a whole step, measured as a token: lab bench model --plan persistent")
-    default = DEFAULTS[device, request.quick]
+    default, kv_dtype = DEFAULTS[device, request.quick], kv_dtype_of(request.kv_dtype)
     models = request.models or default.models
     for name in models:
         shapes.preset(name)
@@ -175,9 +178,10 @@ def settings_of(request: Request) -> Settings:
         weights_as=request.weights_as,
         quantise=request.quantise,
         quantise_head=request.quantise_head,
+        kv_dtype=kv_dtype,
         seconds=request.seconds,
         vendor=request.vendor,
-        compile=request.compile and not request.quick,
+        compile=request.compile and not request.quick and kv_dtype is None,  # its KV is in the model's dtype
         swap=request.swap or request.what == "all",
         plans=request.plans or (tuple(PLANS) if device == "cuda" else ("basic",)),
         ladder=request.ladder,
@@ -198,8 +202,8 @@ def require_plans(settings: Settings) -> None:
     if settings.what == "ledger":
         tried = tried[:1]  # a ledger is of one batch
     for name in settings.plans:
-        taken = (batch for batch in tried if not refusal(name, batch, dtype, packed))
-        find_plan(name, next(taken, tried[0]), dtype, packed)
+        taken = (batch for batch in tried if not refusal(name, batch, dtype, packed, settings.kv_dtype))
+        find_plan(name, next(taken, tried[0]), dtype, packed, settings.kv_dtype)
 
 
 def require_work(settings: Settings) -> None:
@@ -228,6 +232,6 @@ def op_points(settings: Settings) -> list:
         batches, contexts = settings.batches, settings.contexts
         if i and not settings.all_dtypes_everywhere:
             batches, contexts = batches[:1], contexts[:1]
-        points = shapes.points(settings.models, batches, contexts, settings.ops or None)
+        points = shapes.points(settings.models, batches, contexts, settings.ops or None, settings.kv_dtype)
         found += [(dtype, point) for point in points]
     return found

@@ -327,7 +327,7 @@ def nbytes(a):
 def attended_bytes(q, k_cache, context_lens):
     tokens = int(context_lens.clamp(min=0).sum())
     heads = 2 * tokens * k_cache.shape[1]
-    cached = heads * (k_cache.shape[3] * k_cache.itemsize + kv.scale_bytes(k_cache))
+    cached = heads * (k_cache.shape[3] * k_cache.itemsize + kv.scale_bytes(k_cache.dtype))
     return cached + 2 * q.nbytes + 4 * math.ceil(tokens / k_cache.shape[2]) + context_lens.nbytes
 
 

@@ -253,7 +253,7 @@ def paged_heads_of(c):
 def appended_bytes(a):
     """Bytes that appending one token of each sequence writes."""
     heads, head_dim = a.k.shape[0] * a.k.shape[1], a.k.shape[2]
-    return 2 * heads * (head_dim * a.k_cache.itemsize + kv.scale_bytes(a.k_cache))
+    return 2 * heads * (head_dim * a.k_cache.itemsize + kv.scale_bytes(a.k_cache.dtype))
 
 
 # Cases of a quantised cache, in each of its formats.

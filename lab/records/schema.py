@@ -164,6 +164,7 @@ class OpRow:
     plan: str | None = None  # basic | fused, where the op belongs to one plan only
     rung: int | None = None  # of the op's ladder (lab bench ops --ladder); config then has its name
     weight_format: str | None = None  # of the weights, as "int4-g128"; null: plain, in dtype
+    kv_dtype: str | None = None  # of the KV cache, fp8 or int8; null: dtype, or the op has none
     us: float | None = None
     us_p10: float | None = None
     us_p90: float | None = None
@@ -194,6 +195,7 @@ class OpRow:
         "plan",
         "rung",
         "weight_format",
+        "kv_dtype",
     )
 
 
@@ -214,6 +216,7 @@ class ModelRow:
     overrides: dict[str, str] = field(default_factory=dict)  # op -> backend
     weights: str = "random"  # random | file
     weight_format: str | None = None  # of the matrices, as "int4-g128, lm_head int8"; null: plain, in dtype
+    kv_dtype: str | None = None  # of the KV cache, fp8 or int8; null: dtype
     us: float | None = None
     us_p10: float | None = None
     us_p90: float | None = None
@@ -248,6 +251,7 @@ class ModelRow:
         "overrides",
         "timer",
         "weight_format",
+        "kv_dtype",
     )
 
 
@@ -269,6 +273,7 @@ class LedgerRow:
     kernel: str | None = None
     overrides: dict[str, str] = field(default_factory=dict)
     weight_format: str | None = None  # as in model records
+    kv_dtype: str | None = None  # as in model records
     calls: int | None = None
     us: float | None = None
     us_p10: float | None = None
@@ -297,6 +302,7 @@ class LedgerRow:
         "kernel",
         "overrides",
         "weight_format",
+        "kv_dtype",
     )
 
 

@@ -17,10 +17,13 @@ from lab.model.plans.persistent import persistent_step
 PLANS = {"basic": basic_step, "fused": fused_step, "persistent": persistent_step}
 
 
-def refusal(plan: str, batch: int, dtype: torch.dtype, packed: bool = False) -> str | None:
+def refusal(
+    plan: str, batch: int, dtype: torch.dtype, packed: bool = False, kv_dtype: str | None = None
+) -> str | None:
     """Why a plan does not decode a batch of this size, or a model of this dtype; None where it does.
 
-    packed: whether matrices of the model are packed in a weight format.
+    packed: whether matrices of the model are packed in a weight format. kv_dtype: the format of a quantised KV
+    cache.
     """
     from lab.ops.decode_step import op
 
@@ -33,14 +36,18 @@ def refusal(plan: str, batch: int, dtype: torch.dtype, packed: bool = False) -> 
         return f"plan persistent takes models in {names} alone: use --dtype bf16, or --plan fused"
     if packed:
         return "plan persistent takes no packed weights yet: use --weights-as bf16, or --plan fused"
+    if kv_dtype is not None:
+        return f"plan persistent takes no KV cache in {kv_dtype} yet: use --kv-dtype auto, or --plan fused"
     return None
 
 
-def find_plan(name: str, batch: int, dtype: torch.dtype, packed: bool = False):
-    """The plan's step. Raises LabError for an unknown plan and for one that takes no such batch, dtype or
-    weights."""
+def find_plan(
+    name: str, batch: int, dtype: torch.dtype, packed: bool = False, kv_dtype: str | None = None
+):
+    """The plan's step. Raises LabError for an unknown plan and for one that takes no such batch, dtype, weights
+    or KV cache."""
     if name not in PLANS:
         raise LabError(f"unknown plan {name!r}: choose from {', '.join(PLANS)}")
-    if why := refusal(name, batch, dtype, packed):
+    if why := refusal(name, batch, dtype, packed, kv_dtype):
         raise LabError(why)
     return PLANS[name]

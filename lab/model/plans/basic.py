@@ -13,13 +13,13 @@ def basic_step(b: StepBuffers, sampling: Sampling) -> None:
     ops, eps = b.ops, b.config.rms_eps
     h = ops.embedding(b.ids, b.weights.embed, b.h.dtype, out=b.h)  # the residual stream [batch, hidden]
     x = ops.rmsnorm(h, b.weights.layers[0].attn_norm, eps, out=b.x)
-    for layer, k_cache, v_cache, next_norm in b.blocks:
+    for layer, k_cache, v_cache, scales, next_norm in b.blocks:
         ops.linear(x, layer.wqkv, layer.bqkv, out=b.qkv)  # b.q, b.k, b.v are views of b.qkv
         if layer.q_norm is not None:
             ops.rmsnorm(b.q, layer.q_norm, eps, out=b.q)
             ops.rmsnorm(b.k, layer.k_norm, eps, out=b.k)
         ops.rope(b.q, b.k, b.positions, b.cos_sin)
-        ops.kv_append(b.k, b.v, k_cache, v_cache, b.cache.block_table, b.positions)
+        ops.kv_append(b.k, b.v, k_cache, v_cache, b.cache.block_table, b.positions, *scales)
         ops.decode_attention(
             b.q,
             k_cache,
@@ -29,6 +29,7 @@ def basic_step(b: StepBuffers, sampling: Sampling) -> None:
             b.scale,
             b.splits,
             b.workspace,
+            *scales,
             out=b.attention,
         )
         ops.linear(b.attention_rows, layer.wo, layer.bo, out=x)

@@ -13,7 +13,7 @@ def fused_step(b: StepBuffers, sampling: Sampling) -> None:
     """Reads b.ids and b.positions, leaves b.logits and the sampled token in b.ids."""
     ops, eps = b.ops, b.config.rms_eps
     h = ops.embedding(b.ids, b.weights.embed, b.h.dtype, out=b.h)  # the residual stream [batch, hidden]
-    for layer, k_cache, v_cache, _ in b.blocks:
+    for layer, k_cache, v_cache, scales, _ in b.blocks:
         # b.q, b.k and b.v are views of b.qkv.
         ops.norm_linear(h, layer.attn_norm, eps, layer.wqkv, layer.bqkv, out=b.qkv)
         ops.rope_append_attention(
@@ -31,6 +31,7 @@ def fused_step(b: StepBuffers, sampling: Sampling) -> None:
             b.scale,
             b.splits,
             b.workspace,
+            *scales,
             out=b.attention,
         )
         ops.linear_add(b.attention_rows, layer.wo, h, layer.bo)  # h += attention wo^T
