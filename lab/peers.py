@@ -111,17 +111,9 @@ def half_attention(a):
 
 CUBLAS = Peer("cublas", each(cublas))
 SDPA_FLASH = Peer(
-    "sdpa_flash",
-    each(functools.partial(sdpa, "FLASH_ATTENTION")),
-    takes=half_attention,
-    copies=True,
+    "sdpa_flash", each(functools.partial(sdpa, "FLASH_ATTENTION")), takes=half_attention, copies=True
 )
-CUDNN = Peer(
-    "cudnn",
-    each(functools.partial(sdpa, "CUDNN_ATTENTION")),
-    takes=half_attention,
-    copies=True,
-)
+CUDNN = Peer("cudnn", each(functools.partial(sdpa, "CUDNN_ATTENTION")), takes=half_attention, copies=True)
 FLASHINFER = Peer("flashinfer", flashinfer, takes=half_attention, module="flashinfer")
 LIGER_RMSNORM = Peer(  # it has no residual add and no norm of heads inside a packed row
     "liger",

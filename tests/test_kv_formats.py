@@ -3,16 +3,14 @@
 import itertools
 
 import pytest
+import tiny_models
 import torch
 
-import tiny_models
 from lab.contract import Rand
 from lab.dispatch import select
 from lab.errors import LabError
 from lab.formats import kv
 from lab.model.decoder import Decoder
-from lab.model.kv_cache import PagedKVCache, kv_dtype_of, token_bytes
-from lab.model.plans import find_plan
 from lab.model.weights import load
 from lab.ops import decode_attention, find, kv_append, rope_append_attention
 
@@ -57,9 +55,7 @@ def test_int8_has_a_scale_for_each_head():
 
 
 def appended(backend, kv_dtype, dtype, positions, odd=False, seed=0):
-    args = kv_append.inputs(
-        Rand("cpu", dtype, seed), positions, 4, 2, 64, kv_dtype=kv_dtype, odd=odd
-    )
+    args = kv_append.inputs(Rand("cpu", dtype, seed), positions, 4, 2, 64, kv_dtype=kv_dtype, odd=odd)
     select(backend, "cpu").kv_append(*args)
     return args
 
@@ -116,7 +112,9 @@ def test_bytes_are_those_of_the_format():
     made = {}
     for kv_dtype in (None, *FORMATS):
         op = find("decode_attention")
-        made[kv_dtype] = op.nbytes(op.bound(*decode_attention.inputs(rand, (1000,), 4, 2, 64, kv_dtype=kv_dtype)))
+        made[kv_dtype] = op.nbytes(
+            op.bound(*decode_attention.inputs(rand, (1000,), 4, 2, 64, kv_dtype=kv_dtype))
+        )
     tokens = 2 * 2 * 1000
     assert made[None] - made["fp8"] == tokens * 64 and made["int8"] - made["fp8"] == tokens * 2
 

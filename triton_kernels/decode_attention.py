@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from triton_kernels.common import config, launch
-from triton_kernels.core.kv_codes import format_of
+from triton_kernels.core.kv_codes import as_float16, format_of
 from triton_kernels.core.split_attention import (
     attend,
     layer_scales,
@@ -40,7 +40,8 @@ from triton_kernels.settings import measured
 HALF = dict(tile=64, min_rows=16, num_warps=2, num_stages=5)
 FLOAT = dict(tile=32, min_rows=16, num_warps=8, num_stages=4)
 ANY = dict(tile=128, min_rows=1, num_warps=1)
-# With a quantised cache, by bytes of an element of q: as many bytes in flight, so twice or four times the tokens.
+# With a quantised cache, by bytes of an element of q: as many bytes in flight, so twice or four times the
+# tokens.
 HALF_CODES = dict(tile=128, min_rows=16, num_warps=4, num_stages=5)
 FLOAT_CODES = dict(tile=64, min_rows=16, num_warps=8, num_stages=4)
 CONFIGS = {"sm_90": {2: HALF, 4: FLOAT}, "sm_80": {2: HALF, 4: FLOAT}, "interpreter": {2: ANY, 4: ANY}}
@@ -97,6 +98,8 @@ def decode_attention_kernel(
     live_out = (g < GROUP)[:, None] & in_head
     scale_log2, values_scale = layer_scales(k_scales, v_scales, scale_log2, FORMAT)
     qv = tl.load(q + b * q_stride + head[:, None] * HEAD_DIM + d[None, :], mask=live_out, other=0.0)
+    if FORMAT != 0:
+        qv, scale_log2 = as_float16(qv, scale_log2, FORMAT)
 
     # 3. Load the tiles: a token finds its page in the block table. The twin has a hand-written cp.async ring;
     # here the compiler makes it from num_stages. No other program reads these tokens: evict_first.

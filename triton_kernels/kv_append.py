@@ -61,8 +61,8 @@ def kv_append_kernel(
     live_row = live
     live = live[:, None] & (d < HEAD_DIM)
 
-    # 3. Copy: k, then v, unchanged, so that the cache holds exactly what the projection and rope left. A quantised
-    # cache gets codes.
+    # 3. Copy: k, then v, unchanged, so that the cache holds exactly what the projection and rope left. A
+    # quantised cache gets codes.
     new_k = tl.load(k + b[:, None] * k_stride + source, mask=live, other=0.0)
     new_v = tl.load(v + b[:, None] * v_stride + source, mask=live, other=0.0)
     if FORMAT == 0:

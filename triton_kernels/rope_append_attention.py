@@ -16,7 +16,7 @@ import triton.language as tl
 
 from triton_kernels.common import config, launch
 from triton_kernels.core.fused_product import normed, wait_for_inputs
-from triton_kernels.core.kv_codes import INT8, PLAIN, append_codes, format_of
+from triton_kernels.core.kv_codes import INT8, PLAIN, append_codes, as_float16, format_of
 from triton_kernels.core.split_attention import (
     attend,
     cache_rows,
@@ -33,7 +33,7 @@ from triton_kernels.settings import dependent_launch, measured
 HALF = dict(tile=64, min_rows=16, num_warps=4, num_stages=4)
 FLOAT = dict(tile=32, min_rows=16, num_warps=8, num_stages=4)
 CPU = dict(tile=128, min_rows=1, num_warps=1)
-HALF_CODES = dict(tile=128, min_rows=16, num_warps=8, num_stages=4)
+HALF_CODES = dict(tile=64, min_rows=16, num_warps=4, num_stages=6)
 FLOAT_CODES = dict(tile=64, min_rows=16, num_warps=8, num_stages=4)
 CONFIGS = {"sm_90": {2: HALF, 4: FLOAT}, "sm_80": {2: HALF, 4: FLOAT}, "interpreter": {2: CPU, 4: CPU}}
 CODES = {
@@ -241,8 +241,8 @@ def append_and_attend(
     v_scales=None,
     FORMAT: tl.constexpr = PLAIN,
 ):
-    """One split of one KV head; kt, vt, ks and vs are its first tile, as load_tile() returns it. decode_step calls
-    it, too."""
+    """One split of one KV head; kt, vt, ks and vs are its first tile, as load_tile() returns it. decode_step
+    calls it, too."""
     scale_log2, values_scale = layer_scales(k_scales, v_scales, scale_log2, FORMAT)
     g = tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)
@@ -303,6 +303,9 @@ def append_and_attend(
     top = tl.where(owner, top, float("-inf"))
     mass = tl.where(owner, 1.0, tl.zeros([ROWS], tl.float32))
     acc = value.to(tl.float32) + tl.zeros([ROWS, BLOCK_D], tl.float32)
+
+    if FORMAT != PLAIN:
+        qv, scale_log2 = as_float16(qv, scale_log2, FORMAT)
 
     # 4. Load the tiles: the first is already in registers, the others as in decode_attention.
     top, mass, acc = attend(qv, kt, vt, token < stored, top, mass, acc, scale_log2, ks, vs, FORMAT)

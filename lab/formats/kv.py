@@ -3,13 +3,14 @@
   fp8     number = scale * e4m3(code)    codes uint8    one float32 scale for a layer's K and one for its V
   int8    number = scale * code          codes int8     a float16 scale for each token and KV head
 
-codes [pages, kv_heads, page_size, head_dim]; scales float32 [1], or float16 [pages, kv_heads, page_size]. A head
-of 64 numbers takes 64 bytes in fp8 and 66 in int8; in bf16 it takes 128.
+codes [pages, kv_heads, page_size, head_dim]; scales float32 [1], or float16 [pages, kv_heads, page_size]. A
+head of 64 numbers takes 64 bytes in fp8 and 66 in int8; in bf16 it takes 128.
 
 All backends round alike, bit for bit. In float32, with one rounding to nearest even in each step:
   fp8     code = e4m3(x / scale): what lies beyond +-448, the largest number, becomes it, and so does NaN
   int8    scale = float16(max |x| / 127), over one head of one token; code = round(x / scale), within +-127
-          Where the scale rounds to 0 all codes are 0. Where the head holds a NaN or an infinity, so does the scale,
+          Where the scale rounds to 0 all codes are 0. Where the head holds a NaN or an infinity, so does the
+          scale,
           and all codes are 0: whoever reads the head gets NaN.
 Kernels: cuda_src/core/kv_codes.cuh, triton_kernels/core/kv_codes.py
 """
@@ -36,7 +37,8 @@ def scale_bytes(dtype: torch.dtype) -> int:
 
 
 def check(op: str, k_cache, v_cache, k_scales, v_scales, dtype: torch.dtype) -> None:
-    """Raises LabError unless the caches are both in `dtype`, without scales, or codes with scales that fit them."""
+    """Raises LabError unless the caches are both in `dtype`, without scales, or codes with scales that fit
+    them."""
     cached = k_cache.dtype
     if cached == dtype and k_scales is None and v_scales is None:
         return
@@ -44,8 +46,8 @@ def check(op: str, k_cache, v_cache, k_scales, v_scales, dtype: torch.dtype) -> 
         if cached != dtype:
             refuse(
                 op,
-                f"the cache is {dtype_name(cached)} and the heads are {dtype_name(dtype)}: it must have their "
-                "dtype, or codes (uint8 for fp8, int8)",
+                f"the cache is {dtype_name(cached)} and the heads are {dtype_name(dtype)}: it must "
+                "have their dtype, or codes (uint8 for fp8, int8)",
             )
         refuse(op, "k_scales and v_scales belong to a cache of codes (uint8 for fp8, int8)")
     name, (pages, kv_heads, page_size, _) = NAMES[cached], k_cache.shape
@@ -87,8 +89,8 @@ def quantise(x: torch.Tensor, name: str, scale: torch.Tensor | None = None):
 
 
 def numbers(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """What the codes stand for, rounded to float32 once if that is `dtype`. scales: float32 [1], or [...] of codes
-    [..., head_dim]."""
+    """What the codes stand for, rounded to float32 once if that is `dtype`. scales: float32 [1], or [...] of
+    codes [..., head_dim]."""
     if codes.dtype == torch.uint8:
         return codes.view(torch.float8_e4m3fn).to(dtype) * scales.to(dtype)
     return codes.to(dtype) * scales.to(dtype)[..., None]

@@ -149,7 +149,9 @@ def _filled(session, rig, weights, rows):
             r.error = error_text(e)
         return rows
     sides = list(dict.fromkeys((r.backend, r.plan) for r in rows if r.mode != "compile"))
-    groups = together(rig, sides, batch * (context + 1) * token_bytes(loaded.config, loaded.dtype, rig.kv_dtype))
+    groups = together(
+        rig, sides, batch * (context + 1) * token_bytes(loaded.config, loaded.dtype, rig.kv_dtype)
+    )
     if not groups:
         for r in rows:
             r.error = "does not fit: the KV cache is larger than the memory that is free"
@@ -266,7 +268,17 @@ def _linearity(row, others):
         if o.tokens_per_s
         and all(
             getattr(o, f) == getattr(row, f)
-            for f in ("model", "backend", "plan", "mode", "dtype", "context", "timer", "weight_format", "kv_dtype")
+            for f in (
+                "model",
+                "backend",
+                "plan",
+                "mode",
+                "dtype",
+                "context",
+                "timer",
+                "weight_format",
+                "kv_dtype",
+            )
         )
     ]
     base = min(same, key=lambda o: o.batch)

@@ -27,8 +27,8 @@ class Decoder:
 
     batch: rows, each empty (idle) or one sequence; max_context: most tokens of one sequence, prompt
     included. eager: launch op by op on a GPU too, instead of replaying a CUDA graph. splits: blocks that
-    share one KV head's context in decode_attention; None fills the device. kv_dtype: the format of a quantised KV
-    cache (lab/formats/kv.py). Raises LabError for an unknown
+    share one KV head's context in decode_attention; None fills the device. kv_dtype: the format of a
+    quantised KV cache (lab/formats/kv.py). Raises LabError for an unknown
     plan, a page size or context that is not supported, and a batch or model that the plan does not take. A
     backend that cannot run was refused before, by lab.dispatch.select.
     """

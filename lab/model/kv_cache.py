@@ -9,7 +9,6 @@ sequences grow. A quantised cache holds codes, and scales beside them (lab/forma
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Iterable
 
@@ -25,8 +24,8 @@ PAGE_SIZES = (16, 32, 64, 128, 256)
 
 
 def kv_dtype_of(option: str | None) -> str | None:
-    """The option --kv-dtype: a format of lab/formats/kv.py, or None (auto) for a cache in the model's dtype. Raises
-    LabError for a name that is unknown."""
+    """The option --kv-dtype: a format of lab/formats/kv.py, or None (auto) for a cache in the model's dtype.
+    Raises LabError for a name that is unknown."""
     name = known(option or "auto", ("auto", *kv.DTYPES), "KV dtype")
     return None if name == "auto" else name
 
@@ -46,8 +45,8 @@ class PagedKVCache:
     """k, v: [layers, pages, kv_heads, page_size, head_dim]; block_table: int32 [sequences, max_pages] on the
     device. k_scales, v_scales: those of each layer, [layers, ...] as lab/formats/kv.py says, or None.
 
-    kv_dtype: "fp8" or "int8"; None keeps keys and values in `dtype`. scales: (of K, of V) of each layer in fp8, 1
-    where it is not given.
+    kv_dtype: "fp8" or "int8"; None keeps keys and values in `dtype`. scales: (of K, of V) of each layer in
+    fp8, 1 where it is not given.
 
     pages: size of the pool; by default enough for every sequence to reach max_context.
     shuffle: hand pages out in a seeded random order, so that a kernel that assumes neighbouring pages fails.
@@ -187,8 +186,8 @@ class PagedKVCache:
             cache[page, :, row] = new
 
     def read(self, layer: int, slots: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """k, v: [tokens, kv_heads, head_dim], gathered from the slots of those tokens; of a quantised cache the
-        numbers that its codes stand for."""
+        """k, v: [tokens, kv_heads, head_dim], gathered from the slots of those tokens; of a quantised cache
+        the numbers that its codes stand for."""
         page, row = slots
         found = []
         for cache, scales in self.of_layer(layer):

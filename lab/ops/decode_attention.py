@@ -4,13 +4,13 @@ for one new token of each sequence
   q [batch, q_heads, head_dim]   views of the packed qkv
   k_cache, v_cache [pages, kv_heads, page_size, head_dim]
   block_table [batch, max_pages] int32   context_lens [batch] int32
-  k_scales, v_scales   of a quantised cache, whose codes and scales lab/formats/kv.py describes; otherwise None
+  k_scales, v_scales   of a quantised cache, whose codes and scales lab/formats/kv.py describes, or None
   out [batch, q_heads, head_dim]
 Split-KV: `splits` blocks share a sequence's context, and the last one to finish merges their results (the
 online softmax of Milakov and Gimelshein, arXiv 1805.02867; FlashDecoding's split). The context's length is
 read on the device, so one captured graph serves a growing context. A context of 0 gives zeros. Rounding:
-float32 throughout, one rounding at the end. Codes are multiplied as they are: scales are applied to scores, and
-to the weights (int8) or the sums (fp8) of values.
+float32 throughout, one rounding at the end. Codes are multiplied as they are: scales are applied to scores,
+and to the weights (int8) or the sums (fp8) of values.
 Kernels: cuda_src/decode_attention.cu, triton_kernels/decode_attention.py
 """
 
@@ -280,9 +280,9 @@ def inputs(
     low=False,
     kv_dtype=None,
 ):
-    """poison: NaN and inf in every slot that holds no token. kv_dtype: the format of the cache. sharp: a factor of q, and so of the scores; 0
-    makes all weights equal. mean: the mean of v. low: q above 0 and k below, so that every score is below
-    0."""
+    """poison: NaN and inf in every slot that holds no token. kv_dtype: the format of the cache. sharp: a
+    factor of q, and so of the scores; 0 makes all weights equal. mean: the mean of v. low: q above 0 and k
+    below, so that every score is below 0."""
     q, _, _ = packed_qkv(rand, len(lengths), q_heads, kv_heads, head_dim)
     k_cache, v_cache, block_table = paged_cache(rand, lengths, kv_heads, head_dim, page_size)
     if low:
@@ -298,8 +298,8 @@ def inputs(
 
 def poison_unused(cached, lengths, k_cache, v_cache, block_table, k_scales=None, v_scales=None):
     """Writes NaN, inf and -inf into all slots but those of the first cached[b] tokens of each row; into a
-    quantised cache the codes of NaN, and NaN, inf and -inf as scales. Table entries past lengths[b] tokens become page numbers that the cache does not have; rows without a token keep
-    their entries."""
+    quantised cache the codes of NaN, and NaN, inf and -inf as scales. Table entries past lengths[b] tokens
+    become page numbers that the cache does not have; rows without a token keep their entries."""
     page_size, used = k_cache.shape[2], torch.zeros(k_cache.shape[0], k_cache.shape[2], dtype=torch.bool)
     for b, (tokens, length) in enumerate(zip(cached, lengths, strict=True)):
         for i, page in enumerate(block_table[b].tolist()):

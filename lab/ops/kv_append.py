@@ -4,7 +4,7 @@ cache[block_table[b, p / page], :, p % page] = k[b], p = positions[b]
   k, v [batch, kv_heads, head_dim]   views of the packed qkv
   k_cache, v_cache [pages, kv_heads, page_size, head_dim]
   block_table [batch, max_pages] int32   positions [batch] int32
-  k_scales, v_scales   of a quantised cache, whose codes and scales lab/formats/kv.py describes; otherwise None
+  k_scales, v_scales   of a quantised cache, whose codes and scales lab/formats/kv.py describes, or None
 A negative position marks an idle row of a padded batch, which is skipped. A page belongs
 to one row, so no two rows write to one slot.
 Source of paging: Kwon et al., PagedAttention (arXiv 2309.06180).
@@ -193,9 +193,9 @@ def check_pages(op, table, last, k_cache, what, tokens):
 
 
 def inputs(rand, positions, q_heads, kv_heads, head_dim, page_size=16, apart=False, kv_dtype=None, odd=False):
-    """apart: k and v are views of buffers with different strides. kv_dtype: the format of the cache. odd: heads
-    that are hard to quantise: zeros, NaN, an infinity, very small and very large numbers, numbers between two
-    codes."""
+    """apart: k and v are views of buffers with different strides. kv_dtype: the format of the cache. odd:
+    heads that are hard to quantise: zeros, NaN, an infinity, very small and very large numbers, numbers
+    between two codes."""
     _, k, v = packed_qkv(rand, len(positions), q_heads, kv_heads, head_dim, apart)
     if odd:
         for t in (k, v):
@@ -215,7 +215,8 @@ def inputs(rand, positions, q_heads, kv_heads, head_dim, page_size=16, apart=Fal
 
 
 def quantised(rand, k_cache, v_cache, kv_dtype):
-    """(k_cache, v_cache, k_scales, v_scales) in a format of lab/formats/kv.py; the two caches where it is None."""
+    """(k_cache, v_cache, k_scales, v_scales) in a format of lab/formats/kv.py; the two caches where it is
+    None."""
     if kv_dtype is None:
         return k_cache, v_cache
     made = []
@@ -263,7 +264,7 @@ QUANTISED = (
         dict(positions=(0, 15, 16, -1, 47, -1), q_heads=9, kv_heads=3, head_dim=64, apart=True),
     ),
     (
-        "heads of zeros, NaN and infinities, of very small and very large numbers, of numbers between two codes",
+        "heads of zeros, NaN and infinities, of very small and very large numbers, between two codes",
         dict(positions=(3, 4, 5, 6, 7, 8, 9, 10), q_heads=4, kv_heads=2, head_dim=96, odd=True),
     ),
     (

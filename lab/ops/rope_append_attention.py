@@ -7,8 +7,8 @@ in one kernel
   the context is positions + 1
 The block that owns the new token writes its key and value to their page, and attends to it.
 A negative position marks an idle row: nothing is appended and its output is zeros.
-Rounding: as the single ops do: after the norm, after rope (both to T), once at the end. With a quantised cache
-the new token, too, is attended to as it is stored.
+Rounding: as the single ops do: after the norm, after rope (both to T), once at the end. With a quantised
+cache the new token, too, is attended to as it is stored.
 Kernels: cuda_src/rope_append_attention.cu, triton_kernels/rope_append_attention.py
 """
 
@@ -237,7 +237,8 @@ def inputs(
     kv_dtype=None,
 ):
     """poison: NaN and inf in every slot that holds no token. apart: q, k and v have different strides. size:
-    a factor of q and k; a norm removes it, except for the effect of eps. kv_dtype: the format of the cache."""
+    a factor of q and k; a norm removes it, except for the effect of eps. kv_dtype: the format of the
+    cache."""
     lengths = [p + 1 for p in positions]
     q, k, v = packed_qkv(rand, len(lengths), q_heads, kv_heads, head_dim, apart)
     q.mul_(size), k.mul_(size)
@@ -279,13 +280,13 @@ def nbytes(a):
 
 def tolerance(a):
     """(rtol, atol) of out and the caches: the appended key may be rounded to a neighbour (one step of T after
-    norm and after rope, 3 in all). To attention's own tolerance come the changes of the scores by such steps of
-    q and of the new key.
+    norm and after rope, 3 in all). To attention's own tolerance come the changes of the scores by such steps
+    of q and of the new key.
 
-    With a quantised cache a list of (rtol, atol): of out, the codes and the scales. Where a key moves by such a
-    step it may be rounded to the next code, and it moves by at most 1/8 (fp8) or 1/127 (int8) of the largest
-    number. That needs arithmetic in float32 and in float64 to round differently just there, which a head has
-    hardly ever twice: one element of the key is let move so far.
+    With a quantised cache a list of (rtol, atol): of out, the codes and the scales. Where a key moves by such
+    a step it may be rounded to the next code, and it moves by at most 1/8 (fp8) or 1/127 (int8) of the
+    largest number. That needs arithmetic in float32 and in float64 to round differently just there, which a
+    head has hardly ever twice: one element of the key is let move so far.
     """
     q_r, k_r = rotated(a.q, a.k, a.q_norm, a.k_norm, a.eps, a.positions, a.cos_sin)
     attends = decode_attention.op.bound(
@@ -313,7 +314,7 @@ def tolerance(a):
 # Cases of a quantised cache, in each of its formats.
 QUANTISED = (
     (
-        "first token, page boundaries, idle rows whose table names the pages written, NaN wherever there is no token",
+        "first token, page boundaries, idle rows whose table names the pages written, NaN in free slots",
         dict(
             positions=(0, 15, 16, -1, 63, 64, 130, -1),
             q_heads=9,

@@ -30,10 +30,12 @@ def numbers(codes, T: tl.constexpr, FORMAT: tl.constexpr):
     if FORMAT == INT8:
         result = codes.to(T)
     elif FORMAT == FP8_BY_HARDWARE:
-        result = codes.to(tl.float8e4nv, bitcast=True).to(T)
+        # One instruction converts two codes to float16; from there to bfloat16 it would take several slow
+        # ones.
+        result = codes.to(tl.float8e4nv, bitcast=True).to(tl.float16).to(T)
     elif T == tl.bfloat16:
-        # As in formats/fp8.py: the fields are moved to their places in T, and the difference of the biases is a
-        # power of two.
+        # As in formats/fp8.py: the fields are moved to their places in T, and the difference of the biases is
+        # a power of two.
         code = codes.to(tl.int16)
         result = ((code & 0x80) << 8 | (code & 0x7F) << 4).to(tl.bfloat16, bitcast=True) * TWO_120
     elif T == tl.float16:
@@ -46,6 +48,24 @@ def numbers(codes, T: tl.constexpr, FORMAT: tl.constexpr):
 
 
 @triton.jit
+def as_float16(qv, scale_log2, FORMAT: tl.constexpr):
+    """(queries, scale of their scores) for attend(): where the hardware makes float16 of codes, bfloat16
+    becomes float16, too.
+
+    Each row is divided by a power of two, so that its largest number is between 1 and 2. That is exact but
+    for numbers below 2^-14, which lose what is below 2^-25.
+    """
+    scale = scale_log2 + tl.zeros([qv.shape[0], 1], tl.float32)
+    if FORMAT == FP8_BY_HARDWARE and qv.dtype == tl.bfloat16:
+        wide = qv.to(tl.float32)
+        power = tl.max(tl.abs(wide), axis=1, keep_dims=True).to(tl.int32, bitcast=True) & 0x7F800000
+        power = tl.where(power == 0, 1.0, power.to(tl.float32, bitcast=True))
+        qv = (wide / power).to(tl.float16)
+        scale *= power
+    return qv, scale
+
+
+@triton.jit
 def fp8_codes(x, scale):
     """uint8: x / scale as e4m3, rounded to nearest even; +-448 where it is larger or NaN."""
     y = tl.div_rn(x, scale)
@@ -53,7 +73,8 @@ def fp8_codes(x, scale):
     y = tl.where(y > -448.0, y, -448.0)
     bits = y.to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
-    # Numbers with a leading one: the exponent's bias is 7, not 127, and 20 bits of the mantissa are rounded off.
+    # Numbers with a leading one: the exponent's bias is 7, not 127, and 20 bits of the mantissa are rounded
+    # off.
     normal = (magnitude - (120 << 23) + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20
     # The others are multiples of 2^-9: that is what the sum with 2^14 is rounded to.
     sum = magnitude.to(tl.float32, bitcast=True) + 16384.0
@@ -78,10 +99,11 @@ def int8_codes(x):
 
 @triton.jit
 def append_codes(cache, scales, x, row, where, live, live_row, FORMAT: tl.constexpr):
-    """Stores heads x [rows, BLOCK] as codes at the offsets `where`. row [rows]: their tokens' rows in the cache.
+    """Stores heads x [rows, BLOCK] as codes at the offsets `where`. row [rows]: their tokens' rows in the
+    cache.
 
-    Returns what was stored: the codes' numbers before the scale, float32 [rows, BLOCK], and the scales, float32
-    [rows] (int8), or [] (fp8).
+    Returns what was stored: the codes' numbers before the scale, float32 [rows, BLOCK], and the scales,
+    float32 [rows] (int8), or [] (fp8).
     """
     wide = x.to(tl.float32)
     if FORMAT == INT8:

@@ -57,8 +57,8 @@ def load_tile(
     v_scales=None,
     FORMAT: tl.constexpr = PLAIN,
 ):
-    """Keys and values of the tokens as they are stored, [TILE, BLOCK_D], zeros where not live, and in int8 their
-    scales [TILE], otherwise `live` twice. Read only once."""
+    """Keys and values of the tokens as they are stored, [TILE, BLOCK_D], zeros where not live, and in int8
+    their scales [TILE], otherwise `live` twice. Read only once."""
     row = cache_rows(block_table, token, live, b=b, kv=kv, kv_heads=kv_heads, max_pages=max_pages, PAGE=PAGE)
     where = (row * HEAD_DIM)[:, None] + d[None, :]
     if FORMAT == PLAIN:
@@ -79,7 +79,8 @@ def load_tile(
 def attend(qv, kt, vt, live, top, mass, acc, scale_log2, ks=None, vs=None, FORMAT: tl.constexpr = PLAIN):
     """The running softmax with a tile of keys and values [TILE, BLOCK_D] added; only live tokens count.
 
-    kt, vt, ks, vs: as load_tile() returns them. In int8 the weights are multiplied by the scales of the values,
+    kt, vt, ks, vs: as load_tile() returns them. In int8 the weights are multiplied by the scales of the
+    values,
     and with halves both are then bfloat16, since such a product may be too small for float16.
     """
     if FORMAT != PLAIN:

@@ -22,8 +22,8 @@ def refusal(
 ) -> str | None:
     """Why a plan does not decode a batch of this size, or a model of this dtype; None where it does.
 
-    packed: whether matrices of the model are packed in a weight format. kv_dtype: the format of a quantised KV
-    cache.
+    packed: whether matrices of the model are packed in a weight format. kv_dtype: the format of a quantised
+    KV cache.
     """
     from lab.ops.decode_step import op
 
@@ -41,11 +41,9 @@ def refusal(
     return None
 
 
-def find_plan(
-    name: str, batch: int, dtype: torch.dtype, packed: bool = False, kv_dtype: str | None = None
-):
-    """The plan's step. Raises LabError for an unknown plan and for one that takes no such batch, dtype, weights
-    or KV cache."""
+def find_plan(name: str, batch: int, dtype: torch.dtype, packed: bool = False, kv_dtype: str | None = None):
+    """The plan's step. Raises LabError for an unknown plan and for one that takes no such batch, dtype,
+    weights or KV cache."""
     if name not in PLANS:
         raise LabError(f"unknown plan {name!r}: choose from {', '.join(PLANS)}")
     if why := refusal(name, batch, dtype, packed, kv_dtype):
