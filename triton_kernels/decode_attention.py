@@ -131,7 +131,9 @@ def decode_attention_kernel(
         # 4. Online softmax: with a new maximum the sums so far are scaled down. Both matrix products run on
         # tensor cores in both languages, so the weights are rounded to T for the second one; their sum is
         # not.
-        top, mass, acc = attend(qv, kt, vt, live, top, mass, acc, scale_log2, ks, vs, FORMAT)
+        top, mass, acc = attend(
+            qv, kt, vt, live, top=top, mass=mass, acc=acc, scale_log2=scale_log2, ks=ks, vs=vs, FORMAT=FORMAT
+        )
 
     # 5. Publish the split: if it is the only one, it is the result. With a length of zero the mass is zero,
     # and so is the result.

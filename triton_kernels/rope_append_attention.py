@@ -308,7 +308,19 @@ def append_and_attend(
         qv, scale_log2 = as_float16(qv, scale_log2, FORMAT)
 
     # 4. Load the tiles: the first is already in registers, the others as in decode_attention.
-    top, mass, acc = attend(qv, kt, vt, token < stored, top, mass, acc, scale_log2, ks, vs, FORMAT)
+    top, mass, acc = attend(
+        qv,
+        kt,
+        vt,
+        token < stored,
+        top=top,
+        mass=mass,
+        acc=acc,
+        scale_log2=scale_log2,
+        ks=ks,
+        vs=vs,
+        FORMAT=FORMAT,
+    )
     for t0 in tl.range(begin + TILE, stored, TILE):
         token = t0 + tl.arange(0, TILE)
         live = token < stored
@@ -332,7 +344,9 @@ def append_and_attend(
         )
 
         # 5. Online softmax: as in decode_attention.
-        top, mass, acc = attend(qv, kt, vt, live, top, mass, acc, scale_log2, ks, vs, FORMAT)
+        top, mass, acc = attend(
+            qv, kt, vt, live, top=top, mass=mass, acc=acc, scale_log2=scale_log2, ks=ks, vs=vs, FORMAT=FORMAT
+        )
 
     # 6. Publish the split: if it is the only one, it is the result. An idle row has no mass, and its result
     # is zero.
