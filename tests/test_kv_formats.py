@@ -6,6 +6,7 @@ import pytest
 import tiny_models
 import torch
 
+from lab.check import check_case
 from lab.contract import Rand
 from lab.dispatch import select
 from lab.errors import LabError
@@ -96,6 +97,19 @@ def test_the_fused_op_is_append_and_attend(backend, kv_dtype):
     want = ops.decode_attention(q, *caches[:2], table, positions + 1, scale, splits, None, *caches[2:])
     torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
     assert not out[2].any()
+
+
+@pytest.mark.parametrize("name", ("decode_attention", "rope_append_attention"))
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_fp8_by_the_conversion_of_a_gpu(name, dtype, monkeypatch):
+    """What Triton runs on sm_89 and later, interpreted: codes become float16, and so do queries in bfloat16."""
+    module = pytest.importorskip(f"triton_kernels.{name}")
+    monkeypatch.setattr(module, "format_of", lambda cache: 0 if cache.dtype == dtype else 3)
+    op = find(name)
+    for case in op.cases:
+        if case.sizes.get("kv_dtype") == "fp8":
+            outcome = check_case(op, getattr(select("triton", "cpu"), name), Rand("cpu", dtype), case.sizes)
+            assert outcome.error is None, outcome.error
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
