@@ -102,7 +102,7 @@ def test_the_fused_op_is_append_and_attend(backend, kv_dtype):
 @pytest.mark.parametrize("name", ("decode_attention", "rope_append_attention"))
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
 def test_fp8_by_the_conversion_of_a_gpu(name, dtype, monkeypatch):
-    """What Triton runs on sm_89 and later, interpreted: codes become float16, and so do queries in bfloat16."""
+    """What Triton runs on sm_89 and later: codes become float16, and so do queries in bfloat16."""
     module = pytest.importorskip(f"triton_kernels.{name}")
     monkeypatch.setattr(module, "format_of", lambda cache: 0 if cache.dtype == dtype else 3)
     op = find(name)
