@@ -16,9 +16,9 @@ using namespace lab;
 
 template <typename A, typename T = typename A::T>
 __global__ void __launch_bounds__(A::kMaxThreads, 1)
-    decode_attention_kernel(const T* q, PagedCache<T> cache, const int* context_lens, T* out, float* partial,
-                            unsigned* tickets, int splits, int group, int64_t q_stride, float scale_log2,
-                            int least) {
+    decode_attention_kernel(const T* q, KvCache<typename A::C> cache, const int* context_lens, T* out,
+                            float* partial, unsigned* tickets, int splits, int group, int64_t q_stride,
+                            float scale_log2, int least) {
   // 1. Locate: split s owns the tokens [begin, end) of one sequence. The length is read here, on the device,
   // so that a captured graph serves every length. The copies of the first tiles are issued at once.
   constexpr int D = A::D, N = Vec<T>::size;
@@ -59,13 +59,13 @@ void decode_attention(const DecodeAttentionArgs& a) {
     using T = decltype(tag);
     const Settings tuned = settings::find("decode_attention", sizeof(T), a.batch,
                                           {a.q_heads, a.cache.kv_heads, a.head_dim, a.cache.page_size});
-    by_attention_core<T>("decode_attention", a.head_dim, group, [&](auto core) {
+    by_attention_core<T>("decode_attention", a.cache, a.head_dim, group, [&](auto core) {
       using A = typename decltype(core)::type;
       const unsigned cluster = attention_cluster(a.splits.count, a.cache.kv_heads, a.batch);
       launch({dim3(round_up(a.splits.count, cluster), a.cache.kv_heads, a.batch), dim3(A::threads(group)),
               attention_smem_bytes<A>(group, a.splits.count), a.stream, true, cluster},
              "decode_attention_kernel", decode_attention_kernel<A>, as<const T>(a.q.data),
-             paged_cache<T>(a.cache), as<const int>(a.context_lens), as<T>(a.out),
+             kv_cache<typename A::C>(a.cache), as<const int>(a.context_lens), as<T>(a.out),
              as<float>(a.splits.partial), as<unsigned>(a.splits.tickets), a.splits.count, group, a.q.stride,
              a.scale * 1.4426950408889634f, tuned.least);
     });

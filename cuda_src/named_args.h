@@ -48,7 +48,7 @@ constexpr size_t kMostKeywords = 15;  // half of CPython's STACK_USE_GUIDELINE: 
 template <typename F> bool with_fields(Weights& g, F f) { return f(g.data, g.scales, g.format); }
 template <typename F> bool with_fields(HeadRows& g, F f) { return f(g.data, g.stride); }
 template <typename F> bool with_fields(CachePages& g, F f) {
-  return f(g.k, g.v, g.block_table, g.kv_heads, g.page_size, g.max_pages);
+  return f(g.k, g.v, g.block_table, g.kv_heads, g.page_size, g.max_pages, g.k_scales, g.v_scales, g.format);
 }
 template <typename F> bool with_fields(ContextSplits& g, F f) { return f(g.partial, g.tickets, g.count); }
 template <typename F> bool with_fields(HeadNorms& g, F f) { return f(g.q, g.k, g.eps); }

@@ -18,10 +18,10 @@ using namespace lab;
 template <typename A, typename T = typename A::T>
 __global__ void __launch_bounds__(A::kMaxThreads, 1)
     rope_append_attention_kernel(const T* q, const T* k, const T* v, const T* q_norm, const T* k_norm,
-                                 float eps, const int* positions, const float* cos_sin, PagedCache<T> cache,
-                                 T* out, float* partial, unsigned* tickets, int splits, int group,
-                                 int64_t q_stride, int64_t k_stride, int64_t v_stride, float scale_log2,
-                                 int least) {
+                                 float eps, const int* positions, const float* cos_sin,
+                                 KvCache<typename A::C> cache, T* out, float* partial, unsigned* tickets,
+                                 int splits, int group, int64_t q_stride, int64_t k_stride, int64_t v_stride,
+                                 float scale_log2, int least) {
   // 1. Locate: as decode_attention. What was written before the preceding kernel began may be read before the
   // wait for it, because that kernel has itself waited: this holds for the position, the table and the cache.
   // So the copies of the first tiles are issued here.
@@ -50,16 +50,10 @@ __global__ void __launch_bounds__(A::kMaxThreads, 1)
   // memory for its tile.
   if (attention.owns(position) && threadIdx.x >= blockDim.x - 32) {
     const bool valid = rotation.live && threadIdx.x >= blockDim.x - L;
-    const int i = rotation.c * N;
+    const int i = rotation.c * N;  // its first element
     const Vec<T> value = valid ? load(v + b * v_stride + kv_head * D + i) : Vec<T>{};
     const Vec<T> key = rotation.turn(k + b * k_stride + kv_head * D, valid, k_norm, eps);
-    if (valid) {
-      const size_t to = attention.place(new_page, position) + i;
-      store(&inputs.new_k[i], key);
-      store(&inputs.new_v[i], value);
-      store(cache.k + to, key);
-      store(cache.v + to, value);
-    }
+    attention.template append<L>(inputs, key, value, i, valid, new_page, position);
   }
   __syncthreads();
   attention.load_query(scale_log2);
@@ -87,16 +81,17 @@ void rope_append_attention(const RopeAppendAttentionArgs& a) {
     using T = decltype(tag);
     const Settings tuned = settings::find("rope_append_attention", sizeof(T), a.batch,
                                           {a.q_heads, a.cache.kv_heads, a.head_dim, a.cache.page_size});
-    by_attention_core<T>("rope_append_attention", a.head_dim, group, [&](auto core) {
+    by_attention_core<T>("rope_append_attention", a.cache, a.head_dim, group, [&](auto core) {
       using A = typename decltype(core)::type;
       const unsigned cluster = attention_cluster(a.splits.count, a.cache.kv_heads, a.batch);
       launch({dim3(round_up(a.splits.count, cluster), a.cache.kv_heads, a.batch), dim3(A::threads(group)),
               attention_smem_bytes<A>(group, a.splits.count), a.stream, true, cluster},
              "rope_append_attention_kernel", rope_append_attention_kernel<A>, as<const T>(a.q.data),
              as<const T>(a.k.data), as<const T>(a.v.data), as<const T>(a.norms.q), as<const T>(a.norms.k),
-             a.norms.eps, as<const int>(a.positions), as<const float>(a.cos_sin), paged_cache<T>(a.cache),
-             as<T>(a.out), as<float>(a.splits.partial), as<unsigned>(a.splits.tickets), a.splits.count, group,
-             a.q.stride, a.k.stride, a.v.stride, a.scale * 1.4426950408889634f, tuned.least);
+             a.norms.eps, as<const int>(a.positions), as<const float>(a.cos_sin),
+             kv_cache<typename A::C>(a.cache), as<T>(a.out), as<float>(a.splits.partial),
+             as<unsigned>(a.splits.tickets), a.splits.count, group, a.q.stride, a.k.stride, a.v.stride,
+             a.scale * 1.4426950408889634f, tuned.least);
     });
   });
 }

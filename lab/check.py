@@ -108,10 +108,12 @@ def check_call(op: Op, function, arena: Arena, may_change: set[str], errors=None
     if op.verify is not None:
         error = op.verify(out, a)
         outcomes, got, want = [Outcome(error, 0.0 if error is None else torch.inf)], got[1:], want[1:]
-    for g, w in zip(got, want):  # what has no reference (scratch) is not compared
-        outcomes.append(compare(g, w, *limits))
+    # What has no reference (scratch) is not compared.
+    each = limits if isinstance(limits, list) else [limits] * len(got)
+    for g, w, limit in zip(got, want, each):
+        outcomes.append(compare(g, w, *limit))
         if errors is not None:
-            errors.add(g, w, *limits)
+            errors.add(g, w, *limit)
     return max(outcomes, key=lambda outcome: outcome.used)
 
 

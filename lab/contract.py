@@ -113,7 +113,9 @@ class Op:
     inputs: Callable  # (rand: Rand, **sizes) -> args: random data of these sizes
     nbytes: Callable  # (a) -> bytes that must cross DRAM at least once
     flops: Callable  # (a) -> floating-point operations
-    tolerance: Callable  # (a) -> (rtol, atol) against `reference`, derived from the dtypes' epsilon
+    # (a) -> (rtol, atol) against `reference`, derived from the dtypes' epsilon, or a list with one for each
+    # tensor
+    tolerance: Callable
     cases: tuple[Case, ...] = ()  # the sizes that `lab check` runs
     mutates: tuple[str, ...] = ()  # arguments that the op changes in place
     # (a) -> None; raises LabError for integers in tensors (page numbers, positions) that no kernel may be

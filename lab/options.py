@@ -82,6 +82,14 @@ def weight_formats(parser):
     )
 
 
+def kv_dtype(parser):
+    parser.add_argument(
+        "--kv-dtype",
+        metavar="FORMAT",
+        help="of the KV cache: auto (the model's dtype, the default), fp8 or int8",
+    )
+
+
 def bench(parser):
     parser.add_argument(
         "what",
@@ -128,6 +136,7 @@ def bench(parser):
         help="weight formats, one after the other, and none for plain weights: for ops those that have "
         "weights, for model and accuracy the models rounded to each (accuracy: one of each kind by default)",
     )
+    kv_dtype(parser)
     parser.add_argument("--quick", action="store_true", help="a small set in under 2 minutes of GPU time")
     parser.add_argument(
         "--seconds", type=duration, metavar="S", help="sampling time per configuration and timer"
@@ -174,6 +183,7 @@ def ledger(parser):
         "--weights", choices=("random", "auto"), default="random", help="random, or auto: the real ones"
     )
     weight_formats(parser)
+    kv_dtype(parser)
     parser.add_argument(
         "--swap",
         action="store_true",

@@ -147,6 +147,11 @@ def in_format(a, name):
     return getattr(a.w, "format_name", None) == name and a.x.dtype == torch.bfloat16 and a.bias is None
 
 
+def half_attention(a):
+    """Half precision, and a KV cache that is not quantised."""
+    return half_precision(a.q) and a.k_cache.dtype == a.q.dtype
+
+
 FP8_LARGEST = 448.0
 CUBLAS = Peer("cublas", each(cublas), takes=lambda a: isinstance(a.w, torch.Tensor))
 INT4_MM = Peer(
@@ -161,18 +166,10 @@ SCALED_MM = Peer(
     error=0.06,  # of x rounded to fp8
 )
 SDPA_FLASH = Peer(
-    "sdpa_flash",
-    each(functools.partial(sdpa, "FLASH_ATTENTION")),
-    takes=lambda a: half_precision(a.q),
-    copies=True,
+    "sdpa_flash", each(functools.partial(sdpa, "FLASH_ATTENTION")), takes=half_attention, copies=True
 )
-CUDNN = Peer(
-    "cudnn",
-    each(functools.partial(sdpa, "CUDNN_ATTENTION")),
-    takes=lambda a: half_precision(a.q),
-    copies=True,
-)
-FLASHINFER = Peer("flashinfer", flashinfer, takes=lambda a: half_precision(a.q), module="flashinfer")
+CUDNN = Peer("cudnn", each(functools.partial(sdpa, "CUDNN_ATTENTION")), takes=half_attention, copies=True)
+FLASHINFER = Peer("flashinfer", flashinfer, takes=half_attention, module="flashinfer")
 LIGER_RMSNORM = Peer(  # it has no residual add and no norm of heads inside a packed row
     "liger",
     each(liger_rmsnorm),

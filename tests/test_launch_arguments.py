@@ -118,7 +118,7 @@ def idle_attention(**change):
             norms=(0, 0, 1e-5),
             positions=0,
             cos_sin=0,
-            cache=(0, 0, 0, 1, 16, 1),
+            cache=(0, 0, 0, 1, 16, 1, 0, 0, 0),
             out=0,
             splits=(0, 0, 1),
             batch=0,
@@ -137,7 +137,7 @@ def idle_attention(**change):
     [
         ({"q": 0}, "q: a tuple of 2 values is needed, not 0"),
         ({"q": (0, 8, 8)}, "q: a tuple of 2 values is needed, not"),
-        ({"cache": (0, 0, 0, 1, 16, 1 << 40)}, "cache: 1099511627776 does not fit 32 bits"),
+        ({"cache": (0, 0, 0, 1, 16, 1 << 40, 0, 0, 0)}, "cache: 1099511627776 does not fit 32 bits"),
         ({"norms": (0, 0, "small")}, "norms: .*str"),
     ],
 )
@@ -192,7 +192,7 @@ def test_a_call_with_names_costs_no_more_than_one_with_positions(record_property
             norms=(1 << 40, 1 << 40, 1e-5),
             positions=1 << 40,
             cos_sin=1 << 40,
-            cache=(1 << 40, 1 << 40, 1 << 40, 1, 16, 1),
+            cache=(1 << 40, 1 << 40, 1 << 40, 1, 16, 1, 0, 0, 0),
             out=1 << 40,
             splits=(1 << 40, 1 << 40, 1),
             batch=0,

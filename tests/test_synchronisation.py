@@ -49,6 +49,8 @@ EARLY = {
         "cos_sin",
         "k_cache",
         "v_cache",
+        "k_scales",
+        "v_scales",
         "block_table",
         "workspace",
     },

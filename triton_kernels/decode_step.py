@@ -70,7 +70,7 @@ def first_tile(
     d = tl.arange(0, BLOCK_D)
     token = begin + tl.arange(0, TILE)
     live = (token < tl.minimum(end, position)) & (item < kv_heads * splits)
-    kt, vt = load_tile(
+    kt, vt, _, _ = load_tile(
         k_cache,
         v_cache,
         block_table,

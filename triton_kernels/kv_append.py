@@ -4,6 +4,7 @@ v likewise
   k, v [batch, kv_heads, head_dim], views of packed qkv rows with any stride(0)
   k_cache, v_cache [pages, kv_heads, page_size, head_dim]
   block_table [batch, max_pages] int32   positions [batch] int32
+  k_scales, v_scales   of a quantised cache: core/kv_codes.py
   mapping   a program owns ROWS heads, counted through the heads of every batch entry
   traffic   k and v read once and written once
   contract  lab/ops/kv_append.py          twin  cuda_src/kv_append.cu
@@ -13,6 +14,7 @@ import triton
 import triton.language as tl
 
 from triton_kernels.common import config, launch
+from triton_kernels.core.kv_codes import append_codes, format_of
 
 CONFIGS = {
     "sm_90": dict(rows=4, num_warps=1),
@@ -34,6 +36,9 @@ def kv_append_kernel(
     max_pages,
     k_stride,
     v_stride,
+    k_scales,
+    v_scales,
+    FORMAT: tl.constexpr,
     PAGE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -51,16 +56,24 @@ def kv_append_kernel(
     position = tl.load(positions + b, mask=row < rows, other=-1)
     live = position >= 0
     page = tl.load(block_table + b * max_pages + position // PAGE, mask=live, other=0).to(tl.int64)
-    slot = ((page * kv_heads + head) * PAGE + position % PAGE) * HEAD_DIM
-    target = slot[:, None] + d
+    slot = (page * kv_heads + head) * PAGE + position % PAGE
+    target = (slot * HEAD_DIM)[:, None] + d
+    live_row = live
     live = live[:, None] & (d < HEAD_DIM)
 
-    # 3. Copy: k, then v, unchanged, so that the cache holds exactly what the projection and rope left.
-    tl.store(k_cache + target, tl.load(k + b[:, None] * k_stride + source, mask=live, other=0.0), mask=live)
-    tl.store(v_cache + target, tl.load(v + b[:, None] * v_stride + source, mask=live, other=0.0), mask=live)
+    # 3. Copy: k, then v, unchanged, so that the cache holds exactly what the projection and rope left. A
+    # quantised cache gets codes.
+    new_k = tl.load(k + b[:, None] * k_stride + source, mask=live, other=0.0)
+    new_v = tl.load(v + b[:, None] * v_stride + source, mask=live, other=0.0)
+    if FORMAT == 0:
+        tl.store(k_cache + target, new_k, mask=live)
+        tl.store(v_cache + target, new_v, mask=live)
+    else:
+        append_codes(k_cache, k_scales, new_k, slot, target, live, live_row, FORMAT)
+        append_codes(v_cache, v_scales, new_v, slot, target, live, live_row, FORMAT)
 
 
-def kv_append(k, v, k_cache, v_cache, block_table, positions):
+def kv_append(k, v, k_cache, v_cache, block_table, positions, k_scales=None, v_scales=None):
     """Write one token's k and v into the paged cache."""
     cfg = config(CONFIGS, k)
     batch, kv_heads, head_dim = k.shape
@@ -80,6 +93,9 @@ def kv_append(k, v, k_cache, v_cache, block_table, positions):
         block_table.shape[1],
         k.stride(0),
         v.stride(0),
+        k_scales,
+        v_scales,
+        FORMAT=format_of(k_cache),
         PAGE=k_cache.shape[2],
         HEAD_DIM=head_dim,
         BLOCK=triton.next_power_of_2(head_dim),

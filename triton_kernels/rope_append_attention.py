@@ -16,9 +16,11 @@ import triton.language as tl
 
 from triton_kernels.common import config, launch
 from triton_kernels.core.fused_product import normed, wait_for_inputs
+from triton_kernels.core.kv_codes import INT8, PLAIN, append_codes, as_float16, format_of
 from triton_kernels.core.split_attention import (
     attend,
     cache_rows,
+    layer_scales,
     load_tile,
     merge,
     merge_step,
@@ -31,7 +33,14 @@ from triton_kernels.settings import dependent_launch, measured
 HALF = dict(tile=64, min_rows=16, num_warps=4, num_stages=4)
 FLOAT = dict(tile=32, min_rows=16, num_warps=8, num_stages=4)
 CPU = dict(tile=128, min_rows=1, num_warps=1)
+HALF_CODES = dict(tile=64, min_rows=16, num_warps=4, num_stages=6)
+FLOAT_CODES = dict(tile=64, min_rows=16, num_warps=8, num_stages=4)
 CONFIGS = {"sm_90": {2: HALF, 4: FLOAT}, "sm_80": {2: HALF, 4: FLOAT}, "interpreter": {2: CPU, 4: CPU}}
+CODES = {
+    "sm_90": {2: HALF_CODES, 4: FLOAT_CODES},
+    "sm_80": {2: HALF_CODES, 4: FLOAT_CODES},
+    "interpreter": {2: CPU, 4: CPU},
+}
 
 
 @triton.jit
@@ -87,6 +96,9 @@ def rope_append_attention_kernel(
     k_stride,
     v_stride,
     scale_log2,
+    k_scales,
+    v_scales,
+    FORMAT: tl.constexpr,
     PDL: tl.constexpr,
     HAS_NORM: tl.constexpr,
     GROUP: tl.constexpr,
@@ -113,7 +125,7 @@ def rope_append_attention_kernel(
     d = tl.arange(0, BLOCK_D)
     cosine, sine = angles(cos_sin, position, d, HEAD_DIM)
     token = begin + tl.arange(0, TILE)
-    kt, vt = load_tile(
+    kt, vt, ks, vs = load_tile(
         k_cache,
         v_cache,
         block_table,
@@ -127,6 +139,9 @@ def rope_append_attention_kernel(
         in_head=(d < HEAD_DIM)[None, :],
         PAGE=PAGE,
         HEAD_DIM=HEAD_DIM,
+        k_scales=k_scales,
+        v_scales=v_scales,
+        FORMAT=FORMAT,
     )
     wait_for_inputs(PDL)
     append_and_attend(
@@ -170,6 +185,11 @@ def rope_append_attention_kernel(
         SPLIT=SPLIT,
         HEADS=HEADS,
         MERGE=MERGE,
+        ks=ks,
+        vs=vs,
+        k_scales=k_scales,
+        v_scales=v_scales,
+        FORMAT=FORMAT,
     )
 
 
@@ -215,8 +235,15 @@ def append_and_attend(
     SPLIT: tl.constexpr,
     HEADS: tl.constexpr,
     MERGE: tl.constexpr,
+    ks=None,
+    vs=None,
+    k_scales=None,
+    v_scales=None,
+    FORMAT: tl.constexpr = PLAIN,
 ):
-    """One split of one KV head; kt and vt are its first tile. decode_step calls it, too."""
+    """One split of one KV head; kt, vt, ks and vs are its first tile, as load_tile() returns it. decode_step
+    calls it, too."""
+    scale_log2, values_scale = layer_scales(k_scales, v_scales, scale_log2, FORMAT)
     g = tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)
     in_head = (d < HEAD_DIM)[None, :]
@@ -254,33 +281,50 @@ def append_and_attend(
         HAS_NORM=HAS_NORM,
     )
     value = tl.load(v + b * v_stride + kv * HEAD_DIM + d[None, :], mask=live_new, other=0.0)
-    slot = (
-        cache_rows(
-            block_table,
-            position,
-            owner,
-            b=b,
-            kv=kv,
-            kv_heads=kv_heads,
-            max_pages=max_pages,
-            PAGE=PAGE,
-            HEAD_DIM=HEAD_DIM,
-        )
-        + d[None, :]
+    row = cache_rows(
+        block_table, position, owner, b=b, kv=kv, kv_heads=kv_heads, max_pages=max_pages, PAGE=PAGE
     )
-    tl.store(k_cache + slot, key, mask=live_new)
-    tl.store(v_cache + slot, value, mask=live_new)
+    slot = row * HEAD_DIM + d[None, :]
+    if FORMAT == PLAIN:
+        tl.store(k_cache + slot, key, mask=live_new)
+        tl.store(v_cache + slot, value, mask=live_new)
+    else:
+        # It is attended to as it is stored: as codes, in fp8 without the layer's scales, as the other tokens.
+        key, key_scale = append_codes(
+            k_cache, k_scales, key, row + tl.arange(0, 1), slot, live_new, owner, FORMAT
+        )
+        value, value_scale = append_codes(
+            v_cache, v_scales, value, row + tl.arange(0, 1), slot, live_new, owner, FORMAT
+        )
+        if FORMAT == INT8:
+            key *= key_scale[:, None]
+            value *= value_scale[:, None]
     top = tl.sum(qv.to(tl.float32) * key.to(tl.float32), axis=1) * scale_log2
     top = tl.where(owner, top, float("-inf"))
     mass = tl.where(owner, 1.0, tl.zeros([ROWS], tl.float32))
     acc = value.to(tl.float32) + tl.zeros([ROWS, BLOCK_D], tl.float32)
 
+    if FORMAT != PLAIN:
+        qv, scale_log2 = as_float16(qv, scale_log2, FORMAT)
+
     # 4. Load the tiles: the first is already in registers, the others as in decode_attention.
-    top, mass, acc = attend(qv, kt, vt, token < stored, top, mass, acc, scale_log2)
+    top, mass, acc = attend(
+        qv,
+        kt,
+        vt,
+        token < stored,
+        top=top,
+        mass=mass,
+        acc=acc,
+        scale_log2=scale_log2,
+        ks=ks,
+        vs=vs,
+        FORMAT=FORMAT,
+    )
     for t0 in tl.range(begin + TILE, stored, TILE):
         token = t0 + tl.arange(0, TILE)
         live = token < stored
-        kt, vt = load_tile(
+        kt, vt, ks, vs = load_tile(
             k_cache,
             v_cache,
             block_table,
@@ -294,13 +338,20 @@ def append_and_attend(
             in_head=in_head,
             PAGE=PAGE,
             HEAD_DIM=HEAD_DIM,
+            k_scales=k_scales,
+            v_scales=v_scales,
+            FORMAT=FORMAT,
         )
 
         # 5. Online softmax: as in decode_attention.
-        top, mass, acc = attend(qv, kt, vt, live, top, mass, acc, scale_log2)
+        top, mass, acc = attend(
+            qv, kt, vt, live, top=top, mass=mass, acc=acc, scale_log2=scale_log2, ks=ks, vs=vs, FORMAT=FORMAT
+        )
 
     # 6. Publish the split: if it is the only one, it is the result. An idle row has no mass, and its result
     # is zero.
+    if FORMAT != PLAIN:
+        acc *= values_scale
     out_head = out + (b * kv_heads + kv) * (GROUP * HEAD_DIM)
     if not SPLIT:
         result = acc / tl.where(mass == 0.0, 1.0, mass)[:, None]
@@ -363,22 +414,28 @@ def rope_append_attention(
     partial,
     tickets,
     out,
+    k_scales=None,
+    v_scales=None,
 ):
     """Launch splits x kv_heads x batch programs; partial and tickets may be None where splits is 1."""
     batch, q_heads, head_dim = q.shape
     kv_heads, page_size = k_cache.shape[1:3]
     group = q_heads // kv_heads
     cfg = (
-        measured(
-            "rope_append_attention",
-            q,
-            batch,
-            q_heads=q_heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            page_size=page_size,
+        config(CODES, q)[q.itemsize]
+        if k_scales is not None
+        else (
+            measured(
+                "rope_append_attention",
+                q,
+                batch,
+                q_heads=q_heads,
+                kv_heads=kv_heads,
+                head_dim=head_dim,
+                page_size=page_size,
+            )
+            or config(CONFIGS, q)[q.itemsize]
         )
-        or config(CONFIGS, q)[q.itemsize]
     )
     options = {key: value for key, value in cfg.items() if key.startswith("num_")}
     heads, block_d = triton.next_power_of_2(group), triton.next_power_of_2(head_dim)
@@ -406,6 +463,9 @@ def rope_append_attention(
         k.stride(0),
         v.stride(0),
         scale * math.log2(math.e),
+        k_scales,
+        v_scales,
+        FORMAT=format_of(k_cache),
         HAS_NORM=q_norm is not None,
         GROUP=group,
         ROWS=max(heads, cfg["min_rows"]),

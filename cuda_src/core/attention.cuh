@@ -1,4 +1,4 @@
-// How the attention ops launch: the choice of the core by dtype, head dim and number of query heads in a
+// How the attention ops launch: the choice of the core by dtype, what the cache stores, head dim and number of query heads in a
 // group, and the shared memory it needs.
 #pragma once
 #include "lane_attention.cuh"
@@ -34,10 +34,15 @@ inline unsigned attention_cluster(int splits, int kv_heads, int batch) {
 }
 
 // The cache of a launcher's arguments, in the form that the kernels take.
-template <typename T>
-PagedCache<T> paged_cache(const CachePages& cache) {
-  return {as<T>(cache.k), as<T>(cache.v), as<const int>(cache.block_table), log2_of(cache.page_size),
-          cache.max_pages};
+template <typename C>
+KvCache<C> kv_cache(const CachePages& cache) {
+  const PagedCache<C> pages{as<C>(cache.k), as<C>(cache.v), as<const int>(cache.block_table),
+                            log2_of(cache.page_size), cache.max_pages};
+  if constexpr (kIsCode<C>) {
+    return {pages, kv_scales<C>(cache)};
+  } else {
+    return pages;
+  }
 }
 
 // Calls f with the attention core for these heads. The core is a type, passed in a tag: `using A = typename
@@ -46,35 +51,48 @@ template <typename A>
 struct AttentionCore {
   using type = A;
 };
-template <typename T, int D, typename F>
+template <typename T, int D, typename C, typename F>
 inline void by_group(int group, F&& f) {
   if constexpr (sizeof(T) == 2 && kHasGpuShapes) {
     if (!cpu_shapes()) {
-      if (group <= 8) return f(AttentionCore<MmaAttention<T, D, 1>>{});
-      return f(AttentionCore<MmaAttention<T, D, 2>>{});
+      if constexpr (kHost && kIsCode<C>) {
+        // Fewer kernels to compile: a GPU's shapes are in the host build for tests alone, and these take them.
+        constexpr int kTiles = D == 128 ? 2 : 1;
+        if (group <= 8 * kTiles) return f(AttentionCore<MmaAttention<T, D, kTiles, C>>{});
+        throw std::invalid_argument(
+            "LAB_HOST_SHAPES: a quantised cache of such heads is not in the host build");
+      }
+      if (group <= 8) return f(AttentionCore<MmaAttention<T, D, 1, C>>{});
+      return f(AttentionCore<MmaAttention<T, D, 2, C>>{});
     }
   }
-  // Query heads that one warp serves. The host build without a GPU's shapes has two of these four, to save
-  // compile time; where there are fewer heads than that, the rest is masked.
-  const int heads = ceil_div(group, ceil_div(group, 4));
-  if (heads == 1) return f(AttentionCore<LaneAttention<T, D, 1>>{});
-  if constexpr (kHasGpuShapes) {
-    if (heads == 2) return f(AttentionCore<LaneAttention<T, D, 2>>{});
-    if (heads == 3) return f(AttentionCore<LaneAttention<T, D, 3>>{});
+  if constexpr (!kIsCode<C>) {
+    // Query heads that one warp serves. The host build without a GPU's shapes has two of these four, to save
+    // compile time; where there are fewer heads than that, the rest is masked. The same is done for quantised
+    // caches, which no GPU reads by these.
+    const int heads = ceil_div(group, ceil_div(group, 4));
+    if (heads == 1) return f(AttentionCore<LaneAttention<T, D, 1>>{});
+    if constexpr (kHasGpuShapes) {
+      if (heads == 2) return f(AttentionCore<LaneAttention<T, D, 2>>{});
+      if (heads == 3) return f(AttentionCore<LaneAttention<T, D, 3>>{});
+    }
   }
-  f(AttentionCore<LaneAttention<T, D, 4>>{});
+  f(AttentionCore<LaneAttention<T, D, 4, C>>{});
 }
 template <typename T, typename F>
-inline void by_attention_core(const char* op, int head_dim, int group, F&& f) {
+inline void by_attention_core(const char* op, const CachePages& cache, int head_dim, int group, F&& f) {
   if (group > kMaxGroup)
     throw std::invalid_argument(std::string(op) + ": more than 16 query heads per KV head");
-  switch (head_dim) {
-    case 64: return by_group<T, 64>(group, f);
-    case 96: return by_group<T, 96>(group, f);
-    case 128: return by_group<T, 128>(group, f);
-  }
-  throw std::invalid_argument(std::string(op) + ": head_dim " + std::to_string(head_dim) +
-                              " is not 64, 96 or 128");
+  by_cache<T>(cache.format, [&](auto code) {
+    using C = decltype(code);
+    switch (head_dim) {
+      case 64: return by_group<T, 64, C>(group, f);
+      case 96: return by_group<T, 96, C>(group, f);
+      case 128: return by_group<T, 128, C>(group, f);
+    }
+    throw std::invalid_argument(std::string(op) + ": head_dim " + std::to_string(head_dim) +
+                                " is not 64, 96 or 128");
+  });
 }
 
 }  // namespace lab

@@ -10,20 +10,26 @@ constexpr int lanes_per_token(int vectors) { return vectors <= 8 ? 8 : vectors <
 
 // L lanes share a token and each keeps 16 bytes of it; four warps share the tokens of a tile. A warp serves
 // Heads query heads, at most four: for every four heads of the group a block has four more warps, which work
-// on the same tile.
-template <typename T, int D, int Heads>
-struct LaneAttention : SplitAttention<T, D> {
+// on the same tile. C: what the cache stores, T or codes.
+template <typename T, int D, int Heads, typename C = T>
+struct LaneAttention : SplitAttention<T, D, C> {
   // D / N of the L lanes have elements: 12 of 16 for D = 96.
   static constexpr int N = Vec<T>::size, L = lanes_per_token(D / N);
   static constexpr int kTokenWarps = 4, kPerLane = 4, kStages = 3, kTokensPerWarp = 32 / L;
   static constexpr int kParts = kTokenWarps * kTokensPerWarp;  // running softmaxes of one head
   static constexpr int kTokens = kParts * kPerLane;            // tokens of a tile
   static constexpr int kMaxThreads = kTokenWarps * 32 * 4;     // for a group of 16 query heads
-  struct Smem {
-    T k[kStages][kTokens][D], v[kStages][kTokens][D];
-    AttentionInputs<T, D> inputs;
+  // A copy of 16 bytes brings the codes of several lanes; of these the first issues it.
+  static constexpr int kLanesPerCopy = int(sizeof(T) / sizeof(C));
+  struct PlainSmem {
+    C k[kStages][kTokens][D], v[kStages][kTokens][D];
+    AttentionInputs<T, D, C> inputs;
   };
-  using Base = SplitAttention<T, D>;
+  struct Int8Smem : PlainSmem {
+    alignas(16) half scales[kStages][2][kTokens];  // of K, of V
+  };
+  using Smem = std::conditional_t<kIsInt8<C>, Int8Smem, PlainSmem>;
+  using Base = SplitAttention<T, D, C>;
   using Base::begin, Base::end, Base::stored, Base::group;
   Smem& shared;
   // Lane within its token; its running softmax; first head of its warp; tiles.
@@ -35,7 +41,7 @@ struct LaneAttention : SplitAttention<T, D> {
   static int threads(int group) { return kTokenWarps * 32 * ceil_div(group, 4); }
   LAB_DEVICE int query_rows() const { return group; }
 
-  LAB_DEVICE LaneAttention(const PagedCache<T>& cache, int splits_, int group_, int length, int in_cache, int)
+  LAB_DEVICE LaneAttention(const KvCache<C>& cache, int splits_, int group_, int length, int in_cache, int)
       : Base(cache, splits_, group_, length, in_cache, kTokens, kTokens, 0), shared(smem<Smem>()) {
     const int warp = threadIdx.x / 32;
     c = threadIdx.x % L;
@@ -61,7 +67,7 @@ struct LaneAttention : SplitAttention<T, D> {
       const bool valid = live && head0 + h < group;
       unpack<T>(query[h], valid ? load_packed<N>(&shared.inputs.q[head0 + h][c * N]) : Packed<T, N>{});
       LAB_UNROLL
-      for (int e = 0; e < N; ++e) query[h][e] *= scale_log2;
+      for (int e = 0; e < N; ++e) query[h][e] *= kIsFp8<C> ? scale_log2 * Base::keys_scale : scale_log2;
     }
   }
   // Waits for tile t, issues the asynchronous copy of a later tile, and writes the new token over the zeros
@@ -74,8 +80,11 @@ struct LaneAttention : SplitAttention<T, D> {
     if (stored < end && t == count - 1) {
       if (live && threadIdx.x < L) {
         const int row = stored - begin - t * kTokens;
-        store(&shared.k[t % kStages][row][c * N], load(&shared.inputs.new_k[c * N]));
-        store(&shared.v[t % kStages][row][c * N], load(&shared.inputs.new_v[c * N]));
+        store(&shared.k[t % kStages][row][c * N], load<N>(&shared.inputs.new_k[c * N]));
+        store(&shared.v[t % kStages][row][c * N], load<N>(&shared.inputs.new_v[c * N]));
+        if constexpr (kIsInt8<C>) {
+          if (c < 2) shared.scales[t % kStages][c][row] = shared.inputs.new_scales[c];
+        }
       }
       __syncthreads();
     }
@@ -89,7 +98,7 @@ struct LaneAttention : SplitAttention<T, D> {
       LAB_UNROLL
       for (int j = 0; j < kPerLane; ++j) {
         float key[N];
-        unpack<T>(key, load_packed<N>(&shared.k[t % kStages][j * kParts + part][c * N]));
+        numbers(key, &shared.k[t % kStages][j * kParts + part][c * N]);
         LAB_UNROLL
         for (int h = 0; h < Heads; ++h) {
           LAB_UNROLL
@@ -105,6 +114,7 @@ struct LaneAttention : SplitAttention<T, D> {
       LAB_UNROLL
       for (int j = 0; j < kPerLane; ++j) {
         float& score = scores[j * Heads + h];
+        if constexpr (kIsInt8<C>) score *= to_float(shared.scales[t % kStages][0][j * kParts + part]);
         if (begin + t * kTokens + j * kParts + part >= end) score = -INFINITY;
         top = fmaxf(top, score);
       }
@@ -118,13 +128,18 @@ struct LaneAttention : SplitAttention<T, D> {
         float& score = scores[j * Heads + h];
         score = exp2f(score - top);
         weight[h] += score;
+        if constexpr (kIsInt8<C>) {
+          // A slot past the end may hold any scale, and its weight is 0.
+          const bool within = begin + t * kTokens + j * kParts + part < end;
+          score *= within ? to_float(shared.scales[t % kStages][1][j * kParts + part]) : 0.f;
+        }
       }
     }
     if (live) {
       LAB_UNROLL
       for (int j = 0; j < kPerLane; ++j) {
         float value[N];
-        unpack<T>(value, load_packed<N>(&shared.v[t % kStages][j * kParts + part][c * N]));
+        numbers(value, &shared.v[t % kStages][j * kParts + part][c * N]);
         LAB_UNROLL
         for (int h = 0; h < Heads; ++h) {
           LAB_UNROLL
@@ -154,6 +169,16 @@ struct LaneAttention : SplitAttention<T, D> {
   }
 
  private:
+  // This lane's elements of a token, or what their codes stand for before the scale.
+  LAB_DEVICE static void numbers(float (&f)[N], const C* from) {
+    if constexpr (kIsCode<C>) {
+      const Vec<C, N> codes = load<N>(from);
+      LAB_UNROLL
+      for (int e = 0; e < N; ++e) f[e] = number_of(codes.v[e]);
+    } else {
+      unpack<T>(f, load_packed<N>(from));
+    }
+  }
   LAB_DEVICE void look_up(int t) {
     const int row0 = threadIdx.x / L, row_step = blockDim.x / L;
     LAB_UNROLL
@@ -167,11 +192,18 @@ struct LaneAttention : SplitAttention<T, D> {
     LAB_UNROLL
     for (int j = 0; j < kPerLane; ++j) {
       const int row = row0 + j * row_step, token = begin + t * kTokens + row;
-      if (!live || row >= kTokens) continue;
+      if (!live || row >= kTokens || c % kLanesPerCopy) continue;
       const bool valid = pages[j] >= 0;  // tokens past the end become zeros
       const size_t from = valid ? Base::place(pages[j], token) + c * N : 0;
       cp_async16(&shared.k[t % kStages][row][c * N], Base::cache.k + from, valid);
       cp_async16(&shared.v[t % kStages][row][c * N], Base::cache.v + from, valid);
+      if constexpr (kIsInt8<C>) {
+        // The scales of 8 tokens lie together in a page.
+        if (c || row % 8) continue;
+        const size_t first = valid ? Base::row_of(pages[j], token) : 0;
+        cp_async16(&shared.scales[t % kStages][0][row], Base::cache.scales.k + first, valid);
+        cp_async16(&shared.scales[t % kStages][1][row], Base::cache.scales.v + first, valid);
+      }
     }
     cp_async_commit();
     look_up(t + 1);

@@ -10,42 +10,61 @@
 #include <cfloat>
 
 #include "../common.cuh"
+#include "kv_codes.cuh"
 
 namespace lab {
 
 constexpr int kMaxGroup = 16;   // the most query heads of one KV head
 constexpr int kMaxCluster = 8;  // the most blocks of a cluster on any GPU that has clusters
 
-// k, v [pages, kv_heads, page_size, D]; table [batch, max_pages]; a page holds 2^page_shift tokens, at least
-// 16.
-template <typename T>
+// k, v [pages, kv_heads, page_size, D], of T or of codes; table [batch, max_pages]; a page holds 2^page_shift
+// tokens, at least 16.
+template <typename C>
 struct PagedCache {
-  T *k, *v;
+  C *k, *v;
   const int* table;
   int page_shift, max_pages;
 };
+// The same with scales. (An empty member of PagedCache would move the parameters of kernels without them.)
+template <typename C>
+struct CodedCache : PagedCache<C> {
+  KvScales<C> scales;
+};
+template <typename C>
+using KvCache = std::conditional_t<kIsCode<C>, CodedCache<C>, PagedCache<C>>;
 
-// The values that a block reads before its tiles: the queries, and a new token that is not in the cache yet.
-template <typename T, int D>
-struct AttentionInputs {
+// The values that a block reads before its tiles: the queries, and a new token that is not in the cache yet (as
+// the cache stores it, and in int8 with its scales).
+template <typename C>
+struct NewScales {};
+template <>
+struct NewScales<Int8Code> {
+  half new_scales[2];  // of the key, of the value
+};
+template <typename T, int D, typename C = T>
+struct AttentionInputs : NewScales<C> {
   alignas(16) T q[kMaxGroup][D];
-  T new_k[D], new_v[D];
+  C new_k[D], new_v[D];
 };
 
 // One block of the grid (splits, kv_heads, batch): the tokens it owns, and how its result is merged with the
 // others'.
-template <typename T_, int D_>
+// C: what the cache stores.
+template <typename T_, int D_, typename C_ = T_>
 struct SplitAttention {
   using T = T_;
+  using C = C_;
   static constexpr int D = D_;
   // Floats of a head's sums in shared memory: 4 more avoid bank conflicts.
   static constexpr int kRow = D + 4;
-  PagedCache<T> cache;
+  KvCache<C> cache;
   int split, kv_head, kv_heads, b, group;
   int splits, used;  // splits of the grid; those that this context length needs
   int begin, end;    // tokens of this split: [begin, end)
   // [begin, stored) are in the cache; at most one more token follows.
   int stored;
+  // Of a cache in fp8: what the numbers of all keys and of all values are multiplied by. Read early.
+  float keys_scale = 1.f, values_scale = 1.f;
   // This block's result in shared memory, where a cluster merges.
   float* merged = nullptr;
 
@@ -54,7 +73,7 @@ struct SplitAttention {
   // otherwise a split has at least `least` tokens. As long as each block of one cluster gets at most `alone`
   // tokens, the context is split among these blocks only: they merge sooner than a larger number of blocks.
   // Tokens from `in_cache` on are not read from the cache: the new token is taken from AttentionInputs.
-  LAB_DEVICE SplitAttention(const PagedCache<T>& cache_, int splits_, int group_, int length, int in_cache,
+  LAB_DEVICE SplitAttention(const KvCache<C>& cache_, int splits_, int group_, int length, int in_cache,
                             int unit, int least, int alone)
       : cache(cache_), group(group_), splits(splits_) {
     split = blockIdx.x, kv_head = blockIdx.y, kv_heads = gridDim.y, b = blockIdx.z;
@@ -64,6 +83,7 @@ struct SplitAttention {
     // With no token at all the first block writes zeros.
     used = length > 0 ? (length + chunk - 1) / chunk : 1;
     begin = split * chunk, end = min(length, begin + chunk), stored = min(end, in_cache);
+    if constexpr (kIsFp8<C>) keys_scale = *cache.scales.k, values_scale = *cache.scales.v;
   }
   LAB_DEVICE bool unused() const { return split >= used; }
   LAB_DEVICE bool owns(int token) const { return begin <= token && token < end; }
@@ -71,10 +91,57 @@ struct SplitAttention {
   LAB_DEVICE int page_of(int token) const {
     return cache.table[size_t(b) * cache.max_pages + (token >> cache.page_shift)];
   }
-  // Offset in the cache of the first element of a token of this KV head.
-  LAB_DEVICE size_t place(int page, int token) const {
+  // Which row of the cache a token of this KV head has, and the offset of its first element.
+  LAB_DEVICE size_t row_of(int page, int token) const {
     const int slot = token & ((1 << cache.page_shift) - 1);
-    return (((size_t(page) * kv_heads + kv_head) << cache.page_shift) + slot) * D;
+    return ((size_t(page) * kv_heads + kv_head) << cache.page_shift) + slot;
+  }
+  LAB_DEVICE size_t place(int page, int token) const { return row_of(page, token) * D; }
+
+  // Writes the new token to the cache, and to `inputs` for its tile, as it is stored. L lanes have N elements of
+  // the key and of the value each, from element i on, if valid. All lanes of the warp must call it.
+  template <int L, int N>
+  LAB_DEVICE void append(AttentionInputs<T, D, C>& inputs, const Vec<T, N>& key, const Vec<T, N>& value,
+                         int i, bool valid, int page, int token) {
+    const auto put = [&](const auto& k, const auto& v) {
+      if (!valid) return;
+      const size_t to = place(page, token) + i;
+      store(&inputs.new_k[i], k);
+      store(&inputs.new_v[i], v);
+      store(cache.k + to, k);
+      store(cache.v + to, v);
+    };
+    if constexpr (!kIsCode<C>) {
+      put(key, value);
+    } else {
+      Vec<C, N> k, v;
+      if constexpr (kIsFp8<C>) {
+        LAB_UNROLL
+        for (int e = 0; e < N; ++e) {
+          k.v[e] = fp8_code(to_float(key.v[e]), keys_scale);
+          v.v[e] = fp8_code(to_float(value.v[e]), values_scale);
+        }
+      } else {
+        uint32_t most[2] = {};
+        LAB_UNROLL
+        for (int e = 0; e < N; ++e) {
+          most[0] = max(most[0], magnitude_of(to_float(key.v[e])));
+          most[1] = max(most[1], magnitude_of(to_float(value.v[e])));
+        }
+        const half of_key = int8_scale<L>(most[0]), of_value = int8_scale<L>(most[1]);
+        LAB_UNROLL
+        for (int e = 0; e < N; ++e) {
+          k.v[e] = int8_code(to_float(key.v[e]), of_key);
+          v.v[e] = int8_code(to_float(value.v[e]), of_value);
+        }
+        if (valid && i == 0) {
+          const size_t row = row_of(page, token);
+          inputs.new_scales[0] = cache.scales.k[row] = of_key;
+          inputs.new_scales[1] = cache.scales.v[row] = of_value;
+        }
+      }
+      put(k, v);
+    }
   }
 
   // Merges the running softmaxes of this block. sums: in shared memory, [parts][group][kRow], followed by
@@ -223,7 +290,7 @@ struct SplitAttention {
   // Writes elements i to i + 3 of this group's part of out, divided by the weights' sum. With no token at all
   // they are zero.
   LAB_DEVICE void store_normalised(T* out, int i, const Vec<float>& sum, float total) const {
-    const float factor = total == 0.f ? 0.f : 1.f / total;
+    const float factor = total == 0.f ? 0.f : values_scale / total;
     Vec<T, 4> v;
     LAB_UNROLL
     for (int e = 0; e < 4; ++e) v.v[e] = from_float<T>(sum.v[e] * factor);

@@ -26,6 +26,9 @@ enum class Format : int {
   q6_k = 11,
 };
 
+// Formats of a KV cache: NUMBERS in lab/formats/kv.py. plain: a tensor of the heads' dtype.
+enum class KvFormat : int { plain = 0, fp8 = 1, int8 = 2 };
+
 // Groups of values that belong together. Python passes a group as a tuple, in the order of its fields.
 
 // The weights of a product [n, k]: a tensor, or codes and scales in the layout of lab/formats/format.py.
@@ -42,10 +45,13 @@ struct HeadRows {
 };
 
 // Keys and values in pages: k, v [pages, kv_heads, page_size, head_dim]; block_table int32 [batch, max_pages]
-// names the pages of each sequence.
+// names the pages of each sequence. Where the cache is quantised (format: a KvFormat), k and v are codes;
+// k_scales and v_scales are described in lab/formats/kv.py.
 struct CachePages {
   Ptr k, v, block_table;
   int kv_heads, page_size, max_pages;
+  Ptr k_scales, v_scales;
+  int format;
 };
 
 // `count` blocks share the context of a sequence. partial: float32 [batch, kv_heads, count, group, head_dim +

@@ -67,6 +67,7 @@ def request_of(args):
         quantise=args.quantise,
         quantise_head=args.quantise_head,
         weight_formats=tuple(names(args.weight_format)) if args.weight_format else None,
+        kv_dtype=args.kv_dtype,
         seconds=args.seconds,
         quick=args.quick,
         ladder=args.ladder,
@@ -147,6 +148,7 @@ def run_all(session, settings, backends):
     sizes = ceiling.QUICK_SIZES if quick else ceiling.SIZES
     rig = ops_bench.make_rig(backends, device, ceiling.Ceilings(), quick, settings.seconds)
     rig.vendor, rig.plans = rig.vendor and settings.vendor, settings.plans
+    rig.kv_dtype = settings.kv_dtype
     if any(hasattr(backend, "timed") for backend in backends.values()):
         rig.modes = ops_bench.EMULATED if device == "cpu" else ops_bench.RACE_MODES
     rig.lean = quick and settings.what == "all" or settings.what == "accuracy"

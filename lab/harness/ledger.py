@@ -372,6 +372,7 @@ def measure(session, rig, weights, name, dtype_name, batch, context, backend, pl
         batch=batch,
         context=context,
         weight_format=weights.format_of(name),
+        kv_dtype=rig.kv_dtype,
     )
 
     def made():
@@ -393,6 +394,7 @@ def measure_swap(session, rig, weights, name, dtype_name, batch, context, plan):
         batch=batch,
         context=context,
         weight_format=weights.format_of(name),
+        kv_dtype=rig.kv_dtype,
     )
 
     def made():
@@ -426,7 +428,7 @@ def measure_backend(base, rig, weights, ops, batch, context):
     device_events(
         lambda: torch.zeros(1, device=rig.device)
     )  # the profiler attaches before any graph is captured
-    decoder = Decoder(weights, ops, batch, context + 1, plan=base["plan"])
+    decoder = Decoder(weights, ops, batch, context + 1, plan=base["plan"], kv_dtype=rig.kv_dtype)
     model_bench.fill(decoder, batch, context)
     decoder.prepare()
     step = model_bench.timed_step(decoder, "graph")
@@ -510,12 +512,13 @@ def measure_swaps(run, rig, weights, name, plan, dtype_name, batch, context, wei
         )
         rows.append(row)
         try:
-            decoder = Decoder(weights, select(backend, rig.device, overrides), batch, context + 1, plan=plan)
+            ops = select(backend, rig.device, overrides)
+            decoder = Decoder(weights, ops, batch, context + 1, plan=plan, kv_dtype=rig.kv_dtype)
             model_bench.fill(decoder, batch, context)
             timed[len(rows) - 1] = model_bench.timed_step(decoder, "graph")
         except Exception as e:
             row.error = error_text(e)
-    nbytes = model_bench.step_bytes(weights, batch, context + 1)
+    nbytes = model_bench.step_bytes(weights, batch, context + 1, rig.kv_dtype)
     for i, stats in (timing.measure(timed, SWAP_SECONDS, 15, 100) if timed else {}).items():
         for field_name, value in stats.fields().items():
             setattr(rows[i], field_name, value)

@@ -30,6 +30,7 @@ def main(args):
         weights_as=args.weights_as,
         quantise=args.quantise,
         quantise_head=args.quantise_head,
+        kv_dtype=args.kv_dtype,
         quick=True,
         fresh=True,
         swap=args.swap,
@@ -54,6 +55,7 @@ def text_of(rows):
         mine = [r for r in rows if (r.backend, r.plan) == (backend, plan) and r.row != "swap"]
         one = mine[0]
         stored = f" {one.weight_format}" if one.weight_format else ""
+        stored += f" KV {one.kv_dtype}" if one.kv_dtype else ""
         lines.append(
             f"\n{one.model} {backend} {plan} {one.dtype}{stored} batch {one.batch} context {one.context}"
         )

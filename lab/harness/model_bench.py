@@ -18,6 +18,7 @@ from lab.harness import timing
 from lab.harness.ops_bench import alive
 from lab.model.decoder import Decoder
 from lab.model.families import PRESETS
+from lab.model.kv_cache import token_bytes
 from lab.model.sampling import GREEDY
 from lab.model.sources import open_source
 from lab.model.weight_formats import AS_STORED
@@ -28,21 +29,15 @@ from lab.records.schema import ModelRow
 KV_SHARE = 0.75  # of the free memory, what the KV caches of decoders side by side may take
 
 
-def step_bytes(weights, batch, context):
+def step_bytes(weights, batch, context, kv_dtype=None):
     """Bytes that one step reads at least: the weights, and the KV of every sequence."""
-    return weights.step_nbytes + batch * context * kv_bytes_per_token(weights)
-
-
-def kv_bytes_per_token(weights):
-    c = weights.config
-    return 2 * c.layers * c.kv_width * weights.dtype.itemsize
+    return weights.step_nbytes + batch * context * token_bytes(weights.config, weights.dtype, kv_dtype)
 
 
 def fill(decoder, batch, context):
     """Gives every row `context` tokens of random KV, so that the next step decodes token context + 1."""
     rand = random.Random(0)
-    decoder.cache.k.normal_()
-    decoder.cache.v.normal_()
+    decoder.cache.fill_random()
     for row in range(batch):
         decoder.cache.extend(row, context + 1)  # the page that the new token's KV goes to
         decoder.cache.lengths[row] = context
@@ -165,7 +160,9 @@ def _filled(session, rig, weights, rows):
             r.error = error_text(e)
         return rows
     sides = list(dict.fromkeys((r.backend, r.plan) for r in rows if r.mode != "compile"))
-    groups = together(rig, sides, batch * (context + 1) * kv_bytes_per_token(loaded))
+    groups = together(
+        rig, sides, batch * (context + 1) * token_bytes(loaded.config, loaded.dtype, rig.kv_dtype)
+    )
     if not groups:
         for r in rows:
             r.error = "does not fit: the KV cache is larger than the memory that is free"
@@ -212,6 +209,7 @@ def _rows(session, rig, weights, name, dtype_name, batch, context):
             context,
             timer[mode],
             weight_format=packed,
+            kv_dtype=rig.kv_dtype,
             emulated=rig.device != "cuda",
         )
         for mode in _modes(rig)
@@ -226,7 +224,7 @@ def _measure(session, rig, weights, rows, sides, batch, context):
     for backend, plan in sides:
         mine = [r for r in rows if (r.backend, r.plan) == (backend, plan)]
         try:
-            decoder, memory = _build(weights, rig.backends[backend], plan, batch, context)
+            decoder, memory = _build(weights, rig.backends[backend], plan, batch, context, rig.kv_dtype)
             for r in mine:
                 for field, value in memory.items():
                     setattr(r, field, value)
@@ -241,7 +239,7 @@ def _measure(session, rig, weights, rows, sides, batch, context):
             entries.append((r, timing.GraphTimed([compiled_step(weights, batch, context)])))
         except Exception as e:
             r.error = error_text(e)
-    nbytes = step_bytes(weights, batch, context + 1)
+    nbytes = step_bytes(weights, batch, context + 1, rig.kv_dtype)
     for timer in ("graph", "event", "wall"):
         group = [(r, t) for r, t in entries if t.timer == timer and not r.error]
         try:
@@ -281,14 +279,24 @@ def _linearity(row, others):
         if o.tokens_per_s
         and all(
             getattr(o, f) == getattr(row, f)
-            for f in ("model", "backend", "plan", "mode", "dtype", "context", "timer", "weight_format")
+            for f in (
+                "model",
+                "backend",
+                "plan",
+                "mode",
+                "dtype",
+                "context",
+                "timer",
+                "weight_format",
+                "kv_dtype",
+            )
         )
     ]
     base = min(same, key=lambda o: o.batch)
     return row.tokens_per_s / (base.tokens_per_s * row.batch / base.batch)
 
 
-def _build(weights, ops, plan, batch, context):
+def _build(weights, ops, plan, batch, context, kv_dtype=None):
     """(decoder, fields): a decoder ready to step, its time to first token and the memory that it takes."""
     cuda = weights.device.type == "cuda"
     base = 0
@@ -296,12 +304,12 @@ def _build(weights, ops, plan, batch, context):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         base = torch.cuda.memory_allocated()
-    decoder = Decoder(weights, ops, batch, context + 1, plan=plan)
+    decoder = Decoder(weights, ops, batch, context + 1, plan=plan, kv_dtype=kv_dtype)
     decoder.prepare()
     fields = {"ttft_ms": time_to_first_token(decoder, context, 2 if cuda else 1)}
     fill(decoder, batch, context)
     fields["weight_bytes"] = weights.nbytes
-    fields["kv_bytes"] = decoder.cache.k.nbytes + decoder.cache.v.nbytes
+    fields["kv_bytes"] = sum(t.nbytes for t in decoder.cache.tensors())
     fields["page_utilisation"] = decoder.cache.utilisation()["fill"]
     if cuda:
         torch.cuda.synchronize()

@@ -46,6 +46,7 @@ class Rig:
     modes: tuple = MODES
     plans: tuple = ("basic",)  # of the decoder, for models and ledgers
     lean: bool = False  # the torch reference under the first plan only
+    kv_dtype: str | None = None  # of the models' KV cache; None: the model's dtype
 
     def having(self, op, packed=False):
         """Names of the backends that have the op: a language, or the file of `lab try`, may have some alone.
@@ -55,7 +56,8 @@ class Rig:
         return [name for name in found if name != "torch"] or found if packed else found
 
     def sides(self, batch, dtype_name):
-        """(backend, plan) of every decoder to measure at a batch and dtype, which rule some plans out.
+        """(backend, plan) of every decoder to measure at a batch and dtype, which rule some plans out, as a
+        quantised KV cache does.
 
         torch has no kernel of a whole step: under persistent it does what it does under fused. Beside other
         backends it is measured once.
@@ -70,7 +72,8 @@ class Rig:
             (backend, plan)
             for plan in self.plans
             for backend in whole
-            if not refusal(plan, batch, DTYPES[dtype_name]) and not (backend == "torch" and plan in again)
+            if not refusal(plan, batch, DTYPES[dtype_name], self.kv_dtype)
+            and not (backend == "torch" and plan in again)
         ]
 
 
@@ -140,6 +143,7 @@ def measure_point(session, rig, point, dtype_name, modes=None):
             cache,
             timer,
             role=point.role,
+            kv_dtype=point.shape.get("kv_dtype"),
             models=list(point.models),
             weight_format=point.format,
             emulated=timer == "wall",
@@ -201,7 +205,7 @@ def measure_point(session, rig, point, dtype_name, modes=None):
 def _tuned(backend, point, dtype, rig):
     """{"tuned": was a setting raced for this launch on this architecture}; {} where there is nothing to
     choose."""
-    if rig.device != "cuda" or backend not in find(point.op).spaces:
+    if rig.device != "cuda" or backend not in find(point.op).spaces or "kv_dtype" in point.shape:
         return {}
     major, minor = torch.cuda.get_device_capability()
     found = untuned.raced(

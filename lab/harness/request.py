@@ -15,6 +15,7 @@ from lab.contract import BACKENDS, DTYPES
 from lab.errors import LabError
 from lab.formats import FORMATS
 from lab.harness import accuracy, ladder_bench, shapes
+from lab.model.kv_cache import kv_dtype_of
 from lab.model.plans import PLANS, find_plan, refusal
 from lab.model.sources import DEFAULT_MODEL
 from lab.model.weight_formats import Storage, dtype_of, storage_of
@@ -43,6 +44,7 @@ class Request:
     quantise: str | None = None  # of the models: a weight format
     quantise_head: str | None = None  # that of the output head, or none
     weight_formats: tuple[str, ...] | None = None  # of ops or models, each in turn; "none": plain weights
+    kv_dtype: str | None = None  # of the KV cache, of models and of ops: auto (the default), fp8 or int8
     seconds: float | None = None  # of sampling, for each configuration and timer
     quick: bool = False  # fewer sizes, shorter samples
     ladder: bool = False  # for ops: the rungs of their ladders instead
@@ -75,6 +77,7 @@ class Settings:
     quantise: str | None
     quantise_head: str | None
     weight_formats: tuple[str, ...]  # none: what `quantise` says
+    kv_dtype: str | None  # None: the dtype of the model, or of the op
     seconds: float | None
     vendor: bool
     compile: bool
@@ -178,7 +181,7 @@ def settings_of(request: Request) -> Settings:
         if find(name).whole_step:
             raise LabError(f"{name} is a whole step, measured as a token: lab bench model --plan persistent")
     check_formats(request)
-    default = DEFAULTS[device, request.quick]
+    default, kv_dtype = DEFAULTS[device, request.quick], kv_dtype_of(request.kv_dtype)
     models = request.models or default.models
     of_accuracy = request.what == "accuracy"
     if of_accuracy:  # of real weights, so a model may be a file or a folder, too
@@ -207,9 +210,11 @@ def settings_of(request: Request) -> Settings:
         quantise=request.quantise,
         quantise_head=request.quantise_head,
         weight_formats=tuple(request.weight_formats or (accuracy.FORMATS if of_accuracy else ())),
+        kv_dtype=kv_dtype,
         seconds=request.seconds,
         vendor=request.vendor,
-        compile=request.compile and not request.quick and not of_accuracy,
+        # The compiled model's KV cache is in the model's dtype.
+        compile=request.compile and not request.quick and not of_accuracy and kv_dtype is None,
         swap=request.swap or request.what == "all",
         plans=request.plans or (tuple(PLANS) if device == "cuda" else ("basic",)),
         ladder=request.ladder,
@@ -246,8 +251,8 @@ def require_plans(settings: Settings) -> None:
     if settings.what == "ledger":
         tried = tried[:1]  # a ledger is of one batch
     for name in settings.plans:
-        taken = (batch for batch in tried if not refusal(name, batch, dtype))
-        find_plan(name, next(taken, tried[0]), dtype)
+        taken = (batch for batch in tried if not refusal(name, batch, dtype, settings.kv_dtype))
+        find_plan(name, next(taken, tried[0]), dtype, settings.kv_dtype)
 
 
 def require_work(settings: Settings) -> None:
@@ -280,7 +285,7 @@ def op_points(settings: Settings) -> list:
         batches, contexts = settings.batches, settings.contexts
         if i and not settings.all_dtypes_everywhere:
             batches, contexts = batches[:1], contexts[:1]
-        points = shapes.points(settings.models, batches, contexts, settings.ops or None)
+        points = shapes.points(settings.models, batches, contexts, settings.ops or None, settings.kv_dtype)
         if settings.weight_formats and not of_all:
             points = shapes.in_formats(points, settings.formats)
         found += [(dtype, point) for point in points]

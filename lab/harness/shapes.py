@@ -4,6 +4,7 @@ A contract says where models use the op (Op.uses); an op that no model uses is m
 contract.
 """
 
+import inspect
 import itertools
 from dataclasses import dataclass, field, replace
 
@@ -53,9 +54,9 @@ def uses(config, plan="basic"):
             yield from ((op.name, role, sizes) for role, sizes in op.uses(config))
 
 
-def points(models=MODELS, batches=(1,), contexts=(1024,), ops=None):
+def points(models=MODELS, batches=(1,), contexts=(1024,), ops=None, kv_dtype=None):
     """Every distinct point of the models, in the order of OPS; equal shapes of two models are one point of
-    both.
+    both. kv_dtype: the format of the KV cache, of ops that have one.
 
     A whole step is no point: at sizes of its own it would be a model that nobody has.
     """
@@ -63,6 +64,8 @@ def points(models=MODELS, batches=(1,), contexts=(1024,), ops=None):
     chosen = [op for op in OPS if not op.whole_step and (ops is None or op.name in ops)]
     for name, op in itertools.product(models, chosen):
         for role, sizes in op.uses(preset(name)) if op.uses else ():
+            if kv_dtype is not None and takes_kv_dtype(op):
+                sizes = {**sizes, "kv_dtype": kv_dtype}
             for batch, context in itertools.product(batches, contexts if op.has_context else (None,)):
                 if context and (context > preset(name).max_positions or batch * context > MOST_TOKENS):
                     continue
@@ -89,6 +92,11 @@ def in_formats(points, formats):
         if find(point.op).takes_formats and point.case is None
         for format in formats
     ]
+
+
+def takes_kv_dtype(op):
+    """Whether an op's KV cache may be quantised."""
+    return "kv_dtype" in inspect.signature(op.inputs).parameters
 
 
 def plain(value):

@@ -27,7 +27,8 @@ class Decoder:
 
     batch: rows, each empty (idle) or one sequence; max_context: most tokens of one sequence, prompt
     included. eager: launch op by op on a GPU too, instead of replaying a CUDA graph. splits: blocks that
-    share one KV head's context in decode_attention; None fills the device. Raises LabError for an unknown
+    share one KV head's context in decode_attention; None fills the device. kv_dtype: the format of a
+    quantised KV cache (lab/formats/kv.py). Raises LabError for an unknown
     plan, a page size or context that is not supported, and a batch or model that the plan does not take. A
     backend that cannot run was refused before, by lab.dispatch.select.
     """
@@ -43,14 +44,22 @@ class Decoder:
         eager: bool = False,
         splits: int | None = None,
         pages: int | None = None,
+        kv_dtype: str | None = None,
     ):
-        self.plan, self.plan_step = plan, find_plan(plan, batch, weights.dtype)
+        self.plan, self.plan_step = plan, find_plan(plan, batch, weights.dtype, kv_dtype)
         self.weights, self.ops, self.batch, self.config = weights, ops, batch, weights.config
         self.device = weights.device
         # With check_contents every op first reads tensors on the host; a replayed graph would leave that out.
         self.eager = eager or weights.device.type != "cuda" or ops.check_contents
         self.cache = PagedKVCache(
-            weights.config, batch, max_context, weights.dtype, weights.device, page_size, pages
+            weights.config,
+            batch,
+            max_context,
+            weights.dtype,
+            weights.device,
+            page_size,
+            pages,
+            kv_dtype=kv_dtype,
         )
         self.buffers = StepBuffers(weights, ops, self.cache, batch, splits, persistent=plan == "persistent")
         # The state of the sequences, which the step advances on the device; the tensors stay where they are.

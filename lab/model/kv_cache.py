@@ -4,22 +4,37 @@ Token t of sequence b in layer l lies in page block_table[b, t // page_size], ro
     k[l][page, kv_head, row, :]
 A page holds `page_size` tokens of one sequence in every layer. The page numbers are decided on the host; the
 kernels read them from the block table on the device, so that a captured CUDA graph keeps working while
-sequences grow.
+sequences grow. A quantised cache holds codes, and scales beside them (lab/formats/kv.py).
 """
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Iterable
 
 import torch
 
 from lab.errors import LabError
+from lab.formats import kv
 from lab.model.description import ModelConfig
 from lab.model.memory import require_memory
+from lab.names import known
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
+
+
+def kv_dtype_of(option: str | None) -> str | None:
+    """The option --kv-dtype: a format of lab/formats/kv.py, or None (auto) for a cache in the model's dtype.
+    Raises LabError for a name that is unknown."""
+    name = known(option or "auto", ("auto", *kv.DTYPES), "KV dtype")
+    return None if name == "auto" else name
+
+
+def token_bytes(config: ModelConfig, dtype: torch.dtype, kv_dtype: str | None = None) -> int:
+    """Bytes of one token's keys and values in all layers, scales of heads included."""
+    if kv_dtype is not None:
+        dtype = kv.DTYPES[kv_dtype]
+    return 2 * config.layers * config.kv_heads * (config.head_dim * dtype.itemsize + kv.scale_bytes(dtype))
 
 
 def pages_for(tokens: int, page_size: int) -> int:
@@ -28,7 +43,10 @@ def pages_for(tokens: int, page_size: int) -> int:
 
 class PagedKVCache:
     """k, v: [layers, pages, kv_heads, page_size, head_dim]; block_table: int32 [sequences, max_pages] on the
-    device.
+    device. k_scales, v_scales: those of each layer, [layers, ...] as lab/formats/kv.py says, or None.
+
+    kv_dtype: "fp8" or "int8"; None keeps keys and values in `dtype`. scales: (of K, of V) of each layer in
+    fp8, 1 where it is not given.
 
     pages: size of the pool; by default enough for every sequence to reach max_context.
     shuffle: hand pages out in a seeded random order, so that a kernel that assumes neighbouring pages fails.
@@ -46,6 +64,8 @@ class PagedKVCache:
         page_size: int = 16,
         pages: int | None = None,
         shuffle: bool = True,
+        kv_dtype: str | None = None,
+        scales: Iterable[tuple[float, float]] | None = None,
     ):
         if page_size not in PAGE_SIZES:
             raise LabError(f"page size {page_size}: choose from {', '.join(map(str, PAGE_SIZES))}")
@@ -59,14 +79,25 @@ class PagedKVCache:
         self.max_pages = pages_for(max_context, page_size)
         self.pages = self.max_pages * sequences if pages is None else pages
         shape = (config.layers, self.pages, config.kv_heads, page_size, config.head_dim)
+        self.kv_dtype, self.k_scales, self.v_scales = kv_dtype, None, None
         require_memory(
-            2 * math.prod(shape) * dtype.itemsize,
+            self.pages * page_size * token_bytes(config, dtype, kv_dtype),
             device,
             f"a KV cache of {sequences} x {max_context} tokens",
             "use a shorter --max-context or fewer sequences",
         )
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.dtype = dtype  # of what is written and read
+        stored = dtype if kv_dtype is None else kv.DTYPES[kv_dtype]
+        self.k = torch.zeros(shape, dtype=stored, device=device)
+        self.v = torch.zeros(shape, dtype=stored, device=device)
+        if kv_dtype is not None:
+            made = config.layers, *kv.scale_shape(kv_dtype, *shape[1:4])
+            self.k_scales, self.v_scales = (
+                torch.ones(made, dtype=kv.SCALE_DTYPES[kv_dtype], device=device) for _ in range(2)
+            )
+        if scales is not None:
+            for i, (of_k, of_v) in enumerate(scales):
+                self.k_scales[i], self.v_scales[i] = of_k, of_v
         self.block_table = torch.zeros(sequences, self.max_pages, dtype=torch.int32, device=device)
         self.free = list(range(self.pages))
         if shuffle:
@@ -147,10 +178,44 @@ class PagedKVCache:
     ) -> None:
         """k, v: [tokens, kv_heads, head_dim] to the slots of those tokens."""
         page, row = slots
-        self.k[layer][page, :, row] = k
-        self.v[layer][page, :, row] = v
+        for cache, scales, new in self.of_layer(layer, k, v):
+            if scales is not None:
+                new, own = kv.quantise(new, self.kv_dtype, scales)
+                if own is not None:
+                    scales[page, :, row] = own
+            cache[page, :, row] = new
 
     def read(self, layer: int, slots: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """k, v: [tokens, kv_heads, head_dim], gathered from the slots of those tokens."""
+        """k, v: [tokens, kv_heads, head_dim], gathered from the slots of those tokens; of a quantised cache
+        the numbers that its codes stand for."""
         page, row = slots
-        return self.k[layer][page, :, row], self.v[layer][page, :, row]
+        found = []
+        for cache, scales in self.of_layer(layer):
+            values = cache[page, :, row]
+            if scales is not None:
+                own = scales if self.kv_dtype == "fp8" else scales[page, :, row]
+                values = kv.numbers(values, own).to(self.dtype)
+            found.append(values)
+        return tuple(found)
+
+    def of_layer(self, layer: int, *more) -> Iterable[tuple]:
+        """(cache, its scales or None) of a layer's K, then of its V; each with its one of `more`."""
+        scales = (None, None) if self.k_scales is None else (self.k_scales[layer], self.v_scales[layer])
+        return zip((self.k[layer], self.v[layer]), scales, *((more,) if more else ()), strict=True)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What the cache consists of."""
+        return [t for t in (self.k, self.v, self.k_scales, self.v_scales) if t is not None]
+
+    def fill_random(self) -> None:
+        """Random numbers in every slot, N(0, 1), for a benchmark."""
+        if self.kv_dtype is None:
+            self.k.normal_(), self.v.normal_()
+            return
+        for layer in range(self.k.shape[0]):
+            for cache, scales in self.of_layer(layer):
+                new = torch.randn(cache.shape, device=cache.device)
+                codes, own = kv.quantise(new, self.kv_dtype, scales)
+                cache.copy_(codes)
+                if own is not None:
+                    scales.copy_(own)

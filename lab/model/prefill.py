@@ -61,7 +61,8 @@ def _layers(weights, cache, cos_sin, sequence, ids, start, attend) -> tuple[torc
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         finite += [k.isfinite().all(), v.isfinite().all()]
         cache.write(index, here, k, v)
-        if start:
+        # A quantised cache is read by all tokens alike, by those of this chunk, too.
+        if start or cache.kv_dtype:
             k, v = cache.read(index, seen)
         h = after_attention(layer, w, h, attend(q, k, v))
     return rms_norm(h, weights.final_norm, config.rms_eps), torch.stack(finite).all()

@@ -11,7 +11,7 @@ from pathlib import Path
 from lab.errors import LabError, shown, warn
 from lab.files import write_whole
 from lab.numbers import integer
-from lab.options import weight_formats
+from lab.options import kv_dtype, weight_formats
 from lab.text import columns, for_terminal
 
 MAX_PROMPT = 1 << 24  # bytes of standard input; more than any model's context holds
@@ -69,6 +69,7 @@ def add_arguments(parser) -> None:
         "--weights", metavar="SOURCE", default="auto", help="auto: those of the model; random: only its shape"
     )
     weight_formats(parser)
+    kv_dtype(parser)
     parser.add_argument(
         "--max-context", metavar="N", type=int, help="size of the KV cache in tokens (default: as needed)"
     )
@@ -91,6 +92,7 @@ def main(args) -> int:
     from lab.dispatch_table import from_table, read_table
     from lab.model.decoder import Decoder
     from lab.model.generate import generate
+    from lab.model.kv_cache import kv_dtype_of
     from lab.model.plans import find_plan
     from lab.model.sampling import Sampling
     from lab.model.sources import open_source
@@ -112,7 +114,8 @@ def main(args) -> int:
         raise LabError(f"--json {args.json}: its folder does not exist")
     if args.json is not None and Path(args.json).is_dir():
         raise LabError(f"--json {args.json!r} is a folder: give the name of a file")
-    find_plan(args.plan, 1, dtype)
+    cached = kv_dtype_of(args.kv_dtype)
+    find_plan(args.plan, 1, dtype, cached)
     trace = Trace() if args.trace or args.json else None
     table = read_table(args.dispatch) if args.dispatch is not None else None
     overrides = args.override or environment_overrides()
@@ -148,7 +151,13 @@ def main(args) -> int:
         warn(slow)
     weights = load(source, dtype, device, storage)
     decoder = Decoder(
-        weights, ops, max_context=max_context, page_size=args.page_size, plan=args.plan, eager=args.eager
+        weights,
+        ops,
+        max_context=max_context,
+        page_size=args.page_size,
+        plan=args.plan,
+        eager=args.eager,
+        kv_dtype=cached,
     )
     streaming = tokenizer is not None and not args.no_stream
     clean = for_terminal if sys.stdout.isatty() else str
@@ -185,6 +194,7 @@ def main(args) -> int:
     backend = args.backend or os.environ["LAB_BACKEND"]
     overrides = {op: chosen for op, chosen in ops.chosen.items() if chosen != backend}
     numbers = dtype_name + (f", weights {weights.formats}" if weights.packed else "")
+    numbers += f", KV cache {cached}" if cached else ""
     print(summary(result, backend, overrides, args.plan, device, numbers), file=sys.stderr)
     if args.trace:
         for line in columns(
@@ -204,6 +214,7 @@ def main(args) -> int:
             "device": device,
             "dtype": dtype_name,
             "weights": weights.formats,
+            "kv_dtype": cached or dtype_name,
             "kernels": result.kernels,
             "prefill_ms": result.prefill_ms,
             "decode_ms": result.decode_ms,

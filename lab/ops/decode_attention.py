@@ -4,11 +4,13 @@ for one new token of each sequence
   q [batch, q_heads, head_dim]   views of the packed qkv
   k_cache, v_cache [pages, kv_heads, page_size, head_dim]
   block_table [batch, max_pages] int32   context_lens [batch] int32
+  k_scales, v_scales   of a quantised cache, whose codes and scales lab/formats/kv.py describes, or None
   out [batch, q_heads, head_dim]
 Split-KV: `splits` blocks share a sequence's context, and the last one to finish merges their results (the
 online softmax of Milakov and Gimelshein, arXiv 1805.02867; FlashDecoding's split). The context's length is
 read on the device, so one captured graph serves a growing context. A context of 0 gives zeros. Rounding:
-float32 throughout, one rounding at the end.
+float32 throughout, one rounding at the end. Codes are multiplied as they are: scales are applied to scores,
+and to the weights (int8) or the sums (fp8) of values.
 Kernels: cuda_src/decode_attention.cu, triton_kernels/decode_attention.py
 """
 
@@ -20,7 +22,8 @@ from torch.nn import functional as F
 
 from lab import peers, spaces
 from lab.contract import DTYPE_CODES, EPS32, FLOATS, Op, case, dense, refuse, rows_of_heads
-from lab.ops.kv_append import check_cache, check_pages, paged_cache, paged_heads_of
+from lab.formats import kv
+from lab.ops.kv_append import check_cache, check_pages, paged_cache, paged_heads_of, pages_of, quantised
 from lab.ops.rope import packed_qkv
 
 HEAD_DIMS = (64, 96, 128)
@@ -52,7 +55,19 @@ def choose_splits(batch: int, kv_heads: int, max_context: int, multiprocessors: 
     return max(1, min(fill, math.ceil(max_context / MIN_TOKENS_PER_SPLIT)))
 
 
-def validate(q, k_cache, v_cache, block_table, context_lens, scale, splits=1, workspace=None, out=None):
+def validate(
+    q,
+    k_cache,
+    v_cache,
+    block_table,
+    context_lens,
+    scale,
+    splits=1,
+    workspace=None,
+    k_scales=None,
+    v_scales=None,
+    out=None,
+):
     name, shape, dtype = "decode_attention", q.shape, q.dtype
     if len(shape) != 3:
         refuse(name, "q must be [batch, q_heads, head_dim]")
@@ -61,7 +76,7 @@ def validate(q, k_cache, v_cache, block_table, context_lens, scale, splits=1, wo
         refuse(name, f"takes no {dtype}: q must be float32, float16 or bfloat16")
     if head_dim not in HEAD_DIMS:
         refuse(name, f"head_dim {head_dim} is not 64, 96 or 128")
-    check_cache(name, k_cache, v_cache, block_table, batch, None, head_dim, dtype)
+    check_cache(name, k_cache, v_cache, block_table, batch, None, head_dim, dtype, k_scales, v_scales)
     kv_heads = k_cache.shape[1]
     if not kv_heads or q_heads % kv_heads or q_heads > kv_heads * MAX_GROUP:
         refuse(name, f"{q_heads} query heads must be 1 to {MAX_GROUP} times the {kv_heads} KV heads")
@@ -98,7 +113,19 @@ def new_workspace(q, k_cache, splits):
     return Workspace.empty(q.shape[0], q.shape[1], k_cache.shape[1], q.shape[2], splits, q.device)
 
 
-def reference(q, k_cache, v_cache, block_table, context_lens, scale, splits=1, workspace=None):
+def reference(
+    q,
+    k_cache,
+    v_cache,
+    block_table,
+    context_lens,
+    scale,
+    splits=1,
+    workspace=None,
+    k_scales=None,
+    v_scales=None,
+):
+    k_cache, v_cache = kv.cache_numbers(k_cache, k_scales), kv.cache_numbers(v_cache, v_scales)
     out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
     group, page = q.shape[1] // k_cache.shape[1], k_cache.shape[2]
     for b, length in enumerate(context_lens.tolist()):
@@ -106,7 +133,7 @@ def reference(q, k_cache, v_cache, block_table, context_lens, scale, splits=1, w
             continue
         pages = block_table[b, : -(-length // page)].long()
         keys, values = (  # [length, q_heads, head_dim]
-            cache[pages].double().transpose(1, 2).flatten(0, 1)[:length].repeat_interleave(group, dim=1)
+            cache[pages].transpose(1, 2).flatten(0, 1)[:length].repeat_interleave(group, dim=1)
             for cache in (k_cache, v_cache)
         )
         weight = torch.softmax(torch.einsum("hd,lhd->hl", q[b].double(), keys) * scale, dim=-1)
@@ -114,20 +141,25 @@ def reference(q, k_cache, v_cache, block_table, context_lens, scale, splits=1, w
     return (out,)
 
 
-def cuda(kernels, q, k_cache, v_cache, block_table, context_lens, scale, splits=1, workspace=None, out=None):
+def cuda(
+    kernels,
+    q,
+    k_cache,
+    v_cache,
+    block_table,
+    context_lens,
+    scale,
+    splits=1,
+    workspace=None,
+    k_scales=None,
+    v_scales=None,
+    out=None,
+):
     workspace = workspace or new_workspace(q, k_cache, splits)
     batch, q_heads, head_dim = q.shape
-    _, kv_heads, page_size, _ = k_cache.shape
     kernels.decode_attention(
         q=(q.data_ptr(), q.stride(0)),
-        cache=(
-            k_cache.data_ptr(),
-            v_cache.data_ptr(),
-            block_table.data_ptr(),
-            kv_heads,
-            page_size,
-            block_table.shape[1],
-        ),
+        cache=pages_of(k_cache, v_cache, block_table, k_scales, v_scales),
         context_lens=context_lens.data_ptr(),
         out=out.data_ptr(),
         splits=(workspace.partial.data_ptr(), workspace.tickets.data_ptr(), splits),
@@ -140,7 +172,19 @@ def cuda(kernels, q, k_cache, v_cache, block_table, context_lens, scale, splits=
     )
 
 
-def triton(q, k_cache, v_cache, block_table, context_lens, scale, splits=1, workspace=None, out=None):
+def triton(
+    q,
+    k_cache,
+    v_cache,
+    block_table,
+    context_lens,
+    scale,
+    splits=1,
+    workspace=None,
+    k_scales=None,
+    v_scales=None,
+    out=None,
+):
     from triton_kernels.decode_attention import decode_attention
 
     workspace = workspace or new_workspace(q, k_cache, splits)
@@ -155,29 +199,54 @@ def triton(q, k_cache, v_cache, block_table, context_lens, scale, splits=1, work
         workspace.partial,
         workspace.tickets,
         out,
+        k_scales,
+        v_scales,
     )
 
 
-def torch_(q, k_cache, v_cache, block_table, context_lens, scale, splits=1, workspace=None, out=None):
+def torch_(
+    q,
+    k_cache,
+    v_cache,
+    block_table,
+    context_lens,
+    scale,
+    splits=1,
+    workspace=None,
+    k_scales=None,
+    v_scales=None,
+    out=None,
+):
     page_size, width = k_cache.shape[2], block_table.shape[1]
     live = torch.arange(width * page_size, device=q.device) < context_lens[:, None]
     # Table entries and slots past the context may hold anything. Slots are set to 0 before the products,
     # because a weight of 0 times NaN or inf would be NaN.
     pages = torch.where(live[:, ::page_size], block_table, 0).long()
     keys, values = (
-        torch.where(live[:, None, :, None], cache[pages].transpose(1, 2).flatten(2, 3), 0)
-        for cache in (k_cache, v_cache)
+        torch.where(
+            live[:, None, :, None], paged_numbers(cache, scales, pages).transpose(1, 2).flatten(2, 3), 0
+        )
+        for cache, scales in ((k_cache, k_scales), (v_cache, v_scales))
     )
+    q = q.to(keys.dtype)
     attended = F.scaled_dot_product_attention(
         q[:, :, None], keys, values, attn_mask=live[:, None, None], scale=scale, enable_gqa=True
     )[:, :, 0]
     out.copy_(torch.where(context_lens[:, None, None] > 0, attended, 0))
 
 
+def paged_numbers(cache, scales, pages):
+    """The numbers of some pages of a cache, in its dtype; in float32 where it is quantised."""
+    if scales is None:
+        return cache[pages]
+    return kv.numbers(cache[pages], scales if scales.dim() == 1 else scales[pages])
+
+
 def contents(a):
     """Raises LabError for a context longer than its row of the table, for a page that the cache does not
     have, and for a ticket that is not 0."""
     check_context("decode_attention", a.block_table, a.context_lens, a.k_cache)
+    kv.check_scales("decode_attention", a.k_cache, a.k_scales, a.v_scales)
     check_tickets("decode_attention", a.workspace)
 
 
@@ -209,25 +278,28 @@ def inputs(
     sharp=1.0,
     mean=0.0,
     low=False,
+    kv_dtype=None,
 ):
-    """poison: NaN and inf in every slot that holds no token. sharp: a factor of q, and so of the scores; 0
-    makes all weights equal. mean: the mean of v. low: q above 0 and k below, so that every score is below
-    0."""
+    """poison: NaN and inf in every slot that holds no token. kv_dtype: the format of the cache. sharp: a
+    factor of q, and so of the scores; 0 makes all weights equal. mean: the mean of v. low: q above 0 and k
+    below, so that every score is below 0."""
     q, _, _ = packed_qkv(rand, len(lengths), q_heads, kv_heads, head_dim)
     k_cache, v_cache, block_table = paged_cache(rand, lengths, kv_heads, head_dim, page_size)
     if low:
         q.abs_()
         k_cache.abs_().neg_()
+    k_cache, v_cache, *scales = quantised(rand, k_cache, v_cache.add_(mean), kv_dtype)
     if poison:
-        poison_unused(lengths, lengths, k_cache, v_cache, block_table)
+        poison_unused(lengths, lengths, k_cache, v_cache, block_table, *scales)
     context_lens = torch.tensor(lengths, dtype=torch.int32, device=rand.device)
-    return q.mul_(sharp), k_cache, v_cache.add_(mean), block_table, context_lens, head_dim**-0.5, splits
+    args = q.mul_(sharp), k_cache, v_cache, block_table, context_lens, head_dim**-0.5, splits
+    return (*args, None, *scales) if scales else args
 
 
-def poison_unused(cached, lengths, k_cache, v_cache, block_table):
-    """Writes NaN, inf and -inf into all slots but those of the first cached[b] tokens of each row. Table
-    entries past lengths[b] tokens become page numbers that the cache does not have; rows without a token keep
-    their entries."""
+def poison_unused(cached, lengths, k_cache, v_cache, block_table, k_scales=None, v_scales=None):
+    """Writes NaN, inf and -inf into all slots but those of the first cached[b] tokens of each row; into a
+    quantised cache the codes of NaN, and NaN, inf and -inf as scales. Table entries past lengths[b] tokens
+    become page numbers that the cache does not have; rows without a token keep their entries."""
     page_size, used = k_cache.shape[2], torch.zeros(k_cache.shape[0], k_cache.shape[2], dtype=torch.bool)
     for b, (tokens, length) in enumerate(zip(cached, lengths, strict=True)):
         for i, page in enumerate(block_table[b].tolist()):
@@ -235,9 +307,15 @@ def poison_unused(cached, lengths, k_cache, v_cache, block_table):
         if length > 0:
             block_table[b, -(-length // page_size) :] = 1 << 30
     page, slot = (~used).nonzero(as_tuple=True)
-    bad = torch.tensor([torch.nan, torch.inf, -torch.inf], dtype=k_cache.dtype, device=k_cache.device)
-    for i, cache in enumerate((k_cache, v_cache)):
-        cache[page.to(cache.device), :, slot.to(cache.device)] = bad[(page + slot + i) % 3][:, None, None]
+    page, slot = page.to(k_cache.device), slot.to(k_cache.device)
+    for i, (cache, scales) in enumerate(((k_cache, k_scales), (v_cache, v_scales))):
+        which = (page + slot + i) % 3
+        if scales is not None:
+            cache[page, :, slot] = 127  # NaN as e4m3
+            cache = scales[..., None]
+        if cache.dim() == 4:
+            bad = torch.tensor([torch.nan, torch.inf, -torch.inf], dtype=cache.dtype, device=cache.device)
+            cache[page, :, slot] = bad[which][:, None, None]
 
 
 def nbytes(a):
@@ -248,8 +326,9 @@ def nbytes(a):
 
 def attended_bytes(q, k_cache, context_lens):
     tokens = int(context_lens.clamp(min=0).sum())
-    kv = 2 * tokens * k_cache.shape[1] * k_cache.shape[3] * k_cache.itemsize
-    return kv + 2 * q.nbytes + 4 * math.ceil(tokens / k_cache.shape[2]) + context_lens.nbytes
+    heads = 2 * tokens * k_cache.shape[1]
+    cached = heads * (k_cache.shape[3] * k_cache.itemsize + kv.scale_bytes(k_cache.dtype))
+    return cached + 2 * q.nbytes + 4 * math.ceil(tokens / k_cache.shape[2]) + context_lens.nbytes
 
 
 def tolerance(a):
@@ -258,19 +337,52 @@ def tolerance(a):
     A score's float32 error is a few eps of |q||k|, and changes a weight by that share. The output is an
     average of v, so its error is that share of the largest v. A float32 sum of n terms adds at most about
     sqrt(n) / 2 eps. Half-precision tensor cores round the weights themselves to T before the product with V
-    (as FlashAttention does), which adds half an eps of the largest average of |v|.
+    (as FlashAttention does), which adds half an eps of the largest average of |v|. With a cache in int8 they
+    round the weights, times the scales of V, to bfloat16, since these products may be too small for float16.
     """
     eps = torch.finfo(a.q.dtype).eps
-    score = a.scale * float(a.q.double().norm(dim=-1).max()) * float(a.k_cache.double().norm(dim=-1).max())
-    v_max = float(a.v_cache.double().abs().max())
+    of_weights = 0.0 if a.q.dtype == torch.float32 else eps / 2
+    rtol = eps
+    if of_weights and a.v_cache.dtype == kv.DTYPES["int8"]:
+        of_weights = torch.finfo(torch.bfloat16).eps / 2
+        rtol += of_weights  # of a context of one token the average of |v| is the result
+    keys, values = finite_numbers(a.k_cache, a.k_scales), finite_numbers(a.v_cache, a.v_scales)
+    score = a.scale * float(a.q.double().norm(dim=-1).max()) * float(keys.norm(dim=-1).max())
+    v_max = float(values.abs().max())
     steps = 4 * (1 + score) + max(0, int(a.context_lens.max())) ** 0.5 / 2
-    return eps, steps * EPS32 * v_max + (eps / 2 if a.q.dtype != torch.float32 else 0.0)
+    return rtol, steps * EPS32 * v_max + of_weights
+
+
+def finite_numbers(cache, scales):
+    """A cache's numbers in float64, 0 where there is none: in slots that hold no token."""
+    return kv.cache_numbers(cache, scales).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def launch(batch, context, multiprocessors, sizes):
     """The sizes that a decoder chooses for a batch at a context."""
     return {"splits": choose_splits(batch, sizes["kv_heads"], context, multiprocessors)}
 
+
+# Cases of a quantised cache, in each of its formats.
+QUANTISED = (
+    (
+        "page boundaries, an idle row, NaN wherever there is no token; GQA group 3",
+        dict(
+            lengths=(1, 15, 16, 17, 0, 64, 65, 130), q_heads=9, kv_heads=3, head_dim=64, splits=2, poison=True
+        ),
+    ),
+    ("one split, MHA, head 96", dict(lengths=(97, 33), q_heads=2, kv_heads=2, head_dim=96)),
+    (
+        "the largest group, head 128, a larger page, NaN wherever there is no token",
+        dict(
+            lengths=(31, 129, 700), q_heads=16, kv_heads=1, head_dim=128, page_size=64, splits=3, poison=True
+        ),
+    ),
+    (
+        "large scores, many splits",
+        dict(lengths=(1100, 40), q_heads=4, kv_heads=2, head_dim=64, splits=18, sharp=20.0),
+    ),
+)
 
 op = Op(
     name="decode_attention",
@@ -404,6 +516,11 @@ op = Op(
             splits=9,
             sharp=0.0,
             mean=4.0,
+        ),
+        *(
+            case(f"{kv_dtype}: {why}", kv_dtype=kv_dtype, **sizes)
+            for kv_dtype in kv.DTYPES
+            for why, sizes in QUANTISED
         ),
     ),
 )

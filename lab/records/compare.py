@@ -252,6 +252,7 @@ def label(row):
             getattr(row, "mode", None),
             row.dtype,
             row.weight_format,
+            row.kv_dtype and f"kv {row.kv_dtype}",
             f"b{row.batch}",
             f"ctx{row.context}",
             getattr(row, "row", None),

@@ -170,6 +170,7 @@ class OpRow:
     weight_format: str | None = None  # of the weights, as "int4-g128"; null: plain, in dtype
     rms_error: float | None = None  # of the result against that with the weights before they were rounded to
     # the format, in float64: root mean square of the difference over that of the result
+    kv_dtype: str | None = None  # of the KV cache, fp8 or int8; null: dtype, or the op has none
     us: float | None = None
     us_p10: float | None = None
     us_p90: float | None = None
@@ -200,6 +201,7 @@ class OpRow:
         "plan",
         "rung",
         "weight_format",
+        "kv_dtype",
     )
 
 
@@ -220,6 +222,7 @@ class ModelRow:
     overrides: dict[str, str] = field(default_factory=dict)  # op -> backend
     weights: str = "random"  # random | file
     weight_format: str | None = None  # of the matrices, as "int4-g128, lm_head int8"; null: plain, in dtype
+    kv_dtype: str | None = None  # of the KV cache, fp8 or int8; null: dtype
     us: float | None = None
     us_p10: float | None = None
     us_p90: float | None = None
@@ -254,6 +257,7 @@ class ModelRow:
         "overrides",
         "timer",
         "weight_format",
+        "kv_dtype",
     )
 
 
@@ -275,6 +279,7 @@ class LedgerRow:
     kernel: str | None = None
     overrides: dict[str, str] = field(default_factory=dict)
     weight_format: str | None = None  # as in model records
+    kv_dtype: str | None = None  # as in model records
     calls: int | None = None
     us: float | None = None
     us_p10: float | None = None
@@ -303,6 +308,7 @@ class LedgerRow:
         "kernel",
         "overrides",
         "weight_format",
+        "kv_dtype",
     )
 
 

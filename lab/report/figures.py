@@ -120,6 +120,8 @@ def conditions(run, rows, *extra):
             )
     if "weight_format" in rows:
         words += [f"weights {v}" for v in dict.fromkeys(rows["weight_format"]) if v]
+    if "kv_dtype" in rows:
+        words += [f"KV cache {v}" for v in dict.fromkeys(rows["kv_dtype"]) if v]
     words += [HOW.get(e, e) for e in extra if e]
     words += filter(None, [untuned_words(rows)])
     if not run.emulated:

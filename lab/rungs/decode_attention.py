@@ -25,7 +25,10 @@ def triton(number, a, out):
 
 
 rung = partial(Rung, "decode_attention")
-HEADS = dict(needs="head_dim 64 or 128", fits=lambda a: a.q.shape[2] in (64, 128))
+HEADS = dict(
+    needs="head_dim 64 or 128, and a cache that is not quantised",
+    fits=lambda a: a.q.shape[2] in (64, 128) and a.k_scales is None,
+)
 PAGE_SIZE = 16  # that of lab/ops/kv_append.py, which imports torch
 
 LADDER = Ladder(

@@ -9,6 +9,8 @@ values).
 import triton
 import triton.language as tl
 
+from triton_kernels.core.kv_codes import INT8, PLAIN, numbers
+
 
 @triton.jit
 def split_bounds(length, split, splits, TILE: tl.constexpr):
@@ -20,12 +22,20 @@ def split_bounds(length, split, splits, TILE: tl.constexpr):
 
 
 @triton.jit
-def cache_rows(
-    block_table, token, live, b, kv, kv_heads, max_pages, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr
-):
-    """Offset of each token's row of KV head `kv` in a cache."""
+def cache_rows(block_table, token, live, b, kv, kv_heads, max_pages, PAGE: tl.constexpr):
+    """Each token's row of KV head `kv` in a cache."""
     page = tl.load(block_table + b * max_pages + token // PAGE, mask=live, other=0).to(tl.int64)
-    return ((page * kv_heads + kv) * PAGE + token % PAGE) * HEAD_DIM
+    return (page * kv_heads + kv) * PAGE + token % PAGE
+
+
+@triton.jit
+def layer_scales(k_scales, v_scales, scale_log2, FORMAT: tl.constexpr):
+    """(scale of scores, scale of sums of values), which in fp8 include those of the layer's K and V."""
+    if FORMAT == PLAIN or FORMAT == INT8:
+        scores, values = scale_log2, 1.0
+    else:
+        scores, values = scale_log2 * tl.load(k_scales), tl.load(v_scales)
+    return scores, values
 
 
 @triton.jit
@@ -43,31 +53,45 @@ def load_tile(
     in_head,
     PAGE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    k_scales=None,
+    v_scales=None,
+    FORMAT: tl.constexpr = PLAIN,
 ):
-    """Keys and values of the tokens, [TILE, BLOCK_D], zeros where not live. Read only once."""
-    where = (
-        cache_rows(
-            block_table,
-            token,
-            live,
-            b=b,
-            kv=kv,
-            kv_heads=kv_heads,
-            max_pages=max_pages,
-            PAGE=PAGE,
-            HEAD_DIM=HEAD_DIM,
-        )[:, None]
-        + d[None, :]
-    )
-    kt = tl.load(k_cache + where, mask=live[:, None] & in_head, other=0.0, eviction_policy="evict_first")
-    vt = tl.load(v_cache + where, mask=live[:, None] & in_head, other=0.0, eviction_policy="evict_first")
-    return kt, vt
+    """Keys and values of the tokens as they are stored, [TILE, BLOCK_D], zeros where not live, and in int8
+    their scales [TILE], otherwise `live` twice. Read only once."""
+    row = cache_rows(block_table, token, live, b=b, kv=kv, kv_heads=kv_heads, max_pages=max_pages, PAGE=PAGE)
+    where = (row * HEAD_DIM)[:, None] + d[None, :]
+    if FORMAT == PLAIN:
+        kt = tl.load(k_cache + where, mask=live[:, None] & in_head, other=0.0, eviction_policy="evict_first")
+        vt = tl.load(v_cache + where, mask=live[:, None] & in_head, other=0.0, eviction_policy="evict_first")
+    else:
+        kt = tl.load(k_cache + where, mask=live[:, None] & in_head, other=0, eviction_policy="evict_first")
+        vt = tl.load(v_cache + where, mask=live[:, None] & in_head, other=0, eviction_policy="evict_first")
+    if FORMAT == INT8:
+        ks = tl.load(k_scales + row, mask=live, other=0.0, eviction_policy="evict_first")
+        vs = tl.load(v_scales + row, mask=live, other=0.0, eviction_policy="evict_first")
+    else:
+        ks, vs = live, live
+    return kt, vt, ks, vs
 
 
 @triton.jit
-def attend(qv, kt, vt, live, top, mass, acc, scale_log2):
-    """The running softmax with a tile of keys and values [TILE, BLOCK_D] added; only live tokens count."""
+def attend(qv, kt, vt, live, top, mass, acc, scale_log2, ks=None, vs=None, FORMAT: tl.constexpr = PLAIN):
+    """The running softmax with a tile of keys and values [TILE, BLOCK_D] added; only live tokens count.
+
+    kt, vt, ks, vs: as load_tile() returns them. In int8 the weights are multiplied by the scales of the
+    values,
+    and with halves both are then bfloat16, since such a product may be too small for float16.
+    """
+    if FORMAT != PLAIN:
+        kt = numbers(kt, qv.dtype, FORMAT)
+        if FORMAT == INT8 and qv.dtype == tl.float16:
+            vt = numbers(vt, tl.bfloat16, FORMAT)
+        else:
+            vt = numbers(vt, qv.dtype, FORMAT)
     score = tl.dot(qv, tl.trans(kt), input_precision="ieee") * scale_log2
+    if FORMAT == INT8:
+        score = score * ks.to(tl.float32)[None, :]
     score = tl.where(live[None, :], score, float("-inf"))
     new_top = tl.maximum(top, tl.max(score, axis=1))
     # All -inf: avoid infinity minus infinity.
@@ -75,6 +99,8 @@ def attend(qv, kt, vt, live, top, mass, acc, scale_log2):
     weight = tl.exp2(score - peak[:, None])
     shrink = tl.exp2(top - peak)
     mass = mass * shrink + tl.sum(weight, axis=1)
+    if FORMAT == INT8:
+        weight = weight * vs.to(tl.float32)[None, :]
     acc = tl.dot(weight.to(vt.dtype), vt, acc * shrink[:, None], input_precision="ieee")
     return new_top, mass, acc
 

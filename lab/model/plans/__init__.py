@@ -17,8 +17,11 @@ from lab.model.plans.persistent import persistent_step
 PLANS = {"basic": basic_step, "fused": fused_step, "persistent": persistent_step}
 
 
-def refusal(plan: str, batch: int, dtype: torch.dtype) -> str | None:
-    """Why a plan does not decode a batch of this size, or a model of this dtype; None where it does."""
+def refusal(plan: str, batch: int, dtype: torch.dtype, kv_dtype: str | None = None) -> str | None:
+    """Why a plan does not decode a batch of this size, or a model of this dtype; None where it does.
+
+    kv_dtype: the format of a quantised KV cache.
+    """
     from lab.ops.decode_step import op
 
     if plan != "persistent":
@@ -28,13 +31,16 @@ def refusal(plan: str, batch: int, dtype: torch.dtype) -> str | None:
     if dtype not in op.dtypes:
         names = " or ".join(name for name, one in DTYPES.items() if one in op.dtypes)
         return f"plan persistent takes models in {names} alone: use --dtype bf16, or --plan fused"
+    if kv_dtype is not None:
+        return f"plan persistent takes no KV cache in {kv_dtype} yet: use --kv-dtype auto, or --plan fused"
     return None
 
 
-def find_plan(name: str, batch: int, dtype: torch.dtype):
-    """The plan's step. Raises LabError for an unknown plan and for one that takes no such batch or dtype."""
+def find_plan(name: str, batch: int, dtype: torch.dtype, kv_dtype: str | None = None):
+    """The plan's step. Raises LabError for an unknown plan and for one that takes no such batch, dtype or KV
+    cache."""
     if name not in PLANS:
         raise LabError(f"unknown plan {name!r}: choose from {', '.join(PLANS)}")
-    if why := refusal(name, batch, dtype):
+    if why := refusal(name, batch, dtype, kv_dtype):
         raise LabError(why)
     return PLANS[name]

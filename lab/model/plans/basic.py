@@ -13,14 +13,14 @@ def basic_step(b: StepBuffers, sampling: Sampling) -> None:
     ops, eps = b.ops, b.config.rms_eps
     h = ops.embedding(b.ids, b.weights.embed, b.h.dtype, out=b.h)  # the residual stream [batch, hidden]
     x = ops.rmsnorm(h, b.weights.layers[0].attn_norm, eps, out=b.x)
-    for layer, qkv, k_cache, v_cache, next_norm in b.blocks:
+    for layer, qkv, k_cache, v_cache, scales, next_norm in b.blocks:
         for w, bias, out in qkv.products:
             ops.linear(x, w, bias, out=out)
         if layer.q_norm is not None:
             ops.rmsnorm(qkv.q, layer.q_norm, eps, out=qkv.q)
             ops.rmsnorm(qkv.k, layer.k_norm, eps, out=qkv.k)
         ops.rope(qkv.q, qkv.k, b.positions, b.cos_sin)
-        ops.kv_append(qkv.k, qkv.v, k_cache, v_cache, b.cache.block_table, b.positions)
+        ops.kv_append(qkv.k, qkv.v, k_cache, v_cache, b.cache.block_table, b.positions, *scales)
         ops.decode_attention(
             qkv.q,
             k_cache,
@@ -30,6 +30,7 @@ def basic_step(b: StepBuffers, sampling: Sampling) -> None:
             b.scale,
             b.splits,
             b.workspace,
+            *scales,
             out=b.attention,
         )
         ops.linear(b.attention_rows, layer.wo, layer.bo, out=x)

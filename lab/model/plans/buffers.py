@@ -38,7 +38,8 @@ class StepBuffers:
     ids int32 [batch]: the token that the step reads, then the one it sampled. logits float32 [batch, vocab].
     positions, context_lens int32 [batch]: of each row's sequence; -1 and 0 for an idle row. weights: each
     matrix as the ops take it (Weights.operands), found once and not in every step. blocks: for every layer
-    its weights, its Projections, its K and V cache, and the weight of the norm that follows it.
+    its weights, its Projections, its K and V cache, their scales (none, or two), and the weight of the norm
+    that follows it.
 
     splits: blocks that share one KV head's context in decode_attention; None fills the device. persistent:
     also make what the plan of that name takes, step_model and step_workspace. Raises LabError for a model
@@ -106,8 +107,11 @@ class StepBuffers:
         self.state[0] = -1  # idle: see lab/ops/kv_append.py
         layers = self.weights.layers
         next_norms = [layer.attn_norm for layer in layers[1:]] + [weights.final_norm]
+        scales = [()] * len(layers)
+        if cache.k_scales is not None:
+            scales = list(zip(cache.k_scales.unbind(), cache.v_scales.unbind()))
         self.blocks = list(
-            zip(layers, map(projections, layers), cache.k.unbind(), cache.v.unbind(), next_norms)
+            zip(layers, map(projections, layers), cache.k.unbind(), cache.v.unbind(), scales, next_norms)
         )
         if persistent:
             self.step_model = StepModel.of(

@@ -13,7 +13,7 @@ def fused_step(b: StepBuffers, sampling: Sampling) -> None:
     """Reads b.ids and b.positions, leaves b.logits and the sampled token in b.ids."""
     ops, eps = b.ops, b.config.rms_eps
     h = ops.embedding(b.ids, b.weights.embed, b.h.dtype, out=b.h)  # the residual stream [batch, hidden]
-    for layer, qkv, k_cache, v_cache, _ in b.blocks:
+    for layer, qkv, k_cache, v_cache, scales, _ in b.blocks:
         for w, bias, out in qkv.products:
             ops.norm_linear(h, layer.attn_norm, eps, w, bias, out=out)
         ops.rope_append_attention(
@@ -31,6 +31,7 @@ def fused_step(b: StepBuffers, sampling: Sampling) -> None:
             b.scale,
             b.splits,
             b.workspace,
+            *scales,
             out=b.attention,
         )
         ops.linear_add(b.attention_rows, layer.wo, h, layer.bo)  # h += attention wo^T
