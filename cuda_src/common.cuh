@@ -612,9 +612,8 @@ LAB_DEVICE void wait_cycles(unsigned cycles) {
 #endif
 }
 
-// Sum (or maximum) over a block of Threads threads (a multiple of 32), in a fixed order; every thread gets
-// it. scratch: Threads / 32 floats of shared memory, which the next call may use again. All threads must call
-// it.
+// Sum over a block of Threads threads (a multiple of 32), in a fixed order; every thread gets it. scratch:
+// Threads / 32 floats of shared memory, which the next call may use again. All threads must call it.
 template <int Threads>
 LAB_DEVICE float block_sum(float v, float* scratch) {
   static_assert(Threads % 32 == 0 && Threads <= 1024, "whole warps only");
@@ -626,20 +625,6 @@ LAB_DEVICE float block_sum(float v, float* scratch) {
     v = scratch[0];
     LAB_UNROLL
     for (int warp = 1; warp < Threads / 32; ++warp) v += scratch[warp];
-  }
-  return v;
-}
-template <int Threads>
-LAB_DEVICE float block_max(float v, float* scratch) {
-  static_assert(Threads % 32 == 0 && Threads <= 1024, "whole warps only");
-  v = group_max<32>(v);
-  if constexpr (Threads > 32) {
-    __syncthreads();
-    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = v;
-    __syncthreads();
-    v = scratch[0];
-    LAB_UNROLL
-    for (int warp = 1; warp < Threads / 32; ++warp) v = fmaxf(v, scratch[warp]);
   }
   return v;
 }

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import race_detector
@@ -59,26 +60,29 @@ def by_race(mutant: Mutant) -> str | None:
     return None
 
 
-def main(only: str, minutes: float) -> int:
+def judged(mutant: Mutant, ends: float) -> tuple[str, str]:
+    """(what becomes of a planted fault, by what or why)."""
+    if reason := synchronisation.REASONS.get((mutant.file, mutant.why)):
+        return "explained", reason
+    if by := by_text(mutant) or by_test(mutant):
+        return "noticed", by
+    if time.monotonic() > ends:
+        return "not tried", "time is up"
+    by = by_race(mutant)
+    return ("noticed", by) if by else ("UNJUDGED", "")
+
+
+def main(only: str, minutes: float, jobs: int) -> int:
     """Judges those whose file and description hold `only`. 0 if each is noticed or explained."""
     chosen = [m for m in synchronisation.MUTANTS if only in f"{m.file}: {m.why}"]
     if not chosen:
         print(f"mutants: error: nothing planted has {only!r} in its name", file=sys.stderr)
         return 2
-    ends, counts, built = time.monotonic() + minutes * 60, Counter(), False
-    for mutant in chosen:
-        name, reason = f"{mutant.file}: {mutant.why}", synchronisation.REASONS.get((mutant.file, mutant.why))
-        says, by = "explained", reason
-        if reason is None:
-            by = by_text(mutant) or by_test(mutant)
-            if not by and time.monotonic() > ends:
-                says, by = "not tried", "time is up"
-            else:
-                if not by and not built:
-                    built = bool(race_detector.build())  # so that what is not planted is compiled once
-                by = by or by_race(mutant)
-                says = "noticed" if by else "UNJUDGED"
-        counts[says] += 1
-        print(f"{says:9} {name}  {by or ''}", flush=True)
+    ends, counts = time.monotonic() + minutes * 60, Counter()
+    race_detector.build()  # so that what is not planted is compiled once
+    with ThreadPoolExecutor(jobs) as pool:  # each waits for compilers and kernels in processes of their own
+        for mutant, (says, by) in zip(chosen, pool.map(lambda m: judged(m, ends), chosen)):
+            counts[says] += 1
+            print(f"{says:9} {mutant.file}: {mutant.why}  {by}", flush=True)
     print(", ".join(f"{n} {says}" for says, n in counts.most_common()))
     return 1 if counts["UNJUDGED"] or counts["not tried"] else 0

@@ -1,7 +1,7 @@
 """`make mutants`: single faults planted in copies of the kernels; do the checks and tests notice each?
 
     python tests/mutants/run.py [--only TEXT] [--jobs N] [--minutes M] [--cases COMMIT]
-    python tests/mutants/run.py --planted [--only TEXT] [--minutes M]
+    python tests/mutants/run.py --planted [--only TEXT] [--jobs N] [--minutes M]
 
 Each mutant of mutants.py is written into a copy of the project that has the host build, so that only what a
 mutant changes is compiled. Then the op's cases run as in `lab check`, and after them the tests that the
@@ -329,7 +329,7 @@ def main() -> int:
         sys.path.insert(0, str(ROOT))
         from mutants import notice
 
-        return notice.main(args.only, args.minutes)
+        return notice.main(args.only, args.minutes, args.jobs)
     started = time.monotonic()
     chosen = [n for n, m in enumerate(MUTANTS) if args.only in f"{m.file}: {m.why}"]
     try:
