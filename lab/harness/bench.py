@@ -221,7 +221,7 @@ def model_steps(session, rig, settings, weights):
     for name in settings.models:
         for size in sizes:
             batch, context = size
-            sides = rig.sides(batch, dtype)
+            sides = rig.sides(batch, dtype, weights.storage.formats)
             if context >= weights.config_of(name).max_positions or not sides:
                 continue
             first, seconds = size == sizes[0], len(sides) * PER_DECODER + 8 * rig.seconds
@@ -253,7 +253,7 @@ def ledger_steps(session, rig, settings, weights):
     batch, context = settings.model_batches[0], settings.model_contexts[0]
     for name in settings.ledger_models:
         given = session, rig, weights, name, dtype, batch, context
-        for backend, plan in rig.sides(batch, dtype):
+        for backend, plan in rig.sides(batch, dtype, weights.storage.formats):
             run = functools.partial(ledger.measure, *given, backend, plan)
             found.append(
                 ("ledgers", Step(f"ledger {name} {backend} {plan}", PER_LEDGER + 12 * rig.seconds, run))

@@ -55,9 +55,9 @@ class Rig:
         found = [name for name, ops in self.backends.items() if hasattr(ops, op.name)]
         return [name for name in found if name != "torch"] or found if packed else found
 
-    def sides(self, batch, dtype_name):
+    def sides(self, batch, dtype_name, formats=()):
         """(backend, plan) of every decoder to measure at a batch and dtype, which rule some plans out, as a
-        quantised KV cache does.
+        quantised KV cache does, and weights in some formats (those that matrices are rounded to).
 
         torch has no kernel of a whole step: under persistent it does what it does under fused. Beside other
         backends it is measured once.
@@ -72,7 +72,7 @@ class Rig:
             (backend, plan)
             for plan in self.plans
             for backend in whole
-            if not refusal(plan, batch, DTYPES[dtype_name], self.kv_dtype)
+            if not refusal(plan, batch, DTYPES[dtype_name], self.kv_dtype, formats)
             and not (backend == "torch" and plan in again)
         ]
 

@@ -122,7 +122,8 @@ def main(args) -> int:
     ops = select(args.backend, device, overrides, trace)
 
     source = open_source(args.model, args.weights)
-    packed = planned(source, dtype, storage)[1].packed
+    _, formats = planned(source, dtype, storage)
+    find_plan(args.plan, 1, dtype, cached, formats.names)
     tokenizer = find_tokenizer(source, needed=args.ids is None)
     prompt_ids = (
         parse_ids(args.ids) if args.ids is not None else encode(tokenizer, read_prompt(args.prompt), args.raw)
@@ -147,7 +148,7 @@ def main(args) -> int:
         mixed = {**from_table(table, 1, max_context), **parse_overrides(overrides)}
         ops = select(args.backend, device, mixed, trace)
 
-    if slow := slowness(ops, args.plan, device, packed):
+    if slow := slowness(ops, args.plan, device, formats.packed):
         warn(slow)
     weights = load(source, dtype, device, storage)
     decoder = Decoder(

@@ -53,8 +53,8 @@ COPIES_LANDED = (
     "was issued since are empty groups"
 )
 AFTER_THE_KERNEL_BEFORE = (
-    "it is launched after the kernel before it has ended, which tests/test_synchronisation.py holds; the wait "
-    "is for whoever launches it otherwise"
+    "it is launched after the kernel before it has ended (tests/test_synchronisation.py); the wait is for "
+    "whoever launches it otherwise"
 )
 # (file, description): why nothing notices it, and nothing need.
 REASONS = {
