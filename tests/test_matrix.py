@@ -116,7 +116,7 @@ def test_such_a_format_is_refused_before_anything_is_loaded():
         device="cpu",
     )
     with pytest.raises(LabError, match=said):
-        settings_of(request)
+        settings_of(Request("model", models=("llama-3.1-8b",), **asked))
 
 
 def test_the_compiled_peer_runs_them_too_in_one_compiled_layer(monkeypatch):
