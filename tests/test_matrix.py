@@ -107,14 +107,7 @@ def test_such_a_format_is_refused_before_anything_is_loaded():
     said = "plan persistent takes no weights in q4_k yet: use --plan fused"
     assert refusal("persistent", 1, torch.bfloat16, formats=of_a_file.names) == said
     assert refusal("persistent", 1, torch.bfloat16, formats=[None, "int8"]) is None
-    request = Request(
-        "model",
-        models=("llama-3.1-8b",),
-        quantise="q4_k",
-        plans=("persistent",),
-        dtypes=("bf16",),
-        device="cpu",
-    )
+    asked = dict(quantise="q4_k", plans=("persistent",), dtypes=("bf16",), device="cpu")
     with pytest.raises(LabError, match=said):
         settings_of(Request("model", models=("llama-3.1-8b",), **asked))
 
