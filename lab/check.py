@@ -242,6 +242,18 @@ def main(args) -> int:
         return check_all(args, chosen, backends, wanted, device, stack)
 
 
+def quick_cases(op: Op) -> list:
+    """The first two cases of an op, and the first with each format of weights and of a KV cache, whose
+    kernels are others."""
+    cases, seen = list(op.cases[:2]), set()
+    for case in op.cases:
+        kinds = {(name, case.sizes.get(name)) for name in ("format", "kv_dtype")} - seen
+        if any(kind for _, kind in kinds) and case not in cases:
+            cases.append(case)
+        seen |= kinds
+    return cases
+
+
 def check_all(args, chosen, backends, wanted, device, stack) -> int:
     """Runs all cases, each backend in a process of its own, which ends with `stack`. Returns the exit
     status."""
@@ -264,7 +276,7 @@ def check_all(args, chosen, backends, wanted, device, stack) -> int:
     functions = {name: functions_of(name, backend=name) for name in backends}
     failed = ran = 0
     for op in chosen:
-        cases = op.cases[:2] if args.quick else op.cases
+        cases = quick_cases(op) if args.quick else op.cases
         for dtype_name in wanted:
             if DTYPES[dtype_name] not in op.dtypes:
                 continue

@@ -4,7 +4,7 @@ shape."""
 import pytest
 import torch
 
-from lab.check import check_case, compare
+from lab.check import check_case, compare, quick_cases
 from lab.contract import Rand
 from lab.dispatch import select
 from lab.ops import OPS, find
@@ -188,3 +188,13 @@ def test_a_case_may_hold_nan_and_inf(bad):
             return out
 
         assert check_case(poisoned, wrong, Rand("cpu", torch.float32), sizes).error is not None
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_quick_takes_the_first_two_cases_and_each_format(op):
+    """compute-sanitizer sees these alone."""
+    cases = quick_cases(op)
+    assert cases[:2] == list(op.cases[:2]) and len(set(map(id, cases))) == len(cases)
+    for name in ("format", "kv_dtype"):
+        formats = {case.sizes.get(name) for case in op.cases} - {None}
+        assert {case.sizes.get(name) for case in cases} - {None} == formats

@@ -119,7 +119,10 @@ def command(step):
     # threads that hold copies of one value all store it, which racecheck reports as a race.
     backends = "cuda" if step == "racecheck" else "cuda,triton"
     check = [*LAB, "check", "--device", "cuda", "--backend", backends]
-    return check if step == "check" else [sanitizer(), "--tool", step, *SANITIZER, *check, "--quick"]
+    if step == "check":
+        return check
+    # Kernels of fp16 and of bf16 differ in the type of a number alone.
+    return [sanitizer(), "--tool", step, *SANITIZER, *check, "--quick", "--dtype", "fp32,bf16"]
 
 
 def sanitizer():
