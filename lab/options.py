@@ -47,7 +47,9 @@ def check(parser):
     )
     parser.add_argument("--device", default=None, help="cuda or cpu; default: cuda where there is a GPU")
     parser.add_argument(
-        "--quick", action="store_true", help="the first two cases of every op, or rung, and one of each format"
+        "--quick",
+        action="store_true",
+        help="the first two cases of every op, or rung, and one of each format",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the random inputs")
     parser.add_argument(
