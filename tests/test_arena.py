@@ -103,7 +103,9 @@ def test_a_ticket_left_dirty_fails(name):
     comes."""
 
     def wrong(*args, out):
-        state = args[-1] if name == "norm_linear_argmax" else args[-1].tickets
+        (scratch,) = find(name).state
+        state = args[find(name).names.index(scratch)]
+        state = getattr(state, "tickets", state)
         getattr(RIGHT, name)(*args, out=out)
         if bool(state.any()):
             out.fill_(-1) if out.dtype == torch.int32 else out.fill_(torch.nan)

@@ -602,6 +602,7 @@ def test_run_writes_what_it_did(tiny_gguf, tmp_path, capsys, device):
         "device",
         "dtype",
         "weights",
+        "kv_dtype",
         "kernels",
         "prefill_ms",
         "decode_ms",

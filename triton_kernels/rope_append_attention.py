@@ -324,7 +324,9 @@ def append_and_attend(
     for t0 in tl.range(begin + TILE, stored, TILE):
         token = t0 + tl.arange(0, TILE)
         live = token < stored
-        kt, vt, ks, vs = load_tile(
+        # Names of their own: decode_step gives no scales for the first tile, and a variable of a loop keeps
+        # its type.
+        kt, vt, tile_ks, tile_vs = load_tile(
             k_cache,
             v_cache,
             block_table,
@@ -345,7 +347,17 @@ def append_and_attend(
 
         # 5. Online softmax: as in decode_attention.
         top, mass, acc = attend(
-            qv, kt, vt, live, top=top, mass=mass, acc=acc, scale_log2=scale_log2, ks=ks, vs=vs, FORMAT=FORMAT
+            qv,
+            kt,
+            vt,
+            live,
+            top=top,
+            mass=mass,
+            acc=acc,
+            scale_log2=scale_log2,
+            ks=tile_ks,
+            vs=tile_vs,
+            FORMAT=FORMAT,
         )
 
     # 6. Publish the split: if it is the only one, it is the result. An idle row has no mass, and its result

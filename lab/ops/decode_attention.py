@@ -380,7 +380,7 @@ QUANTISED = (
     ),
     (
         "large scores, many splits",
-        dict(lengths=(1100, 40), q_heads=4, kv_heads=2, head_dim=64, splits=18, sharp=20.0),
+        dict(lengths=(1100, 3), q_heads=4, kv_heads=2, head_dim=64, splits=18, sharp=20.0),
     ),
 )
 

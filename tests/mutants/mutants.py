@@ -62,13 +62,29 @@ MUTANTS = [
     ),
     check(CU + "rope.cu", "rope", "k + b * k_stride", "k + b * q_stride", "q's stride used for k"),
     check(CU + "rope.cu", "rope", "a * cosine[e] - c * sine[e]", "a * cosine[e] + c * sine[e]", "a sign"),
-    check(CU + "kv_append.cu", "kv_append", "v + b * v_stride", "v + b * k_stride", "k's stride used for v"),
-    check(CU + "kv_append.cu", "kv_append", "  if (position < 0) return;\n", "", "an idle row is appended"),
+    check(
+        CU + "kv_append.cu", "kv_append", "(v + b * v_stride", "(v + b * k_stride", "k's stride used for v"
+    ),
+    check(CU + "kv_append.cu", "kv_append", "? v + b * v_stride", "? v + b * k_stride", "the same in codes"),
     check(
         CU + "kv_append.cu",
         "kv_append",
-        "(size_t(page) * kv_heads + h)",
-        "(size_t(page) * kv_heads)",
+        "  if (position < 0) return;\n\n  // 2. Find the slot: page",
+        "\n  // 2. Find the slot: page",
+        "an idle row is appended",
+    ),
+    check(
+        CU + "kv_append.cu",
+        "kv_append",
+        "  if (position < 0) return;\n\n  // 2. Find the slot: as",
+        "\n  // 2. Find the slot: as",
+        "an idle row is appended as codes",
+    ),
+    check(
+        CU + "kv_append.cu",
+        "kv_append",
+        " + h) * page_size + position % page_size;\n\n  // 3. Copy: without",
+        ") * page_size + position % page_size;\n\n  // 3. Copy: without",
         "a head's index",
     ),
     check(CU + "embedding.cu", "embedding", "id < vocab", "id <= vocab", "id == vocab is taken", VOCABULARY),
