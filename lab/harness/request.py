@@ -178,7 +178,8 @@ def settings_of(request: Request) -> Settings:
     if request.ladder and request.what != "ops":
         raise LabError("--ladder measures ops: lab bench ops --ladder")
     for name in request.ops:
-        if find(name).whole_step:
+        # The names of ladders are looked up in require_work().
+        if not request.ladder and find(name).whole_step:
             raise LabError(f"{name} is a whole step, measured as a token: lab bench model --plan persistent")
     check_formats(request)
     default, kv_dtype = DEFAULTS[device, request.quick], kv_dtype_of(request.kv_dtype)

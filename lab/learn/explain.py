@@ -7,6 +7,7 @@ it was measured.
 
 from pathlib import Path
 
+from lab import rungs
 from lab.errors import LabError
 from lab.files import write_whole
 
@@ -36,6 +37,8 @@ def main(args):
     known, formats = twins.known_ops(), twins.known_formats()
     # int4-g128 is one of the formats of the file int4.
     format_file = args.op if args.op in formats else args.op.split("-")[0]
+    if args.rungs and args.op in rungs.NAMES:
+        known.append(args.op)
     if args.op not in known and format_file in formats:
         return explain_format(format_file, args)
     if args.op not in known:
@@ -138,10 +141,11 @@ def measured_rungs(op, rows, reports):
     from lab.report import ladder_figures, ops, style
 
     runs, said = runs_of(reports)
-    run = next((r for r in runs if not r.emulated and (r.ladder["op"] == op).any()), None)
+    run = next((r for r in runs if not r.emulated and op in ladder_figures.measured(r)), None)
     if run is None:
         return said + [("measured", f"not yet: `lab bench ops {op} --ladder` measures it on a GPU")]
-    found = run.ladder[(run.ladder["op"] == op) & ~run.ladder["suspect"]]
+    found = ladder_figures.rows_of(run, op)
+    found = found[~found["suspect"]]
     for number, row in enumerate(rows, 1):
         words = []
         for backend in style.backend_order(found["backend"]):

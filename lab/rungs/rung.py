@@ -22,6 +22,12 @@ class Rung:
     )  # backend -> why there is no such rung
     needs: str = ""  # what its arguments must be, in words
     fits: Callable | None = None  # (a) -> whether they are that; a: the op's arguments by name
+    named: str = ""  # the ladder, if it is not called like its op
+
+    @property
+    def ladder(self) -> str:
+        """The name of its ladder."""
+        return self.named or self.op
 
     @property
     def title(self) -> str:
@@ -43,9 +49,18 @@ class Ladder:
 
     op: str
     rungs: tuple[Rung, ...]  # the lowest first
-    triton: Callable  # (number of a rung, a, out) -> None: launches it; a: the op's arguments by name
+    triton: Callable  # (number of a rung, a, out, **memory) -> None: launches it; a: the op's arguments by name
     cases: tuple[tuple[str, Mapping], ...]  # (why, sizes of the op's inputs) of `lab check --ladder`
     points: Mapping[str, Mapping]  # device -> batch, context, and shape of `lab bench ops --ladder`
+    format: str | None = None  # of the weights; None: plain
+    # (number of a rung, a) -> (the op's arguments that the rung takes in another form, by name, and memory
+    # that it needs beside them, by the name that its launchers have for it: a tensor or None). It is called
+    # before a rung is timed.
+    prepare: Callable | None = None
+
+    @property
+    def name(self) -> str:
+        return self.rungs[0].ladder
 
 
 def whole_vectors(x) -> bool:
