@@ -124,14 +124,14 @@ __global__ void quantised_linear_scalar_kernel(Problem<T> p) {
   if (lane == 0) p.put(b, row, sum);
 }
 
-// The code in the bits 4 J .. 4 J + 3 of a word, less 8, without moving it. The float P = 2^(23 - 4 J) has a
-// mantissa whose bit 4 J counts 1. So P's exponent with the code's bits is the number P + code. To mask and to
-// put in the exponent is one instruction (LOP3).
+// 16^J times the number of the code in the bits 4 J .. 4 J + 3 of a word, which stays where it is. The float 2^23
+// has a mantissa whose last bit counts 1, so its exponent with the code's bits is 2^23 + 16^J * code. To mask and
+// to put in the exponent is one instruction (LOP3), and the exponent is the same for all J.
 template <int J>
 LAB_DEVICE float number_at(uint32_t word) {
-  constexpr uint32_t kExponent = uint32_t(127 + 23 - 4 * J) << 23;
-  constexpr float kPower = float(1 << (23 - 4 * J));
-  return bit_cast<float>(cut_into<0xfu << (4 * J), kExponent>(word)) - (kPower + float(kMiddle));
+  constexpr uint32_t kExponent = uint32_t(127 + 23) << 23;
+  return bit_cast<float>(cut_into<0xfu << (4 * J), kExponent>(word)) -
+         float((1 << 23) + (kMiddle << (4 * J)));
 }
 // The four of the lower half of a word, and the four of the upper half, which is moved down at once.
 LAB_DEVICE void numbers_in_place(float (&low)[4], float (&high)[4], uint32_t word) {
@@ -141,10 +141,14 @@ LAB_DEVICE void numbers_in_place(float (&low)[4], float (&high)[4], uint32_t wor
   high[0] = number_at<0>(upper), high[1] = number_at<1>(upper);
   high[2] = number_at<2>(upper), high[3] = number_at<3>(upper);
 }
+// One sum for each J takes out 16^J, exactly.
+LAB_DEVICE float sum_of_places(const float (&sums)[4]) {
+  return sums[0] + sums[1] * 0x1p-4f + sums[2] * 0x1p-8f + sums[3] * 0x1p-12f;
+}
 
-// 3. Bit tricks: a code becomes the last bits of a float that is a large power of two plus the code; the power
-// and the 8 are subtracted at once. One LOP3 and one subtraction replace shift, mask, subtraction and the
-// conversion from integer, of which an SM does half as many in a cycle.
+// 3. Bit tricks: a code becomes bits of a float that is a large power of two plus the code; the power and the 8
+// are subtracted at once. One LOP3 and one subtraction of floats replace shift, mask, subtraction of integers and
+// conversion, all four of which an SM does half as many of in a cycle as it adds floats.
 template <typename T>
 __global__ void quantised_linear_bits_kernel(Problem<T> p) {
   const int lane = threadIdx.x % 32, row = blockIdx.x * kWarps + threadIdx.x / 32, b = blockIdx.y;
@@ -152,18 +156,19 @@ __global__ void quantised_linear_bits_kernel(Problem<T> p) {
   const uint32_t* words = p.words + size_t(row) * p.groups * kGroupWords;
   const T* x = p.x + size_t(b) * p.k;
   const half* scales = p.scales + size_t(row) * p.groups;
-  float sum = 0.f;
+  float sums[4] = {};
   for (int c = lane * 8; c < p.k; c += 32 * 8) {
     float low[4], high[4], value[8];
     numbers_in_place(low, high, words[c / kWordCodes]);
     load_floats(value, x + c);
     const float scale = to_float(scales[c / kGroup]);
     LAB_UNROLL
-    for (int e = 0; e < 4; ++e) sum = fmadd(scale * low[e], value[e], sum);
-    LAB_UNROLL
-    for (int e = 0; e < 4; ++e) sum = fmadd(scale * high[e], value[4 + e], sum);
+    for (int e = 0; e < 4; ++e) {
+      sums[e] = fmadd(scale * low[e], value[e], sums[e]);
+      sums[e] = fmadd(scale * high[e], value[4 + e], sums[e]);
+    }
   }
-  sum = group_sum<32>(sum);
+  const float sum = group_sum<32>(sum_of_places(sums));
   if (lane == 0) p.put(b, row, sum);
 }
 
@@ -182,13 +187,16 @@ struct Quarter {
   LAB_DEVICE float scale(int segment) const { return to_float(scales[size_t(segment) * kBlockRows]); }
 };
 
+// Columns c .. c + 3 of a row of x, as they are loaded; zeros past k.
+template <typename T>
+LAB_DEVICE Packed<T, 4> load_four(const T* x, int c, int k) {
+  return c < k ? load_packed<4>(x + c) : Packed<T, 4>{};
+}
 // The values of x for a word: its 8 codes are of the columns c .. c + 3 and c + 16 .. c + 19.
 template <typename T>
 LAB_DEVICE void load_run(float (&first)[4], float (&second)[4], const T* x, int c, int k) {
-  LAB_UNROLL
-  for (int e = 0; e < 4; ++e) first[e] = second[e] = 0.f;
-  if (c < k) load_floats(first, x + c);
-  if (c + 16 < k) load_floats(second, x + c + 16);
+  unpack<T>(first, load_four(x, c, k));
+  unpack<T>(second, load_four(x, c + 16, k));
 }
 
 // The sums of 4 lanes and 4 warps, in a fixed order. Threads 0 to 7 get those of rows 0 to 7.
@@ -212,7 +220,7 @@ __global__ void quantised_linear_packed_kernel(Problem<T> p) {
   const int row0 = blockIdx.x * kBlockRows, b = blockIdx.y;
   const T* x = p.x + size_t(b) * p.k;
   const Quarter w(p, row0 + g, t);  // rows past the last fill its block of 8
-  float sum = 0.f;
+  float sums[4] = {};
   for (int s = warp; s < p.groups; s += kWarps) {
     const auto words = w.codes(s);
     const float scale = w.scale(s);
@@ -224,12 +232,12 @@ __global__ void quantised_linear_packed_kernel(Problem<T> p) {
       LAB_UNROLL
       for (int e = 0; e < 4; ++e) {
         const auto& value = e < 2 ? first : second;
-        sum = fmadd(scale * low[e], value[e % 2 * 2], sum);
-        sum = fmadd(scale * high[e], value[e % 2 * 2 + 1], sum);
+        sums[e] = fmadd(scale * low[e], value[e % 2 * 2], sums[e]);
+        sums[e] = fmadd(scale * high[e], value[e % 2 * 2 + 1], sums[e]);
       }
     }
   }
-  sum = sum_of_rows(sum);
+  const float sum = sum_of_rows(sum_of_places(sums));
   if (threadIdx.x < kBlockRows && row0 + int(threadIdx.x) < p.n) p.put(b, row0 + threadIdx.x, sum);
 }
 
@@ -244,7 +252,7 @@ __global__ void quantised_linear_scales_kernel(Problem<T> p) {
   float sum = 0.f;
   for (int s = warp; s < p.groups; s += kWarps) {
     const auto words = w.codes(s);
-    float of_group = 0.f;
+    float sums[4] = {};
     LAB_UNROLL
     for (int run = 0; run < 4; ++run) {
       float low[4], high[4], first[4], second[4];
@@ -253,11 +261,11 @@ __global__ void quantised_linear_scales_kernel(Problem<T> p) {
       LAB_UNROLL
       for (int e = 0; e < 4; ++e) {
         const auto& value = e < 2 ? first : second;
-        of_group = fmadd(low[e], value[e % 2 * 2], of_group);
-        of_group = fmadd(high[e], value[e % 2 * 2 + 1], of_group);
+        sums[e] = fmadd(low[e], value[e % 2 * 2], sums[e]);
+        sums[e] = fmadd(high[e], value[e % 2 * 2 + 1], sums[e]);
       }
     }
-    sum = fmadd(w.scale(s), of_group, sum);
+    sum = fmadd(w.scale(s), sum_of_places(sums), sum);
   }
   sum = sum_of_rows(sum);
   if (threadIdx.x < kBlockRows && row0 + int(threadIdx.x) < p.n) p.put(b, row0 + threadIdx.x, sum);
@@ -280,9 +288,6 @@ __global__ void quantised_linear_mma_kernel(Problem<T> p) {
   // Rows past the last repeat it; their sums are not stored.
   const Quarter low(p, min(row0 + g, p.n - 1), t), high(p, min(row0 + 8 + g, p.n - 1), t);
   const T* x = p.x + size_t(min(b0 + g, p.rows - 1)) * p.k;
-  const auto four_of_x = [&](int c) {  // two pairs, zeros outside
-    return c < p.k ? bit_cast<Vec<uint32_t, 2>>(load<4>(x + c)) : Vec<uint32_t, 2>{};
-  };
   const uint32_t zero = Format::zero_pair<T>(0.f);
   float acc[4] = {};
   for (int s = warp; s < p.groups; s += kWarps) {
@@ -296,7 +301,8 @@ __global__ void quantised_linear_mma_kernel(Problem<T> p) {
       Format::numbers<T>(c, &high_words.v[run], zero);
       LAB_UNROLL
       for (int part = 0; part < 2; ++part) {  // 16 columns each
-        const auto of_x = four_of_x(s * kGroup + run * kRunColumns + part * 16 + 4 * t);
+        const int column = s * kGroup + run * kRunColumns + part * 16 + 4 * t;
+        const auto of_x = bit_cast<Vec<uint32_t, 2>>(load_four(x, column, p.k));
         const int i = 2 * part;
         mma_m16n8k16(of_group, {a[i], c[i], a[i + 1], c[i + 1]}, {of_x.v[0], of_x.v[1]}, T{});
       }
