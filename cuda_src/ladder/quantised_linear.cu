@@ -124,14 +124,15 @@ __global__ void quantised_linear_scalar_kernel(Problem<T> p) {
   if (lane == 0) p.put(b, row, sum);
 }
 
-// 16^J times the number of the code in the bits 4 J .. 4 J + 3 of a word, which stays where it is. The float 2^23
-// has a mantissa whose last bit counts 1, so its exponent with the code's bits is 2^23 + 16^J * code. To mask and
-// to put in the exponent is one instruction (LOP3), and the exponent is the same for all J.
+// The number of the code in the bits 4 J .. 4 J + 3 of a word, which stays where it is. The float 2^(23 - 4 J) has
+// a mantissa whose bit 4 J counts 1, so its exponent with the code's bits is 2^(23 - 4 J) + code. To mask and to
+// put in the exponent is one instruction (LOP3), if the exponent is in a register. No launch has a blockIdx.z but
+// 0, which the compiler does not know; else it would fill the register anew each time.
 template <int J>
 LAB_DEVICE float number_at(uint32_t word) {
-  constexpr uint32_t kExponent = uint32_t(127 + 23) << 23;
-  return bit_cast<float>(cut_into<0xfu << (4 * J), kExponent>(word)) -
-         float((1 << 23) + (kMiddle << (4 * J)));
+  constexpr uint32_t kExponent = uint32_t(127 + 23 - 4 * J) << 23;
+  constexpr float kPower = float(1 << (23 - 4 * J));
+  return bit_cast<float>((word & 0xfu << (4 * J)) | (kExponent + blockIdx.z)) - (kPower + float(kMiddle));
 }
 // The four of the lower half of a word, and the four of the upper half, which is moved down at once.
 LAB_DEVICE void numbers_in_place(float (&low)[4], float (&high)[4], uint32_t word) {
@@ -140,10 +141,6 @@ LAB_DEVICE void numbers_in_place(float (&low)[4], float (&high)[4], uint32_t wor
   low[2] = number_at<2>(word), low[3] = number_at<3>(word);
   high[0] = number_at<0>(upper), high[1] = number_at<1>(upper);
   high[2] = number_at<2>(upper), high[3] = number_at<3>(upper);
-}
-// One sum for each J takes out 16^J, exactly.
-LAB_DEVICE float sum_of_places(const float (&sums)[4]) {
-  return sums[0] + sums[1] * 0x1p-4f + sums[2] * 0x1p-8f + sums[3] * 0x1p-12f;
 }
 
 // 3. Bit tricks: a code becomes bits of a float that is a large power of two plus the code; the power and the 8
@@ -156,7 +153,7 @@ __global__ void quantised_linear_bits_kernel(Problem<T> p) {
   const uint32_t* words = p.words + size_t(row) * p.groups * kGroupWords;
   const T* x = p.x + size_t(b) * p.k;
   const half* scales = p.scales + size_t(row) * p.groups;
-  float sums[4] = {};
+  float sum = 0.f;
   for (int c = lane * 8; c < p.k; c += 32 * 8) {
     float low[4], high[4], value[8];
     numbers_in_place(low, high, words[c / kWordCodes]);
@@ -164,11 +161,11 @@ __global__ void quantised_linear_bits_kernel(Problem<T> p) {
     const float scale = to_float(scales[c / kGroup]);
     LAB_UNROLL
     for (int e = 0; e < 4; ++e) {
-      sums[e] = fmadd(scale * low[e], value[e], sums[e]);
-      sums[e] = fmadd(scale * high[e], value[4 + e], sums[e]);
+      sum = fmadd(scale * low[e], value[e], sum);
+      sum = fmadd(scale * high[e], value[4 + e], sum);
     }
   }
-  const float sum = group_sum<32>(sum_of_places(sums));
+  sum = group_sum<32>(sum);
   if (lane == 0) p.put(b, row, sum);
 }
 
@@ -220,7 +217,7 @@ __global__ void quantised_linear_packed_kernel(Problem<T> p) {
   const int row0 = blockIdx.x * kBlockRows, b = blockIdx.y;
   const T* x = p.x + size_t(b) * p.k;
   const Quarter w(p, row0 + g, t);  // rows past the last fill its block of 8
-  float sums[4] = {};
+  float sum = 0.f;
   for (int s = warp; s < p.groups; s += kWarps) {
     const auto words = w.codes(s);
     const float scale = w.scale(s);
@@ -232,12 +229,12 @@ __global__ void quantised_linear_packed_kernel(Problem<T> p) {
       LAB_UNROLL
       for (int e = 0; e < 4; ++e) {
         const auto& value = e < 2 ? first : second;
-        sums[e] = fmadd(scale * low[e], value[e % 2 * 2], sums[e]);
-        sums[e] = fmadd(scale * high[e], value[e % 2 * 2 + 1], sums[e]);
+        sum = fmadd(scale * low[e], value[e % 2 * 2], sum);
+        sum = fmadd(scale * high[e], value[e % 2 * 2 + 1], sum);
       }
     }
   }
-  const float sum = sum_of_rows(sum_of_places(sums));
+  sum = sum_of_rows(sum);
   if (threadIdx.x < kBlockRows && row0 + int(threadIdx.x) < p.n) p.put(b, row0 + threadIdx.x, sum);
 }
 
@@ -252,7 +249,7 @@ __global__ void quantised_linear_scales_kernel(Problem<T> p) {
   float sum = 0.f;
   for (int s = warp; s < p.groups; s += kWarps) {
     const auto words = w.codes(s);
-    float sums[4] = {};
+    float of_group = 0.f;
     LAB_UNROLL
     for (int run = 0; run < 4; ++run) {
       float low[4], high[4], first[4], second[4];
@@ -261,11 +258,11 @@ __global__ void quantised_linear_scales_kernel(Problem<T> p) {
       LAB_UNROLL
       for (int e = 0; e < 4; ++e) {
         const auto& value = e < 2 ? first : second;
-        sums[e] = fmadd(low[e], value[e % 2 * 2], sums[e]);
-        sums[e] = fmadd(high[e], value[e % 2 * 2 + 1], sums[e]);
+        of_group = fmadd(low[e], value[e % 2 * 2], of_group);
+        of_group = fmadd(high[e], value[e % 2 * 2 + 1], of_group);
       }
     }
-    sum = fmadd(w.scale(s), sum_of_places(sums), sum);
+    sum = fmadd(w.scale(s), of_group, sum);
   }
   sum = sum_of_rows(sum);
   if (threadIdx.x < kBlockRows && row0 + int(threadIdx.x) < p.n) p.put(b, row0 + threadIdx.x, sum);

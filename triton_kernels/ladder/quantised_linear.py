@@ -15,7 +15,7 @@ import triton.language as tl
 
 from triton_kernels.common import launch
 from triton_kernels.core.packed_rows import load_lanes, unpack
-from triton_kernels.formats.halves import F32_8388608, in_register
+from triton_kernels.formats.halves import in_register
 
 GROUP = tl.constexpr(128)  # columns that share a scale; also those of a segment of the packed layout
 WORDS = tl.constexpr(16)  # of such columns
@@ -40,10 +40,14 @@ def scalar_numbers(words, shift):
 
 
 @triton.jit
-def bit_numbers(words, shift):
-    """The same without a conversion: 2^23 with the code as its last bits is the float 2^23 + code."""
-    bits = ((words >> shift) & 15) | in_register(F32_8388608)
-    return bits.to(tl.float32, bitcast=True) - (8388608.0 + MIDDLE)
+def numbers_in_place(words, shift, place):
+    """float32: the number of the code in the bits 4 place .. of words >> shift, which stays there. 2^(23 - 4
+    place) has a mantissa whose bit 4 place counts 1, so its exponent with the code's bits is that power plus the
+    code. To mask and to put in the exponent is one instruction (LOP3)."""
+    exponent = (127 + 23 - 4 * place) << 23
+    power = (1 << (23 - 4 * place)).to(tl.float32)
+    bits = ((words >> shift) & (15 << 4 * place)) | in_register(exponent)
+    return bits.to(tl.float32, bitcast=True) - (power + MIDDLE)
 
 
 @triton.jit
@@ -60,7 +64,7 @@ def quantised_linear_expanded_kernel(
     x, expanded, scales, bias, y, rows, n, k, HAS_BIAS: tl.constexpr, BLOCK_W: tl.constexpr
 ):
     # 1. Unpack to memory: one kernel has written code - 8 of every weight in x's dtype; this one multiplies, a
-    # program of one warp per output, each lane 8 neighbouring columns at a time. Every weight crosses DRAM three
+    # program of four warps per output, each lane 8 neighbouring columns at a time. Every weight crosses DRAM three
     # times: as 4 bits, written as 16, and read again.
     out, b = tl.program_id(0), tl.program_id(1)
     groups = tl.cdiv(k, GROUP)
@@ -84,8 +88,9 @@ def quantised_linear_row_kernel(
     # 2. Scalar unpack: the multiplying kernel reads the codes themselves, 8 in one word, and makes numbers of
     # them in registers: shift, mask, subtract, convert.
     #
-    # 3. Bit tricks: the same kernel with BITS: a code becomes the last bits of a float that is 2^23 plus the
-    # code; 2^23 and the 8 are subtracted at once. Mask and OR are one LOP3. The twin also saves the shifts.
+    # 3. Bit tricks: the same kernel with BITS: a code becomes bits of a float that is a large power of two plus
+    # the code; the power and the 8 are subtracted at once. One LOP3 and one subtraction of floats replace shift,
+    # mask, subtraction of integers and conversion.
     out, b = tl.program_id(0), tl.program_id(1)
     groups = tl.cdiv(k, GROUP)
     row = out.to(tl.int64) * groups
@@ -95,7 +100,10 @@ def quantised_linear_row_kernel(
         word = w0 + tl.arange(0, BLOCK_W)[:, None]
         col = word * 8 + code
         packed = tl.load(words + row * WORDS + word, mask=word * 8 < k, other=0)
-        number = bit_numbers(packed, 4 * code) if BITS else scalar_numbers(packed, 4 * code)
+        if BITS:
+            number = numbers_in_place(packed, 16 * (code // 4), code % 4)
+        else:
+            number = scalar_numbers(packed, 4 * code)
         scale = tl.load(scales + row + word // WORDS, mask=word * 8 < k, other=0.0).to(tl.float32)
         xv = tl.load(x + b.to(tl.int64) * k + col, mask=col < k, other=0.0).to(tl.float32)
         acc += number * scale * xv
@@ -107,37 +115,34 @@ def quantised_linear_packed_kernel(
     x, words, scales, bias, y, rows, n, k, HAS_BIAS: tl.constexpr, SEGMENTS: tl.constexpr, REUSE: tl.constexpr
 ):
     # 4. Packed layout: a program has the 8 rows whose segments lie together, and its four warps a segment each:
-    # 512 contiguous bytes, of which a lane loads 16. All rows use the same values of x. Word q of a segment has
-    # the codes of run q % 4 of lane q / 4; which columns these are says lab/formats/format.py.
+    # 512 contiguous bytes, of which a lane loads 16. All rows use the same values of x. The axes are segment,
+    # row, lane t of four, word i of the lane, and the word's 8 codes in two quarters of a run; lab/formats/format.py
+    # says which columns these are.
     #
-    # 5. Scales reused: the same kernel with REUSE: the sum of a word's 8 products is multiplied by the scale,
-    # not each weight. (In the twin the sum of 32.)
+    # 5. Scales reused: the same kernel with REUSE: the sum of 4 products is multiplied by the scale, not each weight.
+    # (In the twin the sum of 32. Here a lane has the other 28 of another word or row.)
     row0, b = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(1)
     segments = tl.cdiv(k, GROUP)
-    of_block = tl.arange(0, ROWS)[None, :, None]
-    q, code = tl.arange(0, WORDS)[None, None, :], tl.arange(0, 8)[None, None, None, :]
-    lane_column = ((q % 4) * 32 + (q // 4) * 4)[:, :, :, None]
-    column = lane_column + (code // 4) * 16 + code % 4
-    shift = (code // 2) * 4 + (code % 2) * 16
-    if REUSE:
-        acc = tl.zeros([SEGMENTS, ROWS, WORDS], tl.float32)
-    else:
-        acc = tl.zeros([SEGMENTS, ROWS, WORDS, 8], tl.float32)
+    t = tl.arange(0, 4)[None, None, :, None, None, None]
+    i = tl.arange(0, 4)[None, None, None, :, None, None]
+    quarter = tl.arange(0, 2)[None, None, None, None, :, None]
+    code = tl.arange(0, 4)[None, None, None, None, None, :]
+    column = 32 * i + 16 * quarter + 4 * t + code
+    acc = tl.zeros([SEGMENTS, ROWS, 4, 4, 2, 1 if REUSE else 4], tl.float32)
     for s0 in range(0, segments, SEGMENTS):
-        segment = s0 + tl.arange(0, SEGMENTS)[:, None, None]
-        place = (row0 * segments + segment * ROWS) + of_block
-        packed = tl.load(words + place * WORDS + q, mask=segment < segments, other=0)
-        number = bit_numbers(tl.expand_dims(packed, 3), shift)
-        col = tl.expand_dims(segment, 3) * GROUP + column
+        segment = s0 + tl.arange(0, SEGMENTS)[:, None]
+        place = row0 * segments + segment * ROWS + tl.arange(0, ROWS)[None, :]
+        live = segment < segments
+        packed, _ = load_lanes(words + (place * WORDS)[:, :, None], live[:, :, None], BITS=4)
+        number = numbers_in_place(packed[:, :, :, :, None, None], 16 * (code % 2), 2 * quarter + code // 2)
+        col = segment[:, :, None, None, None, None] * GROUP + column
         xv = tl.load(x + b.to(tl.int64) * k + col, mask=col < k, other=0.0).to(tl.float32)
-        scale = tl.load(scales + place, mask=segment < segments, other=0.0).to(tl.float32)
+        scale = tl.load(scales + place, mask=live, other=0.0).to(tl.float32)[:, :, None, None, None, None]
         if REUSE:
-            acc += tl.sum(number * xv, axis=3) * scale
+            acc += tl.sum(number * xv, axis=5, keep_dims=True) * scale
         else:
-            acc += number * tl.expand_dims(scale, 3) * xv
-    if not REUSE:
-        acc = tl.sum(acc, axis=3)
-    total = tl.sum(tl.sum(acc, axis=2), axis=0)
+            acc += number * scale * xv
+    total = tl.sum(tl.sum(tl.sum(tl.sum(tl.sum(acc, axis=5), axis=4), axis=3), axis=2), axis=0)
     put(y, bias, b, row0 + tl.arange(0, ROWS), rows, n, total, HAS_BIAS)
 
 
@@ -197,11 +202,11 @@ def linear(rung, x, w, bias, y, expanded):
             scales,
             *rest,
             **shared,
-            BLOCK_W=32,
-            num_warps=1,
+            BLOCK_W=128,
+            num_warps=4,
         )
     elif rung <= 3:
-        meta = dict(BLOCK_W=32, BITS=rung == 3, num_warps=1)
+        meta = dict(BLOCK_W=128, BITS=rung == 3, num_warps=4)
         launch(quantised_linear_row_kernel, (n, rows), x, words, scales, *rest, **shared, **meta)
     elif rung <= 5:
         grid, meta = (triton.cdiv(n, 8), rows), dict(SEGMENTS=4, REUSE=rung == 5, num_warps=4)
