@@ -272,7 +272,7 @@ def require_work(settings: Settings) -> None:
             raise LabError(f"nothing to measure: ladders exist in {' and '.join(rungs.BACKENDS)}")
     if settings.what == "model" and min(settings.model_contexts) >= longest:
         raise LabError(f"nothing to measure: the models take contexts below {longest} tokens")
-    if settings.what == "ops" and not op_points(settings):
+    if settings.what == "ops" and not settings.ladder and not op_points(settings):
         raise LabError("nothing to measure: no op takes these batches and contexts in these models")
 
 

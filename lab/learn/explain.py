@@ -2,7 +2,7 @@
 last measured times. `lab explain FORMAT`: how both languages unpack a weight format, with its bits a weight.
 
 With --rungs it shows the op's ladder: what each rung changes, what that should gain and what it gained when
-it was measured.
+it was measured. So it does for a ladder that is not called like its op.
 """
 
 from pathlib import Path
@@ -37,7 +37,8 @@ def main(args):
     known, formats = twins.known_ops(), twins.known_formats()
     # int4-g128 is one of the formats of the file int4.
     format_file = args.op if args.op in formats else args.op.split("-")[0]
-    if args.rungs and args.op in rungs.NAMES:
+    only_rungs = args.op in rungs.NAMES and args.op not in known  # a ladder that is not called like its op
+    if only_rungs:
         known.append(args.op)
     if args.op not in known and format_file in formats:
         return explain_format(format_file, args)
@@ -51,7 +52,7 @@ def main(args):
             f"{', '.join(formats)}"
         )
     reports = twins.ROOT / "reports" if args.reports is None else Path(args.reports)
-    if args.rungs:
+    if args.rungs or only_rungs:
         (cuda, triton, rows), title = twins.ladder(args.op), f"The ladder of {args.op}"
         facts = measured_rungs(args.op, rows, reports)
     else:
