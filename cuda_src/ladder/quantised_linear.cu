@@ -80,9 +80,9 @@ __global__ void quantised_linear_expand_kernel(Problem<T> p) {
   }
 }
 
-// 1. Unpack to memory: one kernel has written code - 8 of every weight in T; this one multiplies, a warp per
-// output, each lane 8 neighbouring columns at a time. Every weight crosses DRAM three times: as 4 bits, written
-// as 16, and read again.
+// 1. Unpack to memory: one kernel has written code - 8 of every weight in T; this one multiplies, a warp
+// per output, each lane 8 neighbouring columns at a time. Every weight crosses DRAM three times: as 4 bits,
+// written as 16, and read again.
 template <typename T>
 __global__ void quantised_linear_expanded_kernel(Problem<T> p) {
   const int lane = threadIdx.x % 32, row = blockIdx.x * kWarps + threadIdx.x / 32, b = blockIdx.y;
@@ -102,8 +102,8 @@ __global__ void quantised_linear_expanded_kernel(Problem<T> p) {
   if (lane == 0) p.put(b, row, sum);
 }
 
-// 2. Scalar unpack: the multiplying kernel reads the codes themselves, 8 in one word, and makes numbers of them
-// in registers, one after the other: shift, mask, subtract, convert.
+// 2. Scalar unpack: the multiplying kernel reads the codes themselves, 8 in one word, and makes numbers of
+// them in registers, one after the other: shift, mask, subtract, convert.
 template <typename T>
 __global__ void quantised_linear_scalar_kernel(Problem<T> p) {
   const int lane = threadIdx.x % 32, row = blockIdx.x * kWarps + threadIdx.x / 32, b = blockIdx.y;
@@ -124,10 +124,10 @@ __global__ void quantised_linear_scalar_kernel(Problem<T> p) {
   if (lane == 0) p.put(b, row, sum);
 }
 
-// The number of the code in the bits 4 J .. 4 J + 3 of a word, which stays where it is. The float 2^(23 - 4 J) has
-// a mantissa whose bit 4 J counts 1, so its exponent with the code's bits is 2^(23 - 4 J) + code. To mask and to
-// put in the exponent is one instruction (LOP3), if the exponent is in a register. No launch has a blockIdx.z but
-// 0, which the compiler does not know; else it would fill the register anew each time.
+// The number of the code in the bits 4 J .. 4 J + 3 of a word, which stays where it is. The float 2^(23 - 4
+// J) has a mantissa whose bit 4 J counts 1, so its exponent with the code's bits is 2^(23 - 4 J) + code. To
+// mask and to put in the exponent is one instruction (LOP3), if the exponent is in a register. No launch
+// has a blockIdx.z but 0, which the compiler does not know; else it would fill the register anew each time.
 template <int J>
 LAB_DEVICE float number_at(uint32_t word) {
   constexpr uint32_t kExponent = uint32_t(127 + 23 - 4 * J) << 23;
@@ -143,9 +143,9 @@ LAB_DEVICE void numbers_in_place(float (&low)[4], float (&high)[4], uint32_t wor
   high[2] = number_at<2>(upper), high[3] = number_at<3>(upper);
 }
 
-// 3. Bit tricks: a code becomes bits of a float that is a large power of two plus the code; the power and the 8
-// are subtracted at once. One LOP3 and one subtraction of floats replace shift, mask, subtraction of integers and
-// conversion, all four of which an SM does half as many of in a cycle as it adds floats.
+// 3. Bit tricks: a code becomes bits of a float that is a large power of two plus the code; the power and
+// the 8 are subtracted at once. One LOP3 and one subtraction of floats replace shift, mask, subtraction of
+// integers and conversion, all four of which an SM does half as many of in a cycle as it adds floats.
 template <typename T>
 __global__ void quantised_linear_bits_kernel(Problem<T> p) {
   const int lane = threadIdx.x % 32, row = blockIdx.x * kWarps + threadIdx.x / 32, b = blockIdx.y;
@@ -208,9 +208,9 @@ LAB_DEVICE float sum_of_rows(float mine) {
   return sum;
 }
 
-// 4. Packed layout: a lane loads 16 bytes, 32 codes, at once. The segments of 8 rows lie together, so that four
-// lanes have a row, and a warp's load is 512 contiguous bytes. The four warps of a block share the 8 rows, a
-// quarter of the segments each, so that there are not fewer warps than outputs / 2.
+// 4. Packed layout: a lane loads 16 bytes, 32 codes, at once. The segments of 8 rows lie together, so that
+// four lanes have a row, and a warp's load is 512 contiguous bytes. The four warps of a block share the 8
+// rows, a quarter of the segments each, so that there are not fewer warps than outputs / 2.
 template <typename T>
 __global__ void quantised_linear_packed_kernel(Problem<T> p) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
@@ -238,8 +238,8 @@ __global__ void quantised_linear_packed_kernel(Problem<T> p) {
   if (threadIdx.x < kBlockRows && row0 + int(threadIdx.x) < p.n) p.put(b, row0 + threadIdx.x, sum);
 }
 
-// 5. Scales reused: a lane's 32 codes of a segment share a scale, so it is multiplied with their sum, not with
-// each of them.
+// 5. Scales reused: a lane's 32 codes of a segment share a scale, so it is multiplied with their sum, not
+// with each of them.
 template <typename T>
 __global__ void quantised_linear_scales_kernel(Problem<T> p) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
@@ -268,10 +268,10 @@ __global__ void quantised_linear_scales_kernel(Problem<T> p) {
   if (threadIdx.x < kBlockRows && row0 + int(threadIdx.x) < p.n) p.put(b, row0 + threadIdx.x, sum);
 }
 
-// 6. Tensor cores: a warp multiplies 16 rows of w with 8 rows of x by one instruction. It takes pairs of T, which
-// are cut out of a word two at a time, because codes 2p and 2p + 1 lie 16 bits apart (formats/int4.cuh). Lane
-// (g, t) holds rows g and g + 8 of w, and row g of x. So w is read and unpacked once for 8 sequences, and x is
-// never converted.
+// 6. Tensor cores: a warp multiplies 16 rows of w with 8 rows of x by one instruction. It takes pairs of T,
+// which are cut out of a word two at a time, because codes 2p and 2p + 1 lie 16 bits apart
+// (formats/int4.cuh). Lane (g, t) holds rows g and g + 8 of w, and row g of x. So w is read and unpacked
+// once for 8 sequences, and x is never converted.
 constexpr int kMmaRows = 16, kMmaBatch = 8;
 
 struct MmaSums { float warp[kWarps][kMmaBatch][kMmaRows]; };

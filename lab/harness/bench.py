@@ -273,7 +273,8 @@ def ladder_steps(session, rig, settings):
     for point in ladder_bench.points(settings.device, settings.ops):
         name = rungs.name_of(point.op, point.format)
         run = functools.partial(ladder_bench.measure, session, rig, point, settings.dtypes[0])
-        found.append(("ladders", Step(f"ladder of {name}", ladder_bench.SECONDS + PER_LADDER, run)))
+        label = f"ladder of {name}" + (f" b{point.batch}" if point.batch > 1 else "")
+        found.append(("ladders", Step(label, ladder_bench.SECONDS + PER_LADDER, run)))
     return found
 
 

@@ -7,6 +7,7 @@ records alone.
 """
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -29,7 +30,12 @@ def points(device, names):
     for name in names:
         rungs.ladder_of(name)
     chosen = [ladder for name, ladder in rungs.LADDERS.items() if not names or name in names]
-    return [Point(ladder.op, None, **ladder.points[device], format=ladder.format) for ladder in chosen]
+    found = []
+    for ladder in chosen:
+        point = Point(ladder.op, None, **ladder.points[device], format=ladder.format)
+        batches = ladder.batches if device == "cuda" else ()
+        found += [point, *(replace(point, batch=batch) for batch in batches)]
+    return found
 
 
 def rows_of(session, rig, point, dtype_name, args, launch_config):
@@ -62,7 +68,7 @@ def rows_of(session, rig, point, dtype_name, args, launch_config):
                     "rung": rung.number,
                     "name": rung.name,
                     "idea": rung.idea,
-                    "promised": rung.factor,
+                    "promised": rung.promised(point.batch),
                     **launch_config,
                 },
             )

@@ -145,7 +145,7 @@ def measured_rungs(op, rows, reports):
     run = next((r for r in runs if not r.emulated and op in ladder_figures.measured(r)), None)
     if run is None:
         return said + [("measured", f"not yet: `lab bench ops {op} --ladder` measures it on a GPU")]
-    found = ladder_figures.rows_of(run, op)
+    found = ladder_figures.rows_of(run, op)[0]
     found = found[~found["suspect"]]
     for number, row in enumerate(rows, 1):
         words = []

@@ -23,8 +23,12 @@ SAME = 0.01  # a shortfall by less is none
 
 
 def of_run(run):
-    """A picture for each ladder that was measured."""
-    return [climb(run, name) for name in measured(run)]
+    """A picture for each ladder that was measured, at each batch."""
+    return [
+        climb(run, name, rows, wider=i > 0)
+        for name in measured(run)
+        for i, rows in enumerate(rows_of(run, name))
+    ]
 
 
 def measured(run):
@@ -39,13 +43,16 @@ def names_of(rows):
 
 
 def rows_of(run, name):
-    """The rows of a ladder."""
-    return run.ladder[[found == name for found in names_of(run.ladder)]]
+    """The rows of a ladder: a frame for each batch, the smallest first."""
+    return [
+        rows for _, rows in run.ladder[[found == name for found in names_of(run.ladder)]].groupby("batch")
+    ]
 
 
-def climb(run, name):
-    """Share of the ceiling (emulated runs: time) against the rung, a line for each language."""
-    rows = with_share(rows_of(run, name))
+def climb(run, name, rows, wider):
+    """Share of the ceiling (emulated runs: time) against the rung, a line for each language. rows: one of
+    rows_of(); wider: not the first of them."""
+    rows = with_share(rows)
     rows = rows.assign(
         name=rows["config"].map(lambda c: str(c.get("name", ""))),
         idea=rows["config"].map(lambda c: str(c.get("idea", ""))),
@@ -77,12 +84,13 @@ def climb(run, name):
         legend(canvas, [ax])
 
     first = rows.iloc[0]
+    batch = f"{first['batch']:.0f}"
     at = f"{shape_text(first['shape'])}, batch {amount(first['batch'])}"
     if first["context"] == first["context"]:
         at += f", context {amount(first['context'])}"
     return Figure(
-        name=f"ladder-{name}",
-        title=name,
+        name=f"ladder-{name}" + (f"-b{batch}" if wider else ""),
+        title=name + (f", batch {batch}" if wider else ""),
         conditions=conditions(run, rows, *set(rows["timer"])),
         reading=f"{at}. {climbed(rows)}",
         more=shortfalls(run, rows, name),
@@ -140,7 +148,9 @@ def shortfalls(run, rows, ladder):
     for row in rows.itertuples():
         promised = row.config.get("promised", 1.0)
         if row.gain == row.gain and isinstance(promised, (int, float)) and row.gain < promised * (1 - SAME):
-            why = row.note or next((r.otherwise for r in RUNGS if (r.ladder, r.number) == (ladder, row.rung)), "")
+            why = row.note or next(
+                (r.otherwise for r in RUNGS if (r.ladder, r.number) == (ladder, row.rung)), ""
+            )
             words.append(
                 f"{style.backend(row.backend).label} {row.rung:.0f}. {row.name} gained {row.gain:.2f}x where "
                 f"{promised:g}x was promised. {why}".strip()

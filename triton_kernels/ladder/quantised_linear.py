@@ -41,9 +41,10 @@ def scalar_numbers(words, shift):
 
 @triton.jit
 def numbers_in_place(words, shift, place):
-    """float32: the number of the code in the bits 4 place .. of words >> shift, which stays there. 2^(23 - 4
-    place) has a mantissa whose bit 4 place counts 1, so its exponent with the code's bits is that power plus the
-    code. To mask and to put in the exponent is one instruction (LOP3)."""
+    """float32: the number of the code in the bits 4 place .. of words >> shift, which stays there.
+
+    2^(23 - 4 place) has a mantissa whose bit 4 place counts 1, so its exponent with the code's bits is that
+    power plus the code. To mask and to put in the exponent is one instruction (LOP3)."""
     exponent = (127 + 23 - 4 * place) << 23
     power = (1 << (23 - 4 * place)).to(tl.float32)
     bits = ((words >> shift) & (15 << 4 * place)) | in_register(exponent)
@@ -63,9 +64,9 @@ def quantised_linear_expand_kernel(words, expanded, count, BLOCK: tl.constexpr):
 def quantised_linear_expanded_kernel(
     x, expanded, scales, bias, y, rows, n, k, HAS_BIAS: tl.constexpr, BLOCK_W: tl.constexpr
 ):
-    # 1. Unpack to memory: one kernel has written code - 8 of every weight in x's dtype; this one multiplies, a
-    # program of four warps per output, each lane 8 neighbouring columns at a time. Every weight crosses DRAM three
-    # times: as 4 bits, written as 16, and read again.
+    # 1. Unpack to memory: one kernel has written code - 8 of every weight in x's dtype; this one
+    # multiplies, a program of four warps per output, each lane 8 neighbouring columns at a time. Every
+    # weight crosses DRAM three times: as 4 bits, written as 16, and read again.
     out, b = tl.program_id(0), tl.program_id(1)
     groups = tl.cdiv(k, GROUP)
     row = out.to(tl.int64) * groups
@@ -88,9 +89,9 @@ def quantised_linear_row_kernel(
     # 2. Scalar unpack: the multiplying kernel reads the codes themselves, 8 in one word, and makes numbers of
     # them in registers: shift, mask, subtract, convert.
     #
-    # 3. Bit tricks: the same kernel with BITS: a code becomes bits of a float that is a large power of two plus
-    # the code; the power and the 8 are subtracted at once. One LOP3 and one subtraction of floats replace shift,
-    # mask, subtraction of integers and conversion.
+    # 3. Bit tricks: the same kernel with BITS: a code becomes bits of a float that is a large power of two
+    # plus the code; the power and the 8 are subtracted at once. One LOP3 and one subtraction of floats
+    # replace shift, mask, subtraction of integers and conversion.
     out, b = tl.program_id(0), tl.program_id(1)
     groups = tl.cdiv(k, GROUP)
     row = out.to(tl.int64) * groups
@@ -114,13 +115,13 @@ def quantised_linear_row_kernel(
 def quantised_linear_packed_kernel(
     x, words, scales, bias, y, rows, n, k, HAS_BIAS: tl.constexpr, SEGMENTS: tl.constexpr, REUSE: tl.constexpr
 ):
-    # 4. Packed layout: a program has the 8 rows whose segments lie together, and its four warps a segment each:
-    # 512 contiguous bytes, of which a lane loads 16. All rows use the same values of x. The axes are segment,
-    # row, lane t of four, word i of the lane, and the word's 8 codes in two quarters of a run; lab/formats/format.py
-    # says which columns these are.
+    # 4. Packed layout: a program has the 8 rows whose segments lie together, and its four warps a segment
+    # each: 512 contiguous bytes, of which a lane loads 16. All rows use the same values of x. The axes are
+    # segment, row, lane t of four, word i of the lane, and the word's 8 codes in two quarters of a run;
+    # lab/formats/format.py says which columns these are.
     #
-    # 5. Scales reused: the same kernel with REUSE: the sum of 4 products is multiplied by the scale, not each weight.
-    # (In the twin the sum of 32. Here a lane has the other 28 of another word or row.)
+    # 5. Scales reused: the same kernel with REUSE: the sum of 4 products is multiplied by the scale, not
+    # each weight. (In the twin the sum of 32. Here a lane has the other 28 of another word or row.)
     row0, b = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(1)
     segments = tl.cdiv(k, GROUP)
     t = tl.arange(0, 4)[None, None, :, None, None, None]
@@ -161,9 +162,9 @@ def quantised_linear_dot_kernel(
     BLOCK_N: tl.constexpr,
     SEGMENTS: tl.constexpr,
 ):
-    # 6. Tensor cores: codes are cut out two at a time, as pairs of x's dtype (core/packed_rows.py); w is the left
-    # operand, whose 16 rows fill the tile, x, transposed and padded to 16 columns, the right one. So w is read
-    # and unpacked once for up to 16 rows of x, and x is never converted.
+    # 6. Tensor cores: codes are cut out two at a time, as pairs of x's dtype (core/packed_rows.py); w is
+    # the left operand, whose 16 rows fill the tile, x, transposed and padded to 16 columns, the right one.
+    # So w is read and unpacked once for up to 16 rows of x, and x is never converted.
     out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
     segments = tl.cdiv(k, GROUP)
