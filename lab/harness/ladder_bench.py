@@ -29,11 +29,10 @@ def points(device, names):
     a ladder."""
     for name in names:
         rungs.ladder_of(name)
-    chosen = [ladder for name, ladder in rungs.LADDERS.items() if not names or name in names]
     found = []
-    for ladder in chosen:
-        point = Point(ladder.op, None, **ladder.points[device], format=ladder.format)
-        batches = ladder.batches if device == "cuda" else ()
+    for one in (one for name, one in rungs.LADDERS.items() if not names or name in names):
+        point = Point(one.op, None, **one.points[device], format=one.format)
+        batches = one.batches if device == "cuda" else ()
         found += [point, *(replace(point, batch=batch) for batch in batches)]
     return found
 

@@ -44,9 +44,8 @@ def names_of(rows):
 
 def rows_of(run, name):
     """The rows of a ladder: a frame for each batch, the smallest first."""
-    return [
-        rows for _, rows in run.ladder[[found == name for found in names_of(run.ladder)]].groupby("batch")
-    ]
+    mine = [found == name for found in names_of(run.ladder)]
+    return [rows for _, rows in run.ladder[mine].groupby("batch")]
 
 
 def climb(run, name, rows, wider):

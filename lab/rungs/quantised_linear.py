@@ -1,9 +1,10 @@
-"""The ladder of linear with weights of 4 bits, at one large matrix: from expanding them in memory to unpacking
-them for tensor cores.
+"""The ladder of linear with weights of 4 bits, at one large matrix: from expanding them in memory to
+unpacking them for tensor cores.
 
-What a rung should gain is argued for an H100 by two limits. Memory: the 61 MB of the measured matrix take 20 us.
-Instructions: one a weight takes 4 us, for 132 SMs issue 128 in a cycle, and there are 117 million weights. The
-instructions a weight are those of the loops in the compiled code (sm_90a).
+What a rung should gain is argued for an H100 by two limits. Memory: the 61 MB of the measured matrix take
+20 us. Instructions: one a weight takes 4 us, because each of 132 SMs starts those of 128 threads in a cycle,
+and there are 117 million weights. The instructions a weight are those of the loops in the compiled code
+(sm_90a, bfloat16).
 """
 
 from functools import partial
@@ -51,8 +52,8 @@ LADDER = Ladder(
             "Scalar unpack",
             idea="the multiplying kernel reads words of 8 codes and makes numbers of them in registers, one "
             "by one: shift, mask, subtract, convert",
-            gain="a ninth of the bytes; now instructions are the limit, 8 a weight in CUDA and 10 in Triton: "
-            "30 to 40 us, if enough loads are in flight",
+            gain="a ninth of the bytes; now instructions are the limit, 8 a weight in CUDA and 11 in Triton: "
+            "31 to 43 us, if enough loads are in flight",
             factor=3.0,
             factors={8: 2.0},
             otherwise="A lane loads 4 bytes and waits for them: with 64 warps on an SM these are 8 KB in "
@@ -64,8 +65,8 @@ LADDER = Ladder(
             "Bit tricks",
             idea="a code becomes bits of a float that is a large power of two plus the code: one LOP3, and "
             "one subtraction of the power and the 8",
-            gain="two instructions a weight in the place of four, three of which an SM does half as many of in "
-            "a cycle as additions of floats; 6.6 of 7.9 remain in CUDA, 9.8 of 10.4 in Triton",
+            gain="two instructions a weight in the place of four, three of which an SM does half as many "
+            "of in a cycle as additions of floats; 6.6 of 7.9 remain in CUDA, 10.5 of 10.9 in Triton",
             factor=1.1,
             otherwise="As long as loads of 4 bytes are the limit, fewer instructions gain little.",
             **WHOLE,
@@ -75,11 +76,11 @@ LADDER = Ladder(
             "Packed layout",
             idea="codes are arranged in advance so that a lane loads 32 of one group at once, and four lanes "
             "have a row",
-            gain="16 bytes a lane in flight in the place of 4, and one address for 32 codes: 6.7 instructions "
-            "a weight in CUDA, 6.2 in Triton, which hardly wait for memory now",
+            gain="16 bytes a lane in flight in the place of 4, and one address for 32 codes: 6.7 "
+            "instructions a weight in CUDA, 6.2 in Triton, which hardly wait for memory now",
             factor=1.25,
-            otherwise="If loads were not the limit in the rung below, only Triton has fewer instructions; there "
-            "the words pass through shared memory on their way to the lanes.",
+            otherwise="If loads were not the limit in the rung below, only Triton has fewer instructions; "
+            "there the words pass through shared memory on their way to the lanes.",
             **WHOLE,
         ),
         rung(
@@ -96,8 +97,8 @@ LADDER = Ladder(
             "Tensor cores",
             idea="codes are cut out in pairs of 16-bit numbers, and one instruction multiplies 16 rows of w "
             "with 8 rows of x",
-            gain="2.5 instructions a weight in CUDA and 4.1 in Triton, so memory is the limit also for 4 bits; "
-            "at 8 rows of x w is read and unpacked once, not 8 times as in rungs below",
+            gain="2.5 instructions a weight in CUDA and 4.1 in Triton, so memory is the limit also for 4 "
+            "bits; at 8 rows of x w is read and unpacked once, not 8 times as in rungs below",
             factor=1.1,
             factors={8: 6.0},
             otherwise="At one row of x the rung below may be near the limit of memory. In Triton x is padded "
@@ -113,8 +114,8 @@ LADDER = Ladder(
             "sets of rows",
             gain="no pause between two loads of a warp, and no start-up gap between kernels",
             factor=1.05,
-            otherwise="With enough warps on an SM others load while one waits, and the rung below may already "
-            "reach the limit.",
+            otherwise="With enough warps on an SM others load while one waits, and the rung below may "
+            "already reach the limit.",
         ),
     ),
     cases=(

@@ -54,9 +54,8 @@ class Ladder:
 
     op: str
     rungs: tuple[Rung, ...]  # the lowest first
-    triton: (
-        Callable  # (number of a rung, a, out, **memory) -> None: launches it; a: the op's arguments by name
-    )
+    # (number of a rung, a, out, **memory) -> None: launches it. a: the op's arguments by name
+    triton: Callable
     cases: tuple[tuple[str, Mapping], ...]  # (why, sizes of the op's inputs) of `lab check --ladder`
     points: Mapping[str, Mapping]  # device -> batch, context, and shape of `lab bench ops --ladder`
     batches: tuple[int, ...] = ()  # other batches at which a GPU measures it
