@@ -4,6 +4,7 @@ records."""
 import dataclasses
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from lab.check import check_case
 from lab.cli import main
 from lab.contract import Rand
 from lab.errors import LabError
+from lab.formats import PackedMatrix
 from lab.learn import ladder_check
 from lab.ops import find
 from lab.records import schema
@@ -176,6 +178,37 @@ def test_triton_rungs_compile(architecture):
             assert "LDGSTS" in shown, rung.title
         if rung.name in ("Tensor cores", "Group"):
             assert re.search(r"\bHG?MMA\b", shown), rung.title
+
+
+def test_quantised_triton_rungs_compile():
+    """With the instructions that the rung is about."""
+    from lab.formats import FORMATS
+    from lab.rungs.quantised_linear import prepare
+    from triton_kernels import offline
+    from triton_kernels.common import recording
+    from triton_kernels.ladder.quantised_linear import linear
+
+    n, k, format = 4096, 4096, FORMATS["int4-g128"]
+    bf16 = dict(dtype=torch.bfloat16, device="meta")
+    x, y = torch.empty(1, k, **bf16), torch.empty(1, n, **bf16)
+    codes = torch.empty(format.codes_shape(n, k), dtype=torch.uint8, device="meta")
+    scales = torch.empty(format.scales_shape(n, k), dtype=torch.float16, device="meta")
+    packed = PackedMatrix("int4-g128", n, k, codes, scales)
+    for rung in rungs.rungs("quantised_linear")[:-1]:
+        other, memory = prepare(rung.number, SimpleNamespace(x=x, w=packed))
+        with recording("sm_90") as launches:
+            linear(rung.number, x, other.get("w", packed), None, y, **memory)
+        assert len(launches) == (2 if rung.number == 1 else 1)
+        code = offline.compile(launches[-1], "sm_90")
+        assert offline.usage(code)["local"] == 0, rung.title
+        shown = offline.sass(code)
+        assert bool(re.search(r"\bI2FP?\b", shown)) == (rung.number == 2), rung.title
+        # Mask and exponent in one LOP3: 0xea is (a & b) | c.
+        assert bool(re.search(r"LOP3\.LUT .*0xf000, R\d+, 0xea", shown)) == (rung.number in (3, 4, 5)), (
+            rung.title
+        )
+        assert bool(re.search(r"\bLDG\.E\.EF\.128|LDGSTS\S*\.128", shown)) == (rung.number >= 4), rung.title
+        assert bool(re.search(r"\bHG?MMA\b", shown)) == (rung.number == 6), rung.title
 
 
 def test_bench_records_every_rung_and_the_report_shows_them(tmp_path, capsys):
