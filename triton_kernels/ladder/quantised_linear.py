@@ -15,7 +15,6 @@ import triton.language as tl
 
 from triton_kernels.common import launch
 from triton_kernels.core.packed_rows import load_lanes, unpack
-from triton_kernels.formats.halves import in_register
 
 GROUP = tl.constexpr(128)  # columns that share a scale; also those of a segment of the packed layout
 WORDS = tl.constexpr(16)  # of such columns
@@ -45,9 +44,11 @@ def numbers_in_place(words, shift, place):
 
     2^(23 - 4 place) has a mantissa whose bit 4 place counts 1, so its exponent with the code's bits is that
     power plus the code. To mask and to put in the exponent is one instruction (LOP3)."""
-    exponent = (127 + 23 - 4 * place) << 23
+    # No launch has a third axis, but the compiler does not know that it subtracts 0. So it keeps the exponent
+    # in a register, which one LOP3 needs. (It would take a sum apart again: it sees that no bits overlap.)
+    exponent = ((127 + 23 - 4 * place) << 23) - tl.program_id(2)
     power = (1 << (23 - 4 * place)).to(tl.float32)
-    bits = ((words >> shift) & (15 << 4 * place)) | in_register(exponent)
+    bits = ((words >> shift) & (15 << 4 * place)) | exponent
     return bits.to(tl.float32, bitcast=True) - (power + MIDDLE)
 
 
