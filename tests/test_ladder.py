@@ -202,7 +202,7 @@ def test_quantised_triton_rungs_compile():
         code = offline.compile(launches[-1], "sm_90")
         assert offline.usage(code)["local"] == 0, rung.title
         shown = offline.sass(code)
-        assert bool(re.search(r"\bI2FP?\b", shown)) == (rung.number == 2), rung.title
+        assert (len(re.findall(r"\bI2FP?\b", shown)) > 6) == (rung.number == 2), rung.title
         # Mask and exponent in one LOP3: (a & b) | c.
         assert (len(re.findall(r"LOP3\.LUT .*, 0x(?:f8|ea),", shown)) > 6) == (rung.number > 2), rung.title
         assert bool(re.search(r"\bLDG\.E\.EF\.128|LDGSTS\S*\.128", shown)) == (rung.number >= 4), rung.title
