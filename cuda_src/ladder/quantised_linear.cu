@@ -210,7 +210,7 @@ LAB_DEVICE float sum_of_rows(float mine) {
 
 // 4. Packed layout: a lane loads 16 bytes, 32 codes, at once. The segments of 8 rows lie together, so that
 // four lanes have a row, and a warp's load is 512 contiguous bytes. The four warps of a block share the 8
-// rows, a quarter of the segments each, so that there are not fewer warps than outputs / 2.
+// rows, a quarter of the segments each; else there would be an eighth as many warps as before.
 template <typename T>
 __global__ void quantised_linear_packed_kernel(Problem<T> p) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;

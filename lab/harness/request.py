@@ -237,7 +237,7 @@ def check_formats(request: Request) -> None:
     if request.what == "ledger":
         raise LabError("--weight-format: a ledger is of one format, which --quantise names")
     if request.ladder:
-        raise LabError("--weight-format: ladders have plain weights")
+        raise LabError("--weight-format: a ladder has the weights that it was written for")
     if request.quantise is not None or request.weights_as == "stored":
         other = "--quantise" if request.quantise is not None else "--weights-as stored"
         raise LabError(f"--weight-format and {other} contradict each other: leave one of them out")

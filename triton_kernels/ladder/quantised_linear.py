@@ -15,20 +15,13 @@ import triton.language as tl
 
 from triton_kernels.common import launch
 from triton_kernels.core.packed_rows import load_lanes, unpack
+from triton_kernels.ladder.linear import put
 
 GROUP = tl.constexpr(128)  # columns that share a scale; also those of a segment of the packed layout
 WORDS = tl.constexpr(16)  # of such columns
 MIDDLE = tl.constexpr(8)  # the code of zero
 ROWS = tl.constexpr(8)  # whose segments lie together
 INT4_G128 = tl.constexpr(5)  # Format.number of lab/formats
-
-
-@triton.jit
-def put(y, bias, b, out, rows, n, total, HAS_BIAS: tl.constexpr):
-    """Stores total[b, out] where it is inside y: bias added in float32, rounded once."""
-    if HAS_BIAS:
-        total += tl.load(bias + out, mask=out < n, other=0.0).to(tl.float32)
-    tl.store(y + b.to(tl.int64) * n + out, total.to(y.dtype.element_ty), mask=(b < rows) & (out < n))
 
 
 @triton.jit
@@ -122,7 +115,7 @@ def quantised_linear_packed_kernel(
     # lab/formats/format.py says which columns these are.
     #
     # 5. Scales reused: the same kernel with REUSE: the sum of 4 products is multiplied by the scale, not
-    # each weight. (In the twin the sum of 32. Here a lane has the other 28 of another word or row.)
+    # each weight. (In the twin the sum of 32; here the compiler gives a lane 4 neighbouring columns.)
     row0, b = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(1)
     segments = tl.cdiv(k, GROUP)
     t = tl.arange(0, 4)[None, None, :, None, None, None]
