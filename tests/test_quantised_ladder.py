@@ -80,9 +80,10 @@ def test_what_is_timed_is_the_launch_alone(backend, monkeypatch):
 
 
 def test_a_gpu_measures_it_at_two_batches_and_a_cpu_at_one():
-    def points(device):
-        return [(p.op, p.batch, p.format) for p in ladder_bench.points(device, (NAME,))]
+    def points(device, every_batch=True):
+        return [(p.op, p.batch, p.format) for p in ladder_bench.points(device, (NAME,), every_batch)]
 
+    assert points("cuda", every_batch=False) == points("cpu")  # as in `bench all`
     assert points("cuda") == [("linear", 1, "int4-g128"), ("linear", 8, "int4-g128")]
     assert points("cpu") == [("linear", 1, "int4-g128")]
     assert [rungs.name_of("linear", f) for f in (None, "int4-g128", "fp8")] == ["linear", NAME, "linear"]

@@ -268,9 +268,9 @@ def ledger_steps(session, rig, settings, weights):
 
 
 def ladder_steps(session, rig, settings):
-    """[(stage, Step)] of the ladders, at one size each."""
+    """[(stage, Step)] of the ladders, in `all` at one size each."""
     found = []
-    for point in ladder_bench.points(settings.device, settings.ops):
+    for point in ladder_bench.points(settings.device, settings.ops, settings.ladder):
         name = rungs.name_of(point.op, point.format)
         run = functools.partial(ladder_bench.measure, session, rig, point, settings.dtypes[0])
         label = f"ladder of {name}" + (f" b{point.batch}" if point.batch > 1 else "")

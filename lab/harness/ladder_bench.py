@@ -24,15 +24,15 @@ SECONDS = 2.0  # of sampling all rungs of a ladder together
 LEAST, MOST = 10, 60  # samples of each
 
 
-def points(device, names):
-    """Where these ladders are measured; all ladders where there are none. Raises LabError for a name without
-    a ladder."""
+def points(device, names, every_batch):
+    """Where these ladders are measured; all ladders where there are none. every_batch: on a GPU also at
+    Ladder.batches. Raises LabError for a name without a ladder."""
     for name in names:
         rungs.ladder_of(name)
     found = []
     for one in (one for name, one in rungs.LADDERS.items() if not names or name in names):
         point = Point(one.op, None, **one.points[device], format=one.format)
-        batches = one.batches if device == "cuda" else ()
+        batches = one.batches if device == "cuda" and every_batch else ()
         found += [point, *(replace(point, batch=batch) for batch in batches)]
     return found
 

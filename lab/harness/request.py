@@ -267,7 +267,7 @@ def require_work(settings: Settings) -> None:
             "a ledger needs a GPU: its rows are device time stamps (lab bench ops|model run on a CPU)"
         )
     if settings.ladder:
-        ladder_bench.points(settings.device, settings.ops)
+        ladder_bench.points(settings.device, settings.ops, True)
         if not set(settings.backends) & set(rungs.BACKENDS):
             raise LabError(f"nothing to measure: ladders exist in {' and '.join(rungs.BACKENDS)}")
     if settings.what == "model" and min(settings.model_contexts) >= longest:

@@ -66,7 +66,8 @@ LADDER = Ladder(
             idea="a code becomes bits of a float that is a large power of two plus the code: one LOP3, and "
             "one subtraction of the power and the 8",
             gain="two instructions a weight in the place of four, and one of the two is an addition of "
-            "floats, of which an SM does twice as many in a cycle; 6.6 of 7.9 remain in CUDA, 10.5 of 10.9 in Triton",
+            "floats, of which an SM does twice as many in a cycle; 6.6 of 7.9 remain in CUDA, 10.5 of 10.9 "
+            "in Triton",
             factor=1.1,
             otherwise="As long as loads of 4 bytes are the limit, fewer instructions gain little.",
             **WHOLE,
