@@ -214,7 +214,12 @@ def main(args) -> int:
         from lab.learn import exercises
 
         return exercises.main(args.exercise, args.timeout)
-    chosen = [find(name) for name in args.op] if args.op else OPS
+    if args.ladder:
+        from lab import rungs
+
+        for name in args.op or ():
+            rungs.ladder_of(name)
+    chosen = [find(name) for name in args.op] if args.op and not args.ladder else OPS
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device not in ("cpu", "cuda"):
         raise LabError(f"unknown device {device!r}: choose cuda or cpu")
@@ -271,7 +276,7 @@ def check_all(args, chosen, backends, wanted, device, stack) -> int:
         if not languages:
             raise LabError(f"nothing to check: ladders exist in {' and '.join(rungs.BACKENDS)}")
         functions = {name: functions_of(name, module="lab.ladder", backend=name) for name in languages}
-        failed = ladder_check.check(args.op or rungs.OPS, functions, wanted, device, args.seed, args.quick)
+        failed = ladder_check.check(args.op or rungs.NAMES, functions, wanted, device, args.seed, args.quick)
         return 1 if failed else 0
     functions = {name: functions_of(name, backend=name) for name in backends}
     failed = ran = 0

@@ -64,7 +64,11 @@ def check(parser):
         metavar="NAME",
         help="check whether the fault of this exercise is mended; `list` lists the exercises",
     )
-    parser.add_argument("--ladder", action="store_true", help="the rungs of the ladders instead of the ops")
+    parser.add_argument(
+        "--ladder",
+        action="store_true",
+        help="the rungs of the ladders instead of the ops; --op then names a ladder, as in quantised_linear",
+    )
 
 
 def weight_formats(parser):

@@ -128,10 +128,10 @@ def inside(extension: Path, ops: list[str]) -> int:
             print(f"{op.name} {shapes}: done", flush=True)
     os.environ["LAB_HOST_SHAPES"] = "cpu"
     for rung in RUNGS:
-        if rung.own_kernel or "cuda" in rung.absent or (ops and f"ladder/{rung.op}" not in ops):
+        if rung.own_kernel or "cuda" in rung.absent or (ops and f"ladder/{rung.ladder}" not in ops):
             continue
         op = next(op for op in OPS if op.name == rung.op)
-        print(f"ladder {rung.op} {rung.number}", flush=True)
+        print(f"ladder {rung.ladder} {rung.number}", flush=True)
         check_rung(check, rung, op, module)
     return 1 if wrong else 0
 
@@ -155,9 +155,9 @@ def check_rung(check, rung, op, module):
 
     sys.modules["lab._host"] = lab._host = module
     try:
-        for case in ladder_check.cases_of(rung.op):
+        for case in ladder_check.cases_of(rung.ladder):
             if rung.takes(op.bound(*op.inputs(Rand("cpu", torch.bfloat16), **case.sizes))):
-                what = f"ladder/{rung.op} {rung.number}"
+                what = f"ladder/{rung.ladder} {rung.number}"
                 return check(what, op, ladder.bind(rung, "cuda"), torch.bfloat16, case.sizes)
     finally:
         if installed is not None:

@@ -152,7 +152,7 @@ def test_ladders_measure_the_pages_of_the_benchmark():
     """lab/rungs imports no torch, so the size of a page stands there once more."""
     for point in rungs.ladder_of("decode_attention").points.values():
         assert point["shape"]["page_size"] == PAGE_SIZE
-    with pytest.raises(LabError, match="choose from linear, rmsnorm, decode_attention"):
+    with pytest.raises(LabError, match="choose from linear, quantised_linear, rmsnorm"):
         rungs.ladder_of("rope")
 
 

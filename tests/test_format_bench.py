@@ -78,7 +78,7 @@ def test_ops_that_take_no_formats_are_left_out_and_refused():
         (dict(what="ledger", weight_formats=("fp8",)), "a ledger is of one format"),
         (dict(what="model", weight_formats=("fp8",), quantise="int8"), "contradict each other"),
         (dict(what="model", weight_formats=("fp8",), weights_as="stored"), "contradict each other"),
-        (dict(what="ops", ladder=True, weight_formats=("fp8",)), "ladders have plain weights"),
+        (dict(what="ops", ladder=True, weight_formats=("fp8",)), "the weights that it was written for"),
         (dict(what="ops", quantise="fp8"), "lab bench ops --weight-format"),
     ):
         with pytest.raises(LabError, match=says):

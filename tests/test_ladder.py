@@ -4,6 +4,7 @@ records."""
 import dataclasses
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from lab.check import check_case
 from lab.cli import main
 from lab.contract import Rand
 from lab.errors import LabError
+from lab.formats import PackedMatrix
 from lab.learn import ladder_check
 from lab.ops import find
 from lab.records import schema
@@ -23,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TITLE = re.compile(r"^\s*(?://|#) (\d+\. [\w ,+\-/]+):", re.M)
 SOURCES = {"cuda": "cuda_src/ladder/{}.cu", "triton": "triton_kernels/ladder/{}.py"}
 RUNGS = [
-    pytest.param(rung, backend, id=f"{rung.op}-{rung.number}-{backend}")
+    pytest.param(rung, backend, id=f"{rung.ladder}-{rung.number}-{backend}")
     for rung in rungs.RUNGS
     for backend in rungs.BACKENDS
     if backend not in rung.absent and not rung.own_kernel
@@ -34,7 +36,7 @@ def fitting(rung, dtype):
     """Cases that the rung takes in this dtype, and those that it must refuse."""
     op = find(rung.op)
     split = {True: [], False: []}
-    for c in ladder_check.cases_of(rung.op):
+    for c in ladder_check.cases_of(rung.ladder):
         split[rung.takes(op.bound(*op.inputs(Rand("cpu", dtype), **c.sizes)))].append(c)
     return split[True], split[False]
 
@@ -56,13 +58,14 @@ def test_rung_agrees_with_the_reference_and_refuses_the_rest(rung, backend):
                 function(*op.inputs(Rand("cpu", dtype), **c.sizes))
 
 
-@pytest.mark.parametrize("op", rungs.OPS)
-def test_table_and_files_name_the_same_rungs(op):
-    ladder_of_op = rungs.rungs(op)
+@pytest.mark.parametrize("name", rungs.NAMES)
+def test_table_and_files_name_the_same_rungs(name):
+    ladder_of_op = rungs.rungs(name)
+    assert all(rung.ladder == name for rung in ladder_of_op)
     assert [rung.number for rung in ladder_of_op] == list(range(1, len(ladder_of_op) + 1))
     assert [rung.own_kernel for rung in ladder_of_op] == [False] * (len(ladder_of_op) - 1) + [True]
     for backend, path in SOURCES.items():
-        titles = TITLE.findall((ROOT / path.format(op)).read_text())
+        titles = TITLE.findall((ROOT / path.format(name)).read_text())
         assert titles == [
             rung.title for rung in ladder_of_op if backend not in rung.absent and not rung.own_kernel
         ]
@@ -160,7 +163,7 @@ def test_triton_rungs_compile(architecture):
         ),
     }
     for rung in rungs.RUNGS:
-        if rung.own_kernel or "triton" in rung.absent:
+        if rung.own_kernel or "triton" in rung.absent or rung.ladder not in run:
             continue
         if architecture == "sm_80" and rung.name not in ("Pipeline", "Tensor cores", "Group"):
             continue
@@ -175,6 +178,35 @@ def test_triton_rungs_compile(architecture):
             assert "LDGSTS" in shown, rung.title
         if rung.name in ("Tensor cores", "Group"):
             assert re.search(r"\bHG?MMA\b", shown), rung.title
+
+
+def test_quantised_triton_rungs_compile():
+    """With the instructions that the rung is about."""
+    from lab.formats import FORMATS
+    from lab.rungs.quantised_linear import prepare
+    from triton_kernels import offline
+    from triton_kernels.common import recording
+    from triton_kernels.ladder.quantised_linear import linear
+
+    n, k, format = 4096, 4096, FORMATS["int4-g128"]
+    bf16 = dict(dtype=torch.bfloat16, device="meta")
+    x, y = torch.empty(1, k, **bf16), torch.empty(1, n, **bf16)
+    codes = torch.empty(format.codes_shape(n, k), dtype=torch.uint8, device="meta")
+    scales = torch.empty(format.scales_shape(n, k), dtype=torch.float16, device="meta")
+    packed = PackedMatrix("int4-g128", n, k, codes, scales)
+    for rung in rungs.rungs("quantised_linear")[:-1]:
+        other, memory = prepare(rung.number, SimpleNamespace(x=x, w=packed))
+        with recording("sm_90") as launches:
+            linear(rung.number, x, other.get("w", packed), None, y, **memory)
+        assert len(launches) == (2 if rung.number == 1 else 1)
+        code = offline.compile(launches[-1], "sm_90")
+        assert offline.usage(code)["local"] == 0, rung.title
+        shown = offline.sass(code)
+        assert (len(re.findall(r"\bI2FP?\b", shown)) > 6) == (rung.number == 2), rung.title
+        # Mask and exponent in one LOP3: (a & b) | c.
+        assert (len(re.findall(r"LOP3\.LUT .*, 0x(?:f8|ea),", shown)) > 6) == (rung.number > 2), rung.title
+        assert bool(re.search(r"\bLDG\.E\.EF\.128|LDGSTS\S*\.128", shown)) == (rung.number >= 4), rung.title
+        assert bool(re.search(r"\bHG?MMA\b", shown)) == (rung.number == 6), rung.title
 
 
 def test_bench_records_every_rung_and_the_report_shows_them(tmp_path, capsys):

@@ -89,7 +89,7 @@ def test_no_line_of_a_file_is_lost(op):
         assert [n for n in code if n not in shown and n > header] == []
 
 
-@pytest.mark.parametrize("op", rungs.OPS)
+@pytest.mark.parametrize("op", rungs.NAMES)
 def test_rungs_have_the_same_titles_in_both_languages_and_in_the_table(op):
     cuda, triton, rows = twins.ladder(op)
     assert [row.title for row in rows] == [rung.title for rung in rungs.rungs(op)]

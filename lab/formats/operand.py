@@ -37,9 +37,9 @@ def check_packed(op: str, w: PackedMatrix) -> None:
 
 def pointers(w: Operand) -> tuple[int, int, int]:
     """(address of the numbers, address of the scales, number of the format): Weights of arguments.h."""
-    if type(w) is PackedMatrix:
-        return w.codes.data_ptr(), w.scales.data_ptr(), w.format.number
-    return w.data_ptr(), 0, 0
+    if isinstance(w, torch.Tensor):
+        return w.data_ptr(), 0, 0
+    return w.codes.data_ptr(), w.scales.data_ptr(), w.format.number
 
 
 def as_float(w: Operand) -> torch.Tensor:

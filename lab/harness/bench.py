@@ -12,6 +12,7 @@ from typing import Callable, NamedTuple
 
 import torch
 
+from lab import rungs
 from lab.arguments import names, numbers
 from lab.errors import one_line
 from lab.harness import accuracy, ceiling, crossover, ladder_bench, ledger, model_bench, ops_bench, timing
@@ -267,11 +268,13 @@ def ledger_steps(session, rig, settings, weights):
 
 
 def ladder_steps(session, rig, settings):
-    """[(stage, Step)] of the ladders, at one size each."""
+    """[(stage, Step)] of the ladders, in `all` at one size each."""
     found = []
-    for point in ladder_bench.points(settings.device, settings.ops):
+    for point in ladder_bench.points(settings.device, settings.ops, settings.ladder):
+        name = rungs.name_of(point.op, point.format)
         run = functools.partial(ladder_bench.measure, session, rig, point, settings.dtypes[0])
-        found.append(("ladders", Step(f"ladder of {point.op}", ladder_bench.SECONDS + PER_LADDER, run)))
+        label = f"ladder of {name}" + (f" b{point.batch}" if point.batch > 1 else "")
+        found.append(("ladders", Step(label, ladder_bench.SECONDS + PER_LADDER, run)))
     return found
 
 

@@ -1,13 +1,13 @@
 """`lab bench ops --ladder`: every rung of the ladders at one size, cold, in one interleaved measurement per
-op.
+ladder.
 
 Only the first dtype is measured. A record carries the rung's number, and in `config` its name, its idea and
 the gain it promises over the rung before; `note` says what may keep it from that. So a report needs the
 records alone.
 """
 
-import functools
 import math
+from dataclasses import replace
 
 import torch
 
@@ -20,17 +20,21 @@ from lab.harness.shapes import Point, arguments
 from lab.ops import find
 from lab.records.schema import OpRow
 
-SECONDS = 2.0  # of sampling all rungs of an op together
+SECONDS = 2.0  # of sampling all rungs of a ladder together
 LEAST, MOST = 10, 60  # samples of each
 
 
-def points(device, ops):
-    """Where the ladders of `ops` are measured; all ladders where there are none. Raises LabError for an op
-    without a ladder."""
-    for op in ops:
-        rungs.ladder_of(op)
-    chosen = [ladder for op, ladder in rungs.LADDERS.items() if not ops or op in ops]
-    return [Point(ladder.op, None, **ladder.points[device]) for ladder in chosen]
+def points(device, names, every_batch):
+    """Where these ladders are measured; all ladders where there are none. every_batch: on a GPU also at
+    Ladder.batches. Raises LabError for a name without a ladder."""
+    for name in names:
+        rungs.ladder_of(name)
+    found = []
+    for one in (one for name, one in rungs.LADDERS.items() if not names or name in names):
+        point = Point(one.op, None, **one.points[device], format=one.format)
+        batches = one.batches if device == "cuda" and every_batch else ()
+        found += [point, *(replace(point, batch=batch) for batch in batches)]
+    return found
 
 
 def rows_of(session, rig, point, dtype_name, args, launch_config):
@@ -39,7 +43,7 @@ def rows_of(session, rig, point, dtype_name, args, launch_config):
     op, rows = find(point.op), {}
     a = op.bound(*args)
     cache, timer = ("cold", "graph") if rig.device == "cuda" else ("warm", "wall")
-    for rung in rungs.rungs(op.name):
+    for rung in rungs.rungs(rungs.name_of(op.name, point.format)):
         for backend in rig.backends:
             if backend not in rungs.BACKENDS or backend in rung.absent or not rung.takes(a):
                 continue
@@ -54,6 +58,7 @@ def rows_of(session, rig, point, dtype_name, args, launch_config):
                 cache,
                 timer,
                 rung=rung.number,
+                weight_format=point.format,
                 bytes=int(op.nbytes(a)),
                 flops=int(op.flops(a)),
                 note=rung.otherwise or None,
@@ -62,7 +67,7 @@ def rows_of(session, rig, point, dtype_name, args, launch_config):
                     "rung": rung.number,
                     "name": rung.name,
                     "idea": rung.idea,
-                    "promised": rung.factor,
+                    "promised": rung.promised(point.batch),
                     **launch_config,
                 },
             )
@@ -72,7 +77,7 @@ def rows_of(session, rig, point, dtype_name, args, launch_config):
 
 
 def measure(session, rig, point, dtype_name):
-    """Measures all rungs of one op that the session lacks; those that fail are recorded with `error`."""
+    """Measures all rungs of one ladder that the session lacks; those that fail are recorded with `error`."""
     op = find(point.op)
     args, config = arguments(op, point, Rand(rig.device, DTYPES[dtype_name]), rig.multiprocessors)
     rows = rows_of(session, rig, point, dtype_name, args, config)
@@ -93,7 +98,7 @@ def measure(session, rig, point, dtype_name):
     for (rung, backend), row in rows.items():
         try:
             function = ladder.bind(rung, backend, rig.device)
-            calls = [functools.partial(function, *a, out=o) for a, o in zip(sets, outs)]
+            calls = [function.ready(*a, out=o) for a, o in zip(sets, outs)]
             timed[rung, backend] = timing.WallTimed(calls[0]) if timer == "wall" else _graph(calls, flush)
         except LabError as e:
             row.error = error_text(e)

@@ -178,7 +178,8 @@ def settings_of(request: Request) -> Settings:
     if request.ladder and request.what != "ops":
         raise LabError("--ladder measures ops: lab bench ops --ladder")
     for name in request.ops:
-        if find(name).whole_step:
+        # The names of ladders are looked up in require_work().
+        if not request.ladder and find(name).whole_step:
             raise LabError(f"{name} is a whole step, measured as a token: lab bench model --plan persistent")
     check_formats(request)
     default, kv_dtype = DEFAULTS[device, request.quick], kv_dtype_of(request.kv_dtype)
@@ -236,7 +237,7 @@ def check_formats(request: Request) -> None:
     if request.what == "ledger":
         raise LabError("--weight-format: a ledger is of one format, which --quantise names")
     if request.ladder:
-        raise LabError("--weight-format: ladders have plain weights")
+        raise LabError("--weight-format: a ladder has the weights that it was written for")
     if request.quantise is not None or request.weights_as == "stored":
         other = "--quantise" if request.quantise is not None else "--weights-as stored"
         raise LabError(f"--weight-format and {other} contradict each other: leave one of them out")
@@ -268,12 +269,12 @@ def require_work(settings: Settings) -> None:
             "a ledger needs a GPU: its rows are device time stamps (lab bench ops|model run on a CPU)"
         )
     if settings.ladder:
-        ladder_bench.points(settings.device, settings.ops)
+        ladder_bench.points(settings.device, settings.ops, True)
         if not set(settings.backends) & set(rungs.BACKENDS):
             raise LabError(f"nothing to measure: ladders exist in {' and '.join(rungs.BACKENDS)}")
     if settings.what == "model" and min(settings.model_contexts) >= longest:
         raise LabError(f"nothing to measure: the models take contexts below {longest} tokens")
-    if settings.what == "ops" and not op_points(settings):
+    if settings.what == "ops" and not settings.ladder and not op_points(settings):
         raise LabError("nothing to measure: no op takes these batches and contexts in these models")
 
 

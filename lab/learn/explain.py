@@ -2,11 +2,12 @@
 last measured times. `lab explain FORMAT`: how both languages unpack a weight format, with its bits a weight.
 
 With --rungs it shows the op's ladder: what each rung changes, what that should gain and what it gained when
-it was measured.
+it was measured. So it does for a ladder that is not called like its op.
 """
 
 from pathlib import Path
 
+from lab import rungs
 from lab.errors import LabError
 from lab.files import write_whole
 
@@ -36,6 +37,9 @@ def main(args):
     known, formats = twins.known_ops(), twins.known_formats()
     # int4-g128 is one of the formats of the file int4.
     format_file = args.op if args.op in formats else args.op.split("-")[0]
+    only_rungs = args.op in rungs.NAMES and args.op not in known  # a ladder that is not called like its op
+    if only_rungs:
+        known.append(args.op)
     if args.op not in known and format_file in formats:
         return explain_format(format_file, args)
     if args.op not in known:
@@ -48,7 +52,7 @@ def main(args):
             f"{', '.join(formats)}"
         )
     reports = twins.ROOT / "reports" if args.reports is None else Path(args.reports)
-    if args.rungs:
+    if args.rungs or only_rungs:
         (cuda, triton, rows), title = twins.ladder(args.op), f"The ladder of {args.op}"
         facts = measured_rungs(args.op, rows, reports)
     else:
@@ -138,10 +142,11 @@ def measured_rungs(op, rows, reports):
     from lab.report import ladder_figures, ops, style
 
     runs, said = runs_of(reports)
-    run = next((r for r in runs if not r.emulated and (r.ladder["op"] == op).any()), None)
+    run = next((r for r in runs if not r.emulated and op in ladder_figures.measured(r)), None)
     if run is None:
         return said + [("measured", f"not yet: `lab bench ops {op} --ladder` measures it on a GPU")]
-    found = run.ladder[(run.ladder["op"] == op) & ~run.ladder["suspect"]]
+    found = ladder_figures.rows_of(run, op)[0]
+    found = found[~found["suspect"]]
     for number, row in enumerate(rows, 1):
         words = []
         for backend in style.backend_order(found["backend"]):

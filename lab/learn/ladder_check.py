@@ -10,12 +10,14 @@ from lab.ops import find
 from lab.rungs import Rung, ladder_of
 
 
-def cases_of(op: str) -> list[Case]:
+def cases_of(name: str) -> list[Case]:
     """Those of a ladder."""
-    return [Case(why, with_dtypes(sizes)) for why, sizes in ladder_of(op).cases]
+    ladder = ladder_of(name)
+    more = dict(format=ladder.format) if ladder.format else {}
+    return [Case(why, with_dtypes({**sizes, **more})) for why, sizes in ladder.cases]
 
 
-def check(ops, functions, dtypes, device, seed, quick=False) -> int:
+def check(names, functions, dtypes, device, seed, quick=False) -> int:
     """`lab check --ladder`: every rung against the op's reference; returns the number of failed cases.
 
     quick: the first two cases alone.
@@ -23,17 +25,17 @@ def check(ops, functions, dtypes, device, seed, quick=False) -> int:
     "linear 3" (lab.worker.Worker.function). A case that a rung says it does not take must be refused.
     """
     failed = ran = 0
-    for op in ops:
-        cases = cases_of(op)[: 2 if quick else None]
-        for rung in ladder_of(op).rungs:
+    for name in names:
+        cases = cases_of(name)[: 2 if quick else None]
+        for rung in ladder_of(name).rungs:
             needs = f"; needs {rung.needs}" if rung.needs else ""
-            print(f"{op} {rung.title}: {rung.idea}\n    should gain: {rung.gain}{needs}")
+            print(f"{name} {rung.title}: {rung.idea}\n    should gain: {rung.gain}{needs}")
             for backend in functions:
                 if backend in rung.absent:
                     print(f"    {backend:6} absent: {rung.absent[backend]}")
                     continue
                 function, here, said = (
-                    functions[backend](f"{op} {rung.number}"),
+                    functions[backend](f"{name} {rung.number}"),
                     bind(rung, backend, device),
                     "",
                 )
@@ -42,9 +44,9 @@ def check(ops, functions, dtypes, device, seed, quick=False) -> int:
                     for c in cases:
                         if c not in taken:
                             require_refusal(
-                                here, find(op).inputs(Rand(device, DTYPES[dtype], seed), **c.sizes)
+                                here, find(rung.op).inputs(Rand(device, DTYPES[dtype], seed), **c.sizes)
                             )
-                    wrong = wrong_cases(op, function, taken, dtype, seed)
+                    wrong = wrong_cases(rung.op, function, taken, dtype, seed)
                     ran, failed, refused = ran + len(taken), failed + len(wrong), len(cases) - len(taken)
                     said += "".join(f"\n        {line}" for line in wrong)
                     said += f" {dtype} {len(taken) - len(wrong)}/{len(taken)}"

@@ -17,19 +17,41 @@ from lab.report.figures import (
     with_share,
 )
 from lab.report.ops import shape_text
-from lab.rungs import RUNGS
+from lab.rungs import RUNGS, name_of
 
 SAME = 0.01  # a shortfall by less is none
 
 
 def of_run(run):
-    """A picture for each op whose ladder was measured, in the order of a decode step."""
-    return [climb(run, op) for op in sorted(set(run.ladder["op"]), key=lambda n: (style.part_order(n), n))]
+    """A picture for each ladder that was measured, at each batch."""
+    return [
+        climb(run, name, rows, wider=i > 0)
+        for name in measured(run)
+        for i, rows in enumerate(rows_of(run, name))
+    ]
 
 
-def climb(run, op):
-    """Share of the ceiling (emulated runs: time) against the rung, a line for each language."""
-    rows = with_share(run.ladder[run.ladder["op"] == op])
+def measured(run):
+    """The names of the ladders that were measured, in the order of a decode step."""
+    found = dict(zip(names_of(run.ladder), run.ladder["op"]))
+    return sorted(found, key=lambda name: (style.part_order(found[name]), name))
+
+
+def names_of(rows):
+    """The name of the ladder of each row."""
+    return [name_of(op, form or None) for op, form in zip(rows["op"], rows["weight_format"])]
+
+
+def rows_of(run, name):
+    """The rows of a ladder: a frame for each batch, the smallest first."""
+    mine = [found == name for found in names_of(run.ladder)]
+    return [rows for _, rows in run.ladder[mine].groupby("batch")]
+
+
+def climb(run, name, rows, wider):
+    """Share of the ceiling (emulated runs: time) against the rung, a line for each language. rows: one of
+    rows_of(); wider: not the first of them."""
+    rows = with_share(rows)
     rows = rows.assign(
         name=rows["config"].map(lambda c: str(c.get("name", ""))),
         idea=rows["config"].map(lambda c: str(c.get("idea", ""))),
@@ -61,23 +83,24 @@ def climb(run, op):
         legend(canvas, [ax])
 
     first = rows.iloc[0]
+    batch = f"{first['batch']:.0f}"
     at = f"{shape_text(first['shape'])}, batch {amount(first['batch'])}"
     if first["context"] == first["context"]:
         at += f", context {amount(first['context'])}"
     return Figure(
-        name=f"ladder-{op}",
-        title=op,
+        name=f"ladder-{name}" + (f"-b{batch}" if wider else ""),
+        title=name + (f", batch {batch}" if wider else ""),
         conditions=conditions(run, rows, *set(rows["timer"])),
         reading=f"{at}. {climbed(rows)}",
-        more=shortfalls(run, rows),
-        alt=f"Lines of {names(rows['backend'])} over {len(rungs)} rungs of {op}: "
+        more=shortfalls(run, rows, name),
+        alt=f"Lines of {names(rows['backend'])} over {len(rungs)} rungs of {name}: "
         + ("time of a call." if run.emulated else "share of the bandwidth ceiling."),
         table=table(
             rows,
             "rung name idea backend tuning us us_p10 us_p90 n gbps share gain",
             gain="times faster than the rung before",
         ),
-        command=command("ops", [op], None, None, "--ladder"),
+        command=command("ops", [name], None, None, "--ladder"),
         height=0.75 + 0.24 * len(rungs),
         draw=draw,
         width=3.7,
@@ -116,7 +139,7 @@ def climbed(rows):
     return " ".join(words)
 
 
-def shortfalls(run, rows):
+def shortfalls(run, rows, ladder):
     """Where a rung gained less than it promised over the one below it, and why that can be."""
     if run.emulated:
         return "Emulated times say nothing of what a rung gains on a GPU."
@@ -124,7 +147,9 @@ def shortfalls(run, rows):
     for row in rows.itertuples():
         promised = row.config.get("promised", 1.0)
         if row.gain == row.gain and isinstance(promised, (int, float)) and row.gain < promised * (1 - SAME):
-            why = row.note or next((r.otherwise for r in RUNGS if (r.op, r.number) == (row.op, row.rung)), "")
+            why = row.note or next(
+                (r.otherwise for r in RUNGS if (r.ladder, r.number) == (ladder, row.rung)), ""
+            )
             words.append(
                 f"{style.backend(row.backend).label} {row.rung:.0f}. {row.name} gained {row.gain:.2f}x where "
                 f"{promised:g}x was promised. {why}".strip()

@@ -183,7 +183,7 @@ class Stored:
         _drop_unusable(run)
         _check_bandwidth(run)
         rung = run.op["rung"].notna()
-        packed = run.op["weight_format"] != ""
+        packed = (run.op["weight_format"] != "") & ~rung
         run.ladder, run.packed, run.op = (
             run.op[mine].reset_index(drop=True) for mine in (rung, packed, ~rung & ~packed)
         )

@@ -161,9 +161,9 @@ def _top(run, f, of_ops, drawn, with_twins):
             LADDERS + PROMISES * (not run.emulated),
             drawn(*ladder_figures.of_run(run)),
             twins=[
-                sources.ladder_view(op)
-                for op in sorted(rungs.OPS, key=style.part_order)
-                if with_twins and (run.ladder["op"] == op).any()
+                sources.ladder_view(name)
+                for name in ladder_figures.measured(run)
+                if with_twins and name in rungs.NAMES
             ],
         ),
     ]

@@ -18,9 +18,9 @@ def twin_view(op):
     return _or_missing(view)
 
 
-def ladder_view(op):
-    """The two files of an op's ladder as HTML, rung by rung; {"missing": text} where a file is absent."""
-    return _or_missing(lambda: side_by_side(*twins.ladder(op), f"The rungs of {op} side by side"))
+def ladder_view(name):
+    """The two files of a ladder as HTML, rung by rung; {"missing": text} where a file is absent."""
+    return _or_missing(lambda: side_by_side(*twins.ladder(name), f"The rungs of {name} side by side"))
 
 
 def _or_missing(view):

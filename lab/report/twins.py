@@ -207,17 +207,17 @@ def rows(cuda, triton):
     ]
 
 
-def ladder(op, root=ROOT):
-    """(CUDA's Source, Triton's Source, [Row]) of an op's ladder, the lowest rung first.
+def ladder(name, root=ROOT):
+    """(CUDA's Source, Triton's Source, [Row]) of a ladder, the lowest rung first.
 
     Raises LabError for an op without one.
     """
-    climbed = rungs.rungs(op)
-    cuda, triton = pair(f"ladder/{op}", root)
+    climbed = rungs.rungs(name)
+    cuda, triton = pair(f"ladder/{name}", root)
 
     def missing(file, rung):
         if rung.own_kernel:
-            return f"The op itself: {FOLDERS[file.language][0]}/{file.path.name}."
+            return f"The op itself: {FOLDERS[file.language][0]}/{rung.op}{file.path.suffix}."
         return (
             f"No such rung in {style.backend(file.language).label}: "
             f"{rung.absent.get(file.language, 'not written.')}"

@@ -16,12 +16,19 @@ class Rung:
     idea: str  # what it changes
     gain: str  # what that should gain on an H100, and why
     factor: float = 1.0  # promised speed over the rung before, at least; 1: no promise
+    factors: Mapping[int, float] = field(default_factory=dict, hash=False)  # the same at other batches
     otherwise: str = ""  # why it may gain less
     absent: Mapping[str, str] = field(
         default_factory=dict, hash=False
     )  # backend -> why there is no such rung
     needs: str = ""  # what its arguments must be, in words
     fits: Callable | None = None  # (a) -> whether they are that; a: the op's arguments by name
+    named: str = ""  # the ladder, if it is not called like its op
+
+    @property
+    def ladder(self) -> str:
+        """The name of its ladder."""
+        return self.named or self.op
 
     @property
     def title(self) -> str:
@@ -31,6 +38,10 @@ class Rung:
     def own_kernel(self) -> bool:
         """Is it the op's own kernel?"""
         return self.name == "Product"
+
+    def promised(self, batch: int) -> float:
+        """The speed over the rung before that is promised at a batch."""
+        return self.factors.get(batch, self.factor)
 
     def takes(self, a) -> bool:
         """Does the rung take these arguments of its op, by name?"""
@@ -43,9 +54,20 @@ class Ladder:
 
     op: str
     rungs: tuple[Rung, ...]  # the lowest first
-    triton: Callable  # (number of a rung, a, out) -> None: launches it; a: the op's arguments by name
+    # (number of a rung, a, out, **memory) -> None: launches it. a: the op's arguments by name
+    triton: Callable
     cases: tuple[tuple[str, Mapping], ...]  # (why, sizes of the op's inputs) of `lab check --ladder`
     points: Mapping[str, Mapping]  # device -> batch, context, and shape of `lab bench ops --ladder`
+    batches: tuple[int, ...] = ()  # other batches at which a GPU measures it
+    format: str | None = None  # of the weights; None: plain
+    # (number of a rung, a) -> (the op's arguments that the rung takes in another form, by name, and memory
+    # that it needs beside them, by the name that its launchers have for it: a tensor or None). It is called
+    # before a rung is timed.
+    prepare: Callable | None = None
+
+    @property
+    def name(self) -> str:
+        return self.rungs[0].ladder
 
 
 def whole_vectors(x) -> bool:
