@@ -1,4 +1,4 @@
-"""The ops as torch.ops.lab.*: known to torch.compile, torch.export and CUDA graphs, whatever backend runs them.
+"""The ops as torch.ops.lab.*, for torch.compile, torch.export and CUDA graphs.
 
     lab.use("triton")                        # registers the ops and says which backend runs them
     y = torch.ops.lab.rmsnorm(x, w, 1e-5)

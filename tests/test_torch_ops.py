@@ -1,4 +1,4 @@
-"""torch.ops.lab.*: registered from the contracts, and taken by torch.compile, torch.export and CUDA graphs."""
+"""torch.ops.lab.*: registered from the contracts, for torch.compile, torch.export and CUDA graphs."""
 
 import inspect
 
