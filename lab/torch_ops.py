@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from lab.contract import BACKENDS, Op
-from lab.dispatch import Ops, parse_overrides, select
+from lab.dispatch import Ops, Trace, parse_overrides, select
 from lab.names import known
 from lab.ops import OPS
 
@@ -30,15 +30,19 @@ RESTRICTED: dict[str, str] = {}  # "op.argument": what of it torch.ops.lab does 
 TYPES = {torch.Tensor: "Tensor", float: "float", int: "int", bool: "bool", torch.dtype: "ScalarType"}
 
 _library = torch.library.Library("lab", "FRAGMENT")
-_chosen: tuple[str | None, dict[str, str]] = (None, {})
+_chosen: tuple[str | None, dict[str, str], Trace | None] = (None, {}, None)
 _bound: dict[torch.device, Ops] = {}  # what _chosen is on each device that a call was made on
 
 
-def use(backend: str | None, overrides: Mapping[str, str] | Sequence[str] = ()) -> None:
+def use(
+    backend: str | None, overrides: Mapping[str, str] | Sequence[str] = (), trace: Trace | None = None
+) -> None:
     """Chooses the backend that runs torch.ops.lab.*, for the whole process.
 
     backend: "cuda", "triton" or "torch"; None means the environment's LAB_BACKEND, as before the first call
     of this function. overrides: other backends for some ops, as {"rope": "triton"} or ["rope=triton"].
+    trace: counts the kernels that run.
+
     The tensors of a call say on which device it runs. A compiled or exported program asks for the backend
     each time it runs an op, so it need not be compiled anew; a CUDA graph replays what it has captured.
 
@@ -51,15 +55,15 @@ def use(backend: str | None, overrides: Mapping[str, str] | Sequence[str] = ()) 
     overrides = parse_overrides(overrides)
     for name, other in overrides.items():
         known(name, [op.name for op in OPS], "op"), known(other, BACKENDS, "backend")
-    _chosen = backend, overrides
+    _chosen = backend, overrides, trace
     _bound.clear()
 
 
 def bound(device: torch.device) -> Ops:
     """The functions of the chosen backend on a device."""
     if device not in _bound:
-        backend, overrides = _chosen
-        _bound[device] = select(backend, device, overrides, partial=True)
+        backend, overrides, trace = _chosen
+        _bound[device] = select(backend, device, overrides, trace, partial=True)
     return _bound[device]
 
 
