@@ -29,7 +29,10 @@ LEFT_OUT: dict[str, str] = {}  # op: why it is not registered
 RESTRICTED: dict[str, str] = {}  # "op.argument": what of it torch.ops.lab does not take
 TYPES = {torch.Tensor: "Tensor", float: "float", int: "int", bool: "bool", torch.dtype: "ScalarType"}
 
-_library = torch.library.Library("lab", "FRAGMENT")
+# "lab"; in the package of kernels (lab/machine/kernels_package.py), which has a name of its own, another one.
+NAMESPACE = __package__.replace(".", "_")
+
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _chosen: tuple[str | None, dict[str, str], Trace | None] = (None, {}, None)
 _bound: dict[torch.device, Ops] = {}  # what _chosen is on each device that a call was made on
 
@@ -130,9 +133,9 @@ def register(op: Op) -> None:
     listed = ", ".join(declared)
     schema = f"({listed}) -> {'Tensor' if returns else '()'}"
     written = [name for name in names if name in op.mutates + op.state]
-    torch.library.custom_op(f"lab::{op.name}", kernel, mutates_args=written, schema=schema).register_fake(
-        fake
-    )
+    torch.library.custom_op(
+        f"{NAMESPACE}::{op.name}", kernel, mutates_args=written, schema=schema
+    ).register_fake(fake)
     if returns:
         # custom_op takes no tensor that is given by name only, so this overload is defined by hand.
         _library.define(
@@ -140,7 +143,9 @@ def register(op: Op) -> None:
             tags=(torch.Tag.pt2_compliant_tag,),
         )
         _library.impl(f"{op.name}.out", kernel_out, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"lab::{op.name}.out", lambda *args, **options: None, lib=_library)
+        torch.library.register_fake(
+            f"{NAMESPACE}::{op.name}.out", lambda *args, **options: None, lib=_library
+        )
 
 
 def positional(op: Op, names: Sequence[str]) -> Callable:

@@ -71,6 +71,7 @@ NOT_QUICK = {
     "test_inspect",
     "test_judge",
     "test_interpreter",
+    "test_kernels_package",
     "test_ladder",
     "test_model",
     "test_mutants",
