@@ -10,7 +10,7 @@ SIDE_BY_SIDE = $(if $(HAS_GPU),,$(shell $(PY) -c 'import importlib.util as u; \
 MEASURED := $(or $(OUT),out/gpu-bench)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo lint format test mutants tsan oracle gpu-check gpu-bench gpu-repeat report clean clean-all
+.PHONY: help setup build demo lint format test mutants tsan oracle gpu-check gpu-bench gpu-repeat kernels-package report clean clean-all
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,6 +75,9 @@ gpu-repeat: build  ## needs a GPU: two quick runs compared; the rate of false al
 	@for i in 1 2; do $(PY) -m lab bench all --quick --fresh --out out/repeat/$$i || exit 1; done
 	@$(PY) -m lab compare out/repeat/1 out/repeat/2 --fail-on-slower 99% --record $(MEASURED)
 	@$(PY) -m lab report $(MEASURED)
+
+kernels-package: $(READY)  ## the Triton kernels as a folder for Hugging Face's package kernels (OUT=...)
+	@$(PY) -m lab.machine.kernels_package $(OUT:%=--out %)
 
 report:  ## draws reports/h100 again from its committed records
 	@$(PY) -m lab report reports/h100

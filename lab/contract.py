@@ -104,7 +104,9 @@ class Op:
     name: str
     summary: str  # the formula, one line
     dtypes: tuple  # dtypes of the activations that every backend takes
-    validate: Callable  # (*args, out=None) -> None, or raises LabError
+    # (*args, out=None) -> None, or raises LabError. Its annotations are the types of torch.ops.lab.<name>
+    # (lab/torch_ops.py); an op that works in place annotates `out` with None.
+    validate: Callable
     outputs: Callable  # (*args) -> an empty tensor for the kernel to fill; None for an op that works in place
     # (*args) -> a tuple of float64 or integer tensors: the right output, then the right `mutates`
     reference: Callable

@@ -10,7 +10,9 @@ A test (tests/test_dispatch.py) bounds the cost of a call, so that decoding with
 
 from __future__ import annotations
 
+import inspect
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -144,7 +146,7 @@ def bind(op: Op, backend, trace: Trace | None = None, check_contents: bool = Fal
     if check_contents:
         call = with_contents(op, call)
     if trace is None:
-        return call
+        return documented(call, op)
 
     def traced(*args, **options):
         backend.take_trace()
@@ -152,7 +154,16 @@ def bind(op: Op, backend, trace: Trace | None = None, check_contents: bool = Fal
         trace.add(Counter((op.name, backend.name, kernel) for kernel in backend.take_trace()))
         return result
 
-    return traced
+    return documented(traced, op)
+
+
+def documented(function: Callable, op: Op) -> Callable:
+    """`function` as help() shows it: with the name and the arguments of the op, and what its contract
+    says."""
+    function.__name__ = function.__qualname__ = op.name
+    function.__doc__ = sys.modules[op.validate.__module__].__doc__
+    function.__signature__ = inspect.signature(op.validate).replace(return_annotation=torch.Tensor | None)
+    return function
 
 
 def with_contents(op: Op, function: Callable) -> Callable:

@@ -75,7 +75,7 @@ def register(name: str, backend: type, launchers: Mapping[str, Callable]) -> Non
 @cache
 def load(name: str, device: torch.device) -> Backend:
     """The backend `name` on `device`; raises Unavailable where this machine cannot run it."""
-    backend = _registered.get(name) or importlib.import_module(f"lab.backends.{name}").Backend
+    backend = _registered.get(name) or importlib.import_module(f"{__name__}.{name}").Backend
     return backend(device)
 
 

@@ -34,7 +34,7 @@ from lab.contract import DTYPE_CODES, FLOATS, Op, case, dense, refuse, some_rows
 from lab.errors import LabError
 
 
-def validate(x, out=None):
+def validate(x: torch.Tensor, out: torch.Tensor | None = None) -> None:
     """FILL IN: the arguments, and all conditions on them, for kernels are given raw addresses."""
     if x.dtype not in FLOATS or x.dim() != 2:
         refuse("NAME", "x must be [rows, cols] in float32, float16 or bfloat16")

@@ -285,7 +285,7 @@ def encode(tokenizer, text: str, raw: bool) -> list[int]:
     try:
         text.encode()
     except UnicodeEncodeError:  # bytes of the command line that were no UTF-8
-        raise LabError("--prompt is not valid UTF-8 text") from None
+        raise LabError("the prompt is not valid UTF-8 text") from None
     if raw or tokenizer.chat_template is None:
         return tokenizer.encode(text)
     return tokenizer.encode_chat([{"role": "user", "content": text}])

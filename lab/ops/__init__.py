@@ -51,7 +51,7 @@ class OtherOps:
 
 def _contracts(declared: type) -> tuple[Op, ...]:
     """The contracts, lab/ops/<name>.py, of the names that a class declares."""
-    return tuple(import_module(f"lab.ops.{name}").op for name in get_annotations(declared))
+    return tuple(import_module(f"{__name__}.{name}").op for name in get_annotations(declared))
 
 
 BASIC, FUSED, PERSISTENT, OTHERS = map(_contracts, (BasicOps, FusedOps, PersistentOps, OtherOps))

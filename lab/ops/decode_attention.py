@@ -56,18 +56,18 @@ def choose_splits(batch: int, kv_heads: int, max_context: int, multiprocessors: 
 
 
 def validate(
-    q,
-    k_cache,
-    v_cache,
-    block_table,
-    context_lens,
-    scale,
-    splits=1,
-    workspace=None,
-    k_scales=None,
-    v_scales=None,
-    out=None,
-):
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    context_lens: torch.Tensor,
+    scale: float,
+    splits: int = 1,
+    workspace: Workspace | None = None,
+    k_scales: torch.Tensor | None = None,
+    v_scales: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> None:
     name, shape, dtype = "decode_attention", q.shape, q.dtype
     if len(shape) != 3:
         refuse(name, "q must be [batch, q_heads, head_dim]")

@@ -257,7 +257,17 @@ class StepWorkspace:
         }
 
 
-def validate(ids, positions, model, k_cache, v_cache, block_table, logits, workspace, out=None):
+def validate(
+    ids: torch.Tensor,
+    positions: torch.Tensor,
+    model: StepModel,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    logits: torch.Tensor,
+    workspace: StepWorkspace,
+    out: torch.Tensor | None = None,
+) -> None:
     name, device = "decode_step", model.embed.get_device()
     for t in (ids, positions, *([] if out is None else [out])):
         if not (t.shape == (1,) and t.dtype == torch.int32 and t.get_device() == device):

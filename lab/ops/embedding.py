@@ -13,7 +13,12 @@ from lab.contract import DTYPE_CODES, EPS32, FLOATS, Op, case, dense, once, refu
 from lab.formats import FORMATS, PackedMatrix, operand
 
 
-def validate(ids, table, dtype=None, out=None):
+def validate(
+    ids: torch.Tensor,
+    table: operand.Operand,
+    dtype: torch.dtype | None = None,
+    out: torch.Tensor | None = None,
+) -> None:
     if not (ids.dim() == 1 and table.dim() == 2 and ids.dtype == torch.int32):
         refuse("embedding", "ids must be int32 [batch] and the table [vocab, hidden]")
     if type(table) is PackedMatrix:

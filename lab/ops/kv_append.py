@@ -42,7 +42,17 @@ def check_cache(
     dense(op, k_cache.get_device(), k_cache, v_cache, block_table)
 
 
-def validate(k, v, k_cache, v_cache, block_table, positions, k_scales=None, v_scales=None, out=None):
+def validate(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    positions: torch.Tensor,
+    k_scales: torch.Tensor | None = None,
+    v_scales: torch.Tensor | None = None,
+    out: None = None,
+) -> None:
     if out is not None:
         refuse("kv_append", "writes into the cache; out= is not taken")
     shape, dtype = k.shape, k.dtype

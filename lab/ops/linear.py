@@ -17,7 +17,13 @@ from lab.formats import operand
 MAX_BATCH = 64
 
 
-def validate(x, w, bias=None, out_dtype=None, out=None):
+def validate(
+    x: torch.Tensor,
+    w: operand.Operand,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    out: torch.Tensor | None = None,
+) -> None:
     operand.check("linear", x, w)
     if not (1 <= x.shape[0] <= MAX_BATCH):
         refuse("linear", f"takes 1 to {MAX_BATCH} rows of x; split larger batches")

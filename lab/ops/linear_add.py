@@ -15,7 +15,13 @@ from lab.formats import operand
 from lab.ops import linear
 
 
-def validate(x, w, residual, bias=None, out=None):
+def validate(
+    x: torch.Tensor,
+    w: operand.Operand,
+    residual: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    out: None = None,
+) -> None:
     if out is not None:
         refuse("linear_add", "adds into the residual; out= is not taken")
     linear.validate(x, w, bias)

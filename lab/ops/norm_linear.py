@@ -25,7 +25,15 @@ def check_norm(op, x, norm_w):
     dense(op, x.get_device(), norm_w)
 
 
-def validate(x, norm_w, eps, w, bias=None, out_dtype=None, out=None):
+def validate(
+    x: torch.Tensor,
+    norm_w: torch.Tensor,
+    eps: float,
+    w: operand.Operand,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    out: torch.Tensor | None = None,
+) -> None:
     check_norm("norm_linear", x, norm_w)
     linear.validate(x, w, bias, out_dtype, out)
 

@@ -24,7 +24,15 @@ MAX_BLOCKS = 4096  # the most candidates of a row that a kernel may write to scr
 SCRATCH = 2 * MAX_BLOCKS + 4
 
 
-def validate(x, norm_w, eps, w, logits, scratch, out=None):
+def validate(
+    x: torch.Tensor,
+    norm_w: torch.Tensor,
+    eps: float,
+    w: operand.Operand,
+    logits: torch.Tensor,
+    scratch: torch.Tensor,
+    out: torch.Tensor | None = None,
+) -> None:
     check_norm("norm_linear_argmax", x, norm_w)
     linear.validate(x, w, None, torch.float32, logits)
     if not (scratch.shape == (x.shape[0], SCRATCH) and scratch.dtype == torch.int32):

@@ -18,7 +18,9 @@ from lab.ops import linear, norm_linear, rmsnorm, silu_mul
 from lab.ops.norm_linear import check_norm, norm_slack, normed
 
 
-def validate(x, norm_w, eps, w, out=None):
+def validate(
+    x: torch.Tensor, norm_w: torch.Tensor, eps: float, w: operand.Operand, out: torch.Tensor | None = None
+) -> None:
     check_norm("norm_linear_silu_mul", x, norm_w)
     linear.validate(x, w)
     if w.shape[0] % 2:

@@ -13,7 +13,13 @@ from lab import peers
 from lab.contract import DTYPE_CODES, EPS32, FLOATS, Op, case, dense, refuse, rows_of_heads, some_rows
 
 
-def validate(x, w, eps, residual=None, out=None):
+def validate(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    eps: float,
+    residual: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> None:
     if not (w.dim() == 1 and x.shape[-1] == w.shape[0] and x.dtype == w.dtype):
         refuse("rmsnorm", "x [..., cols] and w [cols] must agree in cols and dtype")
     if x.dtype not in FLOATS:

@@ -15,7 +15,9 @@ import torch
 from lab.contract import DTYPE_CODES, EPS32, FLOATS, Op, case, dense, refuse, rows_of_heads
 
 
-def validate(q, k, positions, cos_sin, out=None):
+def validate(
+    q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, out: None = None
+) -> None:
     if out is not None:
         refuse("rope", "works in place; out= is not taken")
     q_shape, k_shape, dtype = q.shape, k.shape, q.dtype

@@ -23,24 +23,24 @@ from lab.ops.rope import check_positions, packed_qkv
 
 
 def validate(
-    q,
-    k,
-    v,
-    q_norm,
-    k_norm,
-    eps,
-    positions,
-    cos_sin,
-    k_cache,
-    v_cache,
-    block_table,
-    scale,
-    splits=1,
-    workspace=None,
-    k_scales=None,
-    v_scales=None,
-    out=None,
-):
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    eps: float,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    scale: float,
+    splits: int = 1,
+    workspace: decode_attention.Workspace | None = None,
+    k_scales: torch.Tensor | None = None,
+    v_scales: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> None:
     name = "rope_append_attention"
     decode_attention.validate(
         q, k_cache, v_cache, block_table, positions, scale, splits, workspace, k_scales, v_scales, out

@@ -32,7 +32,15 @@ def check_options(temperature, top_k, top_p, seed):
         refuse("sample", f"seed {seed}: it must be a 64-bit unsigned integer")
 
 
-def validate(logits, positions, temperature=0.0, top_k=0, top_p=1.0, seed=0, out=None):
+def validate(
+    logits: torch.Tensor,
+    positions: torch.Tensor,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    out: torch.Tensor | None = None,
+) -> None:
     if not (logits.dim() == 2 and logits.dtype == torch.float32):
         refuse("sample", "logits must be float32 [batch, vocab]")
     if not (positions.shape == logits.shape[:1] and positions.dtype == torch.int32):

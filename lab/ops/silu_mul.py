@@ -12,7 +12,7 @@ from lab import peers
 from lab.contract import DTYPE_CODES, EPS32, FLOATS, Op, case, dense, refuse, some_rows
 
 
-def validate(gate_up, out=None):
+def validate(gate_up: torch.Tensor, out: torch.Tensor | None = None) -> None:
     if gate_up.dtype not in FLOATS:
         refuse("silu_mul", f"takes no {gate_up.dtype}: gate_up must be float32, float16 or bfloat16")
     if not (gate_up.dim() == 2 and gate_up.shape[1] % 2 == 0):
