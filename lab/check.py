@@ -210,10 +210,6 @@ def in_worker(spec: dict):
 def main(args) -> int:
     from lab.ops import OPS, find
 
-    if args.exercise:
-        from lab.learn import exercises
-
-        return exercises.main(args.exercise, args.timeout)
     chosen = [find(name) for name in args.op] if args.op else OPS
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device not in ("cpu", "cuda"):
