@@ -9,16 +9,27 @@ from pathlib import Path
 
 from lab.errors import LabError
 from lab.files import write_whole
+from lab.learn import glossary
 
 SIDE_BY_SIDE = 110  # columns; on a narrower terminal the kernels stand one below the other
 
 
 def add_arguments(parser):
     parser.add_argument(
-        "op", metavar="NAME", help="an op or a weight format of `lab ops`, as in rmsnorm or int4-g128"
+        "op",
+        metavar="NAME",
+        nargs="?",
+        help="an op or a weight format of `lab ops`, as in rmsnorm or int4-g128",
     )
     parser.add_argument(
         "--rungs", action="store_true", help="the op's ladder instead, from a naive kernel to its own kernel"
+    )
+    parser.add_argument(
+        "--glossary",
+        nargs="?",
+        const="",
+        metavar="WORD",
+        help="what a word means here; without it: all words",
     )
     parser.add_argument("--html", metavar="FILE", help="write a page instead of printing")
     parser.add_argument(
@@ -31,6 +42,12 @@ def main(args):
 
     Raises LabError for an unknown name, a missing kernel, or, with --rungs, an op that has no ladder.
     """
+    if args.glossary is not None:
+        if args.op:
+            raise LabError("--glossary explains a word, not an op: lab explain --glossary WORD")
+        return glossary.show(args.glossary)
+    if args.op is None:
+        raise LabError("which op? `lab ops` lists them; lab explain --glossary WORD explains a word")
     from lab.report import twins
 
     known, formats = twins.known_ops(), twins.known_formats()
@@ -308,6 +325,7 @@ def show(title, cuda, triton, rows, facts):
                 style="dim",
             )
         )
+    console.print(Text("What a word means here: lab explain --glossary WORD", style="dim"))
 
 
 def write_page(path, title, facts, cuda, triton, rows):

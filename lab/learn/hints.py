@@ -3,9 +3,9 @@ or {exercise: {language: three}} where the twins need other ones."""
 
 HINTS = {
     "tail_mask": (
-        "Take 4 rows of 40 by hand: which columns does the second step of row 0 read, and whose are they?",
+        "Take 4 rows of 40 by hand: which numbers does the second step of row 0 read? Whose are they?",
         "Columns 40 to 63 of row 0 are row 1's. The lanes that would read them must do something else.",
-        "In CUDA, add only if col < cols. In Triton, give tl.load a mask, and what masked lanes are to return.",
+        "In CUDA, add only if col < cols. In Triton, give tl.load a mask, and what masked lanes return.",
     ),
     "coalescing": {
         "cuda": (
