@@ -21,8 +21,8 @@ def add_arguments(parser):
         "words",
         nargs="*",
         metavar="[check] [N]",
-        help="the number of a lesson, to read it; check: is its exercise solved? (without a number: that of the "
-        "lesson where you are); without a word, the list of lessons",
+        help="the number of a lesson, to read it; check: is its exercise solved? (without a number: that of "
+        "the lesson where you are); without a word, the list of lessons",
     )
     parser.add_argument("--predict", metavar="TEXT", help="your prediction; then the figures are shown")
     parser.add_argument("--hint", action="store_true", help="the next of three hints")
@@ -126,9 +126,8 @@ def show(lesson: Lesson, args) -> int:
     if done(lesson, progress.load()):
         parts.append(f"## Explanation\n\n{lesson.shown('Explanation')}")
     else:
-        parts.append(
-            f"Then: `lab learn check {n}{ {'Answer': ' --answer NUMBER', 'Try': ' --file FILE'}.get(lesson.goal[0], '') }`. A hint: `lab learn {n} --hint`"
-        )
+        needs = {"Solve": "", "Answer": " --answer NUMBER", "Try": " --file FILE"}[lesson.goal[0]]
+        parts.append(f"Then: `lab learn check {n}{needs}`. A hint: `lab learn {n} --hint`")
     write("\n\n".join(parts))
     return 0
 
@@ -182,7 +181,7 @@ def wrong_with(lesson: Lesson, args) -> str | None:
         return f"name your kernel: lab learn check {lesson.number} --file FILE"
     from lab import cli
 
-    status = cli.main(["try", args.file, "--op", what, "--quick"])
+    status = cli.main(["try", args.file, "--op", what, "--check-only"])
     return None if status == 0 else f"`lab try {args.file} --op {what}` does not accept it"
 
 

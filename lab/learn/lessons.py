@@ -42,9 +42,7 @@ class Lesson:
     def shown(self, section: str) -> str:
         """A section with lines and figures filled in, without the line that says how it is checked."""
         text = GOAL.sub("", self.sections[section])
-        return filled(
-            READING.sub(lambda m: f"`{m[1]}` lines {'-'.join(map(str, lines(*m.groups())))}", text)
-        ).strip()
+        return filled(READING.sub(where, text)).strip()
 
     @property
     def commands(self) -> list[str]:
@@ -95,6 +93,12 @@ def all_lessons() -> dict[int, Lesson]:
     return found
 
 
+def where(match: re.Match) -> str:
+    """A match of READING as it is shown: `lab/ops/linear.py` lines 127-128."""
+    first, last = lines(*match.groups())
+    return f"`{match[1]}` lines {first}-{last}"
+
+
 def lines(path: str, first: str, last: str) -> tuple[int, int]:
     """The numbers of the first line of a file that holds `first`, and of the next that holds `last`."""
     begin = 0
@@ -127,7 +131,7 @@ def holds(row: dict, key: str, wanted: str) -> bool:
 def value(kind: str, field: str, keys: str) -> float:
     """The number that a placeholder stands for. Raises LabError unless the rows that match agree on it.
 
-    Unless it says otherwise it means what a GPU did as a CUDA graph, with cold caches, and no rung of a ladder.
+    Unless it says otherwise it means what was timed as a CUDA graph, with cold caches, and no rung of a ladder.
     """
     wanted = dict(pair.split("=", 1) for pair in keys.split())
     usual = {
