@@ -14,7 +14,9 @@ from lab.report import twins
 
 
 def arguments(op, **options):
-    return SimpleNamespace(**{"op": op, "rungs": False, "html": None, "reports": "no such folder", **options})
+    return SimpleNamespace(
+        **{"op": op, "rungs": False, "glossary": None, "html": None, "reports": "no such folder", **options}
+    )
 
 
 def run(capsys, monkeypatch, op, columns, **options):

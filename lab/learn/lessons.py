@@ -131,7 +131,8 @@ def holds(row: dict, key: str, wanted: str) -> bool:
 def value(kind: str, field: str, keys: str) -> float:
     """The number that a placeholder stands for. Raises LabError unless the rows that match agree on it.
 
-    Unless it says otherwise it means what was timed as a CUDA graph, with cold caches, and no rung of a ladder.
+    Where it does not say so, it means what was timed as a CUDA graph, with cold caches, and no rung of a
+    ladder.
     """
     wanted = dict(pair.split("=", 1) for pair in keys.split())
     usual = {
