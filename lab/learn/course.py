@@ -117,12 +117,14 @@ def show(lesson: Lesson, args) -> int:
             print(f"hint {number} of {len(lesson.hints)}: {hint}")
         return 0
     parts = [f"# {n}. {lesson.title}", lesson.about]
-    parts += [f"## {name}\n\n{lesson.shown(name)}" for name in ("Read", "Predict")]
+    parts += [f"## {name}\n\n{lesson.shown(name)}" for name in ("Read", "Predict", "Run")]
     if mine.get("prediction"):
-        parts += [f"You predicted: {mine['prediction']}", f"## Figures\n\n{lesson.shown('Figures')}"]
+        parts += [f"## Figures\n\nYou predicted: {mine['prediction']}", lesson.shown("Figures")]
     else:
-        parts.append(f'Write it down, and the figures are shown: `lab learn {n} --predict "..."`')
-    parts += [f"## {name}\n\n{lesson.shown(name)}" for name in ("Run", "Exercise")]
+        parts.append(
+            f'Write down your prediction, and the figures are shown: `lab learn {n} --predict "..."`'
+        )
+    parts.append(f"## Exercise\n\n{lesson.shown('Exercise')}")
     if done(lesson, progress.load()):
         parts.append(f"## Explanation\n\n{lesson.shown('Explanation')}")
     else:

@@ -52,8 +52,8 @@ class Lesson:
 
     @property
     def words(self) -> list[str]:
-        found = re.search(r"^Words: (.+)$", self.about, re.M)
-        return [word.strip() for word in found[1].rstrip(".").split(",")] if found else []
+        found = re.search(r"^Words: ([^([]+)", self.about, re.M)
+        return [word.strip() for word in found[1].split(",")] if found else []
 
     @property
     def hints(self) -> list[str]:

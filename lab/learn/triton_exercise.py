@@ -70,8 +70,8 @@ def _differs(task, function, tensors, want) -> str | None:
     arena = Arena(values, file=function.file)
     arena.remember()
     error = function.run(arena) or arena.damage({"out", *map(str, task.work)})
-    if error:
-        return one_line(error)
+    if error:  # a LabError is ours, and its text is enough
+        return one_line(error.removeprefix("LabError: "))
     out = arena.values()["out"].double()
     bad = ~((out - want).abs() <= (0 if task.exact else 1e-4 * (1 + want.abs())))  # true for NaN as well
     if not bad.any():
