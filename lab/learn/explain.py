@@ -347,7 +347,7 @@ def show(title, cuda, triton, rows, facts, unfolded=False):
                 style="dim",
             )
         )
-    console.print(Text("What a word means here: lab explain --glossary WORD", style="dim"))
+    console.print(Text("the helpers of a step: --unfold; a word: lab explain --glossary WORD", style="dim"))
 
 
 def write_page(path, title, facts, cuda, triton, rows):

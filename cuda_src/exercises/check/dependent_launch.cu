@@ -19,7 +19,8 @@ int main() {
   }
   for (int i = 0; i < kCount; ++i) {
     if (y[i] == x[i] * w[i]) continue;
-    printf("y[%d] is %g, not %g: x was read before the kernel that writes it had ended\n", i, y[i], x[i] * w[i]);
+    printf("y[%d] is %g, not %g: x was read before the kernel that writes it had ended\n", i, y[i],
+           x[i] * w[i]);
     return 1;
   }
   return 0;

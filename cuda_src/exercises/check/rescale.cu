@@ -20,7 +20,8 @@ int main() {
       launch({dim3(1), dim3(32)}, "average_kernel", average_kernel, scores.data(), values.data(), length,
              &got);
       if (fabs(got - sum / weight) <= 1e-5 * (1 + fabs(sum / weight))) continue;
-      printf("%d tokens whose scores %s give %g, not %g\n", length, rising ? "rise" : "fall", got, sum / weight);
+      printf("%d tokens whose scores %s give %g, not %g\n", length, rising ? "rise" : "fall", got,
+             sum / weight);
       return 1;
     }
   }
