@@ -107,11 +107,14 @@ def test_a_kernel_of_ones_own(tmp_path, monkeypatch, capsys):
     from lab import cli
 
     called = []
-    monkeypatch.setattr(cli, "main", lambda words: called.append(words) or 0)
+    monkeypatch.setattr(cli, "main", lambda words: called.append(words) or print("judged") or 0)
     args = cli.parse(["learn", "check", "13", "--file", "mine.py"], "learn")
     assert course.main(args) == 0
     assert called == [["try", "mine.py", "--op", "silu_mul", "--check-only"]]
     assert "That was the last lesson." in capsys.readouterr().out
+    args = cli.parse(["learn", "check", "13", "--json", "--file", "mine.py"], "learn")
+    assert course.main(args) == 0
+    assert json.loads(capsys.readouterr().out)["done"] == 1  # what `lab try` says is not among the JSON
 
 
 @pytest.mark.parametrize(
@@ -120,6 +123,7 @@ def test_a_kernel_of_ones_own(tmp_path, monkeypatch, capsys):
         (["learn", "99"], "their numbers are 1 to"),
         (["learn", "--hint"], "which lesson?"),
         (["learn", "1", "--answer", "3"], "go with check"),
+        (["learn", "check", "--json", "--answer", "3"], "are for one lesson"),
         (["learn", "1", "--predict", " "], "cannot be empty"),
         (["explain", "--glossary", "splitt"], "did you mean split?"),
         (["explain"], "which op?"),

@@ -6,6 +6,7 @@ prediction, its explanation once its exercise is solved.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 
@@ -51,6 +52,8 @@ def main(args) -> int:
         raise LabError("--answer, --file and --json go with check: lab learn check [N]")
     if not words and not checking and (args.predict is not None or args.hint):
         raise LabError("which lesson? lab learn N --predict TEXT, lab learn N --hint")
+    if checking and args.json and not words and (args.answer is not None or args.file):
+        raise LabError("--answer and --file are for one lesson: lab learn check N --json --answer NUMBER")
     if checking and args.json:
         return report([course[int(words[0])]] if words else list(course.values()), args)
     if not words and not checking:
@@ -183,7 +186,8 @@ def wrong_with(lesson: Lesson, args) -> str | None:
         return f"name your kernel: lab learn check {lesson.number} --file FILE"
     from lab import cli
 
-    status = cli.main(["try", args.file, "--op", what, "--check-only"])
+    with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
+        status = cli.main(["try", args.file, "--op", what, "--check-only"])
     return None if status == 0 else f"`lab try {args.file} --op {what}` does not accept it"
 
 
@@ -202,7 +206,8 @@ def report(chosen: list[Lesson], args) -> int:
         if lesson.goal[0] == "Solve":
             solved = not any(wrong.values())
         else:
-            if args.answer is not None or args.file:
+            given = args.answer is not None if lesson.goal[0] == "Answer" else args.file is not None
+            if given:
                 wrong["exercise"] = wrong_with(lesson, args)
                 note(lesson, solved=wrong["exercise"] is None)
             solved = done(lesson, progress.load())
