@@ -99,6 +99,20 @@ MUTANTS = [  # changes of a solution, or of the exercise itself, that mend nothi
     ("tail_mask", "triton", "solution", "other=0.0", "other=1.0"),
     ("stages", "triton", "solution", "num_stages=3", "num_stages=15"),
     ("dependent_launch", "triton", "solution", "    tl.extra.cuda.gdc_wait()\n", ""),
+    (
+        "dependent_launch",
+        "triton",
+        "solution",
+        "    weight = tl.load(w + i)\n    tl.extra.cuda.gdc_wait()\n",
+        "    tl.extra.cuda.gdc_wait()\n    weight = tl.load(w + i)\n",
+    ),
+    (
+        "dependent_launch",
+        "cuda",
+        "solution",
+        "  const float weight = watched_load(w + i);\n  pdl_wait();\n",
+        "  pdl_wait();\n  const float weight = watched_load(w + i);\n",
+    ),
     ("counter", "triton", "exercise", "ticket == PROGRAMS - 1", "ticket % PROGRAMS == 0"),
     ("bank_conflict", "triton", "solution", "R, C = 32, 32", "R, C = 1, 32"),
 ]

@@ -93,7 +93,7 @@ def in_worker(spec: dict) -> Callable:
     def function(name):
         def call(*args, out):
             watch = Watch(spec["file"])
-            with watch.watching(), _early(args, task.early):
+            with watch.watching(), _early(args, task.early, watch):
                 getattr(module, name)(*args, out)
             wrong = watch.verdict(task.watch, args)
             if wrong:
@@ -211,8 +211,9 @@ class Watch:
 
 
 @contextlib.contextmanager
-def _early(args, position: int | None) -> Iterator[None]:
-    """Hides a tensor until a program calls gdc_wait(). Raises LabError if none did.
+def _early(args, position: int | None, watch: Watch) -> Iterator[None]:
+    """Hides a tensor until a program calls gdc_wait(). Raises LabError if none did, or if nothing was loaded
+    before.
 
     Programs run one after another here, so the first one shows what is read too early.
     """
@@ -225,7 +226,7 @@ def _early(args, position: int | None) -> Iterator[None]:
     waited = []
 
     def wait():
-        waited.append(True)
+        waited.append(len(watch.accesses))
         if hidden is not None:
             hidden.copy_(kept)
 
@@ -236,6 +237,8 @@ def _early(args, position: int | None) -> Iterator[None]:
         yield
         if hidden is not None and not waited:
             raise LabError("no program called gdc_wait()")
+        if hidden is not None and not waited[0]:
+            raise LabError("nothing was loaded before gdc_wait(), and weights need not wait")
     finally:
         cuda.gdc_wait, cuda.gdc_launch_dependents = originals
         if hidden is not None:
