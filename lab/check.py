@@ -210,10 +210,6 @@ def in_worker(spec: dict):
 def main(args) -> int:
     from lab.ops import OPS, find
 
-    if args.exercise:
-        from lab.learn import exercises
-
-        return exercises.main(args.exercise, args.timeout)
     if args.ladder:
         from lab import rungs
 

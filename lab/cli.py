@@ -39,6 +39,8 @@ VERBS = {  # verb: (module, what it does)
         "lab.learn.own_kernel",
         "your own kernel, from one file: judged, and on a GPU measured against the op's kernels",
     ),
+    "learn": ("lab.learn.course", "the course: numbered lessons, from why decode is bound by memory on"),
+    "exercise": ("lab.learn.exercises", "small kernels with a fault to mend, in both languages"),
     "new": ("lab.learn.new", "the files of a new op, or a copy of an op's kernel to begin with"),
     "explain": (
         "lab.learn.explain",

@@ -60,11 +60,6 @@ def check(parser):
         help="time limit of a case; then the process of its kernel is ended (default 300)",
     )
     parser.add_argument(
-        "--exercise",
-        metavar="NAME",
-        help="check whether the fault of this exercise is mended; `list` lists the exercises",
-    )
-    parser.add_argument(
         "--ladder",
         action="store_true",
         help="the rungs of the ladders instead of the ops; --op then names a ladder, as in quantised_linear",

@@ -58,6 +58,7 @@ NOT_QUICK = {
     "test_add_an_op",
     "test_cli",
     "test_demo",
+    "test_course",
     "test_examples",
     "test_exercises",
     "test_extension",

@@ -8,13 +8,24 @@ import synthetic_records
 
 from lab import rungs
 from lab.errors import LabError
-from lab.learn import explain
+from lab.learn import explain, unfold
 from lab.records import schema
 from lab.report import twins
 
 
 def arguments(op, **options):
-    return SimpleNamespace(**{"op": op, "rungs": False, "html": None, "reports": "no such folder", **options})
+    return SimpleNamespace(
+        **{
+            "op": op,
+            "rungs": False,
+            "step": None,
+            "unfold": False,
+            "glossary": None,
+            "html": None,
+            "reports": "no such folder",
+            **options,
+        }
+    )
 
 
 def run(capsys, monkeypatch, op, columns, **options):
@@ -37,6 +48,45 @@ def test_one_below_the_other_on_a_narrow_terminal(capsys, monkeypatch):
     assert "CUDA: " in out and "Triton: " in out
     assert not any("CUDA: " in line and "Triton: " in line for line in out.splitlines())
     assert max(map(len, out.splitlines())) <= 80
+
+
+def test_side_by_side_from_100_columns_on(capsys, monkeypatch):
+    for columns, beside in ((100, True), (99, False)):
+        out = run(capsys, monkeypatch, "silu_mul", columns)
+        assert any("CUDA: " in line and "Triton: " in line for line in out.splitlines()) is beside
+
+
+def test_the_loop_of_a_helper_is_unfolded_with_file_and_line(capsys, monkeypatch):
+    out = run(capsys, monkeypatch, "linear", 240, step=2, unfold=True)
+    lines = (twins.ROOT / "cuda_src/core/stream_rows.cuh").read_text().splitlines()
+    shown = re.findall(r"cuda_src/core/stream_rows\.cuh:(\d+) RowStream::multiply", out)
+    assert len(shown) == 1 and " void multiply(float (&acc)" in lines[int(shown[0]) - 1]
+    assert "1. Locate" not in out and "RowStream::multiply" not in run(
+        capsys, monkeypatch, "linear", 240, step=2
+    )
+
+
+def test_each_unfolded_helper_is_the_one_that_is_called():
+    for op, language in [(op, n) for op in twins.known_ops() for n in (0, 1)]:
+        twin = twins.pair(op)[language]
+        for chunk in (c for step in twin.steps.values() for c in step.chunks):
+            for helper in unfold.helpers(twin.language, twin.name, chunk.first, len(chunk.lines)):
+                source = (twins.ROOT / helper.file).read_text().splitlines()
+                name = helper.name.split("::")[-1]
+                assert f"{name}(" in "".join(source[helper.first - 1 : helper.first + 1])
+                opened, closed = helper.code.count("{"), helper.code.count("}")
+                assert language or opened == closed, f"{helper.name} is cut off"
+    twin, _ = twins.pair("linear")
+    packed = [c for step in twin.steps.values() for c in step.chunks if c.kernel == "linear_packed_kernel"]
+    found = [h for c in packed for h in unfold.helpers("cuda", twin.name, c.first, len(c.lines))]
+    assert packed and not [h.name for h in found if h.name.startswith("MmaRows")]  # another kernel's type
+
+
+def test_a_step_that_is_not_there_is_one_line(capsys, monkeypatch):
+    with pytest.raises(LabError, match="has the steps 1 to 4"):
+        run(capsys, monkeypatch, "rmsnorm", 140, step=9)
+    with pytest.raises(LabError, match="not about --html"):
+        run(capsys, monkeypatch, "rmsnorm", 140, unfold=True, html="page.html")
 
 
 def test_bytes_come_from_the_contract():

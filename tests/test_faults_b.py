@@ -129,7 +129,7 @@ def test_a_triton_exercise_runs_in_a_process_of_its_own(body, said, limited_call
     limited_calls(2)
     path = tmp_path / "tail_mask.py"
     path.write_text(f"def row_mean(x, y):\n    y.copy_(x.mean(1))\n    {body}")
-    assert said in exercises.check("tail_mask", path)
+    assert said in exercises.check("tail_mask", "triton", path)
 
 
 TUTORIAL = """

@@ -4,8 +4,7 @@
 // each bank serves one address in a step. How many steps does it take to read a column, and how must the type
 // of the tile change so that it takes one?
 //
-// Correct it here, then: lab check --exercise bank_conflict
-// Solution: solutions/bank_conflict.cu
+// Mend it here, then: lab exercise check bank_conflict --language cuda
 #include "watch.cuh"
 
 using namespace lab;

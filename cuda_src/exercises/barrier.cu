@@ -4,8 +4,7 @@
 // the result belong to another tile. Which two accesses race, in which order must they happen, and what
 // ensures that order?
 //
-// Correct it here, then: lab check --exercise barrier
-// Solution: solutions/barrier.cu
+// Mend it here, then: lab exercise check barrier --language cuda
 #include "common.cuh"
 
 using namespace lab;

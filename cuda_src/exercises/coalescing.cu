@@ -3,8 +3,7 @@
 // Question: the result is right, and every byte is loaded and stored once. How many lines of 128 bytes does
 // one load of a warp touch, how few would do, and which thread should take which four numbers?
 //
-// Correct it here, still with one number at a time, then: lab check --exercise coalescing
-// Solution: solutions/coalescing.cu
+// Mend it here, still with one number at a time, then: lab exercise check coalescing --language cuda
 #include "watch.cuh"
 
 using namespace lab;

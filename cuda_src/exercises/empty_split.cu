@@ -5,8 +5,7 @@
 // splits have no token. What does such a split publish, and why does its weight of zero not keep that out of
 // the result?
 //
-// Correct it here, then: lab check --exercise empty_split
-// Solution: solutions/empty_split.cu
+// Mend it here, then: lab exercise check empty_split --language cuda
 #include "common.cuh"
 
 using namespace lab;

@@ -10,16 +10,33 @@ from pathlib import Path
 from lab import rungs
 from lab.errors import LabError
 from lab.files import write_whole
+from lab.learn import glossary
 
-SIDE_BY_SIDE = 110  # columns; on a narrower terminal the kernels stand one below the other
+SIDE_BY_SIDE = 100  # columns; on a narrower terminal the kernels stand one below the other
 
 
 def add_arguments(parser):
     parser.add_argument(
-        "op", metavar="NAME", help="an op or a weight format of `lab ops`, as in rmsnorm or int4-g128"
+        "op",
+        metavar="NAME",
+        nargs="?",
+        help="an op or a weight format of `lab ops`, as in rmsnorm or int4-g128",
     )
     parser.add_argument(
         "--rungs", action="store_true", help="the op's ladder instead, from a naive kernel to its own kernel"
+    )
+    parser.add_argument("--step", type=int, metavar="N", help="only this step, or with --rungs this rung")
+    parser.add_argument(
+        "--unfold",
+        action="store_true",
+        help="below each step, the helpers that it calls, with file and line: often they hold the inner loop",
+    )
+    parser.add_argument(
+        "--glossary",
+        nargs="?",
+        const="",
+        metavar="WORD",
+        help="what a word means here; without it: all words",
     )
     parser.add_argument("--html", metavar="FILE", help="write a page instead of printing")
     parser.add_argument(
@@ -32,6 +49,12 @@ def main(args):
 
     Raises LabError for an unknown name, a missing kernel, or, with --rungs, an op that has no ladder.
     """
+    if args.glossary is not None:
+        if args.op:
+            raise LabError("--glossary explains a word, not an op: lab explain --glossary WORD")
+        return glossary.show(args.glossary)
+    if args.op is None:
+        raise LabError("which op? `lab ops` lists them; lab explain --glossary WORD explains a word")
     from lab.report import twins
 
     known, formats = twins.known_ops(), twins.known_formats()
@@ -63,7 +86,7 @@ def main(args):
             facts = bytes_of(args.op) + facts
     if args.reports is not None and not reports.is_dir():
         facts.append(("measured", f"not shown: there is no folder {reports}"))
-    give(args.html, title, facts, cuda, triton, rows)
+    give(args, title, facts, cuda, triton, rows)
     return 0
 
 
@@ -85,17 +108,23 @@ def explain_format(name, args):
     facts = [(f.name, f"{f.bits_a_weight:g} bits a weight; {f.summary}") for f in formats.values()]
     facts.append(("scales", "multiplied with float32 sums, in packed_rows of both languages' folders core"))
     cuda, triton = twins.pair(f"{twins.FORMATS}/{name}")
-    give(args.html, name, facts, cuda, triton, twins.rows(cuda, triton))
+    give(args, name, facts, cuda, triton, twins.rows(cuda, triton))
     return 0
 
 
-def give(html, title, facts, cuda, triton, rows):
-    """Writes the page `html`, or prints if it is None."""
-    if html:
-        write_page(Path(html), title, facts, cuda, triton, rows)
-        print(html)
+def give(args, title, facts, cuda, triton, rows):
+    """Writes the page args.html, or prints if it is None. args.step: only that step, counted from 1."""
+    if args.html and (args.unfold or args.step is not None):
+        raise LabError("--unfold and --step are about the terminal, not about --html")
+    if args.step is not None:
+        if not 1 <= args.step <= len(rows):
+            raise LabError(f"{title} has the steps 1 to {len(rows)}")
+        rows = rows[args.step - 1 : args.step]
+    if args.html:
+        write_page(Path(args.html), title, facts, cuda, triton, rows)
+        print(args.html)
     else:
-        show(title, cuda, triton, rows, facts)
+        show(title, cuda, triton, rows, facts, args.unfold)
 
 
 def bytes_of(op):
@@ -232,14 +261,16 @@ def _size(row, freeze):
     return row["dtype"], row["batch"], context, freeze(row["shape"])
 
 
-def show(title, cuda, triton, rows, facts):
-    """Prints the kernels to the terminal, side by side if it is wide enough. rows: of lab.report.twins."""
+def show(title, cuda, triton, rows, facts, unfolded=False):
+    """Prints the kernels to the terminal, side by side if it is wide enough. rows: of lab.report.twins.
+    unfolded: with the helpers that each step calls."""
     from rich.console import Console, Group
     from rich.markup import escape
     from rich.syntax import Syntax
     from rich.table import Table
     from rich.text import Text
 
+    from lab.learn import unfold
     from lab.report import style
 
     class Terminal(Console):
@@ -273,6 +304,14 @@ def show(title, cuda, triton, rows, facts):
             parts.append(Text.assemble((f"{look.label}{which}: ", f"bold {look.color}"), chunk.text))
             if chunk.lines:
                 parts.append(code(twin, chunk))
+                found = (
+                    unfold.helpers(twin.language, twin.name, chunk.first, len(chunk.lines))
+                    if unfolded
+                    else ()
+                )
+                for helper in found:
+                    parts.append(Text(f"{helper.file}:{helper.first} {helper.name}", style=look.color))
+                    parts.append(code(twin, helper))
             elif chunk.below:
                 parts.append(Text(f"The code is that of {chunk.below}, below.", style="dim"))
         return Group(*parts)
@@ -313,6 +352,7 @@ def show(title, cuda, triton, rows, facts):
                 style="dim",
             )
         )
+    console.print(Text("the helpers of a step: --unfold; a word: lab explain --glossary WORD", style="dim"))
 
 
 def write_page(path, title, facts, cuda, triton, rows):

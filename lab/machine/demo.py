@@ -155,7 +155,13 @@ def report(out):
     from lab.report import build
 
     status = bench.measure(Request("all", out, models=(MODEL,), weights="auto", quick=True, fresh=True))
-    return status or build.report(out)
+    status = status or build.report(out)
+    if status == 0:
+        print(
+            "\nNext: `.venv/bin/lab learn`, the course; `make report`, the same page for an H100: "
+            "reports/h100/index.html"
+        )
+    return status
 
 
 def run(argv):

@@ -3,7 +3,7 @@
 Question: the means are right wherever cols is a multiple of BLOCK. What does the last step of a row read
 otherwise, and what must it read?
 
-Correct it here, then: lab check --exercise tail_mask          Solution: solutions/tail_mask.py
+Mend it here, then: lab exercise check tail_mask --language triton
 """
 
 import triton

@@ -1,0 +1,34 @@
+"""Solution of rescale: the softmax average of values [tokens, D], in one pass over the scores.
+
+Sums of earlier tiles were made with the maximum of then. When it grows from `top` to `higher`, each of
+their terms is too large by exp(higher - top): both sums must be multiplied by exp(top - higher) before new
+terms are added. In the first tile that factor is exp(-inf), which is 0, and so are the sums.
+"""
+
+import triton
+import triton.language as tl
+
+from triton_kernels.common import launch
+
+
+@triton.jit
+def average_kernel(scores, values, out, tokens, D: tl.constexpr, BLOCK: tl.constexpr):
+    d = tl.arange(0, D)
+    top, mass = float("-inf"), 0.0
+    total = tl.zeros([D], tl.float32)
+    for t0 in range(0, tokens, BLOCK):
+        t = t0 + tl.arange(0, BLOCK)
+        score = tl.load(scores + t, mask=t < tokens, other=float("-inf"))
+        value = tl.load(values + t[:, None] * D + d[None, :], mask=t[:, None] < tokens, other=0.0)
+        higher = tl.maximum(top, tl.max(score, axis=0))
+        share = tl.exp(score - higher)
+        factor = tl.exp(top - higher)  # brings the sums so far to the new maximum
+        mass = mass * factor + tl.sum(share, axis=0)
+        total = total * factor + tl.sum(share[:, None] * value, axis=0)
+        top = higher
+    tl.store(out + d, total / mass)
+
+
+def average(scores, values, out):
+    tokens, dim = values.shape
+    launch(average_kernel, (1,), scores, values, out, tokens, D=dim, BLOCK=16)
