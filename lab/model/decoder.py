@@ -18,7 +18,7 @@ from lab.model.kv_cache import PagedKVCache
 from lab.model.plans import find_plan
 from lab.model.plans.buffers import StepBuffers
 from lab.model.prefill import prefill
-from lab.model.sampling import GREEDY, Sampling
+from lab.model.sampling import GREEDY, ByRow, Sampling
 from lab.model.weights import Weights
 
 
@@ -67,7 +67,7 @@ class Decoder:
         self.state, self.live = self.buffers.state, self.buffers.live
         self.positions, self.context_lens = self.buffers.positions, self.buffers.context_lens
         self.live_rows: set[int] = set()
-        self.graphs: dict[Sampling, tuple[torch.cuda.CUDAGraph, Counter]] = {}
+        self.graphs: dict[Sampling | ByRow, tuple[torch.cuda.CUDAGraph, Counter]] = {}
 
     def admit(self, row: int, ids: list[int]) -> None:
         """Gives an idle row a sequence: prefills all but its last id, which the next step reads.
@@ -119,12 +119,12 @@ class Decoder:
         self.live_rows.discard(row)
         self.cache.release(row)
 
-    def run_plan(self, sampling: Sampling) -> None:
+    def run_plan(self, sampling: Sampling | ByRow) -> None:
         """Launches the kernels of one step, one by one, for live and idle rows alike."""
         self.plan_step(self.buffers, sampling)
 
     @torch.inference_mode()
-    def step(self, sampling: Sampling = GREEDY) -> torch.Tensor:
+    def step(self, sampling: Sampling | ByRow = GREEDY) -> torch.Tensor:
         """Decodes one token of every live row. Returns self.ids, int32 [batch] on the device, which the next
         step overwrites.
 
@@ -138,7 +138,7 @@ class Decoder:
             raise
         return self.ids
 
-    def _run(self, sampling: Sampling) -> None:
+    def _run(self, sampling: Sampling | ByRow) -> None:
         if self.eager:
             self.run_plan(sampling)
         else:
@@ -149,7 +149,7 @@ class Decoder:
                 self.ops.trace.add(launches)
 
     @torch.inference_mode()
-    def prepare(self, sampling: Sampling = GREEDY) -> None:
+    def prepare(self, sampling: Sampling | ByRow = GREEDY) -> None:
         """On a GPU, runs a step once, so that kernels are compiled, and captures it as a graph. On a CPU it
         does nothing.
 
@@ -158,6 +158,8 @@ class Decoder:
         """
         if self.device.type != "cuda" or sampling in self.graphs:
             return
+        if isinstance(sampling, ByRow) and sampling.adjusts:
+            self.buffers.rows.allocate_penalties()
         trace = self.ops.trace
         before = Counter(trace.counts) if trace is not None else Counter()
         saved = [(t, t.clone()) for t in (self.ids, self.state, self.live)]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lab.errors import LabError, shown, warn
 from lab.files import write_whole
-from lab.numbers import integer
+from lab.numbers import integer, number
 from lab.options import kv_dtype, weight_formats
 from lab.text import columns, for_terminal
 
@@ -62,6 +62,27 @@ def add_arguments(parser) -> None:
     )
     parser.add_argument("--top-k", metavar="K", type=int, default=0, help="0 keeps every token")
     parser.add_argument("--top-p", metavar="P", type=float, default=1.0, help="1 keeps every token")
+    parser.add_argument(
+        "--min-p", metavar="P", type=float, default=0.0, help="of the likeliest token's probability; 0: all"
+    )
+    parser.add_argument(
+        "--repetition-penalty", metavar="R", type=float, default=1.0, help="1 changes nothing"
+    )
+    parser.add_argument("--presence-penalty", metavar="P", type=float, default=0.0)
+    parser.add_argument("--frequency-penalty", metavar="P", type=float, default=0.0)
+    parser.add_argument(
+        "--logit-bias",
+        metavar="ID=NUMBER",
+        action="append",
+        default=[],
+        help="added to the logit of a token; may be repeated",
+    )
+    parser.add_argument(
+        "--logprobs",
+        metavar="N",
+        type=int,
+        help="write log-probabilities to --json: the token's own and those of the N likeliest",
+    )
     parser.add_argument("--seed", metavar="N", type=int, default=0)
     parser.add_argument("--device", help="cuda or cpu (default: cuda where there is a GPU)")
     parser.add_argument("--dtype", help="fp32, fp16 or bf16 (default: fp32 on the CPU, bf16 on a GPU)")
@@ -94,7 +115,6 @@ def main(args) -> int:
     from lab.model.generate import generate
     from lab.model.kv_cache import kv_dtype_of
     from lab.model.plans import find_plan
-    from lab.model.sampling import Sampling
     from lab.model.sources import open_source
     from lab.model.weight_formats import dtype_of, storage_of
     from lab.model.weights import load, planned
@@ -107,7 +127,9 @@ def main(args) -> int:
     storage = storage_of(args.weights_as, args.quantise, args.quantise_head, device)
     dtype_name = dtype_of(args.weights_as, args.dtype) or ("bf16" if device != "cpu" else "fp32")
     dtype = DTYPES[known(dtype_name, tuple(DTYPES), "dtype")]
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    sampling = sampling_of(args)
+    if args.logprobs is not None and args.json is None:
+        raise LabError("--logprobs goes with --json FILE, where they are written")
     if args.max_new_tokens < 1:
         raise LabError(f"--max-new-tokens {args.max_new_tokens}: it must be at least 1")
     if args.json is not None and not Path(args.json).absolute().parent.is_dir():
@@ -220,8 +242,35 @@ def main(args) -> int:
             "decode_ms": result.decode_ms,
             "stopped_by": result.stopped_by,
         }
+        if args.logprobs is not None:
+            record["logprobs"] = [{"logprob": own, "top": top} for own, top in result.logprobs]
         write_whole(args.json, json.dumps(record, indent=1) + "\n")
     return 0
+
+
+def sampling_of(args):
+    """The options of sampling. Raises LabError for numbers out of range."""
+    from lab.model.sampling import Sampling
+
+    biases = []
+    for text in args.logit_bias:
+        token, _, bias = text.partition("=")
+        try:
+            biases.append((integer(token), number(bias)))
+        except ValueError:
+            raise LabError(f"--logit-bias {shown(text)}: write ID=NUMBER, as in 42=-5") from None
+    return Sampling(
+        args.temperature,
+        args.top_k,
+        args.top_p,
+        args.seed,
+        args.min_p,
+        args.repetition_penalty,
+        args.presence_penalty,
+        args.frequency_penalty,
+        tuple(biases),
+        args.logprobs,
+    )
 
 
 def find_tokenizer(source, needed: bool):

@@ -12,6 +12,7 @@ import torch
 from lab.dispatch import Ops
 from lab.model.kv_cache import PagedKVCache
 from lab.model.rope import cos_sin_table
+from lab.model.sampling import RowSampling
 from lab.model.weights import Weights
 from lab.ops.decode_attention import Workspace, choose_splits
 from lab.ops.decode_step import StepModel, StepWorkspace
@@ -99,6 +100,8 @@ class StepBuffers:
         self.logits = buffer(batch, parts["lm_head"].rows, dtype=torch.float32)
         self.argmax_scratch = new_scratch(batch, device)
         self.ids = buffer(batch, dtype=torch.int32)
+        self.block_table = cache.block_table
+        self.rows = RowSampling(batch, parts["lm_head"].rows, device)
         # Rows of one tensor, so that one add advances both; padded, so that each begins at 16 bytes.
         self.state = buffer(2, -(-batch // 4) * 4, dtype=torch.int32)
         # What a step adds to state: 1 for live rows, 0 for idle ones.
