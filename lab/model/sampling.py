@@ -170,6 +170,14 @@ class RowSampling:
             tokens, biases = zip(*s.logit_bias)
             self.bias[row, indices(tokens)] = torch.tensor(biases, dtype=torch.float32, device=self.device)
 
+    def move(self, source: int, to: int) -> None:
+        """A row's sequence goes on in another row."""
+        self.table[to] = self.table[source]
+        if self.penalties is not None:
+            self.penalties[:, to] = self.penalties[:, source]
+            for tensor in (self.in_prompt, self.counts, self.bias):
+                tensor[to] = tensor[source]
+
     def adjust(self, logits: torch.Tensor) -> torch.Tensor:
         """logits float32 [rows, vocab] of the first rows of the batch, after penalties and biases, in a
         tensor of its own. A NaN stays one."""
