@@ -7,7 +7,6 @@ and a CUDA graph captures them with the rest.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -60,8 +59,8 @@ class Sampling:
         if len(set(tokens)) != len(tokens):
             raise LabError("logit_bias names a token twice")
         for token, bias in self.logit_bias:
-            if type(token) is not int or token < 0 or not math.isfinite(bias):
-                raise LabError(f"logit_bias {token}: {bias}: it must be a token's id and a finite number")
+            if type(token) is not int or token < 0 or not abs(bias) <= 1e9:
+                raise LabError(f"logit_bias {token}: {bias}: it must be a token's id and a number up to 1e9")
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
             raise LabError(f"logprobs {self.logprobs}: it must be from 0 to {MAX_LOGPROBS}")
 
