@@ -149,8 +149,12 @@ def test_many_clients_at_once_and_too_many(server):
 
 
 @pytest.mark.parametrize("streams", [True, False])
-def test_a_client_that_goes_away_frees_its_row(server, streams):
+def test_a_client_that_goes_away_frees_its_row(server, streams, monkeypatch):
     port, engine = server
+    assert settled(engine)
+    step, cancel, cancelled = engine.queue.decoder.step, engine.queue.cancel, []
+    monkeypatch.setattr(engine.queue.decoder, "step", lambda *given: (time.sleep(0.02), step(*given)))
+    monkeypatch.setattr(engine.queue, "cancel", lambda task: (cancelled.append(task), cancel(task)))
     body = json.dumps({"prompt": "Hello", "max_tokens": 150, "stream": streams, "logit_bias": {"271": -100}})
     begun = engine.queue.submitted
     for _ in range(3):
@@ -162,7 +166,10 @@ def test_a_client_that_goes_away_frees_its_row(server, streams):
             else:
                 while engine.queue.submitted == begun:
                     time.sleep(0.005)
+                begun += 1
     assert settled(engine) and ask(port)[0] == 200
+    # 150 tokens take 3 seconds here; it is noticed within half a second that nobody waits.
+    assert len(cancelled) == 3 and all(len(task.output_ids) < 100 for task in cancelled)
 
 
 def test_a_failure_of_the_model_is_status_500_and_the_server_lives(server, monkeypatch):

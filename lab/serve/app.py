@@ -150,13 +150,14 @@ class Stream(StreamingResponse):
 
 
 async def next_piece(http: HttpRequest, answer: Answer) -> Piece:
-    """Raises HTTPException where the client has gone away meanwhile."""
+    """Raises HTTPException where the client has gone away meanwhile, which is looked for with every piece."""
     while True:
+        if await http.is_disconnected():
+            raise HTTPException(400, "the client went away")
         try:
             return await asyncio.wait_for(answer.pieces.get(), 0.5)
         except (TimeoutError, asyncio.TimeoutError):
-            if await http.is_disconnected():
-                raise HTTPException(400, "the client went away") from None
+            pass
 
 
 async def events(answer: Answer, first: Piece, usage: bool, form: Form) -> AsyncIterator[str]:
