@@ -142,8 +142,9 @@ class PagedKVCache:
             held = self.held[sequence]
             if missing:
                 new = [self.free.pop() for _ in range(missing)]
+                # A blocking copy would wait for the step that the device works on.
                 row = torch.tensor(new, dtype=torch.int32)
-                self.block_table[sequence, len(held) : len(held) + missing].copy_(row)
+                self.block_table[sequence, len(held) : len(held) + missing].copy_(row, non_blocking=True)
                 held += new
                 for page in new:
                     self.holders[page] = 1

@@ -203,7 +203,7 @@ def triton(logits, positions, temperature=0.0, top_k=0, top_p=1.0, seed=0, min_p
 
 def by_table(logits, positions, table):
     """Draws by the parameters of `table` in the dtype of the logits, without reading it on the host."""
-    temperature, top_p, min_p = table[:, [0, 2, 3]].contiguous().view(torch.float32)[:, :, None].unbind(1)
+    temperature, top_p, min_p = (table[:, i, None].contiguous().view(torch.float32) for i in (0, 2, 3))
     vocab, top_k = logits.shape[1], table[:, 1:2].long()
     scaled = logits / torch.where(temperature > 0, temperature, 1.0)
     ordered = scaled.sort(dim=-1, descending=True).values

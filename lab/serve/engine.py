@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from lab.errors import LabError, one_line
 from lab.model.opening import Opened
 from lab.model.queue import Queue, Task
-from lab.model.sampling import Sampling
+from lab.model.sampling import ByRow, Sampling
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,9 @@ class Engine:
         self.thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
     def prepare(self) -> None:
+        """Captures the steps that most requests need, so that the first ones do not wait for that."""
         self.queue.prepare()
+        self.queue.prepare(ByRow(draws=True))
 
     def __enter__(self) -> Engine:
         self.thread.start()
