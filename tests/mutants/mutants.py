@@ -178,12 +178,7 @@ MUTANTS = [
         SAMPLING,
     ),
     check(
-        CU + "sample.cu",
-        "sample",
-        "likely > lowest ? likely : lowest",
-        "lowest",
-        "min-p left out",
-        SAMPLING,
+        CU + "sample.cu", "sample", "likely > lowest ? likely : lowest", "lowest", "min-p left out", SAMPLING
     ),
     check(
         CU + "sample.cu",
