@@ -94,7 +94,7 @@ PYBIND11_MODULE(LAB_MODULE, m) {
   OP(kv_append, k, v, cache, positions, batch, head_dim, dtype, stream);
   OP(decode_attention, q, cache, context_lens, out, splits, batch, q_heads, head_dim, scale, dtype, stream);
   OP(silu_mul, gate_up, y, rows, cols, dtype, stream);
-  OP(sample, logits, positions, out, rows, vocab, temperature, top_k, top_p, seed, stream);
+  OP(sample, logits, positions, out, table, rows, vocab, temperature, top_k, top_p, min_p, seed, stream);
   OP(norm_linear, x, norm_w, w, bias, y, normed, rows, n, k, eps, dtype, out_dtype, stream);
   OP(norm_linear_silu_mul, x, norm_w, w, y, normed, rows, n, k, eps, dtype, stream);
   OP(linear_add, x, w, bias, residual, rows, n, k, dtype, stream);

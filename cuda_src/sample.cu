@@ -1,4 +1,4 @@
-// sample: the next token of each row: the argmax, or a seeded draw after temperature, top-k and top-p
+// sample: the next token of each row: the argmax, or a seeded draw after temperature, top-k, top-p and min-p
 //
 //   logits [rows, vocab] float32   positions [rows] int32   out [rows] int32
 //   mapping   one block per row; thread i takes vectors i, i + threads, ... of it
@@ -7,8 +7,8 @@
 //   contract  lab/ops/sample.py          twin  triton_kernels/sample.py
 //
 // Draw: l = logit / temperature. Top-k keeps l >= the k-th largest. Of those, top-p keeps l >= t, with the
-// largest t for which the kept mass is at least top_p of their mass. The token is the argmax over the kept of
-// l + g, where g = -log(-log(u)) (the Gumbel-max trick).
+// largest t for which the kept mass is at least top_p of their mass. Of those, min-p keeps l >= max(l) +
+// log(min_p). The token is the argmax over the kept of l + g, where g = -log(-log(u)) (the Gumbel-max trick).
 // Noise: Philox4x32-10 (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011).
 //
 // Thresholds are found digit by digit on integers that order as the floats do, and sums are integers: this is
@@ -21,7 +21,8 @@
 using namespace lab;
 
 constexpr int kThreads = kHost ? 128 : 512;
-constexpr int kDigits = 256;  // a key is four digits of 8 bits
+constexpr int kTableColumns = 6;  // of a row's own parameters: see lab/ops/sample.py
+constexpr int kDigits = 256;      // a key is four digits of 8 bits
 // Of each counter: the lanes of a warp seldom add to the same one.
 constexpr int kCopies = 8;
 
@@ -135,8 +136,8 @@ LAB_DEVICE float gumbel(uint32_t r) {
 
 template <int N>
 __global__ void __launch_bounds__(kThreads, 1)
-    sample_kernel(const float* logits, const int* positions, int* out, int vocab, float temperature,
-                  int top_k, float top_p, uint64_t seed) {
+    sample_kernel(const float* logits, const int* positions, int* out, const int* table, int vocab,
+                  float temperature, int top_k, float top_p, float min_p, uint64_t seed) {
   // 1. Locate: block r owns row r. pass(f) calls f with each token of this thread and its scaled logit
   // l.
   auto& s = smem<SampleSmem>();
@@ -150,6 +151,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   };
   pdl_wait();
+  if (table != nullptr) {
+    const int* own = table + size_t(row) * kTableColumns;
+    temperature = bit_cast<float>(own[0]);
+    top_k = own[1];
+    top_p = bit_cast<float>(own[2]);
+    min_p = bit_cast<float>(own[3]);
+    seed = uint64_t(uint32_t(own[5])) << 32 | uint32_t(own[4]);
+  }
 
   // 2. Greedy: the largest value, of equals the one with the lowest index. NaN counts as the largest and
   // gives no token.
@@ -193,12 +202,18 @@ __global__ void __launch_bounds__(kThreads, 1)
         });
   }
 
-  // 5. Draw: the argmax of l + Gumbel noise over the kept tokens is distributed as their softmax.
+  // 5. Min-p threshold: tokens at least min_p as likely as the likeliest stay.
+  if (min_p > 0.f) {
+    const uint32_t likely = order_key(key_value(top) + logf(min_p));
+    lowest = likely > lowest ? likely : lowest;
+  }
+
+  // 6. Draw: the argmax of l + Gumbel noise over the kept tokens is distributed as their softmax.
   best = 0;
-  const uint32_t position = uint32_t(positions[row]);
+  const uint32_t position = uint32_t(positions[row]), counter = table != nullptr ? 0 : row;
   pass([&](int token, float l) {
     if (order_key(l) < lowest) return;
-    const uint64_t mine = candidate(l + gumbel(philox(seed, token, position, row, 0)), token);
+    const uint64_t mine = candidate(l + gumbel(philox(seed, token, position, counter, 0)), token);
     best = mine > best ? mine : best;
   });
   best = block_largest(best, s);
@@ -211,7 +226,8 @@ void sample(const SampleArgs& a) {
       [&](auto width) {
         launch({dim3(a.rows), dim3(kThreads), sizeof(SampleSmem), a.stream, true}, "sample_kernel",
                sample_kernel<decltype(width)::value>, as<const float>(a.logits), as<const int>(a.positions),
-               as<int>(a.out), a.vocab, a.temperature, a.top_k, a.top_p, a.seed);
+               as<int>(a.out), as<const int>(a.table), a.vocab, a.temperature, a.top_k, a.top_p, a.min_p,
+               a.seed);
       },
       a.vocab);
 }

@@ -26,6 +26,8 @@ VERBS = {  # verb: (module, what it does)
     "ops": ("lab.ops.table", "the table of ops, and the weight formats"),
     "check": ("lab.check", "every op of a backend against its reference, at awkward sizes"),
     "run": ("lab.model.run", "answer a prompt with a model, under the backend of your choice"),
+    "chat": ("lab.model.chat", "talk with a model in this terminal"),
+    "serve": ("lab.serve.command", "answer programs over HTTP, as OpenAI's interface has it"),
     "bench": ("lab.harness.bench", "measure ops, models or a token's ledger into records"),
     "ledger": ("lab.harness.ledger_verb", "one token, kernel by kernel"),
     "compare": ("lab.records.compare", "did rows of run B get slower than those of run A?"),

@@ -93,6 +93,71 @@ def kv_dtype(parser):
     )
 
 
+def model_arguments(parser):
+    """Which model runs, and under what; for verbs that decode."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        default="smollm2-135m",
+        help="a preset, a GGUF file or a Hugging Face folder (default: smollm2-135m)",
+    )
+    parser.add_argument("--backend", metavar="NAME", help="cuda, triton or torch (default: LAB_BACKEND)")
+    parser.add_argument(
+        "--override",
+        metavar="OP=BACKEND",
+        action="append",
+        default=[],
+        help="another backend for one op; may be repeated",
+    )
+    parser.add_argument(
+        "--plan",
+        default="basic",
+        help="basic: one kernel for each op; fused: five for each layer; persistent: one for the whole step",
+    )
+    parser.add_argument("--device", help="cuda or cpu (default: cuda where there is a GPU)")
+    parser.add_argument("--dtype", help="fp32, fp16 or bf16 (default: fp32 on the CPU, bf16 on a GPU)")
+    parser.add_argument(
+        "--weights", metavar="SOURCE", default="auto", help="auto: those of the model; random: only its shape"
+    )
+    weight_formats(parser)
+    kv_dtype(parser)
+    parser.add_argument(
+        "--max-context", metavar="N", type=int, help="size of the KV cache in tokens (default: as needed)"
+    )
+    parser.add_argument(
+        "--page-size", metavar="N", type=int, default=16, help="tokens of a KV-cache page, 16 to 256"
+    )
+    parser.add_argument(
+        "--eager", action="store_true", help="on a GPU, launch op by op instead of a CUDA graph"
+    )
+
+
+def sampling_arguments(parser):
+    """How tokens are chosen (lab/model/sampling.py)."""
+    parser.add_argument(
+        "--temperature", metavar="T", type=float, default=0.0, help="0 is greedy (the default)"
+    )
+    parser.add_argument("--top-k", metavar="K", type=int, default=0, help="0 keeps every token")
+    parser.add_argument("--top-p", metavar="P", type=float, default=1.0, help="1 keeps every token")
+    parser.add_argument(
+        "--min-p", metavar="P", type=float, default=0.0, help="of the likeliest token's probability; 0: all"
+    )
+    parser.add_argument(
+        "--repetition-penalty", metavar="R", type=float, default=1.0, help="1 changes nothing"
+    )
+    parser.add_argument("--presence-penalty", metavar="P", type=float, default=0.0)
+    parser.add_argument("--frequency-penalty", metavar="P", type=float, default=0.0)
+    parser.add_argument(
+        "--logit-bias",
+        metavar="ID=NUMBER",
+        action="append",
+        default=[],
+        help="added to the logit of a token; may be repeated",
+    )
+    parser.add_argument("--seed", metavar="N", type=int, default=0)
+
+
 def bench(parser):
     parser.add_argument(
         "what",

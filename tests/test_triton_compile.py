@@ -161,7 +161,11 @@ SM_80 = {
 }
 # And in float32: the kernels that multiply matrices, for these could use tensor cores; of the others one.
 FLOAT32 = {name for name in LAUNCHES if name.startswith(("linear", "attention"))} | {"rmsnorm"}
-SAMPLING = {"greedy": (0.0, 0, 1.0), "drawn": (0.8, 50, 0.9)}
+SAMPLING = {  # temperature, top_k, top_p, seed, min_p, whether each row has its own
+    "greedy": (0.0, 0, 1.0, 7, 0.0, False),
+    "drawn": (0.8, 50, 0.9, 7, 0.05, False),
+    "by row": (0.0, 0, 1.0, 0, 0.0, True),
+}
 
 
 def compiled(architecture, run):
@@ -209,7 +213,11 @@ def test_sampling_compiles(architecture, name):
     code = compiled(
         architecture,
         lambda: sample(
-            empty(4, 128256, dtype=F32), empty(4, dtype=I32), *SAMPLING[name], 7, empty(4, dtype=I32)
+            empty(4, 128256, dtype=F32),
+            empty(4, dtype=I32),
+            *SAMPLING[name][:-1],
+            empty(4, 6, dtype=I32) if SAMPLING[name][-1] else None,
+            empty(4, dtype=I32),
         ),
     )
     assert re.search(r"\bLDG\S*\.128", code)

@@ -62,7 +62,7 @@ def timed_step(decoder, mode):
     if mode == "eager":
         return timing.EagerTimed([step], restore)
     decoder.prepare()
-    return timing.GraphTimed([step], restore, graph=decoder.graphs[GREEDY][0])
+    return timing.GraphTimed([step], restore, graph=decoder.graphs[GREEDY, decoder.batch][0])
 
 
 class Weights:

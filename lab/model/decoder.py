@@ -18,7 +18,7 @@ from lab.model.kv_cache import PagedKVCache
 from lab.model.plans import find_plan
 from lab.model.plans.buffers import StepBuffers
 from lab.model.prefill import prefill
-from lab.model.sampling import GREEDY, Sampling
+from lab.model.sampling import GREEDY, ByRow, Sampling
 from lab.model.weights import Weights
 
 
@@ -67,19 +67,29 @@ class Decoder:
         self.state, self.live = self.buffers.state, self.buffers.live
         self.positions, self.context_lens = self.buffers.positions, self.buffers.context_lens
         self.live_rows: set[int] = set()
-        self.graphs: dict[Sampling, tuple[torch.cuda.CUDAGraph, Counter]] = {}
+        self.steps = {batch: self.buffers}  # of the first so many rows
+        # by what is sampled, and of how many rows
+        self.graphs: dict[tuple[Sampling | ByRow, int], tuple[torch.cuda.CUDAGraph | None, Counter]] = {}
 
-    def admit(self, row: int, ids: list[int]) -> None:
+    def admit(self, row: int, ids: list[int], share: bool = False) -> None:
         """Gives an idle row a sequence: prefills all but its last id, which the next step reads.
+
+        share: take the full pages of a beginning that live sequences have in common with it, and let later
+        ones take its own.
 
         Raises LabError for an empty prompt, an id outside the vocabulary, a row in use and a full cache.
         """
         self.check(ids)
         if row in self.live_rows:
             raise LabError(f"row {row} of the batch already holds a sequence")
-        if len(ids) > 1:
+        before = ids[:-1]
+        if before:
             try:
-                prefill(self.weights, self.cache, self.buffers.cos_sin, row, ids[:-1])
+                known = self.cache.share(row, before) if share else 0
+                if before[known:]:
+                    prefill(self.weights, self.cache, self.buffers.cos_sin, row, before[known:])
+                if share:
+                    self.cache.offer(row, before)
             except BaseException:
                 self.cache.release(row)  # the row stays idle and empty
                 raise
@@ -119,45 +129,63 @@ class Decoder:
         self.live_rows.discard(row)
         self.cache.release(row)
 
-    def run_plan(self, sampling: Sampling) -> None:
-        """Launches the kernels of one step, one by one, for live and idle rows alike."""
-        self.plan_step(self.buffers, sampling)
+    def move(self, source: int, to: int) -> None:
+        """A live row's sequence goes on in an idle row."""
+        for tensor in (self.ids, self.positions, self.context_lens):
+            tensor[to] = tensor[source]
+        self.cache.move(source, to)
+        self.buffers.rows.move(source, to)
+        self.live[:, to] = 1
+        self.live_rows.add(to)
+        self.finish(source)
+
+    def run_plan(self, sampling: Sampling | ByRow, rows: int | None = None) -> None:
+        """Launches the kernels of one step, one by one, for live and idle rows alike; rows: for the first
+        ones only."""
+        rows = self.batch if rows is None else rows
+        if rows not in self.steps:
+            self.steps[rows] = self.buffers.narrowed(rows)
+        self.plan_step(self.steps[rows], sampling)
 
     @torch.inference_mode()
-    def step(self, sampling: Sampling = GREEDY) -> torch.Tensor:
-        """Decodes one token of every live row. Returns self.ids, int32 [batch] on the device, which the next
-        step overwrites.
+    def step(self, sampling: Sampling | ByRow = GREEDY, rows: int | None = None) -> torch.Tensor:
+        """Decodes one token of every live row, all of which are among the first `rows`. Returns self.ids,
+        int32 [batch] on the device, which the next step overwrites.
 
         A row whose logits hold NaN gets -1. Raises LabError for a full cache, before anything is launched.
         """
         self.cache.extend_all(self.live_rows, 1)
         try:
-            self._run(sampling)
+            self._run(sampling, self.batch if rows is None else rows)
         except BaseException:  # no row has moved on the device, so none has on the host
             self.cache.shorten(self.live_rows, 1)
             raise
         return self.ids
 
-    def _run(self, sampling: Sampling) -> None:
+    def _run(self, sampling: Sampling | ByRow, rows: int) -> None:
+        if isinstance(sampling, ByRow) and sampling.adjusts:
+            self.buffers.rows.allocate_penalties()
         if self.eager:
-            self.run_plan(sampling)
+            self.run_plan(sampling, rows)
         else:
-            self.prepare(sampling)
-            graph, launches = self.graphs[sampling]
+            self.prepare(sampling, rows)
+            graph, launches = self.graphs[sampling, rows]
             graph.replay()
             if self.ops.trace is not None:
                 self.ops.trace.add(launches)
 
     @torch.inference_mode()
-    def prepare(self, sampling: Sampling = GREEDY) -> None:
+    def prepare(self, sampling: Sampling | ByRow = GREEDY, rows: int | None = None) -> None:
         """On a GPU, runs a step once, so that kernels are compiled, and captures it as a graph. On a CPU it
-        does nothing.
+        does nothing. rows: a step of the first so many rows.
 
         In both runs all rows are idle, so that the cache and the positions stay as they are; the trace leaves
         them out.
         """
-        if self.device.type != "cuda" or sampling in self.graphs:
+        if self.device.type != "cuda" or (sampling, rows or self.batch) in self.graphs:
             return
+        if isinstance(sampling, ByRow) and sampling.adjusts:
+            self.buffers.rows.allocate_penalties()
         trace = self.ops.trace
         before = Counter(trace.counts) if trace is not None else Counter()
         saved = [(t, t.clone()) for t in (self.ids, self.state, self.live)]
@@ -165,14 +193,15 @@ class Decoder:
         stream = torch.cuda.Stream(self.device)  # capture needs a CUDA stream other than the default one
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
-            self.run_plan(sampling)
+            self.run_plan(sampling, rows)
         torch.cuda.current_stream(self.device).wait_stream(stream)
         graph, warm = None, Counter(trace.counts) if trace is not None else Counter()
         if not self.eager:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                self.run_plan(sampling)
-        self.graphs[sampling] = graph, (Counter(trace.counts) - warm if trace is not None else Counter())
+                self.run_plan(sampling, rows)
+        launches = Counter(trace.counts) - warm if trace is not None else Counter()
+        self.graphs[sampling, rows or self.batch] = graph, launches
         for tensor, value in saved:
             tensor.copy_(value)
         if trace is not None:

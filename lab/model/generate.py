@@ -10,7 +10,7 @@ import torch
 
 from lab.errors import LabError
 from lab.model.decoder import Decoder
-from lab.model.sampling import GREEDY, Sampling
+from lab.model.sampling import GREEDY, ByRow, Sampling, for_rows
 
 
 @dataclass
@@ -23,6 +23,8 @@ class Generation:
     text: str | None = None  # None without a tokenizer
     prefill_ms: float = 0.0  # the prompt but for its last token
     decode_ms: list[float] = field(default_factory=list)  # one per output id; a batch shares each step's time
+    # of Sampling.logprobs: for each output id its own log-probability and those of the likeliest tokens
+    logprobs: list[tuple[float, dict[int, float]]] = field(default_factory=list)
     stopped_by: str = "length"  # "stop" (an end token) or "length" (max_new_tokens, or the model's context)
     kernels: list[dict] = field(default_factory=list)  # rows of the trace: op, backend, kernel, calls
 
@@ -91,6 +93,11 @@ def generate_batch(
         if streams[row]:
             emit(row, streams[row].finish())
 
+    by_row = None if sampling.shared else for_rows(sampling, len(results))
+    if by_row:
+        for row, (own, result) in enumerate(zip(by_row, results)):
+            decoder.buffers.rows.set(row, own, result.prompt_ids)
+        sampling = ByRow.of(by_row)
     decoder.prepare(sampling)
     try:
         for row, result in enumerate(results):
@@ -110,6 +117,8 @@ def generate_batch(
                     )
                 result.output_ids.append(token)
                 result.decode_ms.append(elapsed)
+                if by_row and by_row[row].logprobs is not None:
+                    result.logprobs.append(decoder.buffers.rows.reported(row, by_row[row].logprobs))
                 if on_token:
                     on_token(row, token)
                 if streams[row]:

@@ -2,9 +2,10 @@
 
 Token t of sequence b in layer l lies in page block_table[b, t // page_size], row t % page_size:
     k[l][page, kv_head, row, :]
-A page holds `page_size` tokens of one sequence in every layer. The page numbers are decided on the host; the
-kernels read them from the block table on the device, so that a captured CUDA graph keeps working while
-sequences grow. A quantised cache holds codes, and scales beside them (lab/formats/kv.py).
+A page holds `page_size` tokens of one sequence in every layer, or of several that begin alike (`share`). The
+page numbers are decided on the host; the kernels read them from the block table on the device, so that a
+captured CUDA graph keeps working while sequences grow. A quantised cache holds codes, and scales beside them
+(lab/formats/kv.py).
 """
 
 from __future__ import annotations
@@ -104,6 +105,11 @@ class PagedKVCache:
             random.Random(0).shuffle(self.free)
         self.held: list[list[int]] = [[] for _ in range(sequences)]  # page numbers of each sequence, in order
         self.lengths = [0] * sequences  # tokens of each sequence, on the host
+        self.holders = [0] * self.pages  # how many sequences hold each page
+        # Full pages of prompts that others may share. A page is known by its tokens and the page before it,
+        # which its holders hold too, so that it is not reused for others as long as the entry stands.
+        self.prefixes: dict[tuple[int, tuple[int, ...]], int] = {}
+        self.prefix_of: dict[int, tuple[int, tuple[int, ...]]] = {}  # the same by the page
 
     def extend(self, sequence: int, tokens: int) -> None:
         """Gives a sequence the pages for `tokens` more tokens. Raises LabError, changing nothing, where there
@@ -136,9 +142,12 @@ class PagedKVCache:
             held = self.held[sequence]
             if missing:
                 new = [self.free.pop() for _ in range(missing)]
+                # A blocking copy would wait for the step that the device works on.
                 row = torch.tensor(new, dtype=torch.int32)
-                self.block_table[sequence, len(held) : len(held) + missing].copy_(row)
+                self.block_table[sequence, len(held) : len(held) + missing].copy_(row, non_blocking=True)
                 held += new
+                for page in new:
+                    self.holders[page] = 1
             self.lengths[sequence] = length
 
     def missing(self, sequence: int, tokens: int) -> int:
@@ -152,9 +161,48 @@ class PagedKVCache:
             self.lengths[sequence] -= tokens
 
     def release(self, sequence: int) -> None:
-        """Gives a sequence's pages back."""
-        self.free += reversed(self.held[sequence])
+        """Gives a sequence's pages back; those that others share stay theirs."""
+        for page in reversed(self.held[sequence]):
+            self.holders[page] -= 1
+            if self.holders[page] == 0:
+                self.free.append(page)
+                if page in self.prefix_of:
+                    del self.prefixes[self.prefix_of.pop(page)]
         self.held[sequence], self.lengths[sequence] = [], 0
+
+    def shared_pages(self, ids: list[int]) -> list[int]:
+        """The pages that hold the longest beginning of `ids`, in whole pages, that offer() has made known."""
+        found: list[int] = []
+        for start in range(0, len(ids) - self.page_size + 1, self.page_size):
+            key = (found[-1] if found else -1, tuple(ids[start : start + self.page_size]))
+            if key not in self.prefixes:
+                break
+            found.append(self.prefixes[key])
+        return found
+
+    def share(self, sequence: int, ids: list[int]) -> int:
+        """Begins an empty sequence with the pages that hold a beginning of `ids`; returns how many tokens
+        they hold."""
+        pages = self.shared_pages(ids)
+        for page in pages:
+            self.holders[page] += 1
+        self.block_table[sequence, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
+        self.held[sequence], self.lengths[sequence] = pages, len(pages) * self.page_size
+        return self.lengths[sequence]
+
+    def offer(self, sequence: int, ids: list[int]) -> None:
+        """Lets later sequences share the full pages of `ids`, with which this sequence begins."""
+        for index in range(len(ids) // self.page_size):
+            page, before = self.held[sequence][index], self.held[sequence][index - 1] if index else -1
+            key = before, tuple(ids[index * self.page_size : (index + 1) * self.page_size])
+            if key not in self.prefixes:
+                self.prefixes[key], self.prefix_of[page] = page, key
+
+    def move(self, source: int, to: int) -> None:
+        """An empty sequence takes the place of another one, which is empty then."""
+        self.block_table[to] = self.block_table[source]
+        self.held[to], self.held[source] = self.held[source], []
+        self.lengths[to], self.lengths[source] = self.lengths[source], 0
 
     def utilisation(self) -> dict[str, float]:
         """Shares from 0 to 1: pages_used and tokens_used of the whole pool, and fill, tokens of what the used

@@ -10,39 +10,20 @@ from pathlib import Path
 
 from lab.errors import LabError, shown, warn
 from lab.files import write_whole
-from lab.numbers import integer
-from lab.options import kv_dtype, weight_formats
+from lab.numbers import integer, number
+from lab.options import model_arguments, sampling_arguments
 from lab.text import columns, for_terminal
 
 MAX_PROMPT = 1 << 24  # bytes of standard input; more than any model's context holds
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        nargs="?",
-        default="smollm2-135m",
-        help="a preset, a GGUF file or a Hugging Face folder (default: smollm2-135m)",
-    )
-    parser.add_argument("--backend", metavar="NAME", help="cuda, triton or torch (default: LAB_BACKEND)")
-    parser.add_argument(
-        "--override",
-        metavar="OP=BACKEND",
-        action="append",
-        default=[],
-        help="another backend for one op; may be repeated",
-    )
+    model_arguments(parser)
     parser.add_argument(
         "--dispatch",
         metavar="FILE",
         help="a backend for each op by batch and context, as "
         "`lab bench crossover --export` writes it; --override goes first",
-    )
-    parser.add_argument(
-        "--plan",
-        default="basic",
-        help="basic: one kernel for each op; fused: five for each layer; persistent: one for the whole step",
     )
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument(
@@ -52,32 +33,30 @@ def add_arguments(parser) -> None:
         "one; - reads it from standard input, up to a line break at its end",
     )
     prompt.add_argument("--ids", metavar="1,2,3", help="token ids instead of text")
+    prompt.add_argument(
+        "--batch-file",
+        metavar="FILE",
+        help='many prompts, a JSON object a line, as in {"prompt": "Hello", "temperature": 0.5}; the answers '
+        "are JSON lines in the same order",
+    )
+    parser.add_argument(
+        "--batch",
+        metavar="N",
+        type=int,
+        default=8,
+        help="with --batch-file: sequences that are decoded together (default 8)",
+    )
     parser.add_argument(
         "--raw", action="store_true", help="feed --prompt as it is, without the chat template"
     )
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=64)
     parser.add_argument("--ignore-eos", action="store_true", help="do not stop at the end-of-text token")
+    sampling_arguments(parser)
     parser.add_argument(
-        "--temperature", metavar="T", type=float, default=0.0, help="0 is greedy (the default)"
-    )
-    parser.add_argument("--top-k", metavar="K", type=int, default=0, help="0 keeps every token")
-    parser.add_argument("--top-p", metavar="P", type=float, default=1.0, help="1 keeps every token")
-    parser.add_argument("--seed", metavar="N", type=int, default=0)
-    parser.add_argument("--device", help="cuda or cpu (default: cuda where there is a GPU)")
-    parser.add_argument("--dtype", help="fp32, fp16 or bf16 (default: fp32 on the CPU, bf16 on a GPU)")
-    parser.add_argument(
-        "--weights", metavar="SOURCE", default="auto", help="auto: those of the model; random: only its shape"
-    )
-    weight_formats(parser)
-    kv_dtype(parser)
-    parser.add_argument(
-        "--max-context", metavar="N", type=int, help="size of the KV cache in tokens (default: as needed)"
-    )
-    parser.add_argument(
-        "--page-size", metavar="N", type=int, default=16, help="tokens of a KV-cache page, 16 to 256"
-    )
-    parser.add_argument(
-        "--eager", action="store_true", help="on a GPU, launch op by op instead of a CUDA graph"
+        "--logprobs",
+        metavar="N",
+        type=int,
+        help="with --json or --batch-file: log-probabilities, the token's own and those of the N likeliest",
     )
     parser.add_argument("--no-stream", action="store_true", help="print the text at the end only")
     parser.add_argument("--trace", action="store_true", help="list the kernels that ran, on standard error")
@@ -94,7 +73,6 @@ def main(args) -> int:
     from lab.model.generate import generate
     from lab.model.kv_cache import kv_dtype_of
     from lab.model.plans import find_plan
-    from lab.model.sampling import Sampling
     from lab.model.sources import open_source
     from lab.model.weight_formats import dtype_of, storage_of
     from lab.model.weights import load, planned
@@ -107,7 +85,18 @@ def main(args) -> int:
     storage = storage_of(args.weights_as, args.quantise, args.quantise_head, device)
     dtype_name = dtype_of(args.weights_as, args.dtype) or ("bf16" if device != "cpu" else "fp32")
     dtype = DTYPES[known(dtype_name, tuple(DTYPES), "dtype")]
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    sampling = sampling_of(args)
+    if args.batch_file is not None:
+        from lab.model.batch_file import run_batch
+
+        for option in ("dispatch", "json", "trace", "no_stream"):
+            if getattr(args, option):
+                raise LabError(f"--{option.replace('_', '-')} does not go with --batch-file")
+        if args.max_new_tokens < 1:
+            raise LabError(f"--max-new-tokens {args.max_new_tokens}: it must be at least 1")
+        return run_batch(args, sampling)
+    if args.logprobs is not None and args.json is None:
+        raise LabError("--logprobs goes with --json FILE or --batch-file, where they are written")
     if args.max_new_tokens < 1:
         raise LabError(f"--max-new-tokens {args.max_new_tokens}: it must be at least 1")
     if args.json is not None and not Path(args.json).absolute().parent.is_dir():
@@ -221,8 +210,35 @@ def main(args) -> int:
             "decode_ms": result.decode_ms,
             "stopped_by": result.stopped_by,
         }
+        if args.logprobs is not None:
+            record["logprobs"] = [{"logprob": own, "top": top} for own, top in result.logprobs]
         write_whole(args.json, json.dumps(record, indent=1) + "\n")
     return 0
+
+
+def sampling_of(args):
+    """The options of sampling. Raises LabError for numbers out of range."""
+    from lab.model.sampling import Sampling
+
+    biases = []
+    for text in args.logit_bias:
+        token, _, bias = text.partition("=")
+        try:
+            biases.append((integer(token), number(bias)))
+        except ValueError:
+            raise LabError(f"--logit-bias {shown(text)}: write ID=NUMBER, as in 42=-5") from None
+    return Sampling(
+        args.temperature,
+        args.top_k,
+        args.top_p,
+        args.seed,
+        args.min_p,
+        args.repetition_penalty,
+        args.presence_penalty,
+        args.frequency_penalty,
+        tuple(biases),
+        args.logprobs,
+    )
 
 
 def find_tokenizer(source, needed: bool):

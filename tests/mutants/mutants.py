@@ -188,9 +188,20 @@ MUTANTS = [
     check(
         CU + "sample.cu",
         "sample",
-        "philox(seed, token, position, row, 0)",
+        "philox(seed, token, position, counter, 0)",
         "philox(seed, token, position, 0, 0)",
         "rows share their noise",
+        SAMPLING,
+    ),
+    check(
+        CU + "sample.cu", "sample", "likely > lowest ? likely : lowest", "lowest", "min-p left out", SAMPLING
+    ),
+    check(
+        CU + "sample.cu",
+        "sample",
+        "uint64_t(uint32_t(own[5])) << 32",
+        "uint64_t(0)",
+        "the high half of a row's seed left out",
         SAMPLING,
     ),
     check(

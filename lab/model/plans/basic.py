@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from lab.model.plans.buffers import StepBuffers
-from lab.model.sampling import Sampling
+from lab.model.sampling import ByRow, Sampling, choose
 
 
-def basic_step(b: StepBuffers, sampling: Sampling) -> None:
+def basic_step(b: StepBuffers, sampling: Sampling | ByRow) -> None:
     """Reads b.ids and b.positions, leaves b.logits and the sampled token in b.ids."""
     ops, eps = b.ops, b.config.rms_eps
     h = ops.embedding(b.ids, b.weights.embed, b.h.dtype, out=b.h)  # the residual stream [batch, hidden]
@@ -20,12 +20,12 @@ def basic_step(b: StepBuffers, sampling: Sampling) -> None:
             ops.rmsnorm(qkv.q, layer.q_norm, eps, out=qkv.q)
             ops.rmsnorm(qkv.k, layer.k_norm, eps, out=qkv.k)
         ops.rope(qkv.q, qkv.k, b.positions, b.cos_sin)
-        ops.kv_append(qkv.k, qkv.v, k_cache, v_cache, b.cache.block_table, b.positions, *scales)
+        ops.kv_append(qkv.k, qkv.v, k_cache, v_cache, b.block_table, b.positions, *scales)
         ops.decode_attention(
             qkv.q,
             k_cache,
             v_cache,
-            b.cache.block_table,
+            b.block_table,
             b.context_lens,
             b.scale,
             b.splits,
@@ -40,7 +40,5 @@ def basic_step(b: StepBuffers, sampling: Sampling) -> None:
         ops.linear(b.act, layer.w_down, out=x)
         ops.rmsnorm(x, next_norm, eps, residual=h, out=x)
     ops.linear(x, b.weights.lm_head, out_dtype=torch.float32, out=b.logits)
-    ops.sample(
-        b.logits, b.positions, sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed, out=b.ids
-    )
+    choose(b, sampling)
     b.state.add_(b.live)  # positions and context_lens of live rows

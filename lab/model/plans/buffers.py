@@ -5,6 +5,7 @@ Their addresses never change, so that a step can be captured as a CUDA graph and
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +13,16 @@ import torch
 from lab.dispatch import Ops
 from lab.model.kv_cache import PagedKVCache
 from lab.model.rope import cos_sin_table
+from lab.model.sampling import RowSampling
 from lab.model.weights import Weights
 from lab.ops.decode_attention import Workspace, choose_splits
 from lab.ops.decode_step import StepModel, StepWorkspace
 from lab.ops.norm_linear_argmax import new_scratch
+
+NARROWED = (  # tensors with a row for each sequence; of `state` and `live` a step always advances all
+    *("h", "x", "attention", "attention_rows", "gate_up", "act", "logits"),
+    *("ids", "block_table", "positions", "context_lens"),
+)
 
 
 @dataclass
@@ -30,6 +37,10 @@ class Projections:
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
+
+    def narrowed(self, rows: int) -> Projections:
+        products = [(w, bias, out[:rows]) for w, bias, out in self.products]
+        return Projections(products, self.q[:rows], self.k[:rows], self.v[:rows])
 
 
 class StepBuffers:
@@ -62,13 +73,8 @@ class StepBuffers:
             config.head_dim, config.rope_theta, config.rope_scaling, cache.max_context, device
         )
         self.scale = config.head_dim**-0.5
-        multiprocessors = (
-            torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-        )
-        self.splits = splits or choose_splits(batch, config.kv_heads, cache.max_context, multiprocessors)
-        self.workspace = Workspace.empty(
-            batch, config.q_heads, config.kv_heads, config.head_dim, self.splits, device
-        )
+        self.device, self.asked_splits = device, splits
+        self._make_scratch(batch)
 
         def buffer(*shape, dtype=dtype):
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -97,8 +103,9 @@ class StepBuffers:
         self.gate_up = buffer(batch, parts["w_gate_up"].rows)
         self.act = buffer(batch, parts["w_down"].columns)
         self.logits = buffer(batch, parts["lm_head"].rows, dtype=torch.float32)
-        self.argmax_scratch = new_scratch(batch, device)
         self.ids = buffer(batch, dtype=torch.int32)
+        self.block_table = cache.block_table
+        self.rows = RowSampling(batch, parts["lm_head"].rows, device)
         # Rows of one tensor, so that one add advances both; padded, so that each begins at 16 bytes.
         self.state = buffer(2, -(-batch // 4) * 4, dtype=torch.int32)
         # What a step adds to state: 1 for live rows, 0 for idle ones.
@@ -118,3 +125,27 @@ class StepBuffers:
                 self.weights, self.cos_sin, config.q_heads, config.kv_heads, config.head_dim, config.rms_eps
             )
             self.step_workspace = StepWorkspace.of(self.step_model)
+
+    def _make_scratch(self, batch: int) -> None:
+        """What depends on the number of rows and is no row of anything."""
+        config, device = self.config, self.device
+        multiprocessors = (
+            torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+        )
+        self.splits = self.asked_splits or choose_splits(
+            batch, config.kv_heads, self.cache.max_context, multiprocessors
+        )
+        self.workspace = Workspace.empty(
+            batch, config.q_heads, config.kv_heads, config.head_dim, self.splits, device
+        )
+        self.argmax_scratch = new_scratch(batch, device)
+
+    def narrowed(self, rows: int) -> StepBuffers:
+        """The buffers of a step of the first `rows` rows alone. They are the same memory, with the same state
+        of sequences; only scratch memory is its own."""
+        small = copy.copy(self)
+        small._make_scratch(rows)
+        for name in NARROWED:
+            setattr(small, name, getattr(self, name)[:rows])
+        small.blocks = [(layer, qkv.narrowed(rows), *rest) for layer, qkv, *rest in self.blocks]
+        return small

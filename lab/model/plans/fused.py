@@ -6,10 +6,10 @@ from __future__ import annotations
 import torch
 
 from lab.model.plans.buffers import StepBuffers
-from lab.model.sampling import Sampling
+from lab.model.sampling import ByRow, Sampling, after_choice, choose
 
 
-def fused_step(b: StepBuffers, sampling: Sampling) -> None:
+def fused_step(b: StepBuffers, sampling: Sampling | ByRow) -> None:
     """Reads b.ids and b.positions, leaves b.logits and the sampled token in b.ids."""
     ops, eps = b.ops, b.config.rms_eps
     h = ops.embedding(b.ids, b.weights.embed, b.h.dtype, out=b.h)  # the residual stream [batch, hidden]
@@ -27,7 +27,7 @@ def fused_step(b: StepBuffers, sampling: Sampling) -> None:
             b.cos_sin,
             k_cache,
             v_cache,
-            b.cache.block_table,
+            b.block_table,
             b.scale,
             b.splits,
             b.workspace,
@@ -38,17 +38,10 @@ def fused_step(b: StepBuffers, sampling: Sampling) -> None:
         ops.norm_linear_silu_mul(h, layer.mlp_norm, eps, layer.w_gate_up, out=b.act)
         ops.linear_add(b.act, layer.w_down, h)
     head = (h, b.weights.final_norm, eps, b.weights.lm_head)
-    if sampling.temperature == 0:
+    if sampling.greedy:
         ops.norm_linear_argmax(*head, b.logits, b.argmax_scratch, out=b.ids)
+        after_choice(b, sampling)
     else:
         ops.norm_linear(*head, None, torch.float32, out=b.logits)
-        ops.sample(
-            b.logits,
-            b.positions,
-            sampling.temperature,
-            sampling.top_k,
-            sampling.top_p,
-            sampling.seed,
-            out=b.ids,
-        )
+        choose(b, sampling)
     b.state.add_(b.live)  # positions and context_lens of live rows

@@ -4,10 +4,10 @@ while it waits for activations."""
 from __future__ import annotations
 
 from lab.model.plans.buffers import StepBuffers
-from lab.model.sampling import Sampling
+from lab.model.sampling import ByRow, Sampling, after_choice, choose
 
 
-def persistent_step(b: StepBuffers, sampling: Sampling) -> None:
+def persistent_step(b: StepBuffers, sampling: Sampling | ByRow) -> None:
     """Reads b.ids and b.positions, leaves b.logits and the sampled token in b.ids."""
     b.ops.decode_step(
         b.ids,
@@ -15,19 +15,13 @@ def persistent_step(b: StepBuffers, sampling: Sampling) -> None:
         b.step_model,
         b.cache.k,
         b.cache.v,
-        b.cache.block_table,
+        b.block_table,
         b.logits,
         b.step_workspace,
         out=b.ids,
     )
-    if sampling.temperature > 0:  # in place of the kernel's greedy token
-        b.ops.sample(
-            b.logits,
-            b.positions,
-            sampling.temperature,
-            sampling.top_k,
-            sampling.top_p,
-            sampling.seed,
-            out=b.ids,
-        )
+    if sampling.greedy:
+        after_choice(b, sampling)
+    else:  # in place of the kernel's greedy token
+        choose(b, sampling)
     b.state.add_(b.live)  # positions and context_lens of the live row

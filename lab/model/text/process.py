@@ -234,7 +234,7 @@ class _Server:
     """One tokenizer at most, and any number of streams of output."""
 
     def __init__(self):
-        self.text, self.streams = None, []
+        self.text, self.streams, self.begun = None, {}, 0
 
     def load(self, source: dict, hidden: Sequence[int] = (), eos: str | None = None) -> dict:
         """source: see lab.model.text.backend.build. hidden: ids never shown. eos: text of the end token."""
@@ -262,11 +262,12 @@ class _Server:
         return self.text.decode(ids)
 
     def stream(self) -> int:
-        self.streams.append(self.text.stream())
-        return len(self.streams) - 1
+        self.begun += 1
+        self.streams[self.begun] = self.text.stream()
+        return self.begun
 
     def push(self, stream: int, token: int) -> str:
         return self.streams[stream].push(token)
 
     def finish(self, stream: int) -> str:
-        return self.streams[stream].finish()
+        return self.streams.pop(stream).finish()

@@ -1,0 +1,252 @@
+"""A queue in front of a Decoder: any number of sequences, which take turns in the rows of its batch and the
+pages of its cache (continuous batching).
+
+A sequence gets a row as soon as one is idle and its prompt's pages are free, and leaves it when it ends; the
+others go on meanwhile. Sequences that begin alike share the full pages of that beginning. When pages run out,
+the youngest is paused: its pages are freed, and when there is room again, prompt and answer so far are
+prefilled anew.
+
+Tokens are read one step late: while the device works on a step, the host reads what the step before gave. So
+the device never waits for the host. It follows that a sequence which ends at a stop token has a row in one
+more step, whose token is dropped; how many tokens a sequence may have at most is known beforehand and costs
+none.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from lab.errors import LabError
+from lab.model.decoder import Decoder
+from lab.model.kv_cache import pages_for
+from lab.model.sampling import GREEDY, ByRow, Sampling
+
+SIZES = (1, 2, 4, 8, 16, 32, 64)  # batch sizes of which a step is captured as a CUDA graph
+
+
+@dataclass(eq=False)
+class Task:
+    """A sequence from its submission to its end. output_ids include the stop token.
+
+    logprobs: for each output id its own log-probability and those of the likeliest tokens, if
+    sampling.logprobs asks for them. stopped_by: "stop", "length", "cancelled", or "error", which `error` then
+    explains; None as long as it is not at its end.
+    """
+
+    number: int
+    prompt_ids: list[int]
+    max_new_tokens: int
+    sampling: Sampling
+    stop_ids: Collection[int]
+    on_token: Callable[[Task, int], None] | None
+    output_ids: list[int] = field(default_factory=list)
+    logprobs: list[tuple[float, dict[int, float]]] = field(default_factory=list)
+    stopped_by: str | None = None
+    error: str | None = None
+    launched: int = 0  # steps; each gives a token, which is read later
+
+
+@dataclass
+class Launched:
+    """A step whose tokens are not read yet: tensors on the host that a copy fills, and whose each row is."""
+
+    tasks: list[tuple[int, Task]]
+    tensors: list[torch.Tensor]  # ids; with log-probabilities also those of RowSampling
+    event: torch.cuda.Event | None
+
+    def wait(self) -> list[list]:
+        if self.event is not None:
+            self.event.synchronize()
+        return [tensor.tolist() for tensor in self.tensors]
+
+
+class Queue:
+    """submit() sequences, then call step() until it returns False, or run(). Not safe for threads: one thread
+    calls all methods."""
+
+    def __init__(self, decoder: Decoder):
+        self.decoder, self.cache = decoder, decoder.cache
+        self.waiting: deque[Task] = deque()
+        self.running: dict[int, Task] = {}  # by row
+        self.in_flight: Launched | None = None
+        self.submitted = self.paused = 0  # how many so far
+        self.sizes = [size for size in SIZES if size < decoder.batch] + [decoder.batch]
+
+    def prepare(self, kind: Sampling | ByRow = GREEDY) -> None:
+        """On a GPU, captures the steps of all batch sizes; else each is captured when it is first needed."""
+        for size in self.sizes:
+            self.decoder.prepare(kind, size)
+
+    def submit(
+        self,
+        prompt_ids: Sequence[int],
+        max_new_tokens: int = 64,
+        sampling: Sampling = GREEDY,
+        stop_ids: Collection[int] = (),
+        on_token: Callable[[Task, int], None] | None = None,
+    ) -> Task:
+        """Appends a sequence to the queue. It ends after max_new_tokens or when the cache has no room for a
+        longer one. on_token(task, token) is called for each token, in order.
+
+        Raises LabError for a prompt that model and cache can never take.
+        """
+        ids, decoder = list(prompt_ids), self.decoder
+        decoder.check(ids)
+        if max_new_tokens < 1:
+            raise LabError(f"max_new_tokens {max_new_tokens}: it must be at least 1")
+        wrong = [token for token, _ in sampling.logit_bias if token >= decoder.config.vocab]
+        if wrong:
+            raise LabError(
+                f"logit_bias: token id {wrong[0]} is outside the vocabulary of {decoder.config.vocab}"
+            )
+        # The last token is never read by a step, so it needs no place in the cache.
+        most = min(max_new_tokens, self.cache.max_context - len(ids) + 1)
+        needed = pages_for(len(ids) + most - 1, self.cache.page_size)
+        if needed > self.cache.pages:
+            raise LabError(
+                f"a prompt of {len(ids)} tokens and {most} new ones need {needed} pages; the cache has "
+                f"{self.cache.pages}"
+            )
+        task = Task(self.submitted, ids, most, sampling, stop_ids, on_token)
+        self.submitted += 1
+        self.waiting.append(task)
+        return task
+
+    def cancel(self, task: Task) -> None:
+        """Ends a sequence; its row and pages are free."""
+        if task.stopped_by is None:
+            self._end(task, "cancelled")
+
+    def run(self) -> None:
+        """Until all sequences have ended. If it fails or is interrupted, rows and queue are empty after."""
+        try:
+            while self.step():
+                pass
+        except BaseException:
+            self.clear()
+            raise
+
+    def clear(self) -> None:
+        """Cancels everything."""
+        self.in_flight = None
+        for task in [*self.waiting, *self.running.values()]:
+            self.cancel(task)
+
+    def step(self) -> bool:
+        """Launches a step, and reads the tokens of the one before. Returns whether anything is left to do."""
+        self._admit()
+        self._make_room()
+        launched = self._launch() if self.running else None
+        self._read()
+        self.in_flight = launched
+        return bool(self.waiting or self.running or self.in_flight)
+
+    def _admit(self) -> None:
+        idle = [row for row in range(self.decoder.batch) if row not in self.running]
+        while idle and self.waiting:
+            task = self.waiting[0]
+            ids = task.prompt_ids + task.output_ids
+            lacking = pages_for(len(ids), self.cache.page_size) - len(self.cache.shared_pages(ids[:-1]))
+            # A page for each running row is left, or the newcomer would soon be paused again.
+            if lacking + len(self.running) > len(self.cache.free):
+                break
+            self.waiting.popleft()
+            row = idle.pop(0)
+            self.decoder.admit(row, ids, share=True)
+            self.decoder.buffers.rows.set(row, task.sampling, task.prompt_ids, task.output_ids)
+            self.running[row] = task
+        # A step of a smaller size costs less, so the highest rows move down where that makes a difference.
+        while self.running and self._size(len(self.running)) < self._size(max(self.running) + 1):
+            source, to = max(self.running), idle.pop(0)
+            self.decoder.move(source, to)
+            self.running[to] = self.running.pop(source)
+
+    def _size(self, rows: int) -> int:
+        return next(size for size in self.sizes if size >= rows)
+
+    def _make_room(self) -> None:
+        """Pauses the youngest sequences until the others have pages for a step."""
+
+        def lacking() -> bool:
+            missing = sum(self.cache.missing(row, 1) for row in self.running)
+            return missing > len(self.cache.free)
+
+        if lacking():
+            self._read()  # to pause a sequence, all its tokens must be known; and some may have ended
+        while lacking():
+            row = max(self.running, key=lambda row: self.running[row].number)
+            task = self.running.pop(row)
+            self.decoder.finish(row)
+            self.waiting.appendleft(task)
+            self.paused += 1
+
+    def _launch(self) -> Launched:
+        kind = ByRow.of([task.sampling for task in self.running.values()])
+        size = self._size(max(self.running) + 1)
+        self.decoder.step(kind, size)
+        found, rows = [self.decoder.ids], self.decoder.buffers.rows
+        if isinstance(kind, ByRow) and kind.logprobs:
+            found += [rows.logprob, rows.top_tokens, rows.top_logprobs]
+        launched = Launched(list(self.running.items()), *self._to_host(found, size))
+        for row, task in launched.tasks:
+            task.launched += 1
+            if task.launched == task.max_new_tokens:  # nothing that is read later can change that
+                self._leave(task)
+        return launched
+
+    def _to_host(self, tensors, rows) -> tuple[list[torch.Tensor], torch.cuda.Event | None]:
+        """Copies of the first rows, and the event after which they are there."""
+        if self.decoder.device.type != "cuda":
+            return [tensor[:rows].clone() for tensor in tensors], None
+        # torch keeps freed pinned memory, so no step allocates it anew.
+        copies = [torch.empty_like(t[:rows], device="cpu", pin_memory=True) for t in tensors]
+        for copy, tensor in zip(copies, tensors):
+            copy.copy_(tensor[:rows], non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return copies, event
+
+    def _read(self) -> None:
+        """Reads the tokens of the step in flight, if there is one."""
+        launched, self.in_flight = self.in_flight, None
+        if launched is None:
+            return
+        tokens, *reported = launched.wait()
+        for row, task in launched.tasks:
+            if task.stopped_by is not None:  # it ended after this step was launched
+                continue
+            token = tokens[row]
+            if token < 0:
+                task.error = (
+                    f"the logits after token {len(task.prompt_ids) + len(task.output_ids)} are not numbers "
+                    f"({self.decoder.weights.dtype}); try another --dtype, or check the weights"
+                )
+                self._end(task, "error")
+                continue
+            task.output_ids.append(token)
+            if reported and task.sampling.logprobs is not None:
+                own, top, values = (numbers[row] for numbers in reported)
+                most = task.sampling.logprobs
+                task.logprobs.append((own, dict(zip(top[:most], values[:most]))))
+            if token in task.stop_ids:
+                self._end(task, "stop")
+            elif len(task.output_ids) == task.max_new_tokens:
+                self._end(task, "length")
+            if task.on_token:
+                task.on_token(task, token)
+
+    def _end(self, task: Task, why: str) -> None:
+        task.stopped_by = why
+        self._leave(task)
+        if task in self.waiting:
+            self.waiting.remove(task)
+
+    def _leave(self, task: Task) -> None:
+        for row, other in list(self.running.items()):
+            if other is task:
+                del self.running[row]
+                self.decoder.finish(row)

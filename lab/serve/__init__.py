@@ -1,0 +1,1 @@
+"""`lab serve`: a model behind HTTP, as OpenAI's interface has it."""

@@ -1,0 +1,155 @@
+"""Many sequences in a few rows and pages: each gets the tokens that it gets alone, whatever else runs."""
+
+import random
+
+import pytest
+import torch
+
+from lab.dispatch import select
+from lab.errors import LabError
+from lab.model.decoder import Decoder
+from lab.model.generate import generate
+from lab.model.kv_cache import PagedKVCache
+from lab.model.queue import Queue
+from lab.model.sampling import Sampling
+from lab.model.sources.random import RandomSource
+from lab.model.weights import load
+from tests.tiny_models import LLAMA
+
+KINDS = [
+    Sampling(),
+    Sampling(0.9, top_k=40, seed=5),
+    Sampling(1.1, min_p=0.02, seed=6, frequency_penalty=0.5, logprobs=2),
+    Sampling(repetition_penalty=1.3, logit_bias=((7, 1.5),)),
+]
+
+
+def decoder(device, backend="torch", batch=1, pages=None, plan="basic"):
+    weights = load(RandomSource(LLAMA), torch.float32, device)
+    return Decoder(weights, select(backend, device), batch, 96, plan=plan, pages=pages)
+
+
+def requests(count, seed=0):
+    """(prompt, new tokens, sampling): lengths of any kind; every third begins with the same 40 tokens."""
+    draw = random.Random(seed)
+    common = [draw.randrange(LLAMA.vocab) for _ in range(40)]
+    made = []
+    for number in range(count):
+        own = [draw.randrange(LLAMA.vocab) for _ in range(draw.randrange(1, 20))]
+        made.append(
+            ((common if number % 3 == 0 else []) + own, draw.randrange(1, 20), KINDS[number % len(KINDS)])
+        )
+    return made
+
+
+@pytest.mark.parametrize(
+    "backend, plan, pages, count",
+    [
+        ("torch", "basic", None, 14),
+        ("torch", "fused", 9, 14),
+        ("cuda", "basic", 9, 7),
+        ("cuda", "fused", None, 7),
+    ],
+)
+def test_tokens_do_not_depend_on_companions(device, backend, plan, pages, count):
+    given, one = requests(count), Queue(decoder(device, backend, plan=plan))
+    alone = []
+    for prompt, new, sampling in given:
+        alone.append(one.submit(prompt, new, sampling))
+        one.run()
+    queue, seen = Queue(decoder(device, backend, 5, pages, plan)), {}
+    together = [
+        queue.submit(*request, on_token=lambda task, token: seen.setdefault(task.number, []).append(token))
+        for request in given
+    ]
+    queue.run()
+    for want, got in zip(alone, together):
+        assert got.output_ids == want.output_ids == seen[got.number]
+        assert got.stopped_by == "length" and len(got.output_ids) == got.max_new_tokens
+        assert [top.keys() for _, top in got.logprobs] == [top.keys() for _, top in want.logprobs]
+    assert (queue.paused > 0) == (pages is not None), "the pool was meant to be too small, or not to be"
+    cache = queue.cache
+    assert sorted(cache.free) == list(range(cache.pages)) and not cache.prefixes and not any(cache.holders)
+
+
+def test_a_greedy_sequence_is_that_of_generate(device):
+    one = decoder(device)
+    queue = Queue(decoder(device, batch=3))
+    tasks = [queue.submit(prompt, new) for prompt, new, _ in requests(6)]
+    queue.run()
+    for task in tasks:
+        assert generate(one, task.prompt_ids, task.max_new_tokens).output_ids == task.output_ids
+
+
+def test_a_stop_token_ends_a_sequence_and_frees_its_row(device):
+    alone = generate(decoder(device), [1, 2, 3], 12).output_ids
+    at = next(i for i in range(3, 12) if alone[i] not in alone[:i])
+    queue = Queue(decoder(device, batch=2))
+    tasks = [queue.submit([1, 2, 3], 12, stop_ids=(alone[at],)) for _ in range(3)]
+    queue.run()
+    for task in tasks:
+        assert task.output_ids == alone[: at + 1] and task.stopped_by == "stop"
+    assert not queue.decoder.live_rows
+
+
+def test_a_common_beginning_is_kept_once(device):
+    queue, prompt = Queue(decoder(device, batch=4)), list(range(50))
+    for last in range(4):
+        queue.submit([*prompt, last], 8)
+    queue.step()
+    held = queue.cache.held
+    assert all(row[:3] == held[0][:3] for row in held) and len({row[3] for row in held}) == 4
+    assert [queue.cache.holders[page] for page in held[0]] == [4, 4, 4, 1]
+    queue.cancel(queue.running[0])
+    assert [queue.cache.holders[page] for page in held[1]] == [3, 3, 3, 1]
+    queue.clear()
+    assert len(queue.cache.free) == queue.cache.pages
+
+
+def test_a_page_is_shared_only_after_the_same_pages():
+    cache = PagedKVCache(LLAMA, 3, 64, torch.float32, "cpu")
+    a, b = list(range(16)), list(range(100, 116))
+    cache.extend(0, 32)
+    cache.offer(0, a + b)
+    assert (
+        len(cache.shared_pages(a + b)) == 2
+        and cache.shared_pages(b + a) == []
+        and cache.shared_pages(b) == []
+    )
+    assert cache.share(1, a + [5] * 20) == 16
+    cache.release(0)
+    assert len(cache.shared_pages(a + b)) == 1, "its second page is nobody's now"
+    cache.release(1)
+    assert cache.shared_pages(a) == [] and len(cache.free) == cache.pages
+
+
+def test_rows_move_down_when_few_are_left(device):
+    queue = Queue(decoder(device, batch=4))
+    for new in (2, 2, 2, 9):
+        queue.submit([new], new)
+    sizes = []
+    while queue.step():
+        sizes.append(queue._size(max(queue.running, default=0) + 1))
+    assert sizes[0] == 4 and sizes[-1] == 1
+
+
+def test_what_can_never_run_is_refused_at_once(device):
+    queue = Queue(decoder(device, batch=2, pages=3))
+    for wrong in (dict(prompt_ids=[]), dict(prompt_ids=[1], max_new_tokens=0), dict(prompt_ids=[9999])):
+        with pytest.raises(LabError):
+            queue.submit(**wrong)
+    with pytest.raises(LabError, match="pages"):
+        queue.submit([1] * 40, 20)
+    with pytest.raises(LabError, match="outside the vocabulary"):
+        queue.submit([1], 2, Sampling(logit_bias=((9999, 1.0),)))
+    assert not queue.step()
+
+
+def test_a_sequence_without_numbers_ends_alone(device):
+    queue = Queue(decoder(device, batch=2))
+    lame, sound = queue.submit([3, 4], 6), queue.submit([5, 6], 6)
+    queue.step()
+    queue.cache.k[:, queue.cache.held[0][0]] = torch.nan
+    queue.run()
+    assert lame.stopped_by == "error" and "not numbers" in lame.error
+    assert sound.output_ids == generate(decoder(device), [5, 6], 6).output_ids
