@@ -45,6 +45,6 @@ __global__ void __launch_bounds__(kExchangeThreads)
 
 void all_argmax(const AllArgmaxArgs& a) {
   if (a.rows == 0) return;
-  launch(exchange_config(2 * a.rows, a.stream), "all_argmax_kernel", all_argmax_kernel, as<const float>(a.logits),
-         as<int>(a.ids), a.rows, a.n, a.first, a.peers);
+  launch(exchange_config(2 * a.rows, a.stream), "all_argmax_kernel", all_argmax_kernel,
+         as<const float>(a.logits), as<int>(a.ids), a.rows, a.n, a.first, a.peers);
 }

@@ -35,8 +35,7 @@ __global__ void __launch_bounds__(kExchangeThreads)
     const Elements before = load<N>(residual + i / 2 * N), mine = load<N>(partial + i / 2 * N);
     float sum[N] = {};
     for (int from = 0; from < exchange.ranks; ++from) {
-      const Elements theirs =
-          from == exchange.rank ? mine : bit_cast<Elements>(exchange.receive(from, i));
+      const Elements theirs = from == exchange.rank ? mine : bit_cast<Elements>(exchange.receive(from, i));
       LAB_UNROLL
       for (int e = 0; e < N; ++e) sum[e] += to_float(theirs.v[e]);
     }

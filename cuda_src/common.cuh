@@ -614,7 +614,10 @@ LAB_DEVICE void store_peer_words(uint64_t* p, uint64_t first, uint64_t second) {
 }
 LAB_DEVICE void load_peer_words(uint64_t (&words)[2], const uint64_t* p) {
 #ifdef __CUDACC__
-  asm volatile("ld.relaxed.sys.global.v2.u64 {%0, %1}, [%2];" : "=l"(words[0]), "=l"(words[1]) : "l"(p) : "memory");
+  asm volatile("ld.relaxed.sys.global.v2.u64 {%0, %1}, [%2];"
+               : "=l"(words[0]), "=l"(words[1])
+               : "l"(p)
+               : "memory");
 #else
   for (int i = 0; i < 2; ++i) words[i] = __atomic_load_n(p + i, __ATOMIC_RELAXED);
 #endif

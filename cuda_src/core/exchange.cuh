@@ -21,16 +21,13 @@ struct BlockExchange {
   uint32_t tag;
 
   LAB_DEVICE explicit BlockExchange(const PeerWords& peers)
-      : inboxes(as<const Ptr>(peers.inboxes)),
-        launches(as<uint32_t>(peers.launches) + blockIdx.x),
-        capacity(peers.capacity),
-        rank(peers.rank),
-        ranks(peers.ranks),
-        tag(*launches + 1) {}
+      : inboxes(reinterpret_cast<const Ptr*>(peers.inboxes)),
+        launches(reinterpret_cast<uint32_t*>(peers.launches) + blockIdx.x), capacity(peers.capacity),
+        rank(peers.rank), ranks(peers.ranks), tag(*launches + 1) {}
 
   // The words in rank `to`'s inbox that rank `from` writes.
   LAB_DEVICE uint64_t* slot(int to, int from) const {
-    return as<uint64_t>(inboxes[to]) + ((tag & 1) * ranks + from) * capacity;
+    return reinterpret_cast<uint64_t*>(inboxes[to]) + ((tag & 1) * ranks + from) * capacity;
   }
 
   // Sends the data of words i (even) and i + 1 to all other ranks.
@@ -60,14 +57,16 @@ struct BlockExchange {
   }
 };
 
-// How to launch a kernel that exchanges this many words. Blocks wait for those of other ranks: few enough that
-// all run at the same time. (On a CPU a cooperative launch makes them.)
+// How to launch a kernel that exchanges this many words. A block waits for that of the same number on the other
+// ranks, so there are few enough for all to run at the same time. (On a CPU they do in a cooperative launch,
+// which takes 8; more run in their order, unless a random schedule is asked for.)
 inline Config exchange_config(int words, Ptr stream) {
-  const int blocks = (words + kExchangeWords - 1) / kExchangeWords;
-  Config config{dim3(blocks < kExchangeBlocks ? blocks : kExchangeBlocks), dim3(kExchangeThreads)};
+  const int wanted = (words + kExchangeWords - 1) / kExchangeWords;
+  const int blocks = wanted < kExchangeBlocks ? wanted : kExchangeBlocks;
+  Config config{dim3(blocks), dim3(kExchangeThreads)};
   config.stream = stream;
   config.pdl = true;
-  config.cooperative = kHost;
+  config.cooperative = kHost && blocks <= 8;
   return config;
 }
 

@@ -79,6 +79,13 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--eager", action="store_true", help="on a GPU, launch op by op instead of a CUDA graph"
     )
+    parser.add_argument(
+        "--tensor-parallel",
+        metavar="N",
+        type=int,
+        default=1,
+        help="divide the model among N GPUs (on a CPU: N processes); tokens are greedy",
+    )
     parser.add_argument("--no-stream", action="store_true", help="print the text at the end only")
     parser.add_argument("--trace", action="store_true", help="list the kernels that ran, on standard error")
     parser.add_argument("--json", metavar="FILE", help="write ids, text, kernels and times to a file")
@@ -92,7 +99,9 @@ def main(args) -> int:
     from lab.dispatch_table import from_table, read_table
     from lab.model.decoder import Decoder
     from lab.model.generate import generate
+    from lab.model import ranks
     from lab.model.kv_cache import kv_dtype_of
+    from lab.model.parallel import RankSource, check_ranks
     from lab.model.plans import find_plan
     from lab.model.sampling import Sampling
     from lab.model.sources import open_source
@@ -115,13 +124,31 @@ def main(args) -> int:
     if args.json is not None and Path(args.json).is_dir():
         raise LabError(f"--json {args.json!r} is a folder: give the name of a file")
     cached = kv_dtype_of(args.kv_dtype)
-    find_plan(args.plan, 1, dtype, cached)
+    if args.tensor_parallel < 1:
+        raise LabError(f"--tensor-parallel {args.tensor_parallel}: it must be at least 1")
+    find_plan(args.plan, 1, dtype, cached, args.tensor_parallel)
+    if args.tensor_parallel > 1 and args.temperature != 0:
+        raise LabError("with --tensor-parallel tokens are greedy yet: leave out --temperature")
     trace = Trace() if args.trace or args.json else None
     table = read_table(args.dispatch) if args.dispatch is not None else None
     overrides = args.override or environment_overrides()
     ops = select(args.backend, device, overrides, trace)
 
     source = open_source(args.model, args.weights)
+    group = ranks.join(device)
+    if args.tensor_parallel > 1:
+        check_ranks(source.config, args.tensor_parallel)
+        if group is None:
+            ranks.check_devices(device, args.tensor_parallel)
+            given = sys.stdin.buffer.read(MAX_PROMPT + 1) if args.prompt == "-" and sys.stdin else b""
+            return ranks.start([sys.executable, "-m", "lab", *args.argv], args.tensor_parallel, given)
+        if group.ranks != args.tensor_parallel:
+            raise LabError(f"--tensor-parallel {args.tensor_parallel}, and {group.ranks} ranks were started")
+        group.agree("model", f"{source.where} {source.config}")
+        group.connect()
+        source = RankSource(source, group.rank, group.ranks)
+        if group.rank:
+            args.json = None  # rank 0 reports
     packed = planned(source, dtype, storage)[1].packed
     tokenizer = find_tokenizer(source, needed=args.ids is None)
     prompt_ids = (
@@ -149,7 +176,7 @@ def main(args) -> int:
 
     if slow := slowness(ops, args.plan, device, packed):
         warn(slow)
-    weights = load(source, dtype, device, storage)
+    weights = load(source, dtype, device, storage, group)
     decoder = Decoder(
         weights,
         ops,
@@ -221,6 +248,8 @@ def main(args) -> int:
             "stopped_by": result.stopped_by,
         }
         write_whole(args.json, json.dumps(record, indent=1) + "\n")
+    if group is not None:
+        group.close()
     return 0
 
 

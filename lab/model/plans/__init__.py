@@ -17,10 +17,12 @@ from lab.model.plans.persistent import persistent_step
 PLANS = {"basic": basic_step, "fused": fused_step, "persistent": persistent_step}
 
 
-def refusal(plan: str, batch: int, dtype: torch.dtype, kv_dtype: str | None = None) -> str | None:
+def refusal(
+    plan: str, batch: int, dtype: torch.dtype, kv_dtype: str | None = None, ranks: int = 1
+) -> str | None:
     """Why a plan does not decode a batch of this size, or a model of this dtype; None where it does.
 
-    kv_dtype: the format of a quantised KV cache.
+    kv_dtype: the format of a quantised KV cache. ranks: among how many the model is divided.
     """
     from lab.ops.decode_step import op
 
@@ -33,14 +35,16 @@ def refusal(plan: str, batch: int, dtype: torch.dtype, kv_dtype: str | None = No
         return f"plan persistent takes models in {names} alone: use --dtype bf16, or --plan fused"
     if kv_dtype is not None:
         return f"plan persistent takes no KV cache in {kv_dtype} yet: use --kv-dtype auto, or --plan fused"
+    if ranks > 1:
+        return "plan persistent runs on one GPU alone yet: use --plan fused with --tensor-parallel"
     return None
 
 
-def find_plan(name: str, batch: int, dtype: torch.dtype, kv_dtype: str | None = None):
+def find_plan(name: str, batch: int, dtype: torch.dtype, kv_dtype: str | None = None, ranks: int = 1):
     """The plan's step. Raises LabError for an unknown plan and for one that takes no such batch, dtype or KV
     cache."""
     if name not in PLANS:
         raise LabError(f"unknown plan {name!r}: choose from {', '.join(PLANS)}")
-    if why := refusal(name, batch, dtype, kv_dtype):
+    if why := refusal(name, batch, dtype, kv_dtype, ranks):
         raise LabError(why)
     return PLANS[name]
