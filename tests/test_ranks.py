@@ -1,0 +1,113 @@
+"""A model that several processes divide: the tokens are those of one process, and what goes wrong is one line."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from commands import lab
+from rank_child import decode
+from tiny_models import CONFIGS, write_folder
+
+from lab.errors import LabError
+from lab.model import ranks
+from lab.model.parallel import RankSource, check_ranks, part_of, possible
+from lab.model.sources.random import RandomSource
+from lab.model.weights import load
+
+CHILD = Path(__file__).with_name("rank_child.py")
+
+
+def start(count, what, names, file):
+    return ranks.start([sys.executable, str(CHILD), what, names, str(file)], count)
+
+
+def test_tokens_are_those_of_one_process_and_all_ranks_have_the_same_bits(tmp_path):
+    """qwen2 has biases and one KV head, which both ranks hold; qwen3 norms of q and k and a tied output head."""
+    names = ("qwen2", "qwen3")
+    start(2, "decode", ",".join(names), tmp_path / "found")
+    first, second = (json.loads((tmp_path / f"found-{rank}").read_text()) for rank in range(2))
+    want = {name: decode(RandomSource(CONFIGS[name]), "torch", "basic", {})[0] for name in names}
+    assert any(len(set(tokens)) > 1 for tokens in want.values())
+    for one, other in zip(first, second, strict=True):
+        name, _, _, tokens, bits = one
+        assert tokens == other[3] == want[name], one
+        assert bits == other[4], one
+
+
+def test_a_run_on_two_ranks_says_what_one_process_says(tmp_path):
+    write_folder(tmp_path / "tiny", CONFIGS["qwen2"])
+    words = ["run", tmp_path / "tiny", "--backend", "torch", "--device", "cpu", "--prompt", "-", "--raw"]
+    words += ["--max-new-tokens", 6]
+    given = tmp_path / "prompt"
+    given.write_text("hello")
+    said = []
+    for count in (1, 2):
+        with given.open("rb") as stdin:
+            done = lab(*words, "--tensor-parallel", count, given={0: stdin})
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout)
+    assert said[0] == said[1] and said[0].strip()
+
+
+@pytest.mark.parametrize(
+    "what, message",
+    [
+        ("die", "^rank 1 was ended by SIGKILL; the other ranks were stopped$"),
+        ("differ", "rank 1 has another model than rank 0: other, not same"),
+    ],
+)
+def test_a_rank_that_fails_ends_all_with_one_line(what, message, tmp_path):
+    with pytest.raises(LabError, match=message):
+        start(2, what, "qwen2", tmp_path / "found")
+
+
+def test_a_rank_that_does_not_come_is_named(tmp_path):
+    group = ranks.Group(0, 3, tmp_path, "cpu")
+    group.store.set("model/1", "same")
+    with pytest.raises(LabError, match=r"^rank 2 did not come within 0.2 s \(model\)"):
+        group.meet("model", "same", seconds=0.2)
+
+
+@pytest.mark.parametrize(
+    "change, count, message",
+    [
+        (dict(q_heads=6, kv_heads=3), 2, "3 KV heads neither divide over 2 ranks"),
+        (dict(), 3, "4 query heads do not divide over 3 ranks; --tensor-parallel may be 1, 2, 4$"),
+        (dict(intermediate=161), 2, "161 elements of the intermediate width"),
+        (dict(vocab=273), 2, "273 rows of the output head"),
+    ],
+)
+def test_a_model_that_does_not_divide_is_refused(change, count, message):
+    with pytest.raises(LabError, match=message):
+        check_ranks(replace(CONFIGS["llama"], **change), count)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_the_parts_are_the_whole(name):
+    """Each number of a matrix is on one rank, or on those that share a KV head."""
+    config = CONFIGS[name]
+    whole = load(RandomSource(config))
+    parts = [load(RankSource(RandomSource(config), rank, 2)) for rank in range(2)]
+    assert parts[0].config == part_of(config, 2) and 2 in possible(config)
+    for index, layer in enumerate(whole.layers):
+        of = [part.layers[index] for part in parts]
+        assert torch.equal(torch.cat([one.wo.data for one in of], 1), layer.wo.data)
+        assert torch.equal(torch.cat([one.w_down.data for one in of], 1), layer.w_down.data)
+        q, k, v = layer.wqkv.data.split([config.q_width, config.kv_width, config.kv_width])
+        part = parts[0].config
+        each = [one.wqkv.data.split([part.q_width, part.kv_width, part.kv_width]) for one in of]
+        assert torch.equal(torch.cat([one[0] for one in each]), q)
+        for i, heads in ((1, k), (2, v)):
+            both = torch.cat([one[i] for one in each])
+            assert torch.equal(both, heads if config.kv_heads > 1 else torch.cat([heads, heads]))
+    assert torch.equal(torch.cat([one.lm_head.data for one in parts]), whole.lm_head.data)
+
+
+def test_a_plan_that_runs_on_one_gpu_alone_is_refused():
+    done = lab("run", "smollm2-135m", "--weights", "random", "--backend", "torch", "--device", "cpu",
+               "--ids", "1", "--dtype", "bf16", "--plan", "persistent", "--tensor-parallel", 3)  # fmt: skip
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "use --plan fused with --tensor-parallel" in done.stderr
