@@ -106,6 +106,7 @@ PYBIND11_MODULE(LAB_MODULE, m) {
   OP(all_reduce_add, partial, residual, peers, words, dtype, stream);
   OP(all_argmax, logits, ids, rows, n, first, peers, stream);
   OP(bandwidth, src, dst, bytes, mode, passes, blocks, threads, stream);
+  OP(link_latency, peers, rounds, stream);
   OP(linear_ladder, x, w, bias, y, rows, n, k, dtype, out_dtype, stream);
   OP(rmsnorm_ladder, x, w, residual, y, rows, groups, cols, x_stride, y_stride, eps, dtype, stream);
   OP(decode_attention_ladder, q, cache, context_lens, out, splits, batch, q_heads, head_dim, scale, dtype,

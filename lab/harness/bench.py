@@ -14,7 +14,17 @@ import torch
 
 from lab.arguments import names, numbers
 from lab.errors import one_line
-from lab.harness import accuracy, ceiling, crossover, ladder_bench, ledger, model_bench, ops_bench, timing
+from lab.harness import (
+    accuracy,
+    ceiling,
+    crossover,
+    exchange_bench,
+    ladder_bench,
+    ledger,
+    model_bench,
+    ops_bench,
+    timing,
+)
 from lab.harness.request import Request, op_points, require_work, settings_of
 from lab.records.session import Progress, Session
 
@@ -82,6 +92,8 @@ def request_of(args):
 def main(args):
     if args.what == "crossover":
         return crossover.main(args)
+    if args.what == "exchange":
+        return exchange_bench.main(args)
     return measure(request_of(args))
 
 

@@ -151,6 +151,7 @@ class Group:
             rank=self.rank,
             world_size=self.ranks,
             timeout=timedelta(seconds=MEET_SECONDS),
+            device_id=self.device if self.device.type == "cuda" else None,
         )
 
     def sum(self, t: torch.Tensor) -> torch.Tensor:
@@ -179,9 +180,7 @@ class Group:
             with open(self.folder / f"inboxes-{self.exchanges}", "a+b") as file:
                 resize(file, self.ranks * nbytes)  # zeros, whichever rank comes first
                 memory = map_file(file, self.ranks * nbytes)
-            inboxes = [
-                part.view(torch.int64).view(2, self.ranks, words) for part in memory.split(nbytes)
-            ]
+            inboxes = [part.view(torch.int64).view(2, self.ranks, words) for part in memory.split(nbytes)]
         return Exchange.of(self.rank, tuple(inboxes), self.ranks, world)
 
     def close(self) -> None:
@@ -196,4 +195,5 @@ def join(device: str) -> Group | None:
     rank, ranks = int(os.environ[RANK]), int(os.environ[RANKS])
     if device == "cuda":
         torch.cuda.set_device(rank)
+        device = f"cuda:{rank}"
     return Group(rank, ranks, Path(os.environ[FOLDER]), device)

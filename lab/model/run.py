@@ -97,9 +97,9 @@ def main(args) -> int:
     from lab.contract import DTYPES
     from lab.dispatch import Trace, environment_overrides, parse_overrides, select
     from lab.dispatch_table import from_table, read_table
+    from lab.model import ranks
     from lab.model.decoder import Decoder
     from lab.model.generate import generate
-    from lab.model import ranks
     from lab.model.kv_cache import kv_dtype_of
     from lab.model.parallel import RankSource, check_ranks
     from lab.model.plans import find_plan

@@ -12,7 +12,7 @@ import torch
 
 from lab.contract import Op, case, dense, once, refuse
 from lab.ops import sample
-from lab.ops.exchange import check_exchange, simulated, words_of
+from lab.ops.exchange import check_exchange, simulated
 
 MOST_ROWS = 64
 

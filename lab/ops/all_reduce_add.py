@@ -24,7 +24,9 @@ def validate(partial, residual, exchange, out=None):
     if residual.shape != partial.shape or residual.dtype != partial.dtype:
         refuse("all_reduce_add", "residual must have the shape and dtype of partial")
     if partial.nbytes % PAIR:
-        refuse("all_reduce_add", f"batch * n elements must be a multiple of {PAIR} bytes, not {partial.nbytes}")
+        refuse(
+            "all_reduce_add", f"batch * n elements must be a multiple of {PAIR} bytes, not {partial.nbytes}"
+        )
     dense("all_reduce_add", partial.get_device(), partial, residual)
     check_exchange("all_reduce_add", exchange, partial.nbytes // 4, partial.get_device())
 
@@ -101,7 +103,14 @@ op = Op(
     cases=(
         case("two ranks, one row, by loopback", batch=1, n=576),
         case("values have arrived: rank 0 of 2", batch=1, n=576, arrived=True),
-        case("rank 2 of 4, no whole block, a sum whose order counts", batch=3, n=200, ranks=4, rank=2, arrived=True),
+        case(
+            "rank 2 of 4, no whole block, a sum whose order counts",
+            batch=3,
+            n=200,
+            ranks=4,
+            rank=2,
+            arrived=True,
+        ),
         case("rank 7 of 8 by loopback", batch=1, n=520, ranks=8, rank=7),
         case("a rank alone", batch=2, n=64, ranks=1),
         case("more than one pass of a block", batch=64, n=1040, rank=1, arrived=True),
