@@ -63,7 +63,6 @@ __global__ void bandwidth_kernel(const uint32_t* src, uint32_t* dst, int64_t vec
 // A word goes from rank 0 to rank 1 and back, `rounds` times.
 __global__ void link_latency_kernel(PeerWords peers, int rounds) {
   BlockExchange exchange(peers);
-  __syncthreads();  // all threads have read the count that finish() changes
   if (threadIdx.x == 0) {
     const int other = 1 - exchange.rank;
     for (int round = 0; round < rounds; ++round) {

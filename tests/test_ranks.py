@@ -1,4 +1,4 @@
-"""A model that several processes divide: the tokens are those of one process, and what goes wrong is one line."""
+"""A model that several processes divide: the tokens are those of one, and what goes wrong is one line."""
 
 import json
 import sys
@@ -25,7 +25,7 @@ def start(count, what, names, file):
 
 
 def test_tokens_are_those_of_one_process_and_all_ranks_have_the_same_bits(tmp_path):
-    """qwen2 has biases and one KV head, which both ranks hold; qwen3 norms of q and k and a tied output head."""
+    """qwen2 has biases and one KV head, which both ranks hold; qwen3 norms of q and k and a tied head."""
     names = ("qwen2", "qwen3")
     start(2, "decode", ",".join(names), tmp_path / "found")
     first, second = (json.loads((tmp_path / f"found-{rank}").read_text()) for rank in range(2))
@@ -52,23 +52,19 @@ def test_a_run_on_two_ranks_says_what_one_process_says(tmp_path):
     assert said[0] == said[1] and said[0].strip()
 
 
-@pytest.mark.parametrize(
-    "what, message",
-    [
-        ("die", "^rank 1 was ended by SIGKILL; the other ranks were stopped$"),
-        ("differ", "rank 1 has another model than rank 0: other, not same"),
-    ],
-)
-def test_a_rank_that_fails_ends_all_with_one_line(what, message, tmp_path):
-    with pytest.raises(LabError, match=message):
-        start(2, what, "qwen2", tmp_path / "found")
+def test_a_rank_that_dies_ends_all_with_one_line(tmp_path):
+    with pytest.raises(LabError, match="^rank 1 was ended by SIGKILL; the other ranks were stopped$"):
+        start(2, "die", "qwen2", tmp_path / "found")
 
 
-def test_a_rank_that_does_not_come_is_named(tmp_path):
+def test_a_rank_that_does_not_come_or_has_another_model_is_named(tmp_path):
     group = ranks.Group(0, 3, tmp_path, "cpu")
-    group.store.set("model/1", "same")
+    group.store.set("model/1", "other")
     with pytest.raises(LabError, match=r"^rank 2 did not come within 0.2 s \(model\)"):
         group.meet("model", "same", seconds=0.2)
+    group.store.set("model/2", "same")
+    with pytest.raises(LabError, match="^rank 1 has another model than rank 0: other, not same$"):
+        group.agree("model", "same")
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
-"""all_reduce_add: residual[i] = T(residual[i] + the sum over ranks of their partial[i]), summed in the order of
-ranks
+"""all_reduce_add: residual[i] = T(residual[i] + the sum over ranks of their partial[i]), summed in the order
+of ranks
 
 partial, residual [words] pieces of 32 bits: one float32 or two 16-bit elements
-mapping   256 words a program and pass, at most 128 programs; word i belongs to the same program in every launch
+mapping   256 words a program and pass, at most 128 programs; word i belongs to the same one in every launch
 traffic   partial and residual read once, residual written; over the link 8 bytes a word to each rank
 contract  lab/ops/all_reduce_add.py          twin  cuda_src/all_reduce_add.cu
 """

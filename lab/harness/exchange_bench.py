@@ -74,6 +74,7 @@ def measure(group, device: str, backends) -> list:
             row = OpRow(
                 "", "all_reduce_add", name, "bf16", 1, {"n": nbytes // 2, "ranks": group.ranks}, cache="warm"
             )
+            row.emulated = device == "cpu"
             try:
                 row.timer, stats = timed(device, make(nbytes // 2))
                 for field, value in stats.fields().items():

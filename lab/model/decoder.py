@@ -129,8 +129,8 @@ class Decoder:
         """Decodes one token of every live row. Returns self.ids, int32 [batch] on the device, which the next
         step overwrites.
 
-        A row whose logits hold NaN gets -1. Raises LabError for a full cache, before anything is launched, and
-        for a draw from logits that ranks divide.
+        A row whose logits hold NaN gets -1. Raises LabError for a full cache, before anything is launched,
+        and for a draw from logits that ranks divide.
         """
         if self.weights.group is not None and sampling.temperature != 0:
             raise LabError("with --tensor-parallel tokens are greedy yet: leave out --temperature")

@@ -1,10 +1,10 @@
 """Tensor parallelism: what each rank has of a model whose matrices are divided among several.
 
 Every rank has the rows of q, k, v, gate and up for its share of the heads and of the intermediate width, and
-the columns of o and down for the same share, so that what it computes in between needs nothing of others. Only
-the results of o and down are sums over all ranks: the op all_reduce_add. The output head is divided by rows,
-its argmax found by all_argmax. Norms and the embedding are whole on every rank; a KV head is, where there are
-fewer than ranks. Source: Shoeybi et al., Megatron-LM (arXiv 1909.08053).
+the columns of o and down for the same share, so that what it computes in between needs nothing of others.
+Only the results of o and down are sums over all ranks: the op all_reduce_add. The output head is divided by
+rows, its argmax found by all_argmax. Norms and the embedding are whole on every rank. Where there are fewer
+KV heads than ranks, several ranks have the same one. Source: Shoeybi et al., Megatron-LM (arXiv 1909.08053).
 """
 
 from __future__ import annotations

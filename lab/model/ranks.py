@@ -1,5 +1,5 @@
-"""The processes that run a model together: how the command starts them, how they find each other, and what they
-pass to each other outside of kernels.
+"""The processes that run a model together: how the command starts them, how they find each other, and what
+they pass to each other outside of kernels.
 
 `start` runs the same command once for each rank and watches: when one ends with an error the others are
 stopped, and its error is the command's. In each of these processes `join` returns the `Group`.
@@ -92,7 +92,7 @@ def _why(rank: int, code: int, text: str) -> str:
 
 
 def check_devices(device: str, ranks: int) -> None:
-    """Raises LabError unless each rank can have a GPU of its own, and each of these reach the others' memory."""
+    """Raises LabError unless each rank can have a GPU of its own that reaches the memory of the others."""
     if device != "cuda":
         return
     count = torch.cuda.device_count()
@@ -102,14 +102,16 @@ def check_devices(device: str, ranks: int) -> None:
         for other in range(ranks):
             if one != other and not torch.cuda.can_device_access_peer(one, other):
                 raise LabError(
-                    f"GPU {one} cannot reach the memory of GPU {other} (no peer access): see `nvidia-smi topo -p2p r`"
+                    f"GPU {one} cannot reach the memory of GPU {other} (no peer access): see "
+                    "`nvidia-smi topo -p2p r`"
                 )
 
 
 class Group:
     """The ranks of a model, seen from one of them.
 
-    sum(t) is for the few steps that are not kernels of the lab: prefill. exchange(words) is what the ops take.
+    sum(t) is for the few steps that are not kernels of the lab: prefill. exchange(words) is what the ops
+    take.
     """
 
     def __init__(self, rank: int, ranks: int, folder: Path, device: str):
@@ -132,7 +134,8 @@ class Group:
         missing = [str(rank) for rank in range(self.ranks) if rank not in found]
         if missing:
             raise LabError(
-                f"rank {' and '.join(missing)} did not come within {seconds:g} s ({what}); is it still running?"
+                f"rank {' and '.join(missing)} did not come within {seconds:g} s ({what}); is it still "
+                "running?"
             )
         return list(found.values())
 
@@ -189,7 +192,7 @@ class Group:
 
 
 def join(device: str) -> Group | None:
-    """The group of this process, or None where it is no rank. On GPUs the rank's own becomes the current one."""
+    """The group of this process, or None where it is no rank. A rank's GPU becomes the current one."""
     if RANK not in os.environ:
         return None
     rank, ranks = int(os.environ[RANK]), int(os.environ[RANKS])

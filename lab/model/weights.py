@@ -122,7 +122,8 @@ def load(
     """Reads every tensor of `source` once and packs it. Shows a progress bar where stderr is a terminal.
 
     dtype: of activations and of all that is not packed. storage: which matrices are packed in a weight
-    format. group: of the ranks, where `source` has one rank's part (lab/model/parallel.py). What is expanded although the file stores it in fewer bits is said on standard error.
+    format. group: of the ranks, where `source` has one rank's part (lab/model/parallel.py). What is expanded
+    although the file stores it in fewer bits is said on standard error.
 
     An output head that the file holds is used even where the metadata call the embeddings tied, as
     transformers 5 and llama.cpp do. Raises LabError where the model does not fit into memory, for a tensor

@@ -1,5 +1,5 @@
-"""Device code of the ops that pass words between ranks: see lab/ops/exchange.py for what a word is and where it
-lies."""
+"""Device code of the ops that pass words between ranks: see lab/ops/exchange.py for what a word is and where
+it lies."""
 
 import triton
 import triton.language as tl
@@ -17,8 +17,8 @@ def tagged(data, tag):
 
 @triton.jit
 def send(inboxes, i, live, data, tag, capacity, RANK: tl.constexpr, RANKS: tl.constexpr):
-    """Stores words i with these data in the inboxes of all other ranks. Each word is one 64-bit store; past the
-    caches (.wt), because the reader is another GPU."""
+    """Stores words i with these data in the inboxes of all other ranks. Each word is one 64-bit store; past
+    the caches (.wt), because the reader is another GPU."""
     slot = ((tag & 1) * RANKS + RANK).to(tl.int64) * capacity
     for other in tl.static_range(1, RANKS):
         inbox = tl.load(inboxes + (RANK + other) % RANKS).to(tl.pointer_type(tl.int64))
