@@ -139,10 +139,8 @@ def bench(parser):
     kv_dtype(parser)
     parser.add_argument(
         "--tensor-parallel",
-        metavar="N",
-        type=int,
-        default=2,
-        help="for exchange: the number of GPUs (default 2)",
+        metavar="N,N",
+        help="numbers of GPUs: for model those that divide it (default: one), for exchange one number (2)",
     )
     parser.add_argument("--quick", action="store_true", help="a small set in under 2 minutes of GPU time")
     parser.add_argument(

@@ -13,7 +13,7 @@ from typing import Callable, NamedTuple
 import torch
 
 from lab.arguments import names, numbers
-from lab.errors import one_line
+from lab.errors import LabError, one_line
 from lab.harness import (
     accuracy,
     ceiling,
@@ -23,6 +23,7 @@ from lab.harness import (
     ledger,
     model_bench,
     ops_bench,
+    parallel_bench,
     timing,
 )
 from lab.harness.request import Request, op_points, require_work, settings_of
@@ -92,8 +93,15 @@ def request_of(args):
 def main(args):
     if args.what == "crossover":
         return crossover.main(args)
+    if args.tensor_parallel is not None and args.what not in ("exchange", "model"):
+        raise LabError("--tensor-parallel is of `lab bench model` and `lab bench exchange`")
+    counts = set(numbers(args.tensor_parallel)) if args.tensor_parallel else set()
     if args.what == "exchange":
-        return exchange_bench.main(args)
+        return exchange_bench.main(args, max(counts, default=2))
+    if several := sorted(counts - {1}):
+        parallel_bench.main(args, request_of(args), several)
+        if 1 not in counts:
+            return 0
     return measure(request_of(args))
 
 

@@ -14,6 +14,7 @@ from lab.dispatch import select
 from lab.errors import LabError, error_text
 from lab.harness import ceiling, timing
 from lab.model import ranks
+from lab.ops.all_reduce_add import op
 from lab.records.schema import Ceiling, OpRow
 from lab.records.session import Session
 
@@ -23,11 +24,11 @@ CALLS, SAMPLES = {"cuda": 20, "cpu": 4}, {"cuda": 50, "cpu": 5}  # of a timing: 
 LINK_SIZES = (64 << 10, 1 << 20, 16 << 20, 256 << 20)
 WORD_ROUNDS = 10_000
 DTYPE = torch.bfloat16
+OP = op.name
 
 
-def main(args) -> int:
+def main(args, count: int) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    count = args.tensor_parallel
     if count < 2:
         raise LabError("lab bench exchange needs several ranks: --tensor-parallel 2")
     group = ranks.join(device)
@@ -71,9 +72,7 @@ def measure(group, device: str, backends) -> list:
                 )
             say(f"all_reduce_add {nbytes:>8} bytes  {name}: right in {CHECKED[device]} calls")
         for name, make in ways(group, device, backends).items():
-            row = OpRow(
-                "", "all_reduce_add", name, "bf16", 1, {"n": nbytes // 2, "ranks": group.ranks}, cache="warm"
-            )
+            row = OpRow("", OP, name, "bf16", 1, {"n": nbytes // 2, "ranks": group.ranks}, cache="warm")
             row.emulated = device == "cpu"
             try:
                 row.timer, stats = timed(device, make(nbytes // 2))
@@ -100,7 +99,7 @@ def check(group, device: str, name: str, nbytes: int) -> int:
     numbers are small integers, whose sums are exact; they differ from call to call."""
     n = nbytes // DTYPE.itemsize
     exchange, partial, residual = exchanged(group, device, n)
-    add = getattr(select(name, device, {"all_reduce_add": name}), "all_reduce_add")
+    add = getattr(select(name, device, {OP: name}), OP)
     step = torch.zeros((), dtype=torch.int64, device=device)
     wrong = torch.zeros((), dtype=torch.int64, device=device)
     index = torch.arange(n, device=device)
@@ -134,7 +133,7 @@ def ways(group, device: str, backends) -> dict:
     def own(name):
         def make(n):
             exchange, partial, residual = exchanged(group, device, n)
-            add = getattr(select(name, device, {"all_reduce_add": name}), "all_reduce_add")
+            add = getattr(select(name, device, {OP: name}), OP)
             return lambda: add(partial, residual, exchange)
 
         return make
@@ -143,14 +142,14 @@ def ways(group, device: str, backends) -> dict:
         values = torch.zeros(n, dtype=DTYPE, device=device)
         return lambda: torch.distributed.all_reduce(values)
 
-    def symmetric(op):
+    def symmetric(function):
         def make(n):
             import torch.distributed._symmetric_memory as memory
 
             values = memory.empty((n,), dtype=DTYPE, device=torch.device(device, torch.cuda.current_device()))
             memory.rendezvous(values, world.group_name)
             values.zero_()
-            return lambda: getattr(torch.ops.symm_mem, op)(values, "sum", world.group_name)
+            return lambda: getattr(torch.ops.symm_mem, function)(values, "sum", world.group_name)
 
         return make
 

@@ -180,6 +180,8 @@ def settings_of(request: Request) -> Settings:
     for name in request.ops:
         if find(name).whole_step:
             raise LabError(f"{name} is a whole step, measured as a token: lab bench model --plan persistent")
+        if find(name).between_ranks:
+            raise LabError(f"{name} waits for other ranks, with which it is measured: lab bench exchange")
     check_formats(request)
     default, kv_dtype = DEFAULTS[device, request.quick], kv_dtype_of(request.kv_dtype)
     models = request.models or default.models

@@ -24,6 +24,11 @@ from lab.ops.exchange import Exchange, new_inbox
 
 ROOT = Path(__file__).resolve().parents[2]
 RANK, RANKS, FOLDER = "LAB_RANK", "LAB_RANKS", "LAB_RANKS_FOLDER"  # the environment of a rank's process
+QUIET = {  # gloo stays on this machine; multicast over NVLink is off on hosts that several users share
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_NVLS_ENABLE": "0",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+}
 MEET_SECONDS = 120.0  # in which all ranks must have read their command and opened the model
 LOOK_SECONDS = 0.05
 
@@ -55,7 +60,7 @@ def start(command: list[str], ranks: int, given: bytes = b"") -> int:
 
 def _process(command, rank: int, ranks: int, folder: str, errors: Path) -> subprocess.Popen:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {"GLOO_SOCKET_IFNAME": "lo", **os.environ, "PYTHONPATH": path}
+    environment = {**QUIET, **os.environ, "PYTHONPATH": path}
     environment |= {RANK: str(rank), RANKS: str(ranks), FOLDER: folder}
     with open(Path(folder, "given"), "rb") as given, errors.open("wb") as said:
         return subprocess.Popen(

@@ -10,7 +10,7 @@ Kernels: cuda_src/all_argmax.cu, triton_kernels/all_argmax.py
 
 import torch
 
-from lab.contract import Op, case, dense, once, refuse
+from lab.contract import Op, case, dense, refuse
 from lab.ops import sample
 from lab.ops.exchange import check_exchange, simulated
 
@@ -111,8 +111,7 @@ op = Op(
     flops=lambda a: a.exchange.ranks * a.ids.numel(),
     tolerance=lambda a: (0.0, 0.0),
     mutates=("ids", "exchange"),
-    calls=once,
-    uses=lambda c: [(None, {"n": c.parts["lm_head"].rows // 2})],
+    between_ranks=True,
     direction="copy",
     color="#882255",
     inspect_sizes=dict(batch=1, n=64128),

@@ -96,7 +96,7 @@ op = Op(
     flops=lambda a: a.exchange.ranks * a.partial.numel(),
     tolerance=tolerance,
     mutates=("residual", "exchange"),
-    uses=lambda c: [(None, {"n": c.hidden})],
+    between_ranks=True,
     direction="copy",
     color="#332288",
     inspect_sizes=dict(batch=1, n=4096),
