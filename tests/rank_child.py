@@ -11,12 +11,14 @@ import torch
 from tiny_models import CONFIGS
 
 from lab.dispatch import select
+from lab.harness.parallel_bench import timed
 from lab.model import ranks
 from lab.model.decoder import Decoder
 from lab.model.generate import generate
 from lab.model.parallel import RankSource
 from lab.model.sources.random import RandomSource
 from lab.model.weights import load
+from lab.records.schema import ModelRow
 
 PROMPT, TOKENS = [5, 6, 7, 8, 9], 4
 RUNS = [
@@ -51,6 +53,9 @@ def main(what: str, names: str, file: str) -> None:
                 overrides = dict.fromkeys(overrides, "cuda")
             found.append([name, backend, plan, *decode(source, backend, plan, overrides, group)])
     Path(f"{file}-{group.rank}").write_text(json.dumps(found))
+    size = dict(dtype="fp32", batch=2, context=8, ranks=group.ranks)
+    row = ModelRow("", names, "cuda", "fused", "eager", timer="wall", **size)
+    assert timed(row, load(source, group=group), "cpu").tokens_per_s > 0, row
     group.close()
 
 

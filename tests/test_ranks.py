@@ -9,11 +9,12 @@ import pytest
 import torch
 from commands import lab
 from rank_child import decode
-from tiny_models import CONFIGS, write_folder
+from tiny_models import CONFIGS, tensors, write_folder
 
 from lab.errors import LabError
 from lab.model import ranks
 from lab.model.parallel import RankSource, check_ranks, part_of, possible
+from lab.model.sources.huggingface import HuggingFaceSource
 from lab.model.sources.random import RandomSource
 from lab.model.weights import load
 
@@ -79,6 +80,23 @@ def test_a_rank_that_does_not_come_or_has_another_model_is_named(tmp_path):
 def test_a_model_that_does_not_divide_is_refused(change, count, message):
     with pytest.raises(LabError, match=message):
         check_ranks(replace(CONFIGS["llama"], **change), count)
+
+
+def test_a_folder_gives_the_same_parts_and_refuses_a_wrong_shape(tmp_path):
+    config = CONFIGS["qwen2"]
+    write_folder(tmp_path / "tiny", config)
+    whole = tensors(config)
+    source = RankSource(HuggingFaceSource(tmp_path / "tiny"), 1, 2)
+    half = config.hidden, config.intermediate // 2
+    for name, shape, part in (
+        ("model.layers.1.mlp.down_proj.weight", half, (slice(None), slice(half[1], None))),
+        ("model.layers.1.mlp.up_proj.weight", half[::-1], slice(half[1], None)),
+    ):
+        out = torch.empty(shape)
+        source.fill(name, out)
+        assert torch.equal(out, whole[name][part])
+    with pytest.raises(LabError, match=r"up_proj.weight is \[160, 96\]; .* asks for \[140, 96\]"):
+        source.fill("model.layers.1.mlp.up_proj.weight", torch.empty(70, 96))
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])

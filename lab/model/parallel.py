@@ -103,7 +103,7 @@ class RankSource:
         stored = self._stored_as(name)
         if shape == tuple(out.shape):
             self.source.fill(stored, out)
-        elif hasattr(self.source, "fill_part"):
+        elif hasattr(self.source, "fill_part") and not self.source.stored(stored).quantised:
             self.source.fill_part(stored, out, shape, dim, first)
         else:
             whole = torch.empty(shape, dtype=out.dtype, device=out.device)

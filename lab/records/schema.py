@@ -134,8 +134,8 @@ class Ceiling:
     direction and size."""
 
     run: str
-    # read | copy | write; link read, link write: of another GPU's memory; link word: us is the time that 8 bytes
-    # take to another GPU
+    # read | copy | write; link read, link write: of another GPU's memory; link word: us is the time that 8
+    # bytes take to another GPU
     direction: str
     backend: str  # cuda | triton | torch: what the kernel was written in
     bytes: int
