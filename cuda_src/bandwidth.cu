@@ -5,8 +5,10 @@
 //             several independent accesses in flight, which on an H100 (4 blocks of 512 threads per SM)
 //             hides the latency of DRAM
 //   traffic   read: bytes. copy: bytes read + bytes written. write: bytes. Times `passes`
-//   used by   lab/harness/ceiling.py          twin  triton_kernels/bandwidth.py
+//   link      how long a word takes to another GPU
+//   used by   lab/harness/ceiling.py and exchange_bench.py          twin  triton_kernels/bandwidth.py
 #include "common.cuh"
+#include "core/exchange.cuh"
 #include "launchers/bandwidth.h"
 
 namespace lab {
@@ -58,8 +60,29 @@ __global__ void bandwidth_kernel(const uint32_t* src, uint32_t* dst, int64_t vec
   if (M == kRead && folded == 0x5bd1e995u) dst[0] = folded;
 }
 
+// A word goes from rank 0 to rank 1 and back, `rounds` times.
+__global__ void link_latency_kernel(PeerWords peers, int rounds) {
+  BlockExchange exchange(peers);
+  if (threadIdx.x == 0) {
+    const int other = 1 - exchange.rank;
+    for (int round = 0; round < rounds; ++round) {
+      if (round) ++exchange.tag;
+      if (exchange.rank == 1) exchange.receive(other, 0);
+      exchange.send(0, {{uint32_t(round), 0}});
+      if (exchange.rank == 0) exchange.receive(other, 0);
+    }
+  }
+  exchange.finish();
+}
+
 }  // namespace
 }  // namespace lab
+
+void link_latency(const LinkLatencyArgs& a) {
+  using namespace lab;
+  if (a.peers.ranks != 2 || a.rounds < 1) throw std::invalid_argument("link_latency: two ranks, rounds >= 1");
+  launch(exchange_config(2, a.stream), "link_latency_kernel", link_latency_kernel, a.peers, a.rounds);
+}
 
 void bandwidth(const BandwidthArgs& a) {
   using namespace lab;

@@ -603,6 +603,36 @@ LAB_DEVICE void spin_pause() {
   __nanosleep(0);  // a CPU thread runs until it lets others run
 #endif
 }
+// The same for words that another GPU reads or writes. Two words are one access, each of them whole.
+LAB_DEVICE void store_peer_words(uint64_t* p, uint64_t first, uint64_t second) {
+#ifdef __CUDACC__
+  asm volatile("st.relaxed.sys.global.v2.u64 [%0], {%1, %2};" ::"l"(p), "l"(first), "l"(second) : "memory");
+#else
+  __atomic_store_n(p, first, __ATOMIC_RELAXED);
+  __atomic_store_n(p + 1, second, __ATOMIC_RELAXED);
+#endif
+}
+LAB_DEVICE void load_peer_words(uint64_t (&words)[2], const uint64_t* p) {
+#ifdef __CUDACC__
+  asm volatile("ld.relaxed.sys.global.v2.u64 {%0, %1}, [%2];"
+               : "=l"(words[0]), "=l"(words[1])
+               : "l"(p)
+               : "memory");
+#else
+  for (int i = 0; i < 2; ++i) words[i] = __atomic_load_n(p + i, __ATOMIC_RELAXED);
+#endif
+}
+// Between two polls of a word of another rank. polls: how many there were. After some minutes the kernel fails,
+// so that a rank whose peer has gone does not wait for ever.
+LAB_DEVICE void peer_pause(uint32_t polls, int rank) {
+#ifdef __CUDACC__
+  (void)rank;
+  if (polls == 1u << 28) __trap();
+#else
+  (void)polls;
+  host::wait_for_rank(rank);
+#endif
+}
 // Waits for about this many GPU cycles; does nothing on a CPU.
 LAB_DEVICE void wait_cycles(unsigned cycles) {
 #ifdef __CUDACC__

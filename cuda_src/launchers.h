@@ -15,4 +15,6 @@
 #include "launchers/rope_append_attention.h"
 #include "launchers/norm_linear_argmax.h"
 #include "launchers/decode_step.h"
+#include "launchers/all_argmax.h"
+#include "launchers/all_reduce_add.h"
 #include "launchers/bandwidth.h"

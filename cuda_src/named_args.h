@@ -51,6 +51,9 @@ template <typename F> bool with_fields(CachePages& g, F f) {
   return f(g.k, g.v, g.block_table, g.kv_heads, g.page_size, g.max_pages, g.k_scales, g.v_scales, g.format);
 }
 template <typename F> bool with_fields(ContextSplits& g, F f) { return f(g.partial, g.tickets, g.count); }
+template <typename F> bool with_fields(PeerWords& g, F f) {
+  return f(g.inboxes, g.launches, g.capacity, g.rank, g.ranks);
+}
 template <typename F> bool with_fields(HeadNorms& g, F f) { return f(g.q, g.k, g.eps); }
 template <typename F> bool with_fields(StepWeights& g, F f) {
   return f(g.embed, g.layers, g.final_norm, g.lm_head, g.cos_sin, g.packed);

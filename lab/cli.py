@@ -185,6 +185,7 @@ def run(argv):
             f"choose from {', '.join(VERBS)}"
         )
     args = parse(argv, verb)
+    args.argv = argv  # for a verb that runs itself again, once for each rank
     return args.main(args)
 
 

@@ -141,6 +141,7 @@ class Op:
     launch: Callable | None = None
     has_context: bool = False  # whether its time depends on the number of tokens in the KV cache
     whole_step: bool = False  # whether it is a whole decode step, which is measured as a token, not as an op
+    between_ranks: bool = False  # whether it waits for other ranks, with which alone it can be measured
     use_of: Callable | None = None  # (a) -> the sizes by which a call is recognised as one of the op's uses
 
     # How the op is measured and shown.

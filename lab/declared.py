@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent / "ops"
-GROUPS = ("BasicOps", "FusedOps", "PersistentOps", "OtherOps")
+GROUPS = ("BasicOps", "FusedOps", "PersistentOps", "ParallelOps", "OtherOps")
 
 
 @cache

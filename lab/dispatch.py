@@ -23,7 +23,7 @@ from lab.backends import load
 from lab.contract import BACKENDS, Op
 from lab.errors import LabError, Unavailable
 from lab.names import known
-from lab.ops import OPS, BasicOps, FusedOps, OtherOps, PersistentOps
+from lab.ops import OPS, BasicOps, FusedOps, OtherOps, ParallelOps, PersistentOps
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Trace:
         ]
 
 
-class Ops(BasicOps, FusedOps, PersistentOps, OtherOps):
+class Ops(BasicOps, FusedOps, PersistentOps, ParallelOps, OtherOps):
     """One callable per op, each bound to its backend; `ops.chosen` maps op names to backend names."""
 
     def __init__(

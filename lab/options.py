@@ -163,10 +163,10 @@ def bench(parser):
         "what",
         nargs="?",
         default="all",
-        choices=("ops", "model", "accuracy", "ledger", "all", "crossover"),
+        choices=("ops", "model", "accuracy", "ledger", "all", "crossover", "exchange"),
         help="what to measure (default: all); accuracy: what weight formats cost a model with real weights; "
         "crossover: which backend is faster at which size, from the "
-        "records in --out",
+        "records in --out; exchange: what several GPUs pass to each other",
     )
     parser.add_argument(
         "names",
@@ -205,6 +205,11 @@ def bench(parser):
         "weights, for model and accuracy the models rounded to each (accuracy: one of each kind by default)",
     )
     kv_dtype(parser)
+    parser.add_argument(
+        "--tensor-parallel",
+        metavar="N,N",
+        help="numbers of GPUs: for model those that divide it (default: one), for exchange one number (2)",
+    )
     parser.add_argument("--quick", action="store_true", help="a small set in under 2 minutes of GPU time")
     parser.add_argument(
         "--seconds", type=duration, metavar="S", help="sampling time per configuration and timer"

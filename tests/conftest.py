@@ -80,6 +80,7 @@ NOT_QUICK = {
     "test_oracle",
     "test_own_kernel",
     "test_persistent",
+    "test_ranks",
     "test_report",
     "test_report_page",
     "test_report_records",

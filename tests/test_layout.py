@@ -32,6 +32,7 @@ def test_cores_of_one_name_say_the_same_of_themselves():
     same topic."""
     topics = {
         "split_attention": ("paged cache", "softmax", "merge"),
+        "exchange": ("ords", "ranks", "lab/ops/exchange.py"),
         "kv_codes": ("quantised KV cache", "codes"),
         "packed_rows": ("packed", "rows of w", "rows of x", "tensor cores"),
     }

@@ -182,6 +182,8 @@ void cluster_barrier(Site site);
 using Combine = void (*)(Warp& warp, uint32_t mask);
 void collective(uint32_t mask, const char* op, Combine combine, bool orders_memory, Site site);
 
+// The caller polls memory that another process writes. Fails after LAB_PEER_SECONDS (60) without progress.
+void wait_for_rank(int rank, Site site = Site::here());
 void spin_yield(Site site);  // lets other threads run; the caller is polling global memory
 void thread_fence();
 

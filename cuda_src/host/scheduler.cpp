@@ -277,6 +277,18 @@ void Worker::poll(const char* op, Site site, uint64_t patience) {
   yield();
 }
 
+void Worker::poll_rank(int rank, Site site) {
+  static const int seconds = [] {
+    const char* text = getenv("LAB_PEER_SECONDS");
+    return text != nullptr && atoi(text) > 0 ? atoi(text) : 60;
+  }();
+  const auto now = std::chrono::steady_clock::now();
+  if (idle_ == 0) rank_since_ = now;
+  if (now - rank_since_ > std::chrono::seconds(seconds))
+    fail("rank %d has sent nothing for %d s (it ended, or runs another model or plan)", rank, seconds);
+  poll("wait for another rank", site, UINT64_MAX);
+}
+
 // ---- a thread's life --------------------------------------------------------------------------------------
 
 void Worker::fiber_entry() {

@@ -1,5 +1,6 @@
 // The scheduler's data: the blocks that run, and the worker that runs them. One worker per OS thread.
 #pragma once
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -79,7 +80,8 @@ class Worker {
   void maybe_yield();                    // in a random schedule: perhaps other threads first
   // Yields; after `patience` calls without progress: deadlock.
   void poll(const char* op, Site site, uint64_t patience);
-  [[noreturn]] void abandon();  // stops the cluster where it is; `failure` says why
+  void poll_rank(int rank, Site site);  // the same for memory that another process writes: by time
+  [[noreturn]] void abandon();          // stops the cluster where it is; `failure` says why
   [[noreturn]] void deadlock();
 
   bool release(Block& block, Barrier& barrier);  // makes the waiting threads ready, if all have arrived
@@ -121,9 +123,10 @@ class Worker {
   size_t fiber_stack_bytes_ = 0;
   std::vector<void*> tsan_fibers_, tsan_dead_;
   Fiber main_;
-  unsigned alive_ = 0;       // threads of the cluster
-  unsigned block_turn_ = 0;  // block that ran last
-  uint64_t idle_ = 0;        // polls since the last progress
+  unsigned alive_ = 0;                                // threads of the cluster
+  unsigned block_turn_ = 0;                           // block that ran last
+  uint64_t idle_ = 0;                                 // polls since the last progress
+  std::chrono::steady_clock::time_point rank_since_;  // when they began, if they wait for another process
   char done_;
 };
 

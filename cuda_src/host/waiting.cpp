@@ -151,6 +151,11 @@ void spin_yield(Site site) {
   worker->poll("__nanosleep", site, uint64_t(1) << 26);
 }
 
+void wait_for_rank(int rank, Site site) {
+  TsanIgnore ignore;
+  worker->poll_rank(rank, site);
+}
+
 void thread_fence() {
   __atomic_thread_fence(__ATOMIC_SEQ_CST);
   static char order;  // a fence orders all that the race detector saw before it

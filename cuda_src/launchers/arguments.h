@@ -61,6 +61,13 @@ struct ContextSplits {
   int count;
 };
 
+// The inboxes of all ranks and one rank's place among them (lab/ops/exchange.py). inboxes: their addresses,
+// uint64 [ranks]; launches: uint32, one for each block; capacity: words of a slot.
+struct PeerWords {
+  Ptr inboxes, launches;
+  int capacity, rank, ranks;
+};
+
 // The weights of RMSNorm over each head of q and k, [head_dim]; both 0 where the model has no such norm.
 struct HeadNorms {
   Ptr q, k;

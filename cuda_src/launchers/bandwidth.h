@@ -10,3 +10,11 @@ struct BandwidthArgs {
   Ptr stream;
 };
 void bandwidth(const BandwidthArgs& a);
+
+// For measurement, too: a word goes back and forth between ranks 0 and 1, `rounds` times. Both launch it.
+struct LinkLatencyArgs {
+  PeerWords peers;
+  int rounds;
+  Ptr stream;
+};
+void link_latency(const LinkLatencyArgs& a);

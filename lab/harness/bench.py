@@ -14,8 +14,19 @@ import torch
 
 from lab import rungs
 from lab.arguments import names, numbers
-from lab.errors import one_line
-from lab.harness import accuracy, ceiling, crossover, ladder_bench, ledger, model_bench, ops_bench, timing
+from lab.errors import LabError, one_line
+from lab.harness import (
+    accuracy,
+    ceiling,
+    crossover,
+    exchange_bench,
+    ladder_bench,
+    ledger,
+    model_bench,
+    ops_bench,
+    parallel_bench,
+    timing,
+)
 from lab.harness.request import Request, op_points, require_work, settings_of
 from lab.records.session import Progress, Session
 
@@ -83,6 +94,15 @@ def request_of(args):
 def main(args):
     if args.what == "crossover":
         return crossover.main(args)
+    if args.tensor_parallel is not None and args.what not in ("exchange", "model"):
+        raise LabError("--tensor-parallel is of `lab bench model` and `lab bench exchange`")
+    counts = set(numbers(args.tensor_parallel)) if args.tensor_parallel else set()
+    if args.what == "exchange":
+        return exchange_bench.main(args, max(counts, default=2))
+    if several := sorted(counts - {1}):
+        parallel_bench.main(args, request_of(args), several)
+        if 1 not in counts:
+            return 0
     return measure(request_of(args))
 
 

@@ -181,6 +181,8 @@ def settings_of(request: Request) -> Settings:
         # The names of ladders are looked up in require_work().
         if not request.ladder and find(name).whole_step:
             raise LabError(f"{name} is a whole step, measured as a token: lab bench model --plan persistent")
+        if find(name).between_ranks:
+            raise LabError(f"{name} waits for other ranks, with which it is measured: lab bench exchange")
     check_formats(request)
     default, kv_dtype = DEFAULTS[device, request.quick], kv_dtype_of(request.kv_dtype)
     models = request.models or default.models

@@ -58,10 +58,12 @@ def points(models=MODELS, batches=(1,), contexts=(1024,), ops=None, kv_dtype=Non
     """Every distinct point of the models, in the order of OPS; equal shapes of two models are one point of
     both. kv_dtype: the format of the KV cache, of ops that have one.
 
-    A whole step is no point: at sizes of its own it would be a model that nobody has.
+    A whole step is no point: at sizes of its own it would be a model that nobody has. Nor is what ranks pass
+    to each other.
     """
     found = {}
-    chosen = [op for op in OPS if not op.whole_step and (ops is None or op.name in ops)]
+    alone = [op for op in OPS if not op.whole_step and not op.between_ranks]
+    chosen = [op for op in alone if ops is None or op.name in ops]
     for name, op in itertools.product(models, chosen):
         for role, sizes in op.uses(preset(name)) if op.uses else ():
             if kv_dtype is not None and takes_kv_dtype(op):

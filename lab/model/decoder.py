@@ -46,7 +46,8 @@ class Decoder:
         pages: int | None = None,
         kv_dtype: str | None = None,
     ):
-        self.plan, self.plan_step = plan, find_plan(plan, batch, weights.dtype, kv_dtype)
+        ranks = weights.group.ranks if weights.group else 1
+        self.plan, self.plan_step = plan, find_plan(plan, batch, weights.dtype, kv_dtype, ranks=ranks)
         self.weights, self.ops, self.batch, self.config = weights, ops, batch, weights.config
         self.device = weights.device
         # With check_contents every op first reads tensors on the host; a replayed graph would leave that out.
@@ -152,8 +153,11 @@ class Decoder:
         """Decodes one token of every live row, all of which are among the first `rows`. Returns self.ids,
         int32 [batch] on the device, which the next step overwrites.
 
-        A row whose logits hold NaN gets -1. Raises LabError for a full cache, before anything is launched.
+        A row whose logits hold NaN gets -1. Raises LabError for a full cache, before anything is launched,
+        and for a draw from logits that ranks divide.
         """
+        if self.weights.group is not None and not sampling.greedy:
+            raise LabError("with --tensor-parallel tokens are greedy yet: leave out --temperature")
         self.cache.extend_all(self.live_rows, 1)
         try:
             self._run(sampling, self.batch if rows is None else rows)

@@ -146,6 +146,7 @@ class ModelConfig:
     qk_norm: bool = False  # RMSNorm over head_dim of each q and k head, before RoPE
     tie_embeddings: bool = False
     sliding_window: int | None = None
+    head_rows: int | None = None  # of lm_head, where ranks divide it (lab/model/parallel.py); None: vocab
     stated_positions: int | None = None  # the file's, where max_positions may scale it once too often
 
     def __post_init__(self):
@@ -195,7 +196,7 @@ class ModelConfig:
         yield Part("embed", (("model.embed_tokens.weight", self.vocab),), self.hidden)
         yield Part("final_norm", (("model.norm.weight", self.hidden),))
         if not self.tie_embeddings:
-            yield Part("lm_head", (("lm_head.weight", self.vocab),), self.hidden)
+            yield Part("lm_head", (("lm_head.weight", self.head_rows or self.vocab),), self.hidden)
 
     @cached_property
     def parts(self) -> dict[str, Part]:

@@ -53,13 +53,14 @@ def open_model(
     find_plan(args.plan, rows, dtype, cached)
     ops = select(args.backend, device, args.override or environment_overrides())
     source = open_source(args.model, args.weights)
-    packed = planned(source, dtype, storage)[1].packed
+    _, formats = planned(source, dtype, storage)
+    find_plan(args.plan, rows, dtype, cached, formats.names)
     tokenizer = find_tokenizer(source, needed=needs_text)
     limit = source.config.max_positions
     wanted = min(context(tokenizer), limit)
     context = wanted if args.max_context is None else args.max_context
     source.config.check_context(context)
-    if slow := slowness(ops, args.plan, device, packed):
+    if slow := slowness(ops, args.plan, device, formats.packed):
         warn(slow)
     decoder = Decoder(
         load(source, dtype, device, storage),

@@ -55,7 +55,7 @@ def _layers(weights, cache, cos_sin, sequence, ids, start, attend) -> tuple[torc
     h = weights.embed.lookup(torch.tensor(ids, device=weights.device))
     cos, sin = cos_sin[start : start + tokens, None].chunk(2, dim=-1)
     here, seen = cache.slots(sequence, start, start + tokens), cache.slots(sequence, 0, start + tokens)
-    finite = []
+    finite, total = [], {} if weights.group is None else {"total": weights.group.sum}
     for index, w in enumerate(weights.layers):
         q, k, v = queries_keys_values(layer, w, h)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
@@ -64,8 +64,11 @@ def _layers(weights, cache, cos_sin, sequence, ids, start, attend) -> tuple[torc
         # A quantised cache is read by all tokens alike, by those of this chunk, too.
         if start or cache.kv_dtype:
             k, v = cache.read(index, seen)
-        h = after_attention(layer, w, h, attend(q, k, v))
-    return rms_norm(h, weights.final_norm, config.rms_eps), torch.stack(finite).all()
+        h = after_attention(layer, w, h, attend(q, k, v), **total)
+    bad = torch.stack(finite).logical_not().sum()
+    if weights.group is not None:
+        weights.group.sum(bad)  # all ranks must go on in the same way
+    return rms_norm(h, weights.final_norm, config.rms_eps), bad == 0
 
 
 def attend_to_finite(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

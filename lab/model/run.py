@@ -58,6 +58,13 @@ def add_arguments(parser) -> None:
         type=int,
         help="with --json or --batch-file: log-probabilities, the token's own and those of the N likeliest",
     )
+    parser.add_argument(
+        "--tensor-parallel",
+        metavar="N",
+        type=int,
+        default=1,
+        help="divide the model among N GPUs (on a CPU: N processes); tokens are greedy",
+    )
     parser.add_argument("--no-stream", action="store_true", help="print the text at the end only")
     parser.add_argument("--trace", action="store_true", help="list the kernels that ran, on standard error")
     parser.add_argument("--json", metavar="FILE", help="write ids, text, kernels and times to a file")
@@ -69,9 +76,11 @@ def main(args) -> int:
     from lab.contract import DTYPES
     from lab.dispatch import Trace, environment_overrides, parse_overrides, select
     from lab.dispatch_table import from_table, read_table
+    from lab.model import ranks
     from lab.model.decoder import Decoder
     from lab.model.generate import generate
     from lab.model.kv_cache import kv_dtype_of
+    from lab.model.parallel import RankSource, check_ranks
     from lab.model.plans import find_plan
     from lab.model.sources import open_source
     from lab.model.weight_formats import dtype_of, storage_of
@@ -104,13 +113,31 @@ def main(args) -> int:
     if args.json is not None and Path(args.json).is_dir():
         raise LabError(f"--json {args.json!r} is a folder: give the name of a file")
     cached = kv_dtype_of(args.kv_dtype)
-    find_plan(args.plan, 1, dtype, cached)
+    if args.tensor_parallel < 1:
+        raise LabError(f"--tensor-parallel {args.tensor_parallel}: it must be at least 1")
+    find_plan(args.plan, 1, dtype, cached, ranks=args.tensor_parallel)
+    if args.tensor_parallel > 1 and args.temperature != 0:
+        raise LabError("with --tensor-parallel tokens are greedy yet: leave out --temperature")
     trace = Trace() if args.trace or args.json else None
     table = read_table(args.dispatch) if args.dispatch is not None else None
     overrides = args.override or environment_overrides()
     ops = select(args.backend, device, overrides, trace)
 
     source = open_source(args.model, args.weights)
+    group = ranks.join(device)
+    if args.tensor_parallel > 1:
+        check_ranks(source.config, args.tensor_parallel)
+        if group is None:
+            ranks.check_devices(device, args.tensor_parallel)
+            given = sys.stdin.buffer.read(MAX_PROMPT + 1) if args.prompt == "-" and sys.stdin else b""
+            return ranks.start([sys.executable, "-m", "lab", *args.argv], args.tensor_parallel, given)
+        if group.ranks != args.tensor_parallel:
+            raise LabError(f"--tensor-parallel {args.tensor_parallel}, and {group.ranks} ranks were started")
+        group.agree("model", f"{source.where} {source.config}")
+        group.connect()
+        source = RankSource(source, group.rank, group.ranks)
+        if group.rank:
+            args.json = None  # rank 0 reports
     _, formats = planned(source, dtype, storage)
     find_plan(args.plan, 1, dtype, cached, formats.names)
     tokenizer = find_tokenizer(source, needed=args.ids is None)
@@ -139,7 +166,7 @@ def main(args) -> int:
 
     if slow := slowness(ops, args.plan, device, formats.packed):
         warn(slow)
-    weights = load(source, dtype, device, storage)
+    weights = load(source, dtype, device, storage, group)
     decoder = Decoder(
         weights,
         ops,
@@ -213,6 +240,8 @@ def main(args) -> int:
         if args.logprobs is not None:
             record["logprobs"] = [{"logprob": own, "top": top} for own, top in result.logprobs]
         write_whole(args.json, json.dumps(record, indent=1) + "\n")
+    if group is not None:
+        group.close()
     return 0
 
 

@@ -31,12 +31,15 @@ def queries_keys_values(description: LayerDescription, w, h: torch.Tensor) -> tu
 
 
 def after_attention(
-    description: LayerDescription, w, h: torch.Tensor, attended: torch.Tensor
+    description: LayerDescription, w, h: torch.Tensor, attended: torch.Tensor, total=lambda part: part
 ) -> torch.Tensor:
-    """The residual stream [tokens, hidden] after the layer. attended [tokens, q_heads * head_dim]."""
-    h = h + w.wo.product(attended, w.bo)
+    """The residual stream [tokens, hidden] after the layer. attended [tokens, q_heads * head_dim].
+
+    total: makes the sum over all ranks of what one rank adds, where ranks divide the model.
+    """
+    h = h + total(w.wo.product(attended, w.bo))
     gate, up = w.w_gate_up.product(rms_norm(h, w.mlp_norm, description.rms_eps)).chunk(2, dim=-1)
-    return h + w.w_down.product(F.silu(gate) * up)
+    return h + total(w.w_down.product(F.silu(gate) * up))
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

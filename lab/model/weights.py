@@ -14,6 +14,7 @@ from lab.formats import FORMATS, PackedMatrix
 from lab.model.description import ModelConfig, Part
 from lab.model.matrix import Matrix
 from lab.model.memory import require_memory
+from lab.model.ranks import Group
 from lab.model.weight_formats import AS_STORED, Formats, Storage, described, formats_of
 
 QUANTISED_AT_ONCE = 1 << 24  # weights
@@ -44,7 +45,8 @@ class Weights:
     embed: Matrix  # [vocab, hidden]
     layers: list[Layer]
     final_norm: torch.Tensor  # [hidden]
-    lm_head: Matrix  # [vocab, hidden]; the same object as embed when tied
+    lm_head: Matrix  # [vocab, hidden]; the same object as embed when tied; of a rank its share of the rows
+    group: Group | None = None  # the ranks among which the model is divided: these weights are one's part
 
     @property
     def dtype(self) -> torch.dtype:
@@ -115,11 +117,13 @@ def load(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     storage: Storage = AS_STORED,
+    group: Group | None = None,
 ) -> Weights:
     """Reads every tensor of `source` once and packs it. Shows a progress bar where stderr is a terminal.
 
     dtype: of activations and of all that is not packed. storage: which matrices are packed in a weight
-    format. What is expanded although the file stores it in fewer bits is said on standard error.
+    format. group: of the ranks, where `source` has one rank's part (lab/model/parallel.py). What is expanded
+    although the file stores it in fewer bits is said on standard error.
 
     An output head that the file holds is used even where the metadata call the embeddings tied, as
     transformers 5 and llama.cpp do. Raises LabError where the model does not fit into memory, for a tensor
@@ -137,6 +141,7 @@ def load(
         warn(note)
     with _progress(f"loading {source.name}", 2 + config.layers) as advance:
         loaded = _pack(source, config, formats, storage, dtype, torch.device(device), advance)
+    loaded.group = group
     if unread := source.unread():
         more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
         raise LabError(

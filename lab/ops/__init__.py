@@ -1,4 +1,4 @@
-"""Every op by name. Declaring a name in one of the four classes adds the op to checks, tests, benchmarks and
+"""Every op by name. Declaring a name in one of the five classes adds the op to checks, tests, benchmarks and
 reports.
 
 lab.dispatch.Ops inherits from these classes: `ops.rmsnorm` is declared here, and its contract is
@@ -45,6 +45,13 @@ class PersistentOps:
     decode_step: Call
 
 
+class ParallelOps:
+    """What the ranks of a model that is divided among GPUs pass to each other, whatever the plan."""
+
+    all_reduce_add: Call
+    all_argmax: Call
+
+
 class OtherOps:
     """Ops that no plan of the decoder uses: callers name them, as select(...).<name>."""
 
@@ -54,8 +61,10 @@ def _contracts(declared: type) -> tuple[Op, ...]:
     return tuple(import_module(f"{__name__}.{name}").op for name in get_annotations(declared))
 
 
-BASIC, FUSED, PERSISTENT, OTHERS = map(_contracts, (BasicOps, FusedOps, PersistentOps, OtherOps))
-OPS = BASIC + FUSED + PERSISTENT + OTHERS
+BASIC, FUSED, PERSISTENT, PARALLEL, OTHERS = map(
+    _contracts, (BasicOps, FusedOps, PersistentOps, ParallelOps, OtherOps)
+)
+OPS = BASIC + FUSED + PERSISTENT + PARALLEL + OTHERS
 
 
 def require_formats(op: Op) -> None:

@@ -134,7 +134,9 @@ class Ceiling:
     direction and size."""
 
     run: str
-    direction: str  # read | copy | write
+    # read | copy | write; link read, link write: of another GPU's memory; link word: us is the time that 8
+    # bytes take to another GPU
+    direction: str
     backend: str  # cuda | triton | torch: what the kernel was written in
     bytes: int
     us: float | None = None
@@ -223,6 +225,7 @@ class ModelRow:
     weights: str = "random"  # random | file
     weight_format: str | None = None  # of the matrices, as "int4-g128, lm_head int8"; null: plain, in dtype
     kv_dtype: str | None = None  # of the KV cache, fp8 or int8; null: dtype
+    ranks: int = 1  # GPUs that divide the model; bytes and gbps are those of each
     us: float | None = None
     us_p10: float | None = None
     us_p90: float | None = None
@@ -258,6 +261,7 @@ class ModelRow:
         "timer",
         "weight_format",
         "kv_dtype",
+        "ranks",
     )
 
 

@@ -25,11 +25,12 @@ def refusal(
     dtype: torch.dtype,
     kv_dtype: str | None = None,
     formats: Collection[str | None] = (),
+    ranks: int = 1,
 ) -> str | None:
     """Why a plan does not decode a batch of this size, or a model of this dtype; None where it does.
 
     kv_dtype: the format of a quantised KV cache. formats: the weight formats of the model's matrices, as far
-    as they are known.
+    as they are known. ranks: among how many the model is divided.
     """
     from lab.ops.decode_step import STEP_FORMATS, op
 
@@ -44,6 +45,8 @@ def refusal(
         return f"plan persistent takes no KV cache in {kv_dtype} yet: use --kv-dtype auto, or --plan fused"
     if refused := [name for name in formats if name is not None and name not in STEP_FORMATS]:
         return f"plan persistent takes no weights in {refused[0]} yet: use --plan fused"
+    if ranks > 1:
+        return "plan persistent runs on one GPU alone yet: use --plan fused with --tensor-parallel"
     return None
 
 
@@ -53,11 +56,12 @@ def find_plan(
     dtype: torch.dtype,
     kv_dtype: str | None = None,
     formats: Collection[str | None] = (),
+    ranks: int = 1,
 ):
     """The plan's step. Raises LabError for an unknown plan and for one that takes no such batch, dtype, KV
     cache or weights."""
     if name not in PLANS:
         raise LabError(f"unknown plan {name!r}: choose from {', '.join(PLANS)}")
-    if why := refusal(name, batch, dtype, kv_dtype, formats):
+    if why := refusal(name, batch, dtype, kv_dtype, formats, ranks):
         raise LabError(why)
     return PLANS[name]

@@ -34,11 +34,22 @@ def basic_step(b: StepBuffers, sampling: Sampling | ByRow) -> None:
             out=b.attention,
         )
         ops.linear(b.attention_rows, layer.wo, layer.bo, out=x)
-        ops.rmsnorm(x, layer.mlp_norm, eps, residual=h, out=x)  # h += x, then x = norm(h)
+        add_and_norm(b, layer.mlp_norm)
         ops.linear(x, layer.w_gate_up, out=b.gate_up)
         ops.silu_mul(b.gate_up, out=b.act)
         ops.linear(b.act, layer.w_down, out=x)
-        ops.rmsnorm(x, next_norm, eps, residual=h, out=x)
+        add_and_norm(b, next_norm)
     ops.linear(x, b.weights.lm_head, out_dtype=torch.float32, out=b.logits)
     choose(b, sampling)
+    if b.exchange is not None:
+        ops.all_argmax(b.logits, b.ids, b.first_row, b.exchange)
     b.state.add_(b.live)  # positions and context_lens of live rows
+
+
+def add_and_norm(b: StepBuffers, norm: torch.Tensor) -> None:
+    """h += x, then x = norm(h). Where ranks divide the model, x is one rank's part of a sum."""
+    if b.exchange is None:
+        b.ops.rmsnorm(b.x, norm, b.config.rms_eps, residual=b.h, out=b.x)
+    else:
+        b.ops.all_reduce_add(b.x, b.h, b.exchange)
+        b.ops.rmsnorm(b.h, norm, b.config.rms_eps, out=b.x)

@@ -53,7 +53,8 @@ class StepBuffers:
     that follows it.
 
     splits: blocks that share one KV head's context in decode_attention; None fills the device. persistent:
-    also make what the plan of that name takes, step_model and step_workspace. Raises LabError for a model
+    also make what the plan of that name takes, step_model and step_workspace. exchange: of a model that ranks
+    divide, the memory through which the kernels pass their results; else None. Raises LabError for a model
     that this plan does not take.
     """
 
@@ -102,6 +103,11 @@ class StepBuffers:
         self.attention_rows = self.attention.view(batch, -1)
         self.gate_up = buffer(batch, parts["w_gate_up"].rows)
         self.act = buffer(batch, parts["w_down"].columns)
+        self.exchange, self.first_row = None, 0  # of lm_head, on this rank
+        if weights.group is not None:
+            words = max(-(-self.h.nbytes // 4), 2 * batch)
+            self.exchange = weights.group.exchange(words)
+            self.first_row = weights.group.rank * parts["lm_head"].rows
         self.logits = buffer(batch, parts["lm_head"].rows, dtype=torch.float32)
         self.ids = buffer(batch, dtype=torch.int32)
         self.block_table = cache.block_table

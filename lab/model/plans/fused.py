@@ -34,9 +34,9 @@ def fused_step(b: StepBuffers, sampling: Sampling | ByRow) -> None:
             *scales,
             out=b.attention,
         )
-        ops.linear_add(b.attention_rows, layer.wo, h, layer.bo)  # h += attention wo^T
+        linear_add(b, b.attention_rows, layer.wo, layer.bo)  # h += attention wo^T
         ops.norm_linear_silu_mul(h, layer.mlp_norm, eps, layer.w_gate_up, out=b.act)
-        ops.linear_add(b.act, layer.w_down, h)
+        linear_add(b, b.act, layer.w_down)
     head = (h, b.weights.final_norm, eps, b.weights.lm_head)
     if sampling.greedy:
         ops.norm_linear_argmax(*head, b.logits, b.argmax_scratch, out=b.ids)
@@ -44,4 +44,15 @@ def fused_step(b: StepBuffers, sampling: Sampling | ByRow) -> None:
     else:
         ops.norm_linear(*head, None, torch.float32, out=b.logits)
         choose(b, sampling)
+    if b.exchange is not None:
+        ops.all_argmax(b.logits, b.ids, b.first_row, b.exchange)
     b.state.add_(b.live)  # positions and context_lens of live rows
+
+
+def linear_add(b: StepBuffers, x: torch.Tensor, w, bias: torch.Tensor | None = None) -> None:
+    """h += x w^T + bias. Where ranks divide the model, x and w are one rank's part of a sum."""
+    if b.exchange is None:
+        b.ops.linear_add(x, w, b.h, bias)
+    else:
+        b.ops.linear(x, w, bias, out=b.x)
+        b.ops.all_reduce_add(b.x, b.h, b.exchange)

@@ -8,6 +8,8 @@ A source is an object with
   holds(name)       whether it has a tensor, named as Hugging Face names it
   stored(name)      a lab.model.sources.store.Stored: how it stores that tensor
   fill(name, out)   writes that tensor into `out`, expanded and converted to the dtype and device of `out`
+  fill_part(name, out, shape, dim, first)
+                    optional: the same for a part of a plain tensor of that shape, without reading the rest
   packed(name, shape, device)
                     the matrix of that name as a PackedMatrix of the format that stored(name) says, exactly
   unread()          the names of tensors that were never asked for, though they would change the logits

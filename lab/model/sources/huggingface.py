@@ -12,7 +12,7 @@ from lab.files import read_json, regular_file
 from lab.formats import PackedMatrix
 from lab.model.config import from_huggingface, huggingface_biases, with_held_biases
 from lab.model.sources import quantised
-from lab.model.sources.store import Stored, store
+from lab.model.sources.store import Stored, check_shape, store
 from lab.model.unsupported import quoted
 
 try:
@@ -64,7 +64,15 @@ class HuggingFaceSource:
             codes = quantised.read(self.scheme, stem, tuple(out.shape), str(self.folder), self._find)
             store(quantised.expanded(self.scheme, codes), out, name, str(self.folder))
             return
-        values = self._read(name)
+        self._store(name, self._read(name), out)
+
+    def fill_part(self, name: str, out: torch.Tensor, shape: tuple[int, ...], dim: int, first: int) -> None:
+        """fill() of the part of a plain tensor [shape] that begins at `first` of dimension `dim`. No more
+        than that is read."""
+        part = [slice(None)] * dim + [slice(first, first + out.shape[dim])]
+        self._store(name, self._read(name, tuple(part), shape), out)
+
+    def _store(self, name: str, values: torch.Tensor, out: torch.Tensor) -> None:
         path = self.folder / self.files[name]
         if values.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise LabError(
@@ -92,11 +100,16 @@ class HuggingFaceSource:
             raise LabError(f"{self.folder}: tensor {name} is in none of the safetensors files")
         return self.folder / self.files[name]
 
-    def _read(self, name: str) -> torch.Tensor:
+    def _read(self, name: str, part: tuple[slice, ...] | None = None, shape=()) -> torch.Tensor:
+        """A tensor, or the part of one that must have this shape."""
         path = self._file(name)
         self.asked.add(name)
         try:
-            return self._open(path).get_tensor(name)
+            if part is None:
+                return self._open(path).get_tensor(name)
+            whole = self._open(path).get_slice(name)
+            check_shape(whole.get_shape(), shape, name, str(path))
+            return whole[part]
         except LabError:
             raise
         except Exception as error:

@@ -1,0 +1,73 @@
+// Words that ranks send to each other. A word has 32 bits of data and a 32-bit tag, and is stored and loaded in
+// one access, so the tag that a reader expects tells it that the data have arrived: no fence, no barrier, no
+// host. lab/ops/exchange.py says where a word lies and why it is not overwritten too early.
+#pragma once
+#include "../common.cuh"
+#include "../launchers/arguments.h"
+#include "tagged_row.cuh"
+
+namespace lab {
+
+constexpr int kExchangeWords = 256;   // that a block exchanges at a time; WORDS of lab/ops/exchange.py
+constexpr int kExchangeBlocks = 128;  // the most of a launch; BLOCKS there
+constexpr int kExchangeThreads = kExchangeWords / 2;
+
+// One block's part in an exchange.
+struct BlockExchange {
+  const Ptr* inboxes;
+  uint32_t* launches;
+  size_t capacity;
+  int rank, ranks;
+  uint32_t tag;
+
+  LAB_DEVICE explicit BlockExchange(const PeerWords& peers)
+      : inboxes(reinterpret_cast<const Ptr*>(peers.inboxes)),
+        launches(reinterpret_cast<uint32_t*>(peers.launches) + blockIdx.x), capacity(peers.capacity),
+        rank(peers.rank), ranks(peers.ranks), tag(*launches + 1) {}
+
+  // The words in rank `to`'s inbox that rank `from` writes.
+  LAB_DEVICE uint64_t* slot(int to, int from) const {
+    return reinterpret_cast<uint64_t*>(inboxes[to]) + ((tag & 1) * ranks + from) * capacity;
+  }
+
+  // Sends the data of words i (even) and i + 1 to all other ranks.
+  LAB_DEVICE void send(int i, const Vec<uint32_t, 2>& data) const {
+    for (int other = 1; other < ranks; ++other) {  // each rank begins with another one
+      const int to = rank + other < ranks ? rank + other : rank + other - ranks;
+      store_peer_words(slot(to, rank) + i, tagged(data.v[0], tag), tagged(data.v[1], tag));
+    }
+  }
+
+  // The data of words i and i + 1 of rank `from`; waits until both have arrived.
+  LAB_DEVICE Vec<uint32_t, 2> receive(int from, int i) const {
+    const uint64_t* at = slot(rank, from) + i;
+    uint64_t words[2];
+    for (uint32_t polls = 0;; ++polls) {
+      load_peer_words(words, at);
+      if (uint32_t(words[0] >> 32) == tag && uint32_t(words[1] >> 32) == tag) break;
+      peer_pause(polls, from);
+    }
+    return {{uint32_t(words[0]), uint32_t(words[1])}};
+  }
+
+  // Counts this launch. All threads of the block call it, after their last send and receive.
+  LAB_DEVICE void finish() const {
+    __syncthreads();  // all threads have read the count
+    if (threadIdx.x == 0) *launches = tag;
+  }
+};
+
+// How to launch a kernel that exchanges this many words. A block waits for that of the same number on the other
+// ranks, so there are few enough for all to run at the same time. (On a CPU they do in a cooperative launch,
+// which takes 8; more run in their order, unless a random schedule is asked for.)
+inline Config exchange_config(int words, Ptr stream) {
+  const int wanted = (words + kExchangeWords - 1) / kExchangeWords;
+  const int blocks = wanted < kExchangeBlocks ? wanted : kExchangeBlocks;
+  Config config{dim3(blocks), dim3(kExchangeThreads)};
+  config.stream = stream;
+  config.pdl = true;
+  config.cooperative = kHost && blocks <= 8;
+  return config;
+}
+
+}  // namespace lab

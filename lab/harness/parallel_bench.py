@@ -1,0 +1,123 @@
+"""`lab bench model NAMES --tensor-parallel 1,2`: a decode step of a model that several GPUs divide.
+
+Every rank builds the same decoders and takes the same steps in the same order; each step waits for the other
+ranks, so the counts are fixed and none follows from a time. Rank 0 records its times.
+"""
+
+import sys
+
+import torch
+
+from lab.contract import DTYPES
+from lab.dispatch import select
+from lab.errors import error_text
+from lab.harness import timing
+from lab.harness.model_bench import fill, release, step_bytes, timed_step
+from lab.harness.request import settings_of
+from lab.model import ranks
+from lab.model.decoder import Decoder
+from lab.model.parallel import RankSource, check_ranks
+from lab.model.plans import refusal
+from lab.model.sources import open_source
+from lab.model.weights import load
+from lab.records.schema import ModelRow
+from lab.records.session import Session
+
+SAMPLES = {"cuda": 60, "cpu": 3}
+
+
+def main(args, request, counts) -> int:
+    """counts: of GPUs, each above 1. The command itself starts the ranks of each, one after the other."""
+    settings = settings_of(request)
+    group = ranks.join(settings.device)
+    if group is None:
+        for count in counts:
+            ranks.check_devices(settings.device, count)
+            for name in settings.models:
+                check_ranks(open_source(name, settings.weights).config, count)
+        for count in counts:
+            command = [sys.executable, "-m", "lab", *args.argv, "--tensor-parallel", str(count)]
+            ranks.start(command, count)  # the last --tensor-parallel counts
+        return 0
+    group.agree("measurement", str(settings))
+    group.connect()
+    session = None
+    if group.rank == 0:
+        recorded = settings.recorded() | {"ranks": group.ranks}
+        session = Session(request.out, settings.device, recorded, fresh=True)
+    for row in measure(group, settings):
+        if session is not None:
+            row.run = session.run
+            session.add(row)
+            print(told(row), flush=True)
+    if session is not None:
+        session.finish(True)
+        print(f"run {session.run}: {session.new} new lines in {session.path}")
+    group.close()
+    return 0
+
+
+def told(row) -> str:
+    size = f"batch {row.batch}, context {row.context}"
+    said = f"{row.us:9.1f} us a token" if row.us else row.error
+    return f"{row.model} on {row.ranks} GPUs, {row.backend} {row.plan:6} {row.dtype} {size}: {said}"
+
+
+def measure(group, settings):
+    """Yields a row for each model, backend, plan, batch and context."""
+    device, dtype_name = settings.device, settings.dtypes[0]
+    dtype = DTYPES[dtype_name]
+    for name in settings.models:
+        source = RankSource(open_source(name, settings.weights), group.rank, group.ranks)
+        weights = load(source, dtype, device, settings.storage, group)
+        for batch in settings.model_batches:
+            for context in settings.model_contexts:
+                for backend in settings.backends:
+                    for plan in settings.plans:
+                        if refusal(plan, batch, dtype, settings.kv_dtype, ranks=group.ranks):
+                            continue
+                        row = ModelRow(
+                            "",
+                            name,
+                            backend,
+                            plan,
+                            "graph" if device == "cuda" else "eager",
+                            dtype_name,
+                            batch,
+                            context,
+                            "graph" if device == "cuda" else "wall",
+                            weights=settings.weights if settings.weights == "random" else "file",
+                            weight_format=weights.formats if weights.packed else None,
+                            kv_dtype=settings.kv_dtype,
+                            ranks=group.ranks,
+                            emulated=device == "cpu",
+                        )
+                        yield timed(row, weights, device)
+                        release(device)
+        del weights
+        release(device)
+
+
+def timed(row: ModelRow, weights, device: str) -> ModelRow:
+    """The row with its times; with `error` where this configuration cannot run on any rank."""
+    try:
+        ops = select(row.backend, device)
+        decoder = Decoder(weights, ops, row.batch, row.context + 1, plan=row.plan, kv_dtype=row.kv_dtype)
+    except ValueError as error:  # LabError: the same on all ranks
+        row.error = error_text(error)
+        return row
+    fill(decoder, row.batch, row.context)
+    step = timed_step(decoder, row.mode)
+    torch.distributed.barrier()
+    count = SAMPLES[device]
+    samples = [step.sample() for _ in range(count + 1)][1:]
+    stats = timing.summarize([step.read(sample) for sample in samples])
+    step.close()
+    for field, value in stats.fields(p99=True).items():
+        setattr(row, field, value)
+    row.tokens_per_s = row.batch / row.us * 1e6
+    row.bytes = step_bytes(weights, row.batch, row.context, row.kv_dtype)
+    row.gbps = row.bytes / row.us / 1e3  # of each GPU
+    row.weight_bytes = weights.nbytes
+    row.kv_bytes = sum(t.nbytes for t in decoder.cache.tensors())
+    return row

@@ -1,0 +1,64 @@
+"""One rank of test_ranks.py: decodes tiny models and writes what it found to a file."""
+
+import json
+import os
+import signal
+import sys
+import zlib
+from pathlib import Path
+
+import torch
+from tiny_models import CONFIGS
+
+from lab.dispatch import select
+from lab.harness.parallel_bench import timed
+from lab.model import ranks
+from lab.model.decoder import Decoder
+from lab.model.generate import generate
+from lab.model.parallel import RankSource
+from lab.model.sources.random import RandomSource
+from lab.model.weights import load
+from lab.records.schema import ModelRow
+
+PROMPT, TOKENS = [5, 6, 7, 8, 9], 4
+RUNS = [
+    ("torch", "basic", {}),
+    ("torch", "fused", {}),
+    ("cuda", "basic", {}),
+    ("cuda", "fused", {}),
+    ("triton", "fused", {}),
+    ("torch", "basic", {"all_reduce_add": "triton", "all_argmax": "triton"}),
+]
+
+
+def decode(source, backend: str, plan: str, overrides, group=None):
+    """(tokens, a number that depends on every bit of the residual stream)."""
+    weights = load(source, group=group)
+    decoder = Decoder(weights, select(backend, "cpu", overrides), max_context=32, plan=plan)
+    tokens = generate(decoder, PROMPT, TOKENS).output_ids
+    return tokens, zlib.crc32(decoder.buffers.h.numpy().tobytes())
+
+
+def main(what: str, names: str, file: str) -> None:
+    group = ranks.join("cpu")
+    if what == "die" and group.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    group.agree("model", "same")
+    group.connect()
+    found = []
+    for name in names.split(","):
+        source = RankSource(RandomSource(CONFIGS[name]), group.rank, group.ranks)
+        for backend, plan, overrides in RUNS:
+            if group.rank == 1 and overrides:  # the ranks' kernels are of two languages
+                overrides = dict.fromkeys(overrides, "cuda")
+            found.append([name, backend, plan, *decode(source, backend, plan, overrides, group)])
+    Path(f"{file}-{group.rank}").write_text(json.dumps(found))
+    size = dict(dtype="fp32", batch=2, context=8, ranks=group.ranks)
+    row = ModelRow("", names, "cuda", "fused", "eager", timer="wall", **size)
+    assert timed(row, load(source, group=group), "cpu").tokens_per_s > 0, row
+    group.close()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(*sys.argv[1:])

@@ -1,0 +1,36 @@
+"""Device code of the ops that pass words between ranks: see lab/ops/exchange.py for what a word is and where
+it lies."""
+
+import triton
+import triton.language as tl
+
+from lab.ops import exchange
+
+WORDS, BLOCKS = exchange.WORDS, exchange.BLOCKS
+
+
+@triton.jit
+def tagged(data, tag):
+    """int32 data with its tag, as int64."""
+    return (tag.to(tl.int64) << 32) | (data.to(tl.int64) & 0xFFFFFFFF)
+
+
+@triton.jit
+def send(inboxes, i, live, data, tag, capacity, RANK: tl.constexpr, RANKS: tl.constexpr):
+    """Stores words i with these data in the inboxes of all other ranks. Each word is one 64-bit store; past
+    the caches (.wt), because the reader is another GPU."""
+    slot = ((tag & 1) * RANKS + RANK).to(tl.int64) * capacity
+    for other in tl.static_range(1, RANKS):
+        inbox = tl.load(inboxes + (RANK + other) % RANKS).to(tl.pointer_type(tl.int64))
+        tl.store(inbox + slot + i, tagged(data, tag), mask=live, cache_modifier=".wt")
+
+
+@triton.jit
+def receive(inboxes, i, live, tag, capacity, FROM: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr):
+    """The data of words i of rank FROM, int32; waits until all have arrived."""
+    inbox = tl.load(inboxes + RANK).to(tl.pointer_type(tl.int64))
+    at = inbox + ((tag & 1) * RANKS + FROM).to(tl.int64) * capacity + i
+    word = tl.load(at, mask=live, other=0, volatile=True)
+    while tl.max(tl.where(live & ((word >> 32).to(tl.int32) != tag), 1, 0), axis=0) == 1:
+        word = tl.load(at, mask=live, other=0, volatile=True)
+    return word.to(tl.int32)
