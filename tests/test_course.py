@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -106,15 +108,23 @@ def test_grades_are_json(capsys, monkeypatch):
 def test_a_kernel_of_ones_own(tmp_path, monkeypatch, capsys):
     from lab import cli
 
-    called = []
-    monkeypatch.setattr(cli, "main", lambda words: called.append(words) or print("judged") or 0)
+    called, status = [], 1
+
+    def judged(words, stdout):
+        called.append((words[1:], stdout))
+        return SimpleNamespace(returncode=status)
+
+    monkeypatch.setattr(course.subprocess, "run", judged)
     args = cli.parse(["learn", "check", "13", "--file", "mine.py"], "learn")
+    assert course.main(args) == 1
+    status = 0
     assert course.main(args) == 0
-    assert called == [["try", "mine.py", "--op", "silu_mul", "--check-only"]]
+    assert called[1] == (["-m", "lab", "try", "mine.py", "--op", "silu_mul", "--check-only"], None)
     assert "That was the last lesson." in capsys.readouterr().out
     args = cli.parse(["learn", "check", "13", "--json", "--file", "mine.py"], "learn")
     assert course.main(args) == 0
-    assert json.loads(capsys.readouterr().out)["done"] == 1  # what `lab try` says is not among the JSON
+    assert called[2][1] is sys.stderr  # what `lab try` says is not among the JSON
+    assert json.loads(capsys.readouterr().out)["done"] == 1
 
 
 @pytest.mark.parametrize(
@@ -125,7 +135,7 @@ def test_a_kernel_of_ones_own(tmp_path, monkeypatch, capsys):
         (["learn", "1", "--answer", "3"], "go with check"),
         (["learn", "check", "--json", "--answer", "3"], "are for one lesson"),
         (["learn", "1", "--predict", " "], "cannot be empty"),
-        (["explain", "--glossary", "splitt"], "did you mean split?"),
+        (["explain", "--glossary", "splitt"], "did you mean split"),
         (["explain"], "which op?"),
     ],
 )

@@ -6,8 +6,8 @@ prediction, its explanation once its exercise is solved.
 
 from __future__ import annotations
 
-import contextlib
 import json
+import subprocess
 import sys
 
 from lab.errors import LabError
@@ -184,10 +184,8 @@ def wrong_with(lesson: Lesson, args) -> str | None:
         return None if lesson.right(args.answer) else f"{args.answer:g} is not right (10 % off would be)"
     if args.file is None:
         return f"name your kernel: lab learn check {lesson.number} --file FILE"
-    from lab import cli
-
-    with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
-        status = cli.main(["try", args.file, "--op", what, "--check-only"])
+    words = [sys.executable, "-m", "lab", "try", args.file, "--op", what, "--check-only"]
+    status = subprocess.run(words, stdout=sys.stderr if args.json else None).returncode
     return None if status == 0 else f"`lab try {args.file} --op {what}` does not accept it"
 
 

@@ -9,7 +9,7 @@ What a kernel reads before gdc_wait() is NaN, as in CUDA's host build.
 from __future__ import annotations
 
 import contextlib
-import sys
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -164,7 +164,7 @@ class Watch:
 
     def line(self) -> int:
         """The line of the learner's file that is being interpreted; 0 if it is none."""
-        frame = sys._getframe(1)
+        frame = inspect.currentframe()
         while frame and frame.f_code.co_filename != self.file:
             frame = frame.f_back
         return frame.f_lineno if frame else 0

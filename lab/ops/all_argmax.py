@@ -12,12 +12,14 @@ import torch
 
 from lab.contract import Op, case, dense, refuse
 from lab.ops import sample
-from lab.ops.exchange import check_exchange, simulated
+from lab.ops.exchange import Exchange, check_exchange, simulated
 
 MOST_ROWS = 64
 
 
-def validate(logits, ids, first, exchange, out=None):
+def validate(
+    logits: torch.Tensor, ids: torch.Tensor, first: int, exchange: Exchange, out: torch.Tensor | None = None
+) -> None:
     if out is not None:
         refuse("all_argmax", "changes ids in place; out= is not taken")
     if logits.dim() != 2 or logits.dtype != torch.float32 or not 1 <= logits.shape[0] <= MOST_ROWS:

@@ -11,12 +11,14 @@ Kernels: cuda_src/all_reduce_add.cu, triton_kernels/all_reduce_add.py
 import torch
 
 from lab.contract import DTYPE_CODES, EPS32, FLOATS, Op, case, dense, refuse
-from lab.ops.exchange import check_exchange, simulated, words_of
+from lab.ops.exchange import Exchange, check_exchange, simulated, words_of
 
 PAIR = 8  # bytes of two words' data, which a thread exchanges at a time
 
 
-def validate(partial, residual, exchange, out=None):
+def validate(
+    partial: torch.Tensor, residual: torch.Tensor, exchange: Exchange, out: torch.Tensor | None = None
+) -> None:
     if out is not None:
         refuse("all_reduce_add", "adds into the residual; out= is not taken")
     if partial.dtype not in FLOATS or partial.dim() != 2:
