@@ -560,7 +560,7 @@ def test_bash_completes_a_file_whose_name_holds_a_space(tmp_path, capsys):
         capsys.readouterr().out
         + """
 COMP_WORDS=(lab try my); COMP_CWORD=2; _lab; printf '%s|' "${COMPREPLY[@]}"
-COMP_WORDS=(lab ch); COMP_CWORD=1; _lab; printf '%s|' "${COMPREPLY[@]}"
+COMP_WORDS=(lab che); COMP_CWORD=1; _lab; printf '%s|' "${COMPREPLY[@]}"
 """
     )
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True)

@@ -120,7 +120,9 @@ def test_explain_shows_the_ladder_by_its_name(tmp_path, capsys):
     from lab.learn import explain
 
     made_up(tmp_path, {("int4-g128", 1, 5): 30.0, ("int4-g128", 1, 6): 25.0, ("int4-g128", 8, 6): 50.0})
-    args = SimpleNamespace(op=NAME, rungs=False, html=None, reports=str(tmp_path))
+    args = SimpleNamespace(
+        op=NAME, rungs=False, glossary=None, unfold=False, step=None, html=None, reports=str(tmp_path)
+    )
     assert explain.main(args) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "measured: CUDA 25.0 us, 50% of the ceiling, 1.20 times faster than the rung before" in shown

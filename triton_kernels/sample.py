@@ -149,10 +149,10 @@ def sample_kernel(
                     cut = _threshold(row, vocab, cut, wanted, top, scale, WEIGHTED=True, BLOCK=BLOCK)
 
             # 5. Min-p threshold: tokens at least min_p as likely as the likeliest stay.
-            floor = float("-inf")
+            least = float("-inf")
             if MIN_P:
                 likely = tl.div_rn(top, temperature) + tl.log(tl.maximum(min_p, 1e-38))
-                floor = tl.where(min_p > 0.0, likely, float("-inf"))
+                least = tl.where(min_p > 0.0, likely, float("-inf"))
 
             # 6. Draw: the largest l + g. Winners have u near 1, where float32 cannot hold u and tl.log is
             # only good to 2^-22; there a series in 1 - u, which float32 does hold, is used instead. (The twin
@@ -169,7 +169,7 @@ def sample_kernel(
                 series = v * (1.0 + v * (0.5 + v * (1.0 / 3 + v * (0.25 + v * (0.2 + v * (1.0 / 6))))))
                 scaled = tl.div_rn(value, temperature)
                 noisy = scaled - tl.log(tl.where(v < 0.0625, series, -tl.log(u)))
-                kept = (key >= cut) & (scaled >= floor) & (token < vocab)
+                kept = (key >= cut) & (scaled >= least) & (token < vocab)
                 noisy = tl.where(kept, noisy, float("-inf"))
                 index = tl.where(noisy > best, token, index)
                 best = tl.where(noisy > best, noisy, best)
