@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
+from lab import cli
 from lab.contract import BACKENDS
 from lab.dispatch import select
 from lab.errors import LabError
@@ -135,3 +136,27 @@ def test_greedy_rows_take_todays_step():
     """A batch that asks for nothing runs the kernels of a greedy step and no others."""
     assert ByRow.of([GREEDY, Sampling(seed=3, top_k=5)]) == GREEDY
     assert ByRow.of([GREEDY, Sampling(0.5)]) == ByRow(draws=True)
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("--temperature 0.5", "each rank has a part of the logits"),
+        ("--presence-penalty 1", "each rank has a part of the logits"),
+        ("--logit-bias 3=1", "each rank has a part of the logits"),
+        ("--logprobs 0 --json there.json", "each rank has a part of the logits"),
+        ("--batch-file some.jsonl", "--tensor-parallel does not go with --batch-file"),
+    ],
+)
+def test_what_needs_all_logits_is_refused_where_ranks_divide_them(words, said, capsys):
+    given = "run smollm2-135m --weights random --device cpu --backend torch --tensor-parallel 2"
+    source = [] if "batch-file" in words else ["--ids", "1"]
+    assert cli.main([*given.split(), *source, *words.split()]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("lab: error: ") and said in line
+
+
+def test_a_step_knows_whether_it_needs_all_logits():
+    assert not GREEDY.needs_all_logits and not ByRow().needs_all_logits
+    for sampling in (Sampling(logprobs=0), Sampling(0.5), ByRow(logprobs=True), ByRow(draws=True)):
+        assert sampling.needs_all_logits

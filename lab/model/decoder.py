@@ -18,7 +18,7 @@ from lab.model.kv_cache import PagedKVCache
 from lab.model.plans import find_plan
 from lab.model.plans.buffers import StepBuffers
 from lab.model.prefill import prefill
-from lab.model.sampling import GREEDY, ByRow, Sampling
+from lab.model.sampling import GREEDY, ONE_PART, ByRow, Sampling
 from lab.model.weights import Weights
 
 
@@ -156,8 +156,8 @@ class Decoder:
         A row whose logits hold NaN gets -1. Raises LabError for a full cache, before anything is launched,
         and for a draw from logits that ranks divide.
         """
-        if self.weights.group is not None and not sampling.greedy:
-            raise LabError("with --tensor-parallel tokens are greedy yet: leave out --temperature")
+        if self.weights.group is not None and sampling.needs_all_logits:
+            raise LabError(ONE_PART)
         self.cache.extend_all(self.live_rows, 1)
         try:
             self._run(sampling, self.batch if rows is None else rows)

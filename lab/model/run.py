@@ -82,6 +82,7 @@ def main(args) -> int:
     from lab.model.kv_cache import kv_dtype_of
     from lab.model.parallel import RankSource, check_ranks
     from lab.model.plans import find_plan
+    from lab.model.sampling import ONE_PART
     from lab.model.sources import open_source
     from lab.model.weight_formats import dtype_of, storage_of
     from lab.model.weights import load, planned
@@ -101,6 +102,8 @@ def main(args) -> int:
         for option in ("dispatch", "json", "trace", "no_stream"):
             if getattr(args, option):
                 raise LabError(f"--{option.replace('_', '-')} does not go with --batch-file")
+        if args.tensor_parallel != 1:
+            raise LabError("--tensor-parallel does not go with --batch-file")
         if args.max_new_tokens < 1:
             raise LabError(f"--max-new-tokens {args.max_new_tokens}: it must be at least 1")
         return run_batch(args, sampling)
@@ -116,8 +119,8 @@ def main(args) -> int:
     if args.tensor_parallel < 1:
         raise LabError(f"--tensor-parallel {args.tensor_parallel}: it must be at least 1")
     find_plan(args.plan, 1, dtype, cached, ranks=args.tensor_parallel)
-    if args.tensor_parallel > 1 and args.temperature != 0:
-        raise LabError("with --tensor-parallel tokens are greedy yet: leave out --temperature")
+    if args.tensor_parallel > 1 and sampling.needs_all_logits:
+        raise LabError(ONE_PART)
     trace = Trace() if args.trace or args.json else None
     table = read_table(args.dispatch) if args.dispatch is not None else None
     overrides = args.override or environment_overrides()

@@ -70,6 +70,11 @@ class Sampling:
         return self.temperature == 0 and not self.adjusts
 
     @property
+    def needs_all_logits(self) -> bool:
+        """Whether more is asked for than where the largest logit is: a rank of several has a part of them."""
+        return not self.greedy or self.logprobs is not None
+
+    @property
     def adjusts(self) -> bool:
         """Whether it changes logits."""
         penalties = self.repetition_penalty, self.presence_penalty, self.frequency_penalty
@@ -82,6 +87,10 @@ class Sampling:
 
 
 GREEDY = Sampling()
+ONE_PART = (
+    "with --tensor-parallel each rank has a part of the logits, so tokens are greedy yet: leave out "
+    "--temperature, penalties, --logit-bias and --logprobs"
+)
 
 
 @dataclass(frozen=True)
@@ -110,6 +119,10 @@ class ByRow:
     @property
     def greedy(self) -> bool:
         return not (self.draws or self.adjusts)
+
+    @property
+    def needs_all_logits(self) -> bool:
+        return not self.greedy or self.logprobs
 
 
 class RowSampling:
