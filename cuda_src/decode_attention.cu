@@ -16,7 +16,7 @@ using namespace lab;
 
 template <typename A, typename T = typename A::T>
 __global__ void __launch_bounds__(A::kMaxThreads, 1)
-    decode_attention_kernel(const T* q, KvCache<typename A::C> cache, const int* context_lens, T* out,
+    decode_attention_kernel(const T* q, typename A::Cache cache, const int* context_lens, T* out,
                             float* partial, unsigned* tickets, int splits, int group, int64_t q_stride,
                             float scale_log2, int least) {
   // 1. Locate: split s owns the tokens [begin, end) of one sequence. The length is read here, on the device,

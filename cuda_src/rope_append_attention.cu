@@ -19,7 +19,7 @@ template <typename A, typename T = typename A::T>
 __global__ void __launch_bounds__(A::kMaxThreads, 1)
     rope_append_attention_kernel(const T* q, const T* k, const T* v, const T* q_norm, const T* k_norm,
                                  float eps, const int* positions, const float* cos_sin,
-                                 KvCache<typename A::C> cache, T* out, float* partial, unsigned* tickets,
+                                 typename A::Cache cache, T* out, float* partial, unsigned* tickets,
                                  int splits, int group, int64_t q_stride, int64_t k_stride, int64_t v_stride,
                                  float scale_log2, int least) {
   // 1. Locate: as decode_attention. What was written before the preceding kernel began may be read before the

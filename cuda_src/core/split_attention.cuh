@@ -54,6 +54,9 @@ template <typename T_, int D_, typename C_ = T_>
 struct SplitAttention {
   using T = T_;
   using C = C_;
+  // Kernels name the type of their argument so: spelled out, the symbol of the kernel, by which `lab inspect`
+  // finds it, would hold an expression that nvcc and g++ mangle differently.
+  using Cache = KvCache<C>;
   static constexpr int D = D_;
   // Floats of a head's sums in shared memory: 4 more avoid bank conflicts.
   static constexpr int kRow = D + 4;
