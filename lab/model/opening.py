@@ -30,26 +30,19 @@ def open_model(
 
     Raises LabError for what cannot be had, before weights are loaded.
     """
-    import torch
 
     from lab.contract import DTYPES
     from lab.dispatch import environment_overrides, select
     from lab.model.kv_cache import kv_dtype_of
     from lab.model.plans import find_plan
-    from lab.model.run import find_tokenizer, slowness
+    from lab.model.run import find_tokenizer, numbers_of, slowness
     from lab.model.sources import open_source
-    from lab.model.weight_formats import dtype_of, storage_of
     from lab.model.weights import load, planned
-    from lab.names import known
 
     if rows < 1:
         raise LabError(f"--batch {rows}: it must be at least 1")
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device not in ("cuda", "cpu"):
-        raise LabError(f"unknown device {device!r}: choose cuda or cpu")
-    storage = storage_of(args.weights_as, args.quantise, args.quantise_head, device)
-    dtype_name = dtype_of(args.weights_as, args.dtype) or ("bf16" if device != "cpu" else "fp32")
-    dtype, cached = DTYPES[known(dtype_name, tuple(DTYPES), "dtype")], kv_dtype_of(args.kv_dtype)
+    device, storage, dtype_name = numbers_of(args)
+    dtype, cached = DTYPES[dtype_name], kv_dtype_of(args.kv_dtype)
     find_plan(args.plan, rows, dtype, cached)
     ops = select(args.backend, device, args.override or environment_overrides())
     source = open_source(args.model, args.weights)

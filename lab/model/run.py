@@ -71,7 +71,6 @@ def add_arguments(parser) -> None:
 
 
 def main(args) -> int:
-    import torch
 
     from lab.contract import DTYPES
     from lab.dispatch import Trace, environment_overrides, parse_overrides, select
@@ -84,17 +83,11 @@ def main(args) -> int:
     from lab.model.plans import find_plan
     from lab.model.sampling import ONE_PART
     from lab.model.sources import open_source
-    from lab.model.weight_formats import dtype_of, storage_of
     from lab.model.weights import load, planned
-    from lab.names import known
 
     # What costs nothing to check comes before what takes seconds.
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device not in ("cuda", "cpu"):
-        raise LabError(f"unknown device {device!r}: choose cuda or cpu")
-    storage = storage_of(args.weights_as, args.quantise, args.quantise_head, device)
-    dtype_name = dtype_of(args.weights_as, args.dtype) or ("bf16" if device != "cpu" else "fp32")
-    dtype = DTYPES[known(dtype_name, tuple(DTYPES), "dtype")]
+    device, storage, dtype_name = numbers_of(args)
+    dtype = DTYPES[dtype_name]
     sampling = sampling_of(args)
     if args.batch_file is not None:
         from lab.model.batch_file import run_batch
@@ -246,6 +239,23 @@ def main(args) -> int:
     if group is not None:
         group.close()
     return 0
+
+
+def numbers_of(args):
+    """(device, storage, name of the dtype) that the options of a model ask for. Raises LabError for names
+    that are unknown, or contradict each other."""
+    import torch
+
+    from lab.contract import DTYPES
+    from lab.model.weight_formats import dtype_of, storage_of
+    from lab.names import known
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device not in ("cuda", "cpu"):
+        raise LabError(f"unknown device {device!r}: choose cuda or cpu")
+    storage = storage_of(args.weights_as, args.quantise, args.quantise_head, device)
+    dtype_name = dtype_of(args.weights_as, args.dtype) or ("bf16" if device != "cpu" else "fp32")
+    return device, storage, known(dtype_name, tuple(DTYPES), "dtype")
 
 
 def sampling_of(args):
