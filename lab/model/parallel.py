@@ -15,7 +15,7 @@ import torch
 
 from lab.errors import LabError
 from lab.model.description import ModelConfig
-from lab.model.sources.store import Stored
+from lab.model.sources.store import Stored, kv_scales_of
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 BY_ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head")
@@ -111,6 +111,9 @@ class RankSource:
             out.copy_(whole.narrow(dim, first, out.shape[dim]))
         if name.endswith("o_proj.bias") and self.rank:
             out.zero_()  # rank 0 adds it to the sum
+
+    def kv_scales(self) -> list[tuple[float, float]] | None:
+        return kv_scales_of(self.source)  # of whole layers, so the same on each rank
 
     def unread(self) -> list[str]:
         return self.source.unread()
