@@ -21,6 +21,7 @@ import math
 import triton
 import triton.language as tl
 
+from lab.errors import LabError
 from lab.formats import PackedMatrix
 from lab.ops import step_layout
 from triton_kernels.common import architecture, config, launch
@@ -446,6 +447,8 @@ def decode_step(ids, positions, model, k_cache, v_cache, block_table, logits, wo
         head_dim=head_dim,
     ) or config(CONFIGS, w.h)
     programs = cfg.get("programs") or cfg.get("per_multiprocessor", 1) * multiprocessors(w.h)
+    if w.trace is not None and programs > step_layout.TRACE_BLOCKS:
+        raise LabError(f"decode_step: {programs} programs, and records of {step_layout.TRACE_BLOCKS} at most")
     splits = cfg.get("splits") or max(min(step_layout.MAX_SPLITS, programs // kv_heads), 1)
     options = {key: value for key, value in cfg.items() if key.startswith("num_")}
     heads, block_d = triton.next_power_of_2(m.group), triton.next_power_of_2(head_dim)
