@@ -57,7 +57,7 @@ struct StepTypes<T, true> {
 };
 
 template <typename T>
-struct StepArguments {
+struct StepArguments : StepTrace::Argument {
   const int *ids, *positions;
   PackedWeights embed, lm_head;  // codes: the elements of a plain matrix
   const void* table;
@@ -137,13 +137,14 @@ struct StepRow {
     const int end = (k + kMostColumns - 1) / kMostColumns * kMostColumns;
     for (int col = k + threadIdx.x; col < end; col += kRingThreads) x[col] = from_float<T>(0.f);
   }
-  LAB_DEVICE void copy(const TaggedRow<T>& row, int k) {
+  LAB_DEVICE void copy(const TaggedRow<T>& row, int k, StepTrace& trace) {
     each(row, k, [&](int col, const Vec<T>& v) { store(x + col, v); });
     pad(k);
     ring_sync();
+    trace.arrived();
   }
   // x = T(T(row * rsqrt(mean(row^2) + eps)) * weight): rmsnorm's rounding points.
-  LAB_DEVICE void norm(const TaggedRow<T>& row, int k, float eps) {
+  LAB_DEVICE void norm(const TaggedRow<T>& row, int k, float eps, StepTrace& trace) {
     float f[N], factor[N], sum = 0.f;
     each(row, k, [&](int col, const Vec<T>& v) {
       unpack<T>(f, bit_cast<Packed<T, N>>(v));
@@ -155,6 +156,7 @@ struct StepRow {
     sum = group_sum<32>(sum);
     if (threadIdx.x % 32 == 0) squares[threadIdx.x / 32] = sum;
     ring_sync();
+    trace.arrived();
     const float scale = rsqrtf(sum_of_warps(squares) * mean + eps);
     cp_async_wait<0>();
     // Each thread scales the columns it stored.
@@ -255,7 +257,8 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
   const int64_t kv_bytes = int64_t(position) * 2 * a.heads.kv_heads * D * int(sizeof(T));
   typename Types::Ring ring(shared.ring, tiles, a.tiles, kv_bytes <= a.few_up_to ? 1 : 2);
   StepAttention<T, D> attention(shared.attention, reinterpret_cast<float*>(row), a.heads, position);
-  if (threadIdx.x == 0) ring.init();
+  StepTrace& trace = shared.ring;
+  if (threadIdx.x == 0) ring.init(), trace.start(a, a.layers);
   __syncthreads();
 
   // For each phase: its matrix (w, the number of outputs, k, and how many rows of w an output has); then the
@@ -324,6 +327,7 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
     h.store(n, two[0], two[1]);
   }
   ring_sync();  // own() reads what other threads wrote
+  trace.end_phase();
   x.start(layers[0].attn_norm, a.hidden);
   for (int product = 0; product <= 4 * a.layers; ++product) {
     const int i = product / 4;  // the layer
@@ -333,6 +337,7 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
       const TaggedRow<T> heads{a.attention, ++tag};
       attention.run(ring, i, last, layer.q_norm, layer.k_norm, heads, {a.partial, tag});
       last = heads;
+      trace.end_phase();
     }
     const auto m = matrix_of(i, phase);
     const Share share = ring.share(m.n);
@@ -348,9 +353,10 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
       // 1B at 32 tokens takes 845 us without this pause, 834 with it, on an H100. (A pause between two polls
       // costs more than it saves.)
       if (ring.few > 1) wait_cycles(600);
-      normed ? x.norm(last, m.k, a.heads.eps) : x.copy(last, m.k);
+      normed ? x.norm(last, m.k, a.heads.eps, trace) : x.copy(last, m.k, trace);
       ring.multiply(m, share, x.x, base, epilogue);
     }
+    trace.end_phase();
     last = to;
   }
 
@@ -365,11 +371,12 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
   for (int warp = 1; warp < kRingWarps; ++warp) best = shared.best[warp] > best ? shared.best[warp] : best;
   auto* top = reinterpret_cast<unsigned long long*>(a.counters + kBest);
   atomicMax(top, static_cast<unsigned long long>(best));
-  if (take_ticket(a.counters + kTicket) != gridDim.x - 1) return;
+  if (take_ticket(a.counters + kTicket) != gridDim.x - 1) return trace.finish();
   const uint64_t winner = atomicExch(top, 0ull);
   a.out[0] = winner >> 32 == 0xffffffffu ? -1 : candidate_index(winner);
   atomicExch(a.counters + kTicket, 0u);
   a.counters[kTag] = tag;
+  trace.finish();
 #endif
 }
 
@@ -420,6 +427,11 @@ static void launch_step(const DecodeStepArgs& a) {
   s.act = s.attention + a.q_heads * D / 2;
   s.partial = s.act + a.sizes.intermediate / 2;
   s.counters = as<unsigned>(a.exchange.counters);
+  if constexpr (kStepTrace) {
+    s.trace = as<int64_t>(a.exchange.trace);
+  } else if (a.exchange.trace) {
+    throw std::invalid_argument("decode_step: this build records no times: see lab ledger --inside");
+  }
   s.layers = a.sizes.layers;
   s.vocab = a.sizes.vocab;
   s.hidden = a.sizes.hidden;
@@ -438,6 +450,8 @@ static void launch_step(const DecodeStepArgs& a) {
   s.heads.v_cache = as<T>(a.cache.v);
   Config config{dim3(multiprocessors()), dim3(kRingThreads + 32), size_t(fixed + tiles * Types::kTile),
                 a.stream};
+  if (a.exchange.trace && int(config.grid.x) > kTraceBlocks)
+    throw std::invalid_argument("decode_step: more blocks than its records have room for");
   config.cooperative = true;  // all blocks run at once, or the launch fails
   launch(config, "decode_step_kernel", decode_step_kernel<T, D, Packed>, s);
 }

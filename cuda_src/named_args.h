@@ -61,7 +61,7 @@ template <typename F> bool with_fields(StepWeights& g, F f) {
 template <typename F> bool with_fields(StepCache& g, F f) {
   return f(g.k, g.v, g.block_table, g.pages, g.kv_heads, g.page_size);
 }
-template <typename F> bool with_fields(StepExchange& g, F f) { return f(g.words, g.counters); }
+template <typename F> bool with_fields(StepExchange& g, F f) { return f(g.words, g.counters, g.trace); }
 template <typename F> bool with_fields(StepSizes& g, F f) {
   return f(g.layers, g.vocab, g.hidden, g.intermediate, g.layer_bytes);
 }

@@ -246,9 +246,7 @@ def bench(parser):
 
 def ledger(parser):
     parser.add_argument("model", metavar="MODEL", help="a preset")
-    parser.add_argument(
-        "--backend", metavar="A,B", default="cuda,triton,torch", help="default: cuda,triton,torch"
-    )
+    parser.add_argument("--backend", metavar="A,B", help="default: cuda,triton,torch")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16")
     parser.add_argument("--batch", type=int, default=1, help="batch size (default 1)")
     parser.add_argument("--context", type=int, default=1024, help="tokens in the KV cache (default 1024)")
@@ -261,6 +259,12 @@ def ledger(parser):
         "--swap",
         action="store_true",
         help="also tokens all in CUDA, all in Triton, and with each op in turn swapped",
+    )
+    parser.add_argument(
+        "--inside",
+        action="store_true",
+        help="instead: when the blocks of the persistent plan's kernel wait and when they multiply, phase by "
+        "phase (CUDA on a GPU compiles a kernel that records this, once, in minutes)",
     )
     parser.add_argument(
         "--plan", metavar="A,B", help="decode plans (default: all, persistent at batch 1 only)"

@@ -21,12 +21,14 @@ import math
 import triton
 import triton.language as tl
 
+from lab.errors import LabError
 from lab.formats import PackedMatrix
 from lab.ops import step_layout
 from triton_kernels.common import architecture, config, launch
 from triton_kernels.core.packed_rows import operands
 from triton_kernels.core.split_attention import load_tile, merge_step, split_bounds
 from triton_kernels.core.step_product import any_product, arrive, layer_product, tensor_at, unpack_token, wait
+from triton_kernels.core.step_trace import TRACE_LAYER, TRACE_STEP, begin_trace, end_trace, record
 from triton_kernels.norm_linear_argmax import first_best
 from triton_kernels.rope_append_attention import angles, append_and_attend
 from triton_kernels.settings import measured, multiprocessors, packed_interpreted
@@ -118,6 +120,7 @@ def decode_step_kernel(
     splits,
     eps,
     scale_log2,
+    trace,
     HIDDEN: tl.constexpr,
     MIDDLE: tl.constexpr,
     GROUP: tl.constexpr,
@@ -165,6 +168,9 @@ def decode_step_kernel(
     # the loads of two tiles into registers and then waits for `target` arrivals (see product(); of packed
     # weights, it asks L2 for a tile); the first phase waits for none.
     target = 0
+    if trace is not None:
+        trace += tl.program_id(0).to(tl.int64) * (TRACE_LAYER * layers + TRACE_STEP)
+        begin_trace(trace)
 
     # 3. Layers: norm and qkv, attention, o, norm and gate and up, down; each phase ends when all programs
     # have arrived. Then the logits, of which a program keeps its best.
@@ -186,8 +192,9 @@ def decode_step_kernel(
             MATRIX=0,
             WAYS=QKV_WAYS,
             PREFETCH=PREFETCH,
+            trace=trace,
         )
-        target = arrive(counters, target)
+        target = arrive(counters, target, trace)
 
         # A program has one split of a KV head, or none; where there are more KV heads than programs, several.
         q_norm = tensor_at(table, Q_NORM, T)
@@ -207,7 +214,7 @@ def decode_step_kernel(
             PAGE=PAGE,
             TILE=TILE,
         )
-        wait(counters, target)
+        wait(counters, target, trace)
         while item < KV_HEADS * splits:
             if item % splits < used:
                 append_and_attend(
@@ -267,7 +274,7 @@ def decode_step_kernel(
                 PAGE=PAGE,
                 TILE=TILE,
             )
-        target = arrive(counters, target)
+        target = arrive(counters, target, trace)
 
         # In the first layer the residual is the row of embed, in the others h.
         layer_product(
@@ -287,8 +294,9 @@ def decode_step_kernel(
             MATRIX=1,
             WAYS=O_WAYS,
             PREFETCH=PREFETCH,
+            trace=trace,
         )
-        target = arrive(counters, target)
+        target = arrive(counters, target, trace)
 
         layer_product(
             counters,
@@ -307,9 +315,10 @@ def decode_step_kernel(
             MATRIX=2,
             WAYS=GATE_UP_WAYS,
             PREFETCH=PREFETCH,
+            trace=trace,
             PAIRS=True,
         )
-        target = arrive(counters, target)
+        target = arrive(counters, target, trace)
 
         layer_product(
             counters,
@@ -328,8 +337,9 @@ def decode_step_kernel(
             MATRIX=3,
             WAYS=DOWN_WAYS,
             PREFETCH=PREFETCH,
+            trace=trace,
         )
-        target = arrive(counters, target)
+        target = arrive(counters, target, trace)
         residual = h
         table += COLUMNS
         k_cache += cache_stride
@@ -352,7 +362,9 @@ def decode_step_kernel(
         WAY=HEAD_WAY,
         PREFETCH=PREFETCH,
         ARGMAX=True,
+        trace=trace,
     )
+    record(trace, target, 0)
     best, index = first_best(best, index, axis=1)  # [1, 1], and a scalar for the atomic
     best = tl.max(tl.reshape(best, [1]), axis=0)
     index = tl.max(tl.reshape(index, [1]), axis=0)
@@ -376,6 +388,7 @@ def decode_step_kernel(
         tl.store(top, 0)
         tl.store(counters + TICKET, 0)
         tl.store(counters + BARRIER, 0)
+    end_trace(trace, target)
 
 
 def tensors(w):
@@ -434,6 +447,8 @@ def decode_step(ids, positions, model, k_cache, v_cache, block_table, logits, wo
         head_dim=head_dim,
     ) or config(CONFIGS, w.h)
     programs = cfg.get("programs") or cfg.get("per_multiprocessor", 1) * multiprocessors(w.h)
+    if w.trace is not None and programs > step_layout.TRACE_BLOCKS:
+        raise LabError(f"decode_step: {programs} programs, and records of {step_layout.TRACE_BLOCKS} at most")
     splits = cfg.get("splits") or max(min(step_layout.MAX_SPLITS, programs // kv_heads), 1)
     options = {key: value for key, value in cfg.items() if key.startswith("num_")}
     heads, block_d = triton.next_power_of_2(m.group), triton.next_power_of_2(head_dim)
@@ -473,6 +488,7 @@ def decode_step(ids, positions, model, k_cache, v_cache, block_table, logits, wo
         splits,
         m.eps,
         m.scale * math.log2(math.e),
+        w.trace,
         reads=held,
         HIDDEN=hidden,
         MIDDLE=middle,

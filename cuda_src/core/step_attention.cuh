@@ -98,15 +98,19 @@ struct StepAttention {
   LAB_DEVICE void run(Ring& ring, int layer, const TaggedRow<T>& qkv, const T* q_norm, const T* k_norm,
                       const TaggedRow<T>& out, TaggedFloats partial) {
     each_item([&] {
+      ring.shared.waits();
       rotate(layer, qkv, q_norm, k_norm);
       ring_sync();
+      ring.shared.arrived();
       attend(ring);
       ring_sync();
       TaggedFloats mine = partial;
       mine.words += size_t(kv_head) * kStepSplits * group * (D + 2);
       publish(out, mine);
+      ring.shared.waits();
       if (used > 1) merge(out, mine);
       ring_sync();  // no thread still reads `sums`
+      ring.shared.arrived();
     });
   }
 

@@ -12,6 +12,7 @@
 // cores a tile took 700 cycles; DRAM delivers one in 1,300.)
 #pragma once
 #include "../common.cuh"
+#include "step_trace.cuh"
 #include "unpack.cuh"
 
 namespace lab {
@@ -32,7 +33,7 @@ constexpr int kMostInFlight = 4;  // the most tiles in flight in the midst of a 
 // Rows whose sums are in shared memory before they are stored.
 constexpr int kBatchRows = 128;
 
-struct RingSmem {
+struct RingSmem : StepTrace {
   mbarrier full[kMostTiles], empty[kMostTiles];
   alignas(16) float partial[kBatchRows][kRingWarps];
 };
@@ -103,6 +104,7 @@ struct WeightRing {
     ++under_way;
     mbarrier_wait(&shared.empty[stage], parity ^ 1);
     mbarrier_arrive_expect_tx(&shared.full[stage], bytes);
+    shared.tile_issued();
   }
   LAB_DEVICE void copy(T* to, const T* from, unsigned bytes) {
     bulk_copy_g2s(to, from, bytes, &shared.full[stage]);
@@ -111,9 +113,14 @@ struct WeightRing {
   // For the other threads. wait() waits until the tile has arrived; then each thread marks it as free with
   // release(). (If one lane did this for its whole warp it would be no faster, and compute-sanitizer would
   // not see that it stands for the others.)
-  LAB_DEVICE void wait() { mbarrier_wait(&shared.full[stage], parity); }
+  LAB_DEVICE void wait() {
+    const auto began = shared.now();
+    mbarrier_wait(&shared.full[stage], parity);
+    shared.tile_arrived(began);
+  }
   LAB_DEVICE void release() {
     mbarrier_arrive(&shared.empty[stage]);
+    shared.tile_used();
     advance();
   }
 

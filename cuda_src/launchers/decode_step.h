@@ -19,8 +19,9 @@ struct StepCache {
 };
 
 // Memory through which the blocks exchange results (StepWorkspace of the contract): words int64, counters
-// uint32; zero before the first launch.
-struct StepExchange { Ptr words, counters; };
+// uint32; zero before the first launch. trace: null, or where a kernel that can record its times does so
+// (core/step_trace.cuh).
+struct StepExchange { Ptr words, counters, trace; };
 
 // layer_bytes: of the four matrices of a layer.
 struct StepSizes {

@@ -20,6 +20,7 @@ from lab.harness import (
     ceiling,
     crossover,
     exchange_bench,
+    inside,
     ladder_bench,
     ledger,
     model_bench,
@@ -146,7 +147,10 @@ def say(session, complete):
     """How the run ended, on the terminal; 1 if rows failed and none has a time, else 0."""
     errors = [r for r in session.rows if getattr(r, "error", None)]
     measured = any(
-        r.kind in ("op", "model", "ledger") and r.us is not None or r.kind == "accuracy" and r.kl is not None
+        r.kind in ("op", "model", "ledger", "inside")
+        and r.us is not None
+        or r.kind == "accuracy"
+        and r.kl is not None
         for r in session.rows
     )
     failed = f", {len(errors)} failed" if errors else ""
@@ -206,7 +210,9 @@ def steps_of(session, rig, settings):
     if settings.what in ("model", "all") or settings.what == "accuracy" and settings.device == "cuda":
         for one in every:
             found += model_steps(session, rig, settings, one)
-    if settings.what in ("ledger", "all") and settings.device == "cuda":  # it is made of device time stamps
+    if settings.inside:
+        found += inside_steps(session, rig, settings, weights)
+    elif settings.what in ("ledger", "all") and settings.device == "cuda":  # it is made of device time stamps
         found += ledger_steps(session, rig, settings, weights)
     whole_set = settings.what == "all" and settings.device == "cuda" and not settings.quick
     if settings.ladder or whole_set:
@@ -284,6 +290,17 @@ def ledger_steps(session, rig, settings, weights):
                 run = functools.partial(ledger.measure_swap, *given, plan)
                 seconds = ledger.SWAP_SECONDS + 10 * PER_DECODER
                 found.append(("ledgers", Step(f"swaps {name} {plan}", seconds, run)))
+    return found
+
+
+def inside_steps(session, rig, settings, weights):
+    """[(stage, Step)] of the inside of the models' persistent step, in each language."""
+    found, dtype = [], settings.dtypes[0]
+    context = settings.model_contexts[0]
+    for name in settings.ledger_models:
+        for backend, _ in rig.sides(1, dtype, weights.storage.formats):
+            run = functools.partial(inside.measure, session, rig, weights, name, dtype, context, backend)
+            found.append(("ledgers", Step(f"inside {name} {backend}", PER_LEDGER + 6 * rig.seconds, run)))
     return found
 
 

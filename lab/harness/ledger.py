@@ -446,14 +446,9 @@ def measure_backend(base, rig, weights, ops, batch, context):
 
     entries = {use: timing.GraphTimed([_all(mine)], before) for use, mine in chains(calls, last).items()}
     entries["token"] = timing.GraphTimed([step], before, graph=graph)
-    one = torch.zeros(1, device=rig.device)
-    for count in (1, 1 + NULLS):
-        entries[f"{count} nulls"] = timing.GraphTimed(
-            [_all([functools.partial(one.add_, 1)] * count)], before
-        )
+    entries |= nulls(rig.device, before)
     stats = timing.measure(entries, rig.seconds * len(entries), 20, 200)
-    token, single, many = (stats.pop(key) for key in ("token", "1 nulls", f"{1 + NULLS} nulls"))
-    launch_us = max(0.0, single.us - (many.us - single.us) / NULLS)
+    token, launch_us = stats.pop("token"), launch_of(stats)
     step.before()
     marked = []
     split = device_events(lambda: marked.extend(record_step(decoder, mark=True)))
@@ -478,6 +473,22 @@ def measure_backend(base, rig, weights, ops, batch, context):
     for entry in (whole, *entries.values()):
         entry.close()
     return rows
+
+
+def nulls(device, before):
+    """Graphs of kernels that do nothing, for launch_of()."""
+    one = torch.zeros(1, device=device)
+    return {
+        f"{count} nulls": timing.GraphTimed([_all([functools.partial(one.add_, 1)] * count)], before)
+        for count in (1, 1 + NULLS)
+    }
+
+
+def launch_of(stats):
+    """Microseconds that launching a graph costs beside its kernels; takes the entries of nulls() out of the
+    stats."""
+    single, many = (stats.pop(f"{count} nulls") for count in (1, 1 + NULLS))
+    return max(0.0, single.us - (many.us - single.us) / NULLS)
 
 
 def _all(calls):

@@ -6,7 +6,8 @@ import torch
 from lab.arguments import names, numbers
 from lab.contract import BACKENDS
 from lab.errors import LabError, one_line, shown
-from lab.harness import bench, shapes
+from lab.harness import bench, inside, shapes
+from lab.harness.inside_text import inside_text
 from lab.harness.request import Request
 from lab.model.weight_formats import dtype_of
 from lab.names import known
@@ -17,11 +18,15 @@ from lab.text import columns
 def main(args):
     """Measures (ceilings first) into a new run of --out and prints the account. Raises LabError without a
     GPU."""
+    if args.inside:
+        args.plan = args.plan or inside.PLAN
+        args.backend = args.backend or ",".join(inside.BACKENDS)
+        check_inside(args)
     request = Request(
         "ledger",
         args.out,
         models=(args.model,),
-        backends=tuple(names(args.backend)),
+        backends=tuple(names(args.backend or "cuda,triton,torch")),
         dtypes=(dtype_of(args.weights_as, args.dtype) or "bf16",),
         batches=tuple(numbers(str(args.batch))),
         contexts=tuple(numbers(str(args.context))),
@@ -34,18 +39,36 @@ def main(args):
         quick=True,
         fresh=True,
         swap=args.swap,
+        inside=args.inside,
     )
     shapes.preset(args.model)
     for name in request.backends:
         known(name, BACKENDS, "backend")
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and not args.inside:
         raise LabError(
             "a ledger needs an NVIDIA GPU: its rows are device time stamps (lab bench works on a CPU)"
         )
     status = bench.measure(request)
     rows = compare.open_run(args.out).rows
+    if args.inside:
+        print(inside_text([r for r in rows if r.kind == "inside"]))
+        return max(status, int(any(r.kind == "inside" and (r.flag or r.error) for r in rows)))
     print(text_of([r for r in rows if r.kind == "ledger"]))
     return status
+
+
+def check_inside(args):
+    """Raises LabError for options that --inside cannot meet."""
+    if other := [plan for plan in names(args.plan) if plan != inside.PLAN]:
+        raise LabError(f"--inside is of the persistent plan's one kernel: leave out --plan {','.join(other)}")
+    if other := [name for name in names(args.backend) if name in BACKENDS and name not in inside.BACKENDS]:
+        raise LabError(
+            f"--inside: {','.join(other)} has no kernel of a whole step; use --backend cuda,triton"
+        )
+    if args.batch != 1:
+        raise LabError("--inside is of the persistent plan, which takes one sequence: leave out --batch")
+    if args.swap:
+        raise LabError("--inside and --swap are two measurements: leave one of them out")
 
 
 def text_of(rows):

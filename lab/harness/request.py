@@ -49,6 +49,7 @@ class Request:
     quick: bool = False  # fewer sizes, shorter samples
     ladder: bool = False  # for ops: the rungs of their ladders instead
     swap: bool = False  # for a ledger: also a token for each op swapped
+    inside: bool = False  # for a ledger: the inside of the persistent step instead (lab/harness/inside.py)
     vendor: bool = True  # also the ops' peers: cuBLAS, cuDNN, ...
     compile: bool = True  # also the models' torch.compile peer
     fresh: bool = False  # begin a new run even where a stopped one could go on
@@ -84,6 +85,7 @@ class Settings:
     swap: bool
     plans: tuple[str, ...]
     ladder: bool
+    inside: bool
 
     @property
     def storage(self) -> Storage:
@@ -220,6 +222,7 @@ def settings_of(request: Request) -> Settings:
         swap=request.swap or request.what == "all",
         plans=request.plans or (tuple(PLANS) if device == "cuda" else ("basic",)),
         ladder=request.ladder,
+        inside=request.inside,
     )
     settings.storages  # raises LabError for names that are unknown
     if settings.quantise is not None and settings.what == "ops":
@@ -265,7 +268,7 @@ def require_work(settings: Settings) -> None:
     if settings.what == "accuracy":
         return
     longest = max(shapes.preset(name).max_positions for name in settings.models)
-    if settings.what == "ledger" and settings.device == "cpu":
+    if settings.what == "ledger" and settings.device == "cpu" and not settings.inside:
         raise LabError(
             "a ledger needs a GPU: its rows are device time stamps (lab bench ops|model run on a CPU)"
         )

@@ -36,7 +36,16 @@ from lab.ops import (
 )
 from lab.ops.kv_append import check_append, check_cache, paged_cache
 from lab.ops.rope import check_positions
-from lab.ops.step_layout import LAYER, MATRICES, MAX_GROUP, MAX_SPLITS, OPTIONAL, TICKETS
+from lab.ops.step_layout import (
+    LAYER,
+    MATRICES,
+    MAX_GROUP,
+    MAX_SPLITS,
+    OPTIONAL,
+    TICKETS,
+    TRACE_BLOCKS,
+    trace_rows,
+)
 
 # Formats that the kernels take: not those whose scales belong to several segments.
 STEP_FORMATS = [name for name, f in FORMATS.items() if f.span == 1]
@@ -216,6 +225,7 @@ class StepWorkspace:
     splits in `partial`; `normed` only where weights are packed. The CUDA kernel passes the same values in
     `words` of 64 bits: two elements of a row, or one element of a split's result, and a tag, by which a
     reader knows that the word has been written in this phase.
+    With a `trace` the kernel records when each block waited (lab/ops/step_layout.py).
     """
 
     h: torch.Tensor  # [hidden]: the residual stream
@@ -226,6 +236,7 @@ class StepWorkspace:
     partial: torch.Tensor  # float32 [kv_heads, MAX_SPLITS, group, head_dim + 2]
     words: torch.Tensor  # int64 [rows' elements / 2 + partial's elements]
     counters: torch.Tensor  # int32 [TICKETS + kv_heads]
+    trace: torch.Tensor | None = None  # int64 [TRACE_BLOCKS, trace_rows(layers), 4]
 
     @classmethod
     def of(cls, m):
@@ -291,6 +302,10 @@ def validate(
     ):
         refuse(name, "the workspace is of another size or dtype: make it by StepWorkspace.of(model)")
     dense(name, device, *(getattr(w, part) for part in wanted))
+    if w.trace is not None:
+        if w.trace.shape != (TRACE_BLOCKS, trace_rows(len(m.layers)), 4) or w.trace.dtype != torch.int64:
+            refuse(name, f"the trace must be int64 [{TRACE_BLOCKS}, {trace_rows(len(m.layers))}, 4]")
+        dense(name, device, w.trace)
     if not (logits.shape == (1, model.lm_head.shape[0]) and logits.dtype == torch.float32):
         refuse(name, "logits must be float32 [1, vocab]")
     dense(name, device, logits)
@@ -376,7 +391,7 @@ def cuda(kernels, ids, positions, model, k_cache, v_cache, block_table, logits, 
         cache=(k_cache.data_ptr(), v_cache.data_ptr(), block_table.data_ptr(), pages, kv_heads, page_size),
         logits=logits.data_ptr(),
         out=out.data_ptr(),
-        exchange=(w.words.data_ptr(), w.counters.data_ptr()),
+        exchange=(w.words.data_ptr(), w.counters.data_ptr(), 0 if w.trace is None else w.trace.data_ptr()),
         sizes=(layers, vocab, hidden, m.intermediate, m.layer_nbytes),
         q_heads=m.q_heads,
         head_dim=head_dim,
@@ -395,6 +410,8 @@ def triton(ids, positions, model, k_cache, v_cache, block_table, logits, workspa
 
 def torch_(ids, positions, model, k_cache, v_cache, block_table, logits, workspace, out):
     """The fused plan's ops by torch, one after the other, because torch has no such kernel."""
+    if workspace.trace is not None:
+        raise Unavailable("torch runs decode_step op by op: there is no kernel that could record its phases")
     m, h, qkv, act = model, workspace.h[None], workspace.qkv[None], workspace.act[None]
     live, found, token = positions >= 0, torch.empty_like(logits), torch.empty_like(ids)
     attention = workspace.attention.view(1, m.q_heads, m.head_dim)

@@ -1,5 +1,5 @@
-"""Constants that the contract of decode_step and its two kernels share: the order of a layer's tensors, and
-the meaning of the counters."""
+"""Constants that the contract of decode_step and its two kernels share: the order of a layer's tensors, the
+meaning of the counters, and what a kernel records about itself where it is asked to."""
 
 MAX_GROUP = 8  # query heads of a KV head
 MAX_SPLITS = 64  # blocks that share a KV head's context
@@ -12,3 +12,16 @@ LAYER = ("attn_norm", "wqkv", "bqkv", "q_norm", "k_norm", "wo", "bo", "mlp_norm"
 # that of matrix i in byte i.
 MATRICES = ("wqkv", "wo", "w_gate_up", "w_down")
 OPTIONAL = ("bqkv", "q_norm", "k_norm", "bo")
+# A trace (`lab ledger --inside`) is int64 [TRACE_BLOCKS, trace_rows(layers), 4], zero before the launch. Row
+# 0 of a block has its multiprocessor's clock and the global timer, in ns, when the block began, and the two
+# when it ended. Each other row is of a phase: START, the PHASES of every layer, LM_HEAD, END. Column 0 is the
+# clock when the phase ended; it began where the one before ended. CUDA: column 1 is how much of it the block
+# waited for other blocks, column 2 how much for tiles of weights, column 3 how many tiles were issued and not
+# yet multiplied when it could begin, or -1. Triton: column 1 is the clock when the wait for other blocks was
+# over, or 0.
+TRACE_BLOCKS = 1024
+START, PHASES, LM_HEAD, END = "start", ("qkv", "attention", "o", "gate_up", "down"), "lm_head", "end"
+
+
+def trace_rows(layers):
+    return len(PHASES) * layers + 4

@@ -33,6 +33,14 @@ GPU).
   {"schema":1,"kind":"ledger","run":"...","model":"llama-3.2-1b","backend":"cuda","plan":"basic","dtype":"bf16",
    "batch":1,"context":1024,"row":"kernel","order":3,"op":"linear","kernel":"linear_kernel","calls":65,"us":830.0,
    "bytes":2471000000,"gbps":2977.0,"of_ceiling":0.973,"of_token":0.755,"timer":"kineto"}
+`inside`: where the time of one launch of the persistent step goes (lab/harness/inside.py). row: phase (the
+  mean of all blocks, all layers together) | idle (blocks that have not begun or have ended) | launch |
+  unexplained | total (the launch that was recorded; the others add up to it; normal_us: a launch that records
+  nothing) | block (one block's timeline).
+  {"schema":1,"kind":"inside","run":"...","model":"llama-3.2-1b","backend":"cuda","plan":"persistent",
+   "dtype":"bf16","batch":1,"context":1024,"row":"phase","order":4,"phase":"gate_up","calls":16,"us":300.0,
+   "others_us":30.0,"tiles_us":240.0,"work_us":30.0,"ahead":9.5,"bytes":1073741824,"gbps":3579.1,
+   "of_ceiling":1.17,"of_token":0.36,"blocks":132,"cache":"in_model","timer":"graph"}
 `accuracy`: what a weight format costs a model with real weights, over a fixed text (lab/harness/accuracy.py).
   {"schema":1,"kind":"accuracy","run":"...","model":"smollm2-135m","weight_format":"int4-g128, lm_head int8",
    "dtype":"fp32","text":"ferry","tokens":256,"kl":0.05,"top1":0.88,"bytes":102000000,
@@ -317,6 +325,63 @@ class LedgerRow:
 
 
 @dataclass
+class InsideRow:
+    """One line about the inside of a launch of decode_step. Times are sums over a step's calls of a phase,
+    and means of all blocks."""
+
+    run: str
+    model: str
+    backend: str
+    plan: str
+    dtype: str
+    batch: int
+    context: int
+    row: str  # phase | idle | launch | unexplained | total | block
+    order: int = 0  # the order of the lines
+    phase: str | None = None  # start | qkv | attention | o | gate_up | down | lm_head | end
+    block: int | None = None  # of a timeline
+    weight_format: str | None = None  # as in model records
+    kv_dtype: str | None = None  # as in model records
+    calls: int | None = None  # of the phase in a step
+    us: float | None = None
+    others_us: float | None = None  # of us, waiting for what other blocks compute
+    tiles_us: float | None = None  # of us, waiting for weights or KV; null: not told apart from work
+    work_us: float | None = None  # the rest of us
+    ahead: float | None = None  # tiles that were issued and not yet multiplied when a block could begin
+    normal_us: float | None = None  # of a total
+    n: int | None = None  # launches, of which this is the one of median time
+    blocks: int | None = None
+    bytes: int | None = None  # ideal: what must cross DRAM at least once
+    gbps: float | None = None  # bytes / us; what was loaded ahead counts in the phase that uses it
+    of_ceiling: float | None = None
+    of_token: float | None = None  # of the total
+    stamps: list[int] = field(
+        default_factory=list
+    )  # of a block, for each phase in order: ns from the launch's
+    # first stamp to the phase's end, ns that it waited for others, ns for tiles
+    cache: str = "in_model"  # what L2 holds: what a token before this one left
+    timer: str = "graph"  # graph | wall
+    flag: str | None = None
+    emulated: bool = False
+    note: str | None = None
+    error: str | None = None
+    kind = "inside"
+    key_fields = (
+        "model",
+        "backend",
+        "plan",
+        "dtype",
+        "batch",
+        "context",
+        "row",
+        "phase",
+        "block",
+        "weight_format",
+        "kv_dtype",
+    )
+
+
+@dataclass
 class Accuracy:
     """What a weight format costs a model with real weights: the distributions of its next token over a fixed
     text, next to those of the same weights expanded and not rounded."""
@@ -396,7 +461,7 @@ class Repeat:
     key_fields = ("a", "b")
 
 
-KINDS = {c.kind: c for c in (Env, Ceiling, OpRow, ModelRow, LedgerRow, Accuracy, Fairness, Repeat)}
+KINDS = {c.kind: c for c in (Env, Ceiling, OpRow, ModelRow, LedgerRow, InsideRow, Accuracy, Fairness, Repeat)}
 
 
 def to_line(record):

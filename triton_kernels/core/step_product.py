@@ -8,6 +8,7 @@ import triton.language as tl
 from lab.ops import step_layout
 from triton_kernels.core.fused_product import load_rows, normed_rows
 from triton_kernels.core.packed_rows import ROWS, packed_product, prefetch_rows, unpacked_rows
+from triton_kernels.core.step_trace import record
 from triton_kernels.norm_linear_argmax import NO_INDEX, first_best, keep_best
 from triton_kernels.norm_linear_silu_mul import activate, activated_runs, paired_rows
 
@@ -21,21 +22,23 @@ FORMATS = tl.constexpr(len(step_layout.LAYER) + len(step_layout.MATRICES))
 
 
 @triton.jit
-def arrive(counters, target):
+def arrive(counters, target, trace=None):
     """Counts this program as arrived: it has stored its results. Returns the number of arrivals that the next
     wait must see."""
     tl.debug_barrier()  # every thread's stores come before the arrival
+    record(trace, target, 0)
     # The result is not used, so this compiles to a reduction, and no thread waits for an answer.
     tl.atomic_add(counters + BARRIER, 1, sem="release", scope="gpu")
     return target + tl.num_programs(0)
 
 
 @triton.jit
-def wait(counters, target):
+def wait(counters, target, trace=None):
     """Waits until all programs have arrived: one thread polls for all. The acquire also invalidates the L1,
     so that later ordinary loads read what other multiprocessors have written."""
     while tl.atomic_add(counters + BARRIER, 0, sem="acquire", scope="gpu") < target:
         pass
+    record(trace, target, 1)
 
 
 @triton.jit
@@ -74,6 +77,7 @@ def product(
     BLOCK_K: tl.constexpr,
     PAIRS: tl.constexpr = False,
     ARGMAX: tl.constexpr = False,
+    trace=None,
 ):
     """y[j] = xn . w[j] (+ bias[j]) (+ residual[j]) for this program's share of n outputs; xn: x or its norm.
 
@@ -97,7 +101,7 @@ def product(
     b, r = load_added(bias, residual, column, end)
     if norm_w is not None:
         weight = tl.load(norm_w + col, mask=col < K, other=0.0, eviction_policy="evict_last")
-    wait(counters, target)
+    wait(counters, target, trace)
     if norm_w is not None:
         xn = normed_rows(x, weight, rows=1, k=K, eps=eps, b=tl.zeros([1, 1, 1], tl.int32), col=col)
     else:
@@ -184,6 +188,7 @@ def packed_product_of_share(
     PREFETCH: tl.constexpr,
     PAIRS: tl.constexpr = False,
     ARGMAX: tl.constexpr = False,
+    trace=None,
 ):
     """product() of a packed matrix: whole blocks of 8 rows.
 
@@ -199,7 +204,7 @@ def packed_product_of_share(
     if norm_w is not None:
         col = tl.arange(0, BLOCK_K)[None, None, :]
         weight = tl.load(norm_w + col, mask=col < K, other=0.0, eviction_policy="evict_last")
-    wait(counters, target)
+    wait(counters, target, trace)
     if norm_w is not None:
         xn = normed_rows(x, weight, rows=1, k=K, eps=eps, b=tl.zeros([1, 1, 1], tl.int32), col=col)
         tl.store(normed + col, xn, mask=col < K)
@@ -265,6 +270,7 @@ def any_product(
     PREFETCH: tl.constexpr,
     PAIRS: tl.constexpr = False,
     ARGMAX: tl.constexpr = False,
+    trace=None,
 ):
     """product() of a plain or packed matrix."""
     if WAY[0] == 0:
@@ -284,6 +290,7 @@ def any_product(
             BLOCK_K=WAY[2],
             PAIRS=PAIRS,
             ARGMAX=ARGMAX,
+            trace=trace,
         )
     else:
         best, index = packed_product_of_share(
@@ -313,6 +320,7 @@ def any_product(
             PREFETCH=PREFETCH,
             PAIRS=PAIRS,
             ARGMAX=ARGMAX,
+            trace=trace,
         )
     return best, index
 
@@ -336,6 +344,7 @@ def layer_product(
     WAYS: tl.constexpr,
     PREFETCH: tl.constexpr,
     PAIRS: tl.constexpr = False,
+    trace=None,
 ):
     """product() of one of a layer's MATRICES, whose address is in COLUMN of the table.
 
@@ -373,4 +382,5 @@ def layer_product(
                 WAY=WAYS[i],
                 PREFETCH=PREFETCH,
                 PAIRS=PAIRS,
+                trace=trace,
             )
