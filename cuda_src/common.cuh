@@ -622,6 +622,22 @@ LAB_DEVICE void load_peer_words(uint64_t (&words)[2], const uint64_t* p) {
   for (int i = 0; i < 2; ++i) words[i] = __atomic_load_n(p + i, __ATOMIC_RELAXED);
 #endif
 }
+LAB_DEVICE void store_peer_word(uint64_t* p, uint64_t word) {
+#ifdef __CUDACC__
+  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(p), "l"(word) : "memory");
+#else
+  __atomic_store_n(p, word, __ATOMIC_RELAXED);
+#endif
+}
+LAB_DEVICE uint64_t load_peer_word(const uint64_t* p) {
+#ifdef __CUDACC__
+  uint64_t word;
+  asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(word) : "l"(p) : "memory");
+  return word;
+#else
+  return __atomic_load_n(p, __ATOMIC_RELAXED);
+#endif
+}
 // Between two polls of a word of another rank. polls: how many there were. After some minutes the kernel fails,
 // so that a rank whose peer has gone does not wait for ever.
 LAB_DEVICE void peer_pause(uint32_t polls, int rank) {

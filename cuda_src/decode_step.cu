@@ -13,17 +13,28 @@
 //             eight warps multiply them (core/weight_ring.cuh). Between two phases a block waits for the
 //             others' results (core/tagged_row.cuh); the copies of weights continue meanwhile
 //   traffic   every weight and the context's K and V once; the rest is small
+//   ranks     if several GPUs divide the model, each runs this kernel. A block sends its sums of o and down to
+//             the other ranks and adds theirs, before it passes the residual to the other blocks
 //   contract  lab/ops/decode_step.py          twin  triton_kernels/decode_step.py
 #include <algorithm>
 
 #include "common.cuh"
 #include "core/candidate.cuh"
+#include "core/exchange.cuh"
 #include "core/packed_ring.cuh"
 #include "core/step_attention.cuh"
 #include "launchers/decode_step.h"
 #include "sizes.h"
 
+// Whether the kernel exchanges sums with other ranks. On a GPU it is another kernel then, which
+// decode_step_of_a_rank.cu compiles; on a CPU one kernel does both.
+#ifndef LAB_STEP_OF_A_RANK
+#define LAB_STEP_OF_A_RANK 0
+#endif
+
 using namespace lab;
+
+constexpr bool kOfARank = kHost || LAB_STEP_OF_A_RANK;
 
 // One row of `table`: the addresses of a layer's tensors.
 template <typename T>
@@ -68,10 +79,11 @@ struct StepArguments : StepTrace::Argument {
   int* out;
   uint64_t *h, *qkv, *attention, *act, *partial;  // rows that pass between blocks: core/tagged_row.cuh
   unsigned* counters;
-  int layers, vocab, hidden, intermediate, tiles, row_bytes;
+  int layers, vocab, head_rows, hidden, intermediate, tiles, row_bytes;
   // Up to this many bytes of a layer's K and V, one tile is in flight, not two.
   int64_t few_up_to;
   StepHeads<T> heads;
+  PeerWords peers;
 };
 
 // The values that are added to a sum: an element of the residual, in its word, and a bias.
@@ -180,7 +192,10 @@ struct StepRow {
 //   kGateUp                                 silu(gate) * up      the row act
 //   kDown     the residual                                       the residual h
 //   kLmHead   NaN, if the token id is invalid                    logits, and the best so far
-template <typename T>
+//
+// If ranks divide the model, the sum of kO (with the bias) and that of kDown are added up over all ranks before
+// the residual is added.
+template <typename T, bool OfARank>
 struct StepEpilogue {
   StepPhase phase;
   bool normed;  // a phase with a normalised input adds no residual
@@ -189,6 +204,7 @@ struct StepEpilogue {
   TaggedRow<T> h, to;
   float* logits;
   uint64_t& best;
+  const PeerSlots& peers;
 
   // load() is called before the multiply; its result is unpacked in finish(), after it.
   LAB_DEVICE Base<T> load(int n) const {
@@ -197,6 +213,11 @@ struct StepEpilogue {
   LAB_DEVICE float finish(int n, const Base<T>& base, float sum, float second) const {
     if (phase == kGateUp) return activate(sum, second);
     if (phase == kLmHead) return sum + poison;
+    if constexpr (OfARank) {
+      if (!normed && peers.ranks > 1) {
+        return peers.total(n, sum + to_float(base.bias)) + TaggedRow<T>::element(base.word, n);
+      }
+    }
     return sum + (TaggedRow<T>::element(base.word, n) + to_float(base.bias));
   }
   LAB_DEVICE void store(int n, float mine, float next) const {
@@ -226,7 +247,7 @@ LAB_DEVICE void token_elements(float (&two)[2], const StepArguments<T>& a, const
   two[0] = unit[first], two[1] = unit[first + 1];
 }
 
-template <typename T, int D, bool Packed>
+template <typename T, int D, bool Packed, bool OfARank>
 __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const StepArguments<T> a) {
 #if LAB_SM90
   // 1. Locate: the token and its position; an idle row has none.
@@ -270,7 +291,7 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
         case kO: return {layers[i].wo, a.hidden, a.heads.q_heads * D, 1};
         case kGateUp: return {layers[i].w_gate_up, a.intermediate, a.hidden, 2};
         case kDown: return {layers[i].w_down, a.hidden, a.intermediate, 1};
-        default: return {reinterpret_cast<const T*>(a.lm_head.codes), a.vocab, a.hidden, 1};
+        default: return {reinterpret_cast<const T*>(a.lm_head.codes), a.head_rows, a.hidden, 1};
       }
     };
     if constexpr (!Packed) {
@@ -314,7 +335,12 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
   // without a share of a phase's outputs must not read that row, because the row may be overwritten without
   // waiting for such a block. All matrix products use one copy of the code: five copies are more than the
   // instruction cache holds.
-  uint32_t tag = a.counters[kTag];   // the last tag of the launch before
+  uint32_t tag = a.counters[kTag];  // the last tag of the launch before
+  // The tag of the words that go to other ranks, which counts exchanges: two in each layer.
+  PeerSlots peers(a.peers, 0);
+  if (OfARank && peers.ranks > 1) {
+    peers.tag = *reinterpret_cast<const uint32_t*>(a.peers.launches) * 2 * a.layers;
+  }
   const TaggedRow<T> h{a.h, ++tag};  // the residual
   TaggedRow<T> last = h;             // the row that was written last
   StepRow<T> x{reinterpret_cast<T*>(row), reinterpret_cast<T*>(norm_weight), Packed, shared.squares,
@@ -344,9 +370,11 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
     const TaggedRow<T> to{output_of(phase), ++tag};
     const bool normed = phase != kO && phase != kDown;
     if (phase == kO) x.start(layer.mlp_norm, a.hidden);
+    if (OfARank && !normed) ++peers.tag;
     if (phase == kDown) x.start(i + 1 < a.layers ? layers[i + 1].attn_norm : a.final_norm, a.hidden);
     if (!share.empty()) {
-      const StepEpilogue<T> epilogue{phase, normed, bias_of(layer, phase), poison, h, to, a.logits, best};
+      const StepEpilogue<T, OfARank> epilogue{phase, normed, bias_of(layer, phase), poison, h, to, a.logits,
+                                              best,  peers};
       const int n = share.first + int(threadIdx.x);
       const Base<T> base = n < share.last ? epilogue.load(n) : Base<T>{};
       // If DRAM is the limit, the row never arrives sooner than this, and polling for it costs L2 bandwidth:
@@ -376,6 +404,7 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
   a.out[0] = winner >> 32 == 0xffffffffu ? -1 : candidate_index(winner);
   atomicExch(a.counters + kTicket, 0u);
   a.counters[kTag] = tag;
+  if (OfARank && peers.ranks > 1) ++*reinterpret_cast<uint32_t*>(a.peers.launches);
   trace.finish();
 #endif
 }
@@ -434,6 +463,7 @@ static void launch_step(const DecodeStepArgs& a) {
   }
   s.layers = a.sizes.layers;
   s.vocab = a.sizes.vocab;
+  s.head_rows = a.sizes.head_rows;
   s.hidden = a.sizes.hidden;
   s.intermediate = a.sizes.intermediate;
   s.tiles = tiles;
@@ -448,15 +478,21 @@ static void launch_step(const DecodeStepArgs& a) {
   s.heads.layer = int64_t(a.cache.pages) * a.cache.kv_heads * a.cache.page_size * D;
   s.heads.k_cache = as<T>(a.cache.k);
   s.heads.v_cache = as<T>(a.cache.v);
+  s.peers = a.peers;
   Config config{dim3(multiprocessors()), dim3(kRingThreads + 32), size_t(fixed + tiles * Types::kTile),
                 a.stream};
   if (a.exchange.trace && int(config.grid.x) > kTraceBlocks)
     throw std::invalid_argument("decode_step: more blocks than its records have room for");
   config.cooperative = true;  // all blocks run at once, or the launch fails
-  launch(config, "decode_step_kernel", decode_step_kernel<T, D, Packed>, s);
+  launch(config, "decode_step_kernel", decode_step_kernel<T, D, Packed, kOfARank>, s);
 }
 
+#if LAB_STEP_OF_A_RANK
+void decode_step_of_a_rank(const DecodeStepArgs& a) {
+#else
 void decode_step(const DecodeStepArgs& a) {
+  if (!kHost && a.peers.ranks > 1) return decode_step_of_a_rank(a);
+#endif
   if (!has_clusters())
     throw std::runtime_error("decode_step needs bulk copies (sm_90): use --plan fused on this GPU");
   by_half(a.dtype, [&](auto tag) {

@@ -63,7 +63,7 @@ template <typename F> bool with_fields(StepCache& g, F f) {
 }
 template <typename F> bool with_fields(StepExchange& g, F f) { return f(g.words, g.counters, g.trace); }
 template <typename F> bool with_fields(StepSizes& g, F f) {
-  return f(g.layers, g.vocab, g.hidden, g.intermediate, g.layer_bytes);
+  return f(g.layers, g.vocab, g.head_rows, g.hidden, g.intermediate, g.layer_bytes);
 }
 
 // Each read_value() converts a Python value and writes it to a field. It returns false, with a Python error

@@ -28,15 +28,23 @@ RUNS = [
     ("cuda", "fused", {}),
     ("triton", "fused", {}),
     ("torch", "basic", {"all_reduce_add": "triton", "all_argmax": "triton"}),
+    ("torch", "persistent", {}),
+    ("cuda", "persistent", {}),
+    #     ("torch", "persistent", {"decode_step": "triton"}),
 ]
 
 
 def decode(source, backend: str, plan: str, overrides, group=None):
-    """(tokens, a number that depends on every bit of the residual stream)."""
-    weights = load(source, group=group)
+    """(tokens, a number that depends on every bit of the residual stream). The persistent plan is in bf16."""
+    weights = load(source, torch.bfloat16 if plan == "persistent" else torch.float32, group=group)
     decoder = Decoder(weights, select(backend, "cpu", overrides), max_context=32, plan=plan)
     tokens = generate(decoder, PROMPT, TOKENS).output_ids
-    return tokens, zlib.crc32(decoder.buffers.h.numpy().tobytes())
+    residual = decoder.buffers.h
+    if plan == "persistent":
+        made = decoder.buffers.step_workspace
+        in_words = decoder.ops.chosen["decode_step"] == "cuda"
+        residual = made.words[: residual.shape[1] // 2] if in_words else made.h.view(torch.int16)
+    return tokens, zlib.crc32(residual.numpy().tobytes())
 
 
 def main(what: str, names: str, file: str) -> None:

@@ -32,11 +32,15 @@ def test_tokens_are_those_of_one_process_and_all_ranks_have_the_same_bits(tmp_pa
     names = ("qwen2", "qwen3")
     start(2, "decode", ",".join(names), tmp_path / "found")
     first, second = (json.loads((tmp_path / f"found-{rank}").read_text()) for rank in range(2))
-    want = {name: decode(RandomSource(CONFIGS[name]), "torch", "basic", {})[0] for name in names}
+    want = {
+        (name, persistent): decode(RandomSource(CONFIGS[name]), "torch", plan, {})[0]
+        for name in names
+        for persistent, plan in ((False, "basic"), (True, "persistent"))
+    }
     assert any(len(set(tokens)) > 1 for tokens in want.values())
     for one, other in zip(first, second, strict=True):
-        name, _, _, tokens, bits = one
-        assert tokens == other[3] == want[name], one
+        name, _, plan, tokens, bits = one
+        assert tokens == other[3] == want[name, plan == "persistent"], one
         assert bits == other[4], one
 
 

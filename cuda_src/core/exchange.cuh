@@ -12,30 +12,60 @@ constexpr int kExchangeWords = 256;   // that a block exchanges at a time; WORDS
 constexpr int kExchangeBlocks = 128;  // the most of a launch; BLOCKS there
 constexpr int kExchangeThreads = kExchangeWords / 2;
 
-// One block's part in an exchange.
-struct BlockExchange {
+// The inboxes of all ranks, for the words with one tag.
+struct PeerSlots {
   const Ptr* inboxes;
-  uint32_t* launches;
   size_t capacity;
   int rank, ranks;
   uint32_t tag;
 
-  LAB_DEVICE explicit BlockExchange(const PeerWords& peers)
-      : inboxes(reinterpret_cast<const Ptr*>(peers.inboxes)),
-        launches(reinterpret_cast<uint32_t*>(peers.launches) + blockIdx.x), capacity(peers.capacity),
-        rank(peers.rank), ranks(peers.ranks), tag(*launches + 1) {}
+  LAB_DEVICE PeerSlots(const PeerWords& peers, uint32_t tag)
+      : inboxes(reinterpret_cast<const Ptr*>(peers.inboxes)), capacity(peers.capacity), rank(peers.rank),
+        ranks(peers.ranks), tag(tag) {}
 
   // The words in rank `to`'s inbox that rank `from` writes.
   LAB_DEVICE uint64_t* slot(int to, int from) const {
     return reinterpret_cast<uint64_t*>(inboxes[to]) + ((tag & 1) * ranks + from) * capacity;
   }
+  // Calls f(slot in its inbox) for all other ranks; each rank begins with another one.
+  template <typename F>
+  LAB_DEVICE void each_other(F f) const {
+    for (int other = 1; other < ranks; ++other) {
+      const int to = rank + other < ranks ? rank + other : rank + other - ranks;
+      f(slot(to, rank));
+    }
+  }
+
+  // The sum over all ranks, in their order, of a float32 that belongs to word i.
+  LAB_DEVICE float total(int i, float mine) const {
+    const uint64_t word = tagged(bit_cast<uint32_t>(mine), tag);
+    each_other([&](uint64_t* to) { store_peer_word(to + i, word); });
+    float sum = 0.f;
+    for (int from = 0; from < ranks; ++from) {
+      uint64_t theirs = word;
+      if (from != rank) {
+        const uint64_t* at = slot(rank, from) + i;
+        for (uint32_t polls = 0; uint32_t((theirs = load_peer_word(at)) >> 32) != tag; ++polls) {
+          peer_pause(polls, from);
+        }
+      }
+      sum += bit_cast<float>(uint32_t(theirs));
+    }
+    return sum;
+  }
+};
+
+// One block's part in an exchange.
+struct BlockExchange : PeerSlots {
+  uint32_t* launches;
+
+  LAB_DEVICE explicit BlockExchange(const PeerWords& peers)
+      : BlockExchange(peers, reinterpret_cast<uint32_t*>(peers.launches) + blockIdx.x) {}
 
   // Sends the data of words i (even) and i + 1 to all other ranks.
   LAB_DEVICE void send(int i, const Vec<uint32_t, 2>& data) const {
-    for (int other = 1; other < ranks; ++other) {  // each rank begins with another one
-      const int to = rank + other < ranks ? rank + other : rank + other - ranks;
-      store_peer_words(slot(to, rank) + i, tagged(data.v[0], tag), tagged(data.v[1], tag));
-    }
+    each_other(
+        [&](uint64_t* to) { store_peer_words(to + i, tagged(data.v[0], tag), tagged(data.v[1], tag)); });
   }
 
   // The data of words i and i + 1 of rank `from`; waits until both have arrived.
@@ -55,6 +85,10 @@ struct BlockExchange {
     __syncthreads();  // all threads have read the count
     if (threadIdx.x == 0) *launches = tag;
   }
+
+ private:
+  LAB_DEVICE BlockExchange(const PeerWords& peers, uint32_t* launches)
+      : PeerSlots(peers, *launches + 1), launches(launches) {}
 };
 
 // How to launch a kernel that exchanges this many words. A block waits for that of the same number on the other

@@ -243,7 +243,7 @@ void Worker::wait(const char* op, Site site) {
   Thread* self = current;
   self->op = op;
   self->site = site;
-  idle_ = 0;
+  progress();
   set_polling(false);
   Thread* next = pick();
   if (next == nullptr) deadlock();
@@ -271,7 +271,8 @@ void Worker::maybe_yield() {
 void Worker::poll(const char* op, Site site, uint64_t patience) {
   current->op = op;
   current->site = site;
-  if (++idle_ > patience) deadlock();
+  // Who waits for a thread that waits for another rank waits as long as that thread does.
+  if (++idle_ > patience && !rank_waits_) deadlock();
   if (idle_ % 1024 == 0) std::this_thread::yield();
   set_polling(true);
   yield();
@@ -283,7 +284,8 @@ void Worker::poll_rank(int rank, Site site) {
     return text != nullptr && atoi(text) > 0 ? atoi(text) : 60;
   }();
   const auto now = std::chrono::steady_clock::now();
-  if (idle_ == 0) rank_since_ = now;
+  if (!rank_waits_) rank_since_ = now;
+  rank_waits_ = true;
   if (now - rank_since_ > std::chrono::seconds(seconds))
     fail("rank %d has sent nothing for %d s (it ended, or runs another model or plan)", rank, seconds);
   poll("wait for another rank", site, UINT64_MAX);
@@ -354,7 +356,7 @@ void Worker::finish(Thread* thread) {
   // Shared memory ends with its block: what others of the cluster still read of it is lost.
   if (--block.alive == 0 && blocks.size() > 1 && options.poison) memset(block.smem, 0xff, block.smem_bytes);
   --alive_;
-  idle_ = 0;
+  progress();
   if (alive_ > 0) release_cluster();
 }
 
@@ -454,7 +456,7 @@ std::string Worker::run_cluster(const Launch& l, const Options& o, size_t cluste
   failure.clear();
   current = nullptr;
   block_turn_ = 0;
-  idle_ = 0;
+  progress();
   if (kTsan) pool_.clear();  // the race detector keeps clocks per address: new barriers need new ones
   while (pool_.size() < l.cluster) pool_.push_back(std::make_unique<Block>());
   blocks.clear();

@@ -86,7 +86,7 @@ class Worker {
 
   bool release(Block& block, Barrier& barrier);  // makes the waiting threads ready, if all have arrived
   bool release_cluster();
-  void progress() { idle_ = 0; }
+  void progress() { idle_ = 0, rank_waits_ = false; }
   static void make_ready(Thread* thread);
 
   std::vector<Block*> blocks;  // of the cluster that runs
@@ -126,7 +126,8 @@ class Worker {
   unsigned alive_ = 0;                                // threads of the cluster
   unsigned block_turn_ = 0;                           // block that ran last
   uint64_t idle_ = 0;                                 // polls since the last progress
-  std::chrono::steady_clock::time_point rank_since_;  // when they began, if they wait for another process
+  bool rank_waits_ = false;                           // whether any of them was for another process
+  std::chrono::steady_clock::time_point rank_since_;  // when the first of these was
   char done_;
 };
 

@@ -23,13 +23,15 @@ struct StepCache {
 // (core/step_trace.cuh).
 struct StepExchange { Ptr words, counters, trace; };
 
-// layer_bytes: of the four matrices of a layer.
+// layer_bytes: of the four matrices of a layer. vocab, head_rows: rows of the embedding and of lm_head, of which
+// a rank has a share.
 struct StepSizes {
-  int layers, vocab, hidden, intermediate;
+  int layers, vocab, head_rows, hidden, intermediate;
   int64_t layer_bytes;
 };
 
-// A whole decode step of one sequence in one launch. Needs sm_90.
+// A whole decode step of one sequence in one launch. Needs sm_90. peers: ranks is 1 where the model is not
+// divided; otherwise the ranks add up what o and down give.
 struct DecodeStepArgs {
   Ptr ids, positions;
   StepWeights weights;
@@ -41,5 +43,7 @@ struct DecodeStepArgs {
   float eps, scale;
   int dtype;
   Ptr stream;
+  PeerWords peers;
 };
 void decode_step(const DecodeStepArgs& a);
+void decode_step_of_a_rank(const DecodeStepArgs& a);  // what decode_step() calls on a GPU if peers.ranks > 1

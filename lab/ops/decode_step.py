@@ -11,12 +11,15 @@ A negative position marks an idle row: nothing is written. An id outside the voc
 and the token -1; what it leaves in the cache is undefined. CUDA needs sm_90.
 Each matrix may be packed in a weight format of its own (lab/formats). Rows of all others begin at
 multiples of 16 bytes. A KV head has at most 8 query heads.
+Where ranks divide the model, each runs this op with its part of the matrices (lab/model/parallel.py): sums of o
+and down are added up over all ranks in float32, in their order, so that all have the same residual. Logits
+and token are those of the rank's rows of lm_head alone; all_argmax comes after it.
 Kernels: cuda_src/decode_step.cu, triton_kernels/decode_step.py
 """
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -28,12 +31,14 @@ from lab.formats.operand import Operand, check_packed, of_random, pointers
 from lab.ops import (
     decode_attention,
     embedding,
+    linear,
     linear_add,
     norm_linear,
     norm_linear_argmax,
     norm_linear_silu_mul,
     rope_append_attention,
 )
+from lab.ops.exchange import Exchange, check_exchange, simulated
 from lab.ops.kv_append import check_append, check_cache, paged_cache
 from lab.ops.rope import check_positions
 from lab.ops.step_layout import (
@@ -73,8 +78,9 @@ class StepModel:
     table: torch.Tensor
 
     @classmethod
-    def of(cls, weights, cos_sin, q_heads, kv_heads, head_dim, eps):
+    def of(cls, weights, cos_sin, q_heads, kv_heads, head_dim, eps, ranks=1):
         """weights: embed, layers, final_norm and lm_head, as lab.model.weights.Weights.operands() gives them.
+        ranks: among how many the model is divided; these are the weights and the heads of one of them.
         Raises LabError for sizes that neither kernel takes."""
         name, embed = "decode_step", weights.embed
         device, dtype = embed.get_device(), weights.final_norm.dtype
@@ -128,7 +134,8 @@ class StepModel:
                     refuse(name, f"{part} must be {list(shape)} in the dtype of final_norm")
                 dense(name, device, tensor)
         vocab = embed.shape[0]
-        for part, shape in dict(embed=(vocab, hidden), final_norm=(hidden,), lm_head=(vocab, hidden)).items():
+        whole = dict(embed=(vocab, hidden), final_norm=(hidden,), lm_head=(vocab // ranks, hidden))
+        for part, shape in whole.items():
             tensor = getattr(weights, part)
             if type(tensor) is PackedMatrix and part != "final_norm" and tensor.shape == shape:
                 check_matrix(name, device, part, tensor)
@@ -225,7 +232,9 @@ class StepWorkspace:
     splits in `partial`; `normed` only where weights are packed. The CUDA kernel passes the same values in
     `words` of 64 bits: two elements of a row, or one element of a split's result, and a tag, by which a
     reader knows that the word has been written in this phase.
-    With a `trace` the kernel records when each block waited (lab/ops/step_layout.py).
+    With a `trace` the kernel records when each block waited (lab/ops/step_layout.py). If ranks divide the
+    model, they add up their sums of o and down through `exchange`, which nothing else may use: a float32 is a
+    word's data. Its tags count the exchanges, and launches[0] the launches.
     """
 
     h: torch.Tensor  # [hidden]: the residual stream
@@ -237,10 +246,11 @@ class StepWorkspace:
     words: torch.Tensor  # int64 [rows' elements / 2 + partial's elements]
     counters: torch.Tensor  # int32 [TICKETS + kv_heads]
     trace: torch.Tensor | None = None  # int64 [TRACE_BLOCKS, trace_rows(layers), 4]
+    exchange: Exchange | None = None
 
     @classmethod
-    def of(cls, m):
-        return cls(
+    def of(cls, m, exchange=None):
+        made = cls(
             *(
                 (torch.zeros if part in ("words", "counters") else torch.empty)(
                     shape, dtype=dtype, device=m.embed.device
@@ -248,6 +258,15 @@ class StepWorkspace:
                 for part, (shape, dtype) in cls.sizes(m).items()
             )
         )
+        return replace(made, exchange=exchange)
+
+    def readdress(self):
+        if self.exchange is not None:
+            self.exchange.readdress()
+
+    @property
+    def ranks(self) -> int:
+        return 1 if self.exchange is None else self.exchange.ranks
 
     @staticmethod
     def sizes(m) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -306,6 +325,8 @@ def validate(
         if w.trace.shape != (TRACE_BLOCKS, trace_rows(len(m.layers)), 4) or w.trace.dtype != torch.int64:
             refuse(name, f"the trace must be int64 [{TRACE_BLOCKS}, {trace_rows(len(m.layers))}, 4]")
         dense(name, device, w.trace)
+    if w.exchange is not None:
+        check_exchange(name, w.exchange, m.embed.shape[1], device)
     if not (logits.shape == (1, model.lm_head.shape[0]) and logits.dtype == torch.float32):
         refuse(name, "logits must be float32 [1, vocab]")
     dense(name, device, logits)
@@ -317,8 +338,8 @@ def outputs(ids, *args, **options):
 
 def reference(ids, positions, model, k_cache, v_cache, block_table, logits, workspace):
     """The references of the fused plan's ops, one after the other, with each result rounded to the model's
-    dtype."""
-    m, dtype = model, model.dtype
+    dtype. Ranks that one process simulates all have the same sums."""
+    m, dtype, ranks = model, model.dtype, workspace.ranks
     k_cache, v_cache = k_cache.clone(), v_cache.clone()
     h = embedding.reference(ids, m.embed)[0].to(dtype)
     for i, layer in enumerate(m.layers):
@@ -339,9 +360,9 @@ def reference(ids, positions, model, k_cache, v_cache, block_table, logits, work
             m.scale,
         )
         k_cache[i], v_cache[i] = k_new, v_new
-        h = linear_add.reference(a.to(dtype).view(1, -1), layer.wo, h, layer.bo)[0].to(dtype)
+        h = (h.double() + ranks * linear.reference(a.to(dtype).view(1, -1), layer.wo, layer.bo)[0]).to(dtype)
         act = norm_linear_silu_mul.reference(h, layer.mlp_norm, m.eps, layer.w_gate_up)[0].to(dtype)
-        h = linear_add.reference(act, layer.w_down, h)[0].to(dtype)
+        h = (h.double() + ranks * linear.reference(act, layer.w_down)[0]).to(dtype)
     if int(positions) < 0:
         return torch.full_like(ids, -1), k_cache, v_cache, logits.double()
     token, want = norm_linear_argmax.reference(h, m.final_norm, m.eps, m.lm_head, logits, None)
@@ -392,13 +413,14 @@ def cuda(kernels, ids, positions, model, k_cache, v_cache, block_table, logits, 
         logits=logits.data_ptr(),
         out=out.data_ptr(),
         exchange=(w.words.data_ptr(), w.counters.data_ptr(), 0 if w.trace is None else w.trace.data_ptr()),
-        sizes=(layers, vocab, hidden, m.intermediate, m.layer_nbytes),
+        sizes=(layers, vocab, m.lm_head.shape[0], hidden, m.intermediate, m.layer_nbytes),
         q_heads=m.q_heads,
         head_dim=head_dim,
         eps=m.eps,
         scale=m.scale,
         dtype=DTYPE_CODES[m.dtype],
         stream=kernels.stream(),
+        peers=(0, 0, 0, 0, 1) if w.exchange is None else w.exchange.pointers,
     )
 
 
@@ -414,6 +436,7 @@ def torch_(ids, positions, model, k_cache, v_cache, block_table, logits, workspa
         raise Unavailable("torch runs decode_step op by op: there is no kernel that could record its phases")
     m, h, qkv, act = model, workspace.h[None], workspace.qkv[None], workspace.act[None]
     live, found, token = positions >= 0, torch.empty_like(logits), torch.empty_like(ids)
+    add = linear_add.torch_ if workspace.exchange is None else functools.partial(add_total, workspace.exchange)
     attention = workspace.attention.view(1, m.q_heads, m.head_dim)
     embedding.torch_(ids, m.embed, out=h)
     for i, layer in enumerate(m.layers):
@@ -434,12 +457,23 @@ def torch_(ids, positions, model, k_cache, v_cache, block_table, logits, workspa
             m.scale,
             out=attention,
         )
-        linear_add.torch_(attention.view(1, -1), layer.wo, h, layer.bo)
+        add(attention.view(1, -1), layer.wo, h, layer.bo)
         norm_linear_silu_mul.torch_(h, layer.mlp_norm, m.eps, layer.w_gate_up, out=act)
-        linear_add.torch_(act, layer.w_down, h)
+        add(act, layer.w_down, h)
     norm_linear_argmax.torch_(h, m.final_norm, m.eps, m.lm_head, found, None, out=token)
     logits.copy_(torch.where(live, found, logits))  # an idle row changes neither the logits nor the token
     out.copy_(torch.where(live, token, out))
+
+
+def add_total(exchange, x, w, residual, bias=None):
+    """residual += the sum over ranks of x w^T + bias, which is added up in float32."""
+    total = torch.empty(residual.shape, dtype=torch.float32, device=x.device)
+    linear.torch_(x, w, bias, torch.float32, out=total)
+    if exchange.group is not None:
+        torch.distributed.all_reduce(total, group=exchange.group)
+    else:  # one process simulates ranks that all have the same sums
+        total *= exchange.ranks
+    residual.copy_(residual.float() + total)
 
 
 def contents(a):
@@ -466,11 +500,14 @@ def inputs(
     size=1.0,
     format=None,
     head_format=None,
+    ranks=1,
+    rank=0,
 ):
     """Random weights that keep activations near 1, like those of lab.model.sources.random.RandomSource.
     poison: NaN and inf in every slot that holds no token. size: a factor of the embedding and of everything
     that is added to it; a small one makes a norm's eps count. format, head_format: the weight format of the
-    layers' matrices, and that of the embedding and of lm_head; None: plain."""
+    layers' matrices, and that of the embedding and of lm_head; None: plain. ranks, rank: this one of so many,
+    which gets its own sums as those of the others, so that a call may be repeated."""
     from lab.model.rope import cos_sin_table
     from lab.model.weights import Layer, Weights
 
@@ -501,10 +538,12 @@ def inputs(
         of_random(rand(vocab, hidden, scale=size), head_format),
         [layer() for _ in range(layers)],
         norm(hidden),
-        matrix(vocab, hidden, format=head_format),
+        matrix(vocab // ranks, hidden, format=head_format),
     )
     cos_sin = cos_sin_table(head_dim, 10000.0, None, max(1, position + 1), rand.device)
-    model = StepModel.of(weights, cos_sin, q_heads, kv_heads, head_dim, 1e-5)
+    model = StepModel.of(weights, cos_sin, q_heads, kv_heads, head_dim, 1e-5, ranks)
+    no_words = torch.empty(hidden + hidden % 2, dtype=torch.int32, device=rand.device)
+    exchange = simulated(rand, [no_words] * ranks, rank, loopback=True) if ranks > 1 else None
     k, v, block_table = paged_cache(rand, [position + 1], kv_heads, head_dim, page_size)
     if poison:
         decode_attention.poison_unused([position], [position + 1], k, v, block_table)
@@ -517,8 +556,8 @@ def inputs(
         k_cache,
         v_cache,
         block_table,
-        torch.full((1, vocab), torch.nan, device=rand.device),
-        StepWorkspace.of(model),
+        torch.full((1, vocab // ranks), torch.nan, device=rand.device),
+        StepWorkspace.of(model, exchange),
     )
 
 
@@ -621,6 +660,20 @@ op = Op(
             kv_heads=1,
             head_dim=64,
             position=33,
+        ),
+        case(
+            "rank 1 of 3 by loopback, biases, rows of several batches of sums",
+            layers=2,
+            hidden=1032,
+            intermediate=136,
+            vocab=102,
+            q_heads=2,
+            kv_heads=1,
+            head_dim=64,
+            position=5,
+            bias=True,
+            ranks=3,
+            rank=1,
         ),
         case(
             "an idle row",

@@ -45,8 +45,6 @@ def refusal(
         return f"plan persistent takes no KV cache in {kv_dtype} yet: use --kv-dtype auto, or --plan fused"
     if refused := [name for name in formats if name is not None and name not in STEP_FORMATS]:
         return f"plan persistent takes no weights in {refused[0]} yet: use --plan fused"
-    if ranks > 1:
-        return "plan persistent runs on one GPU alone yet: use --plan fused with --tensor-parallel"
     return None
 
 

@@ -127,10 +127,18 @@ class StepBuffers:
             zip(layers, map(projections, layers), cache.k.unbind(), cache.v.unbind(), scales, next_norms)
         )
         if persistent:
+            group = weights.group
             self.step_model = StepModel.of(
-                self.weights, self.cos_sin, config.q_heads, config.kv_heads, config.head_dim, config.rms_eps
+                self.weights,
+                self.cos_sin,
+                config.q_heads,
+                config.kv_heads,
+                config.head_dim,
+                config.rms_eps,
+                1 if group is None else group.ranks,
             )
-            self.step_workspace = StepWorkspace.of(self.step_model)
+            exchange = None if group is None else group.exchange(config.hidden)
+            self.step_workspace = StepWorkspace.of(self.step_model, exchange)
 
     def _make_scratch(self, batch: int) -> None:
         """What depends on the number of rows and is no row of anything."""

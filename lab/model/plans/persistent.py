@@ -20,6 +20,8 @@ def persistent_step(b: StepBuffers, sampling: Sampling | ByRow) -> None:
         b.step_workspace,
         out=b.ids,
     )
+    if b.exchange is not None:  # the kernel has chosen among this rank's rows of the output head
+        b.ops.all_argmax(b.logits, b.ids, b.first_row, b.exchange)
     if sampling.greedy:
         after_choice(b, sampling)
     else:  # in place of the kernel's greedy token

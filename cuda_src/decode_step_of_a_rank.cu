@@ -1,0 +1,7 @@
+// decode_step of a model that several GPUs divide: the kernel of decode_step.cu that also adds up sums over all
+// ranks. It is a kernel of its own, because the code for that would slow the other one. On a CPU it does not
+// exist: there the kernel of decode_step.cu does both.
+#ifdef __CUDACC__
+#define LAB_STEP_OF_A_RANK 1
+#include "decode_step.cu"
+#endif
