@@ -32,6 +32,8 @@
 #define LAB_STEP_OF_A_RANK 0
 #endif
 
+void decode_step_of_a_rank(const DecodeStepArgs& a);
+
 using namespace lab;
 
 constexpr bool kOfARank = kHost || LAB_STEP_OF_A_RANK;
@@ -79,11 +81,13 @@ struct StepArguments : StepTrace::Argument {
   int* out;
   uint64_t *h, *qkv, *attention, *act, *partial;  // rows that pass between blocks: core/tagged_row.cuh
   unsigned* counters;
-  int layers, vocab, head_rows, hidden, intermediate, tiles, row_bytes;
+  int layers, vocab, hidden, intermediate, tiles, row_bytes;
   // Up to this many bytes of a layer's K and V, one tile is in flight, not two.
   int64_t few_up_to;
   StepHeads<T> heads;
+  // At the end: in the midst it moved the others, and the kernel spilled registers.
   PeerWords peers;
+  int head_rows;  // of lm_head, of which a rank has a share
 };
 
 // The values that are added to a sum: an element of the residual, in its word, and a bias.
@@ -184,6 +188,24 @@ struct StepRow {
   }
 };
 
+// The ranks that divide the model. The tag of the words that they exchange counts exchanges, two in each layer;
+// launches[0] counts launches.
+template <bool OfARank>
+struct StepPeers : PeerSlots {
+  LAB_DEVICE StepPeers(const PeerWords& peers, int layers)
+      : PeerSlots(peers, peers.ranks > 1 ? *reinterpret_cast<uint32_t*>(peers.launches) * 2 * layers : 0) {}
+  LAB_DEVICE void next() { ++tag; }
+  LAB_DEVICE void finish(const PeerWords& peers) const {
+    if (ranks > 1) ++*reinterpret_cast<uint32_t*>(peers.launches);
+  }
+};
+template <>
+struct StepPeers<false> {
+  LAB_DEVICE StepPeers(const PeerWords&, int) {}
+  LAB_DEVICE void next() {}
+  LAB_DEVICE void finish(const PeerWords&) const {}
+};
+
 // The epilogue of a phase's matrix product: what is added to its sums, and where the results go.
 //
 //   phase     added to the sum              finished by          stored in
@@ -204,7 +226,7 @@ struct StepEpilogue {
   TaggedRow<T> h, to;
   float* logits;
   uint64_t& best;
-  const PeerSlots& peers;
+  StepPeers<OfARank> peers;
 
   // load() is called before the multiply; its result is unpacked in finish(), after it.
   LAB_DEVICE Base<T> load(int n) const {
@@ -291,7 +313,8 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
         case kO: return {layers[i].wo, a.hidden, a.heads.q_heads * D, 1};
         case kGateUp: return {layers[i].w_gate_up, a.intermediate, a.hidden, 2};
         case kDown: return {layers[i].w_down, a.hidden, a.intermediate, 1};
-        default: return {reinterpret_cast<const T*>(a.lm_head.codes), a.head_rows, a.hidden, 1};
+        default:
+          return {reinterpret_cast<const T*>(a.lm_head.codes), OfARank ? a.head_rows : a.vocab, a.hidden, 1};
       }
     };
     if constexpr (!Packed) {
@@ -336,11 +359,7 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
   // waiting for such a block. All matrix products use one copy of the code: five copies are more than the
   // instruction cache holds.
   uint32_t tag = a.counters[kTag];  // the last tag of the launch before
-  // The tag of the words that go to other ranks, which counts exchanges: two in each layer.
-  PeerSlots peers(a.peers, 0);
-  if (OfARank && peers.ranks > 1) {
-    peers.tag = *reinterpret_cast<const uint32_t*>(a.peers.launches) * 2 * a.layers;
-  }
+  StepPeers<OfARank> peers(a.peers, a.layers);
   const TaggedRow<T> h{a.h, ++tag};  // the residual
   TaggedRow<T> last = h;             // the row that was written last
   StepRow<T> x{reinterpret_cast<T*>(row), reinterpret_cast<T*>(norm_weight), Packed, shared.squares,
@@ -370,7 +389,7 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
     const TaggedRow<T> to{output_of(phase), ++tag};
     const bool normed = phase != kO && phase != kDown;
     if (phase == kO) x.start(layer.mlp_norm, a.hidden);
-    if (OfARank && !normed) ++peers.tag;
+    if (!normed) peers.next();
     if (phase == kDown) x.start(i + 1 < a.layers ? layers[i + 1].attn_norm : a.final_norm, a.hidden);
     if (!share.empty()) {
       const StepEpilogue<T, OfARank> epilogue{phase, normed, bias_of(layer, phase), poison, h, to, a.logits,
@@ -404,7 +423,7 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
   a.out[0] = winner >> 32 == 0xffffffffu ? -1 : candidate_index(winner);
   atomicExch(a.counters + kTicket, 0u);
   a.counters[kTag] = tag;
-  if (OfARank && peers.ranks > 1) ++*reinterpret_cast<uint32_t*>(a.peers.launches);
+  peers.finish(a.peers);
   trace.finish();
 #endif
 }

@@ -126,13 +126,6 @@ def test_the_parts_are_the_whole(name):
     assert torch.equal(torch.cat([one.lm_head.data for one in parts]), whole.lm_head.data)
 
 
-def test_a_plan_that_runs_on_one_gpu_alone_is_refused():
-    done = lab("run", "smollm2-135m", "--weights", "random", "--backend", "torch", "--device", "cpu",
-               "--ids", "1", "--dtype", "bf16", "--plan", "persistent", "--tensor-parallel", 3)  # fmt: skip
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "use --plan fused with --tensor-parallel" in done.stderr
-
-
 SILENT = """
 import torch
 from lab.contract import Rand

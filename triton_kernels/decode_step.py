@@ -115,12 +115,18 @@ def decode_step_kernel(
     counters,
     layers,
     vocab,
+    head_rows,
     cache_stride,
     max_pages,
     splits,
     eps,
     scale_log2,
     trace,
+    inboxes,
+    launches,
+    capacity,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
     HIDDEN: tl.constexpr,
     MIDDLE: tl.constexpr,
     GROUP: tl.constexpr,
@@ -168,6 +174,10 @@ def decode_step_kernel(
     # the loads of two tiles into registers and then waits for `target` arrivals (see product(); of packed
     # weights, it asks L2 for a tile); the first phase waits for none.
     target = 0
+    # Of the words that go to other ranks: it counts exchanges, two in each layer.
+    tag = target
+    if RANKS > 1:
+        tag = tl.load(launches) * 2 * layers
     if trace is not None:
         trace += tl.program_id(0).to(tl.int64) * (TRACE_LAYER * layers + TRACE_STEP)
         begin_trace(trace)
@@ -277,6 +287,7 @@ def decode_step_kernel(
         target = arrive(counters, target, trace)
 
         # In the first layer the residual is the row of embed, in the others h.
+        tag += 1
         layer_product(
             counters,
             target,
@@ -295,6 +306,9 @@ def decode_step_kernel(
             WAYS=O_WAYS,
             PREFETCH=PREFETCH,
             trace=trace,
+            peers=(inboxes, capacity, tag) if RANKS > 1 else None,
+            RANK=RANK,
+            RANKS=RANKS,
         )
         target = arrive(counters, target, trace)
 
@@ -320,6 +334,7 @@ def decode_step_kernel(
         )
         target = arrive(counters, target, trace)
 
+        tag += 1
         layer_product(
             counters,
             target,
@@ -338,6 +353,9 @@ def decode_step_kernel(
             WAYS=DOWN_WAYS,
             PREFETCH=PREFETCH,
             trace=trace,
+            peers=(inboxes, capacity, tag) if RANKS > 1 else None,
+            RANK=RANK,
+            RANKS=RANKS,
         )
         target = arrive(counters, target, trace)
         residual = h
@@ -357,7 +375,7 @@ def decode_step_kernel(
         bias=None,
         residual=None,
         y=logits,
-        n=vocab,
+        n=head_rows,
         K=HIDDEN,
         WAY=HEAD_WAY,
         PREFETCH=PREFETCH,
@@ -378,7 +396,7 @@ def decode_step_kernel(
     tl.atomic_max(
         top,
         (ordered << 31) | (~index + LOW_31_BITS).to(tl.int64),
-        mask=index < vocab,
+        mask=index < head_rows,
         sem="relaxed",
         scope="gpu",
     )
@@ -388,6 +406,8 @@ def decode_step_kernel(
         tl.store(top, 0)
         tl.store(counters + TICKET, 0)
         tl.store(counters + BARRIER, 0)
+        if RANKS > 1:
+            tl.store(launches, tl.load(launches) + 1)
     end_trace(trace, target)
 
 
@@ -430,7 +450,7 @@ def decode_step(ids, positions, model, k_cache, v_cache, block_table, logits, wo
     """Launch one program per multiprocessor; the settings `per_multiprocessor` or `programs` change that."""
     m, w = model, workspace
     (vocab, hidden), middle, kv_heads, head_dim, page_size = (
-        m.lm_head.shape,
+        m.embed.shape,
         m.intermediate,
         m.kv_heads,
         m.head_dim,
@@ -483,13 +503,21 @@ def decode_step(ids, positions, model, k_cache, v_cache, block_table, logits, wo
         w.counters,
         len(m.layers),
         vocab,
+        m.lm_head.shape[0],
         k_cache.stride(0),
         block_table.shape[1],
         splits,
         m.eps,
         m.scale * math.log2(math.e),
         w.trace,
-        reads=held,
+        *(
+            (None, None, 0)
+            if w.exchange is None
+            else (w.exchange.table, w.exchange.launches, w.exchange.capacity)
+        ),
+        reads=[*held, *(() if w.exchange is None else w.exchange.inboxes)],
+        RANK=0 if w.exchange is None else w.exchange.rank,
+        RANKS=w.ranks,
         HIDDEN=hidden,
         MIDDLE=middle,
         GROUP=m.group,

@@ -46,4 +46,3 @@ struct DecodeStepArgs {
   PeerWords peers;
 };
 void decode_step(const DecodeStepArgs& a);
-void decode_step_of_a_rank(const DecodeStepArgs& a);  // what decode_step() calls on a GPU if peers.ranks > 1

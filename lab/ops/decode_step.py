@@ -11,8 +11,8 @@ A negative position marks an idle row: nothing is written. An id outside the voc
 and the token -1; what it leaves in the cache is undefined. CUDA needs sm_90.
 Each matrix may be packed in a weight format of its own (lab/formats). Rows of all others begin at
 multiples of 16 bytes. A KV head has at most 8 query heads.
-Where ranks divide the model, each runs this op with its part of the matrices (lab/model/parallel.py): sums of o
-and down are added up over all ranks in float32, in their order, so that all have the same residual. Logits
+Where ranks divide the model, each runs this op with its part of the matrices (lab/model/parallel.py): sums of
+o and down are added up over all ranks in float32, in their order, so that all have the same residual. Logits
 and token are those of the rank's rows of lm_head alone; all_argmax comes after it.
 Kernels: cuda_src/decode_step.cu, triton_kernels/decode_step.py
 """
@@ -436,7 +436,9 @@ def torch_(ids, positions, model, k_cache, v_cache, block_table, logits, workspa
         raise Unavailable("torch runs decode_step op by op: there is no kernel that could record its phases")
     m, h, qkv, act = model, workspace.h[None], workspace.qkv[None], workspace.act[None]
     live, found, token = positions >= 0, torch.empty_like(logits), torch.empty_like(ids)
-    add = linear_add.torch_ if workspace.exchange is None else functools.partial(add_total, workspace.exchange)
+    add = (
+        linear_add.torch_ if workspace.exchange is None else functools.partial(add_total, workspace.exchange)
+    )
     attention = workspace.attention.view(1, m.q_heads, m.head_dim)
     embedding.torch_(ids, m.embed, out=h)
     for i, layer in enumerate(m.layers):

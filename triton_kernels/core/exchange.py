@@ -34,3 +34,32 @@ def receive(inboxes, i, live, tag, capacity, FROM: tl.constexpr, RANK: tl.conste
     while tl.max(tl.where(live & ((word >> 32).to(tl.int32) != tag), 1, 0), axis=0) == 1:
         word = tl.load(at, mask=live, other=0, volatile=True)
     return word.to(tl.int32)
+
+
+@triton.jit
+def send_sums(peers, i, live, sums, RANK: tl.constexpr, RANKS: tl.constexpr):
+    """Stores float32 sums as words i in the inboxes of all ranks, its own included.
+
+    peers: (inboxes, capacity, tag).
+    """
+    inboxes, capacity, tag = peers
+    data = sums.to(tl.int32, bitcast=True)
+    send(inboxes, i, live, data, tag=tag, capacity=capacity, RANK=RANK, RANKS=RANKS)
+    own = tl.load(inboxes + RANK).to(tl.pointer_type(tl.int64))
+    slot = ((tag & 1) * RANKS + RANK).to(tl.int64) * capacity
+    tl.store(own + slot + i, tagged(data, tag), mask=live, cache_modifier=".wt")
+
+
+@triton.jit
+def add_sums(peers, residual, y, first, end, BLOCK: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr):
+    """y[i] = residual[i] + the sums i of all ranks, in their order, for i from `first` to `end`."""
+    inboxes, capacity, tag = peers
+    for begin in range(first, end, BLOCK):
+        i = begin + tl.arange(0, BLOCK)
+        live = i < end
+        total = tl.zeros([BLOCK], tl.float32)
+        for rank in tl.static_range(RANKS):
+            data = receive(inboxes, i, live, tag, capacity=capacity, FROM=rank, RANK=RANK, RANKS=RANKS)
+            total += data.to(tl.float32, bitcast=True)
+        before = tl.load(residual + i, mask=live, other=0.0).to(tl.float32)
+        tl.store(y + i, (before + total).to(y.dtype.element_ty), mask=live)

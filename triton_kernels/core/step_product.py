@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from lab.ops import step_layout
+from triton_kernels.core.exchange import add_sums, send_sums
 from triton_kernels.core.fused_product import load_rows, normed_rows
 from triton_kernels.core.packed_rows import ROWS, packed_product, prefetch_rows, unpacked_rows
 from triton_kernels.core.step_trace import record
@@ -16,6 +17,7 @@ BARRIER = tl.constexpr(step_layout.BARRIER)
 # Columns of `table` where any matrix is packed: scales, and a word of formats' numbers.
 SCALES = tl.constexpr(len(step_layout.LAYER))
 FORMATS = tl.constexpr(len(step_layout.LAYER) + len(step_layout.MATRICES))
+SUMS = tl.constexpr(32)  # of a program that add_sums() takes at once; an H100's program has 31 of 4096
 # A WAY says how a matrix in one weight format is multiplied: (FORMAT, BLOCK_N, BLOCK_K), with FORMAT 0 for a
 # plain one; a packed one continues with BITS, GROUP, SECOND, EVEN_K, BLOCK_B, SEGMENTS, STAGES (see
 # packed_product()), and the type of the elements of its scales.
@@ -78,11 +80,15 @@ def product(
     PAIRS: tl.constexpr = False,
     ARGMAX: tl.constexpr = False,
     trace=None,
+    peers=None,
+    RANK: tl.constexpr = 0,
+    RANKS: tl.constexpr = 1,
 ):
     """y[j] = xn . w[j] (+ bias[j]) (+ residual[j]) for this program's share of n outputs; xn: x or its norm.
 
     With PAIRS y[j] = silu(xn . w[j]) * (xn . w[n + j]). With ARGMAX it returns its best outputs and their
-    indices, [1, BLOCK_N]. Optional arguments may be None.
+    indices, [1, BLOCK_N]. Optional arguments may be None. With RANKS > 1 xn . w[j] + bias[j] is added up over
+    all ranks, before the residual is added; peers: see add_sums().
     """
     PARTS: tl.constexpr = 2 if PAIRS else 1
     EVEN_K: tl.constexpr = K == BLOCK_K
@@ -118,12 +124,17 @@ def product(
         if PAIRS:
             total = activate(total, BLOCK_B=1, BLOCK_N=BLOCK_N)
         else:
-            total = r + (total + b)
-        tl.store(y + column, total.to(y.dtype.element_ty), mask=column < end)
+            total = total + b if RANKS > 1 else r + (total + b)
+        if RANKS > 1:
+            send_sums(peers, column, column < end, total, RANK, RANKS)
+        else:
+            tl.store(y + column, total.to(y.dtype.element_ty), mask=column < end)
         if ARGMAX:
             best, index = keep_best(best, index, tl.where(column < end, total, float("-inf")), column)
         column += BLOCK_N
         b, r = load_added(bias, residual, column, end)
+    if RANKS > 1:
+        add_sums(peers, residual, y, first, end, BLOCK=SUMS, RANK=RANK, RANKS=RANKS)
     return best, index
 
 
@@ -189,6 +200,9 @@ def packed_product_of_share(
     PAIRS: tl.constexpr = False,
     ARGMAX: tl.constexpr = False,
     trace=None,
+    peers=None,
+    RANK: tl.constexpr = 0,
+    RANKS: tl.constexpr = 1,
 ):
     """product() of a packed matrix: whole blocks of 8 rows.
 
@@ -243,11 +257,16 @@ def packed_product_of_share(
         if PAIRS:
             total = activated_runs(total, BLOCK_B, BLOCK_N)
         else:
-            total = r + (total + added)
+            total = total + added if RANKS > 1 else r + (total + added)
         live = (b == 0) & (column < end)
-        tl.store(y + b * n + column, total.to(y.dtype.element_ty), mask=live)
+        if RANKS > 1:
+            send_sums(peers, b * n + column, live, total, RANK, RANKS)
+        else:
+            tl.store(y + b * n + column, total.to(y.dtype.element_ty), mask=live)
         if ARGMAX:
             best, index = keep_best(best, index, tl.where(live, total, float("-inf")), column)
+    if RANKS > 1:
+        add_sums(peers, residual, y, first, end, BLOCK=SUMS, RANK=RANK, RANKS=RANKS)
     return first_best(best, index, axis=0)
 
 
@@ -271,6 +290,9 @@ def any_product(
     PAIRS: tl.constexpr = False,
     ARGMAX: tl.constexpr = False,
     trace=None,
+    peers=None,
+    RANK: tl.constexpr = 0,
+    RANKS: tl.constexpr = 1,
 ):
     """product() of a plain or packed matrix."""
     if WAY[0] == 0:
@@ -291,6 +313,9 @@ def any_product(
             PAIRS=PAIRS,
             ARGMAX=ARGMAX,
             trace=trace,
+            peers=peers,
+            RANK=RANK,
+            RANKS=RANKS,
         )
     else:
         best, index = packed_product_of_share(
@@ -321,6 +346,9 @@ def any_product(
             PAIRS=PAIRS,
             ARGMAX=ARGMAX,
             trace=trace,
+            peers=peers,
+            RANK=RANK,
+            RANKS=RANKS,
         )
     return best, index
 
@@ -345,6 +373,9 @@ def layer_product(
     PREFETCH: tl.constexpr,
     PAIRS: tl.constexpr = False,
     trace=None,
+    peers=None,
+    RANK: tl.constexpr = 0,
+    RANKS: tl.constexpr = 1,
 ):
     """product() of one of a layer's MATRICES, whose address is in COLUMN of the table.
 
@@ -383,4 +414,7 @@ def layer_product(
                 PREFETCH=PREFETCH,
                 PAIRS=PAIRS,
                 trace=trace,
+                peers=peers,
+                RANK=RANK,
+                RANKS=RANKS,
             )
