@@ -66,9 +66,9 @@ def picture(run, rows):
         f"context {amount(total['context'])}",
         conditions=conditions(run, rows[rows["row"] == "total"], total["timer"]),
         reading=said
-        + "Above, each line is a block. In each phase its waits are drawn first, though waits for weights lie "
-        "between the work. The next weights are loaded during all waits, so a phase may seem to read faster "
-        "than the ceiling: its first tiles came in the phase before."
+        + "Above, each line is a block. In each phase its waits are drawn first, though waits for weights "
+        "lie between the work. The next weights are loaded during all waits, so a phase may seem to read "
+        "faster than the ceiling: its first tiles came in the phase before."
         + ("" if TILES in parts else " This kernel cannot tell waits for weights from work."),
         alt=f"Timelines of blocks, and stacked bars of the phases' {unit_name}. {said}",
         table=table(
