@@ -34,6 +34,7 @@ def test_cores_of_one_name_say_the_same_of_themselves():
         "split_attention": ("paged cache", "softmax", "merge"),
         "exchange": ("ords", "ranks", "lab/ops/exchange.py"),
         "kv_codes": ("quantised KV cache", "codes"),
+        "step_trace": ("records about itself", "lab ledger --inside", "clock"),
         "packed_rows": ("packed", "rows of w", "rows of x", "tensor cores"),
     }
     assert stems(CUDA / "core", ".cuh") & stems(TRITON / "core", ".py") == set(topics)

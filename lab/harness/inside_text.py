@@ -3,10 +3,10 @@ timeline."""
 
 from lab.errors import one_line
 from lab.ops.step_layout import PHASES
+from lab.records.timeline import middle_layer, segments
 from lab.text import columns
 
 WIDE, TALL = 84, 8  # characters and lines of a timeline
-# In a phase what a block waited for is drawn before what it did, though waits for tiles lie between the work.
 OTHERS, TILES, WORK = ".", "-", "#"
 
 
@@ -52,52 +52,45 @@ def account(rows):
             )
         )
     lines += columns(cells, right=range(1, 11), indent="  ")
-    lines.append(
-        "  means of all blocks: us waiting for others, for tiles of weights or KV, and the rest, work; ahead: "
-        "tiles loaded or under way when a block could begin"
-    )
+    lines += [
+        "  means of all blocks, us: waiting for others, for tiles of weights or KV; work is all else.",
+        "  ahead: tiles that were loaded or under way when a block could begin"
+        if one.backend == "cuda"
+        else "  this kernel cannot tell waits for tiles from work",
+    ]
     return lines + timeline([r for r in rows if r.row == "block"])
 
 
 def timeline(rows):
     """The middle layer of a few blocks, a character for each short time."""
-    layers = (len(rows[0].stamps) // 3 - 3) // len(PHASES)
-    first = 1 + layers // 2 * len(PHASES)
-    spans = {r.block: segments(r.stamps)[first : first + len(PHASES)] for r in rows[:: -(-len(rows) // TALL)]}
-    begin, end = min(s[0][0] for s in spans.values()), max(s[-1][1] for s in spans.values())
+    few = rows[:: -(-len(rows) // TALL)]
+    layer, layers, spans = middle_layer({r.block: segments(r.stamps) for r in few}, len(PHASES))
+    begin, end = min(mine[0].begin for mine in spans.values()), max(mine[-1].end for mine in spans.values())
     width = max(end - begin, 1e-9) / WIDE
     lines = [
-        f"  layer {layers // 2} of {layers}, {end - begin:.1f} us, block by block: {OTHERS} waiting for others, "
+        f"  layer {layer} of {layers}, {end - begin:.1f} us, block by block: {OTHERS} waiting for others, "
         f"{TILES} for tiles, {WORK} work"
     ]
     for block, mine in spans.items():
-        line = [" "] * WIDE
-        for start, stop, others, tiles in mine:
-            for i in range(WIDE):
-                at = begin + (i + 0.5) * width
-                if start <= at < stop:
-                    line[i] = (
-                        OTHERS if at < start + others else TILES if at < start + others + tiles else WORK
-                    )
-        lines.append(f"  {block:4} {''.join(line)}")
-    ends = max(spans.values(), key=lambda mine: mine[-1][1])
-    lines.append("       " + marks([(stop - begin) / width for _, stop, *_ in ends]))
-    return lines
+        line = "".join(sign_at(mine, begin + (i + 0.5) * width) for i in range(WIDE))
+        lines.append(f"  {block:4} {line}")
+    latest = max(spans.values(), key=lambda mine: mine[-1].end)
+    return [*lines, "       " + names([(one.end - begin) / width for one in latest])]
 
 
-def marks(places):
-    """The phases' names, each left of where it ends."""
+def sign_at(spans, time):
+    """What a block does at a time: " " before the layer and after it."""
+    for one in spans:
+        if one.begin <= time < one.end:
+            waited = time - one.begin
+            return OTHERS if waited < one.others else TILES if waited < one.others + one.tiles else WORK
+    return " "
+
+
+def names(places):
+    """The phases' names, each left of the place where it ends; only a mark where there is no room."""
     line = ""
-    for name, place in zip(PHASES, places):
-        line += f"{name}|".rjust(int(place) - len(line)) if int(place) - len(line) > len(name) else "|"
+    for name, place in zip(PHASES, places, strict=True):
+        room = int(place) - len(line)
+        line += f"{name}|".rjust(room) if room > len(name) else "|".rjust(room)
     return line
-
-
-def segments(stamps):
-    """[(begin, end, waiting for others, waiting for tiles)] of a block's phases, us."""
-    found, begin = [], 0.0
-    for i in range(0, len(stamps), 3):
-        end, others, tiles = (value / 1e3 for value in stamps[i : i + 3])
-        found.append((begin, end, others, tiles))
-        begin = end
-    return found

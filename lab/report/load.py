@@ -60,6 +60,13 @@ NUMBERS = {
     "kl",
     "top1",
     "bytes_before",
+    "block",
+    "blocks",
+    "others_us",
+    "tiles_us",
+    "work_us",
+    "ahead",
+    "normal_us",
 }
 OBJECTS = {
     "shape": dict,
@@ -69,6 +76,7 @@ OBJECTS = {
     "models": list,
     "mix": dict,
     "products": dict,
+    "stamps": list,
 }
 BANDWIDTH = ("gbps", "of_ceiling", "of_stream")
 
@@ -105,6 +113,7 @@ class Run:
     ladder: pd.DataFrame = field(default_factory=pd.DataFrame)  # op rows that are rungs
     packed: pd.DataFrame = field(default_factory=pd.DataFrame)  # op rows with packed weights
     accuracy: pd.DataFrame = field(default_factory=pd.DataFrame)
+    inside: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     @property
     def env(self):
@@ -114,7 +123,8 @@ class Run:
     @property
     def emulated(self):
         """True when nothing in the run was timed on a GPU."""
-        frames = [f["emulated"] for f in (self.op, self.packed, self.model, self.ledger) if len(f)]
+        kinds = self.op, self.packed, self.model, self.ledger, self.inside
+        frames = [f["emulated"] for f in kinds if len(f)]
         if frames:
             return all(bool(emulated.all()) for emulated in frames)
         return self.env is not None and self.env.device != "cuda"
@@ -180,6 +190,7 @@ class Stored:
             ladder=_frame([], "op"),
             packed=_frame([], "op"),
             accuracy=_frame(by_kind["accuracy"], "accuracy"),
+            inside=_frame(by_kind["inside"], "inside"),
             notices=[Notice("warning", n) for n in self.notices],
         )
         _mark_untuned(run, self.rows)
@@ -287,7 +298,7 @@ def _mark_untuned(run, rows):
 
 def _drop_failures(run):
     failed = []
-    for kind in ("ceiling", "op", "model", "ledger", "accuracy"):
+    for kind in ("ceiling", "op", "model", "ledger", "accuracy", "inside"):
         frame = getattr(run, kind)
         bad = frame["error"] != ""
         failed.append(frame[bad].assign(kind=kind))
@@ -424,7 +435,7 @@ def _about_gaps(run):
                     "is, and comparisons that need it are left out.",
                 )
             )
-    if not measured and not len(run.ledger) and not len(run.accuracy):
+    if not measured and not any(map(len, (run.ledger, run.accuracy, run.inside))):
         found.append(Notice("warning", "No op, model or ledger measurement in this run yet."))
     if not run.emulated and run.best_ceiling() is None:
         found.append(

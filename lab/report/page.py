@@ -19,6 +19,7 @@ from lab.report import (
     figures,
     format_figures,
     heatmaps,
+    inside_figures,
     ladder_figures,
     ledger_figures,
     machine_figures,
@@ -196,6 +197,7 @@ def _model(run, model, drawn):
         ("throughput", "Throughput", [model_figures.throughput(run, model)]),
         ("memory", "Memory", [model_figures.memory(run, model)]),
         ("ledger", "Where a token goes, plan by plan", ledger_figures.ledgers(run, model)[at_top:]),
+        ("inside", "Inside the persistent step", inside_figures.of_model(run, model)),
         ("swaps", "Swapping one op at a time, Triton to CUDA", ledger_figures.swaps(run, model)),
     ]
     for id, title, found in folds:

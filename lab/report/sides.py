@@ -19,7 +19,7 @@ COLUMNS = (
 
 def models(run):
     """Model names, the one that holds the most bytes first."""
-    names = list(dict.fromkeys([*run.model["model"], *run.ledger["model"]]))
+    names = list(dict.fromkeys([*run.model["model"], *run.ledger["model"], *run.inside["model"]]))
     held = run.model.groupby("model")["weight_bytes"].max().fillna(0)
     return sorted(names, key=lambda name: -held.get(name, 0))
 
