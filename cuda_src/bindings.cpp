@@ -104,6 +104,7 @@ PYBIND11_MODULE(LAB_MODULE, m) {
   OP(decode_step, ids, positions, weights, cache, logits, out, exchange, sizes, q_heads, head_dim, eps, scale,
      dtype, stream);
   OP(all_reduce_add, partial, residual, peers, words, dtype, stream);
+  OP(all_reduce_add_rmsnorm, partial, residual, w, y, peers, rows, words, cols, eps, dtype, stream);
   OP(all_argmax, logits, ids, rows, n, first, peers, stream);
   OP(bandwidth, src, dst, bytes, mode, passes, blocks, threads, stream);
   OP(link_latency, peers, rounds, stream);

@@ -27,7 +27,7 @@ RUNS = [
     ("cuda", "basic", {}),
     ("cuda", "fused", {}),
     ("triton", "fused", {}),
-    ("torch", "basic", {"all_reduce_add": "triton", "all_argmax": "triton"}),
+    ("torch", "basic", {"all_reduce_add_rmsnorm": "triton", "all_argmax": "triton"}),
 ]
 
 

@@ -12,7 +12,7 @@ constexpr int kExchangeWords = 256;   // that a block exchanges at a time; WORDS
 constexpr int kExchangeBlocks = 128;  // the most of a launch; BLOCKS there
 constexpr int kExchangeThreads = kExchangeWords / 2;
 
-// One block's part in an exchange.
+// One block's part in an exchange: the words whose launches `block` counts.
 struct BlockExchange {
   const Ptr* inboxes;
   uint32_t* launches;
@@ -20,9 +20,11 @@ struct BlockExchange {
   int rank, ranks;
   uint32_t tag;
 
-  LAB_DEVICE explicit BlockExchange(const PeerWords& peers)
+  BlockExchange() = default;
+  LAB_DEVICE explicit BlockExchange(const PeerWords& peers) : BlockExchange(peers, blockIdx.x) {}
+  LAB_DEVICE BlockExchange(const PeerWords& peers, int block)
       : inboxes(reinterpret_cast<const Ptr*>(peers.inboxes)),
-        launches(reinterpret_cast<uint32_t*>(peers.launches) + blockIdx.x), capacity(peers.capacity),
+        launches(reinterpret_cast<uint32_t*>(peers.launches) + block), capacity(peers.capacity),
         rank(peers.rank), ranks(peers.ranks), tag(*launches + 1) {}
 
   // The words in rank `to`'s inbox that rank `from` writes.
