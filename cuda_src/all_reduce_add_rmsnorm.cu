@@ -58,16 +58,9 @@ __global__ void __launch_bounds__(Threads)
   LAB_UNROLL
   for (int p = 0; p < Passes; ++p) {
     if (word(p) >= words) continue;
-    float sum[N] = {};
-    for (int from = 0; from < peers.ranks; ++from) {
-      const Elements theirs =
-          from == peers.rank ? mine[p] : bit_cast<Elements>(exchange[p].receive(from, slot + word(p)));
-      LAB_UNROLL
-      for (int e = 0; e < N; ++e) sum[e] += to_float(theirs.v[e]);
-    }
+    before[p] = exchange[p].add_of_ranks(before[p], mine[p], slot + word(p));
     LAB_UNROLL
     for (int e = 0; e < N; ++e) {
-      before[p].v[e] = from_float<T>(to_float(before[p].v[e]) + sum[e]);
       squares = fmadd(to_float(before[p].v[e]), to_float(before[p].v[e]), squares);
     }
     store(residual + word(p) / 2 * N, before[p]);

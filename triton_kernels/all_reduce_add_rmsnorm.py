@@ -13,9 +13,9 @@ import triton.language as tl
 
 from lab.ops.exchange import words_of
 from triton_kernels import settings
-from triton_kernels.all_reduce_add import TYPES, bits, numbers
+from triton_kernels.all_reduce_add import TYPES, add_of_ranks, bits, numbers
 from triton_kernels.common import launch
-from triton_kernels.core.exchange import WORDS, receive, send
+from triton_kernels.core.exchange import WORDS, send
 from triton_kernels.core.fused_product import wait_for_inputs
 
 
@@ -60,17 +60,7 @@ def all_reduce_add_rmsnorm_kernel(
     # 3. Receive and add: in the order of ranks, so that all ranks get the same bits. The residual is loaded
     # before the wait, and gets the sum, rounded to T.
     before = tl.load(residual + at, mask=live, other=0)
-    low = tl.zeros([BLOCK], tl.float32)
-    high = tl.zeros([BLOCK], tl.float32)
-    for rank in tl.static_range(RANKS):
-        theirs = mine
-        if rank != RANK:
-            theirs = receive(inboxes, slot, live, tag, capacity, rank, RANK, RANKS)
-        one, other = numbers(theirs, TYPE)
-        low += one
-        high += other
-    one, other = numbers(before, TYPE)
-    after = bits(one + low, other + high, TYPE)
+    after = add_of_ranks(inboxes, slot, live, before, mine, tag, capacity, TYPE, RANK, RANKS)
     tl.store(residual + at, after, mask=live)
 
     # 4. Reduce: the sum of squares in float32; masked lanes add zero. The twin has shuffles and shared memory

@@ -32,11 +32,13 @@ struct BlockExchange {
     return reinterpret_cast<uint64_t*>(inboxes[to]) + ((tag & 1) * ranks + from) * capacity;
   }
 
-  // Sends the data of words i (even) and i + 1 to all other ranks.
+  // Sends the data of words i (even) and i + 1 to rank `to`; to all other ranks.
+  LAB_DEVICE void send_to(int to, int i, const Vec<uint32_t, 2>& data) const {
+    store_peer_words(slot(to, rank) + i, tagged(data.v[0], tag), tagged(data.v[1], tag));
+  }
   LAB_DEVICE void send(int i, const Vec<uint32_t, 2>& data) const {
     for (int other = 1; other < ranks; ++other) {  // each rank begins with another one
-      const int to = rank + other < ranks ? rank + other : rank + other - ranks;
-      store_peer_words(slot(to, rank) + i, tagged(data.v[0], tag), tagged(data.v[1], tag));
+      send_to(rank + other < ranks ? rank + other : rank + other - ranks, i, data);
     }
   }
 
@@ -50,6 +52,22 @@ struct BlockExchange {
       peer_pause(polls, from);
     }
     return {{uint32_t(words[0]), uint32_t(words[1])}};
+  }
+
+  // T(before + the sum over ranks of words i and i + 1) for each element of the two words; `mine` are this
+  // rank's. Summed in the order of ranks, so that all ranks get the same bits.
+  template <typename T, int N>
+  LAB_DEVICE Vec<T, N> add_of_ranks(const Vec<T, N>& before, const Vec<T, N>& mine, int i) const {
+    float sum[N] = {};
+    for (int from = 0; from < ranks; ++from) {
+      const Vec<T, N> theirs = from == rank ? mine : bit_cast<Vec<T, N>>(receive(from, i));
+      LAB_UNROLL
+      for (int e = 0; e < N; ++e) sum[e] += to_float(theirs.v[e]);
+    }
+    Vec<T, N> after;
+    LAB_UNROLL
+    for (int e = 0; e < N; ++e) after.v[e] = from_float<T>(to_float(before.v[e]) + sum[e]);
+    return after;
   }
 
   // Counts this launch. All threads of the block call it, after their last send and receive.

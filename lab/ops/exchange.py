@@ -34,8 +34,10 @@ class Exchange:
 
     inboxes: those of all ranks in their order, as tensors that this process can reach. A single one, with
     several ranks, is a loopback: what the rank sends to another arrives in its own inbox as if that one had
-    sent the same. table int64 [ranks]: their addresses. group: of torch.distributed, for the torch backend;
-    None where the ranks are simulated by one process.
+    sent the same (in all_reduce_add in one shot alone). table int64 [ranks]: their addresses. group: of
+    torch.distributed, for the torch backend; None where the ranks are simulated by one process.
+    two_shot_bytes: from how many bytes on all_reduce_add takes two shots, the same number on all ranks; None:
+    as its contract says.
     """
 
     rank: int
@@ -44,6 +46,7 @@ class Exchange:
     table: torch.Tensor
     launches: torch.Tensor
     group: object = None
+    two_shot_bytes: int | None = None
 
     @classmethod
     def of(cls, rank: int, inboxes: tuple[torch.Tensor, ...], ranks: int, group=None) -> Exchange:
@@ -103,6 +106,12 @@ def new_inbox(ranks: int, capacity: int, device) -> torch.Tensor:
 def words_of(t: torch.Tensor) -> torch.Tensor:
     """The bits of a contiguous tensor as int32 [words]."""
     return t.view(-1).view(torch.int32)
+
+
+def owners(count: int, ranks: int, device) -> torch.Tensor:
+    """int64 [count]: which rank adds each word, where one does it for all. What a block has in one pass is
+    added by one rank."""
+    return torch.arange(count, device=device) // WORDS % ranks
 
 
 def simulated(rand: Rand, sent: list[torch.Tensor], rank: int, loopback: bool) -> Exchange:
