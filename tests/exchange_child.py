@@ -12,8 +12,8 @@ from lab.dispatch import select
 from lab.model import ranks
 from lab.ops.all_reduce_add_rmsnorm import slot_words
 
-# (kind, batch, n, dtype). The same sizes stand for several kinds, whose residuals must have the same bits. The
-# last ones have more blocks than run at the same time on a CPU, and the very last takes two passes.
+# (kind, batch, n, dtype). The same sizes stand for several kinds, whose residuals must have the same bits.
+# The last ones have more blocks than run at the same time on a CPU, and the very last takes two passes.
 CALLS = [
     (kind, batch, n, dtype)
     for batch, n, dtype in ((1, 64, torch.bfloat16), (3, 1000, torch.float32), (2, 520, torch.float16))
