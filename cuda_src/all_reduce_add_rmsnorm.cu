@@ -15,7 +15,7 @@ using namespace lab;
 struct AllReduceAddRmsnormSmem { float scratch[32]; };
 
 template <typename T, int Threads, int Passes>
-__global__ void __launch_bounds__(Threads)
+__global__ void __launch_bounds__(Threads, 1)
     all_reduce_add_rmsnorm_kernel(const T* partial, T* residual, const T* w, T* y, PeerWords peers, int words,
                                   int cols, float eps) {
   constexpr int N = 8 / int(sizeof(T));  // elements of two words

@@ -11,7 +11,9 @@ import torch
 from tiny_models import CONFIGS
 
 from lab.dispatch import select
+from lab.harness.ceiling import Ceilings
 from lab.harness.parallel_bench import timed
+from lab.harness.parallel_ledger import account
 from lab.model import ranks
 from lab.model.decoder import Decoder
 from lab.model.generate import generate
@@ -56,6 +58,11 @@ def main(what: str, names: str, file: str) -> None:
     size = dict(dtype="fp32", batch=2, context=8, ranks=group.ranks)
     row = ModelRow("", names, "cuda", "fused", "eager", timer="wall", **size)
     assert timed(row, load(source, group=group), "cpu").tokens_per_s > 0, row
+    base = dict(run="", model=names, backend="cuda", plan="fused", dtype="fp32", batch=1, context=8)
+    ledger = account(
+        base | dict(kv_dtype=None, ranks=group.ranks), load(source, group=group), "cpu", Ceilings()
+    )
+    Path(f"{file}-ledger-{group.rank}").write_text(json.dumps([vars(row) for row in ledger]))
     group.close()
 
 

@@ -38,6 +38,22 @@ def test_tokens_are_those_of_one_process_and_all_ranks_have_the_same_bits(tmp_pa
         name, _, _, tokens, bits = one
         assert tokens == other[3] == want[name], one
         assert bits == other[4], one
+    check_ledgers([json.loads((tmp_path / f"found-ledger-{rank}").read_text()) for rank in range(2)], "qwen3")
+
+
+def check_ledgers(each, name):
+    """Each rank's account of a token adds up, and what the ranks pass to each other has rows of its own."""
+    layers = CONFIGS[name].layers
+    for rows in each:
+        parts = {(row["op"], row["role"]): row for row in rows if row["row"] == "chain"}
+        assert (
+            parts["all_reduce_add", None]["calls"] == 2 * layers and parts["all_argmax", None]["calls"] == 1
+        )
+        assert parts["all_reduce_add", None]["kernel"] == "all_reduce_add_kernel"
+        assert parts["linear", "o"]["calls"] == parts["linear", "down"]["calls"] == layers
+        total = next(row["us"] for row in rows if row["row"] == "total")
+        assert sum(row["us"] for row in rows if row["row"] != "total") == pytest.approx(total)
+        assert {row["ranks"] for row in rows} == {2} and {row["timer"] for row in rows} == {"wall"}
 
 
 def test_a_run_on_two_ranks_says_what_one_process_says(tmp_path):

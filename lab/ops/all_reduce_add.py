@@ -17,8 +17,8 @@ from lab.ops.exchange import Exchange, check_exchange, owners, simulated, words_
 
 PAIR = 8  # bytes of two words' data, which a thread exchanges at a time
 # From so many bytes of `partial` on, more than two ranks take two shots. Untuned: it was not measured with
-# these kernels. Of other such kernels over NVLink the crossover is said to lie between 256 KB and 1 MB. With R
-# ranks two shots save (R - 1) (1 - 2 / R) times the bytes, twice that with the tags, and cost one more
+# these kernels. Of other such kernels over NVLink the crossover is said to lie between 256 KB and 1 MB. With
+# R ranks two shots save (R - 1) (1 - 2 / R) times the bytes, twice that with the tags, and cost one more
 # crossing of the link, about 1 us. At 369 GB/s both are equal at 120 KB with 4 ranks and at 280 KB with 3.
 # Between two ranks nothing is saved.
 TWO_SHOT_BYTES = 256 << 10

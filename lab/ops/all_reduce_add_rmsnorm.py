@@ -146,7 +146,7 @@ op = Op(
     mutates=("residual", "exchange"),
     between_ranks=True,
     direction="copy",
-    color="#44aa99",
+    color="#332288",
     inspect_sizes=dict(batch=1, n=4096),
     cases=(
         case("two ranks, one row, by loopback", batch=1, n=576),
