@@ -94,9 +94,7 @@ def token(run, model, plan):
     bars = list(dict.fromkeys(scaled["bar"]))
     kernels = scaled[~scaled["row"].isin([*IDLE, "total"])]
     by_size = kernels.groupby("part")["us"].sum().sort_values(ascending=False).index
-    exchanges = declared.groups()[
-        "ParallelOps"
-    ]  # what GPUs pass to each other has a colour even if it is small
+    exchanges = declared.groups()["ParallelOps"]  # between GPUs: with a colour even if they are small
     largest = sorted(by_size, key=lambda part: part not in exchanges)[:PARTS]
     order = [*sorted(largest, key=style.part_order), REST]
     pieces = scaled[scaled["part"] != "total"]
