@@ -80,6 +80,7 @@ NOT_QUICK = {
     "test_new",
     "test_oracle",
     "test_own_kernel",
+    "test_parallel_formats",
     "test_persistent",
     "test_ranks",
     "test_report",

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,7 +19,9 @@ from lab.model import ranks
 from lab.model.decoder import Decoder
 from lab.model.generate import generate
 from lab.model.parallel import RankSource
+from lab.model.sources.gguf_file import GGUFSource
 from lab.model.sources.random import RandomSource
+from lab.model.weight_formats import AS_STORED, Storage
 from lab.model.weights import load
 from lab.records.schema import ModelRow
 
@@ -33,12 +36,31 @@ RUNS = [
 ]
 
 
-def decode(source, backend: str, plan: str, overrides, group=None):
+FORMATS = (  # of packed weights: how a file's are kept, and how random ones are rounded
+    (None, AS_STORED),
+    ("llama", Storage(quantise="int8", head="fp8")),
+    ("qwen2", Storage(quantise="int4-g32-min", head="int4-g32")),
+)
+
+
+def decode(source, backend: str, plan: str, overrides, group=None, storage=AS_STORED):
     """(tokens, a number that depends on every bit of the residual stream)."""
-    weights = load(source, group=group)
+    weights = load(source, group=group, storage=storage)
     decoder = Decoder(weights, select(backend, "cpu", overrides), max_context=32, plan=plan)
     tokens = generate(decoder, PROMPT, TOKENS).output_ids
     return tokens, zlib.crc32(decoder.buffers.h.numpy().tobytes())
+
+
+def decode_packed(path: str, group=None):
+    """[[a format, tokens, a number]]: models with packed weights, the first of them in a GGUF file."""
+    found = []
+    for name, storage in FORMATS:
+        source = GGUFSource(path) if name is None else RandomSource(replace(CONFIGS[name], intermediate=128))
+        if group is not None:
+            source = RankSource(source, group.rank, group.ranks)
+        for backend in ("torch", "cuda") if group else ("torch",):
+            found.append([storage.quantise, *decode(source, backend, "fused", {}, group, storage)])
+    return found
 
 
 def main(what: str, names: str, file: str) -> None:
@@ -47,6 +69,9 @@ def main(what: str, names: str, file: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     group.agree("model", "same")
     group.connect()
+    if what == "packed":
+        Path(f"{file}-{group.rank}").write_text(json.dumps(decode_packed(names, group)))
+        return group.close()
     found = []
     for name in names.split(","):
         source = RankSource(RandomSource(CONFIGS[name]), group.rank, group.ranks)
