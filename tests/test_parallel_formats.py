@@ -1,5 +1,5 @@
-"""Packed weights of a model that several processes divide: each has the codes and scales that one would have, and
-the tokens are the same."""
+"""Packed weights of a model that several processes divide: each has the codes and scales that one would
+have, and the tokens are the same."""
 
 import json
 import sys
@@ -66,7 +66,9 @@ def test_the_parts_are_the_whole(tmp_path, storage):
 def test_a_group_that_would_be_cut_is_refused(tmp_path):
     config = CONFIGS["llama"]  # 160 columns of down: 80 on each rank, which is no multiple of 32
     path = write_gguf(tmp_path / "tiny.gguf", config, kind="Q4_1")
-    said = r"down_proj.weight in int4-g32.*: 160 columns over 2 ranks are 80 each, which would cut a group of 32; "
+    said = (
+        r"down_proj.weight in int4-g32.*: 160 columns over 2 ranks are 80 each, which would cut a group of 32"
+    )
     with pytest.raises(LabError, match=said):
         load(RankSource(open_source(str(path)), 0, 2))
     with pytest.raises(LabError, match=said):
