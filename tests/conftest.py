@@ -82,6 +82,7 @@ NOT_QUICK = {
     "test_own_kernel",
     "test_parallel_formats",
     "test_persistent",
+    "test_rank_faults",
     "test_ranks",
     "test_report",
     "test_report_page",

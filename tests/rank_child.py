@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import time
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +52,22 @@ def decode(source, backend: str, plan: str, overrides, group=None, storage=AS_ST
     return tokens, zlib.crc32(decoder.buffers.h.numpy().tobytes())
 
 
+FAULTS = {"dies": lambda: os.kill(os.getpid(), signal.SIGKILL), "sleeps": lambda: time.sleep(600)}
+
+
+def fail_at_third_step(fault) -> None:
+    """Of this process's decoders."""
+    step, steps = Decoder.step, []
+
+    def failing(*given, **options):
+        steps.append(None)
+        if len(steps) == 3:
+            fault()
+        return step(*given, **options)
+
+    Decoder.step = failing
+
+
 def decode_packed(path: str, group=None):
     """[[a format, tokens, a number]]: models with packed weights, the first of them in a GGUF file."""
     found = []
@@ -65,12 +82,15 @@ def decode_packed(path: str, group=None):
 
 def main(what: str, names: str, file: str) -> None:
     group = ranks.join("cpu")
-    if what == "die" and group.rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
+    if what in FAULTS and group.rank == 1:
+        fail_at_third_step(FAULTS[what])
     group.agree("model", "same")
     group.connect()
     if what == "packed":
         Path(f"{file}-{group.rank}").write_text(json.dumps(decode_packed(names, group)))
+        return group.close()
+    if what in FAULTS:
+        decode(RankSource(RandomSource(CONFIGS[names]), group.rank, group.ranks), "cuda", "fused", {}, group)
         return group.close()
     found = []
     for name in names.split(","):

@@ -17,11 +17,13 @@ launch: i // WORDS % BLOCKS.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
 
 from lab.contract import Rand, refuse
+from lab.errors import LabError
 
 WORDS = 256  # words that a block exchanges at a time; kExchangeWords of cuda_src/core/exchange.cuh
 BLOCKS = 128  # the most blocks of a launch; kExchangeBlocks there
@@ -97,6 +99,28 @@ class Exchange:
             words = self.own[(tags[block] & 1).long(), rank, torch.arange(mine.numel(), device=mine.device)]
             found.append(mine if rank == self.rank else words.to(torch.int32).view(mine.shape))
         return found
+
+
+def patience(default: float) -> float:
+    """Seconds for which a rank waits for another one: LAB_PEER_SECONDS, which the host build reads, too.
+    Raises LabError where it is no number above 0."""
+    given = os.environ.get("LAB_PEER_SECONDS", "")
+    try:
+        seconds = float(given or default)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise LabError(f"LAB_PEER_SECONDS {given!r}: it must be a number of seconds above 0")
+    return seconds
+
+
+def sender_at(inboxes: tuple[torch.Tensor, ...], address: int) -> int | None:
+    """The rank that writes the word at this address of an inbox; None for an address elsewhere."""
+    for inbox in inboxes:
+        at = address - inbox.data_ptr()
+        if inbox.dim() == 3 and 0 <= at < inbox.nbytes:
+            return at // inbox[0, 0].nbytes % inbox.shape[1]
+    return None
 
 
 def new_inbox(ranks: int, capacity: int, device) -> torch.Tensor:

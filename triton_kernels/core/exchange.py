@@ -7,6 +7,7 @@ import triton.language as tl
 from lab.ops import exchange
 
 WORDS, BLOCKS = exchange.WORDS, exchange.BLOCKS
+MOST_POLLS = tl.constexpr(1 << 28)  # some minutes; of the interpreter: see its before_poll()
 
 
 @triton.jit
@@ -37,6 +38,10 @@ def receive(inboxes, i, live, tag, capacity, source, RANK: tl.constexpr, RANKS: 
     inbox = tl.load(inboxes + RANK).to(tl.pointer_type(tl.int64))
     at = inbox + ((tag & 1) * RANKS + source).to(tl.int64) * capacity + i
     word = tl.load(at, mask=live, other=0, volatile=True)
+    polls = 0
     while tl.max(tl.where(live & ((word >> 32).to(tl.int32) != tag), 1, 0), axis=0) == 1:
         word = tl.load(at, mask=live, other=0, volatile=True)
+        polls += 1
+        if polls == MOST_POLLS:  # a rank whose peer has gone does not wait for ever
+            tl.inline_asm_elementwise("trap; mov.u32 $0, $1;", "=r,r", [polls], tl.int32, False, 1)
     return word.to(tl.int32)
