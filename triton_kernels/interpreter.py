@@ -235,11 +235,7 @@ class Builder(stock.InterpreterBuilder):
         limit = patience(POLL_SECONDS)
         if time.monotonic() - self.since > limit:
             sender = sender_at(self.reads, address)
-            who = (
-                "what the kernel waits for was not written"
-                if sender is None
-                else f"rank {sender} sent nothing"
-            )
+            who = "nobody wrote what the kernel polls" if sender is None else f"rank {sender} sent nothing"
             raise TimeoutError(f"{who} for {limit:g} s")
 
     def create_masked_store(self, ptrs, value, mask, cache_modifier, eviction_policy):
