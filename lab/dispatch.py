@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import torch
 
 from lab.backends import load
-from lab.contract import BACKENDS, Op
+from lab.contract import BACKENDS, Op, refuse
 from lab.errors import LabError, Unavailable
 from lab.names import known
 from lab.ops import OPS, BasicOps, FusedOps, OtherOps, ParallelOps, PersistentOps
@@ -94,8 +94,11 @@ def select(
     for name, other in parse_overrides(overrides).items():
         chosen[known(name, names, "op")] = known(other, BACKENDS, "backend")
     device = torch.device(device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise LabError("device cuda: this machine has no usable NVIDIA GPU; use --device cpu")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise LabError("device cuda: this machine has no usable NVIDIA GPU; use --device cpu")
+        if device.index is None:  # the GPU that is current now, whichever is current when an op is called
+            device = torch.device("cuda", torch.cuda.current_device())
     loaded = {name: load(name, device) for name in sorted(set(chosen.values()))}
     for one in loaded.values():
         one.set_trace(trace is not None)
@@ -106,7 +109,7 @@ def select(
             f"--override {lacking[0]}=torch"
         )
     functions = {
-        op.name: bind(op, loaded[chosen[op.name]], trace, check_contents)
+        op.name: bind(op, loaded[chosen[op.name]], trace, check_contents, device)
         for op in OPS
         if op.name not in lacking
     }
@@ -128,16 +131,26 @@ def parse_overrides(overrides: Mapping[str, str] | Sequence[str]) -> dict[str, s
     return {name.strip(): other.strip() for name, _, other in pairs}
 
 
-def bind(op: Op, backend, trace: Trace | None = None, check_contents: bool = False) -> Callable:
+def bind(
+    op: Op,
+    backend,
+    trace: Trace | None = None,
+    check_contents: bool = False,
+    device: torch.device = torch.device("cpu"),
+) -> Callable:
     """The function behind ops.<name>: validates, allocates, launches, and with a trace counts the launched
     kernels.
 
-    check_contents: also validate the integers in the tensors (see select).
+    check_contents: also validate the integers in the tensors (see select). device: the only one whose tensors
+    it takes.
     """
     validate, outputs, launch = op.validate, op.outputs, backend.launcher(op)
+    index = -1 if device.index is None else device.index  # of a tensor's get_device(): -1 on a CPU
 
     def call(*args, out=None, **options):
         validate(*args, out=out, **options)
+        if args and args[0].get_device() != index:  # validate() has seen that all are on one device
+            refuse(op.name, f"these ops run on {device}, and the tensors are on {args[0].device}")
         if out is None:
             out = outputs(*args, **options)
         launch(*args, out=out, **options)

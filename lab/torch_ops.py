@@ -16,6 +16,7 @@ from __future__ import annotations
 import inspect
 import types
 import typing
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -136,6 +137,8 @@ def register(op: Op) -> None:
     torch.library.custom_op(
         f"{NAMESPACE}::{op.name}", kernel, mutates_args=written, schema=schema
     ).register_fake(fake)
+    if any(op.signature.parameters[name].default is None for name in written):
+        count_versions(op, names, written)
     if returns:
         # custom_op takes no tensor that is given by name only, so this overload is defined by hand.
         _library.define(
@@ -146,6 +149,22 @@ def register(op: Op) -> None:
         torch.library.register_fake(
             f"{NAMESPACE}::{op.name}.out", lambda *args, **options: None, lib=_library
         )
+
+
+def count_versions(op: Op, names: Sequence[str], written: Sequence[str]) -> None:
+    """Tells autograd which tensors a call has written, as custom_op does. Up to torch 2.11 that raises
+    IndexError where an argument that may be written is optional and is left out; so this takes its place."""
+    registered = getattr(getattr(torch.ops, NAMESPACE), op.name).default
+
+    def counted(keyset, *args, **options):
+        for name, value in (*zip(names, args), *options.items()):
+            if name in written and isinstance(value, torch.Tensor):
+                torch.autograd.graph.increment_version(value)
+        return registered.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **options)
+
+    with warnings.catch_warnings():  # that a kernel is registered twice is what we want
+        warnings.simplefilter("ignore")
+        _library.impl(op.name, counted, "ADInplaceOrView", with_keyset=True, allow_override=True)
 
 
 def positional(op: Op, names: Sequence[str]) -> Callable:

@@ -203,6 +203,28 @@ class Nothing:
         return lambda *args, **options: None
 
 
+def test_tensors_of_another_device_are_refused():
+    from lab.dispatch import bind
+
+    call = bind(find("rmsnorm"), Nothing(), device=torch.device("cuda", 1))
+    with pytest.raises(LabError, match="these ops run on cuda:1, and the tensors are on cpu"):
+        call(torch.ones(2, 64), torch.ones(64), 1e-5)
+
+
+def test_a_stream_belongs_to_the_current_gpu(monkeypatch):
+    """A kernel runs on the current GPU, even when it is given a stream of another one."""
+    from lab.backends.cuda import stream_of
+
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: current, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 100 + index, raising=False)
+    stream = stream_of(torch.device("cuda", 1))
+    current = 1
+    assert stream() == 101
+    current = 0
+    with pytest.raises(LabError, match=r"the current GPU is cuda:0, .* torch.cuda.device\(1\)"):
+        stream()
+
+
 def dispatch_us(name, args, options, rounds=100, repeats=200):
     """The least microseconds per dispatched call, without the launch; the least is what load from elsewhere
     spares."""

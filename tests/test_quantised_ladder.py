@@ -10,6 +10,7 @@ from lab.contract import Rand
 from lab.errors import LabError
 from lab.formats import FORMATS, row_major
 from lab.harness import ladder_bench
+from lab.harness.request import Request, settings_of
 from lab.ops import find
 from lab.records import schema
 from lab.report import ladder_figures, load
@@ -127,3 +128,9 @@ def test_explain_shows_the_ladder_by_its_name(tmp_path, capsys):
     shown = " ".join(capsys.readouterr().out.split())
     assert "measured: CUDA 25.0 us, 50% of the ceiling, 1.20 times faster than the rung before" in shown
     assert "The op itself: cuda_src/linear.cu." in shown and "50.0 us" not in shown
+
+
+def test_the_ladder_is_asked_for_by_its_name():
+    """It is the name of no op."""
+    settings = settings_of(Request("ops", ops=(NAME,), ladder=True, device="cpu"))
+    assert settings.ladder and settings.ops == (NAME,)

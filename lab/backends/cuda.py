@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import torch
 
+from lab.errors import LabError
 from lab.extension import load
 from lab.tune import tuned
 
@@ -81,5 +82,15 @@ def stream_of(device: torch.device):
     us, torch.cuda.current_stream() 1 us."""
     if device.type != "cuda":
         return lambda: 0
-    index = device.index if device.index is not None else torch.cuda.current_device()
-    return partial(torch._C._cuda_getCurrentRawStream, index)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    current, stream = torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream
+
+    def stream_of_current():
+        if current() != index:  # a kernel runs on the current GPU, whatever the stream
+            raise LabError(
+                f"the current GPU is cuda:{current()}, and these ops run on {device}: call them within "
+                f"torch.cuda.device({index})"
+            )
+        return stream(index)
+
+    return stream_of_current

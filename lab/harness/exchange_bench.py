@@ -193,8 +193,9 @@ def link(group) -> list:
     if group.ranks == 2:
         word = timing.GraphTimed([lambda: word_call(extension, exchange)])
         torch.distributed.barrier()
-        samples = [word.read(word.sample()) for _ in range(6)][1:]
-        us = timing.summarize(samples).us / (2 * WORD_ROUNDS)
+        samples = [word.sample() for _ in range(6)][1:]
+        torch.cuda.synchronize()
+        us = timing.summarize([word.read(sample) for sample in samples]).us / (2 * WORD_ROUNDS)
         yield Ceiling(
             "", "link word", "cuda", 8, us=us, n=len(samples), config={"rounds": WORD_ROUNDS}, best=True
         )

@@ -118,6 +118,8 @@ def timed(row: ModelRow, weights, device: str) -> ModelRow:
     torch.distributed.barrier()
     count = SAMPLES[device]
     samples = [step.sample() for _ in range(count + 1)][1:]
+    if device == "cuda":
+        torch.cuda.synchronize()
     stats = timing.summarize([step.read(sample) for sample in samples])
     step.close()
     for field, value in stats.fields(p99=True).items():

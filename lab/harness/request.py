@@ -177,9 +177,8 @@ def settings_of(request: Request) -> Settings:
         raise LabError("device cuda: this machine has no usable NVIDIA GPU; use --device cpu")
     if request.ladder and request.what != "ops":
         raise LabError("--ladder measures ops: lab bench ops --ladder")
-    for name in request.ops:
-        # The names of ladders are looked up in require_work().
-        if not request.ladder and find(name).whole_step:
+    for name in () if request.ladder else request.ops:  # names of ladders: require_work() looks them up
+        if find(name).whole_step:
             raise LabError(f"{name} is a whole step, measured as a token: lab bench model --plan persistent")
         if find(name).between_ranks:
             raise LabError(f"{name} waits for other ranks, with which it is measured: lab bench exchange")

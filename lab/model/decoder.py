@@ -61,6 +61,7 @@ class Decoder:
             page_size,
             pages,
             kv_dtype=kv_dtype,
+            scales=weights.kv_scales if kv_dtype == "fp8" else None,
         )
         self.buffers = StepBuffers(weights, ops, self.cache, batch, splits, persistent=plan == "persistent")
         # The state of the sequences, which the step advances on the device; the tensors stay where they are.

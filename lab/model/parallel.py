@@ -17,7 +17,7 @@ import torch
 from lab.errors import LabError
 from lab.formats import FORMATS, Format, PackedMatrix
 from lab.model.description import ModelConfig
-from lab.model.sources.store import Stored
+from lab.model.sources.store import Stored, kv_scales_of
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 BY_ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head")
@@ -144,6 +144,9 @@ class RankSource:
             )
         matrix = whole(self._stored_as(name), whole_shape)
         return matrix if tuple(shape) == whole_shape else matrix.part(dim, first, shape[dim])
+
+    def kv_scales(self) -> list[tuple[float, float]] | None:
+        return kv_scales_of(self.source)  # of whole layers, so the same on each rank
 
     def unread(self) -> list[str]:
         return self.source.unread()

@@ -100,7 +100,9 @@ def _watch(processes: list[subprocess.Popen]) -> int | None:
 
 def _why(rank: int, code: int, text: str) -> str:
     if code < 0:
-        return f"rank {rank} was ended by {signal.Signals(-code).name}; the other ranks were stopped"
+        first = next((one_line(line) for line in text.splitlines() if "rror" in line), "")
+        why = f" ({first})" if first else ""
+        return f"rank {rank} was ended by {signal.Signals(-code).name}{why}; the other ranks were stopped"
     # An exception's own line is not indented; what follows it says more, as the block and thread of a kernel.
     # Once ranks are connected torch.distributed writes "[rank0]: " before each.
     lines = [re.sub(r"^\[rank\d+\]: ?", "", line) for line in text.splitlines()]

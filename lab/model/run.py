@@ -117,10 +117,10 @@ def main(args) -> int:
     trace = Trace() if args.trace or args.json else None
     table = read_table(args.dispatch) if args.dispatch is not None else None
     overrides = args.override or environment_overrides()
+    group = ranks.join(device)  # makes a rank's GPU the current one, which the ops are then bound to
     ops = select(args.backend, device, overrides, trace)
 
     source = open_source(args.model, args.weights)
-    group = ranks.join(device)
     if args.tensor_parallel > 1:
         check_ranks(source.config, args.tensor_parallel)
         if group is None:

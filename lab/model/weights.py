@@ -17,6 +17,7 @@ from lab.model.matrix import Matrix
 from lab.model.memory import require_memory
 from lab.model.parallel import RankSource
 from lab.model.ranks import Group
+from lab.model.sources.store import kv_scales_of
 from lab.model.weight_formats import AS_STORED, Formats, Storage, described, formats_of
 
 QUANTISED_AT_ONCE = 1 << 24  # weights
@@ -49,6 +50,7 @@ class Weights:
     final_norm: torch.Tensor  # [hidden]
     lm_head: Matrix  # [vocab, hidden]; the same object as embed when tied; of a rank its share of the rows
     group: Group | None = None  # the ranks among which the model is divided: these weights are one's part
+    kv_scales: list[tuple[float, float]] | None = None  # (of K, of V) of each layer, for a KV cache in fp8
 
     @property
     def dtype(self) -> torch.dtype:
@@ -144,6 +146,7 @@ def load(
     with _progress(f"loading {source.name}", 2 + config.layers) as advance:
         loaded = _pack(source, config, formats, storage, dtype, torch.device(device), advance)
     loaded.group = group
+    loaded.kv_scales = kv_scales_of(source)
     if unread := source.unread():
         more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
         raise LabError(

@@ -12,6 +12,7 @@ A source is an object with
                     optional: the same for a part of a plain tensor of that shape, without reading the rest
   packed(name, shape, device)
                     the matrix of that name as a PackedMatrix of the format that stored(name) says, exactly
+  kv_scales()       optional: (of K, of V) of each layer, where the file has scales for keys and values in fp8
   unread()          the names of tensors that were never asked for, though they would change the logits
   tokenizer()       a lab.model.text.tokenizer.Tokenizer, or None
 """

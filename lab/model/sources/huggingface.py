@@ -12,7 +12,7 @@ from lab.files import read_json, regular_file
 from lab.formats import PackedMatrix
 from lab.model.config import from_huggingface, huggingface_biases, with_held_biases
 from lab.model.sources import quantised
-from lab.model.sources.store import Stored, check_shape, store
+from lab.model.sources.store import Stored, check_scales, check_shape, store
 from lab.model.unsupported import quoted
 
 try:
@@ -85,6 +85,24 @@ class HuggingFaceSource:
         codes = quantised.read(self.scheme, stem, shape, where, self._find)
         matrix = quantised.packed(self.scheme, codes, stem, where)
         return replace(matrix, codes=matrix.codes.to(device), scales=matrix.scales.to(device))
+
+    def kv_scales(self) -> list[tuple[float, float]] | None:
+        if self.scheme is None or not self.scheme.kv_scales:
+            return None
+        return [
+            tuple(self._scale(f"model.layers.{layer}.self_attn.{kind}_scale") for kind in "kv")
+            for layer in range(self.config.layers)
+        ]
+
+    def _scale(self, name: str) -> float:
+        """The only number of a tensor, which must be a scale."""
+        values = self._read(name)
+        if values.numel() != 1 or not values.is_floating_point():
+            raise LabError(f"{self._file(name)}: tensor {name} must be one floating-point number")
+        check_scales(values, name, str(self._file(name)))
+        if (scale := values.float().item()) <= 0:
+            raise LabError(f"{self._file(name)}: tensor {name} is {scale:g}; a scale must be positive")
+        return scale
 
     def _stem(self, name: str) -> str | None:
         """NAME of a matrix NAME.weight that the checkpoint quantises; None for another tensor."""

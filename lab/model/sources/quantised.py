@@ -14,6 +14,8 @@ compressed-tensors               W[n, k] = weight_scale[n, g] * (code[n, k] - ze
                       way; weight_shape [2]: n, k
     int-quantized     weight int8 [n, k]
     float-quantized   weight float8_e4m3fn [n, k]
+    kv_cache_scheme   of fp8 with one scale: self_attn.k_scale and v_scale [1] of each layer, of its keys and
+                      values: number = scale * float8_e4m3fn
 fp8, fbgemm_fp8                  W[n, k] = weight_scale[n] * weight[n, k], float8_e4m3fn; one scale a row, or
     one for all
 fp8 with weight_block_size       W[n, k] = weight_scale_inv[n / 128, k / 128] * weight[n, k], float8_e4m3fn: a
@@ -69,6 +71,7 @@ class Scheme:
     marker: str  # NAME.marker is there for each matrix that is quantised
     read: Callable[[_Tensors, Scheme], Codes]
     note: str | None = None  # what is computed in another way than the checkpoint asks for
+    kv_scales: bool = False  # whether there are scales for keys and values in fp8
 
     @property
     def format(self) -> str | None:
@@ -268,7 +271,7 @@ def _gptq(config: _Config) -> Scheme:
 
 def _compressed_tensors(config: _Config) -> Scheme:
     config.require("quantization_status", str, "compressed", default="compressed")
-    config.refuse("kv_cache_scheme")
+    kv_scales = _kv_scales(config)
     for key in ("sparsity_config", "transform_config"):
         inner = _Config(config.get(key, Mapping, {}), f"{config.where}: {key}")
         if inner.values and inner.values.get("format") != "dense":
@@ -305,6 +308,7 @@ def _compressed_tensors(config: _Config) -> Scheme:
         raise LabError(f"{w.where}: strategy 'tensor' is not supported in {layout}")
     group = w.group() if strategy == "group" else None
     rounds = any(part.values.get("input_activations") for part in parts)
+    notes = [ACTIVATIONS] * rounds + [KV_SCALES] * kv_scales
     return Scheme(
         f"compressed-tensors {layout} {kind}" + (f" of group {group}" if group else ""),
         "fp8" if kind == "float8" else kind,
@@ -312,13 +316,29 @@ def _compressed_tensors(config: _Config) -> Scheme:
         not symmetric,
         marker,
         read,
-        ACTIVATIONS if rounds else None,
+        "; ".join(notes) or None,
+        kv_scales,
     )
 
 
 ACTIVATIONS = (
     "the checkpoint asks for rounded activations too; they are not rounded here, which is more exact"
 )
+KV_SCALES = "the checkpoint's scales for keys and values in fp8 are used with --kv-dtype fp8"
+
+
+def _kv_scales(config: _Config) -> bool:
+    """Whether the checkpoint has scales for keys and values in fp8, one for a layer's K and one for its V."""
+    scheme = config.get("kv_cache_scheme", Mapping, None)
+    if scheme is None:
+        return False
+    kv = _Config(scheme, f"{config.where}: kv_cache_scheme")
+    kv.require("type", str, "float")
+    kv.require("num_bits", int, 8)
+    kv.require("strategy", str, "tensor", default="tensor")
+    kv.require("symmetric", bool, True, default=True)
+    kv.refuse("dynamic")
+    return True
 
 
 def _fp8(config: _Config) -> Scheme:

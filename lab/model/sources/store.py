@@ -28,6 +28,11 @@ def check_scales(scales: torch.Tensor, name: str, where: str) -> None:
         raise LabError(f"{where}: tensor {name} has scales that are NaN or inf; the file is mangled")
 
 
+def kv_scales_of(source) -> list[tuple[float, float]] | None:
+    """What a source knows of the scales of a KV cache in fp8 (see lab/model/sources/__init__.py)."""
+    return source.kv_scales() if hasattr(source, "kv_scales") else None
+
+
 def store(values: torch.Tensor, out: torch.Tensor, name: str, where: str) -> None:
     """Copies a tensor read from a file to `out`. Raises LabError where its shape is wrong, or a value is not
     finite in out's dtype."""
