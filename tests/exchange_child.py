@@ -9,6 +9,7 @@ import torch
 
 from lab.contract import Rand
 from lab.dispatch import select
+from lab.harness import exchange_bench
 from lab.model import ranks
 from lab.ops.all_reduce_add_rmsnorm import slot_words
 
@@ -47,6 +48,10 @@ def main(file: str) -> None:
         assert torch.equal(residual, want), (kind, batch, n, dtype, group.rank)
         found.append(f"{batch} {n} {zlib.crc32(residual.view(torch.uint8).numpy().tobytes())}")
     Path(f"{file}-{group.rank}").write_text("\n".join(found))
+    exchange_bench.CHECKED["cpu"] = 2
+    for kind in exchange_bench.kinds(1024):
+        for name in ("cuda", "triton"):
+            assert exchange_bench.check(group, "cpu", name, 1024, kind) == 0, (kind, name)
     group.close()
 
 
