@@ -49,7 +49,7 @@ def main(file: str) -> None:
         found.append(f"{batch} {n} {zlib.crc32(residual.view(torch.uint8).numpy().tobytes())}")
     Path(f"{file}-{group.rank}").write_text("\n".join(found))
     exchange_bench.CHECKED["cpu"] = 2
-    for kind in exchange_bench.kinds(1024):
+    for kind in exchange_bench.kinds(1024) if group.ranks == 2 else ():
         for name in ("cuda", "triton"):
             assert exchange_bench.check(group, "cpu", name, 1024, kind) == 0, (kind, name)
     group.close()
