@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kExchangeThreads)
   pdl_launch_dependents();
   const BlockExchange exchange(peers);
 
-  // 2. Scatter: this rank's values, each to the rank that adds them.
+  // 2. Send: this rank's values, each to the rank that adds them.
   for (int i = first; i < words; i += kStep) {
     if (owner(i) == exchange.rank) continue;
     exchange.send_to(owner(i), i, bit_cast<Vec<uint32_t, 2>>(load<N>(partial + i / 2 * N)));

@@ -125,7 +125,7 @@ def all_reduce_add_two_shot_kernel(
     wait_for_inputs(PDL)
     tag = tl.load(launches + program) + 1
 
-    # 2. Scatter: this rank's values, each to the rank that adds them.
+    # 2. Send: this rank's values, each to the rank that adds them.
     for first in range(program * BLOCK, words, STEP):
         i = first + lane
         owner = first // BLOCK % RANKS
