@@ -87,7 +87,7 @@ def all_reduce_add_kernel(
     for first in range(program * BLOCK, words, STEP):
         i = first + lane
         data = tl.load(partial + i, mask=i < words, other=0)
-        send(inboxes, i, i < words, data, tag, capacity, RANK, RANKS)
+        send(inboxes, i, i < words, data, tag, capacity, RANK=RANK, RANKS=RANKS)
 
     # 3. Receive and add: in the order of ranks, so that all ranks get the same bits. The residual is loaded
     # before the wait.
@@ -96,7 +96,7 @@ def all_reduce_add_kernel(
         live = i < words
         before = tl.load(residual + i, mask=live, other=0)
         mine = tl.load(partial + i, mask=live, other=0)
-        after = add_of_ranks(inboxes, i, live, before, mine, tag, capacity, TYPE, RANK, RANKS)
+        after = add_of_ranks(inboxes, i, live, before, mine, tag, capacity, TYPE=TYPE, RANK=RANK, RANKS=RANKS)
         tl.store(residual + i, after, mask=live)
     tl.debug_barrier()  # all threads have read the count
     tl.store(launches + program, tag)
@@ -131,7 +131,7 @@ def all_reduce_add_two_shot_kernel(
         owner = first // BLOCK % RANKS
         if owner != RANK:
             data = tl.load(partial + i, mask=i < words, other=0)
-            send_to(inboxes, owner, i, i < words, data, tag, capacity, RANK, RANKS)
+            send_to(inboxes, owner, i, i < words, data, tag, capacity, RANK=RANK, RANKS=RANKS)
 
     # 3. Receive and add: this rank's share, in the order of ranks. All others get the new residual.
     for first in range(program * BLOCK, words, STEP):
@@ -140,7 +140,9 @@ def all_reduce_add_two_shot_kernel(
         if first // BLOCK % RANKS == RANK:
             before = tl.load(residual + i, mask=live, other=0)
             mine = tl.load(partial + i, mask=live, other=0)
-            after = add_of_ranks(inboxes, i, live, before, mine, tag, capacity, TYPE, RANK, RANKS)
+            after = add_of_ranks(
+                inboxes, i, live, before, mine, tag, capacity, TYPE=TYPE, RANK=RANK, RANKS=RANKS
+            )
             send(inboxes, i, live, after, tag, capacity, RANK, RANKS)
             tl.store(residual + i, after, mask=live)
 

@@ -60,7 +60,7 @@ def all_reduce_add_rmsnorm_kernel(
     # 3. Receive and add: in the order of ranks, so that all ranks get the same bits. The residual is loaded
     # before the wait, and gets the sum, rounded to T.
     before = tl.load(residual + at, mask=live, other=0)
-    after = add_of_ranks(inboxes, slot, live, before, mine, tag, capacity, TYPE, RANK, RANKS)
+    after = add_of_ranks(inboxes, slot, live, before, mine, tag, capacity, TYPE=TYPE, RANK=RANK, RANKS=RANKS)
     tl.store(residual + at, after, mask=live)
 
     # 4. Reduce: the sum of squares in float32; masked lanes add zero. The twin has shuffles and shared memory

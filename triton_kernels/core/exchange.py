@@ -29,7 +29,7 @@ def send_to(inboxes, to, i, live, data, tag, capacity, RANK: tl.constexpr, RANKS
 def send(inboxes, i, live, data, tag, capacity, RANK: tl.constexpr, RANKS: tl.constexpr):
     """The same in the inboxes of all other ranks."""
     for other in tl.static_range(1, RANKS):
-        send_to(inboxes, (RANK + other) % RANKS, i, live, data, tag, capacity, RANK, RANKS)
+        send_to(inboxes, (RANK + other) % RANKS, i, live, data, tag, capacity, RANK=RANK, RANKS=RANKS)
 
 
 @triton.jit
