@@ -103,7 +103,8 @@ PYBIND11_MODULE(LAB_MODULE, m) {
   OP(norm_linear_argmax, x, norm_w, w, logits, scratch, normed, out, rows, n, k, eps, dtype, stream);
   OP(decode_step, ids, positions, weights, cache, logits, out, exchange, sizes, q_heads, head_dim, eps, scale,
      dtype, stream, peers);
-  OP(all_reduce_add, partial, residual, peers, words, dtype, stream);
+  OP(all_reduce_add, partial, residual, peers, words, two_shot, dtype, stream);
+  OP(all_reduce_add_rmsnorm, partial, residual, w, y, peers, rows, words, cols, eps, dtype, stream);
   OP(all_argmax, logits, ids, rows, n, first, peers, stream);
   OP(bandwidth, src, dst, bytes, mode, passes, blocks, threads, stream);
   OP(link_latency, peers, rounds, stream);

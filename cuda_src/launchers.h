@@ -17,4 +17,5 @@
 #include "launchers/decode_step.h"
 #include "launchers/all_argmax.h"
 #include "launchers/all_reduce_add.h"
+#include "launchers/all_reduce_add_rmsnorm.h"
 #include "launchers/bandwidth.h"

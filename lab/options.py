@@ -270,6 +270,13 @@ def ledger(parser):
         "--plan", metavar="A,B", help="decode plans (default: all, persistent at batch 1 only)"
     )
     parser.add_argument(
+        "--tensor-parallel",
+        metavar="N",
+        type=int,
+        default=1,
+        help="divide the model among N GPUs (on a CPU: N processes, whose times say nothing about GPUs)",
+    )
+    parser.add_argument(
         "--out", metavar="DIR", default="out/ledger", help="folder of records.jsonl (default out/ledger)"
     )
 

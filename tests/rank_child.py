@@ -4,19 +4,25 @@ import json
 import os
 import signal
 import sys
+import time
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tiny_models import CONFIGS
 
 from lab.dispatch import select
+from lab.harness.ceiling import Ceilings
 from lab.harness.parallel_bench import timed
+from lab.harness.parallel_ledger import account
 from lab.model import ranks
 from lab.model.decoder import Decoder
 from lab.model.generate import generate
 from lab.model.parallel import RankSource
+from lab.model.sources.gguf_file import GGUFSource
 from lab.model.sources.random import RandomSource
+from lab.model.weight_formats import AS_STORED, Storage
 from lab.model.weights import load
 from lab.records.schema import ModelRow
 
@@ -27,16 +33,24 @@ RUNS = [
     ("cuda", "basic", {}),
     ("cuda", "fused", {}),
     ("triton", "fused", {}),
-    ("torch", "basic", {"all_reduce_add": "triton", "all_argmax": "triton"}),
+    ("torch", "basic", {"all_reduce_add_rmsnorm": "triton", "all_argmax": "triton"}),
     ("torch", "persistent", {}),
     ("cuda", "persistent", {}),
     ("torch", "persistent", {"decode_step": "triton"}),
 ]
 
 
-def decode(source, backend: str, plan: str, overrides, group=None):
+FORMATS = (  # of packed weights: how a file's are kept, and how random ones are rounded
+    (None, AS_STORED),
+    ("llama", Storage(quantise="int8", head="fp8")),
+    ("qwen2", Storage(quantise="int4-g32-min", head="int4-g32")),
+)
+
+
+def decode(source, backend: str, plan: str, overrides, group=None, storage=AS_STORED):
     """(tokens, a number that depends on every bit of the residual stream). The persistent plan is in bf16."""
-    weights = load(source, torch.bfloat16 if plan == "persistent" else torch.float32, group=group)
+    dtype = torch.bfloat16 if plan == "persistent" else torch.float32
+    weights = load(source, dtype, group=group, storage=storage)
     decoder = Decoder(weights, select(backend, "cpu", overrides), max_context=32, plan=plan)
     tokens = generate(decoder, PROMPT, TOKENS).output_ids
     residual = decoder.buffers.h
@@ -49,12 +63,46 @@ def decode(source, backend: str, plan: str, overrides, group=None):
     return tokens, zlib.crc32(residual.numpy().tobytes())
 
 
+FAULTS = {"dies": lambda: os.kill(os.getpid(), signal.SIGKILL), "sleeps": lambda: time.sleep(600)}
+
+
+def fail_at_third_step(fault) -> None:
+    """Of this process's decoders."""
+    step, steps = Decoder.step, []
+
+    def failing(*given, **options):
+        steps.append(None)
+        if len(steps) == 3:
+            fault()
+        return step(*given, **options)
+
+    Decoder.step = failing
+
+
+def decode_packed(path: str, group=None):
+    """[[a format, tokens, a number]]: models with packed weights, the first of them in a GGUF file."""
+    found = []
+    for name, storage in FORMATS:
+        source = GGUFSource(path) if name is None else RandomSource(replace(CONFIGS[name], intermediate=128))
+        if group is not None:
+            source = RankSource(source, group.rank, group.ranks)
+        for backend in ("torch", "cuda") if group else ("torch",):
+            found.append([storage.quantise, *decode(source, backend, "fused", {}, group, storage)])
+    return found
+
+
 def main(what: str, names: str, file: str) -> None:
     group = ranks.join("cpu")
-    if what == "die" and group.rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
+    if what in FAULTS and group.rank == 1:
+        fail_at_third_step(FAULTS[what])
     group.agree("model", "same")
     group.connect()
+    if what == "packed":
+        Path(f"{file}-{group.rank}").write_text(json.dumps(decode_packed(names, group)))
+        return group.close()
+    if what in FAULTS:
+        decode(RankSource(RandomSource(CONFIGS[names]), group.rank, group.ranks), "cuda", "fused", {}, group)
+        return group.close()
     found = []
     for name in names.split(","):
         source = RankSource(RandomSource(CONFIGS[name]), group.rank, group.ranks)
@@ -66,6 +114,11 @@ def main(what: str, names: str, file: str) -> None:
     size = dict(dtype="fp32", batch=2, context=8, ranks=group.ranks)
     row = ModelRow("", names, "cuda", "fused", "eager", timer="wall", **size)
     assert timed(row, load(source, group=group), "cpu").tokens_per_s > 0, row
+    base = dict(run="", model=names, backend="cuda", plan="fused", dtype="fp32", batch=1, context=8)
+    ledger = account(
+        base | dict(kv_dtype=None, ranks=group.ranks), load(source, group=group), "cpu", Ceilings()
+    )
+    Path(f"{file}-ledger-{group.rank}").write_text(json.dumps([vars(row) for row in ledger]))
     group.close()
 
 

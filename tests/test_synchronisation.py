@@ -37,6 +37,7 @@ CASES = [pytest.param(op, c, id=f"{op.name}-{i}") for op in OPS for i, c in enum
 EARLY = {
     "embedding": {"table"},
     "rmsnorm": {"weight", "w"},
+    "all_reduce_add_rmsnorm": {"w"},
     "linear": {"w", "bias"},
     "linear_add": {"w", "bias"},
     "norm_linear": {"norm_w", "w", "bias"},

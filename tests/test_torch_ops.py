@@ -37,6 +37,7 @@ def test_only_what_torch_cannot_express_is_left_out_and_says_why():
     assert torch_ops.LEFT_OUT == {
         "decode_step": "its argument model is a StepModel",
         "all_reduce_add": "its argument exchange is a Exchange",
+        "all_reduce_add_rmsnorm": "its argument exchange is a Exchange",
         "all_argmax": "its argument exchange is a Exchange",
     }
     packed = {key for key, why in torch_ops.RESTRICTED.items() if why == "no PackedMatrix"}

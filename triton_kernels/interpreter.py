@@ -40,7 +40,10 @@ from triton.runtime.autotuner import Autotuner, Heuristics
 from triton.runtime.interpreter import InterpretedFunction, TensorHandle
 from triton.runtime.jit import JITFunction, KernelInterface
 
+from lab.ops.exchange import patience, sender_at
 from triton_kernels.interpreter_types import PATCHES, Semantic
+
+POLL_SECONDS = 60.0  # for which a kernel waits for a word of another process
 
 # ---- bfloat16 as uint16 bit patterns -----------------------------------------------------------------------
 
@@ -170,8 +173,10 @@ class Builder(stock.InterpreterBuilder):
 
     # -- memory --
 
-    def set_tensors(self, tensors):
-        """Sets the launch's arguments: the memory that the programs may access."""
+    def set_tensors(self, tensors, reads=()):
+        """Sets the launch's arguments: the memory that the programs may access. reads: of these, what other
+        processes may write."""
+        self.reads, self.polled = reads, None
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         self.starts = np.array(sorted(storages), dtype=np.uint64)
         self.ends = np.array([start + storages[start] for start in sorted(storages)], dtype=np.uint64)
@@ -213,10 +218,25 @@ class Builder(stock.InterpreterBuilder):
                 return TensorHandle(np.array(_fill(other, live.shape, dtype)), element)
             addresses = np.where(live, addresses, addresses.flat[live.argmax()])
         self.check_addresses(addresses, dtype.itemsize, "read")
+        if is_volatile:
+            self.before_poll(int(addresses.flat[0]))
         values = _gather(addresses, dtype)
         if live is not None:
             values = np.where(live, values, _fill(other, live.shape, dtype))
         return TensorHandle(values, element)
+
+    def before_poll(self, address):
+        """A kernel loads what another rank writes again and again until it is there. Raises TimeoutError when
+        that takes too long."""
+        if address != self.polled:
+            self.polled, self.since = address, time.monotonic()
+            return
+        time.sleep(0)  # the other rank may need this core
+        limit = patience(POLL_SECONDS)
+        if time.monotonic() - self.since > limit:
+            sender = sender_at(self.reads, address)
+            who = "nobody wrote what the kernel polls" if sender is None else f"rank {sender} sent nothing"
+            raise TimeoutError(f"{who} for {limit:g} s")
 
     def create_masked_store(self, ptrs, value, mask, cache_modifier, eviction_policy):
         addresses = ptrs.data if mask.data.all() else ptrs.data[mask.data]
@@ -465,7 +485,7 @@ def run(kernel, grid, args, meta, reads=()):
     with interpreting():
         function = _rewritten(kernel.fn)
         BUILDER.set_grid_dim(*grid)
-        BUILDER.set_tensors(tensors)
+        BUILDER.set_tensors(tensors, reads)
 
         def call(program):
             try:

@@ -19,6 +19,7 @@ struct PeerSlots {
   int rank, ranks;
   uint32_t tag;
 
+  PeerSlots() = default;
   LAB_DEVICE PeerSlots(const PeerWords& peers, uint32_t tag)
       : inboxes(reinterpret_cast<const Ptr*>(peers.inboxes)), capacity(peers.capacity), rank(peers.rank),
         ranks(peers.ranks), tag(tag) {}
@@ -27,19 +28,16 @@ struct PeerSlots {
   LAB_DEVICE uint64_t* slot(int to, int from) const {
     return reinterpret_cast<uint64_t*>(inboxes[to]) + ((tag & 1) * ranks + from) * capacity;
   }
-  // Calls f(slot in its inbox) for all other ranks; each rank begins with another one.
+  // Calls f(rank) for all other ranks; each rank begins with another one.
   template <typename F>
   LAB_DEVICE void each_other(F f) const {
-    for (int other = 1; other < ranks; ++other) {
-      const int to = rank + other < ranks ? rank + other : rank + other - ranks;
-      f(slot(to, rank));
-    }
+    for (int other = 1; other < ranks; ++other) f(rank + other < ranks ? rank + other : rank + other - ranks);
   }
 
   // The sum over all ranks, in their order, of a float32 that belongs to word i.
   LAB_DEVICE float total(int i, float mine) const {
     const uint64_t word = tagged(bit_cast<uint32_t>(mine), tag);
-    each_other([&](uint64_t* to) { store_peer_word(to + i, word); });
+    each_other([&](int to) { store_peer_word(slot(to, rank) + i, word); });
     float sum = 0.f;
     for (int from = 0; from < ranks; ++from) {
       uint64_t theirs = word;
@@ -55,17 +53,21 @@ struct PeerSlots {
   }
 };
 
-// One block's part in an exchange.
+// One block's part in an exchange: the words whose launches `block` counts.
 struct BlockExchange : PeerSlots {
   uint32_t* launches;
 
-  LAB_DEVICE explicit BlockExchange(const PeerWords& peers)
-      : BlockExchange(peers, reinterpret_cast<uint32_t*>(peers.launches) + blockIdx.x) {}
+  BlockExchange() = default;
+  LAB_DEVICE explicit BlockExchange(const PeerWords& peers) : BlockExchange(peers, blockIdx.x) {}
+  LAB_DEVICE BlockExchange(const PeerWords& peers, int block)
+      : BlockExchange(peers, reinterpret_cast<uint32_t*>(peers.launches) + block) {}
 
-  // Sends the data of words i (even) and i + 1 to all other ranks.
+  // Sends the data of words i (even) and i + 1 to rank `to`; to all other ranks.
+  LAB_DEVICE void send_to(int to, int i, const Vec<uint32_t, 2>& data) const {
+    store_peer_words(slot(to, rank) + i, tagged(data.v[0], tag), tagged(data.v[1], tag));
+  }
   LAB_DEVICE void send(int i, const Vec<uint32_t, 2>& data) const {
-    each_other(
-        [&](uint64_t* to) { store_peer_words(to + i, tagged(data.v[0], tag), tagged(data.v[1], tag)); });
+    each_other([&](int to) { send_to(to, i, data); });
   }
 
   // The data of words i and i + 1 of rank `from`; waits until both have arrived.
@@ -78,6 +80,22 @@ struct BlockExchange : PeerSlots {
       peer_pause(polls, from);
     }
     return {{uint32_t(words[0]), uint32_t(words[1])}};
+  }
+
+  // T(before + the sum over ranks of words i and i + 1) for each element of the two words; `mine` are this
+  // rank's. Summed in the order of ranks, so that all ranks get the same bits.
+  template <typename T, int N>
+  LAB_DEVICE Vec<T, N> add_of_ranks(const Vec<T, N>& before, const Vec<T, N>& mine, int i) const {
+    float sum[N] = {};
+    for (int from = 0; from < ranks; ++from) {
+      const Vec<T, N> theirs = from == rank ? mine : bit_cast<Vec<T, N>>(receive(from, i));
+      LAB_UNROLL
+      for (int e = 0; e < N; ++e) sum[e] += to_float(theirs.v[e]);
+    }
+    Vec<T, N> after;
+    LAB_UNROLL
+    for (int e = 0; e < N; ++e) after.v[e] = from_float<T>(to_float(before.v[e]) + sum[e]);
+    return after;
   }
 
   // Counts this launch. All threads of the block call it, after their last send and receive.

@@ -302,6 +302,24 @@ class PackedMatrix:
         pieces = scales.unflatten(1, (-1, f.items))[:, : f.pieces(self.k)]
         return f.from_codes(unpack(codes, f.bits)[:, : self.k], pieces)
 
+    def part(self, dim: int, first: int, count: int) -> PackedMatrix:
+        """Rows (dim 0) or columns (dim 1) `first` to `first + count - 1`, exactly, in new memory. Columns
+        begin and end between pieces, unless a row has one scale."""
+        f = self.format
+        if dim == 0 and first % BLOCK:
+            return self.some_rows(torch.arange(first, first + count, device=self.device))
+        if dim == 0:
+            blocks = slice(first // BLOCK, -(-(first + count) // BLOCK))
+            return PackedMatrix(self.format_name, count, self.k, *(t[blocks].clone() for t in self.tensors()))
+        width = f.piece_columns
+        pieces = slice(None) if width is None else slice(first // width, first // width + f.pieces(count))
+        step, parts = max(1, EXPANDED_AT_ONCE[self.device.type] // self.k // BLOCK), []
+        for codes, scales in zip(self.codes.split(step), self.scales.split(step)):
+            some = unpack(by_rows(codes), f.bits)[:, first : first + count]
+            parts.append(f.from_codes(some, by_rows(scales).unflatten(1, (-1, f.items))[:, pieces]))
+        whole = PackedMatrix.stacked(parts)
+        return PackedMatrix(self.format_name, self.rows, count, *whole.tensors())
+
 
 def by_blocks(rows: torch.Tensor, width: int) -> torch.Tensor:
     """[blocks, segments, 8, width] from [rows, segments * width]; rows are a multiple of 8."""

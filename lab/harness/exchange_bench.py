@@ -1,5 +1,6 @@
 """`lab bench exchange`: what ranks pass to each other, checked and measured: the link between two GPUs, and
-the op all_reduce_add beside NCCL and torch's symmetric memory.
+the ops all_reduce_add (in one shot and in two) and all_reduce_add_rmsnorm beside NCCL and torch's symmetric
+memory.
 
 Every rank runs the same calls in the same order, and each call waits for the other ranks: so all counts are
 fixed, and none follows from a time. On a CPU the times are the host's, and say nothing about a GPU.
@@ -7,6 +8,7 @@ fixed, and none follows from a time. On a CPU the times are the host's, and say 
 
 import sys
 import time
+from dataclasses import dataclass, field
 
 import torch
 
@@ -14,6 +16,7 @@ from lab.dispatch import select
 from lab.errors import LabError, error_text
 from lab.harness import ceiling, timing
 from lab.model import ranks
+from lab.ops import all_reduce_add_rmsnorm
 from lab.ops.all_reduce_add import op
 from lab.records.schema import Ceiling, OpRow
 from lab.records.session import Session
@@ -24,6 +27,7 @@ CALLS, SAMPLES = {"cuda": 20, "cpu": 4}, {"cuda": 50, "cpu": 5}  # of a timing: 
 LINK_SIZES = (64 << 10, 1 << 20, 16 << 20, 256 << 20)
 WORD_ROUNDS = 10_000
 DTYPE = torch.bfloat16
+EPS = 1e-5
 OP = op.name
 
 
@@ -64,42 +68,65 @@ def measure(group, device: str, backends) -> list:
             rows.append(row)
     for nbytes in SIZES[device]:
         for name in backends:
-            wrong = check(group, device, name, nbytes)
-            if wrong:
-                raise LabError(
-                    f"all_reduce_add in {name}, {nbytes} bytes: {wrong} of the elements in {CHECKED[device]} "
-                    "calls are wrong"
-                )
-            say(f"all_reduce_add {nbytes:>8} bytes  {name}: right in {CHECKED[device]} calls")
-        for name, make in ways(group, device, backends).items():
-            row = OpRow("", OP, name, "bf16", 1, {"n": nbytes // 2, "ranks": group.ranks}, cache="warm")
+            for kind in kinds(nbytes):
+                wrong = check(group, device, name, nbytes, kind)
+                if wrong:
+                    raise LabError(
+                        f"{kind.op} in {name}{kind.label}, {nbytes} bytes: {wrong} of the elements in "
+                        f"{CHECKED[device]} calls are wrong"
+                    )
+                say(f"{kind.op} {nbytes:>8} bytes  {name}{kind.label}: right in {CHECKED[device]} calls")
+        for kind, name, make in ways(group, device, backends, nbytes):
+            shape = {"n": nbytes // 2, "ranks": group.ranks, **kind.shape}
+            row = OpRow("", kind.op, name, "bf16", 1, shape, cache="warm")
             row.emulated = device == "cpu"
+            line = f"{kind.op} {nbytes:>8} bytes  {name + kind.label:15}"
             try:
                 row.timer, stats = timed(device, make(nbytes // 2))
-                for field, value in stats.fields().items():
-                    setattr(row, field, value)
-                say(f"all_reduce_add {nbytes:>8} bytes  {name:15} {row.us:9.2f} us")
+                for key, value in stats.fields().items():
+                    setattr(row, key, value)
+                say(f"{line} {row.us:9.2f} us")
             except (RuntimeError, AttributeError) as error:  # a peer that this machine's torch lacks
                 if name in backends:
                     raise
                 row.error = error_text(error)
-                say(f"all_reduce_add {nbytes:>8} bytes  {name:15} {row.error}")
+                say(f"{line} {row.error}")
             rows.append(row)
     return rows
 
 
-def exchanged(group, device: str, n: int):
-    return group.exchange(n * DTYPE.itemsize // 4), *(
-        torch.zeros(1, n, dtype=DTYPE, device=device) for _ in range(2)
-    )
+@dataclass(frozen=True)
+class Kind:
+    """One way of this lab to sum over ranks. label: what a line says after the backend's name; shape: what
+    tells its rows from those of the others; two_shot_bytes: see Exchange."""
+
+    label: str = ""
+    op: str = OP
+    shape: dict = field(default_factory=dict)
+    two_shot_bytes: int = 1 << 62
 
 
-def check(group, device: str, name: str, nbytes: int) -> int:
+def kinds(nbytes: int) -> list[Kind]:
+    found = [Kind(), Kind(" two-shot", shape={"shots": 2}, two_shot_bytes=0)]
+    return found + [Kind(op=all_reduce_add_rmsnorm.op.name)] * all_reduce_add_rmsnorm.fits(1, nbytes)
+
+
+def exchanged(group, device: str, name: str, n: int, kind: Kind):
+    """(partial, residual, a function that sums, its result or None), for one row of n elements."""
+    exchange = group.exchange(all_reduce_add_rmsnorm.slot_words(1, n * DTYPE.itemsize))
+    exchange.two_shot_bytes = kind.two_shot_bytes
+    partial, residual, w, y = (torch.ones(1, n, dtype=DTYPE, device=device) for _ in range(4))
+    call = getattr(select(name, device, {kind.op: name}), kind.op)
+    if kind.op == OP:
+        return partial, residual, lambda: call(partial, residual, exchange), None
+    return partial, residual, lambda: call(partial, residual, w[0], EPS, exchange, out=y), y
+
+
+def check(group, device: str, name: str, nbytes: int, kind: Kind) -> int:
     """How many elements are wrong, over all calls and ranks. On a GPU the calls are replays of a graph. All
     numbers are small integers, whose sums are exact; they differ from call to call."""
     n = nbytes // DTYPE.itemsize
-    exchange, partial, residual = exchanged(group, device, n)
-    add = getattr(select(name, device, {OP: name}), OP)
+    partial, residual, add, y = exchanged(group, device, name, n, kind)
     step = torch.zeros((), dtype=torch.int64, device=device)
     wrong = torch.zeros((), dtype=torch.int64, device=device)
     index = torch.arange(n, device=device)
@@ -111,9 +138,12 @@ def check(group, device: str, name: str, nbytes: int) -> int:
         step.add_(1)
         partial.copy_(of_rank(group.rank)[None])
         residual.copy_((step % 8).expand(1, n))
-        add(partial, residual, exchange)
+        add()
         want = sum(of_rank(rank) for rank in range(group.ranks)) + step % 8
         wrong.add_((residual[0] != want).sum())
+        if y is not None:  # rounded twice to 8 bits
+            normed = want * torch.rsqrt(want.float().square().mean() + EPS)
+            wrong.add_(((y[0] - normed).abs() > normed / 64).sum())
 
     if device == "cuda":
         graph = timing.capture([call])
@@ -126,17 +156,12 @@ def check(group, device: str, name: str, nbytes: int) -> int:
     return int(group.sum(wrong))
 
 
-def ways(group, device: str, backends) -> dict:
-    """name -> (n) -> a call, for the op's backends and their peers."""
+def ways(group, device: str, backends, nbytes: int) -> list:
+    """[(Kind, name, (n) -> a call)] of the ops and their peers."""
     world = torch.distributed.group.WORLD
 
-    def own(name):
-        def make(n):
-            exchange, partial, residual = exchanged(group, device, n)
-            add = getattr(select(name, device, {OP: name}), OP)
-            return lambda: add(partial, residual, exchange)
-
-        return make
+    def own(name, kind):
+        return lambda n: exchanged(group, device, name, n, kind)[2]
 
     def library(n):  # the sum alone, without the addition to the residual
         values = torch.zeros(n, dtype=DTYPE, device=device)
@@ -153,14 +178,15 @@ def ways(group, device: str, backends) -> dict:
 
         return make
 
-    found = {name: own(name) for name in backends}
+    found = [(kind, name, own(name, kind)) for name in backends for kind in kinds(nbytes)]
     if device == "cpu":
-        return found | {"gloo": library}
-    return found | {
-        "nccl": library,
-        "torch_one_shot": symmetric("one_shot_all_reduce"),
-        "torch_two_shot": symmetric("two_shot_all_reduce_"),
-    }
+        return [*found, (Kind(), "gloo", library)]
+    return [
+        *found,
+        (Kind(), "nccl", library),
+        (Kind(), "torch_one_shot", symmetric("one_shot_all_reduce")),
+        (Kind(), "torch_two_shot", symmetric("two_shot_all_reduce_")),
+    ]
 
 
 def timed(device: str, call):
@@ -218,8 +244,8 @@ def link(group) -> list:
                 stats = timing.summarize([graph.read(sample) for sample in samples])
                 config = {"blocks": blocks, "threads": 512}
                 row = Ceiling("", direction, "cuda", size, config=config, best=True)
-                for field, value in stats.fields().items():
-                    setattr(row, field, value)
+                for key, value in stats.fields().items():
+                    setattr(row, key, value)
                 row.gbps = size / stats.us / 1e3
                 yield row
             torch.distributed.barrier()

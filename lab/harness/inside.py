@@ -123,7 +123,7 @@ def on_gpu(decoder, normal, record, trace, seconds):
 
     entries = {
         "normal": timing.GraphTimed([ledger._all([normal])], before),
-        **ledger.nulls(decoder.device, before),
+        **ledger.null_graphs(decoder.device, before),
     }
     stats = timing.measure(entries, seconds * len(entries), 20, 100)
     recording = timing.GraphTimed([ledger._all([record])], before)
@@ -136,7 +136,7 @@ def on_gpu(decoder, normal, record, trace, seconds):
     for entry in (recording, *entries.values()):
         entry.close()
     return SimpleNamespace(
-        us=us, launch_us=ledger.launch_of(stats), normal_us=stats["normal"].us, n=LAUNCHES, trace=found
+        us=us, launch_us=ledger.launch_cost(stats), normal_us=stats["normal"].us, n=LAUNCHES, trace=found
     )
 
 

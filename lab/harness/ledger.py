@@ -66,8 +66,8 @@ class Call:
 
 
 class Recorder:
-    """Takes the place of a decoder's ops and notes every call. mark: a marker kernel runs before and after
-    each."""
+    """Takes the place of a decoder's ops and notes every call, and its kernels where the ops have a trace.
+    mark: a marker kernel runs before and after each."""
 
     def __init__(self, ops, config, mark=False):
         self.ops, self.trace, self.mark, self.calls = ops, None, mark, []
@@ -85,9 +85,14 @@ class Recorder:
             )
             if self.mark:
                 torch.cuda._sleep(1)
+            trace = getattr(self.ops, "trace", None)
+            counted = Counter(trace.counts) if trace is not None else None
             result = run(*args, **options)
             if self.mark:
                 torch.cuda._sleep(1)
+            if trace is not None:
+                new = trace.counts - counted
+                self.calls[-1].kernels = [kernel for *_, kernel in new.elements()]
             return result
 
         return call
@@ -436,7 +441,7 @@ def measure_backend(base, rig, weights, ops, batch, context):
     calls = record_step(decoder)  # with bytes; the marked step below has the kernels
 
     last = functools.partial(decoder.state.clone().add_, decoder.live)
-    whole = timing.GraphTimed([_all([step.before, functools.partial(decoder.run_plan, GREEDY)])])
+    whole = timing.GraphTimed([all_of([step.before, functools.partial(decoder.run_plan, GREEDY)])])
     step.before()  # the next to be captured runs once before that, too
 
     def before():  # a whole token, by a graph that is no entry: see Chains in the module's text
@@ -444,11 +449,11 @@ def measure_backend(base, rig, weights, ops, batch, context):
         whole.graph.replay()
         step.before()
 
-    entries = {use: timing.GraphTimed([_all(mine)], before) for use, mine in chains(calls, last).items()}
+    entries = {use: timing.GraphTimed([all_of(mine)], before) for use, mine in chains(calls, last).items()}
     entries["token"] = timing.GraphTimed([step], before, graph=graph)
-    entries |= nulls(rig.device, before)
+    entries |= null_graphs(rig.device, before)
     stats = timing.measure(entries, rig.seconds * len(entries), 20, 200)
-    token, launch_us = stats.pop("token"), launch_of(stats)
+    token, launch_us = stats.pop("token"), launch_cost(stats)
     step.before()
     marked = []
     split = device_events(lambda: marked.extend(record_step(decoder, mark=True)))
@@ -475,23 +480,24 @@ def measure_backend(base, rig, weights, ops, batch, context):
     return rows
 
 
-def nulls(device, before):
-    """Graphs of kernels that do nothing, for launch_of()."""
+def null_graphs(device, before):
+    """Graphs of one kernel that does nothing, and of several: {name: Timed}."""
     one = torch.zeros(1, device=device)
     return {
-        f"{count} nulls": timing.GraphTimed([_all([functools.partial(one.add_, 1)] * count)], before)
+        f"{count} nulls": timing.GraphTimed([all_of([functools.partial(one.add_, 1)] * count)], before)
         for count in (1, 1 + NULLS)
     }
 
 
-def launch_of(stats):
-    """Microseconds that launching a graph costs beside its kernels; takes the entries of nulls() out of the
-    stats."""
+def launch_cost(stats):
+    """What launching a graph costs, in us, from the times of null_graphs(), which leave `stats`."""
     single, many = (stats.pop(f"{count} nulls") for count in (1, 1 + NULLS))
     return max(0.0, single.us - (many.us - single.us) / NULLS)
 
 
-def _all(calls):
+def all_of(calls):
+    """One call that makes all of them, in order."""
+
     @torch.inference_mode()
     def run():
         for call in calls:

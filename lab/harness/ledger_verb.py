@@ -6,7 +6,7 @@ import torch
 from lab.arguments import names, numbers
 from lab.contract import BACKENDS
 from lab.errors import LabError, one_line, shown
-from lab.harness import bench, inside, shapes
+from lab.harness import bench, inside, parallel_bench, parallel_ledger, shapes
 from lab.harness.inside_text import inside_text
 from lab.harness.request import Request
 from lab.model.weight_formats import dtype_of
@@ -17,7 +17,7 @@ from lab.text import columns
 
 def main(args):
     """Measures (ceilings first) into a new run of --out and prints the account. Raises LabError without a
-    GPU."""
+    GPU, unless several processes divide the model."""
     if args.inside:
         args.plan = args.plan or inside.PLAN
         args.backend = args.backend or ",".join(inside.BACKENDS)
@@ -44,6 +44,14 @@ def main(args):
     shapes.preset(args.model)
     for name in request.backends:
         known(name, BACKENDS, "backend")
+    if args.tensor_parallel < 1:
+        raise LabError(f"--tensor-parallel {args.tensor_parallel}: it must be at least 1")
+    if args.tensor_parallel > 1:
+        if args.inside:
+            raise LabError("--inside does not go with --tensor-parallel")
+        if args.swap:
+            raise LabError("--swap does not go with --tensor-parallel")
+        return parallel_bench.main(args, request, [args.tensor_parallel], parallel_ledger.measure, text_of)
     if not torch.cuda.is_available() and not args.inside:
         raise LabError(
             "a ledger needs an NVIDIA GPU: its rows are device time stamps (lab bench works on a CPU)"
@@ -79,6 +87,7 @@ def text_of(rows):
         one = mine[0]
         stored = f" {one.weight_format}" if one.weight_format else ""
         stored += f" KV {one.kv_dtype}" if one.kv_dtype else ""
+        stored += f" on {one.ranks} ranks" if one.ranks > 1 else ""
         lines.append(
             f"\n{one.model} {backend} {plan} {one.dtype}{stored} batch {one.batch} context {one.context}"
         )

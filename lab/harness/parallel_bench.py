@@ -26,8 +26,13 @@ from lab.records.session import Session
 SAMPLES = {"cuda": 60, "cpu": 3}
 
 
-def main(args, request, counts) -> int:
-    """counts: of GPUs, each above 1. The command itself starts the ranks of each, one after the other."""
+def main(args, request, counts, measure=None, told=None) -> int:
+    """counts: of GPUs, each above 1. The command itself starts the ranks of each, one after the other.
+
+    measure: (group, settings, session) -> yields lists of rows on every rank. Rank 0, which alone has a
+    session, records them and prints told(rows). Default: decode steps.
+    """
+    measure, told = measure or measure_steps, told or told_of_steps
     settings = settings_of(request)
     group = ranks.join(settings.device)
     if group is None:
@@ -45,11 +50,12 @@ def main(args, request, counts) -> int:
     if group.rank == 0:
         recorded = settings.recorded() | {"ranks": group.ranks}
         session = Session(request.out, settings.device, recorded, fresh=True)
-    for row in measure(group, settings):
+    for rows in measure(group, settings, session):
         if session is not None:
-            row.run = session.run
-            session.add(row)
-            print(told(row), flush=True)
+            for row in rows:
+                row.run = session.run
+            session.add(*rows)
+            print(told(rows), flush=True)
     if session is not None:
         session.finish(True)
         print(f"run {session.run}: {session.new} new lines in {session.path}")
@@ -57,14 +63,15 @@ def main(args, request, counts) -> int:
     return 0
 
 
-def told(row) -> str:
+def told_of_steps(rows) -> str:
+    (row,) = rows
     size = f"batch {row.batch}, context {row.context}"
     said = f"{row.us:9.1f} us a token" if row.us else row.error
     return f"{row.model} on {row.ranks} GPUs, {row.backend} {row.plan:6} {row.dtype} {size}: {said}"
 
 
-def measure(group, settings):
-    """Yields a row for each model, backend, plan, batch and context."""
+def measure_steps(group, settings, session):
+    """Yields a list of one row for each model, backend, plan, batch and context."""
     device, dtype_name = settings.device, settings.dtypes[0]
     dtype = DTYPES[dtype_name]
     for name in settings.models:
@@ -92,7 +99,7 @@ def measure(group, settings):
                             ranks=group.ranks,
                             emulated=device == "cpu",
                         )
-                        yield timed(row, weights, device)
+                        yield [timed(row, weights, device)]
                         release(device)
         del weights
         release(device)

@@ -4,7 +4,8 @@ Every rank has the rows of q, k, v, gate and up for its share of the heads and o
 the columns of o and down for the same share, so that what it computes in between needs nothing of others.
 Only the results of o and down are sums over all ranks: the op all_reduce_add. The output head is divided by
 rows, its argmax found by all_argmax. Norms and the embedding are whole on every rank. Where there are fewer
-KV heads than ranks, several ranks have the same one. Source: Shoeybi et al., Megatron-LM (arXiv 1909.08053).
+KV heads than ranks, several ranks have the same one. Packed weights are divided like plain ones, where no
+group of columns that share a scale would be cut. Source: Shoeybi et al., Megatron-LM (arXiv 1909.08053).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import replace
 import torch
 
 from lab.errors import LabError
+from lab.formats import FORMATS, Format, PackedMatrix
 from lab.model.description import ModelConfig
 from lab.model.sources.store import Stored, kv_scales_of
 
@@ -82,8 +84,7 @@ class RankSource:
         return name == HEAD or self.source.holds(name)
 
     def stored(self, name: str) -> Stored:
-        """Codes and scales are not divided: a quantised matrix is expanded."""
-        return replace(self.source.stored(self._stored_as(name)), format=None)
+        return self.source.stored(self._stored_as(name))
 
     def place(self, name: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int, int]:
         """Of a tensor of which this rank has `shape`: (the whole shape, the dimension that is divided, where
@@ -111,6 +112,38 @@ class RankSource:
             out.copy_(whole.narrow(dim, first, out.shape[dim]))
         if name.endswith("o_proj.bias") and self.rank:
             out.zero_()  # rank 0 adds it to the sum
+
+    def packed(self, name: str, shape: tuple[int, int], device: torch.device) -> PackedMatrix:
+        """The rank's part of a matrix that the source stores in a weight format, with the same numbers."""
+
+        def whole(stored, whole_shape):
+            return self.source.packed(stored, whole_shape, device)
+
+        return self._part(name, shape, FORMATS[self.stored(name).format], whole)
+
+    def quantised(self, name: str, shape: tuple[int, int], format: Format, rounded) -> PackedMatrix:
+        """The rank's part of a matrix that is rounded to a format, with the numbers that one GPU would have.
+        rounded(source, name, shape): the PackedMatrix of a source's matrix."""
+        if self.place(name, shape)[1] == 0:
+            return rounded(self, name, shape)  # each row is rounded by itself
+
+        def whole(stored, whole_shape):
+            return rounded(self.source, stored, whole_shape)
+
+        return self._part(name, shape, format, whole)
+
+    def _part(self, name: str, shape: tuple[int, int], format: Format, whole) -> PackedMatrix:
+        """Of what whole(stored name, whole shape) gives. Raises LabError where a group would be cut."""
+        whole_shape, dim, first = self.place(name, shape)
+        width = format.piece_columns
+        if dim == 1 and width is not None and shape[1] % width:
+            raise LabError(
+                f"{self.where}: {name} in {format.name}: {whole_shape[1]} columns over {self.ranks} ranks "
+                f"are {shape[1]} each, which would cut a group of {width}; use fewer ranks, another format, "
+                "or plain weights (--weights-as bf16)"
+            )
+        matrix = whole(self._stored_as(name), whole_shape)
+        return matrix if tuple(shape) == whole_shape else matrix.part(dim, first, shape[dim])
 
     def kv_scales(self) -> list[tuple[float, float]] | None:
         return kv_scales_of(self.source)  # of whole layers, so the same on each rank

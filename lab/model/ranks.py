@@ -7,7 +7,9 @@ stopped, and its error is the command's. In each of these processes `join` retur
 
 from __future__ import annotations
 
+import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +22,7 @@ import torch
 
 from lab.arena import map_file, resize
 from lab.errors import LabError, one_line
-from lab.ops.exchange import Exchange, new_inbox
+from lab.ops.exchange import Exchange, new_inbox, patience
 
 ROOT = Path(__file__).resolve().parents[2]
 RANK, RANKS, FOLDER = "LAB_RANK", "LAB_RANKS", "LAB_RANKS_FOLDER"  # the environment of a rank's process
@@ -30,6 +32,7 @@ QUIET = {  # gloo stays on this machine; multicast over NVLink is off on hosts t
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
 }
 MEET_SECONDS = 120.0  # in which all ranks must have read their command and opened the model
+END_SECONDS = 60.0  # between the ends of two ranks: what rank 0 has to write alone takes less
 LOOK_SECONDS = 0.05
 
 
@@ -73,7 +76,9 @@ def _process(command, rank: int, ranks: int, folder: str, errors: Path) -> subpr
 
 
 def _watch(processes: list[subprocess.Popen]) -> int | None:
-    """The rank that failed first, or None when all have succeeded."""
+    """The rank that failed first, or None when all have succeeded. Raises LabError where a rank has ended
+    without an error, and another goes on as if it were there."""
+    ended = None  # since when a rank has
     while True:
         codes = [process.poll() for process in processes]
         failed = [rank for rank, code in enumerate(codes) if code]
@@ -82,6 +87,14 @@ def _watch(processes: list[subprocess.Popen]) -> int | None:
             return min(failed, key=lambda rank: (codes[rank] > 0, codes[rank] != 2, rank))
         if None not in codes:
             return None
+        running = [str(rank) for rank, code in enumerate(codes) if code is None]
+        if len(running) < len(codes):
+            ended = ended or time.monotonic()
+            if time.monotonic() - ended > END_SECONDS:
+                raise LabError(
+                    f"rank {codes.index(0)} has ended, and rank {' and '.join(running)} still ran after "
+                    f"{END_SECONDS:g} s"
+                )
         time.sleep(LOOK_SECONDS)
 
 
@@ -91,7 +104,9 @@ def _why(rank: int, code: int, text: str) -> str:
         why = f" ({first})" if first else ""
         return f"rank {rank} was ended by {signal.Signals(-code).name}{why}; the other ranks were stopped"
     # An exception's own line is not indented; what follows it says more, as the block and thread of a kernel.
-    lines = [line for line in text.splitlines() if line.strip() and not line[0].isspace()]
+    # Once ranks are connected torch.distributed writes "[rank0]: " before each.
+    lines = [re.sub(r"^\[rank\d+\]: ?", "", line) for line in text.splitlines()]
+    lines = [line for line in lines if line.strip() and not line[0].isspace()]
     said = one_line(lines[-1]) if lines else f"it ended with status {code}"
     if code == 2:
         said = said.removeprefix("lab: error: ")
@@ -128,8 +143,9 @@ class Group:
         self.store = torch.distributed.FileStore(str(folder / "store"), ranks)
         self.kept, self.exchanges = [], 0
 
-    def meet(self, what: str, said: str, seconds: float = MEET_SECONDS) -> list[str]:
+    def meet(self, what: str, said: str) -> list[str]:
         """What each rank says. Raises LabError with the ranks that have said nothing in time."""
+        seconds = patience(MEET_SECONDS)
         self.store.set(f"{what}/{self.rank}", said)
         end, found = time.monotonic() + seconds, {}
         for rank in range(self.ranks):
@@ -161,7 +177,7 @@ class Group:
             store=torch.distributed.PrefixStore("connections", self.store),
             rank=self.rank,
             world_size=self.ranks,
-            timeout=timedelta(seconds=MEET_SECONDS),
+            timeout=timedelta(seconds=patience(MEET_SECONDS)),
             device_id=self.device if self.device.type == "cuda" else None,
         )
 
@@ -203,8 +219,18 @@ def join(device: str) -> Group | None:
     """The group of this process, or None where it is no rank. A rank's GPU becomes the current one."""
     if RANK not in os.environ:
         return None
-    rank, ranks = int(os.environ[RANK]), int(os.environ[RANKS])
+    given = {name: os.environ.get(name, "") for name in (RANK, RANKS, FOLDER)}
+    if not (given[RANK].isdecimal() and given[RANKS].isdecimal() and Path(given[FOLDER]).is_dir()):
+        raise LabError(
+            f"{' '.join(f'{name}={value}' for name, value in given.items())} is no place of a rank: "
+            "--tensor-parallel sets these variables; unset them"
+        )
+    rank, ranks = int(given[RANK]), int(given[RANKS])
+    if rank >= ranks:
+        raise LabError(f"{RANK}={rank}: there are {ranks} ranks, from 0 on")
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no rank outlives the command
     if device == "cuda":
         torch.cuda.set_device(rank)
         device = f"cuda:{rank}"
-    return Group(rank, ranks, Path(os.environ[FOLDER]), device)
+    return Group(rank, ranks, Path(given[FOLDER]), device)

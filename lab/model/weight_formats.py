@@ -172,7 +172,8 @@ def formats_of(source, config: ModelConfig, storage: Storage, dtype: torch.dtype
             found.outer[part.name] = of(part)
     if storage.quantise is not None:
         # A file may hold the embedding twice, as an output head too: rounded alike, they are found equal.
-        tied = config.tie_embeddings or source.config.tie_embeddings
+        # A rank's part of the head is not tied; the whole model's may be.
+        tied = config.tie_embeddings or getattr(source, "whole", source.config).tie_embeddings
         found.outer["embed"] = storage.head if tied else None
         if "lm_head" in found.outer:
             found.outer["lm_head"] = storage.head

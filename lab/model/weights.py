@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from dataclasses import dataclass, fields, replace
 
@@ -14,6 +15,7 @@ from lab.formats import FORMATS, PackedMatrix
 from lab.model.description import ModelConfig, Part
 from lab.model.matrix import Matrix
 from lab.model.memory import require_memory
+from lab.model.parallel import RankSource
 from lab.model.ranks import Group
 from lab.model.sources.store import kv_scales_of
 from lab.model.weight_formats import AS_STORED, Formats, Storage, described, formats_of
@@ -178,6 +180,12 @@ def _pack(
     def packed(name: str, shape: tuple[int, int], format: str) -> PackedMatrix:
         if storage.quantise is None:
             return source.packed(name, shape, device)
+        rounded_to = functools.partial(rounded, format=format)
+        if isinstance(source, RankSource):
+            return source.quantised(name, shape, FORMATS[format], rounded_to)
+        return rounded_to(source, name, shape)
+
+    def rounded(source, name: str, shape: tuple[int, int], format: str) -> PackedMatrix:
         values = torch.empty(shape, device=device)
         source.fill(name, values)
         try:

@@ -49,6 +49,7 @@ class ParallelOps:
     """What the ranks of a model that is divided among GPUs pass to each other, whatever the plan."""
 
     all_reduce_add: Call
+    all_reduce_add_rmsnorm: Call
     all_argmax: Call
 
 

@@ -17,11 +17,13 @@ launch: i // WORDS % BLOCKS.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
 
 from lab.contract import Rand, refuse
+from lab.errors import LabError
 
 WORDS = 256  # words that a block exchanges at a time; kExchangeWords of cuda_src/core/exchange.cuh
 BLOCKS = 128  # the most blocks of a launch; kExchangeBlocks there
@@ -34,8 +36,10 @@ class Exchange:
 
     inboxes: those of all ranks in their order, as tensors that this process can reach. A single one, with
     several ranks, is a loopback: what the rank sends to another arrives in its own inbox as if that one had
-    sent the same. table int64 [ranks]: their addresses. group: of torch.distributed, for the torch backend;
-    None where the ranks are simulated by one process.
+    sent the same (in all_reduce_add in one shot alone). table int64 [ranks]: their addresses. group: of
+    torch.distributed, for the torch backend; None where the ranks are simulated by one process.
+    two_shot_bytes: from how many bytes on all_reduce_add takes two shots, the same number on all ranks; None:
+    as its contract says.
     """
 
     rank: int
@@ -44,6 +48,7 @@ class Exchange:
     table: torch.Tensor
     launches: torch.Tensor
     group: object = None
+    two_shot_bytes: int | None = None
 
     @classmethod
     def of(cls, rank: int, inboxes: tuple[torch.Tensor, ...], ranks: int, group=None) -> Exchange:
@@ -96,6 +101,28 @@ class Exchange:
         return found
 
 
+def patience(default: float) -> float:
+    """Seconds for which a rank waits for another one: LAB_PEER_SECONDS, which the host build reads, too.
+    Raises LabError where it is no number above 0."""
+    given = os.environ.get("LAB_PEER_SECONDS", "")
+    try:
+        seconds = float(given or default)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise LabError(f"LAB_PEER_SECONDS {given!r}: it must be a number of seconds above 0")
+    return seconds
+
+
+def sender_at(inboxes: tuple[torch.Tensor, ...], address: int) -> int | None:
+    """The rank that writes the word at this address of an inbox; None for an address elsewhere."""
+    for inbox in inboxes:
+        at = address - inbox.data_ptr()
+        if inbox.dim() == 3 and 0 <= at < inbox.nbytes:
+            return at // inbox[0, 0].nbytes % inbox.shape[1]
+    return None
+
+
 def new_inbox(ranks: int, capacity: int, device) -> torch.Tensor:
     return torch.zeros(2, ranks, capacity, dtype=torch.int64, device=device)
 
@@ -103,6 +130,12 @@ def new_inbox(ranks: int, capacity: int, device) -> torch.Tensor:
 def words_of(t: torch.Tensor) -> torch.Tensor:
     """The bits of a contiguous tensor as int32 [words]."""
     return t.view(-1).view(torch.int32)
+
+
+def owners(count: int, ranks: int, device) -> torch.Tensor:
+    """int64 [count]: which rank adds each word, where one does it for all. What a block has in one pass is
+    added by one rank."""
+    return torch.arange(count, device=device) // WORDS % ranks
 
 
 def simulated(rand: Rand, sent: list[torch.Tensor], rank: int, loopback: bool) -> Exchange:

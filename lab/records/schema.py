@@ -292,6 +292,7 @@ class LedgerRow:
     overrides: dict[str, str] = field(default_factory=dict)
     weight_format: str | None = None  # as in model records
     kv_dtype: str | None = None  # as in model records
+    ranks: int = 1  # GPUs that divide the model; calls, us and bytes are those of the first
     calls: int | None = None
     us: float | None = None
     us_p10: float | None = None
@@ -321,6 +322,7 @@ class LedgerRow:
         "overrides",
         "weight_format",
         "kv_dtype",
+        "ranks",
     )
 
 

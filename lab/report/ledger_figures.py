@@ -40,7 +40,7 @@ def accounts(run, model):
     rows = run.ledger[run.ledger["model"] == model]
     if not len(rows):
         return rows.assign(bar=[], part=[])
-    for column in ("batch", "context", "dtype"):
+    for column in ("batch", "context", "dtype", "ranks"):
         rows = rows[rows[column] == rows[column].iloc[0]]
     kernel = rows["op"].where(rows["op"] != "", rows["kernel"])
     part = kernel.where(~rows["row"].isin([*IDLE, "total"]), rows["row"].replace(NAMES))
@@ -48,6 +48,7 @@ def accounts(run, model):
     bars = [
         style.backend(r.backend).label
         + (f" {r.plan}" if r.plan else "")
+        + (f" on {r.ranks} GPUs" if r.ranks not in ("", "1") else "")
         + (CHAINS if (r.backend, r.plan) in chained else "")
         for r in rows.itertuples()
     ]
@@ -92,7 +93,9 @@ def token(run, model, plan):
     scaled = times(rows, divisor)
     bars = list(dict.fromkeys(scaled["bar"]))
     kernels = scaled[~scaled["row"].isin([*IDLE, "total"])]
-    largest = list(kernels.groupby("part")["us"].sum().nlargest(PARTS).index)
+    by_size = kernels.groupby("part")["us"].sum().sort_values(ascending=False).index
+    exchanges = declared.groups()["ParallelOps"]  # between GPUs: with a colour even if they are small
+    largest = sorted(by_size, key=lambda part: part not in exchanges)[:PARTS]
     order = [*sorted(largest, key=style.part_order), REST]
     pieces = scaled[scaled["part"] != "total"]
     pieces = pieces.assign(part=pieces["part"].where(pieces["part"].isin(largest), REST))
@@ -158,10 +161,19 @@ def token(run, model, plan):
             rows.assign(of_token=100 * rows["of_token"]),
             "bar row part tuning calls us us_p10 us_p90 n bytes gbps share of_token",
         ),
-        command=command("ledger", [model], rows.iloc[:1]),
+        command=again(model, rows.iloc[:1]),
         height=1.15 + 0.36 * len(bars),
         draw=draw,
     )
+
+
+def again(model, rows):
+    """The command that measures a token's account again."""
+    ranks = rows["ranks"].iloc[0]
+    if ranks in ("", "1"):
+        return command("ledger", [model], rows)
+    several = command("ledger", [model], rows, None, f"--tensor-parallel {ranks}")
+    return several.replace("lab bench ledger", "lab ledger", 1)
 
 
 @dataclass

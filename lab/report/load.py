@@ -176,7 +176,8 @@ class Stored:
     def run(self):
         """The run with its frames."""
         by_kind = {kind: [r for r in self.rows if r.kind == kind] for kind in schema.KINDS}
-        # Pictures are of one GPU; what was measured of several is in the records and on the terminal.
+        # Pictures are of one GPU, but for ledgers; what else was measured of several is in the records and on
+        # the terminal.
         by_kind["ceiling"] = [r for r in by_kind["ceiling"] if not str(r.direction).startswith("link")]
         by_kind["model"] = [r for r in by_kind["model"] if r.ranks == 1]
         by_kind["op"] = [r for r in by_kind["op"] if "ranks" not in (r.shape or {})]

@@ -7,6 +7,7 @@ import triton.language as tl
 from lab.ops import exchange
 
 WORDS, BLOCKS = exchange.WORDS, exchange.BLOCKS
+MOST_POLLS = tl.constexpr(1 << 28)  # some minutes; of the interpreter: see its before_poll()
 
 
 @triton.jit
@@ -16,23 +17,33 @@ def tagged(data, tag):
 
 
 @triton.jit
-def send(inboxes, i, live, data, tag, capacity, RANK: tl.constexpr, RANKS: tl.constexpr):
-    """Stores words i with these data in the inboxes of all other ranks. Each word is one 64-bit store; past
-    the caches (.wt), because the reader is another GPU."""
+def send_to(inboxes, to, i, live, data, tag, capacity, RANK: tl.constexpr, RANKS: tl.constexpr):
+    """Stores words i with these data in the inbox of rank `to`. Each word is one 64-bit store; past the
+    caches (.wt), because the reader is another GPU."""
     slot = ((tag & 1) * RANKS + RANK).to(tl.int64) * capacity
-    for other in tl.static_range(1, RANKS):
-        inbox = tl.load(inboxes + (RANK + other) % RANKS).to(tl.pointer_type(tl.int64))
-        tl.store(inbox + slot + i, tagged(data, tag), mask=live, cache_modifier=".wt")
+    inbox = tl.load(inboxes + to).to(tl.pointer_type(tl.int64))
+    tl.store(inbox + slot + i, tagged(data, tag), mask=live, cache_modifier=".wt")
 
 
 @triton.jit
-def receive(inboxes, i, live, tag, capacity, FROM: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr):
-    """The data of words i of rank FROM, int32; waits until all have arrived."""
+def send(inboxes, i, live, data, tag, capacity, RANK: tl.constexpr, RANKS: tl.constexpr):
+    """The same in the inboxes of all other ranks."""
+    for other in tl.static_range(1, RANKS):
+        send_to(inboxes, (RANK + other) % RANKS, i, live, data, tag, capacity, RANK=RANK, RANKS=RANKS)
+
+
+@triton.jit
+def receive(inboxes, i, live, tag, capacity, source, RANK: tl.constexpr, RANKS: tl.constexpr):
+    """The data of words i of rank `source`, int32; waits until all have arrived."""
     inbox = tl.load(inboxes + RANK).to(tl.pointer_type(tl.int64))
-    at = inbox + ((tag & 1) * RANKS + FROM).to(tl.int64) * capacity + i
+    at = inbox + ((tag & 1) * RANKS + source).to(tl.int64) * capacity + i
     word = tl.load(at, mask=live, other=0, volatile=True)
+    polls = 0
     while tl.max(tl.where(live & ((word >> 32).to(tl.int32) != tag), 1, 0), axis=0) == 1:
         word = tl.load(at, mask=live, other=0, volatile=True)
+        polls += 1
+        if polls == MOST_POLLS:  # a rank whose peer has gone does not wait for ever
+            tl.inline_asm_elementwise("trap; mov.u32 $0, $1;", "=r,r", [polls], tl.int32, False, 1)
     return word.to(tl.int32)
 
 

@@ -6,6 +6,7 @@ import torch
 
 from lab.model.plans.buffers import StepBuffers
 from lab.model.sampling import ByRow, Sampling, choose
+from lab.ops.all_reduce_add_rmsnorm import fits
 
 
 def basic_step(b: StepBuffers, sampling: Sampling | ByRow) -> None:
@@ -50,6 +51,8 @@ def add_and_norm(b: StepBuffers, norm: torch.Tensor) -> None:
     """h += x, then x = norm(h). Where ranks divide the model, x is one rank's part of a sum."""
     if b.exchange is None:
         b.ops.rmsnorm(b.x, norm, b.config.rms_eps, residual=b.h, out=b.x)
-    else:
+    elif fits(len(b.x), norm.nbytes):
+        b.ops.all_reduce_add_rmsnorm(b.x, b.h, norm, b.config.rms_eps, b.exchange, out=b.x)
+    else:  # rows that are too many or too long for one launch
         b.ops.all_reduce_add(b.x, b.h, b.exchange)
         b.ops.rmsnorm(b.h, norm, b.config.rms_eps, out=b.x)

@@ -15,6 +15,7 @@ from lab.model.kv_cache import PagedKVCache
 from lab.model.rope import cos_sin_table
 from lab.model.sampling import RowSampling
 from lab.model.weights import Weights
+from lab.ops.all_reduce_add_rmsnorm import slot_words
 from lab.ops.decode_attention import Workspace, choose_splits
 from lab.ops.decode_step import StepModel, StepWorkspace
 from lab.ops.norm_linear_argmax import new_scratch
@@ -105,8 +106,8 @@ class StepBuffers:
         self.act = buffer(batch, parts["w_down"].columns)
         self.exchange, self.first_row = None, 0  # of lm_head, on this rank
         if weights.group is not None:
-            words = max(-(-self.h.nbytes // 4), 2 * batch)
-            self.exchange = weights.group.exchange(words)
+            of_a_sum = slot_words(batch, self.h[0].nbytes)
+            self.exchange = weights.group.exchange(max(of_a_sum, 2 * batch))
             self.first_row = weights.group.rank * parts["lm_head"].rows
         self.logits = buffer(batch, parts["lm_head"].rows, dtype=torch.float32)
         self.ids = buffer(batch, dtype=torch.int32)
