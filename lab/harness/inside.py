@@ -122,11 +122,11 @@ def on_gpu(decoder, normal, record, trace, seconds):
         step.before()
 
     entries = {
-        "normal": timing.GraphTimed([ledger._all([normal])], before),
+        "normal": timing.GraphTimed([ledger.all_of([normal])], before),
         **ledger.null_graphs(decoder.device, before),
     }
     stats = timing.measure(entries, seconds * len(entries), 20, 100)
-    recording = timing.GraphTimed([ledger._all([record])], before)
+    recording = timing.GraphTimed([ledger.all_of([record])], before)
     launches = []
     for _ in range(LAUNCHES):
         sample = recording.sample()
