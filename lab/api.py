@@ -4,22 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
-
-from lab.contract import DTYPES
-from lab.dispatch import Ops, Trace, select
+from lab.dispatch import Ops, Trace
 from lab.errors import LabError
 from lab.model.decoder import Decoder
 from lab.model.generate import Generation, by_prompt, generate_batch
-from lab.model.kv_cache import kv_dtype_of
-from lab.model.plans import find_plan
+from lab.model.opening import choose
 from lab.model.run import encode
 from lab.model.sampling import GREEDY, Sampling
 from lab.model.sources import open_source
-from lab.model.weight_formats import dtype_of, storage_of
 from lab.model.weights import Weights
 from lab.model.weights import load as load_weights
-from lab.names import known
 
 
 def load(
@@ -51,22 +45,30 @@ def load(
     Raises LabError for an option that is unknown or does not fit the others and for a model that cannot be
     read, Unavailable for a backend that this machine cannot run.
     """
-    device = known(device or ("cuda" if torch.cuda.is_available() else "cpu"), ("cuda", "cpu"), "device")
-    storage = storage_of(weights_as, quantise, quantise_head, device)
-    name = dtype_of(weights_as, dtype) or ("bf16" if device != "cpu" else "fp32")
-    number = DTYPES[known(name, tuple(DTYPES), "dtype")]
     if max_batch < 1:
         raise LabError(f"max_batch {max_batch}: it must be at least 1")
-    cached = kv_dtype_of(kv_dtype)
-    find_plan(plan, max_batch, number, cached)
-    ops = select(backend, device, overrides, Trace() if trace else None)
+    counts = Trace() if trace else None
+    choice = choose(
+        backend,
+        overrides,
+        device,
+        dtype,
+        plan,
+        weights_as,
+        quantise,
+        quantise_head,
+        kv_dtype,
+        rows=max_batch,
+        trace=counts,
+    )
     source = open_source(model, weights)
+    choice.formats_of(source)
     try:
         tokenizer, without = source.tokenizer(), f"model {source.name} has no tokenizer here"
     except LabError as error:  # a model whose tokenizer cannot be read still takes token ids
         tokenizer, without = None, str(error)
-    loaded = load_weights(source, number, device, storage)
-    return LLM(loaded, ops, tokenizer, plan, cached, max_batch, without)
+    loaded = load_weights(source, choice.dtype, choice.device, choice.storage)
+    return LLM(loaded, choice.ops, tokenizer, plan, choice.kv_dtype, max_batch, without)
 
 
 class LLM:

@@ -3,10 +3,11 @@
 import inspect
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import CONFIGS, write_folder
+from tiny_models import CONFIGS, write_folder, write_gguf
 
 import lab
 from lab.api import LLM
@@ -156,11 +157,15 @@ def test_mistakes_are_one_line(prompts, options, says):
     assert "\n" not in str(caught.value)
 
 
-def test_load_reads_a_folder_and_refuses_bad_options(tmp_path):
+ONE = dict(backend="torch", plan="persistent", dtype="bf16", max_batch=1)
+
+
+def test_load_reads_a_folder_and_refuses_bad_options(tmp_path, monkeypatch):
     write_folder(tmp_path, CONFIGS["llama"])
     llm = lab.load(str(tmp_path), "torch", device="cpu", max_batch=1)
     assert llm.weights.dtype == torch.float32
     assert len(llm.generate([[1, 2]], lab.Sampling(temperature=1.0, seed=4), 3)[0].output_ids) == 3
+    monkeypatch.setattr("lab.api.load_weights", lambda *_: pytest.fail("weights were loaded"))
     for options, says in (
         (dict(backend="cudnn"), "backend"),
         (dict(backend="torch", device="tpu"), "device"),
@@ -168,9 +173,27 @@ def test_load_reads_a_folder_and_refuses_bad_options(tmp_path):
         (dict(backend="torch", max_batch=0), "max_batch"),
         (dict(backend="torch", plan="persistent", dtype="bf16"), "one sequence"),
         (dict(backend="torch", kv_dtype="int2"), "KV dtype"),
+        (dict(backend="tritom"), "did you mean triton"),
+        (dict(backend="torch", plan="fussed"), "did you mean fused"),
+        (dict(backend="torch", dtype="bf61"), "did you mean bf16"),
+        (dict(backend="torch", quantise="int4_g128"), "did you mean int4-g128"),
+        (dict(backend="torch", quantise_head="int8"), "needs --quantise"),
+        (dict(backend="torch", weights_as="fp32", dtype="bf16"), "contradict"),
+        (dict(backend="torch", overrides={"rop": "cuda"}), "did you mean rope"),
+        ({**ONE, "kv_dtype": "fp8"}, "no KV cache in fp8"),
+        ({**ONE, "quantise": "q4_k"}, "no weights in q4_k"),
     ):
-        with pytest.raises(lab.LabError, match=says):
+        with pytest.raises(lab.LabError, match=says) as caught:
             lab.load(str(tmp_path), **options)
+        assert "\n" not in str(caught.value)
+
+
+def test_the_file_s_own_formats_are_refused_before_it_is_loaded(tmp_path, monkeypatch):
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, replace(CONFIGS["llama"], hidden=256, intermediate=256), kind="Q4_K")
+    monkeypatch.setattr("lab.api.load_weights", lambda *_: pytest.fail("weights were loaded"))
+    with pytest.raises(lab.LabError, match="plan persistent takes no weights in"):
+        lab.load(str(path), **ONE, weights_as="stored", device="cpu")
 
 
 @pytest.mark.real_model
