@@ -60,6 +60,16 @@ NUMBERS = {
     "kl",
     "top1",
     "bytes_before",
+    "scale",
+    "graph_us",
+    "of_graph",
+    "ideal_tokens_per_s",
+    "of_ideal",
+    "rows_used",
+    "prefill_share",
+    "sequences",
+    "seconds",
+    "paused",
 }
 OBJECTS = {
     "shape": dict,
@@ -105,6 +115,7 @@ class Run:
     ladder: pd.DataFrame = field(default_factory=pd.DataFrame)  # op rows that are rungs
     packed: pd.DataFrame = field(default_factory=pd.DataFrame)  # op rows with packed weights
     accuracy: pd.DataFrame = field(default_factory=pd.DataFrame)
+    serving: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     @property
     def env(self):
@@ -114,7 +125,9 @@ class Run:
     @property
     def emulated(self):
         """True when nothing in the run was timed on a GPU."""
-        frames = [f["emulated"] for f in (self.op, self.packed, self.model, self.ledger) if len(f)]
+        frames = [
+            f["emulated"] for f in (self.op, self.packed, self.model, self.serving, self.ledger) if len(f)
+        ]
         if frames:
             return all(bool(emulated.all()) for emulated in frames)
         return self.env is not None and self.env.device != "cuda"
@@ -180,6 +193,7 @@ class Stored:
             ladder=_frame([], "op"),
             packed=_frame([], "op"),
             accuracy=_frame(by_kind["accuracy"], "accuracy"),
+            serving=_frame(by_kind["serving"], "serving"),
             notices=[Notice("warning", n) for n in self.notices],
         )
         _mark_untuned(run, self.rows)
@@ -287,7 +301,7 @@ def _mark_untuned(run, rows):
 
 def _drop_failures(run):
     failed = []
-    for kind in ("ceiling", "op", "model", "ledger", "accuracy"):
+    for kind in ("ceiling", "op", "model", "serving", "ledger", "accuracy"):
         frame = getattr(run, kind)
         bad = frame["error"] != ""
         failed.append(frame[bad].assign(kind=kind))
@@ -311,7 +325,7 @@ def _drop_failures(run):
 
 def _drop_unusable(run):
     """Times must be finite and positive; a batch must be a number."""
-    for kind in ("ceiling", "op", "model", "ledger"):
+    for kind in ("ceiling", "op", "model", "serving", "ledger"):
         frame = getattr(run, kind)
         ok = frame["us"].map(math.isfinite) & (frame["us"] > 0)
         if kind == "ledger":  # these are differences: nothing, or below it by the noise of two times
@@ -424,9 +438,10 @@ def _about_gaps(run):
                     "is, and comparisons that need it are left out.",
                 )
             )
-    if not measured and not len(run.ledger) and not len(run.accuracy):
+    if not measured and not any(map(len, (run.ledger, run.accuracy, run.serving))):
         found.append(Notice("warning", "No op, model or ledger measurement in this run yet."))
-    if not run.emulated and run.best_ceiling() is None:
+    only_serving = len(run.serving) and not measured and not len(run.ledger)  # whose rows have no shares
+    if not run.emulated and run.best_ceiling() is None and not only_serving:
         found.append(
             Notice("warning", "No ceiling was measured in this run: shares are those that the rows state.")
         )
