@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from lab.errors import LabError
 from lab.model.decoder import Decoder
 from lab.model.queue import Queue, Task
-from lab.model.sampling import GREEDY, Sampling, for_rows
+from lab.model.sampling import GREEDY, Sampling
 
 
 @dataclass
@@ -120,7 +120,7 @@ def generate_batch(
 def by_prompt(sampling: Sampling | Sequence[Sampling], prompts: int) -> list[Sampling]:
     """One for each of so many prompts; see generate_batch. Raises LabError for another number of them."""
     if isinstance(sampling, Sampling):
-        return for_rows(sampling, prompts)
+        return [replace(sampling, seed=(sampling.seed + i) % (1 << 64)) for i in range(prompts)]
     if not isinstance(sampling, Sequence) or not all(isinstance(one, Sampling) for one in sampling):
         raise LabError("sampling must be a Sampling, or a list with one for each prompt")
     if len(sampling) != prompts:

@@ -8,7 +8,7 @@ and a CUDA graph captures them with the rest.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -248,8 +248,3 @@ def after_choice(b, sampling: Sampling | ByRow) -> None:
         b.rows.count(b.ids, b.live[0, : b.ids.shape[0]])
     if isinstance(sampling, ByRow) and sampling.logprobs:
         b.rows.report(b.logits, b.ids)
-
-
-def for_rows(sampling: Sampling, rows: int) -> list[Sampling]:
-    """One for each row of a batch, with seeds of their own."""
-    return [replace(sampling, seed=(sampling.seed + row) % (1 << 64)) for row in range(rows)]
