@@ -150,3 +150,23 @@ def test_a_page_of_a_gpu_s_rows(tmp_path):
     slower = dataclasses.replace(ROW, us=1200.0, us_p10=1190.0, us_p90=1210.0)
     (pair,), _, _ = compare.match([ROW], [slower])
     assert pair.verdict == compare.SLOWER and "b16 queue, azure-chat-2023" in compare.label(slower)
+
+
+@pytest.mark.gpu
+def test_a_token_costs_in_the_queue_what_its_graph_costs(tmp_path):
+    """The host prepares a step while the device works on the one before, so it costs at most a few per cent
+    more (2 were asked for; other work on the machine may add some)."""
+    words = [
+        "serving",
+        "llama-3.2-1b",
+        "--backend",
+        "cuda",
+        "--batch",
+        "1,8",
+        "--quick",
+        "--out",
+        str(tmp_path),
+    ]
+    assert lab("bench", *words) == 0
+    for row in schema.read(tmp_path).of_kind("serving"):
+        assert not row.emulated and row.scale == 1 and 0.9 < row.of_graph < 1.05
