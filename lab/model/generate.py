@@ -10,7 +10,7 @@ import torch
 from lab.errors import LabError
 from lab.model.decoder import Decoder
 from lab.model.queue import Queue, Task
-from lab.model.sampling import GREEDY, Sampling
+from lab.model.sampling import GREEDY, ByRow, Sampling
 
 
 @dataclass
@@ -97,6 +97,7 @@ def generate_batch(
         queue.submit(ids, max_new_tokens, own, stop_ids, take)
         for ids, own in zip(prompts, by_prompt(sampling, len(prompts)))
     ]
+    queue.prepare(ByRow.of([task.sampling for task in tasks]))  # or the first step's time had it in it
     queue.run()
     for task in tasks:
         if task.error:
