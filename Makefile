@@ -41,7 +41,7 @@ demo: build .venv/model  ## a real model speaks under CUDA and under Triton, com
 test: build  ## the tests (ARGS="-m quick" for those of two minutes, ARGS="-k rope" for some)
 	@$(PY) -m pytest -m "not oracle" $(SIDE_BY_SIDE) $(ARGS)
 
-SOURCES_C = $(shell find cuda_src tests -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h')
+SOURCES_C = $(shell find cuda_src hub tests -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h')
 
 lint: $(READY)  ## what CI asks of the sources: ruff check and its format, clang-format (make format writes it)
 	@$(PY) -m ruff check

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
-
-from lab.contract import DTYPES
-from lab.dispatch import Ops, Trace, select
+from lab.dispatch import Ops, Trace
 from lab.errors import LabError
 from lab.model.decoder import Decoder
-from lab.model.generate import Generation, generate_batch
-from lab.model.kv_cache import kv_dtype_of
-from lab.model.plans import find_plan
+from lab.model.generate import Generation, by_prompt, generate_batch
+from lab.model.opening import choose
 from lab.model.run import encode
 from lab.model.sampling import GREEDY, Sampling
 from lab.model.sources import open_source
-from lab.model.weight_formats import dtype_of, storage_of
 from lab.model.weights import Weights
 from lab.model.weights import load as load_weights
-from lab.names import known
 
 
 def load(
@@ -51,22 +45,30 @@ def load(
     Raises LabError for an option that is unknown or does not fit the others and for a model that cannot be
     read, Unavailable for a backend that this machine cannot run.
     """
-    device = known(device or ("cuda" if torch.cuda.is_available() else "cpu"), ("cuda", "cpu"), "device")
-    storage = storage_of(weights_as, quantise, quantise_head, device)
-    name = dtype_of(weights_as, dtype) or ("bf16" if device != "cpu" else "fp32")
-    number = DTYPES[known(name, tuple(DTYPES), "dtype")]
     if max_batch < 1:
         raise LabError(f"max_batch {max_batch}: it must be at least 1")
-    cached = kv_dtype_of(kv_dtype)
-    find_plan(plan, max_batch, number, cached)
-    ops = select(backend, device, overrides, Trace() if trace else None)
+    counts = Trace() if trace else None
+    choice = choose(
+        backend,
+        overrides,
+        device,
+        dtype,
+        plan,
+        weights_as,
+        quantise,
+        quantise_head,
+        kv_dtype,
+        rows=max_batch,
+        trace=counts,
+    )
     source = open_source(model, weights)
+    choice.formats_of(source)
     try:
         tokenizer, without = source.tokenizer(), f"model {source.name} has no tokenizer here"
     except LabError as error:  # a model whose tokenizer cannot be read still takes token ids
         tokenizer, without = None, str(error)
-    loaded = load_weights(source, number, device, storage)
-    return LLM(loaded, ops, tokenizer, plan, cached, max_batch, without)
+    loaded = load_weights(source, choice.dtype, choice.device, choice.storage)
+    return LLM(loaded, choice.ops, tokenizer, plan, choice.kv_dtype, max_batch, without)
 
 
 class LLM:
@@ -93,7 +95,7 @@ class LLM:
     def generate(
         self,
         prompts: Sequence[str | Sequence[int]],
-        sampling: Sampling = GREEDY,
+        sampling: Sampling | Sequence[Sampling] = GREEDY,
         max_new_tokens: int = 64,
         *,
         raw: bool = False,
@@ -103,33 +105,32 @@ class LLM:
         """Continues every prompt; the results are in the order of the prompts.
 
         prompts: texts, which go through the model's chat template if it has one (not if `raw`), or lists of
-        token ids. Up to max_batch of them are decoded together. sampling: greedy by default. max_new_tokens:
-        the most tokens of an answer; it also ends at an end token (not if `ignore_eos`) and at the longest
-        context that the model was made for. on_text(i, text): whole characters of the answer to prompts[i],
-        as they come.
+        token ids. Up to max_batch of them are decoded together, and as one ends the next takes its place;
+        prompts that begin alike share that beginning's pages of the KV cache. sampling: greedy by default; a
+        list has one for each prompt, one for all gives prompt i its seed plus i. max_new_tokens: the most
+        tokens of an answer; it also ends at an end token (not if `ignore_eos`) and at the longest context
+        that the model was made for. on_text(i, text): whole characters of the answer to prompts[i], as they
+        come.
 
         A `Generation` has prompt_ids, output_ids (a stop token included), text (None without a tokenizer),
-        stopped_by ("stop" or "length"), prefill_ms, decode_ms (the time in ms of each token's step), and with
-        a trace kernels: those that ran for all prompts that were decoded together.
+        stopped_by ("stop" or "length"), prefill_ms, decode_ms (the time in ms of each token's step),
+        logprobs where the sampling asks for them, and with a trace kernels: those that ran in this call.
 
         Raises LabError for prompts that are no list, a text where the model has no tokenizer, an empty or too
-        long prompt, token ids outside the vocabulary and logits that are not numbers.
+        long prompt, token ids outside the vocabulary, another number of samplings than of prompts, and logits
+        that are not numbers.
         """
         if isinstance(prompts, (str, bytes)):
             raise LabError("prompts must be a list: write generate([text])")
         ids = [self._ids(prompt, raw) for prompt in prompts]
+        each = by_prompt(sampling, len(ids))
+        if not ids:
+            return []
         stop = () if ignore_eos or self.tokenizer is None else self.tokenizer.eos
-        results, trace = [], self.ops.trace
-        for first in range(0, len(ids), self.max_batch):
-            some = ids[first : first + self.max_batch]
-            decoder = self._decoder_for(len(some), max(map(len, some)) + max_new_tokens)
-            if trace is not None:
-                trace.counts.clear()
-            show = on_text and (lambda row, text, first=first: on_text(first + row, text))
-            results += generate_batch(
-                decoder, some, max_new_tokens, sampling, stop, self.tokenizer, on_text=show
-            )
-        return results
+        decoder = self._decoder_for(min(len(ids), self.max_batch), max(map(len, ids)) + max_new_tokens)
+        if self.ops.trace is not None:
+            self.ops.trace.counts.clear()
+        return generate_batch(decoder, ids, max_new_tokens, each, stop, self.tokenizer, on_text)
 
     def _ids(self, prompt: str | Sequence[int], raw: bool) -> list[int]:
         if not isinstance(prompt, str):

@@ -163,8 +163,9 @@ def bench(parser):
         "what",
         nargs="?",
         default="all",
-        choices=("ops", "model", "accuracy", "ledger", "all", "crossover", "exchange"),
-        help="what to measure (default: all); accuracy: what weight formats cost a model with real weights; "
+        choices=("ops", "model", "serving", "accuracy", "ledger", "all", "crossover", "exchange"),
+        help="what to measure (default: all); serving: many sequences in the queue, by batch; "
+        "accuracy: what weight formats cost a model with real weights; "
         "crossover: which backend is faster at which size, from the "
         "records in --out; exchange: what several GPUs pass to each other",
     )
@@ -172,8 +173,8 @@ def bench(parser):
         "names",
         nargs="*",
         metavar="NAME",
-        help="ops (for ops), presets (for model, ledger, crossover), or presets, GGUF files and folders (for "
-        "accuracy); default: all ops, four presets, smollm2-135m",
+        help="ops (for ops), presets (for model, serving, ledger, crossover), or presets, GGUF files and "
+        "folders (for accuracy); default: all ops, four presets, smollm2-135m",
     )
     parser.add_argument(
         "--out", metavar="DIR", default="out/bench", help="folder of records.jsonl (default out/bench)"

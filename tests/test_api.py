@@ -3,10 +3,11 @@
 import inspect
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import CONFIGS, write_folder
+from tiny_models import CONFIGS, write_folder, write_gguf
 
 import lab
 from lab.api import LLM
@@ -53,6 +54,66 @@ def test_any_number_of_prompts_in_their_order(device):
     assert alone.generate([]) == []
 
 
+def test_each_prompt_has_its_own_sampling(device):
+    """Twice as many prompts as rows, which begin alike: answers are those that each gets alone, in order."""
+    begin = list(range(100, 140))
+    prompts = [[*begin, 1], [2], [*begin, 3], [4, 5], [*begin, 1], [2]]
+    each = [
+        lab.Sampling(),
+        lab.Sampling(1.0, seed=7),
+        lab.Sampling(1.2, top_k=20, seed=8),
+        lab.Sampling(repetition_penalty=1.3),
+        lab.Sampling(logprobs=2),
+        lab.Sampling(1.0, seed=9),
+    ]
+    llm, alone = tiny(device, max_batch=3), tiny(device, max_batch=1)
+    together = llm.generate(prompts, each, max_new_tokens=9)
+    for prompt, sampling, result in zip(prompts, each, together):
+        want = alone.generate([prompt], [sampling], max_new_tokens=9)[0]
+        assert result.output_ids == want.output_ids and result.prompt_ids == prompt
+    assert together[1].output_ids != together[5].output_ids, "another seed"
+    assert [len(result.logprobs) for result in together] == [0, 0, 0, 0, 9, 0]
+    assert together[4].output_ids == together[0].output_ids
+    assert len(llm._decoder.cache.free) == llm._decoder.cache.pages
+
+
+def test_one_sampling_for_all_draws_each_answer_anew(device):
+    results = tiny(device).generate([[1, 2]] * 3, lab.Sampling(1.0, seed=5), max_new_tokens=8)
+    drawn = [result.output_ids for result in results]
+    alone = tiny(device).generate([[1, 2]], lab.Sampling(1.0, seed=6), max_new_tokens=8)[0].output_ids
+    assert drawn[0] != drawn[1] == alone
+
+
+def test_rows_and_pages_are_taken_in_turns(device):
+    """A short answer's row goes to the next prompt while a long one is still decoded: no waves."""
+    llm, order = tiny(device, max_batch=2), []
+    stops = llm.generate([[5]], max_new_tokens=30)[0].output_ids
+    stop = stops[2]
+
+    class Words:  # a tokenizer whose end token is one that the first answers reach soon
+        eos, chat_template = (stop,), None
+
+        class Stream:
+            def push(self, token):
+                return f"{token} "
+
+            def finish(self):
+                return "."
+
+        def stream(self, late):
+            return self.Stream()
+
+    llm.tokenizer = Words()
+    prompts = [[5], [7, 8, 9], [5], [5], [5]]
+    results = llm.generate(prompts, max_new_tokens=24, on_text=lambda i, text: order.append(i))
+    alone = [llm.generate([prompt], max_new_tokens=24)[0] for prompt in prompts]
+    assert [r.output_ids for r in results] == [r.output_ids for r in alone]
+    assert [r.text for r in results] == [r.text for r in alone] and results[0].text.endswith(" .")
+    assert len(results[1].output_ids) > len(results[0].output_ids) + len(results[2].output_ids)
+    last = len(order) - 1 - order[::-1].index(1)
+    assert order.index(3) < last, "the third answer began before the second had ended"
+
+
 def test_a_decoder_is_used_again_while_it_is_large_enough(device):
     llm = tiny(device)
     llm.generate([[1, 2], [3]], max_new_tokens=8)
@@ -84,6 +145,10 @@ def test_it_stops_at_the_longest_context(device):
         ([[1], [272]], {}, "outside the vocabulary"),
         ([[1]], {"max_new_tokens": 0}, "at least 1"),
         ([list(range(257))], {}, "257 tokens"),
+        ([[1], [2]], {"sampling": [lab.Sampling()]}, "1 samplings for 2 prompts"),
+        ([[1]], {"sampling": [0.7]}, "must be a Sampling"),
+        ([[1]], {"sampling": 0.7}, "must be a Sampling"),
+        ([[1]], {"sampling": lab.Sampling(logit_bias=((272, 1.0),))}, "outside the vocabulary"),
     ],
 )
 def test_mistakes_are_one_line(prompts, options, says):
@@ -92,11 +157,15 @@ def test_mistakes_are_one_line(prompts, options, says):
     assert "\n" not in str(caught.value)
 
 
-def test_load_reads_a_folder_and_refuses_bad_options(tmp_path):
+ONE = dict(backend="torch", plan="persistent", dtype="bf16", max_batch=1)
+
+
+def test_load_reads_a_folder_and_refuses_bad_options(tmp_path, monkeypatch):
     write_folder(tmp_path, CONFIGS["llama"])
     llm = lab.load(str(tmp_path), "torch", device="cpu", max_batch=1)
     assert llm.weights.dtype == torch.float32
     assert len(llm.generate([[1, 2]], lab.Sampling(temperature=1.0, seed=4), 3)[0].output_ids) == 3
+    monkeypatch.setattr("lab.api.load_weights", lambda *_: pytest.fail("weights were loaded"))
     for options, says in (
         (dict(backend="cudnn"), "backend"),
         (dict(backend="torch", device="tpu"), "device"),
@@ -104,9 +173,27 @@ def test_load_reads_a_folder_and_refuses_bad_options(tmp_path):
         (dict(backend="torch", max_batch=0), "max_batch"),
         (dict(backend="torch", plan="persistent", dtype="bf16"), "one sequence"),
         (dict(backend="torch", kv_dtype="int2"), "KV dtype"),
+        (dict(backend="tritom"), "did you mean triton"),
+        (dict(backend="torch", plan="fussed"), "did you mean fused"),
+        (dict(backend="torch", dtype="bf61"), "did you mean bf16"),
+        (dict(backend="torch", quantise="int4_g128"), "did you mean int4-g128"),
+        (dict(backend="torch", quantise_head="int8"), "needs --quantise"),
+        (dict(backend="torch", weights_as="fp32", dtype="bf16"), "contradict"),
+        (dict(backend="torch", overrides={"rop": "cuda"}), "did you mean rope"),
+        ({**ONE, "kv_dtype": "fp8"}, "no KV cache in fp8"),
+        ({**ONE, "quantise": "q4_k"}, "no weights in q4_k"),
     ):
-        with pytest.raises(lab.LabError, match=says):
+        with pytest.raises(lab.LabError, match=says) as caught:
             lab.load(str(tmp_path), **options)
+        assert "\n" not in str(caught.value)
+
+
+def test_the_file_s_own_formats_are_refused_before_it_is_loaded(tmp_path, monkeypatch):
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, replace(CONFIGS["llama"], hidden=256, intermediate=256), kind="Q4_K")
+    monkeypatch.setattr("lab.api.load_weights", lambda *_: pytest.fail("weights were loaded"))
+    with pytest.raises(lab.LabError, match="plan persistent takes no weights in"):
+        lab.load(str(path), **ONE, weights_as="stored", device="cpu")
 
 
 @pytest.mark.real_model

@@ -66,7 +66,7 @@ MISTAKES = {
     "no backend": (("run", "--prompt", "hi"), "cuda, triton, torch"),
     "unknown backend": ((*RUN, "cudaa"), "did you mean cuda? choose from cuda, triton, torch"),
     "unknown dtype": ((*RUN, "torch", "--dtype", "fp8"), "fp32, fp16, bf16"),
-    "unknown device": ((*RUN, "torch", "--device", "tpu"), "cuda or cpu"),
+    "unknown device": ((*RUN, "torch", "--device", "tpu"), "choose from cuda, cpu"),
     "unknown plan": ((*RUN, "torch", "--plan", "quick"), "basic"),
     "unknown op": ((*RUN, "torch", "--override", "rmsnrm=cuda"), "did you mean rmsnorm? choose from"),
     "unknown override": ((*RUN, "torch", "--override", "rope=opencl"), "cuda, triton, torch"),

@@ -81,6 +81,21 @@ def test_a_greedy_sequence_is_that_of_generate(device):
         assert generate(one, task.prompt_ids, task.max_new_tokens).output_ids == task.output_ids
 
 
+def test_tokens_are_read_one_step_late(device, monkeypatch):
+    """The device has its next step before the host waits for the one before, and no step is wasted."""
+    from lab.model.queue import Launched
+
+    queue, order = Queue(decoder(device, batch=2)), []
+    step, wait = queue.decoder.step, Launched.wait
+    monkeypatch.setattr(queue.decoder, "step", lambda *a: order.append("step") or step(*a))
+    monkeypatch.setattr(Launched, "wait", lambda self: order.append("wait") or wait(self))
+    tasks = [queue.submit([n], 4) for n in (1, 2)]
+    queue.run()
+    assert order == ["step", *["step", "wait"] * 3, "wait"]
+    for task in tasks:
+        assert len(task.decode_ms) == 4 and all(ms > 0 for ms in task.decode_ms) and task.prefill_ms >= 0
+
+
 def test_a_stop_token_ends_a_sequence_and_frees_its_row(device):
     alone = generate(decoder(device), [1, 2, 3], 12).output_ids
     at = next(i for i in range(3, 12) if alone[i] not in alone[:i])

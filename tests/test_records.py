@@ -23,6 +23,7 @@ from lab.records.schema import (
     ModelRow,
     OpRow,
     Repeat,
+    ServingRow,
     Writer,
     key,
     read,
@@ -34,6 +35,7 @@ EXAMPLES = [
     Ceiling("r1", "read", "cuda", 1 << 32, us=1404.0, us_p10=1.0, us_p90=2.0, n=3, gbps=3059.0, best=True),
     OpRow("r1", "linear", "cuda", "bf16", 1, {"n": 8, "k": 4}, us=8.0, us_p10=7.0, us_p90=9.0, n=20),
     ModelRow("r1", "m", "cuda", "basic", "graph", "bf16", 1, 1024, us=1000.0),
+    ServingRow("r1", "m", "cuda", "fused", "bf16", 16, "lengths", 1.0, us=1010.0, graph_us=1000.0),
     LedgerRow("r1", "m", "cuda", "basic", "bf16", 1, 1024, "kernel", op="linear", kernel="k", us=1.0),
     Fairness(
         "r1",
@@ -68,7 +70,7 @@ def test_the_examples_of_the_docstring_are_valid_records():
 
 
 def test_a_fairness_record_from_before_the_mix_still_loads():
-    body = json.loads(to_line(EXAMPLES[5]))
+    body = json.loads(to_line(EXAMPLES[6]))
     del body["mix"]
     assert schema.from_dict(body).mix == {}
 

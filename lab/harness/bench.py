@@ -1,4 +1,4 @@
-"""`lab bench ops|model|accuracy|ledger|all|crossover`: measurements into DIR/records.jsonl.
+"""`lab bench ops|model|serving|accuracy|ledger|all|crossover`: measurements into DIR/records.jsonl.
 
 The full set (`all`) is made to take under 12 minutes of GPU time, `--quick` under 2; what matters most comes
 first, `--budget-minutes` stops cleanly, and the same command again goes on where it stopped. On a CPU only
@@ -26,6 +26,7 @@ from lab.harness import (
     model_bench,
     ops_bench,
     parallel_bench,
+    serving_bench,
     timing,
 )
 from lab.harness.request import Request, op_points, require_work, settings_of
@@ -36,11 +37,13 @@ from lab.records.session import Progress, Session
 PER_MODE, PER_DECODER, PER_COMPILATION, PER_LEDGER, PER_LADDER = 0.3, 0.6, 15.0, 1.5, 2.0
 PER_FORMAT = 0.2  # rounding an op's weights to a format, and its result by the reference
 PER_ACCURACY = 10.0
+PER_SEQUENCE = 0.05  # of the queue: its prefill and its tokens
 PER_CEILING = 0.35  # all of one direction and size
 STAGES = (  # of a run, what matters most first
     "accuracy",
     "first ops",  # at the first dtype and batch
     "first sizes of models",
+    "serving",
     "ledgers",
     "ladders",
     "ops in weight formats",  # of `all`
@@ -147,7 +150,7 @@ def say(session, complete):
     """How the run ended, on the terminal; 1 if rows failed and none has a time, else 0."""
     errors = [r for r in session.rows if getattr(r, "error", None)]
     measured = any(
-        r.kind in ("op", "model", "ledger", "inside")
+        r.kind in ("op", "model", "serving", "ledger", "inside")
         and r.us is not None
         or r.kind == "accuracy"
         and r.kl is not None
@@ -179,7 +182,8 @@ def run_all(session, settings, backends):
     rig.lean = quick and settings.what == "all" or settings.what == "accuracy"
     steps = steps_of(session, rig, settings)
     total = sum(step.seconds for step in steps)
-    if device == "cuda":
+    with_ceilings = device == "cuda" and settings.what != "serving"  # whose rows are no share of them
+    if with_ceilings:
         total += PER_CEILING * len(sizes) * len(ceiling.DIRECTIONS)
         print(
             f"lab bench: {len(steps)} steps, about {total / 60:.1f} minutes if no kernel must be compiled "
@@ -187,7 +191,7 @@ def run_all(session, settings, backends):
             file=sys.stderr,
         )
     with Progress(total) as progress:
-        if device == "cuda":
+        if with_ceilings:
             rig.ceilings = measure_ceilings(session, settings, progress)
         for step in steps:
             if session.over():
@@ -210,6 +214,9 @@ def steps_of(session, rig, settings):
     if settings.what in ("model", "all") or settings.what == "accuracy" and settings.device == "cuda":
         for one in every:
             found += model_steps(session, rig, settings, one)
+    if settings.what == "serving":
+        for one in every:
+            found += serving_steps(session, rig, settings, one)
     if settings.inside:
         found += inside_steps(session, rig, settings, weights)
     elif settings.what in ("ledger", "all") and settings.device == "cuda":  # it is made of device time stamps
@@ -259,6 +266,19 @@ def model_steps(session, rig, settings, weights):
             if first and settings.compile and settings.device == "cuda":
                 run = functools.partial(model_bench.measure_compiled, *given)
                 found.append(("compiled", Step(f"{name} compiled", seconds + PER_COMPILATION, run)))
+    return found
+
+
+def serving_steps(session, rig, settings, weights):
+    """[(stage, Step)] of many sequences in the queue, by the batch's size."""
+    found, dtype = [], settings.dtypes[0]
+    for name in settings.models:
+        for batch in settings.model_batches:
+            sides = len(rig.sides(batch, dtype, weights.storage.formats))
+            given = session, rig, weights, name, dtype, batch, settings.quick
+            run = functools.partial(serving_bench.measure, *given)
+            seconds = sides * (PER_DECODER + (4 * batch + 8) * PER_SEQUENCE)
+            found.append(("serving", Step(f"{name} queue b{batch}", seconds, run)))
     return found
 
 

@@ -36,11 +36,17 @@ def step_bytes(weights, batch, context, kv_dtype=None):
 
 def fill(decoder, batch, context):
     """Gives every row `context` tokens of random KV, so that the next step decodes token context + 1."""
+    fill_rows(decoder, [context + 1] * batch)
+
+
+def fill_rows(decoder, contexts):
+    """Gives each row random KV, so that its token of the next step attends to so many tokens, itself
+    included."""
     rand = random.Random(0)
     decoder.cache.fill_random()
-    for row in range(batch):
-        decoder.cache.extend(row, context + 1)  # the page that the new token's KV goes to
-        decoder.cache.lengths[row] = context
+    for row, context in enumerate(contexts):
+        decoder.cache.extend(row, context)  # with the page that the new token's KV goes to
+        decoder.cache.lengths[row] = context - 1
         decoder.place(row, rand.randrange(decoder.config.vocab))
 
 

@@ -14,7 +14,7 @@ from lab import rungs
 from lab.contract import BACKENDS, DTYPES
 from lab.errors import LabError
 from lab.formats import FORMATS
-from lab.harness import accuracy, ladder_bench, shapes
+from lab.harness import accuracy, ladder_bench, serving_bench, shapes
 from lab.model.kv_cache import kv_dtype_of
 from lab.model.plans import PLANS, find_plan, refusal
 from lab.model.sources import DEFAULT_MODEL
@@ -29,7 +29,7 @@ PLAIN = "none"  # stands for plain weights among weight formats
 class Request:
     """One run of the bench. None: the default, which depends on the device and on `quick`."""
 
-    what: str = "all"  # ops, model, accuracy, ledger or all
+    what: str = "all"  # ops, model, serving, accuracy, ledger or all
     out: str = "out/bench"  # the folder of records.jsonl
     ops: tuple[str, ...] = ()  # for ops: which; none: all
     models: tuple[str, ...] | None = None  # presets: of the ops' shapes, or those that are measured
@@ -185,8 +185,11 @@ def settings_of(request: Request) -> Settings:
         if find(name).between_ranks:
             raise LabError(f"{name} waits for other ranks, with which it is measured: lab bench exchange")
     check_formats(request)
+    serving = request.what == "serving"
+    if serving and request.contexts:
+        raise LabError("--context: lab bench serving draws the lengths of its sequences")
     default, kv_dtype = DEFAULTS[device, request.quick], kv_dtype_of(request.kv_dtype)
-    models = request.models or default.models
+    models = request.models or (default.ledger_models[:1] if serving else default.models)
     of_accuracy = request.what == "accuracy"
     if of_accuracy:  # of real weights, so a model may be a file or a folder, too
         models = request.models or (DEFAULT_MODEL,)
@@ -195,6 +198,10 @@ def settings_of(request: Request) -> Settings:
             shapes.preset(name)
     of_weights = dtype_of(request.weights_as, request.dtypes[0] if request.dtypes else None)
     dtypes = request.dtypes or ((of_weights,) if of_weights else default.dtypes)
+    model_batches = request.batches or default.model_batches[: 1 if of_accuracy else None]
+    plans = tuple(PLANS) if device == "cuda" else ("basic",)
+    if serving:
+        model_batches, plans = request.batches or serving_bench.BATCHES[device], serving_bench.PLANS[device]
     settings = Settings(
         what=request.what,
         device=device,
@@ -206,7 +213,7 @@ def settings_of(request: Request) -> Settings:
         ledger_models=request.models or default.ledger_models,
         batches=request.batches or default.batches,
         contexts=request.contexts or default.contexts,
-        model_batches=request.batches or default.model_batches[: 1 if of_accuracy else None],
+        model_batches=model_batches,
         model_contexts=request.contexts or default.model_contexts[: 1 if of_accuracy else None],
         all_dtypes_everywhere=bool(request.dtypes),
         weights="auto" if of_accuracy else request.weights,
@@ -220,7 +227,7 @@ def settings_of(request: Request) -> Settings:
         # The compiled model's KV cache is in the model's dtype.
         compile=request.compile and not request.quick and not of_accuracy and kv_dtype is None,
         swap=request.swap or request.what == "all",
-        plans=request.plans or (tuple(PLANS) if device == "cuda" else ("basic",)),
+        plans=request.plans or plans,
         ladder=request.ladder,
         inside=request.inside,
     )

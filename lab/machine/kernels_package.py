@@ -1,9 +1,13 @@
-"""`make kernels-package`: the Triton kernels as a folder that Hugging Face's package `kernels` loads.
+"""`make kernels-package`: the kernels as two folders in the layout of Hugging Face's package `kernels`.
 
-The folder has what hub/ holds, and in torch-ext the modules of this repository that an op in Triton needs.
-They are found by following imports, so a new op needs nothing more. Such a package is loaded from any place
-and under any name: every import of `lab` and `triton_kernels` in it is made relative. The folder build/ holds
-the same once more with metadata, for GPUs and for CPUs, where kernels are interpreted.
+The one in Triton has what hub/ holds, and in torch-ext the modules of this repository that an op needs. They
+are found by following imports, so a new op needs nothing more. Such a package is loaded from any place and
+under any name: every import of `lab` and `triton_kernels` in it is made relative. The folder build/ holds the
+same once more with metadata, for GPUs and for CPUs, where kernels are interpreted: it can be loaded as it is.
+
+The one in CUDA has the same modules, the sources of cuda_src, and a binding that registers the launchers
+with torch (hub/cuda). Hugging Face's kernel-builder compiles it, for each version of torch and of CUDA; until
+then it has no folder build/.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import argparse
 import ast
 import hashlib
 import json
+import re
 import shutil
 import sys
 import tempfile
@@ -22,7 +27,9 @@ from lab.errors import LabError, one_line
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 HUB, NAME = ROOT / "hub", "decode_kernel_lab"
-ROOTS = ("lab.torch_ops", "lab.backends.triton", "lab.backends.torch")
+ROOTS = ("lab.torch_ops", "lab.backends.torch")
+SOURCES, CUDA = ROOT / "cuda_src", "decode_kernel_lab_cuda"
+ARCHITECTURES = ("8.0", "9.0a")  # of A100 and H100, as setup.py has them
 PACKAGES = ("lab", "triton_kernels")
 BACKENDS = ("cpu", "cuda")  # as hub/build.toml has them
 
@@ -48,13 +55,14 @@ def imports(tree: ast.AST) -> Iterator[ast.ImportFrom]:
                     )
 
 
-def needed() -> list[Path]:
-    """The modules that ops under Triton need, relative to the repository.
+def needed(language: str) -> list[Path]:
+    """The modules that ops in a language need, relative to the repository.
 
     Of imports inside functions only those of Triton's kernels count: the others serve checks and tests.
     """
     contracts = [f"lab.ops.{path.stem}" for path in (ROOT / "lab/ops").glob("[!_]*.py")]
-    waiting, found = [path_of(module) for module in (*ROOTS, *contracts)], set()
+    waiting = [path_of(module) for module in (*ROOTS, f"lab.backends.{language}", *contracts)]
+    found, inside = set(), language == "triton"
     while waiting:
         path = waiting.pop()
         if path is None or path in found:
@@ -62,7 +70,7 @@ def needed() -> list[Path]:
         found.add(path)
         tree = ast.parse((ROOT / path).read_text())
         for node in imports(tree):
-            if node in tree.body or node.module.startswith("triton_kernels"):
+            if node in tree.body or inside and node.module.startswith("triton_kernels"):
                 waiting += [path_of(node.module), *(path_of(f"{node.module}.{a.name}") for a in node.names)]
         waiting += [
             parent / "__init__.py" for parent in path.parents if (ROOT / parent / "__init__.py").is_file()
@@ -81,14 +89,95 @@ def relative(path: Path) -> str:
     return "".join(lines)
 
 
-def write_modules(folder: Path) -> None:
+def write_modules(folder: Path, language: str) -> None:
     """The Python package, complete, into a new folder."""
     shutil.copytree(HUB / "torch-ext" / NAME, folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for path in needed():
+    for path in needed(language):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(relative(path))
     (folder / "lab/__init__.py").write_text('"""What the ops need of the decode kernel lab."""\n')
-    shutil.copytree(ROOT / "triton_kernels/tuned", folder / "triton_kernels/tuned")
+    tuned = "triton_kernels/tuned" if language == "triton" else "cuda_src/tuned"
+    shutil.copytree(ROOT / tuned, folder / tuned)
+
+
+def launchers() -> dict[str, tuple[str, ...]]:
+    """{launcher of an op: the fields of its struct}, as cuda_src/bindings.cpp lists them."""
+    contracts = {path.stem for path in (ROOT / "lab/ops").glob("[!_]*.py")}
+    found = re.findall(r"\bOP\((\w+),([^)]*)\);", (SOURCES / "bindings.cpp").read_text())
+    return {name: tuple(fields.replace(",", " ").split()) for name, fields in found if name in contracts}
+
+
+def included(path: Path) -> set[Path]:
+    """A source file and all of this repository that it includes, one after the other."""
+    waiting, found = [path], set()
+    while waiting:
+        path = waiting.pop()
+        if path in found:
+            continue
+        found.add(path)
+        for name in re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(), re.M):
+            here = next((one for one in (path.parent / name, SOURCES / name) if one.is_file()), None)
+            if here is None:
+                raise LabError(f"{path}: there is no file {name}")
+            waiting.append(here.resolve())
+    return found
+
+
+def write_cuda(new: Path) -> None:
+    """What kernel-builder compiles, into a new folder: cuda_src, torch-ext and build.toml."""
+    modules, names = new / "torch-ext" / CUDA, launchers()
+    write_modules(modules, "cuda")
+    entry = modules / "__init__.py"
+    entry.write_text(
+        entry.read_text().replace("in Triton:", "in CUDA:").replace('use("triton")', 'use("cuda")')
+    )
+    shutil.copy(HUB / "cuda/extension.py", modules / "lab/extension.py")
+    fields = "".join(f"    {name!r}: {fields},\n" for name, fields in names.items())
+    (modules / "lab/launchers.py").write_text(
+        f'"""The fields of each launcher."""\n\nFIELDS = {{\n{fields}}}\n'
+    )
+    shutil.copy(HUB / "cuda/torch_binding.cpp", new / "torch-ext")
+    listed = "".join(f"OP({name}, {', '.join(fields)});\n" for name, fields in names.items())
+    (new / "torch-ext/launcher_list.h").write_text(listed)
+    kernels = [SOURCES / f"{name}.cu" for name in names]
+    files = set().union(*map(included, [*kernels, SOURCES / "settings_table.h", SOURCES / "groups.h"]))
+    for path in files:
+        target = new / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    sources = sorted(path.relative_to(ROOT).as_posix() for path in files)
+    (new / "build.toml").write_text(build_toml(sources))
+    for name in ("LICENSE", "hub/cuda/README.md"):
+        shutil.copy(ROOT / name, new)
+    shutil.copytree(HUB / "tests", new / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def build_toml(sources: list[str]) -> str:
+    """For kernel-builder: what is compiled, and how."""
+
+    def array(values) -> str:
+        return "[\n" + "".join(f"  {json.dumps(value)},\n" for value in values) + "]"
+
+    return f"""\
+[general]
+name = "{CUDA.replace("_", "-")}"
+version = 1
+license = "Apache-2.0"
+backends = ["cuda"]
+
+[torch]
+include = ["cuda_src", "torch-ext"]
+pyext = ["py", "json"]
+src = {array(["torch-ext/torch_binding.cpp", "torch-ext/launcher_list.h"])}
+
+[kernel.decode]
+backend = "cuda"
+cuda-capabilities = {array(ARCHITECTURES)}
+cuda-flags = ["-O3", "-DLAB_SM90A=1"]
+depends = ["torch"]
+include = ["cuda_src"]
+src = {array(sources)}
+"""
 
 
 def digest(folder: Path) -> str:
@@ -99,30 +188,35 @@ def digest(folder: Path) -> str:
     return whole.hexdigest()[:12]
 
 
-def build(out: Path) -> None:
-    """Writes the package to the folder `out`, which must not exist, be empty or be a package of before."""
+def write_triton(new: Path) -> None:
+    """The package without compiled code, into a new folder."""
+    shutil.copytree(HUB, new, ignore=shutil.ignore_patterns("__pycache__", NAME, "cuda"))
+    shutil.copy(ROOT / "LICENSE", new)
+    modules = new / "torch-ext" / NAME
+    write_modules(modules, "triton")
+    for backend in BACKENDS:
+        variant = new / "build" / f"torch-{backend}"
+        shutil.copytree(modules, variant)
+        metadata = {
+            "id": f"_{NAME}_{backend}_{digest(modules)}",
+            "name": NAME.replace("_", "-"),
+            "version": 1,
+            "license": "Apache-2.0",
+            "python-depends": [],
+            "backend": {"type": backend},
+        }
+        (variant / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
+
+
+def build(out: Path, language: str = "triton") -> None:
+    """Writes the package of a language to the folder `out`, which must not exist, be empty or be a package of
+    before."""
     if out.exists() and not (out / "build.toml").is_file() and (not out.is_dir() or any(out.iterdir())):
         raise LabError(f"{out} exists and is no package of kernels: choose another folder")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
         new = Path(folder) / "package"
-        ignored = shutil.ignore_patterns("__pycache__", NAME)
-        shutil.copytree(HUB, new, ignore=ignored)
-        shutil.copy(ROOT / "LICENSE", new)
-        modules = new / "torch-ext" / NAME
-        write_modules(modules)
-        for backend in BACKENDS:
-            variant = new / "build" / f"torch-{backend}"
-            shutil.copytree(modules, variant)
-            metadata = {
-                "id": f"_{NAME}_{backend}_{digest(modules)}",
-                "name": NAME.replace("_", "-"),
-                "version": 1,
-                "license": "Apache-2.0",
-                "python-depends": [],
-                "backend": {"type": backend},
-            }
-            (variant / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
+        write_triton(new) if language == "triton" else write_cuda(new)
         if out.exists():
             shutil.rmtree(out)
         new.rename(out)
@@ -132,12 +226,15 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="make kernels-package", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/kernels/decode-kernel-lab"))
     out = parser.parse_args(argv).out
+    compiled = out.with_name(f"{out.name}-cuda")
     try:
         build(out)
+        build(compiled, "cuda")
     except (LabError, OSError) as error:
         print(f"kernels-package: error: {one_line(str(error))}", file=sys.stderr)
         return 2
     print(f"{out}: kernels.get_local_kernel(pathlib.Path({str(out / 'build')!r})) loads it")
+    print(f"{compiled}: sources, which `kernel-builder build` compiles; nothing in it is compiled yet")
     return 0
 
 

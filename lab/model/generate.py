@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from lab.errors import LabError
 from lab.model.decoder import Decoder
-from lab.model.sampling import GREEDY, ByRow, Sampling, for_rows
+from lab.model.queue import Queue, Task
+from lab.model.sampling import GREEDY, ByRow, Sampling
 
 
 @dataclass
 class Generation:
-    """What one prompt gave. output_ids include the stop token; times are wall time in ms, device work
-    included."""
+    """What one prompt gave. output_ids include the stop token; times are in ms, from the end of what the
+    device did before to the end of this (lab/model/queue.py)."""
 
     prompt_ids: list[int]
     output_ids: list[int] = field(default_factory=list)
@@ -25,7 +25,7 @@ class Generation:
     decode_ms: list[float] = field(default_factory=list)  # one per output id; a batch shares each step's time
     # of Sampling.logprobs: for each output id its own log-probability and those of the likeliest tokens
     logprobs: list[tuple[float, dict[int, float]]] = field(default_factory=list)
-    stopped_by: str = "length"  # "stop" (an end token) or "length" (max_new_tokens, or the model's context)
+    stopped_by: str = "length"  # "stop" (an end token) or "length" (max_new_tokens, or the longest context)
     kernels: list[dict] = field(default_factory=list)  # rows of the trace: op, backend, kernel, calls
 
 
@@ -56,84 +56,77 @@ def generate_batch(
     decoder: Decoder,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int = 64,
-    sampling: Sampling = GREEDY,
+    sampling: Sampling | Sequence[Sampling] = GREEDY,
     stop_ids: Collection[int] = (),
     tokenizer=None,
     on_text: Callable[[int, str], None] | None = None,
     on_token: Callable[[int, int], None] | None = None,
 ) -> list[Generation]:
-    """Prompts of any lengths, at most decoder.batch of them, decoded together. The callbacks' first
-    argument is the row.
+    """Any number of prompts of any lengths, which take turns in the rows of the decoder's batch
+    (lab/model/queue.py). Results are in the order of the prompts; the callbacks' first argument is the
+    prompt's index.
 
-    Every output token comes from a decode step: prefill stops one short of the prompt's end. A row ends at
-    an id of `stop_ids`, after max_new_tokens, or when it is as long as the longest context that the model
-    was made for. Raises LabError for a prompt that the model or the cache cannot take (before any work),
-    for a cache that is smaller than that context and becomes full, and for logits that are not numbers. The
-    rows are idle afterwards.
+    sampling: one for each prompt, or one for all; then prompt i has its seed plus i, so that equal prompts
+    get different answers. Every output token comes from a decode step: prefill stops one short of the
+    prompt's end. A sequence ends at an id of `stop_ids`, after max_new_tokens, or when it is as long as the
+    cache allows. Raises LabError for a prompt or a sampling that the model or the cache cannot take (before
+    any work), and for logits that are not numbers. All rows are idle afterwards.
     """
-    if not 1 <= len(prompts) <= decoder.batch:
-        raise LabError(f"{len(prompts)} prompts for a batch of {decoder.batch}")
-    if max_new_tokens < 1:
-        raise LabError(f"max_new_tokens {max_new_tokens}: it must be at least 1")
-    results = [Generation(list(prompt)) for prompt in prompts]
-    for result in results:
-        decoder.check(result.prompt_ids)
-    streams = [tokenizer.stream(late=True) if tokenizer else None for _ in results]
-    trace, most = decoder.ops.trace, decoder.config.max_positions
-    texts = [[] for _ in results]
+    queue, trace = Queue(decoder), decoder.ops.trace
+    texts: list[list[str]] = [[] for _ in prompts]
+    streams = {}  # of sequences that have begun and not ended
 
-    def emit(row: int, text: str) -> None:
-        texts[row].append(text)
+    def emit(index: int, text: str) -> None:
+        texts[index].append(text)
         if text and on_text:
-            on_text(row, text)
+            on_text(index, text)
 
-    def end(row: int, why: str) -> None:
-        results[row].stopped_by = why
-        decoder.finish(row)
-        if streams[row]:
-            emit(row, streams[row].finish())
+    def take(task: Task, token: int) -> None:
+        index = task.number
+        if on_token:
+            on_token(index, token)
+        if tokenizer is None:
+            return
+        if index not in streams:
+            streams[index] = tokenizer.stream(late=True)
+        emit(index, streams[index].push(token))
+        if task.stopped_by is not None:
+            emit(index, streams.pop(index).finish())
 
-    by_row = None if sampling.shared else for_rows(sampling, len(results))
-    if by_row:
-        for row, (own, result) in enumerate(zip(by_row, results)):
-            decoder.buffers.rows.set(row, own, result.prompt_ids)
-        sampling = ByRow.of(by_row)
-    decoder.prepare(sampling)
-    try:
-        for row, result in enumerate(results):
-            started = _now(decoder)
-            decoder.admit(row, result.prompt_ids)
-            result.prefill_ms = _now(decoder) - started
-        while decoder.live_rows:
-            started = _now(decoder)
-            tokens = decoder.step(sampling).tolist()  # waits for the device
-            elapsed = _now(decoder) - started
-            for row in sorted(decoder.live_rows):
-                result, token = results[row], tokens[row]
-                if token < 0:
-                    raise LabError(
-                        f"the logits after token {len(result.prompt_ids) + len(result.output_ids)} are not "
-                        f"numbers ({decoder.weights.dtype}); try another --dtype, or check the weights"
-                    )
-                result.output_ids.append(token)
-                result.decode_ms.append(elapsed)
-                if by_row and by_row[row].logprobs is not None:
-                    result.logprobs.append(decoder.buffers.rows.reported(row, by_row[row].logprobs))
-                if on_token:
-                    on_token(row, token)
-                if streams[row]:
-                    emit(row, streams[row].push(token))
-                if token in stop_ids:
-                    end(row, "stop")
-                elif len(result.output_ids) == max_new_tokens or decoder.cache.lengths[row] == most:
-                    end(row, "length")
-    finally:
-        for row in range(len(results)):
-            decoder.finish(row)
-    for row, result in enumerate(results):
-        result.text = "".join(texts[row]) if tokenizer else None
-        result.kernels = trace.rows() if trace is not None else []
-    return results
+    tasks = [
+        queue.submit(ids, max_new_tokens, own, stop_ids, take)
+        for ids, own in zip(prompts, by_prompt(sampling, len(prompts)))
+    ]
+    queue.prepare(ByRow.of([task.sampling for task in tasks]))  # or the first step's time had it in it
+    queue.run()
+    for task in tasks:
+        if task.error:
+            raise LabError(task.error)
+    kernels = trace.rows() if trace is not None else []
+    return [
+        Generation(
+            task.prompt_ids,
+            task.output_ids,
+            None if tokenizer is None else "".join(text),
+            task.prefill_ms,
+            task.decode_ms,
+            task.logprobs,
+            task.stopped_by,
+            kernels,
+        )
+        for task, text in zip(tasks, texts)
+    ]
+
+
+def by_prompt(sampling: Sampling | Sequence[Sampling], prompts: int) -> list[Sampling]:
+    """One for each of so many prompts; see generate_batch. Raises LabError for another number of them."""
+    if isinstance(sampling, Sampling):
+        return [replace(sampling, seed=(sampling.seed + i) % (1 << 64)) for i in range(prompts)]
+    if not isinstance(sampling, Sequence) or not all(isinstance(one, Sampling) for one in sampling):
+        raise LabError("sampling must be a Sampling, or a list with one for each prompt")
+    if len(sampling) != prompts:
+        raise LabError(f"{len(sampling)} samplings for {prompts} prompts: give one for each, or one for all")
+    return list(sampling)
 
 
 def teacher_forced_logits(decoder: Decoder, ids: Sequence[int], prefilled: int = 0) -> torch.Tensor:
@@ -158,10 +151,3 @@ def teacher_forced_logits(decoder: Decoder, ids: Sequence[int], prefilled: int =
     finally:
         decoder.finish(0)
     return torch.stack(rows)
-
-
-def _now(decoder: Decoder) -> float:
-    """Wall time in ms, after the device has finished what it was given."""
-    if decoder.device.type == "cuda":
-        torch.cuda.synchronize(decoder.device)
-    return time.perf_counter() * 1e3

@@ -138,17 +138,19 @@ class PagedKVCache:
                 )
             free -= missing
             grown.append((sequence, length, missing))
+        places, new = [], []  # in the flattened block table, and the pages that go there
         for sequence, length, missing in grown:
             held = self.held[sequence]
-            if missing:
-                new = [self.free.pop() for _ in range(missing)]
-                # A blocking copy would wait for the step that the device works on.
-                row = torch.tensor(new, dtype=torch.int32)
-                self.block_table[sequence, len(held) : len(held) + missing].copy_(row, non_blocking=True)
-                held += new
-                for page in new:
-                    self.holders[page] = 1
+            for _ in range(missing):
+                places.append(sequence * self.max_pages + len(held))
+                held.append(self.free.pop())
+                new.append(held[-1])
+                self.holders[held[-1]] = 1
             self.lengths[sequence] = length
+        if new:
+            # One copy for all rows, and no blocking one: it would wait for the step that the device works on.
+            both = torch.tensor([places, new]).to(self.block_table.device, non_blocking=True)
+            self.block_table.view(-1)[both[0]] = both[1].int()
 
     def missing(self, sequence: int, tokens: int) -> int:
         """The pages that a sequence lacks for `tokens` more tokens."""
@@ -186,7 +188,8 @@ class PagedKVCache:
         pages = self.shared_pages(ids)
         for page in pages:
             self.holders[page] += 1
-        self.block_table[sequence, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
+        row = torch.tensor(pages, dtype=torch.int32)
+        self.block_table[sequence, : len(pages)].copy_(row, non_blocking=True)
         self.held[sequence], self.lengths[sequence] = pages, len(pages) * self.page_size
         return self.lengths[sequence]
 

@@ -1,16 +1,100 @@
-"""A model and a decoder from the options of a verb that serves many sequences: `lab run --batch-file`, `lab
-chat`, `lab serve`."""
+"""What the options of a model ask for, refused before anything is loaded where it cannot be had; and a model
+with its decoder for a verb that serves many sequences: `lab run --batch-file`, `lab chat`, `lab serve`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
+from lab.contract import DTYPES
+from lab.dispatch import Ops, Trace, select
 from lab.errors import LabError, warn
 from lab.model.decoder import Decoder
+from lab.model.kv_cache import kv_dtype_of
+from lab.model.plans import find_plan
+from lab.model.ranks import take_gpu
+from lab.model.sources import open_source
 from lab.model.text.tokenizer import Tokenizer
+from lab.model.weight_formats import Formats, Storage, dtype_of, storage_of
+from lab.model.weights import load, planned
+from lab.names import known
 
 CONTEXT = 2048  # tokens of a sequence that the cache has room for, unless --max-context says otherwise
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a model is run: all names are known, fit each other, and this machine can run them."""
+
+    device: str  # cuda or cpu
+    dtype_name: str
+    storage: Storage
+    plan: str
+    kv_dtype: str | None
+    rows: int
+    ranks: int
+    ops: Ops
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype_name]
+
+    def formats_of(self, source) -> Formats:
+        """In which formats a source's weights would be kept. Raises LabError where they cannot be, or where
+        the plan does not take them. Reads no weights."""
+        _, formats = planned(source, self.dtype, self.storage)
+        find_plan(self.plan, self.rows, self.dtype, self.kv_dtype, formats.names, self.ranks)
+        return formats
+
+
+def choose(
+    backend: str | None = None,
+    overrides: Mapping[str, str] | Sequence[str] = (),
+    device: str | None = None,
+    dtype: str | None = None,
+    plan: str = "basic",
+    weights_as: str | None = None,
+    quantise: str | None = None,
+    quantise_head: str | None = None,
+    kv_dtype: str | None = None,
+    rows: int = 1,
+    ranks: int = 1,
+    trace: Trace | None = None,
+) -> Choice:
+    """What the options of `lab run` and the arguments of lab.load() ask for; rows: sequences that are decoded
+    together; ranks: GPUs that divide the model.
+
+    Raises LabError for names that are unknown or contradict each other, Unavailable for a backend that this
+    machine cannot run.
+    """
+    device = known(device or ("cuda" if torch.cuda.is_available() else "cpu"), ("cuda", "cpu"), "device")
+    storage = storage_of(weights_as, quantise, quantise_head, device)
+    name = dtype_of(weights_as, dtype) or ("bf16" if device != "cpu" else "fp32")
+    name, cached = known(name, tuple(DTYPES), "dtype"), kv_dtype_of(kv_dtype)
+    find_plan(plan, rows, DTYPES[name], cached, storage.formats, ranks)
+    take_gpu(device)  # the ops are bound to the current one
+    ops = select(backend, device, overrides, trace)  # last: it may load an extension
+    return Choice(device, name, storage, plan, cached, rows, ranks, ops)
+
+
+def choice_of(args, rows: int = 1, ranks: int = 1, trace: Trace | None = None) -> Choice:
+    """choose() from the options of lab.options.model_arguments."""
+    return choose(
+        args.backend,
+        args.override,
+        args.device,
+        args.dtype,
+        args.plan,
+        args.weights_as,
+        args.quantise,
+        args.quantise_head,
+        args.kv_dtype,
+        rows,
+        ranks,
+        trace,
+    )
 
 
 @dataclass
@@ -30,39 +114,28 @@ def open_model(
 
     Raises LabError for what cannot be had, before weights are loaded.
     """
-
-    from lab.contract import DTYPES
-    from lab.dispatch import environment_overrides, select
-    from lab.model.kv_cache import kv_dtype_of
-    from lab.model.plans import find_plan
-    from lab.model.run import find_tokenizer, numbers_of, slowness
-    from lab.model.sources import open_source
-    from lab.model.weights import load, planned
+    from lab.model.run import find_tokenizer, slowness
 
     if rows < 1:
         raise LabError(f"--batch {rows}: it must be at least 1")
-    device, storage, dtype_name = numbers_of(args)
-    dtype, cached = DTYPES[dtype_name], kv_dtype_of(args.kv_dtype)
-    find_plan(args.plan, rows, dtype, cached)
-    ops = select(args.backend, device, args.override or environment_overrides())
+    choice = choice_of(args, rows)
     source = open_source(args.model, args.weights)
-    _, formats = planned(source, dtype, storage)
-    find_plan(args.plan, rows, dtype, cached, formats.names)
+    formats = choice.formats_of(source)
     tokenizer = find_tokenizer(source, needed=needs_text)
     limit = source.config.max_positions
     wanted = min(context(tokenizer), limit)
     context = wanted if args.max_context is None else args.max_context
     source.config.check_context(context)
-    if slow := slowness(ops, args.plan, device, formats.packed):
+    if slow := slowness(choice.ops, args.plan, choice.device, formats.packed):
         warn(slow)
     decoder = Decoder(
-        load(source, dtype, device, storage),
-        ops,
+        load(source, choice.dtype, choice.device, choice.storage),
+        choice.ops,
         rows,
         context,
         args.page_size,
         args.plan,
         args.eager,
-        kv_dtype=cached,
+        kv_dtype=choice.kv_dtype,
     )
     return Opened(source.name, decoder, tokenizer)

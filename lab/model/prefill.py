@@ -52,7 +52,8 @@ def _chunk(
 def _layers(weights, cache, cos_sin, sequence, ids, start, attend) -> tuple[torch.Tensor, torch.Tensor]:
     """(hidden states, whether the keys and values of these tokens are finite in all layers: bool [])."""
     config, layer, tokens = weights.config, weights.config.layer, len(ids)
-    h = weights.embed.lookup(torch.tensor(ids, device=weights.device))
+    # A blocking copy would wait for what the device does, before anything of this is launched.
+    h = weights.embed.lookup(torch.tensor(ids).to(weights.device, non_blocking=True))
     cos, sin = cos_sin[start : start + tokens, None].chunk(2, dim=-1)
     here, seen = cache.slots(sequence, start, start + tokens), cache.slots(sequence, 0, start + tokens)
     finite, total = [], {} if weights.group is None else {"total": weights.group.sum}

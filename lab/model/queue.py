@@ -10,10 +10,14 @@ Tokens are read one step late: while the device works on a step, the host reads 
 the device never waits for the host. It follows that a sequence which ends at a stop token has a row in one
 more step, whose token is dropped; how many tokens a sequence may have at most is known beforehand and costs
 none.
+
+The time of a step is from the end of what the device did before (a step, or a prefill) to its own end, so the
+times of a sequence's steps leave out the prefills of others. On a GPU the device itself notes these ends.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -34,7 +38,8 @@ class Task:
 
     logprobs: for each output id its own log-probability and those of the likeliest tokens, if
     sampling.logprobs asks for them. stopped_by: "stop", "length", "cancelled", or "error", which `error` then
-    explains; None as long as it is not at its end.
+    explains; None as long as it is not at its end. prefill_ms: of all its prefills, if it was paused; it has
+    a value once the first token is there. decode_ms: the time in ms of each output id's step.
     """
 
     number: int
@@ -48,6 +53,30 @@ class Task:
     stopped_by: str | None = None
     error: str | None = None
     launched: int = 0  # steps; each gives a token, which is read later
+    prefill_ms: float = 0.0
+    decode_ms: list[float] = field(default_factory=list)
+    prefills: list[tuple[Mark, Mark]] = field(default_factory=list)  # not yet part of prefill_ms
+
+
+class Mark:
+    """A point in what a device does, as far as it was launched when the mark was made."""
+
+    def __init__(self, device: torch.device):
+        if device.type == "cuda":
+            self.event, self.at = torch.cuda.Event(enable_timing=True), None
+            self.event.record()
+        else:
+            self.event, self.at = None, time.perf_counter()
+
+    def wait(self) -> None:
+        if self.event is not None:
+            self.event.synchronize()
+
+    def since(self, before: Mark) -> float:
+        """Milliseconds; the device has passed both."""
+        if self.event is not None:
+            return before.event.elapsed_time(self.event)
+        return (self.at - before.at) * 1e3
 
 
 @dataclass
@@ -56,11 +85,11 @@ class Launched:
 
     tasks: list[tuple[int, Task]]
     tensors: list[torch.Tensor]  # ids; with log-probabilities also those of RowSampling
-    event: torch.cuda.Event | None
+    begin: Mark
+    end: Mark  # after the copy
 
     def wait(self) -> list[list]:
-        if self.event is not None:
-            self.event.synchronize()
+        self.end.wait()
         return [tensor.tolist() for tensor in self.tensors]
 
 
@@ -73,6 +102,7 @@ class Queue:
         self.waiting: deque[Task] = deque()
         self.running: dict[int, Task] = {}  # by row
         self.in_flight: Launched | None = None
+        self.last = Mark(decoder.device)  # of the latest work
         self.submitted = self.paused = 0  # how many so far
         self.sizes = [size for size in SIZES if size < decoder.batch] + [decoder.batch]
 
@@ -156,7 +186,10 @@ class Queue:
                 break
             self.waiting.popleft()
             row = idle.pop(0)
+            before = Mark(self.decoder.device)
             self.decoder.admit(row, ids, share=True)
+            self.last = Mark(self.decoder.device)
+            task.prefills.append((before, self.last))
             self.decoder.buffers.rows.set(row, task.sampling, task.prompt_ids, task.output_ids)
             self.running[row] = task
         # A step of a smaller size costs less, so the highest rows move down where that makes a difference.
@@ -191,24 +224,24 @@ class Queue:
         found, rows = [self.decoder.ids], self.decoder.buffers.rows
         if isinstance(kind, ByRow) and kind.logprobs:
             found += [rows.logprob, rows.top_tokens, rows.top_logprobs]
-        launched = Launched(list(self.running.items()), *self._to_host(found, size))
+        copies = self._to_host(found, size)
+        begin, self.last = self.last, Mark(self.decoder.device)
+        launched = Launched(list(self.running.items()), copies, begin, self.last)
         for row, task in launched.tasks:
             task.launched += 1
             if task.launched == task.max_new_tokens:  # nothing that is read later can change that
                 self._leave(task)
         return launched
 
-    def _to_host(self, tensors, rows) -> tuple[list[torch.Tensor], torch.cuda.Event | None]:
-        """Copies of the first rows, and the event after which they are there."""
+    def _to_host(self, tensors, rows) -> list[torch.Tensor]:
+        """Copies of the first rows, which the device fills later."""
         if self.decoder.device.type != "cuda":
-            return [tensor[:rows].clone() for tensor in tensors], None
+            return [tensor[:rows].clone() for tensor in tensors]
         # torch keeps freed pinned memory, so no step allocates it anew.
         copies = [torch.empty_like(t[:rows], device="cpu", pin_memory=True) for t in tensors]
         for copy, tensor in zip(copies, tensors):
             copy.copy_(tensor[:rows], non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        return copies, event
+        return copies
 
     def _read(self) -> None:
         """Reads the tokens of the step in flight, if there is one."""
@@ -216,6 +249,7 @@ class Queue:
         if launched is None:
             return
         tokens, *reported = launched.wait()
+        took = launched.end.since(launched.begin)
         for row, task in launched.tasks:
             if task.stopped_by is not None:  # it ended after this step was launched
                 continue
@@ -228,6 +262,10 @@ class Queue:
                 self._end(task, "error")
                 continue
             task.output_ids.append(token)
+            task.decode_ms.append(took)
+            while task.prefills:
+                before, after = task.prefills.pop()
+                task.prefill_ms += after.since(before)
             if reported and task.sampling.logprobs is not None:
                 own, top, values = (numbers[row] for numbers in reported)
                 most = task.sampling.logprobs

@@ -215,6 +215,14 @@ class Group:
             torch.distributed.destroy_process_group()
 
 
+def take_gpu(device: str) -> None:
+    """Makes a rank's GPU the current one; nothing in a process that is no rank. Before ops are chosen, which
+    are bound to the current GPU."""
+    rank = os.environ.get(RANK, "")
+    if device == "cuda" and rank.isdecimal() and int(rank) < torch.cuda.device_count():
+        torch.cuda.set_device(int(rank))
+
+
 def join(device: str) -> Group | None:
     """The group of this process, or None where it is no rank. A rank's GPU becomes the current one."""
     if RANK not in os.environ:
@@ -231,6 +239,6 @@ def join(device: str) -> Group | None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no rank outlives the command
     if device == "cuda":
-        torch.cuda.set_device(rank)
+        take_gpu(device)
         device = f"cuda:{rank}"
     return Group(rank, ranks, Path(given[FOLDER]), device)

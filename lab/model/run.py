@@ -71,23 +71,18 @@ def add_arguments(parser) -> None:
 
 
 def main(args) -> int:
-
-    from lab.contract import DTYPES
     from lab.dispatch import Trace, environment_overrides, parse_overrides, select
     from lab.dispatch_table import from_table, read_table
     from lab.model import ranks
     from lab.model.decoder import Decoder
     from lab.model.generate import generate
-    from lab.model.kv_cache import kv_dtype_of
+    from lab.model.opening import choice_of
     from lab.model.parallel import RankSource, check_ranks
-    from lab.model.plans import find_plan
     from lab.model.sampling import ONE_PART
     from lab.model.sources import open_source
-    from lab.model.weights import load, planned
+    from lab.model.weights import load
 
     # What costs nothing to check comes before what takes seconds.
-    device, storage, dtype_name = numbers_of(args)
-    dtype = DTYPES[dtype_name]
     sampling = sampling_of(args)
     if args.batch_file is not None:
         from lab.model.batch_file import run_batch
@@ -108,19 +103,17 @@ def main(args) -> int:
         raise LabError(f"--json {args.json}: its folder does not exist")
     if args.json is not None and Path(args.json).is_dir():
         raise LabError(f"--json {args.json!r} is a folder: give the name of a file")
-    cached = kv_dtype_of(args.kv_dtype)
     if args.tensor_parallel < 1:
         raise LabError(f"--tensor-parallel {args.tensor_parallel}: it must be at least 1")
-    find_plan(args.plan, 1, dtype, cached, ranks=args.tensor_parallel)
     if args.tensor_parallel > 1 and sampling.needs_all_logits:
         raise LabError(ONE_PART)
     trace = Trace() if args.trace or args.json else None
     table = read_table(args.dispatch) if args.dispatch is not None else None
-    overrides = args.override or environment_overrides()
-    group = ranks.join(device)  # makes a rank's GPU the current one, which the ops are then bound to
-    ops = select(args.backend, device, overrides, trace)
+    choice = choice_of(args, 1, args.tensor_parallel, trace)
+    device, ops, overrides = choice.device, choice.ops, args.override or environment_overrides()
 
     source = open_source(args.model, args.weights)
+    group = ranks.join(device)
     if args.tensor_parallel > 1:
         check_ranks(source.config, args.tensor_parallel)
         if group is None:
@@ -134,8 +127,7 @@ def main(args) -> int:
         source = RankSource(source, group.rank, group.ranks)
         if group.rank:
             args.json = None  # rank 0 reports
-    _, formats = planned(source, dtype, storage)
-    find_plan(args.plan, 1, dtype, cached, formats.names)
+    formats = choice.formats_of(source)
     tokenizer = find_tokenizer(source, needed=args.ids is None)
     prompt_ids = (
         parse_ids(args.ids) if args.ids is not None else encode(tokenizer, read_prompt(args.prompt), args.raw)
@@ -162,7 +154,7 @@ def main(args) -> int:
 
     if slow := slowness(ops, args.plan, device, formats.packed):
         warn(slow)
-    weights = load(source, dtype, device, storage, group)
+    weights = load(source, choice.dtype, device, choice.storage, group)
     decoder = Decoder(
         weights,
         ops,
@@ -170,7 +162,7 @@ def main(args) -> int:
         page_size=args.page_size,
         plan=args.plan,
         eager=args.eager,
-        kv_dtype=cached,
+        kv_dtype=choice.kv_dtype,
     )
     streaming = tokenizer is not None and not args.no_stream
     clean = for_terminal if sys.stdout.isatty() else str
@@ -206,7 +198,8 @@ def main(args) -> int:
 
     backend = args.backend or os.environ["LAB_BACKEND"]
     overrides = {op: chosen for op, chosen in ops.chosen.items() if chosen != backend}
-    numbers = dtype_name + (f", weights {weights.formats}" if weights.packed else "")
+    cached = choice.kv_dtype
+    numbers = choice.dtype_name + (f", weights {weights.formats}" if weights.packed else "")
     numbers += f", KV cache {cached}" if cached else ""
     print(summary(result, backend, overrides, args.plan, device, numbers), file=sys.stderr)
     if args.trace:
@@ -225,9 +218,9 @@ def main(args) -> int:
             "overrides": overrides,
             "plan": args.plan,
             "device": device,
-            "dtype": dtype_name,
+            "dtype": choice.dtype_name,
             "weights": weights.formats,
-            "kv_dtype": cached or dtype_name,
+            "kv_dtype": cached or choice.dtype_name,
             "kernels": result.kernels,
             "prefill_ms": result.prefill_ms,
             "decode_ms": result.decode_ms,
@@ -239,23 +232,6 @@ def main(args) -> int:
     if group is not None:
         group.close()
     return 0
-
-
-def numbers_of(args):
-    """(device, storage, name of the dtype) that the options of a model ask for. Raises LabError for names
-    that are unknown, or contradict each other."""
-    import torch
-
-    from lab.contract import DTYPES
-    from lab.model.weight_formats import dtype_of, storage_of
-    from lab.names import known
-
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device not in ("cuda", "cpu"):
-        raise LabError(f"unknown device {device!r}: choose cuda or cpu")
-    storage = storage_of(args.weights_as, args.quantise, args.quantise_head, device)
-    dtype_name = dtype_of(args.weights_as, args.dtype) or ("bf16" if device != "cpu" else "fp32")
-    return device, storage, known(dtype_name, tuple(DTYPES), "dtype")
 
 
 def sampling_of(args):

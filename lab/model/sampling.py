@@ -8,7 +8,7 @@ and a CUDA graph captures them with the rest.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -165,22 +165,24 @@ class RowSampling:
             raise LabError(f"logit_bias: token id {wrong[0]} is outside the vocabulary of {self.vocab}")
         s = sampling
         own = table_row(s.temperature, s.top_k, s.top_p, s.seed, s.min_p)
-        self.table[row] = torch.tensor(own, dtype=torch.int32)
+        # All copies to the device are asynchronous: a blocking one would wait for the step that it works on.
+        send(self.table[row], own)
         if not s.adjusts and self.penalties is None:
             return
         self.allocate_penalties()
         numbers = [s.repetition_penalty, s.presence_penalty, s.frequency_penalty]
-        self.penalties[:, row, 0] = torch.tensor(numbers, dtype=torch.float32)
+        send(self.penalties[:, row, 0], numbers)
         self.in_prompt[row], self.counts[row], self.bias[row] = False, 0, 0.0
         if not s.adjusts:
             return
-        indices = lambda ids: torch.tensor(ids, dtype=torch.int64, device=self.device)
+        indices = lambda ids: torch.tensor(ids, dtype=torch.int64).to(self.device, non_blocking=True)
         self.in_prompt[row, indices(list(prompt))] = True
         ones = torch.ones(len(output), dtype=torch.int32, device=self.device)
         self.counts[row].index_add_(0, indices(list(output)), ones)
         if s.logit_bias:
             tokens, biases = zip(*s.logit_bias)
-            self.bias[row, indices(tokens)] = torch.tensor(biases, dtype=torch.float32, device=self.device)
+            values = torch.tensor(biases, dtype=torch.float32).to(self.device, non_blocking=True)
+            self.bias[row, indices(tokens)] = values
 
     def move(self, source: int, to: int) -> None:
         """A row's sequence goes on in another row."""
@@ -223,6 +225,11 @@ class RowSampling:
         return float(self.logprob[row]), dict(zip(self.top_tokens[row, :most].tolist(), values))
 
 
+def send(out: torch.Tensor, numbers: Sequence[float]) -> None:
+    """Numbers of the host to a tensor of the device, without waiting for the device."""
+    out.copy_(torch.tensor(numbers, dtype=out.dtype), non_blocking=True)
+
+
 def choose(b, sampling: Sampling | ByRow) -> None:
     """The end of a decode step: b.ids from b.logits. b: lab.model.plans.buffers.StepBuffers."""
     if isinstance(sampling, Sampling):
@@ -241,8 +248,3 @@ def after_choice(b, sampling: Sampling | ByRow) -> None:
         b.rows.count(b.ids, b.live[0, : b.ids.shape[0]])
     if isinstance(sampling, ByRow) and sampling.logprobs:
         b.rows.report(b.logits, b.ids)
-
-
-def for_rows(sampling: Sampling, rows: int) -> list[Sampling]:
-    """One for each row of a batch, with seeds of their own."""
-    return [replace(sampling, seed=(sampling.seed + row) % (1 << 64)) for row in range(rows)]

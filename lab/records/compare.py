@@ -72,6 +72,8 @@ def verdict(a, b, min_effect=WITHIN_RUN):
 def above_ceiling(row):
     """Whether a row's bytes would have come faster than this card can read or write: then the time is not
     that of all the work, and no win rests on it."""
+    if row.kind == "serving":  # it has no bytes
+        return False
     return row.flag == "above the ceiling" or (
         getattr(row, "cache", None) != "warm" and (row.of_ceiling or 0) > MOST_OF_CEILING
     )
@@ -147,7 +149,7 @@ def differences(a, b):
 
 def timed(rows):
     """{key: row} of what has a time to compare (or an error); the later of two equal keys counts."""
-    wanted = {"op", "model", "ledger"}
+    wanted = {"op", "model", "serving", "ledger"}
     return {
         schema.key(r): r
         for r in rows
@@ -254,11 +256,11 @@ def label(row):
             row.weight_format,
             row.kv_dtype and f"kv {row.kv_dtype}",
             f"b{row.batch}",
-            f"ctx{row.context}",
+            f"queue, {row.lengths}" if row.kind == "serving" else f"ctx{row.context}",
             getattr(row, "row", None),
             getattr(row, "op", None),
             getattr(row, "kernel", None),
-            " ".join(f"{k}={v}" for k, v in row.overrides.items()),
+            " ".join(f"{k}={v}" for k, v in getattr(row, "overrides", {}).items()),
         ]
     return shown(" ".join(str(w) for w in words if w), LABEL, quotes=False)
 

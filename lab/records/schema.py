@@ -27,6 +27,12 @@ GPU).
    "n":64,"tokens_per_s":909.1,"ttft_ms":21.0,"bytes":2503000000,"gbps":2275.0,"of_ceiling":0.744,
    "weight_bytes":2471000000,"kv_bytes":33554432,"workspace_bytes":1000000,"steady_bytes":2600000000,
    "peak_bytes":2700000000,"page_utilisation":0.98,"linearity":1.0}
+`serving`: many sequences that take turns in the rows of a batch (lab/harness/serving_bench.py). `us` is the
+  time of a step with all rows full in the queue, `graph_us` that of its graph alone.
+  {"schema":1,"kind":"serving","run":"...","model":"llama-3.2-1b","backend":"cuda","plan":"fused","dtype":"bf16",
+   "batch":16,"lengths":"azure-chat-2023","scale":1.0,"timer":"event","us":1010.0,"us_p10":1000.0,"us_p90":1050.0,
+   "n":2400,"graph_us":1000.0,"of_graph":1.01,"tokens_per_s":12000.0,"ideal_tokens_per_s":16000.0,"of_ideal":0.75,
+   "rows_used":0.99,"prefill_share":0.23,"sequences":72,"tokens":38000,"seconds":3.2,"context":1240,"paused":0}
 `ledger`: one line of the account of one decode step. row: kernel | chain (the time that a use adds to those
   before it, where kernels overlap: lab/harness/ledger.py) | gap | unexplained | total (the token replayed
   as one graph; the others add up to it) | swap (a whole token with `overrides`; `op` names what was swapped).
@@ -274,6 +280,57 @@ class ModelRow:
 
 
 @dataclass
+class ServingRow:
+    """Many sequences in one queue: what they got, and what they would get if all rows were always full and a
+    step took no longer than its graph."""
+
+    run: str
+    model: str
+    backend: str
+    plan: str
+    dtype: str
+    batch: int  # rows
+    lengths: str  # the distribution of the lengths of prompts and answers
+    scale: float  # what all lengths are multiplied by
+    timer: str = "event"  # event (on a GPU, the host's time included) | wall
+    weights: str = "random"  # random | file
+    weight_format: str | None = None  # as in model records
+    kv_dtype: str | None = None  # as in model records
+    us: float | None = None  # of a step with all rows full, in the queue
+    us_p10: float | None = None
+    us_p90: float | None = None
+    n: int | None = None
+    graph_us: float | None = None  # of that step's graph, replayed alone
+    of_graph: float | None = None  # us / graph_us
+    tokens_per_s: float | None = None  # all rows together, prefills included
+    ideal_tokens_per_s: float | None = None  # batch / graph_us
+    of_ideal: float | None = None
+    rows_used: float | None = None  # share of the rows that held a sequence, over all steps
+    prefill_share: float | None = None  # of the time, what was no step
+    sequences: int | None = None
+    tokens: int | None = None  # that were decoded in `seconds`
+    seconds: float | None = None
+    context: int | None = None  # tokens that a row attended to, mean
+    paused: int | None = None  # sequences that gave up their pages and were prefilled again
+    emulated: bool = False
+    note: str | None = None
+    error: str | None = None
+    kind = "serving"
+    key_fields = (
+        "model",
+        "backend",
+        "plan",
+        "dtype",
+        "batch",
+        "lengths",
+        "scale",
+        "timer",
+        "weight_format",
+        "kv_dtype",
+    )
+
+
+@dataclass
 class LedgerRow:
     """One line of a token's account; `calls`, `us` and `bytes` are totals of one decode step."""
 
@@ -463,7 +520,10 @@ class Repeat:
     key_fields = ("a", "b")
 
 
-KINDS = {c.kind: c for c in (Env, Ceiling, OpRow, ModelRow, LedgerRow, InsideRow, Accuracy, Fairness, Repeat)}
+KINDS = {
+    c.kind: c
+    for c in (*(Env, Ceiling, OpRow, ModelRow, ServingRow, LedgerRow, InsideRow, Accuracy, Fairness, Repeat),)
+}
 
 
 def to_line(record):
@@ -619,7 +679,11 @@ def _signs(record):
     """What is wrong with the sign or the order of a measurement's times, beginning with the field's name, or
     None."""
     kind = record.kind
-    if kind not in ("op", "model", "ceiling", "ledger") or kind == "ledger" and record.row in DIFFERENCES:
+    if (
+        kind not in ("op", "model", "serving", "ceiling", "ledger")
+        or kind == "ledger"
+        and record.row in DIFFERENCES
+    ):
         return None
     values = record.__dict__
     for name in TIMES:

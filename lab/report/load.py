@@ -67,6 +67,16 @@ NUMBERS = {
     "work_us",
     "ahead",
     "normal_us",
+    "scale",
+    "graph_us",
+    "of_graph",
+    "ideal_tokens_per_s",
+    "of_ideal",
+    "rows_used",
+    "prefill_share",
+    "sequences",
+    "seconds",
+    "paused",
 }
 OBJECTS = {
     "shape": dict,
@@ -114,6 +124,7 @@ class Run:
     packed: pd.DataFrame = field(default_factory=pd.DataFrame)  # op rows with packed weights
     accuracy: pd.DataFrame = field(default_factory=pd.DataFrame)
     inside: pd.DataFrame = field(default_factory=pd.DataFrame)
+    serving: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     @property
     def env(self):
@@ -123,7 +134,7 @@ class Run:
     @property
     def emulated(self):
         """True when nothing in the run was timed on a GPU."""
-        kinds = self.op, self.packed, self.model, self.ledger, self.inside
+        kinds = self.op, self.packed, self.model, self.serving, self.ledger, self.inside
         frames = [f["emulated"] for f in kinds if len(f)]
         if frames:
             return all(bool(emulated.all()) for emulated in frames)
@@ -192,6 +203,7 @@ class Stored:
             packed=_frame([], "op"),
             accuracy=_frame(by_kind["accuracy"], "accuracy"),
             inside=_frame(by_kind["inside"], "inside"),
+            serving=_frame(by_kind["serving"], "serving"),
             notices=[Notice("warning", n) for n in self.notices],
         )
         _mark_untuned(run, self.rows)
@@ -299,7 +311,7 @@ def _mark_untuned(run, rows):
 
 def _drop_failures(run):
     failed = []
-    for kind in ("ceiling", "op", "model", "ledger", "accuracy", "inside"):
+    for kind in ("ceiling", "op", "model", "serving", "ledger", "accuracy", "inside"):
         frame = getattr(run, kind)
         bad = frame["error"] != ""
         failed.append(frame[bad].assign(kind=kind))
@@ -323,7 +335,7 @@ def _drop_failures(run):
 
 def _drop_unusable(run):
     """Times must be finite and positive; a batch must be a number."""
-    for kind in ("ceiling", "op", "model", "ledger"):
+    for kind in ("ceiling", "op", "model", "serving", "ledger"):
         frame = getattr(run, kind)
         ok = frame["us"].map(math.isfinite) & (frame["us"] > 0)
         if kind == "ledger":  # these are differences: nothing, or below it by the noise of two times
@@ -436,9 +448,10 @@ def _about_gaps(run):
                     "is, and comparisons that need it are left out.",
                 )
             )
-    if not measured and not any(map(len, (run.ledger, run.accuracy, run.inside))):
+    if not measured and not any(map(len, (run.ledger, run.accuracy, run.inside, run.serving))):
         found.append(Notice("warning", "No op, model or ledger measurement in this run yet."))
-    if not run.emulated and run.best_ceiling() is None:
+    only_serving = len(run.serving) and not measured and not len(run.ledger)  # whose rows have no shares
+    if not run.emulated and run.best_ceiling() is None and not only_serving:
         found.append(
             Notice("warning", "No ceiling was measured in this run: shares are those that the rows state.")
         )

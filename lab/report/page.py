@@ -27,6 +27,7 @@ from lab.report import (
     op_figures,
     ops,
     overview_figures,
+    serving_figures,
     sides,
     sources,
     style,
@@ -244,6 +245,9 @@ def _below(run, f, drawn):
         shown=drawn(machine_figures.ceiling(run), f and machine_figures.roofline(run, f)),
     )
     made = [machine, Part("notes", f"Notes ({len(run.notices)})")]
+    if len(run.serving):
+        pictures = [serving_figures.throughput(run, model) for model in dict.fromkeys(run.serving["model"])]
+        made.insert(0, Part("serving", "Many sequences in one queue", shown=drawn(*pictures)))
     rows = run.fairness
     if len(rows):
         listed = figures.table(fairness.compile_times(rows), fairness.COLUMNS, **fairness.COMPILED)

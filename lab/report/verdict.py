@@ -17,6 +17,7 @@ def sentences(run, f):
     if not found:
         some = "Single ops were measured, no whole model." if f or len(run.packed) else ""
         some = some or (_of_accuracy(run) if len(run.accuracy) else "")
+        some = some or (_of_serving(run) if len(run.serving) else "")
         return [some or "Nothing was measured in this run yet."]
     return found[:3]
 
@@ -30,6 +31,14 @@ def _of_accuracy(run):
     if len(rows) > 1:
         said += f"; {last['weight_format']} costs most, there {last['top1']:.0%}"
     return said + "."
+
+
+def _of_serving(run):
+    """ "Many sequences of llama-3.2-1b get 12,000 tokens a second in 64 rows under CUDA ..." """
+    best = run.serving.loc[run.serving["tokens_per_s"].idxmax()]
+    where = f"in {best['batch']:.0f} rows under {style.backend(best['backend']).label}"
+    said = f"Many sequences of {best['model']} get {best['tokens_per_s']:,.0f} tokens a second {where}"
+    return said + (", emulated." if run.emulated else ".")
 
 
 def _of_model(run):

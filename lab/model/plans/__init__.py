@@ -15,6 +15,7 @@ from lab.errors import LabError
 from lab.model.plans.basic import basic_step
 from lab.model.plans.fused import fused_step
 from lab.model.plans.persistent import persistent_step
+from lab.names import known
 
 PLANS = {"basic": basic_step, "fused": fused_step, "persistent": persistent_step}
 
@@ -58,8 +59,7 @@ def find_plan(
 ):
     """The plan's step. Raises LabError for an unknown plan and for one that takes no such batch, dtype, KV
     cache or weights."""
-    if name not in PLANS:
-        raise LabError(f"unknown plan {name!r}: choose from {', '.join(PLANS)}")
+    known(name, tuple(PLANS), "plan")
     if why := refusal(name, batch, dtype, kv_dtype, formats, ranks):
         raise LabError(why)
     return PLANS[name]
