@@ -14,7 +14,7 @@ import torch
 
 from lab import rungs
 from lab.arguments import names, numbers
-from lab.errors import LabError, one_line
+from lab.errors import LabError
 from lab.harness import (
     accuracy,
     ceiling,
@@ -25,9 +25,11 @@ from lab.harness import (
     model_bench,
     ops_bench,
     parallel_bench,
+    printed,
     timing,
 )
 from lab.harness.request import Request, op_points, require_work, settings_of
+from lab.records import compare
 from lab.records.session import Progress, Session
 
 # About how many seconds a step takes on an H100 beside its sampling: buffers, graphs, warming up. Only the
@@ -103,7 +105,9 @@ def main(args):
         parallel_bench.main(args, request_of(args), several)
         if 1 not in counts:
             return 0
-    return measure(request_of(args))
+    status = measure(request_of(args))
+    print(printed.text_of(compare.open_run(args.out).rows, args.out, args.what))
+    return status
 
 
 def measure(request, own=None):
@@ -152,9 +156,7 @@ def say(session, complete):
     failed = f", {len(errors)} failed" if errors else ""
     print(f"run {session.run}: {session.new} new lines in {session.path}{failed}")
     for r in errors[:5]:
-        name = getattr(r, "op", None) or getattr(r, "model", "")
-        side = getattr(r, "backend", None) or r.weight_format
-        print("  " + one_line(f"failed: {r.kind} {name} {side}: {r.error}"))
+        print("  " + printed.failed(r))
     if not complete:
         print("stopped before the end: the same command goes on from here")
     if errors and not measured:
