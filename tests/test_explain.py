@@ -184,7 +184,7 @@ def test_what_a_rung_was_measured_to_gain(tmp_path):
     said = [dict(row.intro)["measured"] for row in rows]
     assert said[:3] == [
         "CUDA 80.0 us, 2% of the ceiling",
-        "CUDA 4.0 us, 50% of the ceiling, 20.00 times faster than the rung before",
+        "CUDA 4.0 us, 50% of the ceiling, 20.00 times as fast as rung 1",
         "not in that run",
     ]
 

@@ -35,6 +35,7 @@ from lab.records.session import Progress, Session
 # About how many seconds a step takes on an H100 beside its sampling: buffers, graphs, warming up. Only the
 # estimate of the time left comes from these.
 PER_MODE, PER_DECODER, PER_COMPILATION, PER_LEDGER, PER_LADDER = 0.3, 0.6, 15.0, 1.5, 2.0
+PER_FEW_RUNGS = 0.3
 PER_FORMAT = 0.2  # rounding an op's weights to a format, and its result by the reference
 PER_ACCURACY = 10.0
 PER_CEILING = 0.35  # all of one direction and size
@@ -292,11 +293,14 @@ def ledger_steps(session, rig, settings, weights):
 def ladder_steps(session, rig, settings):
     """[(stage, Step)] of the ladders, in `all` at one size each."""
     found = []
-    for point in ladder_bench.points(settings.device, settings.ops, settings.ladder):
+    for climb in ladder_bench.points(settings.device, settings.ops, settings.ladder):
+        point = climb.point
         name = rungs.name_of(point.op, point.format)
-        run = functools.partial(ladder_bench.measure, session, rig, point, settings.dtypes[0])
+        run = functools.partial(ladder_bench.measure, session, rig, climb, settings.dtypes[0])
         label = f"ladder of {name}" + (f" b{point.batch}" if point.batch > 1 else "")
-        found.append(("ladders", Step(label, ladder_bench.SECONDS + PER_LADDER, run)))
+        label += f", rungs {climb.judged}" if climb.judged else ""
+        seconds = ladder_bench.seconds_of(climb) + (PER_FEW_RUNGS if climb.judged else PER_LADDER)
+        found.append(("ladders", Step(label, seconds, run)))
     return found
 
 

@@ -113,7 +113,7 @@ def models(rows):
 
 
 def ladders(rows):
-    """A line for each rung: both languages, and how many times faster it is than the rung below."""
+    """A line for each rung: both languages, and how many times faster it is than the rung that it changes."""
     mine = [r for r in rows if r.kind == "op" and r.us and r.rung is not None]
     if not mine:
         return []
@@ -124,17 +124,26 @@ def ladders(rows):
     lines = []
     for (op, batch, context, shape, form), rungs in sizes.items():
         size = " ".join(filter(None, (form, f"b{batch}", f"ctx {context}" if context else "", shape)))
-        table, below = [("", "rung", "CUDA us", "share", "times", "Triton us", "share", "times")], {}
+        table = [("", "rung", "CUDA us", "share", "times", "Triton us", "share", "times")]
         for number, found in sorted(rungs.items()):
             cells = []
             for backend in OURS:
-                r, last = found.get(backend), below.get(backend)
-                cells += [us(r), share(r), f"{last.us / r.us:.2f}" if r and last else ""]
-                below[backend] = r or last
+                r = found.get(backend)
+                cells += [us(r), share(r), gain(rungs, r)]
             table.append((number, next(iter(found.values())).config.get("name", ""), *cells))
-        lines += ["", f"ladder of {op}, {size}; times: as fast as the rung below"]
+        lines += ["", f"ladder of {op}, {size}; times: as fast as the rung that it changes"]
         lines += columns(table, right=(0, 2, 3, 4, 5, 6, 7), indent="  ")
     return lines
+
+
+def gain(rungs, row):
+    """How many times faster a rung is than the one that it changes, or the next below of its language; "" of
+    the lowest, and where another size is the one to judge it. rungs: number -> backend -> row of one size."""
+    if row is None or not row.config.get("judged", True):
+        return ""
+    changes = row.config.get("over") or row.rung - 1
+    below = [n for n, found in rungs.items() if n <= changes and row.backend in found]
+    return f"{rungs[max(below)][row.backend].us / row.us:.2f}" if below else ""
 
 
 def accuracy(rows):

@@ -211,18 +211,19 @@ def measured_rungs(op, rows, reports):
     if run is None:
         return said + [("measured", f"not yet: `lab bench ops {op} --ladder` measures it on a GPU")]
     found = ladder_figures.rows_of(run, op)[0]
+    gains = ladder_figures.steps(run, op, found)
     found = found[~found["suspect"]]
     for number, row in enumerate(rows, 1):
         words = []
         for backend in style.backend_order(found["backend"]):
             for one in found[(found["rung"] == number) & (found["backend"] == backend)].itertuples():
-                gain = ladder_figures.gain(found, one)
+                judged = gains[(gains["rung"] == number) & (gains["backend"] == backend)]
                 words.append(
                     style.backend(backend).label
                     + (f", {one.tuning}," if one.tuning else "")
                     + f" {one.us:,.1f} us"
                     + (f", {one.of_ceiling:.0%} of the ceiling" if one.of_ceiling == one.of_ceiling else "")
-                    + (f", {gain:.2f} times faster than the rung before" if gain == gain else "")
+                    + "".join(ladder_figures.told(gain) for gain in judged.itertuples())
                 )
         row.intro += (("measured", "; ".join(words) or "not in that run"),)
     first = found.iloc[0]

@@ -132,11 +132,11 @@ def value(kind: str, field: str, keys: str) -> float:
     """The number that a placeholder stands for. Raises LabError unless the rows that match agree on it.
 
     Where it does not say so, it means what was timed as a CUDA graph, with cold caches, and no rung of a
-    ladder.
+    ladder; of a rung, the size of the whole ladder.
     """
     wanted = dict(pair.split("=", 1) for pair in keys.split())
     usual = {
-        "op": {"timer": "graph", "rung": "", "cache": "cold", "weight_format": ""},
+        "op": {"timer": "graph", "rung": "", "cache": "cold", "weight_format": "", "config.partial": ""},
         "model": {"timer": "graph"},
     }
     wanted = {**usual.get(kind, {}), **wanted}

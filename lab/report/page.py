@@ -38,8 +38,8 @@ from lab.report import (
 HERE = Path(__file__).parent
 LADDERS = "One idea a rung, in both languages; lab explain OP --rungs shows them in the terminal."
 PROMISES = (
-    " On the right of a picture: how many times faster than the rung before it a rung promised to be, and "
-    "what it gave in each language."
+    " A bar shows how many times as fast a rung is as the one that it changes; left of 1 it is slower. "
+    "On the right of a picture: the share of the bandwidth that the rung reaches in each language."
 )
 
 
