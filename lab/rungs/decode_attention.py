@@ -64,6 +64,7 @@ LADDER = Ladder(
         rung(
             4,
             "Split-KV",
+            drawing="splits",
             idea="blocks share a sequence's context, 4 warps for each part; a second kernel merges",
             gain="256 warps, one or two an SM, become thousands",
             factor=4.0,

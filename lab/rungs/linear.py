@@ -23,6 +23,7 @@ LADDER = Ladder(
         rung(
             1,
             "Naive",
+            drawing="lanes",
             idea="one thread per output goes through its row of w alone, element by element",
             gain="the start: 4096 threads on 132 SMs, each with a few 2-byte loads in flight; a warp's "
             "load touches 32 lines",
@@ -43,6 +44,7 @@ LADDER = Ladder(
         rung(
             3,
             "Padded",
+            drawing="banks",
             idea="rows of the tile are one bank longer, so that the 32 lanes read from 32 banks",
             gain="a read of shared memory takes 1 step instead of 32",
             factor=2.0,
@@ -73,6 +75,7 @@ LADDER = Ladder(
         rung(
             6,
             "Pipeline",
+            drawing="ring",
             idea="cp.async keeps seven loads of each lane in flight, through a ring in shared memory",
             gain="3.5 KB in flight a warp, however the compiler unrolls the loop: with 256 rows, a warp "
             "each, nothing else keeps memory busy",
@@ -96,6 +99,7 @@ LADDER = Ladder(
         rung(
             8,
             "Tensor cores",
+            drawing="tile",
             idea="a warp multiplies 16 rows of w with 8 rows of x by one instruction",
             gain="at 8 rows of x, w is read once, not 8 times as in the rungs below; at one row nothing, "
             "because memory is the limit",

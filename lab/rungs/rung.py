@@ -27,6 +27,7 @@ class Rung:
     )  # backend -> why there is no such rung
     needs: str = ""  # what its arguments must be, in words
     fits: Callable | None = None  # (a) -> whether they are that; a: the op's arguments by name
+    drawing: str = ""  # of lab/report/drawings.py, that explains it
     named: str = ""  # the ladder, if it is not called like its op
 
     @property
