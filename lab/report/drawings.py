@@ -79,9 +79,9 @@ def lanes() -> Drawing:
     """Which lines of memory one load of a warp touches: rungs 1, 4 and 5 of linear, in bfloat16."""
     element, k = 2, 14336
     ways = (
-        ("Rung 1, a row a lane", element, lambda lane: lane * k * element),
-        ("Rung 4, neighbouring elements", element, lambda lane: lane * element),
-        ("Rung 5, 16 bytes a lane", 16, lambda lane: lane * 16),
+        ("Linear, rung 1: a row a lane", element, lambda lane: lane * k * element),
+        ("Rung 4: neighbouring elements", element, lambda lane: lane * element),
+        ("Rung 5: 16 bytes a lane", 16, lambda lane: lane * 16),
     )
     body, y, scale = "", 18, 4
     for title, size, address in ways:
@@ -120,7 +120,9 @@ def banks() -> Drawing:
     file, element, cell = "cuda_src/ladder/linear.cu", 2, 8
     rows, cols = constant(file, "kTileRows"), constant(file, "kTileCols")
     body = ""
-    for i, (title, pad) in enumerate((("Rung 2", 0), ("Rung 3: rows one bank longer", BANK // element))):
+    for i, (title, pad) in enumerate(
+        (("Linear, rung 2", 0), ("Rung 3: rows one bank longer", BANK // element))
+    ):
         left, top = 8 + 320 * i, 40
         hit = [(row, row * (cols + pad) * element // BANK % BANKS) for row in range(rows)]
         steps = max(sum(bank == b for _, b in hit) for bank in range(BANKS))

@@ -344,7 +344,7 @@ def twin_page(title, facts, cuda, triton, rows):
     """A CUDA and a Triton file as one page; facts: [(what, text)] above them, rows: of lab.report.twins."""
     twin = sources.side_by_side(cuda, triton, rows, "Side by side")
     title = f"{title} in CUDA and in Triton"
-    return _render(title, views=[], css="", only={"facts": facts, "twin": twin})
+    return _render(title, views=[], css=style.css(), only={"facts": facts, "twin": twin})
 
 
 def _render(title, css, **context):
