@@ -29,7 +29,7 @@ from lab.harness import (
     timing,
 )
 from lab.harness.request import Request, op_points, require_work, settings_of
-from lab.records import compare
+from lab.records import card, compare
 from lab.records.session import Progress, Session
 
 # About how many seconds a step takes on an H100 beside its sampling: buffers, graphs, warming up. Only the
@@ -131,6 +131,8 @@ def measure(request, own=None):
     session = Session(
         request.out, device, settings.recorded(), request.budget_minutes, request.fresh, notes + of_device
     )
+    if device == "cuda" and settings.vendor:
+        notes = notes + left_out(session)
     for line in [*session.notices, *notes]:
         print(f"lab bench: {line}", file=sys.stderr)
     if session.resumed:
@@ -145,6 +147,15 @@ def measure(request, own=None):
         complete, status = False, 130
     session.finish(complete)
     return max(status, say(session, complete))
+
+
+def left_out(session):
+    """Which peers cannot be measured here: their packages are not installed."""
+    found = session.of_kind("env")[0].peers
+    missing = [card.PEERS[name] for name, version in found.items() if version == "not installed"]
+    return (
+        [f"peers left out: {', '.join(missing)} (pip install them to measure them, too)"] if missing else []
+    )
 
 
 def say(session, complete):
