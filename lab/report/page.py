@@ -137,7 +137,12 @@ def _top(run, f, of_ops, drawn, with_twins):
     overview = overview_figures.overview(run)
     plans = ledger_figures.plans(run, model) if model else []
     return [
-        Part("models", "Every model: the best of each side", shown=drawn(overview)),
+        Part(
+            "models",
+            "Every model: the best of each side",
+            shown=drawn(overview),
+            tables=[(*found, False) for found in sides.foreign(run)],
+        ),
         Part(
             "wins",
             "Who wins where",
