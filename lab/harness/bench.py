@@ -107,7 +107,9 @@ def main(args):
         if 1 not in counts:
             return 0
     status = measure(request_of(args))
-    print(printed.text_of(compare.open_run(args.out).rows, args.out, args.what))
+    tables = printed.text_of(compare.open_run(args.out).rows, args.out, args.what)
+    if tables:
+        print(tables)
     return status
 
 
