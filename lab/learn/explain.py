@@ -112,7 +112,10 @@ def made_by_triton(size, facts):
     from lab.ops import find
 
     point, dtype = Point(**size[0]), size[1]
-    if find(point.op).whole_step or find(point.op).between_ranks:
+    if (
+        find(point.op).whole_step or find(point.op).between_ranks
+    ):  # which is called with a model, or with ranks
+        facts.append(("Triton's compiler", f"not shown for this op: lab inspect {point.op}"))
         return ()
     try:
         from lab.learn import compiled
