@@ -137,6 +137,35 @@ def liger_silu_mul(gate_up, *_):
     return lambda: LigerSiLUMulFunction.apply(gate, up)
 
 
+def liger_rope(q, k, positions, cos_sin, *_):
+    """Liger's kernel works in place on contiguous heads [batch, 1, heads, head_dim], which it takes as a view
+    with the heads before the token. The rows of the table that belong to the positions are looked up here."""
+    from liger_kernel.ops.rope import LigerRopeFunction
+
+    query, key = (x.unsqueeze(1).contiguous().transpose(1, 2) for x in (q, k))
+    cos, sin = cos_sin[positions.clamp(min=0).long()].chunk(2, dim=-1)
+    cos, sin = (torch.cat((half, half), -1).unsqueeze(1) for half in (cos, sin))  # [batch, 1, head_dim]
+
+    def call():
+        turned = LigerRopeFunction.apply(query, key, cos, sin)
+        return tuple(x.squeeze(2) for x in turned[:2])
+
+    return call
+
+
+def gemlite(x, w, *_):
+    """GemLite's Triton kernels on weights of int4-g128, repacked in its own layout: weight = (code - 8) *
+    scale, with the scale rounded to the dtype of x."""
+    from gemlite.helper import A16Wn
+
+    codes = w.raw_codes().contiguous()
+    scales = w.scales_by_row()[:, : -(-w.k // w.format.group), 0].to(x.dtype)
+    layer = A16Wn(device=str(x.device)).from_weights(
+        codes, scales, torch.full_like(scales, 8), W_nbits=4, group_size=w.format.group
+    )
+    return lambda: layer(x)
+
+
 def half_precision(tensor):
     return tensor.dtype in (torch.float16, torch.bfloat16)
 
@@ -158,6 +187,13 @@ INT4_MM = Peer(
     "int4pack_mm",
     each(int4_mm),
     takes=lambda a: in_format(a, "int4-g128") and a.w.k % 128 == 0 and a.w.rows % 8 == 0,
+)
+GEMLITE = Peer(
+    "gemlite",
+    each(gemlite),
+    takes=lambda a: in_format(a, "int4-g128") and a.w.k % 128 == 0 and a.w.rows % 32 == 0,
+    error=0.03,  # 0.02 was measured with one row of x, which it sums in the dtype of x
+    module="gemlite",
 )
 SCALED_MM = Peer(
     "scaled_mm",
@@ -181,5 +217,12 @@ LIGER_SILU_MUL = Peer(
     each(liger_silu_mul),
     takes=lambda a: half_precision(a.gate_up),
     copies=True,
+    module="liger_kernel",
+)
+LIGER_ROPE = Peer(
+    "liger",
+    each(liger_rope),
+    takes=lambda a: half_precision(a.q),
+    copies=True,  # q and k, which a model has packed together with v
     module="liger_kernel",
 )

@@ -104,6 +104,7 @@ def test_every_field_of_every_kind_is_checked():
         schema.Repeat("r", "a", "b", "c", 1, 0, 0, 0, 0.0, 0.03),
         schema.Fairness("r", "linear", "cuda", "bf16", "sm_90a", {}, "k"),
         schema.Accuracy("r", "m", "fp8", "fp32", kl=0.1),
+        schema.Foreign("r", "vLLM", "1", "m", "bf16", 1, 64, "step", 5.0, "GPU", "none", "made up"),
     ]
     assert {r.kind for r in examples} == set(schema.KINDS)
     for example in examples:

@@ -18,6 +18,7 @@ COURSE = lessons.all_lessons()
 @pytest.fixture(autouse=True)
 def own_state(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setattr(exercises, "COPIES", tmp_path / "copies")
     monkeypatch.chdir(tmp_path)
 
 

@@ -61,6 +61,7 @@ def fault(name, language, path):
 @pytest.fixture(autouse=True)
 def own_state(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setattr(exercises, "COPIES", tmp_path / "copies")
 
 
 @pytest.mark.parametrize("name, language", PAIRS)
@@ -145,6 +146,19 @@ def test_command_line(capsys, monkeypatch, tmp_path):
     assert main(["exercise", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["tail_mask"] == {"cuda": False, "triton": True}
     assert progress.load()["solved"] == ["tail_mask/triton"]
+
+
+def test_a_learner_mends_a_copy(capsys, tmp_path):
+    given = exercises.file_of("tail_mask", "triton").read_text()
+    assert main(["exercise", "tail_mask", "--language", "triton"]) == 0
+    copy = tmp_path / "copies" / "triton" / "tail_mask.py"
+    assert str(copy) in capsys.readouterr().out and copy.read_text() == given
+    copy.write_text(exercises.solution_of("tail_mask", "triton").read_text())
+    assert main(["exercise", "tail_mask", "--language", "triton"]) == 0  # it is not overwritten
+    assert main(["exercise", "check", "tail_mask", "--language", "triton"]) == 0
+    assert exercises.file_of("tail_mask", "triton").read_text() == given
+    copy.unlink()  # to begin anew
+    assert exercises.check("tail_mask", "triton") is not None
 
 
 def test_mistakes_are_one_line(capsys):

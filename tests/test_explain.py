@@ -19,7 +19,8 @@ def arguments(op, **options):
             "op": op,
             "rungs": False,
             "step": None,
-            "unfold": False,
+            "unfold": "none",
+            "compiled": False,
             "glossary": None,
             "html": None,
             "reports": "no such folder",
@@ -57,7 +58,7 @@ def test_side_by_side_from_100_columns_on(capsys, monkeypatch):
 
 
 def test_the_loop_of_a_helper_is_unfolded_with_file_and_line(capsys, monkeypatch):
-    out = run(capsys, monkeypatch, "linear", 240, step=2, unfold=True)
+    out = run(capsys, monkeypatch, "linear", 240, step=2, unfold="all")
     lines = (twins.ROOT / "cuda_src/core/stream_rows.cuh").read_text().splitlines()
     shown = re.findall(r"cuda_src/core/stream_rows\.cuh:(\d+) RowStream::multiply", out)
     assert len(shown) == 1 and " void multiply(float (&acc)" in lines[int(shown[0]) - 1]
@@ -66,11 +67,17 @@ def test_the_loop_of_a_helper_is_unfolded_with_file_and_line(capsys, monkeypatch
     )
 
 
+def unfolded(twin, chunk, which="all"):
+    """The helpers of a chunk."""
+    pieces = unfold.pieces(twin.language, twin.name, chunk.first, len(chunk.lines), which)
+    return [piece.helper for piece in pieces if piece.helper]
+
+
 def test_each_unfolded_helper_is_the_one_that_is_called():
     for op, language in [(op, n) for op in twins.known_ops() for n in (0, 1)]:
         twin = twins.pair(op)[language]
         for chunk in (c for step in twin.steps.values() for c in step.chunks):
-            for helper in unfold.helpers(twin.language, twin.name, chunk.first, len(chunk.lines)):
+            for helper in unfolded(twin, chunk):
                 source = (twins.ROOT / helper.file).read_text().splitlines()
                 name = helper.name.split("::")[-1]
                 assert f"{name}(" in "".join(source[helper.first - 1 : helper.first + 1])
@@ -78,7 +85,7 @@ def test_each_unfolded_helper_is_the_one_that_is_called():
                 assert language or opened == closed, f"{helper.name} is cut off"
     twin, _ = twins.pair("linear")
     packed = [c for step in twin.steps.values() for c in step.chunks if c.kernel == "linear_packed_kernel"]
-    found = [h for c in packed for h in unfold.helpers("cuda", twin.name, c.first, len(c.lines))]
+    found = [helper for chunk in packed for helper in unfolded(twin, chunk)]
     assert packed and not [h.name for h in found if h.name.startswith("MmaRows")]  # another kernel's type
 
 
@@ -86,7 +93,7 @@ def test_a_step_that_is_not_there_is_one_line(capsys, monkeypatch):
     with pytest.raises(LabError, match="has the steps 1 to 4"):
         run(capsys, monkeypatch, "rmsnorm", 140, step=9)
     with pytest.raises(LabError, match="not about --html"):
-        run(capsys, monkeypatch, "rmsnorm", 140, unfold=True, html="page.html")
+        run(capsys, monkeypatch, "rmsnorm", 140, unfold="all", html="page.html")
 
 
 def test_bytes_come_from_the_contract():
@@ -97,7 +104,7 @@ def test_bytes_come_from_the_contract():
     contract = find("silu_mul")
     sizes = contract.cases[0].sizes
     x = torch.empty(sizes["rows"], 2 * sizes["cols"], dtype=torch.bfloat16)
-    facts = dict(explain.bytes_of("silu_mul"))
+    facts = dict(explain.bytes_of("silu_mul")[0])
     assert f"{contract.nbytes(contract.bound(x)):,} must cross DRAM" in facts["bytes"]
 
 
@@ -105,17 +112,18 @@ def test_last_measured_figures(tmp_path):
     rows = synthetic_records.make(models=["llama-3.2-1b"], batches=(1, 4), contexts=(1024,))
     synthetic_records.write(tmp_path / "card", rows)
     synthetic_records.write(tmp_path / "laptop", synthetic_records.make("cpu", emulated=True))
-    found = explain.measured("linear", tmp_path)
+    found, size = explain.measured("linear", tmp_path)
     assert [where for where, _ in found] == ["size", "bytes", "arithmetic"] + [
         "Synthetic GPU (not measured), run 20250101T120000-synt"
     ] * 4
     assert re.match(r"CUDA: [\d.]+ us, \d+% of the ceiling \(cold cache, n 60\)", found[3][1])
-    assert explain.measured("no_such_op", tmp_path) == []
+    assert size[0]["batch"] == 1 and size[1] == "bf16"  # what Triton's compiler is asked for
+    assert explain.measured("no_such_op", tmp_path) == ([], None)
 
 
 def test_unreadable_records_are_said_not_raised(tmp_path):
     (tmp_path / "records.jsonl").write_text("{}\n")
-    assert explain.measured("linear", tmp_path)[0][1].startswith("not shown: ")
+    assert explain.measured("linear", tmp_path)[0][0][1].startswith("not shown: ")
 
 
 def test_html(tmp_path, capsys):
@@ -176,7 +184,7 @@ def test_what_a_rung_was_measured_to_gain(tmp_path):
     said = [dict(row.intro)["measured"] for row in rows]
     assert said[:3] == [
         "CUDA 80.0 us, 2% of the ceiling",
-        "CUDA 4.0 us, 50% of the ceiling, 20.00 times faster than the rung before",
+        "CUDA 4.0 us, 50% of the ceiling, 20.00 times as fast as rung 1",
         "not in that run",
     ]
 

@@ -82,7 +82,8 @@ def test_what_is_timed_is_the_launch_alone(backend, monkeypatch):
 
 def test_a_gpu_measures_it_at_two_batches_and_a_cpu_at_one():
     def points(device, every_batch=True):
-        return [(p.op, p.batch, p.format) for p in ladder_bench.points(device, (NAME,), every_batch)]
+        found = [climb.point for climb in ladder_bench.points(device, (NAME,), every_batch)]
+        return [(p.op, p.batch, p.format) for p in found]
 
     assert points("cuda", every_batch=False) == points("cpu")  # as in `bench all`
     assert points("cuda") == [("linear", 1, "int4-g128"), ("linear", 8, "int4-g128")]
@@ -122,11 +123,18 @@ def test_explain_shows_the_ladder_by_its_name(tmp_path, capsys):
 
     made_up(tmp_path, {("int4-g128", 1, 5): 30.0, ("int4-g128", 1, 6): 25.0, ("int4-g128", 8, 6): 50.0})
     args = SimpleNamespace(
-        op=NAME, rungs=False, glossary=None, unfold=False, step=None, html=None, reports=str(tmp_path)
+        op=NAME,
+        rungs=False,
+        glossary=None,
+        unfold="none",
+        compiled=False,
+        step=None,
+        html=None,
+        reports=str(tmp_path),
     )
     assert explain.main(args) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "measured: CUDA 25.0 us, 50% of the ceiling, 1.20 times faster than the rung before" in shown
+    assert "measured: CUDA 25.0 us, 50% of the ceiling, 1.20 times as fast as rung 5" in shown
     assert "The op itself: cuda_src/linear.cu." in shown and "50.0 us" not in shown
 
 

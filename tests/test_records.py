@@ -19,6 +19,7 @@ from lab.records.schema import (
     Ceiling,
     Env,
     Fairness,
+    Foreign,
     LedgerRow,
     ModelRow,
     OpRow,
@@ -51,6 +52,7 @@ EXAMPLES = [
     ),
     Accuracy("r1", "m", "fp8", "fp32", "t", 256, 0.01, 0.9, 8, 32, {"qkv": 0.02}, "F32"),
     Repeat("r1", "a", "b", "c0ffee", 200, 1, 2, 3, 0.015, 0.03),
+    Foreign("r1", "vLLM", "1", "m", "bf16", 1, 64, "step", 5.0, "H100", "none", "made up"),
 ]
 
 

@@ -120,7 +120,7 @@ def test_explain_shows_bytes_and_times_of_one_size_from_any_folder(tmp_path, mon
     said = " ".join(capsys.readouterr().out.split())
     assert "Triton, untuned: " in said and "NVIDIA H100" in said and "example:" not in said
     synthetic.write(tmp_path, synthetic.make(models=["llama-3.2-1b"], batches=(1, 4), contexts=(1024,)))
-    facts = dict(explain.measured("linear", tmp_path)[:3])
+    facts = dict(explain.measured("linear", tmp_path)[0][:3])
     assert "n=128256 k=2048, batch 1, bf16" in facts["size"]
     contract = find("linear")
     import torch

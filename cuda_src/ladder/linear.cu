@@ -2,7 +2,8 @@
 // tensor cores.
 //
 //   Each rung changes one thing of the rung before it. What it should gain, and why: lab/rungs/.
-//   All rungs but the last two read w once for every row of x; the ladder is measured with one row.
+//   All rungs but the last two read w once for every row of x; the ladder is measured with one row, tensor
+//   cores with 8, and the rungs 2, 3, 6 and 7 with matrices of more or fewer rows, where they matter.
 //   twin  triton_kernels/ladder/linear.py          the op's own kernel  cuda_src/linear.cu
 #include "../common.cuh"
 #include "../sizes.h"

@@ -14,7 +14,7 @@ import torch
 
 from lab import rungs
 from lab.arguments import names, numbers
-from lab.errors import LabError, one_line
+from lab.errors import LabError
 from lab.harness import (
     accuracy,
     ceiling,
@@ -26,15 +26,18 @@ from lab.harness import (
     model_bench,
     ops_bench,
     parallel_bench,
+    printed,
     serving_bench,
     timing,
 )
 from lab.harness.request import Request, op_points, require_work, settings_of
+from lab.records import card, compare
 from lab.records.session import Progress, Session
 
 # About how many seconds a step takes on an H100 beside its sampling: buffers, graphs, warming up. Only the
 # estimate of the time left comes from these.
 PER_MODE, PER_DECODER, PER_COMPILATION, PER_LEDGER, PER_LADDER = 0.3, 0.6, 15.0, 1.5, 2.0
+PER_FEW_RUNGS = 0.3
 PER_FORMAT = 0.2  # rounding an op's weights to a format, and its result by the reference
 PER_ACCURACY = 10.0
 PER_SEQUENCE = 0.05  # of the queue: its prefill and its tokens
@@ -107,7 +110,11 @@ def main(args):
         parallel_bench.main(args, request_of(args), several)
         if 1 not in counts:
             return 0
-    return measure(request_of(args))
+    status = measure(request_of(args))
+    tables = printed.text_of(compare.open_run(args.out).rows, args.out, args.what)
+    if tables:
+        print(tables)
+    return status
 
 
 def measure(request, own=None):
@@ -130,6 +137,8 @@ def measure(request, own=None):
     session = Session(
         request.out, device, settings.recorded(), request.budget_minutes, request.fresh, notes + of_device
     )
+    if device == "cuda" and settings.vendor:
+        notes = notes + left_out(session)
     for line in [*session.notices, *notes]:
         print(f"lab bench: {line}", file=sys.stderr)
     if session.resumed:
@@ -146,6 +155,15 @@ def measure(request, own=None):
     return max(status, say(session, complete))
 
 
+def left_out(session):
+    """Which peers cannot be measured here: their packages are not installed."""
+    found = session.of_kind("env")[0].peers
+    missing = [card.PEERS[name] for name, version in found.items() if version == "not installed"]
+    return (
+        [f"peers left out: {', '.join(missing)} (pip install them to measure them, too)"] if missing else []
+    )
+
+
 def say(session, complete):
     """How the run ended, on the terminal; 1 if rows failed and none has a time, else 0."""
     errors = [r for r in session.rows if getattr(r, "error", None)]
@@ -159,9 +177,7 @@ def say(session, complete):
     failed = f", {len(errors)} failed" if errors else ""
     print(f"run {session.run}: {session.new} new lines in {session.path}{failed}")
     for r in errors[:5]:
-        name = getattr(r, "op", None) or getattr(r, "model", "")
-        side = getattr(r, "backend", None) or r.weight_format
-        print("  " + one_line(f"failed: {r.kind} {name} {side}: {r.error}"))
+        print("  " + printed.failed(r))
     if not complete:
         print("stopped before the end: the same command goes on from here")
     if errors and not measured:
@@ -327,11 +343,14 @@ def inside_steps(session, rig, settings, weights):
 def ladder_steps(session, rig, settings):
     """[(stage, Step)] of the ladders, in `all` at one size each."""
     found = []
-    for point in ladder_bench.points(settings.device, settings.ops, settings.ladder):
+    for climb in ladder_bench.points(settings.device, settings.ops, settings.ladder):
+        point = climb.point
         name = rungs.name_of(point.op, point.format)
-        run = functools.partial(ladder_bench.measure, session, rig, point, settings.dtypes[0])
+        run = functools.partial(ladder_bench.measure, session, rig, climb, settings.dtypes[0])
         label = f"ladder of {name}" + (f" b{point.batch}" if point.batch > 1 else "")
-        found.append(("ladders", Step(label, ladder_bench.SECONDS + PER_LADDER, run)))
+        label += f", rungs {climb.judged}" if climb.judged else ""
+        seconds = ladder_bench.seconds_of(climb) + (PER_FEW_RUNGS if climb.judged else PER_LADDER)
+        found.append(("ladders", Step(label, seconds, run)))
     return found
 
 

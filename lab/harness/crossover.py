@@ -1,5 +1,5 @@
-"""Who wins where: the faster backend for every op, batch and context, from op records; and as a table for
-`lab run`.
+"""Which backend to take: the fastest whole token at every batch and context, from model records; the faster
+backend for every op, from op records; and the latter as a table for `lab run`.
 
 An op that a model uses at several shapes (linear) is judged by the sum of its times in one decode step. A
 cell is ambiguous where the spreads overlap; there the table keeps the backend with the smaller median and
@@ -7,6 +7,7 @@ says so.
 """
 
 import json
+import shlex
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
@@ -102,6 +103,32 @@ def total(parts):
     )
 
 
+def fastest_tokens(rows, model, dtype):
+    """The cells of a table: for each batch and context the fastest plan of each backend, the fastest first;
+    steps in which no op is overridden, with plain weights, replayed as graphs where there are such."""
+    sizes = defaultdict(dict)  # (batch, context) -> backend -> the fastest row
+    modes = ("graph", "compile") if any(r.kind == "model" and r.mode == "graph" for r in rows) else ("eager",)
+    for r in rows:
+        if r.kind != "model" or r.model != model or r.dtype != dtype or not r.us or r.overrides:
+            continue
+        if r.weight_format is not None or r.kv_dtype is not None or r.ranks > 1 or r.mode not in modes:
+            continue
+        best = sizes[r.batch, r.context].get(r.backend)
+        if best is None or r.us < best.us:
+            sizes[r.batch, r.context][r.backend] = r
+    return [
+        (
+            f"b{batch}",
+            context,
+            *(
+                f"{r.backend} {r.plan if r.mode != 'compile' else 'compiled'} {r.us / 1e3:.3f} ms"
+                for r in sorted(found.values(), key=lambda r: r.us)
+            ),
+        )
+        for (batch, context), found in sorted(sizes.items())
+    ]
+
+
 def table(found):
     """{"op": [{"batch", "context", "backend"}]}: what `lab run --dispatch` takes. context: null fits any."""
     out = defaultdict(list)
@@ -139,6 +166,10 @@ def main(args):
                 f"{args.out} has no op records of {model} in {dtype}: "
                 f"run `lab bench ops --model {model}` first"
             )
+        tokens = fastest_tokens(rows, model, dtype)
+        if tokens:
+            print(f"{model} {dtype}, a whole token: take the first one")
+            print("\n".join(columns(tokens, right=(1,), indent="  ")))
         print(f"{model} {dtype}, us of one decode step by op")
         print(
             "\n".join(
@@ -164,4 +195,5 @@ def main(args):
         )
         if args.export:
             write_whole(args.export, json.dumps(table(found), indent=1) + "\n")
+            print(f"next: lab run MODEL --dispatch {shlex.quote(args.export)} --prompt TEXT")
     return 0

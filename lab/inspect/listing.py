@@ -68,10 +68,17 @@ def _place(chain):
 def ptx(text):
     files = {int(n): name for n, name in re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', text, re.M)}
     noted = re.compile(r"\s*\.loc\s+(\d+) (\d+) (\d+)(?:.*inlined_at (\d+) (\d+) (\d+))?")
+    by_name = {Path(name).name: name for name in files.values()}
     callers, place = {}, None
     for line in text.splitlines():
         found = noted.match(line)
-        if found:
+        called_at = re.findall(r"@\[ ?(\S+?):(\d+):\d+", line) if found and not found[4] else []
+        if called_at:  # Triton has the calls in a comment, the outermost last
+            name, number = called_at[-1]
+            place = Place(
+                by_name.get(name, name), int(number), _short(files.get(int(found[1]), "?"), found[2])
+            )
+        elif found:
             numbers = [int(n) for n in found.groups() if n]
             inner = outer = tuple(numbers[:3])
             callers[inner] = tuple(numbers[3:])
@@ -89,7 +96,8 @@ def ptx(text):
             place = None
 
 
-def ttgir(text):
+def ttgir_places(text):
+    """Yields (code, place or None) for each line of TTGIR."""
     known = dict(re.findall(r"^(#loc\d*) = loc\((.*)\)$", text, re.M))
 
     def resolve(what, depth=0):
@@ -104,13 +112,18 @@ def ttgir(text):
             return None
         return resolve(known.get(refers[0], ""), depth + 1)
 
-    before = None
     for line in text.splitlines():
         if re.match(r"#loc\d* = ", line) or not line.strip():
             continue
         found = re.search(r" loc\((#loc\d*)\)$", line)
         place = resolve(known.get(found[1], "")) if found else None
-        yield re.sub(r" loc\((?:\"[^\"]*\"\()?#loc\d*\)?\)", "", line), place if place != before else None
+        yield re.sub(r" loc\((?:\"[^\"]*\"\()?#loc\d*\)?\)", "", line), place
+
+
+def ttgir(text):
+    before = None
+    for code, place in ttgir_places(text):
+        yield code, place if place != before else None
         before = place or before
 
 

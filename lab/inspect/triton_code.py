@@ -52,14 +52,14 @@ def _kernel(launch, gpu):
             backend="triton",
             name=name,
             instance=" ".join(f"{k}={v}" for k, v in settings.items()),
-            grid=_grid(launch),
+            grid=grid_of(launch),
             dependent_launch=bool(launch.meta.get("launch_pdl")),
         )
     kernel.texts |= {"ptx": code.asm["ptx"], "ttgir": code.asm["ttgir"]}
     return kernel
 
 
-def _grid(launch):
+def grid_of(launch):
     grid = launch.grid(launch.meta) if callable(launch.grid) else tuple(launch.grid)
     return (*grid, 1, 1)[:3]
 

@@ -1,9 +1,11 @@
 """`lab exercise`: small kernels with a planted fault each, in CUDA and in Triton, to be mended.
 
 The kernels are cuda_src/exercises/NAME.cu and triton_kernels/exercises/NAME.py, with a question at the top.
-The folder solutions beside them has a solution of each, and at its top the explanation that is shown once
-the exercise is solved. No exercise needs a GPU: cuda_exercise.py and triton_exercise.py beside this file
-say how each language is checked. What a learner has solved is kept by progress.py.
+The learner mends a copy of each in out/exercises, which is made when the question is first shown: so nothing
+that belongs to the lab changes, and its tests still pass. The folder solutions beside the kernels has a
+solution of each, and at its top the explanation that is shown once the exercise is solved. No exercise needs
+a GPU: cuda_exercise.py and triton_exercise.py beside this file say how each language is checked. What a
+learner has solved is kept by progress.py.
 """
 
 from __future__ import annotations
@@ -13,10 +15,12 @@ import json
 from pathlib import Path
 
 from lab.errors import LabError
+from lab.files import write_whole
 from lab.learn import hints, progress
 from lab.names import known
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+COPIES = ROOT / "out" / "exercises"  # where learners mend theirs
 LANGUAGES = ("cuda", "triton")
 ACTIONS = ("check", "hint")
 SUMMARIES = {  # in the order in which they are best solved
@@ -35,8 +39,27 @@ SUMMARIES = {  # in the order in which they are best solved
 }
 
 
+def copy_of(name: str, language: str) -> Path:
+    """The learner's own file, a copy of the exercise where there is none yet. Raises LabError where it cannot
+    be written."""
+    given = file_of(name, language)
+    path = COPIES / language / given.name
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LabError(f"cannot write {path}: {error.strerror}") from None
+        write_whole(path, given.read_text())
+    return path
+
+
+def shown(path: Path) -> str:
+    """A path as it is printed: from the checkout on, if it lies there."""
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+
 def file_of(name: str, language: str) -> Path:
-    """The file that the learner mends."""
+    """The exercise as it is given."""
     if language == "cuda":
         return ROOT / "cuda_src" / "exercises" / f"{name}.cu"
     return ROOT / "triton_kernels" / "exercises" / f"{name}.py"
@@ -73,13 +96,13 @@ def explanation(name: str, language: str) -> str:
 
 
 def check(name: str, language: str, path: Path | None = None, timeout: float = 60.0) -> str | None:
-    """What is still wrong with the exercise (or with the file `path` in its place), or None if it is mended.
+    """What is still wrong with the learner's copy (or with the file `path`), or None if it is mended.
 
     timeout: seconds that a call of a kernel may take. Raises LabError for an unknown name and for a file that
     does not compile.
     """
     known(name, list(SUMMARIES), "exercise")
-    path = path or file_of(name, language)
+    path = path or copy_of(name, language)
     if not path.exists():
         raise LabError(f"exercise {name}: {path} is not there")
     if language == "cuda":
@@ -127,7 +150,7 @@ def main(args) -> int:
     if args.json:
         raise LabError("--json goes with the list and with check")
     for language in languages:
-        print(f"[{language}] {file_of(name, language).relative_to(ROOT)}")
+        print(f"[{language}] {shown(copy_of(name, language))}")
         if action == "hint":
             show_hint(name, language)
         else:
@@ -157,7 +180,7 @@ def show_question(name: str, language: str) -> None:
     if f"{name}/{language}" in progress.load()["solved"]:
         print(f"\nsolved ✓\n{explanation(name, language)}\n")
     else:
-        print(f"\nMend the file, then: lab exercise check {name} --language {language}")
+        print(f"\nMend that file, then: lab exercise check {name} --language {language}")
         print(f"A hint: lab exercise hint {name} --language {language}\n")
 
 
@@ -183,7 +206,7 @@ def check_and_tell(name: str, languages: list[str], timeout: float, as_json: boo
         else:
             print(
                 f"{name} in {language}: not mended yet: {wrong[language]}\n"
-                f"    the question is at the top of {file_of(name, language).relative_to(ROOT)}; "
+                f"    the question is at the top of {shown(copy_of(name, language))}; "
                 f"a hint: lab exercise hint {name} --language {language}"
             )
     if as_json:

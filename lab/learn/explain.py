@@ -1,5 +1,7 @@
 """`lab explain OP`: the two kernels of an op side by side, step by step, with the bytes that it moves and its
-last measured times. `lab explain FORMAT`: how both languages unpack a weight format, with its bits a weight.
+last measured times. Helpers are unfolded where they are called (lab/learn/unfold.py); beside the Triton code
+stands what its compiler made of it at the same size (lab/learn/compiled.py). `lab explain FORMAT`: how both
+languages unpack a weight format, with its bits a weight.
 
 With --rungs it shows the op's ladder: what each rung changes, what that should gain and what it gained when
 it was measured. So it does for a ladder that is not called like its op.
@@ -12,6 +14,7 @@ from lab.errors import LabError
 from lab.files import write_whole
 from lab.learn import glossary
 
+INDENT = 2  # columns by which a helper's code stands to the right of its call
 SIDE_BY_SIDE = 100  # columns; on a narrower terminal the kernels stand one below the other
 
 
@@ -28,8 +31,18 @@ def add_arguments(parser):
     parser.add_argument("--step", type=int, metavar="N", help="only this step, or with --rungs this rung")
     parser.add_argument(
         "--unfold",
-        action="store_true",
-        help="below each step, the helpers that it calls, with file and line: often they hold the inner loop",
+        nargs="?",
+        choices=("loops", "all", "none"),
+        const="all",
+        default="loops",
+        help="helpers to show where they are called, with file and line: those that hold a loop or are "
+        "called in one (loops, the default), all (--unfold alone), or none",
+    )
+    parser.add_argument(
+        "--no-compiled",
+        dest="compiled",
+        action="store_false",
+        help="leave out what Triton's compiler made of its kernel, for which it is compiled",
     )
     parser.add_argument(
         "--glossary",
@@ -77,17 +90,42 @@ def main(args):
     reports = twins.ROOT / "reports" if args.reports is None else Path(args.reports)
     if args.rungs or only_rungs:
         (cuda, triton, rows), title = twins.ladder(args.op), f"The ladder of {args.op}"
-        facts = measured_rungs(args.op, rows, reports)
+        facts, made = measured_rungs(args.op, rows, reports), ()
     else:
         cuda, triton = twins.pair(args.op)
         rows, title = twins.rows(cuda, triton), args.op
-        facts = measured(args.op, reports)
-        if not any(what == "bytes" for what, _ in facts):
-            facts = bytes_of(args.op) + facts
+        facts, size = measured(args.op, reports)
+        if size is None:
+            found, size = bytes_of(args.op)
+            facts = found + facts
+        made = made_by_triton(size, facts) if args.compiled and not args.html else ()
     if args.reports is not None and not reports.is_dir():
         facts.append(("measured", f"not shown: there is no folder {reports}"))
-    give(args, title, facts, cuda, triton, rows)
+    give(args, title, facts, cuda, triton, rows, made)
     return 0
+
+
+def made_by_triton(size, facts):
+    """What Triton's compiler made of the kernels at a size, (arguments of a Point, name of a dtype); adds to
+    the facts which kernels these are, or why there is none."""
+    from lab.harness.shapes import Point
+    from lab.ops import find
+
+    point, dtype = Point(**size[0]), size[1]
+    if (
+        find(point.op).whole_step or find(point.op).between_ranks
+    ):  # which is called with a model, or with ranks
+        facts.append(("Triton's compiler", f"not shown for this op: lab inspect {point.op}"))
+        return ()
+    try:
+        from lab.learn import compiled
+
+        made = compiled.at_point(find(point.op), point, dtype)
+    except (LabError, ImportError) as error:
+        facts.append(("Triton's compiler", f"not shown: {error}"))
+        return ()
+    facts += [("Triton's compiler", f"at this size {one.summary}") for one in made]
+    return made
 
 
 def explain_format(name, args):
@@ -112,9 +150,10 @@ def explain_format(name, args):
     return 0
 
 
-def give(args, title, facts, cuda, triton, rows):
-    """Writes the page args.html, or prints if it is None. args.step: only that step, counted from 1."""
-    if args.html and (args.unfold or args.step is not None):
+def give(args, title, facts, cuda, triton, rows, made=()):
+    """Writes the page args.html, or prints if it is None. args.step: only that step, counted from 1. made: of
+    lab.learn.compiled."""
+    if args.html and (args.unfold == "all" or args.step is not None):
         raise LabError("--unfold and --step are about the terminal, not about --html")
     if args.step is not None:
         if not 1 <= args.step <= len(rows):
@@ -124,12 +163,12 @@ def give(args, title, facts, cuda, triton, rows):
         write_page(Path(args.html), title, facts, cuda, triton, rows)
         print(args.html)
     else:
-        show(title, cuda, triton, rows, facts, args.unfold)
+        show(title, cuda, triton, rows, facts, args.unfold, made)
 
 
 def bytes_of(op):
-    """The least traffic and the arithmetic of the contract's first case, in bf16 if the op takes it: [(what,
-    text)]."""
+    """The least traffic and the arithmetic of the contract's first case, in bf16 if the op takes it: ([(what,
+    text)], (arguments of a Point, name of a dtype))."""
     import torch
 
     from lab.contract import Rand, dtype_name
@@ -146,7 +185,7 @@ def bytes_of(op):
         ("example", f"{sizes} in {name} ({first.why})"),
         ("bytes", f"{nbytes:,} must cross DRAM (nbytes in lab/ops/{op}.py)"),
         ("arithmetic", f"{flops:,} flop, {flops / nbytes:.2f} a byte"),
-    ]
+    ], (dict(op=op, role=None, batch=1, context=None, shape={}, case=dict(first.sizes)), name)
 
 
 def runs_of(reports):
@@ -175,18 +214,19 @@ def measured_rungs(op, rows, reports):
     if run is None:
         return said + [("measured", f"not yet: `lab bench ops {op} --ladder` measures it on a GPU")]
     found = ladder_figures.rows_of(run, op)[0]
+    gains = ladder_figures.steps(run, op, found)
     found = found[~found["suspect"]]
     for number, row in enumerate(rows, 1):
         words = []
         for backend in style.backend_order(found["backend"]):
             for one in found[(found["rung"] == number) & (found["backend"] == backend)].itertuples():
-                gain = ladder_figures.gain(found, one)
+                judged = gains[(gains["rung"] == number) & (gains["backend"] == backend)]
                 words.append(
                     style.backend(backend).label
                     + (f", {one.tuning}," if one.tuning else "")
                     + f" {one.us:,.1f} us"
                     + (f", {one.of_ceiling:.0%} of the ceiling" if one.of_ceiling == one.of_ceiling else "")
-                    + (f", {gain:.2f} times faster than the rung before" if gain == gain else "")
+                    + "".join(ladder_figures.told(gain) for gain in judged.itertuples())
                 )
         row.intro += (("measured", "; ".join(words) or "not in that run"),)
     first = found.iloc[0]
@@ -201,7 +241,7 @@ def measured_rungs(op, rows, reports):
 
 def measured(op, reports):
     """One size of the op with its bytes and arithmetic, and the last GPU times at that size of each folder
-    below `reports`: [(what, text)], [] without records.
+    below `reports`: ([(what, text)], (arguments of a Point, name of a dtype) or None without records).
 
     The size comes from the newest run on a GPU: at the smallest batch, the one with the most bytes.
     """
@@ -209,7 +249,7 @@ def measured(op, reports):
     from lab.report import ops, style
 
     runs, found = runs_of(reports)
-    size, seen = None, set()
+    size, point, seen = None, None, set()
     for run in runs:
         f = ops.focus(run)
         rows = run.op[run.op["op"] == op]
@@ -222,7 +262,7 @@ def measured(op, reports):
         if size is None:
             rows = rows[rows["batch"] == rows["batch"].min()]
             first = rows.loc[rows["bytes"].fillna(0).idxmax()]
-            size = _size(first, schema.freeze)
+            size, point = _size(first, schema.freeze), _point(first)
             found += [
                 (
                     "size",
@@ -252,7 +292,14 @@ def measured(op, reports):
                     f"({row['cache']} cache, n {row['n']:.0f})",
                 )
             )
-    return found
+    return found, point
+
+
+def _point(row):
+    """(arguments of a Point, name of its dtype) of a row of op measurements."""
+    context = None if row["context"] != row["context"] else int(row["context"])
+    size = dict(op=row["op"], role=None, batch=int(row["batch"]), context=context, shape=row["shape"])
+    return size, row["dtype"]
 
 
 def _size(row, freeze):
@@ -261,11 +308,32 @@ def _size(row, freeze):
     return row["dtype"], row["batch"], context, freeze(row["shape"])
 
 
-def show(title, cuda, triton, rows, facts, unfolded=False):
-    """Prints the kernels to the terminal, side by side if it is wide enough. rows: of lab.report.twins.
-    unfolded: with the helpers that each step calls."""
-    from rich.console import Console, Group
+def show(title, cuda, triton, rows, facts, unfolded="loops", made=()):
+    """Prints the kernels to the terminal, through a pager if there is one, and side by side if it is wide
+    enough. rows: of lab.report.twins. unfolded: as in lab.learn.unfold.pieces; made: of
+    lab.learn.compiled."""
+    from rich.console import Console
+
+    from lab.learn import pager
+
+    class Terminal(Console):
+        def on_broken_pipe(self):  # rich would exit with status 1; lab.cli handles this error
+            raise BrokenPipeError
+
+    console, words = Terminal(), pager.command()
+    if words is None:
+        draw(console, title, cuda, triton, rows, facts, unfolded, made)
+        return
+    with console.capture() as captured:
+        draw(console, title, cuda, triton, rows, facts, unfolded, made)
+    pager.show(captured.get(), words)
+
+
+def draw(console, title, cuda, triton, rows, facts, unfolded, made):
+    """Prints the kernels to a console of rich."""
+    from rich.console import Group
     from rich.markup import escape
+    from rich.padding import Padding
     from rich.syntax import Syntax
     from rich.table import Table
     from rich.text import Text
@@ -273,14 +341,10 @@ def show(title, cuda, triton, rows, facts, unfolded=False):
     from lab.learn import unfold
     from lab.report import style
 
-    class Terminal(Console):
-        def on_broken_pipe(self):  # rich would exit with status 1; lab.cli handles this error
-            raise BrokenPipeError
-
-    console = Terminal()
     wide = console.width >= SIDE_BY_SIDE
     twins = (cuda, triton)
     looks = [style.backend(twin.language) for twin in twins]
+    seen = {twin.language: set() for twin in twins}
 
     def code(twin, chunk):
         lexer = "cuda" if twin.language == "cuda" else "python"
@@ -295,6 +359,23 @@ def show(title, cuda, triton, rows, facts, unfolded=False):
             dedent=False,
         )
 
+    def with_helpers(twin, look, chunk):
+        given = twin.language, twin.name, chunk.first, len(chunk.lines)
+        for piece in unfold.pieces(*given, unfolded, seen[twin.language]):
+            indent = (0, 0, 0, INDENT * piece.depth)
+            if piece.helper:
+                where = f"{piece.file}:{piece.first} {piece.helper.name}"
+                yield Padding(Text(where, style=look.color), indent)
+            yield Padding(code(twin, piece), indent)
+
+    def compiled(chunk):
+        """What Triton's compiler made of a chunk's lines."""
+        for kernel in made if not chunk.kernel else [k for k in made if k.kernel == chunk.kernel]:
+            for line in range(chunk.first, chunk.first + len(chunk.lines)):
+                if line in kernel.by_line:
+                    said = "; ".join(kernel.by_line[line])
+                    yield Text(f"line {line}, compiled: {said}", style="italic")
+
     def side(twin, look, step, missing):
         if step is None:
             return Text(missing, style="dim")
@@ -303,15 +384,8 @@ def show(title, cuda, triton, rows, facts, unfolded=False):
             which = f", {chunk.kernel}" if len(step.chunks) > 1 and chunk.kernel else ""
             parts.append(Text.assemble((f"{look.label}{which}: ", f"bold {look.color}"), chunk.text))
             if chunk.lines:
-                parts.append(code(twin, chunk))
-                found = (
-                    unfold.helpers(twin.language, twin.name, chunk.first, len(chunk.lines))
-                    if unfolded
-                    else ()
-                )
-                for helper in found:
-                    parts.append(Text(f"{helper.file}:{helper.first} {helper.name}", style=look.color))
-                    parts.append(code(twin, helper))
+                parts += with_helpers(twin, look, chunk)
+                parts += compiled(chunk) if twin.language == "triton" else ()
             elif chunk.below:
                 parts.append(Text(f"The code is that of {chunk.below}, below.", style="dim"))
         return Group(*parts)
@@ -352,7 +426,7 @@ def show(title, cuda, triton, rows, facts, unfolded=False):
                 style="dim",
             )
         )
-    console.print(Text("the helpers of a step: --unfold; a word: lab explain --glossary WORD", style="dim"))
+    console.print(Text("all helpers: --unfold; a word: lab explain --glossary WORD", style="dim"))
 
 
 def write_page(path, title, facts, cuda, triton, rows):

@@ -6,6 +6,8 @@ A lesson has the sections of SECTIONS. Two kinds of things in its text are fille
   {{KIND FIELD key=value ...}}   becomes a figure of the published records: FIELD of the row of this kind that
                                  has these values. No lesson has a measured number of its own.
 
+On a terminal, `![TITLE](FILE)` becomes the path of the drawing.
+
 The last paragraph of the section Exercise says how it is checked: "Solve: NAME, NAME" (exercises of `lab
 exercise`, in both languages), "Answer: {{...}}" (a number, within 10 %) or "Try: OP" (a kernel that `lab try`
 accepts).
@@ -28,6 +30,7 @@ RECORDS = ROOT / "reports" / "h100" / "records.jsonl"
 SECTIONS = ("Read", "Predict", "Run", "Figures", "Exercise", "Hints", "Explanation")
 PLACEHOLDER = re.compile(r"\{\{(\w+) (\w+)((?: [\w.]+=\S*?)*)\}\}")
 READING = re.compile(r"`([\w./]+)` from `([^`]+)` to `([^`]+)`")
+IMAGE = re.compile(r"!\[([^\]]*)\]\(([^)]+)\)")
 GOAL = re.compile(r"^(Solve|Answer|Try): (.+)$", re.M)
 CLOSE = 0.1  # of the right answer: how far an answer may be off
 
@@ -42,6 +45,7 @@ class Lesson:
     def shown(self, section: str) -> str:
         """A section with lines and figures filled in, without the line that says how it is checked."""
         text = GOAL.sub("", self.sections[section])
+        text = IMAGE.sub(rf"Drawing: {FOLDER.relative_to(ROOT)}/\2 (\1)", text)
         return filled(READING.sub(where, text)).strip()
 
     @property
@@ -132,11 +136,11 @@ def value(kind: str, field: str, keys: str) -> float:
     """The number that a placeholder stands for. Raises LabError unless the rows that match agree on it.
 
     Where it does not say so, it means what was timed as a CUDA graph, with cold caches, and no rung of a
-    ladder.
+    ladder; of a rung, the size of the whole ladder.
     """
     wanted = dict(pair.split("=", 1) for pair in keys.split())
     usual = {
-        "op": {"timer": "graph", "rung": "", "cache": "cold", "weight_format": ""},
+        "op": {"timer": "graph", "rung": "", "cache": "cold", "weight_format": "", "config.partial": ""},
         "model": {"timer": "graph"},
     }
     wanted = {**usual.get(kind, {}), **wanted}

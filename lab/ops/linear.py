@@ -138,7 +138,7 @@ op = Op(
     calls=lambda c, role: 1 if role == "lm_head" else c.layers,
     use_of=size_of,
     cold=("w", "bias"),
-    peers=(peers.CUBLAS, peers.INT4_MM, peers.SCALED_MM),
+    peers=(peers.CUBLAS, peers.INT4_MM, peers.GEMLITE, peers.SCALED_MM),
     color="#44aa99",
     inspect_sizes=dict(batch=1, n=28672, k=4096),
     tuned_by=("n", "k"),

@@ -12,6 +12,7 @@ Kernels: cuda_src/rope.cu, triton_kernels/rope.py
 
 import torch
 
+from lab import peers
 from lab.contract import DTYPE_CODES, EPS32, FLOATS, Op, case, dense, refuse, rows_of_heads
 
 
@@ -147,6 +148,7 @@ op = Op(
     tolerance=lambda a: (torch.finfo(a.q.dtype).eps / 2 + EPS32, 8 * EPS32),
     contents=contents,
     mutates=("q", "k"),
+    peers=(peers.LIGER_ROPE,),
     plans=("basic",),
     uses=lambda c: [(None, heads_of(c))],
     direction="copy",

@@ -14,7 +14,11 @@ import torch
 from lab.records.schema import Env
 from lab.tune import tuned
 
-PEERS = {"flashinfer": "flashinfer-python", "liger_kernel": "liger-kernel"}  # module -> distribution
+PEERS = {  # module -> distribution
+    "flashinfer": "flashinfer-python",
+    "gemlite": "gemlite",
+    "liger_kernel": "liger-kernel",
+}
 # nvidia-smi's bit mask of reasons why the clock is below its maximum (NVML's nvmlClocksEventReason...), idle
 # aside.
 THROTTLE = {

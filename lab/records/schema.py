@@ -63,6 +63,10 @@ GPU).
 were called faster or slower, each of them a false alarm.
   {"schema":1,"kind":"repeat","run":"...","a":"...","b":"...","commit":"1a2b3c4","rows":480,"faster":2,"slower":3,
    "ambiguous":9,"share":0.0104,"min_effect":0.03}
+`foreign`: a decode step of another program, measured apart from the lab, in foreign.jsonl beside the records.
+  {"schema":1,"kind":"foreign","run":"...","program":"vLLM","version":"0.22.1","model":"llama-3.1-8b",
+   "dtype":"bf16","batch":1,"context":1024,"what":"step","us":6555.0,"gpu":"NVIDIA H100 80GB HBM3",
+   "settings":"full CUDA graphs, greedy","source":"engine steps by the wall clock","time":"2026-11-26"}
 
 A measurement that failed is a line with `error` (one line of text) and no time. `emulated` lines have timer
 wall and neither gbps nor of_ceiling. `flag` says why a line must not be read as a win ("above the ceiling",
@@ -96,6 +100,7 @@ except ImportError:  # Windows
 
 SCHEMA = 1
 FILE = "records.jsonl"
+FOREIGN_FILE = "foreign.jsonl"  # beside it: what other programs took, see Foreign
 LONGEST = 10_000  # characters of a text, entries of a list or an object
 LARGEST = 2**63  # every number is smaller
 DEEPEST = 4  # objects and lists within one another
@@ -520,9 +525,34 @@ class Repeat:
     key_fields = ("a", "b")
 
 
+@dataclass
+class Foreign:
+    """A decode step of another program, measured apart from the lab: its lines stand in foreign.jsonl beside
+    the records that they are compared with."""
+
+    run: str  # of the foreign measurement, in any words
+    program: str  # vLLM
+    version: str
+    model: str
+    dtype: str
+    batch: int
+    context: int
+    what: str  # step: one step of its engine by the wall clock | device: its decode kernels alone
+    us: float
+    gpu: str  # as in env records; shown beside runs of the same GPU only
+    settings: str  # of the program, and what else makes a difference
+    source: str  # how it was measured
+    time: str | None = None  # ISO 8601
+    kind = "foreign"
+    key_fields = ("program", "version", "model", "dtype", "batch", "context", "what")
+
+
 KINDS = {
     c.kind: c
-    for c in (*(Env, Ceiling, OpRow, ModelRow, ServingRow, LedgerRow, InsideRow, Accuracy, Fairness, Repeat),)
+    for c in (
+        *(Env, Ceiling, OpRow, ModelRow, ServingRow, LedgerRow, InsideRow, Accuracy, Fairness, Repeat),
+        Foreign,
+    )
 }
 
 

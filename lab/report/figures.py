@@ -239,7 +239,7 @@ HEADS = {  # column of a frame: head of a table
     "intensity": "flop/byte",
     "tflops": "Tflop/s",
     "tokens_per_s": "tokens/s",
-    "ttft_ms": "first token (ms)",
+    "ttft_ms": "first token, prefill by torch (ms)",
     "page_utilisation": "KV pages in use",
     "tuning": "settings",
 }

@@ -125,6 +125,7 @@ class Run:
     accuracy: pd.DataFrame = field(default_factory=pd.DataFrame)
     inside: pd.DataFrame = field(default_factory=pd.DataFrame)
     serving: pd.DataFrame = field(default_factory=pd.DataFrame)
+    foreign: list = field(default_factory=list)  # of the same GPU
 
     @property
     def env(self):
@@ -206,6 +207,7 @@ class Stored:
             serving=_frame(by_kind["serving"], "serving"),
             notices=[Notice("warning", n) for n in self.notices],
         )
+        run.foreign = [r for r in _foreign(self.path) if run.env is not None and r.gpu == run.env.gpu]
         _mark_untuned(run, self.rows)
         _drop_failures(run)
         _drop_unusable(run)
@@ -249,6 +251,12 @@ def find(where):
     if not runs:
         raise LabError("; ".join(skipped) or f"no records in {', '.join(map(str, paths))}")
     return sorted(runs, key=lambda run: (run.time, run.id), reverse=True)
+
+
+def _foreign(path):
+    """The Foreign records beside a records file. Raises LabError for a file that holds something else."""
+    beside = path.with_name(schema.FOREIGN_FILE)
+    return schema.read(beside).of_kind("foreign") if beside.exists() else []
 
 
 def _frame(rows, kind):

@@ -40,8 +40,8 @@ from lab.report import (
 HERE = Path(__file__).parent
 LADDERS = "One idea a rung, in both languages; lab explain OP --rungs shows them in the terminal."
 PROMISES = (
-    " On the right of a picture: how many times faster than the rung before it a rung promised to be, and "
-    "what it gave in each language."
+    " A bar shows how many times as fast a rung is as the one that it changes; left of 1 it is slower. "
+    "On the right of a picture: the share of the bandwidth that the rung reaches in each language."
 )
 
 
@@ -139,7 +139,12 @@ def _top(run, f, of_ops, drawn, with_twins):
     overview = overview_figures.overview(run)
     plans = ledger_figures.plans(run, model) if model else []
     return [
-        Part("models", "Every model: the best of each side", shown=drawn(overview)),
+        Part(
+            "models",
+            "Every model: the best of each side",
+            shown=drawn(overview),
+            tables=[(*found, False) for found in sides.foreign(run)],
+        ),
         Part(
             "wins",
             "Who wins where",
@@ -350,7 +355,7 @@ def twin_page(title, facts, cuda, triton, rows):
     """A CUDA and a Triton file as one page; facts: [(what, text)] above them, rows: of lab.report.twins."""
     twin = sources.side_by_side(cuda, triton, rows, "Side by side")
     title = f"{title} in CUDA and in Triton"
-    return _render(title, views=[], css="", only={"facts": facts, "twin": twin})
+    return _render(title, views=[], css=style.css(), only={"facts": facts, "twin": twin})
 
 
 def _render(title, css, **context):

@@ -3,6 +3,8 @@
 What the pictures, the cards and the verdict share: which rows belong together, and which of them is the best.
 """
 
+import pandas as pd
+
 from lab.report import style
 from lab.report.figures import table
 
@@ -102,6 +104,31 @@ def floor_of(rows):
 
 def modes(rows):
     return ", ".join(MODES.get(m, m) for m in dict.fromkeys(rows["mode"]) if m)
+
+
+def foreign(run):
+    """Decode steps of other programs beside ours: [(caption, frame)], one for each program and version."""
+    found = []
+    for program in dict.fromkeys((r.program, r.version, r.settings, r.source) for r in run.foreign):
+        mine = [r for r in run.foreign if (r.program, r.version, r.settings, r.source) == program]
+        sizes, lines = {}, []
+        for r in mine:
+            sizes.setdefault((r.model, r.dtype, r.batch, r.context), {})[r.what] = r.us / 1e3
+        for (model, dtype, batch, context), theirs in sizes.items():
+            line = {"model": model, "dtype": dtype, "batch": batch, "context": context}
+            line |= {f"{program[0]}, {what} (ms)": ms for what, ms in theirs.items()}
+            rows = series(run, model)
+            rows = rows[(rows["batch"] == batch) & (rows["context"] == context) & (rows["dtype"] == dtype)]
+            for row in fastest(launched(rows)).itertuples() if len(rows) else ():
+                if row.side != "peer":
+                    line[f"{side_look(row.side).label}, device (ms)"] = row.us / 1e3
+                    line[f"{side_look(row.side).label}'s plan"] = row.plan
+            lines.append(line)
+        name, version, settings, source = program
+        when = ", ".join(dict.fromkeys(r.time for r in mine if r.time))
+        caption = f"{name} {version} beside ours, measured apart{f' on {when}' if when else ''}: {source}. "
+        found.append((caption + f"Settings: {settings}", pd.DataFrame(lines)))
+    return found
 
 
 def measurements(rows):

@@ -2,8 +2,10 @@
 
 import textwrap
 
+from markupsafe import Markup
+
 from lab.errors import LabError
-from lab.report import style, twins
+from lab.report import drawings, style, twins
 
 
 def twin_view(op):
@@ -56,6 +58,7 @@ def side_by_side(cuda, triton, rows, title):
             {
                 "title": row.title,
                 "intro": row.intro,
+                "drawing": Markup(drawings.DRAWINGS[row.drawing]().inline) if row.drawing else "",
                 "sides": list(map(side, (cuda, triton), row.steps, row.missing)),
             }
             for row in rows

@@ -30,6 +30,7 @@ BACKENDS = {
     "cudnn": Look("cuDNN", "#9a8a1f", "P"),
     "flashinfer": Look("FlashInfer", "#8a63d2", "X"),
     "liger": Look("Liger", "#3f9aa8", "<"),
+    "gemlite": Look("GemLite", "#a8731f", "d"),
     "int4pack_mm": Look("torch int4pack_mm", "#b0647a", "p"),
     "scaled_mm": Look("torch scaled_mm", "#6a7f2a", "h"),
     "compile": Look("torch.compile", "#a5654b", ">"),

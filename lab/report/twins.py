@@ -90,6 +90,7 @@ class Row:
     steps: tuple
     missing: tuple
     intro: tuple = ()  # ((what, text), ...) to be said of both files
+    drawing: str = ""  # of lab.report.drawings
 
 
 def known_ops(root=ROOT):
@@ -241,6 +242,7 @@ def ladder(name, root=ROOT):
                 tuple(h.steps.get(rung.number) for h in (cuda, triton)),
                 tuple(missing(h, rung) for h in (cuda, triton)),
                 said(rung),
+                rung.drawing,
             )
             for rung in climbed
         ],

@@ -64,6 +64,7 @@ LADDER = Ladder(
         rung(
             4,
             "Split-KV",
+            drawing="splits",
             idea="blocks share a sequence's context, 4 warps for each part; a second kernel merges",
             gain="256 warps, one or two an SM, become thousands",
             factor=4.0,
@@ -75,10 +76,12 @@ LADDER = Ladder(
             5,
             "Group",
             idea="a block serves all query heads of a KV head",
-            gain="each key and value is loaded once, not four times",
+            gain="each key and value is loaded once, not four times; with 32 sequences a quarter of the "
+            "blocks still fills the card",
             factor=1.2,
-            otherwise="The repeated loads hit L2, and only a quarter of the blocks is left: fewer requests, "
-            "but also fewer loads in flight. The next rung makes up for that.",
+            at=dict(batch=32),
+            otherwise="The repeated loads hit L2. With few sequences, a quarter of the blocks has too few "
+            "loads in flight; the next rung makes up for that.",
             **HEADS,
         ),
         rung(

@@ -12,6 +12,8 @@ def triton(number, a, out):
 
 
 rung = partial(Rung, "linear")
+TALL = dict(shape={"n": 128256, "k": 4096})  # the output head of Llama 3.1 8B: 30 warps a multiprocessor
+NARROW = dict(shape={"n": 256, "k": 14336})
 VECTORS = dict(needs="rows of a multiple of 16 bytes", fits=lambda a: whole_vectors(a.x))
 
 LADDER = Ladder(
@@ -21,6 +23,7 @@ LADDER = Ladder(
         rung(
             1,
             "Naive",
+            drawing="lanes",
             idea="one thread per output goes through its row of w alone, element by element",
             gain="the start: 4096 threads on 132 SMs, each with a few 2-byte loads in flight; a warp's "
             "load touches 32 lines",
@@ -30,20 +33,24 @@ LADDER = Ladder(
             "Shared memory",
             idea="a warp copies a tile of 32 rows, neighbouring lanes reading neighbouring elements; "
             "then each thread goes through its row there",
-            gain="each line is loaded once, with few requests; but a read of shared memory has all 32 "
-            "lanes on one bank",
-            factor=1.5,
+            gain="nothing yet: a load of w takes 1 step instead of 32, for the lines of 32 rows; but a read "
+            "of shared memory has all 32 lanes on one bank, and takes these 32 steps instead",
+            at=TALL,
             otherwise="One warp a block copies and multiplies in turn, so DRAM idles during the multiplies; "
-            "and in the naive kernel most of the repeated loads of a line already hit L1.",
+            "and in the naive kernel most of the repeated loads of a line already hit L1. With 4096 rows, "
+            "one warp a multiprocessor, nothing hides either.",
             absent={"triton": COMPILER_LAYOUT},
         ),
         rung(
             3,
             "Padded",
+            drawing="banks",
             idea="rows of the tile are one bank longer, so that the 32 lanes read from 32 banks",
             gain="a read of shared memory takes 1 step instead of 32",
             factor=2.0,
-            otherwise="Once the reads are short, the copy, which waits for DRAM, takes most of the time.",
+            at=TALL,
+            otherwise="Once the reads are short, the copy, which waits for DRAM, takes most of the time. "
+            "With 4096 rows, one warp a multiprocessor, it always does.",
             absent={"triton": COMPILER_LAYOUT},
         ),
         rung(
@@ -68,28 +75,36 @@ LADDER = Ladder(
         rung(
             6,
             "Pipeline",
+            drawing="ring",
             idea="cp.async keeps seven loads of each lane in flight, through a ring in shared memory",
-            gain="3.5 KB in flight a warp, 14 MB on the card, however the compiler unrolls the loop",
-            factor=1.1,
-            otherwise="The loads pass through shared memory, which costs an extra instruction each; "
-            "unrolled plain loads of rung 5 with 31 warps an SM may keep DRAM as busy.",
+            gain="3.5 KB in flight a warp, however the compiler unrolls the loop: with 256 rows, a warp "
+            "each, nothing else keeps memory busy",
+            factor=1.2,
+            at=NARROW,
+            otherwise="The loads pass through shared memory, which costs an extra instruction each; with "
+            "4096 rows, 31 warps an SM, the unrolled plain loads of rung 5 keep DRAM as busy.",
             **VECTORS,
         ),
         rung(
             7,
             "Split-K",
             idea="the four warps of a block share a row, a quarter of k each",
-            gain="four times the warps, so that a matrix of 4096 rows fills all SMs to the end",
-            factor=1.05,
-            otherwise="With 4096 rows every SM already has its share of warps; narrow matrices gain more.",
+            gain="four times the warps: with 256 rows, a warp each, only 64 blocks have work, for 132 SMs",
+            factor=1.3,
+            at=NARROW,
+            otherwise="A matrix of so few bytes takes little longer than a launch. With 4096 rows every SM "
+            "has its share of warps without this, and the sum over warps only costs time.",
             **VECTORS,
         ),
         rung(
             8,
             "Tensor cores",
+            drawing="tile",
             idea="a warp multiplies 16 rows of w with 8 rows of x by one instruction",
-            gain="nothing at one row of x, where memory is the limit; at 8 rows w is read once, not 8 "
-            "times as in rungs below",
+            gain="at 8 rows of x, w is read once, not 8 times as in the rungs below; at one row nothing, "
+            "because memory is the limit",
+            factor=4.0,
+            at=dict(batch=8),
             otherwise="At one row of x the multiply's other seven columns are wasted, and their cost is not "
             "hidden: w passes through shared memory, and fewer warps load it.",
             needs="float16 or bfloat16, rows of a multiple of 16 bytes",
@@ -101,8 +116,10 @@ LADDER = Ladder(
             idea="the op's own kernel: a warp uses each load of x for 4 rows of w, a load is replaced "
             "as soon as its data are used, and the first loads are issued before the preceding "
             "kernel has ended",
-            gain="a quarter of the reads of x, and no start-up gap between kernels",
+            gain="next to the pipeline of rung 6, a quarter of the reads of x, and no start-up gap between "
+            "kernels",
             factor=1.05,
+            over=6,
             otherwise="With one large matrix bandwidth is the only limit, and the rungs below may already "
             "reach it.",
         ),

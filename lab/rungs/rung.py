@@ -8,14 +8,18 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Rung:
-    """One step of a ladder. The sizes that `gain` argues about are those of `lab bench ops --ladder`."""
+    """One step of a ladder. The sizes that `gain` argues about are those of `lab bench ops --ladder`: of the
+    whole ladder, or, where what the rung changes matters at another size, `at`."""
 
     op: str
     number: int
     name: str
     idea: str  # what it changes
     gain: str  # what that should gain on an H100, and why
-    factor: float = 1.0  # promised speed over the rung before, at least; 1: no promise
+    factor: float = 1.0  # promised speed over the rung that it changes, at least; 1: no promise
+    over: int = 0  # the number of the rung that it changes; 0: the one below
+    # Batch, context or shape at which a GPU measures it beside that rung, where they are not the ladder's.
+    at: Mapping = field(default_factory=dict, hash=False)
     factors: Mapping[int, float] = field(default_factory=dict, hash=False)  # the same at other batches
     otherwise: str = ""  # why it may gain less
     absent: Mapping[str, str] = field(
@@ -23,6 +27,7 @@ class Rung:
     )  # backend -> why there is no such rung
     needs: str = ""  # what its arguments must be, in words
     fits: Callable | None = None  # (a) -> whether they are that; a: the op's arguments by name
+    drawing: str = ""  # of lab/report/drawings.py, that explains it
     named: str = ""  # the ladder, if it is not called like its op
 
     @property
@@ -35,12 +40,17 @@ class Rung:
         return f"{self.number}. {self.name}"
 
     @property
+    def changes(self) -> int:
+        """The number of the rung that it changes; 0 of the lowest."""
+        return self.over or self.number - 1
+
+    @property
     def own_kernel(self) -> bool:
         """Is it the op's own kernel?"""
         return self.name == "Product"
 
     def promised(self, batch: int) -> float:
-        """The speed over the rung before that is promised at a batch."""
+        """The speed over the rung that it changes that is promised at a batch."""
         return self.factors.get(batch, self.factor)
 
     def takes(self, a) -> bool:
