@@ -1,0 +1,136 @@
+"""A solution in the judge's process for kernels: loads its sources and calls its entry point on the arena that
+both processes map. What lab/judge/child.py does for a kernel's file."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+from pathlib import PurePosixPath
+
+import torch
+
+from lab.backends import load
+from lab.dispatch import bind
+from lab.errors import LabError, error_text
+from lab.flashinfer_format.families import ops_of
+from lab.flashinfer_format.schema import Definition, from_json
+from lab.judge.child import Watched, call
+from lab.judge.kernel_file import needs_no_driver
+
+__all__ = ["call", "in_worker"]
+
+
+class Solved(Watched):
+    """An entry point as the function of a definition's Op, watched as a kernel's file is."""
+
+    def __init__(self, op, spec: dict, device: str):
+        self.op, self.device = op, torch.device(device)
+        self.backend = SolutionBackend(spec, self.device)
+        self.function = bind(op, self.backend)
+
+
+class SolutionBackend:
+    """An entry point as a backend. spec: "folder" in which the package "package" holds the sources, "file"
+    and "function" of the entry point, "language", and "returns", whether the outputs are returned."""
+
+    def __init__(self, spec: dict, device: torch.device):
+        self.name, self.language, self.device = spec["package"], spec["language"], device
+        self.names, self.returns = None, spec["returns"]
+        if self.language == "triton":
+            load("triton", device)  # Unavailable where there is no Triton
+        self.function = entry_point(spec)
+
+    def launcher(self, op):
+        def launch(*args, out):
+            # The definition's inputs come first; then, among our arguments, its other outputs.
+            extra = len(op.mutates)
+            inputs, outputs = args[: len(args) - extra], [out, *args[len(args) - extra :]]
+            with self.interpreted(), needs_no_driver(self.name):
+                if not self.returns:
+                    self.function(*inputs, *outputs)
+                    return
+                self.take(self.function(*inputs), outputs)
+
+        return launch
+
+    def take(self, returned, outputs) -> None:
+        """Copies what the entry point returned into the outputs."""
+        found = list(returned) if isinstance(returned, (tuple, list)) else [returned]
+        if len(found) != len(outputs) or not all(isinstance(t, torch.Tensor) for t in found):
+            raise LabError(f"the entry point returns {kinds(found)}, not {len(outputs)} tensors")
+        for got, wanted in zip(found, outputs, strict=True):
+            if got.shape != wanted.shape or got.dtype != wanted.dtype:
+                raise LabError(
+                    f"the entry point returns {got.dtype} {list(got.shape)}, not {wanted.dtype} "
+                    f"{list(wanted.shape)}"
+                )
+            wanted.copy_(got)
+
+    def interpreted(self):
+        if self.device.type == "cuda" or self.language != "triton":
+            return contextlib.nullcontext()
+        from triton_kernels.interpreter import launches_interpreted
+
+        return launches_interpreted()
+
+    def set_trace(self, on: bool) -> None:
+        """On a CPU, where interpreted kernels are seen by their grids, also those that a copy of our own
+        interpreter runs. A Python solution launches none there: it counts as one kernel."""
+        if self.language != "triton":
+            self.names = ["python"] if on else None
+            return
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        if on:
+            self.names, self.before = [], InterpreterBuilder.set_grid_dim
+
+            def seen(builder, *grid):
+                self.names.append("grid " + " ".join(map(str, grid)))
+                return self.before(builder, *grid)
+
+            InterpreterBuilder.set_grid_dim = seen
+        else:
+            InterpreterBuilder.set_grid_dim = self.before
+
+    def take_trace(self) -> list[str]:
+        return list(self.names or ())
+
+
+def kinds(values) -> str:
+    return ", ".join(type(value).__name__ for value in values) or "nothing"
+
+
+def entry_point(spec: dict):
+    """The function of the entry point. Its file is a module of a package, so that sources can import each
+    other by relative imports, as flashinfer-bench loads them."""
+    path = PurePosixPath(spec["file"])
+    module = ".".join([spec["package"], *path.with_suffix("").parts])
+    sys.path.insert(0, spec["folder"])
+    try:
+        with needs_no_driver(spec["package"]):
+            function = getattr(importlib.import_module(module), spec["function"], None)
+    except (Exception, SystemExit) as error:
+        raise LabError(f"{spec['what']}: {error_text(error)}") from error
+    finally:
+        sys.path.remove(spec["folder"])
+    if not callable(function):
+        raise LabError(f"{spec['what']}: {spec['file']} has no function {spec['function']}")
+    return function
+
+
+def in_worker(spec: dict):
+    """name -> function: "reference" is that of the definition, each other name that of a reading of it with
+    the solution's entry point."""
+    ops = ops_of(from_json(Definition, spec["definition"], spec["what"]))
+    op = next(iter(ops.values()))
+    made = {}
+
+    def function(name: str):
+        if name not in made:
+            made[name] = Solved(op, spec[name if name == "reference" else "solution"], spec["device"])
+        return made[name]
+
+    if spec["solution"] is not None:
+        function(op.name)  # an error in it is one of loading
+    return function

@@ -1,0 +1,438 @@
+"""Which definitions of flashinfer-bench say what a contract of ours says, and how their calls are converted.
+
+A family is a kind of definition, such as rmsnorm_h4096. For a definition of it `ops_of()` makes an `Op` that
+takes the inputs of the definition in their order. Its inputs, right results and tolerances are those of our
+contract, converted: layout of the KV cache (NHD or HND), ragged lists of pages, base-2 log-sum-exp. So
+lab/judge judges an implementation of the definition as it judges a kernel of the op.
+
+A definition may round in two ways, each of which is an `Op` of its own, a reading. Our rmsnorm rounds before
+it multiplies by the weight, as Hugging Face does; flashinfer's rounds once. Which reading a definition has is
+decided by running its reference (lab/flashinfer_format/importing.py).
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import torch
+
+from lab.contract import DTYPES, EPS32, Case, Op, case, dense
+from lab.errors import LabError, shown
+from lab.flashinfer_format.schema import Definition, Workload
+from lab.ops import decode_attention, find, linear, rmsnorm
+from lab.ops.kv_append import PAGE_SIZES
+
+TORCH = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}  # their names of our dtypes
+MOST_ROWS = linear.MAX_BATCH
+MOST_TOKENS = 1 << 14  # in all sequences of a case
+NHD = ["num_pages", "page_size", "num_kv_heads", "head_dim"]
+HND = ["num_pages", "num_kv_heads", "page_size", "head_dim"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """pattern: of the definitions' names. op_type: the word for the kind of operation. inputs, outputs: names
+    with shapes, in their order. ops: (definition) -> {reading: Op without cases}. cases: (definition) ->
+    cases of its own; case_of: (definition, axes of a workload) -> the sizes of a case, or why there is
+    none."""
+
+    name: str
+    pattern: str
+    op: str
+    op_type: str
+    inputs: dict
+    outputs: dict
+    ops: Callable
+    cases: Callable
+    case_of: Callable
+
+
+def family_of(name: str) -> Family | None:
+    return next((family for family in FAMILIES if re.fullmatch(family.pattern, name)), None)
+
+
+def require_family(definition: Definition) -> Family:
+    """The family of a definition. Raises LabError that says why it does not map onto a contract of ours."""
+    family = family_of(definition.name)
+    if family is None:
+        kinds = ", ".join(family.name for family in FAMILIES)
+        raise LabError(f"{definition.name} does not map: no op of ours computes it (what maps: {kinds})")
+    if problem := mismatch(family, definition):
+        raise LabError(f"{definition.name} does not map: {problem}")
+    return family
+
+
+def mismatch(family: Family, definition: Definition) -> str | None:
+    """What a definition has that its family does not."""
+    for what, wanted, found in (
+        ("inputs", family.inputs, definition.inputs),
+        ("outputs", family.outputs, definition.outputs),
+    ):
+        if list(found) != list(wanted):
+            return f"its {what} are {', '.join(found)}, not {', '.join(wanted)}"
+        for name, shapes in wanted.items():
+            if found[name].shape not in shapes:
+                return f"{name} has the shape {shown(found[name].shape)}, not {shown(shapes[0])}"
+    tensors = {**definition.inputs, **definition.outputs}
+    for name, spec in tensors.items():
+        special = SPECIAL.get(name)
+        if special and spec.dtype != special:
+            return f"{name} is {spec.dtype}, not {special}"
+    floats = {spec.dtype for name, spec in tensors.items() if name not in SPECIAL}
+    if len(floats) > 1 or not floats <= set(TORCH):
+        return f"its tensors are {', '.join(sorted(floats))}: ours have one of {', '.join(TORCH)}"
+    sizes = re.fullmatch(family.pattern, definition.name).groupdict()
+    for axis, text in sizes.items():
+        if definition.constants.get(axis) != int(text) or not int(text):
+            return f"the axis {axis} is not the {text} of its name, or is 0"
+    if family.op == "decode_attention":
+        return attention_mismatch(definition)
+    return None
+
+
+SPECIAL = {
+    "kv_indptr": "int32",
+    "kv_indices": "int32",
+    "kv_last_page_len": "int32",
+    "sm_scale": "float32",
+    "lse": "float32",
+}
+
+
+def dtype_of(definition: Definition) -> str:
+    """Our name of the dtype of its tensors."""
+    return TORCH[next(iter(definition.inputs.values())).dtype]
+
+
+def ops_of(definition: Definition, workloads: list[Workload] = ()) -> dict[str, Op]:
+    """{reading: an Op that takes the definition's inputs}, with cases; raises LabError as
+    require_family()."""
+    family = require_family(definition)
+    cases = tuple(family.cases(definition)) + tuple(cases_of(family, definition, workloads)[0])
+    dtypes = (DTYPES[dtype_of(definition)],)
+    return {
+        reading: replace(op, name=definition.name, cases=cases, dtypes=dtypes)
+        for reading, op in family.ops(definition).items()
+    }
+
+
+def cases_of(family: Family, definition: Definition, workloads) -> tuple[list[Case], list[str]]:
+    """(up to three cases of the sizes of workloads: the smallest, one in the middle and the largest that a
+    contract of ours takes; why others are left out)."""
+    found, left_out = {}, []
+    for workload in workloads:
+        sizes = family.case_of(definition, workload.axes)
+        if isinstance(sizes, str):
+            left_out.append(f"workload {workload.uuid}: {sizes}")
+        else:
+            found[str(sizes)] = sizes
+    ordered = sorted(found.values(), key=lambda sizes: sum(sizes.get("lengths", ())) or sizes["batch"])
+    chosen = {0, len(ordered) // 2, len(ordered) - 1} if ordered else ()
+    return [case("of a workload", **ordered[i]) for i in sorted(chosen)], left_out
+
+
+def rows_case(axis: str) -> Callable:
+    """Family.case_of where `axis` is the number of rows."""
+
+    def case_of(definition, axes):
+        rows = axes.get(axis)
+        if not rows:
+            return f"names no {axis}"
+        return {"batch": rows} if rows <= MOST_ROWS else f"{rows} rows: our op takes 1 to {MOST_ROWS}"
+
+    return case_of
+
+
+# ---- gemm_n*_k*: C = A B^T ---------------------------------------------------------------------------------
+
+
+def gemm(definition: Definition) -> dict[str, Op]:
+    n, k = definition.constants["N"], definition.constants["K"]
+
+    def validate(A: torch.Tensor, B: torch.Tensor, out: torch.Tensor | None = None) -> None:
+        linear.validate(A, B, out=out)
+
+    op = replace(
+        linear.op,
+        validate=validate,
+        inputs=lambda rand, batch: linear.inputs(rand, batch, n, k)[:2],
+        tolerance=lambda a: linear.tolerance(SimpleNamespace(x=a.A, w=a.B, out_dtype=None)),
+    )
+    return {"linear": op}
+
+
+# ---- rmsnorm_h*, fused_add_rmsnorm_h* ----------------------------------------------------------------------
+
+
+def epsilon(definition: Definition) -> float:
+    """The number that the reference calls EPS. Raises LabError where there is none."""
+    for node in ast.walk(ast.parse(definition.reference)):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+            names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+            if any(name.lower() in ("eps", "epsilon") for name in names):
+                value = node.value.value
+                if type(value) is float and 0 < value < 1:
+                    return value
+    raise LabError(f"{definition.name} does not map: its reference has no constant EPS")
+
+
+def norm(definition: Definition) -> dict[str, Op]:
+    eps, cols = epsilon(definition), definition.constants["hidden_size"]
+
+    def validate(hidden_states: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None) -> None:
+        rmsnorm.validate(hidden_states, weight, eps, out=out)
+
+    return readings(
+        validate, lambda rand, batch: (rand(batch, cols), rand(cols)), lambda x, weight: (x, weight, eps)
+    )
+
+
+def added_norm(definition: Definition) -> dict[str, Op]:
+    """Unlike our op, which updates the residual, it returns the normalised sum alone."""
+    eps, cols = epsilon(definition), definition.constants["hidden_size"]
+
+    def validate(
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        out: torch.Tensor | None = None,
+    ) -> None:
+        rmsnorm.validate(hidden_states, weight, eps, residual, out)
+
+    return readings(
+        validate,
+        lambda rand, batch: (rand(batch, cols), rand(batch, cols), rand(cols)),
+        lambda x, residual, weight: (x, weight, eps, residual),
+    )
+
+
+def readings(validate, inputs, ours) -> dict[str, Op]:
+    """The two readings of a norm. ours: the definition's inputs -> those of our rmsnorm."""
+
+    def rounded_twice(*args):
+        return rmsnorm.reference(*ours(*args))[:1]
+
+    def twice_tolerance(a):
+        return rmsnorm.tolerance(rmsnorm.op.bound(*ours(*vars(a).values())))
+
+    def rounded_once(*args):
+        a = rmsnorm.op.bound(*ours(*args))
+        v = a.x.double() if a.residual is None else a.x.double() + a.residual.double()
+        return (rmsnorm.scaled(v, a.eps) * a.w.double(),)
+
+    def once_tolerance(a):
+        x = next(iter(vars(a).values()))
+        # Of the float32 sum of squares (see rmsnorm.tolerance), and of the products after it.
+        return torch.finfo(x.dtype).eps / 2 + (12 + x.shape[-1] / 16) * EPS32, 1e-30
+
+    op = replace(
+        rmsnorm.op,
+        validate=validate,
+        outputs=lambda x, *others: torch.empty_like(x),
+        inputs=inputs,
+        mutates=(),
+    )
+    return {
+        "rounded once": replace(op, reference=rounded_once, tolerance=once_tolerance),
+        "rounded before the weight": replace(op, reference=rounded_twice, tolerance=twice_tolerance),
+    }
+
+
+# ---- gqa_paged_decode_h*_kv*_d*_ps* ------------------------------------------------------------------------
+
+
+def attention_mismatch(definition: Definition) -> str | None:
+    sizes = definition.constants
+    if sizes["page_size"] not in PAGE_SIZES:
+        return f"page_size {sizes['page_size']} is not one of {', '.join(map(str, PAGE_SIZES))}"
+    if sizes["head_dim"] not in decode_attention.HEAD_DIMS:
+        return f"head_dim {sizes['head_dim']} is not 64, 96 or 128"
+    heads, kv_heads = sizes["num_qo_heads"], sizes["num_kv_heads"]
+    if not kv_heads or heads % kv_heads or heads > kv_heads * decode_attention.MAX_GROUP:
+        return f"{heads} query heads are not 1 to {decode_attention.MAX_GROUP} times the {kv_heads} KV heads"
+    if definition.inputs["k_cache"].shape != definition.inputs["v_cache"].shape:
+        return "k_cache and v_cache have different layouts"
+    return None
+
+
+def to_layout(cache: torch.Tensor, layout: list[str]) -> torch.Tensor:
+    """A cache of ours, [pages, kv_heads, page_size, head_dim], in a layout of theirs, or back."""
+    return cache.transpose(1, 2).contiguous() if layout == NHD else cache
+
+
+def to_ragged(block_table: torch.Tensor, context_lens: torch.Tensor, page_size: int):
+    """(kv_indptr, kv_indices, kv_last_page_len) of a table of pages: sequence b has the pages
+    kv_indices[kv_indptr[b] : kv_indptr[b + 1]], the last of which holds kv_last_page_len[b] tokens."""
+    pages = -(-context_lens.clamp(min=0) // page_size)
+    indptr = torch.zeros(len(pages) + 1, dtype=torch.int32, device=pages.device)
+    indptr[1:] = pages.cumsum(0)
+    indices = torch.cat([row[:n] for row, n in zip(block_table, pages.tolist(), strict=True)])
+    last = torch.where(pages > 0, context_lens - (pages - 1) * page_size, 0)
+    return indptr, indices.contiguous(), last.to(torch.int32)
+
+
+def to_table(indptr: torch.Tensor, indices: torch.Tensor, last: torch.Tensor, page_size: int):
+    """(block_table, context_lens) of ragged lists of pages: the way back. Entries that are not used are 0."""
+    pages = indptr.diff()
+    table = torch.zeros(len(pages), max(1, int(pages.max())), dtype=torch.int32, device=indptr.device)
+    for b, (begin, n) in enumerate(zip(indptr.tolist(), pages.tolist())):
+        table[b, :n] = indices[begin : begin + n]
+    return table, torch.where(pages > 0, (pages - 1) * page_size + last, 0).to(torch.int32)
+
+
+def log_sum_exp2(q, k_cache, block_table, context_lens, scale) -> torch.Tensor:
+    """float64 [batch, q_heads]: log2 of the sum of exp(scale * q . k) over a sequence's tokens; -inf where it
+    has none."""
+    found = torch.full(q.shape[:2], -torch.inf, dtype=torch.float64, device=q.device)
+    group, page = q.shape[1] // k_cache.shape[1], k_cache.shape[2]
+    for b, length in enumerate(context_lens.tolist()):
+        if length > 0:
+            pages = block_table[b, : -(-length // page)].long()
+            keys = k_cache[pages].transpose(1, 2).flatten(0, 1)[:length].double()
+            scores = torch.einsum("hd,lhd->hl", q[b].double(), keys.repeat_interleave(group, dim=1)) * scale
+            found[b] = torch.logsumexp(scores, dim=-1) / math.log(2)
+    return found
+
+
+def paged_decode(definition: Definition) -> dict[str, Op]:
+    sizes, layout = definition.constants, definition.inputs["k_cache"].shape
+    page_size = sizes["page_size"]
+
+    def validate(
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        kv_indptr: torch.Tensor,
+        kv_indices: torch.Tensor,
+        kv_last_page_len: torch.Tensor,
+        sm_scale: float,
+        lse: torch.Tensor,
+        out: torch.Tensor | None = None,
+    ) -> None:
+        tensors = q, k_cache, v_cache, kv_indptr, kv_last_page_len, lse
+        dense(definition.name, q.get_device(), *tensors, *(() if out is None else (out,)))
+
+    def ours(q, k_cache, v_cache, indptr, indices, last, scale, lse):
+        table, lengths = to_table(indptr, indices, last, page_size)
+        return q, to_layout(k_cache, layout), to_layout(v_cache, layout), table, lengths, scale
+
+    def inputs(rand, lengths, **kind):
+        q, k_cache, v_cache, table, lens, scale, _ = decode_attention.inputs(
+            rand, lengths, sizes["num_qo_heads"], sizes["num_kv_heads"], sizes["head_dim"], page_size, **kind
+        )
+        lse = torch.full(q.shape[:2], torch.nan, dtype=torch.float32, device=q.device)
+        ragged = to_ragged(table, lens, page_size)
+        caches = to_layout(k_cache, layout), to_layout(v_cache, layout)
+        return q.contiguous(), *caches, *ragged, scale, lse
+
+    def reference(*args):
+        a = ours(*args)
+        q, k_cache, _, table, lengths, scale = a
+        return *decode_attention.reference(*a), log_sum_exp2(q, k_cache, table, lengths, scale)
+
+    def tolerance(a):
+        bound = decode_attention.op.bound(*ours(*vars(a).values()))
+        keys = bound.k_cache.double()
+        score = bound.scale * float(bound.q.double().norm(dim=-1).max()) * float(keys.norm(dim=-1).max())
+        steps = 4 * (1 + score) + max(0, int(bound.context_lens.max())) ** 0.5 / 2
+        # A score's error is a few eps of |q||k| (decode_attention.tolerance); so is that of the logarithm of
+        # the sum of exponentials, times log2(e), and one step of the logarithm itself.
+        return [decode_attention.tolerance(bound), (2 * EPS32, steps * EPS32 / math.log(2))]
+
+    op = replace(
+        decode_attention.op,
+        validate=validate,
+        outputs=lambda q, *others: torch.empty_like(q),
+        inputs=inputs,
+        reference=reference,
+        tolerance=tolerance,
+        mutates=("lse",),
+        state=(),
+        contents=None,
+        workspace=None,
+    )
+    return {"decode_attention": op}
+
+
+def attention_cases(definition: Definition):
+    page = definition.constants["page_size"]
+    yield case("page boundaries", lengths=(1, page - 1, page, page + 1, 3 * page + 5))
+    yield case("a sequence without a token", lengths=(page, 0, 2 * page + 3))
+    yield case("one long sequence", lengths=(20 * page + 7,))
+    yield case("NaN and inf in slots that hold no token", lengths=(5, page + 2), poison=True)
+
+
+def attention_case(definition: Definition, axes: dict):
+    """All sequences alike: the lengths are contents of the workload's files, which are not read."""
+    batch, pages = axes.get("batch_size"), axes.get("num_kv_indices")
+    if not batch or not pages:
+        return "names no batch_size or no num_kv_indices"
+    length = pages * definition.constants["page_size"] // batch
+    if batch > MOST_ROWS or batch * length > MOST_TOKENS:
+        return f"{batch} sequences of {length} tokens are more than the judge's {MOST_TOKENS} tokens"
+    return {"lengths": (max(1, length),) * batch}
+
+
+ROWS = ["batch_size", "hidden_size"]
+HEADS = ["batch_size", "num_qo_heads", "head_dim"]
+FAMILIES = (
+    Family(
+        "gemm_n*_k*",
+        r"gemm_n(?P<N>\d{1,7})_k(?P<K>\d{1,7})",
+        "linear",
+        "gemm",
+        {"A": [["M", "K"]], "B": [["N", "K"]]},
+        {"C": [["M", "N"]]},
+        gemm,
+        lambda definition: (case("one row", batch=1), case("rows of no power of two", batch=7)),
+        rows_case("M"),
+    ),
+    Family(
+        "rmsnorm_h*",
+        r"rmsnorm_h(?P<hidden_size>\d{1,7})",
+        "rmsnorm",
+        "rmsnorm",
+        {"hidden_states": [ROWS], "weight": [["hidden_size"]]},
+        {"output": [ROWS]},
+        norm,
+        lambda definition: (case("one row", batch=1), case("several rows", batch=7)),
+        rows_case("batch_size"),
+    ),
+    Family(
+        "fused_add_rmsnorm_h*",
+        r"fused_add_rmsnorm_h(?P<hidden_size>\d{1,7})",
+        "rmsnorm",
+        "rmsnorm",
+        {"hidden_states": [ROWS], "residual": [ROWS], "weight": [["hidden_size"]]},
+        {"output": [ROWS]},
+        added_norm,
+        lambda definition: (case("one row", batch=1), case("several rows", batch=7)),
+        rows_case("batch_size"),
+    ),
+    Family(
+        "gqa_paged_decode_h*_kv*_d*_ps*",
+        r"gqa_paged_decode_h(?P<num_qo_heads>\d{1,5})_kv(?P<num_kv_heads>\d{1,5})"
+        r"_d(?P<head_dim>\d{1,5})_ps(?P<page_size>\d{1,5})",
+        "decode_attention",
+        "gqa_paged",
+        {
+            "q": [HEADS],
+            "k_cache": [NHD, HND],
+            "v_cache": [NHD, HND],
+            "kv_indptr": [["len_indptr"]],
+            "kv_indices": [["num_kv_indices"]],
+            "kv_last_page_len": [["batch_size"]],
+            "sm_scale": [None],
+        },
+        {"output": [HEADS], "lse": [["batch_size", "num_qo_heads"]]},
+        paged_decode,
+        attention_cases,
+        attention_case,
+    ),
+)
+OPS_WITH_FAMILY = tuple(dict.fromkeys(find(family.op).name for family in FAMILIES))
