@@ -1,5 +1,5 @@
-"""A solution in the judge's process for kernels: loads its sources and calls its entry point on the arena that
-both processes map. What lab/judge/child.py does for a kernel's file."""
+"""A solution in the judge's process for kernels: loads its sources and calls its entry point on the arena
+that both processes map. What lab/judge/child.py does for a kernel's file."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ __all__ = ["call", "in_worker"]
 class Solved(Watched):
     """An entry point as the function of a definition's Op, watched as a kernel's file is."""
 
-    def __init__(self, op, spec: dict, device: str):
-        self.op, self.device = op, torch.device(device)
+    def __init__(self, op, spec: dict):
+        self.op, self.device = op, torch.device(spec["device"])
         self.backend = SolutionBackend(spec, self.device)
         self.function = bind(op, self.backend)
 
@@ -120,17 +120,8 @@ def entry_point(spec: dict):
 
 
 def in_worker(spec: dict):
-    """name -> function: "reference" is that of the definition, each other name that of a reading of it with
-    the solution's entry point."""
-    ops = ops_of(from_json(Definition, spec["definition"], spec["what"]))
-    op = next(iter(ops.values()))
-    made = {}
-
-    def function(name: str):
-        if name not in made:
-            made[name] = Solved(op, spec[name if name == "reference" else "solution"], spec["device"])
-        return made[name]
-
-    if spec["solution"] is not None:
-        function(op.name)  # an error in it is one of loading
-    return function
+    """name -> the entry point as the function of the definition's Op. Its readings take the same
+    arguments."""
+    op = next(iter(ops_of(from_json(Definition, spec["definition"], spec["what"])).values()))
+    solved = Solved(op, spec)
+    return lambda name: solved

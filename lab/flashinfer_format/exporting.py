@@ -1,5 +1,5 @@
-"""`lab export OP...`: our ops as a dataset of flashinfer-bench: definitions, workloads, solutions, and traces of
-measured rows.
+"""`lab export OP...`: our ops as a dataset of flashinfer-bench: definitions, workloads, solutions, and traces
+of measured rows.
 
 The folder is laid out as flashinfer-bench's own dataset: definitions/TYPE/NAME.json,
 workloads/TYPE/NAME.jsonl, solutions/AUTHOR/TYPE/NAME/SOLUTION.json, traces/AUTHOR/TYPE/NAME.jsonl.
@@ -8,6 +8,7 @@ workloads/TYPE/NAME.jsonl, solutions/AUTHOR/TYPE/NAME/SOLUTION.json, traces/AUTH
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 from lab.arguments import names, numbers
@@ -49,7 +50,11 @@ def main(args) -> int:
             print("linear: the output head is not exported: its logits are float32, their C is like A")
     if not found:
         raise LabError(f"nothing to export: what maps is {', '.join(OPS_WITH_FAMILY)}")
-    counts = [write(subject, args.dtype, batches, contexts, measured, out) for subject in found.values()]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
+        new = Path(folder) / "dataset"
+        counts = [write(one, args.dtype, batches, contexts, measured, new) for one in found.values()]
+        new.rename(out)
     print(
         f"{out}: {len(found)} definitions, {sum(n for n, _ in counts)} workloads, {len(found)} solutions"
         + f", {sum(n for _, n in counts)} traces" * (measured is not None)

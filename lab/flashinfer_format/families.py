@@ -116,9 +116,16 @@ def ops_of(definition: Definition, workloads: list[Workload] = ()) -> dict[str, 
     cases = tuple(family.cases(definition)) + tuple(cases_of(family, definition, workloads)[0])
     dtypes = (DTYPES[dtype_of(definition)],)
     return {
-        reading: replace(op, name=definition.name, cases=cases, dtypes=dtypes)
+        reading: replace(
+            op, name=definition.name, cases=cases, dtypes=dtypes, reference=by_position(op.reference)
+        )
         for reading, op in family.ops(definition).items()
     }
+
+
+def by_position(function: Callable) -> Callable:
+    """`function` for a caller that names its arguments as the definition does, in their order."""
+    return lambda *args, **options: function(*args, *options.values())
 
 
 def cases_of(family: Family, definition: Definition, workloads) -> tuple[list[Case], list[str]]:

@@ -1,9 +1,9 @@
 """`lab import DIR|FILE`: judges solutions of flashinfer-bench by our contracts, and says what does not map.
 
 FILE is a Definition, a Solution or a file of Traces; DIR is a dataset with any of them. A solution needs its
-definition: it is looked for in DIR, or in the dataset in which FILE lies, or is the one that `lab export` would
-write. The reference of a definition is run once, in the process of the solution, and compared with our
-contract. That settles where values are rounded; what is right is then said by our contract alone, in float64.
+definition: it is looked for in DIR, or in the dataset in which FILE lies, or is the one that `lab export`
+would write. The reference of a definition is run in a process of its own, and compared with our contract.
+That settles where values are rounded; what is right is then said by our contract alone, in float64.
 """
 
 from __future__ import annotations
@@ -63,17 +63,20 @@ def main(args) -> int:
     show_traces(dataset.traces)
     mapped = show_definitions(dataset)
     failed = judged = 0
-    for solution in dataset.solutions:
-        if problem := unfit(solution, mapped):
-            print(f"{named(solution.name)}: not judged: {problem}")
-            continue
-        definition = mapped[solution.definition]
-        judged += 1
-        failed += judge(solution, definition, dataset.workloads.get(definition.name, []), device, args)
+    with tempfile.TemporaryDirectory(prefix="lab-import-") as folder:
+        found = Readings(device, args, Path(folder))
+        for solution in dataset.solutions:
+            definition = mapped.get(solution.definition)
+            workloads = dataset.workloads.get(solution.definition, [])
+            problem = unfit(solution, definition)
+            op, problem = (None, problem) if problem else found.of(definition, workloads)
+            if problem:
+                print(f"{named(solution.name)}: not judged: {problem}")
+                continue
+            judged += 1
+            failed += judge(solution, definition, op, found)
     if not judged and (dataset.solutions or not (mapped or dataset.traces)):
-        raise LabError(
-            f"{args.path}: nothing in it can be judged{' (why: above)' if dataset.definitions else ''}"
-        )
+        raise LabError(f"{args.path}: nothing in it can be judged; the lines above say why")
     if judged:
         print(f"{judged} solutions judged, {failed} refused; not raced")
     return 1 if failed else 0
@@ -142,9 +145,9 @@ def show_definitions(dataset: Dataset) -> dict[str, Definition]:
     return mapped
 
 
-def unfit(solution: Solution, mapped) -> str | None:
+def unfit(solution: Solution, definition: Definition | None) -> str | None:
     """Why a solution cannot be judged."""
-    if solution.definition not in mapped:
+    if definition is None:
         return f"its definition {named(solution.definition)} is not here or does not map"
     if solution.spec.language not in LANGUAGES:
         return (
@@ -156,82 +159,76 @@ def unfit(solution: Solution, mapped) -> str | None:
     return None
 
 
-def judge(solution: Solution, definition: Definition, workloads, device: str, args) -> int:
-    """Judges a solution in a process of its own; returns 1 if it is refused."""
-    ops, name = ops_of(definition, workloads), named(solution.name)
-    with tempfile.TemporaryDirectory(prefix="lab-import-") as folder:
-        spec = {
-            "module": "lab.flashinfer_format.child",
-            "what": name,
-            "device": device,
-            "definition": to_json(definition),
-            "reference": packed(
-                Path(folder), "reference_", [Source("main.py", definition.reference)], ("main.py", "run")
-            ),
-            "solution": None,
-        }
-        seed = RANDOM.getrandbits(63) if args.seed is None else args.seed
-        op = reading(ops, definition, spec, seed, args)
-        spec["solution"] = packed(
-            Path(folder), "solution_", solution.sources, solution.entry, solution.spec.language
-        )
-        spec["solution"]["returns"] = not solution.spec.destination_passing_style
-        with Worker(spec, args.timeout, int(args.memory * 2**30)) as worker:
+class Readings:
+    """Which Op each definition means: see lab/flashinfer_format/families.py. Keeps what it has found."""
+
+    def __init__(self, device: str, args, folder: Path):
+        self.device, self.args, self.folder, self.known = device, args, folder, {}
+        self.seed = RANDOM.getrandbits(63) if args.seed is None else args.seed
+
+    def of(self, definition: Definition, workloads) -> tuple[Op | None, str | None]:
+        """(the Op whose results the definition's reference gives, None), or (None, why there is none)."""
+        if definition.name not in self.known:
+            self.known[definition.name] = self.found(definition, ops_of(definition, workloads))
+        return self.known[definition.name]
+
+    def found(self, definition: Definition, ops) -> tuple[Op | None, str | None]:
+        what, errors = f"the reference of {definition.name}", []
+        sources = [Source("main.py", definition.reference)]
+        with self.worker(definition, what, sources, ("main.py", "run")) as worker:
             try:
                 worker.start()
-            except Unavailable:
-                raise
             except LabError as error:
-                print(f"{name}: refused: it cannot be loaded: {one_line(str(error))}")
-                return 1
-            judged = Judge(op, worker, seed)
-            failed = judge_cases(judged, name, dtype_of(definition))
-            failed = failed or judge_again(judged, [dtype_of(definition)])
-    if failed:
-        print(f"{name}: refused (--seed {seed})")
-        return 1
-    print(f"{name}: right in every case")
-    return 0
+                return None, one_line(str(error))
+            for reading, op in ops.items():
+                rand = Rand("cpu", DTYPES[dtype_of(definition)], self.seed)
+                outcome = check_case(op, worker.function(op.name), rand, op.cases[1].sizes, calls=1)
+                if outcome.error is None:
+                    return op, None
+                errors.append(f"{reading}: {outcome.error}")
+        return None, f"{what} computes something else than our op; {one_line(errors[0])}"
+
+    def worker(
+        self, definition: Definition, what: str, sources, entry, language="python", returns=True
+    ) -> Worker:
+        """A process that loads sources, once it is started."""
+        package = f"sources_{RANDOM.getrandbits(64):x}"
+        for source in sources:
+            path = self.folder / package / source.path
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(source.content, encoding="utf-8")
+            except (OSError, ValueError) as error:
+                raise LabError(f"the source {named(source.path)} cannot be written: {error}") from None
+        spec = {
+            "module": "lab.flashinfer_format.child",
+            "what": what,
+            "device": self.device,
+            "definition": to_json(definition),
+            "folder": str(self.folder),
+            "package": package,
+            "file": entry[0],
+            "function": entry[1],
+            "language": language,
+            "returns": returns,
+        }
+        return Worker(spec, self.args.timeout, int(self.args.memory * 2**30))
 
 
-def reading(ops: dict[str, Op], definition: Definition, spec: dict, seed: int, args) -> Op:
-    """The Op whose results the definition's reference gives. Raises LabError where it gives none's."""
-    errors = []
-    with Worker(spec, args.timeout, int(args.memory * 2**30)) as worker:
-        worker.start()
-        for op in ops.values():
-            outcome = check_case(
-                op,
-                worker.function("reference"),
-                Rand("cpu", DTYPES[dtype_of(definition)], seed),
-                op.cases[-1 if "lengths" not in op.cases[0].sizes else 0].sizes,
-                calls=1,
-            )
-            if outcome.error is None:
-                return op
-            errors.append(outcome.error)
-    raise LabError(
-        f"{named(definition.name)}: its reference computes something else than {' or '.join(ops)}: "
-        f"{one_line(errors[0])}"
-    )
-
-
-def packed(folder: Path, prefix: str, sources: list[Source], entry, language: str = "python") -> dict:
-    """Writes sources as a package into a folder; returns what lab/flashinfer_format/child.py must know."""
-    package = f"{prefix}{RANDOM.getrandbits(64):x}"
-    for source in sources:
-        path = folder / package / source.path
+def judge(solution: Solution, definition: Definition, op: Op, found: Readings) -> int:
+    """Judges a solution in a process of its own; returns 1 if it is refused."""
+    name, spec = named(solution.name), solution.spec
+    returns = not spec.destination_passing_style
+    with found.worker(definition, name, solution.sources, solution.entry, spec.language, returns) as worker:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(source.content, encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise LabError(f"the source {named(source.path)} cannot be written: {error}") from None
-    return {
-        "folder": str(folder),
-        "package": package,
-        "file": entry[0],
-        "function": entry[1],
-        "language": language,
-        "returns": True,
-        "what": package,
-    }
+            worker.start()
+        except Unavailable:
+            raise
+        except LabError as error:
+            print(f"{name}: refused: it cannot be loaded: {one_line(str(error))}")
+            return 1
+        judged = Judge(op, worker, found.seed)
+        failed = judge_cases(judged, name, dtype_of(definition))
+        failed = failed or judge_again(judged, [dtype_of(definition)])
+    print(f"{name}: refused (--seed {found.seed})" if failed else f"{name}: right in every case")
+    return 1 if failed else 0

@@ -1,9 +1,10 @@
 """The JSON of flashinfer-bench: Definition, Solution, Workload and Trace. Never imports torch.
 
 Names and conditions are those of flashinfer-bench 0.1.2 (flashinfer_bench/data): a Definition says what is
-computed, a Workload names sizes and contents of inputs, a Solution holds the sources of one implementation, and
-a Trace is one measurement of it. A workload is stored as a Trace whose solution and evaluation are null. The
-format has no version number, so a field that is not listed here is an error: nothing that is read is ignored.
+computed, a Workload names sizes and contents of inputs, a Solution holds the sources of one implementation,
+and a Trace is one measurement of it. A workload is stored as a Trace whose solution and evaluation are null.
+The format has no version number, so a field that is not listed here is an error: nothing that is read is
+ignored.
 """
 
 from __future__ import annotations

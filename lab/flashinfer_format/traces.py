@@ -1,7 +1,8 @@
 """Measured rows of records.jsonl as Traces, and what a foreign Trace says, as one line.
 
-A Trace of ours has what was measured and nothing else. The errors of a row are not in the records, so they are
-NaN; the definition's reference was not timed, so its latency and the speedup are 0, the format's own default.
+A Trace of ours has what was measured and nothing else. The errors of a row are not in the records, so they
+are NaN; the definition's reference was not timed, so its latency and the speedup are 0, the format's own
+default.
 """
 
 from __future__ import annotations

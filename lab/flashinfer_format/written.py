@@ -98,8 +98,8 @@ def run(hidden_states, weight, output):
     rmsnorm(hidden_states, weight, EPS, None, output)
 '''
 MAIN_ADDED_NORM = f'''\
-"""RMS norm of a sum by the Triton kernel `rmsnorm`, which stores the sum in the residual. Here that is an input
-that must not change, so it is copied first; a model does not do that."""
+"""RMS norm of a sum by the Triton kernel `rmsnorm`, which stores the sum in the residual. Here that is an
+input that must not change, so it is copied first; a model does not do that."""
 
 from .triton_kernels.rmsnorm import rmsnorm
 
@@ -112,8 +112,9 @@ def run(hidden_states, residual, weight, output):
 MAIN_DECODE = '''\
 """Paged decode attention by the Triton kernel `decode_attention`.
 
-VIEW The lists of pages become a table, for which the host reads the longest list's length. There are two splits
-or more, so that the kernel stores the maximum and the sum of each split's exponentials, in base 2: the
+VIEW
+The lists of pages become a table, for which the host reads the longest list's length. There are two splits or
+more, so that the kernel stores the maximum and the sum of each split's exponentials, in base 2. The
 log-sum-exp is made of these.
 """
 
@@ -230,11 +231,11 @@ def definition_of(subject: Subject, dtype: str) -> Definition:
 
 DESCRIPTIONS = {
     "gemm_n*_k*": "C = A B^T, accumulated in float32 and rounded once.",
-    "rmsnorm_h*": "RMS norm, rounded to the dtype before the weight and after it, as Hugging Face's Llama does.",
-    "fused_add_rmsnorm_h*": "RMS norm of hidden_states + residual. The sum is rounded to the dtype, and so is "
-    "the normalised sum before the weight, as Hugging Face's Llama does.",
-    "gqa_paged_decode_h*_kv*_d*_ps*": "One new token of each sequence attends to a paged KV cache; lse is the "
-    "base-2 logarithm of the sum of exponentials.",
+    "rmsnorm_h*": "RMS norm, rounded to the dtype before the weight and after it, as Hugging Face does.",
+    "fused_add_rmsnorm_h*": "RMS norm of hidden_states + residual. The sum is rounded to the dtype, and so "
+    "is the normalised sum before the weight, as in Hugging Face's Llama.",
+    "gqa_paged_decode_h*_kv*_d*_ps*": "One new token of each sequence attends to a paged KV cache; lse is "
+    "the base-2 logarithm of the sum of exponentials.",
 }
 
 
@@ -282,7 +283,7 @@ def main_of(subject: Subject) -> str:
         return simple[kind]
     nhd = list(subject.layout) == NHD
     text = MAIN_DECODE.replace(
-        "VIEW ", "The kernel's layout is HND: a cache in NHD is read as one with pages of one token. " * nhd
+        "VIEW\n", "The kernel's layout is HND: a cache in NHD is read as one with pages of one token.\n" * nhd
     )
     text = text.replace("KV_HEADS_LINE", f"kv_heads = k_cache.shape[{2 if nhd else 1}]")
     text = text.replace("TABLE_LINES", NHD_LINES if nhd else "table = table.to(torch.int32)")
