@@ -88,7 +88,10 @@ def write(subject, dtype: str, batches, contexts, measured, out: Path) -> tuple[
     put(out / "solutions" / written.AUTHOR / kind / name / f"{solution.name}.json", [solution], indent=2)
     rows = traces.of_rows(subject, dtype, measured) if measured else []
     if rows:
-        put(out / "traces" / written.AUTHOR / kind / f"{name}.jsonl", rows)
+        put(out / "traces" / written.AUTHOR / kind / f"{name}.jsonl", [trace for trace, _ in rows])
+        for trace, tensors in rows:
+            if tensors:
+                store(out / written.blob_path(subject, trace.workload.uuid), tensors)
     return len(lines), len(rows)
 
 

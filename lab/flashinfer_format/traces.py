@@ -7,6 +7,8 @@ default.
 
 from __future__ import annotations
 
+import math
+
 from lab.errors import LabError, named
 from lab.flashinfer_format import written
 from lab.flashinfer_format.schema import Correctness, Environment, Evaluation, Performance, Trace
@@ -37,8 +39,9 @@ def measured_rows(where) -> list[tuple]:
     return found
 
 
-def of_rows(subject, dtype: str, measured) -> list[Trace]:
-    """The traces of a definition: the last row of each backend and size."""
+def of_rows(subject, dtype: str, measured) -> list[tuple[Trace, dict]]:
+    """(a trace, the tensors of the file that its workload names) for each backend and size of a definition:
+    of several rows the last."""
     found = {}
     for row, machine in measured:
         if row.dtype == dtype and subject.name in (one.name for one in subjects_of(row)):
@@ -59,37 +62,38 @@ def subjects_of(row) -> list:
     return []
 
 
-def trace_of(subject, row, machine) -> Trace:
-    workload, _ = written.workload_of(subject, row.batch, row.context)
-    note = (
-        "the op alone, in a CUDA graph, with caches emptied before each replay; the reference was not timed"
-    )
+def trace_of(subject, row, machine) -> tuple[Trace, dict]:
+    workload, tensors = written.workload_of(subject, row.batch, row.context)
+    note = "the op alone, in a CUDA graph, with caches emptied before each replay; errors and the reference "
+    note += "were not measured"
     if row.op == "decode_attention" or subject.family.name.startswith("fused"):
         note += "; what main.py converts is not in this time"
     if row.backend == "cuda":
         note += f"; the sources are cuda_src/{row.op}.cu, of which there is no solution"
-    libs = {"torch": machine.torch, "triton": machine.triton, "cuda": machine.cuda}
-    return Trace(
-        subject.name,
-        workload,
-        written.solution_name(row.backend, subject.name),
-        Evaluation(
-            "PASSED",
-            Environment(
-                (machine.gpu or "cuda").replace(" ", "_"), {k: v for k, v in libs.items() if v is not None}
-            ),
-            machine.time or "unknown",
-            log=note,
-            correctness=Correctness(float("nan"), float("nan")),
-            performance=Performance(latency_ms=row.us / 1e3),
+    libs = {
+        "torch": machine.torch,
+        "triton": machine.triton,
+        "cuda": machine.cuda,
+        written.AUTHOR: machine.commit,
+    }
+    evaluation = Evaluation(
+        "PASSED",
+        Environment(
+            (machine.gpu or "cuda").replace(" ", "_"), {k: v for k, v in libs.items() if v is not None}
         ),
+        machine.time or "unknown",
+        log=note,
+        correctness=Correctness(math.nan, math.nan),
+        performance=Performance(latency_ms=row.us / 1e3),
     )
+    name = written.solution_name(row.backend, subject.name)
+    return Trace(subject.name, workload, name, evaluation), tensors
 
 
 def line_of(trace: Trace) -> str:
     """A foreign trace for the terminal. Its time was measured by others, so it stands beside none of ours."""
     axes = " ".join(f"{named(axis)}={value}" for axis, value in trace.workload.axes.items())
-    text = f"{named(trace.definition)} {axes} {named(str(trace.solution))}: "
+    text = f"foreign: {named(trace.definition)} {axes} {named(str(trace.solution))}: "
     evaluation = trace.evaluation
     if evaluation is None:
         return text + "no evaluation"
