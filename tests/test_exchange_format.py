@@ -1,9 +1,11 @@
-"""flashinfer-bench's JSON: what is written can be read, what is no such JSON is one line, and solutions of each
-family are right or wrong by our contracts. Sources are loaded into this process: tests/test_exchange_judge.py
-has the judge's."""
+"""flashinfer-bench's JSON: what is written can be read, what is no such JSON is one line, and solutions of
+each family are right or wrong by our contracts. Sources are loaded into this process; the judge's are in
+tests/test_exchange_judge.py."""
 
 import copy
+import importlib.util
 import json
+import sys
 import types
 import uuid
 from pathlib import Path
@@ -343,18 +345,14 @@ def test_every_op_is_exported_or_has_a_reason():
         assert op.name in families.OPS_WITH_FAMILY or exporting.reason(op)
 
 
-def test_flashinfer_bench_reads_an_export(dataset):
+def test_flashinfer_bench_reads_an_export(dataset, monkeypatch):
     """Its package data alone: the rest of it needs a GPU's packages."""
-    spec = pytest.importorskip("importlib.util").find_spec("flashinfer_bench")
+    spec = importlib.util.find_spec("flashinfer_bench")
     if spec is None:
         pytest.skip("flashinfer-bench is not installed")
-    import importlib
-    import sys
-
-    if "flashinfer_bench" not in sys.modules:
-        package = types.ModuleType("flashinfer_bench")
-        package.__path__ = list(spec.submodule_search_locations)
-        sys.modules["flashinfer_bench"] = package
+    package = types.ModuleType("flashinfer_bench")
+    package.__path__ = list(spec.submodule_search_locations)
+    monkeypatch.setitem(sys.modules, "flashinfer_bench", package)
     found = importlib.import_module("flashinfer_bench.data").TraceSet.from_path(str(dataset))
     assert len(found.definitions) == len(found.solutions) == len(found.workloads) == 7
 
