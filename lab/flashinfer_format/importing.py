@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from lab.worker import Worker
 
 SHOWN = 20  # traces that are shown of one definition
 LANGUAGES = ("python", "triton")
+LOOSE = 16
 
 
 @dataclass
@@ -107,13 +108,18 @@ def definition_elsewhere(path: Path, name: str) -> Definition | None:
     would export, in bf16."""
     for parent in path.resolve().parents:
         folder = parent / "definitions"
-        if folder.is_dir() and not re.search(r"[/\\\0]", name):
-            for file in sorted(folder.rglob(f"{name}.json")):
-                return next(one for one in read(file) if isinstance(one, Definition))
+        if folder.is_dir():
+            for file in sorted(folder.rglob("*.json")):
+                found = (
+                    [one for one in read(file) if isinstance(one, Definition)] if file.stem == name else []
+                )
+                if found and found[0].name == name:
+                    return found[0]
     family = family_of(name)
     if family is None:
         return None
     sizes = {axis: int(text) for axis, text in re.fullmatch(family.pattern, name).groupdict().items()}
+    print(f"{name}: its definition is not here; that of `lab export` is taken, in bf16")
     return written.definition_of(written.Subject(family, name, sizes), "bf16")
 
 
@@ -140,8 +146,9 @@ def show_definitions(dataset: Dataset) -> dict[str, Definition]:
             continue
         mapped[name] = definition
         print(f"{name}: maps onto {family.op}, {dtype_of(definition)}")
-        for line in cases_of(family, definition, dataset.workloads.get(name, []))[1]:
-            print(f"    left out: {one_line(line)}")
+        _, left_out = cases_of(family, definition, dataset.workloads.get(name, []))
+        if left_out:
+            print(f"    {len(left_out)} workloads are left out; the first: {one_line(left_out[0])}")
     return mapped
 
 
@@ -180,12 +187,18 @@ class Readings:
                 worker.start()
             except LabError as error:
                 return None, one_line(str(error))
+            shares = {}
             for reading, op in ops.items():
-                rand = Rand("cpu", DTYPES[dtype_of(definition)], self.seed)
-                outcome = check_case(op, worker.function(op.name), rand, op.cases[1].sizes, calls=1)
-                if outcome.error is None:
-                    return op, None
+                rand, function = (
+                    Rand("cpu", DTYPES[dtype_of(definition)], self.seed),
+                    worker.function(op.name),
+                )
+                outcome = check_case(loosened(op), function, rand, op.cases[1].sizes, calls=1)
+                shares[reading] = outcome.used
                 errors.append(f"{reading}: {outcome.error}")
+        nearest = min(shares, key=shares.get)
+        if shares[nearest] <= 1:
+            return ops[nearest], None
         return None, f"{what} computes something else than our op; {one_line(errors[0])}"
 
     def worker(
@@ -213,6 +226,18 @@ class Readings:
             "returns": returns,
         }
         return Worker(spec, self.args.timeout, int(self.args.memory * 2**30))
+
+
+def loosened(op: Op) -> Op:
+    """With LOOSE times the tolerance: a reference need not be as precise as a kernel, for it decides nothing
+    but which reading is the nearest."""
+
+    def tolerance(a):
+        limits = op.tolerance(a)
+        each = limits if isinstance(limits, list) else [limits]
+        return [(LOOSE * rtol, LOOSE * atol) for rtol, atol in each]
+
+    return replace(op, tolerance=tolerance)
 
 
 def judge(solution: Solution, definition: Definition, op: Op, found: Readings) -> int:
