@@ -110,11 +110,9 @@ def definition_elsewhere(path: Path, name: str) -> Definition | None:
         folder = parent / "definitions"
         if folder.is_dir():
             for file in sorted(folder.rglob("*.json")):
-                found = (
-                    [one for one in read(file) if isinstance(one, Definition)] if file.stem == name else []
-                )
-                if found and found[0].name == name:
-                    return found[0]
+                one = read(file)[0] if file.stem == name else None
+                if isinstance(one, Definition) and one.name == name:
+                    return one
     family = family_of(name)
     if family is None:
         return None
@@ -189,11 +187,9 @@ class Readings:
                 return None, one_line(str(error))
             shares = {}
             for reading, op in ops.items():
-                rand, function = (
-                    Rand("cpu", DTYPES[dtype_of(definition)], self.seed),
-                    worker.function(op.name),
-                )
-                outcome = check_case(loosened(op), function, rand, op.cases[1].sizes, calls=1)
+                rand = Rand("cpu", DTYPES[dtype_of(definition)], self.seed)
+                function, sizes = worker.function(op.name), op.cases[1].sizes
+                outcome = check_case(loosened(op), function, rand, sizes, calls=1)
                 shares[reading] = outcome.used
                 errors.append(f"{reading}: {outcome.error}")
         nearest = min(shares, key=shares.get)
