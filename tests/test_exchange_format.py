@@ -185,6 +185,12 @@ UNMAPPED = {
         "weight has the shape",
     ),
     "fp8": (lambda d: [t.update(dtype="float8_e4m3fn") for t in d["inputs"].values()], "float8_e4m3fn"),
+    "a width without end": (
+        lambda d: d.update(
+            name="rmsnorm_h9999999", axes={**d["axes"], "hidden_size": {"type": "const", "value": 9999999}}
+        ),
+        "hidden_states is larger than",
+    ),
     "no EPS": (change(reference="def run(hidden_states, weight):\n    return 1\n"), "no constant EPS"),
 }
 
@@ -270,6 +276,16 @@ BAD = {
     "an input": (
         json.dumps({"definition": "d", "workload": {**WORKLOAD, "inputs": {"A": {}}}}),
         "its type must be",
+    ),
+    "a time beyond all numbers": (
+        json.dumps(
+            {
+                "definition": "d",
+                "workload": WORKLOAD,
+                "evaluation": {**EVALUATION, "correctness": {}, "performance": {"latency_ms": 7}},
+            }
+        ).replace(": 7", ": 1e999"),
+        "latency_ms is inf",
     ),
     "an axis below 0": (
         json.dumps({"definition": "d", "workload": {**WORKLOAD, "axes": {"M": -1}}}),

@@ -21,6 +21,7 @@ from lab.harness.shapes import preset
 from lab.names import known
 from lab.ops import OPS
 
+MOST_TOKENS = 1 << 27  # in all sequences of a workload
 NONE_OF = {
     "sample": "their sampling takes probabilities, ours takes logits",
     "rope_append_attention": "it also rotates and appends; decode_attention maps",
@@ -32,6 +33,8 @@ def main(args) -> int:
     chosen = [known(name, [op.name for op in OPS], "op") for name in args.op] or [op.name for op in OPS]
     models = [preset(name) for name in names(args.model)]
     batches, contexts = numbers(args.batch), numbers(args.context)
+    if max(batches) * max(contexts) > MOST_TOKENS:
+        raise LabError(f"{max(batches)} x {max(contexts)} tokens: a workload has at most {MOST_TOKENS}")
     out = Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise LabError(f"{out} exists and is not an empty folder: choose another")

@@ -30,6 +30,8 @@ from lab.ops.kv_append import PAGE_SIZES
 TORCH = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}  # their names of our dtypes
 MOST_ROWS = linear.MAX_BATCH
 MOST_TOKENS = 1 << 14  # in all sequences of a case
+MOST_ELEMENTS = 1 << 29  # of a tensor: 4 GiB in float64
+MOST_HEADS = 1024
 NHD = ["num_pages", "page_size", "num_kv_heads", "head_dim"]
 HND = ["num_pages", "num_kv_heads", "page_size", "head_dim"]
 
@@ -90,9 +92,20 @@ def mismatch(family: Family, definition: Definition) -> str | None:
     for axis, text in sizes.items():
         if definition.constants.get(axis) != int(text) or not int(text):
             return f"the axis {axis} is not the {text} of its name, or is 0"
+    for name, spec in definition.inputs.items():
+        if math.prod(largest(definition, axis) for axis in spec.shape or ()) > MOST_ELEMENTS:
+            return (
+                f"{name} is larger than the {MOST_ELEMENTS} elements of which the judge computes references"
+            )
     if family.op == "decode_attention":
         return attention_mismatch(definition)
     return None
+
+
+def largest(definition: Definition, axis: str) -> int:
+    """The size of an axis, in the largest case if it is a variable one."""
+    pages = MOST_TOKENS // definition.constants.get("page_size", MOST_TOKENS)
+    return definition.constants.get(axis, pages if axis == "num_pages" else MOST_ROWS)
 
 
 SPECIAL = {
@@ -260,6 +273,8 @@ def attention_mismatch(definition: Definition) -> str | None:
     if sizes["head_dim"] not in decode_attention.HEAD_DIMS:
         return f"head_dim {sizes['head_dim']} is not 64, 96 or 128"
     heads, kv_heads = sizes["num_qo_heads"], sizes["num_kv_heads"]
+    if heads > MOST_HEADS:
+        return f"{heads} heads are more than {MOST_HEADS}"
     if not kv_heads or heads % kv_heads or heads > kv_heads * decode_attention.MAX_GROUP:
         return f"{heads} query heads are not 1 to {decode_attention.MAX_GROUP} times the {kv_heads} KV heads"
     if definition.inputs["k_cache"].shape != definition.inputs["v_cache"].shape:

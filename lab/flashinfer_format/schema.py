@@ -330,7 +330,7 @@ def plain(kind, value, where: str, name: str):
         value = float(value) if abs(value) < 1 << 63 else value
     if type(value) is not kind:
         raise LabError(f"{where} is {shown(value)}, not {kind.__name__}")
-    if kind in (int, float) and (value < 0 or kind is int and value >= 1 << 63):
+    if kind in (int, float) and not 0 <= value < 1 << 63:
         raise LabError(f"{where} is {shown(value)}, not a number from 0 on")
     if kind is str and not value and name not in MAY_BE_EMPTY:
         raise LabError(f"{where} is empty")
