@@ -16,17 +16,17 @@ import torch
 from lab import cli
 from lab.check import check_case
 from lab.contract import DTYPES, Rand
-from lab.flashinfer_format import exporting, families, schema, traces, written
+from lab.flashinfer_format import attention, exporting, families, schema, traces, written
 from lab.flashinfer_format.child import Solved
 from lab.flashinfer_format.schema import Definition, Solution, Trace, from_json, read, to_json
 from lab.judge.precision import ErrorsByWidth
 from lab.ops import OPS
 
-GEMM = written.named("gemm_n{N}_k{K}", N=48, K=40)
-NORM = written.named("rmsnorm_h{hidden_size}", hidden_size=64)
-ADDED = written.named("fused_add_rmsnorm_h{hidden_size}", hidden_size=64)
+GEMM = written.subject_of("gemm_n{N}_k{K}", N=48, K=40)
+NORM = written.subject_of("rmsnorm_h{hidden_size}", hidden_size=64)
+ADDED = written.subject_of("fused_add_rmsnorm_h{hidden_size}", hidden_size=64)
 NHD = written.attention(4, 2, 64, 16)
-HND = written.Subject(NHD.family, NHD.name, NHD.sizes, layout=tuple(families.HND))
+HND = written.Subject(NHD.family, NHD.name, NHD.sizes, layout=tuple(attention.HND))
 SUBJECTS = {"gemm": GEMM, "norm": NORM, "added": ADDED, "NHD": NHD, "HND": HND}
 
 # As flashinfer's own definitions round: once, at the end.
@@ -55,7 +55,16 @@ def loaded(op, folder, sources, entry=("main.py", "run"), language="python", ret
         path = folder / package / source.path
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(source.content)
-    spec = dict(folder=str(folder), package=package, file=entry[0], function=entry[1], language=language)
+    args = op.inputs(Rand("cpu", torch.float32), **op.cases[0].sizes)
+    shape = {"inputs": range(len(args) - len(op.mutates)), "outputs": range(1 + len(op.mutates))}
+    spec = dict(
+        definition=shape,
+        folder=str(folder),
+        package=package,
+        file=entry[0],
+        function=entry[1],
+        language=language,
+    )
     return Solved(op, {**spec, "returns": returns, "device": "cpu", "what": package})
 
 
@@ -128,13 +137,13 @@ def test_a_wrong_attention_is_wrong(fault, tmp_path):
 def test_lists_of_pages_become_a_table_and_back():
     table = torch.tensor([[5, 2, 7], [1, 0, 0], [6, 9, 0], [3, 4, 8]], dtype=torch.int32)
     lengths = torch.tensor([48, 1, 17, 0], dtype=torch.int32)
-    indptr, indices, last = families.to_ragged(table, lengths, 16)
+    indptr, indices, last = attention.to_ragged(table, lengths, 16)
     assert (indptr.tolist(), indices.tolist(), last.tolist()) == (
         [0, 3, 4, 6, 6],
         [5, 2, 7, 1, 6, 9],
         [16, 1, 1, 0],
     )
-    back, lengths_back = families.to_table(indptr, indices, last, 16)
+    back, lengths_back = attention.to_table(indptr, indices, last, 16)
     assert lengths_back.tolist() == lengths.tolist()
     assert back.tolist() == [[5, 2, 7], [1, 0, 0], [6, 9, 0], [0, 0, 0]]
 

@@ -52,6 +52,12 @@ SOLUTIONS = {  # name: (language, main.py, whether outputs are passed, what is s
     "rounded twice": ("python", HEAD + ROUNDED_TWICE, True, "elements are off"),
     "a syntax error": ("python", "def run(:\n", True, "a syntax error: refused: it cannot be loaded"),
     "an exit": ("python", "import os\nos._exit(0)\n", True, "an exit: refused: it cannot be loaded"),
+    "another style": (
+        "triton",
+        HEAD + KERNEL + RETURNED,
+        True,
+        "run does not take hidden_states, weight, output",
+    ),
     "cuda": ("cuda", "x", True, "cuda: not judged: language cuda"),
 }
 
@@ -76,7 +82,7 @@ def test_solutions_are_judged_by_the_contract(dataset, capsys):
     assert f"{NORM.name}: maps onto rmsnorm, bf16" in said
     for name, (*_, expected) in SOLUTIONS.items():
         assert expected in said, name
-    assert said.splitlines()[-1] == "6 solutions judged, 4 refused; not raced"
+    assert said.splitlines()[-1] == "7 solutions judged, 5 refused; not raced"
 
 
 def test_a_reference_that_computes_something_else_is_named(dataset, tmp_path, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import sys
 from pathlib import PurePosixPath
 
@@ -35,11 +36,12 @@ class SolutionBackend:
     and "function" of the entry point, "language", and "returns", whether the outputs are returned."""
 
     def __init__(self, spec: dict, device: torch.device):
-        self.name, self.language, self.device = spec["package"], spec["language"], device
+        self.name, self.language, self.device = spec["what"], spec["language"], device
         self.names, self.returns = None, spec["returns"]
         if self.language == "triton":
             load("triton", device)  # Unavailable where there is no Triton
         self.function = entry_point(spec)
+        require_arguments(self.function, spec)
 
     def launcher(self, op):
         def launch(*args, out):
@@ -108,7 +110,7 @@ def entry_point(spec: dict):
     module = ".".join([spec["package"], *path.with_suffix("").parts])
     sys.path.insert(0, spec["folder"])
     try:
-        with needs_no_driver(spec["package"]):
+        with needs_no_driver(spec["what"]):
             function = getattr(importlib.import_module(module), spec["function"], None)
     except (Exception, SystemExit) as error:
         raise LabError(f"{spec['what']}: {error_text(error)}") from error
@@ -117,6 +119,22 @@ def entry_point(spec: dict):
     if not callable(function):
         raise LabError(f"{spec['what']}: {spec['file']} has no function {spec['function']}")
     return function
+
+
+def require_arguments(function, spec: dict) -> None:
+    """Raises LabError if an entry point cannot take as many arguments as it will be given."""
+    inputs, outputs = (list(spec["definition"][kind]) for kind in ("inputs", "outputs"))
+    given = inputs if spec["returns"] else inputs + outputs
+    try:
+        inspect.signature(function).bind(*given)
+    except TypeError:
+        style = "false: outputs are returned" if spec["returns"] else "true: outputs are the last arguments"
+        raise LabError(
+            f"{spec['what']}: {spec['function']} does not take {', '.join(given)} "
+            f"(destination_passing_style is {style})"
+        ) from None
+    except ValueError:  # a function without a signature
+        return
 
 
 def in_worker(spec: dict):

@@ -2,8 +2,8 @@
 
 A family is a kind of definition, such as rmsnorm_h4096. For a definition of it `ops_of()` makes an `Op` that
 takes the inputs of the definition in their order. Its inputs, right results and tolerances are those of our
-contract, converted: layout of the KV cache (NHD or HND), ragged lists of pages, base-2 log-sum-exp. So
-lab/judge judges an implementation of the definition as it judges a kernel of the op.
+contract, converted (lab/flashinfer_format/attention.py for the KV cache). So lab/judge judges an
+implementation of the definition as it judges a kernel of the op.
 
 A definition may round in two ways, each of which is an `Op` of its own, a reading. Our rmsnorm rounds before
 it multiplies by the weight, as Hugging Face does; flashinfer's rounds once. Which reading a definition has is
@@ -21,19 +21,15 @@ from types import SimpleNamespace
 
 import torch
 
-from lab.contract import DTYPES, EPS32, Case, Op, case, dense
+from lab.contract import DTYPES, EPS32, Case, Op, case
 from lab.errors import LabError, shown
+from lab.flashinfer_format import attention
 from lab.flashinfer_format.schema import Definition, Workload
-from lab.ops import decode_attention, find, linear, rmsnorm
-from lab.ops.kv_append import PAGE_SIZES
+from lab.ops import find, linear, rmsnorm
 
 TORCH = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}  # their names of our dtypes
 MOST_ROWS = linear.MAX_BATCH
-MOST_TOKENS = 1 << 14  # in all sequences of a case
-MOST_ELEMENTS = 1 << 29  # of a tensor: 4 GiB in float64
-MOST_HEADS = 1024
-NHD = ["num_pages", "page_size", "num_kv_heads", "head_dim"]
-HND = ["num_pages", "num_kv_heads", "page_size", "head_dim"]
+MOST_ELEMENTS = 1 << 29  # of a tensor
 
 
 @dataclass(frozen=True)
@@ -94,17 +90,15 @@ def mismatch(family: Family, definition: Definition) -> str | None:
             return f"the axis {axis} is not the {text} of its name, or is 0"
     for name, spec in definition.inputs.items():
         if math.prod(largest(definition, axis) for axis in spec.shape or ()) > MOST_ELEMENTS:
-            return (
-                f"{name} is larger than the {MOST_ELEMENTS} elements of which the judge computes references"
-            )
+            return f"{name} is larger than {MOST_ELEMENTS} elements, which are 4 GiB in float64"
     if family.op == "decode_attention":
-        return attention_mismatch(definition)
+        return attention.mismatch(definition)
     return None
 
 
 def largest(definition: Definition, axis: str) -> int:
     """The size of an axis, in the largest case if it is a variable one."""
-    pages = MOST_TOKENS // definition.constants.get("page_size", MOST_TOKENS)
+    pages = attention.MOST_TOKENS // definition.constants.get("page_size", attention.MOST_TOKENS)
     return definition.constants.get(axis, pages if axis == "num_pages" else MOST_ROWS)
 
 
@@ -263,143 +257,6 @@ def readings(validate, inputs, ours) -> dict[str, Op]:
     }
 
 
-# ---- gqa_paged_decode_h*_kv*_d*_ps* ------------------------------------------------------------------------
-
-
-def attention_mismatch(definition: Definition) -> str | None:
-    sizes = definition.constants
-    if sizes["page_size"] not in PAGE_SIZES:
-        return f"page_size {sizes['page_size']} is not one of {', '.join(map(str, PAGE_SIZES))}"
-    if sizes["head_dim"] not in decode_attention.HEAD_DIMS:
-        return f"head_dim {sizes['head_dim']} is not 64, 96 or 128"
-    heads, kv_heads = sizes["num_qo_heads"], sizes["num_kv_heads"]
-    if heads > MOST_HEADS:
-        return f"{heads} heads are more than {MOST_HEADS}"
-    if not kv_heads or heads % kv_heads or heads > kv_heads * decode_attention.MAX_GROUP:
-        return f"{heads} query heads are not 1 to {decode_attention.MAX_GROUP} times the {kv_heads} KV heads"
-    if definition.inputs["k_cache"].shape != definition.inputs["v_cache"].shape:
-        return "k_cache and v_cache have different layouts"
-    return None
-
-
-def to_layout(cache: torch.Tensor, layout: list[str]) -> torch.Tensor:
-    """A cache of ours, [pages, kv_heads, page_size, head_dim], in a layout of theirs, or back."""
-    return cache.transpose(1, 2).contiguous() if layout == NHD else cache
-
-
-def to_ragged(block_table: torch.Tensor, context_lens: torch.Tensor, page_size: int):
-    """(kv_indptr, kv_indices, kv_last_page_len) of a table of pages: sequence b has the pages
-    kv_indices[kv_indptr[b] : kv_indptr[b + 1]], the last of which holds kv_last_page_len[b] tokens."""
-    pages = -(-context_lens.clamp(min=0) // page_size)
-    indptr = torch.zeros(len(pages) + 1, dtype=torch.int32, device=pages.device)
-    indptr[1:] = pages.cumsum(0)
-    indices = torch.cat([row[:n] for row, n in zip(block_table, pages.tolist(), strict=True)])
-    last = torch.where(pages > 0, context_lens - (pages - 1) * page_size, 0)
-    return indptr, indices.contiguous(), last.to(torch.int32)
-
-
-def to_table(indptr: torch.Tensor, indices: torch.Tensor, last: torch.Tensor, page_size: int):
-    """(block_table, context_lens) of ragged lists of pages: the way back. Entries that are not used are 0."""
-    pages = indptr.diff()
-    table = torch.zeros(len(pages), max(1, int(pages.max())), dtype=torch.int32, device=indptr.device)
-    for b, (begin, n) in enumerate(zip(indptr.tolist(), pages.tolist())):
-        table[b, :n] = indices[begin : begin + n]
-    return table, torch.where(pages > 0, (pages - 1) * page_size + last, 0).to(torch.int32)
-
-
-def log_sum_exp2(q, k_cache, block_table, context_lens, scale) -> torch.Tensor:
-    """float64 [batch, q_heads]: log2 of the sum of exp(scale * q . k) over a sequence's tokens; -inf where it
-    has none."""
-    found = torch.full(q.shape[:2], -torch.inf, dtype=torch.float64, device=q.device)
-    group, page = q.shape[1] // k_cache.shape[1], k_cache.shape[2]
-    for b, length in enumerate(context_lens.tolist()):
-        if length > 0:
-            pages = block_table[b, : -(-length // page)].long()
-            keys = k_cache[pages].transpose(1, 2).flatten(0, 1)[:length].double()
-            scores = torch.einsum("hd,lhd->hl", q[b].double(), keys.repeat_interleave(group, dim=1)) * scale
-            found[b] = torch.logsumexp(scores, dim=-1) / math.log(2)
-    return found
-
-
-def paged_decode(definition: Definition) -> dict[str, Op]:
-    sizes, layout = definition.constants, definition.inputs["k_cache"].shape
-    page_size = sizes["page_size"]
-
-    def validate(
-        q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        kv_indptr: torch.Tensor,
-        kv_indices: torch.Tensor,
-        kv_last_page_len: torch.Tensor,
-        sm_scale: float,
-        lse: torch.Tensor,
-        out: torch.Tensor | None = None,
-    ) -> None:
-        tensors = q, k_cache, v_cache, kv_indptr, kv_last_page_len, lse
-        dense(definition.name, q.get_device(), *tensors, *(() if out is None else (out,)))
-
-    def ours(q, k_cache, v_cache, indptr, indices, last, scale, lse):
-        table, lengths = to_table(indptr, indices, last, page_size)
-        return q, to_layout(k_cache, layout), to_layout(v_cache, layout), table, lengths, scale
-
-    def inputs(rand, lengths, **kind):
-        q, k_cache, v_cache, table, lens, scale, _ = decode_attention.inputs(
-            rand, lengths, sizes["num_qo_heads"], sizes["num_kv_heads"], sizes["head_dim"], page_size, **kind
-        )
-        lse = torch.full(q.shape[:2], torch.nan, dtype=torch.float32, device=q.device)
-        ragged = to_ragged(table, lens, page_size)
-        caches = to_layout(k_cache, layout), to_layout(v_cache, layout)
-        return q.contiguous(), *caches, *ragged, scale, lse
-
-    def reference(*args):
-        a = ours(*args)
-        q, k_cache, _, table, lengths, scale = a
-        return *decode_attention.reference(*a), log_sum_exp2(q, k_cache, table, lengths, scale)
-
-    def tolerance(a):
-        bound = decode_attention.op.bound(*ours(*vars(a).values()))
-        keys = bound.k_cache.double()
-        score = bound.scale * float(bound.q.double().norm(dim=-1).max()) * float(keys.norm(dim=-1).max())
-        steps = 4 * (1 + score) + max(0, int(bound.context_lens.max())) ** 0.5 / 2
-        # A score's error is a few eps of |q||k| (decode_attention.tolerance); so is that of the logarithm of
-        # the sum of exponentials, times log2(e), and one step of the logarithm itself.
-        return [decode_attention.tolerance(bound), (2 * EPS32, steps * EPS32 / math.log(2))]
-
-    op = replace(
-        decode_attention.op,
-        validate=validate,
-        outputs=lambda q, *others: torch.empty_like(q),
-        inputs=inputs,
-        reference=reference,
-        tolerance=tolerance,
-        mutates=("lse",),
-        state=(),
-        contents=None,
-        workspace=None,
-    )
-    return {"decode_attention": op}
-
-
-def attention_cases(definition: Definition):
-    page = definition.constants["page_size"]
-    yield case("page boundaries", lengths=(1, page - 1, page, page + 1, 3 * page + 5))
-    yield case("a sequence without a token", lengths=(page, 0, 2 * page + 3))
-    yield case("one long sequence", lengths=(20 * page + 7,))
-    yield case("NaN and inf in slots that hold no token", lengths=(5, page + 2), poison=True)
-
-
-def attention_case(definition: Definition, axes: dict):
-    """All sequences alike: the lengths are contents of the workload's files, which are not read."""
-    batch, pages = axes.get("batch_size"), axes.get("num_kv_indices")
-    if not batch or not pages:
-        return "names no batch_size or no num_kv_indices"
-    length = pages * definition.constants["page_size"] // batch
-    if batch > MOST_ROWS or batch * length > MOST_TOKENS:
-        return f"{batch} sequences of {length} tokens are more than the judge's {MOST_TOKENS} tokens"
-    return {"lengths": (max(1, length),) * batch}
-
-
 ROWS = ["batch_size", "hidden_size"]
 HEADS = ["batch_size", "num_qo_heads", "head_dim"]
 FAMILIES = (
@@ -444,17 +301,17 @@ FAMILIES = (
         "gqa_paged",
         {
             "q": [HEADS],
-            "k_cache": [NHD, HND],
-            "v_cache": [NHD, HND],
+            "k_cache": [attention.NHD, attention.HND],
+            "v_cache": [attention.NHD, attention.HND],
             "kv_indptr": [["len_indptr"]],
             "kv_indices": [["num_kv_indices"]],
             "kv_last_page_len": [["batch_size"]],
             "sm_scale": [None],
         },
         {"output": [HEADS], "lse": [["batch_size", "num_qo_heads"]]},
-        paged_decode,
-        attention_cases,
-        attention_case,
+        attention.ops,
+        attention.cases,
+        attention.case_of,
     ),
 )
 OPS_WITH_FAMILY = tuple(dict.fromkeys(find(family.op).name for family in FAMILIES))

@@ -76,6 +76,8 @@ def main(args) -> int:
                 continue
             judged += 1
             failed += judge(solution, definition, op, found)
+    if dataset.workloads and not (dataset.definitions or dataset.traces):
+        raise LabError(f"{args.path} holds workloads alone: give the folder with their definitions")
     if not judged and (dataset.solutions or not (mapped or dataset.traces)):
         raise LabError(f"{args.path}: nothing in it can be judged; the lines above say why")
     if judged:

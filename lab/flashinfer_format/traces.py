@@ -53,10 +53,10 @@ def subjects_of(row) -> list:
     """The definitions that say what a row measured: none, or one."""
     shape = row.shape
     if row.op == "linear" and set(shape) == {"n", "k"}:
-        return [written.named("gemm_n{N}_k{K}", N=shape["n"], K=shape["k"])]
+        return [written.subject_of("gemm_n{N}_k{K}", N=shape["n"], K=shape["k"])]
     if row.op == "rmsnorm" and set(shape) <= {"cols", "residual"} and "cols" in shape:
         kind = "fused_add_rmsnorm" if shape.get("residual") else "rmsnorm"
-        return [written.named(kind + "_h{hidden_size}", hidden_size=shape["cols"])]
+        return [written.subject_of(kind + "_h{hidden_size}", hidden_size=shape["cols"])]
     if row.op == "decode_attention" and {"q_heads", "kv_heads", "head_dim", "page_size"} <= set(shape):
         return [written.attention(**shape)]
     return []

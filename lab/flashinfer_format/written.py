@@ -11,7 +11,8 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab.flashinfer_format.families import HND, NHD, Family, family_of
+from lab.flashinfer_format.attention import HND, NHD
+from lab.flashinfer_format.families import SPECIAL, TORCH, Family, family_of
 from lab.flashinfer_format.schema import (
     AxisConst,
     AxisVar,
@@ -28,7 +29,7 @@ from lab.flashinfer_format.schema import (
 from lab.own_modules import ROOT, reached, relative
 
 AUTHOR = "decode-kernel-lab"
-NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+NAMES = {ours: theirs for theirs, ours in TORCH.items()}
 HARDWARE = ["NVIDIA_H100", "NVIDIA_A100"]
 EPS = 1e-6  # as in flashinfer-bench's own definitions of norms
 NAMESPACE = uuid.UUID("6f1f2f0e-5a0b-4c58-9b0c-1d2a7c3f9e11")  # of the workloads' names
@@ -171,23 +172,23 @@ def subjects(op, config) -> list[Subject]:
     found = []
     for _, sizes in op.uses(config):
         if op.name == "linear" and sizes.get("out_dtype") is None:
-            found.append(named("gemm_n{N}_k{K}", N=sizes["n"], K=sizes["k"]))
+            found.append(subject_of("gemm_n{N}_k{K}", N=sizes["n"], K=sizes["k"]))
         elif op.name == "rmsnorm":
-            found.append(named("rmsnorm_h{hidden_size}", hidden_size=sizes["cols"]))
+            found.append(subject_of("rmsnorm_h{hidden_size}", hidden_size=sizes["cols"]))
             if sizes.get("residual"):
-                found.append(named("fused_add_rmsnorm_h{hidden_size}", hidden_size=sizes["cols"]))
+                found.append(subject_of("fused_add_rmsnorm_h{hidden_size}", hidden_size=sizes["cols"]))
         elif op.name == "decode_attention":
             found.append(attention(**sizes))
     return found
 
 
-def named(pattern: str, **sizes) -> Subject:
+def subject_of(pattern: str, **sizes) -> Subject:
     name = pattern.format(**sizes)
     return Subject(family_of(name), name, sizes)
 
 
 def attention(q_heads: int, kv_heads: int, head_dim: int, page_size: int, **others) -> Subject:
-    return named(
+    return subject_of(
         "gqa_paged_decode_h{num_qo_heads}_kv{num_kv_heads}_d{head_dim}_ps{page_size}",
         num_qo_heads=q_heads,
         num_kv_heads=kv_heads,
@@ -198,8 +199,6 @@ def attention(q_heads: int, kv_heads: int, head_dim: int, page_size: int, **othe
 
 def definition_of(subject: Subject, dtype: str) -> Definition:
     """The definition of an op at its sizes. dtype: our name of it."""
-    from lab.flashinfer_format.families import SPECIAL
-
     family, sizes, kind = subject.family, subject.sizes, NAMES[dtype]
 
     def specs(shapes):
