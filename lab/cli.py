@@ -44,6 +44,14 @@ VERBS = {  # verb: (module, what it does)
     "learn": ("lab.learn.course", "the course: numbered lessons, from why decode is bound by memory on"),
     "exercise": ("lab.learn.exercises", "small kernels with a fault to mend, in both languages"),
     "new": ("lab.learn.new", "the files of a new op, or a copy of an op's kernel to begin with"),
+    "export": (
+        "lab.flashinfer_format.exporting",
+        "ops, workloads, Triton kernels and measured rows as a dataset of flashinfer-bench",
+    ),
+    "import": (
+        "lab.flashinfer_format.importing",
+        "solutions of flashinfer-bench, judged by the contracts of our ops",
+    ),
     "explain": (
         "lab.learn.explain",
         "the CUDA and the Triton code of an op or of a weight format side by side, step by step",

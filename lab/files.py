@@ -100,14 +100,14 @@ def read_json(path: str | os.PathLike) -> dict:
         raise too_deep from None
     except ValueError as error:
         raise LabError(f"{path} cannot be read: {error}") from error
-    if _deeper(found, DEEPEST):
+    if deeper(found, DEEPEST):
         raise too_deep
     if not isinstance(found, dict):
         raise LabError(f"{path}: expected a JSON object")
     return found
 
 
-def _deeper(value, levels: int) -> bool:
+def deeper(value, levels: int) -> bool:
     """Whether a parsed JSON value has more than `levels` levels of lists and objects."""
     level = [value]
     for _ in range(levels + 1):

@@ -373,14 +373,8 @@ def inspect(parser):
     parser.add_argument("--out", metavar="DIR", help="with --all: append the cards to DIR/records.jsonl")
 
 
-def try_(parser):
-    parser.epilog, parser.formatter_class = WHAT_A_FILE_CONTAINS, argparse.RawDescriptionHelpFormatter
-    parser.add_argument("file", type=Path, metavar="FILE", help="a .cu file (CUDA) or a .py file (Triton)")
-    parser.add_argument("--op", required=True, help="the op that the file implements")
-    parser.add_argument(
-        "--dtype", help=f"{', '.join(DTYPES)}, separated by commas; default: all that the op takes"
-    )
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
+def judge_limits(parser):
+    """The seed of the judge's contents, and what a kernel's process may take."""
     parser.add_argument(
         "--seed", type=int, help="seed of the random inputs; default: a new one, which a failure names"
     )
@@ -399,6 +393,17 @@ def try_(parser):
         metavar="GIB",
         help="how much memory of the host the kernel's process may take (default 16)",
     )
+
+
+def try_(parser):
+    parser.epilog, parser.formatter_class = WHAT_A_FILE_CONTAINS, argparse.RawDescriptionHelpFormatter
+    parser.add_argument("file", type=Path, metavar="FILE", help="a .cu file (CUDA) or a .py file (Triton)")
+    parser.add_argument("--op", required=True, help="the op that the file implements")
+    parser.add_argument(
+        "--dtype", help=f"{', '.join(DTYPES)}, separated by commas; default: all that the op takes"
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
+    judge_limits(parser)
     parser.add_argument(
         "--check-only", action="store_true", help="check the kernel, but do not measure it on a GPU"
     )
@@ -415,6 +420,29 @@ def try_(parser):
     parser.add_argument(
         "--out", metavar="DIR", help="folder of the records and the report (default out/try/FILE)"
     )
+
+
+def export(parser):
+    parser.add_argument("op", nargs="*", metavar="OP", help="ops; default: all, with why some have none")
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new folder, laid out as a dataset")
+    parser.add_argument(
+        "--model", default="llama-3.2-1b", metavar="A,B", help="presets, whose sizes are written"
+    )
+    parser.add_argument("--dtype", default="bf16", choices=DTYPES, help="of all tensors (default bf16)")
+    parser.add_argument("--batch", default="1,16,64", metavar="N,N", help="of workloads (default 1,16,64)")
+    parser.add_argument(
+        "--context", default="1024,8192", metavar="N,N", help="tokens in the KV cache (default 1024,8192)"
+    )
+    parser.add_argument(
+        "--records", metavar="DIR", help="of a bench: what it measured on a GPU is written as traces"
+    )
+
+
+def import_(parser):
+    parser.add_argument("path", metavar="DIR|FILE", help="a dataset, or a .json or .jsonl file of one")
+    parser.add_argument("--solution", action="append", metavar="NAME", help="only this one (repeatable)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
+    judge_limits(parser)
 
 
 def new(parser):
@@ -439,4 +467,6 @@ OF = {
     "inspect": inspect,
     "try": try_,
     "new": new,
+    "export": export,
+    "import": import_,
 }

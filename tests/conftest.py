@@ -60,6 +60,7 @@ NOT_QUICK = {
     "test_demo",
     "test_course",
     "test_examples",
+    "test_exchange_judge",
     "test_exchange_of_processes",
     "test_exercises",
     "test_extension",

@@ -13,6 +13,7 @@ import torch
 from commands import ROOT
 from torch.utils.cpp_extension import include_paths
 
+from lab import own_modules
 from lab.errors import LabError
 from lab.machine import kernels_package
 from lab.ops import OPS
@@ -51,7 +52,7 @@ def test_no_module_of_it_imports_this_repository(package):
     modules = list((package / "build/torch-cuda").rglob("*.py"))
     assert len(modules) > 50
     for path in modules:
-        assert not list(kernels_package.imports(ast.parse(path.read_text()))), path
+        assert not list(own_modules.imports(ast.parse(path.read_text()))), path
     assert not (package / "build/torch-cuda/lab/model").exists()
 
 
@@ -66,7 +67,7 @@ def test_a_package_of_before_is_replaced_and_nothing_else(package, tmp_path, cap
 
 def test_an_import_that_cannot_be_made_relative_is_refused():
     with pytest.raises(LabError, match="import lab.ops"):
-        list(kernels_package.imports(ast.parse("import lab.ops")))
+        list(own_modules.imports(ast.parse("import lab.ops")))
 
 
 def test_the_package_kernels_loads_it_and_its_own_tests_pass(package, tmp_path):

@@ -12,7 +12,6 @@ The file is loaded by a worker process alone (lab/worker.py). This process judge
 
 from __future__ import annotations
 
-import secrets
 import tempfile
 from pathlib import Path
 
@@ -23,15 +22,14 @@ from lab.contract import BACKENDS, DTYPES, Op
 from lab.errors import LabError, Unavailable, one_line
 from lab.harness import untuned
 from lab.harness.request import Request
+from lab.judge.cases import RANDOM, judge_again, judge_cases
 from lab.judge.kernel_file import build, require_kernel_file
 from lab.judge.race import RacedFile
 from lab.judge.verdict import Judge
 from lab.names import known
-from lab.ops import OPS, find
+from lab.ops import find
 from lab.records import compare
 from lab.worker import Worker
-
-RANDOM = secrets.SystemRandom()  # whose numbers no kernel's process can know before
 
 
 def main(args) -> int:
@@ -83,36 +81,6 @@ def try_in(worker: Worker, op: Op, args, request: Request, device: str) -> int:
         return 0
     status = race(name, RacedFile(op, worker), request)
     return draw(name, request.out) if status == 0 else 1
-
-
-def judge_cases(judge: Judge, name: str, dtype_name: str) -> int:
-    """Judges all cases in a dtype; prints one line about them and one about each refusal. Returns how many
-    were refused."""
-    op = judge.op
-    outcomes = [(case, *judge.case(dtype_name, case)) for case in op.cases]
-    refused = [(case, refusal) for case, refusal, _ in outcomes if refusal]
-    used = max(used for _, _, used in outcomes)
-    say = "FAILED" if refused else f"{used:.0%} of the tolerance used" if used else "exact"
-    right = f"{len(op.cases) - len(refused)}/{len(op.cases)} cases"
-    print(f"{op.name:{max(len(o.name) for o in OPS)}} {dtype_name:4} {name:6} {right:13} {say}", flush=True)
-    for case, refusal in refused:
-        print(line_about(case, refusal))
-    return len(refused)
-
-
-def judge_again(judge: Judge, dtypes) -> int:
-    """Calls all cases once more, in an order that the kernel cannot know; the same as judge_cases()."""
-    everything = [(dtype, case) for dtype in dtypes for case in judge.op.cases]
-    RANDOM.shuffle(everything)
-    refused = [(dtype, case, judge.again(dtype, case)) for dtype, case in everything]
-    refused = [found for found in refused if found[2]]
-    for dtype, case, refusal in refused:
-        print(f"called again, with other contents, {dtype}:\n{line_about(case, refusal)}")
-    return len(refused)
-
-
-def line_about(case, refusal) -> str:
-    return f"    {case.why} {dict(case.sizes)}: {refusal}"
 
 
 def race_of(op: Op, args, dtypes) -> Request:

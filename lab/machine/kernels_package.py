@@ -13,80 +13,29 @@ then it has no folder build/.
 from __future__ import annotations
 
 import argparse
-import ast
 import hashlib
 import json
 import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 from lab.errors import LabError, one_line
+from lab.own_modules import reached, relative
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 HUB, NAME = ROOT / "hub", "decode_kernel_lab"
 ROOTS = ("lab.torch_ops", "lab.backends.torch")
 SOURCES, CUDA = ROOT / "cuda_src", "decode_kernel_lab_cuda"
 ARCHITECTURES = ("8.0", "9.0a")  # of A100 and H100, as setup.py has them
-PACKAGES = ("lab", "triton_kernels")
 BACKENDS = ("cpu", "cuda")  # as hub/build.toml has them
 
 
-def path_of(module: str) -> Path | None:
-    """The file of a module of this repository, relative to it, or None for a name that is no module."""
-    path = Path(*module.split("."))
-    found = (path.with_suffix(".py"), path / "__init__.py")
-    return next((one for one in found if (ROOT / one).is_file()), None)
-
-
-def imports(tree: ast.AST) -> Iterator[ast.ImportFrom]:
-    """Its imports from this repository's packages. Raises LabError for one that cannot be made relative."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
-            if node.level == 0 and node.module.split(".")[0] in PACKAGES:
-                yield node
-        elif isinstance(node, ast.Import):
-            for alias in node.names:
-                if alias.name.split(".")[0] in PACKAGES:
-                    raise LabError(
-                        f"import {alias.name}: write `from ... import`, which can be made relative"
-                    )
-
-
 def needed(language: str) -> list[Path]:
-    """The modules that ops in a language need, relative to the repository.
-
-    Of imports inside functions only those of Triton's kernels count: the others serve checks and tests.
-    """
+    """The modules that ops in a language need, relative to the repository."""
     contracts = [f"lab.ops.{path.stem}" for path in (ROOT / "lab/ops").glob("[!_]*.py")]
-    waiting = [path_of(module) for module in (*ROOTS, f"lab.backends.{language}", *contracts)]
-    found, inside = set(), language == "triton"
-    while waiting:
-        path = waiting.pop()
-        if path is None or path in found:
-            continue
-        found.add(path)
-        tree = ast.parse((ROOT / path).read_text())
-        for node in imports(tree):
-            if node in tree.body or inside and node.module.startswith("triton_kernels"):
-                waiting += [path_of(node.module), *(path_of(f"{node.module}.{a.name}") for a in node.names)]
-        waiting += [
-            parent / "__init__.py" for parent in path.parents if (ROOT / parent / "__init__.py").is_file()
-        ]
-    # The names of `import lab` lead to models, which are not in the package.
-    return sorted(found - {Path("lab/__init__.py")})
-
-
-def relative(path: Path) -> str:
-    """The text of a module with its imports of this repository made relative to the package's root."""
-    lines = (ROOT / path).read_text().splitlines(keepends=True)
-    for node in imports(ast.parse("".join(lines))):
-        dots = "." * len(path.parts)
-        line = lines[node.lineno - 1]
-        lines[node.lineno - 1] = line.replace(f"from {node.module} ", f"from {dots}{node.module} ", 1)
-    return "".join(lines)
+    return sorted(reached([*ROOTS, f"lab.backends.{language}", *contracts], triton=language == "triton"))
 
 
 def write_modules(folder: Path, language: str) -> None:
