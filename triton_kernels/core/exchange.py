@@ -70,7 +70,7 @@ def add_sums(peers, residual, y, first, end, BLOCK: tl.constexpr, RANK: tl.const
         live = i < end
         total = tl.zeros([BLOCK], tl.float32)
         for rank in tl.static_range(RANKS):
-            data = receive(inboxes, i, live, tag, capacity=capacity, FROM=rank, RANK=RANK, RANKS=RANKS)
+            data = receive(inboxes, i, live, tag, capacity=capacity, source=rank, RANK=RANK, RANKS=RANKS)
             total += data.to(tl.float32, bitcast=True)
         before = tl.load(residual + i, mask=live, other=0.0).to(tl.float32)
         tl.store(y + i, (before + total).to(y.dtype.element_ty), mask=live)
