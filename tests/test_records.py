@@ -19,6 +19,7 @@ from lab.records.schema import (
     Ceiling,
     Env,
     Fairness,
+    InsideRow,
     LedgerRow,
     ModelRow,
     OpRow,
@@ -47,6 +48,7 @@ EXAMPLES = [
         occupancy=0.5,
         mix={"shuffle": 5},
     ),
+    InsideRow("r1", "m", "cuda", "persistent", "bf16", 1, 1024, "block", block=3, stamps=[9, 5, 2]),
     Accuracy("r1", "m", "fp8", "fp32", "t", 256, 0.01, 0.9, 8, 32, {"qkv": 0.02}, "F32"),
     Repeat("r1", "a", "b", "c0ffee", 200, 1, 2, 3, 0.015, 0.03),
 ]

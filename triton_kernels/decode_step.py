@@ -364,7 +364,7 @@ def decode_step_kernel(
         ARGMAX=True,
         trace=trace,
     )
-    record(trace, target, 0)
+    record(trace, target, COLUMN=0)
     best, index = first_best(best, index, axis=1)  # [1, 1], and a scalar for the atomic
     best = tl.max(tl.reshape(best, [1]), axis=0)
     index = tl.max(tl.reshape(index, [1]), axis=0)

@@ -26,7 +26,7 @@ def arrive(counters, target, trace=None):
     """Counts this program as arrived: it has stored its results. Returns the number of arrivals that the next
     wait must see."""
     tl.debug_barrier()  # every thread's stores come before the arrival
-    record(trace, target, 0)
+    record(trace, target, COLUMN=0)
     # The result is not used, so this compiles to a reduction, and no thread waits for an answer.
     tl.atomic_add(counters + BARRIER, 1, sem="release", scope="gpu")
     return target + tl.num_programs(0)
@@ -38,7 +38,7 @@ def wait(counters, target, trace=None):
     so that later ordinary loads read what other multiprocessors have written."""
     while tl.atomic_add(counters + BARRIER, 0, sem="acquire", scope="gpu") < target:
         pass
-    record(trace, target, 1)
+    record(trace, target, COLUMN=1)
 
 
 @triton.jit
