@@ -100,6 +100,7 @@ def test_every_field_of_every_kind_is_checked():
         ModelRow("r", "m", "cuda", "basic", "graph", "bf16", 1, 64, us=5.0),
         LedgerRow("r", "m", "cuda", "basic", "bf16", 1, 64, "kernel", us=5.0),
         schema.ServingRow("r", "m", "cuda", "basic", "bf16", 1, "lengths", 1.0, us=5.0),
+        schema.InsideRow("r", "m", "cuda", "persistent", "bf16", 1, 64, "phase", us=5.0),
         schema.Ceiling("r", "read", "cuda", 64, us=5.0),
         schema.Repeat("r", "a", "b", "c", 1, 0, 0, 0, 0.0, 0.03),
         schema.Fairness("r", "linear", "cuda", "bf16", "sm_90a", {}, "k"),

@@ -1,5 +1,4 @@
-"""`lab ledger --inside`: what decode_step records about its blocks, and the account of a launch that is made of
-it."""
+"""`lab ledger --inside`: what decode_step records about its blocks, and the account that is made of it."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -147,8 +146,8 @@ def test_traces_that_are_refused():
 
 
 def made_trace(backend):
-    """Two blocks of a model without layers, whose clocks differ in offset and in rate: block 0 begins at 0 us with
-    2 cycles a ns, block 1 at 1 us with 1. Each phase takes 10 us, lm_head with 4 us of waiting."""
+    """Two blocks of a model without layers, whose clocks differ in offset and in rate: block 0 begins at 0 us
+    with 2 cycles a ns, block 1 at 1 us with 1. Each phase takes 10 us, lm_head with 4 us of waiting."""
     trace = torch.zeros(TRACE_BLOCKS, trace_rows(0), 4, dtype=torch.int64)
     for block, (offset, rate, begin) in enumerate(((7_000_000, 2, 0), (900, 1, 1000))):
         ends = [offset + rate * 1000 * us for us in (10, 20, 30)]
@@ -203,10 +202,9 @@ def test_what_is_shown(measured, backend, tmp_path):
     assert "EMULATED on a CPU" in picture.conditions and "bf16" in picture.conditions
     assert "in model cache" in picture.conditions
     assert list(picture.table["phase"][: len(NAMES)]) == NAMES
-    drawn = figures.drawn(picture, run.emulated)
-    said = {e.text for e in drawn.iter() if e.text}
-    assert {"waiting for other blocks", "work", "gate_up"} <= said
-    assert ("waiting for weights or KV" in said) == (backend == "cuda")
+    if backend == "cuda":  # drawing takes longest
+        said = {e.text for e in figures.drawn(picture, run.emulated).iter() if e.text}
+        assert {*inside_figures.PARTS, *NAMES} <= said
 
 
 @pytest.mark.parametrize(

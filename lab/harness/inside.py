@@ -28,7 +28,7 @@ from lab.errors import error_text
 from lab.harness import ledger, model_bench, timing
 from lab.harness.ops_bench import alive
 from lab.model.decoder import Decoder
-from lab.ops import find
+from lab.ops import OPS
 from lab.ops.step_layout import END, LM_HEAD, MATRICES, PHASES, START, TRACE_BLOCKS, trace_rows
 from lab.records.schema import InsideRow
 
@@ -97,7 +97,7 @@ def recording_step(ops, backend, device):
         return ops.decode_step
     from lab.judge import kernel_file  # of a layer above: it builds an extension with one file replaced
 
-    op = find("decode_step")
+    (op,) = (one for one in OPS if one.whole_step)
     built = kernel_file.build(SOURCE, op, device, BUILT, COMPILE_SECONDS)
     return kernel_file.function_of(SOURCE, op, device, str(built))
 
