@@ -171,7 +171,10 @@ class Readings:
 
     def __init__(self, device: str, args, folder: Path):
         self.device, self.args, self.folder, self.known = device, args, folder, {}
-        self.seed = RANDOM.getrandbits(63) if args.seed is None else args.seed
+
+    def seed(self) -> int:
+        """Of one solution's contents: a new one for each, unless the user has chosen it."""
+        return RANDOM.getrandbits(63) if self.args.seed is None else self.args.seed
 
     def of(self, definition: Definition, workloads) -> tuple[Op | None, str | None]:
         """(the Op whose results the definition's reference gives, None), or (None, why there is none)."""
@@ -189,7 +192,7 @@ class Readings:
                 return None, one_line(str(error))
             shares = {}
             for reading, op in ops.items():
-                rand = Rand("cpu", DTYPES[dtype_of(definition)], self.seed)
+                rand = Rand("cpu", DTYPES[dtype_of(definition)], self.seed())
                 function, sizes = worker.function(op.name), op.cases[1].sizes
                 outcome = check_case(loosened(op), function, rand, sizes, calls=1)
                 shares[reading] = outcome.used
@@ -250,8 +253,8 @@ def judge(solution: Solution, definition: Definition, op: Op, found: Readings) -
         except LabError as error:
             print(f"{name}: refused: it cannot be loaded: {one_line(str(error))}")
             return 1
-        judged = Judge(op, worker, found.seed)
+        judged = Judge(op, worker, found.seed())
         failed = judge_cases(judged, name, dtype_of(definition))
         failed = failed or judge_again(judged, [dtype_of(definition)])
-    print(f"{name}: refused (--seed {found.seed})" if failed else f"{name}: right in every case")
+    print(f"{name}: refused (--seed {judged.seed})" if failed else f"{name}: right in every case")
     return 1 if failed else 0
