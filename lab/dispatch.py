@@ -94,11 +94,9 @@ def select(
     for name, other in parse_overrides(overrides).items():
         chosen[known(name, names, "op")] = known(other, BACKENDS, "backend")
     device = torch.device(device)
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise LabError("device cuda: this machine has no usable NVIDIA GPU; use --device cpu")
-        if device.index is None:  # the GPU that is current now, whichever is current when an op is called
-            device = torch.device("cuda", torch.cuda.current_device())
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise LabError("device cuda: this machine has no usable NVIDIA GPU; use --device cpu")
+    device = indexed(device)
     loaded = {name: load(name, device) for name in sorted(set(chosen.values()))}
     for one in loaded.values():
         one.set_trace(trace is not None)
@@ -109,11 +107,19 @@ def select(
             f"--override {lacking[0]}=torch"
         )
     functions = {
-        op.name: bind(op, loaded[chosen[op.name]], trace, check_contents, device)
+        op.name: bind(op, loaded[chosen[op.name]], device, trace, check_contents)
         for op in OPS
         if op.name not in lacking
     }
     return Ops(chosen, functions, device, trace, check_contents)
+
+
+def indexed(device: str | torch.device) -> torch.device:
+    """The device; a GPU without a number is the one that is current now, whichever is current later."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def environment_overrides() -> list[str]:
@@ -132,19 +138,16 @@ def parse_overrides(overrides: Mapping[str, str] | Sequence[str]) -> dict[str, s
 
 
 def bind(
-    op: Op,
-    backend,
-    trace: Trace | None = None,
-    check_contents: bool = False,
-    device: torch.device = torch.device("cpu"),
+    op: Op, backend, device: str | torch.device, trace: Trace | None = None, check_contents: bool = False
 ) -> Callable:
     """The function behind ops.<name>: validates, allocates, launches, and with a trace counts the launched
     kernels.
 
-    check_contents: also validate the integers in the tensors (see select). device: the only one whose tensors
-    it takes.
+    device: the only one whose tensors it takes. check_contents: also validate the integers in the tensors
+    (see select).
     """
     validate, outputs, launch = op.validate, op.outputs, backend.launcher(op)
+    device = indexed(device)
     index = -1 if device.index is None else device.index  # of a tensor's get_device(): -1 on a CPU
 
     def call(*args, out=None, **options):

@@ -1097,3 +1097,9 @@ def test_the_ledger_adds_up_on_a_gpu(measured, model, backend, plan):
     assert (backend, plan) not in ledger.DEPENDENT or {r.row for r in named} == {"chain"}
     assert {r.op for r in named} >= {op for op, _, _ in shapes.uses(weights.config, plan)}
     assert all(r.us > -0.01 * total.us for r in (gap, *named))  # two measurements, each with its noise
+
+
+def test_a_graph_keeps_what_it_has_captured():
+    """A rung's call may own memory that the graph knows by its address alone."""
+    calls = [object(), object()]
+    assert timing.GraphTimed(calls, graph=object()).calls is calls

@@ -132,6 +132,14 @@ def test_log_probabilities_are_those_of_the_logits(device, plan):
     assert len(got[0].logprobs) == 4
 
 
+def test_penalties_that_a_step_allocates_may_be_set_after_it():
+    rows = RowSampling(2, 10, "cpu")
+    with torch.inference_mode():  # as Decoder.prepare() does on a GPU, before any row is set
+        rows.allocate_penalties()
+    rows.set(1, Sampling(repetition_penalty=1.5), [3])
+    assert rows.penalties[0, :, 0].tolist() == [1.0, 1.5] and rows.in_prompt[1].nonzero().tolist() == [[3]]
+
+
 def test_greedy_rows_take_todays_step():
     """A batch that asks for nothing runs the kernels of a greedy step and no others."""
     assert ByRow.of([GREEDY, Sampling(seed=3, top_k=5)]) == GREEDY

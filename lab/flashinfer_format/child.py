@@ -28,7 +28,7 @@ class Solved(Watched):
     def __init__(self, op, spec: dict):
         self.op, self.device = op, torch.device(spec["device"])
         self.backend = SolutionBackend(spec, self.device)
-        self.function = bind(op, self.backend)
+        self.function = bind(op, self.backend, self.device)
 
 
 class SolutionBackend:

@@ -133,6 +133,7 @@ class GraphTimed:
 
     def __init__(self, calls: Sequence[Callable], before: Callable | None = None, graph=None):
         self.count, self.before, self.owned = len(calls), before, graph is None
+        self.calls = calls  # they hold the memory whose addresses the graph has captured
         self.graph = graph or capture(calls)
 
     def sample(self):

@@ -30,7 +30,7 @@ class Watched:
     def __init__(self, spec: dict):
         self.op, self.device = find(spec["op"]), torch.device(spec["device"])
         self.backend = backend_of(Path(spec["file"]), self.op, spec["device"], spec["built"])
-        self.function = bind(self.op, self.backend)
+        self.function = bind(self.op, self.backend, self.device)
 
     def __call__(self, *args, out=None):
         return self.function(*args, out=out) if out is not None else self.function(*args)

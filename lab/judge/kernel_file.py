@@ -36,7 +36,7 @@ def function_of(path: Path, op: Op, device: str, built: str | None = None):
     built: what build() returned for a .cu file. Loads the file into this process: a worker's, but for tests.
     Raises LabError for a file that is no such kernel, Unavailable where Triton is missing.
     """
-    return bind(op, backend_of(path, op, device, built))
+    return bind(op, backend_of(path, op, device, built), device)
 
 
 def backend_of(path: Path, op: Op, device: str, built: str | None = None) -> CudaFile | TritonFile:

@@ -143,6 +143,7 @@ class RowSampling:
         self.top_tokens = torch.zeros(batch, most, dtype=torch.int64, device=device)
         self.penalties = None  # float32 [3, batch, 1]: repetition, presence, frequency
 
+    @torch.inference_mode(False)  # a step may allocate them, and what follows a step writes to them, too
     def allocate_penalties(self) -> None:
         """The tensors of adjust(); the same ones from then on, as captured graphs have their addresses."""
         if self.penalties is not None:

@@ -123,4 +123,4 @@ def load(file: Path):
 
 def bind(op, extension):
     """ops.<op> with the CUDA kernels of an extension."""
-    return dispatch.bind(op, Backend(torch.device("cpu"), extension))
+    return dispatch.bind(op, Backend(torch.device("cpu"), extension), "cpu")
