@@ -208,7 +208,7 @@ class Stored:
             notices=[Notice("warning", n) for n in self.notices],
         )
         run.foreign = [r for r in _foreign(self.path) if run.env is not None and r.gpu == run.env.gpu]
-        _mark_untuned(run, self.rows)
+        _mark_untuned(run, by_kind["op"], by_kind["fairness"])
         _drop_failures(run)
         _drop_unusable(run)
         _check_bandwidth(run)
@@ -284,11 +284,11 @@ def _frame(rows, kind):
     return frame
 
 
-def _mark_untuned(run, rows):
+def _mark_untuned(run, op_rows, fairness):
     """Adds the column `tuning`. An op of a model or a ledger counts as untuned where the cards, or all of its
     backend's op rows, say so; which ops a plan runs is read from the ledgers."""
-    cards = untuned.by_cards([r for r in rows if r.kind == "fairness"])
-    marks = {schema.key(r): untuned.is_untuned(r, cards) for r in rows if r.kind == "op"}
+    cards = untuned.by_cards(fairness)
+    marks = {schema.key(r): untuned.is_untuned(r, cards) for r in op_rows}
     run.op["tuning"] = [untuned.WORD if mark else "" for mark in marks.values()]
     always = dict.fromkeys(cards, True)
     for r in run.op[run.op["error"] == ""].itertuples():
