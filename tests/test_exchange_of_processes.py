@@ -55,12 +55,13 @@ def test_rows_that_do_not_fit_one_launch_are_refused():
     assert all_reduce_add_rmsnorm.fits(128, 32) and not all_reduce_add_rmsnorm.fits(1, 6)
 
 
-def test_two_shots_are_for_many_bytes_among_more_than_two_ranks():
-    least = all_reduce_add.TWO_SHOT_BYTES
+def test_two_shots_are_for_many_bytes():
+    least = {3: all_reduce_add.TWO_SHOT_BYTES, 2: all_reduce_add.TWO_SHOT_BYTES_OF_TWO}
 
     def of(count):
         inboxes = tuple(new_inbox(count, 2, "cpu") for _ in range(count))
         return Exchange.of(0, inboxes, count)
 
-    assert all_reduce_add.in_two_shots(of(3), least) and not all_reduce_add.in_two_shots(of(3), least - 8)
-    assert not all_reduce_add.in_two_shots(of(2), 1 << 30)
+    for count, nbytes in least.items():
+        assert all_reduce_add.in_two_shots(of(count), nbytes)
+        assert not all_reduce_add.in_two_shots(of(count), nbytes - 8)

@@ -16,12 +16,16 @@ from lab.contract import DTYPE_CODES, EPS32, FLOATS, Op, case, dense, refuse
 from lab.ops.exchange import Exchange, check_exchange, owners, simulated, words_of
 
 PAIR = 8  # bytes of two words' data, which a thread exchanges at a time
-# From so many bytes of `partial` on, more than two ranks take two shots. Untuned: it was not measured with
-# these kernels. Of other such kernels over NVLink the crossover is said to lie between 256 KB and 1 MB. With
-# R ranks two shots save (R - 1) (1 - 2 / R) times the bytes, twice that with the tags, and cost one more
-# crossing of the link, about 1 us. At 369 GB/s both are equal at 120 KB with 4 ranks and at 280 KB with 3.
-# Between two ranks nothing is saved.
-TWO_SHOT_BYTES = 256 << 10
+# From so many bytes of `partial` on, two ranks, and more than two, take two shots.
+#
+# Two ranks were measured on H100s, bf16, us (one shot, two shots), November 2026: 64 KB CUDA 2.7, 3.4, Triton
+# 2.8, 3.6; 256 KB 4.9, 4.8 and 4.3, 4.6; 1 MB 11.2, 10.0 and 10.9, 9.0. The link carries the same either way,
+# but with two shots a rank adds half as much.
+#
+# More ranks were not measured. Two shots save (R - 1) (1 - 2 / R) times the bytes, twice that with the tags,
+# and cost one more crossing of the link, about 1 us. At 369 GB/s both are equal at 120 KB with 4 ranks and at
+# 280 KB with 3.
+TWO_SHOT_BYTES_OF_TWO, TWO_SHOT_BYTES = 512 << 10, 256 << 10
 
 
 def in_two_shots(exchange: Exchange, nbytes: int) -> bool:
@@ -29,7 +33,7 @@ def in_two_shots(exchange: Exchange, nbytes: int) -> bool:
     if exchange.loopback:
         return False
     if exchange.two_shot_bytes is None:
-        return exchange.ranks > 2 and nbytes >= TWO_SHOT_BYTES
+        return nbytes >= (TWO_SHOT_BYTES if exchange.ranks > 2 else TWO_SHOT_BYTES_OF_TWO)
     return nbytes >= exchange.two_shot_bytes
 
 
