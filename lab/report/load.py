@@ -125,6 +125,9 @@ class Run:
     accuracy: pd.DataFrame = field(default_factory=pd.DataFrame)
     inside: pd.DataFrame = field(default_factory=pd.DataFrame)
     serving: pd.DataFrame = field(default_factory=pd.DataFrame)
+    links: pd.DataFrame = field(default_factory=pd.DataFrame)  # ceilings of the link between GPUs
+    divided: pd.DataFrame = field(default_factory=pd.DataFrame)  # model rows of several GPUs
+    between: pd.DataFrame = field(default_factory=pd.DataFrame)  # op rows of calls between GPUs
     foreign: list = field(default_factory=list)  # of the same GPU
 
     @property
@@ -136,6 +139,7 @@ class Run:
     def emulated(self):
         """True when nothing in the run was timed on a GPU."""
         kinds = self.op, self.packed, self.model, self.serving, self.ledger, self.inside
+        kinds += self.divided, self.between
         frames = [f["emulated"] for f in kinds if len(f)]
         if frames:
             return all(bool(emulated.all()) for emulated in frames)
@@ -188,11 +192,10 @@ class Stored:
     def run(self):
         """The run with its frames."""
         by_kind = {kind: [r for r in self.rows if r.kind == kind] for kind in schema.KINDS}
-        # Pictures are of one GPU, but for ledgers; what else was measured of several is in the records and on
-        # the terminal.
-        by_kind["ceiling"] = [r for r in by_kind["ceiling"] if not str(r.direction).startswith("link")]
-        by_kind["model"] = [r for r in by_kind["model"] if r.ranks == 1]
-        by_kind["op"] = [r for r in by_kind["op"] if "ranks" not in (r.shape or {})]
+        # What several GPUs did stands apart, but for ledgers (parallel_figures.py).
+        by_kind["ceiling"], links = parted(by_kind["ceiling"], lambda r: str(r.direction).startswith("link"))
+        by_kind["model"], divided = parted(by_kind["model"], lambda r: r.ranks != 1)
+        by_kind["op"], between = parted(by_kind["op"], lambda r: "ranks" in (r.shape or {}))
         run = Run(
             self.id,
             self.path,
@@ -205,6 +208,9 @@ class Stored:
             accuracy=_frame(by_kind["accuracy"], "accuracy"),
             inside=_frame(by_kind["inside"], "inside"),
             serving=_frame(by_kind["serving"], "serving"),
+            links=_frame(links, "ceiling"),
+            divided=_frame(divided, "model"),
+            between=_frame(between, "op"),
             notices=[Notice("warning", n) for n in self.notices],
         )
         run.foreign = [r for r in _foreign(self.path) if run.env is not None and r.gpu == run.env.gpu]
@@ -220,6 +226,11 @@ class Stored:
         repeats = list(map(_about_repeat, by_kind["repeat"]))
         run.notices = _about_machine(run) + run.notices + _about_gaps(run) + repeats
         return run
+
+
+def parted(rows, which):
+    """(those that are not, those that are)."""
+    return [r for r in rows if not which(r)], [r for r in rows if which(r)]
 
 
 def load(where):
@@ -319,7 +330,7 @@ def _mark_untuned(run, op_rows, fairness):
 
 def _drop_failures(run):
     failed = []
-    for kind in ("ceiling", "op", "model", "serving", "ledger", "accuracy", "inside"):
+    for kind in ("ceiling", "op", "model", "serving", "ledger", "accuracy", "inside", "divided", "between"):
         frame = getattr(run, kind)
         bad = frame["error"] != ""
         failed.append(frame[bad].assign(kind=kind))
@@ -456,7 +467,8 @@ def _about_gaps(run):
                     "is, and comparisons that need it are left out.",
                 )
             )
-    if not measured and not any(map(len, (run.ledger, run.accuracy, run.inside, run.serving))):
+    others = run.ledger, run.accuracy, run.inside, run.serving, run.divided, run.between
+    if not measured and not any(map(len, others)):
         found.append(Notice("warning", "No op, model or ledger measurement in this run yet."))
     only_serving = len(run.serving) and not measured and not len(run.ledger)  # whose rows have no shares
     if not run.emulated and run.best_ceiling() is None and not only_serving:

@@ -27,6 +27,7 @@ from lab.report import (
     op_figures,
     ops,
     overview_figures,
+    parallel_figures,
     serving_figures,
     sides,
     sources,
@@ -250,6 +251,10 @@ def _below(run, f, drawn):
         shown=drawn(machine_figures.ceiling(run), f and machine_figures.roofline(run, f)),
     )
     made = [machine, Part("notes", f"Notes ({len(run.notices)})")]
+    if any(map(len, (run.links, run.divided, run.between))):
+        part = Part("several-gpus", "Several GPUs", shown=drawn(parallel_figures.exchange(run)))
+        part.tables = [(*found, True) for found in parallel_figures.tables(run)]
+        made.insert(0, part)
     if len(run.serving):
         pictures = [serving_figures.throughput(run, model) for model in dict.fromkeys(run.serving["model"])]
         made.insert(0, Part("serving", "Many sequences in one queue", shown=drawn(*pictures)))
