@@ -89,13 +89,16 @@ def kernels_with(mutant: Mutant) -> list[str]:
     return [str(path.relative_to(folder).with_suffix("")) for path in chosen]
 
 
-def build(mutant: Mutant, kernel: str, folder: Path, environment: dict[str, str] | None = None) -> Path:
-    """The host extension's file with `kernel` compiled from sources that hold the fault; the other objects
-    are those at hand. folder: an empty one."""
+def build(
+    mutant: Mutant | None, kernel: str, folder: Path, environment: dict[str, str] | None = None
+) -> Path:
+    """The host extension's file with `kernel` compiled from sources that hold the fault, or none (mutant=None);
+    the other objects are those at hand. folder: an empty one."""
     copy = folder / "cuda_src"
     shutil.copytree(ROOT / "cuda_src", copy, ignore=shutil.ignore_patterns("exercises", "tuned"))
-    changed = folder / mutant.file
-    changed.write_text(mutate(changed.read_text(), mutant))
+    if mutant:
+        changed = folder / mutant.file
+        changed.write_text(mutate(changed.read_text(), mutant))
     environment = {
         **os.environ,
         **(environment or {}),
