@@ -792,7 +792,7 @@ def test_the_longest_chain_is_the_step(tiny, plan):
     longest = list(ledger.chains(ledger.record_step(decoder), lambda: None).values())[-1]
     want, logits = decoder.step().tolist(), decoder.logits.clone()
     decoder.state.copy_(saved[0]), decoder.ids.copy_(saved[1]), decoder.logits.fill_(torch.nan)
-    ledger._all(longest)()
+    ledger.all_of(longest)()
     assert decoder.ids.tolist() == want and decoder.logits.equal(logits)
     assert decoder.state.equal(saved[0])
 

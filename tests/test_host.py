@@ -6,6 +6,7 @@ schedule.
 """
 
 import hashlib
+import inspect
 import os
 import re
 import shutil
@@ -86,7 +87,8 @@ def line(mark: str) -> str:
 
 def digest(build: str) -> str:
     """Of all that the programs of a build are made of."""
-    found = hashlib.sha256(repr((compiler(), COMMON, KERNEL, BUILDS[build])).encode())
+    how = compiler(), COMMON, KERNEL, BUILDS[build], inspect.getsource(Programs.make)
+    found = hashlib.sha256(repr(how).encode())
     found.update(subprocess.run([compiler(), "--version"], capture_output=True).stdout)
     files = [*(ROOT / "cuda_src").glob("*.*h"), *HOST.iterdir(), *SOURCES.iterdir()]
     for path in sorted(path for path in files if path.is_file()):

@@ -97,7 +97,7 @@ def test_the_cuda_package_has_the_layout_that_the_builder_takes(sources):
     modules = sources / "torch-ext/decode_kernel_lab_cuda"
     assert 'use("cuda")' in (modules / "__init__.py").read_text()
     for path in modules.rglob("*.py"):
-        assert not list(kernels_package.imports(ast.parse(path.read_text()))), path
+        assert not list(own_modules.imports(ast.parse(path.read_text()))), path
     assert not (modules / "triton_kernels").exists() and (modules / "cuda_src/tuned/sm_90.json").is_file()
     if tomllib is None:
         return

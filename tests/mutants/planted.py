@@ -92,8 +92,8 @@ def kernels_with(mutant: Mutant) -> list[str]:
 def build(
     mutant: Mutant | None, kernel: str, folder: Path, environment: dict[str, str] | None = None
 ) -> Path:
-    """The host extension's file with `kernel` compiled from sources that hold the fault, or none (mutant=None);
-    the other objects are those at hand. folder: an empty one."""
+    """The host extension's file with `kernel` compiled from sources that hold the fault, or none
+    (mutant=None); the other objects are those at hand. folder: an empty one."""
     copy = folder / "cuda_src"
     shutil.copytree(ROOT / "cuda_src", copy, ignore=shutil.ignore_patterns("exercises", "tuned"))
     if mutant:
