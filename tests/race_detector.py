@@ -40,7 +40,7 @@ CLUSTERS = {
 # other warp in between: an odd k has no vector loads, for which alone warps share rows.
 ALONE = {"norm_linear": dict(batch=12, n=40, k=37)}
 # Rows of x of which shared memory holds a part at a time: the next part must not overwrite what another warp
-# still multiplies. In the shapes of a GPU. (linear_add: an odd number of columns, for which 4 rows are staged.)
+# still multiplies. In the shapes of a GPU. (linear_add: an odd number of columns: 4 rows are staged.)
 PARTS_OF_X = {
     "linear_add": dict(batch=2, n=8, k=6203),
     "norm_linear_silu_mul": dict(batch=16, n=8, k=4160, format="int8"),

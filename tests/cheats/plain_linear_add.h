@@ -25,7 +25,6 @@ void add_product(const LinearAddArgs& a, const char* name, F kernel_of) {
   by_dtype(a.dtype, [&](auto tag) {
     using T = decltype(tag);
     launch({dim3(blocks_for(int64_t(a.rows) * a.n, 128)), dim3(128), 0, a.stream}, name, kernel_of(tag),
-           as<const T>(a.x), as<const T>(a.w.data), as<const T>(a.bias), as<T>(a.residual), a.rows, a.n,
-           a.k);
+           as<const T>(a.x), as<const T>(a.w.data), as<const T>(a.bias), as<T>(a.residual), a.rows, a.n, a.k);
   });
 }
