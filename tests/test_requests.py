@@ -68,6 +68,7 @@ def test_no_verb_writes_a_command_line_for_another():
 def test_the_command_line_fills_the_request(monkeypatch):
     asked = []
     monkeypatch.setattr(bench, "measure", lambda request: asked.append(request) or 0)
+    monkeypatch.setattr(bench, "show", lambda out, what: None)
     words = (
         "bench ops linear rope --model smollm2-135m --dtype fp32,bf16 --batch 1,8 --context 16 --seconds 0.5"
     )

@@ -111,10 +111,14 @@ def main(args):
         if 1 not in counts:
             return 0
     status = measure(request_of(args))
-    tables = printed.text_of(compare.open_run(args.out).rows, args.out, args.what)
-    if tables:
-        print(tables)
+    show(args.out, args.what)
     return status
+
+
+def show(out, what):
+    """Prints the tables of the newest run in a folder."""
+    if tables := printed.text_of(compare.open_run(out).rows, out, what):
+        print(tables)
 
 
 def measure(request, own=None):

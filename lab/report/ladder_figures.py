@@ -69,7 +69,7 @@ def steps(run, name, rows):
             words = key[1] if key[1] != shape_text(first.iloc[0]["shape"]) else f"batch {key[0]:.0f}"
             found.append((there, words))
     judged = [
-        {**one._asdict(), "gain": gain(one_size, one), "at": words}
+        {**dict(zip(one_size.columns, one)), "gain": gain(one_size, one), "at": words}
         for one_size, words in found
         for one in one_size.itertuples(index=False)
         if one.config.get("judged", True)

@@ -33,10 +33,10 @@ BACKENDS = {
     "gemlite": Look("GemLite", "#a8731f", "d"),
     "int4pack_mm": Look("torch int4pack_mm", "#b0647a", "p"),
     "scaled_mm": Look("torch scaled_mm", "#6a7f2a", "h"),
-    "nccl": Look("NCCL", "#1a9c74", "^"),
-    "gloo": Look("gloo", "#1a9c74", "^"),
-    "torch_one_shot": Look("torch one-shot", "#c65f9c", "v"),
-    "torch_two_shot": Look("torch two-shot", "#8a63d2", "X"),
+    "nccl": Look("NCCL", "#4f8f1e", "*"),
+    "gloo": Look("gloo", "#5f8299", "H"),
+    "torch_one_shot": Look("torch one-shot", "#bd5a70", "8"),
+    "torch_two_shot": Look("torch two-shot", "#7d72d6", "."),
     "compile": Look("torch.compile", "#a5654b", ">"),
 }
 # What a token's time is made of has the colours that the contracts declare (Op.color; Paul Tol's "muted"
