@@ -46,8 +46,7 @@ class Decoder:
         pages: int | None = None,
         kv_dtype: str | None = None,
     ):
-        ranks = weights.group.ranks if weights.group else 1
-        self.plan, self.plan_step = plan, find_plan(plan, batch, weights.dtype, kv_dtype, ranks=ranks)
+        self.plan, self.plan_step = plan, find_plan(plan, batch, weights.dtype, kv_dtype)
         self.weights, self.ops, self.batch, self.config = weights, ops, batch, weights.config
         self.device = weights.device
         # With check_contents every op first reads tensors on the host; a replayed graph would leave that out.

@@ -34,7 +34,6 @@ class Choice:
     plan: str
     kv_dtype: str | None
     rows: int
-    ranks: int
     ops: Ops
 
     @property
@@ -45,7 +44,7 @@ class Choice:
         """In which formats a source's weights would be kept. Raises LabError where they cannot be, or where
         the plan does not take them. Reads no weights."""
         _, formats = planned(source, self.dtype, self.storage)
-        find_plan(self.plan, self.rows, self.dtype, self.kv_dtype, formats.names, self.ranks)
+        find_plan(self.plan, self.rows, self.dtype, self.kv_dtype, formats.names)
         return formats
 
 
@@ -60,11 +59,10 @@ def choose(
     quantise_head: str | None = None,
     kv_dtype: str | None = None,
     rows: int = 1,
-    ranks: int = 1,
     trace: Trace | None = None,
 ) -> Choice:
     """What the options of `lab run` and the arguments of lab.load() ask for; rows: sequences that are decoded
-    together; ranks: GPUs that divide the model.
+    together.
 
     Raises LabError for names that are unknown or contradict each other, Unavailable for a backend that this
     machine cannot run.
@@ -73,13 +71,13 @@ def choose(
     storage = storage_of(weights_as, quantise, quantise_head, device)
     name = dtype_of(weights_as, dtype) or ("bf16" if device != "cpu" else "fp32")
     name, cached = known(name, tuple(DTYPES), "dtype"), kv_dtype_of(kv_dtype)
-    find_plan(plan, rows, DTYPES[name], cached, storage.formats, ranks)
+    find_plan(plan, rows, DTYPES[name], cached, storage.formats)
     take_gpu(device)  # the ops are bound to the current one
     ops = select(backend, device, overrides, trace)  # last: it may load an extension
-    return Choice(device, name, storage, plan, cached, rows, ranks, ops)
+    return Choice(device, name, storage, plan, cached, rows, ops)
 
 
-def choice_of(args, rows: int = 1, ranks: int = 1, trace: Trace | None = None) -> Choice:
+def choice_of(args, rows: int = 1, trace: Trace | None = None) -> Choice:
     """choose() from the options of lab.options.model_arguments."""
     return choose(
         args.backend,
@@ -92,7 +90,6 @@ def choice_of(args, rows: int = 1, ranks: int = 1, trace: Trace | None = None) -
         args.quantise_head,
         args.kv_dtype,
         rows,
-        ranks,
         trace,
     )
 

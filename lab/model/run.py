@@ -109,7 +109,7 @@ def main(args) -> int:
         raise LabError(ONE_PART)
     trace = Trace() if args.trace or args.json else None
     table = read_table(args.dispatch) if args.dispatch is not None else None
-    choice = choice_of(args, 1, args.tensor_parallel, trace)
+    choice = choice_of(args, trace=trace)
     device, ops, overrides = choice.device, choice.ops, args.override or environment_overrides()
 
     source = open_source(args.model, args.weights)

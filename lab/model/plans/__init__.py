@@ -26,12 +26,11 @@ def refusal(
     dtype: torch.dtype,
     kv_dtype: str | None = None,
     formats: Collection[str | None] = (),
-    ranks: int = 1,
 ) -> str | None:
     """Why a plan does not decode a batch of this size, or a model of this dtype; None where it does.
 
     kv_dtype: the format of a quantised KV cache. formats: the weight formats of the model's matrices, as far
-    as they are known. ranks: among how many the model is divided.
+    as they are known.
     """
     from lab.ops.decode_step import STEP_FORMATS, op
 
@@ -55,11 +54,10 @@ def find_plan(
     dtype: torch.dtype,
     kv_dtype: str | None = None,
     formats: Collection[str | None] = (),
-    ranks: int = 1,
 ):
     """The plan's step. Raises LabError for an unknown plan and for one that takes no such batch, dtype, KV
     cache or weights."""
     known(name, tuple(PLANS), "plan")
-    if why := refusal(name, batch, dtype, kv_dtype, formats, ranks):
+    if why := refusal(name, batch, dtype, kv_dtype, formats):
         raise LabError(why)
     return PLANS[name]
