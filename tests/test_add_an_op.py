@@ -1,5 +1,5 @@
 """CONTRIBUTING.md's section "Add an op", followed literally in a copy of the lab: the op it adds must work
-everywhere."""
+everywhere. And the files of `lab new`, in the same copy: to build it takes longest."""
 
 import json
 import os
@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from lab.learn import new
 from lab.records import schema
 
 ROOT = Path(__file__).resolve().parent.parent
-NAME = "scaled_add"
+NAME, NEW = "scaled_add", "soft_cap"
 # A line that begins with a file's name, and the fenced block below it.
 BLOCK = re.compile(r"^`([\w./]+)`[^\n]*\n\n```(\w+)\n(.*?)^```$", re.M | re.S)
 
@@ -103,13 +104,57 @@ def copy(folder):
         shutil.copy(ROOT / name, folder / name)
 
 
+class Copy:
+    """A copy of the lab with two more ops: that of CONTRIBUTING.md, and one of `lab new`."""
+
+    # No GPU: its build would take minutes.
+    settings = {"LAB_CUDA": "0", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
+
+    def __init__(self, folder):
+        copy(folder)
+        self.folder = folder
+        self.written = follow(folder)
+        assert new.new_op(NEW, folder) == 0
+        self.built = self.run("setup.py", "build_ext", "--inplace").stdout
+
+    def run(self, *words, status=0):
+        done = subprocess.run(
+            [sys.executable, *words],
+            cwd=self.folder,
+            env={**os.environ, **self.settings, "PYTHONPATH": str(self.folder)},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        assert done.returncode == status, f"{' '.join(words)}\n{done.stdout}"
+        return done
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory):
+    if not (ROOT / "build/host").is_dir():
+        pytest.skip("needs the objects of the host build: make build")
+    return Copy(tmp_path_factory.mktemp("larger"))
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not (ROOT / "build/host").is_dir(), reason="needs the objects of the host build: make build"
-)
-def test_contributing_adds_an_op(tmp_path):
-    copy(tmp_path)
-    assert follow(tmp_path) == [
+def test_a_new_op_builds_and_its_check_fails_in_one_line(larger):
+    """Until it is filled in; with a reference that says what its kernels do, it passes."""
+    check = ("-m", "lab", "check", "--op", NEW, "--backend")
+    said = larger.run(*check, "cuda,triton", status=2).stdout
+    (line,) = [line for line in said.splitlines() if "lab:" in line]
+    assert f"begin with reference() in lab/ops/{NEW}.py" in line
+    contract = larger.folder / f"lab/ops/{NEW}.py"
+    unfilled = f'raise LabError("{NEW} is not filled in yet: begin with reference() in lab/ops/{NEW}.py")'
+    assert contract.read_text().count(unfilled) == 1
+    contract.write_text(contract.read_text().replace(unfilled, "return (x.double(),)"))
+    larger.run(*check, "cuda,triton,torch")
+
+
+@pytest.mark.slow
+def test_contributing_adds_an_op(larger):
+    tmp_path, run = larger.folder, lambda *words: larger.run(*words).stdout
+    assert larger.written == [
         f"lab/ops/{NAME}.py",
         f"cuda_src/{NAME}.cu",
         f"triton_kernels/{NAME}.py",
@@ -118,26 +163,11 @@ def test_contributing_adds_an_op(tmp_path):
         "cuda_src/bindings.cpp",
         "lab/ops/__init__.py",
     ]
-    # No GPU: its build would take minutes.
-    settings = {"PYTHONPATH": str(tmp_path), "LAB_CUDA": "0", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
-
-    def run(*words):
-        done = subprocess.run(
-            [sys.executable, *words],
-            cwd=tmp_path,
-            env={**os.environ, **settings},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}"
-        return done.stdout
-
     build, *of_section = re.search(r"^```sh\n(.*?)^```", section(), re.M | re.S)[1].splitlines()
     assert build == "make build"
-    made = run("setup.py", "build_ext", "--inplace")
-    # No kernel of another op was compiled again: its file, the bindings and what the build says of itself.
-    assert f"{NAME}.cu" in made and "lab._host: 3 of " in made, made
+    # No kernel of another op was compiled again: their two files, the bindings and what the build says of itself.
+    made = larger.built
+    assert f"{NAME}.cu" in made and f"{NEW}.cu" in made and "lab._host: 4 of " in made, made
     asked = [
         *of_section,
         "lab ops",
