@@ -10,15 +10,15 @@ SIDE_BY_SIDE = $(if $(HAS_GPU),,$(shell $(PY) -c 'import importlib.util as u; \
 MEASURED := $(or $(OUT),out/gpu-bench)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo lint format test mutants tsan oracle gpu-check gpu-bench gpu-repeat kernels-package report clean clean-all
+.PHONY: help setup build demo lint format test test-all mutants tsan oracle gpu-check gpu-bench gpu-repeat kernels-package report clean clean-all
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # Tests launch the shapes of a GPU on a CPU, too; all else does without, and builds in half the time.
-test mutants tsan: export LAB_HOST_GPU_SHAPES ?= 1
+test test-all mutants tsan: export LAB_HOST_GPU_SHAPES ?= 1
 
-setup build demo test oracle: export LAB_CUDA ?= $(if $(HAS_GPU),auto,0)
+setup build demo test test-all oracle: export LAB_CUDA ?= $(if $(HAS_GPU),auto,0)
 
 setup: build  ## .venv and the kernels; with a GPU, or LAB_CUDA=1, the GPU build, too
 	@$(PY) -m lab doctor || true
@@ -39,6 +39,9 @@ demo: build .venv/model  ## a real model speaks under CUDA and under Triton, com
 	@$(PY) -m lab.machine.demo --out $(or $(OUT),out/demo)
 
 test: build  ## the tests (ARGS="-m quick" for those of two minutes, ARGS="-k rope" for some)
+	@$(PY) -m pytest -m "not oracle and not slow" $(SIDE_BY_SIDE) $(ARGS)
+
+test-all: build  ## all tests, as CI runs them
 	@$(PY) -m pytest -m "not oracle" $(SIDE_BY_SIDE) $(ARGS)
 
 SOURCES_C = $(shell find cuda_src hub tests -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h')

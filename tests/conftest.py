@@ -21,6 +21,7 @@ if side_by_side := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // side_by_side)))
 
 import pytest
+import tiers
 import torch
 
 from lab import worker
@@ -50,53 +51,6 @@ def built_with_gpu_shapes() -> bool:
 
 # Kernels that tests compile are linked with the objects of this build.
 os.environ.setdefault("LAB_HOST_GPU_SHAPES", str(int(built_with_gpu_shapes())))
-# Of these files nothing is `quick`: they compile programs, run sanitizers, emulate a GPU's shapes, compile
-# Triton kernels for GPUs, interpret whole models, open a browser or start many processes that import torch.
-NOT_QUICK = {
-    "test_a_third_language",
-    "test_add_a_format",
-    "test_add_an_op",
-    "test_cli",
-    "test_demo",
-    "test_course",
-    "test_examples",
-    "test_exchange_judge",
-    "test_exchange_of_processes",
-    "test_exercises",
-    "test_extension",
-    "test_faults_a",
-    "test_faults_b",
-    "test_fused",
-    "test_gpu_check",
-    "test_gpu_shapes",
-    "test_harness",
-    "test_host",
-    "test_inspect",
-    "test_judge",
-    "test_interpreter",
-    "test_kernels_package",
-    "test_ladder",
-    "test_model",
-    "test_mutants",
-    "test_new",
-    "test_oracle",
-    "test_own_kernel",
-    "test_parallel_formats",
-    "test_persistent",
-    "test_rank_faults",
-    "test_ranks",
-    "test_report",
-    "test_report_page",
-    "test_report_records",
-    "test_sampling",
-    "test_synchronisation",
-    "test_text_faults",
-    "test_triton_compile",
-    "test_triton_fused",
-    "test_triton_step",
-    "test_tune",
-    "test_untuned",
-}
 
 
 def pytest_configure(config):
@@ -114,8 +68,9 @@ def pytest_collection_modifyitems(items):
         "real_model": None if has_model() else "needs the model of `make demo`",
     }
     for item in items:
-        if item.path.stem not in NOT_QUICK and "slow" not in item.keywords:
-            item.add_marker(pytest.mark.quick)
+        tier = tiers.tier(f"{item.path.stem}::{item.name}")
+        if tier != "default":
+            item.add_marker(tier)
         for marker, reason in reasons.items():
             if reason and marker in item.keywords:
                 item.add_marker(pytest.mark.skip(reason=reason))

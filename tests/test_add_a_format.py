@@ -125,7 +125,6 @@ def run(*words, **options):
     return done.stdout
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(
     not (ROOT / "build/host").is_dir(), reason="needs the objects of the host build: make build"
 )

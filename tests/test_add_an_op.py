@@ -137,7 +137,6 @@ def larger(tmp_path_factory):
     return Copy(tmp_path_factory.mktemp("larger"))
 
 
-@pytest.mark.slow
 def test_a_new_op_builds_and_its_check_fails_in_one_line(larger):
     """Until it is filled in; with a reference that says what its kernels do, it passes."""
     check = ("-m", "lab", "check", "--op", NEW, "--backend")
@@ -151,7 +150,6 @@ def test_a_new_op_builds_and_its_check_fails_in_one_line(larger):
     larger.run(*check, "cuda,triton,torch")
 
 
-@pytest.mark.slow
 def test_contributing_adds_an_op(larger):
     tmp_path, run = larger.folder, lambda *words: larger.run(*words).stdout
     assert larger.written == [
@@ -165,7 +163,7 @@ def test_contributing_adds_an_op(larger):
     ]
     build, *of_section = re.search(r"^```sh\n(.*?)^```", section(), re.M | re.S)[1].splitlines()
     assert build == "make build"
-    # No kernel of another op was compiled again: their two files, the bindings and what the build says of itself.
+    # No kernel of another op was compiled again: their two files, the bindings, the facts of the build.
     made = larger.built
     assert f"{NAME}.cu" in made and f"{NEW}.cu" in made and "lab._host: 4 of " in made, made
     asked = [

@@ -153,7 +153,6 @@ assert extension.take_trace() == ["silu_mul_kernel"]
 """
 
 
-@pytest.mark.slow
 def test_its_binding_calls_the_kernels(sources, tmp_path):
     """The binding as it is, compiled for this machine's torch, with the host build's kernels."""
     objects = [

@@ -65,7 +65,6 @@ def test_what_failed_is_run_again_without_the_mutant():
     assert run.failing_part(tests, "ended by SIGSEGV") == tests
 
 
-@pytest.mark.slow
 def test_a_planted_fault_is_killed_and_an_equivalent_one_survives(monkeypatch, capsys):
     """The runner as a whole, on mutants of a Triton kernel, which compiles nothing but what the build
     lacks."""

@@ -1,5 +1,5 @@
-"""`lab new`: the files of a new op say what to fill in; a copied kernel passes; nothing is written over. (That
-the files of an op build: tests/test_add_an_op.py.)"""
+"""`lab new`: the files of a new op say what to fill in; a copied kernel passes; nothing is written over.
+(That the files of an op build: tests/test_add_an_op.py.)"""
 
 import shutil
 

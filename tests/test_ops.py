@@ -22,7 +22,7 @@ CASES = [
 
 
 # On a CPU the CUDA kernels also run in the shapes that they have on a GPU; tests/test_gpu_shapes.py has more.
-GPU_SHAPES = pytest.param("cuda in a GPU's shapes", marks=pytest.mark.slow, id="gpu_shapes")
+GPU_SHAPES = pytest.param("cuda in a GPU's shapes", id="gpu_shapes")
 
 
 @pytest.mark.usefixtures("decode_step_is_remembered")

@@ -105,7 +105,6 @@ def test_logits(forced, model, device, backend):
     assert worst.shape == (32,) and (worst < LIMIT).all(), worst
 
 
-@pytest.mark.slow
 def test_logits_triton(forced, model, device):
     """All 32 steps on a GPU; interpreted, as many as fit in three minutes and at least two."""
     ids, prompt, want = forced

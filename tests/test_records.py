@@ -164,7 +164,7 @@ def test_two_writers_never_mix_their_lines(tmp_path):
 
 
 def test_a_killed_run_loses_nothing_that_it_had_appended(tmp_path):
-    """The kill may fall into a write: then part of that lot is there, and its torn line is cut by the next."""
+    """The kill may fall into a write: part of that lot is there, and the next writer cuts its torn line."""
     code = (
         "import sys; from lab.records.schema import *\n"
         "w = Writer(sys.argv[1])\n"

@@ -11,7 +11,7 @@ from lab.model.sources import open_source
 from lab.model.weight_formats import AS_STORED, EXPANDED
 from lab.model.weights import load
 
-pytestmark = [pytest.mark.slow, pytest.mark.real_model]
+pytestmark = pytest.mark.real_model
 
 PROMPTS = [
     "The capital of France is",
