@@ -21,6 +21,7 @@ SLOW = (
     r"^test_ops::.*-fp32-(?![01]-)\d+-torch",
     r"^test_ops::.*-fp32-(?![01]-)\d+-triton",
     r"^test_ops::.*\[decode_step-bf16-(?![01]-)\d+-(torch|gpu_shapes)",
+    r"^test_ops::.*\[decode_step-bf16-[38]-",
     r"^test_gpu_shapes::test_sizes_that_only_streams_notice.*fp32",
     r"^test_persistent::test_plans_agree.*dtype0",
     # A file is compiled for each, which takes two seconds: both languages run some.

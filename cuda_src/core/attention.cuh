@@ -66,16 +66,14 @@ inline void by_group(int group, F&& f) {
       return f(AttentionCore<MmaAttention<T, D, 2, C>>{});
     }
   }
-  if constexpr (!kIsCode<C>) {
-    // Query heads that one warp serves. The host build without a GPU's shapes has two of these four, to save
+  if constexpr (!kIsCode<C> && kHasGpuShapes) {
+    // Query heads that one warp serves. The host build without a GPU's shapes has one of these four, to save
     // compile time; where there are fewer heads than that, the rest is masked. The same is done for quantised
     // caches, which no GPU reads by these.
     const int heads = ceil_div(group, ceil_div(group, 4));
     if (heads == 1) return f(AttentionCore<LaneAttention<T, D, 1>>{});
-    if constexpr (kHasGpuShapes) {
-      if (heads == 2) return f(AttentionCore<LaneAttention<T, D, 2>>{});
-      if (heads == 3) return f(AttentionCore<LaneAttention<T, D, 3>>{});
-    }
+    if (heads == 2) return f(AttentionCore<LaneAttention<T, D, 2>>{});
+    if (heads == 3) return f(AttentionCore<LaneAttention<T, D, 3>>{});
   }
   f(AttentionCore<LaneAttention<T, D, 4, C>>{});
 }
