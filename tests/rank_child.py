@@ -34,6 +34,7 @@ RUNS = [
     ("cuda", "fused", {}),
     ("triton", "fused", {}),
     ("torch", "basic", {"all_reduce_add_rmsnorm": "triton", "all_argmax": "triton"}),
+    ("cuda", "fused", {"all_reduce_add": "torch"}),  # the peer of lab/harness/library_sums.py
     ("torch", "persistent", {}),
     ("cuda", "persistent", {}),
     ("torch", "persistent", {"decode_step": "triton"}),
@@ -107,18 +108,22 @@ def main(what: str, names: str, file: str) -> None:
     for name in names.split(","):
         source = RankSource(RandomSource(CONFIGS[name]), group.rank, group.ranks)
         for backend, plan, overrides in RUNS:
-            if group.rank == 1 and overrides:  # the ranks' kernels are of two languages
+            if group.rank == 1 and "triton" in overrides.values():  # the ranks' kernels are of two languages
                 overrides = dict.fromkeys(overrides, "cuda")
             found.append([name, backend, plan, *decode(source, backend, plan, overrides, group)])
     Path(f"{file}-{group.rank}").write_text(json.dumps(found))
     size = dict(dtype="fp32", batch=2, context=8, ranks=group.ranks)
     row = ModelRow("", names, "cuda", "fused", "eager", timer="wall", **size)
     assert timed(row, load(source, group=group), "cpu").tokens_per_s > 0, row
-    base = dict(run="", model=names, backend="cuda", plan="fused", dtype="fp32", batch=1, context=8)
-    ledger = account(
-        base | dict(kv_dtype=None, ranks=group.ranks), load(source, group=group), "cpu", Ceilings()
-    )
-    Path(f"{file}-ledger-{group.rank}").write_text(json.dumps([vars(row) for row in ledger]))
+    base = dict(run="", model=names, plan="fused", dtype="fp32", batch=1, context=8, kv_dtype=None)
+    ledgers = {
+        backend: account(
+            base | dict(backend=backend, ranks=group.ranks), load(source, group=group), "cpu", Ceilings()
+        )
+        for backend in ("cuda", "cuda+gloo")
+    }
+    said = {backend: [vars(row) for row in rows] for backend, rows in ledgers.items()}
+    Path(f"{file}-ledger-{group.rank}").write_text(json.dumps(said))
     group.close()
 
 

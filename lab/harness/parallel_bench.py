@@ -9,9 +9,8 @@ import sys
 import torch
 
 from lab.contract import DTYPES
-from lab.dispatch import select
 from lab.errors import error_text
-from lab.harness import timing
+from lab.harness import library_sums, timing
 from lab.harness.model_bench import fill, release, step_bytes, timed_step
 from lab.harness.request import settings_of
 from lab.model import ranks
@@ -71,7 +70,8 @@ def told_of_steps(rows) -> str:
 
 
 def measure_steps(group, settings, session):
-    """Yields a list of one row for each model, backend, plan, batch and context."""
+    """Yields a list of one row for each model, batch, context, backend and plan, and for the peer whose sums are
+    the library's."""
     device, dtype_name = settings.device, settings.dtypes[0]
     dtype = DTYPES[dtype_name]
     for name in settings.models:
@@ -79,28 +79,28 @@ def measure_steps(group, settings, session):
         weights = load(source, dtype, device, settings.storage, group)
         for batch in settings.model_batches:
             for context in settings.model_contexts:
-                for backend in settings.backends:
-                    for plan in settings.plans:
-                        if refusal(plan, batch, dtype, settings.kv_dtype):
-                            continue
-                        row = ModelRow(
-                            "",
-                            name,
-                            backend,
-                            plan,
-                            "graph" if device == "cuda" else "eager",
-                            dtype_name,
-                            batch,
-                            context,
-                            "graph" if device == "cuda" else "wall",
-                            weights=settings.weights if settings.weights == "random" else "file",
-                            weight_format=weights.formats if weights.packed else None,
-                            kv_dtype=settings.kv_dtype,
-                            ranks=group.ranks,
-                            emulated=device == "cpu",
-                        )
-                        yield [timed(row, weights, device)]
-                        release(device)
+                for backend, plan in library_sums.sides(settings):
+                    if refusal(plan, batch, dtype, settings.kv_dtype):
+                        continue
+                    row = ModelRow(
+                        "",
+                        name,
+                        backend,
+                        plan,
+                        "graph" if device == "cuda" else "eager",
+                        dtype_name,
+                        batch,
+                        context,
+                        "graph" if device == "cuda" else "wall",
+                        weights=settings.weights if settings.weights == "random" else "file",
+                        weight_format=weights.formats if weights.packed else None,
+                        kv_dtype=settings.kv_dtype,
+                        ranks=group.ranks,
+                        emulated=device == "cpu",
+                        note=library_sums.note_of(backend),
+                    )
+                    yield [timed(row, weights, device)]
+                    release(device)
         del weights
         release(device)
 
@@ -108,7 +108,7 @@ def measure_steps(group, settings, session):
 def timed(row: ModelRow, weights, device: str) -> ModelRow:
     """The row with its times; with `error` where this configuration cannot run on any rank."""
     try:
-        ops = select(row.backend, device)
+        ops = library_sums.select_side(row.backend, device)
         decoder = Decoder(weights, ops, row.batch, row.context + 1, plan=row.plan, kv_dtype=row.kv_dtype)
     except ValueError as error:  # LabError: the same on all ranks
         row.error = error_text(error)

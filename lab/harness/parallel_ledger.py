@@ -12,9 +12,9 @@ import functools
 import torch
 
 from lab.contract import DTYPES
-from lab.dispatch import Trace, select
+from lab.dispatch import Trace
 from lab.errors import error_text
-from lab.harness import ceiling, ledger, model_bench, timing
+from lab.harness import ceiling, ledger, library_sums, model_bench, timing
 from lab.model.decoder import Decoder
 from lab.model.parallel import RankSource
 from lab.model.plans import refusal
@@ -37,25 +37,24 @@ def measure(group, settings, session):
     for name in settings.models:
         source = RankSource(open_source(name, settings.weights), group.rank, group.ranks)
         weights = load(source, dtype, device, settings.storage, group)
-        for backend in settings.backends:
-            for plan in settings.plans:
-                if refusal(plan, batch, dtype, settings.kv_dtype):
-                    continue
-                base = dict(
-                    run="",
-                    model=name,
-                    backend=backend,
-                    plan=plan,
-                    dtype=dtype_name,
-                    batch=batch,
-                    context=context,
-                    weight_format=weights.formats if weights.packed else None,
-                    kv_dtype=settings.kv_dtype,
-                    ranks=group.ranks,
-                    emulated=device == "cpu",
-                )
-                yield account(base, weights, device, ceilings)
-                model_bench.release(device)
+        for backend, plan in library_sums.sides(settings):
+            if refusal(plan, batch, dtype, settings.kv_dtype):
+                continue
+            base = dict(
+                run="",
+                model=name,
+                backend=backend,
+                plan=plan,
+                dtype=dtype_name,
+                batch=batch,
+                context=context,
+                weight_format=weights.formats if weights.packed else None,
+                kv_dtype=settings.kv_dtype,
+                ranks=group.ranks,
+                emulated=device == "cpu",
+            )
+            yield account(base, weights, device, ceilings)
+            model_bench.release(device)
         del weights
         model_bench.release(device)
 
@@ -73,7 +72,7 @@ def ceilings_of(session) -> ceiling.Ceilings:
 def account(base, weights, device, ceilings) -> list[LedgerRow]:
     """The rows of one backend and plan; one row with `error` where it cannot run on any rank."""
     try:
-        ops = select(base["backend"], device, trace=Trace())
+        ops = library_sums.select_side(base["backend"], device, Trace())
         given = base["batch"], base["context"] + 1
         decoder = Decoder(weights, ops, *given, plan=base["plan"], kv_dtype=base["kv_dtype"])
     except ValueError as error:  # LabError: the same on all ranks
