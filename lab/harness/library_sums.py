@@ -1,9 +1,9 @@
-"""The peer of our exchange within a decode step: the same kernels under the same plan, whose sums over ranks are
-made by torch.distributed's all_reduce. That is NCCL on GPUs, where a step's graph holds its calls, and gloo on
-a CPU.
+"""The peer of our exchange within a decode step: the same kernels under the same plan, whose sums over ranks
+are made by torch.distributed's all_reduce. That is NCCL on GPUs, where a step's graph holds its calls, and
+gloo on a CPU.
 
-It is all_reduce_add on the torch backend, so the model knows nothing of it. The argmax over the vocabulary, one
-call a token, stays ours, as does every other kernel.
+It is all_reduce_add on the torch backend, so the model knows nothing of it. The argmax over the vocabulary,
+one call a token, stays ours, as does every other kernel.
 """
 
 from lab.dispatch import Ops, Trace, environment_overrides, parse_overrides, select
@@ -15,8 +15,8 @@ MARK = "+"  # between a backend and the library: cuda+nccl
 
 
 def sides(settings: Settings) -> list[tuple[str, str]]:
-    """(backend as rows name it, plan) of all that is measured: each peer follows its backend. Backend torch has
-    the library's sums anyway, and --no-vendor leaves the peers out."""
+    """(backend as rows name it, plan) of all that is measured: each peer follows its backend. Backend torch
+    has the library's sums anyway, and --no-vendor leaves the peers out."""
     found = []
     for backend in settings.backends:
         for plan in settings.plans:

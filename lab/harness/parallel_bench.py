@@ -18,7 +18,7 @@ from lab.model.decoder import Decoder
 from lab.model.parallel import RankSource, check_ranks
 from lab.model.plans import refusal
 from lab.model.sources import open_source
-from lab.model.weights import load
+from lab.model.weights import load, require_parts
 from lab.records.schema import ModelRow
 from lab.records.session import Session
 
@@ -35,10 +35,22 @@ def main(args, request, counts, measure=None, told=None) -> int:
     settings = settings_of(request)
     group = ranks.join(settings.device)
     if group is None:
+        # Larger ones that do not fit are rows with an error.
+        least = min(settings.model_batches) * (min(settings.model_contexts) + 1)
         for count in counts:
             ranks.check_devices(settings.device, count)
             for name in settings.models:
-                check_ranks(open_source(name, settings.weights).config, count)
+                source = open_source(name, settings.weights)
+                check_ranks(source.config, count)
+                require_parts(
+                    source,
+                    count,
+                    DTYPES[settings.dtypes[0]],
+                    settings.device,
+                    settings.storage,
+                    least,
+                    settings.kv_dtype,
+                )
         for count in counts:
             command = [sys.executable, "-m", "lab", *args.argv, "--tensor-parallel", str(count)]
             ranks.start(command, count)  # the last --tensor-parallel counts
@@ -70,8 +82,8 @@ def told_of_steps(rows) -> str:
 
 
 def measure_steps(group, settings, session):
-    """Yields a list of one row for each model, batch, context, backend and plan, and for the peer whose sums are
-    the library's."""
+    """Yields a list of one row for each model, batch, context, backend and plan, peers with the library's
+    sums among them."""
     device, dtype_name = settings.device, settings.dtypes[0]
     dtype = DTYPES[dtype_name]
     for name in settings.models:

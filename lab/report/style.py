@@ -49,8 +49,8 @@ PLANS = ("basic", "fused", "persistent")  # in this order wherever they are list
 
 
 def backend(name):
-    """The look of a backend; one that the table does not know gets grey and its own name. Of a backend whose sums
-    over ranks are a library's, as cuda+nccl, the library's look, and both names."""
+    """The look of a backend; one that the table does not know gets grey and its own name. Of a backend whose
+    sums over ranks are a library's, as cuda+nccl, the library's look, and both names."""
     if name in BACKENDS:
         return BACKENDS[name]
     kernels, _, library = str(name).partition("+")
