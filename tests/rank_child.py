@@ -41,8 +41,7 @@ RUNS = [
 ]
 
 
-FORMATS = (  # of packed weights: how a file's are kept, and how random ones are rounded
-    (None, AS_STORED),
+FORMATS = (  # of packed weights: how random ones are rounded
     ("llama", Storage(quantise="int8", head="fp8")),
     ("qwen2", Storage(quantise="int4-g32-min", head="int4-g32")),
 )
@@ -80,15 +79,18 @@ def fail_at_third_step(fault) -> None:
     Decoder.step = failing
 
 
-def decode_packed(path: str, group=None):
-    """[[a format, tokens, a number]]: models with packed weights, the first of them in a GGUF file."""
-    found = []
+def decode_packed(folder: str, group=None):
+    """[[a file's name or a format, tokens, a number]]: the models of the GGUF files in a folder, and random
+    ones with packed weights."""
+    models = [(path.name, GGUFSource(path), AS_STORED) for path in sorted(Path(folder).glob("*.gguf"))]
     for name, storage in FORMATS:
-        source = GGUFSource(path) if name is None else RandomSource(replace(CONFIGS[name], intermediate=128))
+        models.append((storage.quantise, RandomSource(replace(CONFIGS[name], intermediate=128)), storage))
+    found = []
+    for name, source, storage in models:
         if group is not None:
             source = RankSource(source, group.rank, group.ranks)
         for backend in ("torch", "cuda") if group else ("torch",):
-            found.append([storage.quantise, *decode(source, backend, "fused", {}, group, storage)])
+            found.append([name, *decode(source, backend, "fused", {}, group, storage)])
     return found
 
 

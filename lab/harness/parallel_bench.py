@@ -11,10 +11,12 @@ import torch
 from lab.contract import DTYPES
 from lab.errors import error_text
 from lab.harness import library_sums, timing
-from lab.harness.model_bench import fill, release, step_bytes, timed_step
+from lab.harness.model_bench import KV_SHARE, fill, release, step_bytes, timed_step
 from lab.harness.request import settings_of
 from lab.model import ranks
 from lab.model.decoder import Decoder
+from lab.model.kv_cache import token_bytes
+from lab.model.memory import free_bytes
 from lab.model.parallel import RankSource, check_ranks
 from lab.model.plans import refusal
 from lab.model.sources import open_source
@@ -117,8 +119,23 @@ def measure_steps(group, settings, session):
         release(device)
 
 
+def refused_cache(weights, batch: int, tokens: int, kv_dtype: str | None) -> str | None:
+    """Why no KV cache of so many tokens for each row is made: the rank with the least memory has no room for
+    it; None where all have. The answer is the same on all ranks: one that went on alone would wait for the
+    others."""
+    free = free_bytes(weights.device)
+    least = torch.tensor(1 << 62 if free is None else free, device=weights.device)
+    torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+    if batch * tokens * token_bytes(weights.config, weights.dtype, kv_dtype) <= KV_SHARE * int(least):
+        return None
+    return "does not fit: the KV cache is larger than the memory that is free"
+
+
 def timed(row: ModelRow, weights, device: str) -> ModelRow:
     """The row with its times; with `error` where this configuration cannot run on any rank."""
+    row.error = refused_cache(weights, row.batch, row.context + 1, row.kv_dtype)
+    if row.error:
+        return row
     try:
         ops = library_sums.select_side(row.backend, device)
         decoder = Decoder(weights, ops, row.batch, row.context + 1, plan=row.plan, kv_dtype=row.kv_dtype)

@@ -15,6 +15,7 @@ from lab.contract import DTYPES
 from lab.dispatch import Trace
 from lab.errors import error_text
 from lab.harness import ceiling, ledger, library_sums, model_bench, timing
+from lab.harness.parallel_bench import refused_cache
 from lab.model.decoder import Decoder
 from lab.model.parallel import RankSource
 from lab.model.plans import refusal
@@ -71,10 +72,12 @@ def ceilings_of(session) -> ceiling.Ceilings:
 
 def account(base, weights, device, ceilings) -> list[LedgerRow]:
     """The rows of one backend and plan; one row with `error` where it cannot run on any rank."""
+    size = base["batch"], base["context"] + 1
+    if error := refused_cache(weights, *size, base["kv_dtype"]):
+        return [LedgerRow(**base, row="total", error=error)]
     try:
         ops = library_sums.select_side(base["backend"], device, Trace())
-        given = base["batch"], base["context"] + 1
-        decoder = Decoder(weights, ops, *given, plan=base["plan"], kv_dtype=base["kv_dtype"])
+        decoder = Decoder(weights, ops, *size, plan=base["plan"], kv_dtype=base["kv_dtype"])
     except ValueError as error:  # LabError: the same on all ranks
         return [LedgerRow(**base, row="total", error=error_text(error))]
     model_bench.fill(decoder, base["batch"], base["context"])
