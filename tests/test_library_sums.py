@@ -4,16 +4,19 @@ one GPU does not hold. tests/test_ranks.py runs the peer on two processes."""
 import pytest
 import synthetic_records as synthetic
 import torch
+from tiny_models import CONFIGS
 
 from lab.errors import LabError
-from lab.harness import ledger_verb, library_sums, printed, shapes
+from lab.harness import ledger_verb, library_sums, model_bench, parallel_bench, printed, shapes
 from lab.harness.request import Request, settings_of
 from lab.model import weights
 from lab.model.families import PRESETS
+from lab.model.kv_cache import token_bytes
 from lab.model.parallel import RankSource, part_of, possible
 from lab.model.sources.random import RandomSource
 from lab.model.weight_formats import Storage
 from lab.ops import find
+from lab.records import compare
 from lab.records.schema import Env, LedgerRow, ModelRow
 from lab.report import ledger_figures, load, parallel_figures, style
 
@@ -60,6 +63,7 @@ def test_the_peer_is_beside_ours_in_tables_ledgers_and_the_report(tmp_path):
     assert "\nm cuda+nccl fused bf16 on 2 ranks" in ledger_verb.text_of(
         [row for row in rows if row.kind == "ledger"]
     )
+    assert compare.label(rows[3]) == "m on 2 GPUs cuda+nccl fused graph bf16 b1 ctx1024"
     synthetic.write(tmp_path, [Env("r", "before", "cuda"), *rows])
     (run,) = load.load(tmp_path)
     frame = dict(parallel_figures.tables(run))["A token of models that several GPUs divide"]
@@ -93,6 +97,19 @@ def test_two_gpus_of_80_gb_hold_a_70b_and_smaller_ones_are_told_before_anything_
     with pytest.raises(LabError, match="GPU 0 has 40.0 GiB: use more ranks") as caught:
         weights.require_parts(source, 2, bf16, "cuda", tokens=1025)
     assert "\n" not in str(caught.value)
+
+
+def test_a_cache_that_another_rank_has_no_room_for_is_refused_on_this_one_too(monkeypatch):
+    small = CONFIGS["llama"]
+    need = 2 * 9 * token_bytes(small, torch.float32) / model_bench.KV_SHARE
+    of_other = [2 * need]
+    monkeypatch.setattr(parallel_bench, "free_bytes", lambda device: int(3 * need))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda t, op: t.clamp_(max=int(of_other[0])))
+    loaded = weights.load(RandomSource(small))
+    assert parallel_bench.refused_cache(loaded, 2, 9, None) is None
+    of_other[0] = need / 2
+    row = ModelRow("r", "m", "cuda", "fused", "eager", "fp32", 2, 8, ranks=2)
+    assert parallel_bench.timed(row, loaded, "cpu").error.startswith("does not fit") and row.us is None
 
 
 class Shapes:

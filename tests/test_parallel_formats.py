@@ -22,9 +22,8 @@ from lab.model.weight_formats import AS_STORED, Storage
 from lab.model.weights import load
 
 CHILD = Path(__file__).with_name("rank_child.py")
-WIDE = replace(
-    CONFIGS["llama-3"], hidden=256, intermediate=512, q_heads=8, kv_heads=2
-)  # blocks of 256 columns
+# Of two ranks each has whole blocks of 256 columns.
+WIDE = replace(CONFIGS["llama-3"], hidden=256, intermediate=512, q_heads=8, kv_heads=2)
 LLAMA = replace(CONFIGS["llama"], intermediate=128)  # tied; 64 columns of down on each of two ranks
 
 
