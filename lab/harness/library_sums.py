@@ -8,9 +8,10 @@ one call a token, stays ours, as does every other kernel.
 
 from lab.dispatch import Ops, Trace, environment_overrides, parse_overrides, select
 from lab.harness.request import Settings
+from lab.ops.all_reduce_add import op
 
 LIBRARIES = {"cuda": "nccl", "cpu": "gloo"}
-OP, PLAN = "all_reduce_add", "fused"
+PLAN = "fused"
 MARK = "+"  # between a backend and the library: cuda+nccl
 
 
@@ -29,7 +30,7 @@ def sides(settings: Settings) -> list[tuple[str, str]]:
 def select_side(name: str, device: str, trace: Trace | None = None) -> Ops:
     """The ops of a backend as sides() names it."""
     backend, with_library, _ = name.partition(MARK)
-    overrides = parse_overrides(environment_overrides()) | ({OP: "torch"} if with_library else {})
+    overrides = parse_overrides(environment_overrides()) | ({op.name: "torch"} if with_library else {})
     return select(backend, device, overrides, trace)
 
 
