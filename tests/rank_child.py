@@ -34,14 +34,14 @@ RUNS = [
     ("cuda", "fused", {}),
     ("triton", "fused", {}),
     ("torch", "basic", {"all_reduce_add_rmsnorm": "triton", "all_argmax": "triton"}),
+    ("cuda", "fused", {"all_reduce_add": "torch"}),  # the peer of lab/harness/library_sums.py
     ("torch", "persistent", {}),
     ("cuda", "persistent", {}),
     ("torch", "persistent", {"decode_step": "triton"}),
 ]
 
 
-FORMATS = (  # of packed weights: how a file's are kept, and how random ones are rounded
-    (None, AS_STORED),
+FORMATS = (  # of packed weights: how random ones are rounded
     ("llama", Storage(quantise="int8", head="fp8")),
     ("qwen2", Storage(quantise="int4-g32-min", head="int4-g32")),
 )
@@ -79,15 +79,18 @@ def fail_at_third_step(fault) -> None:
     Decoder.step = failing
 
 
-def decode_packed(path: str, group=None):
-    """[[a format, tokens, a number]]: models with packed weights, the first of them in a GGUF file."""
-    found = []
+def decode_packed(folder: str, group=None):
+    """[[a file's name or a format, tokens, a number]]: the models of the GGUF files in a folder, and random
+    ones with packed weights."""
+    models = [(path.name, GGUFSource(path), AS_STORED) for path in sorted(Path(folder).glob("*.gguf"))]
     for name, storage in FORMATS:
-        source = GGUFSource(path) if name is None else RandomSource(replace(CONFIGS[name], intermediate=128))
+        models.append((storage.quantise, RandomSource(replace(CONFIGS[name], intermediate=128)), storage))
+    found = []
+    for name, source, storage in models:
         if group is not None:
             source = RankSource(source, group.rank, group.ranks)
         for backend in ("torch", "cuda") if group else ("torch",):
-            found.append([storage.quantise, *decode(source, backend, "fused", {}, group, storage)])
+            found.append([name, *decode(source, backend, "fused", {}, group, storage)])
     return found
 
 
@@ -107,18 +110,22 @@ def main(what: str, names: str, file: str) -> None:
     for name in names.split(","):
         source = RankSource(RandomSource(CONFIGS[name]), group.rank, group.ranks)
         for backend, plan, overrides in RUNS:
-            if group.rank == 1 and overrides:  # the ranks' kernels are of two languages
+            if group.rank == 1 and "triton" in overrides.values():  # the ranks' kernels are of two languages
                 overrides = dict.fromkeys(overrides, "cuda")
             found.append([name, backend, plan, *decode(source, backend, plan, overrides, group)])
     Path(f"{file}-{group.rank}").write_text(json.dumps(found))
     size = dict(dtype="fp32", batch=2, context=8, ranks=group.ranks)
     row = ModelRow("", names, "cuda", "fused", "eager", timer="wall", **size)
     assert timed(row, load(source, group=group), "cpu").tokens_per_s > 0, row
-    base = dict(run="", model=names, backend="cuda", plan="fused", dtype="fp32", batch=1, context=8)
-    ledger = account(
-        base | dict(kv_dtype=None, ranks=group.ranks), load(source, group=group), "cpu", Ceilings()
-    )
-    Path(f"{file}-ledger-{group.rank}").write_text(json.dumps([vars(row) for row in ledger]))
+    base = dict(run="", model=names, plan="fused", dtype="fp32", batch=1, context=8, kv_dtype=None)
+    ledgers = {
+        backend: account(
+            base | dict(backend=backend, ranks=group.ranks), load(source, group=group), "cpu", Ceilings()
+        )
+        for backend in ("cuda", "cuda+gloo")
+    }
+    said = {backend: [vars(row) for row in rows] for backend, rows in ledgers.items()}
+    Path(f"{file}-ledger-{group.rank}").write_text(json.dumps(said))
     group.close()
 
 

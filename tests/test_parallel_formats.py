@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from rank_child import decode_packed
+from test_quantised_model import q4_k_m
 from tiny_models import CONFIGS, write_gguf
 
 from lab.errors import LabError
@@ -21,6 +22,8 @@ from lab.model.weight_formats import AS_STORED, Storage
 from lab.model.weights import load
 
 CHILD = Path(__file__).with_name("rank_child.py")
+# Of two ranks each has whole blocks of 256 columns.
+WIDE = replace(CONFIGS["llama-3"], hidden=256, intermediate=512, q_heads=8, kv_heads=2)
 LLAMA = replace(CONFIGS["llama"], intermediate=128)  # tied; 64 columns of down on each of two ranks
 
 
@@ -76,10 +79,13 @@ def test_a_group_that_would_be_cut_is_refused(tmp_path):
 
 
 def test_tokens_of_packed_weights_are_those_of_one_process(tmp_path):
-    path = write_gguf(tmp_path / "tiny.gguf", LLAMA, kind="Q4_1")
-    ranks.start([sys.executable, str(CHILD), "packed", str(path), str(tmp_path / "found")], 2)
+    write_gguf(tmp_path / "tiny.gguf", LLAMA, kind="Q4_1")
+    write_gguf(tmp_path / "mixed.gguf", WIDE, kind=q4_k_m)
+    write_gguf(tmp_path / "plain.gguf", CONFIGS["qwen3"], kind="F16")
+    ranks.start([sys.executable, str(CHILD), "packed", str(tmp_path), str(tmp_path / "found")], 2)
     first, second = (json.loads((tmp_path / f"found-{rank}").read_text()) for rank in range(2))
     assert first == second  # tokens, and the bits of the residual stream
-    want = {name: tokens for name, tokens, _ in decode_packed(path)}
+    want = {name: tokens for name, tokens, _ in decode_packed(str(tmp_path))}
+    assert {"tiny.gguf", "mixed.gguf", "plain.gguf"} < set(want)
     assert len(first) == 2 * len(want) and all(tokens == want[name] for name, tokens, _ in first)
     assert any(len(set(tokens)) > 1 for tokens in want.values())

@@ -55,6 +55,17 @@ def test_tokens_in_fp32_are_those_of_one_gpu(backend, plan, tmp_path):
     assert found[0] == found[1]
 
 
+def test_the_same_plan_over_nccl_has_rows_of_its_own(tmp_path):
+    words = ["bench", "model", "--model", "llama-3.2-1b", "--plan", "fused", "--dtype", "bf16", "--batch", 1]
+    done = lab(*words, "--context", 1024, "--tensor-parallel", 2, "--out", tmp_path)
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
+    took = {row["backend"]: row.get("us") for row in rows if row["kind"] == "model"}
+    assert set(took) == {"cuda", "cuda+nccl", "triton", "triton+nccl", "torch"} and all(took.values())
+    assert took["cuda"] < took["cuda+nccl"] and took["triton"] < took["triton+nccl"]
+
+
 def test_more_ranks_than_gpus_are_refused():
     with pytest.raises(LabError, match="needs as many GPUs"):
         ranks.check_devices("cuda", torch.cuda.device_count() + 1)

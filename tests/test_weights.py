@@ -126,6 +126,7 @@ def test_parameter_counts_of_presets():
         "llama-3.2-1b": 1235814400,
         "llama-3.2-3b": 3212749824,
         "llama-3.1-8b": 8030261248,
+        "llama-3.1-70b": 70553706496,
         "llama-2-7b": 6738415616,
         "tinyllama-1.1b": 1100048384,
         "mistral-7b": 7248023552,

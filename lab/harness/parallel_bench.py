@@ -9,17 +9,18 @@ import sys
 import torch
 
 from lab.contract import DTYPES
-from lab.dispatch import select
 from lab.errors import error_text
-from lab.harness import timing
-from lab.harness.model_bench import fill, release, step_bytes, timed_step
+from lab.harness import library_sums, timing
+from lab.harness.model_bench import KV_SHARE, fill, release, step_bytes, timed_step
 from lab.harness.request import settings_of
 from lab.model import ranks
 from lab.model.decoder import Decoder
+from lab.model.kv_cache import token_bytes
+from lab.model.memory import free_bytes
 from lab.model.parallel import RankSource, check_ranks
 from lab.model.plans import refusal
 from lab.model.sources import open_source
-from lab.model.weights import load
+from lab.model.weights import load, require_parts
 from lab.records.schema import ModelRow
 from lab.records.session import Session
 
@@ -36,10 +37,22 @@ def main(args, request, counts, measure=None, told=None) -> int:
     settings = settings_of(request)
     group = ranks.join(settings.device)
     if group is None:
+        # Larger ones that do not fit are rows with an error.
+        least = min(settings.model_batches) * (min(settings.model_contexts) + 1)
         for count in counts:
             ranks.check_devices(settings.device, count)
             for name in settings.models:
-                check_ranks(open_source(name, settings.weights).config, count)
+                source = open_source(name, settings.weights)
+                check_ranks(source.config, count)
+                require_parts(
+                    source,
+                    count,
+                    DTYPES[settings.dtypes[0]],
+                    settings.device,
+                    settings.storage,
+                    least,
+                    settings.kv_dtype,
+                )
         for count in counts:
             command = [sys.executable, "-m", "lab", *args.argv, "--tensor-parallel", str(count)]
             ranks.start(command, count)  # the last --tensor-parallel counts
@@ -71,7 +84,8 @@ def told_of_steps(rows) -> str:
 
 
 def measure_steps(group, settings, session):
-    """Yields a list of one row for each model, backend, plan, batch and context."""
+    """Yields a list of one row for each model, batch, context, backend and plan, peers with the library's
+    sums among them."""
     device, dtype_name = settings.device, settings.dtypes[0]
     dtype = DTYPES[dtype_name]
     for name in settings.models:
@@ -79,36 +93,51 @@ def measure_steps(group, settings, session):
         weights = load(source, dtype, device, settings.storage, group)
         for batch in settings.model_batches:
             for context in settings.model_contexts:
-                for backend in settings.backends:
-                    for plan in settings.plans:
-                        if refusal(plan, batch, dtype, settings.kv_dtype):
-                            continue
-                        row = ModelRow(
-                            "",
-                            name,
-                            backend,
-                            plan,
-                            "graph" if device == "cuda" else "eager",
-                            dtype_name,
-                            batch,
-                            context,
-                            "graph" if device == "cuda" else "wall",
-                            weights=settings.weights if settings.weights == "random" else "file",
-                            weight_format=weights.formats if weights.packed else None,
-                            kv_dtype=settings.kv_dtype,
-                            ranks=group.ranks,
-                            emulated=device == "cpu",
-                        )
-                        yield [timed(row, weights, device)]
-                        release(device)
+                for backend, plan in library_sums.sides(settings):
+                    if refusal(plan, batch, dtype, settings.kv_dtype):
+                        continue
+                    row = ModelRow(
+                        "",
+                        name,
+                        backend,
+                        plan,
+                        "graph" if device == "cuda" else "eager",
+                        dtype_name,
+                        batch,
+                        context,
+                        "graph" if device == "cuda" else "wall",
+                        weights=settings.weights if settings.weights == "random" else "file",
+                        weight_format=weights.formats if weights.packed else None,
+                        kv_dtype=settings.kv_dtype,
+                        ranks=group.ranks,
+                        emulated=device == "cpu",
+                        note=library_sums.note_of(backend),
+                    )
+                    yield [timed(row, weights, device)]
+                    release(device)
         del weights
         release(device)
 
 
+def refused_cache(weights, batch: int, tokens: int, kv_dtype: str | None) -> str | None:
+    """Why no KV cache of so many tokens for each row is made: the rank with the least memory has no room for
+    it; None where all have. The answer is the same on all ranks: one that went on alone would wait for the
+    others."""
+    free = free_bytes(weights.device)
+    least = torch.tensor(1 << 62 if free is None else free, device=weights.device)
+    torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+    if batch * tokens * token_bytes(weights.config, weights.dtype, kv_dtype) <= KV_SHARE * int(least):
+        return None
+    return "does not fit: the KV cache is larger than the memory that is free"
+
+
 def timed(row: ModelRow, weights, device: str) -> ModelRow:
     """The row with its times; with `error` where this configuration cannot run on any rank."""
+    row.error = refused_cache(weights, row.batch, row.context + 1, row.kv_dtype)
+    if row.error:
+        return row
     try:
-        ops = select(row.backend, device)
+        ops = library_sums.select_side(row.backend, device)
         decoder = Decoder(weights, ops, row.batch, row.context + 1, plan=row.plan, kv_dtype=row.kv_dtype)
     except ValueError as error:  # LabError: the same on all ranks
         row.error = error_text(error)

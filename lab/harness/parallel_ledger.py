@@ -12,9 +12,10 @@ import functools
 import torch
 
 from lab.contract import DTYPES
-from lab.dispatch import Trace, select
+from lab.dispatch import Trace
 from lab.errors import error_text
-from lab.harness import ceiling, ledger, model_bench, timing
+from lab.harness import ceiling, ledger, library_sums, model_bench, timing
+from lab.harness.parallel_bench import refused_cache
 from lab.model.decoder import Decoder
 from lab.model.parallel import RankSource
 from lab.model.plans import refusal
@@ -37,25 +38,24 @@ def measure(group, settings, session):
     for name in settings.models:
         source = RankSource(open_source(name, settings.weights), group.rank, group.ranks)
         weights = load(source, dtype, device, settings.storage, group)
-        for backend in settings.backends:
-            for plan in settings.plans:
-                if refusal(plan, batch, dtype, settings.kv_dtype):
-                    continue
-                base = dict(
-                    run="",
-                    model=name,
-                    backend=backend,
-                    plan=plan,
-                    dtype=dtype_name,
-                    batch=batch,
-                    context=context,
-                    weight_format=weights.formats if weights.packed else None,
-                    kv_dtype=settings.kv_dtype,
-                    ranks=group.ranks,
-                    emulated=device == "cpu",
-                )
-                yield account(base, weights, device, ceilings)
-                model_bench.release(device)
+        for backend, plan in library_sums.sides(settings):
+            if refusal(plan, batch, dtype, settings.kv_dtype):
+                continue
+            base = dict(
+                run="",
+                model=name,
+                backend=backend,
+                plan=plan,
+                dtype=dtype_name,
+                batch=batch,
+                context=context,
+                weight_format=weights.formats if weights.packed else None,
+                kv_dtype=settings.kv_dtype,
+                ranks=group.ranks,
+                emulated=device == "cpu",
+            )
+            yield account(base, weights, device, ceilings)
+            model_bench.release(device)
         del weights
         model_bench.release(device)
 
@@ -72,10 +72,12 @@ def ceilings_of(session) -> ceiling.Ceilings:
 
 def account(base, weights, device, ceilings) -> list[LedgerRow]:
     """The rows of one backend and plan; one row with `error` where it cannot run on any rank."""
+    size = base["batch"], base["context"] + 1
+    if error := refused_cache(weights, *size, base["kv_dtype"]):
+        return [LedgerRow(**base, row="total", error=error)]
     try:
-        ops = select(base["backend"], device, trace=Trace())
-        given = base["batch"], base["context"] + 1
-        decoder = Decoder(weights, ops, *given, plan=base["plan"], kv_dtype=base["kv_dtype"])
+        ops = library_sums.select_side(base["backend"], device, Trace())
+        decoder = Decoder(weights, ops, *size, plan=base["plan"], kv_dtype=base["kv_dtype"])
     except ValueError as error:  # LabError: the same on all ranks
         return [LedgerRow(**base, row="total", error=error_text(error))]
     model_bench.fill(decoder, base["batch"], base["context"])

@@ -18,6 +18,13 @@ def free_bytes(device: torch.device) -> int | None:
         return None
 
 
+def device_bytes(device: str, index: int) -> int | None:
+    """All bytes of a GPU, asked without taking any; on a CPU free_bytes()."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(index).total_memory
+    return free_bytes(torch.device(device))
+
+
 def require_memory(nbytes: int, device: str | torch.device, what: str, remedy: str) -> None:
     """Raises LabError when `nbytes` are not free on the device."""
     free = free_bytes(torch.device(device))

@@ -80,7 +80,7 @@ def main(args) -> int:
     from lab.model.parallel import RankSource, check_ranks
     from lab.model.sampling import ONE_PART
     from lab.model.sources import open_source
-    from lab.model.weights import load
+    from lab.model.weights import load, require_parts
 
     # What costs nothing to check comes before what takes seconds.
     sampling = sampling_of(args)
@@ -118,6 +118,10 @@ def main(args) -> int:
         check_ranks(source.config, args.tensor_parallel)
         if group is None:
             ranks.check_devices(device, args.tensor_parallel)
+            tokens = args.max_new_tokens if args.max_context is None else args.max_context
+            require_parts(
+                source, args.tensor_parallel, choice.dtype, device, choice.storage, tokens, choice.kv_dtype
+            )
             given = sys.stdin.buffer.read(MAX_PROMPT + 1) if args.prompt == "-" and sys.stdin else b""
             return ranks.start([sys.executable, "-m", "lab", *args.argv], args.tensor_parallel, given)
         if group.ranks != args.tensor_parallel:

@@ -13,8 +13,9 @@ from lab.contract import dtype_name
 from lab.errors import LabError, named, warn
 from lab.formats import FORMATS, PackedMatrix
 from lab.model.description import ModelConfig, Part
+from lab.model.kv_cache import token_bytes
 from lab.model.matrix import Matrix
-from lab.model.memory import require_memory
+from lab.model.memory import device_bytes, require_memory
 from lab.model.parallel import RankSource
 from lab.model.ranks import Group
 from lab.model.sources.store import kv_scales_of
@@ -164,6 +165,33 @@ def planned(source, dtype: torch.dtype, storage: Storage) -> tuple[ModelConfig, 
     if config.tie_embeddings and source.holds("lm_head.weight"):
         config = replace(config, tie_embeddings=False)
     return config, formats_of(source, config, storage, dtype)
+
+
+def require_parts(
+    source,
+    ranks: int,
+    dtype: torch.dtype,
+    device: str,
+    storage: Storage = AS_STORED,
+    tokens: int = 0,
+    kv_dtype: str | None = None,
+) -> None:
+    """Raises LabError where a rank's part of a source's model and a KV cache of so many tokens are more than
+    its GPU has, or those of all ranks more than is free on a CPU. Reads no weights and takes no memory."""
+    config, formats = planned(RankSource(source, 0, ranks), dtype, storage)
+    of_weights, of_cache = formats.nbytes(config, dtype), tokens * token_bytes(config, dtype, kv_dtype)
+    need, apart = of_weights + of_cache, device == "cuda"
+    for index in range(ranks) if apart else (0,):
+        there = device_bytes(device, index)
+        if there is None or need * (1 if apart else ranks) <= there:
+            continue
+        has = f"GPU {index} has" if apart else "the memory that they share has"
+        remedy = "more ranks, a smaller model" if apart else "a smaller model"
+        raise LabError(
+            f"model {source.name} in {formats.text(config, dtype)} needs {need / 2**30:.1f} GiB on each "
+            f"of {ranks} ranks, {of_weights / 2**30:.1f} of them for weights, the rest for a KV cache of "
+            f"{tokens} tokens; {has} {there / 2**30:.1f} GiB: use {remedy} or dtype, or --quantise"
+        )
 
 
 def _pack(

@@ -6,7 +6,7 @@ the values of rank 0, 1, ... in this order, in float32, then the residual, and r
 Each rank sends all its values to all others (one-shot): the fastest way for the few KB of a decode step.
 Many bytes among more than two ranks take two shots: each rank adds a share of the words, in the same order,
 and sends the new residual to all others, so the bits are the same. On the torch backend it is
-torch.distributed's all_reduce, which rounds the sum to the dtype, too.
+torch.distributed's all_reduce, which rounds the sum to the dtype, too, and leaves it in `partial`.
 Kernels: cuda_src/all_reduce_add.cu, triton_kernels/all_reduce_add.py
 """
 
@@ -95,9 +95,8 @@ def triton(partial, residual, exchange, out=None):
 
 def torch_(partial, residual, exchange, out=None):
     if exchange.group is not None:
-        total = partial.clone()
-        torch.distributed.all_reduce(total, group=exchange.group)
-        residual.add_(total)
+        torch.distributed.all_reduce(partial, group=exchange.group)
+        residual.add_(partial)
         return
     if in_two_shots(exchange, partial.nbytes):
         residual.copy_(reference(partial, residual, exchange)[0])

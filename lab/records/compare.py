@@ -247,8 +247,10 @@ def label(row):
             row.timer,
         ]
     else:
+        several = getattr(row, "ranks", 1) > 1
         words = [
             row.model,
+            several and f"on {row.ranks} GPUs",
             row.backend,
             row.plan,
             getattr(row, "mode", None),

@@ -92,7 +92,8 @@ def tables(run):
     """[(title, frame)]: the link, and a token of the models that several GPUs divide."""
     made = []
     if len(run.divided):
-        made.append(("A token of models that several GPUs divide", table(run.divided, TOKENS, **HEADS)))
+        rows = run.divided.assign(backend=[style.backend(name).label for name in run.divided["backend"]])
+        made.append(("A token of models that several GPUs divide", table(rows, TOKENS, **HEADS)))
     if len(run.links):
         made.append(("The link between two GPUs", table(run.links, LINK, **HEADS)))
     return made

@@ -5,7 +5,7 @@ torch stay apart under protanopia, deuteranopia and tritanopia (tests/test_repor
 differ as well, so that no picture depends on colour alone.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import matplotlib
 
@@ -49,8 +49,15 @@ PLANS = ("basic", "fused", "persistent")  # in this order wherever they are list
 
 
 def backend(name):
-    """The look of a backend; one that the table does not know gets grey and its own name."""
-    return BACKENDS.get(name, Look(str(name), "#7d868f", "*"))
+    """The look of a backend; one that the table does not know gets grey and its own name. Of a backend whose
+    sums over ranks are a library's, as cuda+nccl, the library's look, and both names."""
+    if name in BACKENDS:
+        return BACKENDS[name]
+    kernels, _, library = str(name).partition("+")
+    if kernels in BACKENDS and library in BACKENDS:
+        of_both = f"{BACKENDS[kernels].label} + {BACKENDS[library].label}"
+        return replace(BACKENDS[library], label=of_both)
+    return Look(str(name), "#7d868f", "*")
 
 
 def backend_order(names):

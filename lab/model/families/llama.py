@@ -60,6 +60,7 @@ FAMILY = Family(
         _llama3("llama-3.2-1b", 16, 2048, 8192, 32, 8, 64, factor=32.0, tied=True),
         _llama3("llama-3.2-3b", 28, 3072, 8192, 24, 8, 128, factor=32.0, tied=True),
         _llama3("llama-3.1-8b", 32, 4096, 14336, 32, 8, 128, factor=8.0, tied=False),
+        _llama3("llama-3.1-70b", 80, 8192, 28672, 64, 8, 128, factor=8.0, tied=False),
         _llama2("llama-2-7b", 32, 4096, 11008, 32, 32, 128, max_positions=4096),
         _llama2("tinyllama-1.1b", 22, 2048, 5632, 32, 4, 64, max_positions=2048),
     ),
