@@ -60,6 +60,12 @@ def pytest_configure(config):
         config.option.loadscopereorder = False
 
 
+def pytest_ignore_collect(collection_path, config):
+    """`-m quick` does not import the files of which nothing is quick."""
+    if config.option.markexpr == "quick" and collection_path.suffix == ".py":
+        return tiers.tier(f"{collection_path.stem}::") != "quick" or None
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items):
     reasons = {
