@@ -4,6 +4,8 @@
                                                     install uv; needs a network)
     python -m lab.machine.dependencies --licences   writes docs/dependencies.md from the metadata of the
                                                     packages that are installed here
+    pip-audit --require-hashes -r requirements-hashed.txt      known vulnerabilities of what is pinned (pip
+                                                    install pip-audit; needs a network)
 
 Uses the standard library only.
 """
