@@ -72,7 +72,9 @@ def compose(figure, emulated=False):
     legend_rows = sum(-(-len(found.get_texts()) // found._ncols) for found in canvas.legends)
     height = figure.height + LEGEND * max(0, legend_rows - 1)
     canvas.set_size_inches(figure.width, height)
-    canvas.tight_layout(pad=0.3, rect=(0, (LEGEND * legend_rows + 0.05) / height if legend_rows else 0, 1, 1))
+    # Without a rectangle matplotlib lays out once, with one twice.
+    rect = (0, (LEGEND * legend_rows + 0.05) / height, 1, 1) if legend_rows else None
+    canvas.tight_layout(pad=0.3, rect=rect)
     if emulated:
         for ax in canvas.axes:
             ax.text(
