@@ -453,8 +453,10 @@ def import_(parser):
         "--context", default="1024,8192", metavar="N,N", help="tokens in the KV cache (default 1024,8192)"
     )
     parser.add_argument(
-        "--out", default="out/import", metavar="DIR", help="folder with one of records and a report for each "
-        "solution that is raced (default out/import)"
+        "--out",
+        default="out/import",
+        metavar="DIR",
+        help="folder with one of records and a report for each solution that is raced (default out/import)",
     )
 
 

@@ -35,8 +35,8 @@ class Solved(Watched):
 
 class SolutionBackend:
     """An entry point as a backend. spec: "folder" in which the package "package" holds the sources, "file"
-    and "function" of the entry point, "language", "returns", whether the outputs are returned, and "built", for
-    CUDA, the extension (lab/flashinfer_format/building.py)."""
+    and "function" of the entry point, "language", "returns", whether the outputs are returned, and for CUDA
+    "built", the extension (lab/flashinfer_format/building.py)."""
 
     def __init__(self, spec: dict, device: torch.device):
         self.name, self.language, self.device = spec["what"], spec["language"], device
@@ -114,7 +114,7 @@ def entry_point(spec: dict):
     sys.path.insert(0, spec["folder"])
     try:
         with needs_no_driver(spec["what"]):
-            loaded = extension(spec) if spec["built"] else importlib.import_module(module)
+            loaded = extension(spec) if spec.get("built") else importlib.import_module(module)
             function = getattr(loaded, spec["function"], None)
     except (Exception, SystemExit) as error:
         raise LabError(f"{spec['what']}: {error_text(error)}") from error

@@ -49,7 +49,9 @@ def main(args) -> int:
             for subject in written.subjects(op, config):
                 found[subject.name] = subject
         if op.name == "decode_attention":
-            print("decode_attention: exported in Triton alone: its CUDA solution would need a converter in C++")
+            print(
+                "decode_attention: exported in Triton alone: no converter of its arguments is written in C++"
+            )
         if op.name == "linear":
             print("linear: the output head is not exported: its logits are float32, their C is like A")
     if not found:
@@ -62,7 +64,8 @@ def main(args) -> int:
     print(
         f"{out}: {len(found)} definitions, {sum(n for n, *_ in counts)} workloads, "
         f"{sum(n for *_, n in counts)} solutions"
-        + f", {sum(n for _, n, _ in counts)} traces" * (measured is not None)
+        + f", {sum(n for _, n, _ in counts)} traces"
+        * (measured is not None)
     )
     return 0
 

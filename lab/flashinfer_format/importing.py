@@ -225,7 +225,14 @@ class Readings:
         return package
 
     def worker(
-        self, definition: Definition, what: str, sources, entry, language="python", returns=True, solution=None
+        self,
+        definition: Definition,
+        what: str,
+        sources,
+        entry,
+        language="python",
+        returns=True,
+        solution=None,
     ) -> Worker:
         """A process that loads sources, once it is started. solution: one in CUDA, which is built first."""
         package, built = self.write(sources), None

@@ -1,5 +1,5 @@
-"""Races a solution that was judged right: the race of `lab try`, at sizes of the definition, beside our kernels
-of the op and the vendor's."""
+"""Races a solution that was judged right: the race of `lab try`, at sizes of the definition, beside our
+kernels of the op and the vendor's."""
 
 from __future__ import annotations
 

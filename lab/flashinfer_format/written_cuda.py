@@ -111,8 +111,8 @@ def solution_of(subject, definition: Definition) -> Solution | None:
 
 
 def included(names) -> set[Path]:
-    """The files in cuda_src, relative to it, of these names and of what they include, without the emulation of
-    CUDA on a CPU."""
+    """The files in cuda_src, relative to it, of these names and of what they include, without the emulation
+    of CUDA on a CPU."""
     waiting, found = [Path(name) for name in names], set()
     while waiting:
         path = waiting.pop()

@@ -10,7 +10,7 @@ from lab.records import compare
 
 
 def race(name: str, file: RacedFile, request: Request) -> int:
-    """Benchmarks a kernel's file or a solution, called `name`, beside the built-in backends and the vendor's kernels; the exit status."""
+    """Benchmarks a kernel, called `name`, beside the built-in backends and the vendor's; the exit status."""
     from lab.harness import bench
 
     return bench.measure(request, own={name: file})
