@@ -1,5 +1,5 @@
-"""`lab import`: what of solutions in CUDA is taken, and the race of a solution. The race runs on the CPU, where
-only its path is worth something: `lab import` itself does not race there."""
+"""`lab import`: which solutions in CUDA are taken, and the race of a solution. The race runs on the CPU,
+where only its path is worth something: `lab import` itself does not race there."""
 
 import json
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ from lab.flashinfer_format.families import ops_of
 from lab.flashinfer_format.schema import BuildSpec, Solution, Source, read
 from lab.records import schema
 from tests.test_exchange_format import NORM, ONCE
-from tests.test_exchange_judge import HEAD, KERNEL, PASSED
+from tests.test_exchange_judge import HEAD, KERNEL, PASSED, REMEMBERED
 
 GEMM = written.subject_of("gemm_n{N}_k{K}", N=48, K=64)
 
@@ -103,17 +103,6 @@ def test_an_exported_cuda_solution_has_all_that_it_includes(subject, tmp_path):
 # ---- the race ----------------------------------------------------------------------------------------------
 
 
-# Right while it is judged, and from the first replay on a copy of what it has written before.
-REMEMBERED = """
-seen, calls = {}, [0]
-
-def run(hidden_states, weight, output):
-    calls[0] += 1
-    key = hidden_states.data_ptr()
-    norm_kernel[(output.shape[0],)](hidden_states, weight, output, output.shape[1], BLOCK=64)
-    if calls[0] > LATE:
-        output.copy_(seen.setdefault(key, output.clone()))
-"""
 HALF = PASSED.replace("(output.shape[0],)", "((output.shape[0] + 1) // 2,)")
 
 
@@ -122,9 +111,8 @@ def raced(text, tmp_path, monkeypatch, batch=16):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     definition = written.definition_of(NORM, "bf16")
     definition.reference = ONCE["norm"]
-    made = Solution(
-        "s", NORM.name, "them", BuildSpec("triton", ["cpu"], "main.py::run"), [Source("main.py", text)]
-    )
+    spec = BuildSpec("triton", ["cpu"], "main.py::run")
+    made = Solution("s", NORM.name, "them", spec, [Source("main.py", text)])
     args = SimpleNamespace(
         timeout=60, memory=1, seed=1, out=str(tmp_path / "out"), batches=[batch], contexts=[16]
     )
@@ -136,7 +124,7 @@ def raced(text, tmp_path, monkeypatch, batch=16):
     return next(r for r in rows if r.backend == "them/s"), [r for r in rows if r.backend != "them/s"]
 
 
-def test_an_honest_solution_is_raced_beside_ours(tmp_path, monkeypatch, capsys):
+def test_an_honest_solution_is_raced_beside_ours(undrawn, tmp_path, monkeypatch, capsys):
     mine, (other,) = raced(HEAD + KERNEL + PASSED, tmp_path, monkeypatch)
     assert mine.error is None and mine.us > 0 and "torch" in mine.verdict
     assert (mine.op, mine.batch, mine.shape) == ("rmsnorm", 16, {"cols": 64}) and other.us > 0
@@ -144,9 +132,7 @@ def test_an_honest_solution_is_raced_beside_ours(tmp_path, monkeypatch, capsys):
     assert "them/s" in (tmp_path / "out/them_s/index.html").read_text()
 
 
-@pytest.mark.parametrize(
-    "text, kind", [(REMEMBERED.replace("LATE", "0"), "remembered result"), (HALF, "unwritten output")]
-)
+@pytest.mark.parametrize("text, kind", [(REMEMBERED, "remembered result"), (HALF, "unwritten output")])
 def test_a_solution_that_cheats_in_the_race_has_no_time(text, kind, tmp_path, monkeypatch, capsys):
     mine, (other,) = raced(HEAD + KERNEL + text, tmp_path, monkeypatch)
     assert mine.us is None and mine.error.startswith(f"{kind}: in the race"), mine.error
