@@ -113,10 +113,13 @@ def test_what_is_exported_is_judged_as_the_kernel_is(broken, tmp_path, capsys):
     assert ("wrong result" if broken else "right in every case") in said
 
 
+LONG = ("--timeout", "600")  # compiling takes 20 s, on a busy machine several times that
+
+
 def test_an_exported_cuda_kernel_is_built_and_right(tmp_path, capsys):
     path = tmp_path / "solution.json"
     exporting.put(path, [written_cuda.solution_of(NORM, written.definition_of(NORM, "bf16"))])
-    assert cli.main(["import", str(path), "--device", "cpu"]) == 0, capsys.readouterr()
+    assert cli.main(["import", str(path), "--device", "cpu", *LONG]) == 0, capsys.readouterr()
     assert "lab_cuda_rmsnorm_h64: right in every case" in capsys.readouterr().out
 
 
@@ -157,8 +160,7 @@ def test_a_cuda_solution_that_remembers_is_refused_by_name(tmp_path, capsys):
     spec = BuildSpec("cuda", ["cpu"], "main.cu::run", destination_passing_style=True, binding="torch")
     made = Solution("remembers", NORM.name, "somebody", spec, [Source("main.cu", IN_CUDA)])
     exporting.put(tmp_path / "solution.json", [made])
-    assert cli.main(["import", str(tmp_path / "solution.json"), "--device", "cpu"]) == 1
+    assert cli.main(["import", str(tmp_path / "solution.json"), "--device", "cpu", *LONG]) == 1
     said = capsys.readouterr().out
-    assert (
-        "remembered result: it is the right one of an earlier call" in said and "remembers: refused" in said
-    )
+    assert "remembered result: it is the right one of an earlier call" in said
+    assert "remembers: refused" in said
