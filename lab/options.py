@@ -443,6 +443,21 @@ def import_(parser):
     parser.add_argument("--solution", action="append", metavar="NAME", help="only this one (repeatable)")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     judge_limits(parser)
+    parser.add_argument(
+        "--check-only", action="store_true", help="judge the solutions, but do not race them on a GPU"
+    )
+    parser.add_argument(
+        "--batch", default="1,16", metavar="N,N", help="batch sizes to race at (default 1,16)"
+    )
+    parser.add_argument(
+        "--context", default="1024,8192", metavar="N,N", help="tokens in the KV cache (default 1024,8192)"
+    )
+    parser.add_argument(
+        "--out",
+        default="out/import",
+        metavar="DIR",
+        help="folder with one of records and a report for each solution that is raced (default out/import)",
+    )
 
 
 def new(parser):

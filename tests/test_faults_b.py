@@ -22,8 +22,8 @@ from lab.contract import BACKENDS, Rand
 from lab.dispatch import select
 from lab.errors import LabError, error_text
 from lab.harness import bench, crossover
-from lab.judge import kernel_file
-from lab.learn import exercises, own_kernel
+from lab.judge import kernel_file, results
+from lab.learn import exercises
 from lab.model.decoder import Decoder
 from lab.model.kv_cache import PagedKVCache
 from lab.model.sources.random import RandomSource
@@ -442,10 +442,10 @@ def test_nothing_that_is_recorded_steers_a_terminal(capsys, tmp_path):
     bench.say(session, True)
     assert "\n  failed: op li\\x1b[2Jnear cuda: a b\\x1b[31m\n" in capsys.readouterr().out
     row.cache, row.backend = "cold", "mine.cu"
-    (line,) = own_kernel.verdicts([row], "mine.cu")
+    (line,) = results.verdicts([row], "mine.cu")
     assert line.isprintable() and "failed: a b" in line
     good = schema.from_dict({**OP, "backend": "mine.cu", "verdict": {"x\x1b[31m": "faster"}})
-    (line,) = own_kernel.verdicts([good], "mine.cu")
+    (line,) = results.verdicts([good], "mine.cu")
     assert line.isprintable() and "faster than x\\x1b[31m" in line
     assert columns([("a\x1b[31m\n", 1)]) == ["a\\x1b[31m\\n  1"]
     assert error_text(ValueError("a\x1b[31m\nb")) == "ValueError: a\\x1b[31m b"

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lab import cli
+from lab.judge import results
 from lab.judge.kernel_file import build
 from lab.judge.precision import ErrorsByWidth
 from lab.judge.race import RacedFile
@@ -251,7 +252,7 @@ def test_a_cheat_in_the_race_costs_its_row_alone(kind, limited_calls, tmp_path, 
     (mine,), (other,) = raced(path, tmp_path, monkeypatch)
     assert mine.error.startswith(f"{kind}: "), mine.error
     assert mine.us is None and other.us > 0 and not other.verdict
-    (line,) = own_kernel.verdicts([mine], "cheat.py")
+    (line,) = results.verdicts([mine], "cheat.py")
     assert "failed: " in line and "faster" not in line
 
 
@@ -275,7 +276,7 @@ ROW = schema.OpRow(
 
 
 def test_a_time_above_the_ceiling_is_no_win():
-    (line,) = own_kernel.verdicts([ROW], "mine.cu")
+    (line,) = results.verdicts([ROW], "mine.cu")
     assert "above the ceiling" in line and "no win" in line and "faster" not in line
     slow = dataclasses.replace(ROW, us=3.0, us_p10=2.99, us_p90=3.01, of_ceiling=0.9, flag=None)
     (pair,), _, _ = compare.match([slow], [ROW])

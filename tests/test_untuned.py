@@ -8,7 +8,7 @@ from test_bad_records import op_row
 
 from lab import cli
 from lab.harness import crossover, untuned
-from lab.learn import own_kernel
+from lab.judge import results
 from lab.records.schema import Env, Fairness, LedgerRow, ModelRow, OpRow, Writer
 from lab.report import fairness, heatmaps, load, model_figures, op_figures, ops, verdict
 from lab.tune import tuned
@@ -187,7 +187,7 @@ def test_try_says_that_a_rival_is_untuned():
         us=5.0,
         verdict={"cuda": "faster", "triton": "faster"},
     )
-    (line,) = own_kernel.verdicts([cuda, triton, own], "mine")
+    (line,) = results.verdicts([cuda, triton, own], "mine")
     assert line.endswith("faster than cuda, faster than triton (untuned)")
-    (line,) = own_kernel.verdicts([*shape_rows(True), own], "mine")
+    (line,) = results.verdicts([*shape_rows(True), own], "mine")
     assert "untuned" not in line

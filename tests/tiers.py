@@ -13,6 +13,7 @@ SLOW = (
     "^test_add_an_op::",
     "^test_add_a_format::",
     "^test_kernels_package::test_its_binding_calls_the_kernels",
+    "^test_exchange_judge::test_a(n_exported_cuda_kernel|_cuda_solution_that_remembers)",
     "^test_mutants::test_a_planted_fault_is_killed",
     "^test_synchronisation::test_a_(kernel_that_never_waits|barrier_between_two_thresholds)",
     # On a CPU float16 differs from bfloat16 by the type of a number; the launch shapes differ by none.
@@ -132,6 +133,7 @@ NOT_QUICK = (
     "^test_triton_packed::test_(tiles_are|embedding_reads|codes_go_from|the_fused_products)",
     "^test_quantised_model::test_bench_records",
     "^test_serving_bench::",
+    "^test_solutions::",
     "^test_dispatch::test_(a_decode_step_pays|no_call_costs)",
     "^test_records::test_reading_costs",
     "^test_format_bench::",

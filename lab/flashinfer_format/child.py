@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import inspect
 import sys
 from pathlib import PurePosixPath
@@ -18,8 +19,9 @@ from lab.flashinfer_format.families import ops_of
 from lab.flashinfer_format.schema import Definition, from_json
 from lab.judge.child import Watched, call
 from lab.judge.kernel_file import needs_no_driver
+from lab.judge.replay import burst, fetch, prepare, release, replay  # what the race asks for by name
 
-__all__ = ["call", "in_worker"]
+__all__ = ["burst", "call", "fetch", "in_worker", "prepare", "release", "replay"]
 
 
 class Solved(Watched):
@@ -33,7 +35,8 @@ class Solved(Watched):
 
 class SolutionBackend:
     """An entry point as a backend. spec: "folder" in which the package "package" holds the sources, "file"
-    and "function" of the entry point, "language", and "returns", whether the outputs are returned."""
+    and "function" of the entry point, "language", "returns", whether the outputs are returned, and for CUDA
+    "built", the extension (lab/flashinfer_format/building.py)."""
 
     def __init__(self, spec: dict, device: torch.device):
         self.name, self.language, self.device = spec["what"], spec["language"], device
@@ -78,9 +81,9 @@ class SolutionBackend:
 
     def set_trace(self, on: bool) -> None:
         """On a CPU, where interpreted kernels are seen by their grids, also those that a copy of our own
-        interpreter runs. A Python solution launches none there: it counts as one kernel."""
+        interpreter runs. One in Python or CUDA counts as one kernel there."""
         if self.language != "triton":
-            self.names = ["python"] if on else None
+            self.names = [self.language] if on else None
             return
         from triton.runtime.interpreter import InterpreterBuilder
 
@@ -111,7 +114,8 @@ def entry_point(spec: dict):
     sys.path.insert(0, spec["folder"])
     try:
         with needs_no_driver(spec["what"]):
-            function = getattr(importlib.import_module(module), spec["function"], None)
+            loaded = extension(spec) if spec.get("built") else importlib.import_module(module)
+            function = getattr(loaded, spec["function"], None)
     except (Exception, SystemExit) as error:
         raise LabError(f"{spec['what']}: {error_text(error)}") from error
     finally:
@@ -119,6 +123,14 @@ def entry_point(spec: dict):
     if not callable(function):
         raise LabError(f"{spec['what']}: {spec['file']} has no function {spec['function']}")
     return function
+
+
+def extension(spec: dict):
+    """The module that was built of the sources, loaded."""
+    found = importlib.util.spec_from_file_location(spec["package"], spec["built"])
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
 
 
 def require_arguments(function, spec: dict) -> None:

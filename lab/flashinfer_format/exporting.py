@@ -14,7 +14,7 @@ from pathlib import Path
 from lab.arguments import names, numbers
 from lab.errors import LabError
 from lab.files import write_whole
-from lab.flashinfer_format import traces, written
+from lab.flashinfer_format import traces, written, written_cuda
 from lab.flashinfer_format.families import OPS_WITH_FAMILY, ops_of
 from lab.flashinfer_format.schema import Trace, to_json
 from lab.harness.shapes import preset
@@ -48,6 +48,10 @@ def main(args) -> int:
         for config in models:
             for subject in written.subjects(op, config):
                 found[subject.name] = subject
+        if op.name == "decode_attention":
+            print(
+                "decode_attention: exported in Triton alone: no converter of its arguments is written in C++"
+            )
         if op.name == "linear":
             print("linear: the output head is not exported: its logits are float32, their C is like A")
     if not found:
@@ -58,9 +62,10 @@ def main(args) -> int:
         counts = [write(one, args.dtype, batches, contexts, measured, new) for one in found.values()]
         new.rename(out)
     print(
-        f"{out}: {len(found)} definitions, {sum(n for n, _ in counts)} workloads, {len(found)} solutions"
-        + f", {sum(n for _, n in counts)} traces" * (measured is not None)
-        + "; CUDA kernels are not exported: theirs are bound by tvm-ffi or torch, ours by this repository"
+        f"{out}: {len(found)} definitions, {sum(n for n, *_ in counts)} workloads, "
+        f"{sum(n for *_, n in counts)} solutions"
+        + f", {sum(n for _, n, _ in counts)} traces"
+        * (measured is not None)
     )
     return 0
 
@@ -74,8 +79,9 @@ def reason(op) -> str:
     return NONE_OF.get(op.name, "flashinfer-bench's dataset has no definition that says the same")
 
 
-def write(subject, dtype: str, batches, contexts, measured, out: Path) -> tuple[int, int]:
-    """Writes a definition and what belongs to it; returns the numbers of workloads and of traces."""
+def write(subject, dtype: str, batches, contexts, measured, out: Path) -> tuple[int, int, int]:
+    """Writes a definition and what belongs to it; returns the numbers of workloads, of traces and of
+    solutions."""
     definition = written.definition_of(subject, dtype)
     ops_of(definition)  # raises LabError for sizes that no contract of ours takes
     kind, name = subject.family.op_type, subject.name
@@ -88,15 +94,18 @@ def write(subject, dtype: str, batches, contexts, measured, out: Path) -> tuple[
             if tensors:
                 store(out / written.blob_path(subject, workload.uuid), tensors)
     put(out / "workloads" / kind / f"{name}.jsonl", lines)
-    solution = written.solution_of(subject, definition)
-    put(out / "solutions" / written.AUTHOR / kind / name / f"{solution.name}.json", [solution], indent=2)
+    solutions = [written.solution_of(subject, definition)]
+    if in_cuda := written_cuda.solution_of(subject, definition):
+        solutions.append(in_cuda)
+    for solution in solutions:
+        put(out / "solutions" / written.AUTHOR / kind / name / f"{solution.name}.json", [solution], indent=2)
     rows = traces.of_rows(subject, dtype, measured) if measured else []
     if rows:
         put(out / "traces" / written.AUTHOR / kind / f"{name}.jsonl", [trace for trace, _ in rows])
         for trace, tensors in rows:
             if tensors:
                 store(out / written.blob_path(subject, trace.workload.uuid), tensors)
-    return len(lines), len(rows)
+    return len(lines), len(rows), len(solutions)
 
 
 def put(path: Path, made: list, indent: int | None = None) -> None:

@@ -15,10 +15,12 @@ from pathlib import Path
 
 import torch
 
+from lab.arguments import numbers
 from lab.check import check_case
 from lab.contract import DTYPES, Op, Rand
 from lab.errors import LabError, Unavailable, named, one_line
-from lab.flashinfer_format import traces, written
+from lab.flashinfer_format import racing, traces, written
+from lab.flashinfer_format.building import COMPILED, build
 from lab.flashinfer_format.families import cases_of, dtype_of, family_of, ops_of, require_family
 from lab.flashinfer_format.schema import Definition, Solution, Source, Trace, read, to_json
 from lab.judge.cases import RANDOM, judge_again, judge_cases
@@ -26,7 +28,7 @@ from lab.judge.verdict import Judge
 from lab.worker import Worker
 
 SHOWN = 20  # traces that are shown of one definition
-LANGUAGES = ("python", "triton")
+LANGUAGES = ("python", "triton", "cuda")
 LOOSE = 16
 
 
@@ -55,6 +57,7 @@ def main(args) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise Unavailable("device cuda: this machine has no usable NVIDIA GPU; use --device cpu")
+    args.batches, args.contexts = numbers(args.batch), numbers(args.context)
     dataset = opened(Path(args.path))
     if args.solution:
         wanted = [solution for solution in dataset.solutions if solution.name in args.solution]
@@ -66,6 +69,7 @@ def main(args) -> int:
     failed = judged = 0
     with tempfile.TemporaryDirectory(prefix="lab-import-") as folder:
         found = Readings(device, args, Path(folder))
+        racing_too = device == "cuda" and not args.check_only
         for solution in dataset.solutions:
             definition = mapped.get(solution.definition)
             workloads = dataset.workloads.get(solution.definition, [])
@@ -74,14 +78,18 @@ def main(args) -> int:
             if problem:
                 print(f"{named(solution.name)}: not judged: {problem}")
                 continue
-            judged += 1
-            failed += judge(solution, definition, op, found)
+            try:
+                failed += judge(solution, definition, op, found, racing_too)
+                judged += 1
+            except Unavailable as missing:
+                print(f"{named(solution.name)}: not judged: {one_line(str(missing))}")
     if dataset.workloads and not (dataset.definitions or dataset.traces):
         raise LabError(f"{args.path} holds workloads alone: give the folder with their definitions")
     if not judged and (dataset.solutions or not (mapped or dataset.traces)):
         raise LabError(f"{args.path}: nothing in it can be judged; the lines above say why")
     if judged:
-        print(f"{judged} solutions judged, {failed} refused; not raced")
+        raced = "" if racing_too else "; not raced" + ", for emulated times say nothing" * (device == "cpu")
+        print(f"{judged} solutions judged, {failed} refused{raced}")
     return 1 if failed else 0
 
 
@@ -156,13 +164,15 @@ def unfit(solution: Solution, definition: Definition | None) -> str | None:
     """Why a solution cannot be judged."""
     if definition is None:
         return f"its definition {named(solution.definition)} is not here or does not map"
-    if solution.spec.language not in LANGUAGES:
-        return (
-            f"language {solution.spec.language}: its binding needs a build of flashinfer-bench; taken are "
-            f"{' and '.join(LANGUAGES)}, and CUDA by `lab try`"
-        )
-    if not solution.entry[0].endswith(".py"):
-        return f"its entry point is in {named(solution.entry[0])}, which is no .py file"
+    spec, file = solution.spec, solution.entry[0]
+    if spec.language not in LANGUAGES:
+        return f"language {spec.language}: taken are {', '.join(LANGUAGES)}"
+    if spec.language == "cuda" and spec.binding != "torch":
+        default = "" if spec.binding else " (the default)"
+        return f"binding tvm-ffi{default}: its headers are not part of this lab; taken is the binding torch"
+    suffixes = COMPILED if spec.language == "cuda" else (".py",)
+    if not file.endswith(suffixes):
+        return f"its entry point is in {named(file)}, which is no {' or '.join(suffixes)} file"
     return None
 
 
@@ -202,10 +212,8 @@ class Readings:
             return ops[nearest], None
         return None, f"{what} computes something else than our op; {one_line(errors[0])}"
 
-    def worker(
-        self, definition: Definition, what: str, sources, entry, language="python", returns=True
-    ) -> Worker:
-        """A process that loads sources, once it is started."""
+    def write(self, sources) -> str:
+        """Writes sources as a package of their own in the folder; returns its name."""
         package = f"sources_{RANDOM.getrandbits(64):x}"
         for source in sources:
             path = self.folder / package / source.path
@@ -214,6 +222,22 @@ class Readings:
                 path.write_text(source.content, encoding="utf-8")
             except (OSError, ValueError) as error:
                 raise LabError(f"the source {named(source.path)} cannot be written: {error}") from None
+        return package
+
+    def worker(
+        self,
+        definition: Definition,
+        what: str,
+        sources,
+        entry,
+        language="python",
+        returns=True,
+        solution=None,
+    ) -> Worker:
+        """A process that loads sources, once it is started. solution: one in CUDA, which is built first."""
+        package, built = self.write(sources), None
+        if solution:
+            built = str(build(solution, self.folder / package, self.device, self.args.timeout))
         spec = {
             "module": "lab.flashinfer_format.child",
             "what": what,
@@ -225,6 +249,7 @@ class Readings:
             "function": entry[1],
             "language": language,
             "returns": returns,
+            "built": built,
         }
         return Worker(spec, self.args.timeout, int(self.args.memory * 2**30))
 
@@ -241,11 +266,27 @@ def loosened(op: Op) -> Op:
     return replace(op, tolerance=tolerance)
 
 
-def judge(solution: Solution, definition: Definition, op: Op, found: Readings) -> int:
-    """Judges a solution in a process of its own; returns 1 if it is refused."""
+def judge(solution: Solution, definition: Definition, op: Op, found: Readings, racing_too: bool) -> int:
+    """Judges a solution in a process of its own, and races it if it is right; returns 1 if it is refused or
+    has no time. Raises Unavailable for one that this machine cannot run."""
     name, spec = named(solution.name), solution.spec
-    returns = not spec.destination_passing_style
-    with found.worker(definition, name, solution.sources, solution.entry, spec.language, returns) as worker:
+    returns, in_cuda = not spec.destination_passing_style, spec.language == "cuda"
+    try:
+        worker = found.worker(
+            definition,
+            name,
+            solution.sources,
+            solution.entry,
+            spec.language,
+            returns,
+            solution if in_cuda else None,
+        )
+    except Unavailable:
+        raise
+    except LabError as error:
+        print(f"{name}: refused: it cannot be built: {one_line(str(error))}")
+        return 1
+    with worker:
         try:
             worker.start()
         except Unavailable:
@@ -256,5 +297,7 @@ def judge(solution: Solution, definition: Definition, op: Op, found: Readings) -
         judged = Judge(op, worker, found.seed())
         failed = judge_cases(judged, name, dtype_of(definition))
         failed = failed or judge_again(judged, [dtype_of(definition)])
-    print(f"{name}: refused (--seed {judged.seed})" if failed else f"{name}: right in every case")
+        print(f"{name}: refused (--seed {judged.seed})" if failed else f"{name}: right in every case")
+        if not failed and racing_too:
+            failed = racing.race(solution, definition, op, worker, found.args)
     return 1 if failed else 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 from lab.errors import LabError, named
-from lab.flashinfer_format import written
+from lab.flashinfer_format import written, written_cuda
 from lab.flashinfer_format.schema import Correctness, Environment, Evaluation, Performance, Trace
 from lab.records import schema as records
 
@@ -68,7 +68,7 @@ def trace_of(subject, row, machine) -> tuple[Trace, dict]:
     note += "were not measured"
     if row.op == "decode_attention" or subject.family.name.startswith("fused"):
         note += "; what main.py converts is not in this time"
-    if row.backend == "cuda":
+    if row.backend == "cuda" and subject.family.name not in written_cuda.BODIES:
         note += f"; the sources are cuda_src/{row.op}.cu, of which there is no solution"
     libs = {
         "torch": machine.torch,

@@ -53,6 +53,7 @@ class Request:
     vendor: bool = True  # also the ops' peers: cuBLAS, cuDNN, ...
     compile: bool = True  # also the models' torch.compile peer
     fresh: bool = False  # begin a new run even where a stopped one could go on
+    points: tuple[shapes.Point, ...] = ()  # of ops: these sizes; none: those of the models
     budget_minutes: float | None = None  # stop cleanly after so long
 
 
@@ -86,6 +87,7 @@ class Settings:
     plans: tuple[str, ...]
     ladder: bool
     inside: bool
+    points: tuple[shapes.Point, ...] = ()  # of ops: these alone
 
     @property
     def storage(self) -> Storage:
@@ -111,6 +113,7 @@ class Settings:
     def recorded(self) -> dict:
         """As a record has them: JSON."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["points"] = tuple(dataclasses.asdict(point) for point in self.points)
         return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
 
@@ -230,6 +233,7 @@ def settings_of(request: Request) -> Settings:
         plans=request.plans or plans,
         ladder=request.ladder,
         inside=request.inside,
+        points=request.points,
     )
     settings.storages  # raises LabError for names that are unknown
     if settings.quantise is not None and settings.what == "ops":
@@ -293,6 +297,8 @@ def op_points(settings: Settings) -> list:
     """[(dtype, Point)]: the first dtype at every size, the others at the first batch and context, unless
     asked for. With weight formats, the ops that take them, in each format; in `all`, a few of them beside all
     plain ones."""
+    if settings.points:
+        return [(dtype, point) for dtype in settings.dtypes for point in settings.points]
     found = []
     of_all = settings.what == "all"
     for i, dtype in enumerate(settings.dtypes):

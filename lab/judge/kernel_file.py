@@ -203,9 +203,9 @@ def compiled(source: Path, objects: Path) -> bool:
     return any(t.exists() and t.stat().st_mtime >= source.stat().st_mtime for t in targets)
 
 
-def run_group(command, environment) -> tuple[int, str]:
-    """(exit status, output) of a command. What it has started ends with it, when this process is interrupted,
-    too."""
+def run_group(command, environment, timeout: float | None = None) -> tuple[int | None, str]:
+    """(exit status, output) of a command; (None, "") if it has not ended after `timeout` seconds. What it has
+    started ends with it, when this process is interrupted, too."""
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -217,8 +217,10 @@ def run_group(command, environment) -> tuple[int, str]:
         start_new_session=True,
     )
     try:
-        said, _ = process.communicate()
+        said, _ = process.communicate(timeout=timeout)
         return process.returncode, said
+    except subprocess.TimeoutExpired:
+        return None, ""
     finally:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)

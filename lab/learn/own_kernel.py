@@ -19,16 +19,15 @@ import torch
 
 from lab.arguments import names, numbers
 from lab.contract import BACKENDS, DTYPES, Op
-from lab.errors import LabError, Unavailable, one_line
-from lab.harness import untuned
+from lab.errors import LabError, Unavailable
 from lab.harness.request import Request
 from lab.judge.cases import RANDOM, judge_again, judge_cases
 from lab.judge.kernel_file import build, require_kernel_file
 from lab.judge.race import RacedFile
+from lab.judge.results import draw, race
 from lab.judge.verdict import Judge
 from lab.names import known
 from lab.ops import find
-from lab.records import compare
 from lab.worker import Worker
 
 
@@ -95,68 +94,3 @@ def race_of(op: Op, args, dtypes) -> Request:
         dtypes=tuple(dtypes),
         fresh=True,
     )
-
-
-def race(name: str, file: RacedFile, request: Request) -> int:
-    """Benchmarks a file beside the built-in backends and the vendor's kernels; the exit status."""
-    from lab.harness import bench
-
-    return bench.measure(request, own={name: file})
-
-
-def draw(name: str, out: str) -> int:
-    """Says who won, by the records in `out`, and draws the report; 1 if no size of the file has a time."""
-    from lab.records import schema
-    from lab.report import build
-
-    rows = schema.read(out).rows
-    for line in verdicts(rows, name):
-        print(line)
-    mine = [r for r in rows if r.kind == "op" and r.backend == name and r.run == rows[-1].run]
-    return build.report(out) or int(not any(r.us for r in mine))
-
-
-def untuned_beside(row, rows):
-    """The backends that were measured at `row`'s size in its run with settings that nobody raced."""
-    cards = untuned.by_cards([r for r in rows if r.kind == "fairness" and r.run == row.run])
-    return {
-        r.backend
-        for r in rows
-        if r.kind == "op"
-        and (r.run, r.op, r.role, r.dtype, r.batch, r.context, r.shape)
-        == (row.run, row.op, row.role, row.dtype, row.batch, row.context, row.shape)
-        and untuned.is_untuned(r, cards)
-    }
-
-
-def verdicts(rows, name):
-    """A line for each size of the last run that raced this file: its time, its share of the ceiling, and how
-    each other backend did against it, with "untuned" beside one whose settings nobody raced."""
-    own = [
-        r
-        for r in rows
-        if r.kind == "op"
-        and r.backend == name
-        and (r.cache == "cold", r.timer) in ((True, "graph"), (False, "wall"))
-    ]
-    for row in (r for r in own if r.run == own[-1].run):
-        size = " ".join(f"{k}={v}" for k, v in row.shape.items())
-        line = one_line(f"{row.op} {row.role or ''} {row.dtype} batch {row.batch} {size}: ") + " "
-        if row.error:
-            yield line + one_line(f"failed: {row.error}")
-            continue
-        share = "" if row.of_ceiling is None else f", {row.of_ceiling:.0%} of the ceiling"
-        if row.of_ceiling is not None and compare.above_ceiling(row):
-            yield line + f"{row.us:.1f} us{share}; above the ceiling: not a time of all the work, so no win"
-            continue
-        left = untuned_beside(row, rows)
-        words = {"faster": "faster than", "slower": "slower than", "same": "the same as"}
-        yield (
-            line
-            + f"{row.us:.1f} us{share}; "
-            + ", ".join(
-                f"{words.get(verdict, 'too close to call against')} {one_line(other)}"
-                + f" ({untuned.WORD})" * (other in left)
-                for other, verdict in (row.verdict or {}).items()
-            )
-        )
