@@ -79,8 +79,9 @@ def measure_step(base, rig, weights, backend, context):
     trace = torch.zeros(shape, dtype=torch.int64, device=decoder.device)
     workspace = dataclasses.replace(b.step_workspace, trace=trace)
     given = b.ids, b.positions, b.step_model, b.cache.k, b.cache.v, b.block_table, b.logits
-    record = functools.partial(recording, *given, workspace, out=b.ids)
-    normal = functools.partial(ops.decode_step, *given, b.step_workspace, out=b.ids)
+    scales = b.cache.k_scales, b.cache.v_scales
+    record = functools.partial(recording, *given, workspace, *scales, out=b.ids)
+    normal = functools.partial(ops.decode_step, *given, b.step_workspace, *scales, out=b.ids)
     if rig.device == "cpu":
         launch = on_cpu(decoder, record, trace)
     else:

@@ -81,7 +81,7 @@ def measure_steps(group, settings, session):
             for context in settings.model_contexts:
                 for backend in settings.backends:
                     for plan in settings.plans:
-                        if refusal(plan, batch, dtype, settings.kv_dtype):
+                        if refusal(plan, batch, dtype):
                             continue
                         row = ModelRow(
                             "",

@@ -39,7 +39,7 @@ def measure(group, settings, session):
         weights = load(source, dtype, device, settings.storage, group)
         for backend in settings.backends:
             for plan in settings.plans:
-                if refusal(plan, batch, dtype, settings.kv_dtype):
+                if refusal(plan, batch, dtype):
                     continue
                 base = dict(
                     run="",
