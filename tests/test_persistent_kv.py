@@ -29,7 +29,7 @@ def stepped(backend, **sizes):
 def test_the_codes_are_those_of_the_key_and_value_that_a_plain_cache_gets(
     backend, kv_dtype, head_dim, position
 ):
-    """Of position 15 a page's last slot, of 16 the first one of the next page, of 130 that of a later split."""
+    """Position 15 is a page's last slot, 16 the first one of the next page, 130 is in a later split."""
     sizes = dict(head_dim=head_dim, position=position)
     plain, coded = stepped(backend, **sizes), stepped(backend, **sizes, kv_dtype=kv_dtype)
     before = decode_step.op.bound(*decode_step.inputs(Rand("cpu", BF16), **SIZES, **sizes, kv_dtype=kv_dtype))
@@ -49,8 +49,8 @@ def test_the_codes_are_those_of_the_key_and_value_that_a_plain_cache_gets(
 @pytest.mark.parametrize("backend", ["torch", "cuda", "triton"])
 @pytest.mark.parametrize("name, dtype", [("qwen3", BF16), ("llama", torch.float16)])
 def test_plans_agree(name, dtype, backend, kv_dtype, device):
-    """Over the end of a page, the same tokens and nearly the same logits as the basic plan by torch: a key that
-    is rounded the other way moves by a code, which attention of a few tokens shows."""
+    """Over the end of a page, nearly the same logits and cache as the basic plan by torch: a key that is
+    rounded the other way moves by a code, which attention of a few tokens shows."""
     made = [
         decoder(CONFIGS[name], by, device, plan, dtype, kv_dtype=kv_dtype)
         for by, plan in ((backend, "persistent"), ("torch", "basic"))
@@ -67,7 +67,7 @@ def test_plans_agree(name, dtype, backend, kv_dtype, device):
         of_both = zip(d.cache.read(layer, (page, row)), basic.cache.read(layer, (page, row)), strict=True)
         for got, want in of_both:
             assert (got - want).abs().mean() < 0.01 * want.abs().mean()
-            assert (got - want).abs().max() <= 0.07 * want.abs().max()  # of a code, 1/16
+            assert (got - want).abs().max() <= 0.13 * want.abs().max()  # by one code, 1/8
 
 
 @FORMATS

@@ -2,8 +2,8 @@
 embedding, every layer, lm_head and argmax
 
   ids, positions int32 [1]   block_table int32 [1, max_pages]
-  k_cache, v_cache [layers, pages, kv_heads, page_size, head_dim]; of a quantised cache (lab/formats/kv.py) codes,
-  and k_scales, v_scales [layers, ...] beside them
+  k_cache, v_cache [layers, pages, kv_heads, page_size, head_dim]; of a quantised cache codes, and
+  k_scales, v_scales [layers, ...] beside them (lab/formats/kv.py)
   logits float32 [1, vocab], written   out int32 [1]: the next token; it may be ids itself
 It computes the fused plan's ops with the same rounding points (lab/model/plans/fused.py). Where that plan
 starts a new kernel, the blocks wait for each other's results instead. Weights depend on no result, so their
@@ -405,7 +405,8 @@ def tolerance(a):
 
     With a quantised cache a list of (rtol, atol): of K's codes, V's codes, the logits and the scales. The new
     keys and values move as in a plain cache, and their codes may be all that lie within that distance. Such a
-    change of code is up to 1/8 (fp8) or 1/127 (int8) of one element of a head, and changes the logits by as much.
+    change of code is up to 1/8 (fp8) or 1/127 (int8) of one element of a head: it changes the logits by
+    as much divided by sqrt(head_dim).
     """
     want = reference(*vars(a).values())
     size = float(want[3].nan_to_num().abs().max())
@@ -416,20 +417,22 @@ def tolerance(a):
     where = slice(None), int(a.block_table[0, position // page_size]), slice(None), position % page_size
     codes, scales = [], []
     for after, scale in zip(want[1:3], want[4:6]):
-        atol, rtol = (torch.zeros(t.shape, dtype=torch.float64, device=t.device) for t in (after, scale))
+        atol, of_scale = (torch.zeros(t.shape, dtype=torch.float64, device=t.device) for t in (after, scale))
         if name == "int8":  # the scale is the largest number of the head, rounded to float16
             atol[where] = 1.0 + 127 * steps
-            rtol[where] = 2 * steps + torch.finfo(torch.float16).eps
+            of_scale[where] = (2 * steps + torch.finfo(torch.float16).eps) * scale[where].double()
         else:
             ones = scale[:, :, None]
             numbers = kv.numbers(after[where], ones)
             moved = steps * numbers.abs().max()
-            atol[where] = sum(
+            lower, upper = (
                 (kv.quantise(numbers + by, name, ones)[0].double() - after[where].double()).abs()
-                for by in (moved, -moved)
+                for by in (-moved, moved)
             )
+            # A code begins with its sign, so that those of the numbers around 0 lie far apart.
+            atol[where] = torch.where(numbers.abs() <= moved, 255.0, torch.maximum(lower, upper))
         codes.append((0.0, atol))
-        scales.append((rtol, 0.0))
+        scales.append((0.0, of_scale))
     jump = 1 / (8 if name == "fp8" else 127) / a.model.head_dim**0.5
     return [*codes, (0.0, (steps + jump) * size), *scales]
 
@@ -622,8 +625,8 @@ def inputs(
     poison: NaN and inf in every slot that holds no token. size: a factor of the embedding and of everything
     that is added to it; a small one makes a norm's eps count. format, head_format: the weight format of the
     layers' matrices, and that of the embedding and of lm_head; None: plain. ranks, rank: this one of so many,
-    which gets its own sums as those of the others, so that a call may be repeated. kv_dtype: the format of the
-    cache."""
+    which gets its own sums as those of the others, so that a call may be repeated. kv_dtype: the format
+    of the cache."""
     from lab.model.rope import cos_sin_table
     from lab.model.weights import Layer, Weights
 
