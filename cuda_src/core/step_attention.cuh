@@ -185,7 +185,12 @@ struct StepAttention {
     const Vec<T> turned = rotation.turn(plain[0], valid, query ? q_norm : k_norm, heads.eps);
     if constexpr (kIsCode<C>) {
       if (query && valid) store(&shared.q[head][i], turned);
-      if (position < end) append(key ? turned : plain[0], i, key, valid && !query, to);
+      // By words: a choice between two objects would put both into memory.
+      const auto as_key = bit_cast<Vec<uint32_t>>(turned), as_value = bit_cast<Vec<uint32_t>>(plain[0]);
+      Vec<uint32_t> x;
+      LAB_UNROLL
+      for (int w = 0; w < 4; ++w) x.v[w] = !valid ? 0 : key ? as_key.v[w] : as_value.v[w];
+      if (position < end) append(bit_cast<Vec<T>>(x), i, key, valid && !query, to);
       return;
     } else {
       if (!valid) return;
@@ -198,11 +203,11 @@ struct StepAttention {
     }
   }
   // Writes the new key, or value, as codes to shared memory and to the cache, if valid. L lanes have N elements
-  // each, from element i on; `to` is the offset of these. All lanes of the warp must call it.
+  // each, from element i on; `to` is the offset of these. All lanes of the warp must call it, with zeros if not
+  // valid.
   LAB_DEVICE void append(const Vec<T>& x, int i, bool key, bool valid, size_t to) {
     Vec<C, N> codes;
-    [[maybe_unused]] const half scale =
-        head_codes<L>(codes, valid ? x : Vec<T>{}, key ? keys_scale : values_scale);
+    [[maybe_unused]] const half scale = head_codes<L>(codes, x, key ? keys_scale : values_scale);
     if (!valid) return;
     store(key ? &shared.new_k[i] : &shared.new_v[i], codes);
     store((key ? heads.k_cache : heads.v_cache) + to, codes);
@@ -320,7 +325,7 @@ struct StepAttention {
       const C* from = k_at + (kExchange ? s ^ g % 2 : s) * 32;
       if constexpr (kIsCode<C>) {
         const auto codes = bit_cast<Vec<uint32_t, 2>>(load<8>(from));
-        pairs_of<C, T>(key[s].v, codes.v[0], codes.v[1]);
+        key[s].v[0] = codes.v[0], key[s].v[1] = codes.v[1];
       } else {
         key[s] = bit_cast<Vec<uint32_t>>(load(from));
       }
@@ -336,7 +341,7 @@ struct StepAttention {
       const C* v_at = (token + i < cached ? tile + (kTokens + token + i) * D : shared.new_v) + chunk * 8;
       if constexpr (kIsCode<C>) {
         const auto codes = bit_cast<Vec<uint32_t, 2>>(load<8>(v_at));
-        pairs_of<C, P>(value[i].v, codes.v[0], codes.v[1]);
+        value[i].v[0] = codes.v[0], value[i].v[1] = codes.v[1];
       } else {
         const auto one = bit_cast<Vec<uint32_t, 2>>(load<4>(v_at + t % 2 * 4));
         const auto other = bit_cast<Vec<uint32_t, 2>>(load<4>(v_at + 4 - t % 2 * 4));
@@ -361,6 +366,10 @@ struct StepAttention {
       }
     }
     __syncwarp();  // without it nvcc loads V only after the scores are known
+    if constexpr (kIsCode<C>) {
+      LAB_UNROLL
+      for (int s = 0; s < kSteps; ++s) pairs_of<C, T>(key[s].v, key[s].v[0], key[s].v[1]);
+    }
     float products[2][4] = {};
     const auto add = [&](float (&sums)[4], int i, int unit) {
       const int at = unit % 2 * 2;
@@ -381,6 +390,10 @@ struct StepAttention {
                                   : TaggedRow<P>::pack(p_low, p_high);
     r.top = most;
     r.weight = fmadd(r.weight, shrink, p_low + p_high);
+    if constexpr (kIsCode<C>) {
+      LAB_UNROLL
+      for (int i = 0; i < 2; ++i) pairs_of<C, P>(value[i].v, value[i].v[0], value[i].v[1]);
+    }
     LAB_UNROLL
     for (int j = 0; j < 4; ++j) {
       LAB_UNROLL
