@@ -143,15 +143,16 @@ struct StepAttention {
   LAB_DEVICE int warp() const { return threadIdx.x / 32; }
 
   // Item i is split i % splits of KV head i / splits. A block takes the items blockIdx.x, blockIdx.x +
-  // gridDim.x, ...; it has more than one only where there are more KV heads than blocks.
+  // gridDim.x, ...; it has more than one only where there are more KV heads than blocks. With codes it locates even
+  // the first one anew in each layer: kept over the matrix products, these values were 100 bytes of spills.
   template <typename F>
   LAB_DEVICE void each_item(F f) {
     const int items = heads.kv_heads * splits;
     for (int item = blockIdx.x; item < items; item += gridDim.x) {
-      if (item != int(blockIdx.x)) locate(item);
+      if (kIsCode<C> || item != int(blockIdx.x)) locate(item);
       if (begin < end) f();
     }
-    if (items > int(gridDim.x)) locate(blockIdx.x);
+    if (!kIsCode<C> && items > int(gridDim.x)) locate(blockIdx.x);
   }
   // Sets the tokens of an item. A context of up to kAlone tiles is not split, because a merge would cost more
   // than it saves. An item without tokens has begin >= end.
