@@ -4,7 +4,7 @@
 //   ids, positions, out [1] int32   table [layers, 10] addresses (LAYER of the contract); with packed weights 15
 //   columns (MATRICES)
 //   logits [1, vocab] float32
-//   caches [layers, pages, kv_heads, page_size, D]   block_table [1, max_pages]
+//   caches [layers, pages, kv_heads, page_size, D], their scales (lab/formats/kv.py)   block_table [1, max_pages]
 //   cos_sin [max_positions, D] float32
 //   words: the rows that blocks pass to each other: h, qkv, attention, act and the results of attention's
 //   splits
@@ -26,17 +26,13 @@
 #include "launchers/decode_step.h"
 #include "sizes.h"
 
-// Whether the kernel exchanges sums with other ranks. On a GPU it is another kernel then, which
-// decode_step_of_a_rank.cu compiles; on a CPU one kernel does both.
-#ifndef LAB_STEP_OF_A_RANK
-#define LAB_STEP_OF_A_RANK 0
-#endif
-
+// Kernels that other files compile, which include this one with LAB_STEP_PART: the kernel that exchanges sums with
+// other ranks, which on a CPU is the same, and those of quantised caches.
 void decode_step_of_a_rank(const DecodeStepArgs& a);
+void decode_step_of_fp8(const DecodeStepArgs& a);
+void decode_step_of_int8(const DecodeStepArgs& a);
 
 using namespace lab;
-
-constexpr bool kOfARank = kHost || LAB_STEP_OF_A_RANK;
 
 // One row of `table`: the addresses of a layer's tensors.
 template <typename T>
@@ -69,8 +65,9 @@ struct StepTypes<T, true> {
   static constexpr int kTile = kPackedTileBytes;
 };
 
-template <typename T>
-struct StepArguments : StepTrace::Argument {
+// C: what the cache stores.
+template <typename T, typename C>
+struct StepValues : StepTrace::Argument {
   const int *ids, *positions;
   PackedWeights embed, lm_head;  // codes: the elements of a plain matrix
   const void* table;
@@ -84,11 +81,14 @@ struct StepArguments : StepTrace::Argument {
   int layers, vocab, hidden, intermediate, tiles, row_bytes;
   // Up to this many bytes of a layer's K and V, one tile is in flight, not two.
   int64_t few_up_to;
-  StepHeads<T> heads;
+  StepHeads<C> heads;
   // At the end: in the midst it moved the others, and the kernel spilled registers.
   PeerWords peers;
   int head_rows;  // of lm_head, of which a rank has a share
 };
+// With the scales of all layers behind them, if the cache has any.
+template <typename T, typename C = T>
+struct StepArguments : StepValues<T, C>, KvScales<C> {};
 
 // The values that are added to a sum: an element of the residual, in its word, and a bias.
 template <typename T>
@@ -101,10 +101,10 @@ enum Counter { kBest = 0, kTicket = 2, kTag = 3 };  // indices in `counters`, as
 
 // The start of a block's shared memory. Behind it follow: the tiles; a norm's weight; a row of x, whose
 // memory attention uses for its sums as well; the table.
-template <typename T, int D>
+template <typename T, int D, typename C>
 struct alignas(128) StepSmem {
   RingSmem ring;
-  StepAttentionSmem<T, D> attention;
+  StepAttentionSmem<T, D, C> attention;
   alignas(16) float squares[kRingWarps];
   uint64_t best[kRingWarps];
 };
@@ -255,8 +255,9 @@ struct StepEpilogue {
 
 // Elements n and n + 1 of the embedding of a token; n is even. row: where the token's elements are, unless the
 // embedding is packed.
-template <bool Packed, typename T>
-LAB_DEVICE void token_elements(float (&two)[2], const StepArguments<T>& a, const T* row, int token, int n) {
+template <bool Packed, typename T, typename C>
+LAB_DEVICE void token_elements(float (&two)[2], const StepArguments<T, C>& a, const T* row, int token,
+                               int n) {
   if (!Packed || a.embed.format == int(Format::plain)) {
     two[0] = to_float(row[n]), two[1] = to_float(row[n + 1]);
     return;
@@ -269,11 +270,11 @@ LAB_DEVICE void token_elements(float (&two)[2], const StepArguments<T>& a, const
   two[0] = unit[first], two[1] = unit[first + 1];
 }
 
-template <typename T, int D, bool Packed, bool OfARank>
-__global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const StepArguments<T> a) {
+template <typename T, int D, bool Packed, bool OfARank, typename C>
+__global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const StepArguments<T, C> a) {
 #if LAB_SM90
   // 1. Locate: the token and its position; an idle row has none.
-  auto& shared = smem<StepSmem<T, D>>();
+  auto& shared = smem<StepSmem<T, D, C>>();
   unsigned char* tiles = reinterpret_cast<unsigned char*>(&shared + 1);
   using Types = StepTypes<T, Packed>;
   using Layer = typename Types::Layer;
@@ -297,9 +298,9 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
   for (int i = threadIdx.x; i < D; i += blockDim.x)
     shared.attention.cos_sin[i] = a.cos_sin[size_t(position) * D + i];
   // Bytes of a layer's K and V in the cache.
-  const int64_t kv_bytes = int64_t(position) * 2 * a.heads.kv_heads * D * int(sizeof(T));
+  const int64_t kv_bytes = int64_t(position) * 2 * a.heads.kv_heads * D * int(sizeof(C));
   typename Types::Ring ring(shared.ring, tiles, a.tiles, kv_bytes <= a.few_up_to ? 1 : 2);
-  StepAttention<T, D> attention(shared.attention, reinterpret_cast<float*>(row), a.heads, position);
+  StepAttention<T, D, C> attention(shared.attention, reinterpret_cast<float*>(row), a.heads, a, position);
   StepTrace& trace = shared.ring;
   if (threadIdx.x == 0) ring.init(), trace.start(a, a.layers);
   __syncthreads();
@@ -435,7 +436,7 @@ static void by_half(int dtype, F f) {
   throw std::invalid_argument("decode_step takes float16 and bfloat16");
 }
 
-template <typename T, int D, bool Packed>
+template <typename T, int D, bool Packed, bool OfARank, typename C>
 static void launch_step(const DecodeStepArgs& a) {
   const auto packed_weights = [](const Weights& w) {
     return PackedWeights{as<const uint8_t>(w.data), as<const uint8_t>(w.scales), w.format};
@@ -444,8 +445,8 @@ static void launch_step(const DecodeStepArgs& a) {
   const int longest = std::max({a.sizes.hidden, a.sizes.intermediate, a.q_heads * D});
   const int row_bytes =
       std::max(round_up((Packed ? round_up(longest, kMostColumns) : longest) * int(sizeof(T)), 16),
-               StepAttention<T, D>::sums_bytes(a.q_heads / a.cache.kv_heads));
-  const int fixed = int(sizeof(StepSmem<T, D>)) + a.sizes.hidden * int(sizeof(T)) + row_bytes +
+               StepAttention<T, D, C>::sums_bytes(a.q_heads / a.cache.kv_heads));
+  const int fixed = int(sizeof(StepSmem<T, D, C>)) + a.sizes.hidden * int(sizeof(T)) + row_bytes +
                     a.sizes.layers * int(sizeof(typename Types::Layer));
   const int tiles = std::min(kMostTiles, (most_shared_bytes() - fixed) / Types::kTile);
   if (tiles < kMostInFlight) {
@@ -458,7 +459,7 @@ static void launch_step(const DecodeStepArgs& a) {
   // queue less behind the copies (Qwen3-0.6B at 1024 tokens: 650 us with two, 630 with one). At 8192
   // tokens, where K and V have as many bytes as the weights, one tile is too few.
   const int64_t few_up_to = int64_t(tiles) * Types::kTile * multiprocessors() * 3 / 2 - a.sizes.layer_bytes;
-  StepArguments<T> s{};
+  StepArguments<T, C> s{};
   s.ids = as<const int>(a.ids);
   s.positions = as<const int>(a.positions);
   s.embed = packed_weights(a.weights.embed);
@@ -495,34 +496,34 @@ static void launch_step(const DecodeStepArgs& a) {
   s.heads.scale_log2 = a.scale * 1.4426950408889634f;
   s.heads.table = as<const int>(a.cache.block_table);
   s.heads.layer = int64_t(a.cache.pages) * a.cache.kv_heads * a.cache.page_size * D;
-  s.heads.k_cache = as<T>(a.cache.k);
-  s.heads.v_cache = as<T>(a.cache.v);
+  s.heads.k_cache = as<C>(a.cache.k);
+  s.heads.v_cache = as<C>(a.cache.v);
+  static_cast<KvScales<C>&>(s) = kv_scales<C>(a.cache);
   s.peers = a.peers;
   Config config{dim3(multiprocessors()), dim3(kRingThreads + 32), size_t(fixed + tiles * Types::kTile),
                 a.stream};
   if (a.exchange.trace && int(config.grid.x) > kTraceBlocks)
     throw std::invalid_argument("decode_step: more blocks than its records have room for");
   config.cooperative = true;  // all blocks run at once, or the launch fails
-  launch(config, "decode_step_kernel", decode_step_kernel<T, D, Packed, kOfARank>, s);
+  launch(config, "decode_step_kernel", decode_step_kernel<T, D, Packed, OfARank, C>, s);
 }
 
-#if LAB_STEP_OF_A_RANK
-void decode_step_of_a_rank(const DecodeStepArgs& a) {
-#else
-void decode_step(const DecodeStepArgs& a) {
-  if (!kHost && a.peers.ranks > 1) return decode_step_of_a_rank(a);
-#endif
+// C is the code of a quantised cache; with void the cache stores T.
+template <bool OfARank, typename Code = void>
+static void any_step(const DecodeStepArgs& a) {
   if (!has_clusters())
     throw std::runtime_error("decode_step needs bulk copies (sm_90): use --plan fused on this GPU");
   by_half(a.dtype, [&](auto tag) {
     using T = decltype(tag);
+    using C = std::conditional_t<std::is_void_v<Code>, T, Code>;
     const auto with_dim = [&](auto dim) {
       constexpr int D = decltype(dim)::value;
-      // One kernel for both on a CPU, which saves compile time: it takes plain matrices, too.
-      if constexpr (!kHost) {
-        if (!a.weights.packed) return launch_step<T, D, false>(a);
+      // One kernel for both on a CPU, which saves compile time: it takes plain matrices, too. So do ranks that
+      // have a quantised cache.
+      if constexpr (!kHost && !(OfARank && kIsCode<C>)) {
+        if (!a.weights.packed) return launch_step<T, D, false, OfARank, C>(a);
       }
-      launch_step<T, D, true>(a);
+      launch_step<T, D, true, OfARank, C>(a);
     };
     switch (a.head_dim) {
       case 64: return with_dim(std::integral_constant<int, 64>{});
@@ -533,3 +534,21 @@ void decode_step(const DecodeStepArgs& a) {
                                 " is not 64, 96 or 128");
   });
 }
+
+// With a quantised cache: the kernels that a file of its own compiles.
+template <typename Code>
+static void step_of_codes(const DecodeStepArgs& a) {
+  a.peers.ranks > 1 ? any_step<true, Code>(a) : any_step<kHost, Code>(a);
+}
+
+#ifndef LAB_STEP_PART
+void decode_step(const DecodeStepArgs& a) {
+  switch (KvFormat(a.cache.format)) {
+    case KvFormat::plain: break;
+    case KvFormat::fp8: return decode_step_of_fp8(a);
+    case KvFormat::int8: return decode_step_of_int8(a);
+  }
+  if (!kHost && a.peers.ranks > 1) return decode_step_of_a_rank(a);
+  any_step<kHost>(a);
+}
+#endif

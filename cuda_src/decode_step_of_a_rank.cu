@@ -2,6 +2,8 @@
 // ranks. It is a kernel of its own, because the code for that would slow the other one. On a CPU it does not
 // exist: there the kernel of decode_step.cu does both.
 #ifdef __CUDACC__
-#define LAB_STEP_OF_A_RANK 1
+#define LAB_STEP_PART
 #include "decode_step.cu"
+
+void decode_step_of_a_rank(const DecodeStepArgs& a) { any_step<true>(a); }
 #endif

@@ -20,7 +20,7 @@ template <typename F> bool with_fields(StepWeights& g, F f) {
   return f(g.embed, g.layers, g.final_norm, g.lm_head, g.cos_sin, g.packed);
 }
 template <typename F> bool with_fields(StepCache& g, F f) {
-  return f(g.k, g.v, g.block_table, g.pages, g.kv_heads, g.page_size);
+  return f(g.k, g.v, g.block_table, g.pages, g.kv_heads, g.page_size, g.k_scales, g.v_scales, g.format);
 }
 template <typename F> bool with_fields(StepExchange& g, F f) { return f(g.words, g.counters, g.trace); }
 template <typename F> bool with_fields(StepSizes& g, F f) {

@@ -180,7 +180,6 @@ def test_load_reads_a_folder_and_refuses_bad_options(tmp_path, monkeypatch):
         (dict(backend="torch", quantise_head="int8"), "needs --quantise"),
         (dict(backend="torch", weights_as="fp32", dtype="bf16"), "contradict"),
         (dict(backend="torch", overrides={"rop": "cuda"}), "did you mean rope"),
-        ({**ONE, "kv_dtype": "fp8"}, "no KV cache in fp8"),
         ({**ONE, "quantise": "q4_k"}, "no weights in q4_k"),
     ):
         with pytest.raises(lab.LabError, match=says) as caught:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lab.formats import FORMATS, PackedMatrix
+from lab.formats import kv as kv_formats
 from lab.model.weights import Layer, Weights
 from lab.ops.decode_step import StepModel, StepWorkspace
 from triton_kernels import offline
@@ -79,8 +80,9 @@ def run_step(
     qk_norm=False,
     formats=(None,),
     head_format=None,
+    kv_dtype=None,
 ):
-    """formats: of the matrices of each layer."""
+    """formats: of the matrices of each layer. kv_dtype: the format of the cache."""
     q, kv, norm = q_heads * head_dim, kv_heads * head_dim, t(head_dim) if qk_norm else None
     layers = [
         Layer(
@@ -100,6 +102,11 @@ def run_step(
     head = in_format(t, head_format, vocab, hidden)
     weights = Weights(None, head, layers, t(hidden), head)
     cos_sin, cache = empty(4096, head_dim, dtype=F32), t(len(layers), 256, kv_heads, 16, head_dim)
+    scales = ()
+    if kv_dtype is not None:
+        shape = len(layers), *kv_formats.scale_shape(kv_dtype, 256, kv_heads, 16)
+        scales = (empty(*shape, dtype=kv_formats.SCALE_DTYPES[kv_dtype]),) * 2
+        cache = empty(*cache.shape, dtype=kv_formats.DTYPES[kv_dtype])
     model = StepModel.of(weights, cos_sin, q_heads, kv_heads, head_dim, 1e-5)
     decode_step(
         ints(1),
@@ -111,6 +118,7 @@ def run_step(
         empty(1, vocab, dtype=F32),
         StepWorkspace.of(model),
         ints(1),
+        *scales,
     )
 
 
@@ -125,6 +133,8 @@ STEPS = {
 PACKED_STEPS = {
     "8b-int4-g128": dict(STEPS["llama-3.1-8b"], formats=("int4-g128",), head_format="int8"),
     "1b-fp8": dict(STEPS["llama-3.2-1b"], formats=("fp8",), head_format="fp8"),
+    "8b-kv-fp8": dict(STEPS["llama-3.1-8b"], kv_dtype="fp8"),
+    "1b-kv-int8": dict(STEPS["llama-3.2-1b"], kv_dtype="int8"),
 }
 LAUNCHES = {
     "linear-1": (run_linear, dict(rows=1)),

@@ -2,7 +2,8 @@
 
   ids, positions, out [1] int32; out may be ids   logits [1, vocab] float32
   table [layers, 10] int64: addresses; [layers, 15] where any matrix is packed (lab/ops/step_layout.py)
-  k_cache, v_cache [layers, pages, kv_heads, page_size, head_dim]   block_table [1, max_pages] int32
+  k_cache, v_cache [layers, pages, kv_heads, page_size, head_dim], k_scales, v_scales (lab/formats/kv.py)
+  block_table [1, max_pages] int32
   h, qkv, attention, act: rows that one phase writes and the next reads   counters: zero on entry and on exit
   mapping   one program per multiprocessor, all resident. A program has an equal share of every matrix's rows,
             which it takes one after the other, and a split of one KV head. Between two phases every program
@@ -25,6 +26,7 @@ from lab.errors import LabError
 from lab.formats import PackedMatrix
 from lab.ops import step_layout
 from triton_kernels.common import architecture, config, launch
+from triton_kernels.core.kv_codes import PLAIN, format_of
 from triton_kernels.core.packed_rows import operands
 from triton_kernels.core.split_attention import load_tile, merge_step, split_bounds
 from triton_kernels.core.step_product import any_product, arrive, layer_product, tensor_at, unpack_token, wait
@@ -66,13 +68,16 @@ def first_tile(
     BLOCK_D: tl.constexpr,
     PAGE: tl.constexpr,
     TILE: tl.constexpr,
+    k_scales,
+    v_scales,
+    FORMAT: tl.constexpr,
 ):
     """Bounds of split item % splits, and its first tile of KV head item / splits; zeros past the last."""
     begin, end, used = split_bounds(position + 1, item % splits, splits, TILE)
     d = tl.arange(0, BLOCK_D)
     token = begin + tl.arange(0, TILE)
     live = (token < tl.minimum(end, position)) & (item < kv_heads * splits)
-    kt, vt, _, _ = load_tile(
+    kt, vt, ks, vs = load_tile(
         k_cache,
         v_cache,
         block_table,
@@ -86,8 +91,11 @@ def first_tile(
         in_head=(d < HEAD_DIM)[None, :],
         PAGE=PAGE,
         HEAD_DIM=HEAD_DIM,
+        k_scales=k_scales,
+        v_scales=v_scales,
+        FORMAT=FORMAT,
     )
-    return begin, end, used, kt, vt
+    return begin, end, used, kt, vt, ks, vs
 
 
 @triton.jit
@@ -125,6 +133,10 @@ def decode_step_kernel(
     inboxes,
     launches,
     capacity,
+    k_scales,
+    v_scales,
+    scales_stride,
+    FORMAT: tl.constexpr,
     RANK: tl.constexpr,
     RANKS: tl.constexpr,
     HIDDEN: tl.constexpr,
@@ -210,7 +222,7 @@ def decode_step_kernel(
         q_norm = tensor_at(table, Q_NORM, T)
         k_norm = tensor_at(table, K_NORM, T)
         item = tl.program_id(0)
-        begin, end, used, kt, vt = first_tile(
+        begin, end, used, kt, vt, ks, vs = first_tile(
             k_cache,
             v_cache,
             block_table,
@@ -223,6 +235,9 @@ def decode_step_kernel(
             BLOCK_D=BLOCK_D,
             PAGE=PAGE,
             TILE=TILE,
+            k_scales=k_scales,
+            v_scales=v_scales,
+            FORMAT=FORMAT,
         )
         wait(counters, target, trace)
         while item < KV_HEADS * splits:
@@ -268,9 +283,14 @@ def decode_step_kernel(
                     SPLIT=SPLIT,
                     HEADS=HEADS,
                     MERGE=MERGE,
+                    ks=ks,
+                    vs=vs,
+                    k_scales=k_scales,
+                    v_scales=v_scales,
+                    FORMAT=FORMAT,
                 )
             item += tl.num_programs(0)
-            begin, end, used, kt, vt = first_tile(
+            begin, end, used, kt, vt, ks, vs = first_tile(
                 k_cache,
                 v_cache,
                 block_table,
@@ -283,6 +303,9 @@ def decode_step_kernel(
                 BLOCK_D=BLOCK_D,
                 PAGE=PAGE,
                 TILE=TILE,
+                k_scales=k_scales,
+                v_scales=v_scales,
+                FORMAT=FORMAT,
             )
         target = arrive(counters, target, trace)
 
@@ -362,6 +385,9 @@ def decode_step_kernel(
         table += COLUMNS
         k_cache += cache_stride
         v_cache += cache_stride
+        if FORMAT != PLAIN:
+            k_scales += scales_stride
+            v_scales += scales_stride
 
     best, index = any_product(
         counters,
@@ -446,7 +472,9 @@ def way(w, parts, cfg, programs):
     )
 
 
-def decode_step(ids, positions, model, k_cache, v_cache, block_table, logits, workspace, out):
+def decode_step(
+    ids, positions, model, k_cache, v_cache, block_table, logits, workspace, out, k_scales=None, v_scales=None
+):
     """Launch one program per multiprocessor; the settings `per_multiprocessor` or `programs` change that."""
     m, w = model, workspace
     (vocab, hidden), middle, kv_heads, head_dim, page_size = (
@@ -515,6 +543,10 @@ def decode_step(ids, positions, model, k_cache, v_cache, block_table, logits, wo
             if w.exchange is None
             else (w.exchange.table, w.exchange.launches, w.exchange.capacity)
         ),
+        k_scales,
+        v_scales,
+        0 if k_scales is None else k_scales.stride(0),
+        FORMAT=format_of(k_cache),
         reads=[*held, *(() if w.exchange is None else w.exchange.inboxes)],
         RANK=0 if w.exchange is None else w.exchange.rank,
         RANKS=w.ranks,

@@ -25,8 +25,9 @@ struct KvScales<Int8Code> {
   half *k, *v;
 };
 
-template <typename C>
-KvScales<C> kv_scales(const CachePages& cache) {
+// cache: the argument of a launcher that names a cache, such as CachePages.
+template <typename C, typename Cache>
+KvScales<C> kv_scales(const Cache& cache) {
   if constexpr (kIsFp8<C>) {
     return {as<const float>(cache.k_scales), as<const float>(cache.v_scales)};
   } else if constexpr (kIsInt8<C>) {
@@ -100,6 +101,24 @@ LAB_DEVICE Int8Code int8_code(float x, half scale) {
   // In the sum with 1.5 * 2^23 the last bit counts 1.
   const int rounded = int(bit_cast<uint32_t>(y + 12582912.f) - 0x4b400000u);
   return {int8_t(rounded > 127 ? 127 : rounded < -127 ? -127 : rounded)};
+}
+// Codes of a head, of which each of L consecutive lanes has N numbers x: in fp8 by the layer's scale; in int8 by
+// one of the head's own, which is returned. All lanes of the warp must call it.
+template <int L, typename C, typename T, int N>
+LAB_DEVICE half head_codes(Vec<C, N>& codes, const Vec<T, N>& x, [[maybe_unused]] float of_layer) {
+  half scale{};
+  if constexpr (kIsFp8<C>) {
+    LAB_UNROLL
+    for (int e = 0; e < N; ++e) codes.v[e] = fp8_code(to_float(x.v[e]), of_layer);
+  } else {
+    uint32_t most = 0;
+    LAB_UNROLL
+    for (int e = 0; e < N; ++e) most = max(most, magnitude_of(to_float(x.v[e])));
+    scale = int8_scale<L>(most);
+    LAB_UNROLL
+    for (int e = 0; e < N; ++e) codes.v[e] = int8_code(to_float(x.v[e]), scale);
+  }
+  return scale;
 }
 
 }  // namespace lab

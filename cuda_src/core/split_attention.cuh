@@ -118,25 +118,9 @@ struct SplitAttention {
       put(key, value);
     } else {
       Vec<C, N> k, v;
-      if constexpr (kIsFp8<C>) {
-        LAB_UNROLL
-        for (int e = 0; e < N; ++e) {
-          k.v[e] = fp8_code(to_float(key.v[e]), keys_scale);
-          v.v[e] = fp8_code(to_float(value.v[e]), values_scale);
-        }
-      } else {
-        uint32_t most[2] = {};
-        LAB_UNROLL
-        for (int e = 0; e < N; ++e) {
-          most[0] = max(most[0], magnitude_of(to_float(key.v[e])));
-          most[1] = max(most[1], magnitude_of(to_float(value.v[e])));
-        }
-        const half of_key = int8_scale<L>(most[0]), of_value = int8_scale<L>(most[1]);
-        LAB_UNROLL
-        for (int e = 0; e < N; ++e) {
-          k.v[e] = int8_code(to_float(key.v[e]), of_key);
-          v.v[e] = int8_code(to_float(value.v[e]), of_value);
-        }
+      [[maybe_unused]] const half of_key = head_codes<L>(k, key, keys_scale);
+      [[maybe_unused]] const half of_value = head_codes<L>(v, value, values_scale);
+      if constexpr (kIsInt8<C>) {
         if (valid && i == 0) {
           const size_t row = row_of(page, token);
           inputs.new_scales[0] = cache.scales.k[row] = of_key;

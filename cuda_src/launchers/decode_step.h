@@ -12,10 +12,13 @@ struct StepWeights {
 };
 
 // The cache of every layer: k, v [layers, pages, kv_heads, page_size, head_dim]; block_table int32 [1,
-// max_pages].
+// max_pages]. Where it is quantised (format: a KvFormat), k and v are codes; k_scales and v_scales are those of
+// lab/formats/kv.py for all layers.
 struct StepCache {
   Ptr k, v, block_table;
   int pages, kv_heads, page_size;
+  Ptr k_scales, v_scales;
+  int format;
 };
 
 // Memory through which the blocks exchange results (StepWorkspace of the contract): words int64, counters

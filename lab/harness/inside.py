@@ -24,7 +24,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from lab.errors import error_text
+from lab.errors import Unavailable, error_text
+from lab.formats import kv
 from lab.harness import ledger, model_bench, timing
 from lab.harness.ops_bench import alive
 from lab.model.decoder import Decoder
@@ -71,7 +72,7 @@ def measure(session, rig, weights, name, dtype_name, context, backend):
 
 def measure_step(base, rig, weights, backend, context):
     ops = rig.backends[backend]
-    recording = recording_step(ops, backend, rig.device)
+    recording = recording_step(ops, backend, rig.device, rig.kv_dtype)
     decoder = Decoder(weights, ops, 1, context + 1, plan=PLAN, kv_dtype=rig.kv_dtype)
     model_bench.fill(decoder, 1, context)
     b = decoder.buffers
@@ -79,8 +80,9 @@ def measure_step(base, rig, weights, backend, context):
     trace = torch.zeros(shape, dtype=torch.int64, device=decoder.device)
     workspace = dataclasses.replace(b.step_workspace, trace=trace)
     given = b.ids, b.positions, b.step_model, b.cache.k, b.cache.v, b.block_table, b.logits
-    record = functools.partial(recording, *given, workspace, out=b.ids)
-    normal = functools.partial(ops.decode_step, *given, b.step_workspace, out=b.ids)
+    scales = b.cache.k_scales, b.cache.v_scales
+    record = functools.partial(recording, *given, workspace, *scales, out=b.ids)
+    normal = functools.partial(ops.decode_step, *given, b.step_workspace, *scales, out=b.ids)
     if rig.device == "cpu":
         launch = on_cpu(decoder, record, trace)
     else:
@@ -90,11 +92,15 @@ def measure_step(base, rig, weights, backend, context):
     )
 
 
-def recording_step(ops, backend, device):
+def recording_step(ops, backend, device, kv_dtype):
     """decode_step as a function that takes a trace. For CUDA on a GPU that is another kernel, which is
     compiled first."""
     if (backend, device) != ("cuda", "cuda"):
         return ops.decode_step
+    if kv_dtype is not None:  # its kernels are in files that are not replaced
+        raise Unavailable(
+            f"--inside records nothing of CUDA with a KV cache in {kv_dtype} yet: use --kv-dtype auto"
+        )
     from lab.judge import kernel_file  # of a layer above: it builds an extension with one file replaced
 
     (op,) = (one for one in OPS if one.whole_step)
@@ -175,8 +181,9 @@ def nbytes_of(m, cache, context):
         phase: sum(getattr(layer, part).nbytes for layer in m.layers)
         for phase, part in zip((p for p in PHASES if p != "attention"), MATRICES, strict=True)
     }
-    kv = 2 * len(m.layers) * context * m.kv_heads * m.head_dim * cache.k.itemsize
-    return {**matrices, "attention": kv, LM_HEAD: m.lm_head.nbytes}
+    head = m.head_dim * cache.k.itemsize + kv.scale_bytes(cache.k.dtype)
+    tokens = 2 * len(m.layers) * context * m.kv_heads * head
+    return {**matrices, "attention": tokens, LM_HEAD: m.lm_head.nbytes}
 
 
 def account(base, launch, found, nbytes, ceilings):

@@ -72,7 +72,7 @@ class Rig:
             (backend, plan)
             for plan in self.plans
             for backend in whole
-            if not refusal(plan, batch, DTYPES[dtype_name], self.kv_dtype, formats)
+            if not refusal(plan, batch, DTYPES[dtype_name], formats)
             and not (backend == "torch" and plan in again)
         ]
 

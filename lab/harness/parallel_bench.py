@@ -94,7 +94,7 @@ def measure_steps(group, settings, session):
         for batch in settings.model_batches:
             for context in settings.model_contexts:
                 for backend, plan in library_sums.sides(settings):
-                    if refusal(plan, batch, dtype, settings.kv_dtype):
+                    if refusal(plan, batch, dtype):
                         continue
                     row = ModelRow(
                         "",

@@ -39,7 +39,7 @@ def measure(group, settings, session):
         source = RankSource(open_source(name, settings.weights), group.rank, group.ranks)
         weights = load(source, dtype, device, settings.storage, group)
         for backend, plan in library_sums.sides(settings):
-            if refusal(plan, batch, dtype, settings.kv_dtype):
+            if refusal(plan, batch, dtype):
                 continue
             base = dict(
                 run="",

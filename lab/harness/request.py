@@ -268,9 +268,9 @@ def require_plans(settings: Settings) -> None:
         tried = tried[:1]  # a ledger is of one batch
     for name in settings.plans:
         sides = [(batch, one.formats) for one in settings.storages for batch in tried]
-        taken = (side for side in sides if not refusal(name, side[0], dtype, settings.kv_dtype, side[1]))
+        taken = (side for side in sides if not refusal(name, side[0], dtype, side[1]))
         batch, formats = next(taken, sides[0])
-        find_plan(name, batch, dtype, settings.kv_dtype, formats)
+        find_plan(name, batch, dtype, formats)
 
 
 def require_work(settings: Settings) -> None:

@@ -46,7 +46,7 @@ class Decoder:
         pages: int | None = None,
         kv_dtype: str | None = None,
     ):
-        self.plan, self.plan_step = plan, find_plan(plan, batch, weights.dtype, kv_dtype)
+        self.plan, self.plan_step = plan, find_plan(plan, batch, weights.dtype)
         self.weights, self.ops, self.batch, self.config = weights, ops, batch, weights.config
         self.device = weights.device
         # With check_contents every op first reads tensors on the host; a replayed graph would leave that out.

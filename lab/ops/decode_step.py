@@ -2,7 +2,8 @@
 embedding, every layer, lm_head and argmax
 
   ids, positions int32 [1]   block_table int32 [1, max_pages]
-  k_cache, v_cache [layers, pages, kv_heads, page_size, head_dim]
+  k_cache, v_cache [layers, pages, kv_heads, page_size, head_dim]; of a quantised cache codes, and
+  k_scales, v_scales [layers, ...] beside them (lab/formats/kv.py)
   logits float32 [1, vocab], written   out int32 [1]: the next token; it may be ids itself
 It computes the fused plan's ops with the same rounding points (lab/model/plans/fused.py). Where that plan
 starts a new kernel, the blocks wait for each other's results instead. Weights depend on no result, so their
@@ -25,7 +26,7 @@ import torch
 
 from lab.contract import DTYPE_CODES, EPS32, Op, case, dense, once, refuse
 from lab.errors import Unavailable
-from lab.formats import FORMATS, PackedMatrix
+from lab.formats import FORMATS, PackedMatrix, kv
 from lab.formats.format import BLOCK
 from lab.formats.operand import Operand, check_packed, of_random, pointers
 from lab.ops import (
@@ -39,7 +40,7 @@ from lab.ops import (
     rope_append_attention,
 )
 from lab.ops.exchange import Exchange, check_exchange, simulated
-from lab.ops.kv_append import check_append, check_cache, paged_cache
+from lab.ops.kv_append import check_append, check_cache, paged_cache, quantised
 from lab.ops.rope import check_positions
 from lab.ops.step_layout import (
     LAYER,
@@ -296,6 +297,8 @@ def validate(
     block_table: torch.Tensor,
     logits: torch.Tensor,
     workspace: StepWorkspace,
+    k_scales: torch.Tensor | None = None,
+    v_scales: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> None:
     name, device = "decode_step", model.embed.get_device()
@@ -313,7 +316,20 @@ def validate(
     ):
         refuse(name, "k_cache and v_cache must be [layers, pages, kv_heads, page_size, head_dim]")
     dense(name, device, k_cache, v_cache)
-    check_cache(name, k_cache[0], v_cache[0], block_table, 1, model.kv_heads, model.head_dim, model.dtype)
+    for scales in (k_scales, v_scales):
+        if scales is not None and not (scales.shape[:1] == k_cache.shape[:1] and scales.is_contiguous()):
+            refuse(name, "k_scales and v_scales must be [layers, ...], those of each layer behind each other")
+    check_cache(
+        name,
+        k_cache[0],
+        v_cache[0],
+        block_table,
+        1,
+        model.kv_heads,
+        model.head_dim,
+        model.dtype,
+        *scales_of(k_scales, v_scales),
+    )
     m, w = model, workspace
     wanted = StepWorkspace.sizes(m)
     if any(
@@ -332,20 +348,29 @@ def validate(
     dense(name, device, logits)
 
 
+def scales_of(k_scales, v_scales, layer=0):
+    """The scales of one layer, (None, None) where there are none."""
+    return (None, None) if k_scales is None or v_scales is None else (k_scales[layer], v_scales[layer])
+
+
 def outputs(ids, *args, **options):
     return torch.empty(1, dtype=torch.int32, device=ids.device)
 
 
-def reference(ids, positions, model, k_cache, v_cache, block_table, logits, workspace):
+def reference(
+    ids, positions, model, k_cache, v_cache, block_table, logits, workspace, k_scales=None, v_scales=None
+):
     """The references of the fused plan's ops, one after the other, with each result rounded to the model's
     dtype. Ranks that one process simulates all have the same sums."""
     m, dtype, ranks = model, model.dtype, workspace.ranks
     k_cache, v_cache = k_cache.clone(), v_cache.clone()
+    scales = () if k_scales is None else (k_scales.clone(), v_scales.clone())
     h = embedding.reference(ids, m.embed)[0].to(dtype)
     for i, layer in enumerate(m.layers):
         qkv = norm_linear.reference(h, layer.attn_norm, m.eps, layer.wqkv, layer.bqkv)[0].to(dtype)
         q, k, v = qkv.view(1, -1, m.head_dim).split([m.q_heads, m.kv_heads, m.kv_heads], dim=1)
-        a, k_new, v_new = rope_append_attention.reference(
+        of_layer = [s[i] for s in scales]
+        a, k_cache[i], v_cache[i], *new = rope_append_attention.reference(
             q,
             k,
             v,
@@ -358,24 +383,58 @@ def reference(ids, positions, model, k_cache, v_cache, block_table, logits, work
             v_cache[i],
             block_table,
             m.scale,
+            1,
+            None,
+            *of_layer,
         )
-        k_cache[i], v_cache[i] = k_new, v_new
+        for one, stored in zip(of_layer, new):
+            one.copy_(stored)
         h = (h.double() + ranks * linear.reference(a.to(dtype).view(1, -1), layer.wo, layer.bo)[0]).to(dtype)
         act = norm_linear_silu_mul.reference(h, layer.mlp_norm, m.eps, layer.w_gate_up)[0].to(dtype)
         h = (h.double() + ranks * linear.reference(act, layer.w_down)[0]).to(dtype)
     if int(positions) < 0:
-        return torch.full_like(ids, -1), k_cache, v_cache, logits.double()
+        return torch.full_like(ids, -1), k_cache, v_cache, logits.double(), *scales
     token, want = norm_linear_argmax.reference(h, m.final_norm, m.eps, m.lm_head, logits, None)
-    return token, k_cache, v_cache, want
+    return token, k_cache, v_cache, want, *scales
 
 
 def tolerance(a):
     """(rtol, atol) of the logits. About 16 roundings a layer, each of half a step of T and random sign, move
     the residual stream by 2 steps in all; the sums are float32's. The error is relative to the largest logit,
-    or to the largest key."""
+    or to the largest key.
+
+    With a quantised cache a list of (rtol, atol): of K's codes, V's codes, the logits and the scales. The new
+    keys and values move as in a plain cache, and their codes may be all that lie within that distance. Such a
+    change of code is up to 1/8 (fp8) or 1/127 (int8) of one element of a head: it changes the logits by
+    as much divided by sqrt(head_dim).
+    """
     want = reference(*vars(a).values())
-    size = max(float(want[3].nan_to_num().abs().max()), float(want[1].double().abs().max()))
-    return 0.0, (2 * torch.finfo(a.model.dtype).eps + 16 * EPS32) * (len(a.model.layers) + 1) * size
+    size = float(want[3].nan_to_num().abs().max())
+    steps = (2 * torch.finfo(a.model.dtype).eps + 16 * EPS32) * (len(a.model.layers) + 1)
+    if a.k_scales is None:
+        return 0.0, steps * max(size, float(want[1].double().abs().max()))
+    name, page_size, position = kv.NAMES[a.k_cache.dtype], a.k_cache.shape[3], max(int(a.positions), 0)
+    where = slice(None), int(a.block_table[0, position // page_size]), slice(None), position % page_size
+    codes, scales = [], []
+    for after, scale in zip(want[1:3], want[4:6]):
+        atol, of_scale = (torch.zeros(t.shape, dtype=torch.float64, device=t.device) for t in (after, scale))
+        if name == "int8":  # the scale is the largest number of the head, rounded to float16
+            atol[where] = 1.0 + 127 * steps
+            of_scale[where] = (2 * steps + torch.finfo(torch.float16).eps) * scale[where].double()
+        else:
+            ones = scale[:, :, None]
+            numbers = kv.numbers(after[where], ones)
+            moved = steps * numbers.abs().max()
+            lower, upper = (
+                (kv.quantise(numbers + by, name, ones)[0].double() - after[where].double()).abs()
+                for by in (-moved, moved)
+            )
+            # A code begins with its sign, so that those of the numbers around 0 lie far apart.
+            atol[where] = torch.where(numbers.abs() <= moved, 255.0, torch.maximum(lower, upper))
+        codes.append((0.0, atol))
+        scales.append((0.0, of_scale))
+    jump = 1 / (8 if name == "fp8" else 127) / a.model.head_dim**0.5
+    return [*codes, (0.0, (steps + jump) * size), *scales]
 
 
 def verify(got, a):
@@ -383,14 +442,28 @@ def verify(got, a):
     tolerance. An idle row has none."""
     if int(a.positions) < 0:
         return None if int(got) < -1 else f"a token for an idle row: {int(got)}"
-    exact, (_, atol) = reference(*vars(a).values())[3][0], tolerance(a)
+    limits = tolerance(a)
+    exact, (_, atol) = (reference(*vars(a).values())[3][0], limits[2] if isinstance(limits, list) else limits)
     if not 0 <= int(got) < exact.numel():
         return f"a token outside the vocabulary: {int(got)}"
     short = float(exact.max() - exact[int(got)]) - 2 * atol
     return None if short <= 0 else f"token {int(got)}, not {int(exact.argmax())}"
 
 
-def cuda(kernels, ids, positions, model, k_cache, v_cache, block_table, logits, workspace, out):
+def cuda(
+    kernels,
+    ids,
+    positions,
+    model,
+    k_cache,
+    v_cache,
+    block_table,
+    logits,
+    workspace,
+    k_scales=None,
+    v_scales=None,
+    out=None,
+):
     m, w = model, workspace
     if m.table.is_cuda and torch.cuda.get_device_capability(m.embed.device)[0] < 9:
         raise Unavailable(
@@ -398,6 +471,9 @@ def cuda(kernels, ids, positions, model, k_cache, v_cache, block_table, logits, 
         )
     vocab, hidden = m.embed.shape
     layers, pages, kv_heads, page_size, head_dim = k_cache.shape
+    scales = 0, 0, 0
+    if k_scales is not None:
+        scales = k_scales.data_ptr(), v_scales.data_ptr(), kv.NUMBERS[k_cache.dtype]
     kernels.decode_step(
         ids=ids.data_ptr(),
         positions=positions.data_ptr(),
@@ -409,7 +485,15 @@ def cuda(kernels, ids, positions, model, k_cache, v_cache, block_table, logits, 
             m.cos_sin.data_ptr(),
             m.packed,
         ),
-        cache=(k_cache.data_ptr(), v_cache.data_ptr(), block_table.data_ptr(), pages, kv_heads, page_size),
+        cache=(
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            block_table.data_ptr(),
+            pages,
+            kv_heads,
+            page_size,
+            *scales,
+        ),
         logits=logits.data_ptr(),
         out=out.data_ptr(),
         exchange=(w.words.data_ptr(), w.counters.data_ptr(), 0 if w.trace is None else w.trace.data_ptr()),
@@ -424,13 +508,39 @@ def cuda(kernels, ids, positions, model, k_cache, v_cache, block_table, logits, 
     )
 
 
-def triton(ids, positions, model, k_cache, v_cache, block_table, logits, workspace, out):
+def triton(
+    ids,
+    positions,
+    model,
+    k_cache,
+    v_cache,
+    block_table,
+    logits,
+    workspace,
+    k_scales=None,
+    v_scales=None,
+    out=None,
+):
     from triton_kernels.decode_step import decode_step
 
-    decode_step(ids, positions, model, k_cache, v_cache, block_table, logits, workspace, out)
+    decode_step(
+        ids, positions, model, k_cache, v_cache, block_table, logits, workspace, out, k_scales, v_scales
+    )
 
 
-def torch_(ids, positions, model, k_cache, v_cache, block_table, logits, workspace, out):
+def torch_(
+    ids,
+    positions,
+    model,
+    k_cache,
+    v_cache,
+    block_table,
+    logits,
+    workspace,
+    k_scales=None,
+    v_scales=None,
+    out=None,
+):
     """The fused plan's ops by torch, one after the other, because torch has no such kernel."""
     if workspace.trace is not None:
         raise Unavailable("torch runs decode_step op by op: there is no kernel that could record its phases")
@@ -457,6 +567,9 @@ def torch_(ids, positions, model, k_cache, v_cache, block_table, logits, workspa
             v_cache[i],
             block_table,
             m.scale,
+            1,
+            None,
+            *scales_of(k_scales, v_scales, i),
             out=attention,
         )
         add(attention.view(1, -1), layer.wo, h, layer.bo)
@@ -483,6 +596,8 @@ def contents(a):
     have."""
     check_positions("decode_step", a.positions, a.model.cos_sin.shape[0], "cos_sin")
     check_append("decode_step", a.block_table, a.positions, a.k_cache[0])
+    for i in range(len(a.model.layers)):
+        kv.check_scales("decode_step", a.k_cache, *scales_of(a.k_scales, a.v_scales, i))
 
 
 def inputs(
@@ -504,12 +619,14 @@ def inputs(
     head_format=None,
     ranks=1,
     rank=0,
+    kv_dtype=None,
 ):
     """Random weights that keep activations near 1, like those of lab.model.sources.random.RandomSource.
     poison: NaN and inf in every slot that holds no token. size: a factor of the embedding and of everything
     that is added to it; a small one makes a norm's eps count. format, head_format: the weight format of the
     layers' matrices, and that of the embedding and of lm_head; None: plain. ranks, rank: this one of so many,
-    which gets its own sums as those of the others, so that a call may be repeated."""
+    which gets its own sums as those of the others, so that a call may be repeated. kv_dtype: the format
+    of the cache."""
     from lab.model.rope import cos_sin_table
     from lab.model.weights import Layer, Weights
 
@@ -547,9 +664,11 @@ def inputs(
     no_words = torch.empty(hidden + hidden % 2, dtype=torch.int32, device=rand.device)
     exchange = simulated(rand, [no_words] * ranks, rank, loopback=True) if ranks > 1 else None
     k, v, block_table = paged_cache(rand, [position + 1], kv_heads, head_dim, page_size)
+    of_layers = [quantised(rand, k / (i + 1), v / (i + 1), kv_dtype) for i in range(layers)]
     if poison:
-        decode_attention.poison_unused([position], [position + 1], k, v, block_table)
-    k_cache, v_cache = (torch.stack([cache / (i + 1) for i in range(layers)]) for cache in (k, v))
+        for one in of_layers:
+            decode_attention.poison_unused([position], [position + 1], *one[:2], block_table, *one[2:])
+    k_cache, v_cache, *scales = map(torch.stack, zip(*of_layers))
     ids = rand.integers(0, vocab, 1)
     return (
         ids,
@@ -560,16 +679,18 @@ def inputs(
         block_table,
         torch.full((1, vocab // ranks), torch.nan, device=rand.device),
         StepWorkspace.of(model, exchange),
+        *scales,
     )
 
 
 def nbytes(a):
     """Every weight once, the KV of the context, the new token's KV, one row of embed, the logits."""
     m = a.model
-    kv = 2 * len(m.layers) * m.kv_heads * m.head_dim * a.k_cache.itemsize
+    head = m.head_dim * a.k_cache.itemsize + kv.scale_bytes(a.k_cache.dtype)
+    token = 2 * len(m.layers) * m.kv_heads * head
     held = [getattr(layer, part) for layer in m.layers for part in LAYER]
     weights = sum(t.nbytes for t in (*held, m.final_norm, m.lm_head) if t is not None)
-    return weights + (int(a.positions) + 1) * kv + m.embed.nbytes // m.embed.shape[0] + a.logits.nbytes
+    return weights + (int(a.positions) + 1) * token + m.embed.nbytes // m.embed.shape[0] + a.logits.nbytes
 
 
 def flops(a):
@@ -581,6 +702,57 @@ def flops(a):
         int(a.positions) + 1
     )
 
+
+# Cases of a quantised cache, in each of its formats.
+QUANTISED = (
+    (
+        "several pages and splits, NaN wherever there is no token, packed weights",
+        dict(
+            layers=2,
+            hidden=72,
+            intermediate=136,
+            vocab=101,
+            q_heads=6,
+            kv_heads=2,
+            head_dim=64,
+            position=337,
+            poison=True,
+            format="int4-g32",
+        ),
+    ),
+    (
+        "head 128, Qwen3's per-head norm, the first slot of a page",
+        dict(
+            layers=2,
+            hidden=264,
+            intermediate=136,
+            vocab=101,
+            q_heads=4,
+            kv_heads=2,
+            head_dim=128,
+            position=144,
+            qk_norm=True,
+        ),
+    ),
+    (
+        "head 96, the largest group, a larger page and its last slot",
+        dict(
+            layers=1,
+            hidden=96,
+            intermediate=64,
+            vocab=83,
+            q_heads=8,
+            kv_heads=1,
+            head_dim=96,
+            position=63,
+            page_size=64,
+        ),
+    ),
+    (
+        "an idle row",
+        dict(layers=1, hidden=72, intermediate=64, vocab=83, q_heads=2, kv_heads=1, head_dim=64, position=-1),
+    ),
+)
 
 op = Op(
     name="decode_step",
@@ -596,7 +768,7 @@ op = Op(
     tolerance=tolerance,
     verify=verify,
     contents=contents,
-    mutates=("k_cache", "v_cache", "logits"),
+    mutates=("k_cache", "v_cache", "logits", "k_scales", "v_scales"),
     state=("workspace",),
     plans=("persistent",),
     whole_step=True,
@@ -741,6 +913,11 @@ op = Op(
                 head_format=head,
             )
             for name, head in zip(STEP_FORMATS, [None, *STEP_FORMATS])
+        ),
+        *(
+            case(f"{kv_dtype}: {why}", kv_dtype=kv_dtype, **sizes)
+            for kv_dtype in kv.DTYPES
+            for why, sizes in QUANTISED
         ),
     ),
 )

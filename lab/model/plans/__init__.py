@@ -20,17 +20,10 @@ from lab.names import known
 PLANS = {"basic": basic_step, "fused": fused_step, "persistent": persistent_step}
 
 
-def refusal(
-    plan: str,
-    batch: int,
-    dtype: torch.dtype,
-    kv_dtype: str | None = None,
-    formats: Collection[str | None] = (),
-) -> str | None:
+def refusal(plan: str, batch: int, dtype: torch.dtype, formats: Collection[str | None] = ()) -> str | None:
     """Why a plan does not decode a batch of this size, or a model of this dtype; None where it does.
 
-    kv_dtype: the format of a quantised KV cache. formats: the weight formats of the model's matrices, as far
-    as they are known.
+    formats: the weight formats of the model's matrices, as far as they are known.
     """
     from lab.ops.decode_step import STEP_FORMATS, op
 
@@ -41,23 +34,15 @@ def refusal(
     if dtype not in op.dtypes:
         names = " or ".join(name for name, one in DTYPES.items() if one in op.dtypes)
         return f"plan persistent takes models in {names} alone: use --dtype bf16, or --plan fused"
-    if kv_dtype is not None:
-        return f"plan persistent takes no KV cache in {kv_dtype} yet: use --kv-dtype auto, or --plan fused"
     if refused := [name for name in formats if name is not None and name not in STEP_FORMATS]:
         return f"plan persistent takes no weights in {refused[0]} yet: use --plan fused"
     return None
 
 
-def find_plan(
-    name: str,
-    batch: int,
-    dtype: torch.dtype,
-    kv_dtype: str | None = None,
-    formats: Collection[str | None] = (),
-):
-    """The plan's step. Raises LabError for an unknown plan and for one that takes no such batch, dtype, KV
-    cache or weights."""
+def find_plan(name: str, batch: int, dtype: torch.dtype, formats: Collection[str | None] = ()):
+    """The plan's step. Raises LabError for an unknown plan and for one that takes no such batch, dtype or
+    weights."""
     known(name, tuple(PLANS), "plan")
-    if why := refusal(name, batch, dtype, kv_dtype, formats):
+    if why := refusal(name, batch, dtype, formats):
         raise LabError(why)
     return PLANS[name]

@@ -18,6 +18,8 @@ def persistent_step(b: StepBuffers, sampling: Sampling | ByRow) -> None:
         b.block_table,
         b.logits,
         b.step_workspace,
+        b.cache.k_scales,
+        b.cache.v_scales,
         out=b.ids,
     )
     if b.exchange is not None:  # the kernel has chosen among this rank's rows of the output head

@@ -1,0 +1,6 @@
+// decode_step with a KV cache in int8: the kernels of decode_step.cu for its codes, in a file of their own, which
+// is compiled beside that one.
+#define LAB_STEP_PART
+#include "decode_step.cu"
+
+void decode_step_of_int8(const DecodeStepArgs& a) { step_of_codes<Int8Code>(a); }
