@@ -22,7 +22,7 @@ SLOW = (
     r"^test_ops::.*-fp32-(?![01]-)\d+-torch",
     r"^test_ops::.*-fp32-(?![01]-)\d+-triton",
     r"^test_ops::.*\[decode_step-bf16-(?![01]-)\d+-(torch|gpu_shapes)",
-    r"^test_ops::.*\[decode_step-bf16-[38]-",
+    r"^test_ops::.*\[decode_step-bf16-([38]|18|19|20|22|23|24)-",
     r"^test_gpu_shapes::test_sizes_that_only_streams_notice.*fp32",
     r"^test_persistent::test_plans_agree.*dtype0",
     # A file is compiled for each, which takes two seconds: both languages run some.
@@ -109,6 +109,7 @@ NOT_QUICK = (
     "^test_own_kernel::",
     "^test_parallel_formats::",
     "^test_persistent::",
+    "^test_persistent_kv::",
     "^test_rank_faults::",
     "^test_ranks::",
     "^test_report::",
