@@ -27,6 +27,13 @@ def asked(**more):
     return settings_of(Request("model", models=("qwen3-0.6b",), device="cpu", **more))
 
 
+def test_by_default_only_models_that_divide_are_measured():
+    settings = settings_of(Request("model", device="cpu"))
+    assert parallel_bench.undivided(settings, [2]) == ["smollm2-135m"]  # 9 query heads
+    assert "smollm2-135m" not in parallel_bench.undivided(settings, [3])
+    assert set(parallel_bench.undivided(settings, [2, 7])) == set(settings.models)
+
+
 def test_each_language_has_a_peer_under_the_fused_plan():
     settings = asked(plans=("basic", "fused"))
     assert library_sums.sides(settings) == [

@@ -2,8 +2,8 @@
 
 A pattern is searched for in the name of a test, as "test_ops::test_meets_its_contract[rope-bf16-0-cuda]".
 What repeats a check in one more dtype, language, format, schedule or process is what the smaller sets leave
-out: each kind of check stays in `make test`. On two idle threads of one core quick
-takes 2 minutes, `make test` 6.
+out: each kind of check stays in `make test`. On two idle threads of one core quick takes 2 minutes, `make
+test` 6.
 """
 
 import re

@@ -5,11 +5,12 @@ ranks, so the counts are fixed and none follows from a time. Rank 0 records its 
 """
 
 import sys
+from dataclasses import replace
 
 import torch
 
 from lab.contract import DTYPES
-from lab.errors import error_text
+from lab.errors import LabError, error_text
 from lab.harness import library_sums, timing
 from lab.harness.model_bench import KV_SHARE, fill, release, step_bytes, timed_step
 from lab.harness.request import settings_of
@@ -17,7 +18,7 @@ from lab.model import ranks
 from lab.model.decoder import Decoder
 from lab.model.kv_cache import token_bytes
 from lab.model.memory import free_bytes
-from lab.model.parallel import RankSource, check_ranks
+from lab.model.parallel import RankSource, check_ranks, possible
 from lab.model.plans import refusal
 from lab.model.sources import open_source
 from lab.model.weights import load, require_parts
@@ -36,7 +37,14 @@ def main(args, request, counts, measure=None, told=None) -> int:
     measure, told = measure or measure_steps, told or told_of_steps
     settings = settings_of(request)
     group = ranks.join(settings.device)
+    left_out = [] if request.models else undivided(settings, counts)
+    settings = replace(settings, models=tuple(name for name in settings.models if name not in left_out))
+    among = f"among {' or '.join(map(str, counts))} ranks"
+    if not settings.models:
+        raise LabError(f"no model that is measured by default can be divided {among}: name another (--model)")
     if group is None:
+        for name in left_out:
+            print(f"{name} is left out: it cannot be divided {among}")
         # Larger ones that do not fit are rows with an error.
         least = min(settings.model_batches) * (min(settings.model_contexts) + 1)
         for count in counts:
@@ -74,6 +82,14 @@ def main(args, request, counts, measure=None, told=None) -> int:
         print(f"run {session.run}: {session.new} new lines in {session.path}")
     group.close()
     return 0
+
+
+def undivided(settings, counts) -> list[str]:
+    """The models that cannot be divided among each of these numbers of ranks."""
+    configs = [open_source(name, settings.weights).config for name in settings.models]
+    return [
+        name for name, config in zip(settings.models, configs) if not set(counts) <= set(possible(config))
+    ]
 
 
 def told_of_steps(rows) -> str:
