@@ -175,9 +175,17 @@ def kernel_units(command: list[str]) -> list[Unit]:
     if tried():
         kernel, own = tried()
         command = [*command, f"-I{SOURCES}", f'-DLAB_TRIED="{own}"']  # another file is another command
+        # Files such as decode_step_of_fp8.cu compile more kernels of the op's file: of the tried one, if it
+        # divides its kernels so; otherwise it has all of them, and none is taken from ours.
+        parts = sorted(SOURCES.glob(f"{kernel.stem}_of_*.cu"))
+        divided = own.exists() and "LAB_STEP_PART" in own.read_text(errors="replace")
         # First: of a function in a header, which other kernels have too, the linker takes the first. The
         # file may come with headers of its own.
-        units = [Unit(own, command, f"try_{kernel.name}"), *(u for u in units if u.source != kernel)]
+        units = [
+            Unit(own, command, f"try_{kernel.name}"),
+            *(Unit(path, command, f"try_{path.name}") for path in parts if divided),
+            *(u for u in units if u.source not in (kernel, *parts)),
+        ]
     return units
 
 
@@ -386,7 +394,7 @@ def compile_unit(unit: Unit, directory: Path) -> tuple[Path, bool]:
         return target, False
     new, depfile, start = beside(target), target.with_suffix(".d"), time.time()
     shown = unit.source.relative_to(ROOT) if unit.source.is_relative_to(ROOT) else unit.source
-    limit = os.environ.get("LAB_TRY_SECONDS") if tried() and unit.source == tried()[1] else None
+    limit = os.environ.get("LAB_TRY_SECONDS") if unit.name.startswith("try_") else None
     output = run(
         [*unit.command, "-c", str(unit.source), "-MMD", "-MF", str(depfile), "-o", str(new)],
         str(shown),
@@ -411,9 +419,9 @@ PATTERNS = {
 
 
 def folder_of(unit: Unit, module: Module, folder: Path) -> Path:
-    """Where a unit's object is kept. That of a file that is tried is not shared: two that are tried at the
+    """Where a unit's object is kept. Those of a file that is tried are not shared: two that are tried at the
     same time must not link each other's."""
-    return folder if tried() and unit.source == tried()[1] else module.directory
+    return folder if unit.name.startswith("try_") else module.directory
 
 
 def sources(module: Module, folder: Path) -> dict[str, str]:

@@ -74,7 +74,7 @@ def pytest_collection_modifyitems(items):
         "real_model": None if has_model() else "needs the model of `make demo`",
     }
     for item in items:
-        tier = tiers.tier(f"{item.path.stem}::{item.name}")
+        tier = tiers.tier(f"{item.path.stem}::{item.name}", GPU)
         if tier != "default":
             item.add_marker(tier)
         for marker, reason in reasons.items():

@@ -28,10 +28,14 @@ def asked(**more):
 
 
 def test_by_default_only_models_that_divide_are_measured():
-    settings = settings_of(Request("model", device="cpu"))
-    assert parallel_bench.undivided(settings, [2]) == ["smollm2-135m"]  # 9 query heads
-    assert "smollm2-135m" not in parallel_bench.undivided(settings, [3])
-    assert set(parallel_bench.undivided(settings, [2, 7])) == set(settings.models)
+    request = Request("model", device="cpu")
+    settings = settings_of(request)
+    assert parallel_bench.left_out_of(settings, request, 2) == ["smollm2-135m"]  # 9 query heads
+    assert "smollm2-135m" in parallel_bench.divided(settings, request, 3).models
+    with pytest.raises(LabError, match="among 7 ranks"):
+        parallel_bench.divided(settings, request, 7)
+    named = Request("model", models=("smollm2-135m",), device="cpu")  # is refused, not left out
+    assert parallel_bench.left_out_of(settings_of(named), named, 2) == []
 
 
 def test_each_language_has_a_peer_under_the_fused_plan():
@@ -112,8 +116,13 @@ def test_a_cache_that_another_rank_has_no_room_for_is_refused_on_this_one_too(mo
     of_other = [2 * need]
     monkeypatch.setattr(parallel_bench, "free_bytes", lambda device: int(3 * need))
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda t, op: t.clamp_(max=int(of_other[0])))
+    sharing = [1]
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: sharing[0])
     loaded = weights.load(RandomSource(small))
     assert parallel_bench.refused_cache(loaded, 2, 9, None) is None
+    sharing[0] = 3  # on a CPU all ranks' caches are in one memory, which has room for two
+    assert parallel_bench.refused_cache(loaded, 2, 9, None)
+    sharing[0] = 1
     of_other[0] = need / 2
     row = ModelRow("r", "m", "cuda", "fused", "eager", "fp32", 2, 8, ranks=2)
     assert parallel_bench.timed(row, loaded, "cpu").error.startswith("does not fit") and row.us is None

@@ -45,6 +45,15 @@ def test_the_codes_are_those_of_the_key_and_value_that_a_plain_cache_gets(
         assert torch.equal(getattr(coded, f"{name}_cache"), want) and torch.equal(scales, want_scales)
 
 
+@pytest.mark.parametrize("given", ["k_scales", "v_scales"])
+def test_scales_of_keys_alone_or_of_values_alone_are_refused(given):
+    args = decode_step.op.bound(*decode_step.inputs(Rand("cpu", BF16), **SIZES, head_dim=64, position=3))
+    coded = decode_step.inputs(Rand("cpu", BF16), **SIZES, head_dim=64, position=3, kv_dtype="fp8")
+    half = {**vars(args), given: getattr(decode_step.op.bound(*coded), given)}
+    with pytest.raises(ValueError, match="k_scales and v_scales go together"):
+        select("cuda", "cpu").decode_step(**half)
+
+
 @FORMATS
 @pytest.mark.parametrize("backend", ["torch", "cuda", "triton"])
 @pytest.mark.parametrize("name, dtype", [("qwen3", BF16), ("llama", torch.float16)])

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lab import cli
+from lab.errors import Unavailable
 from lab.flashinfer_format import building, exporting, importing, racing, written, written_cuda
 from lab.flashinfer_format.families import ops_of
 from lab.flashinfer_format.schema import BuildSpec, Solution, Source, read
@@ -83,6 +84,27 @@ def test_a_build_that_takes_too_long_is_said(tmp_path):
     (tmp_path / "a.cu").write_text("")
     with pytest.raises(importing.LabError, match=r"not compiled within 0.001 s \(--timeout\)"):
         building.build(made, tmp_path, "cpu", 0.001)
+
+
+BY_NINJA = """Traceback (most recent call last):
+  File "subprocess.py", line 571, in run
+    raise CalledProcessError(retcode, process.args,
+subprocess.CalledProcessError: Command '['ninja', '-v']' returned non-zero exit status 1.
+FAILED: a.cuda.o
+a.cu(3): error: identifier "y" is undefined
+RuntimeError: Error building extension 'theirs'
+"""
+
+
+def test_on_a_gpu_the_compilers_line_is_said_and_missing_tools_judge_nothing(tmp_path, monkeypatch):
+    made = Solution("theirs", "x", "y", BuildSpec("cuda", ["H100"], "a.cu::run"), [Source("a.cu", "")])
+    monkeypatch.setattr(building, "run_group", lambda *_: (1, BY_NINJA))
+    monkeypatch.setattr(building.shutil, "which", lambda tool, path: tool)
+    with pytest.raises(importing.LabError, match=r"do not compile: a.cu\(3\): error: identifier"):
+        building.build(made, tmp_path, "cuda", 60)
+    monkeypatch.setattr(building.shutil, "which", lambda tool, path: None)
+    with pytest.raises(Unavailable, match="ninja"):
+        building.build(made, tmp_path, "cuda", 60)
 
 
 @pytest.mark.parametrize("subject", [NORM, GEMM])

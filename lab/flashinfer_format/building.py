@@ -8,21 +8,26 @@ it with this repository's emulation of CUDA (cuda_src/host), which has no kernel
 from __future__ import annotations
 
 import os
+import re
 import shlex
+import shutil
 import sys
 import sysconfig
 from pathlib import Path
 
+from lab import extension
 from lab.errors import LabError, Unavailable, named
 from lab.flashinfer_format.schema import Solution
 from lab.judge.kernel_file import ROOT, for_the_cpu, run_group
 
 COMPILED = (".cu", ".cpp", ".cc", ".cxx", ".c")  # what flashinfer-bench compiles; the rest is included
+# Builds only: the module is imported in the judge's process, which has limits.
 LOAD = """
 import sys
-from torch.utils.cpp_extension import load
+from torch.utils import cpp_extension
+cpp_extension._import_module_from_library = lambda *_: None
 name, folder, *sources = sys.argv[1:]
-load(name, sources, extra_include_paths=[folder], build_directory=folder, with_cuda=True)
+cpp_extension.load(name, sources, extra_include_paths=[folder], build_directory=folder, with_cuda=True)
 """
 
 
@@ -34,17 +39,23 @@ def build(solution: Solution, folder: Path, device: str, timeout: float) -> Path
     """
     sources = [folder / source.path for source in solution.sources if source.path.endswith(COMPILED)]
     built = folder / f"{folder.name}.so"
+    # Tools that pip installed beside this Python, as ninja, are on no PATH.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     if device == "cuda":
+        for tool in ("ninja", "nvcc"):
+            if not shutil.which(tool, path=path):
+                raise Unavailable(f"torch builds it with {tool}, which is not installed")
         command = [sys.executable, "-c", LOAD, folder.name, str(folder), *map(str, sources)]
     else:
         command = for_host(sources, folder, built)
-    status, said = run_group(command, os.environ, timeout)
+    status, said = run_group(command, {**os.environ, "PATH": path}, timeout)
     if status is None:
         raise LabError(f"its sources were not compiled within {timeout:g} s (--timeout)")
     if built.exists() and status == 0:
         return built
     lines = [line.replace(f"{folder}/", "") for line in said.splitlines()]
-    seen = next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "no word")
+    # A compiler's line: torch's traceback, which comes before it, has CalledProcessError.
+    seen = next((line for line in lines if re.search(r"\berror\b", line)), lines[-1] if lines else "no word")
     advice = [for_the_cpu(source, said, device) for source in sources if source.suffix == ".cu"]
     if device == "cpu":
         why = next(filter(None, advice), named(seen))
@@ -56,8 +67,7 @@ def for_host(sources: list[Path], folder: Path, built: Path) -> list[str]:
     """The command that builds an extension for the CPU, with flags and emulation of lab._host."""
     from torch.utils import cpp_extension
 
-    from lab import _host
-
+    _host = extension.load("_host")
     emulation = sorted((ROOT / "cuda_src/host").glob("*.cpp"))
     objects = [ROOT / "build/host" / f"{source.name}.o" for source in emulation]
     # The second: our kernels in core/ name the emulation as ../host/, and their copies come without it.

@@ -67,9 +67,11 @@ def trace_of(subject, row, machine) -> tuple[Trace, dict]:
     note = "the op alone, in a CUDA graph, with caches emptied before each replay; errors and the reference "
     note += "were not measured"
     if row.op == "decode_attention" or subject.family.name.startswith("fused"):
-        note += "; what main.py converts is not in this time"
+        note += "; what main converts is not in this time"
     if row.backend == "cuda" and subject.family.name not in written_cuda.BODIES:
         note += f"; the sources are cuda_src/{row.op}.cu, of which there is no solution"
+    elif row.backend == "cuda":
+        note += "; with tuned settings and code for sm_90a, which the solution's sources lack"
     libs = {
         "torch": machine.torch,
         "triton": machine.triton,

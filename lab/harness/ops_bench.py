@@ -56,8 +56,8 @@ class Rig:
         return [name for name in found if name != "torch"] or found if packed else found
 
     def sides(self, batch, dtype_name, formats=()):
-        """(backend, plan) of every decoder to measure at a batch and dtype, which rule some plans out, as a
-        quantised KV cache does, and weights in some formats (those that matrices are rounded to).
+        """(backend, plan) of every decoder to measure at a batch and dtype, which rule some plans out, as do
+        weights in some formats (those that matrices are rounded to).
 
         torch has no kernel of a whole step: under persistent it does what it does under fused. Beside other
         backends it is measured once.

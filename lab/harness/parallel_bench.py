@@ -37,19 +37,14 @@ def main(args, request, counts, measure=None, told=None) -> int:
     measure, told = measure or measure_steps, told or told_of_steps
     settings = settings_of(request)
     group = ranks.join(settings.device)
-    left_out = [] if request.models else undivided(settings, counts)
-    settings = replace(settings, models=tuple(name for name in settings.models if name not in left_out))
-    among = f"among {' or '.join(map(str, counts))} ranks"
-    if not settings.models:
-        raise LabError(f"no model that is measured by default can be divided {among}: name another (--model)")
     if group is None:
-        for name in left_out:
-            print(f"{name} is left out: it cannot be divided {among}")
         # Larger ones that do not fit are rows with an error.
         least = min(settings.model_batches) * (min(settings.model_contexts) + 1)
         for count in counts:
             ranks.check_devices(settings.device, count)
-            for name in settings.models:
+            for name in left_out_of(settings, request, count):
+                print(f"{name} is left out: it cannot be divided among {count} ranks")
+            for name in divided(settings, request, count).models:
                 source = open_source(name, settings.weights)
                 check_ranks(source.config, count)
                 require_parts(
@@ -65,6 +60,7 @@ def main(args, request, counts, measure=None, told=None) -> int:
             command = [sys.executable, "-m", "lab", *args.argv, "--tensor-parallel", str(count)]
             ranks.start(command, count)  # the last --tensor-parallel counts
         return 0
+    settings = divided(settings, request, group.ranks)
     group.agree("measurement", str(settings))
     group.connect()
     session = None
@@ -84,12 +80,23 @@ def main(args, request, counts, measure=None, told=None) -> int:
     return 0
 
 
-def undivided(settings, counts) -> list[str]:
-    """The models that cannot be divided among each of these numbers of ranks."""
-    configs = [open_source(name, settings.weights).config for name in settings.models]
-    return [
-        name for name, config in zip(settings.models, configs) if not set(counts) <= set(possible(config))
-    ]
+def left_out_of(settings, request, count: int) -> list[str]:
+    """The models measured by default that cannot be divided among so many ranks; none that was asked for."""
+    if request.models:
+        return []
+    configs = {name: open_source(name, settings.weights).config for name in settings.models}
+    return [name for name, config in configs.items() if count not in possible(config)]
+
+
+def divided(settings, request, count: int):
+    """The settings without the models that are left out. Raises LabError if that leaves none."""
+    left_out = left_out_of(settings, request, count)
+    models = tuple(name for name in settings.models if name not in left_out)
+    if not models:
+        raise LabError(
+            f"no model that is measured by default can be divided among {count} ranks: name another (--model)"
+        )
+    return replace(settings, models=models)
 
 
 def told_of_steps(rows) -> str:
@@ -142,7 +149,9 @@ def refused_cache(weights, batch: int, tokens: int, kv_dtype: str | None) -> str
     free = free_bytes(weights.device)
     least = torch.tensor(1 << 62 if free is None else free, device=weights.device)
     torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
-    if batch * tokens * token_bytes(weights.config, weights.dtype, kv_dtype) <= KV_SHARE * int(least):
+    sharing = torch.distributed.get_world_size() if weights.device.type == "cpu" else 1  # one memory
+    wanted = sharing * batch * tokens * token_bytes(weights.config, weights.dtype, kv_dtype)
+    if wanted <= KV_SHARE * int(least):
         return None
     return "does not fit: the KV cache is larger than the memory that is free"
 

@@ -214,6 +214,7 @@ def run_group(command, environment, timeout: float | None = None) -> tuple[int |
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        errors="replace",
         start_new_session=True,
     )
     try:

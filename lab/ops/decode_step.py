@@ -316,6 +316,8 @@ def validate(
     ):
         refuse(name, "k_cache and v_cache must be [layers, pages, kv_heads, page_size, head_dim]")
     dense(name, device, k_cache, v_cache)
+    if (k_scales is None) != (v_scales is None):
+        refuse(name, "k_scales and v_scales go together: give both, or none for a plain cache")
     for scales in (k_scales, v_scales):
         if scales is not None and not (scales.shape[:1] == k_cache.shape[:1] and scales.is_contiguous()):
             refuse(name, "k_scales and v_scales must be [layers, ...], those of each layer behind each other")
@@ -350,7 +352,7 @@ def validate(
 
 def scales_of(k_scales, v_scales, layer=0):
     """The scales of one layer, (None, None) where there are none."""
-    return (None, None) if k_scales is None or v_scales is None else (k_scales[layer], v_scales[layer])
+    return (None, None) if k_scales is None else (k_scales[layer], v_scales[layer])
 
 
 def outputs(ids, *args, **options):
@@ -918,6 +920,23 @@ op = Op(
             case(f"{kv_dtype}: {why}", kv_dtype=kv_dtype, **sizes)
             for kv_dtype in kv.DTYPES
             for why, sizes in QUANTISED
+        ),
+        *(
+            case(
+                f"{kv_dtype}: rank 1 of 3 by loopback; one kernel takes plain and packed weights then",
+                layers=2,
+                hidden=264,
+                intermediate=136,
+                vocab=102,
+                q_heads=2,
+                kv_heads=1,
+                head_dim=64,
+                position=17,
+                ranks=3,
+                rank=1,
+                kv_dtype=kv_dtype,
+            )
+            for kv_dtype in kv.DTYPES
         ),
     ),
 )
