@@ -61,7 +61,8 @@ SLOW = (
     r"^test_triton_compile::.*(sm_80|-step-(?!1b-kv-int8))",
     "^test_inspect::test_json_schema",
     "^test_inspect::test_every_op_can_be_looked_at.*decode_step-triton",
-    "^test_triton_step::test_weights_are_on_their_way_before_every_wait.*qwen3",
+    "^test_triton_step::test_weights_are_on_their_way_before_every_wait",
+    "^test_tune::test_a_whole_run_with_a_made_up_gpu",
     # Further formats, sizes and draws.
     r"^test_synchronisation::test_a_thread_far_ahead.*(-([4-9]|\d\d)-|decode_step-3)",
     r"^test_synchronisation::test_what_the_kernel_before_writes.*-([4-9]|\d\d)-",
@@ -74,6 +75,7 @@ SLOW = (
     r"^test_quantised_model::test_q_k_and_v_of_several_formats_are_kept_apart",
     "^test_sampling::test_top_p_is_exact.*-triton",
     "^test_harness::test_every_step_of_a_made_up_gpu",
+    "^test_records::test_reading_costs",
     "^test_kv_formats::test_fp8_by_the_conversion_of_a_gpu",
 )
 
