@@ -69,6 +69,7 @@ class Unit:
     source: Path
     command: list[str]
     name: str = ""
+    own: bool = False  # of the file that is tried (LAB_TRY)
 
     def __post_init__(self):
         self.name = self.name or self.source.name
@@ -182,8 +183,8 @@ def kernel_units(command: list[str]) -> list[Unit]:
         # First: of a function in a header, which other kernels have too, the linker takes the first. The
         # file may come with headers of its own.
         units = [
-            Unit(own, command, f"try_{kernel.name}"),
-            *(Unit(path, command, f"try_{path.name}") for path in parts if divided),
+            Unit(own, command, f"try_{kernel.name}", own=True),
+            *(Unit(path, command, f"try_{path.name}", own=True) for path in parts if divided),
             *(u for u in units if u.source not in (kernel, *parts)),
         ]
     return units
@@ -394,7 +395,7 @@ def compile_unit(unit: Unit, directory: Path) -> tuple[Path, bool]:
         return target, False
     new, depfile, start = beside(target), target.with_suffix(".d"), time.time()
     shown = unit.source.relative_to(ROOT) if unit.source.is_relative_to(ROOT) else unit.source
-    limit = os.environ.get("LAB_TRY_SECONDS") if unit.name.startswith("try_") else None
+    limit = os.environ.get("LAB_TRY_SECONDS") if unit.own else None
     output = run(
         [*unit.command, "-c", str(unit.source), "-MMD", "-MF", str(depfile), "-o", str(new)],
         str(shown),
@@ -421,7 +422,7 @@ PATTERNS = {
 def folder_of(unit: Unit, module: Module, folder: Path) -> Path:
     """Where a unit's object is kept. Those of a file that is tried are not shared: two that are tried at the
     same time must not link each other's."""
-    return folder if unit.name.startswith("try_") else module.directory
+    return folder if unit.own else module.directory
 
 
 def sources(module: Module, folder: Path) -> dict[str, str]:
