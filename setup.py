@@ -177,9 +177,10 @@ def kernel_units(command: list[str]) -> list[Unit]:
         kernel, own = tried()
         command = [*command, f"-I{SOURCES}", f'-DLAB_TRIED="{own}"']  # another file is another command
         # Files such as decode_step_of_fp8.cu compile more kernels of the op's file: of the tried one, if it
-        # divides its kernels so; otherwise it has all of them, and none is taken from ours.
+        # divides its kernels so or includes ours; else it has all of them, and none is taken from ours.
         parts = sorted(SOURCES.glob(f"{kernel.stem}_of_*.cu"))
-        divided = own.exists() and "LAB_STEP_PART" in own.read_text(errors="replace")
+        text = own.read_text(errors="replace") if own.exists() else ""
+        divided = re.search(rf'LAB_STEP_PART|^#include .*\b{re.escape(kernel.name)}"', text, re.M)
         # First: of a function in a header, which other kernels have too, the linker takes the first. The
         # file may come with headers of its own.
         units = [
