@@ -1,9 +1,10 @@
 """The modules of this repository that another needs, for copies that run anywhere: imports are followed, and
-made relative."""
+made relative. The same for sources in CUDA and what they include."""
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from lab.errors import LabError
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("lab", "triton_kernels")
+CUDA = ROOT / "cuda_src"
 
 
 def path_of(module: str) -> Path | None:
@@ -65,3 +67,20 @@ def relative(path: Path) -> str:
         line = lines[node.lineno - 1]
         lines[node.lineno - 1] = line.replace(f"from {node.module} ", f"from {dots}{node.module} ", 1)
     return "".join(lines)
+
+
+def included(sources: Iterable[Path]) -> set[Path]:
+    """Files of cuda_src and all of this repository that they include, one after the other. Raises LabError
+    for a name that is no file."""
+    waiting, found = list(sources), set()
+    while waiting:
+        path = waiting.pop()
+        if path in found:
+            continue
+        found.add(path)
+        for name in re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(), re.M):
+            here = next((one for one in (path.parent / name, CUDA / name) if one.is_file()), None)
+            if here is None:
+                raise LabError(f"{path}: there is no file {name}")
+            waiting.append(here.resolve())
+    return found

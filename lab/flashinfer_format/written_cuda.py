@@ -3,15 +3,10 @@ arguments, beside a copy of the kernel's file and of what it includes."""
 
 from __future__ import annotations
 
-import os
-import re
-from pathlib import Path
-
 from lab.flashinfer_format.schema import BuildSpec, Definition, Solution, Source
 from lab.flashinfer_format.written import AUTHOR, EPS, HARDWARE, solution_name
-from lab.own_modules import ROOT
+from lab.own_modules import CUDA, included
 
-CUDA = ROOT / "cuda_src"
 MAIN = """\
 // WHAT by the CUDA kernel `OP`.
 #include <ATen/core/Tensor.h>
@@ -95,8 +90,10 @@ def solution_of(subject, definition: Definition) -> Solution | None:
     what, body = BODIES[subject.family.name]
     main = MAIN.replace("WHAT", what).replace("OP", op).replace("BODY\n", body)
     sources = [Source("main.cpp", main)]
-    for path in sorted(included([f"{op}.cu", "settings_table.h"])):
-        sources.append(Source(path.as_posix(), (CUDA / path).read_text()))
+    for path in sorted(included([CUDA / f"{op}.cu", CUDA / "settings_table.h"])):
+        name = path.relative_to(CUDA)
+        if name.parts[0] != "host":  # the emulation of CUDA on a CPU
+            sources.append(Source(name.as_posix(), path.read_text()))
     spec = BuildSpec(
         "cuda", HARDWARE, "main.cpp::run", ["torch"], destination_passing_style=True, binding="torch"
     )
@@ -108,18 +105,3 @@ def solution_of(subject, definition: Definition) -> Solution | None:
         sources,
         description=f"The kernel cuda_src/{op}.cu of the decode kernel lab, with what it includes.",
     )
-
-
-def included(names) -> set[Path]:
-    """The files in cuda_src, relative to it, of these names and of what they include, without the emulation
-    of CUDA on a CPU."""
-    waiting, found = [Path(name) for name in names], set()
-    while waiting:
-        path = waiting.pop()
-        if path in found or path.parts[0] == "host":
-            continue
-        found.add(path)
-        for name in re.findall(r'^\s*#\s*include\s+"([^"]+)"', (CUDA / path).read_text(), re.M):
-            beside = Path(os.path.normpath(path.parent / name))
-            waiting.append(beside if (CUDA / beside).is_file() else Path(name))
-    return found

@@ -22,7 +22,7 @@ import tempfile
 from pathlib import Path
 
 from lab.errors import LabError, one_line
-from lab.own_modules import reached, relative
+from lab.own_modules import included, reached, relative
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 HUB, NAME = ROOT / "hub", "decode_kernel_lab"
@@ -56,22 +56,6 @@ def launchers() -> dict[str, tuple[str, ...]]:
     return {name: tuple(fields.replace(",", " ").split()) for name, fields in found if name in contracts}
 
 
-def included(path: Path) -> set[Path]:
-    """A source file and all of this repository that it includes, one after the other."""
-    waiting, found = [path], set()
-    while waiting:
-        path = waiting.pop()
-        if path in found:
-            continue
-        found.add(path)
-        for name in re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(), re.M):
-            here = next((one for one in (path.parent / name, SOURCES / name) if one.is_file()), None)
-            if here is None:
-                raise LabError(f"{path}: there is no file {name}")
-            waiting.append(here.resolve())
-    return found
-
-
 def write_cuda(new: Path) -> None:
     """What kernel-builder compiles, into a new folder: cuda_src, torch-ext and build.toml."""
     modules, names = new / "torch-ext" / CUDA, launchers()
@@ -89,7 +73,7 @@ def write_cuda(new: Path) -> None:
     listed = "".join(f"OP({name}, {', '.join(fields)});\n" for name, fields in names.items())
     (new / "torch-ext/launcher_list.h").write_text(listed)
     kernels = [SOURCES / f"{name}.cu" for name in names]
-    files = set().union(*map(included, [*kernels, SOURCES / "settings_table.h", SOURCES / "groups.h"]))
+    files = included([*kernels, SOURCES / "settings_table.h", SOURCES / "groups.h"])
     for path in files:
         target = new / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
