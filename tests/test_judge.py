@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lab import cli
-from lab.judge import results
+from lab.judge import race, results
 from lab.judge.kernel_file import build
 from lab.judge.precision import ErrorsByWidth
 from lab.judge.race import RacedFile
@@ -254,6 +254,22 @@ def test_a_cheat_in_the_race_costs_its_row_alone(kind, limited_calls, tmp_path, 
     assert mine.us is None and other.us > 0 and not other.verdict
     (line,) = results.verdicts([mine], "cheat.py")
     assert "failed: " in line and "faster" not in line
+
+
+def test_where_another_program_uses_the_device_no_file_is_accused(tmp_path, monkeypatch):
+    """Seen on an H100 that two other programs used: an honest kernel reported 380 us for 523."""
+    path = tmp_path / "cheat.py"
+    path.write_text(KERNEL + START + RACE_CHEATS["forged times"])
+    monkeypatch.setattr(race, "disturbed", lambda device, us, count: True)
+    (mine,), (other,) = raced(path, tmp_path, monkeypatch)
+    assert mine.error.startswith("disturbed: ") and "run this again" in mine.error and mine.us is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU (make gpu-check runs these)")
+@pytest.mark.parametrize("us", [100.0, 1000.0])
+def test_an_idle_device_is_not_disturbed(us):
+    assert not race.disturbed("cuda", us, 20)
 
 
 def test_the_next_size_gets_a_new_process(tmp_path, monkeypatch):

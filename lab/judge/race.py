@@ -29,6 +29,7 @@ FREE_SHARE = 0.3  # of the free memory, what the buffers of the kernel's process
 VERIFIED_BYTES = 64 << 20  # a larger buffer set is not verified after every replay
 CPU_SETS = 3
 BURST_US = 30_000.0  # about how long the replays last that this process times by its own clock
+COPIED_PER_US, COPIED_MOST, CONTROLS = 1 << 20, 1 << 30, 15  # of the judge's own copy: see disturbed()
 SLOWER = {"cuda": 1.2, "cpu": 3.0}  # by so much they may be slower than the times that were reported
 
 
@@ -211,10 +212,15 @@ class RaceTimed:
         count = max(2, math.ceil(BURST_US / max(reported, once)))
         seen = min(self.burst_us(count) for _ in range(3)) if reported > 0 else math.inf
         if not self.refused and seen > SLOWER[self.device] * reported + 2.0:
-            self.refused = Refusal(
-                "forged times",
-                f"its process reports {reported:.1f} us for what takes {seen:.1f} us by the judge's clock",
-            )
+            said = f"its process reports {reported:.1f} us for what takes {seen:.1f} us by the judge's clock"
+            if reported > 0 and disturbed(self.device, seen, count):
+                self.refused = Refusal(
+                    "disturbed",
+                    f"{said}, and a copy in the judge's own process is as contradictory: another program "
+                    "uses the device; run this again when it is idle",
+                )
+            else:
+                self.refused = Refusal("forged times", said)
 
     def burst_us(self, count: int) -> float:
         times = []
@@ -226,6 +232,31 @@ class RaceTimed:
 
     def close(self) -> None:
         self.ask("release")
+
+
+def disturbed(device: str, us: float, count: int) -> bool:
+    """Whether this process's clock contradicts the device's own time stamps, too: of a copy of about `us`
+    microseconds, alone and `count` times in a row. So it is where another program uses the GPU, because a
+    short replay ends before its turn comes."""
+    if device != "cuda":
+        return False
+    source = torch.zeros(min(int(us * COPIED_PER_US), COPIED_MOST), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    replay = timing.GraphTimed([lambda: target.copy_(source)])
+    reported = []
+    for _ in range(CONTROLS):
+        sample = replay.sample()
+        torch.cuda.synchronize()
+        reported.append(replay.read(sample))
+    seen = []
+    for _ in range(3):
+        start = time.perf_counter()
+        for _ in range(count):
+            replay.graph.replay()
+        torch.cuda.synchronize()
+        seen.append((time.perf_counter() - start) * 1e6 / count)
+    replay.close()
+    return min(seen) > SLOWER[device] * statistics.median(reported) + 2.0
 
 
 class Fetched:
