@@ -3,7 +3,7 @@
 import pytest
 
 from lab.records import schema
-from lab.records.schema import Ceiling, ModelRow, OpRow
+from lab.records.schema import Ceiling, Env, ModelRow, OpRow
 from lab.report import build, load, parallel_figures
 
 
@@ -43,3 +43,47 @@ def test_a_page_of_exchanges_alone_is_drawn(run, tmp_path):
     build.report(run.path.parent, tmp_path / "page", None)
     page = (tmp_path / "page" / "index.html").read_text()
     assert "A sum over 2 GPUs, added to the residual" in page and "The link between two GPUs" in page
+
+
+def stored(folder, *runs):
+    """Runs of (id, settings, rows, commit), each with an env row."""
+    lines = []
+    for name, settings, rows, commit in runs:
+        env = Env(name, when="before", device="cuda", gpu="H100", time=name, commit=commit, settings=settings)
+        lines += [schema.to_line(row) + "\n" for row in (env, *rows)]
+    (folder / schema.FILE).write_text("".join(lines))
+    return load.load(folder)
+
+
+def token(run, backend, us, ranks=1):
+    return ModelRow(
+        run, "m", backend, "fused", "graph", "bf16", 1, 64, us=us, us_p10=us, us_p90=us, n=9, ranks=ranks
+    )
+
+
+def test_runs_of_several_gpus_join_that_of_one_on_the_same_machine_and_commit(tmp_path):
+    """A command for each number of GPUs makes a run of its own; the page shows one."""
+    one = "3", {}, [token("3", "cuda", 10.0)], "abc"
+    two = "1", {"ranks": 2}, [token("1", "cuda", 6.0, 2), token("1", "cuda+nccl", 8.0, 2)], "abc"
+    other = "2", {"ranks": 2}, [token("2", "cuda", 7.0, 2)], "def"
+    found = {run.id: run for run in stored(tmp_path, two, other, one)}
+    assert set(found) == {"2", "3"}, "another commit's run stays apart"
+    run = found["3"]
+    assert list(run.model["us"]) == [10.0] and list(run.divided["us"]) == [6.0, 8.0]
+    assert any("runs of its own" in notice.text and "1." in notice.text for notice in run.notices)
+    assert parallel_figures.sentence(run) == (
+        "Divided among 2 GPUs a token of m takes 6.00 us with CUDA fused, 8.00 us with CUDA + NCCL fused: "
+        "1.67 times as fast as one GPU."
+    )
+    figure = parallel_figures.tokens(run)
+    assert [float(gpus) for gpus in parallel_figures.tokens_of(run, "m")["gpus"]] == [1.0, 2.0, 2.0]
+    assert "CUDA fused, 1 GPU 10.0 us" in figure.alt and "CUDA fused, 2 GPUs 6.00 us" in figure.alt
+    assert len(found["2"].divided) == 1 and not len(found["2"].model)
+
+
+def test_a_run_of_several_gpus_alone_says_so_first(tmp_path):
+    stored(tmp_path, ("1", {"ranks": 2}, [token("1", "triton", 6.0, 2)], "abc"))
+    build.report(tmp_path, tmp_path / "page", None)
+    page = (tmp_path / "page" / "README.md").read_text()
+    assert "Divided among 2 GPUs a token of m takes 6.00 us with Triton fused." in page
+    assert "Nothing was measured" not in page

@@ -182,12 +182,29 @@ class Stored:
     path: Path
     rows: list
     notices: list  # of the whole file
+    joined: list = field(default_factory=list)  # ids of runs of several GPUs whose rows are among `rows`
+
+    @property
+    def env(self):
+        """Its first env row, or None."""
+        envs = sorted((r for r in self.rows if r.kind == "env"), key=lambda r: r.when != "before")
+        return envs[0] if envs else None
 
     @property
     def time(self):
         """When the run began, as its env row says; "" without one."""
-        envs = sorted((r for r in self.rows if r.kind == "env"), key=lambda r: r.when != "before")
-        return str(envs[0].time or "") if envs else ""
+        return str(self.env.time or "") if self.env else ""
+
+    @property
+    def of_several(self):
+        """Whether it measured several GPUs."""
+        settings = (self.env and self.env.settings) or {}
+        return "ranks" in settings or "exchange" in settings
+
+    def beside(self, other):
+        """Whether the same card, software, tables of settings and commit made the other run."""
+        a, b = self.env, other.env
+        return b is not None and (a.commit, a.tuned) == (b.commit, b.tuned) and not compare.differences(a, b)
 
     def run(self):
         """The run with its frames."""
@@ -213,6 +230,10 @@ class Stored:
             between=_frame(between, "op"),
             notices=[Notice("warning", n) for n in self.notices],
         )
+        if self.joined:
+            others = ", ".join(self.joined)
+            said = f"What several GPUs did was measured by runs of its own, on the same machine: {others}."
+            run.notices.append(Notice("note", said))
         run.foreign = [r for r in _foreign(self.path) if run.env is not None and r.gpu == run.env.gpu]
         _mark_untuned(run, by_kind["op"], by_kind["fairness"])
         _drop_failures(run)
@@ -258,10 +279,26 @@ def find(where):
         by_run = {}
         for row in found.rows:
             by_run.setdefault(row.run, []).append(row)
-        runs += [Stored(run, path, rows, found.notices) for run, rows in by_run.items()]
+        runs += joined([Stored(run, path, rows, found.notices) for run, rows in by_run.items()])
     if not runs:
         raise LabError("; ".join(skipped) or f"no records in {', '.join(map(str, paths))}")
     return sorted(runs, key=lambda run: (run.time, run.id), reverse=True)
+
+
+def joined(runs):
+    """The runs of one file, those of several GPUs joined to one of a single GPU, if the same card, software
+    and commit made it, or else to each other: a command for each number of GPUs measures what belongs
+    together. Their rows are kept as they are, but for the env rows of a joined run."""
+    alone = [run for run in runs if not run.of_several]
+    found = list(alone)
+    for run in filter(lambda run: run.of_several, runs):
+        host = next((other for other in reversed(found) if run.beside(other)), None)
+        if host is None:
+            found.append(run)
+        else:
+            host.rows = host.rows + [r for r in run.rows if r.kind != "env"]
+            host.joined.append(run.id)
+    return found
 
 
 def _foreign(path):

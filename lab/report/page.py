@@ -120,7 +120,7 @@ def view(run, slug, folder, with_twins, progress):
     f = ops.focus(run)
     of_ops = [op_figures.utilisation(run, f), op_figures.tiny(run, f)] if f else []
     first, *of_ops = [*filter(None, [overview_figures.headline(run), *of_ops])] or [None]
-    headline = drawn(first)
+    headline = drawn(first or parallel_figures.tokens(run))
     return View(
         run,
         slug,
@@ -146,6 +146,7 @@ def _top(run, f, of_ops, drawn, with_twins):
             shown=drawn(overview),
             tables=[(*found, False) for found in sides.foreign(run)],
         ),
+        _several(run, drawn),
         Part(
             "wins",
             "Who wins where",
@@ -175,6 +176,13 @@ def _top(run, f, of_ops, drawn, with_twins):
             ],
         ),
     ]
+
+
+def _several(run, drawn):
+    """What several GPUs did, together."""
+    shown = drawn(parallel_figures.tokens(run), parallel_figures.exchange(run))
+    tables = [(*found, False) for found in parallel_figures.tables(run)]
+    return Part("several-gpus", "Several GPUs", shown=shown, tables=tables)
 
 
 def _formats(run, drawn):
@@ -251,10 +259,6 @@ def _below(run, f, drawn):
         shown=drawn(machine_figures.ceiling(run), f and machine_figures.roofline(run, f)),
     )
     made = [machine, Part("notes", f"Notes ({len(run.notices)})")]
-    if any(map(len, (run.links, run.divided, run.between))):
-        part = Part("several-gpus", "Several GPUs", shown=drawn(parallel_figures.exchange(run)))
-        part.tables = [(*found, True) for found in parallel_figures.tables(run)]
-        made.insert(0, part)
     if len(run.serving):
         pictures = [serving_figures.throughput(run, model) for model in dict.fromkeys(run.serving["model"])]
         made.insert(0, Part("serving", "Many sequences in one queue", shown=drawn(*pictures)))

@@ -3,12 +3,28 @@
 import pandas as pd
 
 from lab.report import style
-from lab.report.figures import Figure, amount, command, conditions, legend, log_ticks, plain_log, table
+from lab.report.figures import (
+    AHEAD,
+    Figure,
+    amount,
+    command,
+    conditions,
+    digits,
+    legend,
+    log_ticks,
+    plain_log,
+    table,
+    times,
+    token_unit,
+)
+from lab.report.sides import fastest, first_size, launched, series, side_look, with_side, words
+from lab.report.tables import duration
 
 ON_THE_LINK = 2.0  # bytes for each byte of a message: 32 bits of data travel with a tag of 32 bits
 LINK = "direction bytes us gbps n"
 TOKENS = "model backend plan ranks dtype weight_format batch context us tokens_per_s gbps"
 EXCHANGE = "op backend shots ranks bytes us p10_us p90_us floor_us of_floor n"
+TOKEN_MODELS, TOKEN_BARS = 4, 4  # of the picture of tokens: models, and of each our steps
 HEADS = {
     "direction": "what",
     "bytes": "bytes",
@@ -86,6 +102,92 @@ def exchange(run):
         height=2.3,
         draw=draw,
     )
+
+
+def tokens_of(run, model):
+    """Rows of a model's token at its first size, plain weights: the fastest step of one GPU, if measured, and
+    those of several, our fastest and the best peer's, with the column `gpus`."""
+    rows = run.divided[(run.divided["model"] == model) & run.divided["us"].notna()]
+    rows = rows[(rows["weight_format"] == "") & (rows["kv_dtype"] == "")]
+    if not len(rows):
+        return rows
+    rows = with_side(launched(first_size(rows))).sort_values("us", kind="stable")
+    ours = rows[rows["side"] != "peer"].head(TOKEN_BARS)
+    peers = rows[rows["side"] == "peer"].head(1)
+    several = pd.concat([ours, peers]).sort_values("us")
+    several = several.assign(gpus=several["ranks"].astype(float), tuning="")
+    one = series(run, model)
+    one = launched(one[(one["batch"] == rows["batch"].iloc[0]) & (one["context"] == rows["context"].iloc[0])])
+    if not len(one):
+        return several
+    return pd.concat([fastest(one).head(1).assign(gpus=1.0), several])
+
+
+def tokens(run):
+    """Bars of a token's time for each model that several GPUs divide: one GPU, and several."""
+    models = [m for m in dict.fromkeys(run.divided["model"]) if len(tokens_of(run, m))][:TOKEN_MODELS]
+    if not models:
+        return None
+    found = {model: tokens_of(run, model) for model in models}
+    rows = pd.concat(found.values())
+    peak = run.best_ceiling("read")
+
+    def draw(canvas):
+        counts = [len(mine) + 1 for mine in found.values()]
+        axes = canvas.subplots(len(models), 1, squeeze=False, height_ratios=counts)[:, 0]
+        for ax, (model, mine) in zip(axes, found.items()):
+            divisor, unit_name = token_unit(mine["us"])
+            scaled = times(mine, divisor)
+            at = range(len(mine))
+            ax.barh(at, scaled["us"], color=[side_look(side).color for side in mine["side"]], height=0.66)
+            for y, row in zip(at, scaled.itertuples()):
+                ax.text(row.us, y, f"{AHEAD}{digits(row.us)}", va="center", weight="bold")
+                floor = row.bytes / peak / 1e3 / divisor if peak else None
+                if floor:
+                    ax.vlines(floor, y - 0.42, y + 0.42, color=style.INK, linestyle=":", linewidth=1.4)
+            ax.set_xlim(0, scaled["us"].max() * 1.13)
+            ax.set_yticks(at, [_told(row) for row in mine.itertuples()])
+            ax.set_ylim(len(mine) - 0.5, -0.6)
+            ax.grid(axis="y", visible=False)
+            ax.set_title(model, loc="left")
+            ax.set_xlabel(f"{unit_name} a token" + (", emulated" if run.emulated else ""))
+
+    several = rows[rows["gpus"] > 1]
+    count = amount(several["gpus"].max())
+    at = f"batch {amount(rows['batch'].iloc[0])}, context {amount(rows['context'].iloc[0])}"
+    return Figure(
+        name="several-gpus",
+        title=f"One token on {count} GPUs, {at}",
+        conditions=conditions(run, several).replace("bars p10 to p90", "no spread drawn"),
+        reading="For each model the fastest step of one GPU, if it fits, our fastest of several, and the "
+        "best peer." + (" Dotted: the bytes of one GPU at the bandwidth that was measured." if peak else ""),
+        alt="Bars: " + "; ".join(f"{r.model} {_told(r)} {duration(r.us)}" for r in rows.itertuples()),
+        table=table(rows, TOKENS, **HEADS),
+        command=command("model", models, several, None, f"--tensor-parallel 1,{count}"),
+        height=0.45 * len(models) + 0.22 * len(rows),
+        draw=draw,
+    )
+
+
+def _told(row):
+    return f"{words(row)}, {amount(row.gpus)} GPU" + ("s" if row.gpus > 1 else "")
+
+
+def sentence(run):
+    """What dividing the first model gains, or None."""
+    models = list(dict.fromkeys(run.divided["model"]))
+    rows = next((found for found in (tokens_of(run, m) for m in models) if len(found)), None)
+    if rows is None:
+        return None
+    several = rows[rows["gpus"] > 1].sort_values("us")
+    best = fastest(several)
+    told = ", ".join(f"{duration(r.us)} with {words(r)}" for r in best.itertuples())
+    count, model = amount(several["gpus"].iloc[0]), rows["model"].iloc[0]
+    said = f"Divided among {count} GPUs a token of {model} takes {told}"
+    alone = rows[rows["gpus"] == 1]
+    if len(alone):
+        said += f": {alone['us'].iloc[0] / several['us'].iloc[0]:.2f} times as fast as one GPU"
+    return said + (", emulated." if run.emulated else ".")
 
 
 def tables(run):

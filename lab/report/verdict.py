@@ -1,6 +1,6 @@
 """What a run says in three sentences, and the best of each side in a card for each model."""
 
-from lab.report import ops, sides, style
+from lab.report import ops, parallel_figures, sides, style
 from lab.report.sides import SIDES, fastest, first_size, floor_of, launched, series, side_look, words
 from lab.report.tables import duration
 
@@ -14,6 +14,8 @@ def sentences(run, f):
         found = found[:1]
     elif sum(score.values()):
         found.insert(1, f"Op by op, {ops.score_words(score)}")
+    if several := parallel_figures.sentence(run):
+        found.insert(1, several)
     if not found:
         some = "Single ops were measured, no whole model." if f or len(run.packed) else ""
         some = some or (_of_accuracy(run) if len(run.accuracy) else "")
