@@ -14,6 +14,7 @@ from tiny_models import CONFIGS
 
 from lab.dispatch import select
 from lab.harness.ceiling import Ceilings
+from lab.harness.compiled import compiled_step
 from lab.harness.parallel_bench import timed
 from lab.harness.parallel_ledger import account
 from lab.model import ranks
@@ -79,6 +80,16 @@ def fail_at_third_step(fault) -> None:
     Decoder.step = failing
 
 
+def compiled_tokens(name: str, group=None) -> list[list[int]]:
+    """Of the peer that torch.compile makes, without code generation: three tokens of two sequences, each at
+    position 0, where the random KV cache has no part."""
+    source = RandomSource(CONFIGS[name])
+    weights = load(RankSource(source, group.rank, group.ranks) if group else source, group=group)
+    ids = torch.tensor([3, 5], dtype=torch.int32)
+    step = compiled_step(weights, 2, 0, ids, backend="eager")
+    return [step() or ids.tolist() for _ in range(3)]
+
+
 def decode_packed(folder: str, group=None):
     """[[a file's name or a format, tokens, a number]]: the models of the GGUF files in a folder, and random
     ones with packed weights."""
@@ -114,6 +125,8 @@ def main(what: str, names: str, file: str) -> None:
                 overrides = dict.fromkeys(overrides, "cuda")
             found.append([name, backend, plan, *decode(source, backend, plan, overrides, group)])
     Path(f"{file}-{group.rank}").write_text(json.dumps(found))
+    peer = {name: compiled_tokens(name, group) for name in names.split(",")}
+    Path(f"{file}-compiled-{group.rank}").write_text(json.dumps(peer))
     size = dict(dtype="fp32", batch=2, context=8, ranks=group.ranks)
     row = ModelRow("", names, "cuda", "fused", "eager", timer="wall", **size)
     assert timed(row, load(source, group=group), "cpu").tokens_per_s > 0, row

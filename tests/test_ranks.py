@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import lab
-from rank_child import decode
+from rank_child import compiled_tokens, decode
 from tiny_models import CONFIGS, tensors, write_folder
 
 from lab.errors import LabError
@@ -40,6 +40,8 @@ def test_tokens_are_those_of_one_process_and_all_ranks_have_the_same_bits(tmp_pa
         name, _, plan, tokens, bits = one
         assert tokens == other[3] == want[name, plan == "persistent"], one
         assert bits == other[4], one
+    peers = [json.loads((tmp_path / f"found-compiled-{rank}").read_text()) for rank in range(2)]
+    assert peers == [{name: compiled_tokens(name) for name in names}] * 2
     check_ledgers([json.loads((tmp_path / f"found-ledger-{rank}").read_text()) for rank in range(2)], "qwen3")
 
 

@@ -12,6 +12,7 @@ import torch
 from lab.contract import DTYPES
 from lab.errors import LabError, error_text
 from lab.harness import library_sums, timing
+from lab.harness.compiled import compiled_step
 from lab.harness.model_bench import KV_SHARE, fill, release, step_bytes, timed_step
 from lab.harness.request import settings_of
 from lab.model import ranks
@@ -103,7 +104,8 @@ def told_of_steps(rows) -> str:
     (row,) = rows
     size = f"batch {row.batch}, context {row.context}"
     said = f"{row.us:9.1f} us a token" if row.us else row.error
-    return f"{row.model} on {row.ranks} GPUs, {row.backend} {row.plan:6} {row.dtype} {size}: {said}"
+    what = row.mode if row.mode == "compile" else row.plan
+    return f"{row.model} on {row.ranks} GPUs, {row.backend} {what:6} {row.dtype} {size}: {said}"
 
 
 def measure_steps(group, settings, session):
@@ -111,6 +113,7 @@ def measure_steps(group, settings, session):
     sums among them."""
     device, dtype_name = settings.device, settings.dtypes[0]
     dtype = DTYPES[dtype_name]
+    kind = settings.weights if settings.weights == "random" else "file"
     for name in settings.models:
         source = RankSource(open_source(name, settings.weights), group.rank, group.ranks)
         weights = load(source, dtype, device, settings.storage, group)
@@ -129,7 +132,7 @@ def measure_steps(group, settings, session):
                         batch,
                         context,
                         "graph" if device == "cuda" else "wall",
-                        weights=settings.weights if settings.weights == "random" else "file",
+                        weights=kind,
                         weight_format=weights.formats if weights.packed else None,
                         kv_dtype=settings.kv_dtype,
                         ranks=group.ranks,
@@ -138,8 +141,44 @@ def measure_steps(group, settings, session):
                     )
                     yield [timed(row, weights, device)]
                     release(device)
+                if settings.compile and device == "cuda" and not weights.packed:
+                    peer = ModelRow("", name, "torch", "-", "compile", dtype_name, batch, context, "graph")
+                    peer.ranks, peer.weights = group.ranks, kind
+                    peer.note = "torch.compile layer by layer with NCCL's sums, one CUDA graph; contiguous KV"
+                    yield [timed_compiled(peer, weights)]
+                    release(device)
         del weights
         release(device)
+
+
+def timed_compiled(row: ModelRow, weights) -> ModelRow:
+    """The row of the torch.compile peer, whose sums are NCCL's (lab/harness/compiled.py), with its times."""
+    row.error = refused_cache(weights, row.batch, row.context + 1, None)
+    if row.error is None:
+        try:
+            step = timing.GraphTimed([compiled_step(weights, row.batch, row.context)])
+        except Exception as error:  # of the compiler: the same on all ranks
+            row.error = error_text(error)
+        else:
+            sampled(row, step, weights)
+    return row
+
+
+def sampled(row: ModelRow, step, weights) -> None:
+    """Fills in the times of a step, sampled on all ranks together."""
+    torch.distributed.barrier()
+    count = SAMPLES[weights.device.type]
+    samples = [step.sample() for _ in range(count + 1)][1:]
+    if weights.device.type == "cuda":
+        torch.cuda.synchronize()
+    stats = timing.summarize([step.read(sample) for sample in samples])
+    step.close()
+    for field, value in stats.fields(p99=True).items():
+        setattr(row, field, value)
+    row.tokens_per_s = row.batch / row.us * 1e6
+    row.bytes = step_bytes(weights, row.batch, row.context, row.kv_dtype)
+    row.gbps = row.bytes / row.us / 1e3  # of each GPU
+    row.weight_bytes = weights.nbytes
 
 
 def refused_cache(weights, batch: int, tokens: int, kv_dtype: str | None) -> str | None:
@@ -169,18 +208,6 @@ def timed(row: ModelRow, weights, device: str) -> ModelRow:
         return row
     fill(decoder, row.batch, row.context)
     step = timed_step(decoder, row.mode)
-    torch.distributed.barrier()
-    count = SAMPLES[device]
-    samples = [step.sample() for _ in range(count + 1)][1:]
-    if device == "cuda":
-        torch.cuda.synchronize()
-    stats = timing.summarize([step.read(sample) for sample in samples])
-    step.close()
-    for field, value in stats.fields(p99=True).items():
-        setattr(row, field, value)
-    row.tokens_per_s = row.batch / row.us * 1e6
-    row.bytes = step_bytes(weights, row.batch, row.context, row.kv_dtype)
-    row.gbps = row.bytes / row.us / 1e3  # of each GPU
-    row.weight_bytes = weights.nbytes
+    sampled(row, step, weights)
     row.kv_bytes = sum(t.nbytes for t in decoder.cache.tensors())
     return row
