@@ -119,13 +119,14 @@ __global__ void linear_vector_kernel(Problem<T> p) {
 }
 
 // 6. Pipeline: cp.async keeps kStages - 1 loads of each lane in flight while one is used, however the
-// compiler unrolls the loop. A lane reads only what it copied itself, so it waits for its own copies only,
+// compiler unrolls the loop. x takes the same way: a plain load of it in the loop would wait for L2 each time,
+// and the copies of w with it. A lane reads only what it copied itself, so it waits for its own copies only,
 // without a barrier.
 constexpr int kStages = 8;
 
 template <typename T>
 struct Ring {
-  T stage[kStages][kWarps * 32][Vec<T>::size];
+  T w[kStages][kWarps * 32][Vec<T>::size], x[kStages][kWarps * 32][Vec<T>::size];
   float scratch[kWarps];
 };
 
@@ -133,14 +134,17 @@ struct Ring {
 template <typename T>
 LAB_DEVICE float streamed(Ring<T>& ring, const T* w, const T* x, int k, int first, int step) {
   const auto copy = [&](int i) {
-    if (first + i * step < k) cp_async16(ring.stage[i % kStages][threadIdx.x], w + first + i * step);
+    if (const int c = first + i * step; c < k) {
+      cp_async16(ring.w[i % kStages][threadIdx.x], w + c);
+      cp_async16(ring.x[i % kStages][threadIdx.x], x + c);
+    }
     cp_async_commit();
   };
   for (int i = 0; i < kStages - 1; ++i) copy(i);
   float sum = 0.f;
   for (int i = 0; first + i * step < k; ++i) {
     cp_async_wait<kStages - 2>();
-    sum = dot(load(ring.stage[i % kStages][threadIdx.x]), load(x + first + i * step), sum);
+    sum = dot(load(ring.w[i % kStages][threadIdx.x]), load(ring.x[i % kStages][threadIdx.x]), sum);
     copy(i + kStages - 1);
   }
   return sum;
