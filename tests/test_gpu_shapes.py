@@ -9,6 +9,7 @@ from test_persistent import agree
 
 from lab.check import check_case
 from lab.dispatch import select
+from lab.formats import FORMATS
 from lab.model.sampling import Sampling
 from lab.ops import find
 
@@ -22,6 +23,13 @@ SIZES = {
     "few blocks of warpgroups, stages used again": dict(batch=33, n=150, k=1000),
     "up to 32 rows, many blocks": dict(batch=20, n=330, k=840),
     "up to 32 rows, long rows shared by a cluster": dict(batch=17, n=100, k=8200),
+}
+# Of packed weights, for which linear and norm_linear_silu_mul have a kernel.
+PACKED = {
+    "rows of w and x past the end, a part of a chunk": dict(batch=9, n=37, k=200),
+    "a cluster of four shares k, the ring turns round": dict(batch=64, n=130, k=5000),
+    "two blocks of outputs, no cluster": dict(batch=23, n=700, k=256),
+    "a k of no whole vectors": dict(batch=33, n=20, k=1101),
 }
 LONG = {
     "a merge of several splits": dict(q_heads=8, kv_heads=2, head_dim=128, splits=4),
@@ -60,6 +68,13 @@ def test_sizes_that_only_streams_notice(name, why, dtype, check):
 def test_tensor_cores_before_hopper(name, why, check, monkeypatch):
     monkeypatch.setenv("LAB_HOST_SHAPES", "sm_80")
     check(find(name), torch.bfloat16, SIZES[why])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("why", PACKED)
+@pytest.mark.parametrize("name", ("linear", "norm_linear_silu_mul"))
+def test_many_rows_of_x_and_packed_weights(name, why, format, check):
+    check(find(name), torch.bfloat16, dict(PACKED[why], format=format))
 
 
 @pytest.mark.parametrize(

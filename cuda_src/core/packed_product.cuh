@@ -1,6 +1,7 @@
-// Which way packed weights are multiplied: the choice between packed_rows.cuh and packed_stream.cuh.
+// Which way packed weights are multiplied: the choice between packed_rows.cuh (up to 8 rows of x),
+// packed_batch.cuh (up to 64) and packed_stream.cuh (float32, and on a CPU).
 //
-// Both are classes with the same functions, so that an op has one kernel for packed weights:
+// They are classes with the same functions, so that an op has one kernel for packed weights:
 //
 //   P product(PackedProduct<T>);            where the weights and x are
 //   product.start();                        first loads, and the wait for the preceding kernel
@@ -8,6 +9,7 @@
 //     product.multiply();
 //     product.each_output([&](int output, int b, float sum, float second) { ... });
 #pragma once
+#include "packed_batch.cuh"
 #include "packed_rows.cuh"
 #include "packed_stream.cuh"
 
@@ -19,8 +21,9 @@ struct PackedLaunch {
   using P = P_;
   dim3 grid;
   size_t smem_bytes;
+  unsigned cluster = 1;
 
-  Config config(Ptr stream) const { return {grid, dim3(P::kThreads), smem_bytes, stream, true}; }
+  Config config(Ptr stream) const { return {grid, dim3(P::kThreads), smem_bytes, stream, true, cluster}; }
 };
 
 template <typename T>
@@ -28,8 +31,7 @@ PackedProduct<T> packed_product(Ptr x, const Weights& w, int rows, int n, int k)
   return {as<const T>(x), {as<const uint8_t>(w.data), as<const uint8_t>(w.scales), w.format}, rows, n, k};
 }
 
-// Calls f(product, b0) for as many rows of x at a time as a launch takes, from row b0 on. (More than 16 rows read
-// w again, mostly from L2.)
+// Calls f(product, b0) for as many rows of x at a time as a launch takes, from row b0 on.
 template <typename T, typename Use>
 inline void by_packed_rows(const PackedProduct<T>& all, Use&& use) {
   const int most = sizeof(T) == 2 && !cpu_shapes() ? kMostPackedRows : all.rows;
@@ -66,10 +68,16 @@ inline void by_packed(const PackedProduct<T>& p, Use&& use) {
   } else {
     by_format(p.w.format, [&](auto format) {
       using F = decltype(format);
-      by_packed_shape<Parts>(p.rows, [&](auto shape) {
-        using C = decltype(shape);
+      if (p.rows <= 8) {
+        using C = PackedShape<1, 1, 8, 4, Parts, 64>;
         using P = PackedRows<T, F, C>;
-        use(PackedLaunch<P>{dim3(packed_blocks<C>(p.n)), packed_smem_bytes<T, F, C>(p.rows, p.k)});
+        return use(PackedLaunch<P>{dim3(packed_blocks<C>(p.n)), packed_smem_bytes<T, F, C>(p.rows, p.k)});
+      }
+      by_batch_shape<Parts>(p.rows, [&](auto shape) {
+        using C = decltype(shape);
+        const unsigned cluster = batch_cluster<C>(p.n, p.k);
+        use(PackedLaunch<PackedBatch<T, F, C>>{dim3(ceil_div(p.n, C::kOutputs) * cluster),
+                                               sizeof(PackedBatchSmem<T, C>), cluster});
       });
     });
   }

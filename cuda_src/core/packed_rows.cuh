@@ -1,4 +1,4 @@
-// Matrix product of up to 16 rows of x with packed rows of w (formats/) on tensor cores.
+// Matrix product of up to 8 rows of x with packed rows of w (formats/) on tensor cores.
 //
 // A block owns 16 or 32 rows of w; its warps share k, one segment of 64 bytes of each row at a time. The tensor
 // core's left operand is 16 rows of w by 16 columns, its right one 16 columns of 8 rows of x. Codes go from
@@ -367,19 +367,6 @@ struct PackedRows {
 template <typename C>
 inline int packed_blocks(int outputs) {
   return min(ceil_div(outputs, C::kOutputs), C::kResident * multiprocessors());
-}
-
-constexpr int kMostPackedRows = 16;  // of x, in one launch
-
-// Calls f with the shape of a launch: f(PackedShape<...>{}).
-template <int Parts, typename Use>
-inline void by_packed_shape(int rows, Use&& use) {
-  // A block that has more rows of x keeps all of them, where they fit, and has a multiprocessor of its own:
-  // to copy them anew for each set of outputs would take longer than the loads of w.
-  using Many = PackedShape<2, 2, 8, 2, Parts, 144>;
-  if constexpr (kHost) return use(Many{});  // one shape for all, because each costs compile time
-  if (rows > 8) return use(Many{});
-  use(PackedShape<1, 1, 8, 4, Parts, 64>{});
 }
 
 }  // namespace lab
