@@ -69,7 +69,7 @@ inline void by_packed(const PackedProduct<T>& p, Use&& use) {
     by_format(p.w.format, [&](auto format) {
       using F = decltype(format);
       if (p.rows <= 8) {
-        using C = PackedShape<1, 1, 8, 4, Parts, 64>;
+        using C = PackedShape<Parts>;
         using P = PackedRows<T, F, C>;
         return use(PackedLaunch<P>{dim3(packed_blocks<C>(p.n)), packed_smem_bytes<T, F, C>(p.rows, p.k)});
       }
