@@ -31,7 +31,7 @@ def prefill(
         _chunk(weights, cache, cos_sin, sequence, ids[at : at + CHUNK], start + at)
         for at in range(0, len(ids), CHUNK)
     ]
-    return torch.cat(hidden)
+    return torch.cat(hidden) if len(hidden) > 1 else hidden[0]
 
 
 def _chunk(

@@ -104,6 +104,9 @@ class Queue:
         self.in_flight: Launched | None = None
         self.last = Mark(decoder.device)  # of the latest work
         self.submitted = self.paused = 0  # how many so far
+        self.steps_left = 0  # for so many steps all running rows have pages
+        self.tasks: list[tuple[int, Task]] = []  # those that ran in the latest step, and its kind
+        self.kind: Sampling | ByRow = GREEDY
         self.sizes = [size for size in SIZES if size < decoder.batch] + [decoder.batch]
 
     def prepare(self, kind: Sampling | ByRow = GREEDY) -> None:
@@ -180,17 +183,21 @@ class Queue:
         while idle and self.waiting:
             task = self.waiting[0]
             ids = task.prompt_ids + task.output_ids
-            lacking = pages_for(len(ids), self.cache.page_size) - len(self.cache.shared_pages(ids[:-1]))
-            # A page for each running row is left, or the newcomer would soon be paused again.
-            if lacking + len(self.running) > len(self.cache.free):
+            size, shared = self.cache.page_size, len(self.cache.shared_pages(ids[:-1]))
+            # The next page of each running row is left, or the newcomer would soon be paused again.
+            free = len(self.cache.free) - self._lacking(size)
+            if pages_for(len(ids), size) - shared > free:
                 break
+            ahead = min(size, task.max_new_tokens - task.launched)
+            if pages_for(len(ids) - 1 + ahead, size) - shared > free:
+                ahead, self.steps_left = 1, 0
             self.waiting.popleft()
             row = idle.pop(0)
+            self.decoder.buffers.rows.set(row, task.sampling, task.prompt_ids, task.output_ids)
             before = Mark(self.decoder.device)
-            self.decoder.admit(row, ids, share=True)
+            self.decoder.admit(row, ids, share=True, ahead=ahead)
             self.last = Mark(self.decoder.device)
             task.prefills.append((before, self.last))
-            self.decoder.buffers.rows.set(row, task.sampling, task.prompt_ids, task.output_ids)
             self.running[row] = task
         # A step of a smaller size costs less, so the highest rows move down where that makes a difference.
         while self.running and self._size(len(self.running)) < self._size(max(self.running) + 1):
@@ -202,31 +209,45 @@ class Queue:
         return next(size for size in self.sizes if size >= rows)
 
     def _make_room(self) -> None:
-        """Pauses the youngest sequences until the others have pages for a step."""
-
-        def lacking() -> bool:
-            missing = sum(self.cache.missing(row, 1) for row in self.running)
-            return missing > len(self.cache.free)
-
-        if lacking():
+        """Pauses the youngest sequences until the others have pages for a step. Where pages are plenty, the
+        rows get those of several steps at once: of 64 rows with pages of 16 tokens four need a new one in
+        each step, and each time the device would have to change the block table before that step."""
+        if self.steps_left:
+            return
+        free = self.cache.free
+        if self._lacking(1) > len(free):
             self._read()  # to pause a sequence, all its tokens must be known; and some may have ended
-        while lacking():
+        while self._lacking(1) > len(free):
             row = max(self.running, key=lambda row: self.running[row].number)
             task = self.running.pop(row)
             self.decoder.finish(row)
             self.waiting.appendleft(task)
             self.paused += 1
+        ahead = self.cache.page_size
+        self.steps_left = ahead if self._lacking(ahead) <= len(free) else 1
+        self.cache.reserve(self._tokens(self.steps_left))
+
+    def _tokens(self, steps: int) -> dict[int, int]:
+        """How many tokens each running row gets in so many steps; none after its last one."""
+        return {row: min(steps, task.max_new_tokens - task.launched) for row, task in self.running.items()}
+
+    def _lacking(self, steps: int) -> int:
+        """How many pages the running rows lack for so many steps."""
+        return sum(self.cache.missing(row, tokens) for row, tokens in self._tokens(steps).items())
 
     def _launch(self) -> Launched:
-        kind = ByRow.of([task.sampling for task in self.running.values()])
-        size = self._size(max(self.running) + 1)
+        tasks = list(self.running.items())
+        if tasks != self.tasks:
+            self.tasks, self.kind = tasks, ByRow.of([task.sampling for _, task in tasks])
+        kind, size = self.kind, self._size(max(self.running) + 1)
         self.decoder.step(kind, size)
+        self.steps_left -= 1
         found, rows = [self.decoder.ids], self.decoder.buffers.rows
         if isinstance(kind, ByRow) and kind.logprobs:
             found += [rows.logprob, rows.top_tokens, rows.top_logprobs]
         copies = self._to_host(found, size)
         begin, self.last = self.last, Mark(self.decoder.device)
-        launched = Launched(list(self.running.items()), copies, begin, self.last)
+        launched = Launched(tasks, copies, begin, self.last)
         for row, task in launched.tasks:
             task.launched += 1
             if task.launched == task.max_new_tokens:  # nothing that is read later can change that
