@@ -79,11 +79,18 @@ def test_what_is_not_taken_is_said_in_a_line(changes, said, tmp_path, capsys):
     assert printed.err == f"lab: error: {path}: nothing in it can be judged; the lines above say why\n"
 
 
-def test_a_build_that_takes_too_long_is_said(tmp_path):
-    made = Solution("slow", "x", "y", BuildSpec("cuda", ["cpu"], "a.cu::run"), [Source("a.cu", "")])
-    (tmp_path / "a.cu").write_text("")
-    with pytest.raises(importing.LabError, match=r"not compiled within 0.001 s \(--timeout\)"):
-        building.build(made, tmp_path, "cpu", 0.001)
+@pytest.mark.parametrize(
+    "text, limits, said",
+    [
+        ("", (0.001, None), r"took more than 0.001 s \(--timeout\)"),
+        ('#include "/dev/zero"\n', (60, 1 << 27), r"took more than 0.125 GiB of memory \(--memory\)"),
+    ],
+)
+def test_a_build_beyond_its_limits_is_said(text, limits, said, tmp_path):
+    made = Solution("slow", "x", "y", BuildSpec("cuda", ["cpu"], "a.cu::run"), [Source("a.cu", text)])
+    (tmp_path / "a.cu").write_text(text)
+    with pytest.raises(importing.LabError, match=f"^compiling its sources {said}$"):
+        building.build(made, tmp_path, "cpu", *limits)
 
 
 BY_NINJA = """Traceback (most recent call last):
