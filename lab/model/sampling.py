@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
 
@@ -74,7 +75,7 @@ class Sampling:
         """Whether more is asked for than where the largest logit is: a rank of several has a part of them."""
         return not self.greedy or self.logprobs is not None
 
-    @property
+    @cached_property  # asked of each row whenever the rows of a batch change
     def adjusts(self) -> bool:
         """Whether it changes logits."""
         penalties = self.repetition_penalty, self.presence_penalty, self.frequency_penalty
