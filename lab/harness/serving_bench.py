@@ -11,8 +11,8 @@ What a step costs in the queue beside its graph is told of steps with all rows f
 median, for steps of all contexts differ by more than the queue adds; the graph is timed with the contexts of
 the one in the middle. `us` is their median, from the end of what the device did before to its own end: it
 has the copy of the tokens, what changes for rows that come and go, and whatever the host keeps the device
-waiting for. A prefill before a step is no part of it. But a prefill ends with the host reading a number, and
-then the device waits for the host: this lies in the steps after prefills, which `us` counts like all others.
+waiting for. A prefill before a step is no part of it. But where the host has not launched the step when the
+prefill ends, the device waits: this lies in the steps after prefills, which `us` counts like all others.
 `after_prefill_us` is the median of these alone.
 """
 

@@ -17,7 +17,7 @@ from lab.errors import LabError
 from lab.model.kv_cache import PagedKVCache
 from lab.model.plans import find_plan
 from lab.model.plans.buffers import StepBuffers
-from lab.model.prefill import prefill
+from lab.model.prefill import launch_prefill, prefill
 from lab.model.sampling import GREEDY, ONE_PART, ByRow, Sampling, send
 from lab.model.weights import Weights
 
@@ -72,31 +72,40 @@ class Decoder:
         # by what is sampled, and of how many rows
         self.graphs: dict[tuple[Sampling | ByRow, int], tuple[torch.cuda.CUDAGraph | None, Counter]] = {}
 
-    def admit(self, row: int, ids: list[int], share: bool = False, ahead: int = 0) -> None:
+    def admit(
+        self, row: int, ids: list[int], share: bool = False, ahead: int = 0, wait: bool = True
+    ) -> torch.Tensor | None:
         """Gives an idle row a sequence: prefills all but its last id, which the next step reads.
 
         share: take the full pages of a beginning that live sequences have in common with it, and let later
-        ones take its own. ahead: tokens that follow, for which it takes pages at once.
+        ones take its own. ahead: tokens that follow, for which it takes pages at once. wait: until the
+        prefill has ended, and its numbers are known to be right. Without it returns what launch_prefill()
+        does, or None where nothing was prefilled: if that is false the row must be finished, and admitted
+        anew with `wait`.
 
         Raises LabError for an empty prompt, an id outside the vocabulary, a row in use and a full cache.
         """
         self.check(ids)
         if row in self.live_rows:
             raise LabError(f"row {row} of the batch already holds a sequence")
-        before = ids[:-1]
+        before, finite = ids[:-1], None
         try:
             known = self.cache.share(row, before) if share and before else 0
-            # All but the prefill comes before it: at its end the host reads whether its numbers are finite,
-            # and then the device has nothing to do until the next step is launched.
+            # All but the prefill comes before it, so that no more than the next step must be launched after.
             self.cache.reserve({row: len(before) - known + ahead})
             if share:
                 self.cache.offer(row, before)
             self._set(row, ids[-1], len(before))
             if before[known:]:
-                prefill(self.weights, self.cache, self.buffers.cos_sin, row, before[known:])
+                given = self.weights, self.cache, self.buffers.cos_sin, row, before[known:]
+                if wait:
+                    prefill(*given)
+                else:
+                    finite = launch_prefill(*given)
         except BaseException:
             self.finish(row)  # the row stays idle and empty
             raise
+        return finite
 
     def check(self, ids: list[int]) -> None:
         """Raises LabError unless `ids` are a prompt that this model and this cache can take."""

@@ -9,7 +9,9 @@ prefilled anew.
 Tokens are read one step late: while the device works on a step, the host reads what the step before gave. So
 the device never waits for the host. It follows that a sequence which ends at a stop token has a row in one
 more step, whose token is dropped; how many tokens a sequence may have at most is known beforehand and costs
-none.
+none. A prefill, too, is launched as if its numbers were finite, and the step after it is launched before the
+host reads whether they are; if not, the sequence is prefilled again with more care, and that step's token of
+it is dropped.
 
 The time of a step is from the end of what the device did before (a step, or a prefill) to its own end, so the
 times of a sequence's steps leave out the prefills of others. On a GPU the device itself notes these ends.
@@ -56,6 +58,7 @@ class Task:
     prefill_ms: float = 0.0
     decode_ms: list[float] = field(default_factory=list)
     prefills: list[tuple[Mark, Mark]] = field(default_factory=list)  # not yet part of prefill_ms
+    careful: bool = False  # whether prefill found numbers that are not finite
 
 
 class Mark:
@@ -102,6 +105,8 @@ class Queue:
         self.waiting: deque[Task] = deque()
         self.running: dict[int, Task] = {}  # by row
         self.in_flight: Launched | None = None
+        # The latest prefill, as long as the host has not read whether it is right.
+        self.prefilled: tuple[Task, torch.Tensor, Mark] | None = None
         self.last = Mark(decoder.device)  # of the latest work
         self.submitted = self.paused = 0  # how many so far
         self.steps_left = 0  # for so many steps all running rows have pages
@@ -165,7 +170,7 @@ class Queue:
 
     def clear(self) -> None:
         """Cancels everything."""
-        self.in_flight = None
+        self.in_flight = self.prefilled = None
         for task in [*self.waiting, *self.running.values()]:
             self.cancel(task)
 
@@ -176,10 +181,11 @@ class Queue:
         launched = self._launch() if self.running else None
         self._read()
         self.in_flight = launched
+        self._check_prefill()
         return bool(self.waiting or self.running or self.in_flight)
 
     def _admit(self) -> None:
-        idle = [row for row in range(self.decoder.batch) if row not in self.running]
+        idle = self._idle()
         while idle and self.waiting:
             task = self.waiting[0]
             ids = task.prompt_ids + task.output_ids
@@ -188,6 +194,9 @@ class Queue:
             free = len(self.cache.free) - self._lacking(size)
             if pages_for(len(ids), size) - shared > free:
                 break
+            if self._check_prefill():  # of the one before, whose pages this one may share
+                idle = self._idle()
+                continue
             ahead = min(size, task.max_new_tokens - task.launched)
             if pages_for(len(ids) - 1 + ahead, size) - shared > free:
                 ahead, self.steps_left = 1, 0
@@ -195,15 +204,39 @@ class Queue:
             row = idle.pop(0)
             self.decoder.buffers.rows.set(row, task.sampling, task.prompt_ids, task.output_ids)
             before = Mark(self.decoder.device)
-            self.decoder.admit(row, ids, share=True, ahead=ahead)
+            finite = self.decoder.admit(row, ids, share=True, ahead=ahead, wait=task.careful)
+            copies = [] if finite is None else self._to_host([finite[None]], 1)
             self.last = Mark(self.decoder.device)
             task.prefills.append((before, self.last))
             self.running[row] = task
+            if copies:
+                self.prefilled = task, copies[0], self.last
         # A step of a smaller size costs less, so the highest rows move down where that makes a difference.
         while self.running and self._size(len(self.running)) < self._size(max(self.running) + 1):
             source, to = max(self.running), idle.pop(0)
             self.decoder.move(source, to)
             self.running[to] = self.running.pop(source)
+
+    def _idle(self) -> list[int]:
+        return [row for row in range(self.decoder.batch) if row not in self.running]
+
+    def _check_prefill(self) -> bool:
+        """Waits for the latest prefill. Where it was wrong, its sequence goes back to the queue. Returns
+        whether that happened."""
+        if self.prefilled is None:
+            return False
+        (task, finite, end), self.prefilled = self.prefilled, None
+        end.wait()
+        if finite.item() or task.stopped_by is not None:
+            return False
+        task.careful = True
+        if self.in_flight is not None and any(task is other for _, other in self.in_flight.tasks):
+            self.in_flight.tasks = [pair for pair in self.in_flight.tasks if pair[1] is not task]
+            task.launched -= 1
+        if task not in self.waiting:  # where it is if it was paused
+            self._leave(task)
+            self.waiting.appendleft(task)
+        return True
 
     def _size(self, rows: int) -> int:
         return next(size for size in self.sizes if size >= rows)

@@ -306,7 +306,7 @@ class ServingRow:
     us_p10: float | None = None
     us_p90: float | None = None
     n: int | None = None
-    after_prefill_us: float | None = None  # of those that follow a prefill: the device waits for the host
+    after_prefill_us: float | None = None  # of those that follow a prefill
     graph_us: float | None = None  # of that step's graph, replayed alone
     of_graph: float | None = None  # us / graph_us
     tokens_per_s: float | None = None  # all rows together, prefills included
