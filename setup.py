@@ -19,6 +19,7 @@ Environment:
                                         this file in the place of cuda_src/linear.cu (`lab try`; give it a
                                         --build-lib of its own)
     LAB_TRY_SECONDS=n                   how long compiling that file may take (default: no limit)
+    LAB_TRY_MEMORY=n                    how many bytes of memory that may take (default: no limit)
 
 Objects are kept in build/ and reused while neither their command nor the contents of a file they include have
 changed.
@@ -371,22 +372,39 @@ def write(path: Path, text: str) -> None:
     new.replace(path)
 
 
-def run(command: list[str], what: str, seconds: float | None = None) -> str:
-    """Runs a compiler and returns what it printed; a failure shows that and then one line. seconds: its time
-    limit."""
+def run(command: list[str], what: str, limited: bool = False) -> str:
+    """Runs a compiler and returns what it printed; a failure shows that and then one line. limited: by
+    LAB_TRY_SECONDS and LAB_TRY_MEMORY."""
     try:
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds
-        )
-    except subprocess.TimeoutExpired:
-        raise CompileError(f"{what}: not compiled within {seconds:g} s") from None
+        status, said = within_limits(command) if limited else unlimited(command)
     except OSError as error:
         raise CompileError(f"{what}: cannot run {command[0]}: {error}") from None
-    if done.returncode:
-        sys.stderr.write(f"{shlex.join(command)}\n{done.stdout}")
+    if status is None:
+        raise CompileError(f"{what}: compiling it {said}")
+    if status:
+        sys.stderr.write(f"{shlex.join(command)}\n{said}")
         name = Path(command[0]).name
-        raise CompileError(f"{what}: {name} failed with exit code {done.returncode}; its output is above")
-    return done.stdout
+        raise CompileError(f"{what}: {name} failed with exit code {status}; its output is above")
+    return said
+
+
+def unlimited(command: list[str]) -> tuple[int, str]:
+    """(exit status, output)"""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return done.returncode, done.stdout
+
+
+def within_limits(command: list[str]) -> tuple[int | None, str]:
+    """The same; at a limit (None, what the command took)."""
+    from lab.processes import OverLimit, run_group  # here, for a build that pip isolates cannot import lab
+
+    seconds, memory = (os.environ.get(f"LAB_TRY_{what}") for what in ("SECONDS", "MEMORY"))
+    try:
+        return run_group(
+            command, timeout=float(seconds) if seconds else None, memory=int(memory) if memory else None
+        )
+    except OverLimit as over:
+        return None, str(over)
 
 
 def compile_unit(unit: Unit, directory: Path) -> tuple[Path, bool]:
@@ -396,11 +414,10 @@ def compile_unit(unit: Unit, directory: Path) -> tuple[Path, bool]:
         return target, False
     new, depfile, start = beside(target), target.with_suffix(".d"), time.time()
     shown = unit.source.relative_to(ROOT) if unit.source.is_relative_to(ROOT) else unit.source
-    limit = os.environ.get("LAB_TRY_SECONDS") if unit.own else None
     output = run(
         [*unit.command, "-c", str(unit.source), "-MMD", "-MF", str(depfile), "-o", str(new)],
         str(shown),
-        float(limit) if limit else None,
+        limited=unit.own,
     )
     record = {"command": shlex.join(unit.command), "inputs": inputs(unit, depfile, start)}
     write(target.with_suffix(".log"), output)

@@ -14,11 +14,17 @@
 
 using namespace lab;
 
+#ifdef LAB_LSE  // `lab export` compiles it so: the log-sum-exp is a second output
+#define LAB_AND_LSE(lse) , lse
+#else
+#define LAB_AND_LSE(lse)
+#endif
+
 template <typename A, typename T = typename A::T>
 __global__ void __launch_bounds__(A::kMaxThreads, 1)
     decode_attention_kernel(const T* q, typename A::Cache cache, const int* context_lens, T* out,
                             float* partial, unsigned* tickets, int splits, int group, int64_t q_stride,
-                            float scale_log2, int least) {
+                            float scale_log2, int least LAB_AND_LSE(float* lse)) {
   // 1. Locate: split s owns the tokens [begin, end) of one sequence. The length is read here, on the device,
   // so that a captured graph serves every length. The copies of the first tiles are issued at once.
   constexpr int D = A::D, N = Vec<T>::size;
@@ -26,6 +32,9 @@ __global__ void __launch_bounds__(A::kMaxThreads, 1)
   const int length = context_lens[blockIdx.z];
   A attention(cache, splits, group, length, length, least);
   if (attention.unused()) return;
+#ifdef LAB_LSE
+  attention.lse = lse;
+#endif
   attention.start();
 
   // 2. Load the query: into shared memory, for all warps; heads beyond the group are zero.
@@ -67,7 +76,7 @@ void decode_attention(const DecodeAttentionArgs& a) {
              "decode_attention_kernel", decode_attention_kernel<A>, as<const T>(a.q.data),
              kv_cache<typename A::C>(a.cache), as<const int>(a.context_lens), as<T>(a.out),
              as<float>(a.splits.partial), as<unsigned>(a.splits.tickets), a.splits.count, group, a.q.stride,
-             a.scale * 1.4426950408889634f, tuned.least);
+             a.scale * 1.4426950408889634f, tuned.least LAB_AND_LSE(as<float>(a.lse)));
     });
   });
 }

@@ -391,7 +391,8 @@ def judge_limits(parser):
         type=gibibytes,
         default=16.0,
         metavar="GIB",
-        help="how much memory of the host the kernel's process may take (default 16)",
+        help="how much memory of the host compiling the file may take, and then the kernel's process "
+        "(default 16)",
     )
 
 

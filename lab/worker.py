@@ -26,12 +26,12 @@ import time
 from pathlib import Path
 
 from lab.errors import LabError, Unavailable, error_text
+from lab.processes import LOOK_SECONDS, anonymous_bytes, descendants, end
 
 ROOT = Path(__file__).resolve().parent.parent
 LARGEST_FILE = 1 << 30  # bytes: the largest file that a kernel may write
 LONGEST_REPLY = 1 << 20  # bytes
 MOST_DEATHS = 5  # after so many the remaining cases are not run, because each new process costs seconds
-LOOK_SECONDS = 0.2  # how often the memory of a worker that has a limit is read
 
 
 class Died(Exception):
@@ -181,13 +181,7 @@ class Worker:
         """Ends the process and all processes that it started."""
         if self.process is None:
             return
-        # A process that has begun a session of its own is no longer in the worker's process group.
-        started = descendants(self.process.pid)
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        for pid in started:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
+        end(self.process.pid)
         self.process.wait()
         os.close(self.requests)
         os.close(self.replies)
@@ -248,27 +242,6 @@ def arena_file():
     fd = os.memfd_create("lab-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
     return os.fdopen(fd, "r+b", buffering=0), f"/proc/self/fd/{fd}"
-
-
-def descendants(pid: int) -> list[int]:
-    """The ids of all processes below a process: those that it started, those that these started, and so on.
-    [] on a system without /proc."""
-    found = []
-    for file in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            for child in map(int, file.read_text().split()):
-                found += [child, *descendants(child)]
-    return found
-
-
-def anonymous_bytes(pids: list[int]) -> int:
-    """The memory of processes that is neither shared nor a file's; 0 on a system without /proc."""
-    total = 0
-    for pid in pids:
-        with contextlib.suppress(OSError, ValueError):
-            status = Path(f"/proc/{pid}/status").read_text()
-            total += int(status.split("RssAnon:")[1].split()[0]) << 10 if "RssAnon:" in status else 0
-    return total
 
 
 def write_all(fd: int, data: bytes) -> None:

@@ -7,7 +7,7 @@ import pytest
 from lab import cli
 from lab.flashinfer_format import exporting, written, written_cuda
 from lab.flashinfer_format.schema import BuildSpec, Solution, Source
-from tests.test_exchange_format import NORM, ONCE
+from tests.test_exchange_format import HND, NHD, NORM, ONCE
 
 HEAD = "import torch\nimport triton\nimport triton.language as tl\n\n"
 KERNEL = """
@@ -116,11 +116,18 @@ def test_what_is_exported_is_judged_as_the_kernel_is(broken, tmp_path, capsys):
 LONG = ("--timeout", "600")  # compiling takes 20 s, on a busy machine several times that
 
 
-def test_an_exported_cuda_kernel_is_built_and_right(tmp_path, capsys):
-    path = tmp_path / "solution.json"
-    exporting.put(path, [written_cuda.solution_of(NORM, written.definition_of(NORM, "bf16"))])
-    assert cli.main(["import", str(path), "--device", "cpu", *LONG]) == 0, capsys.readouterr()
-    assert "lab_cuda_rmsnorm_h64: right in every case" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    "subject, shapes",
+    ((NORM, "cpu"), (NHD, "cpu"), (NHD, "gpu"), (HND, "gpu")),
+    ids=("norm", "nhd", "nhd-gpu_shapes", "hnd-gpu_shapes"),
+)
+def test_an_exported_cuda_kernel_is_built_and_right(subject, shapes, tmp_path, monkeypatch, capsys):
+    definition = written.definition_of(subject, "bf16")
+    exporting.put(tmp_path / "definition.json", [definition])
+    exporting.put(tmp_path / "solution.json", [written_cuda.solution_of(subject, definition)])
+    monkeypatch.setenv("LAB_HOST_SHAPES", shapes)
+    assert cli.main(["import", str(tmp_path), "--device", "cpu", *LONG]) == 0, capsys.readouterr()
+    assert f"lab_cuda_{subject.name}: right in every case" in capsys.readouterr().out
 
 
 IN_CUDA = """

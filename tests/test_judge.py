@@ -34,7 +34,7 @@ CAUGHT = (
     ("no_kernel", "fp32", "no kernel", ()),
     ("exits", "fp32", "process ended", ()),
     ("hangs", "fp32", "time limit", ()),
-    ("hoards", "fp32", "memory limit", ("--memory", "0.25")),
+    ("hoards", "fp32", "memory limit", ("--memory", "0.5")),
     ("cuts_digits", "bf16", "biased rounding", ()),
     ("rounds_products", "bf16", "low precision", ()),
     ("half_sums", "fp16", "low precision", ()),

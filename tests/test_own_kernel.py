@@ -87,6 +87,16 @@ def test_a_file_that_is_no_kernel(name, text, message, tmp_path, capsys):
     assert last.startswith("lab: error: ") and message in last
 
 
+def test_compiling_has_the_memory_of_the_option(tmp_path, capsys):
+    path = tmp_path / "endless.cu"
+    path.write_text('#include "/dev/zero"\n')
+    words = ["try", str(path), "--op", "silu_mul", "--device", "cpu", "--memory", "0.25"]
+    assert cli.main(words) == 2
+    said = capsys.readouterr().err
+    assert said.endswith(f"lab: error: {path}: compiling it took more than 0.25 GiB of memory (--memory)\n")
+    assert "Traceback" not in said
+
+
 def test_a_race_is_recorded_and_drawn(undrawn, tmp_path, monkeypatch, capsys):
     """On the CPU, where only the path is worth something: `lab try` itself does not race there."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

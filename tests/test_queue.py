@@ -4,9 +4,11 @@ import random
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lab.dispatch import select
 from lab.errors import LabError
+from lab.model import decoder as decoder_module
 from lab.model.decoder import Decoder
 from lab.model.generate import generate
 from lab.model.kv_cache import PagedKVCache
@@ -46,8 +48,8 @@ def requests(count, seed=0):
     "backend, plan, pages, count",
     [
         ("torch", "basic", None, 14),
-        ("torch", "fused", 9, 14),
-        ("cuda", "basic", 9, 7),
+        ("torch", "fused", 8, 14),
+        ("cuda", "basic", 8, 14),
         ("cuda", "fused", None, 7),
     ],
 )
@@ -94,6 +96,80 @@ def test_tokens_are_read_one_step_late(device, monkeypatch):
     assert order == ["step", *["step", "wait"] * 3, "wait"]
     for task in tasks:
         assert len(task.decode_ms) == 4 and all(ms > 0 for ms in task.decode_ms) and task.prefill_ms >= 0
+
+
+class Operations(TorchDispatchMode):
+    """Notes every operation of torch that is more than a view or the making of a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        name = op.name().removeprefix("aten::")
+        if not (op.is_view or name.startswith(("empty", "lift_fresh", "detach"))):
+            self.names.append(name)
+        return op(*args, **kwargs or {})
+
+    def as_one(self, function, name):
+        """`function`, whose operations are noted as one of this name."""
+
+        def run(*args):
+            before = len(self.names)
+            result = function(*args)
+            self.names[before:] = [name]
+            return result
+
+        return run
+
+
+def test_the_host_adds_one_copy_to_a_step(device, monkeypatch):
+    """Once in as many steps as a page has tokens it also gives rows new pages. After a prefill it adds a copy
+    of whether its numbers are finite, which is read when the step after it is launched."""
+    queue, steps, noted = Queue(decoder(device, batch=8)), 48, Operations()
+    monkeypatch.setattr(queue.decoder, "_run", noted.as_one(queue.decoder._run, "STEP"))
+    launch = noted.as_one(decoder_module.launch_prefill, "PREFILL")
+    monkeypatch.setattr(decoder_module, "launch_prefill", launch)
+    for length in range(2, 10):
+        queue.submit(list(range(length)), steps + 20)
+    with noted:
+        queue.step()
+        assert noted.names.count("PREFILL") == 8
+        step, names = noted.names.index("STEP"), noted.names[::-1]
+        assert step - (len(names) - 1 - names.index("PREFILL")) == 2
+        assert "_local_scalar_dense" in noted.names[step:], "it reads that number then"
+        added = []
+        for _ in range(steps):
+            noted.names.clear()
+            queue.step()
+            added.append(len(noted.names) - 1)
+    assert added.count(1) == steps - steps // queue.cache.page_size
+
+
+@pytest.mark.parametrize("pages, new", [(None, 9), (None, 1), (8, 12)])
+def test_a_prefill_that_was_wrong_is_done_again_before_its_tokens_count(device, monkeypatch, pages, new):
+    """As if there were keys that are not finite in every prompt: what the first attempt writes is useless."""
+    given = [(prompt, new) for prompt, _, _ in requests(8)]
+    queue = Queue(decoder(device, batch=3, pages=pages))
+    want = [queue.submit(*one) for one in given]
+    queue.run()
+    launch, spoiled = decoder_module.launch_prefill, []
+
+    def launch_wrong(weights, cache, cos_sin, row, ids):
+        launch(weights, cache, cos_sin, row, ids)
+        own = [page for page in cache.held[row] if cache.holders[page] == 1]
+        cache.k[:, own] = torch.nan
+        spoiled.append(row)
+        return torch.zeros((), dtype=torch.bool, device=device)
+
+    monkeypatch.setattr(decoder_module, "launch_prefill", launch_wrong)
+    queue = Queue(decoder(device, batch=3, pages=pages))
+    got = [queue.submit(*one) for one in given]
+    queue.run()
+    assert [task.output_ids for task in got] == [task.output_ids for task in want]
+    assert all(task.stopped_by == "length" and len(task.decode_ms) == new for task in got)
+    assert len(spoiled) == sum(len(prompt) > 1 for prompt, _ in given)
+    assert sorted(queue.cache.free) == list(range(queue.cache.pages)) and not queue.decoder.live_rows
 
 
 def test_a_stop_token_ends_a_sequence_and_frees_its_row(device):

@@ -60,7 +60,8 @@ def test_rows_of_many_sequences(tiny, tmp_path, capsys):  # noqa: F811
         assert row.n <= row.tokens / row.batch and 0.5 < row.rows_used <= 1 and row.sequences > 3 * row.batch
     # What the numbers say together: steps and prefills are all the time there is.
     one = rows[0]
-    assert one.rows_used == 1 and one.n == one.tokens
+    assert one.rows_used == 1 and one.n == pytest.approx(one.tokens / 5, abs=2)
+    assert rows[1].after_prefill_us > 0
     assert lab("compare", tmp_path, tmp_path) == 0 and "2 rows: 2 same" in capsys.readouterr().out
     assert report(tmp_path, tmp_path / "page") == 0
     page = (tmp_path / "page" / "index.html").read_text()
@@ -80,7 +81,16 @@ def test_what_is_measured_has_no_beginning_and_no_end():
             mark = SimpleNamespace(wait=lambda: None)
             self.in_flight = SimpleNamespace(begin=mark, end=mark, tasks=[(0, self.task)])
 
-    assert [step.contexts for step in serving_bench.run(Queue())] == [[7], [8], [9]]
+    steps = serving_bench.run(Queue())
+    assert [step.contexts for step in steps] == [[7], [8], [9]]
+    assert all(step.after_prefill for step in steps), "each begins at a mark of its own"
+
+
+@pytest.mark.parametrize("count, kept", [(0, []), (1, [0]), (4, [1, 2]), (10, [4, 5])])
+def test_a_graph_is_compared_with_steps_of_its_contexts(count, kept):
+    steps = [serving_bench.Step(None, None, [tokens, 1], False) for tokens in range(count)]
+    random.Random(0).shuffle(steps)
+    assert [step.contexts[0] for step in serving_bench.near_the_median(steps)] == kept
 
 
 @pytest.mark.parametrize(
@@ -162,7 +172,7 @@ def test_a_token_costs_in_the_queue_what_its_graph_costs(tmp_path):
         "--backend",
         "cuda",
         "--batch",
-        "1,8",
+        "1,8,64",
         "--quick",
         "--out",
         str(tmp_path),

@@ -2,6 +2,8 @@
 where only its path is worth something: `lab import` itself does not race there."""
 
 import json
+import shutil
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +15,7 @@ from lab.flashinfer_format import building, exporting, importing, racing, writte
 from lab.flashinfer_format.families import ops_of
 from lab.flashinfer_format.schema import BuildSpec, Solution, Source, read
 from lab.records import schema
-from tests.test_exchange_format import NORM, ONCE
+from tests.test_exchange_format import HND, NHD, NORM, ONCE
 from tests.test_exchange_judge import HEAD, KERNEL, PASSED, REMEMBERED
 
 GEMM = written.subject_of("gemm_n{N}_k{K}", N=48, K=64)
@@ -79,11 +81,18 @@ def test_what_is_not_taken_is_said_in_a_line(changes, said, tmp_path, capsys):
     assert printed.err == f"lab: error: {path}: nothing in it can be judged; the lines above say why\n"
 
 
-def test_a_build_that_takes_too_long_is_said(tmp_path):
-    made = Solution("slow", "x", "y", BuildSpec("cuda", ["cpu"], "a.cu::run"), [Source("a.cu", "")])
-    (tmp_path / "a.cu").write_text("")
-    with pytest.raises(importing.LabError, match=r"not compiled within 0.001 s \(--timeout\)"):
-        building.build(made, tmp_path, "cpu", 0.001)
+@pytest.mark.parametrize(
+    "text, limits, said",
+    [
+        ("", (0.001, None), r"took more than 0.001 s \(--timeout\)"),
+        ('#include "/dev/zero"\n', (60, 1 << 27), r"took more than 0.125 GiB of memory \(--memory\)"),
+    ],
+)
+def test_a_build_beyond_its_limits_is_said(text, limits, said, tmp_path):
+    made = Solution("slow", "x", "y", BuildSpec("cuda", ["cpu"], "a.cu::run"), [Source("a.cu", text)])
+    (tmp_path / "a.cu").write_text(text)
+    with pytest.raises(importing.LabError, match=f"^compiling its sources {said}$"):
+        building.build(made, tmp_path, "cpu", *limits)
 
 
 BY_NINJA = """Traceback (most recent call last):
@@ -107,7 +116,7 @@ def test_on_a_gpu_the_compilers_line_is_said_and_missing_tools_judge_nothing(tmp
         building.build(made, tmp_path, "cuda", 60)
 
 
-@pytest.mark.parametrize("subject", [NORM, GEMM])
+@pytest.mark.parametrize("subject", [NORM, GEMM, NHD, HND])
 def test_an_exported_cuda_solution_has_all_that_it_includes(subject, tmp_path):
     definition = written.definition_of(subject, "bf16")
     exporting.put(tmp_path / "solution.json", [written_cuda.solution_of(subject, definition)])
@@ -115,11 +124,28 @@ def test_an_exported_cuda_solution_has_all_that_it_includes(subject, tmp_path):
     assert (made.spec.language, made.spec.binding, made.entry) == ("cuda", "torch", ("main.cpp", "run"))
     assert made.spec.destination_passing_style is True
     paths = {source.path for source in made.sources}
-    assert f"{subject.family.op}.cu" in paths and "common.cuh" in paths
-    # Only the emulation of CUDA, which is of this repository, stays here.
-    assert not [path for path in paths if path.startswith("host/") or ".." in path]
+    paged = subject.family.op == "decode_attention"
+    assert f"{subject.family.op}.cu{'h' * paged}" in paths and "common.cuh" in paths
+    # Only the emulation of CUDA, which is of this repository, stays here: a GPU's compiler needs none of it.
+    assert [path for path in paths if path.startswith("host/") or ".." in path] == ["host/shapes.h"]
     compiled = {path for path in paths if path.endswith(building.COMPILED)}
-    assert compiled == {"main.cpp", f"{subject.family.op}.cu"}
+    assert compiled == {"main.cpp", "paged_lists.cu" if paged else f"{subject.family.op}.cu"}
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
+@pytest.mark.parametrize("subject", [NORM, GEMM, NHD])
+def test_a_gpus_compiler_finds_all_that_an_exported_solution_includes(subject, tmp_path):
+    made = written_cuda.solution_of(subject, written.definition_of(subject, "bf16"))
+    for source in made.sources:
+        (tmp_path / source.path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / source.path).write_text(source.content)
+    (kernel,) = tmp_path.glob("*.cu")
+    done = subprocess.run(
+        ["nvcc", "-arch=sm_80", "-std=c++17", "-E", str(kernel), "-o", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 # ---- the race ----------------------------------------------------------------------------------------------

@@ -255,7 +255,7 @@ struct MmaAttention : SplitAttention<T, D, C> {
       for (int j = 0; j < kChunks / 2; ++j) {
         const int item = lane + j * 32, row = item / kChunks, c = item % kChunks;
         const bool valid = token0(t) + row < stored;  // tokens past the end become zeros
-        const size_t from = valid ? tile + row * D + c * kPerChunk : 0;
+        const size_t from = valid ? tile + row * Base::token_stride() + c * kPerChunk : 0;
         cp_async16(at(shared.k[warp][t % kStages], row, c), Base::cache.k + from, valid);
         cp_async16(at(shared.v[warp][t % kStages], row, c), Base::cache.v + from, valid);
       }

@@ -70,6 +70,9 @@ struct SplitAttention {
   float keys_scale = 1.f, values_scale = 1.f;
   // This block's result in shared memory, where a cluster merges.
   float* merged = nullptr;
+#ifdef LAB_LSE  // for `lab export`: log2 of each head's sum of exponentials, [batch, q_heads]
+  float* lse = nullptr;
+#endif
 
   // Split s owns the tokens [begin, end) of `length`; every split but the last has the same multiple of
   // `unit`. A context of up to `alone` tokens is not split, because a merge would cost more than it saves;
@@ -94,11 +97,21 @@ struct SplitAttention {
   LAB_DEVICE int page_of(int token) const {
     return cache.table[size_t(b) * cache.max_pages + (token >> cache.page_shift)];
   }
-  // Which row of the cache a token of this KV head has, and the offset of its first element.
+  // Which row of the cache a token of this KV head has, the offset of its first element, and how many elements
+  // after it the page's next token begins. (LAB_NHD: in pages [page_size, kv_heads, D], for `lab export`.)
+#ifndef LAB_NHD
   LAB_DEVICE size_t row_of(int page, int token) const {
     const int slot = token & ((1 << cache.page_shift) - 1);
     return ((size_t(page) * kv_heads + kv_head) << cache.page_shift) + slot;
   }
+  LAB_DEVICE int token_stride() const { return D; }
+#else
+  LAB_DEVICE size_t row_of(int page, int token) const {
+    const int slot = token & ((1 << cache.page_shift) - 1);
+    return ((size_t(page) << cache.page_shift) + slot) * kv_heads + kv_head;
+  }
+  LAB_DEVICE int token_stride() const { return kv_heads * D; }
+#endif
   LAB_DEVICE size_t place(int page, int token) const { return row_of(page, token) * D; }
 
   // Writes the new token to the cache, and to `inputs` for its tile, as it is stored. L lanes have N elements of
@@ -155,6 +168,7 @@ struct SplitAttention {
       }
       if (used == 1) {
         store_normalised(out, i, sum, total);
+        store_lse(i, top, total);
       } else if (in_cluster()) {
         store(merged + i, sum);
         if (d == 0) store(merged + group * D + h * 2, Vec<float, 2>{{top, total}});
@@ -213,6 +227,7 @@ struct SplitAttention {
         total = fmadd(stats[s].v[1], factor, total);
       }
       store_normalised(out, i, sum, total);
+      store_lse(i, top, total);
     }
     // All have read: a block's shared memory ends with the block.
     cluster_sync();
@@ -266,6 +281,11 @@ struct SplitAttention {
         }
       }
       store_normalised(out, i, sum, total);
+#ifdef LAB_LSE
+      float top = -FLT_MAX;
+      for (int j = i / D; j < used * group; j += group) top = fmaxf(top, stats[j * 2]);
+      store_lse(i, top, total);
+#endif
     }
     if (threadIdx.x == 0) atomicExch(ticket, 0u);
   }
@@ -282,6 +302,15 @@ struct SplitAttention {
     LAB_UNROLL
     for (int e = 0; e < 4; ++e) v.v[e] = from_float<T>(sum.v[e] * factor);
     store(out + (size_t(b) * kv_heads + kv_head) * group * D + i, v);
+  }
+  // top: the maximum, in base 2, to which the sum of weights `total` refers.
+  LAB_DEVICE void store_lse([[maybe_unused]] int i, [[maybe_unused]] float top,
+                            [[maybe_unused]] float total) const {
+#ifdef LAB_LSE
+    if (i % D == 0) {
+      lse[(size_t(b) * kv_heads + kv_head) * group + i / D] = total == 0.f ? -INFINITY : top + log2f(total);
+    }
+#endif
   }
   LAB_DEVICE float* published(float* partial) const {
     return partial + (size_t(b) * kv_heads + kv_head) * splits * group * (D + 2);

@@ -11,5 +11,8 @@ struct DecodeAttentionArgs {
   float scale;
   int dtype;
   Ptr stream;
+#ifdef LAB_LSE
+  Ptr lse;  // float32 [batch, q_heads]: log2 of the sum of exponentials
+#endif
 };
 void decode_attention(const DecodeAttentionArgs& a);

@@ -18,7 +18,8 @@ from pathlib import Path
 from lab import extension
 from lab.errors import LabError, Unavailable, named
 from lab.flashinfer_format.schema import Solution
-from lab.judge.kernel_file import ROOT, for_the_cpu, run_group
+from lab.judge.kernel_file import ROOT, for_the_cpu
+from lab.processes import OverLimit, run_group
 
 COMPILED = (".cu", ".cpp", ".cc", ".cxx", ".c")  # what flashinfer-bench compiles; the rest is included
 # Builds only: the module is imported in the judge's process, which has limits.
@@ -31,11 +32,11 @@ cpp_extension.load(name, sources, extra_include_paths=[folder], build_directory=
 """
 
 
-def build(solution: Solution, folder: Path, device: str, timeout: float) -> Path:
+def build(solution: Solution, folder: Path, device: str, timeout: float, memory: int | None = None) -> Path:
     """Builds the sources that lie in `folder`, whose name is the module's; returns the extension's path.
 
-    Raises LabError for sources that do not compile within `timeout` seconds, and Unavailable for those that
-    only a GPU's compiler takes.
+    Raises LabError for sources that do not compile within `timeout` seconds and `memory` bytes (of all
+    compilers together), and Unavailable for those that only a GPU's compiler takes.
     """
     sources = [folder / source.path for source in solution.sources if source.path.endswith(COMPILED)]
     built = folder / f"{folder.name}.so"
@@ -48,9 +49,10 @@ def build(solution: Solution, folder: Path, device: str, timeout: float) -> Path
         command = [sys.executable, "-c", LOAD, folder.name, str(folder), *map(str, sources)]
     else:
         command = for_host(sources, folder, built)
-    status, said = run_group(command, {**os.environ, "PATH": path}, timeout)
-    if status is None:
-        raise LabError(f"its sources were not compiled within {timeout:g} s (--timeout)")
+    try:
+        status, said = run_group(command, {**os.environ, "PATH": path}, timeout, memory, ROOT)
+    except OverLimit as over:
+        raise LabError(f"compiling its sources {over}") from None
     if built.exists() and status == 0:
         return built
     lines = [line.replace(f"{folder}/", "") for line in said.splitlines()]

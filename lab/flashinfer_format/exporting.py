@@ -48,10 +48,6 @@ def main(args) -> int:
         for config in models:
             for subject in written.subjects(op, config):
                 found[subject.name] = subject
-        if op.name == "decode_attention":
-            print(
-                "decode_attention: exported in Triton alone: no converter of its arguments is written in C++"
-            )
         if op.name == "linear":
             print("linear: the output head is not exported: its logits are float32, their C is like A")
     if not found:
@@ -94,9 +90,7 @@ def write(subject, dtype: str, batches, contexts, measured, out: Path) -> tuple[
             if tensors:
                 store(out / written.blob_path(subject, workload.uuid), tensors)
     put(out / "workloads" / kind / f"{name}.jsonl", lines)
-    solutions = [written.solution_of(subject, definition)]
-    if in_cuda := written_cuda.solution_of(subject, definition):
-        solutions.append(in_cuda)
+    solutions = [module.solution_of(subject, definition) for module in (written, written_cuda)]
     for solution in solutions:
         put(out / "solutions" / written.AUTHOR / kind / name / f"{solution.name}.json", [solution], indent=2)
     rows = traces.of_rows(subject, dtype, measured) if measured else []

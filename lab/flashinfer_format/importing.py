@@ -235,9 +235,9 @@ class Readings:
         solution=None,
     ) -> Worker:
         """A process that loads sources, once it is started. solution: one in CUDA, which is built first."""
-        package, built = self.write(sources), None
+        package, built, memory = self.write(sources), None, int(self.args.memory * 2**30)
         if solution:
-            built = str(build(solution, self.folder / package, self.device, self.args.timeout))
+            built = str(build(solution, self.folder / package, self.device, self.args.timeout, memory))
         spec = {
             "module": "lab.flashinfer_format.child",
             "what": what,
@@ -251,7 +251,7 @@ class Readings:
             "returns": returns,
             "built": built,
         }
-        return Worker(spec, self.args.timeout, int(self.args.memory * 2**30))
+        return Worker(spec, self.args.timeout, memory)
 
 
 def loosened(op: Op) -> Op:

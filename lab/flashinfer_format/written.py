@@ -113,48 +113,105 @@ def run(hidden_states, residual, weight, output):
 MAIN_DECODE = '''\
 """Paged decode attention by the Triton kernel `decode_attention`.
 
-VIEW
-The lists of pages become a table, for which the host reads the longest list's length. There are two splits or
-more, so that the kernel stores the maximum and the sum of each split's exponentials, in base 2. The
-log-sum-exp is made of these.
+Sizes come from shapes alone, so that a call can be captured in a graph. The lists of pages become a table,
+with room in each row for all pages; no more of a row than its sequence has is written or read. The kernel's
+layout is HND: a cache in NHD is read as one with pages of one token. There are two splits or more, so that
+the kernel stores the maximum and the sum of each split's exponentials, in base 2. The log-sum-exp is made of
+these.
 """
 
 import math
 
 import torch
+import triton
+import triton.language as tl
 
+from .triton_kernels.common import launch
 from .triton_kernels.decode_attention import decode_attention
+
+CONSTANTS
+
+
+@triton.jit
+def table_kernel(
+    kv_indptr,
+    kv_indices,
+    kv_last_page_len,
+    table,
+    lengths,
+    width,
+    PAGE: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # Row b of the table, with ENTRIES for each page of sequence b, and its length in tokens.
+    b = tl.program_id(0)
+    first = tl.load(kv_indptr + b)
+    pages = tl.load(kv_indptr + b + 1) - first
+    if tl.program_id(1) == 0:
+        last = tl.load(kv_last_page_len + b)
+        tl.store(lengths + b, tl.where(pages > 0, (pages - 1) * PAGE + last, 0))
+    row = table + b.to(tl.int64) * width
+    for begin in tl.range(tl.program_id(1) * BLOCK, pages * ENTRIES, tl.num_programs(1) * BLOCK):
+        at = begin + tl.arange(0, BLOCK)
+        live = at < pages * ENTRIES
+        page = tl.load(kv_indices + first + at // ENTRIES, mask=live, other=0)
+        tl.store(row + at, page * ENTRIES + at % ENTRIES, mask=live)
+
+
+@triton.jit
+def lse_kernel(
+    partial, lse, splits, GROUP: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr
+):
+    # log2 of the sum of exponentials of the heads of one sequence that share a KV head. The last two numbers
+    # of a split's WIDTH are its maximum and its sum; the maximum is -inf where there was no token.
+    at = tl.program_id(0).to(tl.int64)
+    s, g = tl.arange(0, SPLITS)[:, None], tl.arange(0, HEADS)[None, :]
+    live = (s < splits) & (g < GROUP)
+    of_split = partial + ((at * splits + s) * GROUP + g) * WIDTH + WIDTH - 2
+    top = tl.load(of_split, mask=live, other=float("-inf"))
+    live = live & (top > float("-inf"))
+    mass = tl.load(of_split + 1, mask=live, other=0.0)
+    peak = tl.max(tl.where(live, top, -1.0e38), axis=0)
+    total = tl.sum(tl.where(live, tl.exp2(top - peak[None, :]), 0.0) * mass, axis=0)
+    some = total > 0.0
+    result = tl.where(some, peak + tl.log2(tl.where(some, total, 1.0)), float("-inf"))
+    g = tl.arange(0, HEADS)
+    tl.store(lse + at * GROUP + g, result, mask=g < GROUP)
 
 
 def run(q, k_cache, v_cache, kv_indptr, kv_indices, kv_last_page_len, sm_scale, output, lse):
     batch, heads, head_dim = q.shape
-    KV_HEADS_LINE
-    counts = kv_indptr.diff()
-    most = max(1, int(counts.max()))
-    slot = torch.arange(most, device=q.device)
-    at = (kv_indptr[:-1, None] + slot).clamp(max=max(0, kv_indices.numel() - 1))
-    table = kv_indices[at] if kv_indices.numel() else at * 0
-    lengths = torch.where(counts > 0, (counts - 1) * PAGE_SIZE + kv_last_page_len, 0).to(torch.int32)
-    TABLE_LINES
+    if batch == 0:
+        return
+    kv_heads = k_cache.shape[2 if NHD else 1]
+    if NHD:  # [pages, page_size, kv_heads, head_dim] is [tokens, kv_heads, 1, head_dim]: the same memory
+        k_cache, v_cache = (cache.view(-1, kv_heads, 1, head_dim) for cache in (k_cache, v_cache))
+    entries = PAGE_SIZE if NHD else 1  # of the table, for each page
+    most = kv_indices.numel()  # pages of a sequence
+    width = max(1, most * entries)
+    table = torch.empty(batch, width, dtype=torch.int32, device=q.device)
+    lengths = torch.empty(batch, dtype=torch.int32, device=q.device)
+    programs = triton.cdiv(width, 1024 * batch)  # of a sequence; as many as one of average length needs
+    launch(
+        table_kernel, (batch, programs), kv_indptr, kv_indices, kv_last_page_len, table, lengths, width,
+        PAGE=PAGE_SIZE, ENTRIES=entries, BLOCK=1024,
+    )
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
-    fill = math.ceil(2 * processors / (batch * kv_heads))
-    splits = max(2, min(fill, math.ceil(most * PAGE_SIZE / 64)))
+    fill = triton.cdiv(2 * processors, batch * kv_heads)
+    splits = max(2, min(fill, triton.cdiv(most * PAGE_SIZE, 64)))
     group = heads // kv_heads
-    partial = torch.empty(batch, kv_heads, splits, group, head_dim + 2, device=q.device)
-    partial[..., head_dim] = -math.inf  # of splits without a token
-    partial[..., head_dim + 1] = 0
+    partial = torch.full((batch, kv_heads, splits, group, head_dim + 2), -math.inf, device=q.device)
     tickets = torch.zeros(batch, kv_heads, dtype=torch.int32, device=q.device)
     decode_attention(
         q, k_cache, v_cache, table, lengths, float(sm_scale), splits, partial, tickets, output
     )
-    top, mass = partial[..., head_dim], partial[..., head_dim + 1]
-    lse.copy_((torch.logsumexp(top * math.log(2) + mass.log(), dim=2) / math.log(2)).flatten(1))
+    launch(
+        lse_kernel, (batch * kv_heads,), partial, lse, splits,
+        GROUP=group, HEADS=triton.next_power_of_2(group), WIDTH=head_dim + 2,
+        SPLITS=triton.next_power_of_2(splits),
+    )
 '''
-NHD_LINES = """\
-# [pages, page_size, kv_heads, head_dim] as pages of one token: the same memory.
-    k_cache, v_cache = (cache.view(-1, kv_heads, 1, head_dim) for cache in (k_cache, v_cache))
-    table = (table[:, :, None] * PAGE_SIZE + torch.arange(PAGE_SIZE, device=q.device)).flatten(1)
-    table = table.to(torch.int32)"""
 
 
 @dataclass(frozen=True)
@@ -280,13 +337,8 @@ def main_of(subject: Subject) -> str:
     simple = {"gemm_n*_k*": MAIN_GEMM, "rmsnorm_h*": MAIN_NORM, "fused_add_rmsnorm_h*": MAIN_ADDED_NORM}
     if kind in simple:
         return simple[kind]
-    nhd = list(subject.layout) == NHD
-    text = MAIN_DECODE.replace(
-        "VIEW\n", "The kernel's layout is HND: a cache in NHD is read as one with pages of one token.\n" * nhd
-    )
-    text = text.replace("KV_HEADS_LINE", f"kv_heads = k_cache.shape[{2 if nhd else 1}]")
-    text = text.replace("TABLE_LINES", NHD_LINES if nhd else "table = table.to(torch.int32)")
-    return text.replace("PAGE_SIZE", str(subject.sizes["page_size"]))
+    constants = f"PAGE_SIZE, NHD = {subject.sizes['page_size']}, {list(subject.layout) == NHD}"
+    return MAIN_DECODE.replace("CONSTANTS", constants)
 
 
 def workload_of(subject: Subject, batch: int, context: int | None) -> tuple[Workload, dict]:

@@ -5,16 +5,22 @@ More sequences wait than there are rows, so that a row whose sequence ends is gi
 measured begins when the first rows are full, and ends when no sequence waits: what a server under load gives,
 without its beginning and its end.
 
-Beside it stands the ideal: all rows always full, no prefills, and each step as long as its graph alone. That
-graph is timed with the contexts that the rows had in a step in the middle. `us` is the time of a step in
-the queue, from the end of what the device did before to its own end; it has the copy of the tokens, and
-whatever the host keeps the device waiting for.
+Beside it stands the ideal: all rows always full, no prefills, and each step as long as its graph alone.
+
+What a step costs in the queue beside its graph is told of steps with all rows full and contexts near the
+median, for steps of all contexts differ by more than the queue adds; the graph is timed with the contexts of
+the one in the middle. `us` is their median, from the end of what the device did before to its own end: it
+has the copy of the tokens, what changes for rows that come and go, and whatever the host keeps the device
+waiting for. A prefill before a step is no part of it. But where the host has not launched the step when the
+prefill ends, the device waits: this lies in the steps after prefills, which `us` counts like all others.
+`after_prefill_us` is the median of these alone.
 """
 
 from __future__ import annotations
 
 import math
 import random
+import statistics
 from dataclasses import dataclass
 
 from lab.errors import LabError, error_text
@@ -105,7 +111,9 @@ def told(row: ServingRow) -> str:
         return said + row.error
     return said + (
         f"{row.tokens_per_s:,.0f} tokens/s, {row.of_ideal:.0%} of the ideal; a step takes {row.us:.0f} us, "
-        f"its graph {row.graph_us:.0f} ({row.of_graph - 1:+.1%}); prefills {row.prefill_share:.0%} of time"
+        f"its graph {row.graph_us:.0f} ({row.of_graph - 1:+.1%})"
+        + (f", after a prefill {row.after_prefill_us:.0f}" if row.after_prefill_us else "")
+        + f"; prefills {row.prefill_share:.0%} of time"
     )
 
 
@@ -116,10 +124,11 @@ class Step:
     begin: Mark
     end: Mark
     contexts: list[int]
+    after_prefill: bool
 
     @property
-    def ms(self) -> float:
-        return self.end.since(self.begin)
+    def us(self) -> float:
+        return 1e3 * self.end.since(self.begin)
 
 
 def _fill(row: ServingRow, rig, weights, count: int) -> None:
@@ -140,13 +149,15 @@ def _fill(row: ServingRow, rig, weights, count: int) -> None:
         steps = run(queue)
     finally:
         queue.clear()
-    full = sorted((step for step in steps if len(step.contexts) == row.batch), key=lambda s: sum(s.contexts))
-    if not full:
+    alike = near_the_median([step for step in steps if len(step.contexts) == row.batch])
+    if not alike:
         raise LabError("no step had all rows full: the sequences are too short")
-    for field, value in timing.summarize([1e3 * step.ms for step in full]).fields().items():
+    for field, value in timing.summarize([step.us for step in alike]).fields().items():
         setattr(row, field, value)
+    if after := [step.us for step in alike if step.after_prefill]:
+        row.after_prefill_us = statistics.median(after)
     sum_up(row, steps, queue)
-    fill_rows(decoder, full[len(full) // 2].contexts)
+    fill_rows(decoder, alike[len(alike) // 2].contexts)
     graph = timed_step(decoder, "graph")
     limits = (2, 5) if rig.device == "cpu" else (20, 300)
     row.graph_us = timing.measure({"graph": graph}, 4 * rig.seconds, *limits)["graph"].us
@@ -154,6 +165,12 @@ def _fill(row: ServingRow, rig, weights, count: int) -> None:
     row.of_graph = row.us / row.graph_us
     row.ideal_tokens_per_s = row.batch / row.graph_us * 1e6
     row.of_ideal = row.tokens_per_s / row.ideal_tokens_per_s
+
+
+def near_the_median(steps: list[Step]) -> list[Step]:
+    """The fifth in the middle of all steps, in order of the tokens that they attended to."""
+    ordered = sorted(steps, key=lambda step: sum(step.contexts))
+    return ordered[2 * len(steps) // 5 : -(-3 * len(steps) // 5)]
 
 
 def run(queue: Queue) -> list[Step]:
@@ -164,7 +181,8 @@ def run(queue: Queue) -> list[Step]:
         queue.step()
         step = queue.in_flight
         contexts = [len(task.prompt_ids) + task.launched - 1 for _, task in step.tasks]
-        steps.append(Step(step.begin, step.end, contexts))
+        after_prefill = not steps or step.begin is not steps[-1].end
+        steps.append(Step(step.begin, step.end, contexts, after_prefill))
     queue.in_flight.end.wait()
     return steps
 
@@ -176,5 +194,5 @@ def sum_up(row: ServingRow, steps: list[Step], queue: Queue) -> None:
     row.tokens, row.seconds, row.tokens_per_s = tokens, ms / 1e3, tokens / ms * 1e3
     row.context = round(sum(sum(step.contexts) for step in steps) / tokens)
     row.rows_used = tokens / (len(steps) * row.batch)
-    row.prefill_share = max(0.0, 1 - sum(step.ms for step in steps) / ms)
+    row.prefill_share = max(0.0, 1 - sum(step.us for step in steps) / (1e3 * ms))
     row.paused = queue.paused

@@ -13,8 +13,6 @@ import importlib.util
 import inspect
 import os
 import re
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from lab.contract import Op
 from lab.dispatch import bind
 from lab.errors import LabError
 from lab.files import python_module, regular_file
+from lab.processes import run_group
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SETUP = [sys.executable, str(ROOT / "setup.py"), "--quiet", "build_ext", "--build-lib"]
@@ -135,12 +134,12 @@ def needs_no_driver(path):
         ) from None
 
 
-def build(path: Path, op: Op, device: str, folder: Path, timeout: float) -> Path:
+def build(path: Path, op: Op, device: str, folder: Path, timeout: float, memory: int | None = None) -> Path:
     """Builds the extension with the file in the place of cuda_src/<op>.cu into `folder`; returns the
     extension's path.
 
     The other objects are those at hand; what is missing of them is compiled first. Raises LabError for a file
-    that does not compile within `timeout` seconds.
+    that does not compile within `timeout` seconds and `memory` bytes.
     """
     if not (ROOT / "cuda_src" / f"{op.name}.cu").exists():
         raise LabError(f"{op.name} has no CUDA kernel")
@@ -160,13 +159,14 @@ def build(path: Path, op: Op, device: str, folder: Path, timeout: float) -> Path
         "LAB_TRY": f"{op.name}={path.resolve()}",
         "LAB_CUDA": of_device,
         "LAB_TRY_SECONDS": str(timeout),
+        "LAB_TRY_MEMORY": "" if memory is None else str(memory),
     }
-    status, said = run_group([*SETUP, str(folder)], environment)
+    status, said = run_group([*SETUP, str(folder)], environment, folder=ROOT)
     if status:
         if advice := for_the_cpu(path, said, device):
             raise LabError(f"{path}: {advice}")
-        if "not compiled within" in said:
-            raise LabError(f"{path} was not compiled within {timeout:g} s (--timeout)")
+        if over := re.search(r"compiling it took more than .*", said):
+            raise LabError(f"{path}: {over[0]}")
         sys.stderr.write(said)
         raise LabError(
             f"{path} does not compile, or lacks the launcher {op.name} of cuda_src/launchers/{op.name}.h; "
@@ -201,30 +201,6 @@ def compiled(source: Path, objects: Path) -> bool:
     # The second is the object with a GPU's shapes (LAB_HOST_GPU_SHAPES): see setup.py.
     targets = [objects / name, objects / f"gpu_shapes_{name}"]
     return any(t.exists() and t.stat().st_mtime >= source.stat().st_mtime for t in targets)
-
-
-def run_group(command, environment, timeout: float | None = None) -> tuple[int | None, str]:
-    """(exit status, output) of a command; (None, "") if it has not ended after `timeout` seconds. What it has
-    started ends with it, when this process is interrupted, too."""
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
-    try:
-        said, _ = process.communicate(timeout=timeout)
-        return process.returncode, said
-    except subprocess.TimeoutExpired:
-        return None, ""
-    finally:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
 
 
 class CudaFile:

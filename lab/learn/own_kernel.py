@@ -54,10 +54,11 @@ def main(args) -> int:
         "built": None,
         "what": str(args.file),
     }
+    memory = int(args.memory * 2**30)
     with tempfile.TemporaryDirectory(prefix="lab-try-") as folder:
         if args.file.suffix == ".cu":
-            spec["built"] = str(build(args.file, op, device, Path(folder), args.timeout))
-        with Worker(spec, args.timeout, int(args.memory * 2**30)) as worker:
+            spec["built"] = str(build(args.file, op, device, Path(folder), args.timeout, memory))
+        with Worker(spec, args.timeout, memory) as worker:
             worker.start()
             return try_in(worker, op, args, request, device)
 

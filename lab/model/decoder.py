@@ -17,8 +17,8 @@ from lab.errors import LabError
 from lab.model.kv_cache import PagedKVCache
 from lab.model.plans import find_plan
 from lab.model.plans.buffers import StepBuffers
-from lab.model.prefill import prefill
-from lab.model.sampling import GREEDY, ONE_PART, ByRow, Sampling
+from lab.model.prefill import launch_prefill, prefill
+from lab.model.sampling import GREEDY, ONE_PART, ByRow, Sampling, send
 from lab.model.weights import Weights
 
 
@@ -72,29 +72,40 @@ class Decoder:
         # by what is sampled, and of how many rows
         self.graphs: dict[tuple[Sampling | ByRow, int], tuple[torch.cuda.CUDAGraph | None, Counter]] = {}
 
-    def admit(self, row: int, ids: list[int], share: bool = False) -> None:
+    def admit(
+        self, row: int, ids: list[int], share: bool = False, ahead: int = 0, wait: bool = True
+    ) -> torch.Tensor | None:
         """Gives an idle row a sequence: prefills all but its last id, which the next step reads.
 
         share: take the full pages of a beginning that live sequences have in common with it, and let later
-        ones take its own.
+        ones take its own. ahead: tokens that follow, for which it takes pages at once. wait: until the
+        prefill has ended, and its numbers are known to be right. Without it returns what launch_prefill()
+        does, or None where nothing was prefilled: if that is false the row must be finished, and admitted
+        anew with `wait`.
 
         Raises LabError for an empty prompt, an id outside the vocabulary, a row in use and a full cache.
         """
         self.check(ids)
         if row in self.live_rows:
             raise LabError(f"row {row} of the batch already holds a sequence")
-        before = ids[:-1]
-        if before:
-            try:
-                known = self.cache.share(row, before) if share else 0
-                if before[known:]:
-                    prefill(self.weights, self.cache, self.buffers.cos_sin, row, before[known:])
-                if share:
-                    self.cache.offer(row, before)
-            except BaseException:
-                self.cache.release(row)  # the row stays idle and empty
-                raise
-        self.place(row, ids[-1])
+        before, finite = ids[:-1], None
+        try:
+            known = self.cache.share(row, before) if share and before else 0
+            # All but the prefill comes before it, so that no more than the next step must be launched after.
+            self.cache.reserve({row: len(before) - known + ahead})
+            if share:
+                self.cache.offer(row, before)
+            self._set(row, ids[-1], len(before))
+            if before[known:]:
+                given = self.weights, self.cache, self.buffers.cos_sin, row, before[known:]
+                if wait:
+                    prefill(*given)
+                else:
+                    finite = launch_prefill(*given)
+        except BaseException:
+            self.finish(row)  # the row stays idle and empty
+            raise
+        return finite
 
     def check(self, ids: list[int]) -> None:
         """Raises LabError unless `ids` are a prompt that this model and this cache can take."""
@@ -117,26 +128,24 @@ class Decoder:
     def place(self, row: int, token: int) -> None:
         """Makes a row live: the next step reads `token`, which follows the tokens that the cache holds for
         the row. Benchmarks fill the cache themselves and call this alone."""
-        length = self.cache.lengths[row]
-        self.ids[row] = token
-        self.positions[row], self.context_lens[row] = length, length + 1
-        self.live[:, row] = 1
+        self._set(row, token, self.cache.lengths[row])
+
+    def _set(self, row: int, token: int, length: int) -> None:
+        """length: tokens that the cache holds for the row when the next step runs."""
+        send(self.buffers.of_rows[:, row], [token, length, length + 1, 1, 1])
         self.live_rows.add(row)
 
     def finish(self, row: int) -> None:
         """Ends a row's sequence: the row is idle and its pages are free."""
-        self.positions[row], self.context_lens[row] = -1, 0
-        self.live[:, row] = 0
+        self.buffers.of_rows[1:, row] = self.buffers.idle
         self.live_rows.discard(row)
         self.cache.release(row)
 
     def move(self, source: int, to: int) -> None:
         """A live row's sequence goes on in an idle row."""
-        for tensor in (self.ids, self.positions, self.context_lens):
-            tensor[to] = tensor[source]
+        self.buffers.of_rows[:, to] = self.buffers.of_rows[:, source]
         self.cache.move(source, to)
         self.buffers.rows.move(source, to)
-        self.live[:, to] = 1
         self.live_rows.add(to)
         self.finish(source)
 
@@ -192,8 +201,8 @@ class Decoder:
             self.buffers.rows.allocate_penalties()
         trace = self.ops.trace
         before = Counter(trace.counts) if trace is not None else Counter()
-        saved = [(t, t.clone()) for t in (self.ids, self.state, self.live)]
-        self.ids.zero_(), self.state[0].fill_(-1), self.state[1].zero_(), self.live.zero_()
+        saved = self.buffers.of_rows.clone()
+        self.buffers.of_rows.zero_(), self.state[0].fill_(-1)
         stream = torch.cuda.Stream(self.device)  # capture needs a CUDA stream other than the default one
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
@@ -206,7 +215,6 @@ class Decoder:
                 self.run_plan(sampling, rows)
         launches = Counter(trace.counts) - warm if trace is not None else Counter()
         self.graphs[sampling, rows or self.batch] = graph, launches
-        for tensor, value in saved:
-            tensor.copy_(value)
+        self.buffers.of_rows.copy_(saved)
         if trace is not None:
             trace.counts = before

@@ -11,7 +11,7 @@ captured CUDA graph keeps working while sequences grow. A quantised cache holds 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 
@@ -116,11 +116,19 @@ class PagedKVCache:
         are too few."""
         self.extend_all([sequence], tokens)
 
-    def extend_all(self, sequences: Iterable[int], tokens: int) -> None:
+    def extend_all(self, sequences: Collection[int], tokens: int) -> None:
         """extend() for several sequences. Raises LabError, changing nothing, unless all can grow."""
-        grown, free = [], len(self.free)
+        self.reserve(dict.fromkeys(sequences, tokens))
         for sequence in sequences:
-            length, missing = self.lengths[sequence] + tokens, self.missing(sequence, tokens)
+            self.lengths[sequence] += tokens
+
+    def reserve(self, wanted: Mapping[int, int]) -> None:
+        """Gives sequences the pages for more tokens, without those tokens yet. wanted: how many, by sequence.
+        Raises LabError, changing nothing, unless all can have them."""
+        grown, free = [], len(self.free)
+        for sequence, tokens in wanted.items():
+            length = self.lengths[sequence] + tokens
+            missing = -(-length // self.page_size) - len(self.held[sequence])
             if length > self.max_context:
                 advice = (
                     "all that the model was made for"
@@ -136,17 +144,17 @@ class PagedKVCache:
                     f"the KV cache is full: sequence {sequence} needs {missing} more page(s) of "
                     f"{self.page_size} tokens and {free} of {self.pages} are free"
                 )
-            free -= missing
-            grown.append((sequence, length, missing))
+            if missing > 0:
+                free -= missing
+                grown.append((sequence, missing))
         places, new = [], []  # in the flattened block table, and the pages that go there
-        for sequence, length, missing in grown:
+        for sequence, missing in grown:
             held = self.held[sequence]
             for _ in range(missing):
                 places.append(sequence * self.max_pages + len(held))
                 held.append(self.free.pop())
                 new.append(held[-1])
                 self.holders[held[-1]] = 1
-            self.lengths[sequence] = length
         if new:
             # One copy for all rows, and no blocking one: it would wait for the step that the device works on.
             both = torch.tensor([places, new]).to(self.block_table.device, non_blocking=True)

@@ -31,7 +31,24 @@ def prefill(
         _chunk(weights, cache, cos_sin, sequence, ids[at : at + CHUNK], start + at)
         for at in range(0, len(ids), CHUNK)
     ]
-    return torch.cat(hidden)
+    return torch.cat(hidden) if len(hidden) > 1 else hidden[0]
+
+
+@torch.inference_mode()
+def launch_prefill(
+    weights: Weights, cache: PagedKVCache, cos_sin: torch.Tensor, sequence: int, ids: list[int]
+) -> torch.Tensor:
+    """prefill() for a caller that does not wait for the device. Returns whether all keys and values of `ids`
+    are finite, bool [] on the device. Where they are not, those in the cache are wrong: prefill() writes the
+    right ones to a sequence that begins anew.
+    """
+    start = cache.lengths[sequence]
+    cache.extend(sequence, len(ids))
+    finite = [
+        _layers(weights, cache, cos_sin, sequence, ids[at : at + CHUNK], start + at, attend_to_finite)[1]
+        for at in range(0, len(ids), CHUNK)
+    ]
+    return torch.stack(finite).all()
 
 
 def _chunk(

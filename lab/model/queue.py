@@ -9,7 +9,9 @@ prefilled anew.
 Tokens are read one step late: while the device works on a step, the host reads what the step before gave. So
 the device never waits for the host. It follows that a sequence which ends at a stop token has a row in one
 more step, whose token is dropped; how many tokens a sequence may have at most is known beforehand and costs
-none.
+none. A prefill, too, is launched as if its numbers were finite, and the step after it is launched before the
+host reads whether they are; if not, the sequence is prefilled again with more care, and that step's token of
+it is dropped.
 
 The time of a step is from the end of what the device did before (a step, or a prefill) to its own end, so the
 times of a sequence's steps leave out the prefills of others. On a GPU the device itself notes these ends.
@@ -56,6 +58,7 @@ class Task:
     prefill_ms: float = 0.0
     decode_ms: list[float] = field(default_factory=list)
     prefills: list[tuple[Mark, Mark]] = field(default_factory=list)  # not yet part of prefill_ms
+    careful: bool = False  # whether prefill found numbers that are not finite
 
 
 class Mark:
@@ -102,8 +105,13 @@ class Queue:
         self.waiting: deque[Task] = deque()
         self.running: dict[int, Task] = {}  # by row
         self.in_flight: Launched | None = None
+        # The latest prefill, as long as the host has not read whether it is right.
+        self.prefilled: tuple[Task, torch.Tensor, Mark] | None = None
         self.last = Mark(decoder.device)  # of the latest work
         self.submitted = self.paused = 0  # how many so far
+        self.steps_left = 0  # for so many steps all running rows have pages
+        self.tasks: list[tuple[int, Task]] = []  # those that ran in the latest step, and its kind
+        self.kind: Sampling | ByRow = GREEDY
         self.sizes = [size for size in SIZES if size < decoder.batch] + [decoder.batch]
 
     def prepare(self, kind: Sampling | ByRow = GREEDY) -> None:
@@ -162,7 +170,7 @@ class Queue:
 
     def clear(self) -> None:
         """Cancels everything."""
-        self.in_flight = None
+        self.in_flight = self.prefilled = None
         for task in [*self.waiting, *self.running.values()]:
             self.cancel(task)
 
@@ -173,60 +181,106 @@ class Queue:
         launched = self._launch() if self.running else None
         self._read()
         self.in_flight = launched
+        self._check_prefill()
         return bool(self.waiting or self.running or self.in_flight)
 
     def _admit(self) -> None:
-        idle = [row for row in range(self.decoder.batch) if row not in self.running]
+        idle = self._idle()
         while idle and self.waiting:
             task = self.waiting[0]
             ids = task.prompt_ids + task.output_ids
-            lacking = pages_for(len(ids), self.cache.page_size) - len(self.cache.shared_pages(ids[:-1]))
-            # A page for each running row is left, or the newcomer would soon be paused again.
-            if lacking + len(self.running) > len(self.cache.free):
+            size, shared = self.cache.page_size, len(self.cache.shared_pages(ids[:-1]))
+            # The next page of each running row is left, or the newcomer would soon be paused again.
+            free = len(self.cache.free) - self._lacking(size)
+            if pages_for(len(ids), size) - shared > free:
                 break
+            if self._check_prefill():  # of the one before, whose pages this one may share
+                idle = self._idle()
+                continue
+            ahead = min(size, task.max_new_tokens - task.launched)
+            if pages_for(len(ids) - 1 + ahead, size) - shared > free:
+                ahead, self.steps_left = 1, 0
             self.waiting.popleft()
             row = idle.pop(0)
+            self.decoder.buffers.rows.set(row, task.sampling, task.prompt_ids, task.output_ids)
             before = Mark(self.decoder.device)
-            self.decoder.admit(row, ids, share=True)
+            finite = self.decoder.admit(row, ids, share=True, ahead=ahead, wait=task.careful)
+            copies = [] if finite is None else self._to_host([finite[None]], 1)
             self.last = Mark(self.decoder.device)
             task.prefills.append((before, self.last))
-            self.decoder.buffers.rows.set(row, task.sampling, task.prompt_ids, task.output_ids)
             self.running[row] = task
+            if copies:
+                self.prefilled = task, copies[0], self.last
         # A step of a smaller size costs less, so the highest rows move down where that makes a difference.
         while self.running and self._size(len(self.running)) < self._size(max(self.running) + 1):
             source, to = max(self.running), idle.pop(0)
             self.decoder.move(source, to)
             self.running[to] = self.running.pop(source)
 
+    def _idle(self) -> list[int]:
+        return [row for row in range(self.decoder.batch) if row not in self.running]
+
+    def _check_prefill(self) -> bool:
+        """Waits for the latest prefill. Where it was wrong, its sequence goes back to the queue. Returns
+        whether that happened."""
+        if self.prefilled is None:
+            return False
+        (task, finite, end), self.prefilled = self.prefilled, None
+        end.wait()
+        if finite.item() or task.stopped_by is not None:
+            return False
+        task.careful = True
+        if self.in_flight is not None and any(task is other for _, other in self.in_flight.tasks):
+            self.in_flight.tasks = [pair for pair in self.in_flight.tasks if pair[1] is not task]
+            task.launched -= 1
+        if task not in self.waiting:  # where it is if it was paused
+            self._leave(task)
+            self.waiting.appendleft(task)
+        return True
+
     def _size(self, rows: int) -> int:
         return next(size for size in self.sizes if size >= rows)
 
     def _make_room(self) -> None:
-        """Pauses the youngest sequences until the others have pages for a step."""
-
-        def lacking() -> bool:
-            missing = sum(self.cache.missing(row, 1) for row in self.running)
-            return missing > len(self.cache.free)
-
-        if lacking():
+        """Pauses the youngest sequences until the others have pages for a step. Where pages are plenty, the
+        rows get those of several steps at once: of 64 rows with pages of 16 tokens four need a new one in
+        each step, and each time the device would have to change the block table before that step."""
+        if self.steps_left:
+            return
+        free = self.cache.free
+        if self._lacking(1) > len(free):
             self._read()  # to pause a sequence, all its tokens must be known; and some may have ended
-        while lacking():
+        while self._lacking(1) > len(free):
             row = max(self.running, key=lambda row: self.running[row].number)
             task = self.running.pop(row)
             self.decoder.finish(row)
             self.waiting.appendleft(task)
             self.paused += 1
+        ahead = self.cache.page_size
+        self.steps_left = ahead if self._lacking(ahead) <= len(free) else 1
+        self.cache.reserve(self._tokens(self.steps_left))
+
+    def _tokens(self, steps: int) -> dict[int, int]:
+        """How many tokens each running row gets in so many steps; none after its last one."""
+        return {row: min(steps, task.max_new_tokens - task.launched) for row, task in self.running.items()}
+
+    def _lacking(self, steps: int) -> int:
+        """How many pages the running rows lack for so many steps."""
+        return sum(self.cache.missing(row, tokens) for row, tokens in self._tokens(steps).items())
 
     def _launch(self) -> Launched:
-        kind = ByRow.of([task.sampling for task in self.running.values()])
-        size = self._size(max(self.running) + 1)
+        tasks = list(self.running.items())
+        if tasks != self.tasks:
+            self.tasks, self.kind = tasks, ByRow.of([task.sampling for _, task in tasks])
+        kind, size = self.kind, self._size(max(self.running) + 1)
         self.decoder.step(kind, size)
+        self.steps_left -= 1
         found, rows = [self.decoder.ids], self.decoder.buffers.rows
         if isinstance(kind, ByRow) and kind.logprobs:
             found += [rows.logprob, rows.top_tokens, rows.top_logprobs]
         copies = self._to_host(found, size)
         begin, self.last = self.last, Mark(self.decoder.device)
-        launched = Launched(list(self.running.items()), copies, begin, self.last)
+        launched = Launched(tasks, copies, begin, self.last)
         for row, task in launched.tasks:
             task.launched += 1
             if task.launched == task.max_new_tokens:  # nothing that is read later can change that

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
 
@@ -74,7 +75,7 @@ class Sampling:
         """Whether more is asked for than where the largest logit is: a rank of several has a part of them."""
         return not self.greedy or self.logprobs is not None
 
-    @property
+    @cached_property  # asked of each row whenever the rows of a batch change
     def adjusts(self) -> bool:
         """Whether it changes logits."""
         penalties = self.repetition_penalty, self.presence_penalty, self.frequency_penalty
@@ -136,12 +137,15 @@ class RowSampling:
     def __init__(self, batch: int, vocab: int, device):
         self.batch, self.vocab, self.device = batch, vocab, device
         self.table = torch.zeros(batch, TABLE_COLUMNS, dtype=torch.int32, device=device)
-        self.table[:] = torch.tensor(table_row(0.0, 0, 1.0, 0, 0.0), dtype=torch.int32)
+        greedy = table_row(0.0, 0, 1.0, 0, 0.0)
+        self.table[:] = torch.tensor(greedy, dtype=torch.int32)
+        self.known = [greedy] * batch  # the table, on the host
         most = min(MAX_LOGPROBS, vocab)
         self.logprob = torch.zeros(batch, device=device)
         self.top_logprobs = torch.zeros(batch, most, device=device)
         self.top_tokens = torch.zeros(batch, most, dtype=torch.int64, device=device)
         self.penalties = None  # float32 [3, batch, 1]: repetition, presence, frequency
+        self.adjusted_rows: set[int] = set()  # all whose penalties or biases may change logits
 
     @torch.inference_mode(False)  # a step may allocate them, and what follows a step writes to them, too
     def allocate_penalties(self) -> None:
@@ -167,15 +171,19 @@ class RowSampling:
         s = sampling
         own = table_row(s.temperature, s.top_k, s.top_p, s.seed, s.min_p)
         # All copies to the device are asynchronous: a blocking one would wait for the step that it works on.
-        send(self.table[row], own)
-        if not s.adjusts and self.penalties is None:
+        if own != self.known[row]:
+            self.known[row] = own
+            send(self.table[row], own)
+        if not s.adjusts and row not in self.adjusted_rows:
             return
         self.allocate_penalties()
         numbers = [s.repetition_penalty, s.presence_penalty, s.frequency_penalty]
         send(self.penalties[:, row, 0], numbers)
         self.in_prompt[row], self.counts[row], self.bias[row] = False, 0, 0.0
         if not s.adjusts:
+            self.adjusted_rows.discard(row)
             return
+        self.adjusted_rows.add(row)
         indices = lambda ids: torch.tensor(ids, dtype=torch.int64).to(self.device, non_blocking=True)
         self.in_prompt[row, indices(list(prompt))] = True
         ones = torch.ones(len(output), dtype=torch.int32, device=self.device)
@@ -187,8 +195,11 @@ class RowSampling:
 
     def move(self, source: int, to: int) -> None:
         """A row's sequence goes on in another row."""
-        self.table[to] = self.table[source]
-        if self.penalties is not None:
+        if self.known[to] != self.known[source]:
+            self.known[to] = self.known[source]
+            self.table[to] = self.table[source]
+        if self.adjusted_rows & {source, to}:
+            self.adjusted_rows.add(to)
             self.penalties[:, to] = self.penalties[:, source]
             for tensor in (self.in_prompt, self.counts, self.bias):
                 tensor[to] = tensor[source]

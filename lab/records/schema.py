@@ -28,7 +28,8 @@ GPU).
    "weight_bytes":2471000000,"kv_bytes":33554432,"workspace_bytes":1000000,"steady_bytes":2600000000,
    "peak_bytes":2700000000,"page_utilisation":0.98,"linearity":1.0}
 `serving`: many sequences that take turns in the rows of a batch (lab/harness/serving_bench.py). `us` is the
-  time of a step with all rows full in the queue, `graph_us` that of its graph alone.
+  time of a step in the queue, with all rows full and contexts near the median, `graph_us` that of its graph
+  alone.
   {"schema":1,"kind":"serving","run":"...","model":"llama-3.2-1b","backend":"cuda","plan":"fused","dtype":"bf16",
    "batch":16,"lengths":"azure-chat-2023","scale":1.0,"timer":"event","us":1010.0,"us_p10":1000.0,"us_p90":1050.0,
    "n":2400,"graph_us":1000.0,"of_graph":1.01,"tokens_per_s":12000.0,"ideal_tokens_per_s":16000.0,"of_ideal":0.75,
@@ -301,10 +302,11 @@ class ServingRow:
     weights: str = "random"  # random | file
     weight_format: str | None = None  # as in model records
     kv_dtype: str | None = None  # as in model records
-    us: float | None = None  # of a step with all rows full, in the queue
+    us: float | None = None  # of a step in the queue, with all rows full and contexts near the median
     us_p10: float | None = None
     us_p90: float | None = None
     n: int | None = None
+    after_prefill_us: float | None = None  # of those that follow a prefill
     graph_us: float | None = None  # of that step's graph, replayed alone
     of_graph: float | None = None  # us / graph_us
     tokens_per_s: float | None = None  # all rows together, prefills included

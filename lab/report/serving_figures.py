@@ -4,14 +4,15 @@ from lab.report import style
 from lab.report.figures import Figure, amount, command, conditions, legend, log_ticks, names, plain_log, table
 
 COLUMNS = (
-    "backend plan batch weight_format kv_dtype tokens_per_s ideal_tokens_per_s ideal us graph_us more used "
-    "prefills context sequences tokens paused n"
+    "backend plan batch weight_format kv_dtype tokens_per_s ideal_tokens_per_s ideal us after_prefill_us "
+    "graph_us more used prefills context sequences tokens paused n"
 )
 HEADS = {
     "tokens_per_s": "tokens / s",
     "ideal_tokens_per_s": "ideal tokens / s",
     "ideal": "of the ideal (%)",
     "us": "step in the queue (us)",
+    "after_prefill_us": "after a prefill (us)",
     "graph_us": "its graph alone (us)",
     "more": "more than its graph (%)",
     "used": "rows used (%)",

@@ -48,7 +48,9 @@ class StepBuffers:
     """Activations have the model's dtype and shape [batch, ...].
 
     ids int32 [batch]: the token that the step reads, then the one it sampled. logits float32 [batch, vocab].
-    positions, context_lens int32 [batch]: of each row's sequence; -1 and 0 for an idle row. weights: each
+    positions, context_lens int32 [batch]: of each row's sequence; -1 and 0 for an idle row. of_rows int32
+    [5, batch or a little more]: the memory of all of these and of what a step adds to the latter two, so that
+    of_rows[:, b] is the state of row b; idle int32 [4]: of_rows[1:, b] of an idle row. weights: each
     matrix as the ops take it (Weights.operands), found once and not in every step. blocks: for every layer
     its weights, its Projections, its K and V cache, their scales (none, or two), and the weight of the norm
     that follows it.
@@ -110,15 +112,16 @@ class StepBuffers:
             self.exchange = weights.group.exchange(max(of_a_sum, 2 * batch))
             self.first_row = weights.group.rank * parts["lm_head"].rows
         self.logits = buffer(batch, parts["lm_head"].rows, dtype=torch.float32)
-        self.ids = buffer(batch, dtype=torch.int32)
         self.block_table = cache.block_table
         self.rows = RowSampling(batch, parts["lm_head"].rows, device)
-        # Rows of one tensor, so that one add advances both; padded, so that each begins at 16 bytes.
-        self.state = buffer(2, -(-batch // 4) * 4, dtype=torch.int32)
-        # What a step adds to state: 1 for live rows, 0 for idle ones.
-        self.live = buffer(2, self.state.shape[1], dtype=torch.int32)
+        # Rows of one tensor, so that one copy sets all of a sequence and one add advances positions and
+        # lengths; padded, so that each begins at 16 bytes.
+        self.of_rows = buffer(5, -(-batch // 4) * 4, dtype=torch.int32)
+        self.ids, self.state = self.of_rows[0, :batch], self.of_rows[1:3]
+        self.live = self.of_rows[3:]  # what a step adds to state: 1 for live rows, 0 for idle ones
         self.positions, self.context_lens = self.state[0, :batch], self.state[1, :batch]
         self.state[0] = -1  # idle: see lab/ops/kv_append.py
+        self.idle = self.of_rows[1:, 0].clone()
         layers = self.weights.layers
         next_norms = [layer.attn_norm for layer in layers[1:]] + [weights.final_norm]
         scales = [()] * len(layers)
