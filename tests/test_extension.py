@@ -243,8 +243,7 @@ def test_a_kernel_that_was_removed_is_no_longer_noted(small_project):
     assert "cuda_src/extra.cu" not in build(small_project).info["sources"]
 
 
-# A file with two parts, and what stands for nvcc: g++ without the options that it does not know. As nvcc, it
-# takes a comma in -D for the beginning of another macro, unless a backslash stands before it.
+# A file with two parts, and what stands for nvcc: g++ without the options that it does not know.
 IN_PARTS = """#include "header.h"
 template <typename T, int N>
 void part_of(int& sum) { sum += N * int(sizeof(T)); }
@@ -263,8 +262,7 @@ NVCC = """#!/usr/bin/env python3
 import re, subprocess, sys
 words = [w for w in sys.argv[1:] if not re.match("-(gencode|Xptxas|lineinfo|cudart|Xcompiler)", w)]
 words = ["c++" if w == "cu" else w for w in words]
-words = [m for w in words for m in (re.split(r"(?<!\\\\),", w) if w.startswith("-D") else [w])]
-sys.exit(subprocess.call(["g++", "-fPIC", *[w.replace("\\\\,", ",") for w in words]]))
+sys.exit(subprocess.call(["g++", "-fPIC", *words]))
 """
 
 
