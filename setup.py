@@ -44,6 +44,7 @@ from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
+import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, SetupError
@@ -214,10 +215,19 @@ def built_with_gpu_shapes() -> str:
 
 
 def bindings(cxx: list[str], name: str, flags: list[str]) -> Unit:
-    """What Python calls: the same for both modules but for their name; one object per Python."""
-    includes = f"-I{sysconfig.get_paths()['include']}"
-    command = [*cxx, "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", f"-DLAB_MODULE={name}", includes]
-    return Unit(SOURCES / "bindings.cpp", [*command, *flags], f"bindings.{sysconfig.get_config_var('SOABI')}")
+    """What Python calls, by pybind11: the same for both modules but for their name; one object per Python."""
+    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+    command = [
+        *cxx,
+        "-std=c++17",
+        "-O1",
+        "-fPIC",
+        "-fvisibility=hidden",
+        f"-DLAB_MODULE={name}",
+        *includes,
+        *flags,
+    ]
+    return Unit(SOURCES / "bindings.cpp", command, f"bindings.{sysconfig.get_config_var('SOABI')}")
 
 
 def shared_library(cxx: list[str]) -> list[str]:

@@ -11,7 +11,7 @@
 // of 300 times 100 calls:
 //
 //                                                              27 values   10 values
-//   27 or 10 positional numbers of a pybind11 function              0.98        0.53
+//   27 or 10 positional numbers of a pybind11 function (before)     0.98        0.53
 //   this: keywords of a METH_FASTCALL function, groups as tuples    0.85        0.37
 //   the same, but all 27 as keywords                                1.57
 //   keywords of a pybind11 function (py::arg)                       4.66
@@ -23,17 +23,16 @@
 // A call passes its keywords as an array of values and a tuple of interned names, so that a name is
 // recognised by its address. But with more than 15 keywords CPython's compiler first makes a dict of them,
 // which costs as much again. So no launcher has more than 15, and values that belong together form a group.
-//
-// CPython's own interface, because pybind11's headers take the compiler 4 of 6 seconds.
 #pragma once
-#include <Python.h>
+#include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
-#include <utility>
 #include <vector>
 
 #include "groups.h"
@@ -41,40 +40,7 @@
 
 namespace lab::named {
 
-// ---- Python's errors and C++'s --------------------------------------------------------------------------
-
-struct PythonError {};  // thrown where a Python error is set
-
-// A reference that this owns.
-class Ref {
- public:
-  // object: what a function of Python returned; null where it has set an error.
-  explicit Ref(PyObject* object) : object_(object) {
-    if (!object) throw PythonError{};
-  }
-  Ref(const Ref&) = delete;
-  ~Ref() { Py_XDECREF(object_); }
-  operator PyObject*() const { return object_; }
-  PyObject* get() const { return object_; }
-  PyObject* release() { return std::exchange(object_, nullptr); }
-
- private:
-  PyObject* object_;
-};
-
-// What f() returns; null, with a Python error set, if it throws.
-template <typename F>
-PyObject* returned(F f) {
-  try {
-    return f();
-  } catch (const PythonError&) {
-  } catch (const std::invalid_argument& error) {
-    PyErr_SetString(PyExc_ValueError, error.what());
-  } catch (const std::exception& error) { PyErr_SetString(PyExc_RuntimeError, error.what()); }
-  return nullptr;
-}
-
-// ---- values ---------------------------------------------------------------------------------------------
+namespace py = pybind11;
 
 constexpr size_t kMostKeywords = 15;  // half of CPython's STACK_USE_GUIDELINE: names and values
 
@@ -122,13 +88,6 @@ bool read_at(PyObject* value, void* field) {
   return read_value(value, *static_cast<T*>(field));
 }
 
-// How many names there are in a list of names separated by commas.
-constexpr size_t count_of(const char* listed) {
-  size_t count = 1;
-  for (; *listed; ++listed) count += *listed == ',';
-  return count;
-}
-
 struct Field {
   PyObject* name;  // interned
   size_t offset;   // in the struct
@@ -150,141 +109,130 @@ struct Signature<void (*)(int rung, const Struct&)> {
   static constexpr int kPositional = 1;
 };
 
-// The fields of a launcher's struct, as OP lists them: called with references to them.
+// The fields of a launcher's struct, as OP lists them: called with references to them and with their names.
 struct FieldList {
-  const char* begin;   // of the struct
-  const char* listed;  // the names that are left, separated by commas
+  const char* begin;  // of the struct
+  std::istringstream words;
   std::vector<Field> fields;
 
+  FieldList(const void* args, const char* listed) : begin(static_cast<const char*>(args)), words(listed) {}
   template <typename... T>
   void operator()(T&... each) {
     (add(reinterpret_cast<const char*>(&each) - begin, &read_at<T>), ...);
   }
   void add(size_t offset, bool (*read)(PyObject*, void*)) {
-    while (*listed == ' ' || *listed == ',') ++listed;
-    const char* end = listed;
-    while (*end && *end != ',') ++end;
-    fields.push_back({PyUnicode_InternFromString(std::string(listed, end).c_str()), offset, read});
-    listed = end;
+    std::string word;
+    std::getline(words >> std::ws, word, ',');
+    fields.push_back({PyUnicode_InternFromString(word.c_str()), offset, read});
   }
 };
 
-using Call = PyObject* (*)(PyObject* self, PyObject* const* values, Py_ssize_t positional, PyObject* names);
+// How many names there are in a list of names separated by commas.
+constexpr size_t count_of(const char* listed) {
+  size_t count = 1;
+  for (; *listed; ++listed) count += *listed == ',';
+  return count;
+}
 
-// The Python function of a launcher, but for what depends on the type of its struct.
-struct Function {
-  std::string name, signature, documentation;
-  std::vector<Field> fields;
-  int positional = 0;
-  PyMethodDef definition{};
+// The Python function of one launcher. Fields is the launcher's struct of arguments with a method each() that
+// passes all its fields to a FieldList, and count(), their number.
+template <auto launcher, typename Fields>
+class Function {
+  static constexpr size_t kCount = Fields::count();
+  static constexpr int kPositional = Signature<decltype(launcher)>::kPositional;
+  static_assert(kCount <= kMostKeywords, "put arguments that belong together into a group");
+
+  static inline std::array<Field, kCount> fields;
+  static inline std::string name, signature, documentation;
+  static inline PyMethodDef definition;
 
   // Raises a TypeError about one argument; keeps the text of the present Python error, if there is one.
-  [[noreturn]] void refuse(PyObject* argument, const char* what) const {
+  static bool refuse(PyObject* argument, const char* what) {
     if (!PyErr_Occurred()) {
       PyErr_Format(PyExc_TypeError, "%s(): %s %R", name.c_str(), what, argument);
-    } else {
-      PyObject *type, *value, *traceback;
-      PyErr_Fetch(&type, &value, &traceback);
-      PyErr_NormalizeException(&type, &value, &traceback);
-      PyErr_Format(PyExc_TypeError, "%s(): %U: %S", name.c_str(), argument, value);
-      Py_XDECREF(type), Py_XDECREF(value), Py_XDECREF(traceback);
+      return false;
     }
-    throw PythonError{};
+    const py::error_already_set said;
+    PyErr_Format(PyExc_TypeError, "%s(): %U: %S", name.c_str(), argument, said.value().ptr());
+    return false;
   }
 
-  // The index of an argument in `fields`, or their number if there is no such name. Callers mostly keep the
-  // order of the declaration.
-  size_t place_of(PyObject* argument, size_t guess) const {
-    if (guess < fields.size() && fields[guess].name == argument) return guess;
-    for (size_t i = 0; i < fields.size(); ++i) {
+  // The index of an argument in `fields`, or kCount if there is no such name. Callers mostly keep the order
+  // of the declaration.
+  static size_t place_of(PyObject* argument, size_t guess) {
+    if (guess < kCount && fields[guess].name == argument) return guess;
+    for (size_t i = 0; i < kCount; ++i) {
       if (fields[i].name == argument) return i;
     }
-    for (size_t i = 0; i < fields.size(); ++i) {  // a name made at run time is not interned
+    for (size_t i = 0; i < kCount; ++i) {  // a name made at run time is not interned
       if (PyUnicode_Compare(fields[i].name, argument) == 0) return i;
     }
-    return fields.size();
+    return kCount;
   }
 
-  // Fills a struct of arguments.
-  void read_all(void* args, PyObject* const* values, Py_ssize_t given_by_place, PyObject* names) const {
-    if (given_by_place != positional) {
-      PyErr_Format(PyExc_TypeError, "%s(): pass the arguments by name: %s", name.c_str(), signature.c_str());
-      throw PythonError{};
-    }
+  static bool read_all(Fields& args, PyObject* const* values, PyObject* names) {
     const size_t count = names ? PyTuple_GET_SIZE(names) : 0;
-    std::array<bool, kMostKeywords> given{};
+    std::array<bool, kCount> given{};
     for (size_t i = 0; i < count; ++i) {
       PyObject* argument = PyTuple_GET_ITEM(names, i);
       const size_t place = place_of(argument, i);
-      if (place == fields.size()) refuse(argument, "there is no argument");
+      if (place == kCount) return refuse(argument, "there is no argument");
       const Field& field = fields[place];
-      if (!field.read(values[positional + i], static_cast<char*>(args) + field.offset)) refuse(argument, "");
+      if (!field.read(values[i], reinterpret_cast<char*>(&args) + field.offset)) return refuse(argument, "");
       given[place] = true;
     }
-    for (size_t i = 0; i < fields.size(); ++i) {
-      if (!given[i]) refuse(fields[i].name, "missing argument");
+    for (size_t i = 0; i < kCount; ++i) {
+      if (!given[i]) return refuse(fields[i].name, "missing argument");
     }
+    return true;
   }
-
-  // Adds the function to a module. listed: the names of the fields, separated by commas.
-  void define(PyObject* module, const char* called, const char* listed, Call call) {
-    name = called;
-    signature = name + (positional ? "(rung, /, *, " : "(*, ") + listed + ")";
-    documentation = signature + "\n--\n\n";  // the form in which inspect.signature() expects it
-    definition = {name.c_str(), reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call)),
-                  METH_FASTCALL | METH_KEYWORDS, documentation.c_str()};
-    const Ref owner(PyModule_GetNameObject(module));
-    const Ref function(PyCFunction_NewEx(&definition, nullptr, owner));
-    if (PyModule_AddObjectRef(module, called, function)) throw PythonError{};
-  }
-};
-
-// Other Python threads run while this exists.
-class OthersRun {
- public:
-  OthersRun() : state_(PyEval_SaveThread()) {}
-  OthersRun(const OthersRun&) = delete;
-  ~OthersRun() { PyEval_RestoreThread(state_); }
-
- private:
-  PyThreadState* state_;
-};
-
-// The Python function of one launcher. Fields is the launcher's struct of arguments with a method each() that
-// passes all its fields to a FieldList.
-template <auto launcher, typename Fields>
-struct FunctionOf {
-  static constexpr int kPositional = Signature<decltype(launcher)>::kPositional;
-  static inline Function function;
 
   static PyObject* call(PyObject*, PyObject* const* values, Py_ssize_t positional, PyObject* names) {
-    return returned([&]() -> PyObject* {
-      Fields args{};
-      function.read_all(&args, values, positional, names);
-      [[maybe_unused]] int rung = 0;
+    if (positional != kPositional) {
+      PyErr_Format(PyExc_TypeError, "%s(): pass the arguments by name: %s", name.c_str(), signature.c_str());
+      return nullptr;
+    }
+    Fields args{};
+    [[maybe_unused]] int rung = 0;
+    if constexpr (kPositional == 1) {
+      if (!read_value(values[0], rung)) return nullptr;
+    }
+    if (!read_all(args, values + positional, names)) return nullptr;
+    try {
+      py::gil_scoped_release others_run;
       if constexpr (kPositional == 1) {
-        if (!read_value(values[0], rung)) throw PythonError{};
+        launcher(rung, args);
+      } else {
+        launcher(args);
       }
-      {
-        const OthersRun others;
-        if constexpr (kPositional == 1) {
-          launcher(rung, args);
-        } else {
-          launcher(args);
-        }
-      }
-      Py_RETURN_NONE;
-    });
+    } catch (const std::invalid_argument& error) {
+      PyErr_SetString(PyExc_ValueError, error.what());
+      return nullptr;
+    } catch (const std::exception& error) {
+      PyErr_SetString(PyExc_RuntimeError, error.what());
+      return nullptr;
+    }
+    Py_RETURN_NONE;
   }
 
-  // listed: the names of the fields in the order of each().
-  static void define(PyObject* module, const char* called, const char* listed) {
+ public:
+  // Adds the function to a module. listed: the names of the fields, separated by commas, in the order of
+  // each().
+  static void define(py::module_& module, const char* called, const char* listed) {
+    name = called;
     Fields args{};
-    FieldList list{reinterpret_cast<const char*>(&args), listed, {}};
+    FieldList list(&args, listed);
     args.each(list);
-    function.fields = std::move(list.fields);
-    function.positional = kPositional;
-    function.define(module, called, listed, &call);
+    std::copy(list.fields.begin(), list.fields.end(), fields.begin());
+    signature = name + (kPositional ? "(rung, /, *, " : "(*, ") + listed + ")";
+    documentation = signature + "\n--\n\n";  // the form in which inspect.signature() expects it
+    definition.ml_name = name.c_str();
+    definition.ml_meth = reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&call));
+    definition.ml_flags = METH_FASTCALL | METH_KEYWORDS;
+    definition.ml_doc = documentation.c_str();
+    const py::object owner = module.attr("__name__");
+    module.add_object(
+        called, py::reinterpret_steal<py::object>(PyCFunction_NewEx(&definition, nullptr, owner.ptr())));
   }
 };
 
@@ -293,14 +241,13 @@ struct FunctionOf {
 // Defines the Python function of a launcher in module m. The names of its struct's fields follow. All of them
 // must be there, or the structured binding that takes the struct apart does not compile. The derived struct
 // Fields can list them in any order.
-#define OP(launcher, ...)                                                          \
-  do {                                                                             \
-    using Args = lab::named::Signature<decltype(&launcher)>::Args;                 \
-    struct Fields : Args {                                                         \
-      void each(lab::named::FieldList& list) { list(__VA_ARGS__); }                \
-    };                                                                             \
-    { [[maybe_unused]] const auto [__VA_ARGS__] = Args{}; }                        \
-    static_assert(lab::named::count_of(#__VA_ARGS__) <= lab::named::kMostKeywords, \
-                  "put arguments that belong together into a group");              \
-    lab::named::FunctionOf<&launcher, Fields>::define(m, #launcher, #__VA_ARGS__); \
+#define OP(launcher, ...)                                                            \
+  do {                                                                               \
+    using Args = lab::named::Signature<decltype(&launcher)>::Args;                   \
+    struct Fields : Args {                                                           \
+      static constexpr size_t count() { return lab::named::count_of(#__VA_ARGS__); } \
+      void each(lab::named::FieldList& list) { list(__VA_ARGS__); }                  \
+    };                                                                               \
+    { [[maybe_unused]] const auto [__VA_ARGS__] = Args{}; }                          \
+    lab::named::Function<&launcher, Fields>::define(m, #launcher, #__VA_ARGS__);     \
   } while (0)
