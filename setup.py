@@ -21,6 +21,7 @@ Environment:
     LAB_TRY_SECONDS=n                   how long compiling that file may take (default: no limit)
     LAB_TRY_MEMORY=n                    how many bytes of memory that may take (default: no limit)
 
+nvcc compiles a file that declares parts once for each of them (parts_of() says how it does).
 Objects are kept in build/ and reused while neither their command nor the contents of a file they include have
 changed.
 Each extension carries the digests of the files that it was made of: lab/extension.py compares them with the
@@ -61,6 +62,10 @@ SKIPPED_PASSES = """
     devirtualize optimize-sibling-calls tree-switch-conversion gcse
 """.split()
 
+# By the C++ compiler with -O1: they are as fast as with -O2 (a whole step within 3 %), and compiled in two
+# thirds of the time.
+LIGHTLY_OPTIMISED = re.compile("attention|decode_step")
+
 
 @dataclass
 class Unit:
@@ -71,6 +76,7 @@ class Unit:
     command: list[str]
     name: str = ""
     own: bool = False  # of the file that is tried (LAB_TRY)
+    part: str = ""  # LAB_PART, if it is a part of its file
 
     def __post_init__(self):
         self.name = self.name or self.source.name
@@ -171,24 +177,36 @@ def tried() -> tuple[Path, Path] | None:
     return (SOURCES / f"{op}.cu", Path(path).resolve()) if op else None
 
 
-def kernel_units(command: list[str]) -> list[Unit]:
-    """ladder/linear.cu and linear.cu have objects of different names, and so has the file that is tried."""
-    units = [Unit(path, command, "_".join(path.relative_to(SOURCES).parts)) for path in kernels()]
-    if tried():
-        kernel, own = tried()
-        command = [*command, f"-I{SOURCES}", f'-DLAB_TRIED="{own}"']  # another file is another command
-        # Files such as decode_step_of_fp8.cu compile more kernels of the op's file: of the tried one, if it
-        # divides its kernels so or includes ours; else it has all of them, and none is taken from ours.
-        parts = sorted(SOURCES.glob(f"{kernel.stem}_of_*.cu"))
-        text = own.read_text(errors="replace") if own.exists() else ""
-        divided = re.search(rf'LAB_STEP_PART|^#include .*\b{re.escape(kernel.name)}"', text, re.M)
+def parts_of(source: Path) -> list[str]:
+    """The template arguments of the functions that a kernel's file, or one that it includes, declares with
+    `extern template` (CONTRIBUTING.md, "Kernels that take long to compile"); of most files none."""
+    text = source.read_text(errors="replace") if source.exists() else ""
+    for name in re.findall(r'^#include "([^"]+\.cu)"', text, re.M):
+        included = next((path for path in (source.parent / name, SOURCES / name) if path.exists()), None)
+        text += included.read_text() if included else ""
+    return re.findall(r"^extern template void \w+<(.+)>\(", text, re.M)
+
+
+def units_of(source: Path, command: list[str], name: str, in_parts: bool, own: bool = False) -> list[Unit]:
+    """One unit for a kernel's file, or one for each of its parts."""
+    parts = parts_of(source) if in_parts else []
+    if not parts:
+        return [Unit(source, command, name, own)]
+    return [Unit(source, command, f"{name}.{part.replace(', ', '-')}", own, part) for part in parts]
+
+
+def kernel_units(command: list[str], in_parts: bool) -> list[Unit]:
+    """ladder/linear.cu and linear.cu have objects of different names, and so has the file that is tried.
+    in_parts: compile a file that takes long in its parts."""
+    replaced, own = tried() or (None, None)
+    units = []
+    if own:
         # First: of a function in a header, which other kernels have too, the linker takes the first. The
         # file may come with headers of its own.
-        units = [
-            Unit(own, command, f"try_{kernel.name}", own=True),
-            *(Unit(path, command, f"try_{path.name}", own=True) for path in parts if divided),
-            *(u for u in units if u.source not in (kernel, *parts)),
-        ]
+        units += units_of(own, [*command, f"-I{SOURCES}"], f"try_{replaced.name}", in_parts, own=True)
+    for path in kernels():
+        if path != replaced:
+            units += units_of(path, command, "_".join(path.relative_to(SOURCES).parts), in_parts)
     return units
 
 
@@ -250,11 +268,11 @@ def host_module() -> Module:
     # Objects with and without a GPU's shapes are kept side by side: `make test` and `make build` take turns.
     gpu_shapes = choice("LAB_HOST_GPU_SHAPES", ("0", "1"), built_with_gpu_shapes() if tried() else "0") == "1"
     kernels_for_cpu = kernel_units(
-        [*common, *kernel_flags, f"-DLAB_HOST_GPU_SHAPES={int(gpu_shapes)}", "-x", "c++"]
+        [*common, *kernel_flags, f"-DLAB_HOST_GPU_SHAPES={int(gpu_shapes)}", "-x", "c++"], in_parts=False
     )
     for unit in kernels_for_cpu:
         unit.name = f"gpu_shapes_{unit.name}" if gpu_shapes else unit.name
-        if "attention" in unit.source.name:  # as fast as with -O2, and compiled in two thirds of the time
+        if LIGHTLY_OPTIMISED.search(unit.source.name):
             unit.command = [*unit.command, "-O1"]
     units += kernels_for_cpu
     units += [Unit(path, [*common, "-O2", *scheduler]) for path in sorted((SOURCES / "host").glob("*.cpp"))]
@@ -287,7 +305,7 @@ def cuda_module(nvcc: Path) -> Module:
     command = [str(nvcc), *flags, "-Xptxas=-v", "-Xcompiler=-fPIC,-fvisibility=hidden"]
     command += [f"-I{path}" for path in includes]
     units = [bindings(find_compiler(), "_cuda", [])]
-    units += kernel_units([*command, "-x", "cu"])
+    units += kernel_units([*command, "-x", "cu"], in_parts=True)
     # The static runtime loads the driver when the first call needs it, so that importing needs no GPU.
     link = [str(nvcc), "-shared", "-cudart=static", *(f"-L{path}" for path in libraries)]
     facts = {
@@ -335,11 +353,21 @@ def made_of(target: Path) -> dict:
         return {}
 
 
-def current(target: Path, command: list[str]) -> bool:
-    """True if `target` was made by this command out of files that still have the same contents."""
+def shown(path: Path) -> str:
+    """A file's path, relative to ROOT if it is of the project."""
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+
+def command_of(unit: Unit) -> str:
+    """What compiles a unit, in one line; a copy of the project has the same."""
+    return shlex.join([*unit.command, "-c", shown(unit.source)])
+
+
+def current(target: Path, unit: Unit) -> bool:
+    """True if `target` was made by the command of `unit` out of files that still have the same contents."""
     record = made_of(target)
     try:
-        return record.get("command") == shlex.join(command) and all(
+        return record.get("command") == command_of(unit) and all(
             digest(ROOT / name) == made for name, made in record["inputs"].items()
         )
     except OSError:
@@ -354,7 +382,7 @@ def inputs(unit: Unit, depfile: Path, started: float) -> dict[str, str]:
         path = Path(name).resolve()
         if path.stat().st_mtime > started:  # which of its contents the compiler read is not known
             raise CompileError(f"{name} changed while {unit.name} was compiled: build again")
-        found[str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)] = digest(path)
+        found[shown(path)] = digest(path)
     return found
 
 
@@ -407,26 +435,37 @@ def within_limits(command: list[str]) -> tuple[int | None, str]:
         return None, str(over)
 
 
+def source_of_part(target: Path) -> Path:
+    """The file that setup.py writes for the object of a part. It is not enough to define LAB_PART for the
+    compiler: cuobjdump, which `lab inspect` asks, calls machine code by the name of what was compiled."""
+    return target.with_suffix(".cu")
+
+
 def compile_unit(unit: Unit, directory: Path) -> tuple[Path, bool]:
     """(object, whether it had to be compiled)."""
     target = directory / f"{unit.name}.o"
-    if current(target, unit.command):
+    if current(target, unit):
         return target, False
+    source = unit.source
+    if unit.part:
+        source = source_of_part(target)
+        included = os.path.relpath(unit.source, directory.resolve())
+        write(source, f'#define LAB_PART {unit.part}\n#include "{included}"\n')
     new, depfile, start = beside(target), target.with_suffix(".d"), time.time()
-    shown = unit.source.relative_to(ROOT) if unit.source.is_relative_to(ROOT) else unit.source
+    what = shown(unit.source) + (f" <{unit.part}>" if unit.part else "")
     output = run(
-        [*unit.command, "-c", str(unit.source), "-MMD", "-MF", str(depfile), "-o", str(new)],
-        str(shown),
+        [*unit.command, "-c", str(source), "-MMD", "-MF", str(depfile), "-o", str(new)],
+        what,
         limited=unit.own,
     )
-    record = {"command": shlex.join(unit.command), "inputs": inputs(unit, depfile, start)}
+    record = {"command": command_of(unit), "inputs": inputs(unit, depfile, start)}
     write(target.with_suffix(".log"), output)
     target.with_suffix(".made").unlink(missing_ok=True)  # until the object is there
     new.replace(target)
     write(target.with_suffix(".made"), json.dumps(record, indent=1))
     seconds = f"{time.time() - start:.1f}"
     write(target.with_suffix(".seconds"), seconds)
-    print(f"  {Path(unit.command[0]).name} {shown}  {seconds} s", flush=True)
+    print(f"  {Path(unit.command[0]).name} {what}  {seconds} s", flush=True)
     return target, True
 
 
@@ -447,7 +486,9 @@ def sources(module: Module, folder: Path) -> dict[str, str]:
     """{file: digest} of the project's files that went into the objects of a module, and of this file."""
     found = {"setup.py": digest(Path(__file__))}
     for unit in module.units:
-        found |= made_of(folder_of(unit, module, folder) / f"{unit.name}.o")["inputs"]
+        target = folder_of(unit, module, folder) / f"{unit.name}.o"
+        found |= made_of(target)["inputs"]
+        found.pop(shown(source_of_part(target).resolve()), None)
     return {name: made for name, made in sorted(found.items()) if not Path(name).is_absolute()}
 
 

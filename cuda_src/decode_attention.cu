@@ -61,22 +61,34 @@ __global__ void __launch_bounds__(A::kMaxThreads, 1)
   attention.merge(out, partial, tickets);
 }
 
-void decode_attention(const DecodeAttentionArgs& a) {
-  if (a.batch == 0) return;
+// With heads in T.
+template <typename T>
+void attention_of(const DecodeAttentionArgs& a) {
   const int group = a.q_heads / a.cache.kv_heads;
-  by_dtype(a.dtype, [&](auto tag) {
-    using T = decltype(tag);
-    const Settings tuned = settings::find("decode_attention", sizeof(T), a.batch,
-                                          {a.q_heads, a.cache.kv_heads, a.head_dim, a.cache.page_size});
-    by_attention_core<T>("decode_attention", a.cache, a.head_dim, group, [&](auto core) {
-      using A = typename decltype(core)::type;
-      const unsigned cluster = attention_cluster(a.splits.count, a.cache.kv_heads, a.batch);
-      launch({dim3(round_up(a.splits.count, cluster), a.cache.kv_heads, a.batch), dim3(A::threads(group)),
-              attention_smem_bytes<A>(group, a.splits.count), a.stream, true, cluster},
-             "decode_attention_kernel", decode_attention_kernel<A>, as<const T>(a.q.data),
-             kv_cache<typename A::C>(a.cache), as<const int>(a.context_lens), as<T>(a.out),
-             as<float>(a.splits.partial), as<unsigned>(a.splits.tickets), a.splits.count, group, a.q.stride,
-             a.scale * 1.4426950408889634f, tuned.least LAB_AND_LSE(as<float>(a.lse)));
-    });
+  const Settings tuned = settings::find("decode_attention", sizeof(T), a.batch,
+                                        {a.q_heads, a.cache.kv_heads, a.head_dim, a.cache.page_size});
+  by_attention_core<T>("decode_attention", a.cache, a.head_dim, group, [&](auto core) {
+    using A = typename decltype(core)::type;
+    const unsigned cluster = attention_cluster(a.splits.count, a.cache.kv_heads, a.batch);
+    launch({dim3(round_up(a.splits.count, cluster), a.cache.kv_heads, a.batch), dim3(A::threads(group)),
+            attention_smem_bytes<A>(group, a.splits.count), a.stream, true, cluster},
+           "decode_attention_kernel", decode_attention_kernel<A>, as<const T>(a.q.data),
+           kv_cache<typename A::C>(a.cache), as<const int>(a.context_lens), as<T>(a.out),
+           as<float>(a.splits.partial), as<unsigned>(a.splits.tickets), a.splits.count, group, a.q.stride,
+           a.scale * 1.4426950408889634f, tuned.least LAB_AND_LSE(as<float>(a.lse)));
   });
+}
+
+// The parts that nvcc compiles one by one: setup.py finds them here, and LAB_PART is one of them.
+#ifdef LAB_PART
+extern template void attention_of<float>(const DecodeAttentionArgs&);
+extern template void attention_of<half>(const DecodeAttentionArgs&);
+extern template void attention_of<bf16>(const DecodeAttentionArgs&);
+template void attention_of<LAB_PART>(const DecodeAttentionArgs&);
+#endif
+
+// weak: every part has this function, and the linker takes one of them.
+__attribute__((weak)) void decode_attention(const DecodeAttentionArgs& a) {
+  if (a.batch == 0) return;
+  by_dtype(a.dtype, [&](auto tag) { attention_of<decltype(tag)>(a); });
 }

@@ -26,12 +26,6 @@
 #include "launchers/decode_step.h"
 #include "sizes.h"
 
-// Kernels that other files compile, which include this one with LAB_STEP_PART: the kernel that exchanges sums with
-// other ranks, which on a CPU is the same, and those of quantised caches.
-void decode_step_of_a_rank(const DecodeStepArgs& a);
-void decode_step_of_fp8(const DecodeStepArgs& a);
-void decode_step_of_int8(const DecodeStepArgs& a);
-
 using namespace lab;
 
 // One row of `table`: the addresses of a layer's tensors.
@@ -508,47 +502,54 @@ static void launch_step(const DecodeStepArgs& a) {
   launch(config, "decode_step_kernel", decode_step_kernel<T, D, Packed, OfARank, C>, s);
 }
 
-// C is the code of a quantised cache; with void the cache stores T.
-template <bool OfARank, typename Code = void>
-static void any_step(const DecodeStepArgs& a) {
+template <typename T, int D, bool OfARank, typename C>
+static void launch_for_weights(const DecodeStepArgs& a) {
+  // One kernel for both on a CPU, which saves compile time: it takes plain matrices, too. So do ranks that
+  // have a quantised cache.
+  if constexpr (!kHost && !(OfARank && kIsCode<C>)) {
+    if (!a.weights.packed) return launch_step<T, D, false, OfARank, C>(a);
+  }
+  launch_step<T, D, true, OfARank, C>(a);
+}
+
+// With activations in T and a cache that stores C: T, or the codes of a quantised cache.
+template <typename T, typename C>
+void step_of(const DecodeStepArgs& a) {
+  const auto with_dim = [&](auto dim) {
+    constexpr int D = decltype(dim)::value;
+    // A model that several GPUs divide has a kernel of its own, because the code that adds up sums over all
+    // ranks would slow the other one. On a CPU it serves both.
+    if constexpr (!kHost) {
+      if (a.peers.ranks <= 1) return launch_for_weights<T, D, false, C>(a);
+    }
+    launch_for_weights<T, D, true, C>(a);
+  };
+  switch (a.head_dim) {
+    case 64: return with_dim(std::integral_constant<int, 64>{});
+    case 96: return with_dim(std::integral_constant<int, 96>{});
+    case 128: return with_dim(std::integral_constant<int, 128>{});
+  }
+  throw std::invalid_argument("decode_step: head_dim " + std::to_string(a.head_dim) +
+                              " is not 64, 96 or 128");
+}
+
+// The parts that nvcc compiles one by one: setup.py finds them here, and LAB_PART is one of them.
+#ifdef LAB_PART
+extern template void step_of<half, half>(const DecodeStepArgs&);
+extern template void step_of<half, Fp8Code>(const DecodeStepArgs&);
+extern template void step_of<half, Int8Code>(const DecodeStepArgs&);
+extern template void step_of<bf16, bf16>(const DecodeStepArgs&);
+extern template void step_of<bf16, Fp8Code>(const DecodeStepArgs&);
+extern template void step_of<bf16, Int8Code>(const DecodeStepArgs&);
+template void step_of<LAB_PART>(const DecodeStepArgs&);
+#endif
+
+// weak: every part has this function, and the linker takes one of them.
+__attribute__((weak)) void decode_step(const DecodeStepArgs& a) {
   if (!has_clusters())
     throw std::runtime_error("decode_step needs bulk copies (sm_90): use --plan fused on this GPU");
   by_half(a.dtype, [&](auto tag) {
     using T = decltype(tag);
-    using C = std::conditional_t<std::is_void_v<Code>, T, Code>;
-    const auto with_dim = [&](auto dim) {
-      constexpr int D = decltype(dim)::value;
-      // One kernel for both on a CPU, which saves compile time: it takes plain matrices, too. So do ranks that
-      // have a quantised cache.
-      if constexpr (!kHost && !(OfARank && kIsCode<C>)) {
-        if (!a.weights.packed) return launch_step<T, D, false, OfARank, C>(a);
-      }
-      launch_step<T, D, true, OfARank, C>(a);
-    };
-    switch (a.head_dim) {
-      case 64: return with_dim(std::integral_constant<int, 64>{});
-      case 96: return with_dim(std::integral_constant<int, 96>{});
-      case 128: return with_dim(std::integral_constant<int, 128>{});
-    }
-    throw std::invalid_argument("decode_step: head_dim " + std::to_string(a.head_dim) +
-                                " is not 64, 96 or 128");
+    by_cache<T>(a.cache.format, [&](auto code) { step_of<T, decltype(code)>(a); });
   });
 }
-
-// With a quantised cache: the kernels that a file of its own compiles.
-template <typename Code>
-static void step_of_codes(const DecodeStepArgs& a) {
-  a.peers.ranks > 1 ? any_step<true, Code>(a) : any_step<kHost, Code>(a);
-}
-
-#ifndef LAB_STEP_PART
-void decode_step(const DecodeStepArgs& a) {
-  switch (KvFormat(a.cache.format)) {
-    case KvFormat::plain: break;
-    case KvFormat::fp8: return decode_step_of_fp8(a);
-    case KvFormat::int8: return decode_step_of_int8(a);
-  }
-  if (!kHost && a.peers.ranks > 1) return decode_step_of_a_rank(a);
-  any_step<kHost>(a);
-}
-#endif

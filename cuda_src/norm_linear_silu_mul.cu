@@ -95,39 +95,51 @@ __global__ void __launch_bounds__(P::kThreads, P::kResident)
   }
 }
 
-void norm_linear_silu_mul(const NormLinearSiluMulArgs& a) {
-  if (a.rows == 0 || a.n == 0) return;
-  by_dtype(a.dtype, [&](auto tag) {
-    using T = decltype(tag);
-    if (a.w.format != int(Format::plain)) {
+// With x in T.
+template <typename T>
+void norm_linear_silu_mul_of(const NormLinearSiluMulArgs& a) {
+  if (a.w.format != int(Format::plain)) {
+    norm_into("norm_linear_silu_mul", a);
+    const auto all = packed_product<T>(a.normed, a.w, a.rows, a.n, a.k);
+    return by_packed_rows(all, [&](const auto& product, int b0) {
+      by_packed<T, 2>(product, [&](const auto& how) {
+        using P = typename std::decay_t<decltype(how)>::P;
+        launch(how.config(a.stream), "norm_linear_silu_mul_packed_kernel",
+               norm_linear_silu_mul_packed_kernel<P>, product, as<T>(a.y) + size_t(b0) * a.n);
+      });
+    });
+  }
+  const Settings tuned = settings::find("norm_linear_silu_mul", sizeof(T), a.rows, {a.n, a.k});
+  if constexpr (sizeof(T) == 2) {
+    if (a.rows > most_stream_rows()) {
       norm_into("norm_linear_silu_mul", a);
-      const auto all = packed_product<T>(a.normed, a.w, a.rows, a.n, a.k);
-      return by_packed_rows(all, [&](const auto& product, int b0) {
-        by_packed<T, 2>(product, [&](const auto& how) {
-          using P = typename std::decay_t<decltype(how)>::P;
-          launch(how.config(a.stream), "norm_linear_silu_mul_packed_kernel",
-                 norm_linear_silu_mul_packed_kernel<P>, product, as<T>(a.y) + size_t(b0) * a.n);
-        });
+      return by_mma_shape<T, 2>(a.rows, a.n, a.k, tuned, [&](auto shape, unsigned cluster) {
+        using C = typename decltype(shape)::type;
+        launch(mma_config<C>(a.n, cluster, sizeof(MmaSmem<T, C>), a.stream),
+               "norm_linear_silu_mul_mma_kernel", norm_linear_silu_mul_mma_kernel<T, C>,
+               as<const T>(a.normed), as<const T>(a.w.data), as<T>(a.y), a.rows, a.n, a.k);
       });
     }
-    const Settings tuned = settings::find("norm_linear_silu_mul", sizeof(T), a.rows, {a.n, a.k});
-    if constexpr (sizeof(T) == 2) {
-      if (a.rows > most_stream_rows()) {
-        norm_into("norm_linear_silu_mul", a);
-        return by_mma_shape<T, 2>(a.rows, a.n, a.k, tuned, [&](auto shape, unsigned cluster) {
-          using C = typename decltype(shape)::type;
-          launch(mma_config<C>(a.n, cluster, sizeof(MmaSmem<T, C>), a.stream),
-                 "norm_linear_silu_mul_mma_kernel", norm_linear_silu_mul_mma_kernel<T, C>,
-                 as<const T>(a.normed), as<const T>(a.w.data), as<T>(a.y), a.rows, a.n, a.k);
-        });
-      }
-    }
-    by_normed_shape<T, 2>(a.rows, a.n, a.k, tuned, [&](auto shape) {
-      using C = typename decltype(shape)::type;
-      launch({dim3(stream_blocks<C>(a.n, true, tuned)), dim3(C::kThreads), norm_smem_bytes<T, C>(a.k),
-              a.stream, true},
-             "norm_linear_silu_mul_stream_kernel", norm_linear_silu_mul_stream_kernel<T, C>, as<const T>(a.x),
-             as<const T>(a.norm_w), as<const T>(a.w.data), as<T>(a.y), a.rows, a.n, a.k, a.eps);
-    });
+  }
+  by_normed_shape<T, 2>(a.rows, a.n, a.k, tuned, [&](auto shape) {
+    using C = typename decltype(shape)::type;
+    launch({dim3(stream_blocks<C>(a.n, true, tuned)), dim3(C::kThreads), norm_smem_bytes<T, C>(a.k), a.stream,
+            true},
+           "norm_linear_silu_mul_stream_kernel", norm_linear_silu_mul_stream_kernel<T, C>, as<const T>(a.x),
+           as<const T>(a.norm_w), as<const T>(a.w.data), as<T>(a.y), a.rows, a.n, a.k, a.eps);
   });
+}
+
+// The parts that nvcc compiles one by one: setup.py finds them here, and LAB_PART is one of them.
+#ifdef LAB_PART
+extern template void norm_linear_silu_mul_of<float>(const NormLinearSiluMulArgs&);
+extern template void norm_linear_silu_mul_of<half>(const NormLinearSiluMulArgs&);
+extern template void norm_linear_silu_mul_of<bf16>(const NormLinearSiluMulArgs&);
+template void norm_linear_silu_mul_of<LAB_PART>(const NormLinearSiluMulArgs&);
+#endif
+
+// weak: every part has this function, and the linker takes one of them.
+__attribute__((weak)) void norm_linear_silu_mul(const NormLinearSiluMulArgs& a) {
+  if (a.rows == 0 || a.n == 0) return;
+  by_dtype(a.dtype, [&](auto tag) { norm_linear_silu_mul_of<decltype(tag)>(a); });
 }

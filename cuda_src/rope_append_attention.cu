@@ -74,24 +74,36 @@ __global__ void __launch_bounds__(A::kMaxThreads, 1)
   attention.merge(out, partial, tickets);
 }
 
-void rope_append_attention(const RopeAppendAttentionArgs& a) {
-  if (a.batch == 0) return;
+// With heads in T.
+template <typename T>
+void attention_of(const RopeAppendAttentionArgs& a) {
   const int group = a.q_heads / a.cache.kv_heads;
-  by_dtype(a.dtype, [&](auto tag) {
-    using T = decltype(tag);
-    const Settings tuned = settings::find("rope_append_attention", sizeof(T), a.batch,
-                                          {a.q_heads, a.cache.kv_heads, a.head_dim, a.cache.page_size});
-    by_attention_core<T>("rope_append_attention", a.cache, a.head_dim, group, [&](auto core) {
-      using A = typename decltype(core)::type;
-      const unsigned cluster = attention_cluster(a.splits.count, a.cache.kv_heads, a.batch);
-      launch({dim3(round_up(a.splits.count, cluster), a.cache.kv_heads, a.batch), dim3(A::threads(group)),
-              attention_smem_bytes<A>(group, a.splits.count), a.stream, true, cluster},
-             "rope_append_attention_kernel", rope_append_attention_kernel<A>, as<const T>(a.q.data),
-             as<const T>(a.k.data), as<const T>(a.v.data), as<const T>(a.norms.q), as<const T>(a.norms.k),
-             a.norms.eps, as<const int>(a.positions), as<const float>(a.cos_sin),
-             kv_cache<typename A::C>(a.cache), as<T>(a.out), as<float>(a.splits.partial),
-             as<unsigned>(a.splits.tickets), a.splits.count, group, a.q.stride, a.k.stride, a.v.stride,
-             a.scale * 1.4426950408889634f, tuned.least);
-    });
+  const Settings tuned = settings::find("rope_append_attention", sizeof(T), a.batch,
+                                        {a.q_heads, a.cache.kv_heads, a.head_dim, a.cache.page_size});
+  by_attention_core<T>("rope_append_attention", a.cache, a.head_dim, group, [&](auto core) {
+    using A = typename decltype(core)::type;
+    const unsigned cluster = attention_cluster(a.splits.count, a.cache.kv_heads, a.batch);
+    launch({dim3(round_up(a.splits.count, cluster), a.cache.kv_heads, a.batch), dim3(A::threads(group)),
+            attention_smem_bytes<A>(group, a.splits.count), a.stream, true, cluster},
+           "rope_append_attention_kernel", rope_append_attention_kernel<A>, as<const T>(a.q.data),
+           as<const T>(a.k.data), as<const T>(a.v.data), as<const T>(a.norms.q), as<const T>(a.norms.k),
+           a.norms.eps, as<const int>(a.positions), as<const float>(a.cos_sin),
+           kv_cache<typename A::C>(a.cache), as<T>(a.out), as<float>(a.splits.partial),
+           as<unsigned>(a.splits.tickets), a.splits.count, group, a.q.stride, a.k.stride, a.v.stride,
+           a.scale * 1.4426950408889634f, tuned.least);
   });
+}
+
+// The parts that nvcc compiles one by one: setup.py finds them here, and LAB_PART is one of them.
+#ifdef LAB_PART
+extern template void attention_of<float>(const RopeAppendAttentionArgs&);
+extern template void attention_of<half>(const RopeAppendAttentionArgs&);
+extern template void attention_of<bf16>(const RopeAppendAttentionArgs&);
+template void attention_of<LAB_PART>(const RopeAppendAttentionArgs&);
+#endif
+
+// weak: every part has this function, and the linker takes one of them.
+__attribute__((weak)) void rope_append_attention(const RopeAppendAttentionArgs& a) {
+  if (a.batch == 0) return;
+  by_dtype(a.dtype, [&](auto tag) { attention_of<decltype(tag)>(a); });
 }

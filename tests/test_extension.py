@@ -183,36 +183,42 @@ def small_project(tmp_path):
         'static PyObject* info(PyObject*, PyObject*) { return Py_BuildValue("si", lab::build_facts(), '
         "kernel()); }\n"
         'static PyMethodDef methods[] = {{"info", info, METH_NOARGS, ""}, {nullptr, nullptr, 0, nullptr}};\n'
-        'static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_host", "", -1, methods};\n'
-        'extern "C" __attribute__((visibility("default"))) PyObject* PyInit__host() '
+        'static PyModuleDef module = {PyModuleDef_HEAD_INIT, "small", "", -1, methods};\n'
+        "#define NAMED_(name) PyInit_##name\n"
+        "#define NAMED(name) NAMED_(name)\n"
+        'extern "C" __attribute__((visibility("default"))) PyObject* NAMED(LAB_MODULE)() '
         "{ return PyModule_Create(&module); }\n"
     )
     return tmp_path
 
 
-def build(project):
+def build(project, name="_host", folder=None, **environment):
+    """What was compiled, and what the extension says: of the project's own folder, or built into another."""
+    where = ["--build-lib", str(folder)] if folder else ["--inplace"]
     done = subprocess.run(
-        [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"],
+        [sys.executable, "setup.py", "--quiet", "build_ext", *where],
         cwd=project,
         text=True,
         capture_output=True,
-        env={**os.environ, "LAB_CUDA": "0", "PYTHONPATH": ""},
+        env={**os.environ, "LAB_CUDA": "0", "PYTHONPATH": "", **environment},
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    (file,) = (folder or project).glob(f"lab/{name}.*.so")
     said = subprocess.run(
         [
             sys.executable,
             "-c",
-            "from lab import _host; import json; "
-            "facts, value = _host.info(); print(json.dumps([json.loads(facts), value]))",
+            "import json; from importlib import machinery, util; "
+            f"loader = machinery.ExtensionFileLoader({name!r}, {str(file)!r}); "
+            f"built = util.module_from_spec(util.spec_from_loader({name!r}, loader)); "
+            "facts, value = built.info(); print(json.dumps([json.loads(facts), value]))",
         ],
-        cwd=project,
         text=True,
         capture_output=True,
         check=True,
     )
     info, value = json.loads(said.stdout)
-    compiled = re.findall(r"^  \S+ (\S+)  [\d.]+ s$", done.stdout, re.M)
+    compiled = re.findall(r"^  \S+ (\S.*)  [\d.]+ s$", done.stdout, re.M)
     assert extension.changed(SimpleNamespace(build_info=lambda: info), project) is None
     return SimpleNamespace(value=value, compiled=sorted(Path(name).name for name in compiled), info=info)
 
@@ -235,3 +241,62 @@ def test_a_kernel_that_was_removed_is_no_longer_noted(small_project):
     assert "cuda_src/extra.cu" in build(small_project).info["sources"]
     extra.unlink()
     assert "cuda_src/extra.cu" not in build(small_project).info["sources"]
+
+
+# A file with two parts, and what stands for nvcc: g++ without the options that it does not know.
+IN_PARTS = """#include "header.h"
+template <typename T, int N>
+void part_of(int& sum) { sum += N * int(sizeof(T)); }
+#ifdef LAB_PART
+extern template void part_of<char, 10>(int&);
+extern template void part_of<short, 100>(int&);
+template void part_of<LAB_PART>(int&);
+#endif
+__attribute__((weak)) int kernel() {
+  int sum = value();
+  part_of<char, 10>(sum), part_of<short, 100>(sum);
+  return sum;
+}
+"""
+NVCC = """#!/usr/bin/env python3
+import re, subprocess, sys
+words = [w for w in sys.argv[1:] if not re.match("-(gencode|Xptxas|lineinfo|cudart|Xcompiler)", w)]
+words = ["c++" if w == "cu" else w for w in words]
+sys.exit(subprocess.call(["g++", "-fPIC", *words]))
+"""
+
+
+@pytest.fixture
+def project_in_parts(small_project, monkeypatch):
+    (small_project / "cuda_src/kernel.cu").write_text(IN_PARTS)
+    nvcc = small_project / "bin/nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(NVCC)
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("PATH", str(nvcc.parent), prepend=os.pathsep)
+    return small_project
+
+
+PARTS = ["kernel.cu <char, 10>", "kernel.cu <short, 100>"]
+
+
+def test_nvcc_compiles_a_file_in_the_parts_that_it_declares(project_in_parts):
+    gpu = build(project_in_parts, "_cuda", LAB_CUDA="1")
+    assert gpu.value == 1 + 10 + 200
+    # The first of them is compiled by g++, which is quick, for the CPU.
+    assert [name for name in gpu.compiled if "kernel" in name] == ["kernel.cu", *PARTS]
+    assert build(project_in_parts, "_cuda", LAB_CUDA="1").compiled == []
+    assert build(project_in_parts).value == gpu.value
+
+
+def test_a_tried_file_is_compiled_in_the_parts_of_the_file_that_it_includes(project_in_parts, tmp_path):
+    build(project_in_parts, "_cuda", LAB_CUDA="1")
+    mine = tmp_path / "mine.cu"
+    mine.write_text('#include "header.h"\n#define value() 1000\n#include "kernel.cu"\n')
+    tried = build(
+        project_in_parts, "_cuda", tmp_path / "tried", LAB_CUDA="1", LAB_TRY=f"kernel={tmp_path / 'mine.cu'}"
+    )
+    assert tried.value == 1000 + 10 + 200
+    assert [name for name in tried.compiled if "kernel" in name or "mine" in name] == [
+        part.replace("kernel", "mine") for part in PARTS
+    ]

@@ -14,7 +14,7 @@ from lab.errors import LabError
 from lab.inspect import binary, call, command, cuda_code, listing, triton_code
 from lab.inspect import gpu as gpus
 from lab.inspect import kernel as kernels
-from lab.inspect.fairness import code_lines, fairness
+from lab.inspect.fairness import built_in, code_lines, fairness
 from lab.ops import OPS, find
 from lab.records import schema
 from triton_kernels.core.packed_rows import PACKED
@@ -381,3 +381,13 @@ def test_without_nvcc_the_triton_half_still_shows(monkeypatch, capsys):
 
 def test_symbols_of_what_is_no_elf_file():
     assert binary.symbols(b"text") == []
+
+
+def test_the_seconds_of_a_file_are_those_of_its_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr("lab.inspect.fairness.ROOT", tmp_path)
+    folder = tmp_path / "build/cuda"
+    folder.mkdir(parents=True)
+    for name, seconds in (("whole.cu", "3"), ("parted.cu.half", "1.5"), ("parted.cu.bf16", "2.5")):
+        (folder / f"{name}.seconds").write_text(seconds)
+    found = [built_in(tmp_path / f"{name}.cu") for name in ("whole", "parted", "absent")]
+    assert found == [3, 4, None]

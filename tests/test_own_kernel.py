@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from lab import cli
-from lab.contract import Rand
 from lab.dispatch import select
 from lab.judge import kernel_file
 from lab.judge.race import RacedFile
@@ -283,31 +282,6 @@ def test_an_interrupt_ends_the_kernel(tmp_path):
     assert process.returncode == 130 and said == "lab: interrupted\n"
     with pytest.raises(ProcessLookupError):
         os.kill(int(started.read_text()), 0)
-
-
-IN_PARTS = """#include "common.cuh"
-#include "core/kv_codes.cuh"
-#include "launchers/decode_step.h"
-using namespace lab;
-void decode_step_of_fp8(const DecodeStepArgs& a);
-template <bool>
-static void any_step(const DecodeStepArgs&) {}
-template <typename Code>
-static void step_of_codes(const DecodeStepArgs&) { throw std::invalid_argument("mine"); }
-#ifndef LAB_STEP_PART
-void decode_step(const DecodeStepArgs& a) { decode_step_of_fp8(a); }
-#endif
-"""
-
-
-def test_a_file_that_is_compiled_in_parts_has_all_of_them(tmp_path):
-    """decode_step_of_fp8.cu compiles more kernels of decode_step.cu: of the tried file, not of ours."""
-    path, op = tmp_path / "mine.cu", find("decode_step")
-    path.write_text(IN_PARTS)
-    built = kernel_file.build(path, op, "cpu", tmp_path, 120)
-    function = kernel_file.function_of(path, op, "cpu", str(built))
-    with pytest.raises(ValueError, match="mine"):
-        function(*op.inputs(Rand("cpu", torch.bfloat16, 0), **op.cases[0].sizes))
 
 
 def test_help_says_what_a_file_contains(capsys):

@@ -11,7 +11,7 @@ from tiny_models import CONFIGS, LLAMA
 
 from lab.dispatch import Trace, select
 from lab.errors import LabError
-from lab.formats import FORMATS
+from lab.formats import FORMATS, kv
 from lab.harness import model_bench, shapes
 from lab.model import decoder as decoders
 from lab.model.decoder import Decoder
@@ -86,9 +86,11 @@ def test_one_kernel_a_step(backend, device):
     assert [(op, by, count) for (op, by, _), count in trace.counts.items()] == [("decode_step", backend, 2)]
 
 
-def test_an_idle_row_writes_nothing_and_leaves_all_ready(backend, device):
-    d, fresh = (decoder(CONFIGS["qwen3"], backend, device, prompt=None) for _ in range(2))
-    held = (d.ids.fill_(5), d.logits.fill_(7), d.cache.k.normal_(), d.cache.v.normal_(), d.state)
+@pytest.mark.parametrize("kv_dtype", [None, *kv.DTYPES])
+def test_an_idle_row_writes_nothing_and_leaves_all_ready(kv_dtype, backend, device):
+    d, fresh = (decoder(CONFIGS["qwen3"], backend, device, prompt=None, kv_dtype=kv_dtype) for _ in range(2))
+    d.cache.fill_random()
+    held = (d.ids.fill_(5), d.logits.fill_(7), *d.cache.tensors(), d.state)
     before = [tensor.clone() for tensor in held]
     with torch.inference_mode():
         d.run_plan(GREEDY)

@@ -8,7 +8,6 @@ from tiny_models import CONFIGS
 from lab.contract import Rand
 from lab.dispatch import select
 from lab.formats import kv
-from lab.model.sampling import GREEDY
 from lab.ops import decode_step
 
 FORMATS = pytest.mark.parametrize("kv_dtype", list(kv.DTYPES))
@@ -77,17 +76,3 @@ def test_plans_agree(name, dtype, backend, kv_dtype, device):
         for got, want in of_both:
             assert (got - want).abs().mean() < 0.01 * want.abs().mean()
             assert (got - want).abs().max() <= 0.13 * want.abs().max()  # by one code, 1/8
-
-
-@FORMATS
-@HALVES
-def test_an_idle_row_writes_nothing(backend, kv_dtype, device):
-    d, fresh = (decoder(CONFIGS["qwen3"], backend, device, prompt=None, kv_dtype=kv_dtype) for _ in range(2))
-    held = (d.ids.fill_(5), d.logits.fill_(7), *d.cache.tensors(), d.state)
-    before = [tensor.clone() for tensor in held]
-    with torch.inference_mode():
-        d.run_plan(GREEDY)
-    assert all(map(torch.equal, held, before))
-    for one in (d, fresh):
-        one.admit(0, PROMPT)
-    assert d.step().tolist() == fresh.step().tolist() and torch.equal(d.logits, fresh.logits)

@@ -475,7 +475,18 @@ def way(w, parts, cfg, programs):
 
 
 def decode_step(
-    ids, positions, model, k_cache, v_cache, block_table, logits, workspace, out, k_scales=None, v_scales=None
+    ids,
+    positions,
+    model,
+    k_cache,
+    v_cache,
+    block_table,
+    logits,
+    workspace,
+    k_scales=None,
+    v_scales=None,
+    *,
+    out,
 ):
     """Launch one program per multiprocessor; the settings `per_multiprocessor` or `programs` change that."""
     m, w = model, workspace

@@ -24,7 +24,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from lab.errors import Unavailable, error_text
+from lab.errors import error_text
 from lab.formats import kv
 from lab.harness import ledger, model_bench, timing
 from lab.harness.ops_bench import alive
@@ -72,7 +72,7 @@ def measure(session, rig, weights, name, dtype_name, context, backend):
 
 def measure_step(base, rig, weights, backend, context):
     ops = rig.backends[backend]
-    recording = recording_step(ops, backend, rig.device, rig.kv_dtype)
+    recording = recording_step(ops, backend, rig.device)
     decoder = Decoder(weights, ops, 1, context + 1, plan=PLAN, kv_dtype=rig.kv_dtype)
     model_bench.fill(decoder, 1, context)
     b = decoder.buffers
@@ -92,15 +92,11 @@ def measure_step(base, rig, weights, backend, context):
     )
 
 
-def recording_step(ops, backend, device, kv_dtype):
+def recording_step(ops, backend, device):
     """decode_step as a function that takes a trace. For CUDA on a GPU that is another kernel, which is
     compiled first."""
     if (backend, device) != ("cuda", "cuda"):
         return ops.decode_step
-    if kv_dtype is not None:  # its kernels are in files that are not replaced
-        raise Unavailable(
-            f"--inside records nothing of CUDA with a KV cache in {kv_dtype} yet: use --kv-dtype auto"
-        )
     from lab.judge import kernel_file  # of a layer above: it builds an extension with one file replaced
 
     (op,) = (one for one in OPS if one.whole_step)

@@ -92,10 +92,12 @@ def new_run():
 
 
 def built_in(source):
-    """How many seconds nvcc took for the file in its last build, with all instantiations and architectures;
-    None if that is unknown."""
+    """How many seconds nvcc took for the file in its last build, with all its parts, instantiations and
+    architectures; None if that is unknown."""
+    folder = ROOT / "build/cuda"
+    parts = sorted(folder.glob(f"{source.name}.*.seconds")) or [folder / f"{source.name}.seconds"]
     try:
-        return float((ROOT / "build/cuda" / f"{source.name}.seconds").read_text())
+        return sum(float(part.read_text()) for part in parts)
     except (OSError, ValueError):
         return None
 

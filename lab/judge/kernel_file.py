@@ -197,9 +197,9 @@ def for_the_cpu(path: Path, said: str, device: str) -> str | None:
 
 def compiled(source: Path, objects: Path) -> bool:
     """Whether there is an object of a kernel's file that is newer than the file (setup.py looks closer)."""
-    name = "_".join(source.relative_to(ROOT / "cuda_src").parts) + ".o"
-    # The second is the object with a GPU's shapes (LAB_HOST_GPU_SHAPES): see setup.py.
-    targets = [objects / name, objects / f"gpu_shapes_{name}"]
+    name = "_".join(source.relative_to(ROOT / "cuda_src").parts)
+    # The second is the object with a GPU's shapes (LAB_HOST_GPU_SHAPES); the last are parts: see setup.py.
+    targets = [objects / f"{name}.o", objects / f"gpu_shapes_{name}.o", *objects.glob(f"{name}.*.o")]
     return any(t.exists() and t.stat().st_mtime >= source.stat().st_mtime for t in targets)
 
 
