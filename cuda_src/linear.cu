@@ -76,13 +76,13 @@ template <typename P>
 __global__ void __launch_bounds__(P::kThreads, P::kResident)
     linear_packed_kernel(PackedProduct<typename P::T> inputs, const typename P::T* bias,
                          const typename P::T* residual, void* y, bool out_f32) {
-  // 1. Locate: 16 rows of w per block, a slice of k per warp (in float32: 4 rows per warp).
+  // 1. Locate: the block's rows of w; core/packed_product.cuh chooses how its warps divide them and k.
   P product(inputs);
   product.start();
   for (; product.more(); product.next()) {
     // 2. Multiply: packed weights go from DRAM into registers and become numbers there. The first loads are
     // issued before the wait for the preceding kernel.
-    // 3. Reduce: over the warps that share k, in a fixed order.
+    // 3. Reduce: over the warps or blocks that share k, in a fixed order.
     product.multiply();
 
     // 4. Store: neighbouring threads store neighbouring outputs. (linear_add's residual is added here.)

@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(C::kThreads)
 template <typename P>
 __global__ void __launch_bounds__(P::kThreads, P::kResident)
     norm_linear_silu_mul_packed_kernel(PackedProduct<typename P::T> normed, typename P::T* y) {
-  // 1. Locate: 8 rows of the gate and the same rows of up per block, a slice of k per warp.
+  // 1. Locate: the block's rows of the gate, and the same rows of up.
   P product(normed);
 
   // 2. Norm: already done by rmsnorm's kernel. The loads of the first weights are issued before the wait for
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(P::kThreads, P::kResident)
   product.start();
   for (; product.more(); product.next()) {
     // 3. Multiply: packed weights go from DRAM into registers and become numbers there.
-    // 4. Reduce: over the warps that share k, in a fixed order.
+    // 4. Reduce: over the warps or blocks that share k, in a fixed order.
     product.multiply();
 
     // 5. Activate and store: from the float32 sums, rounded once.

@@ -50,6 +50,7 @@ def stored(folder, *runs):
     lines = []
     for name, settings, rows, commit in runs:
         env = Env(name, when="before", device="cuda", gpu="H100", time=name, commit=commit, settings=settings)
+        env.notes = ["The GPU throttled."] if name == "1" else []
         lines += [schema.to_line(row) + "\n" for row in (env, *rows)]
     (folder / schema.FILE).write_text("".join(lines))
     return load.load(folder)
@@ -70,7 +71,9 @@ def test_runs_of_several_gpus_join_that_of_one_on_the_same_machine_and_commit(tm
     assert set(found) == {"2", "3"}, "another commit's run stays apart"
     run = found["3"]
     assert list(run.model["us"]) == [10.0] and list(run.divided["us"]) == [6.0, 8.0]
-    assert any("runs of its own" in notice.text and "1." in notice.text for notice in run.notices)
+    said = [notice.text for notice in run.notices]
+    assert "Run 1, of several GPUs of this machine, is shown, too." in said
+    assert "In run 1: The GPU throttled." in said and not any("In run 1: No env" in text for text in said)
     assert parallel_figures.sentence(run) == (
         "Divided among 2 GPUs a token of m takes 6.00 us with CUDA fused, 8.00 us with CUDA + NCCL fused: "
         "1.67 times as fast as one GPU."
@@ -81,9 +84,30 @@ def test_runs_of_several_gpus_join_that_of_one_on_the_same_machine_and_commit(tm
     assert len(found["2"].divided) == 1 and not len(found["2"].model)
 
 
+def test_tokens_are_compared_at_one_dtype_one_size_and_one_storage(tmp_path):
+    """What one GPU did in another dtype, or with packed weights or caches, is set beside nothing."""
+    packed, cache = token("3", "cuda", 4.0), token("3", "cuda", 5.0)
+    packed.weight_format, cache.kv_dtype = "int4-g128", "fp8"
+    others = [token("3", "cuda", us) for us in (20.0, 30.0)]
+    others[0].dtype, others[1].batch = "fp32", 2
+    four = "2", {"ranks": 4}, [token("2", "triton", 5.0, 4)], "abc"
+    two = [token("1", "cuda+nccl", 3.0, 2), token("1", "cuda", 6.0, 2), token("1", "cuda", 9.0, 2)]
+    two[2].dtype = "fp32"
+    one = "3", {}, [packed, cache, *others], "abc"
+    (run,) = stored(tmp_path, ("1", {"ranks": 2}, two, "abc"), four, one)
+    rows = parallel_figures.tokens_of(run, "m")
+    assert set(rows["us"]) == {3.0, 5.0, 6.0} and set(rows["dtype"]) == {"bf16"}
+    said = "Divided among 4 GPUs a token of m takes 5.00 us with Triton fused."
+    assert parallel_figures.sentence(run) == said
+    figure = parallel_figures.tokens(run)
+    assert figure.title == "One token on 2 and 4 GPUs, bf16, batch 1, context 64"
+    assert "--tensor-parallel 1,2,4" in figure.command
+
+
 def test_a_run_of_several_gpus_alone_says_so_first(tmp_path):
     stored(tmp_path, ("1", {"ranks": 2}, [token("1", "triton", 6.0, 2)], "abc"))
     build.report(tmp_path, tmp_path / "page", None)
     page = (tmp_path / "page" / "README.md").read_text()
     assert "Divided among 2 GPUs a token of m takes 6.00 us with Triton fused." in page
     assert "Nothing was measured" not in page
+    assert page.count("![Bars") == 1, "its picture is the first, and stands nowhere else"

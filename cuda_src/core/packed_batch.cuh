@@ -11,7 +11,7 @@
 namespace lab {
 
 // Tiles: of 8 rows of x. Ahead: chunks of 4-bit codes that a warp has in registers, one of which it multiplies; of
-// longer codes half as many, but two.
+// longer codes half as many, at least two.
 // Stages: chunks of x in the ring. Parts: rows of w for one output (gate and up: 2), n rows apart.
 template <int Tiles_, int Ahead, int Stages, int Parts_>
 struct PackedBatchShape {
@@ -308,15 +308,18 @@ constexpr int kMostPackedRows = 64;  // of x, in one launch
 
 // Calls f with the shape of a launch: f(PackedBatchShape<...>{}). With few rows of x the loads of w are the limit,
 // and more of them are in flight; with many the registers hold sums.
-template <int Parts, typename Use>
+template <typename F, int Parts, typename Use>
 inline void by_batch_shape(int rows, Use&& use) {
   using Many = PackedBatchShape<8, 3, 4, Parts>;
-  if constexpr (kHost) return use(Many{});  // one shape for all, because each costs compile time
-  if (rows > 16) return use(Many{});
-  use(PackedBatchShape<2, 4, 4, Parts>{});
+  // On a CPU most formats have one shape alone, because each costs compile time.
+  if constexpr (!kHost || F::kGroup == 128) {
+    if (rows <= 16) return use(PackedBatchShape<2, 4, 4, Parts>{});
+  }
+  use(Many{});
 }
 
-// Blocks of a cluster: as many as give every multiprocessor a block, while each has two chunks of k or more.
+// Blocks of a cluster: more of them where that leaves no more blocks than multiprocessors, and each two chunks of k
+// or more.
 template <typename C>
 inline unsigned batch_cluster(int outputs, int k) {
   const int blocks = ceil_div(outputs, C::kOutputs), chunks = ceil_div(k, C::kChunk);

@@ -73,7 +73,7 @@ inline void by_packed(const PackedProduct<T>& p, Use&& use) {
         using P = PackedRows<T, F, C>;
         return use(PackedLaunch<P>{dim3(packed_blocks<C>(p.n)), packed_smem_bytes<T, F, C>(p.rows, p.k)});
       }
-      by_batch_shape<Parts>(p.rows, [&](auto shape) {
+      by_batch_shape<F, Parts>(p.rows, [&](auto shape) {
         using C = decltype(shape);
         const unsigned cluster = batch_cluster<C>(p.n, p.k);
         use(PackedLaunch<PackedBatch<T, F, C>>{dim3(ceil_div(p.n, C::kOutputs) * cluster),

@@ -141,7 +141,8 @@ def measure_steps(group, settings, session):
                     )
                     yield [timed(row, weights, device)]
                     release(device)
-                if settings.compile and device == "cuda" and not weights.packed:
+                first = (batch, context) == (settings.model_batches[0], settings.model_contexts[0])
+                if settings.compile and first and device == "cuda" and not weights.packed:
                     peer = ModelRow("", name, "torch", "-", "compile", dtype_name, batch, context, "graph")
                     peer.ranks, peer.weights = group.ranks, kind
                     peer.note = "torch.compile layer by layer with NCCL's sums, one CUDA graph; contiguous KV"
@@ -157,10 +158,9 @@ def timed_compiled(row: ModelRow, weights) -> ModelRow:
     if row.error is None:
         try:
             step = timing.GraphTimed([compiled_step(weights, row.batch, row.context)])
-        except Exception as error:  # of the compiler: the same on all ranks
-            row.error = error_text(error)
-        else:
-            sampled(row, step, weights)
+        except Exception as error:  # perhaps on this rank alone, so none may go on
+            raise LabError(f"{row.model} under torch.compile: {error_text(error)}") from error
+        sampled(row, step, weights)
     return row
 
 

@@ -29,7 +29,7 @@ FREE_SHARE = 0.3  # of the free memory, what the buffers of the kernel's process
 VERIFIED_BYTES = 64 << 20  # a larger buffer set is not verified after every replay
 CPU_SETS = 3
 BURST_US = 30_000.0  # about how long the replays last that this process times by its own clock
-COPIED_PER_US, COPIED_MOST, CONTROLS = 1 << 20, 1 << 30, 15  # of the judge's own copy: see disturbed()
+COPIED_PER_US, COPIED_MOST, CONTROLS = 1 << 20, 1 << 28, 15  # of the judge's own copy: see disturbed()
 SLOWER = {"cuda": 1.2, "cpu": 3.0}  # by so much they may be slower than the times that were reported
 
 

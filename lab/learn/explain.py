@@ -144,7 +144,7 @@ def explain_format(name, args):
     if args.op != name and args.op not in formats:
         raise LabError(f"unknown weight format {args.op!r}: choose from {', '.join(formats)}")
     facts = [(f.name, f"{f.bits_a_weight:g} bits a weight; {f.summary}") for f in formats.values()]
-    facts.append(("scales", "multiplied with float32 sums, in packed_rows of both languages' folders core"))
+    facts.append(("scales", "multiplied with float32 sums, in core/packed_* of both languages"))
     cuda, triton = twins.pair(f"{twins.FORMATS}/{name}")
     give(args, name, facts, cuda, triton, twins.rows(cuda, triton))
     return 0

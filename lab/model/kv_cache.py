@@ -128,7 +128,7 @@ class PagedKVCache:
         grown, free = [], len(self.free)
         for sequence, tokens in wanted.items():
             length = self.lengths[sequence] + tokens
-            missing = -(-length // self.page_size) - len(self.held[sequence])
+            missing = pages_for(length, self.page_size) - len(self.held[sequence])
             if length > self.max_context:
                 advice = (
                     "all that the model was made for"

@@ -182,7 +182,7 @@ class Stored:
     path: Path
     rows: list
     notices: list  # of the whole file
-    joined: list = field(default_factory=list)  # ids of runs of several GPUs whose rows are among `rows`
+    joined: list = field(default_factory=list)  # runs of several GPUs (Stored), which are shown with this one
 
     @property
     def env(self):
@@ -208,11 +208,12 @@ class Stored:
 
     def run(self):
         """The run with its frames."""
-        by_kind = {kind: [r for r in self.rows if r.kind == kind] for kind in schema.KINDS}
+        rows = self.rows + [r for other in self.joined for r in other.rows if of_several_gpus(r)]
+        by_kind = {kind: [r for r in rows if r.kind == kind] for kind in schema.KINDS}
         # What several GPUs did stands apart, but for ledgers (parallel_figures.py).
-        by_kind["ceiling"], links = parted(by_kind["ceiling"], lambda r: str(r.direction).startswith("link"))
-        by_kind["model"], divided = parted(by_kind["model"], lambda r: r.ranks != 1)
-        by_kind["op"], between = parted(by_kind["op"], lambda r: "ranks" in (r.shape or {}))
+        by_kind["ceiling"], links = parted(by_kind["ceiling"], of_several_gpus)
+        by_kind["model"], divided = parted(by_kind["model"], of_several_gpus)
+        by_kind["op"], between = parted(by_kind["op"], of_several_gpus)
         run = Run(
             self.id,
             self.path,
@@ -230,10 +231,15 @@ class Stored:
             between=_frame(between, "op"),
             notices=[Notice("warning", n) for n in self.notices],
         )
-        if self.joined:
-            others = ", ".join(self.joined)
-            said = f"What several GPUs did was measured by runs of its own, on the same machine: {others}."
+        for other in self.joined:
+            said = f"Run {other.id}, of several GPUs of this machine, is shown, too."
             run.notices.append(Notice("note", said))
+            # What is to be said of its machine, and is not said of this run's.
+            run.notices += [
+                Notice(notice.level, f"In run {other.id}: {notice.text}")
+                for notice in _about_machine(other.run())
+                if notice not in _about_machine(run)
+            ]
         run.foreign = [r for r in _foreign(self.path) if run.env is not None and r.gpu == run.env.gpu]
         _mark_untuned(run, by_kind["op"], by_kind["fairness"])
         _drop_failures(run)
@@ -288,7 +294,7 @@ def find(where):
 def joined(runs):
     """The runs of one file, those of several GPUs joined to one of a single GPU, if the same card, software
     and commit made it, or else to each other: a command for each number of GPUs measures what belongs
-    together. Their rows are kept as they are, but for the env rows of a joined run."""
+    together."""
     alone = [run for run in runs if not run.of_several]
     found = list(alone)
     for run in filter(lambda run: run.of_several, runs):
@@ -296,9 +302,17 @@ def joined(runs):
         if host is None:
             found.append(run)
         else:
-            host.rows = host.rows + [r for r in run.rows if r.kind != "env"]
-            host.joined.append(run.id)
+            host.joined.append(run)
     return found
+
+
+def of_several_gpus(row):
+    """Whether a row says what several GPUs did. (A run of several measures the ceilings of one, too.)"""
+    if row.kind == "ceiling":
+        return str(row.direction).startswith("link")
+    if row.kind == "op":
+        return "ranks" in (row.shape or {})
+    return row.kind in ("model", "ledger") and row.ranks != 1
 
 
 def _foreign(path):
@@ -476,6 +490,9 @@ def _about_machine(run):
         )
     if "+" in str(env.commit or ""):
         found.append(Notice("note", f"The source tree had uncommitted edits ({env.commit})."))
+    settings = env.settings if isinstance(env.settings, dict) else {}
+    if len(run.model) and not run.emulated and settings.get("compile") is False:
+        found.append(Notice("note", "torch.compile was not measured in this run."))
     peers = env.peers if isinstance(env.peers, dict) else {}
     absent = [f"{name} ({why})" for name, why in peers.items() if not str(why)[:1].isdigit()]
     if absent:

@@ -1,7 +1,7 @@
 """What stands where: the pictures, tables and words of a run, and the page made of them.
 
-The first screen is a verdict and one picture; six sections follow, then the models and the ops; what was run
-on what, notes and failures stand below, folded. Every picture is inline SVG, whose colours follow the page's
+The first screen is a verdict and one picture; seven sections follow, then the models and the ops; what was
+run on what, notes and failures stand below, folded. Every picture is inline SVG, whose colours follow the page's
 theme. jinja2 escapes every string of a record. The page loads nothing from anywhere: its
 Content-Security-Policy forbids it.
 """
@@ -86,7 +86,7 @@ class View:
     slug: str
     verdict: list  # sentences
     headline: Picture | None
-    top: list  # Parts: the six sections
+    top: list  # Parts: the seven sections
     models: list  # a Part for each model
     ops: list  # a Part for each op
     below: list  # Parts: everything else
@@ -120,13 +120,15 @@ def view(run, slug, folder, with_twins, progress):
     f = ops.focus(run)
     of_ops = [op_figures.utilisation(run, f), op_figures.tiny(run, f)] if f else []
     first, *of_ops = [*filter(None, [overview_figures.headline(run), *of_ops])] or [None]
-    headline = drawn(first or parallel_figures.tokens(run))
+    several = parallel_figures.tokens(run)
+    headline = drawn(first or several)
+    top = _top(run, f, of_ops, several if first else None, drawn, with_twins)
     return View(
         run,
         slug,
         verdict.sentences(run, f),
         headline[0] if headline else None,
-        [part for part in _top(run, f, of_ops, drawn, with_twins) if part.everything or part.tables],
+        [part for part in top if part.everything or part.tables],
         [_model(run, model, drawn) for model in sides.models(run)],
         _ops(run, f, drawn, with_twins),
         _below(run, f, drawn),
@@ -134,8 +136,9 @@ def view(run, slug, folder, with_twins, progress):
     )
 
 
-def _top(run, f, of_ops, drawn, with_twins):
-    """The six sections that say most. of_ops: figures of the ops, but for one that stands above all."""
+def _top(run, f, of_ops, several, drawn, with_twins):
+    """The seven sections that say most. of_ops: figures of the ops, several: of tokens on several GPUs, both
+    but for one that stands above all."""
     model = sides.main_model(run)
     overview = overview_figures.overview(run)
     plans = ledger_figures.plans(run, model) if model else []
@@ -146,7 +149,7 @@ def _top(run, f, of_ops, drawn, with_twins):
             shown=drawn(overview),
             tables=[(*found, False) for found in sides.foreign(run)],
         ),
-        _several(run, drawn),
+        _several(run, several, drawn),
         Part(
             "wins",
             "Who wins where",
@@ -178,9 +181,9 @@ def _top(run, f, of_ops, drawn, with_twins):
     ]
 
 
-def _several(run, drawn):
+def _several(run, of_tokens, drawn):
     """What several GPUs did, together."""
-    shown = drawn(parallel_figures.tokens(run), parallel_figures.exchange(run))
+    shown = drawn(of_tokens, parallel_figures.exchange(run))
     tables = [(*found, False) for found in parallel_figures.tables(run)]
     return Part("several-gpus", "Several GPUs", shown=shown, tables=tables)
 

@@ -104,20 +104,42 @@ def exchange(run):
     )
 
 
+def plain(rows):
+    """Rows with a time, plain weights, a plain KV cache and no op of another backend."""
+    usable = rows["us"].notna() & (rows["weight_format"] == "") & (rows["kv_dtype"] == "")
+    return rows[usable & (rows["overrides"].map(len) == 0)]
+
+
+def at_point(rows, dtype, batch, context):
+    return rows[(rows["dtype"] == dtype) & (rows["batch"] == batch) & (rows["context"] == context)]
+
+
+def point_of(run):
+    """(dtype, batch, context) at which all tokens are compared, or None."""
+    rows = plain(run.divided)
+    for dtype in ("bf16", "fp16", "fp32"):
+        mine = first_size(rows[rows["dtype"] == dtype])
+        if len(mine):
+            return dtype, mine["batch"].iloc[0], mine["context"].iloc[0]
+    return None
+
+
 def tokens_of(run, model):
-    """Rows of a model's token at its first size, plain weights: the fastest step of one GPU, if measured, and
-    those of several, our fastest and the best peer's, with the column `gpus`."""
-    rows = run.divided[(run.divided["model"] == model) & run.divided["us"].notna()]
-    rows = rows[(rows["weight_format"] == "") & (rows["kv_dtype"] == "")]
+    """Rows of a model's token at point_of(): the fastest step of one GPU, if measured, and those of several,
+    our fastest and the best peer's, with the column `gpus`."""
+    point = point_of(run)
+    if point is None:
+        return run.divided.head(0)
+    rows = at_point(plain(run.divided[run.divided["model"] == model]), *point)
     if not len(rows):
         return rows
-    rows = with_side(launched(first_size(rows))).sort_values("us", kind="stable")
+    rows = with_side(launched(rows)).sort_values("us", kind="stable")
     ours = rows[rows["side"] != "peer"].head(TOKEN_BARS)
     peers = rows[rows["side"] == "peer"].head(1)
     several = pd.concat([ours, peers]).sort_values("us")
     several = several.assign(gpus=several["ranks"].astype(float), tuning="")
-    one = series(run, model)
-    one = launched(one[(one["batch"] == rows["batch"].iloc[0]) & (one["context"] == rows["context"].iloc[0])])
+    one = launched(at_point(plain(run.model[run.model["model"] == model]), *point))
+    one = series(run, model).loc[lambda known: known.index.isin(one.index)]
     if not len(one):
         return several
     return pd.concat([fastest(one).head(1).assign(gpus=1.0), several])
@@ -153,17 +175,19 @@ def tokens(run):
             ax.set_xlabel(f"{unit_name} a token" + (", emulated" if run.emulated else ""))
 
     several = rows[rows["gpus"] > 1]
-    count = amount(several["gpus"].max())
-    at = f"batch {amount(rows['batch'].iloc[0])}, context {amount(rows['context'].iloc[0])}"
+    counts = [amount(count) for count in sorted(set(several["gpus"]))]
+    dtype, batch, context = point_of(run)
     return Figure(
         name="several-gpus",
-        title=f"One token on {count} GPUs, {at}",
+        title=f"One token on {' and '.join(counts)} GPUs, {dtype}, batch {amount(batch)}, "
+        f"context {amount(context)}",
         conditions=conditions(run, several).replace("bars p10 to p90", "no spread drawn"),
         reading="For each model the fastest step of one GPU, if it fits, our fastest of several, and the "
-        "best peer." + (" Dotted: the bytes of one GPU at the bandwidth that was measured." if peak else ""),
+        "best peer, which may be our kernels with sums by a library (NCCL)."
+        + (" Dotted: the bytes of one GPU at the bandwidth that was measured." if peak else ""),
         alt="Bars: " + "; ".join(f"{r.model} {_told(r)} {duration(r.us)}" for r in rows.itertuples()),
         table=table(rows, TOKENS, **HEADS),
-        command=command("model", models, several, None, f"--tensor-parallel 1,{count}"),
+        command=command("model", models, several, None, f"--tensor-parallel {','.join(['1', *counts])}"),
         height=0.45 * len(models) + 0.22 * len(rows),
         draw=draw,
     )
@@ -179,7 +203,7 @@ def sentence(run):
     rows = next((found for found in (tokens_of(run, m) for m in models) if len(found)), None)
     if rows is None:
         return None
-    several = rows[rows["gpus"] > 1].sort_values("us")
+    several = rows[rows["gpus"] == rows["gpus"].max()].sort_values("us")
     best = fastest(several)
     told = ", ".join(f"{duration(r.us)} with {words(r)}" for r in best.itertuples())
     count, model = amount(several["gpus"].iloc[0]), rows["model"].iloc[0]

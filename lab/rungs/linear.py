@@ -76,10 +76,10 @@ LADDER = Ladder(
             6,
             "Pipeline",
             drawing="ring",
-            idea="cp.async keeps seven loads of each lane in flight, of w and of x, through a ring in shared "
-            "memory",
-            gain="3.5 KB of weights in flight a warp, however the compiler unrolls the loop: with 256 rows, a "
-            "warp each, nothing else keeps memory busy",
+            idea="cp.async keeps seven loads of each lane in flight, of w and of x, through a ring in "
+            "shared memory",
+            gain="3.5 KB of weights in flight a warp, however the compiler unrolls the loop: with 256 "
+            "rows, a warp each, nothing else keeps memory busy",
             factor=1.2,
             at=NARROW,
             otherwise="The loads pass through shared memory, which costs an extra instruction each; with "
