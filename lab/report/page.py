@@ -1,8 +1,8 @@
 """What stands where: the pictures, tables and words of a run, and the page made of them.
 
 The first screen is a verdict and one picture; seven sections follow, then the models and the ops; what was
-run on what, notes and failures stand below, folded. Every picture is inline SVG, whose colours follow the page's
-theme. jinja2 escapes every string of a record. The page loads nothing from anywhere: its
+run on what, notes and failures stand below, folded. Every picture is inline SVG, whose colours follow the
+page's theme. jinja2 escapes every string of a record. The page loads nothing from anywhere: its
 Content-Security-Policy forbids it.
 """
 
