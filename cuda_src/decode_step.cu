@@ -2,7 +2,7 @@
 // append + attention, o + residual, norm + gate and up + silu * mul, down + residual; norm + lm_head + argmax
 //
 //   ids, positions, out [1] int32   table [layers, 10] addresses (LAYER of the contract); with packed weights 15
-//   columns (MATRICES)
+//   columns (MATRICES), or 19 (APART)
 //   logits [1, vocab] float32
 //   caches [layers, pages, kv_heads, page_size, D], their scales (lab/formats/kv.py)   block_table [1, max_pages]
 //   cos_sin [max_positions, D] float32
@@ -21,14 +21,16 @@
 #include "common.cuh"
 #include "core/candidate.cuh"
 #include "core/exchange.cuh"
-#include "core/packed_ring.cuh"
+#include "core/mixed_ring.cuh"
 #include "core/step_attention.cuh"
 #include "launchers/decode_step.h"
 #include "sizes.h"
 
 // Kernels that other files compile, which include this one with LAB_STEP_PART: the kernel that exchanges sums with
-// other ranks, which on a CPU is the same, and those of quantised caches.
+// other ranks, and that for all weight formats, which on a CPU are the same; and those of quantised caches.
 void decode_step_of_a_rank(const DecodeStepArgs& a);
+void decode_step_of_k_quants(const DecodeStepArgs& a);
+void decode_step_of_k_quants_and_codes(const DecodeStepArgs& a);
 void decode_step_of_fp8(const DecodeStepArgs& a);
 void decode_step_of_int8(const DecodeStepArgs& a);
 
@@ -49,8 +51,19 @@ struct PackedStepLayer : StepLayer<T> {
   LAB_DEVICE int format(int matrix) const { return int(formats >> (8 * matrix) & 0xff); }
 };
 
-// What differs between models with packed weights and others.
-template <typename T, bool Packed>
+// The same of a model whose q, k and v may be stored apart. wqkv is then q's, and the bytes 4 and 5 of `formats`
+// are for k and v.
+template <typename T>
+struct MixedStepLayer : PackedStepLayer<T> {
+  MoreMatrices<T> wk_and_wv;
+};
+
+// How the weights of a model are stored. packed: some in a weight format whose scales belong to one segment each.
+// any: in any format, and q, k and v may be apart.
+enum class Stored { plain, packed, any };
+
+// What differs between these models.
+template <typename T, Stored>
 struct StepTypes {
   using Layer = StepLayer<T>;
   using Ring = WeightRing<T>;
@@ -58,10 +71,17 @@ struct StepTypes {
   static constexpr int kTile = kTileBytes;
 };
 template <typename T>
-struct StepTypes<T, true> {
+struct StepTypes<T, Stored::packed> {
   using Layer = PackedStepLayer<T>;
   using Ring = PackedRing<T>;
   using StepMatrix = PackedMatrix<T>;
+  static constexpr int kTile = kPackedTileBytes;
+};
+template <typename T>
+struct StepTypes<T, Stored::any> {
+  using Layer = MixedStepLayer<T>;
+  using Ring = MixedRing<T>;
+  using StepMatrix = MixedMatrix<T>;
   static constexpr int kTile = kPackedTileBytes;
 };
 
@@ -119,7 +139,7 @@ template <typename T>
 struct StepRow {
   static constexpr int N = 8, kStep = kRingThreads * N;
   T *x, *weight;  // [k] in shared memory; weight: of the next norm
-  bool padded;    // with packed weights: x has zeros from k to the end of the last segment
+  bool padded;    // with packed weights: x has zeros from k to the end of the last span
   float* squares;
   float mean;  // 1 / k of the rows that are normalised
 
@@ -270,14 +290,15 @@ LAB_DEVICE void token_elements(float (&two)[2], const StepArguments<T, C>& a, co
   two[0] = unit[first], two[1] = unit[first + 1];
 }
 
-template <typename T, int D, bool Packed, bool OfARank, typename C>
+template <typename T, int D, Stored Form, bool OfARank, typename C>
 __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const StepArguments<T, C> a) {
 #if LAB_SM90
   // 1. Locate: the token and its position; an idle row has none.
   auto& shared = smem<StepSmem<T, D, C>>();
   unsigned char* tiles = reinterpret_cast<unsigned char*>(&shared + 1);
-  using Types = StepTypes<T, Packed>;
+  using Types = StepTypes<T, Form>;
   using Layer = typename Types::Layer;
+  constexpr bool Packed = Form != Stored::plain;
   constexpr int kAddresses = sizeof(Layer) / 8;
   unsigned char* norm_weight = tiles + a.tiles * Types::kTile;
   unsigned char* row = norm_weight + a.hidden * sizeof(T);  // hidden is a multiple of 8
@@ -289,8 +310,7 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
   // Added to the logits: NaN if the token id is invalid.
   const float poison = id >= 0 && id < a.vocab ? 0.f : NAN;
   for (int i = threadIdx.x; i < a.layers * kAddresses; i += blockDim.x) {
-    const int column =
-        i % kAddresses;  // a model without packed weights has fewer, and runs with Packed on a CPU
+    const int column = i % kAddresses;  // the table may have fewer, since one kernel serves all on a CPU
     const bool there = !Packed || column < a.columns;
     reinterpret_cast<uint64_t*>(layers)[i] =
         there ? static_cast<const uint64_t*>(a.table)[Packed ? i / kAddresses * a.columns + column : i] : 0;
@@ -321,8 +341,19 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
     if constexpr (!Packed) {
       return plain();
     } else {
-      if (phase == kLmHead) return {plain(), a.lm_head.scales, a.lm_head.format};
-      return {plain(), (&layers[i].wqkv_scales)[phase], layers[i].format(phase)};
+      const auto packed = [&]() -> PackedMatrix<T> {
+        if (phase == kLmHead) return {plain(), a.lm_head.scales, a.lm_head.format};
+        return {plain(), (&layers[i].wqkv_scales)[phase], layers[i].format(phase)};
+      };
+      typename Types::StepMatrix m{packed()};
+      if constexpr (Form == Stored::any) {
+        if (phase == kQkv && layers[i].wk_and_wv.w[0]) {
+          m.n = a.heads.q_heads * D;
+          m.more = &layers[i].wk_and_wv, m.more_rows = a.heads.kv_heads * D;
+          m.more_formats = uint32_t(layers[i].formats >> 32);
+        }
+      }
+      return m;
     }
   };
   const auto bias_of = [&](const Layer& layer, StepPhase phase) -> const T* {
@@ -436,12 +467,13 @@ static void by_half(int dtype, F f) {
   throw std::invalid_argument("decode_step takes float16 and bfloat16");
 }
 
-template <typename T, int D, bool Packed, bool OfARank, typename C>
+template <typename T, int D, Stored Form, bool OfARank, typename C>
 static void launch_step(const DecodeStepArgs& a) {
   const auto packed_weights = [](const Weights& w) {
     return PackedWeights{as<const uint8_t>(w.data), as<const uint8_t>(w.scales), w.format};
   };
-  using Types = StepTypes<T, Packed>;
+  using Types = StepTypes<T, Form>;
+  constexpr bool Packed = Form != Stored::plain;
   const int longest = std::max({a.sizes.hidden, a.sizes.intermediate, a.q_heads * D});
   const int row_bytes =
       std::max(round_up((Packed ? round_up(longest, kMostColumns) : longest) * int(sizeof(T)), 16),
@@ -464,7 +496,7 @@ static void launch_step(const DecodeStepArgs& a) {
   s.positions = as<const int>(a.positions);
   s.embed = packed_weights(a.weights.embed);
   s.table = as<const void>(a.weights.layers);
-  s.columns = int((a.weights.packed ? sizeof(PackedStepLayer<T>) : sizeof(StepLayer<T>)) / sizeof(uint64_t));
+  s.columns = a.weights.columns;
   s.final_norm = as<const T>(a.weights.final_norm);
   s.lm_head = packed_weights(a.weights.lm_head);
   s.cos_sin = as<const float>(a.weights.cos_sin);
@@ -505,33 +537,51 @@ static void launch_step(const DecodeStepArgs& a) {
   if (a.exchange.trace && int(config.grid.x) > kTraceBlocks)
     throw std::invalid_argument("decode_step: more blocks than its records have room for");
   config.cooperative = true;  // all blocks run at once, or the launch fails
-  launch(config, "decode_step_kernel", decode_step_kernel<T, D, Packed, OfARank, C>, s);
+  launch(config, "decode_step_kernel", decode_step_kernel<T, D, Form, OfARank, C>, s);
 }
 
-// C is the code of a quantised cache; with void the cache stores T.
-template <bool OfARank, typename Code = void>
-static void any_step(const DecodeStepArgs& a) {
+// Calls f(T, head_dim) with the types and constants of a launch.
+template <typename F>
+static void by_half_and_dim(const DecodeStepArgs& a, F f) {
   if (!has_clusters())
     throw std::runtime_error("decode_step needs bulk copies (sm_90): use --plan fused on this GPU");
   by_half(a.dtype, [&](auto tag) {
-    using T = decltype(tag);
-    using C = std::conditional_t<std::is_void_v<Code>, T, Code>;
-    const auto with_dim = [&](auto dim) {
-      constexpr int D = decltype(dim)::value;
-      // One kernel for both on a CPU, which saves compile time: it takes plain matrices, too. So do ranks that
-      // have a quantised cache.
-      if constexpr (!kHost && !(OfARank && kIsCode<C>)) {
-        if (!a.weights.packed) return launch_step<T, D, false, OfARank, C>(a);
-      }
-      launch_step<T, D, true, OfARank, C>(a);
-    };
     switch (a.head_dim) {
-      case 64: return with_dim(std::integral_constant<int, 64>{});
-      case 96: return with_dim(std::integral_constant<int, 96>{});
-      case 128: return with_dim(std::integral_constant<int, 128>{});
+      case 64: return f(tag, std::integral_constant<int, 64>{});
+      case 96: return f(tag, std::integral_constant<int, 96>{});
+      case 128: return f(tag, std::integral_constant<int, 128>{});
     }
     throw std::invalid_argument("decode_step: head_dim " + std::to_string(a.head_dim) +
                                 " is not 64, 96 or 128");
+  });
+}
+
+// Code: of a quantised cache; with void the cache stores T.
+template <typename T, typename Code>
+using Cached = std::conditional_t<std::is_void_v<Code>, T, Code>;
+
+// With weights in any format.
+template <bool OfARank, typename Code = void>
+static void mixed_step(const DecodeStepArgs& a) {
+  by_half_and_dim(a, [&](auto tag, auto dim) {
+    using T = decltype(tag);
+    launch_step<T, decltype(dim)::value, Stored::any, OfARank, Cached<T, Code>>(a);
+  });
+}
+
+template <bool OfARank, typename Code = void>
+static void any_step(const DecodeStepArgs& a) {
+  // One kernel for all weights on a CPU, which saves compile time.
+  if constexpr (kHost) return mixed_step<OfARank, Code>(a);
+  by_half_and_dim(a, [&](auto tag, auto dim) {
+    using T = decltype(tag);
+    using C = Cached<T, Code>;
+    constexpr int D = decltype(dim)::value;
+    // Ranks that have a quantised cache have one kernel for plain and packed weights.
+    if constexpr (!(OfARank && kIsCode<C>)) {
+      if (a.weights.columns == kPlainColumns) return launch_step<T, D, Stored::plain, OfARank, C>(a);
+    }
+    launch_step<T, D, Stored::packed, OfARank, C>(a);
   });
 }
 
@@ -543,6 +593,10 @@ static void step_of_codes(const DecodeStepArgs& a) {
 
 #ifndef LAB_STEP_PART
 void decode_step(const DecodeStepArgs& a) {
+  if (!kHost && a.weights.columns > kPackedColumns) {
+    return KvFormat(a.cache.format) == KvFormat::plain ? decode_step_of_k_quants(a)
+                                                       : decode_step_of_k_quants_and_codes(a);
+  }
   switch (KvFormat(a.cache.format)) {
     case KvFormat::plain: break;
     case KvFormat::fp8: return decode_step_of_fp8(a);
