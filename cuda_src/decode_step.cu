@@ -59,8 +59,8 @@ struct MixedStepLayer : PackedStepLayer<T> {
 };
 
 // How the weights of a model are stored. packed: some in a weight format whose scales belong to one segment each.
-// any: in any format, and q, k and v may be apart.
-enum class Stored { plain, packed, any };
+// mixed: in any formats, and q, k and v may be apart.
+enum class Stored { plain, packed, mixed };
 
 // What differs between these models.
 template <typename T, Stored>
@@ -78,7 +78,7 @@ struct StepTypes<T, Stored::packed> {
   static constexpr int kTile = kPackedTileBytes;
 };
 template <typename T>
-struct StepTypes<T, Stored::any> {
+struct StepTypes<T, Stored::mixed> {
   using Layer = MixedStepLayer<T>;
   using Ring = MixedRing<T>;
   using StepMatrix = MixedMatrix<T>;
@@ -346,7 +346,7 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
         return {plain(), (&layers[i].wqkv_scales)[phase], layers[i].format(phase)};
       };
       typename Types::StepMatrix m{packed()};
-      if constexpr (Form == Stored::any) {
+      if constexpr (Form == Stored::mixed) {
         if (phase == kQkv && layers[i].wk_and_wv.w[0]) {
           m.n = a.heads.q_heads * D;
           m.more = &layers[i].wk_and_wv, m.more_rows = a.heads.kv_heads * D;
@@ -560,29 +560,31 @@ static void by_half_and_dim(const DecodeStepArgs& a, F f) {
 template <typename T, typename Code>
 using Cached = std::conditional_t<std::is_void_v<Code>, T, Code>;
 
-// With weights in any format.
+// With weights in any formats.
 template <bool OfARank, typename Code = void>
 static void mixed_step(const DecodeStepArgs& a) {
   by_half_and_dim(a, [&](auto tag, auto dim) {
     using T = decltype(tag);
-    launch_step<T, decltype(dim)::value, Stored::any, OfARank, Cached<T, Code>>(a);
+    launch_step<T, decltype(dim)::value, Stored::mixed, OfARank, Cached<T, Code>>(a);
   });
 }
 
 template <bool OfARank, typename Code = void>
 static void any_step(const DecodeStepArgs& a) {
-  // One kernel for all weights on a CPU, which saves compile time.
-  if constexpr (kHost) return mixed_step<OfARank, Code>(a);
-  by_half_and_dim(a, [&](auto tag, auto dim) {
-    using T = decltype(tag);
-    using C = Cached<T, Code>;
-    constexpr int D = decltype(dim)::value;
-    // Ranks that have a quantised cache have one kernel for plain and packed weights.
-    if constexpr (!(OfARank && kIsCode<C>)) {
-      if (a.weights.columns == kPlainColumns) return launch_step<T, D, Stored::plain, OfARank, C>(a);
-    }
-    launch_step<T, D, Stored::packed, OfARank, C>(a);
-  });
+  if constexpr (kHost) {  // one kernel for all weights, which saves compile time
+    mixed_step<OfARank, Code>(a);
+  } else {
+    by_half_and_dim(a, [&](auto tag, auto dim) {
+      using T = decltype(tag);
+      using C = Cached<T, Code>;
+      constexpr int D = decltype(dim)::value;
+      // Ranks that have a quantised cache have one kernel for plain and packed weights.
+      if constexpr (!(OfARank && kIsCode<C>)) {
+        if (a.weights.columns == kPlainColumns) return launch_step<T, D, Stored::plain, OfARank, C>(a);
+      }
+      launch_step<T, D, Stored::packed, OfARank, C>(a);
+    });
+  }
 }
 
 // With a quantised cache: the kernels that a file of its own compiles.

@@ -1,4 +1,4 @@
-// decode_step with weights in any format, GGUF's K-quants among them: the kernels of decode_step.cu with Stored::any,
+// decode_step with weights in any format, GGUF's K-quants among them: the kernels of decode_step.cu with Stored::mixed,
 // in a file of their own, which is compiled beside that one. They are kernels of their own because the code for that
 // would cost the others registers. On a CPU they do not exist: there the kernel of decode_step.cu takes all.
 #ifdef __CUDACC__

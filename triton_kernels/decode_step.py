@@ -25,7 +25,7 @@ import triton.language as tl
 from lab.errors import LabError
 from lab.formats import PackedMatrix
 from lab.ops import step_layout
-from lab.ops.decode_step import pieces_of
+from lab.ops.decode_step import apart_of
 from triton_kernels.common import architecture, config, launch
 from triton_kernels.core.kv_codes import PLAIN, format_of
 from triton_kernels.core.packed_rows import operands
@@ -516,9 +516,7 @@ def decode_step(
         return tuple(tl.constexpr(way(one, parts, cfg, programs)) for one in matrices)
 
     parts = [getattr(one, part) for one in m.layers for part in step_layout.LAYER]
-    held = [
-        tensor for part in parts if part is not None for one in pieces_of(part) for tensor in tensors(one)
-    ]
+    held = [tensor for part in parts if part is not None for one in apart_of(part) for tensor in tensors(one)]
     launch(
         decode_step_kernel,
         (programs,),

@@ -19,8 +19,8 @@ struct MixedMatrix : PackedMatrix<T> {
   int more_rows;                // of each of the two
   uint32_t more_formats;        // a byte for each
 
-  LAB_DEVICE int pieces() const { return more ? 3 : 1; }
-  LAB_DEVICE PackedMatrix<T> piece(int i) const {
+  LAB_DEVICE int count() const { return more ? 3 : 1; }
+  LAB_DEVICE PackedMatrix<T> at(int i) const {
     if (i == 0) return *this;
     const int format = more_formats >> (8 * (i - 1)) & 0xff;
     return {{more->w[i - 1], more_rows, this->k, 1}, more->scales[i - 1], format};
@@ -28,9 +28,9 @@ struct MixedMatrix : PackedMatrix<T> {
   LAB_DEVICE int first_output(int i) const { return i == 0 ? 0 : this->n + (i - 1) * more_rows; }
 };
 
-// An epilogue (see WeightRing::multiply) for a piece, whose outputs begin at `first`.
+// An epilogue (see WeightRing::multiply) for one of several matrices, whose outputs begin at `first`.
 template <typename Epilogue>
-struct PieceEpilogue {
+struct ShiftedEpilogue {
   Epilogue& all;
   int first;
 
@@ -42,29 +42,29 @@ struct PieceEpilogue {
   LAB_DEVICE void store(int n, float mine, float next) const { all.store(first + n, mine, next); }
 };
 
-// A block has a share of each piece, so that one in a format of more bits is divided among all blocks.
+// A block has a share of each of the three, so that one in a format of more bits is divided among all blocks.
 template <typename T>
 struct MixedRing : PackedRing<T, true> {
   using PackedRing<T, true>::PackedRing;
 
   // As WeightRing::issue().
   LAB_DEVICE void issue(const MixedMatrix<T>& m) {
-    for (int i = 0; i < m.pieces(); ++i) PackedRing<T, true>::issue(m.piece(i));
+    for (int i = 0; i < m.count(); ++i) PackedRing<T, true>::issue(m.at(i));
   }
 
-  // As WeightRing::multiply(). share: of the first piece. The others have no more rows: a block that has none of
+  // As WeightRing::multiply(). share: of the first matrix. The others have no more rows: a block that has none of
   // the first has none of them.
   template <typename Base, typename Epilogue>
   LAB_DEVICE void multiply(const MixedMatrix<T>& m, Share share, const T* x, Base base, Epilogue& epilogue) {
-    for (int i = 0; i < m.pieces(); ++i) {
-      const PackedMatrix<T> piece = m.piece(i);
-      const PieceEpilogue<Epilogue> of_piece{epilogue, m.first_output(i)};
+    for (int i = 0; i < m.count(); ++i) {
+      const PackedMatrix<T> one = m.at(i);
+      const ShiftedEpilogue<Epilogue> shifted{epilogue, m.first_output(i)};
       if (i > 0) {
-        share = this->share(piece.n);
+        share = this->share(one.n);
         const int n = share.first + int(threadIdx.x);
-        if (n < share.last) base = of_piece.load(n);
+        if (n < share.last) base = shifted.load(n);
       }
-      PackedRing<T, true>::multiply(piece, share, x, base, of_piece);
+      PackedRing<T, true>::multiply(one, share, x, base, shifted);
     }
   }
 };

@@ -125,7 +125,7 @@ class StepModel:
                 tensor = getattr(layer, part)
                 if isinstance(tensor, tuple):
                     for one, rows in zip(tensor, (q, kv, kv), strict=True):
-                        check_piece(name, device, part, one, (rows, hidden), dtype)
+                        check_apart(name, device, part, one, (rows, hidden), dtype)
                     continue
                 if part in MATRICES and type(tensor) is PackedMatrix and tensor.shape == shape:
                     check_matrix(name, device, part, tensor)
@@ -179,7 +179,7 @@ class StepModel:
         """Writes the present addresses of the layers' tensors into `table`."""
         rows = []
         for layer in self.layers:
-            q, *more = pieces_of(layer.wqkv)
+            q, *more = apart_of(layer.wqkv)
             of_parts = {part: getattr(layer, part) for part in LAYER} | {"wqkv": q}
             row = [0 if t is None else pointers(t)[0] for t in of_parts.values()]
             if self.packed:
@@ -210,7 +210,7 @@ class StepModel:
         """Of each of a layer's matrices one for every weight format that it has in any layer."""
         found = {}
         for part in MATRICES:
-            numbers = {pointers(w)[2]: w for layer in self.layers for w in pieces_of(getattr(layer, part))}
+            numbers = {pointers(w)[2]: w for layer in self.layers for w in apart_of(getattr(layer, part))}
             found[part] = tuple(numbers[number] for number in sorted(numbers))
         return found
 
@@ -228,14 +228,14 @@ class StepModel:
         return self.layers[0].w_down.shape[1]
 
 
-def pieces_of(w: Operand | tuple[Operand, ...]) -> tuple[Operand, ...]:
-    """The matrices that a part of a layer consists of: itself, or q, k and v."""
+def apart_of(w: Operand | tuple[Operand, ...]) -> tuple[Operand, ...]:
+    """The matrices as which a part of a layer is stored: itself, or q, k and v."""
     return w if isinstance(w, tuple) else (w,)
 
 
 def matrices_of(layer) -> list[Operand]:
     """All matrices of a layer."""
-    return [one for part in MATRICES for one in pieces_of(getattr(layer, part))]
+    return [one for part in MATRICES for one in apart_of(getattr(layer, part))]
 
 
 def with_q_k_and_v(layer, rows: tuple[int, int, int]):
@@ -258,7 +258,7 @@ def with_q_k_and_v(layer, rows: tuple[int, int, int]):
     return replace(layer, wqkv=tuple(found))
 
 
-def check_piece(op: str, device: int, part: str, w: Operand, shape: tuple[int, int], dtype) -> None:
+def check_apart(op: str, device: int, part: str, w: Operand, shape: tuple[int, int], dtype) -> None:
     """Raises LabError for a matrix of several that the kernels do not take."""
     if w.shape != shape or (type(w) is not PackedMatrix and w.dtype != dtype):
         refuse(op, f"{part} must be {list(shape)} in the dtype of final_norm")
@@ -460,7 +460,7 @@ def reference(
 def qkv_products(layer):
     """[(w, bias or None, slice of the outputs)] of the matrices that wqkv consists of."""
     found, first = [], 0
-    for w in pieces_of(layer.wqkv):
+    for w in apart_of(layer.wqkv):
         outputs = slice(first, first + w.shape[0])
         found.append((w, None if layer.bqkv is None else layer.bqkv[outputs], outputs))
         first = outputs.stop
@@ -761,7 +761,7 @@ def nbytes(a):
     head = m.head_dim * a.k_cache.itemsize + kv.scale_bytes(a.k_cache.dtype)
     token = 2 * len(m.layers) * m.kv_heads * head
     parts = [getattr(layer, part) for layer in m.layers for part in LAYER]
-    held = [one for part in parts for one in pieces_of(part)]
+    held = [one for part in parts for one in apart_of(part)]
     weights = sum(t.nbytes for t in (*held, m.final_norm, m.lm_head) if t is not None)
     return weights + (int(a.positions) + 1) * token + m.embed.nbytes // m.embed.shape[0] + a.logits.nbytes
 
