@@ -30,7 +30,8 @@
 // other ranks, and that for all weight formats, which on a CPU are the same; and those of quantised caches.
 void decode_step_of_a_rank(const DecodeStepArgs& a);
 void decode_step_of_k_quants(const DecodeStepArgs& a);
-void decode_step_of_k_quants_and_codes(const DecodeStepArgs& a);
+void decode_step_of_k_quants_fp8(const DecodeStepArgs& a);
+void decode_step_of_k_quants_int8(const DecodeStepArgs& a);
 void decode_step_of_fp8(const DecodeStepArgs& a);
 void decode_step_of_int8(const DecodeStepArgs& a);
 
@@ -595,15 +596,13 @@ static void step_of_codes(const DecodeStepArgs& a) {
 
 #ifndef LAB_STEP_PART
 void decode_step(const DecodeStepArgs& a) {
-  if (!kHost && a.weights.columns > kPackedColumns) {
-    return KvFormat(a.cache.format) == KvFormat::plain ? decode_step_of_k_quants(a)
-                                                       : decode_step_of_k_quants_and_codes(a);
-  }
+  const bool mixed = !kHost && a.weights.columns > kPackedColumns;
   switch (KvFormat(a.cache.format)) {
     case KvFormat::plain: break;
-    case KvFormat::fp8: return decode_step_of_fp8(a);
-    case KvFormat::int8: return decode_step_of_int8(a);
+    case KvFormat::fp8: return mixed ? decode_step_of_k_quants_fp8(a) : decode_step_of_fp8(a);
+    case KvFormat::int8: return mixed ? decode_step_of_k_quants_int8(a) : decode_step_of_int8(a);
   }
+  if (mixed) return decode_step_of_k_quants(a);
   if (!kHost && a.peers.ranks > 1) return decode_step_of_a_rank(a);
   any_step<kHost>(a);
 }

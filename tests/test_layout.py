@@ -17,7 +17,8 @@ def stems(folder, ending):
 def test_a_kernel_file_is_an_op_and_cores_stand_apart():
     ops = {op.name for op in OPS} | MEASUREMENT
     assert stems(CUDA, ".cu") == ops | {
-        f"decode_step_of_{part}" for part in ("a_rank", "fp8", "int8", "k_quants", "k_quants_and_codes")
+        f"decode_step_of_{part}"
+        for part in ("a_rank", "fp8", "int8", "k_quants", "k_quants_fp8", "k_quants_int8")
     } and stems(CUDA, ".cuh") == {"common"}
     kernels = {
         path.stem
