@@ -69,21 +69,21 @@ struct StepTypes {
   using Layer = StepLayer<T>;
   using Ring = WeightRing<T>;
   using StepMatrix = Matrix<T>;
-  static constexpr int kTile = kTileBytes;
+  static constexpr int kTile = kTileBytes, kSpan = 0;  // kSpan: columns; x is filled up to a multiple of it
 };
 template <typename T>
 struct StepTypes<T, Stored::packed> {
   using Layer = PackedStepLayer<T>;
   using Ring = PackedRing<T>;
   using StepMatrix = PackedMatrix<T>;
-  static constexpr int kTile = kPackedTileBytes;
+  static constexpr int kTile = kPackedTileBytes, kSpan = kMostColumns<false>;
 };
 template <typename T>
 struct StepTypes<T, Stored::mixed> {
   using Layer = MixedStepLayer<T>;
   using Ring = MixedRing<T>;
   using StepMatrix = MixedMatrix<T>;
-  static constexpr int kTile = kPackedTileBytes;
+  static constexpr int kTile = kPackedTileBytes, kSpan = kMostColumns<true>;
 };
 
 // C: what the cache stores.
@@ -135,12 +135,12 @@ struct alignas(128) StepSmem {
 // The last is 4 for a reason: the others are the numbers of a layer's matrices (MATRICES of the contract).
 enum StepPhase { kQkv, kO, kGateUp, kDown, kLmHead };
 
-// Brings a row of x into shared memory, where the matrix products read it.
-template <typename T>
+// Brings a row of x into shared memory, where the matrix products read it. Span: with packed weights x has zeros
+// from k to the end of the last span; 0 with plain ones.
+template <typename T, int Span>
 struct StepRow {
   static constexpr int N = 8, kStep = kRingThreads * N;
   T *x, *weight;  // [k] in shared memory; weight: of the next norm
-  bool padded;    // with packed weights: x has zeros from k to the end of the last span
   float* squares;
   float mean;  // 1 / k of the rows that are normalised
 
@@ -170,9 +170,10 @@ struct StepRow {
     }
   }
   LAB_DEVICE void pad(int k) {
-    if (!padded) return;
-    const int end = (k + kMostColumns - 1) / kMostColumns * kMostColumns;
-    for (int col = k + threadIdx.x; col < end; col += kRingThreads) x[col] = from_float<T>(0.f);
+    if constexpr (Span > 0) {
+      const int end = (k + Span - 1) / Span * Span;
+      for (int col = k + threadIdx.x; col < end; col += kRingThreads) x[col] = from_float<T>(0.f);
+    }
   }
   LAB_DEVICE void copy(const TaggedRow<T>& row, int k, StepTrace& trace) {
     each(row, k, [&](int col, const Vec<T>& v) { store(x + col, v); });
@@ -395,8 +396,8 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
   StepPeers<OfARank> peers(a.peers, a.layers);
   const TaggedRow<T> h{a.h, ++tag};  // the residual
   TaggedRow<T> last = h;             // the row that was written last
-  StepRow<T> x{reinterpret_cast<T*>(row), reinterpret_cast<T*>(norm_weight), Packed, shared.squares,
-               1.f / a.hidden};
+  StepRow<T, Types::kSpan> x{reinterpret_cast<T*>(row), reinterpret_cast<T*>(norm_weight), shared.squares,
+                             1.f / a.hidden};
   uint64_t best = 0;
   const Share owned = ring.share(a.hidden);  // of the embedding
   for (int n = owned.first + 2 * int(threadIdx.x); n < owned.last; n += 2 * kRingThreads) {
@@ -474,11 +475,10 @@ static void launch_step(const DecodeStepArgs& a) {
     return PackedWeights{as<const uint8_t>(w.data), as<const uint8_t>(w.scales), w.format};
   };
   using Types = StepTypes<T, Form>;
-  constexpr bool Packed = Form != Stored::plain;
   const int longest = std::max({a.sizes.hidden, a.sizes.intermediate, a.q_heads * D});
-  const int row_bytes =
-      std::max(round_up((Packed ? round_up(longest, kMostColumns) : longest) * int(sizeof(T)), 16),
-               StepAttention<T, D, C>::sums_bytes(a.q_heads / a.cache.kv_heads));
+  const int columns = Types::kSpan > 0 ? round_up(longest, Types::kSpan) : longest;
+  const int row_bytes = std::max(round_up(columns * int(sizeof(T)), 16),
+                                 StepAttention<T, D, C>::sums_bytes(a.q_heads / a.cache.kv_heads));
   const int fixed = int(sizeof(StepSmem<T, D, C>)) + a.sizes.hidden * int(sizeof(T)) + row_bytes +
                     a.sizes.layers * int(sizeof(typename Types::Layer));
   const int tiles = std::min(kMostTiles, (most_shared_bytes() - fixed) / Types::kTile);

@@ -1,10 +1,10 @@
 // The ring of weight_ring.cuh for matrices of which some or all are packed (formats/).
 //
 // A tile is up to 32 segments of a block of 8 rows, which lie together in memory, and their scales: two bulk
-// copies. A warp takes two segments at a time. The tensor core's left operand has the 8 rows of one segment in its
-// upper half and the same rows of the other segment in its lower half; of the right operand, even columns are x
-// of the first segment and odd columns x of the second. So in the result, the upper half's even columns and the
-// lower half's odd columns are sums; the rest is of no use.
+// copies. A warp takes two segments at a time, which are one span in formats with spans of two. The tensor core's
+// left operand has the 8 rows of one segment in its upper half and the same rows of the other segment in its lower
+// half; of the right operand, even columns are x of the first segment and odd columns x of the second. So in the
+// result, the upper half's even columns and the lower half's odd columns are sums; the rest is of no use.
 #pragma once
 #include "../formats/by_format.cuh"
 #include "weight_ring.cuh"
@@ -20,7 +20,6 @@ struct PackedMatrix : Matrix<T> {
 
 constexpr int kPackedTileBytes = 18 * 1024;  // 32 segments of 8 rows, and 8 bytes of scales for each of a row
 constexpr int kMostTileSegments = 32;
-constexpr int kMostColumns = 256;  // of a span
 
 // How the segments of a row are divided among tiles.
 struct PackedTiles {
@@ -45,6 +44,10 @@ template <typename F, bool Spans>
 constexpr int kTileSegments = kTileRoom<F> >= kMostTileSegments ? kMostTileSegments
                               : Spans                           ? 2 * kRingWarps
                                                                 : kTileRoom<F>;
+
+// The most columns of a span, in a ring of all formats (Spans) or of those with spans of one segment.
+template <bool Spans>
+constexpr int kMostColumns = Spans ? 256 : 128;
 
 // The formats that a ring takes. Spans: also those whose scales belong to several segments.
 template <bool Spans, typename Use>
