@@ -21,6 +21,7 @@ from lab.model.matrix import Matrix
 from lab.model.sampling import GREEDY, Sampling
 from lab.model.sources import open_source
 from lab.model.sources.random import RandomSource
+from lab.model.weight_formats import Storage
 from lab.model.weights import load
 from lab.ops.decode_step import StepModel
 from lab.ops.step_layout import MATRICES
@@ -211,9 +212,31 @@ def test_matrices_that_are_not_q_k_and_v_are_refused(rows):
 def test_full_widths_on_a_gpu(backend, name, context):
     """Every block has rows, and the ring goes round many times: a tiny model's few rows leave that out."""
     weights = load(RandomSource(replace(PRESETS[name], layers=2)), BF16, "cuda")
+    repeats_and_agrees(weights, backend, context)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["llama-3.2-1b", "llama-3.1-8b"])
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_full_widths_of_a_mixed_file_on_a_gpu(backend, name):
+    repeats_and_agrees(mixed(replace(PRESETS[name], layers=2), "cuda"), backend, 40)
+
+
+def mixed(config, device):
+    """Weights of two layers as GGUF's Q4_K_M has them: v and down of one in Q6_K, and the output head."""
+    weights = load(RandomSource(config), BF16, device, Storage(quantise="q4_k", head="q6_k"))
+    layer, more = weights.layers[1], FORMATS["q6_k"]
+    qk, v = layer.wqkv.data.to(torch.float32).split([config.q_width + config.kv_width, config.kv_width])
+    layer.wqkv = Matrix((FORMATS["q4_k"].quantise(qk), more.quantise(v)), BF16)
+    layer.w_down = Matrix(more.quantise(layer.w_down.data.to(torch.float32)), BF16)
+    return weights
+
+
+def repeats_and_agrees(weights, backend, context):
+    """The persistent plan gives the basic plan's logits by torch, and the same bits when run again."""
 
     def logits(backend, plan):
-        d = Decoder(weights, select(backend, "cuda"), max_context=context + 4, plan=plan)
+        d = Decoder(weights, select(backend, weights.device.type), max_context=context + 4, plan=plan)
         torch.manual_seed(0)
         model_bench.fill(d, 1, context)
         found = []
