@@ -2,7 +2,7 @@
 // append + attention, o + residual, norm + gate and up + silu * mul, down + residual; norm + lm_head + argmax
 //
 //   ids, positions, out [1] int32   table [layers, 10] addresses (LAYER of the contract); with packed weights 15
-//   columns (MATRICES)
+//   columns (MATRICES), or 19 (APART)
 //   logits [1, vocab] float32
 //   caches [layers, pages, kv_heads, page_size, D], their scales (lab/formats/kv.py)   block_table [1, max_pages]
 //   cos_sin [max_positions, D] float32
@@ -21,7 +21,7 @@
 #include "common.cuh"
 #include "core/candidate.cuh"
 #include "core/exchange.cuh"
-#include "core/packed_ring.cuh"
+#include "core/mixed_ring.cuh"
 #include "core/step_attention.cuh"
 #include "launchers/decode_step.h"
 #include "sizes.h"
@@ -43,20 +43,38 @@ struct PackedStepLayer : StepLayer<T> {
   LAB_DEVICE int format(int matrix) const { return int(formats >> (8 * matrix) & 0xff); }
 };
 
-// What differs between models with packed weights and others.
-template <typename T, bool Packed>
+// The same of a model whose q, k and v may be stored apart. wqkv is then q's, and the bytes 4 and 5 of `formats`
+// are for k and v.
+template <typename T>
+struct MixedStepLayer : PackedStepLayer<T> {
+  MoreMatrices<T> wk_and_wv;
+};
+
+// How the weights of a model are stored. packed: some in a weight format whose scales belong to one segment each.
+// mixed: in any formats, and q, k and v may be apart.
+enum class Stored { plain, packed, mixed };
+
+// What differs between these models.
+template <typename T, Stored>
 struct StepTypes {
   using Layer = StepLayer<T>;
   using Ring = WeightRing<T>;
   using StepMatrix = Matrix<T>;
-  static constexpr int kTile = kTileBytes;
+  static constexpr int kTile = kTileBytes, kSpan = 0;  // kSpan: columns; x is filled up to a multiple of it
 };
 template <typename T>
-struct StepTypes<T, true> {
+struct StepTypes<T, Stored::packed> {
   using Layer = PackedStepLayer<T>;
   using Ring = PackedRing<T>;
   using StepMatrix = PackedMatrix<T>;
-  static constexpr int kTile = kPackedTileBytes;
+  static constexpr int kTile = kPackedTileBytes, kSpan = kMostColumns<false>;
+};
+template <typename T>
+struct StepTypes<T, Stored::mixed> {
+  using Layer = MixedStepLayer<T>;
+  using Ring = MixedRing<T>;
+  using StepMatrix = MixedMatrix<T>;
+  static constexpr int kTile = kPackedTileBytes, kSpan = kMostColumns<true>;
 };
 
 // C: what the cache stores.
@@ -108,12 +126,12 @@ struct alignas(128) StepSmem {
 // The last is 4 for a reason: the others are the numbers of a layer's matrices (MATRICES of the contract).
 enum StepPhase { kQkv, kO, kGateUp, kDown, kLmHead };
 
-// Brings a row of x into shared memory, where the matrix products read it.
-template <typename T>
+// Brings a row of x into shared memory, where the matrix products read it. Span: with packed weights x has zeros
+// from k to the end of the last span; 0 with plain ones.
+template <typename T, int Span>
 struct StepRow {
   static constexpr int N = 8, kStep = kRingThreads * N;
   T *x, *weight;  // [k] in shared memory; weight: of the next norm
-  bool padded;    // with packed weights: x has zeros from k to the end of the last segment
   float* squares;
   float mean;  // 1 / k of the rows that are normalised
 
@@ -143,9 +161,10 @@ struct StepRow {
     }
   }
   LAB_DEVICE void pad(int k) {
-    if (!padded) return;
-    const int end = (k + kMostColumns - 1) / kMostColumns * kMostColumns;
-    for (int col = k + threadIdx.x; col < end; col += kRingThreads) x[col] = from_float<T>(0.f);
+    if constexpr (Span > 0) {
+      const int end = (k + Span - 1) / Span * Span;
+      for (int col = k + threadIdx.x; col < end; col += kRingThreads) x[col] = from_float<T>(0.f);
+    }
   }
   LAB_DEVICE void copy(const TaggedRow<T>& row, int k, StepTrace& trace) {
     each(row, k, [&](int col, const Vec<T>& v) { store(x + col, v); });
@@ -264,14 +283,15 @@ LAB_DEVICE void token_elements(float (&two)[2], const StepArguments<T, C>& a, co
   two[0] = unit[first], two[1] = unit[first + 1];
 }
 
-template <typename T, int D, bool Packed, bool OfARank, typename C>
+template <typename T, int D, Stored Form, bool OfARank, typename C>
 __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const StepArguments<T, C> a) {
 #if LAB_SM90
   // 1. Locate: the token and its position; an idle row has none.
   auto& shared = smem<StepSmem<T, D, C>>();
   unsigned char* tiles = reinterpret_cast<unsigned char*>(&shared + 1);
-  using Types = StepTypes<T, Packed>;
+  using Types = StepTypes<T, Form>;
   using Layer = typename Types::Layer;
+  constexpr bool Packed = Form != Stored::plain;
   constexpr int kAddresses = sizeof(Layer) / 8;
   unsigned char* norm_weight = tiles + a.tiles * Types::kTile;
   unsigned char* row = norm_weight + a.hidden * sizeof(T);  // hidden is a multiple of 8
@@ -283,8 +303,7 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
   // Added to the logits: NaN if the token id is invalid.
   const float poison = id >= 0 && id < a.vocab ? 0.f : NAN;
   for (int i = threadIdx.x; i < a.layers * kAddresses; i += blockDim.x) {
-    const int column =
-        i % kAddresses;  // a model without packed weights has fewer, and runs with Packed on a CPU
+    const int column = i % kAddresses;  // the table may have fewer, since one kernel serves all on a CPU
     const bool there = !Packed || column < a.columns;
     reinterpret_cast<uint64_t*>(layers)[i] =
         there ? static_cast<const uint64_t*>(a.table)[Packed ? i / kAddresses * a.columns + column : i] : 0;
@@ -315,8 +334,19 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
     if constexpr (!Packed) {
       return plain();
     } else {
-      if (phase == kLmHead) return {plain(), a.lm_head.scales, a.lm_head.format};
-      return {plain(), (&layers[i].wqkv_scales)[phase], layers[i].format(phase)};
+      const auto packed = [&]() -> PackedMatrix<T> {
+        if (phase == kLmHead) return {plain(), a.lm_head.scales, a.lm_head.format};
+        return {plain(), (&layers[i].wqkv_scales)[phase], layers[i].format(phase)};
+      };
+      typename Types::StepMatrix m{packed()};
+      if constexpr (Form == Stored::mixed) {
+        if (phase == kQkv && layers[i].wk_and_wv.w[0]) {
+          m.n = a.heads.q_heads * D;
+          m.more = &layers[i].wk_and_wv, m.more_rows = a.heads.kv_heads * D;
+          m.more_formats = uint32_t(layers[i].formats >> 32);
+        }
+      }
+      return m;
     }
   };
   const auto bias_of = [&](const Layer& layer, StepPhase phase) -> const T* {
@@ -357,8 +387,8 @@ __global__ void __launch_bounds__(kRingThreads + 32, 1) decode_step_kernel(const
   StepPeers<OfARank> peers(a.peers, a.layers);
   const TaggedRow<T> h{a.h, ++tag};  // the residual
   TaggedRow<T> last = h;             // the row that was written last
-  StepRow<T> x{reinterpret_cast<T*>(row), reinterpret_cast<T*>(norm_weight), Packed, shared.squares,
-               1.f / a.hidden};
+  StepRow<T, Types::kSpan> x{reinterpret_cast<T*>(row), reinterpret_cast<T*>(norm_weight), shared.squares,
+                             1.f / a.hidden};
   uint64_t best = 0;
   const Share owned = ring.share(a.hidden);  // of the embedding
   for (int n = owned.first + 2 * int(threadIdx.x); n < owned.last; n += 2 * kRingThreads) {
@@ -430,16 +460,16 @@ static void by_half(int dtype, F f) {
   throw std::invalid_argument("decode_step takes float16 and bfloat16");
 }
 
-template <typename T, int D, bool Packed, bool OfARank, typename C>
+template <typename T, int D, Stored Form, bool OfARank, typename C>
 static void launch_step(const DecodeStepArgs& a) {
   const auto packed_weights = [](const Weights& w) {
     return PackedWeights{as<const uint8_t>(w.data), as<const uint8_t>(w.scales), w.format};
   };
-  using Types = StepTypes<T, Packed>;
+  using Types = StepTypes<T, Form>;
   const int longest = std::max({a.sizes.hidden, a.sizes.intermediate, a.q_heads * D});
-  const int row_bytes =
-      std::max(round_up((Packed ? round_up(longest, kMostColumns) : longest) * int(sizeof(T)), 16),
-               StepAttention<T, D, C>::sums_bytes(a.q_heads / a.cache.kv_heads));
+  const int columns = Types::kSpan > 0 ? round_up(longest, Types::kSpan) : longest;
+  const int row_bytes = std::max(round_up(columns * int(sizeof(T)), 16),
+                                 StepAttention<T, D, C>::sums_bytes(a.q_heads / a.cache.kv_heads));
   const int fixed = int(sizeof(StepSmem<T, D, C>)) + a.sizes.hidden * int(sizeof(T)) + row_bytes +
                     a.sizes.layers * int(sizeof(typename Types::Layer));
   const int tiles = std::min(kMostTiles, (most_shared_bytes() - fixed) / Types::kTile);
@@ -458,7 +488,7 @@ static void launch_step(const DecodeStepArgs& a) {
   s.positions = as<const int>(a.positions);
   s.embed = packed_weights(a.weights.embed);
   s.table = as<const void>(a.weights.layers);
-  s.columns = int((a.weights.packed ? sizeof(PackedStepLayer<T>) : sizeof(StepLayer<T>)) / sizeof(uint64_t));
+  s.columns = a.weights.columns;
   s.final_norm = as<const T>(a.weights.final_norm);
   s.lm_head = packed_weights(a.weights.lm_head);
   s.cos_sin = as<const float>(a.weights.cos_sin);
@@ -499,30 +529,37 @@ static void launch_step(const DecodeStepArgs& a) {
   if (a.exchange.trace && int(config.grid.x) > kTraceBlocks)
     throw std::invalid_argument("decode_step: more blocks than its records have room for");
   config.cooperative = true;  // all blocks run at once, or the launch fails
-  launch(config, "decode_step_kernel", decode_step_kernel<T, D, Packed, OfARank, C>, s);
+  launch(config, "decode_step_kernel", decode_step_kernel<T, D, Form, OfARank, C>, s);
 }
 
-template <typename T, int D, bool OfARank, typename C>
+// Which kernels a launch chooses from: those for weights in any formats, or the others.
+constexpr Stored kMixed = Stored::mixed, kPlainOrPacked = Stored::plain;
+
+template <typename T, int D, Stored Form, bool OfARank, typename C>
 static void launch_for_weights(const DecodeStepArgs& a) {
-  // One kernel for both on a CPU, which saves compile time: it takes plain matrices, too. So do ranks that
-  // have a quantised cache.
-  if constexpr (!kHost && !(OfARank && kIsCode<C>)) {
-    if (!a.weights.packed) return launch_step<T, D, false, OfARank, C>(a);
+  if constexpr (Form == Stored::mixed) {
+    // With a quantised cache one kernel serves a model on one GPU and one that several divide.
+    launch_step<T, D, Stored::mixed, OfARank || kIsCode<C>, C>(a);
+  } else {
+    // Ranks that have a quantised cache have one kernel for plain and packed weights.
+    if constexpr (!(OfARank && kIsCode<C>)) {
+      if (a.weights.columns == kPlainColumns) return launch_step<T, D, Stored::plain, OfARank, C>(a);
+    }
+    launch_step<T, D, Stored::packed, OfARank, C>(a);
   }
-  launch_step<T, D, true, OfARank, C>(a);
 }
 
 // With activations in T and a cache that stores C: T, or the codes of a quantised cache.
-template <typename T, typename C>
+template <typename T, typename C, Stored Form>
 void step_of(const DecodeStepArgs& a) {
   const auto with_dim = [&](auto dim) {
     constexpr int D = decltype(dim)::value;
     // A model that several GPUs divide has a kernel of its own, because the code that adds up sums over all
     // ranks would slow the other one. On a CPU it serves both.
     if constexpr (!kHost) {
-      if (a.peers.ranks <= 1) return launch_for_weights<T, D, false, C>(a);
+      if (a.peers.ranks <= 1) return launch_for_weights<T, D, Form, false, C>(a);
     }
-    launch_for_weights<T, D, true, C>(a);
+    launch_for_weights<T, D, Form, true, C>(a);
   };
   switch (a.head_dim) {
     case 64: return with_dim(std::integral_constant<int, 64>{});
@@ -535,12 +572,18 @@ void step_of(const DecodeStepArgs& a) {
 
 // The parts that nvcc compiles one by one: setup.py finds them here, and LAB_PART is one of them.
 #ifdef LAB_PART
-extern template void step_of<half, half>(const DecodeStepArgs&);
-extern template void step_of<half, Fp8Code>(const DecodeStepArgs&);
-extern template void step_of<half, Int8Code>(const DecodeStepArgs&);
-extern template void step_of<bf16, bf16>(const DecodeStepArgs&);
-extern template void step_of<bf16, Fp8Code>(const DecodeStepArgs&);
-extern template void step_of<bf16, Int8Code>(const DecodeStepArgs&);
+extern template void step_of<half, half, kPlainOrPacked>(const DecodeStepArgs&);
+extern template void step_of<half, half, kMixed>(const DecodeStepArgs&);
+extern template void step_of<half, Fp8Code, kPlainOrPacked>(const DecodeStepArgs&);
+extern template void step_of<half, Fp8Code, kMixed>(const DecodeStepArgs&);
+extern template void step_of<half, Int8Code, kPlainOrPacked>(const DecodeStepArgs&);
+extern template void step_of<half, Int8Code, kMixed>(const DecodeStepArgs&);
+extern template void step_of<bf16, bf16, kPlainOrPacked>(const DecodeStepArgs&);
+extern template void step_of<bf16, bf16, kMixed>(const DecodeStepArgs&);
+extern template void step_of<bf16, Fp8Code, kPlainOrPacked>(const DecodeStepArgs&);
+extern template void step_of<bf16, Fp8Code, kMixed>(const DecodeStepArgs&);
+extern template void step_of<bf16, Int8Code, kPlainOrPacked>(const DecodeStepArgs&);
+extern template void step_of<bf16, Int8Code, kMixed>(const DecodeStepArgs&);
 template void step_of<LAB_PART>(const DecodeStepArgs&);
 #endif
 
@@ -550,6 +593,12 @@ __attribute__((weak)) void decode_step(const DecodeStepArgs& a) {
     throw std::runtime_error("decode_step needs bulk copies (sm_90): use --plan fused on this GPU");
   by_half(a.dtype, [&](auto tag) {
     using T = decltype(tag);
-    by_cache<T>(a.cache.format, [&](auto code) { step_of<T, decltype(code)>(a); });
+    by_cache<T>(a.cache.format, [&](auto code) {
+      // On a CPU one kernel serves all weights, which saves compile time.
+      if constexpr (!kHost) {
+        if (a.weights.columns <= kPackedColumns) return step_of<T, decltype(code), kPlainOrPacked>(a);
+      }
+      step_of<T, decltype(code), kMixed>(a);
+    });
   });
 }

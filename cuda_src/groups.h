@@ -17,7 +17,7 @@ template <typename F> bool with_fields(PeerWords& g, F f) {
 }
 template <typename F> bool with_fields(HeadNorms& g, F f) { return f(g.q, g.k, g.eps); }
 template <typename F> bool with_fields(StepWeights& g, F f) {
-  return f(g.embed, g.layers, g.final_norm, g.lm_head, g.cos_sin, g.packed);
+  return f(g.embed, g.layers, g.final_norm, g.lm_head, g.cos_sin, g.columns);
 }
 template <typename F> bool with_fields(StepCache& g, F f) {
   return f(g.k, g.v, g.block_table, g.pages, g.kv_heads, g.page_size, g.k_scales, g.v_scales, g.format);

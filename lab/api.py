@@ -62,7 +62,6 @@ def load(
         trace=counts,
     )
     source = open_source(model, weights)
-    choice.formats_of(source)
     try:
         tokenizer, without = source.tokenizer(), f"model {source.name} has no tokenizer here"
     except LabError as error:  # a model whose tokenizer cannot be read still takes token ids

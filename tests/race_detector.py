@@ -49,6 +49,20 @@ MORE = {
     "sample": dict(batch=2, vocab=1030, temperature=1.3, top_k=50, top_p=0.8, seed=1),
     "norm_linear": dict(batch=12, n=40, k=264),
     "linear": dict(batch=3, n=33, k=7000),
+    # q, k and v in one phase, in formats whose scales belong to two segments.
+    "decode_step": dict(
+        layers=2,
+        hidden=264,
+        intermediate=136,
+        vocab=40,
+        q_heads=2,
+        kv_heads=1,
+        head_dim=64,
+        position=5,
+        format="q4_k",
+        head_format="q6_k",
+        more_format="q6_k",
+    ),
 }
 
 

@@ -3,11 +3,10 @@
 import inspect
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import CONFIGS, write_folder, write_gguf
+from tiny_models import CONFIGS, write_folder
 
 import lab
 from lab.api import LLM
@@ -157,9 +156,6 @@ def test_mistakes_are_one_line(prompts, options, says):
     assert "\n" not in str(caught.value)
 
 
-ONE = dict(backend="torch", plan="persistent", dtype="bf16", max_batch=1)
-
-
 def test_load_reads_a_folder_and_refuses_bad_options(tmp_path, monkeypatch):
     write_folder(tmp_path, CONFIGS["llama"])
     llm = lab.load(str(tmp_path), "torch", device="cpu", max_batch=1)
@@ -180,19 +176,10 @@ def test_load_reads_a_folder_and_refuses_bad_options(tmp_path, monkeypatch):
         (dict(backend="torch", quantise_head="int8"), "needs --quantise"),
         (dict(backend="torch", weights_as="fp32", dtype="bf16"), "contradict"),
         (dict(backend="torch", overrides={"rop": "cuda"}), "did you mean rope"),
-        ({**ONE, "quantise": "q4_k"}, "no weights in q4_k"),
     ):
         with pytest.raises(lab.LabError, match=says) as caught:
             lab.load(str(tmp_path), **options)
         assert "\n" not in str(caught.value)
-
-
-def test_the_file_s_own_formats_are_refused_before_it_is_loaded(tmp_path, monkeypatch):
-    path = tmp_path / "tiny.gguf"
-    write_gguf(path, replace(CONFIGS["llama"], hidden=256, intermediate=256), kind="Q4_K")
-    monkeypatch.setattr("lab.api.load_weights", lambda *_: pytest.fail("weights were loaded"))
-    with pytest.raises(lab.LabError, match="plan persistent takes no weights in"):
-        lab.load(str(path), **ONE, weights_as="stored", device="cpu")
 
 
 @pytest.mark.real_model

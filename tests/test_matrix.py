@@ -1,6 +1,5 @@
 """The type of a model's matrices: it alone knows how numbers are stored; no reader changes when that does."""
 
-from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -8,17 +7,13 @@ import torch
 from tiny_models import CONFIGS
 
 from lab.dispatch import select
-from lab.errors import LabError
 from lab.formats import FORMATS
 from lab.formats import format as format_module
 from lab.harness import model_bench
 from lab.harness.compiled import compiled_step
-from lab.harness.request import Request, settings_of
 from lab.model.decoder import Decoder
 from lab.model.matrix import Matrix
-from lab.model.plans import refusal
 from lab.model.sources.random import RandomSource
-from lab.model.weight_formats import Formats
 from lab.model.weights import load
 
 
@@ -93,36 +88,16 @@ def test_plans_and_prefill_run_packed_weights(plan, name):
         torch.testing.assert_close(logits, plain_logits, rtol=1e-4, atol=1e-4)
 
 
-def test_the_persistent_plan_refuses_a_format_that_it_does_not_take():
-    for name, taken in (("int8", True), ("fp8-g128", False)):
-        stored, _ = two_models("llama", name, torch.bfloat16)
-        assert stored.packed
-        with nullcontext() if taken else pytest.raises(LabError, match="takes no weights in fp8-g128 yet"):
-            Decoder(stored, select("torch", "cpu"), max_context=64, plan="persistent")
-
-
-def test_such_a_format_is_refused_before_anything_is_loaded():
-    of_a_file = Formats({"embed": "q6_k"}, [{"wqkv": ("int8", None, "q4_k"), "w_down": None}])
-    assert of_a_file.names == ["int8", "q4_k", "q6_k"]
-    said = "plan persistent takes no weights in q4_k yet: use --plan fused"
-    assert refusal("persistent", 1, torch.bfloat16, formats=of_a_file.names) == said
-    assert refusal("persistent", 1, torch.bfloat16, formats=[None, "int8"]) is None
-    asked = dict(quantise="q4_k", plans=("persistent",), dtypes=("bf16",), device="cpu")
-    with pytest.raises(LabError, match=said):
-        settings_of(Request("model", models=("llama-3.1-8b",), **asked))
-
-
-def test_the_compiled_peer_runs_them_too_in_one_compiled_layer(monkeypatch):
-    """backend eager traces as the real one does, and generates no code."""
-    graphs, compile_ = [], torch.compile
+def test_the_compiled_peer_runs_them_too_in_one_compiled_layer():
+    """Traced as by the real backend of torch.compile, and no code is generated."""
+    graphs = []
 
     def traced(graph, inputs):
         graphs.append(graph)
         return graph
 
-    monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, backend=traced, **options))
     for weights in two_models("llama", "int8"):
-        step = compiled_step(weights, 2, 16)
+        step = compiled_step(weights, 2, 16, backend=traced)
         step()
         assert len(weights.layers) > 1 and len(graphs) == 2, "one layer and the head"
         graphs.clear()

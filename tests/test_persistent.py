@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from test_fused import NAMES, STEPS, backend  # noqa: F401 (backend is a fixture)
-from tiny_models import CONFIGS, LLAMA
+from test_quantised_model import WIDTHS, q4_k_m
+from tiny_models import CONFIGS, LLAMA, write_gguf
 
 from lab.dispatch import Trace, select
 from lab.errors import LabError
@@ -18,8 +19,11 @@ from lab.model.decoder import Decoder
 from lab.model.families import PRESETS
 from lab.model.matrix import Matrix
 from lab.model.sampling import GREEDY, Sampling
+from lab.model.sources import open_source
 from lab.model.sources.random import RandomSource
+from lab.model.weight_formats import Storage
 from lab.model.weights import load
+from lab.ops.decode_step import StepModel
 from lab.ops.step_layout import MATRICES
 
 HALVES = pytest.mark.parametrize("backend", ["cuda", "triton"])  # what is launched, and its workspace
@@ -133,7 +137,16 @@ def test_a_model_with_too_many_query_heads_is_refused():
 
 
 @HALVES
-@pytest.mark.parametrize("layers", [("int4-g32-min", "int4-g32-min"), ("int8", None), ("int4-g128", "fp8")])
+@pytest.mark.parametrize(
+    "layers",
+    [
+        ("int4-g32-min", "int4-g32-min"),
+        ("int8", None),
+        ("int4-g128", "fp8"),
+        ("q4_k", "q6_k"),
+        ("fp8-g128", "int8"),
+    ],
+)
 def test_packed_weights_give_the_fused_plans_tokens(layers, backend, device):
     """Also where layers differ in format, or one is plain."""
 
@@ -153,6 +166,47 @@ def test_packed_weights_give_the_fused_plans_tokens(layers, backend, device):
     assert (logits - wanted).abs().max() < 16 * torch.finfo(BF16).eps * wanted.abs().max()
 
 
+@HALVES
+@pytest.mark.parametrize(
+    "name, kind, kv_dtype",
+    [
+        ("llama-3", q4_k_m, None),
+        ("llama-3", q4_k_m, "int8"),
+        ("qwen2", lambda n: "Q8_0" if "k_proj" in n else "Q4_1", None),  # three formats; biases
+        ("qwen3", lambda n: "F32" if "q_proj" in n else "Q4_K", None),  # q plain; norms of q and k
+        ("llama-3", lambda n: "Q5_0" if "v_proj" in n and "layers.0" in n else "Q6_K", "fp8"),  # v plain
+    ],
+    ids=["Q4_K_M", "cache of codes", "three", "q plain", "v plain"],
+)
+def test_q_k_and_v_of_several_formats_give_the_fused_plans_tokens(
+    tmp_path, name, kind, kv_dtype, backend, device
+):
+    source = open_source(str(write_gguf(tmp_path / "tiny.gguf", replace(CONFIGS[name], **WIDTHS), kind=kind)))
+    weights = load(source, BF16, device)
+    assert any(isinstance(layer.wqkv.data, tuple) for layer in weights.layers)
+
+    def tokens(backend, plan):
+        d = Decoder(weights, select(backend, device), max_context=64, plan=plan, kv_dtype=kv_dtype)
+        d.admit(0, PROMPT)
+        return [d.step().tolist() for _ in range(2)], d.logits
+
+    (got, logits), (want, wanted) = tokens(backend, "persistent"), tokens("torch", "fused")
+    assert got == want
+    limit = 16 * torch.finfo(BF16).eps if kv_dtype is None else 0.03  # as in test_persistent_kv.py
+    assert (logits - wanted).abs().max() < limit * wanted.abs().max()
+    # By torch the persistent plan is the fused one.
+    same = tokens("torch", "persistent")
+    assert same[0] == want and torch.equal(same[1], wanted)
+
+
+@pytest.mark.parametrize("rows", [(64, 64), (128, 32, 96)])
+def test_matrices_that_are_not_q_k_and_v_are_refused(rows):
+    weights = load(RandomSource(replace(LLAMA, q_heads=2, kv_heads=1, head_dim=64), seed=1), BF16).operands()
+    weights.layers[1].wqkv = tuple(torch.zeros(n, LLAMA.hidden, dtype=BF16) for n in rows)
+    with pytest.raises(LabError, match=r"wqkv must have the \[128, 64, 64\] rows of q, k and v"):
+        StepModel.of(weights, torch.zeros(64, 64), 2, 1, 64, 1e-5)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("context", [40, 3000])  # one split, and several of several tiles
 @pytest.mark.parametrize("name", shapes.MODELS)
@@ -160,9 +214,31 @@ def test_packed_weights_give_the_fused_plans_tokens(layers, backend, device):
 def test_full_widths_on_a_gpu(backend, name, context):
     """Every block has rows, and the ring goes round many times: a tiny model's few rows leave that out."""
     weights = load(RandomSource(replace(PRESETS[name], layers=2)), BF16, "cuda")
+    repeats_and_agrees(weights, backend, context)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["llama-3.2-1b", "llama-3.1-8b"])
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_full_widths_of_a_mixed_file_on_a_gpu(backend, name):
+    repeats_and_agrees(mixed(replace(PRESETS[name], layers=2), "cuda"), backend, 40)
+
+
+def mixed(config, device):
+    """Weights of two layers as GGUF's Q4_K_M has them: v and down of one in Q6_K, and the output head."""
+    weights = load(RandomSource(config), BF16, device, Storage(quantise="q4_k", head="q6_k"))
+    layer, more = weights.layers[1], FORMATS["q6_k"]
+    qk, v = layer.wqkv.data.to(torch.float32).split([config.q_width + config.kv_width, config.kv_width])
+    layer.wqkv = Matrix((FORMATS["q4_k"].quantise(qk), more.quantise(v)), BF16)
+    layer.w_down = Matrix(more.quantise(layer.w_down.data.to(torch.float32)), BF16)
+    return weights
+
+
+def repeats_and_agrees(weights, backend, context):
+    """The persistent plan gives the basic plan's logits by torch, and the same bits when run again."""
 
     def logits(backend, plan):
-        d = Decoder(weights, select(backend, "cuda"), max_context=context + 4, plan=plan)
+        d = Decoder(weights, select(backend, weights.device.type), max_context=context + 4, plan=plan)
         torch.manual_seed(0)
         model_bench.fill(d, 1, context)
         found = []

@@ -81,13 +81,20 @@ def run_step(
     formats=(None,),
     head_format=None,
     kv_dtype=None,
+    more_format=None,
 ):
-    """formats: of the matrices of each layer. kv_dtype: the format of the cache."""
+    """formats: of the matrices of each layer. kv_dtype: that of the cache. more_format: of v and down in
+    the last layer."""
     q, kv, norm = q_heads * head_dim, kv_heads * head_dim, t(head_dim) if qk_norm else None
+    qkv = [in_format(t, name, q + 2 * kv, hidden) for name in formats]
+    down = [in_format(t, name, hidden, intermediate) for name in formats]
+    if more_format is not None:
+        qkv[-1] = in_format(t, formats[-1], q + kv, hidden), in_format(t, more_format, kv, hidden)
+        down[-1] = in_format(t, more_format, hidden, intermediate)
     layers = [
         Layer(
             t(hidden),
-            in_format(t, name, q + 2 * kv, hidden),
+            qkv[i],
             None,
             norm,
             norm,
@@ -95,9 +102,9 @@ def run_step(
             None,
             t(hidden),
             in_format(t, name, 2 * intermediate, hidden),
-            in_format(t, name, hidden, intermediate),
+            down[i],
         )
-        for name in formats
+        for i, name in enumerate(formats)
     ]
     head = in_format(t, head_format, vocab, hidden)
     weights = Weights(None, head, layers, t(hidden), head)
@@ -132,6 +139,8 @@ STEPS = {
 }
 PACKED_STEPS = {
     "8b-int4-g128": dict(STEPS["llama-3.1-8b"], formats=("int4-g128",), head_format="int8"),
+    "8b-q4_k": dict(STEPS["llama-3.1-8b"], formats=("q4_k",), head_format="q6_k"),
+    "1b-fp8-g128": dict(STEPS["llama-3.2-1b"], formats=("fp8-g128",), head_format="fp8-g128"),
     "1b-fp8": dict(STEPS["llama-3.2-1b"], formats=("fp8",), head_format="fp8"),
     "8b-kv-fp8": dict(STEPS["llama-3.1-8b"], kv_dtype="fp8"),
     "1b-kv-int8": dict(STEPS["llama-3.2-1b"], kv_dtype="int8"),
@@ -231,6 +240,17 @@ def test_sampling_compiles(architecture, name):
         ),
     )
     assert re.search(r"\bLDG\S*\.128", code)
+
+
+def test_step_of_a_file_of_several_formats_compiles():
+    """A copy of the code for each format of a matrix, and q, k and v apart. (With several copies of a product
+    the kernel spills a few registers.)"""
+    sizes = dict(STEPS["llama-3.1-8b"], formats=("q4_k", "q4_k"), head_format="q6_k", more_format="q6_k")
+    with recording("sm_90") as launches:
+        run_step(lambda *s: empty(*s, dtype=BF16), lambda *s: empty(*s, dtype=I32), **sizes)
+    code = offline.compile(launches[0], "sm_90")
+    assert offline.usage(code)["shared"] <= MAX_SHARED["sm_90"]
+    assert re.search(TENSOR_CORE, offline.sass(code))
 
 
 @pytest.mark.parametrize("name", ["linear-16", "attention-128"])

@@ -47,6 +47,22 @@ def test_any_number_of_programs_gives_the_same_bits(programs, by_one_program):
     assert token == one and all(map(torch.equal, rest, others))
 
 
+@pytest.mark.parametrize("name", ["int8", "q6_k"])
+def test_packed_rows_of_more_segments_than_a_step_takes(name):
+    """As on a GPU, where a step takes 8 segments: of the token's row of the embedding, too."""
+    args = decode_step.inputs(
+        Rand("cpu", BF16),
+        **dict(SIZES, layers=1, hidden=328, intermediate=8, vocab=20, position=2, head_format=name),
+    )
+    want = decode_step.reference(*args)
+    steps = dict(SETTINGS, programs=2, packed=dict(BLOCK_N=8, SEGMENTS=2, STAGES=1))
+    out = torch.full((1,), -7, dtype=torch.int32)
+    with settings.forced("decode_step", steps):
+        decode_step.op.launchers["triton"](*args, out=out)
+    limit = decode_step.tolerance(decode_step.op.bound(*args))[1]
+    torch.testing.assert_close(args[6].double(), want[-1], rtol=0, atol=limit)
+
+
 def test_heads_that_outnumber_programs_and_programs_that_outnumber_rows():
     args = decode_step.inputs(Rand("cpu", BF16), **dict(SIZES, vocab=3, kv_heads=4))
     want = decode_step.reference(*args)

@@ -1,7 +1,7 @@
 """decode_step: a whole decode step of one sequence in one launch: embedding, every layer, lm_head and argmax
 
   ids, positions, out [1] int32; out may be ids   logits [1, vocab] float32
-  table [layers, 10] int64: addresses; [layers, 15] where any matrix is packed (lab/ops/step_layout.py)
+  table [layers, 10] int64: addresses; more columns where any matrix is packed (lab/ops/step_layout.py)
   k_cache, v_cache [layers, pages, kv_heads, page_size, head_dim], k_scales, v_scales (lab/formats/kv.py)
   block_table [1, max_pages] int32
   h, qkv, attention, act: rows that one phase writes and the next reads   counters: zero on entry and on exit
@@ -25,11 +25,20 @@ import triton.language as tl
 from lab.errors import LabError
 from lab.formats import PackedMatrix
 from lab.ops import step_layout
+from lab.ops.decode_step import apart_of
 from triton_kernels.common import architecture, config, launch
 from triton_kernels.core.kv_codes import PLAIN, format_of
 from triton_kernels.core.packed_rows import operands
 from triton_kernels.core.split_attention import load_tile, merge_step, split_bounds
-from triton_kernels.core.step_product import any_product, arrive, layer_product, tensor_at, unpack_token, wait
+from triton_kernels.core.step_product import (
+    any_product,
+    arrive,
+    layer_product,
+    qkv_product,
+    tensor_at,
+    unpack_token,
+    wait,
+)
 from triton_kernels.core.step_trace import TRACE_LAYER, TRACE_STEP, begin_trace, end_trace, record
 from triton_kernels.norm_linear_argmax import first_best
 from triton_kernels.rope_append_attention import angles, append_and_attend
@@ -159,6 +168,7 @@ def decode_step_kernel(
     COLUMNS: tl.constexpr,
     EMBED_WAY: tl.constexpr,
     QKV_WAYS: tl.constexpr,
+    QKV_APART: tl.constexpr,
     O_WAYS: tl.constexpr,
     GATE_UP_WAYS: tl.constexpr,
     DOWN_WAYS: tl.constexpr,
@@ -199,7 +209,7 @@ def decode_step_kernel(
     # 3. Layers: norm and qkv, attention, o, norm and gate and up, down; each phase ends when all programs
     # have arrived. Then the logits, of which a program keeps its best.
     for _ in range(layers):
-        layer_product(
+        qkv_product(
             counters,
             target,
             table,
@@ -208,13 +218,13 @@ def decode_step_kernel(
             normed=normed,
             eps=eps,
             bias=tensor_at(table, BQKV, T) if HAS_BQKV else None,
-            residual=None,
             y=qkv,
-            n=Q + 2 * KV,
+            Q=Q,
+            KV=KV,
             K=HIDDEN,
             COLUMN=WQKV,
-            MATRIX=0,
             WAYS=QKV_WAYS,
+            APART=QKV_APART,
             PREFETCH=PREFETCH,
             trace=trace,
         )
@@ -326,8 +336,8 @@ def decode_step_kernel(
             y=h,
             n=HIDDEN,
             K=Q,
-            COLUMN=WO,
-            MATRIX=1,
+            column=WO,
+            matrix=1,
             WAYS=O_WAYS,
             PREFETCH=PREFETCH,
             trace=trace,
@@ -350,8 +360,8 @@ def decode_step_kernel(
             y=act,
             n=MIDDLE,
             K=HIDDEN,
-            COLUMN=W_GATE_UP,
-            MATRIX=2,
+            column=W_GATE_UP,
+            matrix=2,
             WAYS=GATE_UP_WAYS,
             PREFETCH=PREFETCH,
             trace=trace,
@@ -373,8 +383,8 @@ def decode_step_kernel(
             y=h,
             n=HIDDEN,
             K=MIDDLE,
-            COLUMN=W_DOWN,
-            MATRIX=3,
+            column=W_DOWN,
+            matrix=3,
             WAYS=DOWN_WAYS,
             PREFETCH=PREFETCH,
             trace=trace,
@@ -519,7 +529,7 @@ def decode_step(
         return tuple(tl.constexpr(way(one, parts, cfg, programs)) for one in matrices)
 
     parts = [getattr(one, part) for one in m.layers for part in step_layout.LAYER]
-    held = [tensor for part in parts if part is not None for tensor in tensors(part)]
+    held = [tensor for part in parts if part is not None for one in apart_of(part) for tensor in tensors(one)]
     launch(
         decode_step_kernel,
         (programs,),
@@ -581,6 +591,7 @@ def decode_step(
         COLUMNS=m.table.shape[1],
         EMBED_WAY=way(m.embed, 1, cfg, programs),
         QKV_WAYS=ways(*m.by_format["wqkv"]),
+        QKV_APART=m.apart,
         O_WAYS=ways(*m.by_format["wo"]),
         GATE_UP_WAYS=ways(*m.by_format["w_gate_up"], parts=2),
         DOWN_WAYS=ways(*m.by_format["w_down"]),

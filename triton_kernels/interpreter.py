@@ -415,7 +415,8 @@ class _Turns:
     def __init__(self, call, programs):
         self.call, self.error, self.looks = call, None, 0
         self.may_run = {program: threading.Semaphore(0) for program in programs}
-        self.most_looks = 2 * len(self.may_run)
+        # A program may find a counter full three times before it adds to one: for each of q, k and v.
+        self.most_looks = 4 * len(self.may_run)
         self.handed_over = threading.Semaphore(0)
 
     def run(self):

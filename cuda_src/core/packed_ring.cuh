@@ -1,10 +1,10 @@
 // The ring of weight_ring.cuh for matrices of which some or all are packed (formats/).
 //
 // A tile is up to 32 segments of a block of 8 rows, which lie together in memory, and their scales: two bulk
-// copies. A warp takes two segments at a time. The tensor core's left operand has the 8 rows of one segment in its
-// upper half and the same rows of the other segment in its lower half; of the right operand, even columns are x
-// of the first segment and odd columns x of the second. So in the result, the upper half's even columns and the
-// lower half's odd columns are sums; the rest is of no use.
+// copies. A warp takes two segments at a time, which are one span in formats with spans of two. The tensor core's
+// left operand has the 8 rows of one segment in its upper half and the same rows of the other segment in its lower
+// half; of the right operand, even columns are x of the first segment and odd columns x of the second. So in the
+// result, the upper half's even columns and the lower half's odd columns are sums; the rest is of no use.
 #pragma once
 #include "../formats/by_format.cuh"
 #include "weight_ring.cuh"
@@ -20,31 +20,40 @@ struct PackedMatrix : Matrix<T> {
 
 constexpr int kPackedTileBytes = 18 * 1024;  // 32 segments of 8 rows, and 8 bytes of scales for each of a row
 constexpr int kMostTileSegments = 32;
-constexpr int kMostColumns = 128;  // of a segment
 
 // How the segments of a row are divided among tiles.
 struct PackedTiles {
   int segments, most;  // of a row; in a tile: an even number
-  LAB_DEVICE PackedTiles(int segments_, int segment_bytes) : segments(segments_) {
-    const int fit = min(kMostTileSegments, kPackedTileBytes / segment_bytes) & ~1;
+  LAB_DEVICE PackedTiles(int segments_, int fit) : segments(segments_) {
     const int tiles = (segments + fit - 1) / fit;
     most = ((segments + tiles - 1) / tiles + 1) & ~1;
   }
 };
 
-// Bytes of a segment of 8 rows: codes; scales of their groups.
+// Bytes of 8 rows: the codes of a segment; the scales of a span, if groups have them.
 template <typename F>
 constexpr int kBlockCodes = kBlockRows * Layout<F>::kSegmentBytes;
 template <typename F>
-constexpr int kSegmentScales = F::kGroup ? Layout<F>::Scales::kBytes : 0;
+constexpr int kBlockScales = F::kGroup ? kBlockRows * Layout<F>::Scales::kBytes : 0;
+// The most segments of a tile: an even number. A ring of all formats (Spans) has 32 or 16, which are two pairs for
+// each warp, or one: with a few more than 16 most warps would have nothing to do for a while, and two pairs of a
+// format with many scales would make the kernel spill registers.
 template <typename F>
-constexpr int kBlockScales = kBlockRows * kSegmentScales<F>;
+constexpr int kTileRoom = kPackedTileBytes / (kBlockCodes<F> + kBlockScales<F> / Layout<F>::kSpan) & ~1;
+template <typename F, bool Spans>
+constexpr int kTileSegments = kTileRoom<F> >= kMostTileSegments ? kMostTileSegments
+                              : Spans                           ? 2 * kRingWarps
+                                                                : kTileRoom<F>;
 
-// The formats that the ring takes: not those whose scales belong to several segments, which the contract refuses.
-template <typename Use>
+// The most columns of a span, in a ring of all formats (Spans) or of those with spans of one segment.
+template <bool Spans>
+constexpr int kMostColumns = Spans ? 256 : 128;
+
+// The formats that a ring takes. Spans: also those whose scales belong to several segments.
+template <bool Spans, typename Use>
 LAB_DEVICE void by_ring_format(int number, Use&& use) {
   by_format(number, [&](auto format) {
-    if constexpr (Layout<decltype(format)>::kSpan == 1) use(format);
+    if constexpr (Spans || Layout<decltype(format)>::kSpan == 1) use(format);
   });
 }
 
@@ -54,7 +63,9 @@ struct PackedTile {
   int segments;
 };
 
-template <typename T>
+// Spans: whether it takes all weight formats, or only those whose scales belong to one segment each. To take all
+// costs the others registers.
+template <typename T, bool Spans = false>
 struct PackedRing : WeightRing<T, kPackedTileBytes, kBlockRows> {
   using Plain = WeightRing<T, kPackedTileBytes, kBlockRows>;
   using Plain::Plain;
@@ -62,10 +73,10 @@ struct PackedRing : WeightRing<T, kPackedTileBytes, kBlockRows> {
   // As WeightRing::issue().
   LAB_DEVICE void issue(const PackedMatrix<T>& m) {
     if (m.format == int(Format::plain)) return Plain::issue(m);
-    by_ring_format(m.format, [&](auto format) { issue_packed<decltype(format)>(m); });
+    by_ring_format<Spans>(m.format, [&](auto format) { issue_packed<decltype(format)>(m); });
   }
 
-  // As WeightRing::multiply(). x has zeros from k to the end of the last segment.
+  // As WeightRing::multiply(). x has zeros from k to the end of the last span.
   template <typename Base, typename Epilogue>
   LAB_DEVICE void multiply(const PackedMatrix<T>& m, const Share& share, const T* x, Base base,
                            Epilogue& epilogue) {
@@ -75,7 +86,7 @@ struct PackedRing : WeightRing<T, kPackedTileBytes, kBlockRows> {
       const int outputs = min(batch, share.last - first);
       if (first > share.first && int(threadIdx.x) < outputs) base = epilogue.load(first + threadIdx.x);
       for (int part = 0; part < m.parts; ++part) {
-        by_ring_format(m.format, [&](auto format) {
+        by_ring_format<Spans>(m.format, [&](auto format) {
           const auto to = sum_rows<decltype(format)>(*this, x, m.k, outputs, part * (kBatchRows / 2));
           this->stage = to.stage, this->parity = to.parity;
         });
@@ -89,7 +100,9 @@ struct PackedRing : WeightRing<T, kPackedTileBytes, kBlockRows> {
   LAB_DEVICE void issue_packed(const PackedMatrix<T>& m) {
     using L = Layout<F>;
     static_assert(kBlockScales<F> % 16 == 0, "bulk copies have multiples of 16 bytes");
-    const PackedTiles tiles(L::segments(m.k), kBlockCodes<F> + kBlockScales<F>);
+    static_assert(2 % L::kSpan == 0, "tiles, which have pairs of segments, have whole spans");
+    static_assert(kTileSegments<F, Spans> <= kTileRoom<F>, "a tile fits into its place");
+    const PackedTiles tiles(L::segments(m.k), kTileSegments<F, Spans>);
     const auto* codes = reinterpret_cast<const unsigned char*>(m.w);
     const Share share = this->share(m.n);
     const int batch = kBatchRows >> (m.parts - 1);
@@ -103,7 +116,7 @@ struct PackedRing : WeightRing<T, kPackedTileBytes, kBlockRows> {
             const int here = min(tiles.most, tiles.segments - segment);
             const bool row_scales = F::kGroup == 0 && segment + here == tiles.segments;
             const unsigned code_bytes = here * kBlockCodes<F>;
-            const unsigned scale_bytes = F::kGroup    ? here * kBlockScales<F>
+            const unsigned scale_bytes = F::kGroup    ? here / L::kSpan * kBlockScales<F>
                                          : row_scales ? kBlockRows * L::Scales::kBytes
                                                       : 0;
             // As many bytes in flight as with whole tiles.
@@ -115,7 +128,7 @@ struct PackedRing : WeightRing<T, kPackedTileBytes, kBlockRows> {
             const size_t at = block * tiles.segments + segment;
             bulk_copy_g2s(to, codes + at * kBlockCodes<F>, code_bytes, full);
             const size_t scales_at =
-                F::kGroup ? at * kBlockScales<F> : block * kBlockRows * L::Scales::kBytes;
+                F::kGroup ? at / L::kSpan * kBlockScales<F> : block * kBlockRows * L::Scales::kBytes;
             if (scale_bytes) bulk_copy_g2s(to + code_bytes, m.scales + scales_at, scale_bytes, full);
             this->advance();
           }
@@ -130,7 +143,7 @@ struct PackedRing : WeightRing<T, kPackedTileBytes, kBlockRows> {
   template <typename F>
   static LAB_DEVICE_CALL Plain sum_rows(Plain ring, const T* x, int k, int outputs, int first) {
     using L = Layout<F>;
-    const PackedTiles tiles(L::segments(k), kBlockCodes<F> + kBlockScales<F>);
+    const PackedTiles tiles(L::segments(k), kTileSegments<F, Spans>);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4;
     for (int row = 0; row < outputs; row += kBlockRows) {
       float sum = 0.f, row_scale = 1.f;
@@ -140,7 +153,7 @@ struct PackedRing : WeightRing<T, kPackedTileBytes, kBlockRows> {
         const auto* codes = reinterpret_cast<const uint8_t*>(ring.tile());
         const PackedTile tile{codes, codes + here * kBlockCodes<F>, here};
         // Up to two pairs of segments for each warp, at once: their instructions hide each other's latency.
-        if (here > 2 * kRingWarps) {
+        if (kTileSegments<F, Spans> > 2 * kRingWarps && here > 2 * kRingWarps) {
           sum += sum_pairs<F, 2>(tile, x + begin * L::kColumns);
         } else {
           sum += sum_pairs<F, 1>(tile, x + begin * L::kColumns);
@@ -161,7 +174,7 @@ struct PackedRing : WeightRing<T, kPackedTileBytes, kBlockRows> {
   static LAB_DEVICE float sum_pairs(const PackedTile& tile, const T* x) {
     using L = Layout<F>;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    Vec<uint32_t, 4> words[Pairs][2];
+    UnitWords<F> words[Pairs][2];
     typename L::Scales scales[Pairs][2];
     const T* of_x[Pairs];
     bool counts[Pairs][2];
@@ -169,12 +182,17 @@ struct PackedRing : WeightRing<T, kPackedTileBytes, kBlockRows> {
     for (int i = 0; i < Pairs; ++i) {
       LAB_UNROLL
       for (int side = 0; side < 2; ++side) {
-        // Past the end the last segment is multiplied once more, and does not count.
-        const int segment = 2 * (warp + i * kRingWarps) + side, there = min(segment, tile.segments - 1);
-        const int place = there * kBlockRows + g;
+        // Past the end the last segment (or span) is multiplied once more, and does not count. A span is a
+        // pair, so that the side is the segment's place in it.
+        const int pair = warp + i * kRingWarps, segment = 2 * pair + side;
+        const int span = min(L::kSpan == 1 ? segment : pair, tile.segments / L::kSpan - 1);
+        const int there = L::kSpan == 1 ? span : 2 * span + side;
         words[i][side] =
-            load(reinterpret_cast<const uint32_t*>(tile.codes + place * L::kSegmentBytes + t * 16));
-        if constexpr (F::kGroup != 0) scales[i][side].load_from(tile.scales + place * kSegmentScales<F>, 0);
+            load_unit<F, true>(tile.codes + (there * kBlockRows + g) * L::kSegmentBytes + t * 16, t);
+        if constexpr (F::kGroup != 0) {
+          const uint8_t* at = tile.scales + (span * kBlockRows + g) * L::Scales::kBytes;
+          scales[i][side].load_from(at, side % L::kSpan);
+        }
         counts[i][side] = segment == there;
         if (g % 2 == side) of_x[i] = x + there * L::kColumns + 4 * t;
       }
@@ -202,26 +220,27 @@ struct PackedRing : WeightRing<T, kPackedTileBytes, kBlockRows> {
 
   // sums[side] += run `run` of the even segment (side 0), and the run that it changes places with of the odd one.
   template <typename F>
-  static LAB_DEVICE void add_run(float (&sums)[2], const Vec<uint32_t, 4> (&words)[2],
+  static LAB_DEVICE void add_run(float (&sums)[2], const UnitWords<F> (&words)[2],
                                  const typename Layout<F>::Scales (&scales)[2], const T* x, int run) {
     using L = Layout<F>;
     uint32_t pairs[2][4];
+    constexpr int kGroups = L::kPart == 16 ? 2 : 1;  // of a run
     const int runs[2] = {run, run ^ 1};
-    int group[2] = {};
+    int group[2];  // the first of each run
     LAB_UNROLL
     for (int side = 0; side < 2; ++side) {
-      if constexpr (F::kGroup != 0) group[side] = runs[side] / L::kRunsPerGroup;
+      group[side] = runs[side] * kRunColumns / L::kPart;
       const float zero = F::kZero ? scales[side].second(group[side], 0) : 0.f;
-      F::template numbers<T>(pairs[side], words[side].v + runs[side] * (F::kBits / 4),
+      F::template numbers<T>(pairs[side], run_words<F>(words[side], runs[side]).v,
                              F::template zero_pair<T>(zero));
     }
-    float products[4] = {}, of_x[4] = {};
+    float products[kGroups][4] = {}, of_x[4] = {};
     LAB_UNROLL
     for (int part = 0; part < 2; ++part) {
       const int p = 2 * part;
       const auto b = bit_cast<Vec<uint32_t, 2>>(load<4>(x + part * 16));
-      mma_m16n8k16(products, {pairs[0][p], pairs[1][p], pairs[0][p + 1], pairs[1][p + 1]}, {b.v[0], b.v[1]},
-                   T{});
+      mma_m16n8k16(products[part % kGroups], {pairs[0][p], pairs[1][p], pairs[0][p + 1], pairs[1][p + 1]},
+                   {b.v[0], b.v[1]}, T{});
       if constexpr (F::kMinimum) {
         const uint32_t one = pair_of(from_float<T>(1.f));
         mma_m16n8k16(of_x, {one, one, one, one}, {b.v[0], b.v[1]}, T{});
@@ -229,12 +248,17 @@ struct PackedRing : WeightRing<T, kPackedTileBytes, kBlockRows> {
     }
     LAB_UNROLL
     for (int side = 0; side < 2; ++side) {
+      const int place = side % L::kSpan;
       if constexpr (F::kGroup == 0) {
-        sums[side] += products[3 * side];
+        sums[side] += products[0][3 * side];
       } else {
-        sums[side] = fmadd(scales[side].scale(group[side], 0), products[3 * side], sums[side]);
+        LAB_UNROLL
+        for (int i = 0; i < kGroups; ++i) {
+          sums[side] = fmadd(scales[side].scale(group[side] + i, place), products[i][3 * side], sums[side]);
+        }
         if constexpr (F::kMinimum) {
-          sums[side] = fmadd(scales[side].second(group[side], 0), of_x[3 * side], sums[side]);
+          static_assert(kGroups == 1, "a minimum is for whole runs");
+          sums[side] = fmadd(scales[side].second(group[side], place), of_x[3 * side], sums[side]);
         }
       }
     }

@@ -74,10 +74,11 @@ template <typename F>
 struct UnitWords {
   uint32_t v[Layout<F>::kUnitWords];
 };
-// from: the segment and 16 t bytes.
-template <typename F>
+// from: the segment and 16 t bytes. Shared: in shared memory; else in global memory, and read only once.
+template <typename F, bool Shared = false>
 LAB_DEVICE UnitWords<F> load_unit(const uint8_t* from, int t) {
-  const auto words = load_stream(reinterpret_cast<const uint32_t*>(from));
+  const auto* first = reinterpret_cast<const uint32_t*>(from);
+  const auto words = Shared ? load(first) : load_stream(first);
   if constexpr (F::kBits == 6) {
     const auto high = load<2>(reinterpret_cast<const uint32_t*>(from + (64 - 8 * t)));
     return {{words.v[0], words.v[1], words.v[2], words.v[3], high.v[0], high.v[1]}};

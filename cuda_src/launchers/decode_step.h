@@ -1,14 +1,16 @@
 #pragma once
 #include "arguments.h"
 
-// The tensors of a model. layers: int64 [layers, 10], the addresses of each layer's tensors. packed: whether any
-// matrix is; then it is [layers, 15], with the scales and formats of the four matrices.
+// The tensors of a model. layers: int64 [layers, columns], the addresses of each layer's tensors; if any matrix is
+// packed, also the scales and formats of the four matrices; if the scales of any belong to several segments, or q, k
+// and v of a layer are apart, also where k and v are.
+constexpr int kPlainColumns = 10, kPackedColumns = 15;
 struct StepWeights {
   Weights embed;
   Ptr layers, final_norm;
   Weights lm_head;
   Ptr cos_sin;
-  int packed;
+  int columns;
 };
 
 // The cache of every layer: k, v [layers, pages, kv_heads, page_size, head_dim]; block_table int32 [1,

@@ -36,7 +36,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -302,6 +302,11 @@ class PackedMatrix:
         pieces = scales.unflatten(1, (-1, f.items))[:, : f.pieces(self.k)]
         return f.from_codes(unpack(codes, f.bits)[:, : self.k], pieces)
 
+    def rows_from(self, first: int, count: int) -> PackedMatrix:
+        """Rows `first` to `first + count - 1` as a view of the same memory. `first` is a multiple of 8."""
+        blocks = slice(first // BLOCK, -(-(first + count) // BLOCK))
+        return PackedMatrix(self.format_name, count, self.k, *(t[blocks] for t in self.tensors()))
+
     def part(self, dim: int, first: int, count: int) -> PackedMatrix:
         """Rows (dim 0) or columns (dim 1) `first` to `first + count - 1`, exactly, in new memory. Columns
         begin and end between pieces, unless a row has one scale."""
@@ -309,8 +314,8 @@ class PackedMatrix:
         if dim == 0 and first % BLOCK:
             return self.some_rows(torch.arange(first, first + count, device=self.device))
         if dim == 0:
-            blocks = slice(first // BLOCK, -(-(first + count) // BLOCK))
-            return PackedMatrix(self.format_name, count, self.k, *(t[blocks].clone() for t in self.tensors()))
+            view = self.rows_from(first, count)
+            return replace(view, codes=view.codes.clone(), scales=view.scales.clone())
         width = f.piece_columns
         pieces = slice(None) if width is None else slice(first // width, first // width + f.pieces(count))
         step, parts = max(1, EXPANDED_AT_ONCE[self.device.type] // self.k // BLOCK), []

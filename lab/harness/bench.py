@@ -275,7 +275,7 @@ def model_steps(session, rig, settings, weights):
     for name in settings.models:
         for size in sizes:
             batch, context = size
-            sides = rig.sides(batch, dtype, weights.storage.formats)
+            sides = rig.sides(batch, dtype)
             if context >= weights.config_of(name).max_positions or not sides:
                 continue
             first, seconds = size == sizes[0], len(sides) * PER_DECODER + 8 * rig.seconds
@@ -294,7 +294,7 @@ def serving_steps(session, rig, settings, weights):
     found, dtype = [], settings.dtypes[0]
     for name in settings.models:
         for batch in settings.model_batches:
-            sides = len(rig.sides(batch, dtype, weights.storage.formats))
+            sides = len(rig.sides(batch, dtype))
             given = session, rig, weights, name, dtype, batch, settings.quick
             run = functools.partial(serving_bench.measure, *given)
             seconds = sides * (PER_DECODER + (4 * batch + 8) * PER_SEQUENCE)
@@ -320,7 +320,7 @@ def ledger_steps(session, rig, settings, weights):
     batch, context = settings.model_batches[0], settings.model_contexts[0]
     for name in settings.ledger_models:
         given = session, rig, weights, name, dtype, batch, context
-        for backend, plan in rig.sides(batch, dtype, weights.storage.formats):
+        for backend, plan in rig.sides(batch, dtype):
             run = functools.partial(ledger.measure, *given, backend, plan)
             found.append(
                 ("ledgers", Step(f"ledger {name} {backend} {plan}", PER_LEDGER + 12 * rig.seconds, run))
@@ -338,7 +338,7 @@ def inside_steps(session, rig, settings, weights):
     found, dtype = [], settings.dtypes[0]
     context = settings.model_contexts[0]
     for name in settings.ledger_models:
-        for backend, _ in rig.sides(1, dtype, weights.storage.formats):
+        for backend, _ in rig.sides(1, dtype):
             run = functools.partial(inside.measure, session, rig, weights, name, dtype, context, backend)
             found.append(("ledgers", Step(f"inside {name} {backend}", PER_LEDGER + 6 * rig.seconds, run)))
     return found

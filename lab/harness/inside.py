@@ -30,6 +30,7 @@ from lab.harness import ledger, model_bench, timing
 from lab.harness.ops_bench import alive
 from lab.model.decoder import Decoder
 from lab.ops import OPS
+from lab.ops.decode_step import apart_of
 from lab.ops.step_layout import END, LM_HEAD, MATRICES, PHASES, START, TRACE_BLOCKS, trace_rows
 from lab.records.schema import InsideRow
 
@@ -174,7 +175,7 @@ def phases_of(layers):
 def nbytes_of(m, cache, context):
     """{phase: bytes that it must read}, of a StepModel: matrices, and the context's K and V."""
     matrices = {
-        phase: sum(getattr(layer, part).nbytes for layer in m.layers)
+        phase: sum(w.nbytes for layer in m.layers for w in apart_of(getattr(layer, part)))
         for phase, part in zip((p for p in PHASES if p != "attention"), MATRICES, strict=True)
     }
     head = m.head_dim * cache.k.itemsize + kv.scale_bytes(cache.k.dtype)

@@ -219,7 +219,7 @@ def _rows(session, rig, weights, name, dtype_name, batch, context):
             emulated=rig.device != "cuda",
         )
         for mode in _modes(rig)
-        for backend, plan in rig.sides(batch, dtype_name, weights.storage.formats)
+        for backend, plan in rig.sides(batch, dtype_name)
     ]
 
 

@@ -55,9 +55,8 @@ class Rig:
         found = [name for name, ops in self.backends.items() if hasattr(ops, op.name)]
         return [name for name in found if name != "torch"] or found if packed else found
 
-    def sides(self, batch, dtype_name, formats=()):
-        """(backend, plan) of every decoder to measure at a batch and dtype, which rule some plans out, as do
-        weights in some formats (those that matrices are rounded to).
+    def sides(self, batch, dtype_name):
+        """(backend, plan) of every decoder to measure at a batch and dtype, which rule some plans out.
 
         torch has no kernel of a whole step: under persistent it does what it does under fused. Beside other
         backends it is measured once.
@@ -72,8 +71,7 @@ class Rig:
             (backend, plan)
             for plan in self.plans
             for backend in whole
-            if not refusal(plan, batch, DTYPES[dtype_name], formats)
-            and not (backend == "torch" and plan in again)
+            if not refusal(plan, batch, DTYPES[dtype_name]) and not (backend == "torch" and plan in again)
         ]
 
 

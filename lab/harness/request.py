@@ -267,10 +267,8 @@ def require_plans(settings: Settings) -> None:
     if settings.what == "ledger":
         tried = tried[:1]  # a ledger is of one batch
     for name in settings.plans:
-        sides = [(batch, one.formats) for one in settings.storages for batch in tried]
-        taken = (side for side in sides if not refusal(name, side[0], dtype, side[1]))
-        batch, formats = next(taken, sides[0])
-        find_plan(name, batch, dtype, formats)
+        taken = (batch for batch in tried if not refusal(name, batch, dtype))
+        find_plan(name, next(taken, tried[0]), dtype)
 
 
 def require_work(settings: Settings) -> None:

@@ -89,7 +89,7 @@ def measure(session, rig, weights, name: str, dtype_name: str, batch: int, quick
             kv_dtype=rig.kv_dtype,
             emulated=rig.device != "cuda",
         )
-        for backend, plan in rig.sides(batch, dtype_name, weights.storage.formats)
+        for backend, plan in rig.sides(batch, dtype_name)
     ]
     for row in rows:
         if session.has(row):

@@ -41,11 +41,9 @@ class Choice:
         return DTYPES[self.dtype_name]
 
     def formats_of(self, source) -> Formats:
-        """In which formats a source's weights would be kept. Raises LabError where they cannot be, or where
-        the plan does not take them. Reads no weights."""
-        _, formats = planned(source, self.dtype, self.storage)
-        find_plan(self.plan, self.rows, self.dtype, formats.names)
-        return formats
+        """In which formats a source's weights would be kept. Raises LabError where they cannot be. Reads no
+        weights."""
+        return planned(source, self.dtype, self.storage)[1]
 
 
 def choose(
@@ -71,7 +69,7 @@ def choose(
     storage = storage_of(weights_as, quantise, quantise_head, device)
     name = dtype_of(weights_as, dtype) or ("bf16" if device != "cpu" else "fp32")
     name, cached = known(name, tuple(DTYPES), "dtype"), kv_dtype_of(kv_dtype)
-    find_plan(plan, rows, DTYPES[name], storage.formats)
+    find_plan(plan, rows, DTYPES[name])
     take_gpu(device)  # the ops are bound to the current one
     ops = select(backend, device, overrides, trace)  # last: it may load an extension
     return Choice(device, name, storage, plan, cached, rows, ops)

@@ -31,11 +31,6 @@ class Storage:
     quantise: str | None = None
     head: str | None = None
 
-    @property
-    def formats(self) -> tuple[str | None, str | None]:
-        """The formats that matrices are rounded to."""
-        return self.quantise, self.head
-
 
 AS_STORED = Storage()
 EXPANDED = Storage(stored=False)
@@ -91,15 +86,6 @@ class Formats:
     @property
     def packed(self) -> bool:
         return any(any(formats.values()) for formats in (self.outer, *self.layers))
-
-    @property
-    def names(self) -> list[str]:
-        """Of all formats in use."""
-        found = set()
-        for formats in (self.outer, *self.layers):
-            for one in formats.values():
-                found.update(one if isinstance(one, tuple) else [one])
-        return sorted(found - {None})
 
     def nbytes(self, config: ModelConfig, dtype: torch.dtype) -> int:
         """Bytes that the weights take once loaded, a tied embedding counted once."""

@@ -10,8 +10,8 @@ starts a new kernel, the blocks wait for each other's results instead. Weights d
 copies from DRAM continue during the wait.
 A negative position marks an idle row: nothing is written. An id outside the vocabulary gives logits of NaN
 and the token -1; what it leaves in the cache is undefined. CUDA needs sm_90.
-Each matrix may be packed in a weight format of its own (lab/formats). Rows of all others begin at
-multiples of 16 bytes. A KV head has at most 8 query heads.
+Each matrix may be packed in a weight format of its own (lab/formats), and wqkv may be several below each
+other: q, k and v. Rows of plain ones begin at multiples of 16 bytes. A KV head has at most 8 query heads.
 Where ranks divide the model, each runs this op with its part of the matrices (lab/model/parallel.py): sums of
 o and down are added up over all ranks in float32, in their order, so that all have the same residual. Logits
 and token are those of the rank's rows of lm_head alone; all_argmax comes after it.
@@ -19,6 +19,7 @@ Kernels: cuda_src/decode_step.cu, triton_kernels/decode_step.py
 """
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass, replace
 
@@ -43,6 +44,7 @@ from lab.ops.exchange import Exchange, check_exchange, simulated
 from lab.ops.kv_append import check_append, check_cache, paged_cache, quantised
 from lab.ops.rope import check_positions
 from lab.ops.step_layout import (
+    APART,
     LAYER,
     MATRICES,
     MAX_GROUP,
@@ -53,17 +55,15 @@ from lab.ops.step_layout import (
     trace_rows,
 )
 
-# Formats that the kernels take: not those whose scales belong to several segments.
-STEP_FORMATS = [name for name, f in FORMATS.items() if f.span == 1]
-
 
 @dataclass(frozen=True)
 class StepModel:
     """A model's tensors as the kernels take them. table int64 [layers, len(LAYER)]: addresses, 0 for an
-    absent tensor; where any matrix is packed, [layers, len(LAYER) + len(MATRICES) + 1].
+    absent tensor; where any matrix is packed, [layers, len(LAYER) + len(MATRICES) + 1], and with what APART
+    of step_layout.py says 2 len(APART) columns more.
 
-    layers: objects with LAYER's attributes, such as lab.model.weights.Layer; cos_sin float32 [max_positions,
-    head_dim].
+    layers: objects with LAYER's attributes, such as lab.model.weights.Layer; a wqkv that is several matrices
+    is (q, k, v). cos_sin float32 [max_positions, head_dim].
     """
 
     embed: Operand
@@ -119,15 +119,18 @@ class StepModel:
             w_gate_up=(2 * middle, hidden),
             w_down=(hidden, middle),
         )
-        for layer in weights.layers:
+        layers = [with_q_k_and_v(layer, (q, kv, kv)) for layer in weights.layers]
+        for layer in layers:
             for part, shape in shapes.items():
                 tensor = getattr(layer, part)
                 if isinstance(tensor, tuple):
-                    refuse(name, "q, k and v of different weight formats (use --plan fused)")
+                    for one, rows in zip(tensor, (q, kv, kv), strict=True):
+                        check_apart(name, device, part, one, (rows, hidden), dtype)
+                    continue
                 if part in MATRICES and type(tensor) is PackedMatrix and tensor.shape == shape:
                     check_matrix(name, device, part, tensor)
                     continue
-                if (tensor is None) != (getattr(weights.layers[0], part) is None):
+                if (tensor is None) != (getattr(layers[0], part) is None):
                     refuse(name, f"{part} must be in all layers or in none")
                 if tensor is None and part in OPTIONAL:
                     continue
@@ -147,13 +150,18 @@ class StepModel:
         if cos_sin.dim() != 2 or cos_sin.shape[1] != head_dim or cos_sin.dtype != torch.float32:
             refuse(name, f"cos_sin must be float32 [max_positions, {head_dim}]")
         dense(name, device, cos_sin)
-        matrices = [getattr(layer, part) for layer in weights.layers for part in MATRICES]
-        packed = any(type(m) is PackedMatrix for m in (embed, weights.lm_head, *matrices))
-        columns = len(LAYER) + (len(MATRICES) + 1 if packed else 0)
-        table = torch.zeros(len(weights.layers), columns, dtype=torch.int64, device=embed.device)
+        matrices = [embed, weights.lm_head, *(m for layer in layers for m in matrices_of(layer))]
+        packed = [m.format for m in matrices if type(m) is PackedMatrix]
+        apart = any(isinstance(layer.wqkv, tuple) for layer in layers)
+        columns = len(LAYER)
+        if packed or apart:
+            columns += len(MATRICES) + 1
+        if apart or any(f.span > 1 for f in packed):
+            columns += 2 * len(APART)
+        table = torch.zeros(len(layers), columns, dtype=torch.int64, device=embed.device)
         model = cls(
             embed,
-            tuple(weights.layers),
+            tuple(layers),
             weights.final_norm,
             weights.lm_head,
             cos_sin,
@@ -171,12 +179,15 @@ class StepModel:
         """Writes the present addresses of the layers' tensors into `table`."""
         rows = []
         for layer in self.layers:
-            tensors = [getattr(layer, part) for part in LAYER]
-            row = [0 if t is None else pointers(t)[0] for t in tensors]
+            q, *more = apart_of(layer.wqkv)
+            of_parts = {part: getattr(layer, part) for part in LAYER} | {"wqkv": q}
+            row = [0 if t is None else pointers(t)[0] for t in of_parts.values()]
             if self.packed:
-                _, scales, formats = zip(*(pointers(getattr(layer, part)) for part in MATRICES))
-                row += [*scales, int.from_bytes(formats, "little")]
-            rows.append(row)
+                matrices = [*(of_parts[part] for part in MATRICES), *more]
+                addresses, scales, formats = zip(*map(pointers, matrices))
+                row += [*scales[: len(MATRICES)], int.from_bytes(formats, "little")]
+                row += [*addresses[len(MATRICES) :], *scales[len(MATRICES) :]]
+            rows.append(row + [0] * (self.table.shape[1] - len(row)))
         self.table.copy_(torch.tensor(rows, dtype=torch.int64))
 
     @property
@@ -184,17 +195,22 @@ class StepModel:
         """Whether any matrix is packed in a weight format."""
         return self.table.shape[1] > len(LAYER)
 
+    @property
+    def apart(self) -> bool:
+        """Whether any layer stores q, k and v apart."""
+        return any(isinstance(layer.wqkv, tuple) for layer in self.layers)
+
     @functools.cached_property
     def layer_nbytes(self) -> int:
-        """Bytes of the four matrices of a layer."""
-        return sum(getattr(self.layers[0], part).nbytes for part in MATRICES)
+        """Bytes of the matrices of a layer."""
+        return sum(matrix.nbytes for matrix in matrices_of(self.layers[0]))
 
     @functools.cached_property
     def by_format(self) -> dict[str, tuple[Operand, ...]]:
         """Of each of a layer's matrices one for every weight format that it has in any layer."""
         found = {}
         for part in MATRICES:
-            numbers = {pointers(w)[2]: w for w in (getattr(layer, part) for layer in self.layers)}
+            numbers = {pointers(w)[2]: w for layer in self.layers for w in apart_of(getattr(layer, part))}
             found[part] = tuple(numbers[number] for number in sorted(numbers))
         return found
 
@@ -212,12 +228,50 @@ class StepModel:
         return self.layers[0].w_down.shape[1]
 
 
+def apart_of(w: Operand | tuple[Operand, ...]) -> tuple[Operand, ...]:
+    """The matrices as which a part of a layer is stored: itself, or q, k and v."""
+    return w if isinstance(w, tuple) else (w,)
+
+
+def matrices_of(layer) -> list[Operand]:
+    """All matrices of a layer."""
+    return [one for part in MATRICES for one in apart_of(getattr(layer, part))]
+
+
+def with_q_k_and_v(layer, rows: tuple[int, int, int]):
+    """The layer, with (q, k, v) in the place of a wqkv that is several matrices, one of which may hold two of
+    the three: views of the same memory. rows: of q, k and v."""
+    if not isinstance(layer.wqkv, tuple):
+        return layer
+    ends = list(itertools.accumulate(one.shape[0] for one in layer.wqkv))
+    bounds = list(itertools.accumulate(rows))
+    if ends[-1] != bounds[-1] or not set(ends) <= set(bounds):
+        refuse("decode_step", f"wqkv must have the {list(rows)} rows of q, k and v")
+    found, begins = [], [0, *ends]
+    for end, count in zip(bounds, rows):
+        i = next(i for i, last in enumerate(ends) if end <= last)
+        first = end - count - begins[i]
+        whole = layer.wqkv[i]
+        found.append(
+            whole.rows_from(first, count) if type(whole) is PackedMatrix else whole[first : first + count]
+        )
+    return replace(layer, wqkv=tuple(found))
+
+
+def check_apart(op: str, device: int, part: str, w: Operand, shape: tuple[int, int], dtype) -> None:
+    """Raises LabError for a matrix of several that the kernels do not take."""
+    if w.shape != shape or (type(w) is not PackedMatrix and w.dtype != dtype):
+        refuse(op, f"{part} must be {list(shape)} in the dtype of final_norm")
+    if type(w) is PackedMatrix:
+        check_matrix(op, device, part, w)
+    else:
+        dense(op, device, w)
+
+
 def check_matrix(op: str, device: int, part: str, w: PackedMatrix) -> None:
     """Raises LabError for a packed matrix that the kernels do not take."""
     dense(op, device, *w.tensors())
     check_packed(op, w)
-    if w.format.name not in STEP_FORMATS:
-        refuse(op, f"takes no weights in {w.format.name} yet (use --plan fused)")
     if part == "w_gate_up" and w.rows // 2 % BLOCK:
         refuse(
             op, f"packed gate and up have {w.rows // 2} rows each, no multiple of {BLOCK} (use --plan fused)"
@@ -369,7 +423,10 @@ def reference(
     scales = () if k_scales is None else (k_scales.clone(), v_scales.clone())
     h = embedding.reference(ids, m.embed)[0].to(dtype)
     for i, layer in enumerate(m.layers):
-        qkv = norm_linear.reference(h, layer.attn_norm, m.eps, layer.wqkv, layer.bqkv)[0].to(dtype)
+        products = [
+            norm_linear.reference(h, layer.attn_norm, m.eps, w, bias)[0] for w, bias, _ in qkv_products(layer)
+        ]
+        qkv = torch.cat(products, -1).to(dtype)
         q, k, v = qkv.view(1, -1, m.head_dim).split([m.q_heads, m.kv_heads, m.kv_heads], dim=1)
         of_layer = [s[i] for s in scales]
         a, k_cache[i], v_cache[i], *new = rope_append_attention.reference(
@@ -398,6 +455,16 @@ def reference(
         return torch.full_like(ids, -1), k_cache, v_cache, logits.double(), *scales
     token, want = norm_linear_argmax.reference(h, m.final_norm, m.eps, m.lm_head, logits, None)
     return token, k_cache, v_cache, want, *scales
+
+
+def qkv_products(layer):
+    """[(w, bias or None, slice of the outputs)] of the matrices that wqkv consists of."""
+    found, first = [], 0
+    for w in apart_of(layer.wqkv):
+        outputs = slice(first, first + w.shape[0])
+        found.append((w, None if layer.bqkv is None else layer.bqkv[outputs], outputs))
+        first = outputs.stop
+    return found
 
 
 def tolerance(a):
@@ -473,7 +540,7 @@ def cuda(kernels, *args, out, **options):
             m.final_norm.data_ptr(),
             pointers(m.lm_head),
             m.cos_sin.data_ptr(),
-            m.packed,
+            m.table.shape[1],
         ),
         cache=(
             a.k_cache.data_ptr(),
@@ -528,7 +595,8 @@ def torch_(
     attention = workspace.attention.view(1, m.q_heads, m.head_dim)
     embedding.torch_(ids, m.embed, out=h)
     for i, layer in enumerate(m.layers):
-        norm_linear.torch_(h, layer.attn_norm, m.eps, layer.wqkv, layer.bqkv, out=qkv)
+        for w, bias, outputs in qkv_products(layer):
+            norm_linear.torch_(h, layer.attn_norm, m.eps, w, bias, out=qkv[:, outputs])
         q, k, v = qkv.view(1, -1, m.head_dim).split([m.q_heads, m.kv_heads, m.kv_heads], dim=1)
         rope_append_attention.torch_(
             q,
@@ -596,13 +664,14 @@ def inputs(
     ranks=1,
     rank=0,
     kv_dtype=None,
+    more_format=None,
 ):
     """Random weights that keep activations near 1, like those of lab.model.sources.random.RandomSource.
     poison: NaN and inf in every slot that holds no token. size: a factor of the embedding and of everything
     that is added to it; a small one makes a norm's eps count. format, head_format: the weight format of the
     layers' matrices, and that of the embedding and of lm_head; None: plain. ranks, rank: this one of so many,
     which gets its own sums as those of the others, so that a call may be repeated. kv_dtype: the format
-    of the cache."""
+    of the cache. more_format: that of v and down in every second layer, as in GGUF's Q4_K_M."""
     from lab.model.rope import cos_sin_table
     from lab.model.weights import Layer, Weights
 
@@ -614,10 +683,11 @@ def inputs(
     def norm(n):
         return (rand(n, scale=0.1, dtype=torch.float32) + 1).to(rand.dtype)
 
-    def layer():
+    def layer(i):
+        more = more_format if i % 2 else None
         return Layer(
             norm(hidden),
-            matrix(q + 2 * kv, hidden),
+            (matrix(q + kv, hidden), matrix(kv, hidden, format=more)) if more else matrix(q + 2 * kv, hidden),
             rand(q + 2 * kv, scale=0.1) if bias else None,
             norm(head_dim) if qk_norm else None,
             norm(head_dim) if qk_norm else None,
@@ -625,13 +695,13 @@ def inputs(
             rand(hidden, scale=0.1) if bias else None,
             norm(hidden),
             matrix(2 * intermediate, hidden),
-            matrix(hidden, intermediate, size * (2 * layers) ** -0.5),
+            matrix(hidden, intermediate, size * (2 * layers) ** -0.5, more or format),
         )
 
     weights = Weights(
         None,
         of_random(rand(vocab, hidden, scale=size), head_format),
-        [layer() for _ in range(layers)],
+        [layer(i) for i in range(layers)],
         norm(hidden),
         matrix(vocab // ranks, hidden, format=head_format),
     )
@@ -664,16 +734,15 @@ def nbytes(a):
     m = a.model
     head = m.head_dim * a.k_cache.itemsize + kv.scale_bytes(a.k_cache.dtype)
     token = 2 * len(m.layers) * m.kv_heads * head
-    held = [getattr(layer, part) for layer in m.layers for part in LAYER]
+    parts = [getattr(layer, part) for layer in m.layers for part in LAYER]
+    held = [one for part in parts for one in apart_of(part)]
     weights = sum(t.nbytes for t in (*held, m.final_norm, m.lm_head) if t is not None)
     return weights + (int(a.positions) + 1) * token + m.embed.nbytes // m.embed.shape[0] + a.logits.nbytes
 
 
 def flops(a):
     m = a.model
-    matrices = sum(
-        t.numel() for layer in m.layers for t in (layer.wqkv, layer.wo, layer.w_gate_up, layer.w_down)
-    )
+    matrices = sum(t.numel() for layer in m.layers for t in matrices_of(layer))
     return 2 * (matrices + m.lm_head.numel()) + 4 * len(m.layers) * m.q_heads * m.head_dim * (
         int(a.positions) + 1
     )
@@ -888,7 +957,7 @@ op = Op(
                 format=name,
                 head_format=head,
             )
-            for name, head in zip(STEP_FORMATS, [None, *STEP_FORMATS])
+            for name, head in zip(FORMATS, [None, *FORMATS])
         ),
         *(
             case(f"{kv_dtype}: {why}", kv_dtype=kv_dtype, **sizes)
@@ -911,6 +980,36 @@ op = Op(
                 kv_dtype=kv_dtype,
             )
             for kv_dtype in kv.DTYPES
+        ),
+        case(
+            "as GGUF's Q4_K_M: v and down of a layer in another format, several tiles of a row",
+            layers=2,
+            hidden=2328,
+            intermediate=136,
+            vocab=40,
+            q_heads=2,
+            kv_heads=1,
+            head_dim=64,
+            position=3,
+            bias=True,
+            format="q4_k",
+            head_format="q6_k",
+            more_format="q6_k",
+        ),
+        case(
+            "the same with plain matrices between packed ones, rank 1 of 3 by loopback and a cache in int8",
+            layers=2,
+            hidden=264,
+            intermediate=136,
+            vocab=102,
+            q_heads=2,
+            kv_heads=1,
+            head_dim=64,
+            position=5,
+            more_format="fp8-g128",
+            ranks=3,
+            rank=1,
+            kv_dtype="int8",
         ),
     ),
 )

@@ -8,9 +8,14 @@ MAX_SPLITS = 64  # blocks that share a KV head's context
 BEST, TICKET, TAG, BARRIER, TICKETS = 0, 2, 3, 4, 8
 # A layer's tensors, in the order of a row of StepModel.table.
 LAYER = ("attn_norm", "wqkv", "bqkv", "q_norm", "k_norm", "wo", "bo", "mlp_norm", "w_gate_up", "w_down")
-# With packed weights a row continues with the scales of these four, and ends with their formats' numbers:
-# that of matrix i in byte i.
+# With packed weights a row continues with the scales of these four, and with their formats' numbers: that of
+# matrix i in byte i.
 MATRICES = ("wqkv", "wo", "w_gate_up", "w_down")
+# If a format has scales for spans of several segments, or a layer's q, k and v have formats of their own, a
+# row continues with the addresses of these two, and with those of their scales. In a layer that stores q, k
+# and v apart, wqkv is q's, and the formats of these two are in the bytes that follow those of MATRICES; in
+# other layers all of this is 0.
+APART = ("wk", "wv")
 OPTIONAL = ("bqkv", "q_norm", "k_norm", "bo")
 # A trace (`lab ledger --inside`) is int64 [TRACE_BLOCKS, trace_rows(layers), 4], zero before the launch. Row
 # 0 of a block has its multiprocessor's clock and the global timer, in ns, when the block began, and the two

@@ -8,15 +8,18 @@ import triton.language as tl
 from lab.ops import step_layout
 from triton_kernels.core.exchange import add_sums, send_sums
 from triton_kernels.core.fused_product import load_rows, normed_rows
-from triton_kernels.core.packed_rows import ROWS, packed_product, prefetch_rows, unpacked_rows
+from triton_kernels.core.packed_rows import ROWS, packed_product, prefetch_rows, segments_of, unpacked_rows
 from triton_kernels.core.step_trace import record
 from triton_kernels.norm_linear_argmax import NO_INDEX, first_best, keep_best
 from triton_kernels.norm_linear_silu_mul import activate, activated_runs, paired_rows
 
 BARRIER = tl.constexpr(step_layout.BARRIER)
-# Columns of `table` where any matrix is packed: scales, and a word of formats' numbers.
+# Columns of `table` where any matrix is packed: scales, and a word of formats' numbers; then k and v, where
+# they are apart, and their scales.
 SCALES = tl.constexpr(len(step_layout.LAYER))
 FORMATS = tl.constexpr(len(step_layout.LAYER) + len(step_layout.MATRICES))
+MORE = tl.constexpr(FORMATS.value + 1)
+MORE_SCALES = tl.constexpr(MORE.value + len(step_layout.APART))
 SUMS = tl.constexpr(32)  # of a program that add_sums() takes at once; an H100's program has 31 of 4096
 # A WAY says how a matrix in one weight format is multiplied: (FORMAT, BLOCK_N, BLOCK_K), with FORMAT 0 for a
 # plain one; a packed one continues with BITS, GROUP, SECOND, EVEN_K, BLOCK_B, SEGMENTS, STAGES (see
@@ -44,7 +47,7 @@ def wait(counters, target, trace=None):
 
 
 @triton.jit
-def tensor_at(table, part: tl.constexpr, TYPE: tl.constexpr):
+def tensor_at(table, part, TYPE: tl.constexpr):
     """The address of a layer's tensor, as a pointer of this type."""
     return tl.multiple_of(tl.load(table + part).to(TYPE), 16)
 
@@ -142,21 +145,22 @@ def product(
 def unpack_token(words, scales, token, h, K: tl.constexpr, WAY: tl.constexpr):
     """h = row `token` of a packed embedding. Every program writes the whole row, the same numbers."""
     row = token + tl.zeros([1], tl.int32)
-    value, col = unpacked_rows(
-        words,
-        scales,
-        row,
-        live=row >= 0,
-        first=0,
-        k=K,
-        FORMAT=WAY[0],
-        BITS=WAY[3],
-        GROUP=WAY[4],
-        SECOND=WAY[5],
-        BLOCK_N=1,
-        SEGMENTS=WAY[8],
-    )
-    tl.store(h + col, value.to(h.dtype.element_ty), mask=col < K)
+    for first in range(0, segments_of(K, WAY[0], WAY[3]), WAY[8]):
+        value, col = unpacked_rows(
+            words,
+            scales,
+            row,
+            live=row >= 0,
+            first=first,
+            k=K,
+            FORMAT=WAY[0],
+            BITS=WAY[3],
+            GROUP=WAY[4],
+            SECOND=WAY[5],
+            BLOCK_N=1,
+            SEGMENTS=WAY[8],
+        )
+        tl.store(h + col, value.to(h.dtype.element_ty), mask=col < K)
     tl.debug_barrier()  # its own stores come before the program's loads
 
 
@@ -367,8 +371,8 @@ def layer_product(
     y,
     n,
     K: tl.constexpr,
-    COLUMN: tl.constexpr,
-    MATRIX: tl.constexpr,
+    column,
+    matrix,
     WAYS: tl.constexpr,
     PREFETCH: tl.constexpr,
     PAIRS: tl.constexpr = False,
@@ -376,26 +380,29 @@ def layer_product(
     peers=None,
     RANK: tl.constexpr = 0,
     RANKS: tl.constexpr = 1,
+    scales_column=None,
 ):
-    """product() of one of a layer's MATRICES, whose address is in COLUMN of the table.
+    """product() of one of a layer's matrices, whose address is in this column of the table.
 
-    WAYS: one for each weight format that the matrix has in any layer. Several are several copies of the code,
-    of which a layer takes one.
+    matrix: the number of its byte among the formats. WAYS: one for each weight format that the matrix has in
+    any layer. Several are several copies of the code, of which a layer takes one. scales_column: of the
+    address of its scales; without it the matrix is one of MATRICES.
     """
     COUNT: tl.constexpr = len(WAYS)
     if COUNT > 1:
-        format = (tl.load(table + FORMATS) >> (8 * MATRIX)) & 0xFF
+        format = (tl.load(table + FORMATS) >> (8 * matrix)) & 0xFF
     for i in tl.static_range(COUNT):
         mine = True
         if COUNT > 1:
             mine = format == WAYS[i][0]
         if mine:
             if WAYS[i][0] == 0:
-                w = tensor_at(table, COLUMN, x.dtype)
+                w = tensor_at(table, column, x.dtype)
                 scales = None
             else:
-                w = tensor_at(table, COLUMN, tl.pointer_type(tl.int32))
-                scales = tensor_at(table, SCALES + MATRIX, tl.pointer_type(WAYS[i][10]))
+                w = tensor_at(table, column, tl.pointer_type(tl.int32))
+                at = SCALES + matrix if scales_column is None else scales_column
+                scales = tensor_at(table, at, tl.pointer_type(WAYS[i][10]))
             any_product(
                 counters,
                 target,
@@ -417,4 +424,77 @@ def layer_product(
                 peers=peers,
                 RANK=RANK,
                 RANKS=RANKS,
+            )
+
+
+@triton.jit
+def qkv_product(
+    counters,
+    target,
+    table,
+    x,
+    norm_w,
+    normed,
+    eps,
+    bias,
+    y,
+    Q: tl.constexpr,
+    KV: tl.constexpr,
+    K: tl.constexpr,
+    COLUMN: tl.constexpr,
+    WAYS: tl.constexpr,
+    APART: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    trace=None,
+):
+    """layer_product() of wqkv, Q + 2 KV rows, whose address is in COLUMN of the table.
+
+    APART: whether any layer stores q, k and v apart. In such a layer these are three products in one phase,
+    and a program has a share of each.
+    """
+    if not APART:
+        layer_product(
+            counters,
+            target,
+            table,
+            x=x,
+            norm_w=norm_w,
+            normed=normed,
+            eps=eps,
+            bias=bias,
+            residual=None,
+            y=y,
+            n=Q + 2 * KV,
+            K=K,
+            column=COLUMN,
+            matrix=0,
+            WAYS=WAYS,
+            PREFETCH=PREFETCH,
+            trace=trace,
+        )
+    else:
+        apart = tl.load(table + MORE) != 0
+        for i in range(0, tl.where(apart, 3, 1)):
+            first = tl.where(i == 0, 0, Q + (i - 1) * KV)
+            n = tl.where(apart, tl.where(i == 0, Q, KV), Q + 2 * KV)
+            layer_product(
+                counters,
+                target,
+                table,
+                x=x,
+                norm_w=norm_w,
+                normed=normed,
+                eps=eps,
+                bias=bias + first if bias is not None else None,
+                residual=None,
+                y=y + first,
+                n=n,
+                K=K,
+                column=tl.where(i == 0, COLUMN, MORE + i - 1),
+                matrix=tl.where(i == 0, 0, 3 + i),
+                WAYS=WAYS,
+                PREFETCH=PREFETCH,
+                # The end of the wait is that of the first: the others' goes to a column that nobody reads.
+                trace=trace + tl.where(i == 0, 0, 1) if trace is not None else None,
+                scales_column=tl.where(i == 0, SCALES, MORE_SCALES + i - 1),
             )

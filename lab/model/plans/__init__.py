@@ -6,8 +6,6 @@ buffers.logits and the sampled token in buffers.ids.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import torch
 
 from lab.contract import DTYPES
@@ -20,12 +18,9 @@ from lab.names import known
 PLANS = {"basic": basic_step, "fused": fused_step, "persistent": persistent_step}
 
 
-def refusal(plan: str, batch: int, dtype: torch.dtype, formats: Collection[str | None] = ()) -> str | None:
-    """Why a plan does not decode a batch of this size, or a model of this dtype; None where it does.
-
-    formats: the weight formats of the model's matrices, as far as they are known.
-    """
-    from lab.ops.decode_step import STEP_FORMATS, op
+def refusal(plan: str, batch: int, dtype: torch.dtype) -> str | None:
+    """Why a plan does not decode a batch of this size, or a model of this dtype; None where it does."""
+    from lab.ops.decode_step import op
 
     if plan != "persistent":
         return None
@@ -34,15 +29,12 @@ def refusal(plan: str, batch: int, dtype: torch.dtype, formats: Collection[str |
     if dtype not in op.dtypes:
         names = " or ".join(name for name, one in DTYPES.items() if one in op.dtypes)
         return f"plan persistent takes models in {names} alone: use --dtype bf16, or --plan fused"
-    if refused := [name for name in formats if name is not None and name not in STEP_FORMATS]:
-        return f"plan persistent takes no weights in {refused[0]} yet: use --plan fused"
     return None
 
 
-def find_plan(name: str, batch: int, dtype: torch.dtype, formats: Collection[str | None] = ()):
-    """The plan's step. Raises LabError for an unknown plan and for one that takes no such batch, dtype or
-    weights."""
+def find_plan(name: str, batch: int, dtype: torch.dtype):
+    """The plan's step. Raises LabError for an unknown plan and for one that takes no such batch or dtype."""
     known(name, tuple(PLANS), "plan")
-    if why := refusal(name, batch, dtype, formats):
+    if why := refusal(name, batch, dtype):
         raise LabError(why)
     return PLANS[name]
