@@ -26,7 +26,7 @@ SIZES = {
 }
 # Of packed weights, for which linear and norm_linear_silu_mul have a kernel.
 PACKED = {
-    "rows of w and x past the end, a part of a chunk": dict(batch=9, n=37, k=200),
+    "rows of w and x past the end, a part of a chunk": dict(batch=17, n=37, k=200),
     "a cluster of four shares k, the ring turns round": dict(batch=64, n=130, k=5000),
     "two blocks of outputs, no cluster": dict(batch=23, n=700, k=256),
     "a k of no whole vectors": dict(batch=33, n=20, k=1101),

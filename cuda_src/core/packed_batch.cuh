@@ -1,4 +1,4 @@
-// Matrix product of 9 to 64 rows of x with packed rows of w (formats/) on tensor cores.
+// Matrix product of 17 to 64 rows of x with packed rows of w (formats/) on tensor cores.
 //
 // As in packed_rows.cuh, codes go from DRAM into registers and become the tensor core's left operand there, and
 // sums of one group of columns are multiplied by its scale in float32. But here a warp owns 32 rows of w, and
@@ -10,16 +10,15 @@
 
 namespace lab {
 
-// Tiles: of 8 rows of x. Ahead: chunks of 4-bit codes that a warp has in registers, one of which it multiplies; of
-// longer codes half as many, at least two.
-// Stages: chunks of x in the ring. Parts: rows of w for one output (gate and up: 2), n rows apart.
-template <int Tiles_, int Ahead, int Stages, int Parts_>
+// Parts: rows of w for one output (gate and up: 2), n rows apart.
+template <int Parts_>
 struct PackedBatchShape {
-  static constexpr int kTiles = Tiles_, kAhead = Ahead, kStages = Stages, kParts = Parts_;
+  static constexpr int kTiles = 8, kBatch = 8 * kTiles;            // tiles of 8 rows of x
   static constexpr int R = 2, kWarps = 8, kThreads = 32 * kWarps;  // R: tiles of 16 rows of w of a warp
-  static constexpr int kTileOutputs = 16 / Parts_, kWarpOutputs = R * kTileOutputs;
-  static constexpr int kOutputs = kWarps * kWarpOutputs, kBatch = 8 * Tiles_;
+  static constexpr int kParts = Parts_, kTileOutputs = 16 / Parts_, kWarpOutputs = R * kTileOutputs;
+  static constexpr int kOutputs = kWarps * kWarpOutputs;
   static constexpr int kChunk = 128;                 // columns; one segment of 4 or 6 bits, two of 8
+  static constexpr int kStages = 4;                  // chunks of x in the ring
   static constexpr int kStride = kChunk + 16;        // so that four rows of x lie in different banks
   static constexpr int kSums = 16 * R * kWarps + 4;  // floats between two columns of sums: no bank conflicts
 };
@@ -40,7 +39,8 @@ struct PackedBatch {
   using Scales = typename L::Scales;
   static constexpr int kThreads = C::kThreads, kResident = 1, kOutputs = C::kOutputs, R = C::R;
   static constexpr int kSegments = C::kChunk / L::kColumns;  // of a chunk
-  static constexpr int U = F::kBits == 4 ? C::kAhead : C::kAhead > 3 ? C::kAhead / 2 : 2;
+  // Chunks of codes in registers, one of which is multiplied. Three of longer codes would not fit.
+  static constexpr int U = F::kBits == 4 ? 3 : 2;
 
   PackedBatchSmem<T, C>& shared;
   const T* x;
@@ -305,18 +305,6 @@ struct PackedBatch {
 };
 
 constexpr int kMostPackedRows = 64;  // of x, in one launch
-
-// Calls f with the shape of a launch: f(PackedBatchShape<...>{}). With few rows of x the loads of w are the limit,
-// and more of them are in flight; with many the registers hold sums.
-template <typename F, int Parts, typename Use>
-inline void by_batch_shape(int rows, Use&& use) {
-  using Many = PackedBatchShape<8, 3, 4, Parts>;
-  // On a CPU most formats have one shape alone, because each costs compile time.
-  if constexpr (!kHost || F::kGroup == 128) {
-    if (rows <= 16) return use(PackedBatchShape<2, 4, 4, Parts>{});
-  }
-  use(Many{});
-}
 
 // Blocks of a cluster: more of them where that leaves no more blocks than multiprocessors, and each two chunks of k
 // or more.

@@ -1,4 +1,4 @@
-// Which way packed weights are multiplied: the choice between packed_rows.cuh (up to 8 rows of x),
+// Which way packed weights are multiplied: the choice between packed_rows.cuh (up to 16 rows of x),
 // packed_batch.cuh (up to 64) and packed_stream.cuh (float32, and on a CPU).
 //
 // They are classes with the same functions, so that an op has one kernel for packed weights:
@@ -68,17 +68,17 @@ inline void by_packed(const PackedProduct<T>& p, Use&& use) {
   } else {
     by_format(p.w.format, [&](auto format) {
       using F = decltype(format);
-      if (p.rows <= 8) {
-        using C = PackedShape<Parts>;
-        using P = PackedRows<T, F, C>;
-        return use(PackedLaunch<P>{dim3(packed_blocks<C>(p.n)), packed_smem_bytes<T, F, C>(p.rows, p.k)});
+      if (p.rows <= kFewRows) {
+        return by_packed_shape<Parts>(p.rows, [&](auto shape) {
+          using C = decltype(shape);
+          using P = PackedRows<T, F, C>;
+          use(PackedLaunch<P>{dim3(packed_blocks<C>(p.n)), packed_smem_bytes<T, F, C>(p.rows, p.k)});
+        });
       }
-      by_batch_shape<F, Parts>(p.rows, [&](auto shape) {
-        using C = decltype(shape);
-        const unsigned cluster = batch_cluster<C>(p.n, p.k);
-        use(PackedLaunch<PackedBatch<T, F, C>>{dim3(ceil_div(p.n, C::kOutputs) * cluster),
-                                               sizeof(PackedBatchSmem<T, C>), cluster});
-      });
+      using C = PackedBatchShape<Parts>;
+      const unsigned cluster = batch_cluster<C>(p.n, p.k);
+      use(PackedLaunch<PackedBatch<T, F, C>>{dim3(ceil_div(p.n, C::kOutputs) * cluster),
+                                             sizeof(PackedBatchSmem<T, C>), cluster});
     });
   }
 }

@@ -1,6 +1,6 @@
-// Matrix product of up to 8 rows of x with packed rows of w (formats/) on tensor cores.
+// Matrix product of up to 16 rows of x with packed rows of w (formats/) on tensor cores.
 //
-// A block owns 16 rows of w; its warps share k, one segment of 64 bytes of each row at a time. The tensor
+// A block owns 16 or 32 rows of w; its warps share k, one segment of 64 bytes of each row at a time. The tensor
 // core's left operand is 16 rows of w by 16 columns, its right one 16 columns of 8 rows of x. Codes go from
 // DRAM into registers and become the left operand there: weights pass through no memory in between. Which
 // column a lane holds is free, as long as w and x agree; the layout of the codes is made for it.
@@ -12,22 +12,21 @@
 
 namespace lab {
 
-// Parts: rows of w for one output (gate and up: 2), n rows apart.
-template <int Parts_>
+// Tiles: of 8 rows of x. R: tiles of 16 rows of w. Warps: that share k. U: segments of each row that a warp has
+// in flight. Parts: rows of w for one output (gate and up: 2), n rows apart. Staged: KiB of x that a block holds.
+template <int Tiles_, int R_, int Warps_, int U_, int Parts_, int Staged>
 struct PackedShape {
-  static constexpr int kWarps = 8, kThreads = 32 * kWarps;  // they share k
-  static constexpr int U = 4;                               // segments of each row that a warp has in flight
-  static constexpr int kParts = Parts_, kOutputs = 16 / Parts_;
-  static constexpr int kStaged = 64;  // KiB of x that a block holds
-  static constexpr int kSums = 20;    // floats between two columns of partial sums: no bank conflicts
+  static constexpr int kTiles = Tiles_, R = R_, kWarps = Warps_, U = U_, kParts = Parts_, kStaged = Staged;
+  static constexpr int kThreads = 32 * Warps_, kTileOutputs = 16 / Parts_, kOutputs = R * kTileOutputs;
+  static constexpr int kSums = 16 * R + 4;  // floats between two columns of partial sums: no bank conflicts
   // Blocks that a multiprocessor runs at once. (The registers must allow it: see the kernels' launch bounds.)
-  static constexpr int kResident = 2;
+  static constexpr int kResident = Tiles_ == 1 ? 16 / Warps_ : 1;
 };
 
 template <typename T, typename C>
 struct alignas(16) PackedSmem {
   // Two sets of sums take turns, so that one barrier each is enough.
-  float partial[2][C::kWarps][8][C::kSums];
+  float partial[2][C::kWarps][C::kTiles * 8][C::kSums];
   alignas(16) T x[8];  // really `rows` rows of staged columns: see packed_smem_bytes()
 };
 
@@ -57,7 +56,7 @@ struct PackedRows {
   using C = C_;
   using L = Layout<F>;
   static constexpr int kThreads = C::kThreads, kResident = C::kResident, kOutputs = C::kOutputs;
-  static constexpr int U = C::U;
+  static constexpr int U = C::U, R = C::R;
   using Scales = typename L::Scales;
 
   PackedSmem<T, C>& shared;
@@ -68,11 +67,11 @@ struct PackedRows {
   int place;                 // of a segment in its span: the same for all segments of a warp
   int output;                // first of the block's outputs that are summed now
   int stride, panel, staged = -1, turn = 0;
-  int fetch_output, fetch_segment;            // where the next loads read
-  const uint8_t *codes_of[2], *scales_of[2];  // of rows g and g + 8
-  UnitWords<F> words[U][2];
-  Scales scales[U][2];
-  float acc[4], row_scale[2];  // row_scale: of rows that share one scale; else 1
+  int fetch_output, fetch_segment;                  // where the next loads read
+  const uint8_t *codes_of[R][2], *scales_of[R][2];  // of rows g and g + 8 of each tile
+  UnitWords<F> words[U][R][2];
+  Scales scales[U][R][2];
+  float acc[R][C::kTiles][4], row_scale[R][2];  // row_scale: of rows that share one scale; else 1
 
   explicit LAB_DEVICE PackedRows(const PackedProduct<T>& p)
       : shared(smem<PackedSmem<T, C>>()), x(p.x), w(p.w), rows(p.rows), n(p.n), k(p.k) {
@@ -106,7 +105,13 @@ struct PackedRows {
   // The sums of the present outputs; all threads must call it. each_output() then reads them.
   LAB_DEVICE void multiply() {
     LAB_UNROLL
-    for (int i = 0; i < 4; ++i) acc[i] = 0.f;
+    for (int r = 0; r < R; ++r) {
+      LAB_UNROLL
+      for (int tile = 0; tile < C::kTiles; ++tile) {
+        LAB_UNROLL
+        for (int i = 0; i < 4; ++i) acc[r][tile][i] = 0.f;
+      }
+    }
     for (int begin = 0; begin < segments; begin += panel) {
       if (staged != begin) stage(begin);
       const int end = min(segments, begin + panel);
@@ -123,9 +128,16 @@ struct PackedRows {
     }
     auto& partial = shared.partial[turn];
     LAB_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const int b = 2 * t + i % 2;
-      if (b < rows) partial[warp][b][g + i / 2 * 8] = acc[i] * row_scale[i / 2];
+    for (int tile = 0; tile < C::kTiles; ++tile) {
+      LAB_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int b = tile * 8 + 2 * t + i % 2;
+        if (b >= rows) continue;
+        LAB_UNROLL
+        for (int r = 0; r < R; ++r) {
+          partial[warp][b][r * 16 + g + i / 2 * 8] = acc[r][tile][i] * row_scale[r][i / 2];
+        }
+      }
     }
     __syncthreads();
   }
@@ -138,11 +150,12 @@ struct PackedRows {
     for (int i = threadIdx.x; i < kOutputs * rows; i += kThreads) {
       const int r = i % kOutputs, b = i / kOutputs;
       if (output + r >= n) continue;
+      const int row = r / C::kTileOutputs * 16 + r % C::kTileOutputs;
       float sum = 0.f, second = 0.f;
       LAB_UNROLL
       for (int s = 0; s < C::kWarps; ++s) {
-        sum += partial[s][b][r];
-        if constexpr (C::kParts == 2) second += partial[s][b][r + 8];
+        sum += partial[s][b][row];
+        if constexpr (C::kParts == 2) second += partial[s][b][row + 8];
       }
       use(output + r, b, sum, second);
     }
@@ -150,29 +163,35 @@ struct PackedRows {
   }
 
  private:
-  // The row of w that row g (side = 0) or g + 8 (side = 1) stands for. Rows past the end repeat the last one;
-  // their sums are never stored.
-  LAB_DEVICE int row_of(int first, int side) const {
-    if constexpr (C::kParts == 2) return side * n + min(first + g, n - 1);
-    return min(first + g + 8 * side, n - 1);
+  // The row of w that row g (side = 0) or g + 8 (side = 1) of tile r stands for. Rows past the end repeat the
+  // last one; their sums are never stored.
+  LAB_DEVICE int row_of(int first, int r, int side) const {
+    if constexpr (C::kParts == 2) return side * n + min(first + 8 * r + g, n - 1);
+    return min(first + 16 * r + g + 8 * side, n - 1);
   }
   LAB_DEVICE void aim(int to) {
     fetch_output = to;
     fetch_segment = to < n ? 0 : segments;
     LAB_UNROLL
-    for (int side = 0; side < 2; ++side) {
-      const size_t row = row_of(min(to, n - 1), side);
-      codes_of[side] = w.codes + segment_place(row, segments, L::kSegmentBytes) + t * 16;
-      scales_of[side] = w.scales + segment_place(row, segments / L::kSpan, Scales::kBytes);
+    for (int r = 0; r < R; ++r) {
+      LAB_UNROLL
+      for (int side = 0; side < 2; ++side) {
+        const size_t row = row_of(min(to, n - 1), r, side);
+        codes_of[r][side] = w.codes + segment_place(row, segments, L::kSegmentBytes) + t * 16;
+        scales_of[r][side] = w.scales + segment_place(row, segments / L::kSpan, Scales::kBytes);
+      }
     }
   }
   // Long before they are used.
   LAB_DEVICE void load_row_scales() {
     LAB_UNROLL
-    for (int side = 0; side < 2; ++side) {
-      row_scale[side] = 1.f;
-      if constexpr (F::kGroup == 0) {
-        row_scale[side] = load_now(reinterpret_cast<const float*>(w.scales) + row_of(output, side));
+    for (int r = 0; r < R; ++r) {
+      LAB_UNROLL
+      for (int side = 0; side < 2; ++side) {
+        row_scale[r][side] = 1.f;
+        if constexpr (F::kGroup == 0) {
+          row_scale[r][side] = load_now(reinterpret_cast<const float*>(w.scales) + row_of(output, r, side));
+        }
       }
     }
   }
@@ -188,114 +207,134 @@ struct PackedRows {
     const int segment = fetch_segment + u * C::kWarps + warp;
     if (segment >= segments) return;
     LAB_UNROLL
-    for (int side = 0; side < 2; ++side) {
-      const uint8_t* from = codes_of[side] + size_t(segment) * (kBlockRows * L::kSegmentBytes);
-      words[u][side] = load_unit<F>(from, t);
-      if constexpr (F::kGroup != 0) {
-        const int span = unsigned(fetch_segment + warp) / L::kSpan + u * (C::kWarps / L::kSpan);
-        scales[u][side].load_from(scales_of[side] + span * (kBlockRows * Scales::kBytes), place);
+    for (int r = 0; r < R; ++r) {
+      LAB_UNROLL
+      for (int side = 0; side < 2; ++side) {
+        const uint8_t* from = codes_of[r][side] + size_t(segment) * (kBlockRows * L::kSegmentBytes);
+        words[u][r][side] = load_unit<F>(from, t);
+        if constexpr (F::kGroup != 0) {
+          const int span = unsigned(fetch_segment + warp) / L::kSpan + u * (C::kWarps / L::kSpan);
+          scales[u][r][side].load_from(scales_of[r][side] + span * (kBlockRows * Scales::kBytes), place);
+        }
       }
     }
   }
-
-  // The right operands of a segment: of its runs, two steps of 16 columns each.
-  using OfX = uint32_t[L::kRuns][2][2];
 
   // acc += the rows of one segment of w times that segment of all rows of x.
   LAB_DEVICE void add(int u, int segment) {
-    // The right operands first, all at once: a load from shared memory takes 30 cycles. Rows of x past the last
-    // repeat it; their sums are never stored.
-    OfX of_x;
-    const T* row = shared.x + min(g, rows - 1) * stride + segment * L::kColumns + 4 * t;
+    // The right operands first, all at once: each is needed for every tile of w, and a load from shared memory
+    // takes 30 cycles. Rows of x past the last repeat it; their sums are never stored.
+    uint32_t of_x[C::kTiles][L::kRuns][2][2];
     LAB_UNROLL
-    for (int run = 0; run < L::kRuns; ++run) {
+    for (int tile = 0; tile < C::kTiles; ++tile) {
+      const T* row = shared.x + min(tile * 8 + g, rows - 1) * stride + segment * L::kColumns + 4 * t;
       LAB_UNROLL
-      for (int part = 0; part < 2; ++part) {
-        const auto pair = bit_cast<Vec<uint32_t, 2>>(load<4>(row + run * kRunColumns + part * 16));
-        of_x[run][part][0] = pair.v[0], of_x[run][part][1] = pair.v[1];
+      for (int run = 0; run < L::kRuns; ++run) {
+        LAB_UNROLL
+        for (int part = 0; part < 2; ++part) {
+          const auto pair = bit_cast<Vec<uint32_t, 2>>(load<4>(row + run * kRunColumns + part * 16));
+          of_x[tile][run][part][0] = pair.v[0], of_x[tile][run][part][1] = pair.v[1];
+        }
       }
     }
-    if constexpr (F::kGroup == 0) {
-      LAB_UNROLL
-      for (int run = 0; run < L::kRuns; ++run) add_run(acc, u, run, of_x);
-    } else if constexpr (L::kPart == 16) {
-      LAB_UNROLL
-      for (int run = 0; run < L::kRuns; ++run) add_two_groups(u, run, of_x);
-    } else {
-      LAB_UNROLL
-      for (int group = 0; group < L::kGroups; ++group) {
-        float sums[4] = {};
+    LAB_UNROLL
+    for (int r = 0; r < R; ++r) {
+      if constexpr (F::kGroup == 0) {
         LAB_UNROLL
-        for (int i = 0; i < L::kRunsPerGroup; ++i) add_run(sums, u, group * L::kRunsPerGroup + i, of_x);
-        add_group(sums, u, group, of_x);
+        for (int run = 0; run < L::kRuns; ++run) add_run(acc[r], u, r, run, of_x);
+      } else if constexpr (L::kPart == 16) {
+        LAB_UNROLL
+        for (int run = 0; run < L::kRuns; ++run) add_two_groups(u, r, run, of_x);
+      } else {
+        LAB_UNROLL
+        for (int group = 0; group < L::kGroups; ++group) {
+          float sums[C::kTiles][4] = {};
+          LAB_UNROLL
+          for (int i = 0; i < L::kRunsPerGroup; ++i) add_run(sums, u, r, group * L::kRunsPerGroup + i, of_x);
+          add_group(sums, u, r, group, of_x);
+        }
       }
     }
   }
 
-  // sums += one run of w times that run of x, without the scale. The multiplications of a run begin with zeros, so
-  // that runs need not wait for each other. (8B's gate and up, int8, one row of x: 44 us, and 44 in one chain
-  // through the whole row.)
-  LAB_DEVICE void add_run(float (&sums)[4], int u, int run, const OfX& of_x) {
+  // sums += one run of tile r of w times that run of x, without the scale. The multiplications of a run begin
+  // with zeros, so that runs need not wait for each other. (8B's gate and up, int8, one row of x: 44 us, and 44
+  // in one chain through the whole row.)
+  LAB_DEVICE void add_run(float (&sums)[C::kTiles][4], int u, int r, int run,
+                          const uint32_t (&of_x)[C::kTiles][L::kRuns][2][2]) {
     uint32_t pairs[2][4];
-    unpack_run(pairs, u, run);
-    float of_run[4] = {};
+    unpack_run(pairs, u, r, run);
+    float of_run[C::kTiles][4] = {};
     LAB_UNROLL
     for (int part = 0; part < 2; ++part) {
       const int p = 2 * part;
-      mma_m16n8k16(of_run, {pairs[0][p], pairs[1][p], pairs[0][p + 1], pairs[1][p + 1]}, of_x[run][part],
-                   T{});
+      const uint32_t a[4] = {pairs[0][p], pairs[1][p], pairs[0][p + 1], pairs[1][p + 1]};
+      LAB_UNROLL
+      for (int tile = 0; tile < C::kTiles; ++tile) mma_m16n8k16(of_run[tile], a, of_x[tile][run][part], T{});
     }
     LAB_UNROLL
-    for (int i = 0; i < 4; ++i) sums[i] += of_run[i];
+    for (int tile = 0; tile < C::kTiles; ++tile) {
+      LAB_UNROLL
+      for (int i = 0; i < 4; ++i) sums[tile][i] += of_run[tile][i];
+    }
   }
 
-  // The numbers of a run, of both of the lane's rows.
-  LAB_DEVICE void unpack_run(uint32_t (&pairs)[2][4], int u, int run) {
+  // The numbers of a run of tile r, of both of the lane's rows.
+  LAB_DEVICE void unpack_run(uint32_t (&pairs)[2][4], int u, int r, int run) {
     LAB_UNROLL
     for (int side = 0; side < 2; ++side) {
       float zero = 0.f;
-      if constexpr (F::kZero) zero = scales[u][side].second(run / L::kRunsPerGroup, 0);
-      F::template numbers<T>(pairs[side], run_words<F>(words[u][side], run).v,
+      if constexpr (F::kZero) zero = scales[u][r][side].second(run / L::kRunsPerGroup, 0);
+      F::template numbers<T>(pairs[side], run_words<F>(words[u][r][side], run).v,
                              F::template zero_pair<T>(zero));
     }
   }
 
   // The same for a run of two groups, scales included: a group is what one multiplication takes.
-  LAB_DEVICE void add_two_groups(int u, int run, const OfX& of_x) {
+  LAB_DEVICE void add_two_groups(int u, int r, int run, const uint32_t (&of_x)[C::kTiles][L::kRuns][2][2]) {
     uint32_t pairs[2][4];
-    unpack_run(pairs, u, run);
+    unpack_run(pairs, u, r, run);
     LAB_UNROLL
     for (int part = 0; part < 2; ++part) {
       const int p = 2 * part;
-      float sums[4] = {};
-      mma_m16n8k16(sums, {pairs[0][p], pairs[1][p], pairs[0][p + 1], pairs[1][p + 1]}, of_x[run][part], T{});
-      add_group(sums, u, 2 * run + part, of_x);
+      const uint32_t a[4] = {pairs[0][p], pairs[1][p], pairs[0][p + 1], pairs[1][p + 1]};
+      float sums[C::kTiles][4] = {};
+      LAB_UNROLL
+      for (int tile = 0; tile < C::kTiles; ++tile) mma_m16n8k16(sums[tile], a, of_x[tile][run][part], T{});
+      add_group(sums, u, r, 2 * run + part, of_x);
     }
   }
 
-  // acc += the scale of a group times the group's sums, and its minimum times the sum of x over the group.
-  LAB_DEVICE void add_group(const float (&sums)[4], int u, int group, const OfX& of_x) {
+  // acc[r] += the scale of a group times the group's sums, and its minimum times the sum of x over the group.
+  LAB_DEVICE void add_group(const float (&sums)[C::kTiles][4], int u, int r, int group,
+                            const uint32_t (&of_x)[C::kTiles][L::kRuns][2][2]) {
     static_assert(!F::kMinimum || L::kRunsPerGroup > 0, "a minimum is for whole runs");
-    float x_sums[4] = {};
+    float x_sums[C::kTiles][4] = {};
     if constexpr (F::kMinimum) {
-      const uint32_t one = pair_of(from_float<T>(1.f));
+      const uint32_t one = pair_of(from_float<T>(1.f)), ones[4] = {one, one, one, one};
       LAB_UNROLL
       for (int i = 0; i < L::kRunsPerGroup; ++i) {
         LAB_UNROLL
         for (int part = 0; part < 2; ++part) {
-          mma_m16n8k16(x_sums, {one, one, one, one}, of_x[group * L::kRunsPerGroup + i][part], T{});
+          LAB_UNROLL
+          for (int tile = 0; tile < C::kTiles; ++tile) {
+            mma_m16n8k16(x_sums[tile], ones, of_x[tile][group * L::kRunsPerGroup + i][part], T{});
+          }
         }
       }
     }
     LAB_UNROLL
     for (int side = 0; side < 2; ++side) {
-      const float scale = scales[u][side].scale(group, place);
+      const float scale = scales[u][r][side].scale(group, place);
       float minimum = 0.f;
-      if constexpr (F::kMinimum) minimum = scales[u][side].second(group, place);
+      if constexpr (F::kMinimum) minimum = scales[u][r][side].second(group, place);
       LAB_UNROLL
-      for (int i = 2 * side; i < 2 * side + 2; ++i) {
-        acc[i] = fmadd(scale, sums[i], acc[i]);
-        if constexpr (F::kMinimum) acc[i] = fmadd(minimum, x_sums[i], acc[i]);
+      for (int tile = 0; tile < C::kTiles; ++tile) {
+        LAB_UNROLL
+        for (int i = 2 * side; i < 2 * side + 2; ++i) {
+          acc[r][tile][i] = fmadd(scale, sums[tile][i], acc[r][tile][i]);
+          if constexpr (F::kMinimum) acc[r][tile][i] = fmadd(minimum, x_sums[tile][i], acc[r][tile][i]);
+        }
       }
     }
   }
@@ -328,6 +367,19 @@ struct PackedRows {
 template <typename C>
 inline int packed_blocks(int outputs) {
   return min(ceil_div(outputs, C::kOutputs), C::kResident * multiprocessors());
+}
+
+constexpr int kFewRows = 16;  // of x, that these kernels take
+
+// Calls f with the shape of a launch: f(PackedShape<...>{}).
+template <int Parts, typename Use>
+inline void by_packed_shape(int rows, Use&& use) {
+  // A block that has more rows of x keeps all of them, where they fit, and has a multiprocessor of its own:
+  // to copy them anew for each set of outputs would take longer than the loads of w.
+  using Many = PackedShape<2, 2, 8, 2, Parts, 144>;
+  if constexpr (kHost) return use(Many{});  // one shape for both, because each costs compile time
+  if (rows > 8) return use(Many{});
+  use(PackedShape<1, 1, 8, 4, Parts, 64>{});
 }
 
 }  // namespace lab

@@ -337,13 +337,16 @@ def by_rows(blocks: torch.Tensor) -> torch.Tensor:
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """uint8 [rows, bytes of whole segments] from codes uint8 [rows, whole segments]: see the layout above."""
+    """uint8 [rows, bytes of whole segments] from codes uint8 [rows, whole segments]: see the layout above.
+
+    Without lists of indices, which would be copied to the GPU: a graph that is captured does not take that.
+    """
     lanes = _lanes(codes, bits)
     if bits == 8:
-        return lanes[..., [0, 2, 1, 3, 4, 6, 5, 7]].flatten(1).contiguous()
+        return lanes.unflatten(-1, (2, 2, 2)).transpose(-1, -2).flatten(1)  # 0 2 1 3, 4 6 5 7
     # Byte b of the word holds bits 8b ..: codes 0 and 2, 4 and 6, 1 and 3, 5 and 7.
-    low = lanes & 15
-    low = (low[..., [0, 4, 1, 5]] | low[..., [2, 6, 3, 7]] << 4).flatten(2)  # row, segment, byte
+    halves = (lanes & 15).unflatten(-1, (2, 4)).transpose(-1, -2).flatten(-2)  # 0 4 1 5 2 6 3 7
+    low = (halves[..., :4] | halves[..., 4:] << 4).flatten(2)  # row, segment, byte
     if bits == 4:
         return low.flatten(1).contiguous()
     high = (lanes >> 4).unflatten(4, (4, 2)).unflatten(3, (2, 2))  # row, segment, t, word, i % 2, p, h

@@ -71,7 +71,10 @@ def over_ranks():
     import torch.distributed._functional_collectives as collectives
 
     world = torch.distributed.group.WORLD
-    return (
-        lambda part: collectives.all_reduce(part, "sum", world),
-        lambda part: collectives.all_gather_tensor(part, -1, world),
-    )
+    ranks = torch.distributed.get_world_size()
+
+    def gathered(part):
+        # Along the first axis: torch 2.11 does not compile a gathering along another.
+        return torch.cat(collectives.all_gather_tensor(part, 0, world).chunk(ranks), dim=-1)
+
+    return lambda part: collectives.all_reduce(part, "sum", world), gathered
