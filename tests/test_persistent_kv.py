@@ -5,6 +5,7 @@ import torch
 from test_persistent import BF16, PROMPT, decoder
 from tiny_models import CONFIGS
 
+from lab.check import check_case
 from lab.contract import Rand
 from lab.dispatch import select
 from lab.formats import kv
@@ -76,3 +77,12 @@ def test_plans_agree(name, dtype, backend, kv_dtype, device):
         for got, want in of_both:
             assert (got - want).abs().mean() < 0.01 * want.abs().mean()
             assert (got - want).abs().max() <= 0.13 * want.abs().max()  # by one code, 1/8
+
+
+def test_a_number_half_way_between_two_codes_may_get_either(device):
+    """In float16, whose steps are much smaller than those of codes, sums in another order moved such a number
+    to the next code: in one of 81,920."""
+    case = next(c for c in decode_step.op.cases if c.why.startswith("fp8: head 128, Qwen3"))
+    launch = select("cuda", device, {"decode_step": "cuda"}).decode_step
+    outcome = check_case(decode_step.op, launch, Rand(device, torch.float16, 0), case.sizes)
+    assert outcome.error is None, outcome.error
