@@ -498,7 +498,7 @@ def tolerance(a):
                 (kv.quantise(numbers + by, name, ones)[0].double() - after[where].double()).abs()
                 for by in (-moved, moved)
             )
-            # At least the next code: a number that lies half way between two may be moved by less than a step.
+            # At least the next code: a number half way between two may be moved by less than a step.
             # A code begins with its sign, so that those of the numbers around 0 lie far apart.
             moved_codes = torch.maximum(lower, upper).clamp(min=1.0)
             atol[where] = torch.where(numbers.abs() <= moved, 255.0, moved_codes)
