@@ -197,13 +197,13 @@ def test_the_peer_compiles_one_layer_without_a_break(monkeypatch):
     made, real = [], torch.compile
 
     def counted(function, **options):
-        assert options == {"fullgraph": True, "dynamic": False}
+        assert options == {"backend": "inductor", "fullgraph": True, "dynamic": False}
 
         def backend(graph, inputs):
             made.append(function.__name__)
             return graph
 
-        return real(function, backend=backend, **options)
+        return real(function, **{**options, "backend": backend})
 
     monkeypatch.setattr(torch, "compile", counted)
     want = reference_logits(TINY, tensors(TINY), IDS[:6])[-1]

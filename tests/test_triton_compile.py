@@ -124,8 +124,8 @@ def run_step(
         ints(1, 256),
         empty(1, vocab, dtype=F32),
         StepWorkspace.of(model),
-        ints(1),
         *scales,
+        out=ints(1),
     )
 
 
