@@ -25,16 +25,17 @@ def validate(
     out: torch.Tensor | None = None,
 ) -> None:
     operand.check("linear", x, w)
-    if not (1 <= x.shape[0] <= MAX_BATCH):
+    rows, dtype = x.shape[0], x.dtype
+    if not (1 <= rows <= MAX_BATCH):
         refuse("linear", f"takes 1 to {MAX_BATCH} rows of x; split larger batches")
-    if not (out_dtype is None or out_dtype == torch.float32 or out_dtype == x.dtype):
+    if not (out_dtype is None or out_dtype == torch.float32 or out_dtype == dtype):
         refuse("linear", "out_dtype must be float32 or x's dtype")
     if bias is not None:
-        if not (bias.shape == w.shape[:1] and bias.dtype == x.dtype):
+        if not (bias.shape == w.shape[:1] and bias.dtype == dtype):
             refuse("linear", "bias must be [n] in x's dtype")
         dense("linear", w.get_device(), bias)
     if out is not None:
-        if not (out.shape == (x.shape[0], w.shape[0]) and out.dtype == (out_dtype or x.dtype)):
+        if not (out.shape == (rows, w.shape[0]) and out.dtype == (out_dtype or dtype)):
             refuse("linear", "out must be [batch, n] in out_dtype")
         dense("linear", w.get_device(), out)
 

@@ -20,25 +20,26 @@ def validate(
     residual: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> None:
-    if not (w.dim() == 1 and x.shape[-1] == w.shape[0] and x.dtype == w.dtype):
+    shape, dtype = x.shape, x.dtype
+    if not (w.dim() == 1 and shape[-1] == w.shape[0] and dtype == w.dtype):
         refuse("rmsnorm", "x [..., cols] and w [cols] must agree in cols and dtype")
-    if x.dtype not in FLOATS:
-        refuse("rmsnorm", f"takes no {x.dtype}: x and w must be float32, float16 or bfloat16")
+    if dtype not in FLOATS:
+        refuse("rmsnorm", f"takes no {dtype}: x and w must be float32, float16 or bfloat16")
     device = w.get_device()
     dense("rmsnorm", device, w)
     strided = (x,) if out is None else (x, out)
-    if not (out is None or (out.shape == x.shape and out.dtype == x.dtype)):
+    if not (out is None or (out.shape == shape and out.dtype == dtype)):
         refuse("rmsnorm", "out must look like x")
-    if x.dim() == 3:
+    if len(shape) == 3:
         if residual is not None:
             refuse("rmsnorm", "a residual needs a 2-D x")
         rows_of_heads("rmsnorm", device, *strided)
     else:
-        if not (x.dim() == 2):
+        if len(shape) != 2:
             refuse("rmsnorm", "x must have two or three dimensions")
         dense("rmsnorm", device, *strided)
     if residual is not None:
-        if not (residual.shape == x.shape and residual.dtype == x.dtype):
+        if not (residual.shape == shape and residual.dtype == dtype):
             refuse("rmsnorm", "residual must look like x")
         dense("rmsnorm", device, residual)
 
