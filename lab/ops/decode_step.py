@@ -521,21 +521,34 @@ def verify(got, a):
     return None if short <= 0 else f"token {int(got)}, not {int(exact.argmax())}"
 
 
-def cuda(kernels, *args, out, **options):
-    a = op.bound(*args, **options)
-    m, w = a.model, a.workspace
+def cuda(
+    kernels,
+    ids,
+    positions,
+    model,
+    k_cache,
+    v_cache,
+    block_table,
+    logits,
+    workspace,
+    k_scales=None,
+    v_scales=None,
+    *,
+    out,
+):
+    m, w = model, workspace
     if m.table.is_cuda and torch.cuda.get_device_capability(m.embed.device)[0] < 9:
         raise Unavailable(
             "decode_step by CUDA needs an sm_90 GPU (bulk copies): use --plan fused, or --backend triton"
         )
     vocab, hidden = m.embed.shape
-    layers, pages, kv_heads, page_size, head_dim = a.k_cache.shape
+    layers, pages, kv_heads, page_size, head_dim = k_cache.shape
     scales = 0, 0, 0
-    if a.k_scales is not None:
-        scales = a.k_scales.data_ptr(), a.v_scales.data_ptr(), kv.NUMBERS[a.k_cache.dtype]
+    if k_scales is not None:
+        scales = k_scales.data_ptr(), v_scales.data_ptr(), kv.NUMBERS[k_cache.dtype]
     kernels.decode_step(
-        ids=a.ids.data_ptr(),
-        positions=a.positions.data_ptr(),
+        ids=ids.data_ptr(),
+        positions=positions.data_ptr(),
         weights=(
             pointers(m.embed),
             m.table.data_ptr(),
@@ -545,15 +558,15 @@ def cuda(kernels, *args, out, **options):
             m.table.shape[1],
         ),
         cache=(
-            a.k_cache.data_ptr(),
-            a.v_cache.data_ptr(),
-            a.block_table.data_ptr(),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            block_table.data_ptr(),
             pages,
             kv_heads,
             page_size,
             *scales,
         ),
-        logits=a.logits.data_ptr(),
+        logits=logits.data_ptr(),
         out=out.data_ptr(),
         exchange=(w.words.data_ptr(), w.counters.data_ptr(), 0 if w.trace is None else w.trace.data_ptr()),
         sizes=(layers, vocab, m.lm_head.shape[0], hidden, m.intermediate, m.layer_nbytes),
