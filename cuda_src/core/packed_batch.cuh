@@ -272,7 +272,7 @@ struct PackedBatch {
     for (int r = 0; r < R; ++r) {
       // The compiler unpacks a run once for both of its steps, and a short group once for all tiles.
       uint32_t pairs[2][4];
-      unpack_run(pairs, u, s, r, run);
+      unpack_run<F, T>(pairs, words[u][s][r], scales[u][s][r], run);
       a[r][0] = pairs[0][2 * part], a[r][1] = pairs[1][2 * part];
       a[r][2] = pairs[0][2 * part + 1], a[r][3] = pairs[1][2 * part + 1];
     }
@@ -289,17 +289,6 @@ struct PackedBatch {
         const uint32_t one = pair_of(from_float<T>(1.f)), ones[4] = {one, one, one, one};
         mma_m16n8k16(x_sums[tile], ones, {x.v[0], x.v[1]}, T{});
       }
-    }
-  }
-
-  // The numbers of a run of tile r, of both of the lane's rows.
-  LAB_DEVICE void unpack_run(uint32_t (&pairs)[2][4], int u, int s, int r, int run) {
-    LAB_UNROLL
-    for (int side = 0; side < 2; ++side) {
-      float zero = 0.f;
-      if constexpr (F::kZero) zero = scales[u][s][r][side].second(run / L::kRunsPerGroup, 0);
-      F::template numbers<T>(pairs[side], run_words<F>(words[u][s][r][side], run).v,
-                             F::template zero_pair<T>(zero));
     }
   }
 };

@@ -50,6 +50,18 @@ inline size_t packed_smem_bytes(int rows, int k) {
   return sizeof(PackedSmem<T, C>) + size_t(rows) * staged_stride<F, C>(rows, k) * sizeof(T);
 }
 
+// The numbers of a run of a tile of 16 rows of w, of both of the lane's rows.
+template <typename F, typename T>
+LAB_DEVICE void unpack_run(uint32_t (&pairs)[2][4], const UnitWords<F> (&words)[2],
+                           const typename Layout<F>::Scales (&scales)[2], int run) {
+  LAB_UNROLL
+  for (int side = 0; side < 2; ++side) {
+    float zero = 0.f;
+    if constexpr (F::kZero) zero = scales[side].second(run / Layout<F>::kRunsPerGroup, 0);
+    F::template numbers<T>(pairs[side], run_words<F>(words[side], run).v, F::template zero_pair<T>(zero));
+  }
+}
+
 template <typename T_, typename F, typename C_>
 struct PackedRows {
   using T = T_;
@@ -263,7 +275,7 @@ struct PackedRows {
   LAB_DEVICE void add_run(float (&sums)[C::kTiles][4], int u, int r, int run,
                           const uint32_t (&of_x)[C::kTiles][L::kRuns][2][2]) {
     uint32_t pairs[2][4];
-    unpack_run(pairs, u, r, run);
+    unpack_run<F, T>(pairs, words[u][r], scales[u][r], run);
     float of_run[C::kTiles][4] = {};
     LAB_UNROLL
     for (int part = 0; part < 2; ++part) {
@@ -279,21 +291,10 @@ struct PackedRows {
     }
   }
 
-  // The numbers of a run of tile r, of both of the lane's rows.
-  LAB_DEVICE void unpack_run(uint32_t (&pairs)[2][4], int u, int r, int run) {
-    LAB_UNROLL
-    for (int side = 0; side < 2; ++side) {
-      float zero = 0.f;
-      if constexpr (F::kZero) zero = scales[u][r][side].second(run / L::kRunsPerGroup, 0);
-      F::template numbers<T>(pairs[side], run_words<F>(words[u][r][side], run).v,
-                             F::template zero_pair<T>(zero));
-    }
-  }
-
   // The same for a run of two groups, scales included: a group is what one multiplication takes.
   LAB_DEVICE void add_two_groups(int u, int r, int run, const uint32_t (&of_x)[C::kTiles][L::kRuns][2][2]) {
     uint32_t pairs[2][4];
-    unpack_run(pairs, u, r, run);
+    unpack_run<F, T>(pairs, words[u][r], scales[u][r], run);
     LAB_UNROLL
     for (int part = 0; part < 2; ++part) {
       const int p = 2 * part;
