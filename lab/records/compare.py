@@ -147,6 +147,11 @@ def differences(a, b):
     ]
 
 
+def same_setting(a, b):
+    """Whether the same card, software, tables of `lab tune` and commit made two runs, by their env rows."""
+    return (a.commit, a.tuned) == (b.commit, b.tuned) and not differences(a, b)
+
+
 def timed(rows):
     """{key: row} of what has a time to compare (or an error); the later of two equal keys counts."""
     wanted = {"op", "model", "serving", "ledger"}

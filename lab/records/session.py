@@ -44,8 +44,7 @@ class Session:
         last = next((e for e in reversed(envs) if e.when == "before"), None)
         if fresh or last is None or any(e.run == last.run and e.when == "after" for e in envs):
             return None
-        same = (last.settings, last.commit, last.tuned) == (now.settings, now.commit, now.tuned)
-        same = same and not compare.differences(last, now)
+        same = last.settings == now.settings and compare.same_setting(last, now)
         return last.run if same else None
 
     def add(self, *rows):

@@ -201,11 +201,6 @@ class Stored:
         settings = (self.env and self.env.settings) or {}
         return "ranks" in settings or "exchange" in settings
 
-    def beside(self, other):
-        """Whether the same card, software, tables of settings and commit made the other run."""
-        a, b = self.env, other.env
-        return b is not None and (a.commit, a.tuned) == (b.commit, b.tuned) and not compare.differences(a, b)
-
     def run(self):
         """The run with its frames."""
         rows = self.rows + [r for other in self.joined for r in other.rows if of_several_gpus(r)]
@@ -231,6 +226,7 @@ class Stored:
             between=_frame(between, "op"),
             notices=[Notice("warning", n) for n in self.notices],
         )
+        own = _about_machine(run)
         for other in self.joined:
             said = f"Run {other.id}, of several GPUs of this machine, is shown, too."
             run.notices.append(Notice("note", said))
@@ -238,7 +234,7 @@ class Stored:
             run.notices += [
                 Notice(notice.level, f"In run {other.id}: {notice.text}")
                 for notice in _about_machine(other.run())
-                if notice not in _about_machine(run)
+                if notice not in own
             ]
         run.foreign = [r for r in _foreign(self.path) if run.env is not None and r.gpu == run.env.gpu]
         _mark_untuned(run, by_kind["op"], by_kind["fairness"])
@@ -298,7 +294,10 @@ def joined(runs):
     alone = [run for run in runs if not run.of_several]
     found = list(alone)
     for run in filter(lambda run: run.of_several, runs):
-        host = next((other for other in reversed(found) if run.beside(other)), None)
+        beside = (
+            other for other in reversed(found) if other.env and compare.same_setting(run.env, other.env)
+        )
+        host = next(beside, None)
         if host is None:
             found.append(run)
         else:

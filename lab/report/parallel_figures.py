@@ -17,7 +17,7 @@ from lab.report.figures import (
     times,
     token_unit,
 )
-from lab.report.sides import fastest, first_size, launched, series, side_look, with_side, words
+from lab.report.sides import fastest, first_size, launched, side_look, with_side, words
 from lab.report.tables import duration
 
 ON_THE_LINK = 2.0  # bytes for each byte of a message: 32 bits of data travel with a tag of 32 bits
@@ -139,10 +139,7 @@ def tokens_of(run, model):
     several = pd.concat([ours, peers]).sort_values("us")
     several = several.assign(gpus=several["ranks"].astype(float), tuning="")
     one = launched(at_point(plain(run.model[run.model["model"] == model]), *point))
-    one = series(run, model).loc[lambda known: known.index.isin(one.index)]
-    if not len(one):
-        return several
-    return pd.concat([fastest(one).head(1).assign(gpus=1.0), several])
+    return pd.concat([fastest(one).head(1).assign(gpus=1.0), several]) if len(one) else several
 
 
 def tokens(run):
