@@ -57,6 +57,14 @@ def test_the_cache_has_the_scales_of_the_checkpoint(tmp_path, capsys):
         ({"model.layers.1.self_attn.v_scale": torch.tensor([0.0])}, "v_scale is 0; a scale must be positive"),
         ({"model.layers.1.self_attn.k_scale": torch.tensor([torch.nan])}, "k_scale has scales that are NaN"),
         ({"model.layers.1.self_attn.k_scale": torch.ones(2)}, "k_scale must be one floating-point number"),
+        (
+            {"model.layers.1.self_attn.k_scale": torch.tensor([1e300], dtype=torch.float64)},
+            "k_scale must be .* torch.float64",
+        ),
+        (
+            {"model.layers.1.self_attn.k_scale": torch.ones(1).to(torch.float8_e4m3fn)},
+            "k_scale must be .* torch.float8_e4m3fn",
+        ),
         ({"model.layers.0.self_attn.k_zero_point": torch.ones(1)}, "k_zero_point in it belongs to no part"),
     ],
 )

@@ -97,8 +97,11 @@ class HuggingFaceSource:
     def _scale(self, name: str) -> float:
         """The only number of a tensor, which must be a scale."""
         values = self._read(name)
-        if values.numel() != 1 or not values.is_floating_point():
-            raise LabError(f"{self._file(name)}: tensor {name} must be one floating-point number")
+        if values.numel() != 1 or values.dtype not in quantised.SCALES:
+            raise LabError(
+                f"{self._file(name)}: tensor {name} must be one floating-point number in float16, bfloat16 "
+                f"or float32; it is {values.dtype} {list(values.shape)}"
+            )
         check_scales(values, name, str(self._file(name)))
         if (scale := values.float().item()) <= 0:
             raise LabError(f"{self._file(name)}: tensor {name} is {scale:g}; a scale must be positive")
