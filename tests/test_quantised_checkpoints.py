@@ -290,6 +290,7 @@ W = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "grou
         (made.compressed("marlin-24", W), "format 'marlin-24' of int4 is not supported"),
         (made.compressed("float-quantized", W), "format 'float-quantized' of int4 is not supported"),
         (made.compressed("pack-quantized", W | {"num_bits": 3}), "num_bits 3 is not supported"),
+        (made.compressed("pack-quantized", W | {"actorder": "column"}), "actorder 'column' is not supported"),
         (made.compressed("pack-quantized", W | {"strategy": "block"}), "strategy 'block' is not supported"),
         (made.compressed("pack-quantized", W, kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme"),
         (made.compressed("pack-quantized", W, transform_config={"u": 1}), "transform_config"),
@@ -312,8 +313,34 @@ def test_act_order_without_its_order_is_refused(tmp_path):
     file, _, config = made.gptq(tensors(CONFIG), desc_act=True)
     load(open_source(made.write(tmp_path / "kept", CONFIG, file, config)))  # its order is that of the inputs
     file = {name: t for name, t in file.items() if not name.endswith("g_idx")}
-    with pytest.raises(LabError, match="g_idx is missing, although desc_act"):
+    with pytest.raises(LabError, match="g_idx is missing, although the checkpoint says"):
         load(open_source(made.write(tmp_path / "lost", CONFIG, file, config)))
+
+
+@pytest.mark.parametrize(
+    "order, needed",
+    [("group", True), ("dynamic", True), (True, True)]
+    + [("weight", False), ("static", False), (False, False)],
+)
+def test_act_order_of_compressed_tensors_needs_its_order_where_it_says_so(tmp_path, order, needed):
+    file, means, config = made.pack_quantized(tensors(CONFIG), actorder=order)
+    path = made.write(tmp_path / "lost", CONFIG, file, config)
+    if needed:
+        with pytest.raises(LabError, match="weight_g_idx is missing, although the checkpoint says"):
+            load(open_source(path))
+        for name, words in list(file.items()):
+            if name.endswith("weight_packed"):
+                order = torch.arange(words.shape[1] * 8, dtype=torch.int32) // 128  # that of the inputs
+                file[name.replace("weight_packed", "weight_g_idx")] = order
+        path = made.write(tmp_path / "kept", CONFIG, file, config)
+    check_numbers(load(open_source(path)), means)
+
+
+def test_rounded_outputs_that_a_checkpoint_asks_for_are_said(tmp_path, capsys):
+    file, means, config = made.float_quantized(tensors(CONFIG))
+    config["config_groups"]["group_0"]["output_activations"] = {"num_bits": 8, "type": "float"}
+    check_numbers(load(open_source(made.write(tmp_path / "tiny", CONFIG, file, config))), means)
+    assert "rounded activations too; they are not rounded here" in capsys.readouterr().err
 
 
 def test_an_older_name_of_the_config_is_read_too(tmp_path):

@@ -24,6 +24,7 @@ fp8 with weight_block_size       W[n, k] = weight_scale_inv[n / 128, k / 128] * 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -112,11 +113,13 @@ def values_of(words: torch.Tensor, bits: int) -> torch.Tensor:
     return by_byte if bits == 8 else torch.stack((by_byte & 15, by_byte >> 4), -1).flatten(-2)
 
 
-def require_order(t: _Tensors, ending: str, groups: int) -> None:
-    """Raises LabError where the tensor that says the group of each input is there and has another order than
-    that of the inputs."""
+def require_order(t: _Tensors, ending: str, groups: int, ordered: bool) -> None:
+    """Raises LabError where the tensor that says the group of each input has another order than that of the
+    inputs, or is missing although the checkpoint calls its inputs ordered."""
     k = t.shape[1]
     found = t.get(ending, WORDS, (k,), optional=True)
+    if found is None and ordered:
+        t.refuse(ending, "is missing, although the checkpoint says that its inputs are ordered (act-order)")
     if found is not None and not torch.equal(found, torch.arange(k, dtype=torch.int32) // (k // groups)):
         t.refuse(ending, "orders the inputs by activation (act-order), which is not supported")
 
@@ -133,11 +136,11 @@ def read_awq(t: _Tensors, scheme: Scheme) -> Codes:
     return Codes(codes, t.get("scales", SCALES, (groups, n)).T, zeros)
 
 
-def read_gptq(t: _Tensors, scheme: Scheme, stored_less: int) -> Codes:
-    """stored_less: what must be added to the zeros that are stored."""
+def read_gptq(t: _Tensors, scheme: Scheme, stored_less: int, ordered: bool) -> Codes:
+    """stored_less: what must be added to the zeros that are stored. ordered: whether g_idx must be there."""
     n, k = t.shape
     groups = scheme.groups(k)
-    require_order(t, "g_idx", groups)
+    require_order(t, "g_idx", groups, ordered)
     codes = values_of(t.get("qweight", WORDS, (k // 8, n)).T, 4)
     zeros = values_of(t.get("qzeros", WORDS, (groups, n // 8)), 4).T.float() + stored_less
     scales = t.get("scales", SCALES, (groups, n)).T
@@ -148,7 +151,8 @@ def read_gptq(t: _Tensors, scheme: Scheme, stored_less: int) -> Codes:
     return Codes(codes, scales, zeros)
 
 
-def read_packed(t: _Tensors, scheme: Scheme) -> Codes:
+def read_packed(t: _Tensors, scheme: Scheme, ordered: bool = False) -> Codes:
+    """ordered: whether weight_g_idx must be there."""
     n, k = t.shape
     bits = 4 if scheme.kind == "int4" else 8
     groups = scheme.groups(k)
@@ -163,7 +167,7 @@ def read_packed(t: _Tensors, scheme: Scheme) -> Codes:
     if scheme.has_zero:
         packed = t.get("weight_zero_point", WORDS, (-(-n * bits // 32), groups))
         zeros = values_of(packed.T, bits).T[:n]
-    require_order(t, "weight_g_idx", groups)
+    require_order(t, "weight_g_idx", groups, ordered)
     return Codes(codes, scales, zeros)
 
 
@@ -262,9 +266,7 @@ def _gptq(config: _Config) -> Scheme:
     ordered = config.get("desc_act", bool, False)
 
     def read(tensors, scheme):
-        if ordered and tensors.find(f"{tensors.stem}.g_idx") is None:
-            tensors.refuse("g_idx", "is missing, although desc_act says that the inputs are ordered")
-        return read_gptq(tensors, scheme, 1 if layout == "gptq" else 0)
+        return read_gptq(tensors, scheme, 1 if layout == "gptq" else 0, ordered)
 
     return Scheme(f"GPTQ of group {group}", "int4", group, not symmetric, "qweight", read)
 
@@ -299,6 +301,8 @@ def _compressed_tensors(config: _Config) -> Scheme:
             + ", ".join(f"{name} of {one}" for name, one in supported)
         )
     marker, read = supported[layout, kind]
+    if read is read_packed and _orders_inputs(w):
+        read = functools.partial(read_packed, ordered=True)
     symmetric = w.get("symmetric", bool, True)
     if not symmetric and kind != "int4":
         raise LabError(f"{w.where}: symmetric false is not supported in {kind}")
@@ -307,7 +311,7 @@ def _compressed_tensors(config: _Config) -> Scheme:
     if strategy == "tensor" and layout == "pack-quantized":
         raise LabError(f"{w.where}: strategy 'tensor' is not supported in {layout}")
     group = w.group() if strategy == "group" else None
-    rounds = any(part.values.get("input_activations") for part in parts)
+    rounds = any(part.values.get(f"{end}_activations") for part in parts for end in ("input", "output"))
     notes = [ACTIVATIONS] * rounds + [KV_SCALES] * kv_scales
     return Scheme(
         f"compressed-tensors {layout} {kind}" + (f" of group {group}" if group else ""),
@@ -319,6 +323,15 @@ def _compressed_tensors(config: _Config) -> Scheme:
         "; ".join(notes) or None,
         kv_scales,
     )
+
+
+def _orders_inputs(weights: _Config) -> bool:
+    """Whether actorder says that weight_g_idx gives the group of each input. With "weight" (or "static") the
+    order only mattered while the weights were rounded."""
+    order = weights.values.get("actorder")
+    if not (order is None or isinstance(order, bool)):
+        weights.require("actorder", str, "group", "dynamic", "weight", "static")
+    return order in (True, "group", "dynamic")
 
 
 ACTIVATIONS = (
