@@ -23,8 +23,7 @@ import triton.language as tl
 from lab.formats import PackedMatrix
 from triton_kernels import settings
 from triton_kernels.common import architecture, config, launch
-from triton_kernels.core.fused_product import wait_for_inputs
-from triton_kernels.core.packed_rows import PACKED, operands, packed_product, prefetch_rows
+from triton_kernels.core.packed_rows import PACKED, operands, packed_product
 from triton_kernels.settings import measured
 
 # sum_rows: the most rows of x that the plain path takes. Each path has a list of (most rows, largest n,
@@ -124,7 +123,6 @@ def packed_linear_kernel(
     rows,
     n,
     k,
-    PDL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     FORMAT: tl.constexpr,
     BITS: tl.constexpr,
@@ -143,8 +141,6 @@ def packed_linear_kernel(
     # 2. Multiply: packed weights are unpacked in registers and multiplied on tensor cores, for any number of
     # rows.
     # 3. Reduce: the warps of a program divide k, and their sums are added at the end.
-    prefetch_rows(words, out, out < n, k, BITS, SEGMENTS, PDL)
-    wait_for_inputs(PDL)
     total = packed_product(
         x,
         words,
@@ -233,5 +229,5 @@ def packed_linear(x, w, bias, y):
     """The same for a PackedMatrix."""
     (rows, k), n = x.shape, w.shape[0]
     programs, meta = settings.packed("linear", PACKED, x, w, n)
-    meta.update(HAS_BIAS=bias is not None, **settings.dependent_launch(x))
+    meta["HAS_BIAS"] = bias is not None
     launch(packed_linear_kernel, (programs,), x, *operands(w), bias, y, rows, n, k, **meta)

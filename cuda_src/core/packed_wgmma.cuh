@@ -1,4 +1,4 @@
-// Matrix product of 9 to 64 rows of x with packed rows of w (formats/) by the tensor cores of Hopper's warpgroups.
+// Matrix product of 17 to 64 rows of x (of 8-bit codes 9 to 64) with packed rows of w (formats/) by the tensor cores of Hopper's warpgroups.
 //
 // As in packed_batch.cuh, but the instruction is wgmma: it takes 64 rows of w from the registers of a warpgroup,
 // where they have just been unpacked, and all rows of x from shared memory, which so costs no loads. For formats
