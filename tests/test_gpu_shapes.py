@@ -26,10 +26,11 @@ SIZES = {
 }
 # Of packed weights, for which linear and norm_linear_silu_mul have a kernel.
 PACKED = {
-    "rows of w and x past the end, a part of a chunk": dict(batch=17, n=37, k=200),
-    "a cluster of four shares k, the ring turns round": dict(batch=64, n=130, k=5000),
-    "two blocks of outputs, no cluster": dict(batch=23, n=700, k=256),
+    "rows of w in no whole blocks of 8, a part of a chunk": dict(batch=17, n=37, k=200),
+    "a cluster shares k, the ring turns round": dict(batch=64, n=136, k=5000),
+    "three blocks of outputs": dict(batch=23, n=704, k=256),
     "a k of no whole vectors": dict(batch=33, n=20, k=1101),
+    "up to 16 rows, a cluster shares k": dict(batch=11, n=304, k=2200),
 }
 LONG = {
     "a merge of several splits": dict(q_heads=8, kv_heads=2, head_dim=128, splits=4),
@@ -75,6 +76,13 @@ def test_tensor_cores_before_hopper(name, why, check, monkeypatch):
 @pytest.mark.parametrize("name", ("linear", "norm_linear_silu_mul"))
 def test_many_rows_of_x_and_packed_weights(name, why, format, check):
     check(find(name), torch.bfloat16, dict(PACKED[why], format=format))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("name", ("linear", "norm_linear_silu_mul"))
+def test_many_rows_and_packed_weights_before_hopper(name, format, check, monkeypatch):
+    monkeypatch.setenv("LAB_HOST_SHAPES", "sm_80")
+    check(find(name), torch.bfloat16, dict(batch=23, n=300, k=1000, format=format))
 
 
 @pytest.mark.parametrize(

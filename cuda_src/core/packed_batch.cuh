@@ -1,4 +1,5 @@
-// Matrix product of 17 to 64 rows of x with packed rows of w (formats/) on tensor cores.
+// Matrix product of 17 to 64 rows of x with packed rows of w (formats/) on tensor cores, and what it has in common
+// with the product by Hopper's warpgroups (packed_wgmma.cuh).
 //
 // As in packed_rows.cuh, codes go from DRAM into registers and become the tensor core's left operand there, and
 // sums of one group of columns are multiplied by its scale in float32. But here a warp owns 32 rows of w, and
@@ -10,39 +11,48 @@
 
 namespace lab {
 
+constexpr int kMostRanks = 8;  // blocks of a cluster
+
+// C: the shape of a launch.
+template <typename T, typename C>
+struct alignas(16) PackedBatchSmem {
+  union {
+    T x[C::kStages][C::kStage];
+    float sums[C::kBatch][C::kSums];  // when the last chunk has been multiplied
+  };
+};
+
 // Parts: rows of w for one output (gate and up: 2), n rows apart.
 template <int Parts_>
 struct PackedBatchShape {
   static constexpr int kTiles = 8, kBatch = 8 * kTiles;            // tiles of 8 rows of x
   static constexpr int R = 2, kWarps = 8, kThreads = 32 * kWarps;  // R: tiles of 16 rows of w of a warp
+  static constexpr int kResident = 1;  // blocks that a multiprocessor runs at once
   static constexpr int kParts = Parts_, kTileOutputs = 16 / Parts_, kWarpOutputs = R * kTileOutputs;
   static constexpr int kOutputs = kWarps * kWarpOutputs;
-  static constexpr int kChunk = 128;                 // columns; one segment of 4 or 6 bits, two of 8
-  static constexpr int kStages = 4;                  // chunks of x in the ring
+  static constexpr int kChunk = 128;  // columns; one segment of 4 or 6 bits, two of 8
+  static constexpr int kStages = 4;   // chunks of x in the ring
+  template <typename T>
+  using Smem = PackedBatchSmem<T, PackedBatchShape>;
   static constexpr int kStride = kChunk + 16;        // so that four rows of x lie in different banks
+  static constexpr int kStage = kBatch * kStride;    // elements of a chunk of x
   static constexpr int kSums = 16 * R * kWarps + 4;  // floats between two columns of sums: no bank conflicts
 };
 
-template <typename T, typename C>
-struct alignas(16) PackedBatchSmem {
-  union {
-    T x[C::kStages][C::kBatch][C::kStride];
-    float sums[C::kBatch][C::kSums];  // when the last chunk has been multiplied
-  };
-};
-
+// A block that owns C::kOutputs outputs, all warps of which go through k together: what it multiplies, and its sums
+// at the end.
 template <typename T_, typename F, typename C_>
-struct PackedBatch {
+struct PackedBlock {
   using T = T_;
   using C = C_;
   using L = Layout<F>;
   using Scales = typename L::Scales;
-  static constexpr int kThreads = C::kThreads, kResident = 1, kOutputs = C::kOutputs, R = C::R;
+  static constexpr int kThreads = C::kThreads, kResident = C::kResident, kOutputs = C::kOutputs, R = C::R;
   static constexpr int kSegments = C::kChunk / L::kColumns;  // of a chunk
-  // Chunks of codes in registers, one of which is multiplied. Three of longer codes would not fit.
-  static constexpr int U = F::kBits == 4 ? 3 : 2;
+  static constexpr int U =
+      C::chunks_held(F::kBits);  // chunks of codes in registers; one of them is multiplied
 
-  PackedBatchSmem<T, C>& shared;
+  typename C::template Smem<T>& shared;
   const T* x;
   PackedWeights w;
   int rows, n, k, segments;
@@ -50,12 +60,10 @@ struct PackedBatch {
   int rank_, ranks_;       // of this block in its cluster; blocks of a cluster
   int output, begin, end;  // the cluster's first output; this block's chunks of k
   const uint8_t *codes_of[R][2], *scales_of[R][2];  // of rows g and g + 8 of each tile
-  UnitWords<F> words[U][kSegments][R][2];
-  Scales scales[U][kSegments][R][2];
-  float acc[R][C::kTiles][4], row_scale[R][2];  // row_scale: of rows that share one scale; else 1
+  float acc[R][C::kTiles][4], row_scale[R][2];      // row_scale: of rows that share one scale; else 1
 
-  explicit LAB_DEVICE PackedBatch(const PackedProduct<T>& p)
-      : shared(smem<PackedBatchSmem<T, C>>()), x(p.x), w(p.w), rows(p.rows), n(p.n), k(p.k), rank_(0),
+  explicit LAB_DEVICE PackedBlock(const PackedProduct<T>& p)
+      : shared(smem<typename C::template Smem<T>>()), x(p.x), w(p.w), rows(p.rows), n(p.n), k(p.k), rank_(0),
         ranks_(1) {
     lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     segments = L::segments(k);
@@ -67,21 +75,24 @@ struct PackedBatch {
     begin = chunks * rank_ / ranks_, end = chunks * (rank_ + 1) / ranks_;
   }
 
-  // Issues the first loads, which are of weights and so depend on no earlier kernel, waits for the preceding
-  // kernel, and issues the first copies of x.
-  LAB_DEVICE void start() {
-    aim();
-    LAB_UNROLL
-    for (int u = 0; u < U; ++u) fetch(u, begin + u);
-    if (end - begin <= U) pdl_launch_dependents();  // no more loads of weights follow
-    pdl_wait();
-    for (int i = 0; i < C::kStages - 1; ++i) copy_x(begin + i);
-  }
   LAB_DEVICE bool more() const { return output < n; }
   LAB_DEVICE void next() { output = n; }  // a block has one set of outputs
 
-  // The sums of the outputs; all threads must call it. each_output() then reads them.
-  LAB_DEVICE void multiply() {
+  // Calls f(output, b, sum, second) for each output of this thread: the sums of the cluster's blocks in a fixed
+  // order; second is that of the output's second part. All threads must call it.
+  template <typename Use>
+  LAB_DEVICE void each_output(Use use) {
+    for (int i = threadIdx.x + rank_ * kThreads; i < kOutputs * rows; i += kThreads * ranks_) {
+      const int r = i % kOutputs, b = i / kOutputs;
+      if (output + r >= n) continue;
+      const int row = r / C::kTileOutputs * 16 + r % C::kTileOutputs;
+      use(output + r, b, sum(b, row), C::kParts == 2 ? sum(b, row + 8) : 0.f);
+    }
+    if (ranks_ > 1) sync();  // the other blocks no longer read this one's sums
+  }
+
+ protected:
+  LAB_DEVICE void clear() {
     LAB_UNROLL
     for (int r = 0; r < R; ++r) {
       LAB_UNROLL
@@ -90,22 +101,9 @@ struct PackedBatch {
         for (int i = 0; i < 4; ++i) acc[r][tile][i] = 0.f;
       }
     }
-    for (int first = begin; first < end; first += U) {
-      LAB_UNROLL
-      for (int u = 0; u < U; ++u) {
-        const int chunk = first + u;
-        if (chunk < end) {
-          cp_async_wait<C::kStages - 2>();
-          __syncthreads();  // x of this chunk is there for all, and nobody reads the chunk before it
-          copy_x(chunk + C::kStages - 1);
-          LAB_UNROLL
-          for (int s = 0; s < kSegments; ++s) add(u, chunk, s);
-        }
-        fetch(u, chunk + U);
-        // The dependent kernel may launch once the last loads of weights have been issued.
-        if (chunk + U + 1 == end) pdl_launch_dependents();
-      }
-    }
+  }
+  // Writes the sums to shared memory, over x; each_output() reads them.
+  LAB_DEVICE void share_sums() {
     cp_async_wait<0>();
     __syncthreads();
     LAB_UNROLL
@@ -122,25 +120,17 @@ struct PackedBatch {
     sync();
   }
 
-  // Calls f(output, b, sum, second) for each output of this thread: the sums of the cluster's blocks in a fixed
-  // order; second is that of the output's second part. All threads must call it.
-  template <typename Use>
-  LAB_DEVICE void each_output(Use use) {
-    for (int i = threadIdx.x + rank_ * kThreads; i < kOutputs * rows; i += kThreads * ranks_) {
-      const int r = i % kOutputs, b = i / kOutputs;
-      if (output + r >= n) continue;
-      const int row = r / C::kTileOutputs * 16 + r % C::kTileOutputs;
-      use(output + r, b, sum(b, row), C::kParts == 2 ? sum(b, row + 8) : 0.f);
-    }
-    if (ranks_ > 1) sync();  // the other blocks no longer read this one's sums
-  }
-
- private:
   LAB_DEVICE float sum(int b, int row) const {
 #if LAB_SM90
     if (ranks_ > 1) {
-      float found = 0.f;
-      for (int peer = 0; peer < ranks_; ++peer) found += *cluster_peer(&shared.sums[b][row], peer);
+      // All loads first: one from another multiprocessor takes as long as one from L2.
+      float of[kMostRanks], found = 0.f;
+      LAB_UNROLL
+      for (int peer = 0; peer < kMostRanks; ++peer) {
+        of[peer] = peer < ranks_ ? *cluster_peer(&shared.sums[b][row], peer) : 0.f;
+      }
+      LAB_UNROLL
+      for (int peer = 0; peer < kMostRanks; ++peer) found += of[peer];
       return found;
     }
 #endif
@@ -174,6 +164,55 @@ struct PackedBatch {
       }
     }
   }
+};
+
+template <typename T_, typename F, typename C_>
+struct PackedBatch : PackedBlock<T_, F, C_> {
+  using Base = PackedBlock<T_, F, C_>;
+  using Base::acc, Base::begin, Base::codes_of, Base::end, Base::g, Base::k, Base::kSegments;
+  using Base::Base;
+  using Base::kThreads, Base::R, Base::rows, Base::scales_of, Base::segments, Base::shared, Base::t, Base::x;
+  using typename Base::C, typename Base::L, typename Base::Scales, typename Base::T;
+
+  // Chunks of codes in registers; one of them is multiplied. Three of longer codes would not fit.
+  static constexpr int U = F::kBits == 4 ? 3 : 2;
+  UnitWords<F> words[U][kSegments][R][2];
+  Scales scales[U][kSegments][R][2];
+
+  // Issues the first loads, which are of weights and so depend on no earlier kernel, waits for the preceding
+  // kernel, and issues the first copies of x.
+  LAB_DEVICE void start() {
+    this->aim();
+    LAB_UNROLL
+    for (int u = 0; u < U; ++u) fetch(u, begin + u);
+    if (end - begin <= U) pdl_launch_dependents();  // no more loads of weights follow
+    pdl_wait();
+    for (int i = 0; i < C::kStages - 1; ++i) copy_x(begin + i);
+  }
+
+  // The sums of the outputs; all threads must call it. each_output() then reads them.
+  LAB_DEVICE void multiply() {
+    this->clear();
+    for (int first = begin; first < end; first += U) {
+      LAB_UNROLL
+      for (int u = 0; u < U; ++u) {
+        const int chunk = first + u;
+        if (chunk < end) {
+          cp_async_wait<C::kStages - 2>();
+          __syncthreads();  // x of this chunk is there for all, and nobody reads the chunk before it
+          copy_x(chunk + C::kStages - 1);
+          LAB_UNROLL
+          for (int s = 0; s < kSegments; ++s) add(u, chunk, s);
+        }
+        fetch(u, chunk + U);
+        // The dependent kernel may launch once the last loads of weights have been issued.
+        if (chunk + U + 1 == end) pdl_launch_dependents();
+      }
+    }
+    this->share_sums();
+  }
+
+ private:
   LAB_DEVICE void fetch(int u, int chunk) {
     if (chunk >= end) return;
     LAB_UNROLL
@@ -199,15 +238,16 @@ struct PackedBatch {
   // Copies a chunk of all rows of x to its place in the ring, with zeros past k.
   LAB_DEVICE void copy_x(int chunk) {
     if (chunk < end) {
-      auto* to = shared.x[(chunk - begin) % C::kStages];
+      T* to = shared.x[(chunk - begin) % C::kStages];
       for (int i = threadIdx.x; i < rows * (C::kChunk / 8); i += kThreads) {
         const int b = i / (C::kChunk / 8), col = i % (C::kChunk / 8) * 8, from = chunk * C::kChunk + col;
         const T* row = x + size_t(b) * k;
         if (k % 8 == 0) {
-          cp_async16(&to[b][col], from < k ? row + from : x, from < k);
+          cp_async16(to + b * C::kStride + col, from < k ? row + from : x, from < k);
         } else {
           LAB_UNROLL
-          for (int e = 0; e < 8; ++e) to[b][col + e] = from + e < k ? row[from + e] : from_float<T>(0.f);
+          for (int e = 0; e < 8; ++e)
+            to[b * C::kStride + col + e] = from + e < k ? row[from + e] : from_float<T>(0.f);
         }
       }
     }
@@ -218,7 +258,7 @@ struct PackedBatch {
   LAB_DEVICE void add(int u, int chunk, int s) {
     const int segment = chunk * kSegments + s;
     if (segment >= segments) return;
-    const T* columns = &shared.x[(chunk - begin) % C::kStages][0][s * L::kColumns];
+    const T* columns = shared.x[(chunk - begin) % C::kStages] + s * L::kColumns;
     if constexpr (F::kGroup == 0) {
       LAB_UNROLL
       for (int step = 0; step < 2 * L::kRuns; ++step) add_step(acc, nullptr, u, s, step, columns);
@@ -295,17 +335,17 @@ struct PackedBatch {
 
 constexpr int kMostPackedRows = 64;  // of x, in one launch
 
-// Blocks of a cluster: more of them where that leaves no more blocks than multiprocessors, and each two chunks of k
-// or more.
+// Blocks of a cluster: as many as run at once, so that each has two chunks of k or more. They lie in one of the
+// groups into which a GPU divides its multiprocessors: on an H100 8 groups of 14 to 18. (Clusters that find no place
+// begin when others have ended. 8B's o at 64 rows, int4: with 16 clusters of 8 blocks, 21.7 us.)
 template <typename C>
 inline unsigned batch_cluster(int outputs, int k) {
   const int blocks = ceil_div(outputs, C::kOutputs), chunks = ceil_div(k, C::kChunk);
-  unsigned ranks = 1;
-  while (has_clusters() && ranks < 8 && blocks * 2 * int(ranks) <= multiprocessors() &&
-         chunks >= 4 * int(ranks)) {
-    ranks *= 2;
+  int ranks = 1;
+  for (int more = 2; has_clusters() && more <= 4 && chunks >= 2 * more; ++more) {
+    if (blocks <= multiprocessors() / 16 * (14 / more)) ranks = more;
   }
-  return ranks;
+  return unsigned(ranks);
 }
 
 }  // namespace lab

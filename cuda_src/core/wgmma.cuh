@@ -1,7 +1,7 @@
 // Tensor-core instructions of a Hopper warpgroup (wgmma), which multiply operands in shared memory; on sm_90a
 // only. On a CPU the same names come from host/wgmma.h.
 //
-// An operand is a tile of rows of 64 elements of half precision (128 bytes). It begins at a multiple of 1024
+// An operand in shared memory is a tile of rows of 64 elements of half precision (128 bytes). It begins at a multiple of 1024
 // bytes, and the 16-byte chunk c of row r is at place c ^ (r % 8): the "128-byte swizzle", which spreads a
 // column of chunks over all banks.
 #pragma once
@@ -65,6 +65,35 @@ LAB_DEVICE uint64_t wgmma_tile(const void* p) {
 #define LAB_R32 LAB_R16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 LAB_WGMMA_OPS(half, "f16")
 LAB_WGMMA_OPS(bf16, "bf16")
+
+// The same with a in registers: a lane's four pairs of a tile of 16 rows, as mma_m16n8k16 takes them, which must
+// not change before the wait. add: false begins a sum, whatever d holds.
+#define LAB_WGMMA_A_OP(TAG, TYPE, EXTENT, N, REGISTERS, A, B, ADD, ...)                                    \
+  LAB_DEVICE void wgmma(float (&d)[EXTENT][4], const uint32_t (&a)[4], const TAG* b, bool add = true) {    \
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " ADD                                               \
+                 ", 0;\n"                                                                                  \
+                 "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, {" A    \
+                 "}, " B ", add, 1, 1, 0;\n}"                                                              \
+                 : __VA_ARGS__                                                                             \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(detail::wgmma_tile(b)), "r"(int(add))); \
+  }
+#define LAB_WGMMA_A_OPS(TAG, TYPE)                                                                    \
+  LAB_WGMMA_A_OP(TAG, TYPE, 2, "16", LAB_R8, "%8, %9, %10, %11", "%12", "%13", LAB_D(0), LAB_D(1))    \
+  LAB_WGMMA_A_OP(TAG, TYPE, 8, "64", LAB_R32, "%32, %33, %34, %35", "%36", "%37", LAB_D(0), LAB_D(1), \
+                 LAB_D(2), LAB_D(3), LAB_D(4), LAB_D(5), LAB_D(6), LAB_D(7))
+LAB_WGMMA_A_OPS(half, "f16")
+LAB_WGMMA_A_OPS(bf16, "bf16")
+
+// The same wait; d, a sum of what was waited for, may be read after it. (The compiler does not know that the
+// instructions run on after they have been issued, and might read d before the wait.)
+template <int N, int Extent>
+LAB_DEVICE void wgmma_wait(float (&d)[Extent][4]) {
+  wgmma_wait<N>();
+  LAB_UNROLL
+  for (int j = 0; j < Extent; ++j) asm volatile("" : LAB_D(j)::"memory");
+}
+#undef LAB_WGMMA_A_OPS
+#undef LAB_WGMMA_A_OP
 #undef LAB_WGMMA_OPS
 #undef LAB_WGMMA_OP
 #undef LAB_D

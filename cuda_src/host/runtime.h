@@ -55,10 +55,12 @@ struct AsyncCopy {
 };
 
 struct AsyncProduct {
-  void (*multiply)(float* d, const void* a, const void* b, Site site);
+  void (*multiply)(const AsyncProduct& product);
   float* d;
-  const void *a, *b;
+  const void *a, *b;  // a: a tile in shared memory, or this thread's registers
   Site site;
+  bool add = true;              // false: d is overwritten
+  uint32_t of_quad[4][4] = {};  // a in registers: those of the four lanes that share its rows
 };
 
 // What a thread has issued and not yet waited for, in the groups that it has committed.

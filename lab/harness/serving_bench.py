@@ -8,12 +8,13 @@ without its beginning and its end.
 Beside it stands the ideal: all rows always full, no prefills, and each step as long as its graph alone.
 
 What a step costs in the queue beside its graph is told of steps with all rows full and contexts near the
-median, for steps of all contexts differ by more than the queue adds; the graph is timed with the contexts of
-the one in the middle. `us` is their median, from the end of what the device did before to its own end: it
-has the copy of the tokens, what changes for rows that come and go, and whatever the host keeps the device
-waiting for. A prefill before a step is no part of it. But where the host has not launched the step when the
-prefill ends, the device waits: this lies in the steps after prefills, which `us` counts like all others.
-`after_prefill_us` is the median of these alone.
+median, for steps of all contexts differ by more than the queue adds; the graph is timed with the contexts
+of the one in the middle. `us` is their median, from the end of what the device did before to its own end:
+it has the copy of the tokens, what changes for rows that come and go, and whatever the host keeps the
+device waiting for. Steps that follow a prefill have a median of their own, `after_prefill_us`: torch's
+prefill keeps the host as busy as the device, so the device waits until the host has launched the step,
+which is a cost of the prefill. (Where no other steps have all rows full, `us` is of them, too.) Tokens per
+second have all of it.
 """
 
 from __future__ import annotations
@@ -149,12 +150,13 @@ def _fill(row: ServingRow, rig, weights, count: int) -> None:
         steps = run(queue)
     finally:
         queue.clear()
-    alike = near_the_median([step for step in steps if len(step.contexts) == row.batch])
-    if not alike:
+    full = [step for step in steps if len(step.contexts) == row.batch]
+    if not full:
         raise LabError("no step had all rows full: the sequences are too short")
+    alike = near_the_median([step for step in full if not step.after_prefill] or full)
     for field, value in timing.summarize([step.us for step in alike]).fields().items():
         setattr(row, field, value)
-    if after := [step.us for step in alike if step.after_prefill]:
+    if after := [step.us for step in near_the_median([step for step in full if step.after_prefill])]:
         row.after_prefill_us = statistics.median(after)
     sum_up(row, steps, queue)
     fill_rows(decoder, alike[len(alike) // 2].contexts)

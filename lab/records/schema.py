@@ -302,11 +302,11 @@ class ServingRow:
     weights: str = "random"  # random | file
     weight_format: str | None = None  # as in model records
     kv_dtype: str | None = None  # as in model records
-    us: float | None = None  # of a step in the queue, with all rows full and contexts near the median
+    us: float | None = None  # of a step that follows a step, with all rows full and contexts near the median
     us_p10: float | None = None
     us_p90: float | None = None
     n: int | None = None
-    after_prefill_us: float | None = None  # of those that follow a prefill
+    after_prefill_us: float | None = None  # of one that follows a prefill
     graph_us: float | None = None  # of that step's graph, replayed alone
     of_graph: float | None = None  # us / graph_us
     tokens_per_s: float | None = None  # all rows together, prefills included
