@@ -82,8 +82,8 @@ gpu-repeat: build  ## needs a GPU: two quick runs compared; the rate of false al
 kernels-package: $(READY)  ## the Triton kernels as a folder for Hugging Face's package kernels (OUT=...)
 	@$(PY) -m lab.machine.kernels_package $(OUT:%=--out %)
 
-report:  ## draws reports/h100 and reports/h100-x2 again from their committed records
-	@for run in reports/h100 reports/h100-x2; do $(PY) -m lab report $$run || exit 1; done
+report:  ## draws the pages of reports/ again from their committed records
+	@for run in reports/*/; do $(PY) -m lab report $$run || exit 1; done
 
 clean:  ## removes what was built and what was written to out/
 	rm -rf build out lab/*.so .pytest_cache

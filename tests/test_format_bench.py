@@ -25,7 +25,7 @@ from lab.model.weight_formats import EXPANDED, Storage
 from lab.model.weights import load
 from lab.ops import OPS, find
 from lab.records import card, compare, schema
-from lab.report import format_figures, sides, style
+from lab.report import format_figures, model_figures, overview_figures, sides, style
 from lab.report import load as report_load
 
 PRODUCTS = ["embedding", "linear", "linear_add", "norm_linear", "norm_linear_argmax", "norm_linear_silu_mul"]
@@ -390,3 +390,29 @@ def test_time_and_error_meet_in_one_picture(tmp_path):
     assert list(figure.table["weights"]) == ["fp8", "int8"]
     assert figure.table["CUDA (us a token)"].tolist()[0] == 2000.0
     assert figure.table["same best token (%)"].tolist() == [90.0, 99.0]
+
+
+def test_steps_in_other_formats_are_models_of_their_own(tmp_path):
+    """Pictures, sentences and commands say in which formats weights and KV cache were."""
+    token = dict(plan="fused", mode="graph", dtype="bf16", batch=1, context=64, weights="random")
+    token |= dict(us_p10=1.0, us_p90=9000.0, n=9)
+    packed = dict(weight_format="fp8, lm_head int8", weight_bytes=9)
+    rows = [
+        schema.ModelRow("r", "m", "cuda", us=5000.0, weight_bytes=20, **token),
+        schema.ModelRow(
+            "r", "m", "cuda", us=2000.0, weight_bytes=9, weight_format="fp8, lm_head int8", **token
+        ),
+        schema.ModelRow("r", "m", "triton", us=4000.0, weight_bytes=20, kv_dtype="int8", **token),
+    ]
+    synthetic.write(tmp_path, [env(), *rows])
+    run = report_load.load(tmp_path)[0]
+    plain, packed, cache = names = ["m", "m (fp8, lm_head int8)", "m (KV cache int8)"]
+    assert sorted(sides.models(run)) == sorted(names) and sides.main_model(run) == plain
+    assert [sides.series(run, name)["us"].tolist() for name in names] == [[5000.0], [2000.0], [4000.0]]
+    commands = [model_figures.latency(run, name).command for name in names]
+    assert all(command.startswith("lab bench model m --dtype bf16 ") for command in commands)
+    assert "--weight-format fp8 " in commands[1] and "--kv-dtype int8 " in commands[2]
+    assert "-format" not in commands[0] + commands[2] and "--kv-dtype" not in commands[0] + commands[1]
+    figure = overview_figures.overview(run)
+    assert sorted(set(figure.table["model"])) == sorted(names)
+    assert "--weight-format none,fp8 " in figure.command or "--weight-format fp8,none " in figure.command

@@ -282,6 +282,20 @@ def test_a_picture_follows_the_theme_and_brings_no_font_or_name_of_its_own(font)
     assert "prefers-color-scheme:dark" in alone and ElementTree.fromstring(alone) is not None
 
 
+@pytest.mark.parametrize("first, second", [("p1", "p2"), ("p2", "p1")])
+def test_a_picture_drawn_again_is_the_same_file(first, second):
+    """Whatever names matplotlib gave this time to what its parts refer to."""
+    one, other = (
+        ElementTree.fromstring(
+            '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9"><defs>'
+            f'<clipPath id="{a}"><rect width="1"/></clipPath><clipPath id="{b}"><rect width="2"/></clipPath>'
+            f'</defs><path d="M 1 1" clip-path="url(#{a})"/><path d="M 2 2" clip-path="url(#{b})"/></svg>'
+        )
+        for a, b in ((first, second), ("a", "b"))
+    )
+    assert svg.alone(one, "t", "d") == svg.alone(other, "t", "d")
+
+
 def test_no_colour_of_a_token_is_used_twice():
     ops = [op for group in declared.groups().values() for op in group]
     for parts in (*itertools.combinations(ops, 5), ["new", "newer", "linear", "norm_linear", "other"]):

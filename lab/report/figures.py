@@ -166,6 +166,8 @@ def ceiling_words(run):
 def command(what, ops=(), rows=None, model=None, *flags):
     """The command line that measures these rows again and draws them: `lab bench WHAT NAMES ... && lab report
     ...`."""
+    if rows is not None and "preset" in rows and len(rows):  # of models, whose names say their formats, too
+        ops, flags = dict.fromkeys(rows["preset"]), (*_format_flags(rows), *flags)
     words = ["lab bench", what, *map(shlex.quote, ops)]
     if model:
         words += ["--model", shlex.quote(model)]
@@ -178,6 +180,17 @@ def command(what, ops=(), rows=None, model=None, *flags):
                 shlex.quote(",".join(v if isinstance(v, str) else f"{v:.0f}" for v in values)),
             ]
     return " ".join([*words, *flags, "--out out/again && lab report out/again"])
+
+
+def _format_flags(rows):
+    """The options for the formats of weights that were rounded for the run, and of the KV cache."""
+    rounded = rows[rows["weights"] == "random"] if "weights" in rows else rows
+    formats = list(dict.fromkeys(name.partition(",")[0] or "none" for name in rounded["weight_format"]))
+    if formats and formats != ["none"]:
+        yield f"--weight-format {','.join(formats)}"
+    caches = set(rows["kv_dtype"])
+    if len(caches) == 1 and caches != {""}:
+        yield f"--kv-dtype {caches.pop()}"
 
 
 def names(backends):

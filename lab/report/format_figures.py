@@ -308,7 +308,7 @@ def accuracy(run, model):
 def _timed(run, rows):
     """(rows of tokens with plain weights, those in the formats of accuracy rows with their `format` and
     `kl`): the fastest of each backend at the smallest size."""
-    found = run.model[(run.model["model"] == rows["model"].iloc[0]) & ~run.model["emulated"]]
+    found = run.model[(run.model["preset"] == rows["model"].iloc[0]) & ~run.model["emulated"]]
     found = found[found["dtype"] == rows["dtype"].iloc[0]]
     if not len(found):
         return found, found.assign(format=[], kl=[])

@@ -236,6 +236,8 @@ class Stored:
                 for notice in _about_machine(other.run())
                 if notice not in own
             ]
+        for frame in (run.model, run.divided, run.ledger, run.inside):
+            _name_by_format(frame)
         run.foreign = [r for r in _foreign(self.path) if run.env is not None and r.gpu == run.env.gpu]
         _mark_untuned(run, by_kind["op"], by_kind["fairness"])
         _drop_failures(run)
@@ -343,6 +345,17 @@ def _frame(rows, kind):
     frame = pd.DataFrame(data, columns=columns)
     frame["suspect"] = False
     return frame
+
+
+def _name_by_format(frame):
+    """Makes the name in `model` say the formats of weights and KV cache that are not in the dtype: steps that
+    read other bytes are another model to all pictures. `preset` keeps the name without."""
+    frame["preset"] = frame["model"]
+    said = [
+        ", ".join(filter(None, [r.weight_format, r.kv_dtype and f"KV cache {r.kv_dtype}"]))
+        for r in frame[["weight_format", "kv_dtype"]].itertuples()
+    ]
+    frame["model"] = [f"{name} ({words})" if words else name for name, words in zip(frame["preset"], said)]
 
 
 def _mark_untuned(run, op_rows, fairness):

@@ -99,6 +99,11 @@ def headline(run):
     )
 
 
+def _in_lines(model):
+    """The name of a model, and below it the formats of its weights."""
+    return "\n".join(short(line, 26) for line in model.replace(" (", "\n(").splitlines())
+
+
 def overview(run):
     """Bars of every model's token: best CUDA, best Triton, best peer, with the bandwidth floor."""
     found = []
@@ -147,7 +152,7 @@ def overview(run):
                 linewidth=1.4,
                 label="bandwidth floor",
             )
-        ax.set_yticks(range(len(order)), [short(m, 16) for m in order])
+        ax.set_yticks(range(len(order)), [_in_lines(m) for m in order])
         ax.set_ylim(len(order) - 0.45, -0.55)
         ax.set_xlim(0, scaled["us"].max() * 1.3)
         ax.grid(axis="y", visible=False)

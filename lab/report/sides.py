@@ -37,15 +37,13 @@ def main_model(run):
 
 
 def series(run, model):
-    """The rows of one model without overrides, in its main dtype, with plain weights or else in the first of
-    its weight formats; `series` names the line that each belongs to."""
+    """The rows of one model without overrides, in its main dtype; `series` names the line that each belongs
+    to."""
     rows = run.model[(run.model["model"] == model) & (run.model["overrides"].map(len) == 0)]
     if not len(rows):
         return rows.assign(series=[])
     dtype = next((d for d in ("bf16", "fp16", "fp32") if (rows["dtype"] == d).any()), rows["dtype"].iloc[0])
     rows = rows[rows["dtype"] == dtype]
-    formats = list(rows["weight_format"])
-    rows = rows[rows["weight_format"] == ("" if "" in formats else formats[0])]
     several = [c for c in ("plan", "mode") if rows.loc[rows[c] != "-", c].nunique() > 1]
     told = [[style.backend(r.backend).label, *(getattr(r, c) for c in several)] for r in rows.itertuples()]
     return rows.assign(series=[" ".join(w for w in words if w not in ("", "-")) for words in told])

@@ -65,7 +65,8 @@ def rules(styles):
 
 def _content(root, prefix, styles):
     used = {name for e in root.iter() for v in e.attrib.values() for name in REFERENCE.findall(v)}
-    ids = sorted({e.get("id") for e in root.iter()} & used)
+    # In their order in the picture: matplotlib's ids are new each time.
+    ids = dict.fromkeys(e.get("id") for e in root.iter() if e.get("id") in used)
     names = {name: f"{prefix}-{i}" for i, name in enumerate(ids)}
     return "".join(_element(e, names, styles) for e in root)
 
