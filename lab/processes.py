@@ -1,5 +1,5 @@
 """Processes with limits: what a process has started, the memory that it takes, and a command that is ended at
-a limit of its time or its memory. Imports nothing but the standard library, for setup.py.
+a limit of its time, its memory or its output. Imports nothing but the standard library, for setup.py.
 """
 
 from __future__ import annotations
@@ -8,10 +8,12 @@ import contextlib
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
-LOOK_SECONDS = 0.2  # how often the memory of a process that has a limit is read
+LOOK_SECONDS = 0.2  # how often the memory and the output of a command are looked at
+MOST_OUTPUT = 64 << 20  # bytes; what a compiler says of a thousand errors takes 1 MiB
 
 
 class OverLimit(Exception):
@@ -29,34 +31,38 @@ def run_group(
     """(exit status, output) of a command that runs in `folder`. What it has started ends with it, when this
     process is interrupted, too.
 
-    Raises OverLimit if it has not ended after `timeout` seconds, or takes, with what it has started, more
-    than `memory` bytes that are neither shared nor a file's. None means no limit.
+    Raises OverLimit if it has not ended after `timeout` seconds, takes, with what it has started, more than
+    `memory` bytes that are neither shared nor a file's, or prints more than MOST_OUTPUT. None means no limit.
     """
     begin = time.monotonic()
-    with subprocess.Popen(
-        command,
-        cwd=folder,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    ) as process:
+    with (
+        tempfile.TemporaryFile() as output,  # a pipe would be read into this process's memory
+        subprocess.Popen(
+            command,
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        ) as process,
+    ):
         try:
             while True:
-                left = None if timeout is None else max(0.0, begin + timeout - time.monotonic())
-                look = None if memory is None else LOOK_SECONDS
-                wait = min((seconds for seconds in (left, look) if seconds is not None), default=None)
+                left = LOOK_SECONDS if timeout is None else max(0.0, begin + timeout - time.monotonic())
+                status = None
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    said, _ = process.communicate(timeout=wait)
-                    return process.returncode, said
+                    status = process.wait(min(left, LOOK_SECONDS))
+                if os.fstat(output.fileno()).st_size > MOST_OUTPUT:
+                    raise OverLimit(f"printed more than {MOST_OUTPUT >> 20} MiB")
+                if status is not None:
+                    break
                 if timeout is not None and time.monotonic() - begin >= timeout:
                     raise OverLimit(f"took more than {timeout:g} s (--timeout)")
-                pids = [process.pid, *descendants(process.pid)]
-                if memory is not None and anonymous_bytes(pids) > memory:
+                if memory is not None and anonymous_bytes([process.pid, *descendants(process.pid)]) > memory:
                     raise OverLimit(f"took more than {memory / 2**30:g} GiB of memory (--memory)")
+            output.seek(0)
+            return status, output.read().decode(errors="replace")
         finally:
             end(process.pid)
 
