@@ -85,3 +85,11 @@ def test_crossover_names_the_fastest_whole_token_and_how_to_use_its_table(tmp_pa
     assert f"--dispatch {table}" in out
     assert json.loads(table.read_text())["linear"][0]["backend"] == "cuda"
     assert compare.open_run(tmp_path).rows
+
+
+def test_crossover_of_a_run_without_ops_says_so(tmp_path, capsys):
+    with schema.Writer(tmp_path) as writer:
+        writer.append(schema.Env("r", "before", "cuda"), step("cuda", "fused", 5300.0))
+    for more in ((), ("--export", str(tmp_path / "table.json"))):
+        assert cli.main(["bench", "crossover", "--out", str(tmp_path), *more]) == 2
+        assert "has no op records of a model: run `lab bench ops` first" in capsys.readouterr().err

@@ -151,10 +151,10 @@ def main(args):
     for line in notices:
         print(line, file=sys.stderr)
     models = args.names or sorted({m for r in rows if r.kind == "op" for m in r.models})
+    if not models:
+        raise LabError(f"{args.out} has no op records of a model: run `lab bench ops` first")
     if args.export and len(models) != 1:
-        raise LabError(
-            f"--export writes the table of one model: name it ({', '.join(models) or 'none recorded'})"
-        )
+        raise LabError(f"--export writes the table of one model: name it ({', '.join(models)})")
     dtypes = {r.dtype for r in rows if r.kind == "op"}
     dtype = args.dtype or next((d for d in ("bf16", "fp16", "fp32") if d in dtypes), "bf16")
     if env.device != "cuda":
