@@ -18,6 +18,7 @@ from lab.errors import LabError
 from lab.files import write_whole
 from lab.harness import untuned
 from lab.harness.shapes import preset
+from lab.names import known
 from lab.ops import OPS
 from lab.records import compare
 from lab.text import columns
@@ -144,9 +145,24 @@ def table(found):
     return dict(out)
 
 
+MEASURING = (  # options of `lab bench` that say what to measure
+    *("model", "backend", "batch", "context", "device", "plan", "weights_as", "quantise", "quantise_head"),
+    *("weight_format", "kv_dtype", "tensor_parallel", "quick", "seconds", "budget_minutes", "fresh"),
+    *("no_vendor", "no_compile", "swap", "ladder"),
+)
+
+
 def main(args):
     """`lab bench crossover [MODEL ...] --out DIR [--export FILE]`: prints the cells of the last run in
     DIR."""
+    for option in MEASURING:
+        if getattr(args, option):
+            raise LabError(
+                f"lab bench crossover measures nothing: it takes MODEL, --out, --dtype and --export, not "
+                f"--{option.replace('_', '-')}"
+            )
+    if args.dtype:
+        known(args.dtype, list(DTYPES), "dtype")
     rows, env, notices, _ = compare.open_run(args.out)
     for line in notices:
         print(line, file=sys.stderr)
