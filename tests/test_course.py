@@ -90,6 +90,11 @@ def test_it_knows_where_the_learner_is(capsys):
     right = lessons.value(*lessons.PLACEHOLDER.fullmatch(COURSE[1].goal[1]).groups())
     assert main(["learn", "check", "--answer", f"{right * 1.05:.0f}"]) == 0
     assert COURSE[1].shown("Explanation") in capsys.readouterr().out
+    assert main(["learn", "check", "1"]) == 0  # what was accepted counts until another answer is given
+    assert "not yet" not in capsys.readouterr().out
+    assert main(["learn", "check", "1", "--answer", "500"]) == 1
+    assert "done" not in capsys.readouterr().out
+    assert main(["learn", "check", "1", "--answer", f"{right * 0.95:.0f}"]) == 0
     assert main(["learn"]) == 0
     assert "next: lab learn 2\n" in capsys.readouterr().out
 
@@ -126,6 +131,11 @@ def test_a_kernel_of_ones_own(tmp_path, monkeypatch, capsys):
     assert course.main(args) == 0
     assert called[2][1] is sys.stderr  # what `lab try` says is not among the JSON
     assert json.loads(capsys.readouterr().out)["done"] == 1
+    assert "--timeout" not in called[2][0]
+    assert (
+        course.main(cli.parse(["learn", "check", "13", "--file", "mine.py", "--timeout", "7"], "learn")) == 0
+    )
+    assert called[3][0][-2:] == ["--timeout", "7"]
 
 
 @pytest.mark.parametrize(
@@ -135,6 +145,9 @@ def test_a_kernel_of_ones_own(tmp_path, monkeypatch, capsys):
         (["learn", "--hint"], "which lesson?"),
         (["learn", "1", "--answer", "3"], "go with check"),
         (["learn", "check", "--json", "--answer", "3"], "are for one lesson"),
+        (["learn", "check", "2", "--answer", "3"], "lesson 2 does not ask for --answer"),
+        (["learn", "check", "1", "--file", "mine.py", "--json"], "lesson 1 does not ask for --file"),
+        (["learn", "1", "--timeout", "3"], "--timeout goes with check"),
         (["learn", "1", "--predict", " "], "cannot be empty"),
         (["explain", "--glossary", "splitt"], "did you mean split"),
         (["explain"], "which op?"),

@@ -83,6 +83,14 @@ def test_files_ask_and_answer(name, language):
     assert len(hints.of(name, language)) == 3
 
 
+def test_printed_path_opens_the_copy_from_any_folder(monkeypatch, tmp_path, capsys):
+    copy = exercises.copy_of("counter", "cuda")
+    for folder, printed in ((tmp_path, "copies/cuda/counter.cu"), (exercises.ROOT, str(copy))):
+        monkeypatch.chdir(folder)
+        assert main(["exercise", "counter", "--language", "cuda"]) == 0
+        assert capsys.readouterr().out.splitlines()[0] == f"[cuda] {printed}"
+
+
 def test_every_file_is_of_an_exercise():
     for language in exercises.LANGUAGES:
         one = exercises.file_of("barrier", language)
@@ -116,6 +124,7 @@ MUTANTS = [  # changes of a solution, or of the exercise itself, that mend nothi
     ),
     ("counter", "triton", "exercise", "ticket == PROGRAMS - 1", "ticket % PROGRAMS == 0"),
     ("bank_conflict", "triton", "solution", "R, C = 32, 32", "R, C = 1, 32"),
+    ("page_lookup", "triton", "solution", "t // page_size, mask=t < tokens, other=0)", "t // page_size)"),
 ]
 
 

@@ -335,6 +335,13 @@ def test_sizes_that_are_not_given_are_those_of_the_default(name, words, sizes):
     assert call.arguments(find(name), "bf16", sizes)
 
 
+@pytest.mark.parametrize("name, words", [("rmsnorm", ["rows=0"]), ("linear", ["k=0"])])
+def test_a_call_without_elements_is_refused(name, words):
+    sizes = command.sizes_of(find(name), SimpleNamespace(case=None, sizes=words, weight_format=None))
+    with pytest.raises(LabError, match=f"{name} has nothing to do at these sizes"):
+        call.arguments(find(name), "bf16", sizes)
+
+
 def test_a_call_with_packed_weights():
     """The kernel that is shown is that of the format, though no weights are rounded for it."""
     for name, matrix in (("linear", "w"), ("norm_linear_silu_mul", "w"), ("embedding", "table")):

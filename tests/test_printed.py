@@ -85,3 +85,23 @@ def test_crossover_names_the_fastest_whole_token_and_how_to_use_its_table(tmp_pa
     assert f"--dispatch {table}" in out
     assert json.loads(table.read_text())["linear"][0]["backend"] == "cuda"
     assert compare.open_run(tmp_path).rows
+
+
+def test_crossover_of_a_run_without_ops_says_so(tmp_path, capsys):
+    with schema.Writer(tmp_path) as writer:
+        writer.append(schema.Env("r", "before", "cuda"), step("cuda", "fused", 5300.0))
+    for more in ((), ("--export", str(tmp_path / "table.json"))):
+        assert cli.main(["bench", "crossover", "--out", str(tmp_path), *more]) == 2
+        assert "has no op records of a model: run `lab bench ops` first" in capsys.readouterr().err
+
+
+def test_crossover_refuses_what_it_would_not_read(capsys):
+    for words, said in (
+        (["crossover", "--batch", "1"], "it takes MODEL, --out, --dtype and --export, not --batch"),
+        (["crossover", "--weight-format", "fp8"], "not --weight-format"),
+        (["crossover", "--dtype", "fp8"], "unknown dtype 'fp8'"),
+        (["ops", "--export", "table.json"], "--export is of `lab bench crossover`"),
+    ):
+        assert cli.main(["bench", *words]) == 2
+        err = capsys.readouterr().err
+        assert said in err and err.count("\n") == 1

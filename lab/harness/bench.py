@@ -101,6 +101,8 @@ def request_of(args):
 def main(args):
     if args.what == "crossover":
         return crossover.main(args)
+    if args.export:
+        raise LabError("--export is of `lab bench crossover`")
     if args.tensor_parallel is not None and args.what not in ("exchange", "model"):
         raise LabError("--tensor-parallel is of `lab bench model` and `lab bench exchange`")
     counts = set(numbers(args.tensor_parallel)) if args.tensor_parallel else set()

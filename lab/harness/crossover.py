@@ -18,6 +18,7 @@ from lab.errors import LabError
 from lab.files import write_whole
 from lab.harness import untuned
 from lab.harness.shapes import preset
+from lab.names import known
 from lab.ops import OPS
 from lab.records import compare
 from lab.text import columns
@@ -144,17 +145,32 @@ def table(found):
     return dict(out)
 
 
+MEASURING = (  # options of `lab bench` that say what to measure
+    *("model", "backend", "batch", "context", "device", "plan", "weights_as", "quantise", "quantise_head"),
+    *("weight_format", "kv_dtype", "tensor_parallel", "quick", "seconds", "budget_minutes", "fresh"),
+    *("no_vendor", "no_compile", "swap", "ladder"),
+)
+
+
 def main(args):
     """`lab bench crossover [MODEL ...] --out DIR [--export FILE]`: prints the cells of the last run in
     DIR."""
+    for option in MEASURING:
+        if getattr(args, option):
+            raise LabError(
+                f"lab bench crossover measures nothing: it takes MODEL, --out, --dtype and --export, not "
+                f"--{option.replace('_', '-')}"
+            )
+    if args.dtype:
+        known(args.dtype, list(DTYPES), "dtype")
     rows, env, notices, _ = compare.open_run(args.out)
     for line in notices:
         print(line, file=sys.stderr)
     models = args.names or sorted({m for r in rows if r.kind == "op" for m in r.models})
+    if not models:
+        raise LabError(f"{args.out} has no op records of a model: run `lab bench ops` first")
     if args.export and len(models) != 1:
-        raise LabError(
-            f"--export writes the table of one model: name it ({', '.join(models) or 'none recorded'})"
-        )
+        raise LabError(f"--export writes the table of one model: name it ({', '.join(models)})")
     dtypes = {r.dtype for r in rows if r.kind == "op"}
     dtype = args.dtype or next((d for d in ("bf16", "fp16", "fp32") if d in dtypes), "bf16")
     if env.device != "cuda":

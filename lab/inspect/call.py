@@ -50,6 +50,8 @@ def arguments(op, dtype, sizes):
     if sizes.get("format") is not None:
         args = packed(op, args, sizes["format"], DTYPES[dtype])
     op.validate(*args)
+    if any(isinstance(value, torch.Tensor) and value.numel() == 0 for value in args):
+        raise LabError(f"{op.name} has nothing to do at these sizes: a tensor has no elements")
     return args
 
 

@@ -14,6 +14,8 @@ from lab.errors import LabError
 from lab.learn import exercises, lessons, progress
 from lab.learn.lessons import Lesson
 
+TIMEOUT = 60.0  # seconds that a call of an exercise may take
+
 
 def add_arguments(parser):
     from lab.arguments import seconds
@@ -35,7 +37,10 @@ def add_arguments(parser):
         "--json", action="store_true", help="with check: results as JSON; without a number, of every lesson"
     )
     parser.add_argument(
-        "--timeout", type=seconds, default=60.0, metavar="SECONDS", help="time limit of a call (default 60)"
+        "--timeout",
+        type=seconds,
+        metavar="SECONDS",
+        help="with check: time limit of a call (default 60; of your own kernel that of `lab try`)",
     )
 
 
@@ -54,14 +59,23 @@ def main(args) -> int:
         raise LabError("which lesson? lab learn N --predict TEXT, lab learn N --hint")
     if checking and args.json and not words and (args.answer is not None or args.file):
         raise LabError("--answer and --file are for one lesson: lab learn check N --json --answer NUMBER")
-    if checking and args.json:
-        return report([course[int(words[0])]] if words else list(course.values()), args)
+    if not checking and args.timeout is not None:
+        raise LabError("--timeout goes with check: lab learn check [N]")
+    if checking and args.json and not words:
+        return report(list(course.values()), args)
     if not words and not checking:
         return show_list(course)
     lesson = course[int(words[0])] if words else current(course)
-    if checking:
-        return 0 if check(lesson, args) else 1
-    return show(lesson, args)
+    if not checking:
+        return show(lesson, args)
+    for option, value, goal in (("--answer", args.answer, "Answer"), ("--file", args.file, "Try")):
+        if value is not None and lesson.goal[0] != goal:
+            raise LabError(
+                f"lesson {lesson.number} does not ask for {option}: see `lab learn {lesson.number}`"
+            )
+    if args.json:
+        return report([lesson], args)
+    return 0 if check(lesson, args) else 1
 
 
 # ---- where the learner is ----------------------------------------------------------------------------------
@@ -159,13 +173,12 @@ def check(lesson: Lesson, args) -> bool:
         for name in lesson.exercises:
             open_ones = [l for l in exercises.LANGUAGES if f"{name}/{l}" not in known]
             if open_ones:
-                exercises.check_and_tell(name, open_ones, args.timeout, as_json=False)
-    else:
+                exercises.check_and_tell(name, open_ones, args.timeout or TIMEOUT, as_json=False)
+    elif given(args) or not done(lesson, progress.load()):
         wrong = wrong_with(lesson, args)
+        note(lesson, solved=wrong is None)
         if wrong:
             print(f"lesson {lesson.number}: not yet: {wrong}")
-        else:
-            note(lesson, solved=True)
     solved = done(lesson, progress.load())
     if solved:
         course = lessons.all_lessons()
@@ -173,6 +186,11 @@ def check(lesson: Lesson, args) -> bool:
         write(f"lesson {lesson.number}: done ✓\n\n{lesson.shown('Explanation')}")
         print(f"\nnext: lab learn {after.number}" if after else "\nThat was the last lesson.")
     return solved
+
+
+def given(args) -> bool:
+    """Whether an answer or a file came with the call; otherwise one that was accepted earlier counts."""
+    return args.answer is not None or args.file is not None
 
 
 def wrong_with(lesson: Lesson, args) -> str | None:
@@ -185,6 +203,8 @@ def wrong_with(lesson: Lesson, args) -> str | None:
     if args.file is None:
         return f"name your kernel: lab learn check {lesson.number} --file FILE"
     words = [sys.executable, "-m", "lab", "try", args.file, "--op", what, "--check-only"]
+    if args.timeout is not None:
+        words += ["--timeout", f"{args.timeout:g}"]
     status = subprocess.run(words, stdout=sys.stderr if args.json else None).returncode
     return None if status == 0 else f"`lab try {args.file} --op {what}` does not accept it"
 
@@ -199,13 +219,12 @@ def report(chosen: list[Lesson], args) -> int:
             for language in exercises.LANGUAGES:
                 key = f"{name}/{language}"
                 if key not in wrong_of:
-                    wrong_of[key] = failure(name, language, args.timeout)
+                    wrong_of[key] = failure(name, language, args.timeout or TIMEOUT)
                 wrong[key] = wrong_of[key]
         if lesson.goal[0] == "Solve":
             solved = not any(wrong.values())
         else:
-            given = args.answer is not None if lesson.goal[0] == "Answer" else args.file is not None
-            if given:
+            if given(args):
                 wrong["exercise"] = wrong_with(lesson, args)
                 note(lesson, solved=wrong["exercise"] is None)
             solved = done(lesson, progress.load())

@@ -54,8 +54,9 @@ def copy_of(name: str, language: str) -> Path:
 
 
 def shown(path: Path) -> str:
-    """A path as it is printed: from the checkout on, if it lies there."""
-    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+    """A path as it is printed: one that opens the file from the current folder."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def file_of(name: str, language: str) -> Path:

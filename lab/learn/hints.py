@@ -57,7 +57,8 @@ HINTS = {
     "page_lookup": (
         "With pages of 16, which page holds token 20, and which page does its tile look up?",
         "The lookup uses the first token of the tile. Each lane, or element, has a token of its own.",
-        "The index into the table must be t / page_size instead of t0 / page_size.",
+        "The index into the table must be t / page_size instead of t0 / page_size, and only a token below "
+        "the length has an entry there.",
     ),
     "grouped_queries": (
         "Count the loads of key 0 over the whole kernel.",
