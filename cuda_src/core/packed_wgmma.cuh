@@ -1,4 +1,5 @@
-// Matrix product of 17 to 64 rows of x (of 8-bit codes 9 to 64) with packed rows of w (formats/) by the tensor cores of Hopper's warpgroups.
+// Matrix product of 17 to 64 rows of x (of 8-bit codes 9 to 64) with packed rows of w (formats/) by the tensor cores
+// of Hopper's warpgroups.
 //
 // As in packed_batch.cuh, but the instruction is wgmma: it takes 64 rows of w from the registers of a warpgroup,
 // where they have just been unpacked, and all rows of x from shared memory, which so costs no loads. For formats
@@ -55,8 +56,8 @@ struct PackedWgmma : PackedBlock<T_, F, C_> {
   using Base::rows, Base::segments, Base::shared, Base::t, Base::w, Base::warp, Base::x;
   using typename Base::C, typename Base::L, typename Base::Scales, typename Base::T;
   static_assert(Base::kSegments == 1 && kWholeSegments<F>, "a chunk is one segment, with one scale");
-  static constexpr int kAhead =
-      C_::kStages - 1;    // a stage of x is filled so many chunks before it is multiplied
+  // A stage of x is filled so many chunks before it is multiplied.
+  static constexpr int kAhead = C_::kStages - 1;
   UnitWords<F> words[2];  // of rows g and g + 8
   Scales scales[2];
 

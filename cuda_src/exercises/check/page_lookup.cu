@@ -8,7 +8,7 @@ int main() {
   constexpr int kLength = 75;
   for (int page_size : {64, 32, 16, 8}) {
     const int pages = (kLength + page_size - 1) / page_size;
-    std::vector<int> table(pages);  // no page beyond those: AddressSanitizer and NaN would tell
+    std::vector<int> table(pages);  // no page beyond those
     std::vector<float> cache(2 * pages * page_size, -1.f), out(kLength, -1.f);
     for (int p = 0; p < pages; ++p) table[p] = 2 * (pages - 1 - p) + 1;
     for (int t = 0; t < kLength; ++t) cache[table[t / page_size] * page_size + t % page_size] = float(t);
