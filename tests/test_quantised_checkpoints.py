@@ -152,6 +152,12 @@ DAMAGE = {
         at_zero(torch.nan),
         r"down_proj.weight has scales that are NaN",
     ),
+    "a scale whose largest weight is beyond float32": (
+        made.fp8,
+        "weight_scale",
+        at_zero(3e38),
+        r"down_proj.weight has a scale above 8e\+35",
+    ),
     "a scale that is inf": (
         made.pack_quantized,
         "weight_scale",

@@ -219,7 +219,8 @@ class _Config:
         if value is None and default is not ...:
             return default
         if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
-            raise LabError(f"{self.where}: {key} is {quoted(value)}; expected {kind.__name__}")
+            wanted = "an object" if kind is Mapping else kind.__name__
+            raise LabError(f"{self.where}: {key} is {quoted(value)}; expected {wanted}")
         return value
 
     def require(self, key: str, kind, *wanted, default=...):

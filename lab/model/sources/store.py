@@ -16,6 +16,9 @@ class Stored:
     format: str | None = None  # of lab.formats.FORMATS, which holds it exactly; None: plain, or there is none
 
 
+LARGEST_CODE = 448.0  # of all formats: of float8 e4m3
+
+
 def check_shape(shape, wanted, name: str, where: str) -> None:
     """Raises LabError where a tensor of a file has another shape than the model asks for."""
     if tuple(shape) != tuple(wanted):
@@ -23,9 +26,13 @@ def check_shape(shape, wanted, name: str, where: str) -> None:
 
 
 def check_scales(scales: torch.Tensor, name: str, where: str) -> None:
-    """Raises LabError for scales, minima or zeros of a quantised tensor that are not numbers."""
+    """Raises LabError for scales, minima or zeros of a quantised tensor that are not numbers, or so large that
+    a weight could be beyond float32."""
     if not torch.isfinite(scales).all():
         raise LabError(f"{where}: tensor {name} has scales that are NaN or inf; the file is mangled")
+    if scales.numel() and not torch.isfinite(scales.abs().amax().float() * LARGEST_CODE):
+        most = torch.finfo(torch.float32).max / LARGEST_CODE
+        raise LabError(f"{where}: tensor {name} has a scale above {most:.1g}; the file is mangled")
 
 
 def kv_scales_of(source) -> list[tuple[float, float]] | None:
