@@ -26,8 +26,8 @@ def check_shape(shape, wanted, name: str, where: str) -> None:
 
 
 def check_scales(scales: torch.Tensor, name: str, where: str) -> None:
-    """Raises LabError for scales, minima or zeros of a quantised tensor that are not numbers, or so large that
-    a weight could be beyond float32."""
+    """Raises LabError for scales, minima or zeros of a quantised tensor that are not numbers, or so large
+    that a weight could be beyond float32."""
     if not torch.isfinite(scales).all():
         raise LabError(f"{where}: tensor {name} has scales that are NaN or inf; the file is mangled")
     if scales.numel() and not torch.isfinite(scales.abs().amax().float() * LARGEST_CODE):
