@@ -43,7 +43,13 @@ ALONE = {"norm_linear": dict(batch=12, n=40, k=37)}
 # still multiplies. In the shapes of a GPU. (linear_add: an odd number of columns: 4 rows are staged.)
 PARTS_OF_X = {
     "linear_add": dict(batch=2, n=8, k=6203),
-    "norm_linear_silu_mul": dict(batch=16, n=8, k=4160, format="int8"),
+    "norm_linear_silu_mul": dict(batch=16, n=8, k=4160, format="int8-g32"),
+}
+# Packed weights by warpgroups, in the blocks of a cluster, rings of x more than once around: formats with
+# scales by group, in one segment (four runs of columns) and in two.
+WARPGROUPS = {
+    "linear": dict(batch=17, n=8, k=5000, format="int4-g128-zero"),
+    "norm_linear_silu_mul": dict(batch=17, n=8, k=2600, format="fp8-g128"),
 }
 MORE = {
     "sample": dict(batch=2, vocab=1030, temperature=1.3, top_k=50, top_p=0.8, seed=1),
@@ -144,7 +150,9 @@ def inside(extension: Path, ops: list[str]) -> int:
             if ops and op.name not in ops:
                 continue
             sizes = [
-                extra[op.name] for extra in (TICKETS, CLUSTERS, ALONE, PARTS_OF_X, MORE) if op.name in extra
+                extra[op.name]
+                for extra in (TICKETS, CLUSTERS, ALONE, PARTS_OF_X, WARPGROUPS, MORE)
+                if op.name in extra
             ]
             for one in [*sizes, *(c.sizes for c in small(op))]:
                 check(f"{op.name} ({shapes} shapes)", op, planted.bind(op, module), op.dtypes[-1], one)

@@ -7,9 +7,11 @@ import torch
 from test_fused import decode
 from test_persistent import agree
 
+from lab import extension
 from lab.check import check_case
 from lab.dispatch import select
 from lab.formats import FORMATS
+from lab.formats.operand import of_random
 from lab.model.sampling import Sampling
 from lab.ops import find
 
@@ -31,6 +33,7 @@ PACKED = {
     "three blocks of outputs": dict(batch=23, n=704, k=256),
     "a k of no whole vectors": dict(batch=33, n=20, k=1101),
     "up to 16 rows, a cluster shares k": dict(batch=11, n=304, k=2200),
+    "up to 16 rows, no cluster": dict(batch=11, n=1800, k=200),
 }
 LONG = {
     "a merge of several splits": dict(q_heads=8, kv_heads=2, head_dim=128, splits=4),
@@ -76,6 +79,24 @@ def test_tensor_cores_before_hopper(name, why, check, monkeypatch):
 @pytest.mark.parametrize("name", ("linear", "norm_linear_silu_mul"))
 def test_many_rows_of_x_and_packed_weights(name, why, format, check):
     check(find(name), torch.bfloat16, dict(PACKED[why], format=format))
+
+
+@pytest.mark.parametrize(
+    "multiprocessors, n, k, blocks, cluster",
+    [(132, 6144, 1024, 24, 4), (132, 8192, 1024, 32, 3), (132, 28672, 1024, 112, 1), (4, 136, 5000, 1, 4)],
+)
+def test_a_cluster_shares_k_where_blocks_are_few(multiprocessors, n, k, blocks, cluster):
+    """The last one: as the cases above are emulated."""
+    w = of_random(torch.ones(n, k), "int4-g128")
+    host = extension.load("_host")
+    host.record_launches(multiprocessors, 9)
+    try:
+        select("cuda", "cpu", {"linear": "cuda"}).linear(torch.ones(33, k, dtype=torch.bfloat16), w)
+    finally:
+        (launch,) = host.take_launches()
+        host.record_launches(0)
+    assert launch["kernel"] == "linear_packed_kernel"
+    assert (launch["grid"][0], launch["cluster"]) == (blocks * cluster, cluster)
 
 
 @pytest.mark.parametrize("format", FORMATS)

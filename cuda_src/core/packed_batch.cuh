@@ -11,7 +11,7 @@
 
 namespace lab {
 
-constexpr int kMostRanks = 8;  // blocks of a cluster
+constexpr int kMostRanks = 4;  // blocks of a cluster
 
 // C: the shape of a launch.
 template <typename T, typename C>
@@ -49,8 +49,6 @@ struct PackedBlock {
   using Scales = typename L::Scales;
   static constexpr int kThreads = C::kThreads, kResident = C::kResident, kOutputs = C::kOutputs, R = C::R;
   static constexpr int kSegments = C::kChunk / L::kColumns;  // of a chunk
-  static constexpr int U =
-      C::chunks_held(F::kBits);  // chunks of codes in registers; one of them is multiplied
 
   typename C::template Smem<T>& shared;
   const T* x;
@@ -335,15 +333,16 @@ struct PackedBatch : PackedBlock<T_, F, C_> {
 
 constexpr int kMostPackedRows = 64;  // of x, in one launch
 
-// Blocks of a cluster: as many as run at once, so that each has two chunks of k or more. They lie in one of the
-// groups into which a GPU divides its multiprocessors: on an H100 8 groups of 14 to 18. (Clusters that find no place
-// begin when others have ended. 8B's o at 64 rows, int4: with 16 clusters of 8 blocks, 21.7 us.)
+// Blocks of a cluster: as many as run at once, each with two chunks of k or more. They lie in one of the groups into
+// which a GPU divides its multiprocessors: on an H100 8 groups of 14 to 18. Clusters that find no place begin when
+// others have ended: 8B's o and down at 64 rows take 25 and 58 us with clusters of 7 blocks, 19 and 47 with 4.
 template <typename C>
 inline unsigned batch_cluster(int outputs, int k) {
   const int blocks = ceil_div(outputs, C::kOutputs), chunks = ceil_div(k, C::kChunk);
+  const int groups = max(multiprocessors() / 16, 1);
   int ranks = 1;
-  for (int more = 2; has_clusters() && more <= 4 && chunks >= 2 * more; ++more) {
-    if (blocks <= multiprocessors() / 16 * (14 / more)) ranks = more;
+  for (int more = 2; has_clusters() && more <= kMostRanks && chunks >= 2 * more; ++more) {
+    if (blocks <= groups * (14 / more)) ranks = more;
   }
   return unsigned(ranks);
 }

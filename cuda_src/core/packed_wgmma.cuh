@@ -13,8 +13,7 @@
 
 namespace lab {
 
-// C: the shape of a launch. What is copied lies in slots that only the thread, or with scales the warp, reads that
-// has copied it. x goes on to a ring of tiles for all; a stage of it is free when all warps have multiplied it.
+// C: the shape of a launch. A slot is read by the thread that filled it; its scales by the warp. x goes on to a ring of tiles for all; a stage of it is free when all warps have multiplied it.
 template <typename T, typename F, typename C>
 struct PackedWgmmaSmem : PackedBatchSmem<T, C> {
   static constexpr int kScaleBytes = F::kGroup ? 8 * Layout<F>::Scales::kBytes : 16;  // of 8 rows in a span
@@ -44,8 +43,9 @@ struct PackedWgmmaShape {
   using Smem = PackedWgmmaSmem<T, F, PackedWgmmaShape>;
 };
 
+// The formats that it takes: a segment has one scale and no minimum, and a lane 16 bytes of its codes.
 template <typename F>
-constexpr bool kWholeSegments = F::kBits != 6 && Layout<F>::kPart == Layout<F>::kColumns;
+constexpr bool kWholeSegments = F::kBits != 6 && !F::kMinimum && Layout<F>::kPart == Layout<F>::kColumns;
 
 template <typename T_, typename F, typename C_>
 struct PackedWgmma : PackedBlock<T_, F, C_> {
