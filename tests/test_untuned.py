@@ -1,13 +1,11 @@
 """A kernel whose settings nobody raced is called untuned wherever its time stands; explain shows one size."""
 
-from types import SimpleNamespace
-
 import pytest
 import synthetic_records as synthetic
 from test_bad_records import op_row
 
 from lab import cli
-from lab.harness import crossover, untuned
+from lab.harness import untuned
 from lab.judge import results
 from lab.records.schema import Env, Fairness, LedgerRow, ModelRow, OpRow, Writer
 from lab.report import fairness, heatmaps, load, model_figures, op_figures, ops, verdict
@@ -157,10 +155,7 @@ def shape_rows(tuned_of_triton, us=20.0, run="r"):
 @pytest.mark.parametrize("config, said", [(True, "triton 640.0"), (False, "triton 640.0 (untuned)")])
 def test_crossover_marks_the_untuned_side(tmp_path, capsys, config, said):
     run_of(tmp_path, *shape_rows(config, us=40.0))
-    assert (
-        crossover.main(SimpleNamespace(out=str(tmp_path), names=["llama-3.2-1b"], export=None, dtype=None))
-        == 0
-    )
+    assert cli.main(["bench", "crossover", "llama-3.2-1b", "--out", str(tmp_path)]) == 0
     assert capsys.readouterr().out.rstrip().endswith(said)
 
 
