@@ -223,9 +223,9 @@ struct PackedWgmma : PackedBlock<T_, F, C_> {
     if (chunk + C::kSlots + 1 == end) pdl_launch_dependents();
   }
 
-  // sums (+)= the chunk of w times that of x, without scales; complete when it returns. a[0]: the first run. While
-  // one run is multiplied, the next one is unpacked, or x is passed on.
-  LAB_DEVICE void multiply_chunk(float (&sums)[C::kTiles][4], uint32_t (&a)[2][2][4], int chunk, bool add) {
+  // sums = the chunk of w times that of x, without scales, or with keep sums += it; complete when it returns. a[0]:
+  // the first run. While one run is multiplied, the next one is unpacked, or x is passed on.
+  LAB_DEVICE void multiply_chunk(float (&sums)[C::kTiles][4], uint32_t (&a)[2][2][4], int chunk, bool keep) {
     const T* columns = shared.x[(chunk - begin) % C::kStages];
     LAB_UNROLL
     for (int run = 0; run < L::kRuns; ++run) {
@@ -234,7 +234,7 @@ struct PackedWgmma : PackedBlock<T_, F, C_> {
       for (int part = 0; part < 2; ++part) {
         const int column = run * kRunColumns + part * 16;
         const T* tile = columns + column / C::kTileColumns * (C::kBatch * C::kTileColumns);
-        wgmma(sums, a[run % 2][part], tile + column % C::kTileColumns, add || run + part > 0);
+        wgmma(sums, a[run % 2][part], tile + column % C::kTileColumns, keep || run + part > 0);
       }
       wgmma_commit();
       if (run + 1 < L::kRuns) {

@@ -1,9 +1,9 @@
-// Tensor-core instructions of a Hopper warpgroup (wgmma), which multiply operands in shared memory; on sm_90a
-// only. On a CPU the same names come from host/wgmma.h.
+// Tensor-core instructions of a Hopper warpgroup (wgmma), which multiply operands in shared memory, the left one
+// also in registers; on sm_90a only. On a CPU the same names come from host/wgmma.h.
 //
-// An operand in shared memory is a tile of rows of 64 elements of half precision (128 bytes). It begins at a multiple of 1024
-// bytes, and the 16-byte chunk c of row r is at place c ^ (r % 8): the "128-byte swizzle", which spreads a
-// column of chunks over all banks.
+// An operand in shared memory is a tile of rows of 64 elements of half precision (128 bytes). It begins at a
+// multiple of 1024 bytes, and the 16-byte chunk c of row r is at place c ^ (r % 8): the "128-byte swizzle", which
+// spreads a column of chunks over all banks.
 #pragma once
 #include "../common.cuh"
 

@@ -1,8 +1,9 @@
 // core/wgmma.cuh's names on a CPU. What each name means, and its arguments, is documented there.
 //
 // The multiplies are carried out when they are waited for. So one that is never waited for is missing from
-// the sums, and a tile that is overwritten before the wait gives NaN. A missing wgmma_publish() is not
-// noticed: the multiply sees all writes.
+// the sums, a tile that is overwritten before the wait gives NaN, and a register that changes before it is an error.
+// A missing wgmma_publish() or wgmma_begin() is not noticed: the multiply sees all writes. Nor is a sum that is read
+// or changed before the wait.
 #pragma once
 #include <cstring>
 
