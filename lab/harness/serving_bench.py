@@ -153,11 +153,12 @@ def _fill(row: ServingRow, rig, weights, count: int) -> None:
     full = [step for step in steps if len(step.contexts) == row.batch]
     if not full:
         raise LabError("no step had all rows full: the sequences are too short")
+    after = [step for step in full if step.after_prefill]
     alike = near_the_median([step for step in full if not step.after_prefill] or full)
     for field, value in timing.summarize([step.us for step in alike]).fields().items():
         setattr(row, field, value)
-    if after := [step.us for step in near_the_median([step for step in full if step.after_prefill])]:
-        row.after_prefill_us = statistics.median(after)
+    if after:
+        row.after_prefill_us = statistics.median(step.us for step in near_the_median(after))
     sum_up(row, steps, queue)
     fill_rows(decoder, alike[len(alike) // 2].contexts)
     graph = timed_step(decoder, "graph")

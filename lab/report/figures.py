@@ -182,10 +182,15 @@ def command(what, ops=(), rows=None, model=None, *flags):
     return " ".join([*words, *flags, "--out out/again && lab report out/again"])
 
 
+def body_format(name):
+    """Of "int4-g128, lm_head int8" what stands before the output head's format."""
+    return name.partition(", lm_head")[0]
+
+
 def _format_flags(rows):
     """The options for the formats of weights that were rounded for the run, and of the KV cache."""
     rounded = rows[rows["weights"] == "random"] if "weights" in rows else rows
-    formats = list(dict.fromkeys(name.partition(",")[0] or "none" for name in rounded["weight_format"]))
+    formats = list(dict.fromkeys(body_format(name) or "none" for name in rounded["weight_format"]))
     if formats and formats != ["none"]:
         yield f"--weight-format {','.join(formats)}"
     caches = set(rows["kv_dtype"])

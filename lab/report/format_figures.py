@@ -8,6 +8,7 @@ from lab.report import style
 from lab.report.figures import (
     Figure,
     amount,
+    body_format,
     command,
     conditions,
     from_zero_or_log,
@@ -64,7 +65,7 @@ def looks(run, formats):
     """{format: its look} of the formats that a picture shows. A format looks the same in all pictures of a
     run; plain weights, which are named by their dtype, are grey."""
     recorded = [*run.packed["weight_format"], *run.accuracy["weight_format"]]
-    every = {name.partition(", lm_head")[0] for name in recorded}
+    every = {body_format(name) for name in recorded}
     order = sorted(every) + [name for name in formats if name not in every]
     markers, found = "osD^vP", {}
     for name in drawn(formats):
@@ -248,13 +249,13 @@ def accuracy(run, model):
     rows = run.accuracy[(run.accuracy["model"] == model) & run.accuracy["kl"].notna()]
     if not len(rows):
         return None
-    rows = rows.assign(format=[name.partition(", lm_head")[0] for name in rows["weight_format"]])
+    rows = rows.assign(format=[body_format(name) for name in rows["weight_format"]])
     rows = rows.sort_values("bytes", ascending=False, kind="stable")
     if rows["format"].duplicated().any():  # with several formats of the output head
         rows = rows.assign(format=rows["weight_format"])
     plain, timed = _timed(run, rows)
     formats = list(rows["format"])
-    asked = ",".join(dict.fromkeys(name.partition(", lm_head")[0] for name in formats))
+    asked = ",".join(dict.fromkeys(body_format(name) for name in formats))
     panels = languages_of(timed) if len(timed) else [None]
     divisor, unit_name = token_unit(timed["us"]) if len(timed) else (1e6, "MB")
     before = rows["bytes_before"].iloc[0]

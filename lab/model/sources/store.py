@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from lab.errors import LabError
+from lab.formats import fp8
 
 
 @dataclass(frozen=True)
@@ -14,9 +15,6 @@ class Stored:
     type: str  # as its file calls it: Q4_1, BF16, AWQ ...
     quantised: bool = False  # in codes and scales, not as numbers
     format: str | None = None  # of lab.formats.FORMATS, which holds it exactly; None: plain, or there is none
-
-
-LARGEST_CODE = 448.0  # of all formats: of float8 e4m3
 
 
 def check_shape(shape, wanted, name: str, where: str) -> None:
@@ -30,8 +28,9 @@ def check_scales(scales: torch.Tensor, name: str, where: str) -> None:
     that a weight could be beyond float32."""
     if not torch.isfinite(scales).all():
         raise LabError(f"{where}: tensor {name} has scales that are NaN or inf; the file is mangled")
-    if scales.numel() and not torch.isfinite(scales.abs().amax().float() * LARGEST_CODE):
-        most = torch.finfo(torch.float32).max / LARGEST_CODE
+    # No format's codes go further than those of fp8.
+    if scales.numel() and not torch.isfinite(scales.abs().amax().float() * fp8.LARGEST):
+        most = torch.finfo(torch.float32).max / fp8.LARGEST
         raise LabError(f"{where}: tensor {name} has a scale above {most:.1g}; the file is mangled")
 
 
