@@ -465,7 +465,8 @@ def compile_unit(unit: Unit, directory: Path) -> tuple[Path, bool]:
     write(target.with_suffix(".made"), json.dumps(record, indent=1))
     seconds = f"{time.time() - start:.1f}"
     write(target.with_suffix(".seconds"), seconds)
-    print(f"  {Path(unit.command[0]).name} {what}  {seconds} s", flush=True)
+    # Threads print here: with its end in the same write, no other's line comes into the middle of this one.
+    print(f"  {Path(unit.command[0]).name} {what}  {seconds} s\n", end="", flush=True)
     return target, True
 
 

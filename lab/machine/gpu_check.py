@@ -102,14 +102,20 @@ def has_model():
 
 
 def run_step(step, out, model):
-    print(f"[{step}] ...", flush=True)
+    say(f"[{step}] ...")
     began = time.monotonic()
     try:
         ok, said = text(out, model) if step == "text" else logged(command(step), out / f"{step}.log")
     except LabError as error:
         ok, said = False, str(error)
-    print(f"[{step}] {'ok' if ok else 'FAILED'} in {time.monotonic() - began:.0f} s: {said}", flush=True)
+    say(f"[{step}] {'ok' if ok else 'FAILED'} in {time.monotonic() - began:.0f} s: {said}")
     return ok
+
+
+def say(line):
+    """Prints a line with its end in the same write: steps run in threads, and print() alone would let another
+    step's line come between the two."""
+    print(f"{line}\n", end="", flush=True)
 
 
 def command(step):
