@@ -34,8 +34,8 @@
 #include "host/cuda_on_cpu.h"
 #define LAB_DEVICE inline
 // LAB_DEVICE_CALL: a function that is called, not inlined.
-// LAB_DEVICE_ONCE: for large functions that a thread calls once: on a CPU they are not inlined, and so compiled once, not once
-// more in each kernel.
+// LAB_DEVICE_ONCE: for large functions that a thread calls once: on a CPU they are not inlined, and so
+// compiled once, not once more in each kernel.
 #define LAB_DEVICE_ONCE inline __attribute__((noinline))
 #define LAB_DEVICE_CALL inline __attribute__((noinline))
 #define LAB_HOST_DEVICE inline

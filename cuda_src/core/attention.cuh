@@ -1,5 +1,5 @@
-// How the attention ops launch: the choice of the core by dtype, what the cache stores, head dim and number of query heads in a
-// group, and the shared memory it needs.
+// How the attention ops launch: the choice of the core by dtype, what the cache stores, head dim and number
+// of query heads in a group, and the shared memory it needs.
 #pragma once
 #include "lane_attention.cuh"
 #include "../launchers/arguments.h"

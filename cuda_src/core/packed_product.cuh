@@ -1,6 +1,6 @@
 // Which way packed weights are multiplied: the choice between packed_rows.cuh (up to 16 rows of x),
-// packed_batch.cuh (up to 64), packed_wgmma.cuh (the same on Hopper, and 9 to 16 of 8-bit codes) and packed_stream.cuh
-// (float32, and on a CPU).
+// packed_batch.cuh (up to 64), packed_wgmma.cuh (the same on Hopper, and 9 to 16 of 8-bit codes) and
+// packed_stream.cuh (float32, and on a CPU).
 //
 // They are classes with the same functions, so that an op has one kernel for packed weights:
 //

@@ -13,7 +13,8 @@
 
 namespace lab {
 
-// C: the shape of a launch. A slot is read by the thread that filled it; its scales by the warp. x goes on to a ring of tiles for all; a stage of it is free when all warps have multiplied it.
+// C: the shape of a launch. A slot is read by the thread that filled it; its scales by the warp. x goes on to
+// a ring of tiles for all; a stage of it is free when all warps have multiplied it.
 template <typename T, typename F, typename C>
 struct PackedWgmmaSmem : PackedBatchSmem<T, C> {
   static constexpr int kScaleBytes = F::kGroup ? 8 * Layout<F>::Scales::kBytes : 16;  // of 8 rows in a span
