@@ -109,6 +109,8 @@ def test_the_summary_shows_the_pictures_that_are_files_and_the_warning(folder):
     assert "verdict.svg" in summary and "utilisation.svg" in summary and "-latency.svg" in summary
     assert re.search(r"^\| linear qkv \| .*CUDA 1.\d\d×", summary, re.M)  # who wins where, as a table
     assert "> **Warning**: Synthetic records" in summary and "Emulated on a CPU" in summary
+    conditions = re.findall(r"^(?:EMULATED on )?Synthetic (?:GPU|CPU).* · n \d+", summary, re.M)
+    assert len(conditions) >= len(shown)  # said beside each picture
 
 
 def test_emulated_runs_claim_no_bandwidth(tmp_path, undrawn):

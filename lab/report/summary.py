@@ -51,8 +51,8 @@ def _shown(one):
         figure, lines = one.figure, [f"![{markdown(one.figure.alt)}]({one.file})"]
     else:
         figure, lines = one, grid_markdown(one)
-    reading = [markdown(figure.reading), ""] if figure.reading else []
-    return [f"**{markdown(figure.title)}**", "", *lines, "", *reading, f"`{_code(figure.command)}`", ""]
+    said = [line for text in (figure.reading, figure.conditions) if text for line in (markdown(text), "")]
+    return [f"**{markdown(figure.title)}**", "", *lines, "", *said, f"`{_code(figure.command)}`", ""]
 
 
 def _code(text):
