@@ -19,7 +19,8 @@ def of(op, backend, rows, itemsize, shape, format=None):
     if backend not in op.spaces:
         return []
     if format is not None:
-        return packed(rows, itemsize) if backend == "triton" else []
+        n = shape["n"] if op.name in SPLIT_PRODUCTS else None
+        return packed(rows, itemsize, n) if backend == "triton" else []
     return op.spaces[backend](rows, itemsize, **shape)
 
 
@@ -142,9 +143,13 @@ def basic_linear(rows, itemsize, n, k):
     return found
 
 
-def packed(rows, itemsize):
+SPLIT_PRODUCTS = ("linear", "linear_add", "norm_linear")  # whose packed weights may be narrow
+
+
+def packed(rows, itemsize, n=None):
     """For core/packed_rows.py: how many rows of w a program takes, and how many segments of 64 bytes of each
-    at once. With several segments every warp multiplies its own."""
+    at once. With several segments every warp multiplies its own. n: rows of w, where programs may also divide
+    k (core/packed_splits.py)."""
     if itemsize == 4:
         return [
             dict(BLOCK_N=block_n, SEGMENTS=1, STAGES=stages, num_warps=warps)
@@ -158,12 +163,19 @@ def packed(rows, itemsize):
     if rows > 8:
         shapes += [(block_n, 1, warps) for block_n, warps in itertools.product((32, 64, 128), (4, 8))]
     x = max(power_of_two(rows), 8) * 128 * itemsize  # bytes of a segment's columns, which are 128 at most
-    return [
+    found = [
         dict(BLOCK_N=block_n, SEGMENTS=segments, STAGES=stages, num_warps=warps)
         for (block_n, segments, warps), stages in itertools.product(shapes, (2, 3, 4, 5, 6))
         if block_n * 64 * segments * (stages - 1) >= 8 << 10
         and (block_n * 64 + x) * segments * (stages - 1) <= SHARED_BYTES
     ]
+    if n is not None and rows > 16:
+        found += [
+            dict(base, SPLITS=splits)
+            for base, splits in itertools.product(found, (2, 3, 4, 6, 8))
+            if base["SEGMENTS"] == 1 and 108 <= -(-n // base["BLOCK_N"]) * splits <= 4 * 132
+        ]
+    return found
 
 
 def attention(rows, itemsize, head_dim, **sizes):

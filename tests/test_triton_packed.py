@@ -13,7 +13,7 @@ from lab.contract import Rand
 from lab.formats import FORMATS, PackedMatrix, q4_k, q6_k
 from lab.ops import linear, linear_add, norm_linear, norm_linear_argmax, norm_linear_silu_mul
 from triton_kernels import offline, settings
-from triton_kernels.common import launch, recording
+from triton_kernels.common import launch, recording, set_trace, take_trace
 from triton_kernels.core.packed_rows import first_lines
 from triton_kernels.embedding import embedding
 from triton_kernels.linear import linear as run_linear
@@ -89,6 +89,26 @@ def test_tiles_are_shared_out_without_loss(op, name, chosen):
     if op is norm_linear_argmax:
         assert op.verify(out, bound) is None
         return
+    got = args[2] if op is linear_add else out
+    rtol, atol = op.tolerance(op.op.bound(*before))
+    torch.testing.assert_close(got.double(), op.reference(*before)[0], rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("splits", (2, 3, 8), ids=lambda n: f"{n} shares of k")
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("op", (linear, linear_add, norm_linear), ids=lambda op: op.op.name)
+def test_programs_divide_k_without_loss(op, name, splits):
+    """Shares of k are not equal, and with 8 of them some have none: 424 columns are 4 or 7 segments."""
+    args = op.inputs(Rand("cpu", F16), batch=19, n=37, k=424, bias=True, format=name)
+    before = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+    chosen = dict(BLOCK_N=16, SEGMENTS=1, STAGES=1, num_warps=4, SPLITS=splits)
+    with settings.forced(op.op.name, chosen):
+        out = op.op.outputs(*args)
+        set_trace(True)
+        op.op.launchers["triton"](*args, out=out)
+        launched = take_trace()
+        set_trace(False)
+    assert launched[-2:] == ["packed_split_kernel", "sum_splits_kernel"]
     got = args[2] if op is linear_add else out
     rtol, atol = op.tolerance(op.op.bound(*before))
     torch.testing.assert_close(got.double(), op.reference(*before)[0], rtol=rtol, atol=atol)
@@ -175,6 +195,17 @@ def test_codes_go_from_wide_loads_to_tensor_cores(architecture, name, rows, n):
     x, y = empty(rows, 4096, dtype=BF16), empty(rows, n, dtype=BF16)
     found = compiled(architecture, lambda: run_linear(x, packed(name, n, 4096), None, y))
     check_product(*found, FORMATS[name].bits)
+
+
+def test_programs_that_divide_k_are_compiled_as_the_others():
+    x, y, w = empty(64, 14336, dtype=BF16), empty(64, 4096, dtype=BF16), packed("int4-g128", 4096, 14336)
+    chosen = dict(BLOCK_N=128, SEGMENTS=1, STAGES=4, num_warps=8, SPLITS=4)
+    with settings.forced("linear", chosen), recording("sm_90") as launches:
+        run_linear(x, w, None, y)
+    product, total = launches
+    assert (product.grid, total.grid) == ((32, 4), (256,))
+    usages = [offline.usage(offline.compile(launch, "sm_90")) for launch in launches]
+    assert [usage["local"] + usage["stack"] for usage in usages] == [0, 0]
 
 
 @pytest.mark.parametrize("rows", (1, 64))

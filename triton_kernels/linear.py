@@ -24,6 +24,7 @@ from lab.formats import PackedMatrix
 from triton_kernels import settings
 from triton_kernels.common import architecture, config, launch
 from triton_kernels.core.packed_rows import PACKED, operands, packed_product
+from triton_kernels.core.packed_splits import split_product
 from triton_kernels.settings import measured
 
 # sum_rows: the most rows of x that the plain path takes. Each path has a list of (most rows, largest n,
@@ -229,5 +230,8 @@ def packed_linear(x, w, bias, y):
     """The same for a PackedMatrix."""
     (rows, k), n = x.shape, w.shape[0]
     programs, meta = settings.packed("linear", PACKED, x, w, n)
+    if (splits := meta.pop("SPLITS", 1)) > 1:
+        split_product(x, w, bias, y, programs, splits, meta)
+        return
     meta["HAS_BIAS"] = bias is not None
     launch(packed_linear_kernel, (programs,), x, *operands(w), bias, y, rows, n, k, **meta)

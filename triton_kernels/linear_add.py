@@ -22,6 +22,7 @@ from triton_kernels import settings
 from triton_kernels.common import launch
 from triton_kernels.core.fused_product import dot_rows, load_rows, wait_for_inputs
 from triton_kernels.core.packed_rows import PACKED, operands, packed_product, prefetch_rows
+from triton_kernels.core.packed_splits import split_product
 from triton_kernels.settings import ANY
 
 # See settings.by_hand. UNROLL tiles of the sum path are in flight.
@@ -214,6 +215,9 @@ def linear_add(x, w, bias, residual):
     (rows, k), n = x.shape, w.shape[0]
     if type(w) is PackedMatrix:
         programs, meta = settings.packed("linear_add", PACKED, x, w, n)
+        if (splits := meta.pop("SPLITS", 1)) > 1:
+            split_product(x, w, bias, residual, programs, splits, meta, add=True)
+            return
         meta.update(HAS_BIAS=bias is not None, **settings.dependent_launch(x))
         launch(packed_linear_add_kernel, (programs,), x, *operands(w), bias, residual, rows, n, k, **meta)
         return

@@ -19,6 +19,7 @@ from triton_kernels import settings
 from triton_kernels.common import launch
 from triton_kernels.core.fused_product import dot_rows, load_rows, normed_rows, wait_for_inputs
 from triton_kernels.core.packed_rows import PACKED, operands, packed_product, prefetch_rows
+from triton_kernels.core.packed_splits import split_product
 from triton_kernels.rmsnorm import normalised
 from triton_kernels.settings import ANY
 
@@ -224,8 +225,11 @@ def norm_linear(x, norm_w, eps, w, bias, y):
     (rows, k), n = x.shape, w.shape[0]
     if type(w) is PackedMatrix:
         programs, meta = settings.packed("norm_linear", PACKED, x, w, n)
-        meta.update(HAS_BIAS=bias is not None, **settings.dependent_launch(x))
         xn = normalised(x, norm_w, eps)
+        if (splits := meta.pop("SPLITS", 1)) > 1:
+            split_product(xn, w, bias, y, programs, splits, meta)
+            return
+        meta.update(HAS_BIAS=bias is not None, **settings.dependent_launch(x))
         launch(packed_norm_linear_kernel, (programs,), xn, *operands(w), bias, y, rows, n, k, **meta)
         return
     path, programs, meta = settings.product("norm_linear", CONFIGS, x, n, k, whole_rows=True)

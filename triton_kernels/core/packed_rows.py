@@ -136,12 +136,15 @@ def packed_product(
     BLOCK_N: tl.constexpr,
     SEGMENTS: tl.constexpr,
     STAGES: tl.constexpr,
+    split=None,
+    splits=1,
 ):
     """Rows `row` [BLOCK_N] of w, of which only `live` ones are read, times the rows of x: float32 sums
     [BLOCK_B, BLOCK_N].
 
     GROUP: columns that share a scale, or 0 for the whole row. SECOND: "minimum", "zero" or "". A step takes
-    SEGMENTS segments of each row. EVEN_K: whole steps cover k.
+    SEGMENTS segments of each row. EVEN_K: whole steps cover k. split: the share of k that is multiplied, of
+    `splits`; all of k where it is None.
 
     Who does what: with several segments, every warp multiplies its own ones. Warps divide k, so that few rows
     of w are enough to occupy a program. With one segment they divide the rows of w, and a program has more of
@@ -174,12 +177,24 @@ def packed_product(
     # 2. Load: the compiler makes a cp.async ring of STAGES steps from the loads of w, which is read only once
     # (evict_first), and of x. Not from those of the scales, so they are loaded a step ahead by hand. What
     # lies past the end of a row is 0.
+    begin, end = 0, segments
+    if split is not None:
+        steps = tl.cdiv(tl.cdiv(segments, SEGMENTS), splits)
+        begin = split * steps * SEGMENTS
+        end = min(segments, begin + steps * SEGMENTS)
     entry = (0,)
     if GROUP:
         entry = load_entries(
-            scales, row, first=0, segments=segments, live=live, FORMAT=FORMAT, PARTS=PARTS, SEGMENTS=SEGMENTS
+            scales,
+            row,
+            first=begin,
+            segments=segments,
+            live=live,
+            FORMAT=FORMAT,
+            PARTS=PARTS,
+            SEGMENTS=SEGMENTS,
         )
-    for first in tl.range(0, segments, SEGMENTS, num_stages=STAGES):
+    for first in tl.range(begin, end, SEGMENTS, num_stages=STAGES):
         there = live[None, :, None]
         if not EVEN_K:
             there &= (first + segment < segments)[:, None, None]
