@@ -44,7 +44,7 @@ def read_batch(path: str, max_new_tokens: int, sampling: Sampling) -> list[Entry
             raise LabError(f"{path} has more than {MAX_ENTRIES} entries")
         where = f"{path}, line {number}"
         try:
-            given = json.loads(line, object_pairs_hook=_once, parse_constant=_no_number)
+            given = read_json(line)
         except (ValueError, RecursionError) as error:
             raise LabError(f"{where}: no JSON ({error})") from None
         try:
@@ -54,6 +54,12 @@ def read_batch(path: str, max_new_tokens: int, sampling: Sampling) -> list[Entry
     if not entries:
         raise LabError(f"{path} has no prompts: write one JSON object a line")
     return entries
+
+
+def read_json(text: str | bytes):
+    """Raises ValueError or RecursionError for what is no JSON, NaN and infinities included, and for an object
+    that has a key twice: one of the two would be ignored."""
+    return json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
 
 
 def _once(pairs: list[tuple]) -> dict:

@@ -20,8 +20,8 @@ from lab.model.weights import Weights
 # Not cuDNN's, which torch prefers on Hopper: that one makes a plan for each new number of tokens, and prompts
 # seldom have the same. 1B, H100: a prompt of 1,000 tokens takes 20 ms, and with cuDNN 98 the first time.
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-# sdpa_kernel() sets flags of the whole process and then puts the former ones back. Of two threads in it at once,
-# the one that leaves last would put back what the other has set.
+# sdpa_kernel() sets flags of the whole process, and in the end puts the former ones back. Of two threads in
+# it at once, the one that leaves last would put back what the other has set.
 FLAGS = threading.Lock()
 CHUNK = 2048  # tokens at a time: bounds the activations and the attention mask
 
