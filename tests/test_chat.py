@@ -33,5 +33,7 @@ def test_what_cannot_be_answered_is_one_line(tmp_path, monkeypatch, capsys):
     assert chat(monkeypatch, folder, b"\xff\xfe\n") == 2
     assert chat(monkeypatch, folder, b"a" * 2000 + b"\n") == 2
     assert chat(monkeypatch, folder, b"", "--min-p", "7") == 2
+    assert chat(monkeypatch, folder, b"Hello\n", "--system", "\udcff") == 2
     errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 3 and "UTF-8" in errors[0] and "min_p" in errors[2], errors
+    assert len(errors) == 4 and "UTF-8" in errors[0] and "min_p" in errors[2], errors
+    assert errors[3] == "lab: error: --system is not valid UTF-8 text"

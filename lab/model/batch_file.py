@@ -162,7 +162,7 @@ def run_batch(args, sampling: Sampling) -> int:
         return max(len(ids) + entry.max_new_tokens for ids, entry in zip(prompts, entries))
 
     needs_text = any(entry.kind != "ids" for entry in entries)
-    opened = open_model(args, min(args.batch, len(entries)), needs_text, longest)
+    opened = open_model(args, min(8 if args.batch is None else args.batch, len(entries)), needs_text, longest)
     queue, tokenizer = Queue(opened.decoder), opened.tokenizer
     ends = tokenizer.eos if tokenizer and not args.ignore_eos else ()
     tasks: list[Task] = []

@@ -76,10 +76,12 @@ def read_line(prompt: str) -> str | None:
 
 def reply(queue, tokenizer, messages, max_new_tokens, sampling) -> str:
     """Prints the answer to `messages` as it comes, and returns it. Ctrl-C ends it where it is."""
-    try:
-        messages[-1]["content"].encode()
-    except UnicodeEncodeError:
-        raise LabError("this is not valid UTF-8 text") from None
+    for message in messages:
+        try:
+            message["content"].encode()
+        except UnicodeEncodeError:
+            where = "--system" if message["role"] == "system" else "this"
+            raise LabError(f"{where} is not valid UTF-8 text") from None
     clean = for_terminal if sys.stdout.isatty() else str
     stream, pieces = tokenizer.stream(late=True), []
 
