@@ -153,7 +153,7 @@ def require_arguments(function, spec: dict) -> None:
 def in_worker(spec: dict):
     """name -> the entry point as the function of the definition's Op. Its readings take the same
     arguments."""
-    watch()
     op = next(iter(ops_of(from_json(Definition, spec["definition"], spec["what"])).values()))
+    watch(op)
     solved = Solved(op, spec)
     return lambda name: solved

@@ -50,7 +50,7 @@ class Watched:
 
 def in_worker(spec: dict):
     """name -> the function in spec["file"], in a worker's process."""
-    watch()
+    watch(find(spec["op"]))
     return {spec["op"]: Watched(spec)}.__getitem__
 
 

@@ -22,6 +22,8 @@ from types import SimpleNamespace
 import torch
 import torch.profiler
 
+from lab.contract import Op
+
 # (what to call it, its owner, the names of its attributes)
 WATCHED = (
     ("time", time, "perf_counter perf_counter_ns monotonic monotonic_ns time time_ns process_time sleep"),
@@ -60,9 +62,14 @@ keep = SimpleNamespace(
 _own: dict = {}  # name -> (owner, attribute, the object, its code)
 
 
-def watch() -> None:
-    """Notes the functions and classes of the lab's own modules as they are now."""
-    for name in OWN.split():
+def watch(op: Op) -> None:
+    """Notes the functions and classes of the lab's own modules, and those of the op that is judged, as they
+    are now."""
+    fields = {name: value for name, value in vars(op).items() if callable(value)}
+    for name, value in fields.items():
+        _own[f"{op.name}.{name}"] = op, name, value, code_of(value)
+    of_op = {value.__module__ for value in fields.values() if value.__module__.startswith("lab.")}
+    for name in [*OWN.split(), *sorted(of_op)]:
         module = sys.modules[name]
         for attribute, value in vars(module).items():
             if not callable(value) or attribute.startswith("__"):
