@@ -9,6 +9,7 @@ from lab.errors import LabError
 from lab.model.decoder import Decoder
 from lab.model.generate import Generation, by_prompt, generate_batch
 from lab.model.opening import choose
+from lab.model.queue import check_new_tokens
 from lab.model.run import encode
 from lab.model.sampling import GREEDY, Sampling
 from lab.model.sources import open_source
@@ -123,6 +124,7 @@ class LLM:
             raise LabError("prompts must be a list: write generate([text])")
         ids = [self._ids(prompt, raw) for prompt in prompts]
         each = by_prompt(sampling, len(ids))
+        check_new_tokens(max_new_tokens)
         if not ids:
             return []
         stop = () if ignore_eos or self.tokenizer is None else self.tokenizer.eos

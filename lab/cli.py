@@ -175,8 +175,13 @@ def parse(argv, verb):
     own."""
     parser = build_parser(verb)
     args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        getattr(parser, "verb", parser).error(f"unrecognized arguments: {' '.join(unknown)}")
+    own = getattr(parser, "verb", parser)
+    # argparse ends a list of words at the first option, so it leaves NAME of `check --json NAME` over.
+    lists = [action.dest for action in own._get_positional_actions() if action.nargs in ("*", "+")]
+    if unknown and lists and not any(word.startswith("-") for word in unknown):
+        setattr(args, lists[-1], [*getattr(args, lists[-1]), *unknown])
+    elif unknown:
+        own.error(f"unrecognized arguments: {' '.join(unknown)}")
     return args
 
 

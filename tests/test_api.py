@@ -143,6 +143,8 @@ def test_it_stops_at_the_longest_context(device):
         ([[]], {}, "empty"),
         ([[1], [272]], {}, "outside the vocabulary"),
         ([[1]], {"max_new_tokens": 0}, "at least 1"),
+        ([[1]], {"max_new_tokens": 2.5}, "whole number"),
+        ([[3.7]], {}, "whole numbers"),
         ([list(range(257))], {}, "257 tokens"),
         ([[1], [2]], {"sampling": [lab.Sampling()]}, "1 samplings for 2 prompts"),
         ([[1]], {"sampling": [0.7]}, "must be a Sampling"),

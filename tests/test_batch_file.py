@@ -66,3 +66,12 @@ def test_answers_come_in_the_order_of_the_lines(tmp_path, capsys):
     path.write_text('{"ids": [999999]}')
     assert cli.main(words) == 2
     assert "line 1: token id 999999" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words, said", [("--batch 4", "goes with --batch-file"), ("--raw", "goes with texts")]
+)
+def test_an_option_that_would_be_ignored_is_refused(words, said, capsys):
+    given = f"run smollm2-135m --weights random --device cpu --backend torch --ids 1 {words}"
+    assert cli.main(given.split()) == 2
+    assert said in capsys.readouterr().err

@@ -1,9 +1,11 @@
 """`lab chat` with its lines from a pipe."""
 
 import io
+import signal
 import sys
 
 from lab import cli
+from lab.model.decoder import Decoder
 from lab.model.queue import Queue
 from tests.tiny_models import CONFIGS, write_folder
 
@@ -33,5 +35,27 @@ def test_what_cannot_be_answered_is_one_line(tmp_path, monkeypatch, capsys):
     assert chat(monkeypatch, folder, b"\xff\xfe\n") == 2
     assert chat(monkeypatch, folder, b"a" * 2000 + b"\n") == 2
     assert chat(monkeypatch, folder, b"", "--min-p", "7") == 2
+    assert chat(monkeypatch, folder, b"Hello\n", "--system", "\udcff") == 2
     errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 3 and "UTF-8" in errors[0] and "min_p" in errors[2], errors
+    assert len(errors) == 4 and "UTF-8" in errors[0] and "min_p" in errors[2], errors
+    assert errors[3] == "lab: error: --system is not valid UTF-8 text"
+
+
+def test_ctrl_c_ends_the_answer_and_interrupts_nothing_midway(tmp_path, monkeypatch, capsys):
+    folder, step, steps = write_folder(tmp_path / "model", CONFIGS["llama"]), Decoder.step, []
+
+    def interrupted(*given):
+        steps.append("begun")
+        if len(steps) == 3:
+            signal.raise_signal(signal.SIGINT)
+        step(*given)
+        steps.append("done")
+
+    monkeypatch.setattr(Decoder, "step", interrupted)
+    handler, ended, submit = signal.getsignal(signal.SIGINT), [], Queue.submit
+    monkeypatch.setattr(Queue, "submit", lambda *given: ended.append(submit(*given)) or ended[-1])
+    assert chat(monkeypatch, folder, b"Hello\nAnd?\n") == 0
+    assert steps == ["begun", "done"] * (len(steps) // 2)
+    assert ended[0].stopped_by == "cancelled" and len(ended[0].output_ids) == 1
+    assert ended[1].stopped_by in ("length", "stop"), "the next line is answered"
+    assert signal.getsignal(signal.SIGINT) is handler

@@ -274,6 +274,19 @@ def test_the_version_says_which_copy_of_the_lab_this_is(capsys):
     )
 
 
+@pytest.mark.parametrize(
+    "typed, words",
+    [
+        ("exercise check --json barrier", ["check", "barrier"]),
+        ("learn check --json 4", ["check", "4"]),
+        ("learn --json check 4", ["check", "4"]),
+        ("new kernel --language cuda rmsnorm", ["kernel", "rmsnorm"]),
+    ],
+)
+def test_options_may_stand_between_words(typed, words):
+    assert cli.parse(typed.split(), typed.split()[0]).words == words
+
+
 def test_bench_alone_means_all():
     args = cli.parse(["bench"], "bench")
     assert (args.what, args.names) == ("all", [])

@@ -168,3 +168,11 @@ def test_glossary_has_each_word_of_a_row(capsys):
 def test_a_placeholder_that_no_row_answers_is_an_error():
     with pytest.raises(LabError, match="0 different values"):
         lessons.filled("{{op us op=rmsnorm backend=nobody}}")
+
+
+@pytest.mark.parametrize("more", ["", " --json"])
+def test_a_file_that_is_not_there_is_a_mistake_of_the_command(more, capsys):
+    course.note(COURSE[13], solved=True)
+    assert main(f"learn check 13 --file missing.cu{more}".split()) == 2
+    assert capsys.readouterr().err == "lab: error: missing.cu: no such file\n"
+    assert course.done(COURSE[13], progress.load()), "what was accepted before still is"

@@ -345,6 +345,22 @@ def test_a_bad_file_is_one_line(what, tmp_path, capsys):
     assert printed.err.count("\n") == 1 and BAD[what][1] in printed.err and printed.out == ""
 
 
+def test_a_solution_in_two_files_is_one_line(tmp_path, capsys):
+    for name in ("a.json", "b.json"):
+        (tmp_path / name).write_text(solution())
+    assert cli.main(["import", str(tmp_path), "--device", "cpu"]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1 and "the solution s stands in two files" in printed.err
+
+
+def test_an_export_into_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert cli.main("export rmsnorm --out .".split()) == 0
+    assert {p.name for p in Path.cwd().iterdir()} == {"definitions", "workloads", "solutions"}
+    assert [p.name for p in tmp_path.iterdir()] == ["here"], "nothing is left beside it"
+
+
 @pytest.mark.parametrize("name", ("missing.json", "kernel.cu", "empty"))
 def test_a_path_that_holds_nothing_is_one_line(name, tmp_path, capsys):
     (tmp_path / "kernel.cu").touch()

@@ -29,6 +29,7 @@ CAUGHT = (
     ("spoils_input", "fp32", "changed input", ()),
     ("thread", "fp32", "late work", ()),
     ("patches_timer", "fp32", "patched functions", ()),
+    ("works_ahead", "fp32", "patched functions", ()),
     ("not_repeatable", "fp32", "not repeatable", ()),
     ("other_kernel", "fp32", "other kernels", ()),
     ("no_kernel", "fp32", "no kernel", ()),
@@ -220,10 +221,10 @@ RACE_CHEATS = {
     honest(gate_up, y)
 
 
-from lab.judge import replay
-
-REAL = replay.Replays.replay
-replay.Replays.replay = lambda self, seed: REAL(self, seed) / 1000
+    import gc
+    for found in gc.get_objects():  # what the judge holds is no function of its modules
+        if type(found).__name__ == "Replays" and "replay" not in vars(found):
+            found.replay = lambda seed, real=found.replay: real(seed) / 1000
 """,
 }
 KERNEL = """import triton

@@ -43,7 +43,8 @@ def test_an_op_that_exists_is_not_written_over(name, capsys):
 
 
 @pytest.mark.parametrize(
-    "words", [["Upper"], ["a-b"], ["../x"], ["class"], ["namespace"], ["kernel"], ["a", "b"]]
+    "words",
+    [["Upper"], ["a-b"], ["../x"], ["class"], ["namespace"], ["kernel"], ["trace"], ["launch"], ["a", "b"]],
 )
 def test_a_name_that_is_none(words, capsys):
     assert cli.main(["new", *words]) == 2

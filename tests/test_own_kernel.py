@@ -183,6 +183,18 @@ def test_a_wrong_file_of_that_kind_fails(tmp_path):
             "lab.check.Outcome(None, 0.0)\n"
             "lab.arena.Arena.damage = lambda *a: None\ndef silu_mul(gate_up, y): y.zero_()",
             1,
+            "the file replaced lab.arena.Arena.damage",
+        ),
+        (  # which makes the contents of a race
+            "import lab.ops\nobject.__setattr__(lab.ops.find('silu_mul'), 'inputs', lambda *a: None)\n"
+            "def silu_mul(gate_up, y): y.zero_()",
+            1,
+            "the file replaced silu_mul.inputs",
+        ),
+        (  # what decides runs in another process
+            "from lab.judge import verdict\nverdict.compare = verdict.check_call = lambda *a: None\n"
+            "def silu_mul(gate_up, y): y.zero_()",
+            1,
             "elements are off",
         ),
         (
@@ -210,6 +222,8 @@ def test_a_wrong_file_of_that_kind_fails(tmp_path):
         "_exit in a call",
         "crash",
         "patched",
+        "patched op",
+        "patched elsewhere",
         "forged",
         "raises",
         "arguments",

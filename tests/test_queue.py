@@ -1,6 +1,8 @@
 """Many sequences in a few rows and pages: each gets the tokens that it gets alone, whatever else runs."""
 
 import random
+import threading
+import time
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lab.dispatch import select
 from lab.errors import LabError
 from lab.model import decoder as decoder_module
+from lab.model import prefill as prefill_module
 from lab.model.decoder import Decoder
 from lab.model.generate import generate
 from lab.model.kv_cache import PagedKVCache
@@ -226,7 +229,14 @@ def test_rows_move_down_when_few_are_left(device):
 
 def test_what_can_never_run_is_refused_at_once(device):
     queue = Queue(decoder(device, batch=2, pages=3))
-    for wrong in (dict(prompt_ids=[]), dict(prompt_ids=[1], max_new_tokens=0), dict(prompt_ids=[9999])):
+    for wrong in (
+        dict(prompt_ids=[]),
+        dict(prompt_ids=[1], max_new_tokens=0),
+        dict(prompt_ids=[1], max_new_tokens=2.5),
+        dict(prompt_ids=[9999]),
+        dict(prompt_ids=[3.7]),
+        dict(prompt_ids=["a"]),
+    ):
         with pytest.raises(LabError):
             queue.submit(**wrong)
     with pytest.raises(LabError, match="pages"):
@@ -244,3 +254,44 @@ def test_a_sequence_without_numbers_ends_alone(device):
     queue.run()
     assert lame.stopped_by == "error" and "not numbers" in lame.error
     assert sound.output_ids == generate(decoder(device), [5, 6], 6).output_ids
+
+
+def test_ids_of_a_tensor_are_those_of_a_list(device):
+    queue = Queue(decoder(device, batch=2))
+    tasks = [queue.submit(ids, 3) for ids in ([1, 2, 3], torch.tensor([1, 2, 3]))]
+    queue.run()
+    assert tasks[0].output_ids == tasks[1].output_ids and tasks[1].prompt_ids == [1, 2, 3]
+
+
+def test_clear_ends_a_sequence_whose_last_token_is_not_read(device):
+    queue = Queue(decoder(device, batch=2))
+    tasks = [queue.submit([1], 1), queue.submit([2], 5)]
+    queue.step()
+    assert not queue.running.keys() & {0} and tasks[0].stopped_by is None, "its token is in flight"
+    queue.clear()
+    assert [task.stopped_by for task in tasks] == ["cancelled", "cancelled"] and not queue.step()
+
+
+def test_prefills_in_threads_leave_the_flags_of_the_process_alone(monkeypatch):
+    """The first prefill waits inside, until a second one would have begun, and then ends first."""
+    flag, inside, ended = torch.backends.cuda.cudnn_sdp_enabled, threading.Event(), threading.Event()
+    before, layer, current = flag(), prefill_module.after_attention, threading.current_thread
+
+    def after_attention(*args, **more):
+        if current().name == "first":
+            inside.set()
+            time.sleep(0.2)
+        else:
+            ended.wait(5)
+        return layer(*args, **more)
+
+    monkeypatch.setattr(prefill_module, "after_attention", after_attention)
+    made = [decoder("cpu"), decoder("cpu")]
+    run = lambda one: (one.admit(0, [1, 2, 3]), ended.set())
+    threads = [threading.Thread(target=run, args=(one,), name=n) for one, n in zip(made, ("first", "second"))]
+    threads[0].start()
+    inside.wait(5)
+    threads[1].start()
+    for thread in threads:
+        thread.join()
+    assert before and flag() == before

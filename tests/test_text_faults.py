@@ -25,6 +25,7 @@ from lab.errors import LabError
 from lab.model import run, weights
 from lab.model.decoder import Decoder
 from lab.model.generate import generate, generate_batch
+from lab.model.sources import open_source
 from lab.model.sources.random import RandomSource
 from lab.model.text import process as text_process
 from lab.model.text import tokenizer
@@ -831,3 +832,20 @@ def test_every_verb_takes_plain_numbers_alone(words, tiny_gguf, capfd):
     out, err = capfd.readouterr()
     wrong = rest[-1].rpartition("=")[2]
     assert out == "" and err.count("\n") == 1 and wrong in err, err
+
+
+@pytest.mark.parametrize("when", ["before it is sent", "after its answer was read"])
+def test_an_interrupted_request_takes_no_other_answer(when, tmp_path, monkeypatch):
+    """As by Ctrl-C in a notebook: the next request got no answer, and after two minutes the process was
+    ended."""
+    words = open_source(str(write_folder(tmp_path / "model", CONFIGS["llama"])), "auto").tokenizer()
+    want, function = words.encode("Hi"), "dumps" if when.startswith("before") else "loads"
+
+    def interrupted(*given):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(text_process.json, function, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            words.encode("Hello")
+    assert words.encode("Hi") == want != words.encode("Hello")

@@ -75,6 +75,8 @@ def test_options_out_of_range_are_refused():
         dict(frequency_penalty=1e9),
         dict(logit_bias=((1, float("inf")),)),
         dict(logit_bias=((1, 1.0), (1, 2.0))),
+        dict(logit_bias={1: 1.0}),
+        dict(logit_bias=((1, "a"),)),
         dict(logprobs=21),
         dict(top_k=1.5),
         dict(temperature=True),

@@ -19,6 +19,7 @@ from lab.flashinfer_format.families import ops_of
 from lab.flashinfer_format.schema import Definition, from_json
 from lab.judge.child import Watched, call
 from lab.judge.kernel_file import needs_no_driver
+from lab.judge.originals import watch
 from lab.judge.replay import burst, fetch, prepare, release, replay  # what the race asks for by name
 
 __all__ = ["burst", "call", "fetch", "in_worker", "prepare", "release", "replay"]
@@ -153,5 +154,6 @@ def in_worker(spec: dict):
     """name -> the entry point as the function of the definition's Op. Its readings take the same
     arguments."""
     op = next(iter(ops_of(from_json(Definition, spec["definition"], spec["what"])).values()))
+    watch(op)
     solved = Solved(op, spec)
     return lambda name: solved

@@ -52,11 +52,14 @@ def main(args) -> int:
             print("linear: the output head is not exported: its logits are float32, their C is like A")
     if not found:
         raise LabError(f"nothing to export: what maps is {', '.join(OPS_WITH_FAMILY)}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
+    target = out.resolve()  # "." has no name, and no folder around it
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
         new = Path(folder) / "dataset"
         counts = [write(one, args.dtype, batches, contexts, measured, new) for one in found.values()]
-        new.rename(out)
+        target.mkdir(exist_ok=True)
+        for part in new.iterdir():  # an empty folder stays the same one: it may be somebody's current folder
+            part.rename(target / part.name)
     print(
         f"{out}: {len(found)} definitions, {sum(n for n, *_ in counts)} workloads, "
         f"{sum(n for *_, n in counts)} solutions"

@@ -46,6 +46,8 @@ class Dataset:
                     raise LabError(f"{path}: the definition {named(one.name)} stands in two files")
                 self.definitions[one.name] = one
             elif isinstance(one, Solution):
+                if any((one.author, one.name) == (other.author, other.name) for other in self.solutions):
+                    raise LabError(f"{path}: the solution {named(one.name)} stands in two files")
                 self.solutions.append(one)
             elif one.is_workload:
                 self.workloads.setdefault(one.definition, []).append(one.workload)

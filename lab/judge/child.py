@@ -17,7 +17,7 @@ from lab.dispatch import bind
 from lab.errors import Unavailable, error_text
 from lab.harness.timing import device_events
 from lab.judge.kernel_file import backend_of
-from lab.judge.originals import keep, patched
+from lab.judge.originals import keep, patched, watch
 from lab.judge.replay import burst, fetch, prepare, release, replay  # what the race asks for by name
 from lab.ops import find
 
@@ -50,6 +50,7 @@ class Watched:
 
 def in_worker(spec: dict):
     """name -> the function in spec["file"], in a worker's process."""
+    watch(find(spec["op"]))
     return {spec["op"]: Watched(spec)}.__getitem__
 
 

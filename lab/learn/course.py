@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 from lab.errors import LabError
 from lab.learn import exercises, lessons, progress
@@ -73,6 +74,10 @@ def main(args) -> int:
             raise LabError(
                 f"lesson {lesson.number} does not ask for {option}: see `lab learn {lesson.number}`"
             )
+    if args.file is not None:
+        from lab.judge.kernel_file import require_kernel_file
+
+        require_kernel_file(Path(args.file))  # a name that is mistyped says nothing about the exercise
     if args.json:
         return report([lesson], args)
     return 0 if check(lesson, args) else 1

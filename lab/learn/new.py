@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 from lab.errors import LabError
+from lab.files import write_whole
 from lab.names import known
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -20,6 +21,11 @@ OF_CXX = set(
     "alignas auto bool case catch char const default delete do double enum extern float goto inline int long "
     "namespace new operator private public short signed sizeof static struct switch template this throw "
     "typedef typename union unsigned using virtual void volatile".split()
+)
+# Names that the templates below use, or that are asked for at the object with all ops (lab.dispatch.Ops).
+TAKEN = set(
+    "case chosen check_contents cuda dense device launch lab main op refuse reference some_rows tl torch "
+    "torch_ trace triton validate whole".split()
 )
 
 CONTRACT = '''"""NAME: FILL IN: the formula in one line
@@ -200,6 +206,8 @@ def new_op(name: str, root: Path) -> int:
     """Writes the files of an op into a checkout of the lab. Raises LabError before anything is written."""
     if not re.fullmatch(r"[a-z][a-z0-9_]{0,60}", name) or keyword.iskeyword(name) or name in OF_CXX:
         raise LabError(f"{name!r} is no name for an op: write small letters, digits and _, as in scaled_add")
+    if name in TAKEN:
+        raise LabError(f"{name!r} already means something in the files of an op: choose another name")
 
     def filled(text: str) -> str:
         return text.replace("NAME", name).replace("CAMEL", name.title().replace("_", ""))
@@ -221,7 +229,7 @@ def new_op(name: str, root: Path) -> int:
             file.write(text)
         print(f"new      {path.relative_to(root)}")
     for path, text in edits.items():
-        path.write_text(text)
+        write_whole(path, text)
         print(f"a line   {path.relative_to(root)}")
     print(
         f"\nReplace every FILL IN, the contract's first; then: make build, lab check --op {name}, "

@@ -44,7 +44,7 @@ def read_batch(path: str, max_new_tokens: int, sampling: Sampling) -> list[Entry
             raise LabError(f"{path} has more than {MAX_ENTRIES} entries")
         where = f"{path}, line {number}"
         try:
-            given = json.loads(line, object_pairs_hook=_once, parse_constant=_no_number)
+            given = read_json(line)
         except (ValueError, RecursionError) as error:
             raise LabError(f"{where}: no JSON ({error})") from None
         try:
@@ -54,6 +54,12 @@ def read_batch(path: str, max_new_tokens: int, sampling: Sampling) -> list[Entry
     if not entries:
         raise LabError(f"{path} has no prompts: write one JSON object a line")
     return entries
+
+
+def read_json(text: str | bytes):
+    """Raises ValueError or RecursionError for what is no JSON, NaN and infinities included, and for an object
+    that has a key twice: one of the two would be ignored."""
+    return json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
 
 
 def _once(pairs: list[tuple]) -> dict:
@@ -156,7 +162,7 @@ def run_batch(args, sampling: Sampling) -> int:
         return max(len(ids) + entry.max_new_tokens for ids, entry in zip(prompts, entries))
 
     needs_text = any(entry.kind != "ids" for entry in entries)
-    opened = open_model(args, min(args.batch, len(entries)), needs_text, longest)
+    opened = open_model(args, min(8 if args.batch is None else args.batch, len(entries)), needs_text, longest)
     queue, tokenizer = Queue(opened.decoder), opened.tokenizer
     ends = tokenizer.eos if tokenizer and not args.ignore_eos else ()
     tasks: list[Task] = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
 
 from lab.errors import LabError, warn
@@ -74,12 +76,36 @@ def read_line(prompt: str) -> str | None:
     return line.removesuffix("\n")
 
 
+@contextlib.contextmanager
+def noted_interrupts():
+    """Gives a list that Ctrl-C makes longer: so it interrupts nothing midway, as a request to the tokenizer's
+    process, whose answer would be taken for that of the next request. Pressed again, it does interrupt."""
+    pressed: list[bool] = []
+
+    def note(*_):
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(True)
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:  # ignored, as in the background of a shell
+        yield pressed
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def reply(queue, tokenizer, messages, max_new_tokens, sampling) -> str:
     """Prints the answer to `messages` as it comes, and returns it. Ctrl-C ends it where it is."""
-    try:
-        messages[-1]["content"].encode()
-    except UnicodeEncodeError:
-        raise LabError("this is not valid UTF-8 text") from None
+    for message in messages:
+        try:
+            message["content"].encode()
+        except UnicodeEncodeError:
+            where = "--system" if message["role"] == "system" else "this"
+            raise LabError(f"{where} is not valid UTF-8 text") from None
     clean = for_terminal if sys.stdout.isatty() else str
     stream, pieces = tokenizer.stream(late=True), []
 
@@ -92,10 +118,13 @@ def reply(queue, tokenizer, messages, max_new_tokens, sampling) -> str:
         ids, max_new_tokens, sampling, tokenizer.eos, lambda _, token: show(stream.push(token))
     )
     try:
-        queue.run()
-    except KeyboardInterrupt:  # the queue is empty then, and what was said stands
+        with noted_interrupts() as pressed:
+            while queue.step() and not pressed:
+                pass
+    except KeyboardInterrupt:
         pass
-    finally:
+    finally:  # what was said stands
+        queue.clear()
         show(stream.finish())
         print(flush=True)
     if task.error:

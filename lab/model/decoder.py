@@ -8,7 +8,9 @@ CUDA graph and replayed.
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
 
@@ -20,6 +22,15 @@ from lab.model.plans.buffers import StepBuffers
 from lab.model.prefill import launch_prefill, prefill
 from lab.model.sampling import GREEDY, ONE_PART, ByRow, Sampling, send
 from lab.model.weights import Weights
+
+
+def token_ids(ids: Sequence[int]) -> list[int]:
+    """ids, which may be whole numbers of NumPy or torch, as Python's. Raises LabError for any other: a tensor
+    of ids would cut off what a float has behind its point."""
+    try:
+        return [operator.index(token) for token in ids]
+    except TypeError as error:
+        raise LabError(f"token ids must be whole numbers: {error}") from None
 
 
 class Decoder:

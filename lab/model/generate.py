@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from lab.errors import LabError
-from lab.model.decoder import Decoder
+from lab.model.decoder import Decoder, token_ids
 from lab.model.queue import Queue, Task
 from lab.model.sampling import GREEDY, ByRow, Sampling
 
@@ -135,7 +135,7 @@ def teacher_forced_logits(decoder: Decoder, ids: Sequence[int], prefilled: int =
     Row t holds the logits after reading ids[prefilled + t]; the first `prefilled` ids go through prefill.
     What the model would have sampled is ignored. Uses row 0 of the batch.
     """
-    ids = list(ids)
+    ids = token_ids(ids)
     if not 0 <= prefilled < len(ids):
         raise LabError(f"prefilled {prefilled}: it must be 0 or more and below the {len(ids)} ids")
     decoder.check(ids)

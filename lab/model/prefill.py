@@ -7,6 +7,8 @@ the work, with the same weights as the decode step and with roundings at the sam
 
 from __future__ import annotations
 
+import threading
+
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -18,6 +20,9 @@ from lab.model.weights import Weights
 # Not cuDNN's, which torch prefers on Hopper: that one makes a plan for each new number of tokens, and prompts
 # seldom have the same. 1B, H100: a prompt of 1,000 tokens takes 20 ms, and with cuDNN 98 the first time.
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# sdpa_kernel() sets flags of the whole process, and in the end puts the former ones back. Of two threads in
+# it at once, the one that leaves last would put back what the other has set.
+FLAGS = threading.Lock()
 CHUNK = 2048  # tokens at a time: bounds the activations and the attention mask
 
 
@@ -78,7 +83,7 @@ def _layers(weights, cache, cos_sin, sequence, ids, start, attend) -> tuple[torc
     cos, sin = cos_sin[start : start + tokens, None].chunk(2, dim=-1)
     here, seen = cache.slots(sequence, start, start + tokens), cache.slots(sequence, 0, start + tokens)
     sums, total = [], {} if weights.group is None else {"total": weights.group.sum}
-    with sdpa_kernel(ATTENTION):
+    with FLAGS, sdpa_kernel(ATTENTION):
         for index, w in enumerate(weights.layers):
             q, k, v = queries_keys_values(layer, w, h)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 import torch
 
 from lab.errors import LabError
-from lab.model.decoder import Decoder
+from lab.model.decoder import Decoder, token_ids
 from lab.model.kv_cache import pages_for
 from lab.model.sampling import GREEDY, ByRow, Sampling
 
@@ -96,9 +96,16 @@ class Launched:
         return [tensor.tolist() for tensor in self.tensors]
 
 
+def check_new_tokens(most: int) -> None:
+    """Raises LabError unless `most` is a number of tokens that an answer may have."""
+    if type(most) is not int or most < 1:
+        raise LabError(f"max_new_tokens {most!r}: it must be a whole number and at least 1")
+
+
 class Queue:
     """submit() sequences, then call step() until it returns False, or run(). Not safe for threads: one thread
-    calls all methods."""
+    calls all methods. Two queues, each with a decoder of its own, may have a thread each; on a GPU give each
+    a process instead, as no thread may allocate memory while another captures a CUDA graph."""
 
     def __init__(self, decoder: Decoder):
         self.decoder, self.cache = decoder, decoder.cache
@@ -132,10 +139,9 @@ class Queue:
 
         Raises LabError for a prompt that model and cache can never take.
         """
-        ids, decoder = list(prompt_ids), self.decoder
+        ids, decoder = token_ids(prompt_ids), self.decoder
         decoder.check(ids)
-        if max_new_tokens < 1:
-            raise LabError(f"max_new_tokens {max_new_tokens}: it must be at least 1")
+        check_new_tokens(max_new_tokens)
         wrong = [token for token, _ in sampling.logit_bias if token >= decoder.config.vocab]
         if wrong:
             raise LabError(
@@ -169,9 +175,10 @@ class Queue:
             raise
 
     def clear(self) -> None:
-        """Cancels everything."""
+        """Cancels everything, also a sequence whose last token is still to be read."""
+        left = [task for _, task in self.in_flight.tasks] if self.in_flight is not None else []
         self.in_flight = self.prefilled = None
-        for task in [*self.waiting, *self.running.values()]:
+        for task in [*self.waiting, *self.running.values(), *left]:
             self.cancel(task)
 
     def step(self) -> bool:

@@ -43,11 +43,10 @@ def add_arguments(parser) -> None:
         "--batch",
         metavar="N",
         type=int,
-        default=8,
         help="with --batch-file: sequences that are decoded together (default 8)",
     )
     parser.add_argument(
-        "--raw", action="store_true", help="feed --prompt as it is, without the chat template"
+        "--raw", action="store_true", help="feed texts as they are, without the chat template"
     )
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=64)
     parser.add_argument("--ignore-eos", action="store_true", help="do not stop at the end-of-text token")
@@ -95,6 +94,10 @@ def main(args) -> int:
         if args.max_new_tokens < 1:
             raise LabError(f"--max-new-tokens {args.max_new_tokens}: it must be at least 1")
         return run_batch(args, sampling)
+    if args.batch is not None:
+        raise LabError("--batch goes with --batch-file")
+    if args.raw and args.ids is not None:
+        raise LabError("--raw goes with texts, and --ids has none")
     if args.logprobs is not None and args.json is None:
         raise LabError("--logprobs goes with --json FILE or --batch-file, where they are written")
     if args.max_new_tokens < 1:

@@ -19,6 +19,16 @@ from lab.ops.sample import TABLE_COLUMNS, check_options, table_row
 MAX_LOGPROBS = 20  # most likely tokens of a step, besides the chosen one
 
 
+def is_pair(given) -> bool:
+    """Whether it is a token's id and a number."""
+    return (
+        isinstance(given, (tuple, list))
+        and len(given) == 2
+        and type(given[0]) is int
+        and type(given[1]) in (int, float)
+    )
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 keep every token.
@@ -56,11 +66,16 @@ class Sampling:
         for name in ("presence_penalty", "frequency_penalty"):
             if not abs(getattr(self, name)) <= 100:
                 raise LabError(f"{name} {getattr(self, name)}: it must be from -100 to 100")
+        if not isinstance(self.logit_bias, (tuple, list)) or not all(map(is_pair, self.logit_bias)):
+            raise LabError(
+                f"logit_bias {self.logit_bias!r}: write pairs of a token and a number, as ((42, -5),)"
+            )
+        object.__setattr__(self, "logit_bias", tuple(map(tuple, self.logit_bias)))
         tokens = [token for token, _ in self.logit_bias]
         if len(set(tokens)) != len(tokens):
             raise LabError("logit_bias names a token twice")
         for token, bias in self.logit_bias:
-            if type(token) is not int or token < 0 or not abs(bias) <= 1e9:
+            if token < 0 or not abs(bias) <= 1e9:
                 raise LabError(f"logit_bias {token}: {bias}: it must be a token's id and a number up to 1e9")
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
             raise LabError(f"logprobs {self.logprobs}: it must be from 0 to {MAX_LOGPROBS}")

@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from lab.errors import LabError
+from lab.model.batch_file import read_json
 from lab.serve.engine import Answer, Busy, Engine, Piece, Token
 from lab.serve.schema import Wanted, parse
 
@@ -102,17 +103,13 @@ async def read_body(http: HttpRequest, most: int):
 
     try:
         body = await asyncio.wait_for(received(), BODY_SECONDS)
-        return json.loads(body, parse_constant=_no_number)
+        return read_json(body)
     except (TimeoutError, asyncio.TimeoutError):
         raise HTTPException(408, "the body did not come in time") from None
     except ClientDisconnect:
         raise HTTPException(400, "the client went away") from None
     except (ValueError, RecursionError) as error:
         raise HTTPException(400, f"the body is no JSON: {error}") from None
-
-
-def _no_number(name: str):
-    raise ValueError(f"{name} is no JSON number")
 
 
 async def respond(http: HttpRequest, engine: Engine, answer: Answer, wanted: Wanted, form: Form) -> Response:

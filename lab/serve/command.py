@@ -45,17 +45,15 @@ def main(args) -> int:
     for option in ("max_queue", "max_new_tokens", "max_body"):
         if getattr(args, option) < 1:
             raise LabError(f"--{option.replace('_', '-')} {getattr(args, option)}: it must be at least 1")
-    if not 0 <= args.port < 1 << 16:
-        raise LabError(f"--port {args.port}: it must be from 0 to 65535")
+    if not 1 <= args.port < 1 << 16:
+        raise LabError(f"--port {args.port}: it must be from 1 to 65535")
     local = is_loopback(args.host)
     if not local:
         warn(f"--host {args.host}: other machines can use this server, and nothing asks who they are")
     opened = open_model(args, args.batch, needs_text=True)
     engine = Engine(opened, args.max_queue)
     engine.prepare()
-    # A web page that the user visits could call a server of this machine by a name of its own.
-    hosts = ["localhost", "127.0.0.1", args.host] if local else ["*"]
-    app = make_app(engine, Limits(args.max_new_tokens, args.max_body), hosts)
+    app = make_app(engine, Limits(args.max_new_tokens, args.max_body), hosts_of(args.host))
     config = uvicorn.Config(
         app,
         host=args.host,
@@ -65,13 +63,25 @@ def main(args) -> int:
         timeout_graceful_shutdown=5,
     )
     server = uvicorn.Server(config)
-    print(f"{opened.name} at http://{args.host}:{args.port}/v1 (Ctrl-C ends)", flush=True)
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    print(f"{opened.name} at http://{host}:{args.port}/v1 (Ctrl-C ends)", flush=True)
     with engine:
         try:
             server.run()
         except SystemExit:  # uvicorn has said why, such as a port in use
             return 2
     return 0
+
+
+def hosts_of(host: str) -> list[str]:
+    """The names by which a server that listens at `host` may be called; "*": by any.
+
+    A web page that the user visits could call a server of this machine by a name of its own. An address is
+    not such a name. Starlette compares what stands before the first colon: of http://[::1]:8000 that is "[".
+    """
+    if not is_loopback(host):
+        return ["*"]
+    return ["localhost", "127.0.0.1", host, *(["[", f"[{host}]"] if ":" in host else [])]
 
 
 def is_loopback(host: str) -> bool:

@@ -80,6 +80,7 @@ class Engine:
         self.inbox: queues.SimpleQueue[Answer | None] = queues.SimpleQueue()  # None: end
         self.open: set[Answer] = set()  # changed by the event loop alone
         self.by_task: dict[Task, Answer] = {}
+        self.ended = False  # whether no answer can come any more
         self.thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
     def prepare(self) -> None:
@@ -99,13 +100,15 @@ class Engine:
 
     def ask(self, request: Request) -> Answer:
         """Raises Busy where too many requests are open, and LabError where the engine has ended."""
-        if not self.thread.is_alive():
+        if self.ended or not self.thread.is_alive():
             raise LabError("the engine has ended")
         if len(self.open) >= self.max_queue:
             raise Busy(f"{self.max_queue} requests are waiting or running; try again later")
         answer = Answer(request, asyncio.get_running_loop())
-        self.open.add(answer)
         self.inbox.put(answer)
+        if self.ended:  # meanwhile; perhaps nobody looks into the inbox any more
+            raise LabError("the engine has ended")
+        self.open.add(answer)
         return answer
 
     def leave(self, answer: Answer) -> None:
@@ -118,6 +121,18 @@ class Engine:
     # What the engine's thread does.
 
     def _work(self) -> None:
+        try:
+            self._serve()
+        except Exception as error:  # as where the GPU is lost: even clearing the queue fails
+            traceback.print_exc(file=sys.stderr)
+            self.ended = True  # before the inbox is emptied: ask() looks in the other order
+            self._fail_all(error)
+            while not self.inbox.empty():
+                answer = self.inbox.get()
+                if answer is not None and not answer.ended:
+                    self._fail(answer, 500, f"the model failed: {one_line(str(error))}")
+
+    def _serve(self) -> None:
         busy = False
         while True:
             while not busy or not self.inbox.empty():
@@ -132,9 +147,8 @@ class Engine:
                 self._send_ends()
             except Exception as error:  # every open answer fails, and the server lives
                 traceback.print_exc(file=sys.stderr)
+                self._fail_all(error)
                 self.queue.clear()
-                for answer in list(self.by_task.values()):
-                    self._fail(answer, 500, f"the model failed: {one_line(str(error))}")
                 busy = False
 
     def _take(self, answer: Answer) -> None:
@@ -150,11 +164,11 @@ class Engine:
                 ids = tokenizer.encode_chat(request.messages)
             else:
                 ids = request.prompt if isinstance(request.prompt, list) else tokenizer.encode(request.prompt)
+            answer.stream = tokenizer.stream()  # before submit(): a task always has a stream for its tokens
             answer.task = self.queue.submit(
                 ids, request.max_new_tokens, request.sampling, tokenizer.eos, self._token
             )
             self.by_task[answer.task] = answer
-            answer.stream = tokenizer.stream()
         except LabError as error:
             self._fail(answer, 400, str(error))
         except Exception as error:
@@ -197,11 +211,11 @@ class Engine:
                 continue
             answer.held += "" if answer.stream is None else answer.stream.finish()
             answer.stream = None
-            self._stopped(answer)
+            stopped = self._stopped(answer)
             last = Piece(
                 answer.held,
                 self._reported(answer),
-                task.stopped_by,
+                "stop" if stopped else task.stopped_by,
                 len(task.prompt_ids),
                 len(task.output_ids),
             )
@@ -211,6 +225,10 @@ class Engine:
     def _reported(self, answer: Answer) -> tuple[Token, ...]:
         tokens, answer.reported = tuple(answer.reported), []
         return tokens
+
+    def _fail_all(self, error: Exception) -> None:
+        for answer in list(self.by_task.values()):
+            self._fail(answer, 500, f"the model failed: {one_line(str(error))}")
 
     def _fail(self, answer: Answer, status: int, message: str) -> None:
         self._close(answer)

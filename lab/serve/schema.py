@@ -75,6 +75,8 @@ def parse(kind: str, given, most: int) -> Wanted:
     options = given.get("stream_options", {})
     if not isinstance(options, dict) or options.keys() - {"include_usage"}:
         raise LabError("stream_options may hold include_usage alone")
+    if options and not given.get("stream"):
+        raise LabError("stream_options goes with stream: true")
     return Wanted(
         Request(prompt, messages, _tokens(given, kind, most), _sampling(given, kind), _stops(given)),
         _flag(given, "stream"),
@@ -92,7 +94,10 @@ def _message(given):
     """OpenAI's clients may send content as a list of parts."""
     parts = given.get("content") if isinstance(given, dict) else None
     if isinstance(parts, list) and all(
-        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+        isinstance(part, dict)
+        and part.keys() == {"type", "text"}
+        and part["type"] == "text"
+        and isinstance(part["text"], str)
         for part in parts
     ):
         return {**given, "content": "".join(part["text"] for part in parts)}
@@ -109,6 +114,8 @@ def _flag(given: dict, name: str) -> bool:
 def _tokens(given: dict, kind: str, most: int) -> int:
     names = ("max_completion_tokens", "max_tokens")
     asked = [given[name] for name in names if name in given]
+    if len(asked) == 2 and asked[0] != asked[1]:
+        raise LabError("max_tokens and max_completion_tokens contradict each other: give one of them")
     wanted = asked[0] if asked else (min(16, most) if kind == "completion" else most)
     if type(wanted) is not int or not 1 <= wanted <= most:
         raise LabError(f"max_tokens {wanted!r}: it must be a whole number from 1 to {most}")

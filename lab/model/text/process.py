@@ -6,8 +6,9 @@ or a panic inside the tokenizers package). So `TextProcess` starts a Python proc
 and jinja2 alone, not torch, with limits on its memory and on the processor time of each request. Whatever
 goes wrong in it is one LabError here.
 
-The two processes exchange lines of JSON over a pair of pipes: {"op", arguments..., "seconds"}, answered by
-{"value"} or {"error", "kind"}.
+The two processes exchange lines of JSON over a pair of pipes: {"op", arguments..., "seconds", "number"},
+answered by {"value", "number"} or {"error", "kind", "number"}. The number tells whose answer it is, for
+Ctrl-C may interrupt the caller between a request and its answer.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class TextProcess:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )
-        self._asked, self._buffer = deque(), bytearray()
+        self._asked, self._buffer, self._number = deque(), bytearray(), 0
         self._end = weakref.finalize(self, _end, self._process)
 
     def request(self, op: str, subject: str, otherwise: str, **arguments):
@@ -71,10 +72,12 @@ class TextProcess:
 
     def post(self, take: Callable, op: str, subject: str, otherwise: str, **arguments) -> None:
         """Sends a request and does not wait: collect() gives the answer to `take`. See request()."""
-        asked = _Asked(take, op, subject, otherwise, SECONDS.get(op, OTHER_SECONDS))
+        self._number += 1
+        asked = _Asked(take, op, subject, otherwise, SECONDS.get(op, OTHER_SECONDS), self._number)
         self._asked.append(asked)
         try:
-            line = json.dumps({"op": op, "seconds": asked.seconds, **arguments}).encode() + b"\n"
+            request = {"op": op, "seconds": asked.seconds, "number": asked.number, **arguments}
+            line = json.dumps(request).encode() + b"\n"
             self._process.stdin.write(line)
             self._process.stdin.flush()
         except (BrokenPipeError, ValueError):  # the process ended: now, or at an earlier request
@@ -88,7 +91,9 @@ class TextProcess:
         """
         begun = time.monotonic()
         while self._asked:
-            asked = self._asked[0]
+            asked = self._asked[
+                -1
+            ]  # the answers of those before come earlier, or never if one was interrupted
             deadline = min(asked.deadline, asked.deadline if patience is None else begun + patience)
             try:
                 answer = json.loads(self._read_line(deadline))
@@ -102,7 +107,12 @@ class TextProcess:
                 ) from None
             except (BrokenPipeError, ValueError):
                 self._fail(asked)
-            self._asked.popleft().take(_value(answer, asked))
+            number = answer.pop("number")
+            while self._asked and self._asked[0].number < number:
+                self._asked.popleft()  # its answer was read, and then Ctrl-C came
+            if self._asked and self._asked[0].number == number:
+                asked = self._asked.popleft()
+                asked.take(_value(answer, asked))
 
     def _fail(self, asked: _Asked):
         self._end()
@@ -137,6 +147,7 @@ class _Asked:
     subject: str
     otherwise: str
     seconds: int
+    number: int
     deadline: float = 0.0
 
     def __post_init__(self):
@@ -200,7 +211,8 @@ def serve(memory: int) -> None:
         request = json.loads(line)
         used = resource.getrusage(resource.RUSAGE_SELF)
         limit(resource, resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + 1 + request.pop("seconds"))
-        answers.write(json.dumps(_answer(server, **request)).encode() + b"\n")
+        number = request.pop("number")
+        answers.write(json.dumps({**_answer(server, **request), "number": number}).encode() + b"\n")
         answers.flush()
 
 
