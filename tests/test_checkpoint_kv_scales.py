@@ -65,6 +65,10 @@ def test_the_cache_has_the_scales_of_the_checkpoint(tmp_path, capsys):
             {"model.layers.1.self_attn.k_scale": torch.ones(1).to(torch.float8_e4m3fn)},
             "k_scale must be .* torch.float8_e4m3fn",
         ),
+        *(
+            ({"model.layers.0.self_attn.k_scale": torch.tensor([scale])}, "lies between 1e-06 and 1e\\+03")
+            for scale in (1e-45, 9e-7, 1.1e3, 1e30)
+        ),
         ({"model.layers.0.self_attn.k_zero_point": torch.ones(1)}, "k_zero_point in it belongs to no part"),
     ],
 )

@@ -47,6 +47,10 @@ RUN = 32  # columns
 BLOCK = 8  # rows whose segments lie together
 EXPANDED_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 24}  # weights: what stays in a cache; what fills a GPU
 
+# Weights whose scales may be too small for float16: the smallest is 6e-8, and q6_k's are 4,000 times smaller
+# than the weights.
+SMALL = 2.0**-6
+
 
 @dataclass(frozen=True)
 class Format:
@@ -131,7 +135,7 @@ class Format:
     def quantise(self, w: torch.Tensor) -> PackedMatrix:
         """w [rows, k] of any float dtype, rounded to the nearest codes of this format.
 
-        Raises LabError for weights that are not finite, or too large for the format's scales.
+        Raises LabError for weights that are not finite, or too large or too small for the format's scales.
         """
         rows, k = w.shape
         if not bool(w.isfinite().all()):
@@ -143,12 +147,27 @@ class Format:
         codes, scales = self.encode(padded.unflatten(1, (-1, width)))
         if not bool(self.scale_value(scales).isfinite().all()):
             raise LabError(f"format {self.name}: a weight is too large for its scale")
-        return self.from_codes(codes.flatten(1)[:, :k], scales)
+        packed = self.from_codes(codes.flatten(1)[:, :k], scales)
+        if float(w.abs().amax()) < SMALL:
+            self._check_small(w, packed)
+        return packed
+
+    def _check_small(self, w: torch.Tensor, packed: PackedMatrix) -> None:
+        """Raises LabError where the codes say less than half of the weights."""
+        size = torch.linalg.vector_norm(w, dtype=torch.float64)
+        error = torch.linalg.vector_norm(packed.to(torch.float32) - w.float(), dtype=torch.float64)
+        if bool(error > size / 2):
+            raise LabError(
+                f"format {self.name}: the weights are too small for its scales: the largest is "
+                f"{float(w.abs().amax()):.1g}, and rounding changes them by {float(error / size):.0%}; "
+                "choose a format whose scales are float32 or exponents: int8, fp8 or mxfp4"
+            )
 
     def from_codes(self, codes: torch.Tensor, scales: torch.Tensor) -> PackedMatrix:
         """Packs codes uint8 [rows, k] with scales [rows, pieces, items], which are kept as they are.
 
-        Raises LabError if their sizes do not belong together.
+        Raises LabError if their sizes do not belong together, or for scales that the format cannot hold
+        exactly.
         """
         rows, k = codes.shape
         needed = self.pieces(k)
@@ -157,11 +176,16 @@ class Format:
                 f"format {self.name}: scales {list(scales.shape)} do not fit codes {list(codes.shape)}: "
                 f"{[rows, needed, self.items]} are needed"
             )
+        given, scales = scales, scales.to(self.scale_dtype)
+        if given.dtype != scales.dtype and not torch.equal(given.double(), scales.double()):
+            raise LabError(
+                f"format {self.name}: it cannot hold scales in {given.dtype} exactly in {scales.dtype}"
+            )
         blocks, spans, _, in_span = self.scales_shape(rows, k)
         padded = codes.new_full((blocks * BLOCK, self.segments(k) * self.columns), self.blank)
         padded[:rows, :k] = codes
         all_scales = torch.zeros(blocks * BLOCK, spans * in_span, dtype=self.scale_dtype, device=codes.device)
-        all_scales[:rows, : needed * self.items] = scales.flatten(1).to(self.scale_dtype)
+        all_scales[:rows, : needed * self.items] = scales.flatten(1)
         packed = by_blocks(pack(padded, self.bits), self.segment_bytes)
         return PackedMatrix(self.name, rows, k, packed, by_blocks(all_scales, in_span))
 

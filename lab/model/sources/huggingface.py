@@ -25,6 +25,9 @@ except ImportError as error:
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"  # where transformers finds it, it loads the base model and adds the adapter
 IGNORED = ".rotary_emb.inv_freq"  # RoPE's frequencies, which old checkpoints hold and the config gives
+# Least and largest scale of keys or values in fp8, whose codes go from 2^-9 to 448. Beyond these limits
+# nothing would be left of a model's keys: all would be 0, or +-448.
+KV_SCALES = 1e-6, 1e3
 
 
 class HuggingFaceSource:
@@ -105,6 +108,11 @@ class HuggingFaceSource:
         check_scales(values, name, str(self._file(name)))
         if (scale := values.float().item()) <= 0:
             raise LabError(f"{self._file(name)}: tensor {name} is {scale:g}; a scale must be positive")
+        if not KV_SCALES[0] <= scale <= KV_SCALES[1]:
+            raise LabError(
+                f"{self._file(name)}: tensor {name} is {scale:g}; a scale of keys or values in fp8 lies "
+                f"between {KV_SCALES[0]:.0e} and {KV_SCALES[1]:.0e}; the file is mangled"
+            )
         return scale
 
     def _stem(self, name: str) -> str | None:
