@@ -131,7 +131,11 @@ class LLM:
         decoder = self._decoder_for(min(len(ids), self.max_batch), max(map(len, ids)) + max_new_tokens)
         if self.ops.trace is not None:
             self.ops.trace.counts.clear()
-        return generate_batch(decoder, ids, max_new_tokens, each, stop, self.tokenizer, on_text)
+        try:
+            return generate_batch(decoder, ids, max_new_tokens, each, stop, self.tokenizer, on_text)
+        except KeyboardInterrupt:  # as in a notebook: it may have come while pages changed hands
+            self._decoder = None
+            raise
 
     def _ids(self, prompt: str | Sequence[int], raw: bool) -> list[int]:
         if not isinstance(prompt, str):

@@ -11,6 +11,7 @@ from tiny_models import CONFIGS, write_folder
 import lab
 from lab.api import LLM
 from lab.dispatch import Trace
+from lab.model.kv_cache import PagedKVCache
 from lab.model.sources.random import RandomSource
 from lab.model.weights import load as load_weights
 
@@ -121,6 +122,22 @@ def test_a_decoder_is_used_again_while_it_is_large_enough(device):
     assert llm._decoder is first
     llm.generate([[4]] * 3, max_new_tokens=4)
     assert llm._decoder is not first and llm._decoder.batch == 3
+
+
+def test_an_interrupted_call_leaves_nothing_to_the_next(device, monkeypatch):
+    """Interrupted just after a page was taken and before its sequence has it."""
+    llm = tiny(device)
+    want = llm.generate([[1, 2]], max_new_tokens=250)[0].output_ids
+
+    def interrupted(cache, wanted):
+        cache.free.pop()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PagedKVCache, "reserve", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate([[1, 2]], max_new_tokens=250)
+    assert llm.generate([[1, 2]], max_new_tokens=250)[0].output_ids == want
 
 
 def test_the_trace_is_of_one_call(device):
