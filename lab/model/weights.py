@@ -21,8 +21,6 @@ from lab.model.ranks import Group
 from lab.model.sources.store import kv_scales_of
 from lab.model.weight_formats import AS_STORED, Formats, Storage, described, formats_of
 
-QUANTISED_AT_ONCE = 1 << 24  # weights
-
 
 @dataclass
 class Layer:
@@ -217,9 +215,7 @@ def _pack(
         values = torch.empty(shape, device=device)
         source.fill(name, values)
         try:
-            # Some rows at a time, since rounding takes several times their memory.
-            some = values.split(max(1, QUANTISED_AT_ONCE // shape[1]))
-            return PackedMatrix.stacked([FORMATS[format].quantise(rows) for rows in some])
+            return FORMATS[format].quantise(values)
         except LabError as error:
             raise LabError(f"{source.where}: tensor {name}: {error}") from None
 
