@@ -320,6 +320,31 @@ def test_weights_too_small_for_the_scales_are_named(tmp_path):
     assert load(source, storage=storage_of(None, "int8")).formats == "int8"
 
 
+@pytest.mark.parametrize("quantise", [None, "int4-g128-zero"])
+def test_packed_weights_beyond_float16_are_named(tmp_path, quantise):
+    """Kernels multiply their codes, but prefill expands them to the dtype of the activations."""
+    weights = tensors(CONFIGS["llama"])
+    weights["model.layers.1.mlp.up_proj.weight"][3, 3] = 7e4
+    if quantise:
+        path = write_folder(tmp_path / "tiny", CONFIGS["llama"], weights)
+    else:
+        path = write_gguf(tmp_path / "tiny.gguf", CONFIGS["llama"], weights, kind="Q8_0")
+    storage = storage_of(None, quantise)
+    with pytest.raises(
+        LabError, match=r"1.mlp.up_proj.weight in int.* has weights beyond 65504, .* in fp16; use"
+    ):
+        load(open_source(str(path)), torch.float16, storage=storage)
+    loaded = load(open_source(str(path)), torch.bfloat16, storage=storage)
+    assert loaded.layers[1].w_gate_up.data.largest() > 65504
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_bound_of_a_packed_matrix_is_above_its_weights(name):
+    matrix = FORMATS[name].quantise(torch.randn(24, 300) + 0.5)
+    largest = float(matrix.double().abs().max())
+    assert largest == pytest.approx(matrix.largest()) and largest <= matrix.bound() < 4 * largest
+
+
 def test_too_little_memory_is_told_by_the_bytes_of_the_format(monkeypatch):
     source = RandomSource(CONFIGS["llama"])
     free = load(source, storage=storage_of(None, "int4-g32")).nbytes

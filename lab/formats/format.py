@@ -48,6 +48,9 @@ RUN = 32  # columns
 BLOCK = 8  # rows whose segments lie together
 EXPANDED_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 24}  # weights: what stays in a cache; what fills a GPU
 QUANTISED_AT_ONCE = 1 << 24  # weights; rounding takes several times their memory
+# Root mean square of weights from which on the rounding of their scales cannot make them noise: float16
+# scales are rounded by 3e-8, and the numbers that they multiply go up to 127 * 32 (q6_k).
+SMALL = 1e-3
 
 
 @dataclass(frozen=True)
@@ -137,21 +140,19 @@ class Format:
         not finite, or too large for the format's scales, and where w as a whole is so small that the scales
         are rounded to nothing.
         """
-        step = max(1, QUANTISED_AT_ONCE // w.shape[1])
-        parts, error, size = [], 0.0, 0.0
-        for rows in w.split(step):
-            parts.append(self._rounded(rows))
-            some_error, some_size = parts[-1].squares(rows)
-            error, size = error + some_error, size + some_size
+        matrix = PackedMatrix.stacked(
+            [self._rounded(rows) for rows in w.split(max(1, QUANTISED_AT_ONCE // w.shape[1]))]
+        )
+        size = float(torch.linalg.vector_norm(w, dtype=torch.float64)) ** 2
         # With scales as they should be, rounding to nearest loses at most 0.4 of the sum of squares: in a
         # group of 128 with codes up to 7, one weight of 7 steps and all others half a step.
-        if error > size / 2:
+        if size < w.numel() * SMALL**2 and matrix.squared_error(w) > size / 2:
             raise LabError(
                 f"format {self.name}: the weights, {float(w.abs().max()):.1g} at most, are too small for its "
                 "scales and would become zeros or noise; use a format whose scales are float32 (int8, fp8), "
                 "or plain weights"
             )
-        return PackedMatrix.stacked(parts)
+        return matrix
 
     def _rounded(self, w: torch.Tensor) -> PackedMatrix:
         """quantise() of some rows, without the look at how much is lost."""
@@ -293,14 +294,9 @@ class PackedMatrix:
             out[some] = values
         return out
 
-    def squares(self, w: torch.Tensor) -> tuple[float, float]:
-        """(of the differences from w [rows, k], of w): sums of squares."""
-        error = size = 0.0
-        for some, values in self._expanded():
-            wanted = w[some].double()
-            error += float((values - wanted).square_().sum())
-            size += float(wanted.square_().sum())
-        return error, size
+    def squared_error(self, w: torch.Tensor) -> float:
+        """The sum of the squared differences from w [rows, k]."""
+        return sum(float((values - w[some].double()).square_().sum()) for some, values in self._expanded())
 
     def largest(self) -> float:
         """The largest weight without its sign, in float32."""

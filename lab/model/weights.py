@@ -130,8 +130,8 @@ def load(
 
     An output head that the file holds is used even where the metadata call the embeddings tied, as
     transformers 5 and llama.cpp do. Raises LabError where the model does not fit into memory, for a tensor
-    that is missing or of the wrong shape, and for one that was not read: the model would be another one
-    without it.
+    that is missing, of the wrong shape or beyond dtype, and for one that was not read: the model would be
+    another one without it.
     """
     config, formats = planned(source, dtype, storage)
     require_memory(
@@ -140,8 +140,6 @@ def load(
         f"model {source.name} in {formats.text(config, dtype)}",
         "use a smaller model or dtype, or --quantise",
     )
-    for note in formats.notes:
-        warn(note)
     with _progress(f"loading {source.name}", 2 + config.layers) as advance:
         loaded = _pack(source, config, formats, storage, dtype, torch.device(device), advance)
     loaded.group = group
@@ -153,6 +151,8 @@ def load(
             f"of a {config.architecture} model of {config.layers} layers as it is built here; without it "
             "the model's text would be wrong"
         )
+    for note in formats.notes:  # only of what could be loaded: a refusal stands alone
+        warn(note)
     return loaded
 
 
@@ -204,6 +204,16 @@ def _pack(
     """config, formats: see planned()."""
 
     def packed(name: str, shape: tuple[int, int], format: str) -> PackedMatrix:
+        matrix = as_packed(name, shape, format)
+        # Prefill expands it to dtype. The bound hardly costs anything, the largest weight an expansion.
+        if matrix.bound() > torch.finfo(dtype).max and matrix.largest() > torch.finfo(dtype).max:
+            raise LabError(
+                f"{source.where}: tensor {name} in {format} has weights beyond {torch.finfo(dtype).max:g}, "
+                f"which are not finite in {dtype_name(dtype)}; use --dtype bf16 or fp32"
+            )
+        return matrix
+
+    def as_packed(name: str, shape: tuple[int, int], format: str) -> PackedMatrix:
         if storage.quantise is None:
             return source.packed(name, shape, device)
         rounded_to = functools.partial(rounded, format=format)

@@ -9,7 +9,7 @@ import torch
 
 from lab.errors import LabError, Unavailable, named
 from lab.files import read_json, regular_file
-from lab.formats import PackedMatrix
+from lab.formats import PackedMatrix, kv
 from lab.model.config import from_huggingface, huggingface_biases, with_held_biases
 from lab.model.sources import quantised
 from lab.model.sources.store import Stored, check_scales, check_shape, store
@@ -105,6 +105,13 @@ class HuggingFaceSource:
         check_scales(values, name, str(self._file(name)))
         if (scale := values.float().item()) <= 0:
             raise LabError(f"{self._file(name)}: tensor {name} is {scale:g}; a scale must be positive")
+        least, most = kv.SCALES_OF_FILES
+        if not least <= scale <= most:
+            would = "be cut off at its largest code" if scale < least else "become 0"
+            raise LabError(
+                f"{self._file(name)}: tensor {name} is {scale:g}; with a scale outside {least:g} .. {most:g} "
+                f"keys and values of usual size would {would}; the file is mangled"
+            )
         return scale
 
     def _stem(self, name: str) -> str | None:
