@@ -124,38 +124,48 @@ def test_tensor_cores_get_every_code_exactly(name, dtype, gpu_shapes):
         assert torch.allclose(got, w.double().T[first : first + some], rtol=2.0**-22, atol=0)
 
 
-FLOAT16_SCALES = [f for f in FORMATS.values() if f.name not in ("int8", "fp8", "fp8-g128", "mxfp4")]
+@pytest.mark.parametrize("name", EVERY)
+def test_weights_are_refused_where_zeros_would_be_hardly_worse(name, monkeypatch):
+    f = FORMATS[name]
+    monkeypatch.setattr("lab.formats.format.QUANTISED_AT_ONCE", 16 * 512)  # 16 rows at once
+    w = torch.randn(40, 512, generator=torch.Generator().manual_seed(3))
+    refused = 0
+    for exponent in range(0, -150, -7):
+        small = w * 2.0**exponent
+        try:
+            lost = f.quantise(small).double() - small
+            # Of the sum of squares: the worst format loses a hundredth with scales as they should be.
+            assert lost.square().sum() < small.double().square().sum() / 2, exponent
+            assert not refused
+        except LabError as error:
+            assert (
+                f"format {name}: the weights, {float(small.abs().max()):.1g} at most, are too small"
+                in str(error)
+            )
+            refused += 1
+    assert refused
+    assert not f.quantise(torch.zeros(40, 512)).double().any()
+    # Only the whole matrix counts, not the rows that are rounded at once: the last 20 may become zeros.
+    w[20:] *= 1e-30
+    assert (f.quantise(w).double() - w).square().sum() < 0.02 * w.double().square().sum()
 
 
-@pytest.mark.parametrize("f", FLOAT16_SCALES, ids=lambda f: f.name)
-def test_weights_that_are_too_small_for_float16_scales_are_refused(f):
-    w = torch.randn(16, 256, generator=torch.Generator().manual_seed(1))
-    with pytest.raises(
-        LabError, match="too small for its scales: the largest is .*choose a format"
-    ) as caught:
-        f.quantise(w * 1e-8)
-    assert "\n" not in str(caught.value)
-    assert not f.quantise(torch.zeros(16, 256)).double().any()
-    for size in (1e-2, 1e-3):  # a few groups or a row that is lost say nothing about the others
-        some = w * size
-        some[3], some[5, :64] = some[3] * 1e-7, 0
-        assert (f.quantise(some).double() - some).norm() < 0.15 * some.norm()
-
-
-@pytest.mark.parametrize("name", ("int8", "fp8", "fp8-g128", "mxfp4"))
-def test_small_weights_in_formats_with_wide_scales(name):
-    w = torch.randn(16, 256, generator=torch.Generator().manual_seed(1)) * 1e-30
-    got = FORMATS[name].quantise(w).double()
-    assert (got - w).norm() < 0.15 * w.double().norm()
-
-
-@pytest.mark.parametrize("scale", (1e-9, 1e6, 1.0001))
-def test_scales_that_a_format_cannot_hold_are_refused(scale):
-    codes, scales = torch.zeros(4, 64, dtype=torch.uint8), torch.full((4, 2, 1), scale)
-    with pytest.raises(LabError, match="cannot hold scales in torch.float32 exactly in torch.float16"):
-        FORMATS["int4-g32"].from_codes(codes, scales)
-    held = FORMATS["int4-g32"].from_codes(codes, torch.full((4, 2, 1), 0.25))
-    assert (held.double() == -8 * 0.25).all()
+@pytest.mark.parametrize("name", ["int4-g32", "int4-g32-min", "int8"])
+def test_scales_that_their_dtype_cannot_hold_are_refused(name):
+    f = FORMATS[name]
+    codes = torch.zeros(8, 64, dtype=torch.uint8)
+    scales = torch.full((8, f.pieces(64), f.items), 0.25, dtype=torch.float64)
+    assert float(f.from_codes(codes, scales).scales.max()) == 0.25
+    scales[3, 0, 0] = 1e300
+    with pytest.raises(LabError, match=rf"format {name}: a scale of 1e\+300 is too large for (fp16|fp32)"):
+        f.from_codes(codes, scales)
+    scales[3, 0, 0] = 1e-60
+    with pytest.raises(LabError, match=rf"format {name}: a scale of 1e-60 is too small for (fp16|fp32)"):
+        f.from_codes(codes, scales)
+    scales[3, 0, 0] = 0.0
+    assert float(f.from_codes(codes, scales).scale_values().min()) == 0
+    with pytest.raises(LabError, match="scales must be"):
+        f.from_codes(codes, scales.int())
 
 
 def test_what_does_not_belong_together_is_refused():

@@ -256,11 +256,12 @@ def test_scales_that_a_format_cannot_hold_are_said_with_what_helps(tmp_path):
     check_numbers(load(open_source(path), storage=EXPANDED), means)
 
 
-def test_a_group_that_does_not_divide_the_columns_is_refused(tmp_path):
+def test_a_group_that_does_not_divide_the_columns_is_refused(tmp_path, capsys):
     file, _, config = made.awq(tensors(CONFIG))
     path = made.write(tmp_path / "tiny", CONFIG, file, config | {"group_size": 160})
     with pytest.raises(LabError, match="the group size 160 does not divide 256 columns"):
         load(open_source(path))
+    assert capsys.readouterr().err == ""  # not that its matrices are expanded, either
 
 
 W = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}

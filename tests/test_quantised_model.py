@@ -286,7 +286,7 @@ def test_a_duplicate_of_a_tied_embedding_is_rounded_like_it_and_kept_once(tmp_pa
 def test_random_presets_are_quantised_some_rows_at_a_time(monkeypatch):
     source, storage = RandomSource(CONFIGS["qwen3"]), storage_of(None, "int4-g128", "none")
     whole = load(source, storage=storage)
-    monkeypatch.setattr("lab.model.weights.QUANTISED_AT_ONCE", 1000)
+    monkeypatch.setattr("lab.formats.format.QUANTISED_AT_ONCE", 1000)
     parts = load(source, storage=storage)
     assert all(a.same(b) for a, b in zip(whole.matrices(), parts.matrices(), strict=True))
     assert whole.formats == "int4-g128, lm_head fp32" and whole.embed.format is None
@@ -307,6 +307,42 @@ def test_a_weight_too_large_for_its_scale_is_named(tmp_path):
     source = open_source(str(write_folder(tmp_path / "tiny", CONFIGS["llama"], weights)))
     with pytest.raises(LabError, match=r"1.mlp.up_proj.weight: format int4-g32: a weight is too large"):
         load(source, storage=storage_of(None, "int4-g32"))
+
+
+def test_weights_too_small_for_the_scales_are_named(tmp_path):
+    weights = tensors(CONFIGS["llama"])
+    weights["model.layers.1.mlp.up_proj.weight"] *= 1e-9
+    source = open_source(str(write_folder(tmp_path / "tiny", CONFIGS["llama"], weights)))
+    with pytest.raises(
+        LabError, match=r"1.mlp.up_proj.weight: format q6_k: the weights, .* too small for its"
+    ):
+        load(source, storage=storage_of(None, "q6_k"))
+    assert load(source, storage=storage_of(None, "int8")).formats == "int8"
+
+
+@pytest.mark.parametrize("quantise", [None, "int4-g128-zero"])
+def test_packed_weights_beyond_float16_are_named(tmp_path, quantise):
+    """Kernels multiply their codes, but prefill expands them to the dtype of the activations."""
+    weights = tensors(CONFIGS["llama"])
+    weights["model.layers.1.mlp.up_proj.weight"][3, 3] = 7e4
+    if quantise:
+        path = write_folder(tmp_path / "tiny", CONFIGS["llama"], weights)
+    else:
+        path = write_gguf(tmp_path / "tiny.gguf", CONFIGS["llama"], weights, kind="Q8_0")
+    storage = storage_of(None, quantise)
+    with pytest.raises(
+        LabError, match=r"1.mlp.up_proj.weight in int.* has weights beyond 65504, .* in fp16; use"
+    ):
+        load(open_source(str(path)), torch.float16, storage=storage)
+    loaded = load(open_source(str(path)), torch.bfloat16, storage=storage)
+    assert loaded.layers[1].w_gate_up.data.largest() > 65504
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_bound_of_a_packed_matrix_is_above_its_weights(name):
+    matrix = FORMATS[name].quantise(torch.randn(24, 300) + 0.5)
+    largest = float(matrix.double().abs().max())
+    assert largest == pytest.approx(matrix.largest()) and largest <= matrix.bound() < 4 * largest
 
 
 def test_too_little_memory_is_told_by_the_bytes_of_the_format(monkeypatch):

@@ -35,21 +35,22 @@ zeros of x. Rows past the last fill its block of 8; no kernel uses them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 
+from lab.contract import dtype_name
 from lab.errors import LabError
 
 SEGMENT = 64  # bytes that hold 4 or 8 bits of each code of a segment
 RUN = 32  # columns
 BLOCK = 8  # rows whose segments lie together
 EXPANDED_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 24}  # weights: what stays in a cache; what fills a GPU
-
-# Weights whose scales may be too small for float16: the smallest is 6e-8, and q6_k's are 4,000 times smaller
-# than the weights.
-SMALL = 2.0**-6
+QUANTISED_AT_ONCE = 1 << 24  # weights; rounding takes several times their memory
+# Root mean square of weights from which on the rounding of their scales cannot make them noise: float16
+# scales are rounded by 3e-8, and the numbers that they multiply go up to 127 * 32 (q6_k).
+SMALL = 1e-3
 
 
 @dataclass(frozen=True)
@@ -135,8 +136,26 @@ class Format:
     def quantise(self, w: torch.Tensor) -> PackedMatrix:
         """w [rows, k] of any float dtype, rounded to the nearest codes of this format.
 
-        Raises LabError for weights that are not finite, or too large or too small for the format's scales.
+        Rows much smaller than the largest ones of w may become zeros. Raises LabError for weights that are
+        not finite, or too large for the format's scales, and where w as a whole is so small that the scales
+        are rounded to nothing.
         """
+        matrix = PackedMatrix.stacked(
+            [self._rounded(rows) for rows in w.split(max(1, QUANTISED_AT_ONCE // w.shape[1]))]
+        )
+        size = float(torch.linalg.vector_norm(w, dtype=torch.float64)) ** 2
+        # With scales as they should be, rounding to nearest loses at most 0.4 of the sum of squares: in a
+        # group of 128 with codes up to 7, one weight of 7 steps and all others half a step.
+        if size < w.numel() * SMALL**2 and matrix.squared_error(w) > size / 2:
+            raise LabError(
+                f"format {self.name}: the weights, {float(w.abs().max()):.1g} at most, are too small for its "
+                "scales and would become zeros or noise; use a format whose scales are float32 (int8, fp8), "
+                "or plain weights"
+            )
+        return matrix
+
+    def _rounded(self, w: torch.Tensor) -> PackedMatrix:
+        """quantise() of some rows, without the look at how much is lost."""
         rows, k = w.shape
         if not bool(w.isfinite().all()):
             raise LabError(f"format {self.name}: the weights hold NaN or inf, which it cannot store")
@@ -147,27 +166,13 @@ class Format:
         codes, scales = self.encode(padded.unflatten(1, (-1, width)))
         if not bool(self.scale_value(scales).isfinite().all()):
             raise LabError(f"format {self.name}: a weight is too large for its scale")
-        packed = self.from_codes(codes.flatten(1)[:, :k], scales)
-        if float(w.abs().amax()) < SMALL:
-            self._check_small(w, packed)
-        return packed
-
-    def _check_small(self, w: torch.Tensor, packed: PackedMatrix) -> None:
-        """Raises LabError where the codes say less than half of the weights."""
-        size = torch.linalg.vector_norm(w, dtype=torch.float64)
-        error = torch.linalg.vector_norm(packed.to(torch.float32) - w.float(), dtype=torch.float64)
-        if bool(error > size / 2):
-            raise LabError(
-                f"format {self.name}: the weights are too small for its scales: the largest is "
-                f"{float(w.abs().amax()):.1g}, and rounding changes them by {float(error / size):.0%}; "
-                "choose a format whose scales are float32 or exponents: int8, fp8 or mxfp4"
-            )
+        return self.from_codes(codes.flatten(1)[:, :k], scales)
 
     def from_codes(self, codes: torch.Tensor, scales: torch.Tensor) -> PackedMatrix:
-        """Packs codes uint8 [rows, k] with scales [rows, pieces, items], which are kept as they are.
+        """Packs codes uint8 [rows, k] with scales [rows, pieces, items], which are kept as they are, or
+        rounded to scale_dtype if they are floating-point numbers of another dtype.
 
-        Raises LabError if their sizes do not belong together, or for scales that the format cannot hold
-        exactly.
+        Raises LabError if their sizes do not belong together, and for scales that scale_dtype cannot hold.
         """
         rows, k = codes.shape
         needed = self.pieces(k)
@@ -176,11 +181,7 @@ class Format:
                 f"format {self.name}: scales {list(scales.shape)} do not fit codes {list(codes.shape)}: "
                 f"{[rows, needed, self.items]} are needed"
             )
-        given, scales = scales, scales.to(self.scale_dtype)
-        if given.dtype != scales.dtype and not torch.equal(given.double(), scales.double()):
-            raise LabError(
-                f"format {self.name}: it cannot hold scales in {given.dtype} exactly in {scales.dtype}"
-            )
+        scales = self._as_stored(scales)
         blocks, spans, _, in_span = self.scales_shape(rows, k)
         padded = codes.new_full((blocks * BLOCK, self.segments(k) * self.columns), self.blank)
         padded[:rows, :k] = codes
@@ -188,6 +189,27 @@ class Format:
         all_scales[:rows, : needed * self.items] = scales.flatten(1)
         packed = by_blocks(pack(padded, self.bits), self.segment_bytes)
         return PackedMatrix(self.name, rows, k, packed, by_blocks(all_scales, in_span))
+
+    def _as_stored(self, scales: torch.Tensor) -> torch.Tensor:
+        """Scales [rows, pieces, items] in scale_dtype. Those that are in it already are not looked at, which
+        would make the host wait for a GPU."""
+        if scales.dtype == self.scale_dtype:
+            return scales
+        stored, dtype = scales.to(self.scale_dtype), dtype_name(self.scale_dtype)
+        if not (self.scale_dtype.is_floating_point and scales.dtype.is_floating_point):
+            raise LabError(f"format {self.name}: scales must be {dtype}; they are {dtype_name(scales.dtype)}")
+        if not bool(stored.isfinite().all()):
+            raise LabError(
+                f"format {self.name}: a scale of {float(scales.abs().max()):.3g} is too large for {dtype}"
+            )
+        # Not the second entry: a minimum that becomes 0 changes its weights by less than the dtype can hold.
+        lost = ((stored == 0) & (scales != 0))[..., 0]
+        if bool(lost.any()):
+            raise LabError(
+                f"format {self.name}: a scale of {float(scales[..., 0][lost][0]):.3g} is too small for "
+                f"{dtype}; its weights would be 0"
+            )
+        return stored
 
 
 @dataclass(eq=False)
@@ -268,12 +290,36 @@ class PackedMatrix:
         """The weights as a tensor: rounded to float32, then to dtype. Expands a few rows at a time, so that
         hardly more memory is taken than that of the result."""
         out = torch.empty(self.rows, self.k, dtype=dtype, device=self.device)
-        step = max(1, EXPANDED_AT_ONCE[self.device.type] // self.k // BLOCK)
-        blocks = zip(self.codes.split(step), self.scales.split(step), out.split(step * BLOCK))
-        for codes, scales, rows in blocks:
-            expanded = self._float(by_rows(codes), by_rows(scales).unflatten(1, (-1, self.format.items)))
-            rows.copy_(expanded[: len(rows), : self.k])
+        for some, values in self._expanded():
+            out[some] = values
         return out
+
+    def squared_error(self, w: torch.Tensor) -> float:
+        """The sum of the squared differences from w [rows, k]."""
+        return sum(float((values - w[some].double()).square_().sum()) for some, values in self._expanded())
+
+    def largest(self) -> float:
+        """The largest weight without its sign, in float32."""
+        return max(float(values.abs().max()) for _, values in self._expanded())
+
+    def bound(self) -> float:
+        """What no weight without its sign is above, by the scales alone, so that nothing is expanded."""
+        f = self.format
+        every = f.decode(torch.arange(1 << f.bits, dtype=torch.uint8, device=self.device))
+        scale, *second = (float(one.abs().max()) for one in self.scale_values().unbind(-1))
+        code = float(every.nan_to_num(0).abs().max())
+        if f.second == "zero":
+            return scale * (code + second[0])
+        return scale * code + sum(second)
+
+    def _expanded(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """(which rows, their weights in float32 [rows, k]), a few rows at a time."""
+        step = max(1, EXPANDED_AT_ONCE[self.device.type] // self.k // BLOCK)
+        blocks = zip(self.codes.split(step), self.scales.split(step))
+        for first, (codes, scales) in zip(range(0, self.rows, step * BLOCK), blocks):
+            values = self._float(by_rows(codes), by_rows(scales).unflatten(1, (-1, self.format.items)))
+            some = slice(first, min(first + step * BLOCK, self.rows))
+            yield some, values[: some.stop - first, : self.k]
 
     def _float(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Some rows in float32. Only the last operation rounds: an integer has at most 8 bits, and a scale

@@ -24,6 +24,10 @@ SCALE_DTYPES = {"fp8": torch.float32, "int8": torch.float16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 NUMBERS = {torch.uint8: 1, torch.int8: 2}  # KvFormat of cuda_src/launchers/arguments.h; 0: not quantised
 LARGEST = {"fp8": 448.0, "int8": 127.0}
+# What a scale of fp8 in a checkpoint may be: it is the largest key or value that was seen, divided by 448.
+# With a smaller one than these, all above 4.5e-5 would become the largest code, with a larger one all below
+# 97 would become 0.
+SCALES_OF_FILES = 1e-7, 1e5
 
 
 def scale_shape(name: str, pages: int, kv_heads: int, page_size: int) -> tuple[int, ...]:

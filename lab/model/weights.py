@@ -21,8 +21,6 @@ from lab.model.ranks import Group
 from lab.model.sources.store import kv_scales_of
 from lab.model.weight_formats import AS_STORED, Formats, Storage, described, formats_of
 
-QUANTISED_AT_ONCE = 1 << 24  # weights
-
 
 @dataclass
 class Layer:
@@ -132,8 +130,8 @@ def load(
 
     An output head that the file holds is used even where the metadata call the embeddings tied, as
     transformers 5 and llama.cpp do. Raises LabError where the model does not fit into memory, for a tensor
-    that is missing or of the wrong shape, and for one that was not read: the model would be another one
-    without it.
+    that is missing, of the wrong shape or beyond dtype, and for one that was not read: the model would be
+    another one without it.
     """
     config, formats = planned(source, dtype, storage)
     require_memory(
@@ -142,8 +140,6 @@ def load(
         f"model {source.name} in {formats.text(config, dtype)}",
         "use a smaller model or dtype, or --quantise",
     )
-    for note in formats.notes:
-        warn(note)
     with _progress(f"loading {source.name}", 2 + config.layers) as advance:
         loaded = _pack(source, config, formats, storage, dtype, torch.device(device), advance)
     loaded.group = group
@@ -155,6 +151,8 @@ def load(
             f"of a {config.architecture} model of {config.layers} layers as it is built here; without it "
             "the model's text would be wrong"
         )
+    for note in formats.notes:  # only of what could be loaded: a refusal stands alone
+        warn(note)
     return loaded
 
 
@@ -206,6 +204,16 @@ def _pack(
     """config, formats: see planned()."""
 
     def packed(name: str, shape: tuple[int, int], format: str) -> PackedMatrix:
+        matrix = as_packed(name, shape, format)
+        # Prefill expands it to dtype. The bound hardly costs anything, the largest weight an expansion.
+        if matrix.bound() > torch.finfo(dtype).max and matrix.largest() > torch.finfo(dtype).max:
+            raise LabError(
+                f"{source.where}: tensor {name} in {format} has weights beyond {torch.finfo(dtype).max:g}, "
+                f"which are not finite in {dtype_name(dtype)}; use --dtype bf16 or fp32"
+            )
+        return matrix
+
+    def as_packed(name: str, shape: tuple[int, int], format: str) -> PackedMatrix:
         if storage.quantise is None:
             return source.packed(name, shape, device)
         rounded_to = functools.partial(rounded, format=format)
@@ -217,9 +225,7 @@ def _pack(
         values = torch.empty(shape, device=device)
         source.fill(name, values)
         try:
-            # Some rows at a time, since rounding takes several times their memory.
-            some = values.split(max(1, QUANTISED_AT_ONCE // shape[1]))
-            return PackedMatrix.stacked([FORMATS[format].quantise(rows) for rows in some])
+            return FORMATS[format].quantise(values)
         except LabError as error:
             raise LabError(f"{source.where}: tensor {name}: {error}") from None
 

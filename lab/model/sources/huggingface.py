@@ -9,7 +9,7 @@ import torch
 
 from lab.errors import LabError, Unavailable, named
 from lab.files import read_json, regular_file
-from lab.formats import PackedMatrix
+from lab.formats import PackedMatrix, kv
 from lab.model.config import from_huggingface, huggingface_biases, with_held_biases
 from lab.model.sources import quantised
 from lab.model.sources.store import Stored, check_scales, check_shape, store
@@ -25,9 +25,6 @@ except ImportError as error:
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"  # where transformers finds it, it loads the base model and adds the adapter
 IGNORED = ".rotary_emb.inv_freq"  # RoPE's frequencies, which old checkpoints hold and the config gives
-# Least and largest scale of keys or values in fp8, whose codes go from 2^-9 to 448. Beyond these limits
-# nothing would be left of a model's keys: all would be 0, or +-448.
-KV_SCALES = 1e-6, 1e3
 
 
 class HuggingFaceSource:
@@ -108,10 +105,12 @@ class HuggingFaceSource:
         check_scales(values, name, str(self._file(name)))
         if (scale := values.float().item()) <= 0:
             raise LabError(f"{self._file(name)}: tensor {name} is {scale:g}; a scale must be positive")
-        if not KV_SCALES[0] <= scale <= KV_SCALES[1]:
+        least, most = kv.SCALES_OF_FILES
+        if not least <= scale <= most:
+            would = "be cut off at its largest code" if scale < least else "become 0"
             raise LabError(
-                f"{self._file(name)}: tensor {name} is {scale:g}; a scale of keys or values in fp8 lies "
-                f"between {KV_SCALES[0]:.0e} and {KV_SCALES[1]:.0e}; the file is mangled"
+                f"{self._file(name)}: tensor {name} is {scale:g}; with a scale outside {least:g} .. {most:g} "
+                f"keys and values of usual size would {would}; the file is mangled"
             )
         return scale
 
