@@ -176,10 +176,9 @@ def parse(argv, verb):
     parser = build_parser(verb)
     args, unknown = parser.parse_known_args(argv)
     own = getattr(parser, "verb", parser)
-    # argparse ends a list of words at the first option, so it leaves NAME of `check --json NAME` over.
-    lists = [action.dest for action in own._get_positional_actions() if action.nargs in ("*", "+")]
-    if unknown and lists and not any(word.startswith("-") for word in unknown):
-        setattr(args, lists[-1], [*getattr(args, lists[-1]), *unknown])
+    if unknown and own is not parser and not any(word.startswith("-") for word in unknown):
+        # A list of words ends at the first option, which leaves NAME of `check --json NAME` over.
+        vars(args).update(vars(own.parse_intermixed_args(argv[argv.index(verb) + 1 :])))
     elif unknown:
         own.error(f"unrecognized arguments: {' '.join(unknown)}")
     return args

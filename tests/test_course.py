@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -121,6 +122,8 @@ def test_a_kernel_of_ones_own(tmp_path, monkeypatch, capsys):
         return SimpleNamespace(returncode=status)
 
     monkeypatch.setattr(course.subprocess, "run", judged)
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text("def silu_mul(gate_up, out): pass\n")
     args = cli.parse(["learn", "check", "13", "--file", "mine.py"], "learn")
     assert course.main(args) == 1
     status = 0
