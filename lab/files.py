@@ -8,7 +8,7 @@ import os
 import stat
 from pathlib import Path
 
-from lab.errors import LabError, error_text
+from lab.errors import LabError, error_text, shown
 
 LARGEST_TEXT = 1 << 28  # bytes: larger than the JSON file or template of any model
 DEEPEST = 100  # levels of nesting in a JSON file; real ones have about six
@@ -105,6 +105,24 @@ def read_json(path: str | os.PathLike) -> dict:
     if not isinstance(found, dict):
         raise LabError(f"{path}: expected a JSON object")
     return found
+
+
+def strict_json(text: str | bytes):
+    """The value of a JSON text. Raises ValueError or RecursionError for what is none, NaN and infinities
+    included, and for an object that has a key twice: one of the two would be ignored."""
+    return json.loads(text, object_pairs_hook=_without_twins, parse_constant=_no_number)
+
+
+def _without_twins(pairs: list[tuple]) -> dict:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {shown(next(n for n in names if names.count(n) > 1))} stands twice")
+    return found
+
+
+def _no_number(name: str):
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def deeper(value, levels: int) -> bool:

@@ -8,7 +8,7 @@ import torch
 
 from lab.dispatch import select
 from lab.errors import LabError
-from lab.model.batch_file import read_json
+from lab.files import strict_json
 from lab.model.decoder import Decoder
 from lab.model.opening import Opened
 from lab.model.sampling import GREEDY
@@ -115,7 +115,7 @@ def test_equal_limits_are_no_contradiction():
 @pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', '{"a": NaN}', '{"a": -Infinity}', "{", b'"\xff"'])
 def test_what_is_no_json_is_refused(text):
     with pytest.raises(ValueError):
-        read_json(text)
+        strict_json(text)
 
 
 @pytest.mark.parametrize("host, header", [("::1", "[::1]:8000"), ("127.0.0.1", "localhost:8000")])

@@ -71,16 +71,8 @@ def test_products_multiply_every_code_exactly(name, dtype):
         )
 
 
-@pytest.mark.parametrize(
-    "chosen",
-    [dict(BLOCK_N=16, SEGMENTS=2, STAGES=1), dict(BLOCK_N=16, SEGMENTS=1, STAGES=1)],
-    ids=["warps divide k", "warps divide rows"],
-)
-@pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("op", PRODUCTS, ids=lambda op: op.op.name)
-def test_tiles_are_shared_out_without_loss(op, name, chosen):
-    """As on a GPU: several programs, several steps along k, the last ones of each not full."""
-    args = op.inputs(Rand("cpu", F16), batch=3, n=37, k=424, format=name)
+def check_with(chosen, op, args):
+    """Launches a product with these settings, and compares what it wrote with the reference."""
     bound = op.op.bound(*args)
     with settings.forced(op.op.name, chosen):
         out = op.op.outputs(*args)
@@ -94,24 +86,31 @@ def test_tiles_are_shared_out_without_loss(op, name, chosen):
     torch.testing.assert_close(got.double(), op.reference(*before)[0], rtol=rtol, atol=atol)
 
 
+@pytest.mark.parametrize(
+    "chosen",
+    [dict(BLOCK_N=16, SEGMENTS=2, STAGES=1), dict(BLOCK_N=16, SEGMENTS=1, STAGES=1)],
+    ids=["warps divide k", "warps divide rows"],
+)
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("op", PRODUCTS, ids=lambda op: op.op.name)
+def test_tiles_are_shared_out_without_loss(op, name, chosen):
+    """As on a GPU: several programs, several steps along k, the last ones of each not full."""
+    check_with(chosen, op, op.inputs(Rand("cpu", F16), batch=3, n=37, k=424, format=name))
+
+
 @pytest.mark.parametrize("splits", (2, 3, 8), ids=lambda n: f"{n} shares of k")
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("op", (linear, linear_add, norm_linear), ids=lambda op: op.op.name)
 def test_programs_divide_k_without_loss(op, name, splits):
     """Shares of k are not equal, and with 8 of them some have none: 424 columns are 4 or 7 segments."""
     args = op.inputs(Rand("cpu", F16), batch=19, n=37, k=424, bias=True, format=name)
-    before = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
     chosen = dict(BLOCK_N=16, SEGMENTS=1, STAGES=1, num_warps=4, SPLITS=splits)
-    with settings.forced(op.op.name, chosen):
-        out = op.op.outputs(*args)
-        set_trace(True)
-        op.op.launchers["triton"](*args, out=out)
-        launched = take_trace()
+    set_trace(True)
+    try:
+        check_with(chosen, op, args)
+        assert take_trace()[-2:] == ["packed_split_kernel", "sum_splits_kernel"]
+    finally:
         set_trace(False)
-    assert launched[-2:] == ["packed_split_kernel", "sum_splits_kernel"]
-    got = args[2] if op is linear_add else out
-    rtol, atol = op.tolerance(op.op.bound(*before))
-    torch.testing.assert_close(got.double(), op.reference(*before)[0], rtol=rtol, atol=atol)
 
 
 @triton.jit

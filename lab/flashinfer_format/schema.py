@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import json
 import math
 import types
 import typing
@@ -20,7 +19,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
 from lab.errors import LabError, named, shown
-from lab.files import deeper, read_text
+from lab.files import deeper, read_text, strict_json
 
 LARGEST = 1 << 26  # bytes of a file
 DEEPEST = 20  # levels of nesting; the format has about five
@@ -340,25 +339,13 @@ def plain(kind, value, where: str, name: str):
 def parse(text: str, where: str):
     """The value of a JSON text. Raises LabError for text that is none, and for an object with a key twice."""
     try:
-        found = json.loads(text, object_pairs_hook=without_twins, parse_constant=no_number)
+        found = strict_json(text)
     except RecursionError:
         raise LabError(f"{where} is nested too deeply") from None
     except ValueError as error:
         raise LabError(f"{where} is no JSON: {error}") from None
     if deeper(found, DEEPEST):
         raise LabError(f"{where} is nested more than {DEEPEST} levels deep")
-    return found
-
-
-def no_number(text: str):
-    raise ValueError(f"{text} is no number of JSON")
-
-
-def without_twins(pairs) -> dict:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {shown(next(n for n in names if names.count(n) > 1))} stands twice")
     return found
 
 

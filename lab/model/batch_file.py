@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass, fields, replace
 
 from lab.errors import LabError
-from lab.files import read_text
+from lab.files import read_text, strict_json
 from lab.model.queue import Queue, Task
 from lab.model.sampling import Sampling
 from lab.names import known
@@ -44,7 +44,7 @@ def read_batch(path: str, max_new_tokens: int, sampling: Sampling) -> list[Entry
             raise LabError(f"{path} has more than {MAX_ENTRIES} entries")
         where = f"{path}, line {number}"
         try:
-            given = read_json(line)
+            given = strict_json(line)
         except (ValueError, RecursionError) as error:
             raise LabError(f"{where}: no JSON ({error})") from None
         try:
@@ -54,23 +54,6 @@ def read_batch(path: str, max_new_tokens: int, sampling: Sampling) -> list[Entry
     if not entries:
         raise LabError(f"{path} has no prompts: write one JSON object a line")
     return entries
-
-
-def read_json(text: str | bytes):
-    """Raises ValueError or RecursionError for what is no JSON, NaN and infinities included, and for an object
-    that has a key twice: one of the two would be ignored."""
-    return json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
-
-
-def _once(pairs: list[tuple]) -> dict:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key stands twice")
-    return found
-
-
-def _no_number(name: str):
-    raise ValueError(f"{name} is no JSON number")
 
 
 def _entry(where: str, given, max_new_tokens: int, sampling: Sampling) -> Entry:

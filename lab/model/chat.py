@@ -78,8 +78,8 @@ def read_line(prompt: str) -> str | None:
 
 @contextlib.contextmanager
 def noted_interrupts():
-    """Gives a list that Ctrl-C makes longer: so it interrupts nothing midway, as a request to the tokenizer's
-    process, whose answer would be taken for that of the next request. Pressed again, it does interrupt."""
+    """Gives a list that Ctrl-C makes longer: so it interrupts nothing midway, as a step of the queue while
+    pages change hands. Pressed again, it does interrupt."""
     pressed: list[bool] = []
 
     def note(*_):

@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from lab.errors import LabError
-from lab.model.batch_file import read_json
+from lab.files import strict_json
 from lab.serve.engine import Answer, Busy, Engine, Piece, Token
 from lab.serve.schema import Wanted, parse
 
@@ -103,7 +103,7 @@ async def read_body(http: HttpRequest, most: int):
 
     try:
         body = await asyncio.wait_for(received(), BODY_SECONDS)
-        return read_json(body)
+        return strict_json(body)
     except (TimeoutError, asyncio.TimeoutError):
         raise HTTPException(408, "the body did not come in time") from None
     except ClientDisconnect:

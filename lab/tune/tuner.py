@@ -80,8 +80,9 @@ def compile_candidate(point, dtype_name, arch, multiprocessors, settings):
             args = packed(op, args, point.format, dtype)
         with forced(op.name, settings), common.recording(arch) as launches:
             op.launchers["triton"](*args, out=op.outputs(*args))
-        compiled = [(launch.kernel, offline.compile(launch, arch)) for launch in launches]
-        return offline.usage([made for kernel, made in compiled if kernel is not sum_splits_kernel][-1])
+        if launches[-1].kernel is sum_splits_kernel:  # needed too, but settings are those of the product
+            offline.compile(launches.pop(), arch)
+        return offline.usage(offline.compile(launches[-1], arch))
     except Exception as error:  # whatever a compiler raises: this candidate cannot be launched
         return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
 

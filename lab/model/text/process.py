@@ -91,9 +91,8 @@ class TextProcess:
         """
         begun = time.monotonic()
         while self._asked:
-            asked = self._asked[
-                -1
-            ]  # the answers of those before come earlier, or never if one was interrupted
+            # The last one: the answers of those before come earlier, or never if one was interrupted.
+            asked = self._asked[-1]
             deadline = min(asked.deadline, asked.deadline if patience is None else begun + patience)
             try:
                 answer = json.loads(self._read_line(deadline))
