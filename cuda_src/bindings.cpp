@@ -89,18 +89,18 @@ static void hide_until_pdl_wait(const std::vector<std::pair<std::uintptr_t, size
 PYBIND11_MODULE(LAB_MODULE, m) {
   OP(embedding, ids, table, out, rows, cols, vocab, dtype, stream);
   OP(rmsnorm, x, w, residual, y, rows, groups, cols, x_stride, y_stride, eps, dtype, stream);
-  OP(linear, x, w, bias, y, rows, n, k, dtype, out_dtype, stream);
+  OP(linear, x, tiled, w, bias, y, rows, n, k, dtype, out_dtype, stream);
   OP(rope, q, k, positions, cos_sin, batch, q_heads, kv_heads, head_dim, dtype, stream);
   OP(kv_append, k, v, cache, positions, batch, head_dim, dtype, stream);
   OP(decode_attention, q, cache, context_lens, out, splits, batch, q_heads, head_dim, scale, dtype, stream);
   OP(silu_mul, gate_up, y, rows, cols, dtype, stream);
   OP(sample, logits, positions, out, table, rows, vocab, temperature, top_k, top_p, min_p, seed, stream);
-  OP(norm_linear, x, norm_w, w, bias, y, normed, rows, n, k, eps, dtype, out_dtype, stream);
-  OP(norm_linear_silu_mul, x, norm_w, w, y, normed, rows, n, k, eps, dtype, stream);
-  OP(linear_add, x, w, bias, residual, rows, n, k, dtype, stream);
+  OP(norm_linear, x, norm_w, w, bias, y, normed, tiled, rows, n, k, eps, dtype, out_dtype, stream);
+  OP(norm_linear_silu_mul, x, norm_w, w, y, normed, tiled, rows, n, k, eps, dtype, stream);
+  OP(linear_add, x, tiled, w, bias, residual, rows, n, k, dtype, stream);
   OP(rope_append_attention, q, k, v, norms, positions, cos_sin, cache, out, splits, batch, q_heads, head_dim,
      scale, dtype, stream);
-  OP(norm_linear_argmax, x, norm_w, w, logits, scratch, normed, out, rows, n, k, eps, dtype, stream);
+  OP(norm_linear_argmax, x, norm_w, w, logits, scratch, normed, tiled, out, rows, n, k, eps, dtype, stream);
   OP(decode_step, ids, positions, weights, cache, logits, out, exchange, sizes, q_heads, head_dim, eps, scale,
      dtype, stream, peers);
   OP(all_reduce_add, partial, residual, peers, words, two_shot, dtype, stream);
@@ -108,7 +108,7 @@ PYBIND11_MODULE(LAB_MODULE, m) {
   OP(all_argmax, logits, ids, rows, n, first, peers, stream);
   OP(bandwidth, src, dst, bytes, mode, passes, blocks, threads, stream);
   OP(link_latency, peers, rounds, stream);
-  OP(linear_ladder, x, w, bias, y, rows, n, k, dtype, out_dtype, stream);
+  OP(linear_ladder, x, tiled, w, bias, y, rows, n, k, dtype, out_dtype, stream);
   OP(quantised_linear_ladder, x, w, expanded, bias, y, rows, n, k, dtype, out_dtype, stream);
   OP(rmsnorm_ladder, x, w, residual, y, rows, groups, cols, x_stride, y_stride, eps, dtype, stream);
   OP(decode_attention_ladder, q, cache, context_lens, out, splits, batch, q_heads, head_dim, scale, dtype,

@@ -356,10 +356,19 @@ LAB_DEVICE void mbarrier_wait(mbarrier* bar, unsigned parity) {
       : "memory");
 }
 
-// Bulk copy of contiguous bytes, which are read only once, from global memory to this block's shared memory;
-// when they arrive, they count towards what bar expects. One thread issues it. Addresses and size are
-// multiples of 16. L2 evicts these bytes first.
+// Bulk copy of contiguous bytes from global memory to this block's shared memory; when they arrive, they count
+// towards what bar expects. One thread issues it. Addresses and size are multiples of 16. Once: nobody reads
+// these bytes again, and L2 evicts them first.
+template <bool Once = true>
 LAB_DEVICE void bulk_copy_g2s(void* dst, const void* src, unsigned bytes, mbarrier* bar) {
+  if constexpr (!Once) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+            smem_address(dst)),
+        "l"(src), "r"(bytes), "r"(smem_address(bar))
+        : "memory");
+    return;
+  }
   asm volatile(
       "{\n"
       ".reg .b64 once;\n"

@@ -98,14 +98,14 @@ __global__ void __launch_bounds__(P::kThreads, P::kResident)
 template <typename T>
 static void packed_of(const LinearArgs& a, Ptr residual) {
   const bool out_f32 = a.out_dtype == int(DType::f32);
-  by_packed_rows(packed_product<T>(a.x, a.w, a.rows, a.n, a.k), [&](const auto& product, int b0) {
+  by_packed_rows(packed_product<T>(a.x, a.tiled, a.w, a.rows, a.n, a.k), [&](const auto& product, int b0) {
     const size_t first = size_t(b0) * a.n;
     const auto* before = residual ? as<const T>(residual) + first : nullptr;
     auto* y = as<char>(a.y) + first * (out_f32 ? sizeof(float) : sizeof(T));
     by_packed<T, 1>(product, [&](const auto& how) {
       using P = typename std::decay_t<decltype(how)>::P;
-      launch(how.config(a.stream), "linear_packed_kernel", linear_packed_kernel<P>, product,
-             as<const T>(a.bias), before, static_cast<void*>(y), out_f32);
+      how.start(a.stream, "linear_packed_kernel", linear_packed_kernel<P>, product, as<const T>(a.bias),
+                before, static_cast<void*>(y), out_f32);
     });
   });
 }

@@ -77,7 +77,7 @@ void linear_add(const LinearAddArgs& a) {
   if (a.rows == 0 || a.n == 0) return;
   if (a.w.format != int(Format::plain)) {  // packed weights: linear's kernel, which adds the residual
     LinearArgs product{};
-    product.x = a.x, product.w = a.w, product.bias = a.bias;
+    product.x = a.x, product.tiled = a.tiled, product.w = a.w, product.bias = a.bias;
     product.y = a.residual;
     product.rows = a.rows, product.n = a.n, product.k = a.k;
     product.dtype = product.out_dtype = a.dtype;

@@ -54,6 +54,7 @@ void norm_linear(const NormLinearArgs& a) {
       norm_into("norm_linear", a);
       LinearArgs product{};
       product.x = a.normed;
+      product.tiled = a.tiled;
       product.w = a.w;
       product.bias = a.bias;
       product.y = a.y;

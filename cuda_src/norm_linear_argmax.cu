@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kArgmaxThreads)
 static void packed_argmax(const NormLinearArgmaxArgs& a) {
   norm_into("norm_linear_argmax", a);
   LinearArgs product{};
-  product.x = a.normed, product.w = a.w, product.y = a.logits;
+  product.x = a.normed, product.tiled = a.tiled, product.w = a.w, product.y = a.logits;
   product.rows = a.rows, product.n = a.n, product.k = a.k;
   product.dtype = a.dtype, product.out_dtype = int(DType::f32);
   product.stream = a.stream;

@@ -100,12 +100,12 @@ template <typename T>
 void norm_linear_silu_mul_of(const NormLinearSiluMulArgs& a) {
   if (a.w.format != int(Format::plain)) {
     norm_into("norm_linear_silu_mul", a);
-    const auto all = packed_product<T>(a.normed, a.w, a.rows, a.n, a.k);
+    const auto all = packed_product<T>(a.normed, a.tiled, a.w, a.rows, a.n, a.k);
     return by_packed_rows(all, [&](const auto& product, int b0) {
       by_packed<T, 2>(product, [&](const auto& how) {
         using P = typename std::decay_t<decltype(how)>::P;
-        launch(how.config(a.stream), "norm_linear_silu_mul_packed_kernel",
-               norm_linear_silu_mul_packed_kernel<P>, product, as<T>(a.y) + size_t(b0) * a.n);
+        how.start(a.stream, "norm_linear_silu_mul_packed_kernel", norm_linear_silu_mul_packed_kernel<P>,
+                  product, as<T>(a.y) + size_t(b0) * a.n);
       });
     });
   }

@@ -28,6 +28,7 @@ SIZES = {
 }
 # Of packed weights, for which linear and norm_linear_silu_mul have a kernel.
 PACKED = {
+    "few rows, short ones of w, many sets of outputs for a block": dict(batch=5, n=900, k=200),
     "rows of w in no whole blocks of 8, a part of a chunk": dict(batch=17, n=37, k=200),
     "a cluster shares k, the ring turns round": dict(batch=64, n=136, k=5000),
     "three blocks of outputs": dict(batch=23, n=704, k=256),
@@ -83,7 +84,13 @@ def test_many_rows_of_x_and_packed_weights(name, why, format, check):
 
 @pytest.mark.parametrize(
     "multiprocessors, n, k, blocks, cluster",
-    [(132, 6144, 1024, 24, 4), (132, 8192, 1024, 32, 3), (132, 28672, 1024, 112, 1), (4, 136, 5000, 1, 4)],
+    [
+        (132, 4096, 1536, 16, 6),
+        (132, 6144, 1024, 24, 4),
+        (132, 8192, 1024, 32, 3),
+        (132, 28672, 1024, 112, 1),
+        (4, 136, 5000, 1, 6),
+    ],
 )
 def test_a_cluster_shares_k_where_blocks_are_few(multiprocessors, n, k, blocks, cluster):
     """The last one: as the cases above are emulated."""
@@ -93,9 +100,9 @@ def test_a_cluster_shares_k_where_blocks_are_few(multiprocessors, n, k, blocks, 
     try:
         select("cuda", "cpu", {"linear": "cuda"}).linear(torch.ones(33, k, dtype=torch.bfloat16), w)
     finally:
-        (launch,) = host.take_launches()
+        tiles, launch = host.take_launches()
         host.record_launches(0)
-    assert launch["kernel"] == "linear_packed_kernel"
+    assert (tiles["kernel"], launch["kernel"]) == ("tile_rows_kernel", "linear_packed_kernel")
     assert (launch["grid"][0], launch["cluster"]) == (blocks * cluster, cluster)
 
 

@@ -11,7 +11,7 @@
 
 namespace lab {
 
-constexpr int kMostRanks = 4;  // blocks of a cluster
+constexpr int kMostRanks = 6;  // blocks of a cluster
 
 // C: the shape of a launch.
 template <typename T, typename C>
@@ -51,7 +51,7 @@ struct PackedBlock {
   static constexpr int kSegments = C::kChunk / L::kColumns;  // of a chunk
 
   typename C::template Smem<T>& shared;
-  const T* x;
+  const T *x, *tiled;
   PackedWeights w;
   int rows, n, k, segments;
   int lane, g, t, warp;    // g, t: row and quarter of the lane in a tensor core's tile
@@ -61,8 +61,8 @@ struct PackedBlock {
   float acc[R][C::kTiles][4], row_scale[R][2];      // row_scale: of rows that share one scale; else 1
 
   explicit LAB_DEVICE PackedBlock(const PackedProduct<T>& p)
-      : shared(smem<typename C::template Smem<T>>()), x(p.x), w(p.w), rows(p.rows), n(p.n), k(p.k), rank_(0),
-        ranks_(1) {
+      : shared(smem<typename C::template Smem<T>>()), x(p.x), tiled(p.tiled), w(p.w), rows(p.rows), n(p.n),
+        k(p.k), rank_(0), ranks_(1) {
     lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     segments = L::segments(k);
 #if LAB_SM90
@@ -335,7 +335,8 @@ constexpr int kMostPackedRows = 64;  // of x, in one launch
 
 // Blocks of a cluster: as many as run at once, each with two chunks of k or more. They lie in one of the groups into
 // which a GPU divides its multiprocessors: on an H100 8 groups of 14 to 18. Clusters that find no place begin when
-// others have ended: 8B's o and down at 64 rows take 25 and 58 us with clusters of 7 blocks, 19 and 47 with 4.
+// others have ended: 16 clusters of 7 blocks never run at once on an H100, 17 of 6 do. (8B's o and down in int4-g128 at
+// 64 rows: 28 and 63 us with 7, 14 and 34 with 6, 15 and 39 with 4.)
 template <typename C>
 inline unsigned batch_cluster(int outputs, int k) {
   const int blocks = ceil_div(outputs, C::kOutputs), chunks = ceil_div(k, C::kChunk);

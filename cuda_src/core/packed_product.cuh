@@ -1,6 +1,5 @@
 // Which way packed weights are multiplied: the choice between packed_rows.cuh (up to 16 rows of x),
-// packed_batch.cuh (up to 64), packed_wgmma.cuh (the same on Hopper, and 9 to 16 of 8-bit codes) and
-// packed_stream.cuh (float32, and on a CPU).
+// packed_batch.cuh (up to 64), packed_wgmma.cuh (9 to 64 on Hopper) and packed_stream.cuh (float32, and on a CPU).
 //
 // They are classes with the same functions, so that an op has one kernel for packed weights:
 //
@@ -24,13 +23,30 @@ struct PackedLaunch {
   dim3 grid;
   size_t smem_bytes;
   unsigned cluster = 1;
+  int tiled_rows = 0;  // of x in a tile, where the product reads tiles
 
-  Config config(Ptr stream) const { return {grid, dim3(P::kThreads), smem_bytes, stream, true, cluster}; }
+  // Launches kernel(product, args...), and before it the one that lays x out in tiles.
+  template <typename... Params, typename... Args>
+  void start(Ptr stream, const char* name, void (*kernel)(Params...),
+             const PackedProduct<typename P::T>& product, Args... args) const {
+    if constexpr (sizeof(typename P::T) == 2) {
+      if (tiled_rows) {
+        if (!product.tiled) throw std::invalid_argument("more than 8 rows and packed weights need `tiled`");
+        tile_rows(product.x, product.tiled, product.rows, tiled_rows, product.k, stream);
+      }
+    }
+    launch({grid, dim3(P::kThreads), smem_bytes, stream, true, cluster}, name, kernel, product, args...);
+  }
 };
 
 template <typename T>
-PackedProduct<T> packed_product(Ptr x, const Weights& w, int rows, int n, int k) {
-  return {as<const T>(x), {as<const uint8_t>(w.data), as<const uint8_t>(w.scales), w.format}, rows, n, k};
+PackedProduct<T> packed_product(Ptr x, Ptr tiled, const Weights& w, int rows, int n, int k) {
+  return {as<const T>(x),
+          as<T>(tiled),
+          {as<const uint8_t>(w.data), as<const uint8_t>(w.scales), w.format},
+          rows,
+          n,
+          k};
 }
 
 // Calls f(product, b0) for as many rows of x at a time as a launch takes, from row b0 on.
@@ -55,7 +71,8 @@ PackedLaunch<PackedWgmma<T, F, PackedWgmmaShape<F, Tiles, Parts>>> packed_wgmma_
     const PackedProduct<T>& p) {
   using C = PackedWgmmaShape<F, Tiles, Parts>;
   const unsigned cluster = batch_cluster<C>(p.n, p.k);
-  return {dim3(ceil_div(p.n, C::kOutputs) * cluster), sizeof(typename C::template Smem<T>), cluster};
+  return {dim3(ceil_div(p.n, C::kOutputs) * cluster), sizeof(typename C::template Smem<T>), cluster,
+          C::kBatch};
 }
 
 // Calls f(PackedLaunch<P>) with the way that fits: `using P = typename decltype(how)::P;`. n: outputs, each of
@@ -81,15 +98,11 @@ inline void by_packed(const PackedProduct<T>& p, Use&& use) {
       if constexpr (kWholeSegments<F>) {
         if (p.n % 8 == 0 && p.k % 8 == 0 && has_wgmma()) {
           if (p.rows > kFewRows) return use(packed_wgmma_launch<T, F, 8, Parts>(p));
-          // Of long codes where no cluster must share k. (8B's gate and up in fp8, 16 rows: 49.5 us and 56.9.)
-          if constexpr (F::kBits == 8) {
-            const auto wide = packed_wgmma_launch<T, F, 2, Parts>(p);
-            if (p.rows > 8 && wide.cluster == 1) return use(wide);
-          }
+          if (p.rows > 8) return use(packed_wgmma_launch<T, F, 2, Parts>(p));
         }
       }
       if (p.rows <= kFewRows) {
-        return by_packed_shape<Parts>(p.rows, [&](auto shape) {
+        return by_packed_shape<F, Parts>(p.rows, [&](auto shape) {
           using C = decltype(shape);
           using P = PackedRows<T, F, C>;
           use(PackedLaunch<P>{dim3(packed_blocks<C>(p.n)), packed_smem_bytes<T, F, C>(p.rows, p.k)});

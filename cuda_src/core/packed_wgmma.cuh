@@ -1,25 +1,25 @@
-// Matrix product of 17 to 64 rows of x (of 8-bit codes 9 to 64) with packed rows of w (formats/) by the tensor cores
-// of Hopper's warpgroups.
+// Matrix product of 9 to 64 rows of x with packed rows of w (formats/) by the tensor cores of Hopper's warpgroups.
 //
 // As in packed_batch.cuh, but the instruction is wgmma: it takes 64 rows of w from the registers of a warpgroup,
 // where they have just been unpacked, and all rows of x from shared memory, which so costs no loads. For formats
 // whose scale is that of a whole segment of a row or of more: shorter sums would be waited for too often.
 //
-// Codes and x come by cp.async, not through registers: what a thread has stored of x must be published before wgmma
-// reads it, and that waits for all its loads into registers.
+// x lies ready in global memory in the tiles that wgmma reads (tiled_rows.cuh), so that one thread brings it to all
+// others by bulk copies. Codes come by cp.async, each thread's own.
 #pragma once
 #include "packed_batch.cuh"
+#include "tiled_rows.cuh"
 #include "wgmma.cuh"
 
 namespace lab {
 
-// C: the shape of a launch. A slot is read by the thread that filled it; its scales by the warp. x goes on to
-// a ring of tiles for all; a stage of it is free when all warps have multiplied it.
+// C: the shape of a launch. A slot's codes are read by the thread that copied them, its scales by the warp. A stage of
+// x is full when its bytes have arrived, and empty when all warps have multiplied it.
 template <typename T, typename F, typename C>
 struct PackedWgmmaSmem : PackedBatchSmem<T, C> {
   static constexpr int kScaleBytes = F::kGroup ? 8 * Layout<F>::Scales::kBytes : 16;  // of 8 rows in a span
   struct Slot {
-    Vec<uint32_t> codes[2][C::kThreads], x[2][C::kUnits];
+    Vec<uint32_t> codes[2][C::kThreads];
     alignas(16) uint8_t scales[C::kWarps][2][kScaleBytes];
   };
   Slot slots[C::kSlots];
@@ -34,12 +34,10 @@ struct PackedWgmmaShape {
   static constexpr int kParts = Parts_, kTileOutputs = 16 / Parts_, kWarpOutputs = R * kTileOutputs;
   static constexpr int kOutputs = kWarps * kWarpOutputs;
   static constexpr int kChunk = Layout<F>::kColumns;  // one segment
-  static constexpr int kStages = 4 * 128 / kChunk, kSlots = kTiles == 2 ? 8 : kChunk == 128 ? 4 : 6;
-  static constexpr int kTileColumns = 64;            // of a tile of x, as wgmma takes it
-  static constexpr int kStage = kBatch * kChunk;     // elements of a chunk of x
-  static constexpr int kRowUnits = kChunk / 16;      // units of 16 columns in a row of a chunk
-  static constexpr int kUnits = kBatch * kRowUnits;  // units in a chunk
-  static constexpr int kSums = 16 * R * kWarps + 4;  // floats between two columns of sums: no bank conflicts
+  static constexpr int kStages = 4 * 128 / kChunk;    // chunks of x on their way or in use
+  static constexpr int kSlots = kTiles == 2 ? 8 : 4;  // of codes
+  static constexpr int kStage = kBatch * kChunk;      // elements of a chunk of x
+  static constexpr int kSums = 16 * R * kWarps + 4;   // floats between two columns of sums: no bank conflicts
   template <typename T>
   using Smem = PackedWgmmaSmem<T, F, PackedWgmmaShape>;
 };
@@ -48,47 +46,50 @@ struct PackedWgmmaShape {
 template <typename F>
 constexpr bool kWholeSegments = F::kBits != 6 && !F::kMinimum && Layout<F>::kPart == Layout<F>::kColumns;
 
+// A place in a ring of N, and whether its rounds are even.
+template <int N>
+struct RingPlace {
+  int at = 0;
+  unsigned round = 0;  // modulo 2
+  LAB_DEVICE void next() {
+    if (++at == N) at = 0, round ^= 1;
+  }
+};
+
 template <typename T_, typename F, typename C_>
 struct PackedWgmma : PackedBlock<T_, F, C_> {
   using Base = PackedBlock<T_, F, C_>;
-  using Base::acc, Base::begin, Base::codes_of, Base::end, Base::g, Base::k, Base::lane, Base::n,
-      Base::output;
+  using Base::acc, Base::begin, Base::codes_of, Base::end, Base::g, Base::lane, Base::n, Base::output;
   using Base::Base;
-  using Base::rows, Base::segments, Base::shared, Base::t, Base::w, Base::warp, Base::x;
+  using Base::segments, Base::shared, Base::t, Base::tiled, Base::w, Base::warp;
   using typename Base::C, typename Base::L, typename Base::Scales, typename Base::T;
   static_assert(Base::kSegments == 1 && kWholeSegments<F>, "a chunk is one segment, with one scale");
-  // A stage of x is filled so many chunks before it is multiplied.
-  static constexpr int kAhead = C_::kStages - 1;
   UnitWords<F> words[2];  // of rows g and g + 8
   Scales scales[2];
+  RingPlace<C_::kSlots> slot;      // of the chunk that is unpacked
+  RingPlace<C_::kStages> stage;    // of the chunk that is multiplied
+  RingPlace<C_::kStages> filling;  // of the chunk of x that is copied next; counted by one thread
 
-  // Issues the first copies of weights, which depend on no earlier kernel, waits for the preceding kernel, and
-  // issues the first copies of x.
+  // Issues the first copies of weights, which depend on no earlier kernel, waits for the preceding kernel, which
+  // wrote `tiled`, and issues the first copies of x.
   LAB_DEVICE void start() {
 #if LAB_WGMMA
     if (threadIdx.x == 0) {
       for (int i = 0; i < C::kStages; ++i) {
-        mbarrier_init(&shared.full[i], C::kWarps);
+        mbarrier_init(&shared.full[i], 1);
         mbarrier_init(&shared.empty[i], C::kWarps);
       }
       mbarrier_fence_init();
     }
     __syncthreads();
     this->aim();
-    for (int i = 0; i < C::kSlots; ++i) copy_w(begin + i);
-    if (end - begin <= C::kSlots) pdl_launch_dependents();  // no more loads of weights follow
-    pdl_wait();
     for (int i = 0; i < C::kSlots; ++i) {
-      copy_x(begin + kAhead + i);
+      copy_w(begin + i, i);
       cp_async_commit();
     }
-    for (int i = 0; i < kAhead; ++i) {
-      pass_x(begin + i, [&](int, int row, int column, int half) {
-        const int from = (begin + i) * C::kChunk + column + 8 * half;
-        return row < rows && from < k ? load<4>(reinterpret_cast<const uint32_t*>(x + size_t(row) * k + from))
-                                      : Vec<uint32_t>{};
-      });
-    }
+    if (end - begin <= C::kSlots) pdl_launch_dependents();  // no more loads of weights follow
+    pdl_wait();
+    for (int i = 0; i < C::kStages - 1; ++i) copy_x(begin + i);
 #else
     __trap();  // never launched where wgmma is not compiled: has_wgmma() is false
 #endif
@@ -98,22 +99,32 @@ struct PackedWgmma : PackedBlock<T_, F, C_> {
   LAB_DEVICE void multiply() {
 #if LAB_WGMMA
     this->clear();
-    for (int chunk = begin; chunk < end; ++chunk) add(chunk);
+    multiply_chunks();
     this->share_sums();
 #endif
   }
 
 #if LAB_WGMMA
  private:
-  LAB_DEVICE auto& slot(int chunk) const { return shared.slots[(chunk - begin) % C::kSlots]; }
+  // One thread copies a chunk of x, as soon as all warps have multiplied the one that the stage held before.
+  LAB_DEVICE void copy_x(int chunk) {
+    if (threadIdx.x == 0 && chunk < end) {
+      mbarrier_wait(&shared.empty[filling.at], filling.round ^ 1);  // the first time at once
+      constexpr unsigned kBytes = C::kStage * sizeof(T);
+      mbarrier_arrive_expect_tx(&shared.full[filling.at], kBytes);
+      bulk_copy_g2s<false>(shared.x[filling.at], tiled + size_t(chunk) * C::kStage, kBytes,
+                           &shared.full[filling.at]);
+      filling.next();
+    }
+    __syncwarp();
+  }
 
   // Copies this thread's codes of a chunk, and some threads the scales of their warp.
-  LAB_DEVICE void copy_w(int chunk) {
+  LAB_DEVICE void copy_w(int chunk, int to) {
     if (chunk >= end) return;
-    auto& to = slot(chunk);
     LAB_UNROLL
     for (int side = 0; side < 2; ++side) {
-      cp_async16(&to.codes[side][threadIdx.x],
+      cp_async16(&shared.slots[to].codes[side][threadIdx.x],
                  codes_of[0][side] + size_t(chunk) * (kBlockRows * L::kSegmentBytes));
     }
     if constexpr (F::kGroup != 0) {
@@ -125,131 +136,91 @@ struct PackedWgmma : PackedBlock<T_, F, C_> {
         const int row = C::kParts == 2 ? side * n + min(first, n - 8) : min(first + 8 * side, n - 8);
         const size_t place = segment_place(row, segments / L::kSpan, Scales::kBytes) +
                              size_t(chunk / L::kSpan) * (kBlockRows * Scales::kBytes);
-        cp_async16(&to.scales[warp][side][16 * piece], w.scales + place + 16 * piece);
+        cp_async16(&shared.slots[to].scales[warp][side][16 * piece], w.scales + place + 16 * piece);
       }
     }
   }
 
-  // Calls f(unit, row of x, first column in a chunk) for each of this thread's units.
-  template <typename Use>
-  LAB_DEVICE void each_unit(Use use) const {
-    LAB_UNROLL
-    for (int i = 0; i < (C::kUnits + C::kThreads - 1) / C::kThreads; ++i) {
-      const int unit = threadIdx.x + i * C::kThreads;
-      if (unit < C::kUnits) use(unit, unit / C::kRowUnits, threadIdx.x % C::kRowUnits * 16);
-    }
-  }
-
-  // Copies this thread's part of a chunk of x, with zeros past k and past the last row, into the slot of the chunk
-  // that is multiplied when this one is passed on.
-  LAB_DEVICE void copy_x(int chunk) {
-    if (chunk >= end) return;
-    each_unit([&](int unit, int row, int column) {
-      LAB_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const int from = chunk * C::kChunk + column + 8 * half;
-        const bool there = row < rows && from < k;
-        cp_async16(&slot(chunk - kAhead).x[half][unit], there ? x + size_t(row) * k + from : x, there);
-      }
-    });
-  }
-
-  // Passes a chunk of x on to the tiles. part(unit, row of x, first column, half): half of a unit.
-  //
-  // A lane holds four neighbouring columns of w (4 t to 4 t + 3 of 16), and gives them to wgmma as columns 2 t,
-  // 2 t + 1, 2 t + 8 and 2 t + 9. So that the columns of x agree, the even pairs of 16 columns come first.
-  template <typename Part>
-  LAB_DEVICE void pass_x(int chunk, Part part) {
-    if (chunk >= end) return;
-    const int stage = (chunk - begin) % C::kStages, round = (chunk - begin) / C::kStages;
-    if (round > 0) mbarrier_wait(&shared.empty[stage], (round - 1) % 2);
-    each_unit([&](int unit, int row, int column) {
-      const Vec<uint32_t> low = part(unit, row, column, 0), high = part(unit, row, column, 1);
-      T* tile =
-          shared.x[stage] + column / C::kTileColumns * (C::kBatch * C::kTileColumns) + row * C::kTileColumns;
-      LAB_UNROLL
-      for (int odd = 0; odd < 2; ++odd) {
-        const int place = (column % C::kTileColumns / 8 + odd) ^ row % 8;
-        store(reinterpret_cast<uint32_t*>(tile + place * 8), Vec<uint32_t>{
-                                                                 { low.v[odd],
-                                                                   low.v[odd + 2],
-                                                                   high.v[odd],
-                                                                   high.v[odd + 2] }});
-      }
-    });
-    wgmma_publish();
-    arrive(&shared.full[stage]);
-  }
-  LAB_DEVICE void arrive(mbarrier* barrier) const {
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(barrier);
-  }
-
-  // acc += a chunk of the warp's rows of w times those columns of all rows of x.
-  LAB_DEVICE void add(int chunk) {
-    const int stage = (chunk - begin) % C::kStages;
-    cp_async_wait<C::kSlots - 1>();  // for the codes of this chunk, and x of the one that is passed on
-    __syncwarp();
+  // Loads the codes of a chunk, copies later ones into their slot, and unpacks the first run.
+  LAB_DEVICE void prepare(int chunk, uint32_t (&a)[2][4]) {
+    cp_async_wait<C::kSlots - 1>();
+    __syncwarp();  // scales were copied by other lanes
+    const auto& from = shared.slots[slot.at];
     LAB_UNROLL
     for (int side = 0; side < 2; ++side) {
-      words[side] =
-          load_unit<F, true>(reinterpret_cast<const uint8_t*>(&slot(chunk).codes[side][threadIdx.x]), t);
+      words[side] = load_unit<F, true>(reinterpret_cast<const uint8_t*>(&from.codes[side][threadIdx.x]), t);
       if constexpr (F::kGroup != 0) {
-        scales[side].load_from(&slot(chunk).scales[warp][side][g * Scales::kBytes], chunk % L::kSpan);
+        scales[side].load_from(&from.scales[warp][side][g * Scales::kBytes], chunk % L::kSpan);
       }
     }
-    uint32_t a[2][2][4];  // two runs, each of two multiplications
-    unpack(a[0], 0);
-    mbarrier_wait(&shared.full[stage], (chunk - begin) / C::kStages % 2);
-    if constexpr (F::kGroup == 0) {
-      multiply_chunk(acc[0], a, chunk, true);
-      arrive(&shared.empty[stage]);
-    } else {
-      float sums[C::kTiles][4];
-      multiply_chunk(sums, a, chunk, false);
-      arrive(&shared.empty[stage]);
-      LAB_UNROLL
-      for (int side = 0; side < 2; ++side) {
-        const float scale = scales[side].scale(0, chunk % L::kSpan);
-        LAB_UNROLL
-        for (int tile = 0; tile < C::kTiles; ++tile) {
-          LAB_UNROLL
-          for (int i = 2 * side; i < 2 * side + 2; ++i) {
-            acc[0][tile][i] = fmadd(scale, sums[tile][i], acc[0][tile][i]);
-          }
-        }
-      }
-    }
+    unpack(a, 0);
+    __syncwarp();  // all lanes have read the scales
+    copy_w(chunk + C::kSlots, slot.at);
+    cp_async_commit();
+    slot.next();
     // The dependent kernel may launch once the last copies of weights have been issued.
     if (chunk + C::kSlots + 1 == end) pdl_launch_dependents();
   }
 
-  // sums = the chunk of w times that of x, without scales, or with keep sums += it; complete when it returns. a[0]:
-  // the first run. While one run is multiplied, the next one is unpacked, or x is passed on.
-  LAB_DEVICE void multiply_chunk(float (&sums)[C::kTiles][4], uint32_t (&a)[2][2][4], int chunk, bool keep) {
-    const T* columns = shared.x[(chunk - begin) % C::kStages];
-    LAB_UNROLL
-    for (int run = 0; run < L::kRuns; ++run) {
-      wgmma_begin();
+  // While one run is multiplied, the next one is unpacked: also the first one of the next chunk.
+  LAB_DEVICE void multiply_chunks() {
+    uint32_t a[2][2][4];  // two runs, each of two multiplications
+    float sums[F::kGroup ? C::kTiles : 1][4];
+    if (begin < end) prepare(begin, a[0]);
+    for (int chunk = begin; chunk < end; ++chunk) {
+      float factors[2];
       LAB_UNROLL
-      for (int part = 0; part < 2; ++part) {
-        const int column = run * kRunColumns + part * 16;
-        const T* tile = columns + column / C::kTileColumns * (C::kBatch * C::kTileColumns);
-        wgmma(sums, a[run % 2][part], tile + column % C::kTileColumns, keep || run + part > 0);
+      for (int side = 0; side < 2; ++side) {
+        if constexpr (F::kGroup != 0) factors[side] = scales[side].scale(0, chunk % L::kSpan);
       }
-      wgmma_commit();
-      if (run + 1 < L::kRuns) {
+      copy_x(chunk + C::kStages - 1);
+      mbarrier_wait(&shared.full[stage.at], stage.round);
+      const WgmmaPlace<T> columns(shared.x[stage.at]);
+      LAB_UNROLL
+      for (int run = 0; run < L::kRuns; ++run) {
+        if constexpr (F::kGroup == 0) {
+          multiply_run(acc[0], a[run % 2], columns, run, true);
+        } else {
+          multiply_run(sums, a[run % 2], columns, run, run > 0);
+        }
         wgmma_wait<1>();  // the run before this one no longer reads its registers
-        unpack(a[(run + 1) % 2], run + 1);
+        if (run + 1 < L::kRuns) {
+          unpack(a[(run + 1) % 2], run + 1);
+        } else if (chunk + 1 < end) {
+          prepare(chunk + 1, a[0]);
+        }
+      }
+      if constexpr (F::kGroup == 0) {
+        wgmma_wait<0>(acc[0]);
+      } else {
+        wgmma_wait<0>(sums);
+      }
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(&shared.empty[stage.at]);
+      stage.next();
+      if constexpr (F::kGroup != 0) {
+        LAB_UNROLL
+        for (int tile = 0; tile < C::kTiles; ++tile) {
+          LAB_UNROLL
+          for (int i = 0; i < 4; ++i) acc[0][tile][i] = fmadd(factors[i / 2], sums[tile][i], acc[0][tile][i]);
+        }
       }
     }
-    const auto& from = slot(chunk);
-    pass_x(chunk + kAhead, [&](int unit, int, int, int half) { return from.x[half][unit]; });
-    __syncwarp();  // all lanes have read the scales of this chunk
-    copy_w(chunk + C::kSlots);
-    copy_x(chunk + C::kSlots + kAhead);
-    cp_async_commit();
-    wgmma_wait<0>(sums);
+  }
+  static_assert(L::kRuns % 2 == 0, "the next chunk begins with the registers that are free");
+
+  // Issues sums (+)= a run of w times those columns of x.
+  template <int Tiles>
+  LAB_DEVICE void multiply_run(float (&sums)[Tiles][4], const uint32_t (&a)[2][4], WgmmaPlace<T> columns,
+                               int run, bool keep) {
+    wgmma_begin();
+    LAB_UNROLL
+    for (int part = 0; part < 2; ++part) {
+      const int column = run * kRunColumns + part * 16;
+      const int tile = column / kTileColumns * (C::kBatch * kTileColumns);
+      wgmma(sums, a[part], columns + (tile + column % kTileColumns), keep || part > 0);
+    }
+    wgmma_commit();
   }
 
   // The left operands of the two multiplications of a run.

@@ -66,16 +66,29 @@ LAB_DEVICE uint64_t wgmma_tile(const void* p) {
 LAB_WGMMA_OPS(half, "f16")
 LAB_WGMMA_OPS(bf16, "bf16")
 
+// A place in a tile, for instructions of which many read one tile.
+template <typename T>
+struct WgmmaPlace {
+  uint64_t descriptor;
+  explicit LAB_DEVICE WgmmaPlace(const T* p) : descriptor(detail::wgmma_tile(p)) {}
+  // elements: a multiple of 8. (The address takes the lowest bits, in units of 16 bytes, and does not overflow.)
+  LAB_DEVICE WgmmaPlace operator+(int elements) const {
+    WgmmaPlace place = *this;
+    place.descriptor += elements / 8;
+    return place;
+  }
+};
+
 // The same with a in registers: a lane's four pairs of a tile of 16 rows, as mma_m16n8k16 takes them, which must
 // not change before the wait. add: false begins a sum, whatever d holds.
-#define LAB_WGMMA_A_OP(TAG, TYPE, EXTENT, N, REGISTERS, A, B, ADD, ...)                                    \
-  LAB_DEVICE void wgmma(float (&d)[EXTENT][4], const uint32_t (&a)[4], const TAG* b, bool add = true) {    \
-    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " ADD                                               \
-                 ", 0;\n"                                                                                  \
-                 "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, {" A    \
-                 "}, " B ", add, 1, 1, 0;\n}"                                                              \
-                 : __VA_ARGS__                                                                             \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(detail::wgmma_tile(b)), "r"(int(add))); \
+#define LAB_WGMMA_A_OP(TAG, TYPE, EXTENT, N, REGISTERS, A, B, ADD, ...)                                      \
+  LAB_DEVICE void wgmma(float (&d)[EXTENT][4], const uint32_t (&a)[4], WgmmaPlace<TAG> b, bool add = true) { \
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " ADD                                                 \
+                 ", 0;\n"                                                                                    \
+                 "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, {" A      \
+                 "}, " B ", add, 1, 1, 0;\n}"                                                                \
+                 : __VA_ARGS__                                                                               \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor), "r"(int(add)));            \
   }
 #define LAB_WGMMA_A_OPS(TAG, TYPE)                                                                    \
   LAB_WGMMA_A_OP(TAG, TYPE, 2, "16", LAB_R8, "%8, %9, %10, %11", "%12", "%13", LAB_D(0), LAB_D(1))    \

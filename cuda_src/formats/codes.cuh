@@ -24,10 +24,12 @@ struct PackedWeights {
   int format;
 };
 
-// The inputs of a product: y[b, j] = x[b] . w[j], x [rows, k], w [n, k] (or Parts * n rows of w).
+// The inputs of a product: y[b, j] = x[b] . w[j], x [rows, k], w [n, k] (or Parts * n rows of w). tiled: workspace
+// for more than 8 rows (launchers/linear.h).
 template <typename T>
 struct PackedProduct {
   const T* x;
+  T* tiled;
   PackedWeights w;
   int rows, n, k;
 };

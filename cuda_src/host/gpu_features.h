@@ -220,6 +220,7 @@ inline void mbarrier_arrive_expect_tx(mbarrier* bar, unsigned bytes, host::Site 
 inline void mbarrier_wait(mbarrier* bar, unsigned parity, host::Site site = host::Site::here()) {
   host::mbarrier_wait(bar, parity, site);
 }
+template <bool Once = true>
 inline void bulk_copy_g2s(void* dst, const void* src, unsigned bytes, mbarrier* bar,
                           host::Site site = host::Site::here()) {
   host::bulk_copy(dst, src, bytes, bar, site);

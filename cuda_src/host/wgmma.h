@@ -109,10 +109,16 @@ template <typename T, int Extent>
 inline void wgmma(float (&d)[Extent][4], const T* a, const T* b, host::Site site = host::Site::here()) {
   host::current->products.issue({host::multiply_tiles<T, Extent>, &d[0][0], a, b, site});
 }
+template <typename T>
+struct WgmmaPlace {
+  const T* p;
+  explicit WgmmaPlace(const T* p) : p(p) {}
+  WgmmaPlace operator+(int elements) const { return WgmmaPlace(p + elements); }
+};
 template <typename T, int Extent>
-LAB_NO_TSAN inline void wgmma(float (&d)[Extent][4], const uint32_t (&a)[4], const T* b, bool add = true,
+LAB_NO_TSAN inline void wgmma(float (&d)[Extent][4], const uint32_t (&a)[4], WgmmaPlace<T> b, bool add = true,
                               host::Site site = host::Site::here()) {
-  host::AsyncProduct product{host::multiply_registers<T, Extent>, &d[0][0], a, b, site, add};
+  host::AsyncProduct product{host::multiply_registers<T, Extent>, &d[0][0], a, b.p, site, add};
   host::Registers mine;
   memcpy(mine.r, a, sizeof mine.r);
   const auto quad =

@@ -2,11 +2,11 @@
 #include "arguments.h"
 
 // y[b, j] = silu(xn[b] . w[j]) * (xn[b] . w[n + j]), w [2 n, k].
-// normed: see norm_linear.h.
+// normed, tiled: see norm_linear.h.
 struct NormLinearSiluMulArgs {
   Ptr x, norm_w;
   Weights w;
-  Ptr y, normed;
+  Ptr y, normed, tiled;
   int rows, n, k;
   float eps;
   int dtype;

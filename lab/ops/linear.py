@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lab import peers, spaces
 from lab.contract import DTYPE_CODES, EPS32, FLOATS, Op, case, dense, refuse
-from lab.formats import operand
+from lab.formats import PackedMatrix, operand
 
 MAX_BATCH = 64
 
@@ -49,10 +49,22 @@ def reference(x, w, bias=None, out_dtype=None):
     return (y if bias is None else y + bias.double(),)
 
 
+def tiled(x, w):
+    """The memory through which the CUDA kernels pass x, laid out in the tiles that tensor cores read
+    (cuda_src/core/tiled_rows.cuh): [2 * (k / 128 rounded up), 16 or 64, 64] for packed weights and more than 8 rows in
+    half precision; None for others."""
+    rows, columns = x.shape
+    if type(w) is PackedMatrix and rows > 8 and x.element_size() == 2:
+        return torch.empty(2 * -(-columns // 128), 16 if rows <= 16 else 64, 64, dtype=x.dtype, device=x.device)
+    return None
+
+
 def cuda(k, x, w, bias=None, out_dtype=None, out=None):
     rows, columns = x.shape
+    memory = tiled(x, w)
     k.linear(
         x=x.data_ptr(),
+        tiled=0 if memory is None else memory.data_ptr(),
         w=operand.pointers(w),
         bias=0 if bias is None else bias.data_ptr(),
         y=out.data_ptr(),

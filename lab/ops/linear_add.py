@@ -36,8 +36,10 @@ def reference(x, w, residual, bias=None):
 
 def cuda(k, x, w, residual, bias=None, out=None):
     rows, columns = x.shape
+    memory = linear.tiled(x, w)
     k.linear_add(
         x=x.data_ptr(),
+        tiled=0 if memory is None else memory.data_ptr(),
         w=operand.pointers(w),
         bias=0 if bias is None else bias.data_ptr(),
         residual=residual.data_ptr(),

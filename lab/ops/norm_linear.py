@@ -79,7 +79,7 @@ def workspace(x, w):
 
 
 def cuda(k, x, norm_w, eps, w, bias=None, out_dtype=None, out=None):
-    memory = workspace(x, w)
+    memory, tiled = workspace(x, w), linear.tiled(x, w)
     rows, columns = x.shape
     k.norm_linear(
         x=x.data_ptr(),
@@ -88,6 +88,7 @@ def cuda(k, x, norm_w, eps, w, bias=None, out_dtype=None, out=None):
         bias=0 if bias is None else bias.data_ptr(),
         y=out.data_ptr(),
         normed=0 if memory is None else memory.data_ptr(),
+        tiled=0 if tiled is None else tiled.data_ptr(),
         rows=rows,
         n=w.shape[0],
         k=columns,

@@ -87,7 +87,7 @@ def verify(got, a):
 
 
 def cuda(k, x, norm_w, eps, w, logits, scratch, out):
-    memory = norm_linear.workspace(x, w)
+    memory, tiled = norm_linear.workspace(x, w), linear.tiled(x, w)
     rows, columns = x.shape
     k.norm_linear_argmax(
         x=x.data_ptr(),
@@ -96,6 +96,7 @@ def cuda(k, x, norm_w, eps, w, logits, scratch, out):
         logits=logits.data_ptr(),
         scratch=scratch.data_ptr(),
         normed=0 if memory is None else memory.data_ptr(),
+        tiled=0 if tiled is None else tiled.data_ptr(),
         out=out.data_ptr(),
         rows=rows,
         n=w.shape[0],

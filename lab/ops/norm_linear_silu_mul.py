@@ -50,7 +50,7 @@ def tolerance(a):
 
 
 def cuda(k, x, norm_w, eps, w, out):
-    memory = norm_linear.workspace(x, w)
+    memory, tiled = norm_linear.workspace(x, w), linear.tiled(x, w)
     rows, columns = x.shape
     k.norm_linear_silu_mul(
         x=x.data_ptr(),
@@ -58,6 +58,7 @@ def cuda(k, x, norm_w, eps, w, out):
         w=operand.pointers(w),
         y=out.data_ptr(),
         normed=0 if memory is None else memory.data_ptr(),
+        tiled=0 if tiled is None else tiled.data_ptr(),
         rows=rows,
         n=out.shape[1],
         k=columns,
