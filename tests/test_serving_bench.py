@@ -157,6 +157,7 @@ def test_a_page_of_a_gpu_s_rows(tmp_path):
     assert report(tmp_path, tmp_path / "page") == 0
     page = re.sub(r"\s+", " ", (tmp_path / "page" / "index.html").read_text())
     assert "At 16 rows: CUDA 75% of the ideal, a step +2.0% on its graph" in page
+    assert "m-serving.svg" in (tmp_path / "page" / "README.md").read_text()
     slower = dataclasses.replace(ROW, us=1200.0, us_p10=1190.0, us_p90=1210.0)
     (pair,), _, _ = compare.match([ROW], [slower])
     assert pair.verdict == compare.SLOWER and "b16 queue, azure-chat-2023" in compare.label(slower)

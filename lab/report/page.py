@@ -1,6 +1,6 @@
 """What stands where: the pictures, tables and words of a run, and the page made of them.
 
-The first screen is a verdict and one picture; seven sections follow, then the models and the ops; what was
+The first screen is a verdict and one picture; eight sections follow, then the models and the ops; what was
 run on what, notes and failures stand below, folded. Every picture is inline SVG, whose colours follow the
 page's theme. jinja2 escapes every string of a record. The page loads nothing from anywhere: its
 Content-Security-Policy forbids it.
@@ -86,7 +86,7 @@ class View:
     slug: str
     verdict: list  # sentences
     headline: Picture | None
-    top: list  # Parts: the seven sections
+    top: list  # Parts: the eight sections
     models: list  # a Part for each model
     ops: list  # a Part for each op
     below: list  # Parts: everything else
@@ -137,7 +137,7 @@ def view(run, slug, folder, with_twins, progress):
 
 
 def _top(run, f, of_ops, several, drawn, with_twins):
-    """The seven sections that say most. of_ops: figures of the ops, several: of tokens on several GPUs, both
+    """The eight sections that say most. of_ops: figures of the ops, several: of tokens on several GPUs, both
     but for one that stands above all."""
     model = sides.main_model(run)
     overview = overview_figures.overview(run)
@@ -150,6 +150,7 @@ def _top(run, f, of_ops, several, drawn, with_twins):
             tables=[(*found, False) for found in sides.foreign(run)],
         ),
         _several(run, several, drawn),
+        _serving(run, drawn),
         Part(
             "wins",
             "Who wins where",
@@ -186,6 +187,13 @@ def _several(run, of_tokens, drawn):
     shown = drawn(of_tokens, parallel_figures.exchange(run))
     tables = [(*found, False) for found in parallel_figures.tables(run)]
     return Part("several-gpus", "Several GPUs", shown=shown, tables=tables)
+
+
+def _serving(run, drawn):
+    """Many sequences that take turns in the rows of a batch."""
+    models = dict.fromkeys(run.serving["model"]) if len(run.serving) else ()
+    pictures = [serving_figures.throughput(run, model) for model in models]
+    return Part("serving", "Many sequences in one queue", shown=drawn(*pictures))
 
 
 def _formats(run, drawn):
@@ -262,9 +270,6 @@ def _below(run, f, drawn):
         shown=drawn(machine_figures.ceiling(run), f and machine_figures.roofline(run, f)),
     )
     made = [machine, Part("notes", f"Notes ({len(run.notices)})")]
-    if len(run.serving):
-        pictures = [serving_figures.throughput(run, model) for model in dict.fromkeys(run.serving["model"])]
-        made.insert(0, Part("serving", "Many sequences in one queue", shown=drawn(*pictures)))
     rows = run.fairness
     if len(rows):
         listed = figures.table(fairness.compile_times(rows), fairness.COLUMNS, **fairness.COMPILED)

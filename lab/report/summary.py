@@ -1,11 +1,11 @@
-"""The summary of a report as Markdown, for a code host: the verdict, the six sections, the models."""
+"""The summary of a report as Markdown, for a code host: the verdict, the sections that say most, the models."""
 
 from lab.report.page import Picture
 from lab.report.tables import grid_markdown, markdown, markdown_rows
 
 
 def summary(views, title):
-    """Markdown with the verdict, the six sections and the models' lines of every run."""
+    """Markdown with the verdict, the sections that say most and the models' lines of every run."""
     out = [
         f"# {markdown(title)}",
         "",
