@@ -109,7 +109,7 @@ PYBIND11_MODULE(LAB_MODULE, m) {
   OP(bandwidth, src, dst, bytes, mode, passes, blocks, threads, stream);
   OP(link_latency, peers, rounds, stream);
   OP(linear_ladder, x, tiled, w, bias, y, rows, n, k, dtype, out_dtype, stream);
-  OP(quantised_linear_ladder, x, w, expanded, bias, y, rows, n, k, dtype, out_dtype, stream);
+  OP(quantised_linear_ladder, x, tiled, w, expanded, bias, y, rows, n, k, dtype, out_dtype, stream);
   OP(rmsnorm_ladder, x, w, residual, y, rows, groups, cols, x_stride, y_stride, eps, dtype, stream);
   OP(decode_attention_ladder, q, cache, context_lens, out, splits, batch, q_heads, head_dim, scale, dtype,
      stream);

@@ -7,7 +7,7 @@
 // name. A field that is a struct is passed as a tuple.
 //
 // The way arguments are passed was chosen by the cost of a call. rope_append_attention has 27 values, linear
-// has 10. Microseconds on two cores of a cloud machine, CPython 3.11, pybind11 3.1, November 2026, the least
+// had 10. Microseconds on two cores of a cloud machine, CPython 3.11, pybind11 3.1, November 2026, the least
 // of 300 times 100 calls:
 //
 //                                                              27 values   10 values

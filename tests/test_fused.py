@@ -145,6 +145,7 @@ def test_a_tensor_core_batch_needs_room_for_its_normed_rows(gpu_shapes):
             bias=0,
             y=y.data_ptr(),
             normed=0,
+            tiled=0,
             rows=9,
             n=4,
             k=8,

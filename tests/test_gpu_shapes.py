@@ -9,9 +9,10 @@ from test_persistent import agree
 
 from lab import extension
 from lab.check import check_case
+from lab.contract import DTYPE_CODES
 from lab.dispatch import select
 from lab.formats import FORMATS
-from lab.formats.operand import of_random
+from lab.formats.operand import of_random, pointers
 from lab.model.sampling import Sampling
 from lab.ops import find
 
@@ -104,6 +105,25 @@ def test_a_cluster_shares_k_where_blocks_are_few(multiprocessors, n, k, blocks, 
         host.record_launches(0)
     assert (tiles["kernel"], launch["kernel"]) == ("tile_rows_kernel", "linear_packed_kernel")
     assert (launch["grid"][0], launch["cluster"]) == (blocks * cluster, cluster)
+
+
+def test_many_rows_of_x_and_packed_weights_need_room_for_tiles():
+    x, y = (torch.zeros(9, columns, dtype=torch.bfloat16) for columns in (64, 8))
+    w = of_random(torch.ones(8, 64), "fp8")
+    with pytest.raises(ValueError, match="more than 8 rows and packed weights need `tiled`"):
+        extension.load("_host").linear(
+            x=x.data_ptr(),
+            tiled=0,
+            w=pointers(w),
+            bias=0,
+            y=y.data_ptr(),
+            rows=9,
+            n=8,
+            k=64,
+            dtype=DTYPE_CODES[x.dtype],
+            out_dtype=DTYPE_CODES[y.dtype],
+            stream=0,
+        )
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -9,7 +9,7 @@
 // Those of linear. w: rungs 1 to 3 take the layout of lab/formats/row_major.py. expanded: for rung 1 memory for
 // w, [n, k filled up to whole groups] of dtype; for others 0.
 struct QuantisedLinearArgs {
-  Ptr x;
+  Ptr x, tiled;
   Weights w;
   Ptr expanded, bias, y;
   int rows, n, k, dtype, out_dtype;
