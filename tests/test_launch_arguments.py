@@ -152,7 +152,18 @@ def test_what_a_launcher_throws_arrives():
         _host.silu_mul(**{**silu_mul_arguments()[2], "dtype": 9})
     with pytest.raises(ValueError, match="linear_ladder: no rung 77"):
         _host.linear_ladder(
-            77, x=0, tiled=0, w=(0, 0, 0), bias=0, y=0, rows=1, n=1, k=1, dtype=FLOAT32, out_dtype=FLOAT32, stream=0
+            77,
+            x=0,
+            tiled=0,
+            w=(0, 0, 0),
+            bias=0,
+            y=0,
+            rows=1,
+            n=1,
+            k=1,
+            dtype=FLOAT32,
+            out_dtype=FLOAT32,
+            stream=0,
         )
 
 

@@ -51,12 +51,12 @@ def reference(x, w, bias=None, out_dtype=None):
 
 def tiled(x, w):
     """The memory through which the CUDA kernels pass x, laid out in the tiles that tensor cores read
-    (cuda_src/core/tiled_rows.cuh): [2 * (k / 128 rounded up), 16 or 64, 64] for packed weights and more than 8 rows in
-    half precision; None for others."""
+    (cuda_src/core/tiled_rows.cuh): [2 * (k / 128 rounded up), 16 or 64, 64] for packed weights and more than
+    8 rows in half precision; None for others."""
     rows, columns = x.shape
-    if type(w) is PackedMatrix and rows > 8 and x.element_size() == 2:
-        return torch.empty(2 * -(-columns // 128), 16 if rows <= 16 else 64, 64, dtype=x.dtype, device=x.device)
-    return None
+    if type(w) is not PackedMatrix or rows <= 8 or x.element_size() != 2:
+        return None
+    return x.new_empty(2 * -(-columns // 128), 16 if rows <= 16 else 64, 64)
 
 
 def cuda(k, x, w, bias=None, out_dtype=None, out=None):

@@ -1,4 +1,4 @@
-"""The summary of a report as Markdown, for a code host: the verdict, the sections that say most, the models."""
+"""The summary of a report as Markdown, for a code host: the verdict, the first sections, the models."""
 
 from lab.report.page import Picture
 from lab.report.tables import grid_markdown, markdown, markdown_rows
