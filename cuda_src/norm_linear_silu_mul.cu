@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(P::kThreads, P::kResident)
   P product(normed);
 
   // 2. Norm: already done by rmsnorm's kernel. The loads of the first weights are issued before the wait for
-  // it.
+  // it, or for the kernel after it that lays the rows out in tiles.
   product.start();
   for (; product.more(); product.next()) {
     // 3. Multiply: packed weights go from DRAM into registers and become numbers there.

@@ -45,11 +45,16 @@ PARTS_OF_X = {
     "linear_add": dict(batch=2, n=8, k=6203),
     "norm_linear_silu_mul": dict(batch=16, n=8, k=4160, format="int8-g32"),
 }
-# Packed weights by warpgroups, in the blocks of a cluster, rings of x more than once around: formats with
-# scales by group, in one segment (four runs of columns) and in two.
+# Packed weights by warpgroups, in the 6 blocks of a cluster, rings of codes and of x more than once around:
+# formats with scales by group, in one segment (four runs of columns) and in two; and up to 16 rows of x, the
+# first of them with a scale a row.
 WARPGROUPS = {
     "linear": dict(batch=17, n=8, k=5000, format="int4-g128-zero"),
-    "norm_linear_silu_mul": dict(batch=17, n=8, k=2600, format="fp8-g128"),
+    "norm_linear_silu_mul": dict(batch=17, n=8, k=4200, format="fp8-g128"),
+}
+FEWER_ROWS = {
+    "linear": dict(batch=12, n=8, k=8200, format="fp8"),
+    "norm_linear_silu_mul": dict(batch=12, n=8, k=8200, format="int4-g128"),
 }
 MORE = {
     "sample": dict(batch=2, vocab=1030, temperature=1.3, top_k=50, top_p=0.8, seed=1),
@@ -151,7 +156,7 @@ def inside(extension: Path, ops: list[str]) -> int:
                 continue
             sizes = [
                 extra[op.name]
-                for extra in (TICKETS, CLUSTERS, ALONE, PARTS_OF_X, WARPGROUPS, MORE)
+                for extra in (TICKETS, CLUSTERS, ALONE, PARTS_OF_X, WARPGROUPS, FEWER_ROWS, MORE)
                 if op.name in extra
             ]
             for one in [*sizes, *(c.sizes for c in small(op))]:

@@ -29,7 +29,10 @@ SIZES = {
 }
 # Of packed weights, for which linear and norm_linear_silu_mul have a kernel.
 PACKED = {
-    "few rows, short ones of w, many sets of outputs for a block": dict(batch=5, n=900, k=200),
+    "few rows, short ones of w, many sets of outputs for a block": dict(batch=5, n=4300, k=200),
+    "few rows, x in several parts": dict(batch=8, n=200, k=9300),
+    "up to 16 rows, the rings turn round": dict(batch=16, n=136, k=8200),
+    "the fewest rows of warpgroups": dict(batch=9, n=40, k=392),
     "rows of w in no whole blocks of 8, a part of a chunk": dict(batch=17, n=37, k=200),
     "a cluster shares k, the ring turns round": dict(batch=64, n=136, k=5000),
     "three blocks of outputs": dict(batch=23, n=704, k=256),
@@ -81,6 +84,13 @@ def test_tensor_cores_before_hopper(name, why, check, monkeypatch):
 @pytest.mark.parametrize("name", ("linear", "norm_linear_silu_mul"))
 def test_many_rows_of_x_and_packed_weights(name, why, format, check):
     check(find(name), torch.bfloat16, dict(PACKED[why], format=format))
+
+
+@pytest.mark.parametrize("format", ("int4-g128", "fp8"))
+@pytest.mark.parametrize("batch", (16, 33))
+@pytest.mark.parametrize("name", ("linear", "norm_linear_silu_mul"))
+def test_many_rows_of_x_in_fp16_and_packed_weights(name, batch, format, check):
+    check(find(name), torch.float16, dict(batch=batch, n=136, k=1000, format=format))
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from triton_kernels.core.packed_rows import first_lines
 from triton_kernels.core.packed_splits import sum_splits_kernel
 from triton_kernels.embedding import embedding
 from triton_kernels.linear import linear as run_linear
+from triton_kernels.linear_add import linear_add as linear_add_kernel
 
 F32, F16, BF16, I32 = torch.float32, torch.float16, torch.bfloat16, torch.int32
 K_QUANTS = ("q4_k", "q6_k")
@@ -207,6 +208,16 @@ def test_programs_that_divide_k_are_compiled_as_the_others():
     assert (product.grid, total.grid) == ((32, 4), (256,))
     usages = [offline.usage(offline.compile(launch, "sm_90")) for launch in launches]
     assert [usage["local"] + usage["stack"] for usage in usages] == [0, 0]
+
+
+@pytest.mark.parametrize("name", ("int4-g128", "fp8"))
+def test_settings_that_divide_k_are_for_more_than_16_rows(name):
+    """linear_add was tuned at 64 rows, whose settings serve fewer rows, too, where they say nothing of k."""
+    w = packed(name, 4096, 14336)
+    for rows, kernels in (16, 1), (17, 2):
+        with recording("sm_90") as launches:
+            linear_add_kernel(empty(rows, 14336, dtype=BF16), w, None, empty(rows, 4096, dtype=BF16))
+        assert len(launches) == kernels
 
 
 @pytest.mark.parametrize("rows", (1, 64))

@@ -11,8 +11,6 @@
 
 namespace lab {
 
-constexpr int kMostRanks = 6;  // blocks of a cluster
-
 // C: the shape of a launch.
 template <typename T, typename C>
 struct alignas(16) PackedBatchSmem {
@@ -27,7 +25,8 @@ template <int Parts_>
 struct PackedBatchShape {
   static constexpr int kTiles = 8, kBatch = 8 * kTiles;            // tiles of 8 rows of x
   static constexpr int R = 2, kWarps = 8, kThreads = 32 * kWarps;  // R: tiles of 16 rows of w of a warp
-  static constexpr int kResident = 1;  // blocks that a multiprocessor runs at once
+  static constexpr int kResident = 1;   // blocks that a multiprocessor runs at once
+  static constexpr int kMostRanks = 4;  // blocks of a cluster
   static constexpr int kParts = Parts_, kTileOutputs = 16 / Parts_, kWarpOutputs = R * kTileOutputs;
   static constexpr int kOutputs = kWarps * kWarpOutputs;
   static constexpr int kChunk = 128;  // columns; one segment of 4 or 6 bits, two of 8
@@ -122,13 +121,13 @@ struct PackedBlock {
 #if LAB_SM90
     if (ranks_ > 1) {
       // All loads first: one from another multiprocessor takes as long as one from L2.
-      float of[kMostRanks], found = 0.f;
+      float of[C::kMostRanks], found = 0.f;
       LAB_UNROLL
-      for (int peer = 0; peer < kMostRanks; ++peer) {
+      for (int peer = 0; peer < C::kMostRanks; ++peer) {
         of[peer] = peer < ranks_ ? *cluster_peer(&shared.sums[b][row], peer) : 0.f;
       }
       LAB_UNROLL
-      for (int peer = 0; peer < kMostRanks; ++peer) found += of[peer];
+      for (int peer = 0; peer < C::kMostRanks; ++peer) found += of[peer];
       return found;
     }
 #endif
@@ -333,16 +332,15 @@ struct PackedBatch : PackedBlock<T_, F, C_> {
 
 constexpr int kMostPackedRows = 64;  // of x, in one launch
 
-// Blocks of a cluster: as many as run at once, each with two chunks of k or more. They lie in one of the groups into
-// which a GPU divides its multiprocessors: on an H100 8 groups of 14 to 18. Clusters that find no place begin when
-// others have ended: 16 clusters of 7 blocks never run at once on an H100, 17 of 6 do. (8B's o and down in int4-g128 at
-// 64 rows: 28 and 63 us with 7, 14 and 34 with 6, 15 and 39 with 4.)
+// Blocks of a cluster: as many as run at once, up to C::kMostRanks, each with two chunks of k or more. They lie in one
+// of the groups into which a GPU divides its multiprocessors: on an H100 8 groups of 14 to 18. Clusters that find no
+// place begin when others have ended.
 template <typename C>
 inline unsigned batch_cluster(int outputs, int k) {
   const int blocks = ceil_div(outputs, C::kOutputs), chunks = ceil_div(k, C::kChunk);
   const int groups = max(multiprocessors() / 16, 1);
   int ranks = 1;
-  for (int more = 2; has_clusters() && more <= kMostRanks && chunks >= 2 * more; ++more) {
+  for (int more = 2; has_clusters() && more <= C::kMostRanks && chunks >= 2 * more; ++more) {
     if (blocks <= groups * (14 / more)) ranks = more;
   }
   return unsigned(ranks);

@@ -1,5 +1,6 @@
 // Which way packed weights are multiplied: the choice between packed_rows.cuh (up to 16 rows of x),
-// packed_batch.cuh (up to 64), packed_wgmma.cuh (9 to 64 on Hopper) and packed_stream.cuh (float32, and on a CPU).
+// packed_batch.cuh (up to 64), packed_wgmma.cuh (9 to 64 on Hopper, of the formats and sizes that it takes) and
+// packed_stream.cuh (float32, and on a CPU).
 //
 // They are classes with the same functions, so that an op has one kernel for packed weights:
 //
@@ -23,16 +24,16 @@ struct PackedLaunch {
   dim3 grid;
   size_t smem_bytes;
   unsigned cluster = 1;
-  int tiled_rows = 0;  // of x in a tile, where the product reads tiles
+  int tile_batch = 0;  // rows of x in a tile, where the product reads tiles
 
   // Launches kernel(product, args...), and before it the one that lays x out in tiles.
   template <typename... Params, typename... Args>
   void start(Ptr stream, const char* name, void (*kernel)(Params...),
              const PackedProduct<typename P::T>& product, Args... args) const {
     if constexpr (sizeof(typename P::T) == 2) {
-      if (tiled_rows) {
+      if (tile_batch) {
         if (!product.tiled) throw std::invalid_argument("more than 8 rows and packed weights need `tiled`");
-        tile_rows(product.x, product.tiled, product.rows, tiled_rows, product.k, stream);
+        tile_rows(product.x, product.tiled, product.rows, tile_batch, product.k, stream);
       }
     }
     launch({grid, dim3(P::kThreads), smem_bytes, stream, true, cluster}, name, kernel, product, args...);

@@ -31,6 +31,9 @@ template <typename F, int Tiles_, int Parts_>
 struct PackedWgmmaShape {
   static constexpr int kTiles = Tiles_, kBatch = 8 * kTiles;
   static constexpr int R = 1, kWarps = 16, kThreads = 32 * kWarps, kResident = 1;  // four warpgroups
+  // Blocks of a cluster. 16 clusters of 6 run at once on an H100, of 7 or 8 only 15. (8B's o and down at 64 rows in
+  // int4-g128: 28 and 63 us with 7, 14 and 34 with 6, 14 and 39 with 4.)
+  static constexpr int kMostRanks = 6;
   static constexpr int kParts = Parts_, kTileOutputs = 16 / Parts_, kWarpOutputs = R * kTileOutputs;
   static constexpr int kOutputs = kWarps * kWarpOutputs;
   static constexpr int kChunk = Layout<F>::kColumns;  // one segment
@@ -46,7 +49,7 @@ struct PackedWgmmaShape {
 template <typename F>
 constexpr bool kWholeSegments = F::kBits != 6 && !F::kMinimum && Layout<F>::kPart == Layout<F>::kColumns;
 
-// A place in a ring of N, and whether its rounds are even.
+// A place in a ring of N, and how often it has gone round.
 template <int N>
 struct RingPlace {
   int at = 0;
@@ -64,6 +67,7 @@ struct PackedWgmma : PackedBlock<T_, F, C_> {
   using Base::segments, Base::shared, Base::t, Base::tiled, Base::w, Base::warp;
   using typename Base::C, typename Base::L, typename Base::Scales, typename Base::T;
   static_assert(Base::kSegments == 1 && kWholeSegments<F>, "a chunk is one segment, with one scale");
+  static_assert(L::kSpan * L::kColumns <= 2 * kTileColumns, "tiles are filled up as far as segments are");
   UnitWords<F> words[2];  // of rows g and g + 8
   Scales scales[2];
   RingPlace<C_::kSlots> slot;      // of the chunk that is unpacked
@@ -141,7 +145,7 @@ struct PackedWgmma : PackedBlock<T_, F, C_> {
     }
   }
 
-  // Loads the codes of a chunk, copies later ones into their slot, and unpacks the first run.
+  // Loads the codes of a chunk, has their slot filled again, and unpacks the first run.
   LAB_DEVICE void prepare(int chunk, uint32_t (&a)[2][4]) {
     cp_async_wait<C::kSlots - 1>();
     __syncwarp();  // scales were copied by other lanes

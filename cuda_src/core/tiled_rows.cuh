@@ -10,17 +10,19 @@
 // Without this kernel each block has to put all of x in this order itself. 8B's gate and up at 64 rows in int4-g128
 // take 43 us with it, this kernel's 2 included, and took 57 without, or 59 where four warps did nothing else (H100).
 #pragma once
-#include "../common.cuh"
+#include "../sizes.h"
 
 namespace lab {
 
 constexpr int kTileColumns = 64;
 
-// Columns of all tiles.
+// Columns of a row of x, filled up to two tiles.
 LAB_HOST_DEVICE int tiled_columns(int k) { return (k + 2 * kTileColumns - 1) & -(2 * kTileColumns); }
 
 template <typename T>
 __global__ void __launch_bounds__(256) tile_rows_kernel(const T* x, T* tiled, int rows, int batch, int k) {
+  // The product may launch at once: before its own wait, which is for this kernel, it reads weights alone. This
+  // wait is also for whoever still reads `tiled`.
   pdl_launch_dependents();
   pdl_wait();
   // A thread moves 16 columns of a row.
@@ -28,18 +30,18 @@ __global__ void __launch_bounds__(256) tile_rows_kernel(const T* x, T* tiled, in
   const int unit = blockIdx.x * blockDim.x + threadIdx.x, row = unit / row_units,
             column = unit % row_units * 16;
   if (row >= rows) return;
-  Vec<uint32_t> half[2];
+  Vec<uint32_t> parts[2];
   LAB_UNROLL
   for (int i = 0; i < 2; ++i) {
     const int from = column + 8 * i;  // k is a multiple of 8
-    half[i] =
+    parts[i] =
         from < k ? load<4>(reinterpret_cast<const uint32_t*>(x + size_t(row) * k + from)) : Vec<uint32_t>{};
   }
   T* tile = tiled + size_t(column / kTileColumns) * batch * kTileColumns + row * kTileColumns;
   LAB_UNROLL
   for (int odd = 0; odd < 2; ++odd) {
     const int place = (column % kTileColumns / 8 + odd) ^ row % 8;
-    const auto& [low, high] = half;
+    const auto& [low, high] = parts;
     store(reinterpret_cast<uint32_t*>(tile + place * 8),
           Vec<uint32_t>{{low.v[odd], low.v[odd + 2], high.v[odd], high.v[odd + 2]}});
   }

@@ -2,7 +2,7 @@
 //
 // A GPU may write the destination at any time between issue and wait. Here the destination is filled with NaN
 // at issue and written at the wait, so a kernel that reads too early, or waits for the wrong group, computes
-// NaN. An mbarrier's state is in its own 8 bytes of shared memory. Bulk copies are carried out while some
+// NaN. So does one that issues a copy before pdl_wait() of what is hidden until then. An mbarrier's state is in its own 8 bytes of shared memory. Bulk copies are carried out while some
 // thread polls an mbarrier, in random order in a random schedule.
 #include <cstring>
 
@@ -75,7 +75,7 @@ void cp_async(void* dst, const void* src, unsigned bytes, unsigned valid, Site s
   if (!in_shared(dst, bytes))
     fail("cp_async%u at %s:%d: writes outside shared memory", bytes, site.file, site.line);
   if (worker->options.poison) memset(dst, 0xff, bytes);
-  current->copies.issue({dst, src, bytes, valid});
+  current->copies.issue({dst, source_now(src, valid), bytes, valid});
 }
 
 void cp_async_commit() {
@@ -158,7 +158,8 @@ void bulk_copy(void* dst, const void* src, unsigned bytes, uint64_t* bar, Site s
     fail("bulk_copy_g2s at %s:%d: writes outside shared memory", site.file, site.line);
   load_state(bar, "bulk_copy_g2s", site);
   if (worker->options.poison) memset(dst, 0xff, bytes);
-  worker->blocks[current->block->cluster_rank]->bulk_copies.push_back({dst, src, bytes, bar});
+  worker->blocks[current->block->cluster_rank]->bulk_copies.push_back(
+      {dst, source_now(src, bytes), bytes, bar});
 }
 
 void* cluster_peer(void* p, unsigned rank) {

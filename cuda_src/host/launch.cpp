@@ -150,6 +150,7 @@ std::mutex hidden_mutex;
 std::vector<Region> hidden;
 std::vector<std::vector<unsigned char>> contents;  // of the regions, while they are hidden
 std::atomic<bool> waited{false};                   // whether a thread of this launch has called pdl_wait()
+std::atomic<bool> hiding{false};                   // whether there are `contents`
 
 void hide() {
   std::lock_guard<std::mutex> lock(hidden_mutex);
@@ -159,6 +160,7 @@ void hide() {
     contents.emplace_back(bytes, bytes + region.bytes);
     memset(bytes, 0xff, region.bytes);
   }
+  hiding = !contents.empty();
 }
 
 void show() {
@@ -167,6 +169,7 @@ void show() {
     memcpy(hidden[i].begin, contents[i].data(), contents[i].size());
   }
   contents.clear();
+  hiding = false;
 }
 
 struct Hiding {  // restores the contents of the regions, whatever happens
@@ -186,6 +189,18 @@ void pdl_wait() {
   if (waited.load(std::memory_order_acquire)) return;
   show();
   waited.store(true, std::memory_order_release);
+}
+
+const void* source_now(const void* src, size_t bytes) {
+  static const std::vector<unsigned char> ones(kMaxSharedBytes, 0xff);
+  if (!hiding) return src;
+  std::lock_guard<std::mutex> lock(hidden_mutex);
+  auto* begin = static_cast<const unsigned char*>(src);
+  for (size_t i = 0; i < contents.size(); ++i) {
+    auto* from = static_cast<const unsigned char*>(hidden[i].begin);
+    if (begin < from + hidden[i].bytes && from < begin + bytes) return ones.data();
+  }
+  return src;
 }
 
 void hide_until_pdl_wait(std::vector<Region> regions) {

@@ -167,6 +167,8 @@ struct Region {
 };
 void hide_until_pdl_wait(std::vector<Region> regions);
 void pdl_wait();
+// What an asynchronous copy that is issued now may read: src, or ones where some of it is hidden.
+const void* source_now(const void* src, size_t bytes);
 
 // Aborts the launch from inside a kernel; run() throws the message with the kernel, block and thread added.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));

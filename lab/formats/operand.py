@@ -65,6 +65,10 @@ def of_random(w: torch.Tensor, format: str | None) -> Operand:
     return w if format is None else FORMATS[format].quantise(w)
 
 
+# On Hopper x passes through a workspace (cuda_src/core/tiled_rows.cuh).
+TILED = case("packed: x in tiles of 16 rows", batch=12, n=40, k=200, format="fp8-g128")
+
+
 def format_cases(**more) -> tuple[Case, ...]:
     """Sizes at which `lab check` runs a product with weights of each format. more: sizes of a batch that is
     neither one row nor fills a tile."""
@@ -76,7 +80,8 @@ def format_cases(**more) -> tuple[Case, ...]:
         ]
     more_rows = dict(batch=19, n=24, k=576, format="int4-g32-min")
     found.append(case("packed: more rows than a tile has columns", **more_rows))
-    return tuple(found)
+    found.append(case("packed: x in tiles of 64 rows", batch=33, n=40, k=200, format="int4-g128"))
+    return (*found, TILED)
 
 
 def some_format_cases(**more) -> tuple[Case, ...]:
@@ -85,4 +90,5 @@ def some_format_cases(**more) -> tuple[Case, ...]:
     return (
         case("packed, one row", batch=1, n=37, k=300, format="int4-g32-min"),
         case("packed, a few rows", batch=5, n=50, k=576, format="int8", **more),
+        TILED,
     )

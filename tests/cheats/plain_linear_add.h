@@ -16,7 +16,7 @@ template <typename F>
 void add_product(const LinearAddArgs& a, const char* name, F kernel_of) {
   if (a.w.format != 0) {
     LinearArgs product{};
-    product.x = a.x, product.w = a.w, product.bias = a.bias, product.y = a.residual;
+    product.x = a.x, product.tiled = a.tiled, product.w = a.w, product.bias = a.bias, product.y = a.residual;
     product.rows = a.rows, product.n = a.n, product.k = a.k;
     product.dtype = product.out_dtype = a.dtype;
     product.stream = a.stream;

@@ -60,6 +60,9 @@ AFTER_THE_KERNEL_BEFORE = (
 REASONS = {
     ("cuda_src/core/mma_rows.cuh", "reduce: without cp_async_wait"): COPIES_LANDED,
     ("cuda_src/core/mma_attention.cuh", "publish: without cp_async_wait"): COPIES_LANDED,
+    ("cuda_src/core/packed_wgmma.cuh", "copy_x: without __syncwarp"): (
+        "it orders nothing that is shared; after one lane has copied, all go on together, as wgmma wants them"
+    ),
     ("cuda_src/core/step_attention.cuh", "add_tokens: without __syncwarp"): (
         "it orders nothing that is shared; for time it keeps nvcc from loading V only after the scores"
     ),
