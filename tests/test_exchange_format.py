@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lab import cli
 from lab.check import check_case
 from lab.contract import DTYPES, Rand
-from lab.flashinfer_format import attention, exporting, families, schema, traces, written
+from lab.flashinfer_format import attention, exporting, families, importing, schema, traces, written
 from lab.flashinfer_format.child import Solved
 from lab.flashinfer_format.schema import Definition, Solution, Trace, from_json, read, to_json
 from lab.judge.precision import ErrorsByWidth
@@ -259,6 +259,23 @@ def test_workloads_give_cases_and_the_large_ones_are_named():
     cases, left_out = families.cases_of(GEMM.family, definition, loads)
     assert [case.sizes["batch"] for case in cases] == [2, 9, 64]
     assert [line.split(":")[0] for line in left_out] == ["workload load 65", "workload load 8192"]
+
+
+def test_a_workload_s_axis_that_the_definition_lacks_is_named():
+    definition = written.definition_of(GEMM, "bf16")
+    loads = [schema.Workload({"M": 2, "batch": 3}, {}, "load")]
+    cases, (said,) = families.cases_of(GEMM.family, definition, loads)
+    assert cases == [] and said.startswith("workload load: names the axis 'batch', which is not in the axes")
+
+
+def test_constraints_that_no_case_of_ours_need_meet_are_said(capsys):
+    definition = written.definition_of(NHD, "bf16")
+    importing.show_definitions(importing.Dataset({definition.name: definition}))
+    assert "constraints" not in capsys.readouterr().out
+    definition.constraints.append("batch_size % 8 == 0")
+    importing.show_definitions(importing.Dataset({definition.name: definition}))
+    said = capsys.readouterr().out.splitlines()
+    assert said[1] == "    constraints that our inputs may not meet: 'batch_size % 8 == 0'"
 
 
 # ---- bad files ---------------------------------------------------------------------------------------------

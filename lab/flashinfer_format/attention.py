@@ -140,6 +140,9 @@ def ops(definition: Definition) -> dict[str, Op]:
     return {"decode_attention": op}
 
 
+CONSTRAINTS = ("len_indptr == batch_size + 1", "num_kv_indices == kv_indptr[-1].item()")
+
+
 def cases(definition: Definition):
     page = definition.constants["page_size"]
     yield case("page boundaries", lengths=(1, page - 1, page, page + 1, 3 * page + 5))

@@ -37,7 +37,7 @@ class Family:
     """pattern: of the definitions' names. op_type: the word for the kind of operation. inputs, outputs: names
     with shapes, in their order. ops: (definition) -> {reading: Op without cases}. cases: (definition) ->
     cases of its own; case_of: (definition, axes of a workload) -> the sizes of a case, or why there is
-    none."""
+    none. constraints: on sizes and contents of inputs, which all our cases meet."""
 
     name: str
     pattern: str
@@ -48,6 +48,7 @@ class Family:
     ops: Callable
     cases: Callable
     case_of: Callable
+    constraints: tuple[str, ...] = ()
 
 
 def family_of(name: str) -> Family | None:
@@ -140,8 +141,14 @@ def cases_of(family: Family, definition: Definition, workloads) -> tuple[list[Ca
     contract of ours takes; why others are left out)."""
     found, left_out = {}, []
     for workload in workloads:
+        unknown = [axis for axis in workload.axes if axis not in definition.axes]
         sizes = family.case_of(definition, workload.axes)
-        if isinstance(sizes, str):
+        if unknown:
+            left_out.append(
+                f"workload {workload.uuid}: names the axis {shown(unknown[0])}, which is not "
+                f"in the axes of {definition.name}"
+            )
+        elif isinstance(sizes, str):
             left_out.append(f"workload {workload.uuid}: {sizes}")
         else:
             found[str(sizes)] = sizes
@@ -312,6 +319,7 @@ FAMILIES = (
         attention.ops,
         attention.cases,
         attention.case_of,
+        attention.CONSTRAINTS,
     ),
 )
 OPS_WITH_FAMILY = tuple(dict.fromkeys(find(family.op).name for family in FAMILIES))

@@ -18,7 +18,7 @@ import torch
 from lab.arguments import numbers
 from lab.check import check_case
 from lab.contract import DTYPES, Op, Rand
-from lab.errors import LabError, Unavailable, named, one_line
+from lab.errors import LabError, Unavailable, named, one_line, shown
 from lab.flashinfer_format import racing, traces, written
 from lab.flashinfer_format.building import COMPILED, build
 from lab.flashinfer_format.families import cases_of, dtype_of, family_of, ops_of, require_family
@@ -156,6 +156,8 @@ def show_definitions(dataset: Dataset) -> dict[str, Definition]:
             continue
         mapped[name] = definition
         print(f"{name}: maps onto {family.op}, {dtype_of(definition)}")
+        if own := [text for text in definition.constraints if text not in family.constraints]:
+            print(f"    constraints that our inputs may not meet: {', '.join(map(shown, own))}")
         _, left_out = cases_of(family, definition, dataset.workloads.get(name, []))
         if left_out:
             print(f"    {len(left_out)} workloads are left out; the first: {one_line(left_out[0])}")

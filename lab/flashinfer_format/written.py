@@ -279,9 +279,7 @@ def definition_of(subject: Subject, dtype: str) -> Definition:
         reference_of(subject),
         tags=["stage:decode", f"lab_op:{family.op}"],
         description=DESCRIPTIONS[family.name],
-        constraints=["len_indptr == batch_size + 1", "num_kv_indices == kv_indptr[-1].item()"]
-        if family.op == "decode_attention"
-        else [],
+        constraints=list(family.constraints),
     )
 
 
