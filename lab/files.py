@@ -89,11 +89,11 @@ def is_there(path: str | os.PathLike) -> bool:
 
 
 def read_json(path: str | os.PathLike) -> dict:
-    """The object in a JSON file. Raises LabError if the file is missing or not regular, is nested too deeply
-    or holds no object."""
+    """The object in a JSON file. Raises LabError if the file is missing or not regular, is nested too deeply,
+    holds no object, or one that has a key twice."""
     too_deep = LabError(f"{path} is nested more than {DEEPEST} levels deep; no file of a model is")
     try:
-        found = json.loads(read_text(path))
+        found = json.loads(read_text(path), object_pairs_hook=_without_twins)
     except LabError:
         raise
     except RecursionError:

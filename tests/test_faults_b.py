@@ -365,8 +365,16 @@ def test_a_table_whose_entry_has_a_wrong_type_is_named(change, tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["[" * 100_000, '{"entries": 5}', '{"entries": [NaN]}', "\xff", '{"entries": [[1]]}', "null"],
-    ids=["deep", "number", "nan", "bytes", "list", "null"],
+    [
+        "[" * 100_000,
+        '{"entries": 5}',
+        '{"entries": [NaN]}',
+        "\xff",
+        '{"entries": [[1]]}',
+        "null",
+        '{"entries": [], "entries": []}',
+    ],
+    ids=["deep", "number", "nan", "bytes", "list", "null", "twice"],
 )
 def test_a_file_that_is_no_table_is_one_line(text, tmp_path):
     path = tmp_path / "sm_90.json"

@@ -322,6 +322,7 @@ def break_file(name, data):
         (1, lambda f: (f / "config.json").unlink(), "config.json is missing"),
         (1, break_file("config.json", b'{"model_type": '), "config.json cannot be read"),
         (1, break_file("config.json", b"[1]"), "expected a JSON object"),
+        (1, break_file("config.json", b'{"head_dim": 8, "head_dim": 16}'), "the key 'head_dim' stands twice"),
         (1, lambda f: (f / "model.safetensors").unlink(), "only safetensors weights are read"),
         (1, break_file("model.safetensors", b""), "truncated or mangled"),
         (1, break_file("model.safetensors", b"\xff" * 100), "truncated or mangled"),

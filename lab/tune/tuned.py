@@ -8,11 +8,10 @@ model runs.
 """
 
 import hashlib
-import json
 from pathlib import Path
 
 from lab.errors import LabError, error_text, shown
-from lab.files import is_there, read_text, regular_file
+from lab.files import is_there, read_text, regular_file, strict_json
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PATHS = "sum", "dot"  # of Triton's matrix products
@@ -56,7 +55,7 @@ def read(path):
         return []
     advice = "delete the file or tune again"
     try:
-        table = json.loads(read_text(path), parse_constant=refuse_constant)
+        table = strict_json(read_text(path))
     except (LabError, ValueError, RecursionError) as error:
         raise LabError(f"{path} is no table of `lab tune` ({error_text(error)}); {advice}") from None
     if not isinstance(table, dict) or not isinstance(table.get("entries"), list):
@@ -65,10 +64,6 @@ def read(path):
         if problem := wrong(entry):
             raise LabError(f"{path} is no table of `lab tune`: entry {i}: {problem}; {advice}")
     return table["entries"]
-
-
-def refuse_constant(name):
-    raise ValueError(f"{name} is no number")
 
 
 def is_count(value) -> bool:
