@@ -9,6 +9,8 @@ kernels are compiled ahead, so they are few; Triton's are constexprs and compile
 
 import itertools
 
+from lab.tune import tuned
+
 SHARED_BYTES = 200 << 10  # a program's tiles in flight must fit in a multiprocessor's shared memory
 ALL = 64  # more blocks for each multiprocessor than any shape needs: every block then has one set of outputs
 
@@ -169,7 +171,7 @@ def packed(rows, itemsize, n=None):
         if block_n * 64 * segments * (stages - 1) >= 8 << 10
         and (block_n * 64 + x) * segments * (stages - 1) <= SHARED_BYTES
     ]
-    if n is not None and rows > 16:
+    if n is not None and rows > tuned.WHOLE_K:
         found += [
             dict(base, SPLITS=splits)
             for base, splits in itertools.product(found, (2, 3, 4, 6, 8))

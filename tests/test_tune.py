@@ -249,6 +249,13 @@ def test_cuda_launches_read_the_table(tmp_path, monkeypatch, gpu_shapes):
         backend.extension.force_settings("norm_linear", {"warps": 4})
 
 
+def test_settings_that_divide_k_say_nothing_of_few_rows():
+    entry = dict(op="linear", itemsize=2, rows=64, shape={"n": 64, "k": 256}, format="fp8")
+    entry["settings"] = dict(BLOCK_N=64, SPLITS=4)
+    found = [tuned.lookup([entry], "linear", 2, rows, entry["shape"], "fp8") for rows in (16, 17, 64)]
+    assert found == [None, entry["settings"], entry["settings"]]
+
+
 def test_the_table_is_written_so_that_it_can_be_read(tmp_path):
     path = tmp_path / "sm_90.json"
     new_table(path, [(16, dict(BLOCK_N=1), QKV), (1, dict(BLOCK_N=2), QKV)])

@@ -127,9 +127,6 @@ def _product(op, table, x, n, k, whole_rows, parts, most_programs):
     return path, programs, meta
 
 
-FEW_ROWS = 16  # of x, up to which no program divides k (core/packed_splits.py)
-
-
 def packed_format(f):
     """A weight format as the device code of core/packed_rows.py takes it."""
     return dict(FORMAT=f.number, BITS=f.bits, GROUP=f.group or 0, SECOND=f.second or "")
@@ -153,8 +150,6 @@ def _packed(op, table, x, w, outputs, parts):
     rows, k = x.shape
     f, n, interpreted = w.format, outputs * parts, architecture(x) == "interpreter"
     meta = measured(op, x, rows, format=f.name, n=outputs, k=k)
-    if meta and rows <= FEW_ROWS and "SPLITS" in meta and op not in _forced:
-        meta = None  # of more rows, whose x is what is divided
     if meta is None and interpreted:
         meta = packed_interpreted(f, n, k)
     elif meta is None:

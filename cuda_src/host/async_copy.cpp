@@ -2,8 +2,9 @@
 //
 // A GPU may write the destination at any time between issue and wait. Here the destination is filled with NaN
 // at issue and written at the wait, so a kernel that reads too early, or waits for the wrong group, computes
-// NaN. So does one that issues a copy before pdl_wait() of what is hidden until then. An mbarrier's state is in its own 8 bytes of shared memory. Bulk copies are carried out while some
-// thread polls an mbarrier, in random order in a random schedule.
+// NaN. So does one that issues a copy before pdl_wait() of what is hidden until then. An mbarrier's state is in
+// its own 8 bytes of shared memory. Bulk copies are carried out while some thread polls an mbarrier, in random
+// order in a random schedule.
 #include <cstring>
 
 #include "sanitizer.h"

@@ -6,8 +6,8 @@
 #include "../launchers/linear.h"
 #include "../launchers/rmsnorm.h"
 
-// Those of linear, of which rungs need no `tiled`. w: rungs 1 to 3 take the layout of lab/formats/row_major.py. expanded: for rung 1 memory for
-// w, [n, k filled up to whole groups] of dtype; for others 0.
+// Those of linear, of which rungs need no `tiled`. w: rungs 1 to 3 take the layout of lab/formats/row_major.py.
+// expanded: for rung 1 memory for w, [n, k filled up to whole groups] of dtype; for others 0.
 struct QuantisedLinearArgs {
   Ptr x, tiled;
   Weights w;

@@ -141,14 +141,11 @@ def cases_of(family: Family, definition: Definition, workloads) -> tuple[list[Ca
     contract of ours takes; why others are left out)."""
     found, left_out = {}, []
     for workload in workloads:
-        unknown = [axis for axis in workload.axes if axis not in definition.axes]
-        sizes = family.case_of(definition, workload.axes)
-        if unknown:
-            left_out.append(
-                f"workload {workload.uuid}: names the axis {shown(unknown[0])}, which is not "
-                f"in the axes of {definition.name}"
-            )
-        elif isinstance(sizes, str):
+        if unknown := [axis for axis in workload.axes if axis not in definition.axes]:
+            sizes = f"names the axis {shown(unknown[0])}, which is not in the axes of {definition.name}"
+        else:
+            sizes = family.case_of(definition, workload.axes)
+        if isinstance(sizes, str):
             left_out.append(f"workload {workload.uuid}: {sizes}")
         else:
             found[str(sizes)] = sizes

@@ -15,6 +15,7 @@ from lab.files import is_there, read_text, regular_file, strict_json
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PATHS = "sum", "dot"  # of Triton's matrix products
+WHOLE_K = 16  # rows of x, up to which no program divides k (SPLITS; triton_kernels/core/packed_splits.py)
 FOLDERS = {"cuda": ROOT / "cuda_src/tuned", "triton": ROOT / "triton_kernels/tuned"}
 
 
@@ -36,7 +37,7 @@ def digests(arch):
 def lookup(entries, op, itemsize, rows, shape, format=None):
     """The settings that a launch with `rows` rows takes, or None: of the entry for this shape and format (of
     packed weights, or None) with the least number of rows that holds `rows` and is not 16 times as many, for
-    those of 64 say nothing about 1."""
+    those of 64 say nothing about 1. Settings that divide k are for more than WHOLE_K rows."""
     found = [
         entry
         for entry in entries
@@ -45,6 +46,7 @@ def lookup(entries, op, itemsize, rows, shape, format=None):
         and entry["shape"] == shape
         and entry.get("format") == format
         and rows <= entry["rows"] < 16 * rows
+        and (rows > WHOLE_K or "SPLITS" not in entry["settings"])
     ]
     return min(found, key=lambda entry: entry["rows"])["settings"] if found else None
 

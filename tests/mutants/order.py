@@ -32,8 +32,11 @@ def missing_fences(text: str) -> list[str]:
     for name, calls in of_file:
         if "wgmma" in calls and "wgmma_begin" not in calls[: calls.index("wgmma")]:
             wrong.append(f"{name}: no wgmma_begin() before wgmma()")
-        barrier = "named_barrier"
-        if multiplies and barrier in calls and "wgmma_publish" not in calls[: calls.index(barrier)]:
+        if (
+            multiplies
+            and "named_barrier" in calls
+            and "wgmma_publish" not in calls[: calls.index("named_barrier")]
+        ):
             wrong.append(f"{name}: no wgmma_publish() before the barrier")
         inits = [i for i, call in enumerate(calls) if call == "mbarrier_init"]
         if inits and calls[inits[-1] + 1 : inits[-1] + 2] != ["mbarrier_fence_init"]:
