@@ -21,6 +21,7 @@
 using namespace lab;
 
 constexpr int kThreads = kHost ? 128 : 512;
+constexpr int kAhead = 8;         // vectors that a thread has on the way when greedy
 constexpr int kTableColumns = 6;  // of a row's own parameters: see lab/ops/sample.py
 constexpr int kDigits = 256;      // a key is four digits of 8 bits
 // Of each counter: the lanes of a warp seldom add to the same one.
@@ -110,6 +111,25 @@ LAB_DEVICE uint32_t select_threshold(SampleSmem& s, Visit visit, Target target) 
   return found;
 }
 
+// Calls f(token, logit) for each of this thread's tokens of a row, in rising order. kAhead vectors are loaded
+// before the first of them is used: with one at a time the only block of a row waits for memory.
+template <int N, int kAhead, typename F>
+LAB_DEVICE void each_token(const float* row, int vocab, F f) {
+  constexpr int kStep = kThreads * N;
+  for (int i = threadIdx.x * N; i < vocab; i += kAhead * kStep) {
+    Vec<float, N> ahead[kAhead];
+    LAB_UNROLL
+    for (int a = 0; a < kAhead; ++a)
+      if (a * kStep < vocab - i) ahead[a] = load<N>(row + i + a * kStep);
+    LAB_UNROLL
+    for (int a = 0; a < kAhead; ++a)
+      if (a * kStep < vocab - i) {
+        LAB_UNROLL
+        for (int e = 0; e < N; ++e) f(i + a * kStep + e, ahead[a].v[e]);
+      }
+  }
+}
+
 // Word 0 of Philox4x32-10.
 LAB_DEVICE uint32_t philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
@@ -138,17 +158,12 @@ template <int N>
 __global__ void __launch_bounds__(kThreads, 1)
     sample_kernel(const float* logits, const int* positions, int* out, const int* table, int vocab,
                   float temperature, int top_k, float top_p, float min_p, uint64_t seed) {
-  // 1. Locate: block r owns row r. pass(f) calls f with each token of this thread and its scaled logit
-  // l.
+  // 1. Locate: block r owns row r. pass(f) calls f with each token of this thread and its scaled logit l.
   auto& s = smem<SampleSmem>();
   const int row = blockIdx.x;
   logits += size_t(row) * vocab;
   const auto pass = [&](auto f) {
-    for (int i = threadIdx.x * N; i < vocab; i += kThreads * N) {
-      const Vec<float, N> v = load<N>(logits + i);
-      LAB_UNROLL
-      for (int e = 0; e < N; ++e) f(i + e, temperature > 0.f ? v.v[e] / temperature : v.v[e]);
-    }
+    each_token<N, 1>(logits, vocab, [&](int token, float logit) { f(token, logit / temperature); });
   };
   pdl_wait();
   if (table != nullptr) {
@@ -162,12 +177,20 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   // 2. Greedy: the largest value, of equals the one with the lowest index. NaN counts as the largest and
   // gives no token.
-  uint64_t best = 0;
-  pass([&](int token, float l) {
-    const uint64_t mine = candidate(l, token);
-    best = mine > best ? mine : best;
-  });
-  best = block_largest(best, s);
+  uint32_t largest = 0;
+  int first = 0;
+  const auto compare = [&](int token, float l) {  // tokens rise, so of equal ones the first stays
+    const uint32_t key = order_key(l);
+    if (key > largest) {
+      largest = key;
+      first = token;
+    }
+  };
+  if (temperature > 0.f)
+    pass(compare);
+  else
+    each_token<N, kAhead>(logits, vocab, compare);
+  uint64_t best = block_largest(uint64_t(largest) << 32 | uint32_t(~first), s);
   const uint32_t top = uint32_t(best >> 32);
   if (temperature == 0.f || top == 0xffffffffu) {
     if (threadIdx.x == 0) out[row] = top == 0xffffffffu ? -1 : candidate_index(best);

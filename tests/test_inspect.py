@@ -258,6 +258,12 @@ def test_settings_for_packed_weights_are_counted(monkeypatch):
     assert counted - triton_code.configurations(find("linear"), gpus.find("sm_90a")) == len(of_packed)
 
 
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_80"])
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_settings_of_every_op_are_counted(op, arch):
+    assert triton_code.configurations(op, gpus.find(arch)) >= 1
+
+
 @pytest.mark.parametrize("backend", BOTH)
 def test_fairness_records_survive_a_round_trip(tmp_path, backend):
     rows, errors = fairness(find("linear"), "bf16", {"batch": 16, "n": 6144, "k": 4096}, "sm_90a")

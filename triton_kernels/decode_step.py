@@ -59,8 +59,8 @@ LOW_31_BITS = tl.constexpr(2147483647)
 # 7.98 ms with 5 stages (68 KiB) and 6.26 with 3 (35 KiB); 1 or 2 stages change nothing more. splits: of a KV
 # head; by default as many as there are programs for. packed: as in core/packed_rows.py; every warp has
 # segments of its own, and L2 is asked for as many bytes ahead as a tile has in four steps, 64 KiB.
-PACKED = dict(BLOCK_N=32, SEGMENTS=8, STAGES=4)
-HALF = dict(elements=1 << 14, packed=PACKED, tile=64, min_rows=16, num_warps=8, num_stages=3)
+OF_PACKED = dict(BLOCK_N=32, SEGMENTS=8, STAGES=4)
+HALF = dict(elements=1 << 14, packed=OF_PACKED, tile=64, min_rows=16, num_warps=8, num_stages=3)
 CPU = dict(elements=1 << 18, packed=None, tile=32, min_rows=1, num_warps=1, programs=2, splits=4)
 CONFIGS = {"sm_90": HALF, "sm_80": dict(HALF, elements=1 << 13), "interpreter": CPU}
 
