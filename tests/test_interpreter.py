@@ -12,12 +12,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from lab.errors import LabError
 from triton_kernels import offline
 from triton_kernels.common import config, launch, recording, set_trace, take_trace
-from triton_kernels.interpreter import SEMANTIC, interpreting
+from triton_kernels.interpreter import SEMANTIC, interpreting, launches_noted
 from triton_kernels.rmsnorm import rmsnorm
 from triton_kernels.silu_mul import silu_mul
 
@@ -317,3 +318,21 @@ def test_what_is_made_once_keeps_the_types_apart():
             tl.full([16.0], 1.0, tl.float32)
         with pytest.raises(ValueError, match="power of 2"):
             tl.full([24], 1.0, tl.float32)
+
+
+def test_launches_on_a_gpu_are_noted(monkeypatch):
+    """Both ways to launch, without a GPU: what would launch is made up."""
+    ran = []
+    monkeypatch.setattr(JITFunction, "run", lambda kernel, *args, grid, warmup: ran.append((grid, warmup)))
+    monkeypatch.setattr(CompiledKernel, "__getitem__", lambda kernel, grid: lambda *args: ran.append(grid))
+    before, names = (JITFunction.run, CompiledKernel.__getitem__), []
+    compiled = object.__new__(CompiledKernel)
+    compiled.name = "compiled_kernel"
+    with launches_noted(names):
+        cast_kernel[(2,)](1)
+        cast_kernel.run(1, grid=(3,), warmup=True)
+        compiled[(4,)](1)
+    assert names == ["cast_kernel", "compiled_kernel"] and ran == [((2,), False), ((3,), True), (4,)]
+    assert (JITFunction.run, CompiledKernel.__getitem__) == before
+    with launches_noted(None):
+        assert (JITFunction.run, CompiledKernel.__getitem__) == before

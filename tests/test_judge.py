@@ -9,14 +9,17 @@ import pytest
 import torch
 
 from lab import cli
-from lab.judge import race, results
+from lab.backends import load
+from lab.judge import child, race, results
 from lab.judge.kernel_file import build
 from lab.judge.precision import ErrorsByWidth
 from lab.judge.race import RacedFile
+from lab.judge.verdict import Judge
 from lab.learn import own_kernel
 from lab.ops import find
 from lab.records import compare, schema
 from lab.worker import Worker
+from triton_kernels.silu_mul import silu_mul
 
 CHEATS = Path(__file__).parent / "cheats"
 ROOT = Path(__file__).parent.parent
@@ -43,22 +46,63 @@ CAUGHT = (
 OF_LINEAR_ADD = {"cuts_digits", "rounds_products", "half_sums"}  # the others are of silu_mul
 
 
+# These read or write their tensors on the host. With tensors on a GPU that ends their process.
+OF_THE_HOST = {f"{name}.cu" for name in ("no_kernel", "not_repeatable", "old_inputs", "overrun", "thread")}
+OF_THE_HOST |= {"overrun.py", "spoils_input.cu", "works_ahead.cu"}
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("on", DEVICES)
 @pytest.mark.parametrize("suffix", [".py", ".cu"])
 @pytest.mark.parametrize("name, dtype, kind, words", CAUGHT, ids=[name for name, *_ in CAUGHT])
-def test_a_cheat_is_caught_by_its_name(name, dtype, kind, words, suffix, limited_calls, capsys):
+def test_a_cheat_is_caught_by_its_name(name, dtype, kind, words, suffix, on, limited_calls, capsys):
     if name == "hangs":
         limited_calls(2)
     op = "linear_add" if name in OF_LINEAR_ADD else "silu_mul"
     path = CHEATS / f"{name}{suffix}"
-    assert cli.main(["try", str(path), "--op", op, "--device", "cpu", "--dtype", dtype, *words]) == 1
+    if on == "cuda":
+        words = ("--memory", "8") if name == "hoards" else words  # a CUDA context takes some, too
+        kind = "process ended" if path.name in OF_THE_HOST else kind
+    assert cli.main(["try", str(path), "--op", op, "--device", on, "--dtype", dtype, *words]) == 1
     said = capsys.readouterr().out
-    assert f": {kind}: " in said and "right in every case" not in said
+    assert f": {kind}: " in said and "right in every case" not in said, said
     assert all(line.isprintable() for line in said.splitlines())
 
 
 def test_every_cheat_stands_in_both_languages():
     files = {path.name for path in CHEATS.iterdir() if path.suffix != ".h"}
     assert files == {f"{name}{suffix}" for name, *_ in CAUGHT for suffix in (".py", ".cu")}
+
+
+def test_on_a_gpu_kernels_of_torch_are_not_the_files(monkeypatch):
+    """Seen on an H100: a file that computes with torch passed there, for its call launches kernels."""
+    events = [("void at::native::vectorized_elementwise_kernel<4>", 0, 1)]
+    monkeypatch.setattr(child, "device_events", lambda run: (run(), events)[1])
+    watched = object.__new__(child.Watched)
+    watched.device = torch.device("cuda")
+    watched.backend = load("triton", torch.device("cpu"))
+    x, y = torch.randn(2, 8), torch.empty(2, 4)
+    assert watched.launched(lambda: torch.relu(x)) == [events[0][0]] and watched.own == []
+    assert watched.launched(lambda: silu_mul(x, y)) == [events[0][0]] and watched.own == ["silu_mul_kernel"]
+    judge = Judge(find("silu_mul"), SimpleNamespace(file=None), 0)
+    judge.remote = SimpleNamespace(reply={"launched": [events[0][0]], "own": []}, late=False, new_threads=0)
+    refusal = judge.refusal(SimpleNamespace(kind=None, error=None), None, None, [], later=False)
+    assert refusal.kind == "no kernel" and "at::native" in refusal.seen
+    judge.remote.reply["own"] = ["silu_mul_kernel"]
+    assert judge.refusal(SimpleNamespace(kind=None, error=None), None, None, [], later=False) is None
+
+
+def test_memory_that_changes_after_the_call_is_noticed_where_the_kernel_ran():
+    """On a GPU the parent does not see the memory that a thread still writes."""
+    memory = torch.zeros(4)
+    child._last.update(memory=memory, at_return=memory.clone())
+    try:
+        assert child.written_since(None) is False
+        memory[1] = 1.0
+        assert child.written_since(None) is True
+    finally:
+        child._last.clear()
+    assert child.written_since(None) is False  # no call yet
 
 
 # Kernels of this repository as files of their own, and variants of them.
@@ -83,8 +127,9 @@ HONEST = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("on", DEVICES)
 @pytest.mark.parametrize("name, op", HONEST, ids=[name for name, _ in HONEST])
-def test_an_honest_kernel_is_judged_honest(name, op, tmp_path, capsys):
+def test_an_honest_kernel_is_judged_honest(name, op, on, tmp_path, capsys):
     path = ROOT / name
     if name in VARIANTS:
         source, old, new = VARIANTS[name]
@@ -97,8 +142,8 @@ def test_an_honest_kernel_is_judged_honest(name, op, tmp_path, capsys):
             text = text.replace("a.cols / N), 128)", "a.cols / N), 64)")
         path = tmp_path / name
         path.write_text(text)
-    words = ["--dtype", "fp16"]
-    assert cli.main(["try", str(path), "--op", op, "--device", "cpu", *words]) == 0, capsys.readouterr()
+    words = ["--dtype", "fp16", "--check-only"]
+    assert cli.main(["try", str(path), "--op", op, "--device", on, *words]) == 0, capsys.readouterr()
     assert "right in every case" in capsys.readouterr().out
 
 

@@ -35,6 +35,7 @@ import time
 import numpy as np
 import triton
 import triton.language as tl
+from triton.compiler import CompiledKernel
 from triton.runtime import interpreter as stock
 from triton.runtime.autotuner import Autotuner, Heuristics
 from triton.runtime.interpreter import InterpretedFunction, TensorHandle
@@ -542,6 +543,31 @@ def launches_interpreted(names=None):
     finally:
         for (kind, name, _), method in zip(patches, before):
             setattr(kind, name, method)
+
+
+@contextlib.contextmanager
+def launches_noted(names):
+    """A context in which the name of each kernel that is launched on a GPU is added to a list; with None none
+    is."""
+    if names is None:
+        yield
+        return
+    run, launcher = JITFunction.run, CompiledKernel.__getitem__
+
+    def noted_run(kernel, *args, warmup=False, **meta):
+        if not warmup:
+            names.append(kernel.fn.__name__)
+        return run(kernel, *args, warmup=warmup, **meta)
+
+    def noted_launcher(kernel, grid):  # of what kernel.warmup(...) returns
+        names.append(kernel.name)
+        return launcher(kernel, grid)
+
+    JITFunction.run, CompiledKernel.__getitem__ = noted_run, noted_launcher
+    try:
+        yield
+    finally:
+        JITFunction.run, CompiledKernel.__getitem__ = run, launcher
 
 
 @functools.lru_cache(maxsize=1)

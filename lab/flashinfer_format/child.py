@@ -17,12 +17,12 @@ from lab.dispatch import bind
 from lab.errors import LabError, error_text
 from lab.flashinfer_format.families import ops_of
 from lab.flashinfer_format.schema import Definition, from_json
-from lab.judge.child import Watched, call
+from lab.judge.child import Watched, call, written_since
 from lab.judge.kernel_file import needs_no_driver
 from lab.judge.originals import watch
 from lab.judge.replay import burst, fetch, prepare, release, replay  # what the race asks for by name
 
-__all__ = ["burst", "call", "fetch", "in_worker", "prepare", "release", "replay"]
+__all__ = ["burst", "call", "fetch", "in_worker", "prepare", "release", "replay", "written_since"]
 
 
 class Solved(Watched):
@@ -74,17 +74,20 @@ class SolutionBackend:
             wanted.copy_(got)
 
     def interpreted(self):
-        if self.device.type == "cuda" or self.language != "triton":
+        if self.language != "triton":
             return contextlib.nullcontext()
-        from triton_kernels.interpreter import launches_interpreted
+        from triton_kernels.interpreter import launches_interpreted, launches_noted
 
-        return launches_interpreted()
+        return launches_noted(self.names) if self.device.type == "cuda" else launches_interpreted()
 
     def set_trace(self, on: bool) -> None:
-        """On a CPU, where interpreted kernels are seen by their grids, also those that a copy of our own
-        interpreter runs. One in Python or CUDA counts as one kernel there."""
+        """On a CPU interpreted kernels are seen by their grids, also those that a copy of our own interpreter
+        runs. A call in Python or CUDA counts as one kernel."""
         if self.language != "triton":
             self.names = [self.language] if on else None
+            return
+        if self.device.type == "cuda":
+            self.names = [] if on else None
             return
         from triton.runtime.interpreter import InterpreterBuilder
 

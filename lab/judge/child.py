@@ -21,11 +21,16 @@ from lab.judge.originals import keep, patched, watch
 from lab.judge.replay import burst, fetch, prepare, release, replay  # what the race asks for by name
 from lab.ops import find
 
-__all__ = ["burst", "call", "fetch", "in_worker", "prepare", "release", "replay"]
+__all__ = ["burst", "call", "fetch", "in_worker", "prepare", "release", "replay", "written_since"]
 
 
 class Watched:
-    """The op's function, made of a file, with what is needed to watch it. Called as ops.<op> is."""
+    """The op's function, made of a file, with what is needed to watch it. Called as ops.<op> is.
+
+    own: the names of the kernels that the file itself launched when launched() last ran something.
+    """
+
+    own: list[str] = []
 
     def __init__(self, spec: dict):
         self.op, self.device = find(spec["op"]), torch.device(spec["device"])
@@ -38,14 +43,17 @@ class Watched:
     def launched(self, run) -> list[str]:
         """The names of the kernels that run() launched, in order; on a GPU those that the device ran, copies
         and fills included."""
-        if self.device.type == "cuda":
-            return [name for name, *_ in device_events(run)]
+        names = None
         self.backend.set_trace(True)
         try:
-            run()
-            return self.backend.take_trace()
+            if self.device.type == "cuda":
+                names = [name for name, *_ in device_events(run)]
+            else:
+                run()
+            self.own = self.backend.take_trace()
         finally:
             self.backend.set_trace(False)
+        return self.own if names is None else names
 
 
 def in_worker(spec: dict):
@@ -57,9 +65,11 @@ def in_worker(spec: dict):
 def call(function: Watched, device: str, request: dict) -> dict:
     """Calls the op on the arena of a request, as lab.worker.call does.
 
-    The answer also has "launched", the kernels' names; "late", whether something was still being written when
-    the call had returned and its stream had ended; and "patched", see lab/judge/originals.py.
+    The answer also has "launched", the kernels' names; "own", the names of those that the file launched, not
+    torch; "late", whether something was still being written when the call had returned and its stream had
+    ended; and "patched", see lab/judge/originals.py.
     """
+    _last.clear()  # first: the same tensors get the same addresses in the next call
     shared = worker.shared_memory(request["file"], request["nbytes"])
     memory = shared.to(device)
     storages = [memory[start : start + nbytes] for start, nbytes in request["layout"]]
@@ -80,7 +90,8 @@ def call(function: Watched, device: str, request: dict) -> dict:
         if memory.is_cuda:
             keep.synchronize()
             names = without_last_copy(names)
-        reply |= {"launched": names, "late": not keep.equal(at_return[0], memory)}
+        _last.update(memory=memory, at_return=at_return[0])
+        reply |= {"launched": names, "own": function.own, "late": written_since(None)}
         if memory.is_cuda:
             shared.copy_(memory)
     except Unavailable as error:
@@ -88,6 +99,16 @@ def call(function: Watched, device: str, request: dict) -> dict:
     except BaseException as error:  # also of sys.exit() in a kernel's file
         reply |= {"error": error_text(error), "broken": memory.is_cuda and worker.context_is_lost()}
     return {**reply, "patched": patched()}
+
+
+_last: dict = {}  # the memory of the last call, and a copy of what it was when the call had returned
+
+
+def written_since(functions) -> bool:
+    """Whether the memory of the last call is no longer what it was when the call had returned."""
+    if _last and _last["memory"].is_cuda:
+        keep.synchronize()
+    return bool(_last) and not keep.equal(_last["at_return"], _last["memory"])
 
 
 def without_last_copy(names: list[str]) -> list[str]:

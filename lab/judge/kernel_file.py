@@ -102,10 +102,10 @@ class TritonFile:
     def interpreted(self):
         """For tensors on the CPU: kernel[grid](...), as Triton's tutorials launch, goes to the
         interpreter."""
-        if self.device.type == "cuda":
-            return contextlib.nullcontext()
-        from triton_kernels.interpreter import launches_interpreted
+        from triton_kernels.interpreter import launches_interpreted, launches_noted
 
+        if self.device.type == "cuda":
+            return launches_noted(self.names)
         return launches_interpreted(self.names)
 
     def set_trace(self, on: bool) -> None:
@@ -113,10 +113,10 @@ class TritonFile:
         self.names = [] if on else None
 
     def take_trace(self) -> list[str]:
-        """The names of the kernels launched since the last call; on a GPU only of those that were launched by
-        triton_kernels.common.launch."""
+        """The names of the kernels launched since the last call."""
         names, self.names = self.names or [], None if self.names is None else []
-        return self.built_in.take_trace() + names
+        by_launch = self.built_in.take_trace()  # on a GPU these are in `names`, too
+        return names if self.device.type == "cuda" else by_launch + names
 
 
 @contextlib.contextmanager

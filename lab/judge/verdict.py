@@ -17,9 +17,10 @@ import torch
 from lab.arena import INTEGERS, Arena, unpack
 from lab.check import check_call, compare, same_bits, values_of
 from lab.contract import DTYPES, Op, Rand
+from lab.errors import LabError
 from lab.judge.precision import ErrorsByWidth
 from lab.judge.refusal import Refusal
-from lab.worker import Worker
+from lab.worker import Died, Worker
 
 LOOK_AGAIN = 0.3  # seconds after which wrong outputs are read again: somebody may still be writing them
 
@@ -62,6 +63,19 @@ class Remote:
         self.late = not torch.equal(arena.memory, self.at_return)
         error = self.reply.get("error")
         return None if error is None else str(error)
+
+    def still_written(self, arena: Arena) -> bool:
+        """Whether memory that was wrong when the call returned has changed a moment later: here, or on the
+        GPU."""
+        time.sleep(LOOK_AGAIN)
+        if not torch.equal(arena.memory, self.at_return):
+            return True
+        if self.worker.process is None:
+            return False
+        try:
+            return self.worker.ask({"run": "written_since", "arguments": ()})["result"] is True
+        except (Died, LabError, KeyError):
+            return False
 
 
 class Judge:
@@ -134,7 +148,7 @@ class Judge:
         if outcome.kind == "changed":
             return Refusal("changed input", outcome.error)
         late = reply.get("late") or self.remote.late
-        if late or outcome.error and still_written(arena, self.remote.at_return):
+        if late or outcome.error and self.remote.still_written(arena):
             return Refusal(
                 "late work",
                 "memory was written after the call had returned: join the work of other threads and streams",
@@ -143,6 +157,12 @@ class Judge:
             also = f", and {outcome.error}" if outcome.error else ""
             return Refusal(
                 "no kernel", f"the call launched none: use launch() in CUDA, kernel[grid]() in Triton{also}"
+            )
+        if not reply.get("own"):
+            return Refusal(
+                "no kernel",
+                f"the file launched none, only torch did ({named(reply['launched'])}): use launch() in CUDA, "
+                "kernel[grid]() in Triton",
             )
         if outcome.error:
             return wrong(self.op, outcome, arena, outputs, earlier)
@@ -224,9 +244,3 @@ def nearly_right(output) -> bool:
     if not got.is_floating_point() or not bool(got.isfinite().all() & want.isfinite().all()):
         return False
     return float((got.double() - want).abs().max()) <= 0.1 * float(want.double().square().mean().sqrt())
-
-
-def still_written(arena: Arena, at_return: torch.Tensor) -> bool:
-    """Whether memory that was wrong when the call returned has changed a moment later."""
-    time.sleep(LOOK_AGAIN)
-    return not torch.equal(arena.memory, at_return)
