@@ -293,7 +293,10 @@ def tune(parser):
     )
     parser.add_argument("--batch", default="1,4,16,64", metavar="N,N", help="batch sizes (default 1,4,16,64)")
     parser.add_argument(
-        "--context", type=int, default=8192, metavar="N", help="context of the attention ops (default 8192)"
+        "--context",
+        default="8192",
+        metavar="N,N",
+        help="contexts of the attention ops, which share an entry (default 8192)",
     )
     parser.add_argument(
         "--weight-format",

@@ -3,6 +3,7 @@
 import concurrent.futures
 import concurrent.futures.process
 import json
+import math
 import time
 import types
 from dataclasses import replace
@@ -39,8 +40,8 @@ class FakeRace:
         return {label: us for label, us in self.rounds[len(self.seen) - 1].items() if label in entrants}
 
     def error(self, chosen):
-        self.checked.append(chosen["i"])
-        return "zeros" if chosen["i"] in self.wrong else None
+        self.checked.append(chosen.get("i"))
+        return "zeros" if chosen.get("i") in self.wrong else None
 
 
 def chosen(count):
@@ -352,7 +353,8 @@ def test_without_a_gpu_there_is_nothing_to_tune(capsys):
     assert capsys.readouterr().err.startswith("lab: error: lab tune needs a GPU")
 
 
-def test_a_whole_run_with_a_made_up_gpu_and_clock(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def made_up_gpu(monkeypatch):
     made_up = types.SimpleNamespace(
         name="Card", major=9, minor=0, multi_processor_count=132, L2_cache_size=50 << 20
     )
@@ -361,11 +363,14 @@ def test_a_whole_run_with_a_made_up_gpu_and_clock(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: made_up)
     monkeypatch.setattr(ops_bench, "load_backends", lambda *_: ({}, []))
     monkeypatch.setattr(ops_bench, "make_rig", lambda *_: types.SimpleNamespace())
+    monkeypatch.setattr(tuner, "WORKERS", 1)
+
+
+def test_a_whole_run_with_a_made_up_gpu_and_clock(made_up_gpu, tmp_path, monkeypatch, capsys):
     race = FakeRace({tuner.BY_HAND: 9.0, 0: 5.0, 1: 6.0})
     monkeypatch.setattr(race, "error", lambda chosen: None)
     monkeypatch.setattr(race, "times", lambda entrants, seconds: {l: race.rounds[0][l] for l in entrants})
     monkeypatch.setattr(tuner, "Race", lambda *_: race)
-    monkeypatch.setattr(tuner, "WORKERS", 1)
     out = tmp_path / "tuned"
     command = [
         "tune",
@@ -390,6 +395,36 @@ def test_a_whole_run_with_a_made_up_gpu_and_clock(tmp_path, monkeypatch, capsys)
     assert "linear_add o batch 1 n=576 k=576: 5.0 us (by hand 9.0): path=sum" in capsys.readouterr().out
     assert cli.main(command) == 0
     assert "0 shapes tuned" in capsys.readouterr().out  # the table has them
+
+
+def test_settings_that_lose_at_one_context_do_not_win():
+    near = FakeRace({tuner.BY_HAND: 10.0, 0: 5.0, 1: 8.0, 2: 9.0})
+    far = FakeRace({tuner.BY_HAND: 40.0, 0: 41.0, 1: 36.0})  # 2 cannot be launched there
+    winner, times, _ = tuner.tune_point(tuner.Races([near, far]), chosen(3), [GOOD] * 3)
+    assert winner == dict(i=1)
+    assert times == {tuner.BY_HAND: pytest.approx(20.0), 0: math.inf, 1: pytest.approx(288**0.5)}
+    wrong = FakeRace({tuner.BY_HAND: 40.0, 0: 30.0}, wrong=(0,))
+    races = tuner.Races([FakeRace({tuner.BY_HAND: 10.0, 0: 5.0}), wrong])
+    assert tuner.tune_point(races, chosen(1), [GOOD])[0] is None  # right at one context, wrong at the other
+
+
+def test_contexts_race_together(made_up_gpu, tmp_path, monkeypatch, capsys):
+    raced = []
+
+    def race(rig, backend, point, dtype):
+        raced.append((point.batch, point.context))
+        return FakeRace({tuner.BY_HAND: 9.0, 0: 5.0})
+
+    monkeypatch.setattr(tuner, "Race", race)
+    command = ["tune", "decode_attention", "--backend", "triton", "--model", "llama-3.1-8b", "--tries", "1"]
+    command += ["--batch", "1,64", "--context", "1024,32768", "--out", str(tmp_path)]
+    assert cli.main(command) == 0
+    assert raced == [(1, 1024), (1, 32768), (64, 1024)]  # 64 times 32768 tokens do not fit
+    entries = tuned.read(tmp_path / "triton/sm_90.json")
+    assert [(e["rows"], e["context"], e["us"]) for e in entries] == [(1, [1024, 32768], 5.0), (64, 1024, 5.0)]
+    assert "batch 1 q_heads=32" in capsys.readouterr().out
+    assert cli.main([*command, "--by-token"]) == 2
+    assert "--by-token compares tokens at one context" in capsys.readouterr().err
 
 
 @pytest.mark.gpu

@@ -7,6 +7,9 @@ joins the backend's tuned/sm_NN.json, with GPU and compiler version. Triton's ar
 and without the GPU, and those that spill are dropped. Launchers read that table before their own rules. A run
 that the budget stops keeps what it found; the same command again goes on after it.
 
+The table does not know the context. With several (--context), the settings of attention race at each of
+them, and what is slower than the settings by hand at one does not win.
+
 With --by-token the time of a whole decode step of a model under the fused plan decides: a kernel that is
 fastest alone may leave the next one no resources to start beside it. A step with the candidate in the table
 races a step with the table as it is; what wins stays while the other ops are tried.
@@ -17,9 +20,11 @@ import concurrent.futures.process
 import contextlib
 import dataclasses
 import json
+import math
 import multiprocessing
 import os
 import random
+import statistics
 import time
 from pathlib import Path
 
@@ -37,6 +42,7 @@ from lab.tune import tuned
 FINALISTS = 4
 RACE_S, FINAL_S = 0.02, 0.1  # seconds of samples of each candidate in the first race, and of each finalist
 GAIN = 0.01  # a candidate must beat the settings by hand by more than that
+LOSS = 0.02  # and, where several contexts race, be slower at none of them by more than that
 TOKEN_RACE_S, TOKEN_GAIN = 0.08, 0.001  # the same where whole tokens judge: seconds of each pair
 WORKERS = 16
 BY_HAND = "by hand"
@@ -160,6 +166,32 @@ class Race:
             if outcome.error:
                 return outcome.error
         return None
+
+
+class Races:
+    """Races of one shape at several contexts. A time is the geometric mean over them, and infinite for
+    settings that lose at one of them (LOSS)."""
+
+    def __init__(self, races):
+        self.races = races
+
+    def times(self, entrants, seconds):
+        each = [race.times(entrants, seconds) for race in self.races]
+        return {
+            label: combined([times[label] for times in each], [times.get(BY_HAND) for times in each])
+            for label in entrants
+            if all(label in times for times in each)
+        }
+
+    def error(self, settings):
+        return next(filter(None, (race.error(settings) for race in self.races)), None)
+
+
+def combined(us, by_hand):
+    """The geometric mean of one entrant's times at several contexts; infinite if it is slower than the
+    settings by hand (None: they could not be launched there) at one of them."""
+    slower = any(b is not None and t > (1 + LOSS) * b for t, b in zip(us, by_hand, strict=True))
+    return math.inf if slower else statistics.geometric_mean(us)
 
 
 class TokenRace:
@@ -308,9 +340,10 @@ class Table:
         mine = self._entry(point, itemsize, settings=settings)
         return list({**self.entries, self._key(mine): mine}.values())
 
-    def add(self, point, itemsize, winner, times, judge=None):
+    def add(self, point, itemsize, winner, times, judge=None, contexts=()):
         """Returns the entry. winner None: what a launch takes without it stays, and the entry records it: the
-        settings by hand, {}, or where whole tokens judged (`judge` says which) what the table gave."""
+        settings by hand, {}, or where whole tokens judged (`judge` says which) what the table gave. contexts:
+        those that raced, where they were several."""
         before = times.get(BY_HAND)
         after = min(times.values()) if winner is not None else before
         if winner is None:
@@ -322,7 +355,7 @@ class Table:
             us=round(after, 3) if after and not judge else None,
             us_by_hand=round(before, 3) if before and not judge else None,
             tried=len(times) - (BY_HAND in times),
-            context=None if judge else point.context,
+            context=None if judge else point.context if len(contexts) < 2 else contexts,
             gpu=self.gpu,
             compiler=self.compiler,
         )
@@ -359,8 +392,11 @@ def main(args) -> int:
     ops = every if args.op == ["all"] else [known(name, every, "op to tune") for name in args.op]
     backends = [known(name, LANGUAGES, "backend to tune") for name in names(args.backend)]
     known(args.dtype, list(DTYPES), "dtype")
-    if args.tries < 1 or args.budget_seconds <= 0 or args.context < 1:
-        raise LabError("--tries, --context and --budget-seconds must be positive")
+    if args.tries < 1 or args.budget_seconds <= 0:
+        raise LabError("--tries and --budget-seconds must be positive")
+    contexts = numbers(args.context)
+    if args.by_token and len(contexts) > 1:
+        raise LabError("--by-token compares tokens at one context: give --context one number")
     formats = formats_of(args, ops, backends)
     rig = ops_bench.make_rig(ops_bench.load_backends(backends, "cuda", True)[0], "cuda", None)
     rig.vendor = False
@@ -378,36 +414,42 @@ def main(args) -> int:
     itemsize, batches = DTYPES[args.dtype].itemsize, numbers(args.batch)
     models = names(args.model) if args.model else shapes.MODELS
     if args.by_token:
-        points = token_points(models, batches, args.context, ops)
+        groups = [[p] for p in token_points(models, batches, contexts[0], ops)]
     else:
-        points = [p for p in shapes.points(models, batches, (args.context,), ops) if p.case is None]
+        points = [p for p in shapes.points(models, batches, contexts, ops) if p.case is None]
         if formats:
             points = shapes.in_formats(points, formats)
+        groups = by_context(points)
+
+    def group_of(point):
+        return next(group for group in groups if group[0] is point)
 
     def judge(point):
         return (
-            f"whole tokens of {point.models[0]}, batch {point.batch}, context {args.context}"
+            f"whole tokens of {point.models[0]}, batch {point.batch}, context {contexts[0]}"
             if args.by_token
             else None
         )
 
     todo = [
         (backend, point)
-        for point in points
+        for point, *_ in groups
         for backend in backends
         if args.again or not tables[backend].has(point, itemsize, judge(point))
     ]
 
     def keep(backend, point, winner, times, dropped):
-        entry = tables[backend].add(point, itemsize, winner, times, judge(point))
+        at = [p.context for p in group_of(point)]
+        entry = tables[backend].add(point, itemsize, winner, times, judge(point), at)
         print(report(backend, point, entry, dropped), flush=True)
 
     weights = Weights("random", args.dtype, "cuda")  # of the models whose tokens judge
 
     def race_of(backend, point):
         if args.by_token:
-            return TokenRace(rig, backend, point, args.dtype, weights, tables[backend], args.context)
-        return Race(rig, backend, point, args.dtype)
+            return TokenRace(rig, backend, point, args.dtype, weights, tables[backend], contexts[0])
+        races = [Race(rig, backend, at, args.dtype) for at in group_of(point)]
+        return races[0] if len(races) == 1 else Races(races)
 
     with compilers() as pool:
         jobs = []
@@ -438,6 +480,14 @@ def main(args) -> int:
         + ", ".join(f"{t.path} has {len(t.entries)}" for t in tables.values())
     )
     return 0
+
+
+def by_context(points):
+    """The points in groups of those that differ in the context alone."""
+    groups = {}
+    for p in points:
+        groups.setdefault(dataclasses.replace(p, context=None).identity, []).append(p)
+    return list(groups.values())
 
 
 def formats_of(args, ops, backends):
