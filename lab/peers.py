@@ -92,9 +92,9 @@ def uniform(context_lens):
     return lengths.pop()
 
 
-def flashinfer(sets):
+def flashinfer(tensor_cores, sets):
     """FlashInfer's paged decode on the very same cache (layout "HND"), planned once: the sets share a block
-    table."""
+    table. tensor_cores: which of its two kernels; neither is the faster one at all sizes."""
     from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
     q, k_cache, _, block_table, context_lens, scale = sets[0][:6]
@@ -102,7 +102,7 @@ def flashinfer(sets):
     pages = -(-uniform(context_lens) // page_size)
     indptr = torch.arange(0, q.shape[0] * pages + 1, pages, dtype=torch.int32, device=q.device)
     wrapper = BatchDecodeWithPagedKVCacheWrapper(
-        torch.empty(128 << 20, dtype=torch.uint8, device=q.device), "HND"
+        torch.empty(128 << 20, dtype=torch.uint8, device=q.device), "HND", use_tensor_cores=tensor_cores
     )
     wrapper.plan(
         indptr,
@@ -205,7 +205,10 @@ SDPA_FLASH = Peer(
     "sdpa_flash", each(functools.partial(sdpa, "FLASH_ATTENTION")), takes=half_attention, copies=True
 )
 CUDNN = Peer("cudnn", each(functools.partial(sdpa, "CUDNN_ATTENTION")), takes=half_attention, copies=True)
-FLASHINFER = Peer("flashinfer", flashinfer, takes=half_attention, module="flashinfer")
+FLASHINFER = tuple(
+    Peer(name, functools.partial(flashinfer, tensor_cores), takes=half_attention, module="flashinfer")
+    for name, tensor_cores in (("flashinfer", False), ("flashinfer_tensor", True))
+)
 LIGER_RMSNORM = Peer(  # it has no residual add and no norm of heads inside a packed row
     "liger",
     each(liger_rmsnorm),

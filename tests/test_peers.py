@@ -79,6 +79,45 @@ def test_gemlite_multiplies_the_packed_weights(monkeypatch):
     assert set(bound.peers) <= {p.name for p in find("linear").peers} and "int4-g128" in FORMATS
 
 
+class PagedDecode:
+    """flashinfer.BatchDecodeWithPagedKVCacheWrapper: caches [pages, kv_heads, page_size, head_dim] ("HND"); a
+    sequence's pages are indices[indptr[i]:indptr[i + 1]], the last of which has last_page_len tokens."""
+
+    made = []
+
+    def __init__(self, workspace, layout, use_tensor_cores):
+        assert workspace.dtype == torch.uint8 and layout == "HND"
+        self.made.append(use_tensor_cores)
+
+    def plan(self, indptr, indices, last_page_len, q_heads, kv_heads, head_dim, page_size, **options):
+        assert indptr.dtype == indices.dtype == last_page_len.dtype == torch.int32
+        self.pages, self.last, self.page_size = (indptr.tolist(), indices), last_page_len.tolist(), page_size
+        self.shape, self.scale = (len(self.last), q_heads, head_dim), options["sm_scale"]
+        assert (options["q_data_type"], options["kv_data_type"]) == (torch.bfloat16, torch.bfloat16)
+
+    def run(self, q, caches, out):
+        assert q.shape == out.shape == self.shape and q.is_contiguous()
+        (starts, indices), (k_cache, v_cache) = self.pages, caches
+        for i, last in enumerate(self.last):
+            own = indices[starts[i] : starts[i + 1]].long()
+            length = (len(own) - 1) * self.page_size + last
+            k, v = (c[own].transpose(0, 1).flatten(1, 2)[:, :length].float() for c in (k_cache, v_cache))
+            query = q[i].float().unflatten(0, (k.shape[0], -1))
+            out[i] = (torch.softmax(query @ k.transpose(1, 2) * self.scale, -1) @ v).flatten(0, 1)
+        return out
+
+
+@pytest.mark.parametrize("number, tensor_cores", [(0, False), (1, True)])
+def test_flashinfer_reads_the_same_pages(number, tensor_cores, monkeypatch):
+    pretend(monkeypatch, "flashinfer", BatchDecodeWithPagedKVCacheWrapper=PagedDecode)
+    op = find("decode_attention")
+    sizes = dict(lengths=[37, 37], q_heads=8, kv_heads=2, head_dim=64, page_size=16)
+    args = op.with_workspace(*op.inputs(Rand("cpu", torch.bfloat16), **sizes))
+    (call,) = peers.FLASHINFER[number].make([args])
+    (wanted,) = op.reference(*args)
+    assert torch.allclose(call().double(), wanted, rtol=1e-2, atol=2e-2) and PagedDecode.made[-1] == tensor_cores
+
+
 @pytest.mark.parametrize("name", ("flashinfer", "gemlite", "liger_kernel"))
 def test_a_peer_without_its_package_is_left_out_with_a_reason(name, monkeypatch):
     declared = [

@@ -405,7 +405,7 @@ op = Op(
     has_context=True,
     rows=lambda batch, context: {"lengths": (context,) * batch},
     cold=("k_cache", "v_cache"),
-    peers=(peers.SDPA_FLASH, peers.CUDNN, peers.FLASHINFER),
+    peers=(peers.SDPA_FLASH, peers.CUDNN, *peers.FLASHINFER),
     color="#ddcc77",
     inspect_sizes=dict(lengths=(8192,), splits=33, q_heads=32, kv_heads=8, head_dim=128),
     tuned_by=("q_heads", "kv_heads", "head_dim", "page_size"),
