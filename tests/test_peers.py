@@ -115,7 +115,8 @@ def test_flashinfer_reads_the_same_pages(number, tensor_cores, monkeypatch):
     args = op.with_workspace(*op.inputs(Rand("cpu", torch.bfloat16), **sizes))
     (call,) = peers.FLASHINFER[number].make([args])
     (wanted,) = op.reference(*args)
-    assert torch.allclose(call().double(), wanted, rtol=1e-2, atol=2e-2) and PagedDecode.made[-1] == tensor_cores
+    assert torch.allclose(call().double(), wanted, rtol=1e-2, atol=2e-2)
+    assert PagedDecode.made[-1] == tensor_cores
 
 
 @pytest.mark.parametrize("name", ("flashinfer", "gemlite", "liger_kernel"))
