@@ -227,6 +227,11 @@ class Rand:
         return torch.randperm(n, generator=self.generator, device=self.device).to(torch.int32)
 
 
+def pointer(tensor: torch.Tensor | None) -> int:
+    """A tensor's address as kernels take it; 0, the null pointer, for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 # The checks that `validate` functions share. A raw pointer carries no shape, stride, device or alignment, so
 # all of these are checked here, once. Other conditions are an `if` in the caller, so that a message is
 # formatted only when it is needed.

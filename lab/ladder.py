@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lab.backends import load
-from lab.contract import Op
+from lab.contract import Op, pointer
 from lab.errors import LabError
 from lab.ops import find
 from lab.rungs import BACKENDS, Ladder, Rung, ladder_of, rungs
@@ -74,7 +74,7 @@ class RungFunction:
                 a.workspace = op.workspace(a)
             return partial(ladder.triton, rung.number, SimpleNamespace(**{**vars(a), **other}), out, **memory)
         kernels = self.language.kernels
-        addresses = {name: 0 if t is None else t.data_ptr() for name, t in memory.items()}
+        addresses = {name: pointer(t) for name, t in memory.items()}
         launcher = partial(getattr(kernels, f"{ladder.name}_ladder"), rung.number, **addresses)
         # The kernel knows the memory by its address alone, so it is kept here.
         of_rung = SimpleNamespace(**{op.name: launcher}, stream=kernels.stream, memory=memory)

@@ -91,10 +91,13 @@ def test_it_knows_where_the_learner_is(capsys):
     right = lessons.value(*lessons.PLACEHOLDER.fullmatch(COURSE[1].goal[1]).groups())
     assert main(["learn", "check", "--answer", f"{right * 1.05:.0f}"]) == 0
     assert COURSE[1].shown("Explanation") in capsys.readouterr().out
-    assert main(["learn", "check", "1"]) == 0  # what was accepted counts until another answer is given
+    assert main(["learn", "check", "1"]) == 0  # what was accepted counts
     assert "not yet" not in capsys.readouterr().out
     assert main(["learn", "check", "1", "--answer", "500"]) == 1
     assert "done" not in capsys.readouterr().out
+    assert main(["learn", "check", "1", "--json", "--answer", "500"]) == 1  # this answer is graded, no other
+    assert not json.loads(capsys.readouterr().out)["lessons"][0]["done"]
+    assert main(["learn", "check", "1"]) == 0  # a wrong one later takes nothing back
     assert main(["learn", "check", "1", "--answer", f"{right * 0.95:.0f}"]) == 0
     assert main(["learn"]) == 0
     assert "next: lab learn 2\n" in capsys.readouterr().out

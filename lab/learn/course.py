@@ -180,10 +180,10 @@ def check(lesson: Lesson, args) -> bool:
             if open_ones:
                 exercises.check_and_tell(name, open_ones, args.timeout or TIMEOUT, as_json=False)
     elif given(args) or not done(lesson, progress.load()):
-        wrong = wrong_with(lesson, args)
-        note(lesson, solved=wrong is None)
-        if wrong:
+        if wrong := wrong_with(lesson, args):
             print(f"lesson {lesson.number}: not yet: {wrong}")
+            return False  # a lesson that was solved earlier stays so
+        note(lesson, solved=True)
     solved = done(lesson, progress.load())
     if solved:
         course = lessons.all_lessons()
@@ -231,8 +231,11 @@ def report(chosen: list[Lesson], args) -> int:
         else:
             if given(args):
                 wrong["exercise"] = wrong_with(lesson, args)
-                note(lesson, solved=wrong["exercise"] is None)
-            solved = done(lesson, progress.load())
+                solved = wrong["exercise"] is None
+                if solved:
+                    note(lesson, solved=True)
+            else:
+                solved = done(lesson, progress.load())
         mine = progress.load()["lessons"].get(str(lesson.number), {})
         found.append(
             {

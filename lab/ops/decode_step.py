@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lab.contract import DTYPE_CODES, EPS32, Op, case, dense, once, refuse
+from lab.contract import DTYPE_CODES, EPS32, Op, case, dense, once, pointer, refuse
 from lab.errors import Unavailable
 from lab.formats import FORMATS, PackedMatrix, kv
 from lab.formats.format import BLOCK
@@ -568,7 +568,7 @@ def cuda(
         ),
         logits=logits.data_ptr(),
         out=out.data_ptr(),
-        exchange=(w.words.data_ptr(), w.counters.data_ptr(), 0 if w.trace is None else w.trace.data_ptr()),
+        exchange=(w.words.data_ptr(), w.counters.data_ptr(), pointer(w.trace)),
         sizes=(layers, vocab, m.lm_head.shape[0], hidden, m.intermediate, m.layer_nbytes),
         q_heads=m.q_heads,
         head_dim=head_dim,

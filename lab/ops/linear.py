@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from lab import peers, spaces
-from lab.contract import DTYPE_CODES, EPS32, FLOATS, Op, case, dense, refuse
+from lab.contract import DTYPE_CODES, EPS32, FLOATS, Op, case, dense, pointer, refuse
 from lab.formats import PackedMatrix, operand
 
 MAX_BATCH = 64
@@ -64,9 +64,9 @@ def cuda(k, x, w, bias=None, out_dtype=None, out=None):
     memory = tiled(x, w)
     k.linear(
         x=x.data_ptr(),
-        tiled=0 if memory is None else memory.data_ptr(),
+        tiled=pointer(memory),
         w=operand.pointers(w),
-        bias=0 if bias is None else bias.data_ptr(),
+        bias=pointer(bias),
         y=out.data_ptr(),
         rows=rows,
         n=w.shape[0],

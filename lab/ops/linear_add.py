@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from lab import spaces
-from lab.contract import DTYPE_CODES, FLOATS, Op, case, dense, refuse
+from lab.contract import DTYPE_CODES, FLOATS, Op, case, dense, pointer, refuse
 from lab.formats import operand
 from lab.ops import linear
 
@@ -39,9 +39,9 @@ def cuda(k, x, w, residual, bias=None, out=None):
     memory = linear.tiled(x, w)
     k.linear_add(
         x=x.data_ptr(),
-        tiled=0 if memory is None else memory.data_ptr(),
+        tiled=pointer(memory),
         w=operand.pointers(w),
-        bias=0 if bias is None else bias.data_ptr(),
+        bias=pointer(bias),
         residual=residual.data_ptr(),
         rows=rows,
         n=w.shape[0],

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from lab import spaces
-from lab.contract import DTYPE_CODES, EPS32, FLOATS, Op, case, dense, refuse
+from lab.contract import DTYPE_CODES, EPS32, FLOATS, Op, case, dense, pointer, refuse
 from lab.formats import PackedMatrix, operand
 from lab.ops import linear, rmsnorm
 
@@ -85,10 +85,10 @@ def cuda(k, x, norm_w, eps, w, bias=None, out_dtype=None, out=None):
         x=x.data_ptr(),
         norm_w=norm_w.data_ptr(),
         w=operand.pointers(w),
-        bias=0 if bias is None else bias.data_ptr(),
+        bias=pointer(bias),
         y=out.data_ptr(),
-        normed=0 if memory is None else memory.data_ptr(),
-        tiled=0 if tiled is None else tiled.data_ptr(),
+        normed=pointer(memory),
+        tiled=pointer(tiled),
         rows=rows,
         n=w.shape[0],
         k=columns,

@@ -13,7 +13,7 @@ Kernels: cuda_src/norm_linear_argmax.cu, triton_kernels/norm_linear_argmax.py
 import torch
 
 from lab import spaces
-from lab.contract import DTYPE_CODES, FLOATS, Op, case, dense, once, refuse
+from lab.contract import DTYPE_CODES, FLOATS, Op, case, dense, once, pointer, refuse
 from lab.formats import operand
 from lab.ops import linear, norm_linear, sample
 from lab.ops.norm_linear import check_norm, normed
@@ -95,8 +95,8 @@ def cuda(k, x, norm_w, eps, w, logits, scratch, out):
         w=operand.pointers(w),
         logits=logits.data_ptr(),
         scratch=scratch.data_ptr(),
-        normed=0 if memory is None else memory.data_ptr(),
-        tiled=0 if tiled is None else tiled.data_ptr(),
+        normed=pointer(memory),
+        tiled=pointer(tiled),
         out=out.data_ptr(),
         rows=rows,
         n=w.shape[0],

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from lab import spaces
-from lab.contract import DTYPE_CODES, FLOATS, Op, case, dense, refuse
+from lab.contract import DTYPE_CODES, FLOATS, Op, case, dense, pointer, refuse
 from lab.formats import operand
 from lab.ops import linear, norm_linear, rmsnorm, silu_mul
 from lab.ops.norm_linear import check_norm, norm_slack, normed
@@ -57,8 +57,8 @@ def cuda(k, x, norm_w, eps, w, out):
         norm_w=norm_w.data_ptr(),
         w=operand.pointers(w),
         y=out.data_ptr(),
-        normed=0 if memory is None else memory.data_ptr(),
-        tiled=0 if tiled is None else tiled.data_ptr(),
+        normed=pointer(memory),
+        tiled=pointer(tiled),
         rows=rows,
         n=out.shape[1],
         k=columns,

@@ -10,7 +10,18 @@ Kernels: cuda_src/rmsnorm.cu, triton_kernels/rmsnorm.py
 import torch
 
 from lab import peers
-from lab.contract import DTYPE_CODES, EPS32, FLOATS, Op, case, dense, refuse, rows_of_heads, some_rows
+from lab.contract import (
+    DTYPE_CODES,
+    EPS32,
+    FLOATS,
+    Op,
+    case,
+    dense,
+    pointer,
+    refuse,
+    rows_of_heads,
+    some_rows,
+)
 
 
 def validate(
@@ -81,7 +92,7 @@ def cuda(k, x, w, eps, residual=None, out=None):
     k.rmsnorm(
         x=x.data_ptr(),
         w=w.data_ptr(),
-        residual=0 if residual is None else residual.data_ptr(),
+        residual=pointer(residual),
         y=out.data_ptr(),
         rows=rows,
         groups=groups,

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 
 import torch
 
-from lab.contract import Op, case, dense, once, refuse
+from lab.contract import Op, case, dense, once, pointer, refuse
 
 # How far below the best float64 score a float32 draw may be: log, exp and sums of the mass differ by less.
 SLACK = 1e-4
@@ -193,7 +193,7 @@ def cuda(k, logits, positions, temperature=0.0, top_k=0, top_p=1.0, seed=0, min_
         logits=logits.data_ptr(),
         positions=positions.data_ptr(),
         out=out.data_ptr(),
-        table=0 if table is None else table.data_ptr(),
+        table=pointer(table),
         rows=rows,
         vocab=vocab,
         temperature=temperature,
