@@ -55,7 +55,7 @@ def read_text(path: str | os.PathLike, limit: int = LARGEST_TEXT) -> str:
 
 def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
     """Writes text (UTF-8) or bytes to a new file beside `path` and renames it to `path`, so that no reader
-    sees a part of it.
+    sees a part of it. Makes the folder where there is none.
 
     A link is followed. A pipe or a device (/dev/stdout) is written to directly, because a rename would
     replace it by a file. Raises LabError if the file cannot be written. The new file is removed after a
@@ -69,6 +69,8 @@ def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
         if Path(path).exists() and not target.is_file():
             Path(path).write_bytes(data)
         else:
+            if not target.parent.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
             beside.write_bytes(data)
             beside.replace(target)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name, or no name

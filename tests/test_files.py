@@ -33,9 +33,9 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path, 
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
 
 
-def test_a_folder_that_is_not_there_is_one_line(tmp_path):
-    with pytest.raises(LabError, match="cannot write .*absent/a.txt: No such file"):
-        write_whole(tmp_path / "absent" / "a.txt", "new")
+def test_a_folder_that_is_not_there_is_made(tmp_path):
+    write_whole(tmp_path / "absent" / "further" / "a.txt", "new")
+    assert (tmp_path / "absent/further/a.txt").read_text() == "new"
 
 
 def test_a_link_keeps_pointing(tmp_path):

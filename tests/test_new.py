@@ -61,5 +61,7 @@ def test_a_copied_kernel_is_tried_as_it_is(language, name, tmp_path, monkeypatch
     (tmp_path / name).write_text("mine")
     assert cli.main(["new", "kernel", "silu_mul", "--language", language]) == 2
     assert "exists already" in capsys.readouterr().err and (tmp_path / name).read_text() == "mine"
+    assert cli.main(["new", "kernel", "silu_mul", "--out", f"a/folder/{name}"]) == 0
+    assert (tmp_path / "a/folder" / name).is_file()
     assert cli.main(["new", "kernel", "silu_mull"]) == 2
     assert "silu_mul" in capsys.readouterr().err

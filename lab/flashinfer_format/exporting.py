@@ -107,7 +107,6 @@ def write(subject, dtype: str, batches, contexts, measured, out: Path) -> tuple[
 
 def put(path: Path, made: list, indent: int | None = None) -> None:
     """Writes objects of the schema, one on each line or, with `indent`, one alone."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, "".join(json.dumps(to_json(one), indent=indent) + "\n" for one in made))
 
 
@@ -116,5 +115,4 @@ def store(path: Path, tensors: dict) -> None:
         from safetensors.torch import save
     except ImportError as error:
         raise LabError(f"writing workloads of attention needs safetensors ({error})") from None
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, save(tensors))

@@ -45,10 +45,6 @@ def copy_of(name: str, language: str) -> Path:
     given = file_of(name, language)
     path = COPIES / language / given.name
     if not path.exists():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise LabError(f"cannot write {path}: {error.strerror}") from None
         write_whole(path, given.read_text())
     return path
 

@@ -433,8 +433,4 @@ def write_page(path, title, facts, cuda, triton, rows):
     """Writes the two kernels as one self-contained page."""
     from lab.report import page
 
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise LabError(f"cannot write {path}: {e.strerror}") from None
     write_whole(path, page.twin_page(title, facts, cuda, triton, rows))

@@ -249,10 +249,8 @@ def new_kernel(op: str, language: str | None, out: str | None) -> int:
     if path.suffix != SUFFIX[language]:
         raise LabError(f"{path}: a kernel in {language} is a {SUFFIX[language]} file")
     source = ROOT / FOLDER[language] / f"{op}{SUFFIX[language]}"
-    try:
-        with path.open("x") as file:
-            file.write(source.read_text())
-    except FileExistsError:
-        raise LabError(f"{path} exists already: no file is written over; choose another with --out") from None
+    if path.exists() or path.is_symlink():
+        raise LabError(f"{path} exists already: no file is written over; choose another with --out")
+    write_whole(path, source.read_text())
     print(f"new      {path}, a copy of {source.relative_to(ROOT)}\nChange it, then: lab try {path} --op {op}")
     return 0

@@ -36,10 +36,6 @@ def load() -> dict:
 
 
 def save(progress: dict) -> None:
-    try:
-        path().parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LabError(f"cannot write {path()}: {error.strerror}") from None
     write_whole(path(), json.dumps(progress, indent=1, sort_keys=True) + "\n")
 
 

@@ -117,7 +117,6 @@ def write(out, files):
         before = set(read_text(listing).split("\n")) if is_there(listing) else set()
         pictures = sorted(name for name in files if name.startswith("figures/"))
         for name, data in {**files, f"figures/{DRAWN}": "\n".join(pictures).encode()}.items():
-            (out / name).parent.mkdir(parents=True, exist_ok=True)
             write_whole(out / name, data)
         for name in before - set(pictures):
             if name.startswith("figures/") and name.endswith((".svg", ".png")) and ".." not in name:

@@ -374,7 +374,6 @@ class Table:
             key=lambda e: (e["op"], *e["shape"].values(), e["itemsize"], e.get("format", ""), e["rows"]),
         )
         text = '{"entries": [\n' + ",\n".join(json.dumps(e) for e in ordered) + "\n]}\n"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.path, text)
 
 
