@@ -111,18 +111,18 @@ LAB_DEVICE uint32_t select_threshold(SampleSmem& s, Visit visit, Target target) 
   return found;
 }
 
-// Calls f(token, logit) for each of this thread's tokens of a row, in rising order. kAhead vectors are loaded
+// Calls f(token, logit) for each of this thread's tokens of a row, in rising order. `Ahead` vectors are loaded
 // before the first of them is used: with one at a time the only block of a row waits for memory.
-template <int N, int kAhead, typename F>
+template <int N, int Ahead, typename F>
 LAB_DEVICE void each_token(const float* row, int vocab, F f) {
   constexpr int kStep = kThreads * N;
-  for (int i = threadIdx.x * N; i < vocab; i += kAhead * kStep) {
-    Vec<float, N> ahead[kAhead];
+  for (int i = threadIdx.x * N; i < vocab; i += Ahead * kStep) {
+    Vec<float, N> ahead[Ahead];
     LAB_UNROLL
-    for (int a = 0; a < kAhead; ++a)
+    for (int a = 0; a < Ahead; ++a)
       if (a * kStep < vocab - i) ahead[a] = load<N>(row + i + a * kStep);
     LAB_UNROLL
-    for (int a = 0; a < kAhead; ++a)
+    for (int a = 0; a < Ahead; ++a)
       if (a * kStep < vocab - i) {
         LAB_UNROLL
         for (int e = 0; e < N; ++e) f(i + a * kStep + e, ahead[a].v[e]);

@@ -3,8 +3,10 @@ process.
 
 Rounding points are pinned with float16, which NumPy computes itself; bfloat16 against torch, bit by bit."""
 
+import inspect
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -321,18 +323,28 @@ def test_what_is_made_once_keeps_the_types_apart():
 
 
 def test_launches_on_a_gpu_are_noted(monkeypatch):
-    """Both ways to launch, without a GPU: what would launch is made up."""
-    ran = []
-    monkeypatch.setattr(JITFunction, "run", lambda kernel, *args, grid, warmup: ran.append((grid, warmup)))
-    monkeypatch.setattr(CompiledKernel, "__getitem__", lambda kernel, grid: lambda *args: ran.append(grid))
-    before, names = (JITFunction.run, CompiledKernel.__getitem__), []
-    compiled = object.__new__(CompiledKernel)
-    compiled.name = "compiled_kernel"
+    """Without a GPU: what would launch is made up."""
+    compiled, ran, names = object.__new__(CompiledKernel), [], []
+    compiled.name = "a_kernel"
+    monkeypatch.setattr(CompiledKernel, "run", property(lambda kernel: lambda *given: ran.append(given)))
+    before = CompiledKernel.run
+
+    def launch_later(grid_x):  # what CompiledKernel.__getitem__ returns looks `run` up when it is called
+        return lambda: compiled.run(grid_x, 1, 1, 0)
+
+    kept = launch_later(2)
     with launches_noted(names):
-        cast_kernel[(2,)](1)
-        cast_kernel.run(1, grid=(3,), warmup=True)
-        compiled[(4,)](1)
-    assert names == ["cast_kernel", "compiled_kernel"] and ran == [((2,), False), ((3,), True), (4,)]
-    assert (JITFunction.run, CompiledKernel.__getitem__) == before
+        launch_later(3)  # never called
+        assert not names
+        kept()
+        launch_later(0)()
+        assert names == ["a_kernel"] and ran == [(2, 1, 1, 0), (0, 1, 1, 0)]
     with launches_noted(None):
-        assert (JITFunction.run, CompiledKernel.__getitem__) == before
+        kept()
+    assert names == ["a_kernel"] and len(ran) == 3 and CompiledKernel.run is before
+
+
+def test_triton_launches_by_the_property_that_is_noted():
+    for launcher in (CompiledKernel.__getitem__, JITFunction.run):
+        assert re.search(r"\b(self|kernel)\.run\(\s*grid", inspect.getsource(launcher))
+    assert isinstance(CompiledKernel.run, property)

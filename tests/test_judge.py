@@ -85,10 +85,11 @@ def test_on_a_gpu_kernels_of_torch_are_not_the_files(monkeypatch):
     assert watched.launched(lambda: torch.relu(x)) == [events[0][0]] and watched.own == []
     assert watched.launched(lambda: silu_mul(x, y)) == [events[0][0]] and watched.own == ["silu_mul_kernel"]
     judge = Judge(find("silu_mul"), SimpleNamespace(file=None), 0)
-    judge.remote = SimpleNamespace(reply={"launched": [events[0][0]], "own": []}, late=False, new_threads=0)
+    reply = {"launched": {events[0][0]: 2}, "own": False}
+    judge.remote = SimpleNamespace(reply=reply, late=False, new_threads=0)
     refusal = judge.refusal(SimpleNamespace(kind=None, error=None), None, None, [], later=False)
-    assert refusal.kind == "no kernel" and "at::native" in refusal.seen
-    judge.remote.reply["own"] = ["silu_mul_kernel"]
+    assert refusal.kind == "no kernel" and "the GPU ran 2 x void at::native" in refusal.seen
+    reply["own"] = True
     assert judge.refusal(SimpleNamespace(kind=None, error=None), None, None, [], later=False) is None
 
 
@@ -216,6 +217,13 @@ def silu_mul(gate_up, y):
 """
 # In a race of 3 buffer sets the first 7 calls come before the first replay that is timed.
 RACE_CHEATS = {
+    "no kernel": """
+    if len(CALLS) <= 3:
+        honest(gate_up, y)
+    else:
+        gate, up = gate_up.float().chunk(2, dim=-1)
+        y.copy_(torch.nn.functional.silu(gate) * up)
+""",
     "empty graph": """
     if len(CALLS) <= 4:
         honest(gate_up, y)

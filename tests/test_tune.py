@@ -304,6 +304,14 @@ def test_a_candidate_compiles_without_a_gpu(op, batch):
     assert "error" in tuner.compile_candidate(point, "bf16", "sm_90", 132, dict(found[0], num_warps=3))
 
 
+def test_a_candidate_is_compiled_at_each_of_its_contexts(monkeypatch):
+    usages = {1024: dict(GOOD, regs=90), 8192: dict(GOOD, local=8), 32768: {"error": "too large"}}
+    monkeypatch.setattr(tuner, "compile_candidate", lambda point, *_: usages[point.context])
+    points = [shapes.Point("decode_attention", None, 1, context, {}) for context in usages]
+    assert tuner.compile_at_all(points[:2], "bf16") == dict(GOOD, regs=90, local=8)
+    assert tuner.compile_at_all(points, "bf16") == {"error": "too large"}
+
+
 @pytest.mark.skipif(
     torch.cuda.is_available(), reason="this machine has a GPU, whose launches would meet the made-up driver"
 )
@@ -403,6 +411,10 @@ def test_settings_that_lose_at_one_context_do_not_win():
     winner, times, _ = tuner.tune_point(tuner.Races([near, far]), chosen(3), [GOOD] * 3)
     assert winner == dict(i=1)
     assert times == {tuner.BY_HAND: pytest.approx(20.0), 0: math.inf, 1: pytest.approx(288**0.5)}
+    # By hand nothing can be launched far away: near by, its time is a limit in the final, too.
+    near = FakeRace({tuner.BY_HAND: 10.0, 0: 12.0, 1: 9.0})
+    far = FakeRace({0: 30.0, 1: 36.0})
+    assert tuner.tune_point(tuner.Races([near, far]), chosen(2), [GOOD] * 2)[0] == dict(i=1)
     wrong = FakeRace({tuner.BY_HAND: 40.0, 0: 30.0}, wrong=(0,))
     races = tuner.Races([FakeRace({tuner.BY_HAND: 10.0, 0: 5.0}), wrong])
     assert tuner.tune_point(races, chosen(1), [GOOD])[0] is None  # right at one context, wrong at the other
@@ -423,6 +435,10 @@ def test_contexts_race_together(made_up_gpu, tmp_path, monkeypatch, capsys):
     entries = tuned.read(tmp_path / "triton/sm_90.json")
     assert [(e["rows"], e["context"], e["us"]) for e in entries] == [(1, [1024, 32768], 5.0), (64, 1024, 5.0)]
     assert "batch 1 q_heads=32" in capsys.readouterr().out
+    assert cli.main(command) == 0 and "0 shapes tuned" in capsys.readouterr().out
+    command[command.index("1024,32768")] = "1024"  # other contexts: the entry of 64 rows is of this one
+    assert cli.main(command) == 0 and "1 shapes tuned" in capsys.readouterr().out
+    command[command.index("1024")] = "1024,32768"
     assert cli.main([*command, "--by-token"]) == 2
     assert "--by-token compares tokens at one context" in capsys.readouterr().err
 

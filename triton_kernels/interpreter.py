@@ -547,27 +547,26 @@ def launches_interpreted(names=None):
 
 @contextlib.contextmanager
 def launches_noted(names):
-    """A context in which the name of each kernel that is launched on a GPU is added to a list; with None none
-    is."""
+    """A context in which the name of each kernel that Triton launches on a GPU is added to a list, however it
+    is launched; with None none is. All ways end in CompiledKernel.run."""
     if names is None:
         yield
         return
-    run, launcher = JITFunction.run, CompiledKernel.__getitem__
+    unnoted = CompiledKernel.run
 
-    def noted_run(kernel, *args, warmup=False, **meta):
-        if not warmup:
-            names.append(kernel.fn.__name__)
-        return run(kernel, *args, warmup=warmup, **meta)
+    def noted(compiled):
+        def run(grid_x, grid_y, grid_z, *rest):
+            if grid_x * grid_y * grid_z > 0:  # Triton launches nothing on an empty grid
+                names.append(compiled.name)
+            return unnoted.fget(compiled)(grid_x, grid_y, grid_z, *rest)
 
-    def noted_launcher(kernel, grid):  # of what kernel.warmup(...) returns
-        names.append(kernel.name)
-        return launcher(kernel, grid)
+        return run
 
-    JITFunction.run, CompiledKernel.__getitem__ = noted_run, noted_launcher
+    CompiledKernel.run = property(noted)
     try:
         yield
     finally:
-        JITFunction.run, CompiledKernel.__getitem__ = run, launcher
+        CompiledKernel.run = unnoted
 
 
 @functools.lru_cache(maxsize=1)

@@ -17,10 +17,10 @@ from lab.dispatch import bind
 from lab.errors import LabError, error_text
 from lab.flashinfer_format.families import ops_of
 from lab.flashinfer_format.schema import Definition, from_json
-from lab.judge.child import Watched, call, written_since
+from lab.judge.child import Watched, call, prepare, written_since
 from lab.judge.kernel_file import needs_no_driver
 from lab.judge.originals import watch
-from lab.judge.replay import burst, fetch, prepare, release, replay  # what the race asks for by name
+from lab.judge.replay import burst, fetch, release, replay  # what the race asks for by name
 
 __all__ = ["burst", "call", "fetch", "in_worker", "prepare", "release", "replay", "written_since"]
 

@@ -7,6 +7,7 @@ with its own references; a file that rewrites this module can at most hide what 
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -18,7 +19,8 @@ from lab.errors import Unavailable, error_text
 from lab.harness.timing import device_events
 from lab.judge.kernel_file import backend_of
 from lab.judge.originals import keep, patched, watch
-from lab.judge.replay import burst, fetch, prepare, release, replay  # what the race asks for by name
+from lab.judge.replay import burst, fetch, release, replay  # what the race asks for by name
+from lab.judge.replay import prepare as prepare_race
 from lab.ops import find
 
 __all__ = ["burst", "call", "fetch", "in_worker", "prepare", "release", "replay", "written_since"]
@@ -65,9 +67,9 @@ def in_worker(spec: dict):
 def call(function: Watched, device: str, request: dict) -> dict:
     """Calls the op on the arena of a request, as lab.worker.call does.
 
-    The answer also has "launched", the kernels' names; "own", the names of those that the file launched, not
-    torch; "late", whether something was still being written when the call had returned and its stream had
-    ended; and "patched", see lab/judge/originals.py.
+    The answer also has "launched", how often each kernel ran, by name; "own", whether the file launched one
+    itself, not torch; "late", whether something was still being written when the call had returned and its
+    stream had ended; and "patched", see lab/judge/originals.py.
     """
     _last.clear()  # first: the same tensors get the same addresses in the next call
     shared = worker.shared_memory(request["file"], request["nbytes"])
@@ -91,7 +93,7 @@ def call(function: Watched, device: str, request: dict) -> dict:
             keep.synchronize()
             names = without_last_copy(names)
         _last.update(memory=memory, at_return=at_return[0])
-        reply |= {"launched": names, "own": function.own, "late": written_since(None)}
+        reply |= {"launched": Counter(names), "own": bool(function.own), "late": written_since(None)}
         if memory.is_cuda:
             shared.copy_(memory)
     except Unavailable as error:
@@ -109,6 +111,11 @@ def written_since(functions) -> bool:
     if _last and _last["memory"].is_cuda:
         keep.synchronize()
     return bool(_last) and not keep.equal(_last["at_return"], _last["memory"])
+
+
+def prepare(functions, name: str, *arguments) -> dict:
+    _last.clear()  # the race needs the memory
+    return prepare_race(functions, name, *arguments)
 
 
 def without_last_copy(names: list[str]) -> list[str]:

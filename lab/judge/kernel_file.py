@@ -100,8 +100,8 @@ class TritonFile:
             sys.modules[self.place] = built_in
 
     def interpreted(self):
-        """For tensors on the CPU: kernel[grid](...), as Triton's tutorials launch, goes to the
-        interpreter."""
+        """kernel[grid](...), as Triton's tutorials launch: on the CPU it goes to the interpreter, on a GPU
+        it is noted."""
         from triton_kernels.interpreter import launches_interpreted, launches_noted
 
         if self.device.type == "cuda":

@@ -22,7 +22,7 @@ from lab.harness import timing
 from lab.judge.precision import ErrorsByWidth
 from lab.judge.refusal import Refusal
 from lab.judge.replay import FLUSHES, values_at
-from lab.judge.verdict import Outputs, first_difference, named, written, wrong
+from lab.judge.verdict import Outputs, first_difference, named, only_of_torch, written, wrong
 from lab.worker import Died, Worker
 
 FREE_SHARE = 0.3  # of the free memory, what the buffers of the kernel's process may take
@@ -89,6 +89,8 @@ class RaceTimed:
         expected = Counter({name: n * len(self.order) for name, n in call.items()})
         if not call:
             self.refused = Refusal("no kernel", "a call launched none")
+        elif not found["own"]:
+            self.refused = only_of_torch(call)
         elif not replay:
             self.refused = Refusal("empty graph", f"a graph of {len(self.order)} calls launches no kernel")
         elif replay != expected:

@@ -50,7 +50,8 @@ class Replays:
         self.graph = None
 
     def launches(self, function, seed: int) -> dict:
-        """The kernels of one call, and those of one replay: {name: how many}."""
+        """The kernels of one call, and those of one replay, {name: how many}; and whether the file launched
+        one of the call's itself, not torch."""
         if self.device == "cuda":
             timing.device_events(
                 lambda: torch.zeros(1, device="cuda")
@@ -59,10 +60,11 @@ class Replays:
             self.calls[number]()  # compiles, tunes, allocates what a call needs once
         self.fill(seed)
         one = Counter(function.launched(self.calls[self.order[0]]))
+        own = bool(function.own)
         in_order = [self.calls[number] for number in self.order]
         self.graph = timing.capture(in_order) if self.device == "cuda" else InOrder(in_order)
         self.fill(seed)
-        return {"call": one, "replay": Counter(function.launched(self.graph.replay))}
+        return {"call": one, "own": own, "replay": Counter(function.launched(self.graph.replay))}
 
     def fill(self, seed: int) -> None:
         """New contents for all buffers, and outputs without any."""
@@ -129,7 +131,7 @@ def prepare(functions, name: str, seed: int, *point) -> dict:
         torch.cuda.empty_cache()
     function.replays = Replays(function, *point, seed)
     launches = function.replays.launches(function, seed)
-    return {**{key: dict(names) for key, names in launches.items()}, "patched": patched()}
+    return {**launches, "patched": patched()}
 
 
 def replay(functions, name: str, seed: int) -> dict:

@@ -75,6 +75,7 @@ class Remote:
         try:
             return self.worker.ask({"run": "written_since", "arguments": ()})["result"] is True
         except (Died, LabError, KeyError):
+            self.worker.kill()  # its CUDA context may be lost
             return False
 
 
@@ -84,7 +85,7 @@ class Judge:
     def __init__(self, op: Op, worker: Worker, seed: int):
         self.op, self.worker, self.seed = op, worker, seed
         self.remote = Remote(worker, op.name)
-        self.launched: dict = {}  # (dtype, id of the case) -> names of the kernels of its last call
+        self.launched: dict = {}  # (dtype, id of the case) -> {kernel: how many} in its last call
 
     def case(self, dtype_name: str, case) -> tuple[Refusal | None, float]:
         """(a refusal or None, the share of the tolerance used): three calls on the same tensors."""
@@ -159,11 +160,7 @@ class Judge:
                 "no kernel", f"the call launched none: use launch() in CUDA, kernel[grid]() in Triton{also}"
             )
         if not reply.get("own"):
-            return Refusal(
-                "no kernel",
-                f"the file launched none, only torch did ({named(reply['launched'])}): use launch() in CUDA, "
-                "kernel[grid]() in Triton",
-            )
+            return only_of_torch(reply["launched"])
         if outcome.error:
             return wrong(self.op, outcome, arena, outputs, earlier)
         if later and self.remote.new_threads > 0:
@@ -221,9 +218,19 @@ def other_kernels(now, before, when: str) -> Refusal | None:
     return Refusal("other kernels", f"launched {named(now)}; {when} {named(before)}")
 
 
-def named(kernels) -> str:
-    """A few names of kernels for a message."""
-    kernels = [str(name) for name in kernels or ()]
+def only_of_torch(kernels: dict) -> Refusal:
+    """Of a call whose kernels, {name: how many}, were launched by another than the file, as far as is
+    seen."""
+    return Refusal(
+        "no kernel",
+        "the file launched none by launch() in CUDA or kernel[grid]() in Triton; the GPU ran "
+        + named(kernels),
+    )
+
+
+def named(kernels: dict) -> str:
+    """A few kernels of {name: how many} for a message."""
+    kernels = [f"{n} x {name}" if n > 1 else str(name) for name, n in (kernels or {}).items()]
     return ", ".join(kernels[:3]) + (f" and {len(kernels) - 3} more" if len(kernels) > 3 else "") or "none"
 
 

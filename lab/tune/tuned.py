@@ -3,8 +3,9 @@ architecture.
 
 cuda_src/tuned/sm_90.json and triton_kernels/tuned/sm_90.json hold what was measured on such a GPU: a list of
 entries {"op", "itemsize", "rows", "shape", "settings", "gpu", "compiler", ...}; "format" is the weight format
-of packed weights, and "by" says so where whole tokens chose (`lab tune --by-token`). Nothing is tuned while a
-model runs.
+of packed weights, and "by" says so where whole tokens chose (`lab tune --by-token`). "context" is that of
+attention; where it is a list, "us" and "us_by_hand" are geometric means over several. Nothing is tuned while
+a model runs.
 """
 
 import hashlib

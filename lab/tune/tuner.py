@@ -8,7 +8,7 @@ and without the GPU, and those that spill are dropped. Launchers read that table
 that the budget stops keeps what it found; the same command again goes on after it.
 
 The table does not know the context. With several (--context), the settings of attention race at each of
-them, and what is slower than the settings by hand at one does not win.
+them, and what is slower than the settings by hand at one, by more than 2 %, does not win.
 
 With --by-token the time of a whole decode step of a model under the fused plan decides: a kernel that is
 fastest alone may leave the next one no resources to start beside it. A step with the candidate in the table
@@ -67,6 +67,13 @@ def candidates(backend, op, rows, itemsize, shape, tries, format=None):
 
 # Compiling: in processes of their own, without the GPU; Triton's cache on disk hands the result to this
 # process.
+
+
+def compile_at_all(points, *arguments):
+    """compile_candidate() at each point of a group: the first error, or the most of each resource."""
+    usages = [compile_candidate(point, *arguments) for point in points]
+    wrong = next((usage for usage in usages if "error" in usage), None)
+    return wrong or {name: max(usage[name] for usage in usages) for name in usages[0]}
 
 
 def compile_candidate(point, dtype_name, arch, multiprocessors, settings):
@@ -173,12 +180,14 @@ class Races:
     settings that lose at one of them (LOSS)."""
 
     def __init__(self, races):
-        self.races = races
+        self.races, self.by_hand = races, [None] * len(races)
 
     def times(self, entrants, seconds):
         each = [race.times(entrants, seconds) for race in self.races]
+        # Where they cannot be launched at one context they are not in the final, but still a limit at others.
+        self.by_hand = [times.get(BY_HAND, last) for times, last in zip(each, self.by_hand, strict=True)]
         return {
-            label: combined([times[label] for times in each], [times.get(BY_HAND) for times in each])
+            label: combined([times[label] for times in each], self.by_hand)
             for label in entrants
             if all(label in times for times in each)
         }
@@ -297,6 +306,11 @@ def tune_point(race, settings, usages, gain=GAIN):
 # The table.
 
 
+def context_of(point, contexts):
+    """What an entry says of the context: one number, a list where several raced, None where there is none."""
+    return list(contexts) if len(contexts) > 1 else point.context
+
+
 class Table:
     """A table in a file, to which what this GPU and this compiler gave is added; written whole at each
     addition."""
@@ -318,14 +332,15 @@ class Table:
         found = {"op": point.op, "itemsize": itemsize, "rows": point.batch, "shape": key_shape(point)}
         return found | ({} if point.format is None else {"format": point.format}) | more
 
-    def has(self, point, itemsize, judge=None):
-        """judge: the whole tokens that must have chosen the entry; None: whatever did."""
+    def has(self, point, itemsize, judge=None, contexts=()):
+        """judge: the whole tokens that must have chosen the entry; None: whatever did. contexts: those that
+        must have raced, where whole tokens did not choose."""
         e = self.entries.get(self._key(self._entry(point, itemsize)))
-        return (
-            e is not None
-            and (e.get("gpu"), e.get("compiler")) == (self.gpu, self.compiler)
-            and (judge is None or e.get("by", "").startswith(judge + ":"))
-        )
+        if e is None or (e.get("gpu"), e.get("compiler")) != (self.gpu, self.compiler):
+            return False
+        if judge is not None:
+            return e.get("by", "").startswith(judge + ":")
+        return "by" in e or e.get("context") == context_of(point, contexts)
 
     def applied(self, point, itemsize):
         """The settings that a launch takes from the table; {}: none."""
@@ -355,7 +370,7 @@ class Table:
             us=round(after, 3) if after and not judge else None,
             us_by_hand=round(before, 3) if before and not judge else None,
             tried=len(times) - (BY_HAND in times),
-            context=None if judge else point.context if len(contexts) < 2 else contexts,
+            context=None if judge else context_of(point, contexts),
             gpu=self.gpu,
             compiler=self.compiler,
         )
@@ -423,6 +438,9 @@ def main(args) -> int:
     def group_of(point):
         return next(group for group in groups if group[0] is point)
 
+    def contexts_of(point):
+        return [p.context for p in group_of(point)]
+
     def judge(point):
         return (
             f"whole tokens of {point.models[0]}, batch {point.batch}, context {contexts[0]}"
@@ -434,12 +452,11 @@ def main(args) -> int:
         (backend, point)
         for point, *_ in groups
         for backend in backends
-        if args.again or not tables[backend].has(point, itemsize, judge(point))
+        if args.again or not tables[backend].has(point, itemsize, judge(point), contexts_of(point))
     ]
 
     def keep(backend, point, winner, times, dropped):
-        at = [p.context for p in group_of(point)]
-        entry = tables[backend].add(point, itemsize, winner, times, judge(point), at)
+        entry = tables[backend].add(point, itemsize, winner, times, judge(point), contexts_of(point))
         print(report(backend, point, entry, dropped), flush=True)
 
     weights = Weights("random", args.dtype, "cuda")  # of the models whose tokens judge
@@ -459,7 +476,9 @@ def main(args) -> int:
                 chosen = [{}, *chosen]  # what the table has may be worse in a token than the rule
             if backend == "triton":
                 usages = [
-                    pool.submit(compile_candidate, point, args.dtype, arch, gpu.multi_processor_count, c)
+                    pool.submit(
+                        compile_at_all, group_of(point), args.dtype, arch, gpu.multi_processor_count, c
+                    )
                     for c in chosen
                 ]
             else:
