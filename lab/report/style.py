@@ -29,7 +29,7 @@ BACKENDS = {
     "sdpa_flash": Look("SDPA flash", "#c65f9c", "v"),
     "cudnn": Look("cuDNN", "#9a8a1f", "P"),
     "flashinfer": Look("FlashInfer", "#8a63d2", "X"),
-    "flashinfer_tensor": Look("FlashInfer, tensor cores", "#9c3d3d", ">"),
+    "flashinfer_tensor": Look("FlashInfer, tensor cores", "#b5544a", "x"),
     "liger": Look("Liger", "#3f9aa8", "<"),
     "gemlite": Look("GemLite", "#a8731f", "d"),
     "int4pack_mm": Look("torch int4pack_mm", "#b0647a", "p"),
