@@ -83,11 +83,9 @@ class SolutionBackend:
     def set_trace(self, on: bool) -> None:
         """On a CPU interpreted kernels are seen by their grids, also those that a copy of our own interpreter
         runs. A call in Python or CUDA counts as one kernel."""
-        if self.language != "triton":
-            self.names = [self.language] if on else None
-            return
-        if self.device.type == "cuda":
-            self.names = [] if on else None
+        if self.language != "triton" or self.device.type == "cuda":
+            noted = [] if self.language == "triton" else [self.language]
+            self.names = noted if on else None
             return
         from triton.runtime.interpreter import InterpreterBuilder
 

@@ -45,17 +45,14 @@ class Watched:
     def launched(self, run) -> list[str]:
         """The names of the kernels that run() launched, in order; on a GPU those that the device ran, copies
         and fills included."""
-        names = None
+        on_gpu = self.device.type == "cuda"
         self.backend.set_trace(True)
         try:
-            if self.device.type == "cuda":
-                names = [name for name, *_ in device_events(run)]
-            else:
-                run()
+            events = device_events(run) if on_gpu else run()
             self.own = self.backend.take_trace()
         finally:
             self.backend.set_trace(False)
-        return self.own if names is None else names
+        return [name for name, *_ in events] if on_gpu else self.own
 
 
 def in_worker(spec: dict):
