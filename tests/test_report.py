@@ -89,6 +89,14 @@ def test_runs_have_a_picker(found):
     assert [a["data-run"] for a in found.of("article")] == ["20250101T120000-synt", "20240101T000000-emul"]
 
 
+def test_the_picker_says_what_a_run_measured(text):
+    said = re.findall(r"<option [^>]*>[^:]*: (.*?)</option>", text)
+    assert said[0] == (
+        "linear, decode_attention; linear in 5 formats; tokens of 6 models (Synthetic GPU (not measured))"
+    )
+    assert "tokens of smollm2-135m (" in said[1] and said[1].endswith(", emulated)")
+
+
 def test_conditions_are_said_of_every_picture(folder, undrawn):
     for run in load.load(folder):
         drawn = page.view(run, "x", "figures", False, lambda name: None).pictures

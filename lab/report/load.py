@@ -152,6 +152,19 @@ class Run:
             return "unknown device"
         return str(env.gpu or env.cpu or "unnamed CPU" if env.device != "cuda" else env.gpu or "unnamed GPU")
 
+    @property
+    def about(self):
+        """What was measured, for a list of runs: a few names, or how many there are."""
+        packed, formats = _few("op", "ops", self.packed), _few("weight_format", "formats", self.packed)
+        models, served = _few("model", "models", self.model, self.divided), _few("model", "models", self.serving)
+        parts = [
+            _few("op", "ops", self.op, self.ladder, self.between),
+            packed and f"{packed} in {formats}",
+            models and f"tokens of {models}",
+            served and f"serving of {served}",
+        ]
+        return "; ".join(filter(None, parts)) or "no times"
+
     def best_ceiling(self, direction=None):
         """The best bandwidth in GB/s of a direction (None: of all), or None."""
         rows = self.ceiling if direction is None else self.ceiling[self.ceiling["direction"] == direction]
@@ -305,6 +318,12 @@ def joined(runs):
         else:
             host.joined.append(run)
     return found
+
+
+def _few(column, what, *frames):
+    """The values of a column of some frames, or, of more than three, how many."""
+    found = list(dict.fromkeys(value for f in frames if column in f for value in f[column] if value))
+    return ", ".join(found) if len(found) <= 3 else f"{len(found)} {what}"
 
 
 def of_several_gpus(row):

@@ -26,7 +26,7 @@ def pictures(view):
 
 def _of_run(view, several):
     run, deeper = view.run, "#" * several
-    out = [f"## Run {markdown(run.id)}", ""] if several else []
+    out = [f"## Run {markdown(run.id)}: {markdown(run.about)}", ""] if several else []
     out += _notices(n for n in run.notices if n.level == "first")
     out += ["", *(line for sentence in view.verdict for line in (markdown(sentence), ""))]
     out += _shown(view.headline) if view.headline else []
