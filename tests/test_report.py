@@ -356,7 +356,7 @@ def test_the_probe_finds_planted_faults(tmp_path):
     planted = """<!doctype html><title>x</title><div class="card" style="height:50px">a</div>
 <div class="card" style="margin-top:-20px">b</div><div style="width:2000px">wide</div>
 <p style="width:20px;overflow:hidden">Incomprehensibly</p>
-<script>console.error("planted"); missing()</script>"""
+<p hidden style="display:block">Secret</p><script>console.error("planted"); missing()</script>"""
     for seen in probe(planted, tmp_path):
         faults = "\n".join(seen["faults"])
         for word in (
@@ -365,6 +365,7 @@ def test_the_probe_finds_planted_faults(tmp_path):
             "wider than the window",
             "overlap: card and card",
             "cut off: P Incomp",
+            "hidden, but shown: Secret",
         ):
             assert word in faults
 
