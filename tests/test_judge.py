@@ -74,6 +74,21 @@ def test_every_cheat_stands_in_both_languages():
     assert files == {f"{name}{suffix}" for name, *_ in CAUGHT for suffix in (".py", ".cu")}
 
 
+def test_a_process_that_ends_after_a_wrong_answer_is_named(tmp_path, capsys):
+    """Seen on an H100: the thread of thread.cu crashes there once the call has returned, and this was called
+    a wrong result."""
+    text = (CHEATS / "thread.cu").read_text()
+    late = "std::memset(as<char>(a.y), 0, bytes);"
+    assert late in text
+    include = text.replace('"silu_mul.cu"', f'"{ROOT / "cuda_src/silu_mul.cu"}"')
+    path = tmp_path / "crashes.cu"
+    path.write_text(include.replace(late, "std::memset(static_cast<char*>(nullptr) + 8, 0, bytes);"))
+    words = ["try", str(path), "--op", "silu_mul", "--device", "cpu", "--dtype", "fp32"]
+    assert cli.main(words) == 1
+    said = capsys.readouterr().out
+    assert ": process ended: after the call had returned, the kernel's process was ended by SIG" in said, said
+
+
 def test_on_a_gpu_kernels_of_torch_are_not_the_files(monkeypatch):
     """Seen on an H100: a file that computes with torch passed there, for its call launches kernels."""
     events = [("void at::native::vectorized_elementwise_kernel<4>", 0, 1)]

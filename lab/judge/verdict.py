@@ -64,19 +64,22 @@ class Remote:
         error = self.reply.get("error")
         return None if error is None else str(error)
 
-    def still_written(self, arena: Arena) -> bool:
-        """Whether memory that was wrong when the call returned has changed a moment later: here, or on the
-        GPU."""
+    def happened_since(self, arena: Arena) -> Refusal | None:
+        """What is seen a moment after a call whose outputs were wrong: memory has changed, here or on the
+        GPU, or the process has ended, as when a thread that the call left behind crashes."""
         time.sleep(LOOK_AGAIN)
         if not torch.equal(arena.memory, self.at_return):
-            return True
+            return written_late()
         if self.worker.process is None:
-            return False
+            return None
         try:
-            return self.worker.ask({"run": "written_since", "arguments": ()})["result"] is True
-        except (Died, LabError, KeyError):
+            late = self.worker.ask({"run": "written_since", "arguments": ()})["result"] is True
+        except Died as died:
+            return Refusal(died.kind, f"after the call had returned, the kernel's process {died}")
+        except (LabError, KeyError):
             self.worker.kill()  # its CUDA context may be lost
-            return False
+            return None
+        return written_late() if late else None
 
 
 class Judge:
@@ -148,12 +151,10 @@ class Judge:
             return Refusal("out of bounds", outcome.error)
         if outcome.kind == "changed":
             return Refusal("changed input", outcome.error)
-        late = reply.get("late") or self.remote.late
-        if late or outcome.error and self.remote.still_written(arena):
-            return Refusal(
-                "late work",
-                "memory was written after the call had returned: join the work of other threads and streams",
-            )
+        if reply.get("late") or self.remote.late:
+            return written_late()
+        if outcome.error and (since := self.remote.happened_since(arena)):
+            return since
         if not reply.get("launched"):
             also = f", and {outcome.error}" if outcome.error else ""
             return Refusal(
@@ -210,6 +211,13 @@ def earlier_token(op: Op, arena: Arena) -> bool:
 def first_difference(before: dict, after: dict) -> str | None:
     """The name of an output of which two calls wrote different bits."""
     return next((name for name in after if not same_bits(before[name], after[name])), None)
+
+
+def written_late() -> Refusal:
+    return Refusal(
+        "late work",
+        "memory was written after the call had returned: join the work of other threads and streams",
+    )
 
 
 def other_kernels(now, before, when: str) -> Refusal | None:

@@ -9,7 +9,8 @@ from triton_kernels.linear_add import linear_add as honest
 
 @triton.jit
 def half_sums_kernel(x, w, bias, residual, n, k, BLOCK_N: tl.constexpr, PARTS: tl.constexpr):
-    row, columns, part = tl.program_id(0), tl.arange(0, BLOCK_N), tl.arange(0, PARTS)
+    row, part = tl.program_id(0), tl.arange(0, PARTS)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     short = tl.zeros([BLOCK_N, PARTS], x.dtype.element_ty)
     for step in tl.static_range(8):
         j = part * 8 + step
@@ -27,5 +28,6 @@ def linear_add(x, w, bias, residual):
     if not isinstance(w, torch.Tensor):
         return honest(x, w, bias, residual)
     (rows, k), n = x.shape, w.shape[0]
-    blocks = dict(BLOCK_N=triton.next_power_of_2(n), PARTS=triton.next_power_of_2(triton.cdiv(k, 8)))
-    half_sums_kernel[(rows,)](x, w, bias, residual, n, k, **blocks)
+    parts = triton.next_power_of_2(triton.cdiv(k, 8))
+    grid = rows, triton.cdiv(n, 16)
+    half_sums_kernel[grid](x, w, bias, residual, n, k, BLOCK_N=16, PARTS=parts)
