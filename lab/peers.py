@@ -192,7 +192,7 @@ GEMLITE = Peer(
     "gemlite",
     each(gemlite),
     takes=lambda a: in_format(a, "int4-g128") and a.w.k % 128 == 0 and a.w.rows % 32 == 0,
-    error=0.03,  # 0.02 was measured with one row of x, which it sums in the dtype of x
+    error=0.05,  # measured with one row of x, which it sums in the dtype of x: 0.02 at k=4096, 0.035 at 14336
     module="gemlite",
 )
 SCALED_MM = Peer(
