@@ -312,6 +312,19 @@ def test_a_candidate_is_compiled_at_each_of_its_contexts(monkeypatch):
     assert tuner.compile_at_all(points, "bf16") == {"error": "too large"}
 
 
+def test_attention_is_compiled_with_the_fewest_rows_that_an_entry_serves_too(monkeypatch):
+    """Seen on an H100: settings that won with 16 sequences spill with fewer, which have more splits."""
+    entry = {"op": "decode_attention", "itemsize": 2, "rows": 16, "shape": {}, "settings": {"tile": 32}}
+    served = [rows for rows in range(1, 18) if tuned.lookup([entry], "decode_attention", 2, rows, {})]
+    assert served == list(range(tuned.fewest_rows(16), 17))
+    usages = {16: GOOD, min(served): dict(GOOD, stack=136)}
+    monkeypatch.setattr(tuner, "compile_candidate", lambda point, *_: usages[point.batch])
+    (attention,) = shapes.points(("llama-3.1-8b",), (16,), (8192,), ["decode_attention"])
+    assert tuner.compile_at_all([attention], "bf16") == usages[2]
+    linear = shapes.Point("linear", "qkv", 16, None, {})
+    assert tuner.compile_at_all([linear], "bf16") == GOOD  # its kernels know nothing of splits
+
+
 @pytest.mark.skipif(
     torch.cuda.is_available(), reason="this machine has a GPU, whose launches would meet the made-up driver"
 )

@@ -46,10 +46,15 @@ def lookup(entries, op, itemsize, rows, shape, format=None):
         and entry["itemsize"] == itemsize
         and entry["shape"] == shape
         and entry.get("format") == format
-        and rows <= entry["rows"] < 16 * rows
+        and fewest_rows(entry["rows"]) <= rows <= entry["rows"]
         and (rows > WHOLE_K or "SPLITS" not in entry["settings"])
     ]
     return min(found, key=lambda entry: entry["rows"])["settings"] if found else None
+
+
+def fewest_rows(rows):
+    """The least number of rows that takes the settings of an entry for `rows`."""
+    return rows // 16 + 1
 
 
 def read(path):
