@@ -105,7 +105,7 @@ addEventListener("load", () => {
     if (document.documentElement.scrollWidth > innerWidth)
       faults.push(state + ": the page is wider than the window");
     for (const e of document.querySelectorAll("[hidden]"))
-      if (e.checkVisibility()) faults.push(state + ": hidden, but shown: " + e.textContent.trim().slice(0, 60));
+      if (e.checkVisibility()) faults.push(state + ": hidden, but shown: " + e.textContent.slice(0, 60));
     for (const e of document.querySelectorAll("h1,h2,h3,h4,p,li,dt,dd,summary,label,select,a,caption")) {
       if (e.closest(".scroll,.skip,[hidden],nav") || !e.checkVisibility()) continue;
       const box = e.getBoundingClientRect();

@@ -156,7 +156,8 @@ class Run:
     def about(self):
         """What was measured, for a list of runs: a few names, or how many there are."""
         packed, formats = _few("op", "ops", self.packed), _few("weight_format", "formats", self.packed)
-        models, served = _few("model", "models", self.model, self.divided), _few("model", "models", self.serving)
+        models = _few("model", "models", self.model, self.divided)
+        served = _few("model", "models", self.serving)
         parts = [
             _few("op", "ops", self.op, self.ladder, self.between),
             packed and f"{packed} in {formats}",
