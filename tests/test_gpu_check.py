@@ -46,7 +46,7 @@ def test_all_steps_run_and_only_what_measures_runs_alone(pretend, tmp_path, caps
     pretend()
     assert gpu_check.main(["--out", str(tmp_path), "--model", "m"]) == 0
     said = capsys.readouterr().out
-    assert said.splitlines()[-1] == "gpu-check: 6 steps passed, 0 failed"
+    assert said.splitlines()[-1] == "gpu-check: 7 steps passed, 0 failed"
     assert "check is done" in said and "m said the same" in said
     when = spans(tmp_path)
     together = [when[step] for step in gpu_check.TOGETHER]
@@ -58,10 +58,10 @@ def test_a_failed_step_is_named_and_the_others_still_run(pretend, tmp_path, caps
     pretend(failing=["racecheck"])
     assert gpu_check.main(["--out", str(tmp_path)]) == 1
     said = capsys.readouterr().out
-    assert said.splitlines()[-1] == "gpu-check: 5 steps passed, 1 failed: racecheck"
+    assert said.splitlines()[-1] == "gpu-check: 6 steps passed, 1 failed: racecheck"
     assert (
         f"racecheck is done (exit status 3; see {tmp_path / 'racecheck.log'})" in said
-        and len(spans(tmp_path)) == 5
+        and len(spans(tmp_path)) == 6
     )
 
 
@@ -70,14 +70,21 @@ def test_the_oracle_is_left_out_with_a_word_unless_asked_for(pretend, tmp_path, 
     assert gpu_check.main(["--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert "[oracle] left out: needs transformers" in said and said.endswith(
-        "gpu-check: 5 steps passed, 0 failed\n"
+        "gpu-check: 6 steps passed, 0 failed\n"
     )
     assert gpu_check.main(["--out", str(tmp_path), "--steps", "oracle"]) == 0
     assert "oracle is done" in capsys.readouterr().out
 
 
 def test_an_unknown_step(tmp_path):
-    with pytest.raises(
-        LabError, match="unknown step memchek: choose from check, memcheck, racecheck, tests, oracle, text"
-    ):
+    steps = "check, memcheck, racecheck, judge, tests, oracle, text"
+    with pytest.raises(LabError, match=f"unknown step memchek: choose from {steps}"):
         gpu_check.main(["--out", str(tmp_path), "--steps", "memchek,tests"])
+
+
+def test_only_the_judge_runs_side_by_side(monkeypatch):
+    assert "not judge" in gpu_check.MARKED["tests"], "they would run twice"
+    for xdist in (True, False):
+        monkeypatch.setattr(gpu_check, "has_xdist", lambda: xdist)
+        assert ("-n" in gpu_check.command("judge")) == xdist
+        assert "-n" not in gpu_check.command("tests")

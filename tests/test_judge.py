@@ -49,7 +49,7 @@ OF_LINEAR_ADD = {"cuts_digits", "rounds_products", "half_sums"}  # the others ar
 # These read or write their tensors on the host. With tensors on a GPU that ends their process.
 OF_THE_HOST = {f"{name}.cu" for name in ("no_kernel", "not_repeatable", "old_inputs", "overrun", "thread")}
 OF_THE_HOST |= {"overrun.py", "spoils_input.cu", "works_ahead.cu"}
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.judge])]
 
 
 @pytest.mark.parametrize("on", DEVICES)

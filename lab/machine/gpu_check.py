@@ -4,7 +4,8 @@ log in OUT.
   check       every op, both backends, all dtypes and cases, against the reference
   memcheck    the small cases under compute-sanitizer: no access outside an allocation
   racecheck   the small cases of the CUDA kernels under compute-sanitizer: no races in shared memory
-  tests       the tests marked gpu
+  judge       `lab try` on planted cheats and on honest kernels; side by side where pytest-xdist is installed
+  tests       the other tests marked gpu
   oracle      the model's logits and greedy tokens against Hugging Face transformers; left out if that is
               not installed
   text        the model under both backends and every plan: the same greedy tokens in fp32, where the plan
@@ -30,9 +31,11 @@ from lab.cli import take_any_text
 from lab.errors import LabError, Unavailable, one_line
 from lab.files import read_json, write_whole
 
-TOGETHER = ("check", "memcheck", "racecheck")  # run at the same time, because they measure no times
-MARKED = {"tests": "gpu and not oracle", "oracle": "oracle"}  # the pytest markers of a step
-STEPS = (*TOGETHER, *MARKED, "text")
+TOGETHER = ("check", "memcheck", "racecheck", "judge")  # run at the same time, because they measure no times
+# The pytest markers of a step.
+MARKED = {"judge": "gpu and judge", "tests": "gpu and not judge and not oracle", "oracle": "oracle"}
+STEPS = tuple(dict.fromkeys((*TOGETHER, *MARKED, "text")))
+JUDGES = 8  # at most so many processes of the step judge, each with contexts of CUDA
 LAB = [sys.executable, "-m", "lab"]
 # `lab check` runs kernels in a child process, which the sanitizer must follow.
 SANITIZER = ["--target-processes", "all", "--error-exitcode", "9", "--print-limit", "20"]
@@ -90,6 +93,10 @@ def oracle_lacks():
     return None if has_model() else "the model smollm2-135m"
 
 
+def has_xdist():
+    return importlib.util.find_spec("xdist") is not None
+
+
 def has_model():
     """Whether the real weights of the default model are installed."""
     from lab.model.sources import default_model_file
@@ -120,7 +127,8 @@ def say(line):
 
 def command(step):
     if step in MARKED:
-        return [sys.executable, "-m", "pytest", "-q", "-m", MARKED[step]]
+        together = ["-n", str(min(JUDGES, os.cpu_count() or 1))] if step == "judge" and has_xdist() else []
+        return [sys.executable, "-m", "pytest", "-q", *together, "-m", MARKED[step]]
     # Backends are named, so that a missing one is an error. racecheck leaves Triton out: its compiler lets
     # threads that hold copies of one value all store it, which racecheck reports as a race.
     backends = "cuda" if step == "racecheck" else "cuda,triton"
