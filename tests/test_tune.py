@@ -99,14 +99,14 @@ def future(usage=None):
 def test_points_are_tuned_in_order_until_the_budget_is_spent():
     kept = []
     points = [shapes.Point("norm_linear", None, rows, None, POINT.shape) for rows in (1, 4, 16)]
-    jobs = [("triton", p, chosen(2), [future(GOOD), future(GOOD)]) for p in points[:2]]
-    jobs += [("triton", points[2], chosen(1), [future()])]
+    jobs = [("triton", [p], chosen(2), [future(GOOD), future(GOOD)]) for p in points[:2]]
+    jobs += [("triton", points[2:], chosen(1), [future()])]
 
-    def keep(backend, point, winner, times, dropped):
-        kept.append((point.batch, winner))
+    def keep(backend, group, winner, times, dropped):
+        kept.append((group[0].batch, winner))
 
-    def race(backend, point):
-        return FakeRace({tuner.BY_HAND: 9.0, 0: 5.0, 1: float(point.batch)})
+    def race(backend, group):
+        return FakeRace({tuner.BY_HAND: 9.0, 0: 5.0, 1: float(group[0].batch)})
 
     assert tuner.tune(jobs, race, keep, time.monotonic() + 0.3) == 2  # the third never finishes to compile
     assert kept == [(1, dict(i=1)), (4, dict(i=1))]
@@ -117,7 +117,7 @@ def test_a_compiler_that_dies_is_an_error():
     broken = concurrent.futures.Future()
     broken.set_exception(concurrent.futures.process.BrokenProcessPool())
     with pytest.raises(LabError, match="a compiler process died over norm_linear"):
-        tuner.tune([("triton", POINT, chosen(1), [broken])], FakeRace, None, time.monotonic() + 5)
+        tuner.tune([("triton", [POINT], chosen(1), [broken])], FakeRace, None, time.monotonic() + 5)
 
 
 @pytest.mark.parametrize(

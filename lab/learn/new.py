@@ -214,8 +214,7 @@ def new_op(name: str, root: Path) -> int:
 
     files = {root / filled(path): filled(text) for path, text in NEW_FILES.items()}
     for path in files:
-        if path.exists():
-            raise LabError(f"{path.relative_to(root)} exists already: no file is written over")
+        must_be_new(path, path.relative_to(root), "choose another name")
     edits = {}
     for path, (above, line) in NEW_LINES.items():
         text = (root / path).read_text() if (root / path).is_file() else ""
@@ -225,8 +224,7 @@ def new_op(name: str, root: Path) -> int:
             )
         edits[root / path] = text.replace(above, above + filled(line))
     for path, text in files.items():
-        with path.open("x") as file:
-            file.write(text)
+        write_whole(path, text)
         print(f"new      {path.relative_to(root)}")
     for path, text in edits.items():
         write_whole(path, text)
@@ -236,6 +234,12 @@ def new_op(name: str, root: Path) -> int:
         f"lab explain {name}"
     )
     return 0
+
+
+def must_be_new(path: Path, called: Path, advice: str) -> None:
+    """Raises LabError if there is a file, or a link to none."""
+    if path.exists() or path.is_symlink():
+        raise LabError(f"{called} exists already: no file is written over; {advice}")
 
 
 def new_kernel(op: str, language: str | None, out: str | None) -> int:
@@ -249,8 +253,7 @@ def new_kernel(op: str, language: str | None, out: str | None) -> int:
     if path.suffix != SUFFIX[language]:
         raise LabError(f"{path}: a kernel in {language} is a {SUFFIX[language]} file")
     source = ROOT / FOLDER[language] / f"{op}{SUFFIX[language]}"
-    if path.exists() or path.is_symlink():
-        raise LabError(f"{path} exists already: no file is written over; choose another with --out")
+    must_be_new(path, path, "choose another with --out")
     write_whole(path, source.read_text())
     print(f"new      {path}, a copy of {source.relative_to(ROOT)}\nChange it, then: lab try {path} --op {op}")
     return 0

@@ -439,11 +439,8 @@ def main(args) -> int:
             points = shapes.in_formats(points, formats)
         groups = by_context(points)
 
-    def group_of(point):
-        return next(group for group in groups if group[0] is point)
-
-    def contexts_of(point):
-        return [p.context for p in group_of(point)]
+    def contexts_of(group):
+        return [p.context for p in group]
 
     def judge(point):
         return (
@@ -453,42 +450,42 @@ def main(args) -> int:
         )
 
     todo = [
-        (backend, point)
-        for point, *_ in groups
+        (backend, group)
+        for group in groups
         for backend in backends
-        if args.again or not tables[backend].has(point, itemsize, judge(point), contexts_of(point))
+        if args.again or not tables[backend].has(group[0], itemsize, judge(group[0]), contexts_of(group))
     ]
 
-    def keep(backend, point, winner, times, dropped):
-        entry = tables[backend].add(point, itemsize, winner, times, judge(point), contexts_of(point))
+    def keep(backend, group, winner, times, dropped):
+        point, contexts = group[0], contexts_of(group)
+        entry = tables[backend].add(point, itemsize, winner, times, judge(point), contexts)
         print(report(backend, point, entry, dropped), flush=True)
 
     weights = Weights("random", args.dtype, "cuda")  # of the models whose tokens judge
 
-    def race_of(backend, point):
+    def race_of(backend, group):
         if args.by_token:
-            return TokenRace(rig, backend, point, args.dtype, weights, tables[backend], contexts[0])
-        races = [Race(rig, backend, at, args.dtype) for at in group_of(point)]
+            return TokenRace(rig, backend, group[0], args.dtype, weights, tables[backend], contexts[0])
+        races = [Race(rig, backend, point, args.dtype) for point in group]
         return races[0] if len(races) == 1 else Races(races)
 
     with compilers() as pool:
         jobs = []
-        for backend, point in todo:
+        for backend, group in todo:
+            point = group[0]
             size = point.batch, itemsize, key_shape(point)
             chosen = candidates(backend, point.op, *size, args.tries, point.format)
             if chosen and args.by_token and tables[backend].applied(point, itemsize):
                 chosen = [{}, *chosen]  # what the table has may be worse in a token than the rule
             if backend == "triton":
                 usages = [
-                    pool.submit(
-                        compile_at_all, group_of(point), args.dtype, arch, gpu.multi_processor_count, c
-                    )
+                    pool.submit(compile_at_all, group, args.dtype, arch, gpu.multi_processor_count, c)
                     for c in chosen
                 ]
             else:
                 usages = [compiled() for _ in chosen]
             if chosen:
-                jobs.append((backend, point, chosen, usages))
+                jobs.append((backend, group, chosen, usages))
         done = tune(jobs, race_of, keep, started + args.budget_seconds, TOKEN_GAIN if args.by_token else GAIN)
     for backend in backends:
         load(backend, torch.device("cuda")).forget()
@@ -560,12 +557,13 @@ def compiled():
 
 
 def tune(jobs, race_of, keep, deadline, gain=GAIN):
-    """Tunes the points in order until the clock passes the deadline; returns how many.
+    """Tunes the groups in order until the clock passes the deadline; returns how many.
 
-    jobs: (backend, point, candidates, the future of each one's usage). race_of(backend, point) makes a race,
-    keep(backend, point, winner, times, dropped) records what came of it. gain: see tune_point.
+    jobs: (backend, group, candidates, the future of each one's usage). A group is a list of points that take
+    one entry of the table: one op and shape at several contexts. race_of(backend, group) makes a race,
+    keep(backend, group, winner, times, dropped) records what came of it. gain: see tune_point.
     """
-    for done, (backend, point, chosen, futures) in enumerate(jobs):
+    for done, (backend, group, chosen, futures) in enumerate(jobs):
         usages = []
         for future in futures:
             left = deadline - time.monotonic()
@@ -574,13 +572,14 @@ def tune(jobs, race_of, keep, deadline, gain=GAIN):
             except concurrent.futures.TimeoutError:
                 return done
             except concurrent.futures.process.BrokenProcessPool:
+                point = group[0]
                 raise LabError(
                     f"a compiler process died over {point.op} {point.shape}, batch {point.batch}; what was "
                     "found is kept: tune the other shapes, or this one with fewer --tries"
                 ) from None
         if time.monotonic() > deadline:
             return done
-        keep(backend, point, *tune_point(race_of(backend, point), chosen, usages, gain))
+        keep(backend, group, *tune_point(race_of(backend, group), chosen, usages, gain))
     return len(jobs)
 
 
