@@ -201,15 +201,19 @@ class Worker:
         try:
             reply = self.ask({"call": name, **self.place_of(arena)})
         except Died as died:
-            self.deaths += 1
-            if died.kind == "time limit":
-                self.given_up = "not run: a case before took too long"
-            elif self.deaths >= MOST_DEATHS:
-                self.given_up = f"not run: its process has ended {MOST_DEATHS} times"
+            self.count(died)
             return {"error": f"the kernel's process {died}", "kind": died.kind}
         if reply.get("broken"):
             self.kill()
         return reply
+
+    def count(self, died: Died) -> None:
+        """Counts a death in a case: after too many, or one that took too long, no further case is run."""
+        self.deaths += 1
+        if died.kind == "time limit":
+            self.given_up = "not run: a case before took too long"
+        elif self.deaths >= MOST_DEATHS:
+            self.given_up = f"not run: its process has ended {MOST_DEATHS} times"
 
     def place_of(self, arena) -> dict:
         """What the worker must know to find an arena's tensors in `file`."""

@@ -1,5 +1,7 @@
 """What `make gpu-check` makes of its steps; commands of no GPU stand in for them."""
 
+import re
+import subprocess
 import sys
 import time
 
@@ -82,8 +84,21 @@ def test_an_unknown_step(tmp_path):
         gpu_check.main(["--out", str(tmp_path), "--steps", "memchek,tests"])
 
 
+def test_every_test_that_needs_a_gpu_belongs_to_one_step(tmp_path):
+    marked = {"kernel": ["gpu"], "cheat": ["gpu", "judge"], "logits": ["oracle"], "plain": []}
+    lines = ["import pytest"]
+    for name, marks in marked.items():
+        lines += [*(f"@pytest.mark.{mark}" for mark in marks), f"def test_{name}(): pass"]
+    (tmp_path / "test_marked.py").write_text("\n".join(lines))
+    chosen = {}
+    for step, expression in gpu_check.MARKED.items():
+        words = ["-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "-m", expression]
+        said = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True).stdout
+        chosen[step] = re.findall(r"::test_(\w+)", said)
+    assert chosen == {"judge": ["cheat"], "tests": ["kernel"], "oracle": ["logits"]}
+
+
 def test_only_the_judge_runs_side_by_side(monkeypatch):
-    assert "not judge" in gpu_check.MARKED["tests"], "they would run twice"
     for xdist in (True, False):
         monkeypatch.setattr(gpu_check, "has_xdist", lambda: xdist)
         assert ("-n" in gpu_check.command("judge")) == xdist

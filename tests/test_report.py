@@ -1,5 +1,6 @@
 """The page of synthetic records: what it says and holds, and how it looks in a headless Chromium."""
 
+import dataclasses
 import itertools
 import json
 import re
@@ -7,6 +8,7 @@ import time
 from xml.etree import ElementTree
 
 import numpy as np
+import pandas as pd
 import pytest
 import synthetic_records as synthetic
 from report_pages import SMALL, Page, draw, env, needs_chromium, op_row, probe, report
@@ -89,12 +91,19 @@ def test_runs_have_a_picker(found):
     assert [a["data-run"] for a in found.of("article")] == ["20250101T120000-synt", "20240101T000000-emul"]
 
 
-def test_the_picker_says_what_a_run_measured(text):
+def test_the_picker_says_what_a_run_measured(text, folder):
     said = re.findall(r"<option [^>]*>[^:]*: (.*?)</option>", text)
+    model = "llama-3.2-1b in 5 formats"
     assert said[0] == (
-        "linear, decode_attention; linear in 5 formats; tokens of 6 models (Synthetic GPU (not measured))"
+        f"linear, decode_attention; packed linear in 5 formats; tokens of {model}; accuracy of {model} "
+        "(Synthetic GPU (not measured))"
     )
-    assert "tokens of smollm2-135m (" in said[1] and said[1].endswith(", emulated)")
+    assert "tokens of smollm2-135m" in said[1] and said[1].endswith(", emulated)")
+    run = load.load(folder)[0]
+    frames = [f.name for f in dataclasses.fields(run) if f.type is pd.DataFrame]
+    empty = {name: getattr(run, name).iloc[:0] for name in frames}
+    assert dataclasses.replace(run, **empty).about == "no times"
+    assert dataclasses.replace(run, **empty | {"ledger": run.ledger}).about == "tokens of llama-3.2-1b"
 
 
 def test_conditions_are_said_of_every_picture(folder, undrawn):

@@ -312,17 +312,22 @@ def test_a_candidate_is_compiled_at_each_of_its_contexts(monkeypatch):
     assert tuner.compile_at_all(points, "bf16") == {"error": "too large"}
 
 
-def test_attention_is_compiled_with_the_fewest_rows_that_an_entry_serves_too(monkeypatch):
+def test_attention_is_compiled_with_the_fewest_rows_that_an_entry_serves_too():
     """Seen on an H100: settings that won with 16 sequences spill with fewer, which have more splits."""
-    entry = {"op": "decode_attention", "itemsize": 2, "rows": 16, "shape": {}, "settings": {"tile": 32}}
-    served = [rows for rows in range(1, 18) if tuned.lookup([entry], "decode_attention", 2, rows, {})]
-    assert served == list(range(tuned.fewest_rows(16), 17))
-    usages = {16: GOOD, min(served): dict(GOOD, stack=136)}
-    monkeypatch.setattr(tuner, "compile_candidate", lambda point, *_: usages[point.batch])
-    (attention,) = shapes.points(("llama-3.1-8b",), (16,), (8192,), ["decode_attention"])
-    assert tuner.compile_at_all([attention], "bf16") == usages[2]
-    linear = shapes.Point("linear", "qkv", 16, None, {})
-    assert tuner.compile_at_all([linear], "bf16") == GOOD  # its kernels know nothing of splits
+
+    def taking(rows, entries):
+        """The numbers of rows that take the settings of the entry for `rows`."""
+        table = [dict(entry, rows=r, settings={"tile": r}) for r in entries]
+        found = {n: tuned.lookup(table, "decode_attention", 2, n, {}) for n in range(1, 65)}
+        return [n for n, settings in found.items() if settings == {"tile": rows}]
+
+    entry = {"op": "decode_attention", "itemsize": 2, "shape": {}}
+    for rows, batches in ((1, [1]), (16, [16]), (16, [1, 16, 64]), (64, [64]), (64, [1, 16, 64])):
+        group = shapes.points(("llama-3.1-8b",), (rows,), (1024, 8192), ["decode_attention"])
+        at = tuner.served(group, batches)
+        assert {p.batch for p in at} == {rows, min(taking(rows, batches))} and len(at) == len(set(at))
+    linear = [shapes.Point("linear", "qkv", 16, None, {})]
+    assert tuner.served(linear, [1, 16]) == linear  # its kernels know nothing of splits
 
 
 @pytest.mark.skipif(

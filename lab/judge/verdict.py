@@ -75,6 +75,7 @@ class Remote:
         try:
             late = self.worker.ask({"run": "written_since", "arguments": ()})["result"] is True
         except Died as died:
+            self.worker.count(died)
             return Refusal(died.kind, f"after the call had returned, the kernel's process {died}")
         except (LabError, KeyError):
             self.worker.kill()  # its CUDA context may be lost

@@ -236,10 +236,10 @@ def new_op(name: str, root: Path) -> int:
     return 0
 
 
-def must_be_new(path: Path, called: Path, advice: str) -> None:
-    """Raises LabError if there is a file, or a link to none."""
+def must_be_new(path: Path, shown_as: Path, advice: str) -> None:
+    """Raises LabError if there is such a file, or a symbolic link that leads nowhere."""
     if path.exists() or path.is_symlink():
-        raise LabError(f"{called} exists already: no file is written over; {advice}")
+        raise LabError(f"{shown_as} exists already: no file is written over; {advice}")
 
 
 def new_kernel(op: str, language: str | None, out: str | None) -> int:

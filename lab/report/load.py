@@ -155,16 +155,17 @@ class Run:
     @property
     def about(self):
         """What was measured, for a list of runs: a few names, or how many there are."""
-        packed, formats = _few("op", "ops", self.packed), _few("weight_format", "formats", self.packed)
-        models = _few("model", "models", self.model, self.divided)
-        served = _few("model", "models", self.serving)
-        parts = [
-            _few("op", "ops", self.op, self.ladder, self.between),
-            packed and f"{packed} in {formats}",
-            models and f"tokens of {models}",
-            served and f"serving of {served}",
-        ]
-        return "; ".join(filter(None, parts)) or "no times"
+        tokens = self.model, self.divided, self.ledger, self.inside
+        parts = {
+            "": _few("op", "ops", self.op, self.ladder, self.between),
+            "packed ": _few_in_formats("op", "ops", self.packed),
+            "tokens of ": _few_in_formats("preset", "models", *tokens),
+            "KV cache in ": _few("kv_dtype", "formats", *tokens),
+            "accuracy of ": _few_in_formats("model", "models", self.accuracy),
+            "serving of ": _few_in_formats("model", "models", self.serving),
+            "links between ": "GPUs" * bool(len(self.links)),
+        }
+        return "; ".join(what + names for what, names in parts.items() if names) or "no times"
 
     def best_ceiling(self, direction=None):
         """The best bandwidth in GB/s of a direction (None: of all), or None."""
@@ -321,10 +322,16 @@ def joined(runs):
     return found
 
 
-def _few(column, what, *frames):
+def _few(column, what, *frames, between=", "):
     """The values of a column of some frames, or, of more than three, how many."""
     found = list(dict.fromkeys(value for f in frames if column in f for value in f[column] if value))
-    return ", ".join(found) if len(found) <= 3 else f"{len(found)} {what}"
+    return between.join(found) if len(found) <= 3 else f"{len(found)} {what}"
+
+
+def _few_in_formats(column, what, *frames):
+    """The same, with the weight formats that occur in the frames."""
+    formats = _few("weight_format", "formats", *frames, between=" and ")
+    return _few(column, what, *frames) + f" in {formats}" * bool(formats)
 
 
 def of_several_gpus(row):

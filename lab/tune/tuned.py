@@ -53,7 +53,7 @@ def lookup(entries, op, itemsize, rows, shape, format=None):
 
 
 def fewest_rows(rows):
-    """The least number of rows that takes the settings of an entry for `rows`."""
+    """The least number of rows that takes the settings of an entry for `rows`, where no entry is for less."""
     return rows // 16 + 1
 
 

@@ -7,8 +7,9 @@ joins the backend's tuned/sm_NN.json, with GPU and compiler version. Triton's ar
 and without the GPU, and those that spill are dropped. Launchers read that table before their own rules. A run
 that the budget stops keeps what it found; the same command again goes on after it.
 
-The table does not know the context. With several (--context), the settings of attention race at each of
-them, and what is slower than the settings by hand at one, by more than 2 %, does not win.
+The table does not know the context, and at others than those that raced a kernel may spill. With several
+(--context), the settings of attention race at each of them, and what is slower than the settings by hand at
+one, by more than 2 %, does not win.
 
 With --by-token the time of a whole decode step of a model under the fused plan decides: a kernel that is
 fastest alone may leave the next one no resources to start beside it. A step with the candidate in the table
@@ -70,12 +71,8 @@ def candidates(backend, op, rows, itemsize, shape, tries, format=None):
 
 
 def compile_at_all(points, *arguments):
-    """compile_candidate() at each point of a group, and with the fewest rows that its entry serves: the
-    first error, or the most of each resource. Attention's splits, which its kernel is compiled for, follow
-    from the rows: settings for 16 spilled at 8, where they took 6 to 11 % more than those by hand on an
-    H100."""
-    fewest = [replace(p, batch=tuned.fewest_rows(p.batch)) for p in points if p.context is not None]
-    usages = [compile_candidate(point, *arguments) for point in dict.fromkeys([*points, *fewest])]
+    """compile_candidate() at each point: the first error, or the most of each resource."""
+    usages = [compile_candidate(point, *arguments) for point in points]
     wrong = next((usage for usage in usages if "error" in usage), None)
     return wrong or {name: max(usage[name] for usage in usages) for name in usages[0]}
 
@@ -478,8 +475,9 @@ def main(args) -> int:
             if chosen and args.by_token and tables[backend].applied(point, itemsize):
                 chosen = [{}, *chosen]  # what the table has may be worse in a token than the rule
             if backend == "triton":
+                at = served(group, batches)
                 usages = [
-                    pool.submit(compile_at_all, group, args.dtype, arch, gpu.multi_processor_count, c)
+                    pool.submit(compile_at_all, at, args.dtype, arch, gpu.multi_processor_count, c)
                     for c in chosen
                 ]
             else:
@@ -507,6 +505,18 @@ def by_context(points):
     for p in points:
         groups.setdefault(replace(p, context=None).identity, []).append(p)
     return list(groups.values())
+
+
+def served(group, batches):
+    """The points at which a candidate for a group must compile without spilling: the group's and, for
+    attention, those with the fewest rows that take its entry, when all of `batches` have one.
+
+    Attention's kernel is compiled for its splits, which follow from the rows: settings that won with 16
+    sequences spilled with 8 and fewer, and took up to 11 % more there than those by hand on an H100.
+    """
+    smaller = [batch for batch in batches if batch < group[0].batch]
+    fewest = max([tuned.fewest_rows(group[0].batch), *(batch + 1 for batch in smaller)])
+    return list(dict.fromkeys([*group, *(replace(p, batch=fewest) for p in group if p.context is not None)]))
 
 
 def formats_of(args, ops, backends):
