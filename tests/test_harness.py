@@ -158,6 +158,16 @@ def test_cold_sets_respect_the_memory():
     assert timing.plan_sets(MIB, 50 * MIB, 10 * MIB, 100 * MIB) == (10, 10, True)
 
 
+@pytest.mark.parametrize("nbytes", [12 << 10, MIB, 7 * MIB, 50 * MIB, 300 * MIB])
+def test_in_a_race_a_replay_uses_each_set_once(nbytes):
+    l2, free = 50 * MIB, 20 << 30
+    sets, calls, flush = timing.plan_sets(nbytes, l2, nbytes, free, once=True)
+    assert flush and calls == sets >= timing.plan_sets(nbytes, l2, nbytes, free)[0]
+    us = sets * max(nbytes / timing.ASSUMED_GBPS / 1e3, timing.LAUNCH_US)
+    assert us >= timing.GRAPH_US or sets in (timing.MAX_SETS, free // nbytes)
+    assert timing.plan_sets(nbytes, l2, nbytes, 3 * nbytes, once=True) == (3, 3, True)
+
+
 # Ceilings
 
 

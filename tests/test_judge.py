@@ -9,7 +9,11 @@ import pytest
 import torch
 
 from lab import cli
+from lab.arena import Arena
 from lab.backends import load
+from lab.check import values_of
+from lab.contract import Rand
+from lab.harness import shapes
 from lab.judge import child, race, results
 from lab.judge.kernel_file import build
 from lab.judge.precision import ErrorsByWidth
@@ -218,6 +222,25 @@ def test_an_honest_file_is_raced(suffix, tmp_path, monkeypatch):
     (mine,), (other,) = raced(path, tmp_path, monkeypatch)
     assert mine.error is None and mine.us > 0 and "torch" in mine.verdict
     assert other.us > 0 and path.name in other.verdict
+
+
+def test_the_others_are_measured_on_buffers_as_the_file_has_them():
+    for name in ("silu_mul", "linear", "decode_attention", "rmsnorm"):
+        op = find(name)
+        (point, *_) = shapes.points(("smollm2-135m",), (2,), (64,), [name])
+        args, _ = shapes.arguments(op, point, Rand("cpu", torch.float32, 1), 4)
+        (mine, out), (others, _) = (RacedFile.laid_out(op, args, "cpu") for _ in range(2))
+        want = op.outputs(*args)
+        assert (out is None) == (want is None) and (out is None or out.shape == want.shape)
+        tensors = [(t, m, o) for t, m, o in zip(args, mine, others) if isinstance(t, torch.Tensor)]
+        assert len(mine) == len(args) and tensors
+        first_of_mine, first_of_others = tensors[0][1].data_ptr(), tensors[0][2].data_ptr()
+        assert first_of_mine != first_of_others
+        arena = Arena(values_of(op, args))
+        places = [arena.region_of(n).start for n, t in zip(op.names, args) if isinstance(t, torch.Tensor)]
+        for at, (_, m, o) in zip(places, tensors, strict=True):
+            assert m.data_ptr() - first_of_mine == o.data_ptr() - first_of_others == at - places[0]
+        assert all(torch.equal(t, m) and t.stride() == m.stride() for t, m, _ in tensors)
 
 
 START = """

@@ -48,13 +48,13 @@ class RacedSolution(RacedFile):
         super().__init__(op, worker)
         setattr(self, ours, None)  # the bench asks which ops a backend has
 
-    def timed(self, point: Point, dtype_name: str, rig, moved: int) -> RaceTimed:
+    def timed(self, point: Point, dtype_name: str, rig, sets: int) -> RaceTimed:
         if point.context is None:
             case = {"batch": point.batch}
         else:
             case = {"lengths": (point.context,) * point.batch}
         point = dataclasses.replace(point, op=self.op.name, case=case)
-        return RaceTimed(self.op, self.worker, point, dtype_name, rig, moved)
+        return RaceTimed(self.op, self.worker, point, dtype_name, rig, sets)
 
 
 def race(solution: Solution, definition: Definition, op, worker, args, backends=None) -> int:

@@ -271,15 +271,21 @@ class BoundPoint:
             del plain
         self.nbytes, self.flops = int(op.nbytes(a)), int(op.flops(a))
         self.peers = {p.name: p for p in op.peers if rig.vendor and p.takes(a) and p.installed}
+        # A file of `lab try`, whose process measures it: all others are measured on buffers as it has them.
+        file = next((b for b in rig.backends.values() if hasattr(b, "timed")), None)
         count, self.calls, self.flushed = 1, 1, False
         if rig.device == "cuda":
             torch.cuda.empty_cache()  # what is free is about to be asked
             set_bytes = timing.bytes_of_args(args) * (1 + sum(p.copies for p in self.peers.values()))
+            free = FREE_SHARE * torch.cuda.mem_get_info()[0] / (2 if file else 1)
             count, self.calls, self.flushed = timing.plan_sets(
-                self.nbytes, rig.l2_bytes, set_bytes, FREE_SHARE * torch.cuda.mem_get_info()[0]
+                self.nbytes, rig.l2_bytes, set_bytes, free, once=file is not None
             )
-        self.sets = [args] + [timing.clone_args(args) for _ in range(count - 1)]
-        self.outs = [op.outputs(*a) for a in self.sets]
+        if file:
+            self.sets, self.outs = zip(*(file.laid_out(op, args, rig.device) for _ in range(count)))
+        else:
+            self.sets = [args] + [timing.clone_args(args) for _ in range(count - 1)]
+            self.outs = [op.outputs(*a) for a in self.sets]
 
     def names(self, cache, timer):
         """Backends and peers that have such a time (see Peer.copies)."""
@@ -347,7 +353,7 @@ class BoundPoint:
     def timed(self, name, cache, timer, cold_us):
         file = self.rig.backends.get(name)
         if hasattr(file, "timed"):  # it is called in a process of its own
-            return file.timed(self.point, self.dtype_name, self.rig, self.nbytes)
+            return file.timed(self.point, self.dtype_name, self.rig, len(self.sets))
         distinct = self.bind(name, cache == "in_model")
         if timer == "wall":
             return timing.WallTimed(distinct[0])

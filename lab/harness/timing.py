@@ -92,19 +92,27 @@ def bytes_of_args(args: Sequence) -> int:
     )
 
 
-def plan_sets(nbytes: int, l2_bytes: int, set_bytes: int | None = None, free_bytes: int | None = None):
+def plan_sets(
+    nbytes: int,
+    l2_bytes: int,
+    set_bytes: int | None = None,
+    free_bytes: int | None = None,
+    once: bool = False,
+):
     """(sets, calls, flush): how many buffer sets, calls a graph, and whether a flush runs between replays.
 
     nbytes: what one call moves. set_bytes: what one set occupies (default nbytes). free_bytes: memory to stay
-    within.
+    within. once: a replay uses each set once, so that no call finds its result there already; of sets there
+    are then as many as memory allows for a graph of the usual length.
     """
     target = COLD_L2 * l2_bytes
-    sets = max(2, min(MAX_SETS, math.ceil(target / max(nbytes, 1))))
+    calls = math.ceil(GRAPH_US / max(nbytes / ASSUMED_GBPS / 1e3, LAUNCH_US))
+    sets = max(math.ceil(target / max(nbytes, 1)), calls if once else 0)
+    sets = max(2, min(MAX_SETS, sets))
     if free_bytes is not None:
         sets = max(2, min(sets, int(free_bytes // max(set_bytes or nbytes, 1))))
-    if sets * nbytes < target:
+    if once or sets * nbytes < target:
         return sets, sets, True
-    calls = math.ceil(GRAPH_US / max(nbytes / ASSUMED_GBPS / 1e3, LAUNCH_US))
     return sets, math.ceil(calls / sets) * sets, False
 
 
