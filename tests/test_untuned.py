@@ -1,5 +1,7 @@
 """A kernel whose settings nobody raced is called untuned wherever its time stands; explain shows one size."""
 
+import re
+
 import pytest
 import synthetic_records as synthetic
 from test_bad_records import op_row
@@ -116,9 +118,14 @@ def test_explain_shows_bytes_and_times_of_one_size_from_any_folder(tmp_path, mon
     monkeypatch.setenv("COLUMNS", "200")
     assert cli.main(["explain", "decode_attention"]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "Triton, untuned: " in said and "NVIDIA H100" in said and "example:" not in said
-    synthetic.write(tmp_path, synthetic.make(models=["llama-3.2-1b"], batches=(1, 4), contexts=(1024,)))
-    facts = dict(explain.measured("linear", tmp_path)[0][:3])
+    assert re.search(r"NVIDIA H100 [^:]*: Triton(, untuned)?: [\d.]+ us", said) and "example:" not in said
+    run_of(tmp_path / "untuned", *rows(tuned=False))
+    told = [text for _, text in explain.measured("decode_attention", tmp_path / "untuned")[0]]
+    assert any(text.startswith("Triton, untuned: 20.0 us") for text in told), told
+    assert any(text.startswith("CUDA: 10.0 us") for text in told), told
+    made = synthetic.make(models=["llama-3.2-1b"], batches=(1, 4), contexts=(1024,))
+    synthetic.write(tmp_path / "made", made)
+    facts = dict(explain.measured("linear", tmp_path / "made")[0][:3])
     assert "n=128256 k=2048, batch 1, bf16" in facts["size"]
     contract = find("linear")
     import torch
