@@ -229,7 +229,7 @@ def test_the_others_are_measured_on_buffers_as_the_file_has_them():
         op = find(name)
         (point, *_) = shapes.points(("smollm2-135m",), (2,), (64,), [name])
         args, _ = shapes.arguments(op, point, Rand("cpu", torch.float32, 1), 4)
-        (mine, out), (others, _) = (RacedFile.laid_out(op, args, "cpu") for _ in range(2))
+        (mine, others), (out, _) = RacedFile.laid_out(op, args, "cpu", 2)
         want = op.outputs(*args)
         assert (out is None) == (want is None) and (out is None or out.shape == want.shape)
         tensors = [(t, m, o) for t, m, o in zip(args, mine, others) if isinstance(t, torch.Tensor)]

@@ -199,7 +199,7 @@ def run_all(session, settings, backends):
     rig = ops_bench.make_rig(backends, device, ceiling.Ceilings(), quick, settings.seconds)
     rig.vendor, rig.plans = rig.vendor and settings.vendor, settings.plans
     rig.kv_dtype = settings.kv_dtype
-    if any(hasattr(backend, "timed") for backend in backends.values()):
+    if rig.file:
         rig.modes = ops_bench.EMULATED if device == "cpu" else ops_bench.RACE_MODES
     rig.lean = quick and settings.what == "all" or settings.what == "accuracy"
     steps = steps_of(session, rig, settings)

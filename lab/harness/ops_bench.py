@@ -48,6 +48,11 @@ class Rig:
     lean: bool = False  # the torch reference under the first plan only
     kv_dtype: str | None = None  # of the models' KV cache; None: the model's dtype
 
+    @property
+    def file(self):
+        """The file of `lab try` among the backends, whose own process measures it, or None."""
+        return next((ops for ops in self.backends.values() if hasattr(ops, "timed")), None)
+
     def having(self, op, packed=False):
         """Names of the backends that have the op: a language, or the file of `lab try`, may have some alone.
         torch has no kernels for packed weights: it expands them at every call, and is measured only where
@@ -271,8 +276,7 @@ class BoundPoint:
             del plain
         self.nbytes, self.flops = int(op.nbytes(a)), int(op.flops(a))
         self.peers = {p.name: p for p in op.peers if rig.vendor and p.takes(a) and p.installed}
-        # A file of `lab try`, whose process measures it: all others are measured on buffers as it has them.
-        file = next((b for b in rig.backends.values() if hasattr(b, "timed")), None)
+        file = rig.file  # if there is one, all others are measured on buffers as it has them
         count, self.calls, self.flushed = 1, 1, False
         if rig.device == "cuda":
             torch.cuda.empty_cache()  # what is free is about to be asked
@@ -282,7 +286,7 @@ class BoundPoint:
                 self.nbytes, rig.l2_bytes, set_bytes, free, once=file is not None
             )
         if file:
-            self.sets, self.outs = zip(*(file.laid_out(op, args, rig.device) for _ in range(count)))
+            self.sets, self.outs = file.laid_out(op, args, rig.device, count)
         else:
             self.sets = [args] + [timing.clone_args(args) for _ in range(count - 1)]
             self.outs = [op.outputs(*a) for a in self.sets]
@@ -351,8 +355,8 @@ class BoundPoint:
         return calls
 
     def timed(self, name, cache, timer, cold_us):
-        file = self.rig.backends.get(name)
-        if hasattr(file, "timed"):  # it is called in a process of its own
+        file = self.rig.file
+        if file and self.rig.backends.get(name) is file:
             return file.timed(self.point, self.dtype_name, self.rig, len(self.sets))
         distinct = self.bind(name, cache == "in_model")
         if timer == "wall":

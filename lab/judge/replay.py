@@ -109,9 +109,15 @@ class InOrder:
 
 
 def call_on(function, arena: Arena):
+    args, out = call_values(arena)
+    return functools.partial(function, *args, out=out)
+
+
+def call_values(arena: Arena) -> tuple:
+    """(arguments, output or None) of a call on an arena's tensors."""
     values = arena.values()
     out = values.pop("out", None)
-    return functools.partial(function, *values.values(), out=out)
+    return tuple(values.values()), out
 
 
 def reset_persisting_l2() -> None:
