@@ -113,7 +113,7 @@ def check_call(op: Op, function, arena: Arena, may_change: set[str], errors=None
     for g, w, limit in zip(got, want, each):
         outcomes.append(compare(g, w, *limit))
         if errors is not None:
-            errors.add(g, w, *limit)
+            errors.add(g, w, *limit, shared=op.shared_rounding(a) if g is out else 0.0)
     return max(outcomes, key=lambda outcome: outcome.used)
 
 

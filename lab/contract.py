@@ -79,6 +79,11 @@ def once(config, role: str | None) -> int:
     return 1
 
 
+def no_shared_rounding(a) -> float:
+    """The `shared_rounding` of most ops."""
+    return 0.0
+
+
 def one_batch(batch: int, context: int | None) -> dict:
     """{"batch": batch}: the sizes of `inputs` that depend on the batch, for an op that calls its rows
     `batch`."""
@@ -118,6 +123,9 @@ class Op:
     # (a) -> (rtol, atol) against `reference`, derived from the dtypes' epsilon, or a list with one for each
     # tensor
     tolerance: Callable
+    # (a) -> the half-width, relative to the output, of a rounding on the way that the contract allows and that
+    # many elements share, so that it shifts all of them to one side; 0.0 where there is none
+    shared_rounding: Callable = no_shared_rounding
     cases: tuple[Case, ...] = ()  # the sizes that `lab check` runs
     mutates: tuple[str, ...] = ()  # arguments that the op changes in place
     # (a) -> None; raises LabError for integers in tensors (page numbers, positions) that no kernel may be

@@ -8,6 +8,12 @@ Errors are compared with those of the right value rounded once to the output's d
 the float32 arithmetic may do: a share of the tolerance beyond one step of the dtype. Each element is first
 divided by the size that is to be expected of its error, so that large values do not count more than small
 ones.
+
+A contract may allow a rounding on the way that many elements share (`Op.shared_rounding`). In attention over a
+cache in int8 it is that of a weight times its value's scale: where one token has nearly all the weight, this
+shifts a whole head to one side. And as a scale is the largest of a head's numbers divided by 127, most scales
+lie above the bfloat16 that is next to them. Such a rounding is expected in full, and as much bias as it may
+cause is allowed.
 """
 
 from __future__ import annotations
@@ -37,9 +43,11 @@ class Errors:
     squares: float = 0.0  # of the errors
     expected: float = 0.0  # the same of a kernel that rounds once
     outward: float = 0.0  # of the errors away from 0, less those of one rounding
+    shifted: float = 0.0  # of what shared roundings may add to that, on either side
 
-    def add(self, got: torch.Tensor, want: torch.Tensor, rtol: float, atol) -> None:
-        """got: an output; want: the right values, float64; rtol, atol: the tolerance."""
+    def add(self, got: torch.Tensor, want: torch.Tensor, rtol: float, atol, shared: float = 0.0) -> None:
+        """got: an output; want: the right values, float64; rtol, atol: the tolerance; shared: what the op's
+        shared_rounding() says."""
         if not (got.is_floating_point() and want.is_floating_point() and got.itemsize == self.itemsize):
             return
         info = torch.finfo(got.dtype)
@@ -50,11 +58,14 @@ class Errors:
         got, want, once = got.double()[usual], want[usual], once[usual]
         step = torch.exp2(torch.frexp(want).exponent.double() - 1) * info.eps
         float32 = (atol + max(rtol - info.eps, 0.0) * want.abs()) / FLOAT32_SHARE
-        unit = (step.square() / 12 + float32.square()).sqrt()  # of a rounding, whose errors are uniform
+        before = shared * want.abs()  # as large as it may be, for all elements may have the same
+        unit = (step.square() / 12 + before.square() + float32.square()).sqrt()
         self.count += want.numel()
         self.squares += float(((got - want) / unit).square().sum())
-        self.expected += float((((once - want) / unit).square() + (float32 / unit).square()).sum())
+        expected = (once - want).square() + before.square() + float32.square()
+        self.expected += float((expected / unit.square()).sum())
         self.outward += float(((got - once) * want.sign() / unit).sum())
+        self.shifted += float((before / unit).sum())
 
     @property
     def size(self) -> float:
@@ -63,9 +74,10 @@ class Errors:
 
     @property
     def bias(self) -> float:
-        """How many such units the outputs lie further from 0 than the right values rounded once, on
-        average."""
-        return self.outward / self.count if self.count else 0.0
+        """How many such units the outputs lie further from 0 than the right values rounded once, on average,
+        beyond what shared roundings may shift them."""
+        beyond = math.copysign(max(abs(self.outward) - self.shifted, 0.0), self.outward)
+        return beyond / self.count if self.count else 0.0
 
     def refusal(self) -> Refusal | None:
         """Why a kernel with these errors is not precise enough, or None."""
@@ -93,9 +105,9 @@ class ErrorsByWidth:
     def __init__(self):
         self.all = [Errors(2), Errors(4)]
 
-    def add(self, *output) -> None:
+    def add(self, *output, **options) -> None:
         for errors in self.all:
-            errors.add(*output)
+            errors.add(*output, **options)
 
     def refusal(self) -> Refusal | None:
         return next(filter(None, (errors.refusal() for errors in self.all)), None)

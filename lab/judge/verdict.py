@@ -33,9 +33,9 @@ class Outputs:
     errors: ErrorsByWidth
     all: list = field(default_factory=list)  # (got, want, rtol, atol)
 
-    def add(self, got, want, rtol, atol) -> None:
+    def add(self, got, want, rtol, atol, shared=0.0) -> None:
         self.all.append((got.clone(), want, rtol, atol))
-        self.errors.add(got, want, rtol, atol)
+        self.errors.add(got, want, rtol, atol, shared)
 
 
 class Remote:

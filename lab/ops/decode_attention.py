@@ -9,7 +9,7 @@ for one new token of each sequence
 Split-KV: `splits` blocks share a sequence's context, and the last one to finish merges their results (the
 online softmax of Milakov and Gimelshein, arXiv 1805.02867; FlashDecoding's split). The context's length is
 read on the device, so one captured graph serves a growing context. A context of 0 gives zeros. Rounding:
-float32 throughout, one rounding at the end. Codes are multiplied as they are: scales are applied to scores,
+float32 throughout, one rounding at the end; but tensor cores may round the weights (see tolerance()). Codes are multiplied as they are: scales are applied to scores,
 and to the weights (int8) or the sums (fp8) of values.
 Kernels: cuda_src/decode_attention.cu, triton_kernels/decode_attention.py
 """
@@ -353,6 +353,13 @@ def tolerance(a):
     return rtol, steps * EPS32 * v_max + of_weights
 
 
+def shared_rounding(a):
+    """Of the weights times the scales of V with a cache in int8, which half precision rounds to bfloat16: where
+    one token has nearly all the weight, all elements of a head share it."""
+    rounded = a.q.dtype != torch.float32 and a.v_cache.dtype == kv.DTYPES["int8"]
+    return torch.finfo(torch.bfloat16).eps / 2 if rounded else 0.0
+
+
 def finite_numbers(cache, scales):
     """A cache's numbers in float64, 0 where there is none: in slots that hold no token."""
     return kv.cache_numbers(cache, scales).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
@@ -396,6 +403,7 @@ op = Op(
     nbytes=nbytes,
     flops=lambda a: 4 * a.q.shape[1] * a.q.shape[2] * int(a.context_lens.clamp(min=0).sum()),
     tolerance=tolerance,
+    shared_rounding=shared_rounding,
     state=("workspace",),
     contents=contents,
     workspace=lambda a: new_workspace(a.q, a.k_cache, a.splits),

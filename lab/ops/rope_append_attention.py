@@ -355,6 +355,7 @@ op = Op(
     nbytes=nbytes,
     flops=lambda a: 4 * a.q.shape[1] * a.q.shape[2] * int((a.positions + 1).clamp(min=0).sum()),
     tolerance=tolerance,
+    shared_rounding=decode_attention.shared_rounding,
     contents=contents,
     mutates=("k_cache", "v_cache", "k_scales", "v_scales"),
     state=("workspace",),
