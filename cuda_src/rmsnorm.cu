@@ -8,6 +8,7 @@
 //   traffic   x once, y once, w once per row (from L2 after the first); with a residual, that twice more
 //   contract  lab/ops/rmsnorm.py          twin  triton_kernels/rmsnorm.py
 #include "common.cuh"
+#include "core/unpack.cuh"
 #include "launchers/rmsnorm.h"
 #include "sizes.h"
 
@@ -18,28 +19,28 @@ constexpr int kKeep = 4;  // vectors of a row that one thread holds
 struct RmsnormSmem { float scratch[32]; };
 
 template <typename T, int N, int Threads>
-__global__ void __launch_bounds__(Threads)
-    rmsnorm_kernel(const T* x, const T* w, T* residual, T* y, int groups, int cols, int64_t x_stride,
-                   int64_t y_stride, float eps) {
-  // 1. Locate: block r owns row (b, g). It goes over the row in panels of kKeep vectors a thread; nearly
+__global__ void __launch_bounds__(Threads) rmsnorm_kernel(const T* x, const T* w, T* residual, T* y, int cols,
+                                                          int64_t x_stride, int64_t y_stride, float eps) {
+  // 1. Locate: block (b, g) owns that row. It goes over the row in panels of kKeep vectors a thread; nearly
   // always there is only one panel.
   constexpr int kPanel = kKeep * Threads * N;
-  const int b = blockIdx.x / groups, g = blockIdx.x % groups;
+  const int b = blockIdx.x, g = blockIdx.y;
   const int first = threadIdx.x * N;
   x += b * x_stride + int64_t(g) * cols;
   y += b * y_stride + int64_t(g) * cols;
   if (residual) residual += size_t(b) * cols;  // groups = 1 here
   const T* source = residual ? residual : x;   // what is normalised: with a residual, the sum
-  Vec<T, N> v[kKeep], weight[kKeep];
+  Packed<T, N> v[kKeep], weight[kKeep];
   float squares = 0.f;
 
   // 2. Load: the weight depends on no earlier kernel, so its loads are issued before the wait, and the
-  // dependent kernel may launch to do the same. All vectors of a panel are in flight before one is used. The
-  // residual gets the sum, rounded to T.
+  // dependent kernel may launch to do the same. All vectors of a panel, and of the residual's, are in flight
+  // before one is used: they stay Packed until then, or the compiler would take them apart, and wait for them,
+  // right at the loads. The residual gets the sum, rounded to T.
   LAB_UNROLL
   for (int i = 0; i < kKeep; ++i) {
     const int col = first + i * Threads * N;
-    if (col < cols) weight[i] = load<N>(w + col);
+    if (col < cols) weight[i] = load_packed<N>(w + col);
   }
   pdl_launch_dependents();
   pdl_wait();
@@ -47,29 +48,36 @@ __global__ void __launch_bounds__(Threads)
     LAB_UNROLL
     for (int i = 0; i < kKeep; ++i) {
       const int col = panel + first + i * Threads * N;
-      if (col < cols) v[i] = load<N>(x + col);
+      if (col < cols) v[i] = load_packed<N>(x + col);
     }
     if (residual) {
-      Vec<T, N> old[kKeep];
+      Packed<T, N> old[kKeep];
       LAB_UNROLL
       for (int i = 0; i < kKeep; ++i) {
         const int col = panel + first + i * Threads * N;
-        if (col < cols) old[i] = load<N>(residual + col);
+        if (col < cols) old[i] = load_packed<N>(residual + col);
       }
       LAB_UNROLL
       for (int i = 0; i < kKeep; ++i) {
         const int col = panel + first + i * Threads * N;
         if (col >= cols) continue;
+        float before[N], added[N];
+        unpack<T>(before, old[i]);
+        unpack<T>(added, v[i]);
+        Vec<T, N> sum;
         LAB_UNROLL
-        for (int e = 0; e < N; ++e) v[i].v[e] = from_float<T>(to_float(old[i].v[e]) + to_float(v[i].v[e]));
-        store(residual + col, v[i]);
+        for (int e = 0; e < N; ++e) sum.v[e] = from_float<T>(before[e] + added[e]);
+        store(residual + col, sum);
+        v[i] = bit_cast<Packed<T, N>>(sum);
       }
     }
     LAB_UNROLL
     for (int i = 0; i < kKeep; ++i) {
       if (panel + first + i * Threads * N >= cols) continue;
+      float f[N];
+      unpack<T>(f, v[i]);
       LAB_UNROLL
-      for (int e = 0; e < N; ++e) squares = fmadd(to_float(v[i].v[e]), to_float(v[i].v[e]), squares);
+      for (int e = 0; e < N; ++e) squares = fmadd(f[e], f[e], squares);
     }
   }
 
@@ -84,14 +92,16 @@ __global__ void __launch_bounds__(Threads)
       const int col = panel + first + i * Threads * N;
       if (col >= cols) continue;
       if (cols > kPanel) {
-        v[i] = load<N>(source + col);
-        weight[i] = load<N>(w + col);
+        v[i] = load_packed<N>(source + col);
+        weight[i] = load_packed<N>(w + col);
       }
+      float f[N], factor[N];
+      unpack<T>(f, v[i]);
+      unpack<T>(factor, weight[i]);
+      Vec<T, N> normed;
       LAB_UNROLL
-      for (int e = 0; e < N; ++e) {
-        v[i].v[e] = normed_element<T>(to_float(v[i].v[e]), scale, to_float(weight[i].v[e]));
-      }
-      store(y + col, v[i]);
+      for (int e = 0; e < N; ++e) normed.v[e] = normed_element<T>(f[e], scale, factor[e]);
+      store(y + col, normed);
     }
   }
 }
@@ -104,9 +114,9 @@ void rmsnorm(const RmsnormArgs& a) {
         [&](auto width) {
           constexpr int N = decltype(width)::value;
           const auto start = [&](auto threads, auto kernel) {
-            launch({dim3(a.rows * a.groups), dim3(threads), sizeof(RmsnormSmem), a.stream, true},
+            launch({dim3(a.rows, a.groups), dim3(threads), sizeof(RmsnormSmem), a.stream, true},
                    "rmsnorm_kernel", kernel, as<const T>(a.x), as<const T>(a.w), as<T>(a.residual),
-                   as<T>(a.y), a.groups, a.cols, a.x_stride, a.y_stride, a.eps);
+                   as<T>(a.y), a.cols, a.x_stride, a.y_stride, a.eps);
           };
           // One warp needs no barrier; so the CPU, which runs threads one after the other, always uses one
           // warp.
