@@ -123,8 +123,8 @@ class Op:
     # (a) -> (rtol, atol) against `reference`, derived from the dtypes' epsilon, or a list with one for each
     # tensor
     tolerance: Callable
-    # (a) -> the half-width, relative to the output, of a rounding on the way that the contract allows and that
-    # many elements share, so that it shifts all of them to one side; 0.0 where there is none
+    # (a) -> the half-width, relative to the output, of a rounding on the way that the contract allows and
+    # that many elements share, so that it shifts all of them to one side; 0.0 where there is none
     shared_rounding: Callable = no_shared_rounding
     cases: tuple[Case, ...] = ()  # the sizes that `lab check` runs
     mutates: tuple[str, ...] = ()  # arguments that the op changes in place

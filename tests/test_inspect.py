@@ -2,6 +2,7 @@
 GPU."""
 
 import json
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -153,6 +154,28 @@ def test_the_sizes_choose_the_instantiation():
     (narrow,) = look("rmsnorm", "cuda", rows=1, cols=4097)
     assert wide.mix["global load, 128 bit"] and not narrow.mix["global load, 128 bit"]
     assert wide.instance != narrow.instance
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("cols", [256, 2048], ids=["a warp", "a block"])
+def test_rmsnorm_has_all_loads_in_flight_before_it_uses_one(dtype, cols):
+    """Four vectors each of the weight, of x and of the residual. A compiler that takes vectors apart right at
+    their loads waits for the weight before it waits for the kernel before, or for x before it asks for the
+    residual: 0.3 us of 1.9 on an H200."""
+    (kernel,) = look("rmsnorm", "cuda", dtype, rows=1, cols=cols, residual=True)
+    loads, loaded = 0, set()
+    for line in kernel.texts["sass"].splitlines():
+        found = re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+ )?(\S+)\s*(.*?) *;", line)
+        if not found:
+            continue
+        registers = [int(number) for number in re.findall(r"\bR(\d+)\b", found[2])]
+        if found[1] == "LDG.E.128":
+            loads += 1
+            loaded |= set(range(registers[0], registers[0] + 4))
+        elif loaded & set(registers):
+            break
+    assert loads == 12
 
 
 @needs_cuda

@@ -9,11 +9,11 @@ the float32 arithmetic may do: a share of the tolerance beyond one step of the d
 divided by the size that is to be expected of its error, so that large values do not count more than small
 ones.
 
-A contract may allow a rounding on the way that many elements share (`Op.shared_rounding`). In attention over a
-cache in int8 it is that of a weight times its value's scale: where one token has nearly all the weight, this
-shifts a whole head to one side. And as a scale is the largest of a head's numbers divided by 127, most scales
-lie above the bfloat16 that is next to them. Such a rounding is expected in full, and as much bias as it may
-cause is allowed.
+A contract may allow a rounding on the way that many elements share (`Op.shared_rounding`). In attention over
+a cache in int8 it is that of a weight times its value's scale: where one token has nearly all the weight,
+this shifts a whole head to one side. And as a scale is the largest of a head's numbers divided by 127, most
+scales lie above the bfloat16 that is next to them. Such a rounding is expected in full, and as much bias as
+it may cause is allowed.
 """
 
 from __future__ import annotations

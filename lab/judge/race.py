@@ -45,7 +45,8 @@ class RacedFile:
     def laid_out(op, args, device: str, count: int) -> tuple:
         """(the arguments of each, the output of each) of `count` calls with the contents of `args`, in memory
         that is laid out as that of the file's calls. While the others had tensors of their own and fewer
-        buffers, a copy of linear.cu was 0.2 to 0.4 us slower than linear.cu on an H100."""
+        buffers, a copy of linear.cu was 0.2 to 0.4 us slower than linear.cu on an H100; so laid out, copies
+        are the same (H200)."""
         values = values_of(op, args)
         return tuple(zip(*(call_values(Arena(values, device)) for _ in range(count))))
 

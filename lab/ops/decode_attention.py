@@ -9,8 +9,9 @@ for one new token of each sequence
 Split-KV: `splits` blocks share a sequence's context, and the last one to finish merges their results (the
 online softmax of Milakov and Gimelshein, arXiv 1805.02867; FlashDecoding's split). The context's length is
 read on the device, so one captured graph serves a growing context. A context of 0 gives zeros. Rounding:
-float32 throughout, one rounding at the end; but tensor cores may round the weights (see tolerance()). Codes are multiplied as they are: scales are applied to scores,
-and to the weights (int8) or the sums (fp8) of values.
+float32 throughout, one rounding at the end; but tensor cores may round the weights (see tolerance()). Codes
+are multiplied as they are: scales are applied to scores, and to the weights (int8) or the sums (fp8) of
+values.
 Kernels: cuda_src/decode_attention.cu, triton_kernels/decode_attention.py
 """
 
@@ -354,8 +355,8 @@ def tolerance(a):
 
 
 def shared_rounding(a):
-    """Of the weights times the scales of V with a cache in int8, which half precision rounds to bfloat16: where
-    one token has nearly all the weight, all elements of a head share it."""
+    """Of the weights times the scales of V with a cache in int8, which half precision rounds to bfloat16:
+    where one token has nearly all the weight, all elements of a head share it."""
     rounded = a.q.dtype != torch.float32 and a.v_cache.dtype == kv.DTYPES["int8"]
     return torch.finfo(torch.bfloat16).eps / 2 if rounded else 0.0
 
