@@ -371,6 +371,19 @@ def test_a_cheat_in_the_race_costs_its_row_alone(kind, limited_calls, tmp_path, 
     assert "failed: " in line and "faster" not in line
 
 
+def test_a_held_up_burst_hides_no_forged_time(monkeypatch):
+    now, held_up = [0.0], iter([0, 0.04, 0, 0, 0, 0.02])  # seconds, on a machine that does other things, too
+    asked = []
+
+    def ask(what, replays):
+        asked.append(replays)
+        now[0] += replays * 0.001 + next(held_up)
+
+    monkeypatch.setattr(race.time, "perf_counter", lambda: now[0])
+    timed = SimpleNamespace(ask=ask)
+    assert race.RaceTimed.burst_us(timed, 30, tries=3) == pytest.approx(1000) and asked == [1] * 3 + [31] * 3
+
+
 def test_where_another_program_uses_the_device_no_file_is_accused(tmp_path, monkeypatch):
     """Seen on an H100 that two other programs used: an honest kernel reported 380 us for 523."""
     path = tmp_path / "cheat.py"
