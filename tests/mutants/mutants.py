@@ -101,8 +101,8 @@ MUTANTS = [
     check(
         CU + "rmsnorm.cu",
         "rmsnorm",
-        "squares = fmadd(to_float(v[i].v[e]), to_float(v[i].v[e]), squares);",
-        "squares = to_float(from_float<T>(fmadd(to_float(v[i].v[e]), to_float(v[i].v[e]), squares)));",
+        "squares = fmadd(f[e], f[e], squares);",
+        "squares = to_float(from_float<T>(fmadd(f[e], f[e], squares)));",
         "the sum of squares rounded to T at each step",
         dtype="bf16",
     ),
