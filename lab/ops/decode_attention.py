@@ -344,9 +344,9 @@ def tolerance(a):
     eps = torch.finfo(a.q.dtype).eps
     of_weights = 0.0 if a.q.dtype == torch.float32 else eps / 2
     rtol = eps
-    if of_weights and a.v_cache.dtype == kv.DTYPES["int8"]:
-        of_weights = torch.finfo(torch.bfloat16).eps / 2
-        rtol += of_weights  # of a context of one token the average of |v| is the result
+    if shared := shared_rounding(a):
+        of_weights = shared
+        rtol += shared  # of a context of one token the average of |v| is the result
     keys, values = finite_numbers(a.k_cache, a.k_scales), finite_numbers(a.v_cache, a.v_scales)
     score = a.scale * float(a.q.double().norm(dim=-1).max()) * float(keys.norm(dim=-1).max())
     v_max = float(values.abs().max())
